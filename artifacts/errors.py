@@ -1,0 +1,43 @@
+"""Errors for the person who must act: what was wrong, where (file, field, row), what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+EXIT_USER_ERROR = 2  # bad config, data, checkpoint or disk: a retry cannot help
+EXIT_RETRYABLE = 75  # EX_TEMPFAIL: something outside went away (an engine, a queue)
+EXIT_INTERRUPTED = 130
+
+
+class DraftsmithError(Exception):
+    """Bad input or environment. The message is one line, names the file, field or row, and says what to do."""
+
+    exit_code = EXIT_USER_ERROR
+
+
+class RetryableError(DraftsmithError):
+    """Something outside this process was lost; the same stage may succeed when run again."""
+
+    exit_code = EXIT_RETRYABLE
+
+
+class StageInterrupted(DraftsmithError):
+    """The stage was asked to stop and has saved what it had; running it again continues there."""
+
+    exit_code = EXIT_INTERRUPTED
+
+
+_DISK_ADVICE = {
+    errno.ENOSPC: "the disk is full: free some space",
+    errno.EDQUOT: "the disk quota is used up: free some space",
+    errno.EROFS: "the file system is read-only: mount it writable or point DRAFTSMITH_HOME elsewhere",
+    errno.EACCES: "permission denied: make it writable or point DRAFTSMITH_HOME elsewhere",
+}
+
+
+def from_os_error(error: OSError, doing: str) -> DraftsmithError:
+    """One clear error for a failed disk operation; `doing` is a short phrase such as 'writing trajectories'."""
+    where = f" {error.filename}" if error.filename else ""
+    advice = _DISK_ADVICE.get(error.errno or 0, os.strerror(error.errno) if error.errno else str(error))
+    return DraftsmithError(f"{doing}{where}: {advice}; then run the same command again, finished work is kept")

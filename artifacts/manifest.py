@@ -1,0 +1,136 @@
+"""The manifest: what an artifact is made of, from what, by which code, and how its content is identified."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from artifacts.errors import DraftsmithError
+
+SCHEMA_VERSION = 1  # part of every key: raising it makes every artifact new
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ArtifactRef:
+    """A complete artifact, small enough to travel between processes."""
+
+    stage: str
+    key: str  # sha256 of what the artifact was made from
+    content_id: str  # sha256 of what it holds
+    path: Path
+
+    @property
+    def uri(self) -> str:
+        return self.path.as_uri()
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileEntry(_Frozen):
+    sha256: str
+    bytes: int
+    volatile: bool  # differs between identical runs (timings): not part of the content id
+
+
+class InputEntry(_Frozen):
+    stage: str
+    key: str
+    content_id: str
+
+
+class Manifest(_Frozen):
+    schema_version: int
+    stage: str
+    key: str
+    content_id: str
+    created_at: str  # ISO 8601, UTC
+    config: dict[str, Any]
+    inputs: dict[str, InputEntry]
+    code_digest: str
+    seed: int
+    files: dict[str, FileEntry]  # path relative to the artifact's folder, with forward slashes
+    metrics: dict[str, float]
+    mlflow_run_id: str | None
+    duration_s: float  # of the attempt that completed it
+    versions: dict[str, str]
+
+    def ref(self, path: Path) -> ArtifactRef:
+        return ArtifactRef(self.stage, self.key, self.content_id, path)
+
+
+def canonical_json(value: object) -> str:
+    """The one text of a JSON value, whatever the order of its fields. NaN and infinity have none."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def content_id(files: Mapping[str, FileEntry]) -> str:
+    """Identity of a content: sha256 over the sorted (path, sha256) of its files that are not volatile."""
+    lasting = sorted((path, entry.sha256) for path, entry in files.items() if not entry.volatile)
+    return hashlib.sha256(canonical_json(lasting).encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def artifact_files(folder: Path) -> list[str]:
+    """Relative paths of an artifact's files, its manifest aside. A link is refused: an artifact holds its content."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
+    for path in paths:
+        if path.is_symlink() or not path.is_file():
+            raise DraftsmithError(f"{path}: an artifact holds regular files only; copy the content instead of a link")
+    return [name for path in paths if (name := path.relative_to(folder).as_posix()) != MANIFEST]
+
+
+def describe_files(folder: Path, volatile: Iterable[str]) -> dict[str, FileEntry]:
+    """Checksums and sizes of all files; `volatile` are names or patterns such as `timings/*`."""
+    patterns = tuple(volatile)
+    return {
+        name: FileEntry(
+            sha256=sha256_file(folder / name),
+            bytes=(folder / name).stat().st_size,
+            volatile=any(fnmatch(name, pattern) for pattern in patterns),
+        )
+        for name in artifact_files(folder)
+    }
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder. Raises `DraftsmithError` if it is absent, unreadable or of another version."""
+    path = folder / MANIFEST
+    try:
+        data = json.loads(path.read_bytes())
+        found = data.get("schema_version")
+        if found != SCHEMA_VERSION:
+            raise DraftsmithError(f"{path}: schema version {found}, this Draftsmith reads {SCHEMA_VERSION}")
+        return Manifest.model_validate(data)
+    except FileNotFoundError:
+        raise DraftsmithError(f"{path}: missing") from None
+    except OSError as error:
+        raise DraftsmithError(f"{path}: {error.strerror}") from error
+    except (ValueError, AttributeError, ValidationError) as error:
+        raise DraftsmithError(f"{path}: not a readable manifest (truncated or edited)") from error
+
+
+def versions() -> dict[str, str]:
+    """Versions that can change a result, without importing anything heavy."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in ("draftsmith", "torch", "transformers", "pyarrow", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,158 @@
+"""Inline SVG figures of the report: the same bytes for the same data, readable on a light and on a dark page."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import Locator
+
+COLOURS = {"plain": "#8a8f98", "sft": "#4c8bd6", "opd": "#e0703c", "control": "#3fa66b"}  # also for the colour-blind
+_OTHER = "#a06cd5"
+_INK = "#010203"  # stands for the page's text colour, and becomes `currentColor`
+_STYLE: Any = {
+    "svg.hashsalt": "draftsmith",
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "grid.color": _INK,
+    "grid.alpha": 0.15,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+CURVE_POINTS = 300  # longer curves are shown as means over neighbouring steps
+
+
+P = ParamSpec("P")
+
+
+def _styled(draw: Callable[P, str]) -> Callable[P, str]:
+    """Draw in our own style, whatever the user's matplotlibrc says."""
+
+    @wraps(draw)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> str:
+        import matplotlib
+
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(_STYLE)
+            return draw(*args, **kwargs)
+
+    return styled
+
+
+@_styled
+def acceptance_by_offset(drafters: Mapping[str, Sequence[float]], names: Mapping[str, str]) -> str:
+    """Share of proposals accepted at each offset, one line a drafter."""
+
+    figure = _figure(7.2, 3.4)
+    axes = figure.add_subplot()
+    for arm, shares in drafters.items():
+        offsets = range(1, len(shares) + 1)
+        axes.plot(offsets, shares, marker="o", markersize=4, color=COLOURS.get(arm, _OTHER), label=names[arm])
+    axes.set(xlabel="offset of the proposal", ylabel="share accepted", ylim=(0, 1.02))
+    axes.xaxis.set_major_locator(_whole_numbers())
+    axes.legend()
+    return _svg(figure, "acceptance", "Share of proposals accepted at each offset")
+
+
+@_styled
+def accepted_lengths(drafters: Mapping[str, Sequence[float]], names: Mapping[str, str]) -> str:
+    """Histogram of accepted lengths (proposals kept in a verify step), one bar a drafter and length."""
+
+    figure = _figure(7.2, 3.4)
+    axes = figure.add_subplot()
+    width = 0.8 / max(len(drafters), 1)
+    for index, (arm, counts) in enumerate(drafters.items()):
+        total = sum(counts) or 1
+        centres = [length - 0.4 + width * (index + 0.5) for length in range(len(counts))]
+        shares = [count / total for count in counts]
+        axes.bar(centres, shares, width, color=COLOURS.get(arm, _OTHER), label=names[arm])
+    axes.set(xlabel="proposals accepted in a verify step", ylabel="share of verify steps")
+    axes.xaxis.set_major_locator(_whole_numbers())
+    axes.grid(visible=False, axis="x")
+    axes.legend()
+    return _svg(figure, "lengths", "Histogram of accepted lengths")
+
+
+@_styled
+def training_curves(curves: Mapping[str, Sequence[tuple[int, float]]], names: Mapping[str, str]) -> str:
+    """Loss over steps, one panel a training: their losses are not comparable with each other."""
+    figure = _figure(3.5 * len(curves), 3.1)
+    for index, (arm, points) in enumerate(curves.items()):
+        axes = figure.add_subplot(1, len(curves), index + 1)
+        steps, losses = zip(*_thinned(points), strict=True)
+        axes.plot(steps, losses, color=COLOURS.get(arm, _OTHER), linewidth=1.5)
+        axes.set(title=names[arm], xlabel="step", ylabel="loss" if index == 0 else "")
+    return _svg(figure, "curves", "Training loss over steps")
+
+
+@_styled
+def time_split(shares: Mapping[str, tuple[float, float]], names: Mapping[str, str]) -> str:
+    """Shares of wall time spent on drafting and on verifying; what is missing to 1 is everything else."""
+    figure = _figure(7.2, 0.9 + 0.45 * len(shares))
+    axes = figure.add_subplot()
+    labels = [names[arm] for arm in shares]
+    drafts, verifies = [draft for draft, _ in shares.values()], [verify for _, verify in shares.values()]
+    others = [max(0.0, 1 - draft - verify) for draft, verify in shares.values()]
+    left = [0.0] * len(labels)
+    for label, widths, colour in (
+        ("draft", drafts, COLOURS["opd"]),
+        ("verify", verifies, COLOURS["sft"]),
+        ("other", others, COLOURS["plain"]),
+    ):
+        bars = axes.barh(labels, widths, left=left, height=0.6, color=colour, label=label)
+        shown = [f"{width:.0%}" if width > 0.04 else "" for width in widths]
+        axes.bar_label(bars, shown, label_type="center", color="white")
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.set(xlim=(0, 1), xlabel="share of wall time")
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return _svg(figure, "time", "Time spent on drafting and verifying")
+
+
+def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
+    """At most `CURVE_POINTS` means over neighbouring points."""
+    size = -(-len(points) // CURVE_POINTS)
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(sum(s for s, _ in group) / len(group), sum(v for _, v in group) / len(group)) for group in groups]
+
+
+def _whole_numbers() -> Locator:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(integer=True)
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _svg(figure: Figure, name: str, title: str) -> str:
+    """The figure as an element of a page: no background, the page's colour and font, ids of its own, no links."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s(xmlns(:\w+)?|version)="[^"]*"', "", svg)
+    svg = re.sub(r'(\sid="|url\(#|href="#)', rf"\g<1>{name}-", svg).replace("xlink:href", "href")
+    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg).replace(_INK, "currentColor")
+    label = html.escape(title, quote=True)
+    return re.sub(r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>", rf'<svg \1 role="img" aria-label="{label}">', svg, count=1)

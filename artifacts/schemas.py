@@ -1,0 +1,112 @@
+"""The tables that pass between stages: columns, types and versions (ids are int32 lists, absolute positions int32)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+_IDS = pa.list_(pa.int32())
+_LOGPROBS = pa.list_(pa.float32())
+
+
+@dataclass(frozen=True)
+class TableSchema:
+    """A named, versioned table. Raise `version` whenever a column changes its name, type or meaning."""
+
+    name: str
+    version: int
+    columns: pa.Schema  # no metadata; `nullable=False` columns are checked when rows are written
+
+    @property
+    def with_metadata(self) -> pa.Schema:
+        return self.columns.with_metadata({b"draftsmith.table": self.name, b"draftsmith.version": str(self.version)})
+
+
+def _table(name: str, version: int, *, nullable: tuple[str, ...] = (), **columns: pa.DataType) -> TableSchema:
+    fields = [pa.field(column, kind, nullable=column in nullable) for column, kind in columns.items()]
+    return TableSchema(name, version, pa.schema(fields))
+
+
+PROMPTS = _table(
+    "prompts",
+    1,
+    prompt_id=pa.string(),
+    source=pa.string(),
+    split=pa.string(),  # train | validation | heldout
+    messages=pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])),
+    token_ids=_IDS,  # after the chat template
+)
+
+TRAJECTORIES = _table(
+    "trajectories",
+    1,
+    trajectory_id=pa.string(),  # "<prompt_id>/<sample>"
+    prompt_id=pa.string(),
+    split=pa.string(),
+    sample=pa.int32(),
+    prompt_ids=_IDS,
+    response_ids=_IDS,
+    finish_reason=pa.string(),  # stop | length
+    temperature=pa.float32(),  # 0 = greedy
+    top_p=pa.float32(),
+    seed=pa.int64(),
+    engine=pa.string(),
+)
+
+TIMINGS = _table(  # volatile: beside the trajectories, in a file of its own
+    "timings",
+    1,
+    trajectory_id=pa.string(),
+    seconds=pa.float64(),
+    verify_steps=pa.int32(),  # 0 = plain decoding
+    draft_seconds=pa.float64(),
+    verify_seconds=pa.float64(),
+)
+
+TRACE = _table(  # what an engine recorded while it served
+    "trace",
+    1,
+    trajectory_id=pa.string(),
+    step=pa.int32(),
+    anchor=pa.int32(),  # position in prompt + response
+    accepted=pa.int32(),
+    proposed_ids=_IDS,
+)
+
+VERIFY_STEPS = _table(
+    "verify_steps",
+    1,
+    trajectory_id=pa.string(),
+    step=pa.int32(),
+    anchor=pa.int32(),  # position in prompt + response
+    accepted=pa.int32(),  # n, proposals kept
+    committed=pa.int32(),  # tokens committed by the step: n + 1 unless the end cut it
+    rejected_offset=pa.int32(),  # of the first rejected proposal; 0 = nothing rejected
+    proposed_ids=_IDS,
+    target_logprobs=_LOGPROBS,  # of the proposals on their draft-induced prefix; NaN where not judged
+    drafter_logprobs=_LOGPROBS,
+    committed_id=pa.int32(),  # correction or bonus; -1 if the end cut the step
+    top_ids=_IDS,  # the target's top k at the rejection
+    top_logprobs=_LOGPROBS,
+)
+
+REQUESTS = _table(
+    "requests",
+    1,
+    nullable=("identical",),
+    request_id=pa.string(),
+    prompt_id=pa.string(),
+    arm=pa.string(),  # plain | sft | opd | control
+    block_size=pa.int32(),
+    tokens=pa.int32(),
+    verify_steps=pa.int32(),
+    seconds=pa.float64(),
+    draft_seconds=pa.float64(),
+    verify_seconds=pa.float64(),
+    temperature=pa.float32(),
+    concurrency=pa.int32(),
+    identical=pa.bool_(),  # to plain decoding of the same prompt; null where that does not apply
+    first_difference=pa.int32(),  # position in the response; -1 = none
+    margin=pa.float32(),  # the target's logit margin there; NaN = none
+)

@@ -1,0 +1,279 @@
+"""The content-addressed store: an artifact stands under its final name only when it is complete."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+from artifacts.atomic import TMP_PREFIX, disk_errors, fsync, write_text
+from artifacts.errors import DraftsmithError
+from artifacts.home import home
+from artifacts.locks import is_locked, locked
+from artifacts.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    ArtifactRef,
+    InputEntry,
+    Manifest,
+    artifact_files,
+    canonical_json,
+    content_id,
+    describe_files,
+    read_manifest,
+    sha256_file,
+    versions,
+)
+
+log = logging.getLogger(__name__)
+SHORT = 16  # hex digits of a key in a folder's name
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right to make one artifact, held as long as its lock. Both folders keep their content between attempts."""
+
+    stage: str
+    key: str
+    out: Path  # becomes the artifact
+    work: Path  # shards and checkpoints of the attempt; dropped when the artifact is complete
+    lock_fd: int  # given to the stage's process (`pass_fds`), the lock lives as long as whoever writes
+    started: float = field(default_factory=time.monotonic)
+
+
+class Store:
+    """Artifacts under `<root>/<stage>/<key[:16]>/`; `root` is `<home>/store` unless given."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = (root or home() / "store").resolve()
+
+    # -- names ---------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def key(
+        stage: str, code_digest: str, config: Mapping[str, Any], inputs: Mapping[str, ArtifactRef], seed: int
+    ) -> str:
+        """Identity of a computation: sha256 of the stage, its code, its own config, its inputs' content and seed."""
+        material = {
+            "schema": SCHEMA_VERSION,
+            "stage": stage,
+            "code": code_digest,
+            "config": config,
+            "inputs": {name: ref.content_id for name, ref in inputs.items()},
+            "seed": seed,
+        }
+        return hashlib.sha256(canonical_json(material).encode()).hexdigest()
+
+    def path(self, stage: str, key: str) -> Path:
+        """Where the complete artifact stands, or will stand."""
+        return self.root / stage / key[:SHORT]
+
+    def partial(self, stage: str, key: str) -> Path:
+        """Where an unfinished attempt keeps `out` and `work`."""
+        return self.root / stage / f".partial-{key[:SHORT]}"
+
+    # -- finding -------------------------------------------------------------------------------------------------
+
+    def find(self, stage: str, key: str) -> ArtifactRef | None:
+        """The complete artifact of this key, or None. A damaged one is an error that says how to make it again."""
+        path = self.path(stage, key)
+        return self._check(path, stage, key) if path.is_dir() else None
+
+    def manifest(self, ref: ArtifactRef) -> Manifest:
+        return read_manifest(ref.path)
+
+    def list(self) -> list[Manifest]:
+        """Manifests of all complete artifacts, oldest first. An unreadable one is left out with a log line."""
+        found = []
+        for folder in sorted(self.root.glob("[!.]*/[!.]*/")):
+            try:
+                found.append(read_manifest(folder))
+            except DraftsmithError as error:
+                log.warning("left out of the list: %s", error)
+        return sorted(found, key=lambda manifest: manifest.created_at)
+
+    def resolve(self, text: str) -> ArtifactRef:
+        """The one artifact that `text` names: a stage, a key or content id by prefix, `stage/key`, a path or URI."""
+        path = Path(unquote(urlparse(text).path) if text.startswith("file://") else text).expanduser()
+        if path.is_dir() and (path / MANIFEST).is_file():
+            return read_manifest(path).ref(path.resolve())
+        matches = [m for m in self.list() if _names(text, m)]
+        if len(matches) == 1:
+            return matches[0].ref(self.path(matches[0].stage, matches[0].key))
+        if not matches:
+            raise DraftsmithError(f"no artifact matches {text!r} in {self.root}: `draftsmith status` lists them")
+        choices = ", ".join(f"{m.stage}/{m.key[:12]} ({m.created_at})" for m in matches[-5:])
+        raise DraftsmithError(f"{text!r} names {len(matches)} artifacts: choose one by its key, e.g. {choices}")
+
+    def verify(self, ref: ArtifactRef) -> None:
+        """Check every checksum, and that no file was added or taken away."""
+        manifest = read_manifest(ref.path)
+        if (manifest.key, manifest.content_id) != (ref.key, ref.content_id):
+            raise _damaged(ref.path / MANIFEST, ref.stage, "names another key or content id")
+        if content_id(manifest.files) != manifest.content_id:
+            raise _damaged(ref.path / MANIFEST, ref.stage, "its content id does not follow from its files")
+        for name in artifact_files(ref.path):
+            if name not in manifest.files:
+                raise _damaged(ref.path / name, ref.stage, "is not part of the artifact")
+        for name, entry in manifest.files.items():
+            if not (ref.path / name).is_file():
+                raise _damaged(ref.path / name, ref.stage, "is missing")
+            if sha256_file(ref.path / name) != entry.sha256:
+                raise _damaged(ref.path / name, ref.stage, "has changed since it was written")
+
+    # -- making --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def claim(
+        self,
+        stage: str,
+        key: str,
+        *,
+        force: bool = False,
+        resume: bool = True,
+        waiting: Callable[[], None] | None = None,
+    ) -> Iterator[Claim | ArtifactRef]:
+        """Take the key's lock (waiting for its holder) and yield a `Claim`, or the artifact if it is finished by then.
+
+        `force` makes the artifact again although it is complete; `resume=False` drops what an earlier attempt left.
+        `waiting` is called once if another process holds the lock. The kernel drops the lock of a dead process.
+        """
+        with ExitStack() as stack:
+            with disk_errors(f"claiming {stage}"):
+                fd = stack.enter_context(locked(self._lock(stage, key), waiting))
+                self._finish_interrupted_commit(stage, key)
+                done = None if force else self.find(stage, key)
+                partial = self.partial(stage, key)
+                if done is None:
+                    if not resume and partial.exists():
+                        shutil.rmtree(partial)
+                    for folder in (partial / "out", partial / "work"):
+                        folder.mkdir(parents=True, exist_ok=True)
+            yield done or Claim(stage, key, partial / "out", partial / "work", fd)
+
+    def is_claimed(self, stage: str, key: str) -> bool:
+        """Whether a living process holds this key's lock."""
+        return is_locked(self._lock(stage, key))
+
+    def commit(
+        self,
+        claim: Claim,
+        *,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, ArtifactRef],
+        code_digest: str,
+        seed: int,
+        metrics: Mapping[str, float] | None = None,
+        volatile: tuple[str, ...] = (),
+        mlflow_run_id: str | None = None,
+        duration_s: float | None = None,
+    ) -> ArtifactRef:
+        """Make `claim.out` the artifact: its manifest last, everything on disk, then one rename."""
+        with disk_errors(f"completing {claim.stage}"):
+            for leftover in claim.out.rglob(f"{TMP_PREFIX}*"):
+                leftover.unlink()
+            files = describe_files(claim.out, volatile)
+            if not files:
+                raise DraftsmithError(f"stage {claim.stage} wrote nothing to {claim.out}: there is no artifact to keep")
+            for name in files:
+                fsync(claim.out / name)
+            for folder in {(claim.out / name).parent for name in files}:
+                fsync(folder)
+            manifest = Manifest(
+                schema_version=SCHEMA_VERSION,
+                stage=claim.stage,
+                key=claim.key,
+                content_id=content_id(files),
+                created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+                config=dict(config),
+                inputs={n: InputEntry(stage=r.stage, key=r.key, content_id=r.content_id) for n, r in inputs.items()},
+                code_digest=code_digest,
+                seed=seed,
+                files=files,
+                metrics=dict(metrics or {}),
+                mlflow_run_id=mlflow_run_id,
+                duration_s=round(time.monotonic() - claim.started if duration_s is None else duration_s, 3),
+                versions=versions(),
+            )
+            write_text(claim.out / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+            return self._install(manifest)
+
+    def _install(self, manifest: Manifest) -> ArtifactRef:
+        """Rename a complete `out` to its final name. Killed anywhere in here, the next claim ends what was begun."""
+        partial, final = self.partial(manifest.stage, manifest.key), self.path(manifest.stage, manifest.key)
+        shutil.rmtree(partial / "work", ignore_errors=True)
+        replaced = None
+        if final.exists():
+            replaced = final.with_name(f".replaced-{final.name}-{time.time_ns()}")
+            final.rename(replaced)
+        (partial / "out").rename(final)
+        fsync(final.parent)
+        shutil.rmtree(partial, ignore_errors=True)
+        if replaced is not None and not _holds_other_content(replaced, manifest.content_id):
+            shutil.rmtree(replaced, ignore_errors=True)
+        return manifest.ref(final)
+
+    def _finish_interrupted_commit(self, stage: str, key: str) -> None:
+        out = self.partial(stage, key) / "out"
+        if not (out / MANIFEST).exists():
+            return
+        try:
+            self._check(out, stage, key)
+            manifest = read_manifest(out)
+        except DraftsmithError:
+            (out / MANIFEST).unlink()  # an attempt like any other: the stage goes on from what is there
+            return
+        self._install(manifest)
+
+    def _check(self, folder: Path, stage: str, key: str) -> ArtifactRef:
+        """Manifest present and readable, of this key, and every file there with its size."""
+        try:
+            manifest = read_manifest(folder)
+        except DraftsmithError as error:
+            raise DraftsmithError(f"{error}: {_remedy(stage)}") from error
+        if manifest.key != key:
+            raise _damaged(folder / MANIFEST, stage, f"is of another key, {manifest.key[:SHORT]}")
+        for name, entry in manifest.files.items():
+            try:
+                size = (folder / name).stat().st_size
+            except OSError:
+                raise _damaged(folder / name, stage, "is missing") from None
+            if size != entry.bytes:
+                raise _damaged(folder / name, stage, f"has {size} bytes instead of {entry.bytes}")
+        return manifest.ref(folder)
+
+    def _lock(self, stage: str, key: str) -> Path:
+        return self.root / stage / f".lock-{key[:SHORT]}"
+
+
+def _names(text: str, manifest: Manifest) -> bool:
+    stage, slash, prefix = text.rpartition("/")
+    if slash:
+        return stage == manifest.stage and bool(prefix) and manifest.key.startswith(prefix)
+    if text == manifest.stage:
+        return True
+    return len(text) >= 4 and (manifest.key.startswith(text) or manifest.content_id.startswith(text))
+
+
+def _holds_other_content(folder: Path, content: str) -> bool:
+    """A replaced artifact stays (hidden) only if it is sound and others may have been made from its content."""
+    try:
+        return read_manifest(folder).content_id != content
+    except DraftsmithError:
+        return False
+
+
+def _remedy(stage: str) -> str:
+    return f"make it again with `draftsmith refresh --force {stage}`"
+
+
+def _damaged(path: Path, stage: str, what: str) -> DraftsmithError:
+    return DraftsmithError(f"{path}: {what}; {_remedy(stage)}")

@@ -1,0 +1,287 @@
+"""MLflow's view of refreshes and stages. The store is the truth: a tracking failure is a warning, never a loss."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import re
+import secrets
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from artifacts.errors import DraftsmithError
+from artifacts.home import home
+from artifacts.locks import is_locked, locked
+from artifacts.manifest import MANIFEST, ArtifactRef
+from artifacts.mlflow_terms import METRICS_PER_BATCH, log_datasets, log_metrics, log_params, upgrade_database
+from artifacts.store import Store
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+log = logging.getLogger(__name__)
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+EXPERIMENT = "draftsmith"
+REVIEW_FILES = (MANIFEST, "summary.json", "evaluation.json", "drafter.json", "report.html", "*.svg", "*.png")
+REVIEW_BYTES = 20_000_000  # anything larger is no review file
+FLUSH_S = 5.0  # metrics reach MLflow at most this late
+
+
+class Tracking:
+    """One process's connection to MLflow: the default database under `folder` (the home), or `MLFLOW_TRACKING_URI`."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = (folder or home()).resolve()
+        self.default_uri = f"sqlite:///{self.folder / 'mlflow.db'}"
+        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or self.default_uri
+        self._connected: tuple[MlflowClient, str] | None = None
+        self._warned = False
+        self._refresh: str | None = None
+        self._refresh_lock = ExitStack()
+
+    @property
+    def ui_command(self) -> str:
+        """What a user runs to look at the runs."""
+        return f"mlflow ui --backend-store-uri {self.uri}" if _is_db(self.uri) else self.uri
+
+    def check(self) -> None:
+        """One clear error, within seconds, if MLflow cannot be used. Call it before long work."""
+        try:
+            if self.uri.startswith(("http://", "https://")):
+                _reach(self.uri)
+            self._connect()
+        except Exception as error:
+            what, fix = "MLflow's database", "make it writable, or move it away to start a new one"
+            if self.uri != self.default_uri:
+                what, fix = "MLFLOW_TRACKING_URI", "start the server, correct the variable, or unset it to use SQLite"
+            raise DraftsmithError(f"{what} {_redacted(self.uri)}: {_first_line(error)}; {fix}") from error
+
+    def open_refresh(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> str | None:
+        """Start the run of a refresh; None if MLflow failed. It counts as alive as long as this process lives."""
+        key = secrets.token_hex(16)
+        with self._tolerant():
+            client, experiment = self._connect()
+            self._refresh_lock.enter_context(locked(self._refresh_file(key)))
+            self._refresh_lock.callback(self._refresh_file(key).unlink)
+            mine = self._tags("refresh", key) | dict(tags or {})
+            self._refresh = client.create_run(experiment, run_name=name, tags=mine).info.run_id
+            log_params(client, self._refresh, params)
+        return self._refresh
+
+    def close_refresh(
+        self, status: Status, metrics: Mapping[str, float] | None = None, files: Iterable[Path] = ()
+    ) -> None:
+        """End the refresh's run with its headline metrics and files (the report)."""
+        run_id, self._refresh = self._refresh, None
+        if run_id is not None:
+            with self._tolerant():
+                client, _ = self._connect()
+                log_metrics(client, run_id, [(name, value, 0) for name, value in (metrics or {}).items()])
+                for file in files:
+                    client.log_artifact(run_id, str(file))
+                client.set_terminated(run_id, status)
+        self._refresh_lock.close()
+
+    def stage_run(
+        self,
+        parent_run_id: str | None,
+        stage: str,
+        key: str,
+        *,
+        name: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        inputs: Mapping[str, ArtifactRef] | None = None,
+        existing_run_id: str | None = None,
+    ) -> StageRun:
+        """The nested run of a stage, with its config and its data sets. Call it with the key's lock held.
+
+        An unfinished run of the same key (or `existing_run_id`) is resumed by its id. `name` defaults to the stage's.
+        """
+        run = StageRun(self)
+        with self._tolerant(run):
+            client, experiment = self._connect()
+            tags = self._tags(stage, key) | ({"mlflow.parentRunId": parent_run_id} if parent_run_id else {})
+            old = self._unfinished(key) if existing_run_id is None else client.get_run(existing_run_id)
+            if old is None:
+                run.run_id = client.create_run(experiment, run_name=name or stage, tags=tags).info.run_id
+            else:
+                run.run_id, run.resumed = old.info.run_id, True
+                client.update_run(run.run_id, status="RUNNING")
+                for tag, value in tags.items():
+                    client.set_tag(run.run_id, tag, value)
+            if old is None or not old.data.params:
+                log_params(client, run.run_id, params or {})
+            log_datasets(client, run.run_id, inputs or {})
+        return run
+
+    def close_dead_runs(self, store: Store) -> list[str]:
+        """End, as KILLED, the runs of this machine and home whose process is gone; their names are returned."""
+        closed: list[str] = []
+        with self._tolerant():
+            client, _ = self._connect()
+            for run in self._search("attributes.status = 'RUNNING'"):
+                stage, key = run.data.tags["draftsmith.stage"], run.data.tags["draftsmith.key"]
+                held = is_locked(self._refresh_file(key)) if stage == "refresh" else store.is_claimed(stage, key)
+                if not held:
+                    client.set_tag(run.info.run_id, "draftsmith.closed", "its process was gone")
+                    client.set_terminated(run.info.run_id, "KILLED")
+                    closed.append(run.info.run_name)
+        return closed
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _connect(self) -> tuple[MlflowClient, str]:
+        """The client and the experiment's id; migrates a database first, one process at a time."""
+        if self._connected is None:
+            os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read while mlflow is imported
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+            with locked(self.folder / ".lock-mlflow"):
+                for noisy in ("alembic", "mlflow"):
+                    logging.getLogger(noisy).setLevel(logging.WARNING)
+                from mlflow import MlflowClient
+
+                logging.getLogger("mlflow").setLevel(logging.WARNING)  # its import configured it again
+                client = MlflowClient(self.uri, registry_uri=self.uri)
+                try:
+                    experiment = self._experiment(client)
+                except Exception as error:
+                    if self.uri != self.default_uri or "out-of-date database schema" not in str(error):
+                        raise
+                    upgrade_database(self.uri)
+                    experiment = self._experiment(client)
+            self._connected = client, experiment
+        return self._connected
+
+    def _experiment(self, client: MlflowClient) -> str:
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            # A server decides for itself where artifacts go; for a bare database, this home keeps them.
+            location = (self.folder / "mlartifacts" / name).as_uri() if _is_db(self.uri) else None
+            return client.create_experiment(name, artifact_location=location)
+        return found.experiment_id
+
+    def _tags(self, stage: str, key: str) -> dict[str, str]:
+        return {
+            "draftsmith.stage": stage,
+            "draftsmith.key": key,
+            "draftsmith.host": platform.node(),  # locks tell nothing about the processes of another machine
+            "draftsmith.home": str(self.folder),
+        }
+
+    def _search(self, condition: str) -> list[Run]:
+        client, experiment = self._connect()
+        runs = client.search_runs([experiment], condition, max_results=1000)
+        mine = self._tags("", "")
+        same = ("draftsmith.host", "draftsmith.home")
+        return [run for run in runs if all(run.data.tags.get(tag) == mine[tag] for tag in same)]
+
+    def _unfinished(self, key: str) -> Run | None:
+        runs = self._search(f"tags.`draftsmith.key` = '{key}' and attributes.status != 'FINISHED'")
+        return max(runs, key=lambda run: run.info.start_time, default=None)
+
+    def _refresh_file(self, key: str) -> Path:
+        return self.folder / "refreshes" / f".lock-{key[:16]}"
+
+    @contextmanager
+    def _tolerant(self, run: StageRun | None = None) -> Iterator[None]:
+        """Swallow any failure of MLflow with one warning; a stage's run is given up, its stage goes on."""
+        try:
+            yield
+        except Exception as error:
+            if run is not None:
+                run.given_up = True
+            if not self._warned:
+                log.warning(
+                    "MLflow at %s failed (%s): results are kept in the store, MLflow may lack a part",
+                    _redacted(self.uri),
+                    _first_line(error),
+                )
+            self._warned = True
+
+
+class StageRun:
+    """The run of one stage. Metrics are sent in batches, so that a lost or slow MLflow does not hold up the stage."""
+
+    def __init__(self, tracking: Tracking) -> None:
+        self.run_id: str | None = None
+        self.resumed = False
+        self.given_up = False
+        self._tracking = tracking
+        self._buffer: list[tuple[str, float, int]] = []
+        self._flushed = time.monotonic()
+        self._last_step: dict[str, int] = {}  # of a resumed run: steps that MLflow already has are not sent again
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Values of one step; they reach MLflow within `FLUSH_S` seconds of a later call, or when the run ends."""
+        self._buffer += [(name, float(value), step) for name, value in values.items()]
+        if len(self._buffer) >= METRICS_PER_BATCH or time.monotonic() - self._flushed > FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        points, self._buffer, self._flushed = self._buffer, [], time.monotonic()
+
+        def send(client: MlflowClient, run_id: str) -> None:
+            log_metrics(client, run_id, [p for p in points if p[2] > self._known_step(client, run_id, p[0])])
+
+        self._do(send)
+
+    def close(self, status: Status, metrics: Mapping[str, float] | None = None, folder: Path | None = None) -> None:
+        """End the run with its final figures and the review files of the artifact's `folder`, never its weights."""
+        self.flush()
+
+        def end(client: MlflowClient, run_id: str) -> None:
+            log_metrics(client, run_id, [(name, float(value), 0) for name, value in (metrics or {}).items()])
+            for path in _review_files(folder) if folder is not None else ():
+                client.log_artifact(run_id, str(path))
+            client.set_terminated(run_id, status)
+
+        self._do(end)
+
+    def _do(self, act: Callable[[MlflowClient, str], None]) -> None:
+        if self.run_id is not None and not self.given_up:
+            with self._tracking._tolerant(self):
+                act(self._tracking._connect()[0], self.run_id)
+
+    def _known_step(self, client: MlflowClient, run_id: str, name: str) -> int:
+        if not self.resumed:
+            return -1
+        if name not in self._last_step:
+            history = client.get_metric_history(run_id, name)
+            self._last_step[name] = max((metric.step for metric in history), default=-1)
+        return self._last_step[name]
+
+
+def _review_files(folder: Path) -> list[Path]:
+    found = [path for pattern in REVIEW_FILES for path in sorted(folder.glob(pattern))]
+    return [path for path in found if path.stat().st_size <= REVIEW_BYTES]
+
+
+def _reach(uri: str, timeout_s: float = 5.0) -> None:
+    """Any HTTP answer will do, whatever its status: MLflow's client then says what it thinks of it."""
+    try:
+        urllib.request.urlopen(uri, timeout=timeout_s).close()
+    except urllib.error.HTTPError:
+        return
+
+
+def _is_db(uri: str) -> bool:
+    return uri.startswith(("sqlite:", "postgresql", "mysql", "mssql"))
+
+
+def _redacted(uri: str) -> str:
+    return re.sub(r"(://[^/@:]*:)[^/@]*@", r"\1***@", uri)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

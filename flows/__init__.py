@@ -1,0 +1,1 @@
+"""Prefect flows, the plan of a refresh and the `draftsmith` command."""

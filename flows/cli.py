@@ -1,0 +1,225 @@
+"""The `draftsmith` command. Its help is instant: everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from artifacts.errors import EXIT_INTERRUPTED, DraftsmithError, from_os_error
+
+if TYPE_CHECKING:
+    from flows.graph import Pipeline, PlannedNode
+    from flows.options import RunOptions
+
+_EXIT_UNEXPECTED = 1
+_EXIT_TERMINATED = 128 + signal.SIGTERM
+_DESCRIPTION = "Keep the draft model of speculative decoding matched to its target."
+_EPILOG = (
+    "Everything is kept under DRAFTSMITH_HOME (.draftsmith here by default). PREFECT_API_URL and MLFLOW_TRACKING_URI "
+    "switch to existing servers. DRAFTSMITH_DEBUG=1 shows tracebacks."
+)
+
+
+def main(arguments: Sequence[str] | None = None, pipeline: Pipeline | None = None) -> int:
+    """Run the command and return its exit code. `pipeline` is the refresh unless given."""
+    options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _terminate)
+    _show_warnings()
+    try:
+        options.run(options, pipeline or _refresh_pipeline())
+    except KeyboardInterrupt:
+        return _fail(
+            "interrupted; what was finished or saved is kept: run the same command again to continue", EXIT_INTERRUPTED
+        )
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `draftsmith status | head`
+        return 0
+    except DraftsmithError as error:
+        return _fail(str(error), error.exit_code, error)
+    except OSError as error:
+        disk = from_os_error(error, "working with")
+        return _fail(str(disk), disk.exit_code, error)
+    except Exception as error:
+        text = " ".join(str(error).split()) or "no message"
+        advice = "set DRAFTSMITH_DEBUG=1 for the traceback"
+        return _fail(f"unexpected {type(error).__name__}: {text} ({advice})", _EXIT_UNEXPECTED, error)
+    return 0
+
+
+def _fail(message: str, code: int, error: BaseException | None = None) -> int:
+    if error is not None and os.environ.get("DRAFTSMITH_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exception(error)
+    print(f"draftsmith: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> None:
+    raise SystemExit(_EXIT_TERMINATED)
+
+
+def _show_warnings() -> None:
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("draftsmith: %(levelname)s: %(message)s"))
+    for name in ("artifacts", "draftsmith"):
+        logging.getLogger(name).handlers = [handler]
+
+
+def _refresh_pipeline() -> Pipeline:
+    from flows.refresh_graph import REFRESH
+
+    return REFRESH
+
+
+# -- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="draftsmith", description=_DESCRIPTION, epilog=_EPILOG)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    refresh = commands.add_parser("refresh", help="run a whole refresh; what has not changed is reused")
+    _add_config(refresh)
+    refresh.add_argument(
+        "--force", action="append", default=[], metavar="NODE", help="make this node again although it is there"
+    )
+    refresh.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
+    refresh.set_defaults(run=_refresh)
+
+    stage = commands.add_parser("stage", help="run one node of the refresh, with its inputs taken from the store")
+    stage.add_argument("name", metavar="NAME", help="the node, as in `draftsmith refresh --plan`")
+    _add_config(stage)
+    stage.add_argument("--force", action="store_true", help="make it again although it is there")
+    stage.set_defaults(run=_stage)
+
+    status = commands.add_parser("status", help="what is done, unfinished, running or failed")
+    _add_config(status, optional=True)
+    status.set_defaults(run=_status)
+
+    show = commands.add_parser("show", help="an artifact: where it comes from, its files, a look inside")
+    show.add_argument("artifact", metavar="ARTIFACT", help="a stage, the start of a key or content id, or a path")
+    show.set_defaults(run=_show)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    parser.add_argument(
+        "config", metavar="CONFIG", type=Path, nargs="?" if optional else None, help="YAML file of the run"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="FIELD=VALUE",
+        help="change a field: sft.steps=200",
+    )
+
+
+# -- commands --------------------------------------------------------------------------------------------------------
+
+
+def _refresh(options: argparse.Namespace, pipeline: Pipeline) -> None:
+    from artifacts.home import home
+    from artifacts.store import Store
+    from artifacts.tracking import Tracking
+    from flows.display import Display
+    from flows.graph import plan
+    from flows.prefect_server import start_prefect_server
+    from flows.preflight import check_home
+
+    display = Display()
+    config = _read(options, pipeline)
+    planned = plan(config, Store(home() / "store"), pipeline, options.force)
+    display.plan(planned)
+    if options.plan:
+        return
+    check_home(home(), config)
+    server = start_prefect_server(home())
+    tracking = Tracking(home())
+    tracking.check()  # while the server starts
+    module, _, attribute = pipeline.flow.partition(":")
+    flow = getattr(importlib.import_module(module), attribute)
+    server.wait()
+    made: dict[str, dict[str, Any]] = flow(config, force=options.force)
+    display.results({name: Path(each["path"]) for name, each in made.items()}, tracking.ui_command)
+
+
+def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
+    from artifacts.home import home
+    from artifacts.store import Store
+    from artifacts.tracking import Tracking
+    from flows.display import Display
+    from flows.graph import plan
+    from flows.node_run import Workshop, make
+    from flows.preflight import check_home, check_target
+
+    config = _read(options, pipeline)
+    planned = {item.node.name: item for item in plan(config, Store(home() / "store"), pipeline)}
+    if options.name not in planned:
+        raise DraftsmithError(f"no node {options.name!r}: use one of {', '.join(planned)}")
+    node = planned[options.name].node
+    inputs = {}
+    for name, source in node.inputs.items():
+        ref = planned[source].ref
+        if ref is None:
+            raise DraftsmithError(_missing_input(options, name, planned[source]))
+        inputs[name] = ref
+    check_home(home(), config)
+    if "target" in inputs:
+        check_target([node], inputs["target"].path)
+    tracking = Tracking(home())
+    tracking.check()
+    display = Display()
+    made = make(Workshop(home(), config, pipeline, display, tracking), node, inputs, force=options.force)
+    display.line(f"{node.name}: {made.ref.path}")
+
+
+def _missing_input(options: argparse.Namespace, name: str, source: PlannedNode) -> str:
+    from flows.graph import Status
+
+    rest = [str(options.config), *(word for override in options.overrides for word in ("--set", override))]
+    made_alone = source.status is not Status.AFTER  # else its own inputs are missing too
+    command = ["draftsmith", "stage", source.node.name, *rest] if made_alone else ["draftsmith", "refresh", *rest]
+    return (
+        f"stage {options.name}: its input {name!r} (node {source.node.name}) is not in the store: make it with "
+        f"`{shlex.join(command)}`"
+    )
+
+
+def _status(options: argparse.Namespace, pipeline: Pipeline) -> None:
+    from flows import inspection
+    from flows.display import Display
+
+    if options.config is None:
+        inspection.status_of_store(Display())
+    else:
+        inspection.status_of_config(Display(), _read(options, pipeline), pipeline)
+
+
+def _show(options: argparse.Namespace, _pipeline: Pipeline) -> None:
+    from flows import inspection
+    from flows.display import Display
+
+    inspection.show(Display(), options.artifact)
+
+
+def _read(options: argparse.Namespace, pipeline: Pipeline) -> RunOptions:
+    from flows.config_file import read_config
+
+    return read_config(options.config, options.overrides, pipeline.config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

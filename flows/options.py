@@ -1,0 +1,39 @@
+"""Options of a run that change how stages are run, never what they compute: no part of any artifact's key."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from stages.contract import Config
+
+
+class StageOptions(Config):
+    """How stage processes are run."""
+
+    time_limit_minutes: float = Field(default=24 * 60, gt=0)
+    """Wall-clock limit of one attempt at one stage."""
+    time_limits: dict[str, float] = Field(default_factory=dict)
+    """Minutes for single nodes, by name, e.g. `{sft: 30}`."""
+    grace_seconds: float = Field(default=60, ge=0)
+    """Time to save after a stage is asked to stop, before it is killed."""
+    retries: int = Field(default=2, ge=0, le=20)
+    """Further attempts after the loss of something outside (an engine, a queue); never after any other error."""
+    retry_delay_seconds: float = Field(default=10, ge=0)
+    """Before the first retry; doubles with every further one."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of the numerical libraries; None leaves it to them."""
+    min_free_gb: float = Field(default=2, ge=0)
+    """Free disk space (10^9 bytes) that must be there before a run starts."""
+
+    def time_limit_s(self, node: str) -> float:
+        return 60 * self.time_limits.get(node, self.time_limit_minutes)
+
+
+class RunOptions(Config):
+    """What every run config has, whatever its stages."""
+
+    name: str = Field(min_length=1)
+    """Name of the run in Prefect and MLflow."""
+    seed: int = Field(default=0, ge=0)
+    """Of every stage; part of the keys."""
+    stages: StageOptions = StageOptions()

@@ -1,0 +1,60 @@
+"""The contract between a stage and whoever runs it: its declaration, and what its body may use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Config(BaseModel):
+    """Base of every config section: frozen, and an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StageContext(Protocol):
+    """What a stage body may use. Implemented by `stages.__main__` for a real run and by plain objects in tests."""
+
+    out: Path  # its content becomes the artifact; kept between attempts until the artifact is complete
+    work: Path  # shards and checkpoints of an unfinished attempt; dropped when the artifact is complete
+    inputs: Mapping[str, Path]  # input name -> folder of a complete artifact
+    seed: int
+
+    def log(self, message: str) -> None:
+        """One line for the log of the run."""
+
+    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
+        """Work done so far; the runner adds rate and time left. `figures` are shown beside it, e.g. loss=2.1."""
+
+    def metrics(self, step: int, **values: float) -> None:
+        """Values over steps (written to `metrics.jsonl`, and to MLflow by the flow)."""
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop metrics at `step` and later: a resumed stage writes them again."""
+
+    def summary(self, **values: float) -> None:
+        """Final figures of the stage: kept in the manifest, shown in the plan and in MLflow."""
+
+    @property
+    def interrupted(self) -> bool:
+        """Was the stage asked to stop? Save, then call `check_interrupted`."""
+
+    def check_interrupted(self) -> None:
+        """Raise `StageInterrupted` if the stage was asked to stop. Call it where everything is saved."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage as its module declares it: `STAGE = Stage(...)`."""
+
+    name: str
+    config: type[Config]
+    inputs: tuple[str, ...]  # names of the artifacts that it reads; a trailing "?" marks an optional one
+    run: Callable[[StageContext, Any], None]
+    # Cheap checks of the config against the resolved target (folder with target.json); no weights are loaded.
+    preflight: Callable[[Any, Path], None] | None = None
+    volatile: tuple[str, ...] = field(default=("metrics.jsonl",))  # files that differ between identical runs (timings)

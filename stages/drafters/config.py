@@ -1,0 +1,44 @@
+"""What a new drafter looks like, and how a drafter is used when it drafts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from stages.contract import Config
+
+
+class DFlashConfig(Config):
+    """Shape of a new DFlash drafter. Sizes left out follow the target, as z-lab's checkpoints do."""
+
+    kind: Literal["dflash"] = "dflash"
+    num_layers: Annotated[int, Field(ge=1)] = 5
+    block_size: Annotated[int, Field(ge=2, description="anchor + proposals")] = 16
+    target_layer_ids: Annotated[
+        tuple[int, ...] | None,
+        Field(description="layer k = the hidden state AFTER target layer k; left out: spread over the depth"),
+    ] = None
+    num_target_features: Annotated[
+        int | None, Field(ge=1, description="how many target layers to spread; left out: one a drafter layer")
+    ] = None
+    mask_token: Annotated[
+        str | None, Field(description="a token of the target's vocabulary; left out: the tokenizer's mask token")
+    ] = None
+    intermediate_size: int | None = None
+
+    @model_validator(mode="after")
+    def _one_way_to_name_layers(self) -> DFlashConfig:
+        if self.target_layer_ids is not None and self.num_target_features is not None:
+            raise ValueError("give target_layer_ids or num_target_features, not both")
+        return self
+
+
+class DraftingConfig(Config):
+    """How a drafter drafts. Part of every trace: other settings propose other tokens."""
+
+    block_size: Annotated[int | None, Field(ge=2, description="left out: the trained block size")] = None
+    head_tokens: Annotated[
+        int | None,
+        Field(ge=2, description="propose only from this many most frequent tokens; embedded engine only"),
+    ] = None

@@ -1,0 +1,201 @@
+"""The DFlash draft model: a small bidirectional transformer over one block, reading the target's features.
+
+Source: arXiv 2602.06036, section 3, and the parameter layout of z-lab's public checkpoints.
+Queries are the embeddings of `[anchor, MASK × (B-1)]`; keys and values are the target's features before the anchor
+and the block itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
+
+from stages.drafters.base import Context, Drafter, DrafterInfo
+from stages.targets.slots import KeyValueSlots, Rows
+
+
+@dataclass
+class FeatureContext(Context):
+    """Per layer keys and values [B, kv_heads, T, head_dim] of the target's features, rotated to their positions."""
+
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+    positions: torch.Tensor  # [B, T]
+
+
+@dataclass
+class SlotContext(Context):
+    """The same while decoding: one row a request, entry index = position."""
+
+    layers: list[KeyValueSlots]
+
+
+class DFlashAttention(nn.Module):
+    """Block queries over context and block. `k_proj`, `v_proj` and `k_norm` serve both."""
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        self.head_dim: int = config.head_dim
+        width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))  # [..., heads, head_dim]
+
+    def keys_values(
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x: [B, T, H] → rotated keys and values, each [B, kv_heads, T, head_dim]."""
+        keys = self.k_norm(self._heads(self.k_proj(x))).transpose(1, 2)
+        keys, _ = apply_rotary_pos_emb(keys, keys, *rope)
+        return keys, self._heads(self.v_proj(x)).transpose(1, 2)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        context: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """x: [B, Q, H] block positions; mask: bool [B, 1, Q, T + Q], True = may attend."""
+        queries = self.q_norm(self._heads(self.q_proj(x))).transpose(1, 2)
+        queries, _ = apply_rotary_pos_emb(queries, queries, *rope)
+        keys, values = self.keys_values(x, rope)
+        keys = torch.cat([context[0].to(keys.dtype), keys], 2)
+        values = torch.cat([context[1].to(values.dtype), values], 2)
+        grouped = queries.shape[1] != keys.shape[1]
+        out = F.scaled_dot_product_attention(
+            queries.to(values.dtype), keys.to(values.dtype), values, attn_mask=mask, enable_gqa=grouped
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class DFlashLayer(nn.Module):
+    """A Qwen3 decoder layer around DFlash attention."""
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        self.self_attn = DFlashAttention(config)
+        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def keys_values(
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the context, which is read as it is: `input_layernorm` is for the block only."""
+        return self.self_attn.keys_values(x, rope)
+
+    def forward(self, x: torch.Tensor, *attention_arguments: Any) -> torch.Tensor:
+        """x: [B, Q, H]; the other arguments are those of `DFlashAttention.forward`."""
+        x = x + self.self_attn(self.input_layernorm(x), *attention_arguments)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def block_mask(context_positions: torch.Tensor, anchors: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Which keys each block query sees: context at positions < its anchor, and its own block in both directions.
+
+    context_positions: [B, T]; anchors: [B, A]. Returns bool [B, 1, A*block_size, T + A*block_size].
+    """
+    B, A = anchors.shape
+    context = context_positions[:, None, :] < anchors[:, :, None]  # [B, A, T]
+    context = context.repeat_interleave(block_size, 1)
+    block_of = torch.arange(A, device=anchors.device).repeat_interleave(block_size)
+    own = (block_of[:, None] == block_of[None, :]).expand(B, -1, -1)
+    return torch.cat([context, own], -1)[:, None]
+
+
+class DFlashDrafter(Drafter):
+    """Parameter names are z-lab's: `fc`, `hidden_norm`, `norm`, `layers.{i}.…`. Embedding and head are the target's."""
+
+    def __init__(self, config: Qwen3Config, embedding: torch.Tensor):
+        """config: Qwen3 fields plus `block_size` and `dflash_config` (FORMATS: z-lab layout). embedding: [V, H]."""
+        super().__init__()
+        self.config = config
+        self.block_size: int = config.block_size
+        self.target_layer_ids: list[int] = list(config.dflash_config["target_layer_ids"])
+        self.mask_token_id: int = config.dflash_config["mask_token_id"]
+        self.frequent_tokens: torch.Tensor | None = None
+        self.info = DrafterInfo()
+        self._embedding = (embedding,)  # in a tuple: neither a parameter nor a buffer of this module
+        self.fc = nn.Linear(len(self.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
+        self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList([DFlashLayer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary = Qwen3RotaryEmbedding(config)
+
+    def initialise(self, generator: torch.Generator, head_weight: torch.Tensor) -> None:
+        """Random weights whose first logits have a spread of about one.
+
+        The frozen head expects the scale of the target's final norm, which may be tens of units: with it a random
+        drafter starts at a cross-entropy of 50. The final norm starts where the logits have unit variance instead.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                scale = (
+                    0.02 if "down_proj" not in name and "o_proj" not in name else 0.02 / (2 * len(self.layers)) ** 0.5
+                )
+                nn.init.normal_(parameter, std=scale, generator=generator)
+        row_norm = head_weight.float().norm(dim=-1).mean()
+        nn.init.constant_(self.norm.weight, float(1.0 / row_norm))
+
+    def _rope(self, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.rotary(like, position_ids=positions)
+
+    def encode(self, features: torch.Tensor, positions: torch.Tensor) -> FeatureContext:
+        x = self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
+        rope = self._rope(positions, x)
+        return FeatureContext([layer.keys_values(x, rope) for layer in self._layers()], positions)
+
+    def _layers(self) -> Iterator[DFlashLayer]:
+        for layer in self.layers:
+            assert isinstance(layer, DFlashLayer)
+            yield layer
+
+    def block_hidden(
+        self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor, block_size: int
+    ) -> torch.Tensor:
+        assert isinstance(context, FeatureContext)
+        B, A = anchors.shape
+        tokens = anchor_tokens.new_full((B, A, block_size), self.mask_token_id)
+        tokens[..., 0] = anchor_tokens
+        positions = (anchors[..., None] + torch.arange(block_size, device=anchors.device)).flatten(1)
+        x = F.embedding(tokens.flatten(1), self._embedding[0]).to(self.fc.weight.dtype)
+        mask = block_mask(context.positions, anchors, block_size)
+        rope = self._rope(positions, x)
+        for layer, keys_values in zip(self._layers(), context.layers, strict=True):
+            x = layer(x, rope, keys_values, mask)
+        return self.norm(x).unflatten(1, (A, block_size))[:, :, 1:]
+
+    def new_context(self, rows: int, capacity: int) -> SlotContext:
+        return SlotContext([KeyValueSlots(rows, capacity) for _ in self.layers])
+
+    def extend(self, context: Context, rows: Rows, features: torch.Tensor, positions: torch.Tensor) -> None:
+        assert isinstance(context, SlotContext)
+        if isinstance(rows, slice):
+            rows = torch.arange(rows.start, rows.stop, device=positions.device)
+        encoded = self.encode(features, positions)
+        for slots, (keys, values) in zip(context.layers, encoded.layers, strict=True):
+            slots.write(rows[:, None], positions, keys.transpose(1, 2), values.transpose(1, 2))
+
+    def select(self, context: Context, rows: Rows, length: int) -> FeatureContext:
+        assert isinstance(context, SlotContext)
+        layers = [slots.read(rows, length) for slots in context.layers]
+        positions = torch.arange(length, device=layers[0][0].device).expand(layers[0][0].shape[0], -1)
+        return FeatureContext(layers, positions)
+
+    def move_row(self, context: Context, source: int, to: int) -> None:
+        assert isinstance(context, SlotContext)
+        for slots in context.layers:
+            slots.move_row(source, to)

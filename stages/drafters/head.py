@@ -1,0 +1,48 @@
+"""The target's head over all tokens, or over a part of the vocabulary: less work when most tokens never occur."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+
+def flat_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [..., H] times weight [V, H], as one matrix product.
+
+    A view with more dimensions that is not contiguous would become a batched product that copies the whole weight.
+    """
+    return F.linear(x.reshape(-1, x.shape[-1]), weight).unflatten(0, x.shape[:-1])
+
+
+@dataclass(frozen=True)
+class Head:
+    """weight: [V', H], frozen. token_ids: [V'] sorted ids of the target's vocabulary, or None for all of it."""
+
+    weight: torch.Tensor
+    token_ids: torch.Tensor | None = None
+
+    @classmethod
+    def over(cls, weight: torch.Tensor, token_ids: torch.Tensor | None) -> Head:
+        """Rows `token_ids` of the full head `weight` [V, H]."""
+        if token_ids is None or token_ids.numel() >= weight.shape[0]:
+            return cls(weight)
+        ids = token_ids.unique().to(weight.device)
+        return cls(weight[ids].contiguous(), ids)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [..., H] → float32 logits [..., V']."""
+        return flat_linear(hidden.to(self.weight.dtype), self.weight).float()
+
+    def to_tokens(self, index: torch.Tensor) -> torch.Tensor:
+        """Columns of the logits → token ids."""
+        return index if self.token_ids is None else self.token_ids[index]
+
+    def to_columns(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids → (columns of the logits, bool: is the token in this head). Columns of absent tokens are 0."""
+        if self.token_ids is None:
+            return tokens, torch.ones_like(tokens, dtype=torch.bool)
+        columns = torch.searchsorted(self.token_ids, tokens).clamp(max=self.token_ids.numel() - 1)
+        present = self.token_ids[columns] == tokens
+        return torch.where(present, columns, 0), present

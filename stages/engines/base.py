@@ -1,0 +1,63 @@
+"""The data that every engine takes and returns, and the interface between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the target's tokens are drawn."""
+
+    max_new_tokens: int
+    temperature: float = 0.0  # 0 = greedy
+    top_p: float = 1.0
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to answer. The same seed gives the same answer, whatever else is in the batch (up to float ties)."""
+
+    request_id: str
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class VerifyStep:
+    """One verification: what was proposed behind which anchor, and how much of it was kept."""
+
+    anchor: int  # absolute position (prompt + response) of the last committed token
+    accepted: int  # proposals kept, 0 … block_size-1
+    proposed: list[int]  # block_size-1 tokens
+
+
+@dataclass
+class Completion:
+    """The answer to a request.
+
+    `seconds` is its latency, from the start of its prefill; draft and verify seconds are its share of the work: the
+    time of a batch's step divided by the rows in it.
+    """
+
+    request: Request
+    response_ids: list[int] = field(default_factory=list)
+    finish_reason: str = ""  # "stop" or "length"
+    steps: list[VerifyStep] = field(default_factory=list)  # empty for plain decoding
+    seconds: float = 0.0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+
+
+class Engine(Protocol):
+    """Generates with the target, with or without a drafter in the loop; the answers follow the same law."""
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Answers in the order in which they finish."""

@@ -1,0 +1,182 @@
+"""The embedded engine: batched decoding in this process, plain or with a drafter in the loop, lossless.
+
+Every request owns a row of the key/value memory. A finished row is refilled from the queue at once, so the batch stays
+full. Invariant between steps: the target's cache and the drafter's context hold exactly the positions before `anchor`,
+the position of the last committed token, which is the next input.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+
+from artifacts.errors import DraftsmithError
+from stages.drafters.base import Drafter
+from stages.drafters.config import DraftingConfig
+from stages.engines.base import Completion, Request, VerifyStep
+from stages.engines.sampling import draw
+from stages.targets.causal_lm import Target
+from stages.targets.slots import Rows
+
+
+@dataclass
+class _Row:
+    """A request in flight."""
+
+    done: Completion
+    anchor: int  # absolute position of the last committed token
+    started: float
+
+    @property
+    def request(self) -> Request:
+        return self.done.request
+
+    @property
+    def last_token(self) -> int:
+        return self.done.response_ids[-1]
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still be committed."""
+        return self.request.sampling.max_new_tokens - len(self.done.response_ids)
+
+    def commit(self, tokens: list[int], eos_ids: frozenset[int]) -> int:
+        """Append tokens up to a stop token or the length limit; returns how many were kept."""
+        kept = 0
+        for token in tokens[: self.room]:
+            self.done.response_ids.append(token)
+            kept += 1
+            if token in eos_ids:
+                self.done.finish_reason = "stop"
+                break
+        if not self.done.finish_reason and self.room == 0:
+            self.done.finish_reason = "length"
+        self.anchor += kept
+        return kept
+
+
+class EmbeddedEngine:
+    """Greedy or sampled decoding of many requests; with a drafter, target-assisted (speculative) decoding.
+
+    slots: requests in flight. capacity: positions a request may use (prompt + response + one block).
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter | None = None,
+        *,
+        slots: int = 8,
+        capacity: int = 1024,
+        drafting: DraftingConfig | None = None,
+    ):
+        self.target, self.drafter, self.slots, self.capacity = target, drafter, slots, capacity
+        self.layer_ids = tuple(drafter.target_layer_ids) if drafter else ()
+        drafting = drafting or DraftingConfig()
+        if drafter:
+            self.block_size = drafting.block_size or drafter.block_size
+            if self.block_size > drafter.block_size:
+                raise DraftsmithError(
+                    f"drafting.block_size: {self.block_size} is larger than the trained {drafter.block_size}; lower it"
+                )
+            self.head = drafter.drafting_head(target.head_weight, drafting.head_tokens)
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Answers in the order in which they finish. Closing the iterator drops what is in flight."""
+        queue = iter(requests)
+        self.cache = self.target.new_cache(self.slots, self.capacity)
+        self.context = self.drafter.new_context(self.slots, self.capacity) if self.drafter else None
+        rows: list[_Row] = []
+        while True:
+            arrivals = list(islice(queue, self.slots - len(rows)))
+            if arrivals:
+                rows += self._prefill(arrivals, first_row=len(rows))
+            if not rows:
+                return
+            if not any(row.done.finish_reason for row in rows):  # a first token may already be a stop token
+                self._decode(rows)
+            for index in reversed(range(len(rows))):
+                if rows[index].done.finish_reason:
+                    yield self._retire(rows, index)
+
+    def _retire(self, rows: list[_Row], index: int) -> Completion:
+        """Take a finished row out and move the last one into its place: rows in flight stay contiguous."""
+        row, last = rows[index], rows.pop()
+        if last is not row:
+            rows[index] = last
+            self.cache.move_row(len(rows), index)
+            if self.drafter and self.context:
+                self.drafter.move_row(self.context, len(rows), index)
+        row.done.seconds = time.perf_counter() - row.started
+        return row.done
+
+    def _prefill(self, requests: list[Request], first_row: int) -> list[_Row]:
+        """Read the prompts and commit each one's first token."""
+        started = time.perf_counter()
+        for request in requests:
+            if len(request.prompt_ids) + request.sampling.max_new_tokens > self.capacity:
+                raise DraftsmithError(
+                    f"request {request.request_id}: {len(request.prompt_ids)} prompt + "
+                    f"{request.sampling.max_new_tokens} new tokens exceed the engine's capacity of {self.capacity}"
+                )
+        device = self.target.device
+        lengths = torch.tensor([len(r.prompt_ids) for r in requests], device=device)
+        width = int(lengths.max())
+        ids = torch.tensor([r.prompt_ids + [0] * (width - len(r.prompt_ids)) for r in requests], device=device)
+        positions = torch.arange(width, device=device).expand(len(requests), -1)
+        at: Rows = slice(first_row, first_row + len(requests))
+        out = self.target.step(ids, positions, self.cache, at, layer_ids=self.layer_ids)
+        if self.drafter and self.context and out.features is not None:
+            with torch.no_grad():
+                self.drafter.extend(self.context, at, out.features, positions)
+        last = out.hidden[torch.arange(len(requests), device=device), lengths - 1]
+        tokens = draw(
+            self.target.logits(last)[:, None],
+            lengths[:, None],
+            [r.sampling for r in requests],
+            [r.seed for r in requests],
+        )
+        rows = []
+        for request, token in zip(requests, tokens[:, 0].tolist(), strict=True):
+            row = _Row(Completion(request), anchor=len(request.prompt_ids) - 1, started=started)
+            row.commit([token], self.target.eos_ids)
+            rows.append(row)
+        return rows
+
+    def _decode(self, rows: list[_Row]) -> None:
+        """One step for all rows in flight: draft (if there is a drafter), verify, commit."""
+        started = time.perf_counter()
+        device = self.target.device
+        at = slice(0, len(rows))
+        anchors = torch.tensor([row.anchor for row in rows], device=device)
+        ids = torch.tensor([[row.last_token] for row in rows], device=device)
+        if self.drafter and self.context:
+            context = self.drafter.select(self.context, at, int(anchors.max()))
+            proposals = self.drafter.propose(context, ids, anchors[:, None], self.block_size, self.head)
+            ids = torch.cat([ids, proposals.tokens[:, 0]], 1)  # [n, block_size]: the block that is verified
+        proposed = ids[:, 1:].tolist()
+        drafted = time.perf_counter()
+
+        positions = anchors[:, None] + torch.arange(ids.shape[1], device=device)
+        out = self.target.step(ids, positions, self.cache, at, layer_ids=self.layer_ids)
+        if self.drafter and self.context and out.features is not None:
+            with torch.no_grad():
+                self.drafter.extend(self.context, at, out.features, positions)
+        sampling, seeds = [row.request.sampling for row in rows], [row.request.seed for row in rows]
+        drawn = draw(self.target.logits(out.hidden), positions + 1, sampling, seeds)
+        # accepted = length of the longest prefix of proposals that equal the target's tokens
+        accepted = (ids[:, 1:] == drawn[:, :-1]).long().cumprod(1).sum(1).tolist()
+        for row, block, kept, tokens in zip(rows, proposed, accepted, drawn.tolist(), strict=True):
+            anchor = row.anchor
+            committed = row.commit(tokens[: kept + 1], self.target.eos_ids)
+            if self.drafter:
+                row.done.steps.append(VerifyStep(anchor, min(kept, committed), block))
+        share = 1.0 / len(rows)
+        verified = time.perf_counter()
+        for row in rows:
+            row.done.draft_seconds += (drafted - started) * share
+            row.done.verify_seconds += (verified - drafted) * share

@@ -1,0 +1,1 @@
+"""Measuring a drafter: acceptance on fixed trajectories, and real decoding speed."""

@@ -1,0 +1,104 @@
+"""Acceptance of several drafters on identical trajectories: paired, so that small differences become visible."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from stages.contract import StageContext
+from stages.drafters.base import Drafter
+from stages.drafters.config import DraftingConfig
+from stages.measure.bootstrap import interval, ratio, ratio_difference
+from stages.replay.chains import replay_chains
+from stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens
+from stages.targets.causal_lm import Target
+
+
+def replay_all(
+    ctx: StageContext,
+    target: Target,
+    drafters: Mapping[str, Drafter],
+    trajectories: Sequence[Trajectory],
+    drafting: DraftingConfig,
+    chains: int,
+    tokens_per_group: int,
+) -> dict[str, list[Trace]]:
+    """Traces of every drafter, in the order of the trajectories. The target reads each trajectory once."""
+    layer_ids = sorted({layer for d in drafters.values() for layer in d.target_layer_ids})
+    traces: dict[str, dict[int, Trace]] = {name: {} for name in drafters}
+    for group in groups_by_length([len(t.tokens) for t in trajectories], tokens_per_group):
+        members = [trajectories[i] for i in group]
+        ids = pad_tokens(members, target.device)
+        features = target.read(ids, layer_ids).features
+        assert features is not None
+        by_layer = dict(zip(layer_ids, features.chunk(len(layer_ids), -1), strict=True))
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(len(members), -1)
+        for name, drafter in drafters.items():
+            with torch.no_grad():
+                context = drafter.encode(torch.cat([by_layer[k] for k in drafter.target_layer_ids], -1), positions)
+            head = drafter.drafting_head(target.head_weight, drafting.head_tokens)
+            block_size = drafting.block_size or drafter.block_size
+            found = replay_chains(drafter, context, members, block_size, head, chains)
+            traces[name] |= dict(zip(group, found, strict=True))
+        ctx.progress(len(next(iter(traces.values()))), len(trajectories), "trajectories")
+        ctx.check_interrupted()
+    return {name: [by_index[i] for i in range(len(trajectories))] for name, by_index in traces.items()}
+
+
+def has_loop(tokens: Sequence[int], n: int = 6, times: int = 3) -> bool:
+    """Does the answer repeat an n-gram `times` times? Looping text flatters acceptance."""
+    counts: dict[tuple[int, ...], int] = {}
+    for i in range(len(tokens) - n + 1):
+        gram = tuple(tokens[i : i + n])
+        counts[gram] = counts.get(gram, 0) + 1
+        if counts[gram] >= times:
+            return True
+    return False
+
+
+def acceptance_table(
+    traces: Mapping[str, Sequence[Trace]], looping: Sequence[bool], resamples: int, confidence: float, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Figures of each drafter; differences are to the drafter named `sft`, paired over trajectories."""
+    sums = {name: _sums(found) for name, found in traces.items()}
+    keep = ~np.asarray(looping)
+    table: dict[str, dict[str, Any]] = {}
+    for name, (committed, steps) in sums.items():
+        low, high = interval(ratio, (committed, steps), resamples, confidence, seed)
+        K = traces[name][0].proposed.shape[1]
+        accepted = np.concatenate([t.accepted for t in traces[name]])
+        judged = np.concatenate([t.judged for t in traces[name]])
+        table[name] = {
+            "tau": float(ratio(committed, steps)),
+            "tau_low": low,
+            "tau_high": high,
+            "verify_steps": int(steps.sum()),
+            "block_size": K + 1,
+            "acceptance_by_offset": [
+                float((accepted >= k).sum() / max(1, (judged >= k).sum())) for k in range(1, K + 1)
+            ],
+            "accepted_histogram": np.bincount(accepted, minlength=K + 1).tolist(),
+            "tau_without_loops": float(ratio(committed[keep], steps[keep])) if keep.any() else None,
+        }
+        if name != "sft":
+            paired = (committed, steps, *sums["sft"])
+            low, high = interval(ratio_difference, paired, resamples, confidence, seed)
+            table[name] |= {"diff_to_sft": float(ratio_difference(*paired)), "diff_low": low, "diff_high": high}
+    if {"opd", "control"} <= sums.keys():
+        paired = (*sums["opd"], *sums["control"])
+        low, high = interval(ratio_difference, paired, resamples, confidence, seed)
+        table["opd"] |= {
+            "diff_to_control": float(ratio_difference(*paired)),
+            "diff_to_control_low": low,
+            "diff_to_control_high": high,
+        }
+    return table
+
+
+def _sums(traces: Sequence[Trace]) -> tuple[np.ndarray, np.ndarray]:
+    """Committed tokens and verify steps of each trajectory."""
+    committed = np.array([t.committed.sum() for t in traces], dtype=np.float64)
+    return committed, np.array([len(t.anchors) for t in traces], dtype=np.float64)

@@ -1,0 +1,195 @@
+"""Mining: the verification trace on stored trajectories, with what target and drafter said of every proposal."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from stages.contract import Config, Stage, StageContext
+from stages.drafters.config import DraftingConfig
+
+if TYPE_CHECKING:
+    from stages.replay.scoring import StepScores
+    from stages.replay.trace import Trace, Trajectory
+
+
+class MiningConfig(Config):
+    """How the trace is rebuilt."""
+
+    drafting: DraftingConfig = DraftingConfig()
+    chains: Annotated[int, Field(ge=1, description="parallel chains a trajectory")] = 16
+    top_k: Annotated[int, Field(ge=1, description="the target's best tokens kept at each rejection")] = 8
+    tokens_per_target_forward: Annotated[int, Field(ge=1)] = 2048
+    tree_tokens: Annotated[int, Field(ge=1, description="rejected proposals scored in one forward, a trajectory")] = 512
+    max_parity_mismatch: Annotated[
+        float,
+        Field(ge=0, le=1, description="share of served steps that replay may contradict (float ties in bfloat16)"),
+    ] = 0.1
+
+
+def run(ctx: StageContext, config: MiningConfig) -> None:
+    """Replay and score group by group; each group is a shard, so an interrupted run continues with the next one."""
+    import torch
+
+    from artifacts.parquet import ShardWriter, read_shards, write_table
+    from artifacts.schemas import VERIFY_STEPS
+    from stages.drafters.checkpoint import drafter_digest, load_drafter
+    from stages.replay.chains import replay_chains
+    from stages.replay.scoring import score_traces
+    from stages.replay.trace import groups_by_length, pad_tokens
+    from stages.stored import DRAFTER_FOLDER, load_trajectories
+    from stages.targets.causal_lm import Target
+
+    stored = load_trajectories(ctx.inputs["trajectories"])
+    trajectories = stored.trajectories
+    shards = ShardWriter(ctx.work / "verify_steps", VERIFY_STEPS)
+    finished = set(
+        read_shards(ctx.work / "verify_steps", VERIFY_STEPS, columns=["trajectory_id"])["trajectory_id"].to_pylist()
+    )
+    progress_file = ctx.work / "evaluated_blocks.json"
+    evaluated = json.loads(progress_file.read_text()) if finished and progress_file.exists() else 0
+
+    target = Target.load(ctx.inputs["target"])
+    drafter_folder = ctx.inputs["drafter"] / DRAFTER_FOLDER
+    drafter = load_drafter(drafter_folder, target)
+    block_size = config.drafting.block_size or drafter.block_size
+    head = drafter.drafting_head(target.head_weight, config.drafting.head_tokens)
+    groups = groups_by_length([len(t.tokens) for t in trajectories], config.tokens_per_target_forward)
+    done = len(finished)
+    for group in groups:
+        members = [trajectories[i] for i in group]
+        if all(t.trajectory_id in finished for t in members):
+            continue
+        ids = pad_tokens(members, target.device)
+        B, T = ids.shape
+        positions = torch.arange(T, device=ids.device).expand(B, -1)
+        longest_tree = max(config.tree_tokens, block_size)
+        cache = target.new_cache(B, T + longest_tree)
+        out = target.step(ids, positions, cache, slice(0, B), layer_ids=drafter.target_layer_ids)
+        assert out.features is not None
+        with torch.no_grad():
+            context = drafter.encode(out.features, positions)
+        traces = replay_chains(drafter, context, members, block_size, head, config.chains)
+        scores = score_traces(target, cache, out.hidden, traces, top_k=config.top_k, tree_tokens=longest_tree)
+        shards.append(
+            [row for t, trace, score in zip(members, traces, scores, strict=True) for row in _rows(t, trace, score)]
+        )
+        evaluated += sum(trace.evaluated_blocks for trace in traces)
+        progress_file.write_text(json.dumps(evaluated))
+        done += len(members)
+        ctx.progress(done, len(trajectories), "trajectories")
+        ctx.check_interrupted()
+
+    order = {t.trajectory_id: i for i, t in enumerate(trajectories)}
+    rows = read_shards(ctx.work / "verify_steps", VERIFY_STEPS).to_pylist()
+    rows.sort(key=lambda row: (order[row["trajectory_id"]], row["step"]))
+    write_table(ctx.out / "verify_steps.parquet", VERIFY_STEPS, rows)
+    summary = summarise(rows, target.tokenizer, block_size)
+    summary["evaluated_blocks_per_step"] = evaluated / len(rows)
+    summary["trajectories_too_short"] = stored.too_short
+    summary["parity"] = parity(ctx.inputs["trajectories"], rows, drafter_digest(drafter_folder), config)
+    (ctx.out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    ctx.summary(
+        **{k: summary[k] for k in ("tau", "steps", "error_positions", "evaluated_blocks_per_step")},
+        **({"parity_mismatch": summary["parity"]["mismatch_share"]} if summary["parity"] else {}),
+    )
+
+
+def _rows(trajectory: Trajectory, trace: Trace, scores: StepScores) -> list[dict[str, Any]]:
+    """The table rows of one trajectory."""
+    rows = []
+    for s, anchor in enumerate(trace.anchors.tolist()):
+        accepted, rejected = int(trace.accepted[s]), int(trace.rejected_offset[s])
+        committed = int(trace.committed[s])
+        rows.append(
+            {
+                "trajectory_id": trajectory.trajectory_id,
+                "step": s,
+                "anchor": anchor,
+                "accepted": accepted,
+                "committed": committed,
+                "rejected_offset": rejected,
+                "proposed_ids": trace.proposed[s].tolist(),
+                "target_logprobs": scores.target_logprobs[s].tolist(),
+                "drafter_logprobs": trace.drafter_logprobs[s].tolist(),
+                "committed_id": trajectory.tokens[anchor + accepted + 1] if committed > accepted else -1,
+                "top_ids": scores.top_ids[s].tolist() if rejected else [],
+                "top_logprobs": scores.top_logprobs[s].tolist() if rejected else [],
+            }
+        )
+    return rows
+
+
+def summarise(rows: list[dict[str, Any]], tokenizer: Any, block_size: int) -> dict[str, Any]:
+    """Figures of a trace: sums are divided once, at the end."""
+    K = block_size - 1
+    accepted, judged = [0] * K, [0] * K
+    histogram = [0] * (K + 1)
+    rejected, pairs = Counter[int](), Counter[tuple[int, int]]()
+    for row in rows:
+        histogram[row["accepted"]] += 1
+        inside = sum(not math.isnan(value) for value in row["target_logprobs"])  # the rest lies beyond the end
+        for k in range(inside):
+            judged[k] += 1
+            accepted[k] += row["accepted"] > k
+        if row["rejected_offset"]:
+            proposal = row["proposed_ids"][row["rejected_offset"] - 1]
+            rejected[proposal] += 1
+            pairs[proposal, row["committed_id"]] += 1
+    steps = len(rows)
+    return {
+        "definition_of_tau": "committed tokens per verify step, the target's own token included (+1)",
+        "tau": sum(row["committed"] for row in rows) / steps,
+        "steps": steps,
+        "error_positions": sum(rejected.values()),
+        "block_size": block_size,
+        "acceptance_by_offset": [a / j if j else None for a, j in zip(accepted, judged, strict=True)],
+        "accepted_histogram": histogram,
+        "most_rejected_tokens": [
+            {"token": tokenizer.decode([token]), "id": token, "count": count}
+            for token, count in rejected.most_common(20)
+        ],
+        "most_frequent_corrections": [
+            {"proposed": tokenizer.decode([a]), "committed": tokenizer.decode([b]), "count": count}
+            for (a, b), count in pairs.most_common(20)
+        ],
+    }
+
+
+def parity(folder: Path, rows: list[dict[str, Any]], digest: str, config: MiningConfig) -> dict[str, Any] | None:
+    """Compare the trace that the engine recorded while serving with the replayed one. None without a comparable trace.
+
+    Raises DraftsmithError if they differ in more steps than allowed: the drafter that was served is then not this one.
+    """
+    from artifacts.errors import DraftsmithError
+    from artifacts.parquet import read_table
+    from artifacts.schemas import TRACE
+
+    path = folder / "trace.json"
+    if not path.exists():
+        return None
+    served = json.loads(path.read_text())
+    if served != {"drafter_digest": digest, **config.drafting.model_dump()}:
+        return None
+    replayed = {(row["trajectory_id"], row["anchor"]): (row["accepted"], row["proposed_ids"]) for row in rows}
+    known = {row["trajectory_id"] for row in rows}
+    trace = [row for row in read_table(folder / "trace.parquet", TRACE).to_pylist() if row["trajectory_id"] in known]
+    different = sum(
+        replayed.get((row["trajectory_id"], row["anchor"])) != (row["accepted"], row["proposed_ids"]) for row in trace
+    )
+    share = different / len(trace) if trace else 0.0
+    if share > config.max_parity_mismatch:
+        raise DraftsmithError(
+            f"mining: {different} of {len(trace)} verify steps served by the engine differ from replay "
+            f"({share:.1%}, mining.max_parity_mismatch allows {config.max_parity_mismatch:.1%}): the engine did not "
+            "serve this drafter, or computes it differently; check rotary settings, layer ids and dtype"
+        )
+    return {"served_steps": len(trace), "different_steps": different, "mismatch_share": share}
+
+
+STAGE = Stage(name="mining", config=MiningConfig, inputs=("target", "drafter", "trajectories"), run=run)

@@ -1,0 +1,199 @@
+"""Stage `prompts`: chat prompts with their token ids, in disjoint splits (training, validation, held-out)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from artifacts.atomic import write_text
+from artifacts.errors import DraftsmithError
+from stages.contract import Config, Stage, StageContext
+from stages.prompt_sources import (
+    SPLITS,
+    Candidate,
+    HuggingFaceSource,
+    JsonlSource,
+    PromptSource,
+    Split,
+    Supply,
+    supplies,
+)
+
+__all__ = ["STAGE", "PromptsConfig"]
+
+_REPORT_EVERY = 64
+
+
+class PromptsConfig(Config):
+    """Which prompts. They depend on this section and the target's tokenizer alone, not on the seed of the run."""
+
+    sources: list[PromptSource] = Field(min_length=1, description="tasks, files and data sets have equal shares")
+    train: int = Field(ge=0)
+    validation: int = Field(default=0, ge=0)
+    heldout: int = Field(ge=0)
+    max_prompt_tokens: int = Field(default=512, ge=1, description="after the chat template")
+    too_long: Literal["error", "skip"] = "error"
+    system: str | None = Field(
+        default=None, description="system prompt where a row has none; the template's own if not set"
+    )
+    chat_template_kwargs: dict[str, bool | int | float | str | None] = Field(
+        default={}, description="passed to the chat template, e.g. enable_thinking: false"
+    )
+    seed: int = Field(default=0, ge=0)
+
+    def external_files(self) -> list[Path]:
+        """Files outside the store that this config reads; their content belongs into the stage's key.
+
+        Raises DraftsmithError if one is not there. Data sets of the hub are not listed: their `revision` says them.
+        """
+        found: list[Path] = []
+        for source in self.sources:
+            if isinstance(source, JsonlSource):
+                path = Path(source.path).absolute()
+                if not path.is_file():
+                    raise DraftsmithError(f"prompts.sources: {path} is not an existing file: correct the path")
+                found.append(path)
+            elif isinstance(source, HuggingFaceSource) and Path(source.id).is_dir():
+                found += [path for path in Path(source.id).absolute().rglob("*") if path.is_file()]
+        return sorted(set(found))
+
+
+def preflight(config: PromptsConfig, target: Path) -> None:
+    """Files exist, and prompts of the allowed length leave room for an answer."""
+    from stages.targets.resolve import read_target_info
+
+    config.external_files()
+    context_tokens = read_target_info(target).max_positions
+    if config.max_prompt_tokens >= context_tokens:
+        raise DraftsmithError(
+            f"prompts.max_prompt_tokens {config.max_prompt_tokens} leaves no room in the target's context of "
+            f"{context_tokens} tokens: lower it"
+        )
+
+
+@dataclass
+class _Drawn:
+    """What was taken, and what was passed over."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # source -> split -> rows
+    seen: set[str] = field(default_factory=set)  # hashes of texts, over all splits
+    duplicates: int = 0
+    too_long: int = 0
+
+
+def run(context: StageContext, config: PromptsConfig) -> None:
+    """Write `prompts.parquet` and `prompts.json`."""
+    from artifacts.parquet import write_table
+    from artifacts.schemas import PROMPTS
+    from stages.targets.resolve import load_tokenizer, model_path
+
+    preflight(config, context.inputs["target"])
+    tokenizer = load_tokenizer(model_path(context.inputs["target"]))
+    if not tokenizer.chat_template:
+        ignored = " and chat_template_kwargs are ignored" if config.chat_template_kwargs else ""
+        context.log(f"warning: the target has no chat template: prompts are plain text{ignored}")
+    most = max(config.train, config.validation, config.heldout)
+    taken = [
+        supply
+        for source in config.sources
+        for supply in supplies(source, config.system, config.seed, limit=20 * most + 100)
+    ]
+    drawn = _Drawn()
+    total = config.train + config.validation + config.heldout
+    for split in SPLITS:
+        wanted = getattr(config, split)
+        for index in range(wanted):
+            supply = taken[index % len(taken)]
+            drawn.rows.append(_draw_one(supply, split, drawn, tokenizer, config))
+            if len(drawn.rows) % _REPORT_EVERY == 0 or len(drawn.rows) == total:
+                context.check_interrupted()
+                context.progress(len(drawn.rows), total, "prompts")
+    write_table(context.out / "prompts.parquet", PROMPTS, drawn.rows)
+    write_text(context.out / "prompts.json", json.dumps(_summary(drawn), indent=2) + "\n")
+    context.summary(
+        train=config.train,
+        validation=config.validation,
+        heldout=config.heldout,
+        duplicates_removed=drawn.duplicates,
+        too_long_skipped=drawn.too_long,
+    )
+
+
+def _draw_one(supply: Supply, split: Split, drawn: _Drawn, tokenizer: Any, config: PromptsConfig) -> dict[str, Any]:
+    """The next row of this split that is new and short enough."""
+    while (candidate := supply.next(split)) is not None:
+        prompt_id = candidate.text_hash
+        if prompt_id in drawn.seen:
+            drawn.duplicates += 1
+            continue
+        drawn.seen.add(prompt_id)
+        ids = token_ids(tokenizer, candidate, config.chat_template_kwargs)
+        if len(ids) > config.max_prompt_tokens:
+            if config.too_long == "error":
+                raise DraftsmithError(
+                    f"{candidate.where}: {len(ids)} tokens, over prompts.max_prompt_tokens {config.max_prompt_tokens}: "
+                    "shorten it, raise the limit or set prompts.too_long: skip"
+                )
+            drawn.too_long += 1
+            continue
+        drawn.counts[candidate.source][split] += 1
+        return {
+            "prompt_id": prompt_id,
+            "source": candidate.source,
+            "split": split,
+            "messages": candidate.messages,
+            "token_ids": ids,
+        }
+    raise DraftsmithError(
+        f"prompts.sources: {supply.label} ran out of different prompts in split {split} "
+        f"(asked for in all: {config.train} train, {config.validation} validation, {config.heldout} heldout; so far "
+        f"{len(drawn.rows)} taken, {drawn.duplicates} duplicates, {drawn.too_long} too long): "
+        "lower the counts or add a source"
+    )
+
+
+def token_ids(tokenizer: Any, candidate: Candidate, template_kwargs: dict[str, Any]) -> list[int]:
+    """Ids up to where the answer begins: the chat template with its generation prompt, or plain text without one."""
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        text = "\n\n".join(message["content"] for message in candidate.messages)
+        return list(tokenizer(text)["input_ids"])
+    try:
+        text = tokenizer.apply_chat_template(
+            candidate.messages, tokenize=False, add_generation_prompt=True, **template_kwargs
+        )
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        raise DraftsmithError(
+            f"{candidate.where}: the target's chat template refuses it ({error}): change the row"
+        ) from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _summary(drawn: _Drawn) -> dict[str, Any]:
+    lengths: dict[str, list[int]] = defaultdict(list)
+    for row in drawn.rows:
+        lengths[row["split"]].append(len(row["token_ids"]))
+    return {
+        "counts": {source: dict(sorted(splits.items())) for source, splits in sorted(drawn.counts.items())},
+        "prompt_tokens": {split: _quantiles(sorted(values)) for split, values in sorted(lengths.items())},
+        "duplicates_removed": drawn.duplicates,
+        "too_long_skipped": drawn.too_long,
+    }
+
+
+def _quantiles(ordered: list[int]) -> dict[str, int]:
+    """Nearest-rank quantiles of a sorted, non-empty list."""
+    last = len(ordered) - 1
+    return {
+        name: ordered[round(share * last)] for name, share in (("min", 0.0), ("p50", 0.5), ("p90", 0.9), ("max", 1.0))
+    }
+
+
+STAGE = Stage(name="prompts", config=PromptsConfig, inputs=("target",), run=run, preflight=preflight)

@@ -1,0 +1,84 @@
+"""Trajectories as replay reads them, and the verification trace that it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Prompt and response of the target."""
+
+    trajectory_id: str
+    tokens: list[int]  # prompt + response
+    prompt_length: int
+
+    @property
+    def first_anchor(self) -> int:
+        """The first response token: the target's prefill commits it before any drafting."""
+        return self.prompt_length
+
+    @property
+    def last_anchor(self) -> int:
+        """The last position with a token behind it."""
+        return len(self.tokens) - 2
+
+    @property
+    def response_length(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The verify steps of one trajectory (S steps, K = block_size-1 proposals)."""
+
+    length: int  # tokens in the trajectory
+    anchors: np.ndarray  # [S] int, absolute positions
+    accepted: np.ndarray  # [S] int, proposals kept
+    proposed: np.ndarray  # [S, K] int
+    drafter_logprobs: np.ndarray  # [S, K] float32
+    evaluated_blocks: int  # work: blocks drafted to find the trace
+
+    @property
+    def judged(self) -> np.ndarray:
+        """[S] proposals that lie inside the trajectory; those beyond its end are neither accepted nor rejected."""
+        return np.minimum(self.proposed.shape[1], self.length - 1 - self.anchors)
+
+    @property
+    def committed(self) -> np.ndarray:
+        """[S] tokens committed by each step: the accepted ones and one more, unless the end cut the step."""
+        return np.minimum(self.accepted + 1, self.length - 1 - self.anchors)
+
+    @property
+    def rejected_offset(self) -> np.ndarray:
+        """[S] offset of the first rejected proposal, 0 where nothing was rejected."""
+        return np.where(self.accepted < self.judged, self.accepted + 1, 0)
+
+
+def tau(traces: Iterable[Trace]) -> float:
+    """Acceptance length: committed tokens per verify step, with the target's own token ("+1")."""
+    traces = list(traces)
+    steps = sum(len(t.anchors) for t in traces)
+    return float(sum(t.committed.sum() for t in traces) / steps) if steps else float("nan")
+
+
+def pad_tokens(trajectories: Sequence[Trajectory], device: torch.device, fill: int = 0) -> torch.Tensor:
+    """Token ids [B, T], padded on the right."""
+    width = max(len(t.tokens) for t in trajectories)
+    return torch.tensor([t.tokens + [fill] * (width - len(t.tokens)) for t in trajectories], device=device)
+
+
+def groups_by_length(lengths: Sequence[int], tokens_per_group: int) -> Iterator[list[int]]:
+    """Indices grouped by similar length, each group at most `tokens_per_group` tokens after padding. Deterministic."""
+    group: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if group and (len(group) + 1) * lengths[index] > tokens_per_group:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group

@@ -1,0 +1,195 @@
+"""Rollout: the target answers prompts, alone (data for SFT) or with a drafter in the loop (data for mining and OPD)."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from stages.contract import Config, Stage, StageContext
+from stages.drafters.config import DraftingConfig
+from stages.engines.config import EmbeddedEngineConfig, SamplingConfig
+
+if TYPE_CHECKING:
+    from artifacts.parquet import ShardWriter
+    from stages.engines.base import Completion
+    from stages.stored import Prompt
+
+
+class RolloutConfig(Config):
+    """Which prompts are answered, and how."""
+
+    splits: tuple[str, ...] = ("train",)
+    skip: Annotated[int, Field(ge=0, description="prompts left out at the beginning of the splits")] = 0
+    prompts: Annotated[int | None, Field(ge=1, description="how many; left out: all")] = None
+    samples_per_prompt: Annotated[int, Field(ge=1)] = 1
+    sampling: SamplingConfig = SamplingConfig()
+    engine: EmbeddedEngineConfig = EmbeddedEngineConfig()
+    drafting: DraftingConfig = DraftingConfig()
+    rows_per_shard: Annotated[int, Field(ge=1, description="answers written at once; bounds what a kill loses")] = 32
+
+
+def preflight(config: RolloutConfig, target: Path) -> None:
+    """The longest answer must fit into the target's context."""
+    from artifacts.errors import DraftsmithError
+    from stages.targets.resolve import read_target_info
+
+    limit = read_target_info(target).max_positions
+    if config.sampling.max_new_tokens >= limit:
+        raise DraftsmithError(
+            f"sampling.max_new_tokens: {config.sampling.max_new_tokens} does not fit into the target's "
+            f"{limit} positions; lower it"
+        )
+
+
+def run(ctx: StageContext, config: RolloutConfig) -> None:
+    """Answer the prompts that have no answer yet; write shards; put them together in prompt order."""
+    from artifacts.errors import DraftsmithError
+    from artifacts.parquet import ShardWriter, read_shards, write_table
+    from artifacts.schemas import TIMINGS, TRACE, TRAJECTORIES
+    from stages.drafters.checkpoint import drafter_digest, load_drafter
+    from stages.engines.base import Request, SamplingParams
+    from stages.engines.embedded import EmbeddedEngine
+    from stages.stored import DRAFTER_FOLDER, load_prompts, request_seed
+    from stages.targets.causal_lm import Target
+
+    prompts = load_prompts(ctx.inputs["prompts"], config.splits)[config.skip :][: config.prompts]
+    if not prompts:
+        raise DraftsmithError(
+            f"rollout: no prompts left in splits {list(config.splits)} after skip={config.skip}; "
+            "raise the counts in section prompts or lower skip"
+        )
+    params = SamplingParams(**config.sampling.model_dump())
+    wanted = [
+        Request(f"{p.prompt_id}/{sample}", p.token_ids, params, request_seed(ctx.seed, p.prompt_id, sample))
+        for p in prompts
+        for sample in range(config.samples_per_prompt)
+    ]
+    prompt_of = {f"{p.prompt_id}/{sample}": p for p in prompts for sample in range(config.samples_per_prompt)}
+
+    schemas = {"trajectories": TRAJECTORIES, "timings": TIMINGS, "trace": TRACE}
+    shards = {name: ShardWriter(ctx.work / name, schema) for name, schema in schemas.items()}
+    # Trajectories are written last, so a trajectory that is there has its timings and trace too.
+    finished = set(
+        read_shards(ctx.work / "trajectories", TRAJECTORIES, columns=["trajectory_id"])["trajectory_id"].to_pylist()
+    )
+    missing = [request for request in wanted if request.request_id not in finished]
+    if finished:
+        ctx.log(f"{len(finished)} answers of an earlier attempt kept, {len(missing)} missing")
+
+    drafter_folder = ctx.inputs["drafter"] / DRAFTER_FOLDER if "drafter" in ctx.inputs else None
+    if missing:
+        target = Target.load(ctx.inputs["target"])
+        drafter = load_drafter(drafter_folder, target) if drafter_folder else None
+        block = (config.drafting.block_size or drafter.block_size) if drafter else 1
+        longest = max(len(r.prompt_ids) for r in missing) + params.max_new_tokens
+        if longest > target.info.max_positions:
+            raise DraftsmithError(
+                f"rollout: the longest prompt and {params.max_new_tokens} new tokens need {longest} positions, the "
+                f"target has {target.info.max_positions}; lower sampling.max_new_tokens or prompts.max_prompt_tokens"
+            )
+        engine = EmbeddedEngine(
+            target, drafter, slots=config.engine.slots, capacity=longest + block, drafting=config.drafting
+        )
+        buffer: list[Completion] = []
+        tokens, started = 0, time.perf_counter()
+        for done, completion in enumerate(engine.generate(missing), start=len(finished) + 1):
+            buffer.append(completion)
+            tokens += len(completion.response_ids)
+            ctx.progress(done, len(wanted), "answers", tokens_per_s=tokens / (time.perf_counter() - started))
+            if len(buffer) >= config.rows_per_shard or ctx.interrupted:
+                _write(shards, buffer, prompt_of)
+                buffer = []
+                ctx.check_interrupted()
+        _write(shards, buffer, prompt_of)
+        ctx.summary(tokens_per_s=tokens / (time.perf_counter() - started))
+
+    order = {request.request_id: i for i, request in enumerate(wanted)}
+    tables = {}
+    for name, schema in schemas.items():
+        tables[name] = rows = _latest(read_shards(ctx.work / name, schema).to_pylist(), order)
+        if name != "trace" or drafter_folder:
+            write_table(ctx.out / f"{name}.parquet", schema, rows)
+    if drafter_folder:
+        served = {"drafter_digest": drafter_digest(drafter_folder), **config.drafting.model_dump()}
+        (ctx.out / "trace.json").write_text(json.dumps(served, indent=2, sort_keys=True) + "\n")
+    lengths = [len(row["response_ids"]) for row in tables["trajectories"]]
+    steps = sum(row["verify_steps"] for row in tables["timings"])
+    ctx.summary(
+        answers=len(lengths),
+        response_tokens=sum(lengths),
+        stopped_share=sum(row["finish_reason"] == "stop" for row in tables["trajectories"]) / len(lengths),
+        **({"tau": (sum(lengths) - len(lengths)) / steps} if steps else {}),
+    )
+
+
+def _latest(rows: list[dict[str, Any]], order: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Rows in the order of the requests; what a killed attempt wrote in part is replaced by its repetition."""
+    by_answer: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row.get("step", 0) == 0:
+            by_answer[row["trajectory_id"]] = []
+        by_answer[row["trajectory_id"]].append(row)
+    return [row for answer in sorted(by_answer, key=order.__getitem__) for row in by_answer[answer]]
+
+
+def _write(shards: Mapping[str, ShardWriter], completions: list[Completion], prompt_of: dict[str, Prompt]) -> None:
+    """One shard of each table."""
+    ids = [c.request.request_id for c in completions]
+    shards["timings"].append(
+        [
+            {
+                "trajectory_id": i,
+                "seconds": c.seconds,
+                "verify_steps": len(c.steps),
+                "draft_seconds": c.draft_seconds,
+                "verify_seconds": c.verify_seconds,
+            }
+            for i, c in zip(ids, completions, strict=True)
+        ]
+    )
+    shards["trace"].append(
+        [
+            {
+                "trajectory_id": i,
+                "step": s,
+                "anchor": step.anchor,
+                "accepted": step.accepted,
+                "proposed_ids": step.proposed,
+            }
+            for i, c in zip(ids, completions, strict=True)
+            for s, step in enumerate(c.steps)
+        ]
+    )
+    shards["trajectories"].append(
+        [
+            {
+                "trajectory_id": i,
+                "prompt_id": prompt_of[i].prompt_id,
+                "split": prompt_of[i].split,
+                "sample": int(i.rsplit("/", 1)[1]),
+                "prompt_ids": c.request.prompt_ids,
+                "response_ids": c.response_ids,
+                "finish_reason": c.finish_reason,
+                "temperature": c.request.sampling.temperature,
+                "top_p": c.request.sampling.top_p,
+                "seed": c.request.seed,
+                "engine": "embedded",
+            }
+            for i, c in zip(ids, completions, strict=True)
+        ]
+    )
+
+
+STAGE = Stage(
+    name="rollout",
+    config=RolloutConfig,
+    inputs=("target", "prompts", "drafter?"),
+    run=run,
+    preflight=preflight,
+    volatile=("metrics.jsonl", "timings.parquet"),
+)

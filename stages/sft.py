@@ -1,0 +1,98 @@
+"""SFT warm-start: train a drafter on the target's answers, from random weights or from an existing drafter.
+
+Also the control of a refresh: with a drafter as input it continues SFT from there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from stages.contract import Stage, StageContext
+from stages.drafters.config import DFlashConfig
+from stages.training.config import TrainingConfig
+
+
+class SftConfig(TrainingConfig):
+    """Cross-entropy on the trajectory behind random anchors, weighted by exp(-(k-1)/γ) at offset k."""
+
+    drafter: DFlashConfig = DFlashConfig()
+    init_from: Annotated[
+        str | None, Field(description="folder or hub id of a drafter in z-lab's layout; left out: random weights")
+    ] = None
+    gamma: Annotated[float, Field(gt=0, description="7 in the paper, for blocks of 16")] = 7.0
+
+
+def preflight(config: SftConfig, target: Path) -> None:
+    """A drafter to start from must fit the target, before anything long runs."""
+    from stages.drafters.checkpoint import check_drafter, check_shape, drafter_source
+    from stages.targets.resolve import model_path, read_target_info
+
+    if config.init_from:
+        folder = drafter_source(config.init_from)
+        check_drafter(folder, read_target_info(target).digest)
+        check_shape(folder, model_path(target))
+    else:
+        from stages.drafters.checkpoint import check_new
+
+        check_new(config.drafter, model_path(target))
+
+
+def run(ctx: StageContext, config: SftConfig) -> None:
+    """Train, then write the checkpoint in the layout that engines load."""
+    import torch
+
+    from stages.drafters.base import DrafterInfo
+    from stages.drafters.checkpoint import create_drafter, drafter_source, load_drafter, save_drafter
+    from stages.stored import DRAFTER_FOLDER, load_trajectories
+    from stages.targets.causal_lm import Target
+    from stages.training.anchors import random_anchors
+    from stages.training.batches import FeatureSource, frequent_tokens, step_rng, trajectories_of_step
+    from stages.training.loop import train
+    from stages.training.objectives import LossReport, sft_loss
+    from stages.training.vocabulary import training_head
+
+    stored = load_trajectories(ctx.inputs["trajectories"])
+    target = Target.load(ctx.inputs["target"])
+    if "drafter" in ctx.inputs:
+        drafter = load_drafter(ctx.inputs["drafter"] / DRAFTER_FOLDER, target, torch.float32)
+    elif config.init_from:
+        drafter = load_drafter(drafter_source(config.init_from), target, torch.float32)
+    else:
+        drafter = create_drafter(config.drafter, target, ctx.seed)
+    if drafter.frequent_tokens is None:
+        drafter.frequent_tokens = frequent_tokens(stored.trajectories, target.info.vocab_size).to(target.device)
+    features = FeatureSource(
+        target,
+        drafter.target_layer_ids,
+        stored.trajectories,
+        tokens_per_group=config.tokens_per_target_forward,
+        memory_mb=config.feature_memory_mb,
+    )
+
+    def loss_of_step(step: int) -> LossReport:
+        rng = step_rng(ctx.seed, step)
+        batch = features.batch(
+            trajectories_of_step(len(stored.trajectories), config.sequences_per_step, step, ctx.seed)
+        )
+        anchors = random_anchors(batch.trajectories, config.anchors_per_sequence, rng, target.device)
+        head = training_head(target.head_weight, drafter.frequent_tokens, config, rng, [batch.tokens])
+        return sft_loss(
+            drafter, batch, anchors, head, gamma=config.gamma, positions_per_chunk=config.positions_per_chunk
+        )
+
+    totals = train(ctx, drafter, config, loss_of_step)
+    drafter.info = DrafterInfo(
+        target_digest=target.info.digest,
+        target_source=target.info.source,
+        training={"stage": "sft", "steps": config.steps, "blocks": totals["blocks"], "positions": totals["positions"]},
+    )
+    save_drafter(drafter, ctx.out / DRAFTER_FOLDER, target.dtype)
+    ctx.summary(
+        **totals, parameters=sum(p.numel() for p in drafter.parameters()), trajectories=len(stored.trajectories)
+    )
+
+
+STAGE = Stage(name="sft", config=SftConfig, inputs=("target", "trajectories", "drafter?"), run=run, preflight=preflight)

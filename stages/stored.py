@@ -1,0 +1,67 @@
+"""Stored artifacts as the numerical rooms take them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from artifacts.errors import DraftsmithError
+from artifacts.parquet import read_table
+from artifacts.schemas import PROMPTS, TRAJECTORIES
+from stages.replay.trace import Trajectory
+
+DRAFTER_FOLDER = "drafter"  # inside the artifact of a training stage
+
+
+@dataclass(frozen=True)
+class StoredTrajectories:
+    """The usable trajectories of an artifact, in its order."""
+
+    trajectories: list[Trajectory]
+    temperature: float  # 0 = greedy
+    too_short: int  # answers of one token: nothing is drafted there
+
+
+def load_trajectories(folder: Path, splits: Collection[str] | None = None) -> StoredTrajectories:
+    """trajectories.parquet of an artifact, restricted to some splits.
+
+    Raises DraftsmithError if nothing usable is left or temperatures are mixed.
+    """
+    path = folder / "trajectories.parquet"
+    rows = read_table(path, TRAJECTORIES).to_pylist()
+    if splits is not None:
+        rows = [row for row in rows if row["split"] in splits]
+    usable = [row for row in rows if len(row["response_ids"]) >= 2]
+    if not usable:
+        raise DraftsmithError(f"{path}: no answer of two or more tokens; check the prompts and max_new_tokens")
+    temperatures = {row["temperature"] for row in usable}
+    if len(temperatures) > 1:
+        raise DraftsmithError(f"{path}: temperatures {sorted(temperatures)} are mixed; roll out with one of them")
+    trajectories = [
+        Trajectory(row["trajectory_id"], row["prompt_ids"] + row["response_ids"], len(row["prompt_ids"]))
+        for row in usable
+    ]
+    return StoredTrajectories(trajectories, float(temperatures.pop()), len(rows) - len(usable))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenised prompt."""
+
+    prompt_id: str
+    split: str
+    token_ids: list[int]
+
+
+def load_prompts(folder: Path, splits: Collection[str]) -> list[Prompt]:
+    """prompts.parquet of an artifact, in its order."""
+    table = read_table(folder / "prompts.parquet", PROMPTS, columns=["prompt_id", "split", "token_ids"])
+    return [Prompt(**row) for row in table.to_pylist() if row["split"] in splits]
+
+
+def request_seed(seed: int, prompt_id: str, sample: int) -> int:
+    """A request's own seed (63 bits): independent of which other prompts are in the run."""
+    digest = hashlib.sha256(f"{seed}/{prompt_id}/{sample}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -1,0 +1,29 @@
+"""Stage `target`: resolves the target model once; the other stages read its `target.json` and load its folder."""
+
+from __future__ import annotations
+
+from stages.contract import Stage, StageContext
+from stages.targets.config import TargetConfig
+
+__all__ = ["STAGE", "TargetConfig"]
+
+
+def run(context: StageContext, config: TargetConfig) -> None:
+    """Write `target.json`, and for a GGUF source the dequantised model into `model/`."""
+    from stages.targets.resolve import resolve_target
+
+    info = resolve_target(config, context.out, context.log)
+    context.log(
+        f"target {info.source}: {info.architecture}, {info.num_layers} layers, hidden {info.hidden_size}, "
+        f"vocabulary {info.vocab_size}, {info.dtype}"
+        + ("" if info.chat_template else "; no chat template, prompts will be plain text")
+    )
+    context.summary(
+        layers=info.num_layers,
+        hidden_size=info.hidden_size,
+        vocab_size=info.vocab_size,
+        max_positions=info.max_positions,
+    )
+
+
+STAGE = Stage(name="target", config=TargetConfig, inputs=(), run=run)

@@ -1,0 +1,142 @@
+"""A frozen causal language model: hidden states, features for the drafter, cached forwards."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from artifacts.errors import DraftsmithError
+from stages.targets.attention import register
+from stages.targets.resolve import TargetInfo, model_path, read_target_info
+from stages.targets.slots import Rows, SlotCache
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """hidden: [n, T, H], after the final norm (what `Target.logits` takes). features: [n, T, K*H] or None."""
+
+    hidden: torch.Tensor
+    features: torch.Tensor | None
+
+
+class Target:
+    """The target `p`. Everything is computed without gradient; the parameters are frozen."""
+
+    def __init__(self, model: Any, tokenizer: Any, info: TargetInfo):
+        self.model, self.tokenizer, self.info = model.eval().requires_grad_(False), tokenizer, info
+        self.decoder = model.get_decoder()
+        self.head_weight: torch.Tensor = model.get_output_embeddings().weight  # [V, H]
+        self.embedding: torch.Tensor = model.get_input_embeddings().weight  # [V, H]
+        parameters = inspect.signature(type(self.decoder).forward).parameters
+        # renamed in transformers 5.24; the old name goes in 5.40
+        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self._captured: dict[int, torch.Tensor] | None = None
+        for index, layer in enumerate(self.decoder.layers):
+            layer.register_forward_hook(self._hook(index))
+
+    @classmethod
+    def load(cls, folder: Path, dtype: str | None = None, device: str | None = None) -> Target:
+        """Load the target that an artifact of the `target` stage describes.
+
+        `dtype` overrides the serving dtype (e.g. float32 for exactness checks).
+        Raises DraftsmithError if the weights cannot be loaded or the head is not a plain linear map.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        info, path = read_target_info(folder), model_path(folder)
+        device = device or default_device()
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=getattr(torch, dtype or info.dtype), attn_implementation=register(), local_files_only=True
+            ).to(device)
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise DraftsmithError(f"target {path}: cannot be loaded ({error}); rerun stage 'target'") from error
+        for field in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+            if getattr(model.config, field, None) not in (None, 1, 1.0):
+                raise DraftsmithError(f"target {path}: config field {field} is not supported (the head must be linear)")
+        return cls(model, tokenizer, info)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head_weight.dtype
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return frozenset(self.info.eos_ids)
+
+    def _hook(self, index: int) -> Any:
+        def keep(_module: object, _args: object, output: Any) -> None:
+            if self._captured is not None and index in self._captured:
+                self._captured[index] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    def _forward(self, layer_ids: Sequence[int], **arguments: Any) -> TargetOutput:
+        self._captured = {layer: torch.empty(0) for layer in layer_ids} if layer_ids else None
+        try:
+            hidden = self.decoder(**arguments).last_hidden_state
+            features = torch.cat([self._captured[layer] for layer in layer_ids], -1) if self._captured else None
+        finally:
+            self._captured = None
+        return TargetOutput(hidden, features)
+
+    @torch.no_grad()
+    def read(self, ids: torch.Tensor, layer_ids: Sequence[int] = ()) -> TargetOutput:
+        """Whole sequences, ids [B, T] padded on the right: causal attention keeps padding out of the real positions.
+
+        layer_ids: layer k means the hidden state AFTER decoder layer k, concatenated in this order into `features`.
+        """
+        return self._forward(layer_ids, input_ids=ids, use_cache=False)
+
+    @torch.no_grad()
+    def step(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        cache: SlotCache,
+        rows: Rows,
+        *,
+        layer_ids: Sequence[int] = (),
+        write_at: torch.Tensor | None = None,
+        visible: torch.Tensor | None = None,
+    ) -> TargetOutput:
+        """New tokens on top of a cache. ids, positions: [n, T].
+
+        By default token t is written at its position and sees every entry up to itself. A tree passes `write_at` [n, T]
+        (free entries) and `visible` bool [n, T, L] (which of the first L entries each token sees) instead.
+        """
+        if visible is None:
+            length = int(positions.max()) + 1
+            visible = torch.arange(length, device=ids.device) <= positions[..., None]
+        cache.address(rows, positions if write_at is None else write_at, visible.shape[-1])
+        mask = torch.zeros(visible.shape, dtype=self.dtype, device=ids.device)
+        mask.masked_fill_(~visible, torch.finfo(self.dtype).min)
+        arguments = {self._cache_argument: cache}
+        return self._forward(
+            layer_ids, input_ids=ids, position_ids=positions, attention_mask=mask[:, None], use_cache=True, **arguments
+        )
+
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [..., H] → float32 logits [..., V]."""
+        return F.linear(hidden, self.head_weight).float()
+
+    def new_cache(self, rows: int, capacity: int) -> SlotCache:
+        """Memory for `rows` requests of up to `capacity` positions each."""
+        return SlotCache(len(self.decoder.layers), rows, capacity)
+
+
+def default_device() -> str:
+    """The first accelerator if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

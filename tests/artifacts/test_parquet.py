@@ -1,0 +1,178 @@
+"""Versioned Parquet tables: what is written is read back, and anything else is refused by name."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from artifacts import schemas
+from artifacts.errors import DraftsmithError
+from artifacts.parquet import ShardWriter, read_shards, read_table, to_table, write_table
+from artifacts.schemas import PROMPTS, REQUESTS, TRACE, VERIFY_STEPS, TableSchema
+
+
+def trace_row(step: Any = 0, **changes: Any) -> dict[str, Any]:
+    return {"trajectory_id": "p/0", "step": step, "anchor": 7, "accepted": 2, "proposed_ids": [5, 6, 7]} | changes
+
+
+def test_rows_come_back_with_their_types(tmp_path: Path) -> None:
+    row: dict[str, Any] = {
+        "trajectory_id": "p/0",
+        "step": 3,
+        "anchor": 11,
+        "accepted": 1,
+        "committed": 2,
+        "rejected_offset": 2,
+        "proposed_ids": [4, 5, 6],
+        "target_logprobs": [-0.5, -2.0, float("nan")],
+        "drafter_logprobs": [-0.25, -1.0, -1.5],
+        "committed_id": 9,
+        "top_ids": [9, 5],
+        "top_logprobs": [-0.125, -2.0],
+    }
+    write_table(tmp_path / "t.parquet", VERIFY_STEPS, [row])
+    table = read_table(tmp_path / "t.parquet", VERIFY_STEPS)
+    (back,) = table.to_pylist()
+    assert np.isnan(back["target_logprobs"][2])
+    assert {**back, "target_logprobs": None} == {**row, "target_logprobs": None}
+    assert table.schema.field("proposed_ids").type == pa.list_(pa.int32())
+    assert pq.read_metadata(tmp_path / "t.parquet").row_group(0).column(0).compression == "ZSTD"
+
+
+def test_columns_are_read_alone_and_a_table_can_be_written_as_it_was_read(tmp_path: Path) -> None:
+    write_table(tmp_path / "a.parquet", TRACE, [trace_row(0), trace_row(1)])
+    assert read_table(tmp_path / "a.parquet", TRACE, ["step"]).to_pydict() == {"step": [0, 1]}
+    write_table(tmp_path / "b.parquet", TRACE, read_table(tmp_path / "a.parquet", TRACE))
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+
+
+def test_every_schema_writes_and_reads_an_empty_table(tmp_path: Path) -> None:
+    tables = [value for value in vars(schemas).values() if isinstance(value, TableSchema)]
+    assert len({table.name for table in tables}) == len(tables) >= 6
+    for table in tables:
+        write_table(tmp_path / f"{table.name}.parquet", table, [])
+        assert read_table(tmp_path / f"{table.name}.parquet", table).num_rows == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (trace_row(step="x"), "trace: column step should be int32"),
+        (trace_row(anchor=2**31), "trace: column anchor should be int32"),
+        (trace_row(anchor=None), "trace: column anchor holds nulls"),
+        (trace_row(extra=1), r"trace, row 0: missing columns \[\], unknown columns \['extra'\]"),
+        ({"step": 1}, r"trace, row 0: missing columns \['accepted'"),
+    ],
+)
+def test_a_row_that_does_not_fit_names_its_column(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DraftsmithError, match=message):
+        to_table(TRACE, [row])
+
+
+def test_only_declared_columns_take_nulls() -> None:
+    row = {field.name: 0 for field in REQUESTS.columns} | {"request_id": "r", "prompt_id": "p", "arm": "plain"}
+    assert to_table(REQUESTS, [row | {"identical": None}]).column("identical").null_count == 1
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DraftsmithError, match=r"gone\.parquet: no such file; run the stage that writes trace"):
+        read_table(tmp_path / "gone.parquet", TRACE)
+
+
+@pytest.mark.parametrize("kept", [0, 3, 0.5, -1])
+def test_a_truncated_file_is_named(tmp_path: Path, kept: float) -> None:
+    path = tmp_path / "t.parquet"
+    write_table(path, TRACE, [trace_row(step) for step in range(1000)])
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * kept) if isinstance(kept, float) else int(kept)])
+    with pytest.raises(DraftsmithError, match=r"t\.parquet: not a whole Parquet file .*refresh --force"):
+        read_table(path, TRACE)
+
+
+def test_a_damaged_page_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    write_table(path, TRACE, [trace_row(step) for step in range(1000)])
+    content = bytearray(path.read_bytes())
+    content[40:400] = bytes(360)
+    path.write_bytes(content)
+    with pytest.raises(DraftsmithError, match=r"t\.parquet: not a whole Parquet file"):
+        read_table(path, TRACE)
+
+
+def test_foreign_files_are_refused_by_what_they_are(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"step": [1]}), tmp_path / "foreign.parquet")
+    with pytest.raises(DraftsmithError, match=r"foreign\.parquet: a Parquet file that Draftsmith did not write"):
+        read_table(tmp_path / "foreign.parquet", TRACE)
+    write_table(tmp_path / "other.parquet", PROMPTS, [])
+    with pytest.raises(DraftsmithError, match=r"other\.parquet: a table of prompts, expected trace"):
+        read_table(tmp_path / "other.parquet", TRACE)
+    (tmp_path / "text.parquet").write_text("prompt_id,split\n")
+    with pytest.raises(DraftsmithError, match=r"text\.parquet: not a whole Parquet file"):
+        read_table(tmp_path / "text.parquet", TRACE)
+    with pytest.raises(DraftsmithError, match="a folder, expected one Parquet file"):
+        read_table(tmp_path, TRACE)
+
+
+def test_another_version_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    write_table(tmp_path / "t.parquet", TableSchema("trace", 2, TRACE.columns), [trace_row()])
+    with pytest.raises(DraftsmithError, match="trace of version 2, this Draftsmith reads version 1"):
+        read_table(tmp_path / "t.parquet", TRACE)
+
+
+def test_a_column_of_another_type_is_refused(tmp_path: Path) -> None:
+    columns = pa.schema(
+        [field if field.name != "anchor" else pa.field("anchor", pa.int64()) for field in TRACE.columns]
+    )
+    write_table(tmp_path / "t.parquet", TableSchema("trace", 1, columns), [trace_row()])
+    with pytest.raises(DraftsmithError, match="column anchor is absent or not int32"):
+        read_table(tmp_path / "t.parquet", TRACE)
+
+
+def test_shards_are_read_in_order_and_a_new_writer_goes_on_behind_them(tmp_path: Path) -> None:
+    assert read_shards(tmp_path / "shards", TRACE, ["step"]).num_rows == 0
+    writer = ShardWriter(tmp_path / "shards", TRACE)
+    writer.append([trace_row(0), trace_row(1)])
+    assert writer.append([]) is None
+    assert ShardWriter(tmp_path / "shards", TRACE).append([trace_row(2)]) == tmp_path / "shards" / "shard-00001.parquet"
+    assert read_shards(tmp_path / "shards", TRACE, ["step"]).to_pydict() == {"step": [0, 1, 2]}
+
+
+def test_a_truncated_last_shard_is_set_aside_and_its_number_is_used_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = ShardWriter(tmp_path, TRACE)
+    writer.append([trace_row(0)])
+    last = writer.append([trace_row(1)])
+    assert last is not None
+    last.write_bytes(last.read_bytes()[:-20])
+    with caplog.at_level(logging.WARNING):
+        writer = ShardWriter(tmp_path, TRACE)
+    assert "shard-00001.parquet was cut short by an interruption" in caplog.text
+    assert read_shards(tmp_path, TRACE, ["step"]).to_pydict() == {"step": [0]}
+    assert writer.append([trace_row(9)]) == last
+    assert read_shards(tmp_path, TRACE, ["step"]).to_pydict() == {"step": [0, 9]}
+
+
+def test_a_damaged_earlier_shard_is_an_error_not_a_loss(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, TRACE)
+    first = writer.append([trace_row(0)])
+    writer.append([trace_row(1)])
+    assert first is not None
+    first.write_bytes(b"PAR1")
+    ShardWriter(tmp_path, TRACE)
+    with pytest.raises(DraftsmithError, match=r"shard-00000\.parquet: not a whole"):
+        read_shards(tmp_path, TRACE)
+
+
+def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    write_table(tmp_path / "t.parquet", TRACE, [trace_row(0)])
+    with pytest.raises(DraftsmithError):
+        write_table(tmp_path / "t.parquet", TRACE, [trace_row(step="x")])
+    assert read_table(tmp_path / "t.parquet", TRACE, ["step"]).to_pydict() == {"step": [0]}
+    assert [path.name for path in tmp_path.iterdir()] == ["t.parquet"]

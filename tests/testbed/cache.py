@@ -1,0 +1,48 @@
+"""Things that take long to build, built once and kept between test runs, safe for parallel test workers."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+
+
+def root() -> Path:
+    """`DRAFTSMITH_TEST_CACHE`, or `tests/.cache`."""
+    return Path(os.environ.get("DRAFTSMITH_TEST_CACHE") or Path(__file__).parents[1] / ".cache").resolve()
+
+
+def source_digest(*modules: ModuleType, extra: str = "") -> str:
+    """16 digits of sha256 over the modules' source, torch's and transformers' versions, and `extra` (a recipe)."""
+    import torch
+    import transformers
+
+    digest = hashlib.sha256(f"{torch.__version__} {transformers.__version__} {extra}".encode())
+    for module in modules:
+        assert module.__file__ is not None
+        digest.update(Path(module.__file__).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def cached(name: str, build: Callable[[Path], None], *, code: Iterable[ModuleType] = (), extra: str = "") -> Path:
+    """The folder that `build(folder)` fills, built when it is missing or when the source of `code` or `extra` changed.
+
+    One process builds while the others wait (flock, dropped by the kernel if the builder dies); a folder stands under
+    its final name only when it is complete.
+    """
+    base = root()
+    base.mkdir(parents=True, exist_ok=True)
+    final = base / f"{name}-{source_digest(*code, extra=extra)}"
+    with (base / f".lock-{name}").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not final.exists():
+            partial = base / f".partial-{final.name}"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            build(partial)
+            partial.rename(final)
+    return final

@@ -1,0 +1,56 @@
+"""A plain stage context for tests: folders, and lists of what the stage reported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from artifacts.errors import StageInterrupted
+
+
+@dataclass
+class RecordingContext:
+    """Fulfils `stages.contract.StageContext`; `out` and `work` are made."""
+
+    out: Path
+    work: Path
+    inputs: Mapping[str, Path] = field(default_factory=dict)
+    seed: int = 0
+    logs: list[str] = field(default_factory=list)
+    progressed: list[tuple[int, int, str]] = field(default_factory=list)
+    measured: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    summaries: dict[str, float] = field(default_factory=dict)
+    stop: bool = False  # set it to ask the stage to stop
+
+    def __post_init__(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.work.mkdir(parents=True, exist_ok=True)
+
+    @classmethod
+    def under(cls, folder: Path, inputs: Mapping[str, Path] | None = None, seed: int = 0) -> RecordingContext:
+        """A context with `folder/out` and `folder/work`."""
+        return cls(folder / "out", folder / "work", dict(inputs or {}), seed)
+
+    def log(self, message: str) -> None:
+        self.logs.append(message)
+
+    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:  # noqa: ARG002
+        self.progressed.append((done, total, unit))
+
+    def metrics(self, step: int, **values: float) -> None:
+        self.measured.append((step, values))
+
+    def rewind_metrics(self, step: int) -> None:
+        self.measured = [entry for entry in self.measured if entry[0] < step]
+
+    def summary(self, **values: float) -> None:
+        self.summaries.update(values)
+
+    @property
+    def interrupted(self) -> bool:
+        return self.stop
+
+    def check_interrupted(self) -> None:
+        if self.stop:
+            raise StageInterrupted("asked to stop")
