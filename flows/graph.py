@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -97,20 +98,49 @@ def key_of(node: Node, inputs: Mapping[str, ArtifactRef], seed: int, pipeline: P
     return Store.key(
         stage=node.stage.name,
         code_digest=pipeline.code_digest(node.module),
-        config=node.config.model_dump(mode="json"),
+        config=node.config.model_dump(mode="json") | external_digests(node.config),
         inputs=inputs,
         seed=seed,
     )
 
 
+_HASHED_WHOLE = 64 * 2**20  # bytes
+
+
+def external_digests(config: Config) -> dict[str, dict[str, str]]:
+    """What a config's files outside the store hold, as key material; nothing for a config without such files.
+
+    Large files (weights) are told apart by size and time of change: a false miss only resolves the target again, and
+    what follows is keyed by its content.
+    """
+    digests = {}
+    for path in config.external_files():
+        stat = path.stat()
+        if stat.st_size <= _HASHED_WHOLE:
+            digests[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+        else:
+            digests[str(path)] = f"{stat.st_size}/{stat.st_mtime_ns}"
+    return {"external_files": digests} if digests else {}
+
+
 def plan(config: RunOptions, store: Store, pipeline: Pipeline, force: Collection[str] = ()) -> list[PlannedNode]:
     """What a run would do now, in the order in which it would do it. Reads the store, changes nothing."""
     nodes = in_order(pipeline.nodes(config))
+    _check_external_files(nodes)
     forced = forced_nodes(nodes, force)
     planned: dict[str, PlannedNode] = {}
     for node in nodes:
         planned[node.name] = _plan_node(node, planned, config.seed, store, pipeline, node.name in forced)
     return list(planned.values())
+
+
+def _check_external_files(nodes: Sequence[Node]) -> None:
+    """Every file that a stage will read is there: said before anything runs, not when its turn comes."""
+    for node in nodes:
+        try:
+            node.config.external_files()
+        except DraftsmithError as error:
+            raise type(error)(f"{node.name}: {error}") from error
 
 
 def _plan_node(

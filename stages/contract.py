@@ -15,6 +15,10 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def external_files(self) -> list[Path]:
+        """Files outside the store that the stage reads: their content belongs into its key."""
+        return []
+
 
 class StageContext(Protocol):
     """What a stage body may use. Implemented by `stages.__main__` for a real run and by plain objects in tests."""

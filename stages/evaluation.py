@@ -124,5 +124,5 @@ STAGE = Stage(
     inputs=("target", "prompts", "trajectories", "sft", "opd?", "control?"),
     run=run,
     preflight=preflight,
-    volatile=("metrics.jsonl", "requests.parquet", "evaluation.json"),
+    volatile=("metrics.jsonl", "requests.parquet"),
 )

@@ -150,7 +150,7 @@ def summarise(rows: list[dict[str, Any]], tokenizer: Any, block_size: int) -> di
         "block_size": block_size,
         "acceptance_by_offset": [a / j if j else None for a, j in zip(accepted, judged, strict=True)],
         "accepted_histogram": histogram,
-        "most_rejected_tokens": [
+        "most_rejected": [
             {"token": tokenizer.decode([token]), "id": token, "count": count}
             for token, count in rejected.most_common(20)
         ],

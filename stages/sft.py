@@ -24,6 +24,13 @@ class SftConfig(TrainingConfig):
     ] = None
     gamma: Annotated[float, Field(gt=0, description="7 in the paper, for blocks of 16")] = 7.0
 
+    def external_files(self) -> list[Path]:
+        """The checkpoint that `init_from` names, if it is a folder."""
+        folder = Path(self.init_from).expanduser() if self.init_from else None
+        if folder is None or not folder.is_dir():
+            return []
+        return sorted(path.absolute() for path in folder.iterdir() if path.suffix in {".json", ".safetensors", ".npy"})
+
 
 def preflight(config: SftConfig, target: Path) -> None:
     """A drafter to start from must fit the target, before anything long runs."""

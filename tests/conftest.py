@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share: the tiny trained target and its prompts, built once and cached."""
+"""Fixtures that several rooms share: the tiny trained target, its prompts and its drafter, built once and cached."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 from tests.testbed import cache, target, text
+from tests.testbed.drafter import DrafterArtifacts, drafter_artifacts
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +28,9 @@ def tiny_prompts() -> Path:
         target.write_prompts(folder / "prompts.jsonl", target.TINY)
 
     return cache.cached("prompts-tiny", build, code=(text, target)) / "prompts.jsonl"
+
+
+@pytest.fixture(scope="session")
+def tiny_drafter(tiny_target: Path, tiny_prompts: Path) -> DrafterArtifacts:
+    """Artifacts of target (float32), prompts, rollouts and SFT: a DFlash drafter of block 8, held-out tau about 5."""
+    return drafter_artifacts(tiny_target, tiny_prompts)

@@ -19,7 +19,7 @@ class Proposals:
     """What a drafter proposes behind each anchor, offsets 1 … block_size-1."""
 
     tokens: torch.Tensor  # [B, A, block_size-1] token ids, the argmax at every offset
-    logprobs: torch.Tensor  # [B, A, block_size-1] float32, under the drafter's own softmax over its head
+    logprobs: torch.Tensor | None  # [B, A, block_size-1] float32, under the drafter's own softmax over its head
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,16 @@ class Drafter(nn.Module, ABC):
 
     @torch.no_grad()
     def propose(
-        self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor, block_size: int, head: Head
+        self,
+        context: Context,
+        anchor_tokens: torch.Tensor,
+        anchors: torch.Tensor,
+        block_size: int,
+        head: Head,
+        *,
+        with_logprobs: bool = True,
     ) -> Proposals:
-        """Draft one block behind each anchor; shapes as in `block_hidden`."""
+        """Draft one block behind each anchor; shapes as in `block_hidden`. Log-probs cost a pass over the logits."""
         hidden = self.block_hidden(context, anchor_tokens, anchors, block_size)
         best, columns = (logits := head.logits(hidden)).max(-1)
-        return Proposals(head.to_tokens(columns), best - logits.logsumexp(-1))
+        return Proposals(head.to_tokens(columns), best - logits.logsumexp(-1) if with_logprobs else None)

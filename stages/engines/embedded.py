@@ -156,7 +156,9 @@ class EmbeddedEngine:
         ids = torch.tensor([[row.last_token] for row in rows], device=device)
         if self.drafter and self.context:
             context = self.drafter.select(self.context, at, int(anchors.max()))
-            proposals = self.drafter.propose(context, ids, anchors[:, None], self.block_size, self.head)
+            proposals = self.drafter.propose(
+                context, ids, anchors[:, None], self.block_size, self.head, with_logprobs=False
+            )
             ids = torch.cat([ids, proposals.tokens[:, 0]], 1)  # [n, block_size]: the block that is verified
         proposed = ids[:, 1:].tolist()
         drafted = time.perf_counter()

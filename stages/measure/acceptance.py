@@ -41,7 +41,7 @@ def replay_all(
                 context = drafter.encode(torch.cat([by_layer[k] for k in drafter.target_layer_ids], -1), positions)
             head = drafter.drafting_head(target.head_weight, drafting.head_tokens)
             block_size = drafting.block_size or drafter.block_size
-            found = replay_chains(drafter, context, members, block_size, head, chains)
+            found = replay_chains(drafter, context, members, block_size, head, chains, with_logprobs=False)
             traces[name] |= dict(zip(group, found, strict=True))
         ctx.progress(len(next(iter(traces.values()))), len(trajectories), "trajectories")
         ctx.check_interrupted()

@@ -35,8 +35,13 @@ def replay_chains(
     block_size: int,
     head: Head,
     chains: int = 16,
+    *,
+    with_logprobs: bool = True,
 ) -> list[Trace]:
-    """Traces of a batch of trajectories. context: of the same trajectories, padded to one length."""
+    """Traces of a batch of trajectories. context: of the same trajectories, padded to one length.
+
+    Without log-probs, which are a pass over the logits, those of the traces are NaN.
+    """
     device = head.weight.device
     B, K = len(trajectories), block_size - 1
     tokens = pad_tokens(trajectories, device, fill=-1)  # -1 never equals a proposal: nothing is accepted past the end
@@ -44,7 +49,7 @@ def replay_chains(
     tokens = torch.cat([tokens, tokens.new_full((B, K), -1)], 1)
     accepted = np.full((B, T), NOT_EVALUATED, dtype=np.int64)
     proposed = np.zeros((B, T, K), dtype=np.int64)
-    logprobs = np.zeros((B, T, K), dtype=np.float32)
+    logprobs = np.full((B, T, K), np.nan, dtype=np.float32)
     offsets = torch.arange(1, block_size, device=device)
 
     live = [start_anchors(t, chains) for t in trajectories]
@@ -57,15 +62,17 @@ def replay_chains(
         ]
         anchors_BA = torch.tensor(padded, device=device)
         anchor_tokens = tokens.gather(1, anchors_BA).clamp(min=0)
-        block = drafter.propose(context, anchor_tokens, anchors_BA, block_size, head)
+        block = drafter.propose(context, anchor_tokens, anchors_BA, block_size, head, with_logprobs=with_logprobs)
         truth = tokens.gather(1, (anchors_BA[..., None] + offsets).flatten(1)).unflatten(1, (A, K))
         kept_BA = (block.tokens == truth).long().cumprod(-1).sum(-1).cpu().numpy()
-        tokens_BAK, logprobs_BAK = block.tokens.cpu().numpy(), block.logprobs.cpu().numpy()
+        tokens_BAK = block.tokens.cpu().numpy()
+        logprobs_BAK = block.logprobs.cpu().numpy() if block.logprobs is not None else None
         for b, anchors in enumerate(live):
             n = len(anchors)
             accepted[b, anchors] = kept_BA[b, :n]
             proposed[b, anchors] = tokens_BAK[b, :n]
-            logprobs[b, anchors] = logprobs_BAK[b, :n]
+            if logprobs_BAK is not None:
+                logprobs[b, anchors] = logprobs_BAK[b, :n]
             following = {a + int(k) + 1 for a, k in zip(anchors, kept_BA[b, :n], strict=True)}
             last = trajectories[b].last_anchor
             live[b] = sorted(a for a in following if a <= last and accepted[b, a] == NOT_EVALUATED)

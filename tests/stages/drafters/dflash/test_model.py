@@ -1,0 +1,221 @@
+"""The DFlash model against plain loops, and its three ways of computing one block against each other."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.drafters.base import Drafter
+from stages.drafters.checkpoint import create_drafter, load_drafter
+from stages.drafters.config import DFlashConfig
+from stages.drafters.dflash.model import DFlashDrafter, FeatureContext, block_mask
+from stages.drafters.head import Head
+from stages.replay.trace import pad_tokens
+from stages.stored import DRAFTER_FOLDER, load_trajectories
+from stages.targets.causal_lm import Target
+from tests.stages.drafters.dflash import reference
+from tests.testbed import random_target
+from tests.testbed.drafter import DrafterArtifacts
+
+TOLERANCE = 2e-5  # float32 against float64 on values of order one
+PACKING_TOLERANCE = 2e-5  # the same sums in another order
+
+
+@given(st.data())
+@settings(max_examples=30, deadline=None)
+def test_the_block_mask_is_what_three_loops_say(data: st.DataObject) -> None:
+    B, T, A, block = (data.draw(st.integers(1, n)) for n in (2, 6, 3, 4))
+    anchors = torch.tensor(data.draw(st.lists(st.integers(0, T + 1), min_size=B * A, max_size=B * A))).view(B, A)
+    positions = torch.arange(T).expand(B, -1)
+    mask = block_mask(positions, anchors, block)
+    assert mask.shape == (B, 1, A * block, T + A * block)
+    for b, query, key in product(range(B), range(A * block), range(T + A * block)):
+        anchor = int(anchors[b, query // block])
+        sees = key < anchor if key < T else (key - T) // block == query // block
+        assert bool(mask[b, 0, query, key]) == sees, (b, query, key)
+
+
+def test_block_hidden_equals_the_plain_float64_reference(plain_target: Target, plain_drafter: DFlashDrafter) -> None:
+    trajectory = random_target.trajectories(1, seed=3)[0]
+    read = plain_target.read(torch.tensor([trajectory.tokens]), plain_drafter.target_layer_ids)
+    assert read.features is not None
+    positions = torch.arange(len(trajectory.tokens))[None]
+    anchors = [4, 7, 11, 8]  # not in order, blocks overlap
+    with torch.no_grad():
+        hidden = plain_drafter.block_hidden(
+            plain_drafter.encode(read.features, positions),
+            torch.tensor([[trajectory.tokens[a] for a in anchors]]),
+            torch.tensor([anchors]),
+            plain_drafter.block_size,
+        )
+    config = plain_drafter.config
+    for index, anchor in enumerate(anchors):
+        expected = reference.block_hidden(
+            dict(plain_drafter.named_parameters()),
+            plain_target.embedding,
+            read.features[0],
+            trajectory.tokens[anchor],
+            anchor,
+            block_size=plain_drafter.block_size,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            eps=config.rms_norm_eps,
+            theta=config.rope_parameters["rope_theta"],
+            mask_token=plain_target.tokenizer.mask_token_id,
+        )
+        torch.testing.assert_close(hidden[0, index].double(), expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_features_are_the_states_after_the_named_layers_in_their_order(
+    plain_target: Target, plain_drafter: DFlashDrafter
+) -> None:
+    ids = torch.tensor([[1, 2, 3, 4]])
+    features = plain_target.read(ids, plain_drafter.target_layer_ids).features
+    with torch.no_grad():
+        states = plain_target.model(ids, output_hidden_states=True, use_cache=False).hidden_states
+    expected = torch.cat([states[layer + 1] for layer in (2, 0)], -1)  # hidden_states[0] is the embedding
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
+
+
+class Trained:
+    """The trained drafter with the features of some held-out trajectories, and blocks drafted one at a time."""
+
+    def __init__(self, made: DrafterArtifacts):
+        self.target = Target.load(made.target, device="cpu")
+        self.drafter: Drafter = load_drafter(made.drafter / DRAFTER_FOLDER, self.target)
+        self.trajectories = load_trajectories(made.heldout).trajectories[:3]
+        self.block = self.drafter.block_size
+        self.head = Head(self.target.head_weight)
+        self.tokens = pad_tokens(self.trajectories, self.target.device)
+        features = self.target.read(self.tokens, self.drafter.target_layer_ids).features
+        assert features is not None
+        self.features = features
+        self.positions = torch.arange(self.tokens.shape[1]).expand(len(self.trajectories), -1)
+
+    def alone(self, row: int, anchor: int, block: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states and proposals of one block, reading a context that ends at its anchor."""
+        part = slice(row, row + 1)
+        with torch.no_grad():
+            context = self.drafter.encode(self.features[part, :anchor], self.positions[part, :anchor])
+            arguments = (context, self.tokens[part, anchor : anchor + 1], torch.tensor([[anchor]]), block or self.block)
+            hidden = self.drafter.block_hidden(*arguments)
+            return hidden[0, 0], self.drafter.propose(*arguments, self.head).tokens[0, 0]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_drafter: DrafterArtifacts) -> Trained:
+    return Trained(tiny_drafter)
+
+
+def test_packed_anchors_equal_one_block_at_a_time(trained: Trained) -> None:
+    anchors = torch.tensor(
+        [[t.first_anchor + i * 5 for i in range(4)] + [t.last_anchor] for t in trained.trajectories]
+    )  # the last block reaches beyond the trajectory
+    with torch.no_grad():
+        context = trained.drafter.encode(trained.features, trained.positions)
+        arguments = (context, trained.tokens.gather(1, anchors), anchors, trained.block)
+        hidden = trained.drafter.block_hidden(*arguments)
+        proposals = trained.drafter.propose(*arguments, trained.head)
+    for row, index in product(range(anchors.shape[0]), range(anchors.shape[1])):
+        expected, tokens = trained.alone(row, int(anchors[row, index]))
+        torch.testing.assert_close(hidden[row, index], expected, atol=PACKING_TOLERANCE, rtol=PACKING_TOLERANCE)
+        assert proposals.tokens[row, index].tolist() == tokens.tolist()
+    logits = hidden @ trained.target.head_weight.T
+    best = torch.log_softmax(logits.double(), -1).amax(-1)
+    torch.testing.assert_close(proposals.logprobs.double(), best, atol=1e-5, rtol=1e-5)
+
+
+def test_drafting_from_slots_equals_the_whole_context_after_rejections(trained: Trained) -> None:
+    rows, block = len(trained.trajectories), trained.block
+    slots = trained.drafter.new_context(rows + 1, trained.tokens.shape[1] + block)
+    anchors = torch.tensor([t.first_anchor + 3 * i for i, t in enumerate(trained.trajectories)])
+    generator = torch.Generator().manual_seed(0)
+    every = slice(0, rows)
+    width = int(anchors.max())
+    with torch.no_grad():
+        trained.drafter.extend(slots, every, trained.features[:, :width], trained.positions[:, :width])
+    for step in range(4):
+        with torch.no_grad():
+            at = anchors[:, None] + torch.arange(block)
+            features = torch.stack([trained.features[row, at[row]] for row in range(rows)])
+            kept = 1 + (step + torch.arange(rows)) % 3  # verified features stand before the new anchor,
+            rejected = torch.arange(block) >= kept[:, None]  # those of rejected proposals at it and behind
+            features[rejected] = torch.randn(features[rejected].shape, generator=generator)
+            trained.drafter.extend(slots, every, features, at)
+        anchors = anchors + kept
+        context = trained.drafter.select(slots, every, int(anchors.max()))  # shorter rows hold rejected entries
+        tokens = trained.tokens.gather(1, anchors[:, None])
+        with torch.no_grad():
+            hidden = trained.drafter.block_hidden(context, tokens, anchors[:, None], block)
+            proposals = trained.drafter.propose(context, tokens, anchors[:, None], block, trained.head)
+        for row in range(rows):
+            expected, proposed = trained.alone(row, int(anchors[row]))
+            torch.testing.assert_close(hidden[row, 0], expected, atol=PACKING_TOLERANCE, rtol=PACKING_TOLERANCE)
+            assert proposals.tokens[row, 0].tolist() == proposed.tolist()
+
+
+def test_a_moved_row_drafts_the_same(trained: Trained) -> None:
+    slots = trained.drafter.new_context(4, 64)
+    anchor = trained.trajectories[2].first_anchor
+    with torch.no_grad():
+        for row in range(3):  # by index, not by slice
+            part = slice(row, row + 1)
+            trained.drafter.extend(
+                slots, torch.tensor([row]), trained.features[part, :anchor], trained.positions[part, :anchor]
+            )
+        trained.drafter.move_row(slots, source=2, to=0)
+        context = trained.drafter.select(slots, torch.tensor([0]), anchor)
+        proposals = trained.drafter.propose(
+            context, trained.tokens[2:3, anchor : anchor + 1], torch.tensor([[anchor]]), trained.block, trained.head
+        )
+    assert proposals.tokens[0, 0].tolist() == trained.alone(2, anchor)[1].tolist()
+
+
+def test_a_smaller_block_is_drafted_as_if_trained_so(trained: Trained) -> None:
+    hidden, tokens = trained.alone(0, trained.trajectories[0].first_anchor, block=4)
+    assert hidden.shape == (3, trained.target.info.hidden_size)
+    assert tokens.shape == (3,)
+
+
+def test_the_context_behind_an_anchor_does_not_matter(plain_target: Target, plain_drafter: DFlashDrafter) -> None:
+    features = torch.randn(1, 12, 2 * random_target.HIDDEN_SIZE, generator=torch.Generator().manual_seed(1))
+    positions, anchors = torch.arange(12)[None], torch.tensor([[5]])
+    changed = features.clone()
+    changed[:, 5:] += 100
+    nearest = features.clone()
+    nearest[:, 4] += 1
+    with torch.no_grad():
+        first, second, third = (
+            plain_drafter.block_hidden(plain_drafter.encode(f, positions), torch.tensor([[9]]), anchors, 5)
+            for f in (features, changed, nearest)
+        )
+    assert torch.equal(first, second)
+    assert not torch.allclose(first, third, atol=1e-3)
+
+
+def test_gradients_reach_every_parameter_and_not_the_target(plain_target: Target) -> None:
+    drafter = random_target.random_drafter(plain_target)
+    features = torch.randn(1, 8, 2 * random_target.HIDDEN_SIZE, generator=torch.Generator().manual_seed(1))
+    context = drafter.encode(features, torch.arange(8)[None])
+    assert isinstance(context, FeatureContext)
+    drafter.block_hidden(context, torch.tensor([[9]]), torch.tensor([[5]]), 5).square().sum().backward()
+    assert [name for name, p in drafter.named_parameters() if p.grad is None or not p.grad.abs().sum()] == []
+    assert plain_target.embedding.grad is None
+    assert not any("embed" in name or "head" in name for name in drafter.state_dict())
+
+
+def test_a_fresh_drafter_is_seeded_and_starts_at_logits_of_unit_spread(plain_target: Target) -> None:
+    shape = DFlashConfig(num_layers=1, block_size=4, target_layer_ids=(1,))
+    first, same, other = (create_drafter(shape, plain_target, seed) for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), same.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
+    with torch.no_grad():
+        context = first.encode(torch.randn(1, 30, random_target.HIDDEN_SIZE), torch.arange(30)[None])
+        anchors = torch.arange(1, 30)[None]
+        logits = Head(plain_target.head_weight).logits(first.block_hidden(context, anchors, anchors, 4))
+    assert 0.3 < float(logits.std()) < 3

@@ -1,0 +1,63 @@
+"""The head over a part of the vocabulary."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.drafters.head import Head
+
+V, H = 12, 4
+WEIGHT = torch.randn(V, H, generator=torch.Generator().manual_seed(0))
+subsets = st.lists(st.integers(0, V - 1), min_size=1, max_size=V - 1)  # any order, repetitions
+
+
+@given(subsets)
+@settings(max_examples=50, deadline=None)
+def test_columns_and_tokens_are_inverse_and_absent_tokens_are_told(ids: list[int]) -> None:
+    head = Head.over(WEIGHT, torch.tensor(ids))
+    kept = sorted(set(ids))
+    assert head.weight.shape == (len(kept), H)
+    columns, present = head.to_columns(torch.arange(V))
+    for token in range(V):
+        assert bool(present[token]) == (token in kept)
+        assert int(columns[token]) == (kept.index(token) if token in kept else 0)
+    assert head.to_tokens(torch.arange(len(kept))).tolist() == kept
+
+
+@given(subsets)
+@settings(max_examples=20, deadline=None)
+def test_logits_are_the_columns_of_the_full_logits(ids: list[int]) -> None:
+    hidden = torch.randn(2, 3, H, generator=torch.Generator().manual_seed(1))
+    part, full = Head.over(WEIGHT, torch.tensor(ids)), Head(WEIGHT)
+    torch.testing.assert_close(part.logits(hidden), full.logits(hidden)[..., sorted(set(ids))])
+    torch.testing.assert_close(full.logits(hidden), hidden @ WEIGHT.T)
+
+
+def test_the_full_head_changes_nothing() -> None:
+    for head in (Head(WEIGHT), Head.over(WEIGHT, None), Head.over(WEIGHT, torch.arange(V))):
+        assert head.token_ids is None
+        tokens = torch.tensor([[3, 0], [V - 1, 5]])
+        columns, present = head.to_columns(tokens)
+        assert torch.equal(columns, tokens)
+        assert present.all()
+        assert torch.equal(head.to_tokens(tokens), tokens)
+
+
+def test_as_many_ids_as_tokens_with_repetitions_keep_the_ids_right() -> None:
+    ids = torch.tensor([2, 2, 7] * 4)
+    assert ids.numel() == V
+    head = Head.over(WEIGHT, ids)
+    best = head.to_tokens(torch.arange(head.weight.shape[0]))
+    assert {2, 7} <= set(best.tolist())
+
+
+def test_logits_are_float32_whatever_the_head() -> None:
+    head = Head(WEIGHT.bfloat16())
+    assert head.logits(torch.ones(1, H)).dtype == torch.float32
+
+
+def test_a_hidden_state_of_a_view_gives_the_same_logits() -> None:
+    hidden = torch.randn(2, 5, 3, H, generator=torch.Generator().manual_seed(2))[:, :, 1:]
+    torch.testing.assert_close(Head(WEIGHT).logits(hidden), hidden.contiguous() @ WEIGHT.T)

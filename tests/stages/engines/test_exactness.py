@@ -1,0 +1,185 @@
+"""Lossless in float32: plain, speculative and transformers' own decoding give the same tokens, whatever the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from artifacts.errors import DraftsmithError
+from stages.engines.base import Completion, Request, SamplingParams
+from stages.targets.resolve import model_path
+from tests.stages.bench import CAPACITY, GREEDY_TOKENS, Bench
+from tests.testbed.drafter import DrafterArtifacts
+
+SAMPLED = {"max_new_tokens": 40, "temperature": 1.0, "top_p": 0.95}
+
+
+def tokens_of(answers: dict[str, Completion]) -> dict[str, list[int]]:
+    return {name: completion.response_ids for name, completion in answers.items()}
+
+
+def test_plain_greedy_equals_transformers_generate(bench: Bench, tiny_drafter: DrafterArtifacts) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_path(tiny_drafter.target), dtype=torch.float32)
+    prompts = [p.token_ids for p in bench.prompts]
+    width = max(map(len, prompts))
+    out = model.generate(
+        input_ids=torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts]),
+        attention_mask=torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]),
+        max_new_tokens=GREEDY_TOKENS,
+        do_sample=False,
+        eos_token_id=sorted(bench.target.eos_ids),
+        pad_token_id=0,
+    )
+    for prompt, row in zip(bench.prompts, out[:, width:].tolist(), strict=True):
+        ours = bench.greedy[prompt.prompt_id]
+        assert row[: len(ours)] == ours
+        assert ours[-1] in bench.target.eos_ids or len(ours) == GREEDY_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("drafter", "slots", "block_size", "head_tokens"),
+    [
+        ("trained", 1, None, None),
+        ("trained", 3, 5, None),
+        ("trained", 8, 2, None),
+        ("trained", 8, None, 150),
+        ("untrained", 3, 2, None),
+        ("untrained", 8, None, None),
+        ("untrained", 8, 4, 60),
+    ],
+)
+def test_speculative_greedy_equals_plain_greedy(
+    drafter: str, slots: int, block_size: int | None, head_tokens: int | None, bench: Bench
+) -> None:
+    answers = bench.answers(bench.requests(), drafter, slots, block_size=block_size, head_tokens=head_tokens)
+    assert tokens_of(answers) == bench.greedy
+    proposals = (block_size or bench.drafters[drafter].block_size) - 1
+    for completion in answers.values():
+        assert all(len(step.proposed) == proposals for step in completion.steps)
+        stopped = completion.response_ids[-1] in bench.target.eos_ids
+        assert completion.finish_reason == ("stop" if stopped else "length")
+
+
+def test_a_trained_drafter_saves_steps_and_an_untrained_one_does_not(bench: Bench) -> None:
+    for drafter, low, high in (("trained", 2.0, 8.0), ("untrained", 1.0, 1.2)):
+        answers = bench.answers(bench.requests(24), drafter).values()
+        drafted = sum(len(a.response_ids) - 1 for a in answers)  # the first token is the prefill's
+        assert low <= drafted / sum(len(a.steps) for a in answers) < high
+
+
+@pytest.mark.parametrize(("slots", "count"), [(1, 12), (3, 56), (56, 56)])
+def test_plain_answers_do_not_depend_on_the_batch(slots: int, count: int, bench: Bench) -> None:
+    answers = tokens_of(bench.answers(bench.requests(count), slots=slots))
+    assert answers == {p.prompt_id: bench.greedy[p.prompt_id] for p in bench.prompts[:count]}
+
+
+@pytest.mark.parametrize(
+    ("drafter", "slots", "block_size", "head_tokens"),
+    [("trained", 1, None, None), ("trained", 8, 4, None), ("trained", 3, None, 150), ("untrained", 8, None, None)],
+)
+def test_speculative_sampling_draws_the_tokens_of_plain_sampling(
+    drafter: str, slots: int, block_size: int | None, head_tokens: int | None, bench: Bench
+) -> None:
+    requests = bench.requests(seed=7, **SAMPLED)
+    plain = tokens_of(bench.answers(requests, slots=8))
+    answers = bench.answers(requests, drafter, slots, block_size=block_size, head_tokens=head_tokens)
+    assert tokens_of(answers) == plain
+    assert plain != {name: tokens[:40] for name, tokens in bench.greedy.items()}
+
+
+def test_a_sampled_answer_depends_on_its_seed_and_not_on_its_batch(bench: Bench) -> None:
+    requests = bench.requests(seed=7, **SAMPLED)
+    plain = tokens_of(bench.answers(requests, slots=8))
+    assert tokens_of(bench.answers(requests[::-1], slots=5)) == plain
+    assert tokens_of(bench.answers(requests[3:4], slots=2)).items() <= plain.items()
+    other = tokens_of(bench.answers(bench.requests(seed=8, **SAMPLED), slots=8))
+    assert sum(other[name] != plain[name] for name in plain) > 40
+
+
+def test_greedy_and_sampled_requests_share_a_batch(bench: Bench) -> None:
+    greedy, sampled = bench.requests(8), bench.requests(8, seed=7, **SAMPLED)
+    mixed = [
+        Request(f"{i}/{kind}", r.prompt_ids, r.sampling, r.seed)
+        for i, pair in enumerate(zip(greedy, sampled, strict=True))
+        for kind, r in zip(("greedy", "sampled"), pair, strict=True)
+    ]
+    alone = tokens_of(bench.answers(sampled))
+    answers = tokens_of(bench.answers(mixed, "trained", slots=3))
+    for i, request in enumerate(greedy):
+        assert answers[f"{i}/greedy"] == bench.greedy[request.request_id]
+        assert answers[f"{i}/sampled"] == alone[request.request_id]
+
+
+def test_answers_that_end_at_once_are_refilled(bench: Bench) -> None:
+    """Length limits from one token on, so that rows finish at prefill, in a step, and at its very end."""
+    requests = [
+        Request(r.request_id, r.prompt_ids, SamplingParams(max_new_tokens=1 + i % 9), r.seed)
+        for i, r in enumerate(bench.requests(40))
+    ]
+    for drafter in (None, "trained"):
+        answers = bench.answers(requests, drafter, slots=3)
+        assert len(answers) == 40
+        for i, request in enumerate(requests):
+            completion = answers[request.request_id]
+            assert completion.response_ids == bench.greedy[request.request_id][: 1 + i % 9]
+            assert completion.finish_reason == "length"
+            assert sum(min(step.accepted + 1, 8) for step in completion.steps) >= len(completion.response_ids) - 1
+
+
+def test_steps_describe_what_was_committed(bench: Bench) -> None:
+    """Anchors walk through the answer; accepted proposals are its tokens; the next one differs or lies behind the end."""
+    for completion in bench.answers(bench.requests(), "trained").values():
+        prompt = completion.request.prompt_ids
+        tokens, anchor = prompt + completion.response_ids, len(prompt)
+        for step in completion.steps:
+            assert step.anchor == anchor
+            rest = tokens[anchor + 1 :]
+            assert rest[: step.accepted] == step.proposed[: step.accepted]
+            if step.accepted < min(len(step.proposed), len(rest)):
+                assert rest[step.accepted] != step.proposed[step.accepted]
+            anchor += step.accepted + 1
+        assert anchor >= len(tokens) - 1
+        assert completion.steps[-1].anchor < len(tokens) - 1
+
+
+def test_an_engine_generates_twice_and_an_abandoned_answer_leaves_nothing(bench: Bench) -> None:
+    engine = bench.engine("trained", slots=4)
+    running = engine.generate(bench.requests(12))
+    next(running)
+    running.close()
+    again = {c.request.request_id: c.response_ids for c in engine.generate(bench.requests(12))}
+    assert again == {p.prompt_id: bench.greedy[p.prompt_id] for p in bench.prompts[:12]}
+
+
+def test_a_request_larger_than_the_capacity_is_one_clear_error(bench: Bench) -> None:
+    request = bench.requests(1, max_new_tokens=CAPACITY)[0]
+    with pytest.raises(DraftsmithError, match=rf"request {request.request_id}: .* capacity of {CAPACITY}"):
+        bench.answers([request])
+
+
+@pytest.mark.parametrize("spare", [-1, 0])
+def test_the_capacity_holds_prompt_answer_and_one_block(spare: int, bench: Bench) -> None:
+    from stages.engines.embedded import EmbeddedEngine
+
+    request = bench.requests(1, max_new_tokens=12)[0]
+    drafter = bench.drafters["trained"]
+    needed = len(request.prompt_ids) + 12 + drafter.block_size
+    engine = EmbeddedEngine(bench.target, drafter, slots=1, capacity=needed + spare)
+    if spare < 0:
+        with pytest.raises(DraftsmithError, match="capacity"):
+            list(engine.generate([request]))
+    else:
+        (completion,) = engine.generate([request])
+        assert completion.response_ids == bench.greedy[request.request_id][:12]
+
+
+def test_a_block_larger_than_the_trained_one_is_refused(bench: Bench) -> None:
+    with pytest.raises(DraftsmithError, match=r"drafting\.block_size: 9 is larger than the trained 8"):
+        bench.engine("trained", block_size=9)
+
+
+def test_latencies_and_shares_of_the_work_add_up(bench: Bench) -> None:
+    for completion in bench.answers(bench.requests(6), "trained", slots=2).values():
+        assert 0 < completion.draft_seconds
+        assert completion.draft_seconds + completion.verify_seconds < completion.seconds

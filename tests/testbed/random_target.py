@@ -1,0 +1,127 @@
+"""A target with seeded random weights: no training behind it, so that golden numbers do not depend on any.
+
+Weights come from one generator in the order of their names, not from transformers' initialisation, which changes.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from stages.drafters.dflash.model import DFlashDrafter
+from stages.replay.trace import Trajectory
+from stages.targets.causal_lm import Target
+from tests.testbed.context import RecordingContext
+
+VOCAB_SIZE, HIDDEN_SIZE, LAYERS = 64, 32, 4
+MASK, END = "<|mask|>", "<|end|>"  # ids 62 and 63
+TEXT_TOKENS = 62
+
+
+def write_model(folder: Path, seed: int = 0) -> None:
+    """An ordinary Hugging Face folder: Qwen3 of 4 layers, hidden 32, vocabulary 64, untied, float32."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=HIDDEN_SIZE,
+            intermediate_size=48,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=256,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=VOCAB_SIZE - 1,
+        )
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.15 * noise if parameter.dim() == 2 else 1 + 0.2 * noise)
+    words = [f"t{i}" for i in range(TEXT_TOKENS)] + [MASK, END]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="t0")),
+        eos_token=END,
+        mask_token=MASK,
+        unk_token="t0",
+    )
+    model.generation_config = GenerationConfig(eos_token_id=VOCAB_SIZE - 1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_artifact(folder: Path, seed: int = 0) -> Path:
+    """An artifact of the stage `target` in `folder/out`, the model beside it; returns the artifact's folder."""
+    from stages.target import STAGE, TargetConfig
+
+    write_model(folder / "model", seed)
+    context = RecordingContext.under(folder)
+    STAGE.run(context, TargetConfig(source=str(folder / "model"), dtype="float32"))
+    return context.out
+
+
+def random_target(folder: Path, seed: int = 0) -> Target:
+    """The same, loaded."""
+    return Target.load(write_artifact(folder, seed), device="cpu")
+
+
+def trajectories(count: int, seed: int = 0, prompt_length: int = 4) -> list[Trajectory]:
+    """Token sequences of different lengths with a rule that a drafter can learn: mostly y' = 3y + 7 (mod 50)."""
+    r = random.Random(seed)
+    made = []
+    for index in range(count):
+        tokens = [r.randrange(50) for _ in range(prompt_length)]
+        for _ in range(r.randint(6, 30)):
+            tokens.append((3 * tokens[-1] + 7) % 50 if r.random() < 0.9 else r.randrange(TEXT_TOKENS))
+        made.append(Trajectory(f"p{index}/0", tokens, prompt_length))
+    return made
+
+
+def write_trajectories(folder: Path, made: list[Trajectory], temperature: float = 0.0) -> Path:
+    """The artifact of a rollout that gave these trajectories; returns the folder."""
+    from artifacts.parquet import write_table
+    from artifacts.schemas import TRAJECTORIES
+
+    rows = [
+        {
+            "trajectory_id": t.trajectory_id,
+            "prompt_id": t.trajectory_id.split("/")[0],
+            "split": "train",
+            "sample": 0,
+            "prompt_ids": t.tokens[: t.prompt_length],
+            "response_ids": t.tokens[t.prompt_length :],
+            "finish_reason": "length",
+            "temperature": temperature,
+            "top_p": 1.0,
+            "seed": 0,
+            "engine": "embedded",
+        }
+        for t in made
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_table(folder / "trajectories.parquet", TRAJECTORIES, rows)
+    return folder
+
+
+def random_drafter(target: Target, seed: int = 0) -> DFlashDrafter:
+    """2 layers, block 5, layers 2 and 0. Weights so large that every part matters; a fresh drafter's are near zero."""
+    import torch
+
+    from stages.drafters.checkpoint import create_drafter
+    from stages.drafters.config import DFlashConfig
+
+    shape = DFlashConfig(num_layers=2, block_size=5, target_layer_ids=(2, 0), intermediate_size=40)
+    drafter = create_drafter(shape, target, seed)
+    assert isinstance(drafter, DFlashDrafter)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.3 * noise if parameter.dim() == 2 else 1 + 0.3 * noise)
+    return drafter.eval()
