@@ -59,7 +59,9 @@ def make(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], *, f
     stage = node.stage.name
     ref = None if force else find(workshop.store, node, key)
     if ref is None:
-        with workshop.store.claim(stage, key, force=force, resume=not force, waiting=_say_waiting(workshop, node)) as claim:
+        with workshop.store.claim(
+            stage, key, force=force, resume=not force, waiting=_say_waiting(workshop, node)
+        ) as claim:
             if isinstance(claim, Claim):
                 return Made(node.name, _run(workshop, node, inputs, claim), reused=False)
             ref = claim

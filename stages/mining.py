@@ -36,6 +36,7 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
     """Replay and score group by group; each group is a shard, so an interrupted run continues with the next one."""
     import torch
 
+    from artifacts.atomic import write_text
     from artifacts.parquet import ShardWriter, read_shards, write_table
     from artifacts.schemas import VERIFY_STEPS
     from stages.drafters.checkpoint import drafter_digest, load_drafter
@@ -52,7 +53,7 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
         read_shards(ctx.work / "verify_steps", VERIFY_STEPS, columns=["trajectory_id"])["trajectory_id"].to_pylist()
     )
     progress_file = ctx.work / "evaluated_blocks.json"
-    evaluated = json.loads(progress_file.read_text()) if finished and progress_file.exists() else 0
+    evaluated: dict[str, int] = json.loads(progress_file.read_text()) if progress_file.exists() else {}
 
     target = Target.load(ctx.inputs["target"])
     drafter_folder = ctx.inputs["drafter"] / DRAFTER_FOLDER
@@ -76,11 +77,12 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
             context = drafter.encode(out.features, positions)
         traces = replay_chains(drafter, context, members, block_size, head, config.chains)
         scores = score_traces(target, cache, out.hidden, traces, top_k=config.top_k, tree_tokens=longest_tree)
+        # written before the shard and by trajectory: a shard that is there is counted, one that was lost is not twice
+        evaluated |= {t.trajectory_id: trace.evaluated_blocks for t, trace in zip(members, traces, strict=True)}
+        write_text(progress_file, json.dumps(evaluated))
         shards.append(
             [row for t, trace, score in zip(members, traces, scores, strict=True) for row in _rows(t, trace, score)]
         )
-        evaluated += sum(trace.evaluated_blocks for trace in traces)
-        progress_file.write_text(json.dumps(evaluated))
         done += len(members)
         ctx.progress(done, len(trajectories), "trajectories")
         ctx.check_interrupted()
@@ -90,7 +92,7 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
     rows.sort(key=lambda row: (order[row["trajectory_id"]], row["step"]))
     write_table(ctx.out / "verify_steps.parquet", VERIFY_STEPS, rows)
     summary = summarise(rows, target.tokenizer, block_size)
-    summary["evaluated_blocks_per_step"] = evaluated / len(rows)
+    summary["evaluated_blocks_per_step"] = sum(evaluated.values()) / len(rows)
     summary["trajectories_too_short"] = stored.too_short
     summary["parity"] = parity(ctx.inputs["trajectories"], rows, drafter_digest(drafter_folder), config)
     (ctx.out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")

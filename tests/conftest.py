@@ -8,10 +8,16 @@ from pathlib import Path
 # Before torch is imported: test workers that take all cores each are several times slower than with one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from tests.testbed import cache, target, text
 from tests.testbed.drafter import DrafterArtifacts, drafter_artifacts
+
+if TYPE_CHECKING:  # most rooms need neither
+    from stages.drafters.dflash.model import DFlashDrafter
+    from stages.targets.causal_lm import Target
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +40,27 @@ def tiny_prompts() -> Path:
 def tiny_drafter(tiny_target: Path, tiny_prompts: Path) -> DrafterArtifacts:
     """Artifacts of target (float32), prompts, rollouts and SFT: a DFlash drafter of block 8, held-out tau about 5."""
     return drafter_artifacts(tiny_target, tiny_prompts)
+
+
+@pytest.fixture(scope="session")
+def plain_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifact of the stage `target` for a target of seeded random weights, float32: small enough for loops."""
+    from tests.testbed import random_target
+
+    return random_target.write_artifact(tmp_path_factory.mktemp("random-target"))
+
+
+@pytest.fixture(scope="session")
+def plain_target(plain_artifact: Path) -> Target:
+    """The same, loaded. Not to be changed."""
+    from stages.targets.causal_lm import Target
+
+    return Target.load(plain_artifact, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def plain_drafter(plain_target: Target) -> DFlashDrafter:
+    """A random drafter for it. Not to be changed."""
+    from tests.testbed import random_target
+
+    return random_target.random_drafter(plain_target)

@@ -42,17 +42,25 @@ def load_drafter(folder: Path, target: Target, dtype: torch.dtype | None = None)
     drafter = dflash.load(folder, target, dtype or target.dtype)
     drafter.info = read_info(folder)
     if (tokens := folder / TOKENS_FILE).exists():
-        drafter.frequent_tokens = torch.from_numpy(np.load(tokens).astype(np.int64)).to(target.device)
+        try:
+            drafter.frequent_tokens = torch.from_numpy(np.load(tokens).astype(np.int64)).to(target.device)
+        except (OSError, ValueError, EOFError) as error:
+            raise DraftsmithError(f"drafter {tokens}: cannot be read ({error}); it is cut short or damaged") from error
     return drafter.eval()
 
 
 def read_info(folder: Path) -> DrafterInfo:
-    """drafter.json, or an empty record for a checkpoint made elsewhere."""
+    """drafter.json, or an empty record for a checkpoint made elsewhere. Raises DraftsmithError if it is damaged."""
     if not (path := folder / INFO_FILE).exists():
         return DrafterInfo()
-    raw = json.loads(path.read_text())
-    raw.pop("digest", None)
-    return DrafterInfo(**{**raw, "parents": tuple(raw.get("parents", ()))})
+    try:
+        raw = json.loads(path.read_text())
+        raw.pop("digest", None)
+        return DrafterInfo(**{**raw, "parents": tuple(raw.get("parents", ()))})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DraftsmithError(
+            f"drafter {path}: cannot be read ({error}); remove it to use the checkpoint without its record"
+        ) from error
 
 
 def check_drafter(folder: Path, target_digest: str) -> None:

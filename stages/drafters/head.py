@@ -26,9 +26,11 @@ class Head:
     @classmethod
     def over(cls, weight: torch.Tensor, token_ids: torch.Tensor | None) -> Head:
         """Rows `token_ids` of the full head `weight` [V, H]."""
-        if token_ids is None or token_ids.numel() >= weight.shape[0]:
+        if token_ids is None:
             return cls(weight)
         ids = token_ids.unique().to(weight.device)
+        if ids.numel() == weight.shape[0]:
+            return cls(weight)
         return cls(weight[ids].contiguous(), ids)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -19,8 +19,13 @@ from stages.drafters.base import Drafter
 from stages.drafters.config import DraftingConfig
 from stages.engines.base import Completion, Request, VerifyStep
 from stages.engines.sampling import draw
+from stages.replay.trace import groups_by_length
 from stages.targets.causal_lm import Target
 from stages.targets.slots import Rows
+
+# Prompts of similar length are read together, at most this many tokens: matrix products are at their full rate with
+# a few hundred rows, and more prompts in one forward only mean more padding.
+PREFILL_TOKENS = 512
 
 
 @dataclass
@@ -62,7 +67,7 @@ class _Row:
 class EmbeddedEngine:
     """Greedy or sampled decoding of many requests; with a drafter, target-assisted (speculative) decoding.
 
-    slots: requests in flight. capacity: positions a request may use (prompt + response + one block).
+    slots: requests in flight. capacity: positions a request may use (prompt + response + the proposals of one block).
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class EmbeddedEngine:
         self.target, self.drafter, self.slots, self.capacity = target, drafter, slots, capacity
         self.layer_ids = tuple(drafter.target_layer_ids) if drafter else ()
         drafting = drafting or DraftingConfig()
+        self.block_size = 1
         if drafter:
             self.block_size = drafting.block_size or drafter.block_size
             if self.block_size > drafter.block_size:
@@ -93,8 +99,8 @@ class EmbeddedEngine:
         rows: list[_Row] = []
         while True:
             arrivals = list(islice(queue, self.slots - len(rows)))
-            if arrivals:
-                rows += self._prefill(arrivals, first_row=len(rows))
+            for group in groups_by_length([len(r.prompt_ids) for r in arrivals], PREFILL_TOKENS):
+                rows += self._prefill([arrivals[i] for i in group], first_row=len(rows))
             if not rows:
                 return
             if not any(row.done.finish_reason for row in rows):  # a first token may already be a stop token
@@ -118,10 +124,11 @@ class EmbeddedEngine:
         """Read the prompts and commit each one's first token."""
         started = time.perf_counter()
         for request in requests:
-            if len(request.prompt_ids) + request.sampling.max_new_tokens > self.capacity:
+            prompt, new, proposals = len(request.prompt_ids), request.sampling.max_new_tokens, self.block_size - 1
+            if prompt + new + proposals > self.capacity:
                 raise DraftsmithError(
-                    f"request {request.request_id}: {len(request.prompt_ids)} prompt + "
-                    f"{request.sampling.max_new_tokens} new tokens exceed the engine's capacity of {self.capacity}"
+                    f"request {request.request_id}: {prompt} prompt + {new} new + {proposals} proposed tokens exceed "
+                    f"the engine's capacity of {self.capacity}"
                 )
         device = self.target.device
         lengths = torch.tensor([len(r.prompt_ids) for r in requests], device=device)

@@ -17,7 +17,8 @@ from stages.engines.base import SamplingParams
 
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) from the counter-based generator Philox, keyed by seed and position."""
-    return float(np.random.Generator(np.random.Philox(key=[seed & (2**64 - 1), position])).random())
+    key = np.array([seed & (2**64 - 1), position], dtype=np.uint64)
+    return float(np.random.Generator(np.random.Philox(key=key)).random())
 
 
 def probabilities(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:

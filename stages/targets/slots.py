@@ -13,7 +13,7 @@ Rows = slice | torch.Tensor  # which rows a call addresses: a slice (no copy) or
 
 
 class KeyValueSlots:
-    """Keys and values of one layer, each of shape [rows, capacity, kv_heads, head_dim]."""
+    """Keys and values of one layer, each of shape [rows, kv_heads, capacity, head_dim]: attention reads in order."""
 
     def __init__(self, rows: int, capacity: int):
         self.rows, self.capacity = rows, capacity
@@ -26,15 +26,15 @@ class KeyValueSlots:
         row_index: [n, 1]; write_at: [n, T] positions; keys, values: [n, T, kv_heads, head_dim].
         """
         if self.keys is None or self.values is None:
-            self.keys = keys.new_zeros(self.rows, self.capacity, *keys.shape[2:])
-            self.values = values.new_zeros(self.rows, self.capacity, *values.shape[2:])
-        self.keys[row_index, write_at] = keys
-        self.values[row_index, write_at] = values
+            self.keys = keys.new_zeros(self.rows, keys.shape[2], self.capacity, keys.shape[3])
+            self.values = values.new_zeros(self.rows, values.shape[2], self.capacity, values.shape[3])
+        self.keys.transpose(1, 2)[row_index, write_at] = keys
+        self.values.transpose(1, 2)[row_index, write_at] = values
 
     def read(self, rows: Rows, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first `length` entries of `rows`: two tensors [n, kv_heads, length, head_dim]."""
         assert self.keys is not None and self.values is not None, "read before the first write"
-        return self.keys[rows, :length].transpose(1, 2), self.values[rows, :length].transpose(1, 2)
+        return self.keys[rows, :, :length], self.values[rows, :, :length]
 
     def move_row(self, source: int, to: int) -> None:
         """Copy a row over another one."""

@@ -54,7 +54,8 @@ class FeatureSource:
             return self._cache[g]
         members = self._groups[g]
         trajectories = [self.trajectories[i] for i in members]
-        out = self.target.read(pad_tokens(trajectories, self.target.device), self.layer_ids)
+        with torch.autocast(self.target.device.type, enabled=False):  # the training loop's is for the drafter alone
+            out = self.target.read(pad_tokens(trajectories, self.target.device), self.layer_ids)
         assert out.features is not None
         entry = {}
         for row, (i, trajectory) in enumerate(zip(members, trajectories, strict=True)):

@@ -52,7 +52,7 @@ def train(
         with torch.autocast(device_type, torch.bfloat16, enabled=config.compute_dtype == "bfloat16"):
             report = loss_of_step(step)
         before_backward = time.perf_counter()
-        loss = float(report.loss)
+        loss = float(report.loss.detach())
         if not math.isfinite(loss):
             raise DraftsmithError(f"training: the loss is {loss} at step {step}; lower learning_rate, then run again")
         report.loss.backward()

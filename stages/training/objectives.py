@@ -164,7 +164,7 @@ def opd_loss(
         response_log_p = _token_logprobs(target_hidden, target_head, labels[response], positions_per_chunk)
     count = columns.numel()
     response_mean = chunked_sum(hidden[response], positions_per_chunk, committed_value) / max(count, 1)
-    figures = {"loss_response": float(response_mean)}
+    figures = {"loss_response": float(response_mean.detach())}
     loss, positions = objective.weight_accepted * response_mean, count
 
     if objective.loss == "paper":
@@ -185,7 +185,7 @@ def opd_loss(
 
         total = chunked_sum(hidden[rejected], positions_per_chunk, rejected_value)
         rejected_mean = total / weights.sum().clamp(min=1e-9)
-        figures["loss_rejected"] = float(rejected_mean)
+        figures["loss_rejected"] = float(rejected_mean.detach())
         loss = loss + objective.weight_rejected * rejected_mean
         positions = int((response | rejected).sum())
     return LossReport(

@@ -108,7 +108,9 @@ def measure(target: Target, model: Any, prompts: Sequence[list[int]], new_tokens
     rows = []
     for name in (OURS, THEIRS):
         first = harness.median(seconds[f"{name}/1"])
-        rest = harness.median([b - a for a, b in zip(seconds[f"{name}/1"], seconds[f"{name}/{new_tokens}"], strict=True)])
+        rest = harness.median(
+            [b - a for a, b in zip(seconds[f"{name}/1"], seconds[f"{name}/{new_tokens}"], strict=True)]
+        )
         rows.append(
             {
                 "arm": name,
@@ -139,7 +141,7 @@ def main() -> None:
     dtype = str(target.dtype).removeprefix("torch.")
     rate = machine.peak_rate(target.dtype)
     harness.print_table(
-        f"{target.info.source}, {dtype}, {chosen.new_tokens} new tokens behind prompts of {chosen.prompt_tokens} tokens; "
+        f"{target.info.source}, {dtype}, {chosen.new_tokens} new tokens behind {chosen.prompt_tokens} prompt tokens; "
         f"shares of {rate:,.0f} GFLOP/s",
         list(rows[0]),
         [list(row.values()) for row in rows],

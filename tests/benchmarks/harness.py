@@ -53,14 +53,20 @@ def load_target(folder: Path | None) -> Target:
     return Target.load(folder or smollm2_folder())
 
 
+def benchmark_folder(name: str) -> Path:
+    """A folder that benchmarks keep between runs."""
+    folder = home() / "benchmarks" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def smollm2_folder() -> Path:
     """The resolved SmolLM2-135M: made at the first call, complete or not there."""
     from stages.targets.config import TargetConfig
     from stages.targets.resolve import INFO_FILE, resolve_target
 
-    folder = home() / "benchmarks" / "smollm2"
+    folder = benchmark_folder("smollm2")
     if not (folder / INFO_FILE).exists():  # written last
-        folder.mkdir(parents=True, exist_ok=True)
         resolve_target(TargetConfig(source=SMOLLM2), folder, lambda message: print(message, file=sys.stderr))
     return folder
 
@@ -122,7 +128,9 @@ def conditions() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "machine": platform.machine(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

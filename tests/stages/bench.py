@@ -12,7 +12,8 @@ from stages.drafters.checkpoint import create_drafter, load_drafter
 from stages.drafters.config import DFlashConfig, DraftingConfig
 from stages.engines.base import Completion, Request, SamplingParams
 from stages.engines.embedded import EmbeddedEngine
-from stages.replay.trace import Trajectory, pad_tokens
+from stages.replay.sequential import replay_sequentially
+from stages.replay.trace import Trace, Trajectory, pad_tokens
 from stages.stored import DRAFTER_FOLDER, Prompt, load_prompts
 from stages.targets.causal_lm import Target, TargetOutput
 from tests.testbed.drafter import DrafterArtifacts
@@ -62,6 +63,21 @@ class Bench:
         positions = torch.arange(ids.shape[1]).expand(len(trajectories), -1)
         with torch.no_grad():
             return out, drafter.encode(out.features, positions)
+
+    def sequential_traces(
+        self,
+        trajectories: Sequence[Trajectory],
+        drafter: str,
+        block_size: int | None = None,
+        head_tokens: int | None = None,
+    ) -> list[Trace]:
+        """The plain reference of replay, every trajectory read on its own."""
+        model = self.drafters[drafter]
+        head = model.drafting_head(self.target.head_weight, head_tokens)
+        return [
+            replay_sequentially(model, self.read([t], model)[1], t, block_size or model.block_size, head)
+            for t in trajectories
+        ]
 
 
 def trajectory_of(completion: Completion) -> Trajectory:

@@ -81,20 +81,36 @@ def read_config(folder: Path) -> Qwen3Config:
         raw: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise DraftsmithError(f"drafter {path}: cannot be read ({error}); give a folder in z-lab's layout") from error
+    if not isinstance(raw, dict):
+        raise DraftsmithError(f"drafter {path}: is not a JSON object; give a folder in z-lab's layout")
     dflash = raw.get("dflash_config") or {}
     block_size = raw.get("block_size") or dflash.get("block_size")
+    if dflash.get("block_size", block_size) != block_size:
+        raise DraftsmithError(
+            f"drafter {path}: block_size is {block_size} at the top and {dflash['block_size']} in dflash_config "
+            "(engines read either); keep the trained one"
+        )
+    if "rope_parameters" not in raw and "rope_theta" in raw:
+        scaling = raw.pop("rope_scaling", None) or {}
+        scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type", "default")
+        raw["rope_parameters"] = {**scaling, "rope_theta": raw["rope_theta"]}
     for field, value in (
         ("block_size", block_size),
         ("dflash_config.target_layer_ids", dflash.get("target_layer_ids")),
         ("dflash_config.mask_token_id", dflash.get("mask_token_id")),
+        ("rope_parameters.rope_theta", (raw.get("rope_parameters") or {}).get("rope_theta")),
     ):
         if value is None:
             raise DraftsmithError(f"drafter {path}: field {field} is missing (an engine would guess it); add it")
     raw["block_size"] = block_size
     raw.pop("architectures", None)
-    if "rope_parameters" not in raw and "rope_theta" in raw:
-        raw["rope_parameters"] = {"rope_type": "default", "rope_theta": raw["rope_theta"]}
-    return Qwen3Config(**{**raw, "architectures": [ARCHITECTURE]})
+    if sliding := {kind for kind in raw.get("layer_types") or () if kind != "full_attention"}:
+        raise DraftsmithError(f"drafter {path}: layer_types has {min(sliding)}; only full_attention is supported")
+    try:
+        return Qwen3Config(**{**raw, "architectures": [ARCHITECTURE]})
+    except Exception as error:  # transformers checks fields with error classes of its own
+        reason = " ".join(str(error).split())
+        raise DraftsmithError(f"drafter {path}: cannot be read ({reason}); give a folder in z-lab's layout") from error
 
 
 def check_fits(drafter: Qwen3Config, target: Any, where: str) -> None:
@@ -108,6 +124,10 @@ def check_fits(drafter: Qwen3Config, target: Any, where: str) -> None:
     drafter_rope, target_rope = (getattr(c, "rope_parameters", None) or {} for c in (drafter, target))
     if drafter_rope.get("rope_theta") and target_rope.get("rope_theta"):
         checks.append(("rope_theta", float(drafter_rope["rope_theta"]), float(target_rope["rope_theta"])))
+        checks += [
+            (f"rope_parameters.{field}", drafter_rope.get(field, usual), target_rope.get(field, usual))
+            for field, usual in (("rope_type", "default"), ("factor", 1.0), ("partial_rotary_factor", 1.0))
+        ]
     for field, has, needs in checks:
         if has != needs:
             raise DraftsmithError(

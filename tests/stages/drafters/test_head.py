@@ -45,12 +45,10 @@ def test_the_full_head_changes_nothing() -> None:
         assert torch.equal(head.to_tokens(tokens), tokens)
 
 
-def test_as_many_ids_as_tokens_with_repetitions_keep_the_ids_right() -> None:
-    ids = torch.tensor([2, 2, 7] * 4)
-    assert ids.numel() == V
-    head = Head.over(WEIGHT, ids)
-    best = head.to_tokens(torch.arange(head.weight.shape[0]))
-    assert {2, 7} <= set(best.tolist())
+def test_repeated_ids_count_once() -> None:
+    head = Head.over(WEIGHT, torch.tensor([2, 2, 7] * 4))  # as many ids as the vocabulary has
+    assert head.token_ids is not None
+    assert head.token_ids.tolist() == [2, 7]
 
 
 def test_logits_are_float32_whatever_the_head() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from functools import cached_property
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from tests.stages.bench import Bench
 
 Prefix = tuple[int, ...]  # of the response
 
-ANSWERS, LENGTH = 1200, 14
+ANSWERS, LENGTH = 600, 10
 
 
 class Laws:
@@ -44,10 +43,6 @@ class Laws:
         """What the drafter proposes when the last token of the prefix is the anchor."""
         return self._at(prefix)[2]
 
-    @cached_property
-    def _head(self):  # type: ignore[no-untyped-def]
-        return self.bench.drafters["trained"].drafting_head(self.bench.target.head_weight, None)
-
     @torch.no_grad()
     def _at(self, prefix: Prefix) -> tuple[np.ndarray, np.ndarray, Prefix]:
         if prefix not in self._known:
@@ -59,7 +54,7 @@ class Laws:
             context = drafter.encode(out.features, torch.arange(tokens.shape[1])[None])
             anchor = torch.tensor([[tokens.shape[1] - 1]])
             hidden = drafter.block_hidden(context, tokens[:, -1:], anchor, drafter.block_size)[0, 0]
-            logits = self._head.logits(hidden)
+            logits = target.logits(hidden)
             draft = torch.softmax(logits[0].double(), -1).numpy()
             self._known[prefix] = (law, draft, tuple(logits.argmax(-1).tolist()))
         return self._known[prefix]
@@ -77,13 +72,14 @@ def p_values(laws: Laws, answers: list[Prefix], ends: frozenset[int]) -> list[fl
         for prefix, counts in following.items():
             expected = laws(prefix) * counts.total()
             tested = np.flatnonzero(expected >= 5)
-            pooled = [*expected[tested], counts.total() - expected[tested].sum()]
-            observed = [counts[int(token)] for token in tested]
-            observed.append(counts.total() - sum(observed))
-            if len(tested) and pooled[-1] >= 1e-6 * counts.total():
-                pooled[-1] = max(pooled[-1], 0.5)  # a rare rest is not to decide alone
-                statistic += float(((np.array(observed) - pooled) ** 2 / pooled).sum())
-                freedom += len(tested)
+            if not len(tested):
+                continue
+            pooled = np.append(expected[tested], counts.total() - expected[tested].sum())
+            observed = np.array([counts[int(token)] for token in tested])
+            observed = np.append(observed, counts.total() - observed.sum())
+            pooled[-1] = max(pooled[-1], 1.0)  # a rare rest is not to decide alone
+            statistic += float(((observed - pooled) ** 2 / pooled).sum())
+            freedom += len(tested)
         values.append(float(stats.chi2.sf(statistic, freedom)) if freedom else 1.0)
     return values
 
@@ -141,9 +137,16 @@ def compares_with_the_drafter(laws: Laws, prefix: Prefix, proposal: int, rng: np
 
 @pytest.fixture(scope="module")
 def laws(bench: Bench) -> Laws:
-    """A prompt whose answers part early and often."""
-    story = next(p for p in bench.prompts if "story" in bench.target.tokenizer.decode(p.token_ids))
-    return Laws(bench, story.token_ids)
+    """The beginning of an answer behind which most tokens are open: the likeliest has between 0.3 and 0.8."""
+    open_tokens: dict[tuple[int, int], int] = {}
+    for i, prompt in enumerate(bench.prompts):
+        tokens = prompt.token_ids + bench.greedy[prompt.prompt_id]
+        best = torch.softmax(bench.target.logits(bench.target.read(torch.tensor([tokens])).hidden[0]), -1).amax(-1)
+        uncertain = ((best > 0.3) & (best < 0.8)).tolist()
+        for cut in range(len(prompt.token_ids), len(tokens) - LENGTH):
+            open_tokens[i, cut] = sum(uncertain[cut : cut + LENGTH - 2])
+    i, cut = max(open_tokens, key=open_tokens.__getitem__)
+    return Laws(bench, (bench.prompts[i].token_ids + bench.greedy[bench.prompts[i].prompt_id])[:cut])
 
 
 @pytest.mark.parametrize("drafter", ["trained", None])
@@ -152,10 +155,9 @@ def test_the_engine_follows_the_target(drafter: str | None, laws: Laws, bench: B
     requests = [Request(str(seed), laws.prompt, params, seed) for seed in range(ANSWERS)]
     answers = bench.answers(requests, drafter, slots=64)
     if drafter:  # proposals were both kept and rejected, or nothing was tested
-        kept = [step.accepted for completion in answers.values() for step in completion.steps]
-        assert 0.3 < np.mean(np.array(kept) == 0) < 0.9 or 1 < np.mean(kept) < 6
+        assert {0, 1, 2} <= {step.accepted for completion in answers.values() for step in completion.steps}
     values = p_values(laws, [tuple(a.response_ids) for a in answers.values()], bench.target.eos_ids)
-    assert sum(value < 1 for value in values) >= 5, "too few positions are uncertain"
+    assert sum(value < 1 for value in values) >= 5, "too few positions are open"
     assert min(values) > 1e-3 / LENGTH
 
 

@@ -74,9 +74,7 @@ def test_draw_inverts_the_cumulative_law_of_each_row() -> None:
 def test_drawn_tokens_follow_the_law() -> None:
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5])
     count = 6000
-    tokens = draw(
-        logits.expand(1, count, -1), torch.arange(count)[None], [SamplingParams(1, 1.5)], [11]
-    )
+    tokens = draw(logits.expand(1, count, -1), torch.arange(count)[None], [SamplingParams(1, 1.5)], [11])
     expected = probabilities(logits, 1.5, 1.0).numpy() * count
     observed = np.bincount(tokens[0].numpy(), minlength=5)
     assert stats.chisquare(observed, expected).pvalue > 1e-3

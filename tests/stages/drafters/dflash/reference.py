@@ -45,7 +45,7 @@ def block_hidden(
     mask_token: int,
 ) -> torch.Tensor:
     """embedding: [V, H]; features: [T, K*H] of positions 0 … T-1. Returns [block_size-1, H] for the offsets 1 …."""
-    weights = {name: tensor.double() for name, tensor in tensors.items()}
+    weights = {name: tensor.detach().double() for name, tensor in tensors.items()}
     context = [
         rms_norm(weights["fc.weight"] @ features[t].double(), weights["hidden_norm.weight"], eps) for t in range(anchor)
     ]
@@ -53,7 +53,11 @@ def block_hidden(
     states = [embedding[token].double() for token in tokens]
 
     for layer in range(layers):
-        w = {name.removeprefix(f"layers.{layer}."): t for name, t in weights.items() if name.startswith(f"layers.{layer}.")}
+        w = {
+            name.removeprefix(f"layers.{layer}."): t
+            for name, t in weights.items()
+            if name.startswith(f"layers.{layer}.")
+        }
 
         def project(x: torch.Tensor, which: str, head: int, w: Tensors = w) -> torch.Tensor:
             size = len(w["self_attn.q_norm.weight"])

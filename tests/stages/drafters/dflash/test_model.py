@@ -127,6 +127,7 @@ def test_packed_anchors_equal_one_block_at_a_time(trained: Trained) -> None:
         assert proposals.tokens[row, index].tolist() == tokens.tolist()
     logits = hidden @ trained.target.head_weight.T
     best = torch.log_softmax(logits.double(), -1).amax(-1)
+    assert proposals.logprobs is not None
     torch.testing.assert_close(proposals.logprobs.double(), best, atol=1e-5, rtol=1e-5)
 
 
@@ -182,7 +183,7 @@ def test_a_smaller_block_is_drafted_as_if_trained_so(trained: Trained) -> None:
     assert tokens.shape == (3,)
 
 
-def test_the_context_behind_an_anchor_does_not_matter(plain_target: Target, plain_drafter: DFlashDrafter) -> None:
+def test_the_context_behind_an_anchor_does_not_matter(plain_drafter: DFlashDrafter) -> None:
     features = torch.randn(1, 12, 2 * random_target.HIDDEN_SIZE, generator=torch.Generator().manual_seed(1))
     positions, anchors = torch.arange(12)[None], torch.tensor([[5]])
     changed = features.clone()

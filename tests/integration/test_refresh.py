@@ -1,0 +1,286 @@
+"""The whole refresh by the real command on the tiny target: once, again, with a changed field, with damaged inputs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from artifacts.store import Store
+from tests.flows.processes import ROOT, processes_of
+from tests.testbed.target import MASK
+
+pytestmark = pytest.mark.integration
+
+NODES = [
+    "target", "prompts", "rollout", "sft", "assisted", "mining", "opd", "heldout", "control", "evaluation", "report",
+]  # fmt: skip
+
+
+def config_of(target: Path, prompts: Path) -> dict[str, Any]:
+    sampling = {"max_new_tokens": 32, "temperature": 0.0}
+    training = {"sequences_per_step": 4, "anchors_per_sequence": 8, "compute_dtype": "float32"}
+    return {
+        "name": "tiny",
+        "stages": {"threads": 1, "min_free_gb": 0.01, "grace_seconds": 10, "retry_delay_seconds": 0},
+        "target": {"source": str(target), "dtype": "float32"},
+        "prompts": {
+            "sources": [{"kind": "jsonl", "path": str(prompts)}], "train": 40, "validation": 2, "heldout": 10,
+        },
+        "rollout": {"prompts": 30, "sampling": sampling, "engine": {"slots": 16}},
+        "sft": {
+            **training, "steps": 60, "learning_rate": 3e-3, "gamma": 4.0,
+            "drafter": {"num_layers": 1, "block_size": 6, "num_target_features": 3, "mask_token": MASK},
+        },
+        "assisted": {"skip": 30, "sampling": sampling, "engine": {"slots": 10}},
+        "mining": {},
+        "opd": {**training, "steps": 12},
+        "heldout": {"splits": ["validation", "heldout"], "sampling": sampling},
+        "evaluation": {
+            "sampling": sampling, "speed_prompts": 3, "validation_prompts": 2, "block_sizes": [3, 6],
+            "exactness_prompts": 3, "bootstrap_samples": 200,
+        },
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Home:
+    """A DRAFTSMITH_HOME and the config beside it."""
+
+    folder: Path
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "home"
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "tiny.yaml"
+
+    def run(self, *arguments: str | Path, module: str = "flows") -> subprocess.CompletedProcess[str]:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "DRAFTSMITH_"))}
+        return subprocess.run(
+            [sys.executable, "-m", module, *map(str, arguments)],
+            cwd=ROOT,
+            env={**environment, "DRAFTSMITH_HOME": str(self.path), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+    def refresh(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        return self.run("refresh", self.config, *arguments)
+
+    def folder_of(self, stage: str) -> Path:
+        """The artifact of a stage that was made once."""
+        (manifest,) = [m for m in Store(self.path / "store").list() if m.stage == stage]
+        return Store(self.path / "store").path(stage, manifest.key)
+
+    def artifacts(self) -> dict[tuple[str, str], str]:
+        return {(m.stage, m.key): m.created_at for m in Store(self.path / "store").list()}
+
+    def query(self, sql: str) -> list[tuple[Any, ...]]:
+        with sqlite3.connect(self.path / "mlflow.db") as database:
+            return database.execute(sql).fetchall()
+
+
+def nodes(output: str, ending: str) -> list[str]:
+    """Nodes whose line says that they were reused, or done."""
+    return [line.partition(":")[0] for line in output.splitlines() if ending in line and line.split(":")[0] in NODES]
+
+
+def done(result: subprocess.CompletedProcess[str]) -> set[str]:
+    return set(nodes(result.stdout, ": done in "))
+
+
+def reused(result: subprocess.CompletedProcess[str]) -> set[str]:
+    return {node for node in nodes(result.stdout, ": reused") if node}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path, tiny_prompts: Path) -> Home:
+    made = Home(tmp_path_factory.mktemp("refresh"))
+    made.config.write_text(yaml.safe_dump(config_of(tiny_target, tiny_prompts)))
+    return made
+
+
+@pytest.fixture(scope="module")
+def story(home: Home) -> Iterator[dict[str, Any]]:
+    """A first refresh, an unchanged one, and one with another learning rate of OPD."""
+    told: dict[str, Any] = {"first": home.refresh()}
+    assert told["first"].returncode == 0, told["first"].stderr
+    told["artifacts"] = home.artifacts()
+    begun = time.monotonic()
+    told["second"] = home.refresh()
+    told["second_s"] = time.monotonic() - begun
+    told["changed"] = home.refresh("--set", "opd.learning_rate=1.0e-4")
+    yield told
+
+
+def test_the_first_refresh_makes_every_node_and_ends_with_the_table(story: dict[str, Any], home: Home) -> None:
+    out = story["first"].stdout
+    assert done(story["first"]) == set(NODES)
+    assert story["first"].stderr == ""
+    table = out[out.index("report: done in") :]
+    for word in ("tau", "sft", "opd", "control", "plain", "tokens/s", "+1"):
+        assert word in table, f"{word} is not in\n{table}"
+    assert f"mlflow ui --backend-store-uri sqlite:///{home.path}/mlflow.db" in table
+    assert "report.html" in table
+    assert not processes_of(home.path)
+
+
+def test_the_figures_of_the_table_are_those_of_the_evaluation(story: dict[str, Any], home: Home) -> None:
+    keys = {key for (stage, key) in story["artifacts"] if stage == "evaluation"}
+    (key,) = keys
+    evaluation = json.loads((Store(home.path / "store").path("evaluation", key) / "evaluation.json").read_text())
+    for name in ("sft", "opd", "control"):
+        assert f"{evaluation['drafters'][name]['tau']:.2f}" in story["first"].stdout
+    assert evaluation["exactness"]["fp32_identical"] == evaluation["exactness"]["fp32_prompts"] == 3
+    assert evaluation["exactness"]["identical_share"] == 1
+    assert evaluation["drafters"]["sft"]["tau"] > 1
+
+
+def test_an_unchanged_refresh_reuses_everything_and_is_fast(story: dict[str, Any]) -> None:
+    second = story["second"]
+    assert second.returncode == 0, second.stderr
+    assert reused(second) == set(NODES)
+    assert done(second) == set()
+    assert story["second_s"] < 60  # seconds plus the start of Python and of Prefect's server
+    table = story["first"].stdout.splitlines()[-12:]
+    assert story["second"].stdout.splitlines()[-12:] == table
+
+
+def test_another_learning_rate_of_opd_reruns_opd_its_control_and_what_reads_them(story: dict[str, Any]) -> None:
+    """Control is continued SFT with OPD's learning rate: the comparison stays fair."""
+    changed = story["changed"]
+    assert changed.returncode == 0, changed.stderr
+    again = {"opd", "control", "evaluation", "report"}
+    assert done(changed) == again
+    assert reused(changed) == set(NODES) - again
+
+
+def test_mlflow_holds_each_refresh_with_its_stages_nested(story: dict[str, Any], home: Home) -> None:
+    runs = home.query("select run_uuid, name, status from runs")
+    assert all(status == "FINISHED" for _, _, status in runs)
+    refreshes = [run for run, name, _ in runs if name == "tiny"]
+    assert len(refreshes) == 3
+    parents = dict(home.query("select run_uuid, value from tags where key = 'mlflow.parentRunId'"))
+    nested = sorted(name for run, name, _ in runs if parents.get(run) in refreshes)
+    assert nested == sorted([*NODES, "opd", "control", "evaluation", "report"])
+    by_name = {name: run for run, name, _ in runs}
+    metrics = home.query("select run_uuid, key, step from metrics")
+    for name, key, steps in (("sft", "loss", 60), ("opd", "loss", 12)):
+        assert len({step for run, k, step in metrics if run == by_name[name] and k == key}) == steps
+    params = {(run, key): value for run, key, value in home.query("select run_uuid, key, value from params")}
+    assert any(run == by_name["opd"] and "learning_rate" in key for run, key in params)
+    assert any(run in refreshes and key.startswith("tau_") for run, key, _ in metrics)
+
+
+def test_status_and_show_read_what_was_made(story: dict[str, Any], home: Home) -> None:
+    assert story["first"].returncode == 0
+    status = home.run("status", home.config)
+    assert status.returncode == 0 and status.stdout.count("done") == len(NODES)
+    shown = home.run("show", "mining")
+    assert shown.returncode == 0
+    assert "verify_steps.parquet" in shown.stdout and "made from" in shown.stdout
+
+
+# ---- damaged and wrong input: exit code 2, one line, nothing lost
+
+
+def one_error(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 2, result.stdout + result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("draftsmith: error: ")]
+    assert len(errors) == 1, result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("opd.learning_rat=1", "learning_rat"),
+        ("sft.steps=many", "sft.steps"),
+        ("sft.drafter.mask_token=<absent>", "'<absent>' is not a token of the target"),
+        ("evaluation.sampling.max_new_tokens=4000", "does not fit into the target's 1024 positions"),
+        ("prompts.max_prompt_tokens=10", "tokens"),
+        ("assisted.skip=500", "no prompts left in splits"),
+        ("target.source=/absent/model", "/absent/model"),
+    ],
+)
+def test_a_wrong_field_is_one_error_and_nothing_is_lost(
+    override: str, said: str, story: dict[str, Any], home: Home
+) -> None:
+    before = home.artifacts()
+    assert said in one_error(home.refresh("--set", override))
+    assert before.items() <= home.artifacts().items()
+    assert story["artifacts"].items() <= before.items()
+
+
+def truncate(path: Path) -> None:
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def damage_prompts(home: Home) -> str:
+    truncate(home.folder_of("prompts") / "prompts.parquet")
+    return "prompts.parquet"
+
+
+def damage_drafter(home: Home) -> str:
+    weights = [m for m in Store(home.path / "store").list() if m.stage == "sft" and "init_from" in m.config]
+    first = min(weights, key=lambda m: m.created_at)
+    truncate(Store(home.path / "store").path("sft", first.key) / "drafter" / "model.safetensors")
+    return "model.safetensors"
+
+
+def damage_mined(home: Home) -> str:
+    truncate(home.folder_of("mining") / "verify_steps.parquet")
+    return "verify_steps.parquet"
+
+
+@pytest.mark.parametrize("damage", [damage_prompts, damage_drafter, damage_mined])
+def test_a_damaged_artifact_is_named_and_the_others_stay(
+    damage: Callable[[Home], str], story: dict[str, Any], home: Home, tmp_path: Path
+) -> None:
+    assert story["first"].returncode == 0
+    copied = Home(tmp_path)
+    shutil.copytree(home.path, copied.path)
+    shutil.copy(home.config, copied.config)
+    said = damage(copied)
+    before = copied.artifacts()
+    error = one_error(copied.refresh("--set", "opd.steps=3"))
+    assert said in error and "--force" in error
+    assert before.items() <= copied.artifacts().items()
+
+
+def test_an_empty_prompt_file_is_one_error(story: dict[str, Any], home: Home, tmp_path: Path) -> None:
+    assert story["first"].returncode == 0
+    (tmp_path / "empty.jsonl").write_text("")
+    result = home.refresh("--set", f"prompts.sources=[{{kind: jsonl, path: {tmp_path / 'empty.jsonl'}}}]")
+    assert "empty.jsonl" in one_error(result)
+
+
+def test_a_drafter_of_another_target_is_refused_before_any_long_work(
+    story: dict[str, Any], home: Home, tmp_path: Path
+) -> None:
+    assert story["first"].returncode == 0
+    sft = min((m for m in Store(home.path / "store").list() if m.stage == "sft"), key=lambda m: m.created_at)
+    other = Path(shutil.copytree(Store(home.path / "store").path("sft", sft.key) / "drafter", tmp_path / "drafter"))
+    info = json.loads((other / "drafter.json").read_text())
+    (other / "drafter.json").unlink()
+    (other / "drafter.json").write_text(json.dumps({**info, "target_digest": "0" * 64}))
+    result = home.refresh("--set", f"sft.init_from={other}")
+    assert "made for the target 000000000000" in one_error(result)
+    assert done(result) == set()

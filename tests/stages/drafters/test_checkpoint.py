@@ -1,0 +1,264 @@
+"""Drafter checkpoints: the round trip, the layout that engines read, and every trap of the formats refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from artifacts.errors import DraftsmithError
+from stages.drafters.base import DrafterInfo
+from stages.drafters.checkpoint import (
+    check_drafter,
+    check_shape,
+    create_drafter,
+    drafter_digest,
+    load_drafter,
+    read_info,
+    save_drafter,
+)
+from stages.drafters.config import DFlashConfig
+from stages.drafters.dflash.checkpoint import default_layer_ids
+from stages.drafters.dflash.model import DFlashDrafter
+from stages.targets.causal_lm import Target
+from stages.targets.resolve import model_path
+from tests.testbed import random_target
+
+
+@pytest.fixture
+def saved(tmp_path: Path, plain_target: Target) -> Path:
+    """A checkpoint that is right."""
+    drafter = random_target.random_drafter(plain_target)
+    drafter.frequent_tokens = torch.arange(random_target.VOCAB_SIZE).flip(0)
+    drafter.info = DrafterInfo(plain_target.info.digest, "here", ("a", "b"), {"stage": "sft", "steps": 3})
+    save_drafter(drafter, tmp_path / "drafter", torch.float32)
+    return tmp_path / "drafter"
+
+
+def test_the_round_trip_gives_the_same_drafter(saved: Path, plain_target: Target, plain_drafter: DFlashDrafter) -> None:
+    loaded = load_drafter(saved, plain_target)
+    assert isinstance(loaded, DFlashDrafter)
+    assert loaded.state_dict().keys() == plain_drafter.state_dict().keys()
+    assert all(torch.equal(tensor, plain_drafter.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    assert (loaded.block_size, loaded.target_layer_ids, loaded.mask_token_id) == (5, [2, 0], 62)
+    assert loaded.frequent_tokens is not None
+    assert loaded.frequent_tokens.tolist() == list(range(random_target.VOCAB_SIZE))[::-1]
+    assert loaded.info == DrafterInfo(plain_target.info.digest, "here", ("a", "b"), {"stage": "sft", "steps": 3})
+    assert not loaded.training
+    features, positions = torch.ones(1, 6, 64), torch.arange(6)[None]
+    with torch.no_grad():
+        first, second = (
+            d.block_hidden(d.encode(features, positions), torch.tensor([[1]]), torch.tensor([[5]]), 5)
+            for d in (loaded, plain_drafter)
+        )
+    assert torch.equal(first, second)
+
+
+def test_saving_what_was_loaded_gives_the_same_bytes(saved: Path, plain_target: Target, tmp_path: Path) -> None:
+    save_drafter(load_drafter(saved, plain_target), tmp_path / "again", torch.float32)
+    for path in saved.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+
+
+def test_the_layout_is_the_one_that_engines_read(saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    assert config["architectures"] == ["DFlashDraftModel"]
+    assert config["model_type"] == "qwen3"
+    assert config["block_size"] == config["dflash_config"]["block_size"] == 5
+    assert config["dflash_config"]["target_layer_ids"] == [2, 0]
+    assert config["dflash_config"]["mask_token_id"] == 62
+    assert (config["num_hidden_layers"], config["num_target_layers"]) == (2, 4)
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    names = {"fc.weight", "hidden_norm.weight", "norm.weight"} | {
+        f"layers.{i}.{part}.weight"
+        for i in range(2)
+        for part in (
+            *(f"self_attn.{p}" for p in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
+            *(f"mlp.{p}_proj" for p in ("gate", "up", "down")),
+            "input_layernorm",
+            "post_attention_layernorm",
+        )
+    }
+    tensors = load_file(saved / "model.safetensors")
+    assert tensors.keys() == names
+    assert tensors["fc.weight"].shape == (32, 2 * 32)
+
+
+def test_weights_are_stored_in_the_serving_dtype(plain_drafter: DFlashDrafter, tmp_path: Path) -> None:
+    save_drafter(plain_drafter, tmp_path, torch.bfloat16)
+    assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_digest_tells_what_is_proposed(saved: Path) -> None:
+    first = drafter_digest(saved)
+    assert json.loads((saved / "drafter.json").read_text())["digest"] == first
+    edit_tensors(lambda tensors: tensors["norm.weight"].add_(1))(saved)
+    assert drafter_digest(saved) != first
+
+
+def test_default_layers_are_spread_as_the_paper_says() -> None:
+    assert default_layer_ids(36, 5) == [1, 9, 17, 25, 33]  # z-lab's Qwen3-4B draft
+    assert default_layer_ids(36, 1) == [18]
+
+
+Edit = Callable[[Path], None]
+
+
+def edit_config(change: Callable[[dict[str, Any]], object]) -> Edit:
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return edit
+
+
+def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Edit:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return edit
+
+
+def write(name: str, content: str) -> Edit:
+    def edit(folder: Path) -> None:
+        (folder / name).write_text(content)
+
+    return edit
+
+
+def cut(name: str) -> Edit:
+    def edit(folder: Path) -> None:
+        (folder / name).write_bytes((folder / name).read_bytes()[:-40])
+
+    return edit
+
+
+def remove(name: str) -> Edit:
+    return lambda folder: (folder / name).unlink()
+
+
+TRAPS: dict[str, tuple[Edit, str]] = {
+    "a tensor is missing": (edit_tensors(lambda t: t.pop("fc.weight")), r"lacks tensor fc\.weight"),
+    "a tensor is unknown": (
+        edit_tensors(lambda t: t.update({"model.fc.weight": torch.ones(1)})),
+        r"unknown tensor model\.fc\.weight",
+    ),
+    "a tensor has another shape": (
+        edit_tensors(lambda t: t.update({"fc.weight": t["fc.weight"][:, :32].contiguous()})),
+        r"wrong shape for fc\.weight",
+    ),
+    "the weights are cut short": (cut("model.safetensors"), r"model\.safetensors: cannot be read"),
+    "the weights are gone": (remove("model.safetensors"), r"model\.safetensors: cannot be read"),
+    "the config is gone": (remove("config.json"), r"config\.json: cannot be read"),
+    "the config is cut short": (cut("config.json"), r"config\.json: cannot be read"),
+    "the config is no object": (write("config.json", "[]"), r"config\.json"),
+    "the config has a wrong type": (edit_config(lambda c: c.update(hidden_size="wide")), r"config\.json"),
+    "no layer ids": (edit_config(lambda c: c["dflash_config"].pop("target_layer_ids")), "target_layer_ids is missing"),
+    "no mask token": (edit_config(lambda c: c["dflash_config"].pop("mask_token_id")), "mask_token_id is missing"),
+    "no block size": (
+        edit_config(lambda c: (c.pop("block_size"), c["dflash_config"].pop("block_size"))),
+        "block_size is missing",
+    ),
+    "two block sizes": (edit_config(lambda c: c.update(block_size=7)), "block_size"),
+    "another width": (edit_config(lambda c: c.update(hidden_size=48)), "hidden_size is 48, the target's is 32"),
+    "another vocabulary": (edit_config(lambda c: c.update(vocab_size=99)), "vocab_size is 99, the target's is 64"),
+    "another depth": (edit_config(lambda c: c.update(num_target_layers=9)), "num_target_layers is 9"),
+    "another rotary base": (edit_config(lambda c: c["rope_parameters"].update(rope_theta=5e5)), "rope_theta is"),
+    "another rotary base in an old config": (
+        edit_config(lambda c: (c.pop("rope_parameters"), c.update(rope_theta=5e5))),
+        "rope_theta is",
+    ),
+    "no rotary base": (edit_config(lambda c: (c.pop("rope_parameters"), c.pop("rope_theta"))), "rope"),
+    "another rotary type": (
+        edit_config(lambda c: c["rope_parameters"].update(rope_type="linear", factor=4.0)),
+        "rope",
+    ),
+    "a part of the head rotates": (
+        edit_config(lambda c: c["rope_parameters"].update(partial_rotary_factor=0.5)),
+        "rope|rotary",
+    ),
+    "sliding layers": (
+        edit_config(
+            lambda c: c.update(layer_types=["sliding_attention"] * 2, sliding_window=4, use_sliding_window=True)
+        ),
+        "sliding",
+    ),
+    "a layer that the target lacks": (
+        edit_config(lambda c: c["dflash_config"].update(target_layer_ids=[0, 4])),
+        r"target_layer_ids \[0, 4\]",
+    ),
+    "no layers at all": (edit_config(lambda c: c["dflash_config"].update(target_layer_ids=[])), "target_layer_ids"),
+    "a mask token outside": (edit_config(lambda c: c["dflash_config"].update(mask_token_id=64)), "mask_token_id"),
+    "another target": (
+        write("drafter.json", json.dumps({"digest": "", "target_digest": "f" * 64})),
+        "made for the target ffffffffffff",
+    ),
+    "a damaged record": (write("drafter.json", '{"target_'), r"drafter\.json"),
+    "a record with other fields": (write("drafter.json", '{"colour": 1}'), r"drafter\.json"),
+    "frequent tokens cut short": (cut("frequent_tokens.npy"), r"frequent_tokens\.npy"),
+}
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_a_trap_is_one_clear_error(name: str, saved: Path, plain_target: Target) -> None:
+    edit, message = TRAPS[name]
+    edit(saved)
+    with pytest.raises(DraftsmithError, match=message) as error:
+        load_drafter(saved, plain_target)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["another width", "no layer ids", "another rotary base", "another depth"])
+def test_the_preflight_finds_a_wrong_shape_without_weights(name: str, saved: Path, plain_artifact: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    check_shape(saved, model_path(plain_artifact))
+    edit, message = TRAPS[name]
+    edit(saved)
+    with pytest.raises(DraftsmithError, match=message):
+        check_shape(saved, model_path(plain_artifact))
+
+
+@pytest.mark.parametrize("place", ["top", "inside"])
+def test_the_block_size_is_read_from_either_place(place: str, saved: Path, plain_target: Target) -> None:
+    edit_config(lambda c: (c if place == "inside" else c["dflash_config"]).pop("block_size"))(saved)
+    assert load_drafter(saved, plain_target).block_size == 5
+
+
+def test_an_old_config_with_the_same_rotary_base_is_read(saved: Path, plain_target: Target) -> None:
+    edit_config(lambda c: (c.pop("rope_parameters"), c.update(rope_scaling=None)))(saved)
+    load_drafter(saved, plain_target)
+
+
+def test_a_checkpoint_made_elsewhere_has_an_empty_record(saved: Path, plain_target: Target) -> None:
+    (saved / "drafter.json").unlink()
+    (saved / "frequent_tokens.npy").unlink()
+    check_drafter(saved, plain_target.info.digest)
+    assert read_info(saved) == DrafterInfo()
+    loaded = load_drafter(saved, plain_target)
+    assert loaded.frequent_tokens is None
+    assert loaded.drafting_head(plain_target.head_weight, 5).token_ids is None
+
+
+def test_a_drafting_head_holds_the_most_frequent_tokens(saved: Path, plain_target: Target) -> None:
+    head = load_drafter(saved, plain_target).drafting_head(plain_target.head_weight, 3)
+    assert head.token_ids is not None
+    assert head.token_ids.tolist() == [61, 62, 63]
+
+
+def test_a_new_drafter_outside_the_target_is_refused(plain_target: Target) -> None:
+    for shape, message in (
+        (DFlashConfig(target_layer_ids=(0, 4)), "target_layer_ids"),
+        (DFlashConfig(target_layer_ids=(0, 1), mask_token="<none>"), "is not a token of the target"),
+        (DFlashConfig(target_layer_ids=(0, 1), mask_token="two words"), "is not a token of the target"),
+    ):
+        with pytest.raises(DraftsmithError, match=message):
+            create_drafter(shape, plain_target, 0)

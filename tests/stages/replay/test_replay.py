@@ -1,0 +1,224 @@
+"""Replay: the plain reference, one chain and many chains give one trace, the trace that the engine recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from stages.drafters.config import DraftingConfig
+from stages.engines.base import Completion
+from stages.replay.chains import replay_chains, start_anchors
+from stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens, tau
+from tests.stages.bench import Bench, trajectory_of
+
+SAMPLED = {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 48}
+
+
+def replay(
+    bench: Bench, trajectories: Sequence[Trajectory], drafter: str, chains: int, block_size: int | None = None,
+    head_tokens: int | None = None,
+) -> list[Trace]:  # fmt: skip
+    model = bench.drafters[drafter]
+    _, context = bench.read(trajectories, model)
+    head = model.drafting_head(bench.target.head_weight, head_tokens)
+    return replay_chains(model, context, trajectories, block_size or model.block_size, head, chains)
+
+
+def assert_same(ours: Sequence[Trace], reference: Sequence[Trace]) -> None:
+    for trace, expected in zip(ours, reference, strict=True):
+        assert trace.length == expected.length
+        np.testing.assert_array_equal(trace.anchors, expected.anchors)
+        np.testing.assert_array_equal(trace.accepted, expected.accepted)
+        np.testing.assert_array_equal(trace.proposed, expected.proposed)
+        np.testing.assert_allclose(trace.drafter_logprobs, expected.drafter_logprobs, atol=2e-4)
+
+
+def assert_recorded(traces: Sequence[Trace], completions: Sequence[Completion]) -> None:
+    for trace, completion in zip(traces, completions, strict=True):
+        assert [step.anchor for step in completion.steps] == trace.anchors.tolist()
+        assert [step.accepted for step in completion.steps] == trace.accepted.tolist()
+        assert [step.proposed for step in completion.steps] == trace.proposed.tolist()
+
+
+@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    ("drafter", "drafting"),
+    [
+        ("trained", {}),
+        ("trained", {"block_size": 4, "head_tokens": 150}),
+        ("untrained", {"block_size": 5}),
+    ],
+)
+def test_replay_equals_the_reference_and_what_the_engine_recorded(
+    drafter: str, drafting: dict[str, int], sampling: dict[str, float], bench: Bench
+) -> None:
+    if drafter == "untrained":
+        sampling = {**sampling, "max_new_tokens": 24}
+    served = list(bench.answers(bench.requests(seed=3, **sampling), drafter, slots=16, **drafting).values())
+    served = [completion for completion in served if len(completion.response_ids) > 1]
+    assert len(served) >= 50
+    trajectories = [trajectory_of(completion) for completion in served]
+    reference = bench.sequential_traces(trajectories, drafter, **drafting)
+    assert_recorded(reference, served)
+    for chains in (1, 16):
+        traces = replay(bench, trajectories, drafter, chains, **drafting)
+        assert_same(traces, reference)
+        assert_recorded(traces, served)
+
+
+def test_a_trace_does_not_depend_on_who_generated_the_text(bench: Bench) -> None:
+    """Replayed on plain greedy text: what the engine records with that drafter in the loop."""
+    plain = [Trajectory(p.prompt_id, p.token_ids + bench.greedy[p.prompt_id], len(p.token_ids)) for p in bench.prompts]
+    served = bench.answers(bench.requests(), "trained")
+    assert_recorded(replay(bench, plain, "trained", 7), [served[p.prompt_id] for p in bench.prompts])
+
+
+def test_sixteen_chains_do_little_more_than_one_block_a_step(bench: Bench) -> None:
+    """Counted, not timed. Rejections make chains meet: at a tau of 2 the extra starts cost less than a third."""
+    served = bench.answers(bench.requests(seed=3, temperature=1.0, max_new_tokens=120), slots=32).values()
+    trajectories = [trajectory_of(completion) for completion in served if len(completion.response_ids) > 1]
+    one, many = (replay(bench, trajectories, "trained", chains) for chains in (1, 16))
+    assert_same(many, one)
+    assert tau(many) > 2
+    steps = sum(len(trace.anchors) for trace in one)
+    assert sum(trace.evaluated_blocks for trace in one) == steps
+    assert steps < sum(trace.evaluated_blocks for trace in many) <= 1.3 * steps
+
+
+def test_chains_shorten_the_rounds(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = []
+    drafter = bench.drafters["untrained"]
+    propose = drafter.propose
+
+    def counted(*arguments: object, **settings: object) -> object:
+        rounds.append(1)
+        return propose(*arguments, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(drafter, "propose", counted)
+    trajectories = [
+        Trajectory(p.prompt_id, p.token_ids + bench.greedy[p.prompt_id], len(p.token_ids)) for p in bench.prompts[:8]
+    ]
+    replay(bench, trajectories, "untrained", 1)
+    one = len(rounds)
+    rounds.clear()
+    replay(bench, trajectories, "untrained", 16)
+    assert len(rounds) * 8 < one
+
+
+# ---- ends
+
+
+def rule_of_the_engine(anchor: int, tokens: list[int], proposed: list[int]) -> tuple[int, int, int, int]:
+    """(accepted, committed, judged, rejected offset), walked token by token."""
+    accepted = committed = 0
+    rest = tokens[anchor + 1 :]
+    judged = min(len(proposed), len(rest))
+    for proposal in proposed:
+        if committed == len(rest):
+            return accepted, committed, judged, 0
+        committed += 1
+        if proposal != rest[committed - 1]:
+            return accepted, committed, judged, committed
+        accepted += 1
+    return accepted, committed + (committed < len(rest)), judged, 0
+
+
+def test_ends_are_neither_accepted_nor_rejected(bench: Bench) -> None:
+    """Every cut of an answer: the last steps are judged by what the trajectory still holds."""
+    prompt = bench.prompts[0]
+    answer = bench.greedy[prompt.prompt_id]
+    cut = [Trajectory("", prompt.token_ids + answer[:n], len(prompt.token_ids)) for n in range(2, min(40, len(answer)))]
+    kinds = set()
+    for trajectory, trace in zip(cut, replay(bench, cut, "trained", 3), strict=True):
+        assert trace.committed.sum() == trajectory.response_length - 1
+        for s, anchor in enumerate(trace.anchors.tolist()):
+            expected = rule_of_the_engine(anchor, trajectory.tokens, trace.proposed[s].tolist())
+            found = trace.accepted[s], trace.committed[s], trace.judged[s], trace.rejected_offset[s]
+            assert tuple(map(int, found)) == expected
+            kinds.add((bool(trace.judged[s] < trace.proposed.shape[1]), bool(trace.rejected_offset[s])))
+    assert kinds == {(False, False), (False, True), (True, False), (True, True)}
+
+
+@pytest.mark.parametrize("limit", [2, 3, 5, 9, 17])
+def test_a_length_limit_inside_a_block_leaves_the_same_trace(limit: int, bench: Bench) -> None:
+    served = list(bench.answers(bench.requests(max_new_tokens=limit), "trained").values())
+    assert_recorded(replay(bench, [trajectory_of(c) for c in served], "trained", 4), served)
+
+
+def test_a_stop_token_inside_a_block_ends_the_trace(bench: Bench) -> None:
+    stopped = [c for c in bench.answers(bench.requests(), "trained").values() if c.finish_reason == "stop"]
+    traces = replay(bench, [trajectory_of(c) for c in stopped], "trained", 16)
+    assert_recorded(traces, stopped)
+    ends = [(trace.accepted[-1], trace.judged[-1], trace.committed[-1]) for trace in traces]
+    assert any(accepted == judged == committed < 7 for accepted, judged, committed in ends)
+    assert all(trace.anchors[-1] + trace.committed[-1] == trace.length - 1 for trace in traces)
+
+
+def test_a_single_token_leaves_no_step_and_does_not_disturb_its_batch(bench: Bench) -> None:
+    prompt, other = bench.prompts[:2]
+    short = Trajectory("short", prompt.token_ids + bench.greedy[prompt.prompt_id][:1], len(prompt.token_ids))
+    long = Trajectory("long", other.token_ids + bench.greedy[other.prompt_id], len(other.token_ids))
+    alone = replay(bench, [long], "trained", 16)
+    both = replay(bench, [short, long], "trained", 16)
+    assert len(both[0].anchors) == 0
+    assert_same(both[1:], alone)
+    assert len(bench.sequential_traces([short], "trained")[0].anchors) == 0
+
+
+# ---- definitions
+
+
+def trace_of(length: int, anchors: list[int], accepted: list[int], proposals: int = 3) -> Trace:
+    shape = (len(anchors), proposals)
+    return Trace(length, np.array(anchors), np.array(accepted), np.zeros(shape, int), np.zeros(shape), len(anchors))
+
+
+def test_tau_by_hand() -> None:
+    """Prompt of 4, response of 9 at positions 4 … 12; K = 3. Steps commit 2, 4, 1 and, cut by the end, 1 token."""
+    trace = trace_of(13, [4, 6, 10, 11], [1, 3, 0, 1])
+    assert trace.judged.tolist() == [3, 3, 2, 1]
+    assert trace.committed.tolist() == [2, 4, 1, 1]
+    assert trace.rejected_offset.tolist() == [2, 0, 1, 0]
+    assert tau([trace]) == 8 / 4
+    other = trace_of(6, [4], [0])  # one token behind the anchor, rejected
+    assert other.committed.tolist() == [1] and other.rejected_offset.tolist() == [1]
+    assert tau([trace, other]) == 9 / 5  # a ratio of sums, not the mean of 2 and 1
+    assert np.isnan(tau([]))
+
+
+def test_all_accepted_commits_the_bonus_token() -> None:
+    assert trace_of(20, [4], [3]).committed.tolist() == [4]
+    assert trace_of(8, [4], [3]).committed.tolist() == [3]  # the end cuts the bonus token
+    assert trace_of(9, [4], [3]).committed.tolist() == [4]
+
+
+def test_first_and_last_anchor() -> None:
+    trajectory = Trajectory("", list(range(10)), 4)
+    assert (trajectory.first_anchor, trajectory.last_anchor, trajectory.response_length) == (4, 8, 6)
+    assert start_anchors(trajectory, 1) == [4]
+    assert start_anchors(trajectory, 2) == [4, 6]
+    assert start_anchors(trajectory, 50) == [4, 5, 6, 7, 8]
+    assert start_anchors(Trajectory("", [0, 1, 2], 2), 4) == []
+
+
+def test_groups_hold_every_index_once_and_keep_to_the_bound() -> None:
+    lengths = np.random.default_rng(0).integers(5, 120, 300).tolist()
+    groups = list(groups_by_length(lengths, 512))
+    assert sorted(i for group in groups for i in group) == list(range(300))
+    assert all(len(group) * max(lengths[i] for i in group) <= 512 or len(group) == 1 for group in groups)
+    assert list(groups_by_length([900, 3], 512)) == [[1], [0]]
+    assert list(groups_by_length([], 512)) == []
+
+
+def test_padding_is_on_the_right() -> None:
+    padded = pad_tokens([Trajectory("", [1, 2, 3], 1), Trajectory("", [4], 1)], torch.device("cpu"), fill=-1)
+    assert padded.tolist() == [[1, 2, 3], [4, -1, -1]]
+
+
+def test_the_default_drafting_is_the_trained_block_and_full_head(bench: Bench) -> None:
+    assert DraftingConfig() == DraftingConfig(block_size=None, head_tokens=None)
+    drafter = bench.drafters["trained"]
+    assert drafter.drafting_head(bench.target.head_weight, None).token_ids is None

@@ -1,0 +1,188 @@
+"""Key/value slots, cached forwards and features against plain forwards of transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import repeat_kv
+
+from stages.targets.attention import grouped_attention
+from stages.targets.resolve import model_path
+from stages.targets.slots import KeyValueSlots
+from tests.stages.bench import Bench
+from tests.testbed.drafter import DrafterArtifacts
+
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+def random_ids(bench: Bench, *lengths: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(4, 900, (n,), generator=generator).tolist() for n in lengths]
+
+
+def padded(rows: list[list[int]]) -> torch.Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows])
+
+
+def logits(bench: Bench, tokens: list[int]) -> torch.Tensor:
+    """[T, V] of a plain forward over one sequence."""
+    return bench.target.logits(bench.target.read(torch.tensor([tokens])).hidden[0])
+
+
+# ---- slots
+
+
+def test_entries_are_read_where_they_were_written() -> None:
+    slots = KeyValueSlots(rows=3, capacity=6)
+    keys, values = torch.randn(2, 4, 5, 7), torch.randn(2, 4, 5, 7)
+    slots.write(torch.tensor([[2], [0]]), torch.tensor([[0, 1, 2, 3], [2, 3, 4, 5]]), keys, values)
+    read_keys, read_values = slots.read(slice(0, 3), 6)
+    assert read_keys.shape == (3, 5, 6, 7)
+    assert torch.equal(read_keys[2, :, :4], keys[0].transpose(0, 1))
+    assert torch.equal(read_values[0, :, 2:], values[1].transpose(0, 1))
+    assert not read_keys[1].any() and not read_keys[0, :, :2].any()
+    by_index, _ = slots.read(torch.tensor([2, 0]), 4)
+    assert torch.equal(by_index[0], read_keys[2, :, :4]) and torch.equal(by_index[1], read_keys[0, :, :4])
+
+
+def test_a_position_written_again_is_replaced_and_others_stay() -> None:
+    slots = KeyValueSlots(rows=1, capacity=4)
+    first, second = torch.randn(1, 4, 2, 3), torch.randn(1, 2, 2, 3)
+    slots.write(torch.tensor([[0]]), torch.arange(4)[None], first, first)
+    slots.write(torch.tensor([[0]]), torch.tensor([[1, 2]]), second, -second)
+    keys, values = slots.read(slice(0, 1), 4)
+    assert torch.equal(keys[0, :, 1:3], second[0].transpose(0, 1))
+    assert torch.equal(values[0, :, 1:3], -second[0].transpose(0, 1))
+    assert torch.equal(keys[0, :, [0, 3]], first[0, [0, 3]].transpose(0, 1))
+
+
+def test_a_row_is_moved_whole() -> None:
+    slots = KeyValueSlots(rows=3, capacity=4)
+    slots.move_row(2, 0)  # nothing written yet
+    entries = torch.randn(3, 4, 2, 3)
+    slots.write(torch.arange(3)[:, None], torch.arange(4).expand(3, -1), entries, -entries)
+    slots.move_row(2, 0)
+    keys, values = slots.read(slice(0, 3), 4)
+    assert torch.equal(keys[0], keys[2]) and torch.equal(values[0], values[2])
+    assert torch.equal(keys[1], entries[1].transpose(0, 1))
+
+
+# ---- cached forwards
+
+
+def test_a_padded_prefill_equals_plain_forwards(bench: Bench) -> None:
+    rows = random_ids(bench, 5, 17, 11)
+    ids = padded(rows)
+    cache = bench.target.new_cache(3, 20)
+    out = bench.target.step(ids, torch.arange(17).expand(3, -1), cache, slice(0, 3))
+    for b, row in enumerate(rows):
+        torch.testing.assert_close(bench.target.logits(out.hidden[b, : len(row)]), logits(bench, row), **CLOSE)
+
+
+def test_blocks_at_different_positions_of_rows_equal_plain_forwards(bench: Bench) -> None:
+    """Behind a padded prefill, twice: a block that is then rewound by overwriting it, and the next one."""
+    rows = random_ids(bench, 4, 13, 9)
+    cache = bench.target.new_cache(3, 32)
+    bench.target.step(padded(rows), torch.arange(13).expand(3, -1), cache, slice(0, 3))
+    for kept, seed in ((2, 1), (0, 2), (5, 3)):
+        block = random_ids(bench, 5, 5, 5, seed=seed)
+        starts = torch.tensor([len(row) for row in rows])
+        positions = starts[:, None] + torch.arange(5)
+        out = bench.target.step(torch.tensor(block), positions, cache, slice(0, 3))
+        for b in range(3):
+            expected = logits(bench, rows[b] + block[b])[-5:]
+            torch.testing.assert_close(bench.target.logits(out.hidden[b]), expected, **CLOSE)
+            rows[b] = rows[b] + block[b][: kept + b % 2]  # rows advance by different lengths
+
+
+def test_rows_may_be_addressed_by_index_and_moved(bench: Bench) -> None:
+    rows = random_ids(bench, 6, 8, 7)
+    cache = bench.target.new_cache(4, 16)
+    bench.target.step(padded(rows), torch.arange(8).expand(3, -1), cache, slice(0, 3))
+    at = torch.tensor([2, 0])
+    out = bench.target.step(torch.tensor([[50], [60]]), torch.tensor([[7], [6]]), cache, at)
+    torch.testing.assert_close(bench.target.logits(out.hidden[0, 0]), logits(bench, [*rows[2], 50])[-1], **CLOSE)
+    torch.testing.assert_close(bench.target.logits(out.hidden[1, 0]), logits(bench, [*rows[0], 60])[-1], **CLOSE)
+    cache.move_row(1, 3)
+    cache.move_row(2, 1)
+    out = bench.target.step(torch.tensor([[70], [80]]), torch.tensor([[8], [8]]), cache, torch.tensor([1, 3]))
+    torch.testing.assert_close(bench.target.logits(out.hidden[0, 0]), logits(bench, [*rows[2], 50, 70])[-1], **CLOSE)
+    torch.testing.assert_close(bench.target.logits(out.hidden[1, 0]), logits(bench, [*rows[1], 80])[-1], **CLOSE)
+
+
+def test_a_tree_sees_what_its_mask_says(bench: Bench) -> None:
+    """Two branches behind different prefixes of one sequence, in entries behind it."""
+    (row,) = random_ids(bench, 10)
+    cache = bench.target.new_cache(1, 16)
+    bench.target.step(torch.tensor([row]), torch.arange(10)[None], cache, slice(0, 1))
+    branches = [(4, [100, 200]), (7, [300, 400])]  # (prefix length, tokens)
+    visible = torch.zeros(1, 4, 14, dtype=torch.bool)
+    for m, (length, _) in enumerate(branches):
+        for t in range(2):
+            visible[0, 2 * m + t, :length] = True
+            visible[0, 2 * m + t, 10 + 2 * m : 10 + 2 * m + t + 1] = True
+    out = bench.target.step(
+        torch.tensor([[100, 200, 300, 400]]),
+        torch.tensor([[4, 5, 7, 8]]),
+        cache,
+        slice(0, 1),
+        write_at=torch.arange(10, 14)[None],
+        visible=visible,
+    )
+    for m, (length, tokens) in enumerate(branches):
+        expected = logits(bench, row[:length] + tokens)[-2:]
+        torch.testing.assert_close(bench.target.logits(out.hidden[0, 2 * m : 2 * m + 2]), expected, **CLOSE)
+
+
+# ---- features
+
+
+def test_features_are_the_hidden_states_after_the_named_layers(bench: Bench, tiny_drafter: DrafterArtifacts) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_path(tiny_drafter.target), dtype=torch.float32)
+    ids = padded(random_ids(bench, 12, 12))
+    with torch.no_grad():
+        reference = model(ids, output_hidden_states=True)
+    hidden_states = reference.hidden_states  # [k + 1] = after layer k; the last one after the final norm too
+    for layers in ([0], [2, 0], [0, 1, 2]):
+        read = bench.target.read(ids, layers)
+        expected = torch.cat([hidden_states[k + 1] for k in layers], -1)
+        assert read.features is not None
+        torch.testing.assert_close(read.features, expected, **CLOSE)
+        cache = bench.target.new_cache(2, 12)
+        stepped = bench.target.step(ids, torch.arange(12).expand(2, -1), cache, slice(0, 2), layer_ids=layers)
+        assert stepped.features is not None
+        torch.testing.assert_close(stepped.features, expected, **CLOSE)
+    torch.testing.assert_close(bench.target.logits(read.hidden), reference.logits, **CLOSE)
+    last = bench.target.read(ids, [3]).features
+    assert last is not None
+    torch.testing.assert_close(model.model.norm(last), hidden_states[-1], **CLOSE)  # before the norm, not behind it
+    assert bench.target.read(ids).features is None
+
+
+def test_the_target_is_frozen(bench: Bench) -> None:
+    assert not any(p.requires_grad for p in bench.target.model.parameters())
+    assert not bench.target.read(torch.tensor([[5, 6]]), [1]).hidden.requires_grad
+
+
+# ---- attention
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 1), (4, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_attention_equals_repeated_keys(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+    n, T, L, D = 2, 5, 9, 8
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(n, heads, T, D, generator=generator).to(dtype)
+    key, value = (torch.randn(n, kv_heads, L, D, generator=generator).to(dtype) for _ in range(2))
+    seen = torch.rand(n, 1, T, L, generator=generator) < 0.6
+    seen[..., 0] = True
+    mask = torch.zeros(n, 1, T, L, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    module = torch.nn.Module()
+    module.num_key_value_groups = heads // kv_heads  # type: ignore[assignment]
+    out, _ = grouped_attention(module, query, key, value, mask, scaling=0.3)
+    repeated = [repeat_kv(x, heads // kv_heads) for x in (key, value)]
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out, expected.transpose(1, 2), atol=tolerance, rtol=tolerance)

@@ -1,0 +1,212 @@
+"""The stage `mining`: its table, its summary recomputed from the table, its parity with what was served."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from artifacts.errors import DraftsmithError, StageInterrupted
+from artifacts.parquet import read_table
+from artifacts.schemas import TRACE, VERIFY_STEPS
+from stages.drafters.checkpoint import drafter_digest, load_drafter, save_drafter
+from stages.mining import STAGE, MiningConfig
+from stages.rollout import STAGE as ROLLOUT
+from stages.rollout import RolloutConfig
+from stages.stored import DRAFTER_FOLDER, load_trajectories
+from tests.stages.bench import Bench
+from tests.testbed.context import RecordingContext
+from tests.testbed.drafter import DrafterArtifacts
+
+
+@dataclass
+class StoppingContext(RecordingContext):
+    """Asks to stop at the first progress if told to."""
+
+    stops: bool = False
+
+    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
+        super().progress(done, total, unit, **figures)
+        self.stop = self.stops
+
+
+@pytest.fixture(scope="module")
+def assisted(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts) -> Path:
+    """24 greedy answers with the drafter in the loop, and the trace that was recorded."""
+    ctx = RecordingContext.under(
+        tmp_path_factory.mktemp("assisted"),
+        {"target": tiny_drafter.target, "prompts": tiny_drafter.prompts, "drafter": tiny_drafter.drafter},
+    )
+    config = {"splits": ["heldout"], "prompts": 24, "sampling": {"max_new_tokens": 60}}
+    ROLLOUT.run(ctx, RolloutConfig.model_validate(config))
+    return ctx.out
+
+
+def mine(
+    folder: Path, made: DrafterArtifacts, trajectories: Path, *, drafter: Path | None = None, stops: bool = False,
+    **config: Any,
+) -> RecordingContext:  # fmt: skip
+    inputs = {"target": made.target, "drafter": drafter or made.drafter, "trajectories": trajectories}
+    ctx = StoppingContext(folder / "out", folder / "work", inputs, stops=stops)
+    STAGE.run(ctx, MiningConfig.model_validate({"tokens_per_target_forward": 600, **config}))
+    return ctx
+
+
+@pytest.fixture(scope="module")
+def mined(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts, assisted: Path) -> RecordingContext:
+    return mine(tmp_path_factory.mktemp("mined"), tiny_drafter, assisted)
+
+
+def table(ctx: RecordingContext) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = read_table(ctx.out / "verify_steps.parquet", VERIFY_STEPS).to_pylist()
+    return rows
+
+
+def summary(ctx: RecordingContext) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((ctx.out / "summary.json").read_text())
+    return content
+
+
+def test_the_table_is_the_trace_that_was_served(mined: RecordingContext, assisted: Path) -> None:
+    served = read_table(assisted / "trace.parquet", TRACE).to_pylist()
+    columns = ("trajectory_id", "step", "anchor", "accepted", "proposed_ids")
+    assert [{name: row[name] for name in columns} for row in table(mined)] == served
+    parity = {"served_steps": len(served), "different_steps": 0, "mismatch_share": 0.0}
+    assert summary(mined)["parity"] == parity
+    assert mined.summaries["parity_mismatch"] == 0
+
+
+def test_rows_agree_with_the_trajectory(mined: RecordingContext, assisted: Path) -> None:
+    tokens = {t.trajectory_id: t.tokens for t in load_trajectories(assisted).trajectories}
+    for row in table(mined):
+        rest = tokens[row["trajectory_id"]][row["anchor"] + 1 :]
+        accepted, proposed, rejected = row["accepted"], row["proposed_ids"], row["rejected_offset"]
+        assert rest[:accepted] == proposed[:accepted]
+        assert row["committed"] == min(accepted + 1, len(rest))
+        assert row["committed_id"] == (rest[accepted] if row["committed"] > accepted else -1)
+        assert rejected == (accepted + 1 if accepted < min(len(proposed), len(rest)) else 0)
+        judged = [not np.isnan(value) for value in row["target_logprobs"]]
+        assert judged == [k < len(rest) for k in range(len(proposed))]
+        assert all(value <= 0 for value in row["drafter_logprobs"])
+        if rejected:
+            assert row["top_ids"][0] == rest[accepted] != proposed[accepted]
+            assert len(row["top_ids"]) == len(row["top_logprobs"]) == 8
+        else:
+            assert row["top_ids"] == row["top_logprobs"] == []
+
+
+def test_the_summary_is_what_the_table_says(mined: RecordingContext, bench: Bench) -> None:
+    rows, found = table(mined), summary(mined)
+    assert found["steps"] == len(rows)
+    assert found["tau"] == pytest.approx(np.mean([row["committed"] for row in rows]))
+    assert found["tau"] > 2
+    assert "(+1)" in found["definition_of_tau"]
+    errors = [row for row in rows if row["rejected_offset"]]
+    assert found["error_positions"] == len(errors)
+    histogram = Counter(row["accepted"] for row in rows)
+    assert found["accepted_histogram"] == [histogram[n] for n in range(8)]
+    for k in range(1, 8):
+        judged = [row for row in rows if not np.isnan(row["target_logprobs"][k - 1])]
+        kept = sum(row["accepted"] >= k for row in judged)
+        assert found["acceptance_by_offset"][k - 1] == pytest.approx(kept / len(judged))
+    rejected = Counter(row["proposed_ids"][row["accepted"]] for row in errors)
+    assert {entry["id"]: entry["count"] for entry in found["most_rejected"]}.items() <= rejected.items()
+    assert found["most_rejected"][0]["count"] == max(rejected.values())
+    assert found["most_rejected"][0]["token"] == bench.target.tokenizer.decode([found["most_rejected"][0]["id"]])
+    pairs = Counter((row["proposed_ids"][row["accepted"]], row["committed_id"]) for row in errors)
+    assert [entry["count"] for entry in found["most_frequent_corrections"]] == [n for _, n in pairs.most_common(20)]
+    assert found["evaluated_blocks_per_step"] >= 1
+    assert found["trajectories_too_short"] == 0
+    for name in ("tau", "steps", "error_positions", "evaluated_blocks_per_step"):
+        assert mined.summaries[name] == found[name]
+
+
+def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, mined: RecordingContext
+) -> None:
+    for _ in range(2):
+        with pytest.raises(StageInterrupted):
+            mine(tmp_path, tiny_drafter, assisted, stops=True)
+    shards = list((tmp_path / "work" / "verify_steps").glob("shard-*"))
+    assert len(shards) == 2
+    last = mine(tmp_path, tiny_drafter, assisted)
+    for name in ("verify_steps.parquet", "summary.json"):
+        assert (last.out / name).read_bytes() == (mined.out / name).read_bytes(), name
+
+
+def test_work_that_was_lost_with_its_shard_is_counted_once(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, mined: RecordingContext
+) -> None:
+    with pytest.raises(StageInterrupted):
+        mine(tmp_path, tiny_drafter, assisted, stops=True)
+    (shard,) = (tmp_path / "work" / "verify_steps").glob("shard-*")
+    with pytest.raises(StageInterrupted):
+        mine(tmp_path, tiny_drafter, assisted, stops=True)
+    shard = sorted((tmp_path / "work" / "verify_steps").glob("shard-*"))[-1]
+    shard.write_bytes(shard.read_bytes()[:-30])
+    last = mine(tmp_path, tiny_drafter, assisted)
+    assert (last.out / "summary.json").read_bytes() == (mined.out / "summary.json").read_bytes()
+
+
+def test_chains_trees_and_groups_do_not_change_the_table(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, mined: RecordingContext
+) -> None:
+    other = mine(tmp_path, tiny_drafter, assisted, chains=1, tree_tokens=9, tokens_per_target_forward=4000)
+    assert summary(other)["evaluated_blocks_per_step"] == 1
+    for row, expected in zip(table(other), table(mined), strict=True):
+        for name in row.keys() - {"target_logprobs", "drafter_logprobs", "top_logprobs", "top_ids"}:
+            assert row[name] == expected[name], name
+        for name in ("target_logprobs", "drafter_logprobs", "top_logprobs"):
+            np.testing.assert_allclose(row[name], expected[name], atol=5e-4)
+
+
+@pytest.fixture(scope="module")
+def other_drafter(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts, bench: Bench) -> Path:
+    """The artifact of a drafter whose weights were disturbed."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("other")
+    drafter = load_drafter(tiny_drafter.drafter / DRAFTER_FOLDER, bench.target)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
+    save_drafter(drafter, folder / DRAFTER_FOLDER, torch.float32)
+    return folder
+
+
+def test_another_drafter_is_mined_on_the_same_text_without_parity(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, other_drafter: Path, mined: RecordingContext
+) -> None:
+    ctx = mine(tmp_path, tiny_drafter, assisted, drafter=other_drafter)
+    assert summary(ctx)["parity"] is None
+    assert "parity_mismatch" not in ctx.summaries
+    assert summary(ctx)["tau"] < summary(mined)["tau"]
+
+
+def test_a_trace_served_by_another_drafter_is_refused(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, other_drafter: Path
+) -> None:
+    """trace.json claims the digest of the drafter that is mined: the steps tell."""
+    faked = Path(shutil.copytree(assisted, tmp_path / "faked"))
+    served = json.loads((faked / "trace.json").read_text())
+    served["drafter_digest"] = drafter_digest(other_drafter / DRAFTER_FOLDER)
+    (faked / "trace.json").write_text(json.dumps(served))
+    with pytest.raises(DraftsmithError, match="the engine did not serve this drafter") as caught:
+        mine(tmp_path, tiny_drafter, faked, drafter=other_drafter)
+    assert "\n" not in str(caught.value)
+    allowed = mine(tmp_path / "allowed", tiny_drafter, faked, drafter=other_drafter, max_parity_mismatch=1)
+    assert summary(allowed)["parity"]["mismatch_share"] > 0.1
+
+
+def test_other_drafting_settings_have_no_parity(tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path) -> None:
+    ctx = mine(tmp_path, tiny_drafter, assisted, drafting={"block_size": 4})
+    assert summary(ctx)["parity"] is None
+    assert summary(ctx)["block_size"] == 4
+    assert {len(row["proposed_ids"]) for row in table(ctx)} == {3}

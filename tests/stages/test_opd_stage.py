@@ -1,0 +1,183 @@
+"""The stage `opd` on real mined steps: every loss trains, what was learned shows on the trained text, runs resume."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from artifacts.errors import DraftsmithError, StageInterrupted
+from stages.drafters.base import Drafter
+from stages.drafters.checkpoint import drafter_digest, load_drafter, read_info
+from stages.mining import STAGE as MINING
+from stages.mining import MiningConfig
+from stages.opd import STAGE, OpdConfig
+from stages.rollout import STAGE as ROLLOUT
+from stages.rollout import RolloutConfig
+from stages.stored import DRAFTER_FOLDER, load_trajectories
+from stages.training.mined import load_mined
+from tests.stages.bench import Bench
+from tests.testbed.context import RecordingContext
+from tests.testbed.drafter import DrafterArtifacts
+
+CONFIG = {
+    "steps": 30, "learning_rate": 3e-4, "sequences_per_step": 4, "anchors_per_sequence": 6, "compute_dtype": "float32",
+}  # fmt: skip
+
+
+@dataclass
+class StoppingContext(RecordingContext):
+    """Asks to stop after `stop_after` steps."""
+
+    stop_after: int = 10**9
+
+    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
+        super().progress(done, total, unit, **figures)
+        self.stop = done == self.stop_after
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Fresh answers with the drafter in the loop, and what was mined on them."""
+
+    trajectories: Path
+    steps: Path
+
+
+@pytest.fixture(scope="module", params=[0.0, 1.0], ids=["greedy", "sampled"])
+def answers(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts
+) -> Answers:
+    folder = tmp_path_factory.mktemp("answers")
+    inputs = {"target": tiny_drafter.target, "drafter": tiny_drafter.drafter}
+    rollout = RecordingContext.under(folder / "rollout", {**inputs, "prompts": tiny_drafter.prompts})
+    sampling = {"max_new_tokens": 60, "temperature": request.param}
+    config = {"splits": ["heldout"], "prompts": 16, "sampling": sampling, "engine": {"slots": 16}}
+    ROLLOUT.run(rollout, RolloutConfig.model_validate(config))
+    mining = RecordingContext.under(folder / "mining", {**inputs, "trajectories": rollout.out})
+    MINING.run(mining, MiningConfig())
+    return Answers(rollout.out, mining.out)
+
+
+def train(
+    folder: Path, made: DrafterArtifacts, answers: Answers, stop_after: int = 10**9, **fields: Any
+) -> StoppingContext:
+    inputs = {
+        "target": made.target, "drafter": made.drafter, "trajectories": answers.trajectories, "steps": answers.steps,
+    }  # fmt: skip
+    ctx = StoppingContext(folder / "out", folder / "work", inputs, stop_after=stop_after)
+    STAGE.run(ctx, OpdConfig.model_validate({**CONFIG, **fields}))
+    return ctx
+
+
+@torch.no_grad()
+def committed_nll(bench: Bench, drafter: Drafter, answers: Answers) -> float:
+    """Mean -log q of the tokens that the mined steps committed, block by block."""
+    trajectories = load_trajectories(answers.trajectories).trajectories
+    table = load_mined(answers.steps, trajectories, drafter.block_size)
+    total, count = 0.0, 0
+    for trajectory, steps in zip(trajectories, table.steps, strict=True):
+        _, context = bench.read([trajectory], drafter)
+        for anchor, committed in zip(steps.anchors.tolist(), steps.committed.tolist(), strict=True):
+            hidden = drafter.block_hidden(
+                context, torch.tensor([[trajectory.tokens[anchor]]]), torch.tensor([[anchor]]), drafter.block_size
+            )[0, 0]
+            law = torch.log_softmax(bench.target.logits(hidden), -1)
+            for k in range(min(committed, len(law))):
+                total -= float(law[k, trajectory.tokens[anchor + 1 + k]])
+                count += 1
+    return total / count
+
+
+@pytest.mark.parametrize("anchors", ["errors", "visited"])
+def test_matched_opd_raises_the_likelihood_of_what_was_committed(
+    anchors: str, answers: Answers, bench: Bench, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    ctx = train(tmp_path, tiny_drafter, answers, anchors=anchors, steps=40)
+    before = committed_nll(bench, bench.drafters["trained"], answers)
+    after = committed_nll(bench, load_drafter(ctx.out / DRAFTER_FOLDER, bench.target), answers)
+    assert after < before
+    losses = [values["loss"] for _, values in ctx.measured]
+    assert len(losses) == 40 and np.isfinite(losses).all()
+    assert np.mean(losses[-8:]) < np.mean(losses[:8])
+    assert ctx.summaries["mined_steps"] > 0
+    assert ctx.summaries["blocks"] == 40 * 4 * 6
+
+
+def test_the_papers_pair_trains_both_streams(
+    answers: Answers, bench: Bench, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    ctx = train(tmp_path, tiny_drafter, answers, loss="paper")
+    assert len(ctx.measured) == 30
+    for _, values in ctx.measured:
+        assert values["loss"] == pytest.approx(values["loss_response"] + values["loss_rejected"], rel=1e-5)
+        assert values["loss_response"] >= 0 and values["loss_rejected"] >= 0
+    rejected = [values["loss_rejected"] for _, values in ctx.measured]
+    assert np.mean(rejected[-8:]) < np.mean(rejected[:8])
+    load_drafter(ctx.out / DRAFTER_FOLDER, bench.target)
+
+
+def test_auto_follows_how_the_trajectories_were_drawn(
+    answers: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    losses = {}
+    for verification in ("auto", "greedy", "sampled"):
+        ctx = train(tmp_path / verification, tiny_drafter, answers, steps=1, verification=verification)
+        losses[verification] = ctx.measured[0][1]["loss"]
+    sampled = load_trajectories(answers.trajectories).temperature > 0
+    assert losses["auto"] == losses["sampled" if sampled else "greedy"]
+    assert losses["sampled"] != losses["greedy"]
+
+
+def test_a_reduced_training_head_trains_too(answers: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path) -> None:
+    ctx = train(tmp_path, tiny_drafter, answers, head_tokens=100, head_negatives=30, loss="paper", steps=5)
+    assert all(np.isfinite(values["loss"]) for _, values in ctx.measured)
+
+
+def test_the_checkpoint_says_where_it_comes_from(
+    answers: Answers, bench: Bench, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    ctx = train(tmp_path, tiny_drafter, answers, steps=2)
+    info = read_info(ctx.out / DRAFTER_FOLDER)
+    assert info.parents == (drafter_digest(tiny_drafter.drafter / DRAFTER_FOLDER),)
+    assert info.target_digest == bench.target.info.digest
+    assert (info.training["stage"], info.training["steps"]) == ("opd", 2)
+    stored = json.loads((ctx.out / DRAFTER_FOLDER / "drafter.json").read_text())
+    assert stored["digest"] == drafter_digest(ctx.out / DRAFTER_FOLDER) != info.parents[0]
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(
+    answers: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    whole = train(tmp_path / "whole", tiny_drafter, answers, steps=8, loss="paper")
+    for stop_after in (3, 6):
+        with pytest.raises(StageInterrupted):
+            train(tmp_path / "cut", tiny_drafter, answers, stop_after, steps=8, loss="paper")
+    last = train(tmp_path / "cut", tiny_drafter, answers, steps=8, loss="paper")
+    assert last.measured[0][0] == 6
+    name = f"{DRAFTER_FOLDER}/model.safetensors"
+    assert (last.out / name).read_bytes() == (whole.out / name).read_bytes()
+    assert last.measured == whole.measured[6:]
+
+
+def test_a_trajectory_that_was_not_mined_is_one_clear_error(
+    answers: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    other = Answers(tiny_drafter.rollout, answers.steps)
+    with pytest.raises(DraftsmithError, match="was not mined; rerun stage 'mining'"):
+        train(tmp_path, tiny_drafter, other)
+
+
+def test_a_damaged_table_is_one_clear_error(answers: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    content = (answers.steps / "verify_steps.parquet").read_bytes()
+    (damaged / "verify_steps.parquet").write_bytes(content[: len(content) // 2])
+    with pytest.raises(DraftsmithError, match=r"verify_steps\.parquet: not a whole Parquet file") as caught:
+        train(tmp_path, tiny_drafter, Answers(answers.trajectories, damaged))
+    assert "\n" not in str(caught.value)

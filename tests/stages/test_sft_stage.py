@@ -1,0 +1,134 @@
+"""The stage `sft`: from random weights, from an artifact, from a folder; what it writes and what it refuses."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from artifacts.errors import DraftsmithError, StageInterrupted
+from stages.drafters.checkpoint import load_drafter, read_info
+from stages.sft import STAGE, SftConfig, preflight
+from stages.stored import DRAFTER_FOLDER
+from tests.stages.bench import Bench
+from tests.testbed.context import RecordingContext
+from tests.testbed.drafter import DrafterArtifacts
+from tests.testbed.target import MASK
+
+SHAPE = {"num_layers": 1, "block_size": 6, "num_target_features": 2, "mask_token": MASK}
+CONFIG = {
+    "drafter": SHAPE, "steps": 30, "learning_rate": 3e-3, "sequences_per_step": 4, "anchors_per_sequence": 8,
+    "gamma": 4.0, "compute_dtype": "float32", "checkpoint_every": 10,
+}  # fmt: skip
+
+
+@dataclass
+class StoppingContext(RecordingContext):
+    """Asks to stop after `stop_after` steps."""
+
+    stop_after: int = 10**9
+
+    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
+        super().progress(done, total, unit, **figures)
+        self.stop = done == self.stop_after
+
+
+def train(
+    folder: Path, made: DrafterArtifacts, stop_after: int = 10**9, *, drafter: Path | None = None, **fields: Any
+) -> StoppingContext:
+    inputs = {"target": made.target, "trajectories": made.rollout, **({"drafter": drafter} if drafter else {})}
+    ctx = StoppingContext(folder / "out", folder / "work", inputs, stop_after=stop_after)
+    STAGE.run(ctx, SftConfig.model_validate({**CONFIG, **fields}))
+    return ctx
+
+
+def losses(ctx: RecordingContext) -> list[float]:
+    return [values["loss"] for _, values in ctx.measured]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"compute_dtype": "bfloat16"}, {"head_tokens": 200, "head_negatives": 50}, {"positions_per_chunk": 16}],
+    ids=["plain", "bfloat16", "reduced head", "small chunks"],
+)
+def test_a_few_steps_learn(
+    fields: dict[str, Any], tmp_path: Path, bench: Bench, tiny_drafter: DrafterArtifacts
+) -> None:
+    ctx = train(tmp_path, tiny_drafter, **fields)
+    assert losses(ctx)[0] < 1.5 * np.log(900)  # sane from the first step on
+    assert np.mean(losses(ctx)[-5:]) < 0.75 * losses(ctx)[0]
+    drafter = load_drafter(ctx.out / DRAFTER_FOLDER, bench.target)
+    assert (drafter.block_size, len(drafter.target_layer_ids)) == (6, 2)
+    assert drafter.frequent_tokens is not None and len(drafter.frequent_tokens) == 900
+    assert ctx.summaries["trajectories"] > 300
+    assert ctx.progressed[-1] == (30, 30, "steps")
+
+
+def test_control_continues_from_a_drafter_at_its_loss(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+    continued = train(tmp_path / "a", tiny_drafter, drafter=tiny_drafter.drafter, learning_rate=1e-4)
+    assert np.mean(losses(continued)) < 1.5
+    assert read_info(continued.out / DRAFTER_FOLDER).training["stage"] == "sft"
+    from_folder = train(
+        tmp_path / "b", tiny_drafter, init_from=str(tiny_drafter.drafter / DRAFTER_FOLDER), learning_rate=1e-4
+    )
+    assert losses(from_folder) == losses(continued)
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+    whole = train(tmp_path / "whole", tiny_drafter, steps=12)
+    for stop_after in (4, 9):
+        with pytest.raises(StageInterrupted):
+            train(tmp_path / "cut", tiny_drafter, stop_after, steps=12)
+    last = train(tmp_path / "cut", tiny_drafter, steps=12)
+    assert last.measured[0][0] == 9
+    name = f"{DRAFTER_FOLDER}/model.safetensors"
+    assert (last.out / name).read_bytes() == (whole.out / name).read_bytes()
+    assert last.summaries["positions"] == whole.summaries["positions"]
+
+
+def test_a_truncated_checkpoint_of_an_attempt_is_one_clear_error(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts
+) -> None:
+    with pytest.raises(StageInterrupted):
+        train(tmp_path, tiny_drafter, 2)
+    checkpoint = tmp_path / "work" / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(DraftsmithError, match=r"checkpoint\.pt: cannot be read .*delete it"):
+        train(tmp_path, tiny_drafter)
+
+
+def test_a_drafter_that_cannot_be_continued_is_refused_before_work(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts
+) -> None:
+    good = tiny_drafter.drafter / DRAFTER_FOLDER
+    preflight(SftConfig(init_from=str(good)), tiny_drafter.target)
+    other = Path(shutil.copytree(good, tmp_path / "other"))
+    info = (other / "drafter.json").read_text()
+    (other / "drafter.json").write_text(info.replace(read_info(good).target_digest, "0" * 64))
+    with pytest.raises(DraftsmithError, match="made for the target 000000000000"):
+        preflight(SftConfig(init_from=str(other)), tiny_drafter.target)
+    with pytest.raises(DraftsmithError, match="is not a token of the target"):
+        preflight(SftConfig.model_validate({"drafter": {**SHAPE, "mask_token": "<absent>"}}), tiny_drafter.target)
+    with pytest.raises(DraftsmithError, match="do not fit layers 0 … 3"):
+        shape = {"num_layers": 1, "block_size": 6, "target_layer_ids": [1, 4], "mask_token": MASK}
+        preflight(SftConfig.model_validate({"drafter": shape}), tiny_drafter.target)
+
+
+def test_a_truncated_drafter_is_one_clear_error(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+    damaged = Path(shutil.copytree(tiny_drafter.drafter / DRAFTER_FOLDER, tmp_path / "damaged"))
+    weights = damaged / "model.safetensors"
+    assert "fc.weight" in load_file(weights)
+    weights.write_bytes(weights.read_bytes()[:2000])
+    with pytest.raises(DraftsmithError, match=r"model\.safetensors: cannot be read") as caught:
+        train(tmp_path, tiny_drafter, init_from=str(damaged))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+    with pytest.raises(DraftsmithError, match="lower learning_rate"):
+        train(tmp_path, tiny_drafter, learning_rate=1e30, clip_norm=1e30)

@@ -1,0 +1,128 @@
+"""Features, the order of training, anchors and the head that a step sees."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.replay.trace import Trajectory
+from stages.targets.causal_lm import Target
+from stages.training.anchors import pad_anchors, random_anchors
+from stages.training.batches import FeatureSource, frequent_tokens, step_rng, trajectories_of_step
+from stages.training.config import TrainingConfig
+from stages.training.vocabulary import training_head
+from tests.testbed import random_target
+
+TRAJECTORIES = random_target.trajectories(12, seed=5)
+LAYERS = (2, 0)
+CPU = torch.device("cpu")
+
+
+@given(st.integers(1, 9), st.integers(1, 12), st.integers(0, 3))
+@settings(deadline=None)
+def test_every_epoch_takes_each_trajectory_once(count: int, per_step: int, seed: int) -> None:
+    drawn = [i for step in range(3 * count) for i in trajectories_of_step(count, per_step, step, seed)]
+    epochs = [tuple(drawn[e : e + count]) for e in range(0, len(drawn), count)]
+    assert len(drawn) == 3 * count * per_step
+    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
+
+
+def test_epochs_and_seeds_have_their_own_order() -> None:
+    orders = {tuple(trajectories_of_step(9, 9, step, seed)) for step in range(3) for seed in range(3)}
+    assert len(orders) == 9
+
+
+@pytest.mark.parametrize("memory_mb", [2048, 1e-6])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_features_equal_direct_reads(memory_mb: float, autocast: bool, plain_target: Target) -> None:
+    source = FeatureSource(plain_target, LAYERS, TRAJECTORIES, tokens_per_group=64, memory_mb=memory_mb)
+    for indices in ([3, 0, 7], [11, 3, 3], [0, 1, 2, 4]):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # as the training loop calls it
+            batch = source.batch(indices)
+        assert [t.trajectory_id for t in batch.trajectories] == [TRAJECTORIES[i].trajectory_id for i in indices]
+        width = max(len(TRAJECTORIES[i].tokens) for i in indices)
+        assert batch.tokens.shape == batch.positions.shape == (len(indices), width)
+        for row, i in enumerate(indices):
+            tokens = TRAJECTORIES[i].tokens
+            alone = plain_target.read(torch.tensor([tokens]), LAYERS)
+            assert alone.features is not None
+            assert batch.tokens[row, : len(tokens)].tolist() == tokens
+            assert batch.positions[row].tolist() == list(range(width))
+            assert batch.features.dtype == batch.hidden.dtype == plain_target.dtype
+            torch.testing.assert_close(batch.features[row, : len(tokens)], alone.features[0], atol=2e-5, rtol=1e-5)
+            torch.testing.assert_close(batch.hidden[row, : len(tokens)], alone.hidden[0], atol=2e-5, rtol=1e-5)
+
+
+def test_features_have_the_same_bits_in_any_order_and_after_eviction(plain_target: Target) -> None:
+    roomy = FeatureSource(plain_target, LAYERS, TRAJECTORIES, tokens_per_group=64)
+    small = FeatureSource(plain_target, LAYERS, TRAJECTORIES, tokens_per_group=64, memory_mb=1e-6)
+    assert len(roomy._groups) > 2
+    for indices in ([5, 6], [1, 9], [6, 5]):
+        roomy.batch(indices)
+    for indices in ([9, 1], [5, 6], [2, 2]):
+        first, second = roomy.batch(indices), small.batch(indices)
+        assert torch.equal(first.features, second.features)
+        assert torch.equal(first.hidden, second.hidden)
+        assert len(small._cache) == 1
+
+
+def test_the_target_reads_each_trajectory_once_while_memory_lasts(plain_target: Target) -> None:
+    source = FeatureSource(plain_target, LAYERS, TRAJECTORIES, tokens_per_group=64)
+    for _ in range(2):
+        for i in range(len(TRAJECTORIES)):
+            source.batch([i])
+    assert source.tokens_read == sum(len(t.tokens) for t in TRAJECTORIES)
+
+
+def test_frequent_tokens_are_ordered_by_their_count_in_the_responses() -> None:
+    made = [Trajectory("a", [9, 9, 9, 9, 4, 5, 4], 4), Trajectory("b", [9, 4, 5, 2], 1)]
+    order = frequent_tokens(made, 11).tolist()
+    assert order[:3] == [4, 5, 2]
+    assert order[3:] == [0, 1, 3, 6, 7, 8, 9, 10]  # never answered: by id; prompts do not count
+
+
+def test_random_anchors_are_different_positions_with_a_token_behind_them() -> None:
+    short, long = Trajectory("a", list(range(7)), 4), Trajectory("b", list(range(30)), 4)
+    seen: Counter[tuple[int, int]] = Counter()
+    for step in range(200):
+        anchors = random_anchors([short, long], 5, step_rng(0, step), CPU)
+        assert anchors.valid.tolist() == [[True] * 2 + [False] * 3, [True] * 5]
+        for row, positions in enumerate(anchors.positions.tolist()):
+            real = [p for p, valid in zip(positions, anchors.valid[row].tolist(), strict=True) if valid]
+            assert len(set(real)) == len(real)
+            seen.update((row, p) for p in real)
+    assert anchors.blocks == 7
+    assert {p for row, p in seen if row == 0} == {4, 5}  # the first response token, and the last but one token
+    assert {p for row, p in seen if row == 1} == set(range(4, 29))
+
+
+def test_padding_anchors_are_copies_that_do_not_count() -> None:
+    anchors = pad_anchors([np.array([3, 8]), np.array([5])], CPU)
+    assert anchors.positions.tolist() == [[3, 8], [5, 5]]
+    assert anchors.valid.tolist() == [[True, True], [True, False]]
+    assert anchors.blocks == 3
+
+
+def test_the_head_of_a_step_holds_what_the_step_needs() -> None:
+    weight = torch.arange(100.0)[:, None]
+    frequent = torch.arange(99, -1, -1)
+    needed = [torch.tensor([[1, 2], [2, 3]]), torch.tensor([50])]
+    config = TrainingConfig(head_tokens=4, head_negatives=6)
+    head = training_head(weight, frequent, config, step_rng(0, 0), needed)
+    assert head.token_ids is not None
+    ids = head.token_ids.tolist()
+    assert {96, 97, 98, 99, 1, 2, 3, 50} <= set(ids)
+    assert 8 < len(ids) <= 14  # and random others
+    assert head.weight[:, 0].tolist() == ids
+    assert head.to_columns(torch.tensor([1, 2, 3, 50]))[1].all()
+    other = training_head(weight, frequent, config, step_rng(0, 1), needed)
+    assert other.token_ids is not None
+    assert other.token_ids.tolist() != ids  # other negatives at every step
+    for tokens in (None, 100, 1000):
+        whole = training_head(weight, frequent, TrainingConfig(head_tokens=tokens), step_rng(0, 0), needed)
+        assert whole.token_ids is None
