@@ -136,7 +136,8 @@ def main() -> None:
     target, model = load_models(chosen.target or harness.smollm2_folder())
     rows = []
     for batch in chosen.batches:
-        prompts = make_prompts(batch, *chosen.prompt_tokens, target.info.vocab_size)
+        shortest, longest = chosen.prompt_tokens
+        prompts = make_prompts(batch, shortest, longest, target.info.vocab_size)
         rows += measure(target, model, prompts, chosen.new_tokens, chosen.repetitions)
     dtype = str(target.dtype).removeprefix("torch.")
     rate = machine.peak_rate(target.dtype)

@@ -41,7 +41,7 @@ def config_of(target: Path, prompts: Path) -> dict[str, Any]:
         "rollout": {"prompts": 30, "sampling": sampling, "engine": {"slots": 16}},
         "sft": {
             **training, "steps": 60, "learning_rate": 3e-3, "gamma": 4.0,
-            "drafter": {"num_layers": 1, "block_size": 6, "num_target_features": 3, "mask_token": MASK},
+            "drafter": {"num_layers": 1, "block_size": 6, "target_layer_ids": [0, 1, 2], "mask_token": MASK},
         },
         "assisted": {"skip": 30, "sampling": sampling, "engine": {"slots": 10}},
         "mining": {},
@@ -105,7 +105,7 @@ def done(result: subprocess.CompletedProcess[str]) -> set[str]:
 
 
 def reused(result: subprocess.CompletedProcess[str]) -> set[str]:
-    return {node for node in nodes(result.stdout, ": reused") if node}
+    return set(nodes(result.stdout, ": reused"))
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_the_figures_of_the_table_are_those_of_the_evaluation(story: dict[str, A
     (key,) = keys
     evaluation = json.loads((Store(home.path / "store").path("evaluation", key) / "evaluation.json").read_text())
     for name in ("sft", "opd", "control"):
-        assert f"{evaluation['drafters'][name]['tau']:.2f}" in story["first"].stdout
+        assert f"{evaluation['drafters'][name]['tau']:.3f}" in story["first"].stdout
     assert evaluation["exactness"]["fp32_identical"] == evaluation["exactness"]["fp32_prompts"] == 3
     assert evaluation["exactness"]["identical_share"] == 1
     assert evaluation["drafters"]["sft"]["tau"] > 1
@@ -170,7 +170,8 @@ def test_another_learning_rate_of_opd_reruns_opd_its_control_and_what_reads_them
     assert reused(changed) == set(NODES) - again
 
 
-def test_mlflow_holds_each_refresh_with_its_stages_nested(story: dict[str, Any], home: Home) -> None:
+@pytest.mark.usefixtures("story")
+def test_mlflow_holds_each_refresh_with_its_stages_nested(home: Home) -> None:
     runs = home.query("select run_uuid, name, status from runs")
     assert all(status == "FINISHED" for _, _, status in runs)
     refreshes = [run for run, name, _ in runs if name == "tiny"]
@@ -212,9 +213,6 @@ def one_error(result: subprocess.CompletedProcess[str]) -> str:
     [
         ("opd.learning_rat=1", "learning_rat"),
         ("sft.steps=many", "sft.steps"),
-        ("sft.drafter.mask_token=<absent>", "'<absent>' is not a token of the target"),
-        ("evaluation.sampling.max_new_tokens=4000", "does not fit into the target's 1024 positions"),
-        ("prompts.max_prompt_tokens=10", "tokens"),
         ("assisted.skip=500", "no prompts left in splits"),
         ("target.source=/absent/model", "/absent/model"),
     ],

@@ -1,7 +1,8 @@
-"""The real quickstart target once: GGUF to greedy answers, speculative equal to plain and to transformers' `generate`."""
+"""The real quickstart target, once: its speculative answers equal plain ones and those of transformers' `generate`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def test_float32_answers_are_those_of_generate_with_and_without_a_drafter(artifa
     assert "Paris" in target.tokenizer.decode(plain[QUESTIONS[0]].response_ids)
 
 
-def test_bfloat16_answers_agree_up_to_near_ties(artifact: Path, record_property: pytest.FixtureRequest) -> None:
+def test_bfloat16_answers_agree_up_to_near_ties(artifact: Path, record_property: Callable[[str, object], None]) -> None:
     """Kernels of other batch shapes round differently: the share is reported, a difference must be a near-tie."""
     target = Target.load(artifact)
     assert target.dtype == torch.bfloat16
@@ -85,4 +86,4 @@ def test_bfloat16_answers_agree_up_to_near_ties(artifact: Path, record_property:
         tokens = torch.tensor([plain[question].request.prompt_ids + a[:at]])
         best = target.logits(target.read(tokens).hidden[0, -1]).topk(2).values
         assert float(best[0] - best[1]) < 1.0
-    record_property("identical_share", identical / len(QUESTIONS))  # type: ignore[operator]
+    record_property("identical_share", identical / len(QUESTIONS))

@@ -20,6 +20,7 @@ from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.target import MASK
 
 GREEDY_TOKENS = 80  # about half of the answers stop before, the others are cut
+GREEDY = SamplingParams(GREEDY_TOKENS)
 NEAR_TIE = 1e-3  # logits; kernels of other shapes differ by less than 1e-4
 CAPACITY = 256
 
@@ -33,8 +34,8 @@ class Bench:
     prompts: list[Prompt]  # held-out, more than 50
     greedy: dict[str, list[int]]  # prompt id -> plain greedy answer of GREEDY_TOKENS tokens at most
 
-    def requests(self, count: int | None = None, seed: int = 0, **sampling: float) -> list[Request]:
-        params = SamplingParams(**{"max_new_tokens": GREEDY_TOKENS, **sampling})  # type: ignore[arg-type]
+    def requests(self, count: int | None = None, params: SamplingParams = GREEDY, seed: int = 0) -> list[Request]:
+        """One request for each of the first `count` prompts, each with a seed of its own."""
         return [
             Request(p.prompt_id, p.token_ids, params, seed=1000 * seed + i) for i, p in enumerate(self.prompts[:count])
         ]
@@ -88,7 +89,7 @@ def trajectory_of(completion: Completion) -> Trajectory:
 def build_bench(made: DrafterArtifacts, wanted: int = 56) -> Bench:
     target = Target.load(made.target)
     untrained = create_drafter(
-        DFlashConfig(num_layers=2, block_size=6, num_target_features=2, mask_token=MASK), target, seed=3
+        DFlashConfig(num_layers=2, block_size=6, target_layer_ids=(0, 2), mask_token=MASK), target, seed=3
     )
     trained = load_drafter(made.drafter / DRAFTER_FOLDER, target)
     untrained.frequent_tokens = trained.frequent_tokens

@@ -20,7 +20,7 @@ from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.target import MASK
 
-SHAPE = {"num_layers": 1, "block_size": 6, "num_target_features": 2, "mask_token": MASK}
+SHAPE = {"num_layers": 1, "block_size": 6, "target_layer_ids": [0, 2], "mask_token": MASK}
 CONFIG = {
     "drafter": SHAPE, "steps": 30, "learning_rate": 3e-3, "sequences_per_step": 4, "anchors_per_sequence": 8,
     "gamma": 4.0, "compute_dtype": "float32", "checkpoint_every": 10,

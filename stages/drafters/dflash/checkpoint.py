@@ -134,6 +134,10 @@ def check_fits(drafter: Qwen3Config, target: Any, where: str) -> None:
                 f"drafter {where}: {field} is {has}, the target's is {needs}: it was made for another target; "
                 "give a drafter of this target or leave sft.init_from out"
             )
+    if len(set(ids)) < len(ids):
+        raise DraftsmithError(
+            f"drafter {where}: target_layer_ids {list(ids)} name a layer twice; ask for fewer num_target_features"
+        )
     if not ids or min(ids) < 0 or max(ids) >= layers:
         raise DraftsmithError(f"drafter {where}: target_layer_ids {list(ids)} do not fit layers 0 … {layers - 1}")
     if not 0 <= drafter.dflash_config["mask_token_id"] < target.vocab_size:

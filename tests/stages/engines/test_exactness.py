@@ -13,7 +13,7 @@ from stages.targets.resolve import model_path
 from tests.stages.bench import CAPACITY, GREEDY_TOKENS, Bench
 from tests.testbed.drafter import DrafterArtifacts
 
-SAMPLED = {"max_new_tokens": 32, "temperature": 1.0, "top_p": 0.95}
+SAMPLED = SamplingParams(max_new_tokens=32, temperature=1.0, top_p=0.95)
 
 
 def tokens_of(answers: dict[str, Completion]) -> dict[str, list[int]]:
@@ -22,8 +22,8 @@ def tokens_of(answers: dict[str, Completion]) -> dict[str, list[int]]:
 
 @pytest.fixture(scope="module")
 def sampled(bench: Bench) -> dict[str, list[int]]:
-    """Plain sampled answers to `bench.requests(seed=7, **SAMPLED)`."""
-    return tokens_of(bench.answers(bench.requests(seed=7, **SAMPLED), slots=16))
+    """Plain sampled answers to `bench.requests(None, SAMPLED, seed=7)`."""
+    return tokens_of(bench.answers(bench.requests(None, SAMPLED, seed=7), slots=16))
 
 
 def test_plain_greedy_equals_transformers_generate(bench: Bench, tiny_drafter: DrafterArtifacts) -> None:
@@ -93,22 +93,22 @@ def test_speculative_sampling_draws_the_tokens_of_plain_sampling(
     bench: Bench,
     sampled: dict[str, list[int]],
 ) -> None:
-    requests = bench.requests(seed=7, **SAMPLED)
+    requests = bench.requests(None, SAMPLED, seed=7)
     answers = bench.answers(requests, drafter, slots, block_size=block_size, head_tokens=head_tokens)
     assert tokens_of(answers) == sampled
     assert sum(tokens != bench.greedy[name][:32] for name, tokens in sampled.items()) > 40
 
 
 def test_a_sampled_answer_depends_on_its_seed_and_not_on_its_batch(bench: Bench, sampled: dict[str, list[int]]) -> None:
-    requests = bench.requests(seed=7, **SAMPLED)
+    requests = bench.requests(None, SAMPLED, seed=7)
     assert tokens_of(bench.answers(requests[::-1], slots=11)) == sampled
     assert tokens_of(bench.answers(requests[3:4], slots=2)).items() <= sampled.items()
-    other = tokens_of(bench.answers(bench.requests(seed=8, **SAMPLED), slots=16))
+    other = tokens_of(bench.answers(bench.requests(None, SAMPLED, seed=8), slots=16))
     assert sum(other[name] != sampled[name] for name in sampled) > 40
 
 
 def test_greedy_and_sampled_requests_share_a_batch(bench: Bench, sampled: dict[str, list[int]]) -> None:
-    greedy, drawn = bench.requests(8), bench.requests(8, seed=7, **SAMPLED)
+    greedy, drawn = bench.requests(8), bench.requests(8, SAMPLED, seed=7)
     mixed = [
         Request(f"{i}/{kind}", r.prompt_ids, r.sampling, r.seed)
         for i, pair in enumerate(zip(greedy, drawn, strict=True))
@@ -137,7 +137,7 @@ def test_answers_that_end_at_once_are_refilled(bench: Bench) -> None:
 
 
 def test_steps_describe_what_was_committed(bench: Bench) -> None:
-    """Anchors walk through the answer; accepted proposals are its tokens; the next one differs or lies behind the end."""
+    """Anchors walk through the answer; accepted proposals are its tokens; the next one is not."""
     for completion in bench.answers(bench.requests(), "trained").values():
         prompt = completion.request.prompt_ids
         tokens, anchor = prompt + completion.response_ids, len(prompt)
@@ -156,20 +156,20 @@ def test_an_engine_generates_twice_and_an_abandoned_answer_leaves_nothing(bench:
     engine = bench.engine("trained", slots=4)
     running = engine.generate(bench.requests(12))
     next(running)
-    running.close()
+    del running  # which closes the generator
     again = {c.request.request_id: c.response_ids for c in engine.generate(bench.requests(12))}
     assert again == {p.prompt_id: bench.greedy[p.prompt_id] for p in bench.prompts[:12]}
 
 
 def test_a_request_larger_than_the_capacity_is_one_clear_error(bench: Bench) -> None:
-    request = bench.requests(1, max_new_tokens=CAPACITY)[0]
+    request = bench.requests(1, SamplingParams(CAPACITY))[0]
     with pytest.raises(DraftsmithError, match=rf"request {request.request_id}: .* capacity of {CAPACITY}"):
         bench.answers([request])
 
 
 @pytest.mark.parametrize("spare", [-1, 0])
 def test_the_capacity_holds_prompt_answer_and_a_block_of_proposals(spare: int, bench: Bench) -> None:
-    request = bench.requests(1, max_new_tokens=12)[0]
+    request = bench.requests(1, SamplingParams(12))[0]
     drafter = bench.drafters["trained"]
     needed = len(request.prompt_ids) + 12 + drafter.block_size - 1
     engine = EmbeddedEngine(bench.target, drafter, slots=1, capacity=needed + spare)

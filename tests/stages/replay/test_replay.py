@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from stages.drafters.config import DraftingConfig
-from stages.engines.base import Completion
+from stages.engines.base import Completion, SamplingParams
 from stages.replay.chains import replay_chains, start_anchors
 from stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens, tau
-from tests.stages.bench import Bench, trajectory_of
+from tests.stages.bench import GREEDY, Bench, trajectory_of
 
-SAMPLED = {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 48}
+SAMPLED = SamplingParams(48, temperature=1.0, top_p=0.9)
 
 
 def replay(
@@ -43,7 +44,7 @@ def assert_recorded(traces: Sequence[Trace], completions: Sequence[Completion]) 
         assert [step.proposed for step in completion.steps] == trace.proposed.tolist()
 
 
-@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize(
     ("drafter", "drafting"),
     [
@@ -53,11 +54,11 @@ def assert_recorded(traces: Sequence[Trace], completions: Sequence[Completion]) 
     ],
 )
 def test_replay_equals_the_reference_and_what_the_engine_recorded(
-    drafter: str, drafting: dict[str, int], sampling: dict[str, float], bench: Bench
+    drafter: str, drafting: dict[str, int], sampling: SamplingParams, bench: Bench
 ) -> None:
     if drafter == "untrained":
-        sampling = {**sampling, "max_new_tokens": 24}
-    served = list(bench.answers(bench.requests(seed=3, **sampling), drafter, slots=16, **drafting).values())
+        sampling = replace(sampling, max_new_tokens=24)
+    served = list(bench.answers(bench.requests(None, sampling, seed=3), drafter, slots=16, **drafting).values())
     served = [completion for completion in served if len(completion.response_ids) > 1]
     assert len(served) >= 50
     trajectories = [trajectory_of(completion) for completion in served]
@@ -78,7 +79,7 @@ def test_a_trace_does_not_depend_on_who_generated_the_text(bench: Bench) -> None
 
 def test_sixteen_chains_do_little_more_than_one_block_a_step(bench: Bench) -> None:
     """Counted, not timed. Rejections make chains meet: at a tau of 2 the extra starts cost less than a third."""
-    served = bench.answers(bench.requests(seed=3, temperature=1.0, max_new_tokens=120), slots=32).values()
+    served = bench.answers(bench.requests(None, SamplingParams(120, temperature=1.0), seed=3), slots=32).values()
     trajectories = [trajectory_of(completion) for completion in served if len(completion.response_ids) > 1]
     one, many = (replay(bench, trajectories, "trained", chains) for chains in (1, 16))
     assert_same(many, one)
@@ -144,7 +145,7 @@ def test_ends_are_neither_accepted_nor_rejected(bench: Bench) -> None:
 
 @pytest.mark.parametrize("limit", [2, 3, 5, 9, 17])
 def test_a_length_limit_inside_a_block_leaves_the_same_trace(limit: int, bench: Bench) -> None:
-    served = list(bench.answers(bench.requests(max_new_tokens=limit), "trained").values())
+    served = list(bench.answers(bench.requests(None, SamplingParams(limit)), "trained").values())
     assert_recorded(replay(bench, [trajectory_of(c) for c in served], "trained", 4), served)
 
 

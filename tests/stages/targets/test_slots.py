@@ -13,10 +13,12 @@ from stages.targets.slots import KeyValueSlots
 from tests.stages.bench import Bench
 from tests.testbed.drafter import DrafterArtifacts
 
-CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
 
 
-def random_ids(bench: Bench, *lengths: int, seed: int = 0) -> list[list[int]]:
+def random_ids(*lengths: int, seed: int = 0) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(4, 900, (n,), generator=generator).tolist() for n in lengths]
 
@@ -73,48 +75,48 @@ def test_a_row_is_moved_whole() -> None:
 
 
 def test_a_padded_prefill_equals_plain_forwards(bench: Bench) -> None:
-    rows = random_ids(bench, 5, 17, 11)
+    rows = random_ids(5, 17, 11)
     ids = padded(rows)
     cache = bench.target.new_cache(3, 20)
     out = bench.target.step(ids, torch.arange(17).expand(3, -1), cache, slice(0, 3))
     for b, row in enumerate(rows):
-        torch.testing.assert_close(bench.target.logits(out.hidden[b, : len(row)]), logits(bench, row), **CLOSE)
+        assert_close(bench.target.logits(out.hidden[b, : len(row)]), logits(bench, row))
 
 
 def test_blocks_at_different_positions_of_rows_equal_plain_forwards(bench: Bench) -> None:
     """Behind a padded prefill, twice: a block that is then rewound by overwriting it, and the next one."""
-    rows = random_ids(bench, 4, 13, 9)
+    rows = random_ids(4, 13, 9)
     cache = bench.target.new_cache(3, 32)
     bench.target.step(padded(rows), torch.arange(13).expand(3, -1), cache, slice(0, 3))
     for kept, seed in ((2, 1), (0, 2), (5, 3)):
-        block = random_ids(bench, 5, 5, 5, seed=seed)
+        block = random_ids(5, 5, 5, seed=seed)
         starts = torch.tensor([len(row) for row in rows])
         positions = starts[:, None] + torch.arange(5)
         out = bench.target.step(torch.tensor(block), positions, cache, slice(0, 3))
         for b in range(3):
             expected = logits(bench, rows[b] + block[b])[-5:]
-            torch.testing.assert_close(bench.target.logits(out.hidden[b]), expected, **CLOSE)
+            assert_close(bench.target.logits(out.hidden[b]), expected)
             rows[b] = rows[b] + block[b][: kept + b % 2]  # rows advance by different lengths
 
 
 def test_rows_may_be_addressed_by_index_and_moved(bench: Bench) -> None:
-    rows = random_ids(bench, 6, 8, 7)
+    rows = random_ids(6, 8, 7)
     cache = bench.target.new_cache(4, 16)
     bench.target.step(padded(rows), torch.arange(8).expand(3, -1), cache, slice(0, 3))
     at = torch.tensor([2, 0])
     out = bench.target.step(torch.tensor([[50], [60]]), torch.tensor([[7], [6]]), cache, at)
-    torch.testing.assert_close(bench.target.logits(out.hidden[0, 0]), logits(bench, [*rows[2], 50])[-1], **CLOSE)
-    torch.testing.assert_close(bench.target.logits(out.hidden[1, 0]), logits(bench, [*rows[0], 60])[-1], **CLOSE)
+    assert_close(bench.target.logits(out.hidden[0, 0]), logits(bench, [*rows[2], 50])[-1])
+    assert_close(bench.target.logits(out.hidden[1, 0]), logits(bench, [*rows[0], 60])[-1])
     cache.move_row(1, 3)
     cache.move_row(2, 1)
     out = bench.target.step(torch.tensor([[70], [80]]), torch.tensor([[8], [8]]), cache, torch.tensor([1, 3]))
-    torch.testing.assert_close(bench.target.logits(out.hidden[0, 0]), logits(bench, [*rows[2], 50, 70])[-1], **CLOSE)
-    torch.testing.assert_close(bench.target.logits(out.hidden[1, 0]), logits(bench, [*rows[1], 80])[-1], **CLOSE)
+    assert_close(bench.target.logits(out.hidden[0, 0]), logits(bench, [*rows[2], 50, 70])[-1])
+    assert_close(bench.target.logits(out.hidden[1, 0]), logits(bench, [*rows[1], 80])[-1])
 
 
 def test_a_tree_sees_what_its_mask_says(bench: Bench) -> None:
     """Two branches behind different prefixes of one sequence, in entries behind it."""
-    (row,) = random_ids(bench, 10)
+    (row,) = random_ids(10)
     cache = bench.target.new_cache(1, 16)
     bench.target.step(torch.tensor([row]), torch.arange(10)[None], cache, slice(0, 1))
     branches = [(4, [100, 200]), (7, [300, 400])]  # (prefix length, tokens)
@@ -133,7 +135,7 @@ def test_a_tree_sees_what_its_mask_says(bench: Bench) -> None:
     )
     for m, (length, tokens) in enumerate(branches):
         expected = logits(bench, row[:length] + tokens)[-2:]
-        torch.testing.assert_close(bench.target.logits(out.hidden[0, 2 * m : 2 * m + 2]), expected, **CLOSE)
+        assert_close(bench.target.logits(out.hidden[0, 2 * m : 2 * m + 2]), expected)
 
 
 # ---- features
@@ -141,7 +143,7 @@ def test_a_tree_sees_what_its_mask_says(bench: Bench) -> None:
 
 def test_features_are_the_hidden_states_after_the_named_layers(bench: Bench, tiny_drafter: DrafterArtifacts) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_path(tiny_drafter.target), dtype=torch.float32)
-    ids = padded(random_ids(bench, 12, 12))
+    ids = padded(random_ids(12, 12))
     with torch.no_grad():
         reference = model(ids, output_hidden_states=True)
     hidden_states = reference.hidden_states  # [k + 1] = after layer k; the last one after the final norm too
@@ -149,15 +151,15 @@ def test_features_are_the_hidden_states_after_the_named_layers(bench: Bench, tin
         read = bench.target.read(ids, layers)
         expected = torch.cat([hidden_states[k + 1] for k in layers], -1)
         assert read.features is not None
-        torch.testing.assert_close(read.features, expected, **CLOSE)
+        assert_close(read.features, expected)
         cache = bench.target.new_cache(2, 12)
         stepped = bench.target.step(ids, torch.arange(12).expand(2, -1), cache, slice(0, 2), layer_ids=layers)
         assert stepped.features is not None
-        torch.testing.assert_close(stepped.features, expected, **CLOSE)
-    torch.testing.assert_close(bench.target.logits(read.hidden), reference.logits, **CLOSE)
+        assert_close(stepped.features, expected)
+    assert_close(bench.target.logits(read.hidden), reference.logits)
     last = bench.target.read(ids, [3]).features
     assert last is not None
-    torch.testing.assert_close(model.model.norm(last), hidden_states[-1], **CLOSE)  # before the norm, not behind it
+    assert_close(model.model.norm(last), hidden_states[-1])  # before the norm, not behind it
     assert bench.target.read(ids).features is None
 
 
@@ -182,7 +184,6 @@ def test_grouped_attention_equals_repeated_keys(heads: int, kv_heads: int, dtype
     module = torch.nn.Module()
     module.num_key_value_groups = heads // kv_heads  # type: ignore[assignment]
     out, _ = grouped_attention(module, query, key, value, mask, scaling=0.3)
-    repeated = [repeat_kv(x, heads // kv_heads) for x in (key, value)]
-    expected = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3)
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(out, expected.transpose(1, 2), atol=tolerance, rtol=tolerance)
+    keys, values = (repeat_kv(x, heads // kv_heads) for x in (key, value))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=0.3)
+    assert_close(out, expected.transpose(1, 2), 1e-5 if dtype == torch.float32 else 2e-2)
