@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -198,7 +199,8 @@ class Store:
                 code_digest=code_digest,
                 seed=seed,
                 files=files,
-                metrics=dict(metrics or {}),
+                # a figure that is not a number has no JSON form and would make the manifest unreadable
+                metrics={name: value for name, value in (metrics or {}).items() if math.isfinite(value)},
                 mlflow_run_id=mlflow_run_id,
                 duration_s=round(time.monotonic() - claim.started if duration_s is None else duration_s, 3),
                 versions=versions(),

@@ -75,6 +75,14 @@ def test_a_committed_artifact_is_found_with_its_manifest(store: Store) -> None:
     store.verify(ref)
 
 
+def test_a_figure_that_is_not_a_number_leaves_the_artifact_readable(store: Store) -> None:
+    with store.claim("rollout", KEY) as claim:
+        assert isinstance(claim, Claim)
+        (claim.out / "data.txt").write_text("answer")
+        ref = commit(store, claim, metrics={"tau": float("nan"), "loss": 2.0})
+    assert store.manifest(ref).metrics == {"loss": 2.0}
+
+
 def test_volatile_files_do_not_change_the_content_id(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("same")
     ids = []
