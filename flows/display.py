@@ -137,7 +137,8 @@ class Display:
             self.line(f"  report:   {artifacts['report'] / 'report.html'}")
         for name in ("sft", "opd", "control"):
             if name in artifacts:
-                self.line(f"  drafter:  {artifacts[name]}  ({name})")
+                checkpoint = artifacts[name] / "drafter"
+                self.line(f"  drafter:  {checkpoint if checkpoint.is_dir() else artifacts[name]}  ({name})")
         self.line(f"  MLflow:   {mlflow}")
 
     def _evaluation(self, evaluation: Mapping[str, Any]) -> None:

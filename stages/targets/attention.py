@@ -32,9 +32,9 @@ def grouped_attention(
     n, heads, T, D = query.shape
     groups = heads // key.shape[1]
     folded = query.reshape(n, key.shape[1], groups * T, D)
-    out = F.scaled_dot_product_attention(
-        folded, key, value, attn_mask=attention_mask.repeat(1, 1, groups, 1), scale=scaling
-    )
+    # one query position: the mask of its group is the same row, which broadcasts
+    mask = attention_mask if T == 1 else attention_mask.repeat(1, 1, groups, 1)
+    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
     return out.reshape(n, heads, T, D).transpose(1, 2), None
 
 

@@ -1,6 +1,6 @@
 """Where the time of a training step goes: SFT and the forms of OPD, full head and reduced head.
 
-The quickstart's drafter (2 layers, block 8, 5 target layers) on random trajectories of the quickstart's size, weights
+A drafter like the quickstart's (2 layers, 5 target layers, but blocks of 8) on random trajectories of its size, weights
 in float32 under bfloat16 autocast. Mined steps are made up: committed tokens are geometric with `--tau`, everything
 behind is rejected. `target` is the forward that yields the features, which training keeps in memory while they fit.
 Operations are those of all matrix products as counted by torch's FlopCounterMode (attention kernels are not in it);

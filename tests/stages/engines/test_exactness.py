@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from artifacts.errors import DraftsmithError
 from stages.engines.base import Completion, Request, SamplingParams
 from stages.engines.embedded import EmbeddedEngine
+from stages.engines.sampling import probabilities, uniform
 from stages.targets.resolve import model_path
 from tests.stages.bench import CAPACITY, GREEDY_TOKENS, Bench
 from tests.testbed.drafter import DrafterArtifacts
@@ -105,6 +106,18 @@ def test_a_sampled_answer_depends_on_its_seed_and_not_on_its_batch(bench: Bench,
     assert tokens_of(bench.answers(requests[3:4], slots=2)).items() <= sampled.items()
     other = tokens_of(bench.answers(bench.requests(None, SAMPLED, seed=8), slots=16))
     assert sum(other[name] != sampled[name] for name in sampled) > 40
+
+
+def test_every_sampled_token_inverts_the_targets_law_at_its_own_position(
+    bench: Bench, sampled: dict[str, list[int]]
+) -> None:
+    for request in bench.requests(10, SAMPLED, seed=7):
+        answer, start = sampled[request.request_id], len(request.prompt_ids)
+        hidden = bench.target.read(torch.tensor([request.prompt_ids + answer])).hidden[0, start - 1 : -1]
+        law = probabilities(bench.target.logits(hidden), SAMPLED.temperature, SAMPLED.top_p)
+        for j, token in enumerate(answer):
+            u = uniform(request.seed, start + j)
+            assert float(law[j, :token].sum()) - 1e-5 <= u <= float(law[j, : token + 1].sum()) + 1e-5
 
 
 def test_greedy_and_sampled_requests_share_a_batch(bench: Bench, sampled: dict[str, list[int]]) -> None:

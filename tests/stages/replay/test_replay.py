@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from stages.drafters.base import Proposals
 from stages.drafters.config import DraftingConfig
 from stages.engines.base import Completion, SamplingParams
 from stages.replay.chains import replay_chains, start_anchors
@@ -156,6 +157,25 @@ def test_a_stop_token_inside_a_block_ends_the_trace(bench: Bench) -> None:
     ends = [(trace.accepted[-1], trace.judged[-1], trace.committed[-1]) for trace in traces]
     assert any(accepted == judged == committed < 7 for accepted, judged, committed in ends)
     assert all(trace.anchors[-1] + trace.committed[-1] == trace.length - 1 for trace in traces)
+
+
+@pytest.mark.parametrize("fixed", [0, 1])
+def test_padding_behind_a_shorter_trajectory_is_never_accepted(
+    fixed: int, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A drafter that always proposes one token, whatever a batch is padded with."""
+    drafter = bench.drafters["trained"]
+
+    def propose(_context: object, _tokens: object, anchors: torch.Tensor, block_size: int, *_: object, **__: object):  # type: ignore[no-untyped-def]
+        shape = (*anchors.shape, block_size - 1)
+        return Proposals(torch.full(shape, fixed), torch.zeros(shape))
+
+    monkeypatch.setattr(drafter, "propose", propose)
+    long = bench.prompts[0].token_ids * 2
+    short = Trajectory("short", [5, 6, 7, fixed, fixed, fixed], 3)
+    traces = replay(bench, [Trajectory("long", long, 4), short], "trained", 16)
+    assert traces[1].anchors.tolist() == [3]
+    assert traces[1].accepted.tolist() == traces[1].committed.tolist() == [2]
 
 
 def test_a_single_token_leaves_no_step_and_does_not_disturb_its_batch(bench: Bench) -> None:
