@@ -48,7 +48,7 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     from stages.drafters.checkpoint import load_drafter
     from stages.measure.acceptance import acceptance_table, has_loop, replay_all
     from stages.measure.speed import SpeedTest, choose_block_size, exactness_in_fp32, speed_table
-    from stages.stored import DRAFTER_FOLDER, load_prompts, load_trajectories
+    from stages.stored import DRAFTER_FOLDER, load_prompts, load_trajectories, positions_needed
     from stages.targets.causal_lm import Target
 
     target = Target.load(ctx.inputs["target"])
@@ -58,6 +58,7 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     validation = load_prompts(ctx.inputs["prompts"], ["validation"])[: config.validation_prompts]
     if not heldout or (not validation and config.block_sizes):
         raise DraftsmithError("evaluation: needs held-out and validation prompts; raise the counts in section prompts")
+    positions_needed([*heldout, *validation], config.sampling.max_new_tokens, target.info.max_positions)
     stored = load_trajectories(ctx.inputs["trajectories"], ["heldout"])
 
     # ---- acceptance, paired on identical trajectories

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -54,7 +55,7 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
     from stages.drafters.checkpoint import drafter_digest, load_drafter
     from stages.engines.base import Request, SamplingParams
     from stages.engines.embedded import EmbeddedEngine
-    from stages.stored import DRAFTER_FOLDER, load_prompts, request_seed
+    from stages.stored import DRAFTER_FOLDER, load_prompts, positions_needed, request_seed
     from stages.targets.causal_lm import Target
 
     prompts = load_prompts(ctx.inputs["prompts"], config.splits)[config.skip :][: config.prompts]
@@ -73,10 +74,7 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
 
     schemas = {"trajectories": TRAJECTORIES, "timings": TIMINGS, "trace": TRACE}
     shards = {name: ShardWriter(ctx.work / name, schema) for name, schema in schemas.items()}
-    # Trajectories are written last, so a trajectory that is there has its timings and trace too.
-    finished = set(
-        read_shards(ctx.work / "trajectories", TRAJECTORIES, columns=["trajectory_id"])["trajectory_id"].to_pylist()
-    )
+    finished = _complete_answers(ctx.work, with_trace="drafter" in ctx.inputs)
     missing = [request for request in wanted if request.request_id not in finished]
     if finished:
         ctx.log(f"{len(finished)} answers of an earlier attempt kept, {len(missing)} missing")
@@ -86,12 +84,7 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
         target = Target.load(ctx.inputs["target"])
         drafter = load_drafter(drafter_folder, target) if drafter_folder else None
         block = (config.drafting.block_size or drafter.block_size) if drafter else 1
-        longest = max(len(r.prompt_ids) for r in missing) + params.max_new_tokens
-        if longest > target.info.max_positions:
-            raise DraftsmithError(
-                f"rollout: the longest prompt and {params.max_new_tokens} new tokens need {longest} positions, the "
-                f"target has {target.info.max_positions}; lower sampling.max_new_tokens or prompts.max_prompt_tokens"
-            )
+        longest = positions_needed(prompts, params.max_new_tokens, target.info.max_positions)
         engine = EmbeddedEngine(
             target, drafter, slots=config.engine.slots, capacity=longest + block, drafting=config.drafting
         )
@@ -125,6 +118,21 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
         stopped_share=sum(row["finish_reason"] == "stop" for row in tables["trajectories"]) / len(lengths),
         **({"tau": (sum(lengths) - len(lengths)) / steps} if steps else {}),
     )
+
+
+def _complete_answers(work: Path, with_trace: bool) -> set[str]:
+    """Answers of an earlier attempt that all tables hold whole; one whose shard was set aside is made again."""
+    from artifacts.parquet import read_shards
+    from artifacts.schemas import TIMINGS, TRACE, TRAJECTORIES
+
+    answers = set(read_shards(work / "trajectories", TRAJECTORIES, ["trajectory_id"])["trajectory_id"].to_pylist())
+    timings = read_shards(work / "timings", TIMINGS, ["trajectory_id", "verify_steps"]).to_pylist()
+    steps = {row["trajectory_id"]: row["verify_steps"] for row in timings}
+    answers &= steps.keys()
+    if not with_trace:
+        return answers
+    recorded = Counter(read_shards(work / "trace", TRACE, ["trajectory_id"])["trajectory_id"].to_pylist())
+    return {answer for answer in answers if recorded[answer] >= steps[answer]}
 
 
 def _latest(rows: list[dict[str, Any]], order: Mapping[str, int]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +59,17 @@ def load_prompts(folder: Path, splits: Collection[str]) -> list[Prompt]:
     """prompts.parquet of an artifact, in its order."""
     table = read_table(folder / "prompts.parquet", PROMPTS, columns=["prompt_id", "split", "token_ids"])
     return [Prompt(**row) for row in table.to_pylist() if row["split"] in splits]
+
+
+def positions_needed(prompts: Sequence[Prompt], max_new_tokens: int, max_positions: int) -> int:
+    """Positions of the longest prompt with its answer. Raises DraftsmithError if the target's context is shorter."""
+    needed = max(len(prompt.token_ids) for prompt in prompts) + max_new_tokens
+    if needed > max_positions:
+        raise DraftsmithError(
+            f"the longest prompt and {max_new_tokens} new tokens need {needed} positions, the target has "
+            f"{max_positions}; lower sampling.max_new_tokens or prompts.max_prompt_tokens"
+        )
+    return needed
 
 
 def request_seed(seed: int, prompt_id: str, sample: int) -> int:

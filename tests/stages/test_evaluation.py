@@ -155,5 +155,8 @@ def test_what_is_missing_is_said(tmp_path: Path, tiny_drafter: DrafterArtifacts)
     ctx = RecordingContext.under(tmp_path, {**inputs(tiny_drafter), "trajectories": tiny_drafter.rollout})
     with pytest.raises(DraftsmithError, match="no answer of two or more tokens"):
         STAGE.run(ctx, EvaluationConfig.model_validate(CONFIG))
+    longest = {**CONFIG, "sampling": {"max_new_tokens": 1020}}  # fits alone, but not behind a prompt
+    with pytest.raises(DraftsmithError, match="the longest prompt and 1020 new tokens need"):
+        STAGE.run(ctx, EvaluationConfig.model_validate(longest))
     with pytest.raises(DraftsmithError, match=r"sampling\.max_new_tokens: 5000 does not fit"):
         preflight(EvaluationConfig.model_validate({"sampling": {"max_new_tokens": 5000}}), tiny_drafter.target)

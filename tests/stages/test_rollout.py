@@ -100,12 +100,15 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
     assert last.summaries["answers"] == 22
 
 
-def test_a_truncated_last_shard_is_set_aside_and_made_again(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+@pytest.mark.parametrize("table", ["trajectories", "timings", "trace"])
+def test_a_truncated_last_shard_is_set_aside_and_made_again(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, table: str
+) -> None:
     whole = context(tmp_path / "whole", tiny_drafter, drafter=True)
     STAGE.run(whole, config())
     with pytest.raises(StageInterrupted):
         STAGE.run(context(tmp_path / "cut", tiny_drafter, drafter=True, stop_after=9), config())
-    shard = sorted((tmp_path / "cut" / "work" / "trajectories").glob("shard-*.parquet"))[-1]
+    shard = sorted((tmp_path / "cut" / "work" / table).glob("shard-*.parquet"))[-1]
     shard.write_bytes(shard.read_bytes()[:-40])
     last = context(tmp_path / "cut", tiny_drafter, drafter=True)
     STAGE.run(last, config())
