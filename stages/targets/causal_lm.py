@@ -45,7 +45,7 @@ class Target:
         """Load the target that an artifact of the `target` stage describes.
 
         `dtype` overrides the serving dtype (e.g. float32 for exactness checks).
-        Raises DraftsmithError if the weights cannot be loaded or the head is not a plain linear map.
+        Raises DraftsmithError if the weights cannot be loaded.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -58,9 +58,6 @@ class Target:
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError) as error:
             raise DraftsmithError(f"target {path}: cannot be loaded ({error}); rerun stage 'target'") from error
-        for field in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-            if getattr(model.config, field, None) not in (None, 1, 1.0):
-                raise DraftsmithError(f"target {path}: config field {field} is not supported (the head must be linear)")
         return cls(model, tokenizer, info)
 
     @property

@@ -187,6 +187,7 @@ def describe(folder: Path, config: TargetConfig, *, kind: Kind, location: str, r
         check_safetensors(path)
     tokenizer = load_tokenizer(folder)
     text = settings.get_text_config()
+    _check_supported(folder, text)
     if len(tokenizer) > text.vocab_size:
         raise DraftsmithError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model's vocabulary {text.vocab_size}: "
@@ -248,6 +249,31 @@ def _read_config(folder: Path) -> tuple[str, PretrainedConfig]:
         return architecture, AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # configs check themselves with error classes of their own
         raise DraftsmithError(f"{path}: transformers cannot read it ({_one_line(error)}): correct it") from error
+
+
+_NEUTRAL = {  # fields that change logits or attention in ways that the engine and the drafters do not compute
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+    "logits_scaling": 1.0,
+    "logit_scale": 1.0,
+}
+
+
+def _check_supported(folder: Path, text: PretrainedConfig) -> None:
+    """Refuse a model whose answers would come out silently wrong: no full attention, or no plain linear head."""
+    for name, neutral in _NEUTRAL.items():
+        if getattr(text, name, None) not in (None, neutral):
+            raise DraftsmithError(
+                f"{folder}: config field {name} = {getattr(text, name)} is not supported (the logits must be a plain "
+                "linear map, the attention plain): give another target"
+            )
+    kinds = set(getattr(text, "layer_types", None) or ())
+    window = getattr(text, "sliding_window", None) if not kinds and getattr(text, "use_sliding_window", True) else None
+    if (other := kinds - {"full_attention"}) or window:
+        raise DraftsmithError(
+            f"{folder}: {', '.join(sorted(other)) or f'sliding_window = {window}'} is not supported, every layer must "
+            "attend to the whole prefix: give another target"
+        )
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -300,3 +300,39 @@ def test_a_truncated_gguf_is_an_error_before_it_is_loaded(tmp_path: Path) -> Non
     with whole.open("rb") as file:
         (tmp_path / "cut.gguf").write_bytes(file.read(30_000_000))
     assert "cut off" in message(tmp_path / "cut.gguf", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is not supported"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported"),
+        ({"logits_scaling": 8.0}, "logits_scaling = 8.0 is not supported"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention", "full_attention", "full_attention"]},
+            "sliding_attention is not supported",
+        ),
+    ],
+)
+def test_a_model_that_would_be_computed_wrongly_is_refused(
+    copied: Path, tmp_path: Path, changes: dict[str, object], said: str
+) -> None:
+    path = copied / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert said in message(copied, tmp_path / "out")
+
+
+def test_scaling_by_one_changes_nothing_and_is_accepted(copied: Path, tmp_path: Path) -> None:
+    path = copied / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"logits_scaling": 1.0, "logit_scale": 1}))
+    assert resolve(copied, tmp_path / "out").num_layers == 4
+
+
+def test_a_window_without_layer_types_is_refused(tmp_path: Path) -> None:
+    from transformers import MistralConfig
+
+    from stages.targets.resolve import _check_supported
+
+    with pytest.raises(DraftsmithError, match="sliding_window = 4096 is not supported"):
+        _check_supported(tmp_path, MistralConfig(sliding_window=4096))
+    _check_supported(tmp_path, MistralConfig(sliding_window=None))
