@@ -56,9 +56,10 @@ TRAJECTORIES = _table(
 
 TIMINGS = _table(  # volatile: beside the trajectories, in a file of its own
     "timings",
-    1,
+    2,
     trajectory_id=pa.string(),
     seconds=pa.float64(),
+    first_token_seconds=pa.float64(),  # NaN = not measured
     verify_steps=pa.int32(),  # 0 = plain decoding
     draft_seconds=pa.float64(),
     verify_seconds=pa.float64(),
@@ -66,12 +67,14 @@ TIMINGS = _table(  # volatile: beside the trajectories, in a file of its own
 
 TRACE = _table(  # what an engine recorded while it served
     "trace",
-    1,
+    2,
+    nullable=("target_logprobs",),
     trajectory_id=pa.string(),
     step=pa.int32(),
     anchor=pa.int32(),  # position in prompt + response
     accepted=pa.int32(),
     proposed_ids=_IDS,
+    target_logprobs=_LOGPROBS,  # of the proposals on their draft-induced prefix; null where not recorded
 )
 
 VERIFY_STEPS = _table(

@@ -98,7 +98,7 @@ def key_of(node: Node, inputs: Mapping[str, ArtifactRef], seed: int, pipeline: P
     return Store.key(
         stage=node.stage.name,
         code_digest=pipeline.code_digest(node.module),
-        config=node.config.model_dump(mode="json") | external_digests(node.config),
+        config=node.config.key_material() | external_digests(node.config),
         inputs=inputs,
         seed=seed,
     )

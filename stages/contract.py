@@ -10,14 +10,36 @@ from typing import Any, Protocol
 from pydantic import BaseModel, ConfigDict
 
 
+class Operational:
+    """Marks a field (`Annotated[int, Operational()]`) that says where or how fast, not what is computed.
+
+    Such a field is no part of a stage's key: another address or time limit must not make an artifact again.
+    """
+
+
 class Config(BaseModel):
     """Base of every config section: frozen, and an unknown field is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def key_material(self) -> dict[str, Any]:
+        """What of this config decides the result, as JSON values."""
+        return _decisive(self, self.model_dump(mode="json"))
+
     def external_files(self) -> list[Path]:
         """Files outside the store that the stage reads: their content belongs into its key."""
         return []
+
+
+def _decisive(config: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
+    """`dumped` without the operational fields of `config` and of the configs directly inside it."""
+    kept = {}
+    for name, info in type(config).model_fields.items():
+        if any(isinstance(mark, Operational) for mark in info.metadata):
+            continue
+        value = getattr(config, name)
+        kept[name] = _decisive(value, dumped[name]) if isinstance(value, BaseModel) else dumped[name]
+    return kept
 
 
 class StageContext(Protocol):

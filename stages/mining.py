@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from stages.contract import Config, Stage, StageContext
+from stages.contract import Config, Operational, Stage, StageContext
 from stages.drafters.config import DraftingConfig
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class MiningConfig(Config):
             description="share of served steps that replay may contradict: near-ties in bf16, more of them the less "
             "a drafter is trained (seen: 5 to 18 %); a wrong drafter contradicts nearly all",
         ),
+        Operational(),
     ] = 0.25
 
 

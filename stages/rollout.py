@@ -13,7 +13,7 @@ from pydantic import Field
 
 from stages.contract import Config, Stage, StageContext
 from stages.drafters.config import DraftingConfig
-from stages.engines.config import EmbeddedEngineConfig, SamplingConfig
+from stages.engines.config import EmbeddedEngineConfig, EngineConfig, SamplingConfig
 
 if TYPE_CHECKING:
     from artifacts.parquet import ShardWriter
@@ -29,7 +29,7 @@ class RolloutConfig(Config):
     prompts: Annotated[int | None, Field(ge=1, description="how many; left out: all")] = None
     samples_per_prompt: Annotated[int, Field(ge=1)] = 1
     sampling: SamplingConfig = SamplingConfig()
-    engine: EmbeddedEngineConfig = EmbeddedEngineConfig()
+    engine: EngineConfig = EmbeddedEngineConfig()
     drafting: DraftingConfig = DraftingConfig()
     rows_per_shard: Annotated[int, Field(ge=1, description="answers written at once; bounds what a kill loses")] = 32
 
@@ -52,11 +52,11 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
     from artifacts.errors import DraftsmithError
     from artifacts.parquet import ShardWriter, read_shards, write_table
     from artifacts.schemas import TIMINGS, TRACE, TRAJECTORIES
-    from stages.drafters.checkpoint import drafter_digest, load_drafter
+    from stages.drafters.checkpoint import drafter_digest
     from stages.engines.base import Request, SamplingParams
-    from stages.engines.embedded import EmbeddedEngine
+    from stages.engines.open import open_engine
     from stages.stored import DRAFTER_FOLDER, load_prompts, positions_needed, request_seed
-    from stages.targets.causal_lm import Target
+    from stages.targets.resolve import read_target_info
 
     prompts = load_prompts(ctx.inputs["prompts"], config.splits)[config.skip :][: config.prompts]
     if not prompts:
@@ -81,24 +81,29 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
 
     drafter_folder = ctx.inputs["drafter"] / DRAFTER_FOLDER if "drafter" in ctx.inputs else None
     if missing:
-        target = Target.load(ctx.inputs["target"])
-        drafter = load_drafter(drafter_folder, target) if drafter_folder else None
-        block = (config.drafting.block_size or drafter.block_size) if drafter else 1
-        longest = positions_needed(prompts, params.max_new_tokens, target.info.max_positions)
-        engine = EmbeddedEngine(
-            target, drafter, slots=config.engine.slots, capacity=longest + block, drafting=config.drafting
-        )
+        longest = positions_needed(prompts, params.max_new_tokens, read_target_info(ctx.inputs["target"]).max_positions)
         buffer: list[Completion] = []
         tokens, started = 0, time.perf_counter()
-        for done, completion in enumerate(engine.generate(missing), start=len(finished) + 1):
-            buffer.append(completion)
-            tokens += len(completion.response_ids)
-            ctx.progress(done, len(wanted), "answers", tokens_per_s=tokens / (time.perf_counter() - started))
-            if len(buffer) >= config.rows_per_shard or ctx.interrupted:
-                _write(shards, buffer, prompt_of)
-                buffer = []
-                ctx.check_interrupted()
-        _write(shards, buffer, prompt_of)
+        with open_engine(
+            config.engine,
+            target_folder=ctx.inputs["target"],
+            drafter_folder=drafter_folder,
+            drafting=config.drafting,
+            longest=longest,
+            work=ctx.work,
+            log=ctx.log,
+        ) as engine:
+            try:
+                for done, completion in enumerate(engine.generate(missing), start=len(finished) + 1):
+                    buffer.append(completion)
+                    tokens += len(completion.response_ids)
+                    ctx.progress(done, len(wanted), "answers", tokens_per_s=tokens / (time.perf_counter() - started))
+                    if len(buffer) >= config.rows_per_shard or ctx.interrupted:
+                        _write(shards, buffer, prompt_of, engine.name)
+                        buffer = []
+                        ctx.check_interrupted()
+            finally:  # an engine that was lost costs none of the answers that it gave
+                _write(shards, buffer, prompt_of, engine.name)
         ctx.summary(tokens_per_s=tokens / (time.perf_counter() - started))
 
     order = {request.request_id: i for i, request in enumerate(wanted)}
@@ -145,7 +150,9 @@ def _latest(rows: list[dict[str, Any]], order: Mapping[str, int]) -> list[dict[s
     return [row for answer in sorted(by_answer, key=order.__getitem__) for row in by_answer[answer]]
 
 
-def _write(shards: Mapping[str, ShardWriter], completions: list[Completion], prompt_of: dict[str, Prompt]) -> None:
+def _write(
+    shards: Mapping[str, ShardWriter], completions: list[Completion], prompt_of: dict[str, Prompt], engine: str
+) -> None:
     """One shard of each table."""
     ids = [c.request.request_id for c in completions]
     shards["timings"].append(
@@ -153,7 +160,8 @@ def _write(shards: Mapping[str, ShardWriter], completions: list[Completion], pro
             {
                 "trajectory_id": i,
                 "seconds": c.seconds,
-                "verify_steps": len(c.steps),
+                "first_token_seconds": c.first_token_seconds,
+                "verify_steps": c.verify_steps,
                 "draft_seconds": c.draft_seconds,
                 "verify_seconds": c.verify_seconds,
             }
@@ -168,6 +176,7 @@ def _write(shards: Mapping[str, ShardWriter], completions: list[Completion], pro
                 "anchor": step.anchor,
                 "accepted": step.accepted,
                 "proposed_ids": step.proposed,
+                "target_logprobs": step.target_logprobs,
             }
             for i, c in zip(ids, completions, strict=True)
             for s, step in enumerate(c.steps)
@@ -186,7 +195,7 @@ def _write(shards: Mapping[str, ShardWriter], completions: list[Completion], pro
                 "temperature": c.request.sampling.temperature,
                 "top_p": c.request.sampling.top_p,
                 "seed": c.request.seed,
-                "engine": "embedded",
+                "engine": engine,
             }
             for i, c in zip(ids, completions, strict=True)
         ]

@@ -35,29 +35,36 @@ class VerifyStep:
     """One verification: what was proposed behind which anchor, and how much of it was kept."""
 
     anchor: int  # absolute position (prompt + response) of the last committed token
-    accepted: int  # proposals kept, 0 … block_size-1
+    accepted: int  # proposals kept, 0 … block_size-1; at most what the end of the answer left room for
     proposed: list[int]  # block_size-1 tokens
+    target_logprobs: list[float] | None = None  # of the proposals on their draft-induced prefix, where recorded
 
 
 @dataclass
 class Completion:
     """The answer to a request.
 
-    `seconds` is its latency, from the start of its prefill; draft and verify seconds are its share of the work: the
-    time of a batch's step divided by the rows in it.
+    `seconds` is its latency: embedded, from the start of its prefill; served, as the client saw it, queueing included.
+    draft and verify seconds are its share of the work: the time of a batch's step divided by the rows in it (0 where
+    the engine does not say).
     """
 
     request: Request
     response_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""  # "stop" or "length"
-    steps: list[VerifyStep] = field(default_factory=list)  # empty for plain decoding
+    steps: list[VerifyStep] = field(default_factory=list)  # empty for plain decoding, or if no trace was recorded
+    verify_steps: int = 0  # how many there were, recorded or not; 0 for plain decoding
     seconds: float = 0.0
+    first_token_seconds: float = float("nan")  # from the request to its first token, where measured
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
 
 
 class Engine(Protocol):
     """Generates with the target, with or without a drafter in the loop; the answers follow the same law."""
+
+    name: str  # with its version where it has one: kept beside every answer
+    records_trace: bool  # whether completions carry their verify steps
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answers in the order in which they finish."""

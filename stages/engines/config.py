@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from stages.contract import Config
+from stages.contract import Config, Operational
+
+OptionValue = str | int | float | bool
 
 
 class EmbeddedEngineConfig(Config):
@@ -14,6 +17,83 @@ class EmbeddedEngineConfig(Config):
 
     kind: Literal["embedded"] = "embedded"
     slots: Annotated[int, Field(ge=1, description="requests in flight")] = 8
+
+
+class LaunchConfig(Config):
+    """SGLang servers that the stage starts, waits for and stops. What is left out is SGLang's own default."""
+
+    servers: Annotated[int, Field(ge=1, description="how many; each takes `tensor_parallel` GPUs"), Operational()] = 1
+    tensor_parallel: Annotated[int, Field(ge=1), Operational()] = 1
+    memory_fraction: Annotated[
+        float | None,
+        Field(gt=0, lt=1, description="of a GPU's memory, for weights and key/value memory"),
+        Operational(),
+    ] = None
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, Field(description="left out: the target's")] = (
+        None
+    )
+    algorithm: Annotated[
+        Literal["DFLASH", "EAGLE3"] | None, Field(description="left out: as the drafter's checkpoint says")
+    ] = None
+    options: Annotated[
+        dict[str, OptionValue | tuple[OptionValue, ...]],
+        Field(
+            default_factory=dict,
+            description="further options of SGLang's server without their dashes, e.g. {attention-backend: fa3}; "
+            "true: a bare flag, false: left out",
+        ),
+    ]
+    environment: Annotated[
+        dict[str, str], Field(default_factory=dict, description="variables added to the servers' environment")
+    ]
+    start_timeout_s: Annotated[
+        float, Field(gt=0, description="until a server answers; loading and graph capture included"), Operational()
+    ] = 900.0
+
+
+class SGLangEngineConfig(Config):
+    """SGLang servers, running already (`urls`) or started by the stage (`launch`)."""
+
+    kind: Literal["sglang"]
+    urls: Annotated[tuple[str, ...], Field(description="running servers of the same target"), Operational()] = ()
+    launch: LaunchConfig | None = None
+    python: Annotated[
+        Path | None,
+        Field(description="interpreter of the environment that has SGLang; needed to launch"),
+        Operational(),
+    ] = None
+    trace: Annotated[
+        bool, Field(description="ask the plug-in for verify steps, where the server has it"), Operational()
+    ] = True
+    concurrency: Annotated[int, Field(ge=1, description="requests in flight, a server"), Operational()] = 32
+    request_timeout_s: Annotated[float, Field(gt=0), Operational()] = 1800.0
+    retries: Annotated[
+        int, Field(ge=0, description="of one request, after lost connections and 5xx answers"), Operational()
+    ] = 5
+    restarts: Annotated[int, Field(ge=0, description="of launched servers that died, in all"), Operational()] = 1
+
+    @model_validator(mode="after")
+    def _given_or_launched(self) -> SGLangEngineConfig:
+        if bool(self.urls) == (self.launch is not None):
+            raise ValueError("give urls (running servers) or launch (start them), one of the two")
+        if self.launch is not None and self.python is None:
+            raise ValueError(
+                "python: needed to launch, the interpreter of the environment that has SGLang "
+                "(`make sglang-gpu` and `make sglang-cpu` build one and print its path)"
+            )
+        return self
+
+
+def _kind(value: Any) -> str:
+    """Which engine a section means: embedded unless it says otherwise."""
+    kind = value.get("kind", "embedded") if isinstance(value, dict) else getattr(value, "kind", "")
+    return str(kind)
+
+
+EngineConfig = Annotated[
+    Annotated[EmbeddedEngineConfig, Tag("embedded")] | Annotated[SGLangEngineConfig, Tag("sglang")],
+    Discriminator(_kind),
+]
 
 
 class SamplingConfig(Config):

@@ -79,6 +79,7 @@ class EmbeddedEngine:
         capacity: int = 1024,
         drafting: DraftingConfig | None = None,
     ):
+        self.name, self.records_trace = "embedded", drafter is not None
         self.target, self.drafter, self.slots, self.capacity = target, drafter, slots, capacity
         self.layer_ids = tuple(drafter.target_layer_ids) if drafter else ()
         drafting = drafting or DraftingConfig()
@@ -184,6 +185,7 @@ class EmbeddedEngine:
             committed = row.commit(tokens[: kept + 1], self.target.eos_ids)
             if self.drafter:
                 row.done.steps.append(VerifyStep(anchor, min(kept, committed), block))
+                row.done.verify_steps += 1
         share = 1.0 / len(rows)
         verified = time.perf_counter()
         for row in rows:

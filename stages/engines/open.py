@@ -1,0 +1,52 @@
+"""From an engine's config to a running engine: loaded into this process, or servers that answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from stages.drafters.config import DraftingConfig
+from stages.engines.base import Engine
+from stages.engines.config import EmbeddedEngineConfig, SGLangEngineConfig
+
+
+@contextmanager
+def open_engine(
+    config: EmbeddedEngineConfig | SGLangEngineConfig,
+    *,
+    target_folder: Path,
+    drafter_folder: Path | None,
+    drafting: DraftingConfig,
+    longest: int,
+    work: Path,
+    log: Callable[[str], None],
+) -> Iterator[Engine]:
+    """An engine for one target artifact and, if given, one drafter checkpoint; closed (servers stopped) on exit.
+
+    longest: positions of the longest request, prompt and response. work: where the logs of launched servers go.
+    Raises DraftsmithError if the engine cannot serve this target or drafter, RetryableError if it is not there.
+    """
+    if isinstance(config, SGLangEngineConfig):
+        from stages.engines.sglang.engine import open_sglang
+
+        with open_sglang(
+            config,
+            target_folder=target_folder,
+            drafter_folder=drafter_folder,
+            drafting=drafting,
+            longest=longest,
+            work=work,
+            log=log,
+        ) as engine:
+            yield engine
+        return
+
+    from stages.drafters.checkpoint import load_drafter
+    from stages.engines.embedded import EmbeddedEngine
+    from stages.targets.causal_lm import Target
+
+    target = Target.load(target_folder)
+    drafter = load_drafter(drafter_folder, target) if drafter_folder else None
+    block = (drafting.block_size or drafter.block_size) if drafter else 1
+    yield EmbeddedEngine(target, drafter, slots=config.slots, capacity=longest + block, drafting=drafting)

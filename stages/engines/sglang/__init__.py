@@ -1,0 +1,1 @@
+"""SGLang servers over HTTP. `plugin` alone imports sglang, inside the server; nothing here is needed to import it."""
