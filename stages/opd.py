@@ -6,12 +6,17 @@ about accepted and rejected proposals.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.contract import Stage, StageContext
 from stages.training.config import TrainingConfig
+from stages.training.loss_config import LossConfig
+
+if TYPE_CHECKING:
+    from stages.training.remining import Remining
+    from stages.training.sources import AnchorSource
 
 
 class OpdConfig(TrainingConfig):
@@ -19,28 +24,48 @@ class OpdConfig(TrainingConfig):
 
     steps: Annotated[int, Field(ge=1)] = 400
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
-    loss: Annotated[
-        Literal["matched", "paper"],
-        Field(
-            description="matched: the offsets that verification reached, in the form that fits its rule; "
-            "paper: Bernoulli forward KL on these plus k3 reverse KL on the rejected suffix"
-        ),
-    ] = "matched"
     verification: Annotated[
         Literal["auto", "greedy", "sampled"],
-        Field(description="the rule that the drafter will serve under; auto: as the trajectories were drawn"),
+        Field(
+            description="the rule that the drafter will serve under, which decides the loss where that is left open; "
+            "auto: as the trajectories were drawn"
+        ),
     ] = "auto"
+    loss: Annotated[
+        LossConfig,
+        Field(
+            description="matched: the offsets that verification reached, in the form that fits its rule; paper: "
+            "Bernoulli forward KL on these plus k3 reverse KL on the rejected suffix; or the streams in full"
+        ),
+    ] = LossConfig()
     anchors: Annotated[
-        Literal["errors", "visited"],
-        Field(description="verify steps that rejected something, or all that were visited"),
+        Literal["errors", "visited", "random", "rolling"],
+        Field(
+            description="mined verify steps that rejected something, all that were visited, random positions, or "
+            "chains that start on the mined trace and roll on: each anchor the successor of the one trained before"
+        ),
     ] = "errors"
-    delta: Annotated[float, Field(gt=0, le=1, description="weight δ^(k-1) of the rejected stream")] = 0.8
-    weight_accepted: Annotated[float, Field(ge=0)] = 1.0
-    weight_rejected: Annotated[float, Field(ge=0)] = 1.0
+    remine_every: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="mine a trajectory again, with the current weights, when a batch draws it and its trace is so "
+            "many steps old; 0: train on the trace as it was mined",
+        ),
+    ] = 0
+
+    @model_validator(mode="after")
+    def _remines_a_trace(self) -> OpdConfig:
+        if self.remine_every and self.anchors in ("random", "rolling"):
+            raise ValueError(
+                f"remine_every: anchors {self.anchors!r} are judged with the current weights anyway: set it to 0, or "
+                "train on 'errors' or 'visited'"
+            )
+        return self
 
 
 def run(ctx: StageContext, config: OpdConfig) -> None:
-    """Continue training the drafter that was mined, on its own mined steps."""
+    """Continue training the drafter that was mined, on its own steps."""
     import torch
 
     from stages.drafters.base import DrafterInfo
@@ -49,27 +74,27 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
     from stages.targets.causal_lm import Target
     from stages.training.batches import FeatureSource, step_rng, trajectories_of_step
     from stages.training.loop import train
-    from stages.training.mined import load_mined
-    from stages.training.objectives import LossReport, OpdObjective, opd_loss
-    from stages.training.vocabulary import training_head
+    from stages.training.mined import Kind, load_mined
+    from stages.training.objectives import LossReport
+    from stages.training.opd_step import OpdStep
+    from stages.training.remining import Remining
 
     stored = load_trajectories(ctx.inputs["trajectories"])
     target = Target.load(ctx.inputs["target"])
     folder = ctx.inputs["drafter"] / DRAFTER_FOLDER
     drafter = load_drafter(folder, target, torch.float32)
     table = load_mined(ctx.inputs["steps"], stored.trajectories, drafter.block_size)
-    usable = table.trajectories_with(config.anchors)
-    objective = OpdObjective(
-        loss=config.loss,
-        sampled=config.verification == "sampled" or (config.verification == "auto" and stored.temperature > 0),
-        temperature=stored.temperature or 1.0,
-        delta=config.delta,
-        weight_accepted=config.weight_accepted,
-        weight_rejected=config.weight_rejected,
-    )
+    kind: Kind = "errors" if config.anchors == "errors" else "visited"
+    usable = table.trajectories_with(kind)
+    sampled = config.verification == "sampled" or (config.verification == "auto" and stored.temperature > 0)
+    objective = config.loss.resolved(sampled, stored.temperature)
+    remining = Remining(table, drafter, target, every=config.remine_every, scored=objective.needs_scores)
+    source = anchor_source(config, remining)
     ctx.log(
-        f"loss {config.loss}, verification {'sampled' if objective.sampled else 'greedy'}, anchors {config.anchors}: "
-        f"{table.count(config.anchors)} mined steps in {len(usable)} trajectories"
+        f"verification {'sampled' if sampled else 'greedy'}: {objective.response.loss} on {objective.response.scope} "
+        f"offsets{', k3 on rejected ones' if objective.needs_scores else ''}; anchors {config.anchors}: "
+        f"{table.count(kind)} mined steps in {len(usable)} trajectories"
+        f"{f', mined again after {config.remine_every} steps' if config.remine_every else ''}"
     )
     features = FeatureSource(
         target,
@@ -78,26 +103,13 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
         tokens_per_group=config.tokens_per_target_forward,
         memory_mb=config.feature_memory_mb,
     )
+    opd = OpdStep(drafter, target, source, objective, config, table.proposals)
 
     def loss_of_step(step: int) -> LossReport:
-        rng = step_rng(ctx.seed, step)
         chosen = [usable[i] for i in trajectories_of_step(len(usable), config.sequences_per_step, step, ctx.seed)]
-        batch = features.batch(chosen)
-        anchors, mined = table.draw(chosen, config.anchors, config.anchors_per_sequence, rng, target.device)
-        needed = [batch.tokens, mined.proposed] if config.loss == "paper" else [batch.tokens]
-        head = training_head(target.head_weight, drafter.frequent_tokens, config, rng, needed)
-        return opd_loss(
-            drafter,
-            batch,
-            anchors,
-            mined,
-            head,
-            target.head_weight,
-            objective,
-            positions_per_chunk=config.positions_per_chunk,
-        )
+        return opd.loss(step, chosen, features.batch(chosen), step_rng(ctx.seed, step))
 
-    totals = train(ctx, drafter, config, loss_of_step)
+    totals = train(ctx, drafter, config, loss_of_step, source)
     drafter.info = DrafterInfo(
         target_digest=target.info.digest,
         target_source=target.info.source,
@@ -105,7 +117,18 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
         training={"stage": "opd", "steps": config.steps, "blocks": totals["blocks"], "positions": totals["positions"]},
     )
     save_drafter(drafter, ctx.out / DRAFTER_FOLDER, target.dtype)
-    ctx.summary(**totals, mined_steps=table.count(config.anchors))
+    ctx.summary(**totals, mined_steps=table.count(kind))
+
+
+def anchor_source(config: OpdConfig, remining: Remining) -> AnchorSource:
+    """The source of anchors that a config asks for."""
+    from stages.training.sources import RandomAnchors, RollingAnchors, TableAnchors
+
+    if config.anchors == "random":
+        return RandomAnchors(config.anchors_per_sequence)
+    if config.anchors == "rolling":
+        return RollingAnchors(remining.mined, config.anchors_per_sequence)
+    return TableAnchors(remining, config.anchors, config.anchors_per_sequence)
 
 
 STAGE = Stage(name="opd", config=OpdConfig, inputs=("target", "drafter", "trajectories", "steps"), run=run)

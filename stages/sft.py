@@ -8,21 +8,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.contract import Stage, StageContext
 from stages.drafters.config import DFlashConfig
 from stages.training.config import TrainingConfig
 
+_TRAINED = ("blocks", "positions")
+
 
 class SftConfig(TrainingConfig):
     """Cross-entropy on the trajectory behind random anchors, weighted by exp(-(k-1)/γ) at offset k."""
 
+    steps: Annotated[int, Field(ge=0, description="0: take the drafter of init_from as it is")] = 1000
     drafter: DFlashConfig = DFlashConfig()
     init_from: Annotated[
         str | None, Field(description="folder or hub id of a drafter in z-lab's layout; left out: random weights")
     ] = None
     gamma: Annotated[float, Field(gt=0, description="7 in the paper, for blocks of 16")] = 7.0
+
+    @model_validator(mode="after")
+    def _untrained_only_from_a_checkpoint(self) -> SftConfig:
+        if self.steps == 0 and self.init_from is None:
+            raise ValueError("steps: 0 takes a drafter as it is: name it in init_from, or train for at least one step")
+        return self
 
     def external_files(self) -> list[Path]:
         """The checkpoint that `init_from` names, if it is a folder."""
@@ -94,7 +103,7 @@ def run(ctx: StageContext, config: SftConfig) -> None:
     drafter.info = DrafterInfo(
         target_digest=target.info.digest,
         target_source=target.info.source,
-        training={"stage": "sft", "steps": config.steps, "blocks": totals["blocks"], "positions": totals["positions"]},
+        training={"stage": "sft", "steps": config.steps, **{name: totals.get(name, 0) for name in _TRAINED}},
     )
     save_drafter(drafter, ctx.out / DRAFTER_FOLDER, target.dtype)
     ctx.summary(

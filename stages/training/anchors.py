@@ -17,9 +17,20 @@ def random_anchors(
     """Up to `per_sequence` positions with a token behind them, drawn without replacement."""
     chosen = []
     for trajectory in trajectories:
-        positions = np.arange(trajectory.first_anchor, trajectory.last_anchor + 1)
+        positions = anchor_positions(trajectory)
         chosen.append(np.sort(rng.choice(positions, min(per_sequence, len(positions)), replace=False)))
     return pad_anchors(chosen, device)
+
+
+def anchor_positions(trajectory: Trajectory) -> np.ndarray:
+    """Every position of the response with a token behind it."""
+    return np.arange(trajectory.first_anchor, trajectory.last_anchor + 1)
+
+
+def draw_exactly(candidates: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` of the candidates in order; one is drawn again only where there are fewer, so that every step of training
+    has the same number of blocks whatever its anchors are."""
+    return np.sort(rng.choice(candidates, count, replace=len(candidates) < count))
 
 
 def pad_anchors(chosen: Sequence[np.ndarray], device: torch.device) -> Anchors:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -26,19 +26,31 @@ def cosine(step: int, config: OptimiserConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
 
 
+class Resumable(Protocol):
+    """What a training remembers between steps besides weights: tensors and plain values under string keys."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 def train(
-    ctx: StageContext, drafter: Drafter, config: OptimiserConfig, loss_of_step: Callable[[int], LossReport]
+    ctx: StageContext,
+    drafter: Drafter,
+    config: OptimiserConfig,
+    loss_of_step: Callable[[int], LossReport],
+    memory: Resumable | None = None,
 ) -> dict[str, float]:
     """Run or continue `config.steps` steps on float32 weights in place. Returns additive totals.
 
-    `loss_of_step(step)` must depend on nothing but the step and the weights. Checkpoints go to `ctx.work`.
-    Raises DraftsmithError if the loss is not finite.
+    `loss_of_step(step)` must depend on nothing but the step, the weights and `memory`, which only it may change.
+    Checkpoints, the memory in them, go to `ctx.work`. Raises DraftsmithError if the loss is not finite.
     """
     optimiser = torch.optim.AdamW(
         drafter.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
     )
     path = ctx.work / "checkpoint.pt"
-    state = _restore(path, drafter, optimiser)
+    state = _restore(path, drafter, optimiser, memory)
     first, totals = state["step"], state["totals"]
     if first:
         ctx.log(f"continuing from the checkpoint at step {first} of {config.steps}")
@@ -69,7 +81,7 @@ def train(
         )  # fmt: skip
         ctx.progress(step + 1, config.steps, "steps", loss=loss)
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or ctx.interrupted:
-            _save(path, step + 1, totals, drafter, optimiser)
+            _save(path, step + 1, totals, drafter, optimiser, memory)
             ctx.check_interrupted()
     drafter.eval()
     return totals
@@ -80,13 +92,24 @@ def _add(totals: dict[str, float], **values: float) -> None:
         totals[name] = totals.get(name, 0.0) + value
 
 
-def _save(path: Path, step: int, totals: dict[str, float], drafter: Drafter, optimiser: torch.optim.Optimizer) -> None:
+def _save(
+    path: Path,
+    step: int,
+    totals: dict[str, float],
+    drafter: Drafter,
+    optimiser: torch.optim.Optimizer,
+    memory: Resumable | None,
+) -> None:
     state = {"step": step, "totals": totals, "drafter": drafter.state_dict(), "optimiser": optimiser.state_dict()}
+    if memory is not None:
+        state["memory"] = memory.state_dict()
     with atomic_path(path) as tmp:
         torch.save(state, tmp)
 
 
-def _restore(path: Path, drafter: Drafter, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
+def _restore(
+    path: Path, drafter: Drafter, optimiser: torch.optim.Optimizer, memory: Resumable | None
+) -> dict[str, Any]:
     if not path.exists():
         return {"step": 0, "totals": {}}
     try:
@@ -97,4 +120,6 @@ def _restore(path: Path, drafter: Drafter, optimiser: torch.optim.Optimizer) -> 
         ) from error
     drafter.load_state_dict(state["drafter"])
     optimiser.load_state_dict(state["optimiser"])
+    if memory is not None:
+        memory.load_state_dict(state["memory"])
     return state

@@ -1,7 +1,8 @@
-"""Losses of one position each: pure functions of log-probs or logits. Formulas: Draft-OPD, arXiv 2605.29343, section 3.
+"""Losses of one position each, and weights of the positions of a block: pure functions of log-probs or logits.
 
 p is the target, q the drafter. All inputs are float32 and all outputs have one value a position; tests hold each
-against a plain reference.
+against a plain reference. Sources: Draft-OPD (arXiv 2605.29343, section 3) for the paper's pair, LK losses
+(arXiv 2602.23881) for acceptance, DFlash (arXiv 2602.06036) and D-PACE (arXiv 2605.18810) for weights.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 
 LOG_FLOOR = -10.0  # log-probs are floored here
 TERM_LIMIT = 10.0  # and the terms of the paper's pair clamped to ± this
+NOTHING = -1e9  # a logit whose probability is exactly 0, and finite, so that 0 · log 0 is 0
 
 
 def cross_entropy(logits_q: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
@@ -21,6 +23,32 @@ def forward_kl(logits_q: torch.Tensor, logits_p: torch.Tensor) -> torch.Tensor:
     """KL(p || q) over the vocabulary, logits [N, V] each → [N]. The sampled rule: q should be large where p is."""
     log_p = torch.log_softmax(logits_p, -1)
     return (log_p.exp() * (log_p - torch.log_softmax(logits_q, -1))).sum(-1)
+
+
+def reverse_kl(logits_q: torch.Tensor, logits_p: torch.Tensor) -> torch.Tensor:
+    """KL(q || p) over the vocabulary, logits [N, V] each → [N]. Mode-seeking: q should be small where p is."""
+    log_q = torch.log_softmax(logits_q, -1)
+    return (log_q.exp() * (log_q - torch.log_softmax(logits_p, -1))).sum(-1)
+
+
+def total_variation(logits_q: torch.Tensor, logits_p: torch.Tensor) -> torch.Tensor:
+    """½ Σ |p - q|, logits [N, V] each → [N]: the probability that a proposal drawn from q is rejected."""
+    return 0.5 * (logits_p.softmax(-1) - logits_q.softmax(-1)).abs().sum(-1)
+
+
+def lk(logits_q: torch.Tensor, logits_p: torch.Tensor) -> torch.Tensor:
+    """-log Σ min(p, q), logits [N, V] each → [N]: minus the log of the acceptance probability (LK losses, L_α).
+
+    The slope of TV divided by the acceptance probability: it does not vanish where nearly everything is rejected.
+    """
+    return -torch.minimum(torch.log_softmax(logits_p, -1), torch.log_softmax(logits_q, -1)).logsumexp(-1)
+
+
+def at_temperature(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Logits [N, V] of the distribution at a temperature; 0 puts everything on the argmax."""
+    if temperature > 0:
+        return logits / temperature
+    return torch.full_like(logits, NOTHING).scatter_(-1, logits.argmax(-1, keepdim=True), 0.0)
 
 
 def bernoulli_forward_kl(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
@@ -57,3 +85,20 @@ def decay_weights(offsets: torch.Tensor, gamma: float) -> torch.Tensor:
 def power_weights(offsets: torch.Tensor, delta: float) -> torch.Tensor:
     """δ^(k-1): the paper's weights of the rejected stream."""
     return delta ** (offsets.float() - 1)
+
+
+def reach_weights(log_q: torch.Tensor) -> torch.Tensor:
+    """The probability that verification reaches an offset: the product of q over the earlier committed tokens.
+
+    log_q: [..., K] of the committed tokens, 0 where they are not judged → [..., K], 1 at the first offset.
+    """
+    return (log_q.cumsum(-1) - log_q).exp()
+
+
+def d_pace_weights(log_q: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """D-PACE: how much log q_k moves the expected accepted length Σ_i Π_{j≤i} q_j: Σ_{i≥k} Π_{j≤i} q_j.
+
+    log_q: [..., K] of the committed tokens; inside: bool [..., K], the offsets that count → [..., K].
+    """
+    accepted = log_q.cumsum(-1).exp() * inside
+    return accepted.flip(-1).cumsum(-1).flip(-1)

@@ -14,21 +14,23 @@ from artifacts.errors import DraftsmithError
 from artifacts.parquet import read_table
 from artifacts.schemas import VERIFY_STEPS
 from stages.replay.trace import Trajectory
-from stages.training.anchors import pad_anchors
-from stages.training.objectives import Anchors, MinedSteps
+from stages.training.anchors import draw_exactly, pad_anchors
+from stages.training.objectives import Anchors
+from stages.training.steps import VerifySteps
 
 Kind = Literal["errors", "visited"]
 
 
 @dataclass(frozen=True)
 class TrajectorySteps:
-    """The verify steps of one trajectory (S steps, K proposals)."""
+    """The verify steps of one trajectory (S steps, K proposals of the trained block)."""
 
     anchors: np.ndarray  # [S]
+    accepted: np.ndarray  # [S]
     committed: np.ndarray  # [S]
     rejected_offset: np.ndarray  # [S] 0 = nothing rejected
     proposed: np.ndarray  # [S, K]
-    target_logprobs: np.ndarray  # [S, K] float32, NaN where not judged
+    target_logprobs: np.ndarray  # [S, K] float32, NaN where not judged or not scored
 
     def of_kind(self, kind: Kind) -> np.ndarray:
         """Indices of the steps that qualify as anchors."""
@@ -40,6 +42,7 @@ class MinedTable:
     """Steps of every trajectory, in the order of the trajectories."""
 
     steps: list[TrajectorySteps]
+    proposals: int  # of a mined block: at most those of the trained block
 
     def count(self, kind: Kind) -> int:
         return sum(len(s.of_kind(kind)) for s in self.steps)
@@ -53,13 +56,14 @@ class MinedTable:
 
     def draw(
         self, indices: Sequence[int], kind: Kind, per_sequence: int, rng: np.random.Generator, device: torch.device
-    ) -> tuple[Anchors, MinedSteps]:
-        """`per_sequence` steps of each trajectory; drawn again only where a trajectory has fewer, so that every step
-        of training has the same number of blocks."""
+    ) -> tuple[Anchors, VerifySteps]:
+        """`per_sequence` steps of each trajectory. One that has none of the kind any more lends all that it has."""
         chosen = []
         for i in indices:
-            steps = self.steps[i].of_kind(kind)
-            chosen.append(np.sort(rng.choice(steps, per_sequence, replace=len(steps) < per_sequence)))
+            candidates = self.steps[i].of_kind(kind)
+            chosen.append(
+                draw_exactly(candidates if len(candidates) else self.steps[i].of_kind("visited"), per_sequence, rng)
+            )
 
         def column(name: str) -> torch.Tensor:
             values = [getattr(self.steps[i], name)[picked] for i, picked in zip(indices, chosen, strict=True)]
@@ -68,10 +72,8 @@ class MinedTable:
         anchors = pad_anchors(
             [self.steps[i].anchors[picked] for i, picked in zip(indices, chosen, strict=True)], device
         )
-        mined = MinedSteps(
-            column("committed"), column("rejected_offset"), column("proposed"), column("target_logprobs")
-        )
-        return anchors, mined
+        names = ("accepted", "committed", "rejected_offset", "proposed", "target_logprobs")
+        return anchors, VerifySteps(*(column(name) for name in names))
 
 
 def load_mined(folder: Path, trajectories: Sequence[Trajectory], block_size: int) -> MinedTable:
@@ -96,13 +98,14 @@ def load_mined(folder: Path, trajectories: Sequence[Trajectory], block_size: int
         steps.append(
             TrajectorySteps(
                 rows["anchor"].to_numpy(np.int64),
+                rows["accepted"].to_numpy(np.int64),
                 rows["committed"].to_numpy(np.int64),
                 rows["rejected_offset"].to_numpy(np.int64),
                 _stack(rows["proposed_ids"], K, 0, np.int64),
                 _stack(rows["target_logprobs"], K, np.nan, np.float32),
             )
         )
-    return MinedTable(steps)
+    return MinedTable(steps, longest)
 
 
 def _stack(lists: Sequence[np.ndarray], width: int, fill: float, dtype: type) -> np.ndarray:

@@ -1,8 +1,13 @@
 """Where the time of a training step goes: SFT and the forms of OPD, full head and reduced head.
 
 A drafter like the quickstart's (2 layers, 5 target layers, but blocks of 8) on random trajectories of its size, weights
-in float32 under bfloat16 autocast. Mined steps are made up: committed tokens are geometric with `--tau`, everything
-behind is rejected. `target` is the forward that yields the features, which training keeps in memory while they fit.
+in float32 under bfloat16 autocast. Verify steps are made up: committed tokens are geometric with `--tau`, everything
+behind is rejected. With `--testbed` (a small target made here, a trained drafter of tau about 5) or with artifacts of a
+refresh they are replayed, and re-mining costs what it costs in training; on made-up ones it is left out.
+
+`target` is the forward that yields the features, which training keeps in memory while they fit; ratios to SFT leave it
+out. `mining` is what OPD adds: traces mined again, and the target's scores for a rejected stream. A trajectory is drawn
+every (trajectories / sequences_per_step) steps, so `remine_every: N` mines one draw in ceil(N / that) again.
 Operations are those of all matrix products as counted by torch's FlopCounterMode (attention kernels are not in it);
 the share is of the measured bfloat16 matrix product rate of `machine`. Positions are block positions with a loss.
 """
@@ -12,32 +17,60 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from artifacts.errors import DraftsmithError
 from stages.drafters.base import Drafter
-from stages.drafters.checkpoint import create_drafter
+from stages.drafters.checkpoint import create_drafter, load_drafter
 from stages.drafters.config import DFlashConfig
+from stages.drafters.head import Head
+from stages.opd import OpdConfig, anchor_source
+from stages.replay.chains import replay_chains
 from stages.replay.trace import Trajectory
+from stages.stored import DRAFTER_FOLDER, load_trajectories
 from stages.targets.causal_lm import Target
 from stages.training.anchors import random_anchors
-from stages.training.batches import Batch, FeatureSource, frequent_tokens, step_rng
+from stages.training.batches import FeatureSource, frequent_tokens, step_rng
 from stages.training.config import TrainingConfig
-from stages.training.objectives import Anchors, LossReport, MinedSteps, OpdObjective, opd_loss, sft_loss
+from stages.training.mined import MinedTable, TrajectorySteps
+from stages.training.objectives import LossReport, sft_loss
+from stages.training.opd_step import OpdStep
+from stages.training.remining import Remining
+from stages.training.steps import score
 from stages.training.vocabulary import training_head
 from tests.benchmarks import harness, machine
 
 GAMMA = 2.0
-OBJECTIVES = {
+MINED_AGAIN = "OPD mined again"  # every draw: the whole cost
+ARMS: dict[str, dict[str, Any] | None] = {
     "SFT": None,
-    "OPD matched greedy": OpdObjective("matched", sampled=False),
-    "OPD matched sampled": OpdObjective("matched", sampled=True),
-    "OPD paper": OpdObjective("paper", sampled=False),
+    "OPD matched greedy": {"verification": "greedy"},
+    "OPD matched sampled": {"verification": "sampled"},
+    "OPD paper": {"loss": "paper"},
+    "OPD random": {"anchors": "random"},
+    "OPD rolling": {"anchors": "rolling"},
+    "OPD rolling sampled": {"anchors": "rolling", "verification": "sampled"},
+    MINED_AGAIN: {"remine_every": 1},
+    f"{MINED_AGAIN}, paper": {"remine_every": 1, "loss": "paper"},
 }
-PARTS = ("target", "drafter", "head_and_loss", "backward", "update")
+PARTS = ("target", "mining", "drafter", "head_and_loss", "backward", "update")
+
+
+@dataclass(frozen=True)
+class World:
+    """What all arms train on. The drafter's weights are copied for each."""
+
+    target: Target
+    trajectories: list[Trajectory]
+    make_drafter: Callable[[], Drafter]
+    table: MinedTable
+    replayed: bool  # the table is this drafter's own trace
 
 
 def make_trajectories(count: int, vocab_size: int) -> list[Trajectory]:
@@ -49,62 +82,97 @@ def make_trajectories(count: int, vocab_size: int) -> list[Trajectory]:
     ]
 
 
-def make_mined(anchors: Anchors, batch: Batch, K: int, tau: float, rng: np.random.Generator) -> MinedSteps:
-    """Steps that commit `tau` tokens on average (if the block were endless) and reject all the rest."""
-    committed = torch.from_numpy(rng.geometric(1 / tau, tuple(anchors.positions.shape))).clamp(max=K)
-    committed = committed.to(anchors.positions.device)
-    shape = (*committed.shape, K)
-    flat = batch.tokens.flatten()
-    proposed = flat[torch.from_numpy(rng.integers(0, flat.numel(), shape)).to(flat.device)]
-    logprobs = torch.from_numpy(-rng.exponential(2.0, shape).astype(np.float32)).to(flat.device)
-    return MinedSteps(committed, committed, proposed, logprobs)
+def made_up_steps(trajectory: Trajectory, K: int, tau: float, rng: np.random.Generator) -> TrajectorySteps:
+    """A trace that commits `tau` tokens a step on average (if the block were endless) and rejects all the rest."""
+    anchors, anchor = [], trajectory.first_anchor
+    while anchor <= trajectory.last_anchor:
+        anchors.append(anchor)
+        anchor += min(K, int(rng.geometric(1 / tau)))
+    visited = np.array(anchors)
+    committed = np.diff(visited, append=min(anchor, len(trajectory.tokens) - 1))
+    proposed = rng.choice(np.array(trajectory.tokens), (len(visited), K))
+    logprobs = -rng.exponential(2.0, proposed.shape).astype(np.float32)
+    return TrajectorySteps(visited, committed - 1, committed, committed, proposed, logprobs)
+
+
+def made_up(target: Target, sequences: int, tau: float) -> World:
+    """A new drafter on random text."""
+    trajectories = make_trajectories(sequences, target.info.vocab_size)
+    mask = target.tokenizer.convert_ids_to_tokens(target.info.mask_candidates[0])
+    shape = DFlashConfig(num_layers=2, block_size=8, num_target_features=5, mask_token=mask)
+    rng = np.random.default_rng(1)
+    table = MinedTable([made_up_steps(t, shape.block_size - 1, tau, rng) for t in trajectories], shape.block_size - 1)
+    return World(target, trajectories, lambda: create_drafter(shape, target, seed=0), table, False)
+
+
+def replayed(target: Target, drafter_folder: Path, trajectories: list[Trajectory]) -> World:
+    """A trained drafter and its trace."""
+    drafter = load_drafter(drafter_folder, target, torch.float32)
+    features = FeatureSource(target, drafter.target_layer_ids, trajectories)
+    batch = features.batch(range(len(trajectories)))
+    with torch.no_grad():
+        context = drafter.encode(batch.features, batch.positions)
+    traces = replay_chains(drafter, context, trajectories, drafter.block_size, Head(target.head_weight))
+    steps = [
+        TrajectorySteps(t.anchors, t.accepted, t.committed, t.rejected_offset, t.proposed, s.target_logprobs)
+        for t, s in zip(traces, score(target, trajectories, traces), strict=True)
+    ]
+    table = MinedTable(steps, drafter.block_size - 1)
+    return World(target, trajectories, lambda: load_drafter(drafter_folder, target, torch.float32), table, True)
 
 
 class Step:
-    """One training step of one objective, in parts."""
+    """One training step of one arm, in parts."""
 
-    def __init__(self, target: Target, objective: OpdObjective | None, config: TrainingConfig, tau: float):
-        self.target, self.objective, self.config, self.tau = target, objective, config, tau
-        self.trajectories = make_trajectories(config.sequences_per_step, target.info.vocab_size)
-        mask = target.tokenizer.convert_ids_to_tokens(target.info.mask_candidates[0])
-        shape = DFlashConfig(num_layers=2, block_size=8, num_target_features=5, mask_token=mask)
-        self.drafter: Drafter = create_drafter(shape, target, seed=0)
-        self.drafter.frequent_tokens = frequent_tokens(self.trajectories, target.info.vocab_size).to(target.device)
-        self.drafter.train()
-        self.optimiser = torch.optim.AdamW(self.drafter.parameters(), lr=1e-4, betas=(0.9, 0.95))
-
-    def _loss(self, batch: Batch) -> LossReport:
-        rng, config = step_rng(0, 0), self.config
-        anchors = random_anchors(batch.trajectories, config.anchors_per_sequence, rng, self.target.device)
-        needed = [batch.tokens]
-        if self.objective is None:
-            head = training_head(self.target.head_weight, self.drafter.frequent_tokens, config, rng, needed)
-            return sft_loss(
-                self.drafter, batch, anchors, head, gamma=GAMMA, positions_per_chunk=config.positions_per_chunk
-            )
-        mined = make_mined(anchors, batch, self.drafter.block_size - 1, self.tau, rng)
-        if self.objective.loss == "paper":
-            needed.append(mined.proposed)
-        head = training_head(self.target.head_weight, self.drafter.frequent_tokens, config, rng, needed)
-        return opd_loss(
-            self.drafter,
-            batch,
-            anchors,
-            mined,
-            head,
-            self.target.head_weight,
-            self.objective,
-            positions_per_chunk=config.positions_per_chunk,
+    def __init__(self, world: World, fields: dict[str, Any] | None, config: TrainingConfig):
+        self.world, self.config, self.step = world, config, 0
+        self.drafter = world.make_drafter()
+        self.drafter.frequent_tokens = frequent_tokens(world.trajectories, world.target.info.vocab_size).to(
+            world.target.device
         )
+        self.drafter.train()
+        self.optimiser = torch.optim.AdamW(self.drafter.parameters(), lr=1e-6, betas=(0.9, 0.95))
+        self.opd = None if fields is None else self._opd(fields)
+
+    def _opd(self, fields: dict[str, Any]) -> OpdStep:
+        config = OpdConfig.model_validate(self.config.model_dump() | fields)
+        objective = config.loss.resolved(config.verification == "sampled", 0.0)
+        remining = Remining(
+            self.world.table,
+            self.drafter,
+            self.world.target,
+            every=config.remine_every,
+            scored=objective.needs_scores,
+        )
+        source = anchor_source(config, remining)
+        return OpdStep(self.drafter, self.world.target, source, objective, config, self.world.table.proposals)
+
+    def _loss(self, features: FeatureSource) -> LossReport:
+        """The step's loss; reading the features is not part of it."""
+        indices = list(range(len(self.world.trajectories)))
+        batch, rng, config = features.batch(indices), step_rng(0, self.step), self.config
+        if self.opd is not None:
+            return self.opd.loss(self.step, indices, batch, rng)
+        started = time.perf_counter()
+        anchors = random_anchors(batch.trajectories, config.anchors_per_sequence, rng, self.world.target.device)
+        weight = self.world.target.head_weight
+        head = training_head(weight, self.drafter.frequent_tokens, config, rng, [batch.tokens])
+        selected = time.perf_counter()
+        report = sft_loss(
+            self.drafter, batch, anchors, head, gamma=GAMMA, positions_per_chunk=config.positions_per_chunk
+        )
+        report.seconds["head_and_loss"] += selected - started
+        return report
 
     def run(self) -> tuple[dict[str, float], int]:
         """Seconds of every part, and the positions trained. The head's selection counts as head."""
+        self.step += 1
         began = time.perf_counter()
-        features = FeatureSource(self.target, self.drafter.target_layer_ids, self.trajectories)
-        batch = features.batch(range(len(self.trajectories)))
+        features = FeatureSource(self.world.target, self.drafter.target_layer_ids, self.world.trajectories)
+        features.batch(range(len(self.world.trajectories)))
         read = time.perf_counter()
-        with torch.autocast(self.target.device.type, torch.bfloat16):
-            report = self._loss(batch)
+        with torch.autocast(self.world.target.device.type, torch.bfloat16):
+            report = self._loss(features)
         float(report.loss.detach())  # waits for an accelerator
         valued = time.perf_counter()
         report.loss.backward()
@@ -113,8 +181,8 @@ class Step:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         done = time.perf_counter()
-        drafted = report.seconds["drafter"]
-        seconds = (read - began, drafted, valued - read - drafted, backward - valued, done - backward)
+        drafted, mined = report.seconds["drafter"], report.seconds.get("mining", 0.0)
+        seconds = (read - began, mined, drafted, valued - read - drafted - mined, backward - valued, done - backward)
         return dict(zip(PARTS, seconds, strict=True)), report.positions
 
 
@@ -136,15 +204,18 @@ def measure(steps: dict[str, Step], repetitions: int) -> list[dict[str, Any]]:
             seconds, positions[name] = step.run()
             parts[name].append(seconds)
     rows = []
+    of_sft = 0.0
     for name in steps:
         medians = {part: harness.median([run[part] for run in parts[name]]) for part in PARTS}
         total = sum(medians.values())
         trained = total - medians["target"]
+        of_sft = trained if name.startswith("SFT") else of_sft  # each head's SFT comes first
         rows.append(
             {
                 "step": name,
                 **{f"{part}_ms": 1e3 * value for part, value in medians.items()},
                 "total_ms": 1e3 * total,
+                "times_sft": trained / of_sft,
                 "positions": positions[name],
                 "positions_per_s": positions[name] / total,
                 "positions_per_s_features_kept": positions[name] / trained,
@@ -157,27 +228,55 @@ def measure(steps: dict[str, Step], repetitions: int) -> list[dict[str, Any]]:
 def parse() -> argparse.Namespace:
     options = harness.parser(__doc__, repetitions=5)
     harness.add_target(options)
+    options.add_argument("--drafter", type=Path, help="artifact of stage `sft` or `opd`")
+    options.add_argument("--trajectories", type=Path, help="artifact of stage `rollout`")
+    options.add_argument("--testbed", action="store_true", help="the small target made here and its drafter")
     options.add_argument("--sequences", type=int, default=4)
     options.add_argument("--anchors", type=int, default=16, help="a sequence")
     options.add_argument("--head-tokens", type=int, default=4096, help="size of the reduced head")
-    options.add_argument("--tau", type=float, default=1.8, help="of the mined steps")
+    options.add_argument("--tau", type=float, default=1.8, help="of made-up verify steps")
     return options.parse_args()
+
+
+def world_of(options: argparse.Namespace) -> World:
+    """Artifacts, the test bed, or made-up steps on the benchmarks' target."""
+    if options.testbed:
+        from tests.testbed.drafter import drafter_artifacts
+        from tests.testbed.target import TINY, target_folder, write_prompts
+
+        prompts = harness.benchmark_folder("testbed") / "prompts.jsonl"
+        write_prompts(prompts, TINY)
+        made = drafter_artifacts(target_folder(TINY), prompts)
+        options.target, options.drafter, options.trajectories = made.target, made.drafter, made.heldout
+    if (options.drafter is None) != (options.trajectories is None):
+        raise DraftsmithError("give --drafter and --trajectories together, with their --target, or none of them")
+    target = harness.load_target(options.target)
+    if options.drafter is None:
+        return made_up(target, options.sequences, options.tau)
+    trajectories = load_trajectories(options.trajectories).trajectories[: options.sequences]
+    return replayed(target, options.drafter / DRAFTER_FOLDER, trajectories)
 
 
 def main() -> None:
     options = parse()
     harness.set_threads(options.threads)
-    target = harness.load_target(options.target)
+    world = world_of(options)
+    arms = {name: fields for name, fields in ARMS.items() if world.replayed or not name.startswith(MINED_AGAIN)}
     steps = {}
     for head_tokens in (None, options.head_tokens):
+        if head_tokens and head_tokens >= world.target.info.vocab_size:
+            continue
         config = TrainingConfig(
             sequences_per_step=options.sequences, anchors_per_sequence=options.anchors, head_tokens=head_tokens
         )
-        for name, objective in OBJECTIVES.items():
-            steps[f"{name}, head {head_tokens or 'full'}"] = Step(target, objective, config, options.tau)
+        for name, fields in arms.items():
+            steps[f"{name}, head {head_tokens or 'full'}"] = Step(world, fields, config)
     rows = measure(steps, options.repetitions)
+    tau = sum(s.committed.sum() for s in world.table.steps) / sum(len(s.anchors) for s in world.table.steps)
     harness.print_table(
-        f"{target.info.source}: {options.sequences} sequences of {options.anchors} blocks of 8; "
+        f"{'test bed' if options.testbed else world.target.info.source}: {options.sequences} sequences of "
+        f"{options.anchors} blocks of {world.table.proposals + 1}, tau {tau:.2f} (+1 included), "
+        f"{sum(len(s.anchors) for s in world.table.steps) / len(world.table.steps):.0f} verify steps a sequence; "
         f"shares of {machine.peak_rate(torch.bfloat16):,.0f} GFLOP/s",
         list(rows[0]),
         [list(row.values()) for row in rows],

@@ -1,11 +1,11 @@
-"""The chunked sum equals the plain one: value, gradient, and gradient behind a factor."""
+"""Values by chunks equal the plain ones: values, gradient, and gradient behind a weight of each row."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from stages.training.chunked import chunked_sum
+from stages.training.chunked import chunked_values
 
 N, H, V = 11, 6, 9
 GENERATOR = torch.Generator().manual_seed(0)
@@ -13,41 +13,41 @@ HEAD, LABELS = torch.randn(V, H, generator=GENERATOR), torch.randint(0, V, (N,),
 INPUT, MIX = torch.randn(N, H, generator=GENERATOR), torch.randn(H, H, generator=GENERATOR)
 
 
-def value_of(hidden: torch.Tensor, part: slice) -> torch.Tensor:
-    weights = torch.arange(1, N + 1)[part]  # a chunk must use its own part
-    return (weights * torch.nn.functional.cross_entropy(hidden @ HEAD.T, LABELS[part], reduction="none")).sum()
+def values_of(hidden: torch.Tensor, part: slice) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(hidden @ HEAD.T, LABELS[part], reduction="none")  # of its own part
 
 
 @pytest.mark.parametrize("chunk", [1, 3, N, 100])
-def test_value_and_gradient_equal_the_unchunked_sum(chunk: int) -> None:
-    gradients, values = [], []
+def test_values_and_gradient_equal_the_unchunked_ones(chunk: int) -> None:
+    gradients, results = [], []
+    weights = torch.arange(1.0, N + 1)
     for chunked in (True, False):
         mix = MIX.clone().requires_grad_()
         hidden = (INPUT @ mix).tanh()
-        total = chunked_sum(hidden, chunk, value_of) if chunked else value_of(hidden, slice(0, N))
-        loss = 0.37 * total / 5 + (mix * mix).sum()
+        values = chunked_values(hidden, chunk, values_of) if chunked else values_of(hidden, slice(0, N))
+        loss = 0.37 * (weights * values).sum() / 5 + (mix * mix).sum()  # every row has a weight of its own
         loss.backward()
         assert mix.grad is not None
         gradients.append(mix.grad)
-        values.append(total.detach())
-    torch.testing.assert_close(values[0], values[1], rtol=1e-6, atol=1e-6)
+        results.append(values.detach())
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-5)
 
 
-def test_no_positions_give_zero_and_a_zero_gradient() -> None:
+def test_no_positions_give_no_values_and_a_zero_gradient() -> None:
     hidden = torch.zeros(0, H, requires_grad=True)
-    total = chunked_sum(hidden, 4, value_of)
-    total.backward()
-    assert float(total.detach()) == 0
+    values = chunked_values(hidden, 4, values_of)
+    values.sum().backward()
+    assert values.shape == (0,)
     assert hidden.grad is not None
     assert hidden.grad.shape == (0, H)
 
 
-def test_without_gradients_only_the_value_is_computed() -> None:
+def test_without_gradients_only_the_values_are_computed() -> None:
     with torch.no_grad():
-        total = chunked_sum(INPUT, 4, value_of)
-    assert not total.requires_grad
-    torch.testing.assert_close(total, value_of(INPUT, slice(0, N)))
+        values = chunked_values(INPUT, 4, values_of)
+    assert not values.requires_grad
+    torch.testing.assert_close(values, values_of(INPUT, slice(0, N)))
 
 
 def test_a_chunk_is_never_larger_than_asked() -> None:
@@ -56,7 +56,7 @@ def test_a_chunk_is_never_larger_than_asked() -> None:
     def spy(hidden: torch.Tensor, part: slice) -> torch.Tensor:
         seen.append(hidden.shape[0])
         assert part.stop - part.start == hidden.shape[0]
-        return hidden.sum()
+        return hidden.sum(-1)
 
-    chunked_sum(INPUT.clone().requires_grad_(), 4, spy)
+    chunked_values(INPUT.clone().requires_grad_(), 4, spy)
     assert seen == [4, 4, 3]

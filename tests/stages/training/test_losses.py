@@ -70,6 +70,75 @@ def test_forward_kl_is_not_the_reverse_one_and_is_zero_where_p_is() -> None:
     assert float(losses.forward_kl(q, p)) == pytest.approx(math.log(2), abs=TOLERANCE)
 
 
+@given(logits, logits)
+@settings(deadline=None)
+def test_reverse_kl_is_forward_kl_with_the_roles_exchanged(q_row: list[float], p_row: list[float]) -> None:
+    q, p = softmax(q_row), softmax(p_row)
+    expected = math.fsum(b * math.log(b / a) for a, b in zip(p, q, strict=True))
+    assert float(losses.reverse_kl(torch.tensor([q_row]), torch.tensor([p_row]))) == pytest.approx(
+        expected, rel=1e-5, abs=TOLERANCE
+    )
+
+
+@given(logits, logits)
+@settings(deadline=None)
+def test_tv_and_lk_are_the_acceptance_probability(q_row: list[float], p_row: list[float]) -> None:
+    """Leviathan et al., arXiv 2211.17192, theorem 3.5: a draw from q is accepted with probability Σ min(p, q)."""
+    acceptance = math.fsum(min(a, b) for a, b in zip(softmax(p_row), softmax(q_row), strict=True))
+    q, p = torch.tensor([q_row]), torch.tensor([p_row])
+    assert float(losses.total_variation(q, p)) == pytest.approx(1 - acceptance, abs=TOLERANCE)
+    assert float(losses.lk(q, p)) == pytest.approx(-math.log(acceptance), rel=1e-5, abs=TOLERANCE)
+
+
+@given(logits, logits, st.sampled_from(["forward_kl", "reverse_kl", "total_variation", "lk"]))
+@settings(deadline=None)
+def test_gradients_are_those_of_the_plain_formulas(q_row: list[float], p_row: list[float], name: str) -> None:
+    """By central differences of the float64 formula, away from the kinks of min and |·|."""
+    p = softmax(p_row)
+    if min(abs(a - b) for a, b in zip(p, softmax(q_row), strict=True)) < 1e-4:
+        return
+
+    def plain(row: list[float]) -> float:
+        pairs = list(zip(p, softmax(row), strict=True))
+        return {
+            "forward_kl": lambda: math.fsum(a * math.log(a / b) for a, b in pairs),
+            "reverse_kl": lambda: math.fsum(b * math.log(b / a) for a, b in pairs),
+            "total_variation": lambda: math.fsum(abs(a - b) for a, b in pairs) / 2,
+            "lk": lambda: -math.log(math.fsum(min(a, b) for a, b in pairs)),
+        }[name]()
+
+    q = torch.tensor([q_row], requires_grad=True)
+    getattr(losses, name)(q, torch.tensor([p_row])).sum().backward()
+    assert q.grad is not None
+    for i in range(len(q_row)):
+        up, down = ([x + sign * 1e-5 * (j == i) for j, x in enumerate(q_row)] for sign in (1, -1))
+        assert float(q.grad[0, i]) == pytest.approx((plain(up) - plain(down)) / 2e-5, abs=2e-4)
+
+
+def test_where_nearly_everything_is_rejected_lk_still_has_a_slope() -> None:
+    """The reason for LK (arXiv 2602.23881): TV's gradient vanishes with the acceptance probability."""
+    slopes = {}
+    for loss in (losses.total_variation, losses.lk):
+        q = torch.tensor([[0.0, 12.0, 0.0]], requires_grad=True)
+        loss(q, torch.tensor([[12.0, 0.0, 0.0]])).sum().backward()
+        assert q.grad is not None
+        slopes[loss.__name__] = float(q.grad.abs().max())
+    assert slopes["total_variation"] < 1e-4
+    assert slopes["lk"] > 0.3
+
+
+@given(logits)
+@settings(deadline=None)
+def test_temperature_zero_is_the_limit_of_small_ones(row: list[float]) -> None:
+    x = torch.tensor([row])
+    frozen = losses.at_temperature(x, 0).softmax(-1)
+    assert frozen.tolist() == [[float(i == int(x.argmax())) for i in range(len(row))]]
+    best = sorted(row)[-2:]
+    if best[1] - best[0] > 0.05:
+        torch.testing.assert_close(losses.at_temperature(x, 1e-3).softmax(-1), frozen)
+    torch.testing.assert_close(losses.at_temperature(x, 2.0), x / 2)
+
+
 @given(any_logprob, any_logprob)
 @settings(deadline=None)
 def test_bernoulli_forward_kl_is_its_formula(log_q: float, log_p: float) -> None:
@@ -137,3 +206,19 @@ def test_weights_start_at_one_and_decay_as_the_papers_say() -> None:
     offsets = torch.arange(1, 5)
     assert losses.decay_weights(offsets, 7.0).tolist() == pytest.approx([math.exp(-k / 7) for k in range(4)])
     assert losses.power_weights(offsets, 0.8).tolist() == pytest.approx([1, 0.8, 0.64, 0.512])
+
+
+@given(st.lists(st.floats(-6, 0), min_size=4, max_size=4), st.integers(1, 4))
+@settings(deadline=None)
+def test_acceptance_weights_are_reach_and_the_gradient_of_the_expected_length(row: list[float], inside: int) -> None:
+    """Reach: the chance to arrive; D-PACE: autograd of the expected accepted length, arXiv 2605.18810."""
+    log_q = torch.tensor([row], dtype=torch.float64)
+    log_q[0, inside:] = 0
+    reach = losses.reach_weights(log_q)
+    assert reach[0, :inside].tolist() == pytest.approx([math.exp(sum(row[:k])) for k in range(inside)])
+    leaf = log_q.clone().requires_grad_()
+    expected_length = torch.stack([leaf[0, : i + 1].sum().exp() for i in range(inside)]).sum()
+    expected_length.backward()
+    assert leaf.grad is not None
+    weights = losses.d_pace_weights(log_q, torch.arange(4)[None] < inside)
+    torch.testing.assert_close(weights[:, :inside], leaf.grad[:, :inside])

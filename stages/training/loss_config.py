@@ -1,0 +1,128 @@
+"""Which losses OPD is made of: two streams, each with a loss, a weight and weights of its positions; and presets.
+
+Names and formulas are in `stages/training/losses.py`, their meaning in `stages/training/distillation.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field, model_validator
+
+from stages.contract import Config
+
+TokenLoss = Literal["cross_entropy", "bernoulli_kl"]
+DistributionLoss = Literal["forward_kl", "reverse_kl", "tv", "lk"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # the offsets that verification reached, in the form that fits its rule
+    "matched": {},
+    # Draft-OPD, arXiv 2605.29343: Bernoulli forward KL on these, k3 reverse KL on the rejected suffix
+    "paper": {"response": {"loss": "bernoulli_kl"}, "rejected": {"loss": "k3"}},
+}
+
+
+class PositionWeights(Config):
+    """The weight of offset k = 1, 2, … of a block in its stream's mean."""
+
+    kind: Annotated[
+        Literal["uniform", "exponential", "power", "reach", "d_pace"],
+        Field(
+            description="exponential: exp(-(k-1)/gamma); power: delta^(k-1); reach: the drafter's probability of all "
+            "earlier committed tokens; d_pace: the share of log q_k in the gradient of the expected accepted length"
+        ),
+    ]
+    gamma: Annotated[float, Field(gt=0, description="of exponential; 7 in DFlash's paper, for blocks of 16")] = 7.0
+    delta: Annotated[float, Field(gt=0, le=1, description="of power; 0.8 in Draft-OPD's paper")] = 0.8
+
+
+class ResponseStream(Config):
+    """Committed tokens."""
+
+    loss: Annotated[
+        Literal["auto"] | TokenLoss | DistributionLoss,
+        Field(
+            description="auto follows the verification rule: cross_entropy if greedy, forward_kl if sampled; "
+            "cross_entropy and bernoulli_kl read the committed token, the others the target's whole distribution"
+        ),
+    ] = "auto"
+    weight: Annotated[float, Field(ge=0, description="λ_acc")] = 1.0
+    scope: Annotated[
+        Literal["committed", "block"],
+        Field(description="committed: accepted prefix and correction, what verification reaches; block: all offsets"),
+    ] = "committed"
+    positions: PositionWeights = PositionWeights(kind="uniform")
+
+
+class RejectedStream(Config):
+    """The drafter's own proposals from the first rejected one on. Without it, nothing needs to be scored."""
+
+    loss: Annotated[Literal["none", "k3"], Field(description="k3: reverse KL, estimated at the proposals")] = "none"
+    weight: Annotated[float, Field(ge=0, description="λ_rej")] = 1.0
+    positions: PositionWeights = PositionWeights(kind="power")
+
+    @model_validator(mode="after")
+    def _fixed_weights(self) -> RejectedStream:
+        if self.positions.kind in ("reach", "d_pace"):
+            raise ValueError("verification reaches no rejected position: use uniform, exponential or power weights")
+        return self
+
+
+class LossConfig(Config):
+    """`matched`, `paper`, or the streams; `preset: paper` beside streams changes a preset in parts."""
+
+    response: ResponseStream = ResponseStream()
+    rejected: RejectedStream = RejectedStream()
+    temperature: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            description="of the target's distribution in forward_kl, reverse_kl, tv and lk; 0 = its argmax alone; "
+            "left out: that of the trajectories, 1 if they are greedy",
+        ),
+    ] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"preset": value}
+        if not isinstance(value, dict) or "preset" not in value:
+            return value
+        name = value["preset"]
+        if name not in PRESETS:
+            raise ValueError(f"no preset {name!r}, use one of {sorted(PRESETS)} or a mapping of fields")
+        expanded = {stream: dict(fields) for stream, fields in PRESETS[name].items()}
+        for field, given in value.items():
+            if field != "preset":
+                merge = isinstance(given, dict) and field in expanded
+                expanded[field] = expanded[field] | given if merge else given
+        return expanded
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> LossConfig:
+        if self.temperature is not None and self.response.loss not in get_args(DistributionLoss):
+            readers = ", ".join(get_args(DistributionLoss))
+            raise ValueError(f"temperature is read by {readers} only: name one of them in loss.response.loss")
+        if self.temperature == 0 and self.response.loss == "reverse_kl":
+            raise ValueError("reverse_kl is infinite at temperature 0: use forward_kl, tv or lk, or a temperature")
+        if self.response.weight == 0 and (self.rejected.loss == "none" or self.rejected.weight == 0):
+            raise ValueError("both streams have weight 0: nothing would be trained")
+        return self
+
+    @property
+    def needs_scores(self) -> bool:
+        """Does it read the target's log-probs of rejected proposals?"""
+        return self.rejected.loss != "none" and self.rejected.weight > 0
+
+    def resolved(self, sampled: bool, temperature: float) -> LossConfig:
+        """With the loss that fits the verification rule, and the temperature of that sampling, where left open."""
+        loss = self.response.loss
+        if loss == "auto":
+            loss = "forward_kl" if sampled else "cross_entropy"
+        return self.model_copy(
+            update={
+                "response": self.response.model_copy(update={"loss": loss}),
+                "temperature": (temperature or 1.0) if self.temperature is None else self.temperature,
+            }
+        )

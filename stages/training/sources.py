@@ -1,0 +1,128 @@
+"""Where OPD takes the anchors of a step from: the mined table, random positions, or chains that roll on.
+
+Every source gives `per_sequence` anchors a trajectory, so that kinds are compared at equal numbers of block positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from stages.drafters.head import Head
+from stages.training.anchors import anchor_positions, draw_exactly, pad_anchors
+from stages.training.batches import Batch
+from stages.training.mined import Kind, MinedTable
+from stages.training.objectives import Anchors
+from stages.training.remining import Remining
+from stages.training.steps import VerifySteps
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The anchors of a step, and what is known of the verify steps there."""
+
+    anchors: Anchors
+    steps: VerifySteps | None  # None: judged on the blocks that the step drafts, so always current
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+class AnchorSource(Protocol):
+    """What it remembers between steps goes into the checkpoint, so that a resumed training draws the same."""
+
+    def draw(self, step: int, indices: Sequence[int], batch: Batch, head: Head, rng: np.random.Generator) -> Drawn:
+        """The anchors of the batch's trajectories `indices`; head: holds every token of the batch."""
+
+    def trained(
+        self, indices: Sequence[int], batch: Batch, drawn: Anchors, steps: VerifySteps, rng: np.random.Generator
+    ) -> None:
+        """What the drafter did at the drawn anchors."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class TableAnchors:
+    """Steps of the mined table, mined again when they are too old."""
+
+    def __init__(self, remining: Remining, kind: Kind, per_sequence: int):
+        self.remining, self.kind, self.per_sequence = remining, kind, per_sequence
+
+    def draw(self, step: int, indices: Sequence[int], batch: Batch, head: Head, rng: np.random.Generator) -> Drawn:
+        figures = self.remining.refresh(step, indices, batch, head)
+        drawn = self.remining.current.draw(indices, self.kind, self.per_sequence, rng, batch.tokens.device)
+        return Drawn(*drawn, figures)
+
+    def trained(self, *_unused: object) -> None:
+        """The table is not changed by training."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.remining.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.remining.load_state_dict(state)
+
+
+class RandomAnchors:
+    """Random positions of the response: the paper's ablation."""
+
+    def __init__(self, per_sequence: int):
+        self.per_sequence = per_sequence
+
+    def draw(self, step: int, indices: Sequence[int], batch: Batch, head: Head, rng: np.random.Generator) -> Drawn:  # noqa: ARG002
+        chosen = [draw_exactly(anchor_positions(t), self.per_sequence, rng) for t in batch.trajectories]
+        return Drawn(pad_anchors(chosen, batch.tokens.device), None)
+
+    def trained(self, *_unused: object) -> None:
+        """Nothing to remember."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class RollingAnchors:
+    """Chains of anchors, each the successor of the one trained before, under the weights that trained it.
+
+    They start on the mined trace. A chain that reaches the end of its trajectory or meets another one starts again.
+    """
+
+    def __init__(self, table: MinedTable, per_sequence: int):
+        self.table, self.per_sequence = table, per_sequence
+        self._next = np.full((len(table.steps), per_sequence), _NOT_STARTED)
+
+    def draw(self, step: int, indices: Sequence[int], batch: Batch, head: Head, rng: np.random.Generator) -> Drawn:  # noqa: ARG002
+        for i in indices:
+            if self._next[i, 0] == _NOT_STARTED:
+                self._next[i] = draw_exactly(self.table.steps[i].anchors, self.per_sequence, rng)
+        chosen = self._next[list(indices)]
+        mined = [np.isin(row, self.table.steps[i].anchors) for i, row in zip(indices, chosen, strict=True)]
+        figures = {"anchors_off_mined_share": 1 - float(np.mean(mined))}
+        return Drawn(pad_anchors(list(chosen), batch.tokens.device), None, figures)
+
+    def trained(
+        self, indices: Sequence[int], batch: Batch, drawn: Anchors, steps: VerifySteps, rng: np.random.Generator
+    ) -> None:
+        successors = (drawn.positions + steps.accepted + 1).cpu().numpy()
+        for i, trajectory, row in zip(indices, batch.trajectories, successors, strict=True):
+            going_on = np.unique(row[row <= trajectory.last_anchor])
+            free = np.setdiff1d(self.table.steps[i].anchors, going_on)
+            if not len(free):
+                free = self.table.steps[i].anchors
+            starts = draw_exactly(free, self.per_sequence - len(going_on), rng)
+            self._next[i] = np.sort(np.concatenate([going_on, starts]))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"next": torch.from_numpy(self._next.copy())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._next = state["next"].numpy().copy()
+
+
+_NOT_STARTED = -1

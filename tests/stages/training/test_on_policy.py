@@ -1,0 +1,286 @@
+"""Verify steps of the current weights: mined again, judged on the training's own blocks, rolled on."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stages.drafters.base import Drafter
+from stages.drafters.head import Head
+from stages.replay.sequential import replay_sequentially
+from stages.replay.trace import Trace, Trajectory
+from stages.training.batches import FeatureSource, step_rng
+from stages.training.config import TrainingConfig
+from stages.training.loss_config import LossConfig
+from stages.training.mined import MinedTable, TrajectorySteps
+from stages.training.objectives import block_hidden
+from stages.training.opd_step import OpdStep
+from stages.training.remining import Remining
+from stages.training.sources import AnchorSource, RandomAnchors, RollingAnchors, TableAnchors
+from stages.training.steps import judge, score, with_scores
+from tests.stages.bench import Bench
+
+COUNT, PER_SEQUENCE, CHUNK = 6, 5, 64
+INDICES = [4, 0, 3]
+
+
+@dataclass(frozen=True)
+class World:
+    """Greedy answers mined with the trained drafter, and a drafter whose weights have moved since."""
+
+    bench: Bench
+    moved: Drafter
+    trajectories: list[Trajectory]
+    table: MinedTable
+    features: FeatureSource
+    head: Head
+
+    def traces(self, drafter: Drafter, block_size: int | None = None) -> list[Trace]:
+        """One block after the other."""
+        return [
+            replay_sequentially(
+                drafter, self.bench.read([t], drafter)[1], t, block_size or drafter.block_size, self.head
+            )
+            for t in self.trajectories
+        ]
+
+    def mined_by(self, drafter: Drafter) -> MinedTable:
+        traces = self.traces(drafter)
+        scores = score(self.bench.target, self.trajectories, traces)
+        steps = [steps_of(t, s.target_logprobs) for t, s in zip(traces, scores, strict=True)]
+        return MinedTable(steps, drafter.block_size - 1)
+
+    def remining(self, every: int = 10, scored: bool = False, drafter: Drafter | None = None) -> Remining:
+        return Remining(self.table, drafter or self.moved, self.bench.target, every=every, scored=scored)
+
+
+def steps_of(trace: Trace, logprobs: np.ndarray) -> TrajectorySteps:
+    return TrajectorySteps(
+        trace.anchors, trace.accepted, trace.committed, trace.rejected_offset, trace.proposed, logprobs
+    )
+
+
+@pytest.fixture(scope="module")
+def world(bench: Bench) -> World:
+    trained = bench.drafters["trained"]
+    answered = [(p.prompt_id, p.token_ids, bench.greedy[p.prompt_id]) for p in bench.prompts[:COUNT]]
+    trajectories = [Trajectory(name, prompt + answer, len(prompt)) for name, prompt, answer in answered]
+    moved = copy.deepcopy(trained)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in moved.parameters():
+            parameter.add_(0.05 * parameter.std() * torch.randn(parameter.shape, generator=generator))
+    features = FeatureSource(bench.target, trained.target_layer_ids, trajectories)
+    unmined = World(bench, moved, trajectories, MinedTable([], 7), features, Head(bench.target.head_weight))
+    return replace(unmined, table=unmined.mined_by(trained))
+
+
+def test_mining_again_gives_the_trace_of_the_current_weights(world: World) -> None:
+    remining = world.remining(scored=True)
+    figures = remining.refresh(10, INDICES, world.features.batch(INDICES), world.head)
+    traces = world.traces(world.moved)
+    scores = score(world.bench.target, world.trajectories, traces)
+    gone = total = 0
+    for i in INDICES:
+        fresh, trace, mined = remining.current.steps[i], traces[i], world.table.steps[i]
+        for name in ("anchors", "accepted", "committed", "rejected_offset", "proposed"):
+            np.testing.assert_array_equal(getattr(fresh, name), getattr(trace, name), err_msg=name)
+        np.testing.assert_allclose(fresh.target_logprobs, scores[i].target_logprobs, atol=1e-4)
+        now = list(zip(trace.anchors.tolist(), trace.accepted.tolist(), strict=True))
+        then = list(zip(mined.anchors.tolist(), mined.accepted.tolist(), strict=True))
+        gone, total = gone + sum(step not in now for step in then), total + len(then)
+    assert 0 < gone < total
+    assert figures == {"trace_changed_share": gone / total, "remined_trajectories": 3}
+    for i in set(range(COUNT)) - set(INDICES):
+        assert remining.current.steps[i] is world.table.steps[i]
+    assert remining.mined.steps[INDICES[0]] is world.table.steps[INDICES[0]]
+
+
+def test_nothing_has_changed_while_the_weights_have_not(world: World) -> None:
+    remining = world.remining(drafter=world.bench.drafters["trained"], scored=True)
+    figures = remining.refresh(10, INDICES, world.features.batch(INDICES), world.head)
+    assert figures["trace_changed_share"] == 0
+    for i in INDICES:
+        np.testing.assert_allclose(
+            remining.current.steps[i].target_logprobs, world.table.steps[i].target_logprobs, atol=1e-4
+        )
+
+
+def test_a_trajectory_is_mined_again_when_its_trace_is_old_enough(world: World) -> None:
+    remining = world.remining(every=10)
+    mined = {}
+    for step, indices in ((0, [0, 1]), (9, [0, 1]), (10, [0]), (15, [0, 1]), (19, [0, 1]), (20, [0, 1])):
+        figures = remining.refresh(step, indices, world.features.batch(indices), world.head)
+        mined[step] = figures.get("remined_trajectories", 0)
+    assert mined == {0: 0, 9: 0, 10: 1, 15: 1, 19: 0, 20: 1}  # 0 at 10 and 20, 1 at 15
+    never = world.remining(every=0)
+    assert never.refresh(1000, [0], world.features.batch([0]), world.head) == {}
+
+
+def test_a_trajectory_that_a_batch_holds_twice_is_mined_once(world: World) -> None:
+    figures = world.remining().refresh(10, [2, 2, 1], world.features.batch([2, 2, 1]), world.head)
+    assert figures["remined_trajectories"] == 2
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_a_checkpoint_brings_back_the_fresh_tables(scored: bool, world: World) -> None:
+    remining = world.remining(scored=scored)
+    remining.refresh(10, INDICES, world.features.batch(INDICES), world.head)
+    other = world.remining(scored=scored)
+    other.refresh(12, [1], world.features.batch([1]), world.head)  # forgotten
+    other.load_state_dict(remining.state_dict())
+    for a, b in zip(remining.current.steps, other.current.steps, strict=True):
+        for name, value in vars(a).items():
+            np.testing.assert_array_equal(value, getattr(b, name), err_msg=name)
+    for step, again in ((19, 0), (20, 3)):
+        figures = other.refresh(step, INDICES, world.features.batch(INDICES), world.head)
+        assert figures.get("remined_trajectories", 0) == again
+
+
+def test_an_empty_memory_survives_a_checkpoint(world: World) -> None:
+    remining = world.remining()
+    remining.load_state_dict(world.remining().state_dict())
+    assert remining.current.steps == world.table.steps
+
+
+def test_fresh_steps_fit_a_smaller_served_block(world: World) -> None:
+    """A table that was mined with a smaller block is mined again with that block, padded to the trained one."""
+    table = MinedTable(world.table.steps, 3)
+    remining = Remining(table, world.moved, world.bench.target, every=1, scored=True)
+    remining.refresh(1, [0], world.features.batch([0]), world.head)
+    fresh, trace = remining.current.steps[0], world.traces(world.moved, 4)[0]
+    np.testing.assert_array_equal(fresh.accepted, trace.accepted)
+    assert fresh.proposed.shape == (len(trace.anchors), world.moved.block_size - 1)
+    assert np.isnan(fresh.target_logprobs[:, 3:]).all()
+
+
+def test_blocks_of_the_training_are_judged_as_replay_judges_them(world: World) -> None:
+    """At the anchors of its trace, the steps are the trace; and so are the target's log-probs."""
+    fresh = world.mined_by(world.moved)
+    batch = world.features.batch(INDICES)
+    anchors, expected = fresh.draw(INDICES, "visited", 30, step_rng(0, 0), torch.device("cpu"))
+    hidden = block_hidden(world.moved, batch, anchors)
+    steps = judge(hidden, batch, anchors, world.head, proposals=7, positions_per_chunk=CHUNK)
+    for name in ("accepted", "committed", "rejected_offset", "proposed"):
+        assert torch.equal(getattr(steps, name), getattr(expected, name)), name
+    assert steps.target_logprobs.isnan().all()
+    scored = with_scores(steps, world.bench.target, batch, anchors, 7)
+    torch.testing.assert_close(scored.target_logprobs, expected.target_logprobs, equal_nan=True, atol=1e-4, rtol=1e-4)
+    small = judge(hidden, batch, anchors, world.head, proposals=2, positions_per_chunk=CHUNK)
+    assert torch.equal(small.accepted, steps.accepted.clamp(max=2))
+    assert with_scores(small, world.bench.target, batch, anchors, 2).target_logprobs[..., 2:].isnan().all()
+
+
+def test_rolling_anchors_follow_the_trace_of_the_weights_that_trained_them(world: World) -> None:
+    """With weights that do not move, chains from the mined trace never leave it; each goes to its successor."""
+    trained = world.bench.drafters["trained"]
+    source, batch = RollingAnchors(world.table, PER_SEQUENCE), world.features.batch(INDICES)
+    for step in range(12):
+        drawn = source.draw(step, INDICES, batch, world.head, step_rng(0, step))
+        assert drawn.figures == {"anchors_off_mined_share": 0}
+        assert drawn.anchors.blocks == len(INDICES) * PER_SEQUENCE
+        hidden = block_hidden(trained, batch, drawn.anchors)
+        steps = judge(hidden, batch, drawn.anchors, world.head, proposals=7, positions_per_chunk=CHUNK)
+        source.trained(INDICES, batch, drawn.anchors, steps, step_rng(1, step))
+        following = source.draw(step + 1, INDICES, batch, world.head, step_rng(0, step)).anchors.positions
+        for row, i in enumerate(INDICES):
+            trace = world.table.steps[i].anchors.tolist()
+            for anchor in drawn.anchors.positions[row].tolist():
+                successor = [*trace, None][trace.index(anchor) + 1]
+                assert successor is None or successor in following[row]
+
+
+def test_rolling_anchors_leave_the_mined_trace_with_the_weights(world: World) -> None:
+    source, batch = RollingAnchors(world.table, PER_SEQUENCE), world.features.batch(INDICES)
+    shares = []
+    for step in range(6):
+        drawn = source.draw(step, INDICES, batch, world.head, step_rng(0, step))
+        hidden = block_hidden(world.moved, batch, drawn.anchors)
+        steps = judge(hidden, batch, drawn.anchors, world.head, proposals=7, positions_per_chunk=CHUNK)
+        source.trained(INDICES, batch, drawn.anchors, steps, step_rng(1, step))
+        shares.append(drawn.figures["anchors_off_mined_share"])
+    assert shares[0] == 0
+    assert max(shares) > 0
+
+
+def test_every_kind_trains_the_same_number_of_blocks(world: World) -> None:
+    """Also where a trajectory has fewer candidates than anchors."""
+    batch, many = world.features.batch(INDICES), 200
+    config = TrainingConfig(sequences_per_step=3, anchors_per_sequence=many)
+    sources: dict[str, AnchorSource] = {
+        "errors": TableAnchors(world.remining(every=0), "errors", many),
+        "visited": TableAnchors(world.remining(every=1), "visited", many),
+        "random": RandomAnchors(many),
+        "rolling": RollingAnchors(world.table, many),
+    }
+    everywhere = LossConfig.model_validate({"response": {"scope": "block"}}).resolved(False, 0.0)
+    positions = {}
+    for name, source in sources.items():
+        step = OpdStep(world.moved, world.bench.target, source, everywhere, config, 7)
+        report = step.loss(5, INDICES, batch, step_rng(0, 5))
+        assert report.blocks == len(INDICES) * many, name
+        positions[name] = report.positions / (report.blocks * 7)
+    assert min(positions.values()) > 0.8  # the rest lies beyond the ends
+
+
+def test_a_trajectory_without_errors_lends_its_other_steps(world: World) -> None:
+    steps = world.table.steps[0]
+    right = MinedTable([TrajectorySteps(**{**vars(steps), "rejected_offset": np.zeros_like(steps.rejected_offset)})], 7)
+    anchors, drawn = right.draw([0], "errors", PER_SEQUENCE, step_rng(0, 0), torch.device("cpu"))
+    assert anchors.blocks == PER_SEQUENCE
+    assert set(anchors.positions.flatten().tolist()) <= set(steps.anchors.tolist())
+    assert (drawn.rejected_offset == 0).all()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_mining_in_a_step_leaves_its_gradient_alone(autocast: bool, world: World) -> None:
+    """Autocast remembers its copies of weights: none made without gradient may reach the training."""
+    batch = world.features.batch(INDICES)
+    objective, config = LossConfig().resolved(False, 0.0), TrainingConfig(anchors_per_sequence=PER_SEQUENCE)
+    mined_before = world.remining(every=1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        mined_before.refresh(5, INDICES, batch, world.head)
+    gradients = []
+    for remining in (mined_before, world.remining(every=1)):  # the second mines inside the step
+        source = TableAnchors(remining, "visited", PER_SEQUENCE)
+        step = OpdStep(world.moved, world.bench.target, source, objective, config, 7)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            report = step.loss(5, INDICES, batch, step_rng(0, 5))
+        gradients.append(torch.autograd.grad(report.loss, list(world.moved.parameters()), allow_unused=True))
+    for (name, _), a, b in zip(world.moved.named_parameters(), *gradients, strict=True):
+        assert a is not None and b is not None, name
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("kind", ["errors", "random", "rolling"])
+def test_the_target_scores_proposals_only_for_a_rejected_stream(
+    kind: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forwards: list[int] = []
+    step_of = world.bench.target.step
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        forwards.append(1)
+        return step_of(*arguments, **named)
+
+    monkeypatch.setattr(world.bench.target, "step", counted)
+    config = TrainingConfig(anchors_per_sequence=PER_SEQUENCE)
+    for loss, wanted in (("matched", False), ("paper", True), ({"preset": "paper", "rejected": {"weight": 0}}, False)):
+        objective = LossConfig.model_validate(loss).resolved(False, 0.0)
+        remining = world.remining(every=1, scored=objective.needs_scores)
+        sources: dict[str, AnchorSource] = {
+            "errors": TableAnchors(remining, "errors", PER_SEQUENCE),
+            "random": RandomAnchors(PER_SEQUENCE),
+            "rolling": RollingAnchors(world.table, PER_SEQUENCE),
+        }
+        step = OpdStep(world.moved, world.bench.target, sources[kind], objective, config, 7)
+        forwards.clear()
+        report = step.loss(5, INDICES, world.features.batch(INDICES), step_rng(0, 5))
+        assert bool(forwards) == wanted
+        assert ("loss_rejected" in report.figures) == wanted
+        assert report.loss.isfinite()
