@@ -4,8 +4,12 @@ VENV ?= .venv
 PIP_ARGS ?=# e.g. an index with CPU builds of torch
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# SGLang pins torch and much else, so it lives in environments of its own: one for tests on a CPU, one for GPUs
+SGLANG_VERSION ?= 0.5.20
+SGLANG_CPU := .venv-sglang-cpu
+SGLANG_GPU := .venv-sglang
 
-.PHONY: install quickstart test lint bench clean
+.PHONY: install quickstart test test-core test-sglang sglang-cpu sglang-gpu lint bench clean
 
 install: $(INSTALLED)
 
@@ -19,9 +23,43 @@ $(INSTALLED): pyproject.toml
 quickstart: $(INSTALLED)
 	$(BIN)/draftsmith refresh configs/quickstart.yaml
 
+test:
+	$(MAKE) test-core
+	$(MAKE) test-sglang
+
 # two workers with one thread each: torch processes that share cores slow each other down
-test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+test-core: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not sglang" $(PYTEST_ARGS)
+
+# one after the other: they share servers, which take 3 GB and half a minute of a core each to start
+test-sglang: $(INSTALLED) sglang-cpu
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m sglang $(PYTEST_ARGS)
+
+# prints the interpreter for engine.python
+sglang-cpu: $(SGLANG_CPU)/.plugins-$(SGLANG_VERSION)
+	@echo $(abspath $(SGLANG_CPU)/bin/python)
+
+sglang-gpu: $(SGLANG_GPU)/.plugins-$(SGLANG_VERSION)
+	@echo $(abspath $(SGLANG_GPU)/bin/python)
+
+$(SGLANG_CPU)/.sglang-$(SGLANG_VERSION): tests/sglang_cpu/requirements-$(SGLANG_VERSION).txt
+	$(PYTHON) -m venv --clear $(SGLANG_CPU)
+	$(SGLANG_CPU)/bin/pip install --quiet $(PIP_ARGS) --requirement $<
+	$(SGLANG_CPU)/bin/pip install --quiet --no-deps sglang==$(SGLANG_VERSION)
+	@touch $@
+
+$(SGLANG_CPU)/.plugins-$(SGLANG_VERSION): $(SGLANG_CPU)/.sglang-$(SGLANG_VERSION) pyproject.toml tests/sglang_cpu/pyproject.toml
+	$(SGLANG_CPU)/bin/pip install --quiet --no-deps --editable . --editable tests/sglang_cpu
+	@touch $@
+
+$(SGLANG_GPU)/.sglang-$(SGLANG_VERSION):
+	$(PYTHON) -m venv --clear $(SGLANG_GPU)
+	$(SGLANG_GPU)/bin/pip install --quiet $(PIP_ARGS) sglang==$(SGLANG_VERSION)
+	@touch $@
+
+$(SGLANG_GPU)/.plugins-$(SGLANG_VERSION): $(SGLANG_GPU)/.sglang-$(SGLANG_VERSION) pyproject.toml
+	$(SGLANG_GPU)/bin/pip install --quiet --no-deps --editable .
+	@touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -36,4 +74,4 @@ bench: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.replay
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache tests/.cache
+	rm -rf $(VENV) $(SGLANG_CPU) $(SGLANG_GPU) .pytest_cache .mypy_cache .ruff_cache tests/.cache

@@ -1,0 +1,191 @@
+"""A stock SGLang server with the trained tiny drafter, float32: the answers are plain greedy ones, the traces replay's.
+
+Replay, the embedded engine, transformers and SGLang are four programs that never see each other's code here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stages.engines.base import Completion
+from stages.engines.sglang.records import TRACE_KEY
+from stages.replay.chains import replay_chains
+from stages.replay.trace import Trace, Trajectory, tau
+from tests.sglang_cpu.fixtures import ServingTarget
+from tests.sglang_cpu.server import generate
+from tests.stages.bench import GREEDY_TOKENS, Bench, build_bench
+from tests.testbed.drafter import DrafterArtifacts
+
+pytestmark = [pytest.mark.sglang, pytest.mark.integration]
+
+PROMPTS = 32
+LOGPROB_TOLERANCE = 3e-4  # nats, float32: other matrix shapes
+
+
+@pytest.fixture(scope="module")
+def bench(tiny_drafter: DrafterArtifacts) -> Bench:
+    """The target and the drafter in this process; the prompts' greedy answers hold no near-tie."""
+    return build_bench(tiny_drafter)
+
+
+@dataclass(frozen=True)
+class Served:
+    """The answers of one server to the first prompts of the bench, in their order."""
+
+    bodies: list[dict[str, Any]]
+
+    @property
+    def answers(self) -> list[list[int]]:
+        return [body["output_ids"] for body in self.bodies]
+
+    def meta(self, name: str) -> list[Any]:
+        return [body["meta_info"].get(name) for body in self.bodies]
+
+
+def ask(url: str, bench: Bench, **sampling: object) -> Served:
+    """Greedy, several in flight, so that the batches of the server change from step to step."""
+    params = {"temperature": 0.0, "max_new_tokens": GREEDY_TOKENS, **sampling}
+    requests = [{"input_ids": p.token_ids, "sampling_params": params} for p in bench.prompts[:PROMPTS]]
+    return Served(generate(url, requests, concurrency=6))
+
+
+@pytest.fixture(scope="module")
+def plain(plain_url: str, bench: Bench) -> Served:
+    return ask(plain_url, bench)
+
+
+@pytest.fixture(scope="module")
+def traced(dflash_url: str, bench: Bench) -> Served:
+    return ask(dflash_url, bench, custom_params={TRACE_KEY: True})
+
+
+@pytest.fixture(scope="module")
+def embedded(bench: Bench) -> list[Completion]:
+    """The embedded engine with the drafter in the loop."""
+    requests = bench.requests(PROMPTS)
+    answers = bench.answers(requests, "trained")
+    return [answers[request.request_id] for request in requests]
+
+
+@pytest.fixture(scope="module")
+def replayed(bench: Bench) -> list[Trace]:
+    """Of the embedded engine's plain answers, one block after the other."""
+    return bench.sequential_traces(trajectories(bench), "trained")
+
+
+def trajectories(bench: Bench) -> list[Trajectory]:
+    return [
+        Trajectory(p.prompt_id, p.token_ids + bench.greedy[p.prompt_id], len(p.token_ids))
+        for p in bench.prompts[:PROMPTS]
+    ]
+
+
+def trace_of(trajectory: Trajectory, elements: list[Any]) -> Trace:
+    """The trace that the plug-in returned, one element an output token, cut where the trajectory ends."""
+    assert len(elements) == trajectory.response_length
+    steps = [element for element in elements if element and "anchor" in element]
+    anchors = np.array([step["anchor"] for step in steps], dtype=np.int64)
+    assert [at for at, element in enumerate(elements) if element in steps] == (
+        anchors + 1 - trajectory.prompt_length
+    ).tolist(), "a step's element is at the first token that it committed"
+    proposed = np.array([step["block"] for step in steps], dtype=np.int64)
+    accepted = np.array([step["accepted"] for step in steps], dtype=np.int64)
+    length = len(trajectory.tokens)
+    return Trace(
+        length, anchors, np.minimum(accepted, length - 1 - anchors), proposed, np.full(proposed.shape, np.nan), 0
+    )
+
+
+def assert_same_steps(trace: Trace, expected: Trace) -> None:
+    np.testing.assert_array_equal(trace.anchors, expected.anchors)
+    np.testing.assert_array_equal(trace.accepted, expected.accepted)
+    np.testing.assert_array_equal(trace.proposed, expected.proposed)
+
+
+def test_plain_answers_are_greedy_for_transformers_and_equal_the_embedded_engines(
+    plain: Served, serving_target: ServingTarget, bench: Bench
+) -> None:
+    """An answer is the greedy one if every token of it is the argmax behind those before it."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(serving_target.model, dtype=torch.float32)
+    for prompt, answer in zip(bench.prompts, plain.answers, strict=False):
+        assert answer == bench.greedy[prompt.prompt_id]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt.token_ids + answer[:-1]])).logits[0]
+        assert answer == logits[len(prompt.token_ids) - 1 :].argmax(-1).tolist()
+    endings = {meta["type"] for meta in plain.meta("finish_reason")}
+    assert endings == {"stop", "length"}, "both ways to end are among the answers"
+
+
+def test_speculative_answers_equal_plain_ones(plain: Served, traced: Served, dflash_url: str, bench: Bench) -> None:
+    assert traced.answers == plain.answers
+    untraced = ask(dflash_url, bench)
+    assert untraced.answers == plain.answers
+    assert untraced.meta(TRACE_KEY) == [None] * PROMPTS
+
+
+def test_the_servers_own_counts_are_those_of_replay(traced: Served, replayed: list[Trace]) -> None:
+    assert traced.meta("spec_verify_ct") == [len(trace.anchors) for trace in replayed]
+    assert tau(replayed) > 4, "the drafter is a trained one"
+    assert {0, 7} <= set(np.concatenate([trace.accepted for trace in replayed])), "nothing and whole blocks are kept"
+
+
+def test_the_plugins_trace_equals_replay_and_the_embedded_engines(
+    traced: Served, replayed: list[Trace], embedded: list[Completion], bench: Bench
+) -> None:
+    known = trajectories(bench)
+    drafter = bench.drafters["trained"]
+    _, context = bench.read(known, drafter)
+    head = drafter.drafting_head(bench.target.head_weight, None)
+    chained = replay_chains(drafter, context, known, drafter.block_size, head, 4)
+    steps = 0
+    for trajectory, elements, sequential, chain, completion in zip(
+        known, traced.meta(TRACE_KEY), replayed, chained, embedded, strict=True
+    ):
+        trace = trace_of(trajectory, elements)
+        assert_same_steps(trace, sequential)
+        assert_same_steps(trace, chain)
+        assert [step.anchor for step in completion.steps] == trace.anchors.tolist()
+        assert [step.accepted for step in completion.steps] == trace.accepted.tolist()
+        assert [step.proposed for step in completion.steps] == trace.proposed.tolist()
+        steps += len(trace.anchors)
+    assert steps > 5 * PROMPTS
+
+
+def test_the_plugins_logprobs_are_the_targets_on_the_draft_induced_prefix(traced: Served, bench: Bench) -> None:
+    """The reference is one plain forward over prefix and block."""
+    compared = 0
+    for trajectory, elements in zip(trajectories(bench)[:8], traced.meta(TRACE_KEY), strict=False):
+        for step in (element for element in elements if element and "anchor" in element):
+            anchor, block = step["anchor"], step["block"]
+            hidden = bench.target.read(torch.tensor([trajectory.tokens[: anchor + 1] + block])).hidden[0, anchor:-1]
+            law = torch.log_softmax(bench.target.logits(hidden), -1)
+            expected = law.gather(1, torch.tensor(block)[:, None])[:, 0]
+            np.testing.assert_allclose(step["logprobs"], expected.numpy(), atol=LOGPROB_TOLERANCE)
+            compared += len(block)
+    assert compared > 300
+
+
+def test_the_plugin_names_its_version_and_the_served_drafter(traced: Served, serving_target: ServingTarget) -> None:
+    from stages.drafters.checkpoint import drafter_digest
+
+    digest = drafter_digest(serving_target.drafter)
+    for elements in traced.meta(TRACE_KEY):
+        assert elements[0] == {"v": "1", "drafter": digest}
+        assert all(e["v"] == "1" and e["drafter"] == digest for e in elements if e)
+
+
+def test_the_standin_is_not_imported_where_there_is_a_gpu(sglang_env: Path) -> None:
+    import subprocess
+
+    script = "import torch; torch.cuda.is_available = lambda: True; import sgl_kernel"
+    done = subprocess.run([str(sglang_env), "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "uninstall draftsmith-sglang-cpu" in done.stderr

@@ -1,0 +1,1 @@
+"""A real SGLang server on a CPU, for tests: its environment, its options, fixtures. See README.md."""

@@ -1,0 +1,60 @@
+"""Fixtures of the tests that need SGLang: its interpreter, what is served, and two servers that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.sglang_cpu.server import running_server, sglang_python
+from tests.testbed.drafter import DrafterArtifacts
+
+
+@dataclass(frozen=True)
+class ServingTarget:
+    """What a server of the test bed serves, float32."""
+
+    artifact: Path  # of the stage `target`
+    model: Path  # transformers model and tokenizer
+    drafter: Path  # a trained DFlash checkpoint of block 8, held-out tau about 5.8
+
+
+@pytest.fixture(scope="session")
+def sglang_env() -> Path:
+    """The interpreter that has SGLang; the test is skipped where there is none."""
+    found = sglang_python()
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+@pytest.fixture(scope="session")
+def serving_target(tiny_drafter: DrafterArtifacts) -> ServingTarget:
+    """The tiny target and its drafter."""
+    from stages.stored import DRAFTER_FOLDER
+    from stages.targets.resolve import model_path
+
+    return ServingTarget(tiny_drafter.target, model_path(tiny_drafter.target), tiny_drafter.drafter / DRAFTER_FOLDER)
+
+
+@pytest.fixture(scope="session")
+def sglang_logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the shared servers log; a failed test shows the ends of these files (tests/integration/conftest.py)."""
+    return tmp_path_factory.mktemp("sglang")
+
+
+@pytest.fixture(scope="session")
+def plain_url(sglang_env: Path, serving_target: ServingTarget, sglang_logs: Path) -> Iterator[str]:
+    """A server of the tiny target without a drafter, for all tests that leave it as it is."""
+    with running_server(sglang_env, serving_target.model, log=sglang_logs / "plain.log") as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def dflash_url(sglang_env: Path, serving_target: ServingTarget, sglang_logs: Path) -> Iterator[str]:
+    """The same with its DFlash drafter."""
+    served = serving_target
+    with running_server(sglang_env, served.model, served.drafter, log=sglang_logs / "dflash.log") as url:
+        yield url

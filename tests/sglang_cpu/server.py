@@ -1,0 +1,154 @@
+"""A raw SGLang server on the CPU, started without our engine: what the engine and the plug-in are tested against."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from stages import lifeline
+from stages.engines.config import OptionValue
+from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
+
+START_LIMIT_S = 400.0  # 20 to 50 s on a quiet machine; the tests may share two cores with others
+_POLL_S = 0.25
+_PORTS = range(24000, 24100)  # below the range from which kernels give out ports by themselves
+_ROOT = Path(__file__).parents[2]
+
+
+def sglang_python() -> Path | str:
+    """The interpreter that has SGLang, or the reason why the tests that need it are skipped."""
+    if given := os.environ.get("DRAFTSMITH_SGLANG_PYTHON"):
+        python = Path(given)
+        return python if python.is_file() else f"DRAFTSMITH_SGLANG_PYTHON: {python} is not there"
+    python = _ROOT / ".venv-sglang-cpu" / "bin" / "python"
+    return python if python.is_file() else "no SGLang here: `make sglang-cpu` builds its environment"
+
+
+@contextmanager
+def running_server(
+    python: Path,
+    target_model: Path,
+    drafter: Path | None = None,
+    algorithm: str = "DFLASH",
+    options: Mapping[str, OptionValue] | None = None,
+    *,
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[str]:
+    """The URL of a server of this model, float32 unless `options` say otherwise, stopped on exit.
+
+    drafter: a checkpoint's folder, served with `algorithm`. options: as in `LaunchConfig.options`, over the CPU's.
+    An error while it starts or in the body of the `with` shows the end of its log.
+    """
+    settings: dict[str, OptionValue] = {"dtype": "float32", **CPU_OPTIONS}
+    if drafter is not None:
+        settings |= {"speculative-algorithm": algorithm, "speculative-draft-model-path": str(drafter)}
+    settings |= options or {}
+    command = [str(python), "-m", "sglang.launch_server", "--model-path", str(target_model), "--host", "127.0.0.1"]
+    for name, value in settings.items():
+        if value is not False:
+            command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    try:
+        with reserved_port() as port, _process([*command, "--port", str(port)], environment or {}, log) as process:
+            url = f"http://127.0.0.1:{port}"
+            _wait(process, url, target_model)
+            yield url
+    except BaseException as error:
+        error.add_note(f"{log}, its last lines:\n{tail(log)}")
+        raise
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port that no other test of this user takes meanwhile: SGLang binds it only when its model is loaded."""
+    for port in _PORTS:
+        with (Path(tempfile.gettempdir()) / f"draftsmith-test-port-{os.getuid()}-{port}").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # dropped by the kernel when we die
+                with socket.socket() as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(("127.0.0.1", port))
+            except OSError:  # another test's, or somebody else's
+                continue
+            yield port
+            return
+    raise RuntimeError(f"no free port in {_PORTS}")
+
+
+@contextmanager
+def _process(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The server in a group of its own that also dies when the test process is killed (`stages.lifeline`)."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    guard_end, our_end = os.pipe()
+    try:
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-I", lifeline.__file__, str(guard_end), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=log.parent,
+                env={**inherited, **CPU_ENVIRONMENT, "PYTHONUNBUFFERED": "1", **environment},
+                pass_fds=(guard_end,),
+                start_new_session=True,
+            )
+    except BaseException:
+        os.close(our_end)
+        raise
+    finally:
+        os.close(guard_end)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # there is nothing to save, and asking it takes seconds
+        os.close(our_end)
+        process.wait()
+
+
+def _wait(process: subprocess.Popen[bytes], url: str, model: Path) -> None:
+    """Until the server of this model answers. AssertionError if it ended, serves another model, or takes too long."""
+    import httpx
+
+    deadline = time.monotonic() + START_LIMIT_S
+    while process.poll() is None:
+        assert time.monotonic() < deadline, f"no answer within {START_LIMIT_S:.0f} s"
+        with suppress(httpx.TransportError):
+            if httpx.get(f"{url}/health", timeout=30).status_code == 200:
+                served = httpx.get(f"{url}/get_model_info", timeout=30).json()["model_path"]
+                assert served == str(model), f"{url} serves {served}, not {model}"
+                return
+        time.sleep(_POLL_S)
+    raise AssertionError(f"the server ended with code {process.returncode} before it answered")
+
+
+def tail(log: Path, lines: int = 60) -> str:
+    """The last lines of a log."""
+    with log.open(encoding="utf-8", errors="replace") as file:
+        return "".join(deque(file, maxlen=lines))
+
+
+def generate(url: str, requests: Sequence[Mapping[str, Any]], concurrency: int = 4) -> list[dict[str, Any]]:
+    """The server's answers to bodies of /generate, in their order; `concurrency` of them are in flight."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import httpx
+
+    with httpx.Client(base_url=url, timeout=300) as client, ThreadPoolExecutor(concurrency) as pool:
+
+        def post(body: Mapping[str, Any]) -> dict[str, Any]:
+            answer: dict[str, Any] = client.post("/generate", json=body).raise_for_status().json()
+            return answer
+
+        return list(pool.map(post, requests))

@@ -1,0 +1,126 @@
+"""SGLang plug-in that closes the gaps of DFLASH on a CPU. Tests only: on a GPU none of it is needed.
+
+SGLang loads it through the entry-point group `sglang.srt.plugins` in each of its processes. Each function says which
+place of SGLang 0.5.20 … 0.5.23 it answers, and why a CPU stumbles there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+BACKEND = "intel_amx"  # the attention backend of SGLang's CPU path
+
+
+def activate() -> None:
+    """Register the hooks. Called by SGLang before it reads its own options."""
+    import sgl_kernel  # noqa: F401  (refuses to be imported where there is a GPU)
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    allow_draft_backend()
+    ignore_streams()
+    name_chain_topk()
+    hooks: list[tuple[str, Callable[..., Any], HookType]] = [
+        ("arg_groups.speculative_hook._handle_dflash", let_dflash_pass, HookType.AROUND),
+        ("model_executor.model_runner.ModelRunner._extend_forward_kwargs", keep_dtype, HookType.AFTER),
+        ("models.dflash.DFlashAttention.__init__", leave_fused_kernel_out, HookType.AFTER),
+    ]
+    for place, hook, kind in hooks:
+        HookRegistry.register(f"sglang.srt.{place}", hook, kind)
+
+
+def allow_draft_backend() -> None:
+    """arg_groups/choices.py: the list of a drafter's attention backends has none for a CPU."""
+    from sglang.srt.arg_groups import choices
+
+    if BACKEND not in choices.DRAFT_ATTENTION_BACKEND_CHOICES:
+        choices.add_draft_attention_backend_choices([BACKEND])
+
+
+def ignore_streams() -> None:
+    """speculative/dflash_worker_v2.py records a stream on `seq_lens`; tensors of a CPU have none and torch raises."""
+    record_stream = torch.Tensor.record_stream
+
+    def recorded(self: torch.Tensor, stream: Any) -> None:
+        if self.device.type != "cpu":
+            record_stream(self, stream)
+
+    torch.Tensor.record_stream = recorded  # type: ignore[method-assign, assignment]
+
+
+def name_chain_topk() -> None:
+    """layers/attention/intel_amx_backend.py asks the verified block for `tree_topk`; DFLASH's lacks it. 1 = a chain."""
+    from sglang.srt.speculative.dflash_info import DFlashVerifyInput
+
+    if not hasattr(DFlashVerifyInput, "tree_topk"):
+        DFlashVerifyInput.tree_topk = 1
+
+
+def keep_dtype(kwargs: dict[str, Any], runner: Any, forward_batch: Any, *_args: Any, **_kwargs: Any) -> dict[str, Any]:
+    """model_runner.py casts a drafter's input embeddings to bfloat16, whatever dtype the model has."""
+    if "input_embeds" in kwargs and forward_batch.input_embeds is not None:
+        kwargs["input_embeds"] = forward_batch.input_embeds.to(runner.dtype)
+    return kwargs
+
+
+def leave_fused_kernel_out(_result: None, attention: Any, *_args: Any, **_kwargs: Any) -> None:
+    """models/dflash.py takes a CUDA kernel for norm and rotation in bfloat16; beside it stands the same in torch."""
+    attention.use_table_qk_norm_rope = False
+
+
+def let_dflash_pass(handle: Callable[..., None], server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """arg_groups/speculative_hook.py lets DFLASH pass on named devices only. The CPU stands in for one while it looks.
+
+    0.5.23 asks the platform, which may be a foreign one that answers for itself; 0.5.20 compares the device's name,
+    which decides nothing else there (without data-parallel attention).
+    """
+    from sglang.srt.arg_groups import speculative_hook as module
+
+    name = "current_platform" if hasattr(module, "current_platform") else "resolving_view"
+    original = getattr(module, name)
+    if name == "current_platform":
+        replacement: Any = ForeignPlatform(original)
+    else:
+
+        def replacement(args: Any) -> CudaView:
+            return CudaView(original(args))
+
+    setattr(module, name, replacement)
+    try:
+        handle(server_args, *args, **kwargs)
+    finally:
+        setattr(module, name, original)
+
+
+class _Around:
+    """Everything that is not defined in the subclass is the wrapped object's."""
+
+    def __init__(self, wrapped: Any):
+        self._wrapped = wrapped
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wrapped, name)
+
+
+class CudaView(_Around):
+    """Server arguments whose device reads as one that DFLASH supports."""
+
+    device = "cuda"
+
+
+class ForeignPlatform(_Around):
+    """A platform from outside SGLang, which says itself what it supports."""
+
+    def is_out_of_tree(self) -> bool:
+        return True
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        return algorithm == "DFLASH"
+
+    def supports_speculative_draft_attention_backend(self, _algorithm: str, backend: str) -> bool:
+        return backend == BACKEND
+
+    def get_default_speculative_draft_attention_backend(self, _algorithm: str) -> str:
+        return BACKEND
