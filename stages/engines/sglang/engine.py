@@ -1,0 +1,187 @@
+"""The engine that generates on SGLang servers: requests go out over HTTP, completions come back as they finish."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from artifacts.errors import DraftsmithError
+from stages.drafters.config import DraftingConfig
+from stages.engines.base import Completion, Request
+from stages.engines.config import SGLangEngineConfig
+from stages.engines.sglang.records import completion_of, generate_payload
+
+if TYPE_CHECKING:
+    from stages.engines.sglang.client import Answer, ServerPool
+    from stages.engines.sglang.fleet import Fleet
+    from stages.engines.sglang.handshake import Expected
+
+T = TypeVar("T")
+
+
+class LoopThread:
+    """An event loop in a thread of its own, for a caller that is not asynchronous."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-client", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run to its end; what ends the wait (Ctrl-C) cancels it."""
+        future = self.submit(work)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def call(self, function: Callable[[], None]) -> None:
+        self._loop.call_soon_threadsafe(function)
+
+    def close(self) -> None:
+        """End every task, then the thread."""
+
+        async def cancel_all() -> None:
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        self.run(cancel_all())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+class SGLangEngine:
+    """Fulfils `stages.engines.base.Engine`; made by `open_sglang`.
+
+    `first_token_seconds` of completions is NaN unless the engine was opened with `measure_first_token`.
+    """
+
+    def __init__(self, loop: LoopThread, fleet: Fleet, pool: ServerPool, expected: Expected):
+        self._loop, self._fleet, self._pool, self._expected = loop, fleet, pool, expected
+        self.records_trace = fleet.records_trace
+        self.name = fleet.name
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Answers in the order in which they finish. Closing the iterator aborts what is in flight.
+
+        When a request fails for good, completions that have finished come first, then its error.
+        """
+        pending: set[Future[Completion]] = set()
+        finished: queue.SimpleQueue[Future[Completion]] = queue.SimpleQueue()
+        queued = iter(requests)
+        try:
+            while True:
+                # Twice as many as can be in flight, so that servers stay full while the caller writes.
+                while len(pending) < 2 * self._pool.places and (request := next(queued, None)) is not None:
+                    future = self._loop.submit(self._answer(request))
+                    pending.add(future)
+                    future.add_done_callback(finished.put)
+                if not pending:
+                    return
+                done = finished.get()
+                pending.discard(done)
+                if error := done.exception():
+                    yield from _completions(finished)
+                    raise error
+                yield done.result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+    async def _answer(self, request: Request) -> Completion:
+        if self._fleet.greedy_only and not request.sampling.greedy:
+            raise DraftsmithError(
+                "sampling.temperature: SGLang on a CPU verifies greedily, so a drafter would change sampled answers; "
+                "set it to 0, roll out without a drafter, or use a GPU"
+            )
+        payload = generate_payload(request, self._expected.target.eos_ids, self.records_trace)
+        answer = await self._pool.ask(request.request_id, payload)
+        if self.records_trace and answer.body.get("meta_info", {}).get("num_retractions"):
+            # It lost its memory to others and was read again, which makes a token without a verify step: normal on a
+            # full server. It is asked once more, then taken without its steps, which mining replays.
+            answer = await self._pool.ask(request.request_id, payload)
+            retracted_again = answer.body.get("meta_info", {}).get("num_retractions")
+            return self._completion(request, answer, with_records=not retracted_again)
+        return self._completion(request, answer, with_records=self.records_trace)
+
+    def _completion(self, request: Request, answer: Answer, *, with_records: bool) -> Completion:
+        return completion_of(
+            request,
+            answer.body,
+            eos_ids=self._expected.target.eos_ids,
+            vocab_size=self._expected.target.vocab_size,
+            with_records=with_records,
+            seconds=answer.seconds,
+            first_token_seconds=answer.first_token_seconds,
+        )
+
+    def set_concurrency(self, total: int | None) -> None:
+        """Bound the requests in flight on all servers together; None: `engine.concurrency` a server again."""
+        self._loop.call(lambda: self._pool.set_concurrency(total))
+
+    def flush_cache(self) -> None:
+        """Forget cached prefixes on all servers, when they are idle. Raises RetryableError if one stays busy."""
+        self._loop.run(self._fleet.flush_cache())
+
+
+def _completions(finished: queue.SimpleQueue[Future[Completion]]) -> Iterator[Completion]:
+    """Those that have finished without an error."""
+    with suppress(queue.Empty):
+        while True:
+            future = finished.get_nowait()
+            if not future.cancelled() and future.exception() is None:
+                yield future.result()
+
+
+@contextmanager
+def open_sglang(
+    config: SGLangEngineConfig,
+    *,
+    target_folder: Path,
+    drafter_folder: Path | None,
+    drafting: DraftingConfig,
+    longest: int,
+    work: Path,
+    log: Callable[[str], None],
+    measure_first_token: bool = False,
+) -> Iterator[SGLangEngine]:
+    """Servers that passed the handshake, started here if the config says so and stopped on exit.
+
+    longest: positions of the longest request. work: launched servers' logs go to its folder `servers`.
+    Raises DraftsmithError for a config, server or drafter that does not fit, RetryableError if no server answers.
+    """
+    from stages.engines.sglang.fleet import open_fleet
+    from stages.engines.sglang.handshake import Expected
+
+    expected = Expected.of(
+        config,
+        target_folder=target_folder,
+        drafter_folder=drafter_folder,
+        drafting=drafting,
+        longest=longest,
+        stream=measure_first_token,
+    )
+    # Servers are started from this thread, which therefore must outlive them: see ServerProcess.
+    loop = LoopThread()
+    try:
+        fleet = open_fleet(config, expected, work / "servers", log)
+        try:
+            pool = loop.run(fleet.start())
+            yield SGLangEngine(loop, fleet, pool, expected)
+        finally:
+            loop.run(fleet.stop())
+    finally:
+        loop.close()

@@ -1,0 +1,215 @@
+"""The servers of one engine: given by address or launched, checked, started again when they die, stopped at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from artifacts.errors import DraftsmithError, RetryableError
+from stages.engines.config import SGLangEngineConfig
+from stages.engines.sglang.client import Server, ServerPool, State
+from stages.engines.sglang.handshake import Expected, Facts, shake_hands
+from stages.engines.sglang.server import ServerProcess, command, server_processes
+
+if TYPE_CHECKING:
+    import httpx
+
+_CONNECT_TIMEOUT_S = 10.0
+_KEEP_ALIVE_S = 2.0  # less than a server's own, or requests would be sent on connections that it is closing
+_POLL_S = 0.5
+_FLUSH_TIMEOUT_S = 60.0
+
+
+class Fleet:
+    """See the module. Everything but `name`, `records_trace` and `greedy_only` runs in the engine's event loop."""
+
+    def __init__(
+        self,
+        config: SGLangEngineConfig,
+        expected: Expected,
+        processes: list[ServerProcess],
+        log: Callable[[str], None],
+    ):
+        self._config, self._expected, self._log = config, expected, log
+        self._processes = processes
+        self._process_of: dict[Server, ServerProcess] = {}
+        self._facts: dict[str, Facts] = {}
+        self._restarts_left = config.restarts
+        self._client: httpx.AsyncClient | None = None
+        self._pool: ServerPool | None = None
+
+    @property
+    def name(self) -> str:
+        """sglang and the version, or versions, of the servers."""
+        return "sglang " + ", ".join(sorted({facts.version for facts in self._facts.values()}))
+
+    @property
+    def records_trace(self) -> bool:
+        return all(facts.records_trace for facts in self._facts.values())
+
+    @property
+    def greedy_only(self) -> bool:
+        return any(facts.greedy_only for facts in self._facts.values())
+
+    async def start(self) -> ServerPool:
+        """Start what is to be started, check every server. Raises DraftsmithError if one is wrong."""
+        import httpx
+
+        self._client = client = httpx.AsyncClient(
+            timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S),
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE_S),
+            trust_env=not self._processes,  # no proxy between this machine and itself
+        )
+        if self._processes:
+            started = time.monotonic()
+            self._log(f"starting {len(self._processes)} SGLang server(s), logs in {self._processes[0].log_path.parent}")
+            await asyncio.gather(*(self._launch(process) for process in self._processes))
+            self._log(f"SGLang answers after {time.monotonic() - started:.0f} s")
+            servers = [Server(process.url) for process in self._processes]
+            self._process_of = dict(zip(servers, self._processes, strict=True))
+        else:
+            servers = [Server(url.rstrip("/")) for url in dict.fromkeys(self._config.urls)]
+        found = await asyncio.gather(
+            *(shake_hands(client, server.url, self._expected) for server in servers), return_exceptions=True
+        )
+        present = self._admit(servers, found)
+        self._pool = ServerPool(
+            client,
+            present,
+            concurrency=self._config.concurrency,
+            timeout_s=self._config.request_timeout_s,
+            retries=self._config.retries,
+            log=self._log,
+            revive=self._revive,
+            stream=self._expected.stream,
+        )
+        return self._pool
+
+    def _admit(self, servers: list[Server], found: list[Facts | BaseException]) -> list[Server]:
+        """Servers that passed. One that does not answer is left out while there are others; a wrong one is an error."""
+        present, absent = [], []
+        for server, facts in zip(servers, found, strict=True):
+            if isinstance(facts, RetryableError):
+                absent.append(facts)
+            elif isinstance(facts, BaseException):
+                raise facts
+            else:
+                self._facts[server.url] = facts
+                present.append(server)
+                for remark in facts.remarks:
+                    self._log(remark)
+        if not present:
+            raise absent[0]
+        for error in absent:
+            self._log(f"left out: {error}")
+        algorithms = {facts.algorithm for facts in self._facts.values()}
+        if len(algorithms) > 1:
+            each = ", ".join(f"{url}: {facts.algorithm or 'none'}" for url, facts in self._facts.items())
+            raise DraftsmithError(
+                f"engine.urls: the servers speculate differently ({each}); give servers that are alike"
+            )
+        if self._expected.trace and self._expected.drafter_folder and not self.records_trace:
+            self._log("no plug-in on the servers: verify steps are not recorded, mining replays them")
+        return present
+
+    async def _launch(self, process: ServerProcess) -> None:
+        """Start a server and wait until it is healthy. Raises RetryableError with its log if that does not happen."""
+        import httpx
+
+        assert self._client is not None and self._config.launch is not None
+        limit = self._config.launch.start_timeout_s
+        deadline = time.monotonic() + limit
+        process.start()
+        while True:
+            if ended := process.ended():
+                raise self._not_started(process, ended)
+            if time.monotonic() > deadline:
+                process.stop(grace_s=0)
+                raise self._not_started(process, f"gave no answer in {limit:g} s (engine.launch.start_timeout_s)")
+            try:
+                response = await self._client.get(f"{process.url}/health", timeout=_CONNECT_TIMEOUT_S)
+                if response.status_code == 200:
+                    return
+            except httpx.HTTPError:
+                pass
+            await asyncio.sleep(_POLL_S)
+
+    def _not_started(self, process: ServerProcess, what: str) -> RetryableError:
+        self._log(f"the end of {process.log_path}:\n{process.tail()}")
+        return RetryableError(f"engine.launch: the SGLang server {what} while it started (log: {process.log_path})")
+
+    async def _revive(self, server: Server) -> bool:
+        """Start a launched server again, as often as `engine.restarts` allows. Whether it is back."""
+        process = self._process_of.get(server)
+        if process is None:
+            return False
+        how = process.ended() or "does not answer"
+        server.reason = f"{how} (log: {process.log_path})"
+        self._log(f"SGLang server {server.url} {how}; the end of {process.log_path}:\n{process.tail()}")
+        while self._restarts_left > 0:
+            self._restarts_left -= 1
+            await asyncio.to_thread(process.stop, 0)
+            self._log(f"starting it again ({self._restarts_left} restarts left)")
+            try:
+                await self._launch(process)
+                await shake_hands(self._client_here, process.url, self._expected)
+            except RetryableError as error:
+                server.reason = str(error)
+                continue
+            server.url = process.url
+            return True
+        server.reason += f"; engine.restarts: {self._config.restarts} used up"
+        return False
+
+    @property
+    def _client_here(self) -> httpx.AsyncClient:
+        assert self._client is not None
+        return self._client
+
+    async def flush_cache(self) -> None:
+        """POST /flush_cache to every server that is there; waits until it is idle."""
+        assert self._pool is not None
+        await asyncio.gather(*(self._flush(server.url) for server in self._pool.servers if server.state is State.UP))
+
+    async def _flush(self, url: str) -> None:
+        import httpx
+
+        deadline = time.monotonic() + _FLUSH_TIMEOUT_S
+        while True:
+            try:
+                response = await self._client_here.post(f"{url}/flush_cache", timeout=_FLUSH_TIMEOUT_S)
+                if response.status_code == 200:
+                    return
+                reason = f"status {response.status_code}: {' '.join(response.text.split())[:200]}"
+            except httpx.HTTPError as error:
+                reason = f"{type(error).__name__} {error}"
+            if time.monotonic() > deadline:
+                raise RetryableError(f"engine: {url}/flush_cache did not succeed in {_FLUSH_TIMEOUT_S:g} s: {reason}")
+            await asyncio.sleep(_POLL_S)
+
+    async def stop(self) -> None:
+        """Abort what is in flight, then stop the servers that were started here."""
+        if self._pool is not None:
+            await self._pool.close()
+        if self._client is not None:
+            await self._client.aclose()
+        await asyncio.gather(*(asyncio.to_thread(process.stop) for process in self._processes))
+
+
+def open_fleet(config: SGLangEngineConfig, expected: Expected, folder: Path, log: Callable[[str], None]) -> Fleet:
+    """The servers that a config means, not started yet. Raises DraftsmithError if they cannot be."""
+    processes = []
+    if config.launch is not None:
+        line = command(
+            config,
+            model_folder=expected.model_folder,
+            dtype=expected.target.dtype,
+            drafter_folder=expected.drafter_folder,
+            algorithm=expected.algorithm,
+            block_size=expected.block_size,
+        )
+        processes = server_processes(config.launch, line, folder)
+    return Fleet(config, expected, processes, log)

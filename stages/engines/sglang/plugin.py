@@ -1,0 +1,116 @@
+"""SGLang's side of Draftsmith: a server plug-in that returns what every verify step proposed and what was kept.
+
+SGLang loads it by the entry-point group `sglang.srt.plugins`, in an environment that has this project installed without
+its dependencies: this module and `plugin_hooks` import nothing but the standard library, torch and sglang.
+
+A request asks by `sampling_params.custom_params = {"draftsmith_trace": true}`; `DRAFTSMITH_TRACE=1` in the server's
+environment asks for all. `meta_info["draftsmith_trace"]` of its answer has one element per OUTPUT token, because SGLang
+cuts such lists by output tokens: at token 0 `{"v", "drafter"}`; at the first token that a verify step committed
+
+    {"v": "1", "drafter": digest, "anchor": int, "block": [ids], "accepted": int, "bonus": int, "logprobs": [floats]}
+
+or `{"v", "drafter", "refused": reason}` for a step that has no single block; else None. `anchor` is the absolute
+position of the last token committed before the step; `accepted` is not cut at the end of the answer; `logprobs` are the
+target's at temperature 1 of the proposals, each behind the anchor and the proposals before it. A token that no verify
+step committed (the first one after a retraction) has None too. Without speculation the server answers as without
+the plug-in, and so it does over pipeline parallel ranks, whose transport SGLang does not open to plug-ins.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import pkgutil
+import re
+from importlib import metadata
+
+log = logging.getLogger(__name__)
+
+KEY = "draftsmith_trace"
+PROTOCOL = "1"
+ENVIRONMENT = "DRAFTSMITH_TRACE"
+FIRST, END = (0, 5, 20), (0, 5, 24)
+SUPPORTED = ">=0.5.20,<0.5.24"  # FIRST and END, in words
+
+_DFLASH = "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2"
+_EAGLE = "sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2"
+_EAGLE_SAMPLE = "sglang.srt.speculative.eagle_utils.eagle_sample"
+
+# what is hooked or called, with the arguments that are read
+REQUIRED: dict[str, tuple[str, ...]] = {
+    f"{_DFLASH}.__init__": ("server_args",),
+    f"{_DFLASH}.forward_batch_generation": ("batch",),
+    f"{_DFLASH}._accept_block": ("candidates", "next_token_logits", "prefix_lens"),
+    f"{_EAGLE}.__init__": ("server_args",),
+    f"{_EAGLE}.forward_batch_generation": ("batch",),
+    _EAGLE_SAMPLE: ("verify_input", "batch", "logits_output"),
+    "sglang.srt.managers.auxiliary_output.append_auxiliary_output": ("current", "output"),
+    "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
+    ".consume_auxiliary_output": ("batch", "output", "output_starts"),
+    "sglang.srt.managers.utils.GenerationBatchResult.auxiliary_host_output": (),
+    "sglang.srt.layers.logits_processor.LogitsProcessorOutput.auxiliary_device_output": (),
+}
+_SKIPS_LOGITS = f"{_DFLASH}._can_skip_verify_logits"  # only in releases that may leave the logits on their TP ranks
+
+
+def installed_version() -> str:
+    """Of sglang, "unknown" for a source tree without metadata."""
+    try:
+        return metadata.version("sglang")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def supported(version: str) -> bool:
+    """Whether a release lies in SUPPORTED; its pre- and post-releases count as the release."""
+    numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
+    return numbers is not None and FIRST <= tuple(int(n) for n in numbers.groups()) < END
+
+
+def check_release(required: dict[str, tuple[str, ...]] = REQUIRED) -> None:
+    """Raise RuntimeError if this SGLang lacks something that is hooked; warn if it was never tested."""
+    version = installed_version()
+    for target, parameters in required.items():
+        try:
+            found = pkgutil.resolve_name(target)
+            missing = [name for name in parameters if name not in inspect.signature(found).parameters]
+        except (ImportError, AttributeError) as error:
+            raise RuntimeError(_refusal(version, f"{target} is missing ({error})")) from error
+        if missing:
+            raise RuntimeError(_refusal(version, f"{target} takes no argument {missing[0]}"))
+    if not supported(version):
+        log.warning("draftsmith's plug-in is tested with sglang %s, this is %s: check its traces", SUPPORTED, version)
+
+
+def _refusal(version: str, reason: str) -> str:
+    return (
+        f"draftsmith's plug-in does not work with sglang {version}: {reason}. It supports {SUPPORTED}; install such "
+        "a release, or start the server without the plug-in (SGLANG_PLUGINS names those to load)"
+    )
+
+
+def activate() -> None:
+    """Entry point: called once in each of the server's processes, before it loads anything.
+
+    Raises SystemExit where the release is refused: SGLang logs a plug-in's other errors and serves without it.
+    """
+    try:
+        check_release()
+    except RuntimeError as error:
+        raise SystemExit(str(error)) from error
+
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from stages.engines.sglang.plugin_hooks import Recorder
+
+    recorder = Recorder()
+    for worker in (_DFLASH, _EAGLE):
+        HookRegistry.register(f"{worker}.__init__", recorder.after_load, HookType.AFTER)
+        HookRegistry.register(f"{worker}.forward_batch_generation", recorder.around_generation, HookType.AROUND)
+    HookRegistry.register(f"{_DFLASH}._accept_block", recorder.around_accept_block, HookType.AROUND)
+    HookRegistry.register(_EAGLE_SAMPLE, recorder.around_eagle_sample, HookType.AROUND)
+    try:
+        pkgutil.resolve_name(_SKIPS_LOGITS)
+    except AttributeError:
+        return
+    HookRegistry.register(_SKIPS_LOGITS, recorder.after_can_skip_logits, HookType.AFTER)

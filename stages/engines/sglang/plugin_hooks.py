@@ -1,0 +1,242 @@
+"""The plug-in's hooks: what a verify step leaves on the device, its way to the host, and the records of an answer.
+
+A step's figures are packed into one fresh tensor on the device's stream. It travels as SGLang's own "auxiliary output":
+the scheduler copies it beside the step's tokens (on its copy stream where scheduling overlaps) and hands it back when
+the tokens have been committed, so nothing here waits for the device. No request of a batch asked: one look at each
+request, and the original is called.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages.engines.sglang.plugin import ENVIRONMENT, KEY, PROTOCOL
+
+log = logging.getLogger(__name__)
+
+LOWEST = -1e4  # log-prob of a token that a mask forbids: -inf is not JSON
+CHUNK = 128  # positions whose float32 logits are held at a time: 80 MB for 150,000 tokens
+DIGESTED = ("config.json", "model.safetensors", "frequent_tokens.npy")  # as stages.drafters.checkpoint.drafter_digest
+
+
+def asked(request: Any) -> bool:
+    """Whether a request's custom parameters ask for its trace."""
+    custom = request.sampling_params.custom_params
+    return bool(custom) and bool(custom.get(KEY))
+
+
+def folder_digest(folder: Path) -> str:
+    """The drafter's digest: sha256 over name, zero byte and content of the files that decide what it proposes."""
+    digest = hashlib.sha256()
+    for name in DIGESTED:
+        if (path := folder / name).exists():
+            digest.update(name.encode() + b"\0")
+            with path.open("rb") as file:
+                while part := file.read(1 << 20):
+                    digest.update(part)
+    return digest.hexdigest()
+
+
+def chain_logprobs(logits: torch.Tensor, candidates: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """Log-probs of the proposals of some rows: `[len(rows), B-1]` float32.
+
+    `logits` are the target's, `[batch·B, V]`, row b·B + j behind the j-th candidate of b; `candidates` `[batch, B]`
+    start with the anchor's token.
+    """
+    B = candidates.shape[1]
+    at = _on_device([row * B + j for row in rows for j in range(B - 1)], logits.device)
+    proposed = candidates.reshape(-1)[at + 1].long()
+    parts = [
+        torch.log_softmax(logits[some].float(), dim=-1).gather(1, tokens[:, None])[:, 0]
+        for some, tokens in zip(at.split(CHUNK), proposed.split(CHUNK), strict=True)
+    ]
+    return torch.cat(parts).view(len(rows), B - 1)
+
+
+def pack_steps(
+    rows: Sequence[int],
+    anchors: torch.Tensor,
+    candidates: torch.Tensor,
+    accepted: torch.Tensor,
+    bonus: torch.Tensor,
+    logprobs: torch.Tensor,
+) -> torch.Tensor:
+    """One int32 tensor `[len(rows), 3 + 2·(B-1)]`, to be moved once: anchor, accepted, bonus, proposals, log-probs.
+
+    The log-probs go as their float32 bits. All arguments but `logprobs` cover the whole batch.
+    """
+    at = _on_device(list(rows), candidates.device)
+    figures = torch.stack([anchors[at].int(), accepted[at].int(), bonus[at].int()], dim=1)
+    bits = logprobs.float().contiguous().view(torch.int32)
+    return torch.cat([figures, candidates[at, 1:].int(), bits], dim=1)
+
+
+def unpack_steps(packed: torch.Tensor) -> list[dict[str, Any]]:
+    """The steps of a packed tensor on the host, without version and drafter."""
+    proposals = (packed.shape[1] - 3) // 2
+    logprobs = packed[:, 3 + proposals :].contiguous().view(torch.float32).clamp(min=LOWEST).tolist()
+    return [
+        {
+            "anchor": anchor,
+            "block": block[:proposals],
+            "accepted": accepted,
+            "bonus": bonus,
+            "logprobs": [round(value, 6) for value in row],
+        }
+        for (anchor, accepted, bonus, *block), row in zip(packed.tolist(), logprobs, strict=True)
+    ]
+
+
+def _on_device(values: list[int], device: torch.device) -> torch.Tensor:
+    """Indices, moved without waiting for what the device still has to do."""
+    return torch.tensor(values, dtype=torch.long, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A batch's records on their way: SGLang's DeviceAuxiliaryOutput before the copy, its HostAuxiliaryOutput after.
+
+    `steps`: None after a prefill, the packed tensor after a verification, or why that one has no record.
+    """
+
+    drafter: str
+    rows: Sequence[int]  # of the batch: the requests that asked
+    steps: torch.Tensor | str | None
+
+    def copy_to_host(self, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> Trace:
+        steps = copy_tensor(self.steps) if isinstance(self.steps, torch.Tensor) else self.steps
+        return Trace(self.drafter, self.rows, steps)
+
+    def consume(self, batch: Any, commits: Sequence[Any]) -> None:
+        """Append to the answers of the batch; `commits[b]` is None or has output_index and token_ids (visible ones)."""
+        head = {"v": PROTOCOL, "drafter": self.drafter}
+        if isinstance(self.steps, torch.Tensor):
+            records = [{**head, **step} for step in unpack_steps(self.steps)]
+        else:
+            records = [head if self.steps is None else {**head, "refused": self.steps} for _ in self.rows]
+        for row, record in zip(self.rows, records, strict=True):
+            if (commit := commits[row]) is None:  # a middle chunk of a prompt, or finished or retracted meanwhile
+                continue
+            start = commit.output_index
+            # a prefill in the middle of an answer (after a retraction) is no step
+            element = record if self.steps is not None or start == 0 else None
+            place(batch.reqs[row], start, len(commit.token_ids), element)
+
+
+def place(request: Any, start: int, count: int, element: dict[str, Any] | None) -> None:
+    """Put an element at output token `start`, of which and whose `count - 1` successors were committed together."""
+    if request.customized_info is None:
+        request.customized_info = {}
+    elements = request.customized_info.setdefault(KEY, [])
+    del elements[start:]  # of an answer that was thrown away and began again
+    elements.extend([None] * (start - len(elements)))
+    elements.append(element)
+    elements.extend([None] * (count - 1))
+
+
+class Recorder:
+    """The hooks of one scheduler process, whose only thread runs one batch at a time."""
+
+    def __init__(self) -> None:
+        self.drafter = ""
+        self.active = False
+        self.everyone = os.environ.get(ENVIRONMENT, "").lower() in ("1", "true", "yes")
+        self.rows: Sequence[int] = ()  # that asked, of the batch under way
+        self.steps: torch.Tensor | str | None = None  # of its verification
+
+    def after_load(self, _result: None, worker: Any, *_args: Any, **_kwargs: Any) -> None:
+        """`__init__` of a speculative worker: its drafter has just been read."""
+        arguments = worker.server_args
+        if arguments.pp_size > 1:
+            log.warning("draftsmith: no traces with pipeline parallelism (pp_size %d)", arguments.pp_size)
+            return
+        self.drafter = _served_digest(
+            arguments.speculative_draft_model_path, arguments.speculative_draft_model_revision
+        )
+        self.active = True
+        asks = "every request" if self.everyone else "requests that ask"
+        log.info("draftsmith: traces of %s, protocol %s, drafter %s", asks, PROTOCOL, self.drafter[:12] or "unknown")
+
+    def asking(self, batch: Any) -> Sequence[int]:
+        """Rows of the batch whose requests want records."""
+        if not self.active:
+            return ()
+        if self.everyone:
+            return range(len(batch.reqs))
+        return [row for row, request in enumerate(batch.reqs) if asked(request)]
+
+    def around_generation(
+        self, original: Callable[..., Any], worker: Any, batch: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """`forward_batch_generation` of a speculative worker: a prefill, or draft and verification."""
+        rows = self.asking(batch)
+        if not rows:
+            return original(worker, batch, *args, **kwargs)
+        self.rows = rows
+        try:
+            result = original(worker, batch, *args, **kwargs)
+            steps = self.steps
+        finally:
+            self.rows, self.steps = (), None
+        output = result.logits_output
+        if output is not None:
+            from sglang.srt.managers.auxiliary_output import append_auxiliary_output
+
+            trace = Trace(self.drafter, rows, steps)
+            output.auxiliary_device_output = append_auxiliary_output(output.auxiliary_device_output, trace)
+        return result
+
+    def around_accept_block(self, original: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
+        """DFLASH's `_accept_block` (arguments by name): accepted lengths and bonus tokens of the drafted blocks."""
+        if not self.rows:
+            return original(worker, *args, **kwargs)
+        candidates = kwargs["candidates"]
+        logprobs = chain_logprobs(kwargs["next_token_logits"], candidates, self.rows)  # before it touches the logits
+        result = original(worker, *args, **kwargs)
+        accepted, _, bonus = result[:3]
+        self.steps = pack_steps(self.rows, kwargs["prefix_lens"], candidates, accepted, bonus, logprobs)
+        return result
+
+    def around_eagle_sample(
+        self, original: Callable[..., Any], verify_input: Any, batch: Any, logits_output: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """EAGLE's `eagle_sample`: verification of a chain or a tree; NGRAM calls it too, then nobody asks here."""
+        following = functools.partial(original, verify_input, batch, logits_output, *args, **kwargs)
+        if not self.rows or batch.forward_mode.is_idle():
+            return following()
+        if verify_input.tree_topk != 1:
+            self.steps = f"a tree (speculative-eagle-topk {verify_input.tree_topk}) has no single proposed block"
+            return following()
+        candidates = verify_input.draft_token.reshape(-1, verify_input.draft_token_num)
+        logprobs = chain_logprobs(logits_output.next_token_logits, candidates, self.rows)
+        predict, accept_lens, accept_index = result = following()
+        last = accept_index.gather(1, (accept_lens - 1)[:, None].long())  # place of the bonus among all candidates
+        bonus = predict[last[:, 0].long()]
+        self.steps = pack_steps(self.rows, batch.seq_lens, candidates, accept_lens - 1, bonus, logprobs)
+        return result
+
+    def after_can_skip_logits(self, _result: bool, *_args: Any, **_kwargs: Any) -> bool | None:
+        """DFLASH's `_can_skip_verify_logits`: whether greedy verification may do without gathered logits."""
+        return False if self.rows else None
+
+
+def _served_digest(source: str, revision: str | None) -> str:
+    """Of the drafter's folder, or of the hub's snapshot that SGLang downloaded; "" if neither is found."""
+    if not (folder := Path(source)).is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(source, revision=revision, local_files_only=True))
+        except Exception as error:  # many kinds, all meaning: not in the cache
+            log.warning("draftsmith: no digest of the drafter %s (%s); its traces name none", source, error)
+            return ""
+    return folder_digest(folder)

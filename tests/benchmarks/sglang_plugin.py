@@ -1,0 +1,144 @@
+"""Output tokens/s of a DFLASH server without the plug-in, with it and nobody asking, and with every request asking.
+
+Starts two servers of the test bed's target and drafter on the CPU (`make sglang-cpu`), one that leaves the plug-in out;
+or measures servers that run already, on a GPU say: `--without URL --with URL --prompts FILE`, where FILE has a JSON
+list of token ids a line. The same greedy requests go to every arm, in turns. Behind it, without any server, the time of
+the one thing that the plug-in does in a step where nobody asks: looking at the batch's requests.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from artifacts.errors import DraftsmithError
+from stages.engines.sglang.plugin import KEY
+from stages.engines.sglang.plugin_hooks import Recorder
+from tests.benchmarks import harness
+from tests.sglang_cpu.server import generate, running_server, sglang_python
+from tests.testbed import cache, target, text
+from tests.testbed.drafter import drafter_artifacts
+
+ABSENT, OFF, ON = "absent", "installed, off", "installed, on"
+
+
+def tiny_prompts(model: Path, count: int) -> list[list[int]]:
+    """Prompts that the tiny target was not trained on, as its chat template has them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": example.prompt}], add_generation_prompt=True, return_dict=False
+        )
+        for example in target.fresh_prompts(target.TINY, count)
+    ]
+
+
+@contextmanager
+def cpu_servers(logs: Path) -> Iterator[tuple[str, str, Path]]:
+    """URLs without and with the plug-in, and the folder of the model that both serve."""
+    python = sglang_python()
+    if isinstance(python, str):
+        raise DraftsmithError(python)
+    model = target.target_folder(target.TINY)
+
+    def build(folder: Path) -> None:
+        target.write_prompts(folder / "prompts.jsonl", target.TINY)
+
+    prompts = cache.cached("prompts-tiny", build, code=(text, target)) / "prompts.jsonl"
+    drafter = drafter_artifacts(model, prompts).drafter / "drafter"
+    only_cpu = {"SGLANG_PLUGINS": "draftsmith_cpu"}  # the names of the plug-ins that are loaded
+    with ExitStack() as stack:
+        urls = [
+            stack.enter_context(running_server(python, model, drafter, log=logs / name, environment=environment))
+            for name, environment in (("without.log", only_cpu), ("with.log", {}))
+        ]
+        yield urls[0], urls[1], model
+
+
+def arm(url: str, prompts: Sequence[list[int]], tokens: int, concurrency: int, traced: bool) -> Callable[[], None]:
+    """All prompts answered by a server."""
+    sampling: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": tokens, "ignore_eos": True}
+    if traced:
+        sampling["custom_params"] = {KEY: True}
+    requests = [{"input_ids": prompt, "sampling_params": sampling} for prompt in prompts]
+
+    def work() -> None:
+        answers = generate(url, requests, concurrency)
+        assert all(len(answer["output_ids"]) == tokens for answer in answers)
+        records = [any(answer["meta_info"].get(KEY) or ()) for answer in answers]
+        if any(records) != traced or all(records) != traced:
+            raise DraftsmithError(f"{url}: {sum(records)} of {len(records)} answers have records, asked: {traced}")
+
+    return work
+
+
+def microseconds_of_a_look(requests: int, looks: int = 2000) -> float:
+    """Time of `Recorder.asking` for a batch in which nobody asks."""
+    recorder = Recorder()
+    recorder.active, recorder.everyone = True, False
+    batch = SimpleNamespace(
+        reqs=[SimpleNamespace(sampling_params=SimpleNamespace(custom_params=None)) for _ in range(requests)]
+    )
+    started = time.perf_counter()
+    for _ in range(looks):
+        recorder.asking(batch)
+    return (time.perf_counter() - started) / looks * 1e6
+
+
+def main() -> None:
+    options = harness.parser(__doc__, repetitions=5)
+    options.add_argument("--without", metavar="URL", help="a running server without the plug-in")
+    options.add_argument("--with", metavar="URL", dest="installed", help="the same server with it")
+    options.add_argument("--prompts", type=Path, help="token ids, a JSON list a line; for running servers")
+    options.add_argument("--requests", type=int, default=32)
+    options.add_argument("--new-tokens", type=int, default=128)
+    options.add_argument("--concurrency", type=int, nargs="+", default=[1, 8])
+    chosen = options.parse_args()
+    if len({bool(chosen.without), bool(chosen.installed), bool(chosen.prompts)}) > 1:
+        options.error("--without, --with and --prompts: give all of them, or none")
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as logs, ExitStack() as stack:
+        if chosen.prompts:
+            without, installed = chosen.without, chosen.installed
+            prompts = [json.loads(line) for line in chosen.prompts.read_text().splitlines()][: chosen.requests]
+        else:
+            without, installed, model = stack.enter_context(cpu_servers(Path(logs)))
+            prompts = tiny_prompts(model, chosen.requests)
+        for concurrency in chosen.concurrency:
+            arms = {
+                name: arm(url, prompts, chosen.new_tokens, concurrency, traced)
+                for name, url, traced in ((ABSENT, without, False), (OFF, installed, False), (ON, installed, True))
+            }
+            seconds = harness.alternate(arms, chosen.repetitions)
+            for name, values in seconds.items():
+                ratios = [base / value for base, value in zip(seconds[ABSENT], values, strict=True)]
+                rows.append(
+                    {
+                        "plug-in": name,
+                        "concurrency": concurrency,
+                        "tokens_per_s": len(prompts) * chosen.new_tokens / harness.median(values),
+                        "of_absent": harness.median(ratios),  # of the same round
+                        "lowest": min(ratios),
+                        "highest": max(ratios),
+                    }
+                )
+    harness.print_table(
+        f"{len(prompts)} requests of {chosen.new_tokens} tokens, {chosen.repetitions} rounds",
+        list(rows[0]),
+        [list(row.values()) for row in rows],
+    )
+    looks = {count: microseconds_of_a_look(count) for count in (1, 16, 64, 256)}
+    harness.print_table("a step in which nobody asks", ["requests", "microseconds"], list(looks.items()))
+    harness.report("sglang_plugin", {"rows": rows, "look_microseconds": looks}, chosen)
+
+
+if __name__ == "__main__":
+    harness.run(main)

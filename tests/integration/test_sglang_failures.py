@@ -1,0 +1,221 @@
+"""Real SGLang servers and stages that are killed in the middle of a rollout: nothing is lost, repeated or left over."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from artifacts.errors import EXIT_INTERRUPTED, RetryableError
+from artifacts.parquet import read_table
+from artifacts.schemas import TIMINGS, TRACE, TRAJECTORIES
+from flows.stage_process import StageRequest, run_stage
+from stages.rollout import STAGE, RolloutConfig
+from tests.flows.processes import wait_until
+from tests.sglang_cpu.fixtures import ServingTarget
+from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
+from tests.sglang_cpu.server import running_server
+from tests.stages.engines.server_processes import living
+from tests.testbed.context import RecordingContext
+from tests.testbed.drafter import DrafterArtifacts
+
+pytestmark = [pytest.mark.sglang, pytest.mark.integration]
+
+PROMPTS, KILLED_AFTER = 40, 6
+
+
+@dataclass
+class KillingContext(RecordingContext):
+    """Does something once, when so many answers are there."""
+
+    act: Callable[[], None] | None = None
+
+    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
+        super().progress(done, total, unit, **figures)
+        if done == KILLED_AFTER and self.act is not None:
+            act, self.act = self.act, None
+            act()
+
+
+def settings(engine: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "splits": ["heldout"],
+        "prompts": PROMPTS,
+        "sampling": {"max_new_tokens": 100},
+        "engine": engine,
+        "rows_per_shard": 4,
+    }
+
+
+def launched(python: Path, **fields: Any) -> dict[str, Any]:
+    launch = {"options": CPU_OPTIONS, "environment": CPU_ENVIRONMENT}
+    return {"kind": "sglang", "python": str(python), "launch": launch, "concurrency": 2, **fields}
+
+
+def inputs(made: DrafterArtifacts) -> dict[str, Path]:
+    return {"target": made.target, "prompts": made.prompts, "drafter": made.drafter}
+
+
+def context(folder: Path, made: DrafterArtifacts, act: Callable[[], None] | None = None) -> KillingContext:
+    return KillingContext(folder / "out", folder / "work", inputs(made), act=act)
+
+
+def kill_leader(folder: Path) -> None:
+    """SIGKILL the server's main process, as the kernel does when memory runs out."""
+    leaders = [pid for pid in living(folder) if os.getpgid(pid) == pid and b"launch_server" in _command_line(pid)]
+    assert len(leaders) == 1
+    os.kill(leaders[0], signal.SIGKILL)
+
+
+def _command_line(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def result(folder: Path) -> list[list[dict[str, Any]]]:
+    """Answers and verify steps of a finished rollout, without which engine made them."""
+    answers = read_table(folder / "trajectories.parquet", TRAJECTORIES).drop_columns(["engine"])
+    trace = read_table(folder / "trace.parquet", TRACE).drop_columns(["target_logprobs"])
+    timings = read_table(folder / "timings.parquet", TIMINGS).select(["trajectory_id", "verify_steps"])
+    return [table.to_pylist() for table in (answers, trace, timings)]
+
+
+@pytest.fixture(scope="session")
+def expected(tiny_drafter: DrafterArtifacts, tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
+    """What the embedded engine makes of it."""
+    ctx = context(tmp_path_factory.mktemp("embedded"), tiny_drafter)
+    STAGE.run(ctx, RolloutConfig.model_validate(settings({"kind": "embedded"})))
+    return result(ctx.out)
+
+
+def generated(log: Path) -> int:
+    """Requests that a server answered, by its access log; one of each start is the handshake's."""
+    text = log.read_text(errors="replace")
+    return text.count('"POST /generate HTTP/1.1" 200') - text.count("# 20")
+
+
+def test_a_killed_server_is_started_again_and_the_rollout_finishes(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, sglang_env: Path, expected: list[list[dict[str, Any]]]
+) -> None:
+    servers = tmp_path / "work" / "servers"
+    ctx = context(tmp_path, tiny_drafter, lambda: kill_leader(servers))
+    STAGE.run(ctx, RolloutConfig.model_validate(settings(launched(sglang_env, restarts=1))))
+    assert result(ctx.out) == expected
+    assert any("was killed (SIGKILL)" in line and "the end of" in line for line in ctx.logs)
+    assert any("starting it again (0 restarts left)" in line for line in ctx.logs)
+    assert not living(servers)
+
+
+def test_without_restarts_it_is_one_error_and_a_rerun_asks_only_for_what_is_missing(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, sglang_env: Path, expected: list[list[dict[str, Any]]]
+) -> None:
+    servers = tmp_path / "work" / "servers"
+    config = RolloutConfig.model_validate(settings(launched(sglang_env, restarts=0)))
+    first = context(tmp_path, tiny_drafter, lambda: kill_leader(servers))
+    with pytest.raises(RetryableError, match=r"was killed \(SIGKILL\)") as caught:
+        STAGE.run(first, config)
+    assert str(servers / "sglang-0.log") in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not living(servers)
+    (servers / "sglang-0.log").unlink()
+    last = context(tmp_path, tiny_drafter)
+    STAGE.run(last, config)
+    kept = first.progressed[-1][0]
+    assert KILLED_AFTER <= kept < PROMPTS
+    assert any(line.startswith(f"{kept} answers of an earlier attempt kept") for line in last.logs)
+    assert generated(servers / "sglang-0.log") == PROMPTS - kept
+    assert result(last.out) == expected
+
+
+def test_of_two_servers_one_may_die(
+    tmp_path: Path,
+    tiny_drafter: DrafterArtifacts,
+    serving_target: ServingTarget,
+    sglang_env: Path,
+    expected: list[list[dict[str, Any]]],
+) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    served = serving_target
+    with (
+        running_server(sglang_env, served.model, served.drafter, log=folders[0] / "log") as dies,
+        running_server(sglang_env, served.model, served.drafter, log=folders[1] / "log") as lives,
+    ):
+        ctx = context(tmp_path, tiny_drafter, lambda: kill_leader(folders[0]))
+        engine = {"kind": "sglang", "urls": [dies, lives], "concurrency": 2}
+        STAGE.run(ctx, RolloutConfig.model_validate(settings(engine)))
+        assert result(ctx.out) == expected
+        assert any(f"{dies} is lost" in line for line in ctx.logs)
+        # started again without the dead one, it says so and goes on
+        rest = context(tmp_path / "rest", tiny_drafter)
+        STAGE.run(rest, RolloutConfig.model_validate(settings(engine)))
+        assert result(rest.out) == expected
+        assert any(line.startswith(f"left out: engine: {dies}") for line in rest.logs)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_no_server_outlives_its_stage(
+    end: signal.Signals, tmp_path: Path, tiny_drafter: DrafterArtifacts, sglang_env: Path
+) -> None:
+    """The stage as the flow starts it, killed or asked to stop while the server works."""
+    work = tmp_path / "work"
+    request = tmp_path / "request.json"
+    config = settings(launched(sglang_env)) | {"samples_per_prompt": 50}
+    asked = {
+        "stage": "rollout",
+        "module": "stages.rollout",
+        "config": config,
+        "inputs": {name: str(path) for name, path in inputs(tiny_drafter).items()},
+        "out": str(tmp_path / "out"),
+        "work": str(work),
+        "seed": 0,
+        "threads": 1,
+    }
+    request.write_text(json.dumps(asked))
+    stage = subprocess.Popen(
+        [sys.executable, "-P", "-m", "stages", str(request)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    assert stage.stdout is not None
+    done = 0
+    for line in stage.stdout:
+        event = json.loads(line)
+        assert event["event"] != "error", event
+        done = event.get("done", done)
+        if done >= KILLED_AFTER:
+            break
+    assert len(living(work / "servers")) >= 4  # server, scheduler, detokenizer, the guard of the lifeline
+    stage.send_signal(end)
+    stage.stdout.read()
+    assert stage.wait(60) == (EXIT_INTERRUPTED if end == signal.SIGTERM else -signal.SIGKILL)
+    wait_until(lambda: not living(work / "servers"), "all processes of the server have ended")
+    if end == signal.SIGTERM:  # asked to stop, it saved what it had
+        assert list((work / "trajectories").glob("*.parquet"))
+
+
+def test_a_stage_run_by_the_flow_leaves_nothing_behind(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, sglang_env: Path, expected: list[list[dict[str, Any]]]
+) -> None:
+    request = StageRequest(
+        "rollout",
+        "stages.rollout",
+        settings(launched(sglang_env)),
+        {name: str(path) for name, path in inputs(tiny_drafter).items()},
+        str(tmp_path / "out"),
+        str(tmp_path / "work"),
+        seed=0,
+    )
+    run_stage(request, log_path=tmp_path / "stage.log", time_limit_s=800, grace_s=30, on_event=lambda _: None)
+    assert result(tmp_path / "out") == expected
+    assert not living(tmp_path / "work" / "servers")

@@ -1,0 +1,163 @@
+"""The stage `rollout` on real SGLang servers: the same answers and verify steps as the embedded engine, float32."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from artifacts.errors import DraftsmithError
+from artifacts.parquet import read_table
+from artifacts.schemas import TIMINGS, TRACE, TRAJECTORIES, TableSchema
+from stages.drafters.config import DraftingConfig
+from stages.engines.base import Request, SamplingParams
+from stages.engines.config import SGLangEngineConfig
+from stages.engines.sglang.engine import open_sglang
+from stages.rollout import STAGE, RolloutConfig
+from stages.stored import DRAFTER_FOLDER, load_prompts
+from tests.testbed.context import RecordingContext
+from tests.testbed.drafter import DrafterArtifacts
+
+pytestmark = [pytest.mark.sglang, pytest.mark.integration]
+
+
+def roll_out(folder: Path, made: DrafterArtifacts, engine: dict[str, Any], *, drafter: bool) -> RecordingContext:
+    inputs = {"target": made.target, "prompts": made.prompts, **({"drafter": made.drafter} if drafter else {})}
+    ctx = RecordingContext.under(folder, inputs)
+    fields = {"splits": ["heldout"], "prompts": 30, "sampling": {"max_new_tokens": 128}, "engine": engine}
+    STAGE.run(ctx, RolloutConfig.model_validate(fields))
+    return ctx
+
+
+def rows(ctx: RecordingContext, name: str, schema: TableSchema, *without: str) -> list[dict[str, Any]]:
+    found = read_table(ctx.out / f"{name}.parquet", schema).to_pylist()
+    return [{column: value for column, value in row.items() if column not in without} for row in found]
+
+
+def served(url: str, **fields: Any) -> dict[str, Any]:
+    return {"kind": "sglang", "urls": [url], "concurrency": 4, **fields}
+
+
+def test_plain_answers_are_the_embedded_engines(tmp_path: Path, tiny_drafter: DrafterArtifacts, plain_url: str) -> None:
+    ours = roll_out(tmp_path / "embedded", tiny_drafter, {"kind": "embedded"}, drafter=False)
+    theirs = roll_out(tmp_path / "sglang", tiny_drafter, served(plain_url), drafter=False)
+    answers = rows(theirs, "trajectories", TRAJECTORIES, "engine")
+    assert answers == rows(ours, "trajectories", TRAJECTORIES, "engine")
+    assert {answer["finish_reason"] for answer in answers} == {"stop", "length"} or len(answers) == 30
+    assert {row["engine"].split()[0] for row in rows(theirs, "trajectories", TRAJECTORIES)} == {"sglang"}
+    assert {row["verify_steps"] for row in rows(theirs, "timings", TIMINGS)} == {0}
+    assert not (theirs.out / "trace.parquet").exists()
+
+
+@pytest.mark.parametrize("trace", [True, False], ids=["recorded", "not recorded"])
+def test_assisted_answers_and_verify_steps_are_the_embedded_engines(
+    trace: bool, tmp_path: Path, tiny_drafter: DrafterArtifacts, dflash_url: str
+) -> None:
+    ours = roll_out(tmp_path / "embedded", tiny_drafter, {"kind": "embedded"}, drafter=True)
+    theirs = roll_out(tmp_path / "sglang", tiny_drafter, served(dflash_url, trace=trace), drafter=True)
+    assert rows(theirs, "trajectories", TRAJECTORIES, "engine") == rows(ours, "trajectories", TRAJECTORIES, "engine")
+    counted = [[row["verify_steps"] for row in rows(ctx, "timings", TIMINGS)] for ctx in (ours, theirs)]
+    assert counted[0] == counted[1]
+    recorded = rows(theirs, "trace", TRACE)
+    if not trace:
+        assert recorded == []
+        return
+    assert rows(theirs, "trace", TRACE, "target_logprobs") == rows(ours, "trace", TRACE, "target_logprobs")
+    assert len(recorded) == sum(counted[1]) > 200
+    assert all(len(row["target_logprobs"]) == 7 and max(row["target_logprobs"]) <= 0 for row in recorded)
+    assert theirs.summaries["tau"] == ours.summaries["tau"] > 3
+
+
+def test_a_finished_answer_without_records_is_not_asked_for_again(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, dflash_url: str
+) -> None:
+    engine = served(dflash_url, trace=False)
+    roll_out(tmp_path, tiny_drafter, engine, drafter=True)
+    again = roll_out(tmp_path, tiny_drafter, engine, drafter=True)
+    assert any(line.startswith("30 answers of an earlier attempt kept, 0 missing") for line in again.logs)
+    assert again.progressed == []
+
+
+def open_with(url: str, made: DrafterArtifacts, work: Path, *, drafter: Path | None = None, **options: Any) -> Any:
+    drafting = DraftingConfig(block_size=options.pop("block_size", None))
+    settings = {
+        "target_folder": made.target,
+        "drafter_folder": drafter,
+        "drafting": drafting,
+        "longest": 300,
+        "work": work,
+        "log": print,
+        **options,
+    }
+    return open_sglang(SGLangEngineConfig.model_validate(served(url)), **settings)
+
+
+def requests(made: DrafterArtifacts, count: int, **sampling: Any) -> list[Request]:
+    params = SamplingParams(**{"max_new_tokens": 40, **sampling})
+    return [Request(p.prompt_id, p.token_ids, params) for p in load_prompts(made.prompts, ["heldout"])[:count]]
+
+
+def test_the_first_tokens_time_is_measured_and_caches_are_flushed(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, dflash_url: str
+) -> None:
+    asked = requests(tiny_drafter, 8)
+    drafter = tiny_drafter.drafter / DRAFTER_FOLDER
+    with open_with(dflash_url, tiny_drafter, tmp_path, drafter=drafter, measure_first_token=True) as engine:
+        engine.set_concurrency(1)
+        streamed = {done.request.request_id: done for done in engine.generate(asked)}
+        engine.flush_cache()
+        engine.set_concurrency(None)
+    with open_with(dflash_url, tiny_drafter, tmp_path, drafter=drafter) as engine:
+        whole = {done.request.request_id: done for done in engine.generate(asked)}
+    assert engine.records_trace
+    for name, done in streamed.items():
+        assert 0 < done.first_token_seconds < done.seconds
+        assert math.isnan(whole[name].first_token_seconds)
+        assert (done.response_ids, done.steps) == (whole[name].response_ids, whole[name].steps)
+
+
+def test_an_engine_that_is_left_early_aborts_what_is_in_flight(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, plain_url: str
+) -> None:
+    with open_with(plain_url, tiny_drafter, tmp_path) as engine:
+        answers = engine.generate(requests(tiny_drafter, 40, max_new_tokens=700))
+        assert next(answers).response_ids
+        answers.close()
+        engine.flush_cache()  # succeeds on an idle server only
+
+
+def test_servers_of_something_else_are_refused(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, plain_artifact: Path, plain_url: str, dflash_url: str
+) -> None:
+    drafter = tiny_drafter.drafter / DRAFTER_FOLDER
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in drafter.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other / "model.safetensors").write_bytes(weights)
+
+    def refused(what: str, url: str, **options: Any) -> None:
+        with pytest.raises(DraftsmithError, match=what) as caught, open_with(url, tiny_drafter, tmp_path, **options):
+            pass
+        assert "\n" not in str(caught.value)
+        assert url in str(caught.value)
+
+    refused("serves the target without a drafter", plain_url, drafter=drafter)
+    refused("which is not the drafter", dflash_url, drafter=other)
+    refused(r"drafts blocks of 8, drafting\.block_size means 5", dflash_url, drafter=drafter, block_size=5)
+    refused("has room for 1022 positions a request, the longest needs 1023", plain_url, longest=1023)
+    refused("the target is|whose tokenizer|whose config or weights", plain_url, target_folder=plain_artifact)
+
+
+def test_sampling_with_a_drafter_on_a_cpu_is_refused(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, dflash_url: str
+) -> None:
+    with (
+        open_with(dflash_url, tiny_drafter, tmp_path, drafter=tiny_drafter.drafter / DRAFTER_FOLDER) as engine,
+        pytest.raises(DraftsmithError, match=r"sampling\.temperature: SGLang on a CPU verifies greedily"),
+    ):
+        list(engine.generate(requests(tiny_drafter, 2, temperature=1.0)))

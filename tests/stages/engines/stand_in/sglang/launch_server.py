@@ -1,0 +1,34 @@
+"""A process in the place of SGLang, to test starting and stopping: serves /health, has a child, ends as told."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+
+class Health(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+
+def main() -> None:
+    mode = os.environ.get("STAND_IN", "serve")
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    found = {"path": os.environ.get("PYTHONPATH"), "home": os.environ.get("PYTHONHOME"), "child": child.pid}
+    print(json.dumps(found), flush=True)
+    if mode == "fail":
+        sys.exit("no CUDA device here")
+    if mode == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if mode == "polite":
+        signal.signal(signal.SIGTERM, lambda *_: (print("said goodbye", flush=True), os._exit(0)))
+    if mode == "mute":
+        time.sleep(600)
+    HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Health).serve_forever()
+
+
+main()

@@ -1,0 +1,152 @@
+"""From a config to servers' command lines, environments and GPUs; what is refused before anything starts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from artifacts.errors import DraftsmithError
+from stages.drafters.config import DraftingConfig
+from stages.engines.config import LaunchConfig, SGLangEngineConfig
+from stages.engines.open import open_engine
+from stages.engines.sglang import server
+from stages.stored import DRAFTER_FOLDER
+from tests.testbed.drafter import DrafterArtifacts
+
+
+def config(**launch: Any) -> SGLangEngineConfig:
+    return SGLangEngineConfig.model_validate({"kind": "sglang", "python": sys.executable, "launch": launch})
+
+
+def line(found: SGLangEngineConfig, drafter: Path | None = None, block_size: int | None = None) -> list[str]:
+    algorithm = server.algorithm_of(drafter, found.launch) if drafter else None
+    return server.command(
+        found,
+        model_folder=Path("/models/target"),
+        dtype="bfloat16",
+        drafter_folder=drafter,
+        algorithm=algorithm,
+        block_size=block_size,
+    )
+
+
+def drafter(folder: Path, **fields: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def after(words: list[str], name: str) -> str:
+    return words[words.index(name) + 1]
+
+
+def test_a_plain_server_gets_the_targets_model_and_dtype() -> None:
+    words = line(config())
+    assert words[:3] == [sys.executable, "-m", "sglang.launch_server"]
+    assert after(words, "--model-path") == "/models/target"
+    assert after(words, "--dtype") == "bfloat16"
+    assert after(words, "--host") == "127.0.0.1"
+    assert not [word for word in words if "speculative" in word or "tp" in word or "mem" in word]
+
+
+def test_dtype_parallelism_memory_and_further_options_pass_through() -> None:
+    options = {"attention-backend": "fa3", "disable_cuda_graph": True, "enable-x": False, "cuda-graph-bs": [1, 2, 4]}
+    words = line(config(dtype="float16", tensor_parallel=2, memory_fraction=0.8, options=options))
+    assert after(words, "--dtype") == "float16"
+    assert after(words, "--tp-size") == "2"
+    assert after(words, "--mem-fraction-static") == "0.8"
+    assert after(words, "--attention-backend") == "fa3"
+    assert "--disable-cuda-graph" in words
+    assert "--enable-x" not in words
+    assert words[words.index("--cuda-graph-bs") + 1 :][:3] == ["1", "2", "4"]
+
+
+def test_dflash_drafts_blocks_of_the_trained_size_unless_told_otherwise(tmp_path: Path) -> None:
+    folder = drafter(tmp_path / "d", architectures=["DFlashDraftModel"], block_size=16)
+    assert server.block_size_of(folder, DraftingConfig(), "DFLASH") == 16
+    assert server.block_size_of(folder, DraftingConfig(block_size=8), "DFLASH") == 8
+    words = line(config(), folder, 8)
+    assert after(words, "--speculative-algorithm") == "DFLASH"
+    assert after(words, "--speculative-draft-model-path") == str(folder)
+    assert after(words, "--speculative-num-draft-tokens") == "8"
+    assert "--speculative-num-steps" not in words
+    with pytest.raises(DraftsmithError, match=r"drafting\.block_size: 17 is larger than the trained 16"):
+        server.block_size_of(folder, DraftingConfig(block_size=17), "DFLASH")
+
+
+def test_eagle3_drafts_a_chain_as_long_as_the_block(tmp_path: Path) -> None:
+    folder = drafter(tmp_path / "d", architectures=["LlamaForCausalLMEagle3"])
+    assert server.algorithm_of(folder, None) == "EAGLE3"
+    words = line(config(), folder, server.block_size_of(folder, DraftingConfig(block_size=5), "EAGLE3"))
+    names = ("algorithm", "num-steps", "eagle-topk", "num-draft-tokens")
+    assert [after(words, f"--speculative-{name}") for name in names] == ["EAGLE3", "4", "1", "5"]
+    with pytest.raises(DraftsmithError, match="does not say how far it drafts; set it"):
+        server.block_size_of(folder, DraftingConfig(), "EAGLE3")
+
+
+def test_the_config_may_name_the_algorithm(tmp_path: Path) -> None:
+    folder = drafter(tmp_path / "d", architectures=["SomethingElse"])
+    assert server.algorithm_of(folder, LaunchConfig.model_validate({"algorithm": "EAGLE3"})) == "EAGLE3"
+    assert server.algorithm_of(folder, LaunchConfig.model_validate({})) == "DFLASH"
+
+
+@pytest.mark.parametrize("option", ["model-path", "--port", "speculative_num_draft_tokens", "dtype", "tp"])
+def test_an_option_that_has_a_field_of_its_own_is_refused(option: str) -> None:
+    with pytest.raises(DraftsmithError, match=rf"engine\.launch\.options\.{option}: is set by"):
+        line(config(options={option: "1"}))
+
+
+def test_an_interpreter_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    absent = SGLangEngineConfig.model_validate({"kind": "sglang", "python": tmp_path / "python", "launch": {}})
+    with pytest.raises(DraftsmithError, match=r"engine\.python: .* is not there; `make sglang-gpu`"):
+        line(absent)
+
+
+def test_a_drafter_without_a_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DraftsmithError, match=r"config\.json: cannot be read"):
+        server.algorithm_of(tmp_path, None)
+
+
+def test_every_server_gets_gpus_of_its_own() -> None:
+    two = LaunchConfig.model_validate({"servers": 2, "tensor_parallel": 2})
+    assert server.share_gpus(two, ["4", "5", "6", "7"]) == ["4,5", "6,7"]
+    with pytest.raises(DraftsmithError, match="2 servers of tensor_parallel 2 need 4 GPUs, 3 can be seen"):
+        server.share_gpus(two, ["0", "1", "2"])
+    assert server.share_gpus(two, []) == [None, None]
+    on_cpu = LaunchConfig.model_validate({"servers": 2, "options": {"device": "cpu"}})
+    assert server.share_gpus(on_cpu, ["0"]) == [None, None]
+
+
+def test_gpus_are_those_that_the_stage_may_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-1a2b")
+    assert server.visible_gpus() == ["3", "GPU-1a2b"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert server.visible_gpus() == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert server.visible_gpus() == []
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 0\necho 1\n")
+    tool.chmod(0o755)
+    assert server.visible_gpus() == ["0", "1"]
+
+
+def test_a_part_of_the_vocabulary_is_for_the_embedded_engine(tiny_drafter: DrafterArtifacts, tmp_path: Path) -> None:
+    with (
+        pytest.raises(DraftsmithError, match=r"drafting\.head_tokens: only the embedded engine"),
+        open_engine(
+            config(),
+            target_folder=tiny_drafter.target,
+            drafter_folder=tiny_drafter.drafter / DRAFTER_FOLDER,
+            drafting=DraftingConfig(head_tokens=100),
+            longest=100,
+            work=tmp_path,
+            log=print,
+        ),
+    ):
+        pass

@@ -1,0 +1,224 @@
+"""The handshake: which servers are accepted, which are refused and with what words."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from artifacts.errors import DraftsmithError, RetryableError
+from stages.drafters.config import DraftingConfig
+from stages.engines.config import SGLangEngineConfig
+from stages.engines.sglang.handshake import Expected, Facts, shake_hands
+from stages.stored import DRAFTER_FOLDER
+from tests.stages.engines.http_server import HttpServer, Refusal, answer, serving
+from tests.testbed.drafter import DrafterArtifacts
+
+OLD = ("get_model_info", "get_server_info")
+
+
+@pytest.fixture
+def plain(tiny_drafter: DrafterArtifacts) -> Expected:
+    return expected_of(tiny_drafter, None)
+
+
+@pytest.fixture
+def assisted(tiny_drafter: DrafterArtifacts) -> Expected:
+    return expected_of(tiny_drafter, tiny_drafter.drafter / DRAFTER_FOLDER)
+
+
+def expected_of(made: DrafterArtifacts, drafter: Path | None) -> Expected:
+    return Expected.of(
+        SGLangEngineConfig.model_validate({"kind": "sglang", "urls": ["http://x"]}),
+        target_folder=made.target,
+        drafter_folder=drafter,
+        drafting=DraftingConfig(),
+        longest=200,
+        stream=False,
+    )
+
+
+def good_model(expected: Expected) -> dict[str, Any]:
+    return {
+        "model_path": str(expected.model_folder),
+        "is_generation": True,
+        "model_type": expected.target.model_type,
+        "architectures": [expected.target.architecture],
+    }
+
+
+def good_server(expected: Expected) -> dict[str, Any]:
+    drafting = {
+        "speculative_algorithm": "DFLASH",
+        "speculative_draft_model_path": str(expected.drafter_folder),
+        "speculative_num_draft_tokens": 8,
+    }
+    room = {"max_req_input_len": 1018, "max_total_num_tokens": 4096, "page_size": 1}
+    return {"version": "0.5.20", "device": "cuda", **room, **(drafting if expected.drafter_folder else {})}
+
+
+def speculating(payload: dict[str, Any], digest: str | None = None) -> dict[str, Any]:
+    """The probe's eight tokens after one step of seven accepted proposals."""
+    done = answer(payload, spec_verify_ct=1)
+    tokens, prompt = done["output_ids"], len(payload["input_ids"])
+    if digest is not None and payload["sampling_params"].get("custom_params"):
+        identity = {"v": "1", "drafter": digest}
+        step = identity | {"anchor": prompt, "block": tokens[1:], "accepted": 7, "bonus": 5}
+        done["meta_info"]["draftsmith_trace"] = [identity, step, *[None] * 6]
+    return done
+
+
+@contextmanager
+def server_of(
+    expected: Expected,
+    *,
+    model: dict[str, Any] | None = None,
+    server: dict[str, Any] | None = None,
+    tokens: list[int] | None = None,
+    digest: str | None = None,
+    names: tuple[str, str] = ("model_info", "server_info"),
+    generate: Any = None,
+) -> Iterator[HttpServer]:
+    """The right server for `expected`, with differences."""
+    if generate is None:
+        generate = (lambda p: speculating(p, digest)) if expected.drafter_folder else answer
+    replies = {
+        names[0]: lambda _: good_model(expected) | (model or {}),
+        names[1]: lambda _: good_server(expected) | (server or {}),
+        "tokenize": lambda _: {"tokens": expected.probe_ids if tokens is None else tokens},
+    }
+    with serving(generate, **replies) as running:
+        yield running
+
+
+def shake(server: HttpServer, expected: Expected) -> Facts:
+    async def run() -> Facts:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            return await shake_hands(client, server.url, expected)
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("names", [("model_info", "server_info"), OLD], ids=["new names", "old names"])
+def test_the_right_server_is_accepted(names: tuple[str, str], plain: Expected) -> None:
+    with server_of(plain, names=names) as server:
+        facts = shake(server, plain)
+    assert facts == Facts("0.5.20", None, "cuda", records_trace=False, remarks=[])
+
+
+def test_records_of_this_drafter_are_trusted(assisted: Expected) -> None:
+    with server_of(assisted, digest=assisted.drafter_digest) as server:
+        facts = shake(server, assisted)
+    assert (facts.records_trace, facts.algorithm, facts.greedy_only) == (True, "DFLASH", False)
+
+
+def test_without_the_plug_in_nothing_is_recorded(assisted: Expected) -> None:
+    with server_of(assisted) as server:
+        assert not shake(server, assisted).records_trace
+    with server_of(assisted, digest=assisted.drafter_digest) as server:
+        assert not shake(server, replace(assisted, trace=False)).records_trace
+        assert "custom_params" not in server.asked[-1][1]["sampling_params"]
+
+
+def test_a_speculating_server_may_roll_out_plainly(plain: Expected, assisted: Expected) -> None:
+    with server_of(plain, server=good_server(assisted), generate=speculating) as server:
+        facts = shake(server, plain)
+    assert ["lossless" in remark for remark in facts.remarks] == [True]
+
+
+def test_what_cannot_be_compared_is_said(plain: Expected) -> None:
+    with server_of(plain, model={"model_path": "/on/another/machine"}) as server:
+        remarks = shake(server, plain).remarks
+    assert len(remarks) == 1
+    assert "/on/another/machine" in remarks[0]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "what"),
+    [
+        ({"model": {"is_generation": False}}, "does not generate"),
+        ({"model": {"model_type": "llama"}}, r"serves .*llama.*the target is .*qwen3"),
+        ({"model": {"architectures": ["LlamaForCausalLM"]}}, "LlamaForCausalLM"),
+        ({"tokens": [1, 2, 3]}, "tokenizer is not that of the target"),
+        ({"server": {"max_req_input_len": 100}}, "room for 104 positions a request, the longest needs 200"),
+        ({"server": {"max_total_num_tokens": 150}}, "room for 148 positions"),
+        ({"names": ("model_info", "elsewhere")}, "has no /server_info"),
+        ({"generate": lambda p: answer(p | {"input_ids": [895]})}, "another model is served"),
+        ({"generate": lambda p: answer(p) | {"output_ids": []}}, "is empty"),
+    ],
+)
+def test_a_wrong_server_is_one_clear_error(wrong: dict[str, Any], what: str, plain: Expected) -> None:
+    with server_of(plain, **wrong) as server, pytest.raises(DraftsmithError, match=what) as caught:
+        shake(server, plain)
+    assert not isinstance(caught.value, RetryableError)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "what"),
+    [
+        ({"server": {"speculative_algorithm": None}}, "without a drafter: start it with"),
+        ({"server": {"speculative_num_draft_tokens": 5}}, "blocks of 5, drafting.block_size means 8"),
+        ({"server": {"speculative_eagle_topk": 4}}, "drafts trees"),
+        ({"digest": "0" * 64}, "records the drafter 000000000000, not"),
+        ({"digest": ""}, "records the drafter without a digest"),
+        ({"generate": answer}, "spec_verify_ct"),
+    ],
+)
+def test_a_wrong_drafter_is_one_clear_error(wrong: dict[str, Any], what: str, assisted: Expected) -> None:
+    with server_of(assisted, **wrong) as server, pytest.raises(DraftsmithError, match=what):
+        shake(server, assisted)
+
+
+def test_another_model_on_this_machine_is_found_by_its_weights(plain: Expected, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in plain.model_folder.iterdir():
+        if file.is_file():
+            (copy / file.name).write_bytes(file.read_bytes())
+    with server_of(plain, model={"model_path": str(copy)}) as server:
+        assert shake(server, plain).remarks == []  # the same bytes elsewhere are the same model
+        weights = bytearray((copy / "model.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (copy / "model.safetensors").write_bytes(weights)
+        with pytest.raises(DraftsmithError, match="config or weights differ from the target"):
+            shake(server, plain)
+
+
+def test_another_drafter_on_this_machine_is_found_by_its_weights(assisted: Expected, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    elsewhere = {"speculative_draft_model_path": str(tmp_path)}
+    with (
+        server_of(assisted, server=elsewhere) as server,
+        pytest.raises(DraftsmithError, match="which is not the drafter"),
+    ):
+        shake(server, assisted)
+
+
+def test_on_a_cpu_a_speculating_server_is_greedy_only(assisted: Expected, plain: Expected) -> None:
+    with server_of(assisted, server={"device": "cpu"}) as server:
+        assert shake(server, assisted).greedy_only
+    with server_of(plain, server={"device": "cpu"}) as server:
+        assert not shake(server, plain).greedy_only
+
+
+def test_a_server_in_trouble_may_be_asked_again_later(plain: Expected) -> None:
+    def busy(_: dict[str, Any]) -> dict[str, Any]:
+        raise Refusal(503)
+
+    with server_of(plain, generate=busy) as server, pytest.raises(RetryableError, match="status 503"):
+        shake(server, plain)
+
+
+def test_a_server_that_streams_increments_cannot_be_timed(plain: Expected) -> None:
+    with (
+        server_of(plain, server={"incremental_streaming_output": True}) as server,
+        pytest.raises(DraftsmithError, match="without --incremental-streaming-output"),
+    ):
+        shake(server, replace(plain, stream=True))

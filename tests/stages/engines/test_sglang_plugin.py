@@ -1,0 +1,241 @@
+"""The plug-in's own arithmetic, without SGLang: log-probs of a chain, records, their places in an answer, refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stages.drafters.checkpoint import drafter_digest
+from stages.engines.sglang import plugin, plugin_hooks
+from stages.engines.sglang.plugin import KEY
+from stages.engines.sglang.plugin_hooks import Recorder, Trace, chain_logprobs, pack_steps, place, unpack_steps
+
+
+@dataclass
+class Sampling:
+    custom_params: dict[str, Any] | None = None
+
+
+@dataclass
+class ServerRequest:
+    """What the hooks touch of SGLang's request."""
+
+    sampling_params: Sampling = field(default_factory=Sampling)
+    customized_info: dict[str, list[Any]] | None = None
+
+
+@dataclass
+class Batch:
+    reqs: list[ServerRequest]
+
+
+@dataclass
+class Commit:
+    output_index: int
+    token_ids: tuple[int, ...]
+
+
+B, V = 4, 50
+
+
+@pytest.fixture
+def batch_tensors() -> dict[str, torch.Tensor]:
+    """A verification of three blocks of four."""
+    draw = torch.Generator().manual_seed(0)
+    return {
+        "logits": torch.randn(3 * B, V, generator=draw) * 3,
+        "candidates": torch.randint(0, V, (3, B), generator=draw),
+        "anchors": torch.tensor([10, 200_000, 30]),
+        "accepted": torch.tensor([0, 3, 1], dtype=torch.int32),
+        "bonus": torch.tensor([7, 151_668, 9]),
+    }
+
+
+def packed(rows: list[int], tensors: dict[str, torch.Tensor], logprobs: torch.Tensor | None = None) -> torch.Tensor:
+    t = tensors
+    if logprobs is None:
+        logprobs = chain_logprobs(t["logits"], t["candidates"], rows)
+    return pack_steps(rows, t["anchors"], t["candidates"], t["accepted"], t["bonus"], logprobs)
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], [2], [2, 0]])
+def test_the_logprobs_are_those_of_each_proposal_behind_its_predecessors(
+    batch_tensors: dict[str, torch.Tensor], rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugin_hooks, "CHUNK", 2)  # rows end inside a chunk
+    logits, candidates = batch_tensors["logits"], batch_tensors["candidates"]
+    found = chain_logprobs(logits, candidates, rows)
+    for i, row in enumerate(rows):
+        for j in range(B - 1):
+            exact = logits[row * B + j].double().log_softmax(-1)[candidates[row, j + 1]]
+            assert found[i, j].item() == pytest.approx(exact.item(), abs=1e-5)
+
+
+def test_a_step_survives_packing(batch_tensors: dict[str, torch.Tensor]) -> None:
+    rows = [1, 2]
+    logprobs = chain_logprobs(batch_tensors["logits"], batch_tensors["candidates"], rows)
+    logprobs[1, 2] = -torch.inf  # a token that a grammar forbids
+    steps = unpack_steps(packed(rows, batch_tensors, logprobs))
+    assert [step["anchor"] for step in steps] == [200_000, 30]
+    assert [step["accepted"] for step in steps] == [3, 1]
+    assert [step["bonus"] for step in steps] == [151_668, 9]
+    assert [step["block"] for step in steps] == batch_tensors["candidates"][rows, 1:].tolist()
+    for step, exact in zip(steps, logprobs.clamp(min=plugin_hooks.LOWEST).tolist(), strict=True):
+        assert step["logprobs"] == pytest.approx(exact, abs=1e-6)
+    assert "Infinity" not in json.dumps(steps)
+
+
+def test_a_block_without_proposals_is_a_step_too() -> None:
+    logits, candidates = torch.randn(2, V), torch.tensor([[3], [4]])
+    logprobs = chain_logprobs(logits, candidates, [0, 1])
+    accepted, bonus = torch.zeros(2, dtype=torch.int32), torch.tensor([8, 9])
+    steps = unpack_steps(pack_steps([0, 1], torch.tensor([5, 6]), candidates, accepted, bonus, logprobs))
+    assert [(step["block"], step["bonus"], step["logprobs"]) for step in steps] == [([], 8, []), ([], 9, [])]
+
+
+def trace_of(rows: list[int], tensors: dict[str, torch.Tensor]) -> Trace:
+    return Trace("digest", rows, packed(rows, tensors)).copy_to_host(torch.clone)
+
+
+def test_every_record_stands_at_the_first_token_that_its_step_committed(
+    batch_tensors: dict[str, torch.Tensor],
+) -> None:
+    batch = Batch([ServerRequest(), ServerRequest(), ServerRequest()])
+    Trace("digest", [1, 2], None).consume(batch, [Commit(0, (1,)), Commit(0, (1,)), Commit(0, (1,))])
+    trace = trace_of([1, 2], batch_tensors)
+    trace.consume(batch, [Commit(1, (7,)), Commit(1, (1, 2, 3, 4)), Commit(1, (1,))])  # the last one cut by its length
+    trace.consume(batch, [Commit(2, (7,)), Commit(5, (1, 2, 3, 4)), None])
+    assert batch.reqs[0].customized_info is None  # did not ask
+    first, second = (request.customized_info[KEY] for request in batch.reqs[1:] if request.customized_info)
+    assert [element is not None for element in first] == [True, True, False, False, False, True, False, False, False]
+    assert first[0] == {"v": "1", "drafter": "digest"}
+    assert first[1] == {**first[0], **unpack_steps(trace.steps)[0]}  # type: ignore[arg-type]
+    assert [element["accepted"] for element in second[1:]] == [1]  # finished: its second step committed nothing
+
+
+def test_a_prefill_in_the_middle_of_an_answer_is_no_step() -> None:
+    batch = Batch([ServerRequest(customized_info={KEY: [{}, {}, None]})])
+    Trace("digest", [0], None).consume(batch, [Commit(3, (5,))])
+    assert batch.reqs[0].customized_info == {KEY: [{}, {}, None, None]}
+
+
+def test_a_tree_is_refused_in_the_place_of_its_record() -> None:
+    batch = Batch([ServerRequest(customized_info={KEY: [{}]})])
+    Trace("digest", [0], "a tree").consume(batch, [Commit(1, (5, 6))])
+    assert batch.reqs[0].customized_info == {KEY: [{}, {"v": "1", "drafter": "digest", "refused": "a tree"}, None]}
+
+
+def test_an_answer_that_began_again_loses_its_old_records() -> None:
+    request = ServerRequest(customized_info={KEY: [{"old": 0}, {"old": 1}, None]})
+    place(request, 0, 1, {"new": 0})
+    assert request.customized_info == {KEY: [{"new": 0}]}
+
+
+@pytest.mark.parametrize(
+    ("custom", "wanted"),
+    [(None, False), ({}, False), ({KEY: False}, False), ({"other": True}, False), ({KEY: True}, True)],
+)
+def test_only_requests_that_ask_are_traced(custom: dict[str, Any] | None, wanted: bool) -> None:
+    recorder = Recorder()
+    recorder.active = True
+    batch = Batch([ServerRequest(), ServerRequest(Sampling(custom))])
+    assert list(recorder.asking(batch)) == ([1] if wanted else [])
+
+
+def test_the_environment_asks_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(plugin.ENVIRONMENT, "1")
+    recorder = Recorder()
+    recorder.active = True
+    assert list(recorder.asking(Batch([ServerRequest(), ServerRequest()]))) == [0, 1]
+
+
+def test_where_nobody_asks_the_original_is_called_and_its_result_untouched() -> None:
+    recorder, result = Recorder(), object()  # an object without any field: touching it fails
+    recorder.active = True
+    batch = Batch([ServerRequest()])
+
+    def original(*_args: Any, **_kwargs: Any) -> object:
+        return result
+
+    assert recorder.around_generation(original, None, batch) is result
+    assert recorder.around_accept_block(original, None, candidates=None) is result
+    assert recorder.around_eagle_sample(original, None, batch, None) is result
+
+
+def test_a_generation_that_fails_leaves_nothing_behind() -> None:
+    recorder = Recorder()
+    recorder.active = recorder.everyone = True
+
+    def fails(_worker: Any, _batch: Any) -> None:
+        recorder.steps = "left over"
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        recorder.around_generation(fails, None, Batch([ServerRequest()]))
+    assert (list(recorder.rows), recorder.steps) == ([], None)
+
+
+def test_the_digest_is_the_drafters(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(bytes(range(256)) * 9000)  # more than one part
+    assert plugin_hooks.folder_digest(tmp_path) == drafter_digest(tmp_path)
+    (tmp_path / "frequent_tokens.npy").write_bytes(b"123")
+    assert plugin_hooks.folder_digest(tmp_path) == drafter_digest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("version", "inside"),
+    [
+        ("0.5.19", False),
+        ("0.5.20", True),
+        ("0.5.20.post1", True),
+        ("0.5.23", True),
+        ("0.5.24", False),
+        ("0.6.0", False),
+        ("1.0.0", False),
+        ("unknown", False),
+    ],
+)
+def test_supported_releases(version: str, inside: bool) -> None:
+    assert plugin.supported(version) == inside
+
+
+@pytest.fixture
+def other_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A module in the place of a release that was changed."""
+    (tmp_path / "changed_release.py").write_text("class Worker:\n    def verify(self, block): ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(plugin, "installed_version", lambda: "0.9.1")
+    yield "changed_release.Worker"
+
+
+@pytest.mark.parametrize(
+    ("required", "reason"),
+    [
+        ({".gone": ()}, r"changed_release.Worker.gone is missing"),
+        ({".verify": ("block", "logits")}, r"changed_release.Worker.verify takes no argument logits"),
+    ],
+)
+def test_a_release_without_a_hook_is_refused(
+    other_release: str, required: dict[str, tuple[str, ...]], reason: str
+) -> None:
+    with pytest.raises(RuntimeError, match=rf"sglang 0\.9\.1: {reason}.*supports >=0\.5\.20,<0\.5\.24"):
+        plugin.check_release({other_release + name: parameters for name, parameters in required.items()})
+
+
+def test_a_server_does_not_start_with_a_release_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, "installed_version", lambda: "0.9.1")
+    monkeypatch.setattr(plugin.check_release, "__defaults__", ({"no_such_package.worker": ()},))
+    with pytest.raises(SystemExit, match=r"does not work with sglang 0\.9\.1: no_such_package\.worker is missing"):
+        plugin.activate()
+
+
+def test_an_untested_release_with_all_hooks_is_named(other_release: str, caplog: pytest.LogCaptureFixture) -> None:
+    plugin.check_release({f"{other_release}.verify": ("block",)})
+    assert "0.9.1" in caplog.text and plugin.SUPPORTED in caplog.text

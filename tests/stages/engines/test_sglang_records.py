@@ -1,0 +1,154 @@
+"""Answers of a server as completions: records cut like the embedded engine's, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from artifacts.errors import DraftsmithError
+from stages.engines.base import Completion, Request, SamplingParams
+from stages.engines.sglang.records import (
+    IncompleteRecordsError,
+    completion_of,
+    generate_payload,
+    read_steps,
+    trace_identity,
+)
+from tests.stages.bench import Bench
+
+REQUEST = Request("p/0", [10, 11, 12], SamplingParams(6))
+EOS = (2, 0)
+
+
+def record(anchor: int, block: list[int], accepted: int, bonus: int, **more: Any) -> dict[str, Any]:
+    return {"v": "1", "drafter": "d", "anchor": anchor, "block": block, "accepted": accepted, "bonus": bonus, **more}
+
+
+def body(tokens: list[int], records: list[Any] | None = None, reason: str = "length", **meta: Any) -> dict[str, Any]:
+    traced = {} if records is None else {"draftsmith_trace": records}
+    found = {"finish_reason": {"type": reason}, "prompt_tokens": 3, "spec_verify_ct": 2, **traced, **meta}
+    return {"output_ids": tokens, "meta_info": found}
+
+
+def read(answer: dict[str, Any], request: Request = REQUEST, with_records: bool = True) -> Completion:
+    return completion_of(request, answer, eos_ids=EOS, vocab_size=900, with_records=with_records)
+
+
+GOOD = [None, record(3, [21, 22, 99], 2, 23), None, None, record(6, [24, 25, 26], 3, 27), None]
+
+
+def as_records(long: Completion, length: int) -> list[Any]:
+    """What the plug-in sends for the first `length` tokens of a longer answer: steps as they were, not cut."""
+    elements: list[Any] = [{"v": "1", "drafter": "d"}] + [None] * (length - 1)
+    prompt = len(long.request.prompt_ids)
+    for step in long.steps:
+        at = step.anchor - prompt + 1
+        if at < length:
+            bonus = long.response_ids[at + step.accepted]
+            elements[at] = record(step.anchor, step.proposed, step.accepted, bonus)
+    return elements
+
+
+@pytest.mark.parametrize("length", range(1, 24))
+def test_cut_records_equal_the_embedded_engines_steps(length: int, bench: Bench) -> None:
+    """Steps of a longer answer, cut where the shorter one ends, are the steps of decoding the shorter one."""
+    long = bench.answers(bench.requests(12, SamplingParams(60)), "trained")
+    short = bench.answers(bench.requests(12, SamplingParams(length)), "trained")
+    compared = 0
+    for name, expected in short.items():
+        whole = replace(long[name], steps=long[name].steps[:-1])  # the last one was cut by the end itself
+        known = whole.steps[-1].anchor + whole.steps[-1].accepted + 2 - len(expected.request.prompt_ids)
+        if (size := len(expected.response_ids)) <= known:
+            steps = read_steps(expected.request, expected.response_ids, {"draftsmith_trace": as_records(whole, size)})
+            assert steps == expected.steps
+            compared += 1
+    assert compared >= 10
+
+
+def test_a_stop_token_inside_an_accepted_block_cuts_its_step() -> None:
+    records = [None, record(3, [21, 2, 23], 3, 24), None]
+    done = read(body([20, 21, 2], records, "stop"))
+    assert [(step.anchor, step.accepted) for step in done.steps] == [(3, 2)]
+    assert done.verify_steps == 1
+
+
+def test_a_bonus_token_that_the_answer_has_no_room_for_is_dropped() -> None:
+    done = read(body([20, 21, 22, 23, 24, 25], GOOD))
+    assert [(step.anchor, step.accepted, step.proposed) for step in done.steps] == [
+        (3, 2, [21, 22, 99]),
+        (6, 2, [24, 25, 26]),
+    ]
+
+
+def test_log_probabilities_are_kept() -> None:
+    done = read(body([20, 21], [None, record(3, [21, 5, 6], 1, 7, logprobs=[-0.5, -1, -2])], "length"), _short(2))
+    assert done.steps[0].target_logprobs == [-0.5, -1.0, -2.0]
+
+
+def _short(new: int) -> Request:
+    return replace(REQUEST, sampling=SamplingParams(new))
+
+
+def test_without_records_the_servers_own_count_is_kept() -> None:
+    done = read(body([20, 21, 22, 23, 24, 25], GOOD), with_records=False)
+    assert (done.steps, done.verify_steps) == ([], 2)
+
+
+@pytest.mark.parametrize(
+    ("records", "what"),
+    [
+        ([], "end at token 1 of 6"),
+        ([*GOOD[:4], None, None], "end at token 4 of 6"),
+        ([None, None, *GOOD[1:5]], "token 2 has a step"),
+        ([None, record(4, [21, 22, 99], 2, 23), None, None, GOOD[4], None], "anchor 4"),
+        ([None, record(3, [21, 22, 99], 1, 22), None, None, GOOD[4], None], "a step at token 3 was due"),
+        ([None, record(3, [21, 77, 99], 2, 23), None, None, GOOD[4], None], "other tokens"),
+        ([None, record(3, [21, 22, 99], 2, 77), None, None, GOOD[4], None], "other tokens"),
+        ([*GOOD, record(8, [1, 2, 3], 0, 4)], "a step at token 6 was due|a step at token 6 of 6"),
+        ([None, {"v": "1", "drafter": "d", "refused": "a tree"}], "a tree"),
+    ],
+)
+def test_records_that_do_not_cover_the_answer_are_one_clear_error(records: list[Any], what: str) -> None:
+    with pytest.raises(IncompleteRecordsError, match=what) as caught:
+        read(body([20, 21, 22, 23, 24, 25], records))
+    assert "request p/0" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "what"),
+    [
+        (body([]), "is empty"),
+        (body([20, 900, 1, 1, 1, 1]), "another model"),
+        (body([20, 21, 22, 23, 24, 25], prompt_tokens=2), "2 prompt tokens, 3 were sent"),
+        (body([20, 21], reason="stop"), "no end token"),
+        (body([20, 21]), "cut after 2 of 6"),
+        (body([20, 2], reason="abort"), "abort"),
+        ({"output_ids": [1]}, "meta_info"),
+    ],
+)
+def test_an_answer_that_is_not_what_was_asked_for_is_refused(answer: dict[str, Any], what: str) -> None:
+    with pytest.raises(DraftsmithError, match=what) as caught:
+        read(answer, with_records=False)
+    assert "request p/0" in str(caught.value)
+
+
+def test_the_plug_in_says_version_and_drafter() -> None:
+    assert trace_identity("r", {}) is None
+    assert trace_identity("r", {"draftsmith_trace": [None, None]}) is None
+    assert trace_identity("r", {"draftsmith_trace": [{"v": "1", "drafter": "abc"}]}) == "abc"
+    with pytest.raises(DraftsmithError, match="records version 2, this Draftsmith reads 1"):
+        trace_identity("r", {"draftsmith_trace": [{"v": "2", "drafter": "abc"}]})
+
+
+def test_payloads_say_how_to_draw_and_whether_to_record() -> None:
+    sampled = replace(REQUEST, sampling=SamplingParams(6, 0.7, 0.9), seed=2**62 + 1)
+    assert generate_payload(REQUEST, EOS, traced=False) == {
+        "input_ids": [10, 11, 12],
+        "sampling_params": {"temperature": 0.0, "max_new_tokens": 6, "stop_token_ids": [2, 0], "ignore_eos": False},
+    }
+    params = generate_payload(sampled, EOS, traced=True)["sampling_params"]
+    assert (params["temperature"], params["top_p"], params["sampling_seed"]) == (0.7, 0.9, 2**62 + 1)
+    assert params["custom_params"] == {"draftsmith_trace": True}
