@@ -6,10 +6,16 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from artifacts.errors import DraftsmithError, from_os_error
 from flows.graph import Node
 from flows.options import RunOptions
+
+if TYPE_CHECKING:
+    from stages.engines.config import SGLangEngineConfig
+
+_FETCHES_WEIGHTS = ("stages.sft",)  # its preflight has the drafter of init_from fetched whole
 
 
 def check_home(home: Path, options: RunOptions) -> None:
@@ -33,10 +39,49 @@ def check_home(home: Path, options: RunOptions) -> None:
 def check_target(nodes: Sequence[Node], target: Path) -> None:
     """Every stage's own checks of its config against the resolved target; no weights are loaded."""
     for node in nodes:
-        check = node.stage.preflight
-        if check is None:
-            continue
+        check_node(node, target)
+
+
+def check_node(node: Node, target: Path, *, metadata_only: bool = False) -> bool:
+    """One stage's own checks; False if it has none, or if they would fetch weights and only metadata is wanted.
+
+    Raises the stage's DraftsmithError with the node's name.
+    """
+    check = node.stage.preflight
+    if check is None or (metadata_only and node.module in _FETCHES_WEIGHTS):
+        return False
+    try:
+        check(node.config, target)
+    except DraftsmithError as error:
+        raise type(error)(f"{node.name}: {error}") from error
+    return True
+
+
+def check_engines(nodes: Sequence[Node]) -> list[str]:
+    """Every node's SGLang environment, before anything long runs: warnings, each with the nodes that it is about.
+
+    Raises DraftsmithError for an interpreter that cannot launch SGLang.
+    """
+    from stages.engines.sglang.preflight import check_engine
+
+    warnings: dict[str, list[str]] = {}
+    for config, names in sglang_engines(nodes):
+        where = ", ".join(names)
         try:
-            check(node.config, target)
+            for warning in check_engine(config):
+                warnings.setdefault(warning, []).append(where)
         except DraftsmithError as error:
-            raise type(error)(f"{node.name}: {error}") from error
+            raise type(error)(f"{where}: {error}") from error
+    return [f"{', '.join(names)}: {warning}" for warning, names in warnings.items()]
+
+
+def sglang_engines(nodes: Sequence[Node]) -> list[tuple[SGLangEngineConfig, list[str]]]:
+    """The different SGLang sections of a run (by interpreter and servers), each with the nodes that use it."""
+    from stages.engines.config import SGLangEngineConfig
+
+    found: dict[tuple[object, ...], tuple[SGLangEngineConfig, list[str]]] = {}
+    for node in nodes:
+        engine = getattr(node.config, "engine", None)
+        if isinstance(engine, SGLangEngineConfig):
+            found.setdefault((engine.python, engine.urls, engine.trace), (engine, []))[1].append(node.name)
+    return list(found.values())

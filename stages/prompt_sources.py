@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import gzip
 import hashlib
 import json
 import random
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -18,30 +15,28 @@ from pydantic import Field
 
 from artifacts.errors import DraftsmithError
 from stages.contract import Config
+from stages.prompt_rows import Message, read_jsonl, row_messages
 
 Split = Literal["train", "validation", "heldout"]
 # Held-out prompts are drawn first: a text that comes up twice stays there and is not trained on.
 SPLITS: tuple[Split, ...] = ("heldout", "validation", "train")
-Message: TypeAlias = dict[str, str]  # role, content
 
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "tool": "tool",
-    "function": "tool",
-}
-_SHAPES = '{"messages": [{"role", "content"}]}, {"conversations": [{"from", "value"}]} or {"prompt": text or messages}'
+_PROCEDURAL_SEED = 1_000  # behind the seeds of the text that targets are trained on
 _SEEDS_PER_SPLIT = 1_000_000  # a procedural task takes its item i from seed + i: splits own separate ranges of seeds
 
 
+class Counts(Config):
+    """How many prompts of each split one source gives."""
+
+    train: int = Field(default=0, ge=0)
+    validation: int = Field(default=0, ge=0)
+    heldout: int = Field(default=0, ge=0)
+
+
 class _SourceBase(Config):
+    counts: Counts | None = Field(
+        default=None, description="prompts of each split from this source; for every source or for none"
+    )
     system: str | None = Field(default=None, description="system prompt of this source; overrides prompts.system")
     suffix: str = Field(default="", description="appended to the last user message, e.g. an instruction how to answer")
     seed: int = Field(default=0, ge=0)
@@ -57,15 +52,44 @@ class ReasoningGymSource(_SourceBase):
     )
 
 
-class JsonlSource(_SourceBase):
+Value: TypeAlias = str | int | float | bool
+
+
+class _RowSource(_SourceBase):
+    """What files and data sets have in common: rows with fields."""
+
+    label: str | None = Field(default=None, description="name in the tables; left out: the file's name or the id")
+    field: str | None = Field(default=None, description="the field with the text or messages, e.g. question")
+    filter: dict[str, Value | list[Value]] = Field(
+        default={}, description="only rows whose fields have this value or one of these, e.g. {source: olympiads}"
+    )
+
+    def keeps(self, row: Mapping[str, Any], where: str) -> bool:
+        """Whether `filter` lets the row through; `where` names the row in the error for a field that it lacks."""
+        for name, wanted in self.filter.items():
+            if name not in row:
+                known = ", ".join(sorted(row)) or "none"
+                raise DraftsmithError(f"{where}: no field {name} to filter by: correct filter, its fields are {known}")
+            if row[name] not in (wanted if isinstance(wanted, list) else [wanted]):
+                return False
+        return True
+
+
+class ProceduralSource(_SourceBase):
+    """Prompts of `stages.procedural.text`, families in turn: for experiments with a target trained on that text."""
+
+    kind: Literal["procedural"] = "procedural"
+    families: list[str] = Field(min_length=1, description="e.g. record, dialogue, story, program, problem")
+
+
+class JsonlSource(_RowSource):
     """A JSON Lines file, plain or .gz; rows are shuffled by seed and each goes into at most one split."""
 
     kind: Literal["jsonl"] = "jsonl"
     path: str = Field(min_length=1, description="relative to the current directory")
-    field: str | None = Field(default=None, description="the field with the text or messages, e.g. question")
 
 
-class HuggingFaceSource(_SourceBase):
+class HuggingFaceSource(_RowSource):
     """A data set of the hub, or a local folder of Parquet or JSON files, read by `datasets`."""
 
     kind: Literal["huggingface"] = "huggingface"
@@ -73,10 +97,11 @@ class HuggingFaceSource(_SourceBase):
     name: str | None = Field(default=None, description="the data set's configuration")
     split: str = Field(default="train", description="the data set's split that all of ours are cut from")
     revision: str | None = None
-    field: str | None = Field(default=None, description="the field with the text or messages, e.g. question")
 
 
-PromptSource = Annotated[ReasoningGymSource | JsonlSource | HuggingFaceSource, Field(discriminator="kind")]
+PromptSource = Annotated[
+    ReasoningGymSource | ProceduralSource | JsonlSource | HuggingFaceSource, Field(discriminator="kind")
+]
 
 
 @dataclass(frozen=True)
@@ -109,7 +134,7 @@ class Supply:
 
 
 def supplies(source: PromptSource, system: str | None, seed: int, limit: int) -> list[Supply]:
-    """The supplies of a source: one a procedural task, one a file or data set.
+    """The supplies of a source, which share its counts: one a procedural task, one a file or data set.
 
     `limit` bounds the items that are looked at for one split of a procedural task (some have few different ones).
     """
@@ -127,6 +152,8 @@ def supplies(source: PromptSource, system: str | None, seed: int, limit: int) ->
     match source:
         case ReasoningGymSource():
             return [_task_supply(task, source, finish, seed, limit) for task in source.tasks]
+        case ProceduralSource():
+            return [_procedural_supply(family, source, finish, seed, limit) for family in source.families]
         case JsonlSource():
             return [_file_supply(source, finish, seed)]
         case HuggingFaceSource():
@@ -167,13 +194,34 @@ def _task_supply(task: str, source: ReasoningGymSource, finish: Finish, seed: in
     return Supply(task, draw)
 
 
+def _procedural_supply(family: str, source: ProceduralSource, finish: Finish, seed: int, limit: int) -> Supply:
+    from stages.procedural.text import FAMILIES, examples
+
+    if family not in FAMILIES:
+        raise DraftsmithError(f"prompts.sources: no procedural family {family}, use some of {', '.join(FAMILIES)}")
+
+    def draw(split: Split) -> Iterator[Candidate]:
+        first = ((7919 * seed + source.seed) % 1000) * len(SPLITS) + SPLITS.index(split) + _PROCEDURAL_SEED
+        for number, example in enumerate(examples(first, limit, families=[family])):
+            where = f"{family}, seed {first}, item {number}"
+            yield finish(family, [{"role": "user", "content": example.prompt}], where)
+
+    return Supply(family, draw)
+
+
 def _file_supply(source: JsonlSource, finish: Finish, seed: int) -> Supply:
-    path = Path(source.path)
-    rows = [(number, row_messages(row, source.field, f"{path}, row {number}")) for number, row in read_jsonl(path)]
+    path, label = Path(source.path), source.label or Path(source.path).name
+    rows = [
+        (number, row_messages(row, source.field, f"{path}, row {number}"))
+        for number, row in read_jsonl(path)
+        if source.keeps(row, f"{path}, row {number}")
+    ]
+    if not rows and source.filter:
+        raise DraftsmithError(f"{path}: no row passes the filter {source.filter}: correct it")
     if not rows:
         raise DraftsmithError(f"{path}: the file is empty: give a JSON Lines file with one prompt a line")
     random.Random(f"{seed} {source.seed} {path.name}").shuffle(rows)
-    shared = iter([finish(path.name, messages, f"{path}, row {number}") for number, messages in rows])
+    shared = iter([finish(label, messages, f"{path}, row {number}") for number, messages in rows])
     return Supply(str(path), lambda _split: shared)
 
 
@@ -181,16 +229,29 @@ def _dataset_supply(source: HuggingFaceSource, finish: Finish, seed: int) -> Sup
     rows = load_rows(source)
     if len(rows) == 0:
         raise DraftsmithError(f"{source.id}, split {source.split}: the data set is empty: give another split")
-    order = list(range(len(rows)))
+    order = _passing(rows, source)
     random.Random(f"{seed} {source.seed} {source.id} {source.split}").shuffle(order)
 
     def draw() -> Iterator[Candidate]:
         for index in order:
             where = f"{source.id}, split {source.split}, row {index + 1}"
-            yield finish(source.id, row_messages(rows[index], source.field, where), where)
+            yield finish(source.label or source.id, row_messages(rows[index], source.field, where), where)
 
     shared = draw()
     return Supply(source.id, lambda _split: shared)
+
+
+def _passing(rows: Any, source: HuggingFaceSource) -> list[int]:
+    """Indices of the rows that the filter lets through; only its columns are read."""
+    if not source.filter:
+        return list(range(len(rows)))
+    where = f"{source.id}, split {source.split}"
+    source.keeps(dict.fromkeys(rows.column_names), where)  # names a column that is not there
+    columns = rows.select_columns(list(source.filter))
+    order = [index for index, row in enumerate(columns) if source.keeps(row, where)]
+    if not order:
+        raise DraftsmithError(f"{where}: no row passes the filter {source.filter}: correct it")
+    return order
 
 
 def load_rows(source: HuggingFaceSource) -> Any:
@@ -216,92 +277,3 @@ def load_rows(source: HuggingFaceSource) -> Any:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number from 1, object) of a JSON Lines file, plain or .gz; blank lines are passed over."""
-    try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8-sig")
-            if path.suffix == ".gz"
-            else path.open(encoding="utf-8-sig") as file
-        ):
-            for number, line in zip(count(1), file, strict=False):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise DraftsmithError(
-                        f"{path}, row {number}: not JSON ({error}): every line must be one JSON object"
-                    ) from error
-                if not isinstance(row, dict):
-                    raise DraftsmithError(
-                        f"{path}, row {number}: a JSON {_kind(row)}, not an object: every line must be one JSON object"
-                    )
-                yield number, row
-    except FileNotFoundError:
-        raise DraftsmithError(f"prompts.sources: {path.absolute()} does not exist: correct the path") from None
-    except IsADirectoryError:
-        raise DraftsmithError(
-            f"prompts.sources: {path} is a folder: give a file, or use kind: huggingface for a folder"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise DraftsmithError(
-            f"{path}: not UTF-8 text ({error.reason}): convert it, or name it .gz if compressed"
-        ) from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DraftsmithError(f"{path}: damaged or cut off gzip ({error}): copy or download it again") from error
-
-
-def row_messages(row: Mapping[str, Any], field: str | None, where: str) -> list[Message]:
-    """The prompt of a row as messages that end before an answer; `where` names the row in errors.
-
-    Answers at the end of a conversation (and a `completion` beside it) are left out: the target will give its own.
-    """
-    if field is not None:
-        if row.get(field) is None:
-            raise DraftsmithError(f"{where}: no field {field}: set field to one of {', '.join(sorted(row)) or 'none'}")
-        name = field
-    else:
-        found = [name for name in ("messages", "conversations", "prompt") if row.get(name) is not None]
-        if not found:
-            known = ", ".join(sorted(row)) or "nothing"
-            raise DraftsmithError(f"{where}: none of the shapes {_SHAPES}; it has {known}: set the source's field")
-        name = found[0]
-    messages = _messages(row[name], f"{where}: {name}")
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    if not any(message["role"] == "user" for message in messages):
-        raise DraftsmithError(f"{where}: {name} has no user message: remove the row or add one")
-    return messages
-
-
-def _messages(value: Any, where: str) -> list[Message]:
-    if isinstance(value, str):
-        if not value.strip():
-            raise DraftsmithError(f"{where} is blank: remove the row")
-        return [{"role": "user", "content": value}]
-    if not isinstance(value, list):
-        raise DraftsmithError(f"{where} is a JSON {_kind(value)}: it must be text or a list of messages")
-    if value and isinstance(value[0], str):  # the turns of a multi-turn question: its first one is a prompt
-        return _messages(value[0], where)
-    messages = []
-    for index, entry in enumerate(value):
-        place = f"{where}[{index}]"
-        if not isinstance(entry, dict):
-            raise DraftsmithError(f"{place} is a JSON {_kind(entry)}: it must be a message with role and content")
-        role, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
-        if not isinstance(role, str) or role.lower() not in _ROLES:
-            raise DraftsmithError(f"{place}: role {role!r} is not one of {', '.join(_ROLES)}: correct the row")
-        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-            content = "".join(str(part.get("text", "")) for part in content)
-        if not isinstance(content, str):
-            raise DraftsmithError(f"{place}: content is a JSON {_kind(content)}: it must be text")
-        messages.append({"role": _ROLES[role.lower()], "content": content})
-    return messages
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
-    return names.get(type(value), "null")

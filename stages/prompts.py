@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from artifacts.atomic import write_text
 from artifacts.errors import DraftsmithError
@@ -32,10 +33,12 @@ _REPORT_EVERY = 64
 class PromptsConfig(Config):
     """Which prompts. They depend on this section and the target's tokenizer alone, not on the seed of the run."""
 
-    sources: list[PromptSource] = Field(min_length=1, description="tasks, files and data sets have equal shares")
-    train: int = Field(ge=0)
-    validation: int = Field(default=0, ge=0)
-    heldout: int = Field(ge=0)
+    sources: list[PromptSource] = Field(
+        min_length=1, description="tasks, files and data sets have equal shares unless every source has counts"
+    )
+    train: int | None = Field(default=None, ge=0, description="required unless the sources have counts")
+    validation: int | None = Field(default=None, ge=0)
+    heldout: int | None = Field(default=None, ge=0, description="required unless the sources have counts")
     max_prompt_tokens: int = Field(default=512, ge=1, description="after the chat template")
     too_long: Literal["error", "skip"] = "error"
     system: str | None = Field(
@@ -45,6 +48,26 @@ class PromptsConfig(Config):
         default={}, description="passed to the chat template, e.g. enable_thinking: false"
     )
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _counted_once(self) -> PromptsConfig:
+        totals = {split: getattr(self, split) for split in SPLITS}
+        if not any(source.counts for source in self.sources):
+            for split in ("train", "heldout"):
+                if totals[split] is None:
+                    raise ValueError(f"{split} is required: give it here, or give every source its counts")
+            return self
+        if without := [str(index) for index, source in enumerate(self.sources) if not source.counts]:
+            raise ValueError(f"sources {', '.join(without)} have no counts, others have: give them to all or to none")
+        if both := [split for split, total in totals.items() if total is not None]:
+            raise ValueError(f"the sources have counts: leave out {', '.join(both)}")
+        return self
+
+    def wanted(self, split: Split) -> int:
+        """Prompts of a split, over all sources."""
+        if self.sources[0].counts is None:
+            return getattr(self, split) or 0
+        return sum(getattr(source.counts, split) for source in self.sources)
 
     def external_files(self) -> list[Path]:
         """Files outside the store that this config reads; their content belongs into the stage's key.
@@ -98,18 +121,12 @@ def run(context: StageContext, config: PromptsConfig) -> None:
     if not tokenizer.chat_template:
         ignored = " and chat_template_kwargs are ignored" if config.chat_template_kwargs else ""
         context.log(f"warning: the target has no chat template: prompts are plain text{ignored}")
-    most = max(config.train, config.validation, config.heldout)
-    taken = [
-        supply
-        for source in config.sources
-        for supply in supplies(source, config.system, config.seed, limit=20 * most + 100)
-    ]
+    most = max(config.wanted(split) for split in SPLITS)
+    taken = [supplies(source, config.system, config.seed, limit=20 * most + 100) for source in config.sources]
     drawn = _Drawn()
-    total = config.train + config.validation + config.heldout
+    total = sum(config.wanted(split) for split in SPLITS)
     for split in SPLITS:
-        wanted = getattr(config, split)
-        for index in range(wanted):
-            supply = taken[index % len(taken)]
+        for supply in _mixed(_shares(taken, split, config)):
             drawn.rows.append(_draw_one(supply, split, drawn, tokenizer, config))
             if len(drawn.rows) % _REPORT_EVERY == 0 or len(drawn.rows) == total:
                 context.check_interrupted()
@@ -117,12 +134,39 @@ def run(context: StageContext, config: PromptsConfig) -> None:
     write_table(context.out / "prompts.parquet", PROMPTS, drawn.rows)
     write_text(context.out / "prompts.json", json.dumps(_summary(drawn), indent=2) + "\n")
     context.summary(
-        train=config.train,
-        validation=config.validation,
-        heldout=config.heldout,
+        train=config.wanted("train"),
+        validation=config.wanted("validation"),
+        heldout=config.wanted("heldout"),
         duplicates_removed=drawn.duplicates,
         too_long_skipped=drawn.too_long,
     )
+
+
+def _shares(taken: list[list[Supply]], split: Split, config: PromptsConfig) -> list[tuple[Supply, int]]:
+    """How many prompts of a split each supply gives: equal shares, of the whole or of its source's own count."""
+
+    def equal(supplies: list[Supply], total: int) -> list[tuple[Supply, int]]:
+        whole, rest = divmod(total, len(supplies))
+        return [(supply, whole + (index < rest)) for index, supply in enumerate(supplies)]
+
+    if config.sources[0].counts is None:
+        return equal([supply for supplies in taken for supply in supplies], config.wanted(split))
+    return [
+        share
+        for source, supplies in zip(config.sources, taken, strict=True)
+        for share in equal(supplies, getattr(source.counts, split))
+    ]
+
+
+def _mixed(shares: list[tuple[Supply, int]]) -> list[Supply]:
+    """Every supply as often as its share says, spread evenly: any part of the rows has about the mixture of all.
+
+    Use j of n stands at (j + 1/2) / n of the way; equal shares come in turn.
+    """
+    places = [
+        (Fraction(2 * use + 1, 2 * share), index) for index, (_, share) in enumerate(shares) for use in range(share)
+    ]
+    return [shares[index][0] for _, index in sorted(places)]
 
 
 def _draw_one(supply: Supply, split: Split, drawn: _Drawn, tokenizer: Any, config: PromptsConfig) -> dict[str, Any]:
@@ -152,7 +196,7 @@ def _draw_one(supply: Supply, split: Split, drawn: _Drawn, tokenizer: Any, confi
         }
     raise DraftsmithError(
         f"prompts.sources: {supply.label} ran out of different prompts in split {split} "
-        f"(asked for in all: {config.train} train, {config.validation} validation, {config.heldout} heldout; so far "
+        f"(asked for in all: {', '.join(f'{config.wanted(each)} {each}' for each in reversed(SPLITS))}; so far "
         f"{len(drawn.rows)} taken, {drawn.duplicates} duplicates, {drawn.too_long} too long): "
         "lower the counts or add a source"
     )

@@ -119,11 +119,11 @@ def _download(config: TargetConfig) -> tuple[Path, str]:
             )
         )
     except (HfHubHTTPError, HFValidationError, FileNotFoundError, ConnectionError) as error:
-        raise DraftsmithError(f"target.source {config.source}: {_hub_reason(error, config)}") from error
+        raise DraftsmithError(f"target.source {config.source}: {hub_reason(error, config)}") from error
     return path, path.name
 
 
-def _hub_reason(error: Exception, config: TargetConfig) -> str:
+def hub_reason(error: Exception, config: TargetConfig) -> str:
     """What went wrong with the hub and what to do."""
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -181,10 +181,19 @@ def _dequantise(source: Path, folder: Path, dtype: Dtype, log: Callable[[str], N
 
 def describe(folder: Path, config: TargetConfig, *, kind: Kind, location: str, revision: str | None) -> TargetInfo:
     """Check a model folder (whole weights, causal LM, tokenizer) and say what it is; no weights are loaded."""
-    architecture, settings = _read_config(folder)
+    _read_config(folder)  # before the weights: says what a folder without a causal LM is
     weights = weight_files(folder)
     for path in weights:
         check_safetensors(path)
+    info = describe_metadata(folder, config, kind=kind, location=location, revision=revision)
+    return info.model_copy(update={"digest": model_digest(folder, weights)})
+
+
+def describe_metadata(
+    folder: Path, config: TargetConfig, *, kind: Kind, location: str, revision: str | None
+) -> TargetInfo:
+    """The same from config and tokenizer alone; the digest, which is over the weights too, is left empty."""
+    architecture, settings = _read_config(folder)
     tokenizer = load_tokenizer(folder)
     text = settings.get_text_config()
     _check_supported(folder, text)
@@ -205,7 +214,7 @@ def describe(folder: Path, config: TargetConfig, *, kind: Kind, location: str, r
         location=location,
         revision=revision,
         dtype=config.dtype,
-        digest=model_digest(folder, weights),
+        digest="",
         tokenizer_digest=tokenizer_digest(folder),
         architecture=architecture,
         model_type=settings.model_type,

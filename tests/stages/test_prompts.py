@@ -391,3 +391,56 @@ def test_wrong_config_is_refused(change: Row) -> None:
     PromptsConfig.model_validate(valid)
     with pytest.raises(ValidationError):
         PromptsConfig.model_validate({**valid, **change})
+
+
+def test_every_source_gives_its_own_counts_evenly_mixed(target: Path, tmp_path: Path) -> None:
+    few = write_rows(tmp_path / "few.jsonl", [{"prompt": f"few {i}"} for i in range(20)])
+    many = write_rows(tmp_path / "many.jsonl", [{"prompt": f"many {i}"} for i in range(40)])
+    sources = [
+        {"kind": "jsonl", "path": str(few), "counts": {"train": 4, "heldout": 2}},
+        {"kind": "jsonl", "path": str(many), "label": "lots", "counts": {"train": 12, "validation": 3}},
+    ]
+    rows = run(target, tmp_path, sources, train=None, heldout=None)
+    taken = [(row["split"], row["source"]) for row in rows]
+    assert taken.count(("train", "few.jsonl")) == 4 and taken.count(("train", "lots")) == 12
+    assert taken.count(("heldout", "few.jsonl")) == 2 and taken.count(("validation", "lots")) == 3
+    train = [source for split, source in taken if split == "train"]
+    assert all(train[start : start + 4].count("few.jsonl") == 1 for start in range(0, 16, 4))  # in every quarter
+
+
+def test_a_filter_keeps_rows_by_their_fields(target: Path, tmp_path: Path) -> None:
+    rows = [{"problem": f"{kind} {i}", "source": kind, "level": i} for kind in "abc" for i in range(8)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    for source in (
+        {"kind": "jsonl", "path": str(path)},
+        {"kind": "huggingface", "id": str(dataset_folder(tmp_path, rows))},
+    ):
+        kept = run(
+            target, tmp_path / source["kind"],
+            [{**source, "field": "problem", "filter": {"source": ["a", "c"], "level": 3}}], train=1, heldout=1,
+        )  # fmt: skip
+        assert {row["messages"][0]["content"] for row in kept} == {"a 3", "c 3"}
+        for filter, said in (({"sorce": "a"}, "no field sorce to filter by"), ({"source": "z"}, "no row passes")):
+            text = error(target, tmp_path / "bad", [{**source, "field": "problem", "filter": filter}])
+            assert said in text
+
+
+def dataset_folder(folder: Path, rows: list[Row]) -> Path:
+    path = folder / "dataset"
+    path.mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path / "train.parquet")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"train": 1}, "heldout is required: give it here, or give every source its counts"),
+        ({"train": 1, "sources": [{"counts": {"train": 1}}]}, "the sources have counts: leave out train"),
+        ({"sources": [{"counts": {"train": 1}}, {}]}, "sources 1 have no counts, others have"),
+    ],
+)
+def test_counts_are_given_in_one_place(fields: Row, said: str) -> None:
+    sources = [{"kind": "jsonl", "path": "a.jsonl", **source} for source in fields.get("sources", [{}])]
+    with pytest.raises(ValidationError, match=said):
+        PromptsConfig.model_validate({**fields, "sources": sources})

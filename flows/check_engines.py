@@ -1,0 +1,54 @@
+"""Checks of the engines: SGLang's environment, running servers, GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flows.findings import Findings
+from flows.graph import Node
+from flows.machine import gpus
+from flows.preflight import sglang_engines
+from stages.engines.config import SGLangEngineConfig
+
+
+def check_engines(found: Findings, nodes: Sequence[Node]) -> bool:
+    """True if servers are to be launched on GPUs and this machine has none: it is not the one that will run."""
+    from stages.engines.sglang import preflight
+
+    elsewhere = False
+    for config, names in sglang_engines(nodes):
+        check = f"sglang ({', '.join(names)})"
+        with found.part(check):
+            warnings = []
+            if config.python is not None:
+                has = preflight.installed(config.python)
+                found.ok(check, f"{config.python}: sglang {has.sglang}, torch {has.torch}")
+                warnings += preflight.environment_warnings(config, has)
+            for url in config.urls:
+                if reason := preflight.unreachable(url):
+                    warnings.append(f"{url} does not answer now ({reason}): start it before the stage runs")
+                else:
+                    found.ok(check, f"{url} answers")
+            for warning in warnings:
+                found.warn(check, warning)
+    for node in nodes:
+        engine = getattr(node.config, "engine", None)
+        if not isinstance(engine, SGLangEngineConfig) or engine.launch is None or on_cpu(engine):
+            continue
+        wanted, here = engine.launch.servers * engine.launch.tensor_parallel, len(gpus())
+        if here == 0:
+            elsewhere = True
+        elif here < wanted:
+            found.error(
+                f"{node.name}: GPUs",
+                f"{engine.launch.servers} servers of {engine.launch.tensor_parallel} GPUs need {wanted}, {here} are "
+                f"here: --set {node.name}.engine.launch.servers={here // engine.launch.tensor_parallel or 1}",
+            )
+    if elsewhere:
+        found.warn("GPUs", "none is visible here: memory is not compared; check again on the machine that will run it")
+    return elsewhere
+
+
+def on_cpu(engine: SGLangEngineConfig) -> bool:
+    """Whether launched servers are told to run on the CPU."""
+    return engine.launch is not None and engine.launch.options.get("device") == "cpu"

@@ -1,0 +1,178 @@
+"""Checks of target and drafter from their small files: what they are, and whether they belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.findings import Findings
+from flows.graph import Node
+from stages.drafters.config import DFlashConfig
+from stages.mining import MiningConfig
+from stages.prompts import PromptsConfig
+from stages.rollout import RolloutConfig
+from stages.sft import SftConfig
+from stages.targets.config import TargetConfig
+from stages.targets.estimate import ModelSize, drafter_size, target_size
+
+if TYPE_CHECKING:
+    from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+
+    from stages.targets.resolve import TargetInfo
+
+
+@dataclass(frozen=True)
+class Models:
+    """What the config and the small files say."""
+
+    artifact: Path  # a target artifact without weights or digest
+    info: TargetInfo
+    target: ModelSize
+    drafter_config: Qwen3Config | None  # None: its config could not be had
+
+    @property
+    def drafter(self) -> ModelSize | None:
+        return drafter_size(self.drafter_config) if self.drafter_config is not None else None
+
+
+def check_models(found: Findings, nodes: Sequence[Node], scratch: Path) -> Models | None:
+    """None if there is no target, or nothing is known of it: what follows from its config cannot be checked then."""
+    from stages.targets.metadata import UnreachableError, metadata_artifact
+    from stages.targets.resolve import model_path
+
+    target = next((node.config for node in nodes if isinstance(node.config, TargetConfig)), None)
+    if target is None:
+        return None
+    info = None
+    with found.part("target"):
+        try:
+            info = metadata_artifact(target, scratch)
+        except UnreachableError as error:
+            found.warn("target", f"{error}; not checked: tokenizer, chat template, drafter, context, memory, disk")
+    if info is None:
+        return None
+    size = target_size(model_path(scratch))
+    found.ok(
+        "target",
+        f"{info.source}: {info.architecture}, {size.parameters / 1e6:,.0f}M parameters, {info.num_layers} layers, "
+        f"hidden {info.hidden_size}, vocabulary {info.vocab_size}, {info.max_positions} positions, {info.dtype}",
+    )
+    if info.kind == "hub" and target.revision is None:
+        found.warn("target.revision", f"not set: set it to {info.revision}, or a later refresh may mean another model")
+    prompts = [node.config for node in nodes if isinstance(node.config, PromptsConfig)]
+    for config in prompts:
+        with found.part("chat template"):
+            _check_template(found, config, model_path(scratch))
+    drafter = None
+    for node in nodes:
+        if isinstance(node.config, SftConfig) and "drafter" not in node.inputs:
+            with found.part(f"{node.name}: drafter"):
+                drafter = _check_drafter(found, node.name, node.config, scratch)
+    models = Models(scratch, info, size, drafter)
+    if drafter is not None:
+        _check_block_sizes(found, nodes, drafter.block_size)
+    _check_lengths(found, nodes, prompts, info.max_positions)
+    return models
+
+
+def _check_template(found: Findings, config: PromptsConfig, folder: Path) -> None:
+    """The template takes a system prompt and the kwargs; a kwarg that changes nothing is told."""
+    from stages.prompt_sources import Candidate
+    from stages.prompts import token_ids
+    from stages.targets.resolve import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    if not tokenizer.chat_template:
+        found.warn("chat template", "the target has none: prompts are plain text, chat_template_kwargs are ignored")
+        return
+    messages = [{"role": "user", "content": "Hello"}]
+    if system := config.system or next((s.system for s in config.sources if s.system), None):
+        messages = [{"role": "system", "content": system}, *messages]
+    candidate = Candidate("check", messages, "chat template")
+    ids = token_ids(tokenizer, candidate, config.chat_template_kwargs)
+    for name in config.chat_template_kwargs:
+        if name not in str(tokenizer.chat_template):
+            found.warn(
+                "chat template", f"it does not read {name}: correct prompts.chat_template_kwargs or leave it out"
+            )
+    given = ", ".join(f"{name}={value}" for name, value in config.chat_template_kwargs.items())
+    found.ok("chat template", f"works{f' with {given}' if given else ''}: {len(ids)} tokens around one word")
+
+
+def _check_drafter(found: Findings, node: str, config: SftConfig, artifact: Path) -> Qwen3Config | None:
+    """Layer ids, mask token, block size and shape: of the checkpoint to start from, or of the new drafter."""
+    from transformers import AutoConfig
+
+    from stages.drafters.dflash import checkpoint as dflash
+    from stages.targets.metadata import UnreachableError
+    from stages.targets.resolve import load_tokenizer, model_path
+
+    name, folder = f"{node}: drafter", model_path(artifact)
+    target_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if config.init_from:
+        try:
+            source = _drafter_metadata(config.init_from)
+        except UnreachableError as error:
+            found.warn(name, f"{error}; not checked: its layers, mask token, memory, disk")
+            return None
+        drafter, where = dflash.read_config(source), config.init_from
+        dflash.check_fits(drafter, target_config, where)
+        if config.drafter != DFlashConfig():
+            found.warn(name, f"section drafter is not used: {where} has its own shape; remove the section")
+        if source == Path(config.init_from).expanduser() and not (source / "model.safetensors").is_file():
+            found.error(name, f"{source} has no model.safetensors: give the folder of a whole checkpoint")
+    else:
+        mask = dflash.mask_token_id(load_tokenizer(folder), config.drafter.mask_token)
+        drafter, where = dflash.new_config(config.drafter, target_config, mask), "new"
+        dflash.check_fits(drafter, target_config, "sft.drafter")
+    settings = drafter.dflash_config
+    found.ok(
+        name,
+        f"{where}: {drafter.num_hidden_layers} layers on target layers {list(settings['target_layer_ids'])}, "
+        f"blocks of {drafter.block_size}, mask token {settings['mask_token_id']}{_named(settings, folder)}, "
+        f"{drafter_size(drafter).parameters / 1e6:,.1f}M parameters",
+    )
+    return drafter
+
+
+def _named(settings: dict[str, Any], folder: Path) -> str:
+    """The mask token's text; the rows of a padded vocabulary have none, and no text can ever mean them."""
+    from stages.targets.resolve import load_tokenizer
+
+    token = load_tokenizer(folder).convert_ids_to_tokens(settings["mask_token_id"])
+    return f" {token!r}" if token is not None else " (beyond the tokenizer's tokens)"
+
+
+def _drafter_metadata(source: str) -> Path:
+    """The folder, or the small files of a hub checkpoint."""
+    from stages.targets.metadata import fetch_metadata
+
+    folder = Path(source).expanduser()
+    return folder if folder.is_dir() else fetch_metadata(source, None, "sft.init_from")
+
+
+def _check_block_sizes(found: Findings, nodes: Sequence[Node], trained: int) -> None:
+    for node in nodes:
+        drafting = getattr(node.config, "drafting", None)
+        if isinstance(node.config, RolloutConfig | MiningConfig) and drafting and (drafting.block_size or 0) > trained:
+            found.error(
+                node.name, f"drafting.block_size {drafting.block_size} is larger than the trained {trained}: lower it"
+            )
+        over = [size for size in getattr(node.config, "block_sizes", None) or () if size > trained]
+        if over:
+            found.warn(node.name, f"block_sizes {over} are larger than the trained {trained}, which is taken instead")
+
+
+def _check_lengths(found: Findings, nodes: Sequence[Node], prompts: Sequence[PromptsConfig], positions: int) -> None:
+    """Longest allowed prompt and answer against the context: no error, the prompts that come may all be shorter."""
+    longest = max((config.max_prompt_tokens for config in prompts), default=0)
+    for node in nodes:
+        sampling = getattr(node.config, "sampling", None)
+        if sampling is not None and longest and longest + sampling.max_new_tokens > positions:
+            found.warn(
+                node.name,
+                f"{longest} prompt and {sampling.max_new_tokens} new tokens exceed the target's {positions} positions: "
+                "the stage refuses to start if a prompt really is that long; lower one of them",
+            )

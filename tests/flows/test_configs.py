@@ -1,0 +1,65 @@
+"""Every config file of the repository loads, its graph is in order, and the paper's recipe says what the paper says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flows.config import RunConfig, control_config, load_config
+from flows.graph import in_order
+from flows.refresh_graph import refresh_nodes
+from stages.engines.config import SGLangEngineConfig
+from stages.sft import SftConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPES = ["qwen3-4b-dflash", "qwen3-4b-dflash-thinking", "qwen3-8b-dflash", "qwen3-8b-dflash-thinking"]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_config_loads_and_its_graph_is_in_order(path: Path) -> None:
+    config = load_config(path)
+    assert config.name == path.stem
+    nodes = [node.name for node in in_order(refresh_nodes(config))]
+    assert nodes[0] == "target" and nodes[-1] == "report"
+    # what a stage process is sent is what it reads
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+    control = control_config(config)
+    assert SftConfig.model_validate(control.model_dump(mode="json")) == control
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipe_has_the_papers_settings(name: str) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml")
+    size = "8B" if "8b" in name else "4B"
+    assert (config.target.source, config.sft.init_from) == (f"Qwen/Qwen3-{size}", f"z-lab/Qwen3-{size}-DFlash-b16")
+    assert config.rollout is not None and config.assisted is not None
+    assert config.prompts.chat_template_kwargs == {"enable_thinking": "thinking" in name}
+    counts = {source.label: source.counts.train for source in config.prompts.sources if source.counts}  # type: ignore[union-attr]
+    trained_on = {label: count for label, count in counts.items() if count}
+    assert trained_on == {"olympiad": 4000, "code": 5000, "math": 5000, "gsm8k": 2000}
+    assert config.prompts.wanted("train") == config.assisted.prompts == 16_000
+    assert (config.prompts.max_prompt_tokens, config.assisted.sampling.max_new_tokens) == (512, 4096)
+    assert config.assisted.sampling.temperature == 0
+    opd = config.opd
+    assert (opd.learning_rate, opd.warmup_fraction, opd.sequences_per_step, opd.anchors) == (3e-4, 0.05, 21, "errors")
+    assert opd.steps == 8 * 16_000 // 21
+    assert (opd.loss.response.loss, opd.loss.rejected.loss) == ("bernoulli_kl", "k3")
+    assert (opd.loss.response.weight, opd.loss.rejected.weight) == (1, 1)
+    assert (opd.loss.rejected.positions.kind, opd.loss.rejected.positions.delta) == ("power", 0.8)
+    for engine in (config.rollout.engine, config.assisted.engine, config.heldout.engine, config.evaluation.engine):
+        assert isinstance(engine, SGLangEngineConfig) and engine.launch is not None
+        assert (engine.launch.servers, engine.launch.tensor_parallel) == (8, 1)
+    assert config.evaluation.concurrency == (1, 4, 16)
+    assert config.evaluation.temperatures == (0, 1)
+
+
+def test_one_gpu_is_four_overrides_as_the_recipe_says() -> None:
+    sections = ("rollout", "assisted", "heldout", "evaluation")
+    config = load_config(
+        CONFIGS / "qwen3-4b-dflash.yaml", [f"{section}.engine.launch.servers=1" for section in sections]
+    )
+    full = load_config(CONFIGS / "qwen3-4b-dflash.yaml")
+    for section in sections:
+        assert getattr(config, section).engine.launch.servers == 1
+        assert getattr(config, section).key_material() == getattr(full, section).key_material()
