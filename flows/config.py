@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from flows.config_file import read_config
 from flows.options import RunOptions
 from stages.contract import Config
 from stages.evaluation import EvaluationConfig
+from stages.logs import LogsConfig
 from stages.mining import MiningConfig
 from stages.opd import OpdConfig
 from stages.prompts import PromptsConfig
@@ -25,6 +27,9 @@ class RefreshOptions(Config):
 
     control: bool = True
     """Also continue SFT for as many steps and trained positions as OPD: the drafter that OPD has to beat."""
+    iterations: Annotated[int, Field(ge=1)] = 1
+    """How often rollout, mining, OPD and evaluation follow each other, every time from the drafter before and on the
+    prompts behind those of the iteration before (logged answers: on the same)."""
 
 
 class RunConfig(RunOptions):
@@ -33,10 +38,14 @@ class RunConfig(RunOptions):
     refresh: RefreshOptions = RefreshOptions()
     target: TargetConfig
     prompts: PromptsConfig
-    rollout: RolloutConfig
+    logs: LogsConfig | None = None
+    """Answers that the target gave in production. They take the place of `rollout` and of `assisted`, which may then be
+    left out and are not read: SFT is trained on them, they are mined with the SFT drafter, and OPD is trained on them.
+    Only held-out prompts are answered by the target here."""
+    rollout: RolloutConfig | None = None
     """The target's answers that SFT is trained on."""
     sft: SftConfig
-    assisted: RolloutConfig
+    assisted: RolloutConfig | None = None
     """Rollout with the SFT drafter in the loop: the trajectories that are mined and that OPD is trained on."""
     mining: MiningConfig
     opd: OpdConfig
@@ -44,6 +53,29 @@ class RunConfig(RunOptions):
     """The target's answers to validation and held-out prompts."""
     evaluation: EvaluationConfig
     report: ReportConfig = ReportConfig()
+
+    @model_validator(mode="after")
+    def _answers_come_from_somewhere(self) -> RunConfig:
+        if self.logs is None:
+            for name in ("rollout", "assisted"):
+                if getattr(self, name) is None:
+                    raise ValueError(f"{name} is required: give this section, or logs with answers of the target")
+        return self
+
+    @model_validator(mode="after")
+    def _iterations_have_prompts(self) -> RunConfig:
+        if self.refresh.iterations == 1 or self.assisted is None or self.logs is not None:
+            return self
+        if self.assisted.prompts is None:
+            raise ValueError("assisted.prompts: say how many an iteration takes, with refresh.iterations above 1")
+        needed = self.assisted.skip + self.refresh.iterations * self.assisted.prompts
+        available = sum(getattr(self.prompts, split, 0) for split in self.assisted.splits)
+        if needed > available:
+            raise ValueError(
+                f"refresh.iterations: {self.refresh.iterations} iterations need {needed} prompts and section prompts "
+                f"has {available}: raise prompts.train, or lower assisted.prompts or the iterations"
+            )
+        return self
 
     @model_validator(mode="after")
     def _time_limits_name_nodes(self) -> RunConfig:
@@ -60,6 +92,13 @@ _FROM_OPD = ("steps", "sequences_per_step", "anchors_per_sequence", "learning_ra
 def control_config(config: RunConfig) -> SftConfig:
     """Continued SFT with OPD's steps, trained positions and learning rate: the fair comparison."""
     return config.sft.model_copy(update={name: getattr(config.opd, name) for name in _FROM_OPD})
+
+
+def assisted_config(config: RunConfig, iteration: int) -> RolloutConfig:
+    """The assisted rollout of an iteration, counted from 1: each takes the prompts behind those of the one before."""
+    assert config.assisted is not None
+    behind = (iteration - 1) * (config.assisted.prompts or 0)
+    return config.assisted.model_copy(update={"skip": config.assisted.skip + behind})
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:

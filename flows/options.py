@@ -13,7 +13,7 @@ class StageOptions(Config):
     time_limit_minutes: float = Field(default=24 * 60, gt=0)
     """Wall-clock limit of one attempt at one stage."""
     time_limits: dict[str, float] = Field(default_factory=dict)
-    """Minutes for single nodes, by name, e.g. `{sft: 30}`."""
+    """Minutes for single nodes, by name, e.g. `{sft: 30}`; `opd` is also for `opd-1`."""
     grace_seconds: float = Field(default=60, ge=0)
     """Time to save after a stage is asked to stop, before it is killed."""
     retries: int = Field(default=2, ge=0, le=20)
@@ -26,7 +26,8 @@ class StageOptions(Config):
     """Free disk space (10^9 bytes) that must be there before a run starts."""
 
     def time_limit_s(self, node: str) -> float:
-        return 60 * self.time_limits.get(node, self.time_limit_minutes)
+        minutes = self.time_limits.get(node, self.time_limits.get(node.partition("-")[0], self.time_limit_minutes))
+        return 60 * minutes
 
 
 class RunOptions(Config):

@@ -2,48 +2,63 @@
 
 from __future__ import annotations
 
-from flows.config import RunConfig, control_config
+from flows.config import RunConfig, assisted_config, control_config
 from flows.graph import Node, Pipeline
 
 
 def refresh_nodes(config: RunConfig) -> list[Node]:
-    """The nodes of one refresh, from the target to the report."""
+    """The nodes of one refresh, from the target to the report.
+
+    With several iterations, those before the last one have their number in the name: `opd-1`, …, `opd`.
+    """
     target = {"target": "target"}
-    drafters = {"sft": "sft", "opd": "opd"}
+    asked = {**target, "prompts": "prompts"}
     nodes = [
         Node("target", "stages.target", config.target),
         Node("prompts", "stages.prompts", config.prompts, target),
-        Node("rollout", "stages.rollout", config.rollout, {**target, "prompts": "prompts"}),
-        Node("sft", "stages.sft", config.sft, {**target, "trajectories": "rollout"}),
-        Node("assisted", "stages.rollout", config.assisted, {**target, "prompts": "prompts", "drafter": "sft"}),
-        Node("mining", "stages.mining", config.mining, {**target, "drafter": "sft", "trajectories": "assisted"}),
-        Node(
-            "opd",
-            "stages.opd",
-            config.opd,
-            {**target, "drafter": "sft", "trajectories": "assisted", "steps": "mining"},
-        ),
-        Node("heldout", "stages.rollout", config.heldout, {**target, "prompts": "prompts"}),
+    ]
+    if config.logs is not None:
+        answers = "logs"
+        nodes.append(Node(answers, "stages.logs", config.logs, asked))
+    else:
+        assert config.rollout is not None  # RunConfig has checked it
+        answers = "rollout"
+        nodes.append(Node(answers, "stages.rollout", config.rollout, asked))
+    nodes.append(Node("sft", "stages.sft", config.sft, {**target, "trajectories": answers}))
+    opd = control = "sft"
+    for iteration in range(1, config.refresh.iterations + 1):
+        suffix = "" if iteration == config.refresh.iterations else f"-{iteration}"
+        nodes += _iteration(config, iteration, suffix, opd, control)
+        opd, control = f"opd{suffix}", f"control{suffix}"
+    return [*nodes, Node("heldout", "stages.rollout", config.heldout, asked)]
+
+
+def _iteration(config: RunConfig, iteration: int, suffix: str, opd: str, control: str) -> list[Node]:
+    """Rollout with the drafter `opd`, mining, OPD and evaluation; `control` is the one whose SFT goes on beside it."""
+    target = {"target": "target"}
+    nodes = []
+    if config.logs is not None:
+        answers = "logs"
+    else:
+        assert config.assisted is not None  # RunConfig has checked it
+        answers = f"assisted{suffix}"
+        inputs = {**target, "prompts": "prompts", "drafter": opd}
+        nodes.append(Node(answers, "stages.rollout", assisted_config(config, iteration), inputs))
+    learned = {**target, "trajectories": answers}
+    drafters = {"sft": "sft", "opd": f"opd{suffix}"}
+    nodes += [
+        Node(f"mining{suffix}", "stages.mining", config.mining, {**learned, "drafter": opd}),
+        Node(f"opd{suffix}", "stages.opd", config.opd, {**learned, "drafter": opd, "steps": f"mining{suffix}"}),
     ]
     if config.refresh.control:
-        drafters["control"] = "control"
-        nodes.append(
-            Node(
-                "control",
-                "stages.sft",
-                control_config(config),
-                {**target, "drafter": "sft", "trajectories": "assisted"},
-            )
-        )
+        drafters["control"] = f"control{suffix}"
+        nodes.append(Node(f"control{suffix}", "stages.sft", control_config(config), {**learned, "drafter": control}))
+    measured = {**target, "prompts": "prompts", "trajectories": "heldout", **drafters}
+    reported = {"mining": f"mining{suffix}", "evaluation": f"evaluation{suffix}", **drafters}
     return [
         *nodes,
-        Node(
-            "evaluation",
-            "stages.evaluation",
-            config.evaluation,
-            {**target, "prompts": "prompts", "trajectories": "heldout", **drafters},
-        ),
-        Node("report", "stages.report", config.report, {"mining": "mining", "evaluation": "evaluation", **drafters}),
+        Node(f"evaluation{suffix}", "stages.evaluation", config.evaluation, measured),
+        Node(f"report{suffix}", "stages.report", config.report, reported),
     ]
 
 

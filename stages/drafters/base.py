@@ -68,7 +68,10 @@ class Drafter(nn.Module, ABC):
 
     @abstractmethod
     def select(self, context: Context, rows: Rows, length: int) -> Context:
-        """The first `length` positions of some rows, as `block_hidden` takes it."""
+        """The first `length` positions of some rows, as `block_hidden` takes it; no copy for a slice of rows.
+
+        Takes either kind of context: of `encode` (replay drops rows that are finished) or of `new_context` (decoding).
+        """
 
     @abstractmethod
     def move_row(self, context: Context, source: int, to: int) -> None:

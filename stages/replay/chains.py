@@ -15,76 +15,63 @@ import torch
 
 from stages.drafters.base import Context, Drafter
 from stages.drafters.head import Head
+from stages.replay.board import Board, Pace
 from stages.replay.trace import Trace, Trajectory, pad_tokens
 
-NOT_EVALUATED = -1
+# Blocks that a round should hold before more chains are worth their extra blocks: by then matrix products are at
+# their full rate on a CPU, and a GPU's kernels are no longer paid for launching alone.
+BLOCKS_PER_ROUND = 32
+# Live rows are copied together once this share of the batch is left; the copies of all rounds add up to a few contexts.
+COMPACT_AT = 0.75
 
 
-def start_anchors(trajectory: Trajectory, chains: int) -> list[int]:
-    """The first anchor, and further starts spread evenly over the response."""
-    first, last = trajectory.first_anchor, trajectory.last_anchor
-    if last < first:
-        return []
-    return sorted({first + (last + 1 - first) * c // chains for c in range(chains)})
-
-
+@torch.no_grad()
 def replay_chains(
     drafter: Drafter,
     context: Context,
     trajectories: Sequence[Trajectory],
     block_size: int,
     head: Head,
-    chains: int = 16,
+    chains: int | None = None,
     *,
     with_logprobs: bool = True,
+    blocks_per_round: int = BLOCKS_PER_ROUND,
 ) -> list[Trace]:
     """Traces of a batch of trajectories. context: of the same trajectories, padded to one length.
 
+    chains: starts in each trajectory, spread evenly. None: one, and more while a round holds fewer than
+    `blocks_per_round` blocks and the text ahead of a chain is long enough for two to meet.
     Without log-probs, which are a pass over the logits, those of the traces are NaN.
     """
     device = head.weight.device
-    B, K = len(trajectories), block_size - 1
+    K = block_size - 1
     tokens = pad_tokens(trajectories, device, fill=-1)  # -1 never equals a proposal: nothing is accepted past the end
-    T = tokens.shape[1]
-    tokens = torch.cat([tokens, tokens.new_full((B, K), -1)], 1)
-    accepted = np.full((B, T), NOT_EVALUATED, dtype=np.int64)
-    proposed = np.zeros((B, T, K), dtype=np.int64)
-    logprobs = np.full((B, T, K), np.nan, dtype=np.float32)
+    tokens = torch.cat([tokens, tokens.new_full((len(trajectories), K), -1)], 1)
     offsets = torch.arange(1, block_size, device=device)
+    boards = [Board(t, K, chains or 1) for t in trajectories]
+    pace = Pace()
 
-    live = [start_anchors(t, chains) for t in trajectories]
-    while any(live):
-        A = max(len(anchors) for anchors in live)
+    rows = list(range(len(boards)))  # the batch: row r of `context` and `tokens` is trajectory rows[r]
+    while live := [r for r, row in enumerate(rows) if boards[row].live]:
+        if len(live) <= COMPACT_AT * len(rows):
+            keep = torch.tensor(live, device=device)
+            longest = max(boards[rows[r]].length for r in live)
+            context, tokens = drafter.select(context, keep, longest), tokens[keep]
+            rows = [rows[r] for r in live]
+        if chains is None:
+            for row in rows:
+                boards[row].split(blocks_per_round // len(live), pace)
+        A = max(len(boards[row].live) for row in rows)
         # rows with fewer live chains repeat an anchor; the copies are not read
-        padded = [
-            anchors + [anchors[0] if anchors else t.first_anchor] * (A - len(anchors))
-            for anchors, t in zip(live, trajectories, strict=True)
-        ]
-        anchors_BA = torch.tensor(padded, device=device)
-        anchor_tokens = tokens.gather(1, anchors_BA).clamp(min=0)
-        block = drafter.propose(context, anchor_tokens, anchors_BA, block_size, head, with_logprobs=with_logprobs)
-        truth = tokens.gather(1, (anchors_BA[..., None] + offsets).flatten(1)).unflatten(1, (A, K))
-        kept_BA = (block.tokens == truth).long().cumprod(-1).sum(-1).cpu().numpy()
-        tokens_BAK = block.tokens.cpu().numpy()
-        logprobs_BAK = block.logprobs.cpu().numpy() if block.logprobs is not None else None
-        for b, anchors in enumerate(live):
-            n = len(anchors)
-            accepted[b, anchors] = kept_BA[b, :n]
-            proposed[b, anchors] = tokens_BAK[b, :n]
-            if logprobs_BAK is not None:
-                logprobs[b, anchors] = logprobs_BAK[b, :n]
-            following = {a + int(k) + 1 for a, k in zip(anchors, kept_BA[b, :n], strict=True)}
-            last = trajectories[b].last_anchor
-            live[b] = sorted(a for a in following if a <= last and accepted[b, a] == NOT_EVALUATED)
-    return [_walk(trajectory, accepted[b], proposed[b], logprobs[b]) for b, trajectory in enumerate(trajectories)]
-
-
-def _walk(trajectory: Trajectory, accepted: np.ndarray, proposed: np.ndarray, logprobs: np.ndarray) -> Trace:
-    """Read the trace off the evaluated anchors."""
-    anchors, anchor = [], trajectory.first_anchor
-    while anchor <= trajectory.last_anchor:
-        anchors.append(anchor)
-        anchor += int(accepted[anchor]) + 1
-    visited = np.array(anchors, dtype=np.int64)
-    evaluated = int((accepted != NOT_EVALUATED).sum())
-    return Trace(len(trajectory.tokens), visited, accepted[visited], proposed[visited], logprobs[visited], evaluated)
+        anchors = np.array([(boards[row].live + [boards[row].filler] * A)[:A] for row in rows])
+        anchors_RA = torch.from_numpy(anchors).to(device)
+        seen = drafter.select(context, slice(0, len(rows)), int(anchors.max()))  # a view: nobody looks behind it
+        anchor_tokens = tokens.gather(1, anchors_RA).clamp(min=0)
+        block = drafter.propose(seen, anchor_tokens, anchors_RA, block_size, head, with_logprobs=with_logprobs)
+        truth = tokens.gather(1, (anchors_RA[..., None] + offsets).flatten(1)).unflatten(1, (A, K))
+        kept = (block.tokens == truth).long().cumprod(-1).sum(-1).cpu().numpy()
+        proposed = block.tokens.cpu().numpy()
+        logprobs = block.logprobs.cpu().numpy() if block.logprobs is not None else None
+        for r, row in enumerate(rows):
+            boards[row].record(kept[r], proposed[r], logprobs[r] if logprobs is not None else None, pace)
+    return [board.trace() for board in boards]

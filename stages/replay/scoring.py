@@ -7,15 +7,20 @@ steps in one forward; each sees the trajectory up to its step's committed prefix
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
 from stages.replay.trace import Trace
 from stages.targets.causal_lm import Target
-from stages.targets.slots import SlotCache
+from stages.targets.slots import Rows, SlotCache
+
+# Rows are scored together while padding stays below this share of the leaves, or below a number of tokens that a
+# forward hardly notices: every forward has a fixed cost too.
+PADDING_SHARE = 0.25
+FREE_PADDING = 64
 
 
 @dataclass(frozen=True)
@@ -43,96 +48,162 @@ def score_traces(
     """
     T = hidden.shape[1]
     device = hidden.device
-    K = traces[0].proposed.shape[1]
     scores = [np.full(t.proposed.shape, np.nan, dtype=np.float32) for t in traces]
     top_ids = [np.full((len(t.anchors), top_k), -1, dtype=np.int64) for t in traces]
     top_logprobs = [np.full((len(t.anchors), top_k), np.nan, dtype=np.float32) for t in traces]
 
     # ---- offsets up to the first rejection: predicted by the trajectory's own hidden states
-    where = []  # (row, step, offset, position whose hidden state predicts it)
-    for b, trace in enumerate(traces):
-        known = np.minimum(trace.accepted + 1, trace.judged)
-        for s, (anchor, count) in enumerate(zip(trace.anchors.tolist(), known.tolist(), strict=True)):
-            where += [(b, s, k, anchor + k - 1) for k in range(1, count + 1)]
-    for start in range(0, len(where), positions_per_chunk):
-        part = where[start : start + positions_per_chunk]
-        rows, steps, offsets, positions = (list(column) for column in zip(*part, strict=True))
-        proposals = torch.tensor([int(traces[b].proposed[s, k - 1]) for b, s, k, _ in part], device=device)
-        logits = target.logits(hidden[rows, positions])
-        logprobs = torch.log_softmax(logits, -1)
-        taken = logprobs.gather(1, proposals[:, None])[:, 0].cpu().numpy()
-        best = logprobs.topk(top_k, -1)
-        best_ids, best_logprobs = best.indices.cpu().numpy(), best.values.cpu().numpy()
-        for i, (b, s, k) in enumerate(zip(rows, steps, offsets, strict=True)):
-            scores[b][s, k - 1] = taken[i]
-            if k == traces[b].rejected_offset[s]:
-                top_ids[b][s], top_logprobs[b][s] = best_ids[i], best_logprobs[i]
+    known = _Proposals.of(traces, [np.zeros_like(t.anchors) for t in traces], [t.on_trajectory for t in traces])
+    for start in range(0, len(known.row), positions_per_chunk):
+        part = known.part(slice(start, start + positions_per_chunk))
+        rows = torch.from_numpy(part.row).to(device)
+        logits = target.logits(hidden[rows, torch.from_numpy(part.anchor + part.column).to(device)])
+        total = logits.logsumexp(-1)
+        part.write(scores, _logprobs(logits, total, part.token))
+        rejected = np.flatnonzero(part.column + 1 == part.rejected_offset)
+        index = torch.from_numpy(rejected).to(device)
+        best = logits[index].topk(top_k, -1)  # a pass over the vocabulary: only where it is asked for
+        ids, values = best.indices.cpu().numpy(), (best.values - total[index, None]).cpu().numpy()
+        for b, s, i, value in zip(part.row[rejected], part.step[rejected], ids, values, strict=True):
+            top_ids[b][s], top_logprobs[b][s] = i, value
 
-    # ---- offsets behind it: leaves on the cache; leaf k (a rejected proposal) predicts offset k+1
-    leaves: list[list[tuple[int, int]]] = [
-        [
-            (s, k)
-            for s, first in enumerate(trace.rejected_offset.tolist())
-            if first
-            for k in range(first, min(K, int(trace.judged[s])))
-        ]
-        for trace in traces
-    ]
+    # ---- offsets behind it: leaves on the cache; a rejected proposal predicts the one behind it
+    leaves = _Proposals.of(
+        traces,
+        [np.maximum(t.rejected_offset - 1, 0) for t in traces],
+        [np.where(t.rejected_offset > 0, t.judged - 1, 0) for t in traces],
+    )
     for chunk in _leaf_chunks(leaves, tree_tokens):
-        _score_leaves(target, cache, T, traces, chunk, scores)
+        _score_leaves(target, cache, T, chunk, traces, scores, positions_per_chunk)
     return [StepScores(*parts) for parts in zip(scores, top_ids, top_logprobs, strict=True)]
 
 
-def _leaf_chunks(leaves: list[list[tuple[int, int]]], tree_tokens: int) -> list[list[list[tuple[int, int]]]]:
-    """Cut every row's leaves into runs of at most `tree_tokens`, never inside a step."""
-    rows = []
-    for row in leaves:
-        runs: list[list[tuple[int, int]]] = [[]]
-        for i, (s, k) in enumerate(row):
-            begins_step = i == 0 or row[i - 1][0] != s
-            step_size = next((j for j in range(i, len(row)) if row[j][0] != s), len(row)) - i if begins_step else 0
-            if begins_step and runs[-1] and len(runs[-1]) + step_size > tree_tokens:
-                runs.append([])
-            runs[-1].append((s, k))
-        rows.append(runs)
-    count = max(len(runs) for runs in rows)
-    chunks = [[runs[c] if c < len(runs) else [] for runs in rows] for c in range(count)]
-    return [chunk for chunk in chunks if any(chunk)]
+@dataclass(frozen=True)
+class _Proposals:
+    """Some proposals of some traces, flat, in the order of row, step and offset: every field is [N]."""
+
+    row: np.ndarray
+    step: np.ndarray
+    column: np.ndarray  # offset - 1
+    within: np.ndarray  # place among those of its step, from 0
+    anchor: np.ndarray
+    rejected_offset: np.ndarray
+    token: np.ndarray
+
+    @classmethod
+    def of(cls, traces: Sequence[Trace], first: Sequence[np.ndarray], end: Sequence[np.ndarray]) -> _Proposals:
+        """Columns first … end-1 of every step, both [S] for each trace."""
+        parts = []
+        for row, (trace, begin, stop) in enumerate(zip(traces, first, end, strict=True)):
+            counts = np.maximum(stop - begin, 0)
+            step = np.repeat(np.arange(len(counts)), counts)
+            within = np.arange(len(step)) - np.repeat(np.cumsum(counts) - counts, counts)
+            column = begin[step] + within
+            parts.append(
+                cls(
+                    np.full(len(step), row),
+                    step,
+                    column,
+                    within,
+                    trace.anchors[step],
+                    trace.rejected_offset[step],
+                    trace.proposed[step, column],
+                )
+            )
+        return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+
+    def part(self, which: slice | np.ndarray) -> _Proposals:
+        return _Proposals(*(getattr(self, f.name)[which] for f in fields(self)))
+
+    def write(self, scores: list[np.ndarray], values: np.ndarray, behind: int = 0) -> None:
+        """values [N]: of these proposals, or of those `behind` offsets further on."""
+        for row in np.unique(self.row):
+            mine = self.row == row
+            scores[row][self.step[mine], self.column[mine] + behind] = values[mine]
+
+
+def _addressed(rows: np.ndarray, device: torch.device) -> Rows:
+    """Sorted rows of the cache; neighbours are read in place."""
+    first, end = int(rows[0]), int(rows[-1]) + 1
+    return slice(first, end) if end - first == len(rows) else torch.from_numpy(rows).to(device)
+
+
+def _logprobs(logits: torch.Tensor, total: torch.Tensor, tokens: np.ndarray) -> np.ndarray:
+    """Of one token a row, without a log-softmax of the whole vocabulary."""
+    taken = logits.gather(1, torch.from_numpy(tokens).to(logits.device)[:, None])[:, 0]
+    return (taken - total).cpu().numpy()
+
+
+def _leaf_chunks(leaves: _Proposals, tree_tokens: int) -> Iterator[_Proposals]:
+    """Leaves for one forward each: at most `tree_tokens` of a row, whole steps, and rows of similar counts."""
+    chunk = np.zeros(len(leaves.row), dtype=np.int64)
+    starts = np.flatnonzero(leaves.within == 0)
+    row, run, size = -1, 0, 0
+    for start, end in zip(starts, np.append(starts[1:], len(chunk)), strict=True):
+        if leaves.row[start] != row:
+            row, run, size = leaves.row[start], 0, 0
+        if size and size + end - start > tree_tokens:
+            run, size = run + 1, 0
+        chunk[start:end] = run
+        size += end - start
+    for c in range(chunk.max(initial=-1) + 1):
+        part = leaves.part(chunk == c)
+        for rows in _similar_rows(np.bincount(part.row)):
+            yield part.part(np.isin(part.row, rows))
+
+
+def _similar_rows(counts: np.ndarray) -> Iterator[list[int]]:
+    """Rows with about equally many leaves, for padding is computed like leaves. Rows without any are left out."""
+    group: list[int] = []
+    padding = leaves = 0
+    for row in np.argsort(-counts, kind="stable").tolist():
+        if not counts[row]:
+            break
+        more = int(counts[group[0]] - counts[row]) if group else 0
+        if padding + more > max(FREE_PADDING, PADDING_SHARE * leaves):
+            yield group
+            group, padding, leaves, more = [], 0, 0, 0
+        group, padding, leaves = [*group, row], padding + more, leaves + int(counts[row])
+    if group:
+        yield group
 
 
 def _score_leaves(
     target: Target,
     cache: SlotCache,
     T: int,
+    leaves: _Proposals,
     traces: Sequence[Trace],
-    leaves: list[list[tuple[int, int]]],
     scores: list[np.ndarray],
+    positions_per_chunk: int,
 ) -> None:
-    """One forward over the leaves of all rows, written to entries T, T+1, … of the cache (overwritten next time)."""
-    B, M = len(traces), max(len(row) for row in leaves)
-    ids = np.zeros((B, M), dtype=np.int64)
-    positions = np.zeros((B, M), dtype=np.int64)
-    visible = np.zeros((B, M, T + M), dtype=bool)
-    for b, (trace, row) in enumerate(zip(traces, leaves, strict=True)):
-        for m, (s, k) in enumerate(row):
-            anchor, first = int(trace.anchors[s]), int(trace.rejected_offset[s])
-            ids[b, m], positions[b, m] = trace.proposed[s, k - 1], anchor + k
-            visible[b, m, : anchor + first] = True  # the committed prefix ends before the rejected offset
-            visible[b, m, T + m - (k - first) : T + m + 1] = True
-        visible[b, len(row) :, 0] = True  # padding must see something
+    """One forward over some leaves, written to entries T, T+1, … of the cache (overwritten next time)."""
+    cache_rows, row = np.unique(leaves.row, return_inverse=True)
+    counts = np.bincount(row)
+    R, M = len(counts), int(counts.max())
+    slot = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)  # place among the leaves of its row
+    ids, positions = np.zeros((R, M), dtype=np.int64), np.zeros((R, M), dtype=np.int64)
+    ids[row, slot], positions[row, slot] = leaves.token, leaves.anchor + leaves.column + 1
+    # a leaf sees the committed prefix, which ends before the rejected offset, and its step's leaves up to itself
+    committed, own = np.ones((R, M), dtype=np.int64), np.full((R, M), M)  # padding must see something
+    committed[row, slot], own[row, slot] = leaves.anchor + leaves.rejected_offset, slot - leaves.within
     device = target.device
+    order = torch.arange(M, device=device)
+    own_step = (order >= torch.from_numpy(own).to(device)[..., None]) & (order <= order[:, None])
+    prefix = torch.arange(T, device=device) < torch.from_numpy(committed).to(device)[..., None]
     out = target.step(
         torch.from_numpy(ids).to(device),
         torch.from_numpy(positions).to(device),
         cache,
-        slice(0, B),
-        write_at=torch.arange(T, T + M, device=device).expand(B, -1),
-        visible=torch.from_numpy(visible).to(device),
+        _addressed(cache_rows, device),
+        write_at=torch.arange(T, T + M, device=device).expand(R, -1),
+        visible=torch.cat([prefix, own_step], -1),
     )
-    for b, row in enumerate(leaves):
-        if not row:
-            continue
-        following = torch.tensor([int(traces[b].proposed[s, k]) for s, k in row], device=device)
-        logprobs = torch.log_softmax(target.logits(out.hidden[b, : len(row)]), -1)
-        for (s, k), value in zip(row, logprobs.gather(1, following[:, None])[:, 0].tolist(), strict=True):
-            scores[b][s, k] = value  # leaf k predicts offset k+1, column k
+    hidden = out.hidden[torch.from_numpy(row).to(device), torch.from_numpy(slot).to(device)]
+    for start in range(0, len(row), positions_per_chunk):
+        part = leaves.part(slice(start, start + positions_per_chunk))
+        following = np.array(
+            [traces[b].proposed[s, c + 1] for b, s, c in zip(part.row, part.step, part.column, strict=True)]
+        )
+        logits = target.logits(hidden[start : start + positions_per_chunk])
+        part.write(scores, _logprobs(logits, logits.logsumexp(-1), following), behind=1)

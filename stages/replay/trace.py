@@ -54,6 +54,11 @@ class Trace:
         return np.minimum(self.accepted + 1, self.length - 1 - self.anchors)
 
     @property
+    def on_trajectory(self) -> np.ndarray:
+        """[S] proposals whose prefix is the trajectory itself: the accepted ones and the first rejected one."""
+        return np.minimum(self.accepted + 1, self.judged)
+
+    @property
     def rejected_offset(self) -> np.ndarray:
         """[S] offset of the first rejected proposal, 0 where nothing was rejected."""
         return np.where(self.accepted < self.judged, self.accepted + 1, 0)

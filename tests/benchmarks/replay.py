@@ -1,116 +1,241 @@
 """Verify steps/s: speculative decoding against replay of stored trajectories, and the blocks evaluated for a step.
 
-Sequential decoding runs the engine with one request in flight. Replay reads the trajectories with the target once (its
-forward is part of the time, its share shown beside it), then drafts at the anchors; sequential replay, one chain and
-many chains give the same trace. Give artifacts of a refresh, or leave them out for the test bed: a small target made
-here, with a drafter of tau about 5.
+Sequential decoding runs the engine with one request in flight; 16 in flight are the fair comparison with a
+service that has many requests at once. Replay reads the trajectories with the target once (its forward is part of the
+time), then drafts at the anchors; sequential replay, one chain, many chains and as many as pay give the same trace.
+A second table says where replay's time goes: target forward, drafter's context, its blocks, head (logits and argmax),
+and bookkeeping, which is all the rest. A third one says what scoring costs, beside all of mining and beside a training
+step (SFT, forward and backward over the same blocks, full head).
+
+Give artifacts of a refresh, or leave them out for the test bed: a small target made here, with a drafter of tau about
+5.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from artifacts.errors import DraftsmithError
 from stages.drafters.base import Context
 from stages.drafters.checkpoint import load_drafter
+from stages.drafters.head import Head
 from stages.engines.base import Request, SamplingParams
 from stages.engines.embedded import EmbeddedEngine
+from stages.mining import MiningConfig
 from stages.replay.chains import replay_chains
+from stages.replay.scoring import score_traces
 from stages.replay.sequential import replay_sequentially
 from stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens, tau
 from stages.stored import DRAFTER_FOLDER, load_trajectories
-from stages.targets.causal_lm import Target
+from stages.targets.causal_lm import Target, TargetOutput
+from stages.targets.slots import SlotCache
+from stages.training.anchors import pad_anchors
+from stages.training.batches import FeatureSource
+from stages.training.objectives import sft_loss
 from tests.benchmarks import harness
 
-TOKENS_PER_FORWARD = 2048  # as the stage `mining` groups trajectories
+MINING = MiningConfig()
+TOKENS_PER_FORWARD = MINING.tokens_per_target_forward
+SLOTS = 16
+PARTS = ("target forward", "drafter context", "drafter blocks", "head", "bookkeeping")
 
 
 class Bench:
     """One drafter and some trajectories, replayed in different ways."""
 
-    def __init__(self, target: Target, drafter_folder: Path, trajectories: list[Trajectory]):
-        self.target, self.trajectories = target, trajectories
+    def __init__(self, target: Target, drafter_folder: Path, trajectories: list[Trajectory], temperature: float = 0.0):
+        self.target, self.trajectories, self.temperature = target, trajectories, temperature
         self.drafter = load_drafter(drafter_folder, target)
         self.head = self.drafter.drafting_head(target.head_weight, None)
 
-    @torch.no_grad()
-    def read(self, group: list[Trajectory]) -> Context:
-        """The drafter's context of some trajectories."""
+    def forward(self, group: list[Trajectory], cache: SlotCache | None = None) -> TargetOutput:
+        """The target's forward over some trajectories, as mining does it if there is a cache."""
         ids = pad_tokens(group, self.target.device)
-        features = self.target.read(ids, self.drafter.target_layer_ids).features
-        assert features is not None
-        return self.drafter.encode(features, torch.arange(ids.shape[1], device=ids.device).expand(len(group), -1))
+        if cache is None:
+            return self.target.read(ids, self.drafter.target_layer_ids)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(len(group), -1)
+        return self.target.step(ids, positions, cache, slice(0, len(group)), layer_ids=self.drafter.target_layer_ids)
+
+    @torch.no_grad()
+    def context(self, out: TargetOutput) -> Context:
+        assert out.features is not None
+        B, T = out.features.shape[:2]
+        return self.drafter.encode(out.features, torch.arange(T, device=out.features.device).expand(B, -1))
 
     def groups(self) -> list[list[Trajectory]]:
         grouped = groups_by_length([len(t.tokens) for t in self.trajectories], TOKENS_PER_FORWARD)
         return [[self.trajectories[i] for i in group] for group in grouped]
 
-    def read_all(self) -> None:
-        for group in self.groups():
-            self.read(group)
-
     def sequentially(self) -> list[Trace]:
         return [
-            replay_sequentially(self.drafter, self.read([t]), t, self.drafter.block_size, self.head)
+            replay_sequentially(self.drafter, self.context(self.forward([t])), t, self.drafter.block_size, self.head)
             for t in self.trajectories
         ]
 
-    def chains(self, count: int) -> list[Trace]:
-        return [
-            trace
-            for group in self.groups()
-            for trace in replay_chains(
-                self.drafter, self.read(group), group, self.drafter.block_size, self.head, count, with_logprobs=False
-            )
-        ]
+    def replay(self, group: list[Trajectory], context: Context, count: int | None) -> list[Trace]:
+        return replay_chains(
+            self.drafter, context, group, self.drafter.block_size, self.head, count, with_logprobs=False
+        )
 
-    def decode(self, prompts: int) -> int:
-        """Speculative decoding of the first prompts, one request in flight; returns the verify steps."""
+    def chains(self, count: int | None) -> list[Trace]:
+        """Traces in the order of the trajectories."""
+        found: dict[str, Trace] = {}
+        for group in self.groups():
+            traces = self.replay(group, self.context(self.forward(group)), count)
+            found |= {t.trajectory_id: trace for t, trace in zip(group, traces, strict=True)}
+        return [found[t.trajectory_id] for t in self.trajectories]
+
+    def decode(self, prompts: int, slots: int = 1) -> int:
+        """Speculative decoding of the first prompts; returns the verify steps."""
         requests = [
-            Request(t.trajectory_id, t.tokens[: t.prompt_length], SamplingParams(t.response_length))
-            for t in self.trajectories[:prompts]
+            Request(
+                t.trajectory_id,
+                t.tokens[: t.prompt_length],
+                SamplingParams(t.response_length, temperature=self.temperature),
+                seed=index,
+            )
+            for index, t in enumerate(self.trajectories[:prompts])
         ]
         capacity = max(len(t.tokens) for t in self.trajectories) + self.drafter.block_size
-        engine = EmbeddedEngine(self.target, self.drafter, slots=1, capacity=capacity)
+        engine = EmbeddedEngine(self.target, self.drafter, slots=slots, capacity=capacity)
         return sum(len(done.steps) for done in engine.generate(requests))
+
+
+def _keep(found: dict[str, list[Trace]], name: str, work: Callable[[], list[Trace]]) -> None:
+    found[name] = work()
 
 
 def measure(bench: Bench, chains: int, decoded: int, repetitions: int) -> list[dict[str, Any]]:
     """One row of figures a method, all measured in alternation."""
-    names = ("speculative decoding, one request", "sequential replay", "one chain", f"{chains} chains")
+    one_request, slots = "speculative decoding, one request", f"speculative decoding, {SLOTS} requests"
     found: dict[str, list[Trace]] = {}
-    served: list[int] = []
-    arms = {
-        names[0]: lambda: served.append(bench.decode(decoded)),
-        names[1]: lambda: found.update({names[1]: bench.sequentially()}),
-        names[2]: lambda: found.update({names[2]: bench.chains(1)}),
-        names[3]: lambda: found.update({names[3]: bench.chains(chains)}),
-        "target forward alone": bench.read_all,
+    served: dict[str, int] = {}
+    replays: dict[str, Callable[[], list[Trace]]] = {
+        "sequential replay": bench.sequentially,
+        "one chain": lambda: bench.chains(1),
+        f"{chains} chains": lambda: bench.chains(chains),
+        "as many chains as pay": lambda: bench.chains(None),
     }
+    arms: dict[str, Callable[[], Any]] = {
+        one_request: lambda: served.update({one_request: bench.decode(decoded)}),
+        slots: lambda: served.update({slots: bench.decode(len(bench.trajectories), SLOTS)}),
+    }
+    for name, work in replays.items():
+        arms[name] = partial(_keep, found, name, work)
     seconds = {name: harness.median(values) for name, values in harness.alternate(arms, repetitions).items()}
-    reading = seconds["target forward alone"]
+    reference = found["sequential replay"]
     rows = []
-    for name in names:
-        traces = found.get(name)
-        steps = sum(len(t.anchors) for t in traces) if traces else served[-1]
+    for name in arms:
+        traces = found.get(name, [])
+        steps = served.get(name) or sum(len(t.anchors) for t in traces)
         rate = steps / seconds[name]
         rows.append(
             {
                 "method": name,
                 "verify_steps": steps,
                 "steps_per_s": rate,
-                "steps_per_s_without_target": steps / (seconds[name] - reading) if traces else "",
-                "times_decoding": rate / (served[-1] / seconds[names[0]]),
+                "times_one_request": rate * seconds[one_request] / served[one_request],
+                f"times_{SLOTS}_requests": rate * seconds[slots] / served[slots],
                 "blocks_per_step": sum(t.evaluated_blocks for t in traces) / steps if traces else 1.0,
                 "tau_with_plus_1": tau(traces) if traces else "",
-                "target_forward_share": reading / seconds[name] if traces else "",
+                # all in float32; in bfloat16 other batch shapes round otherwise, and near-ties flip
+                "traces_as_sequential": sum(map(_same, traces, reference)) / len(traces) if traces else "",
             }
         )
     return rows
+
+
+def _same(trace: Trace, reference: Trace) -> bool:
+    return np.array_equal(trace.anchors, reference.anchors) and np.array_equal(trace.proposed, reference.proposed)
+
+
+@contextmanager
+def timed(owner: object, name: str, seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Within it, calls of a method add their time to `seconds[part]`."""
+    original = getattr(owner, name)
+
+    def method(*arguments: Any, **settings: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return original(*arguments, **settings)
+        finally:
+            harness.seconds_of(lambda: None)  # an accelerator's queue
+            seconds[part] += time.perf_counter() - started
+
+    setattr(owner, name, method)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def shares(bench: Bench, count: int | None, repetitions: int) -> dict[str, float]:
+    """Seconds of each part of replay, the least of some repetitions in all."""
+    best: dict[str, float] = {}
+    for _ in range(repetitions):
+        seconds: dict[str, float] = defaultdict(float)
+        # propose = block_hidden + head: the head's time is what is left of it
+        with (
+            timed(bench, "forward", seconds, "target forward"),
+            timed(bench, "context", seconds, "drafter context"),
+            timed(bench.drafter, "block_hidden", seconds, "drafter blocks"),
+            timed(bench.drafter, "propose", seconds, "head"),
+        ):
+            whole = harness.seconds_of(lambda: bench.chains(count))
+        seconds["head"] -= seconds["drafter blocks"]
+        seconds["bookkeeping"] = whole - sum(seconds.values())
+        if not best or whole < sum(best.values()):
+            best = {part: seconds[part] for part in PARTS}
+    return best
+
+
+def scoring(bench: Bench, repetitions: int) -> dict[str, float]:
+    """Seconds of mining's parts and of a training step over the same blocks, medians."""
+    trained = training_step(bench)
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for _ in range(repetitions + 1):
+        found: dict[str, float] = defaultdict(float)
+        for group in bench.groups():
+            T = max(len(t.tokens) for t in group)
+            cache = bench.target.new_cache(len(group), T + max(MINING.tree_tokens, bench.drafter.block_size))
+            kept: dict[str, Any] = {}
+            found["read"] += harness.seconds_of(lambda: kept.update(out=bench.forward(group, cache)))  # noqa: B023
+            found["replay"] += harness.seconds_of(
+                lambda: kept.update(traces=bench.replay(group, bench.context(kept["out"]), None))  # noqa: B023
+            )
+            found["score"] += harness.seconds_of(
+                lambda: score_traces(bench.target, cache, kept["out"].hidden, kept["traces"])  # noqa: B023
+            )
+            found["training step"] += trained(group, kept["traces"])
+        for name, value in found.items():
+            seconds[name].append(value)
+    return {name: harness.median(values[1:]) for name, values in seconds.items()}
+
+
+def training_step(bench: Bench) -> Callable[[list[Trajectory], list[Trace]], float]:
+    """Seconds of one SFT step, without the target's forward and the update, on the anchors of some traces."""
+    drafter, head = bench.drafter, Head(bench.target.head_weight)
+
+    def step(group: list[Trajectory], traces: list[Trace]) -> float:
+        batch = FeatureSource(bench.target, drafter.target_layer_ids, group).batch(range(len(group)))
+        anchors = pad_anchors([t.anchors for t in traces], bench.target.device)
+
+        def work() -> None:
+            sft_loss(drafter, batch, anchors, head, gamma=7.0, positions_per_chunk=1024).loss.backward()
+
+        return harness.seconds_of(work)
+
+    return step
 
 
 def artifacts(options: argparse.Namespace) -> tuple[Path, Path, Path]:
@@ -129,22 +254,29 @@ def artifacts(options: argparse.Namespace) -> tuple[Path, Path, Path]:
     return made.target, made.drafter, made.heldout
 
 
+def print_parts(title: str, columns: list[str], parts: dict[str, dict[str, float]]) -> None:
+    """Seconds and share of the whole, a row for each arm."""
+    rows = [
+        [name, *(f"{found[c]:.3f} ({found[c] / sum(found.values()):.0%})" for c in columns)]
+        for name, found in parts.items()
+    ]
+    harness.print_table(title, ["", *columns], rows)
+
+
 def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--target", type=Path, help="artifact of stage `target`")
     parser.add_argument("--drafter", type=Path, help="artifact of stage `sft` or `opd`")
-    parser.add_argument("--trajectories", type=Path, help="artifact of stage `rollout`, greedy")
+    parser.add_argument("--trajectories", type=Path, help="artifact of stage `rollout`")
     parser.add_argument("--count", type=int, default=32, help="trajectories replayed")
-    parser.add_argument("--decode", type=int, default=4, help="prompts decoded for the first line")
+    parser.add_argument("--decode", type=int, default=4, help="prompts decoded one at a time, for the first line")
     parser.add_argument("--chains", type=int, default=16)
     options = parser.parse_args()
     harness.set_threads(options.threads)
     target_folder, drafter_folder, trajectories = artifacts(options)
     stored = load_trajectories(trajectories)
-    if stored.temperature > 0:
-        raise DraftsmithError(f"{trajectories}: sampled at {stored.temperature}; give greedy trajectories")
     target = Target.load(target_folder)
-    bench = Bench(target, drafter_folder / DRAFTER_FOLDER, stored.trajectories[: options.count])
+    bench = Bench(target, drafter_folder / DRAFTER_FOLDER, stored.trajectories[: options.count], stored.temperature)
     rows = measure(bench, options.chains, options.decode, options.repetitions)
     harness.print_table(
         f"{target.info.source if options.target else 'test bed'}, {target.info.dtype}: {len(bench.trajectories)} "
@@ -152,7 +284,17 @@ def main() -> None:
         list(rows[0]),
         [list(row.values()) for row in rows],
     )
-    harness.report("replay", {"rows": rows}, options)
+    arms = {"one chain": 1, f"{options.chains} chains": options.chains, "as many as pay": None}
+    parts = {name: shares(bench, count, options.repetitions) for name, count in arms.items()}
+    print_parts("seconds of replay, and their share", list(PARTS), parts)
+    scored = scoring(bench, options.repetitions)
+    mining = scored["read"] + scored["replay"] + scored["score"]
+    print(
+        f"\nscoring: {scored['score']:.3f} s, {scored['score'] / mining:.0%} of mining (target forward "
+        f"{scored['read']:.3f} s, replay {scored['replay']:.3f} s); a training step over the same blocks takes "
+        f"{scored['training step']:.3f} s, scoring {scored['score'] / scored['training step']:.2f} of that"
+    )
+    harness.report("replay", {"rows": rows, "replay_seconds": parts, "mining_seconds": scored}, options)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from artifacts.errors import DraftsmithError
 from artifacts.store import Store
 from flows.config import RunConfig, control_config, load_config
-from flows.graph import Status, in_order, plan
+from flows.graph import Status, external_digests, in_order, plan
 from flows.refresh_graph import REFRESH, refresh_nodes
 from tests.flows.processes import ROOT
+
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
 
 @pytest.fixture
@@ -28,7 +31,7 @@ def test_every_config_of_the_repository_is_valid() -> None:
 
 def test_the_nodes_fit_their_stages_and_come_in_the_order_of_the_method(config: RunConfig) -> None:
     assert [node.name for node in in_order(refresh_nodes(config))] == [
-        *("target", "prompts", "rollout", "sft", "assisted", "mining", "opd", "heldout", "control"),
+        *("target", "prompts", "rollout", "sft", "assisted", "mining", "opd", "control", "heldout"),
         *("evaluation", "report"),
     ]
 
@@ -39,6 +42,29 @@ def test_without_the_control_nothing_asks_for_it(config: RunConfig) -> None:
     assert "control" not in nodes
     assert "control" not in nodes["evaluation"].inputs
     assert {node.name for node in refresh_nodes(config)} - set(nodes) == {"control"}
+
+
+def test_logged_answers_take_the_place_of_both_rollouts(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text("{}\n")
+    text = (ROOT / "configs" / "quickstart.yaml").read_text()
+    path = tmp_path / "logs.yaml"
+    logs = f"logs: {{paths: {log}, temperature: 0}}\n"
+    without = {key: value for key, value in yaml.safe_load(text).items() if key not in ("rollout", "assisted")}
+    for config_text in (text + logs, yaml.safe_dump(without) + logs):
+        path.write_text(config_text)
+        nodes = {node.name: node for node in in_order(refresh_nodes(load_config(path)))}
+        assert not {"rollout", "assisted"} & set(nodes)
+        assert {name for name, node in nodes.items() if "logs" in node.inputs.values()} == {
+            *("sft", "mining", "opd", "control"),
+        }
+        assert nodes["evaluation"].inputs["trajectories"] == "heldout"
+    key = external_digests(nodes["logs"].config)
+    log.write_text("{}\n{}\n")
+    assert external_digests(nodes["logs"].config) != key
+    path.write_text(yaml.safe_dump(without))
+    with pytest.raises(DraftsmithError, match="rollout is required: give this section, or logs"):
+        load_config(path)
 
 
 def test_the_control_trains_as_long_as_opd_and_is_sft_in_all_else(config: RunConfig) -> None:
@@ -65,3 +91,38 @@ def test_a_time_limit_for_an_unknown_node_is_refused() -> None:
         load_config(ROOT / "configs" / "quickstart.yaml", ["stages.time_limits.stf=5"])
     limits = load_config(ROOT / "configs" / "quickstart.yaml", ["stages.time_limits.control=5"]).stages
     assert (limits.time_limit_s("control"), limits.time_limit_s("sft")) == (300, limits.time_limit_minutes * 60)
+
+
+def test_iterations_start_from_the_drafter_before_and_take_the_next_prompts() -> None:
+    overrides = ["refresh.iterations=3", "assisted.prompts=20"]
+    nodes = {node.name: node for node in in_order(refresh_nodes(load_config(QUICKSTART, overrides)))}
+    chain = [("sft", "sft", "-1"), ("opd-1", "control-1", "-2"), ("opd-2", "control-2", "")]
+    for iteration, (drafter, control, suffix) in enumerate(chain):
+        assisted = nodes[f"assisted{suffix}"]
+        assert assisted.config.model_dump()["skip"] == 192 + 20 * iteration
+        assert assisted.inputs["drafter"] == drafter
+        for name in ("mining", "opd"):
+            assert nodes[f"{name}{suffix}"].inputs["drafter"] == drafter
+            assert nodes[f"{name}{suffix}"].inputs["trajectories"] == f"assisted{suffix}"
+        assert nodes[f"control{suffix}"].inputs["drafter"] == control
+        inputs = nodes[f"evaluation{suffix}"].inputs
+        assert (inputs["sft"], inputs["opd"], inputs["control"]) == ("sft", f"opd{suffix}", f"control{suffix}")
+    assert nodes["report"].inputs["evaluation"] == "evaluation"
+
+
+def test_more_iterations_reuse_those_that_were_made() -> None:
+    once = {node.name: node for node in refresh_nodes(load_config(QUICKSTART, ["assisted.prompts=20"]))}
+    twice = {
+        node.name: node
+        for node in refresh_nodes(load_config(QUICKSTART, ["assisted.prompts=20", "refresh.iterations=2"]))
+    }
+    for name in ("assisted", "mining", "opd", "control", "evaluation"):
+        assert twice[f"{name}-1"].config == once[name].config
+    assert load_config(QUICKSTART, ["stages.time_limits={opd: 5}"]).stages.time_limit_s("opd-1") == 300
+
+
+def test_iterations_without_enough_prompts_are_refused() -> None:
+    with pytest.raises(DraftsmithError, match="5 iterations need 512 prompts and section prompts has 256"):
+        load_config(QUICKSTART, ["refresh.iterations=5"])
+    with pytest.raises(DraftsmithError, match=r"assisted\.prompts: say how many"):
+        load_config(QUICKSTART, ["refresh.iterations=2", "assisted.prompts=null"])

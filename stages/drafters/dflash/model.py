@@ -189,6 +189,9 @@ class DFlashDrafter(Drafter):
             slots.write(rows[:, None], positions, keys.transpose(1, 2), values.transpose(1, 2))
 
     def select(self, context: Context, rows: Rows, length: int) -> FeatureContext:
+        if isinstance(context, FeatureContext):
+            layers = [(keys[rows, :, :length], values[rows, :, :length]) for keys, values in context.layers]
+            return FeatureContext(layers, context.positions[rows, :length])
         assert isinstance(context, SlotContext)
         layers = [slots.read(rows, length) for slots in context.layers]
         positions = torch.arange(length, device=layers[0][0].device).expand(layers[0][0].shape[0], -1)

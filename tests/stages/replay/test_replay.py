@@ -12,7 +12,8 @@ import torch
 from stages.drafters.base import Proposals
 from stages.drafters.config import DraftingConfig
 from stages.engines.base import Completion, SamplingParams
-from stages.replay.chains import replay_chains, start_anchors
+from stages.replay.board import start_anchors
+from stages.replay.chains import replay_chains
 from stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens, tau
 from tests.stages.bench import GREEDY, Bench, trajectory_of
 

@@ -1,0 +1,188 @@
+"""Parallel replay against the sequential reference, for drafters, lengths and chains drawn at random.
+
+The drafters are tables: what is proposed behind an anchor is drawn once for each position, so any pattern of acceptance
+comes up, which trained weights would not show.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.drafters.base import Context, Drafter, Proposals
+from stages.drafters.head import Head
+from stages.replay.board import REJECTIONS_TO_SPLIT, Board, Pace
+from stages.replay.chains import replay_chains
+from stages.replay.sequential import replay_sequentially
+from stages.replay.trace import Trajectory
+from stages.targets.slots import Rows
+
+HEAD = Head(torch.zeros(1, 1))
+
+
+@dataclass
+class Table(Context):
+    """What is proposed behind each position of each row, [B, T, K], and the log-probs; row -> trajectory."""
+
+    tokens: torch.Tensor
+    logprobs: torch.Tensor
+
+
+class TableDrafter(Drafter):
+    """Looks its proposals up; counts its calls and the blocks that each held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, int]] = []
+
+    def encode(self, features: torch.Tensor, positions: torch.Tensor) -> Context:
+        raise NotImplementedError
+
+    block_hidden = new_context = extend = move_row = encode  # type: ignore[assignment]
+
+    def select(self, context: Context, rows: Rows, length: int) -> Table:
+        assert isinstance(context, Table)
+        assert length <= context.tokens.shape[1]
+        return Table(context.tokens[rows], context.logprobs[rows])
+
+    def propose(  # type: ignore[override]
+        self,
+        context: Table,
+        anchor_tokens: torch.Tensor,
+        anchors: torch.Tensor,
+        block_size: int,
+        head: Head,  # noqa: ARG002
+        *,
+        with_logprobs: bool = True,
+    ) -> Proposals:
+        assert anchor_tokens.shape == anchors.shape and len(anchors) == len(context.tokens)
+        self.shapes.append((anchors.shape[0], anchors.shape[1]))
+        at = anchors[..., None].expand(-1, -1, block_size - 1)
+        return Proposals(context.tokens.gather(1, at), context.logprobs.gather(1, at) if with_logprobs else None)
+
+
+@dataclass
+class Case:
+    trajectories: list[Trajectory]
+    context: Table
+    block_size: int
+
+    @classmethod
+    def drawn(
+        cls, seed: int, responses: list[int], block_size: int, acceptance: float, vocabulary: int, by_token: bool = True
+    ) -> Case:
+        """acceptance: share of proposals that are the committed token, chance hits aside.
+
+        by_token: a hard token is missed from every anchor, as by real drafters; otherwise every anchor misses others.
+        """
+        rng = np.random.default_rng(seed)
+        K = block_size - 1
+        trajectories, tables = [], []
+        prompts = rng.integers(1, 6, len(responses))
+        T = max(int(p) + r for p, r in zip(prompts, responses, strict=True))
+        for i, (prompt, response) in enumerate(zip(prompts.tolist(), responses, strict=True)):
+            tokens = rng.integers(0, vocabulary, prompt + response)
+            ahead = np.arange(T)[:, None] + 1 + np.arange(K)
+            truth = np.append(tokens, np.zeros(T + K, int))[ahead]
+            hits = rng.random(T + K + 1)[ahead] if by_token else rng.random((T, K))
+            table = np.where(hits < acceptance, truth, rng.integers(0, vocabulary, (T, K)))
+            trajectories.append(Trajectory(str(i), tokens.tolist(), prompt))
+            tables.append(table)
+        logprobs = -rng.random((len(responses), T, K)).astype(np.float32)
+        return cls(trajectories, Table(torch.tensor(np.array(tables)), torch.tensor(logprobs)), block_size)
+
+    def check(self, chains: int | None, blocks_per_round: int, with_logprobs: bool = True) -> tuple[int, int, int]:
+        """Traces equal to the reference's. Returns rounds, blocks evaluated, and steps."""
+        drafter = TableDrafter()
+        found = replay_chains(
+            drafter, self.context, self.trajectories, self.block_size, HEAD, chains,
+            blocks_per_round=blocks_per_round, with_logprobs=with_logprobs,
+        )  # fmt: skip
+        for i, (trace, trajectory) in enumerate(zip(found, self.trajectories, strict=True)):
+            alone = Table(self.context.tokens[i : i + 1], self.context.logprobs[i : i + 1])
+            expected = replay_sequentially(TableDrafter(), alone, trajectory, self.block_size, HEAD)
+            assert trace.length == expected.length
+            np.testing.assert_array_equal(trace.anchors, expected.anchors)
+            np.testing.assert_array_equal(trace.accepted, expected.accepted)
+            np.testing.assert_array_equal(trace.proposed, expected.proposed)
+            if with_logprobs:
+                np.testing.assert_array_equal(trace.drafter_logprobs, expected.drafter_logprobs)
+            else:
+                assert np.isnan(trace.drafter_logprobs).all()
+            assert len(trace.anchors) <= trace.evaluated_blocks <= max(0, trajectory.response_length - 1)
+            if chains == 1:
+                assert trace.evaluated_blocks == len(trace.anchors)
+        steps = sum(len(t.anchors) for t in found)
+        return len(drafter.shapes), sum(t.evaluated_blocks for t in found), steps
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    responses=st.lists(st.integers(0, 90), min_size=1, max_size=7),
+    block_size=st.integers(2, 9),
+    acceptance=st.sampled_from([0.0, 0.3, 0.7, 0.95, 1.0]),
+    vocabulary=st.sampled_from([1, 2, 50]),
+    chains=st.sampled_from([None, None, 1, 2, 5, 16, 200]),
+    blocks_per_round=st.sampled_from([1, 4, 32, 500]),
+    with_logprobs=st.booleans(),
+    by_token=st.booleans(),
+)
+def test_any_chains_leave_the_trace_of_the_reference(
+    seed: int, responses: list[int], block_size: int, acceptance: float, vocabulary: int, chains: int | None,
+    blocks_per_round: int, with_logprobs: bool, by_token: bool,
+) -> None:  # fmt: skip
+    case = Case.drawn(seed, responses, block_size, acceptance, vocabulary, by_token)
+    case.check(chains, blocks_per_round, with_logprobs)
+
+
+@pytest.mark.parametrize(("acceptance", "block_size"), [(0.0, 8), (0.5, 8), (0.8, 8), (0.9, 16)])
+def test_automatic_chains_shorten_the_rounds_of_a_long_answer_at_few_extra_blocks(
+    acceptance: float, block_size: int
+) -> None:
+    case = Case.drawn(1, [3000], block_size, acceptance, 1000)
+    one, _, steps = case.check(1, 32)
+    rounds, blocks, _ = case.check(None, 32)
+    assert one == steps
+    assert rounds * 5 < one
+    assert blocks <= 1.3 * steps
+
+
+def test_chains_of_a_drafter_that_is_never_rejected_are_not_split() -> None:
+    """They would not meet: two of them on one stretch would do the work twice."""
+    rounds, blocks, steps = Case.drawn(2, [2000], 8, 1.0, 1000).check(None, 64)
+    assert rounds == blocks == steps == 250
+
+
+def test_a_batch_that_fills_a_round_gets_one_chain_each() -> None:
+    case = Case.drawn(3, [300] * 8, 8, 0.8, 1000)
+    _, blocks, steps = case.check(None, 8)
+    assert blocks == steps
+
+
+def test_finished_rows_leave_the_batch() -> None:
+    case = Case.drawn(4, [20, 20, 20, 400], 8, 0.5, 1000)
+    drafter = TableDrafter()
+    replay_chains(drafter, case.context, case.trajectories, case.block_size, HEAD, 1)
+    rows = [rows for rows, _ in drafter.shapes]
+    assert rows[0] == 4 and rows[-1] == 1 and rows == sorted(rows, reverse=True)
+    assert rows.count(1) > 0.8 * len(rows)
+
+
+def test_a_chain_starts_amid_the_longest_stretch() -> None:
+    board = Board(Trajectory("", [0] * 1004, 4), 7, chains=1)
+    fast = Pace(blocks=100, rejections=100, committed=200)
+    board.split(2, Pace(blocks=1, rejections=1, committed=2))
+    assert board.live == [4]  # one block says nothing yet
+    board.split(4, fast)
+    assert board.live == [4, 253, 503, 753]
+    board.split(4, fast)
+    assert len(board.live) == 4
+    short = Board(Trajectory("", [0] * (4 + 2 * REJECTIONS_TO_SPLIT - 1), 4), 7, chains=1)
+    short.split(2, fast)
+    assert short.live == [4]

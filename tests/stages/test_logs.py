@@ -1,0 +1,286 @@
+"""The stage `logs`: the tokens that the target produced come back, and what does not is counted and listed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from artifacts.errors import DraftsmithError, StageInterrupted
+from artifacts.parquet import read_table
+from artifacts.schemas import PROMPTS, TRAJECTORIES, VERIFY_STEPS
+from stages.log_sources import LoggedRow, Reader, SetAside
+from stages.logs import STAGE, LogsConfig
+from stages.mining import STAGE as MINING
+from stages.mining import MiningConfig
+from stages.targets.resolve import load_tokenizer, model_path, read_target_info
+from tests.testbed.context import RecordingContext
+from tests.testbed.drafter import DrafterArtifacts
+
+Row = dict[str, Any]
+
+
+def write(path: Path, rows: Sequence[Row | str]) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def run(
+    folder: Path, made: DrafterArtifacts, *paths: Path, prompts: bool = False, stop: bool = False, **config: Any
+) -> RecordingContext:
+    inputs = {"target": made.target, **({"prompts": made.prompts} if prompts else {})}
+    ctx = RecordingContext.under(folder / "run", inputs)
+    ctx.stop = stop
+    STAGE.run(ctx, LogsConfig.model_validate({"paths": [str(p) for p in paths], "temperature": 0, **config}))
+    return ctx
+
+
+def table(ctx: RecordingContext) -> list[Row]:
+    return read_table(ctx.out / "trajectories.parquet", TRAJECTORIES).to_pylist()
+
+
+def set_aside(ctx: RecordingContext) -> list[Row]:
+    return [json.loads(line) for line in (ctx.out / "set_aside.jsonl").read_text().splitlines()]
+
+
+def counts(ctx: RecordingContext) -> Row:
+    found: Row = json.loads((ctx.out / "logs.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def answers(tiny_drafter: DrafterArtifacts) -> list[Row]:
+    """Greedy answers of the tiny target, with the messages that they answer."""
+    messages = {
+        row["prompt_id"]: row["messages"]
+        for row in read_table(tiny_drafter.prompts / "prompts.parquet", PROMPTS).to_pylist()
+    }
+    rows = read_table(tiny_drafter.rollout / "trajectories.parquet", TRAJECTORIES).to_pylist()
+    return [row | {"messages": messages[row["prompt_id"]]} for row in rows[:60]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_drafter: DrafterArtifacts) -> Any:
+    return load_tokenizer(model_path(tiny_drafter.target))
+
+
+@pytest.fixture(scope="module")
+def eos(tiny_drafter: DrafterArtifacts) -> int:
+    return read_target_info(tiny_drafter.target).eos_ids[0]
+
+
+def as_text(row: Row, tokenizer: Any, eos: int) -> Row:
+    """What a service writes down: no stop token in the text, the reason beside it."""
+    stopped = row["finish_reason"] == "stop"
+    ids = row["response_ids"][:-1] if stopped else row["response_ids"]
+    assert eos not in ids
+    return {
+        "messages": row["messages"],
+        "completion": tokenizer.decode(ids),
+        "finish_reason": row["finish_reason"],
+        "temperature": 0.0,
+    }
+
+
+def as_ids(row: Row) -> Row:
+    return {"prompt_token_ids": row["prompt_ids"], "completion_token_ids": row["response_ids"]}
+
+
+def test_text_gives_back_the_tokens_that_the_target_produced(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, answers: list[Row], tokenizer: Any, eos: int
+) -> None:
+    """Of every answer whose tokens are those of its text; an answer of other tokens is never among the used ones."""
+    cut = [row | {"response_ids": row["response_ids"][:20], "finish_reason": "length"} for row in answers[:8]]
+    answers = answers[8:] + cut
+    logged = [as_text(row, tokenizer, eos) for row in answers]
+    ctx = run(tmp_path, tiny_drafter, write(tmp_path / "log.jsonl", logged))
+    used = table(ctx)
+    left_out = {entry["row"] for entry in set_aside(ctx)}
+    kept = [row for number, row in enumerate(answers, 1) if number not in left_out]
+    assert len(used) == len(kept) > 40
+    assert {"stop", "length"} <= {row["finish_reason"] for row in used}
+    for ours, original in zip(used, kept, strict=True):
+        assert ours["prompt_ids"] == original["prompt_ids"]
+        text = tokenizer.decode(original["response_ids"], skip_special_tokens=True)
+        assert tokenizer.decode(ours["response_ids"], skip_special_tokens=True) == text
+        assert ours["finish_reason"] == original["finish_reason"]
+    assert sum(ours["response_ids"] == original["response_ids"] for ours, original in zip(used, kept, strict=True)) > 40
+
+
+def test_token_ids_are_taken_as_they_are_and_mined_like_the_rollout(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, answers: list[Row]
+) -> None:
+    path = tmp_path / "log.jsonl.gz"
+    path.write_bytes(gzip.compress("".join(json.dumps(as_ids(row)) + "\n" for row in answers[:12]).encode()))
+    ctx = run(tmp_path, tiny_drafter, path)
+    same = ("prompt_ids", "response_ids", "finish_reason", "temperature", "split")
+    assert [[row[name] for name in same] for row in table(ctx)] == [
+        [row[name] for name in same] for row in answers[:12]
+    ]
+    assert len({row["trajectory_id"] for row in table(ctx)}) == 12
+    assert counts(ctx)["set_aside"] == {} and set_aside(ctx) == []
+
+    def mined(trajectories: Path, name: str) -> list[Row]:
+        inputs = {"target": tiny_drafter.target, "drafter": tiny_drafter.drafter, "trajectories": trajectories}
+        mining = RecordingContext.under(tmp_path / name, inputs)
+        MINING.run(mining, MiningConfig())
+        return read_table(mining.out / "verify_steps.parquet", VERIFY_STEPS).to_pylist()
+
+    from_logs, from_rollout = mined(ctx.out, "a"), mined(tiny_drafter.rollout, "b")
+    same_steps = ("step", "anchor", "accepted", "proposed_ids", "committed_id")
+    assert len(from_logs) > 50
+    assert [[row[name] for name in same_steps] for row in from_logs] == [
+        [row[name] for name in same_steps] for row in from_rollout[: len(from_logs)]
+    ]
+
+
+def test_every_row_that_is_not_used_is_counted_and_listed_with_its_reason(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, answers: list[Row], eos: int
+) -> None:
+    good = as_ids(answers[0])
+    response = good["completion_token_ids"]
+    messages = answers[0]["messages"]
+    rows: list[tuple[Row, str | None]] = [
+        (good, None),
+        (good | {"completion_token_ids": response[:5]}, None),
+        (good, "duplicate of an earlier row"),
+        (good | {"completion_token_ids": response[:1]}, "answer shorter than two tokens"),
+        (good | {"completion_token_ids": []}, "answer shorter than two tokens"),
+        (good | {"completion_token_ids": [response[0], eos, response[0]]}, "stop token inside the answer"),
+        (good | {"completion_token_ids": [*response[:3], 10**6]}, "token id outside the target's vocabulary"),
+        (good | {"completion_token_ids": response[:3] * 200}, "too long"),
+        (good | {"prompt_token_ids": []}, "empty prompt"),
+        (as_ids(answers[1]) | {"temperature": 0.7}, "another temperature"),
+        ({"messages": messages, "completion": ""}, "answer shorter than two tokens"),
+        ({"messages": messages, "completion": "cut in two: \ud83d"}, "text is not valid Unicode"),
+        ({"messages": [{"role": "user", "content": "\udc00"}], "completion": "yes"}, "text is not valid Unicode"),
+    ]
+    path = write(tmp_path / "log.jsonl", [row | {"id": f"r{i}"} for i, (row, _) in enumerate(rows)])
+    ctx = run(tmp_path, tiny_drafter, path, max_tokens=200)
+    expected = [
+        {"file": str(path), "row": i + 1, "id": f"r{i}", "reason": reason}
+        for i, (_, reason) in enumerate(rows)
+        if reason
+    ]
+    assert set_aside(ctx) == expected
+    assert [row["trajectory_id"][-2:] for row in table(ctx)] == ["/0", "/1"]  # two answers to one prompt
+    found = counts(ctx)
+    assert (found["rows_in_files"], found["rows_read"], found["used"]) == (len(rows), len(rows), 2)
+    assert sum(found["set_aside"].values()) == len(expected)
+    assert found["set_aside"]["answer shorter than two tokens"] == 3
+
+
+def test_text_that_the_tokenizer_changes_is_set_aside(tiny_drafter: DrafterArtifacts, answers: list[Row]) -> None:
+    """As with the tokenizers that compose accents: what was generated decomposed does not come back."""
+    from tokenizers.normalizers import NFC
+
+    composing = load_tokenizer(model_path(tiny_drafter.target))
+    composing.backend_tokenizer.normalizer = NFC()
+    reader = Reader(composing, vocab_size=len(composing), eos_ids=[2], max_tokens=500, template_kwargs={})
+    messages = answers[0]["messages"]
+    assert reader.read(LoggedRow(Path("log"), 1, {"messages": messages, "completion": "caf\u00e9"})).response_ids
+    with pytest.raises(SetAside, match="does not survive"):
+        reader.read(LoggedRow(Path("log"), 1, {"messages": messages, "completion": "cafe\u0301"}))
+
+
+def test_a_cut_that_tokenises_differently_is_set_aside(
+    tiny_drafter: DrafterArtifacts, answers: list[Row], tokenizer: Any
+) -> None:
+    """Without a template the prompt may end inside a word: its tokens with the answer are then not theirs alone."""
+    bare = load_tokenizer(model_path(tiny_drafter.target))
+    bare.chat_template = None
+    reader = Reader(bare, vocab_size=len(bare), eos_ids=[bare.eos_token_id], max_tokens=500, template_kwargs={})
+    token = next(  # a token of letters that the tokenizer makes out of two parts
+        text
+        for text in (tokenizer.decode([i]) for i in answers[0]["response_ids"])
+        if text.isalpha() and len(text) > 3 and len(tokenizer(text, add_special_tokens=False)["input_ids"]) == 1
+    )
+
+    def read(prompt: str, completion: str) -> list[int]:
+        row = {"messages": [{"role": "user", "content": prompt}], "completion": completion}
+        return reader.read(LoggedRow(Path("log"), 1, row)).response_ids
+
+    rest = " " + tokenizer.decode(answers[0]["response_ids"][:12], skip_special_tokens=True).strip()
+    assert len(read(token, rest)) > 2
+    with pytest.raises(SetAside, match="tokenised differently together"):
+        read(token[:2], token[2:] + rest)
+
+
+def test_prompts_of_the_heldout_splits_are_not_trained_on(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, answers: list[Row]
+) -> None:
+    heldout = read_table(tiny_drafter.heldout / "trajectories.parquet", TRAJECTORIES).to_pylist()[:3]
+    path = write(tmp_path / "log.jsonl", [as_ids(row) for row in [*answers[:4], *heldout]])
+    ctx = run(tmp_path, tiny_drafter, path, prompts=True)
+    assert [row["prompt_ids"] for row in table(ctx)] == [row["prompt_ids"] for row in answers[:4]]
+    assert counts(ctx)["set_aside"] == {"prompt of the validation or held-out split": 3}
+
+
+def test_several_files_in_turn_and_a_bound_on_the_rows(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, answers: list[Row]
+) -> None:
+    first = write(tmp_path / "a.jsonl", [as_ids(row) for row in answers[:3]])
+    second = write(tmp_path / "b.jsonl", ["", *[as_ids(row) for row in answers[3:9]]])
+    ctx = run(tmp_path, tiny_drafter, first, second, rows=5)
+    assert [row["response_ids"] for row in table(ctx)] == [row["response_ids"] for row in answers[:5]]
+    assert LogsConfig(paths="one.jsonl", temperature=0).paths == ["one.jsonl"]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{not json", "row 2: not JSON"),
+        ("[1]", "row 2: a JSON array, not an object"),
+        ({"prompt": "a", "answer": "b"}, r"row 2: none of the shapes .*completion.*; it has answer, prompt"),
+        ({"messages": "Hello", "completion": 3}, "row 2: none of the shapes"),
+        ({"prompt_token_ids": [1, 2]}, "row 2: completion_token_ids must be a list of token ids"),
+        ({"prompt_token_ids": [1, "2"], "completion_token_ids": [3]}, r"row 2: prompt_token_ids\[1\] is '2'"),
+        ({"prompt_token_ids": [1], "completion_token_ids": [3, -1]}, r"row 2: completion_token_ids\[1\] is -1"),
+        ({"prompt_token_ids": [1], "completion_token_ids": [3, True]}, r"completion_token_ids\[1\] is True"),
+        ({"prompt_token_ids": [1], "completion_token_ids": [3, 4], "temperature": "hot"}, "row 2: temperature 'hot'"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "completion": "c"},
+            "row 2: messages end with an answer",
+        ),
+    ],
+)
+def test_a_malformed_row_is_one_error_that_names_file_and_row(
+    row: Row | str, message: str, tmp_path: Path, tiny_drafter: DrafterArtifacts, answers: list[Row]
+) -> None:
+    path = write(tmp_path / "log.jsonl", [as_ids(answers[0]), row])
+    with pytest.raises(DraftsmithError, match=message) as caught:
+        run(tmp_path, tiny_drafter, path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_log_without_a_usable_row_says_why(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, answers: list[Row]
+) -> None:
+    path = write(tmp_path / "log.jsonl", [as_ids(row) | {"temperature": 1.0} for row in answers[:3]])
+    with pytest.raises(DraftsmithError, match=r"none of 3 rows .*log\.jsonl can be used \(3 another temperature\)"):
+        run(tmp_path, tiny_drafter, path)
+    with pytest.raises(DraftsmithError, match=r"none of 0 rows .*\(no rows\)"):
+        run(tmp_path, tiny_drafter, write(tmp_path / "empty.jsonl", []))
+
+
+def test_files_are_missed_and_contexts_exceeded_before_anything_is_read(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts
+) -> None:
+    config = LogsConfig(paths=[str(tmp_path / "none.jsonl")], temperature=0)
+    with pytest.raises(DraftsmithError, match=r"logs\.paths: .*none\.jsonl is not an existing file"):
+        config.external_files()
+    path = write(tmp_path / "log.jsonl", [])
+    assert STAGE.preflight is not None
+    with pytest.raises(DraftsmithError, match=r"logs\.max_tokens: 1000000 exceeds the target's"):
+        STAGE.preflight(LogsConfig(paths=[str(path)], temperature=0, max_tokens=10**6), tiny_drafter.target)
+
+
+def test_it_stops_when_asked_to(tmp_path: Path, tiny_drafter: DrafterArtifacts, answers: list[Row]) -> None:
+    path = write(tmp_path / "log.jsonl", [as_ids(row) for row in answers[:3]])
+    with pytest.raises(StageInterrupted):
+        run(tmp_path, tiny_drafter, path, stop=True)
+    assert len(table(run(tmp_path, tiny_drafter, path))) == 3
