@@ -77,6 +77,7 @@ def findings(evaluation: Mapping[str, Any]) -> list[str]:
 def _parts(data: ReportData) -> Iterable[str]:
     drafters, speed = data.evaluation.get("drafters", {}), data.evaluation.get("speed", {})
     yield _headline(data.evaluation)
+    yield _settings(data.evaluation)
     yield _exactness(data.evaluation)
     yield _without_loops(data.evaluation)
     yield _figure(
@@ -141,6 +142,33 @@ def _headline(evaluation: Mapping[str, Any]) -> str:
     return f"{lead}{_table(head, rows, caption)}"
 
 
+def _settings(evaluation: Mapping[str, Any]) -> str:
+    """Speed at every temperature and concurrency, where there is more than the headline holds."""
+    settings = evaluation.get("speed_by_setting") or []
+    if len(settings) < 2 and not any("first_token_s_median" in arm for s in settings for arm in s["arms"].values()):
+        return ""
+    rows = [
+        [
+            _name(arm),
+            f"{setting['temperature']:g}",
+            str(setting["concurrency"]),
+            _number(s.get("tokens_per_s"), ".1f"),
+            _interval(s.get("speedup"), s.get("speedup_low"), s.get("speedup_high"), unit=" \N{MULTIPLICATION SIGN}"),
+            _number(s.get("tau_served"), ".2f"),
+            _number(s.get("request_tokens_per_s_median"), ".1f"),
+            _number(s.get("first_token_s_median"), ".3f"),
+            _number(s.get("first_token_s_p95"), ".3f"),
+            _number(s.get("identical_share"), ".1%"),
+        ]
+        for setting in settings
+        for arm, s in setting["arms"].items()
+    ]
+    head = ["", "temperature", "requests in flight", "tokens/s", "speed-up", "tau served", "tokens/s of a request"]
+    head += ["first token, s", "95th percentile", "identical outputs"]
+    caption = f"Engine: {evaluation.get('engine', ABSENT)}. Tokens/s of a request and its first token: medians."
+    return f"<h2>Speed by setting</h2>\n{_table(head, rows, caption)}"
+
+
 def _exactness(evaluation: Mapping[str, Any]) -> str:
     e = evaluation.get("exactness", {})
     sentences = []
@@ -150,9 +178,25 @@ def _exactness(evaluation: Mapping[str, Any]) -> str:
             "plain decoding, token for token."
         )
     if e.get("identical_share") is not None:
-        sentences.append(f"In {e.get('serving_dtype', 'the serving dtype')} it is {e['identical_share']:.1%}.")
+        where = f"In {e.get('serving_dtype') or 'the serving dtype'}"
+        sentences.append(
+            f"{where} it is {e['identical_share']:.1%}."
+            if sentences
+            else f"{where}, {e['identical_share']:.1%} of the outputs of speculative decoding equal plain decoding."
+        )
     if e.get("median_margin") is not None:
         sentences.append(f"At the first difference the target's median logit margin is {e['median_margin']:.3f}.")
+    for arm, figures in (evaluation.get("parity") or {}).items():
+        if "served_steps" in figures:
+            sentences.append(
+                f"{_name(arm)}: {figures['different_steps']} of {figures['served_steps']} verify steps that the engine "
+                "served differ from replay."
+            )
+        else:
+            sentences.append(
+                f"{_name(arm)}: tau is {figures['served_tau']:.3f} as served and {figures['replayed_tau']:.3f} in "
+                "replay."
+            )
     return f"<h2>Exactness</h2>\n<p>{html.escape(' '.join(sentences))}</p>" if sentences else ""
 
 

@@ -94,22 +94,40 @@ VERIFY_STEPS = _table(
     top_logprobs=_LOGPROBS,
 )
 
-REQUESTS = _table(
+REQUESTS = _table(  # what evaluation decoded
     "requests",
-    1,
-    nullable=("identical",),
-    request_id=pa.string(),
+    2,
+    nullable=("accepted", "identical"),
+    round=pa.int32(),
+    request_id=pa.string(),  # "<prompt_id>/<arm>"
     prompt_id=pa.string(),
     arm=pa.string(),  # plain | sft | opd | control
+    engine=pa.string(),
     block_size=pa.int32(),
+    temperature=pa.float64(),  # 0 = greedy
+    concurrency=pa.int32(),  # requests in flight
     tokens=pa.int32(),
+    response_ids=_IDS,
     verify_steps=pa.int32(),
-    seconds=pa.float64(),
+    accepted=_IDS,  # proposals kept by each verify step; null where none was recorded
+    seconds=pa.float64(),  # the request's share of the wall time of the requests that ran together
+    latency_seconds=pa.float64(),  # from the request to its last token
+    first_token_seconds=pa.float64(),  # NaN = not measured
     draft_seconds=pa.float64(),
     verify_seconds=pa.float64(),
-    temperature=pa.float32(),
-    concurrency=pa.int32(),
     identical=pa.bool_(),  # to plain decoding of the same prompt; null where that does not apply
     first_difference=pa.int32(),  # position in the response; -1 = none
-    margin=pa.float32(),  # the target's logit margin there; NaN = none
+    margin=pa.float32(),  # the target's logit margin there; NaN = none, or not known
+)
+
+ACCEPTANCE = _table(  # of an experiment's drafters, a row a held-out trajectory
+    "acceptance",
+    1,
+    arm=pa.string(),
+    steps=pa.int32(),  # optimiser steps of its training
+    seed=pa.int64(),
+    split=pa.string(),
+    trajectory_id=pa.string(),
+    committed=pa.int32(),
+    verify_steps=pa.int32(),
 )

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from artifacts.errors import EXIT_INTERRUPTED, DraftsmithError, from_os_error
 
 if TYPE_CHECKING:
+    from artifacts.tracking import Tracking
+    from flows.display import Display
     from flows.graph import Pipeline, PlannedNode
     from flows.options import RunOptions
 
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None, pipeline: Pipeline | None = Non
     signal.signal(signal.SIGTERM, _terminate)
     _show_warnings()
     try:
-        options.run(options, pipeline or _refresh_pipeline())
+        options.run(options, pipeline or _pipeline(options))
     except KeyboardInterrupt:
         return _fail(
             "interrupted; what was finished or saved is kept: run the same command again to continue", EXIT_INTERRUPTED
@@ -76,10 +78,14 @@ def _show_warnings() -> None:
         logging.getLogger(name).handlers = [handler]
 
 
-def _refresh_pipeline() -> Pipeline:
+def _pipeline(options: argparse.Namespace) -> Pipeline:
+    """The kind of run that the command's config file describes; a refresh unless it says otherwise."""
+    from flows.config_file import kind_of
+    from flows.experiment_graph import EXPERIMENT
     from flows.refresh_graph import REFRESH
 
-    return REFRESH
+    config = getattr(options, "config", None)
+    return EXPERIMENT if config is not None and kind_of(config) == "experiment" else REFRESH
 
 
 # -- arguments -------------------------------------------------------------------------------------------------------
@@ -96,6 +102,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     refresh.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
     refresh.set_defaults(run=_refresh)
+
+    experiment = commands.add_parser("experiment", help="train a drafter in several ways and compare the results")
+    _add_config(experiment)
+    experiment.add_argument(
+        "--force", action="append", default=[], metavar="NODE", help="make this node again although it is there"
+    )
+    experiment.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
+    experiment.set_defaults(run=_experiment)
+
+    check = commands.add_parser("check", help="everything that can be checked before a run, without loading weights")
+    _add_config(check)
+    check.set_defaults(run=_check)
 
     stage = commands.add_parser("stage", help="run one node of the refresh, with its inputs taken from the store")
     stage.add_argument("name", metavar="NAME", help="the node, as in `draftsmith refresh --plan`")
@@ -131,6 +149,25 @@ def _add_config(parser: argparse.ArgumentParser, *, optional: bool = False) -> N
 
 
 def _refresh(options: argparse.Namespace, pipeline: Pipeline) -> None:
+    if pipeline.kind != "refresh":
+        raise DraftsmithError(f"{options.config} describes an {pipeline.kind}: use draftsmith {pipeline.kind}")
+    made, display, tracking = _run(options, pipeline)
+    if made:
+        display.results({name: Path(each["path"]) for name, each in made.items()}, tracking.ui_command)
+
+
+def _experiment(options: argparse.Namespace, pipeline: Pipeline) -> None:
+    if pipeline.kind != "experiment":
+        raise DraftsmithError(f"{options.config} has no line `kind: experiment`: use draftsmith {pipeline.kind}")
+    made, display, _ = _run(options, pipeline)
+    if made:
+        from flows.experiment_results import show_results
+
+        show_results(display, {name: Path(each["path"]) for name, each in made.items()})
+
+
+def _run(options: argparse.Namespace, pipeline: Pipeline) -> tuple[dict[str, dict[str, Any]], Display, Tracking]:
+    """Run the config's flow, or only print the plan; then nothing was made."""
     from artifacts.home import home
     from artifacts.store import Store
     from artifacts.tracking import Tracking
@@ -139,21 +176,36 @@ def _refresh(options: argparse.Namespace, pipeline: Pipeline) -> None:
     from flows.prefect_server import start_prefect_server
     from flows.preflight import check_home
 
-    display = Display()
+    display, tracking = Display(), Tracking(home())
     config = _read(options, pipeline)
     planned = plan(config, Store(home() / "store"), pipeline, options.force)
     display.plan(planned)
     if options.plan:
-        return
+        return {}, display, tracking
     check_home(home(), config)
     server = start_prefect_server(home())
-    tracking = Tracking(home())
     tracking.check()  # while the server starts
     module, _, attribute = pipeline.flow.partition(":")
     flow = getattr(importlib.import_module(module), attribute)
     server.wait()
     made: dict[str, dict[str, Any]] = flow(config, force=options.force)
-    display.results({name: Path(each["path"]) for name, each in made.items()}, tracking.ui_command)
+    return made, display, tracking
+
+
+def _check(options: argparse.Namespace, pipeline: Pipeline) -> None:
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the library is imported
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from artifacts.home import home
+    from flows.check import check
+    from flows.display import Display
+
+    config = _read(options, pipeline)
+    found = check(config, pipeline, home())
+    Display().findings(found.lines)
+    if found.errors:
+        raise DraftsmithError(
+            f"{found.errors} of {len(found.lines)} checks failed: {options.config} cannot run like this"
+        )
 
 
 def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
@@ -163,7 +215,7 @@ def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
     from flows.display import Display
     from flows.graph import plan
     from flows.node_run import Workshop, make
-    from flows.preflight import check_home, check_target
+    from flows.preflight import check_engines, check_home, check_target
 
     config = _read(options, pipeline)
     planned = {item.node.name: item for item in plan(config, Store(home() / "store"), pipeline)}
@@ -179,9 +231,10 @@ def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
     check_home(home(), config)
     if "target" in inputs:
         check_target([node], inputs["target"].path)
-    tracking = Tracking(home())
+    display, tracking = Display(), Tracking(home())
+    for warning in check_engines([node]):
+        display.line(f"warning: {warning}")
     tracking.check()
-    display = Display()
     made = make(Workshop(home(), config, pipeline, display, tracking), node, inputs, force=options.force)
     display.line(f"{node.name}: {made.ref.path}")
 

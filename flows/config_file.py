@@ -56,7 +56,33 @@ def read_config(path: Path | str, overrides: Sequence[str], model: type[ModelT])
         raise DraftsmithError(_describe(error, path, changed, model)) from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def kind_of(path: Path | str) -> Any:
+    """The field `kind` of a config file, which says what it describes; None without one."""
+    return _read_yaml(Path(path)).get("kind")
+
+
+def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the fields of `change`: mappings field by field, everything else replaced."""
+    result = dict(base)
+    for name, value in change.items():
+        known = result.get(name)
+        result[name] = merged(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _read_yaml(path: Path, beneath: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The fields of a file; `extends: other.yaml` lays them over those of another file, found beside this one."""
+    if path in beneath:
+        raise DraftsmithError(f"{path}: extends: the files extend each other: remove one of the lines")
+    data = _read_mapping(path)
+    if (other := data.pop("extends", None)) is None:
+        return data
+    if not isinstance(other, str):
+        raise DraftsmithError(f"{path}: extends: expected the name of a YAML file, got {_short(other)}")
+    return merged(_read_yaml(path.parent / other, (*beneath, path)), data)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError:
@@ -64,10 +90,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise DraftsmithError(f"{path}: cannot read the config: {reason}") from None
-    data = _parse(text, str(path))
+    data = _unshared(_parse(text, str(path)))
     if not isinstance(data, dict):
         raise DraftsmithError(f"{path}: expected a mapping of fields such as 'name: my-run', got {_short(data)}")
     return data
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which no two places are the same object: a YAML alias is a copy, an override changes one of them."""
+    if isinstance(value, dict):
+        return {name: _unshared(each) for name, each in value.items()}
+    return [_unshared(each) for each in value] if isinstance(value, list) else value
 
 
 def _parse(text: str, where: str) -> Any:

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from flows.findings import Finding, Level
 from flows.graph import PlannedNode, Status
 
 _LINE_EVERY_S = 10.0  # where nobody watches a moving bar: a log file, CI
@@ -105,6 +106,17 @@ class Display:
             table.add_row(item.node.name, item.node.stage.name, key, f"[{style}]{what}[/{style}]")
         self.console.print(table)
 
+    def findings(self, lines: Sequence[Finding]) -> None:
+        """One line a check."""
+        width = max(len(line.check) for line in lines)
+        for line in lines:
+            style = {Level.OK: "green", Level.WARNING: "yellow", Level.ERROR: "bold red"}[line.level]
+            self.console.print(
+                f"[{style}]{line.level.value:<7}[/{style}]  {escape(line.check):<{width}}  {escape(line.text)}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[StageDisplay]:
         """Show a stage while the block runs."""
@@ -143,6 +155,8 @@ class Display:
 
     def _evaluation(self, evaluation: Mapping[str, Any]) -> None:
         self.console.print(results_table(evaluation))
+        if shows_settings(evaluation):
+            self.console.print(settings_table(evaluation))
         for line in exactness_lines(evaluation):
             self.line(line)
 
@@ -184,6 +198,44 @@ def results_table(evaluation: Mapping[str, Any]) -> Table:
     return table
 
 
+def shows_settings(evaluation: Mapping[str, Any]) -> bool:
+    """Is there more to say of speed than the first table holds: several settings, or latencies of a server?"""
+    settings = evaluation.get("speed_by_setting") or []
+    return len(settings) > 1 or any("first_token_s_median" in arm for s in settings for arm in s["arms"].values())
+
+
+def settings_table(evaluation: Mapping[str, Any]) -> Table:
+    """Speed of every arm at every temperature and concurrency."""
+    title = f"Speed on {escape(str(evaluation.get('engine')))}"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in ("temperature", "in flight", "decoding"):
+        table.add_column(column)
+    for column in (
+        "tokens/s",
+        "speed-up [95 %]",
+        "tau served",
+        "tokens/s a request",
+        "first token s (p95)",
+        "identical",
+    ):
+        table.add_column(column, justify="right")
+    for setting in evaluation["speed_by_setting"]:
+        for name, fast in setting["arms"].items():
+            first, late = (_cell(fast.get(f"first_token_s_{what}"), "{:.3f}") for what in ("median", "p95"))
+            table.add_row(
+                f"{setting['temperature']:g}",
+                str(setting["concurrency"]),
+                name,
+                _cell(fast.get("tokens_per_s"), "{:.1f}"),
+                _with_interval(fast, "speedup", "speedup_low", "speedup_high", "{:.2f}"),
+                _cell(fast.get("tau_served"), "{:.2f}"),
+                _cell(fast.get("request_tokens_per_s_median"), "{:.1f}"),
+                f"{first} ({late})",
+                _cell(fast.get("identical_share"), "{:.1%}"),
+            )
+    return table
+
+
 def exactness_lines(evaluation: Mapping[str, Any]) -> list[str]:
     """What was found about the outputs being the target's own, one sentence a line."""
     exact = evaluation.get("exactness", {})
@@ -197,6 +249,12 @@ def exactness_lines(evaluation: Mapping[str, Any]) -> list[str]:
     if _is_number(share):
         behind = f"; median logit margin at the first difference {_number(margin)}" if _is_number(margin) else ""
         lines.append(f"In the serving dtype ({exact.get('serving_dtype')}): {share:.1%} identical{behind}.")
+    for arm, figures in (evaluation.get("parity") or {}).items():
+        if "served_steps" in figures:
+            what = f"{figures['different_steps']} of {figures['served_steps']} served verify steps differ from replay"
+        else:
+            what = f"tau {figures['served_tau']:.3f} as served, {figures['replayed_tau']:.3f} in replay"
+        lines.append(f"Parity of {arm}: {what}.")
     return lines
 
 

@@ -25,6 +25,7 @@ class Node:
     module: str  # of the stage, e.g. "stages.sft"
     config: Config
     inputs: Mapping[str, str] = field(default_factory=dict)  # name of the stage's input -> name of the node
+    seed: int | None = None  # None: the run's
 
     @property
     def stage(self) -> Stage:
@@ -40,6 +41,7 @@ class Pipeline:
     nodes: Callable[[Any], list[Node]]  # the nodes of a config, any order
     flow: str  # "module:attribute", imported only when a run starts
     code_digest: Callable[[str], str] = code_digest  # of a stage's module
+    kind: str = "refresh"  # the command that runs it
 
 
 class Status(StrEnum):
@@ -83,14 +85,20 @@ def in_order(nodes: Sequence[Node]) -> list[Node]:
 def _check(node: Node, by_name: Mapping[str, Node]) -> None:
     stage = node.stage
     known = {name.removesuffix("?") for name in stage.inputs}
-    required = {name for name in stage.inputs if not name.endswith("?")}
-    if unknown := set(node.inputs) - known:
+    many = tuple(name.removesuffix("*") for name in stage.inputs if name.endswith("*"))
+    required = {name for name in stage.inputs if not name.endswith(("?", "*"))}
+    if unknown := {name for name in set(node.inputs) - known if not (many and name.startswith(many))}:
         raise DraftsmithError(f"node {node.name}: stage {stage.name} has no input {', '.join(sorted(unknown))}")
     if missing := required - set(node.inputs):
         raise DraftsmithError(f"node {node.name}: stage {stage.name} needs the input {', '.join(sorted(missing))}")
     for source in node.inputs.values():
         if source not in by_name:
             raise DraftsmithError(f"node {node.name}: its input comes from node {source}, which is not in the graph")
+
+
+def seed_of(node: Node, config: RunOptions) -> int:
+    """The seed of a node in a run."""
+    return config.seed if node.seed is None else node.seed
 
 
 def key_of(node: Node, inputs: Mapping[str, ArtifactRef], seed: int, pipeline: Pipeline) -> str:
@@ -130,7 +138,7 @@ def plan(config: RunOptions, store: Store, pipeline: Pipeline, force: Collection
     forced = forced_nodes(nodes, force)
     planned: dict[str, PlannedNode] = {}
     for node in nodes:
-        planned[node.name] = _plan_node(node, planned, config.seed, store, pipeline, node.name in forced)
+        planned[node.name] = _plan_node(node, planned, seed_of(node, config), store, pipeline, node.name in forced)
     return list(planned.values())
 
 

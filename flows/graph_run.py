@@ -18,7 +18,7 @@ from flows.graph import Pipeline, forced_nodes, in_order, plan
 from flows.graph import Status as Planned
 from flows.node_run import Made, Workshop
 from flows.options import RunOptions
-from flows.preflight import check_home, check_target
+from flows.preflight import check_engines, check_home, check_target
 from flows.stage_task import run_node
 
 _TARGET, _EVALUATION, _REPORT = "target", "evaluation", "report"
@@ -35,6 +35,8 @@ def run_graph(config: RunOptions, pipeline: Pipeline, force: Collection[str] = (
     workshop.tracking.check()
     workshop.tracking.close_dead_runs(workshop.store)
     planned = plan(config, workshop.store, pipeline, force)
+    for warning in check_engines([item.node for item in planned if item.status is not Planned.HIT]):
+        workshop.display.line(f"warning: {warning}")
     reused = {f"draftsmith.reused.{p.node.name}": p.ref.uri for p in planned if p.status is Planned.HIT and p.ref}
     run_id = workshop.tracking.open_refresh(config.name, config.model_dump(mode="json"), reused)
     workshop = dataclasses.replace(workshop, refresh_run=run_id)

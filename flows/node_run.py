@@ -14,7 +14,7 @@ from artifacts.store import Claim, Store
 from artifacts.tracking import StageRun, Tracking
 from flows.display import Display, StageDisplay
 from flows.failures import forget_failure, note_failure
-from flows.graph import Node, Pipeline, find, key_of
+from flows.graph import Node, Pipeline, find, key_of, seed_of
 from flows.options import RunOptions
 from flows.stage_process import Event, StageOutcome, StageRequest, run_stage
 
@@ -55,7 +55,7 @@ def make(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], *, f
 
     Raises the stage's own `DraftsmithError`; what the stage saved is kept for the next attempt.
     """
-    key = key_of(node, inputs, workshop.config.seed, workshop.pipeline)
+    key = key_of(node, inputs, seed_of(node, workshop.config), workshop.pipeline)
     stage = node.stage.name
     ref = None if force else find(workshop.store, node, key)
     if ref is None:
@@ -86,7 +86,7 @@ def _run(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], clai
             config=config,
             inputs=inputs,
             code_digest=workshop.pipeline.code_digest(node.module),
-            seed=workshop.config.seed,
+            seed=seed_of(node, workshop.config),
             metrics=outcome.summary,
             volatile=node.stage.volatile,
             mlflow_run_id=tracked.run_id,
@@ -115,7 +115,7 @@ def _run_process(
         inputs={name: str(ref.path) for name, ref in inputs.items()},
         out=str(claim.out),
         work=str(claim.work),
-        seed=workshop.config.seed,
+        seed=seed_of(node, workshop.config),
         threads=options.threads,
     )
     log_path = workshop.logs / f"{claim.stage}-{claim.key[:16]}-{time.strftime('%Y%m%d-%H%M%S')}.log"

@@ -79,7 +79,7 @@ class Stage:
 
     name: str
     config: type[Config]
-    inputs: tuple[str, ...]  # names of the artifacts that it reads; a trailing "?" marks an optional one
+    inputs: tuple[str, ...]  # names of the artifacts that it reads; "name?": optional, "name*": all that begin so
     run: Callable[[StageContext, Any], None]
     # Cheap checks of the config against the resolved target (folder with target.json); no weights are loaded.
     preflight: Callable[[Any, Path], None] | None = None

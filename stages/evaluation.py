@@ -1,30 +1,55 @@
 """Evaluation: what each drafter is worth on held-out prompts.
 
 Acceptance is compared on identical held-out trajectories by replay (paired), speed by decoding the same prompts plainly
-and with each drafter, in alternation on the same engine. Choices (the block size to decode with) are made on the
-validation split only.
+and with each drafter: in alternation in this process, or on SGLang servers with equal settings that take turns. Choices
+(the block size to decode with) are made on the validation split only.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from stages.contract import Config, Stage, StageContext
 from stages.drafters.config import DraftingConfig
-from stages.engines.config import SamplingConfig
+from stages.engines.config import EmbeddedEngineConfig, EngineConfig, SamplingConfig, SGLangEngineConfig
+from stages.measure.parity import MaxParityMismatch
+
+if TYPE_CHECKING:
+    from stages.measure.requests import Measured
 
 DRAFTERS = ("sft", "control", "opd")
+
+
+def _several(value: Any) -> Any:
+    """A single value for a list of one."""
+    return (value,) if isinstance(value, int | float) else value
 
 
 class EvaluationConfig(Config):
     """How much is measured."""
 
     sampling: SamplingConfig = SamplingConfig()
-    concurrency: Annotated[int, Field(ge=1, description="requests in flight while speed is measured")] = 1
+    engine: Annotated[
+        EngineConfig, Field(description="what speed is measured on; its own `slots` or `concurrency` are not used")
+    ] = EmbeddedEngineConfig()
+    concurrency: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...],
+        BeforeValidator(_several),
+        Field(min_length=1, description="requests in flight while speed is measured: one number or several"),
+    ] = (1,)
+    temperatures: Annotated[
+        Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] | None,
+        BeforeValidator(_several),
+        Field(description="that speed is measured at; left out: sampling.temperature"),
+    ] = None
+    rounds: Annotated[
+        int,
+        Field(ge=1, description="SGLang: how often every arm's server has its turn (embedded arms alternate anyway)"),
+    ] = 2
     speed_prompts: Annotated[int, Field(ge=1, description="held-out prompts decoded by every arm")] = 16
     validation_prompts: Annotated[int, Field(ge=1, description="validation prompts the block size is chosen on")] = 4
     block_sizes: Annotated[
@@ -33,22 +58,83 @@ class EvaluationConfig(Config):
     head_tokens: Annotated[
         int | None, Field(ge=2, description="draft from this many frequent tokens only (embedded engine)")
     ] = None
-    exactness_prompts: Annotated[int, Field(ge=0, description="held-out prompts compared token for token in fp32")] = 4
-    chains: Annotated[int, Field(ge=1)] = 16
+    exactness_prompts: Annotated[
+        int, Field(ge=0, description="held-out prompts compared token for token in fp32 (embedded engine)")
+    ] = 4
+    parity_prompts: Annotated[
+        int, Field(ge=1, description="held-out prompts whose verify steps on SGLang are compared with replay")
+    ] = 8
+    max_parity_mismatch: MaxParityMismatch = 0.25
+    chains: Annotated[int | None, Field(ge=1)] = None
     tokens_per_target_forward: Annotated[int, Field(ge=1)] = 2048
     bootstrap_samples: Annotated[int, Field(ge=100)] = 5000
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
 
+    @model_validator(mode="after")
+    def _servers_can_take_the_drafters(self) -> EvaluationConfig:
+        if isinstance(self.engine, SGLangEngineConfig):
+            if self.engine.launch is None:
+                raise ValueError(
+                    "engine.urls: running servers cannot serve drafters that were just trained; use engine.launch"
+                )
+            if self.head_tokens is not None:
+                raise ValueError("head_tokens: only the embedded engine drafts with a reduced head; leave it out")
+        return self
+
 
 def run(ctx: StageContext, config: EvaluationConfig) -> None:
-    """Replay for tau, validation for the block size, alternating arms for speed, fp32 for exactness."""
-    from artifacts.errors import DraftsmithError
+    """Replay for tau; then validation for the block size and all arms for speed; exactness from the outputs."""
     from artifacts.parquet import write_table
     from artifacts.schemas import REQUESTS
+    from stages.measure.requests import settings_of
+    from stages.measure.speed import speed_by_setting
+
+    measured, acceptance = _measure(ctx, config)
+    table = acceptance["drafters"]
+    settings = settings_of(config)
+    by_setting = speed_by_setting(
+        measured.rows, settings, measured.block_size, config.bootstrap_samples, config.confidence, ctx.seed
+    )
+    speed = by_setting[0]["arms"]
+    for name, histogram in measured.histograms.items():
+        speed[name].setdefault("accepted_histogram", histogram)
+
+    evaluation = {
+        "definition_of_tau": "committed tokens per verify step, the target's own token included (+1); held-out "
+        "trajectories, trained block size, ratio of sums over prompts, intervals by paired bootstrap over prompts",
+        "engine": measured.engine,
+        "temperature": settings[0].temperature,
+        "concurrency": settings[0].concurrency,
+        "head_tokens": config.head_tokens,
+        "block_size_candidates": measured.candidates,
+        "speed": speed,
+        "speed_by_setting": by_setting,
+        "exactness": measured.exactness,
+        "parity": measured.parity,
+        **acceptance,
+    }
+    (ctx.out / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
+    write_table(ctx.out / "requests.parquet", REQUESTS, measured.rows)
+    ctx.summary(
+        **{f"tau_{name}": figures["tau"] for name, figures in table.items()},
+        **{f"speedup_{name}": figures["speedup"] for name, figures in speed.items() if "speedup" in figures},
+        plain_tokens_per_s=speed["plain"]["tokens_per_s"],
+        **{
+            f"speedup_{name}.t{point['temperature']:g}.c{point['concurrency']}": figures["speedup"]
+            for point in by_setting[1:]
+            for name, figures in point["arms"].items()
+            if "speedup" in figures
+        },
+    )
+
+
+def _measure(ctx: StageContext, config: EvaluationConfig) -> tuple[Measured, dict[str, Any]]:
+    """Speed and acceptance. The target of the replay is gone from memory before servers start."""
+    from artifacts.errors import DraftsmithError
     from stages.drafters.checkpoint import load_drafter
-    from stages.measure.acceptance import acceptance_table, has_loop, replay_all
-    from stages.measure.speed import SpeedTest, choose_block_size, exactness_in_fp32, speed_table
-    from stages.stored import DRAFTER_FOLDER, load_prompts, load_trajectories, positions_needed
+    from stages.measure.embedded import measure_embedded
+    from stages.measure.served import Served, measure_served, release_memory
+    from stages.stored import DRAFTER_FOLDER, load_prompts, positions_needed
     from stages.targets.causal_lm import Target
 
     target = Target.load(ctx.inputs["target"])
@@ -58,57 +144,45 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     validation = load_prompts(ctx.inputs["prompts"], ["validation"])[: config.validation_prompts]
     if not heldout or (not validation and config.block_sizes):
         raise DraftsmithError("evaluation: needs held-out and validation prompts; raise the counts in section prompts")
-    positions_needed([*heldout, *validation], config.sampling.max_new_tokens, target.info.max_positions)
-    stored = load_trajectories(ctx.inputs["trajectories"], ["heldout"])
+    longest = positions_needed([*heldout, *validation], config.sampling.max_new_tokens, target.info.max_positions)
+    acceptance = _acceptance(ctx, config, target, drafters)
+    if not isinstance(config.engine, SGLangEngineConfig):
+        return measure_embedded(ctx, config, target, drafters, heldout, validation), acceptance
 
-    # ---- acceptance, paired on identical trajectories
+    trained_block, dtype = drafters["sft"].block_size, target.info.dtype
+    del target, drafters
+    release_memory()
+    served = Served(ctx, config, config.engine, folders, longest, dtype)
+    return measure_served(served, heldout, validation, trained_block), acceptance
+
+
+def _acceptance(ctx: StageContext, config: EvaluationConfig, target: Any, drafters: dict[str, Any]) -> dict[str, Any]:
+    """Every drafter replayed on the same held-out trajectories."""
+    from stages.measure.acceptance import acceptance_table, has_loop, replay_all
+    from stages.stored import load_trajectories
+
+    stored = load_trajectories(ctx.inputs["trajectories"], ["heldout"])
     ctx.log(f"replaying {len(drafters)} drafters on {len(stored.trajectories)} held-out trajectories")
-    settings = {"trained": DraftingConfig(head_tokens=config.head_tokens), "full_head": DraftingConfig()}
-    if config.head_tokens is None:
-        del settings["full_head"]
-    traces = {
-        setting: replay_all(
+    settings = {"trained": DraftingConfig(head_tokens=config.head_tokens)}
+    if config.head_tokens is not None:
+        settings["full_head"] = DraftingConfig()
+    looping = [has_loop(t.tokens[t.prompt_length :]) for t in stored.trajectories]
+    tables = {}
+    for setting, drafting in settings.items():
+        traces = replay_all(
             ctx, target, drafters, stored.trajectories, drafting, config.chains, config.tokens_per_target_forward
         )
-        for setting, drafting in settings.items()
-    }
-    looping = [has_loop(t.tokens[t.prompt_length :]) for t in stored.trajectories]
-    table = acceptance_table(traces["trained"], looping, config.bootstrap_samples, config.confidence, ctx.seed)
-    if "full_head" in traces:
-        full = acceptance_table(traces["full_head"], looping, config.bootstrap_samples, config.confidence, ctx.seed)
-        for name, figures in full.items():
+        tables[setting] = acceptance_table(traces, looping, config.bootstrap_samples, config.confidence, ctx.seed)
+    table = tables["trained"]
+    if "full_head" in tables:
+        for name, figures in tables["full_head"].items():
             table[name]["tau_full_head"] = figures["tau"]
-
-    # ---- speed
-    test = SpeedTest(ctx, target, config, ctx.seed)
-    block_size, candidates = choose_block_size(test, drafters["sft"], validation)
-    ctx.log(f"decoding with blocks of {block_size}, chosen on {len(validation)} validation prompts")
-    requests = test.alternate(drafters, heldout[: config.speed_prompts], block_size)
-    speed = speed_table(requests, block_size, config.bootstrap_samples, config.confidence, ctx.seed)
-    exactness = {"serving_dtype": target.info.dtype, **test.equality(requests)}
-    exactness |= exactness_in_fp32(test, ctx.inputs["target"], folders["sft"], heldout, block_size)
-
-    evaluation = {
-        "definition_of_tau": "committed tokens per verify step, the target's own token included (+1); held-out "
-        "trajectories, trained block size, ratio of sums over prompts, intervals by paired bootstrap over prompts",
+    return {
         "heldout_trajectories": len(stored.trajectories),
-        "temperature": config.sampling.temperature,
-        "concurrency": config.concurrency,
-        "head_tokens": config.head_tokens,
         "drafters": table,
-        "block_size_candidates": candidates,
-        "speed": speed,
-        "exactness": exactness,
         "loop_share": sum(looping) / len(looping),
         "tau_without_loops": {name: figures["tau_without_loops"] for name, figures in table.items()},
     }
-    (ctx.out / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
-    write_table(ctx.out / "requests.parquet", REQUESTS, requests)
-    ctx.summary(
-        **{f"tau_{name}": figures["tau"] for name, figures in table.items()},
-        **{f"speedup_{name}": figures["speedup"] for name, figures in speed.items() if "speedup" in figures},
-        plain_tokens_per_s=speed["plain"]["tokens_per_s"],
-    )
 
 
 def preflight(config: EvaluationConfig, target: Path) -> None:

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from stages.contract import Config, Operational, Stage, StageContext
+from stages.contract import Config, Stage, StageContext
 from stages.drafters.config import DraftingConfig
+from stages.measure.parity import MaxParityMismatch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from stages.replay.scoring import StepScores
     from stages.replay.trace import Trace, Trajectory
 
@@ -22,20 +25,11 @@ class MiningConfig(Config):
     """How the trace is rebuilt."""
 
     drafting: DraftingConfig = DraftingConfig()
-    chains: Annotated[int, Field(ge=1, description="parallel chains a trajectory")] = 16
+    chains: Annotated[int | None, Field(ge=1, description="parallel chains a trajectory; null: as many as pay")] = None
     top_k: Annotated[int, Field(ge=1, description="the target's best tokens kept at each rejection")] = 8
-    tokens_per_target_forward: Annotated[int, Field(ge=1)] = 2048
+    tokens_per_target_forward: Annotated[int, Field(ge=1)] = 8192
     tree_tokens: Annotated[int, Field(ge=1, description="rejected proposals scored in one forward, a trajectory")] = 512
-    max_parity_mismatch: Annotated[
-        float,
-        Field(
-            ge=0,
-            le=1,
-            description="share of served steps that replay may contradict: near-ties in bf16, more of them the less "
-            "a drafter is trained (seen: 5 to 18 %); a wrong drafter contradicts nearly all",
-        ),
-        Operational(),
-    ] = 0.25
+    max_parity_mismatch: MaxParityMismatch = 0.25
 
 
 def run(ctx: StageContext, config: MiningConfig) -> None:
@@ -100,11 +94,17 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
     summary = summarise(rows, target.tokenizer, block_size)
     summary["evaluated_blocks_per_step"] = sum(evaluated.values()) / len(rows)
     summary["trajectories_too_short"] = stored.too_short
-    summary["parity"] = parity(ctx.inputs["trajectories"], rows, drafter_digest(drafter_folder), config)
+    summary["parity"] = parity(
+        ctx.inputs["trajectories"], rows, trajectories, drafter_digest(drafter_folder), target.info.dtype, config
+    )
     (ctx.out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     ctx.summary(
         **{k: summary[k] for k in ("tau", "steps", "error_positions", "evaluated_blocks_per_step")},
-        **({"parity_mismatch": summary["parity"]["mismatch_share"]} if summary["parity"] else {}),
+        **{
+            f"parity_{name.removesuffix('_share')}": value
+            for name, value in (summary["parity"] or {}).items()
+            if name in ("mismatch_share", "tau_difference")
+        },
     )
 
 
@@ -169,35 +169,43 @@ def summarise(rows: list[dict[str, Any]], tokenizer: Any, block_size: int) -> di
     }
 
 
-def parity(folder: Path, rows: list[dict[str, Any]], digest: str, config: MiningConfig) -> dict[str, Any] | None:
-    """Compare the trace that the engine recorded while serving with the replayed one. None without a comparable trace.
+def parity(
+    folder: Path,
+    rows: list[dict[str, Any]],
+    trajectories: Sequence[Trajectory],
+    digest: str,
+    dtype: str,
+    config: MiningConfig,
+) -> dict[str, Any] | None:
+    """Compare what the engine recorded while it served with replay: its steps, and how many it counted.
 
+    folder: the rollout's artifact; dtype: of this replay. None unless the same drafter served with the same settings.
     Raises DraftsmithError if they differ in more steps than allowed: the drafter that was served is then not this one.
     """
-    from artifacts.errors import DraftsmithError
     from artifacts.parquet import read_table
-    from artifacts.schemas import TRACE
+    from artifacts.schemas import TIMINGS, TRACE
+    from stages.measure.parity import Gate, check_steps, check_tau
 
     path = folder / "trace.json"
     if not path.exists():
         return None
     served = json.loads(path.read_text())
-    if served != {"drafter_digest": digest, **config.drafting.model_dump()}:
+    same = {"drafter_digest": digest, **config.drafting.model_dump()}
+    if {name: served.get(name) for name in same} != same:
         return None
-    replayed = {(row["trajectory_id"], row["anchor"]): (row["accepted"], row["proposed_ids"]) for row in rows}
-    known = {row["trajectory_id"] for row in rows}
-    trace = [row for row in read_table(folder / "trace.parquet", TRACE).to_pylist() if row["trajectory_id"] in known]
-    different = sum(
-        replayed.get((row["trajectory_id"], row["anchor"])) != (row["accepted"], row["proposed_ids"]) for row in trace
+    gate = Gate(
+        "mining",
+        float32=served.get("dtype") == dtype == "float32",
+        greedy=served.get("temperature") == 0,
+        allowed=config.max_parity_mismatch,
     )
-    share = different / len(trace) if trace else 0.0
-    if share > config.max_parity_mismatch:
-        raise DraftsmithError(
-            f"mining: {different} of {len(trace)} verify steps served by the engine differ from replay "
-            f"({share:.1%}, mining.max_parity_mismatch allows {config.max_parity_mismatch:.1%}): the engine did not "
-            "serve this drafter, or computes it differently; check rotary settings, layer ids and dtype"
-        )
-    return {"served_steps": len(trace), "different_steps": different, "mismatch_share": share}
+    known = {t.trajectory_id: t.response_length for t in trajectories}
+    trace = [row for row in read_table(folder / "trace.parquet", TRACE).to_pylist() if row["trajectory_id"] in known]
+    figures = check_steps(gate, trace, rows) if trace else {}
+    timings = read_table(folder / "timings.parquet", TIMINGS, ["trajectory_id", "verify_steps"]).to_pylist()
+    counted = sum(row["verify_steps"] for row in timings if row["trajectory_id"] in known)
+    # the prefill's token is committed before any verify step
+    return figures | check_tau(gate, sum(known.values()) - len(known), counted, len(rows))
 
 
 STAGE = Stage(name="mining", config=MiningConfig, inputs=("target", "drafter", "trajectories"), run=run)

@@ -55,6 +55,7 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
     from stages.drafters.checkpoint import drafter_digest
     from stages.engines.base import Request, SamplingParams
     from stages.engines.open import open_engine
+    from stages.measure.parity import served_dtype
     from stages.stored import DRAFTER_FOLDER, load_prompts, positions_needed, request_seed
     from stages.targets.resolve import read_target_info
 
@@ -76,8 +77,6 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
     shards = {name: ShardWriter(ctx.work / name, schema) for name, schema in schemas.items()}
     finished = _complete_answers(ctx.work, with_trace="drafter" in ctx.inputs)
     missing = [request for request in wanted if request.request_id not in finished]
-    if finished:
-        ctx.log(f"{len(finished)} answers of an earlier attempt kept, {len(missing)} missing")
 
     drafter_folder = ctx.inputs["drafter"] / DRAFTER_FOLDER if "drafter" in ctx.inputs else None
     if missing:
@@ -93,6 +92,11 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
             work=ctx.work,
             log=ctx.log,
         ) as engine:
+            if not engine.records_trace:  # without a drafter or the plug-in, answers are whole without steps
+                finished = _complete_answers(ctx.work, with_trace=False)
+                missing = [request for request in wanted if request.request_id not in finished]
+            if finished:
+                ctx.log(f"{len(finished)} answers of an earlier attempt kept, {len(missing)} missing")
             try:
                 for done, completion in enumerate(engine.generate(missing), start=len(finished) + 1):
                     buffer.append(completion)
@@ -113,7 +117,13 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
         if name != "trace" or drafter_folder:
             write_table(ctx.out / f"{name}.parquet", schema, rows)
     if drafter_folder:
-        served = {"drafter_digest": drafter_digest(drafter_folder), **config.drafting.model_dump()}
+        served = {
+            "drafter_digest": drafter_digest(drafter_folder),
+            **config.drafting.model_dump(),
+            "engine": config.engine.kind,
+            "dtype": served_dtype(config.engine, read_target_info(ctx.inputs["target"]).dtype),
+            "temperature": params.temperature,
+        }
         (ctx.out / "trace.json").write_text(json.dumps(served, indent=2, sort_keys=True) + "\n")
     lengths = [len(row["response_ids"]) for row in tables["trajectories"]]
     steps = sum(row["verify_steps"] for row in tables["timings"])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.testbed import cache, target, text
+from tests.testbed import target
 from tests.testbed.drafter import DrafterArtifacts, drafter_artifacts
 
 if TYPE_CHECKING:  # most rooms need neither
@@ -23,17 +23,13 @@ if TYPE_CHECKING:  # most rooms need neither
 @pytest.fixture(scope="session")
 def tiny_target() -> Path:
     """Folder of the trained 0.7M-parameter target: config, safetensors, tokenizer, chat template."""
-    return target.target_folder(target.TINY)
+    return target.target_folder()
 
 
 @pytest.fixture(scope="session")
 def tiny_prompts() -> Path:
     """JSON Lines of 600 prompts (`messages`, `family`) that the tiny target was not trained on."""
-
-    def build(folder: Path) -> None:
-        target.write_prompts(folder / "prompts.jsonl", target.TINY)
-
-    return cache.cached("prompts-tiny", build, code=(text, target)) / "prompts.jsonl"
+    return target.prompts_file()
 
 
 @pytest.fixture(scope="session")

@@ -32,8 +32,13 @@ def save_drafter(drafter: Drafter, folder: Path, dtype: torch.dtype) -> None:
     dflash.save(drafter, folder, dtype)
     if drafter.frequent_tokens is not None:
         np.save(folder / TOKENS_FILE, drafter.frequent_tokens.cpu().numpy().astype(np.int32))
-    info = {"digest": drafter_digest(folder), **asdict(drafter.info)}
-    (folder / INFO_FILE).write_text(json.dumps(info, indent=2, sort_keys=True) + "\n")
+    write_info(folder, drafter.info)
+
+
+def write_info(folder: Path, info: DrafterInfo) -> None:
+    """Write drafter.json beside the weights."""
+    record = {"digest": drafter_digest(folder), **asdict(info)}
+    (folder / INFO_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
 def load_drafter(folder: Path, target: Target, dtype: torch.dtype | None = None) -> Drafter:

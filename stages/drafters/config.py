@@ -23,7 +23,11 @@ class DFlashConfig(Config):
         int | None, Field(ge=1, description="how many target layers to spread; left out: one a drafter layer")
     ] = None
     mask_token: Annotated[
-        str | None, Field(description="a token of the target's vocabulary; left out: the tokenizer's mask token")
+        str | int | None,
+        Field(
+            description="a token of the target's vocabulary, or the id of an unused row of its embedding (Qwen3: "
+            "151669); left out: the tokenizer's mask token"
+        ),
     ] = None
     intermediate_size: int | None = None
 

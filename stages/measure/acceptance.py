@@ -23,7 +23,7 @@ def replay_all(
     drafters: Mapping[str, Drafter],
     trajectories: Sequence[Trajectory],
     drafting: DraftingConfig,
-    chains: int,
+    chains: int | None,
     tokens_per_group: int,
 ) -> dict[str, list[Trace]]:
     """Traces of every drafter, in the order of the trajectories. The target reads each trajectory once."""

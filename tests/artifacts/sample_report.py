@@ -61,6 +61,34 @@ EVALUATION: dict[str, Any] = {
 }
 
 
+SERVED: dict[str, Any] = {  # the same on a server, at two concurrencies
+    **EVALUATION,
+    "engine": "sglang 0.5.20",
+    "exactness": {"serving_dtype": "float32", "identical_share": 1.0},
+    "speed_by_setting": [
+        {
+            "temperature": 0.0,
+            "concurrency": concurrency,
+            "arms": {
+                arm: {
+                    **figures,
+                    "tokens_per_s": figures["tokens_per_s"] * concurrency,
+                    "request_tokens_per_s_median": figures["tokens_per_s"],
+                    "first_token_s_median": 0.021 * concurrency,
+                    "first_token_s_p95": 0.043 * concurrency,
+                }
+                for arm, figures in EVALUATION["speed"].items()
+            },
+        }
+        for concurrency in (1, 16)
+    ],
+    "parity": {
+        "sft": {"served_steps": 52, "different_steps": 3},
+        "opd": {"served_tau": 3.31, "replayed_tau": 3.32, "tau_difference": 0.003},
+    },
+}
+
+
 def sample(**changes: Any) -> ReportData:
     parts: dict[str, Any] = {
         "title": "Draft model refresh: quickstart",

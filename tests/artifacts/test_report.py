@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from artifacts.report import ReportData, findings, render_report
-from tests.artifacts.sample_report import EVALUATION, sample
+from tests.artifacts.sample_report import EVALUATION, SERVED, sample
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -98,6 +98,16 @@ def test_absent_parts_are_left_out(tmp_path: Path, absent: str) -> None:
     page = render(tmp_path, data)
     assert "SFT continued" not in page.text
     assert "None" not in page.text
+
+
+def test_speed_on_a_server_is_shown_by_setting(tmp_path: Path) -> None:
+    assert "Speed by setting" not in render(tmp_path, sample()).text
+    page = render(tmp_path, sample(evaluation=SERVED))
+    for text in (
+        "Speed by setting", "Engine: sglang 0.5.20", "980.8", "1467.2", "0.336", "0.688",
+        "In float32, 100.0% of the outputs", "SFT: 3 of 52 verify steps", "SFT + OPD: tau is 3.310 as served and 3.320",
+    ):  # fmt: skip
+        assert text in page.text, text
 
 
 def test_unset_figures_are_shown_as_absent(tmp_path: Path) -> None:

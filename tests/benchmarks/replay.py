@@ -246,11 +246,9 @@ def artifacts(options: argparse.Namespace) -> tuple[Path, Path, Path]:
     if any(given):
         raise DraftsmithError("give --target, --drafter and --trajectories together, or none of them")
     from tests.testbed.drafter import drafter_artifacts
-    from tests.testbed.target import TINY, target_folder, write_prompts
+    from tests.testbed.target import prompts_file, target_folder
 
-    prompts = harness.benchmark_folder("testbed") / "prompts.jsonl"
-    write_prompts(prompts, TINY)
-    made = drafter_artifacts(target_folder(TINY), prompts)
+    made = drafter_artifacts(target_folder(), prompts_file())
     return made.target, made.drafter, made.heldout
 
 

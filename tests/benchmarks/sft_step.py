@@ -242,11 +242,9 @@ def world_of(options: argparse.Namespace) -> World:
     """Artifacts, the test bed, or made-up steps on the benchmarks' target."""
     if options.testbed:
         from tests.testbed.drafter import drafter_artifacts
-        from tests.testbed.target import TINY, target_folder, write_prompts
+        from tests.testbed.target import prompts_file, target_folder
 
-        prompts = harness.benchmark_folder("testbed") / "prompts.jsonl"
-        write_prompts(prompts, TINY)
-        made = drafter_artifacts(target_folder(TINY), prompts)
+        made = drafter_artifacts(target_folder(), prompts_file())
         options.target, options.drafter, options.trajectories = made.target, made.drafter, made.heldout
     if (options.drafter is None) != (options.trajectories is None):
         raise DraftsmithError("give --drafter and --trajectories together, with their --target, or none of them")

@@ -22,7 +22,7 @@ from stages.engines.sglang.plugin import KEY
 from stages.engines.sglang.plugin_hooks import Recorder
 from tests.benchmarks import harness
 from tests.sglang_cpu.server import generate, running_server, sglang_python
-from tests.testbed import cache, target, text
+from tests.testbed import target
 from tests.testbed.drafter import drafter_artifacts
 
 ABSENT, OFF, ON = "absent", "installed, off", "installed, on"
@@ -37,7 +37,7 @@ def tiny_prompts(model: Path, count: int) -> list[list[int]]:
         tokenizer.apply_chat_template(
             [{"role": "user", "content": example.prompt}], add_generation_prompt=True, return_dict=False
         )
-        for example in target.fresh_prompts(target.TINY, count)
+        for example in target.fresh_prompts(count)
     ]
 
 
@@ -47,13 +47,9 @@ def cpu_servers(logs: Path) -> Iterator[tuple[str, str, Path]]:
     python = sglang_python()
     if isinstance(python, str):
         raise DraftsmithError(python)
-    model = target.target_folder(target.TINY)
+    model = target.target_folder()
 
-    def build(folder: Path) -> None:
-        target.write_prompts(folder / "prompts.jsonl", target.TINY)
-
-    prompts = cache.cached("prompts-tiny", build, code=(text, target)) / "prompts.jsonl"
-    drafter = drafter_artifacts(model, prompts).drafter / "drafter"
+    drafter = drafter_artifacts(model, target.prompts_file()).drafter / "drafter"
     only_cpu = {"SGLANG_PLUGINS": "draftsmith_cpu"}  # the names of the plug-ins that are loaded
     with ExitStack() as stack:
         urls = [

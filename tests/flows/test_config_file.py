@@ -125,3 +125,37 @@ def test_a_missing_or_unreadable_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"name: \xe9\n")
     with pytest.raises(DraftsmithError, match="not UTF-8"):
         read_config(tmp_path / "latin.yaml", [], Example)
+
+
+def test_a_file_extends_another_field_by_field(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("name: base\nsft: {steps: 4, rate: 0.5, sources: [{count: 2}, {count: 3}]}\n")
+    (tmp_path / "other").mkdir()
+    middle = tmp_path / "other" / "middle.yaml"
+    middle.write_text("extends: ../base.yaml\nsft: {rate: 0.25}\n")
+    top = tmp_path / "top.yaml"
+    top.write_text("extends: other/middle.yaml\nname: top\nsft: {sources: [{count: 5}]}\n")
+    config = read_config(top, ["sft.steps=6"], Example)
+    assert (config.name, config.sft.steps, config.sft.rate) == ("top", 6, 0.25)
+    assert [source.count for source in config.sft.sources] == [5]
+
+
+def test_files_that_extend_each_other_or_nothing_are_named(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("extends: second.yaml\n")
+    second.write_text("extends: first.yaml\n")
+    with pytest.raises(DraftsmithError, match=r"first.yaml: extends: the files extend each other"):
+        read_config(first, [], Example)
+    second.write_text("extends: third.yaml\n")
+    with pytest.raises(DraftsmithError, match=r"third.yaml: no such config file"):
+        read_config(first, [], Example)
+    second.write_text("extends: [1]\n")
+    with pytest.raises(DraftsmithError, match=r"second.yaml: extends: expected the name of a YAML file"):
+        read_config(first, [], Example)
+
+
+def test_an_override_changes_one_section_of_those_that_share_an_alias(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("name: run\nsft: &shared {steps: 4, weights: {a: 1.0}}\nopd: *shared\n")
+    config = read_config(path, ["opd.steps=6", "opd.weights.a=2.0"], Example)
+    assert (config.sft.steps, config.opd.steps) == (4, 6)
+    assert (config.sft.weights, config.opd.weights) == ({"a": 1.0}, {"a": 2.0})

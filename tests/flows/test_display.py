@@ -103,6 +103,29 @@ def test_the_results_say_what_was_found_with_intervals_and_where_to_look(tmp_pat
     assert "/o  (opd)" in text
 
 
+def test_several_settings_have_a_table_of_their_own(tmp_path: Path) -> None:
+    at = {"tokens_per_s": 100.0, "request_tokens_per_s_median": 30.5, "first_token_s_median": 0.02}
+    sft = {**at, "speedup": 2.0, "speedup_low": 1.9, "speedup_high": 2.1, "tau_served": 3.25, "identical_share": 1.0}
+    served = {
+        **EVALUATION,
+        "engine": "sglang 0.5.20",
+        "speed_by_setting": [
+            {"temperature": 0.0, "concurrency": 1, "arms": {"plain": at}},
+            {"temperature": 0.7, "concurrency": 16, "arms": {"plain": at, "sft": {**sft, "first_token_s_p95": 0.09}}},
+        ],
+        "parity": {"sft": {"served_steps": 52, "different_steps": 1}, "opd": {"served_tau": 3.0, "replayed_tau": 3.5}},
+    }
+    (tmp_path / "evaluation.json").write_text(json.dumps(served))
+    display, stream = plain()
+    display.results({"evaluation": tmp_path}, "mlflow ui")
+    lines = [" ".join(line.split()) for line in stream.getvalue().splitlines()]
+    assert "Speed on sglang 0.5.20" in lines
+    assert "0 1 plain 100.0 - - 30.5 0.020 (-) -" in lines
+    assert "0.7 16 sft 100.0 2.00 [1.90, 2.10] 3.25 30.5 0.020 (0.090) 100.0%" in lines
+    assert "Parity of sft: 1 of 52 served verify steps differ from replay." in lines
+    assert "Parity of opd: tau 3.000 as served, 3.500 in replay." in lines
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(8.4, "8 s"), (125, "2 min 05 s"), (12000, "3 h 20 min")])
 def test_durations_are_short(seconds: float, text: str) -> None:
     assert duration(seconds) == text

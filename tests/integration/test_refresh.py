@@ -59,6 +59,7 @@ class Home:
     """A DRAFTSMITH_HOME and the config beside it."""
 
     folder: Path
+    limit_s: float = 600  # of one command
 
     @property
     def path(self) -> Path:
@@ -76,7 +77,7 @@ class Home:
             env={**environment, "DRAFTSMITH_HOME": str(self.path), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=self.limit_s,
         )
 
     def refresh(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:

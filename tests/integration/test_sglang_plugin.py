@@ -47,7 +47,7 @@ class Reference:
             tokenizer.apply_chat_template(
                 [{"role": "user", "content": example.prompt}], add_generation_prompt=True, return_dict=False
             )
-            for example in target.fresh_prompts(target.TINY, 24)
+            for example in target.fresh_prompts(24)
         ]
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from artifacts.errors import DraftsmithError
 from artifacts.parquet import read_table
@@ -109,6 +110,11 @@ def test_the_figures_are_complete(evaluated: RecordingContext) -> None:
         assert speed["tau_served"] > 1.5 and speed["identical_share"] == 1
         assert speed["draft_share"] > 0 and speed["verify_share"] > 0
         assert speed["draft_share"] + speed["verify_share"] < 1
+        assert len(speed["accepted_histogram"]) == int(fastest)
+        assert speed["request_tokens_per_s_median"] > 0
+    (setting,) = found["speed_by_setting"]
+    assert setting == {"temperature": 0, "concurrency": 2, "arms": found["speed"]}
+    assert (found["engine"], found["parity"]) == ("embedded", None)
     assert 0 <= found["loop_share"] <= 1
     assert found["tau_without_loops"].keys() == {"sft", "opd", "control"}
     assert evaluated.summaries["tau_sft"] == found["drafters"]["sft"]["tau"]
@@ -130,6 +136,8 @@ def test_every_arm_has_a_row_for_every_prompt(evaluated: RecordingContext, tiny_
         assert (row["verify_steps"] > 0) == (row["arm"] != "plain")
         assert row["block_size"] == (1 if row["arm"] == "plain" else figures(evaluated)["speed"]["sft"]["block_size"])
         assert row["seconds"] > 0 and row["concurrency"] == 2
+        assert row["response_ids"] == answers[row["prompt_id"]][:32]
+        assert (row["accepted"] is None) == (row["arm"] == "plain")
 
 
 def test_one_drafter_and_a_reduced_head(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
@@ -149,6 +157,45 @@ def test_sampled_outputs_are_identical_too(tmp_path: Path, tiny_drafter: Drafter
     sampling = {"max_new_tokens": 24, "temperature": 1.0}
     STAGE.run(ctx, EvaluationConfig.model_validate({**CONFIG, "sampling": sampling, "block_sizes": None}))
     assert figures(ctx)["exactness"]["identical_share"] == 1
+
+
+def test_several_settings(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+    """Outputs do not depend on how many are in flight, nor sampled ones on the drafter."""
+    ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter))
+    config = {
+        **CONFIG, "concurrency": [1, 3], "temperatures": [0, 1.0], "block_sizes": None, "speed_prompts": 3,
+        "sampling": {"max_new_tokens": 16}, "exactness_prompts": 0,
+    }  # fmt: skip
+    STAGE.run(ctx, EvaluationConfig.model_validate(config))
+    found = figures(ctx)
+    places = [(s["temperature"], s["concurrency"]) for s in found["speed_by_setting"]]
+    assert places == [(0, 1), (0, 3), (1, 1), (1, 3)]
+    assert found["speed"] == found["speed_by_setting"][0]["arms"]
+    assert (found["temperature"], found["concurrency"]) == (0, 1)
+    assert found["exactness"]["identical_share"] == 1 and found["exactness"]["compared_outputs"] == 4 * 3
+    assert ctx.summaries["speedup_sft"] == found["speed"]["sft"]["speedup"]
+    assert ctx.summaries["speedup_sft.t1.c3"] == found["speed_by_setting"][3]["arms"]["sft"]["speedup"]
+    rows = read_table(ctx.out / "requests.parquet", REQUESTS).to_pylist()
+    answers: dict[tuple[float, str], set[tuple[int, ...]]] = {}
+    for row in rows:
+        answers.setdefault((row["temperature"], row["prompt_id"]), set()).add(tuple(row["response_ids"]))
+    assert len(rows) == 4 * 2 * 3 and len(answers) == 6
+    assert all(len(same) == 1 for same in answers.values())
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"engine": {"kind": "sglang", "urls": ["http://a"]}}, "engine.urls: running servers cannot serve drafters"),
+        ({"engine": {"kind": "sglang", "launch": {}, "python": "p"}, "head_tokens": 9}, "only the embedded engine"),
+        ({"concurrency": []}, "concurrency"),
+        ({"concurrency": 0}, "concurrency"),
+        ({"temperatures": [-1]}, "temperatures"),
+    ],
+)
+def test_wrong_settings_are_refused(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        EvaluationConfig.model_validate(config)
 
 
 def test_what_is_missing_is_said(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import numpy as np
 import pytest
 
 from artifacts.errors import DraftsmithError, StageInterrupted
-from artifacts.parquet import read_table
-from artifacts.schemas import TRACE, VERIFY_STEPS
+from artifacts.parquet import read_table, write_table
+from artifacts.schemas import TIMINGS, TRACE, VERIFY_STEPS
 from stages.drafters.checkpoint import drafter_digest, load_drafter, save_drafter
 from stages.mining import STAGE, MiningConfig
 from stages.rollout import STAGE as ROLLOUT
@@ -74,12 +75,15 @@ def summary(ctx: RecordingContext) -> dict[str, Any]:
 
 
 def test_the_table_is_the_trace_that_was_served(mined: RecordingContext, assisted: Path) -> None:
-    served = read_table(assisted / "trace.parquet", TRACE).to_pylist()
-    columns = ("trajectory_id", "step", "anchor", "accepted", "proposed_ids")
+    columns = ["trajectory_id", "step", "anchor", "accepted", "proposed_ids"]
+    served = read_table(assisted / "trace.parquet", TRACE, columns).to_pylist()
     assert [{name: row[name] for name in columns} for row in table(mined)] == served
-    parity = {"served_steps": len(served), "different_steps": 0, "mismatch_share": 0.0}
-    assert summary(mined)["parity"] == parity
-    assert mined.summaries["parity_mismatch"] == 0
+    found = summary(mined)
+    assert found["parity"] == {
+        "served_steps": len(served), "different_steps": 0, "mismatch_share": 0.0,
+        "served_tau": found["tau"], "replayed_tau": found["tau"], "tau_difference": 0.0,
+    }  # fmt: skip
+    assert mined.summaries["parity_mismatch"] == mined.summaries["parity_tau_difference"] == 0
 
 
 def test_rows_agree_with_the_trajectory(mined: RecordingContext, assisted: Path) -> None:
@@ -203,6 +207,68 @@ def test_a_trace_served_by_another_drafter_is_refused(
     assert "\n" not in str(caught.value)
     allowed = mine(tmp_path / "allowed", tiny_drafter, faked, drafter=other_drafter, max_parity_mismatch=1)
     assert summary(allowed)["parity"]["mismatch_share"] > 0.1
+
+
+@pytest.fixture
+def retold(tmp_path: Path, assisted: Path) -> Callable[..., Path]:
+    """The assisted rollout as if another engine had made it: trace.json changed, tables rewritten."""
+
+    def retell(trace: list[dict[str, Any]], steps: Callable[[int], int] = lambda n: n, **changes: Any) -> Path:
+        folder = Path(shutil.copytree(assisted, tmp_path / "retold", dirs_exist_ok=True))
+        told = json.loads((folder / "trace.json").read_text())
+        (folder / "trace.json").write_text(json.dumps({**told, **changes}))
+        write_table(folder / "trace.parquet", TRACE, trace)
+        timings = read_table(folder / "timings.parquet", TIMINGS).to_pylist()
+        write_table(
+            folder / "timings.parquet", TIMINGS, [{**t, "verify_steps": steps(t["verify_steps"])} for t in timings]
+        )
+        return folder
+
+    return retell
+
+
+def test_what_served_is_kept_beside_the_trace(assisted: Path) -> None:
+    told = json.loads((assisted / "trace.json").read_text())
+    assert (told["engine"], told["dtype"], told["temperature"]) == ("embedded", "float32", 0)
+
+
+def test_one_other_step_is_refused_in_float32_and_allowed_in_bfloat16(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, retold: Callable[..., Path]
+) -> None:
+    trace = read_table(assisted / "trace.parquet", TRACE).to_pylist()
+    trace[3]["accepted"] += 1
+    with pytest.raises(DraftsmithError, match=f"mining: 1 of {len(trace)} verify steps .*greedy decoding allows none"):
+        mine(tmp_path, tiny_drafter, retold(trace))
+    ctx = mine(tmp_path / "bf16", tiny_drafter, retold(trace, dtype="bfloat16"))
+    assert summary(ctx)["parity"]["different_steps"] == 1
+    sampled = mine(tmp_path / "sampled", tiny_drafter, retold(trace, temperature=1.0))
+    assert summary(sampled)["parity"]["different_steps"] == 1
+
+
+def test_recorded_log_probs_are_compared(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, retold: Callable[..., Path], mined: RecordingContext
+) -> None:
+    trace = read_table(assisted / "trace.parquet", TRACE).to_pylist()
+    for row, own in zip(trace, table(mined), strict=True):
+        row["target_logprobs"] = [value + 1e-4 for value in own["target_logprobs"]]
+        row["target_logprobs"] = [-5.0 if np.isnan(value) else value for value in row["target_logprobs"]]
+    ctx = mine(tmp_path, tiny_drafter, retold(trace))
+    assert summary(ctx)["parity"]["largest_logprob_difference"] == pytest.approx(1e-4, rel=0.05)
+    trace[-1]["target_logprobs"][0] -= 0.01
+    with pytest.raises(DraftsmithError, match=r"by up to 0\.0099 in float32"):
+        mine(tmp_path / "other", tiny_drafter, retold(trace))
+
+
+def test_without_a_trace_the_counted_steps_are_compared(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, retold: Callable[..., Path]
+) -> None:
+    ctx = mine(tmp_path, tiny_drafter, retold([]))
+    assert summary(ctx)["parity"]["tau_difference"] == 0
+    assert "parity_mismatch" not in ctx.summaries
+    with pytest.raises(DraftsmithError, match=r"tau is .* as served and .* in replay"):
+        mine(tmp_path / "one-more", tiny_drafter, retold([], steps=lambda n: n + 1))
+    with pytest.raises(DraftsmithError, match=r"mining: tau is 1\.000 as served and"):
+        mine(tmp_path / "none", tiny_drafter, retold([], steps=lambda _: 0, dtype="bfloat16"))
 
 
 def test_other_drafting_settings_have_no_parity(tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path) -> None:

@@ -138,7 +138,10 @@ def test_an_assisted_rollout_gives_the_same_text_and_records_its_trace(
         assert len(row["proposed_ids"]) == 4
     served = json.loads((assisted.out / "trace.json").read_text())
     digest = drafter_digest(tiny_drafter.drafter / DRAFTER_FOLDER)
-    assert served == {"drafter_digest": digest, "block_size": 5, "head_tokens": None}
+    assert served == {
+        "drafter_digest": digest, "block_size": 5, "head_tokens": None,
+        "engine": "embedded", "dtype": "float32", "temperature": 0,
+    }  # fmt: skip
     drafted = sum(len(row["response_ids"]) - 1 for row in by_answer.values())
     assert assisted.summaries["tau"] == pytest.approx(drafted / len(trace))
     assert assisted.summaries["tau"] > 2

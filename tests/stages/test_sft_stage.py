@@ -69,6 +69,17 @@ def test_a_few_steps_learn(
     assert ctx.progressed[-1] == (30, 30, "steps")
 
 
+def test_without_steps_a_checkpoint_is_taken_as_it_is(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+    source = tiny_drafter.drafter / DRAFTER_FOLDER
+    ctx = train(tmp_path, tiny_drafter, steps=0, init_from=str(source))
+    taken, before = load_file(ctx.out / DRAFTER_FOLDER / "model.safetensors"), load_file(source / "model.safetensors")
+    assert taken.keys() == before.keys()
+    assert all(taken[name].equal(before[name]) for name in before)
+    assert read_info(ctx.out / DRAFTER_FOLDER).training["steps"] == 0
+    with pytest.raises(ValueError, match="name it in init_from"):
+        SftConfig(steps=0)
+
+
 def test_control_continues_from_a_drafter_at_its_loss(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
     continued = train(tmp_path / "a", tiny_drafter, drafter=tiny_drafter.drafter, learning_rate=1e-4)
     assert np.mean(losses(continued)) < 1.5

@@ -27,8 +27,13 @@ def default_layer_ids(num_target_layers: int, count: int) -> list[int]:
     return [round(1 + i * (num_target_layers - 4) / (count - 1)) for i in range(count)]
 
 
-def mask_token_id(tokenizer: Any, wanted: str | None) -> int:
-    """The id of the mask token. Raises DraftsmithError if the vocabulary does not hold it as one token."""
+def mask_token_id(tokenizer: Any, wanted: str | int | None) -> int:
+    """The id of the mask token. Raises DraftsmithError if the vocabulary does not hold it as one token.
+
+    An id is taken as it is: it may lie behind the tokenizer's tokens, where models keep unused rows.
+    """
+    if isinstance(wanted, int):
+        return wanted
     token = wanted if wanted is not None else tokenizer.mask_token
     if token is None:
         raise DraftsmithError(f"sft.drafter.mask_token: the target's tokenizer has no mask token; {MASK_ADVICE}")

@@ -7,7 +7,6 @@ import pytest
 
 from stages.measure.acceptance import acceptance_table, has_loop
 from stages.measure.bootstrap import interval, ratio, ratio_difference
-from stages.measure.speed import first_difference, speed_table
 from stages.replay.trace import Trace
 
 
@@ -79,24 +78,6 @@ def test_acceptance_table_by_hand() -> None:
     assert acceptance_table({"sft": sft}, [True, True], 100, 0.95, 0)["sft"]["tau_without_loops"] is None
 
 
-def test_speed_table_by_hand() -> None:
-    def row(arm: str, tokens: int, seconds: float, steps: int) -> dict[str, object]:
-        return {
-            "arm": arm, "tokens": tokens, "seconds": seconds, "verify_steps": steps, "draft_seconds": seconds / 4,
-            "verify_seconds": seconds / 2, "identical": arm != "plain" and tokens > 10,
-        }  # fmt: skip
-
-    rows = [row("plain", 10, 2.0, 0), row("plain", 30, 2.0, 0), row("sft", 11, 1.0, 2), row("sft", 10, 0.5, 3)]
-    table = speed_table(rows, 4, 200, 0.95, 0)
-    assert table["plain"] == {"tokens_per_s": 10.0, "prompts": 2}
-    sft = table["sft"]
-    assert sft["tokens_per_s"] == 14.0
-    assert sft["speedup"] == pytest.approx(1.4)
-    assert sft["tau_served"] == (21 - 2) / 5
-    assert (sft["draft_share"], sft["verify_share"], sft["identical_share"]) == (0.25, 0.5, 0.5)
-    assert sft["speedup_low"] <= sft["speedup"] <= sft["speedup_high"]
-
-
 def test_a_loop_is_an_n_gram_that_comes_three_times() -> None:
     assert not has_loop([])
     assert not has_loop(list(range(100)))
@@ -106,10 +87,3 @@ def test_a_loop_is_an_n_gram_that_comes_three_times() -> None:
     assert not has_loop([1, 2, 3, 4, 5, 9, 1, 2, 3, 4, 5, 8, 1, 2, 3, 4, 5, 7])
     assert has_loop([0] * 8) and not has_loop([0] * 7)
     assert has_loop([1, 2, 1, 2, 1, 2], n=2)
-
-
-def test_first_difference() -> None:
-    assert first_difference([1, 2], [1, 2]) == -1
-    assert first_difference([1, 2, 3], [1, 5, 3]) == 1
-    assert first_difference([1, 2], [1, 2, 3]) == 2
-    assert first_difference([], [1]) == 0

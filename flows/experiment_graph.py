@@ -1,0 +1,168 @@
+"""Experiments: one starting drafter, several ways to train it on, several seeds, one comparison.
+
+The graph of an experiment (in brackets: only where its config has the section)::
+
+    target ─ prompts ─ rollout ─ sft                    the drafter that everything starts from
+       └─ [revision] ─ [adoption]                       a new revision of the target, the old drafter taken over
+    [fresh_prompts] ─ fresh ─ mining                    what the arms learn from
+    arm-STEPS-sSEED …                                   every arm, for every number of steps and every seed
+    heldout ─ comparison, [heldout_before ─ before]     acceptance on identical trajectories, and before the change
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from flows.config_file import merged
+from flows.graph import Node, Pipeline
+from flows.options import RunOptions
+from stages.adoption import AdoptionConfig
+from stages.comparison import BASE, PREFIX, ComparisonConfig
+from stages.contract import Config
+from stages.mining import MiningConfig
+from stages.opd import OpdConfig
+from stages.procedural_target import ProceduralTargetConfig
+from stages.prompts import PromptsConfig
+from stages.rollout import RolloutConfig
+from stages.sft import SftConfig
+from stages.targets.config import TargetConfig
+
+
+def _target_kind(value: Any) -> str:
+    kind = value.get("kind", "") if isinstance(value, dict) else getattr(value, "kind", "")
+    return "procedural" if kind == "procedural" else "model"
+
+
+AnyTarget = Annotated[
+    Annotated[ProceduralTargetConfig, Tag("procedural")] | Annotated[TargetConfig, Tag("model")],
+    Discriminator(_target_kind),
+]
+
+
+class ArmConfig(Config):
+    """One way to train on."""
+
+    stage: Literal["sft", "opd"]
+    init: Annotated[
+        Literal["base", "random"], Field(description="from the starting drafter, or from scratch (sft only)")
+    ] = "base"
+    change: Annotated[
+        dict[str, Any], Field(default_factory=dict, description="fields of section sft or opd that this arm changes")
+    ]
+    budgets: Annotated[tuple[int, ...] | None, Field(description="optimiser steps; left out: the experiment's")] = None
+
+    @model_validator(mode="after")
+    def _only_sft_from_scratch(self) -> ArmConfig:
+        if self.init == "random" and self.stage != "sft":
+            raise ValueError("init: random is for stage sft: OPD starts from a drafter that was mined")
+        return self
+
+
+class ExperimentConfig(RunOptions):
+    """One experiment."""
+
+    kind: Literal["experiment"]
+    target: AnyTarget
+    revision: ProceduralTargetConfig | None = None
+    """A new revision of the target, trained on from it; the old drafter is then the starting point."""
+    prompts: PromptsConfig
+    fresh_prompts: PromptsConfig | None = None
+    """Other traffic than the starting drafter was trained for."""
+    rollout: RolloutConfig
+    """The answers that the starting drafter is trained on."""
+    sft: SftConfig
+    """The starting drafter; arms of stage sft change single fields of it."""
+    fresh: RolloutConfig
+    """The answers that the arms learn from."""
+    mining: MiningConfig = MiningConfig()
+    opd: OpdConfig
+    """What arms of stage opd change single fields of."""
+    heldout: RolloutConfig
+    """The answers that drafters are compared on."""
+    arms: dict[str, ArmConfig] = Field(min_length=1)
+    budgets: tuple[int, ...] = Field(min_length=1)
+    """Optimiser steps; every number is a training of its own, with its own learning-rate schedule."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    comparison: ComparisonConfig
+
+    @model_validator(mode="after")
+    def _arms_are_valid(self) -> ExperimentConfig:
+        if self.comparison.control not in self.arms:
+            raise ValueError(f"comparison.control: no arm {self.comparison.control!r}, use one of {sorted(self.arms)}")
+        for name, arm in self.arms.items():
+            if ":" in name or name == BASE:
+                raise ValueError(f"arms.{name}: choose a name without a colon, other than {BASE!r}")
+            try:
+                self.arm_config(arm, self.budgets[0])
+            except ValueError as error:
+                raise ValueError(f"arms.{name}.change: {error}") from error
+        return self
+
+    def arm_config(self, arm: ArmConfig, steps: int) -> SftConfig | OpdConfig:
+        """The stage's config of an arm: steps, anchors, sequences and learning rate are OPD's for every arm."""
+        if arm.stage == "opd":
+            return OpdConfig.model_validate(merged(self.opd.model_dump() | {"steps": steps}, arm.change))
+        shared = {name: getattr(self.opd, name) for name in _SHARED}
+        return SftConfig.model_validate(merged(self.sft.model_dump() | shared | {"steps": steps}, arm.change))
+
+
+_SHARED = ("sequences_per_step", "anchors_per_sequence", "learning_rate", "warmup_fraction", "head_tokens")
+
+
+def experiment_nodes(config: ExperimentConfig) -> list[Node]:
+    """All nodes of an experiment."""
+    procedural = isinstance(config.target, ProceduralTargetConfig)
+    current, base, prompts = {"target": "target"}, "sft", "prompts"
+    old = dict(current)
+    nodes = [
+        Node("target", "stages.procedural_target" if procedural else "stages.target", config.target),
+        Node("prompts", "stages.prompts", config.prompts, old),
+        Node("rollout", "stages.rollout", config.rollout, {**old, "prompts": "prompts"}),
+        Node("sft", "stages.sft", config.sft, {**old, "trajectories": "rollout"}),
+    ]
+    if config.revision is not None:
+        current, base = {"target": "revision"}, "adoption"
+        nodes.append(Node("revision", "stages.procedural_target", config.revision, old))
+        nodes.append(Node("adoption", "stages.adoption", AdoptionConfig(), {**current, "drafter": "sft"}))
+    if config.fresh_prompts is not None:
+        prompts = "fresh_prompts"
+        nodes.append(Node(prompts, "stages.prompts", config.fresh_prompts, current))
+    asked = {**current, "prompts": prompts}
+    nodes += [
+        Node("fresh", "stages.rollout", config.fresh, asked),
+        Node("heldout", "stages.rollout", config.heldout, asked),
+        Node("mining", "stages.mining", config.mining, {**current, "drafter": base, "trajectories": "fresh"}),
+    ]
+    drafters = {f"{PREFIX}{BASE}:0:0": base}
+    for name, arm in config.arms.items():
+        for steps in arm.budgets or config.budgets:
+            for seed in config.seeds:
+                node = _arm_node(f"{name}-{steps}-s{seed}", arm, config.arm_config(arm, steps), current, base, seed)
+                nodes.append(node)
+                drafters[f"{PREFIX}{name}:{steps}:{seed}"] = node.name
+    nodes.append(
+        Node("comparison", "stages.comparison", config.comparison, {**current, "trajectories": "heldout", **drafters})
+    )
+    if current != old or prompts != "prompts":  # what the starting drafter was worth before the change
+        before = {**old, "trajectories": "heldout_before", f"{PREFIX}{BASE}:0:0": "sft"}
+        nodes.append(Node("heldout_before", "stages.rollout", config.heldout, {**old, "prompts": "prompts"}))
+        nodes.append(Node("before", "stages.comparison", config.comparison, before))
+    return nodes
+
+
+def _arm_node(
+    name: str, arm: ArmConfig, config: SftConfig | OpdConfig, current: dict[str, str], base: str, seed: int
+) -> Node:
+    inputs = {**current, "trajectories": "fresh"}
+    if arm.init == "base":
+        inputs["drafter"] = base
+    if arm.stage == "opd":
+        inputs["steps"] = "mining"
+    return Node(name, f"stages.{arm.stage}", config, inputs, seed=seed)
+
+
+EXPERIMENT = Pipeline(
+    config=ExperimentConfig, nodes=experiment_nodes, flow="flows.experiment:experiment", kind="experiment"
+)

@@ -1,0 +1,188 @@
+"""Stage `comparison`: many drafters on identical held-out trajectories, over seeds: what an experiment concludes from.
+
+Inputs named `drafter:ARM:STEPS:SEED` are drafters; that of the arm `base`, with 0 steps, is what every arm began with.
+Acceptance is measured by replay, so every drafter meets the same trajectories and differences are paired.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from stages.contract import Config, Stage, StageContext
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PREFIX, BASE = "drafter:", "base"
+COSTS = ("positions", "blocks", "seconds")
+
+
+class ComparisonConfig(Config):
+    """How drafters are compared."""
+
+    control: Annotated[str, Field(description="the arm that the others are compared with, at equal steps and seed")]
+    splits: tuple[str, ...] = ("validation", "heldout")
+    tokens_per_target_forward: Annotated[int, Field(ge=1)] = 4096
+    bootstrap_samples: Annotated[int, Field(ge=100)] = 5000
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One trained drafter of an experiment."""
+
+    arm: str
+    steps: int
+    seed: int
+    folder: Path  # its artifact
+
+    @classmethod
+    def of_input(cls, name: str, folder: Path) -> Entry:
+        """From the name of the stage's input."""
+        arm, steps, seed = name.removeprefix(PREFIX).split(":")
+        return cls(arm, int(steps), int(seed), folder)
+
+    def cost(self) -> dict[str, float]:
+        """What its training took, from its manifest: block positions with a loss, and seconds of the steps."""
+        from artifacts.manifest import read_manifest
+
+        metrics = read_manifest(self.folder).metrics
+        return {name: float(metrics.get(name, 0.0)) for name in COSTS}
+
+
+def run(ctx: StageContext, config: ComparisonConfig) -> None:
+    """Replay every drafter; write `results.json` and, for each trajectory, `acceptance.parquet`."""
+    import numpy as np
+
+    from artifacts.parquet import write_table
+    from artifacts.schemas import ACCEPTANCE
+    from stages.drafters.checkpoint import load_drafter
+    from stages.drafters.config import DraftingConfig
+    from stages.measure.acceptance import replay_all
+    from stages.stored import DRAFTER_FOLDER, load_trajectories
+    from stages.targets.causal_lm import Target
+
+    target = Target.load(ctx.inputs["target"])
+    entries = {name: Entry.of_input(name, at) for name, at in ctx.inputs.items() if name.startswith(PREFIX)}
+    costs = {name: entry.cost() for name, entry in entries.items()}
+    results: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    for split in config.splits:
+        stored = load_trajectories(ctx.inputs["trajectories"], [split])
+        sums: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for name, entry in entries.items():
+            drafter = load_drafter(entry.folder / DRAFTER_FOLDER, target)
+            traces = replay_all(
+                ctx, target, {name: drafter}, stored.trajectories, DraftingConfig(), None,
+                config.tokens_per_target_forward,
+            )[name]  # fmt: skip
+            committed = np.array([trace.committed.sum() for trace in traces], dtype=np.float64)
+            steps = np.array([len(trace.anchors) for trace in traces], dtype=np.float64)
+            sums[name] = committed, steps
+            rows += [
+                {
+                    "arm": entry.arm,
+                    "steps": entry.steps,
+                    "seed": entry.seed,
+                    "split": split,
+                    "trajectory_id": trajectory.trajectory_id,
+                    "committed": int(c),
+                    "verify_steps": int(s),
+                }
+                for trajectory, c, s in zip(stored.trajectories, committed, steps, strict=True)
+            ]
+            ctx.log(
+                f"{split}: {entry.arm}, {entry.steps} steps, seed {entry.seed}: tau {committed.sum() / steps.sum():.3f}"
+            )
+        results[split] = {
+            "trajectories": len(stored.trajectories),
+            "arms": arm_table(entries, sums, costs, config, ctx.seed),
+        }
+    write_table(ctx.out / "acceptance.parquet", ACCEPTANCE, rows)
+    (ctx.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    last = results[config.splits[-1]]["arms"]
+    ctx.summary(**{f"tau_{row['arm']}_{row['steps']}": row["tau"] for row in last})
+
+
+def arm_table(
+    entries: Mapping[str, Entry],
+    sums: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    costs: Mapping[str, Mapping[str, float]],
+    config: ComparisonConfig,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """A row for every (arm, steps): tau of each seed and in the mean, and the paired difference to the control.
+
+    sums: committed tokens and verify steps of each trajectory; costs: of the training; both by drafter. The interval of
+    the difference is a bootstrap over trajectories of the mean over seeds; the single seeds' differences stand beside.
+    """
+    import numpy as np
+
+    from stages.measure.bootstrap import interval
+
+    def stacked(names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """[seeds, trajectories] each."""
+        return np.stack([sums[n][0] for n in names]), np.stack([sums[n][1] for n in names])
+
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name, entry in sorted(
+        entries.items(), key=lambda item: (item[1].arm != BASE, item[1].arm, item[1].steps, item[1].seed)
+    ):
+        groups.setdefault((entry.arm, entry.steps), []).append(name)
+    table = []
+    for (arm, steps), names in groups.items():
+        committed, verified = stacked(names)
+        taus = committed.sum(1) / verified.sum(1)
+        row: dict[str, Any] = {
+            "arm": arm,
+            "steps": steps,
+            "seeds": [entries[name].seed for name in names],
+            "tau": float(taus.mean()),
+            "tau_of_seeds": taus.tolist(),
+            **{cost: float(np.mean([costs[name][cost] for name in names])) for cost in COSTS},
+        }
+        control = groups.get((config.control, steps), [])
+        if arm not in (BASE, config.control) and len(control) == len(names):
+            other_committed, other_verified = stacked(control)
+            differences = taus - other_committed.sum(1) / other_verified.sum(1)
+            low, high = interval(
+                _mean_difference,
+                tuple(part for group in (committed, verified, other_committed, other_verified) for part in group),
+                config.bootstrap_samples,
+                config.confidence,
+                seed,
+            )
+            row |= {
+                "difference": float(differences.mean()),
+                "difference_of_seeds": differences.tolist(),
+                "difference_low": low,
+                "difference_high": high,
+                "gain": float(differences.mean() / (taus - differences).mean()),
+            }
+        table.append(row)
+    return table
+
+
+def _mean_difference(*parts: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Mean over seeds of the difference of two ratios of sums.
+
+    parts: 4 × seeds arrays over trajectories: committed and verified of the arm, committed and verified of the control.
+    """
+    import numpy as np
+
+    seeds = len(parts) // 4
+    totals = [part.sum(axis) for part in parts]
+    committed, verified, other_committed, other_verified = (totals[i * seeds : (i + 1) * seeds] for i in range(4))
+    return np.mean(
+        [a / b - c / d for a, b, c, d in zip(committed, verified, other_committed, other_verified, strict=True)],
+        axis=0,
+    )
+
+
+STAGE = Stage(name="comparison", config=ComparisonConfig, inputs=("target", "trajectories", "drafter:*"), run=run)

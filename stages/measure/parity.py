@@ -1,0 +1,129 @@
+"""The parity gate: the verify steps that an engine served against replay of the same answers with the same drafter.
+
+An engine that loads a checkpoint wrongly (another rotary base, layers off by one, another dtype) still gives correct
+answers, because verification is lossless: only the steps tell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from artifacts.errors import DraftsmithError
+from stages.contract import Operational
+from stages.engines.config import EmbeddedEngineConfig, SGLangEngineConfig
+
+MaxParityMismatch = Annotated[
+    float,
+    Field(
+        ge=0,
+        le=1,
+        description="share of served verify steps that replay may contradict: near-ties in bf16, more of them the less "
+        "a drafter is trained (seen: 5 to 18 %); a wrong drafter contradicts nearly all. In float32 with greedy "
+        "decoding none may. 1: never fail",
+    ),
+    Operational(),
+]
+LOGPROB_TOLERANCE = 1e-3  # float32: kernels of other shapes differ by about 1e-5
+CERTAIN = 10  # proposals that replay accepts: an engine that accepted none of so many has not used this drafter
+
+# A row of TRACE or VERIFY_STEPS: trajectory_id, anchor, accepted, proposed_ids, target_logprobs.
+Step = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How far served and replayed steps may be apart.
+
+    section: of the config, for the error. float32: served and replayed in float32. greedy: decoded so.
+    """
+
+    section: str
+    float32: bool
+    greedy: bool
+    allowed: float  # max_parity_mismatch
+    subject: str = ""  # whose steps, for the error, e.g. "drafter sft: "
+
+    @property
+    def limit(self) -> float:
+        """Share of steps that may differ."""
+        return 0.0 if self.float32 and self.greedy and self.allowed < 1 else self.allowed
+
+    def refuse(self, what: str, share: float) -> DraftsmithError:
+        bound = "float32 with greedy decoding allows none"
+        if self.limit or not (self.float32 and self.greedy):
+            bound = f"{self.section}.max_parity_mismatch allows {self.limit:.1%}"
+        return DraftsmithError(
+            f"{self.section}: {self.subject}{what} ({share:.1%}, {bound}): the engine did not serve this drafter, or "
+            "computes it differently; check rotary settings, layer ids and dtype"
+        )
+
+
+def served_dtype(engine: EmbeddedEngineConfig | SGLangEngineConfig, target_dtype: str) -> str | None:
+    """What an engine computes in; None for running servers, which say it nowhere in the config."""
+    if isinstance(engine, SGLangEngineConfig):
+        return (engine.launch.dtype or target_dtype) if engine.launch else None
+    return target_dtype
+
+
+def check_steps(gate: Gate, served: Iterable[Step], replayed: Iterable[Step]) -> dict[str, Any]:
+    """Compare recorded with replayed steps on the trajectories that have recorded ones.
+
+    A step differs if the other side has no step at its anchor, or one with other proposals or another length.
+    Raises DraftsmithError if too many differ, or float32 log-probs of the target are apart.
+    """
+    recorded = {(step["trajectory_id"], step["anchor"]): step for step in served}
+    known = {trajectory for trajectory, _ in recorded}
+    expected = {(s["trajectory_id"], s["anchor"]): s for s in replayed if s["trajectory_id"] in known}
+    equal = [key for key, step in recorded.items() if key in expected and _same(step, expected[key])]
+    total = max(len(recorded), len(expected))
+    different = total - len(equal)
+    share = different / total if total else 0.0
+    if share > gate.limit:
+        raise gate.refuse(f"{different} of {total} verify steps served by the engine differ from replay", share)
+    figures = {"served_steps": len(recorded), "different_steps": different, "mismatch_share": share}
+    apart = _largest_difference((recorded[key], expected[key]) for key in equal)
+    if apart is not None:
+        figures["largest_logprob_difference"] = apart
+        if gate.float32 and gate.allowed < 1 and not apart <= LOGPROB_TOLERANCE:
+            raise DraftsmithError(
+                f"{gate.section}: {gate.subject}the target's log-probs that the engine recorded differ from replay's "
+                f"by up to {apart:.2g} in float32 ({LOGPROB_TOLERANCE:g} is allowed): the engine serves another "
+                "target, or computes it in another dtype; check its options"
+            )
+    return figures
+
+
+def check_tau(gate: Gate, committed: int, served_steps: int, replayed_steps: int) -> dict[str, Any]:
+    """Compare how many steps the engine counted for the same answers with replay: needs no recorded trace.
+
+    committed: tokens behind the first one of each answer. Raises DraftsmithError if tau is too far off, or if the
+    engine accepted nothing where replay accepts.
+    """
+    replayed_tau = committed / replayed_steps
+    served_tau = committed / served_steps if served_steps else 1.0
+    apart = abs(served_tau - replayed_tau) / replayed_tau
+    unused = served_tau <= 1.0 and committed - replayed_steps >= CERTAIN and gate.limit < 1
+    if apart > gate.limit or unused:
+        raise gate.refuse(f"tau is {served_tau:.3f} as served and {replayed_tau:.3f} in replay of the answers", apart)
+    return {"served_tau": served_tau, "replayed_tau": replayed_tau, "tau_difference": apart}
+
+
+def _same(a: Step, b: Step) -> bool:
+    return bool(a["accepted"] == b["accepted"] and list(a["proposed_ids"]) == list(b["proposed_ids"]))
+
+
+def _largest_difference(pairs: Iterable[tuple[Step, Step]]) -> float | None:
+    """Of the target's log-probs where both sides have them."""
+    largest = None
+    for served, replayed in pairs:
+        if served.get("target_logprobs") is None or replayed.get("target_logprobs") is None:
+            continue
+        for a, b in zip(served["target_logprobs"], replayed["target_logprobs"], strict=False):
+            if not math.isnan(b):  # beyond the end of the answer replay has none
+                largest = max(largest or 0.0, math.inf if math.isnan(a) else abs(a - b))
+    return largest

@@ -1,0 +1,133 @@
+"""What evaluation decodes: settings, requests, one row a request, and the comparison with plain decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stages.engines.base import Completion, Request, SamplingParams
+from stages.stored import Prompt, request_seed
+
+if TYPE_CHECKING:
+    from stages.evaluation import EvaluationConfig
+
+PLAIN = "plain"
+Row = dict[str, Any]  # of the table `requests`
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point at which all arms are measured."""
+
+    temperature: float  # 0 = greedy
+    concurrency: int  # requests in flight
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What decoding with every arm gave."""
+
+    engine: str  # with its version where it has one
+    rows: list[Row]
+    block_size: int  # that the drafters decoded with
+    candidates: dict[str, float]  # block size -> tokens/s on validation prompts; empty where none was chosen
+    exactness: dict[str, Any]
+    parity: dict[str, dict[str, Any]] | None = None  # arm -> figures of the gate; None: nothing was served
+    # arm -> histogram of accepted lengths, of answers decoded apart from the rows
+    histograms: Mapping[str, list[int]] = field(default_factory=dict)
+
+
+def settings_of(config: EvaluationConfig) -> list[Setting]:
+    """Every temperature at every concurrency, in the order of the config: the first one is the headline's."""
+    temperatures = config.temperatures or (config.sampling.temperature,)
+    return [Setting(temperature, concurrency) for temperature in temperatures for concurrency in config.concurrency]
+
+
+def requests_for(
+    prompts: Sequence[Prompt], config: EvaluationConfig, setting: Setting, seed: int, max_new: int | None = None
+) -> list[Request]:
+    """One request a prompt; every arm gets the same ones."""
+    sampling = config.sampling
+    params = SamplingParams(
+        min(max_new or sampling.max_new_tokens, sampling.max_new_tokens), setting.temperature, sampling.top_p
+    )
+    return [Request(p.prompt_id, p.token_ids, params, request_seed(seed, p.prompt_id, 0)) for p in prompts]
+
+
+def row_of(
+    engine: str, round: int, arm: str, block_size: int, setting: Setting, answer: Completion, seconds: float
+) -> Row:
+    """A row that is not compared with plain decoding yet. seconds: the request's share of wall time."""
+    prompt_id = answer.request.request_id
+    return {
+        "round": round,
+        "request_id": f"{prompt_id}/{arm}",
+        "prompt_id": prompt_id,
+        "arm": arm,
+        "engine": engine,
+        "block_size": 1 if arm == PLAIN else block_size,
+        "temperature": setting.temperature,
+        "concurrency": setting.concurrency,
+        "tokens": len(answer.response_ids),
+        "response_ids": answer.response_ids,
+        "verify_steps": answer.verify_steps,
+        "accepted": [step.accepted for step in answer.steps] or None,
+        "seconds": seconds,
+        "latency_seconds": answer.seconds,
+        "first_token_seconds": answer.first_token_seconds,
+        "draft_seconds": answer.draft_seconds,
+        "verify_seconds": answer.verify_seconds,
+        "identical": None,
+        "first_difference": -1,
+        "margin": float("nan"),
+    }
+
+
+def compare_with_plain(rows: Sequence[Row], sampled: bool) -> None:
+    """Fill `identical` and `first_difference` of the speculative rows.
+
+    sampled: whether answers drawn at a temperature are the same ones with and without a drafter (they follow the same
+    law on any engine, but only the embedded one draws the same numbers for both).
+    """
+    plain = {_place(row): row for row in rows if row["arm"] == PLAIN}
+    for row in rows:
+        if row["arm"] != PLAIN and (sampled or row["temperature"] == 0):
+            difference = first_difference(row["response_ids"], plain[_place(row)]["response_ids"])
+            row["identical"], row["first_difference"] = difference < 0, difference
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    return row["round"], row["temperature"], row["concurrency"], row["prompt_id"]
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
+    """Index of the first differing token, -1 if equal."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return -1 if len(a) == len(b) else min(len(a), len(b))
+
+
+def equality(rows: Sequence[Row]) -> dict[str, Any]:
+    """Share of compared outputs equal to plain decoding in the serving dtype, and the known margins where they part."""
+    compared = [row for row in rows if row["identical"] is not None]
+    margins = [row["margin"] for row in compared if row["first_difference"] >= 0 and not np.isnan(row["margin"])]
+    return {
+        "identical_share": sum(row["identical"] for row in compared) / len(compared) if compared else None,
+        "compared_outputs": len(compared),
+        "median_margin": float(np.median(margins)) if margins else None,
+        "largest_margin": max(margins) if margins else None,
+    }
+
+
+def candidate_sizes(config: EvaluationConfig, trained: int) -> list[int]:
+    """Block sizes to choose from: none larger than the trained one."""
+    return sorted({min(size, trained) for size in config.block_sizes or (trained,)})
+
+
+def fastest(speeds: Mapping[int, float]) -> int:
+    """The block size with the most tokens/s; the smaller one of equals."""
+    return max(speeds, key=speeds.__getitem__)

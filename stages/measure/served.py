@@ -1,0 +1,275 @@
+"""Decoding speed on SGLang: one server at a time with the whole machine, the arms taking turns in rounds.
+
+All servers have the same settings except for the drafter. In every round each arm's server is started, warmed up and
+measured at every setting, with an empty prefix cache; the order of the arms rotates by round, so that a machine that
+slows down does so for all. What a turn measured is kept, so an interrupted evaluation goes on with the next turn.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from artifacts.parquet import read_table, write_table
+from artifacts.schemas import REQUESTS, TRACE
+from stages.contract import StageContext
+from stages.drafters.config import DraftingConfig
+from stages.engines.base import Completion, Request
+from stages.engines.config import SGLangEngineConfig
+from stages.measure.parity import Gate, check_steps, check_tau, served_dtype
+from stages.measure.requests import (
+    PLAIN,
+    Measured,
+    Row,
+    Setting,
+    candidate_sizes,
+    compare_with_plain,
+    equality,
+    fastest,
+    requests_for,
+    row_of,
+    settings_of,
+)
+from stages.stored import Prompt
+
+if TYPE_CHECKING:
+    from stages.engines.sglang.engine import SGLangEngine
+    from stages.evaluation import EvaluationConfig
+
+WARM_UP_TOKENS = 16  # a prefill and some steps at every batch size
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the servers of an evaluation have in common."""
+
+    ctx: StageContext
+    config: EvaluationConfig
+    engine: SGLangEngineConfig
+    drafters: Mapping[str, Path]  # arm -> checkpoint
+    longest: int  # positions of the longest request
+    target_dtype: str
+
+    @property
+    def settings(self) -> list[Setting]:
+        return settings_of(self.config)
+
+    @contextmanager
+    def server(self, drafter: Path | None, block_size: int, work: Path) -> Iterator[SGLangEngine]:
+        """A server of the target, alone or with a drafter."""
+        from stages.engines.sglang.engine import open_sglang
+
+        assert self.engine.launch is not None
+        config = self.engine.model_copy(
+            update={
+                "launch": self.engine.launch.model_copy(update={"servers": 1}),
+                "concurrency": max(self.config.concurrency),
+                "restarts": 0,  # a turn with a restart in it would measure that: it is repeated instead
+            }
+        )
+        with open_sglang(
+            config,
+            target_folder=self.ctx.inputs["target"],
+            drafter_folder=drafter,
+            drafting=DraftingConfig(block_size=block_size) if drafter else DraftingConfig(),
+            longest=self.longest,
+            work=work,
+            log=self.ctx.log,
+            measure_first_token=True,
+        ) as engine:
+            yield engine
+
+    def warm_up(self, engine: SGLangEngine, prompts: Sequence[Prompt]) -> None:
+        """First calls compile and allocate, some of it batch size by batch size; they are not measured."""
+        for setting in self.settings:
+            again = [prompts[i % len(prompts)] for i in range(setting.concurrency)]
+            requests = requests_for(again, self.config, setting, self.ctx.seed, WARM_UP_TOKENS)
+            self.decode(engine, [replace(r, request_id=f"warm-up/{i}") for i, r in enumerate(requests)], setting)
+
+    def decode(
+        self, engine: SGLangEngine, requests: Sequence[Request], setting: Setting, *, trace: bool = False
+    ) -> tuple[list[Completion], float]:
+        """Answers in the order of the requests, and the wall time in seconds; nothing is cached before.
+
+        trace: ask for the verify steps, which costs a little time.
+        """
+        engine.flush_cache()
+        engine.set_concurrency(setting.concurrency)
+        engine.records_trace = trace
+        done: dict[str, Completion] = {}
+        started = time.perf_counter()
+        for completion in engine.generate(requests):
+            done[completion.request.request_id] = completion
+            self.ctx.check_interrupted()  # a turn is repeated as a whole
+        wall = time.perf_counter() - started
+        return [done[request.request_id] for request in requests], wall
+
+
+def measure_served(served: Served, heldout: Sequence[Prompt], validation: Sequence[Prompt], trained: int) -> Measured:
+    """Choose the block size on validation prompts, give every arm its turns, check parity after the first round.
+
+    trained: block size of the drafters. Raises DraftsmithError if what was served is not what replay says.
+    """
+    ctx, config = served.ctx, served.config
+    block_size, candidates = _choose_block_size(served, validation, trained)
+    ctx.log(f"decoding with blocks of {block_size}")
+    arms = [PLAIN, *served.drafters]
+    rows: list[Row] = []
+    parity: dict[str, dict[str, Any]] = {}
+    histograms: dict[str, list[int]] = {}
+    for round in range(config.rounds):
+        first = round % len(arms)
+        for turn, arm in enumerate(arms[first:] + arms[:first]):
+            rows += _turn(served, round, arm, block_size, heldout)
+            ctx.progress(round * len(arms) + turn + 1, config.rounds * len(arms), "turns of servers")
+            ctx.check_interrupted()
+        if round == 0:  # no server is running: the machine is free for replay, and a wrong drafter costs no more rounds
+            parity, histograms = _check_parity(served, block_size, heldout)
+    compare_with_plain(rows, sampled=False)
+    exactness = {"serving_dtype": served_dtype(served.engine, served.target_dtype), **equality(rows)}
+    return Measured(rows[0]["engine"], rows, block_size, candidates, exactness, parity, histograms)
+
+
+def _turn(served: Served, round: int, arm: str, block_size: int, heldout: Sequence[Prompt]) -> list[Row]:
+    """Measure one arm at every setting, with a server of its own; in the first round also decode its traced answers."""
+    folder = served.ctx.work / f"round-{round}" / arm
+    table = folder / "requests.parquet"
+    if table.exists():
+        return list(read_table(table, REQUESTS).to_pylist())
+    served.ctx.log(f"round {round + 1} of {served.config.rounds}: {arm}")
+    drafter = served.drafters.get(arm)
+    prompts = heldout[: served.config.speed_prompts]
+    rows: list[Row] = []
+    with served.server(drafter, block_size, folder) as engine:
+        can_trace = engine.records_trace
+        served.warm_up(engine, prompts)
+        if drafter and round == 0:
+            _trace(served, engine, arm, block_size, heldout, can_trace)
+        for setting in served.settings:
+            requests = requests_for(prompts, served.config, setting, served.ctx.seed)
+            answers, wall = served.decode(engine, requests, setting)
+            # shared by how long each request took, so that the shares of all are the wall time
+            share = wall / sum(answer.seconds for answer in answers)
+            rows += [row_of(engine.name, round, arm, block_size, setting, a, share * a.seconds) for a in answers]
+    write_table(table, REQUESTS, rows)
+    return rows
+
+
+def _trace(
+    served: Served, engine: SGLangEngine, arm: str, block_size: int, heldout: Sequence[Prompt], can_trace: bool
+) -> None:
+    """Decode, not timed, the answers that parity is checked on, with their steps where the server records them."""
+    setting = served.settings[0]
+    requests = requests_for(heldout[: served.config.parity_prompts], served.config, setting, served.ctx.seed)
+    answers, _ = served.decode(engine, requests, setting, trace=can_trace)
+    folder = served.ctx.work / "traced"
+    steps = [
+        {
+            "trajectory_id": answer.request.request_id,
+            "step": s,
+            "anchor": step.anchor,
+            "accepted": step.accepted,
+            "proposed_ids": step.proposed,
+            "target_logprobs": step.target_logprobs,
+        }
+        for answer in answers
+        for s, step in enumerate(answer.steps)
+    ]
+    write_table(folder / f"{arm}-steps.parquet", TRACE, steps)
+    rows = [row_of(engine.name, 0, arm, block_size, setting, answer, answer.seconds) for answer in answers]
+    write_table(folder / f"{arm}-answers.parquet", REQUESTS, rows)
+
+
+def _check_parity(
+    served: Served, block_size: int, heldout: Sequence[Prompt]
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[int]]]:
+    """Figures of the gate, and histograms of accepted lengths where they were recorded, by arm.
+
+    Raises DraftsmithError for a drafter that was not served as replay computes it.
+    """
+    from stages.drafters.checkpoint import load_drafter
+    from stages.measure.acceptance import replay_all
+    from stages.replay.trace import Trajectory
+    from stages.targets.causal_lm import Target
+
+    config, dtype = served.config, served_dtype(served.engine, served.target_dtype)
+    prompt_ids = {prompt.prompt_id: prompt.token_ids for prompt in heldout}
+    target = Target.load(served.ctx.inputs["target"], dtype=dtype)
+    parity, histograms = {}, {}
+    for arm, checkpoint in served.drafters.items():
+        folder = served.ctx.work / "traced"
+        answers = read_table(folder / f"{arm}-answers.parquet", REQUESTS).to_pylist()
+        steps = read_table(folder / f"{arm}-steps.parquet", TRACE).to_pylist()
+        answers = [answer for answer in answers if answer["tokens"] >= 2]  # in shorter ones nothing is drafted
+        if not answers:
+            continue
+        trajectories = [
+            Trajectory(a["prompt_id"], prompt_ids[a["prompt_id"]] + a["response_ids"], len(prompt_ids[a["prompt_id"]]))
+            for a in answers
+        ]
+        drafter = {arm: load_drafter(checkpoint, target)}
+        drafting = DraftingConfig(block_size=block_size)
+        found = replay_all(
+            served.ctx, target, drafter, trajectories, drafting, config.chains, config.tokens_per_target_forward
+        )[arm]
+        replayed = [
+            {"trajectory_id": t.trajectory_id, "anchor": anchor, "accepted": accepted, "proposed_ids": proposed}
+            for t, trace in zip(trajectories, found, strict=True)
+            for anchor, accepted, proposed in zip(
+                trace.anchors.tolist(), trace.accepted.tolist(), trace.proposed.tolist(), strict=True
+            )
+        ]
+        gate = Gate(
+            "evaluation",
+            float32=dtype == "float32",
+            greedy=served.settings[0].temperature == 0,
+            allowed=config.max_parity_mismatch,
+            subject=f"drafter {arm}: ",
+        )
+        parity[arm] = check_steps(gate, steps, replayed) if steps else {}
+        committed = sum(answer["tokens"] - 1 for answer in answers)
+        parity[arm] |= check_tau(gate, committed, sum(a["verify_steps"] for a in answers), len(replayed))
+        if steps:
+            histograms[arm] = np.bincount([step["accepted"] for step in steps], minlength=block_size).tolist()
+    del target
+    release_memory()
+    return parity, histograms
+
+
+def _choose_block_size(served: Served, validation: Sequence[Prompt], trained: int) -> tuple[int, dict[str, float]]:
+    """The fastest candidate of the drafter `sft` on validation prompts, and tokens/s of each."""
+    candidates = candidate_sizes(served.config, trained)
+    if len(candidates) == 1:
+        return candidates[0], {}
+    speeds: dict[int, float] = {}
+    setting = served.settings[0]
+    for size in candidates:
+        folder = served.ctx.work / "block-sizes" / str(size)
+        table = folder / "requests.parquet"
+        if not table.exists():
+            served.ctx.log(f"validation prompts with blocks of {size}")
+            with served.server(served.drafters["sft"], size, folder) as engine:
+                served.warm_up(engine, validation)
+                requests = requests_for(validation, served.config, setting, served.ctx.seed)
+                answers, wall = served.decode(engine, requests, setting)
+            rows = [row_of(engine.name, 0, "sft", size, setting, a, wall / len(answers)) for a in answers]
+            write_table(table, REQUESTS, rows)
+        decoded = read_table(table, REQUESTS, ["tokens", "seconds"]).to_pylist()
+        speeds[size] = sum(row["tokens"] for row in decoded) / sum(row["seconds"] for row in decoded)
+    return fastest(speeds), {str(size): value for size, value in speeds.items()}
+
+
+def release_memory() -> None:
+    """Give the memory of models that were dropped back to the device."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,94 @@
+"""Experiments: their graph, the equal conditions of their arms, and config errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from artifacts.errors import DraftsmithError
+from flows.config_file import read_config
+from flows.experiment_graph import EXPERIMENT, ExperimentConfig, experiment_nodes
+from flows.graph import in_order, key_of, seed_of
+from stages.opd import OpdConfig
+from stages.sft import SftConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "experiments"
+RUNNABLE = sorted(path for path in CONFIGS.glob("*.yaml") if "arms:" in path.read_text())
+
+
+def load(name: str, *overrides: str) -> ExperimentConfig:
+    return read_config(CONFIGS / f"{name}.yaml", overrides, ExperimentConfig)
+
+
+@pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.stem)
+def test_every_experiment_of_the_repository_is_a_valid_graph(path: Path) -> None:
+    config = read_config(path, [], ExperimentConfig)
+    assert config.name == path.stem
+    names = [node.name for node in in_order(experiment_nodes(config))]
+    assert names[0] == "target"
+    assert {"mining", "comparison"} <= set(names)
+    assert len(config.seeds) >= 3
+
+
+def test_every_arm_is_trained_for_every_budget_and_seed() -> None:
+    config = load("plateau-greedy", "budgets=[10, 20]", "seeds=[5, 6]")
+    nodes = {node.name: node for node in experiment_nodes(config)}
+    arms = [f"{arm}-{steps}-s{seed}" for arm in config.arms for steps in (10, 20) for seed in (5, 6)]
+    assert set(arms) <= nodes.keys()
+    for name in arms:
+        steps = nodes[name].config.model_dump()["steps"]
+        assert name.split("-")[-2:] == [str(steps), f"s{nodes[name].seed}"]
+    drafters = [source for name, source in nodes["comparison"].inputs.items() if name.startswith("drafter:")]
+    assert sorted(drafters) == sorted([*arms, "sft"])
+
+
+def test_arms_train_equal_positions_with_equal_learning_rates() -> None:
+    config = load("plateau-greedy", "opd.learning_rate=7e-4", "opd.anchors_per_sequence=5")
+    made = [config.arm_config(arm, 30) for arm in config.arms.values()]
+    assert {type(each) for each in made} == {SftConfig, OpdConfig}
+    for name in ("steps", "learning_rate", "sequences_per_step", "anchors_per_sequence", "warmup_fraction"):
+        assert len({getattr(each, name) for each in made}) == 1, name
+
+
+def test_an_arm_changes_nested_fields_only_where_it_says_so() -> None:
+    config = load("plateau-greedy", "arms.opd.change={learning_rate: 5e-5}", "opd.weight_decay=0.125")
+    made = config.arm_config(config.arms["opd"], 30)
+    assert (made.learning_rate, made.weight_decay, made.steps) == (5e-5, 0.125, 30)
+
+
+def test_after_a_change_of_the_target_the_old_drafter_is_taken_over() -> None:
+    nodes = {node.name: node for node in experiment_nodes(load("target-changed-greedy"))}
+    assert nodes["adoption"].inputs == {"target": "revision", "drafter": "sft"}
+    assert nodes["opd-50-s0"].inputs["drafter"] == "adoption"
+    assert nodes["opd-50-s0"].inputs["target"] == "revision"
+    assert "drafter" not in nodes["scratch-50-s0"].inputs
+    assert nodes["rollout"].inputs["target"] == "target"
+    assert nodes["before"].inputs["target"] == "target"
+
+
+def test_a_seed_of_a_node_is_part_of_its_key() -> None:
+    config = load("plateau-greedy")
+    nodes = {node.name: node for node in experiment_nodes(config)}
+    keys = {
+        key_of(nodes[name], {}, seed_of(nodes[name], config), EXPERIMENT)
+        for name in ("opd-200-s0", "opd-200-s1", "opd-200-s2")
+    }
+    assert len(keys) == 3
+    assert seed_of(nodes["mining"], config) == config.seed
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("comparison.control=nobody", "comparison.control: no arm 'nobody'"),
+        ("arms.base={stage: sft}", "choose a name without a colon"),
+        ("arms.opd.change={learning_rat: 1}", "arms.opd.change"),
+        ("arms.opd.init=random", "init: random is for stage sft"),
+    ],
+)
+def test_a_bad_experiment_is_one_clear_error(override: str, expected: str) -> None:
+    with pytest.raises(DraftsmithError) as error:
+        load("plateau-greedy", override)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,193 @@
+"""Evaluation on real SGLang servers on the CPU: plain and speculative turns, resumed, exact, and gated by replay."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from artifacts.errors import DraftsmithError, StageInterrupted
+from artifacts.parquet import read_table, write_table
+from artifacts.schemas import REQUESTS, TRACE, TRAJECTORIES
+from stages.drafters.checkpoint import load_drafter, save_drafter
+from stages.evaluation import STAGE, EvaluationConfig
+from stages.stored import DRAFTER_FOLDER
+from stages.targets.causal_lm import Target
+from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
+from tests.testbed.context import RecordingContext
+from tests.testbed.drafter import DrafterArtifacts
+
+pytestmark = [pytest.mark.integration, pytest.mark.sglang, pytest.mark.timeout(1800)]
+
+MAX_NEW, PROMPTS = 32, 6
+
+
+def config_of(python: Path, **changes: Any) -> EvaluationConfig:
+    launch = {"options": CPU_OPTIONS, "environment": CPU_ENVIRONMENT}
+    return EvaluationConfig.model_validate(
+        {
+            "engine": {"kind": "sglang", "python": str(python), "launch": launch},
+            "sampling": {"max_new_tokens": MAX_NEW}, "concurrency": [1, 4], "speed_prompts": PROMPTS,
+            "parity_prompts": 5, "rounds": 2, "bootstrap_samples": 200, **changes,
+        }
+    )  # fmt: skip
+
+
+@dataclass
+class OneTurn(RecordingContext):
+    """Asks to stop after the first server's turn."""
+
+    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
+        super().progress(done, total, unit, **figures)
+        self.stop = unit == "turns of servers"
+
+
+def inputs(made: DrafterArtifacts, **changes: Path) -> dict[str, Path]:
+    return {
+        "target": made.target, "prompts": made.prompts, "trajectories": made.heldout, "sft": made.drafter, **changes,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config(sglang_env: Path) -> EvaluationConfig:
+    return config_of(sglang_env)
+
+
+@pytest.fixture(scope="module")
+def evaluated(
+    tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts, config: EvaluationConfig
+) -> RecordingContext:
+    """Interrupted after plain decoding's turn in the first round, then run to its end."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    with pytest.raises(StageInterrupted):
+        STAGE.run(OneTurn.under(folder, inputs(tiny_drafter)), config)
+    ctx = RecordingContext.under(folder, inputs(tiny_drafter))
+    STAGE.run(ctx, config)
+    return ctx
+
+
+@pytest.fixture
+def figures(evaluated: RecordingContext) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((evaluated.out / "evaluation.json").read_text())
+    return content
+
+
+def test_arms_take_turns_and_a_finished_turn_is_not_repeated(evaluated: RecordingContext) -> None:
+    turns = [line for line in evaluated.logs if line.startswith("round ")]
+    assert turns == ["round 1 of 2: sft", "round 2 of 2: sft", "round 2 of 2: plain"]
+    assert [p[:2] for p in evaluated.progressed if p[2] == "turns of servers"] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_every_output_is_the_targets_own(
+    evaluated: RecordingContext, figures: dict[str, Any], tiny_drafter: DrafterArtifacts
+) -> None:
+    rows = read_table(evaluated.out / "requests.parquet", REQUESTS).to_pylist()
+    assert len(rows) == 2 * 2 * 2 * PROMPTS  # rounds, arms, concurrencies
+    answers = {
+        row["prompt_id"]: row["response_ids"]
+        for row in read_table(tiny_drafter.heldout / "trajectories.parquet", TRAJECTORIES).to_pylist()
+    }
+    for row in rows:
+        assert row["response_ids"] == answers[row["prompt_id"]][:MAX_NEW], row["request_id"]
+        assert (row["verify_steps"] > 0) == (row["arm"] == "sft")
+        assert 0 < row["first_token_seconds"] <= row["latency_seconds"]
+        assert row["engine"].startswith("sglang ")
+    assert figures["exactness"] == {
+        "serving_dtype": "float32", "identical_share": 1.0, "compared_outputs": 2 * 2 * PROMPTS,
+        "median_margin": None, "largest_margin": None,
+    }  # fmt: skip
+
+
+def test_served_steps_are_replayed_steps(figures: dict[str, Any]) -> None:
+    parity = figures["parity"]["sft"]
+    assert parity["served_steps"] > 10
+    assert (parity["different_steps"], parity["tau_difference"]) == (0, 0)
+
+
+def test_the_speed_table_is_complete_at_every_setting(evaluated: RecordingContext, figures: dict[str, Any]) -> None:
+    rows = read_table(evaluated.out / "requests.parquet", REQUESTS).to_pylist()
+    assert figures["engine"].startswith("sglang ")
+    assert [(s["temperature"], s["concurrency"]) for s in figures["speed_by_setting"]] == [(0, 1), (0, 4)]
+    for setting in figures["speed_by_setting"]:
+        chosen = [row for row in rows if row["concurrency"] == setting["concurrency"]]
+        for arm, found in setting["arms"].items():
+            own = [row for row in chosen if row["arm"] == arm]
+            assert found["tokens_per_s"] == pytest.approx(
+                sum(row["tokens"] for row in own) / sum(row["seconds"] for row in own)
+            )
+            assert found["prompts"] == PROMPTS
+            assert 0 < found["first_token_s_median"] <= found["first_token_s_p95"]
+            assert found["request_tokens_per_s_median"] > 0
+        speculative = setting["arms"]["sft"]
+        assert speculative["speedup_low"] <= speculative["speedup"] <= speculative["speedup_high"]
+        assert speculative["tau_served"] > 2 and speculative["identical_share"] == 1
+        assert "draft_share" not in speculative
+    # one at a time the shares are the latencies and the pauses between them; four at a time they overlap
+    for concurrency, low, high in ((1, 1.0, math.inf), (4, 0.0, 1.0)):
+        turn = [row for row in rows if (row["concurrency"], row["arm"], row["round"]) == (concurrency, "plain", 0)]
+        overlap = sum(row["seconds"] for row in turn) / sum(row["latency_seconds"] for row in turn)
+        assert low <= overlap < high
+    histogram = figures["speed"]["sft"]["accepted_histogram"]
+    assert len(histogram) == 8 and sum(histogram) == figures["parity"]["sft"]["served_steps"]
+    assert evaluated.summaries["speedup_sft.t0.c4"] == figures["speed_by_setting"][1]["arms"]["sft"]["speedup"]
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts) -> Path:
+    """The artifact of a drafter whose weights were disturbed, as if the server had loaded it wrongly."""
+    folder = tmp_path_factory.mktemp("other")
+    drafter = load_drafter(tiny_drafter.drafter / DRAFTER_FOLDER, Target.load(tiny_drafter.target))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
+    save_drafter(drafter, folder / DRAFTER_FOLDER, torch.float32)
+    return folder
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["trace", "counts"])
+def test_steps_of_another_drafter_are_refused(
+    tmp_path: Path,
+    evaluated: RecordingContext,
+    tiny_drafter: DrafterArtifacts,
+    other: Path,
+    config: EvaluationConfig,
+    recorded: bool,
+) -> None:
+    """What the servers gave stays; the checkpoint that is said to have been served is another one."""
+    shutil.copytree(evaluated.work, tmp_path / "work")
+    if not recorded:
+        write_table(tmp_path / "work" / "traced" / "sft-steps.parquet", TRACE, [])
+    ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter, sft=other))
+    said = (
+        "verify steps served by the engine differ from replay" if recorded else r"tau is .* as served and .* in replay"
+    )
+    with pytest.raises(DraftsmithError, match=f"^evaluation: drafter sft: .*{said}.*check rotary settings") as caught:
+        STAGE.run(ctx, config)
+    assert "\n" not in str(caught.value)
+    assert not any("SGLang" in line for line in ctx.logs)  # no server was needed to see it
+
+
+def test_sampling_on_a_cpu_is_refused(
+    tmp_path: Path, evaluated: RecordingContext, tiny_drafter: DrafterArtifacts, sglang_env: Path
+) -> None:
+    """A drafter on SGLang's CPU path verifies greedily."""
+    shutil.copytree(evaluated.work / "round-0" / "plain", tmp_path / "work" / "round-0" / "plain")
+    config = config_of(sglang_env, sampling={"max_new_tokens": MAX_NEW, "temperature": 1.0})
+    with pytest.raises(DraftsmithError, match="SGLang on a CPU verifies greedily"):
+        STAGE.run(RecordingContext.under(tmp_path, inputs(tiny_drafter)), config)
+
+
+def test_the_traced_answers_hold_their_steps(evaluated: RecordingContext) -> None:
+    steps = read_table(evaluated.work / "traced" / "sft-steps.parquet", TRACE).to_pylist()
+    answers = read_table(evaluated.work / "traced" / "sft-answers.parquet", REQUESTS).to_pylist()
+    assert {step["trajectory_id"] for step in steps} == {answer["prompt_id"] for answer in answers}
+    assert len(answers) == 5
+    assert all(np.isfinite(step["target_logprobs"]).all() for step in steps)

@@ -1,0 +1,93 @@
+"""The whole refresh by the real command with SGLang as the engine of every stage that generates, on the CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from artifacts.parquet import read_table
+from artifacts.schemas import TRACE, TRAJECTORIES
+from artifacts.store import Store
+from tests.flows.processes import processes_of
+from tests.integration.test_refresh import NODES, Home, config_of, done, reused
+from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
+
+LIMIT_S = 2400  # seven servers, one after the other: half a minute each on a quiet machine
+pytestmark = [pytest.mark.integration, pytest.mark.sglang, pytest.mark.timeout(LIMIT_S + 600)]
+
+
+def served_config(target: Path, prompts: Path, python: Path) -> dict[str, Any]:
+    """The config of the embedded refresh, with servers."""
+    config = config_of(target, prompts)
+    launch = {"options": CPU_OPTIONS, "environment": CPU_ENVIRONMENT}
+    engine = {"kind": "sglang", "python": str(python), "launch": launch, "concurrency": 8}
+    for section in ("rollout", "assisted", "heldout", "evaluation"):
+        config[section]["engine"] = engine
+    config["evaluation"] |= {"rounds": 1, "concurrency": [1, 4], "block_sizes": None, "parity_prompts": 4}
+    return config
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path, tiny_prompts: Path, sglang_env: Path) -> Home:
+    made = Home(tmp_path_factory.mktemp("sglang-refresh"), limit_s=LIMIT_S)
+    made.config.write_text(yaml.safe_dump(served_config(tiny_target, tiny_prompts, sglang_env)))
+    return made
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def test_a_refresh_on_sglang_is_exact_and_passes_the_gate(home: Home) -> None:
+    first = home.refresh()
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert done(first) == set(NODES)
+    assert not processes_of(home.path)  # servers inherit the environment, and are gone
+
+    # ---- everything that was generated came from servers, the assisted answers with their verify steps
+    store = Store(home.path / "store")
+    folders = [store.path("rollout", m.key) for m in store.list() if m.stage == "rollout"]
+    assert len(folders) == 3
+    for folder in folders:
+        engines = set(read_table(folder / "trajectories.parquet", TRAJECTORIES)["engine"].to_pylist())
+        assert len(engines) == 1 and engines.pop().startswith("sglang ")
+    (assisted,) = [folder for folder in folders if (folder / "trace.json").exists()]
+    told = read_json(assisted / "trace.json")
+    assert (told["engine"], told["dtype"], told["temperature"]) == ("sglang", "float32", 0)
+    trace = read_table(assisted / "trace.parquet", TRACE)
+    assert trace["target_logprobs"].null_count == 0
+
+    # ---- mining: the drafter that was trained is the one that was served, step for step
+    parity = read_json(home.folder_of("mining") / "summary.json")["parity"]
+    assert parity["served_steps"] == len(trace) > 20
+    assert (parity["different_steps"], parity["tau_difference"]) == (0, 0)
+    assert parity["served_tau"] > 1
+    assert parity["largest_logprob_difference"] < 1e-3
+
+    # ---- evaluation: all arms, exact outputs, served steps as replayed
+    evaluation = read_json(home.folder_of("evaluation") / "evaluation.json")
+    assert [s["concurrency"] for s in evaluation["speed_by_setting"]] == [1, 4]
+    for setting in evaluation["speed_by_setting"]:
+        assert setting["arms"].keys() == {"plain", "sft", "control", "opd"}
+        assert all(arm["identical_share"] == 1 for name, arm in setting["arms"].items() if name != "plain")
+    assert evaluation["exactness"]["identical_share"] == 1
+    assert evaluation["parity"].keys() == {"sft", "control", "opd"}
+    for figures in evaluation["parity"].values():
+        assert (figures["different_steps"], figures["tau_difference"]) == (0, 0)
+
+    table = first.stdout[first.stdout.index("report: done in") :]
+    assert f"Speed on {evaluation['engine']}" in table
+    assert f"Parity of opd: 0 of {evaluation['parity']['opd']['served_steps']} served verify steps differ" in table
+    assert "Speed by setting" in (home.folder_of("report") / "report.html").read_text()
+
+    # ---- how the servers are reached and how patient the client is makes nothing again
+    changed = ("rollout", "assisted", "heldout", "evaluation")
+    settings = [word for section in changed for word in ("--set", f"{section}.engine.retries=9")]
+    again = home.refresh(*settings)
+    assert again.returncode == 0, again.stderr
+    assert reused(again) == set(NODES)
