@@ -96,8 +96,6 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
         measured.rows, settings, measured.block_size, config.bootstrap_samples, config.confidence, ctx.seed
     )
     speed = by_setting[0]["arms"]
-    for name, histogram in measured.histograms.items():
-        speed[name].setdefault("accepted_histogram", histogram)
 
     evaluation = {
         "definition_of_tau": "committed tokens per verify step, the target's own token included (+1); held-out "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,8 +36,6 @@ class Measured:
     candidates: dict[str, float]  # block size -> tokens/s on validation prompts; empty where none was chosen
     exactness: dict[str, Any]
     parity: dict[str, dict[str, Any]] | None = None  # arm -> figures of the gate; None: nothing was served
-    # arm -> histogram of accepted lengths, of answers decoded apart from the rows
-    histograms: Mapping[str, list[int]] = field(default_factory=dict)
 
 
 def settings_of(config: EvaluationConfig) -> list[Setting]:
@@ -57,6 +55,16 @@ def requests_for(
     return [Request(p.prompt_id, p.token_ids, params, request_seed(seed, p.prompt_id, 0)) for p in prompts]
 
 
+def accepted_lengths(answer: Completion) -> list[int]:
+    """Proposals kept by each verify step; in ascending order where the engine only counted them.
+
+    Such a count knows nothing of the answer's end: a last step that went past it is counted in full.
+    """
+    if answer.steps:
+        return [step.accepted for step in answer.steps]
+    return [kept for kept, count in enumerate(answer.accepted_counts) for _ in range(count)]
+
+
 def row_of(
     engine: str, round: int, arm: str, block_size: int, setting: Setting, answer: Completion, seconds: float
 ) -> Row:
@@ -74,7 +82,7 @@ def row_of(
         "tokens": len(answer.response_ids),
         "response_ids": answer.response_ids,
         "verify_steps": answer.verify_steps,
-        "accepted": [step.accepted for step in answer.steps] or None,
+        "accepted": accepted_lengths(answer) or None,
         "seconds": seconds,
         "latency_seconds": answer.seconds,
         "first_token_seconds": answer.first_token_seconds,

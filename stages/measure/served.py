@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from artifacts.parquet import read_table, write_table
 from artifacts.schemas import REQUESTS, TRACE
 from stages.contract import StageContext
@@ -123,7 +121,6 @@ def measure_served(served: Served, heldout: Sequence[Prompt], validation: Sequen
     arms = [PLAIN, *served.drafters]
     rows: list[Row] = []
     parity: dict[str, dict[str, Any]] = {}
-    histograms: dict[str, list[int]] = {}
     for round in range(config.rounds):
         first = round % len(arms)
         for turn, arm in enumerate(arms[first:] + arms[:first]):
@@ -131,10 +128,10 @@ def measure_served(served: Served, heldout: Sequence[Prompt], validation: Sequen
             ctx.progress(round * len(arms) + turn + 1, config.rounds * len(arms), "turns of servers")
             ctx.check_interrupted()
         if round == 0:  # no server is running: the machine is free for replay, and a wrong drafter costs no more rounds
-            parity, histograms = _check_parity(served, block_size, heldout)
+            parity = _check_parity(served, block_size, heldout)
     compare_with_plain(rows, sampled=False)
     exactness = {"serving_dtype": served_dtype(served.engine, served.target_dtype), **equality(rows)}
-    return Measured(rows[0]["engine"], rows, block_size, candidates, exactness, parity, histograms)
+    return Measured(rows[0]["engine"], rows, block_size, candidates, exactness, parity)
 
 
 def _turn(served: Served, round: int, arm: str, block_size: int, heldout: Sequence[Prompt]) -> list[Row]:
@@ -187,10 +184,8 @@ def _trace(
     write_table(folder / f"{arm}-answers.parquet", REQUESTS, rows)
 
 
-def _check_parity(
-    served: Served, block_size: int, heldout: Sequence[Prompt]
-) -> tuple[dict[str, dict[str, Any]], dict[str, list[int]]]:
-    """Figures of the gate, and histograms of accepted lengths where they were recorded, by arm.
+def _check_parity(served: Served, block_size: int, heldout: Sequence[Prompt]) -> dict[str, dict[str, Any]]:
+    """Figures of the gate, by arm.
 
     Raises DraftsmithError for a drafter that was not served as replay computes it.
     """
@@ -202,7 +197,7 @@ def _check_parity(
     config, dtype = served.config, served_dtype(served.engine, served.target_dtype)
     prompt_ids = {prompt.prompt_id: prompt.token_ids for prompt in heldout}
     target = Target.load(served.ctx.inputs["target"], dtype=dtype)
-    parity, histograms = {}, {}
+    parity = {}
     for arm, checkpoint in served.drafters.items():
         folder = served.ctx.work / "traced"
         answers = read_table(folder / f"{arm}-answers.parquet", REQUESTS).to_pylist()
@@ -236,11 +231,9 @@ def _check_parity(
         parity[arm] = check_steps(gate, steps, replayed) if steps else {}
         committed = sum(answer["tokens"] - 1 for answer in answers)
         parity[arm] |= check_tau(gate, committed, sum(a["verify_steps"] for a in answers), len(replayed))
-        if steps:
-            histograms[arm] = np.bincount([step["accepted"] for step in steps], minlength=block_size).tolist()
     del target
     release_memory()
-    return parity, histograms
+    return parity
 
 
 def _choose_block_size(served: Served, validation: Sequence[Prompt], trained: int) -> tuple[int, dict[str, float]]:

@@ -63,6 +63,7 @@ def completion_of(
         meta = body["meta_info"]
         tokens, reason = [int(token) for token in body["output_ids"]], str(meta["finish_reason"]["type"])
         steps_counted = int(meta.get("spec_verify_ct") or 0)
+        accepted_counts = [int(count) for count in meta.get("spec_correct_drafts_histogram") or ()]
     except (KeyError, TypeError, ValueError) as error:
         raise DraftsmithError(
             f"request {request.request_id}: the server's answer has no {error}; is this a supported SGLang release?"
@@ -75,6 +76,7 @@ def completion_of(
         reason,
         steps,
         verify_steps=len(steps) or steps_counted,
+        accepted_counts=accepted_counts,
         seconds=seconds,
         first_token_seconds=first_token_seconds,
     )

@@ -16,6 +16,7 @@ from stages.engines.sglang.records import (
     read_steps,
     trace_identity,
 )
+from stages.measure.requests import accepted_lengths
 from tests.stages.bench import Bench
 
 REQUEST = Request("p/0", [10, 11, 12], SamplingParams(6))
@@ -152,3 +153,11 @@ def test_payloads_say_how_to_draw_and_whether_to_record() -> None:
     params = generate_payload(sampled, EOS, traced=True)["sampling_params"]
     assert (params["temperature"], params["top_p"], params["sampling_seed"]) == (0.7, 0.9, 2**62 + 1)
     assert params["custom_params"] == {"draftsmith_trace": True}
+
+
+def test_without_records_the_servers_own_counts_are_kept() -> None:
+    counted = read(body([20, 21, 2], reason="stop", spec_correct_drafts_histogram=[1, 0, 2]), with_records=False)
+    assert (counted.accepted_counts, counted.steps, counted.verify_steps) == ([1, 0, 2], [], 2)
+    assert accepted_lengths(counted) == [0, 2, 2]
+    recorded = read(body([20, 21, 22, 23, 24, 25], GOOD, spec_correct_drafts_histogram=[0, 0, 1, 1]))
+    assert accepted_lengths(recorded) == [step.accepted for step in recorded.steps]

@@ -36,11 +36,11 @@ def row(
         [7] * tokens,
         "length",
         [VerifyStep(i, n, [0, 0, 0]) for i, n in enumerate(accepted or [])],
-        steps,
-        2 * seconds,
-        first,
-        seconds / 4 if steps else 0.0,
-        seconds / 2 if steps else 0.0,
+        verify_steps=steps,
+        seconds=2 * seconds,
+        first_token_seconds=first,
+        draft_seconds=seconds / 4 if steps else 0.0,
+        verify_seconds=seconds / 2 if steps else 0.0,
     )
     return row_of("embedded", round, arm, 4, setting, answer, seconds)
 
