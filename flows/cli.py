@@ -96,19 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     refresh = commands.add_parser("refresh", help="run a whole refresh; what has not changed is reused")
-    _add_config(refresh)
-    refresh.add_argument(
-        "--force", action="append", default=[], metavar="NODE", help="make this node again although it is there"
-    )
-    refresh.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
+    _add_run_options(refresh)
     refresh.set_defaults(run=_refresh)
 
     experiment = commands.add_parser("experiment", help="train a drafter in several ways and compare the results")
-    _add_config(experiment)
-    experiment.add_argument(
-        "--force", action="append", default=[], metavar="NODE", help="make this node again although it is there"
-    )
-    experiment.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
+    _add_run_options(experiment)
     experiment.set_defaults(run=_experiment)
 
     check = commands.add_parser("check", help="everything that can be checked before a run, without loading weights")
@@ -129,6 +121,14 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("artifact", metavar="ARTIFACT", help="a stage, the start of a key or content id, or a path")
     show.set_defaults(run=_show)
     return parser
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument(
+        "--force", action="append", default=[], metavar="NODE", help="make this node again although it is there"
+    )
+    parser.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
 
 
 def _add_config(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:

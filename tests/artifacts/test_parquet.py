@@ -18,7 +18,8 @@ from artifacts.schemas import PROMPTS, REQUESTS, TRACE, VERIFY_STEPS, TableSchem
 
 
 def trace_row(step: Any = 0, **changes: Any) -> dict[str, Any]:
-    return {"trajectory_id": "p/0", "step": step, "anchor": 7, "accepted": 2, "proposed_ids": [5, 6, 7]} | changes
+    row = {"trajectory_id": "p/0", "step": step, "anchor": 7, "accepted": 2, "proposed_ids": [5, 6, 7]}
+    return row | {"target_logprobs": None} | changes
 
 
 def test_rows_come_back_with_their_types(tmp_path: Path) -> None:
@@ -77,6 +78,7 @@ def test_a_row_that_does_not_fit_names_its_column(row: dict[str, Any], message: 
 
 def test_only_declared_columns_take_nulls() -> None:
     row = {field.name: 0 for field in REQUESTS.columns} | {"request_id": "r", "prompt_id": "p", "arm": "plain"}
+    row |= {"engine": "embedded", "response_ids": [1], "accepted": None}
     assert to_table(REQUESTS, [row | {"identical": None}]).column("identical").null_count == 1
 
 
@@ -120,8 +122,9 @@ def test_foreign_files_are_refused_by_what_they_are(tmp_path: Path) -> None:
 
 
 def test_another_version_is_refused_with_both_numbers(tmp_path: Path) -> None:
-    write_table(tmp_path / "t.parquet", TableSchema("trace", 2, TRACE.columns), [trace_row()])
-    with pytest.raises(DraftsmithError, match="trace of version 2, this Draftsmith reads version 1"):
+    write_table(tmp_path / "t.parquet", TableSchema("trace", TRACE.version + 1, TRACE.columns), [trace_row()])
+    message = f"trace of version {TRACE.version + 1}, this Draftsmith reads version {TRACE.version}"
+    with pytest.raises(DraftsmithError, match=message):
         read_table(tmp_path / "t.parquet", TRACE)
 
 
@@ -129,7 +132,7 @@ def test_a_column_of_another_type_is_refused(tmp_path: Path) -> None:
     columns = pa.schema(
         [field if field.name != "anchor" else pa.field("anchor", pa.int64()) for field in TRACE.columns]
     )
-    write_table(tmp_path / "t.parquet", TableSchema("trace", 1, columns), [trace_row()])
+    write_table(tmp_path / "t.parquet", TableSchema("trace", TRACE.version, columns), [trace_row()])
     with pytest.raises(DraftsmithError, match="column anchor is absent or not int32"):
         read_table(tmp_path / "t.parquet", TRACE)
 
