@@ -18,7 +18,7 @@ from artifacts.schemas import PROMPTS, REQUESTS, TRACE, VERIFY_STEPS, TableSchem
 
 
 def trace_row(step: Any = 0, **changes: Any) -> dict[str, Any]:
-    row = {"trajectory_id": "p/0", "step": step, "anchor": 7, "accepted": 2, "proposed_ids": [5, 6, 7]}
+    row: dict[str, Any] = {"trajectory_id": "p/0", "step": step, "anchor": 7, "accepted": 2, "proposed_ids": [5, 6, 7]}
     return row | {"target_logprobs": None} | changes
 
 
@@ -77,7 +77,11 @@ def test_a_row_that_does_not_fit_names_its_column(row: dict[str, Any], message: 
 
 
 def test_only_declared_columns_take_nulls() -> None:
-    row = {field.name: 0 for field in REQUESTS.columns} | {"request_id": "r", "prompt_id": "p", "arm": "plain"}
+    row: dict[str, Any] = {field.name: 0 for field in REQUESTS.columns} | {
+        "request_id": "r",
+        "prompt_id": "p",
+        "arm": "plain",
+    }
     row |= {"engine": "embedded", "response_ids": [1], "accepted": None}
     assert to_table(REQUESTS, [row | {"identical": None}]).column("identical").null_count == 1
 
