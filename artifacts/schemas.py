@@ -109,7 +109,7 @@ REQUESTS = _table(  # what evaluation decoded
     tokens=pa.int32(),
     response_ids=_IDS,
     verify_steps=pa.int32(),
-    accepted=_IDS,  # proposals kept by each verify step; null where none was recorded
+    accepted=_IDS,  # proposals kept by each verify step (only counted: ascending); null where not known
     seconds=pa.float64(),  # the request's share of the wall time of the requests that ran together
     latency_seconds=pa.float64(),  # from the request to its last token
     first_token_seconds=pa.float64(),  # NaN = not measured

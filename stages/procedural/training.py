@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from stages.contract import Config
-from stages.procedural.text import EASY, Example, examples
+from stages.procedural.text import EASY, FAMILIES, Example, examples
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +50,13 @@ class TrainingTextConfig(Config):
     row_tokens: Annotated[int, Field(ge=8, description="hardly more than a document: copying is learned sooner")] = 128
     learning_rate: Annotated[float, Field(gt=0)] = 4e-3
     seed: Annotated[int, Field(ge=0, description="of weights and order")] = 0
+
+    @field_validator("families")
+    @classmethod
+    def _families_are_known(cls, families: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := sorted(set(families) - FAMILIES.keys()):
+            raise ValueError(f"no family {', '.join(unknown)}, use some of {', '.join(FAMILIES)}")
+        return families
 
 
 def training_examples(config: TrainingTextConfig) -> list[Example]:
