@@ -15,11 +15,10 @@ from stages.prompts import PromptsConfig
 from stages.rollout import RolloutConfig
 from stages.sft import SftConfig
 from stages.targets.config import TargetConfig
-from stages.targets.estimate import ModelSize, drafter_size, target_size
+from stages.targets.estimate import ModelSize, target_size
 
 if TYPE_CHECKING:
-    from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
-
+    from stages.drafters.checkpoint import DrafterPlan
     from stages.targets.resolve import TargetInfo
 
 
@@ -30,11 +29,11 @@ class Models:
     artifact: Path  # a target artifact without weights or digest
     info: TargetInfo
     target: ModelSize
-    drafter_config: Qwen3Config | None  # None: its config could not be had
+    plan: DrafterPlan | None  # None: the drafter's config could not be had
 
     @property
     def drafter(self) -> ModelSize | None:
-        return drafter_size(self.drafter_config) if self.drafter_config is not None else None
+        return ModelSize.of(self.plan.config, self.plan.parameters) if self.plan is not None else None
 
 
 def check_models(found: Findings, nodes: Sequence[Node], scratch: Path) -> Models | None:
@@ -101,48 +100,35 @@ def _check_template(found: Findings, config: PromptsConfig, folder: Path) -> Non
     found.ok("chat template", f"works{f' with {given}' if given else ''}: {len(ids)} tokens around one word")
 
 
-def _check_drafter(found: Findings, node: str, config: SftConfig, artifact: Path) -> Qwen3Config | None:
+def _check_drafter(found: Findings, node: str, config: SftConfig, artifact: Path) -> DrafterPlan | None:
     """Layer ids, mask token, block size and shape: of the checkpoint to start from, or of the new drafter."""
     from transformers import AutoConfig
 
-    from stages.drafters.dflash import checkpoint as dflash
+    from stages.drafters.checkpoint import plan_of_checkpoint, plan_of_new
     from stages.targets.metadata import UnreachableError
     from stages.targets.resolve import load_tokenizer, model_path
 
     name, folder = f"{node}: drafter", model_path(artifact)
     target_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+
+    def tokenizer() -> Any:
+        return load_tokenizer(folder)
+
     if config.init_from:
         try:
             source = _drafter_metadata(config.init_from)
         except UnreachableError as error:
             found.warn(name, f"{error}; not checked: its layers, mask token, memory, disk")
             return None
-        drafter, where = dflash.read_config(source), config.init_from
-        dflash.check_fits(drafter, target_config, where)
+        plan, where = plan_of_checkpoint(source, target_config, config.init_from, tokenizer), config.init_from
         if config.drafter != DFlashConfig():
             found.warn(name, f"section drafter is not used: {where} has its own shape; remove the section")
         if source == Path(config.init_from).expanduser() and not (source / "model.safetensors").is_file():
             found.error(name, f"{source} has no model.safetensors: give the folder of a whole checkpoint")
     else:
-        mask = dflash.mask_token_id(load_tokenizer(folder), config.drafter.mask_token)
-        drafter, where = dflash.new_config(config.drafter, target_config, mask), "new"
-        dflash.check_fits(drafter, target_config, "sft.drafter")
-    settings = drafter.dflash_config
-    found.ok(
-        name,
-        f"{where}: {drafter.num_hidden_layers} layers on target layers {list(settings['target_layer_ids'])}, "
-        f"blocks of {drafter.block_size}, mask token {settings['mask_token_id']}{_named(settings, folder)}, "
-        f"{drafter_size(drafter).parameters / 1e6:,.1f}M parameters",
-    )
-    return drafter
-
-
-def _named(settings: dict[str, Any], folder: Path) -> str:
-    """The mask token's text; the rows of a padded vocabulary have none, and no text can ever mean them."""
-    from stages.targets.resolve import load_tokenizer
-
-    token = load_tokenizer(folder).convert_ids_to_tokens(settings["mask_token_id"])
-    return f" {token!r}" if token is not None else " (beyond the tokenizer's tokens)"
+        plan, where = plan_of_new(config.drafter, target_config, tokenizer), "new"
+    found.ok(name, f"{where}: {plan.description}, {plan.parameters / 1e6:,.1f}M parameters")
+    return plan
 
 
 def _drafter_metadata(source: str) -> Path:

@@ -22,15 +22,15 @@ _SGLANG_FRACTION = 0.85  # of a GPU's memory that SGLang takes by itself, about
 def check_resources(found: Findings, nodes: Sequence[Node], models: Models, home: Path, *, elsewhere: bool) -> None:
     """One line a node, and one for the disk. `elsewhere`: this is not the machine that will run it."""
     prompts = next((node.config for node in nodes if isinstance(node.config, PromptsConfig)), None)
-    drafter = models.drafter
-    if prompts is None or drafter is None or models.drafter_config is None:
+    drafter, plan = models.drafter, models.plan
+    if prompts is None or drafter is None or plan is None:
         found.warn("memory", "not estimated: the drafter's shape is not known here")
         return
     sizes = Sizes(
         target=models.target,
         drafter=drafter,
-        features=len(models.drafter_config.dflash_config["target_layer_ids"]),
-        block_size=models.drafter_config.block_size,
+        features=len(plan.target_layer_ids),
+        block_size=plan.block_size,
         itemsize=DTYPE_BYTES[models.info.dtype],
         longest_prompt=prompts.max_prompt_tokens,
         positions=models.info.max_positions,

@@ -74,7 +74,7 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
         out = target.step(ids, positions, cache, slice(0, B), layer_ids=drafter.target_layer_ids)
         assert out.features is not None
         with torch.no_grad():
-            context = drafter.encode(out.features, positions)
+            context = drafter.encode(out.features, ids, positions)
         traces = replay_chains(drafter, context, members, block_size, head, config.chains)
         scores = score_traces(target, cache, out.hidden, traces, top_k=config.top_k, tree_tokens=longest_tree)
         # written before the shard and by trajectory: a shard that is there is counted, one that was lost is not twice

@@ -6,32 +6,56 @@ Also the control of a refresh: with a drafter as input it continues SFT from the
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from stages.contract import Stage, StageContext
-from stages.drafters.config import DFlashConfig
+from stages.drafters.config import DFlashConfig, DrafterConfig
 from stages.training.config import TrainingConfig
+from stages.training.loss_config import DistributionLoss, PositionWeights, ResponseStream, TokenLoss
+
+if TYPE_CHECKING:
+    from stages.drafters.base import SftRecipe
 
 _TRAINED = ("blocks", "positions")
 
 
 class SftConfig(TrainingConfig):
-    """Cross-entropy on the trajectory behind random anchors, weighted by exp(-(k-1)/γ) at offset k."""
+    """A loss at every offset of blocks behind random anchors, weighted by exp(-(k-1)/γ) at offset k."""
 
     steps: Annotated[int, Field(ge=0, description="0: take the drafter of init_from as it is")] = 1000
-    drafter: DFlashConfig = DFlashConfig()
+    drafter: DrafterConfig = DFlashConfig()
     init_from: Annotated[
         str | None, Field(description="folder or hub id of a drafter in z-lab's layout; left out: random weights")
     ] = None
-    gamma: Annotated[float, Field(gt=0, description="7 in the paper, for blocks of 16")] = 7.0
+    loss: Annotated[
+        Literal["auto"] | TokenLoss | DistributionLoss,
+        Field(
+            description="auto is what the architecture's authors train with: cross_entropy on the committed token for "
+            "DFlash, forward_kl to the target's distribution for EAGLE-3"
+        ),
+    ] = "auto"
+    gamma: Annotated[
+        float | None,
+        Field(
+            gt=0, description="left out, as the authors have it: 7 for DFlash (blocks of 16), 0.8 a step for EAGLE-3"
+        ),
+    ] = None
 
     @model_validator(mode="after")
     def _untrained_only_from_a_checkpoint(self) -> SftConfig:
         if self.steps == 0 and self.init_from is None:
             raise ValueError("steps: 0 takes a drafter as it is: name it in init_from, or train for at least one step")
         return self
+
+    def stream(self, recipe: SftRecipe) -> ResponseStream:
+        """What is trained, with the architecture's own recipe where fields are left open."""
+        return ResponseStream(
+            loss=recipe.loss if self.loss == "auto" else self.loss,  # type: ignore[arg-type]
+            scope="block",
+            positions=PositionWeights(kind="exponential", gamma=self.gamma or recipe.gamma),
+        )
 
     def external_files(self) -> list[Path]:
         """The checkpoint that `init_from` names, if it is a folder."""
@@ -65,21 +89,31 @@ def run(ctx: StageContext, config: SftConfig) -> None:
     from stages.stored import DRAFTER_FOLDER, load_trajectories
     from stages.targets.causal_lm import Target
     from stages.training.anchors import random_anchors
-    from stages.training.batches import FeatureSource, frequent_tokens, step_rng, trajectories_of_step
+    from stages.training.batches import FeatureSource, frequent_tokens, step_rng, token_counts, trajectories_of_step
+    from stages.training.blocks import LossReport
     from stages.training.loop import train
-    from stages.training.objectives import LossReport, sft_loss
-    from stages.training.vocabulary import training_head
+    from stages.training.supervised import sft_loss
+    from stages.training.vocabulary import HeadSource
 
     stored = load_trajectories(ctx.inputs["trajectories"])
     target = Target.load(ctx.inputs["target"])
+    counts = token_counts(stored.trajectories, target.info.vocab_size)
     if "drafter" in ctx.inputs:
         drafter = load_drafter(ctx.inputs["drafter"] / DRAFTER_FOLDER, target, torch.float32)
     elif config.init_from:
         drafter = load_drafter(drafter_source(config.init_from), target, torch.float32)
     else:
-        drafter = create_drafter(config.drafter, target, ctx.seed)
+        drafter = create_drafter(config.drafter, target, ctx.seed, frequent_tokens(counts))
     if drafter.frequent_tokens is None:
-        drafter.frequent_tokens = frequent_tokens(stored.trajectories, target.info.vocab_size).to(target.device)
+        drafter.frequent_tokens = frequent_tokens(counts).to(target.device)
+    stream = config.stream(drafter.recipe)
+    covered = drafter.head_over(target.head_weight, None).token_ids
+    coverage = 1.0 if covered is None else float(counts[covered.cpu()].sum() / counts.sum())
+    ctx.log(
+        f"{stream.loss} at all offsets, weight exp(-(k-1)/{stream.positions.gamma:.3g}) at offset k; "
+        f"{coverage:.2%} of the answers' tokens can be proposed"
+    )
+    heads = HeadSource(drafter, target.head_weight, config)
     features = FeatureSource(
         target,
         drafter.target_layer_ids,
@@ -94,9 +128,15 @@ def run(ctx: StageContext, config: SftConfig) -> None:
             trajectories_of_step(len(stored.trajectories), config.sequences_per_step, step, ctx.seed)
         )
         anchors = random_anchors(batch.trajectories, config.anchors_per_sequence, rng, target.device)
-        head = training_head(target.head_weight, drafter.frequent_tokens, config, rng, [batch.tokens])
         return sft_loss(
-            drafter, batch, anchors, head, gamma=config.gamma, positions_per_chunk=config.positions_per_chunk
+            drafter,
+            batch,
+            anchors,
+            heads.draw(rng, [batch.tokens]),
+            target.head_weight,
+            stream,
+            temperature=stored.temperature or 1.0,
+            positions_per_chunk=config.positions_per_chunk,
         )
 
     totals = train(ctx, drafter, config, loss_of_step)
@@ -107,7 +147,10 @@ def run(ctx: StageContext, config: SftConfig) -> None:
     )
     save_drafter(drafter, ctx.out / DRAFTER_FOLDER, target.dtype)
     ctx.summary(
-        **totals, parameters=sum(p.numel() for p in drafter.parameters()), trajectories=len(stored.trajectories)
+        **totals,
+        parameters=sum(p.numel() for p in drafter.parameters()),
+        trajectories=len(stored.trajectories),
+        draft_vocabulary_coverage=coverage,
     )
 
 

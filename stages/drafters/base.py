@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -32,6 +32,14 @@ class DrafterInfo:
     training: dict[str, Any] = field(default_factory=dict)  # stage, steps, trained positions
 
 
+@dataclass(frozen=True)
+class SftRecipe:
+    """How an architecture's authors train it on the target's answers."""
+
+    loss: str  # of a position, by its name in `stages.training.losses`
+    gamma: float  # offset k has the weight exp(-(k-1)/gamma)
+
+
 class Context:
     """What a drafter knows of the verified prefix. Positions behind an anchor never see it: readers mask."""
 
@@ -43,19 +51,25 @@ class Drafter(nn.Module, ABC):
     target_layer_ids: Sequence[int]  # layer k = hidden state AFTER target layer k
     frequent_tokens: torch.Tensor | None  # [V] token ids, most frequent first in the training data
     info: DrafterInfo
+    kind: ClassVar[str]  # as in `drafter.kind` of a config
+    autoregressive: ClassVar[bool]  # do the hidden states of an offset depend on the tokens at the offsets before it?
+    has_own_head: ClassVar[bool]  # is the head over the draft vocabulary a part of the drafter, and trained with it?
+    recipe: ClassVar[SftRecipe]
 
     @abstractmethod
-    def encode(self, features: torch.Tensor, positions: torch.Tensor) -> Context:
-        """Target features [B, T, K*H] at positions [B, T] → context for `block_hidden`. Differentiable."""
+    def encode(self, features: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> Context:
+        """Target features [B, T, K*H] of tokens [B, T] at positions 0 … T-1 → context for `block_hidden`.
+
+        Differentiable. What an anchor's block reads of it depends on the tokens up to the anchor alone.
+        """
 
     @abstractmethod
-    def block_hidden(
-        self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor, block_size: int
-    ) -> torch.Tensor:
-        """Hidden states that predict offsets 1 … block_size-1 behind each anchor. Differentiable.
+    def block_hidden(self, context: Context, tokens: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+        """Hidden states that predict offsets 1 … K behind each anchor. Differentiable.
 
-        anchor_tokens, anchors: [B, A] committed token and its absolute position. A row's blocks see the context at
-        positions < anchor, and themselves, never each other. Returns [B, A, block_size-1, H].
+        tokens: [B, A, K], the anchor's token and those at offsets 1 … K-1 (read by an autoregressive drafter only);
+        anchors: [B, A] absolute positions. A row's blocks see what the target knew before their anchor, and themselves,
+        never each other. Returns [B, A, K, H].
         """
 
     @abstractmethod
@@ -63,8 +77,13 @@ class Drafter(nn.Module, ABC):
         """An empty context for decoding, with one row a request."""
 
     @abstractmethod
-    def extend(self, context: Context, rows: Rows, features: torch.Tensor, positions: torch.Tensor) -> None:
-        """Add target features [n, T, K*H] at positions [n, T]; entries at positions seen before are replaced."""
+    def extend(
+        self, context: Context, rows: Rows, features: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        """Add target features [n, T, K*H] of tokens [n, T] at consecutive positions [n, T].
+
+        Entries at positions seen before are replaced. Every row starts at most one behind the last committed position.
+        """
 
     @abstractmethod
     def select(self, context: Context, rows: Rows, length: int) -> Context:
@@ -77,13 +96,17 @@ class Drafter(nn.Module, ABC):
     def move_row(self, context: Context, source: int, to: int) -> None:
         """Copy one request's context into another row."""
 
-    def drafting_head(self, head_weight: torch.Tensor, head_tokens: int | None) -> Head:
+    @abstractmethod
+    def head_over(self, target_head: torch.Tensor, token_ids: torch.Tensor | None) -> Head:
+        """The head over some token ids (None: all that the drafter can propose). target_head: [V, H], the target's."""
+
+    def drafting_head(self, target_head: torch.Tensor, head_tokens: int | None) -> Head:
         """The head to draft with: all tokens, or the `head_tokens` most frequent ones of the training data."""
         if head_tokens is None or self.frequent_tokens is None:
-            return Head(head_weight)
-        return Head.over(head_weight, self.frequent_tokens[:head_tokens])
+            return self.head_over(target_head, None)
+        return self.head_over(target_head, self.frequent_tokens[:head_tokens])
 
-    @torch.no_grad()
+    @abstractmethod
     def propose(
         self,
         context: Context,
@@ -94,7 +117,13 @@ class Drafter(nn.Module, ABC):
         *,
         with_logprobs: bool = True,
     ) -> Proposals:
-        """Draft one block behind each anchor; shapes as in `block_hidden`. Log-probs cost a pass over the logits."""
-        hidden = self.block_hidden(context, anchor_tokens, anchors, block_size)
-        best, columns = (logits := head.logits(hidden)).max(-1)
-        return Proposals(head.to_tokens(columns), best - logits.logsumexp(-1) if with_logprobs else None)
+        """Draft one block behind each anchor, greedily and without gradient.
+
+        anchor_tokens, anchors: [B, A]. Log-probs cost a pass over the logits.
+        """
+
+
+def best_of(logits: torch.Tensor, head: Head, with_logprobs: bool) -> Proposals:
+    """The argmax of logits [..., V'] as token ids, and its log-prob if asked."""
+    best, columns = logits.max(-1)
+    return Proposals(head.to_tokens(columns), best - logits.logsumexp(-1) if with_logprobs else None)

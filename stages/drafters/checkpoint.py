@@ -4,32 +4,114 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from artifacts.errors import DraftsmithError
+from stages.drafters import layout
 from stages.drafters.base import Drafter, DrafterInfo
-from stages.drafters.config import DFlashConfig
+from stages.drafters.config import DrafterConfig
 from stages.drafters.dflash import checkpoint as dflash
-from stages.drafters.dflash.model import DFlashDrafter
+from stages.drafters.eagle3 import checkpoint as eagle3
 from stages.targets.causal_lm import Target
 
 INFO_FILE, TOKENS_FILE = "drafter.json", "frequent_tokens.npy"
 
 
-def create_drafter(shape: DFlashConfig, target: Target, seed: int) -> Drafter:
-    """A new drafter with seeded random weights, float32."""
-    return dflash.create(shape, target, seed)
+class Architecture(Protocol):
+    """What a module `stages.drafters.<kind>.checkpoint` offers; configs are those of transformers."""
+
+    ARCHITECTURE: str  # in `architectures` of config.json
+
+    def new_config(self, shape: Any, target_config: Any, tokenizer: Callable[[], Any]) -> Any: ...
+    def read_config(self, folder: Path) -> Any: ...
+    def check_fits(self, drafter: Any, target: Any, where: str) -> None: ...
+    def target_layer_ids(self, config: Any) -> list[int]: ...
+    def description(self, config: Any, tokenizer: Callable[[], Any]) -> str: ...
+    def skeleton(self, config: Any) -> Any: ...
+    def create(self, config: Any, target: Target, seed: int, frequent: torch.Tensor | None = None) -> Any: ...
+    def save(self, drafter: Any, folder: Path, dtype: torch.dtype) -> None: ...
+    def load(self, folder: Path, target: Target, dtype: torch.dtype) -> Any: ...
+
+
+ARCHITECTURES: dict[str, Architecture] = {"dflash": dflash, "eagle3": eagle3}
+
+
+def architecture_of(folder: Path) -> Architecture:
+    """By the name in a checkpoint's config.json. Raises DraftsmithError if it is none that is known."""
+    raw = layout.read_raw_config(folder)
+    names = raw.get("architectures") or []
+    for architecture in ARCHITECTURES.values():
+        if architecture.ARCHITECTURE in names:
+            return architecture
+    if "dflash_config" in raw:  # z-lab's first checkpoints name the class of their own code
+        return dflash
+    known = " or ".join(architecture.ARCHITECTURE for architecture in ARCHITECTURES.values())
+    raise DraftsmithError(
+        f"drafter {folder / layout.CONFIG_FILE}: architectures is {names}, supported is {known}; give such a checkpoint"
+    )
+
+
+@dataclass(frozen=True)
+class DrafterPlan:
+    """What is known of a drafter without its weights."""
+
+    config: Any  # of transformers
+    block_size: int
+    target_layer_ids: list[int]
+    description: str
+    parameters: int
+
+
+def plan_of_new(shape: DrafterConfig, target_config: Any, tokenizer: Callable[[], Any]) -> DrafterPlan:
+    """A drafter that is still to be trained. Raises DraftsmithError if its shape does not fit the target."""
+    architecture = ARCHITECTURES[shape.kind]
+    config = architecture.new_config(shape, target_config, tokenizer)
+    architecture.check_fits(config, target_config, "sft.drafter")
+    return _plan(architecture, config, tokenizer)
+
+
+def plan_of_checkpoint(folder: Path, target_config: Any, where: str, tokenizer: Callable[[], Any]) -> DrafterPlan:
+    """A checkpoint, from its config.json. Raises DraftsmithError if it does not fit the target."""
+    architecture = architecture_of(folder)
+    config = architecture.read_config(folder)
+    architecture.check_fits(config, target_config, where)
+    return _plan(architecture, config, tokenizer)
+
+
+def _plan(architecture: Architecture, config: Any, tokenizer: Callable[[], Any]) -> DrafterPlan:
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in architecture.skeleton(config).parameters())
+    return DrafterPlan(
+        config,
+        config.block_size,
+        architecture.target_layer_ids(config),
+        architecture.description(config, tokenizer),
+        parameters,
+    )
+
+
+def create_drafter(shape: DrafterConfig, target: Target, seed: int, frequent: torch.Tensor | None = None) -> Drafter:
+    """A new drafter with seeded random weights, float32.
+
+    frequent: [V] token ids, most frequent first; needed where the shape asks for a reduced draft vocabulary.
+    """
+    architecture = ARCHITECTURES[shape.kind]
+    config = architecture.new_config(shape, target.model.config, lambda: target.tokenizer)
+    architecture.check_fits(config, target.model.config, "sft.drafter")
+    drafter: Drafter = architecture.create(config, target, seed, frequent)
+    return drafter
 
 
 def save_drafter(drafter: Drafter, folder: Path, dtype: torch.dtype) -> None:
     """Write the checkpoint in the layout that engines load, in the dtype that they serve."""
-    assert isinstance(drafter, DFlashDrafter)
     folder.mkdir(parents=True, exist_ok=True)
-    dflash.save(drafter, folder, dtype)
+    ARCHITECTURES[drafter.kind].save(drafter, folder, dtype)
     if drafter.frequent_tokens is not None:
         np.save(folder / TOKENS_FILE, drafter.frequent_tokens.cpu().numpy().astype(np.int32))
     write_info(folder, drafter.info)
@@ -44,7 +126,7 @@ def write_info(folder: Path, info: DrafterInfo) -> None:
 def load_drafter(folder: Path, target: Target, dtype: torch.dtype | None = None) -> Drafter:
     """Load a checkpoint (ours, or any in z-lab's layout) for this target, in `dtype` (default: the target's)."""
     check_drafter(folder, target.info.digest)
-    drafter = dflash.load(folder, target, dtype or target.dtype)
+    drafter: Drafter = architecture_of(folder).load(folder, target, dtype or target.dtype)
     drafter.info = read_info(folder)
     if (tokens := folder / TOKENS_FILE).exists():
         try:
@@ -104,17 +186,22 @@ def drafter_source(source: str) -> Path:
 
 def check_shape(folder: Path, target_model: Path) -> None:
     """Refuse a drafter whose config does not fit the target's. Configs only."""
+    architecture = architecture_of(folder)
+    architecture.check_fits(architecture.read_config(folder), _target_config(target_model), str(folder))
+
+
+def check_new(shape: DrafterConfig, target_model: Path) -> None:
+    """Refuse a shape that does not fit the target: layer ids, mask token. Config and tokenizer only."""
+    from transformers import AutoTokenizer
+
+    plan_of_new(
+        shape,
+        _target_config(target_model),
+        lambda: AutoTokenizer.from_pretrained(target_model, local_files_only=True),
+    )
+
+
+def _target_config(target_model: Path) -> Any:
     from transformers import AutoConfig
 
-    target_config = AutoConfig.from_pretrained(target_model, local_files_only=True)
-    dflash.check_fits(dflash.read_config(folder), target_config, str(folder))
-
-
-def check_new(shape: DFlashConfig, target_model: Path) -> None:
-    """Refuse a shape that does not fit the target: layer ids, mask token. Config and tokenizer only."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    target_config = AutoConfig.from_pretrained(target_model, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(target_model, local_files_only=True)
-    config = dflash.new_config(shape, target_config, dflash.mask_token_id(tokenizer, shape.mask_token))
-    dflash.check_fits(config, target_config, "sft.drafter")
+    return AutoConfig.from_pretrained(target_model, local_files_only=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from stages.contract import Config
 
@@ -36,6 +36,39 @@ class DFlashConfig(Config):
         if self.target_layer_ids is not None and self.num_target_features is not None:
             raise ValueError("give target_layer_ids or num_target_features, not both")
         return self
+
+
+class Eagle3Config(Config):
+    """Shape of a new EAGLE-3 drafter. Sizes left out follow the target."""
+
+    kind: Literal["eagle3"]
+    block_size: Annotated[
+        int, Field(ge=2, description="anchor + chain; training unrolls as many steps as the chain is long")
+    ] = 8
+    target_layer_ids: Annotated[
+        tuple[int, int, int] | None,
+        Field(description="layer k = the hidden state AFTER target layer k; left out: SGLang's choice"),
+    ] = None
+    draft_vocab_size: Annotated[
+        int | None,
+        Field(ge=2, description="propose only from this many most frequent tokens of the answers; left out: all"),
+    ] = None
+    intermediate_size: int | None = None
+
+
+def _kind_of(value: Any) -> str:
+    kind = value.get("kind", "dflash") if isinstance(value, dict) else value.kind
+    return str(kind)
+
+
+DrafterConfig = Annotated[
+    Annotated[DFlashConfig, Tag("dflash")] | Annotated[Eagle3Config, Tag("eagle3")],
+    Discriminator(
+        _kind_of,
+        custom_error_type="drafter_kind",
+        custom_error_message="kind must be dflash or eagle3",
+    ),
+]
 
 
 class DraftingConfig(Config):

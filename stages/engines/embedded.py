@@ -140,7 +140,7 @@ class EmbeddedEngine:
         out = self.target.step(ids, positions, self.cache, at, layer_ids=self.layer_ids)
         if self.drafter and self.context and out.features is not None:
             with torch.no_grad():
-                self.drafter.extend(self.context, at, out.features, positions)
+                self.drafter.extend(self.context, at, out.features, ids, positions)
         last = out.hidden[torch.arange(len(requests), device=device), lengths - 1]
         tokens = draw(
             self.target.logits(last)[:, None],
@@ -175,7 +175,7 @@ class EmbeddedEngine:
         out = self.target.step(ids, positions, self.cache, at, layer_ids=self.layer_ids)
         if self.drafter and self.context and out.features is not None:
             with torch.no_grad():
-                self.drafter.extend(self.context, at, out.features, positions)
+                self.drafter.extend(self.context, at, out.features, ids, positions)
         sampling, seeds = [row.request.sampling for row in rows], [row.request.seed for row in rows]
         drawn = draw(self.target.logits(out.hidden), positions + 1, sampling, seeds)
         # accepted = length of the longest prefix of proposals that equal the target's tokens

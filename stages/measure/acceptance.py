@@ -38,7 +38,8 @@ def replay_all(
         positions = torch.arange(ids.shape[1], device=ids.device).expand(len(members), -1)
         for name, drafter in drafters.items():
             with torch.no_grad():
-                context = drafter.encode(torch.cat([by_layer[k] for k in drafter.target_layer_ids], -1), positions)
+                read = torch.cat([by_layer[k] for k in drafter.target_layer_ids], -1)
+                context = drafter.encode(read, ids, positions)
             head = drafter.drafting_head(target.head_weight, drafting.head_tokens)
             block_size = drafting.block_size or drafter.block_size
             found = replay_chains(drafter, context, members, block_size, head, chains, with_logprobs=False)

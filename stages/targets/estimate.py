@@ -7,10 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from typing import Any
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -56,14 +53,3 @@ def target_size(folder: Path) -> ModelSize:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return ModelSize.of(config.get_text_config(), sum(p.numel() for p in model.parameters()))  # tied ones once
-
-
-def drafter_size(config: Qwen3Config) -> ModelSize:
-    """Of a DFlash drafter, its own weights only: embedding and head are the target's."""
-    import torch
-
-    from stages.drafters.dflash.model import DFlashDrafter
-
-    with torch.device("meta"):
-        drafter = DFlashDrafter(config, torch.empty(0))
-    return ModelSize.of(config, sum(p.numel() for p in drafter.parameters()))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from stages.replay.trace import Trajectory
-from stages.training.objectives import Anchors
+from stages.training.blocks import Anchors
 
 
 def random_anchors(

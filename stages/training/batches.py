@@ -98,9 +98,14 @@ def step_rng(seed: int, step: int) -> np.random.Generator:
     return np.random.default_rng([seed, 1, step])
 
 
-def frequent_tokens(trajectories: Sequence[Trajectory], vocab_size: int) -> torch.Tensor:
-    """All token ids [V], most frequent in the responses first, ties by id."""
+def token_counts(trajectories: Sequence[Trajectory], vocab_size: int) -> torch.Tensor:
+    """How often each token [V] occurs in the responses."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for trajectory in trajectories:
         np.add.at(counts, trajectory.tokens[trajectory.prompt_length :], 1)
-    return torch.from_numpy(np.argsort(-counts, kind="stable"))
+    return torch.from_numpy(counts)
+
+
+def frequent_tokens(counts: torch.Tensor) -> torch.Tensor:
+    """All token ids [V], most frequent first, ties by id."""
+    return counts.argsort(descending=True, stable=True)

@@ -1,8 +1,9 @@
-"""Losses behind a large frozen head, with memory for the logits of one chunk of positions only.
+"""Losses behind a large head, with memory for the logits of one chunk of positions only.
 
-The head has no gradient of its own and a position's loss depends on its own hidden state alone. So each chunk's
-gradient with respect to its hidden states is taken at once and the logits are freed; backward then only scales the
-stored gradient [N, H], row by row. No logits are computed twice.
+A position's loss depends on its own hidden state alone. Behind a frozen head, each chunk's gradient with respect to its
+hidden states is taken at once and the logits are freed; backward then only scales the stored gradient [N, H], row by
+row: no logits are computed twice. A head that is trained with the drafter needs its gradient too, which depends on the
+weights that a caller gives the values later: its logits are computed again in backward, chunk by chunk.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
+
+Values = Callable[[torch.Tensor, slice], torch.Tensor]
 
 
 class _StoredGradient(torch.autograd.Function):
@@ -28,17 +32,24 @@ class _StoredGradient(torch.autograd.Function):
 
 
 def chunked_values(
-    hidden: torch.Tensor, positions_per_chunk: int, values_of: Callable[[torch.Tensor, slice], torch.Tensor]
+    hidden: torch.Tensor, positions_per_chunk: int, values_of: Values, *, trained_head: bool = False
 ) -> torch.Tensor:
-    """`values_of(hidden[part], part)` [n] chunk by chunk → float32 [N], differentiable in `hidden` [N, H] only.
+    """`values_of(hidden[part], part)` [n] chunk by chunk → float32 [N].
 
-    Value i must not depend on another row of `hidden`: weigh and sum the result outside.
+    Differentiable in `hidden` [N, H], and with `trained_head` in all that `values_of` reads, which is then called again
+    in backward. Value i must not depend on another row of `hidden`: weigh and sum the result outside.
     """
-    values = hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
+    parts = [
+        slice(start, min(start + positions_per_chunk, hidden.shape[0]))
+        for start in range(0, hidden.shape[0], positions_per_chunk)
+    ]
     with_gradient = torch.is_grad_enabled()
+    if with_gradient and trained_head:
+        chunks = [checkpoint(values_of, hidden[part], part, use_reentrant=False) for part in parts]
+        return torch.cat([hidden.new_zeros(0, dtype=torch.float32), *chunks])
+    values = hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
     gradient = torch.zeros_like(hidden) if with_gradient else None
-    for start in range(0, hidden.shape[0], positions_per_chunk):
-        part = slice(start, min(start + positions_per_chunk, hidden.shape[0]))
+    for part in parts:
         if gradient is None:
             values[part] = values_of(hidden[part], part)
             continue

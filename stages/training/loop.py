@@ -15,7 +15,7 @@ from artifacts.errors import DraftsmithError
 from stages.contract import StageContext
 from stages.drafters.base import Drafter
 from stages.training.config import OptimiserConfig
-from stages.training.objectives import LossReport
+from stages.training.blocks import LossReport
 
 
 def cosine(step: int, config: OptimiserConfig) -> float:

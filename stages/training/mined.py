@@ -15,7 +15,7 @@ from artifacts.parquet import read_table
 from artifacts.schemas import VERIFY_STEPS
 from stages.replay.trace import Trajectory
 from stages.training.anchors import draw_exactly, pad_anchors
-from stages.training.objectives import Anchors
+from stages.training.blocks import Anchors
 from stages.training.steps import VerifySteps
 
 Kind = Literal["errors", "visited"]

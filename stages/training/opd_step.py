@@ -6,17 +6,19 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
-from stages.drafters.base import Drafter
+from stages.drafters.base import Context, Drafter
+from stages.drafters.head import Head
 from stages.targets.causal_lm import Target
 from stages.training.batches import Batch
+from stages.training.blocks import Anchors, LossReport, block_hidden, block_hidden_on, context_of
 from stages.training.config import TrainingConfig
 from stages.training.distillation import opd_loss
 from stages.training.loss_config import LossConfig
-from stages.training.objectives import LossReport, block_hidden
 from stages.training.sources import AnchorSource
 from stages.training.steps import judge, with_scores
-from stages.training.vocabulary import training_head
+from stages.training.vocabulary import HeadSource
 
 
 class OpdStep:
@@ -34,35 +36,64 @@ class OpdStep:
         """objective: resolved. proposals: of a served block, at most those of the trained one."""
         self.drafter, self.target, self.source = drafter, target, source
         self.objective, self.config, self.proposals = objective, config, proposals
+        self.heads = HeadSource(drafter, target.head_weight, config)
 
     def loss(self, step: int, indices: Sequence[int], batch: Batch, rng: np.random.Generator) -> LossReport:
         """batch: of the trajectories `indices`. The source learns what the drafter did."""
         chunk = self.config.positions_per_chunk
         started = time.perf_counter()
-        weight, frequent = self.target.head_weight, self.drafter.frequent_tokens
-        head = training_head(weight, frequent, self.config, rng, [batch.tokens])
+        heads = self.heads.draw(rng, [batch.tokens])
         selected = time.perf_counter()
-        drawn = self.source.draw(step, indices, batch, head, rng)
+        drawn = self.source.draw(step, indices, batch, heads.drafter, rng)
         mined = time.perf_counter()
-        hidden = block_hidden(self.drafter, batch, drawn.anchors)
-        drafted = time.perf_counter()
-        steps, scoring = drawn.steps, 0.0
+        context = context_of(self.drafter, batch)
+        hidden = block_hidden(self.drafter, context, batch, drawn.anchors)
+        own_chains = self.drafter.autoregressive and self.objective.needs_scores
+        steps, scoring, on_proposals = drawn.steps, 0.0, None
         if steps is None:
-            steps = judge(hidden, batch, drawn.anchors, head, proposals=self.proposals, positions_per_chunk=chunk)
+            proposed = self._propose(context, batch, drawn.anchors, heads.drafter) if own_chains else None
+            steps = judge(
+                hidden,
+                batch,
+                drawn.anchors,
+                heads.drafter,
+                proposals=self.proposals,
+                positions_per_chunk=chunk,
+                proposed=proposed,
+            )
             if self.objective.needs_scores:
                 before = time.perf_counter()
                 steps = with_scores(steps, self.target, batch, drawn.anchors, self.proposals)
                 scoring = time.perf_counter() - before
+        if own_chains:
+            on_proposals = block_hidden_on(self.drafter, context, batch, drawn.anchors, steps.proposed)
+        drafted = time.perf_counter()
         if self.objective.needs_scores:  # the rejected stream's tokens must be in it too
-            head = training_head(weight, frequent, self.config, rng, [batch.tokens, steps.proposed])
-        report = opd_loss(hidden, batch, drawn.anchors, steps, head, weight, self.objective, positions_per_chunk=chunk)
+            heads = self.heads.draw(rng, [batch.tokens, steps.proposed])
+        report = opd_loss(
+            hidden,
+            batch,
+            drawn.anchors,
+            steps,
+            heads,
+            self.target.head_weight,
+            self.objective,
+            on_proposals=on_proposals,
+            positions_per_chunk=chunk,
+        )
         self.source.trained(indices, batch, drawn.anchors, steps, rng)
         if drawn.steps is None:  # judged by this very forward
             del report.figures["steps_changed_share"]
         report.figures |= drawn.figures
         report.seconds = {
             "mining": mined - selected + scoring,
-            "drafter": drafted - mined,
-            "head_and_loss": time.perf_counter() - drafted - scoring + selected - started,
+            "drafter": drafted - mined - scoring,
+            "head_and_loss": time.perf_counter() - drafted + selected - started,
         }
         return report
+
+    def _propose(self, context: Context, batch: Batch, anchors: Anchors, head: Head) -> torch.Tensor:
+        """[B, A, K] of the current weights."""
+        tokens = batch.tokens.gather(1, anchors.positions)
+        size = self.drafter.block_size
+        return self.drafter.propose(context, tokens, anchors.positions, size, head, with_logprobs=False).tokens

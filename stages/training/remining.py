@@ -55,7 +55,8 @@ class Remining:
     def _replay(self, batch: Batch, rows: list[int], head: Head) -> list[Trace]:
         trajectories = [batch.trajectories[row] for row in rows]
         width = max(len(t.tokens) for t in trajectories)
-        context = self.drafter.encode(batch.features[rows, :width], batch.positions[rows, :width])
+        seen = (part[rows, :width] for part in (batch.features, batch.tokens, batch.positions))
+        context = self.drafter.encode(*seen)
         return replay_chains(self.drafter, context, trajectories, self.mined.proposals + 1, head, with_logprobs=False)
 
     def _padded(self, trace: Trace, target_logprobs: np.ndarray | None) -> TrajectorySteps:

@@ -13,7 +13,7 @@ from stages.replay.scoring import StepScores, score_traces
 from stages.replay.trace import Trace, Trajectory, pad_tokens
 from stages.targets.causal_lm import Target
 from stages.training.batches import Batch
-from stages.training.objectives import Anchors, labels_of
+from stages.training.blocks import Anchors, labels_of
 
 TREE_TOKENS = 512  # proposals that the target scores in one forward, a trajectory
 
@@ -31,11 +31,20 @@ class VerifySteps:
 
 @torch.no_grad()
 def judge(
-    hidden: torch.Tensor, batch: Batch, anchors: Anchors, head: Head, *, proposals: int, positions_per_chunk: int
+    hidden: torch.Tensor,
+    batch: Batch,
+    anchors: Anchors,
+    head: Head,
+    *,
+    proposals: int,
+    positions_per_chunk: int,
+    proposed: torch.Tensor | None = None,
 ) -> VerifySteps:
     """The verify steps of blocks that were drafted already: no second pass of the drafter.
 
-    hidden: [B, A, K, H]. proposals: how many of the K the serving block has.
+    hidden: [B, A, K, H] on the trajectories' own tokens, which decide what is accepted for any drafter: up to the first
+    rejection its proposals are these tokens. proposals: how many of the K the serving block has. proposed: [B, A, K] of
+    an autoregressive drafter, whose proposals behind a rejection depend on it; without them those are not its own.
     """
     B, A, K, _ = hidden.shape
     labels, inside = labels_of(batch, anchors, K)
@@ -43,14 +52,14 @@ def judge(
     columns = torch.cat(
         [head.logits(part).argmax(-1) for part in hidden.detach().reshape(B * A * K, -1).split(positions_per_chunk)]
     )
-    proposed = head.to_tokens(columns).view(B, A, K)
-    accepted = ((proposed == labels) & inside).long().cumprod(-1).sum(-1)
+    best = head.to_tokens(columns).view(B, A, K)
+    accepted = ((best == labels) & inside).long().cumprod(-1).sum(-1)
     judged = inside.long().sum(-1)
     lengths = torch.tensor([len(t.tokens) for t in batch.trajectories], device=hidden.device)
     committed = torch.minimum(accepted + 1, lengths[:, None] - 1 - anchors.positions)
     rejected_offset = torch.where(accepted < judged, accepted + 1, 0)
-    unscored = torch.full(proposed.shape, torch.nan, device=hidden.device)
-    return VerifySteps(accepted, committed, rejected_offset, proposed, unscored)
+    unscored = torch.full(best.shape, torch.nan, device=hidden.device)
+    return VerifySteps(accepted, committed, rejected_offset, best if proposed is None else proposed, unscored)
 
 
 def with_scores(steps: VerifySteps, target: Target, batch: Batch, anchors: Anchors, proposals: int) -> VerifySteps:

@@ -1,21 +1,50 @@
-"""The head that training computes its softmax over: the whole vocabulary, or a sample of it that holds what matters.
+"""The heads that training computes its softmax over: the same tokens for drafter and target.
 
-The sample is the most frequent tokens, every token of the step's trajectories, and fresh random others, so that no
-token of the vocabulary escapes being pushed down: the exported drafter also serves with the full head.
+A drafter with a head of its own is trained over its draft vocabulary. One that borrows the target's is trained over all
+tokens, or over a sample that holds what matters: the most frequent tokens, every token of the step's trajectories, and
+fresh random others, so that no token escapes being pushed down: it also serves with the full head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from stages.drafters.base import Drafter
 from stages.drafters.head import Head
 from stages.training.config import TrainingConfig
 
 
-def training_head(
+@dataclass(frozen=True)
+class Heads:
+    """Two heads over the same tokens, in the same order."""
+
+    drafter: Head
+    target: Head
+    trained: bool  # is the drafter's a part of it, so that it needs a gradient?
+
+
+class HeadSource:
+    """The heads of every step of a training."""
+
+    def __init__(self, drafter: Drafter, target_head: torch.Tensor, config: TrainingConfig):
+        """target_head: [V, H]."""
+        self.drafter, self.target_head, self.config = drafter, target_head, config
+        own = drafter.head_over(target_head, None) if drafter.has_own_head else None
+        self._target_over_own = Head.over(target_head, own.token_ids) if own else None
+
+    def draw(self, rng: np.random.Generator, needed: Sequence[torch.Tensor]) -> Heads:
+        """needed: token ids that must be in a sampled head, any shape."""
+        if self._target_over_own is not None:
+            return Heads(self.drafter.head_over(self.target_head, None), self._target_over_own, trained=True)
+        head = sampled_head(self.target_head, self.drafter.frequent_tokens, self.config, rng, needed)
+        return Heads(head, head, trained=False)
+
+
+def sampled_head(
     head_weight: torch.Tensor,
     frequent_tokens: torch.Tensor | None,
     config: TrainingConfig,

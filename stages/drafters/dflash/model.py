@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
-from stages.drafters.base import Context, Drafter, DrafterInfo
+from stages.drafters.base import Context, Drafter, DrafterInfo, Proposals, SftRecipe, best_of
+from stages.drafters.head import Head
 from stages.targets.slots import KeyValueSlots, Rows
 
 
@@ -119,6 +120,9 @@ def block_mask(context_positions: torch.Tensor, anchors: torch.Tensor, block_siz
 class DFlashDrafter(Drafter):
     """Parameter names are z-lab's: `fc`, `hidden_norm`, `norm`, `layers.{i}.…`. Embedding and head are the target's."""
 
+    kind, autoregressive, has_own_head = "dflash", False, False
+    recipe = SftRecipe(loss="cross_entropy", gamma=7.0)
+
     def __init__(self, config: Qwen3Config, embedding: torch.Tensor):
         """config: Qwen3 fields plus `block_size` and `dflash_config` (FORMATS: z-lab layout). embedding: [V, H]."""
         super().__init__()
@@ -152,7 +156,7 @@ class DFlashDrafter(Drafter):
     def _rope(self, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.rotary(like, position_ids=positions)
 
-    def encode(self, features: torch.Tensor, positions: torch.Tensor) -> FeatureContext:
+    def encode(self, features: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> FeatureContext:  # noqa: ARG002
         x = self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
         rope = self._rope(positions, x)
         return FeatureContext([layer.keys_values(x, rope) for layer in self._layers()], positions)
@@ -162,15 +166,14 @@ class DFlashDrafter(Drafter):
             assert isinstance(layer, DFlashLayer)
             yield layer
 
-    def block_hidden(
-        self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor, block_size: int
-    ) -> torch.Tensor:
+    def block_hidden(self, context: Context, tokens: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
         assert isinstance(context, FeatureContext)
-        B, A = anchors.shape
-        tokens = anchor_tokens.new_full((B, A, block_size), self.mask_token_id)
-        tokens[..., 0] = anchor_tokens
+        B, A, K = tokens.shape
+        block_size = K + 1
+        block = tokens.new_full((B, A, block_size), self.mask_token_id)
+        block[..., 0] = tokens[..., 0]
         positions = (anchors[..., None] + torch.arange(block_size, device=anchors.device)).flatten(1)
-        x = F.embedding(tokens.flatten(1), self._embedding[0]).to(self.fc.weight.dtype)
+        x = F.embedding(block.flatten(1), self._embedding[0]).to(self.fc.weight.dtype)
         mask = block_mask(context.positions, anchors, block_size)
         rope = self._rope(positions, x)
         for layer, keys_values in zip(self._layers(), context.layers, strict=True):
@@ -180,11 +183,30 @@ class DFlashDrafter(Drafter):
     def new_context(self, rows: int, capacity: int) -> SlotContext:
         return SlotContext([KeyValueSlots(rows, capacity) for _ in self.layers])
 
-    def extend(self, context: Context, rows: Rows, features: torch.Tensor, positions: torch.Tensor) -> None:
+    @torch.no_grad()
+    def propose(
+        self,
+        context: Context,
+        anchor_tokens: torch.Tensor,
+        anchors: torch.Tensor,
+        block_size: int,
+        head: Head,
+        *,
+        with_logprobs: bool = True,
+    ) -> Proposals:
+        hidden = self.block_hidden(context, anchor_tokens[..., None].expand(-1, -1, block_size - 1), anchors)
+        return best_of(head.logits(hidden), head, with_logprobs)
+
+    def head_over(self, target_head: torch.Tensor, token_ids: torch.Tensor | None) -> Head:
+        return Head.over(target_head, token_ids)
+
+    def extend(
+        self, context: Context, rows: Rows, features: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor
+    ) -> None:
         assert isinstance(context, SlotContext)
         if isinstance(rows, slice):
             rows = torch.arange(rows.start, rows.stop, device=positions.device)
-        encoded = self.encode(features, positions)
+        encoded = self.encode(features, tokens, positions)
         for slots, (keys, values) in zip(context.layers, encoded.layers, strict=True):
             slots.write(rows[:, None], positions, keys.transpose(1, 2), values.transpose(1, 2))
 

@@ -60,12 +60,12 @@ def block_size_of(drafter_folder: Path, drafting: DraftingConfig, algorithm: str
     raw = _drafter_config(drafter_folder)
     trained = raw.get("block_size") or (raw.get("dflash_config") or {}).get("block_size")
     if algorithm == "EAGLE3":
-        if drafting.block_size is None:
+        if (block_size := drafting.block_size or trained) is None:
             raise DraftsmithError(
-                "drafting.block_size: an EAGLE-3 checkpoint does not say how far it drafts; "
+                "drafting.block_size: this EAGLE-3 checkpoint does not say how far it drafts; "
                 "set it (4 = the anchor and three proposals)"
             )
-        return drafting.block_size
+        return int(block_size)
     if trained is None:
         raise DraftsmithError(f"drafter {drafter_folder / 'config.json'}: field block_size is missing; add it")
     if (drafting.block_size or 0) > trained:

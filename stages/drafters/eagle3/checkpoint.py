@@ -1,0 +1,194 @@
+"""EAGLE-3 checkpoints in the layout that SGLang and vLLM load. Refuses variants that this model would compute wrongly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.models.llama.configuration_llama import LlamaConfig
+
+from artifacts.errors import DraftsmithError
+from stages.drafters import layout
+from stages.drafters.config import Eagle3Config
+from stages.drafters.eagle3.model import Eagle3Drafter
+from stages.targets.causal_lm import Target
+
+ARCHITECTURE = "LlamaForCausalLMEagle3"
+FEATURES = 3  # low, middle, high
+# Chains of 7, the depth that the paper's training-time test unrolls, where a checkpoint does not say how far it drafts.
+USUAL_BLOCK_SIZE = 8
+# Variants of the layout under which the same tensors mean another model.
+_UNSUPPORTED = ("norm_output", "fc_norm", "use_aux_norm", "norm_before_fc", "bias", "target_hidden_size")
+
+
+def default_layer_ids(num_target_layers: int) -> list[int]:
+    """What SGLang captures by itself: in front of layers 2, L/2 and L-3, which is behind the layers before them.
+
+    Targets of fewer than 8 layers, where two of these coincide, are captured at their beginning, middle and end.
+    """
+    if num_target_layers >= 8:
+        return [1, num_target_layers // 2 - 1, num_target_layers - 4]
+    return [0, (num_target_layers - 1) // 2, num_target_layers - 2]
+
+
+def new_config(shape: Eagle3Config, target_config: Any, tokenizer: Callable[[], Any]) -> LlamaConfig:  # noqa: ARG001
+    """Config of a new drafter: widths, heads and rotary parameters are the target's."""
+    layers = target_config.num_hidden_layers
+    ids = list(shape.target_layer_ids or default_layer_ids(layers))
+    draft_vocab_size = shape.draft_vocab_size or target_config.vocab_size
+    if draft_vocab_size > target_config.vocab_size:
+        raise DraftsmithError(
+            f"sft.drafter.draft_vocab_size: {draft_vocab_size} is more than the target's {target_config.vocab_size} "
+            "tokens; lower it or leave it out"
+        )
+    return LlamaConfig(
+        architectures=[ARCHITECTURE],
+        **layout.target_fields(target_config),
+        intermediate_size=shape.intermediate_size or target_config.intermediate_size,
+        num_hidden_layers=1,
+        hidden_act="silu",
+        mlp_bias=False,
+        num_target_layers=layers,
+        block_size=shape.block_size,
+        draft_vocab_size=draft_vocab_size,
+        eagle_config={"eagle_aux_hidden_state_layer_ids": ids, "use_aux_hidden_state": True},
+    )
+
+
+def create(config: LlamaConfig, target: Target, seed: int, frequent: torch.Tensor | None = None) -> Eagle3Drafter:
+    """A drafter with random weights, float32, seeded. frequent: [V] token ids, most frequent first: the first
+    `draft_vocab_size` of them are what it can propose."""
+    size = config.draft_vocab_size
+    if size < config.vocab_size and frequent is None:
+        raise DraftsmithError("sft.drafter.draft_vocab_size: needs the frequencies of the target's tokens")
+    chosen = torch.arange(size) if frequent is None else frequent[:size].cpu().sort().values
+    drafter = Eagle3Drafter(config, target.embedding, chosen)
+    drafter.initialise(torch.Generator().manual_seed(seed), target.head_weight)
+    return drafter.to(target.device)
+
+
+def skeleton(config: LlamaConfig) -> Eagle3Drafter:
+    """Without an embedding, to count parameters."""
+    return Eagle3Drafter(config, torch.empty(0), torch.empty(0))
+
+
+def target_layer_ids(config: LlamaConfig) -> list[int]:
+    """The target layers whose states the drafter reads."""
+    return list(config.eagle_config["eagle_aux_hidden_state_layer_ids"])
+
+
+def description(config: LlamaConfig, tokenizer: Callable[[], Any]) -> str:  # noqa: ARG001
+    """Its shape in a few words."""
+    return (
+        f"EAGLE-3 on target layers {target_layer_ids(config)}, chains of {config.block_size - 1}, draft vocabulary "
+        f"{config.draft_vocab_size:,} of {config.vocab_size:,} tokens"
+    )
+
+
+def read_config(folder: Path) -> LlamaConfig:
+    """config.json of a checkpoint, with what engines would guess made explicit or refused.
+
+    A checkpoint without layer ids means SGLang's own choice; that needs the target's depth, so the ids are filled in
+    by `check_fits`.
+    """
+    path, raw = folder / layout.CONFIG_FILE, layout.read_raw_config(folder)
+    if raw.get("num_hidden_layers", 1) != 1:
+        raise DraftsmithError(
+            f"drafter {path}: num_hidden_layers is {raw['num_hidden_layers']}, only one layer is supported"
+        )
+    eagle = dict(raw.get("eagle_config") or {})
+    for field in _UNSUPPORTED:
+        if raw.get(field) or eagle.get(field):
+            raise DraftsmithError(f"drafter {path}: {field} is set: this variant of EAGLE-3 is not supported")
+    layout.require_fields(
+        path,
+        [
+            ("vocab_size", raw.get("vocab_size")),
+            ("hidden_size", raw.get("hidden_size")),
+            ("rope_parameters.rope_theta", (raw.get("rope_parameters") or {}).get("rope_theta")),
+        ],
+    )
+    if raw.get("tie_word_embeddings"):
+        raise DraftsmithError(f"drafter {path}: tie_word_embeddings is true: EAGLE-3 has a head of its own; set false")
+    raw |= {
+        "block_size": raw.get("block_size") or USUAL_BLOCK_SIZE,
+        "draft_vocab_size": raw.get("draft_vocab_size") or raw["vocab_size"],
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": None, **eagle},
+    }
+    config: LlamaConfig = layout.parse_config(raw, LlamaConfig, ARCHITECTURE, path)
+    return config
+
+
+def check_fits(drafter: LlamaConfig, target: Any, where: str) -> None:
+    """Refuse a drafter made for a target of another shape. Configs only, no weights.
+
+    Rotary settings may differ from the target's: the drafter has its own, and engines read them from its config.
+    """
+    layers = target.num_hidden_layers
+    eagle = drafter.eagle_config
+    if eagle["eagle_aux_hidden_state_layer_ids"] is None:
+        eagle["eagle_aux_hidden_state_layer_ids"] = default_layer_ids(layers)
+    layout.check_equal(
+        where,
+        [
+            ("hidden_size", drafter.hidden_size, target.hidden_size),
+            ("vocab_size", drafter.vocab_size, target.vocab_size),
+            ("num_target_layers", getattr(drafter, "num_target_layers", layers), layers),
+        ],
+    )
+    ids = target_layer_ids(drafter)
+    if len(ids) != FEATURES:
+        raise DraftsmithError(f"drafter {where}: EAGLE-3 reads {FEATURES} target layers, not {len(ids)}: {ids}")
+    layout.check_layer_ids(where, ids, layers, ask_for="name three in sft.drafter.target_layer_ids")
+
+
+def save(drafter: Eagle3Drafter, folder: Path, dtype: torch.dtype) -> None:
+    """Write config.json and model.safetensors, exactly the tensors that engines expect."""
+    raw = drafter.config.to_dict() | {
+        "architectures": [ARCHITECTURE],
+        "model_type": "llama",
+        "block_size": drafter.block_size,
+        **layout.serving_fields(drafter.config, dtype),
+    }
+    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in drafter.named_parameters()}
+    chosen = drafter.draft_tokens.cpu()
+    tensors["d2t"] = chosen - torch.arange(len(chosen))  # offsets: target id = draft id + d2t
+    tensors["t2d"] = torch.isin(torch.arange(drafter.config.vocab_size), chosen)
+    layout.write_checkpoint(folder, raw, tensors)
+
+
+def load(folder: Path, target: Target, dtype: torch.dtype) -> Eagle3Drafter:
+    """Load a checkpoint for this target. Every tensor must be there, with its shape, and no other."""
+    config = read_config(folder)
+    check_fits(config, target.model.config, str(folder))
+    tensors = read_tensors(folder)
+    size, vocab = config.draft_vocab_size, config.vocab_size
+    if size == vocab:  # checkpoints over the whole vocabulary may leave the maps out
+        tensors.setdefault("d2t", torch.zeros(size, dtype=torch.int64))
+        tensors.setdefault("t2d", torch.ones(vocab, dtype=torch.bool))
+    drafter = Eagle3Drafter(config, target.embedding, torch.arange(size))
+    expected = {name: tuple(p.shape) for name, p in drafter.named_parameters()}
+    layout.check_tensors(folder, tensors, expected | {"d2t": (size,), "t2d": (vocab,)}, "EAGLE-3's layout")
+    drafter.draft_tokens = _draft_tokens(folder, tensors.pop("d2t"), tensors.pop("t2d"))
+    drafter.load_state_dict(tensors, strict=False)
+    return drafter.to(device=target.device, dtype=dtype)
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors without the target's embedding, which some checkpoints carry and engines replace."""
+    tensors = layout.read_tensors(folder)
+    tensors.pop("embed_tokens.weight", None)
+    return tensors
+
+
+def _draft_tokens(folder: Path, d2t: torch.Tensor, t2d: torch.Tensor) -> torch.Tensor:
+    """The target's ids of the draft vocabulary, sorted. Raises DraftsmithError if the two maps contradict each other."""
+    path = folder / layout.WEIGHTS_FILE
+    tokens = d2t.long() + torch.arange(len(d2t))
+    if len(tokens) > 1 and not bool((tokens[1:] > tokens[:-1]).all()):
+        raise DraftsmithError(f"drafter {path}: d2t does not name rising token ids; it holds offsets, not ids")
+    if not torch.equal(tokens, t2d.nonzero()[:, 0]):
+        raise DraftsmithError(f"drafter {path}: d2t and t2d name different tokens; export the checkpoint again")
+    return tokens

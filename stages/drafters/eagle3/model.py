@@ -1,0 +1,279 @@
+"""The EAGLE-3 draft model: one decoder layer that reads what the target felt and what it has just proposed.
+
+Source: arXiv 2503.01840, section 3, and the parameter layout of its public checkpoints. The layer's entry at position i
+is made of the token at i + 1 and a feature of position i: `fc` of three of the target's hidden states where the target
+has been, the layer's own output where only proposals have been. Its output predicts the token at i + 2.
+
+There is one layer, so keys and values of an entry depend on its own token and feature alone: entries of the verified
+prefix need no attention, all anchors share them, and what a block reads depends on the trajectory alone. Unrolling a
+chain on the trajectory's tokens is the training-time test of the paper; on its own proposals it is drafting.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
+
+from stages.drafters.base import Context, Drafter, DrafterInfo, Proposals, SftRecipe, best_of
+from stages.drafters.head import Head
+from stages.targets.slots import KeyValueSlots, Rows
+
+
+@dataclass
+class PrefixContext(Context):
+    """What the target's forward left: entry and feature of position i at index i."""
+
+    keys: torch.Tensor  # [B, kv_heads, T, head_dim], rotated; entry i is final once the token at i + 1 is
+    values: torch.Tensor  # [B, kv_heads, T, head_dim]
+    features: torch.Tensor  # [B, T, H], behind `fc`
+
+
+class SlotContext(Context):
+    """The same while decoding: one row a request, position p at index p + 1.
+
+    Index 0 takes the entry in front of the first position, which is nobody's, so that a prompt needs no special case.
+    """
+
+    def __init__(self, rows: int, capacity: int):
+        self.entries = KeyValueSlots(rows, capacity + 1)
+        self.rows, self.capacity = rows, capacity
+        self.features: torch.Tensor | None = None  # [rows, capacity + 1, H], allocated when the first ones come
+
+
+class EagleAttention(nn.Module):
+    """Attention of chains over the prefix and over themselves; inputs are twice as wide as outputs."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.head_dim: int = config.head_dim
+        width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(2 * config.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(2 * config.hidden_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(2 * config.hidden_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, N, head_dim]
+
+    def queries(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """x: [B, N, 2H] → rotated [B, heads, N, head_dim]."""
+        return _rotated(self._heads(self.q_proj(x)), rope)
+
+    def keys_values(
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x: [B, N, 2H] → rotated keys and values, each [B, kv_heads, N, head_dim]."""
+        return _rotated(self._heads(self.k_proj(x)), rope), self._heads(self.v_proj(x))
+
+
+def _rotated(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return apply_rotary_pos_emb(x, x, *rope)[0]
+
+
+def chain_attention(
+    queries: torch.Tensor,
+    prefix: tuple[torch.Tensor, torch.Tensor],
+    visible: torch.Tensor,
+    own: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """A chains a row, each reading its part of the row's prefix and its own J entries: no mask over chains exists.
+
+    queries: [B, heads, A, D]; prefix: keys and values [B, kv_heads, T, D]; visible: bool [B, A, T]; own: keys and values
+    [B, kv_heads, A, J, D]. Returns [B, A, heads · D].
+    """
+    B, heads, A, D = queries.shape
+    keys, values = prefix
+    kv_heads, T = keys.shape[1], keys.shape[2]
+    shared = heads // kv_heads  # query heads that read one key head, neighbours as in transformers
+    q = queries.view(B, kv_heads, shared, A, D) / math.sqrt(D)
+    seen = (q.flatten(2, 3) @ keys.to(q.dtype).transpose(-1, -2)).view(B, kv_heads, shared, A, T)
+    seen = seen.masked_fill(~visible[:, None, None], torch.finfo(seen.dtype).min)
+    itself = (q[..., None, :] * own[0][:, :, None]).sum(-1)  # [B, kv_heads, shared, A, J]
+    weights = torch.cat([seen, itself], -1).softmax(-1, dtype=torch.float32).to(q.dtype)
+    read = (weights[..., :T].flatten(2, 3) @ values.to(q.dtype)).view(B, kv_heads, shared, A, D)
+    read = read + (weights[..., T:, None] * own[1][:, :, None]).sum(-2)
+    return read.flatten(1, 2).transpose(1, 2).flatten(2)
+
+
+class EagleLayer(nn.Module):
+    """The decoder layer; the feature, not its normalised form, is the residual stream."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.self_attn = EagleAttention(config)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)  # of embeddings
+        self.hidden_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)  # of features
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def joined(self, embedded: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """[..., H] each → the attention's input [..., 2H]."""
+        return torch.cat([self.input_layernorm(embedded), self.hidden_norm(features)], -1)
+
+    def finish(self, features: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """Residual and MLP: features and attended [..., H] → the layer's output, which is the next feature."""
+        x = features + self.self_attn.o_proj(attended)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class _Chain:
+    """A chains a row in the making: each call takes the next token of every chain."""
+
+    def __init__(self, drafter: Eagle3Drafter, context: PrefixContext, anchors: torch.Tensor):
+        self.drafter, self.context = drafter, context
+        self.positions = (anchors - 1).clamp(min=0)  # of the entry that holds the anchor's token
+        self.features = context.features.gather(
+            1, self.positions[..., None].expand(-1, -1, context.features.shape[-1])
+        )  # [B, A, H]
+        index = torch.arange(context.keys.shape[2], device=anchors.device)
+        self.visible = index < (anchors - 1)[..., None]  # [B, A, T]
+        self._keys: list[torch.Tensor] = []  # each [B, kv_heads, A, D]
+        self._values: list[torch.Tensor] = []
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens: [B, A] → hidden states [B, A, H] that predict the token behind."""
+        layer = self.drafter.midlayer
+        x = layer.joined(self.drafter.embed(tokens), self.features)
+        rope = self.drafter.rope(self.positions + len(self._keys), x)
+        keys, values = layer.self_attn.keys_values(x, rope)
+        self._keys.append(keys)
+        self._values.append(values)
+        attended = chain_attention(
+            layer.self_attn.queries(x, rope),
+            (self.context.keys, self.context.values),
+            self.visible,
+            (torch.stack(self._keys, 3), torch.stack(self._values, 3)),
+        )
+        self.features = layer.finish(self.features, attended)
+        return self.drafter.norm(self.features)
+
+
+class Eagle3Drafter(Drafter):
+    """Parameter names are those of public checkpoints: `fc`, `midlayer.…`, `norm`, `lm_head`. Embedding: the target's."""
+
+    kind, autoregressive, has_own_head = "eagle3", True, True
+    recipe = SftRecipe(loss="forward_kl", gamma=-1 / math.log(0.8))  # 0.8 a step
+
+    def __init__(self, config: LlamaConfig, embedding: torch.Tensor, draft_tokens: torch.Tensor):
+        """config: Llama fields plus `block_size`, `draft_vocab_size` and `eagle_config`; embedding: [V, H];
+        draft_tokens: [draft_vocab_size] sorted ids of the target's vocabulary."""
+        super().__init__()
+        self.config = config
+        self.block_size: int = config.block_size
+        self.target_layer_ids: list[int] = list(config.eagle_config["eagle_aux_hidden_state_layer_ids"])
+        self.frequent_tokens: torch.Tensor | None = None
+        self.info = DrafterInfo()
+        self._embedding = (embedding,)  # in a tuple: neither a parameter nor a buffer of this module
+        self.draft_tokens: torch.Tensor
+        self.register_buffer("draft_tokens", draft_tokens, persistent=False)
+        self.fc = nn.Linear(len(self.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
+        self.midlayer = EagleLayer(config)
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        self.rotary = LlamaRotaryEmbedding(config)
+
+    def initialise(self, generator: torch.Generator, target_head: torch.Tensor) -> None:
+        """Random weights; the head starts as the target's rows, under a norm that gives its logits unit variance."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2 and name != "lm_head.weight":
+                nn.init.normal_(parameter, std=0.02, generator=generator)
+        with torch.no_grad():
+            self.lm_head.weight.copy_(target_head[self.draft_tokens.to(target_head.device)].float())
+        row_norm = self.lm_head.weight.norm(dim=-1).mean()
+        nn.init.constant_(self.norm.weight, float(1.0 / row_norm))
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[...] → [..., H]."""
+        return F.embedding(tokens, self._embedding[0]).to(self.fc.weight.dtype)
+
+    def rope(self, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines at positions [B, N]."""
+        rope: tuple[torch.Tensor, torch.Tensor] = self.rotary(like, position_ids=positions)
+        return rope
+
+    def encode(self, features: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> PrefixContext:
+        fused = self.fc(features.to(self.fc.weight.dtype))
+        # the last entry's token is not known yet; the block of the anchor behind it makes that entry itself
+        following = torch.cat([tokens[:, 1:], tokens[:, -1:]], 1)
+        keys, values = self._entries(following, fused, positions)
+        return PrefixContext(keys, values, fused)
+
+    def _entries(
+        self, following: torch.Tensor, fused: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.midlayer.joined(self.embed(following), fused)
+        return self.midlayer.self_attn.keys_values(x, self.rope(positions, x))
+
+    def block_hidden(self, context: Context, tokens: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+        assert isinstance(context, PrefixContext)
+        chain = _Chain(self, context, anchors)
+        return torch.stack([chain.step(tokens[..., k]) for k in range(tokens.shape[-1])], 2)
+
+    @torch.no_grad()
+    def propose(
+        self,
+        context: Context,
+        anchor_tokens: torch.Tensor,
+        anchors: torch.Tensor,
+        block_size: int,
+        head: Head,
+        *,
+        with_logprobs: bool = True,
+    ) -> Proposals:
+        assert isinstance(context, PrefixContext)
+        chain = _Chain(self, context, anchors)
+        steps: list[Proposals] = []
+        for _ in range(block_size - 1):
+            newest = steps[-1].tokens if steps else anchor_tokens
+            steps.append(best_of(head.logits(chain.step(newest)), head, with_logprobs))
+        logprobs = [step.logprobs for step in steps if step.logprobs is not None]
+        return Proposals(
+            torch.stack([step.tokens for step in steps], -1), torch.stack(logprobs, -1) if with_logprobs else None
+        )
+
+    def head_over(self, target_head: torch.Tensor, token_ids: torch.Tensor | None) -> Head:  # noqa: ARG002
+        if token_ids is not None:
+            kept = torch.isin(self.draft_tokens, token_ids.to(self.draft_tokens.device))
+            return Head(self.lm_head.weight[kept], self.draft_tokens[kept])
+        whole = self.draft_tokens.numel() == self.config.vocab_size
+        return Head(self.lm_head.weight, None if whole else self.draft_tokens)
+
+    def new_context(self, rows: int, capacity: int) -> SlotContext:
+        return SlotContext(rows, capacity)
+
+    def extend(
+        self, context: Context, rows: Rows, features: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        """The first token completes the entry before it, which held a proposal or nothing until now."""
+        assert isinstance(context, SlotContext)
+        if isinstance(rows, slice):
+            rows = torch.arange(rows.start, rows.stop, device=positions.device)
+        row_index = rows[:, None]
+        fused = self.fc(features.to(self.fc.weight.dtype))
+        if context.features is None:
+            context.features = fused.new_zeros(context.rows, context.capacity + 1, fused.shape[-1])
+        before = context.features[row_index, positions[:, :1]]  # index p holds position p - 1
+        context.features[row_index, positions + 1] = fused
+        keys, values = self._entries(tokens, torch.cat([before, fused[:, :-1]], 1), (positions - 1).clamp(min=0))
+        context.entries.write(row_index, positions, keys.transpose(1, 2), values.transpose(1, 2))
+
+    def select(self, context: Context, rows: Rows, length: int) -> PrefixContext:
+        if isinstance(context, PrefixContext):
+            keys, values = (entries[rows, :, :length] for entries in (context.keys, context.values))
+            return PrefixContext(keys, values, context.features[rows, :length])
+        assert isinstance(context, SlotContext) and context.features is not None
+        keys, values = (entries[:, :, 1:] for entries in context.entries.read(rows, length + 1))
+        return PrefixContext(keys, values, context.features[rows, 1 : length + 1])
+
+    def move_row(self, context: Context, source: int, to: int) -> None:
+        assert isinstance(context, SlotContext)
+        context.entries.move_row(source, to)
+        if context.features is not None:
+            context.features[to] = context.features[source]

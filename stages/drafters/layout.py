@@ -1,0 +1,133 @@
+"""What the checkpoint layouts of all architectures share: reading strictly, writing, and fitting a target."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from artifacts.errors import DraftsmithError
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+
+def read_raw_config(folder: Path) -> dict[str, Any]:
+    """config.json as it is, rotary settings under `rope_parameters`. Raises DraftsmithError if it is no JSON object."""
+    path = folder / CONFIG_FILE
+    try:
+        raw = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DraftsmithError(f"drafter {path}: cannot be read ({error}); give the folder of a drafter") from error
+    if not isinstance(raw, dict):
+        raise DraftsmithError(f"drafter {path}: is not a JSON object; give the folder of a drafter")
+    if "rope_parameters" not in raw and "rope_theta" in raw:
+        scaling = raw.pop("rope_scaling", None) or {}
+        scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type", "default")
+        raw["rope_parameters"] = {**scaling, "rope_theta": raw["rope_theta"]}
+    return raw
+
+
+def parse_config(raw: Mapping[str, Any], kind: type[Any], architecture: str, path: Path) -> Any:
+    """`raw` as a config class of transformers."""
+    try:
+        return kind(**{**raw, "architectures": [architecture]})
+    except Exception as error:  # transformers checks fields with error classes of its own
+        reason = " ".join(str(error).split())
+        raise DraftsmithError(f"drafter {path}: cannot be read ({reason}); give the folder of a drafter") from error
+
+
+def require_fields(path: Path, fields: Iterable[tuple[str, Any]]) -> None:
+    """Refuse a config in which one of the named values is missing."""
+    for field, value in fields:
+        if value is None:
+            raise DraftsmithError(f"drafter {path}: field {field} is missing (an engine would guess it); add it")
+
+
+def check_equal(where: str, checks: Iterable[tuple[str, Any, Any]]) -> None:
+    """checks: (field, the drafter's, the target's). Raises DraftsmithError at the first that differs."""
+    for field, has, needs in checks:
+        if has != needs:
+            raise DraftsmithError(
+                f"drafter {where}: {field} is {has}, the target's is {needs}: it was made for another target; "
+                "give a drafter of this target or leave sft.init_from out"
+            )
+
+
+def rope_checks(drafter: Any, target: Any) -> list[tuple[str, Any, Any]]:
+    """The rotary settings of two configs, as `check_equal` takes them; none where one of them does not say."""
+    ours, theirs = (getattr(config, "rope_parameters", None) or {} for config in (drafter, target))
+    if not (ours.get("rope_theta") and theirs.get("rope_theta")):
+        return []
+    usual = (("rope_type", "default"), ("factor", 1.0), ("partial_rotary_factor", 1.0))
+    return [
+        ("rope_theta", float(ours["rope_theta"]), float(theirs["rope_theta"])),
+        *((f"rope_parameters.{field}", ours.get(field, value), theirs.get(field, value)) for field, value in usual),
+    ]
+
+
+def check_layer_ids(where: str, ids: Sequence[int], layers: int, *, ask_for: str) -> None:
+    """Every id is a layer of the target, and none is named twice."""
+    if len(set(ids)) < len(ids):
+        raise DraftsmithError(f"drafter {where}: target_layer_ids {list(ids)} name a layer twice; {ask_for}")
+    if not ids or min(ids) < 0 or max(ids) >= layers:
+        raise DraftsmithError(f"drafter {where}: target_layer_ids {list(ids)} do not fit layers 0 … {layers - 1}")
+
+
+def write_checkpoint(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write config.json and model.safetensors."""
+    (folder / CONFIG_FILE).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
+    save_file(dict(tensors), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """model.safetensors. Raises DraftsmithError if it cannot be read."""
+    path = folder / WEIGHTS_FILE
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DraftsmithError(f"drafter {path}: cannot be read ({error}); the file is missing or cut short") from error
+    return tensors
+
+
+def check_tensors(
+    folder: Path, tensors: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]], layout: str
+) -> None:
+    """Every tensor must be there, with its shape, and no other: engines ignore names that they do not know."""
+    shared = expected.keys() & tensors.keys()
+    for problem, names in (
+        ("lacks tensor", expected.keys() - tensors.keys()),
+        ("has the unknown tensor", tensors.keys() - expected.keys()),
+        ("has the wrong shape for", {name for name in shared if tuple(tensors[name].shape) != expected[name]}),
+    ):
+        if names:
+            raise DraftsmithError(
+                f"drafter {folder / WEIGHTS_FILE}: {problem} {min(names)} ({len(names)} in all); expected {layout}"
+            )
+
+
+def serving_fields(config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """Fields that engines read under older names."""
+    return {"rope_theta": config.rope_parameters["rope_theta"], "dtype": str(dtype).removeprefix("torch.")}
+
+
+def target_fields(target_config: Any) -> dict[str, Any]:
+    """Widths, heads and rotary settings of the target, which a new drafter takes over."""
+    heads = target_config.num_attention_heads
+    rope = getattr(target_config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0}
+    return {
+        "vocab_size": target_config.vocab_size,
+        "hidden_size": target_config.hidden_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": target_config.num_key_value_heads,
+        "head_dim": getattr(target_config, "head_dim", None) or target_config.hidden_size // heads,
+        "max_position_embeddings": target_config.max_position_embeddings,
+        "rms_norm_eps": target_config.rms_norm_eps,
+        "rope_parameters": dict(rope),
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+    }

@@ -1,0 +1,70 @@
+"""What SFT and OPD share: blocks behind anchors, their labels, and the report of a step's loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from stages.drafters.base import Context, Drafter
+from stages.training.batches import Batch
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """Where blocks are trained: A anchors a row, rows with fewer padded with copies that have valid = False."""
+
+    positions: torch.Tensor  # [B, A] absolute
+    valid: torch.Tensor  # bool [B, A]
+
+    @property
+    def blocks(self) -> int:
+        return int(self.valid.sum())
+
+
+@dataclass
+class LossReport:
+    """The loss of one step and what it was made of."""
+
+    loss: torch.Tensor
+    blocks: int  # trained blocks
+    positions: int  # block positions with a loss
+    figures: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # mining, drafter, head_and_loss
+
+
+def context_of(drafter: Drafter, batch: Batch) -> Context:
+    """What the drafter knows of the batch's trajectories, with gradient."""
+    return drafter.encode(batch.features, batch.tokens, batch.positions)
+
+
+def block_hidden(drafter: Drafter, context: Context, batch: Batch, anchors: Anchors) -> torch.Tensor:
+    """[B, A, K, H] for the batch's anchors, on the trajectories' own tokens."""
+    return drafter.block_hidden(context, _tokens_at(batch, anchors, 0, drafter.block_size - 1), anchors.positions)
+
+
+def block_hidden_on(
+    drafter: Drafter, context: Context, batch: Batch, anchors: Anchors, proposed: torch.Tensor
+) -> torch.Tensor:
+    """[B, A, K, H] on the drafter's own proposals [B, A, K]: what it felt when it made them."""
+    before = torch.cat([_tokens_at(batch, anchors, 0, 1), proposed[..., :-1]], -1)
+    return drafter.block_hidden(context, before, anchors.positions)
+
+
+def labels_of(batch: Batch, anchors: Anchors, K: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Committed token at each offset 1 … K [B, A, K], and whether the trajectory reaches that far."""
+    at = anchors.positions[..., None] + torch.arange(1, K + 1, device=anchors.positions.device)
+    lengths = torch.tensor([len(t.tokens) for t in batch.trajectories], device=at.device)
+    return _tokens_at(batch, anchors, 1, K), (at < lengths[:, None, None]) & anchors.valid[..., None]
+
+
+def _tokens_at(batch: Batch, anchors: Anchors, first: int, count: int) -> torch.Tensor:
+    """[B, A, count] of the offsets first, first + 1, …; the row's last token beyond its end."""
+    offsets = torch.arange(first, first + count, device=anchors.positions.device)
+    at = (anchors.positions[..., None] + offsets).clamp(max=batch.tokens.shape[1] - 1)
+    return batch.tokens.gather(1, at.flatten(1)).view_as(at)
+
+
+def weighted_mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Σ w·v / Σ w over all positions of a batch, 0 without any."""
+    return (weights * values).sum() / weights.sum().clamp(min=1e-9)
