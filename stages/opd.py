@@ -73,9 +73,9 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
     from stages.stored import DRAFTER_FOLDER, load_trajectories
     from stages.targets.causal_lm import Target
     from stages.training.batches import FeatureSource, step_rng, trajectories_of_step
+    from stages.training.blocks import LossReport
     from stages.training.loop import train
     from stages.training.mined import Kind, load_mined
-    from stages.training.blocks import LossReport
     from stages.training.opd_step import OpdStep
     from stages.training.remining import Remining
 

@@ -14,8 +14,8 @@ from artifacts.atomic import atomic_path
 from artifacts.errors import DraftsmithError
 from stages.contract import StageContext
 from stages.drafters.base import Drafter
-from stages.training.config import OptimiserConfig
 from stages.training.blocks import LossReport
+from stages.training.config import OptimiserConfig
 
 
 def cosine(step: int, config: OptimiserConfig) -> float:

@@ -15,8 +15,8 @@ import torch
 from stages.drafters.head import Head
 from stages.training.anchors import anchor_positions, draw_exactly, pad_anchors
 from stages.training.batches import Batch
-from stages.training.mined import Kind, MinedTable
 from stages.training.blocks import Anchors
+from stages.training.mined import Kind, MinedTable
 from stages.training.remining import Remining
 from stages.training.steps import VerifySteps
 

@@ -80,9 +80,10 @@ def description(config: Qwen3Config, tokenizer: Callable[[], Any]) -> str:
     """Its shape in a few words."""
     mask = config.dflash_config["mask_token_id"]
     token = tokenizer().convert_ids_to_tokens(mask)  # rows of a padded vocabulary have none: no text can mean them
+    named = repr(token) if token is not None else "(beyond the tokenizer's tokens)"
     return (
         f"DFlash, {config.num_hidden_layers} layers on target layers {target_layer_ids(config)}, blocks of "
-        f"{config.block_size}, mask token {mask} {repr(token) if token else '(beyond the tokenizer’s tokens)'}"
+        f"{config.block_size}, mask token {mask} {named}"
     )
 
 

@@ -1,4 +1,4 @@
-"""EAGLE-3 checkpoints in the layout that SGLang and vLLM load. Refuses variants that this model would compute wrongly."""
+"""EAGLE-3 checkpoints in the layout that SGLang and vLLM load. Refuses other variants of it."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _draft_tokens(folder: Path, d2t: torch.Tensor, t2d: torch.Tensor) -> torch.Tensor:
-    """The target's ids of the draft vocabulary, sorted. Raises DraftsmithError if the two maps contradict each other."""
+    """The target's ids of the draft vocabulary, sorted. Raises DraftsmithError if the maps contradict each other."""
     path = folder / layout.WEIGHTS_FILE
     tokens = d2t.long() + torch.arange(len(d2t))
     if len(tokens) > 1 and not bool((tokens[1:] > tokens[:-1]).all()):

@@ -85,8 +85,8 @@ def chain_attention(
 ) -> torch.Tensor:
     """A chains a row, each reading its part of the row's prefix and its own J entries: no mask over chains exists.
 
-    queries: [B, heads, A, D]; prefix: keys and values [B, kv_heads, T, D]; visible: bool [B, A, T]; own: keys and values
-    [B, kv_heads, A, J, D]. Returns [B, A, heads · D].
+    queries: [B, heads, A, D]; prefix: keys and values [B, kv_heads, T, D]; visible: bool [B, A, T]; own: keys and
+    values [B, kv_heads, A, J, D]. Returns [B, A, heads · D].
     """
     B, heads, A, D = queries.shape
     keys, values = prefix
@@ -156,7 +156,7 @@ class _Chain:
 
 
 class Eagle3Drafter(Drafter):
-    """Parameter names are those of public checkpoints: `fc`, `midlayer.…`, `norm`, `lm_head`. Embedding: the target's."""
+    """Parameter names are those of public checkpoints: `fc`, `midlayer.…`, `norm`, `lm_head`."""
 
     kind, autoregressive, has_own_head = "eagle3", True, True
     recipe = SftRecipe(loss="forward_kl", gamma=-1 / math.log(0.8))  # 0.8 a step
