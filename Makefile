@@ -23,15 +23,16 @@ $(INSTALLED): pyproject.toml
 quickstart: $(INSTALLED)
 	$(BIN)/draftsmith refresh configs/quickstart.yaml
 
-test:
-	$(MAKE) test-core
-	$(MAKE) test-sglang
+# two workers with one thread each: torch processes that share cores slow each other down; one of them runs all tests
+# that share SGLang's servers (3 GB and half a minute of a core each to start), see tests/conftest.py
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-# two workers with one thread each: torch processes that share cores slow each other down
+test: $(INSTALLED) sglang-cpu
+	$(PYTEST) $(PYTEST_ARGS)
+
 test-core: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not sglang" $(PYTEST_ARGS)
+	$(PYTEST) -m "not sglang" $(PYTEST_ARGS)
 
-# one after the other: they share servers, which take 3 GB and half a minute of a core each to start
 test-sglang: $(INSTALLED) sglang-cpu
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m sglang $(PYTEST_ARGS)
 

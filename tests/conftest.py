@@ -17,7 +17,18 @@ from tests.testbed.drafter import DrafterArtifacts, drafter_artifacts
 
 if TYPE_CHECKING:  # most rooms need neither
     from stages.drafters.dflash.model import DFlashDrafter
+    from stages.drafters.eagle3.model import Eagle3Drafter
     from stages.targets.causal_lm import Target
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Which tests one worker runs (`--dist loadgroup`): a file, whose fixtures are then made once, and all that share
+    SGLang's servers. The longest groups start first, so that no worker ends alone."""
+    items.sort(key=lambda item: (item.get_closest_marker("sglang") is None, "integration" not in item.path.parts))
+    for item in items:
+        group = "sglang" if item.get_closest_marker("sglang") else item.nodeid.split("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +71,19 @@ def plain_drafter(plain_target: Target) -> DFlashDrafter:
     from tests.testbed import random_target
 
     return random_target.random_drafter(plain_target)
+
+
+@pytest.fixture(scope="session")
+def tiny_eagle3(tiny_drafter: DrafterArtifacts) -> Path:
+    """The artifact of SFT for an EAGLE-3 drafter of the tiny target: block 5, 120 draft tokens, trained a little."""
+    from tests.testbed.eagle3 import trained_eagle3
+
+    return trained_eagle3(tiny_drafter)
+
+
+@pytest.fixture(scope="session")
+def plain_eagle3(plain_target: Target) -> Eagle3Drafter:
+    """A random EAGLE-3 drafter for the target of random weights. Not to be changed."""
+    from tests.testbed.eagle3 import random_eagle3
+
+    return random_eagle3(plain_target)

@@ -40,6 +40,17 @@ class SftRecipe:
     gamma: float  # offset k has the weight exp(-(k-1)/gamma)
 
 
+@dataclass(frozen=True)
+class StepShape:
+    """The sizes of one training step that its work depends on."""
+
+    rows: int  # trajectories
+    width: int  # positions that they are padded to
+    anchors: int  # a row
+    head_positions: int  # block positions with a loss
+    head_rows: int  # tokens in the softmax
+
+
 class Context:
     """What a drafter knows of the verified prefix. Positions behind an anchor never see it: readers mask."""
 
@@ -105,6 +116,10 @@ class Drafter(nn.Module, ABC):
         if head_tokens is None or self.frequent_tokens is None:
             return self.head_over(target_head, None)
         return self.head_over(target_head, self.frequent_tokens[:head_tokens])
+
+    @abstractmethod
+    def training_operations(self, shape: StepShape) -> float:
+        """Floating-point operations of the matrix products of one step, forward and backward; formula at each."""
 
     @abstractmethod
     def propose(

@@ -57,7 +57,7 @@ class Eagle3Config(Config):
 
 
 def _kind_of(value: Any) -> str:
-    kind = value.get("kind", "dflash") if isinstance(value, dict) else value.kind
+    kind = value.get("kind", "dflash") if isinstance(value, dict) else getattr(value, "kind", "")
     return str(kind)
 
 

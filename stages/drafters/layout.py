@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from artifacts.errors import DraftsmithError
 
@@ -108,6 +109,13 @@ def check_tensors(
             raise DraftsmithError(
                 f"drafter {folder / WEIGHTS_FILE}: {problem} {min(names)} ({len(names)} in all); expected {layout}"
             )
+
+
+def cast(drafter: nn.Module, dtype: torch.dtype) -> None:
+    """Weights to `dtype`, in place. Rotary frequencies stay float32, as in engines: rounded to bfloat16, they turn by
+    radians more or less at position 2000."""
+    for parameter in drafter.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def serving_fields(config: Any, dtype: torch.dtype) -> dict[str, Any]:

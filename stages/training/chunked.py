@@ -46,7 +46,7 @@ def chunked_values(
     with_gradient = torch.is_grad_enabled()
     if with_gradient and trained_head:
         chunks = [checkpoint(values_of, hidden[part], part, use_reentrant=False) for part in parts]
-        return torch.cat([hidden.new_zeros(0, dtype=torch.float32), *chunks])
+        return torch.cat([hidden[:0].float().sum(-1), *chunks])  # part of the graph also without positions
     values = hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
     gradient = torch.zeros_like(hidden) if with_gradient else None
     for part in parts:

@@ -28,7 +28,6 @@ import torch
 from artifacts.errors import DraftsmithError
 from stages.drafters.base import Context
 from stages.drafters.checkpoint import load_drafter
-from stages.drafters.head import Head
 from stages.engines.base import Request, SamplingParams
 from stages.engines.embedded import EmbeddedEngine
 from stages.mining import MiningConfig
@@ -36,12 +35,15 @@ from stages.replay.chains import replay_chains
 from stages.replay.scoring import score_traces
 from stages.replay.sequential import replay_sequentially
 from stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens, tau
+from stages.sft import SftConfig
 from stages.stored import DRAFTER_FOLDER, load_trajectories
 from stages.targets.causal_lm import Target, TargetOutput
 from stages.targets.slots import SlotCache
 from stages.training.anchors import pad_anchors
-from stages.training.batches import FeatureSource
-from stages.training.objectives import sft_loss
+from stages.training.batches import FeatureSource, step_rng
+from stages.training.config import TrainingConfig
+from stages.training.supervised import sft_loss
+from stages.training.vocabulary import HeadSource
 from tests.benchmarks import harness
 
 MINING = MiningConfig()
@@ -67,10 +69,11 @@ class Bench:
         return self.target.step(ids, positions, cache, slice(0, len(group)), layer_ids=self.drafter.target_layer_ids)
 
     @torch.no_grad()
-    def context(self, out: TargetOutput) -> Context:
+    def context(self, group: list[Trajectory], out: TargetOutput) -> Context:
         assert out.features is not None
-        B, T = out.features.shape[:2]
-        return self.drafter.encode(out.features, torch.arange(T, device=out.features.device).expand(B, -1))
+        ids = pad_tokens(group, self.target.device)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(len(group), -1)
+        return self.drafter.encode(out.features, ids, positions)
 
     def groups(self) -> list[list[Trajectory]]:
         grouped = groups_by_length([len(t.tokens) for t in self.trajectories], TOKENS_PER_FORWARD)
@@ -78,7 +81,9 @@ class Bench:
 
     def sequentially(self) -> list[Trace]:
         return [
-            replay_sequentially(self.drafter, self.context(self.forward([t])), t, self.drafter.block_size, self.head)
+            replay_sequentially(
+                self.drafter, self.context([t], self.forward([t])), t, self.drafter.block_size, self.head
+            )
             for t in self.trajectories
         ]
 
@@ -91,7 +96,7 @@ class Bench:
         """Traces in the order of the trajectories."""
         found: dict[str, Trace] = {}
         for group in self.groups():
-            traces = self.replay(group, self.context(self.forward(group)), count)
+            traces = self.replay(group, self.context(group, self.forward(group)), count)
             found |= {t.trajectory_id: trace for t, trace in zip(group, traces, strict=True)}
         return [found[t.trajectory_id] for t in self.trajectories]
 
@@ -211,7 +216,7 @@ def scoring(bench: Bench, repetitions: int) -> dict[str, float]:
             kept: dict[str, Any] = {}
             found["read"] += harness.seconds_of(lambda: kept.update(out=bench.forward(group, cache)))  # noqa: B023
             found["replay"] += harness.seconds_of(
-                lambda: kept.update(traces=bench.replay(group, bench.context(kept["out"]), None))  # noqa: B023
+                lambda: kept.update(traces=bench.replay(group, bench.context(group, kept["out"]), None))  # noqa: B023
             )
             found["score"] += harness.seconds_of(
                 lambda: score_traces(bench.target, cache, kept["out"].hidden, kept["traces"])  # noqa: B023
@@ -224,14 +229,18 @@ def scoring(bench: Bench, repetitions: int) -> dict[str, float]:
 
 def training_step(bench: Bench) -> Callable[[list[Trajectory], list[Trace]], float]:
     """Seconds of one SFT step, without the target's forward and the update, on the anchors of some traces."""
-    drafter, head = bench.drafter, Head(bench.target.head_weight)
+    drafter, weight = bench.drafter, bench.target.head_weight
+    source = HeadSource(drafter, weight, TrainingConfig())
+    stream = SftConfig().stream(drafter.recipe)
 
     def step(group: list[Trajectory], traces: list[Trace]) -> float:
         batch = FeatureSource(bench.target, drafter.target_layer_ids, group).batch(range(len(group)))
         anchors = pad_anchors([t.anchors for t in traces], bench.target.device)
+        heads = source.draw(step_rng(0, 0), [batch.tokens])
 
         def work() -> None:
-            sft_loss(drafter, batch, anchors, head, gamma=7.0, positions_per_chunk=1024).loss.backward()
+            report = sft_loss(drafter, batch, anchors, heads, weight, stream, temperature=1.0, positions_per_chunk=1024)
+            report.loss.backward()
 
         return harness.seconds_of(work)
 

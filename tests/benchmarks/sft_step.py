@@ -29,21 +29,22 @@ from artifacts.errors import DraftsmithError
 from stages.drafters.base import Drafter
 from stages.drafters.checkpoint import create_drafter, load_drafter
 from stages.drafters.config import DFlashConfig
-from stages.drafters.head import Head
 from stages.opd import OpdConfig, anchor_source
 from stages.replay.chains import replay_chains
 from stages.replay.trace import Trajectory
+from stages.sft import SftConfig
 from stages.stored import DRAFTER_FOLDER, load_trajectories
 from stages.targets.causal_lm import Target
 from stages.training.anchors import random_anchors
-from stages.training.batches import FeatureSource, frequent_tokens, step_rng
+from stages.training.batches import FeatureSource, frequent_tokens, step_rng, token_counts
+from stages.training.blocks import LossReport, context_of
 from stages.training.config import TrainingConfig
 from stages.training.mined import MinedTable, TrajectorySteps
-from stages.training.objectives import LossReport, sft_loss
 from stages.training.opd_step import OpdStep
 from stages.training.remining import Remining
 from stages.training.steps import score
-from stages.training.vocabulary import training_head
+from stages.training.supervised import sft_loss
+from stages.training.vocabulary import HeadSource
 from tests.benchmarks import harness, machine
 
 GAMMA = 2.0
@@ -111,8 +112,9 @@ def replayed(target: Target, drafter_folder: Path, trajectories: list[Trajectory
     features = FeatureSource(target, drafter.target_layer_ids, trajectories)
     batch = features.batch(range(len(trajectories)))
     with torch.no_grad():
-        context = drafter.encode(batch.features, batch.positions)
-    traces = replay_chains(drafter, context, trajectories, drafter.block_size, Head(target.head_weight))
+        context = context_of(drafter, batch)
+    head = drafter.drafting_head(target.head_weight, None)
+    traces = replay_chains(drafter, context, trajectories, drafter.block_size, head)
     steps = [
         TrajectorySteps(t.anchors, t.accepted, t.committed, t.rejected_offset, t.proposed, s.target_logprobs)
         for t, s in zip(traces, score(target, trajectories, traces), strict=True)
@@ -127,11 +129,12 @@ class Step:
     def __init__(self, world: World, fields: dict[str, Any] | None, config: TrainingConfig):
         self.world, self.config, self.step = world, config, 0
         self.drafter = world.make_drafter()
-        self.drafter.frequent_tokens = frequent_tokens(world.trajectories, world.target.info.vocab_size).to(
-            world.target.device
-        )
+        counts = token_counts(world.trajectories, world.target.info.vocab_size)
+        self.drafter.frequent_tokens = frequent_tokens(counts).to(world.target.device)
         self.drafter.train()
         self.optimiser = torch.optim.AdamW(self.drafter.parameters(), lr=1e-6, betas=(0.9, 0.95))
+        self.heads = HeadSource(self.drafter, world.target.head_weight, config)
+        self.stream = SftConfig(gamma=GAMMA).stream(self.drafter.recipe)
         self.opd = None if fields is None else self._opd(fields)
 
     def _opd(self, fields: dict[str, Any]) -> OpdStep:
@@ -155,11 +158,17 @@ class Step:
             return self.opd.loss(self.step, indices, batch, rng)
         started = time.perf_counter()
         anchors = random_anchors(batch.trajectories, config.anchors_per_sequence, rng, self.world.target.device)
-        weight = self.world.target.head_weight
-        head = training_head(weight, self.drafter.frequent_tokens, config, rng, [batch.tokens])
+        heads = self.heads.draw(rng, [batch.tokens])
         selected = time.perf_counter()
         report = sft_loss(
-            self.drafter, batch, anchors, head, gamma=GAMMA, positions_per_chunk=config.positions_per_chunk
+            self.drafter,
+            batch,
+            anchors,
+            heads,
+            self.world.target.head_weight,
+            self.stream,
+            temperature=1.0,
+            positions_per_chunk=config.positions_per_chunk,
         )
         report.seconds["head_and_loss"] += selected - started
         return report

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -218,15 +219,16 @@ def test_without_hub_and_cache_the_rest_is_still_checked(tmp_path: Path) -> None
 def qwen_sizes() -> Sizes:
     from transformers import Qwen3Config
 
+    from stages.drafters.checkpoint import plan_of_new
     from stages.drafters.config import DFlashConfig
-    from stages.drafters.dflash.checkpoint import new_config
-    from stages.targets.estimate import ModelSize, drafter_size
+    from stages.targets.estimate import ModelSize
 
     target = Qwen3Config(**QWEN3_4B)
-    drafter = drafter_size(new_config(DFlashConfig(), target, 151669))
+    tokenizer = SimpleNamespace(convert_ids_to_tokens=lambda _: None)  # the mask token is an unused row
+    drafter = plan_of_new(DFlashConfig(mask_token=151669), target, lambda: tokenizer)
     return Sizes(
         ModelSize.of(target, 4_022_468_096),
-        drafter,
+        ModelSize.of(drafter.config, drafter.parameters),
         features=5,
         block_size=16,
         itemsize=2,

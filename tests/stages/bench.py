@@ -63,7 +63,7 @@ class Bench:
         assert out.features is not None
         positions = torch.arange(ids.shape[1]).expand(len(trajectories), -1)
         with torch.no_grad():
-            return out, drafter.encode(out.features, positions)
+            return out, drafter.encode(out.features, ids, positions)
 
     def sequential_traces(
         self,

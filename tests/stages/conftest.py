@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
+from stages.drafters.checkpoint import create_drafter, load_drafter
+from stages.drafters.config import Eagle3Config
+from stages.stored import DRAFTER_FOLDER, load_trajectories
+from stages.training.batches import frequent_tokens, token_counts
 from tests.stages.bench import Bench, build_bench
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -12,3 +19,14 @@ from tests.testbed.drafter import DrafterArtifacts
 def bench(tiny_drafter: DrafterArtifacts) -> Bench:
     """The tiny target with a trained and an untrained drafter, in memory."""
     return build_bench(tiny_drafter)
+
+
+@pytest.fixture(scope="session")
+def eagle_bench(bench: Bench, tiny_drafter: DrafterArtifacts, tiny_eagle3: Path) -> Bench:
+    """The same with EAGLE-3 drafters: trained, and as untrained ones start, both with a reduced vocabulary."""
+    trained = load_drafter(tiny_eagle3 / DRAFTER_FOLDER, bench.target)
+    counts = token_counts(load_trajectories(tiny_drafter.rollout).trajectories, bench.target.info.vocab_size)
+    shape = Eagle3Config(kind="eagle3", block_size=6, target_layer_ids=(0, 1, 2), draft_vocab_size=90)
+    untrained = create_drafter(shape, bench.target, 3, frequent_tokens(counts))
+    untrained.frequent_tokens = frequent_tokens(counts)
+    return replace(bench, drafters={"trained": trained, "untrained": untrained.eval()})

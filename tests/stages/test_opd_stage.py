@@ -85,9 +85,8 @@ def committed_nll(bench: Bench, drafter: Drafter, answers: Answers) -> float:
     for trajectory, steps in zip(trajectories, table.steps, strict=True):
         _, context = bench.read([trajectory], drafter)
         for anchor, committed in zip(steps.anchors.tolist(), steps.committed.tolist(), strict=True):
-            hidden = drafter.block_hidden(
-                context, torch.tensor([[trajectory.tokens[anchor]]]), torch.tensor([[anchor]]), drafter.block_size
-            )[0, 0]
+            tokens = torch.full((1, 1, drafter.block_size - 1), trajectory.tokens[anchor])
+            hidden = drafter.block_hidden(context, tokens, torch.tensor([[anchor]]))[0, 0]
             law = torch.log_softmax(bench.target.logits(hidden), -1)
             for k in range(min(committed, len(law))):
                 total -= float(law[k, trajectory.tokens[anchor + 1 + k]])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from artifacts.errors import DraftsmithError, StageInterrupted
 from stages.sft import STAGE, SftConfig
@@ -154,6 +155,12 @@ def test_training_continues_from_an_artifact_or_a_folder(tmp_path: Path, inputs:
     assert losses(by_input) == losses(by_folder)
     assert losses(by_input)[0] < 0.9 * losses(first)[0]
     assert checkpoint(by_input)["model.safetensors"] != checkpoint(first)["model.safetensors"]
+
+
+@pytest.mark.parametrize("drafter", ["dflash", 3, None, [], {"kind": "medusa"}], ids=str)
+def test_a_drafter_section_without_a_known_kind_is_a_config_error(drafter: Any) -> None:
+    with pytest.raises(ValidationError, match="kind must be dflash or eagle3"):
+        SftConfig.model_validate({"drafter": drafter})
 
 
 def test_preflight_refuses_a_mask_token_that_the_target_lacks(plain_artifact: Path) -> None:

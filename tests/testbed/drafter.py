@@ -132,17 +132,18 @@ def drafter_artifacts(target_model: Path, prompts: Path, recipe: DrafterRecipe =
     of engine, store or flow leaves them: what those do to an artifact is for their own tests.
     """
     from artifacts import schemas
-    from stages.drafters import head
+    from stages.drafters import head, layout
     from stages.drafters.dflash import checkpoint, model
     from stages.targets import resolve, source
-    from stages.training import anchors, batches, chunked, loop, losses, objectives, vocabulary
+    from stages.training import anchors, batches, blocks, chunked, loop, losses, response, supervised, vocabulary
     from tests.testbed import drafter
 
     def build(folder: Path) -> None:
         build_drafter(folder, target_model, prompts, recipe)
 
-    code = (schemas, head, checkpoint, model, anchors, batches, chunked, loop, losses, objectives, vocabulary)
+    shapes = (schemas, head, layout, checkpoint, model, drafter)
+    trains = (anchors, batches, blocks, chunked, loop, losses, response, supervised, vocabulary)
     # both folders are named by a digest of what made them; the path counts because target.json refers to it
     made_from = f"{os.fspath(target_model)} {resolve.model_digest(target_model, source.weight_files(target_model))}"
     extra = f"{asdict(recipe)} {made_from} {prompts.parent.name}"
-    return DrafterArtifacts(cache.cached(f"drafter-{recipe.name}", build, code=(*code, drafter), extra=extra))
+    return DrafterArtifacts(cache.cached(f"drafter-{recipe.name}", build, code=(*shapes, *trains), extra=extra))

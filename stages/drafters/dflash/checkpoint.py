@@ -150,4 +150,5 @@ def load(folder: Path, target: Target, dtype: torch.dtype) -> DFlashDrafter:
     expected = {name: tuple(p.shape) for name, p in drafter.named_parameters()}
     layout.check_tensors(folder, tensors, expected, "z-lab's layout")
     drafter.load_state_dict(tensors, strict=False)
-    return drafter.to(device=target.device, dtype=dtype)
+    layout.cast(drafter, dtype)
+    return drafter.to(target.device)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
-from stages.drafters.base import Context, Drafter, DrafterInfo, Proposals, SftRecipe, best_of
+from stages.drafters.base import Context, Drafter, DrafterInfo, Proposals, SftRecipe, StepShape, best_of
 from stages.drafters.head import Head
 from stages.targets.slots import KeyValueSlots, Rows
 
@@ -179,6 +179,24 @@ class DFlashDrafter(Drafter):
         for layer, keys_values in zip(self._layers(), context.layers, strict=True):
             x = layer(x, rope, keys_values, mask)
         return self.norm(x).unflatten(1, (A, block_size))[:, :, 1:]
+
+    def training_operations(self, shape: StepShape) -> float:
+        """With N = rows · T positions, b = rows · A blocks of B tokens, q and k the widths of queries and keys:
+
+        fc: N · F·H², forward and the gradient of its weights (2 passes; the target's features need none); all other
+        weights in 3 passes: N · L·2Hk (context) + b·B · L·(2Hq + 2Hk + 3HI) (blocks); attention, 3 passes: b·B queries
+        of width q over T + A·B keys, twice (scores and values), L times; the frozen head, 2 passes: P · V'·H.
+        A pass is one product; each multiply-add counts as two operations.
+        """
+        c = self.config
+        H, B = c.hidden_size, self.block_size
+        q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        N, tokens = shape.rows * shape.width, shape.rows * shape.anchors * B
+        fc = N * len(self.target_layer_ids) * H * H
+        layer = N * 2 * H * k + tokens * (2 * H * q + 2 * H * k + 3 * H * c.intermediate_size)
+        attention = 2 * tokens * q * (shape.width + shape.anchors * B)
+        head = shape.head_positions * shape.head_rows * H
+        return 2.0 * (2 * fc + 3 * c.num_hidden_layers * (layer + attention) + 2 * head)
 
     def new_context(self, rows: int, capacity: int) -> SlotContext:
         return SlotContext([KeyValueSlots(rows, capacity) for _ in self.layers])

@@ -20,22 +20,30 @@ FEATURES = 3  # low, middle, high
 # Chains of 7, the depth that the paper's training-time test unrolls, where a checkpoint does not say how far it drafts.
 USUAL_BLOCK_SIZE = 8
 # Variants of the layout under which the same tensors mean another model.
-_UNSUPPORTED = ("norm_output", "fc_norm", "use_aux_norm", "norm_before_fc", "bias", "target_hidden_size")
+_UNSUPPORTED = (
+    *("norm_output", "fc_norm", "use_aux_norm", "norm_before_fc", "target_hidden_size"),
+    *("bias", "mlp_bias", "attention_bias"),
+)
+_LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+# From here on the three layers that SGLang captures by itself are three.
+_DEEP_ENOUGH = 7
 
 
 def default_layer_ids(num_target_layers: int) -> list[int]:
     """What SGLang captures by itself: in front of layers 2, L/2 and L-3, which is behind the layers before them.
 
-    Targets of fewer than 8 layers, where two of these coincide, are captured at their beginning, middle and end.
+    Targets of fewer than 7 layers, where two of these coincide, are captured at their beginning, middle and end.
     """
-    if num_target_layers >= 8:
+    if num_target_layers >= _DEEP_ENOUGH:
         return [1, num_target_layers // 2 - 1, num_target_layers - 4]
     return [0, (num_target_layers - 1) // 2, num_target_layers - 2]
 
 
 def new_config(shape: Eagle3Config, target_config: Any, tokenizer: Callable[[], Any]) -> LlamaConfig:  # noqa: ARG001
-    """Config of a new drafter: widths, heads and rotary parameters are the target's."""
+    """Config of a new drafter: widths, heads and rotary parameters are the target's, but whole heads rotate."""
     layers = target_config.num_hidden_layers
+    fields = layout.target_fields(target_config)
+    fields["rope_parameters"].pop("partial_rotary_factor", None)
     ids = list(shape.target_layer_ids or default_layer_ids(layers))
     draft_vocab_size = shape.draft_vocab_size or target_config.vocab_size
     if draft_vocab_size > target_config.vocab_size:
@@ -45,7 +53,7 @@ def new_config(shape: Eagle3Config, target_config: Any, tokenizer: Callable[[], 
         )
     return LlamaConfig(
         architectures=[ARCHITECTURE],
-        **layout.target_fields(target_config),
+        **fields,
         intermediate_size=shape.intermediate_size or target_config.intermediate_size,
         num_hidden_layers=1,
         hidden_act="silu",
@@ -53,7 +61,7 @@ def new_config(shape: Eagle3Config, target_config: Any, tokenizer: Callable[[], 
         num_target_layers=layers,
         block_size=shape.block_size,
         draft_vocab_size=draft_vocab_size,
-        eagle_config={"eagle_aux_hidden_state_layer_ids": ids, "use_aux_hidden_state": True},
+        eagle_config={_LAYER_IDS: ids, "use_aux_hidden_state": True},
     )
 
 
@@ -76,7 +84,7 @@ def skeleton(config: LlamaConfig) -> Eagle3Drafter:
 
 def target_layer_ids(config: LlamaConfig) -> list[int]:
     """The target layers whose states the drafter reads."""
-    return list(config.eagle_config["eagle_aux_hidden_state_layer_ids"])
+    return list(config.eagle_config[_LAYER_IDS])
 
 
 def description(config: LlamaConfig, tokenizer: Callable[[], Any]) -> str:  # noqa: ARG001
@@ -98,7 +106,9 @@ def read_config(folder: Path) -> LlamaConfig:
         raise DraftsmithError(
             f"drafter {path}: num_hidden_layers is {raw['num_hidden_layers']}, only one layer is supported"
         )
-    eagle = dict(raw.get("eagle_config") or {})
+    eagle = raw.get("eagle_config") or {}
+    if not isinstance(eagle, dict):
+        raise DraftsmithError(f"drafter {path}: eagle_config is {eagle!r}, not an object; export the checkpoint again")
     for field in _UNSUPPORTED:
         if raw.get(field) or eagle.get(field):
             raise DraftsmithError(f"drafter {path}: {field} is set: this variant of EAGLE-3 is not supported")
@@ -112,13 +122,34 @@ def read_config(folder: Path) -> LlamaConfig:
     )
     if raw.get("tie_word_embeddings"):
         raise DraftsmithError(f"drafter {path}: tie_word_embeddings is true: EAGLE-3 has a head of its own; set false")
+    if (raw["rope_parameters"] | raw).get("partial_rotary_factor") not in (None, 1):
+        raise DraftsmithError(
+            f"drafter {path}: partial_rotary_factor is set: only whole heads that rotate are supported"
+        )
     raw |= {
+        "num_hidden_layers": 1,
         "block_size": raw.get("block_size") or USUAL_BLOCK_SIZE,
         "draft_vocab_size": raw.get("draft_vocab_size") or raw["vocab_size"],
-        "eagle_config": {"eagle_aux_hidden_state_layer_ids": None, **eagle},
+        "eagle_config": {_LAYER_IDS: None, **eagle},
     }
+    ids = raw["eagle_config"][_LAYER_IDS]
+    for field, value, right in (
+        ("block_size", raw["block_size"], _is_count(raw["block_size"])),
+        ("draft_vocab_size", raw["draft_vocab_size"], _is_count(raw["draft_vocab_size"])),
+        (f"eagle_config.{_LAYER_IDS}", ids, ids is None or (isinstance(ids, list) and all(map(_is_integer, ids)))),
+    ):
+        if not right:
+            raise DraftsmithError(f"drafter {path}: {field} is {value!r}; export the checkpoint again")
     config: LlamaConfig = layout.parse_config(raw, LlamaConfig, ARCHITECTURE, path)
     return config
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return _is_integer(value) and value >= 2
 
 
 def check_fits(drafter: LlamaConfig, target: Any, where: str) -> None:
@@ -128,8 +159,13 @@ def check_fits(drafter: LlamaConfig, target: Any, where: str) -> None:
     """
     layers = target.num_hidden_layers
     eagle = drafter.eagle_config
-    if eagle["eagle_aux_hidden_state_layer_ids"] is None:
-        eagle["eagle_aux_hidden_state_layer_ids"] = default_layer_ids(layers)
+    if eagle[_LAYER_IDS] is None:
+        if layers < _DEEP_ENOUGH:
+            raise DraftsmithError(
+                f"drafter {where}: eagle_config.{_LAYER_IDS} is missing, and of {layers} target layers no engine takes "
+                "three by itself; add it"
+            )
+        eagle[_LAYER_IDS] = default_layer_ids(layers)
     layout.check_equal(
         where,
         [
@@ -173,7 +209,8 @@ def load(folder: Path, target: Target, dtype: torch.dtype) -> Eagle3Drafter:
     layout.check_tensors(folder, tensors, expected | {"d2t": (size,), "t2d": (vocab,)}, "EAGLE-3's layout")
     drafter.draft_tokens = _draft_tokens(folder, tensors.pop("d2t"), tensors.pop("t2d"))
     drafter.load_state_dict(tensors, strict=False)
-    return drafter.to(device=target.device, dtype=dtype)
+    layout.cast(drafter, dtype)
+    return drafter.to(target.device)
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:

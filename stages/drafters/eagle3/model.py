@@ -21,7 +21,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
-from stages.drafters.base import Context, Drafter, DrafterInfo, Proposals, SftRecipe, best_of
+from stages.drafters.base import Context, Drafter, DrafterInfo, Proposals, SftRecipe, StepShape, best_of
 from stages.drafters.head import Head
 from stages.targets.slots import KeyValueSlots, Rows
 
@@ -186,7 +186,7 @@ class Eagle3Drafter(Drafter):
                 nn.init.normal_(parameter, std=0.02, generator=generator)
         with torch.no_grad():
             self.lm_head.weight.copy_(target_head[self.draft_tokens.to(target_head.device)].float())
-        row_norm = self.lm_head.weight.norm(dim=-1).mean()
+            row_norm = self.lm_head.weight.norm(dim=-1).mean()
         nn.init.constant_(self.norm.weight, float(1.0 / row_norm))
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -244,6 +244,25 @@ class Eagle3Drafter(Drafter):
             return Head(self.lm_head.weight[kept], self.draft_tokens[kept])
         whole = self.draft_tokens.numel() == self.config.vocab_size
         return Head(self.lm_head.weight, None if whole else self.draft_tokens)
+
+    def training_operations(self, shape: StepShape) -> float:
+        """With N = rows · T positions, e = rows · A · K entries of chains, q and k the widths of queries and keys:
+
+        fc: N · 3H², forward and the gradient of its weights (2 passes; the target's features need none); all other
+        weights in 3 passes: N · 4Hk (prefix) + e · (3Hq + 4Hk + 3HI) (chains); attention over the prefix, 3 passes: e
+        queries of width q over T keys, twice (scores and values); the trained head, whose logits are computed again in
+        backward, 4 passes: P · V'·H. A chain's own entries are left out: at most K keys a query.
+        A pass is one product; each multiply-add counts as two operations.
+        """
+        c = self.config
+        H, K = c.hidden_size, self.block_size - 1
+        q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        N, entries = shape.rows * shape.width, shape.rows * shape.anchors * K
+        fc = N * len(self.target_layer_ids) * H * H
+        layer = N * 4 * H * k + entries * (3 * H * q + 4 * H * k + 3 * H * c.intermediate_size)
+        attention = 2 * entries * q * shape.width
+        head = shape.head_positions * shape.head_rows * H
+        return 2.0 * (2 * fc + 3 * (layer + attention) + 4 * head)
 
     def new_context(self, rows: int, capacity: int) -> SlotContext:
         return SlotContext(rows, capacity)

@@ -50,10 +50,10 @@ def test_the_round_trip_gives_the_same_drafter(saved: Path, plain_target: Target
     assert loaded.frequent_tokens.tolist() == list(range(random_target.VOCAB_SIZE))[::-1]
     assert loaded.info == DrafterInfo(plain_target.info.digest, "here", ("a", "b"), {"stage": "sft", "steps": 3})
     assert not loaded.training
-    features, positions = torch.ones(1, 6, 64), torch.arange(6)[None]
+    features, tokens, positions = torch.ones(1, 6, 64), torch.full((1, 6), 2), torch.arange(6)[None]
     with torch.no_grad():
         first, second = (
-            d.block_hidden(d.encode(features, positions), torch.tensor([[1]]), torch.tensor([[5]]), 5)
+            d.block_hidden(d.encode(features, tokens, positions), torch.full((1, 1, 4), 1), torch.tensor([[5]]))
             for d in (loaded, plain_drafter)
         )
     assert torch.equal(first, second)

@@ -51,9 +51,10 @@ class Laws:
             out = target.read(tokens, drafter.target_layer_ids)
             law = probabilities(target.logits(out.hidden[0, -1]), 1.0, 1.0).numpy()
             assert out.features is not None
-            context = drafter.encode(out.features, torch.arange(tokens.shape[1])[None])
+            context = drafter.encode(out.features, tokens, torch.arange(tokens.shape[1])[None])
             anchor = torch.tensor([[tokens.shape[1] - 1]])
-            hidden = drafter.block_hidden(context, tokens[:, -1:], anchor, drafter.block_size)[0, 0]
+            block = tokens[:, -1:, None].expand(-1, -1, drafter.block_size - 1)  # a parallel drafter reads the first
+            hidden = drafter.block_hidden(context, block, anchor)[0, 0]
             logits = target.logits(hidden)
             draft = torch.softmax(logits[0].double(), -1).numpy()
             self._known[prefix] = (law, draft, tuple(logits.argmax(-1).tolist()))

@@ -40,10 +40,10 @@ class TableDrafter(Drafter):
         super().__init__()
         self.shapes: list[tuple[int, int]] = []
 
-    def encode(self, features: torch.Tensor, positions: torch.Tensor) -> Context:
+    def encode(self, features: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> Context:
         raise NotImplementedError
 
-    block_hidden = new_context = extend = move_row = encode  # type: ignore[assignment]
+    block_hidden = new_context = extend = move_row = head_over = encode  # type: ignore[assignment]
 
     def select(self, context: Context, rows: Rows, length: int) -> Table:
         assert isinstance(context, Table)

@@ -39,7 +39,7 @@ def replayed(bench: Bench, name: str, *, count: int = 6, tokens: int = 40, free:
     out = bench.target.step(ids, positions, cache, slice(0, count), layer_ids=drafter.target_layer_ids)
     assert out.features is not None
     with torch.no_grad():
-        context = drafter.encode(out.features, positions)
+        context = drafter.encode(out.features, ids, positions)
     head = drafter.drafting_head(bench.target.head_weight, None)
     traces = replay_chains(drafter, context, trajectories, drafter.block_size, head)
     return Replayed(trajectories, traces, cache, out.hidden)

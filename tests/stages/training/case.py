@@ -17,7 +17,7 @@ from stages.replay.trace import Trajectory
 from stages.targets.causal_lm import Target
 from stages.training.anchors import pad_anchors
 from stages.training.batches import Batch, FeatureSource
-from stages.training.objectives import Anchors, LossReport
+from stages.training.blocks import Anchors, LossReport
 from stages.training.steps import VerifySteps
 from tests.testbed import random_target
 
@@ -81,10 +81,10 @@ class Slow:
 
     def log_q(self, row: int, anchor: int) -> torch.Tensor:
         """[K, V'] over the head's tokens, float64, with gradient; the context ends at the anchor."""
-        batch, one = self.case.batch, slice(row, row + 1)
-        context = self.drafter.encode(batch.features[one, :anchor], batch.positions[one, :anchor])
-        token = torch.tensor([[self.case.trajectories[row].tokens[anchor]]])
-        hidden = self.drafter.block_hidden(context, token, torch.tensor([[anchor]]), K + 1)[0, 0]
+        batch, before = self.case.batch, (slice(row, row + 1), slice(anchor))
+        context = self.drafter.encode(batch.features[before], batch.tokens[before], batch.positions[before])
+        tokens = torch.full((1, 1, K), self.case.trajectories[row].tokens[anchor])  # all that a parallel drafter reads
+        hidden = self.drafter.block_hidden(context, tokens, torch.tensor([[anchor]]))[0, 0]
         return torch.log_softmax((hidden @ self.weight[self.head_tokens].T).double(), -1)
 
     def target_logits(self, row: int, position: int) -> torch.Tensor:

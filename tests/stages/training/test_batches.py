@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from stages.replay.trace import Trajectory
 from stages.targets.causal_lm import Target
 from stages.training.anchors import pad_anchors, random_anchors
-from stages.training.batches import FeatureSource, frequent_tokens, step_rng, trajectories_of_step
+from stages.training.batches import FeatureSource, frequent_tokens, step_rng, token_counts, trajectories_of_step
 from stages.training.config import TrainingConfig
-from stages.training.vocabulary import training_head
+from stages.training.vocabulary import sampled_head
 from tests.testbed import random_target
 
 TRAJECTORIES = random_target.trajectories(12, seed=5)
@@ -81,7 +81,7 @@ def test_the_target_reads_each_trajectory_once_while_memory_lasts(plain_target: 
 
 def test_frequent_tokens_are_ordered_by_their_count_in_the_responses() -> None:
     made = [Trajectory("a", [9, 9, 9, 9, 4, 5, 4], 4), Trajectory("b", [9, 4, 5, 2], 1)]
-    order = frequent_tokens(made, 11).tolist()
+    order = frequent_tokens(token_counts(made, 11)).tolist()
     assert order[:3] == [4, 5, 2]
     assert order[3:] == [0, 1, 3, 6, 7, 8, 9, 10]  # never answered: by id; prompts do not count
 
@@ -113,16 +113,16 @@ def test_the_head_of_a_step_holds_what_the_step_needs() -> None:
     frequent = torch.arange(99, -1, -1)
     needed = [torch.tensor([[1, 2], [2, 3]]), torch.tensor([50])]
     config = TrainingConfig(head_tokens=4, head_negatives=6)
-    head = training_head(weight, frequent, config, step_rng(0, 0), needed)
+    head = sampled_head(weight, frequent, config, step_rng(0, 0), needed)
     assert head.token_ids is not None
     ids = head.token_ids.tolist()
     assert {96, 97, 98, 99, 1, 2, 3, 50} <= set(ids)
     assert 8 < len(ids) <= 14  # and random others
     assert head.weight[:, 0].tolist() == ids
     assert head.to_columns(torch.tensor([1, 2, 3, 50]))[1].all()
-    other = training_head(weight, frequent, config, step_rng(0, 1), needed)
+    other = sampled_head(weight, frequent, config, step_rng(0, 1), needed)
     assert other.token_ids is not None
     assert other.token_ids.tolist() != ids  # other negatives at every step
     for tokens in (None, 100, 1000):
-        whole = training_head(weight, frequent, TrainingConfig(head_tokens=tokens), step_rng(0, 0), needed)
+        whole = sampled_head(weight, frequent, TrainingConfig(head_tokens=tokens), step_rng(0, 0), needed)
         assert whole.token_ids is None

@@ -43,6 +43,26 @@ def test_no_positions_give_no_values_and_a_zero_gradient() -> None:
     assert hidden.grad.shape == (0, H)
 
 
+@pytest.mark.parametrize("chunk", [1, 3, N, 100])
+def test_a_trained_head_gets_the_unchunked_gradient_too(chunk: int) -> None:
+    gradients, results = [], []
+    weights = torch.arange(1.0, N + 1)
+    for chunked in (True, False):
+        head, hidden = (x.clone().requires_grad_() for x in (HEAD, INPUT))
+
+        def with_head(h: torch.Tensor, part: slice, head: torch.Tensor = head) -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(h @ head.T, LABELS[part], reduction="none")
+
+        values = (
+            chunked_values(hidden, chunk, with_head, trained_head=True) if chunked else with_head(hidden, slice(0, N))
+        )
+        gradients.append(torch.autograd.grad((weights * values).sum(), (head, hidden)))
+        results.append(values.detach())
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-6)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_without_gradients_only_the_values_are_computed() -> None:
     with torch.no_grad():
         values = chunked_values(INPUT, 4, values_of)

@@ -13,10 +13,11 @@ import torch
 from stages.drafters.dflash.model import DFlashDrafter
 from stages.drafters.head import Head
 from stages.targets.causal_lm import Target
+from stages.training.blocks import Anchors, LossReport, block_hidden, context_of
 from stages.training.distillation import opd_loss
 from stages.training.loss_config import LossConfig, PositionWeights
-from stages.training.objectives import Anchors, LossReport, block_hidden
 from stages.training.steps import VerifySteps
+from stages.training.vocabulary import Heads
 from tests.stages.training.case import CHUNK, Case, K, Slow, assert_equal
 from tests.stages.training.test_losses import plain_bernoulli, plain_k3
 
@@ -152,13 +153,13 @@ def opd(
     chunk: int = CHUNK,
 ) -> LossReport:
     head = Head.over(target.head_weight, None if tokens is None else torch.tensor(tokens))
-    hidden = block_hidden(drafter, case.batch, case.anchors)
+    hidden = block_hidden(drafter, context_of(drafter, case.batch), case.batch, case.anchors)
     return opd_loss(
         hidden,
         case.batch,
         case.anchors,
         case.steps,
-        head,
+        Heads(head, head, trained=False),
         target.head_weight,
         objective,
         positions_per_chunk=chunk,

@@ -10,9 +10,9 @@ import torch
 
 from artifacts.errors import DraftsmithError
 from stages.targets.causal_lm import Target
+from stages.training.blocks import LossReport
 from stages.training.config import OptimiserConfig
 from stages.training.loop import cosine, train
-from stages.training.objectives import LossReport
 from tests.testbed import random_target
 from tests.testbed.context import RecordingContext
 

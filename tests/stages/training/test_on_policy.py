@@ -15,10 +15,10 @@ from stages.drafters.head import Head
 from stages.replay.sequential import replay_sequentially
 from stages.replay.trace import Trace, Trajectory
 from stages.training.batches import FeatureSource, step_rng
+from stages.training.blocks import block_hidden, context_of
 from stages.training.config import TrainingConfig
 from stages.training.loss_config import LossConfig
 from stages.training.mined import MinedTable, TrajectorySteps
-from stages.training.objectives import block_hidden
 from stages.training.opd_step import OpdStep
 from stages.training.remining import Remining
 from stages.training.sources import AnchorSource, RandomAnchors, RollingAnchors, TableAnchors
@@ -74,7 +74,7 @@ def world(bench: Bench) -> World:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in moved.parameters():
-            parameter.add_(0.05 * parameter.std() * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.15 * parameter.std() * torch.randn(parameter.shape, generator=generator))
     features = FeatureSource(bench.target, trained.target_layer_ids, trajectories)
     unmined = World(bench, moved, trajectories, MinedTable([], 7), features, Head(bench.target.head_weight))
     return replace(unmined, table=unmined.mined_by(trained))
@@ -164,7 +164,7 @@ def test_blocks_of_the_training_are_judged_as_replay_judges_them(world: World) -
     fresh = world.mined_by(world.moved)
     batch = world.features.batch(INDICES)
     anchors, expected = fresh.draw(INDICES, "visited", 30, step_rng(0, 0), torch.device("cpu"))
-    hidden = block_hidden(world.moved, batch, anchors)
+    hidden = block_hidden(world.moved, context_of(world.moved, batch), batch, anchors)
     steps = judge(hidden, batch, anchors, world.head, proposals=7, positions_per_chunk=CHUNK)
     for name in ("accepted", "committed", "rejected_offset", "proposed"):
         assert torch.equal(getattr(steps, name), getattr(expected, name)), name
@@ -184,7 +184,7 @@ def test_rolling_anchors_follow_the_trace_of_the_weights_that_trained_them(world
         drawn = source.draw(step, INDICES, batch, world.head, step_rng(0, step))
         assert drawn.figures == {"anchors_off_mined_share": 0}
         assert drawn.anchors.blocks == len(INDICES) * PER_SEQUENCE
-        hidden = block_hidden(trained, batch, drawn.anchors)
+        hidden = block_hidden(trained, context_of(trained, batch), batch, drawn.anchors)
         steps = judge(hidden, batch, drawn.anchors, world.head, proposals=7, positions_per_chunk=CHUNK)
         source.trained(INDICES, batch, drawn.anchors, steps, step_rng(1, step))
         following = source.draw(step + 1, INDICES, batch, world.head, step_rng(0, step)).anchors.positions
@@ -200,7 +200,7 @@ def test_rolling_anchors_leave_the_mined_trace_with_the_weights(world: World) ->
     shares = []
     for step in range(6):
         drawn = source.draw(step, INDICES, batch, world.head, step_rng(0, step))
-        hidden = block_hidden(world.moved, batch, drawn.anchors)
+        hidden = block_hidden(world.moved, context_of(world.moved, batch), batch, drawn.anchors)
         steps = judge(hidden, batch, drawn.anchors, world.head, proposals=7, positions_per_chunk=CHUNK)
         source.trained(INDICES, batch, drawn.anchors, steps, step_rng(1, step))
         shares.append(drawn.figures["anchors_off_mined_share"])

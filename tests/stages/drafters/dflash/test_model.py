@@ -25,6 +25,13 @@ TOLERANCE = 2e-5  # float32 against float64 on values of order one
 PACKING_TOLERANCE = 2e-5  # the same sums in another order
 
 
+def blocks_of(anchor_tokens: torch.Tensor, block_size: int) -> torch.Tensor:
+    """[B, A, block_size-1]: the anchors' tokens and, where a parallel drafter must not read, zeros."""
+    tokens = anchor_tokens.new_zeros(*anchor_tokens.shape, block_size - 1)
+    tokens[..., 0] = anchor_tokens
+    return tokens
+
+
 @given(st.data())
 @settings(max_examples=30, deadline=None)
 def test_the_block_mask_is_what_three_loops_say(data: st.DataObject) -> None:
@@ -41,16 +48,16 @@ def test_the_block_mask_is_what_three_loops_say(data: st.DataObject) -> None:
 
 def test_block_hidden_equals_the_plain_float64_reference(plain_target: Target, plain_drafter: DFlashDrafter) -> None:
     trajectory = random_target.trajectories(1, seed=3)[0]
-    read = plain_target.read(torch.tensor([trajectory.tokens]), plain_drafter.target_layer_ids)
+    tokens = torch.tensor([trajectory.tokens])
+    read = plain_target.read(tokens, plain_drafter.target_layer_ids)
     assert read.features is not None
     positions = torch.arange(len(trajectory.tokens))[None]
     anchors = [4, 7, 11, 8]  # not in order, blocks overlap
     with torch.no_grad():
         hidden = plain_drafter.block_hidden(
-            plain_drafter.encode(read.features, positions),
-            torch.tensor([[trajectory.tokens[a] for a in anchors]]),
+            plain_drafter.encode(read.features, tokens, positions),
+            blocks_of(tokens[:, anchors], plain_drafter.block_size),
             torch.tensor([anchors]),
-            plain_drafter.block_size,
         )
     config = plain_drafter.config
     for index, anchor in enumerate(anchors):
@@ -101,10 +108,11 @@ class Trained:
         """Hidden states and proposals of one block, reading a context that ends at its anchor."""
         part = slice(row, row + 1)
         with torch.no_grad():
-            context = self.drafter.encode(self.features[part, :anchor], self.positions[part, :anchor])
-            arguments = (context, self.tokens[part, anchor : anchor + 1], torch.tensor([[anchor]]), block or self.block)
-            hidden = self.drafter.block_hidden(*arguments)
-            return hidden[0, 0], self.drafter.propose(*arguments, self.head).tokens[0, 0]
+            seen = (part, slice(anchor))
+            context = self.drafter.encode(self.features[seen], self.tokens[seen], self.positions[seen])
+            token, at, size = self.tokens[part, anchor : anchor + 1], torch.tensor([[anchor]]), block or self.block
+            hidden = self.drafter.block_hidden(context, blocks_of(token, size), at)
+            return hidden[0, 0], self.drafter.propose(context, token, at, size, self.head).tokens[0, 0]
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +125,10 @@ def test_packed_anchors_equal_one_block_at_a_time(trained: Trained) -> None:
         [[t.first_anchor + i * 5 for i in range(4)] + [t.last_anchor] for t in trained.trajectories]
     )  # the last block reaches beyond the trajectory
     with torch.no_grad():
-        context = trained.drafter.encode(trained.features, trained.positions)
-        arguments = (context, trained.tokens.gather(1, anchors), anchors, trained.block)
-        hidden = trained.drafter.block_hidden(*arguments)
-        proposals = trained.drafter.propose(*arguments, trained.head)
+        context = trained.drafter.encode(trained.features, trained.tokens, trained.positions)
+        tokens_at = trained.tokens.gather(1, anchors)
+        hidden = trained.drafter.block_hidden(context, blocks_of(tokens_at, trained.block), anchors)
+        proposals = trained.drafter.propose(context, tokens_at, anchors, trained.block, trained.head)
     for row, index in product(range(anchors.shape[0]), range(anchors.shape[1])):
         expected, tokens = trained.alone(row, int(anchors[row, index]))
         torch.testing.assert_close(hidden[row, index], expected, atol=PACKING_TOLERANCE, rtol=PACKING_TOLERANCE)
@@ -139,7 +147,8 @@ def test_drafting_from_slots_equals_the_whole_context_after_rejections(trained: 
     every = slice(0, rows)
     width = int(anchors.max())
     with torch.no_grad():
-        trained.drafter.extend(slots, every, trained.features[:, :width], trained.positions[:, :width])
+        prompts = (part[:, :width] for part in (trained.features, trained.tokens, trained.positions))
+        trained.drafter.extend(slots, every, *prompts)
     for step in range(4):
         with torch.no_grad():
             at = anchors[:, None] + torch.arange(block)
@@ -147,12 +156,12 @@ def test_drafting_from_slots_equals_the_whole_context_after_rejections(trained: 
             kept = 1 + (step + torch.arange(rows)) % 3  # verified features stand before the new anchor,
             rejected = torch.arange(block) >= kept[:, None]  # those of rejected proposals at it and behind
             features[rejected] = torch.randn(features[rejected].shape, generator=generator)
-            trained.drafter.extend(slots, every, features, at)
+            trained.drafter.extend(slots, every, features, trained.tokens.gather(1, at), at)
         anchors = anchors + kept
         context = trained.drafter.select(slots, every, int(anchors.max()))  # shorter rows hold rejected entries
         tokens = trained.tokens.gather(1, anchors[:, None])
         with torch.no_grad():
-            hidden = trained.drafter.block_hidden(context, tokens, anchors[:, None], block)
+            hidden = trained.drafter.block_hidden(context, blocks_of(tokens, block), anchors[:, None])
             proposals = trained.drafter.propose(context, tokens, anchors[:, None], block, trained.head)
         for row in range(rows):
             expected, proposed = trained.alone(row, int(anchors[row]))
@@ -165,10 +174,8 @@ def test_a_moved_row_drafts_the_same(trained: Trained) -> None:
     anchor = trained.trajectories[2].first_anchor
     with torch.no_grad():
         for row in range(3):  # by index, not by slice
-            part = slice(row, row + 1)
-            trained.drafter.extend(
-                slots, torch.tensor([row]), trained.features[part, :anchor], trained.positions[part, :anchor]
-            )
+            seen = (part[row : row + 1, :anchor] for part in (trained.features, trained.tokens, trained.positions))
+            trained.drafter.extend(slots, torch.tensor([row]), *seen)
         trained.drafter.move_row(slots, source=2, to=0)
         context = trained.drafter.select(slots, torch.tensor([0]), anchor)
         proposals = trained.drafter.propose(
@@ -185,14 +192,16 @@ def test_a_smaller_block_is_drafted_as_if_trained_so(trained: Trained) -> None:
 
 def test_the_context_behind_an_anchor_does_not_matter(plain_drafter: DFlashDrafter) -> None:
     features = torch.randn(1, 12, 2 * random_target.HIDDEN_SIZE, generator=torch.Generator().manual_seed(1))
-    positions, anchors = torch.arange(12)[None], torch.tensor([[5]])
+    tokens, positions, anchors = torch.zeros(1, 12, dtype=torch.long), torch.arange(12)[None], torch.tensor([[5]])
     changed = features.clone()
     changed[:, 5:] += 100
     nearest = features.clone()
     nearest[:, 4] += 1
     with torch.no_grad():
         first, second, third = (
-            plain_drafter.block_hidden(plain_drafter.encode(f, positions), torch.tensor([[9]]), anchors, 5)
+            plain_drafter.block_hidden(
+                plain_drafter.encode(f, tokens, positions), blocks_of(torch.tensor([[9]]), 5), anchors
+            )
             for f in (features, changed, nearest)
         )
     assert torch.equal(first, second)
@@ -202,9 +211,10 @@ def test_the_context_behind_an_anchor_does_not_matter(plain_drafter: DFlashDraft
 def test_gradients_reach_every_parameter_and_not_the_target(plain_target: Target) -> None:
     drafter = random_target.random_drafter(plain_target)
     features = torch.randn(1, 8, 2 * random_target.HIDDEN_SIZE, generator=torch.Generator().manual_seed(1))
-    context = drafter.encode(features, torch.arange(8)[None])
+    context = drafter.encode(features, torch.zeros(1, 8, dtype=torch.long), torch.arange(8)[None])
     assert isinstance(context, FeatureContext)
-    drafter.block_hidden(context, torch.tensor([[9]]), torch.tensor([[5]]), 5).square().sum().backward()
+    hidden = drafter.block_hidden(context, blocks_of(torch.tensor([[9]]), 5), torch.tensor([[5]]))
+    hidden.square().sum().backward()
     assert [name for name, p in drafter.named_parameters() if p.grad is None or not p.grad.abs().sum()] == []
     assert plain_target.embedding.grad is None
     assert not any("embed" in name or "head" in name for name in drafter.state_dict())
@@ -216,7 +226,9 @@ def test_a_fresh_drafter_is_seeded_and_starts_at_logits_of_unit_spread(plain_tar
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), same.parameters(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
     with torch.no_grad():
-        context = first.encode(torch.randn(1, 30, random_target.HIDDEN_SIZE), torch.arange(30)[None])
+        tokens = torch.arange(30)[None]
+        context = first.encode(torch.randn(1, 30, random_target.HIDDEN_SIZE), tokens, torch.arange(30)[None])
         anchors = torch.arange(1, 30)[None]
-        logits = Head(plain_target.head_weight).logits(first.block_hidden(context, anchors, anchors, 4))
+        hidden = first.block_hidden(context, blocks_of(anchors, 4), anchors)
+        logits = Head(plain_target.head_weight).logits(hidden)
     assert 0.3 < float(logits.std()) < 3

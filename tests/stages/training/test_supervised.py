@@ -9,8 +9,10 @@ import torch
 
 from stages.drafters.dflash.model import DFlashDrafter
 from stages.drafters.head import Head
+from stages.sft import SftConfig
 from stages.targets.causal_lm import Target
-from stages.training.objectives import sft_loss
+from stages.training.supervised import sft_loss
+from stages.training.vocabulary import Heads
 from tests.stages.training.case import CHUNK, Case, K, Slow, assert_equal
 
 
@@ -21,7 +23,16 @@ def test_sft_loss_equals_the_loop(
 ) -> None:
     tokens = list(range(0, 64, 2)) if part else list(range(64))
     head = Head.over(plain_target.head_weight, torch.tensor(tokens))
-    report = sft_loss(drafter, case.batch, case.anchors, head, gamma=gamma, positions_per_chunk=CHUNK)
+    report = sft_loss(
+        drafter,
+        case.batch,
+        case.anchors,
+        Heads(head, head, trained=False),
+        plain_target.head_weight,
+        SftConfig(gamma=gamma).stream(drafter.recipe),
+        temperature=1.0,
+        positions_per_chunk=CHUNK,
+    )
     slow = Slow(case, drafter, plain_target.head_weight, tokens)
     total, weights, positions, correct = torch.zeros((), dtype=torch.float64), 0.0, 0, 0
     for row, _, anchor in case.blocks():

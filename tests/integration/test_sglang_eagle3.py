@@ -1,0 +1,108 @@
+"""A stock SGLang server with an EAGLE-3 drafter that was trained and exported here, as a chain, float32.
+
+The answers are plain greedy ones, and the plug-in's trace is the one that replay finds: SGLang's own program of the
+drafter computes what the model here computes, on the target's text and on its own proposals.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stages.drafters.checkpoint import drafter_digest, load_drafter
+from stages.engines.sglang.records import TRACE_KEY
+from stages.replay.chains import replay_chains
+from stages.replay.trace import Trace, Trajectory, tau
+from stages.stored import DRAFTER_FOLDER
+from tests.integration.test_sglang_serving import Served, assert_same_steps, trace_of
+from tests.sglang_cpu.fixtures import ServingTarget
+from tests.sglang_cpu.server import generate, running_server
+from tests.stages.bench import GREEDY_TOKENS, Bench, build_bench
+from tests.testbed.drafter import DrafterArtifacts
+
+pytestmark = [pytest.mark.sglang, pytest.mark.integration]
+
+PROMPTS = 32
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What the server answered, and what is known here of the same prompts."""
+
+    served: Served
+    bench: Bench
+    checkpoint: Path
+
+    @property
+    def trajectories(self) -> list[Trajectory]:
+        """The embedded engine's plain greedy answers."""
+        return [
+            Trajectory(p.prompt_id, p.token_ids + self.bench.greedy[p.prompt_id], len(p.token_ids))
+            for p in self.bench.prompts[:PROMPTS]
+        ]
+
+    def replayed(self, chains: int | None) -> list[Trace]:
+        drafter = self.bench.drafters["trained"]
+        head = drafter.drafting_head(self.bench.target.head_weight, None)
+        _, context = self.bench.read(self.trajectories, drafter)
+        return replay_chains(drafter, context, self.trajectories, drafter.block_size, head, chains)
+
+
+@pytest.fixture(scope="module")
+def traced(
+    sglang_env: Path,
+    serving_target: ServingTarget,
+    tiny_drafter: DrafterArtifacts,
+    tiny_eagle3: Path,
+    sglang_logs: Path,
+) -> Traced:
+    """Several requests in flight, so that the batches of the server change from step to step."""
+    checkpoint = tiny_eagle3 / DRAFTER_FOLDER
+    bench = build_bench(tiny_drafter)  # whose prompts' greedy answers hold no near-tie
+    drafter = load_drafter(checkpoint, bench.target)
+    chain = drafter.block_size - 1
+    options = {
+        "speculative-num-steps": chain,
+        "speculative-eagle-topk": 1,
+        "speculative-num-draft-tokens": chain + 1,
+    }
+    sampling = {"temperature": 0.0, "max_new_tokens": GREEDY_TOKENS, "custom_params": {TRACE_KEY: True}}
+    log = sglang_logs / "trained-eagle3.log"
+    with running_server(sglang_env, serving_target.model, checkpoint, "EAGLE3", options, log=log) as url:
+        requests = [{"input_ids": p.token_ids, "sampling_params": sampling} for p in bench.prompts[:PROMPTS]]
+        served = Served(generate(url, requests, concurrency=6))
+    return Traced(served, replace(bench, drafters={"trained": drafter}), checkpoint)
+
+
+def test_answers_are_the_plain_greedy_ones(traced: Traced) -> None:
+    assert traced.served.answers == [t.tokens[t.prompt_length :] for t in traced.trajectories]
+
+
+@pytest.mark.parametrize("chains", [1, None])
+def test_the_plugins_trace_equals_replay_of_the_same_checkpoint(chains: int | None, traced: Traced) -> None:
+    replayed = traced.replayed(chains)
+    assert traced.served.meta("spec_verify_ct") == [len(trace.anchors) for trace in replayed]
+    for trajectory, elements, trace in zip(traced.trajectories, traced.served.meta(TRACE_KEY), replayed, strict=True):
+        assert_same_steps(trace_of(trajectory, elements), trace)
+    assert tau(replayed) > 3, "the drafter is a trained one"
+    kept = np.concatenate([trace.accepted for trace in replayed])
+    assert set(kept.tolist()) == {0, 1, 2, 3, 4}, "nothing, parts and whole chains are kept"
+
+
+def test_the_plugins_trace_equals_what_the_embedded_engine_records(traced: Traced) -> None:
+    bench = traced.bench
+    answers = bench.answers(bench.requests(PROMPTS), "trained")
+    for trajectory, elements in zip(traced.trajectories, traced.served.meta(TRACE_KEY), strict=True):
+        trace, steps = trace_of(trajectory, elements), answers[trajectory.trajectory_id].steps
+        assert [step.anchor for step in steps] == trace.anchors.tolist()
+        assert [step.accepted for step in steps] == trace.accepted.tolist()
+        assert [step.proposed for step in steps] == trace.proposed.tolist()
+
+
+def test_the_plugin_names_the_checkpoint(traced: Traced) -> None:
+    digest = drafter_digest(traced.checkpoint)
+    for elements in traced.served.meta(TRACE_KEY):
+        assert elements[0] == {"v": "1", "drafter": digest}

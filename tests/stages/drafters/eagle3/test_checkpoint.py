@@ -1,0 +1,459 @@
+"""EAGLE-3 checkpoints: the round trip, the layout that engines read, and every trap of the format refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from transformers.models.llama.configuration_llama import LlamaConfig
+
+from artifacts.errors import DraftsmithError
+from stages.drafters.base import DrafterInfo
+from stages.drafters.checkpoint import (
+    check_shape,
+    create_drafter,
+    drafter_digest,
+    load_drafter,
+    plan_of_checkpoint,
+    plan_of_new,
+    save_drafter,
+)
+from stages.drafters.config import DFlashConfig, Eagle3Config
+from stages.drafters.eagle3.checkpoint import USUAL_BLOCK_SIZE, default_layer_ids
+from stages.drafters.eagle3.model import Eagle3Drafter
+from stages.targets.causal_lm import Target
+from stages.targets.resolve import model_path
+from tests.sglang_cpu.eagle import write_eagle3
+from tests.stages.drafters.test_checkpoint import Edit, cut, edit_config, edit_tensors, remove, write
+from tests.testbed import random_target
+from tests.testbed.eagle3 import RANDOM_VOCABULARY, random_eagle3
+
+H, V = random_target.HIDDEN_SIZE, random_target.VOCAB_SIZE
+LINEAR = {
+    "fc.weight": (H, 3 * H),
+    "midlayer.self_attn.q_proj.weight": (32, 2 * H),
+    "midlayer.self_attn.k_proj.weight": (16, 2 * H),
+    "midlayer.self_attn.v_proj.weight": (16, 2 * H),
+    "midlayer.self_attn.o_proj.weight": (H, 32),
+    "midlayer.mlp.gate_proj.weight": (40, H),
+    "midlayer.mlp.up_proj.weight": (40, H),
+    "midlayer.mlp.down_proj.weight": (H, 40),
+    "lm_head.weight": (RANDOM_VOCABULARY, H),
+}
+NORMS = ("norm", "midlayer.hidden_norm", "midlayer.input_layernorm", "midlayer.post_attention_layernorm")
+EAGLE = "eagle_aux_hidden_state_layer_ids"
+
+
+@pytest.fixture
+def saved(tmp_path: Path, plain_target: Target) -> Path:
+    """A checkpoint that is right."""
+    drafter = random_eagle3(plain_target)
+    drafter.frequent_tokens = torch.arange(V).flip(0)
+    drafter.info = DrafterInfo(plain_target.info.digest, "here", ("a", "b"), {"stage": "sft", "steps": 3})
+    save_drafter(drafter, tmp_path / "drafter", torch.float32)
+    return tmp_path / "drafter"
+
+
+def proposals(drafter: Eagle3Drafter, target: Target) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(0)
+    features, tokens = torch.randn(1, 9, 3 * H, generator=draw), torch.randint(0, V, (1, 9), generator=draw)
+    with torch.no_grad():
+        context = drafter.encode(features, tokens, torch.arange(9)[None])
+    head = drafter.drafting_head(target.head_weight, None)
+    anchors = torch.tensor([[3, 8]])
+    return drafter.propose(context, tokens.gather(1, anchors), anchors, drafter.block_size, head).tokens
+
+
+def leave_out(name: str) -> Edit:
+    return edit_tensors(lambda tensors: tensors.pop(name, None))
+
+
+# ---- right ones
+
+
+def test_the_round_trip_gives_the_same_drafter(saved: Path, plain_target: Target, plain_eagle3: Eagle3Drafter) -> None:
+    loaded = load_drafter(saved, plain_target)
+    assert isinstance(loaded, Eagle3Drafter)
+    assert loaded.state_dict().keys() == plain_eagle3.state_dict().keys()
+    assert all(torch.equal(tensor, plain_eagle3.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    assert (loaded.block_size, loaded.target_layer_ids) == (5, [2, 0, 1])
+    assert torch.equal(loaded.draft_tokens, plain_eagle3.draft_tokens)
+    assert loaded.frequent_tokens is not None
+    assert loaded.frequent_tokens.tolist() == list(range(V))[::-1]
+    assert loaded.info == DrafterInfo(plain_target.info.digest, "here", ("a", "b"), {"stage": "sft", "steps": 3})
+    assert not loaded.training
+    assert torch.equal(proposals(loaded, plain_target), proposals(plain_eagle3, plain_target))
+
+
+def test_saving_what_was_loaded_gives_the_same_bytes(saved: Path, plain_target: Target, tmp_path: Path) -> None:
+    save_drafter(load_drafter(saved, plain_target), tmp_path / "again", torch.float32)
+    for path in saved.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+
+
+def test_the_layout_is_the_one_that_engines_read(saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert config["model_type"] == "llama"
+    assert (config["num_hidden_layers"], config["num_target_layers"], config["block_size"]) == (1, 4, 5)
+    assert (config["vocab_size"], config["draft_vocab_size"]) == (V, RANDOM_VOCABULARY)
+    assert config["tie_word_embeddings"] is False
+    assert config["eagle_config"] == {EAGLE: [2, 0, 1], "use_aux_hidden_state": True}
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (4, 2, 8)
+    tensors = load_file(saved / "model.safetensors")
+    shapes = LINEAR | {f"{name}.weight": (H,) for name in NORMS} | {"d2t": (RANDOM_VOCABULARY,), "t2d": (V,)}
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes
+
+
+def test_d2t_holds_offsets_and_t2d_is_a_mask(saved: Path, plain_eagle3: Eagle3Drafter) -> None:
+    """The target's id of draft token i is i + d2t[i]."""
+    tensors = load_file(saved / "model.safetensors")
+    chosen = plain_eagle3.draft_tokens.tolist()
+    assert tensors["d2t"].dtype == torch.int64
+    assert [i + offset for i, offset in enumerate(tensors["d2t"].tolist())] == chosen
+    assert tensors["d2t"].tolist() != chosen
+    assert tensors["t2d"].dtype == torch.bool
+    assert [token for token, kept in enumerate(tensors["t2d"].tolist()) if kept] == chosen
+
+
+def test_weights_are_stored_in_the_serving_dtype(plain_eagle3: Eagle3Drafter, tmp_path: Path) -> None:
+    save_drafter(plain_eagle3, tmp_path, torch.bfloat16)
+    dtypes = {name: tensor.dtype for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    assert (dtypes.pop("d2t"), dtypes.pop("t2d")) == (torch.int64, torch.bool)
+    assert set(dtypes.values()) == {torch.bfloat16}
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_digest_tells_what_is_proposed(saved: Path) -> None:
+    first = drafter_digest(saved)
+    assert json.loads((saved / "drafter.json").read_text())["digest"] == first
+    edit_tensors(lambda tensors: tensors["norm.weight"].add_(1))(saved)
+    assert drafter_digest(saved) != first
+
+
+def test_a_drafter_over_the_whole_vocabulary_needs_no_maps(plain_target: Target, tmp_path: Path) -> None:
+    shape = Eagle3Config(kind="eagle3", block_size=3, target_layer_ids=(0, 1, 2))
+    drafter = create_drafter(shape, plain_target, 0)
+    assert isinstance(drafter, Eagle3Drafter)
+    save_drafter(drafter, tmp_path, torch.float32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert tensors["d2t"].tolist() == [0] * V
+    assert tensors["t2d"].all()
+    for name in ("none", "t2d", "d2t"):
+        leave_out(name)(tmp_path)
+        loaded = load_drafter(tmp_path, plain_target)
+        assert isinstance(loaded, Eagle3Drafter)
+        assert loaded.head_over(plain_target.head_weight, None).token_ids is None
+        assert torch.equal(proposals(loaded, plain_target), proposals(drafter, plain_target))
+    edit_config(lambda c: c.pop("draft_vocab_size"))(tmp_path)
+    assert load_drafter(tmp_path, plain_target).head_over(plain_target.head_weight, None).weight.shape == (V, H)
+
+
+def test_a_checkpoint_written_for_sglang_loads(plain_artifact: Path, plain_target: Target, tmp_path: Path) -> None:
+    """No block size, no depth, the rotary base where older configs have it, float32 by its older name."""
+    tokens = [3, 60, 8, 21, 40]
+    write_eagle3(tmp_path, model_path(plain_artifact), tokens)
+    loaded = load_drafter(tmp_path, plain_target)
+    assert isinstance(loaded, Eagle3Drafter)
+    assert loaded.draft_tokens.tolist() == sorted(tokens)
+    assert (loaded.target_layer_ids, loaded.block_size) == ([0, 1, 2], USUAL_BLOCK_SIZE)
+    assert loaded.config.rope_parameters["rope_theta"] == 10000.0
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(loaded.lm_head.weight, tensors["lm_head.weight"])
+    assert torch.equal(loaded.midlayer.hidden_norm.weight, tensors["midlayer.hidden_norm.weight"])
+    assert set(proposals(loaded, plain_target).flatten().tolist()) <= set(tokens)
+    save_drafter(loaded, tmp_path / "again", torch.float32)
+    again = load_drafter(tmp_path / "again", plain_target)
+    assert isinstance(again, Eagle3Drafter)
+    assert torch.equal(proposals(again, plain_target), proposals(loaded, plain_target))
+
+
+def test_an_embedding_in_the_file_is_the_targets_all_the_same(saved: Path, plain_target: Target) -> None:
+    """Some checkpoints carry one, which engines replace."""
+    expected = proposals(random_eagle3(plain_target), plain_target)
+    edit_tensors(lambda t: t.update({"embed_tokens.weight": torch.zeros(V, H)}))(saved)
+    loaded = load_drafter(saved, plain_target)
+    assert isinstance(loaded, Eagle3Drafter)
+    assert torch.equal(proposals(loaded, plain_target), expected)
+
+
+def test_a_number_of_layers_left_out_is_one(saved: Path, plain_target: Target, tmp_path: Path) -> None:
+    edit_config(lambda c: c.pop("num_hidden_layers"))(saved)
+    save_drafter(load_drafter(saved, plain_target), tmp_path / "again", torch.float32)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["num_hidden_layers"] == 1
+
+
+def test_a_drafting_head_holds_the_most_frequent_tokens_that_it_can_propose(saved: Path, plain_target: Target) -> None:
+    loaded = load_drafter(saved, plain_target)
+    assert isinstance(loaded, Eagle3Drafter)
+    head = loaded.drafting_head(plain_target.head_weight, 9)  # by frequency the last ids come first here
+    assert head.token_ids is not None
+    assert head.token_ids.tolist() == [token for token in loaded.draft_tokens.tolist() if token >= V - 9]
+
+
+# ---- layers
+
+
+@pytest.mark.parametrize(
+    ("layers", "ids"),
+    [(36, [1, 17, 32]), (32, [1, 15, 28]), (8, [1, 3, 4]), (7, [1, 2, 3]), (6, [0, 2, 4]), (4, [0, 1, 2])],
+)
+def test_default_layers_are_those_that_sglang_captures(layers: int, ids: list[int]) -> None:
+    """In front of layers 2, L/2 and L-3, where these are three; below, beginning, middle and end."""
+    assert default_layer_ids(layers) == ids
+    assert layers < 7 or [layer + 1 for layer in ids] == [2, layers // 2, layers - 3]
+
+
+def layers_of(checkpoint: Path, target_layers: int) -> list[int]:
+    target = LlamaConfig(hidden_size=H, vocab_size=V, num_hidden_layers=target_layers)
+    return plan_of_checkpoint(checkpoint, target, "here", lambda: None).target_layer_ids
+
+
+def test_a_checkpoint_without_layer_ids_was_trained_on_sglangs_choice(saved: Path) -> None:
+    edit_config(lambda c: (c.pop("eagle_config"), c.pop("num_target_layers")))(saved)
+    assert layers_of(saved, 28) == [1, 13, 24]
+    with pytest.raises(DraftsmithError, match=rf"{EAGLE} is missing"):  # there SGLang's choice is not three layers
+        layers_of(saved, 6)
+
+
+def test_loading_fills_in_the_layers_for_whoever_reads_the_checkpoint_next(
+    saved: Path, plain_target: Target, tmp_path: Path
+) -> None:
+    edit_config(lambda c: c["eagle_config"].pop("use_aux_hidden_state"))(saved)
+    save_drafter(load_drafter(saved, plain_target), tmp_path / "again", torch.float32)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["eagle_config"] == {EAGLE: [2, 0, 1]}
+
+
+# ---- new ones
+
+
+def test_the_reduced_vocabulary_is_the_most_frequent_tokens(plain_target: Target) -> None:
+    counted = torch.tensor([7, 3, 50, 11, 20, *(t for t in range(V) if t not in (7, 3, 50, 11, 20))])
+    shape = Eagle3Config(kind="eagle3", target_layer_ids=(0, 1, 2), draft_vocab_size=4)
+    drafter = create_drafter(shape, plain_target, 0, counted)
+    assert isinstance(drafter, Eagle3Drafter)
+    assert drafter.draft_tokens.tolist() == [3, 7, 11, 50]
+    assert torch.equal(drafter.lm_head.weight, plain_target.head_weight[[3, 7, 11, 50]])
+    with pytest.raises(DraftsmithError, match=r"sft\.drafter\.draft_vocab_size: needs the frequencies"):
+        create_drafter(shape, plain_target, 0)
+
+
+def test_a_plan_of_a_new_drafter_says_what_it_will_be(plain_target: Target) -> None:
+    shape = Eagle3Config(kind="eagle3", draft_vocab_size=RANDOM_VOCABULARY, intermediate_size=40, block_size=5)
+    plan = plan_of_new(shape, plain_target.model.config, lambda: None)
+    assert (plan.block_size, plan.target_layer_ids) == (5, [0, 1, 2])
+    assert plan.description == "EAGLE-3 on target layers [0, 1, 2], chains of 4, draft vocabulary 40 of 64 tokens"
+    assert plan.parameters == sum(p.numel() for p in random_eagle3(plain_target).parameters())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_layer_ids": (0, 1, 4)}, r"target_layer_ids \[0, 1, 4\] do not fit layers 0 … 3"),
+        ({"target_layer_ids": (0, 1, 1)}, "name a layer twice; name three in sft.drafter.target_layer_ids"),
+        ({"target_layer_ids": (-1, 0, 1)}, "do not fit"),
+        ({"draft_vocab_size": 65}, r"sft\.drafter\.draft_vocab_size: 65 is more than the target's 64"),
+    ],
+)
+def test_a_new_drafter_outside_the_target_is_refused(
+    fields: dict[str, Any], message: str, plain_target: Target
+) -> None:
+    with pytest.raises(DraftsmithError, match=message):
+        create_drafter(Eagle3Config(kind="eagle3", **fields), plain_target, 0, torch.arange(V))
+
+
+def test_a_target_too_shallow_for_three_layers_is_refused() -> None:
+    with pytest.raises(DraftsmithError, match="name a layer twice"):
+        plan_of_new(Eagle3Config(kind="eagle3"), LlamaConfig(num_hidden_layers=3), lambda: None)
+
+
+def test_a_drafter_of_a_target_that_rotates_a_part_of_each_head_rotates_whole_heads() -> None:
+    """It has rotary settings of its own; engines would read another part of the head than the model here."""
+    target = LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 3e4, "partial_rotary_factor": 0.5})
+    plan = plan_of_new(Eagle3Config(kind="eagle3"), target, lambda: None)
+    assert plan.config.rope_parameters["rope_theta"] == 3e4
+    assert plan.config.rope_parameters.get("partial_rotary_factor", 1) == 1
+
+
+@pytest.mark.parametrize("fields", [{"target_layer_ids": (0, 1)}, {"draft_vocab_size": 1}, {"mask_token": 3}])
+def test_a_shape_that_eagle3_does_not_have_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Eagle3Config(kind="eagle3", **fields)
+    assert DFlashConfig().kind == "dflash"
+
+
+# ---- traps
+
+
+def set_map(name: str, change: dict[int, int]) -> Edit:
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        for index, value in change.items():
+            tensors[name][index] = value
+
+    return edit_tensors(edit)
+
+
+def set_variant(field: str, place: str) -> Edit:
+    return edit_config(lambda c: (c if place == "at the top" else c["eagle_config"]).update({field: True}))
+
+
+TRAPS: dict[str, tuple[Edit, str]] = {
+    "a tensor is missing": (
+        edit_tensors(lambda t: t.pop("midlayer.hidden_norm.weight")),
+        r"model\.safetensors: lacks tensor midlayer\.hidden_norm\.weight \(1 in all\); expected EAGLE-3",
+    ),
+    "no head of its own": (edit_tensors(lambda t: t.pop("lm_head.weight")), r"lacks tensor lm_head\.weight"),
+    "no map to the target's tokens": (edit_tensors(lambda t: t.pop("d2t")), "lacks tensor d2t"),
+    "no mask of the draft vocabulary": (edit_tensors(lambda t: t.pop("t2d")), "lacks tensor t2d"),
+    "a tensor is unknown": (
+        edit_tensors(lambda t: t.update({"layers.0.mlp.up_proj.weight": torch.ones(1)})),
+        r"model\.safetensors: has the unknown tensor layers\.0\.mlp\.up_proj\.weight",
+    ),
+    "norms of queries": (
+        edit_tensors(lambda t: t.update({"midlayer.self_attn.q_norm.weight": torch.ones(8)})),
+        r"unknown tensor midlayer\.self_attn\.q_norm\.weight",
+    ),
+    "a tensor has another shape": (
+        edit_tensors(lambda t: t.update({"fc.weight": t["fc.weight"][:, :64].contiguous()})),
+        r"wrong shape for fc\.weight",
+    ),
+    "attention reads the feature alone": (
+        edit_tensors(
+            lambda t: t.update(
+                {"midlayer.self_attn.k_proj.weight": t["midlayer.self_attn.k_proj.weight"][:, :H].contiguous()}
+            )
+        ),
+        r"wrong shape for midlayer\.self_attn\.k_proj\.weight",
+    ),
+    "a smaller map than head": (
+        edit_tensors(lambda t: t.update({"d2t": t["d2t"][:-1].contiguous()})),
+        "wrong shape for d2t",
+    ),
+    "a mask of another vocabulary": (
+        edit_tensors(lambda t: t.update({"t2d": t["t2d"][:-1].contiguous()})),
+        "wrong shape for t2d",
+    ),
+    "d2t holds ids": (
+        edit_tensors(lambda t: t.update({"d2t": t["d2t"] + torch.arange(RANDOM_VOCABULARY)})),
+        r"model\.safetensors: d2t and t2d name different tokens",
+    ),
+    "d2t holds ids by frequency": (
+        edit_tensors(lambda t: t.update({"d2t": (t["d2t"] + torch.arange(RANDOM_VOCABULARY)).flip(0)})),
+        r"model\.safetensors: d2t does not name rising token ids; it holds offsets, not ids",
+    ),
+    "d2t names a token twice": (set_map("d2t", {1: -1, 0: 0}), "d2t does not name rising token ids"),
+    "d2t names a token that the target lacks": (set_map("d2t", {RANDOM_VOCABULARY - 1: 60}), "different tokens"),
+    "t2d holds one more": (
+        edit_tensors(lambda t: t.update({"t2d": torch.ones(V, dtype=torch.bool)})),
+        "d2t and t2d name different tokens",
+    ),
+    "the weights are cut short": (cut("model.safetensors"), r"model\.safetensors: cannot be read"),
+    "the weights are gone": (remove("model.safetensors"), r"model\.safetensors: cannot be read"),
+    "the config is gone": (remove("config.json"), r"config\.json: cannot be read"),
+    "the config is cut short": (cut("config.json"), r"config\.json: cannot be read"),
+    "the config is no object": (write("config.json", "[]"), r"config\.json: is not a JSON object"),
+    "the config has a wrong type": (edit_config(lambda c: c.update(hidden_size="wide")), r"config\.json"),
+    "a block size that is no number": (edit_config(lambda c: c.update(block_size="long")), r"config\.json: block_size"),
+    "a vocabulary that is no number": (
+        edit_config(lambda c: c.update(draft_vocab_size="all")),
+        r"config\.json: draft_vocab_size",
+    ),
+    "layers that are no list": (
+        edit_config(lambda c: c["eagle_config"].update({EAGLE: 3})),
+        rf"config\.json: eagle_config\.{EAGLE}",
+    ),
+    "layers that are no numbers": (
+        edit_config(lambda c: c["eagle_config"].update({EAGLE: ["low", "mid", "high"]})),
+        rf"config\.json: eagle_config\.{EAGLE}",
+    ),
+    "an eagle_config that is no object": (edit_config(lambda c: c.update(eagle_config=[1])), "eagle_config"),
+    "two layers": (
+        edit_config(lambda c: c.update(num_hidden_layers=2)),
+        r"config\.json: num_hidden_layers is 2, only one layer is supported",
+    ),
+    "another architecture": (
+        edit_config(lambda c: c.update(architectures=["LlamaForCausalLMEagle"])),
+        r"config\.json: architectures is \['LlamaForCausalLMEagle'\], supported is DFlashDraftModel or "
+        "LlamaForCausalLMEagle3",
+    ),
+    "no architecture": (edit_config(lambda c: c.pop("architectures")), r"config\.json: architectures is \[\]"),
+    "a head that is the embedding": (
+        edit_config(lambda c: c.update(tie_word_embeddings=True)),
+        r"config\.json: tie_word_embeddings is true",
+    ),
+    "no vocabulary": (edit_config(lambda c: c.pop("vocab_size")), r"config\.json: field vocab_size is missing"),
+    "no width": (edit_config(lambda c: c.pop("hidden_size")), r"config\.json: field hidden_size is missing"),
+    "no rotary base": (
+        edit_config(lambda c: (c.pop("rope_parameters"), c.pop("rope_theta"))),
+        r"config\.json: field rope_parameters\.rope_theta is missing",
+    ),
+    "a part of the head rotates": (
+        edit_config(lambda c: c["rope_parameters"].update(partial_rotary_factor=0.5)),
+        r"config\.json: partial_rotary_factor",
+    ),
+    "a part of the head rotates in an old config": (
+        edit_config(lambda c: c.update(partial_rotary_factor=0.5)),
+        r"config\.json: partial_rotary_factor",
+    ),
+    "another width": (edit_config(lambda c: c.update(hidden_size=48)), "hidden_size is 48, the target's is 32"),
+    "another vocabulary": (edit_config(lambda c: c.update(vocab_size=99)), "vocab_size is 99, the target's is 64"),
+    "a larger draft vocabulary": (edit_config(lambda c: c.update(draft_vocab_size=41)), "wrong shape for d2t"),
+    "another depth": (edit_config(lambda c: c.update(num_target_layers=9)), "num_target_layers is 9"),
+    "a layer that the target lacks": (
+        edit_config(lambda c: c["eagle_config"].update({EAGLE: [0, 1, 4]})),
+        r"target_layer_ids \[0, 1, 4\] do not fit layers 0 … 3",
+    ),
+    "a layer twice": (edit_config(lambda c: c["eagle_config"].update({EAGLE: [0, 1, 1]})), "name a layer twice"),
+    "two layers of the target": (
+        edit_config(lambda c: c["eagle_config"].update({EAGLE: [0, 1]})),
+        r"reads 3 target layers, not 2: \[0, 1\]",
+    ),
+    "another target": (
+        write("drafter.json", json.dumps({"digest": "", "target_digest": "f" * 64})),
+        "made for the target ffffffffffff",
+    ),
+    **{
+        f"{field} {place}": (
+            set_variant(field, place),
+            rf"config\.json: {field} is set: this variant of EAGLE-3 is not supported",
+        )
+        for field in (
+            *("norm_output", "fc_norm", "use_aux_norm", "norm_before_fc", "target_hidden_size"),
+            *("bias", "mlp_bias", "attention_bias"),
+        )
+        for place in ("at the top", "inside")
+    },
+}
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_a_trap_is_one_clear_error(name: str, saved: Path, plain_target: Target) -> None:
+    edit, message = TRAPS[name]
+    edit(saved)
+    with pytest.raises(DraftsmithError, match=message) as error:
+        load_drafter(saved, plain_target)
+    assert "\n" not in str(error.value)
+    assert str(saved) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["another width", "two layers", "norm_output inside", "a layer twice"])
+def test_the_preflight_finds_a_wrong_shape_without_weights(name: str, saved: Path, plain_artifact: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    check_shape(saved, model_path(plain_artifact))
+    edit, message = TRAPS[name]
+    edit(saved)
+    with pytest.raises(DraftsmithError, match=message):
+        check_shape(saved, model_path(plain_artifact))
+
+
+def test_another_rotary_base_than_the_targets_is_the_drafters_own(saved: Path, plain_target: Target) -> None:
+    edit_config(lambda c: c["rope_parameters"].update(rope_theta=5e5))(saved)
+    loaded = load_drafter(saved, plain_target)
+    assert isinstance(loaded, Eagle3Drafter)
+    assert loaded.config.rope_parameters["rope_theta"] == 5e5

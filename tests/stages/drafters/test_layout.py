@@ -1,0 +1,37 @@
+"""What the layouts share, held for every architecture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from stages.drafters.base import Drafter
+from stages.drafters.checkpoint import load_drafter, save_drafter
+from stages.targets.causal_lm import Target
+from tests.testbed import random_target
+from tests.testbed.eagle3 import random_eagle3
+
+
+@pytest.mark.parametrize("kind", ["dflash", "eagle3"])
+def test_rotary_frequencies_stay_float32_in_a_drafter_of_bfloat16(
+    kind: str, plain_target: Target, tmp_path: Path
+) -> None:
+    """As in engines. Rounded to bfloat16, some would be off by more than a radian at position 2000."""
+    made: Drafter = (random_target.random_drafter if kind == "dflash" else random_eagle3)(plain_target)
+    save_drafter(made, tmp_path, torch.bfloat16)
+    loaded = load_drafter(tmp_path, plain_target, torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    positions = torch.tensor([[0, 1, 2000]])
+    for exact, ours in zip(angles(made, positions), angles(loaded, positions), strict=True):
+        torch.testing.assert_close(exact, ours, rtol=0, atol=1e-6)
+
+
+def angles(drafter: Drafter, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines, float32."""
+    rotary = drafter.rotary
+    assert isinstance(rotary, nn.Module)
+    found: tuple[torch.Tensor, torch.Tensor] = rotary(torch.zeros(1), position_ids=positions)
+    return found
