@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from stages.drafters.base import Context, Drafter
+from stages.drafters.base import Context, Drafter, StepShape
+from stages.drafters.head import Head
 from stages.training.batches import Batch
 
 
@@ -31,6 +32,7 @@ class LossReport:
     positions: int  # block positions with a loss
     figures: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)  # mining, drafter, head_and_loss
+    operations: float = 0.0  # of the drafter's matrix products, forward and backward
 
 
 def context_of(drafter: Drafter, batch: Batch) -> Context:
@@ -63,6 +65,12 @@ def _tokens_at(batch: Batch, anchors: Anchors, first: int, count: int) -> torch.
     offsets = torch.arange(first, first + count, device=anchors.positions.device)
     at = (anchors.positions[..., None] + offsets).clamp(max=batch.tokens.shape[1] - 1)
     return batch.tokens.gather(1, at.flatten(1)).view_as(at)
+
+
+def operations_of(drafter: Drafter, batch: Batch, anchors: Anchors, positions: int, head: Head) -> float:
+    """Of one step that trains `positions` block positions behind these anchors, with softmaxes over `head`."""
+    (rows, width), per_row = batch.tokens.shape, anchors.positions.shape[1]
+    return drafter.training_operations(StepShape(rows, width, per_row, positions, head.weight.shape[0]))
 
 
 def weighted_mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,8 @@ def opd_loss(
     """λ_acc · weighted mean(response stream) + λ_rej · weighted mean(rejected stream).
 
     hidden: [B, A, K, H] of the blocks on the trajectories' tokens. on_proposals: the same on the drafter's own
-    proposals, where that is not the same (autoregressive drafters). objective: resolved. target_head: [V, H].
+    proposals, where that is not the same (autoregressive drafters). objective: resolved. target_head: [V, H]. The
+    report's operations are left to who drafted the blocks.
     """
     started = time.perf_counter()
     assert objective.temperature is not None, "resolve the objective first"
@@ -61,9 +62,8 @@ def opd_loss(
         figures["loss_rejected"] = float(mean.detach())
         loss = loss + objective.rejected.weight * mean
         trained = trained | where
-    return LossReport(
-        loss, anchors.blocks, int(trained.sum()), figures, {"head_and_loss": time.perf_counter() - started}
-    )
+    seconds = {"head_and_loss": time.perf_counter() - started}
+    return LossReport(loss, anchors.blocks, int(trained.sum()), figures, seconds)
 
 
 def _rejected(

@@ -73,6 +73,7 @@ def train(
         optimiser.zero_grad(set_to_none=True)
         done = time.perf_counter()
         _add(totals, blocks=report.blocks, positions=report.positions, seconds=done - started)
+        _add(totals, tflop=report.operations / 1e12)
         _add(totals, **{f"{name}_s": value for name, value in report.seconds.items()})
         _add(totals, backward_and_update_s=done - before_backward)
         ctx.metrics(

@@ -12,7 +12,7 @@ from stages.drafters.base import Context, Drafter
 from stages.drafters.head import Head
 from stages.targets.causal_lm import Target
 from stages.training.batches import Batch
-from stages.training.blocks import Anchors, LossReport, block_hidden, block_hidden_on, context_of
+from stages.training.blocks import Anchors, LossReport, block_hidden, block_hidden_on, context_of, operations_of
 from stages.training.config import TrainingConfig
 from stages.training.distillation import opd_loss
 from stages.training.loss_config import LossConfig
@@ -81,6 +81,9 @@ class OpdStep:
             on_proposals=on_proposals,
             positions_per_chunk=chunk,
         )
+        report.operations = operations_of(self.drafter, batch, drawn.anchors, report.positions, heads.drafter)
+        if on_proposals is not None:  # the chains were drafted twice; nothing more went through the head
+            report.operations += operations_of(self.drafter, batch, drawn.anchors, 0, heads.drafter)
         self.source.trained(indices, batch, drawn.anchors, steps, rng)
         if drawn.steps is None:  # judged by this very forward
             del report.figures["steps_changed_share"]

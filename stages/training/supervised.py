@@ -12,7 +12,7 @@ import torch
 
 from stages.drafters.base import Drafter
 from stages.training.batches import Batch
-from stages.training.blocks import Anchors, LossReport, block_hidden, context_of
+from stages.training.blocks import Anchors, LossReport, block_hidden, context_of, operations_of
 from stages.training.loss_config import ResponseStream
 from stages.training.response import response_stream
 from stages.training.vocabulary import Heads
@@ -44,10 +44,12 @@ def sft_loss(
         committed=None,
         positions_per_chunk=positions_per_chunk,
     )
+    positions = int(response.positions.sum())
     return LossReport(
         response.mean,
         anchors.blocks,
-        int(response.positions.sum()),
+        positions,
         {"accuracy": response.accuracy},
         {"drafter": drafted - started, "head_and_loss": time.perf_counter() - drafted},
+        operations_of(drafter, batch, anchors, positions, heads.drafter),
     )
