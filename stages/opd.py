@@ -87,7 +87,7 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
     kind: Kind = "errors" if config.anchors == "errors" else "visited"
     usable = table.trajectories_with(kind)
     sampled = config.verification == "sampled" or (config.verification == "auto" and stored.temperature > 0)
-    objective = config.loss.resolved(sampled, stored.temperature)
+    objective = config.loss.resolved(drafter.recipe, sampled, stored.temperature)
     remining = Remining(table, drafter, target, every=config.remine_every, scored=objective.needs_scores)
     source = anchor_source(config, remining)
     ctx.log(

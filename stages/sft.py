@@ -16,7 +16,7 @@ from stages.training.config import TrainingConfig
 from stages.training.loss_config import DistributionLoss, PositionWeights, ResponseStream, TokenLoss
 
 if TYPE_CHECKING:
-    from stages.drafters.base import SftRecipe
+    from stages.drafters.base import TrainingRecipe
 
 _TRAINED = ("blocks", "positions")
 
@@ -49,7 +49,7 @@ class SftConfig(TrainingConfig):
             raise ValueError("steps: 0 takes a drafter as it is: name it in init_from, or train for at least one step")
         return self
 
-    def stream(self, recipe: SftRecipe) -> ResponseStream:
+    def stream(self, recipe: TrainingRecipe) -> ResponseStream:
         """What is trained, with the architecture's own recipe where fields are left open."""
         return ResponseStream(
             loss=recipe.loss if self.loss == "auto" else self.loss,  # type: ignore[arg-type]
@@ -110,7 +110,7 @@ def run(ctx: StageContext, config: SftConfig) -> None:
     covered = drafter.head_over(target.head_weight, None).token_ids
     coverage = 1.0 if covered is None else float(counts[covered.cpu()].sum() / counts.sum())
     ctx.log(
-        f"{stream.loss} at all offsets, weight exp(-(k-1)/{stream.positions.gamma:.3g}) at offset k; "
+        f"{stream.loss} at all offsets, weight exp(-(k-1)/{stream.weights().gamma:.3g}) at offset k; "
         f"{coverage:.2%} of the answers' tokens can be proposed"
     )
     heads = HeadSource(drafter, target.head_weight, config)

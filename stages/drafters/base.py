@@ -33,7 +33,7 @@ class DrafterInfo:
 
 
 @dataclass(frozen=True)
-class SftRecipe:
+class TrainingRecipe:
     """How an architecture's authors train it on the target's answers."""
 
     loss: str  # of a position, by its name in `stages.training.losses`
@@ -65,7 +65,7 @@ class Drafter(nn.Module, ABC):
     kind: ClassVar[str]  # as in `drafter.kind` of a config
     autoregressive: ClassVar[bool]  # do the hidden states of an offset depend on the tokens at the offsets before it?
     has_own_head: ClassVar[bool]  # is the head over the draft vocabulary a part of the drafter, and trained with it?
-    recipe: ClassVar[SftRecipe]
+    recipe: ClassVar[TrainingRecipe]
 
     @abstractmethod
     def encode(self, features: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> Context:

@@ -214,7 +214,7 @@ FAMILIES: dict[str, Maker] = {
     "program": _program,
     "problem": _problem,
 }
-REVISION_2: dict[str, Maker] = {**FAMILIES, "record": _record_2, "dialogue": _dialogue_2, "story": _story_2}
+REVISION_2: dict[str, Maker] = {"record": _record_2, "dialogue": _dialogue_2, "story": _story_2}
 _MOST_REPEATED = 1000  # in a row, before a family counts as exhausted
 EASY = ("record", "dialogue", "story")  # what a target of under a million parameters learns without loops
 
@@ -226,17 +226,19 @@ def examples(
     *,
     families: Sequence[str] = EASY,
     revision_2: float = 0.0,
+    reworded: Sequence[str] = EASY,
 ) -> Iterator[Example]:
     """At most `count` examples with different prompts, families in turn, none whose prompt is in `exclude`.
 
-    revision_2: the share of answers that are worded as in revision 2. Ends early when a family is exhausted.
+    revision_2: the share of the answers in the families `reworded` that are worded as in revision 2. Ends early when a
+    family is exhausted.
     """
     r = random.Random(seed)
     seen = set(exclude)
     made, repeated = 0, 0
     while made < count:
         family = families[made % len(families)]
-        makers = REVISION_2 if revision_2 and r.random() < revision_2 else FAMILIES
+        makers = REVISION_2 if revision_2 and r.random() < revision_2 and family in reworded else FAMILIES
         example = makers[family](r)
         if example.prompt in seen:
             repeated += 1

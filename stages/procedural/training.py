@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, field_validator
 
 from stages.contract import Config
-from stages.procedural.text import EASY, FAMILIES, Example, examples
+from stages.procedural.text import EASY, FAMILIES, REVISION_2, Example, examples
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,9 @@ class TrainingTextConfig(Config):
 
     families: Annotated[tuple[str, ...], Field(min_length=1)] = EASY
     revision_2: Annotated[float, Field(ge=0, le=1, description="share of answers worded as in revision 2")] = 0.0
+    reworded: Annotated[
+        tuple[str, ...], Field(description="the families whose answers may be worded as in revision 2")
+    ] = EASY
     documents: Annotated[int, Field(ge=1, description="different training examples")] = 20000
     steps: Annotated[int, Field(ge=1)] = 1500
     rows_per_step: Annotated[int, Field(ge=1, description="packed rows")] = 8
@@ -58,10 +61,23 @@ class TrainingTextConfig(Config):
             raise ValueError(f"no family {', '.join(unknown)}, use some of {', '.join(FAMILIES)}")
         return families
 
+    @field_validator("reworded")
+    @classmethod
+    def _families_have_another_wording(cls, reworded: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := sorted(set(reworded) - REVISION_2.keys()):
+            raise ValueError(f"{', '.join(unknown)} has no second wording, use some of {', '.join(REVISION_2)}")
+        return reworded
+
 
 def training_examples(config: TrainingTextConfig) -> list[Example]:
     """What the target is taught."""
-    made = examples(TRAINING_TEXT_SEED, config.documents, families=config.families, revision_2=config.revision_2)
+    made = examples(
+        TRAINING_TEXT_SEED,
+        config.documents,
+        families=config.families,
+        revision_2=config.revision_2,
+        reworded=config.reworded,
+    )
     return list(made)
 
 

@@ -5,20 +5,26 @@ Names and formulas are in `stages/training/losses.py`, their meaning in `stages/
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from stages.contract import Config
 
+if TYPE_CHECKING:
+    from stages.drafters.base import TrainingRecipe
+
 TokenLoss = Literal["cross_entropy", "bernoulli_kl"]
 DistributionLoss = Literal["forward_kl", "reverse_kl", "tv", "lk"]
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # the offsets that verification reached, in the form that fits its rule
+    # the form that fits the verification rule and the architecture, on whole blocks
     "matched": {},
-    # Draft-OPD, arXiv 2605.29343: Bernoulli forward KL on these, k3 reverse KL on the rejected suffix
-    "paper": {"response": {"loss": "bernoulli_kl"}, "rejected": {"loss": "k3"}},
+    # Draft-OPD, arXiv 2605.29343: Bernoulli forward KL on what was committed, k3 reverse KL on the rejected suffix
+    "paper": {
+        "response": {"loss": "bernoulli_kl", "scope": "committed", "positions": {"kind": "uniform"}},
+        "rejected": {"loss": "k3"},
+    },
 }
 
 
@@ -36,22 +42,34 @@ class PositionWeights(Config):
     delta: Annotated[float, Field(gt=0, le=1, description="of power; 0.8 in Draft-OPD's paper")] = 0.8
 
 
+_UNIFORM = PositionWeights(kind="uniform")
+
+
 class ResponseStream(Config):
     """Committed tokens."""
 
     loss: Annotated[
         Literal["auto"] | TokenLoss | DistributionLoss,
         Field(
-            description="auto follows the verification rule: cross_entropy if greedy, forward_kl if sampled; "
-            "cross_entropy and bernoulli_kl read the committed token, the others the target's whole distribution"
+            description="auto follows the verification rule: cross_entropy if greedy, forward_kl if sampled (EAGLE-3: "
+            "always forward_kl, as in its SFT); cross_entropy and bernoulli_kl read the committed token, the others the "
+            "target's whole distribution"
         ),
     ] = "auto"
     weight: Annotated[float, Field(ge=0, description="λ_acc")] = 1.0
     scope: Annotated[
         Literal["committed", "block"],
         Field(description="committed: accepted prefix and correction, what verification reaches; block: all offsets"),
-    ] = "committed"
-    positions: PositionWeights = PositionWeights(kind="uniform")
+    ] = "block"
+    positions: Annotated[
+        PositionWeights | None,
+        Field(description="left out: whole blocks as in the architecture's SFT, committed offsets uniformly"),
+    ] = None
+
+    def weights(self) -> PositionWeights:
+        """Of a resolved stream."""
+        assert self.positions is not None, "resolve the weights first"
+        return self.positions
 
 
 class RejectedStream(Config):
@@ -115,14 +133,18 @@ class LossConfig(Config):
         """Does it read the target's log-probs of rejected proposals?"""
         return self.rejected.loss != "none" and self.rejected.weight > 0
 
-    def resolved(self, sampled: bool, temperature: float) -> LossConfig:
-        """With the loss that fits the verification rule, and the temperature of that sampling, where left open."""
-        loss = self.response.loss
+    def resolved(self, recipe: TrainingRecipe, sampled: bool, temperature: float) -> LossConfig:
+        """With the loss that fits architecture and verification rule, the temperature of that sampling, and weights,
+        where left open."""
+        loss, positions = self.response.loss, self.response.positions
         if loss == "auto":
-            loss = "forward_kl" if sampled else "cross_entropy"
+            loss = "forward_kl" if sampled or recipe.loss == "forward_kl" else "cross_entropy"
+        if positions is None:
+            whole = self.response.scope == "block"
+            positions = PositionWeights(kind="exponential", gamma=recipe.gamma) if whole else _UNIFORM
         return self.model_copy(
             update={
-                "response": self.response.model_copy(update={"loss": loss}),
+                "response": self.response.model_copy(update={"loss": loss, "positions": positions}),
                 "temperature": (temperature or 1.0) if self.temperature is None else self.temperature,
             }
         )

@@ -111,7 +111,7 @@ def response_stream(
     count = feedback.columns.numel()
     correct = torch.zeros(count, dtype=torch.bool, device=hidden.device)
     log_q = torch.zeros(count, device=hidden.device)
-    by_acceptance = config.positions.kind in ("reach", "d_pace")
+    by_acceptance = config.weights().kind in ("reach", "d_pace")
 
     def values(h: torch.Tensor, part: slice) -> torch.Tensor:
         logits, here = heads.drafter.logits(h), feedback.of(part)
@@ -122,7 +122,7 @@ def response_stream(
         return loss_of(logits, here)
 
     terms = chunked_values(hidden[where], positions_per_chunk, values, trained_head=heads.trained)
-    weights = position_weights(config.positions, offsets, where, log_q)
+    weights = position_weights(config.weights(), offsets, where, log_q)
     correct_BAK = torch.zeros_like(where)
     correct_BAK[where] = correct
     return Stream(weighted_mean(terms, weights[where]), where, correct_BAK)

@@ -139,7 +139,7 @@ class Step:
 
     def _opd(self, fields: dict[str, Any]) -> OpdStep:
         config = OpdConfig.model_validate(self.config.model_dump() | fields)
-        objective = config.loss.resolved(config.verification == "sampled", 0.0)
+        objective = config.loss.resolved(self.drafter.recipe, config.verification == "sampled", 0.0)
         remining = Remining(
             self.world.table,
             self.drafter,

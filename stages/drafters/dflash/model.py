@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
-from stages.drafters.base import Context, Drafter, DrafterInfo, Proposals, SftRecipe, StepShape, best_of
+from stages.drafters.base import Context, Drafter, DrafterInfo, Proposals, StepShape, TrainingRecipe, best_of
 from stages.drafters.head import Head
 from stages.targets.slots import KeyValueSlots, Rows
 
@@ -121,7 +121,7 @@ class DFlashDrafter(Drafter):
     """Parameter names are z-lab's: `fc`, `hidden_norm`, `norm`, `layers.{i}.…`. Embedding and head are the target's."""
 
     kind, autoregressive, has_own_head = "dflash", False, False
-    recipe = SftRecipe(loss="cross_entropy", gamma=7.0)
+    recipe = TrainingRecipe(loss="cross_entropy", gamma=7.0)
 
     def __init__(self, config: Qwen3Config, embedding: torch.Tensor):
         """config: Qwen3 fields plus `block_size` and `dflash_config` (FORMATS: z-lab layout). embedding: [V, H]."""

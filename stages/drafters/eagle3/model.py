@@ -21,7 +21,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
-from stages.drafters.base import Context, Drafter, DrafterInfo, Proposals, SftRecipe, StepShape, best_of
+from stages.drafters.base import Context, Drafter, DrafterInfo, Proposals, StepShape, TrainingRecipe, best_of
 from stages.drafters.head import Head
 from stages.targets.slots import KeyValueSlots, Rows
 
@@ -159,7 +159,7 @@ class Eagle3Drafter(Drafter):
     """Parameter names are those of public checkpoints: `fc`, `midlayer.…`, `norm`, `lm_head`."""
 
     kind, autoregressive, has_own_head = "eagle3", True, True
-    recipe = SftRecipe(loss="forward_kl", gamma=-1 / math.log(0.8))  # 0.8 a step
+    recipe = TrainingRecipe(loss="forward_kl", gamma=-1 / math.log(0.8))  # 0.8 a step
 
     def __init__(self, config: LlamaConfig, embedding: torch.Tensor, draft_tokens: torch.Tensor):
         """config: Llama fields plus `block_size`, `draft_vocab_size` and `eagle_config`; embedding: [V, H];

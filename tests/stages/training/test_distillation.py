@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from stages.drafters.dflash.model import DFlashDrafter
+from stages.drafters.eagle3.model import Eagle3Drafter
 from stages.drafters.head import Head
 from stages.targets.causal_lm import Target
 from stages.training.blocks import Anchors, LossReport, block_hidden, context_of
@@ -82,7 +83,7 @@ def slow_opd(slow: Slow, objective: LossConfig) -> tuple[torch.Tensor, int]:
             assert objective.temperature is not None
             log_p = plain_log_p(target_logits[tokens], objective.temperature)
             token_log_p = float(torch.log_softmax(target_logits, -1)[label])
-            weight = plain_weight(objective.response.positions, k, of_labels)
+            weight = plain_weight(objective.response.weights(), k, of_labels)
             term = PLAIN[objective.response.loss](log_q[k - 1], tokens.index(label), log_p, token_log_p)
             response = response + weight * term
             response_weights += weight
@@ -105,15 +106,17 @@ def slow_opd(slow: Slow, objective: LossConfig) -> tuple[torch.Tensor, int]:
 
 
 def objective(value: Any = "matched", *, sampled: bool = False, temperature: float = 0.0) -> LossConfig:
-    return LossConfig.model_validate(value).resolved(sampled, temperature)
+    return LossConfig.model_validate(value).resolved(DFlashDrafter.recipe, sampled, temperature)
 
 
 def response(loss: str, **fields: Any) -> dict[str, Any]:
-    return {"response": {"loss": loss} | fields}
+    """A stream on committed offsets, unless `fields` say otherwise."""
+    return {"response": {"loss": loss, "scope": "committed"} | fields}
 
 
 OBJECTIVES = {
     "matched greedy": objective(),
+    "matched greedy, committed": objective({"response": {"scope": "committed"}}),
     "matched sampled": objective({"response": {"weight": 0.5}}, sampled=True, temperature=0.7),
     "paper": objective("paper"),
     "paper, other weights": objective(
@@ -180,7 +183,11 @@ def test_opd_loss_equals_the_loop(
 
 def test_the_default_follows_the_verification_rule() -> None:
     greedy, sampled = objective(), objective(sampled=True, temperature=0.6)
-    assert (greedy.response.loss, greedy.response.scope) == ("cross_entropy", "committed")
+    assert (greedy.response.loss, greedy.response.scope) == ("cross_entropy", "block")
+    assert greedy.response.weights() == PositionWeights(kind="exponential", gamma=7.0)  # as in SFT
+    committed = objective({"response": {"scope": "committed"}})
+    assert committed.response.weights() == PositionWeights(kind="uniform")
+    assert LossConfig().resolved(Eagle3Drafter.recipe, False, 0.0).response.loss == "forward_kl"  # as in its SFT
     assert (sampled.response.loss, sampled.temperature) == ("forward_kl", 0.6)
     assert objective(sampled=True, temperature=0.0).temperature == 1.0  # greedy text, to be served sampled
     assert not greedy.needs_scores
@@ -195,7 +202,7 @@ def test_forward_kl_at_temperature_zero_is_cross_entropy_on_the_argmax(
     tokens = case.batch.tokens.clone()
     tokens[:, 1:] = plain_target.logits(case.batch.hidden).argmax(-1)[:, :-1]
     greedy = replace(case, batch=replace(case.batch, tokens=tokens))
-    by_token = opd(greedy, drafter, plain_target, OBJECTIVES["matched greedy"])
+    by_token = opd(greedy, drafter, plain_target, OBJECTIVES["matched greedy, committed"])
     by_law = opd(greedy, drafter, plain_target, OBJECTIVES["forward KL of the argmax"])
     torch.testing.assert_close(by_law.loss, by_token.loss, rtol=1e-6, atol=1e-6)
     cold = opd(greedy, drafter, plain_target, objective(response("forward_kl") | {"temperature": 1e-4}))

@@ -154,9 +154,9 @@ def test_the_training_time_test_equals_the_loop(
 def test_the_recipe_is_the_authors() -> None:
     stream = SftConfig().stream(Eagle3Drafter.recipe)
     assert (stream.loss, stream.scope) == ("forward_kl", "block")
-    assert math.exp(-1 / stream.positions.gamma) == pytest.approx(0.8)
+    assert math.exp(-1 / stream.weights().gamma) == pytest.approx(0.8)
     chosen = SftConfig(loss="cross_entropy", gamma=2.0).stream(Eagle3Drafter.recipe)
-    assert (chosen.loss, chosen.positions.gamma) == ("cross_entropy", 2.0)
+    assert (chosen.loss, chosen.weights().gamma) == ("cross_entropy", 2.0)
 
 
 def test_the_heads_are_over_the_draft_vocabulary_and_the_drafters_is_trained(
@@ -250,7 +250,7 @@ def slow_opd(slow: Slow, objective: LossConfig) -> tuple[torch.Tensor, int]:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_opd_loss_equals_the_loop(name: str, eagle_case: Case, eagle: Eagle3Drafter, plain_target: Target) -> None:
     """The response stream on the trajectory's tokens, the rejected one on the drafter's own."""
-    objective = LossConfig.model_validate(OBJECTIVES[name]).resolved(False, 0.0)
+    objective = LossConfig.model_validate(OBJECTIVES[name]).resolved(Eagle3Drafter.recipe, False, 0.0)
     report = opd(eagle_case, eagle, plain_target, objective)
     slow, positions = slow_opd(Slow(eagle_case, eagle, plain_target), objective)
     assert_equal(report, slow, eagle)
@@ -261,7 +261,7 @@ def test_the_rejected_stream_depends_on_the_chain_that_was_drafted(
     eagle_case: Case, eagle: Eagle3Drafter, plain_target: Target
 ) -> None:
     """On the trajectory's tokens it would be another loss."""
-    objective = LossConfig.model_validate("paper").resolved(False, 0.0)
+    objective = LossConfig.model_validate("paper").resolved(Eagle3Drafter.recipe, False, 0.0)
     own = opd(eagle_case, eagle, plain_target, objective).figures["loss_rejected"]
     hidden = block_hidden(eagle, context_of(eagle, eagle_case.batch), eagle_case.batch, eagle_case.anchors)
     heads = heads_of(eagle, plain_target)
@@ -274,7 +274,7 @@ def test_the_rejected_stream_depends_on_the_chain_that_was_drafted(
 def test_the_size_of_the_chunks_changes_nothing(
     loss: str, eagle_case: Case, eagle: Eagle3Drafter, plain_target: Target
 ) -> None:
-    objective = LossConfig.model_validate("paper").resolved(False, 0.0)
+    objective = LossConfig.model_validate("paper").resolved(Eagle3Drafter.recipe, False, 0.0)
     gradients = []
     for chunk in (1, CHUNK, 1000):
         case = (eagle_case, eagle, plain_target)
@@ -452,7 +452,7 @@ KINDS = ["errors", "visited", "random", "rolling"]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("loss", ["matched", "paper"])
 def test_a_step_of_opd_trains_every_parameter(kind: str, loss: str, world: World) -> None:
-    objective = LossConfig.model_validate(loss).resolved(False, 0.0)
+    objective = LossConfig.model_validate(loss).resolved(Eagle3Drafter.recipe, False, 0.0)
     step = world.step(world.source(kind), objective)
     for number in (5, 6):  # the second follows the anchors of the first where a source rolls on
         report = step.loss(number, INDICES, world.features.batch(INDICES), step_rng(0, number))
@@ -468,7 +468,7 @@ def test_a_step_of_opd_trains_every_parameter(kind: str, loss: str, world: World
 
 def test_a_step_has_the_loss_of_the_chains_that_mining_finds(world: World) -> None:
     """Read from the table, or drafted, judged and scored in the step: proposals, scores and the states behind them."""
-    objective, many = LossConfig.model_validate("paper").resolved(False, 0.0), 30
+    objective, many = LossConfig.model_validate("paper").resolved(Eagle3Drafter.recipe, False, 0.0), 30
     drafter, batch, fresh = world.moved, world.features.batch(INDICES), world.mined_by(world.moved)
     anchors, steps = fresh.draw(INDICES, "errors", many, step_rng(0, 5), torch.device("cpu"))
     judged_behind = (steps.target_logprobs.isfinite().sum(-1) - steps.rejected_offset)[steps.rejected_offset > 0]
@@ -501,7 +501,10 @@ def test_a_step_has_the_loss_of_the_chains_that_mining_finds(world: World) -> No
 @pytest.mark.parametrize("kind", ["errors", "visited"])
 def test_mining_in_a_step_leaves_its_gradient_alone(kind: str, world: World) -> None:
     """Autocast remembers its copies of weights: none made without gradient may reach the training."""
-    objective, batch = LossConfig.model_validate("paper").resolved(False, 0.0), world.features.batch(INDICES)
+    objective, batch = (
+        LossConfig.model_validate("paper").resolved(Eagle3Drafter.recipe, False, 0.0),
+        world.features.batch(INDICES),
+    )
     head = world.moved.head_over(world.bench.target.head_weight, None)
     before, inside = world.remining(1, scored=True), world.remining(1, scored=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -520,7 +523,7 @@ def test_mining_in_a_step_leaves_its_gradient_alone(kind: str, world: World) -> 
 @pytest.mark.parametrize("kind", ["random", "rolling"])
 def test_drafting_in_a_step_leaves_its_gradient_alone(kind: str, world: World) -> None:
     """The same for its own proposals, against the step in float32."""
-    objective = LossConfig.model_validate("paper").resolved(False, 0.0)
+    objective = LossConfig.model_validate("paper").resolved(Eagle3Drafter.recipe, False, 0.0)
     gradients = []
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

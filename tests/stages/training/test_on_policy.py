@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from stages.drafters.base import Drafter
+from stages.drafters.dflash.model import DFlashDrafter
 from stages.drafters.head import Head
 from stages.replay.sequential import replay_sequentially
 from stages.replay.trace import Trace, Trajectory
@@ -218,7 +219,7 @@ def test_every_kind_trains_the_same_number_of_blocks(world: World) -> None:
         "random": RandomAnchors(many),
         "rolling": RollingAnchors(world.table, many),
     }
-    everywhere = LossConfig.model_validate({"response": {"scope": "block"}}).resolved(False, 0.0)
+    everywhere = LossConfig.model_validate({"response": {"scope": "block"}}).resolved(DFlashDrafter.recipe, False, 0.0)
     positions = {}
     for name, source in sources.items():
         step = OpdStep(world.moved, world.bench.target, source, everywhere, config, 7)
@@ -241,7 +242,10 @@ def test_a_trajectory_without_errors_lends_its_other_steps(world: World) -> None
 def test_mining_in_a_step_leaves_its_gradient_alone(autocast: bool, world: World) -> None:
     """Autocast remembers its copies of weights: none made without gradient may reach the training."""
     batch = world.features.batch(INDICES)
-    objective, config = LossConfig().resolved(False, 0.0), TrainingConfig(anchors_per_sequence=PER_SEQUENCE)
+    objective, config = (
+        LossConfig().resolved(DFlashDrafter.recipe, False, 0.0),
+        TrainingConfig(anchors_per_sequence=PER_SEQUENCE),
+    )
     mined_before = world.remining(every=1)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         mined_before.refresh(5, INDICES, batch, world.head)
@@ -271,7 +275,7 @@ def test_the_target_scores_proposals_only_for_a_rejected_stream(
     monkeypatch.setattr(world.bench.target, "step", counted)
     config = TrainingConfig(anchors_per_sequence=PER_SEQUENCE)
     for loss, wanted in (("matched", False), ("paper", True), ({"preset": "paper", "rejected": {"weight": 0}}, False)):
-        objective = LossConfig.model_validate(loss).resolved(False, 0.0)
+        objective = LossConfig.model_validate(loss).resolved(DFlashDrafter.recipe, False, 0.0)
         remining = world.remining(every=1, scored=objective.needs_scores)
         sources: dict[str, AnchorSource] = {
             "errors": TableAnchors(remining, "errors", PER_SEQUENCE),
