@@ -51,8 +51,8 @@ class ResponseStream(Config):
     loss: Annotated[
         Literal["auto"] | TokenLoss | DistributionLoss,
         Field(
-            description="auto follows the verification rule: cross_entropy if greedy, forward_kl if sampled (EAGLE-3: "
-            "always forward_kl, as in its SFT); cross_entropy and bernoulli_kl read the committed token, the others the "
+            description="auto follows the verification rule: cross_entropy if greedy, forward_kl if sampled (EAGLE-3 "
+            "always: forward_kl, as its SFT); cross_entropy and bernoulli_kl read the committed token, the others the "
             "target's whole distribution"
         ),
     ] = "auto"
