@@ -80,12 +80,14 @@ def _show_warnings() -> None:
 
 def _pipeline(options: argparse.Namespace) -> Pipeline:
     """The kind of run that the command's config file describes; a refresh unless it says otherwise."""
+    from flows.architectures_graph import ARCHITECTURES
     from flows.config_file import kind_of
     from flows.experiment_graph import EXPERIMENT
     from flows.refresh_graph import REFRESH
 
     config = getattr(options, "config", None)
-    return EXPERIMENT if config is not None and kind_of(config) == "experiment" else REFRESH
+    kinds = {"experiment": EXPERIMENT, "architectures": ARCHITECTURES}
+    return kinds.get(kind_of(config), REFRESH) if config is not None else REFRESH
 
 
 # -- arguments -------------------------------------------------------------------------------------------------------
@@ -161,9 +163,10 @@ def _experiment(options: argparse.Namespace, pipeline: Pipeline) -> None:
         raise DraftsmithError(f"{options.config} has no line `kind: experiment`: use draftsmith {pipeline.kind}")
     made, display, _ = _run(options, pipeline)
     if made:
-        from flows.experiment_results import show_results
-
-        show_results(display, {name: Path(each["path"]) for name, each in made.items()})
+        module, _, function = pipeline.results.partition(":")
+        getattr(importlib.import_module(module), function)(
+            display, {name: Path(each["path"]) for name, each in made.items()}
+        )
 
 
 def _run(options: argparse.Namespace, pipeline: Pipeline) -> tuple[dict[str, dict[str, Any]], Display, Tracking]:

@@ -90,8 +90,13 @@ _FROM_OPD = ("steps", "sequences_per_step", "anchors_per_sequence", "learning_ra
 
 
 def control_config(config: RunConfig) -> SftConfig:
+    """The control of a refresh."""
+    return continued_sft(config.sft, config.opd)
+
+
+def continued_sft(sft: SftConfig, opd: OpdConfig) -> SftConfig:
     """Continued SFT with OPD's steps, trained positions and learning rate: the fair comparison."""
-    return config.sft.model_copy(update={name: getattr(config.opd, name) for name in _FROM_OPD})
+    return sft.model_copy(update={name: getattr(opd, name) for name in _FROM_OPD})
 
 
 def assisted_config(config: RunConfig, iteration: int) -> RolloutConfig:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from flows.graph import Node
 from stages.contract import Config
 from stages.engines.config import EmbeddedEngineConfig, SGLangEngineConfig
-from stages.evaluation import EvaluationConfig
+from stages.evaluation import DRAFTERS, PREFIX, EvaluationConfig
 from stages.logs import LogsConfig
 from stages.mining import MiningConfig
 from stages.opd import OpdConfig
@@ -100,7 +100,7 @@ def memory_of(node: Node, nodes: Mapping[str, Node], sizes: Sizes) -> Memory | N
             source = nodes[node.inputs["trajectories"]].config
             return Memory(node.name, _mining(config, _longest(source, sizes), sizes))
         case EvaluationConfig():
-            drafters = sum(name in node.inputs for name in ("sft", "control", "opd"))
+            drafters = sum(name in DRAFTERS or name.startswith(PREFIX) for name in node.inputs)
             return Memory(node.name, _evaluation(config, drafters, sizes))
     return None
 

@@ -164,5 +164,9 @@ def _arm_node(
 
 
 EXPERIMENT = Pipeline(
-    config=ExperimentConfig, nodes=experiment_nodes, flow="flows.experiment:experiment", kind="experiment"
+    config=ExperimentConfig,
+    nodes=experiment_nodes,
+    flow="flows.experiment:experiment",
+    kind="experiment",
+    results="flows.experiment_results:show_results",
 )

@@ -42,6 +42,7 @@ class Pipeline:
     flow: str  # "module:attribute", imported only when a run starts
     code_digest: Callable[[str], str] = code_digest  # of a stage's module
     kind: str = "refresh"  # the command that runs it
+    results: str = ""  # "module:function" that prints what an experiment found, from the nodes' artifacts
 
 
 class Status(StrEnum):

@@ -21,7 +21,8 @@ from stages.measure.parity import MaxParityMismatch
 if TYPE_CHECKING:
     from stages.measure.requests import Measured
 
-DRAFTERS = ("sft", "control", "opd")
+DRAFTERS = ("sft", "control", "opd")  # of a refresh
+PREFIX = "drafter:"  # of the inputs of a comparison of any other drafters; the rest of the name is the arm's
 
 
 def _several(value: Any) -> Any:
@@ -136,7 +137,10 @@ def _measure(ctx: StageContext, config: EvaluationConfig) -> tuple[Measured, dic
     from stages.targets.causal_lm import Target
 
     target = Target.load(ctx.inputs["target"])
-    folders = {name: ctx.inputs[name] / DRAFTER_FOLDER for name in DRAFTERS if name in ctx.inputs}
+    named = [(name.removeprefix(PREFIX), name) for name in (*DRAFTERS, *ctx.inputs) if name in ctx.inputs]
+    folders = {arm: ctx.inputs[name] / DRAFTER_FOLDER for arm, name in named if name in DRAFTERS or arm != name}
+    if not folders:
+        raise DraftsmithError(f"evaluation: needs a drafter as an input: {', '.join(DRAFTERS)} or {PREFIX}NAME")
     drafters = {name: load_drafter(folder, target) for name, folder in folders.items()}
     heldout = load_prompts(ctx.inputs["prompts"], ["heldout"])
     validation = load_prompts(ctx.inputs["prompts"], ["validation"])[: config.validation_prompts]
@@ -145,9 +149,9 @@ def _measure(ctx: StageContext, config: EvaluationConfig) -> tuple[Measured, dic
     longest = positions_needed([*heldout, *validation], config.sampling.max_new_tokens, target.info.max_positions)
     acceptance = _acceptance(ctx, config, target, drafters)
     if not isinstance(config.engine, SGLangEngineConfig):
-        return measure_embedded(ctx, config, target, drafters, heldout, validation), acceptance
+        return measure_embedded(ctx, config, target, folders, drafters, heldout, validation), acceptance
 
-    trained_block, dtype = drafters["sft"].block_size, target.info.dtype
+    trained_block, dtype = next(iter(drafters.values())).block_size, target.info.dtype
     del target, drafters
     release_memory()
     served = Served(ctx, config, config.engine, folders, longest, dtype)
@@ -194,7 +198,7 @@ def preflight(config: EvaluationConfig, target: Path) -> None:
 STAGE = Stage(
     name="evaluation",
     config=EvaluationConfig,
-    inputs=("target", "prompts", "trajectories", "sft", "opd?", "control?"),
+    inputs=("target", "prompts", "trajectories", "sft?", "opd?", "control?", f"{PREFIX}*"),
     run=run,
     preflight=preflight,
     volatile=("metrics.jsonl", "requests.parquet"),

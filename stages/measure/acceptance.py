@@ -63,7 +63,7 @@ def has_loop(tokens: Sequence[int], n: int = 6, times: int = 3) -> bool:
 def acceptance_table(
     traces: Mapping[str, Sequence[Trace]], looping: Sequence[bool], resamples: int, confidence: float, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Figures of each drafter; differences are to the drafter named `sft`, paired over trajectories."""
+    """Figures of each drafter; differences are to the drafter named `sft`, paired over trajectories; else none."""
     sums = {name: _sums(found) for name, found in traces.items()}
     keep = ~np.asarray(looping)
     table: dict[str, dict[str, Any]] = {}
@@ -84,7 +84,7 @@ def acceptance_table(
             "accepted_histogram": np.bincount(accepted, minlength=K + 1).tolist(),
             "tau_without_loops": float(ratio(committed[keep], steps[keep])) if keep.any() else None,
         }
-        if name != "sft":
+        if name != "sft" and "sft" in sums:
             paired = (committed, steps, *sums["sft"])
             low, high = interval(ratio_difference, paired, resamples, confidence, seed)
             table[name] |= {"diff_to_sft": float(ratio_difference(*paired)), "diff_low": low, "diff_high": high}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,14 +39,16 @@ def measure_embedded(
     ctx: StageContext,
     config: EvaluationConfig,
     target: Target,
+    folders: Mapping[str, Path],
     drafters: Mapping[str, Drafter],
     heldout: Sequence[Prompt],
     validation: Sequence[Prompt],
 ) -> Measured:
-    """Choose the block size on validation prompts, decode held-out ones with every arm, compare the outputs."""
+    """Choose the block size on validation prompts with the first drafter, decode held-out ones with every arm, compare
+    the outputs. folders: the drafters' checkpoints."""
     test = SpeedTest(ctx, target, config, ctx.seed)
     settings = settings_of(config)
-    block_size, candidates = choose_block_size(test, drafters["sft"], validation, settings[0])
+    block_size, candidates = choose_block_size(test, next(iter(drafters.values())), validation, settings[0])
     ctx.log(f"decoding with blocks of {block_size}, chosen on {len(validation)} validation prompts")
     rows: list[Row] = []
     for setting in settings:
@@ -54,7 +56,11 @@ def measure_embedded(
     compare_with_plain(rows, sampled=True)
     test.add_margins(rows, heldout)
     exactness = {"serving_dtype": target.info.dtype, **equality(rows)}
-    exactness |= exactness_in_fp32(test, ctx.inputs["target"], ctx.inputs["sft"], heldout, block_size, settings[0])
+    first_of_kind: dict[str, Path] = {}
+    for name, drafter in drafters.items():
+        first_of_kind.setdefault(drafter.kind, folders[name])
+    checkpoints = first_of_kind.values()
+    exactness |= exactness_in_fp32(test, ctx.inputs["target"], checkpoints, heldout, block_size, settings[0])
     return Measured("embedded", rows, block_size, candidates, exactness)
 
 
@@ -74,6 +80,8 @@ class SpeedTest:
         max_new: int | None = None,
     ) -> tuple[list[Completion], float]:
         """Answers in the order of the prompts, and the wall time in seconds."""
+        if drafter is not None:
+            block_size = min(block_size, drafter.block_size)
         capacity = max(len(p.token_ids) for p in prompts) + self.config.sampling.max_new_tokens + block_size
         drafting = DraftingConfig(block_size=block_size, head_tokens=self.config.head_tokens) if drafter else None
         engine = EmbeddedEngine(target, drafter, slots=setting.concurrency, capacity=capacity, drafting=drafting)
@@ -138,20 +146,21 @@ def choose_block_size(
 def exactness_in_fp32(
     test: SpeedTest,
     target_folder: Path,
-    drafter_artifact: Path,
+    checkpoints: Iterable[Path],
     prompts: Sequence[Prompt],
     block_size: int,
     setting: Setting,
 ) -> dict[str, int]:
-    """Plain against speculative decoding in float32, token for token. Returns how many prompts, and how many equal."""
-    from stages.stored import DRAFTER_FOLDER
-
+    """Plain against speculative decoding in float32, token for token. Returns how many prompts, and how many came out
+    equal with every checkpoint."""
     if not test.config.exactness_prompts:
         return {"fp32_prompts": 0, "fp32_identical": 0}
     chosen = prompts[: test.config.exactness_prompts]
     target = Target.load(target_folder, dtype="float32")
-    drafter = load_drafter(drafter_artifact / DRAFTER_FOLDER, target)
     plain, _ = test.decode(target, None, 1, chosen, setting)
-    speculative, _ = test.decode(target, drafter, block_size, chosen, setting)
-    same = sum(a.response_ids == b.response_ids for a, b in zip(plain, speculative, strict=True))
-    return {"fp32_prompts": len(chosen), "fp32_identical": same}
+    equal = [True] * len(chosen)
+    for folder in checkpoints:
+        speculative, _ = test.decode(target, load_drafter(folder, target), block_size, chosen, setting)
+        pairs = zip(equal, plain, speculative, strict=True)
+        equal = [so_far and a.response_ids == b.response_ids for so_far, a, b in pairs]
+    return {"fp32_prompts": len(chosen), "fp32_identical": sum(equal)}

@@ -248,11 +248,14 @@ def _choose_block_size(served: Served, validation: Sequence[Prompt], trained: in
         table = folder / "requests.parquet"
         if not table.exists():
             served.ctx.log(f"validation prompts with blocks of {size}")
-            with served.server(served.drafters["sft"], size, folder) as engine:
+            with served.server(next(iter(served.drafters.values())), size, folder) as engine:
                 served.warm_up(engine, validation)
                 requests = requests_for(validation, served.config, setting, served.ctx.seed)
                 answers, wall = served.decode(engine, requests, setting)
-            rows = [row_of(engine.name, 0, "sft", size, setting, a, wall / len(answers)) for a in answers]
+            rows = [
+                row_of(engine.name, 0, next(iter(served.drafters)), size, setting, a, wall / len(answers))
+                for a in answers
+            ]
             write_table(table, REQUESTS, rows)
         decoded = read_table(table, REQUESTS, ["tokens", "seconds"]).to_pylist()
         speeds[size] = sum(row["tokens"] for row in decoded) / sum(row["seconds"] for row in decoded)

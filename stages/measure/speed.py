@@ -52,6 +52,9 @@ def speed_table(
         low, high = interval(_speedup, samples, resamples, confidence, seed)
         table[arm] |= {"speedup": float(_speedup(*samples)), "speedup_low": low, "speedup_high": high}
         if c["verify_seconds"].any():  # servers do not say
+            steps = max(1.0, c["verify_steps"].sum())
+            table[arm]["draft_ms_per_step"] = float(1e3 * c["draft_seconds"].sum() / steps)
+            table[arm]["verify_ms_per_step"] = float(1e3 * c["verify_seconds"].sum() / steps)
             table[arm]["draft_share"] = float(c["draft_seconds"].sum() / seconds)
             table[arm]["verify_share"] = float(c["verify_seconds"].sum() / seconds)
         # the prefill's token is committed before any verify step

@@ -1,0 +1,101 @@
+"""The comparison of drafter architectures: each trained by SFT and by OPD, all measured in one evaluation.
+
+The graph, with a branch for every name in section `drafters`::
+
+    target ─ prompts ─ rollout ─ sft-NAME ─ mining-NAME ─ opd-NAME
+                       fresh ──┴──────────┴─ control-NAME          SFT continued for as long as OPD
+                       heldout ─ evaluation                        all of them on the same prompts, in alternation
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from flows.config import continued_sft
+from flows.experiment_graph import AnyTarget
+from flows.graph import Node, Pipeline
+from flows.options import RunOptions
+from stages.contract import Config
+from stages.evaluation import PREFIX, EvaluationConfig
+from stages.mining import MiningConfig
+from stages.opd import OpdConfig
+from stages.procedural_target import ProceduralTargetConfig
+from stages.prompts import PromptsConfig
+from stages.rollout import RolloutConfig
+from stages.sft import SftConfig
+
+TRAININGS = ("sft", "control", "opd")
+
+
+class DrafterTrainings(Config):
+    """How one drafter is trained."""
+
+    sft: SftConfig
+    opd: OpdConfig
+
+
+class ArchitecturesConfig(RunOptions):
+    """Several drafters for one target. Their training is matched by steps; the table shows the operations it took."""
+
+    kind: Literal["architectures"]
+    target: AnyTarget
+    prompts: PromptsConfig
+    rollout: RolloutConfig
+    """The answers that SFT is trained on."""
+    fresh: RolloutConfig
+    """The answers that are mined, and that OPD and the continued SFT are trained on."""
+    drafters: dict[str, DrafterTrainings] = Field(min_length=1)
+    mining: MiningConfig = MiningConfig()
+    heldout: RolloutConfig
+    """The answers to validation and held-out prompts."""
+    evaluation: EvaluationConfig
+
+    @model_validator(mode="after")
+    def _names_are_plain(self) -> ArchitecturesConfig:
+        for name in self.drafters:
+            if ":" in name or "-" in name:
+                raise ValueError(f"drafters.{name}: choose a name without colons and dashes")
+        return self
+
+
+def arm(training: str, name: str) -> str:
+    """The evaluation's name of a drafter."""
+    return f"{name} {training}"
+
+
+def architectures_nodes(config: ArchitecturesConfig) -> list[Node]:
+    """All nodes of the comparison."""
+    target = {"target": "target"}
+    asked = {**target, "prompts": "prompts"}
+    procedural = isinstance(config.target, ProceduralTargetConfig)
+    nodes = [
+        Node("target", "stages.procedural_target" if procedural else "stages.target", config.target),
+        Node("prompts", "stages.prompts", config.prompts, target),
+        Node("rollout", "stages.rollout", config.rollout, asked),
+        Node("fresh", "stages.rollout", config.fresh, asked),
+        Node("heldout", "stages.rollout", config.heldout, asked),
+    ]
+    measured = {**asked, "trajectories": "heldout"}
+    for name, trained in config.drafters.items():
+        sft, mining = f"sft-{name}", f"mining-{name}"
+        learned = {**target, "trajectories": "fresh", "drafter": sft}
+        control = continued_sft(trained.sft, trained.opd)
+        nodes += [
+            Node(sft, "stages.sft", trained.sft, {**target, "trajectories": "rollout"}),
+            Node(f"control-{name}", "stages.sft", control, learned),
+            Node(mining, "stages.mining", config.mining, learned),
+            Node(f"opd-{name}", "stages.opd", trained.opd, {**learned, "steps": mining}),
+        ]
+        measured |= {f"{PREFIX}{arm(training, name)}": f"{training}-{name}" for training in TRAININGS}
+    return [*nodes, Node("evaluation", "stages.evaluation", config.evaluation, measured)]
+
+
+ARCHITECTURES = Pipeline(
+    config=ArchitecturesConfig,
+    nodes=architectures_nodes,
+    flow="flows.architectures:architectures",
+    kind="experiment",
+    results="flows.architectures_results:show_results",
+)

@@ -1,0 +1,70 @@
+"""The comparison of architectures: its graph, what is equal between its branches, and its table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from artifacts.errors import DraftsmithError
+from flows.architectures_graph import ARCHITECTURES, ArchitecturesConfig, architectures_nodes
+from flows.architectures_results import rows
+from flows.config_file import read_config
+from flows.graph import in_order
+from stages.opd import OpdConfig
+from stages.sft import SftConfig
+
+CONFIG = Path(__file__).parents[2] / "configs" / "experiments" / "architectures.yaml"
+
+
+def read(*overrides: str) -> ArchitecturesConfig:
+    return read_config(CONFIG, overrides, ARCHITECTURES.config)  # type: ignore[return-value]
+
+
+def test_every_drafter_has_its_branch_and_one_evaluation_measures_all() -> None:
+    nodes = {node.name: node for node in in_order(architectures_nodes(read()))}
+    for name in ("dflash", "eagle3"):
+        assert nodes[f"opd-{name}"].inputs == {
+            "target": "target",
+            "trajectories": "fresh",
+            "drafter": f"sft-{name}",
+            "steps": f"mining-{name}",
+        }
+    drafters = {key: source for key, source in nodes["evaluation"].inputs.items() if key.startswith("drafter:")}
+    assert drafters == {
+        f"drafter:{name} {training}": f"{training}-{name}"
+        for name in ("dflash", "eagle3")
+        for training in ("sft", "control", "opd")
+    }
+    assert list(nodes)[-1] == "evaluation"
+
+
+def test_the_control_continues_its_own_sft_for_as_long_as_opd() -> None:
+    nodes = {node.name: node for node in architectures_nodes(read("drafters.eagle3.opd.steps=7"))}
+    control, opd, sft = (nodes[f"{kind}-eagle3"].config for kind in ("control", "opd", "sft"))
+    assert isinstance(control, SftConfig) and isinstance(opd, OpdConfig) and isinstance(sft, SftConfig)
+    assert control.steps == opd.steps == 7
+    assert control.learning_rate == opd.learning_rate
+    assert control.drafter == sft.drafter
+    assert nodes["control-eagle3"].inputs["drafter"] == "sft-eagle3"
+
+
+def test_a_name_that_the_table_could_not_show_is_refused() -> None:
+    with pytest.raises(DraftsmithError, match="without colons and dashes"):
+        read("drafters={a-b: {sft: {}, opd: {}}}")
+
+
+def test_the_table_has_a_row_an_arm() -> None:
+    figures: dict[str, Any] = {"tau": 2.0, "tau_low": 1.9, "tau_high": 2.1}
+    speed: dict[str, Any] = {"tokens_per_s": 50.0, "speedup": 1.5, "speedup_low": 1.4, "speedup_high": 1.6}
+    evaluation = {
+        "drafters": {"dflash sft": figures},
+        "speed": {
+            "plain": {"tokens_per_s": 33.3},
+            "dflash sft": speed | {"draft_ms_per_step": 2.25, "verify_ms_per_step": 10.0},
+        },
+    }
+    plain, drafted = rows(evaluation, {"dflash sft": 12.34})
+    assert plain == ("plain", "-", "-", "-", "-", "-", "33.3", "-", "-")
+    assert drafted == ("dflash sft", "12.3", "2.000", "1.900 … 2.100", "2.2", "10.0", "50.0", "1.50", "1.40 … 1.60")
