@@ -45,6 +45,13 @@ class OpdConfig(TrainingConfig):
             "chains that start on the mined trace and roll on: each anchor the successor of the one trained before"
         ),
     ] = "errors"
+    trajectories: Annotated[
+        Literal["equal", "errors"],
+        Field(
+            description="how often each is trained on: all equally, or in proportion to the error positions that were "
+            "last mined in it"
+        ),
+    ] = "equal"
     remine_every: Annotated[
         int,
         Field(
@@ -72,7 +79,7 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
     from stages.drafters.checkpoint import drafter_digest, load_drafter, read_info, save_drafter
     from stages.stored import DRAFTER_FOLDER, load_trajectories
     from stages.targets.causal_lm import Target
-    from stages.training.batches import FeatureSource, step_rng, trajectories_of_step
+    from stages.training.batches import FeatureSource, step_rng, trajectories_by_errors, trajectories_of_step
     from stages.training.blocks import LossReport
     from stages.training.loop import train
     from stages.training.mined import Kind, load_mined
@@ -106,7 +113,12 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
     opd = OpdStep(drafter, target, source, objective, config, table.proposals)
 
     def loss_of_step(step: int) -> LossReport:
-        chosen = [usable[i] for i in trajectories_of_step(len(usable), config.sequences_per_step, step, ctx.seed)]
+        if config.trajectories == "errors":
+            errors = remining.current.errors(usable)
+            places = trajectories_by_errors(errors, config.sequences_per_step, step, ctx.seed)
+        else:
+            places = trajectories_of_step(len(usable), config.sequences_per_step, step, ctx.seed)
+        chosen = [usable[i] for i in places]
         return opd.loss(step, chosen, features.batch(chosen), step_rng(ctx.seed, step))
 
     totals = train(ctx, drafter, config, loss_of_step, source)

@@ -47,6 +47,10 @@ class MinedTable:
     def count(self, kind: Kind) -> int:
         return sum(len(s.of_kind(kind)) for s in self.steps)
 
+    def errors(self, indices: Sequence[int]) -> np.ndarray:
+        """[indices] steps of each trajectory that rejected something."""
+        return np.array([len(self.steps[i].of_kind("errors")) for i in indices])
+
     def trajectories_with(self, kind: Kind) -> list[int]:
         """Indices of the trajectories that have at least one such step."""
         found = [i for i, s in enumerate(self.steps) if len(s.of_kind(kind))]

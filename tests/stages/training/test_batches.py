@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from stages.replay.trace import Trajectory
 from stages.targets.causal_lm import Target
 from stages.training.anchors import pad_anchors, random_anchors
-from stages.training.batches import FeatureSource, frequent_tokens, step_rng, token_counts, trajectories_of_step
+from stages.training.batches import (
+    FeatureSource,
+    frequent_tokens,
+    step_rng,
+    token_counts,
+    trajectories_by_errors,
+    trajectories_of_step,
+)
 from stages.training.config import TrainingConfig
 from stages.training.vocabulary import sampled_head
 from tests.testbed import random_target
@@ -126,3 +133,15 @@ def test_the_head_of_a_step_holds_what_the_step_needs() -> None:
     for tokens in (None, 100, 1000):
         whole = sampled_head(weight, frequent, TrainingConfig(head_tokens=tokens), step_rng(0, 0), needed)
         assert whole.token_ids is None
+
+
+def test_trajectories_with_more_errors_are_drawn_more_often_and_none_twice_in_a_step() -> None:
+    errors = np.array([0, 3, 7, 15])
+    drawn = [trajectories_by_errors(errors, 1, step, seed=0) for step in range(4000)]
+    shares = np.bincount(np.concatenate(drawn), minlength=4) / 4000
+    np.testing.assert_allclose(shares, (errors + 1) / (errors + 1).sum(), atol=0.03)  # four standard deviations
+    for step in range(50):
+        assert len(set(trajectories_by_errors(errors, 3, step, seed=0))) == 3
+    assert trajectories_by_errors(errors, 2, 5, seed=0) == trajectories_by_errors(errors, 2, 5, seed=0)
+    assert len({tuple(trajectories_by_errors(errors, 2, 5, seed)) for seed in range(20)}) > 1
+    assert sorted(trajectories_by_errors(errors, 9, 0, seed=0)) == [0, 1, 2, 3]
