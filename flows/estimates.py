@@ -182,7 +182,7 @@ def _training(config: SftConfig | OpdConfig, answers: Config, sizes: Sizes) -> d
     if config.head_tokens is not None:
         tokens = config.head_tokens + config.head_negatives + B * 64  # and the tokens of the batch: some are new
     rows, head = _reduced_head(tokens, sizes)
-    mines = isinstance(config, OpdConfig) and config.remine_every > 0
+    mines = isinstance(config, OpdConfig) and config.oldest_trace > 0
     return {
         "mining again": _scoring_logits(sizes) if mines else 0.0,
         "process": PROCESS,

@@ -10,18 +10,36 @@ from typing import Any
 from rich.table import Table
 
 from flows.display import Display
+from stages.comparison import BASE, cost_to_reach
 
 
 def show_results(display: Display, made: Mapping[str, Path]) -> None:
     """Print the comparison of every split, and what the drafter was worth before the change, if there was one."""
     results = _read(made["comparison"])
     for split, figures in results.items():
-        display.console.print(_table(f"{split}: tau on {figures['trajectories']} trajectories", figures["arms"]))
+        title = f"{split}: tau on {figures['trajectories']} trajectories; no drafter passes {figures['ceiling']:.3f}"
+        display.console.print(_table(title, figures["arms"]))
     if "before" in made:
         for split, figures in _read(made["before"]).items():
-            tau = figures["arms"][0]["tau"]
-            display.line(f"before the change, {split}: tau {tau:.3f}")
+            before = figures["arms"][0]["tau"]
+            display.line(f"before the change, {split}: tau {before:.3f}")
+            display.console.print(_regained(before, results[split]["arms"]))
     display.line(f"results: {made['comparison']}")
+
+
+def _regained(before: float, rows: list[dict[str, Any]]) -> Table:
+    """What each arm had spent, seed by seed, when its tau was back."""
+    table = Table(title=f"tau {before:.3f} again at", title_justify="left", box=None, pad_edge=False)
+    for column in ("arm", "positions", "seconds"):
+        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
+    arms = dict.fromkeys(row["arm"] for row in rows if row["arm"] != BASE)
+    for arm in arms:
+        of_arm = [row for row in rows if row["arm"] == arm]
+        spent = [cost_to_reach(of_arm, before, cost) for cost in ("positions", "seconds")]
+        table.add_row(
+            arm, *(" ".join("never" if value is None else f"{value:,.0f}" for value in each) for each in spent)
+        )
+    return table
 
 
 def _read(folder: Path) -> dict[str, Any]:

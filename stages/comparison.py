@@ -7,7 +7,7 @@ Acceptance is measured by replay, so every drafter meets the same trajectories a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,11 +60,13 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
     """Replay every drafter; write `results.json` and, for each trajectory, `acceptance.parquet`."""
     import numpy as np
 
+    from artifacts.atomic import write_text
     from artifacts.parquet import write_table
     from artifacts.schemas import ACCEPTANCE
     from stages.drafters.checkpoint import load_drafter
     from stages.drafters.config import DraftingConfig
-    from stages.measure.acceptance import replay_all
+    from stages.measure.acceptance import ceiling_traces, replay_all
+    from stages.replay.trace import tau
     from stages.stored import DRAFTER_FOLDER, load_trajectories
     from stages.targets.causal_lm import Target
 
@@ -102,12 +104,34 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
             )
         results[split] = {
             "trajectories": len(stored.trajectories),
+            "ceiling": tau(ceiling_traces(target, stored.trajectories, drafter.block_size)),
             "arms": arm_table(entries, sums, costs, config, ctx.seed),
         }
+    for name, svg in figures(results[config.splits[-1]]["arms"], config.control).items():
+        write_text(ctx.out / name, svg)
     write_table(ctx.out / "acceptance.parquet", ACCEPTANCE, rows)
     (ctx.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     last = results[config.splits[-1]]["arms"]
     ctx.summary(**{f"tau_{row['arm']}_{row['steps']}": row["tau"] for row in last})
+
+
+def figures(table: Sequence[Mapping[str, Any]], control: str) -> dict[str, str]:
+    """The split's table as figures: curves over the budgets, and for each budget the differences to the control."""
+    from artifacts.plots import differences, standalone, tau_over_cost
+
+    arms: dict[str, list[Mapping[str, Any]]] = {}
+    for row in table:
+        if row["arm"] != BASE:
+            arms.setdefault(row["arm"], []).append(row)
+    found = {}
+    if any(len(rows) > 1 for rows in arms.values()):
+        untrained = next((row["tau"] for row in table if row["arm"] == BASE), None)
+        found["tau.svg"] = standalone(tau_over_cost(arms, {} if untrained is None else {"before training": untrained}))
+    for steps in sorted({row["steps"] for row in table}):
+        compared = [row for row in table if row["steps"] == steps and "difference" in row]
+        if compared:
+            found[f"differences-{steps}.svg"] = standalone(differences(compared, control))
+    return found
 
 
 def arm_table(
@@ -167,6 +191,27 @@ def arm_table(
             }
         table.append(row)
     return table
+
+
+def cost_to_reach(rows: Sequence[Mapping[str, Any]], level: float, cost: str) -> list[float | None]:
+    """What each seed of an arm had spent when its tau passed `level`, read off the line between two budgets.
+
+    rows: the arm's rows of `arm_table`, one a budget; every budget is a training of its own. None where the largest is
+    not enough; where the smallest is more than enough, what that one cost.
+    """
+    ordered = sorted(rows, key=lambda row: row[cost])
+    found: list[float | None] = []
+    for seed in range(len(ordered[0]["tau_of_seeds"])):
+        points = [(row[cost], row["tau_of_seeds"][seed]) for row in ordered]
+        above = next((i for i, (_, tau) in enumerate(points) if tau >= level), None)
+        if above is None:
+            found.append(None)
+        elif above == 0:
+            found.append(points[0][0])
+        else:
+            (spent, tau), (more, higher) = points[above - 1], points[above]
+            found.append(spent + (level - tau) / (higher - tau) * (more - spent))
+    return found
 
 
 def _mean_difference(*parts: np.ndarray, axis: int = -1) -> np.ndarray:

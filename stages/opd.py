@@ -44,7 +44,7 @@ class OpdConfig(TrainingConfig):
             description="mined verify steps that rejected something, all that were visited, random positions, or "
             "chains that start on the mined trace and roll on: each anchor the successor of the one trained before"
         ),
-    ] = "errors"
+    ] = "visited"
     trajectories: Annotated[
         Literal["equal", "errors"],
         Field(
@@ -53,13 +53,13 @@ class OpdConfig(TrainingConfig):
         ),
     ] = "equal"
     remine_every: Annotated[
-        int,
+        int | None,
         Field(
             ge=0,
             description="mine a trajectory again, with the current weights, when a batch draws it and its trace is so "
-            "many steps old; 0: train on the trace as it was mined",
+            "many steps old; 0: train on the trace as it was mined; left out: 1 where anchors are read off a trace",
         ),
-    ] = 0
+    ] = None
 
     @model_validator(mode="after")
     def _remines_a_trace(self) -> OpdConfig:
@@ -69,6 +69,13 @@ class OpdConfig(TrainingConfig):
                 "train on 'errors' or 'visited'"
             )
         return self
+
+    @property
+    def oldest_trace(self) -> int:
+        """`remine_every` where it was left open too; 0: no trace is mined again."""
+        if self.remine_every is not None:
+            return self.remine_every
+        return 1 if self.anchors in ("errors", "visited") else 0
 
 
 def run(ctx: StageContext, config: OpdConfig) -> None:
@@ -95,13 +102,13 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
     usable = table.trajectories_with(kind)
     sampled = config.verification == "sampled" or (config.verification == "auto" and stored.temperature > 0)
     objective = config.loss.resolved(drafter.recipe, sampled, stored.temperature)
-    remining = Remining(table, drafter, target, every=config.remine_every, scored=objective.needs_scores)
+    remining = Remining(table, drafter, target, every=config.oldest_trace, scored=objective.needs_scores)
     source = anchor_source(config, remining)
     ctx.log(
         f"verification {'sampled' if sampled else 'greedy'}: {objective.response.loss} on {objective.response.scope} "
         f"offsets{', k3 on rejected ones' if objective.needs_scores else ''}; anchors {config.anchors}: "
         f"{table.count(kind)} mined steps in {len(usable)} trajectories"
-        f"{f', mined again after {config.remine_every} steps' if config.remine_every else ''}"
+        f"{f', mined again after {config.oldest_trace} steps' if config.oldest_trace else ''}"
     )
     features = FeatureSource(
         target,

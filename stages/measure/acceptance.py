@@ -49,6 +49,34 @@ def replay_all(
     return {name: [by_index[i] for i in range(len(trajectories))] for name, by_index in traces.items()}
 
 
+def ceiling_traces(target: Target, trajectories: Sequence[Trajectory], block_size: int) -> list[Trace]:
+    """Traces of a perfect drafter: every proposal is the target's own best token. Its tau is what no drafter can pass.
+
+    In greedy trajectories everything is accepted, so only blocks that are cut by the end keep it below `block_size`.
+    """
+    K = block_size - 1
+    traces = []
+    for trajectory in trajectories:
+        tokens = torch.tensor([trajectory.tokens], device=target.device)
+        hidden = target.read(tokens).hidden[0, trajectory.first_anchor : -1]
+        best = np.concatenate([target.logits(part).argmax(-1).cpu().numpy() for part in hidden.split(1024)])
+        anchors, accepted, proposed = [], [], []
+        anchor = trajectory.first_anchor
+        while anchor <= trajectory.last_anchor:
+            ahead = best[anchor - trajectory.first_anchor :][:K]
+            right = ahead == np.array(trajectory.tokens[anchor + 1 :][:K])
+            kept = len(right) if right.all() else int(right.argmin())
+            anchors.append(anchor)
+            accepted.append(kept)
+            proposed.append(np.pad(ahead, (0, K - len(ahead))))
+            anchor += kept + 1
+        unknown = np.full((len(anchors), K), np.nan, dtype=np.float32)
+        length = len(trajectory.tokens)
+        steps = np.array(anchors, dtype=np.int64), np.array(accepted, dtype=np.int64), np.stack(proposed)
+        traces.append(Trace(length, *steps, unknown, len(anchors)))
+    return traces
+
+
 def has_loop(tokens: Sequence[int], n: int = 6, times: int = 3) -> bool:
     """Does the answer repeat an n-gram `times` times? Looping text flatters acceptance."""
     counts: dict[tuple[int, ...], int] = {}

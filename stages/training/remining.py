@@ -21,6 +21,8 @@ from stages.training.batches import Batch
 from stages.training.mined import MinedTable, TrajectorySteps
 from stages.training.steps import score
 
+CHAINS = 4  # a trajectory: a training batch is small, so rounds cost more than the blocks that chains draft in vain
+
 
 class Remining:
     """A mined table whose rows are replaced by fresh ones; `every` = 0 keeps it as it was mined."""
@@ -57,7 +59,9 @@ class Remining:
         width = max(len(t.tokens) for t in trajectories)
         seen = (part[rows, :width] for part in (batch.features, batch.tokens, batch.positions))
         context = self.drafter.encode(*seen)
-        return replay_chains(self.drafter, context, trajectories, self.mined.proposals + 1, head, with_logprobs=False)
+        return replay_chains(
+            self.drafter, context, trajectories, self.mined.proposals + 1, head, CHAINS, with_logprobs=False
+        )
 
     def _padded(self, trace: Trace, target_logprobs: np.ndarray | None) -> TrajectorySteps:
         """A trace as wide as the trained block. Proposals that no loss reads are left out: checkpoints stay small."""

@@ -5,8 +5,10 @@ in float32 under bfloat16 autocast. Verify steps are made up: committed tokens a
 behind is rejected. With `--testbed` (a small target made here, a trained drafter of tau about 5) or with artifacts of a
 refresh they are replayed, and re-mining costs what it costs in training; on made-up ones it is left out.
 
-`target` is the forward that yields the features, which training keeps in memory while they fit; ratios to SFT leave it
-out. `mining` is what OPD adds: traces mined again, and the target's scores for a rejected stream. A trajectory is drawn
+`target` is the forward that yields the features, which training keeps in memory while they fit: `times_sft` leaves it
+out, `times_sft_with_target` is what a training costs whose features do not fit.
+
+`mining` is what OPD adds: traces mined again, and the target's scores for a rejected stream. A trajectory is drawn
 every (trajectories / sequences_per_step) steps, so `remine_every: N` mines one draw in ceil(N / that) again.
 Operations are those of all matrix products as counted by torch's FlopCounterMode (attention kernels are not in it);
 the share is of the measured bfloat16 matrix product rate of `machine`. Positions are block positions with a loss.
@@ -51,14 +53,15 @@ GAMMA = 2.0
 MINED_AGAIN = "OPD mined again"  # every draw: the whole cost
 ARMS: dict[str, dict[str, Any] | None] = {
     "SFT": None,
-    "OPD matched greedy": {"verification": "greedy"},
-    "OPD matched sampled": {"verification": "sampled"},
-    "OPD paper": {"loss": "paper"},
+    "OPD mined once": {"remine_every": 0},
+    "OPD mined once, sampled": {"remine_every": 0, "verification": "sampled"},
+    "OPD mined once, paper": {"remine_every": 0, "loss": "paper"},
     "OPD random": {"anchors": "random"},
     "OPD rolling": {"anchors": "rolling"},
     "OPD rolling sampled": {"anchors": "rolling", "verification": "sampled"},
-    MINED_AGAIN: {"remine_every": 1},
-    f"{MINED_AGAIN}, paper": {"remine_every": 1, "loss": "paper"},
+    MINED_AGAIN: {},
+    f"{MINED_AGAIN}, sampled": {"verification": "sampled"},
+    f"{MINED_AGAIN}, paper": {"loss": "paper"},
 }
 PARTS = ("target", "mining", "drafter", "head_and_loss", "backward", "update")
 
@@ -144,7 +147,7 @@ class Step:
             self.world.table,
             self.drafter,
             self.world.target,
-            every=config.remine_every,
+            every=config.oldest_trace,
             scored=objective.needs_scores,
         )
         source = anchor_source(config, remining)
@@ -213,18 +216,20 @@ def measure(steps: dict[str, Step], repetitions: int) -> list[dict[str, Any]]:
             seconds, positions[name] = step.run()
             parts[name].append(seconds)
     rows = []
-    of_sft = 0.0
+    of_sft = total_of_sft = 0.0
     for name in steps:
         medians = {part: harness.median([run[part] for run in parts[name]]) for part in PARTS}
         total = sum(medians.values())
         trained = total - medians["target"]
-        of_sft = trained if name.startswith("SFT") else of_sft  # each head's SFT comes first
+        if name.startswith("SFT"):  # each head's SFT comes first
+            of_sft, total_of_sft = trained, total
         rows.append(
             {
                 "step": name,
                 **{f"{part}_ms": 1e3 * value for part, value in medians.items()},
                 "total_ms": 1e3 * total,
                 "times_sft": trained / of_sft,
+                "times_sft_with_target": total / total_of_sft,
                 "positions": positions[name],
                 "positions_per_s": positions[name] / total,
                 "positions_per_s_features_kept": positions[name] / trained,

@@ -60,9 +60,9 @@ def test_an_arm_changes_nested_fields_only_where_it_says_so() -> None:
 def test_after_a_change_of_the_target_the_old_drafter_is_taken_over() -> None:
     nodes = {node.name: node for node in experiment_nodes(load("target-changed-greedy"))}
     assert nodes["adoption"].inputs == {"target": "revision", "drafter": "sft"}
-    assert nodes["opd-50-s0"].inputs["drafter"] == "adoption"
-    assert nodes["opd-50-s0"].inputs["target"] == "revision"
-    assert "drafter" not in nodes["scratch-50-s0"].inputs
+    assert nodes["opd-200-s0"].inputs["drafter"] == "adoption"
+    assert nodes["opd-200-s0"].inputs["target"] == "revision"
+    assert "drafter" not in nodes["scratch-200-s0"].inputs
     assert nodes["rollout"].inputs["target"] == "target"
     assert nodes["before"].inputs["target"] == "target"
 
@@ -72,7 +72,7 @@ def test_a_seed_of_a_node_is_part_of_its_key() -> None:
     nodes = {node.name: node for node in experiment_nodes(config)}
     keys = {
         key_of(nodes[name], {}, seed_of(nodes[name], config), EXPERIMENT)
-        for name in ("opd-200-s0", "opd-200-s1", "opd-200-s2")
+        for name in ("opd-100-s0", "opd-100-s1", "opd-100-s2")
     }
     assert len(keys) == 3
     assert seed_of(nodes["mining"], config) == config.seed

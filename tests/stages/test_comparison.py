@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stages.comparison import BASE, ComparisonConfig, Entry, arm_table
+from stages.comparison import BASE, ComparisonConfig, Entry, arm_table, cost_to_reach, figures
 
 COST = {"positions": 700.0, "blocks": 100.0, "seconds": 2.0}
 
@@ -62,3 +62,26 @@ def test_the_interval_is_over_trajectories_and_covers_what_they_show() -> None:
 def test_arms_with_other_steps_than_the_control_are_not_compared() -> None:
     rows = table({"drafter:sft:5:0": ([4.0], [2.0]), "drafter:opd:9:0": ([5.0], [2.0])})
     assert "difference" not in rows["opd", 9]
+
+
+def test_the_cost_of_a_level_is_read_off_the_line_between_two_budgets() -> None:
+    rows = [
+        {"positions": 100.0, "tau_of_seeds": [2.0, 3.5, 1.0]},
+        {"positions": 300.0, "tau_of_seeds": [4.0, 5.0, 2.0]},
+    ]
+    assert cost_to_reach(rows, 3.0, "positions") == [200.0, 100.0, None]
+    assert cost_to_reach(rows[::-1], 3.5, "positions") == [250.0, 100.0, None]
+
+
+def test_curves_are_drawn_for_several_budgets_and_differences_for_each() -> None:
+    rows = table(
+        {
+            "drafter:base:0:0": ([4.0, 8.0], [2.0, 2.0]),
+            **{f"drafter:{arm}:{steps}:0": ([6.0, 7.0], [2.0, 2.0]) for arm in ("sft", "opd") for steps in (5, 9)},
+        }
+    )
+    drawn = figures(list(rows.values()), "sft")
+    assert sorted(drawn) == ["differences-5.svg", "differences-9.svg", "tau.svg"]
+    assert all(svg.startswith('<svg xmlns="http://www.w3.org/2000/svg"') for svg in drawn.values())
+    assert "before training" in drawn["tau.svg"]
+    assert sorted(figures([row for row in rows.values() if row["steps"] in (0, 5)], "sft")) == ["differences-5.svg"]

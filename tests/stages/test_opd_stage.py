@@ -113,7 +113,7 @@ def test_matched_opd_raises_the_likelihood_of_what_was_committed(
 def test_the_papers_pair_trains_both_streams(
     answers: Answers, bench: Bench, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
-    ctx = train(tmp_path, tiny_drafter, answers, loss="paper")
+    ctx = train(tmp_path, tiny_drafter, answers, loss="paper", anchors="errors", remine_every=0)
     assert len(ctx.measured) == 30
     for _, values in ctx.measured:
         assert values["loss"] == pytest.approx(values["loss_response"] + values["loss_rejected"], rel=1e-5)
@@ -135,7 +135,7 @@ def test_mining_again_shows_how_stale_the_trace_has_become(
     assert all(0 <= share <= 1 for share in curve.values())
     assert np.mean(list(curve.values())) > 0.05  # weights that move that fast leave the mined trace
     assert ctx.summaries["mining_s"] > 0
-    never = train(tmp_path / "never", tiny_drafter, answers, steps=12)
+    never = train(tmp_path / "never", tiny_drafter, answers, steps=12, remine_every=0)
     assert not any("trace_changed_share" in values for _, values in never.measured)
     assert all(0 <= values["steps_changed_share"] <= 1 for _, values in never.measured)
 
@@ -219,7 +219,7 @@ def test_the_checkpoint_says_where_it_comes_from(
     "fields",
     [
         {"loss": "paper"},
-        {"remine_every": 3},
+        {"remine_every": 3, "trajectories": "errors"},
         {"remine_every": 3, "loss": "paper"},
         {"anchors": "rolling"},
         {"anchors": "random", "loss": "paper"},
