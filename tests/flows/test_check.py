@@ -96,6 +96,20 @@ def test_a_good_config_passes_and_nothing_is_left(
 
 
 @pytest.mark.usefixtures("home")
+def test_an_eagle3_drafter_is_described_and_its_errors_are_told(
+    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config["sft"]["drafter"] = {"kind": "eagle3", "draft_vocab_size": 200, "target_layer_ids": [0, 1, 2]}
+    assert run(tmp_path, config) == 0
+    assert (
+        "EAGLE-3 on target layers [0, 1, 2], chains of 7, draft vocabulary 200 of 900 tokens" in capsys.readouterr().out
+    )
+    config["sft"]["drafter"]["draft_vocab_size"] = 10**6
+    assert run(tmp_path, config) == 2
+    assert "draft_vocab_size: 1000000 is more than the target's 900 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("home")
 def test_all_checks_run_and_each_failure_says_what_to_do(
     tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
