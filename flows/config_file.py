@@ -62,11 +62,15 @@ def kind_of(path: Path | str) -> Any:
 
 
 def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the fields of `change`: mappings field by field, everything else replaced."""
+    """`base` with the fields of `change`: mappings field by field, everything else replaced.
+
+    A mapping that is given another `kind` is replaced as a whole: the fields of the old kind would not fit the new one.
+    """
     result = dict(base)
     for name, value in change.items():
         known = result.get(name)
-        result[name] = merged(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+        alike = isinstance(known, dict) and isinstance(value, dict) and value.get("kind") in (None, known.get("kind"))
+        result[name] = merged(known, value) if alike else value  # type: ignore[arg-type]
     return result
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import Field, model_validator
 
 from artifacts.errors import DraftsmithError
-from flows.config_file import read_config
+from flows.config_file import merged, read_config
 from stages.contract import Config
 
 
@@ -125,6 +125,17 @@ def test_a_missing_or_unreadable_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"name: \xe9\n")
     with pytest.raises(DraftsmithError, match="not UTF-8"):
         read_config(tmp_path / "latin.yaml", [], Example)
+
+
+def test_a_mapping_of_another_kind_is_replaced() -> None:
+    base: dict[str, Any] = {"drafter": {"num_layers": 2, "block_size": 6}, "weights": {"kind": "power", "delta": 0.8}}
+    assert merged(base, {"drafter": {"block_size": 4}})["drafter"] == {"num_layers": 2, "block_size": 4}
+    assert merged(base, {"drafter": {"kind": "eagle3", "block_size": 4}})["drafter"] == {
+        "kind": "eagle3",
+        "block_size": 4,
+    }
+    assert merged(base, {"weights": {"kind": "power", "gamma": 2}})["weights"] == base["weights"] | {"gamma": 2}
+    assert merged(base, {"weights": {"kind": "uniform"}})["weights"] == {"kind": "uniform"}
 
 
 def test_a_file_extends_another_field_by_field(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from flows.graph import in_order
 from flows.refresh_graph import refresh_nodes
 from stages.engines.config import SGLangEngineConfig
 from stages.sft import SftConfig
+from stages.training.loss_config import LossConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = ["qwen3-4b-dflash", "qwen3-4b-dflash-thinking", "qwen3-8b-dflash", "qwen3-8b-dflash-thinking"]
@@ -52,6 +53,15 @@ def test_the_recipe_has_the_papers_settings(name: str) -> None:
         assert (engine.launch.servers, engine.launch.tensor_parallel) == (8, 1)
     assert config.evaluation.concurrency == (1, 4, 16)
     assert config.evaluation.temperatures == (0, 1)
+
+
+def test_the_eagle3_recipe_trains_its_own_drafter_as_its_authors_found() -> None:
+    config = load_config(CONFIGS / "qwen3-4b-eagle3.yaml")
+    assert (config.sft.init_from, config.sft.drafter.kind, config.sft.learning_rate) == (None, "eagle3", 1e-4)
+    assert config.rollout is not None and config.rollout.prompts == 16_000
+    assert config.sft.steps == 20 * 16_000 // 21
+    assert config.opd.loss == LossConfig()  # nothing rejected
+    assert config.opd.learning_rate == 1e-4
 
 
 def test_one_gpu_is_four_overrides_as_the_recipe_says() -> None:
