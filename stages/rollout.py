@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.contract import Config, Stage, StageContext
 from stages.drafters.config import DraftingConfig
-from stages.engines.config import EmbeddedEngineConfig, EngineConfig, SamplingConfig
+from stages.engines.config import EmbeddedEngineConfig, EngineConfig, SamplingConfig, SGLangEngineConfig
 
 if TYPE_CHECKING:
     from artifacts.parquet import ShardWriter
@@ -32,6 +32,12 @@ class RolloutConfig(Config):
     engine: EngineConfig = EmbeddedEngineConfig()
     drafting: DraftingConfig = DraftingConfig()
     rows_per_shard: Annotated[int, Field(ge=1, description="answers written at once; bounds what a kill loses")] = 32
+
+    @model_validator(mode="after")
+    def _drafts_chains(self) -> RolloutConfig:
+        if isinstance(self.engine, SGLangEngineConfig) and self.engine.launch and self.engine.launch.tree:
+            raise ValueError("engine.launch.tree: trees are for the speed of an evaluation; a rollout drafts chains")
+        return self
 
 
 def preflight(config: RolloutConfig, target: Path) -> None:

@@ -19,6 +19,15 @@ class EmbeddedEngineConfig(Config):
     slots: Annotated[int, Field(ge=1, description="requests in flight")] = 8
 
 
+class TreeConfig(Config):
+    """Trees of drafts (EAGLE-3): as deep as the chain would be long, several branches at every token."""
+
+    branches: Annotated[int, Field(ge=2, description="--speculative-eagle-topk")]
+    draft_tokens: Annotated[
+        int, Field(ge=3, description="verified in one step, the anchor included: --speculative-num-draft-tokens")
+    ]
+
+
 class LaunchConfig(Config):
     """SGLang servers that the stage starts, waits for and stops. What is left out is SGLang's own default."""
 
@@ -34,6 +43,13 @@ class LaunchConfig(Config):
     )
     algorithm: Annotated[
         Literal["DFLASH", "EAGLE3"] | None, Field(description="left out: as the drafter's checkpoint says")
+    ] = None
+    tree: Annotated[
+        TreeConfig | None,
+        Field(
+            description="EAGLE-3 only, and only for an evaluation's speed: replay rebuilds chains, so trees are not "
+            "mined, and not compared with it; left out: chains"
+        ),
     ] = None
     options: Annotated[
         dict[str, OptionValue | tuple[OptionValue, ...]],

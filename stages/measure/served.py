@@ -59,6 +59,11 @@ class Served:
     def settings(self) -> list[Setting]:
         return settings_of(self.config)
 
+    @property
+    def drafts_chains(self) -> bool:
+        """As replay does; trees are served for their speed alone."""
+        return self.engine.launch is not None and self.engine.launch.tree is None
+
     @contextmanager
     def server(self, drafter: Path | None, block_size: int, work: Path) -> Iterator[SGLangEngine]:
         """A server of the target, alone or with a drafter."""
@@ -118,6 +123,8 @@ def measure_served(served: Served, heldout: Sequence[Prompt], validation: Sequen
     ctx, config = served.ctx, served.config
     block_size, candidates = _choose_block_size(served, validation, trained)
     ctx.log(f"decoding with blocks of {block_size}")
+    if not served.drafts_chains:
+        ctx.log("trees are drafted: what is served is not compared with replay, which rebuilds chains")
     arms = [PLAIN, *served.drafters]
     rows: list[Row] = []
     parity: dict[str, dict[str, Any]] = {}
@@ -127,7 +134,9 @@ def measure_served(served: Served, heldout: Sequence[Prompt], validation: Sequen
             rows += _turn(served, round, arm, block_size, heldout)
             ctx.progress(round * len(arms) + turn + 1, config.rounds * len(arms), "turns of servers")
             ctx.check_interrupted()
-        if round == 0:  # no server is running: the machine is free for replay, and a wrong drafter costs no more rounds
+        if (
+            round == 0 and served.drafts_chains
+        ):  # no server is running: the machine is free for replay, and a wrong drafter costs no more rounds
             parity = _check_parity(served, block_size, heldout)
     compare_with_plain(rows, sampled=False)
     exactness = {"serving_dtype": served_dtype(served.engine, served.target_dtype), **equality(rows)}
@@ -147,7 +156,7 @@ def _turn(served: Served, round: int, arm: str, block_size: int, heldout: Sequen
     with served.server(drafter, block_size, folder) as engine:
         can_trace = engine.records_trace
         served.warm_up(engine, prompts)
-        if drafter and round == 0:
+        if drafter and round == 0 and served.drafts_chains:
             _trace(served, engine, arm, block_size, heldout, can_trace)
         for setting in served.settings:
             requests = requests_for(prompts, served.config, setting, served.ctx.seed)

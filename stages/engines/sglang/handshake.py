@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from artifacts.errors import DraftsmithError, RetryableError
 from stages.drafters.config import DraftingConfig
 from stages.engines.base import Request, SamplingParams
-from stages.engines.config import SGLangEngineConfig
+from stages.engines.config import SGLangEngineConfig, TreeConfig
 from stages.engines.sglang.client import LostError, check_status
 from stages.engines.sglang.records import completion_of, generate_payload, trace_identity
 from stages.engines.sglang.server import algorithm_of, block_size_of
@@ -38,6 +38,7 @@ class Expected:
     drafter_digest: str | None = None
     algorithm: str | None = None
     block_size: int | None = None
+    tree: TreeConfig | None = None
     trace: bool = False  # whether records are wanted
     stream: bool = False
 
@@ -73,7 +74,8 @@ class Expected:
             drafter_digest=drafter_digest(drafter_folder),
             algorithm=algorithm,
             block_size=block_size_of(drafter_folder, drafting, algorithm),
-            trace=config.trace,
+            tree=(tree := config.launch.tree if config.launch else None),
+            trace=config.trace and tree is None,
         )
 
 
@@ -186,14 +188,15 @@ def _check_drafter(url: str, server: dict[str, Any], expected: Expected) -> list
             "serves the target without a drafter: start it with --speculative-algorithm and "
             f"--speculative-draft-model-path {expected.drafter_folder}",
         )
-    if (served := server.get("speculative_num_draft_tokens")) != expected.block_size:
+    tokens, wanted = (expected.tree.draft_tokens, expected.tree.branches) if expected.tree else (expected.block_size, 1)
+    if (served := server.get("speculative_num_draft_tokens")) != tokens:
         raise _wrong(
             url,
-            f"drafts blocks of {served}, drafting.block_size means {expected.block_size}; "
-            f"start it with --speculative-num-draft-tokens {expected.block_size}",
+            f"drafts blocks of {served}, drafting.block_size means {tokens}; "
+            f"start it with --speculative-num-draft-tokens {tokens}",
         )
-    if (branches := server.get("speculative_eagle_topk")) not in (None, 1):
-        raise _wrong(url, f"drafts trees (--speculative-eagle-topk {branches}); chains are needed: start it with 1")
+    if (branches := server.get("speculative_eagle_topk") or 1) != wanted:
+        raise _wrong(url, f"drafts with --speculative-eagle-topk {branches}; start it with {wanted}")
     if not Path(path).is_dir():
         return [f"{url} drafts with {path}, which is not on this machine: only the plug-in can tell whether it is ours"]
     from stages.drafters.checkpoint import drafter_digest
@@ -203,13 +206,18 @@ def _check_drafter(url: str, server: dict[str, Any], expected: Expected) -> list
     return []
 
 
+def _verified(expected: Expected) -> int:
+    """Tokens of one verify step."""
+    return expected.tree.draft_tokens if expected.tree else expected.block_size or 0
+
+
 def _check_room(url: str, server: dict[str, Any], expected: Expected) -> None:
     """SGLang shortens an answer that does not fit without a word (Scheduler.init_req_max_new_tokens)."""
     limits = []
     if longest_input := server.get("max_req_input_len"):
         limits.append(int(longest_input) + 4)  # of the context and the memory, the smaller one, less 1 + 5
     if memory := server.get("max_total_num_tokens"):
-        limits.append(int(memory) - 2 * int(server.get("page_size") or 1) - (expected.block_size or 0))
+        limits.append(int(memory) - 2 * int(server.get("page_size") or 1) - _verified(expected))
     if limits and expected.longest > min(limits):
         raise _wrong(
             url,

@@ -40,10 +40,10 @@ _OWN_OPTIONS = {
     "speculative-algorithm": "engine.launch.algorithm",
     "speculative-draft-model-path": "the drafter of the refresh",
     "speculative-draft-model": "the drafter of the refresh",
-    "speculative-num-draft-tokens": "drafting.block_size",
+    "speculative-num-draft-tokens": "drafting.block_size, or engine.launch.tree",
     "speculative-dflash-block-size": "drafting.block_size",
     "speculative-num-steps": "drafting.block_size",
-    "speculative-eagle-topk": "nothing: chains are drafted",
+    "speculative-eagle-topk": "engine.launch.tree",
 }
 
 
@@ -111,9 +111,15 @@ def command(
     if drafter_folder is not None and algorithm is not None and block_size is not None:
         parts += ["--speculative-algorithm", algorithm]
         parts += ["--speculative-draft-model-path", os.fspath(drafter_folder.absolute())]
-        if algorithm == "EAGLE3":  # a chain: one branch
-            parts += ["--speculative-num-steps", str(block_size - 1), "--speculative-eagle-topk", "1"]
-        parts += ["--speculative-num-draft-tokens", str(block_size)]
+        tree = launch.tree
+        if algorithm == "EAGLE3":  # a chain has one branch
+            branches = tree.branches if tree else 1
+            parts += ["--speculative-num-steps", str(block_size - 1), "--speculative-eagle-topk", str(branches)]
+        elif tree is not None:
+            raise DraftsmithError(
+                f"engine.launch.tree: {algorithm} drafts blocks, only EAGLE3 drafts trees; leave it out"
+            )
+        parts += ["--speculative-num-draft-tokens", str(tree.draft_tokens if tree else block_size)]
     return parts + _options(launch.options)
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from artifacts.errors import DraftsmithError
 from stages.drafters.config import DraftingConfig
 from stages.engines.config import LaunchConfig, SGLangEngineConfig
 from stages.engines.open import open_engine
 from stages.engines.sglang import server
+from stages.rollout import RolloutConfig
 from stages.stored import DRAFTER_FOLDER
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -86,6 +88,22 @@ def test_eagle3_drafts_a_chain_as_long_as_the_block(tmp_path: Path) -> None:
     assert [after(words, f"--speculative-{name}") for name in names] == ["EAGLE3", "4", "1", "5"]
     with pytest.raises(DraftsmithError, match="does not say how far it drafts; set it"):
         server.block_size_of(folder, DraftingConfig(), "EAGLE3")
+
+
+def test_eagle3_drafts_a_tree_where_the_config_asks_for_one(tmp_path: Path) -> None:
+    folder = drafter(tmp_path / "d", architectures=["LlamaForCausalLMEagle3"])
+    words = line(config(tree={"branches": 4, "draft_tokens": 16}), folder, 5)
+    names = ("num-steps", "eagle-topk", "num-draft-tokens")
+    assert [after(words, f"--speculative-{name}") for name in names] == ["4", "4", "16"]
+    block = drafter(tmp_path / "b", architectures=["DFlashDraftModel"], block_size=16)
+    with pytest.raises(DraftsmithError, match=r"engine\.launch\.tree: DFLASH drafts blocks"):
+        line(config(tree={"branches": 4, "draft_tokens": 16}), block, 8)
+
+
+def test_a_rollout_drafts_chains() -> None:
+    engine = config(tree={"branches": 4, "draft_tokens": 16}).model_dump()
+    with pytest.raises(ValidationError, match="a rollout drafts chains"):
+        RolloutConfig.model_validate({"engine": engine})
 
 
 def test_the_config_may_name_the_algorithm(tmp_path: Path) -> None:

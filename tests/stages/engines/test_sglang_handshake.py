@@ -14,7 +14,7 @@ import pytest
 
 from artifacts.errors import DraftsmithError, RetryableError
 from stages.drafters.config import DraftingConfig
-from stages.engines.config import SGLangEngineConfig
+from stages.engines.config import SGLangEngineConfig, TreeConfig
 from stages.engines.sglang.handshake import Expected, Facts, shake_hands
 from stages.stored import DRAFTER_FOLDER
 from tests.stages.engines.http_server import HttpServer, Refusal, answer, serving
@@ -165,7 +165,7 @@ def test_a_wrong_server_is_one_clear_error(wrong: dict[str, Any], what: str, pla
     [
         ({"server": {"speculative_algorithm": None}}, "without a drafter: start it with"),
         ({"server": {"speculative_num_draft_tokens": 5}}, "blocks of 5, drafting.block_size means 8"),
-        ({"server": {"speculative_eagle_topk": 4}}, "drafts trees"),
+        ({"server": {"speculative_eagle_topk": 4}}, "drafts with --speculative-eagle-topk 4; start it with 1"),
         ({"digest": "0" * 64}, "records the drafter 000000000000, not"),
         ({"digest": ""}, "records the drafter without a digest"),
         ({"generate": answer}, "spec_verify_ct"),
@@ -222,3 +222,16 @@ def test_a_server_that_streams_increments_cannot_be_timed(plain: Expected) -> No
         pytest.raises(DraftsmithError, match="without --incremental-streaming-output"),
     ):
         shake(server, replace(plain, stream=True))
+
+
+def test_a_server_of_trees_must_draft_the_trees_that_were_asked_for(assisted: Expected) -> None:
+    trees = replace(assisted, tree=TreeConfig(branches=4, draft_tokens=16), trace=False)
+    asked = {"speculative_num_draft_tokens": 16, "speculative_eagle_topk": 4}
+    with server_of(trees, server=asked) as server:
+        assert not shake(server, trees).records_trace
+    for wrong, what in (
+        ({"speculative_eagle_topk": 2}, "start it with 4"),
+        ({"speculative_num_draft_tokens": 8}, "16"),
+    ):
+        with server_of(trees, server=asked | wrong) as server, pytest.raises(DraftsmithError, match=what):
+            shake(server, trees)
