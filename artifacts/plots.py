@@ -139,8 +139,9 @@ def tau_over_cost(arms: Mapping[str, Sequence[Mapping[str, Any]]], levels: Mappi
         for number, (arm, rows) in enumerate(arms.items()):
             ordered = sorted(rows, key=lambda row: row[cost])
             tau = [row["tau"] for row in ordered]
-            below = [row["tau"] - min(row["tau_of_seeds"]) for row in ordered]
-            above = [max(row["tau_of_seeds"]) - row["tau"] for row in ordered]
+            # a mean of equal values may lie an ulp beside them, and matplotlib takes no negative bar
+            below = [max(0.0, row["tau"] - min(row["tau_of_seeds"])) for row in ordered]
+            above = [max(0.0, max(row["tau_of_seeds"]) - row["tau"]) for row in ordered]
             axes.errorbar(
                 [row[cost] for row in ordered], tau, yerr=[below, above], marker="o", markersize=4, capsize=2,
                 linewidth=1.5, color=_SERIES[number % len(_SERIES)], label=arm,

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from flows.findings import Findings
 from flows.graph import Node
-from stages.drafters.config import DFlashConfig
 from stages.mining import MiningConfig
 from stages.prompts import PromptsConfig
 from stages.rollout import RolloutConfig
@@ -105,6 +104,7 @@ def _check_drafter(found: Findings, node: str, config: SftConfig, artifact: Path
     from transformers import AutoConfig
 
     from stages.drafters.checkpoint import plan_of_checkpoint, plan_of_new
+    from stages.drafters.layout import unservable_layers
     from stages.targets.metadata import UnreachableError
     from stages.targets.resolve import load_tokenizer, model_path
 
@@ -121,12 +121,14 @@ def _check_drafter(found: Findings, node: str, config: SftConfig, artifact: Path
             found.warn(name, f"{error}; not checked: its layers, mask token, memory, disk")
             return None
         plan, where = plan_of_checkpoint(source, target_config, config.init_from, tokenizer), config.init_from
-        if config.drafter != DFlashConfig():
+        if config.drafter != SftConfig.model_fields["drafter"].default:
             found.warn(name, f"section drafter is not used: {where} has its own shape; remove the section")
         if source == Path(config.init_from).expanduser() and not (source / "model.safetensors").is_file():
             found.error(name, f"{source} has no model.safetensors: give the folder of a whole checkpoint")
     else:
         plan, where = plan_of_new(config.drafter, target_config, tokenizer), "new"
+    if reason := unservable_layers(plan.target_layer_ids, target_config.num_hidden_layers):
+        found.warn(name, f"{reason}: this drafter will work in the embedded engine only")
     found.ok(name, f"{where}: {plan.description}, {plan.parameters / 1e6:,.1f}M parameters")
     return plan
 

@@ -79,15 +79,22 @@ def _show_warnings() -> None:
 
 
 def _pipeline(options: argparse.Namespace) -> Pipeline:
-    """The kind of run that the command's config file describes; a refresh unless it says otherwise."""
+    """The kind of run that the command's config file describes: a refresh without a `kind`.
+
+    Raises DraftsmithError for a kind that does not exist.
+    """
     from flows.architectures_graph import ARCHITECTURES
     from flows.config_file import kind_of
     from flows.experiment_graph import EXPERIMENT
     from flows.refresh_graph import REFRESH
 
     config = getattr(options, "config", None)
+    if config is None or (kind := kind_of(config)) is None:
+        return REFRESH
     kinds = {"experiment": EXPERIMENT, "architectures": ARCHITECTURES}
-    return kinds.get(kind_of(config), REFRESH) if config is not None else REFRESH
+    if not isinstance(kind, str) or kind not in kinds:
+        raise DraftsmithError(f"{config}: kind is {kind!r}: use {' or '.join(kinds)}, or leave it out for a refresh")
+    return kinds[kind]
 
 
 # -- arguments -------------------------------------------------------------------------------------------------------
@@ -160,7 +167,9 @@ def _refresh(options: argparse.Namespace, pipeline: Pipeline) -> None:
 
 def _experiment(options: argparse.Namespace, pipeline: Pipeline) -> None:
     if pipeline.kind != "experiment":
-        raise DraftsmithError(f"{options.config} has no line `kind: experiment`: use draftsmith {pipeline.kind}")
+        raise DraftsmithError(
+            f"{options.config} has no line `kind: experiment` or `kind: architectures`: use draftsmith {pipeline.kind}"
+        )
     made, display, _ = _run(options, pipeline)
     if made:
         module, _, function = pipeline.results.partition(":")

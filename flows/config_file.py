@@ -213,6 +213,8 @@ def _unknown_field(location: _PathKey, model: type[BaseModel]) -> str:
     name = str(location[-1])
     siblings = sorted({sibling for section in _sections(model, location[:-1]) for sibling in section.model_fields})
     prefix = [str(part) for part in location[:-1]]
+    if name in siblings:  # of a section that comes in several kinds
+        return f"a field of another kind of {'.'.join(prefix)}: remove it, or write the whole section anew"
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
     if close:
         return f"unknown field, did you mean {'.'.join([*prefix, close[0]])}?"

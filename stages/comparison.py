@@ -78,6 +78,7 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
     for split in config.splits:
         stored = load_trajectories(ctx.inputs["trajectories"], [split])
         sums: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        longest_block = 0
         for name, entry in entries.items():
             drafter = load_drafter(entry.folder / DRAFTER_FOLDER, target)
             traces = replay_all(
@@ -87,6 +88,7 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
             committed = np.array([trace.committed.sum() for trace in traces], dtype=np.float64)
             steps = np.array([len(trace.anchors) for trace in traces], dtype=np.float64)
             sums[name] = committed, steps
+            longest_block = max(longest_block, drafter.block_size)
             rows += [
                 {
                     "arm": entry.arm,
@@ -104,7 +106,7 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
             )
         results[split] = {
             "trajectories": len(stored.trajectories),
-            "ceiling": tau(ceiling_traces(target, stored.trajectories, drafter.block_size)),
+            "ceiling": tau(ceiling_traces(target, stored.trajectories, longest_block)),
             "arms": arm_table(entries, sums, costs, config, ctx.seed),
         }
     for name, svg in figures(results[config.splits[-1]]["arms"], config.control).items():

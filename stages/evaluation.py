@@ -93,9 +93,7 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     measured, acceptance = _measure(ctx, config)
     table = acceptance["drafters"]
     settings = settings_of(config)
-    by_setting = speed_by_setting(
-        measured.rows, settings, measured.block_size, config.bootstrap_samples, config.confidence, ctx.seed
-    )
+    by_setting = speed_by_setting(measured.rows, settings, config.bootstrap_samples, config.confidence, ctx.seed)
     speed = by_setting[0]["arms"]
 
     evaluation = {
@@ -151,11 +149,11 @@ def _measure(ctx: StageContext, config: EvaluationConfig) -> tuple[Measured, dic
     if not isinstance(config.engine, SGLangEngineConfig):
         return measure_embedded(ctx, config, target, folders, drafters, heldout, validation), acceptance
 
-    trained_block, dtype = next(iter(drafters.values())).block_size, target.info.dtype
+    trained, dtype = {name: drafter.block_size for name, drafter in drafters.items()}, target.info.dtype
     del target, drafters
     release_memory()
-    served = Served(ctx, config, config.engine, folders, longest, dtype)
-    return measure_served(served, heldout, validation, trained_block), acceptance
+    served = Served(ctx, config, config.engine, folders, trained, longest, dtype)
+    return measure_served(served, heldout, validation), acceptance
 
 
 def _acceptance(ctx: StageContext, config: EvaluationConfig, target: Any, drafters: dict[str, Any]) -> dict[str, Any]:

@@ -34,8 +34,9 @@ class OpdConfig(TrainingConfig):
     loss: Annotated[
         LossConfig,
         Field(
-            description="matched: the offsets that verification reached, in the form that fits its rule; paper: "
-            "Bernoulli forward KL on these plus k3 reverse KL on the rejected suffix; or the streams in full"
+            description="matched: whole blocks, in the form that fits the verification rule and the architecture; "
+            "paper: Bernoulli forward KL on what verification committed plus k3 reverse KL on the rejected suffix; or "
+            "the streams in full"
         ),
     ] = LossConfig()
     anchors: Annotated[

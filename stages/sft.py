@@ -27,7 +27,8 @@ class SftConfig(TrainingConfig):
     steps: Annotated[int, Field(ge=0, description="0: take the drafter of init_from as it is")] = 1000
     drafter: DrafterConfig = DFlashConfig()
     init_from: Annotated[
-        str | None, Field(description="folder or hub id of a drafter in z-lab's layout; left out: random weights")
+        str | None,
+        Field(description="folder or hub id of a drafter in the layout that engines load; left out: random weights"),
     ] = None
     loss: Annotated[
         Literal["auto"] | TokenLoss | DistributionLoss,
@@ -113,6 +114,8 @@ def run(ctx: StageContext, config: SftConfig) -> None:
         f"{stream.loss} at all offsets, weight exp(-(k-1)/{stream.weights().gamma:.3g}) at offset k; "
         f"{coverage:.2%} of the answers' tokens can be proposed"
     )
+    if drafter.has_own_head and config.head_tokens is not None:
+        ctx.log("head_tokens is not read: this drafter has a head of its own (drafter.draft_vocab_size)")
     heads = HeadSource(drafter, target.head_weight, config)
     features = FeatureSource(
         target,

@@ -49,6 +49,7 @@ class StepShape:
     anchors: int  # a row
     head_positions: int  # block positions with a loss
     head_rows: int  # tokens in the softmax
+    prefixes: int = 1  # how often the trajectories are encoded; 0 where chains are drafted again on the same context
 
 
 class Context:

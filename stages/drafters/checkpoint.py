@@ -124,7 +124,7 @@ def write_info(folder: Path, info: DrafterInfo) -> None:
 
 
 def load_drafter(folder: Path, target: Target, dtype: torch.dtype | None = None) -> Drafter:
-    """Load a checkpoint (ours, or any in z-lab's layout) for this target, in `dtype` (default: the target's)."""
+    """Load a checkpoint (ours, or any in the public layouts) for this target, in `dtype` (default: the target's)."""
     check_drafter(folder, target.info.digest)
     drafter: Drafter = architecture_of(folder).load(folder, target, dtype or target.dtype)
     drafter.info = read_info(folder)
@@ -158,6 +158,14 @@ def check_drafter(folder: Path, target_digest: str) -> None:
             f"drafter {folder / INFO_FILE}: made for the target {made_for[:12]}, this target is {target_digest[:12]}; "
             "give a drafter of this target, or remove target_digest from that file to continue from it knowingly"
         )
+
+
+def check_layers(folder: Path, num_target_layers: int) -> None:
+    """Refuse a checkpoint whose layers SGLang would hand over otherwise than it was trained. Reads JSON only."""
+    config = architecture_of(folder).read_config(folder)
+    ids = architecture_of(folder).target_layer_ids(config)
+    if ids and (reason := layout.unservable_layers(ids, num_target_layers)):
+        raise DraftsmithError(f"drafter {folder / layout.CONFIG_FILE}: {reason}: train one that can be served")
 
 
 def drafter_digest(folder: Path) -> str:

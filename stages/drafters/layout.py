@@ -79,6 +79,18 @@ def check_layer_ids(where: str, ids: Sequence[int], layers: int, *, ask_for: str
         raise DraftsmithError(f"drafter {where}: target_layer_ids {list(ids)} do not fit layers 0 … {layers - 1}")
 
 
+def unservable_layers(ids: Sequence[int], layers: int) -> str | None:
+    """Why an engine would hand these layers to the drafter in another order, or not at all; None if it would not.
+
+    SGLang collects hidden states while the target runs, in front of its layers: in rising order, never behind the last.
+    """
+    if list(ids) != sorted(ids):
+        return f"target_layer_ids {list(ids)} do not rise, and SGLang hands layers over in rising order"
+    if max(ids) == layers - 1:
+        return f"target_layer_ids {list(ids)} name the last layer, behind which SGLang takes nothing"
+    return None
+
+
 def write_checkpoint(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
     """Write config.json and model.safetensors."""
     (folder / CONFIG_FILE).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")

@@ -49,7 +49,7 @@ def measure_embedded(
     test = SpeedTest(ctx, target, config, ctx.seed)
     settings = settings_of(config)
     block_size, candidates = choose_block_size(test, next(iter(drafters.values())), validation, settings[0])
-    ctx.log(f"decoding with blocks of {block_size}, chosen on {len(validation)} validation prompts")
+    ctx.log(f"decoding with blocks of at most {block_size}, chosen on {len(validation)} validation prompts")
     rows: list[Row] = []
     for setting in settings:
         rows += test.alternate(drafters, heldout[: config.speed_prompts], block_size, setting)
@@ -61,7 +61,7 @@ def measure_embedded(
         first_of_kind.setdefault(drafter.kind, folders[name])
     checkpoints = first_of_kind.values()
     exactness |= exactness_in_fp32(test, ctx.inputs["target"], checkpoints, heldout, block_size, settings[0])
-    return Measured("embedded", rows, block_size, candidates, exactness)
+    return Measured("embedded", rows, candidates, exactness)
 
 
 class SpeedTest:
@@ -80,8 +80,7 @@ class SpeedTest:
         max_new: int | None = None,
     ) -> tuple[list[Completion], float]:
         """Answers in the order of the prompts, and the wall time in seconds."""
-        if drafter is not None:
-            block_size = min(block_size, drafter.block_size)
+        block_size = drafted_block(drafter, block_size)
         capacity = max(len(p.token_ids) for p in prompts) + self.config.sampling.max_new_tokens + block_size
         drafting = DraftingConfig(block_size=block_size, head_tokens=self.config.head_tokens) if drafter else None
         engine = EmbeddedEngine(target, drafter, slots=setting.concurrency, capacity=capacity, drafting=drafting)
@@ -108,12 +107,11 @@ class SpeedTest:
             for name, drafter in arms[g % len(arms) :] + arms[: g % len(arms)]:
                 decoded[name] = self.decode(self.target, drafter, block_size, group, setting)
                 self.ctx.check_interrupted()
-            for name, _ in arms:
+            for name, drafter in arms:
                 answers, wall = decoded[name]
+                drafted = drafted_block(drafter, block_size)
                 # the group's wall time, shared equally by its prompts
-                rows += [
-                    row_of("embedded", 0, name, block_size, setting, answer, wall / len(group)) for answer in answers
-                ]
+                rows += [row_of("embedded", 0, name, drafted, setting, answer, wall / len(group)) for answer in answers]
             self.ctx.progress(g + 1, len(groups), "groups of prompts")
         return rows
 
@@ -128,10 +126,15 @@ class SpeedTest:
                 row["margin"] = float(best[0] - best[1])
 
 
+def drafted_block(drafter: Drafter | None, block_size: int) -> int:
+    """The block that an arm decodes with where `block_size` was chosen for all: no larger than it was trained on."""
+    return block_size if drafter is None else min(block_size, drafter.block_size)
+
+
 def choose_block_size(
     test: SpeedTest, drafter: Drafter, prompts: Sequence[Prompt], setting: Setting
 ) -> tuple[int, dict[str, float]]:
-    """The fastest candidate on validation prompts, and tokens/s of each. All arms then decode with it."""
+    """The fastest candidate on validation prompts, and tokens/s of each. All arms then decode with `drafted_block`."""
     candidates = candidate_sizes(test.config, drafter.block_size)
     if len(candidates) == 1:
         return candidates[0], {}

@@ -32,7 +32,6 @@ class Measured:
 
     engine: str  # with its version where it has one
     rows: list[Row]
-    block_size: int  # that the drafters decoded with
     candidates: dict[str, float]  # block size -> tokens/s on validation prompts; empty where none was chosen
     exactness: dict[str, Any]
     parity: dict[str, dict[str, Any]] | None = None  # arm -> figures of the gate; None: nothing was served

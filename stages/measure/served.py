@@ -52,6 +52,7 @@ class Served:
     config: EvaluationConfig
     engine: SGLangEngineConfig
     drafters: Mapping[str, Path]  # arm -> checkpoint
+    trained: Mapping[str, int]  # arm -> block size that its drafter was trained on
     longest: int  # positions of the longest request
     target_dtype: str
 
@@ -63,6 +64,10 @@ class Served:
     def drafts_chains(self) -> bool:
         """As replay does; trees are served for their speed alone."""
         return self.engine.launch is not None and self.engine.launch.tree is None
+
+    def block_size(self, arm: str, chosen: int) -> int:
+        """What an arm decodes with where `chosen` is the block size of all: no larger than it was trained on."""
+        return min(chosen, self.trained.get(arm, chosen))
 
     @contextmanager
     def server(self, drafter: Path | None, block_size: int, work: Path) -> Iterator[SGLangEngine]:
@@ -115,14 +120,14 @@ class Served:
         return [done[request.request_id] for request in requests], wall
 
 
-def measure_served(served: Served, heldout: Sequence[Prompt], validation: Sequence[Prompt], trained: int) -> Measured:
+def measure_served(served: Served, heldout: Sequence[Prompt], validation: Sequence[Prompt]) -> Measured:
     """Choose the block size on validation prompts, give every arm its turns, check parity after the first round.
 
-    trained: block size of the drafters. Raises DraftsmithError if what was served is not what replay says.
+    Raises DraftsmithError if what was served is not what replay says.
     """
     ctx, config = served.ctx, served.config
-    block_size, candidates = _choose_block_size(served, validation, trained)
-    ctx.log(f"decoding with blocks of {block_size}")
+    block_size, candidates = _choose_block_size(served, validation)
+    ctx.log(f"decoding with blocks of at most {block_size}")
     if not served.drafts_chains:
         ctx.log("trees are drafted: what is served is not compared with replay, which rebuilds chains")
     arms = [PLAIN, *served.drafters]
@@ -131,16 +136,15 @@ def measure_served(served: Served, heldout: Sequence[Prompt], validation: Sequen
     for round in range(config.rounds):
         first = round % len(arms)
         for turn, arm in enumerate(arms[first:] + arms[:first]):
-            rows += _turn(served, round, arm, block_size, heldout)
+            rows += _turn(served, round, arm, served.block_size(arm, block_size), heldout)
             ctx.progress(round * len(arms) + turn + 1, config.rounds * len(arms), "turns of servers")
             ctx.check_interrupted()
-        if (
-            round == 0 and served.drafts_chains
-        ):  # no server is running: the machine is free for replay, and a wrong drafter costs no more rounds
+        # no server is running: the machine is free for replay, and a wrong drafter costs no more rounds
+        if round == 0 and served.drafts_chains:
             parity = _check_parity(served, block_size, heldout)
     compare_with_plain(rows, sampled=False)
     exactness = {"serving_dtype": served_dtype(served.engine, served.target_dtype), **equality(rows)}
-    return Measured(rows[0]["engine"], rows, block_size, candidates, exactness, parity)
+    return Measured(rows[0]["engine"], rows, candidates, exactness, parity)
 
 
 def _turn(served: Served, round: int, arm: str, block_size: int, heldout: Sequence[Prompt]) -> list[Row]:
@@ -219,7 +223,7 @@ def _check_parity(served: Served, block_size: int, heldout: Sequence[Prompt]) ->
             for a in answers
         ]
         drafter = {arm: load_drafter(checkpoint, target)}
-        drafting = DraftingConfig(block_size=block_size)
+        drafting = DraftingConfig(block_size=served.block_size(arm, block_size))
         found = replay_all(
             served.ctx, target, drafter, trajectories, drafting, config.chains, config.tokens_per_target_forward
         )[arm]
@@ -245,9 +249,10 @@ def _check_parity(served: Served, block_size: int, heldout: Sequence[Prompt]) ->
     return parity
 
 
-def _choose_block_size(served: Served, validation: Sequence[Prompt], trained: int) -> tuple[int, dict[str, float]]:
-    """The fastest candidate of the drafter `sft` on validation prompts, and tokens/s of each."""
-    candidates = candidate_sizes(served.config, trained)
+def _choose_block_size(served: Served, validation: Sequence[Prompt]) -> tuple[int, dict[str, float]]:
+    """The fastest candidate of the first drafter on validation prompts, and tokens/s of each."""
+    arm, checkpoint = next(iter(served.drafters.items()))
+    candidates = candidate_sizes(served.config, served.trained[arm])
     if len(candidates) == 1:
         return candidates[0], {}
     speeds: dict[int, float] = {}
@@ -257,14 +262,11 @@ def _choose_block_size(served: Served, validation: Sequence[Prompt], trained: in
         table = folder / "requests.parquet"
         if not table.exists():
             served.ctx.log(f"validation prompts with blocks of {size}")
-            with served.server(next(iter(served.drafters.values())), size, folder) as engine:
+            with served.server(checkpoint, size, folder) as engine:
                 served.warm_up(engine, validation)
                 requests = requests_for(validation, served.config, setting, served.ctx.seed)
                 answers, wall = served.decode(engine, requests, setting)
-            rows = [
-                row_of(engine.name, 0, next(iter(served.drafters)), size, setting, a, wall / len(answers))
-                for a in answers
-            ]
+            rows = [row_of(engine.name, 0, arm, size, setting, a, wall / len(answers)) for a in answers]
             write_table(table, REQUESTS, rows)
         decoded = read_table(table, REQUESTS, ["tokens", "seconds"]).to_pylist()
         speeds[size] = sum(row["tokens"] for row in decoded) / sum(row["seconds"] for row in decoded)

@@ -16,7 +16,6 @@ _SUMMED = ("tokens", "seconds", "draft_seconds", "verify_seconds", "verify_steps
 def speed_by_setting(
     rows: Sequence[Mapping[str, Any]],
     settings: Sequence[Setting],
-    block_size: int,
     resamples: int,
     confidence: float,
     seed: int,
@@ -25,13 +24,13 @@ def speed_by_setting(
     found = []
     for setting in settings:
         chosen = [r for r in rows if (r["temperature"], r["concurrency"]) == (setting.temperature, setting.concurrency)]
-        arms = speed_table(chosen, block_size, resamples, confidence, seed)
+        arms = speed_table(chosen, resamples, confidence, seed)
         found.append({"temperature": setting.temperature, "concurrency": setting.concurrency, "arms": arms})
     return found
 
 
 def speed_table(
-    rows: Sequence[Mapping[str, Any]], block_size: int, resamples: int, confidence: float, seed: int
+    rows: Sequence[Mapping[str, Any]], resamples: int, confidence: float, seed: int
 ) -> dict[str, dict[str, Any]]:
     """Figures of each arm at one setting; figures that no row has (latencies, accepted lengths) are left out.
 
@@ -61,6 +60,7 @@ def speed_table(
         table[arm]["tau_served"] = float((tokens - len(by_arm[arm])) / max(1.0, c["verify_steps"].sum()))
         identical = [row["identical"] for row in by_arm[arm] if row["identical"] is not None]
         table[arm]["identical_share"] = sum(identical) / len(identical) if identical else None
+        block_size = by_arm[arm][0]["block_size"]
         lengths = [n for row in by_arm[arm] for n in row["accepted"] or ()]
         if lengths:
             table[arm]["accepted_histogram"] = np.bincount(lengths, minlength=block_size).tolist()

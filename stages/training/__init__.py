@@ -1,1 +1,1 @@
-"""Training a drafter: losses, objectives, batches of trajectories, the optimiser loop."""
+"""Training a drafter: losses, streams of positions, anchors, batches of trajectories, the optimiser loop."""

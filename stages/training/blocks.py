@@ -67,10 +67,12 @@ def _tokens_at(batch: Batch, anchors: Anchors, first: int, count: int) -> torch.
     return batch.tokens.gather(1, at.flatten(1)).view_as(at)
 
 
-def operations_of(drafter: Drafter, batch: Batch, anchors: Anchors, positions: int, head: Head) -> float:
+def operations_of(
+    drafter: Drafter, batch: Batch, anchors: Anchors, positions: int, head: Head, *, prefixes: int = 1
+) -> float:
     """Of one step that trains `positions` block positions behind these anchors, with softmaxes over `head`."""
     (rows, width), per_row = batch.tokens.shape, anchors.positions.shape[1]
-    return drafter.training_operations(StepShape(rows, width, per_row, positions, head.weight.shape[0]))
+    return drafter.training_operations(StepShape(rows, width, per_row, positions, head.weight.shape[0], prefixes))
 
 
 def weighted_mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

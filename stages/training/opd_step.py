@@ -83,7 +83,7 @@ class OpdStep:
         )
         report.operations = operations_of(self.drafter, batch, drawn.anchors, report.positions, heads.drafter)
         if on_proposals is not None:  # the chains were drafted twice; nothing more went through the head
-            report.operations += operations_of(self.drafter, batch, drawn.anchors, 0, heads.drafter)
+            report.operations += operations_of(self.drafter, batch, drawn.anchors, 0, heads.drafter, prefixes=0)
         self.source.trained(indices, batch, drawn.anchors, steps, rng)
         if drawn.steps is None:  # judged by this very forward
             del report.figures["steps_changed_share"]

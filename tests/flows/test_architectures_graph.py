@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from artifacts.errors import DraftsmithError
 from flows.architectures_graph import ARCHITECTURES, ArchitecturesConfig, architectures_nodes
-from flows.architectures_results import rows
+from flows.architectures_results import operations, rows, show_results
 from flows.config_file import read_config
+from flows.display import Display
 from flows.graph import in_order
 from stages.opd import OpdConfig
 from stages.sft import SftConfig
@@ -68,3 +71,29 @@ def test_the_table_has_a_row_an_arm() -> None:
     plain, drafted = rows(evaluation, {"dflash sft": 12.34})
     assert plain == ("plain", "-", "-", "-", "-", "-", "33.3", "-", "-")
     assert drafted == ("dflash sft", "12.3", "2.000", "1.900 … 2.100", "2.2", "10.0", "50.0", "1.50", "1.40 … 1.60")
+
+
+def test_what_a_training_took_includes_the_sft_that_it_started_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A drafter that was taken as it is has no training of its own."""
+    took = {"sft-a": {"tflop": 5.0}, "control-a": {"tflop": 2.0}, "opd-a": {"tflop": 3.0}, "sft-b": {}}
+    monkeypatch.setattr(
+        "flows.architectures_results.read_manifest", lambda folder: SimpleNamespace(metrics=took[folder.name])
+    )
+    made = {name: tmp_path / name for name in (*took, "target", "mining-a", "evaluation")}
+    assert operations(made) == {"a sft": 5.0, "a control": 7.0, "a opd": 8.0, "b sft": 0.0}
+
+
+@pytest.mark.parametrize("exactness", [{"fp32_prompts": 8, "fp32_identical": 7}, {"fp32_prompts": 0}, {}])
+def test_answers_are_compared_in_float32_where_the_engine_can(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], exactness: dict[str, int]
+) -> None:
+    """Servers say nothing of it."""
+    speed = {"plain": {"tokens_per_s": 33.3}}
+    evaluation = {"drafters": {}, "speed": speed, "exactness": exactness}
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    show_results(Display(), {"evaluation": tmp_path})
+    shown = capsys.readouterr().out
+    assert "33.3" in shown
+    assert ("7 of 8 answers equal plain decoding" in " ".join(shown.split())) == bool(exactness.get("fp32_prompts"))

@@ -73,6 +73,7 @@ def test_overrides_are_yaml_and_reach_into_lists_and_new_sections(file: Path) ->
         ("sft.sources.1.cuont=2", "--set sft.sources.1.cuont: unknown field, did you mean sft.sources.1.count?"),
         ("temperature=2", "unknown field here, did you mean sft.decoding.temperature or opd.decoding.temperature?"),
         ("sft.decoding={kind: sampled, temprature: 1}", "--set sft.decoding.temprature: unknown field, did you mean"),
+        ("sft.decoding={kind: sampled, ties: 1}", "--set sft.decoding.ties: a field of another kind of sft.decoding:"),
         ("sft.zzz=2", "unknown field, remove it or use one of: decoding, loss, rate, sources, steps, weights"),
         ("sft.steps=many", "--set sft.steps: expected an integer, got 'many': change the value"),
         ("sft.steps=", "--set sft.steps: expected an integer, got nothing: change the value"),

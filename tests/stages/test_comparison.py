@@ -85,3 +85,10 @@ def test_curves_are_drawn_for_several_budgets_and_differences_for_each() -> None
     assert all(svg.startswith('<svg xmlns="http://www.w3.org/2000/svg"') for svg in drawn.values())
     assert "before training" in drawn["tau.svg"]
     assert sorted(figures([row for row in rows.values() if row["steps"] in (0, 5)], "sft")) == ["differences-5.svg"]
+
+
+def test_seeds_that_ended_alike_are_drawn_without_a_bar() -> None:
+    """The mean of three times 0.1 lies an ulp above it."""
+    rows = table({f"drafter:sft:{steps}:{seed}": ([1.0], [10.0]) for steps in (5, 9) for seed in range(3)})
+    assert rows["sft", 5]["tau"] == np.nextafter(0.1, 1)
+    assert list(figures(list(rows.values()), "sft")) == ["tau.svg"]

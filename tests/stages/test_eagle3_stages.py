@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from artifacts.errors import DraftsmithError
+from artifacts.errors import DraftsmithError, StageInterrupted
 from artifacts.parquet import read_table
 from artifacts.schemas import REQUESTS
 from stages.drafters.checkpoint import load_drafter, read_info
@@ -87,6 +87,41 @@ def test_the_rejected_stream_can_be_weighed_in(mined: Mined, tmp_path: Path) -> 
         assert values["loss_rejected"] > 0
 
 
+@dataclass
+class StoppingContext(RecordingContext):
+    """Asks to stop after `stop_after` steps."""
+
+    stop_after: int = 10**9
+
+    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
+        super().progress(done, total, unit, **figures)
+        self.stop = done == self.stop_after
+
+
+@pytest.mark.parametrize("stage", ["sft", "opd"])
+def test_an_interrupted_training_goes_on_bit_for_bit(stage: str, mined: Mined, tmp_path: Path) -> None:
+    """In bfloat16, the head with it; what OPD mined again hangs on weights of earlier steps."""
+    fields: dict[str, Any] = {**TRAINING, "steps": 5, "learning_rate": 3e-3, "compute_dtype": "bfloat16"}
+    inputs = {name: path for name, path in mined.inputs.items() if stage == "opd" or name != "drafter"}
+
+    def run(folder: Path, stop_after: int = 10**9) -> StoppingContext:
+        ctx = StoppingContext(folder / "out", folder / "work", inputs | {"steps": mined.steps}, stop_after=stop_after)
+        if stage == "opd":
+            OPD.run(ctx, OpdConfig.model_validate({**fields, "loss": {"rejected": {"loss": "k3"}}}))
+        else:
+            drafter = {"kind": "eagle3", "block_size": 5, "target_layer_ids": (0, 1, 2), "draft_vocab_size": 120}
+            SFT.run(ctx, SftConfig.model_validate({**fields, "drafter": drafter}))
+        return ctx
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(StageInterrupted):
+        run(tmp_path / "cut", 3)
+    last = run(tmp_path / "cut")
+    assert last.measured == whole.measured[3:]
+    name = f"{DRAFTER_FOLDER}/model.safetensors"
+    assert (last.out / name).read_bytes() == (whole.out / name).read_bytes()
+
+
 def test_continued_sft_starts_at_the_loss_where_it_ended(mined: Mined, tmp_path: Path) -> None:
     inputs = {name: mined.inputs[name] for name in ("target", "drafter", "trajectories")}
     ctx = RecordingContext.under(tmp_path, inputs)
@@ -123,7 +158,13 @@ def test_one_evaluation_measures_drafters_of_both_architectures(
         assert found["speed"][arm]["draft_ms_per_step"] > 0
         assert found["speed"][arm]["identical_share"] == 1  # the test bed's target is served in float32
     rows = read_table(ctx.out / "requests.parquet", REQUESTS).to_pylist()
-    assert {row["arm"] for row in rows} == {"plain", "dflash sft", "eagle3 sft"}
+    # each is trained on blocks of its own, and decodes with no larger ones
+    decoded = {"plain": 1, "dflash sft": 8, "eagle3 sft": 5}
+    assert {(row["arm"], row["block_size"]) for row in rows} == set(decoded.items())
+    assert {arm: found["speed"][arm]["block_size"] for arm in found["drafters"]} == {
+        arm: size for arm, size in decoded.items() if arm != "plain"
+    }
+    assert len(found["speed"]["eagle3 sft"]["accepted_histogram"]) == 5
 
 
 def test_an_evaluation_without_a_drafter_is_one_clear_error(tiny_drafter: DrafterArtifacts, tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ class DFlashDrafter(Drafter):
         c = self.config
         H, B = c.hidden_size, self.block_size
         q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        N, tokens = shape.rows * shape.width, shape.rows * shape.anchors * B
+        N, tokens = shape.prefixes * shape.rows * shape.width, shape.rows * shape.anchors * B
         fc = N * len(self.target_layer_ids) * H * H
         layer = N * 2 * H * k + tokens * (2 * H * q + 2 * H * k + 3 * H * c.intermediate_size)
         attention = 2 * tokens * q * (shape.width + shape.anchors * B)

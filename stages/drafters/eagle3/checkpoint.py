@@ -83,8 +83,8 @@ def skeleton(config: LlamaConfig) -> Eagle3Drafter:
 
 
 def target_layer_ids(config: LlamaConfig) -> list[int]:
-    """The target layers whose states the drafter reads."""
-    return list(config.eagle_config[_LAYER_IDS])
+    """The target layers whose states the drafter reads; none where the checkpoint leaves them to the engine."""
+    return list(config.eagle_config[_LAYER_IDS] or ())
 
 
 def description(config: LlamaConfig, tokenizer: Callable[[], Any]) -> str:  # noqa: ARG001

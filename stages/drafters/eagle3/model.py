@@ -257,7 +257,7 @@ class Eagle3Drafter(Drafter):
         c = self.config
         H, K = c.hidden_size, self.block_size - 1
         q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        N, entries = shape.rows * shape.width, shape.rows * shape.anchors * K
+        N, entries = shape.prefixes * shape.rows * shape.width, shape.rows * shape.anchors * K
         fc = N * len(self.target_layer_ids) * H * H
         layer = N * 4 * H * k + entries * (3 * H * q + 4 * H * k + 3 * H * c.intermediate_size)
         attention = 2 * entries * q * shape.width

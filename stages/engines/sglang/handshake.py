@@ -59,7 +59,7 @@ class Expected:
         expected = cls(target, model_folder, probe_ids, longest, stream=stream)
         if drafter_folder is None:
             return expected
-        from stages.drafters.checkpoint import check_drafter, drafter_digest
+        from stages.drafters.checkpoint import check_drafter, check_layers, drafter_digest
 
         if drafting.head_tokens is not None:
             raise DraftsmithError(
@@ -67,6 +67,7 @@ class Expected:
                 "or set engine.kind: embedded"
             )
         check_drafter(drafter_folder, target.digest)
+        check_layers(drafter_folder, target.num_layers)
         algorithm = algorithm_of(drafter_folder, config.launch)
         return replace(
             expected,

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from artifacts.errors import DraftsmithError
 from stages.drafters.base import Drafter
-from stages.drafters.checkpoint import load_drafter, save_drafter
+from stages.drafters.checkpoint import check_layers, load_drafter, save_drafter
+from stages.drafters.layout import unservable_layers
 from stages.targets.causal_lm import Target
 from tests.testbed import random_target
 from tests.testbed.eagle3 import random_eagle3
@@ -35,3 +37,25 @@ def angles(drafter: Drafter, positions: torch.Tensor) -> tuple[torch.Tensor, tor
     assert isinstance(rotary, nn.Module)
     found: tuple[torch.Tensor, torch.Tensor] = rotary(torch.zeros(1), position_ids=positions)
     return found
+
+
+@pytest.mark.parametrize(
+    ("ids", "reason"),
+    [
+        ([0, 1, 2], None),
+        ([1, 9, 17, 25, 33], None),
+        ([2, 0], "do not rise"),
+        ([0, 35], "name the last layer"),
+    ],
+)
+def test_layers_that_an_engine_would_hand_over_otherwise_are_told(ids: list[int], reason: str | None) -> None:
+    found = unservable_layers(ids, 36)
+    assert (found is None) if reason is None else (found is not None and reason in found)
+
+
+def test_a_checkpoint_with_such_layers_is_refused_before_a_server_starts(
+    plain_drafter: Drafter, plain_target: Target, tmp_path: Path
+) -> None:
+    save_drafter(plain_drafter, tmp_path, torch.float32)  # layers 2 and 0
+    with pytest.raises(DraftsmithError, match=r"config\.json: target_layer_ids \[2, 0\] do not rise"):
+        check_layers(tmp_path, plain_target.info.num_layers)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from stages.engines.base import Completion, Request, SamplingParams, VerifyStep
+from stages.engines.config import SGLangEngineConfig
 from stages.evaluation import EvaluationConfig
 from stages.measure.requests import (
     Setting,
@@ -20,8 +22,10 @@ from stages.measure.requests import (
     row_of,
     settings_of,
 )
+from stages.measure.served import Served
 from stages.measure.speed import speed_by_setting, speed_table
 from stages.stored import Prompt
+from tests.testbed.context import RecordingContext
 
 GREEDY = Setting(0.0, 2)
 
@@ -51,7 +55,7 @@ def test_speed_table_by_hand() -> None:
         row("sft", "a", 11, 1.0, 2, accepted=[3, 3]), row("sft", "b", 10, 0.5, 3, accepted=[1, 0, 3]),
     ]  # fmt: skip
     compare_with_plain(rows, sampled=False)
-    table = speed_table(rows, 4, 200, 0.95, 0)
+    table = speed_table(rows, 200, 0.95, 0)
     assert table["plain"] == {"tokens_per_s": 10.0, "prompts": 2, "request_tokens_per_s_median": (2.5 + 7.5) / 2}
     sft = table["sft"]
     assert sft["tokens_per_s"] == 14.0
@@ -70,7 +74,7 @@ def test_rounds_are_repetitions_of_a_prompt_and_not_more_prompts() -> None:
         for arm, steps in (("plain", 0), ("sft", 5))
     ]
     twice = once + [{**r, "round": 1} for r in reversed(once)]
-    first, second = (speed_table(rows, 4, 500, 0.95, 0) for rows in (once, twice))
+    first, second = (speed_table(rows, 500, 0.95, 0) for rows in (once, twice))
     assert second["plain"]["prompts"] == 3
     for name in ("tokens_per_s", "speedup", "speedup_low", "speedup_high", "tau_served"):
         assert second["sft"][name] == pytest.approx(first["sft"][name]), name
@@ -78,7 +82,7 @@ def test_rounds_are_repetitions_of_a_prompt_and_not_more_prompts() -> None:
 
 def test_latencies_are_quantiles_over_requests() -> None:
     rows = [row("plain", str(i), 10, 1.0, first=0.1 * (i + 1)) for i in range(21)]
-    found = speed_table(rows, 4, 100, 0.95, 0)["plain"]
+    found = speed_table(rows, 100, 0.95, 0)["plain"]
     assert found["first_token_s_median"] == pytest.approx(1.1)
     assert found["first_token_s_p95"] == pytest.approx(2.0)
     assert found["request_tokens_per_s_median"] == 5.0
@@ -91,7 +95,7 @@ def test_settings_do_not_mix() -> None:
         for i, setting in enumerate(settings)
         for arm, seconds in (("plain", 1.0), ("sft", 0.5 - 0.1 * i))
     ]
-    found = speed_by_setting(rows, settings, 4, 100, 0.95, 0)
+    found = speed_by_setting(rows, settings, 100, 0.95, 0)
     assert [(f["temperature"], f["concurrency"]) for f in found] == [(0.0, 2), (0.7, 2), (0.7, 16)]
     assert [f["arms"]["plain"]["tokens_per_s"] for f in found] == pytest.approx([10, 20, 30])
     assert [f["arms"]["sft"]["speedup"] for f in found] == pytest.approx([2, 2.5, 10 / 3])
@@ -135,6 +139,13 @@ def test_every_arm_gets_the_same_requests_at_every_setting() -> None:
     assert hot == Request("b", [3], SamplingParams(9, 0.7, 0.9), b.seed) and a.seed != b.seed
     assert requests_for(prompts, config, settings[0], 5, max_new=4)[0].sampling.max_new_tokens == 4
     assert settings_of(EvaluationConfig()) == [Setting(0.0, 1)]
+
+
+def test_every_served_drafter_drafts_no_more_than_it_was_trained_on() -> None:
+    engine = SGLangEngineConfig(kind="sglang", urls=("http://nowhere",))
+    trained = {"wide": 16, "narrow": 8}
+    served = Served(RecordingContext(Path(), Path()), EvaluationConfig(), engine, {}, trained, 99, "float32")
+    assert [served.block_size(arm, 12) for arm in ("plain", "wide", "narrow")] == [12, 12, 8]
 
 
 def test_block_sizes_are_no_larger_than_the_trained_one() -> None:

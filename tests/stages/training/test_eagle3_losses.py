@@ -227,7 +227,8 @@ def slow_opd(slow: Slow, objective: LossConfig) -> tuple[torch.Tensor, int]:
                 term = differentiable(plain_bernoulli, log_q[k - 1, column], slow.token_log_p(row, anchor + k, label))
             else:
                 term = -log_q[k - 1, column]
-            response, response_weights = response + term, response_weights + 1
+            weight = 0.8 ** (k - 1) if objective.response.scope == "block" else 1.0  # of whole chains, as in SFT
+            response, response_weights = response + weight * term, response_weights + weight
             trained.add((row, index, k))
         proposed = case.steps.proposed[row, index].tolist()
         on_own = slow.log_q(row, anchor, proposed)
