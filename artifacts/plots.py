@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 COLOURS = {"plain": "#8a8f98", "sft": "#4c8bd6", "opd": "#e0703c", "control": "#3fa66b"}  # also for the colour-blind
 _OTHER = "#a06cd5"
-_SERIES = (*list(COLOURS.values())[1:], _OTHER, "#c9a227", "#3aa6b9", COLOURS["plain"])
+_SERIES = (COLOURS["control"], _OTHER, "#c9a227", "#3aa6b9", "#8c564b", *[COLOURS["plain"]] * 99)  # of further arms
 _INK = "#010203"  # stands for the page's text colour, and becomes `currentColor`
 _STYLE: Any = {
     "svg.hashsalt": "draftsmith",
@@ -133,18 +133,20 @@ def tau_over_cost(arms: Mapping[str, Sequence[Mapping[str, Any]]], levels: Mappi
     arms: rows with `positions`, `seconds`, `tau` and `tau_of_seeds`, one a budget; levels: dashed lines by name.
     """
     figure = _figure(9.6, 3.8)
-    panels = (("positions", "trained block positions"), ("seconds", "seconds of training"))
-    for index, (cost, label) in enumerate(panels):
+    others = iter(_SERIES)
+    colours = {arm: COLOURS.get(arm) or next(others) for arm in arms}
+    panels = (("positions", "trained block positions, thousands", 1e-3), ("seconds", "seconds of training", 1.0))
+    for index, (cost, label, unit) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), index + 1)
-        for number, (arm, rows) in enumerate(arms.items()):
+        for arm, rows in arms.items():
             ordered = sorted(rows, key=lambda row: row[cost])
             tau = [row["tau"] for row in ordered]
             # a mean of equal values may lie an ulp beside them, and matplotlib takes no negative bar
             below = [max(0.0, row["tau"] - min(row["tau_of_seeds"])) for row in ordered]
             above = [max(0.0, max(row["tau_of_seeds"]) - row["tau"]) for row in ordered]
             axes.errorbar(
-                [row[cost] for row in ordered], tau, yerr=[below, above], marker="o", markersize=4, capsize=2,
-                linewidth=1.5, color=_SERIES[number % len(_SERIES)], label=arm,
+                [unit * row[cost] for row in ordered], tau, yerr=[below, above], marker="o", markersize=4, capsize=2,
+                linewidth=1.5, color=colours[arm], label=arm,
             )  # fmt: skip
         for name, level in levels.items():
             axes.axhline(level, linestyle="--", linewidth=1, color=COLOURS["plain"])
@@ -171,7 +173,10 @@ def differences(rows: Sequence[Mapping[str, Any]], control: str) -> str:
         axes.plot(seeds, [place] * len(seeds), "|", color=_INK, markersize=7)
     axes.axvline(0, linewidth=1, color=_INK)
     axes.set_yticks(range(len(ordered)), [row["arm"] for row in ordered])
-    axes.set(xlabel=f"tau minus that of {control}, bar: 95 % over trajectories, strokes: seeds")
+    axes.set(
+        xlabel=f"tau minus that of {control}; bar: interval over trajectories, strokes: seeds",
+        ylim=(-0.6, len(ordered) - 0.4),
+    )
     axes.grid(visible=False, axis="y")
     return _svg(figure, "differences", f"Difference of each arm to {control}")
 
