@@ -72,7 +72,7 @@ def test_a_seed_of_a_node_is_part_of_its_key() -> None:
     nodes = {node.name: node for node in experiment_nodes(config)}
     keys = {
         key_of(nodes[name], {}, seed_of(nodes[name], config), EXPERIMENT)
-        for name in ("opd-100-s0", "opd-100-s1", "opd-100-s2")
+        for name in ("opd-400-s0", "opd-400-s1", "opd-400-s2")
     }
     assert len(keys) == 3
     assert seed_of(nodes["mining"], config) == config.seed
