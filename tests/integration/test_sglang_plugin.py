@@ -65,14 +65,16 @@ class Reference:
         at, prefills = 1, 0
         while at < len(output):
             step = elements[at]
-            if step is None:  # no verify step made this token
+            if step is None:  # a prefill made this token
+                assert output[at] == self._logits(prompt + output[:at])[-1].argmax().item()
                 at, prefills = at + 1, prefills + 1
                 continue
             committed = self._check_step(prompt, output, at, step, drafter)
             assert elements[at + 1 : at + committed] == [None] * (min(at + committed, len(output)) - at - 1)
             accepted[step["accepted"]] += 1
             at += committed
-        assert prefills == meta["num_retractions"]
+        # A request that is retracted again before it ran has one prefill for both.
+        assert prefills <= meta["num_retractions"]
         assert accepted.total() == meta.get("spec_verify_ct", 0)  # SGLang's own count; none for one token
         return accepted
 

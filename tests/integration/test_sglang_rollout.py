@@ -22,6 +22,8 @@ from tests.testbed.drafter import DrafterArtifacts
 
 pytestmark = [pytest.mark.sglang, pytest.mark.integration]
 
+LOGPROB_TOLERANCE = 1e-4  # nats, float32
+
 
 def roll_out(folder: Path, made: DrafterArtifacts, engine: dict[str, Any], *, drafter: bool) -> RecordingContext:
     inputs = {"target": made.target, "prompts": made.prompts, **({"drafter": made.drafter} if drafter else {})}
@@ -115,7 +117,11 @@ def test_the_first_tokens_time_is_measured_and_caches_are_flushed(
     for name, done in streamed.items():
         assert 0 < done.first_token_seconds < done.seconds
         assert math.isnan(whole[name].first_token_seconds)
-        assert (done.response_ids, done.steps) == (whole[name].response_ids, whole[name].steps)
+        assert done.response_ids == whole[name].response_ids
+        # The batches differ, and with them the last digits of float32.
+        for step, other in zip(done.steps, whole[name].steps, strict=True):
+            assert (step.anchor, step.accepted, step.proposed) == (other.anchor, other.accepted, other.proposed)
+            assert step.target_logprobs == pytest.approx(other.target_logprobs, abs=LOGPROB_TOLERANCE)
 
 
 def test_an_engine_that_is_left_early_aborts_what_is_in_flight(
