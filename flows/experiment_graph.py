@@ -5,7 +5,8 @@ The graph of an experiment (in brackets: only where its config has the section):
     target ─ prompts ─ rollout ─ sft                    the drafter that everything starts from
        └─ [revision] ─ [adoption]                       a new revision of the target, the old drafter taken over
     [fresh_prompts] ─ fresh ─ mining                    what the arms learn from
-    arm-STEPS-sSEED …                                   every arm, for every number of steps and every seed
+    arm-STEPS-sSEED …                                   every arm, for every number of steps and every seed; the earlier
+                                                        iterations of it, and what they mined, have -I at the end
     heldout ─ comparison, [heldout_before ─ before]     acceptance on identical trajectories, and before the change
 """
 
@@ -19,7 +20,7 @@ from flows.config_file import merged
 from flows.graph import Node, Pipeline
 from flows.options import RunOptions
 from stages.adoption import AdoptionConfig
-from stages.comparison import BASE, PREFIX, ComparisonConfig
+from stages.comparison import BASE, EARLIER, PREFIX, ComparisonConfig
 from stages.contract import Config
 from stages.mining import MiningConfig
 from stages.opd import OpdConfig
@@ -52,11 +53,16 @@ class ArmConfig(Config):
         dict[str, Any], Field(default_factory=dict, description="fields of section sft or opd that this arm changes")
     ]
     budgets: Annotated[tuple[int, ...] | None, Field(description="optimiser steps; left out: the experiment's")] = None
+    iterations: Annotated[
+        int, Field(ge=1, description="the steps in so many parts, each mining with the drafter of the one before (opd)")
+    ] = 1
 
     @model_validator(mode="after")
-    def _only_sft_from_scratch(self) -> ArmConfig:
+    def _fits_its_stage(self) -> ArmConfig:
         if self.init == "random" and self.stage != "sft":
             raise ValueError("init: random is for stage sft: OPD starts from a drafter that was mined")
+        if self.iterations > 1 and self.stage != "opd":
+            raise ValueError("iterations are of stage opd: SFT mines nothing")
         return self
 
 
@@ -94,6 +100,8 @@ class ExperimentConfig(RunOptions):
         for name, arm in self.arms.items():
             if ":" in name or name == BASE:
                 raise ValueError(f"arms.{name}: choose a name without a colon, other than {BASE!r}")
+            if arm.iterations > (least := min(arm.budgets or self.budgets)):
+                raise ValueError(f"arms.{name}: {least} steps cannot be trained in {arm.iterations} iterations")
             try:
                 self.arm_config(arm, self.budgets[0])
             except ValueError as error:
@@ -139,9 +147,12 @@ def experiment_nodes(config: ExperimentConfig) -> list[Node]:
     for name, arm in config.arms.items():
         for steps in arm.budgets or config.budgets:
             for seed in config.seeds:
-                node = _arm_node(f"{name}-{steps}-s{seed}", arm, config.arm_config(arm, steps), current, base, seed)
-                nodes.append(node)
-                drafters[f"{PREFIX}{name}:{steps}:{seed}"] = node.name
+                made = _arm_nodes(f"{name}-{steps}-s{seed}", config, arm, steps, current, base, seed)
+                nodes += made
+                *earlier, last = [node for node in made if node.module == f"stages.{arm.stage}"]
+                drafters[f"{PREFIX}{name}:{steps}:{seed}"] = last.name
+                for i, node in enumerate(earlier, 1):
+                    drafters[f"{EARLIER}{name}:{steps}:{seed}:{i}"] = node.name
     nodes.append(
         Node("comparison", "stages.comparison", config.comparison, {**current, "trajectories": "heldout", **drafters})
     )
@@ -152,15 +163,26 @@ def experiment_nodes(config: ExperimentConfig) -> list[Node]:
     return nodes
 
 
-def _arm_node(
-    name: str, arm: ArmConfig, config: SftConfig | OpdConfig, current: dict[str, str], base: str, seed: int
-) -> Node:
-    inputs = {**current, "trajectories": "fresh"}
-    if arm.init == "base":
-        inputs["drafter"] = base
-    if arm.stage == "opd":
-        inputs["steps"] = "mining"
-    return Node(name, f"stages.{arm.stage}", config, inputs, seed=seed)
+def _arm_nodes(
+    name: str, config: ExperimentConfig, arm: ArmConfig, steps: int, current: dict[str, str], base: str, seed: int
+) -> list[Node]:
+    """The nodes of one arm, one budget and one seed: one training, or one an iteration and the minings between them."""
+    learned = {**current, "trajectories": "fresh"}
+    if arm.stage == "sft":
+        inputs = learned if arm.init == "random" else {**learned, "drafter": base}
+        return [Node(name, "stages.sft", config.arm_config(arm, steps), inputs, seed=seed)]
+    nodes: list[Node] = []
+    drafter, mining = base, "mining"
+    for i in range(arm.iterations):
+        part = steps * (i + 1) // arm.iterations - steps * i // arm.iterations
+        if i > 0:
+            mining = f"mining-{name}-{i}"
+            nodes.append(Node(mining, "stages.mining", config.mining, {**learned, "drafter": drafter}))
+        inputs = {**learned, "drafter": drafter, "steps": mining}
+        drafter = name if i == arm.iterations - 1 else f"{name}-{i + 1}"
+        of_part = seed + 1000 * i  # other batches than the part before
+        nodes.append(Node(drafter, "stages.opd", config.arm_config(arm, part), inputs, seed=of_part))
+    return nodes
 
 
 EXPERIMENT = Pipeline(

@@ -1,6 +1,7 @@
 """Stage `comparison`: many drafters on identical held-out trajectories, over seeds: what an experiment concludes from.
 
 Inputs named `drafter:ARM:STEPS:SEED` are drafters; that of the arm `base`, with 0 steps, is what every arm began with.
+Of steps trained in iterations, `earlier:ARM:STEPS:SEED:I` are the drafters before the last one, for their costs.
 Acceptance is measured by replay, so every drafter meets the same trajectories and differences are paired.
 """
 
@@ -19,7 +20,7 @@ from stages.contract import Config, Stage, StageContext
 if TYPE_CHECKING:
     import numpy as np
 
-PREFIX, BASE = "drafter:", "base"
+PREFIX, EARLIER, BASE = "drafter:", "earlier:", "base"
 COSTS = ("positions", "blocks", "seconds")
 
 
@@ -41,19 +42,22 @@ class Entry:
     steps: int
     seed: int
     folder: Path  # its artifact
+    earlier: tuple[Path, ...] = ()  # the artifacts of the iterations before
 
     @classmethod
-    def of_input(cls, name: str, folder: Path) -> Entry:
-        """From the name of the stage's input."""
-        arm, steps, seed = name.removeprefix(PREFIX).split(":")
-        return cls(arm, int(steps), int(seed), folder)
+    def of_input(cls, name: str, inputs: Mapping[str, Path]) -> Entry:
+        """From the name of one of the stage's inputs."""
+        identity = name.removeprefix(PREFIX)
+        arm, steps, seed = identity.split(":")
+        earlier = tuple(at for other, at in inputs.items() if other.startswith(f"{EARLIER}{identity}:"))
+        return cls(arm, int(steps), int(seed), inputs[name], earlier)
 
     def cost(self) -> dict[str, float]:
-        """What its training took, from its manifest: block positions with a loss, and seconds of the steps."""
+        """What its training took, from the manifests: block positions with a loss, and seconds of the steps."""
         from artifacts.manifest import read_manifest
 
-        metrics = read_manifest(self.folder).metrics
-        return {name: float(metrics.get(name, 0.0)) for name in COSTS}
+        metrics = [read_manifest(folder).metrics for folder in (*self.earlier, self.folder)]
+        return {name: sum(float(each.get(name, 0.0)) for each in metrics) for name in COSTS}
 
 
 def run(ctx: StageContext, config: ComparisonConfig) -> None:
@@ -71,7 +75,7 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
     from stages.targets.causal_lm import Target
 
     target = Target.load(ctx.inputs["target"])
-    entries = {name: Entry.of_input(name, at) for name, at in ctx.inputs.items() if name.startswith(PREFIX)}
+    entries = {name: Entry.of_input(name, ctx.inputs) for name in ctx.inputs if name.startswith(PREFIX)}
     costs = {name: entry.cost() for name, entry in entries.items()}
     results: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
@@ -232,4 +236,6 @@ def _mean_difference(*parts: np.ndarray, axis: int = -1) -> np.ndarray:
     )
 
 
-STAGE = Stage(name="comparison", config=ComparisonConfig, inputs=("target", "trajectories", "drafter:*"), run=run)
+STAGE = Stage(
+    name="comparison", config=ComparisonConfig, inputs=("target", "trajectories", f"{PREFIX}*", f"{EARLIER}*"), run=run
+)

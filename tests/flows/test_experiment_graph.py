@@ -67,6 +67,23 @@ def test_after_a_change_of_the_target_the_old_drafter_is_taken_over() -> None:
     assert nodes["before"].inputs["target"] == "target"
 
 
+def test_an_arm_in_iterations_mines_anew_with_the_drafter_of_the_one_before() -> None:
+    iterated = "arms.opd={stage: opd, iterations: 3, change: {remine_every: 0}}"
+    nodes = {
+        node.name: node for node in experiment_nodes(load("plateau-greedy", "budgets=[20]", "seeds=[4]", iterated))
+    }
+    parts = ["opd-20-s4-1", "opd-20-s4-2", "opd-20-s4"]
+    assert [nodes[name].config.model_dump()["steps"] for name in parts] == [6, 7, 7]
+    assert [nodes[name].inputs["drafter"] for name in parts] == ["sft", "opd-20-s4-1", "opd-20-s4-2"]
+    assert [nodes[name].inputs["steps"] for name in parts] == ["mining", "mining-opd-20-s4-1", "mining-opd-20-s4-2"]
+    assert [nodes[nodes[name].inputs["steps"]].inputs["drafter"] for name in parts] == ["sft", *parts[:2]]
+    assert len({nodes[name].seed for name in parts}) == 3
+    compared = nodes["comparison"].inputs
+    assert compared["drafter:opd:20:4"] == "opd-20-s4"
+    assert [compared[f"earlier:opd:20:4:{i}"] for i in (1, 2)] == parts[:2]
+    assert not any(name.startswith("earlier:sft") for name in compared)
+
+
 def test_a_seed_of_a_node_is_part_of_its_key() -> None:
     config = load("plateau-greedy")
     nodes = {node.name: node for node in experiment_nodes(config)}
@@ -86,6 +103,8 @@ def test_a_seed_of_a_node_is_part_of_its_key() -> None:
         ("arms.opd.change={learning_rat: 1}", "arms.opd.change"),
         ("target.families=[poem]", "no family poem"),
         ("arms.opd.init=random", "init: random is for stage sft"),
+        ("arms.sft.iterations=2", "iterations are of stage opd"),
+        ("arms.opd.iterations=1000", "steps cannot be trained in 1000 iterations"),
     ],
 )
 def test_a_bad_experiment_is_one_clear_error(override: str, expected: str) -> None:

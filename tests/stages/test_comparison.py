@@ -13,7 +13,7 @@ COST = {"positions": 700.0, "blocks": 100.0, "seconds": 2.0}
 
 
 def table(sums: dict[str, tuple[list[float], list[float]]]) -> dict[tuple[str, int], dict[str, object]]:
-    entries = {name: Entry.of_input(name, Path()) for name in sums}
+    entries = {name: Entry.of_input(name, {name: Path()}) for name in sums}
     arrays = {name: (np.array(c), np.array(v)) for name, (c, v) in sums.items()}
     config = ComparisonConfig(control="sft", bootstrap_samples=400)
     rows = arm_table(entries, arrays, dict.fromkeys(sums, COST), config, seed=0)
