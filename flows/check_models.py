@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.findings import Findings
 from flows.graph import Node
+from stages.engines.config import SGLangEngineConfig
 from stages.mining import MiningConfig
 from stages.prompts import PromptsConfig
 from stages.rollout import RolloutConfig
@@ -28,7 +29,7 @@ class Models:
     artifact: Path  # a target artifact without weights or digest
     info: TargetInfo
     target: ModelSize
-    plan: DrafterPlan | None  # None: the drafter's config could not be had
+    plan: DrafterPlan | None  # of several drafters the largest; None: no drafter's config could be had
 
     @property
     def drafter(self) -> ModelSize | None:
@@ -63,14 +64,16 @@ def check_models(found: Findings, nodes: Sequence[Node], scratch: Path) -> Model
     for config in prompts:
         with found.part("chat template"):
             _check_template(found, config, model_path(scratch))
-    drafter = None
+    plans: list[DrafterPlan] = []
     for node in nodes:
         if isinstance(node.config, SftConfig) and "drafter" not in node.inputs:
             with found.part(f"{node.name}: drafter"):
-                drafter = _check_drafter(found, node.name, node.config, scratch)
-    models = Models(scratch, info, size, drafter)
-    if drafter is not None:
-        _check_block_sizes(found, nodes, drafter.block_size)
+                if plan := _check_drafter(found, node.name, node.config, scratch):
+                    plans.append(plan)
+    models = Models(scratch, info, size, max(plans, key=lambda plan: plan.parameters, default=None))
+    if plans:
+        _check_block_sizes(found, nodes, max(plan.block_size for plan in plans))
+        _check_trees(found, nodes, plans)
     _check_lengths(found, nodes, prompts, info.max_positions)
     return models
 
@@ -151,6 +154,15 @@ def _check_block_sizes(found: Findings, nodes: Sequence[Node], trained: int) -> 
         over = [size for size in getattr(node.config, "block_sizes", None) or () if size > trained]
         if over:
             found.warn(node.name, f"block_sizes {over} are larger than the trained {trained}, which is taken instead")
+
+
+def _check_trees(found: Findings, nodes: Sequence[Node], plans: Sequence[DrafterPlan]) -> None:
+    for node in nodes:
+        engine = getattr(node.config, "engine", None)
+        if isinstance(engine, SGLangEngineConfig) and engine.launch is not None and engine.launch.tree is not None:
+            for plan in plans:
+                if plan.kind != "eagle3":
+                    found.error(node.name, f"engine.launch.tree: {plan.kind} drafts blocks, no trees: leave it out")
 
 
 def _check_lengths(found: Findings, nodes: Sequence[Node], prompts: Sequence[PromptsConfig], positions: int) -> None:

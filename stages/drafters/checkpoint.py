@@ -61,6 +61,7 @@ def architecture_of(folder: Path) -> Architecture:
 class DrafterPlan:
     """What is known of a drafter without its weights."""
 
+    kind: str  # of ARCHITECTURES
     config: Any  # of transformers
     block_size: int
     target_layer_ids: list[int]
@@ -88,6 +89,7 @@ def _plan(architecture: Architecture, config: Any, tokenizer: Callable[[], Any])
     with torch.device("meta"):
         parameters = sum(p.numel() for p in architecture.skeleton(config).parameters())
     return DrafterPlan(
+        next(kind for kind, known in ARCHITECTURES.items() if known is architecture),
         config,
         config.block_size,
         architecture.target_layer_ids(config),

@@ -151,6 +151,20 @@ def test_a_drafter_that_does_not_fit_is_an_error(
 
 
 @pytest.mark.usefixtures("home")
+def test_trees_are_of_eagle3_drafters_only(
+    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = {"branches": 2, "draft_tokens": 6}
+    config["evaluation"]["engine"] = {"kind": "sglang", "python": sys.executable, "launch": {"tree": tree}}
+    refused = "engine.launch.tree: dflash drafts blocks, no trees"
+    assert run(tmp_path, config) == 2
+    assert refused in capsys.readouterr().out
+    config["sft"]["drafter"] = {"kind": "eagle3", "target_layer_ids": [0, 1, 2]}
+    run(tmp_path, config)  # this interpreter has no SGLang, which is another error
+    assert refused not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("home")
 def test_doubtful_settings_are_warnings(
     tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
