@@ -18,7 +18,7 @@ TokenLoss = Literal["cross_entropy", "bernoulli_kl"]
 DistributionLoss = Literal["forward_kl", "reverse_kl", "tv", "lk"]
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # the form that fits the verification rule and the architecture, on whole blocks
+    # the form that fits the verification rule and the architecture
     "matched": {},
     # Draft-OPD, arXiv 2605.29343: Bernoulli forward KL on what was committed, k3 reverse KL on the rejected suffix
     "paper": {
@@ -58,9 +58,12 @@ class ResponseStream(Config):
     ] = "auto"
     weight: Annotated[float, Field(ge=0, description="λ_acc")] = 1.0
     scope: Annotated[
-        Literal["committed", "block"],
-        Field(description="committed: accepted prefix and correction, what verification reaches; block: all offsets"),
-    ] = "block"
+        Literal["auto", "committed", "block"],
+        Field(
+            description="committed: accepted prefix and correction, what verification reaches; block: all offsets; "
+            "auto follows the verification rule: committed if sampled, block if greedy (EAGLE-3 always: block)"
+        ),
+    ] = "auto"
     positions: Annotated[
         PositionWeights | None,
         Field(description="left out: whole blocks as in the architecture's SFT, committed offsets uniformly"),
@@ -134,17 +137,21 @@ class LossConfig(Config):
         return self.rejected.loss != "none" and self.rejected.weight > 0
 
     def resolved(self, recipe: TrainingRecipe, sampled: bool, temperature: float) -> LossConfig:
-        """With the loss that fits architecture and verification rule, the temperature of that sampling, and weights,
-        where left open."""
-        loss, positions = self.response.loss, self.response.positions
+        """With the loss and scope that fit architecture and verification rule, the temperature of that sampling, and
+        weights, where left open. Evidence: `configs/experiments/README.md`."""
+        loss, scope, positions = self.response.loss, self.response.scope, self.response.positions
+        as_in_sft = recipe.loss == "forward_kl"  # SFT on the target's distribution goes on with it
         if loss == "auto":
-            loss = "forward_kl" if sampled or recipe.loss == "forward_kl" else "cross_entropy"
+            loss = "forward_kl" if sampled or as_in_sft else "cross_entropy"
+        if scope == "auto":
+            scope = "committed" if sampled and not as_in_sft else "block"
         if positions is None:
-            whole = self.response.scope == "block"
+            whole = scope == "block"
             positions = PositionWeights(kind="exponential", gamma=recipe.gamma) if whole else _UNIFORM
+        made = {"loss": loss, "scope": scope, "positions": positions}
         return self.model_copy(
             update={
-                "response": self.response.model_copy(update={"loss": loss, "positions": positions}),
+                "response": self.response.model_copy(update=made),
                 "temperature": (temperature or 1.0) if self.temperature is None else self.temperature,
             }
         )

@@ -89,9 +89,10 @@ def response_stream(
     """Weighted mean of the loss over the stream's positions.
 
     hidden: [B, A, K, H] of blocks drafted on the trajectory's own tokens. committed: [B, A] tokens that the verify step
-    committed; read by the scope of that name. config.loss: not `auto`. target_head: [V, H], the target's own.
+    committed; read by the scope of that name. config: resolved. target_head: [V, H], the target's own.
     """
     assert config.loss != "auto", "resolve the loss first"
+    assert config.scope != "auto", "resolve the loss first"
     K = hidden.shape[2]
     offsets = torch.arange(1, K + 1, device=hidden.device)
     labels, inside = labels_of(batch, anchors, K)

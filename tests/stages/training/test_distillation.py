@@ -185,10 +185,13 @@ def test_the_default_follows_the_verification_rule() -> None:
     greedy, sampled = objective(), objective(sampled=True, temperature=0.6)
     assert (greedy.response.loss, greedy.response.scope) == ("cross_entropy", "block")
     assert greedy.response.weights() == PositionWeights(kind="exponential", gamma=7.0)  # as in SFT
-    committed = objective({"response": {"scope": "committed"}})
-    assert committed.response.weights() == PositionWeights(kind="uniform")
-    assert LossConfig().resolved(Eagle3Drafter.recipe, False, 0.0).response.loss == "forward_kl"  # as in its SFT
-    assert (sampled.response.loss, sampled.temperature) == ("forward_kl", 0.6)
+    assert (sampled.response.loss, sampled.response.scope, sampled.temperature) == ("forward_kl", "committed", 0.6)
+    assert sampled.response.weights() == PositionWeights(kind="uniform")
+    chosen = objective({"response": {"scope": "committed"}})
+    assert chosen.response.weights() == PositionWeights(kind="uniform")
+    for rule in (True, False):  # EAGLE-3 as in its SFT
+        stream = LossConfig().resolved(Eagle3Drafter.recipe, rule, float(rule)).response
+        assert (stream.loss, stream.scope) == ("forward_kl", "block")
     assert objective(sampled=True, temperature=0.0).temperature == 1.0  # greedy text, to be served sampled
     assert not greedy.needs_scores
     chosen = objective(response("lk") | {"temperature": 0.2}, sampled=True, temperature=0.6)
