@@ -26,7 +26,7 @@ class RefreshOptions(Config):
     """Which comparisons the refresh makes beside the drafters themselves."""
 
     control: bool = True
-    """Also continue SFT for as many steps and trained positions as OPD: the drafter that OPD has to beat."""
+    """Also continue SFT for as many steps and blocks as OPD: the drafter that OPD has to beat."""
     iterations: Annotated[int, Field(ge=1)] = 1
     """How often rollout, mining, OPD and evaluation follow each other, every time from the drafter before and on the
     prompts behind those of the iteration before (logged answers: on the same)."""
@@ -95,7 +95,7 @@ def control_config(config: RunConfig) -> SftConfig:
 
 
 def continued_sft(sft: SftConfig, opd: OpdConfig) -> SftConfig:
-    """Continued SFT with OPD's steps, trained positions and learning rate: the fair comparison."""
+    """Continued SFT with OPD's steps, blocks and learning rate: the fair comparison."""
     return sft.model_copy(update={name: getattr(opd, name) for name in _FROM_OPD})
 
 
