@@ -23,23 +23,30 @@ def show_results(display: Display, made: Mapping[str, Path]) -> None:
         for split, figures in _read(made["before"]).items():
             before = figures["arms"][0]["tau"]
             display.line(f"before the change, {split}: tau {before:.3f}")
-            display.console.print(_regained(before, results[split]["arms"]))
+            table, never = _regained(before, results[split]["arms"])
+            if table.rows:
+                display.console.print(table)
+            if never:
+                display.line(f"never within its steps: {', '.join(never)}")
     display.line(f"results: {made['comparison']}")
 
 
-def _regained(before: float, rows: list[dict[str, Any]]) -> Table:
-    """What each arm had spent, seed by seed, when its tau was back."""
+def _regained(before: float, rows: list[dict[str, Any]]) -> tuple[Table, list[str]]:
+    """What each arm had spent, seed by seed, when its tau was back; and the arms of which no seed got there."""
     table = Table(title=f"tau {before:.3f} again at", title_justify="left", box=None, pad_edge=False)
     for column in ("arm", "positions", "seconds"):
         table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
-    arms = dict.fromkeys(row["arm"] for row in rows if row["arm"] != BASE)
-    for arm in arms:
+    never = []
+    for arm in dict.fromkeys(row["arm"] for row in rows if row["arm"] != BASE):
         of_arm = [row for row in rows if row["arm"] == arm]
         spent = [cost_to_reach(of_arm, before, cost) for cost in ("positions", "seconds")]
-        table.add_row(
-            arm, *(" ".join("never" if value is None else f"{value:,.0f}" for value in each) for each in spent)
-        )
-    return table
+        if any(value is not None for value in spent[0]):
+            table.add_row(
+                arm, *(" ".join("never" if value is None else f"{value:,.0f}" for value in each) for each in spent)
+            )
+        else:
+            never.append(arm)
+    return table, never
 
 
 def _read(folder: Path) -> dict[str, Any]:
