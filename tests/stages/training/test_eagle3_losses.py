@@ -522,17 +522,25 @@ def test_mining_in_a_step_leaves_its_gradient_alone(kind: str, world: World) -> 
 
 
 @pytest.mark.parametrize("kind", ["random", "rolling"])
-def test_drafting_in_a_step_leaves_its_gradient_alone(kind: str, world: World) -> None:
-    """The same for its own proposals, against a step without that memory: it rounds alike, its steps are the same."""
+def test_drafting_in_a_step_leaves_its_gradient_alone(kind: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for its own proposals, against the step in float32; rounding may not change what is proposed."""
     objective = LossConfig.model_validate("paper").resolved(Eagle3Drafter.recipe, False, 0.0)
+    drafted: list[torch.Tensor] = []
+    propose = OpdStep._propose
+
+    def proposed_in_float32(*arguments: Any) -> torch.Tensor:
+        drafted.append(propose(*arguments))
+        return drafted[0]
+
+    monkeypatch.setattr(OpdStep, "_propose", proposed_in_float32)
     gradients = []
-    for remembers in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=remembers):
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             report = world.step(world.source(kind), objective).loss(
                 5, INDICES, world.features.batch(INDICES), step_rng(0, 5)
             )
         gradients.append(torch.autograd.grad(report.loss, list(world.moved.parameters())))
-    for (name, _), cast_anew, remembered in zip(world.moved.named_parameters(), *gradients, strict=True):
-        # only the order of rounding differs: gradients of several uses are summed before or after the cast
-        likeness = torch.nn.functional.cosine_similarity(cast_anew.flatten(), remembered.flatten(), 0)
-        assert float(likeness) > 0.999, name
+    assert len(drafted) == 2
+    for (name, _), exact, rounded in zip(world.moved.named_parameters(), *gradients, strict=True):
+        likeness = torch.nn.functional.cosine_similarity(exact.flatten(), rounded.float().flatten(), 0)
+        assert float(likeness) > 0.9, (name, float(likeness))
