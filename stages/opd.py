@@ -117,6 +117,7 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
         stored.trajectories,
         tokens_per_group=config.tokens_per_target_forward,
         memory_mb=config.feature_memory_mb,
+        with_hidden=objective.response.asks_target,
     )
     opd = OpdStep(drafter, target, source, objective, config, table.proposals)
 

@@ -123,6 +123,7 @@ def run(ctx: StageContext, config: SftConfig) -> None:
         stored.trajectories,
         tokens_per_group=config.tokens_per_target_forward,
         memory_mb=config.feature_memory_mb,
+        with_hidden=stream.asks_target,
     )
 
     def loss_of_step(step: int) -> LossReport:

@@ -32,9 +32,7 @@ def replay_all(
     for group in groups_by_length([len(t.tokens) for t in trajectories], tokens_per_group):
         members = [trajectories[i] for i in group]
         ids = pad_tokens(members, target.device)
-        features = target.read(ids, layer_ids).features
-        assert features is not None
-        by_layer = dict(zip(layer_ids, features.chunk(len(layer_ids), -1), strict=True))
+        by_layer = dict(zip(layer_ids, target.features(ids, layer_ids).chunk(len(layer_ids), -1), strict=True))
         positions = torch.arange(ids.shape[1], device=ids.device).expand(len(members), -1)
         for name, drafter in drafters.items():
             with torch.no_grad():

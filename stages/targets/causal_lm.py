@@ -25,6 +25,10 @@ class TargetOutput:
     features: torch.Tensor | None
 
 
+class _DeepEnoughError(Exception):
+    """Ends a forward of which only features are wanted. Decoders know no other way to stop at a layer."""
+
+
 class Target:
     """The target `p`. Everything is computed without gradient; the parameters are frozen."""
 
@@ -37,6 +41,7 @@ class Target:
         # renamed in transformers 5.24; the old name goes in 5.40
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self._captured: dict[int, torch.Tensor] | None = None
+        self._deepest: int | None = None  # the layer behind which nothing is wanted
         for index, layer in enumerate(self.decoder.layers):
             layer.register_forward_hook(self._hook(index))
 
@@ -76,6 +81,8 @@ class Target:
         def keep(_module: object, _args: object, output: Any) -> None:
             if self._captured is not None and index in self._captured:
                 self._captured[index] = output[0] if isinstance(output, tuple) else output
+                if index == self._deepest:
+                    raise _DeepEnoughError
 
         return keep
 
@@ -95,6 +102,18 @@ class Target:
         layer_ids: layer k means the hidden state AFTER decoder layer k, concatenated in this order into `features`.
         """
         return self._forward(layer_ids, input_ids=ids, use_cache=False)
+
+    @torch.no_grad()
+    def features(self, ids: torch.Tensor, layer_ids: Sequence[int]) -> torch.Tensor:
+        """Features [B, T, K*H] of whole sequences alone: layers behind the deepest of `layer_ids` are not run."""
+        self._captured, self._deepest = {layer: torch.empty(0) for layer in layer_ids}, max(layer_ids)
+        try:
+            self.decoder(input_ids=ids, use_cache=False)
+        except _DeepEnoughError:
+            return torch.cat([self._captured[layer] for layer in layer_ids], -1)
+        finally:
+            self._captured = self._deepest = None
+        raise AssertionError(f"layer {max(layer_ids)} of the target did not run")
 
     @torch.no_grad()
     def step(

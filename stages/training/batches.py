@@ -24,8 +24,11 @@ class Batch:
     trajectories: list[Trajectory]
     tokens: torch.Tensor  # [B, T]
     features: torch.Tensor  # [B, T, K*H], the target's dtype
-    hidden: torch.Tensor  # [B, T, H] after the target's final norm: predicts the next position
+    hidden: torch.Tensor | None  # [B, T, H] after the target's final norm: predicts the next position
     positions: torch.Tensor  # [B, T]
+
+
+_Read = tuple[torch.Tensor, ...]  # features, and hidden states if they are wanted
 
 
 class FeatureSource:
@@ -39,28 +42,30 @@ class FeatureSource:
         *,
         tokens_per_group: int = 2048,
         memory_mb: float = 2048,
+        with_hidden: bool = True,
     ):
+        """with_hidden: for losses that ask for the target's distribution; without, its last layers are not run."""
+        self.with_hidden = with_hidden
         self.target, self.layer_ids, self.trajectories = target, tuple(layer_ids), list(trajectories)
         lengths = [len(t.tokens) for t in trajectories]
         self._groups = list(groups_by_length(lengths, tokens_per_group))
         self._group_of = {index: g for g, group in enumerate(self._groups) for index in group}
-        self._cache: OrderedDict[int, dict[int, tuple[torch.Tensor, torch.Tensor]]] = OrderedDict()
+        self._cache: OrderedDict[int, dict[int, _Read]] = OrderedDict()
         self._bytes, self._limit = 0, memory_mb * 2**20
         self.tokens_read = 0  # how many tokens the target has read for this, padding left out
 
-    def _group(self, g: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    def _group(self, g: int) -> dict[int, _Read]:
         if g in self._cache:
             self._cache.move_to_end(g)
             return self._cache[g]
         members = self._groups[g]
         trajectories = [self.trajectories[i] for i in members]
         with torch.autocast(self.target.device.type, enabled=False):  # the training loop's is for the drafter alone
-            out = self.target.read(pad_tokens(trajectories, self.target.device), self.layer_ids)
-        assert out.features is not None
+            read = self._read(pad_tokens(trajectories, self.target.device))
         entry = {}
         for row, (i, trajectory) in enumerate(zip(members, trajectories, strict=True)):
             n = len(trajectory.tokens)
-            entry[i] = (out.features[row, :n].clone(), out.hidden[row, :n].clone())
+            entry[i] = tuple(part[row, :n].clone() for part in read)
             self.tokens_read += n
         self._cache[g] = entry
         self._bytes += _size(entry)
@@ -69,19 +74,27 @@ class FeatureSource:
             self._bytes -= _size(dropped)
         return entry
 
+    def _read(self, ids: torch.Tensor) -> _Read:
+        if not self.with_hidden:
+            return (self.target.features(ids, self.layer_ids),)
+        out = self.target.read(ids, self.layer_ids)
+        assert out.features is not None
+        return out.features, out.hidden
+
     def batch(self, indices: Sequence[int]) -> Batch:
         """The trajectories at `indices`, with their features."""
         trajectories = [self.trajectories[i] for i in indices]
         parts = [self._group(self._group_of[i])[i] for i in indices]
-        features, hidden = (
-            torch.nn.utils.rnn.pad_sequence([part[which] for part in parts], batch_first=True) for which in (0, 1)
+        features, *hidden = (
+            torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True) for rows in zip(*parts, strict=True)
         )
         positions = torch.arange(features.shape[1], device=features.device).expand(len(indices), -1)
-        return Batch(trajectories, pad_tokens(trajectories, features.device), features, hidden, positions)
+        tokens = pad_tokens(trajectories, features.device)
+        return Batch(trajectories, tokens, features, hidden[0] if hidden else None, positions)
 
 
-def _size(entry: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> int:
-    return sum(tensor.nbytes for pair in entry.values() for tensor in pair)
+def _size(entry: dict[int, _Read]) -> int:
+    return sum(tensor.nbytes for parts in entry.values() for tensor in parts)
 
 
 def trajectories_of_step(count: int, per_step: int, step: int, seed: int) -> list[int]:

@@ -69,6 +69,11 @@ class ResponseStream(Config):
         Field(description="left out: whole blocks as in the architecture's SFT, committed offsets uniformly"),
     ] = None
 
+    @property
+    def asks_target(self) -> bool:
+        """Does the loss of a resolved stream read the target's distribution, or the committed tokens alone?"""
+        return self.loss != "cross_entropy"
+
     def weights(self) -> PositionWeights:
         """Of a resolved stream."""
         assert self.positions is not None, "resolve the weights first"

@@ -27,7 +27,7 @@ class Feedback:
 
     tokens: torch.Tensor  # [N] committed
     columns: torch.Tensor  # [N] the same in the heads
-    hidden: torch.Tensor  # [N, H] the target's, that predicted these tokens
+    hidden: torch.Tensor | None  # [N, H] the target's, that predicted these tokens
     head: Head  # the target's over the tokens of the training step
     target_head: torch.Tensor  # [V, H]
     temperature: float
@@ -35,17 +35,21 @@ class Feedback:
     @torch.no_grad()
     def logits(self) -> torch.Tensor:
         """[N, V'] of its distribution over the tokens of the training head, at the temperature."""
-        return losses.at_temperature(self.head.logits(self.hidden), self.temperature)
+        return losses.at_temperature(self.head.logits(self._known()), self.temperature)
 
     @torch.no_grad()
     def token_logprob(self) -> torch.Tensor:
         """[N] log p of the committed tokens, under the full head at temperature 1."""
-        return -losses.cross_entropy(Head(self.target_head).logits(self.hidden), self.tokens)
+        return -losses.cross_entropy(Head(self.target_head).logits(self._known()), self.tokens)
+
+    def _known(self) -> torch.Tensor:
+        assert self.hidden is not None, "this loss asks for the target's distribution: batches need its hidden states"
+        return self.hidden
 
     def of(self, part: slice) -> Feedback:
         """A chunk of the positions."""
-        pieces = (self.tokens[part], self.columns[part], self.hidden[part])
-        return Feedback(*pieces, self.head, self.target_head, self.temperature)
+        hidden = None if self.hidden is None else self.hidden[part]
+        return Feedback(self.tokens[part], self.columns[part], hidden, self.head, self.target_head, self.temperature)
 
 
 RESPONSE_LOSSES: dict[str, Callable[[torch.Tensor, Feedback], torch.Tensor]] = {
@@ -105,9 +109,8 @@ def response_stream(
     # the target's hidden state that predicts offset k lies at position anchor + k - 1
     at = (anchors.positions[..., None] + offsets - 1).clamp(max=batch.tokens.shape[1] - 1)
     rows = torch.arange(at.shape[0], device=at.device)[:, None, None].expand_as(at)
-    feedback = Feedback(
-        labels[where], columns[where], batch.hidden[rows[where], at[where]], heads.target, target_head, temperature
-    )
+    predicted_by = None if batch.hidden is None else batch.hidden[rows[where], at[where]]
+    feedback = Feedback(labels[where], columns[where], predicted_by, heads.target, target_head, temperature)
     loss_of = RESPONSE_LOSSES[config.loss]
     count = feedback.columns.numel()
     correct = torch.zeros(count, dtype=torch.bool, device=hidden.device)

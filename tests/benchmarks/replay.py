@@ -60,20 +60,21 @@ class Bench:
         self.drafter = load_drafter(drafter_folder, target)
         self.head = self.drafter.drafting_head(target.head_weight, None)
 
-    def forward(self, group: list[Trajectory], cache: SlotCache | None = None) -> TargetOutput:
-        """The target's forward over some trajectories, as mining does it if there is a cache."""
+    def features(self, group: list[Trajectory]) -> torch.Tensor:
+        """What the drafter reads of the target, as comparisons of drafters read it."""
+        return self.target.features(pad_tokens(group, self.target.device), self.drafter.target_layer_ids)
+
+    def read(self, group: list[Trajectory], cache: SlotCache) -> TargetOutput:
+        """The whole forward into a cache, on which mining scores."""
         ids = pad_tokens(group, self.target.device)
-        if cache is None:
-            return self.target.read(ids, self.drafter.target_layer_ids)
         positions = torch.arange(ids.shape[1], device=ids.device).expand(len(group), -1)
         return self.target.step(ids, positions, cache, slice(0, len(group)), layer_ids=self.drafter.target_layer_ids)
 
     @torch.no_grad()
-    def context(self, group: list[Trajectory], out: TargetOutput) -> Context:
-        assert out.features is not None
+    def context(self, group: list[Trajectory], features: torch.Tensor) -> Context:
         ids = pad_tokens(group, self.target.device)
         positions = torch.arange(ids.shape[1], device=ids.device).expand(len(group), -1)
-        return self.drafter.encode(out.features, ids, positions)
+        return self.drafter.encode(features, ids, positions)
 
     def groups(self) -> list[list[Trajectory]]:
         grouped = groups_by_length([len(t.tokens) for t in self.trajectories], TOKENS_PER_FORWARD)
@@ -82,7 +83,7 @@ class Bench:
     def sequentially(self) -> list[Trace]:
         return [
             replay_sequentially(
-                self.drafter, self.context([t], self.forward([t])), t, self.drafter.block_size, self.head
+                self.drafter, self.context([t], self.features([t])), t, self.drafter.block_size, self.head
             )
             for t in self.trajectories
         ]
@@ -96,7 +97,7 @@ class Bench:
         """Traces in the order of the trajectories."""
         found: dict[str, Trace] = {}
         for group in self.groups():
-            traces = self.replay(group, self.context(group, self.forward(group)), count)
+            traces = self.replay(group, self.context(group, self.features(group)), count)
             found |= {t.trajectory_id: trace for t, trace in zip(group, traces, strict=True)}
         return [found[t.trajectory_id] for t in self.trajectories]
 
@@ -191,7 +192,7 @@ def shares(bench: Bench, count: int | None, repetitions: int) -> dict[str, float
         seconds: dict[str, float] = defaultdict(float)
         # propose = block_hidden + head: the head's time is what is left of it
         with (
-            timed(bench, "forward", seconds, "target forward"),
+            timed(bench, "features", seconds, "target forward"),
             timed(bench, "context", seconds, "drafter context"),
             timed(bench.drafter, "block_hidden", seconds, "drafter blocks"),
             timed(bench.drafter, "propose", seconds, "head"),
@@ -214,9 +215,9 @@ def scoring(bench: Bench, repetitions: int) -> dict[str, float]:
             T = max(len(t.tokens) for t in group)
             cache = bench.target.new_cache(len(group), T + max(MINING.tree_tokens, bench.drafter.block_size))
             kept: dict[str, Any] = {}
-            found["read"] += harness.seconds_of(lambda: kept.update(out=bench.forward(group, cache)))  # noqa: B023
+            found["read"] += harness.seconds_of(lambda: kept.update(out=bench.read(group, cache)))  # noqa: B023
             found["replay"] += harness.seconds_of(
-                lambda: kept.update(traces=bench.replay(group, bench.context(group, kept["out"]), None))  # noqa: B023
+                lambda: kept.update(traces=bench.replay(group, bench.context(group, kept["out"].features), None))  # noqa: B023
             )
             found["score"] += harness.seconds_of(
                 lambda: score_traces(bench.target, cache, kept["out"].hidden, kept["traces"])  # noqa: B023

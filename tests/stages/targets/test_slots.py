@@ -163,6 +163,24 @@ def test_features_are_the_hidden_states_after_the_named_layers(bench: Bench, tin
     assert bench.target.read(ids).features is None
 
 
+@pytest.mark.parametrize("layers", [[0], [2, 0], [3, 1]])
+def test_features_alone_have_the_same_bits_and_run_no_layer_behind_them(layers: list[int], bench: Bench) -> None:
+    ids = padded(random_ids(12, 12))
+    ran = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda *_, index=index: ran.append(index))
+        for index, layer in enumerate(bench.target.decoder.layers)
+    ]
+    alone = bench.target.features(ids, layers)
+    for hook in hooks:
+        hook.remove()
+    assert ran == list(range(max(layers) + 1))
+    after = bench.target.read(ids, layers)  # nothing of the forward that was cut short is left
+    assert after.features is not None
+    assert torch.equal(alone, after.features)
+    assert torch.equal(bench.target.read(ids).hidden, after.hidden)
+
+
 def test_the_target_is_frozen(bench: Bench) -> None:
     assert not any(p.requires_grad for p in bench.target.model.parameters())
     assert not bench.target.read(torch.tensor([[5, 6]]), [1]).hidden.requires_grad

@@ -41,6 +41,12 @@ class Case:
         return [(b, a, positions[b][a]) for b in range(len(valid)) for a in range(len(valid[b])) if valid[b][a]]
 
 
+def hidden_of(batch: Batch) -> torch.Tensor:
+    """[B, T, H] the target's, which batches for losses on its distribution carry."""
+    assert batch.hidden is not None
+    return batch.hidden
+
+
 def make_case(target: Target, layer_ids: Sequence[int]) -> Case:
     """The same for every test."""
     trajectories = random_target.trajectories(3, seed=11)
@@ -89,7 +95,7 @@ class Slow:
 
     def target_logits(self, row: int, position: int) -> torch.Tensor:
         """[V] logits of the token at `position`, read off the position before it."""
-        return (self.weight @ self.case.batch.hidden[row, position - 1]).double()
+        return (self.weight @ hidden_of(self.case.batch)[row, position - 1]).double()
 
 
 def assert_equal(report: LossReport, slow: torch.Tensor, drafter: DFlashDrafter) -> None:

@@ -23,6 +23,7 @@ from stages.training.batches import (
 )
 from stages.training.config import TrainingConfig
 from stages.training.vocabulary import sampled_head
+from tests.stages.training.case import hidden_of
 from tests.testbed import random_target
 
 TRAJECTORIES = random_target.trajectories(12, seed=5)
@@ -60,9 +61,9 @@ def test_features_equal_direct_reads(memory_mb: float, autocast: bool, plain_tar
             assert alone.features is not None
             assert batch.tokens[row, : len(tokens)].tolist() == tokens
             assert batch.positions[row].tolist() == list(range(width))
-            assert batch.features.dtype == batch.hidden.dtype == plain_target.dtype
+            assert batch.features.dtype == hidden_of(batch).dtype == plain_target.dtype
             torch.testing.assert_close(batch.features[row, : len(tokens)], alone.features[0], atol=2e-5, rtol=1e-5)
-            torch.testing.assert_close(batch.hidden[row, : len(tokens)], alone.hidden[0], atol=2e-5, rtol=1e-5)
+            torch.testing.assert_close(hidden_of(batch)[row, : len(tokens)], alone.hidden[0], atol=2e-5, rtol=1e-5)
 
 
 def test_features_have_the_same_bits_in_any_order_and_after_eviction(plain_target: Target) -> None:
@@ -74,8 +75,18 @@ def test_features_have_the_same_bits_in_any_order_and_after_eviction(plain_targe
     for indices in ([9, 1], [5, 6], [2, 2]):
         first, second = roomy.batch(indices), small.batch(indices)
         assert torch.equal(first.features, second.features)
-        assert torch.equal(first.hidden, second.hidden)
+        assert torch.equal(hidden_of(first), hidden_of(second))
         assert len(small._cache) == 1
+
+
+def test_batches_for_losses_on_tokens_alone_carry_the_same_features(plain_target: Target) -> None:
+    """Without hidden states, layers behind the last feature are not run; what is left has the same bits."""
+    full = FeatureSource(plain_target, LAYERS, TRAJECTORIES, tokens_per_group=64)
+    lean = FeatureSource(plain_target, LAYERS, TRAJECTORIES, tokens_per_group=64, with_hidden=False)
+    for indices in ([5, 6], [1, 9]):
+        assert lean.batch(indices).hidden is None
+        assert torch.equal(lean.batch(indices).features, full.batch(indices).features)
+    assert lean._bytes < full._bytes
 
 
 def test_the_target_reads_each_trajectory_once_while_memory_lasts(plain_target: Target) -> None:

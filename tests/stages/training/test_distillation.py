@@ -19,7 +19,7 @@ from stages.training.distillation import opd_loss
 from stages.training.loss_config import LossConfig, PositionWeights
 from stages.training.steps import VerifySteps
 from stages.training.vocabulary import Heads
-from tests.stages.training.case import CHUNK, Case, K, Slow, assert_equal
+from tests.stages.training.case import CHUNK, Case, K, Slow, assert_equal, hidden_of
 from tests.stages.training.test_losses import plain_bernoulli, plain_k3
 
 Plain = Callable[[torch.Tensor, int, torch.Tensor, float], torch.Tensor]
@@ -203,7 +203,7 @@ def test_forward_kl_at_temperature_zero_is_cross_entropy_on_the_argmax(
 ) -> None:
     """On trajectories that are the target's argmax, the two are one loss; and 0 is the limit of small temperatures."""
     tokens = case.batch.tokens.clone()
-    tokens[:, 1:] = plain_target.logits(case.batch.hidden).argmax(-1)[:, :-1]
+    tokens[:, 1:] = plain_target.logits(hidden_of(case.batch)).argmax(-1)[:, :-1]
     greedy = replace(case, batch=replace(case.batch, tokens=tokens))
     by_token = opd(greedy, drafter, plain_target, OBJECTIVES["matched greedy, committed"])
     by_law = opd(greedy, drafter, plain_target, OBJECTIVES["forward KL of the argmax"])

@@ -32,7 +32,7 @@ from stages.training.steps import VerifySteps, judge, score, with_scores
 from stages.training.supervised import sft_loss
 from stages.training.vocabulary import Heads, HeadSource
 from tests.stages.bench import Bench
-from tests.stages.training.case import CHUNK, Case, K, make_case
+from tests.stages.training.case import CHUNK, Case, K, hidden_of, make_case
 from tests.stages.training.test_distillation import differentiable
 from tests.stages.training.test_losses import plain_bernoulli, plain_k3
 from tests.testbed.eagle3 import random_eagle3
@@ -93,7 +93,7 @@ class Slow:
         return float(torch.log_softmax(self._logits(row, position), -1)[token])
 
     def _logits(self, row: int, position: int) -> torch.Tensor:
-        return (self.target.head_weight @ self.case.batch.hidden[row, position - 1]).double()
+        return (self.target.head_weight @ hidden_of(self.case.batch)[row, position - 1]).double()
 
 
 def assert_equal(report: LossReport, slow: torch.Tensor, drafter: Drafter) -> None:
