@@ -143,13 +143,15 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
 
 def anchor_source(config: OpdConfig, remining: Remining) -> AnchorSource:
     """The source of anchors that a config asks for."""
+    from stages.training.anchors import DRAWS
     from stages.training.sources import RandomAnchors, RollingAnchors, TableAnchors
 
+    count, draw = config.anchors_per_sequence, DRAWS[config.spacing]
     if config.anchors == "random":
-        return RandomAnchors(config.anchors_per_sequence)
+        return RandomAnchors(count, draw)
     if config.anchors == "rolling":
-        return RollingAnchors(remining.mined, config.anchors_per_sequence)
-    return TableAnchors(remining, config.anchors, config.anchors_per_sequence)
+        return RollingAnchors(remining.mined, count, draw)
+    return TableAnchors(remining, config.anchors, count, draw)
 
 
 STAGE = Stage(name="opd", config=OpdConfig, inputs=("target", "drafter", "trajectories", "steps"), run=run)

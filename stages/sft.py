@@ -89,7 +89,7 @@ def run(ctx: StageContext, config: SftConfig) -> None:
     from stages.drafters.checkpoint import create_drafter, drafter_source, load_drafter, save_drafter
     from stages.stored import DRAFTER_FOLDER, load_trajectories
     from stages.targets.causal_lm import Target
-    from stages.training.anchors import random_anchors
+    from stages.training.anchors import DRAWS, position_anchors
     from stages.training.batches import FeatureSource, frequent_tokens, step_rng, token_counts, trajectories_of_step
     from stages.training.blocks import LossReport
     from stages.training.loop import train
@@ -131,7 +131,8 @@ def run(ctx: StageContext, config: SftConfig) -> None:
         batch = features.batch(
             trajectories_of_step(len(stored.trajectories), config.sequences_per_step, step, ctx.seed)
         )
-        anchors = random_anchors(batch.trajectories, config.anchors_per_sequence, rng, target.device)
+        draw = DRAWS[config.spacing]
+        anchors = position_anchors(batch.trajectories, config.anchors_per_sequence, draw, rng, target.device)
         return sft_loss(
             drafter,
             batch,

@@ -1,8 +1,9 @@
-"""Where blocks are trained: random positions of the response, or verify steps that mining found."""
+"""Which anchors a step trains, of all positions of a response or of the verify steps that mining found."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,14 +12,14 @@ from stages.replay.trace import Trajectory
 from stages.training.blocks import Anchors
 
 
-def random_anchors(
-    trajectories: Sequence[Trajectory], per_sequence: int, rng: np.random.Generator, device: torch.device
+def position_anchors(
+    trajectories: Sequence[Trajectory], per_sequence: int, draw: Draw, rng: np.random.Generator, device: torch.device
 ) -> Anchors:
-    """Up to `per_sequence` positions with a token behind them, drawn without replacement."""
+    """Up to `per_sequence` different positions of each response."""
     chosen = []
     for trajectory in trajectories:
         positions = anchor_positions(trajectory)
-        chosen.append(np.sort(rng.choice(positions, min(per_sequence, len(positions)), replace=False)))
+        chosen.append(draw(positions, min(per_sequence, len(positions)), rng))
     return pad_anchors(chosen, device)
 
 
@@ -27,10 +28,26 @@ def anchor_positions(trajectory: Trajectory) -> np.ndarray:
     return np.arange(trajectory.first_anchor, trajectory.last_anchor + 1)
 
 
-def draw_exactly(candidates: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` of the candidates in order; one is drawn again only where there are fewer, so that every step of training
-    has the same number of blocks whatever its anchors are."""
+class Draw(Protocol):
+    """`count` of the candidates [N], in order; one is drawn again only where there are fewer, so that every step of
+    training has the same number of blocks whatever its anchors are."""
+
+    def __call__(self, candidates: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray: ...
+
+
+def draw_randomly(candidates: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Independently of each other."""
     return np.sort(rng.choice(candidates, count, replace=len(candidates) < count))
+
+
+def draw_evenly(candidates: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """One of every N/count neighbours, all at one random phase (systematic sampling): each as probable as with
+    `draw_randomly`, but the blocks behind them overlap little, and a step sees the whole response."""
+    places = ((np.arange(count) + rng.random()) * len(candidates) / count).astype(np.int64)
+    return candidates[np.minimum(places, len(candidates) - 1)]  # rounding
+
+
+DRAWS: dict[str, Draw] = {"even": draw_evenly, "random": draw_randomly}
 
 
 def pad_anchors(chosen: Sequence[np.ndarray], device: torch.device) -> Anchors:

@@ -23,6 +23,15 @@ class Anchors:
         return int(self.valid.sum())
 
 
+@dataclass(frozen=True)
+class View:
+    """A batch as the drafter sees it in one step."""
+
+    batch: Batch
+    context: Context  # of its trajectories, with gradient
+    head: Head  # holds every token of the batch, so that proposals are accepted as they would be under the full head
+
+
 @dataclass
 class LossReport:
     """The loss of one step and what it was made of."""

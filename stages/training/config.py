@@ -28,6 +28,13 @@ class TrainingConfig(OptimiserConfig):
 
     sequences_per_step: Annotated[int, Field(ge=1)] = 8
     anchors_per_sequence: Annotated[int, Field(ge=1)] = 16
+    spacing: Annotated[
+        Literal["even", "random"],
+        Field(
+            description="which of the possible anchors of a trajectory: even takes every n-th from a random one on, so "
+            "that the blocks of a step overlap little; random draws them independently"
+        ),
+    ] = "even"
     head_tokens: Annotated[
         int | None,
         Field(

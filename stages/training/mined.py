@@ -14,7 +14,7 @@ from artifacts.errors import DraftsmithError
 from artifacts.parquet import read_table
 from artifacts.schemas import VERIFY_STEPS
 from stages.replay.trace import Trajectory
-from stages.training.anchors import draw_exactly, pad_anchors
+from stages.training.anchors import Draw, pad_anchors
 from stages.training.blocks import Anchors
 from stages.training.steps import VerifySteps
 
@@ -59,15 +59,19 @@ class MinedTable:
         return found
 
     def draw(
-        self, indices: Sequence[int], kind: Kind, per_sequence: int, rng: np.random.Generator, device: torch.device
+        self,
+        indices: Sequence[int],
+        kind: Kind,
+        per_sequence: int,
+        draw: Draw,
+        rng: np.random.Generator,
+        device: torch.device,
     ) -> tuple[Anchors, VerifySteps]:
         """`per_sequence` steps of each trajectory. One that has none of the kind any more lends all that it has."""
         chosen = []
         for i in indices:
             candidates = self.steps[i].of_kind(kind)
-            chosen.append(
-                draw_exactly(candidates if len(candidates) else self.steps[i].of_kind("visited"), per_sequence, rng)
-            )
+            chosen.append(draw(candidates if len(candidates) else self.steps[i].of_kind("visited"), per_sequence, rng))
 
         def column(name: str) -> torch.Tensor:
             values = [getattr(self.steps[i], name)[picked] for i, picked in zip(indices, chosen, strict=True)]

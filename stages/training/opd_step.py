@@ -12,7 +12,7 @@ from stages.drafters.base import Context, Drafter
 from stages.drafters.head import Head
 from stages.targets.causal_lm import Target
 from stages.training.batches import Batch
-from stages.training.blocks import Anchors, LossReport, block_hidden, block_hidden_on, context_of, operations_of
+from stages.training.blocks import Anchors, LossReport, View, block_hidden, block_hidden_on, context_of, operations_of
 from stages.training.config import TrainingConfig
 from stages.training.distillation import opd_loss
 from stages.training.loss_config import LossConfig
@@ -44,9 +44,10 @@ class OpdStep:
         started = time.perf_counter()
         heads = self.heads.draw(rng, [batch.tokens])
         selected = time.perf_counter()
-        drawn = self.source.draw(step, indices, batch, heads.drafter, rng)
-        mined = time.perf_counter()
         context = context_of(self.drafter, batch)
+        encoded = time.perf_counter()
+        drawn = self.source.draw(step, indices, View(batch, context, heads.drafter), rng)
+        mined = time.perf_counter()
         hidden = block_hidden(self.drafter, context, batch, drawn.anchors)
         own_chains = self.drafter.autoregressive and self.objective.needs_scores
         steps, scoring, on_proposals = drawn.steps, 0.0, None
@@ -89,8 +90,8 @@ class OpdStep:
             del report.figures["steps_changed_share"]
         report.figures |= drawn.figures
         report.seconds = {
-            "mining": mined - selected + scoring,
-            "drafter": drafted - mined - scoring,
+            "mining": mined - encoded + scoring,
+            "drafter": drafted - mined - scoring + encoded - selected,
             "head_and_loss": time.perf_counter() - drafted + selected - started,
         }
         return report

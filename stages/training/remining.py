@@ -13,11 +13,10 @@ import numpy as np
 import torch
 
 from stages.drafters.base import Drafter
-from stages.drafters.head import Head
 from stages.replay.chains import replay_chains
-from stages.replay.trace import Trace
+from stages.replay.trace import Trace, Trajectory
 from stages.targets.causal_lm import Target
-from stages.training.batches import Batch
+from stages.training.blocks import View
 from stages.training.mined import MinedTable, TrajectorySteps
 from stages.training.steps import score
 
@@ -33,18 +32,16 @@ class Remining:
         self.current = MinedTable(list(mined.steps), mined.proposals)
         self._mined_at: dict[int, int] = {}  # trajectory -> optimiser step of its fresh trace
 
-    def refresh(self, step: int, indices: Sequence[int], batch: Batch, head: Head) -> dict[str, float]:
-        """Mine again what is too old among the batch's trajectories `indices`. Returns figures of what changed.
-
-        head: holds every token of the batch, so that proposals are accepted as they would be under the full head.
-        """
+    def refresh(self, step: int, indices: Sequence[int], view: View) -> dict[str, float]:
+        """Mine again what is too old among the trajectories `indices` of a view. Returns figures of what changed."""
         if not self.every:
             return {}
         rows = {i: row for row, i in enumerate(indices) if step - self._mined_at.get(i, 0) >= self.every}
         if not rows:
             return {}
-        traces = self._replay(batch, list(rows.values()), head)
-        scores = score(self.target, [batch.trajectories[r] for r in rows.values()], traces) if self.scored else None
+        trajectories = [view.batch.trajectories[row] for row in rows.values()]
+        traces = self._replay(view, list(rows.values()), trajectories)
+        scores = score(self.target, trajectories, traces) if self.scored else None
         changed = steps = 0
         for place, (i, trace) in enumerate(zip(rows, traces, strict=True)):
             fresh = self._padded(trace, scores[place].target_logprobs if scores else None)
@@ -54,13 +51,11 @@ class Remining:
         return {"trace_changed_share": changed / steps, "remined_trajectories": len(rows)}
 
     @torch.no_grad()
-    def _replay(self, batch: Batch, rows: list[int], head: Head) -> list[Trace]:
-        trajectories = [batch.trajectories[row] for row in rows]
+    def _replay(self, view: View, rows: list[int], trajectories: list[Trajectory]) -> list[Trace]:
         width = max(len(t.tokens) for t in trajectories)
-        seen = (part[rows, :width] for part in (batch.features, batch.tokens, batch.positions))
-        context = self.drafter.encode(*seen)
+        context = self.drafter.select(view.context, torch.tensor(rows, device=view.batch.tokens.device), width)
         return replay_chains(
-            self.drafter, context, trajectories, self.mined.proposals + 1, head, CHAINS, with_logprobs=False
+            self.drafter, context, trajectories, self.mined.proposals + 1, view.head, CHAINS, with_logprobs=False
         )
 
     def _padded(self, trace: Trace, target_logprobs: np.ndarray | None) -> TrajectorySteps:

@@ -12,10 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from stages.drafters.head import Head
-from stages.training.anchors import anchor_positions, draw_exactly, pad_anchors
+from stages.training.anchors import Draw, anchor_positions, draw_randomly, pad_anchors
 from stages.training.batches import Batch
-from stages.training.blocks import Anchors
+from stages.training.blocks import Anchors, View
 from stages.training.mined import Kind, MinedTable
 from stages.training.remining import Remining
 from stages.training.steps import VerifySteps
@@ -33,8 +32,8 @@ class Drawn:
 class AnchorSource(Protocol):
     """What it remembers between steps goes into the checkpoint, so that a resumed training draws the same."""
 
-    def draw(self, step: int, indices: Sequence[int], batch: Batch, head: Head, rng: np.random.Generator) -> Drawn:
-        """The anchors of the batch's trajectories `indices`; head: holds every token of the batch."""
+    def draw(self, step: int, indices: Sequence[int], view: View, rng: np.random.Generator) -> Drawn:
+        """The anchors of the trajectories `indices`, which the view shows."""
 
     def trained(
         self, indices: Sequence[int], batch: Batch, drawn: Anchors, steps: VerifySteps, rng: np.random.Generator
@@ -49,12 +48,14 @@ class AnchorSource(Protocol):
 class TableAnchors:
     """Steps of the mined table, mined again when they are too old."""
 
-    def __init__(self, remining: Remining, kind: Kind, per_sequence: int):
-        self.remining, self.kind, self.per_sequence = remining, kind, per_sequence
+    def __init__(self, remining: Remining, kind: Kind, per_sequence: int, draw: Draw):
+        self.remining, self.kind, self.per_sequence, self.draw_from = remining, kind, per_sequence, draw
 
-    def draw(self, step: int, indices: Sequence[int], batch: Batch, head: Head, rng: np.random.Generator) -> Drawn:
-        figures = self.remining.refresh(step, indices, batch, head)
-        drawn = self.remining.current.draw(indices, self.kind, self.per_sequence, rng, batch.tokens.device)
+    def draw(self, step: int, indices: Sequence[int], view: View, rng: np.random.Generator) -> Drawn:
+        figures = self.remining.refresh(step, indices, view)
+        drawn = self.remining.current.draw(
+            indices, self.kind, self.per_sequence, self.draw_from, rng, view.batch.tokens.device
+        )
         return Drawn(*drawn, figures)
 
     def trained(self, *_unused: object) -> None:
@@ -68,14 +69,14 @@ class TableAnchors:
 
 
 class RandomAnchors:
-    """Random positions of the response: the paper's ablation."""
+    """Positions of the response, whatever the drafter does there: the paper's ablation."""
 
-    def __init__(self, per_sequence: int):
-        self.per_sequence = per_sequence
+    def __init__(self, per_sequence: int, draw: Draw):
+        self.per_sequence, self.draw_from = per_sequence, draw
 
-    def draw(self, step: int, indices: Sequence[int], batch: Batch, head: Head, rng: np.random.Generator) -> Drawn:  # noqa: ARG002
-        chosen = [draw_exactly(anchor_positions(t), self.per_sequence, rng) for t in batch.trajectories]
-        return Drawn(pad_anchors(chosen, batch.tokens.device), None)
+    def draw(self, step: int, indices: Sequence[int], view: View, rng: np.random.Generator) -> Drawn:  # noqa: ARG002
+        chosen = [self.draw_from(anchor_positions(t), self.per_sequence, rng) for t in view.batch.trajectories]
+        return Drawn(pad_anchors(chosen, view.batch.tokens.device), None)
 
     def trained(self, *_unused: object) -> None:
         """Nothing to remember."""
@@ -93,18 +94,16 @@ class RollingAnchors:
     They start on the mined trace. A chain that reaches the end of its trajectory or meets another one starts again.
     """
 
-    def __init__(self, table: MinedTable, per_sequence: int):
-        self.table, self.per_sequence = table, per_sequence
+    def __init__(self, table: MinedTable, per_sequence: int, draw: Draw):
+        self.table, self.per_sequence, self.draw_from = table, per_sequence, draw
         self._next = np.full((len(table.steps), per_sequence), _NOT_STARTED)
 
-    def draw(self, step: int, indices: Sequence[int], batch: Batch, head: Head, rng: np.random.Generator) -> Drawn:  # noqa: ARG002
+    def draw(self, step: int, indices: Sequence[int], view: View, rng: np.random.Generator) -> Drawn:  # noqa: ARG002
         for i in indices:
             if self._next[i, 0] == _NOT_STARTED:
-                self._next[i] = draw_exactly(self.table.steps[i].anchors, self.per_sequence, rng)
-        chosen = self._next[list(indices)]
-        mined = [np.isin(row, self.table.steps[i].anchors) for i, row in zip(indices, chosen, strict=True)]
-        figures = {"anchors_off_mined_share": 1 - float(np.mean(mined))}
-        return Drawn(pad_anchors(list(chosen), batch.tokens.device), None, figures)
+                self._next[i] = self.draw_from(self.table.steps[i].anchors, self.per_sequence, rng)
+        chosen = list(self._next[list(indices)])
+        return Drawn(pad_anchors(chosen, view.batch.tokens.device), None, _off_mined(self.table, indices, chosen))
 
     def trained(
         self, indices: Sequence[int], batch: Batch, drawn: Anchors, steps: VerifySteps, rng: np.random.Generator
@@ -115,7 +114,7 @@ class RollingAnchors:
             free = np.setdiff1d(self.table.steps[i].anchors, going_on)
             if not len(free):
                 free = self.table.steps[i].anchors
-            starts = draw_exactly(free, self.per_sequence - len(going_on), rng)
+            starts = draw_randomly(free, self.per_sequence - len(going_on), rng)
             self._next[i] = np.sort(np.concatenate([going_on, starts]))
 
     def state_dict(self) -> dict[str, Any]:
@@ -126,3 +125,9 @@ class RollingAnchors:
 
 
 _NOT_STARTED = -1
+
+
+def _off_mined(table: MinedTable, indices: Sequence[int], chosen: Sequence[np.ndarray]) -> dict[str, float]:
+    """How stale the mined table has become: the share of anchors that it does not have."""
+    mined = [np.isin(row, table.steps[i].anchors) for i, row in zip(indices, chosen, strict=True)]
+    return {"anchors_off_mined_share": 1 - float(np.mean(mined))}

@@ -37,7 +37,7 @@ from stages.replay.trace import Trajectory
 from stages.sft import SftConfig
 from stages.stored import DRAFTER_FOLDER, load_trajectories
 from stages.targets.causal_lm import Target
-from stages.training.anchors import random_anchors
+from stages.training.anchors import DRAWS, position_anchors
 from stages.training.batches import FeatureSource, frequent_tokens, step_rng, token_counts
 from stages.training.blocks import LossReport, context_of
 from stages.training.config import TrainingConfig
@@ -160,7 +160,8 @@ class Step:
         if self.opd is not None:
             return self.opd.loss(self.step, indices, batch, rng)
         started = time.perf_counter()
-        anchors = random_anchors(batch.trajectories, config.anchors_per_sequence, rng, self.world.target.device)
+        draw = DRAWS[config.spacing]
+        anchors = position_anchors(batch.trajectories, config.anchors_per_sequence, draw, rng, self.world.target.device)
         heads = self.heads.draw(rng, [batch.tokens])
         selected = time.perf_counter()
         report = sft_loss(

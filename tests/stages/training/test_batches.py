@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from stages.replay.trace import Trajectory
 from stages.targets.causal_lm import Target
-from stages.training.anchors import pad_anchors, random_anchors
+from stages.training.anchors import DRAWS, draw_evenly, draw_randomly, pad_anchors, position_anchors
 from stages.training.batches import (
     FeatureSource,
     frequent_tokens,
@@ -104,11 +104,12 @@ def test_frequent_tokens_are_ordered_by_their_count_in_the_responses() -> None:
     assert order[3:] == [0, 1, 3, 6, 7, 8, 9, 10]  # never answered: by id; prompts do not count
 
 
-def test_random_anchors_are_different_positions_with_a_token_behind_them() -> None:
+@pytest.mark.parametrize("spacing", DRAWS)
+def test_anchors_are_different_positions_with_a_token_behind_them(spacing: str) -> None:
     short, long = Trajectory("a", list(range(7)), 4), Trajectory("b", list(range(30)), 4)
     seen: Counter[tuple[int, int]] = Counter()
     for step in range(200):
-        anchors = random_anchors([short, long], 5, step_rng(0, step), CPU)
+        anchors = position_anchors([short, long], 5, DRAWS[spacing], step_rng(0, step), CPU)
         assert anchors.valid.tolist() == [[True] * 2 + [False] * 3, [True] * 5]
         for row, positions in enumerate(anchors.positions.tolist()):
             real = [p for p, valid in zip(positions, anchors.valid[row].tolist(), strict=True) if valid]
@@ -117,6 +118,33 @@ def test_random_anchors_are_different_positions_with_a_token_behind_them() -> No
     assert anchors.blocks == 7
     assert {p for row, p in seen if row == 0} == {4, 5}  # the first response token, and the last but one token
     assert {p for row, p in seen if row == 1} == set(range(4, 29))
+
+
+@pytest.mark.parametrize("spacing", DRAWS)
+def test_every_candidate_is_drawn_equally_often(spacing: str) -> None:
+    """Whatever the spacing, so that a mean over steps weighs the positions alike: 5 of 23, 4,000 times, within 4 σ."""
+    candidates, rng, seen = np.arange(10, 33), step_rng(0, 0), Counter[int]()
+    for _ in range(4000):
+        drawn = DRAWS[spacing](candidates, 5, rng)
+        assert list(drawn) == sorted(set(drawn))
+        seen.update(drawn.tolist())
+    expected = 4000 * 5 / 23
+    assert set(seen) == set(candidates.tolist())
+    assert max(abs(count - expected) for count in seen.values()) < 4 * (expected * (1 - 5 / 23)) ** 0.5
+
+
+def test_even_draws_lie_one_share_of_the_candidates_apart() -> None:
+    gaps = [np.diff(draw_evenly(np.arange(26), 8, step_rng(0, step))) for step in range(50)]
+    assert {3, 4} == {int(gap) for each in gaps for gap in each}
+    assert 1 in np.concatenate([np.diff(draw_randomly(np.arange(26), 8, step_rng(0, step))) for step in range(50)])
+
+
+@pytest.mark.parametrize("spacing", DRAWS)
+def test_where_there_are_fewer_candidates_some_are_drawn_again(spacing: str) -> None:
+    drawn = DRAWS[spacing](np.array([4, 9, 11]), 7, step_rng(0, 0))
+    assert len(drawn) == 7
+    assert set(drawn.tolist()) <= {4, 9, 11}
+    assert list(drawn) == sorted(drawn)
 
 
 def test_padding_anchors_are_copies_that_do_not_count() -> None:

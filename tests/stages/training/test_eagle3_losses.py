@@ -18,13 +18,14 @@ from stages.replay.sequential import replay_sequentially
 from stages.replay.trace import Trace, Trajectory
 from stages.sft import SftConfig
 from stages.targets.causal_lm import Target
+from stages.training.anchors import draw_evenly, draw_randomly
 from stages.training.batches import FeatureSource, step_rng
-from stages.training.blocks import LossReport, block_hidden, block_hidden_on, context_of
+from stages.training.blocks import LossReport, View, block_hidden, block_hidden_on, context_of
 from stages.training.chunked import chunked_values
 from stages.training.config import TrainingConfig
 from stages.training.distillation import opd_loss
 from stages.training.loss_config import LossConfig
-from stages.training.mined import MinedTable, TrajectorySteps
+from stages.training.mined import Kind, MinedTable, TrajectorySteps
 from stages.training.opd_step import OpdStep
 from stages.training.remining import Remining
 from stages.training.sources import AnchorSource, RandomAnchors, RollingAnchors, TableAnchors
@@ -379,15 +380,21 @@ class World:
         ]
         return MinedTable(steps, drafter.block_size - 1)
 
+    def view(self) -> View:
+        batch = self.features.batch(INDICES)
+        head = self.moved.head_over(self.bench.target.head_weight, None)
+        return View(batch, context_of(self.moved, batch), head)
+
     def remining(self, every: int, scored: bool) -> Remining:
         return Remining(self.table, self.moved, self.bench.target, every=every, scored=scored)
 
     def source(self, kind: str) -> AnchorSource:
         if kind == "random":
-            return RandomAnchors(PER_SEQUENCE)
+            return RandomAnchors(PER_SEQUENCE, draw_evenly)
         if kind == "rolling":
-            return RollingAnchors(self.table, PER_SEQUENCE)
-        return TableAnchors(self.remining(0, scored=True), "errors" if kind == "errors" else "visited", PER_SEQUENCE)
+            return RollingAnchors(self.table, PER_SEQUENCE, draw_evenly)
+        table: Kind = "errors" if kind == "errors" else "visited"
+        return TableAnchors(self.remining(0, scored=True), table, PER_SEQUENCE, draw_evenly)
 
     def step(self, source: AnchorSource, objective: LossConfig) -> OpdStep:
         config = TrainingConfig(anchors_per_sequence=PER_SEQUENCE)
@@ -414,7 +421,7 @@ def test_chains_of_the_training_are_judged_as_replay_judges_them(world: World) -
     is proposed behind a rejection is the drafter's own."""
     drafter, batch = world.moved, world.features.batch(INDICES)
     fresh = world.mined_by(drafter)
-    anchors, expected = fresh.draw(INDICES, "visited", 30, step_rng(0, 0), torch.device("cpu"))
+    anchors, expected = fresh.draw(INDICES, "visited", 30, draw_randomly, step_rng(0, 0), torch.device("cpu"))
     context = context_of(drafter, batch)
     hidden = block_hidden(drafter, context, batch, anchors)
     head = drafter.head_over(world.bench.target.head_weight, None)
@@ -435,8 +442,7 @@ def test_chains_of_the_training_are_judged_as_replay_judges_them(world: World) -
 
 def test_mining_again_gives_the_trace_of_the_current_weights(world: World) -> None:
     remining = world.remining(10, scored=True)
-    head = world.moved.head_over(world.bench.target.head_weight, None)
-    figures = remining.refresh(10, INDICES, world.features.batch(INDICES), head)
+    figures = remining.refresh(10, INDICES, world.view())
     fresh = world.mined_by(world.moved)
     for i in INDICES:
         for name in ("anchors", "accepted", "committed", "rejected_offset", "proposed"):
@@ -471,7 +477,7 @@ def test_a_step_has_the_loss_of_the_chains_that_mining_finds(world: World) -> No
     """Read from the table, or drafted, judged and scored in the step: proposals, scores and the states behind them."""
     objective, many = LossConfig.model_validate("paper").resolved(Eagle3Drafter.recipe, False, 0.0), 30
     drafter, batch, fresh = world.moved, world.features.batch(INDICES), world.mined_by(world.moved)
-    anchors, steps = fresh.draw(INDICES, "errors", many, step_rng(0, 5), torch.device("cpu"))
+    anchors, steps = fresh.draw(INDICES, "errors", many, draw_randomly, step_rng(0, 5), torch.device("cpu"))
     judged_behind = (steps.target_logprobs.isfinite().sum(-1) - steps.rejected_offset)[steps.rejected_offset > 0]
     assert int(judged_behind.sum()) > 50, "proposals behind a rejection, on the drafter's own prefix"
 
@@ -491,8 +497,10 @@ def test_a_step_has_the_loss_of_the_chains_that_mining_finds(world: World) -> No
         def draw(self, *arguments: Any) -> Any:
             return replace(super().draw(*arguments), anchors=anchors)
 
-    mined = TableAnchors(Remining(fresh, drafter, world.bench.target, every=0, scored=True), "errors", many)
-    for source in (There(many), mined):
+    mined = TableAnchors(
+        Remining(fresh, drafter, world.bench.target, every=0, scored=True), "errors", many, draw_randomly
+    )
+    for source in (There(many, draw_randomly), mined):
         report = world.step(source, objective).loss(5, INDICES, batch, step_rng(0, 5))
         for name in ("loss_response", "loss_rejected"):
             assert report.figures[name] == pytest.approx(expected[name], rel=1e-3), name
@@ -506,13 +514,13 @@ def test_mining_in_a_step_leaves_its_gradient_alone(kind: str, world: World) -> 
         LossConfig.model_validate("paper").resolved(Eagle3Drafter.recipe, False, 0.0),
         world.features.batch(INDICES),
     )
-    head = world.moved.head_over(world.bench.target.head_weight, None)
     before, inside = world.remining(1, scored=True), world.remining(1, scored=True)
     with torch.autocast("cpu", torch.bfloat16):
-        before.refresh(5, INDICES, batch, head)
+        before.refresh(5, INDICES, world.view())
     gradients = []
     for remining in (before, inside):
-        step = world.step(TableAnchors(remining, "errors" if kind == "errors" else "visited", PER_SEQUENCE), objective)
+        source = TableAnchors(remining, "errors" if kind == "errors" else "visited", PER_SEQUENCE, draw_evenly)
+        step = world.step(source, objective)
         with torch.autocast("cpu", torch.bfloat16):
             report = step.loss(5, INDICES, batch, step_rng(0, 5))
         gradients.append(torch.autograd.grad(report.loss, list(world.moved.parameters())))

@@ -15,8 +15,9 @@ from stages.drafters.dflash.model import DFlashDrafter
 from stages.drafters.head import Head
 from stages.replay.sequential import replay_sequentially
 from stages.replay.trace import Trace, Trajectory
+from stages.training.anchors import draw_evenly, draw_randomly
 from stages.training.batches import FeatureSource, step_rng
-from stages.training.blocks import block_hidden, context_of
+from stages.training.blocks import View, block_hidden, context_of
 from stages.training.config import TrainingConfig
 from stages.training.loss_config import LossConfig
 from stages.training.mined import MinedTable, TrajectorySteps
@@ -56,6 +57,10 @@ class World:
         steps = [steps_of(t, s.target_logprobs) for t, s in zip(traces, scores, strict=True)]
         return MinedTable(steps, drafter.block_size - 1)
 
+    def view(self, indices: list[int], drafter: Drafter | None = None) -> View:
+        batch = self.features.batch(indices)
+        return View(batch, context_of(drafter or self.moved, batch), self.head)
+
     def remining(self, every: int = 10, scored: bool = False, drafter: Drafter | None = None) -> Remining:
         return Remining(self.table, drafter or self.moved, self.bench.target, every=every, scored=scored)
 
@@ -83,7 +88,7 @@ def world(bench: Bench) -> World:
 
 def test_mining_again_gives_the_trace_of_the_current_weights(world: World) -> None:
     remining = world.remining(scored=True)
-    figures = remining.refresh(10, INDICES, world.features.batch(INDICES), world.head)
+    figures = remining.refresh(10, INDICES, world.view(INDICES))
     traces = world.traces(world.moved)
     scores = score(world.bench.target, world.trajectories, traces)
     gone = total = 0
@@ -103,8 +108,9 @@ def test_mining_again_gives_the_trace_of_the_current_weights(world: World) -> No
 
 
 def test_nothing_has_changed_while_the_weights_have_not(world: World) -> None:
-    remining = world.remining(drafter=world.bench.drafters["trained"], scored=True)
-    figures = remining.refresh(10, INDICES, world.features.batch(INDICES), world.head)
+    trained = world.bench.drafters["trained"]
+    remining = world.remining(drafter=trained, scored=True)
+    figures = remining.refresh(10, INDICES, world.view(INDICES, trained))
     assert figures["trace_changed_share"] == 0
     for i in INDICES:
         np.testing.assert_allclose(
@@ -116,30 +122,30 @@ def test_a_trajectory_is_mined_again_when_its_trace_is_old_enough(world: World) 
     remining = world.remining(every=10)
     mined = {}
     for step, indices in ((0, [0, 1]), (9, [0, 1]), (10, [0]), (15, [0, 1]), (19, [0, 1]), (20, [0, 1])):
-        figures = remining.refresh(step, indices, world.features.batch(indices), world.head)
+        figures = remining.refresh(step, indices, world.view(indices))
         mined[step] = figures.get("remined_trajectories", 0)
     assert mined == {0: 0, 9: 0, 10: 1, 15: 1, 19: 0, 20: 1}  # 0 at 10 and 20, 1 at 15
     never = world.remining(every=0)
-    assert never.refresh(1000, [0], world.features.batch([0]), world.head) == {}
+    assert never.refresh(1000, [0], world.view([0])) == {}
 
 
 def test_a_trajectory_that_a_batch_holds_twice_is_mined_once(world: World) -> None:
-    figures = world.remining().refresh(10, [2, 2, 1], world.features.batch([2, 2, 1]), world.head)
+    figures = world.remining().refresh(10, [2, 2, 1], world.view([2, 2, 1]))
     assert figures["remined_trajectories"] == 2
 
 
 @pytest.mark.parametrize("scored", [False, True])
 def test_a_checkpoint_brings_back_the_fresh_tables(scored: bool, world: World) -> None:
     remining = world.remining(scored=scored)
-    remining.refresh(10, INDICES, world.features.batch(INDICES), world.head)
+    remining.refresh(10, INDICES, world.view(INDICES))
     other = world.remining(scored=scored)
-    other.refresh(12, [1], world.features.batch([1]), world.head)  # forgotten
+    other.refresh(12, [1], world.view([1]))  # forgotten
     other.load_state_dict(remining.state_dict())
     for a, b in zip(remining.current.steps, other.current.steps, strict=True):
         for name, value in vars(a).items():
             np.testing.assert_array_equal(value, getattr(b, name), err_msg=name)
     for step, again in ((19, 0), (20, 3)):
-        figures = other.refresh(step, INDICES, world.features.batch(INDICES), world.head)
+        figures = other.refresh(step, INDICES, world.view(INDICES))
         assert figures.get("remined_trajectories", 0) == again
 
 
@@ -153,7 +159,7 @@ def test_fresh_steps_fit_a_smaller_served_block(world: World) -> None:
     """A table that was mined with a smaller block is mined again with that block, padded to the trained one."""
     table = MinedTable(world.table.steps, 3)
     remining = Remining(table, world.moved, world.bench.target, every=1, scored=True)
-    remining.refresh(1, [0], world.features.batch([0]), world.head)
+    remining.refresh(1, [0], world.view([0]))
     fresh, trace = remining.current.steps[0], world.traces(world.moved, 4)[0]
     np.testing.assert_array_equal(fresh.accepted, trace.accepted)
     assert fresh.proposed.shape == (len(trace.anchors), world.moved.block_size - 1)
@@ -164,7 +170,7 @@ def test_blocks_of_the_training_are_judged_as_replay_judges_them(world: World) -
     """At the anchors of its trace, the steps are the trace; and so are the target's log-probs."""
     fresh = world.mined_by(world.moved)
     batch = world.features.batch(INDICES)
-    anchors, expected = fresh.draw(INDICES, "visited", 30, step_rng(0, 0), torch.device("cpu"))
+    anchors, expected = fresh.draw(INDICES, "visited", 30, draw_randomly, step_rng(0, 0), torch.device("cpu"))
     hidden = block_hidden(world.moved, context_of(world.moved, batch), batch, anchors)
     steps = judge(hidden, batch, anchors, world.head, proposals=7, positions_per_chunk=CHUNK)
     for name in ("accepted", "committed", "rejected_offset", "proposed"):
@@ -180,15 +186,15 @@ def test_blocks_of_the_training_are_judged_as_replay_judges_them(world: World) -
 def test_rolling_anchors_follow_the_trace_of_the_weights_that_trained_them(world: World) -> None:
     """With weights that do not move, chains from the mined trace never leave it; each goes to its successor."""
     trained = world.bench.drafters["trained"]
-    source, batch = RollingAnchors(world.table, PER_SEQUENCE), world.features.batch(INDICES)
+    source, batch = RollingAnchors(world.table, PER_SEQUENCE, draw_randomly), world.features.batch(INDICES)
     for step in range(12):
-        drawn = source.draw(step, INDICES, batch, world.head, step_rng(0, step))
+        drawn = source.draw(step, INDICES, world.view(INDICES), step_rng(0, step))
         assert drawn.figures == {"anchors_off_mined_share": 0}
         assert drawn.anchors.blocks == len(INDICES) * PER_SEQUENCE
         hidden = block_hidden(trained, context_of(trained, batch), batch, drawn.anchors)
         steps = judge(hidden, batch, drawn.anchors, world.head, proposals=7, positions_per_chunk=CHUNK)
         source.trained(INDICES, batch, drawn.anchors, steps, step_rng(1, step))
-        following = source.draw(step + 1, INDICES, batch, world.head, step_rng(0, step)).anchors.positions
+        following = source.draw(step + 1, INDICES, world.view(INDICES), step_rng(0, step)).anchors.positions
         for row, i in enumerate(INDICES):
             trace = world.table.steps[i].anchors.tolist()
             for anchor in drawn.anchors.positions[row].tolist():
@@ -197,10 +203,10 @@ def test_rolling_anchors_follow_the_trace_of_the_weights_that_trained_them(world
 
 
 def test_rolling_anchors_leave_the_mined_trace_with_the_weights(world: World) -> None:
-    source, batch = RollingAnchors(world.table, PER_SEQUENCE), world.features.batch(INDICES)
+    source, batch = RollingAnchors(world.table, PER_SEQUENCE, draw_randomly), world.features.batch(INDICES)
     shares = []
     for step in range(6):
-        drawn = source.draw(step, INDICES, batch, world.head, step_rng(0, step))
+        drawn = source.draw(step, INDICES, world.view(INDICES), step_rng(0, step))
         hidden = block_hidden(world.moved, context_of(world.moved, batch), batch, drawn.anchors)
         steps = judge(hidden, batch, drawn.anchors, world.head, proposals=7, positions_per_chunk=CHUNK)
         source.trained(INDICES, batch, drawn.anchors, steps, step_rng(1, step))
@@ -214,10 +220,10 @@ def test_every_kind_trains_the_same_number_of_blocks(world: World) -> None:
     batch, many = world.features.batch(INDICES), 200
     config = TrainingConfig(sequences_per_step=3, anchors_per_sequence=many)
     sources: dict[str, AnchorSource] = {
-        "errors": TableAnchors(world.remining(every=0), "errors", many),
-        "visited": TableAnchors(world.remining(every=1), "visited", many),
-        "random": RandomAnchors(many),
-        "rolling": RollingAnchors(world.table, many),
+        "errors": TableAnchors(world.remining(every=0), "errors", many, draw_evenly),
+        "visited": TableAnchors(world.remining(every=1), "visited", many, draw_randomly),
+        "random": RandomAnchors(many, draw_evenly),
+        "rolling": RollingAnchors(world.table, many, draw_evenly),
     }
     everywhere = LossConfig.model_validate({"response": {"scope": "block"}}).resolved(DFlashDrafter.recipe, False, 0.0)
     positions = {}
@@ -232,7 +238,7 @@ def test_every_kind_trains_the_same_number_of_blocks(world: World) -> None:
 def test_a_trajectory_without_errors_lends_its_other_steps(world: World) -> None:
     steps = world.table.steps[0]
     right = MinedTable([TrajectorySteps(**{**vars(steps), "rejected_offset": np.zeros_like(steps.rejected_offset)})], 7)
-    anchors, drawn = right.draw([0], "errors", PER_SEQUENCE, step_rng(0, 0), torch.device("cpu"))
+    anchors, drawn = right.draw([0], "errors", PER_SEQUENCE, draw_randomly, step_rng(0, 0), torch.device("cpu"))
     assert anchors.blocks == PER_SEQUENCE
     assert set(anchors.positions.flatten().tolist()) <= set(steps.anchors.tolist())
     assert (drawn.rejected_offset == 0).all()
@@ -248,10 +254,10 @@ def test_mining_in_a_step_leaves_its_gradient_alone(autocast: bool, world: World
     )
     mined_before = world.remining(every=1)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        mined_before.refresh(5, INDICES, batch, world.head)
+        mined_before.refresh(5, INDICES, world.view(INDICES))
     gradients = []
     for remining in (mined_before, world.remining(every=1)):  # the second mines inside the step
-        source = TableAnchors(remining, "visited", PER_SEQUENCE)
+        source = TableAnchors(remining, "visited", PER_SEQUENCE, draw_evenly)
         step = OpdStep(world.moved, world.bench.target, source, objective, config, 7)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             report = step.loss(5, INDICES, batch, step_rng(0, 5))
@@ -278,9 +284,9 @@ def test_the_target_scores_proposals_only_for_a_rejected_stream(
         objective = LossConfig.model_validate(loss).resolved(DFlashDrafter.recipe, False, 0.0)
         remining = world.remining(every=1, scored=objective.needs_scores)
         sources: dict[str, AnchorSource] = {
-            "errors": TableAnchors(remining, "errors", PER_SEQUENCE),
-            "random": RandomAnchors(PER_SEQUENCE),
-            "rolling": RollingAnchors(world.table, PER_SEQUENCE),
+            "errors": TableAnchors(remining, "errors", PER_SEQUENCE, draw_evenly),
+            "random": RandomAnchors(PER_SEQUENCE, draw_evenly),
+            "rolling": RollingAnchors(world.table, PER_SEQUENCE, draw_randomly),
         }
         step = OpdStep(world.moved, world.bench.target, sources[kind], objective, config, 7)
         forwards.clear()

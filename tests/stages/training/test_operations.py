@@ -11,7 +11,7 @@ from stages.drafters.dflash.model import DFlashDrafter
 from stages.drafters.eagle3.model import Eagle3Drafter
 from stages.sft import SftConfig
 from stages.targets.causal_lm import Target
-from stages.training.anchors import random_anchors
+from stages.training.anchors import draw_randomly, position_anchors
 from stages.training.batches import FeatureSource, step_rng
 from stages.training.blocks import LossReport
 from stages.training.config import TrainingConfig
@@ -33,7 +33,7 @@ def any_drafter(request: pytest.FixtureRequest) -> Drafter:
 def test_the_formula_is_what_torch_counts(any_drafter: Drafter, plain_target: Target) -> None:
     trajectories = random_target.trajectories(3, seed=5)
     batch = FeatureSource(plain_target, any_drafter.target_layer_ids, trajectories).batch([0, 1, 2])
-    anchors = random_anchors(trajectories, 4, step_rng(0, 0), torch.device("cpu"))
+    anchors = position_anchors(trajectories, 4, draw_randomly, step_rng(0, 0), torch.device("cpu"))
     heads = HeadSource(any_drafter, plain_target.head_weight, TrainingConfig()).draw(step_rng(0, 0), [batch.tokens])
     stream = SftConfig(loss="cross_entropy").stream(any_drafter.recipe)
 
