@@ -40,10 +40,11 @@ class OpdConfig(TrainingConfig):
         ),
     ] = LossConfig()
     anchors: Annotated[
-        Literal["errors", "visited", "random", "rolling"],
+        Literal["errors", "visited", "windows", "random", "rolling"],
         Field(
-            description="mined verify steps that rejected something, all that were visited, random positions, or "
-            "chains that start on the mined trace and roll on: each anchor the successor of the one trained before"
+            description="mined verify steps that rejected something, all that were visited, windows of the trace that "
+            "the current weights make, positions whatever the drafter does there, or chains that start on the mined "
+            "trace and roll on: each anchor the successor of the one trained before"
         ),
     ] = "visited"
     trajectories: Annotated[
@@ -64,7 +65,7 @@ class OpdConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _remines_a_trace(self) -> OpdConfig:
-        if self.remine_every and self.anchors in ("random", "rolling"):
+        if self.remine_every and self.anchors not in ("errors", "visited"):
             raise ValueError(
                 f"remine_every: anchors {self.anchors!r} are judged with the current weights anyway: set it to 0, or "
                 "train on 'errors' or 'visited'"
@@ -144,11 +145,13 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
 def anchor_source(config: OpdConfig, remining: Remining) -> AnchorSource:
     """The source of anchors that a config asks for."""
     from stages.training.anchors import DRAWS
-    from stages.training.sources import RandomAnchors, RollingAnchors, TableAnchors
+    from stages.training.sources import RandomAnchors, RollingAnchors, TableAnchors, WindowAnchors
 
     count, draw = config.anchors_per_sequence, DRAWS[config.spacing]
     if config.anchors == "random":
         return RandomAnchors(count, draw)
+    if config.anchors == "windows":
+        return WindowAnchors(remining.mined, remining.drafter, count, draw)
     if config.anchors == "rolling":
         return RollingAnchors(remining.mined, count, draw)
     return TableAnchors(remining, config.anchors, count, draw)

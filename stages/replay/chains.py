@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from stages.drafters.base import Context, Drafter
+from stages.drafters.base import Context, Drafter, Proposals
 from stages.drafters.head import Head
 from stages.replay.board import Board, Pace
 from stages.replay.trace import Trace, Trajectory, pad_tokens
@@ -45,9 +45,7 @@ def replay_chains(
     """
     device = head.weight.device
     K = block_size - 1
-    tokens = pad_tokens(trajectories, device, fill=-1)  # -1 never equals a proposal: nothing is accepted past the end
-    tokens = torch.cat([tokens, tokens.new_full((len(trajectories), K), -1)], 1)
-    offsets = torch.arange(1, block_size, device=device)
+    tokens = committed_tokens(trajectories, K, device)
     boards = [Board(t, K, chains or 1) for t in trajectories]
     pace = Pace()
 
@@ -66,12 +64,64 @@ def replay_chains(
         anchors = np.array([(boards[row].live + [boards[row].filler] * A)[:A] for row in rows])
         anchors_RA = torch.from_numpy(anchors).to(device)
         seen = drafter.select(context, slice(0, len(rows)), int(anchors.max()))  # a view: nobody looks behind it
-        anchor_tokens = tokens.gather(1, anchors_RA).clamp(min=0)
-        block = drafter.propose(seen, anchor_tokens, anchors_RA, block_size, head, with_logprobs=with_logprobs)
-        truth = tokens.gather(1, (anchors_RA[..., None] + offsets).flatten(1)).unflatten(1, (A, K))
-        kept = (block.tokens == truth).long().cumprod(-1).sum(-1).cpu().numpy()
+        block, accepted = draft(drafter, seen, tokens, anchors_RA, block_size, head, with_logprobs=with_logprobs)
+        kept = accepted.cpu().numpy()
         proposed = block.tokens.cpu().numpy()
         logprobs = block.logprobs.cpu().numpy() if block.logprobs is not None else None
         for r, row in enumerate(rows):
             boards[row].record(kept[r], proposed[r], logprobs[r] if logprobs is not None else None, pace)
     return [board.trace() for board in boards]
+
+
+@torch.no_grad()
+def follow_chains(
+    drafter: Drafter,
+    context: Context,
+    trajectories: Sequence[Trajectory],
+    starts: torch.Tensor,
+    steps: int,
+    block_size: int,
+    head: Head,
+) -> torch.Tensor:
+    """The anchors [steps, R, A] that chains from `starts` [R, A] come to with each of some verify steps.
+
+    context: of the same R trajectories. A chain joins the trace after a rejection or two, so this is a part of it
+    without the work for the rest. One that reaches the end goes on at the first anchor, which every drafter visits.
+    """
+    tokens = committed_tokens(trajectories, block_size - 1, starts.device)
+    first, last = (
+        torch.tensor(ends, device=starts.device)[:, None]
+        for ends in zip(*((t.first_anchor, t.last_anchor) for t in trajectories), strict=True)
+    )
+    visited, anchors = [], starts
+    for _ in range(steps):
+        _, accepted = draft(drafter, context, tokens, anchors, block_size, head, with_logprobs=False)
+        following = anchors + accepted + 1
+        anchors = torch.where(following > last, first, following)
+        visited.append(anchors)
+    return torch.stack(visited)
+
+
+def committed_tokens(trajectories: Sequence[Trajectory], proposals: int, device: torch.device) -> torch.Tensor:
+    """Token ids [R, T + proposals], -1 behind each end: no proposal equals it, so nothing is accepted past the end."""
+    tokens = pad_tokens(trajectories, device, fill=-1)
+    return torch.cat([tokens, tokens.new_full((len(trajectories), proposals), -1)], 1)
+
+
+def draft(
+    drafter: Drafter,
+    context: Context,
+    tokens: torch.Tensor,
+    anchors: torch.Tensor,
+    block_size: int,
+    head: Head,
+    *,
+    with_logprobs: bool,
+) -> tuple[Proposals, torch.Tensor]:
+    """A block behind every anchor [R, A], and how many of its proposals [R, A] the committed `tokens` keep."""
+    block = drafter.propose(
+        context, tokens.gather(1, anchors).clamp(min=0), anchors, block_size, head, with_logprobs=with_logprobs
+    )
+    ahead = anchors[..., None] + torch.arange(1, block_size, device=anchors.device)
+    truth = tokens.gather(1, ahead.flatten(1)).view_as(ahead)
+    return block, (block.tokens == truth).long().cumprod(-1).sum(-1)

@@ -20,7 +20,9 @@ from stages.training.blocks import View
 from stages.training.mined import MinedTable, TrajectorySteps
 from stages.training.steps import score
 
-CHAINS = 4  # a trajectory: a training batch is small, so rounds cost more than the blocks that chains draft in vain
+# Of the trace that was known before, for each chain: with fewer, chains draft much in vain; with more, rounds are many
+# and small.
+STEPS_PER_CHAIN = 4
 
 
 class Remining:
@@ -40,7 +42,8 @@ class Remining:
         if not rows:
             return {}
         trajectories = [view.batch.trajectories[row] for row in rows.values()]
-        traces = self._replay(view, list(rows.values()), trajectories)
+        known = np.mean([len(self.current.steps[i].anchors) for i in rows])
+        traces = self._replay(view, list(rows.values()), trajectories, max(1, round(known / STEPS_PER_CHAIN)))
         scores = score(self.target, trajectories, traces) if self.scored else None
         changed = steps = 0
         for place, (i, trace) in enumerate(zip(rows, traces, strict=True)):
@@ -51,11 +54,11 @@ class Remining:
         return {"trace_changed_share": changed / steps, "remined_trajectories": len(rows)}
 
     @torch.no_grad()
-    def _replay(self, view: View, rows: list[int], trajectories: list[Trajectory]) -> list[Trace]:
+    def _replay(self, view: View, rows: list[int], trajectories: list[Trajectory], chains: int) -> list[Trace]:
         width = max(len(t.tokens) for t in trajectories)
         context = self.drafter.select(view.context, torch.tensor(rows, device=view.batch.tokens.device), width)
         return replay_chains(
-            self.drafter, context, trajectories, self.mined.proposals + 1, view.head, CHAINS, with_logprobs=False
+            self.drafter, context, trajectories, self.mined.proposals + 1, view.head, chains, with_logprobs=False
         )
 
     def _padded(self, trace: Trace, target_logprobs: np.ndarray | None) -> TrajectorySteps:

@@ -12,7 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from stages.training.anchors import Draw, anchor_positions, draw_randomly, pad_anchors
+from stages.drafters.base import Drafter
+from stages.replay.chains import follow_chains
+from stages.training.anchors import Draw, anchor_positions, draw_evenly, draw_randomly, pad_anchors
 from stages.training.batches import Batch
 from stages.training.blocks import Anchors, View
 from stages.training.mined import Kind, MinedTable
@@ -77,6 +79,45 @@ class RandomAnchors:
     def draw(self, step: int, indices: Sequence[int], view: View, rng: np.random.Generator) -> Drawn:  # noqa: ARG002
         chosen = [self.draw_from(anchor_positions(t), self.per_sequence, rng) for t in view.batch.trajectories]
         return Drawn(pad_anchors(chosen, view.batch.tokens.device), None)
+
+    def trained(self, *_unused: object) -> None:
+        """Nothing to remember."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class WindowAnchors:
+    """Stretches of the current drafter's trace: chains from evenly spread positions are followed for a few steps.
+
+    What is trained is as fresh as with a whole trace mined again, at one block drafted for each that is trained.
+    Nothing is remembered between steps; the mined table only tells how stale it has become.
+    """
+
+    STEPS = 4  # of a chain: the anchor behind its start is the first on the trace, or nearly so
+
+    def __init__(self, table: MinedTable, drafter: Drafter, per_sequence: int, draw: Draw):
+        self.table, self.drafter, self.per_sequence, self.draw_from = table, drafter, per_sequence, draw
+
+    def draw(self, step: int, indices: Sequence[int], view: View, rng: np.random.Generator) -> Drawn:  # noqa: ARG002
+        trajectories, device = view.batch.trajectories, view.batch.tokens.device
+        chains = -(-self.per_sequence // self.STEPS)
+        starts = np.stack([draw_evenly(anchor_positions(t), chains, rng) for t in trajectories])
+        visited = follow_chains(
+            self.drafter,
+            view.context,
+            trajectories,
+            torch.from_numpy(starts).to(device),
+            self.STEPS,
+            self.table.proposals + 1,
+            view.head,
+        )
+        of_row = visited.transpose(0, 1).flatten(1).cpu().numpy()
+        chosen = [self.draw_from(np.unique(row), self.per_sequence, rng) for row in of_row]
+        return Drawn(pad_anchors(chosen, device), None, _off_mined(self.table, indices, chosen))
 
     def trained(self, *_unused: object) -> None:
         """Nothing to remember."""

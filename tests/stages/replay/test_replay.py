@@ -13,7 +13,7 @@ from stages.drafters.base import Proposals
 from stages.drafters.config import DraftingConfig
 from stages.engines.base import Completion, SamplingParams
 from stages.replay.board import start_anchors
-from stages.replay.chains import replay_chains
+from stages.replay.chains import follow_chains, replay_chains
 from stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens, tau
 from tests.stages.bench import GREEDY, Bench, trajectory_of
 
@@ -92,6 +92,49 @@ def test_sixteen_chains_do_little_more_than_one_block_a_step(bench: Bench) -> No
     steps = sum(len(trace.anchors) for trace in one)
     assert sum(trace.evaluated_blocks for trace in one) == steps
     assert steps < sum(trace.evaluated_blocks for trace in many) <= 1.3 * steps
+
+
+@pytest.mark.parametrize("drafter", ["trained", "untrained"])
+def test_followed_chains_come_where_one_block_after_the_other_leads(drafter: str, bench: Bench) -> None:
+    """Each alone, block by block; behind the end of its text it goes on at the first anchor."""
+    model, steps = bench.drafters[drafter], 6
+    head = model.drafting_head(bench.target.head_weight, None)
+    trajectories = [
+        Trajectory(p.prompt_id, p.token_ids + bench.greedy[p.prompt_id], len(p.token_ids)) for p in bench.prompts[:6]
+    ]
+    starts = np.array([[t.first_anchor, t.first_anchor + 5, t.last_anchor - 1, t.last_anchor] for t in trajectories])
+    _, context = bench.read(trajectories, model)
+    visited = follow_chains(model, context, trajectories, torch.from_numpy(starts), steps, model.block_size, head)
+    assert visited.shape == (steps, *starts.shape)
+    wrapped = 0
+    for row, t in enumerate(trajectories):
+        _, alone = bench.read([t], model)
+        for chain, anchor in enumerate(starts[row].tolist()):
+            for step in range(steps):
+                at = torch.tensor([[anchor]])
+                block = model.propose(alone, torch.tensor([[t.tokens[anchor]]]), at, model.block_size, head).tokens
+                anchor += 1
+                for proposal in block[0, 0].tolist():
+                    if anchor >= len(t.tokens) or proposal != t.tokens[anchor]:
+                        break
+                    anchor += 1
+                if anchor > t.last_anchor:
+                    anchor, wrapped = t.first_anchor, wrapped + 1
+                assert visited[step, row, chain] == anchor
+    assert wrapped >= len(trajectories)
+
+
+def test_chains_that_start_on_the_trace_stay_on_it(bench: Bench) -> None:
+    model = bench.drafters["trained"]
+    p = bench.prompts[0]
+    trajectory = Trajectory(p.prompt_id, p.token_ids + bench.greedy[p.prompt_id], len(p.token_ids))
+    (trace,) = replay(bench, [trajectory], "trained", 1)
+    _, context = bench.read([trajectory], model)
+    starts = torch.tensor([[trajectory.first_anchor]])
+    head = model.drafting_head(bench.target.head_weight, None)
+    steps = len(trace.anchors)
+    visited = follow_chains(model, context, [trajectory], starts, steps, model.block_size, head)
+    assert visited[:, 0, 0].tolist() == [*trace.anchors[1:].tolist(), trajectory.first_anchor]
 
 
 def test_chains_shorten_the_rounds(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

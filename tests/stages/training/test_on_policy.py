@@ -23,7 +23,7 @@ from stages.training.loss_config import LossConfig
 from stages.training.mined import MinedTable, TrajectorySteps
 from stages.training.opd_step import OpdStep
 from stages.training.remining import Remining
-from stages.training.sources import AnchorSource, RandomAnchors, RollingAnchors, TableAnchors
+from stages.training.sources import AnchorSource, RandomAnchors, RollingAnchors, TableAnchors, WindowAnchors
 from stages.training.steps import judge, score, with_scores
 from tests.stages.bench import Bench
 
@@ -215,6 +215,43 @@ def test_rolling_anchors_leave_the_mined_trace_with_the_weights(world: World) ->
     assert max(shares) > 0
 
 
+def test_windows_are_stretches_of_the_current_trace(world: World) -> None:
+    """Most of what is trained is visited by the current weights from the first anchor on, against the share of random
+    positions that are; the rest is where chains have not joined that trace yet."""
+    traces = world.traces(world.moved)
+    source = WindowAnchors(world.table, world.moved, 8, draw_evenly)
+    on_trace = off_mined = 0
+    drawn_blocks, figures = 0, []
+    for step in range(10):
+        drawn = source.draw(step, INDICES, world.view(INDICES), step_rng(0, step))
+        assert drawn.steps is None  # judged on the blocks of the step itself
+        assert drawn.anchors.blocks == len(INDICES) * 8
+        figures.append(drawn.figures["anchors_off_mined_share"])
+        for row, i in enumerate(INDICES):
+            chosen = drawn.anchors.positions[row].tolist()
+            on_trace += sum(anchor in traces[i].anchors for anchor in chosen)
+            off_mined += sum(anchor not in world.table.steps[i].anchors for anchor in chosen)
+            drawn_blocks += len(chosen)
+    by_chance = np.mean([len(traces[i].anchors) / world.trajectories[i].response_length for i in INDICES])
+    assert on_trace / drawn_blocks > max(0.6, 1.5 * by_chance)
+    assert np.mean(figures) == pytest.approx(off_mined / drawn_blocks)
+    assert off_mined > 0
+
+
+def test_windows_draft_one_block_for_each_that_is_trained(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafted = []
+    propose = world.moved.propose
+
+    def counted(context: Any, tokens: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+        drafted.append(tokens.numel())
+        return propose(context, tokens, *arguments, **named)
+
+    monkeypatch.setattr(world.moved, "propose", counted)
+    source = WindowAnchors(world.table, world.moved, 8, draw_evenly)
+    source.draw(0, INDICES, world.view(INDICES), step_rng(0, 0))
+    assert sum(drafted) == len(INDICES) * 8
+
+
 def test_every_kind_trains_the_same_number_of_blocks(world: World) -> None:
     """Also where a trajectory has fewer candidates than anchors."""
     batch, many = world.features.batch(INDICES), 200
@@ -222,6 +259,7 @@ def test_every_kind_trains_the_same_number_of_blocks(world: World) -> None:
     sources: dict[str, AnchorSource] = {
         "errors": TableAnchors(world.remining(every=0), "errors", many, draw_evenly),
         "visited": TableAnchors(world.remining(every=1), "visited", many, draw_randomly),
+        "windows": WindowAnchors(world.table, world.moved, many, draw_evenly),
         "random": RandomAnchors(many, draw_evenly),
         "rolling": RollingAnchors(world.table, many, draw_evenly),
     }
