@@ -22,7 +22,7 @@ def opd_loss(
     hidden: torch.Tensor,
     batch: Batch,
     anchors: Anchors,
-    steps: VerifySteps,
+    steps: VerifySteps | None,
     heads: Heads,
     target_head: torch.Tensor,
     objective: LossConfig,
@@ -32,7 +32,8 @@ def opd_loss(
 ) -> LossReport:
     """λ_acc · weighted mean(response stream) + λ_rej · weighted mean(rejected stream).
 
-    hidden: [B, A, K, H] of the blocks on the trajectories' tokens. on_proposals: the same on the drafter's own
+    hidden: [B, A, K, H] of the blocks on the trajectories' tokens. steps: None where neither the scope nor a rejected
+    stream reads them. on_proposals: the same on the drafter's own
     proposals, where that is not the same (autoregressive drafters). objective: resolved. target_head: [V, H]. The
     report's operations are left to who drafted the blocks.
     """
@@ -46,7 +47,7 @@ def opd_loss(
         target_head,
         objective.response,
         temperature=objective.temperature,
-        committed=steps.committed,
+        committed=None if steps is None else steps.committed,
         positions_per_chunk=positions_per_chunk,
     )
     loss = objective.response.weight * response.mean
@@ -54,9 +55,11 @@ def opd_loss(
     figures = {
         "loss_response": float(response.mean.detach()),
         "accuracy": response.accuracy,
-        "steps_changed_share": _changed(steps, response.correct, anchors),
     }
+    if steps is not None:
+        figures["steps_changed_share"] = _changed(steps, response.correct, anchors)
     if objective.needs_scores:
+        assert steps is not None, "a rejected stream needs verify steps"
         own = hidden if on_proposals is None else on_proposals
         mean, where = _rejected(own, anchors, steps, heads, objective, positions_per_chunk)
         figures["loss_rejected"] = float(mean.detach())

@@ -37,6 +37,8 @@ class OpdStep:
         self.drafter, self.target, self.source = drafter, target, source
         self.objective, self.config, self.proposals = objective, config, proposals
         self.heads = HeadSource(drafter, target.head_weight, config)
+        # else nobody asks what was accepted, and judging the blocks would be one more pass over their logits
+        self._reads_steps = objective.needs_scores or objective.response.scope == "committed" or source.reads_steps
 
     def loss(self, step: int, indices: Sequence[int], batch: Batch, rng: np.random.Generator) -> LossReport:
         """batch: of the trajectories `indices`. The source learns what the drafter did."""
@@ -51,7 +53,7 @@ class OpdStep:
         hidden = block_hidden(self.drafter, context, batch, drawn.anchors)
         own_chains = self.drafter.autoregressive and self.objective.needs_scores
         steps, scoring, on_proposals = drawn.steps, 0.0, None
-        if steps is None:
+        if steps is None and self._reads_steps:
             proposed = self._propose(context, batch, drawn.anchors, heads.drafter) if own_chains else None
             steps = judge(
                 hidden,
@@ -67,9 +69,10 @@ class OpdStep:
                 steps = with_scores(steps, self.target, batch, drawn.anchors, self.proposals)
                 scoring = time.perf_counter() - before
         if own_chains:
+            assert steps is not None
             on_proposals = block_hidden_on(self.drafter, context, batch, drawn.anchors, steps.proposed)
         drafted = time.perf_counter()
-        if self.objective.needs_scores:  # the rejected stream's tokens must be in it too
+        if self.objective.needs_scores and steps is not None:  # the rejected stream's tokens must be in it too
             heads = self.heads.draw(rng, [batch.tokens, steps.proposed])
         report = opd_loss(
             hidden,
@@ -86,8 +89,8 @@ class OpdStep:
         if on_proposals is not None:  # the chains were drafted twice; nothing more went through the head
             report.operations += operations_of(self.drafter, batch, drawn.anchors, 0, heads.drafter, prefixes=0)
         self.source.trained(indices, batch, drawn.anchors, steps, rng)
-        if drawn.steps is None:  # judged by this very forward
-            del report.figures["steps_changed_share"]
+        if drawn.steps is None:  # judged by this very forward, or not at all
+            report.figures.pop("steps_changed_share", None)
         report.figures |= drawn.figures
         report.seconds = {
             "mining": mined - encoded + scoring,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -34,13 +34,15 @@ class Drawn:
 class AnchorSource(Protocol):
     """What it remembers between steps goes into the checkpoint, so that a resumed training draws the same."""
 
+    reads_steps: ClassVar[bool]  # must `trained` know what was accepted?
+
     def draw(self, step: int, indices: Sequence[int], view: View, rng: np.random.Generator) -> Drawn:
         """The anchors of the trajectories `indices`, which the view shows."""
 
     def trained(
-        self, indices: Sequence[int], batch: Batch, drawn: Anchors, steps: VerifySteps, rng: np.random.Generator
+        self, indices: Sequence[int], batch: Batch, drawn: Anchors, steps: VerifySteps | None, rng: np.random.Generator
     ) -> None:
-        """What the drafter did at the drawn anchors."""
+        """What the drafter did at the drawn anchors; None if nobody reads it."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -49,6 +51,8 @@ class AnchorSource(Protocol):
 
 class TableAnchors:
     """Steps of the mined table, mined again when they are too old."""
+
+    reads_steps: ClassVar[bool] = False
 
     def __init__(self, remining: Remining, kind: Kind, per_sequence: int, draw: Draw):
         self.remining, self.kind, self.per_sequence, self.draw_from = remining, kind, per_sequence, draw
@@ -72,6 +76,8 @@ class TableAnchors:
 
 class RandomAnchors:
     """Positions of the response, whatever the drafter does there: the paper's ablation."""
+
+    reads_steps: ClassVar[bool] = False
 
     def __init__(self, per_sequence: int, draw: Draw):
         self.per_sequence, self.draw_from = per_sequence, draw
@@ -97,6 +103,7 @@ class WindowAnchors:
     Nothing is remembered between steps; the mined table only tells how stale it has become.
     """
 
+    reads_steps: ClassVar[bool] = False
     STEPS = 4  # of a chain: the anchor behind its start is the first on the trace, or nearly so
 
     def __init__(self, table: MinedTable, drafter: Drafter, per_sequence: int, draw: Draw):
@@ -135,6 +142,8 @@ class RollingAnchors:
     They start on the mined trace. A chain that reaches the end of its trajectory or meets another one starts again.
     """
 
+    reads_steps: ClassVar[bool] = True
+
     def __init__(self, table: MinedTable, per_sequence: int, draw: Draw):
         self.table, self.per_sequence, self.draw_from = table, per_sequence, draw
         self._next = np.full((len(table.steps), per_sequence), _NOT_STARTED)
@@ -147,8 +156,9 @@ class RollingAnchors:
         return Drawn(pad_anchors(chosen, view.batch.tokens.device), None, _off_mined(self.table, indices, chosen))
 
     def trained(
-        self, indices: Sequence[int], batch: Batch, drawn: Anchors, steps: VerifySteps, rng: np.random.Generator
+        self, indices: Sequence[int], batch: Batch, drawn: Anchors, steps: VerifySteps | None, rng: np.random.Generator
     ) -> None:
+        assert steps is not None
         successors = (drawn.positions + steps.accepted + 1).cpu().numpy()
         for i, trajectory, row in zip(indices, batch.trajectories, successors, strict=True):
             going_on = np.unique(row[row <= trajectory.last_anchor])

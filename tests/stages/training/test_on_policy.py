@@ -15,6 +15,7 @@ from stages.drafters.dflash.model import DFlashDrafter
 from stages.drafters.head import Head
 from stages.replay.sequential import replay_sequentially
 from stages.replay.trace import Trace, Trajectory
+from stages.training import opd_step
 from stages.training.anchors import draw_evenly, draw_randomly
 from stages.training.batches import FeatureSource, step_rng
 from stages.training.blocks import View, block_hidden, context_of
@@ -232,7 +233,7 @@ def test_windows_are_stretches_of_the_current_trace(world: World) -> None:
             on_trace += sum(anchor in traces[i].anchors for anchor in chosen)
             off_mined += sum(anchor not in world.table.steps[i].anchors for anchor in chosen)
             drawn_blocks += len(chosen)
-    by_chance = np.mean([len(traces[i].anchors) / world.trajectories[i].response_length for i in INDICES])
+    by_chance = float(np.mean([len(traces[i].anchors) / world.trajectories[i].response_length for i in INDICES]))
     assert on_trace / drawn_blocks > max(0.6, 1.5 * by_chance)
     assert np.mean(figures) == pytest.approx(off_mined / drawn_blocks)
     assert off_mined > 0
@@ -271,6 +272,36 @@ def test_every_kind_trains_the_same_number_of_blocks(world: World) -> None:
         assert report.blocks == len(INDICES) * many, name
         positions[name] = report.positions / (report.blocks * 7)
     assert min(positions.values()) > 0.8  # the rest lies beyond the ends
+
+
+@pytest.mark.parametrize(("kind", "scope", "judged"), [
+    ("random", "block", 0), ("random", "committed", 1), ("windows", "block", 0), ("rolling", "block", 1),
+    ("visited", "committed", 0),
+])  # fmt: skip
+def test_blocks_are_judged_where_somebody_reads_it(
+    kind: str, scope: str, judged: int, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        return judge(*arguments, **named)
+
+    monkeypatch.setattr(opd_step, "judge", counted)
+    objective = LossConfig.model_validate({"response": {"scope": scope}}).resolved(DFlashDrafter.recipe, False, 0.0)
+    sources: dict[str, AnchorSource] = {
+        "random": RandomAnchors(PER_SEQUENCE, draw_evenly),
+        "windows": WindowAnchors(world.table, world.moved, PER_SEQUENCE, draw_evenly),
+        "rolling": RollingAnchors(world.table, PER_SEQUENCE, draw_evenly),
+        "visited": TableAnchors(world.remining(), "visited", PER_SEQUENCE, draw_evenly),
+    }
+    config = TrainingConfig(anchors_per_sequence=PER_SEQUENCE)
+    step = OpdStep(world.moved, world.bench.target, sources[kind], objective, config, 7)
+    batch = world.features.batch(INDICES)
+    loss = step.loss(5, INDICES, batch, step_rng(0, 5)).loss
+    assert len(calls) == judged
+    step._reads_steps = True
+    assert torch.equal(loss, step.loss(5, INDICES, batch, step_rng(0, 5)).loss) or kind == "rolling"
 
 
 def test_a_trajectory_without_errors_lends_its_other_steps(world: World) -> None:
