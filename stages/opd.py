@@ -40,11 +40,12 @@ class OpdConfig(TrainingConfig):
         ),
     ] = LossConfig()
     anchors: Annotated[
-        Literal["errors", "visited", "windows", "random", "rolling"],
+        Literal["errors", "visited", "successors", "random", "rolling"],
         Field(
-            description="mined verify steps that rejected something, all that were visited, windows of the trace that "
-            "the current weights make, positions whatever the drafter does there, or chains that start on the mined "
-            "trace and roll on: each anchor the successor of the one trained before"
+            description="mined verify steps that rejected something, all that were visited, successors (where a verify "
+            "step of the current weights leads from positions all over the response), positions whatever the drafter "
+            "does there, or chains that start on the mined trace and roll on: each anchor the successor of the one "
+            "trained before"
         ),
     ] = "visited"
     trajectories: Annotated[
@@ -145,13 +146,13 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
 def anchor_source(config: OpdConfig, remining: Remining) -> AnchorSource:
     """The source of anchors that a config asks for."""
     from stages.training.anchors import DRAWS
-    from stages.training.sources import RandomAnchors, RollingAnchors, TableAnchors, WindowAnchors
+    from stages.training.sources import RandomAnchors, RollingAnchors, SuccessorAnchors, TableAnchors
 
     count, draw = config.anchors_per_sequence, DRAWS[config.spacing]
     if config.anchors == "random":
         return RandomAnchors(count, draw)
-    if config.anchors == "windows":
-        return WindowAnchors(remining.mined, remining.drafter, count, draw)
+    if config.anchors == "successors":
+        return SuccessorAnchors(remining.mined, remining.drafter, count, draw)
     if config.anchors == "rolling":
         return RollingAnchors(remining.mined, count, draw)
     return TableAnchors(remining, config.anchors, count, draw)

@@ -74,32 +74,26 @@ def replay_chains(
 
 
 @torch.no_grad()
-def follow_chains(
+def successors(
     drafter: Drafter,
     context: Context,
     trajectories: Sequence[Trajectory],
-    starts: torch.Tensor,
-    steps: int,
+    anchors: torch.Tensor,
     block_size: int,
     head: Head,
 ) -> torch.Tensor:
-    """The anchors [steps, R, A] that chains from `starts` [R, A] come to with each of some verify steps.
+    """The anchors [R, A] that a verify step at each of `anchors` [R, A] leads to.
 
-    context: of the same R trajectories. A chain joins the trace after a rejection or two, so this is a part of it
-    without the work for the rest. One that reaches the end goes on at the first anchor, which every drafter visits.
+    context: of the same R trajectories. Behind an end it is the first anchor, which every drafter visits.
     """
-    tokens = committed_tokens(trajectories, block_size - 1, starts.device)
+    tokens = committed_tokens(trajectories, block_size - 1, anchors.device)
     first, last = (
-        torch.tensor(ends, device=starts.device)[:, None]
+        torch.tensor(ends, device=anchors.device)[:, None]
         for ends in zip(*((t.first_anchor, t.last_anchor) for t in trajectories), strict=True)
     )
-    visited, anchors = [], starts
-    for _ in range(steps):
-        _, accepted = draft(drafter, context, tokens, anchors, block_size, head, with_logprobs=False)
-        following = anchors + accepted + 1
-        anchors = torch.where(following > last, first, following)
-        visited.append(anchors)
-    return torch.stack(visited)
+    _, accepted = draft(drafter, context, tokens, anchors, block_size, head, with_logprobs=False)
+    following = anchors + accepted + 1
+    return torch.where(following > last, first, following)
 
 
 def committed_tokens(trajectories: Sequence[Trajectory], proposals: int, device: torch.device) -> torch.Tensor:

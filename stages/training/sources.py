@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from stages.drafters.base import Drafter
-from stages.replay.chains import follow_chains
+from stages.replay.chains import successors
 from stages.training.anchors import Draw, anchor_positions, draw_evenly, draw_randomly, pad_anchors
 from stages.training.batches import Batch
 from stages.training.blocks import Anchors, View
@@ -96,34 +96,32 @@ class RandomAnchors:
         pass
 
 
-class WindowAnchors:
-    """Stretches of the current drafter's trace: chains from evenly spread positions are followed for a few steps.
+class SuccessorAnchors:
+    """Where verification goes on: one step of the current weights behind positions drawn from the whole response.
 
-    What is trained is as fresh as with a whole trace mined again, at one block drafted for each that is trained.
+    What is trained is fresh at one block drafted for each that is trained, however long a trajectory is. A successor
+    is on the trace or soon will be: a rejection sends it where it sends every chain that was rejected there.
     Nothing is remembered between steps; the mined table only tells how stale it has become.
     """
 
     reads_steps: ClassVar[bool] = False
-    STEPS = 4  # of a chain: the anchor behind its start is the first on the trace, or nearly so
 
     def __init__(self, table: MinedTable, drafter: Drafter, per_sequence: int, draw: Draw):
         self.table, self.drafter, self.per_sequence, self.draw_from = table, drafter, per_sequence, draw
 
     def draw(self, step: int, indices: Sequence[int], view: View, rng: np.random.Generator) -> Drawn:  # noqa: ARG002
         trajectories, device = view.batch.trajectories, view.batch.tokens.device
-        chains = -(-self.per_sequence // self.STEPS)
-        starts = np.stack([draw_evenly(anchor_positions(t), chains, rng) for t in trajectories])
-        visited = follow_chains(
+        before = np.stack([self.draw_from(anchor_positions(t), self.per_sequence, rng) for t in trajectories])
+        behind = successors(
             self.drafter,
             view.context,
             trajectories,
-            torch.from_numpy(starts).to(device),
-            self.STEPS,
+            torch.from_numpy(before).to(device),
             self.table.proposals + 1,
             view.head,
         )
-        of_row = visited.transpose(0, 1).flatten(1).cpu().numpy()
-        chosen = [self.draw_from(np.unique(row), self.per_sequence, rng) for row in of_row]
+        # two positions may have the same successor: another one is trained twice then
+        chosen = [draw_evenly(np.unique(row), self.per_sequence, rng) for row in behind.cpu().numpy()]
         return Drawn(pad_anchors(chosen, device), None, _off_mined(self.table, indices, chosen))
 
     def trained(self, *_unused: object) -> None:

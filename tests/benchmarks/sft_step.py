@@ -59,7 +59,7 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "OPD random": {"anchors": "random"},
     "OPD rolling": {"anchors": "rolling"},
     "OPD rolling sampled": {"anchors": "rolling", "verification": "sampled"},
-    "OPD windows": {"anchors": "windows"},
+    "OPD successors": {"anchors": "successors"},
     MINED_AGAIN: {},
     f"{MINED_AGAIN}, sampled": {"verification": "sampled"},
     f"{MINED_AGAIN}, paper": {"loss": "paper"},

@@ -94,7 +94,7 @@ def committed_nll(bench: Bench, drafter: Drafter, answers: Answers) -> float:
     return total / count
 
 
-@pytest.mark.parametrize("anchors", ["errors", "visited", "windows", "random", "rolling"])
+@pytest.mark.parametrize("anchors", ["errors", "visited", "successors", "random", "rolling"])
 def test_matched_opd_raises_the_likelihood_of_what_was_committed(
     anchors: str, answers: Answers, bench: Bench, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
@@ -148,7 +148,7 @@ def test_a_training_that_does_not_move_mines_the_same_trace(
     assert shares == [0.0] * 3
 
 
-@pytest.mark.parametrize("anchors", ["errors", "visited", "windows", "random", "rolling"])
+@pytest.mark.parametrize("anchors", ["errors", "visited", "successors", "random", "rolling"])
 @pytest.mark.parametrize("loss", ["paper", {"response": {"loss": "lk", "positions": {"kind": "d_pace"}}}], ids=str)
 def test_every_kind_of_anchor_trains_with_every_kind_of_loss_and_the_same_number_of_blocks(
     anchors: str, loss: Any, answers: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path
@@ -222,7 +222,7 @@ def test_the_checkpoint_says_where_it_comes_from(
         {"remine_every": 3, "trajectories": "errors"},
         {"remine_every": 3, "loss": "paper"},
         {"anchors": "rolling"},
-        {"anchors": "windows", "spacing": "random"},
+        {"anchors": "successors", "spacing": "random"},
         {"anchors": "random", "loss": "paper"},
         {"anchors": "visited", "remine_every": 1, "compute_dtype": "bfloat16"},
     ],

@@ -13,7 +13,7 @@ from stages.drafters.base import Proposals
 from stages.drafters.config import DraftingConfig
 from stages.engines.base import Completion, SamplingParams
 from stages.replay.board import start_anchors
-from stages.replay.chains import follow_chains, replay_chains
+from stages.replay.chains import replay_chains, successors
 from stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens, tau
 from tests.stages.bench import GREEDY, Bench, trajectory_of
 
@@ -95,46 +95,41 @@ def test_sixteen_chains_do_little_more_than_one_block_a_step(bench: Bench) -> No
 
 
 @pytest.mark.parametrize("drafter", ["trained", "untrained"])
-def test_followed_chains_come_where_one_block_after_the_other_leads(drafter: str, bench: Bench) -> None:
-    """Each alone, block by block; behind the end of its text it goes on at the first anchor."""
-    model, steps = bench.drafters[drafter], 6
+def test_a_successor_is_where_a_block_of_its_own_leads(drafter: str, bench: Bench) -> None:
+    """Each position alone, in a batch of one; behind the end of a text it is the first anchor."""
+    model = bench.drafters[drafter]
     head = model.drafting_head(bench.target.head_weight, None)
     trajectories = [
         Trajectory(p.prompt_id, p.token_ids + bench.greedy[p.prompt_id], len(p.token_ids)) for p in bench.prompts[:6]
     ]
-    starts = np.array([[t.first_anchor, t.first_anchor + 5, t.last_anchor - 1, t.last_anchor] for t in trajectories])
+    positions = np.stack([np.linspace(t.first_anchor, t.last_anchor, 9).astype(int) for t in trajectories])
     _, context = bench.read(trajectories, model)
-    visited = follow_chains(model, context, trajectories, torch.from_numpy(starts), steps, model.block_size, head)
-    assert visited.shape == (steps, *starts.shape)
-    wrapped = 0
+    behind = successors(model, context, trajectories, torch.from_numpy(positions), model.block_size, head)
+    assert behind.shape == positions.shape
     for row, t in enumerate(trajectories):
         _, alone = bench.read([t], model)
-        for chain, anchor in enumerate(starts[row].tolist()):
-            for step in range(steps):
-                at = torch.tensor([[anchor]])
-                block = model.propose(alone, torch.tensor([[t.tokens[anchor]]]), at, model.block_size, head).tokens
+        for column, position in enumerate(positions[row].tolist()):
+            at = torch.tensor([[position]])
+            block = model.propose(alone, torch.tensor([[t.tokens[position]]]), at, model.block_size, head).tokens
+            anchor = position + 1
+            for proposal in block[0, 0].tolist():
+                if anchor >= len(t.tokens) or proposal != t.tokens[anchor]:
+                    break
                 anchor += 1
-                for proposal in block[0, 0].tolist():
-                    if anchor >= len(t.tokens) or proposal != t.tokens[anchor]:
-                        break
-                    anchor += 1
-                if anchor > t.last_anchor:
-                    anchor, wrapped = t.first_anchor, wrapped + 1
-                assert visited[step, row, chain] == anchor
-    assert wrapped >= len(trajectories)
+            assert behind[row, column] == (anchor if anchor <= t.last_anchor else t.first_anchor)
+        assert behind[row, -1] == t.first_anchor
 
 
-def test_chains_that_start_on_the_trace_stay_on_it(bench: Bench) -> None:
+def test_on_the_trace_the_successor_is_the_next_anchor(bench: Bench) -> None:
     model = bench.drafters["trained"]
     p = bench.prompts[0]
     trajectory = Trajectory(p.prompt_id, p.token_ids + bench.greedy[p.prompt_id], len(p.token_ids))
     (trace,) = replay(bench, [trajectory], "trained", 1)
     _, context = bench.read([trajectory], model)
-    starts = torch.tensor([[trajectory.first_anchor]])
+    anchors = torch.from_numpy(trace.anchors)[None]
     head = model.drafting_head(bench.target.head_weight, None)
-    steps = len(trace.anchors)
-    visited = follow_chains(model, context, [trajectory], starts, steps, model.block_size, head)
-    assert visited[:, 0, 0].tolist() == [*trace.anchors[1:].tolist(), trajectory.first_anchor]
+    behind = successors(model, context, [trajectory], anchors, model.block_size, head)
+    assert behind[0].tolist() == [*trace.anchors[1:].tolist(), trajectory.first_anchor]
 
 
 def test_chains_shorten_the_rounds(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from stages.training.loss_config import LossConfig
 from stages.training.mined import Kind, MinedTable, TrajectorySteps
 from stages.training.opd_step import OpdStep
 from stages.training.remining import Remining
-from stages.training.sources import AnchorSource, RandomAnchors, RollingAnchors, TableAnchors, WindowAnchors
+from stages.training.sources import AnchorSource, RandomAnchors, RollingAnchors, SuccessorAnchors, TableAnchors
 from stages.training.steps import VerifySteps, judge, score, with_scores
 from stages.training.supervised import sft_loss
 from stages.training.vocabulary import Heads, HeadSource
@@ -389,8 +389,8 @@ class World:
         return Remining(self.table, self.moved, self.bench.target, every=every, scored=scored)
 
     def source(self, kind: str) -> AnchorSource:
-        if kind == "windows":
-            return WindowAnchors(self.table, self.moved, PER_SEQUENCE, draw_evenly)
+        if kind == "successors":
+            return SuccessorAnchors(self.table, self.moved, PER_SEQUENCE, draw_evenly)
         if kind == "random":
             return RandomAnchors(PER_SEQUENCE, draw_evenly)
         if kind == "rolling":
@@ -455,7 +455,7 @@ def test_mining_again_gives_the_trace_of_the_current_weights(world: World) -> No
     assert figures["remined_trajectories"] == 3
 
 
-KINDS = ["errors", "visited", "windows", "random", "rolling"]
+KINDS = ["errors", "visited", "successors", "random", "rolling"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -531,7 +531,7 @@ def test_mining_in_a_step_leaves_its_gradient_alone(kind: str, world: World) -> 
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("kind", ["windows", "random", "rolling"])
+@pytest.mark.parametrize("kind", ["successors", "random", "rolling"])
 def test_drafting_in_a_step_leaves_its_gradient_alone(kind: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same for its own proposals: bit for bit the gradient of a step that is handed the proposals ready-made."""
     objective = LossConfig.model_validate("paper").resolved(Eagle3Drafter.recipe, False, 0.0)

@@ -13,10 +13,11 @@ import torch
 from stages.drafters.base import Drafter
 from stages.drafters.dflash.model import DFlashDrafter
 from stages.drafters.head import Head
+from stages.replay.chains import successors
 from stages.replay.sequential import replay_sequentially
 from stages.replay.trace import Trace, Trajectory
 from stages.training import opd_step
-from stages.training.anchors import draw_evenly, draw_randomly
+from stages.training.anchors import Draw, anchor_positions, draw_evenly, draw_randomly
 from stages.training.batches import FeatureSource, step_rng
 from stages.training.blocks import View, block_hidden, context_of
 from stages.training.config import TrainingConfig
@@ -24,7 +25,7 @@ from stages.training.loss_config import LossConfig
 from stages.training.mined import MinedTable, TrajectorySteps
 from stages.training.opd_step import OpdStep
 from stages.training.remining import Remining
-from stages.training.sources import AnchorSource, RandomAnchors, RollingAnchors, TableAnchors, WindowAnchors
+from stages.training.sources import AnchorSource, RandomAnchors, RollingAnchors, SuccessorAnchors, TableAnchors
 from stages.training.steps import judge, score, with_scores
 from tests.stages.bench import Bench
 
@@ -216,30 +217,36 @@ def test_rolling_anchors_leave_the_mined_trace_with_the_weights(world: World) ->
     assert max(shares) > 0
 
 
-def test_windows_are_stretches_of_the_current_trace(world: World) -> None:
-    """Most of what is trained is visited by the current weights from the first anchor on, against the share of random
-    positions that are; the rest is where chains have not joined that trace yet."""
-    traces = world.traces(world.moved)
-    source = WindowAnchors(world.table, world.moved, 8, draw_evenly)
+@pytest.mark.parametrize("draw", [draw_evenly, draw_randomly])
+def test_successors_are_what_one_block_of_the_current_weights_leads_to(draw: Draw, world: World) -> None:
+    """Of positions all over the response; what two of them lead to is drawn once, and another one twice."""
+    per_sequence, view = 8, world.view(INDICES)
+    source = SuccessorAnchors(world.table, world.moved, per_sequence, draw)
     on_trace = off_mined = 0
-    drawn_blocks, figures = 0, []
+    traces = world.traces(world.moved)
     for step in range(10):
-        drawn = source.draw(step, INDICES, world.view(INDICES), step_rng(0, step))
+        drawn = source.draw(step, INDICES, view, step_rng(0, step))
         assert drawn.steps is None  # judged on the blocks of the step itself
-        assert drawn.anchors.blocks == len(INDICES) * 8
-        figures.append(drawn.figures["anchors_off_mined_share"])
+        assert drawn.anchors.blocks == len(INDICES) * per_sequence
+        rng = step_rng(0, step)
+        before = np.stack([draw(anchor_positions(t), per_sequence, rng) for t in view.batch.trajectories])
+        behind = successors(
+            world.moved, view.context, view.batch.trajectories, torch.from_numpy(before), 8, view.head
+        ).numpy()
+        off = 0
         for row, i in enumerate(INDICES):
             chosen = drawn.anchors.positions[row].tolist()
+            assert set(chosen) == set(behind[row].tolist())
             on_trace += sum(anchor in traces[i].anchors for anchor in chosen)
-            off_mined += sum(anchor not in world.table.steps[i].anchors for anchor in chosen)
-            drawn_blocks += len(chosen)
+            off += sum(anchor not in world.table.steps[i].anchors for anchor in chosen)
+        assert drawn.figures["anchors_off_mined_share"] == pytest.approx(off / drawn.anchors.blocks)
+        off_mined += off
     by_chance = float(np.mean([len(traces[i].anchors) / world.trajectories[i].response_length for i in INDICES]))
-    assert on_trace / drawn_blocks > max(0.6, 1.5 * by_chance)
-    assert np.mean(figures) == pytest.approx(off_mined / drawn_blocks)
+    assert on_trace / (10 * len(INDICES) * per_sequence) > 1.5 * by_chance
     assert off_mined > 0
 
 
-def test_windows_draft_one_block_for_each_that_is_trained(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_successors_draft_one_block_for_each_that_is_trained(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     drafted = []
     propose = world.moved.propose
 
@@ -248,9 +255,9 @@ def test_windows_draft_one_block_for_each_that_is_trained(world: World, monkeypa
         return propose(context, tokens, *arguments, **named)
 
     monkeypatch.setattr(world.moved, "propose", counted)
-    source = WindowAnchors(world.table, world.moved, 8, draw_evenly)
+    source = SuccessorAnchors(world.table, world.moved, 8, draw_evenly)
     source.draw(0, INDICES, world.view(INDICES), step_rng(0, 0))
-    assert sum(drafted) == len(INDICES) * 8
+    assert drafted == [len(INDICES) * 8]
 
 
 def test_every_kind_trains_the_same_number_of_blocks(world: World) -> None:
@@ -260,7 +267,7 @@ def test_every_kind_trains_the_same_number_of_blocks(world: World) -> None:
     sources: dict[str, AnchorSource] = {
         "errors": TableAnchors(world.remining(every=0), "errors", many, draw_evenly),
         "visited": TableAnchors(world.remining(every=1), "visited", many, draw_randomly),
-        "windows": WindowAnchors(world.table, world.moved, many, draw_evenly),
+        "successors": SuccessorAnchors(world.table, world.moved, many, draw_evenly),
         "random": RandomAnchors(many, draw_evenly),
         "rolling": RollingAnchors(world.table, many, draw_evenly),
     }
@@ -275,7 +282,7 @@ def test_every_kind_trains_the_same_number_of_blocks(world: World) -> None:
 
 
 @pytest.mark.parametrize(("kind", "scope", "judged"), [
-    ("random", "block", 0), ("random", "committed", 1), ("windows", "block", 0), ("rolling", "block", 1),
+    ("random", "block", 0), ("random", "committed", 1), ("successors", "block", 0), ("rolling", "block", 1),
     ("visited", "committed", 0),
 ])  # fmt: skip
 def test_blocks_are_judged_where_somebody_reads_it(
@@ -291,7 +298,7 @@ def test_blocks_are_judged_where_somebody_reads_it(
     objective = LossConfig.model_validate({"response": {"scope": scope}}).resolved(DFlashDrafter.recipe, False, 0.0)
     sources: dict[str, AnchorSource] = {
         "random": RandomAnchors(PER_SEQUENCE, draw_evenly),
-        "windows": WindowAnchors(world.table, world.moved, PER_SEQUENCE, draw_evenly),
+        "successors": SuccessorAnchors(world.table, world.moved, PER_SEQUENCE, draw_evenly),
         "rolling": RollingAnchors(world.table, PER_SEQUENCE, draw_evenly),
         "visited": TableAnchors(world.remining(), "visited", PER_SEQUENCE, draw_evenly),
     }
