@@ -34,7 +34,7 @@ class OpdConfig(TrainingConfig):
     loss: Annotated[
         LossConfig,
         Field(
-            description="matched: whole blocks, in the form that fits the verification rule and the architecture; "
+            description="matched: the form that fits the verification rule and the architecture; "
             "paper: Bernoulli forward KL on what verification committed plus k3 reverse KL on the rejected suffix; or "
             "the streams in full"
         ),
@@ -47,7 +47,7 @@ class OpdConfig(TrainingConfig):
             "does there, or chains that start on the mined trace and roll on: each anchor the successor of the one "
             "trained before"
         ),
-    ] = "visited"
+    ] = "successors"
     trajectories: Annotated[
         Literal["equal", "errors"],
         Field(

@@ -53,16 +53,17 @@ GAMMA = 2.0
 MINED_AGAIN = "OPD mined again"  # every draw: the whole cost
 ARMS: dict[str, dict[str, Any] | None] = {
     "SFT": None,
-    "OPD mined once": {"remine_every": 0},
-    "OPD mined once, sampled": {"remine_every": 0, "verification": "sampled"},
-    "OPD mined once, paper": {"remine_every": 0, "loss": "paper"},
+    "OPD mined once": {"anchors": "visited", "remine_every": 0},
+    "OPD mined once, sampled": {"anchors": "visited", "remine_every": 0, "verification": "sampled"},
+    "OPD mined once, paper": {"anchors": "visited", "remine_every": 0, "loss": "paper"},
     "OPD random": {"anchors": "random"},
     "OPD rolling": {"anchors": "rolling"},
     "OPD rolling sampled": {"anchors": "rolling", "verification": "sampled"},
     "OPD successors": {"anchors": "successors"},
-    MINED_AGAIN: {},
-    f"{MINED_AGAIN}, sampled": {"verification": "sampled"},
-    f"{MINED_AGAIN}, paper": {"loss": "paper"},
+    "OPD successors, sampled": {"anchors": "successors", "verification": "sampled"},
+    MINED_AGAIN: {"anchors": "visited"},
+    f"{MINED_AGAIN}, sampled": {"anchors": "visited", "verification": "sampled"},
+    f"{MINED_AGAIN}, paper": {"anchors": "visited", "loss": "paper"},
 }
 PARTS = ("target", "mining", "drafter", "head_and_loss", "backward", "update")
 

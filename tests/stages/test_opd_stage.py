@@ -135,7 +135,7 @@ def test_mining_again_shows_how_stale_the_trace_has_become(
     assert all(0 <= share <= 1 for share in curve.values())
     assert np.mean(list(curve.values())) > 0.05  # weights that move that fast leave the mined trace
     assert ctx.summaries["mining_s"] > 0
-    never = train(tmp_path / "never", tiny_drafter, answers, steps=12, remine_every=0)
+    never = train(tmp_path / "never", tiny_drafter, answers, steps=12, remine_every=0, anchors="visited")
     assert not any("trace_changed_share" in values for _, values in never.measured)
     assert all(0 <= values["steps_changed_share"] <= 1 for _, values in never.measured)
 
@@ -143,7 +143,7 @@ def test_mining_again_shows_how_stale_the_trace_has_become(
 def test_a_training_that_does_not_move_mines_the_same_trace(
     answers: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
-    ctx = train(tmp_path, tiny_drafter, answers, remine_every=1, learning_rate=1e-12, steps=4)
+    ctx = train(tmp_path, tiny_drafter, answers, remine_every=1, learning_rate=1e-12, steps=4, anchors="visited")
     shares = [values["trace_changed_share"] for step, values in ctx.measured if step]
     assert shares == [0.0] * 3
 
@@ -219,8 +219,8 @@ def test_the_checkpoint_says_where_it_comes_from(
     "fields",
     [
         {"loss": "paper"},
-        {"remine_every": 3, "trajectories": "errors"},
-        {"remine_every": 3, "loss": "paper"},
+        {"anchors": "visited", "remine_every": 3, "trajectories": "errors"},
+        {"anchors": "visited", "remine_every": 3, "loss": "paper"},
         {"anchors": "rolling"},
         {"anchors": "successors", "spacing": "random"},
         {"anchors": "random", "loss": "paper"},
