@@ -34,9 +34,8 @@ class OpdConfig(TrainingConfig):
     loss: Annotated[
         LossConfig,
         Field(
-            description="matched: the form that fits the verification rule and the architecture; "
-            "paper: Bernoulli forward KL on what verification committed plus k3 reverse KL on the rejected suffix; or "
-            "the streams in full"
+            description="matched: what fits the verification rule and the architecture; paper: Bernoulli forward KL on "
+            "what verification committed plus k3 reverse KL on the rejected suffix; or the streams in full"
         ),
     ] = LossConfig()
     anchors: Annotated[

@@ -1,4 +1,4 @@
-"""Where OPD takes the anchors of a step from: the mined table, random positions, or chains that roll on.
+"""Where OPD takes the anchors of a step from: the mined table, positions of the response, or what follows on them.
 
 Every source gives `per_sequence` anchors a trajectory, so that kinds are compared at equal numbers of block positions.
 """
@@ -74,17 +74,10 @@ class TableAnchors:
         self.remining.load_state_dict(state)
 
 
-class RandomAnchors:
-    """Positions of the response, whatever the drafter does there: the paper's ablation."""
+class Forgetful:
+    """What sources share that remember nothing between steps."""
 
     reads_steps: ClassVar[bool] = False
-
-    def __init__(self, per_sequence: int, draw: Draw):
-        self.per_sequence, self.draw_from = per_sequence, draw
-
-    def draw(self, step: int, indices: Sequence[int], view: View, rng: np.random.Generator) -> Drawn:  # noqa: ARG002
-        chosen = [self.draw_from(anchor_positions(t), self.per_sequence, rng) for t in view.batch.trajectories]
-        return Drawn(pad_anchors(chosen, view.batch.tokens.device), None)
 
     def trained(self, *_unused: object) -> None:
         """Nothing to remember."""
@@ -96,15 +89,24 @@ class RandomAnchors:
         pass
 
 
-class SuccessorAnchors:
+class RandomAnchors(Forgetful):
+    """Positions of the response, whatever the drafter does there: the paper's ablation."""
+
+    def __init__(self, per_sequence: int, draw: Draw):
+        self.per_sequence, self.draw_from = per_sequence, draw
+
+    def draw(self, step: int, indices: Sequence[int], view: View, rng: np.random.Generator) -> Drawn:  # noqa: ARG002
+        chosen = [self.draw_from(anchor_positions(t), self.per_sequence, rng) for t in view.batch.trajectories]
+        return Drawn(pad_anchors(chosen, view.batch.tokens.device), None)
+
+
+class SuccessorAnchors(Forgetful):
     """Where verification goes on: one step of the current weights behind positions drawn from the whole response.
 
     What is trained is fresh at one block drafted for each that is trained, however long a trajectory is. A successor
     is on the trace or soon will be: a rejection sends it where it sends every chain that was rejected there.
-    Nothing is remembered between steps; the mined table only tells how stale it has become.
+    The mined table only tells how stale it has become.
     """
-
-    reads_steps: ClassVar[bool] = False
 
     def __init__(self, table: MinedTable, drafter: Drafter, per_sequence: int, draw: Draw):
         self.table, self.drafter, self.per_sequence, self.draw_from = table, drafter, per_sequence, draw
@@ -123,15 +125,6 @@ class SuccessorAnchors:
         # two positions may have the same successor: another one is trained twice then
         chosen = [draw_evenly(np.unique(row), self.per_sequence, rng) for row in behind.cpu().numpy()]
         return Drawn(pad_anchors(chosen, device), None, _off_mined(self.table, indices, chosen))
-
-    def trained(self, *_unused: object) -> None:
-        """Nothing to remember."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
 
 
 class RollingAnchors:
@@ -157,8 +150,8 @@ class RollingAnchors:
         self, indices: Sequence[int], batch: Batch, drawn: Anchors, steps: VerifySteps | None, rng: np.random.Generator
     ) -> None:
         assert steps is not None
-        successors = (drawn.positions + steps.accepted + 1).cpu().numpy()
-        for i, trajectory, row in zip(indices, batch.trajectories, successors, strict=True):
+        following = (drawn.positions + steps.accepted + 1).cpu().numpy()
+        for i, trajectory, row in zip(indices, batch.trajectories, following, strict=True):
             going_on = np.unique(row[row <= trajectory.last_anchor])
             free = np.setdiff1d(self.table.steps[i].anchors, going_on)
             if not len(free):

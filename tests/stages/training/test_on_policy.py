@@ -307,8 +307,9 @@ def test_blocks_are_judged_where_somebody_reads_it(
     batch = world.features.batch(INDICES)
     loss = step.loss(5, INDICES, batch, step_rng(0, 5)).loss
     assert len(calls) == judged
-    step._reads_steps = True
-    assert torch.equal(loss, step.loss(5, INDICES, batch, step_rng(0, 5)).loss) or kind == "rolling"
+    if kind != "rolling":  # which has rolled on
+        step._reads_steps = True
+        assert torch.equal(loss, step.loss(5, INDICES, batch, step_rng(0, 5)).loss)
 
 
 def test_a_trajectory_without_errors_lends_its_other_steps(world: World) -> None:
