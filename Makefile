@@ -49,7 +49,8 @@ $(SGLANG_CPU)/.sglang-$(SGLANG_VERSION): tests/sglang_cpu/requirements-$(SGLANG_
 	$(SGLANG_CPU)/bin/pip install --quiet --no-deps sglang==$(SGLANG_VERSION)
 	@touch $@
 
-$(SGLANG_CPU)/.plugins-$(SGLANG_VERSION): $(SGLANG_CPU)/.sglang-$(SGLANG_VERSION) pyproject.toml tests/sglang_cpu/pyproject.toml
+# order-only: two installs of this folder at once would write the same build files
+$(SGLANG_CPU)/.plugins-$(SGLANG_VERSION): $(SGLANG_CPU)/.sglang-$(SGLANG_VERSION) pyproject.toml tests/sglang_cpu/pyproject.toml | $(INSTALLED)
 	$(SGLANG_CPU)/bin/pip install --quiet --no-deps --editable . --editable tests/sglang_cpu
 	@touch $@
 

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from artifacts.atomic import TMP_PREFIX, atomic_path
@@ -72,6 +74,27 @@ def _column(field: pa.Field, rows: Sequence[Mapping[str, Any]]) -> pa.Array:
         return pa.array([row[field.name] for row in rows], field.type)
     except (pa.ArrowException, TypeError, OverflowError) as error:
         raise ValueError(f"column {field.name} should be {field.type}: {error}") from error
+
+
+def places(table: pa.Table, column: str, values: Sequence[str]) -> np.ndarray:
+    """[rows] int64: where each row's `column` stands among `values`, -1 if it does not."""
+    found = pc.index_in(table[column], value_set=pa.array(values, pa.string()))
+    return pc.fill_null(found, -1).to_numpy().astype(np.int64)
+
+
+def ordered(table: pa.Table, column: str, values: Sequence[str]) -> pa.Table:
+    """The rows whose `column` is one of `values`, in their order; rows that share one keep theirs."""
+    place = places(table, column, values)
+    order = np.argsort(place, kind="stable")
+    return table.take(order[place[order] >= 0])
+
+
+def padded(table: pa.Table, column: str, width: int, fill: float, dtype: type) -> np.ndarray:
+    """[rows, width]: a column of lists of up to `width` numbers, without a Python object for each; nulls are empty."""
+    lengths = pc.fill_null(pc.list_value_length(table[column]), 0).to_numpy()
+    matrix = np.full((table.num_rows, width), fill, dtype=dtype)
+    matrix[np.arange(width) < lengths[:, None]] = pc.list_flatten(table[column]).to_numpy()
+    return matrix
 
 
 class ShardWriter:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from flows.config import continued_sft
+from flows.config import continued_sft, require_measurable
 from flows.experiment_graph import AnyTarget
 from flows.graph import Node, Pipeline
 from flows.options import RunOptions
@@ -57,6 +57,11 @@ class ArchitecturesConfig(RunOptions):
         for name in self.drafters:
             if ":" in name or "-" in name:
                 raise ValueError(f"drafters.{name}: choose a name without colons and dashes")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_measured_is_there(self) -> ArchitecturesConfig:
+        require_measurable(self.heldout, self.prompts, evaluation=self.evaluation)
         return self
 
 

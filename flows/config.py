@@ -15,11 +15,13 @@ from stages.evaluation import EvaluationConfig
 from stages.logs import LogsConfig
 from stages.mining import MiningConfig
 from stages.opd import OpdConfig
+from stages.prompt_sources import SPLITS
 from stages.prompts import PromptsConfig
 from stages.report import ReportConfig
 from stages.rollout import RolloutConfig
 from stages.sft import SftConfig
 from stages.targets.config import TargetConfig
+from stages.training.config import TrainingConfig
 
 
 class RefreshOptions(Config):
@@ -63,13 +65,18 @@ class RunConfig(RunOptions):
         return self
 
     @model_validator(mode="after")
+    def _what_is_measured_is_there(self) -> RunConfig:
+        require_measurable(self.heldout, self.prompts, evaluation=self.evaluation)
+        return self
+
+    @model_validator(mode="after")
     def _iterations_have_prompts(self) -> RunConfig:
         if self.refresh.iterations == 1 or self.assisted is None or self.logs is not None:
             return self
         if self.assisted.prompts is None:
             raise ValueError("assisted.prompts: say how many an iteration takes, with refresh.iterations above 1")
         needed = self.assisted.skip + self.refresh.iterations * self.assisted.prompts
-        available = sum(getattr(self.prompts, split, 0) for split in self.assisted.splits)
+        available = sum(self.prompts.wanted(split) for split in SPLITS if split in self.assisted.splits)
         if needed > available:
             raise ValueError(
                 f"refresh.iterations: {self.refresh.iterations} iterations need {needed} prompts and section prompts "
@@ -86,7 +93,29 @@ class RunConfig(RunOptions):
         return self
 
 
-_FROM_OPD = ("steps", "sequences_per_step", "anchors_per_sequence", "learning_rate", "warmup_fraction")
+def require_measurable(
+    heldout: RolloutConfig,
+    prompts: PromptsConfig,
+    *,
+    answered: Sequence[str] = ("heldout",),
+    evaluation: EvaluationConfig | None = None,
+) -> None:
+    """What the last stage reads must be made by the first ones: answers to prompts of some splits, and the validation
+    prompts that the block size is chosen on.
+
+    Raises ValueError (for validators of configs).
+    """
+    needed = dict.fromkeys(answered, "heldout.splits")
+    for split in needed:
+        if split not in heldout.splits:
+            raise ValueError(
+                f"heldout.splits: {list(heldout.splits)} lacks {split}, which drafters are measured on: add it"
+            )
+    if evaluation is not None and evaluation.block_sizes:
+        needed["validation"] = "evaluation.block_sizes"
+    for split, reader in needed.items():
+        if split in SPLITS and prompts.wanted(split) == 0:
+            raise ValueError(f"prompts.{split}: {reader} needs prompts of this split: give their number")
 
 
 def control_config(config: RunConfig) -> SftConfig:
@@ -95,8 +124,9 @@ def control_config(config: RunConfig) -> SftConfig:
 
 
 def continued_sft(sft: SftConfig, opd: OpdConfig) -> SftConfig:
-    """Continued SFT with OPD's steps, blocks and learning rate: the fair comparison."""
-    return sft.model_copy(update={name: getattr(opd, name) for name in _FROM_OPD})
+    """SFT continued exactly as OPD trains, but for the anchors and the loss: the fair comparison."""
+    shared = {name: getattr(opd, name) for name in TrainingConfig.model_fields}
+    return sft.model_copy(update={**shared, "init_from": None})  # it starts from the drafter that it is given
 
 
 def assisted_config(config: RunConfig, iteration: int) -> RolloutConfig:

@@ -64,13 +64,15 @@ def kind_of(path: Path | str) -> Any:
 def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     """`base` with the fields of `change`: mappings field by field, everything else replaced.
 
-    A mapping that is given another `kind` is replaced as a whole: the fields of the old kind would not fit the new one.
+    A mapping that is given another `kind`, or a `preset`, is replaced as a whole: fields of the old one would not fit.
     """
     result = dict(base)
     for name, value in change.items():
         known = result.get(name)
-        alike = isinstance(known, dict) and isinstance(value, dict) and value.get("kind") in (None, known.get("kind"))
-        result[name] = merged(known, value) if alike else value  # type: ignore[arg-type]
+        if isinstance(known, dict) and isinstance(value, dict) and "preset" not in value:
+            alike = value.get("kind") in (None, known.get("kind"))
+            value = merged(known, value) if alike else value
+        result[name] = value
     return result
 
 

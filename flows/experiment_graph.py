@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from flows.config import continued_sft, require_measurable
 from flows.config_file import merged
 from flows.graph import Node, Pipeline
 from flows.options import RunOptions
@@ -63,6 +64,12 @@ class ArmConfig(Config):
             raise ValueError("init: random is for stage sft: OPD starts from a drafter that was mined")
         if self.iterations > 1 and self.stage != "opd":
             raise ValueError("iterations are of stage opd: SFT mines nothing")
+        if "steps" in self.change:
+            raise ValueError("change.steps: say it in the arm's budgets, by which results are compared")
+        if "init_from" in self.change or ("drafter" in self.change and self.init == "base"):
+            raise ValueError(
+                "change: the arm starts from the starting drafter; init: random makes one of another shape"
+            )
         return self
 
 
@@ -108,15 +115,16 @@ class ExperimentConfig(RunOptions):
                 raise ValueError(f"arms.{name}.change: {error}") from error
         return self
 
+    @model_validator(mode="after")
+    def _what_is_compared_is_there(self) -> ExperimentConfig:
+        for prompts in (self.prompts, self.fresh_prompts or self.prompts):
+            require_measurable(self.heldout, prompts, answered=self.comparison.splits)
+        return self
+
     def arm_config(self, arm: ArmConfig, steps: int) -> SftConfig | OpdConfig:
-        """The stage's config of an arm: steps, anchors, sequences and learning rate are OPD's for every arm."""
-        if arm.stage == "opd":
-            return OpdConfig.model_validate(merged(self.opd.model_dump() | {"steps": steps}, arm.change))
-        shared = {name: getattr(self.opd, name) for name in _SHARED}
-        return SftConfig.model_validate(merged(self.sft.model_dump() | shared | {"steps": steps}, arm.change))
-
-
-_SHARED = ("sequences_per_step", "anchors_per_sequence", "learning_rate", "warmup_fraction", "head_tokens")
+        """The stage's config of an arm: what SFT and OPD have in common is OPD's for every arm."""
+        config = self.opd if arm.stage == "opd" else continued_sft(self.sft, self.opd)
+        return type(config).model_validate(merged(config.model_dump() | {"steps": steps}, arm.change))
 
 
 def experiment_nodes(config: ExperimentConfig) -> list[Node]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -17,6 +15,9 @@ from stages.measure.parity import MaxParityMismatch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import pyarrow as pa
+
+    from stages.drafters.base import Drafter
     from stages.replay.scoring import StepScores
     from stages.replay.trace import Trace, Trajectory
 
@@ -37,7 +38,7 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
     import torch
 
     from artifacts.atomic import write_text
-    from artifacts.parquet import ShardWriter, read_shards, write_table
+    from artifacts.parquet import ShardWriter, ordered, read_shards, write_table
     from artifacts.schemas import VERIFY_STEPS
     from stages.drafters.checkpoint import drafter_digest, load_drafter
     from stages.replay.chains import replay_chains
@@ -87,16 +88,15 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
         ctx.progress(done, len(trajectories), "trajectories")
         ctx.check_interrupted()
 
-    order = {t.trajectory_id: i for i, t in enumerate(trajectories)}
-    rows = read_shards(ctx.work / "verify_steps", VERIFY_STEPS).to_pylist()
-    rows.sort(key=lambda row: (order[row["trajectory_id"]], row["step"]))
-    write_table(ctx.out / "verify_steps.parquet", VERIFY_STEPS, rows)
-    summary = summarise(rows, target.tokenizer, block_size)
-    summary["evaluated_blocks_per_step"] = sum(evaluated.values()) / len(rows)
+    # long answers have millions of steps: no Python object for each from here on
+    whole = read_shards(ctx.work / "verify_steps", VERIFY_STEPS)
+    table = ordered(whole, "trajectory_id", [t.trajectory_id for t in trajectories])
+    write_table(ctx.out / "verify_steps.parquet", VERIFY_STEPS, table)
+    summary = summarise(table, target.tokenizer, block_size)
+    summary["evaluated_blocks_per_step"] = sum(evaluated.values()) / table.num_rows
     summary["trajectories_too_short"] = stored.too_short
-    summary["parity"] = parity(
-        ctx.inputs["trajectories"], rows, trajectories, drafter_digest(drafter_folder), target.info.dtype, config
-    )
+    drafted_as = {"drafter_digest": drafter_digest(drafter_folder), **config.drafting.model_dump()}
+    summary["parity"] = parity(ctx, table, trajectories, drafter, drafted_as, target.info.dtype, config)
     (ctx.out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     ctx.summary(
         **{k: summary[k] for k in ("tau", "steps", "error_positions", "evaluated_blocks_per_step")},
@@ -133,31 +133,31 @@ def _rows(trajectory: Trajectory, trace: Trace, scores: StepScores) -> list[dict
     return rows
 
 
-def summarise(rows: list[dict[str, Any]], tokenizer: Any, block_size: int) -> dict[str, Any]:
-    """Figures of a trace: sums are divided once, at the end."""
+def summarise(table: pa.Table, tokenizer: Any, block_size: int) -> dict[str, Any]:
+    """Figures of a trace (VERIFY_STEPS): sums are divided once, at the end."""
+    import numpy as np
+
+    from artifacts.parquet import padded
+
     K = block_size - 1
-    accepted, judged = [0] * K, [0] * K
-    histogram = [0] * (K + 1)
-    rejected, pairs = Counter[int](), Counter[tuple[int, int]]()
-    for row in rows:
-        histogram[row["accepted"]] += 1
-        inside = sum(not math.isnan(value) for value in row["target_logprobs"])  # the rest lies beyond the end
-        for k in range(inside):
-            judged[k] += 1
-            accepted[k] += row["accepted"] > k
-        if row["rejected_offset"]:
-            proposal = row["proposed_ids"][row["rejected_offset"] - 1]
-            rejected[proposal] += 1
-            pairs[proposal, row["committed_id"]] += 1
-    steps = len(rows)
+    accepted = table["accepted"].to_numpy()
+    judged = ~np.isnan(padded(table, "target_logprobs", K, np.nan, np.float32))  # the rest lies beyond the end
+    kept = judged & (np.arange(K) < accepted[:, None])
+    wrong = np.flatnonzero(table["rejected_offset"].to_numpy())
+    proposed = padded(table, "proposed_ids", K, -1, np.int64)[wrong, accepted[wrong]]  # behind what was accepted
+    corrected = table["committed_id"].to_numpy()[wrong]
+    rejected = Counter[int](proposed.tolist())
+    pairs = Counter[tuple[int, int]](zip(proposed.tolist(), corrected.tolist(), strict=True))
     return {
         "definition_of_tau": "committed tokens per verify step, the target's own token included (+1)",
-        "tau": sum(row["committed"] for row in rows) / steps,
-        "steps": steps,
-        "error_positions": sum(rejected.values()),
+        "tau": int(table["committed"].to_numpy().sum()) / table.num_rows,
+        "steps": table.num_rows,
+        "error_positions": len(wrong),
         "block_size": block_size,
-        "acceptance_by_offset": [a / j if j else None for a, j in zip(accepted, judged, strict=True)],
-        "accepted_histogram": histogram,
+        "acceptance_by_offset": [
+            a / j if j else None for a, j in zip(kept.sum(0).tolist(), judged.sum(0).tolist(), strict=True)
+        ],
+        "accepted_histogram": np.bincount(accepted, minlength=K + 1).tolist(),
         "most_rejected": [
             {"token": tokenizer.decode([token]), "id": token, "count": count}
             for token, count in rejected.most_common(20)
@@ -170,42 +170,64 @@ def summarise(rows: list[dict[str, Any]], tokenizer: Any, block_size: int) -> di
 
 
 def parity(
-    folder: Path,
-    rows: list[dict[str, Any]],
+    ctx: StageContext,
+    table: pa.Table,
     trajectories: Sequence[Trajectory],
-    digest: str,
+    drafter: Drafter,
+    drafted_as: dict[str, Any],
     dtype: str,
     config: MiningConfig,
 ) -> dict[str, Any] | None:
     """Compare what the engine recorded while it served with replay: its steps, and how many it counted.
 
-    folder: the rollout's artifact; dtype: of this replay. None unless the same drafter served with the same settings.
-    Raises DraftsmithError if they differ in more steps than allowed: the drafter that was served is then not this one.
+    table: VERIFY_STEPS; drafted_as: the drafter's digest and how it drafts here; dtype: of this replay. None unless the
+    same drafter served with the same settings. Raises DraftsmithError if they differ in more steps than allowed: the
+    drafter that was served is then not this one.
     """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     from artifacts.parquet import read_table
     from artifacts.schemas import TIMINGS, TRACE
     from stages.measure.parity import Gate, check_steps, check_tau
 
+    folder = ctx.inputs["trajectories"]
     path = folder / "trace.json"
     if not path.exists():
         return None
-    served = json.loads(path.read_text())
-    same = {"drafter_digest": digest, **config.drafting.model_dump()}
-    if {name: served.get(name) for name in same} != same:
+    told = json.loads(path.read_text())
+    served_as = {name: told.get(name) for name in drafted_as}
+    for settings in (served_as, drafted_as):
+        settings["block_size"] = settings["block_size"] or drafter.block_size  # left out: as it was trained
+    if served_as != drafted_as:
+        if served_as["drafter_digest"] == drafted_as["drafter_digest"]:
+            ctx.log(
+                "served steps are not compared with replay: the rollout drafted with other settings "
+                f"({_drafting(served_as)}) than section mining ({_drafting(drafted_as)})"
+            )
         return None
     gate = Gate(
         "mining",
-        float32=served.get("dtype") == dtype == "float32",
-        greedy=served.get("temperature") == 0,
+        float32=told.get("dtype") == dtype == "float32",
+        greedy=told.get("temperature") == 0,
         allowed=config.max_parity_mismatch,
     )
     known = {t.trajectory_id: t.response_length for t in trajectories}
-    trace = [row for row in read_table(folder / "trace.parquet", TRACE).to_pylist() if row["trajectory_id"] in known]
-    figures = check_steps(gate, trace, rows) if trace else {}
-    timings = read_table(folder / "timings.parquet", TIMINGS, ["trajectory_id", "verify_steps"]).to_pylist()
-    counted = sum(row["verify_steps"] for row in timings if row["trajectory_id"] in known)
+    trace, timings = (
+        rows.filter(pc.is_in(rows["trajectory_id"], value_set=pa.array(list(known), pa.string())))
+        for rows in (
+            read_table(folder / "trace.parquet", TRACE),
+            read_table(folder / "timings.parquet", TIMINGS, ["trajectory_id", "verify_steps"]),
+        )
+    )
+    figures = check_steps(gate, trace, table) if trace.num_rows else {}
+    counted = int(timings["verify_steps"].to_numpy().sum())
     # the prefill's token is committed before any verify step
-    return figures | check_tau(gate, sum(known.values()) - len(known), counted, len(rows))
+    return figures | check_tau(gate, sum(known.values()) - len(known), counted, table.num_rows)
+
+
+def _drafting(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {settings[name]}" for name in DraftingConfig.model_fields)
 
 
 STAGE = Stage(name="mining", config=MiningConfig, inputs=("target", "drafter", "trajectories"), run=run)

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,8 @@ from stages.drafters.config import DraftingConfig
 from stages.engines.config import EmbeddedEngineConfig, EngineConfig, SamplingConfig, SGLangEngineConfig
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from artifacts.parquet import ShardWriter
     from stages.engines.base import Completion
     from stages.stored import Prompt
@@ -55,6 +57,9 @@ def preflight(config: RolloutConfig, target: Path) -> None:
 
 def run(ctx: StageContext, config: RolloutConfig) -> None:
     """Answer the prompts that have no answer yet; write shards; put them together in prompt order."""
+    import numpy as np
+    import pyarrow.compute as pc
+
     from artifacts.errors import DraftsmithError
     from artifacts.parquet import ShardWriter, read_shards, write_table
     from artifacts.schemas import TIMINGS, TRACE, TRAJECTORIES
@@ -116,12 +121,11 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
                 _write(shards, buffer, prompt_of, engine.name)
         ctx.summary(tokens_per_s=tokens / (time.perf_counter() - started))
 
-    order = {request.request_id: i for i, request in enumerate(wanted)}
     tables = {}
     for name, schema in schemas.items():
-        tables[name] = rows = _latest(read_shards(ctx.work / name, schema).to_pylist(), order)
+        tables[name] = _latest(read_shards(ctx.work / name, schema), [request.request_id for request in wanted])
         if name != "trace" or drafter_folder:
-            write_table(ctx.out / f"{name}.parquet", schema, rows)
+            write_table(ctx.out / f"{name}.parquet", schema, tables[name])
     if drafter_folder:
         served = {
             "drafter_digest": drafter_digest(drafter_folder),
@@ -131,13 +135,13 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
             "temperature": params.temperature,
         }
         (ctx.out / "trace.json").write_text(json.dumps(served, indent=2, sort_keys=True) + "\n")
-    lengths = [len(row["response_ids"]) for row in tables["trajectories"]]
-    steps = sum(row["verify_steps"] for row in tables["timings"])
+    lengths = pc.list_value_length(tables["trajectories"]["response_ids"]).to_numpy()
+    steps = int(tables["timings"]["verify_steps"].to_numpy().sum())
     ctx.summary(
         answers=len(lengths),
-        response_tokens=sum(lengths),
-        stopped_share=sum(row["finish_reason"] == "stop" for row in tables["trajectories"]) / len(lengths),
-        **({"tau": (sum(lengths) - len(lengths)) / steps} if steps else {}),
+        response_tokens=int(lengths.sum()),
+        stopped_share=float(np.mean(pc.equal(tables["trajectories"]["finish_reason"], "stop").to_numpy())),
+        **({"tau": float(lengths.sum() - len(lengths)) / steps} if steps else {}),
     )
 
 
@@ -156,14 +160,18 @@ def _complete_answers(work: Path, with_trace: bool) -> set[str]:
     return {answer for answer in answers if recorded[answer] >= steps[answer]}
 
 
-def _latest(rows: list[dict[str, Any]], order: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Rows in the order of the requests; what a killed attempt wrote in part is replaced by its repetition."""
-    by_answer: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        if row.get("step", 0) == 0:
-            by_answer[row["trajectory_id"]] = []
-        by_answer[row["trajectory_id"]].append(row)
-    return [row for answer in sorted(by_answer, key=order.__getitem__) for row in by_answer[answer]]
+def _latest(rows: pa.Table, answers: list[str]) -> pa.Table:
+    """Rows in the order of the answers; what a killed attempt wrote in part is replaced by its repetition."""
+    import numpy as np
+    import pyarrow as pa
+
+    from artifacts.parquet import ordered, places
+
+    begins = rows["step"].to_numpy() == 0 if "step" in rows.column_names else np.ones(rows.num_rows, dtype=bool)
+    attempt, answer = np.cumsum(begins), places(rows, "trajectory_id", answers)
+    last = np.zeros(len(answers), dtype=attempt.dtype)
+    np.maximum.at(last, answer, attempt)
+    return ordered(rows.filter(pa.array(attempt == last[answer])), "trajectory_id", answers)
 
 
 def _write(

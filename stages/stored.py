@@ -27,12 +27,18 @@ class StoredTrajectories:
 def load_trajectories(folder: Path, splits: Collection[str] | None = None) -> StoredTrajectories:
     """trajectories.parquet of an artifact, restricted to some splits.
 
-    Raises DraftsmithError if nothing usable is left or temperatures are mixed.
+    Raises DraftsmithError if nothing of these splits, nothing usable, or a mix of temperatures is there.
     """
     path = folder / "trajectories.parquet"
     rows = read_table(path, TRAJECTORIES).to_pylist()
     if splits is not None:
+        there = sorted({row["split"] for row in rows})
         rows = [row for row in rows if row["split"] in splits]
+        if not rows:
+            raise DraftsmithError(
+                f"{path}: no answer of split {' or '.join(splits)}, only of {', '.join(there)}; change fields "
+                "splits and prompts of the section that made it"
+            )
     usable = [row for row in rows if len(row["response_ids"]) >= 2]
     if not usable:
         raise DraftsmithError(f"{path}: no answer of two or more tokens; check the prompts and max_new_tokens")

@@ -6,10 +6,8 @@ answers, because verification is lossless: only the steps tell.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -31,8 +29,9 @@ MaxParityMismatch = Annotated[
 LOGPROB_TOLERANCE = 1e-3  # float32: kernels of other shapes differ by about 1e-5
 CERTAIN = 10  # proposals that replay accepts: an engine that accepted none of so many has not used this drafter
 
-# A row of TRACE or VERIFY_STEPS: trajectory_id, anchor, accepted, proposed_ids, target_logprobs.
-Step = Mapping[str, Any]
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
 
 
 @dataclass(frozen=True)
@@ -70,23 +69,28 @@ def served_dtype(engine: EmbeddedEngineConfig | SGLangEngineConfig, target_dtype
     return target_dtype
 
 
-def check_steps(gate: Gate, served: Iterable[Step], replayed: Iterable[Step]) -> dict[str, Any]:
+def check_steps(gate: Gate, served: pa.Table, replayed: pa.Table) -> dict[str, Any]:
     """Compare recorded with replayed steps on the trajectories that have recorded ones.
 
-    A step differs if the other side has no step at its anchor, or one with other proposals or another length.
-    Raises DraftsmithError if too many differ, or float32 log-probs of the target are apart.
+    served, replayed: tables with the columns of TRACE. A step differs if the other side has no step at its anchor, or
+    one with other proposals or another length. Raises DraftsmithError if too many differ, or float32 log-probs of the
+    target are apart.
     """
-    recorded = {(step["trajectory_id"], step["anchor"]): step for step in served}
-    known = {trajectory for trajectory, _ in recorded}
-    expected = {(s["trajectory_id"], s["anchor"]): s for s in replayed if s["trajectory_id"] in known}
-    equal = [key for key, step in recorded.items() if key in expected and _same(step, expected[key])]
-    total = max(len(recorded), len(expected))
-    different = total - len(equal)
+    import numpy as np
+
+    from artifacts.parquet import ordered
+
+    known = served["trajectory_id"].unique().to_pylist()
+    replayed = ordered(replayed, "trajectory_id", known)
+    _, in_served, in_replayed = np.intersect1d(_keys(served, known), _keys(replayed, known), return_indices=True)
+    equal = _same(served.take(in_served), replayed.take(in_replayed))
+    total = max(served.num_rows, replayed.num_rows)
+    different = total - int(equal.sum())
     share = different / total if total else 0.0
     if share > gate.limit:
         raise gate.refuse(f"{different} of {total} verify steps served by the engine differ from replay", share)
-    figures = {"served_steps": len(recorded), "different_steps": different, "mismatch_share": share}
-    apart = _largest_difference((recorded[key], expected[key]) for key in equal)
+    figures = {"served_steps": served.num_rows, "different_steps": different, "mismatch_share": share}
+    apart = _largest_difference(served.take(in_served[equal]), replayed.take(in_replayed[equal]))
     if apart is not None:
         figures["largest_logprob_difference"] = apart
         if gate.float32 and gate.allowed < 1 and not apart <= LOGPROB_TOLERANCE:
@@ -113,17 +117,40 @@ def check_tau(gate: Gate, committed: int, served_steps: int, replayed_steps: int
     return {"served_tau": served_tau, "replayed_tau": replayed_tau, "tau_difference": apart}
 
 
-def _same(a: Step, b: Step) -> bool:
-    return bool(a["accepted"] == b["accepted"] and list(a["proposed_ids"]) == list(b["proposed_ids"]))
+def _keys(table: pa.Table, trajectories: list[str]) -> np.ndarray:
+    """[rows] int64: one number a (trajectory, anchor)."""
+    import numpy as np
+
+    from artifacts.parquet import places
+
+    return (places(table, "trajectory_id", trajectories) << 32) + table["anchor"].to_numpy().astype(np.int64)
 
 
-def _largest_difference(pairs: Iterable[tuple[Step, Step]]) -> float | None:
-    """Of the target's log-probs where both sides have them."""
-    largest = None
-    for served, replayed in pairs:
-        if served.get("target_logprobs") is None or replayed.get("target_logprobs") is None:
-            continue
-        for a, b in zip(served["target_logprobs"], replayed["target_logprobs"], strict=False):
-            if not math.isnan(b):  # beyond the end of the answer replay has none
-                largest = max(largest or 0.0, math.inf if math.isnan(a) else abs(a - b))
-    return largest
+def _same(a: pa.Table, b: pa.Table) -> np.ndarray:
+    """[rows] bool: as many accepted of the same proposals."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    from artifacts.parquet import padded
+
+    longest = max((pc.max(pc.list_value_length(t["proposed_ids"])).as_py() or 0 for t in (a, b)), default=0)
+    proposed = [padded(table, "proposed_ids", longest, -1, np.int64) for table in (a, b)]
+    equal: np.ndarray = (proposed[0] == proposed[1]).all(1) & (a["accepted"].to_numpy() == b["accepted"].to_numpy())
+    return equal
+
+
+def _largest_difference(served: pa.Table, replayed: pa.Table) -> float | None:
+    """Of the target's log-probs where both sides have them; both have the same proposals."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    from artifacts.parquet import padded
+
+    both = pc.and_(pc.is_valid(served["target_logprobs"]), pc.is_valid(replayed["target_logprobs"]))
+    tables = served.filter(both), replayed.filter(both)
+    longest = pc.max(pc.list_value_length(tables[1]["target_logprobs"])).as_py() or 0
+    a, b = (padded(table, "target_logprobs", longest, np.nan, np.float64) for table in tables)
+    judged = ~np.isnan(b)  # beyond the end of the answer replay has none
+    if not judged.any():
+        return None
+    return float(np.nan_to_num(np.abs(a - b)[judged], nan=np.inf).max())

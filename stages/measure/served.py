@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from artifacts.parquet import read_table, write_table
+from artifacts.parquet import read_table, to_table, write_table
 from artifacts.schemas import REQUESTS, TRACE
 from stages.contract import StageContext
 from stages.drafters.config import DraftingConfig
@@ -214,7 +214,7 @@ def _check_parity(served: Served, block_size: int, heldout: Sequence[Prompt]) ->
     for arm, checkpoint in served.drafters.items():
         folder = served.ctx.work / "traced"
         answers = read_table(folder / f"{arm}-answers.parquet", REQUESTS).to_pylist()
-        steps = read_table(folder / f"{arm}-steps.parquet", TRACE).to_pylist()
+        steps = read_table(folder / f"{arm}-steps.parquet", TRACE)
         answers = [answer for answer in answers if answer["tokens"] >= 2]  # in shorter ones nothing is drafted
         if not answers:
             continue
@@ -228,11 +228,16 @@ def _check_parity(served: Served, block_size: int, heldout: Sequence[Prompt]) ->
             served.ctx, target, drafter, trajectories, drafting, config.chains, config.tokens_per_target_forward
         )[arm]
         replayed = [
-            {"trajectory_id": t.trajectory_id, "anchor": anchor, "accepted": accepted, "proposed_ids": proposed}
+            {
+                "trajectory_id": t.trajectory_id,
+                "step": s,
+                "anchor": anchor,
+                "accepted": int(trace.accepted[s]),
+                "proposed_ids": trace.proposed[s].tolist(),
+                "target_logprobs": None,
+            }
             for t, trace in zip(trajectories, found, strict=True)
-            for anchor, accepted, proposed in zip(
-                trace.anchors.tolist(), trace.accepted.tolist(), trace.proposed.tolist(), strict=True
-            )
+            for s, anchor in enumerate(trace.anchors.tolist())
         ]
         gate = Gate(
             "evaluation",
@@ -241,7 +246,7 @@ def _check_parity(served: Served, block_size: int, heldout: Sequence[Prompt]) ->
             allowed=config.max_parity_mismatch,
             subject=f"drafter {arm}: ",
         )
-        parity[arm] = check_steps(gate, steps, replayed) if steps else {}
+        parity[arm] = check_steps(gate, steps, to_table(TRACE, replayed)) if steps.num_rows else {}
         committed = sum(answer["tokens"] - 1 for answer in answers)
         parity[arm] |= check_tau(gate, committed, sum(a["verify_steps"] for a in answers), len(replayed))
     del target

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, field_validator
 
+from artifacts.errors import DraftsmithError
 from stages.contract import Config
 from stages.procedural.text import EASY, FAMILIES, REVISION_2, Example, examples
 
@@ -128,6 +129,8 @@ def _packed_rows(
         documents.append([(token, -100) for token in prompt] + [(token, token) for token in answer])
     order = random.Random(config.seed)
     rows: list[list[tuple[int, int]]] = []
+    if sum(map(len, documents)) <= config.row_tokens:
+        raise DraftsmithError(f"documents: {len(documents)} fill no row of {config.row_tokens} tokens; raise documents")
     while len(rows) < config.steps * config.rows_per_step:
         order.shuffle(documents)
         row: list[tuple[int, int]] = []
@@ -137,7 +140,10 @@ def _packed_rows(
                 rows.append(row[: config.row_tokens + 1])
                 row = []
     pairs = torch.tensor(rows[: config.steps * config.rows_per_step])  # [rows, row_tokens + 1, 2]
-    return pairs[:, :-1, 0].contiguous(), pairs[:, 1:, 1].contiguous()
+    ids, labels = pairs[:, :-1, 0].contiguous(), pairs[:, 1:, 1].contiguous()
+    if (labels == -100).view(config.steps, -1).all(1).any():
+        raise DraftsmithError(f"row_tokens: rows of {config.row_tokens} tokens end within the prompt; raise row_tokens")
+    return ids, labels
 
 
 def new_model(shape: ShapeConfig, tokenizer: Any, seed: int) -> Any:
@@ -174,7 +180,8 @@ def train_target(
 ) -> float:
     """Train a target, a new one or on from `parent` (whose shape and tokenizer it keeps), and save it in `folder`.
 
-    `on_step(steps done, loss)` is called after every step. Returns the last loss, in nats.
+    `on_step(steps done, loss)` is called after every step. Returns the last loss, in nats. Raises DraftsmithError if
+    the rows teach nothing.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 

@@ -44,7 +44,7 @@ def train(
     """Run or continue `config.steps` steps on float32 weights in place. Returns additive totals.
 
     `loss_of_step(step)` must depend on nothing but the step, the weights and `memory`, which only it may change.
-    Checkpoints, the memory in them, go to `ctx.work`. Raises DraftsmithError if the loss is not finite.
+    Checkpoints, the memory in them, go to `ctx.work`. Raises DraftsmithError if the loss or its gradient is not finite.
     """
     optimiser = torch.optim.AdamW(
         drafter.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
@@ -54,7 +54,7 @@ def train(
     first, totals = state["step"], state["totals"]
     if first:
         ctx.log(f"continuing from the checkpoint at step {first} of {config.steps}")
-        ctx.rewind_metrics(first)
+    ctx.rewind_metrics(first)  # an attempt that was killed wrote beyond its checkpoint, or never reached one
     drafter.train()
     device_type = next(drafter.parameters()).device.type
     for step in range(first, config.steps):
@@ -65,10 +65,10 @@ def train(
             report = loss_of_step(step)
         before_backward = time.perf_counter()
         loss = float(report.loss.detach())
-        if not math.isfinite(loss):
-            raise DraftsmithError(f"training: the loss is {loss} at step {step}; lower learning_rate, then run again")
+        _must_be_finite("loss", loss, step)
         report.loss.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(drafter.parameters(), config.clip_norm))
+        _must_be_finite("gradient's norm", norm, step)  # before it reaches weights and checkpoint
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         done = time.perf_counter()
@@ -86,6 +86,11 @@ def train(
             ctx.check_interrupted()
     drafter.eval()
     return totals
+
+
+def _must_be_finite(what: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise DraftsmithError(f"training: the {what} is {value} at step {step}; lower learning_rate, then run again")
 
 
 def _add(totals: dict[str, float], **values: float) -> None:

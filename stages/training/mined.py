@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 
 from artifacts.errors import DraftsmithError
-from artifacts.parquet import read_table
+from artifacts.parquet import ordered, padded, places, read_table
 from artifacts.schemas import VERIFY_STEPS
 from stages.replay.trace import Trajectory
 from stages.training.anchors import Draw, pad_anchors
@@ -90,32 +91,29 @@ def load_mined(folder: Path, trajectories: Sequence[Trajectory], block_size: int
     Raises DraftsmithError if a trajectory was not mined, or the table's proposals are longer than the drafter's block.
     """
     path = folder / "verify_steps.parquet"
-    table = read_table(path, VERIFY_STEPS).to_pandas()
+    wanted = [trajectory.trajectory_id for trajectory in trajectories]
+    table = ordered(read_table(path, VERIFY_STEPS, _COLUMNS), "trajectory_id", wanted)
+    place = places(table, "trajectory_id", wanted)
+    bounds = np.searchsorted(place, np.arange(len(wanted) + 1))
+    for trajectory, count in zip(wanted, np.diff(bounds).tolist(), strict=True):
+        if count == 0:
+            raise DraftsmithError(f"{path}: trajectory {trajectory} was not mined; rerun stage 'mining'")
     K = block_size - 1
-    longest = int(table["proposed_ids"].str.len().max())
+    longest = int(pc.max(pc.list_value_length(table["proposed_ids"])).as_py())
     if longest > K:
         raise DraftsmithError(
             f"{path}: blocks of {longest + 1} tokens, the drafter was trained on {block_size}; mine again"
         )
-    groups = dict(list(table.groupby("trajectory_id", sort=False)))
-    steps = []
-    for trajectory in trajectories:
-        rows = groups.get(trajectory.trajectory_id)
-        if rows is None:
-            raise DraftsmithError(f"{path}: trajectory {trajectory.trajectory_id} was not mined; rerun stage 'mining'")
-        steps.append(
-            TrajectorySteps(
-                rows["anchor"].to_numpy(np.int64),
-                rows["accepted"].to_numpy(np.int64),
-                rows["committed"].to_numpy(np.int64),
-                rows["rejected_offset"].to_numpy(np.int64),
-                _stack(rows["proposed_ids"], K, 0, np.int64),
-                _stack(rows["target_logprobs"], K, np.nan, np.float32),
-            )
-        )
-    return MinedTable(steps, longest)
+    numbers = [
+        table[name].to_numpy().astype(np.int64) for name in ("anchor", "accepted", "committed", "rejected_offset")
+    ]
+    # a smaller mined block is padded to the trained one
+    proposed = padded(table, "proposed_ids", K, 0, np.int64)
+    logprobs = padded(table, "target_logprobs", K, np.nan, np.float32)
+    of_all = zip(*(np.split(column, bounds[1:-1]) for column in (*numbers, proposed, logprobs)), strict=True)
+    return MinedTable([TrajectorySteps(*columns) for columns in of_all], longest)
 
 
-def _stack(lists: Sequence[np.ndarray], width: int, fill: float, dtype: type) -> np.ndarray:
-    """Lists of a smaller mined block padded to the trained block."""
-    return np.stack([np.pad(np.asarray(x, dtype=dtype), (0, width - len(x)), constant_values=fill) for x in lists])
+_COLUMNS = [
+    "trajectory_id", "anchor", "accepted", "committed", "rejected_offset", "proposed_ids", "target_logprobs",
+]  # fmt: skip

@@ -13,7 +13,7 @@ import pytest
 
 from artifacts import schemas
 from artifacts.errors import DraftsmithError
-from artifacts.parquet import ShardWriter, read_shards, read_table, to_table, write_table
+from artifacts.parquet import ShardWriter, ordered, padded, places, read_shards, read_table, to_table, write_table
 from artifacts.schemas import PROMPTS, REQUESTS, TRACE, VERIFY_STEPS, TableSchema
 
 
@@ -183,3 +183,24 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: Path) -> None:
         write_table(tmp_path / "t.parquet", TRACE, [trace_row(step="x")])
     assert read_table(tmp_path / "t.parquet", TRACE, ["step"]).to_pydict() == {"step": [0]}
     assert [path.name for path in tmp_path.iterdir()] == ["t.parquet"]
+
+
+def test_rows_are_ordered_by_a_list_of_values_and_keep_their_own_order() -> None:
+    rows = [trace_row(step, trajectory_id=name) for step in range(3) for name in "bac"]
+    table = pa.concat_tables([to_table(TRACE, rows[:4]), to_table(TRACE, rows[4:])])  # shards are chunks
+    assert places(table, "trajectory_id", ["c", "b"]).tolist() == [1, -1, 0] * 3
+    found = ordered(table, "trajectory_id", ["c", "b", "absent"])
+    assert found["trajectory_id"].to_pylist() == ["c"] * 3 + ["b"] * 3
+    assert found["step"].to_pylist() == [0, 1, 2] * 2
+    assert ordered(TRACE.with_metadata.empty_table(), "trajectory_id", ["a"]).num_rows == 0
+
+
+def test_lists_are_padded_as_they_would_be_one_by_one() -> None:
+    lists: list[list[float] | None] = [[-1.0, -2.0], None, [], [-3.0, -4.0, -5.0]]
+    rows = [trace_row(target_logprobs=each) for each in lists]
+    table = pa.concat_tables([to_table(TRACE, rows[:1]), to_table(TRACE, rows[1:])])
+    expected = [[*(each or []), *[7.0] * (4 - len(each or []))] for each in lists]
+    assert padded(table, "target_logprobs", 4, 7.0, np.float32).tolist() == expected
+    assert padded(table.slice(2), "target_logprobs", 4, 7.0, np.float32).tolist() == expected[2:]
+    with pytest.raises(ValueError):
+        padded(table, "target_logprobs", 2, 7.0, np.float32)

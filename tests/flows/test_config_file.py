@@ -137,6 +137,7 @@ def test_a_mapping_of_another_kind_is_replaced() -> None:
     }
     assert merged(base, {"weights": {"kind": "power", "gamma": 2}})["weights"] == base["weights"] | {"gamma": 2}
     assert merged(base, {"weights": {"kind": "uniform"}})["weights"] == {"kind": "uniform"}
+    assert merged(base, {"weights": {"preset": "paper"}})["weights"] == {"preset": "paper"}
 
 
 def test_a_file_extends_another_field_by_field(tmp_path: Path) -> None:

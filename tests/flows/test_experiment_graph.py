@@ -12,6 +12,7 @@ from flows.experiment_graph import EXPERIMENT, ExperimentConfig, experiment_node
 from flows.graph import in_order, key_of, seed_of
 from stages.opd import OpdConfig
 from stages.sft import SftConfig
+from stages.training.config import TrainingConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "experiments"
 RUNNABLE = sorted(path for path in CONFIGS.glob("*.yaml") if "arms:" in path.read_text())
@@ -44,11 +45,31 @@ def test_every_arm_is_trained_for_every_budget_and_seed() -> None:
 
 
 def test_arms_train_equal_positions_with_equal_learning_rates() -> None:
-    config = load("plateau-greedy", "opd.learning_rate=7e-4", "opd.anchors_per_sequence=5")
+    changed = ["opd.learning_rate=7e-4", "opd.anchors_per_sequence=5", "opd.spacing=random", "opd.clip_norm=0.5"]
+    config = load("plateau-greedy", *changed)
     made = [config.arm_config(arm, 30) for arm in config.arms.values()]
     assert {type(each) for each in made} == {SftConfig, OpdConfig}
-    for name in ("steps", "learning_rate", "sequences_per_step", "anchors_per_sequence", "warmup_fraction"):
+    for name in TrainingConfig.model_fields:
         assert len({getattr(each, name) for each in made}) == 1, name
+
+
+def test_an_arm_from_scratch_starts_from_no_checkpoint_and_may_have_another_shape() -> None:
+    scratch = "arms.scratch={stage: sft, init: random, change: {drafter: {num_layers: 2}}}"
+    config = load("plateau-greedy", "sft.init_from=some/drafter", scratch)
+    nodes = {node.name: node for node in experiment_nodes(config)}
+    made = nodes["scratch-400-s0"].config
+    assert isinstance(made, SftConfig) and made.init_from is None
+    assert made.drafter.model_dump() == config.sft.drafter.model_dump() | {"num_layers": 2}
+    assert "drafter" not in nodes["scratch-400-s0"].inputs
+
+
+def test_a_preset_takes_the_place_of_the_loss_that_all_arms_share() -> None:
+    as_text, in_parts = (
+        load("plateau-greedy", f"arms.opd.change={{loss: {loss}}}") for loss in ("paper", "{preset: paper}")
+    )
+    made = [config.arm_config(config.arms["opd"], 30) for config in (as_text, in_parts)]
+    assert made[0] == made[1]
+    assert isinstance(made[0], OpdConfig) and made[0].loss.rejected.loss == "k3"
 
 
 def test_an_arm_changes_nested_fields_only_where_it_says_so() -> None:
@@ -104,6 +125,11 @@ def test_a_seed_of_a_node_is_part_of_its_key() -> None:
         ("target.families=[poem]", "no family poem"),
         ("arms.opd.init=random", "init: random is for stage sft"),
         ("arms.sft.iterations=2", "iterations are of stage opd"),
+        ("arms.sft.change={steps: 7}", "change.steps: say it in the arm's budgets"),
+        ("arms.sft.change={drafter: {num_layers: 3}}", "the arm starts from the starting drafter"),
+        ("arms.sft.change={init_from: some/drafter}", "the arm starts from the starting drafter"),
+        ("heldout.splits=[heldout]", "heldout.splits: ['heldout'] lacks validation"),
+        ("prompts.validation=0", "prompts.validation: heldout.splits needs prompts of this split"),
         ("arms.opd.iterations=1000", "steps cannot be trained in 1000 iterations"),
     ],
 )

@@ -200,7 +200,7 @@ def test_wrong_settings_are_refused(config: dict[str, Any], said: str) -> None:
 
 def test_what_is_missing_is_said(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
     ctx = RecordingContext.under(tmp_path, {**inputs(tiny_drafter), "trajectories": tiny_drafter.rollout})
-    with pytest.raises(DraftsmithError, match="no answer of two or more tokens"):
+    with pytest.raises(DraftsmithError, match="no answer of split heldout, only of train"):
         STAGE.run(ctx, EvaluationConfig.model_validate(CONFIG))
     longest = {**CONFIG, "sampling": {"max_new_tokens": 1020}}  # fits alone, but not behind a prompt
     with pytest.raises(DraftsmithError, match="the longest prompt and 1020 new tokens need"):

@@ -271,8 +271,19 @@ def test_without_a_trace_the_counted_steps_are_compared(
         mine(tmp_path / "none", tiny_drafter, retold([], steps=lambda _: 0, dtype="bfloat16"))
 
 
+def test_the_trained_block_size_may_be_written_out_on_one_side(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, retold: Callable[..., Path]
+) -> None:
+    ctx = mine(tmp_path, tiny_drafter, assisted, drafting={"block_size": 8})
+    assert summary(ctx)["parity"]["different_steps"] == 0
+    trace = read_table(assisted / "trace.parquet", TRACE).to_pylist()
+    ctx = mine(tmp_path / "other", tiny_drafter, retold(trace, block_size=8))
+    assert summary(ctx)["parity"]["different_steps"] == 0
+
+
 def test_other_drafting_settings_have_no_parity(tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path) -> None:
     ctx = mine(tmp_path, tiny_drafter, assisted, drafting={"block_size": 4})
     assert summary(ctx)["parity"] is None
+    assert any("drafted with other settings (block_size 8, head_tokens None)" in line for line in ctx.logs)
     assert summary(ctx)["block_size"] == 4
     assert {len(row["proposed_ids"]) for row in table(ctx)} == {3}

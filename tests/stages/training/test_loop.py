@@ -42,6 +42,33 @@ def test_a_loss_that_is_not_finite_is_one_clear_error(tmp_path: Path, plain_targ
         train(RecordingContext.under(tmp_path), drafter, OptimiserConfig(steps=5), loss_of_step)
 
 
+def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_checkpoint(
+    tmp_path: Path, plain_target: Target
+) -> None:
+    drafter = random_target.random_drafter(plain_target)
+    context = RecordingContext.under(tmp_path)
+    weight = next(drafter.parameters())
+
+    def loss_of_step(step: int) -> LossReport:
+        # sqrt has an infinite slope at 0: the loss is finite, its gradient is not
+        return LossReport((weight - weight.detach()).abs().sum().sqrt() if step == 1 else weight.sum(), 1, 1)
+
+    with pytest.raises(DraftsmithError, match=r"gradient's norm is (nan|inf) at step 1; lower learning_rate"):
+        train(context, drafter, OptimiserConfig(steps=2, compute_dtype="float32"), loss_of_step)
+    assert all(parameter.isfinite().all() for parameter in drafter.parameters())
+    assert not (context.work / "checkpoint.pt").exists()
+
+
+def test_metrics_of_an_attempt_that_reached_no_checkpoint_are_not_kept(tmp_path: Path, plain_target: Target) -> None:
+    drafter = random_target.random_drafter(plain_target)
+    context = RecordingContext.under(tmp_path)
+    context.metrics(0, loss=9.0)
+    context.metrics(1, loss=9.0)
+    train(context, drafter, OptimiserConfig(steps=2), lambda _: LossReport(next(drafter.parameters()).sum(), 1, 1))
+    assert [step for step, _ in context.measured] == [0, 1]
+    assert all(values["loss"] != 9.0 for _, values in context.measured)
+
+
 def test_a_truncated_training_checkpoint_is_one_clear_error(tmp_path: Path, plain_target: Target) -> None:
     drafter = random_target.random_drafter(plain_target)
     context = RecordingContext.under(tmp_path)

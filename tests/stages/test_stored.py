@@ -1,0 +1,43 @@
+"""Stored trajectories: which are usable, and what is said if none is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from artifacts.errors import DraftsmithError
+from artifacts.parquet import write_table
+from artifacts.schemas import TRAJECTORIES
+from stages.stored import load_trajectories
+
+
+def write(folder: Path, *changes: dict[str, Any]) -> Path:
+    row: dict[str, Any] = {
+        "trajectory_id": "p/0", "prompt_id": "p", "split": "train", "sample": 0, "prompt_ids": [1, 2],
+        "response_ids": [3, 4, 5], "finish_reason": "stop", "temperature": 0.0, "top_p": 1.0, "seed": 0, "engine": "e",
+    }  # fmt: skip
+    rows = [row | {"trajectory_id": f"p/{i}"} | change for i, change in enumerate(changes)]
+    write_table(folder / "trajectories.parquet", TRAJECTORIES, rows)
+    return folder
+
+
+def test_answers_of_one_token_are_counted_and_left_out(tmp_path: Path) -> None:
+    found = load_trajectories(write(tmp_path, {}, {"response_ids": [3]}, {"split": "heldout"}), ["train"])
+    assert [t.trajectory_id for t in found.trajectories] == ["p/0"]
+    assert found.trajectories[0].tokens == [1, 2, 3, 4, 5]
+    assert found.too_short == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([{}, {"split": "validation"}], "no answer of split heldout, only of train, validation; change fields"),
+        ([{"split": "heldout", "response_ids": [3]}], "no answer of two or more tokens"),
+        ([{"split": "heldout"}, {"split": "heldout", "temperature": 1.0}], r"temperatures \[0.0, 1.0\] are mixed"),
+    ],
+)
+def test_what_cannot_be_used_is_one_clear_error(tmp_path: Path, rows: list[dict[str, Any]], expected: str) -> None:
+    with pytest.raises(DraftsmithError, match=expected):
+        load_trajectories(write(tmp_path, *rows), ["heldout"])
