@@ -28,6 +28,18 @@ class StageInterrupted(DraftsmithError):
     exit_code = EXIT_INTERRUPTED
 
 
+def disk_error_of(error: BaseException) -> OSError | None:
+    """The disk's refusal that an error comes from, if it does: torch and safetensors raise classes of their own."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.errno in _DISK_ADVICE:
+            return link
+        if "os error 28" in str(link):  # safetensors, which is written in Rust
+            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        link = link.__cause__ or link.__context__
+    return None
+
+
 _DISK_ADVICE = {
     errno.ENOSPC: "the disk is full: free some space",
     errno.EDQUOT: "the disk quota is used up: free some space",

@@ -139,12 +139,12 @@ class Store:
         key: str,
         *,
         force: bool = False,
-        resume: bool = True,
         waiting: Callable[[], None] | None = None,
     ) -> Iterator[Claim | ArtifactRef]:
         """Take the key's lock (waiting for its holder) and yield a `Claim`, or the artifact if it is finished by then.
 
-        `force` makes the artifact again although it is complete; `resume=False` drops what an earlier attempt left.
+        `force` makes the artifact again although it is complete, and not from what an attempt without it left; it goes
+        on from what an earlier forced attempt saved.
         `waiting` is called once if another process holds the lock. The kernel drops the lock of a dead process.
         """
         with ExitStack() as stack:
@@ -154,10 +154,15 @@ class Store:
                 done = None if force else self.find(stage, key)
                 partial = self.partial(stage, key)
                 if done is None:
-                    if not resume and partial.exists():
+                    begun_by_force = partial / "forced"
+                    if force and partial.exists() and not begun_by_force.exists():
                         shutil.rmtree(partial)
                     for folder in (partial / "out", partial / "work"):
                         folder.mkdir(parents=True, exist_ok=True)
+                    if force:
+                        begun_by_force.touch()
+                    else:
+                        begun_by_force.unlink(missing_ok=True)
             yield done or Claim(stage, key, partial / "out", partial / "work", fd)
 
     def is_claimed(self, stage: str, key: str) -> bool:

@@ -9,6 +9,7 @@ from flows.graph import Node
 from flows.machine import gpus
 from flows.preflight import sglang_engines
 from stages.engines.config import SGLangEngineConfig
+from stages.evaluation import EvaluationConfig
 
 
 def check_engines(found: Findings, nodes: Sequence[Node]) -> bool:
@@ -35,13 +36,14 @@ def check_engines(found: Findings, nodes: Sequence[Node]) -> bool:
         engine = getattr(node.config, "engine", None)
         if not isinstance(engine, SGLangEngineConfig) or engine.launch is None or on_cpu(engine):
             continue
-        wanted, here = engine.launch.servers * engine.launch.tensor_parallel, len(gpus())
+        servers = 1 if isinstance(node.config, EvaluationConfig) else engine.launch.servers  # one at a time, see there
+        wanted, here = servers * engine.launch.tensor_parallel, len(gpus())
         if here == 0:
             elsewhere = True
         elif here < wanted:
             found.error(
                 f"{node.name}: GPUs",
-                f"{engine.launch.servers} servers of {engine.launch.tensor_parallel} GPUs need {wanted}, {here} are "
+                f"{servers} servers of {engine.launch.tensor_parallel} GPUs need {wanted}, {here} are "
                 f"here: --set {node.name}.engine.launch.servers={here // engine.launch.tensor_parallel or 1}",
             )
     if elsewhere:

@@ -59,16 +59,17 @@ def check_models(found: Findings, nodes: Sequence[Node], scratch: Path) -> Model
         f"hidden {info.hidden_size}, vocabulary {info.vocab_size}, {info.max_positions} positions, {info.dtype}",
     )
     if info.kind == "hub" and target.revision is None:
-        found.warn("target.revision", f"not set: set it to {info.revision}, or a later refresh may mean another model")
+        found.warn("target.revision", f"not set: now {info.revision}, reused until `--force target` takes a newer one")
     prompts = [node.config for node in nodes if isinstance(node.config, PromptsConfig)]
     for config in prompts:
         with found.part("chat template"):
             _check_template(found, config, model_path(scratch))
     plans: list[DrafterPlan] = []
+    served = [node.name for node in nodes if _serves_drafters(node)]
     for node in nodes:
         if isinstance(node.config, SftConfig) and "drafter" not in node.inputs:
             with found.part(f"{node.name}: drafter"):
-                if plan := _check_drafter(found, node.name, node.config, scratch):
+                if plan := _check_drafter(found, node.name, node.config, scratch, served):
                     plans.append(plan)
     models = Models(scratch, info, size, max(plans, key=lambda plan: plan.parameters, default=None))
     if plans:
@@ -102,8 +103,19 @@ def _check_template(found: Findings, config: PromptsConfig, folder: Path) -> Non
     found.ok("chat template", f"works{f' with {given}' if given else ''}: {len(ids)} tokens around one word")
 
 
-def _check_drafter(found: Findings, node: str, config: SftConfig, artifact: Path) -> DrafterPlan | None:
-    """Layer ids, mask token, block size and shape: of the checkpoint to start from, or of the new drafter."""
+def _serves_drafters(node: Node) -> bool:
+    """Whether SGLang is to draft with a trained drafter there."""
+    with_drafter = any(name.startswith("drafter") for name in node.inputs)
+    return with_drafter and isinstance(getattr(node.config, "engine", None), SGLangEngineConfig)
+
+
+def _check_drafter(
+    found: Findings, node: str, config: SftConfig, artifact: Path, served: Sequence[str]
+) -> DrafterPlan | None:
+    """Layer ids, mask token, block size and shape: of the checkpoint to start from, or of the new drafter.
+
+    served: nodes in which SGLang drafts with it.
+    """
     from transformers import AutoConfig
 
     from stages.drafters.checkpoint import plan_of_checkpoint, plan_of_new
@@ -131,7 +143,13 @@ def _check_drafter(found: Findings, node: str, config: SftConfig, artifact: Path
     else:
         plan, where = plan_of_new(config.drafter, target_config, tokenizer), "new"
     if reason := unservable_layers(plan.target_layer_ids, target_config.num_hidden_layers):
-        found.warn(name, f"{reason}: this drafter will work in the embedded engine only")
+        if served:
+            found.error(
+                name,
+                f"{reason}, and SGLang is to draft with it in {', '.join(served)}: change drafter.target_layer_ids",
+            )
+        else:
+            found.warn(name, f"{reason}: this drafter will work in the embedded engine only")
     found.ok(name, f"{where}: {plan.description}, {plan.parameters / 1e6:,.1f}M parameters")
     return plan
 

@@ -26,7 +26,14 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key, _ in node.value:
-            name = getattr(key, "value", None)
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    "a field's name must be a text, no {…} or […]: put a template in quotes",
+                    key.start_mark,
+                )
+            name = key.value
             if name in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"field {name!r} stands twice: keep one", key.start_mark
@@ -181,6 +188,7 @@ def _describe(error: ValidationError, path: Path, changed: list[_PathKey], model
     details = error.errors(include_url=False)
     # A misspelt field often makes another one "missing": the misspelling is the cause.
     details.sort(key=lambda detail: detail["type"] != "extra_forbidden")
+    details = _choices_of_all_members(details, model)
     first = details[0]
     location = _path_of(first["loc"], model, keep_last=first["type"] == "extra_forbidden")
     field = ".".join(str(part) for part in location)
@@ -194,6 +202,21 @@ def _describe(error: ValidationError, path: Path, changed: list[_PathKey], model
     others = len(details) - 1
     more = f" (and {others} more error{'s' if others > 1 else ''})" if others else ""
     return f"{source}: {_problem(first, location, field, model)}{more}"
+
+
+def _choices_of_all_members(details: list[Any], model: type[BaseModel]) -> list[Any]:
+    """One error for a union of choices in place of one for each of its members."""
+
+    def at(detail: Any) -> _PathKey | None:
+        return _path_of(detail["loc"], model, keep_last=False) if detail["type"] == "literal_error" else None
+
+    first, place = details[0], at(details[0])
+    if place is None:
+        return details
+    same = [detail for detail in details if at(detail) == place]
+    choices = [choice for detail in same for choice in re.findall(r"'[^']*'", detail["ctx"]["expected"])]
+    merged_error = {**first, "msg": f"Input should be one of {', '.join(dict.fromkeys(choices))}"}
+    return [merged_error, *(detail for detail in details if detail not in same)]
 
 
 def _problem(detail: Any, location: _PathKey, field: str, model: type[BaseModel]) -> str:

@@ -42,13 +42,15 @@ class Findings:
 
     @contextmanager
     def part(self, check: str) -> Iterator[None]:
-        """A check whose DraftsmithError is a finding: the others go on."""
+        """A check whose error is a finding: the others go on."""
         try:
             yield
         except DraftsmithError as error:
             self.error(check, " ".join(str(error).split()))
         except OSError as error:
             self.error(check, str(from_os_error(error, "reading")))
+        except Exception as error:  # a defect of the check, or of a library that it asks: the others are still worth it
+            self.error(check, f"unexpected {type(error).__name__}: {' '.join(str(error).split())}")
 
     @property
     def errors(self) -> int:

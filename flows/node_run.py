@@ -59,9 +59,7 @@ def make(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], *, f
     stage = node.stage.name
     ref = None if force else find(workshop.store, node, key)
     if ref is None:
-        with workshop.store.claim(
-            stage, key, force=force, resume=not force, waiting=_say_waiting(workshop, node)
-        ) as claim:
+        with workshop.store.claim(stage, key, force=force, waiting=_say_waiting(workshop, node)) as claim:
             if isinstance(claim, Claim):
                 return Made(node.name, _run(workshop, node, inputs, claim), reused=False)
             ref = claim
@@ -123,7 +121,7 @@ def _run_process(
         return run_stage(
             request,
             log_path=log_path,
-            time_limit_s=options.time_limit_s(node.name),
+            limit=options.time_limit(node.name),
             grace_s=options.grace_seconds,
             on_event=lambda event: _follow(event, node.name, shown, tracked),
             # The lock lives as long as the process that writes, even if we are killed.

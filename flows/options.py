@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Annotated
+
 from pydantic import Field
 
 from stages.contract import Config
+
+
+@dataclass(frozen=True)
+class TimeLimit:
+    """Wall-clock limit of an attempt, and the field of the config that says it."""
+
+    seconds: float
+    field: str
 
 
 class StageOptions(Config):
@@ -12,7 +23,7 @@ class StageOptions(Config):
 
     time_limit_minutes: float = Field(default=24 * 60, gt=0)
     """Wall-clock limit of one attempt at one stage."""
-    time_limits: dict[str, float] = Field(default_factory=dict)
+    time_limits: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Minutes for single nodes, by name, e.g. `{sft: 30}`; `opd` is also for `opd-1`."""
     grace_seconds: float = Field(default=60, ge=0)
     """Time to save after a stage is asked to stop, before it is killed."""
@@ -25,9 +36,12 @@ class StageOptions(Config):
     min_free_gb: float = Field(default=2, ge=0)
     """Free disk space (10^9 bytes) that must be there before a run starts."""
 
-    def time_limit_s(self, node: str) -> float:
-        minutes = self.time_limits.get(node, self.time_limits.get(node.partition("-")[0], self.time_limit_minutes))
-        return 60 * minutes
+    def time_limit(self, node: str) -> TimeLimit:
+        """Of one attempt at a node."""
+        for name in (node, node.partition("-")[0]):
+            if name in self.time_limits:
+                return TimeLimit(60 * self.time_limits[name], f"stages.time_limits.{name}")
+        return TimeLimit(60 * self.time_limit_minutes, "stages.time_limit_minutes")
 
 
 class RunOptions(Config):

@@ -37,6 +37,13 @@ def prepare(home: Path) -> None:
         os.environ.setdefault(name, value)
 
 
+def _reach_ourselves_directly() -> None:
+    """A proxy that the environment names knows nothing of a server on this machine."""
+    for name in ("no_proxy", "NO_PROXY"):
+        known = os.environ.get(name)
+        os.environ[name] = ",".join([*([known] if known else []), "127.0.0.1", "localhost"])
+
+
 class PrefectServer:
     """The API that a flow reports to. A temporary one starts in the background: `wait` before the flow runs."""
 
@@ -59,7 +66,7 @@ def start_prefect_server(home: Path) -> PrefectServer:
     prepare(home)
     existing = os.environ.get("PREFECT_API_URL")
     if existing:
-        return PrefectServer(existing)
+        return PrefectServer(existing, lambda: _must_answer(existing))
     folder, log_path = home / "prefect", home / "logs" / "prefect-server.log"
     with contextlib.ExitStack() as starting:
         try:
@@ -77,12 +84,24 @@ def start_prefect_server(home: Path) -> PrefectServer:
         until_healthy = starting.pop_all()
     url = f"http://127.0.0.1:{port}/api"
     os.environ["PREFECT_API_URL"] = url
+    _reach_ourselves_directly()
 
     def wait() -> None:
         with until_healthy:
             _wait_until_healthy(process, url, log_path)
 
     return PrefectServer(url, wait)
+
+
+def _must_answer(url: str) -> None:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        if error := client.api_healthcheck():
+            raise DraftsmithError(
+                f"PREFECT_API_URL: {url} does not answer ({' '.join(str(error).split())}): start that server or "
+                "correct the variable; without it a run starts a server of its own"
+            )
 
 
 def _start(port: int, lifeline: int, log: int) -> subprocess.Popen[bytes]:

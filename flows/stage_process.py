@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from artifacts.errors import EXIT_INTERRUPTED, EXIT_RETRYABLE, DraftsmithError, RetryableError, StageInterrupted
+from flows.options import TimeLimit
 
 _POLL_S = 0.2
 _DRAIN_S = 1.0  # to read what a stage wrote just before it ended
@@ -56,7 +57,7 @@ def run_stage(
     request: StageRequest,
     *,
     log_path: Path,
-    time_limit_s: float,
+    limit: TimeLimit,
     grace_s: float,
     on_event: Callable[[Event], None],
     pass_fds: tuple[int, ...] = (),
@@ -73,7 +74,7 @@ def run_stage(
     with log_path.open("ab") as log, _group(request_path, log, pass_fds) as process:
         stage = _RunningStage(request.stage, process, log_path, on_event)
         try:
-            stage.wait(time_limit_s)
+            stage.wait(limit)
         except BaseException:
             stage.stop(grace_s)
             raise
@@ -137,14 +138,14 @@ class _RunningStage:
         self._error: Event | None = None
         self._done = False
 
-    def wait(self, time_limit_s: float) -> None:
+    def wait(self, limit: TimeLimit) -> None:
         """Until the process has ended. Raises `DraftsmithError` at the time limit."""
-        deadline = self._started + time_limit_s
+        deadline = self._started + limit.seconds
         while self._process.poll() is None:
             if time.monotonic() > deadline:
                 raise DraftsmithError(
-                    f"stage {self._name} ran past its limit of {time_limit_s / 60:g} minutes and was stopped: raise "
-                    f"stages.time_limit_minutes and run the same command again, it goes on from what it saved "
+                    f"stage {self._name} ran past its limit of {limit.seconds / 60:g} minutes and was stopped: raise "
+                    f"{limit.field} and run the same command again, it goes on from what it saved "
                     f"(log: {self._log_path})"
                 )
             self._read(min(_POLL_S, max(0.0, deadline - time.monotonic())))

@@ -7,7 +7,6 @@ or a library prints goes to stderr. The exit code is that of the error (`artifac
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import json
 import os
@@ -20,10 +19,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from artifacts.errors import DraftsmithError, StageInterrupted, from_os_error
+from artifacts.errors import DraftsmithError, StageInterrupted, disk_error_of, from_os_error
 from stages.lifeline import die_with_parent
 
-_DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT}
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 METRICS_FILE = "metrics.jsonl"
 
@@ -120,11 +118,9 @@ def run_request(request: Mapping[str, Any], events: EventStream, stop: threading
         stage.run(context, config)
     except DraftsmithError as error:
         return _fail(events, error)
-    except OSError as error:
-        if error.errno in _DISK_ERRORS:
-            return _fail(events, from_os_error(error, f"stage {request['stage']}: writing"))
-        return _crash(events, error)
     except BaseException as error:
+        if refused := disk_error_of(error):
+            return _fail(events, from_os_error(refused, f"stage {request['stage']}: writing"))
         return _crash(events, error)
     events.send("done")
     return 0

@@ -54,7 +54,8 @@ class EvaluationConfig(Config):
     speed_prompts: Annotated[int, Field(ge=1, description="held-out prompts decoded by every arm")] = 16
     validation_prompts: Annotated[int, Field(ge=1, description="validation prompts the block size is chosen on")] = 4
     block_sizes: Annotated[
-        tuple[int, ...] | None, Field(description="candidates to decode with; left out: the trained one")
+        tuple[Annotated[int, Field(ge=2)], ...] | None,
+        Field(description="candidates to decode with; left out: the trained one"),
     ] = None
     head_tokens: Annotated[
         int | None, Field(ge=2, description="draft from this many frequent tokens only (embedded engine)")

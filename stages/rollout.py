@@ -36,9 +36,14 @@ class RolloutConfig(Config):
     rows_per_shard: Annotated[int, Field(ge=1, description="answers written at once; bounds what a kill loses")] = 32
 
     @model_validator(mode="after")
-    def _drafts_chains(self) -> RolloutConfig:
+    def _engine_can_draft_so(self) -> RolloutConfig:
         if isinstance(self.engine, SGLangEngineConfig) and self.engine.launch and self.engine.launch.tree:
             raise ValueError("engine.launch.tree: trees are for the speed of an evaluation; a rollout drafts chains")
+        if isinstance(self.engine, SGLangEngineConfig) and self.drafting.head_tokens is not None:
+            raise ValueError(
+                "drafting.head_tokens: only the embedded engine drafts from a part of the vocabulary; leave it out, or "
+                "set engine.kind: embedded"
+            )
         return self
 
 

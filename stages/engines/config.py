@@ -5,11 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from stages.contract import Config, Operational
 
 OptionValue = str | int | float | bool
+
+
+def _http_address(url: str) -> str:
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"{url!r} is no address: write http://{url}")
+    return url
 
 
 class EmbeddedEngineConfig(Config):
@@ -71,7 +77,11 @@ class SGLangEngineConfig(Config):
     """SGLang servers, running already (`urls`) or started by the stage (`launch`)."""
 
     kind: Literal["sglang"]
-    urls: Annotated[tuple[str, ...], Field(description="running servers of the same target"), Operational()] = ()
+    urls: Annotated[
+        tuple[Annotated[str, AfterValidator(_http_address)], ...],
+        Field(description="running servers of the same target"),
+        Operational(),
+    ] = ()
     launch: LaunchConfig | None = None
     python: Annotated[
         Path | None,

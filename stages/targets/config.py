@@ -20,7 +20,8 @@ class TargetConfig(Config):
         "(the one .gguf file inside an installed Python package)"
     )
     revision: str | None = Field(
-        default=None, description="hub only: commit, tag or branch; pin it, or a later refresh may differ"
+        default=None,
+        description="hub only: commit, tag or branch; a branch is resolved once, then reused until --force target",
     )
     dtype: Dtype = Field(default="bfloat16", description="serving dtype; a GGUF file is dequantised to it")
 

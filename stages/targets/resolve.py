@@ -87,7 +87,7 @@ def resolve_target(config: TargetConfig, out: Path, log: Callable[[str], None]) 
     if kind == "hub":
         folder, revision = _download(config)
         if config.revision is None:
-            log(f"target.revision is not set: using {revision}; set it so that a later refresh means the same model")
+            log(f"target.revision is not set: using {revision} until the node target is forced")
         location = os.fspath(folder)
     elif kind == "folder":
         if config.revision is not None:
@@ -260,6 +260,7 @@ def _read_config(folder: Path) -> tuple[str, PretrainedConfig]:
         raise DraftsmithError(f"{path}: transformers cannot read it ({_one_line(error)}): correct it") from error
 
 
+_TAKEN_OVER = ("hidden_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")
 _NEUTRAL = {  # fields that change logits or attention in ways that the engine and the drafters do not compute
     "final_logit_softcapping": None,
     "attn_logit_softcapping": None,
@@ -270,6 +271,11 @@ _NEUTRAL = {  # fields that change logits or attention in ways that the engine a
 
 def _check_supported(folder: Path, text: PretrainedConfig) -> None:
     """Refuse a model whose answers would come out silently wrong: no full attention, or no plain linear head."""
+    if missing := [name for name in _TAKEN_OVER if getattr(text, name, None) is None]:
+        raise DraftsmithError(
+            f"{folder}: {text.model_type} has no config field {missing[0]}: a drafter takes its shape over from a "
+            "Llama-like target (grouped heads, RMSNorm); give another target"
+        )
     for name, neutral in _NEUTRAL.items():
         if getattr(text, name, None) not in (None, neutral):
             raise DraftsmithError(

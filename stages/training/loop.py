@@ -109,8 +109,8 @@ def _save(
     state = {"step": step, "totals": totals, "drafter": drafter.state_dict(), "optimiser": optimiser.state_dict()}
     if memory is not None:
         state["memory"] = memory.state_dict()
-    with atomic_path(path) as tmp:
-        torch.save(state, tmp)
+    with atomic_path(path) as tmp, tmp.open("wb") as file:  # of a path, torch does not say why it could not be written
+        torch.save(state, file)
 
 
 def _restore(

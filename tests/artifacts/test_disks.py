@@ -82,6 +82,42 @@ def test_a_full_disk_is_one_clear_error_and_earlier_artifacts_stay(tmp_path: Pat
     assert "prompts.parquet" in message
 
 
+TORCH = textwrap.dedent(
+    """
+    import sys
+    from pathlib import Path
+    import torch
+    from artifacts.errors import disk_error_of, from_os_error
+    from stages.drafters.layout import write_checkpoint
+    from stages.training.loop import _save
+
+    folder = Path(sys.argv[1])
+    layer = torch.nn.Linear(1000, 1000)
+    optimiser = torch.optim.AdamW(layer.parameters())
+    for attempt in (
+        lambda: _save(folder / "checkpoint.pt", 1, {}, layer, optimiser, None),
+        lambda: write_checkpoint(folder, {}, {"weight": layer.weight}),
+    ):
+        try:
+            attempt()
+        except Exception as error:
+            print(from_os_error(disk_error_of(error), type(error).__name__))
+    """
+)
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs the right to mount: torch sees a full disk only on a full disk")
+def test_a_full_disk_is_known_behind_the_errors_of_torch_and_safetensors(tmp_path: Path) -> None:
+    inside = 'mount -t tmpfs -o size=1m draftsmith "$0" && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", inside, str(tmp_path), sys.executable, "-c", TORCH, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    checkpoint, drafter = result.stdout.splitlines()
+    for line in (checkpoint, drafter):
+        assert "the disk is full: free some space" in line
+    assert drafter.startswith("SafetensorError")
+
+
 def test_a_limit_on_the_size_of_files_is_one_clear_error(tmp_path: Path) -> None:
     message = try_disk(tmp_path, "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))")
     assert "prompts.parquet: File too large" in message

@@ -134,13 +134,19 @@ def test_a_failed_attempt_leaves_no_artifact_and_the_next_one_resumes_it(store: 
         assert (claim.out / "first").read_text() == "kept"
 
 
-def test_a_claim_without_resume_starts_empty(store: Store) -> None:
-    with store.claim("rollout", KEY) as claim:
-        assert isinstance(claim, Claim)
-        (claim.work / "checkpoint").write_text("broken")
-    with store.claim("rollout", KEY, resume=False) as claim:
-        assert isinstance(claim, Claim)
-        assert list(claim.work.iterdir()) == []
+def test_a_forced_claim_starts_empty_and_goes_on_from_a_forced_attempt(store: Store) -> None:
+    def attempt(force: bool, saved: str) -> list[str]:
+        with store.claim("rollout", KEY, force=force) as claim:
+            assert isinstance(claim, Claim)
+            found = [path.read_text() for path in claim.work.iterdir()]
+            (claim.work / "checkpoint").write_text(saved)
+        return found
+
+    assert attempt(force=False, saved="broken") == []
+    assert attempt(force=True, saved="half") == []
+    assert attempt(force=True, saved="more") == ["half"]  # a retry, or the same command after an interruption
+    assert attempt(force=False, saved="other") == ["more"]
+    assert attempt(force=True, saved="") == []
 
 
 def test_a_stage_that_wrote_nothing_is_an_error(store: Store) -> None:

@@ -151,6 +151,34 @@ def test_a_drafter_that_does_not_fit_is_an_error(
 
 
 @pytest.mark.usefixtures("home")
+def test_layers_that_sglang_does_not_hand_over_are_an_error_where_it_is_to_draft(
+    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config["sft"]["drafter"]["target_layer_ids"] = [0, 3]
+    assert run(tmp_path, config) == 0
+    assert "this drafter will work in the embedded engine only" in capsys.readouterr().out
+    config["assisted"]["engine"] = {"kind": "sglang", "urls": ["http://127.0.0.1:9"]}
+    assert run(tmp_path, config) == 2
+    out = capsys.readouterr().out
+    assert "name the last layer, behind which SGLang takes nothing, and SGLang is to draft with it in assisted" in out
+
+
+@pytest.mark.usefixtures("home")
+def test_a_target_of_another_family_is_one_finding_and_the_other_checks_go_on(
+    tmp_path: Path, tiny_target: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(tiny_target, tmp_path / "neox"))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "vocab_size": 900})
+    )
+    config["target"]["source"] = str(folder)
+    assert run(tmp_path, config) == 2
+    out = capsys.readouterr().out
+    assert "gpt_neox has no config field num_key_value_heads" in out
+    assert levels(out)["graph"] == ["ok"]
+
+
+@pytest.mark.usefixtures("home")
 def test_trees_are_of_eagle3_drafters_only(
     tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,7 +254,7 @@ def test_the_recipe_is_checked_from_the_hubs_small_files(tmp_path: Path, tiny_ta
         line for line in out.splitlines() if ".venv-sglang/bin/python does not exist" in line
     ]
     assert "4,022M parameters, 36 layers, hidden 2560, vocabulary 151936, 40960 positions, bfloat16" in out
-    assert "target.revision" in out and f"set it to {REVISION}" in out
+    assert f"not set: now {REVISION}, reused until `--force target` takes a newer one" in out
     assert "5 layers on target layers [1, 9, 17, 25, 33], blocks of 16, mask token 151669 (beyond" in out
     assert "8 times about" in out and "none is visible here" in out
     assert levels(out)["opd: memory"] == ["ok"] and levels(out)["prompts.sources.0"] == ["warning"]

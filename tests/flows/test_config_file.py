@@ -31,7 +31,7 @@ class Source(Config):
 class Section(Config):
     steps: int = 10
     rate: float = 0.1
-    loss: Literal["paper", "matched"] = "matched"
+    loss: Literal["auto"] | Literal["paper", "matched"] = "matched"
     sources: list[Source] = Field(default_factory=list)
     decoding: Annotated[Sampled | Greedy, Field(discriminator="kind")] = Greedy()
     weights: dict[str, float] = Field(default_factory=dict)
@@ -77,7 +77,7 @@ def test_overrides_are_yaml_and_reach_into_lists_and_new_sections(file: Path) ->
         ("sft.zzz=2", "unknown field, remove it or use one of: decoding, loss, rate, sources, steps, weights"),
         ("sft.steps=many", "--set sft.steps: expected an integer, got 'many': change the value"),
         ("sft.steps=", "--set sft.steps: expected an integer, got nothing: change the value"),
-        ("sft.loss=peper", "--set sft.loss: expected 'paper' or 'matched', got 'peper': change the value"),
+        ("sft.loss=peper", "--set sft.loss: expected one of 'auto', 'paper', 'matched', got 'peper': change the value"),
         ("sft.sources.0.count=0", "--set sft.sources.0.count: expected greater than or equal to 1, got 0"),
         ("sft.steps=3", "--set sft: steps must be even: add one"),
         ("sft=5", "--set sft: expected a mapping of fields, got 5"),
@@ -104,6 +104,11 @@ def test_a_bad_override_is_named_with_what_to_do(file: Path, override: str, expe
         ("name: [a]\n", "name: expected a text (put it in quotes), got ['a']"),
         ("name: a\nname: b\n", "line 2, column 1: not valid YAML: field 'name' stands twice: keep one"),
         ("name: {a\n", "line 2, column 1: not valid YAML"),
+        ("name: {{ run }}\n", "line 1, column 8: not valid YAML: a field's name must be a text"),
+        (
+            "name: a\nsft: {loss: ce}\n",
+            "sft.loss: expected one of 'auto', 'paper', 'matched', got 'ce': change the value",
+        ),
         ("- name\n", "expected a mapping of fields such as 'name: my-run', got ['name']"),
         ("", "expected a mapping of fields such as 'name: my-run', got nothing"),
     ],

@@ -11,6 +11,7 @@ from artifacts.errors import DraftsmithError
 from artifacts.store import Store
 from flows.config import RunConfig, control_config, load_config
 from flows.graph import Status, external_digests, in_order, plan
+from flows.options import TimeLimit
 from flows.refresh_graph import REFRESH, refresh_nodes
 from tests.flows.processes import ROOT
 
@@ -90,7 +91,8 @@ def test_a_time_limit_for_an_unknown_node_is_refused() -> None:
     ):
         load_config(ROOT / "configs" / "quickstart.yaml", ["stages.time_limits.stf=5"])
     limits = load_config(ROOT / "configs" / "quickstart.yaml", ["stages.time_limits.control=5"]).stages
-    assert (limits.time_limit_s("control"), limits.time_limit_s("sft")) == (300, limits.time_limit_minutes * 60)
+    assert limits.time_limit("control") == TimeLimit(300, "stages.time_limits.control")
+    assert limits.time_limit("sft") == TimeLimit(limits.time_limit_minutes * 60, "stages.time_limit_minutes")
 
 
 def test_iterations_start_from_the_drafter_before_and_take_the_next_prompts() -> None:
@@ -118,7 +120,8 @@ def test_more_iterations_reuse_those_that_were_made() -> None:
     }
     for name in ("assisted", "mining", "opd", "control", "evaluation"):
         assert twice[f"{name}-1"].config == once[name].config
-    assert load_config(QUICKSTART, ["stages.time_limits={opd: 5}"]).stages.time_limit_s("opd-1") == 300
+    of_all_iterations = load_config(QUICKSTART, ["stages.time_limits={opd: 5}"]).stages
+    assert of_all_iterations.time_limit("opd-1") == TimeLimit(300, "stages.time_limits.opd")
 
 
 def test_iterations_without_enough_prompts_are_refused() -> None:

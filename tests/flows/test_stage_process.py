@@ -13,6 +13,7 @@ import pytest
 
 from artifacts.errors import DraftsmithError, RetryableError
 from artifacts.locks import is_locked
+from flows.options import TimeLimit
 from flows.stage_process import Event, StageFailedError, StageOutcome, StageRequest, run_stage
 from tests.flows.processes import assert_gone, pid_in, wait_until
 from tests.flows.toy import COLLECT
@@ -25,7 +26,13 @@ def run(
 ) -> StageOutcome:
     request = StageRequest("toy", module, config, {}, str(folder / "out"), str(folder / "work"), seed=0)
     options.setdefault("on_event", lambda _: None)
-    return run_stage(request, log_path=folder / "toy.log", time_limit_s=limit_s, grace_s=grace_s, **options)
+    return run_stage(
+        request,
+        log_path=folder / "toy.log",
+        limit=TimeLimit(limit_s, "stages.time_limits.toy"),
+        grace_s=grace_s,
+        **options,
+    )
 
 
 def test_events_come_while_the_stage_runs_and_the_summary_at_its_end(tmp_path: Path) -> None:
@@ -73,7 +80,7 @@ def test_a_lost_engine_is_an_error_that_may_be_retried(tmp_path: Path) -> None:
 
 def test_at_the_time_limit_the_stage_saves_and_its_worker_is_killed(tmp_path: Path) -> None:
     worker_file = tmp_path / "worker"
-    with pytest.raises(DraftsmithError, match=r"limit of 0\.03\d* minutes.*time_limit"):
+    with pytest.raises(DraftsmithError, match=r"limit of 0\.03\d* minutes.*raise stages\.time_limits\.toy and"):
         run(tmp_path, COLLECT, {"count": 999, "seconds_each": 0.1, "worker": str(worker_file)}, limit_s=2)
     assert_gone(pid_in(worker_file))
     assert json.loads((tmp_path / "work" / "saved.json").read_text())

@@ -17,6 +17,7 @@ import pytest
 from artifacts.errors import EXIT_INTERRUPTED, RetryableError
 from artifacts.parquet import read_table
 from artifacts.schemas import TIMINGS, TRACE, TRAJECTORIES
+from flows.options import TimeLimit
 from flows.stage_process import StageRequest, run_stage
 from stages.rollout import STAGE, RolloutConfig
 from tests.flows.processes import wait_until
@@ -216,6 +217,8 @@ def test_a_stage_run_by_the_flow_leaves_nothing_behind(
         str(tmp_path / "work"),
         seed=0,
     )
-    run_stage(request, log_path=tmp_path / "stage.log", time_limit_s=800, grace_s=30, on_event=lambda _: None)
+    run_stage(
+        request, log_path=tmp_path / "stage.log", limit=TimeLimit(800, "limit"), grace_s=30, on_event=lambda _: None
+    )
     assert result(tmp_path / "out") == expected
     assert not living(tmp_path / "work" / "servers")

@@ -125,7 +125,13 @@ class Fleet:
         process.start()
         while True:
             if ended := process.ended():
-                raise self._not_started(process, ended)
+                lost = self._not_started(process, ended)
+                if process.refused_options:
+                    raise DraftsmithError(
+                        f"engine.launch.options: SGLang does not understand its command, see the end of "
+                        f"{process.log_path}; correct the section launch"
+                    )
+                raise lost
             if time.monotonic() > deadline:
                 process.stop(grace_s=0)
                 raise self._not_started(process, f"gave no answer in {limit:g} s (engine.launch.start_timeout_s)")

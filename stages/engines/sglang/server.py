@@ -24,6 +24,7 @@ from stages.engines.config import LaunchConfig, OptionValue, SGLangEngineConfig
 _STOP_GRACE_S = 20.0  # SGLang looks for SIGTERM every 5 s, then frees its memory itself
 _LAST_WAIT_S = 5.0  # for killed processes to be gone; zombies that nobody collects stay
 _TAIL_LINES = 15
+_USAGE = 2  # argparse's exit code
 _PORTS = range(20000, 32000)
 
 # Set by the stage from other fields: given twice, the two could contradict each other.
@@ -225,6 +226,11 @@ class ServerProcess:
         if code is None:
             return None
         return f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
+
+    @property
+    def refused_options(self) -> bool:
+        """Whether it ended because it did not understand its command: another start would end the same way."""
+        return self._process is not None and self._process.poll() == _USAGE
 
     def tail(self) -> str:
         """The last lines of the log."""

@@ -106,6 +106,17 @@ def test_a_rollout_drafts_chains() -> None:
         RolloutConfig.model_validate({"engine": engine})
 
 
+def test_a_rollout_on_sglang_drafts_from_the_whole_vocabulary() -> None:
+    with pytest.raises(ValidationError, match=r"drafting\.head_tokens: only the embedded engine"):
+        RolloutConfig.model_validate({"engine": config().model_dump(), "drafting": {"head_tokens": 4096}})
+    assert RolloutConfig.model_validate({"drafting": {"head_tokens": 4096}}).drafting.head_tokens == 4096
+
+
+def test_an_address_needs_its_scheme() -> None:
+    with pytest.raises(ValidationError, match="'gpu1:30000' is no address: write http://gpu1:30000"):
+        SGLangEngineConfig.model_validate({"kind": "sglang", "urls": ["gpu1:30000"]})
+
+
 def test_the_config_may_name_the_algorithm(tmp_path: Path) -> None:
     folder = drafter(tmp_path / "d", architectures=["SomethingElse"])
     assert server.algorithm_of(folder, LaunchConfig.model_validate({"algorithm": "EAGLE3"})) == "EAGLE3"

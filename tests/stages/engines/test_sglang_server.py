@@ -139,6 +139,14 @@ def test_a_server_that_ends_while_it_starts_is_one_error_with_its_log(
     assert not living(tmp_path / "servers")
 
 
+def test_a_command_that_sglang_does_not_understand_is_not_worth_a_retry(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts
+) -> None:
+    with pytest.raises(DraftsmithError, match=r"engine\.launch\.options: .*sglang-0\.log") as caught:
+        open_launched(tiny_drafter, tmp_path, "refuse", [])
+    assert not isinstance(caught.value, RetryableError)
+
+
 def test_a_server_that_never_answers_is_stopped_at_the_time_limit(
     tmp_path: Path, tiny_drafter: DrafterArtifacts
 ) -> None:

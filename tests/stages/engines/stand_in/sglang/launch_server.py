@@ -20,6 +20,8 @@ def main() -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     found = {"path": os.environ.get("PYTHONPATH"), "home": os.environ.get("PYTHONHOME"), "child": child.pid}
     print(json.dumps(found), flush=True)
+    if mode == "refuse":
+        sys.exit(2)  # as argparse does
     if mode == "fail":
         sys.exit("no CUDA device here")
     if mode == "stubborn":
