@@ -53,13 +53,16 @@ def processes_of(home: Path) -> list[int]:
     return found
 
 
-def toy_command(home: Path, *arguments: str | Path) -> subprocess.Popen[str]:
-    """The `draftsmith` command with the toy pipeline, in a session of its own as a terminal would have it."""
+def toy_command(home: Path, *arguments: str | Path, **variables: str) -> subprocess.Popen[str]:
+    """The `draftsmith` command with the toy pipeline, in a session of its own as a terminal would have it.
+
+    variables: added to its environment.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
     return subprocess.Popen(
         [sys.executable, "-m", "tests.flows.toy_command", *map(str, arguments)],
         cwd=ROOT,
-        env={**environment, "DRAFTSMITH_HOME": str(home)},
+        env={**environment, "DRAFTSMITH_HOME": str(home), **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -69,8 +72,8 @@ def toy_command(home: Path, *arguments: str | Path) -> subprocess.Popen[str]:
     )
 
 
-def run_toy(home: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def run_toy(home: Path, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
-    with toy_command(home, *arguments) as process:
+    with toy_command(home, *arguments, **variables) as process:
         out, err = process.communicate(timeout=240)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)

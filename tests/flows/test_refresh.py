@@ -52,7 +52,8 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     told["failed"] = run_toy(home, "refresh", config)
     told["failed_tasks"] = task_runs(home)
     allow.touch()
-    told["rerun"] = run_toy(home, "refresh", config)
+    nowhere = "http://127.0.0.1:9"  # behind a proxy that does not even answer
+    told["rerun"] = run_toy(home, "refresh", config, http_proxy=nowhere, HTTP_PROXY=nowhere, all_proxy=nowhere)
     begun = time.monotonic()
     told["unchanged"] = run_toy(home, "refresh", config)
     told["unchanged_s"] = time.monotonic() - begun
@@ -122,6 +123,15 @@ def test_mlflow_shows_a_run_a_refresh_and_one_an_executed_stage(story: dict[str,
     with sqlite3.connect(story["home"] / "mlflow.db") as database:
         steps = database.execute("select step, value from metrics where key = 'value' order by step").fetchall()
     assert steps == [(step, float(step - 1)) for step in range(1, 7)]
+
+
+def test_a_prefect_server_that_does_not_answer_is_one_clear_error(tmp_path: Path) -> None:
+    config = write_config(tmp_path / "toy.yaml")
+    found = run_toy(tmp_path / "home", "refresh", config, PREFECT_API_URL="http://127.0.0.1:9/api")
+    assert found.returncode == 2
+    (line,) = found.stderr.splitlines()
+    assert "PREFECT_API_URL: http://127.0.0.1:9/api does not answer" in line
+    assert "without it a run starts a server of its own" in line
 
 
 def test_the_output_ends_with_where_to_look(story: dict[str, Any]) -> None:
