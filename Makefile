@@ -59,7 +59,7 @@ $(SGLANG_GPU)/.sglang-$(SGLANG_VERSION):
 	$(SGLANG_GPU)/bin/pip install --quiet $(PIP_ARGS) sglang==$(SGLANG_VERSION)
 	@touch $@
 
-$(SGLANG_GPU)/.plugins-$(SGLANG_VERSION): $(SGLANG_GPU)/.sglang-$(SGLANG_VERSION) pyproject.toml
+$(SGLANG_GPU)/.plugins-$(SGLANG_VERSION): $(SGLANG_GPU)/.sglang-$(SGLANG_VERSION) pyproject.toml | $(INSTALLED)
 	$(SGLANG_GPU)/bin/pip install --quiet --no-deps --editable .
 	@touch $@
 

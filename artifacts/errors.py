@@ -29,14 +29,22 @@ class StageInterrupted(DraftsmithError):
 
 
 def disk_error_of(error: BaseException) -> OSError | None:
-    """The disk's refusal that an error comes from, if it does: torch and safetensors raise classes of their own."""
+    """The disk's refusal that an error is; for a full disk also that it comes from.
+
+    torch and safetensors raise classes of their own where a disk is full. Other refusals behind an error may have been
+    dealt with before it, such as a cache that could not be written.
+    """
+    if isinstance(error, OSError) and error.errno in _DISK_ADVICE:
+        return error
+    seen: list[BaseException] = []
     link: BaseException | None = error
-    while link is not None:
-        if isinstance(link, OSError) and link.errno in _DISK_ADVICE:
+    while link is not None and link not in seen:
+        if isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT):
             return link
         if "os error 28" in str(link):  # safetensors, which is written in Rust
             return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        link = link.__cause__ or link.__context__
+        seen.append(link)
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
     return None
 
 

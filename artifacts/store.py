@@ -144,7 +144,7 @@ class Store:
         """Take the key's lock (waiting for its holder) and yield a `Claim`, or the artifact if it is finished by then.
 
         `force` makes the artifact again although it is complete, and not from what an attempt without it left; it goes
-        on from what an earlier forced attempt saved.
+        on from what an earlier forced attempt saved, and logs where that lies.
         `waiting` is called once if another process holds the lock. The kernel drops the lock of a dead process.
         """
         with ExitStack() as stack:
@@ -155,7 +155,11 @@ class Store:
                 partial = self.partial(stage, key)
                 if done is None:
                     begun_by_force = partial / "forced"
-                    if force and partial.exists() and not begun_by_force.exists():
+                    if force and begun_by_force.exists():
+                        log.warning(
+                            "%s goes on from an earlier forced attempt; to begin anew, delete %s", stage, partial
+                        )
+                    elif force and partial.exists():
                         shutil.rmtree(partial)
                     for folder in (partial / "out", partial / "work"):
                         folder.mkdir(parents=True, exist_ok=True)

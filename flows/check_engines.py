@@ -43,8 +43,12 @@ def check_engines(found: Findings, nodes: Sequence[Node]) -> bool:
         elif here < wanted:
             found.error(
                 f"{node.name}: GPUs",
-                f"{servers} servers of {engine.launch.tensor_parallel} GPUs need {wanted}, {here} are "
-                f"here: --set {node.name}.engine.launch.servers={here // engine.launch.tensor_parallel or 1}",
+                f"{servers} servers of {engine.launch.tensor_parallel} GPUs need {wanted}, {here} are here: "
+                + (
+                    f"--set {node.name}.engine.launch.servers={fit}"
+                    if (fit := here // engine.launch.tensor_parallel)
+                    else f"--set {node.name}.engine.launch.tensor_parallel={here}"
+                ),
             )
     if elsewhere:
         found.warn("GPUs", "none is visible here: memory is not compared; check again on the machine that will run it")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flows.findings import Findings
 from flows.graph import Node
 from stages.engines.config import SGLangEngineConfig
+from stages.evaluation import DRAFTERS
 from stages.mining import MiningConfig
 from stages.prompts import PromptsConfig
 from stages.rollout import RolloutConfig
@@ -105,7 +106,7 @@ def _check_template(found: Findings, config: PromptsConfig, folder: Path) -> Non
 
 def _serves_drafters(node: Node) -> bool:
     """Whether SGLang is to draft with a trained drafter there."""
-    with_drafter = any(name.startswith("drafter") for name in node.inputs)
+    with_drafter = any(name in DRAFTERS or name.startswith("drafter") for name in node.inputs)
     return with_drafter and isinstance(getattr(node.config, "engine", None), SGLangEngineConfig)
 
 

@@ -185,7 +185,8 @@ def find(store: Store, node: Node, key: str) -> ArtifactRef | None:
 
 def has_partial(store: Store, node: Node, key: str) -> bool:
     """Whether an unfinished attempt left anything to go on from."""
-    return any(path.is_file() for path in store.partial(node.stage.name, key).rglob("*"))
+    partial = store.partial(node.stage.name, key)
+    return any(path.is_file() for name in ("out", "work") for path in (partial / name).rglob("*"))
 
 
 def forced_nodes(nodes: Sequence[Node], force: Collection[str]) -> set[str]:

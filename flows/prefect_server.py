@@ -39,9 +39,10 @@ def prepare(home: Path) -> None:
 
 def _reach_ourselves_directly() -> None:
     """A proxy that the environment names knows nothing of a server on this machine."""
-    for name in ("no_proxy", "NO_PROXY"):
-        known = os.environ.get(name)
-        os.environ[name] = ",".join([*([known] if known else []), "127.0.0.1", "localhost"])
+    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if known.strip() != "*":  # libraries read one of the two names, or the first that is set
+        exclusions = ",".join(filter(None, [known, "127.0.0.1", "localhost"]))
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = exclusions
 
 
 class PrefectServer:

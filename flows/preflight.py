@@ -48,6 +48,8 @@ def check_node(node: Node, target: Path, *, metadata_only: bool = False) -> bool
     Raises the stage's DraftsmithError with the node's name.
     """
     check = node.stage.preflight
+    if node.module == "stages.sft" and "drafter" in node.inputs:
+        return False  # it goes on with a drafter of this run, not with what its section says of a new one
     if check is None or (metadata_only and node.module in _FETCHES_WEIGHTS):
         return False
     try:

@@ -174,6 +174,7 @@ def _latest(rows: pa.Table, answers: list[str]) -> pa.Table:
 
     begins = rows["step"].to_numpy() == 0 if "step" in rows.column_names else np.ones(rows.num_rows, dtype=bool)
     attempt, answer = np.cumsum(begins), places(rows, "trajectory_id", answers)
+    assert (answer >= 0).all(), "the shards of an attempt hold answers of its own requests"
     last = np.zeros(len(answers), dtype=attempt.dtype)
     np.maximum.at(last, answer, attempt)
     return ordered(rows.filter(pa.array(attempt == last[answer])), "trajectory_id", answers)

@@ -148,9 +148,12 @@ def _largest_difference(served: pa.Table, replayed: pa.Table) -> float | None:
 
     both = pc.and_(pc.is_valid(served["target_logprobs"]), pc.is_valid(replayed["target_logprobs"]))
     tables = served.filter(both), replayed.filter(both)
-    longest = pc.max(pc.list_value_length(tables[1]["target_logprobs"])).as_py() or 0
+    lengths = [pc.list_value_length(table["target_logprobs"]).to_numpy() for table in tables]
+    longest = max((int(each.max()) for each in lengths if len(each)), default=0)
     a, b = (padded(table, "target_logprobs", longest, np.nan, np.float64) for table in tables)
-    judged = ~np.isnan(b)  # beyond the end of the answer replay has none
+    judged = ~np.isnan(b) & (np.arange(longest) < lengths[0][:, None])  # beyond the end of the answer replay has none
     if not judged.any():
         return None
-    return float(np.nan_to_num(np.abs(a - b)[judged], nan=np.inf).max())
+    with np.errstate(invalid="ignore"):  # both may be -inf, and are equal then
+        apart = np.where(a == b, 0.0, np.abs(a - b))[judged]
+    return float(np.nan_to_num(apart, nan=np.inf).max())

@@ -134,7 +134,9 @@ def test_a_failed_attempt_leaves_no_artifact_and_the_next_one_resumes_it(store: 
         assert (claim.out / "first").read_text() == "kept"
 
 
-def test_a_forced_claim_starts_empty_and_goes_on_from_a_forced_attempt(store: Store) -> None:
+def test_a_forced_claim_starts_empty_and_goes_on_from_a_forced_attempt(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
     def attempt(force: bool, saved: str) -> list[str]:
         with store.claim("rollout", KEY, force=force) as claim:
             assert isinstance(claim, Claim)
@@ -144,7 +146,9 @@ def test_a_forced_claim_starts_empty_and_goes_on_from_a_forced_attempt(store: St
 
     assert attempt(force=False, saved="broken") == []
     assert attempt(force=True, saved="half") == []
+    assert caplog.text == ""
     assert attempt(force=True, saved="more") == ["half"]  # a retry, or the same command after an interruption
+    assert f"to begin anew, delete {store.partial('rollout', KEY)}" in caplog.text
     assert attempt(force=False, saved="other") == ["more"]
     assert attempt(force=True, saved="") == []
 

@@ -157,10 +157,14 @@ def test_layers_that_sglang_does_not_hand_over_are_an_error_where_it_is_to_draft
     config["sft"]["drafter"]["target_layer_ids"] = [0, 3]
     assert run(tmp_path, config) == 0
     assert "this drafter will work in the embedded engine only" in capsys.readouterr().out
+    told = "name the last layer, behind which SGLang takes nothing, and SGLang is to draft with it in"
     config["assisted"]["engine"] = {"kind": "sglang", "urls": ["http://127.0.0.1:9"]}
     assert run(tmp_path, config) == 2
-    out = capsys.readouterr().out
-    assert "name the last layer, behind which SGLang takes nothing, and SGLang is to draft with it in assisted" in out
+    assert f"{told} assisted:" in capsys.readouterr().out
+    del config["assisted"]["engine"]
+    config["evaluation"]["engine"] = {"kind": "sglang", "python": sys.executable, "launch": {}}
+    assert run(tmp_path, config) == 2
+    assert f"{told} evaluation:" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("home")

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 
 from artifacts.errors import DraftsmithError
+from flows.graph import Node
 from flows.options import StageOptions
-from flows.preflight import check_home, check_target
+from flows.preflight import check_home, check_node, check_target
+from stages.sft import SftConfig
 from tests.flows.toy import ToyConfig, toy_nodes
 from tests.flows.toy_stages.combine import CombineConfig
+from tests.testbed.drafter import DrafterArtifacts
 
 
 def test_too_little_disk_is_an_error_that_names_the_field(tmp_path: Path) -> None:
@@ -32,3 +35,12 @@ def test_every_stage_checks_its_config_against_the_target(tmp_path: Path) -> Non
     bad = ToyConfig(name="t", total=CombineConfig(factor=0))
     with pytest.raises(DraftsmithError, match="total: factor: 0 makes every sum 0"):
         check_target(toy_nodes(bad), tmp_path)
+
+
+def test_sft_that_goes_on_with_a_drafter_is_not_checked_as_a_new_one(tiny_drafter: DrafterArtifacts) -> None:
+    """The control of a refresh keeps the section `sft`, whose drafter may not fit: it is not what is trained."""
+    config = SftConfig.model_validate({"drafter": {"mask_token": "<never>"}})
+    learned = {"target": "target", "trajectories": "rollout"}
+    assert not check_node(Node("control", "stages.sft", config, {**learned, "drafter": "sft"}), tiny_drafter.target)
+    with pytest.raises(DraftsmithError, match=r"sft: .*'<never>' is not a token of the target"):
+        check_node(Node("sft", "stages.sft", config, learned), tiny_drafter.target)

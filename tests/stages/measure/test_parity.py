@@ -91,6 +91,22 @@ def test_the_largest_difference_of_log_probs_is_reported_and_bounded_in_float32(
         check_steps(BF16, served[:1], replayed[:1])
 
 
+@pytest.mark.parametrize(
+    ("served", "replayed", "apart"),
+    [
+        ([-1.0, -2.0], [-1.0, -2.5, -3.0], 0.5),  # what the engine did not tell is not compared
+        ([-1.0, -2.0, -3.0], [-1.0, -2.5], 0.5),
+        ([-1.0, -float("inf")], [-1.0, -float("inf")], 0.0),
+        ([], [-1.0], None),
+    ],
+)
+def test_log_probs_are_compared_where_both_sides_have_them(
+    served: list[float], replayed: list[float], apart: float | None
+) -> None:
+    found = check_steps(BF16, [step(0, logprobs=served)], [step(0, logprobs=replayed)])
+    assert found.get("largest_logprob_difference") == apart
+
+
 def test_counted_steps_are_compared_as_tau() -> None:
     assert check_tau(FP32, 100, 40, 40) == {"served_tau": 2.5, "replayed_tau": 2.5, "tau_difference": 0.0}
     with pytest.raises(DraftsmithError, match=r"tau is 2.439 as served and 2.500 in replay .*float32 with greedy"):
