@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from flows.findings import Findings
 from flows.graph import Node
+from flows.preflight import drafts_on_sglang, unservable_there
 from stages.engines.config import SGLangEngineConfig
-from stages.evaluation import DRAFTERS
 from stages.mining import MiningConfig
 from stages.prompts import PromptsConfig
 from stages.rollout import RolloutConfig
@@ -66,7 +66,7 @@ def check_models(found: Findings, nodes: Sequence[Node], scratch: Path) -> Model
         with found.part("chat template"):
             _check_template(found, config, model_path(scratch))
     plans: list[DrafterPlan] = []
-    served = [node.name for node in nodes if _serves_drafters(node)]
+    served = [node.name for node in nodes if drafts_on_sglang(node)]
     for node in nodes:
         if isinstance(node.config, SftConfig) and "drafter" not in node.inputs:
             with found.part(f"{node.name}: drafter"):
@@ -104,12 +104,6 @@ def _check_template(found: Findings, config: PromptsConfig, folder: Path) -> Non
     found.ok("chat template", f"works{f' with {given}' if given else ''}: {len(ids)} tokens around one word")
 
 
-def _serves_drafters(node: Node) -> bool:
-    """Whether SGLang is to draft with a trained drafter there."""
-    with_drafter = any(name in DRAFTERS or name.startswith("drafter") for name in node.inputs)
-    return with_drafter and isinstance(getattr(node.config, "engine", None), SGLangEngineConfig)
-
-
 def _check_drafter(
     found: Findings, node: str, config: SftConfig, artifact: Path, served: Sequence[str]
 ) -> DrafterPlan | None:
@@ -145,10 +139,7 @@ def _check_drafter(
         plan, where = plan_of_new(config.drafter, target_config, tokenizer), "new"
     if reason := unservable_layers(plan.target_layer_ids, target_config.num_hidden_layers):
         if served:
-            found.error(
-                name,
-                f"{reason}, and SGLang is to draft with it in {', '.join(served)}: change drafter.target_layer_ids",
-            )
+            found.error(name, unservable_there(reason, served))
         else:
             found.warn(name, f"{reason}: this drafter will work in the embedded engine only")
     found.ok(name, f"{where}: {plan.description}, {plan.parameters / 1e6:,.1f}M parameters")

@@ -40,6 +40,33 @@ def check_target(nodes: Sequence[Node], target: Path) -> None:
     """Every stage's own checks of its config against the resolved target; no weights are loaded."""
     for node in nodes:
         check_node(node, target)
+    served = [node.name for node in nodes if drafts_on_sglang(node)]
+    for node in nodes if served else ():
+        if node.module == "stages.sft" and "drafter" not in node.inputs:
+            _check_servable(node, target, served)
+
+
+def drafts_on_sglang(node: Node) -> bool:
+    """Whether SGLang is to draft with a trained drafter there."""
+    from stages.engines.config import SGLangEngineConfig
+    from stages.evaluation import DRAFTERS
+
+    with_drafter = any(name in DRAFTERS or name.startswith("drafter") for name in node.inputs)
+    return with_drafter and isinstance(getattr(node.config, "engine", None), SGLangEngineConfig)
+
+
+def _check_servable(node: Node, target: Path, served: Sequence[str]) -> None:
+    """What SGLang would not hand to the drafter is an error before it is trained, not when it is served."""
+    from stages.sft import SftConfig, unservable
+
+    assert isinstance(node.config, SftConfig)
+    if reason := unservable(node.config, target):
+        raise DraftsmithError(f"{node.name}: {unservable_there(reason, served)}")
+
+
+def unservable_there(reason: str, served: Sequence[str]) -> str:
+    """The error of layers that SGLang does not hand over. served: nodes in which it is to draft."""
+    return f"{reason}, and SGLang is to draft with it in {', '.join(served)}: change drafter.target_layer_ids"
 
 
 def check_node(node: Node, target: Path, *, metadata_only: bool = False) -> bool:

@@ -15,7 +15,13 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from stages.contract import Config, Stage, StageContext
 from stages.drafters.config import DraftingConfig
-from stages.engines.config import EmbeddedEngineConfig, EngineConfig, SamplingConfig, SGLangEngineConfig
+from stages.engines.config import (
+    NO_REDUCED_HEAD,
+    EmbeddedEngineConfig,
+    EngineConfig,
+    SamplingConfig,
+    SGLangEngineConfig,
+)
 from stages.measure.parity import MaxParityMismatch
 
 if TYPE_CHECKING:
@@ -80,7 +86,7 @@ class EvaluationConfig(Config):
                     "engine.urls: running servers cannot serve drafters that were just trained; use engine.launch"
                 )
             if self.head_tokens is not None:
-                raise ValueError("head_tokens: only the embedded engine drafts with a reduced head; leave it out")
+                raise ValueError(f"head_tokens: {NO_REDUCED_HEAD}")
         return self
 
 

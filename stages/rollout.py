@@ -13,7 +13,13 @@ from pydantic import Field, model_validator
 
 from stages.contract import Config, Stage, StageContext
 from stages.drafters.config import DraftingConfig
-from stages.engines.config import EmbeddedEngineConfig, EngineConfig, SamplingConfig, SGLangEngineConfig
+from stages.engines.config import (
+    NO_REDUCED_HEAD,
+    EmbeddedEngineConfig,
+    EngineConfig,
+    SamplingConfig,
+    SGLangEngineConfig,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,10 +46,7 @@ class RolloutConfig(Config):
         if isinstance(self.engine, SGLangEngineConfig) and self.engine.launch and self.engine.launch.tree:
             raise ValueError("engine.launch.tree: trees are for the speed of an evaluation; a rollout drafts chains")
         if isinstance(self.engine, SGLangEngineConfig) and self.drafting.head_tokens is not None:
-            raise ValueError(
-                "drafting.head_tokens: only the embedded engine drafts from a part of the vocabulary; leave it out, or "
-                "set engine.kind: embedded"
-            )
+            raise ValueError(f"drafting.head_tokens: {NO_REDUCED_HEAD}")
         return self
 
 

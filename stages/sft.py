@@ -81,6 +81,27 @@ def preflight(config: SftConfig, target: Path) -> None:
         check_new(config.drafter, model_path(target))
 
 
+def unservable(config: SftConfig, target: Path) -> str | None:
+    """Why SGLang could not draft with what is trained here from random weights or `init_from`; None if it can.
+
+    target: a resolved target. Small files only.
+    """
+    from transformers import AutoConfig
+
+    from stages.drafters.checkpoint import drafter_source, plan_of_checkpoint, plan_of_new
+    from stages.drafters.layout import unservable_layers
+    from stages.targets.resolve import load_tokenizer, model_path
+
+    folder = model_path(target)
+    target_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if config.init_from:
+        source = drafter_source(config.init_from)
+        plan = plan_of_checkpoint(source, target_config, config.init_from, lambda: load_tokenizer(folder))
+    else:
+        plan = plan_of_new(config.drafter, target_config, lambda: load_tokenizer(folder))
+    return unservable_layers(plan.target_layer_ids, target_config.num_hidden_layers)
+
+
 def run(ctx: StageContext, config: SftConfig) -> None:
     """Train, then write the checkpoint in the layout that engines load."""
     import torch

@@ -45,8 +45,8 @@ def judge(
     hidden: [B, A, K, H] on the trajectories' own tokens, which decide what is accepted for any drafter: up to the first
     rejection its proposals are these tokens. proposals: how many of the K the serving block has; with fewer, the first
     ones of the trained block stand in for a smaller block's own, which differ where a block attends in both directions
-    (replay drafts the smaller block itself). proposed: [B, A, K] of
-    an autoregressive drafter, whose proposals behind a rejection depend on it; without them those are not its own.
+    (replay drafts the smaller block itself). proposed: [B, A, K] of an autoregressive drafter, whose proposals behind a
+    rejection depend on it; without them those are not its own.
     """
     B, A, K, _ = hidden.shape
     labels, inside = labels_of(batch, anchors, K)

@@ -10,10 +10,12 @@ from artifacts.errors import DraftsmithError
 from flows.graph import Node
 from flows.options import StageOptions
 from flows.preflight import check_home, check_node, check_target
+from stages.rollout import RolloutConfig
 from stages.sft import SftConfig
 from tests.flows.toy import ToyConfig, toy_nodes
 from tests.flows.toy_stages.combine import CombineConfig
 from tests.testbed.drafter import DrafterArtifacts
+from tests.testbed.target import MASK
 
 
 def test_too_little_disk_is_an_error_that_names_the_field(tmp_path: Path) -> None:
@@ -44,3 +46,19 @@ def test_sft_that_goes_on_with_a_drafter_is_not_checked_as_a_new_one(tiny_drafte
     assert not check_node(Node("control", "stages.sft", config, {**learned, "drafter": "sft"}), tiny_drafter.target)
     with pytest.raises(DraftsmithError, match=r"sft: .*'<never>' is not a token of the target"):
         check_node(Node("sft", "stages.sft", config, learned), tiny_drafter.target)
+
+
+def test_layers_that_sglang_does_not_hand_over_are_an_error_before_training(tiny_drafter: DrafterArtifacts) -> None:
+    fields = {"num_layers": 1, "block_size": 4, "target_layer_ids": [0, 3], "mask_token": MASK}
+    sft = Node("sft", "stages.sft", SftConfig.model_validate({"drafter": fields}), {"target": "t", "trajectories": "r"})
+    served = {"kind": "sglang", "urls": ["http://127.0.0.1:9"]}
+    inputs = {"target": "t", "prompts": "p", "drafter": "sft"}
+    for engine, refused in ({"kind": "embedded"}, False), (served, True):
+        assisted = Node("assisted", "stages.rollout", RolloutConfig.model_validate({"engine": engine}), inputs)
+        if refused:
+            with pytest.raises(
+                DraftsmithError, match=r"sft: target_layer_ids .* is to draft with it in assisted: change"
+            ):
+                check_target([sft, assisted], tiny_drafter.target)
+        else:
+            check_target([sft, assisted], tiny_drafter.target)

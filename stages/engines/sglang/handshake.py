@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from artifacts.errors import DraftsmithError, RetryableError
 from stages.drafters.config import DraftingConfig
 from stages.engines.base import Request, SamplingParams
-from stages.engines.config import SGLangEngineConfig, TreeConfig
+from stages.engines.config import NO_REDUCED_HEAD, SGLangEngineConfig, TreeConfig
 from stages.engines.sglang.client import LostError, check_status
 from stages.engines.sglang.records import completion_of, generate_payload, trace_identity
 from stages.engines.sglang.server import algorithm_of, block_size_of
@@ -62,10 +62,7 @@ class Expected:
         from stages.drafters.checkpoint import check_drafter, check_layers, drafter_digest
 
         if drafting.head_tokens is not None:
-            raise DraftsmithError(
-                "drafting.head_tokens: only the embedded engine drafts from a part of the vocabulary; leave it out, "
-                "or set engine.kind: embedded"
-            )
+            raise DraftsmithError(f"drafting.head_tokens: {NO_REDUCED_HEAD}")
         check_drafter(drafter_folder, target.digest)
         check_layers(drafter_folder, target.num_layers)
         algorithm = algorithm_of(drafter_folder, config.launch)
