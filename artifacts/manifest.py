@@ -7,6 +7,7 @@ import json
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -68,6 +69,11 @@ class Manifest(_Frozen):
 
     def ref(self, path: Path) -> ArtifactRef:
         return ArtifactRef(self.stage, self.key, self.content_id, path)
+
+
+def local_time(moment: datetime) -> str:
+    """A moment as people here read it, with its offset from UTC."""
+    return moment.astimezone().isoformat(sep=" ", timespec="seconds")
 
 
 def canonical_json(value: object) -> str:

@@ -43,7 +43,7 @@ def read_table(path: Path, schema: TableSchema, columns: list[str] | None = None
     except (pa.ArrowException, OSError, EOFError) as error:
         raise _DamagedError(
             f"{path}: not a whole Parquet file (truncated, damaged or of another format); restore it, or make it again "
-            "with `draftsmith refresh --force` and the name of its stage"
+            "by adding `--force` and the name of its stage to the command"
         ) from error
 
 

@@ -59,19 +59,44 @@ def render_report(path: Path, data: ReportData) -> None:
     )
 
 
+TO_SFT = ("diff_to_sft", "diff_low", "diff_high")  # of a drafter's tau: difference, and its interval
+TO_CONTROL = ("diff_to_control", "diff_to_control_low", "diff_to_control_high")
+
+
 def findings(evaluation: Mapping[str, Any]) -> list[str]:
-    """What the comparison with the SFT drafter found, in words; a difference within its interval is called that."""
+    """What the evaluation found, in words, for who decides on a drafter: how each compares with the SFT drafter, OPD
+    also with SFT continued, and whether outputs stayed the target's own.
+
+    A difference within its interval is called that.
+    """
     sentences = []
     for arm, figures in evaluation.get("drafters", {}).items():
-        difference, low, high = (figures.get(name) for name in ("diff_to_sft", "diff_low", "diff_high"))
-        if arm == "sft" or difference is None:
-            continue
-        interval = f"tau {difference:+.3f} (95 % interval {_signed(low)} to {_signed(high)})"
-        if low is None or high is None or low <= 0 <= high:
-            sentences.append(f"{_name(arm)} does not differ measurably from SFT: {interval}.")
-        else:
-            sentences.append(f"{_name(arm)} is {'better' if difference > 0 else 'worse'} than SFT: {interval}.")
+        for other, names in (("sft", TO_SFT), ("control", TO_CONTROL)):
+            difference, low, high = (figures.get(name) for name in names)
+            if arm != other and difference is not None:
+                sentences.append(_compared(_name(arm), _name(other), difference, low, high))
+    for arm, figures in evaluation.get("speed", {}).items():
+        factor, low, high = (figures.get(f"speed_to_sft{part}") for part in ("", "_low", "_high"))
+        if factor is not None:
+            verdict = "" if low is None or high is None or low <= 1 <= high else ", measurably"
+            sentences.append(
+                f"{_name(arm)} decodes at {factor:.3f} times the speed of SFT{verdict} (95 % interval "
+                f"{_number(low, '.3f')} to {_number(high, '.3f')}, {figures.get('prompts', 0)} prompts)."
+            )
+    exact = evaluation.get("exactness", {})
+    if (prompts := exact.get("fp32_prompts")) and exact.get("fp32_identical") != prompts:
+        sentences.append(
+            f"Do not serve these drafters: in fp32 only {exact.get('fp32_identical')} of {prompts} outputs equal plain "
+            "decoding, so that something changes what the target says."
+        )
     return sentences
+
+
+def _compared(arm: str, other: str, difference: float, low: float | None, high: float | None) -> str:
+    interval = f"tau {difference:+.3f} (95 % interval {_signed(low)} to {_signed(high)})"
+    if low is None or high is None or low <= 0 <= high:
+        return f"{arm} does not differ measurably from {other}: {interval}."
+    return f"{arm} is {'better' if difference > 0 else 'worse'} than {other}: {interval}."
 
 
 def _parts(data: ReportData) -> Iterable[str]:
@@ -79,7 +104,7 @@ def _parts(data: ReportData) -> Iterable[str]:
     yield _headline(data.evaluation)
     yield _settings(data.evaluation)
     yield _exactness(data.evaluation)
-    yield _without_loops(data.evaluation)
+    yield _repetitions(data.evaluation)
     yield _figure(
         "Acceptance by offset",
         plots.acceptance_by_offset,
@@ -115,13 +140,15 @@ def _parts(data: ReportData) -> Iterable[str]:
 def _headline(evaluation: Mapping[str, Any]) -> str:
     drafters, speed = evaluation.get("drafters", {}), evaluation.get("speed", {})
     rows = []
+    to_control = any(TO_CONTROL[0] in figures for figures in drafters.values())
     for arm in [arm for arm in NAMES if arm in drafters or arm in speed]:
         d, s = drafters.get(arm, {}), speed.get(arm, {})
         rows.append(
             [
                 _name(arm),
                 _interval(d.get("tau"), d.get("tau_low"), d.get("tau_high")),
-                ABSENT if arm == "sft" else _interval(d.get("diff_to_sft"), d.get("diff_low"), d.get("diff_high"), "+"),
+                ABSENT if arm == "sft" else _difference(d, TO_SFT),
+                *([_difference(d, TO_CONTROL)] if to_control else []),
                 _number(s.get("tokens_per_s"), ".1f"),
                 _interval(
                     s.get("speedup"), s.get("speedup_low"), s.get("speedup_high"), unit=" \N{MULTIPLICATION SIGN}"
@@ -133,7 +160,17 @@ def _headline(evaluation: Mapping[str, Any]) -> str:
         )
     if not rows:
         return ""
-    head = ["", "tau", "tau minus SFT's", "tokens/s", "speed-up", "block served", "tau served", "identical outputs"]
+    head = [
+        "",
+        "tau",
+        "tau minus SFT's",
+        *(["tau minus that of SFT continued"] if to_control else []),
+        "tokens/s",
+        "speed-up",
+        "block served",
+        "tau served",
+        "identical outputs",
+    ]
     lead = "".join(f'<p class="lead">{html.escape(sentence)}</p>\n' for sentence in findings(evaluation))
     definition = evaluation.get("definition_of_tau")
     caption = (
@@ -200,11 +237,11 @@ def _exactness(evaluation: Mapping[str, Any]) -> str:
     return f"<h2>Exactness</h2>\n<p>{html.escape(' '.join(sentences))}</p>" if sentences else ""
 
 
-def _without_loops(evaluation: Mapping[str, Any]) -> str:
+def _repetitions(evaluation: Mapping[str, Any]) -> str:
     share, taus = evaluation.get("loop_share"), evaluation.get("tau_without_loops") or {}
     if share is None:
         return ""
-    text = f"{share:.1%} of the held-out answers end in a repeating loop, which is easy to draft."
+    text = f"{share:.1%} of the held-out answers repeat some six tokens three times or more."
     figures = [f"{_name(arm)} {tau:.2f}" for arm, tau in taus.items() if isinstance(tau, int | float)]
     if figures:
         text += f" tau without them: {', '.join(figures)}."
@@ -276,6 +313,11 @@ def _interval(value: float | None, low: float | None, high: float | None, sign: 
     if low is None or high is None:
         return f"{value:{sign}.3f}{unit}"
     return f"{value:{sign}.3f}{unit}\n[{low:{sign}.3f}, {high:{sign}.3f}]"
+
+
+def _difference(figures: Mapping[str, Any], names: tuple[str, str, str]) -> str:
+    value, low, high = (figures.get(name) for name in names)
+    return _interval(value, low, high, "+")
 
 
 def _cell(value: Any) -> str:

@@ -283,7 +283,7 @@ def _holds_other_content(folder: Path, content: str) -> bool:
 
 
 def _remedy(stage: str) -> str:
-    return f"make it again with `draftsmith refresh --force {stage}`"
+    return f"make it again: add `--force {stage}` to the command"
 
 
 def _damaged(path: Path, stage: str, what: str) -> DraftsmithError:

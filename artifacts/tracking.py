@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from artifacts.errors import DraftsmithError
+from artifacts.errors import DraftsmithError, RetryableError
 from artifacts.home import home
 from artifacts.locks import is_locked, locked
 from artifacts.manifest import MANIFEST, ArtifactRef
@@ -34,6 +34,7 @@ EXPERIMENT = "draftsmith"
 REVIEW_FILES = (MANIFEST, "summary.json", "evaluation.json", "drafter.json", "report.html", "*.svg", "*.png")
 REVIEW_BYTES = 20_000_000  # anything larger is no review file
 FLUSH_S = 5.0  # metrics reach MLflow at most this late
+AFTER_FAILURE_S = 60.0  # until they are sent again; doubles with every further failure, up to ten minutes
 
 
 class Tracking:
@@ -51,7 +52,8 @@ class Tracking:
     @property
     def ui_command(self) -> str:
         """What a user runs to look at the runs."""
-        return f"mlflow ui --backend-store-uri {self.uri}" if _is_db(self.uri) else self.uri
+        uri = _redacted(self.uri)
+        return f"mlflow ui --backend-store-uri {uri}" if _is_db(self.uri) else uri
 
     def check(self) -> None:
         """One clear error, within seconds, if MLflow cannot be used. Call it before long work."""
@@ -60,10 +62,15 @@ class Tracking:
                 _reach(self.uri)
             self._connect()
         except Exception as error:
-            what, fix = "MLflow's database", "make it writable, or move it away to start a new one"
+            what, fix, kind = (
+                "MLflow's database",
+                "make it writable, or move it away to start a new one",
+                DraftsmithError,
+            )
             if self.uri != self.default_uri:
                 what, fix = "MLFLOW_TRACKING_URI", "start the server, correct the variable, or unset it to use SQLite"
-            raise DraftsmithError(f"{what} {_redacted(self.uri)}: {_first_line(error)}; {fix}") from error
+                kind = RetryableError
+            raise kind(f"{what} {_redacted(self.uri)}: {_first_line(error)}; {fix}") from error
 
     def open_refresh(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> str | None:
         """Start the run of a refresh; None if MLflow failed. It counts as alive as long as this process lives."""
@@ -124,17 +131,25 @@ class Tracking:
         return run
 
     def close_dead_runs(self, store: Store) -> list[str]:
-        """End, as KILLED, the runs of this machine and home whose process is gone; their names are returned."""
+        """End the runs of this machine and home whose process is gone; their names are returned.
+
+        As FINISHED where the artifact is complete (MLflow was lost, or the process between the two), else as KILLED.
+        """
         closed: list[str] = []
         with self._tolerant():
             client, _ = self._connect()
             for run in self._search("attributes.status = 'RUNNING'"):
                 stage, key = run.data.tags["draftsmith.stage"], run.data.tags["draftsmith.key"]
                 held = is_locked(self._refresh_file(key)) if stage == "refresh" else store.is_claimed(stage, key)
-                if not held:
-                    client.set_tag(run.info.run_id, "draftsmith.closed", "its process was gone")
-                    client.set_terminated(run.info.run_id, "KILLED")
-                    closed.append(run.info.run_name)
+                if held:
+                    continue
+                client.set_tag(run.info.run_id, "draftsmith.closed", "its process was gone")
+                ref = None if stage == "refresh" else _complete(store, stage, key)
+                if ref is not None:
+                    figures = store.manifest(ref).metrics
+                    log_metrics(client, run.info.run_id, [(name, value, 0) for name, value in figures.items()])
+                client.set_terminated(run.info.run_id, "KILLED" if ref is None else "FINISHED")
+                closed.append(run.info.run_name)
         return closed
 
     # -- inside --------------------------------------------------------------------------------------------------
@@ -195,12 +210,12 @@ class Tracking:
 
     @contextmanager
     def _tolerant(self, run: StageRun | None = None) -> Iterator[None]:
-        """Swallow any failure of MLflow with one warning; a stage's run is given up, its stage goes on."""
+        """Swallow any failure of MLflow with one warning; the stage goes on, and its run tries again later."""
         try:
             yield
         except Exception as error:
             if run is not None:
-                run.given_up = True
+                run.failed()
             if not self._warned:
                 log.warning(
                     "MLflow at %s failed (%s): results are kept in the store, MLflow may lack a part",
@@ -211,30 +226,44 @@ class Tracking:
 
 
 class StageRun:
-    """The run of one stage. Metrics are sent in batches, so that a lost or slow MLflow does not hold up the stage."""
+    """The run of one stage. Metrics are sent in batches, and kept while MLflow fails: it does not hold up the stage."""
 
     def __init__(self, tracking: Tracking) -> None:
         self.run_id: str | None = None
         self.resumed = False
-        self.given_up = False
         self._tracking = tracking
         self._buffer: list[tuple[str, float, int]] = []
         self._flushed = time.monotonic()
+        self._failures = 0
         self._last_step: dict[str, int] = {}  # of a resumed run: steps that MLflow already has are not sent again
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Values of one step; they reach MLflow within `FLUSH_S` seconds of a later call, or when the run ends."""
         self._buffer += [(name, float(value), step) for name, value in values.items()]
-        if len(self._buffer) >= METRICS_PER_BATCH or time.monotonic() - self._flushed > FLUSH_S:
+        waited = time.monotonic() - self._flushed
+        if self._failures:
+            due = waited > min(AFTER_FAILURE_S * 2 ** (self._failures - 1), 600)
+        else:
+            due = waited > FLUSH_S or len(self._buffer) >= METRICS_PER_BATCH
+        if due:
             self.flush()
 
     def flush(self) -> None:
-        points, self._buffer, self._flushed = self._buffer, [], time.monotonic()
+        points, failures = list(self._buffer), self._failures
 
         def send(client: MlflowClient, run_id: str) -> None:
             log_metrics(client, run_id, [p for p in points if p[2] > self._known_step(client, run_id, p[0])])
 
         self._do(send)
+        self._flushed = time.monotonic()
+        if self._failures == failures:  # sent, or there is no run to send it to
+            self._buffer, self._failures = [], 0
+
+    def failed(self) -> None:
+        """A part of what was sent may be there: what is known of the run is asked again."""
+        self._failures += 1
+        self.resumed = True
+        self._last_step.clear()
 
     def close(self, status: Status, metrics: Mapping[str, float] | None = None, folder: Path | None = None) -> None:
         """End the run with its final figures and the review files of the artifact's `folder`, never its weights."""
@@ -249,7 +278,7 @@ class StageRun:
         self._do(end)
 
     def _do(self, act: Callable[[MlflowClient, str], None]) -> None:
-        if self.run_id is not None and not self.given_up:
+        if self.run_id is not None:
             with self._tracking._tolerant(self):
                 act(self._tracking._connect()[0], self.run_id)
 
@@ -260,6 +289,14 @@ class StageRun:
             history = client.get_metric_history(run_id, name)
             self._last_step[name] = max((metric.step for metric in history), default=-1)
         return self._last_step[name]
+
+
+def _complete(store: Store, stage: str, key: str) -> ArtifactRef | None:
+    """The artifact of a key, if the store has it whole."""
+    try:
+        return store.find(stage, key)
+    except DraftsmithError:
+        return None
 
 
 def _review_files(folder: Path) -> list[Path]:

@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from flows.findings import Findings
 from flows.graph import Node
-from flows.preflight import drafts_on_sglang, unservable_there
+from flows.preflight import drafts_on_sglang, oversized, trains_anew, unservable_there
 from stages.engines.config import SGLangEngineConfig
-from stages.mining import MiningConfig
 from stages.prompts import PromptsConfig
-from stages.rollout import RolloutConfig
 from stages.sft import SftConfig
 from stages.targets.config import TargetConfig
 from stages.targets.estimate import ModelSize, target_size
@@ -68,7 +66,7 @@ def check_models(found: Findings, nodes: Sequence[Node], scratch: Path) -> Model
     plans: list[DrafterPlan] = []
     served = [node.name for node in nodes if drafts_on_sglang(node)]
     for node in nodes:
-        if isinstance(node.config, SftConfig) and "drafter" not in node.inputs:
+        if isinstance(node.config, SftConfig) and trains_anew(node):
             with found.part(f"{node.name}: drafter"):
                 if plan := _check_drafter(found, node.name, node.config, scratch, served):
                     plans.append(plan)
@@ -126,7 +124,7 @@ def _check_drafter(
 
     if config.init_from:
         try:
-            source = _drafter_metadata(config.init_from)
+            source = _drafter_metadata(config.init_from, config.init_revision)
         except UnreachableError as error:
             found.warn(name, f"{error}; not checked: its layers, mask token, memory, disk")
             return None
@@ -146,21 +144,18 @@ def _check_drafter(
     return plan
 
 
-def _drafter_metadata(source: str) -> Path:
+def _drafter_metadata(source: str, revision: str | None) -> Path:
     """The folder, or the small files of a hub checkpoint."""
     from stages.targets.metadata import fetch_metadata
 
     folder = Path(source).expanduser()
-    return folder if folder.is_dir() else fetch_metadata(source, None, "sft.init_from")
+    return folder if folder.is_dir() else fetch_metadata(source, revision, "sft.init_from")
 
 
 def _check_block_sizes(found: Findings, nodes: Sequence[Node], trained: int) -> None:
     for node in nodes:
-        drafting = getattr(node.config, "drafting", None)
-        if isinstance(node.config, RolloutConfig | MiningConfig) and drafting and (drafting.block_size or 0) > trained:
-            found.error(
-                node.name, f"drafting.block_size {drafting.block_size} is larger than the trained {trained}: lower it"
-            )
+        if problem := oversized(node, trained):
+            found.error(node.name, problem)
         over = [size for size in getattr(node.config, "block_sizes", None) or () if size > trained]
         if over:
             found.warn(node.name, f"block_sizes {over} are larger than the trained {trained}, which is taken instead")

@@ -8,6 +8,7 @@ from pathlib import Path
 from artifacts.errors import DraftsmithError
 from flows.findings import Findings
 from flows.graph import Node
+from flows.preflight import check_supply
 from stages.prompt_rows import read_jsonl, row_messages
 from stages.prompt_sources import (
     SPLITS,
@@ -21,7 +22,6 @@ from stages.prompt_sources import (
     supplies,
 )
 from stages.prompts import PromptsConfig
-from stages.rollout import RolloutConfig
 
 _COUNTED_BYTES = 1 << 28  # larger files are only looked into
 
@@ -34,9 +34,9 @@ def check_prompts(found: Findings, nodes: Sequence[Node]) -> None:
                 name = f"{node.name}.sources.{index}"
                 with found.part(name):
                     _check_source(found, name, source, _share(node.config, source))
-        elif isinstance(node.config, RolloutConfig):
+        else:
             with found.part(node.name):
-                _check_rollout(node, {each.name: each for each in nodes})
+                check_supply(node, {each.name: each for each in nodes})
 
 
 def _share(config: PromptsConfig, source: PromptSource) -> int:
@@ -119,22 +119,3 @@ def _enough(found: Findings, name: str, label: str, rows: int, wanted: int, *, f
             f"{label}: {rows} rows{behind}, {wanted} prompts wanted: lower the counts or add a source"
         )
     found.ok(name, f"{label}: {rows} rows{behind} for {wanted} prompts")
-
-
-def _check_rollout(node: Node, by_name: dict[str, Node]) -> None:
-    config, prompts = node.config, by_name[node.inputs["prompts"]].config
-    assert isinstance(config, RolloutConfig)
-    if not isinstance(prompts, PromptsConfig):
-        return
-    available = sum(prompts.wanted(split) for split in SPLITS if split in config.splits)
-    left = available - config.skip
-    if left <= 0:
-        raise DraftsmithError(
-            f"{node.name}: splits {list(config.splits)} have {available} prompts and {config.skip} are skipped: "
-            "raise the counts in section prompts or lower skip"
-        )
-    if config.prompts is not None and left < config.prompts:
-        raise DraftsmithError(
-            f"{node.name}: {config.prompts} prompts wanted behind {config.skip} skipped, {left} left: raise the counts "
-            "in section prompts, or lower prompts or skip"
-        )

@@ -126,7 +126,9 @@ def control_config(config: RunConfig) -> SftConfig:
 def continued_sft(sft: SftConfig, opd: OpdConfig) -> SftConfig:
     """SFT continued exactly as OPD trains, but for the anchors and the loss: the fair comparison."""
     shared = {name: getattr(opd, name) for name in TrainingConfig.model_fields}
-    return sft.model_copy(update={**shared, "init_from": None})  # it starts from the drafter that it is given
+    return sft.model_copy(
+        update={**shared, "init_from": None, "init_revision": None, "adopt": False}
+    )  # it starts from the drafter that it is given
 
 
 def assisted_config(config: RunConfig, iteration: int) -> RolloutConfig:

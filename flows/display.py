@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from artifacts.report import findings
 from flows.findings import Finding, Level
 from flows.graph import PlannedNode, Status
 
@@ -157,7 +158,7 @@ class Display:
         self.console.print(results_table(evaluation))
         if shows_settings(evaluation):
             self.console.print(settings_table(evaluation))
-        for line in exactness_lines(evaluation):
+        for line in [*exactness_lines(evaluation), *findings(evaluation)]:
             self.line(line)
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+
+from artifacts.manifest import local_time
 
 
 @dataclass(frozen=True)
 class Failure:
     error: str  # one line
-    at: str  # local time
+    at: str  # as `artifacts.manifest.local_time`
 
 
 def _path(logs: Path, stage: str, key: str) -> Path:
@@ -21,7 +23,7 @@ def _path(logs: Path, stage: str, key: str) -> Path:
 
 def note_failure(logs: Path, stage: str, key: str, error: BaseException) -> None:
     """Never an error itself: the disk may be what failed."""
-    failure = Failure(str(error) or type(error).__name__, time.strftime("%Y-%m-%d %H:%M:%S"))
+    failure = Failure(str(error) or type(error).__name__, local_time(datetime.now(UTC)))
     with contextlib.suppress(OSError):
         _path(logs, stage, key).write_text(json.dumps(asdict(failure)), "utf-8")
 

@@ -18,7 +18,7 @@ from flows.graph import Pipeline, forced_nodes, in_order, plan
 from flows.graph import Status as Planned
 from flows.node_run import Made, Workshop
 from flows.options import RunOptions
-from flows.preflight import check_engines, check_home, check_target
+from flows.preflight import check_engines, check_home, check_supplies, check_target
 from flows.stage_task import run_node
 
 _TARGET, _EVALUATION, _REPORT = "target", "evaluation", "report"
@@ -35,6 +35,7 @@ def run_graph(config: RunOptions, pipeline: Pipeline, force: Collection[str] = (
     workshop.tracking.check()
     workshop.tracking.close_dead_runs(workshop.store)
     planned = plan(config, workshop.store, pipeline, force)
+    check_supplies([item.node for item in planned])
     for warning in check_engines([item.node for item in planned if item.status is not Planned.HIT]):
         workshop.display.line(f"warning: {warning}")
     reused = {f"draftsmith.reused.{p.node.name}": p.ref.uri for p in planned if p.status is Planned.HIT and p.ref}
@@ -47,6 +48,12 @@ def run_graph(config: RunOptions, pipeline: Pipeline, force: Collection[str] = (
         status = "FINISHED"
     except Exception:
         status = "FAILED"
+        if again := sorted(
+            forced_nodes([p.node for p in planned], force) & {n for n, m in made.items() if not m.reused}
+        ):
+            workshop.display.line(
+                f"made again and complete, so leave out of the next run: --force {' --force '.join(again)}"
+            )
         raise
     finally:
         workshop.tracking.close_refresh(status, _headline(workshop, made), _report(made))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from artifacts.home import home
-from artifacts.manifest import InputEntry, Manifest, read_manifest
+from artifacts.manifest import InputEntry, Manifest, local_time, read_manifest
 from artifacts.store import Store
 from flows.display import Display, duration
 from flows.failures import last_failure
@@ -59,7 +60,7 @@ def status_of_store(display: Display) -> None:
             manifest.stage,
             manifest.key[:16],
             _state_of(store, manifest.stage, manifest.key, done=True, partial=False),
-            manifest.created_at[:19].replace("T", " "),
+            local_time(datetime.fromisoformat(manifest.created_at)),
             duration(manifest.duration_s),
             _size(sum(entry.bytes for entry in manifest.files.values())),
             _figures(manifest),

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from artifacts.errors import StageInterrupted
-from artifacts.manifest import ArtifactRef
+from artifacts.errors import DraftsmithError, StageInterrupted
+from artifacts.manifest import ArtifactRef, read_manifest
 from artifacts.store import Claim, Store
 from artifacts.tracking import StageRun, Tracking
 from flows.display import Display, StageDisplay
@@ -74,11 +74,13 @@ def _say_waiting(workshop: Workshop, node: Node) -> Callable[[], None]:
 
 def _run(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], claim: Claim) -> ArtifactRef:
     config = node.config.model_dump(mode="json")
+    _check_inputs(node, inputs)
     tracked = workshop.tracking.stage_run(
         workshop.refresh_run, claim.stage, claim.key, name=node.name, params=config, inputs=inputs
     )
     try:
         outcome = _run_process(workshop, node, inputs, claim, tracked)
+        _check_inputs(node, inputs)
         ref = workshop.store.commit(
             claim,
             config=config,
@@ -100,6 +102,16 @@ def _run(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], clai
     forget_failure(workshop.logs, claim.stage, claim.key)
     workshop.display.finished(node.name, outcome.duration_s, outcome.summary)
     return ref
+
+
+def _check_inputs(node: Node, inputs: Mapping[str, ArtifactRef]) -> None:
+    """What the stage reads is still what its key says: another run may have made an input again (`--force`)."""
+    for name, ref in inputs.items():
+        if read_manifest(ref.path).content_id != ref.content_id:
+            raise DraftsmithError(
+                f"{node.name}: its input {name} ({ref.path}) was made again by another run, with other content: run "
+                "the same command again, which then starts from the new one"
+            )
 
 
 def _run_process(

@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from artifacts.errors import DraftsmithError, from_os_error
+from artifacts.errors import DraftsmithError, RetryableError, from_os_error
 from artifacts.locks import locked
 
 _START_LIMIT_S = 180.0  # 3 s on a used home, 8 to 12 s on a new one, more on a busy machine
@@ -99,7 +99,7 @@ def _must_answer(url: str) -> None:
 
     with get_client(sync_client=True) as client:
         if error := client.api_healthcheck():
-            raise DraftsmithError(
+            raise RetryableError(
                 f"PREFECT_API_URL: {url} does not answer ({' '.join(str(error).split())}): start that server or "
                 "correct the variable; without it a run starts a server of its own"
             )

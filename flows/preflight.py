@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,14 +36,67 @@ def check_home(home: Path, options: RunOptions) -> None:
         )
 
 
+def check_supplies(nodes: Sequence[Node]) -> None:
+    """Every rollout finds the prompts that it asks for. Raises DraftsmithError with the node's name."""
+    by_name = {node.name: node for node in nodes}
+    for node in nodes:
+        check_supply(node, by_name)
+
+
+def check_supply(node: Node, by_name: Mapping[str, Node]) -> None:
+    """As `check_supplies`, for one node of any stage."""
+    from stages.prompt_sources import SPLITS
+    from stages.prompts import PromptsConfig
+    from stages.rollout import RolloutConfig
+
+    config = node.config
+    prompts = by_name[node.inputs["prompts"]].config if isinstance(config, RolloutConfig) else None
+    if not isinstance(config, RolloutConfig) or not isinstance(prompts, PromptsConfig):
+        return
+    available = sum(prompts.wanted(split) for split in SPLITS if split in config.splits)
+    left = available - config.skip
+    if left <= 0:
+        raise DraftsmithError(
+            f"{node.name}: splits {list(config.splits)} have {available} prompts and {config.skip} are skipped: "
+            "raise the counts in section prompts or lower skip"
+        )
+    if config.prompts is not None and left < config.prompts:
+        raise DraftsmithError(
+            f"{node.name}: {config.prompts} prompts wanted behind {config.skip} skipped, {left} left: raise the counts "
+            "in section prompts, or lower prompts or skip"
+        )
+
+
 def check_target(nodes: Sequence[Node], target: Path) -> None:
     """Every stage's own checks of its config against the resolved target; no weights are loaded."""
     for node in nodes:
         check_node(node, target)
+    if blocks := [_trained_block(node) for node in nodes if trains_anew(node)]:
+        for node in nodes:
+            if problem := oversized(node, max(blocks)):
+                raise DraftsmithError(f"{node.name}: {problem}")
     served = [node.name for node in nodes if drafts_on_sglang(node)]
     for node in nodes if served else ():
-        if node.module == "stages.sft" and "drafter" not in node.inputs:
+        if trains_anew(node):
             _check_servable(node, target, served)
+
+
+def trains_anew(node: Node) -> bool:
+    """Whether a drafter comes into being there, rather than being trained on."""
+    return node.module == "stages.sft" and "drafter" not in node.inputs
+
+
+def _trained_block(node: Node) -> int:
+    from stages.sft import SftConfig, trained_block
+
+    assert isinstance(node.config, SftConfig)
+    return trained_block(node.config)
+
+
+def oversized(node: Node, trained: int) -> str | None:
+    """Why a node cannot draft as its config says, with drafters of at most `trained` tokens a block; None if it can."""
+    size = getattr(getattr(node.config, "drafting", None), "block_size", None) or 0
+    return f"drafting.block_size {size} is larger than the trained {trained}: lower it" if size > trained else None
 
 
 def drafts_on_sglang(node: Node) -> bool:
@@ -75,7 +128,7 @@ def check_node(node: Node, target: Path, *, metadata_only: bool = False) -> bool
     Raises the stage's DraftsmithError with the node's name.
     """
     check = node.stage.preflight
-    if node.module == "stages.sft" and "drafter" in node.inputs:
+    if node.module == "stages.sft" and not trains_anew(node):
         return False  # it goes on with a drafter of this run, not with what its section says of a new one
     if check is None or (metadata_only and node.module in _FETCHES_WEIGHTS):
         return False

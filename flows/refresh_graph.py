@@ -16,6 +16,7 @@ def refresh_nodes(config: RunConfig) -> list[Node]:
     nodes = [
         Node("target", "stages.target", config.target),
         Node("prompts", "stages.prompts", config.prompts, target),
+        Node("heldout", "stages.rollout", config.heldout, asked),  # early: its errors come before the long stages
     ]
     if config.logs is not None:
         answers = "logs"
@@ -30,7 +31,7 @@ def refresh_nodes(config: RunConfig) -> list[Node]:
         suffix = "" if iteration == config.refresh.iterations else f"-{iteration}"
         nodes += _iteration(config, iteration, suffix, opd, control)
         opd, control = f"opd{suffix}", f"control{suffix}"
-    return [*nodes, Node("heldout", "stages.rollout", config.heldout, asked)]
+    return nodes
 
 
 def _iteration(config: RunConfig, iteration: int, suffix: str, opd: str, control: str) -> list[Node]:

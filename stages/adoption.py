@@ -18,7 +18,7 @@ def run(ctx: StageContext, _config: AdoptionConfig) -> None:
     import dataclasses
     import shutil
 
-    from stages.drafters.checkpoint import check_shape, drafter_digest, read_info, write_info
+    from stages.drafters.checkpoint import check_shape, descends_from, read_info, write_info
     from stages.stored import DRAFTER_FOLDER
     from stages.targets.resolve import model_path, read_target_info
 
@@ -33,7 +33,7 @@ def run(ctx: StageContext, _config: AdoptionConfig) -> None:
             info,
             target_digest=target.digest,
             target_source=target.source,
-            parents=(*info.parents, drafter_digest(source)),
+            parents=descends_from(source),
             training={"stage": "adoption", "trained_for": info.target_digest},
         ),
     )

@@ -8,7 +8,7 @@ Acceptance is measured by replay, so every drafter meets the same trajectories a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PREFIX, EARLIER, BASE = "drafter:", "earlier:", "base"
 COSTS = ("positions", "blocks", "seconds")
+_RESIDENT_BYTES = 4 * 2**30  # of drafters that are replayed together
 
 
 class ComparisonConfig(Config):
@@ -51,6 +52,21 @@ class Entry:
         arm, steps, seed = identity.split(":")
         earlier = tuple(at for other, at in inputs.items() if other.startswith(f"{EARLIER}{identity}:"))
         return cls(arm, int(steps), int(seed), inputs[name], earlier)
+
+    def __str__(self) -> str:
+        return f"{self.arm}, {self.steps} steps, seed {self.seed}"
+
+    def row(self, split: str, trajectory_id: str, committed: int, verify_steps: int) -> dict[str, Any]:
+        """Of the table ACCEPTANCE."""
+        return {
+            "arm": self.arm,
+            "steps": self.steps,
+            "seed": self.seed,
+            "split": split,
+            "trajectory_id": trajectory_id,
+            "committed": committed,
+            "verify_steps": verify_steps,
+        }
 
     def cost(self) -> dict[str, float]:
         """What its training took, from the manifests: block positions with a loss, and seconds of the steps."""
@@ -83,31 +99,21 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
         stored = load_trajectories(ctx.inputs["trajectories"], [split])
         sums: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         longest_block = 0
-        for name, entry in entries.items():
-            drafter = load_drafter(entry.folder / DRAFTER_FOLDER, target)
-            traces = replay_all(
-                ctx, target, {name: drafter}, stored.trajectories, DraftingConfig(), None,
-                config.tokens_per_target_forward,
-            )[name]  # fmt: skip
-            committed = np.array([trace.committed.sum() for trace in traces], dtype=np.float64)
-            steps = np.array([len(trace.anchors) for trace in traces], dtype=np.float64)
-            sums[name] = committed, steps
-            longest_block = max(longest_block, drafter.block_size)
-            rows += [
-                {
-                    "arm": entry.arm,
-                    "steps": entry.steps,
-                    "seed": entry.seed,
-                    "split": split,
-                    "trajectory_id": trajectory.trajectory_id,
-                    "committed": int(c),
-                    "verify_steps": int(s),
-                }
-                for trajectory, c, s in zip(stored.trajectories, committed, steps, strict=True)
-            ]
-            ctx.log(
-                f"{split}: {entry.arm}, {entry.steps} steps, seed {entry.seed}: tau {committed.sum() / steps.sum():.3f}"
+        for together in in_memory(entries):  # the target reads the trajectories once for all of them
+            drafters = {name: load_drafter(entries[name].folder / DRAFTER_FOLDER, target) for name in together}
+            longest_block = max(longest_block, *(drafter.block_size for drafter in drafters.values()))
+            found = replay_all(
+                ctx, target, drafters, stored.trajectories, DraftingConfig(), None, config.tokens_per_target_forward
             )
+            for name, traces in found.items():
+                committed = np.array([trace.committed.sum() for trace in traces], dtype=np.float64)
+                steps = np.array([len(trace.anchors) for trace in traces], dtype=np.float64)
+                sums[name] = committed, steps
+                rows += [
+                    entries[name].row(split, trajectory.trajectory_id, int(c), int(s))
+                    for trajectory, c, s in zip(stored.trajectories, committed, steps, strict=True)
+                ]
+                ctx.log(f"{split}: {entries[name]}: tau {committed.sum() / steps.sum():.3f}")
         results[split] = {
             "trajectories": len(stored.trajectories),
             "ceiling": tau(ceiling_traces(target, stored.trajectories, longest_block)),
@@ -119,6 +125,24 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
     (ctx.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     last = results[config.splits[-1]]["arms"]
     ctx.summary(**{f"tau_{row['arm']}_{row['steps']}": row["tau"] for row in last})
+
+
+def in_memory(entries: Mapping[str, Entry], limit: int = _RESIDENT_BYTES) -> Iterator[list[str]]:
+    """The drafters in turns, of as many as hold within `limit` bytes of weights (at least one)."""
+    from stages.drafters.layout import WEIGHTS_FILE
+    from stages.stored import DRAFTER_FOLDER
+
+    turn: list[str] = []
+    held = 0
+    for name, entry in entries.items():
+        size = (entry.folder / DRAFTER_FOLDER / WEIGHTS_FILE).stat().st_size
+        if turn and held + size > limit:
+            yield turn
+            turn, held = [], 0
+        turn.append(name)
+        held += size
+    if turn:
+        yield turn
 
 
 def figures(table: Sequence[Mapping[str, Any]], control: str) -> dict[str, str]:

@@ -89,6 +89,13 @@ class EvaluationConfig(Config):
                 raise ValueError(f"head_tokens: {NO_REDUCED_HEAD}")
         return self
 
+    def key_material(self) -> dict[str, Any]:
+        """How servers are launched decides the speed that is measured, though not what a rollout answers."""
+        material = super().key_material()
+        if isinstance(self.engine, SGLangEngineConfig):
+            material["engine"] |= self.engine.model_dump(mode="json", include={"launch", "python"})
+        return material
+
 
 def run(ctx: StageContext, config: EvaluationConfig) -> None:
     """Replay for tau; then validation for the block size and all arms for speed; exactness from the outputs."""
@@ -121,6 +128,7 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     write_table(ctx.out / "requests.parquet", REQUESTS, measured.rows)
     ctx.summary(
         **{f"tau_{name}": figures["tau"] for name, figures in table.items()},
+        **{name: value for name, value in table.get("opd", {}).items() if name.startswith("diff_")},
         **{f"speedup_{name}": figures["speedup"] for name, figures in speed.items() if "speedup" in figures},
         plain_tokens_per_s=speed["plain"]["tokens_per_s"],
         **{

@@ -1,7 +1,7 @@
-"""OPD: on-policy distillation of the target's feedback at the positions where verification exposed the drafter.
+"""OPD: on-policy distillation of the target's feedback on the blocks that the drafter's own verification leads to.
 
-Draft-OPD, arXiv 2605.29343: replay the drafter at mined anchors, with gradient, and learn from what the target said
-about accepted and rejected proposals.
+After Draft-OPD, arXiv 2605.29343: draft from positions where verification goes on (mined, or found under the current
+weights), with gradient, and learn from what the target said about accepted and rejected proposals.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
     import torch
 
     from stages.drafters.base import DrafterInfo
-    from stages.drafters.checkpoint import drafter_digest, load_drafter, read_info, save_drafter
+    from stages.drafters.checkpoint import descends_from, load_drafter, save_drafter
     from stages.stored import DRAFTER_FOLDER, load_trajectories
     from stages.targets.causal_lm import Target
     from stages.training.batches import FeatureSource, step_rng, trajectories_by_errors, trajectories_of_step
@@ -104,7 +104,14 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
     usable = table.trajectories_with(kind)
     sampled = config.verification == "sampled" or (config.verification == "auto" and stored.temperature > 0)
     objective = config.loss.resolved(drafter.recipe, sampled, stored.temperature)
-    remining = Remining(table, drafter, target, every=config.oldest_trace, scored=objective.needs_scores)
+    remining = Remining(
+        table,
+        drafter,
+        target,
+        every=config.oldest_trace,
+        scored=objective.needs_scores,
+        tokens_per_forward=config.tokens_per_target_forward,
+    )
     source = anchor_source(config, remining)
     ctx.log(
         f"verification {'sampled' if sampled else 'greedy'}: {objective.response.loss} on {objective.response.scope} "
@@ -135,7 +142,7 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
     drafter.info = DrafterInfo(
         target_digest=target.info.digest,
         target_source=target.info.source,
-        parents=(*read_info(folder).parents, drafter_digest(folder)),
+        parents=descends_from(folder),
         training={"stage": "opd", "steps": config.steps, "blocks": totals["blocks"], "positions": totals["positions"]},
     )
     save_drafter(drafter, ctx.out / DRAFTER_FOLDER, target.dtype)

@@ -25,7 +25,7 @@ def run(ctx: StageContext, config: ProceduralTargetConfig) -> None:
     """Train it, then describe it as stage `target` does. An interrupted training (of minutes) starts again."""
     from stages.procedural.training import train_target
     from stages.targets.config import TargetConfig
-    from stages.targets.resolve import INFO_FILE, describe, model_path
+    from stages.targets.resolve import describe, model_path, write_target_info
 
     def on_step(step: int, loss: float) -> None:
         ctx.check_interrupted()
@@ -38,7 +38,7 @@ def run(ctx: StageContext, config: ProceduralTargetConfig) -> None:
     loss = train_target(ctx.out / _MODEL, config, config.shape, parent=parent, on_step=on_step)
     described = TargetConfig(source=f"procedural:{'+'.join(config.families)}", dtype="float32")
     info = describe(ctx.out / _MODEL, described, kind="folder", location=_MODEL, revision=None)
-    (ctx.out / INFO_FILE).write_text(info.model_dump_json(indent=2) + "\n")
+    write_target_info(info, ctx.out)
     ctx.summary(loss_nats=loss, layers=info.num_layers, hidden_size=info.hidden_size, vocab_size=info.vocab_size)
 
 

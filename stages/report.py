@@ -12,11 +12,11 @@ from pydantic import Field
 from artifacts.atomic import write_text
 from artifacts.errors import DraftsmithError
 from artifacts.manifest import MANIFEST, InputEntry, Manifest, read_manifest
-from artifacts.report import ReportData, findings, render_report
+from artifacts.report import TO_CONTROL, TO_SFT, ReportData, findings, render_report
 from stages.contract import Config, Stage, StageContext
 
 TRAININGS = ("sft", "opd", "control")
-HEADLINE = ("tau", "tau_low", "tau_high", "diff_to_sft", "diff_low", "diff_high")
+HEADLINE = ("tau", "tau_low", "tau_high", *TO_SFT, *TO_CONTROL)
 
 
 class ReportConfig(Config):
@@ -39,7 +39,7 @@ def run(ctx: StageContext, config: ReportConfig) -> None:
     )
     render_report(ctx.out / "report.html", data)
     drafters = evaluation.get("drafters", {})
-    headline = {arm: {name: figures.get(name) for name in HEADLINE} for arm, figures in drafters.items()}
+    headline = {arm: {name: figures[name] for name in HEADLINE if name in figures} for arm, figures in drafters.items()}
     write_text(ctx.out / "headline.json", json.dumps(headline, indent=2, sort_keys=True) + "\n")
     for sentence in findings(evaluation):
         ctx.log(sentence)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
-from stages.contract import Config, Stage, StageContext
+from stages.contract import Config, Operational, Stage, StageContext
 from stages.drafters.config import DraftingConfig
 from stages.engines.config import (
     NO_REDUCED_HEAD,
@@ -39,7 +39,9 @@ class RolloutConfig(Config):
     sampling: SamplingConfig = SamplingConfig()
     engine: EngineConfig = EmbeddedEngineConfig()
     drafting: DraftingConfig = DraftingConfig()
-    rows_per_shard: Annotated[int, Field(ge=1, description="answers written at once; bounds what a kill loses")] = 32
+    rows_per_shard: Annotated[
+        int, Field(ge=1, description="answers written at once; bounds what a kill loses"), Operational()
+    ] = 32
 
     @model_validator(mode="after")
     def _engine_can_draft_so(self) -> RolloutConfig:

@@ -30,6 +30,10 @@ class SftConfig(TrainingConfig):
         str | None,
         Field(description="folder or hub id of a drafter in the layout that engines load; left out: random weights"),
     ] = None
+    init_revision: Annotated[str | None, Field(description="commit, tag or branch of a hub id in init_from")] = None
+    adopt: Annotated[
+        bool, Field(description="take the drafter of init_from although it was made for another revision of the target")
+    ] = False
     loss: Annotated[
         Literal["auto"] | TokenLoss | DistributionLoss,
         Field(
@@ -48,6 +52,13 @@ class SftConfig(TrainingConfig):
     def _untrained_only_from_a_checkpoint(self) -> SftConfig:
         if self.steps == 0 and self.init_from is None:
             raise ValueError("steps: 0 takes a drafter as it is: name it in init_from, or train for at least one step")
+        return self
+
+    @model_validator(mode="after")
+    def _about_a_checkpoint(self) -> SftConfig:
+        for name in ("adopt", "init_revision"):
+            if getattr(self, name) and self.init_from is None:
+                raise ValueError(f"{name} is about the drafter of init_from: name it there, or leave {name} out")
         return self
 
     def stream(self, recipe: TrainingRecipe) -> ResponseStream:
@@ -69,16 +80,29 @@ class SftConfig(TrainingConfig):
 def preflight(config: SftConfig, target: Path) -> None:
     """A drafter to start from must fit the target, before anything long runs."""
     from stages.drafters.checkpoint import check_drafter, check_shape, drafter_source
+    from stages.drafters.layout import check_weights
     from stages.targets.resolve import model_path, read_target_info
 
     if config.init_from:
-        folder = drafter_source(config.init_from)
-        check_drafter(folder, read_target_info(target).digest)
+        folder = drafter_source(config.init_from, config.init_revision)
+        if not config.adopt:
+            check_drafter(folder, read_target_info(target).digest)
         check_shape(folder, model_path(target))
+        check_weights(folder)
     else:
         from stages.drafters.checkpoint import check_new
 
         check_new(config.drafter, model_path(target))
+
+
+def trained_block(config: SftConfig) -> int:
+    """Tokens of a block, the anchor included, of what is trained here from random weights or `init_from`."""
+    from stages.drafters.checkpoint import architecture_of, drafter_source
+
+    if not config.init_from:
+        return config.drafter.block_size
+    source = drafter_source(config.init_from, config.init_revision)
+    return int(architecture_of(source).read_config(source).block_size)
 
 
 def unservable(config: SftConfig, target: Path) -> str | None:
@@ -95,7 +119,7 @@ def unservable(config: SftConfig, target: Path) -> str | None:
     folder = model_path(target)
     target_config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if config.init_from:
-        source = drafter_source(config.init_from)
+        source = drafter_source(config.init_from, config.init_revision)
         plan = plan_of_checkpoint(source, target_config, config.init_from, lambda: load_tokenizer(folder))
     else:
         plan = plan_of_new(config.drafter, target_config, lambda: load_tokenizer(folder))
@@ -107,7 +131,7 @@ def run(ctx: StageContext, config: SftConfig) -> None:
     import torch
 
     from stages.drafters.base import DrafterInfo
-    from stages.drafters.checkpoint import create_drafter, drafter_source, load_drafter, save_drafter
+    from stages.drafters.checkpoint import create_drafter, descends_from, drafter_source, load_drafter, save_drafter
     from stages.stored import DRAFTER_FOLDER, load_trajectories
     from stages.targets.causal_lm import Target
     from stages.training.anchors import DRAWS, position_anchors
@@ -120,10 +144,11 @@ def run(ctx: StageContext, config: SftConfig) -> None:
     stored = load_trajectories(ctx.inputs["trajectories"])
     target = Target.load(ctx.inputs["target"])
     counts = token_counts(stored.trajectories, target.info.vocab_size)
-    if "drafter" in ctx.inputs:
-        drafter = load_drafter(ctx.inputs["drafter"] / DRAFTER_FOLDER, target, torch.float32)
-    elif config.init_from:
-        drafter = load_drafter(drafter_source(config.init_from), target, torch.float32)
+    start = ctx.inputs["drafter"] / DRAFTER_FOLDER if "drafter" in ctx.inputs else None
+    if start is None and config.init_from:
+        start = drafter_source(config.init_from, config.init_revision)
+    if start is not None:
+        drafter = load_drafter(start, target, torch.float32, of_any_target=config.adopt)
     else:
         drafter = create_drafter(config.drafter, target, ctx.seed, frequent_tokens(counts))
     if drafter.frequent_tokens is None:
@@ -169,6 +194,7 @@ def run(ctx: StageContext, config: SftConfig) -> None:
     drafter.info = DrafterInfo(
         target_digest=target.info.digest,
         target_source=target.info.source,
+        parents=() if start is None else descends_from(start),
         training={"stage": "sft", "steps": config.steps, **{name: totals.get(name, 0) for name in _TRAINED}},
     )
     save_drafter(drafter, ctx.out / DRAFTER_FOLDER, target.dtype)

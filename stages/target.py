@@ -9,7 +9,7 @@ __all__ = ["STAGE", "TargetConfig"]
 
 
 def run(context: StageContext, config: TargetConfig) -> None:
-    """Write `target.json`, and for a GGUF source the dequantised model into `model/`."""
+    """Write `target.json` and `origin.json`, and for a GGUF source the dequantised model into `model/`."""
     from stages.targets.resolve import resolve_target
 
     info = resolve_target(config, context.out, context.log)
@@ -26,4 +26,7 @@ def run(context: StageContext, config: TargetConfig) -> None:
     )
 
 
-STAGE = Stage(name="target", config=TargetConfig, inputs=(), run=run)
+STAGE = Stage(
+    name="target", config=TargetConfig, inputs=(), run=run,
+    volatile=("metrics.jsonl", "origin.json"),  # a model that moves is the same model
+)  # fmt: skip

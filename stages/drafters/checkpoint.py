@@ -125,9 +125,15 @@ def write_info(folder: Path, info: DrafterInfo) -> None:
     (folder / INFO_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
-def load_drafter(folder: Path, target: Target, dtype: torch.dtype | None = None) -> Drafter:
-    """Load a checkpoint (ours, or any in the public layouts) for this target, in `dtype` (default: the target's)."""
-    check_drafter(folder, target.info.digest)
+def load_drafter(
+    folder: Path, target: Target, dtype: torch.dtype | None = None, *, of_any_target: bool = False
+) -> Drafter:
+    """Load a checkpoint (ours, or any in the public layouts) for this target, in `dtype` (default: the target's).
+
+    Raises DraftsmithError if it was made for another target, unless `of_any_target`.
+    """
+    if not of_any_target:
+        check_drafter(folder, target.info.digest)
     drafter: Drafter = architecture_of(folder).load(folder, target, dtype or target.dtype)
     drafter.info = read_info(folder)
     if (tokens := folder / TOKENS_FILE).exists():
@@ -158,7 +164,7 @@ def check_drafter(folder: Path, target_digest: str) -> None:
     if made_for and made_for != target_digest:
         raise DraftsmithError(
             f"drafter {folder / INFO_FILE}: made for the target {made_for[:12]}, this target is {target_digest[:12]}; "
-            "give a drafter of this target, or remove target_digest from that file to continue from it knowingly"
+            "give a drafter of this target, or set sft.adopt: true to begin from it although the target has changed"
         )
 
 
@@ -175,18 +181,26 @@ def drafter_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for name in ("config.json", "model.safetensors", TOKENS_FILE):
         if (path := folder / name).exists():
-            digest.update(name.encode() + b"\0" + path.read_bytes())
+            digest.update(name.encode() + b"\0")
+            with path.open("rb") as file:
+                while part := file.read(1 << 22):
+                    digest.update(part)
     return digest.hexdigest()
 
 
-def drafter_source(source: str) -> Path:
+def descends_from(folder: Path) -> tuple[str, ...]:
+    """The parents of a drafter that was trained on from this checkpoint, oldest first."""
+    return (*read_info(folder).parents, drafter_digest(folder))
+
+
+def drafter_source(source: str, revision: str | None = None) -> Path:
     """A local folder, or a hub id downloaded once. Raises DraftsmithError if neither can be had."""
     if (folder := Path(source).expanduser()).is_dir():
         return folder
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.npy"]))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.npy"]))
     except Exception as error:  # the hub library raises many kinds, all meaning: not there or not reachable
         raise DraftsmithError(
             f"sft.init_from: {source!r} is no folder and cannot be fetched from the hub ({type(error).__name__}); "

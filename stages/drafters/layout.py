@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from artifacts.errors import DraftsmithError
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+_PARTIAL = "partial_rotary_factor"
 
 
 def read_raw_config(folder: Path) -> dict[str, Any]:
@@ -64,11 +65,17 @@ def rope_checks(drafter: Any, target: Any) -> list[tuple[str, Any, Any]]:
     ours, theirs = (getattr(config, "rope_parameters", None) or {} for config in (drafter, target))
     if not (ours.get("rope_theta") and theirs.get("rope_theta")):
         return []
-    usual = (("rope_type", "default"), ("factor", 1.0), ("partial_rotary_factor", 1.0))
+    usual = (("rope_type", "default"), ("factor", 1.0))
     return [
         ("rope_theta", float(ours["rope_theta"]), float(theirs["rope_theta"])),
         *((f"rope_parameters.{field}", ours.get(field, value), theirs.get(field, value)) for field, value in usual),
     ]
+
+
+def refuse_partial_rotation(path: Path, raw: Mapping[str, Any]) -> None:
+    """Only drafters whose whole heads rotate are supported. raw: a config.json that has rope_parameters."""
+    if (raw["rope_parameters"] | raw).get(_PARTIAL) not in (None, 1):
+        raise DraftsmithError(f"drafter {path}: {_PARTIAL} is set: only whole heads that rotate are supported")
 
 
 def check_layer_ids(where: str, ids: Sequence[int], layers: int, *, ask_for: str) -> None:
@@ -95,6 +102,18 @@ def write_checkpoint(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str,
     """Write config.json and model.safetensors."""
     (folder / CONFIG_FILE).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
     save_file(dict(tensors), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def check_weights(folder: Path) -> None:
+    """model.safetensors is there and whole; reads its header only."""
+    path = folder / WEIGHTS_FILE
+    try:
+        safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise DraftsmithError(
+            f"drafter {path}: cannot be read ({error}); the file is missing or cut short: a drafter is one "
+            f"{WEIGHTS_FILE}, export it as that"
+        ) from error
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -147,7 +166,8 @@ def target_fields(target_config: Any) -> dict[str, Any]:
         "head_dim": getattr(target_config, "head_dim", None) or target_config.hidden_size // heads,
         "max_position_embeddings": target_config.max_position_embeddings,
         "rms_norm_eps": target_config.rms_norm_eps,
-        "rope_parameters": dict(rope),
+        # whole heads rotate, whatever the target's do: engines would read another part than the models here
+        "rope_parameters": {name: value for name, value in rope.items() if name != _PARTIAL},
         "attention_bias": False,
         "tie_word_embeddings": False,
     }

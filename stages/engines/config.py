@@ -21,6 +21,17 @@ def _http_address(url: str) -> str:
     return url
 
 
+def _no_secrets(variables: dict[str, str]) -> dict[str, str]:
+    """A config is written to manifests, to MLflow and to the report."""
+    for name in variables:
+        if any(word in name.upper().split("_") for word in ("TOKEN", "KEY", "SECRET", "PASSWORD")):
+            raise ValueError(
+                f"{name} looks like a secret, and a config is shown in MLflow and in reports: set it in the "
+                "environment of the command instead, the servers inherit it"
+            )
+    return variables
+
+
 class EmbeddedEngineConfig(Config):
     """The engine in this process."""
 
@@ -69,7 +80,9 @@ class LaunchConfig(Config):
         ),
     ]
     environment: Annotated[
-        dict[str, str], Field(default_factory=dict, description="variables added to the servers' environment")
+        dict[str, str],
+        AfterValidator(_no_secrets),
+        Field(default_factory=dict, description="variables added to the servers' environment, which is the command's"),
     ]
     start_timeout_s: Annotated[
         float, Field(gt=0, description="until a server answers; loading and graph capture included"), Operational()

@@ -76,7 +76,7 @@ def ceiling_traces(target: Target, trajectories: Sequence[Trajectory], block_siz
 
 
 def has_loop(tokens: Sequence[int], n: int = 6, times: int = 3) -> bool:
-    """Does the answer repeat an n-gram `times` times? Looping text flatters acceptance."""
+    """Does the answer repeat an n-gram `times` times? Its tau may then say little about other text."""
     counts: dict[tuple[int, ...], int] = {}
     for i in range(len(tokens) - n + 1):
         gram = tuple(tokens[i : i + n])

@@ -10,6 +10,7 @@ import numpy as np
 from stages.measure.bootstrap import interval
 from stages.measure.requests import PLAIN, Setting
 
+FIRST = "sft"  # the drafter that a refresh begins with: the others' speed is compared with it too
 _SUMMED = ("tokens", "seconds", "draft_seconds", "verify_seconds", "verify_steps")
 
 
@@ -34,6 +35,8 @@ def speed_table(
 ) -> dict[str, dict[str, Any]]:
     """Figures of each arm at one setting; figures that no row has (latencies, accepted lengths) are left out.
 
+    Speed-ups are over plain decoding, `speed_to_sft` over the drafter of that name, both paired over prompts.
+
     Rounds are repetitions, not further prompts: they are summed prompt by prompt before intervals are drawn.
     """
     arms = list(dict.fromkeys(row["arm"] for row in rows))
@@ -50,6 +53,14 @@ def speed_table(
         samples = (c["tokens"], c["seconds"], plain["tokens"], plain["seconds"])
         low, high = interval(_speedup, samples, resamples, confidence, seed)
         table[arm] |= {"speedup": float(_speedup(*samples)), "speedup_low": low, "speedup_high": high}
+        if arm != FIRST and FIRST in columns:
+            samples = (c["tokens"], c["seconds"], columns[FIRST]["tokens"], columns[FIRST]["seconds"])
+            low, high = interval(_speedup, samples, resamples, confidence, seed)
+            table[arm] |= {
+                "speed_to_sft": float(_speedup(*samples)),
+                "speed_to_sft_low": low,
+                "speed_to_sft_high": high,
+            }
         if c["verify_seconds"].any():  # servers do not say
             steps = max(1.0, c["verify_steps"].sum())
             table[arm]["draft_ms_per_step"] = float(1e3 * c["draft_seconds"].sum() / steps)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from artifacts.errors import DraftsmithError
 from stages.targets.config import TargetConfig
-from stages.targets.resolve import INFO_FILE, TargetInfo, describe_metadata, hub_reason
+from stages.targets.resolve import TargetInfo, describe_metadata, hub_answered, hub_reason, write_target_info
 from stages.targets.source import check_safetensors, gguf_file, model_folder, source_kind, weight_files
 
 
@@ -23,16 +23,14 @@ def fetch_metadata(source: str, revision: str | None, field: str) -> Path:
     config's, for the error.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(
             snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.jinja", "*.txt", "*.model"])
         )
-    except (HfHubHTTPError, HFValidationError, FileNotFoundError, ConnectionError) as error:
-        unreachable = isinstance(error, LocalEntryNotFoundError | FileNotFoundError | ConnectionError)
+    except Exception as error:  # the hub's library raises its HTTP client's own errors too
         reason = hub_reason(error, TargetConfig(source=source, revision=revision))
-        raise (UnreachableError if unreachable else DraftsmithError)(f"{field} {source}: {reason}") from error
+        raise (DraftsmithError if hub_answered(error) else UnreachableError)(f"{field} {source}: {reason}") from error
 
 
 def metadata_artifact(config: TargetConfig, out: Path) -> TargetInfo:
@@ -54,7 +52,7 @@ def metadata_artifact(config: TargetConfig, out: Path) -> TargetInfo:
         folder, location = out / "model", "model"
         _extract_gguf(gguf_file(config.source), folder)
     info = describe_metadata(folder, config, kind=kind, location=location, revision=revision)
-    (out / INFO_FILE).write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    write_target_info(info, out)
     return info
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from artifacts.errors import DraftsmithError
+from artifacts.errors import DraftsmithError, RetryableError, disk_error_of
 from stages.targets.config import Dtype, TargetConfig
 from stages.targets.source import (
     TOKENIZER_FILES,
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 INFO_FILE = "target.json"
+# Where the model is and came from: no part of the artifact's content, so that a model that moves makes nothing anew.
+ORIGIN_FILE = "origin.json"
+_ORIGIN = {"source", "kind", "location", "revision"}
 DRAFTERS = ("DFlashDraftModel", "LlamaForCausalLMEagle3")
 # Fields of config.json that say where a copy came from, not what it computes.
 _PROVENANCE = ("transformers_version", "_name_or_path", "_model_name_or_path")
@@ -60,16 +63,31 @@ class TargetInfo(BaseModel):
 
 
 def read_target_info(folder: Path) -> TargetInfo:
-    """The `target.json` of a complete target artifact."""
+    """The `target.json` and `origin.json` of a complete target artifact."""
     path = folder / INFO_FILE
     try:
-        return TargetInfo.model_validate_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DraftsmithError(f"{folder} has no {INFO_FILE}: give the folder of a target artifact") from None
+        parts = [dict(json.loads((folder / name).read_text(encoding="utf-8"))) for name in (INFO_FILE, ORIGIN_FILE)]
+        return TargetInfo.model_validate(parts[0] | parts[1])
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name
+        raise DraftsmithError(f"{folder} has no {missing}: give the folder of a target artifact") from None
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise DraftsmithError(f"{path}: {field} {first['msg']}: run the target stage again with --force") from error
+    except (ValueError, TypeError) as error:
+        raise DraftsmithError(f"{path}: not a JSON object: run the target stage again with --force") from error
+
+
+def write_target_info(info: TargetInfo, out: Path) -> None:
+    """Write `target.json`, last, and `origin.json`."""
+    for name, text in (
+        (ORIGIN_FILE, info.model_dump_json(indent=2, include=_ORIGIN)),
+        (INFO_FILE, info.model_dump_json(indent=2, exclude=_ORIGIN)),
+    ):
+        partial = out / f".{name}"
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(out / name)
 
 
 def model_path(folder: Path) -> Path:
@@ -98,16 +116,13 @@ def resolve_target(config: TargetConfig, out: Path, log: Callable[[str], None]) 
         folder, location = out / "model", "model"
         _dequantise(gguf_file(config.source), folder, config.dtype, log)
     info = describe(folder, config, kind=kind, location=location, revision=revision)
-    partial = out / f".{INFO_FILE}"
-    partial.write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    partial.replace(out / INFO_FILE)
+    write_target_info(info, out)
     return info
 
 
 def _download(config: TargetConfig) -> tuple[Path, str]:
     """The hub's snapshot in its own cache, and its commit; needs no network when the cache has it."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub import constants, snapshot_download
 
     try:
         path = Path(
@@ -118,9 +133,21 @@ def _download(config: TargetConfig) -> tuple[Path, str]:
                 ignore_patterns=["consolidated*", "original/*", "onnx/*"],
             )
         )
-    except (HfHubHTTPError, HFValidationError, FileNotFoundError, ConnectionError) as error:
-        raise DraftsmithError(f"target.source {config.source}: {hub_reason(error, config)}") from error
+    except Exception as error:  # the hub's library raises its HTTP client's own errors too
+        if disk_error_of(error) is not None:
+            raise
+        kind = DraftsmithError if hub_answered(error) or constants.HF_HUB_OFFLINE else RetryableError
+        raise kind(f"target.source {config.source}: {hub_reason(error, config)}") from error
     return path, path.name
+
+
+def hub_answered(error: Exception) -> bool:
+    """Whether the hub said no (or the id was wrong); else it could not be asked, and may be later."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    return isinstance(error, HFValidationError) or (
+        isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError)
+    )
 
 
 def hub_reason(error: Exception, config: TargetConfig) -> str:
@@ -128,7 +155,6 @@ def hub_reason(error: Exception, config: TargetConfig) -> str:
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -141,7 +167,7 @@ def hub_reason(error: Exception, config: TargetConfig) -> str:
         return f"the hub has no revision {config.revision}: check target.revision"
     if isinstance(error, HFValidationError):
         return "neither an existing folder nor a hub id: check the name"
-    if isinstance(error, LocalEntryNotFoundError | FileNotFoundError | ConnectionError):
+    if not hub_answered(error):
         return "not a folder here, not in the hub's cache, and no network to the hub: connect, or give a local folder"
     return f"the hub answered: {_one_line(error)}: try again, or give a local folder"
 
@@ -309,7 +335,10 @@ def _eos_ids(folder: Path, text: PretrainedConfig, tokenizer: Any) -> list[int]:
     """Ids that end an answer: of generation config, config and tokenizer, as serving engines take them."""
     found: list[int] = []
     path = folder / "generation_config.json"
-    generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        generation = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise DraftsmithError(f"{path}: not a JSON object ({_one_line(error)}): copy it again") from error
     for value in (generation.get("eos_token_id"), text.eos_token_id, tokenizer.eos_token_id):
         found += value if isinstance(value, list) else [value] if value is not None else []
     return list(dict.fromkeys(found))

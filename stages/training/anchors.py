@@ -15,12 +15,8 @@ from stages.training.blocks import Anchors
 def position_anchors(
     trajectories: Sequence[Trajectory], per_sequence: int, draw: Draw, rng: np.random.Generator, device: torch.device
 ) -> Anchors:
-    """Up to `per_sequence` different positions of each response."""
-    chosen = []
-    for trajectory in trajectories:
-        positions = anchor_positions(trajectory)
-        chosen.append(draw(positions, min(per_sequence, len(positions)), rng))
-    return pad_anchors(chosen, device)
+    """`per_sequence` positions of each response, different ones where it is long enough."""
+    return pad_anchors([draw(anchor_positions(t), per_sequence, rng) for t in trajectories], device)
 
 
 def anchor_positions(trajectory: Trajectory) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Batches of trajectories with the target's features, recomputed where they are used and kept in memory while they fit.
 
 Nothing of the size of a hidden state goes to disk. Features are computed in fixed groups of trajectories, so that their
-bits depend neither on the order of training nor on whether it was interrupted.
+bits depend neither on the order of training nor on whether it was interrupted. Where memory does not hold them all, a
+group is one trajectory: a step that draws at random would read whole groups for one member each.
 """
 
 from __future__ import annotations
@@ -44,15 +45,21 @@ class FeatureSource:
         memory_mb: float = 2048,
         with_hidden: bool = True,
     ):
-        """with_hidden: for losses that ask for the target's distribution; without, its last layers are not run."""
+        """tokens_per_group: read by the target in one forward, as long as memory_mb hold the features of all.
+
+        with_hidden: for losses that ask for the target's distribution; without, its last layers are not run.
+        """
         self.with_hidden = with_hidden
         self.target, self.layer_ids, self.trajectories = target, tuple(layer_ids), list(trajectories)
         lengths = [len(t.tokens) for t in trajectories]
-        self._groups = list(groups_by_length(lengths, tokens_per_group))
+        self._bytes, self._limit = 0, memory_mb * 2**20
+        width = target.head_weight.shape[1] * (len(self.layer_ids) + with_hidden)
+        all_fit = sum(lengths) * width * target.dtype.itemsize <= self._limit
+        self._groups = (
+            list(groups_by_length(lengths, tokens_per_group)) if all_fit else [[i] for i in range(len(lengths))]
+        )
         self._group_of = {index: g for g, group in enumerate(self._groups) for index in group}
         self._cache: OrderedDict[int, dict[int, _Read]] = OrderedDict()
-        self._bytes, self._limit = 0, memory_mb * 2**20
-        self.tokens_read = 0  # how many tokens the target has read for this, padding left out
 
     def _group(self, g: int) -> dict[int, _Read]:
         if g in self._cache:
@@ -66,7 +73,6 @@ class FeatureSource:
         for row, (i, trajectory) in enumerate(zip(members, trajectories, strict=True)):
             n = len(trajectory.tokens)
             entry[i] = tuple(part[row, :n].clone() for part in read)
-            self.tokens_read += n
         self._cache[g] = entry
         self._bytes += _size(entry)
         while self._bytes > self._limit and len(self._cache) > 1:

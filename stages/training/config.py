@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stages.contract import Config
+from stages.contract import Config, Operational
 
 
 class OptimiserConfig(Config):
@@ -20,7 +20,7 @@ class OptimiserConfig(Config):
     compute_dtype: Annotated[
         Literal["bfloat16", "float32"], Field(description="weights stay float32; bfloat16 = autocast")
     ] = "bfloat16"
-    checkpoint_every: Annotated[int, Field(ge=1, description="steps")] = 100
+    checkpoint_every: Annotated[int, Field(ge=1, description="steps"), Operational()] = 100
 
 
 class TrainingConfig(OptimiserConfig):
@@ -40,10 +40,14 @@ class TrainingConfig(OptimiserConfig):
         Field(
             ge=2,
             description="softmax over this many most frequent tokens, those of the step's trajectories and "
-            "`head_negatives` random others, instead of the whole vocabulary",
+            "`head_negatives` random others, instead of the whole vocabulary; OPD judges its verify steps over them too",
         ),
     ] = None
     head_negatives: Annotated[int, Field(ge=0)] = 1024
     positions_per_chunk: Annotated[int, Field(ge=1, description="bounds the memory for logits")] = 512
-    feature_memory_mb: Annotated[float, Field(gt=0, description="target features kept in memory")] = 2048.0
+    feature_memory_mb: Annotated[
+        float,
+        Field(gt=0, description="target features kept in memory; if it does not hold all, rounding differs"),
+        Operational(),
+    ] = 2048.0
     tokens_per_target_forward: Annotated[int, Field(ge=1)] = 2048

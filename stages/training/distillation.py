@@ -32,10 +32,10 @@ def opd_loss(
 ) -> LossReport:
     """λ_acc · weighted mean(response stream) + λ_rej · weighted mean(rejected stream).
 
-    hidden: [B, A, K, H] of the blocks on the trajectories' tokens. steps: None where neither the scope nor a rejected
-    stream reads them. on_proposals: the same on the drafter's own
-    proposals, where that is not the same (autoregressive drafters). objective: resolved. target_head: [V, H]. The
-    report's operations are left to who drafted the blocks.
+    hidden: [B, A, K, H] of the blocks on the trajectories' tokens. on_proposals: [B, A, K, H] on the drafter's own
+    proposals, where that is not the same (autoregressive drafters). steps: None where neither the scope nor a rejected
+    stream reads them. objective: resolved. target_head: [V, H]. The report's operations are left to who drafted the
+    blocks.
     """
     started = time.perf_counter()
     assert objective.temperature is not None, "resolve the objective first"

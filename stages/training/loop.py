@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -50,8 +51,7 @@ def train(
         drafter.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
     )
     path = ctx.work / "checkpoint.pt"
-    state = _restore(path, drafter, optimiser, memory)
-    first, totals = state["step"], state["totals"]
+    first, totals = _restore(path, drafter, optimiser, memory)
     if first:
         ctx.log(f"continuing from the checkpoint at step {first} of {config.steps}")
     ctx.rewind_metrics(first)  # an attempt that was killed wrote beyond its checkpoint, or never reached one
@@ -115,12 +115,13 @@ def _save(
 
 def _restore(
     path: Path, drafter: Drafter, optimiser: torch.optim.Optimizer, memory: Resumable | None
-) -> dict[str, Any]:
+) -> tuple[int, dict[str, float]]:
+    """The step to go on with, and the totals so far. The file may be of another kind of device."""
     if not path.exists():
-        return {"step": 0, "totals": {}}
+        return 0, {}
     try:
-        state: dict[str, Any] = torch.load(path, weights_only=True)
-    except Exception as error:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise DraftsmithError(
             f"checkpoint {path}: cannot be read ({error}); delete it to train from the start"
         ) from error
@@ -128,4 +129,4 @@ def _restore(
     optimiser.load_state_dict(state["optimiser"])
     if memory is not None:
         memory.load_state_dict(state["memory"])
-    return state
+    return state["step"], state["totals"]

@@ -64,10 +64,24 @@ class ResponseStream(Config):
             "auto follows the verification rule: committed if sampled, block if greedy (EAGLE-3 always: block)"
         ),
     ] = "auto"
+    beyond: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="of scope committed: the offset d behind the correction is trained too, with weight "
+            "exp(-d/beyond): what is reached once this error is mended; 0 = none of them",
+        ),
+    ] = 0.0
     positions: Annotated[
         PositionWeights | None,
         Field(description="left out: whole blocks as in the architecture's SFT, committed offsets uniformly"),
     ] = None
+
+    @model_validator(mode="after")
+    def _beyond_what_is_committed(self) -> ResponseStream:
+        if self.beyond and self.scope != "committed":
+            raise ValueError("beyond is of scope committed: say that too, or leave beyond out")
+        return self
 
     @property
     def asks_target(self) -> bool:

@@ -66,7 +66,9 @@ class OpdStep:
             )
             if self.objective.needs_scores:
                 before = time.perf_counter()
-                steps = with_scores(steps, self.target, batch, drawn.anchors, self.proposals)
+                steps = with_scores(
+                    steps, self.target, batch, drawn.anchors, self.proposals, self.config.tokens_per_target_forward
+                )
                 scoring = time.perf_counter() - before
         if own_chains:
             assert steps is not None

@@ -28,8 +28,21 @@ STEPS_PER_CHAIN = 4
 class Remining:
     """A mined table whose rows are replaced by fresh ones; `every` = 0 keeps it as it was mined."""
 
-    def __init__(self, mined: MinedTable, drafter: Drafter, target: Target, *, every: int, scored: bool):
-        """scored: ask the target about the proposals of fresh steps, for a loss with a rejected stream."""
+    def __init__(
+        self,
+        mined: MinedTable,
+        drafter: Drafter,
+        target: Target,
+        *,
+        every: int,
+        scored: bool,
+        tokens_per_forward: int = 2048,
+    ):
+        """scored: ask the target about the proposals of fresh steps, for a loss with a rejected stream.
+
+        tokens_per_forward: of trajectories, that the target reads at once for it.
+        """
+        self.tokens_per_forward = tokens_per_forward
         self.mined, self.drafter, self.target, self.every, self.scored = mined, drafter, target, every, scored
         self.current = MinedTable(list(mined.steps), mined.proposals)
         self._mined_at: dict[int, int] = {}  # trajectory -> optimiser step of its fresh trace
@@ -44,7 +57,7 @@ class Remining:
         trajectories = [view.batch.trajectories[row] for row in rows.values()]
         known = np.mean([len(self.current.steps[i].anchors) for i in rows])
         traces = self._replay(view, list(rows.values()), trajectories, max(1, round(known / STEPS_PER_CHAIN)))
-        scores = score(self.target, trajectories, traces) if self.scored else None
+        scores = score(self.target, trajectories, traces, self.tokens_per_forward) if self.scored else None
         changed = steps = 0
         for place, (i, trace) in enumerate(zip(rows, traces, strict=True)):
             fresh = self._padded(trace, scores[place].target_logprobs if scores else None)

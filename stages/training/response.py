@@ -32,19 +32,19 @@ class Feedback:
     target_head: torch.Tensor  # [V, H]
     temperature: float
 
-    @torch.no_grad()
     def logits(self) -> torch.Tensor:
         """[N, V'] of its distribution over the tokens of the training head, at the temperature."""
-        return losses.at_temperature(self.head.logits(self._known()), self.temperature)
+        return losses.at_temperature(self._under(self.head), self.temperature)
 
-    @torch.no_grad()
     def token_logprob(self) -> torch.Tensor:
         """[N] log p of the committed tokens, under the full head at temperature 1."""
-        return -losses.cross_entropy(Head(self.target_head).logits(self._known()), self.tokens)
+        return -losses.cross_entropy(self._under(Head(self.target_head)), self.tokens)
 
-    def _known(self) -> torch.Tensor:
+    @torch.no_grad()
+    def _under(self, head: Head) -> torch.Tensor:
         assert self.hidden is not None, "this loss asks for the target's distribution: batches need its hidden states"
-        return self.hidden
+        with torch.autocast(self.hidden.device.type, enabled=False):  # the training loop's is for the drafter alone
+            return head.logits(self.hidden)
 
     def of(self, part: slice) -> Feedback:
         """A chunk of the positions."""
@@ -102,9 +102,14 @@ def response_stream(
     labels, inside = labels_of(batch, anchors, K)
     columns, present = heads.drafter.to_columns(labels)
     where = inside & present
+    reached = torch.ones_like(where, dtype=torch.float32)
     if config.scope == "committed":
         assert committed is not None, "this scope needs verify steps"
-        where = where & (offsets <= committed[..., None])
+        behind_correction = (offsets - committed[..., None]).clamp(min=0)
+        if config.beyond:
+            reached = torch.exp(-behind_correction / config.beyond)
+        else:
+            where = where & (behind_correction == 0)
 
     # the target's hidden state that predicts offset k lies at position anchor + k - 1
     at = (anchors.positions[..., None] + offsets - 1).clamp(max=batch.tokens.shape[1] - 1)
@@ -126,7 +131,7 @@ def response_stream(
         return loss_of(logits, here)
 
     terms = chunked_values(hidden[where], positions_per_chunk, values, trained_head=heads.trained)
-    weights = position_weights(config.weights(), offsets, where, log_q)
+    weights = position_weights(config.weights(), offsets, where, log_q) * reached
     correct_BAK = torch.zeros_like(where)
     correct_BAK[where] = correct
     return Stream(weighted_mean(terms, weights[where]), where, correct_BAK)

@@ -14,7 +14,7 @@ import torch
 
 from stages.drafters.base import Drafter
 from stages.replay.chains import successors
-from stages.training.anchors import Draw, anchor_positions, draw_evenly, draw_randomly, pad_anchors
+from stages.training.anchors import Draw, anchor_positions, draw_evenly, draw_randomly, pad_anchors, position_anchors
 from stages.training.batches import Batch
 from stages.training.blocks import Anchors, View
 from stages.training.mined import Kind, MinedTable
@@ -96,8 +96,8 @@ class RandomAnchors(Forgetful):
         self.per_sequence, self.draw_from = per_sequence, draw
 
     def draw(self, step: int, indices: Sequence[int], view: View, rng: np.random.Generator) -> Drawn:  # noqa: ARG002
-        chosen = [self.draw_from(anchor_positions(t), self.per_sequence, rng) for t in view.batch.trajectories]
-        return Drawn(pad_anchors(chosen, view.batch.tokens.device), None)
+        device = view.batch.tokens.device
+        return Drawn(position_anchors(view.batch.trajectories, self.per_sequence, self.draw_from, rng, device), None)
 
 
 class SuccessorAnchors(Forgetful):

@@ -10,7 +10,7 @@ import torch
 
 from stages.drafters.head import Head
 from stages.replay.scoring import StepScores, score_traces
-from stages.replay.trace import Trace, Trajectory, pad_tokens
+from stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens
 from stages.targets.causal_lm import Target
 from stages.training.batches import Batch
 from stages.training.blocks import Anchors, labels_of
@@ -64,8 +64,10 @@ def judge(
     return VerifySteps(accepted, committed, rejected_offset, best if proposed is None else proposed, unscored)
 
 
-def with_scores(steps: VerifySteps, target: Target, batch: Batch, anchors: Anchors, proposals: int) -> VerifySteps:
-    """The same with the target's log-probs: one forward over the trajectories and one over the rejected proposals."""
+def with_scores(
+    steps: VerifySteps, target: Target, batch: Batch, anchors: Anchors, proposals: int, tokens_per_forward: int = 2048
+) -> VerifySteps:
+    """The same with the target's log-probs of the proposals, as `score` has them."""
     traces = []
     for row, trajectory in enumerate(batch.trajectories):
         proposed = steps.proposed[row, :, :proposals].cpu().numpy()
@@ -79,18 +81,26 @@ def with_scores(steps: VerifySteps, target: Target, batch: Batch, anchors: Ancho
                 len(proposed),
             )
         )
-    scores = score(target, batch.trajectories, traces)
+    scores = score(target, batch.trajectories, traces, tokens_per_forward)
     logprobs = torch.full_like(steps.target_logprobs, torch.nan)
     logprobs[..., :proposals] = torch.from_numpy(np.stack([s.target_logprobs for s in scores])).to(logprobs.device)
     return replace(steps, target_logprobs=logprobs)
 
 
-def score(target: Target, trajectories: Sequence[Trajectory], traces: Sequence[Trace]) -> list[StepScores]:
-    """What the target says of the proposals of some steps; reads the trajectories again for its key/value cache."""
-    ids = pad_tokens(trajectories, target.device)
-    B, T = ids.shape
-    room = max(TREE_TOKENS, traces[0].proposed.shape[1] + 1)
-    cache = target.new_cache(B, T + room)
-    with torch.autocast(target.device.type, enabled=False):  # the training loop's is for the drafter alone
-        out = target.step(ids, torch.arange(T, device=ids.device).expand(B, -1), cache, slice(0, B))
-        return score_traces(target, cache, out.hidden, traces, top_k=1, tree_tokens=room)
+@torch.no_grad()
+def score(
+    target: Target, trajectories: Sequence[Trajectory], traces: Sequence[Trace], tokens_per_forward: int = 2048
+) -> list[StepScores]:
+    """What the target says of the proposals of some steps: for every group of trajectories of at most
+    `tokens_per_forward` tokens (or one), a forward for the key/value cache and one over the rejected proposals."""
+    scores: dict[int, StepScores] = {}
+    for group in groups_by_length([len(t.tokens) for t in trajectories], tokens_per_forward):
+        ids = pad_tokens([trajectories[i] for i in group], target.device)
+        B, T = ids.shape
+        room = max(TREE_TOKENS, traces[0].proposed.shape[1] + 1)
+        cache = target.new_cache(B, T + room)
+        with torch.autocast(target.device.type, enabled=False):  # the training loop's is for the drafter alone
+            out = target.step(ids, torch.arange(T, device=ids.device).expand(B, -1), cache, slice(0, B))
+            of_group = score_traces(target, cache, out.hidden, [traces[i] for i in group], top_k=1, tree_tokens=room)
+        scores |= dict(zip(group, of_group, strict=True))
+    return [scores[i] for i in range(len(trajectories))]

@@ -40,7 +40,8 @@ EVALUATION: dict[str, Any] = {
     "definition_of_tau": "tokens committed per verify step, the correction or bonus token counted (+1)",
     "drafters": {
         "sft": _drafter(3.412, 0.0, 0.72),
-        "opd": _drafter(3.543, 0.131, 0.75),
+        "opd": _drafter(3.543, 0.131, 0.75)
+        | {"diff_to_control": 0.113, "diff_to_control_low": 0.066, "diff_to_control_high": 0.159},
         "control": _drafter(3.430, 0.018, 0.73),
     },
     "speed": {

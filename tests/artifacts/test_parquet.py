@@ -97,7 +97,7 @@ def test_a_truncated_file_is_named(tmp_path: Path, kept: float) -> None:
     write_table(path, TRACE, [trace_row(step) for step in range(1000)])
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * kept) if isinstance(kept, float) else int(kept)])
-    with pytest.raises(DraftsmithError, match=r"t\.parquet: not a whole Parquet file .*refresh --force"):
+    with pytest.raises(DraftsmithError, match=r"t\.parquet: not a whole Parquet file .*--force"):
         read_table(path, TRACE)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from artifacts.report import ReportData, findings, render_report
+from artifacts.report import TO_CONTROL, ReportData, findings, render_report
 from tests.artifacts.sample_report import EVALUATION, SERVED, sample
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -58,7 +58,14 @@ def test_the_page_parses_and_holds_all_figures_and_tables(tmp_path: Path) -> Non
         "Training loss over steps",
     ]
     assert sum(tag == "path" for tag, _ in page.tags) > 50
-    for text in ("3.412 [3.301, 3.520]", "+0.131 [+0.082, +0.180]", "98.0%", "50 of 50", "Most rejected tokens"):
+    for text in (
+        "3.412 [3.301, 3.520]",
+        "+0.131 [+0.082, +0.180]",
+        "+0.113 [+0.066, +0.159]",
+        "98.0%",
+        "50 of 50",
+        "Most rejected tokens",
+    ):
         assert text in page.text
     assert "0123456789abcdef" in page.text  # lineage
     assert "learning_rate" in page.text  # config
@@ -93,7 +100,14 @@ def test_the_same_data_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_absent_parts_are_left_out(tmp_path: Path, absent: str) -> None:
     evaluation: dict[str, Any] = {name: value for name, value in EVALUATION.items() if name != absent}
     for part in ("drafters", "speed", "tau_without_loops"):
-        evaluation[part] = {arm: value for arm, value in evaluation.get(part, {}).items() if arm != "control"}
+        evaluation[part] = {
+            arm: dict(value) if isinstance(value, dict) else value
+            for arm, value in evaluation.get(part, {}).items()
+            if arm != "control"
+        }
+    for figures in evaluation["drafters"].values():
+        for name in TO_CONTROL:
+            figures.pop(name, None)
     data = ReportData("Report") if absent == "everything" else sample(evaluation=evaluation, curves={})
     page = render(tmp_path, data)
     assert "SFT continued" not in page.text
@@ -135,3 +149,23 @@ def test_a_finding_follows_from_its_interval(low: float, high: float, difference
     figures = {"diff_to_sft": difference, "diff_low": low, "diff_high": high}
     (sentence,) = findings({"drafters": {"sft": {"tau": 2.0, "diff_to_sft": 0.0}, "opd": figures}})
     assert verdict in sentence
+
+
+def test_opd_is_also_compared_with_sft_continued() -> None:
+    figures = {"diff_to_control": -0.05, "diff_to_control_low": -0.08, "diff_to_control_high": -0.02}
+    (sentence,) = findings({"drafters": {"control": {"tau": 2.0}, "opd": {"tau": 1.95} | figures}})
+    assert sentence.startswith("SFT + OPD is worse than SFT continued: tau -0.050")
+
+
+@pytest.mark.parametrize(("low", "measurable"), [(1.01, True), (0.99, False)])
+def test_speed_is_compared_with_the_sft_drafter(low: float, measurable: bool) -> None:
+    figures = {"speed_to_sft": 1.05, "speed_to_sft_low": low, "speed_to_sft_high": 1.09, "prompts": 16}
+    (sentence,) = findings({"speed": {"plain": {}, "opd": figures}})
+    assert "SFT + OPD decodes at 1.050 times the speed of SFT" in sentence
+    assert ("measurably" in sentence) is measurable
+
+
+def test_outputs_that_are_not_the_targets_own_are_a_finding() -> None:
+    (sentence,) = findings({"exactness": {"fp32_prompts": 4, "fp32_identical": 3}})
+    assert sentence.startswith("Do not serve these drafters: in fp32 only 3 of 4 outputs")
+    assert findings({"exactness": {"fp32_prompts": 4, "fp32_identical": 4}}) == []

@@ -181,7 +181,7 @@ def test_a_damaged_artifact_names_the_file_and_the_remedy_and_force_replaces_it(
 ) -> None:
     ref = make(store)
     damage(ref)
-    with pytest.raises(DraftsmithError, match=f"{message}.*refresh --force rollout"):
+    with pytest.raises(DraftsmithError, match=f"{message}.*--force rollout"):
         store.find("rollout", KEY)
     again = make(store, force=True)
     assert again == ref

@@ -280,6 +280,40 @@ def test_a_failure_during_the_work_is_one_warning_and_loses_nothing(
     assert "results are kept in the store" in warnings[0].getMessage()
 
 
+def test_metrics_of_a_time_without_mlflow_are_sent_when_it_is_back(
+    tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("artifacts.tracking.FLUSH_S", -1.0)  # every step is due
+    run = tracking.stage_run(None, "sft", KEY)
+    run.metrics(0, {"loss": 3.0})
+    client, _ = tracking._connect()
+    with monkeypatch.context() as lost:
+        lost.setattr(client, "log_batch", lambda *_a, **_k: (_ for _ in ()).throw(ConnectionError("gone")))
+        run.metrics(1, {"loss": 2.0})
+    run.metrics(2, {"loss": 1.0})  # not tried yet: a minute has not passed
+    assert [m.step for m in client.get_metric_history(str(run.run_id), "loss")] == [0]
+    run.close("FINISHED", {"tau": 2.5})
+    assert [(m.step, m.value) for m in client.get_metric_history(str(run.run_id), "loss")] == [(0, 3), (1, 2), (2, 1)]
+    assert run_of(tracking, run.run_id).info.status == "FINISHED"
+
+
+def test_a_run_whose_artifact_is_complete_is_finished_not_killed(tracking: Tracking) -> None:
+    store = Store(tracking.folder / "store")
+    with store.claim("sft", KEY) as claim:
+        assert isinstance(claim, Claim)
+        run = tracking.stage_run(None, "sft", KEY)
+        (claim.out / "x").write_text("x")
+        store.commit(claim, config={}, inputs={}, code_digest="c", seed=0, metrics={"tau": 2.0})
+    assert tracking.close_dead_runs(store) == ["sft"]
+    ended = run_of(tracking, run.run_id)
+    assert (ended.info.status, ended.data.metrics["tau"]) == ("FINISHED", 2.0)
+
+
+def test_a_password_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://team:hunter2@db/mlflow")
+    assert Tracking(tmp_path).ui_command == "mlflow ui --backend-store-uri postgresql://team:***@db/mlflow"
+
+
 def test_params_are_flat_and_within_the_limits_of_mlflow() -> None:
     flat = flatten({"a": {"b": 1, "c": [1, "x"]}, "d": None, "e": "text", "f(g)": True, "long": "x" * 10_000})
     assert flat["a.b"] == "1"

@@ -72,4 +72,5 @@ def test_one_gpu_is_four_overrides_as_the_recipe_says() -> None:
     full = load_config(CONFIGS / "qwen3-4b-dflash.yaml")
     for section in sections:
         assert getattr(config, section).engine.launch.servers == 1
-        assert getattr(config, section).key_material() == getattr(full, section).key_material()
+        same = getattr(config, section).key_material() == getattr(full, section).key_material()
+        assert same is (section != "evaluation")  # other servers give the same answers, but another speed

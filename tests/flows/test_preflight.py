@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import pytest
 from artifacts.errors import DraftsmithError
 from flows.graph import Node
 from flows.options import StageOptions
-from flows.preflight import check_home, check_node, check_target
+from flows.preflight import check_home, check_node, check_supplies, check_target
+from stages.mining import MiningConfig
+from stages.prompts import PromptsConfig
 from stages.rollout import RolloutConfig
 from stages.sft import SftConfig
 from tests.flows.toy import ToyConfig, toy_nodes
@@ -62,3 +65,49 @@ def test_layers_that_sglang_does_not_hand_over_are_an_error_before_training(tiny
                 check_target([sft, assisted], tiny_drafter.target)
         else:
             check_target([sft, assisted], tiny_drafter.target)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"skip": 8}, "answers: splits .'train'. have 8 prompts and 8 are skipped: raise"),
+        ({"skip": 3, "prompts": 6}, "answers: 6 prompts wanted behind 3 skipped, 5 left: raise"),
+        ({"skip": 3, "prompts": 5}, None),
+        ({}, None),
+    ],
+)
+def test_a_rollout_finds_the_prompts_that_it_asks_for(fields: dict[str, int], message: str | None) -> None:
+    prompts = PromptsConfig.model_validate(
+        {"sources": [{"kind": "jsonl", "path": "p.jsonl"}], "train": 8, "validation": 0, "heldout": 2}
+    )
+    asked = {"target": "target", "prompts": "prompts"}
+    nodes = [
+        Node("prompts", "stages.prompts", prompts, {"target": "target"}),
+        Node("answers", "stages.rollout", RolloutConfig.model_validate(fields), asked),
+    ]
+    if message is None:
+        check_supplies(nodes)
+    else:
+        with pytest.raises(DraftsmithError, match=message):
+            check_supplies(nodes)
+
+
+@pytest.mark.parametrize("from_checkpoint", [False, True])
+def test_a_block_larger_than_the_trained_one_is_an_error_before_training(
+    from_checkpoint: bool, tiny_drafter: DrafterArtifacts
+) -> None:
+    checkpoint = tiny_drafter.drafter / "drafter"
+    trained = json.loads((checkpoint / "config.json").read_text())["block_size"]
+    fields = {"num_layers": 1, "block_size": trained, "target_layer_ids": [0, 2], "mask_token": MASK}
+    start = {"init_from": str(checkpoint)} if from_checkpoint else {"drafter": fields}
+    sft = Node("sft", "stages.sft", SftConfig.model_validate(start), {"target": "t", "trajectories": "r"})
+    for size, refused in ((trained, False), (trained + 1, True)):
+        config = MiningConfig.model_validate({"drafting": {"block_size": size}})
+        mining = Node("mining", "stages.mining", config, {"target": "t", "trajectories": "r", "drafter": "sft"})
+        if refused:
+            with pytest.raises(
+                DraftsmithError, match=rf"mining: drafting\.block_size {size} is larger than the trained"
+            ):
+                check_target([sft, mining], tiny_drafter.target)
+        else:
+            check_target([sft, mining], tiny_drafter.target)

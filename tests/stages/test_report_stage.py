@@ -81,7 +81,8 @@ def test_the_page_shows_figures_findings_and_the_whole_lineage(tmp_path: Path, i
     for text in (
         "A refresh",
         "3.543<br>[3.432, 3.651]",
-        "is better than SFT",
+        "is better than SFT:",
+        "is better than SFT continued:",
         "&#x27; so&#x27;",
         "Training loss over steps",
     ):

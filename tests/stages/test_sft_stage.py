@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from artifacts.errors import DraftsmithError, StageInterrupted
-from stages.drafters.checkpoint import load_drafter, read_info
+from stages.drafters.checkpoint import drafter_digest, load_drafter, read_info
 from stages.sft import STAGE, SftConfig, preflight
 from stages.stored import DRAFTER_FOLDER
 from tests.stages.bench import Bench
@@ -88,6 +88,9 @@ def test_control_continues_from_a_drafter_at_its_loss(tmp_path: Path, tiny_draft
         tmp_path / "b", tiny_drafter, init_from=str(tiny_drafter.drafter / DRAFTER_FOLDER), learning_rate=1e-4
     )
     assert losses(from_folder) == losses(continued)
+    parents = (drafter_digest(tiny_drafter.drafter / DRAFTER_FOLDER),)
+    for made in (continued, from_folder):
+        assert read_info(made.out / DRAFTER_FOLDER).parents == parents
 
 
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
@@ -121,13 +124,32 @@ def test_a_drafter_that_cannot_be_continued_is_refused_before_work(
     other = Path(shutil.copytree(good, tmp_path / "other"))
     info = (other / "drafter.json").read_text()
     (other / "drafter.json").write_text(info.replace(read_info(good).target_digest, "0" * 64))
-    with pytest.raises(DraftsmithError, match="made for the target 000000000000"):
+    with pytest.raises(DraftsmithError, match=r"made for the target 000000000000.*set sft.adopt: true"):
         preflight(SftConfig(init_from=str(other)), tiny_drafter.target)
+    whole = Path(shutil.copytree(good, tmp_path / "without weights"))
+    (whole / "model.safetensors").rename(whole / "pytorch_model.bin")
+    with pytest.raises(DraftsmithError, match=r"model\.safetensors: cannot be read"):
+        preflight(SftConfig(init_from=str(whole)), tiny_drafter.target)
     with pytest.raises(DraftsmithError, match="is not a token of the target"):
         preflight(SftConfig.model_validate({"drafter": {**SHAPE, "mask_token": "<absent>"}}), tiny_drafter.target)
     with pytest.raises(DraftsmithError, match="do not fit layers 0 … 3"):
         shape = {"num_layers": 1, "block_size": 6, "target_layer_ids": [1, 4], "mask_token": MASK}
         preflight(SftConfig.model_validate({"drafter": shape}), tiny_drafter.target)
+
+
+def test_an_old_drafter_is_adopted_by_a_target_that_has_changed(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+    source = tiny_drafter.drafter / DRAFTER_FOLDER
+    old = Path(shutil.copytree(source, tmp_path / "old"))
+    digest = read_info(source).target_digest
+    (old / "drafter.json").write_text((old / "drafter.json").read_text().replace(digest, "0" * 64))
+    preflight(SftConfig(init_from=str(old), adopt=True), tiny_drafter.target)
+    ctx = train(tmp_path, tiny_drafter, steps=0, init_from=str(old), adopt=True)
+    adopted = read_info(ctx.out / DRAFTER_FOLDER)
+    assert (adopted.target_digest, adopted.parents) == (digest, (drafter_digest(old),))
+    with pytest.raises(DraftsmithError, match="made for the target"):
+        train(tmp_path / "unsaid", tiny_drafter, steps=0, init_from=str(old))
+    with pytest.raises(ValueError, match="adopt is about the drafter of init_from"):
+        SftConfig(adopt=True)
 
 
 def test_a_truncated_drafter_is_one_clear_error(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:

@@ -257,8 +257,14 @@ def test_a_revision_with_a_folder_is_refused(tiny_target: Path, tmp_path: Path) 
 def test_a_folder_that_is_no_target_artifact_is_named(tiny_target: Path, copied: Path, tmp_path: Path) -> None:
     with pytest.raises(DraftsmithError, match=r"has no target\.json"):
         read_target_info(tiny_target)
-    (tmp_path / "target.json").write_text('{"source": "x"}')
+    (tmp_path / "target.json").write_text("{}")
+    with pytest.raises(DraftsmithError, match=r"has no origin\.json"):
+        read_target_info(tmp_path)
+    (tmp_path / "origin.json").write_text('{"source": "x"}')
     with pytest.raises(DraftsmithError, match="kind Field required"):
+        read_target_info(tmp_path)
+    (tmp_path / "origin.json").write_text("{")
+    with pytest.raises(DraftsmithError, match="not a JSON object"):
         read_target_info(tmp_path)
     resolve(copied, tmp_path / "out")
     shutil.rmtree(copied)

@@ -16,7 +16,10 @@ from stages.drafters.dflash.model import DFlashDrafter
 from stages.targets.causal_lm import Target
 
 ARCHITECTURE = "DFlashDraftModel"
-MASK_ADVICE = "set sft.drafter.mask_token to a special token that never occurs in text"
+MASK_ADVICE = (
+    "set sft.drafter.mask_token to a special token that never occurs in text (ids: mask_candidates in the target's "
+    "target.json)"
+)
 
 
 def default_layer_ids(num_target_layers: int, count: int) -> list[int]:
@@ -106,6 +109,7 @@ def read_config(folder: Path) -> Qwen3Config:
             ("rope_parameters.rope_theta", (raw.get("rope_parameters") or {}).get("rope_theta")),
         ],
     )
+    layout.refuse_partial_rotation(path, raw)
     if sliding := {kind for kind in raw.get("layer_types") or () if kind != "full_attention"}:
         raise DraftsmithError(f"drafter {path}: layer_types has {min(sliding)}; only full_attention is supported")
     config: Qwen3Config = layout.parse_config(raw | {"block_size": block_size}, Qwen3Config, ARCHITECTURE, path)

@@ -140,7 +140,7 @@ class DFlashDrafter(Drafter):
         self.rotary = Qwen3RotaryEmbedding(config)
 
     def initialise(self, generator: torch.Generator, head_weight: torch.Tensor) -> None:
-        """Random weights with a sane first loss (about the logarithm of the vocabulary's size).
+        """Random weights with a sane first loss (about the logarithm of the vocabulary's size). head_weight: [V, H].
 
         Two things make a naive start explode. The frozen head expects the scale of the target's final norm, tens of
         units: the final norm starts where the logits have unit variance instead. And every query starts from the same

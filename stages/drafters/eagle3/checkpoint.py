@@ -40,10 +40,8 @@ def default_layer_ids(num_target_layers: int) -> list[int]:
 
 
 def new_config(shape: Eagle3Config, target_config: Any, tokenizer: Callable[[], Any]) -> LlamaConfig:  # noqa: ARG001
-    """Config of a new drafter: widths, heads and rotary parameters are the target's, but whole heads rotate."""
+    """Config of a new drafter: widths, heads and rotary parameters are the target's."""
     layers = target_config.num_hidden_layers
-    fields = layout.target_fields(target_config)
-    fields["rope_parameters"].pop("partial_rotary_factor", None)
     ids = list(shape.target_layer_ids or default_layer_ids(layers))
     draft_vocab_size = shape.draft_vocab_size or target_config.vocab_size
     if draft_vocab_size > target_config.vocab_size:
@@ -53,7 +51,7 @@ def new_config(shape: Eagle3Config, target_config: Any, tokenizer: Callable[[], 
         )
     return LlamaConfig(
         architectures=[ARCHITECTURE],
-        **fields,
+        **layout.target_fields(target_config),
         intermediate_size=shape.intermediate_size or target_config.intermediate_size,
         num_hidden_layers=1,
         hidden_act="silu",
@@ -122,10 +120,7 @@ def read_config(folder: Path) -> LlamaConfig:
     )
     if raw.get("tie_word_embeddings"):
         raise DraftsmithError(f"drafter {path}: tie_word_embeddings is true: EAGLE-3 has a head of its own; set false")
-    if (raw["rope_parameters"] | raw).get("partial_rotary_factor") not in (None, 1):
-        raise DraftsmithError(
-            f"drafter {path}: partial_rotary_factor is set: only whole heads that rotate are supported"
-        )
+    layout.refuse_partial_rotation(path, raw)
     raw |= {
         "num_hidden_layers": 1,
         "block_size": raw.get("block_size") or USUAL_BLOCK_SIZE,

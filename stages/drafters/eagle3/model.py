@@ -180,7 +180,10 @@ class Eagle3Drafter(Drafter):
         self.rotary = LlamaRotaryEmbedding(config)
 
     def initialise(self, generator: torch.Generator, target_head: torch.Tensor) -> None:
-        """Random weights; the head starts as the target's rows, under a norm that gives its logits unit variance."""
+        """Random weights; the head starts as rows of the target's, under a norm that gives its logits unit variance.
+
+        target_head: [V, H].
+        """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2 and name != "lm_head.weight":
                 nn.init.normal_(parameter, std=0.02, generator=generator)

@@ -74,8 +74,10 @@ def slow_opd(slow: Slow, objective: LossConfig) -> tuple[torch.Tensor, int]:
         log_q = slow.log_q(row, anchor)
         sequence = case.trajectories[row].tokens
         labels = {k: sequence[anchor + k] for k in range(1, K + 1) if anchor + k < len(sequence)}
+        committed, beyond = K, objective.response.beyond
         if objective.response.scope == "committed":
-            labels = {k: label for k, label in labels.items() if k <= int(case.steps.committed[row, index])}
+            committed = int(case.steps.committed[row, index])
+            labels = {k: label for k, label in labels.items() if beyond or k <= committed}
         labels = {k: label for k, label in labels.items() if label in tokens}
         of_labels = {k: float(log_q[k - 1, tokens.index(label)].detach()) for k, label in labels.items()}
         for k, label in labels.items():
@@ -84,6 +86,8 @@ def slow_opd(slow: Slow, objective: LossConfig) -> tuple[torch.Tensor, int]:
             log_p = plain_log_p(target_logits[tokens], objective.temperature)
             token_log_p = float(torch.log_softmax(target_logits, -1)[label])
             weight = plain_weight(objective.response.weights(), k, of_labels)
+            if k > committed:
+                weight *= math.exp(-(k - committed) / beyond)
             term = PLAIN[objective.response.loss](log_q[k - 1], tokens.index(label), log_p, token_log_p)
             response = response + weight * term
             response_weights += weight
@@ -139,6 +143,10 @@ OBJECTIVES = {
     "LK of the argmax": objective(response("lk") | {"temperature": 0}),
     "whole blocks, as SFT": objective(
         response("cross_entropy", scope="block", positions={"kind": "exponential", "gamma": 2.0})
+    ),
+    "beyond the correction": objective(response("forward_kl", beyond=1.5), sampled=True, temperature=1.0),
+    "beyond the correction, with power weights": objective(
+        response("cross_entropy", beyond=0.5, positions={"kind": "power", "delta": 0.6})
     ),
     "power weights": objective(response("forward_kl", positions={"kind": "power", "delta": 0.6})),
     "reach weights": objective(response("cross_entropy", scope="block", positions={"kind": "reach"})),

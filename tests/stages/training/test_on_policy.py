@@ -182,6 +182,8 @@ def test_blocks_of_the_training_are_judged_as_replay_judges_them(world: World) -
     torch.testing.assert_close(scored.target_logprobs, expected.target_logprobs, equal_nan=True, atol=1e-4, rtol=1e-4)
     small = judge(hidden, batch, anchors, world.head, proposals=2, positions_per_chunk=CHUNK)
     assert torch.equal(small.accepted, steps.accepted.clamp(max=2))
+    in_parts = with_scores(steps, world.bench.target, batch, anchors, 7, tokens_per_forward=1)
+    torch.testing.assert_close(in_parts.target_logprobs, scored.target_logprobs, atol=1e-5, rtol=1e-5, equal_nan=True)
     assert with_scores(small, world.bench.target, batch, anchors, 2).target_logprobs[..., 2:].isnan().all()
 
 
