@@ -33,6 +33,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 EXPERIMENT = "draftsmith"
 REVIEW_FILES = (MANIFEST, "summary.json", "evaluation.json", "drafter.json", "report.html", "*.svg", "*.png")
 REVIEW_BYTES = 20_000_000  # anything larger is no review file
+_HTTP = ("http://", "https://")
 FLUSH_S = 5.0  # metrics reach MLflow at most this late
 AFTER_FAILURE_S = 60.0  # until they are sent again; doubles with every further failure, up to ten minutes
 
@@ -58,18 +59,14 @@ class Tracking:
     def check(self) -> None:
         """One clear error, within seconds, if MLflow cannot be used. Call it before long work."""
         try:
-            if self.uri.startswith(("http://", "https://")):
+            if self.uri.startswith(_HTTP):
                 _reach(self.uri)
             self._connect()
         except Exception as error:
-            what, fix, kind = (
-                "MLflow's database",
-                "make it writable, or move it away to start a new one",
-                DraftsmithError,
-            )
+            what, fix = "MLflow's database", "make it writable, or move it away to start a new one"
             if self.uri != self.default_uri:
                 what, fix = "MLFLOW_TRACKING_URI", "start the server, correct the variable, or unset it to use SQLite"
-                kind = RetryableError
+            kind = RetryableError if self.uri.startswith(_HTTP) else DraftsmithError  # a server may come back
             raise kind(f"{what} {_redacted(self.uri)}: {_first_line(error)}; {fix}") from error
 
     def open_refresh(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> str | None:

@@ -27,6 +27,7 @@ from stages.targets.estimate import DTYPE_BYTES, ModelSize
 PROCESS = 600e6  # Python with torch and transformers imported; on a GPU about as much for its context
 _LOGIT_COPIES = 3  # float32 logits, their softmax and its gradient
 _SCORING_CHUNK = 1024  # positions whose logits mining holds at once
+_TREE_TOKENS = 512  # proposals scored in one forward while training, a trajectory
 _TRACE_STEPS_PER_TOKEN = 0.5  # verify steps a token where nothing is known of the drafter: tau 2
 _TOKEN_BYTES = 4  # an int32 in a table, before compression
 
@@ -168,7 +169,8 @@ def _training(config: SftConfig | OpdConfig, answers: Config, sizes: Sizes) -> d
     q · layers · s · (10 · H + 4 · (heads + 2 · kv_heads) · head_dim + 4 · I), and of the context,
     B · T · layers · 4 · kv_heads · head_dim · s.
     Attention, where the kernel keeps its scores (masked with grouped heads): 2 · layers · heads · q · (T + q / B) · s.
-    Logits of one chunk: 3 · positions_per_chunk · V · 4. Mining again while training: the logits of mining.
+    Logits of one chunk: 3 · positions_per_chunk · V · 4. Mining again while training: the logits of mining. A rejected
+    stream: the target's read of mining.
     """
     s, longest = sizes.itemsize, _longest(answers, sizes)
     drafter, B = sizes.drafter, config.sequences_per_step
@@ -183,7 +185,10 @@ def _training(config: SftConfig | OpdConfig, answers: Config, sizes: Sizes) -> d
         tokens = config.head_tokens + config.head_negatives + B * 64  # and the tokens of the batch: some are new
     rows, head = _reduced_head(tokens, sizes)
     mines = isinstance(config, OpdConfig) and config.oldest_trace > 0
-    return {
+    scored = {}
+    if isinstance(config, OpdConfig) and config.loss.needs_scores:
+        scored = _cached_read(max(config.tokens_per_target_forward, longest), longest, _TREE_TOKENS, sizes)
+    return scored | {
         "mining again": _scoring_logits(sizes) if mines else 0.0,
         "process": PROCESS,
         "target": _weights(sizes.target, s),
@@ -201,20 +206,28 @@ def _training(config: SftConfig | OpdConfig, answers: Config, sizes: Sizes) -> d
 def _mining(config: MiningConfig, longest: int, sizes: Sizes) -> dict[str, float]:
     """P · s + P_d · s, and what one group of tokens_per_target_forward tokens takes.
 
-    That is key/value memory, in g / T rows with room for tree_tokens more each, features, and the logits of 1,024
-    positions with their log-softmax.
+    That is a read into key/value memory, features, and the logits of 1,024 positions with their log-softmax.
     """
     tokens = max(config.tokens_per_target_forward, longest)
-    rows = max(1, tokens // longest)
-    tree = rows * max(config.tree_tokens, sizes.block_size)
     return {
         "process": PROCESS,
         "target": _weights(sizes.target, sizes.itemsize),
         "drafter": _weights(sizes.drafter, sizes.itemsize),
         "head": _reduced_head(config.drafting.head_tokens, sizes)[1],
-        "key/value memory": float((tokens + tree) * sizes.target.kv_bytes_per_token(sizes.itemsize)),
         "features": float(tokens * sizes.feature_bytes),
         "logits": _scoring_logits(sizes),
+        **_cached_read(tokens, longest, max(config.tree_tokens, sizes.block_size), sizes),
+    }
+
+
+def _cached_read(tokens: int, longest: int, tree: int, sizes: Sizes) -> dict[str, float]:
+    """Key/value memory of g tokens in g / T rows with room for a tree more each; the attention's mask of the read,
+    rows · T · (T + tree) · s, and once more for each query head of a key/value head."""
+    rows, groups = max(1, tokens // longest), sizes.target.heads // sizes.target.kv_heads
+    copies = 1 if groups == 1 else 1 + groups
+    return {
+        "key/value memory": float((tokens + rows * tree) * sizes.target.kv_bytes_per_token(sizes.itemsize)),
+        "attention mask": float(copies * rows * longest * (longest + tree) * sizes.itemsize),
     }
 
 

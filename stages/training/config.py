@@ -40,7 +40,7 @@ class TrainingConfig(OptimiserConfig):
         Field(
             ge=2,
             description="softmax over this many most frequent tokens, those of the step's trajectories and "
-            "`head_negatives` random others, instead of the whole vocabulary; OPD judges its verify steps over them too",
+            "`head_negatives` random others, instead of the whole vocabulary; OPD judges verify steps over them too",
         ),
     ] = None
     head_negatives: Annotated[int, Field(ge=0)] = 1024

@@ -313,6 +313,10 @@ def test_estimates_of_the_recipe_by_hand() -> None:
     assert opd.parts["drafter with AdamW"] == 16 * parameters
     assert opd.parts["logits"] == 3 * 512 * 151936 * 4
     assert opd.total < 80e9  # the recipe's batch is chosen to fit a GPU of 80 GB
+    mining = memory_of(nodes["mining"], nodes, sizes)
+    assert mining is not None
+    T, rows = 512 + 4096, 16384 // (512 + 4096)  # 32 query heads on 8: the mask, and a copy for each of 4
+    assert mining.parts["attention mask"] == 5 * rows * T * (T + 512) * 2
     servers = servers_of(nodes["assisted"], sizes)
     assert servers is not None and servers.gpus == 8
     per_token = 2 * 36 * 8 * 128 * 2 + 2 * 5 * 8 * 128 * 2

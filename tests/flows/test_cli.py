@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from artifacts.errors import EXIT_RETRYABLE
 from flows.cli import main
 from tests.flows.processes import ROOT, assert_gone, pid_in, processes_of, run_toy, toy_command, wait_until
 from tests.flows.toy import TOY, write_config
@@ -91,7 +92,7 @@ def test_a_tracking_database_that_cannot_be_reached_is_found_before_the_work(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    assert main(["stage", "target", str(write_config(tmp_path / "toy.yaml"))], TOY) == 2
+    assert main(["stage", "target", str(write_config(tmp_path / "toy.yaml"))], TOY) == EXIT_RETRYABLE
     assert "MLFLOW_TRACKING_URI http://127.0.0.1:9" in capsys.readouterr().err
     assert not list(home.glob("store/*/*"))
 

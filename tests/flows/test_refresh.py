@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from artifacts.errors import EXIT_RETRYABLE
 from tests.flows.processes import assert_gone, pid_in, processes_of, run_toy, toy_command, wait_until
 from tests.flows.toy import write_config
 
@@ -128,7 +129,7 @@ def test_mlflow_shows_a_run_a_refresh_and_one_an_executed_stage(story: dict[str,
 def test_a_prefect_server_that_does_not_answer_is_one_clear_error(tmp_path: Path) -> None:
     config = write_config(tmp_path / "toy.yaml")
     found = run_toy(tmp_path / "home", "refresh", config, PREFECT_API_URL="http://127.0.0.1:9/api")
-    assert found.returncode == 2
+    assert found.returncode == EXIT_RETRYABLE
     (line,) = found.stderr.splitlines()
     assert "PREFECT_API_URL: http://127.0.0.1:9/api does not answer" in line
     assert "without it a run starts a server of its own" in line
