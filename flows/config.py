@@ -52,7 +52,7 @@ class RunConfig(RunOptions):
     mining: MiningConfig
     opd: OpdConfig
     heldout: RolloutConfig
-    """The target's answers to validation and held-out prompts."""
+    """The target's answers to held-out prompts, which drafters are compared on."""
     evaluation: EvaluationConfig
     report: ReportConfig = ReportConfig()
 

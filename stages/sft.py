@@ -22,7 +22,7 @@ _TRAINED = ("blocks", "positions")
 
 
 class SftConfig(TrainingConfig):
-    """A loss at every offset of blocks behind random anchors, weighted by exp(-(k-1)/γ) at offset k."""
+    """A loss at every offset of blocks behind anchors anywhere in a response, weighted by exp(-(k-1)/γ) at offset k."""
 
     steps: Annotated[int, Field(ge=0, description="0: take the drafter of init_from as it is")] = 1000
     drafter: DrafterConfig = DFlashConfig()

@@ -1,4 +1,4 @@
-"""The response stream: a loss at committed tokens, of SFT (random anchors, whole blocks) and of OPD alike.
+"""The response stream: a loss at committed tokens, of SFT (anchors anywhere, whole blocks) and of OPD alike.
 
 A loss is a function of the drafter's logits and of `Feedback`, which computes on demand what the target says at these
 positions. Under a reduced head both distributions are taken over its tokens; the probability of one committed token,

@@ -1,4 +1,4 @@
-"""SFT's loss: all offsets of blocks behind random anchors, in the form that the architecture's authors use.
+"""SFT's loss: all offsets of blocks behind anchors anywhere, in the form that the architecture's authors use.
 
 DFlash (arXiv 2602.06036): cross-entropy on the committed token, weight exp(-(k-1)/γ) at offset k. EAGLE-3
 (arXiv 2503.01840): the training-time test on the target's distribution over the draft vocabulary, 0.8 a step.
