@@ -36,6 +36,7 @@ from artifacts.manifest import (
 
 log = logging.getLogger(__name__)
 SHORT = 16  # hex digits of a key in a folder's name
+PARTIAL, REPLACED = ".partial-", ".replaced-"  # beginnings of the names of what is no artifact, or none any more
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Store:
 
     def partial(self, stage: str, key: str) -> Path:
         """Where an unfinished attempt keeps `out` and `work`."""
-        return self.root / stage / f".partial-{key[:SHORT]}"
+        return self.root / stage / f"{PARTIAL}{key[:SHORT]}"
 
     # -- finding -------------------------------------------------------------------------------------------------
 
@@ -223,7 +224,7 @@ class Store:
         shutil.rmtree(partial / "work", ignore_errors=True)
         replaced = None
         if final.exists():
-            replaced = final.with_name(f".replaced-{final.name}-{time.time_ns()}")
+            replaced = final.with_name(f"{REPLACED}{final.name}-{time.time_ns()}")
             final.rename(replaced)
         (partial / "out").rename(final)
         fsync(final.parent)

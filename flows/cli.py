@@ -128,7 +128,13 @@ def _parser() -> argparse.ArgumentParser:
 
     show = commands.add_parser("show", help="an artifact: where it comes from, its files, a look inside")
     show.add_argument("artifact", metavar="ARTIFACT", help="a stage, the start of a key or content id, or a path")
+    show.add_argument("--verify", action="store_true", help="compare every file with its checksum")
     show.set_defaults(run=_show)
+
+    prune = commands.add_parser("prune", help="what was left behind: old unfinished attempts, replaced artifacts, logs")
+    prune.add_argument("--days", type=float, default=30, help="only what was not touched for so long (default: 30)")
+    prune.add_argument("--delete", action="store_true", help="delete it; without, it is only listed")
+    prune.set_defaults(run=_prune)
     return parser
 
 
@@ -277,7 +283,14 @@ def _show(options: argparse.Namespace, _pipeline: Pipeline) -> None:
     from flows import inspection
     from flows.display import Display
 
-    inspection.show(Display(), options.artifact)
+    inspection.show(Display(), options.artifact, verify=options.verify)
+
+
+def _prune(options: argparse.Namespace, _pipeline: Pipeline) -> None:
+    from flows import inspection
+    from flows.display import Display
+
+    inspection.prune(Display(), options.days, delete=options.delete)
 
 
 def _read(options: argparse.Namespace, pipeline: Pipeline) -> RunOptions:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,15 @@ from rich.table import Table
 from rich.tree import Tree
 
 from artifacts.home import home
+from artifacts.leftovers import leftovers
 from artifacts.manifest import InputEntry, Manifest, local_time, read_manifest
-from artifacts.store import Store
+from artifacts.store import PARTIAL, Store
 from flows.display import Display, duration
 from flows.failures import last_failure
 from flows.graph import Pipeline, PlannedNode, Status, has_partial, plan
 from flows.options import RunOptions
 
 _ROWS, _CELL, _JSON_LINES = 3, 120, 40
-_PARTIAL = ".partial-"
 
 
 def status_of_config(display: Display, config: RunOptions, pipeline: Pipeline) -> None:
@@ -65,8 +66,8 @@ def status_of_store(display: Display) -> None:
             _size(sum(entry.bytes for entry in manifest.files.values())),
             _figures(manifest),
         )
-    for folder in sorted(store.root.glob(f"*/{_PARTIAL}*")):
-        stage, key = folder.parent.name, folder.name.removeprefix(_PARTIAL)
+    for folder in sorted(store.root.glob(f"*/{PARTIAL}*")):
+        stage, key = folder.parent.name, folder.name.removeprefix(PARTIAL)
         table.add_row(stage, key, _state_of(store, stage, key, done=False, partial=True))
     if table.row_count:
         display.console.print(table)
@@ -74,15 +75,41 @@ def status_of_store(display: Display) -> None:
         display.line(f"nothing in {store.root} yet: start with `draftsmith refresh CONFIG`")
 
 
-def show(display: Display, text: str) -> None:
-    """The artifact that `text` names: its manifest, files, lineage back to the data, and the head of its tables."""
+def prune(display: Display, days: float, *, delete: bool) -> None:
+    """What was left behind and not touched for so many days; deletes it if asked to."""
+    found = leftovers(home(), time.time() - days * 86400)
+    if not found:
+        display.line(f"nothing in {home()} was left behind and not touched for {days:g} days")
+        return
+    table = _table("what", "path", "size", "last touched")
+    for each in found:
+        touched = local_time(datetime.fromtimestamp(each.touched, UTC))
+        table.add_row(each.what, str(each.path.relative_to(home())), _size(each.bytes), touched)
+    display.console.print(table)
+    total = _size(sum(each.bytes for each in found))
+    if not delete:
+        display.line(
+            f"{total} in all; `draftsmith prune --days {days:g} --delete` removes it. Artifacts are not touched."
+        )
+        return
+    kept = [each.path.name for each in found if not each.remove()]
+    display.line(f"removed {total}" + (f", but for what a run has taken up: {', '.join(kept)}" if kept else ""))
+
+
+def show(display: Display, text: str, *, verify: bool = False) -> None:
+    """The artifact that `text` names: its manifest, files, lineage back to the data, and the head of its tables.
+
+    verify: compare every file with its checksum first; raises DraftsmithError at the first that differs.
+    """
     store = Store(home() / "store")
     ref = store.resolve(text)
+    if verify:
+        store.verify(ref)
     manifest = store.manifest(ref)
     display.line(f"{ref.stage}/{ref.key}")
     for name, value in (
         ("folder", str(ref.path)),
-        ("content", ref.content_id),
+        ("content", f"{ref.content_id}, every checksum is right" if verify else ref.content_id),
         ("made at", f"{manifest.created_at} in {duration(manifest.duration_s)}"),
         ("seed", str(manifest.seed)),
         ("code", manifest.code_digest),

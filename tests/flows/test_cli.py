@@ -127,11 +127,26 @@ def test_single_stages_take_their_inputs_from_the_store(tmp_path: Path, capsys: 
     assert states["right"] == ["to", "do"]
     assert states["total"] == ["waits", "for", "right"]
 
-    assert main(["show", "combine"], TOY) == 0
+    assert main(["show", "combine", "--verify"], TOY) == 0
     shown = capsys.readouterr().out
+    assert "every checksum is right" in shown
     assert "first: collect/" in shown
     assert "numbers.json" in shown
     assert "total=3" in shown
+
+
+def test_what_was_left_behind_is_listed_and_deleted_when_asked_to(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(write_config(tmp_path / "toy.yaml", target={"fail_at": 2}))
+    assert main(["stage", "target", config], TOY) == 2
+    (partial,) = home.glob("store/collect/.partial-*")
+    assert main(["prune"], TOY) == 0
+    assert "nothing in" in capsys.readouterr().out
+    assert main(["prune", "--days", "0"], TOY) == 0
+    assert "unfinished attempt" in capsys.readouterr().out and partial.exists()
+    assert main(["prune", "--days", "0", "--delete"], TOY) == 0
+    assert "removed" in capsys.readouterr().out and not partial.exists()
 
 
 @pytest.mark.usefixtures("home")

@@ -1,0 +1,67 @@
+"""What nobody goes on with: old unfinished attempts, replaced artifacts, logs. Complete artifacts never are."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from artifacts.atomic import disk_errors
+from artifacts.locks import is_locked, locked
+from artifacts.store import PARTIAL, REPLACED, Store
+
+_LOGS = ("*.log", "*.request.json")
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A folder or a file, not touched for a while."""
+
+    what: str
+    path: Path
+    bytes: int
+    touched: float  # seconds since the epoch: the latest of its files
+    lock: Path | None = None  # who works on it holds this
+
+    def remove(self) -> bool:
+        """Delete it, unless a run has taken it up since."""
+        with disk_errors(f"removing {self.path}"):
+            if self.lock is None:
+                _delete(self.path)
+                return True
+            if is_locked(self.lock):
+                return False
+            with locked(self.lock):
+                _delete(self.path)
+        return True
+
+
+def leftovers(home: Path, before: float) -> list[Leftover]:
+    """Everything under a home that was last touched before a moment (seconds since the epoch), largest first."""
+    root = Store(home / "store").root
+    found = list(_logs(home / "logs"))
+    for folder in root.glob(f"*/{PARTIAL}*"):
+        lock = folder.with_name(f".lock-{folder.name.removeprefix(PARTIAL)}")
+        if not is_locked(lock):
+            found.append(_described("unfinished attempt", folder, lock))
+    found += [_described("replaced artifact", folder) for folder in root.glob(f"*/{REPLACED}*")]
+    return sorted((each for each in found if each.touched < before), key=lambda each: -each.bytes)
+
+
+def _logs(folder: Path) -> Iterator[Leftover]:
+    for pattern in _LOGS:
+        for path in folder.glob(pattern):
+            yield _described("log", path)
+
+
+def _described(what: str, path: Path, lock: Path | None = None) -> Leftover:
+    stats = [each.lstat() for each in [path, *path.rglob("*")]]
+    return Leftover(what, path, sum(s.st_size for s in stats), max(s.st_mtime for s in stats), lock)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

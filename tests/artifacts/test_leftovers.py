@@ -1,0 +1,73 @@
+"""What may be pruned: never an artifact, never what a run holds, never what is young."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from artifacts.leftovers import leftovers
+from artifacts.store import Claim, Store
+
+OLD, YOUNG, KEY = "ab" * 32, "cd" * 32, "ef" * 32
+DAY = 86400.0
+
+
+def attempt(store: Store, key: str, age_days: float) -> Path:
+    """An unfinished attempt, last touched so long ago."""
+    with store.claim("sft", key) as claim:
+        assert isinstance(claim, Claim)
+        (claim.work / "checkpoint.pt").write_bytes(b"x" * 100)
+    age(store.partial("sft", key), age_days)
+    return store.partial("sft", key)
+
+
+def age(path: Path, days: float) -> None:
+    for each in [path, *path.rglob("*")]:
+        os.utime(each, (time.time() - days * DAY,) * 2)
+
+
+def artifact(store: Store, content: str, *, force: bool = False) -> Path:
+    with store.claim("target", KEY, force=force) as claim:
+        assert isinstance(claim, Claim)
+        (claim.out / "x").write_text(content)
+        return store.commit(claim, config={}, inputs={}, code_digest="c", seed=0).path
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def test_old_attempts_replaced_artifacts_and_logs_go_and_artifacts_stay(tmp_path: Path, store: Store) -> None:
+    old, young = attempt(store, OLD, 40), attempt(store, YOUNG, 20)
+    made = artifact(store, "first")
+    artifact(store, "second", force=True)  # the first one is kept, hidden: others may have been made from it
+    age(tmp_path / "store" / "target", 40)
+    (tmp_path / "logs").mkdir()
+    for name in ("sft-1.log", "sft-1.request.json", "sft-1.failed.json"):
+        (tmp_path / "logs" / name).write_text("x")
+    age(tmp_path / "logs", 40)
+    found = leftovers(tmp_path, time.time() - 30 * DAY)
+    assert sorted(each.what for each in found) == ["log", "log", "replaced artifact", "unfinished attempt"]
+    assert all(each.remove() for each in found)
+    assert not old.exists() and young.exists()
+    assert (made / "x").read_text() == "second"
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["sft-1.failed.json"]
+    assert leftovers(tmp_path, time.time() - 30 * DAY) == []
+
+
+def test_an_attempt_that_a_run_takes_up_stays(tmp_path: Path, store: Store) -> None:
+    old = attempt(store, OLD, 40)
+    (found,) = leftovers(tmp_path, time.time() - 30 * DAY)
+    with store.claim("sft", OLD):
+        assert leftovers(tmp_path, time.time() - 30 * DAY) == []
+        assert not found.remove()
+    assert (old / "work" / "checkpoint.pt").exists()
+    assert found.remove() and not old.exists()
+
+
+def test_a_home_without_anything_has_no_leftovers(tmp_path: Path) -> None:
+    assert leftovers(tmp_path / "none", time.time()) == []
