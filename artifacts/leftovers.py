@@ -9,6 +9,7 @@ from pathlib import Path
 
 from artifacts.atomic import disk_errors
 from artifacts.locks import is_locked, locked
+from artifacts.manifest import MANIFEST
 from artifacts.store import PARTIAL, REPLACED, Store
 
 _LOGS = ("*.log", "*.request.json")
@@ -43,7 +44,8 @@ def leftovers(home: Path, before: float) -> list[Leftover]:
     found = list(_logs(home / "logs"))
     for folder in root.glob(f"*/{PARTIAL}*"):
         lock = folder.with_name(f".lock-{folder.name.removeprefix(PARTIAL)}")
-        if not is_locked(lock):
+        complete = (folder / "out" / MANIFEST).exists()  # killed between two renames: the next run ends it
+        if not complete and not is_locked(lock):
             found.append(_described("unfinished attempt", folder, lock))
     found += [_described("replaced artifact", folder) for folder in root.glob(f"*/{REPLACED}*")]
     return sorted((each for each in found if each.touched < before), key=lambda each: -each.bytes)

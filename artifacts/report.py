@@ -78,7 +78,7 @@ def findings(evaluation: Mapping[str, Any]) -> list[str]:
     for arm, figures in evaluation.get("speed", {}).items():
         factor, low, high = (figures.get(f"speed_to_sft{part}") for part in ("", "_low", "_high"))
         if factor is not None:
-            verdict = "" if low is None or high is None or low <= 1 <= high else ", measurably"
+            verdict = ", measurably" if _clear_of(1, low, high) else ""
             sentences.append(
                 f"{_name(arm)} decodes at {factor:.3f} times the speed of SFT{verdict} (95 % interval "
                 f"{_number(low, '.3f')} to {_number(high, '.3f')}, {figures.get('prompts', 0)} prompts)."
@@ -94,9 +94,14 @@ def findings(evaluation: Mapping[str, Any]) -> list[str]:
 
 def _compared(arm: str, other: str, difference: float, low: float | None, high: float | None) -> str:
     interval = f"tau {difference:+.3f} (95 % interval {_signed(low)} to {_signed(high)})"
-    if low is None or high is None or low <= 0 <= high:
+    if not _clear_of(0, low, high):
         return f"{arm} does not differ measurably from {other}: {interval}."
     return f"{arm} is {'better' if difference > 0 else 'worse'} than {other}: {interval}."
+
+
+def _clear_of(value: float, low: float | None, high: float | None) -> bool:
+    """Whether an interval leaves a value out; one without width (of a single prompt) says nothing."""
+    return low is not None and high is not None and low < high and not low <= value <= high
 
 
 def _parts(data: ReportData) -> Iterable[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -226,6 +227,7 @@ class Store:
         if final.exists():
             replaced = final.with_name(f"{REPLACED}{final.name}-{time.time_ns()}")
             final.rename(replaced)
+            os.utime(replaced)  # since when it is one
         (partial / "out").rename(final)
         fsync(final.parent)
         shutil.rmtree(partial, ignore_errors=True)

@@ -35,7 +35,7 @@ REVIEW_FILES = (MANIFEST, "summary.json", "evaluation.json", "drafter.json", "re
 REVIEW_BYTES = 20_000_000  # anything larger is no review file
 _HTTP = ("http://", "https://")
 FLUSH_S = 5.0  # metrics reach MLflow at most this late
-AFTER_FAILURE_S = 60.0  # until they are sent again; doubles with every further failure, up to ten minutes
+AFTER_FAILURE_S = 60.0  # until they are sent again; doubles with every further failure, up to 8 minutes
 
 
 class Tracking:
@@ -141,7 +141,7 @@ class Tracking:
                 if held:
                     continue
                 client.set_tag(run.info.run_id, "draftsmith.closed", "its process was gone")
-                ref = None if stage == "refresh" else _complete(store, stage, key)
+                ref = None if stage == "refresh" else _made_by(run.info.run_id, store, stage, key)
                 if ref is not None:
                     figures = store.manifest(ref).metrics
                     log_metrics(client, run.info.run_id, [(name, value, 0) for name, value in figures.items()])
@@ -239,7 +239,7 @@ class StageRun:
         self._buffer += [(name, float(value), step) for name, value in values.items()]
         waited = time.monotonic() - self._flushed
         if self._failures:
-            due = waited > min(AFTER_FAILURE_S * 2 ** (self._failures - 1), 600)
+            due = waited > AFTER_FAILURE_S * 2 ** min(self._failures - 1, 3)
         else:
             due = waited > FLUSH_S or len(self._buffer) >= METRICS_PER_BATCH
         if due:
@@ -272,7 +272,8 @@ class StageRun:
                 client.log_artifact(run_id, str(path))
             client.set_terminated(run_id, status)
 
-        self._do(end)
+        if not self._failures:  # else the next run ends it (`close_dead_runs`), and nobody waits here once more
+            self._do(end)
 
     def _do(self, act: Callable[[MlflowClient, str], None]) -> None:
         if self.run_id is not None:
@@ -288,10 +289,11 @@ class StageRun:
         return self._last_step[name]
 
 
-def _complete(store: Store, stage: str, key: str) -> ArtifactRef | None:
-    """The artifact of a key, if the store has it whole."""
+def _made_by(run_id: str, store: Store, stage: str, key: str) -> ArtifactRef | None:
+    """The complete artifact of a key, if this run made it: a forced one that was killed leaves an older one there."""
     try:
-        return store.find(stage, key)
+        ref = store.find(stage, key)
+        return ref if ref is not None and store.manifest(ref).mlflow_run_id == run_id else None
     except DraftsmithError:
         return None
 

@@ -49,7 +49,7 @@ class ArchitecturesConfig(RunOptions):
     drafters: dict[str, DrafterTrainings] = Field(min_length=1)
     mining: MiningConfig = MiningConfig()
     heldout: RolloutConfig
-    """The answers to validation and held-out prompts."""
+    """The answers to held-out prompts, which all are compared on."""
     evaluation: EvaluationConfig
 
     @model_validator(mode="after")

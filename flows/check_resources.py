@@ -65,6 +65,7 @@ def _advice(memory: Memory) -> str:
         "attention": "lower sequences_per_step or anchors_per_sequence",
         "logits": "lower positions_per_chunk, slots or concurrency, or set head_tokens",
         "key/value memory": "lower slots, concurrency, max_new_tokens or tokens_per_target_forward",
+        "attention mask": "lower max_new_tokens or tokens_per_target_forward",
         "target in float32": "set exactness_prompts to 0",
     }
     largest = max((name for name in memory.parts if name in ways), key=lambda name: memory.parts[name], default=None)

@@ -164,7 +164,7 @@ def _training(config: SftConfig | OpdConfig, answers: Config, sizes: Sizes) -> d
     """P · s, and 16 · P_d: float32 weights, gradients and the two moments of AdamW.
 
     Features kept: the smaller of feature_memory_mb and answers · T · (K + 1) · H · s; being made: twice that of one
-    target forward; of the batch: B · T · (K + 1) · H · s.
+    target forward, which reads one answer unless all are kept; of the batch: B · T · (K + 1) · H · s.
     Activations: of the queries q = B · anchors · block with an MLP of width I,
     q · layers · s · (10 · H + 4 · (heads + 2 · kv_heads) · head_dim + 4 · I), and of the context,
     B · T · layers · 4 · kv_heads · head_dim · s.
@@ -185,17 +185,19 @@ def _training(config: SftConfig | OpdConfig, answers: Config, sizes: Sizes) -> d
         tokens = config.head_tokens + config.head_negatives + B * 64  # and the tokens of the batch: some are new
     rows, head = _reduced_head(tokens, sizes)
     mines = isinstance(config, OpdConfig) and config.oldest_trace > 0
+    all_features = _count(answers) * longest * sizes.feature_bytes
+    kept = config.feature_memory_mb * 2**20
+    read = longest if all_features > kept else max(config.tokens_per_target_forward, longest)
     scored = {}
     if isinstance(config, OpdConfig) and config.loss.needs_scores:
-        scored = _cached_read(max(config.tokens_per_target_forward, longest), longest, _TREE_TOKENS, sizes)
+        at_once = min(max(config.tokens_per_target_forward, longest), B * longest)
+        scored = _cached_read(at_once, longest, _TREE_TOKENS, sizes)
     return scored | {
         "mining again": _scoring_logits(sizes) if mines else 0.0,
         "process": PROCESS,
         "target": _weights(sizes.target, s),
         "drafter with AdamW": 16.0 * drafter.parameters,
-        "features": min(config.feature_memory_mb * 2**20, _count(answers) * longest * sizes.feature_bytes)
-        + 2.0 * max(config.tokens_per_target_forward, longest) * sizes.feature_bytes
-        + float(B * longest * sizes.feature_bytes),
+        "features": min(kept, all_features) + float((2 * read + B * longest) * sizes.feature_bytes),
         "activations": float(act * drafter.layers * B * (queries * wide + longest * context)),
         "attention": float(2 * act * drafter.layers * drafter.heads * B * queries * (longest + queries)),
         "head": head,

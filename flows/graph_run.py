@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +48,11 @@ def run_graph(config: RunOptions, pipeline: Pipeline, force: Collection[str] = (
         status = "FINISHED"
     except Exception:
         status = "FAILED"
-        if again := sorted(
-            forced_nodes([p.node for p in planned], force) & {n for n, m in made.items() if not m.reused}
-        ):
-            workshop.display.line(
-                f"made again and complete, so leave out of the next run: --force {' --force '.join(again)}"
-            )
         raise
     finally:
         workshop.tracking.close_refresh(status, _headline(workshop, made), _report(made))
+        if status != "FINISHED" and (told := _still_forced(forced_nodes([p.node for p in planned], force), made)):
+            workshop.display.line(told)
     return {name: _described(each) for name, each in made.items()}
 
 
@@ -70,6 +66,15 @@ def _make_all(workshop: Workshop, force: Collection[str], made: dict[str, Made])
         made[node.name], states[node.name] = run_node(workshop, node, inputs, upstream, force=node.name in forced)
         if node.name == _TARGET:
             check_target(nodes, made[_TARGET].ref.path)
+
+
+def _still_forced(forced: Collection[str], made: Mapping[str, Made]) -> str | None:
+    """What to force in the next run, where some of it is done: else it would be made once more."""
+    done = sorted(name for name in forced if name in made and not made[name].reused)
+    rest = "".join(f" --force {name}" for name in sorted(set(forced) - set(done)))
+    if not done:
+        return None
+    return f"{', '.join(done)}: made again and complete; go on{f' with{rest} only' if rest else ' without --force'}"
 
 
 def _headline(workshop: Workshop, made: dict[str, Made]) -> dict[str, float]:

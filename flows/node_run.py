@@ -74,11 +74,11 @@ def _say_waiting(workshop: Workshop, node: Node) -> Callable[[], None]:
 
 def _run(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], claim: Claim) -> ArtifactRef:
     config = node.config.model_dump(mode="json")
-    _check_inputs(node, inputs)
     tracked = workshop.tracking.stage_run(
         workshop.refresh_run, claim.stage, claim.key, name=node.name, params=config, inputs=inputs
     )
     try:
+        _check_inputs(node, inputs)
         outcome = _run_process(workshop, node, inputs, claim, tracked)
         _check_inputs(node, inputs)
         ref = workshop.store.commit(

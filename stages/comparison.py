@@ -114,6 +114,7 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
                     for trajectory, c, s in zip(stored.trajectories, committed, steps, strict=True)
                 ]
                 ctx.log(f"{split}: {entries[name]}: tau {committed.sum() / steps.sum():.3f}")
+            del drafters, found, traces  # before the next ones are loaded
         results[split] = {
             "trajectories": len(stored.trajectories),
             "ceiling": tau(ceiling_traces(target, stored.trajectories, longest_block)),

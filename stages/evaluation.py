@@ -93,7 +93,8 @@ class EvaluationConfig(Config):
         """How servers are launched decides the speed that is measured, though not what a rollout answers."""
         material = super().key_material()
         if isinstance(self.engine, SGLangEngineConfig):
-            material["engine"] |= self.engine.model_dump(mode="json", include={"launch", "python"})
+            launched = self.engine.model_dump(mode="json", include={"launch"}, exclude={"launch": {"start_timeout_s"}})
+            material["engine"] |= launched
         return material
 
 

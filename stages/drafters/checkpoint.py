@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from artifacts.errors import DraftsmithError
+from artifacts.errors import DraftsmithError, RetryableError, disk_error_of
 from stages.drafters import layout
 from stages.drafters.base import Drafter, DrafterInfo
 from stages.drafters.config import DrafterConfig
@@ -196,16 +196,20 @@ def descends_from(folder: Path) -> tuple[str, ...]:
 def drafter_source(source: str, revision: str | None = None) -> Path:
     """A local folder, or a hub id downloaded once. Raises DraftsmithError if neither can be had."""
     if (folder := Path(source).expanduser()).is_dir():
+        if revision is not None:
+            raise DraftsmithError(f"sft.init_revision: {source} is a folder, only drafters of the hub have revisions")
         return folder
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
+
+    from stages.targets.resolve import hub_answered, hub_reason
 
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.npy"]))
-    except Exception as error:  # the hub library raises many kinds, all meaning: not there or not reachable
-        raise DraftsmithError(
-            f"sft.init_from: {source!r} is no folder and cannot be fetched from the hub ({type(error).__name__}); "
-            "give an existing folder or hub id"
-        ) from error
+    except Exception as error:  # the hub's library raises its HTTP client's own errors too
+        if disk_error_of(error) is not None:
+            raise
+        kind = DraftsmithError if hub_answered(error) or constants.HF_HUB_OFFLINE else RetryableError
+        raise kind(f"sft.init_from {source}: {hub_reason(error, revision)}") from error
 
 
 def check_shape(folder: Path, target_model: Path) -> None:

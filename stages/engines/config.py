@@ -21,15 +21,15 @@ def _http_address(url: str) -> str:
     return url
 
 
-def _no_secrets(variables: dict[str, str]) -> dict[str, str]:
+def _no_secrets(named: dict[str, Any]) -> dict[str, Any]:
     """A config is written to manifests, to MLflow and to the report."""
-    for name in variables:
-        if any(word in name.upper().split("_") for word in ("TOKEN", "KEY", "SECRET", "PASSWORD")):
+    for name in named:
+        if {"TOKEN", "KEY", "SECRET", "PASSWORD"} & set(name.upper().replace("-", "_").split("_")):
             raise ValueError(
-                f"{name} looks like a secret, and a config is shown in MLflow and in reports: set it in the "
-                "environment of the command instead, the servers inherit it"
+                f"{name} looks like a secret, and a config is shown in MLflow and in reports: set what is needed in "
+                "the environment of the command instead, the servers inherit it"
             )
-    return variables
+    return named
 
 
 class EmbeddedEngineConfig(Config):
@@ -73,6 +73,7 @@ class LaunchConfig(Config):
     ] = None
     options: Annotated[
         dict[str, OptionValue | tuple[OptionValue, ...]],
+        AfterValidator(_no_secrets),
         Field(
             default_factory=dict,
             description="further options of SGLang's server without their dashes, e.g. {attention-backend: fa3}; "

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from artifacts.errors import DraftsmithError
+from artifacts.errors import DraftsmithError, disk_error_of
 from stages.targets.config import TargetConfig
 from stages.targets.resolve import TargetInfo, describe_metadata, hub_answered, hub_reason, write_target_info
 from stages.targets.source import check_safetensors, gguf_file, model_folder, source_kind, weight_files
@@ -29,7 +29,9 @@ def fetch_metadata(source: str, revision: str | None, field: str) -> Path:
             snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.jinja", "*.txt", "*.model"])
         )
     except Exception as error:  # the hub's library raises its HTTP client's own errors too
-        reason = hub_reason(error, TargetConfig(source=source, revision=revision))
+        if disk_error_of(error) is not None:
+            raise
+        reason = hub_reason(error, revision)
         raise (DraftsmithError if hub_answered(error) else UnreachableError)(f"{field} {source}: {reason}") from error
 
 

@@ -64,7 +64,7 @@ class TargetInfo(BaseModel):
 
 def read_target_info(folder: Path) -> TargetInfo:
     """The `target.json` and `origin.json` of a complete target artifact."""
-    path = folder / INFO_FILE
+    files = f"{folder / INFO_FILE}, {ORIGIN_FILE}"
     try:
         parts = [dict(json.loads((folder / name).read_text(encoding="utf-8"))) for name in (INFO_FILE, ORIGIN_FILE)]
         return TargetInfo.model_validate(parts[0] | parts[1])
@@ -74,9 +74,9 @@ def read_target_info(folder: Path) -> TargetInfo:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise DraftsmithError(f"{path}: {field} {first['msg']}: run the target stage again with --force") from error
+        raise DraftsmithError(f"{files}: {field} {first['msg']}: run the target stage again with --force") from error
     except (ValueError, TypeError) as error:
-        raise DraftsmithError(f"{path}: not a JSON object: run the target stage again with --force") from error
+        raise DraftsmithError(f"{files}: not JSON objects: run the target stage again with --force") from error
 
 
 def write_target_info(info: TargetInfo, out: Path) -> None:
@@ -137,7 +137,7 @@ def _download(config: TargetConfig) -> tuple[Path, str]:
         if disk_error_of(error) is not None:
             raise
         kind = DraftsmithError if hub_answered(error) or constants.HF_HUB_OFFLINE else RetryableError
-        raise kind(f"target.source {config.source}: {hub_reason(error, config)}") from error
+        raise kind(f"target.source {config.source}: {hub_reason(error, config.revision)}") from error
     return path, path.name
 
 
@@ -145,13 +145,14 @@ def hub_answered(error: Exception) -> bool:
     """Whether the hub said no (or the id was wrong); else it could not be asked, and may be later."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    return isinstance(error, HFValidationError) or (
-        isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError)
-    )
+    if not isinstance(error, HfHubHTTPError) or isinstance(error, LocalEntryNotFoundError):
+        return isinstance(error, HFValidationError)
+    status = getattr(error.response, "status_code", None)
+    return status is None or (status < 500 and status != 429)  # else it is busy or ill
 
 
-def hub_reason(error: Exception, config: TargetConfig) -> str:
-    """What went wrong with the hub and what to do."""
+def hub_reason(error: Exception, revision: str | None) -> str:
+    """What went wrong with the hub and what to do, to follow the name of the field. revision: that was asked for."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -164,11 +165,14 @@ def hub_reason(error: Exception, config: TargetConfig) -> str:
     if isinstance(error, RepositoryNotFoundError):
         return "no such folder here and no such model on the hub: check the name, or set HF_TOKEN if it is private"
     if isinstance(error, RevisionNotFoundError):
-        return f"the hub has no revision {config.revision}: check target.revision"
+        return f"the hub has no revision {revision}: correct it"
     if isinstance(error, HFValidationError):
         return "neither an existing folder nor a hub id: check the name"
     if not hub_answered(error):
-        return "not a folder here, not in the hub's cache, and no network to the hub: connect, or give a local folder"
+        return (
+            f"not a folder here, not in the hub's cache, and no network to the hub ({_one_line(error)[:120]}): connect, "
+            "or give a local folder"
+        )
     return f"the hub answered: {_one_line(error)}: try again, or give a local folder"
 
 

@@ -44,7 +44,9 @@ def store(tmp_path: Path) -> Store:
 def test_old_attempts_replaced_artifacts_and_logs_go_and_artifacts_stay(tmp_path: Path, store: Store) -> None:
     old, young = attempt(store, OLD, 40), attempt(store, YOUNG, 20)
     made = artifact(store, "first")
+    age(made, 40)
     artifact(store, "second", force=True)  # the first one is kept, hidden: others may have been made from it
+    assert [each.what for each in leftovers(tmp_path, time.time() - 30 * DAY)] == ["unfinished attempt"]
     age(tmp_path / "store" / "target", 40)
     (tmp_path / "logs").mkdir()
     for name in ("sft-1.log", "sft-1.request.json", "sft-1.failed.json"):

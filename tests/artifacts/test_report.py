@@ -143,6 +143,7 @@ def test_text_is_escaped(tmp_path: Path) -> None:
         (-0.3, -0.1, -0.2, "is worse than SFT"),
         (-0.1, 0.3, 0.1, "does not differ measurably from SFT"),
         (None, None, 0.1, "does not differ measurably from SFT"),
+        (0.1, 0.1, 0.1, "does not differ measurably from SFT"),  # of one trajectory
     ],
 )
 def test_a_finding_follows_from_its_interval(low: float, high: float, difference: float, verdict: str) -> None:

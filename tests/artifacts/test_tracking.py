@@ -297,16 +297,23 @@ def test_metrics_of_a_time_without_mlflow_are_sent_when_it_is_back(
     assert run_of(tracking, run.run_id).info.status == "FINISHED"
 
 
-def test_a_run_whose_artifact_is_complete_is_finished_not_killed(tracking: Tracking) -> None:
+def test_a_dead_run_is_finished_if_it_made_the_artifact_and_killed_if_another_did(tracking: Tracking) -> None:
     store = Store(tracking.folder / "store")
     with store.claim("sft", KEY) as claim:
         assert isinstance(claim, Claim)
         run = tracking.stage_run(None, "sft", KEY)
         (claim.out / "x").write_text("x")
-        store.commit(claim, config={}, inputs={}, code_digest="c", seed=0, metrics={"tau": 2.0})
+        store.commit(
+            claim, config={}, inputs={}, code_digest="c", seed=0, metrics={"tau": 2.0}, mlflow_run_id=run.run_id
+        )
     assert tracking.close_dead_runs(store) == ["sft"]
     ended = run_of(tracking, run.run_id)
     assert (ended.info.status, ended.data.metrics["tau"]) == ("FINISHED", 2.0)
+    with store.claim("sft", KEY, force=True):
+        forced = tracking.stage_run(None, "sft", KEY)
+    assert forced.run_id != run.run_id
+    assert tracking.close_dead_runs(store) == ["sft"]
+    assert run_of(tracking, forced.run_id).info.status == "KILLED"
 
 
 def test_a_password_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -264,7 +264,7 @@ def test_a_folder_that_is_no_target_artifact_is_named(tiny_target: Path, copied:
     with pytest.raises(DraftsmithError, match="kind Field required"):
         read_target_info(tmp_path)
     (tmp_path / "origin.json").write_text("{")
-    with pytest.raises(DraftsmithError, match="not a JSON object"):
+    with pytest.raises(DraftsmithError, match="not JSON objects"):
         read_target_info(tmp_path)
     resolve(copied, tmp_path / "out")
     shutil.rmtree(copied)

@@ -15,6 +15,7 @@ from stages.drafters.config import DraftingConfig
 from stages.engines.config import LaunchConfig, SGLangEngineConfig
 from stages.engines.open import open_engine
 from stages.engines.sglang import server
+from stages.evaluation import EvaluationConfig
 from stages.rollout import RolloutConfig
 from stages.stored import DRAFTER_FOLDER
 from tests.testbed.drafter import DrafterArtifacts
@@ -179,3 +180,18 @@ def test_a_part_of_the_vocabulary_is_for_the_embedded_engine(tiny_drafter: Draft
         ),
     ):
         pass
+
+
+@pytest.mark.parametrize("launch", [{"environment": {"HF_TOKEN": "x"}}, {"options": {"api-key": "x"}}])
+def test_secrets_do_not_belong_into_a_config(launch: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="looks like a secret"):
+        config(**launch)
+    assert config(environment={"TOKENIZERS_PARALLELISM": "false"}, options={"kv-cache-dtype": "auto"})
+
+
+def test_how_servers_are_launched_decides_a_speed_and_not_an_answer() -> None:
+    one, two = (config(tensor_parallel=n, start_timeout_s=10.0 * n) for n in (1, 2))
+    assert RolloutConfig(engine=one).key_material() == RolloutConfig(engine=two).key_material()
+    assert EvaluationConfig(engine=one).key_material() != EvaluationConfig(engine=two).key_material()
+    later = config(start_timeout_s=99.0)
+    assert EvaluationConfig(engine=one).key_material() == EvaluationConfig(engine=later).key_material()
