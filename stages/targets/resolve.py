@@ -170,7 +170,7 @@ def hub_reason(error: Exception, revision: str | None) -> str:
         return "neither an existing folder nor a hub id: check the name"
     if not hub_answered(error):
         return (
-            f"not a folder here, not in the hub's cache, and no network to the hub ({_one_line(error)[:120]}): connect, "
+            f"not a folder here, not in the hub's cache, and no network to the hub ({_one_line(error)[:99]}): connect, "
             "or give a local folder"
         )
     return f"the hub answered: {_one_line(error)}: try again, or give a local folder"
