@@ -214,7 +214,7 @@ def one_error(result: subprocess.CompletedProcess[str]) -> str:
     [
         ("opd.learning_rat=1", "learning_rat"),
         ("sft.steps=many", "sft.steps"),
-        ("assisted.skip=500", "no prompts left in splits"),
+        ("assisted.skip=500", "and 500 are skipped"),
         ("target.source=/absent/model", "/absent/model"),
     ],
 )
