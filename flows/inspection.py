@@ -86,14 +86,16 @@ def prune(display: Display, days: float, *, delete: bool) -> None:
         touched = local_time(datetime.fromtimestamp(each.touched, UTC))
         table.add_row(each.what, str(each.path.relative_to(home())), _size(each.bytes), touched)
     display.console.print(table)
-    total = _size(sum(each.bytes for each in found))
     if not delete:
+        total = _size(sum(each.bytes for each in found))
         display.line(
             f"{total} in all; `draftsmith prune --days {days:g} --delete` removes it. Artifacts are not touched."
         )
         return
-    kept = [each.path.name for each in found if not each.remove()]
-    display.line(f"removed {total}" + (f", but for what a run has taken up: {', '.join(kept)}" if kept else ""))
+    removed = [each for each in found if each.remove()]
+    kept = ", ".join(each.path.name for each in found if each not in removed)
+    total = _size(sum(each.bytes for each in removed))
+    display.line(f"removed {total}" + (f", but for what a run has taken up: {kept}" if kept else ""))
 
 
 def show(display: Display, text: str, *, verify: bool = False) -> None:

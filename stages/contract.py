@@ -83,6 +83,5 @@ class Stage:
     run: Callable[[StageContext, Any], None]
     # Cheap checks of the config against the resolved target (folder with target.json); no weights are loaded.
     preflight: Callable[[Any, Path], None] | None = None
-    volatile: tuple[str, ...] = field(
-        default=("metrics.jsonl",)
-    )  # files that are no part of the content: timings, origins
+    # Files that are no part of the content: timings, origins.
+    volatile: tuple[str, ...] = field(default=("metrics.jsonl",))

@@ -119,9 +119,8 @@ class SpeedTest:
         """The target's logit margin (best minus second) where greedy outputs part: small = a near-tie of the dtype."""
         prompt_ids = {prompt.prompt_id: prompt.token_ids for prompt in prompts}
         for row in rows:
-            if (
-                row["temperature"] == 0 and (difference := row["first_difference"]) >= 0
-            ):  # up to there the answer is the one of plain decoding
+            difference = row["first_difference"]
+            if row["temperature"] == 0 and difference >= 0:  # up to there the answer is the one of plain decoding
                 tokens = prompt_ids[row["prompt_id"]] + row["response_ids"][:difference]
                 out = self.target.read(torch.tensor([tokens], device=self.target.device))
                 best = self.target.logits(out.hidden[0, -1]).topk(2).values

@@ -30,7 +30,7 @@ class View:
     batch: Batch
     context: Context  # of its trajectories, with gradient
     # Holds every token of the batch, so what is right can be proposed; under a reduced head a wrong token that it lacks
-    # cannot, and is not seen to be rejected (with 4,096 of SmolLM2's 49,152 tokens, in none of 640 blocks).
+    # cannot, and is not seen to be rejected.
     head: Head
 
 
