@@ -113,9 +113,11 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
         tokens_per_forward=config.tokens_per_target_forward,
     )
     source = anchor_source(config, remining)
+    beyond = objective.response.beyond
     ctx.log(
         f"verification {'sampled' if sampled else 'greedy'}: {objective.response.loss} on {objective.response.scope} "
-        f"offsets{', k3 on rejected ones' if objective.needs_scores else ''}; anchors {config.anchors}: "
+        f"offsets{f', weight exp(-d/{beyond:g}) at d behind the correction' if beyond else ''}"
+        f"{', k3 on rejected ones' if objective.needs_scores else ''}; anchors {config.anchors}: "
         f"{table.count(kind)} mined steps in {len(usable)} trajectories"
         f"{f', mined again after {config.oldest_trace} steps' if config.oldest_trace else ''}"
     )

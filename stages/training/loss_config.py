@@ -14,6 +14,8 @@ from stages.contract import Config
 if TYPE_CHECKING:
     from stages.drafters.base import TrainingRecipe
 
+BEYOND = 1.0  # why: "Which offsets are trained" in `configs/experiments/README.md`
+
 TokenLoss = Literal["cross_entropy", "bernoulli_kl"]
 DistributionLoss = Literal["forward_kl", "reverse_kl", "tv", "lk"]
 
@@ -22,7 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "matched": {},
     # Draft-OPD, arXiv 2605.29343: Bernoulli forward KL on what was committed, k3 reverse KL on the rejected suffix
     "paper": {
-        "response": {"loss": "bernoulli_kl", "scope": "committed", "positions": {"kind": "uniform"}},
+        "response": {"loss": "bernoulli_kl", "scope": "committed", "beyond": 0, "positions": {"kind": "uniform"}},
         "rejected": {"loss": "k3"},
     },
 }
@@ -60,18 +62,19 @@ class ResponseStream(Config):
     scope: Annotated[
         Literal["auto", "committed", "block"],
         Field(
-            description="committed: accepted prefix and correction, what verification reaches; block: all offsets; "
-            "auto follows the verification rule: committed if sampled, block if greedy (EAGLE-3 always: block)"
+            description="committed: accepted prefix and correction, what verification reaches, and what follows with "
+            "falling weight (`beyond`); block: all offsets; auto follows the verification rule: committed if sampled, "
+            "block if greedy (EAGLE-3 always: block)"
         ),
     ] = "auto"
     beyond: Annotated[
-        float,
+        float | None,
         Field(
             ge=0,
-            description="of scope committed: the offset d behind the correction is trained too, with weight "
-            "exp(-d/beyond): what is reached once this error is mended; 0 = none of them",
+            description="of scope committed: the offset d behind the correction is trained with weight exp(-d/beyond): "
+            f"what is reached once this error is mended; 0 = none of them; left out: {BEYOND:g}",
         ),
-    ] = 0.0
+    ] = None
     positions: Annotated[
         PositionWeights | None,
         Field(description="left out: whole blocks as in the architecture's SFT, committed offsets uniformly"),
@@ -158,16 +161,19 @@ class LossConfig(Config):
     def resolved(self, recipe: TrainingRecipe, sampled: bool, temperature: float) -> LossConfig:
         """With the loss and scope that fit architecture and verification rule, the temperature of that sampling, and
         weights, where left open. Evidence: `configs/experiments/README.md`."""
-        loss, scope, positions = self.response.loss, self.response.scope, self.response.positions
+        loss, scope = self.response.loss, self.response.scope
+        beyond, positions = self.response.beyond, self.response.positions
         as_in_sft = recipe.loss == "forward_kl"  # SFT on the target's distribution goes on with it
         if loss == "auto":
             loss = "forward_kl" if sampled or as_in_sft else "cross_entropy"
         if scope == "auto":
             scope = "committed" if sampled and not as_in_sft else "block"
+        if beyond is None:
+            beyond = BEYOND if scope == "committed" else 0.0
         if positions is None:
             whole = scope == "block"
             positions = PositionWeights(kind="exponential", gamma=recipe.gamma) if whole else _UNIFORM
-        made = {"loss": loss, "scope": scope, "positions": positions}
+        made = {"loss": loss, "scope": scope, "beyond": beyond, "positions": positions}
         return self.model_copy(
             update={
                 "response": self.response.model_copy(update=made),

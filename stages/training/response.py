@@ -105,6 +105,7 @@ def response_stream(
     reached = torch.ones_like(where, dtype=torch.float32)
     if config.scope == "committed":
         assert committed is not None, "this scope needs verify steps"
+        assert config.beyond is not None, "resolve the loss first"
         behind_correction = (offsets - committed[..., None]).clamp(min=0)
         if config.beyond:
             reached = torch.exp(-behind_correction / config.beyond)
@@ -132,9 +133,9 @@ def response_stream(
 
     terms = chunked_values(hidden[where], positions_per_chunk, values, trained_head=heads.trained)
     weights = position_weights(config.weights(), offsets, where, log_q) * reached
-    correct_BAK = torch.zeros_like(where)
-    correct_BAK[where] = correct
-    return Stream(weighted_mean(terms, weights[where]), where, correct_BAK)
+    correct_at = torch.zeros_like(where)
+    correct_at[where] = correct
+    return Stream(weighted_mean(terms, weights[where]), where, correct_at)
 
 
 def position_weights(

@@ -74,7 +74,7 @@ def slow_opd(slow: Slow, objective: LossConfig) -> tuple[torch.Tensor, int]:
         log_q = slow.log_q(row, anchor)
         sequence = case.trajectories[row].tokens
         labels = {k: sequence[anchor + k] for k in range(1, K + 1) if anchor + k < len(sequence)}
-        committed, beyond = K, objective.response.beyond
+        committed, beyond = K, objective.response.beyond or 0.0
         if objective.response.scope == "committed":
             committed = int(case.steps.committed[row, index])
             labels = {k: label for k, label in labels.items() if beyond or k <= committed}
@@ -114,13 +114,13 @@ def objective(value: Any = "matched", *, sampled: bool = False, temperature: flo
 
 
 def response(loss: str, **fields: Any) -> dict[str, Any]:
-    """A stream on committed offsets, unless `fields` say otherwise."""
-    return {"response": {"loss": loss, "scope": "committed"} | fields}
+    """A stream on committed offsets alone, unless `fields` say otherwise."""
+    return {"response": {"loss": loss, "scope": "committed", "beyond": 0} | fields}
 
 
 OBJECTIVES = {
     "matched greedy": objective(),
-    "matched greedy, committed": objective({"response": {"scope": "committed"}}),
+    "matched greedy, committed": objective(response("auto")),
     "matched sampled": objective({"response": {"weight": 0.5}}, sampled=True, temperature=0.7),
     "paper": objective("paper"),
     "paper, other weights": objective(
@@ -195,8 +195,11 @@ def test_the_default_follows_the_verification_rule() -> None:
     assert greedy.response.weights() == PositionWeights(kind="exponential", gamma=7.0)  # as in SFT
     assert (sampled.response.loss, sampled.response.scope, sampled.temperature) == ("forward_kl", "committed", 0.6)
     assert sampled.response.weights() == PositionWeights(kind="uniform")
+    assert (greedy.response.beyond, sampled.response.beyond) == (0.0, 1.0)
     chosen = objective({"response": {"scope": "committed"}})
     assert chosen.response.weights() == PositionWeights(kind="uniform")
+    assert chosen.response.beyond == 1.0
+    assert objective({"response": {"beyond": 0}}, sampled=True).response.beyond == 0.0
     for rule in (True, False):  # EAGLE-3 as in its SFT
         stream = LossConfig().resolved(Eagle3Drafter.recipe, rule, float(rule)).response
         assert (stream.loss, stream.scope) == ("forward_kl", "block")
