@@ -67,6 +67,7 @@ def _advice(memory: Memory) -> str:
         "key/value memory": "lower slots, concurrency, max_new_tokens or tokens_per_target_forward",
         "attention mask": "lower max_new_tokens or tokens_per_target_forward",
         "target in float32": "set exactness_prompts to 0",
+        "text of a step": "lower rows_per_step or row_tokens",
     }
     largest = max((name for name in memory.parts if name in ways), key=lambda name: memory.parts[name], default=None)
     return ways[largest] if largest else "use a machine with more"

@@ -19,6 +19,7 @@ from stages.evaluation import DRAFTERS, PREFIX, EvaluationConfig
 from stages.logs import LogsConfig
 from stages.mining import MiningConfig
 from stages.opd import OpdConfig
+from stages.procedural_target import ProceduralTargetConfig
 from stages.prompts import PromptsConfig
 from stages.rollout import RolloutConfig
 from stages.sft import SftConfig
@@ -100,6 +101,8 @@ def memory_of(node: Node, nodes: Mapping[str, Node], sizes: Sizes) -> Memory | N
         case MiningConfig():
             source = nodes[node.inputs["trajectories"]].config
             return Memory(node.name, _mining(config, _longest(source, sizes), sizes))
+        case ProceduralTargetConfig():
+            return Memory(node.name, _fine_tuning(config, sizes))
         case EvaluationConfig():
             drafters = sum(name in DRAFTERS or name.startswith(PREFIX) for name in node.inputs)
             return Memory(node.name, _evaluation(config, drafters, sizes))
@@ -175,9 +178,6 @@ def _training(config: SftConfig | OpdConfig, answers: Config, sizes: Sizes) -> d
     s, longest = sizes.itemsize, _longest(answers, sizes)
     drafter, B = sizes.drafter, config.sequences_per_step
     queries = config.anchors_per_sequence * sizes.block_size
-    wide = (
-        10 * drafter.hidden + 4 * (drafter.heads + 2 * drafter.kv_heads) * drafter.head_dim + 4 * drafter.intermediate
-    )
     context = 4 * drafter.kv_heads * drafter.head_dim
     act = DTYPE_BYTES[config.compute_dtype]
     tokens = None
@@ -198,11 +198,31 @@ def _training(config: SftConfig | OpdConfig, answers: Config, sizes: Sizes) -> d
         "target": _weights(sizes.target, s),
         "drafter with AdamW": 16.0 * drafter.parameters,
         "features": min(kept, all_features) + float((2 * read + B * longest) * sizes.feature_bytes),
-        "activations": float(act * drafter.layers * B * (queries * wide + longest * context)),
+        "activations": float(B * (queries * _activations(drafter, act) + longest * act * drafter.layers * context)),
         "attention": float(2 * act * drafter.layers * drafter.heads * B * queries * (longest + queries)),
         "head": head,
         "logits": float(_LOGIT_COPIES * config.positions_per_chunk * rows * 4),
     }
+
+
+def _fine_tuning(config: ProceduralTargetConfig, sizes: Sizes) -> dict[str, float]:
+    """16 · P as in `_training`, with a copy of s bytes where that is not 4; of the t = rows · row_tokens of a step the
+    logits, 3 · t · V · 4, and activations, t · layers · s · (10 · H + 4 · (heads + 2 · kv_heads) · head_dim + 4 · I).
+    """
+    target, tokens, copy = sizes.target, config.rows_per_step * config.row_tokens, sizes.itemsize % 4
+    return {
+        "process": PROCESS,
+        "target with AdamW": (16.0 + copy) * target.parameters,
+        "text of a step": float(
+            tokens * (_LOGIT_COPIES * target.vocabulary * 4 + _activations(target, sizes.itemsize))
+        ),
+    }
+
+
+def _activations(model: ModelSize, itemsize: int) -> int:
+    """Kept for the backward pass, a token."""
+    heads = model.heads + 2 * model.kv_heads
+    return model.layers * itemsize * (10 * model.hidden + 4 * heads * model.head_dim + 4 * model.intermediate)
 
 
 def _mining(config: MiningConfig, longest: int, sizes: Sizes) -> dict[str, float]:
@@ -289,10 +309,10 @@ def servers_of(node: Node, sizes: Sizes) -> Servers | None:
 def disk_of(nodes: Sequence[Node], prompts: PromptsConfig, sizes: Sizes, *, copies_target: bool) -> dict[str, float]:
     """Bytes of the store, by what they are; tables before compression, so an upper bound.
 
-    Target (dequantised ones only): P · s. Trajectories: answers · T · 4, and with a drafter in the loop
-    8 · (block - 1) + 24 for each verify step, at tau 2; mined steps: 12 · (block - 1) + 8 · top_k + 64 each. Shards of
-    the running stage stand beside its tables: the largest counts twice. Drafters: P_d · s each. While one trains, its
-    checkpoint is there twice for a moment: 2 · 12 · P_d.
+    Target (dequantised ones only), and a revision made of it: P · s. Trajectories: answers · T · 4, and with a drafter
+    in the loop 8 · (block - 1) + 24 for each verify step, at tau 2; mined steps: 12 · (block - 1) + 8 · top_k + 64
+    each. Shards of the running stage stand beside its tables: the largest counts twice. Drafters: P_d · s each. While
+    one trains, its checkpoint is there twice for a moment: 2 · 12 · P_d.
     """
     by_name = {node.name: node for node in nodes}
     parts: dict[str, float] = {"target": _weights(sizes.target, sizes.itemsize) if copies_target else 0.0}
@@ -313,6 +333,8 @@ def disk_of(nodes: Sequence[Node], prompts: PromptsConfig, sizes: Sizes, *, copi
             tables[node.name] = config.rows * float(_longest(config, sizes) * _TOKEN_BYTES)
         elif isinstance(config, SftConfig | OpdConfig):
             drafters += 1
+        elif isinstance(config, ProceduralTargetConfig):
+            parts["revision"] = _weights(sizes.target, sizes.itemsize)
     parts["trajectories and traces"] = sum(tables.values()) + max(tables.values(), default=0.0)
     parts["drafters"] = drafters * _weights(sizes.drafter, sizes.itemsize)
     parts["training checkpoint"] = (2 * 12.0 * sizes.drafter.parameters) if drafters else 0.0

@@ -1,31 +1,42 @@
-"""Stage `procedural_target`: a small target for experiments, trained on procedural text; or a new revision of one.
+"""Stage `procedural_target`: a small target for experiments, trained on procedural text; or a new revision of any one.
 
 Its artifact is that of stage `target`, so that every other stage takes it.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
+from artifacts.errors import DraftsmithError
 from stages.contract import Stage, StageContext
 from stages.procedural.training import ShapeConfig, TrainingTextConfig
+from stages.targets.config import Dtype, TargetConfig
 
 _MODEL = "model"
 _METRICS_EVERY = 10
 
 
 class ProceduralTargetConfig(TrainingTextConfig):
-    """What it is taught. With a target as input the training goes on from there, and the shape is that target's."""
+    """What it is taught. With a target as input the training goes on from there, with that target's shape and dtype."""
 
     kind: Literal["procedural"] = "procedural"
     shape: ShapeConfig = ShapeConfig()
 
 
+def preflight(_config: ProceduralTargetConfig, target: Path) -> None:
+    """What it is taught is written in the chat template of the target that it goes on from."""
+    from stages.targets.resolve import read_target_info
+
+    info = read_target_info(target)
+    if not info.chat_template:
+        raise DraftsmithError(f"{info.source} has no chat template to be trained on in: choose a chat model as target")
+
+
 def run(ctx: StageContext, config: ProceduralTargetConfig) -> None:
     """Train it, then describe it as stage `target` does. An interrupted training (of minutes) starts again."""
     from stages.procedural.training import train_target
-    from stages.targets.config import TargetConfig
-    from stages.targets.resolve import describe, model_path, write_target_info
+    from stages.targets.resolve import describe, model_path, read_target_info, write_target_info
 
     def on_step(step: int, loss: float) -> None:
         ctx.check_interrupted()
@@ -34,12 +45,20 @@ def run(ctx: StageContext, config: ProceduralTargetConfig) -> None:
             ctx.metrics(step, loss=loss)
 
     ctx.rewind_metrics(0)
-    parent = model_path(ctx.inputs["target"]) if "target" in ctx.inputs else None
-    loss = train_target(ctx.out / _MODEL, config, config.shape, parent=parent, on_step=on_step)
-    described = TargetConfig(source=f"procedural:{'+'.join(config.families)}", dtype="float32")
+    source, parent = f"procedural:{'+'.join(config.families)}", None
+    dtype: Dtype = "float32"
+    if "target" in ctx.inputs:
+        preflight(config, ctx.inputs["target"])
+        earlier = read_target_info(ctx.inputs["target"])
+        parent, dtype = model_path(ctx.inputs["target"]), earlier.dtype
+        source = f"{earlier.source}, then {source}"
+    loss = train_target(ctx.out / _MODEL, config, config.shape, parent=parent, dtype=dtype, on_step=on_step)
+    described = TargetConfig(source=source, dtype=dtype)
     info = describe(ctx.out / _MODEL, described, kind="folder", location=_MODEL, revision=None)
     write_target_info(info, ctx.out)
     ctx.summary(loss_nats=loss, layers=info.num_layers, hidden_size=info.hidden_size, vocab_size=info.vocab_size)
 
 
-STAGE = Stage(name="procedural_target", config=ProceduralTargetConfig, inputs=("target?",), run=run)
+STAGE = Stage(
+    name="procedural_target", config=ProceduralTargetConfig, inputs=("target?",), run=run, preflight=preflight
+)

@@ -1,9 +1,10 @@
-"""A small Qwen3-style causal LM trained on procedural text, saved as an ordinary Hugging Face folder."""
+"""Causal LMs trained on procedural text, a new Qwen3-style one or any one further; saved as a Hugging Face folder."""
 
 from __future__ import annotations
 
 import math
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,8 @@ from pydantic import Field, field_validator
 from artifacts.errors import DraftsmithError
 from stages.contract import Config
 from stages.procedural.text import EASY, FAMILIES, REVISION_2, Example, examples
+from stages.targets.config import Dtype
+from stages.targets.source import TOKENIZER_PARTS
 
 if TYPE_CHECKING:
     import torch
@@ -113,6 +116,13 @@ def _document(example: Example) -> tuple[str, str]:
     )
 
 
+def _document_of_chat(example: Example, tokenizer: Any) -> tuple[str, str]:
+    """The same in another tokenizer's chat template."""
+    chat = [{"role": "user", "content": example.prompt}]
+    prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return prompt, f"{example.answer}{tokenizer.eos_token}\n"
+
+
 def _packed_rows(
     taught: Sequence[Example], tokenizer: Any, config: TrainingTextConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,7 +135,8 @@ def _packed_rows(
 
     documents: list[list[tuple[int, int]]] = []
     for example in taught:
-        prompt, answer = (tokenizer.encode(part) for part in _document(example))
+        texts = _document_of_chat(example, tokenizer)
+        prompt, answer = (tokenizer.encode(text, add_special_tokens=False) for text in texts)
         documents.append([(token, -100) for token in prompt] + [(token, token) for token in answer])
     order = random.Random(config.seed)
     rows: list[list[tuple[int, int]]] = []
@@ -149,7 +160,7 @@ def _packed_rows(
 def new_model(shape: ShapeConfig, tokenizer: Any, seed: int) -> Any:
     """Random weights."""
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
     config = Qwen3Config(
@@ -167,7 +178,11 @@ def new_model(shape: ShapeConfig, tokenizer: Any, seed: int) -> Any:
         pad_token_id=tokenizer.pad_token_id,
         attn_implementation="sdpa",
     )
-    return Qwen3ForCausalLM(config)
+    model = Qwen3ForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id], pad_token_id=tokenizer.pad_token_id
+    )
+    return model
 
 
 def train_target(
@@ -176,14 +191,17 @@ def train_target(
     shape: ShapeConfig,
     *,
     parent: Path | None = None,
+    dtype: Dtype = "float32",
     on_step: Callable[[int, float], None] = lambda _step, _loss: None,
 ) -> float:
     """Train a target, a new one or on from `parent` (whose shape and tokenizer it keeps), and save it in `folder`.
 
-    `on_step(steps done, loss)` is called after every step. Returns the last loss, in nats. Raises DraftsmithError if
-    the rows teach nothing.
+    `dtype` is the saved weights'; where it is not float32, matmuls are computed in it while training (the weights that
+    are trained are float32). `on_step(steps done, loss)` is called after every step. Returns the last loss, in nats.
+    Raises DraftsmithError if the rows teach nothing.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     taught = training_examples(config)
     if parent is None:
@@ -194,12 +212,14 @@ def train_target(
         tokenizer = AutoTokenizer.from_pretrained(parent, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(parent, local_files_only=True, dtype="float32")
     ids, labels = _packed_rows(taught, tokenizer, config)
-    loss = _train(model, ids, labels, config, on_step)
-    model.generation_config = GenerationConfig(
-        eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id], pad_token_id=tokenizer.pad_token_id
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    loss = _train(model, ids, labels, config, getattr(torch, dtype), on_step)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    if parent is None:
+        tokenizer.save_pretrained(folder)
+    else:  # byte for byte: loading and saving may write the same tokenizer in another form
+        for path in parent.iterdir():
+            if path.name in TOKENIZER_PARTS:
+                shutil.copyfile(path, folder / path.name)
     return loss
 
 
@@ -208,6 +228,7 @@ def _train(
     ids: torch.Tensor,
     labels: torch.Tensor,
     config: TrainingTextConfig,
+    dtype: torch.dtype,
     on_step: Callable[[int, float], None],
 ) -> float:
     import torch
@@ -229,8 +250,10 @@ def _train(
     last = math.nan
     for step in range(config.steps):
         rows = slice(step * config.rows_per_step, (step + 1) * config.rows_per_step)
-        logits = model(input_ids=ids[rows], use_cache=False).logits  # [rows, row_tokens, vocabulary]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[rows].flatten())
+        # A context a step: it keeps copies of the weights in its dtype, which are stale after an update.
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            logits = model(input_ids=ids[rows], use_cache=False).logits  # [rows, row_tokens, vocabulary]
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[rows].flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -327,6 +327,22 @@ def test_estimates_of_the_recipe_by_hand() -> None:
     assert "target" not in disk
 
 
+def test_estimates_of_a_fine_tuned_revision_by_hand() -> None:
+    from flows.config_file import read_config
+    from flows.experiment_graph import ExperimentConfig, experiment_nodes
+
+    config = read_config(ROOT / "configs" / "experiments" / "smollm2-target-changed.yaml", [], ExperimentConfig)
+    nodes = {node.name: node for node in experiment_nodes(config)}
+    sizes = qwen_sizes()  # itemsize 2: a copy in bfloat16 beside the float32 weights
+    memory = memory_of(nodes["revision"], nodes, sizes)
+    assert memory is not None
+    assert memory.parts["target with AdamW"] == 18 * 4_022_468_096
+    a_token = 36 * 2 * (10 * 2560 + 4 * (32 + 2 * 8) * 128 + 4 * 9728)
+    assert memory.parts["text of a step"] == 4 * 192 * (3 * 151936 * 4 + a_token)
+    disk = disk_of(list(nodes.values()), config.prompts, sizes, copies_target=False)
+    assert disk["revision"] == 2 * 4_022_468_096
+
+
 def test_trajectories_take_no_more_disk_than_estimated(tiny_drafter: DrafterArtifacts) -> None:
     from artifacts.parquet import read_table
     from artifacts.schemas import TRAJECTORIES
