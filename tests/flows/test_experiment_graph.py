@@ -15,7 +15,7 @@ from stages.sft import SftConfig
 from stages.training.config import TrainingConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "experiments"
-RUNNABLE = sorted(path for path in CONFIGS.glob("*.yaml") if "arms:" in path.read_text())
+RUNNABLE = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem not in ("base", "sampled", "architectures"))
 
 
 def load(name: str, *overrides: str) -> ExperimentConfig:
