@@ -198,7 +198,7 @@ def train_target(
 
     `dtype` is the saved weights'; where it is not float32, matmuls are computed in it while training (the weights that
     are trained are float32). `on_step(steps done, loss)` is called after every step. Returns the last loss, in nats.
-    Raises DraftsmithError if the rows teach nothing.
+    Raises DraftsmithError if the rows teach nothing, or the parent's tokenizer has no end token.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -210,6 +210,8 @@ def train_target(
         model = new_model(shape, tokenizer, config.seed)
     else:
         tokenizer = AutoTokenizer.from_pretrained(parent, local_files_only=True)
+        if tokenizer.eos_token is None:  # answers are taught with it at their end
+            raise DraftsmithError(f"{parent}: the tokenizer names no end token: set eos_token in tokenizer_config.json")
         model = AutoModelForCausalLM.from_pretrained(parent, local_files_only=True, dtype="float32")
     ids, labels = _packed_rows(taught, tokenizer, config)
     loss = _train(model, ids, labels, config, getattr(torch, dtype), on_step)

@@ -95,3 +95,12 @@ def test_a_target_without_a_chat_template_is_refused_before_it_is_trained(parent
     with pytest.raises(DraftsmithError, match=r"hub/somebody's has no chat template.*choose a chat model"):
         trained_on(parent, tmp_path)
     assert not (tmp_path / "out" / "model").exists()
+
+
+def test_a_tokenizer_without_an_end_token_is_one_clear_error(parent: Path, tmp_path: Path) -> None:
+    path = parent / "model" / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    del settings["eos_token"]
+    path.write_text(json.dumps(settings))
+    with pytest.raises(DraftsmithError, match="names no end token: set eos_token in tokenizer_config"):
+        trained_on(parent, tmp_path)
