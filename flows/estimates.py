@@ -209,11 +209,8 @@ def _fine_tuning(config: ProceduralTargetConfig, sizes: Sizes) -> dict[str, floa
     """16 · P as in `_training`, with a copy of s bytes where that is not 4; of the t = rows · row_tokens of a step the
     logits, 3 · t · V · 4, and activations, t · layers · s · (10 · H + 4 · (heads + 2 · kv_heads) · head_dim + 4 · I).
     """
-    target, tokens, copy = (
-        sizes.target,
-        config.rows_per_step * config.row_tokens,
-        sizes.itemsize if sizes.itemsize < 4 else 0,
-    )
+    target, tokens = sizes.target, config.rows_per_step * config.row_tokens
+    copy = sizes.itemsize if sizes.itemsize < 4 else 0
     return {
         "process": PROCESS,
         "target with AdamW": (16.0 + copy) * target.parameters,
