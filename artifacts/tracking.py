@@ -154,7 +154,7 @@ class Tracking:
     def _connect(self) -> tuple[MlflowClient, str]:
         """The client and the experiment's id; migrates a database first, one process at a time."""
         if self._connected is None:
-            os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read while mlflow is imported
+            os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read while mlflow is imported
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
             with locked(self.folder / ".lock-mlflow"):

@@ -118,7 +118,8 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
         f"verification {'sampled' if sampled else 'greedy'}: {objective.response.loss} on {objective.response.scope} "
         f"offsets{f', weight exp(-d/{beyond:g}) at d behind the correction' if beyond else ''}"
         f"{', k3 on rejected ones' if objective.needs_scores else ''}; anchors {config.anchors}: "
-        f"{table.count(kind)} mined steps in {len(usable)} trajectories"
+        f"{table.count(kind)} mined steps in {len(usable)} trajectories, drawn "
+        f"{config.passes(len(usable)):.3g} times each on average"
         f"{f', mined again after {config.oldest_trace} steps' if config.oldest_trace else ''}"
     )
     features = FeatureSource(
@@ -148,7 +149,7 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
         training={"stage": "opd", "steps": config.steps, "blocks": totals["blocks"], "positions": totals["positions"]},
     )
     save_drafter(drafter, ctx.out / DRAFTER_FOLDER, target.dtype)
-    ctx.summary(**totals, mined_steps=table.count(kind))
+    ctx.summary(**totals, mined_steps=table.count(kind), passes=config.passes(len(usable)))
 
 
 def anchor_source(config: OpdConfig, remining: Remining) -> AnchorSource:

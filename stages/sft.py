@@ -158,7 +158,8 @@ def run(ctx: StageContext, config: SftConfig) -> None:
     coverage = 1.0 if covered is None else float(counts[covered.cpu()].sum() / counts.sum())
     ctx.log(
         f"{stream.loss} at all offsets, weight exp(-(k-1)/{stream.weights().gamma:.3g}) at offset k; "
-        f"{coverage:.2%} of the answers' tokens can be proposed"
+        f"{coverage:.2%} of the answers' tokens can be proposed; {len(stored.trajectories)} answers, drawn "
+        f"{config.passes(len(stored.trajectories)):.3g} times each"
     )
     if drafter.has_own_head and config.head_tokens is not None:
         ctx.log("head_tokens is not read: this drafter has a head of its own (drafter.draft_vocab_size)")
@@ -202,6 +203,7 @@ def run(ctx: StageContext, config: SftConfig) -> None:
         **totals,
         parameters=sum(p.numel() for p in drafter.parameters()),
         trajectories=len(stored.trajectories),
+        passes=config.passes(len(stored.trajectories)),
         draft_vocabulary_coverage=coverage,
     )
 

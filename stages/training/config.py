@@ -51,3 +51,7 @@ class TrainingConfig(OptimiserConfig):
         Operational(),
     ] = 2048.0
     tokens_per_target_forward: Annotated[int, Field(ge=1)] = 2048
+
+    def passes(self, trajectories: int) -> float:
+        """How often a training of all steps draws each of so many trajectories: SFT learns few answers by heart."""
+        return self.steps * self.sequences_per_step / trajectories

@@ -108,6 +108,7 @@ def test_matched_opd_raises_the_likelihood_of_what_was_committed(
         assert np.mean(losses[-8:]) < np.mean(losses[:8])
     assert ctx.summaries["mined_steps"] > 0
     assert ctx.summaries["blocks"] == 40 * 4 * 6
+    assert ctx.summaries["passes"] == 40 * 4 / 16
 
 
 def test_the_papers_pair_trains_both_streams(

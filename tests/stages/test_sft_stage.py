@@ -66,6 +66,7 @@ def test_a_few_steps_learn(
     assert (drafter.block_size, len(drafter.target_layer_ids)) == (6, 2)
     assert drafter.frequent_tokens is not None and len(drafter.frequent_tokens) == 900
     assert ctx.summaries["trajectories"] > 300
+    assert ctx.summaries["passes"] == 30 * 4 / ctx.summaries["trajectories"]
     assert ctx.progressed[-1] == (30, 30, "steps")
 
 
