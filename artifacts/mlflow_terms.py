@@ -18,11 +18,16 @@ PARAMS_PER_BATCH = 100
 PARAM_KEY_CHARS, PARAM_VALUE_CHARS, DIGEST_CHARS = 250, 6000, 36
 
 
+def _allowed(name: str) -> str:
+    """A name with `_` for every character that MLflow refuses in keys."""
+    return re.sub(r"[^\w\-. :/]", "_", name)[:PARAM_KEY_CHARS]
+
+
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """A nested config as MLflow params: dotted names, lists as JSON, long values cut to MLflow's limit."""
     flat: dict[str, str] = {}
     for name, value in config.items():
-        key = re.sub(r"[^\w\-. :/]", "_", f"{prefix}{name}")[:PARAM_KEY_CHARS]
+        key = _allowed(f"{prefix}{name}")
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{key}.")
         else:
@@ -43,7 +48,7 @@ def log_metrics(client: MlflowClient, run_id: str, points: list[tuple[str, float
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
-    metrics = [Metric(name, value, now, step) for name, value, step in points]
+    metrics = [Metric(_allowed(name), value, now, step) for name, value, step in points]
     for start in range(0, len(metrics), METRICS_PER_BATCH):
         client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
 

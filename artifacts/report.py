@@ -214,10 +214,10 @@ def _settings(evaluation: Mapping[str, Any]) -> str:
 def _exactness(evaluation: Mapping[str, Any]) -> str:
     e = evaluation.get("exactness", {})
     sentences = []
-    if e.get("fp32_prompts") is not None:
+    if e.get("fp32_prompts"):
         sentences.append(
-            f"In fp32, {e.get('fp32_identical')} of {e['fp32_prompts']} outputs of greedy speculative decoding equal "
-            "plain decoding, token for token."
+            f"In fp32, {e.get('fp32_identical')} of {e['fp32_prompts']} outputs of speculative decoding equal plain "
+            "decoding, token for token."
         )
     if e.get("identical_share") is not None:
         where = f"In {e.get('serving_dtype') or 'the serving dtype'}"

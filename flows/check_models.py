@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.findings import Findings
 from flows.graph import Node
-from flows.preflight import drafts_on_sglang, oversized, trains_anew, unservable_there
-from stages.engines.config import SGLangEngineConfig
+from flows.preflight import drafters_of, drafts_on_sglang, no_trees, oversized, trains_anew, unservable_there
 from stages.prompts import PromptsConfig
 from stages.sft import SftConfig
 from stages.targets.config import TargetConfig
@@ -63,17 +62,15 @@ def check_models(found: Findings, nodes: Sequence[Node], scratch: Path) -> Model
     for config in prompts:
         with found.part("chat template"):
             _check_template(found, config, model_path(scratch))
-    plans: list[DrafterPlan] = []
+    plans: dict[str, DrafterPlan] = {}  # by the node that trains it anew
     served = [node.name for node in nodes if drafts_on_sglang(node)]
     for node in nodes:
         if isinstance(node.config, SftConfig) and trains_anew(node):
             with found.part(f"{node.name}: drafter"):
                 if plan := _check_drafter(found, node.name, node.config, scratch, served):
-                    plans.append(plan)
-    models = Models(scratch, info, size, max(plans, key=lambda plan: plan.parameters, default=None))
-    if plans:
-        _check_block_sizes(found, nodes, max(plan.block_size for plan in plans))
-        _check_trees(found, nodes, plans)
+                    plans[node.name] = plan
+    models = Models(scratch, info, size, max(plans.values(), key=lambda plan: plan.parameters, default=None))
+    _check_drafting(found, nodes, plans)
     _check_lengths(found, nodes, prompts, info.max_positions)
     return models
 
@@ -152,22 +149,18 @@ def _drafter_metadata(source: str, revision: str | None) -> Path:
     return folder if folder.is_dir() else fetch_metadata(source, revision, "sft.init_from")
 
 
-def _check_block_sizes(found: Findings, nodes: Sequence[Node], trained: int) -> None:
+def _check_drafting(found: Findings, nodes: Sequence[Node], plans: Mapping[str, DrafterPlan]) -> None:
+    """What the config asks of drafters, against what those that a node reads can do."""
+    by_name = {node.name: node for node in nodes}
     for node in nodes:
-        if problem := oversized(node, trained):
-            found.error(node.name, problem)
-        over = [size for size in getattr(node.config, "block_sizes", None) or () if size > trained]
-        if over:
-            found.warn(node.name, f"block_sizes {over} are larger than the trained {trained}, which is taken instead")
-
-
-def _check_trees(found: Findings, nodes: Sequence[Node], plans: Sequence[DrafterPlan]) -> None:
-    for node in nodes:
-        engine = getattr(node.config, "engine", None)
-        if isinstance(engine, SGLangEngineConfig) and engine.launch is not None and engine.launch.tree is not None:
-            for plan in plans:
-                if plan.kind != "eagle3":
-                    found.error(node.name, f"engine.launch.tree: {plan.kind} drafts blocks, no trees: leave it out")
+        for plan in (plans[origin.name] for origin in drafters_of(node, by_name) if origin.name in plans):
+            for problem in filter(None, (oversized(node, plan.block_size), no_trees(node, plan.kind))):
+                found.error(node.name, problem)
+            if over := [size for size in getattr(node.config, "block_sizes", None) or () if size > plan.block_size]:
+                found.warn(
+                    node.name,
+                    f"block_sizes {over} are larger than the trained {plan.block_size}, which is taken instead",
+                )
 
 
 def _check_lengths(found: Findings, nodes: Sequence[Node], prompts: Sequence[PromptsConfig], positions: int) -> None:

@@ -116,6 +116,13 @@ def require_measurable(
     for split, reader in needed.items():
         if split in SPLITS and prompts.wanted(split) == 0:
             raise ValueError(f"prompts.{split}: {reader} needs prompts of this split: give their number")
+    counts = heldout.counts({split: prompts.wanted(split) for split in SPLITS})
+    for split in answered:
+        if not counts.get(split, 1):
+            raise ValueError(
+                f"heldout: skip and prompts leave out all of split {split}, which drafters are measured on (in the "
+                f"order {', '.join(SPLITS)}): change them, or lower the counts in section prompts instead"
+            )
 
 
 def control_config(config: RunConfig) -> SftConfig:

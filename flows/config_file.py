@@ -18,6 +18,7 @@ from artifacts.errors import DraftsmithError
 ModelT = TypeVar("ModelT", bound=BaseModel)
 _PathKey = tuple[int | str, ...]
 _OVERRIDE = "--set"
+_DEFAULT_KINDS = {"drafter": "dflash", "engine": "embedded"}  # of sections that may leave `kind` out
 
 
 class _Loader(yaml.SafeLoader):
@@ -77,8 +78,8 @@ def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     for name, value in change.items():
         known = result.get(name)
         if isinstance(known, dict) and isinstance(value, dict) and "preset" not in value:
-            alike = value.get("kind") in (None, known.get("kind"))
-            value = merged(known, value) if alike else value
+            kind = known.get("kind", _DEFAULT_KINDS.get(name))
+            value = merged(known, value) if value.get("kind", kind) == kind else value
         result[name] = value
     return result
 

@@ -12,6 +12,7 @@ The graph of an experiment (in brackets: only where its config has the section):
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -97,7 +98,7 @@ class ExperimentConfig(RunOptions):
     arms: dict[str, ArmConfig] = Field(min_length=1)
     budgets: tuple[int, ...] = Field(min_length=1)
     """Optimiser steps; every number is a training of its own, with its own learning-rate schedule."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
     comparison: ComparisonConfig
 
     @model_validator(mode="after")
@@ -113,6 +114,15 @@ class ExperimentConfig(RunOptions):
                 self.arm_config(arm, self.budgets[0])
             except ValueError as error:
                 raise ValueError(f"arms.{name}.change: {error}") from error
+        return self
+
+    @model_validator(mode="after")
+    def _every_training_once(self) -> ExperimentConfig:
+        lists = {"seeds": self.seeds, "budgets": self.budgets}
+        lists |= {f"arms.{name}.budgets": arm.budgets for name, arm in self.arms.items() if arm.budgets}
+        for name, values in lists.items():
+            if twice := sorted(value for value, count in Counter(values).items() if count > 1):
+                raise ValueError(f"{name}: {', '.join(map(str, twice))} stands twice: keep one")
         return self
 
     @model_validator(mode="after")

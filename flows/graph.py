@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -68,7 +69,8 @@ def in_order(nodes: Sequence[Node]) -> list[Node]:
     """The nodes, each behind its inputs, else as given. A graph that does not fit its stages is an error."""
     by_name = {node.name: node for node in nodes}
     if len(by_name) != len(nodes):
-        raise DraftsmithError(f"two nodes have the same name: {sorted(node.name for node in nodes)}")
+        twice = sorted(name for name, count in Counter(node.name for node in nodes).items() if count > 1)
+        raise DraftsmithError(f"two nodes have the same name: {', '.join(twice)}")
     for node in nodes:
         _check(node, by_name)
     ordered: list[Node] = []

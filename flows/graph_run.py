@@ -18,7 +18,7 @@ from flows.graph import Pipeline, forced_nodes, in_order, plan
 from flows.graph import Status as Planned
 from flows.node_run import Made, Workshop
 from flows.options import RunOptions
-from flows.preflight import check_engines, check_home, check_supplies, check_target
+from flows.preflight import check_engines, check_home, check_lengths, check_supplies, check_target
 from flows.stage_task import run_node
 
 _TARGET, _EVALUATION, _REPORT = "target", "evaluation", "report"
@@ -66,6 +66,8 @@ def _make_all(workshop: Workshop, force: Collection[str], made: dict[str, Made])
         made[node.name], states[node.name] = run_node(workshop, node, inputs, upstream, force=node.name in forced)
         if node.name == _TARGET:
             check_target(nodes, made[_TARGET].ref.path)
+        if node.module == "stages.prompts":
+            check_lengths(nodes, node.name, made[node.name].ref.path, made[node.inputs["target"]].ref.path)
 
 
 def _still_forced(forced: Collection[str], made: Mapping[str, Made]) -> str | None:

@@ -71,9 +71,12 @@ def check_target(nodes: Sequence[Node], target: Path) -> None:
     """Every stage's own checks of its config against the resolved target; no weights are loaded."""
     for node in nodes:
         check_node(node, target)
-    if blocks := [_trained_block(node) for node in nodes if trains_anew(node)]:
-        for node in nodes:
-            if problem := oversized(node, max(blocks)):
+    by_name = {node.name: node for node in nodes}
+    trained = {node.name: _trained(node) for node in nodes if trains_anew(node)}
+    for node in nodes:
+        for origin in drafters_of(node, by_name):
+            kind, block_size = trained[origin.name]
+            if problem := oversized(node, block_size) or no_trees(node, kind):
                 raise DraftsmithError(f"{node.name}: {problem}")
     served = [node.name for node in nodes if drafts_on_sglang(node)]
     for node in nodes if served else ():
@@ -81,31 +84,82 @@ def check_target(nodes: Sequence[Node], target: Path) -> None:
             _check_servable(node, target, served)
 
 
+def check_lengths(nodes: Sequence[Node], prompts: str, made: Path, target: Path) -> None:
+    """Every prompt with its longest answer fits into the target's context. made: the artifact of node `prompts`."""
+    from stages.evaluation import EvaluationConfig, prompts_to_decode
+    from stages.rollout import RolloutConfig, prompts_to_answer
+    from stages.stored import positions_needed
+    from stages.targets.resolve import read_target_info
+
+    limit = read_target_info(target).max_positions
+    for node in nodes:
+        config = node.config
+        if node.inputs.get("prompts") != prompts or not isinstance(config, RolloutConfig | EvaluationConfig):
+            continue
+        if isinstance(config, RolloutConfig):
+            asked = prompts_to_answer(config, made)
+        else:
+            heldout, validation = prompts_to_decode(config, made)
+            asked = [*heldout, *validation]
+        if asked:
+            try:
+                positions_needed(asked, config.sampling.max_new_tokens, limit)
+            except DraftsmithError as error:
+                raise DraftsmithError(f"{node.name}: {error}") from error
+
+
 def trains_anew(node: Node) -> bool:
     """Whether a drafter comes into being there, rather than being trained on."""
     return node.module == "stages.sft" and "drafter" not in node.inputs
 
 
-def _trained_block(node: Node) -> int:
-    from stages.sft import SftConfig, trained_block
+def drafters_of(node: Node, by_name: Mapping[str, Node]) -> list[Node]:
+    """Where the drafters that a node reads came into being, as far as those nodes are known."""
+    found: list[Node] = []
+    for source in (by_name.get(source) for name, source in node.inputs.items() if _is_drafter(name)):
+        if source is not None:
+            found += [source] if trains_anew(source) else drafters_of(source, by_name)
+    return list({origin.name: origin for origin in found}.values())
+
+
+def _is_drafter(name: str) -> bool:
+    """Of a stage's input."""
+    from stages.evaluation import DRAFTERS
+
+    return name in DRAFTERS or name.startswith("drafter")
+
+
+def _trained(node: Node) -> tuple[str, int]:
+    """Kind and block size of what is trained anew there."""
+    from stages.sft import SftConfig, trained_shape
 
     assert isinstance(node.config, SftConfig)
-    return trained_block(node.config)
+    return trained_shape(node.config)
 
 
 def oversized(node: Node, trained: int) -> str | None:
-    """Why a node cannot draft as its config says, with drafters of at most `trained` tokens a block; None if it can."""
+    """Why a node cannot draft as its config says, with a drafter of `trained` tokens a block; None if it can."""
     size = getattr(getattr(node.config, "drafting", None), "block_size", None) or 0
     return f"drafting.block_size {size} is larger than the trained {trained}: lower it" if size > trained else None
 
 
+def no_trees(node: Node, kind: str) -> str | None:
+    """Why SGLang cannot draft trees there with a drafter of this kind; None if it can or is not to."""
+    engine = _sglang_engine(node)
+    drawn = engine is not None and engine.launch is not None and engine.launch.tree is not None
+    return f"engine.launch.tree: {kind} drafts blocks, no trees: leave it out" if drawn and kind != "eagle3" else None
+
+
 def drafts_on_sglang(node: Node) -> bool:
     """Whether SGLang is to draft with a trained drafter there."""
-    from stages.engines.config import SGLangEngineConfig
-    from stages.evaluation import DRAFTERS
+    return _sglang_engine(node) is not None and any(_is_drafter(name) for name in node.inputs)
 
-    with_drafter = any(name in DRAFTERS or name.startswith("drafter") for name in node.inputs)
-    return with_drafter and isinstance(getattr(node.config, "engine", None), SGLangEngineConfig)
+
+def _sglang_engine(node: Node) -> SGLangEngineConfig | None:
+    from stages.engines.config import SGLangEngineConfig
+
+    engine = getattr(node.config, "engine", None)
+    return engine if isinstance(engine, SGLangEngineConfig) else None
 
 
 def _check_servable(node: Node, target: Path, served: Sequence[str]) -> None:
@@ -142,9 +196,13 @@ def check_node(node: Node, target: Path, *, metadata_only: bool = False) -> bool
 def check_engines(nodes: Sequence[Node]) -> list[str]:
     """Every node's SGLang environment, before anything long runs: warnings, each with the nodes that it is about.
 
-    Raises DraftsmithError for an interpreter that cannot launch SGLang.
+    Raises DraftsmithError for an interpreter that cannot launch SGLang, and for sampling that it cannot do there.
     """
     from stages.engines.sglang.preflight import check_engine
+
+    for node in nodes:
+        if drafts_on_sglang(node):
+            _check_sampling(node)
 
     warnings: dict[str, list[str]] = {}
     for config, names in sglang_engines(nodes):
@@ -157,13 +215,28 @@ def check_engines(nodes: Sequence[Node]) -> list[str]:
     return [f"{', '.join(names)}: {warning}" for warning, names in warnings.items()]
 
 
+def _check_sampling(node: Node) -> None:
+    """A launched server on a CPU would change sampled answers; of running servers the handshake finds it."""
+    from stages.engines.config import GREEDY_ONLY
+    from stages.engines.sglang.server import runs_on_cpu
+    from stages.evaluation import EvaluationConfig
+    from stages.measure.requests import settings_of
+    from stages.rollout import RolloutConfig
+
+    engine, config = _sglang_engine(node), node.config
+    if engine is None or engine.launch is None or not runs_on_cpu(engine.launch):
+        return
+    temperatures = [config.sampling.temperature] if isinstance(config, RolloutConfig) else []
+    if isinstance(config, EvaluationConfig):
+        temperatures = [setting.temperature for setting in settings_of(config)]
+    if any(temperatures):
+        raise DraftsmithError(f"{node.name}: {GREEDY_ONLY}")
+
+
 def sglang_engines(nodes: Sequence[Node]) -> list[tuple[SGLangEngineConfig, list[str]]]:
     """The different SGLang sections of a run (by interpreter and servers), each with the nodes that use it."""
-    from stages.engines.config import SGLangEngineConfig
-
     found: dict[tuple[object, ...], tuple[SGLangEngineConfig, list[str]]] = {}
     for node in nodes:
-        engine = getattr(node.config, "engine", None)
-        if isinstance(engine, SGLangEngineConfig):
+        if (engine := _sglang_engine(node)) is not None:
             found.setdefault((engine.python, engine.urls, engine.trace), (engine, []))[1].append(node.name)
     return list(found.values())

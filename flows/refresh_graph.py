@@ -38,8 +38,9 @@ def _iteration(config: RunConfig, iteration: int, suffix: str, opd: str, control
     """Rollout with the drafter `opd`, mining, OPD and evaluation; `control` is the one whose SFT goes on beside it."""
     target = {"target": "target"}
     nodes = []
+    seed = None
     if config.logs is not None:
-        answers = "logs"
+        answers, seed = "logs", config.seed + 1000 * iteration  # the same answers: other batches than SFT and before
     else:
         assert config.assisted is not None  # RunConfig has checked it
         answers = f"assisted{suffix}"
@@ -49,11 +50,12 @@ def _iteration(config: RunConfig, iteration: int, suffix: str, opd: str, control
     drafters = {"sft": "sft", "opd": f"opd{suffix}"}
     nodes += [
         Node(f"mining{suffix}", "stages.mining", config.mining, {**learned, "drafter": opd}),
-        Node(f"opd{suffix}", "stages.opd", config.opd, {**learned, "drafter": opd, "steps": f"mining{suffix}"}),
+        Node(f"opd{suffix}", "stages.opd", config.opd, {**learned, "drafter": opd, "steps": f"mining{suffix}"}, seed),
     ]
     if config.refresh.control:
         drafters["control"] = f"control{suffix}"
-        nodes.append(Node(f"control{suffix}", "stages.sft", control_config(config), {**learned, "drafter": control}))
+        inputs = {**learned, "drafter": control}
+        nodes.append(Node(f"control{suffix}", "stages.sft", control_config(config), inputs, seed))
     measured = {**target, "prompts": "prompts", "trajectories": "heldout", **drafters}
     reported = {"mining": f"mining{suffix}", "evaluation": f"evaluation{suffix}", **drafters}
     return [

@@ -145,7 +145,7 @@ class _RunningStage:
             if time.monotonic() > deadline:
                 raise DraftsmithError(
                     f"stage {self._name} ran past its limit of {limit.seconds / 60:g} minutes and was stopped: raise "
-                    f"{limit.field} and run the same command again, it goes on from what it saved "
+                    f"{limit.field} and run the same command again, which goes on from what it saved "
                     f"(log: {self._log_path})"
                 )
             self._read(min(_POLL_S, max(0.0, deadline - time.monotonic())))

@@ -91,7 +91,7 @@ class ProcessContext:
 
     def check_interrupted(self) -> None:
         if self.interrupted:
-            raise StageInterrupted("the stage was asked to stop and saved its work: run the same command to continue")
+            raise StageInterrupted("the stage was asked to stop: run the same command to continue from what it saved")
 
 
 def _step_of(line: str) -> float:

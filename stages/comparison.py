@@ -32,7 +32,6 @@ class ComparisonConfig(Config):
     splits: tuple[str, ...] = ("validation", "heldout")
     tokens_per_target_forward: Annotated[int, Field(ge=1)] = 4096
     bootstrap_samples: Annotated[int, Field(ge=100)] = 5000
-    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
 
 
 @dataclass(frozen=True)
@@ -210,7 +209,6 @@ def arm_table(
                 _mean_difference,
                 tuple(part for group in (committed, verified, other_committed, other_verified) for part in group),
                 config.bootstrap_samples,
-                config.confidence,
                 seed,
             )
             row |= {

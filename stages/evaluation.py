@@ -26,6 +26,7 @@ from stages.measure.parity import MaxParityMismatch
 
 if TYPE_CHECKING:
     from stages.measure.requests import Measured
+    from stages.stored import Prompt
 
 DRAFTERS = ("sft", "control", "opd")  # of a refresh
 PREFIX = "drafter:"  # of the inputs of a comparison of any other drafters; the rest of the name is the arm's
@@ -76,7 +77,6 @@ class EvaluationConfig(Config):
     chains: Annotated[int | None, Field(ge=1)] = None
     tokens_per_target_forward: Annotated[int, Field(ge=1)] = 2048
     bootstrap_samples: Annotated[int, Field(ge=100)] = 5000
-    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
 
     @model_validator(mode="after")
     def _servers_can_take_the_drafters(self) -> EvaluationConfig:
@@ -98,6 +98,13 @@ class EvaluationConfig(Config):
         return material
 
 
+def prompts_to_decode(config: EvaluationConfig, folder: Path) -> tuple[list[Prompt], list[Prompt]]:
+    """Held-out and validation prompts, of the artifact of stage `prompts` in `folder`."""
+    from stages.stored import load_prompts
+
+    return load_prompts(folder, ["heldout"]), load_prompts(folder, ["validation"])[: config.validation_prompts]
+
+
 def run(ctx: StageContext, config: EvaluationConfig) -> None:
     """Replay for tau; then validation for the block size and all arms for speed; exactness from the outputs."""
     from artifacts.parquet import write_table
@@ -108,7 +115,7 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     measured, acceptance = _measure(ctx, config)
     table = acceptance["drafters"]
     settings = settings_of(config)
-    by_setting = speed_by_setting(measured.rows, settings, config.bootstrap_samples, config.confidence, ctx.seed)
+    by_setting = speed_by_setting(measured.rows, settings, config.bootstrap_samples, ctx.seed)
     speed = by_setting[0]["arms"]
 
     evaluation = {
@@ -147,7 +154,7 @@ def _measure(ctx: StageContext, config: EvaluationConfig) -> tuple[Measured, dic
     from stages.drafters.checkpoint import load_drafter
     from stages.measure.embedded import measure_embedded
     from stages.measure.served import Served, measure_served, release_memory
-    from stages.stored import DRAFTER_FOLDER, load_prompts, positions_needed
+    from stages.stored import DRAFTER_FOLDER, positions_needed
     from stages.targets.causal_lm import Target
 
     target = Target.load(ctx.inputs["target"])
@@ -156,8 +163,7 @@ def _measure(ctx: StageContext, config: EvaluationConfig) -> tuple[Measured, dic
     if not folders:
         raise DraftsmithError(f"evaluation: needs a drafter as an input: {', '.join(DRAFTERS)} or {PREFIX}NAME")
     drafters = {name: load_drafter(folder, target) for name, folder in folders.items()}
-    heldout = load_prompts(ctx.inputs["prompts"], ["heldout"])
-    validation = load_prompts(ctx.inputs["prompts"], ["validation"])[: config.validation_prompts]
+    heldout, validation = prompts_to_decode(config, ctx.inputs["prompts"])
     if not heldout or (not validation and config.block_sizes):
         raise DraftsmithError("evaluation: needs held-out and validation prompts; raise the counts in section prompts")
     longest = positions_needed([*heldout, *validation], config.sampling.max_new_tokens, target.info.max_positions)
@@ -188,7 +194,7 @@ def _acceptance(ctx: StageContext, config: EvaluationConfig, target: Any, drafte
         traces = replay_all(
             ctx, target, drafters, stored.trajectories, drafting, config.chains, config.tokens_per_target_forward
         )
-        tables[setting] = acceptance_table(traces, looping, config.bootstrap_samples, config.confidence, ctx.seed)
+        tables[setting] = acceptance_table(traces, looping, config.bootstrap_samples, ctx.seed)
     table = tables["trained"]
     if "full_head" in tables:
         for name, figures in tables["full_head"].items():

@@ -173,8 +173,7 @@ def _task_supply(task: str, source: ReasoningGymSource, finish: Finish, seed: in
             f"did you mean {' or '.join(near)}?" if near else f"known are for example {', '.join(sorted(DATASETS)[:5])}"
         )
         raise DraftsmithError(f"prompts.sources: reasoning_gym has no task {task}: {hint}")
-    if limit > _SEEDS_PER_SPLIT:
-        raise DraftsmithError(f"prompts: at most {_SEEDS_PER_SPLIT} prompts a split and task: lower the counts")
+    limit = min(limit, _SEEDS_PER_SPLIT)
     # Below 2**32, which numpy's generators need.
     base = ((7919 * seed + source.seed) % 1000) * len(SPLITS) * _SEEDS_PER_SPLIT
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -51,6 +52,23 @@ class RolloutConfig(Config):
             raise ValueError(f"drafting.head_tokens: {NO_REDUCED_HEAD}")
         return self
 
+    def counts(self, available: Mapping[str, int]) -> dict[str, int]:
+        """How many prompts of each split are answered. available: how many there are, in the order of their rows."""
+        start, left = self.skip, math.inf if self.prompts is None else self.prompts
+        counts = {}
+        for split, number in available.items():
+            there = number if split in self.splits else 0
+            counts[split] = int(min(left, max(0, there - start)))
+            start, left = max(0, start - there), left - counts[split]
+        return counts
+
+
+def prompts_to_answer(config: RolloutConfig, folder: Path) -> list[Prompt]:
+    """Of the artifact of stage `prompts` in `folder`."""
+    from stages.stored import load_prompts
+
+    return load_prompts(folder, config.splits)[config.skip :][: config.prompts]
+
 
 def preflight(config: RolloutConfig, target: Path) -> None:
     """The longest answer must fit into the target's context."""
@@ -77,10 +95,10 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
     from stages.engines.base import Request, SamplingParams
     from stages.engines.open import open_engine
     from stages.measure.parity import served_dtype
-    from stages.stored import DRAFTER_FOLDER, load_prompts, positions_needed, request_seed
+    from stages.stored import DRAFTER_FOLDER, positions_needed, request_seed
     from stages.targets.resolve import read_target_info
 
-    prompts = load_prompts(ctx.inputs["prompts"], config.splits)[config.skip :][: config.prompts]
+    prompts = prompts_to_answer(config, ctx.inputs["prompts"])
     if not prompts:
         raise DraftsmithError(
             f"rollout: no prompts left in splits {list(config.splits)} after skip={config.skip}; "

@@ -95,14 +95,16 @@ def preflight(config: SftConfig, target: Path) -> None:
         check_new(config.drafter, model_path(target))
 
 
-def trained_block(config: SftConfig) -> int:
-    """Tokens of a block, the anchor included, of what is trained here from random weights or `init_from`."""
-    from stages.drafters.checkpoint import architecture_of, drafter_source
+def trained_shape(config: SftConfig) -> tuple[str, int]:
+    """Kind, and tokens of a block, the anchor included, of what is trained here from random weights or `init_from`."""
+    from stages.drafters.checkpoint import ARCHITECTURES, architecture_of, drafter_source
 
     if not config.init_from:
-        return config.drafter.block_size
+        return config.drafter.kind, config.drafter.block_size
     source = drafter_source(config.init_from, config.init_revision)
-    return int(architecture_of(source).read_config(source).block_size)
+    architecture = architecture_of(source)
+    kind = next(kind for kind, known in ARCHITECTURES.items() if known is architecture)
+    return kind, int(architecture.read_config(source).block_size)
 
 
 def unservable(config: SftConfig, target: Path) -> str | None:

@@ -12,7 +12,31 @@ from stages.contract import Config, Operational
 NO_REDUCED_HEAD = (
     "only the embedded engine drafts from a part of the vocabulary; leave it out, or set engine.kind: embedded"
 )
+GREEDY_ONLY = (
+    "sampling.temperature: SGLang on a CPU verifies greedily, so a drafter would change sampled answers; set it to 0, "
+    "roll out without a drafter, or use a GPU"
+)
 OptionValue = str | int | float | bool
+
+# Set by the stage from other fields: given twice, the two could contradict each other.
+_OWN_OPTIONS = {
+    "model-path": "the section target",
+    "model": "the section target",
+    "host": "nothing: launched servers listen on this machine alone",
+    "port": "nothing: a free one is taken",
+    "dtype": "engine.launch.dtype",
+    "tp": "engine.launch.tensor_parallel",
+    "tp-size": "engine.launch.tensor_parallel",
+    "tensor-parallel-size": "engine.launch.tensor_parallel",
+    "mem-fraction-static": "engine.launch.memory_fraction",
+    "speculative-algorithm": "engine.launch.algorithm",
+    "speculative-draft-model-path": "the drafter of the refresh",
+    "speculative-draft-model": "the drafter of the refresh",
+    "speculative-num-draft-tokens": "drafting.block_size, or engine.launch.tree",
+    "speculative-dflash-block-size": "drafting.block_size",
+    "speculative-num-steps": "drafting.block_size",
+    "speculative-eagle-topk": "engine.launch.tree",
+}
 
 
 def _http_address(url: str) -> str:
@@ -30,6 +54,18 @@ def _no_secrets(named: dict[str, Any]) -> dict[str, Any]:
                 "the environment of the command instead, the servers inherit it"
             )
     return named
+
+
+def option_name(key: str) -> str:
+    """The name of an option of SGLang's server as its command line has it, without the dashes before it."""
+    return key.lstrip("-").replace("_", "-")
+
+
+def _not_our_own(options: dict[str, Any]) -> dict[str, Any]:
+    for key in options:
+        if field := _OWN_OPTIONS.get(option_name(key)):
+            raise ValueError(f"{key}: is set by {field}; leave it out here")
+    return options
 
 
 class EmbeddedEngineConfig(Config):
@@ -74,6 +110,7 @@ class LaunchConfig(Config):
     options: Annotated[
         dict[str, OptionValue | tuple[OptionValue, ...]],
         AfterValidator(_no_secrets),
+        AfterValidator(_not_our_own),
         Field(
             default_factory=dict,
             description="further options of SGLang's server without their dashes, e.g. {attention-backend: fa3}; "

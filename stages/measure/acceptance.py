@@ -87,14 +87,14 @@ def has_loop(tokens: Sequence[int], n: int = 6, times: int = 3) -> bool:
 
 
 def acceptance_table(
-    traces: Mapping[str, Sequence[Trace]], looping: Sequence[bool], resamples: int, confidence: float, seed: int
+    traces: Mapping[str, Sequence[Trace]], looping: Sequence[bool], resamples: int, seed: int
 ) -> dict[str, dict[str, Any]]:
     """Figures of each drafter; differences are to the drafter named `sft`, paired over trajectories; else none."""
     sums = {name: _sums(found) for name, found in traces.items()}
     keep = ~np.asarray(looping)
     table: dict[str, dict[str, Any]] = {}
     for name, (committed, steps) in sums.items():
-        low, high = interval(ratio, (committed, steps), resamples, confidence, seed)
+        low, high = interval(ratio, (committed, steps), resamples, seed)
         K = traces[name][0].proposed.shape[1]
         accepted = np.concatenate([t.accepted for t in traces[name]])
         judged = np.concatenate([t.judged for t in traces[name]])
@@ -112,11 +112,11 @@ def acceptance_table(
         }
         if name != "sft" and "sft" in sums:
             paired = (committed, steps, *sums["sft"])
-            low, high = interval(ratio_difference, paired, resamples, confidence, seed)
+            low, high = interval(ratio_difference, paired, resamples, seed)
             table[name] |= {"diff_to_sft": float(ratio_difference(*paired)), "diff_low": low, "diff_high": high}
     if {"opd", "control"} <= sums.keys():
         paired = (*sums["opd"], *sums["control"])
-        low, high = interval(ratio_difference, paired, resamples, confidence, seed)
+        low, high = interval(ratio_difference, paired, resamples, seed)
         table["opd"] |= {
             "diff_to_control": float(ratio_difference(*paired)),
             "diff_to_control_low": low,

@@ -8,10 +8,11 @@ import numpy as np
 from scipy import stats
 
 Interval = tuple[float, float]
+CONFIDENCE = 0.95  # what tables and reports call "95 %"
 
 
-def interval(statistic: Any, samples: tuple[np.ndarray, ...], resamples: int, confidence: float, seed: int) -> Interval:
-    """Percentile bootstrap over the first axis of `samples`, drawn together (paired).
+def interval(statistic: Any, samples: tuple[np.ndarray, ...], resamples: int, seed: int) -> Interval:
+    """95 % percentile bootstrap over the first axis of `samples`, drawn together (paired).
 
     statistic: takes the samples with any leading axes and reduces the last one.
     A single prompt has no spread to resample: the interval is then the value itself.
@@ -26,7 +27,7 @@ def interval(statistic: Any, samples: tuple[np.ndarray, ...], resamples: int, co
         batch=1000,
         vectorized=True,
         paired=True,
-        confidence_level=confidence,
+        confidence_level=CONFIDENCE,
         method="percentile",
         rng=np.random.default_rng(seed),
     )

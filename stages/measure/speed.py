@@ -18,21 +18,18 @@ def speed_by_setting(
     rows: Sequence[Mapping[str, Any]],
     settings: Sequence[Setting],
     resamples: int,
-    confidence: float,
     seed: int,
 ) -> list[dict[str, Any]]:
     """`speed_table` of every setting, in their order."""
     found = []
     for setting in settings:
         chosen = [r for r in rows if (r["temperature"], r["concurrency"]) == (setting.temperature, setting.concurrency)]
-        arms = speed_table(chosen, resamples, confidence, seed)
+        arms = speed_table(chosen, resamples, seed)
         found.append({"temperature": setting.temperature, "concurrency": setting.concurrency, "arms": arms})
     return found
 
 
-def speed_table(
-    rows: Sequence[Mapping[str, Any]], resamples: int, confidence: float, seed: int
-) -> dict[str, dict[str, Any]]:
+def speed_table(rows: Sequence[Mapping[str, Any]], resamples: int, seed: int) -> dict[str, dict[str, Any]]:
     """Figures of each arm at one setting; figures that no row has (latencies, accepted lengths) are left out.
 
     Speed-ups are over plain decoding, `speed_to_sft` over the drafter of that name, both paired over prompts.
@@ -51,11 +48,11 @@ def speed_table(
         if arm == PLAIN:
             continue
         samples = (c["tokens"], c["seconds"], plain["tokens"], plain["seconds"])
-        low, high = interval(_speedup, samples, resamples, confidence, seed)
+        low, high = interval(_speedup, samples, resamples, seed)
         table[arm] |= {"speedup": float(_speedup(*samples)), "speedup_low": low, "speedup_high": high}
         if arm != FIRST and FIRST in columns:
             samples = (c["tokens"], c["seconds"], columns[FIRST]["tokens"], columns[FIRST]["seconds"])
-            low, high = interval(_speedup, samples, resamples, confidence, seed)
+            low, high = interval(_speedup, samples, resamples, seed)
             table[arm] |= {
                 "speed_to_sft": float(_speedup(*samples)),
                 "speed_to_sft_low": low,

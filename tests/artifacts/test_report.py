@@ -124,6 +124,14 @@ def test_speed_on_a_server_is_shown_by_setting(tmp_path: Path) -> None:
         assert text in page.text, text
 
 
+def test_exactness_that_was_not_measured_is_not_told(tmp_path: Path) -> None:
+    exactness = {"fp32_prompts": 0, "fp32_identical": 0, "identical_share": 0.3}
+    assert "In fp32" not in render(tmp_path, sample(evaluation={"exactness": exactness})).text
+    exactness["fp32_prompts"] = 2
+    page = render(tmp_path, sample(evaluation={"exactness": exactness})).text
+    assert "In fp32, 0 of 2 outputs of speculative decoding" in page
+
+
 def test_unset_figures_are_shown_as_absent(tmp_path: Path) -> None:
     evaluation = {"drafters": {"sft": {"tau": None}}, "speed": {"sft": {"tokens_per_s": None}}, "exactness": {}}
     assert "None" not in render(tmp_path, ReportData("Report", evaluation)).text

@@ -80,14 +80,14 @@ def test_a_refresh_and_its_stages_are_nested_with_params_metrics_and_review_file
     run = tracking.stage_run(parent, "sft", KEY, params={"steps": 3, "lr": {"peak": 0.1}}, inputs={"trajectories": ref})
     for step in range(2500):  # more than two batches of MLflow
         run.metrics(step, {"loss": 3.0 - step / 1000})
-    run.close("FINISHED", {"tau": 2.5}, ref.path)
+    run.close("FINISHED", {"tau": 2.5, "tau_k=3+mine": 2.25}, ref.path)  # an arm's name may be anything
     tracking.close_refresh("FINISHED", {"tau_sft": 2.5}, [ref.path / "report.html"])
 
     stage, refresh = run_of(tracking, run.run_id), run_of(tracking, parent)
     assert stage.data.tags["mlflow.parentRunId"] == parent
     assert stage.data.tags["draftsmith.key"] == KEY
     assert stage.data.params == {"steps": "3", "lr.peak": "0.1"}
-    assert stage.data.metrics == {"loss": 3.0 - 2499 / 1000, "tau": 2.5}
+    assert stage.data.metrics == {"loss": 3.0 - 2499 / 1000, "tau": 2.5, "tau_k_3_mine": 2.25}
     history = client(tracking).get_metric_history(run.run_id, "loss")
     assert sorted(metric.step for metric in history) == list(range(2500))
     (dataset,) = stage.inputs.dataset_inputs

@@ -136,6 +136,11 @@ def test_a_missing_or_unreadable_file_is_named(tmp_path: Path) -> None:
 def test_a_mapping_of_another_kind_is_replaced() -> None:
     base: dict[str, Any] = {"drafter": {"num_layers": 2, "block_size": 6}, "weights": {"kind": "power", "delta": 0.8}}
     assert merged(base, {"drafter": {"block_size": 4}})["drafter"] == {"num_layers": 2, "block_size": 4}
+    assert merged(base, {"drafter": {"kind": "dflash", "block_size": 4}})["drafter"] == {
+        "kind": "dflash",  # which the base left out
+        "num_layers": 2,
+        "block_size": 4,
+    }
     assert merged(base, {"drafter": {"kind": "eagle3", "block_size": 4}})["drafter"] == {
         "kind": "eagle3",
         "block_size": 4,

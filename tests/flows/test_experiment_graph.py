@@ -130,6 +130,11 @@ def test_a_seed_of_a_node_is_part_of_its_key() -> None:
         ("arms.sft.change={init_from: some/drafter}", "the arm starts from the starting drafter"),
         ("heldout.splits=[heldout]", "heldout.splits: ['heldout'] lacks validation"),
         ("prompts.validation=0", "prompts.validation: heldout.splits needs prompts of this split"),
+        ("heldout.prompts=200", "heldout: skip and prompts leave out all of split validation"),
+        ("seeds=[-1]", "seeds.0: expected greater than or equal to 0"),
+        ("seeds=[]", "seeds:"),
+        ("seeds=[0, 1, 0]", "seeds: 0 stands twice"),
+        ("arms.opd.budgets=[200, 200]", "arms.opd.budgets: 200 stands twice"),
         ("arms.opd.iterations=1000", "steps cannot be trained in 1000 iterations"),
     ],
 )

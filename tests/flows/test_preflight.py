@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from artifacts.errors import DraftsmithError
 from flows.graph import Node
 from flows.options import StageOptions
-from flows.preflight import check_home, check_node, check_supplies, check_target
+from flows.preflight import check_engines, check_home, check_lengths, check_node, check_supplies, check_target
+from stages.evaluation import EvaluationConfig
 from stages.mining import MiningConfig
 from stages.prompts import PromptsConfig
 from stages.rollout import RolloutConfig
 from stages.sft import SftConfig
+from stages.stored import load_prompts
+from stages.targets.resolve import read_target_info
 from tests.flows.toy import ToyConfig, toy_nodes
 from tests.flows.toy_stages.combine import CombineConfig
 from tests.testbed.drafter import DrafterArtifacts
@@ -111,3 +115,58 @@ def test_a_block_larger_than_the_trained_one_is_an_error_before_training(
                 check_target([sft, mining], tiny_drafter.target)
         else:
             check_target([sft, mining], tiny_drafter.target)
+
+
+def test_every_node_is_held_against_the_drafter_that_it_reads(tiny_drafter: DrafterArtifacts) -> None:
+    """Of two drafters, only the one with the larger blocks can draft them; only EAGLE-3 can draft trees."""
+    shape = {"block_size": 4, "mask_token": MASK, "num_layers": 1, "target_layer_ids": [0, 2]}
+    learned = {"target": "t", "trajectories": "r"}
+    tree = {"kind": "sglang", "python": "python", "launch": {"tree": {"branches": 2, "draft_tokens": 6}}}
+
+    def nodes(name: str, block_size: int, engine: dict[str, Any]) -> list[Node]:
+        eagle = {"kind": "eagle3", "block_size": 8, "target_layer_ids": [0, 1, 2]}
+        mining = MiningConfig.model_validate({"drafting": {"block_size": block_size}})
+        compared = EvaluationConfig.model_validate({"engine": engine})
+        return [
+            Node("small", "stages.sft", SftConfig.model_validate({"drafter": shape}), learned),
+            Node("large", "stages.sft", SftConfig.model_validate({"drafter": eagle}), learned),
+            Node("more", "stages.sft", SftConfig.model_validate({"drafter": shape}), {**learned, "drafter": name}),
+            Node("mining", "stages.mining", mining, {**learned, "drafter": "more"}),
+            Node("speed", "stages.evaluation", compared, {"target": "t", "drafter:a": name}),
+        ]
+
+    check_target(nodes("large", 8, tree), tiny_drafter.target)
+    with pytest.raises(DraftsmithError, match=r"mining: .* 8 is larger than the trained 4"):
+        check_target(nodes("small", 8, {}), tiny_drafter.target)
+    with pytest.raises(DraftsmithError, match=r"speed: engine\.launch\.tree: dflash drafts blocks"):
+        check_target(nodes("small", 4, tree), tiny_drafter.target)
+
+
+def test_sampling_with_a_drafter_on_a_cpus_servers_is_an_error_before_anything_runs() -> None:
+    engine = {"kind": "sglang", "python": "python", "launch": {"options": {"device": "cpu"}}}
+    config = EvaluationConfig.model_validate({"engine": engine, "temperatures": [0, 1]})
+    with pytest.raises(DraftsmithError, match=r"speed: sampling\.temperature: SGLang on a CPU verifies greedily"):
+        check_engines([Node("speed", "stages.evaluation", config, {"sft": "sft"})])
+    rollout = RolloutConfig.model_validate({"engine": engine, "sampling": {"temperature": 1}})
+    with pytest.raises(DraftsmithError, match=r"assisted: sampling\.temperature"):
+        check_engines([Node("assisted", "stages.rollout", rollout, {"drafter": "sft"})])
+    with pytest.raises(DraftsmithError, match=r"rollout: engine\.python"):  # without a drafter it may sample
+        check_engines([Node("rollout", "stages.rollout", rollout, {})])
+
+
+def test_prompts_that_are_too_long_for_a_later_stage_are_found_once_they_are_made(
+    tiny_drafter: DrafterArtifacts,
+) -> None:
+    limit = read_target_info(tiny_drafter.target).max_positions
+    longest = max(len(prompt.token_ids) for prompt in load_prompts(tiny_drafter.prompts, ["heldout"]))
+    for module, made in (("rollout", RolloutConfig), ("evaluation", EvaluationConfig)):
+        for over in (0, 1):
+            fields: dict[str, Any] = {"sampling": {"max_new_tokens": limit - longest + over}}
+            fields |= {"splits": ["heldout"]} if made is RolloutConfig else {"validation_prompts": 1}
+            node = Node("late", f"stages.{module}", made.model_validate(fields), {"prompts": "prompts"})
+            if over:
+                with pytest.raises(DraftsmithError, match=f"late: the longest prompt .* the target has {limit}"):
+                    check_lengths([node], "prompts", tiny_drafter.prompts, tiny_drafter.target)
+            else:
+                check_lengths([node], "prompts", tiny_drafter.prompts, tiny_drafter.target)
+            check_lengths([node], "other_prompts", tiny_drafter.prompts, tiny_drafter.target)

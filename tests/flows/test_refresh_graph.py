@@ -53,6 +53,10 @@ def test_logged_answers_take_the_place_of_both_rollouts(tmp_path: Path) -> None:
             *("sft", "mining", "opd", "control"),
         }
         assert nodes["evaluation"].inputs["trajectories"] == "heldout"
+    path.write_text(text + logs)
+    more = {n.name: n for n in refresh_nodes(load_config(path, ["refresh.iterations=2", "seed=5"]))}
+    seeds = [more[name].seed for name in ("sft", "opd-1", "control-1", "opd", "control")]
+    assert seeds == [None, 1005, 1005, 2005, 2005], "of the same answers, every training draws batches of its own"
     key = external_digests(nodes["logs"].config)
     log.write_text("{}\n{}\n")
     assert external_digests(nodes["logs"].config) != key
@@ -76,6 +80,15 @@ def test_every_stage_has_a_digest_of_its_code(config: RunConfig, tmp_path: Path)
     assert first.status is Status.RUN
     assert {item.status for item in others} == {Status.AFTER}
     assert len({REFRESH.code_digest(node.module) for node in refresh_nodes(config)}) == 8
+
+
+def test_a_split_that_is_measured_must_be_answered() -> None:
+    """Splits follow each other as held out, validation, train: 40, 8 and 256 prompts."""
+    both = "heldout.splits=[validation, heldout]"
+    for override in ("heldout.prompts=1", "heldout.skip=39"):
+        load_config(QUICKSTART, [both, override])
+    with pytest.raises(DraftsmithError, match="heldout: skip and prompts leave out all of split heldout"):
+        load_config(QUICKSTART, [both, "heldout.skip=40"])
 
 
 def test_a_time_limit_for_an_unknown_node_is_refused() -> None:

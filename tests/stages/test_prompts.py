@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from artifacts.errors import DraftsmithError
 from artifacts.parquet import read_table
 from artifacts.schemas import PROMPTS
-from stages.prompt_sources import row_messages
+from stages.prompt_sources import ReasoningGymSource, row_messages, supplies
 from stages.prompts import STAGE, PromptsConfig
 from stages.targets.config import TargetConfig
 from stages.targets.resolve import resolve_target
@@ -221,6 +221,13 @@ def test_reasoning_gym_splits_have_different_prompts(target: Path, tmp_path: Pat
     assert not texts(rows, "train") & (texts(rows, "heldout") | texts(rows, "validation"))
     assert len({row["prompt_id"] for row in rows}) == 45
     assert context.summaries["duplicates_removed"] < 3  # each split has seeds of its own: nothing came up again
+
+
+def test_a_task_gives_as_many_prompts_as_its_seeds_allow() -> None:
+    """Of so many prompts that 20 candidates for each would leave the split's range of seeds."""
+    source = ReasoningGymSource(kind="reasoning_gym", tasks=("chain_sum",))
+    (supply,) = supplies(source, None, seed=0, limit=3 * 10**6)
+    assert supply.next("train") is not None
 
 
 def test_more_training_prompts_leave_the_others_as_they_are(target: Path, tmp_path: Path) -> None:

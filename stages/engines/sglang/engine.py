@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from artifacts.errors import DraftsmithError
 from stages.drafters.config import DraftingConfig
 from stages.engines.base import Completion, Request
-from stages.engines.config import SGLangEngineConfig
+from stages.engines.config import GREEDY_ONLY, SGLangEngineConfig
 from stages.engines.sglang.records import completion_of, generate_payload
 
 if TYPE_CHECKING:
@@ -103,10 +103,7 @@ class SGLangEngine:
 
     async def _answer(self, request: Request) -> Completion:
         if self._fleet.greedy_only and not request.sampling.greedy:
-            raise DraftsmithError(
-                "sampling.temperature: SGLang on a CPU verifies greedily, so a drafter would change sampled answers; "
-                "set it to 0, roll out without a drafter, or use a GPU"
-            )
+            raise DraftsmithError(GREEDY_ONLY)
         payload = generate_payload(request, self._expected.target.eos_ids, self.records_trace)
         answer = await self._pool.ask(request.request_id, payload)
         if self.records_trace and answer.body.get("meta_info", {}).get("num_retractions"):

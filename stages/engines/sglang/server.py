@@ -19,33 +19,13 @@ from typing import Any
 from artifacts.errors import DraftsmithError
 from stages import lifeline
 from stages.drafters.config import DraftingConfig
-from stages.engines.config import LaunchConfig, OptionValue, SGLangEngineConfig
+from stages.engines.config import LaunchConfig, OptionValue, SGLangEngineConfig, option_name
 
 _STOP_GRACE_S = 20.0  # SGLang looks for SIGTERM every 5 s, then frees its memory itself
 _LAST_WAIT_S = 5.0  # for killed processes to be gone; zombies that nobody collects stay
 _TAIL_LINES = 15
 _USAGE = 2  # argparse's exit code
 _PORTS = range(20000, 32000)
-
-# Set by the stage from other fields: given twice, the two could contradict each other.
-_OWN_OPTIONS = {
-    "model-path": "the section target",
-    "model": "the section target",
-    "host": "nothing: launched servers listen on this machine alone",
-    "port": "nothing: a free one is taken",
-    "dtype": "engine.launch.dtype",
-    "tp": "engine.launch.tensor_parallel",
-    "tp-size": "engine.launch.tensor_parallel",
-    "tensor-parallel-size": "engine.launch.tensor_parallel",
-    "mem-fraction-static": "engine.launch.memory_fraction",
-    "speculative-algorithm": "engine.launch.algorithm",
-    "speculative-draft-model-path": "the drafter of the refresh",
-    "speculative-draft-model": "the drafter of the refresh",
-    "speculative-num-draft-tokens": "drafting.block_size, or engine.launch.tree",
-    "speculative-dflash-block-size": "drafting.block_size",
-    "speculative-num-steps": "drafting.block_size",
-    "speculative-eagle-topk": "engine.launch.tree",
-}
 
 
 def algorithm_of(drafter_folder: Path, launch: LaunchConfig | None) -> str:
@@ -96,7 +76,7 @@ def command(
     algorithm: str | None,
     block_size: int | None,
 ) -> list[str]:
-    """The server's command line without its port. Raises DraftsmithError for options that have fields of their own."""
+    """The server's command line without its port."""
     assert config.launch is not None and config.python is not None
     python, launch = config.python.expanduser().absolute(), config.launch  # not resolved: a venv's link is its identity
     if not python.is_file():
@@ -127,19 +107,16 @@ def command(
 def _options(options: Mapping[str, OptionValue | tuple[OptionValue, ...]]) -> list[str]:
     parts: list[str] = []
     for key, value in options.items():
-        name = key.lstrip("-").replace("_", "-")
-        if name in _OWN_OPTIONS:
-            raise DraftsmithError(f"engine.launch.options.{key}: is set by {_OWN_OPTIONS[name]}; leave it out here")
         if value is False:
             continue
-        parts.append(f"--{name}")
+        parts.append(f"--{option_name(key)}")
         if value is not True:
             parts += [str(item) for item in (value if isinstance(value, tuple) else (value,))]
     return parts
 
 
 def runs_on_cpu(launch: LaunchConfig) -> bool:
-    return {key.lstrip("-"): value for key, value in launch.options.items()}.get("device") == "cpu"
+    return {option_name(key): value for key, value in launch.options.items()}.get("device") == "cpu"
 
 
 def visible_gpus() -> list[str]:

@@ -55,7 +55,7 @@ def test_speed_table_by_hand() -> None:
         row("sft", "a", 11, 1.0, 2, accepted=[3, 3]), row("sft", "b", 10, 0.5, 3, accepted=[1, 0, 3]),
     ]  # fmt: skip
     compare_with_plain(rows, sampled=False)
-    table = speed_table(rows, 200, 0.95, 0)
+    table = speed_table(rows, 200, 0)
     assert table["plain"] == {"tokens_per_s": 10.0, "prompts": 2, "request_tokens_per_s_median": (2.5 + 7.5) / 2}
     sft = table["sft"]
     assert sft["tokens_per_s"] == 14.0
@@ -74,7 +74,7 @@ def test_rounds_are_repetitions_of_a_prompt_and_not_more_prompts() -> None:
         for arm, steps in (("plain", 0), ("sft", 5))
     ]
     twice = once + [{**r, "round": 1} for r in reversed(once)]
-    first, second = (speed_table(rows, 500, 0.95, 0) for rows in (once, twice))
+    first, second = (speed_table(rows, 500, 0) for rows in (once, twice))
     assert second["plain"]["prompts"] == 3
     for name in ("tokens_per_s", "speedup", "speedup_low", "speedup_high", "tau_served"):
         assert second["sft"][name] == pytest.approx(first["sft"][name]), name
@@ -82,7 +82,7 @@ def test_rounds_are_repetitions_of_a_prompt_and_not_more_prompts() -> None:
 
 def test_latencies_are_quantiles_over_requests() -> None:
     rows = [row("plain", str(i), 10, 1.0, first=0.1 * (i + 1)) for i in range(21)]
-    found = speed_table(rows, 100, 0.95, 0)["plain"]
+    found = speed_table(rows, 100, 0)["plain"]
     assert found["first_token_s_median"] == pytest.approx(1.1)
     assert found["first_token_s_p95"] == pytest.approx(2.0)
     assert found["request_tokens_per_s_median"] == 5.0
@@ -95,7 +95,7 @@ def test_settings_do_not_mix() -> None:
         for i, setting in enumerate(settings)
         for arm, seconds in (("plain", 1.0), ("sft", 0.5 - 0.1 * i))
     ]
-    found = speed_by_setting(rows, settings, 100, 0.95, 0)
+    found = speed_by_setting(rows, settings, 100, 0)
     assert [(f["temperature"], f["concurrency"]) for f in found] == [(0.0, 2), (0.7, 2), (0.7, 16)]
     assert [f["arms"]["plain"]["tokens_per_s"] for f in found] == pytest.approx([10, 20, 30])
     assert [f["arms"]["sft"]["speedup"] for f in found] == pytest.approx([2, 2.5, 10 / 3])
