@@ -225,7 +225,7 @@ def test_reasoning_gym_splits_have_different_prompts(target: Path, tmp_path: Pat
 
 def test_a_task_gives_as_many_prompts_as_its_seeds_allow() -> None:
     """Of so many prompts that 20 candidates for each would leave the split's range of seeds."""
-    source = ReasoningGymSource(kind="reasoning_gym", tasks=("chain_sum",))
+    source = ReasoningGymSource(kind="reasoning_gym", tasks=["chain_sum"])
     (supply,) = supplies(source, None, seed=0, limit=3 * 10**6)
     assert supply.next("train") is not None
 
