@@ -31,7 +31,7 @@ class RefreshOptions(Config):
     """Also continue SFT for as many steps and blocks as OPD: the drafter that OPD has to beat."""
     iterations: Annotated[int, Field(ge=1)] = 1
     """How often rollout, mining, OPD and evaluation follow each other, every time from the drafter before and on the
-    prompts behind those of the iteration before (logged answers: on the same)."""
+    prompts behind those of the iteration before (logged answers: on the same ones, in other batches)."""
 
 
 class RunConfig(RunOptions):

@@ -63,8 +63,8 @@ class ResponseStream(Config):
         Literal["auto", "committed", "block"],
         Field(
             description="committed: accepted prefix and correction, what verification reaches, and what follows with "
-            "falling weight (`beyond`); block: all offsets; auto follows the verification rule: committed if sampled, "
-            "block if greedy (EAGLE-3 always: block)"
+            "falling weight (`beyond`); block: all offsets, as SFT does; auto: committed (EAGLE-3: block, unless "
+            "`beyond` is given)"
         ),
     ] = "auto"
     beyond: Annotated[
@@ -82,8 +82,8 @@ class ResponseStream(Config):
 
     @model_validator(mode="after")
     def _beyond_what_is_committed(self) -> ResponseStream:
-        if self.beyond and self.scope != "committed":
-            raise ValueError("beyond is of scope committed: say that too, or leave beyond out")
+        if self.beyond and self.scope == "block":
+            raise ValueError("beyond is of scope committed: leave one of the two out")
         return self
 
     @property
@@ -167,7 +167,7 @@ class LossConfig(Config):
         if loss == "auto":
             loss = "forward_kl" if sampled or as_in_sft else "cross_entropy"
         if scope == "auto":
-            scope = "committed" if sampled and not as_in_sft else "block"
+            scope = "block" if as_in_sft and beyond is None else "committed"
         if beyond is None:
             beyond = BEYOND if scope == "committed" else 0.0
         if positions is None:

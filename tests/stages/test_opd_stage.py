@@ -168,7 +168,6 @@ def test_every_kind_of_anchor_trains_with_every_kind_of_loss_and_the_same_number
         ({"loss": {"response": {"loss": "reverse_kl"}, "temperature": 0}}, "infinite at temperature 0"),
         ({"loss": {"response": {"weight": 0}}}, "nothing would be trained"),
         ({"loss": {"response": {"scope": "block", "beyond": 1}}}, "beyond is of scope committed"),
-        ({"loss": {"response": {"beyond": 3}}}, "beyond is of scope committed"),
         ({"loss": {"rejected": {"positions": {"kind": "reach"}}}}, "verification reaches no rejected position"),
         ({"loss": {"response": {"positions": {"gamma": 2}}}}, "loss.response.positions.kind"),
     ],

@@ -191,18 +191,18 @@ def test_opd_loss_equals_the_loop(
 
 def test_the_default_follows_the_verification_rule() -> None:
     greedy, sampled = objective(), objective(sampled=True, temperature=0.6)
-    assert (greedy.response.loss, greedy.response.scope) == ("cross_entropy", "block")
-    assert greedy.response.weights() == PositionWeights(kind="exponential", gamma=7.0)  # as in SFT
-    assert (sampled.response.loss, sampled.response.scope, sampled.temperature) == ("forward_kl", "committed", 0.6)
-    assert sampled.response.weights() == PositionWeights(kind="uniform")
-    assert (greedy.response.beyond, sampled.response.beyond) == (0.0, 1.0)
-    chosen = objective({"response": {"scope": "committed"}})
-    assert chosen.response.weights() == PositionWeights(kind="uniform")
-    assert chosen.response.beyond == 1.0
-    assert objective({"response": {"beyond": 0}}, sampled=True).response.beyond == 0.0
+    assert (greedy.response.loss, sampled.response.loss, sampled.temperature) == ("cross_entropy", "forward_kl", 0.6)
+    for made in (greedy, sampled):
+        assert (made.response.scope, made.response.beyond) == ("committed", 1.0)
+        assert made.response.weights() == PositionWeights(kind="uniform")
+    assert objective({"response": {"beyond": 0}}).response.beyond == 0.0
+    block = objective({"response": {"scope": "block"}}).response
+    assert (block.weights(), block.beyond) == (PositionWeights(kind="exponential", gamma=7.0), 0.0)  # as in SFT
     for rule in (True, False):  # EAGLE-3 as in its SFT
         stream = LossConfig().resolved(Eagle3Drafter.recipe, rule, float(rule)).response
         assert (stream.loss, stream.scope) == ("forward_kl", "block")
+    asked = LossConfig.model_validate({"response": {"beyond": 0}}).resolved(Eagle3Drafter.recipe, False, 0.0).response
+    assert (asked.scope, asked.beyond) == ("committed", 0.0)
     assert objective(sampled=True, temperature=0.0).temperature == 1.0  # greedy text, to be served sampled
     assert not greedy.needs_scores
     chosen = objective(response("lk") | {"temperature": 0.2}, sampled=True, temperature=0.6)
