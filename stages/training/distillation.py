@@ -28,14 +28,15 @@ def opd_loss(
     objective: LossConfig,
     *,
     on_proposals: torch.Tensor | None = None,
+    proposals: int | None = None,
     positions_per_chunk: int,
 ) -> LossReport:
     """λ_acc · weighted mean(response stream) + λ_rej · weighted mean(rejected stream).
 
-    hidden: [B, A, K, H] of the blocks on the trajectories' tokens. on_proposals: [B, A, K, H] on the drafter's own
-    proposals, where that is not the same (autoregressive drafters). steps: None where neither the scope nor a rejected
-    stream reads them. objective: resolved. target_head: [V, H]. The report's operations are left to who drafted the
-    blocks.
+    hidden: [B, A, K, H] of the blocks on the trajectories' tokens. steps: may be None unless `objective.reads_steps`.
+    on_proposals: [B, A, K, H] on the drafter's own proposals, where that is not the same (autoregressive drafters).
+    proposals: of a served block (left out: K). objective: resolved. target_head: [V, H]. The report's operations are
+    left to who drafted the blocks.
     """
     started = time.perf_counter()
     assert objective.temperature is not None, "resolve the objective first"
@@ -48,6 +49,7 @@ def opd_loss(
         objective.response,
         temperature=objective.temperature,
         committed=None if steps is None else steps.committed,
+        proposals=proposals,
         positions_per_chunk=positions_per_chunk,
     )
     loss = objective.response.weight * response.mean

@@ -158,6 +158,11 @@ class LossConfig(Config):
         """Does it read the target's log-probs of rejected proposals?"""
         return self.rejected.loss != "none" and self.rejected.weight > 0
 
+    @property
+    def reads_steps(self) -> bool:
+        """Must verify steps be known before the loss is taken? Where all offsets are trained, the loss finds them."""
+        return self.needs_scores or (self.response.scope == "committed" and not self.response.beyond)
+
     def resolved(self, recipe: TrainingRecipe, sampled: bool, temperature: float) -> LossConfig:
         """With the loss and scope that fit architecture and verification rule, the temperature of that sampling, and
         weights, where left open. Evidence: `configs/experiments/README.md`."""

@@ -38,7 +38,7 @@ class OpdStep:
         self.objective, self.config, self.proposals = objective, config, proposals
         self.heads = HeadSource(drafter, target.head_weight, config)
         # else nobody asks what was accepted, and judging the blocks would be one more pass over their logits
-        self._reads_steps = objective.needs_scores or objective.response.scope == "committed" or source.reads_steps
+        self._reads_steps = objective.reads_steps or source.reads_steps
 
     def loss(self, step: int, indices: Sequence[int], batch: Batch, rng: np.random.Generator) -> LossReport:
         """batch: of the trajectories `indices`. The source learns what the drafter did."""
@@ -85,6 +85,7 @@ class OpdStep:
             self.target.head_weight,
             self.objective,
             on_proposals=on_proposals,
+            proposals=self.proposals,
             positions_per_chunk=chunk,
         )
         report.operations = operations_of(self.drafter, batch, drawn.anchors, report.positions, heads.drafter)

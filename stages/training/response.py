@@ -87,13 +87,16 @@ def response_stream(
     config: ResponseStream,
     *,
     temperature: float,
-    committed: torch.Tensor | None,
+    committed: torch.Tensor | None = None,
+    proposals: int | None = None,
     positions_per_chunk: int,
 ) -> Stream:
     """Weighted mean of the loss over the stream's positions.
 
-    hidden: [B, A, K, H] of blocks drafted on the trajectory's own tokens. committed: [B, A] tokens that the verify step
-    committed; read by the scope of that name. config: resolved. target_head: [V, H], the target's own.
+    hidden: [B, A, K, H] of blocks drafted on the trajectory's own tokens. config: resolved. target_head: [V, H], the
+    target's own. The scope `committed` reads committed, [B, A] tokens that the verify step committed; left out where
+    all offsets have a weight, they are found from this very pass: its proposals, of which a served block has
+    `proposals` (left out: K), against the trajectory.
     """
     assert config.loss != "auto", "resolve the loss first"
     assert config.scope != "auto", "resolve the loss first"
@@ -102,15 +105,9 @@ def response_stream(
     labels, inside = labels_of(batch, anchors, K)
     columns, present = heads.drafter.to_columns(labels)
     where = inside & present
-    reached = torch.ones_like(where, dtype=torch.float32)
-    if config.scope == "committed":
+    if config.scope == "committed" and not config.beyond:
         assert committed is not None, "this scope needs verify steps"
-        assert config.beyond is not None, "resolve the loss first"
-        behind_correction = (offsets - committed[..., None]).clamp(min=0)
-        if config.beyond:
-            reached = torch.exp(-behind_correction / config.beyond)
-        else:
-            where = where & (behind_correction == 0)
+        where = where & (offsets <= committed[..., None])
 
     # the target's hidden state that predicts offset k lies at position anchor + k - 1
     at = (anchors.positions[..., None] + offsets - 1).clamp(max=batch.tokens.shape[1] - 1)
@@ -132,9 +129,13 @@ def response_stream(
         return loss_of(logits, here)
 
     terms = chunked_values(hidden[where], positions_per_chunk, values, trained_head=heads.trained)
-    weights = position_weights(config.weights(), offsets, where, log_q) * reached
     correct_at = torch.zeros_like(where)
     correct_at[where] = correct
+    weights = position_weights(config.weights(), offsets, where, log_q)
+    if config.scope == "committed" and config.beyond:
+        if committed is None:
+            committed = correct_at.long().cumprod(-1).sum(-1).clamp(max=K if proposals is None else proposals) + 1
+        weights = weights * torch.exp(-(offsets - committed[..., None]).clamp(min=0) / config.beyond)
     return Stream(weighted_mean(terms, weights[where]), where, correct_at)
 
 

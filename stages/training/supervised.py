@@ -41,7 +41,6 @@ def sft_loss(
         target_head,
         stream,
         temperature=temperature,
-        committed=None,
         positions_per_chunk=positions_per_chunk,
     )
     positions = int(response.positions.sum())

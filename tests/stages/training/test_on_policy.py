@@ -283,13 +283,16 @@ def test_every_kind_trains_the_same_number_of_blocks(world: World) -> None:
     assert min(positions.values()) > 0.8  # the rest lies beyond the ends
 
 
-@pytest.mark.parametrize(("kind", "scope", "judged"), [
-    ("random", "block", 0), ("random", "committed", 1), ("successors", "block", 0), ("rolling", "block", 1),
-    ("visited", "committed", 0),
+@pytest.mark.parametrize("proposals", [7, 3])
+@pytest.mark.parametrize(("kind", "response", "judged"), [
+    ("random", {"scope": "block"}, 0), ("random", {"scope": "committed"}, 0), ("random", {"beyond": 0}, 1),
+    ("successors", {"scope": "block"}, 0), ("successors", {}, 0), ("successors", {"beyond": 0}, 1),
+    ("rolling", {"scope": "block"}, 1), ("visited", {"beyond": 0}, 0),
 ])  # fmt: skip
 def test_blocks_are_judged_where_somebody_reads_it(
-    kind: str, scope: str, judged: int, world: World, monkeypatch: pytest.MonkeyPatch
+    kind: str, response: dict[str, Any], judged: int, proposals: int, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where all offsets are trained, the loss itself finds what was accepted, and weighs as if it had been judged."""
     calls = []
 
     def counted(*arguments: Any, **named: Any) -> Any:
@@ -297,7 +300,7 @@ def test_blocks_are_judged_where_somebody_reads_it(
         return judge(*arguments, **named)
 
     monkeypatch.setattr(opd_step, "judge", counted)
-    objective = LossConfig.model_validate({"response": {"scope": scope}}).resolved(DFlashDrafter.recipe, False, 0.0)
+    objective = LossConfig.model_validate({"response": response}).resolved(DFlashDrafter.recipe, False, 0.0)
     sources: dict[str, AnchorSource] = {
         "random": RandomAnchors(PER_SEQUENCE, draw_evenly),
         "successors": SuccessorAnchors(world.table, world.moved, PER_SEQUENCE, draw_evenly),
@@ -305,7 +308,7 @@ def test_blocks_are_judged_where_somebody_reads_it(
         "visited": TableAnchors(world.remining(), "visited", PER_SEQUENCE, draw_evenly),
     }
     config = TrainingConfig(anchors_per_sequence=PER_SEQUENCE)
-    step = OpdStep(world.moved, world.bench.target, sources[kind], objective, config, 7)
+    step = OpdStep(world.moved, world.bench.target, sources[kind], objective, config, proposals)
     batch = world.features.batch(INDICES)
     loss = step.loss(5, INDICES, batch, step_rng(0, 5)).loss
     assert len(calls) == judged
