@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from flows.findings import Findings
 from flows.graph import Node
 from flows.machine import gpus
-from flows.preflight import sglang_engines
+from flows.preflight import cannot_sample, sglang_engines
 from stages.engines.config import SGLangEngineConfig
 from stages.evaluation import EvaluationConfig
 
@@ -33,6 +33,8 @@ def check_engines(found: Findings, nodes: Sequence[Node]) -> bool:
             for warning in warnings:
                 found.warn(check, warning)
     for node in nodes:
+        if problem := cannot_sample(node):
+            found.error(node.name, problem)
         engine = getattr(node.config, "engine", None)
         if not isinstance(engine, SGLangEngineConfig) or engine.launch is None or on_cpu(engine):
             continue
@@ -57,4 +59,6 @@ def check_engines(found: Findings, nodes: Sequence[Node]) -> bool:
 
 def on_cpu(engine: SGLangEngineConfig) -> bool:
     """Whether launched servers are told to run on the CPU."""
-    return engine.launch is not None and engine.launch.options.get("device") == "cpu"
+    from stages.engines.sglang.server import runs_on_cpu
+
+    return engine.launch is not None and runs_on_cpu(engine.launch)

@@ -172,5 +172,5 @@ def _check_lengths(found: Findings, nodes: Sequence[Node], prompts: Sequence[Pro
             found.warn(
                 node.name,
                 f"{longest} prompt and {sampling.max_new_tokens} new tokens exceed the target's {positions} positions: "
-                "the stage refuses to start if a prompt really is that long; lower one of them",
+                "a run stops once the prompts are made if one really is that long; lower one of the two",
             )

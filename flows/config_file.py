@@ -18,7 +18,11 @@ from artifacts.errors import DraftsmithError
 ModelT = TypeVar("ModelT", bound=BaseModel)
 _PathKey = tuple[int | str, ...]
 _OVERRIDE = "--set"
-_DEFAULT_KINDS = {"drafter": "dflash", "engine": "embedded"}  # of sections that may leave `kind` out
+_DEFAULT_KINDS = {
+    "drafter": "dflash",
+    "engine": "embedded",
+    "revision": "procedural",
+}  # of sections that may leave `kind` out
 
 
 class _Loader(yaml.SafeLoader):

@@ -201,8 +201,8 @@ def check_engines(nodes: Sequence[Node]) -> list[str]:
     from stages.engines.sglang.preflight import check_engine
 
     for node in nodes:
-        if drafts_on_sglang(node):
-            _check_sampling(node)
+        if problem := cannot_sample(node):
+            raise DraftsmithError(f"{node.name}: {problem}")
 
     warnings: dict[str, list[str]] = {}
     for config, names in sglang_engines(nodes):
@@ -215,8 +215,9 @@ def check_engines(nodes: Sequence[Node]) -> list[str]:
     return [f"{', '.join(names)}: {warning}" for warning, names in warnings.items()]
 
 
-def _check_sampling(node: Node) -> None:
-    """A launched server on a CPU would change sampled answers; of running servers the handshake finds it."""
+def cannot_sample(node: Node) -> str | None:
+    """Why a launched server would change sampled answers there; None if it would not. Of running servers the handshake
+    finds it."""
     from stages.engines.config import GREEDY_ONLY
     from stages.engines.sglang.server import runs_on_cpu
     from stages.evaluation import EvaluationConfig
@@ -224,13 +225,12 @@ def _check_sampling(node: Node) -> None:
     from stages.rollout import RolloutConfig
 
     engine, config = _sglang_engine(node), node.config
-    if engine is None or engine.launch is None or not runs_on_cpu(engine.launch):
-        return
+    if not drafts_on_sglang(node) or engine is None or engine.launch is None or not runs_on_cpu(engine.launch):
+        return None
     temperatures = [config.sampling.temperature] if isinstance(config, RolloutConfig) else []
     if isinstance(config, EvaluationConfig):
         temperatures = [setting.temperature for setting in settings_of(config)]
-    if any(temperatures):
-        raise DraftsmithError(f"{node.name}: {GREEDY_ONLY}")
+    return GREEDY_ONLY if any(temperatures) else None
 
 
 def sglang_engines(nodes: Sequence[Node]) -> list[tuple[SGLangEngineConfig, list[str]]]:

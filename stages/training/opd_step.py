@@ -37,7 +37,7 @@ class OpdStep:
         self.drafter, self.target, self.source = drafter, target, source
         self.objective, self.config, self.proposals = objective, config, proposals
         self.heads = HeadSource(drafter, target.head_weight, config)
-        # else nobody asks what was accepted, and judging the blocks would be one more pass over their logits
+        # else nobody asks what was accepted, or the loss finds it: judging is one more pass over the logits
         self._reads_steps = objective.reads_steps or source.reads_steps
 
     def loss(self, step: int, indices: Sequence[int], batch: Batch, rng: np.random.Generator) -> LossReport:
