@@ -36,7 +36,7 @@ def check_engines(found: Findings, nodes: Sequence[Node]) -> bool:
         if problem := cannot_sample(node):
             found.error(node.name, problem)
         engine = getattr(node.config, "engine", None)
-        if not isinstance(engine, SGLangEngineConfig) or engine.launch is None or on_cpu(engine):
+        if not isinstance(engine, SGLangEngineConfig) or engine.launch is None or engine.launch.on_cpu:
             continue
         servers = 1 if isinstance(node.config, EvaluationConfig) else engine.launch.servers  # one at a time, see there
         wanted, here = servers * engine.launch.tensor_parallel, len(gpus())
@@ -55,10 +55,3 @@ def check_engines(found: Findings, nodes: Sequence[Node]) -> bool:
     if elsewhere:
         found.warn("GPUs", "none is visible here: memory is not compared; check again on the machine that will run it")
     return elsewhere
-
-
-def on_cpu(engine: SGLangEngineConfig) -> bool:
-    """Whether launched servers are told to run on the CPU."""
-    from stages.engines.sglang.server import runs_on_cpu
-
-    return engine.launch is not None and runs_on_cpu(engine.launch)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from flows.check_engines import on_cpu
 from flows.check_models import Models
 from flows.estimates import Memory, Servers, Sizes, disk_of, gigabytes, memory_of, servers_of
 from flows.findings import Findings
@@ -80,7 +79,7 @@ def _compare_servers(found: Findings, servers: Servers, node: Node, *, elsewhere
     if elsewhere:
         found.ok(check, text)
         return
-    cpu = on_cpu(engine)
+    cpu = engine.launch.on_cpu
     has = memory_bytes() / servers.gpus if cpu else min(gpus(), default=0.0)
     usable = has * (1.0 if cpu else engine.launch.memory_fraction or _SGLANG_FRACTION)
     weights = sum(size for name, size in servers.parts.items() if not name.startswith("key/value"))

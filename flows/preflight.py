@@ -219,18 +219,16 @@ def cannot_sample(node: Node) -> str | None:
     """Why a launched server would change sampled answers there; None if it would not. Of running servers the handshake
     finds it."""
     from stages.engines.config import GREEDY_ONLY
-    from stages.engines.sglang.server import runs_on_cpu
     from stages.evaluation import EvaluationConfig
-    from stages.measure.requests import settings_of
     from stages.rollout import RolloutConfig
 
     engine, config = _sglang_engine(node), node.config
-    if not drafts_on_sglang(node) or engine is None or engine.launch is None or not runs_on_cpu(engine.launch):
+    if not drafts_on_sglang(node) or engine is None or engine.launch is None or not engine.launch.on_cpu:
         return None
-    temperatures = [config.sampling.temperature] if isinstance(config, RolloutConfig) else []
-    if isinstance(config, EvaluationConfig):
-        temperatures = [setting.temperature for setting in settings_of(config)]
-    return GREEDY_ONLY if any(temperatures) else None
+    if isinstance(config, EvaluationConfig) and config.temperatures is not None:
+        return f"temperatures: {GREEDY_ONLY}" if any(config.temperatures) else None
+    sampled = isinstance(config, RolloutConfig | EvaluationConfig) and config.sampling.temperature > 0
+    return f"sampling.temperature: {GREEDY_ONLY}" if sampled else None
 
 
 def sglang_engines(nodes: Sequence[Node]) -> list[tuple[SGLangEngineConfig, list[str]]]:

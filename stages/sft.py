@@ -97,14 +97,13 @@ def preflight(config: SftConfig, target: Path) -> None:
 
 def trained_shape(config: SftConfig) -> tuple[str, int]:
     """Kind, and tokens of a block, the anchor included, of what is trained here from random weights or `init_from`."""
-    from stages.drafters.checkpoint import ARCHITECTURES, architecture_of, drafter_source
+    from stages.drafters.checkpoint import architecture_of, drafter_source, kind_of
 
     if not config.init_from:
         return config.drafter.kind, config.drafter.block_size
     source = drafter_source(config.init_from, config.init_revision)
     architecture = architecture_of(source)
-    kind = next(kind for kind, known in ARCHITECTURES.items() if known is architecture)
-    return kind, int(architecture.read_config(source).block_size)
+    return kind_of(architecture), int(architecture.read_config(source).block_size)
 
 
 def unservable(config: SftConfig, target: Path) -> str | None:

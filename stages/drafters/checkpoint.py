@@ -57,6 +57,11 @@ def architecture_of(folder: Path) -> Architecture:
     )
 
 
+def kind_of(architecture: Architecture) -> str:
+    """Its name in ARCHITECTURES and in configs."""
+    return next(kind for kind, known in ARCHITECTURES.items() if known is architecture)
+
+
 @dataclass(frozen=True)
 class DrafterPlan:
     """What is known of a drafter without its weights."""
@@ -89,7 +94,7 @@ def _plan(architecture: Architecture, config: Any, tokenizer: Callable[[], Any])
     with torch.device("meta"):
         parameters = sum(p.numel() for p in architecture.skeleton(config).parameters())
     return DrafterPlan(
-        next(kind for kind, known in ARCHITECTURES.items() if known is architecture),
+        kind_of(architecture),
         config,
         config.block_size,
         architecture.target_layer_ids(config),

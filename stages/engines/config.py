@@ -12,9 +12,9 @@ from stages.contract import Config, Operational
 NO_REDUCED_HEAD = (
     "only the embedded engine drafts from a part of the vocabulary; leave it out, or set engine.kind: embedded"
 )
-GREEDY_ONLY = (
-    "sampling.temperature: SGLang on a CPU verifies greedily, so a drafter would change sampled answers; set it to 0, "
-    "roll out without a drafter, or use a GPU"
+GREEDY_ONLY = (  # behind the name of the field
+    "SGLang on a CPU verifies greedily, so a drafter would change sampled answers; set it to 0, roll out without a "
+    "drafter, or use a GPU"
 )
 OptionValue = str | int | float | bool
 
@@ -125,6 +125,11 @@ class LaunchConfig(Config):
     start_timeout_s: Annotated[
         float, Field(gt=0, description="until a server answers; loading and graph capture included"), Operational()
     ] = 900.0
+
+    @property
+    def on_cpu(self) -> bool:
+        """Are the servers told to run on the CPU?"""
+        return {option_name(key): value for key, value in self.options.items()}.get("device") == "cpu"
 
 
 class SGLangEngineConfig(Config):

@@ -103,7 +103,7 @@ class SGLangEngine:
 
     async def _answer(self, request: Request) -> Completion:
         if self._fleet.greedy_only and not request.sampling.greedy:
-            raise DraftsmithError(GREEDY_ONLY)
+            raise DraftsmithError(f"sampling.temperature: {GREEDY_ONLY}")
         payload = generate_payload(request, self._expected.target.eos_ids, self.records_trace)
         answer = await self._pool.ask(request.request_id, payload)
         if self.records_trace and answer.body.get("meta_info", {}).get("num_retractions"):

@@ -115,10 +115,6 @@ def _options(options: Mapping[str, OptionValue | tuple[OptionValue, ...]]) -> li
     return parts
 
 
-def runs_on_cpu(launch: LaunchConfig) -> bool:
-    return {option_name(key): value for key, value in launch.options.items()}.get("device") == "cpu"
-
-
 def visible_gpus() -> list[str]:
     """What CUDA_VISIBLE_DEVICES may be set to, one entry a GPU; empty on a machine without one."""
     if (listed := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
@@ -136,7 +132,7 @@ def visible_gpus() -> list[str]:
 
 def share_gpus(launch: LaunchConfig, gpus: Sequence[str]) -> list[str | None]:
     """CUDA_VISIBLE_DEVICES of every server; None where there is no GPU. Raises DraftsmithError if there are too few."""
-    if not gpus or runs_on_cpu(launch):
+    if not gpus or launch.on_cpu:
         return [None] * launch.servers
     each = launch.tensor_parallel
     if launch.servers * each > len(gpus):
@@ -249,7 +245,7 @@ def server_processes(
     launch: LaunchConfig, command: Sequence[str], folder: Path, gpus: Callable[[], Sequence[str]] = visible_gpus
 ) -> list[ServerProcess]:
     """The servers of a config, not started yet; their logs in `folder`."""
-    shares = share_gpus(launch, () if runs_on_cpu(launch) else gpus())
+    shares = share_gpus(launch, () if launch.on_cpu else gpus())
     return [
         ServerProcess(
             command,
