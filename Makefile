@@ -64,6 +64,7 @@ $(SGLANG_GPU)/.plugins-$(SGLANG_VERSION): $(SGLANG_GPU)/.sglang-$(SGLANG_VERSION
 	@touch $@
 
 lint: $(INSTALLED)
+	@mkdir -p build/mypy/draftsmith && for room in flows stages artifacts; do ln -sfn ../../../$$room build/mypy/draftsmith/$$room; done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from artifacts.errors import from_os_error
+from draftsmith.artifacts.errors import from_os_error
 
 TMP_PREFIX = ".tmp-"  # what a killed process leaves behind under this prefix never becomes part of an artifact
 

@@ -1,69 +1,114 @@
-"""Digest of the code that makes an artifact: a stage's module and every project module that it imports."""
+"""Digest of the code that makes an artifact: a stage's module and every project module that it imports.
+
+What a module computes counts, where it lives does not: the store would otherwise make everything again whenever a file
+is moved or a folder renamed. So a module is known by its source, and an import by the source that it leads to.
+"""
 
 from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError
 
-PACKAGES = ("flows", "stages", "artifacts")
-_PROJECT = Path(__file__).resolve().parents[1]
+PACKAGE = "draftsmith"
+_ROOT = Path(__file__).resolve().parents[1]  # the folder that is the package: a checkout's, or an installed one
 
 
-def code_digest(module: str, root: Path = _PROJECT) -> str:
-    """sha256 over the closure of `module`: comments, docstrings and layout do not count, any other change does.
+def code_digest(module: str, root: Path = _ROOT) -> str:
+    """sha256 over the closure of `module`: comments, docstrings, layout and places of modules do not count, any other
+    change does.
 
     Imports are followed wherever they stand (in functions too), with the `__init__` of every package on the way, and
     so is a string that is a module's dotted name: a registry of implementations imported by name.
     """
-    if (start := _source(module, root)) is None:
-        raise DraftsmithError(f"no module {module} under {root}: the stage's module must belong to {PACKAGES}")
-    sources, waiting = {module: start}, [module]
+    if _file(module, root) is None:
+        raise DraftsmithError(f"no module {module} under {root}: the stage's module must belong to {PACKAGE}")
+    sources: dict[str, _Source] = {}
+    waiting = _with_parents(module)
     while waiting:
-        current = waiting.pop()
-        path, text = sources[current]
-        package = current if path.name == "__init__.py" else current.rpartition(".")[0]
-        for name in _with_parents([current, *_names(text, package)]):
-            if name not in sources and (source := _source(name, root)) is not None:
-                sources[name] = source
-                waiting.append(name)
-    digest = hashlib.sha256()
-    for name, (_, text) in sorted(sources.items()):
-        digest.update(f"{name}\0{_bare(text)}\0".encode())
-    return digest.hexdigest()
+        name = waiting.pop()
+        if name not in sources and (path := _file(name, root)) is not None:
+            package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+            sources[name] = _read(path.read_text(encoding="utf-8"), package)
+            waiting += [parent for target, _ in sources[name].imports for parent in _with_parents(target)]
+    entries = set()
+    for source in sources.values():
+        leads_to = sorted(f"{what} {sources[target].identity}" for target, what in source.imports if target in sources)
+        entries.add("\0".join([source.identity, *leads_to]))
+    return hashlib.sha256("\n".join(sorted(entries)).encode()).hexdigest()
 
 
-def _source(module: str, root: Path) -> tuple[Path, str] | None:
-    """File and text of a project module; None if `module` names something else."""
-    if module.partition(".")[0] not in PACKAGES:
+@dataclass(frozen=True)
+class _Source:
+    """A module: what it says without its imports of the project, and what it imports from where."""
+
+    identity: str  # sha256 of the bare source
+    imports: tuple[tuple[str, str], ...]  # (dotted name that may be a module, the names taken from it)
+
+
+def _file(module: str, root: Path) -> Path | None:
+    """Of a project module; None if `module` names something else, or the package itself, which has no file."""
+    package, *parts = module.split(".")
+    if package != PACKAGE or not parts:
         return None
-    base = root.joinpath(*module.split("."))
-    for path in (base.with_suffix(".py"), base / "__init__.py"):
-        if path.is_file():
-            return path, path.read_text(encoding="utf-8")
-    return None
+    base = root.joinpath(*parts)
+    return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
 
 
-def _with_parents(names: list[str]) -> Iterator[str]:
-    for name in names:
-        parts = name.split(".")
-        yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+def _with_parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
 @lru_cache(maxsize=1024)
-def _bare(text: str) -> str:
-    """The source without comments, layout and strings that are statements (docstrings)."""
-    tree = ast.parse(text)
-    for node in ast.walk(tree):
+def _read(text: str, package: str) -> _Source:
+    bare = _Bare(package)
+    tree = bare.visit(ast.parse(text))
+    return _Source(hashlib.sha256(ast.unparse(tree).encode()).hexdigest(), tuple(bare.imports))
+
+
+class _Bare(ast.NodeTransformer):
+    """Takes out strings that are statements (docstrings), imports of the project, and names of its modules."""
+
+    def __init__(self, package: str) -> None:
+        self._package = package
+        self.imports: list[tuple[str, str]] = []
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        super().generic_visit(node)
         body = getattr(node, "body", None)
         if isinstance(body, list):
             code = [statement for statement in body if not _is_string(statement)]
             node.body = code or [ast.Pass()]  # type: ignore[attr-defined]
-    return ast.unparse(tree)
+        return node
+
+    def visit_Import(self, node: ast.Import) -> ast.AST | None:
+        own = [alias for alias in node.names if alias.name.partition(".")[0] == PACKAGE]
+        self.imports += [(alias.name, f"import as {alias.asname}") for alias in own]
+        node.names = [alias for alias in node.names if alias not in own]
+        return node if node.names else None
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | None:
+        base = node.module or ""
+        if node.level:
+            parents = self._package.split(".")[: len(self._package.split(".")) - node.level + 1]
+            base = ".".join([*parents, base] if base else parents)
+        if base.partition(".")[0] != PACKAGE:
+            return node
+        for alias in node.names:  # of a module, or a module of a package
+            taken = alias.name if alias.asname is None else f"{alias.name} as {alias.asname}"
+            self.imports += [(base, taken), (f"{base}.{alias.name}", f"module as {alias.asname or alias.name}")]
+        return None
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        if isinstance(node.value, str) and _is_module_name(node.value):
+            self.imports.append((node.value.partition(":")[0], "named"))
+            return ast.copy_location(ast.Constant(""), node)
+        return node
 
 
 def _is_string(statement: ast.stmt) -> bool:
@@ -71,23 +116,8 @@ def _is_string(statement: ast.stmt) -> bool:
     return isinstance(value, ast.Constant) and isinstance(value.value, str)
 
 
-@lru_cache(maxsize=1024)
-def _names(text: str, package: str) -> list[str]:
-    """Dotted names that may be project modules: imported ones, and strings that look like one."""
-    names: list[str] = []
-    for node in ast.walk(ast.parse(_bare(text))):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
-                base = ".".join([*parents, base] if base else parents)
-            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and _is_dotted_name(node.value):
-            names.append(node.value)
-    return names
-
-
-def _is_dotted_name(text: str) -> bool:
-    return text.startswith(PACKAGES) and all(part.isidentifier() for part in text.split("."))
+def _is_module_name(text: str) -> bool:
+    """`draftsmith.stages.sft`, or `draftsmith.flows.refresh.flow:refresh`."""
+    module, _, attribute = text.partition(":")
+    parts = module.split(".")
+    return parts[0] == PACKAGE and len(parts) > 1 and all(p.isidentifier() for p in parts) and "." not in attribute

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from artifacts.atomic import disk_errors
-from artifacts.locks import is_locked, locked
-from artifacts.manifest import MANIFEST
-from artifacts.store import PARTIAL, REPLACED, Store
+from draftsmith.artifacts.atomic import disk_errors
+from draftsmith.artifacts.locks import is_locked, locked
+from draftsmith.artifacts.manifest import MANIFEST
+from draftsmith.artifacts.store import PARTIAL, REPLACED, Store
 
 _LOGS = ("*.log", "*.request.json")
 

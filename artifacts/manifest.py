@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError
 
 SCHEMA_VERSION = 1  # part of every key: raising it makes every artifact new
 MANIFEST = "manifest.json"

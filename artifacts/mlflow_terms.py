@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.manifest import ArtifactRef
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from artifacts.atomic import TMP_PREFIX, atomic_path
-from artifacts.errors import DraftsmithError
-from artifacts.schemas import TableSchema
+from draftsmith.artifacts.atomic import TMP_PREFIX, atomic_path
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.schemas import TableSchema
 
 log = logging.getLogger(__name__)
 

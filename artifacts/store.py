@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from artifacts.atomic import TMP_PREFIX, disk_errors, fsync, write_text
-from artifacts.errors import DraftsmithError
-from artifacts.home import home
-from artifacts.locks import is_locked, locked
-from artifacts.manifest import (
+from draftsmith.artifacts.atomic import TMP_PREFIX, disk_errors, fsync, write_text
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.home import home
+from draftsmith.artifacts.locks import is_locked, locked
+from draftsmith.artifacts.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
     ArtifactRef,

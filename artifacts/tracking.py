@@ -15,12 +15,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from artifacts.errors import DraftsmithError, RetryableError
-from artifacts.home import home
-from artifacts.locks import is_locked, locked
-from artifacts.manifest import MANIFEST, ArtifactRef
-from artifacts.mlflow_terms import METRICS_PER_BATCH, log_datasets, log_metrics, log_params, upgrade_database
-from artifacts.store import Store
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.home import home
+from draftsmith.artifacts.locks import is_locked, locked
+from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
+from draftsmith.artifacts.mlflow_terms import METRICS_PER_BATCH, log_datasets, log_metrics, log_params, upgrade_database
+from draftsmith.artifacts.store import Store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

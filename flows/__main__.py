@@ -1,7 +1,7 @@
-"""`python -m flows` is the `draftsmith` command."""
+"""`python -m draftsmith.flows` is the `draftsmith` command."""
 
 import sys
 
-from flows.cli import main
+from draftsmith.flows.cli import main
 
 sys.exit(main())

@@ -14,13 +14,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from artifacts.errors import EXIT_INTERRUPTED, DraftsmithError, from_os_error
+from draftsmith.artifacts.errors import EXIT_INTERRUPTED, DraftsmithError, from_os_error
 
 if TYPE_CHECKING:
-    from artifacts.tracking import Tracking
-    from flows.display import Display
-    from flows.graph import Pipeline, PlannedNode
-    from flows.options import RunOptions
+    from draftsmith.artifacts.tracking import Tracking
+    from draftsmith.flows.pipeline.display import Display
+    from draftsmith.flows.pipeline.graph import Pipeline, PlannedNode
+    from draftsmith.flows.pipeline.options import RunOptions
 
 _EXIT_UNEXPECTED = 1
 _EXIT_TERMINATED = 128 + signal.SIGTERM
@@ -74,8 +74,7 @@ def _show_warnings() -> None:
     handler = logging.StreamHandler()
     handler.setLevel(logging.WARNING)
     handler.setFormatter(logging.Formatter("draftsmith: %(levelname)s: %(message)s"))
-    for name in ("artifacts", "draftsmith"):
-        logging.getLogger(name).handlers = [handler]
+    logging.getLogger("draftsmith").handlers = [handler]
 
 
 def _pipeline(options: argparse.Namespace) -> Pipeline:
@@ -83,10 +82,10 @@ def _pipeline(options: argparse.Namespace) -> Pipeline:
 
     Raises DraftsmithError for a kind that does not exist.
     """
-    from flows.architectures_graph import ARCHITECTURES
-    from flows.config_file import kind_of
-    from flows.experiment_graph import EXPERIMENT
-    from flows.refresh_graph import REFRESH
+    from draftsmith.flows.experiments.architectures import ARCHITECTURES
+    from draftsmith.flows.experiments.arms import EXPERIMENT
+    from draftsmith.flows.pipeline.config_file import kind_of
+    from draftsmith.flows.refresh.graph import REFRESH
 
     config = getattr(options, "config", None)
     if config is None or (kind := kind_of(config)) is None:
@@ -186,13 +185,13 @@ def _experiment(options: argparse.Namespace, pipeline: Pipeline) -> None:
 
 def _run(options: argparse.Namespace, pipeline: Pipeline) -> tuple[dict[str, dict[str, Any]], Display, Tracking]:
     """Run the config's flow, or only print the plan; then nothing was made."""
-    from artifacts.home import home
-    from artifacts.store import Store
-    from artifacts.tracking import Tracking
-    from flows.display import Display
-    from flows.graph import plan
-    from flows.prefect_server import start_prefect_server
-    from flows.preflight import check_home
+    from draftsmith.artifacts.home import home
+    from draftsmith.artifacts.store import Store
+    from draftsmith.artifacts.tracking import Tracking
+    from draftsmith.flows.checks.preflight import check_home
+    from draftsmith.flows.pipeline.display import Display
+    from draftsmith.flows.pipeline.graph import plan
+    from draftsmith.flows.pipeline.prefect_server import start_prefect_server
 
     display, tracking = Display(), Tracking(home())
     config = _read(options, pipeline)
@@ -213,9 +212,9 @@ def _run(options: argparse.Namespace, pipeline: Pipeline) -> tuple[dict[str, dic
 def _check(options: argparse.Namespace, pipeline: Pipeline) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the library is imported
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from artifacts.home import home
-    from flows.check import check
-    from flows.display import Display
+    from draftsmith.artifacts.home import home
+    from draftsmith.flows.checks.check import check
+    from draftsmith.flows.pipeline.display import Display
 
     config = _read(options, pipeline)
     found = check(config, pipeline, home())
@@ -227,13 +226,13 @@ def _check(options: argparse.Namespace, pipeline: Pipeline) -> None:
 
 
 def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    from artifacts.home import home
-    from artifacts.store import Store
-    from artifacts.tracking import Tracking
-    from flows.display import Display
-    from flows.graph import plan
-    from flows.node_run import Workshop, make
-    from flows.preflight import check_engines, check_home, check_target
+    from draftsmith.artifacts.home import home
+    from draftsmith.artifacts.store import Store
+    from draftsmith.artifacts.tracking import Tracking
+    from draftsmith.flows.checks.preflight import check_engines, check_home, check_target
+    from draftsmith.flows.pipeline.display import Display
+    from draftsmith.flows.pipeline.graph import plan
+    from draftsmith.flows.pipeline.node import Workshop, make
 
     config = _read(options, pipeline)
     planned = {item.node.name: item for item in plan(config, Store(home() / "store"), pipeline)}
@@ -258,7 +257,7 @@ def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
 
 
 def _missing_input(options: argparse.Namespace, name: str, source: PlannedNode) -> str:
-    from flows.graph import Status
+    from draftsmith.flows.pipeline.graph import Status
 
     rest = [str(options.config), *(word for override in options.overrides for word in ("--set", override))]
     made_alone = source.status is not Status.AFTER  # else its own inputs are missing too
@@ -270,8 +269,8 @@ def _missing_input(options: argparse.Namespace, name: str, source: PlannedNode) 
 
 
 def _status(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    from flows import inspection
-    from flows.display import Display
+    from draftsmith.flows.pipeline import inspection
+    from draftsmith.flows.pipeline.display import Display
 
     if options.config is None:
         inspection.status_of_store(Display())
@@ -280,21 +279,21 @@ def _status(options: argparse.Namespace, pipeline: Pipeline) -> None:
 
 
 def _show(options: argparse.Namespace, _pipeline: Pipeline) -> None:
-    from flows import inspection
-    from flows.display import Display
+    from draftsmith.flows.pipeline import inspection
+    from draftsmith.flows.pipeline.display import Display
 
     inspection.show(Display(), options.artifact, verify=options.verify)
 
 
 def _prune(options: argparse.Namespace, _pipeline: Pipeline) -> None:
-    from flows import inspection
-    from flows.display import Display
+    from draftsmith.flows.pipeline import inspection
+    from draftsmith.flows.pipeline.display import Display
 
     inspection.prune(Display(), options.days, delete=options.delete)
 
 
 def _read(options: argparse.Namespace, pipeline: Pipeline) -> RunOptions:
-    from flows.config_file import read_config
+    from draftsmith.flows.pipeline.config_file import read_config
 
     return read_config(options.config, options.overrides, pipeline.config)
 

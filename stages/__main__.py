@@ -1,7 +1,8 @@
-"""The stage process: `python -m stages REQUEST.json` runs one stage and reports as JSON lines on stdout.
+"""The stage process: `python -m draftsmith.stages REQUEST.json` runs one stage and reports as JSON lines on stdout.
 
 One line an event: `{"event": "log" | "progress" | "metrics" | "summary" | "error" | "done", ...}`. Whatever the stage
-or a library prints goes to stderr. The exit code is that of the error (`artifacts.errors`), 1 if it was not expected.
+or a library prints goes to stderr. The exit code is that of the error (`artifacts/errors.py`), 1 if it was not
+expected.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from artifacts.errors import DraftsmithError, StageInterrupted, disk_error_of, from_os_error
-from stages.lifeline import die_with_parent
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted, disk_error_of, from_os_error
+from draftsmith.stages.lifeline import die_with_parent
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 METRICS_FILE = "metrics.jsonl"
@@ -41,7 +42,7 @@ class EventStream:
 
 
 class ProcessContext:
-    """The `StageContext` of a real run (see `stages.contract`)."""
+    """The `StageContext` of a real run (see `stages/contract.py`)."""
 
     def __init__(
         self,
@@ -140,7 +141,7 @@ def _crash(events: EventStream, error: BaseException) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m stages", description="Run one stage in this process.")
+    parser = argparse.ArgumentParser(prog="python -m draftsmith.stages", description="Run one stage in this process.")
     parser.add_argument("request", type=Path, help="JSON file: stage, module, config, inputs, out, work, seed, threads")
     parser.add_argument("--lifeline", type=int, help="read end of a pipe; when it closes the process group is killed")
     options = parser.parse_args(arguments)

@@ -43,7 +43,7 @@ def _decisive(config: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
 
 
 class StageContext(Protocol):
-    """What a stage body may use. Implemented by `stages.__main__` for a real run and by plain objects in tests."""
+    """What a stage body may use. Implemented by `stages/__main__.py` for a real run and by plain objects in tests."""
 
     out: Path  # its content becomes the artifact; kept between attempts until the artifact is complete
     work: Path  # shards and checkpoints of an unfinished attempt; dropped when the artifact is complete

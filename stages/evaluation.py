@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from stages.contract import Config, Stage, StageContext
-from stages.drafters.config import DraftingConfig
-from stages.engines.config import (
+from draftsmith.stages.contract import Config, Stage, StageContext
+from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.engines.config import (
     NO_REDUCED_HEAD,
     EmbeddedEngineConfig,
     EngineConfig,
     SamplingConfig,
     SGLangEngineConfig,
 )
-from stages.measure.parity import MaxParityMismatch
+from draftsmith.stages.replay.parity import MaxParityMismatch
 
 if TYPE_CHECKING:
-    from stages.measure.requests import Measured
-    from stages.stored import Prompt
+    from draftsmith.stages.measure.requests import Measured
+    from draftsmith.stages.stored import Prompt
 
 DRAFTERS = ("sft", "control", "opd")  # of a refresh
 PREFIX = "drafter:"  # of the inputs of a comparison of any other drafters; the rest of the name is the arm's
@@ -100,17 +100,17 @@ class EvaluationConfig(Config):
 
 def prompts_to_decode(config: EvaluationConfig, folder: Path) -> tuple[list[Prompt], list[Prompt]]:
     """Held-out and validation prompts, of the artifact of stage `prompts` in `folder`."""
-    from stages.stored import load_prompts
+    from draftsmith.stages.stored import load_prompts
 
     return load_prompts(folder, ["heldout"]), load_prompts(folder, ["validation"])[: config.validation_prompts]
 
 
 def run(ctx: StageContext, config: EvaluationConfig) -> None:
     """Replay for tau; then validation for the block size and all arms for speed; exactness from the outputs."""
-    from artifacts.parquet import write_table
-    from artifacts.schemas import REQUESTS
-    from stages.measure.requests import settings_of
-    from stages.measure.speed import speed_by_setting
+    from draftsmith.artifacts.parquet import write_table
+    from draftsmith.artifacts.schemas import REQUESTS
+    from draftsmith.stages.measure.requests import settings_of
+    from draftsmith.stages.measure.speed import speed_by_setting
 
     measured, acceptance = _measure(ctx, config)
     table = acceptance["drafters"]
@@ -150,12 +150,12 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
 
 def _measure(ctx: StageContext, config: EvaluationConfig) -> tuple[Measured, dict[str, Any]]:
     """Speed and acceptance. The target of the replay is gone from memory before servers start."""
-    from artifacts.errors import DraftsmithError
-    from stages.drafters.checkpoint import load_drafter
-    from stages.measure.embedded import measure_embedded
-    from stages.measure.served import Served, measure_served, release_memory
-    from stages.stored import DRAFTER_FOLDER, positions_needed
-    from stages.targets.causal_lm import Target
+    from draftsmith.artifacts.errors import DraftsmithError
+    from draftsmith.stages.drafters.checkpoint import load_drafter
+    from draftsmith.stages.measure.embedded import measure_embedded
+    from draftsmith.stages.measure.served import Served, measure_served, release_memory
+    from draftsmith.stages.stored import DRAFTER_FOLDER, positions_needed
+    from draftsmith.stages.targets.causal_lm import Target
 
     target = Target.load(ctx.inputs["target"])
     named = [(name.removeprefix(PREFIX), name) for name in (*DRAFTERS, *ctx.inputs) if name in ctx.inputs]
@@ -180,8 +180,8 @@ def _measure(ctx: StageContext, config: EvaluationConfig) -> tuple[Measured, dic
 
 def _acceptance(ctx: StageContext, config: EvaluationConfig, target: Any, drafters: dict[str, Any]) -> dict[str, Any]:
     """Every drafter replayed on the same held-out trajectories."""
-    from stages.measure.acceptance import acceptance_table, has_loop, replay_all
-    from stages.stored import load_trajectories
+    from draftsmith.stages.measure.acceptance import acceptance_table, has_loop, replay_all
+    from draftsmith.stages.stored import load_trajectories
 
     stored = load_trajectories(ctx.inputs["trajectories"], ["heldout"])
     ctx.log(f"replaying {len(drafters)} drafters on {len(stored.trajectories)} held-out trajectories")
@@ -209,8 +209,8 @@ def _acceptance(ctx: StageContext, config: EvaluationConfig, target: Any, drafte
 
 def preflight(config: EvaluationConfig, target: Path) -> None:
     """The answers must fit into the target's context."""
-    from stages.rollout import RolloutConfig
-    from stages.rollout import preflight as rollout_preflight
+    from draftsmith.stages.rollout import RolloutConfig
+    from draftsmith.stages.rollout import preflight as rollout_preflight
 
     rollout_preflight(RolloutConfig(sampling=config.sampling), target)
 

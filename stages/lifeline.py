@@ -49,7 +49,7 @@ def _guard(lifeline: int) -> None:
 
 
 def main() -> None:
-    """`python -m stages.lifeline FD COMMAND...`: run any command with a lifeline."""
+    """`python -m draftsmith.stages.lifeline FD COMMAND...`: run any command with a lifeline."""
     die_with_parent(int(sys.argv[1]))
     os.execvp(sys.argv[2], sys.argv[2:])
 

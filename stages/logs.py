@@ -1,8 +1,8 @@
 """Logs: answers that the target gave in production, as trajectories, in place of a rollout.
 
 Replay rebuilds the trace of any drafter on any text of the target, so logged answers serve SFT, mining and OPD as they
-are. They must be this target's own: a row is checked as far as its tokens go (`stages.log_sources`), and a row that is
-not used is counted and listed with its reason in `set_aside.jsonl`, never dropped silently.
+are. They must be this target's own: a row is checked as far as its tokens go (`stages/prompting/logged.py`), and a
+row that is not used is counted and listed with its reason in `set_aside.jsonl`, never dropped silently.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from stages.contract import Config, Stage, StageContext
+from draftsmith.stages.contract import Config, Stage, StageContext
 
 if TYPE_CHECKING:
-    from stages.log_sources import LoggedRow, Reader
+    from draftsmith.stages.prompting.logged import LoggedRow, Reader
 
 _REPORT_EVERY = 256
 
@@ -51,7 +51,7 @@ class LogsConfig(Config):
 
     def external_files(self) -> list[Path]:
         """The logs. Raises DraftsmithError if one is not there."""
-        from artifacts.errors import DraftsmithError
+        from draftsmith.artifacts.errors import DraftsmithError
 
         files = [Path(path).absolute() for path in self.paths]
         for file in files:
@@ -62,8 +62,8 @@ class LogsConfig(Config):
 
 def preflight(config: LogsConfig, target: Path) -> None:
     """The files are there, and rows of the allowed length fit into the target's context."""
-    from artifacts.errors import DraftsmithError
-    from stages.targets.resolve import read_target_info
+    from draftsmith.artifacts.errors import DraftsmithError
+    from draftsmith.stages.targets.resolve import read_target_info
 
     config.external_files()
     limit = read_target_info(target).max_positions
@@ -76,12 +76,12 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
 
     Nothing is kept between attempts: reading is fast beside everything that uses it.
     """
-    from artifacts.atomic import write_text
-    from artifacts.errors import DraftsmithError
-    from artifacts.parquet import write_table
-    from artifacts.schemas import TRAJECTORIES
-    from stages.log_sources import SHAPES, Reader, SetAside, read_rows
-    from stages.targets.resolve import load_tokenizer, model_path, read_target_info
+    from draftsmith.artifacts.atomic import write_text
+    from draftsmith.artifacts.errors import DraftsmithError
+    from draftsmith.artifacts.parquet import write_table
+    from draftsmith.artifacts.schemas import TRAJECTORIES
+    from draftsmith.stages.prompting.logged import SHAPES, Reader, SetAside, read_rows
+    from draftsmith.stages.targets.resolve import load_tokenizer, model_path, read_target_info
 
     preflight(config, ctx.inputs["target"])
     info = read_target_info(ctx.inputs["target"])
@@ -141,7 +141,7 @@ class _Collected:
 
     def take(self, row: LoggedRow, reader: Reader) -> None:
         """Raises SetAside for a row that is not used."""
-        from stages.log_sources import SetAside
+        from draftsmith.stages.prompting.logged import SetAside
 
         if row.temperature not in (None, self.config.temperature):
             raise SetAside("another temperature")
@@ -178,7 +178,7 @@ def _digest(ids: list[int]) -> bytes:
 
 def _prompts_to_avoid(ctx: StageContext) -> set[tuple[int, ...]]:
     """Prompts that drafters are measured on: nothing may be trained on them."""
-    from stages.stored import load_prompts
+    from draftsmith.stages.stored import load_prompts
 
     if "prompts" not in ctx.inputs:
         return set()

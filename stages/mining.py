@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from stages.contract import Config, Stage, StageContext
-from stages.drafters.config import DraftingConfig
-from stages.measure.parity import MaxParityMismatch
+from draftsmith.stages.contract import Config, Stage, StageContext
+from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.replay.parity import MaxParityMismatch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import pyarrow as pa
 
-    from stages.drafters.base import Drafter
-    from stages.replay.scoring import StepScores
-    from stages.replay.trace import Trace, Trajectory
+    from draftsmith.stages.drafters.base import Drafter
+    from draftsmith.stages.replay.scoring import StepScores
+    from draftsmith.stages.replay.trace import Trace, Trajectory
 
 
 class MiningConfig(Config):
@@ -37,15 +37,15 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
     """Replay and score group by group; each group is a shard, so an interrupted run continues with the next one."""
     import torch
 
-    from artifacts.atomic import write_text
-    from artifacts.parquet import ShardWriter, ordered, read_shards, write_table
-    from artifacts.schemas import VERIFY_STEPS
-    from stages.drafters.checkpoint import drafter_digest, load_drafter
-    from stages.replay.chains import replay_chains
-    from stages.replay.scoring import score_traces
-    from stages.replay.trace import groups_by_length, pad_tokens
-    from stages.stored import DRAFTER_FOLDER, load_trajectories
-    from stages.targets.causal_lm import Target
+    from draftsmith.artifacts.atomic import write_text
+    from draftsmith.artifacts.parquet import ShardWriter, ordered, read_shards, write_table
+    from draftsmith.artifacts.schemas import VERIFY_STEPS
+    from draftsmith.stages.drafters.checkpoint import drafter_digest, load_drafter
+    from draftsmith.stages.replay.chains import replay_chains
+    from draftsmith.stages.replay.scoring import score_traces
+    from draftsmith.stages.replay.trace import groups_by_length, pad_tokens
+    from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
+    from draftsmith.stages.targets.causal_lm import Target
 
     stored = load_trajectories(ctx.inputs["trajectories"])
     trajectories = stored.trajectories
@@ -137,7 +137,7 @@ def summarise(table: pa.Table, tokenizer: Any, block_size: int) -> dict[str, Any
     """Figures of a trace (VERIFY_STEPS): sums are divided once, at the end."""
     import numpy as np
 
-    from artifacts.parquet import padded
+    from draftsmith.artifacts.parquet import padded
 
     K = block_size - 1
     accepted = table["accepted"].to_numpy()
@@ -187,9 +187,9 @@ def parity(
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    from artifacts.parquet import read_table
-    from artifacts.schemas import TIMINGS, TRACE
-    from stages.measure.parity import Gate, check_steps, check_tau
+    from draftsmith.artifacts.parquet import read_table
+    from draftsmith.artifacts.schemas import TIMINGS, TRACE
+    from draftsmith.stages.replay.parity import Gate, check_steps, check_tau
 
     folder = ctx.inputs["trajectories"]
     path = folder / "trace.json"

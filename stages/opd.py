@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from stages.contract import Stage, StageContext
-from stages.training.config import TrainingConfig
-from stages.training.loss_config import LossConfig
+from draftsmith.stages.contract import Stage, StageContext
+from draftsmith.stages.training.config import TrainingConfig
+from draftsmith.stages.training.loss_config import LossConfig
 
 if TYPE_CHECKING:
-    from stages.training.remining import Remining
-    from stages.training.sources import AnchorSource
+    from draftsmith.stages.training.on_policy.remining import Remining
+    from draftsmith.stages.training.on_policy.sources import AnchorSource
 
 
 class OpdConfig(TrainingConfig):
@@ -84,16 +84,16 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
     """Continue training the drafter that was mined, on its own steps."""
     import torch
 
-    from stages.drafters.base import DrafterInfo
-    from stages.drafters.checkpoint import descends_from, load_drafter, save_drafter
-    from stages.stored import DRAFTER_FOLDER, load_trajectories
-    from stages.targets.causal_lm import Target
-    from stages.training.batches import FeatureSource, step_rng, trajectories_by_errors, trajectories_of_step
-    from stages.training.blocks import LossReport
-    from stages.training.loop import train
-    from stages.training.mined import Kind, load_mined
-    from stages.training.opd_step import OpdStep
-    from stages.training.remining import Remining
+    from draftsmith.stages.drafters.base import DrafterInfo
+    from draftsmith.stages.drafters.checkpoint import descends_from, load_drafter, save_drafter
+    from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
+    from draftsmith.stages.targets.causal_lm import Target
+    from draftsmith.stages.training.batches import FeatureSource, step_rng, trajectories_by_errors, trajectories_of_step
+    from draftsmith.stages.training.blocks import LossReport
+    from draftsmith.stages.training.loop import train
+    from draftsmith.stages.training.on_policy.mined import Kind, load_mined
+    from draftsmith.stages.training.on_policy.remining import Remining
+    from draftsmith.stages.training.on_policy.step import OpdStep
 
     stored = load_trajectories(ctx.inputs["trajectories"])
     target = Target.load(ctx.inputs["target"])
@@ -154,8 +154,13 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
 
 def anchor_source(config: OpdConfig, remining: Remining) -> AnchorSource:
     """The source of anchors that a config asks for."""
-    from stages.training.anchors import DRAWS
-    from stages.training.sources import RandomAnchors, RollingAnchors, SuccessorAnchors, TableAnchors
+    from draftsmith.stages.training.anchors import DRAWS
+    from draftsmith.stages.training.on_policy.sources import (
+        RandomAnchors,
+        RollingAnchors,
+        SuccessorAnchors,
+        TableAnchors,
+    )
 
     count, draw = config.anchors_per_sequence, DRAWS[config.spacing]
     if config.anchors == "random":

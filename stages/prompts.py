@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from artifacts.atomic import write_text
-from artifacts.errors import DraftsmithError
-from stages.contract import Config, Stage, StageContext
-from stages.prompt_sources import (
+from draftsmith.artifacts.atomic import write_text
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.contract import Config, Stage, StageContext
+from draftsmith.stages.prompting.sources import (
     SPLITS,
     Candidate,
     HuggingFaceSource,
@@ -88,7 +88,7 @@ class PromptsConfig(Config):
 
 def preflight(config: PromptsConfig, target: Path) -> None:
     """Files exist, and prompts of the allowed length leave room for an answer."""
-    from stages.targets.resolve import read_target_info
+    from draftsmith.stages.targets.resolve import read_target_info
 
     config.external_files()
     context_tokens = read_target_info(target).max_positions
@@ -112,9 +112,9 @@ class _Drawn:
 
 def run(context: StageContext, config: PromptsConfig) -> None:
     """Write `prompts.parquet` and `prompts.json`."""
-    from artifacts.parquet import write_table
-    from artifacts.schemas import PROMPTS
-    from stages.targets.resolve import load_tokenizer, model_path
+    from draftsmith.artifacts.parquet import write_table
+    from draftsmith.artifacts.schemas import PROMPTS
+    from draftsmith.stages.targets.resolve import load_tokenizer, model_path
 
     preflight(config, context.inputs["target"])
     tokenizer = load_tokenizer(model_path(context.inputs["target"]))

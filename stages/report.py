@@ -9,11 +9,11 @@ from typing import Any
 
 from pydantic import Field
 
-from artifacts.atomic import write_text
-from artifacts.errors import DraftsmithError
-from artifacts.manifest import MANIFEST, InputEntry, Manifest, read_manifest
-from artifacts.report import TO_CONTROL, TO_SFT, ReportData, findings, render_report
-from stages.contract import Config, Stage, StageContext
+from draftsmith.artifacts.atomic import write_text
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.manifest import MANIFEST, InputEntry, Manifest, read_manifest
+from draftsmith.stages.contract import Config, Stage, StageContext
+from draftsmith.stages.reporting.page import TO_CONTROL, TO_SFT, ReportData, findings, render_report
 
 TRAININGS = ("sft", "opd", "control")
 HEADLINE = ("tau", "tau_low", "tau_high", *TO_SFT, *TO_CONTROL)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
-from stages.contract import Config, Operational, Stage, StageContext
-from stages.drafters.config import DraftingConfig
-from stages.engines.config import (
+from draftsmith.stages.contract import Config, Operational, Stage, StageContext
+from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.engines.config import (
     NO_REDUCED_HEAD,
     EmbeddedEngineConfig,
     EngineConfig,
@@ -25,9 +25,9 @@ from stages.engines.config import (
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from artifacts.parquet import ShardWriter
-    from stages.engines.base import Completion
-    from stages.stored import Prompt
+    from draftsmith.artifacts.parquet import ShardWriter
+    from draftsmith.stages.engines.base import Completion
+    from draftsmith.stages.stored import Prompt
 
 
 class RolloutConfig(Config):
@@ -65,15 +65,15 @@ class RolloutConfig(Config):
 
 def prompts_to_answer(config: RolloutConfig, folder: Path) -> list[Prompt]:
     """Of the artifact of stage `prompts` in `folder`."""
-    from stages.stored import load_prompts
+    from draftsmith.stages.stored import load_prompts
 
     return load_prompts(folder, config.splits)[config.skip :][: config.prompts]
 
 
 def preflight(config: RolloutConfig, target: Path) -> None:
     """The longest answer must fit into the target's context."""
-    from artifacts.errors import DraftsmithError
-    from stages.targets.resolve import read_target_info
+    from draftsmith.artifacts.errors import DraftsmithError
+    from draftsmith.stages.targets.resolve import read_target_info
 
     limit = read_target_info(target).max_positions
     if config.sampling.max_new_tokens >= limit:
@@ -88,15 +88,15 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
     import numpy as np
     import pyarrow.compute as pc
 
-    from artifacts.errors import DraftsmithError
-    from artifacts.parquet import ShardWriter, read_shards, write_table
-    from artifacts.schemas import TIMINGS, TRACE, TRAJECTORIES
-    from stages.drafters.checkpoint import drafter_digest
-    from stages.engines.base import Request, SamplingParams
-    from stages.engines.open import open_engine
-    from stages.measure.parity import served_dtype
-    from stages.stored import DRAFTER_FOLDER, positions_needed, request_seed
-    from stages.targets.resolve import read_target_info
+    from draftsmith.artifacts.errors import DraftsmithError
+    from draftsmith.artifacts.parquet import ShardWriter, read_shards, write_table
+    from draftsmith.artifacts.schemas import TIMINGS, TRACE, TRAJECTORIES
+    from draftsmith.stages.drafters.checkpoint import drafter_digest
+    from draftsmith.stages.engines.base import Request, SamplingParams
+    from draftsmith.stages.engines.open import open_engine
+    from draftsmith.stages.replay.parity import served_dtype
+    from draftsmith.stages.stored import DRAFTER_FOLDER, positions_needed, request_seed
+    from draftsmith.stages.targets.resolve import read_target_info
 
     prompts = prompts_to_answer(config, ctx.inputs["prompts"])
     if not prompts:
@@ -175,8 +175,8 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
 
 def _complete_answers(work: Path, with_trace: bool) -> set[str]:
     """Answers of an earlier attempt that all tables hold whole; one whose shard was set aside is made again."""
-    from artifacts.parquet import read_shards
-    from artifacts.schemas import TIMINGS, TRACE, TRAJECTORIES
+    from draftsmith.artifacts.parquet import read_shards
+    from draftsmith.artifacts.schemas import TIMINGS, TRACE, TRAJECTORIES
 
     answers = set(read_shards(work / "trajectories", TRAJECTORIES, ["trajectory_id"])["trajectory_id"].to_pylist())
     timings = read_shards(work / "timings", TIMINGS, ["trajectory_id", "verify_steps"]).to_pylist()
@@ -193,7 +193,7 @@ def _latest(rows: pa.Table, answers: list[str]) -> pa.Table:
     import numpy as np
     import pyarrow as pa
 
-    from artifacts.parquet import ordered, places
+    from draftsmith.artifacts.parquet import ordered, places
 
     begins = rows["step"].to_numpy() == 0 if "step" in rows.column_names else np.ones(rows.num_rows, dtype=bool)
     attempt, answer = np.cumsum(begins), places(rows, "trajectory_id", answers)

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from stages.contract import Stage, StageContext
-from stages.drafters.config import DFlashConfig, DrafterConfig
-from stages.training.config import TrainingConfig
-from stages.training.loss_config import DistributionLoss, PositionWeights, ResponseStream, TokenLoss
+from draftsmith.stages.contract import Stage, StageContext
+from draftsmith.stages.drafters.config import DFlashConfig, DrafterConfig
+from draftsmith.stages.training.config import TrainingConfig
+from draftsmith.stages.training.loss_config import DistributionLoss, PositionWeights, ResponseStream, TokenLoss
 
 if TYPE_CHECKING:
-    from stages.drafters.base import TrainingRecipe
+    from draftsmith.stages.drafters.base import TrainingRecipe
 
 _TRAINED = ("blocks", "positions")
 
@@ -79,9 +79,9 @@ class SftConfig(TrainingConfig):
 
 def preflight(config: SftConfig, target: Path) -> None:
     """A drafter to start from must fit the target, before anything long runs."""
-    from stages.drafters.checkpoint import check_drafter, check_shape, drafter_source
-    from stages.drafters.layout import check_weights
-    from stages.targets.resolve import model_path, read_target_info
+    from draftsmith.stages.drafters.checkpoint import check_drafter, check_shape, drafter_source
+    from draftsmith.stages.drafters.layout import check_weights
+    from draftsmith.stages.targets.resolve import model_path, read_target_info
 
     if config.init_from:
         folder = drafter_source(config.init_from, config.init_revision)
@@ -90,14 +90,14 @@ def preflight(config: SftConfig, target: Path) -> None:
         check_shape(folder, model_path(target))
         check_weights(folder)
     else:
-        from stages.drafters.checkpoint import check_new
+        from draftsmith.stages.drafters.checkpoint import check_new
 
         check_new(config.drafter, model_path(target))
 
 
 def trained_shape(config: SftConfig) -> tuple[str, int]:
     """Kind, and tokens of a block, the anchor included, of what is trained here from random weights or `init_from`."""
-    from stages.drafters.checkpoint import architecture_of, drafter_source, kind_of
+    from draftsmith.stages.drafters.checkpoint import architecture_of, drafter_source, kind_of
 
     if not config.init_from:
         return config.drafter.kind, config.drafter.block_size
@@ -113,9 +113,9 @@ def unservable(config: SftConfig, target: Path) -> str | None:
     """
     from transformers import AutoConfig
 
-    from stages.drafters.checkpoint import drafter_source, plan_of_checkpoint, plan_of_new
-    from stages.drafters.layout import unservable_layers
-    from stages.targets.resolve import load_tokenizer, model_path
+    from draftsmith.stages.drafters.checkpoint import drafter_source, plan_of_checkpoint, plan_of_new
+    from draftsmith.stages.drafters.layout import unservable_layers
+    from draftsmith.stages.targets.resolve import load_tokenizer, model_path
 
     folder = model_path(target)
     target_config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -131,16 +131,28 @@ def run(ctx: StageContext, config: SftConfig) -> None:
     """Train, then write the checkpoint in the layout that engines load."""
     import torch
 
-    from stages.drafters.base import DrafterInfo
-    from stages.drafters.checkpoint import create_drafter, descends_from, drafter_source, load_drafter, save_drafter
-    from stages.stored import DRAFTER_FOLDER, load_trajectories
-    from stages.targets.causal_lm import Target
-    from stages.training.anchors import DRAWS, position_anchors
-    from stages.training.batches import FeatureSource, frequent_tokens, step_rng, token_counts, trajectories_of_step
-    from stages.training.blocks import LossReport
-    from stages.training.loop import train
-    from stages.training.supervised import sft_loss
-    from stages.training.vocabulary import HeadSource
+    from draftsmith.stages.drafters.base import DrafterInfo
+    from draftsmith.stages.drafters.checkpoint import (
+        create_drafter,
+        descends_from,
+        drafter_source,
+        load_drafter,
+        save_drafter,
+    )
+    from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
+    from draftsmith.stages.targets.causal_lm import Target
+    from draftsmith.stages.training.anchors import DRAWS, position_anchors
+    from draftsmith.stages.training.batches import (
+        FeatureSource,
+        frequent_tokens,
+        step_rng,
+        token_counts,
+        trajectories_of_step,
+    )
+    from draftsmith.stages.training.blocks import LossReport
+    from draftsmith.stages.training.loop import train
+    from draftsmith.stages.training.supervised import sft_loss
+    from draftsmith.stages.training.vocabulary import HeadSource
 
     stored = load_trajectories(ctx.inputs["trajectories"])
     target = Target.load(ctx.inputs["target"])

@@ -7,10 +7,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from artifacts.errors import DraftsmithError
-from artifacts.parquet import read_table
-from artifacts.schemas import PROMPTS, TRAJECTORIES
-from stages.replay.trace import Trajectory
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.parquet import read_table
+from draftsmith.artifacts.schemas import PROMPTS, TRAJECTORIES
+from draftsmith.stages.replay.trace import Trajectory
 
 DRAFTER_FOLDER = "drafter"  # inside the artifact of a training stage
 

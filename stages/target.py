@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from stages.contract import Stage, StageContext
-from stages.targets.config import TargetConfig
+from draftsmith.stages.contract import Stage, StageContext
+from draftsmith.stages.targets.config import TargetConfig
 
 __all__ = ["STAGE", "TargetConfig"]
 
 
 def run(context: StageContext, config: TargetConfig) -> None:
     """Write `target.json` and `origin.json`, and for a GGUF source the dequantised model into `model/`."""
-    from stages.targets.resolve import resolve_target
+    from draftsmith.stages.targets.resolve import resolve_target
 
     info = resolve_target(config, context.out, context.log)
     context.log(

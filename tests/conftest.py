@@ -16,9 +16,9 @@ from tests.testbed import target
 from tests.testbed.drafter import DrafterArtifacts, drafter_artifacts
 
 if TYPE_CHECKING:  # most rooms need neither
-    from stages.drafters.dflash.model import DFlashDrafter
-    from stages.drafters.eagle3.model import Eagle3Drafter
-    from stages.targets.causal_lm import Target
+    from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+    from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
+    from draftsmith.stages.targets.causal_lm import Target
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -60,7 +60,7 @@ def plain_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def plain_target(plain_artifact: Path) -> Target:
     """The same, loaded. Not to be changed."""
-    from stages.targets.causal_lm import Target
+    from draftsmith.stages.targets.causal_lm import Target
 
     return Target.load(plain_artifact, device="cpu")
 

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from stages.drafters.head import Head
-from stages.targets.slots import Rows
+from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.targets.slots import Rows
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class DrafterInfo:
 class TrainingRecipe:
     """How an architecture's authors train it on the target's answers."""
 
-    loss: str  # of a position, by its name in `stages.training.losses`
+    loss: str  # of a position, by its name in `stages/training/losses.py`
     gamma: float  # offset k has the weight exp(-(k-1)/gamma)
 
 

@@ -12,19 +12,19 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from artifacts.errors import DraftsmithError, RetryableError, disk_error_of
-from stages.drafters import layout
-from stages.drafters.base import Drafter, DrafterInfo
-from stages.drafters.config import DrafterConfig
-from stages.drafters.dflash import checkpoint as dflash
-from stages.drafters.eagle3 import checkpoint as eagle3
-from stages.targets.causal_lm import Target
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError, disk_error_of
+from draftsmith.stages.drafters import layout
+from draftsmith.stages.drafters.base import Drafter, DrafterInfo
+from draftsmith.stages.drafters.config import DrafterConfig
+from draftsmith.stages.drafters.dflash import checkpoint as dflash
+from draftsmith.stages.drafters.eagle3 import checkpoint as eagle3
+from draftsmith.stages.targets.causal_lm import Target
 
 INFO_FILE, TOKENS_FILE = "drafter.json", "frequent_tokens.npy"
 
 
 class Architecture(Protocol):
-    """What a module `stages.drafters.<kind>.checkpoint` offers; configs are those of transformers."""
+    """What a module `draftsmith.stages.drafters.<kind>.checkpoint` offers; configs are those of transformers."""
 
     ARCHITECTURE: str  # in `architectures` of config.json
 
@@ -206,7 +206,7 @@ def drafter_source(source: str, revision: str | None = None) -> Path:
         return folder
     from huggingface_hub import constants, snapshot_download
 
-    from stages.targets.resolve import hub_answered, hub_reason
+    from draftsmith.stages.targets.resolve import hub_answered, hub_reason
 
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.npy"]))

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from stages.contract import Config
+from draftsmith.stages.contract import Config
 
 
 class DFlashConfig(Config):

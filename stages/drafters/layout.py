@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _PARTIAL = "partial_rotary_factor"

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
-from stages.contract import Config, Operational
+from draftsmith.stages.contract import Config, Operational
 
 NO_REDUCED_HEAD = (
     "only the embedded engine drafts from a part of the vocabulary; leave it out, or set engine.kind: embedded"

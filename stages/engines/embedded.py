@@ -14,14 +14,14 @@ from itertools import islice
 
 import torch
 
-from artifacts.errors import DraftsmithError
-from stages.drafters.base import Drafter
-from stages.drafters.config import DraftingConfig
-from stages.engines.base import Completion, Request, VerifyStep
-from stages.engines.sampling import draw
-from stages.replay.trace import groups_by_length
-from stages.targets.causal_lm import Target
-from stages.targets.slots import Rows
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.engines.base import Completion, Request, VerifyStep
+from draftsmith.stages.engines.sampling import draw
+from draftsmith.stages.replay.trace import groups_by_length
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.slots import Rows
 
 # Prompts of similar length are read together, at most this many tokens: matrix products are at their full rate with
 # a few hundred rows, and more prompts in one forward only mean more padding.

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from stages.drafters.config import DraftingConfig
-from stages.engines.base import Engine
-from stages.engines.config import EmbeddedEngineConfig, SGLangEngineConfig
+from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.engines.base import Engine
+from draftsmith.stages.engines.config import EmbeddedEngineConfig, SGLangEngineConfig
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def open_engine(
     Raises DraftsmithError if the engine cannot serve this target or drafter, RetryableError if it is not there.
     """
     if isinstance(config, SGLangEngineConfig):
-        from stages.engines.sglang.engine import open_sglang
+        from draftsmith.stages.engines.sglang.engine import open_sglang
 
         with open_sglang(
             config,
@@ -45,9 +45,9 @@ def open_engine(
             yield engine
         return
 
-    from stages.drafters.checkpoint import load_drafter
-    from stages.engines.embedded import EmbeddedEngine
-    from stages.targets.causal_lm import Target
+    from draftsmith.stages.drafters.checkpoint import load_drafter
+    from draftsmith.stages.engines.embedded import EmbeddedEngine
+    from draftsmith.stages.targets.causal_lm import Target
 
     target = Target.load(target_folder)
     drafter = load_drafter(drafter_folder, target) if drafter_folder else None

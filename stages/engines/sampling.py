@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from stages.engines.base import SamplingParams
+from draftsmith.stages.engines.base import SamplingParams
 
 
 def uniform(seed: int, position: int) -> float:

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from stages.contract import StageContext
-from stages.drafters.base import Drafter
-from stages.drafters.config import DraftingConfig
-from stages.measure.bootstrap import interval, ratio, ratio_difference
-from stages.replay.chains import replay_chains
-from stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens
-from stages.targets.causal_lm import Target
+from draftsmith.stages.contract import StageContext
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.measure.bootstrap import interval, ratio, ratio_difference
+from draftsmith.stages.replay.chains import replay_chains
+from draftsmith.stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens
+from draftsmith.stages.targets.causal_lm import Target
 
 
 def replay_all(

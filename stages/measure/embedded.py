@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stages.contract import StageContext
-from stages.drafters.base import Drafter
-from stages.drafters.checkpoint import load_drafter
-from stages.drafters.config import DraftingConfig
-from stages.engines.base import Completion
-from stages.engines.embedded import EmbeddedEngine
-from stages.measure.requests import (
+from draftsmith.stages.contract import StageContext
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.checkpoint import load_drafter
+from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.engines.base import Completion
+from draftsmith.stages.engines.embedded import EmbeddedEngine
+from draftsmith.stages.measure.requests import (
     PLAIN,
     Measured,
     Row,
@@ -28,11 +28,11 @@ from stages.measure.requests import (
     row_of,
     settings_of,
 )
-from stages.stored import Prompt
-from stages.targets.causal_lm import Target
+from draftsmith.stages.stored import Prompt
+from draftsmith.stages.targets.causal_lm import Target
 
 if TYPE_CHECKING:
-    from stages.evaluation import EvaluationConfig
+    from draftsmith.stages.evaluation import EvaluationConfig
 
 
 def measure_embedded(

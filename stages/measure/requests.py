@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stages.engines.base import Completion, Request, SamplingParams
-from stages.stored import Prompt, request_seed
+from draftsmith.stages.engines.base import Completion, Request, SamplingParams
+from draftsmith.stages.stored import Prompt, request_seed
 
 if TYPE_CHECKING:
-    from stages.evaluation import EvaluationConfig
+    from draftsmith.stages.evaluation import EvaluationConfig
 
 PLAIN = "plain"
 Row = dict[str, Any]  # of the table `requests`

@@ -15,14 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from artifacts.parquet import read_table, to_table, write_table
-from artifacts.schemas import REQUESTS, TRACE
-from stages.contract import StageContext
-from stages.drafters.config import DraftingConfig
-from stages.engines.base import Completion, Request
-from stages.engines.config import SGLangEngineConfig
-from stages.measure.parity import Gate, check_steps, check_tau, served_dtype
-from stages.measure.requests import (
+from draftsmith.artifacts.parquet import read_table, to_table, write_table
+from draftsmith.artifacts.schemas import REQUESTS, TRACE
+from draftsmith.stages.contract import StageContext
+from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.engines.base import Completion, Request
+from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.stages.measure.requests import (
     PLAIN,
     Measured,
     Row,
@@ -35,11 +34,12 @@ from stages.measure.requests import (
     row_of,
     settings_of,
 )
-from stages.stored import Prompt
+from draftsmith.stages.replay.parity import Gate, check_steps, check_tau, served_dtype
+from draftsmith.stages.stored import Prompt
 
 if TYPE_CHECKING:
-    from stages.engines.sglang.engine import SGLangEngine
-    from stages.evaluation import EvaluationConfig
+    from draftsmith.stages.engines.sglang.engine import SGLangEngine
+    from draftsmith.stages.evaluation import EvaluationConfig
 
 WARM_UP_TOKENS = 16  # a prefill and some steps at every batch size
 
@@ -72,7 +72,7 @@ class Served:
     @contextmanager
     def server(self, drafter: Path | None, block_size: int, work: Path) -> Iterator[SGLangEngine]:
         """A server of the target, alone or with a drafter."""
-        from stages.engines.sglang.engine import open_sglang
+        from draftsmith.stages.engines.sglang.engine import open_sglang
 
         assert self.engine.launch is not None
         config = self.engine.model_copy(
@@ -202,10 +202,10 @@ def _check_parity(served: Served, block_size: int, heldout: Sequence[Prompt]) ->
 
     Raises DraftsmithError for a drafter that was not served as replay computes it.
     """
-    from stages.drafters.checkpoint import load_drafter
-    from stages.measure.acceptance import replay_all
-    from stages.replay.trace import Trajectory
-    from stages.targets.causal_lm import Target
+    from draftsmith.stages.drafters.checkpoint import load_drafter
+    from draftsmith.stages.measure.acceptance import replay_all
+    from draftsmith.stages.replay.trace import Trajectory
+    from draftsmith.stages.targets.causal_lm import Target
 
     config, dtype = served.config, served_dtype(served.engine, served.target_dtype)
     prompt_ids = {prompt.prompt_id: prompt.token_ids for prompt in heldout}

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from stages.measure.bootstrap import interval
-from stages.measure.requests import PLAIN, Setting
+from draftsmith.stages.measure.bootstrap import interval
+from draftsmith.stages.measure.requests import PLAIN, Setting
 
 FIRST = "sft"  # the drafter that a refresh begins with: the others' speed is compared with it too
 _SUMMED = ("tokens", "seconds", "draft_seconds", "verify_seconds", "verify_steps")

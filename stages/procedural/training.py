@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, field_validator
 
-from artifacts.errors import DraftsmithError
-from stages.contract import Config
-from stages.procedural.text import EASY, FAMILIES, REVISION_2, Example, examples
-from stages.targets.config import Dtype
-from stages.targets.source import TOKENIZER_PARTS
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.contract import Config
+from draftsmith.stages.procedural.text import EASY, FAMILIES, REVISION_2, Example, examples
+from draftsmith.stages.targets.config import Dtype
+from draftsmith.stages.targets.source import TOKENIZER_PARTS
 
 if TYPE_CHECKING:
     import torch

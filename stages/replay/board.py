@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stages.replay.trace import Trace, Trajectory
+from draftsmith.stages.replay.trace import Trace, Trajectory
 
 NOT_EVALUATED = -1
 # A chain from any position joins the trace after a rejection or two. Two chains share a stretch only if at least this

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from stages.drafters.base import Context, Drafter, Proposals
-from stages.drafters.head import Head
-from stages.replay.board import Board, Pace
-from stages.replay.trace import Trace, Trajectory, pad_tokens
+from draftsmith.stages.drafters.base import Context, Drafter, Proposals
+from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.replay.board import Board, Pace
+from draftsmith.stages.replay.trace import Trace, Trajectory, pad_tokens
 
 # Blocks that a round should hold before more chains are worth their extra blocks: by then matrix products are at
 # their full rate on a CPU, and a GPU's kernels are no longer paid for launching alone.

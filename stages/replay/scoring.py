@@ -13,9 +13,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from stages.replay.trace import Trace
-from stages.targets.causal_lm import Target
-from stages.targets.slots import Rows, SlotCache
+from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.slots import Rows, SlotCache
 
 # Rows are scored together while padding stays below this share of the leaves, or below a number of tokens that a
 # forward hardly notices: every forward has a fixed cost too.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from stages.drafters.base import Context, Drafter
-from stages.drafters.head import Head
-from stages.replay.trace import Trace, Trajectory
+from draftsmith.stages.drafters.base import Context, Drafter
+from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.replay.trace import Trace, Trajectory
 
 
 def replay_sequentially(

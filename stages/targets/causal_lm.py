@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from artifacts.errors import DraftsmithError
-from stages.targets.attention import register
-from stages.targets.resolve import TargetInfo, model_path, read_target_info
-from stages.targets.slots import Rows, SlotCache
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.targets.attention import register
+from draftsmith.stages.targets.resolve import TargetInfo, model_path, read_target_info
+from draftsmith.stages.targets.slots import Rows, SlotCache
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from artifacts.errors import DraftsmithError, disk_error_of
-from stages.targets.config import TargetConfig
-from stages.targets.resolve import TargetInfo, describe_metadata, hub_answered, hub_reason, write_target_info
-from stages.targets.source import check_safetensors, gguf_file, model_folder, source_kind, weight_files
+from draftsmith.artifacts.errors import DraftsmithError, disk_error_of
+from draftsmith.stages.targets.config import TargetConfig
+from draftsmith.stages.targets.resolve import TargetInfo, describe_metadata, hub_answered, hub_reason, write_target_info
+from draftsmith.stages.targets.source import check_safetensors, gguf_file, model_folder, source_kind, weight_files
 
 
 class UnreachableError(DraftsmithError):

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from artifacts.errors import DraftsmithError, RetryableError, disk_error_of
-from stages.targets.config import Dtype, TargetConfig
-from stages.targets.source import (
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError, disk_error_of
+from draftsmith.stages.targets.config import Dtype, TargetConfig
+from draftsmith.stages.targets.source import (
     TOKENIZER_FILES,
     TOKENIZER_PARTS,
     Kind,

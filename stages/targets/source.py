@@ -10,8 +10,8 @@ import struct
 from pathlib import Path
 from typing import Literal
 
-from artifacts.errors import DraftsmithError
-from stages.targets.config import TargetConfig
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.targets.config import TargetConfig
 
 Kind = Literal["hub", "folder", "gguf", "package"]
 

@@ -8,8 +8,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from stages.replay.trace import Trajectory
-from stages.training.blocks import Anchors
+from draftsmith.stages.replay.trace import Trajectory
+from draftsmith.stages.training.blocks import Anchors
 
 
 def position_anchors(

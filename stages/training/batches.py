@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from stages.replay.trace import Trajectory, groups_by_length, pad_tokens
-from stages.targets.causal_lm import Target
+from draftsmith.stages.replay.trace import Trajectory, groups_by_length, pad_tokens
+from draftsmith.stages.targets.causal_lm import Target
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from stages.drafters.base import Context, Drafter, StepShape
-from stages.drafters.head import Head
-from stages.training.batches import Batch
+from draftsmith.stages.drafters.base import Context, Drafter, StepShape
+from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.training.batches import Batch
 
 
 @dataclass(frozen=True)

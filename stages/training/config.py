@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stages.contract import Config, Operational
+from draftsmith.stages.contract import Config, Operational
 
 
 class OptimiserConfig(Config):

@@ -11,12 +11,12 @@ from typing import Any, Protocol
 
 import torch
 
-from artifacts.atomic import atomic_path
-from artifacts.errors import DraftsmithError
-from stages.contract import StageContext
-from stages.drafters.base import Drafter
-from stages.training.blocks import LossReport
-from stages.training.config import OptimiserConfig
+from draftsmith.artifacts.atomic import atomic_path
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.contract import StageContext
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.training.blocks import LossReport
+from draftsmith.stages.training.config import OptimiserConfig
 
 
 def cosine(step: int, config: OptimiserConfig) -> float:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from stages.contract import Config
+from draftsmith.stages.contract import Config
 
 if TYPE_CHECKING:
-    from stages.drafters.base import TrainingRecipe
+    from draftsmith.stages.drafters.base import TrainingRecipe
 
 BEYOND = 1.0  # why: "Which offsets are trained" in `configs/experiments/README.md`
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from stages.drafters.head import Head
-from stages.training import losses
-from stages.training.batches import Batch
-from stages.training.blocks import Anchors, labels_of, weighted_mean
-from stages.training.chunked import chunked_values
-from stages.training.loss_config import PositionWeights, ResponseStream
-from stages.training.vocabulary import Heads
+from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.training import losses
+from draftsmith.stages.training.batches import Batch
+from draftsmith.stages.training.blocks import Anchors, labels_of, weighted_mean
+from draftsmith.stages.training.chunked import chunked_values
+from draftsmith.stages.training.loss_config import PositionWeights, ResponseStream
+from draftsmith.stages.training.vocabulary import Heads
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ import time
 
 import torch
 
-from stages.drafters.base import Drafter
-from stages.training.batches import Batch
-from stages.training.blocks import Anchors, LossReport, block_hidden, context_of, operations_of
-from stages.training.loss_config import ResponseStream
-from stages.training.response import response_stream
-from stages.training.vocabulary import Heads
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.training.batches import Batch
+from draftsmith.stages.training.blocks import Anchors, LossReport, block_hidden, context_of, operations_of
+from draftsmith.stages.training.loss_config import ResponseStream
+from draftsmith.stages.training.response import response_stream
+from draftsmith.stages.training.vocabulary import Heads
 
 
 def sft_loss(

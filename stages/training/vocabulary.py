@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from stages.drafters.base import Drafter
-from stages.drafters.head import Head
-from stages.training.config import TrainingConfig
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.training.config import TrainingConfig
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from artifacts.code_digest import code_digest
-from artifacts.errors import DraftsmithError
+from draftsmith.artifacts.code_digest import code_digest
+from draftsmith.artifacts.errors import DraftsmithError
 
 SOURCES = {
     "stages/__init__.py": "",
-    "stages/rollout.py": '"""Rollout."""\nimport json\nfrom artifacts import tables\n\n\ndef run(x):\n    """Do."""\n'
-    "    from stages.engines import embedded\n    return embedded.go(tables.N, x)  # a comment\n",
-    "stages/engines/__init__.py": "KINDS = ['stages.engines.remote', 'stages.engines.absent']\n",
+    "stages/rollout.py": '"""Rollout."""\nimport json\nfrom draftsmith.artifacts import tables\n\n\n'
+    'def run(x):\n    """Do."""\n'
+    "    from draftsmith.stages.engines import embedded\n    return embedded.go(tables.N, x)  # a comment\n",
+    "stages/engines/__init__.py": "KINDS = ['draftsmith.stages.engines.remote', 'draftsmith.stages.engines.absent']\n",
     "stages/engines/embedded.py": "from ..sampling import draw\n\n\ndef go(n, x):\n    return draw(n + x)\n",
     "stages/engines/remote.py": "URL = 'a'\n",
     "stages/sampling.py": "def draw(x):\n    return x + 1\n",
@@ -32,11 +33,11 @@ def project(tmp_path: Path) -> Path:
 
 
 def digest_after(project: Path, name: str, old: str, new: str) -> tuple[str, str]:
-    before = code_digest("stages.rollout", project)
+    before = code_digest("draftsmith.stages.rollout", project)
     text = (project / name).read_text()
     assert old in text
     (project / name).write_text(text.replace(old, new, 1))
-    return before, code_digest("stages.rollout", project)
+    return before, code_digest("draftsmith.stages.rollout", project)
 
 
 @pytest.mark.parametrize(
@@ -74,10 +75,36 @@ def test_a_change_anywhere_in_the_closure_counts(project: Path, name: str, old: 
     assert before != after
 
 
+def test_a_module_that_moves_makes_nothing_anew(project: Path) -> None:
+    before = code_digest("draftsmith.stages.rollout", project)
+    (project / "stages/engines/sampling").mkdir()
+    (project / "stages/engines/sampling/__init__.py").write_text('"""A room of its own."""\n')
+    (project / "stages/sampling.py").rename(project / "stages/engines/sampling/draw.py")
+    engine = project / "stages/engines/embedded.py"
+    engine.write_text(engine.read_text().replace("from ..sampling", "from draftsmith.stages.engines.sampling.draw"))
+    (project / "stages/engines/remote.py").rename(project / "stages/remote.py")
+    registry = project / "stages/engines/__init__.py"
+    registry.write_text(registry.read_text().replace("stages.engines.remote", "stages.remote"))
+    (project / "stages/rollout.py").rename(project / "stages/collect.py")
+    assert code_digest("draftsmith.stages.collect", project) == before
+
+
+def test_the_same_name_from_another_module_counts(project: Path) -> None:
+    (project / "stages/other.py").write_text(
+        "def draw(x):\n    return x\n\n\nfrom draftsmith.stages.sampling import Y\n"
+    )
+    _, unchanged = digest_after(project, "stages/engines/embedded.py", "import draw", "import draw\nimport json")
+    name = "stages/engines/embedded.py"
+    (project / name).write_text((project / name).read_text() + "\n\nfrom draftsmith.stages.other import Z\n")
+    before, after = digest_after(project, name, "from ..sampling import draw", "from ..other import draw")
+    assert before != after and before != unchanged
+
+
 def test_an_unknown_module_is_an_error(project: Path) -> None:
-    with pytest.raises(DraftsmithError, match=r"no module stages\.absent"):
-        code_digest("stages.absent", project)
+    for module in ("draftsmith.stages.absent", "stages.rollout", "draftsmith"):
+        with pytest.raises(DraftsmithError, match=f"no module {module}"):
+            code_digest(module, project)
 
 
 def test_modules_of_the_project_have_digests_of_their_own() -> None:
-    assert code_digest("stages.contract") != code_digest("artifacts.store")
+    assert code_digest("draftsmith.stages.contract") != code_digest("draftsmith.artifacts.store")

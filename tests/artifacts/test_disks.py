@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from artifacts.errors import DraftsmithError
-from artifacts.store import Store
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.store import Store
 
 pytestmark = pytest.mark.integration
 
@@ -21,10 +21,10 @@ SCRIPT = textwrap.dedent(
     """
     import os, resource, subprocess, sys
     from pathlib import Path
-    from artifacts.errors import DraftsmithError
-    from artifacts.parquet import write_table
-    from artifacts.schemas import PROMPTS
-    from artifacts.store import Claim, Store
+    from draftsmith.artifacts.errors import DraftsmithError
+    from draftsmith.artifacts.parquet import write_table
+    from draftsmith.artifacts.schemas import PROMPTS
+    from draftsmith.artifacts.store import Claim, Store
 
     folder = Path(sys.argv[1])
     store = Store(folder / "store")
@@ -87,9 +87,9 @@ TORCH = textwrap.dedent(
     import sys
     from pathlib import Path
     import torch
-    from artifacts.errors import disk_error_of, from_os_error
-    from stages.drafters.layout import write_checkpoint
-    from stages.training.loop import _save
+    from draftsmith.artifacts.errors import disk_error_of, from_os_error
+    from draftsmith.stages.drafters.layout import write_checkpoint
+    from draftsmith.stages.training.loop import _save
 
     folder = Path(sys.argv[1])
     layer = torch.nn.Linear(1000, 1000)

@@ -7,7 +7,7 @@ import errno
 import pytest
 from safetensors import SafetensorError
 
-from artifacts.errors import disk_error_of
+from draftsmith.artifacts.errors import disk_error_of
 
 FULL, REFUSED = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EACCES, "Permission denied")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from artifacts.leftovers import leftovers
-from artifacts.store import Claim, Store
+from draftsmith.artifacts.leftovers import leftovers
+from draftsmith.artifacts.store import Claim, Store
 
 OLD, YOUNG, KEY = "ab" * 32, "cd" * 32, "ef" * 32
 DAY = 86400.0

@@ -11,10 +11,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from artifacts import schemas
-from artifacts.errors import DraftsmithError
-from artifacts.parquet import ShardWriter, ordered, padded, places, read_shards, read_table, to_table, write_table
-from artifacts.schemas import PROMPTS, REQUESTS, TRACE, VERIFY_STEPS, TableSchema
+from draftsmith.artifacts import schemas
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.parquet import (
+    ShardWriter,
+    ordered,
+    padded,
+    places,
+    read_shards,
+    read_table,
+    to_table,
+    write_table,
+)
+from draftsmith.artifacts.schemas import PROMPTS, REQUESTS, TRACE, VERIFY_STEPS, TableSchema
 
 
 def trace_row(step: Any = 0, **changes: Any) -> dict[str, Any]:

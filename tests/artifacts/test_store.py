@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from artifacts.errors import DraftsmithError
-from artifacts.home import home
-from artifacts.manifest import MANIFEST, ArtifactRef, content_id, describe_files
-from artifacts.store import Claim, Store
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.home import home
+from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef, content_id, describe_files
+from draftsmith.artifacts.store import Claim, Store
 
 KEY = "ab" * 32
 OTHER = "cd" * 32

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from artifacts.manifest import ArtifactRef
-from artifacts.store import Claim, Store
+from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.store import Claim, Store
 from tests.artifacts.test_store import KEY, commit, make
 
 pytestmark = pytest.mark.integration
@@ -23,8 +23,8 @@ RUNNER = textwrap.dedent(
     """
     import os, signal, sys, time
     from pathlib import Path
-    from artifacts.errors import DraftsmithError
-    from artifacts.store import Claim, Store
+    from draftsmith.artifacts.errors import DraftsmithError
+    from draftsmith.artifacts.store import Claim, Store
 
     store = Store(Path(sys.argv[1]))
     def make():

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from artifacts.errors import DraftsmithError
-from artifacts.manifest import MANIFEST, ArtifactRef
-from artifacts.mlflow_terms import flatten
-from artifacts.store import Claim, Store
-from artifacts.tracking import Tracking
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
+from draftsmith.artifacts.mlflow_terms import flatten
+from draftsmith.artifacts.store import Claim, Store
+from draftsmith.artifacts.tracking import Tracking
 
 pytestmark = pytest.mark.integration
 KEY = "ab" * 32
@@ -140,8 +140,8 @@ def test_a_killed_process_leaves_runs_that_close_and_a_living_one_does_not(track
     script = """
         import sys, time
         from pathlib import Path
-        from artifacts.store import Store
-        from artifacts.tracking import Tracking
+        from draftsmith.artifacts.store import Store
+        from draftsmith.artifacts.tracking import Tracking
         tracking = Tracking(Path(sys.argv[1]))
         parent = tracking.open_refresh("dying", {})
         with Store(tracking.folder / "store").claim("sft", "ef" * 32):
@@ -179,7 +179,7 @@ def test_four_processes_on_a_fresh_database_all_live(tmp_path: Path) -> None:
     script = """
         import sys
         from pathlib import Path
-        from artifacts.tracking import Tracking
+        from draftsmith.artifacts.tracking import Tracking
         tracking = Tracking(Path(sys.argv[1]))
         tracking.check()
         parent = tracking.open_refresh(sys.argv[2], {"a": 1})
@@ -275,7 +275,7 @@ def test_a_failure_during_the_work_is_one_warning_and_loses_nothing(
         later = broken.stage_run(parent, "opd", "cd" * 32)
         later.close("FINISHED")
         broken.close_refresh("FINISHED")
-    warnings = [record for record in caplog.records if record.name == "artifacts.tracking"]
+    warnings = [record for record in caplog.records if record.name == "draftsmith.artifacts.tracking"]
     assert len(warnings) == 1
     assert "results are kept in the store" in warnings[0].getMessage()
 
@@ -283,7 +283,7 @@ def test_a_failure_during_the_work_is_one_warning_and_loses_nothing(
 def test_metrics_of_a_time_without_mlflow_are_sent_when_it_is_back(
     tracking: Tracking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("artifacts.tracking.FLUSH_S", -1.0)  # every step is due
+    monkeypatch.setattr("draftsmith.artifacts.tracking.FLUSH_S", -1.0)  # every step is due
     run = tracking.stage_run(None, "sft", KEY)
     run.metrics(0, {"loss": 3.0})
     client, _ = tracking._connect()
@@ -335,7 +335,7 @@ def test_params_are_flat_and_within_the_limits_of_mlflow() -> None:
 def test_telemetry_is_off_and_the_import_is_lazy(tmp_path: Path) -> None:
     script = """
         import sys
-        from artifacts.tracking import Tracking
+        from draftsmith.artifacts.tracking import Tracking
         assert "mlflow" not in sys.modules
         from pathlib import Path
         Tracking(Path(sys.argv[1])).check()

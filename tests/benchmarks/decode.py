@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from stages.engines.base import Request, SamplingParams
-from stages.engines.embedded import EmbeddedEngine
-from stages.targets.causal_lm import Target
-from stages.targets.resolve import model_path
+from draftsmith.stages.engines.base import Request, SamplingParams
+from draftsmith.stages.engines.embedded import EmbeddedEngine
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.resolve import model_path
 from tests.benchmarks import harness, machine
 
 OURS, THEIRS = "embedded engine", "transformers generate"

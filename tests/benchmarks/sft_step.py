@@ -27,26 +27,26 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from artifacts.errors import DraftsmithError
-from stages.drafters.base import Drafter
-from stages.drafters.checkpoint import create_drafter, load_drafter
-from stages.drafters.config import DFlashConfig
-from stages.opd import OpdConfig, anchor_source
-from stages.replay.chains import replay_chains
-from stages.replay.trace import Trajectory
-from stages.sft import SftConfig
-from stages.stored import DRAFTER_FOLDER, load_trajectories
-from stages.targets.causal_lm import Target
-from stages.training.anchors import DRAWS, position_anchors
-from stages.training.batches import FeatureSource, frequent_tokens, step_rng, token_counts
-from stages.training.blocks import LossReport, context_of
-from stages.training.config import TrainingConfig
-from stages.training.mined import MinedTable, TrajectorySteps
-from stages.training.opd_step import OpdStep
-from stages.training.remining import Remining
-from stages.training.steps import score
-from stages.training.supervised import sft_loss
-from stages.training.vocabulary import HeadSource
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter
+from draftsmith.stages.drafters.config import DFlashConfig
+from draftsmith.stages.opd import OpdConfig, anchor_source
+from draftsmith.stages.replay.chains import replay_chains
+from draftsmith.stages.replay.trace import Trajectory
+from draftsmith.stages.sft import SftConfig
+from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.training.anchors import DRAWS, position_anchors
+from draftsmith.stages.training.batches import FeatureSource, frequent_tokens, step_rng, token_counts
+from draftsmith.stages.training.blocks import LossReport, context_of
+from draftsmith.stages.training.config import TrainingConfig
+from draftsmith.stages.training.on_policy.mined import MinedTable, TrajectorySteps
+from draftsmith.stages.training.on_policy.remining import Remining
+from draftsmith.stages.training.on_policy.step import OpdStep
+from draftsmith.stages.training.on_policy.verify_steps import score
+from draftsmith.stages.training.supervised import sft_loss
+from draftsmith.stages.training.vocabulary import HeadSource
 from tests.benchmarks import harness, machine
 
 GAMMA = 2.0

@@ -17,9 +17,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from artifacts.errors import DraftsmithError
-from stages.engines.sglang.plugin import KEY
-from stages.engines.sglang.plugin_hooks import Recorder
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.engines.sglang.plugin import KEY
+from draftsmith.stages.engines.sglang.plugin_hooks import Recorder
 from tests.benchmarks import harness
 from tests.sglang_cpu.server import generate, running_server, sglang_python
 from tests.testbed import target

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from artifacts.errors import EXIT_RETRYABLE
-from flows.cli import main
-from tests.flows.processes import ROOT, assert_gone, pid_in, processes_of, run_toy, toy_command, wait_until
-from tests.flows.toy import TOY, write_config
+from draftsmith.artifacts.errors import EXIT_RETRYABLE
+from draftsmith.flows.cli import main
+from tests.flows.pipeline.processes import ROOT, assert_gone, pid_in, processes_of, run_toy, toy_command, wait_until
+from tests.flows.pipeline.toy import TOY, write_config
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def saved_numbers(home: Path) -> int:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = "import sys, flows.cli; flows.cli.main(['--help'])"
+    code = "import sys, draftsmith.flows.cli; draftsmith.flows.cli.main(['--help'])"
     heavy = "print(sorted({'torch', 'prefect', 'mlflow', 'pydantic', 'rich', 'pyarrow'} & set(sys.modules)))"
     source = f"import atexit, sys; atexit.register(lambda: {heavy}); {code}"
     result = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from flows.config import RunConfig, control_config, load_config
-from flows.graph import in_order
-from flows.refresh_graph import refresh_nodes
-from stages.engines.config import SGLangEngineConfig
-from stages.sft import SftConfig
-from stages.training.loss_config import LossConfig
+from draftsmith.flows.pipeline.graph import in_order
+from draftsmith.flows.refresh.config import RunConfig, control_config, load_config
+from draftsmith.flows.refresh.graph import refresh_nodes
+from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.stages.sft import SftConfig
+from draftsmith.stages.training.loss_config import LossConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = ["qwen3-4b-dflash", "qwen3-4b-dflash-thinking", "qwen3-8b-dflash", "qwen3-8b-dflash-thinking"]

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from artifacts.parquet import read_table
-from artifacts.schemas import ACCEPTANCE
-from artifacts.store import Store
+from draftsmith.artifacts.parquet import read_table
+from draftsmith.artifacts.schemas import ACCEPTANCE
+from draftsmith.artifacts.store import Store
 from tests.integration.test_refresh import Home
 
 pytestmark = pytest.mark.integration

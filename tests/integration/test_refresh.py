@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
-from artifacts.store import Store
-from tests.flows.processes import ROOT, processes_of
+from draftsmith.artifacts.store import Store
+from tests.flows.pipeline.processes import ROOT, processes_of
 from tests.testbed.target import MASK
 
 pytestmark = pytest.mark.integration
@@ -69,7 +69,7 @@ class Home:
     def config(self) -> Path:
         return self.folder / "tiny.yaml"
 
-    def run(self, *arguments: str | Path, module: str = "flows") -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str | Path, module: str = "draftsmith.flows") -> subprocess.CompletedProcess[str]:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "DRAFTSMITH_"))}
         return subprocess.run(
             [sys.executable, "-m", module, *map(str, arguments)],

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stages.drafters.checkpoint import drafter_digest, load_drafter
-from stages.engines.sglang.records import TRACE_KEY
-from stages.replay.chains import replay_chains
-from stages.replay.trace import Trace, Trajectory, tau
-from stages.stored import DRAFTER_FOLDER
+from draftsmith.stages.drafters.checkpoint import drafter_digest, load_drafter
+from draftsmith.stages.engines.sglang.records import TRACE_KEY
+from draftsmith.stages.replay.chains import replay_chains
+from draftsmith.stages.replay.trace import Trace, Trajectory, tau
+from draftsmith.stages.stored import DRAFTER_FOLDER
 from tests.integration.test_sglang_serving import Served, assert_same_steps, trace_of
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.sglang_cpu.server import generate, running_server

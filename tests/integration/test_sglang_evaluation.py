@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from artifacts.errors import DraftsmithError, StageInterrupted
-from artifacts.parquet import read_table, write_table
-from artifacts.schemas import REQUESTS, TRACE, TRAJECTORIES
-from stages.drafters.checkpoint import load_drafter, save_drafter
-from stages.evaluation import STAGE, EvaluationConfig
-from stages.stored import DRAFTER_FOLDER
-from stages.targets.causal_lm import Target
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.artifacts.parquet import read_table, write_table
+from draftsmith.artifacts.schemas import REQUESTS, TRACE, TRAJECTORIES
+from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
+from draftsmith.stages.evaluation import STAGE, EvaluationConfig
+from draftsmith.stages.stored import DRAFTER_FOLDER
+from draftsmith.stages.targets.causal_lm import Target
 from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from artifacts.errors import EXIT_INTERRUPTED, RetryableError
-from artifacts.parquet import read_table
-from artifacts.schemas import TIMINGS, TRACE, TRAJECTORIES
-from flows.options import TimeLimit
-from flows.stage_process import StageRequest, run_stage
-from stages.rollout import STAGE, RolloutConfig
-from tests.flows.processes import wait_until
+from draftsmith.artifacts.errors import EXIT_INTERRUPTED, RetryableError
+from draftsmith.artifacts.parquet import read_table
+from draftsmith.artifacts.schemas import TIMINGS, TRACE, TRAJECTORIES
+from draftsmith.flows.pipeline.options import TimeLimit
+from draftsmith.flows.pipeline.process import StageRequest, run_stage
+from draftsmith.stages.rollout import STAGE, RolloutConfig
+from tests.flows.pipeline.processes import wait_until
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
 from tests.sglang_cpu.server import running_server
@@ -172,7 +172,7 @@ def test_no_server_outlives_its_stage(
     config = settings(launched(sglang_env)) | {"samples_per_prompt": 50}
     asked = {
         "stage": "rollout",
-        "module": "stages.rollout",
+        "module": "draftsmith.stages.rollout",
         "config": config,
         "inputs": {name: str(path) for name, path in inputs(tiny_drafter).items()},
         "out": str(tmp_path / "out"),
@@ -182,7 +182,7 @@ def test_no_server_outlives_its_stage(
     }
     request.write_text(json.dumps(asked))
     stage = subprocess.Popen(
-        [sys.executable, "-P", "-m", "stages", str(request)],
+        [sys.executable, "-P", "-m", "draftsmith.stages", str(request)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -210,7 +210,7 @@ def test_a_stage_run_by_the_flow_leaves_nothing_behind(
 ) -> None:
     request = StageRequest(
         "rollout",
-        "stages.rollout",
+        "draftsmith.stages.rollout",
         settings(launched(sglang_env)),
         {name: str(path) for name, path in inputs(tiny_drafter).items()},
         str(tmp_path / "out"),

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from artifacts.parquet import read_table
-from artifacts.schemas import TRACE, TRAJECTORIES
-from artifacts.store import Store
-from tests.flows.processes import processes_of
+from draftsmith.artifacts.parquet import read_table
+from draftsmith.artifacts.schemas import TRACE, TRAJECTORIES
+from draftsmith.artifacts.store import Store
+from tests.flows.pipeline.processes import processes_of
 from tests.integration.test_refresh import NODES, Home, config_of, done, reused
 from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from artifacts.errors import DraftsmithError
-from artifacts.parquet import read_table
-from artifacts.schemas import TIMINGS, TRACE, TRAJECTORIES, TableSchema
-from stages.drafters.config import DraftingConfig
-from stages.engines.base import Request, SamplingParams
-from stages.engines.config import SGLangEngineConfig
-from stages.engines.sglang.engine import open_sglang
-from stages.rollout import STAGE, RolloutConfig
-from stages.stored import DRAFTER_FOLDER, load_prompts
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.parquet import read_table
+from draftsmith.artifacts.schemas import TIMINGS, TRACE, TRAJECTORIES, TableSchema
+from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.engines.base import Request, SamplingParams
+from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.stages.engines.sglang.engine import open_sglang
+from draftsmith.stages.rollout import STAGE, RolloutConfig
+from draftsmith.stages.stored import DRAFTER_FOLDER, load_prompts
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from stages.engines.base import Completion
-from stages.engines.sglang.records import TRACE_KEY
-from stages.replay.chains import replay_chains
-from stages.replay.trace import Trace, Trajectory, tau
+from draftsmith.stages.engines.base import Completion
+from draftsmith.stages.engines.sglang.records import TRACE_KEY
+from draftsmith.stages.replay.chains import replay_chains
+from draftsmith.stages.replay.trace import Trace, Trajectory, tau
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.sglang_cpu.server import generate
 from tests.stages.bench import GREEDY_TOKENS, Bench, build_bench
@@ -174,7 +174,7 @@ def test_the_plugins_logprobs_are_the_targets_on_the_draft_induced_prefix(traced
 
 
 def test_the_plugin_names_its_version_and_the_served_drafter(traced: Served, serving_target: ServingTarget) -> None:
-    from stages.drafters.checkpoint import drafter_digest
+    from draftsmith.stages.drafters.checkpoint import drafter_digest
 
     digest = drafter_digest(serving_target.drafter)
     for elements in traced.meta(TRACE_KEY):

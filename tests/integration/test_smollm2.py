@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.drafters.checkpoint import create_drafter
-from stages.drafters.config import DFlashConfig
-from stages.engines.base import Completion, Request, SamplingParams
-from stages.engines.embedded import EmbeddedEngine
-from stages.target import STAGE, TargetConfig
-from stages.targets.causal_lm import Target
-from stages.targets.resolve import model_path
+from draftsmith.stages.drafters.checkpoint import create_drafter
+from draftsmith.stages.drafters.config import DFlashConfig
+from draftsmith.stages.engines.base import Completion, Request, SamplingParams
+from draftsmith.stages.engines.embedded import EmbeddedEngine
+from draftsmith.stages.target import STAGE, TargetConfig
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.resolve import model_path
 from tests.testbed.context import RecordingContext
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.integration]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stages.engines.config import OptionValue
+from draftsmith.stages.engines.config import OptionValue
 
 CPU_OPTIONS: dict[str, OptionValue] = {
     "device": "cpu",

@@ -16,8 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from stages import lifeline
-from stages.engines.config import OptionValue
+from draftsmith.stages import lifeline
+from draftsmith.stages.engines.config import OptionValue
 from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
 
 START_LIMIT_S = 400.0  # 20 to 50 s on a quiet machine; the tests may share two cores with others
@@ -88,7 +88,7 @@ def reserved_port() -> Iterator[int]:
 
 @contextmanager
 def _process(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The server in a group of its own that also dies when the test process is killed (`stages.lifeline`)."""
+    """The server in a group of its own that also dies when the test process is killed (`stages/lifeline.py`)."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
     guard_end, our_end = os.pipe()
     try:

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from stages.drafters.base import Context, Drafter
-from stages.drafters.checkpoint import create_drafter, load_drafter
-from stages.drafters.config import DFlashConfig, DraftingConfig
-from stages.engines.base import Completion, Request, SamplingParams
-from stages.engines.embedded import EmbeddedEngine
-from stages.replay.sequential import replay_sequentially
-from stages.replay.trace import Trace, Trajectory, pad_tokens
-from stages.stored import DRAFTER_FOLDER, Prompt, load_prompts
-from stages.targets.causal_lm import Target, TargetOutput
+from draftsmith.stages.drafters.base import Context, Drafter
+from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter
+from draftsmith.stages.drafters.config import DFlashConfig, DraftingConfig
+from draftsmith.stages.engines.base import Completion, Request, SamplingParams
+from draftsmith.stages.engines.embedded import EmbeddedEngine
+from draftsmith.stages.replay.sequential import replay_sequentially
+from draftsmith.stages.replay.trace import Trace, Trajectory, pad_tokens
+from draftsmith.stages.stored import DRAFTER_FOLDER, Prompt, load_prompts
+from draftsmith.stages.targets.causal_lm import Target, TargetOutput
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.target import MASK
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from stages.drafters.checkpoint import create_drafter, load_drafter
-from stages.drafters.config import Eagle3Config
-from stages.stored import DRAFTER_FOLDER, load_trajectories
-from stages.training.batches import frequent_tokens, token_counts
+from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter
+from draftsmith.stages.drafters.config import Eagle3Config
+from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
+from draftsmith.stages.training.batches import frequent_tokens, token_counts
 from tests.stages.bench import Bench, build_bench
 from tests.testbed.drafter import DrafterArtifacts
 

@@ -9,21 +9,21 @@ from typing import Any
 
 import pytest
 
-from artifacts.errors import DraftsmithError, StageInterrupted
-from artifacts.parquet import read_table
-from artifacts.schemas import REQUESTS
-from stages.drafters.checkpoint import load_drafter, read_info
-from stages.evaluation import STAGE as EVALUATION
-from stages.evaluation import EvaluationConfig
-from stages.mining import STAGE as MINING
-from stages.mining import MiningConfig
-from stages.opd import STAGE as OPD
-from stages.opd import OpdConfig
-from stages.rollout import STAGE as ROLLOUT
-from stages.rollout import RolloutConfig
-from stages.sft import STAGE as SFT
-from stages.sft import SftConfig
-from stages.stored import DRAFTER_FOLDER
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.artifacts.parquet import read_table
+from draftsmith.artifacts.schemas import REQUESTS
+from draftsmith.stages.drafters.checkpoint import load_drafter, read_info
+from draftsmith.stages.evaluation import STAGE as EVALUATION
+from draftsmith.stages.evaluation import EvaluationConfig
+from draftsmith.stages.mining import STAGE as MINING
+from draftsmith.stages.mining import MiningConfig
+from draftsmith.stages.opd import STAGE as OPD
+from draftsmith.stages.opd import OpdConfig
+from draftsmith.stages.rollout import STAGE as ROLLOUT
+from draftsmith.stages.rollout import RolloutConfig
+from draftsmith.stages.sft import STAGE as SFT
+from draftsmith.stages.sft import SftConfig
+from draftsmith.stages.stored import DRAFTER_FOLDER
 from tests.stages.bench import Bench
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from artifacts.errors import DraftsmithError
-from artifacts.parquet import read_table
-from artifacts.schemas import REQUESTS, TRAJECTORIES
-from stages.evaluation import STAGE, EvaluationConfig, preflight
-from stages.replay.trace import tau
-from stages.sft import STAGE as SFT
-from stages.sft import SftConfig
-from stages.stored import load_trajectories
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.parquet import read_table
+from draftsmith.artifacts.schemas import REQUESTS, TRAJECTORIES
+from draftsmith.stages.evaluation import STAGE, EvaluationConfig, preflight
+from draftsmith.stages.replay.trace import tau
+from draftsmith.stages.sft import STAGE as SFT
+from draftsmith.stages.sft import SftConfig
+from draftsmith.stages.stored import load_trajectories
 from tests.stages.bench import Bench
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from artifacts.errors import DraftsmithError, StageInterrupted
-from artifacts.parquet import read_table
-from artifacts.schemas import PROMPTS, TRAJECTORIES, VERIFY_STEPS
-from stages.log_sources import LoggedRow, Reader, SetAside
-from stages.logs import STAGE, LogsConfig
-from stages.mining import STAGE as MINING
-from stages.mining import MiningConfig
-from stages.targets.resolve import load_tokenizer, model_path, read_target_info
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.artifacts.parquet import read_table
+from draftsmith.artifacts.schemas import PROMPTS, TRAJECTORIES, VERIFY_STEPS
+from draftsmith.stages.logs import STAGE, LogsConfig
+from draftsmith.stages.mining import STAGE as MINING
+from draftsmith.stages.mining import MiningConfig
+from draftsmith.stages.prompting.logged import LoggedRow, Reader, SetAside
+from draftsmith.stages.targets.resolve import load_tokenizer, model_path, read_target_info
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from artifacts.errors import DraftsmithError, StageInterrupted
-from artifacts.parquet import read_table, write_table
-from artifacts.schemas import TIMINGS, TRACE, VERIFY_STEPS
-from stages.drafters.checkpoint import drafter_digest, load_drafter, save_drafter
-from stages.mining import STAGE, MiningConfig
-from stages.rollout import STAGE as ROLLOUT
-from stages.rollout import RolloutConfig
-from stages.stored import DRAFTER_FOLDER, load_trajectories
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.artifacts.parquet import read_table, write_table
+from draftsmith.artifacts.schemas import TIMINGS, TRACE, VERIFY_STEPS
+from draftsmith.stages.drafters.checkpoint import drafter_digest, load_drafter, save_drafter
+from draftsmith.stages.mining import STAGE, MiningConfig
+from draftsmith.stages.rollout import STAGE as ROLLOUT
+from draftsmith.stages.rollout import RolloutConfig
+from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
 from tests.stages.bench import Bench
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts

@@ -12,16 +12,16 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from artifacts.errors import DraftsmithError, StageInterrupted
-from stages.drafters.base import Drafter
-from stages.drafters.checkpoint import drafter_digest, load_drafter, read_info
-from stages.mining import STAGE as MINING
-from stages.mining import MiningConfig
-from stages.opd import STAGE, OpdConfig
-from stages.rollout import STAGE as ROLLOUT
-from stages.rollout import RolloutConfig
-from stages.stored import DRAFTER_FOLDER, load_trajectories
-from stages.training.mined import load_mined
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.checkpoint import drafter_digest, load_drafter, read_info
+from draftsmith.stages.mining import STAGE as MINING
+from draftsmith.stages.mining import MiningConfig
+from draftsmith.stages.opd import STAGE, OpdConfig
+from draftsmith.stages.rollout import STAGE as ROLLOUT
+from draftsmith.stages.rollout import RolloutConfig
+from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
+from draftsmith.stages.training.on_policy.mined import load_mined
 from tests.stages.bench import Bench
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts

@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from artifacts.errors import DraftsmithError
-from artifacts.parquet import read_table
-from artifacts.schemas import PROMPTS
-from stages.prompt_sources import ReasoningGymSource, row_messages, supplies
-from stages.prompts import STAGE, PromptsConfig
-from stages.targets.config import TargetConfig
-from stages.targets.resolve import resolve_target
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.parquet import read_table
+from draftsmith.artifacts.schemas import PROMPTS
+from draftsmith.stages.prompting.sources import ReasoningGymSource, row_messages, supplies
+from draftsmith.stages.prompts import STAGE, PromptsConfig
+from draftsmith.stages.targets.config import TargetConfig
+from draftsmith.stages.targets.resolve import resolve_target
 from tests.testbed.context import RecordingContext
 
 Row = dict[str, Any]

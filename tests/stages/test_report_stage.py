@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from artifacts.errors import DraftsmithError
-from artifacts.manifest import ArtifactRef
-from artifacts.store import Claim, Store
-from stages.report import STAGE, ReportConfig
-from tests.artifacts.sample_report import EVALUATION
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.store import Claim, Store
+from draftsmith.stages.report import STAGE, ReportConfig
+from tests.stages.reporting.sample_report import EVALUATION
 
 
 @dataclass

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from artifacts.errors import DraftsmithError, StageInterrupted
-from artifacts.parquet import read_table
-from artifacts.schemas import TIMINGS, TRACE, TRAJECTORIES
-from stages.drafters.checkpoint import drafter_digest
-from stages.rollout import STAGE, RolloutConfig, preflight
-from stages.stored import DRAFTER_FOLDER, load_prompts, load_trajectories
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.artifacts.parquet import read_table
+from draftsmith.artifacts.schemas import TIMINGS, TRACE, TRAJECTORIES
+from draftsmith.stages.drafters.checkpoint import drafter_digest
+from draftsmith.stages.rollout import STAGE, RolloutConfig, preflight
+from draftsmith.stages.stored import DRAFTER_FOLDER, load_prompts, load_trajectories
 from tests.stages.bench import Bench
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from artifacts.errors import DraftsmithError, StageInterrupted
-from stages.drafters.checkpoint import drafter_digest, load_drafter, read_info
-from stages.sft import STAGE, SftConfig, preflight
-from stages.stored import DRAFTER_FOLDER
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.stages.drafters.checkpoint import drafter_digest, load_drafter, read_info
+from draftsmith.stages.sft import STAGE, SftConfig, preflight
+from draftsmith.stages.stored import DRAFTER_FOLDER
 from tests.stages.bench import Bench
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts

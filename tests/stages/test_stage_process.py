@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from tests.flows.processes import ROOT, alive, pid_in, wait_until
-from tests.flows.toy import COLLECT
+from tests.flows.pipeline.processes import ROOT, alive, pid_in, wait_until
+from tests.flows.pipeline.toy import COLLECT
 
-MISBEHAVE = "tests.flows.toy_stages.misbehave"
+MISBEHAVE = "tests.flows.pipeline.toy_stages.misbehave"
 
 
 def start(
@@ -35,7 +35,7 @@ def start(
     path.write_text(json.dumps(request))
     extra = [] if lifeline is None else ["--lifeline", str(lifeline)]
     return subprocess.Popen(
-        [sys.executable, "-m", "stages", str(path), *extra],
+        [sys.executable, "-m", "draftsmith.stages", str(path), *extra],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

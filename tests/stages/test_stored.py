@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from artifacts.errors import DraftsmithError
-from artifacts.parquet import write_table
-from artifacts.schemas import TRAJECTORIES
-from stages.stored import load_trajectories
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.parquet import write_table
+from draftsmith.artifacts.schemas import TRAJECTORIES
+from draftsmith.stages.stored import load_trajectories
 
 
 def write(folder: Path, *changes: dict[str, Any]) -> Path:

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from artifacts.errors import DraftsmithError
-from stages.target import STAGE, TargetConfig
-from stages.targets.resolve import TargetInfo, model_path, read_target_info, resolve_target
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.target import STAGE, TargetConfig
+from draftsmith.stages.targets.resolve import TargetInfo, model_path, read_target_info, resolve_target
 from tests.testbed.context import RecordingContext
 
 
@@ -337,7 +337,7 @@ def test_scaling_by_one_changes_nothing_and_is_accepted(copied: Path, tmp_path: 
 def test_a_window_without_layer_types_is_refused(tmp_path: Path) -> None:
     from transformers import MistralConfig
 
-    from stages.targets.resolve import _check_supported
+    from draftsmith.stages.targets.resolve import _check_supported
 
     with pytest.raises(DraftsmithError, match="sliding_window = 4096 is not supported"):
         _check_supported(tmp_path, MistralConfig(sliding_window=4096))

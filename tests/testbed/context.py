@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from artifacts.errors import StageInterrupted
+from draftsmith.artifacts.errors import StageInterrupted
 
 
 @dataclass
 class RecordingContext:
-    """Fulfils `stages.contract.StageContext`; `out` and `work` are made."""
+    """Fulfils `draftsmith.stages.contract.StageContext`; `out` and `work` are made."""
 
     out: Path
     work: Path

@@ -73,7 +73,7 @@ def _run_stage(stage: str, config: dict[str, object], out: Path, seed: int, inpu
     import importlib
     import shutil
 
-    declared = importlib.import_module(f"stages.{stage}").STAGE
+    declared = importlib.import_module(f"draftsmith.stages.{stage}").STAGE
     work = out.with_name(f"{out.name}.work")
     declared.run(RecordingContext(out, work, inputs, seed), declared.config.model_validate(config))
     shutil.rmtree(work)
@@ -131,11 +131,21 @@ def drafter_artifacts(target_model: Path, prompts: Path, recipe: DrafterRecipe =
     Built again when the target, the prompts, the recipe, or the code that shapes or trains a drafter changes; a change
     of engine, store or flow leaves them: what those do to an artifact is for their own tests.
     """
-    from artifacts import schemas
-    from stages.drafters import head, layout
-    from stages.drafters.dflash import checkpoint, model
-    from stages.targets import resolve, source
-    from stages.training import anchors, batches, blocks, chunked, loop, losses, response, supervised, vocabulary
+    from draftsmith.artifacts import schemas
+    from draftsmith.stages.drafters import head, layout
+    from draftsmith.stages.drafters.dflash import checkpoint, model
+    from draftsmith.stages.targets import resolve, source
+    from draftsmith.stages.training import (
+        anchors,
+        batches,
+        blocks,
+        chunked,
+        loop,
+        losses,
+        response,
+        supervised,
+        vocabulary,
+    )
     from tests.testbed import drafter
 
     def build(folder: Path) -> None:

@@ -11,8 +11,8 @@ from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 
 if TYPE_CHECKING:
-    from stages.drafters.eagle3.model import Eagle3Drafter
-    from stages.targets.causal_lm import Target
+    from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
+    from draftsmith.stages.targets.causal_lm import Target
 
 RANDOM_VOCABULARY = 40  # of 64
 
@@ -21,9 +21,9 @@ def random_eagle3(target: Target, seed: int = 0) -> Eagle3Drafter:
     """Block 5, layers 2, 0 and 1, a draft vocabulary of 40 tokens. Weights so large that every part matters."""
     import torch
 
-    from stages.drafters.checkpoint import create_drafter
-    from stages.drafters.config import Eagle3Config
-    from stages.drafters.eagle3.model import Eagle3Drafter
+    from draftsmith.stages.drafters.checkpoint import create_drafter
+    from draftsmith.stages.drafters.config import Eagle3Config
+    from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
 
     shape = Eagle3Config(
         kind="eagle3",
@@ -65,11 +65,21 @@ def trained_eagle3(made: DrafterArtifacts, recipe: Eagle3Recipe = TINY) -> Path:
 
     Trained again when the target, its answers, the recipe or the code that shapes or trains the drafter changes.
     """
-    from artifacts import schemas
-    from stages import sft
-    from stages.drafters import head, layout
-    from stages.drafters.eagle3 import checkpoint, model
-    from stages.training import anchors, batches, blocks, chunked, loop, losses, response, supervised, vocabulary
+    from draftsmith.artifacts import schemas
+    from draftsmith.stages import sft
+    from draftsmith.stages.drafters import head, layout
+    from draftsmith.stages.drafters.eagle3 import checkpoint, model
+    from draftsmith.stages.training import (
+        anchors,
+        batches,
+        blocks,
+        chunked,
+        loop,
+        losses,
+        response,
+        supervised,
+        vocabulary,
+    )
     from tests.testbed import eagle3
 
     def build(folder: Path) -> None:

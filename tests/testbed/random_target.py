@@ -8,9 +8,9 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from stages.drafters.dflash.model import DFlashDrafter
-from stages.replay.trace import Trajectory
-from stages.targets.causal_lm import Target
+from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.replay.trace import Trajectory
+from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed.context import RecordingContext
 
 VOCAB_SIZE, HIDDEN_SIZE, LAYERS = 64, 32, 4
@@ -58,7 +58,7 @@ def write_model(folder: Path, seed: int = 0) -> None:
 
 def write_artifact(folder: Path, seed: int = 0) -> Path:
     """An artifact of the stage `target` in `folder/out`, the model beside it; returns the artifact's folder."""
-    from stages.target import STAGE, TargetConfig
+    from draftsmith.stages.target import STAGE, TargetConfig
 
     write_model(folder / "model", seed)
     context = RecordingContext.under(folder)
@@ -85,8 +85,8 @@ def trajectories(count: int, seed: int = 0, prompt_length: int = 4) -> list[Traj
 
 def write_trajectories(folder: Path, made: list[Trajectory], temperature: float = 0.0) -> Path:
     """The artifact of a rollout that gave these trajectories; returns the folder."""
-    from artifacts.parquet import write_table
-    from artifacts.schemas import TRAJECTORIES
+    from draftsmith.artifacts.parquet import write_table
+    from draftsmith.artifacts.schemas import TRAJECTORIES
 
     rows = [
         {
@@ -113,8 +113,8 @@ def random_drafter(target: Target, seed: int = 0) -> DFlashDrafter:
     """2 layers, block 5, layers 2 and 0. Weights so large that every part matters; a fresh drafter's are near zero."""
     import torch
 
-    from stages.drafters.checkpoint import create_drafter
-    from stages.drafters.config import DFlashConfig
+    from draftsmith.stages.drafters.checkpoint import create_drafter
+    from draftsmith.stages.drafters.config import DFlashConfig
 
     shape = DFlashConfig(num_layers=2, block_size=5, target_layer_ids=(2, 0), intermediate_size=40)
     drafter = create_drafter(shape, target, seed)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from stages.procedural import text, training
-from stages.procedural.training import MASK, ShapeConfig, TrainingTextConfig, train_target, training_examples
+from draftsmith.stages.procedural import text, training
+from draftsmith.stages.procedural.training import MASK, ShapeConfig, TrainingTextConfig, train_target, training_examples
 from tests.testbed import cache
 
 __all__ = ["MASK", "SHAPE", "TAUGHT", "fresh_prompts", "prompts_file", "target_folder"]

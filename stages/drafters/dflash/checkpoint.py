@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
-from artifacts.errors import DraftsmithError
-from stages.drafters import layout
-from stages.drafters.config import DFlashConfig
-from stages.drafters.dflash.model import DFlashDrafter
-from stages.targets.causal_lm import Target
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.drafters import layout
+from draftsmith.stages.drafters.config import DFlashConfig
+from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.targets.causal_lm import Target
 
 ARCHITECTURE = "DFlashDraftModel"
 MASK_ADVICE = (

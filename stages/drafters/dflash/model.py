@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
-from stages.drafters.base import Context, Drafter, DrafterInfo, Proposals, StepShape, TrainingRecipe, best_of
-from stages.drafters.head import Head
-from stages.targets.slots import KeyValueSlots, Rows
+from draftsmith.stages.drafters.base import Context, Drafter, DrafterInfo, Proposals, StepShape, TrainingRecipe, best_of
+from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.targets.slots import KeyValueSlots, Rows
 
 
 @dataclass

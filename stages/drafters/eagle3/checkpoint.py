@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers.models.llama.configuration_llama import LlamaConfig
 
-from artifacts.errors import DraftsmithError
-from stages.drafters import layout
-from stages.drafters.config import Eagle3Config
-from stages.drafters.eagle3.model import Eagle3Drafter
-from stages.targets.causal_lm import Target
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.drafters import layout
+from draftsmith.stages.drafters.config import Eagle3Config
+from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
+from draftsmith.stages.targets.causal_lm import Target
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 FEATURES = 3  # low, middle, high

@@ -21,9 +21,9 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
-from stages.drafters.base import Context, Drafter, DrafterInfo, Proposals, StepShape, TrainingRecipe, best_of
-from stages.drafters.head import Head
-from stages.targets.slots import KeyValueSlots, Rows
+from draftsmith.stages.drafters.base import Context, Drafter, DrafterInfo, Proposals, StepShape, TrainingRecipe, best_of
+from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.targets.slots import KeyValueSlots, Rows
 
 
 @dataclass

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 
 if TYPE_CHECKING:
     import httpx

@@ -11,16 +11,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from artifacts.errors import DraftsmithError
-from stages.drafters.config import DraftingConfig
-from stages.engines.base import Completion, Request
-from stages.engines.config import GREEDY_ONLY, SGLangEngineConfig
-from stages.engines.sglang.records import completion_of, generate_payload
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.engines.base import Completion, Request
+from draftsmith.stages.engines.config import GREEDY_ONLY, SGLangEngineConfig
+from draftsmith.stages.engines.sglang.records import completion_of, generate_payload
 
 if TYPE_CHECKING:
-    from stages.engines.sglang.client import Answer, ServerPool
-    from stages.engines.sglang.fleet import Fleet
-    from stages.engines.sglang.handshake import Expected
+    from draftsmith.stages.engines.sglang.client import Answer, ServerPool
+    from draftsmith.stages.engines.sglang.fleet import Fleet
+    from draftsmith.stages.engines.sglang.handshake import Expected
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ class LoopThread:
 
 
 class SGLangEngine:
-    """Fulfils `stages.engines.base.Engine`; made by `open_sglang`.
+    """Fulfils `draftsmith.stages.engines.base.Engine`; made by `open_sglang`.
 
     `first_token_seconds` of completions is NaN unless the engine was opened with `measure_first_token`.
     """
@@ -160,8 +160,8 @@ def open_sglang(
     longest: positions of the longest request. work: launched servers' logs go to its folder `servers`.
     Raises DraftsmithError for a config, server or drafter that does not fit, RetryableError if no server answers.
     """
-    from stages.engines.sglang.fleet import open_fleet
-    from stages.engines.sglang.handshake import Expected
+    from draftsmith.stages.engines.sglang.fleet import open_fleet
+    from draftsmith.stages.engines.sglang.handshake import Expected
 
     expected = Expected.of(
         config,

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from artifacts.errors import DraftsmithError, RetryableError
-from stages.engines.config import SGLangEngineConfig
-from stages.engines.sglang.client import Server, ServerPool, State
-from stages.engines.sglang.handshake import Expected, Facts, shake_hands
-from stages.engines.sglang.server import ServerProcess, command, server_processes
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.stages.engines.sglang.client import Server, ServerPool, State
+from draftsmith.stages.engines.sglang.handshake import Expected, Facts, shake_hands
+from draftsmith.stages.engines.sglang.server import ServerProcess, command, server_processes
 
 if TYPE_CHECKING:
     import httpx

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from artifacts.errors import DraftsmithError, RetryableError
-from stages.drafters.config import DraftingConfig
-from stages.engines.base import Request, SamplingParams
-from stages.engines.config import NO_REDUCED_HEAD, SGLangEngineConfig, TreeConfig
-from stages.engines.sglang.client import LostError, check_status
-from stages.engines.sglang.records import completion_of, generate_payload, trace_identity
-from stages.engines.sglang.server import algorithm_of, block_size_of
-from stages.targets.resolve import TargetInfo, load_tokenizer, model_path, read_target_info
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.engines.base import Request, SamplingParams
+from draftsmith.stages.engines.config import NO_REDUCED_HEAD, SGLangEngineConfig, TreeConfig
+from draftsmith.stages.engines.sglang.client import LostError, check_status
+from draftsmith.stages.engines.sglang.records import completion_of, generate_payload, trace_identity
+from draftsmith.stages.engines.sglang.server import algorithm_of, block_size_of
+from draftsmith.stages.targets.resolve import TargetInfo, load_tokenizer, model_path, read_target_info
 
 if TYPE_CHECKING:
     import httpx
@@ -59,7 +59,7 @@ class Expected:
         expected = cls(target, model_folder, probe_ids, longest, stream=stream)
         if drafter_folder is None:
             return expected
-        from stages.drafters.checkpoint import check_drafter, check_layers, drafter_digest
+        from draftsmith.stages.drafters.checkpoint import check_drafter, check_layers, drafter_digest
 
         if drafting.head_tokens is not None:
             raise DraftsmithError(f"drafting.head_tokens: {NO_REDUCED_HEAD}")
@@ -165,8 +165,8 @@ async def _check_model(client: httpx.AsyncClient, url: str, model: dict[str, Any
         if path != target.source:
             remarks.append(f"{url} serves {path}: taken for {target.source}, whose architecture and tokenizer it has")
     elif folder.resolve() != expected.model_folder.resolve():
-        from stages.targets.resolve import model_digest
-        from stages.targets.source import weight_files
+        from draftsmith.stages.targets.resolve import model_digest
+        from draftsmith.stages.targets.source import weight_files
 
         if model_digest(folder, weight_files(folder)) != target.digest:
             raise _wrong(url, f"serves {path}, whose config or weights differ from the target {expected.model_folder}")
@@ -197,7 +197,7 @@ def _check_drafter(url: str, server: dict[str, Any], expected: Expected) -> list
         raise _wrong(url, f"drafts with --speculative-eagle-topk {branches}; start it with {wanted}")
     if not Path(path).is_dir():
         return [f"{url} drafts with {path}, which is not on this machine: only the plug-in can tell whether it is ours"]
-    from stages.drafters.checkpoint import drafter_digest
+    from draftsmith.stages.drafters.checkpoint import drafter_digest
 
     if drafter_digest(Path(path)) != expected.drafter_digest:
         raise _wrong(url, f"drafts with {path}, which is not the drafter {expected.drafter_folder}")

@@ -101,7 +101,7 @@ def activate() -> None:
 
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from stages.engines.sglang.plugin_hooks import Recorder
+    from draftsmith.stages.engines.sglang.plugin_hooks import Recorder
 
     recorder = Recorder()
     for worker in (_DFLASH, _EAGLE):

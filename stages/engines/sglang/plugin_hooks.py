@@ -19,13 +19,17 @@ from typing import Any
 
 import torch
 
-from stages.engines.sglang.plugin import ENVIRONMENT, KEY, PROTOCOL
+from draftsmith.stages.engines.sglang.plugin import ENVIRONMENT, KEY, PROTOCOL
 
 log = logging.getLogger(__name__)
 
 LOWEST = -1e4  # log-prob of a token that a mask forbids: -inf is not JSON
 CHUNK = 128  # positions whose float32 logits are held at a time: 80 MB for 150,000 tokens
-DIGESTED = ("config.json", "model.safetensors", "frequent_tokens.npy")  # as stages.drafters.checkpoint.drafter_digest
+DIGESTED = (
+    "config.json",
+    "model.safetensors",
+    "frequent_tokens.npy",
+)  # as draftsmith.stages.drafters.checkpoint.drafter_digest
 
 
 def asked(request: Any) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from artifacts.errors import DraftsmithError
-from stages.engines.base import Completion, Request, VerifyStep
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.engines.base import Completion, Request, VerifyStep
 
 TRACE_KEY, TRACE_VERSION = "draftsmith_trace", "1"
 

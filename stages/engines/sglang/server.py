@@ -16,10 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from artifacts.errors import DraftsmithError
-from stages import lifeline
-from stages.drafters.config import DraftingConfig
-from stages.engines.config import LaunchConfig, OptionValue, SGLangEngineConfig, option_name
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages import lifeline
+from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.engines.config import LaunchConfig, OptionValue, SGLangEngineConfig, option_name
 
 _STOP_GRACE_S = 20.0  # SGLang looks for SIGTERM every 5 s, then frees its memory itself
 _LAST_WAIT_S = 5.0  # for killed processes to be gone; zombies that nobody collects stay

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from artifacts.errors import DraftsmithError
-from stages.drafters.base import DrafterInfo
-from stages.drafters.checkpoint import (
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.drafters.base import DrafterInfo
+from draftsmith.stages.drafters.checkpoint import (
     check_drafter,
     check_shape,
     create_drafter,
@@ -22,11 +22,11 @@ from stages.drafters.checkpoint import (
     read_info,
     save_drafter,
 )
-from stages.drafters.config import DFlashConfig
-from stages.drafters.dflash.checkpoint import default_layer_ids
-from stages.drafters.dflash.model import DFlashDrafter
-from stages.targets.causal_lm import Target
-from stages.targets.resolve import model_path
+from draftsmith.stages.drafters.config import DFlashConfig
+from draftsmith.stages.drafters.dflash.checkpoint import default_layer_ids
+from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.resolve import model_path
 from tests.testbed import random_target
 
 

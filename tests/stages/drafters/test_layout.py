@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from artifacts.errors import DraftsmithError
-from stages.drafters.base import Drafter
-from stages.drafters.checkpoint import check_layers, load_drafter, save_drafter
-from stages.drafters.layout import unservable_layers
-from stages.targets.causal_lm import Target
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.checkpoint import check_layers, load_drafter, save_drafter
+from draftsmith.stages.drafters.layout import unservable_layers
+from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed import random_target
 from tests.testbed.eagle3 import random_eagle3
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from artifacts.errors import DraftsmithError
-from stages.engines.base import Completion, Request, SamplingParams
-from stages.engines.embedded import EmbeddedEngine
-from stages.engines.sampling import probabilities, uniform
-from stages.targets.resolve import model_path
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.engines.base import Completion, Request, SamplingParams
+from draftsmith.stages.engines.embedded import EmbeddedEngine
+from draftsmith.stages.engines.sampling import probabilities, uniform
+from draftsmith.stages.targets.resolve import model_path
 from tests.stages.bench import CAPACITY, GREEDY_TOKENS, Bench
 from tests.testbed.drafter import DrafterArtifacts
 

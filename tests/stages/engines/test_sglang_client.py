@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from artifacts.errors import DraftsmithError, RetryableError
-from stages.engines.sglang.client import Answer, Server, ServerPool
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.stages.engines.sglang.client import Answer, Server, ServerPool
 from tests.stages.engines.http_server import HttpServer, Refusal, answer, is_probe, serving
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from artifacts.errors import DraftsmithError
-from stages.drafters.config import DraftingConfig
-from stages.engines.config import LaunchConfig, SGLangEngineConfig
-from stages.engines.open import open_engine
-from stages.engines.sglang import server
-from stages.evaluation import EvaluationConfig
-from stages.rollout import RolloutConfig
-from stages.stored import DRAFTER_FOLDER
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.engines.config import LaunchConfig, SGLangEngineConfig
+from draftsmith.stages.engines.open import open_engine
+from draftsmith.stages.engines.sglang import server
+from draftsmith.stages.evaluation import EvaluationConfig
+from draftsmith.stages.rollout import RolloutConfig
+from draftsmith.stages.stored import DRAFTER_FOLDER
 from tests.testbed.drafter import DrafterArtifacts
 
 

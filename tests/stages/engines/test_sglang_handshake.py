@@ -12,11 +12,11 @@ from typing import Any
 import httpx
 import pytest
 
-from artifacts.errors import DraftsmithError, RetryableError
-from stages.drafters.config import DraftingConfig
-from stages.engines.config import SGLangEngineConfig, TreeConfig
-from stages.engines.sglang.handshake import Expected, Facts, shake_hands
-from stages.stored import DRAFTER_FOLDER
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.engines.config import SGLangEngineConfig, TreeConfig
+from draftsmith.stages.engines.sglang.handshake import Expected, Facts, shake_hands
+from draftsmith.stages.stored import DRAFTER_FOLDER
 from tests.stages.engines.http_server import HttpServer, Refusal, answer, serving
 from tests.testbed.drafter import DrafterArtifacts
 

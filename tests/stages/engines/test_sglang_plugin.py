@@ -11,10 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from stages.drafters.checkpoint import drafter_digest
-from stages.engines.sglang import plugin, plugin_hooks
-from stages.engines.sglang.plugin import KEY
-from stages.engines.sglang.plugin_hooks import Recorder, Trace, chain_logprobs, pack_steps, place, unpack_steps
+from draftsmith.stages.drafters.checkpoint import drafter_digest
+from draftsmith.stages.engines.sglang import plugin, plugin_hooks
+from draftsmith.stages.engines.sglang.plugin import KEY
+from draftsmith.stages.engines.sglang.plugin_hooks import (
+    Recorder,
+    Trace,
+    chain_logprobs,
+    pack_steps,
+    place,
+    unpack_steps,
+)
 
 
 @dataclass

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from artifacts.errors import DraftsmithError
-from stages.engines.base import Completion, Request, SamplingParams
-from stages.engines.sglang.records import (
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.engines.base import Completion, Request, SamplingParams
+from draftsmith.stages.engines.sglang.records import (
     IncompleteRecordsError,
     completion_of,
     generate_payload,
     read_steps,
     trace_identity,
 )
-from stages.measure.requests import accepted_lengths
+from draftsmith.stages.measure.requests import accepted_lengths
 from tests.stages.bench import Bench
 
 REQUEST = Request("p/0", [10, 11, 12], SamplingParams(6))

@@ -15,12 +15,12 @@ from typing import Any
 import httpx
 import pytest
 
-from artifacts.errors import DraftsmithError, RetryableError
-from stages.drafters.config import DraftingConfig
-from stages.engines.config import SGLangEngineConfig
-from stages.engines.open import open_engine
-from stages.engines.sglang.server import ServerProcess
-from tests.flows.processes import wait_until
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.stages.engines.open import open_engine
+from draftsmith.stages.engines.sglang.server import ServerProcess
+from tests.flows.pipeline.processes import wait_until
 from tests.stages.engines.server_processes import living
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -79,7 +79,7 @@ def test_no_process_outlives_whoever_started_it(end: str, tmp_path: Path) -> Non
     program = f"""
         import sys, time, threading
         from pathlib import Path
-        from stages.engines.sglang.server import ServerProcess
+        from draftsmith.stages.engines.sglang.server import ServerProcess
         server = ServerProcess({COMMAND!r}, {{"PYTHONPATH": {str(STAND_IN)!r}}}, Path({str(tmp_path)!r}) / "server.log")
         server.start()
         print(server.url, flush=True)

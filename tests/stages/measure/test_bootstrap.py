@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stages.measure.acceptance import acceptance_table, has_loop
-from stages.measure.bootstrap import interval, ratio, ratio_difference
-from stages.replay.trace import Trace
+from draftsmith.stages.measure.acceptance import acceptance_table, has_loop
+from draftsmith.stages.measure.bootstrap import interval, ratio, ratio_difference
+from draftsmith.stages.replay.trace import Trace
 
 
 def prompts(rng: np.random.Generator, count: int, gain: float = 0.0) -> tuple[np.ndarray, ...]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from stages.measure.acceptance import ceiling_traces
-from stages.replay.trace import Trajectory, tau
-from stages.targets.causal_lm import Target
+from draftsmith.stages.measure.acceptance import ceiling_traces
+from draftsmith.stages.replay.trace import Trajectory, tau
+from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed import random_target
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stages.engines.base import Completion, Request, SamplingParams, VerifyStep
-from stages.engines.config import SGLangEngineConfig
-from stages.evaluation import EvaluationConfig
-from stages.measure.requests import (
+from draftsmith.stages.engines.base import Completion, Request, SamplingParams, VerifyStep
+from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.stages.evaluation import EvaluationConfig
+from draftsmith.stages.measure.requests import (
     Setting,
     candidate_sizes,
     compare_with_plain,
@@ -22,9 +22,9 @@ from stages.measure.requests import (
     row_of,
     settings_of,
 )
-from stages.measure.served import Served
-from stages.measure.speed import speed_by_setting, speed_table
-from stages.stored import Prompt
+from draftsmith.stages.measure.served import Served
+from draftsmith.stages.measure.speed import speed_by_setting, speed_table
+from draftsmith.stages.stored import Prompt
 from tests.testbed.context import RecordingContext
 
 GREEDY = Setting(0.0, 2)

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from artifacts.errors import DraftsmithError
-from stages.procedural.text import examples
-from stages.procedural.training import build_tokenizer
-from stages.procedural_target import STAGE, ProceduralTargetConfig
-from stages.targets.config import TargetConfig
-from stages.targets.resolve import describe, read_target_info, write_target_info
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.experiments.procedural_target import STAGE, ProceduralTargetConfig
+from draftsmith.stages.procedural.text import examples
+from draftsmith.stages.procedural.training import build_tokenizer
+from draftsmith.stages.targets.config import TargetConfig
+from draftsmith.stages.targets.resolve import describe, read_target_info, write_target_info
 from tests.testbed.context import RecordingContext
 
 TEMPLATE = (

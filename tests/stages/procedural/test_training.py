@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from artifacts.errors import DraftsmithError
-from stages.procedural.training import ShapeConfig, TrainingTextConfig, train_target
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.procedural.training import ShapeConfig, TrainingTextConfig, train_target
 
 SHAPE = ShapeConfig(hidden_size=32, layers=1, heads=2, kv_heads=1, head_dim=16, intermediate_size=32, vocab_size=300)
 

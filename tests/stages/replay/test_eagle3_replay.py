@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from stages.engines.base import Completion, Request, SamplingParams
-from stages.replay.chains import replay_chains
-from stages.replay.scoring import score_traces
-from stages.replay.trace import Trace, Trajectory, pad_tokens, tau
+from draftsmith.stages.engines.base import Completion, Request, SamplingParams
+from draftsmith.stages.replay.chains import replay_chains
+from draftsmith.stages.replay.scoring import score_traces
+from draftsmith.stages.replay.trace import Trace, Trajectory, pad_tokens, tau
 from tests.stages.bench import GREEDY, Bench, trajectory_of
 
 SAMPLED = SamplingParams(48, temperature=1.0, top_p=0.9)

@@ -14,13 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.drafters.base import Context, Drafter, Proposals
-from stages.drafters.head import Head
-from stages.replay.board import REJECTIONS_TO_SPLIT, Board, Pace
-from stages.replay.chains import replay_chains
-from stages.replay.sequential import replay_sequentially
-from stages.replay.trace import Trajectory
-from stages.targets.slots import Rows
+from draftsmith.stages.drafters.base import Context, Drafter, Proposals
+from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.replay.board import REJECTIONS_TO_SPLIT, Board, Pace
+from draftsmith.stages.replay.chains import replay_chains
+from draftsmith.stages.replay.sequential import replay_sequentially
+from draftsmith.stages.replay.trace import Trajectory
+from draftsmith.stages.targets.slots import Rows
 
 HEAD = Head(torch.zeros(1, 1))
 

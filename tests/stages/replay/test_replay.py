@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from stages.drafters.base import Proposals
-from stages.drafters.config import DraftingConfig
-from stages.engines.base import Completion, SamplingParams
-from stages.replay.board import start_anchors
-from stages.replay.chains import replay_chains, successors
-from stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens, tau
+from draftsmith.stages.drafters.base import Proposals
+from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.engines.base import Completion, SamplingParams
+from draftsmith.stages.replay.board import start_anchors
+from draftsmith.stages.replay.chains import replay_chains, successors
+from draftsmith.stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens, tau
 from tests.stages.bench import GREEDY, Bench, trajectory_of
 
 SAMPLED = SamplingParams(48, temperature=1.0, top_p=0.9)

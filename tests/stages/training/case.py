@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from stages.drafters.dflash.model import DFlashDrafter
-from stages.replay.trace import Trajectory
-from stages.targets.causal_lm import Target
-from stages.training.anchors import pad_anchors
-from stages.training.batches import Batch, FeatureSource
-from stages.training.blocks import Anchors, LossReport
-from stages.training.steps import VerifySteps
+from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.replay.trace import Trajectory
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.training.anchors import pad_anchors
+from draftsmith.stages.training.batches import Batch, FeatureSource
+from draftsmith.stages.training.blocks import Anchors, LossReport
+from draftsmith.stages.training.on_policy.verify_steps import VerifySteps
 from tests.testbed import random_target
 
 K = 4  # proposals of the plain drafter's block

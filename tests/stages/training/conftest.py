@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from stages.drafters.dflash.model import DFlashDrafter
-from stages.targets.causal_lm import Target
+from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.targets.causal_lm import Target
 from tests.stages.training.case import Case, make_case
 from tests.testbed import random_target
 

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.replay.trace import Trajectory
-from stages.targets.causal_lm import Target
-from stages.training.anchors import DRAWS, draw_evenly, draw_randomly, pad_anchors, position_anchors
-from stages.training.batches import (
+from draftsmith.stages.replay.trace import Trajectory
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.training.anchors import DRAWS, draw_evenly, draw_randomly, pad_anchors, position_anchors
+from draftsmith.stages.training.batches import (
     FeatureSource,
     frequent_tokens,
     step_rng,
@@ -21,8 +21,8 @@ from stages.training.batches import (
     trajectories_by_errors,
     trajectories_of_step,
 )
-from stages.training.config import TrainingConfig
-from stages.training.vocabulary import sampled_head
+from draftsmith.stages.training.config import TrainingConfig
+from draftsmith.stages.training.vocabulary import sampled_head
 from tests.stages.training.case import hidden_of
 from tests.testbed import random_target
 

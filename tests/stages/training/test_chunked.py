@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stages.training.chunked import chunked_values
+from draftsmith.stages.training.chunked import chunked_values
 
 N, H, V = 11, 6, 9
 GENERATOR = torch.Generator().manual_seed(0)

@@ -12,29 +12,35 @@ import numpy as np
 import pytest
 import torch
 
-from stages.drafters.base import Drafter
-from stages.drafters.eagle3.model import Eagle3Drafter
-from stages.replay.sequential import replay_sequentially
-from stages.replay.trace import Trace, Trajectory
-from stages.sft import SftConfig
-from stages.targets.causal_lm import Target
-from stages.training.anchors import draw_evenly, draw_randomly
-from stages.training.batches import FeatureSource, step_rng
-from stages.training.blocks import LossReport, View, block_hidden, block_hidden_on, context_of
-from stages.training.chunked import chunked_values
-from stages.training.config import TrainingConfig
-from stages.training.distillation import opd_loss
-from stages.training.loss_config import LossConfig
-from stages.training.mined import Kind, MinedTable, TrajectorySteps
-from stages.training.opd_step import OpdStep
-from stages.training.remining import Remining
-from stages.training.sources import AnchorSource, RandomAnchors, RollingAnchors, SuccessorAnchors, TableAnchors
-from stages.training.steps import VerifySteps, judge, score, with_scores
-from stages.training.supervised import sft_loss
-from stages.training.vocabulary import Heads, HeadSource
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
+from draftsmith.stages.replay.sequential import replay_sequentially
+from draftsmith.stages.replay.trace import Trace, Trajectory
+from draftsmith.stages.sft import SftConfig
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.training.anchors import draw_evenly, draw_randomly
+from draftsmith.stages.training.batches import FeatureSource, step_rng
+from draftsmith.stages.training.blocks import LossReport, View, block_hidden, block_hidden_on, context_of
+from draftsmith.stages.training.chunked import chunked_values
+from draftsmith.stages.training.config import TrainingConfig
+from draftsmith.stages.training.loss_config import LossConfig
+from draftsmith.stages.training.on_policy.loss import opd_loss
+from draftsmith.stages.training.on_policy.mined import Kind, MinedTable, TrajectorySteps
+from draftsmith.stages.training.on_policy.remining import Remining
+from draftsmith.stages.training.on_policy.sources import (
+    AnchorSource,
+    RandomAnchors,
+    RollingAnchors,
+    SuccessorAnchors,
+    TableAnchors,
+)
+from draftsmith.stages.training.on_policy.step import OpdStep
+from draftsmith.stages.training.on_policy.verify_steps import VerifySteps, judge, score, with_scores
+from draftsmith.stages.training.supervised import sft_loss
+from draftsmith.stages.training.vocabulary import Heads, HeadSource
 from tests.stages.bench import Bench
 from tests.stages.training.case import CHUNK, Case, K, hidden_of, make_case
-from tests.stages.training.test_distillation import differentiable
+from tests.stages.training.on_policy.test_loss import differentiable
 from tests.stages.training.test_losses import plain_bernoulli, plain_k3
 from tests.testbed.eagle3 import random_eagle3
 

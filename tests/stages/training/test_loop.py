@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from artifacts.errors import DraftsmithError
-from stages.targets.causal_lm import Target
-from stages.training.blocks import LossReport
-from stages.training.config import OptimiserConfig
-from stages.training.loop import cosine, train
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.training.blocks import LossReport
+from draftsmith.stages.training.config import OptimiserConfig
+from draftsmith.stages.training.loop import cosine, train
 from tests.testbed import random_target
 from tests.testbed.context import RecordingContext
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.training import losses
+from draftsmith.stages.training import losses
 
 logits = st.lists(st.floats(-8, 8, width=32), min_size=5, max_size=5)
 logprob = st.floats(-9.875, -0.0009765625, width=32)

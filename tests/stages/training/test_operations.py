@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from stages.drafters.base import Drafter
-from stages.drafters.dflash.model import DFlashDrafter
-from stages.drafters.eagle3.model import Eagle3Drafter
-from stages.sft import SftConfig
-from stages.targets.causal_lm import Target
-from stages.training.anchors import draw_randomly, position_anchors
-from stages.training.batches import FeatureSource, step_rng
-from stages.training.blocks import LossReport
-from stages.training.config import TrainingConfig
-from stages.training.supervised import sft_loss
-from stages.training.vocabulary import HeadSource
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
+from draftsmith.stages.sft import SftConfig
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.training.anchors import draw_randomly, position_anchors
+from draftsmith.stages.training.batches import FeatureSource, step_rng
+from draftsmith.stages.training.blocks import LossReport
+from draftsmith.stages.training.config import TrainingConfig
+from draftsmith.stages.training.supervised import sft_loss
+from draftsmith.stages.training.vocabulary import HeadSource
 from tests.testbed import random_target
 
 # The target's distribution is not the drafter's work, and torch counts no attention kernel on a CPU: with cross-entropy

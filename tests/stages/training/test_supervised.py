@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from stages.drafters.dflash.model import DFlashDrafter
-from stages.drafters.head import Head
-from stages.sft import SftConfig
-from stages.targets.causal_lm import Target
-from stages.training.supervised import sft_loss
-from stages.training.vocabulary import Heads
+from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.sft import SftConfig
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.training.supervised import sft_loss
+from draftsmith.stages.training.vocabulary import Heads
 from tests.stages.training.case import CHUNK, Case, K, Slow, assert_equal
 
 

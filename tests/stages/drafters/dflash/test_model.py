@@ -9,14 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.drafters.base import Drafter
-from stages.drafters.checkpoint import create_drafter, load_drafter
-from stages.drafters.config import DFlashConfig
-from stages.drafters.dflash.model import DFlashDrafter, FeatureContext, block_mask
-from stages.drafters.head import Head
-from stages.replay.trace import pad_tokens
-from stages.stored import DRAFTER_FOLDER, load_trajectories
-from stages.targets.causal_lm import Target
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter
+from draftsmith.stages.drafters.config import DFlashConfig
+from draftsmith.stages.drafters.dflash.model import DFlashDrafter, FeatureContext, block_mask
+from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.replay.trace import pad_tokens
+from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
+from draftsmith.stages.targets.causal_lm import Target
 from tests.stages.drafters.dflash import reference
 from tests.testbed import random_target
 from tests.testbed.drafter import DrafterArtifacts

@@ -12,9 +12,9 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers.models.llama.configuration_llama import LlamaConfig
 
-from artifacts.errors import DraftsmithError
-from stages.drafters.base import DrafterInfo
-from stages.drafters.checkpoint import (
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.drafters.base import DrafterInfo
+from draftsmith.stages.drafters.checkpoint import (
     check_shape,
     create_drafter,
     drafter_digest,
@@ -23,11 +23,11 @@ from stages.drafters.checkpoint import (
     plan_of_new,
     save_drafter,
 )
-from stages.drafters.config import DFlashConfig, Eagle3Config
-from stages.drafters.eagle3.checkpoint import USUAL_BLOCK_SIZE, default_layer_ids
-from stages.drafters.eagle3.model import Eagle3Drafter
-from stages.targets.causal_lm import Target
-from stages.targets.resolve import model_path
+from draftsmith.stages.drafters.config import DFlashConfig, Eagle3Config
+from draftsmith.stages.drafters.eagle3.checkpoint import USUAL_BLOCK_SIZE, default_layer_ids
+from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.resolve import model_path
 from tests.sglang_cpu.eagle import write_eagle3
 from tests.stages.drafters.test_checkpoint import Edit, cut, edit_config, edit_tensors, remove, write
 from tests.testbed import random_target

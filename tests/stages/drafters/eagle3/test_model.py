@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from stages.drafters.base import Drafter
-from stages.drafters.checkpoint import create_drafter, load_drafter
-from stages.drafters.config import Eagle3Config
-from stages.drafters.eagle3.model import Eagle3Drafter, PrefixContext, chain_attention
-from stages.drafters.head import Head
-from stages.replay.trace import Trajectory, pad_tokens
-from stages.stored import DRAFTER_FOLDER, load_trajectories
-from stages.targets.causal_lm import Target
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter
+from draftsmith.stages.drafters.config import Eagle3Config
+from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter, PrefixContext, chain_attention
+from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.replay.trace import Trajectory, pad_tokens
+from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
+from draftsmith.stages.targets.causal_lm import Target
 from tests.stages.drafters.eagle3 import reference
 from tests.testbed import random_target
 from tests.testbed.drafter import DrafterArtifacts

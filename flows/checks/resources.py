@@ -1,0 +1,104 @@
+"""Memory and disk that the run is estimated to need, compared with what the machine has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from draftsmith.flows.checks.estimates import Memory, Servers, Sizes, disk_of, gigabytes, memory_of, servers_of
+from draftsmith.flows.checks.findings import Findings
+from draftsmith.flows.checks.models import Models
+from draftsmith.flows.pipeline.graph import Node
+from draftsmith.flows.pipeline.machine import free_disk_bytes, gpus, memory_bytes
+from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.stages.prompts import PromptsConfig
+from draftsmith.stages.targets.estimate import DTYPE_BYTES
+
+_TIGHT = 0.85  # of what is there: estimates are good to a few tenths
+_SGLANG_FRACTION = 0.85  # of a GPU's memory that SGLang takes by itself, about
+
+
+def check_resources(found: Findings, nodes: Sequence[Node], models: Models, home: Path, *, elsewhere: bool) -> None:
+    """One line a node, and one for the disk. `elsewhere`: this is not the machine that will run it."""
+    prompts = next((node.config for node in nodes if isinstance(node.config, PromptsConfig)), None)
+    drafter, plan = models.drafter, models.plan
+    if prompts is None or drafter is None or plan is None:
+        found.warn("memory", "not estimated: the drafter's shape is not known here")
+        return
+    sizes = Sizes(
+        target=models.target,
+        drafter=drafter,
+        features=len(plan.target_layer_ids),
+        block_size=plan.block_size,
+        itemsize=DTYPE_BYTES[models.info.dtype],
+        longest_prompt=prompts.max_prompt_tokens,
+        positions=models.info.max_positions,
+    )
+    by_name = {node.name: node for node in nodes}
+    for node in nodes:
+        if (memory := memory_of(node, by_name, sizes)) is not None:
+            _compare(found, memory, elsewhere=elsewhere)
+        if (servers := servers_of(node, sizes)) is not None:
+            _compare_servers(found, servers, node, elsewhere=elsewhere)
+    copies = models.info.kind in ("gguf", "package")
+    _compare_disk(found, disk_of(nodes, prompts, sizes, copies_target=copies), home)
+
+
+def _compare(found: Findings, memory: Memory, *, elsewhere: bool) -> None:
+    here = gpus()
+    has, what = (here[0], "GPU memory") if here else (memory_bytes(), "memory")
+    check, text = f"{memory.node}: memory", f"about {memory} ({gigabytes(has)} of {what} here)"
+    if memory.total <= _TIGHT * has or elsewhere:
+        found.ok(check, f"about {memory}" if elsewhere else text)
+    elif memory.total <= has:
+        found.warn(check, f"{text}: tight; {_advice(memory)}")
+    else:
+        found.error(check, f"{text}: too much; {_advice(memory)}")
+
+
+def _advice(memory: Memory) -> str:
+    """What makes the largest part smaller that can be made smaller."""
+    ways = {
+        "features": "lower feature_memory_mb or tokens_per_target_forward",
+        "activations": "lower sequences_per_step or anchors_per_sequence",
+        "attention": "lower sequences_per_step or anchors_per_sequence",
+        "logits": "lower positions_per_chunk, slots or concurrency, or set head_tokens",
+        "key/value memory": "lower slots, concurrency, max_new_tokens or tokens_per_target_forward",
+        "attention mask": "lower max_new_tokens or tokens_per_target_forward",
+        "target in float32": "set exactness_prompts to 0",
+        "text of a step": "lower rows_per_step or row_tokens",
+    }
+    largest = max((name for name in memory.parts if name in ways), key=lambda name: memory.parts[name], default=None)
+    return ways[largest] if largest else "use a machine with more"
+
+
+def _compare_servers(found: Findings, servers: Servers, node: Node, *, elsewhere: bool) -> None:
+    engine = node.config.engine  # type: ignore[attr-defined]
+    assert isinstance(engine, SGLangEngineConfig) and engine.launch is not None
+    check, text = f"{servers.node}: servers", f"{servers.gpus} times about {servers}"
+    if elsewhere:
+        found.ok(check, text)
+        return
+    cpu = engine.launch.on_cpu
+    has = memory_bytes() / servers.gpus if cpu else min(gpus(), default=0.0)
+    usable = has * (1.0 if cpu else engine.launch.memory_fraction or _SGLANG_FRACTION)
+    weights = sum(size for name, size in servers.parts.items() if not name.startswith("key/value"))
+    text = f"{text} ({gigabytes(usable)} each here)"
+    if weights >= usable:
+        found.error(check, f"{text}: the weights alone do not fit; raise tensor_parallel or memory_fraction")
+    elif servers.needed > usable:
+        found.warn(check, f"{text}: not all requests fit at once, SGLang queues them; a lower concurrency is enough")
+    else:
+        found.ok(check, text)
+
+
+def _compare_disk(found: Findings, parts: dict[str, float], home: Path) -> None:
+    needed, has = sum(parts.values()), free_disk_bytes(home)
+    listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in sorted(parts.items(), key=lambda item: -item[1]))
+    text = f"at most {gigabytes(needed)} ({listed}); {gigabytes(has)} free at {home}"
+    if needed > has:
+        found.error("disk", f"{text}: free some space or point DRAFTSMITH_HOME at another disk")
+    elif needed > _TIGHT * has:
+        found.warn("disk", f"{text}: tight")
+    else:
+        found.ok("disk", text)

@@ -1,0 +1,203 @@
+"""The graph of a run: its nodes in order, their keys, and what the store already has."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from draftsmith.artifacts.code_digest import code_digest
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.store import Store
+from draftsmith.flows.pipeline.options import RunOptions
+from draftsmith.stages.contract import Config, Stage
+
+
+@dataclass(frozen=True)
+class Node:
+    """One use of a stage in a run: several nodes may use the same stage with other configs and inputs."""
+
+    name: str
+    module: str  # of the stage, e.g. "draftsmith.stages.sft"
+    config: Config
+    inputs: Mapping[str, str] = field(default_factory=dict)  # name of the stage's input -> name of the node
+    seed: int | None = None  # None: the run's
+
+    @property
+    def stage(self) -> Stage:
+        stage: Stage = importlib.import_module(self.module).STAGE
+        return stage
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A kind of run: its config, its graph, and the Prefect flow that runs it."""
+
+    config: type[RunOptions]
+    nodes: Callable[[Any], list[Node]]  # the nodes of a config, any order
+    flow: str  # "module:attribute", imported only when a run starts
+    code_digest: Callable[[str], str] = code_digest  # of a stage's module
+    kind: str = "refresh"  # the command that runs it
+    results: str = ""  # "module:function" that prints what an experiment found, from the nodes' artifacts
+
+
+class Status(StrEnum):
+    """What a run would do with a node."""
+
+    HIT = "reused"
+    RUN = "run"
+    RESUME = "resumes"
+    FORCED = "forced"
+    AFTER = "after"
+
+
+@dataclass(frozen=True)
+class PlannedNode:
+    node: Node
+    status: Status
+    key: str | None = None  # None while an input has still to be made
+    ref: ArtifactRef | None = None  # of a hit
+    after: tuple[str, ...] = ()  # nodes that must be made before the key is known
+
+
+def in_order(nodes: Sequence[Node]) -> list[Node]:
+    """The nodes, each behind its inputs, else as given. A graph that does not fit its stages is an error."""
+    by_name = {node.name: node for node in nodes}
+    if len(by_name) != len(nodes):
+        twice = sorted(name for name, count in Counter(node.name for node in nodes).items() if count > 1)
+        raise DraftsmithError(f"two nodes have the same name: {', '.join(twice)}")
+    for node in nodes:
+        _check(node, by_name)
+    ordered: list[Node] = []
+    waiting = list(nodes)
+    while waiting:
+        placed = {node.name for node in ordered}
+        ready = next((node for node in waiting if placed.issuperset(node.inputs.values())), None)
+        if ready is None:
+            raise DraftsmithError(f"nodes need each other: {', '.join(node.name for node in waiting)}")
+        ordered.append(ready)
+        waiting.remove(ready)
+    return ordered
+
+
+def _check(node: Node, by_name: Mapping[str, Node]) -> None:
+    stage = node.stage
+    known = {name.removesuffix("?") for name in stage.inputs}
+    many = tuple(name.removesuffix("*") for name in stage.inputs if name.endswith("*"))
+    required = {name for name in stage.inputs if not name.endswith(("?", "*"))}
+    if unknown := {name for name in set(node.inputs) - known if not (many and name.startswith(many))}:
+        raise DraftsmithError(f"node {node.name}: stage {stage.name} has no input {', '.join(sorted(unknown))}")
+    if missing := required - set(node.inputs):
+        raise DraftsmithError(f"node {node.name}: stage {stage.name} needs the input {', '.join(sorted(missing))}")
+    for source in node.inputs.values():
+        if source not in by_name:
+            raise DraftsmithError(f"node {node.name}: its input comes from node {source}, which is not in the graph")
+
+
+def seed_of(node: Node, config: RunOptions) -> int:
+    """The seed of a node in a run."""
+    return config.seed if node.seed is None else node.seed
+
+
+def key_of(node: Node, inputs: Mapping[str, ArtifactRef], seed: int, pipeline: Pipeline) -> str:
+    """Identity of what the node computes from these inputs."""
+    return Store.key(
+        stage=node.stage.name,
+        code_digest=pipeline.code_digest(node.module),
+        config=node.config.key_material() | external_digests(node.config),
+        inputs=inputs,
+        seed=seed,
+    )
+
+
+_HASHED_WHOLE = 64 * 2**20  # bytes
+
+
+def external_digests(config: Config) -> dict[str, dict[str, str]]:
+    """What a config's files outside the store hold, as key material; nothing for a config without such files.
+
+    Large files (weights) are told apart by size and time of change: a false miss only resolves the target again, and
+    what follows is keyed by its content.
+    """
+    digests = {}
+    for path in config.external_files():
+        stat = path.stat()
+        if stat.st_size <= _HASHED_WHOLE:
+            digests[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+        else:
+            digests[str(path)] = f"{stat.st_size}/{stat.st_mtime_ns}"
+    return {"external_files": digests} if digests else {}
+
+
+def plan(config: RunOptions, store: Store, pipeline: Pipeline, force: Collection[str] = ()) -> list[PlannedNode]:
+    """What a run would do now, in the order in which it would do it. Reads the store, changes nothing."""
+    nodes = in_order(pipeline.nodes(config))
+    _check_external_files(nodes)
+    forced = forced_nodes(nodes, force)
+    planned: dict[str, PlannedNode] = {}
+    for node in nodes:
+        planned[node.name] = _plan_node(node, planned, seed_of(node, config), store, pipeline, node.name in forced)
+    return list(planned.values())
+
+
+def _check_external_files(nodes: Sequence[Node]) -> None:
+    """Every file that a stage will read is there: said before anything runs, not when its turn comes."""
+    for node in nodes:
+        try:
+            node.config.external_files()
+        except DraftsmithError as error:
+            raise type(error)(f"{node.name}: {error}") from error
+
+
+def _plan_node(
+    node: Node, before: Mapping[str, PlannedNode], seed: int, store: Store, pipeline: Pipeline, forced: bool
+) -> PlannedNode:
+    inputs: dict[str, ArtifactRef] = {}
+    after: list[str] = []
+    for name, source in node.inputs.items():
+        ref = before[source].ref
+        if ref is None:
+            after.append(source)
+        else:
+            inputs[name] = ref
+    if after:
+        return PlannedNode(node, Status.AFTER, after=tuple(dict.fromkeys(after)))
+    key = key_of(node, inputs, seed, pipeline)
+    if forced:
+        return PlannedNode(node, Status.FORCED, key)
+    if ref := find(store, node, key):
+        return PlannedNode(node, Status.HIT, key, ref)
+    return PlannedNode(node, Status.RESUME if has_partial(store, node, key) else Status.RUN, key)
+
+
+def find(store: Store, node: Node, key: str) -> ArtifactRef | None:
+    """As `Store.find`; the error of a damaged artifact names the node, which is what `--force` takes."""
+    try:
+        return store.find(node.stage.name, key)
+    except DraftsmithError as error:
+        if node.name == node.stage.name:
+            raise
+        raise DraftsmithError(f"{error} (here it is node {node.name}: `--force {node.name}`)") from error
+
+
+def has_partial(store: Store, node: Node, key: str) -> bool:
+    """Whether an unfinished attempt left anything to go on from."""
+    partial = store.partial(node.stage.name, key)
+    return any(path.is_file() for name in ("out", "work") for path in (partial / name).rglob("*"))
+
+
+def forced_nodes(nodes: Sequence[Node], force: Collection[str]) -> set[str]:
+    """The nodes that `--force` names, by their own name or by their stage's."""
+    forced: set[str] = set()
+    for name in force:
+        matches = {node.name for node in nodes if node.name == name}
+        matches = matches or {node.name for node in nodes if node.stage.name == name}
+        if not matches:
+            raise DraftsmithError(f"--force {name}: no such node, use one of: {', '.join(n.name for n in nodes)}")
+        forced |= matches
+    return forced

@@ -1,0 +1,200 @@
+"""What the store holds, for a person: the state of every node, and an artifact with its lineage and a look inside."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+from rich.tree import Tree
+
+from draftsmith.artifacts.home import home
+from draftsmith.artifacts.leftovers import leftovers
+from draftsmith.artifacts.manifest import InputEntry, Manifest, local_time, read_manifest
+from draftsmith.artifacts.store import PARTIAL, Store
+from draftsmith.flows.pipeline.display import Display, duration
+from draftsmith.flows.pipeline.failures import last_failure
+from draftsmith.flows.pipeline.graph import Pipeline, PlannedNode, Status, has_partial, plan
+from draftsmith.flows.pipeline.options import RunOptions
+
+_ROWS, _CELL, _JSON_LINES = 3, 120, 40
+
+
+def status_of_config(display: Display, config: RunOptions, pipeline: Pipeline) -> None:
+    """One line a node of the config: done, running, unfinished, failed (with its last error), or waiting."""
+    store = Store(home() / "store")
+    table = _table("node", "stage", "key", "state")
+    for item in plan(config, store, pipeline):
+        table.add_row(item.node.name, item.node.stage.name, (item.key or "-")[:16], _state(item, store))
+    display.console.print(table)
+
+
+def _state(item: PlannedNode, store: Store) -> str:
+    if item.status is Status.AFTER or item.key is None:
+        return f"[dim]waits for {', '.join(item.after)}[/dim]"
+    stage = item.node.stage.name
+    return _state_of(store, stage, item.key, done=item.ref is not None, partial=has_partial(store, item.node, item.key))
+
+
+def _state_of(store: Store, stage: str, key: str, *, done: bool, partial: bool) -> str:
+    if store.is_claimed(stage, key):
+        return "[cyan]running[/cyan]"
+    failure = last_failure(home() / "logs", stage, key)
+    if failure is not None:
+        rest = ", goes on from what it saved" if partial else ""
+        return f"[red]failed[/red] {failure.at}{rest}: {escape(failure.error)}"
+    if done:
+        return "[green]done[/green]"
+    return "[yellow]unfinished[/yellow], goes on from what it saved" if partial else "to do"
+
+
+def status_of_store(display: Display) -> None:
+    """All artifacts, oldest first, then what is running or unfinished."""
+    store = Store(home() / "store")
+    table = _table("stage", "key", "state", "made at", "took", "size", "figures")
+    for manifest in store.list():
+        table.add_row(
+            manifest.stage,
+            manifest.key[:16],
+            _state_of(store, manifest.stage, manifest.key, done=True, partial=False),
+            local_time(datetime.fromisoformat(manifest.created_at)),
+            duration(manifest.duration_s),
+            _size(sum(entry.bytes for entry in manifest.files.values())),
+            _figures(manifest),
+        )
+    for folder in sorted(store.root.glob(f"*/{PARTIAL}*")):
+        stage, key = folder.parent.name, folder.name.removeprefix(PARTIAL)
+        table.add_row(stage, key, _state_of(store, stage, key, done=False, partial=True))
+    if table.row_count:
+        display.console.print(table)
+    else:
+        display.line(f"nothing in {store.root} yet: start with `draftsmith refresh CONFIG`")
+
+
+def prune(display: Display, days: float, *, delete: bool) -> None:
+    """What was left behind and not touched for so many days; deletes it if asked to."""
+    found = leftovers(home(), time.time() - days * 86400)
+    if not found:
+        display.line(f"nothing in {home()} was left behind and not touched for {days:g} days")
+        return
+    table = _table("what", "path", "size", "last touched")
+    for each in found:
+        touched = local_time(datetime.fromtimestamp(each.touched, UTC))
+        table.add_row(each.what, str(each.path.relative_to(home())), _size(each.bytes), touched)
+    display.console.print(table)
+    if not delete:
+        total = _size(sum(each.bytes for each in found))
+        display.line(
+            f"{total} in all; `draftsmith prune --days {days:g} --delete` removes it. Artifacts are not touched."
+        )
+        return
+    removed = [each for each in found if each.remove()]
+    kept = ", ".join(each.path.name for each in found if each not in removed)
+    total = _size(sum(each.bytes for each in removed))
+    display.line(f"removed {total}" + (f", but for what a run has taken up: {kept}" if kept else ""))
+
+
+def show(display: Display, text: str, *, verify: bool = False) -> None:
+    """The artifact that `text` names: its manifest, files, lineage back to the data, and the head of its tables.
+
+    verify: compare every file with its checksum first; raises DraftsmithError at the first that differs.
+    """
+    store = Store(home() / "store")
+    ref = store.resolve(text)
+    if verify:
+        store.verify(ref)
+    manifest = store.manifest(ref)
+    display.line(f"{ref.stage}/{ref.key}")
+    for name, value in (
+        ("folder", str(ref.path)),
+        ("content", f"{ref.content_id}, every checksum is right" if verify else ref.content_id),
+        ("made at", f"{manifest.created_at} in {duration(manifest.duration_s)}"),
+        ("seed", str(manifest.seed)),
+        ("code", manifest.code_digest),
+        ("versions", ", ".join(f"{package} {version}" for package, version in manifest.versions.items())),
+        ("MLflow run", manifest.mlflow_run_id or "-"),
+        ("figures", _figures(manifest, limit=None) or "-"),
+        ("config", json.dumps(manifest.config, ensure_ascii=False)),
+    ):
+        display.line(f"  {name + ':':<12}{value}")
+    display.console.print(_files(manifest))
+    display.console.print(_lineage(store, manifest))
+    for name in sorted(manifest.files):
+        _head(display, ref.path / name)
+
+
+def _files(manifest: Manifest) -> Table:
+    table = _table("file", "size", "sha256", "")
+    for name, entry in sorted(manifest.files.items()):
+        table.add_row(escape(name), _size(entry.bytes), entry.sha256[:16], "volatile" if entry.volatile else "")
+    return table
+
+
+def _lineage(store: Store, manifest: Manifest) -> Tree:
+    tree = Tree(f"made from: {manifest.stage}/{manifest.key[:16]}")
+    _grow(tree, store, manifest.inputs, seen=set())
+    return tree
+
+
+def _grow(tree: Tree, store: Store, inputs: dict[str, InputEntry], seen: set[str]) -> None:
+    for name, entry in inputs.items():
+        folder = store.path(entry.stage, entry.key)
+        label = f"{name}: {entry.stage}/{entry.key[:16]}  content {entry.content_id[:16]}"
+        if not (folder / "manifest.json").is_file():
+            tree.add(f"{label} [red](no longer in the store)[/red]")
+        elif entry.key in seen:
+            tree.add(f"{label} [dim](above)[/dim]")
+        else:
+            seen.add(entry.key)
+            _grow(tree.add(label), store, read_manifest(folder).inputs, seen)
+
+
+def _head(display: Display, path: Path) -> None:
+    if path.suffix == ".parquet":
+        _parquet_head(display, path)
+    elif path.suffix == ".json":
+        lines = json.dumps(json.loads(path.read_text("utf-8")), indent=2, ensure_ascii=False).splitlines()
+        display.line(f"\n{path.name}")
+        for line in lines[:_JSON_LINES]:
+            display.line(f"  {_cut(line)}")
+        if len(lines) > _JSON_LINES:
+            display.line(f"  ... {len(lines) - _JSON_LINES} more lines")
+
+
+def _parquet_head(display: Display, path: Path) -> None:
+    import pyarrow.parquet as parquet
+
+    file = parquet.ParquetFile(path)
+    display.line(f"\n{path.name}: {file.metadata.num_rows} rows")
+    rows: list[dict[str, Any]] = next(file.iter_batches(batch_size=_ROWS)).to_pylist() if file.metadata.num_rows else []
+    for position, row in enumerate(rows):
+        display.line(f"  row {position}")
+        for name, value in row.items():
+            display.line(f"    {name}: {_cut(str(value))}")
+
+
+def _figures(manifest: Manifest, limit: int | None = 4) -> str:
+    return "  ".join(f"{name}={value:.4g}" for name, value in list(manifest.metrics.items())[:limit])
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _CELL else f"{text[: _CELL - 3]}..."
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

@@ -1,0 +1,152 @@
+"""Making one node's artifact: the store decides, a process does the work, the display and MLflow follow it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.artifacts.manifest import ArtifactRef, read_manifest
+from draftsmith.artifacts.store import Claim, Store
+from draftsmith.artifacts.tracking import StageRun, Tracking
+from draftsmith.flows.pipeline.display import Display, StageDisplay
+from draftsmith.flows.pipeline.failures import forget_failure, note_failure
+from draftsmith.flows.pipeline.graph import Node, Pipeline, find, key_of, seed_of
+from draftsmith.flows.pipeline.options import RunOptions
+from draftsmith.flows.pipeline.process import Event, StageOutcome, StageRequest, run_stage
+
+log = logging.getLogger("draftsmith.stages")  # Prefect shows it in the run
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What every node of a run is made with."""
+
+    home: Path
+    config: RunOptions
+    pipeline: Pipeline
+    display: Display
+    tracking: Tracking
+    refresh_run: str | None = None  # MLflow's id of the run that the stages' runs are nested in
+
+    @property
+    def store(self) -> Store:
+        return Store(self.home / "store")
+
+    @property
+    def logs(self) -> Path:
+        return self.home / "logs"
+
+
+@dataclass(frozen=True)
+class Made:
+    """A node's artifact, and whether it was there already."""
+
+    node: str
+    ref: ArtifactRef
+    reused: bool
+
+
+def make(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], *, force: bool = False) -> Made:
+    """The node's artifact: reused from the store, or made by running its stage, going on from an earlier attempt.
+
+    Raises the stage's own `DraftsmithError`; what the stage saved is kept for the next attempt.
+    """
+    key = key_of(node, inputs, seed_of(node, workshop.config), workshop.pipeline)
+    stage = node.stage.name
+    ref = None if force else find(workshop.store, node, key)
+    if ref is None:
+        with workshop.store.claim(stage, key, force=force, waiting=_say_waiting(workshop, node)) as claim:
+            if isinstance(claim, Claim):
+                return Made(node.name, _run(workshop, node, inputs, claim), reused=False)
+            ref = claim
+    forget_failure(workshop.logs, stage, key)
+    workshop.display.reused(node.name)
+    return Made(node.name, ref, reused=True)
+
+
+def _say_waiting(workshop: Workshop, node: Node) -> Callable[[], None]:
+    return lambda: workshop.display.line(f"{node.name}: another run is making this artifact, waiting for it")
+
+
+def _run(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], claim: Claim) -> ArtifactRef:
+    config = node.config.model_dump(mode="json")
+    tracked = workshop.tracking.stage_run(
+        workshop.refresh_run, claim.stage, claim.key, name=node.name, params=config, inputs=inputs
+    )
+    try:
+        _check_inputs(node, inputs)
+        outcome = _run_process(workshop, node, inputs, claim, tracked)
+        _check_inputs(node, inputs)
+        ref = workshop.store.commit(
+            claim,
+            config=config,
+            inputs=inputs,
+            code_digest=workshop.pipeline.code_digest(node.module),
+            seed=seed_of(node, workshop.config),
+            metrics=outcome.summary,
+            volatile=node.stage.volatile,
+            mlflow_run_id=tracked.run_id,
+            duration_s=outcome.duration_s,
+        )
+    except BaseException as error:
+        stopped = isinstance(error, StageInterrupted) or not isinstance(error, Exception)
+        if not stopped:
+            note_failure(workshop.logs, claim.stage, claim.key, error)
+        tracked.close("KILLED" if stopped else "FAILED")
+        raise
+    tracked.close("FINISHED", outcome.summary, ref.path)
+    forget_failure(workshop.logs, claim.stage, claim.key)
+    workshop.display.finished(node.name, outcome.duration_s, outcome.summary)
+    return ref
+
+
+def _check_inputs(node: Node, inputs: Mapping[str, ArtifactRef]) -> None:
+    """What the stage reads is still what its key says: another run may have made an input again (`--force`)."""
+    for name, ref in inputs.items():
+        if read_manifest(ref.path).content_id != ref.content_id:
+            raise DraftsmithError(
+                f"{node.name}: its input {name} ({ref.path}) was made again by another run, with other content: run "
+                "the same command again, which then starts from the new one"
+            )
+
+
+def _run_process(
+    workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], claim: Claim, tracked: StageRun
+) -> StageOutcome:
+    options = workshop.config.stages
+    request = StageRequest(
+        stage=claim.stage,
+        module=node.module,
+        config=node.config.model_dump(mode="json"),
+        inputs={name: str(ref.path) for name, ref in inputs.items()},
+        out=str(claim.out),
+        work=str(claim.work),
+        seed=seed_of(node, workshop.config),
+        threads=options.threads,
+    )
+    log_path = workshop.logs / f"{claim.stage}-{claim.key[:16]}-{time.strftime('%Y%m%d-%H%M%S')}.log"
+    with workshop.display.stage(node.name) as shown:
+        return run_stage(
+            request,
+            log_path=log_path,
+            limit=options.time_limit(node.name),
+            grace_s=options.grace_seconds,
+            on_event=lambda event: _follow(event, node.name, shown, tracked),
+            # The lock lives as long as the process that writes, even if we are killed.
+            pass_fds=(claim.lock_fd,),
+        )
+
+
+def _follow(event: Event, name: str, shown: StageDisplay, tracked: StageRun) -> None:
+    match event["event"]:
+        case "log":
+            log.info("%s: %s", name, event["message"])
+            shown.log(event["message"])
+        case "progress":
+            shown.progress(event["done"], event["total"], event["unit"], event["figures"])
+        case "metrics":
+            tracked.metrics(event["step"], event["values"])

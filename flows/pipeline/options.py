@@ -1,0 +1,54 @@
+"""Options of a run that change how stages are run, never what they compute: no part of any artifact's key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from draftsmith.stages.contract import Config
+
+
+@dataclass(frozen=True)
+class TimeLimit:
+    """Wall-clock limit of an attempt, and the field of the config that says it."""
+
+    seconds: float
+    field: str
+
+
+class StageOptions(Config):
+    """How stage processes are run."""
+
+    time_limit_minutes: float = Field(default=24 * 60, gt=0)
+    """Wall-clock limit of one attempt at one stage."""
+    time_limits: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Minutes for single nodes, by name, e.g. `{sft: 30}`; `opd` is also for `opd-1`."""
+    grace_seconds: float = Field(default=60, ge=0)
+    """Time to save after a stage is asked to stop, before it is killed."""
+    retries: int = Field(default=2, ge=0, le=20)
+    """Further attempts after the loss of something outside (an engine, a queue); never after any other error."""
+    retry_delay_seconds: float = Field(default=10, ge=0)
+    """Before the first retry; doubles with every further one."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of the numerical libraries; None leaves it to them."""
+    min_free_gb: float = Field(default=2, ge=0)
+    """Free disk space (10^9 bytes) that must be there before a run starts."""
+
+    def time_limit(self, node: str) -> TimeLimit:
+        """Of one attempt at a node."""
+        for name in (node, node.partition("-")[0]):
+            if name in self.time_limits:
+                return TimeLimit(60 * self.time_limits[name], f"stages.time_limits.{name}")
+        return TimeLimit(60 * self.time_limit_minutes, "stages.time_limit_minutes")
+
+
+class RunOptions(Config):
+    """What every run config has, whatever its stages."""
+
+    name: str = Field(min_length=1)
+    """Name of the run in Prefect and MLflow."""
+    seed: int = Field(default=0, ge=0)
+    """Of every stage; part of the keys."""
+    stages: StageOptions = StageOptions()

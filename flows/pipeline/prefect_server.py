@@ -1,0 +1,161 @@
+"""Prefect's settings for this home, and its temporary server, tied to our life so that it never outlives us."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError, from_os_error
+from draftsmith.artifacts.locks import locked
+
+_START_LIMIT_S = 180.0  # 3 s on a used home, 8 to 12 s on a new one, more on a busy machine
+_STOP_LIMIT_S = 5.0
+
+
+def prepare(home: Path) -> None:
+    """Set the environment that Prefect reads when it is imported. What the user has set stays."""
+    debug = os.environ.get("DRAFTSMITH_DEBUG") == "1"
+    defaults = {
+        "PREFECT_HOME": str(home / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",  # Prefect's client has telemetry of its own
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "draftsmith",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO" if debug else "CRITICAL",
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",  # our lines before and after the flow
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def _reach_ourselves_directly() -> None:
+    """A proxy that the environment names knows nothing of a server on this machine."""
+    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if known.strip() != "*":  # libraries read one of the two names, or the first that is set
+        exclusions = ",".join(filter(None, [known, "127.0.0.1", "localhost"]))
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = exclusions
+
+
+class PrefectServer:
+    """The API that a flow reports to. A temporary one starts in the background: `wait` before the flow runs."""
+
+    def __init__(self, url: str, wait: Callable[[], None] | None = None) -> None:
+        self.url = url
+        self._wait = wait
+
+    def wait(self) -> None:
+        """Until the server answers. Raises `DraftsmithError` if it does not."""
+        if self._wait is not None:
+            self._wait()
+
+
+def start_prefect_server(home: Path) -> PrefectServer:
+    """The existing server if `PREFECT_API_URL` is set, else a temporary one that ends with this process.
+
+    Call it before Prefect is imported. Ctrl-C does not reach the temporary server (it is in a session of its own), so a
+    flow can still report its end; it is stopped at exit, after Prefect has sent its last events and log lines.
+    """
+    prepare(home)
+    existing = os.environ.get("PREFECT_API_URL")
+    if existing:
+        return PrefectServer(existing, lambda: _must_answer(existing))
+    folder, log_path = home / "prefect", home / "logs" / "prefect-server.log"
+    with contextlib.ExitStack() as starting:
+        try:
+            log_path.parent.mkdir(parents=True, exist_ok=True)
+            log = starting.enter_context(log_path.open("ab"))
+            # Two servers that start on one new database would race in its migrations.
+            starting.enter_context(locked(folder / ".lock-start"))
+        except OSError as error:
+            raise from_os_error(error, "starting Prefect's server: writing") from error
+        lifeline, our_end = os.pipe()  # our end stays open, and closes when this process ends in whatever way
+        starting.callback(os.close, lifeline)
+        port = _free_port()
+        process = _start(port, lifeline, log.fileno())
+        atexit.register(_stop, process, our_end)
+        until_healthy = starting.pop_all()
+    url = f"http://127.0.0.1:{port}/api"
+    os.environ["PREFECT_API_URL"] = url
+    _reach_ourselves_directly()
+
+    def wait() -> None:
+        with until_healthy:
+            _wait_until_healthy(process, url, log_path)
+
+    return PrefectServer(url, wait)
+
+
+def _must_answer(url: str) -> None:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        if error := client.api_healthcheck():
+            raise RetryableError(
+                f"PREFECT_API_URL: {url} does not answer ({' '.join(str(error).split())}): start that server or "
+                "correct the variable; without it a run starts a server of its own"
+            )
+
+
+def _start(port: int, lifeline: int, log: int) -> subprocess.Popen[bytes]:
+    """The server that Prefect itself starts for a flow without an API, but with a lifeline."""
+    uvicorn = ["--factory", "prefect.server.api.server:create_app", "--host", "127.0.0.1", "--port", str(port)]
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-P", "-m", "draftsmith.stages.lifeline", str(lifeline)),
+            *(sys.executable, "-P", "-m", "uvicorn", *uvicorn, "--log-level", "error", "--lifespan", "on"),
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+        pass_fds=(lifeline,),
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "PREFECT_UI_ENABLED": "0",
+            "PREFECT__SERVER_EPHEMERAL": "1",
+            "PREFECT__SERVER_FINAL": "1",
+        },
+    )
+
+
+def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log_path: Path) -> None:
+    deadline = time.monotonic() + _START_LIMIT_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise DraftsmithError(f"Prefect's temporary server ended at once: the reason is in {log_path}")
+        with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+            return
+        time.sleep(0.1)
+    raise DraftsmithError(
+        f"Prefect's temporary server did not start within {_START_LIMIT_S:.0f} s (log: {log_path}): run "
+        "`prefect server start` in another terminal and set PREFECT_API_URL"
+    )
+
+
+def _stop(process: subprocess.Popen[bytes], our_end: int) -> None:
+    process.terminate()
+    try:
+        process.wait(_STOP_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        os.close(our_end)
+        process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

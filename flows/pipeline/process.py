@@ -1,0 +1,231 @@
+"""Running one stage as a process: its events, its time limit, and its end together with its whole group."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from draftsmith.artifacts.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_RETRYABLE,
+    DraftsmithError,
+    RetryableError,
+    StageInterrupted,
+)
+from draftsmith.flows.pipeline.options import TimeLimit
+
+_POLL_S = 0.2
+_DRAIN_S = 1.0  # to read what a stage wrote just before it ended
+
+Event = dict[str, Any]
+
+
+class StageFailedError(DraftsmithError):
+    """The stage's process failed. The message is the stage's own line and where its log is."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class StageRequest:
+    """What `python -m draftsmith.stages` is asked to do."""
+
+    stage: str
+    module: str
+    config: dict[str, Any]
+    inputs: dict[str, str]  # name -> folder of a complete artifact
+    out: str
+    work: str
+    seed: int
+    threads: int | None = None
+
+
+@dataclass
+class StageOutcome:
+    """What a stage that ended well reported."""
+
+    duration_s: float
+    summary: dict[str, float] = field(default_factory=dict)
+
+
+def run_stage(
+    request: StageRequest,
+    *,
+    log_path: Path,
+    limit: TimeLimit,
+    grace_s: float,
+    on_event: Callable[[Event], None],
+    pass_fds: tuple[int, ...] = (),
+) -> StageOutcome:
+    """Run the stage to its end and hand every event to `on_event` as it comes.
+
+    Whatever ends the wait (the time limit, Ctrl-C, SIGTERM turned into an exception, an error in `on_event`), the stage
+    is asked to stop, has `grace_s` to save, and then its whole group is killed. `pass_fds` are kept open in the stage's
+    process (the lock of what it writes). Raises `DraftsmithError` with the stage's own line and the path of its log.
+    """
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    request_path = log_path.with_suffix(".request.json")
+    request_path.write_text(json.dumps(asdict(request), indent=2), "utf-8")
+    with log_path.open("ab") as log, _group(request_path, log, pass_fds) as process:
+        stage = _RunningStage(request.stage, process, log_path, on_event)
+        try:
+            stage.wait(limit)
+        except BaseException:
+            stage.stop(grace_s)
+            raise
+        return stage.outcome()
+
+
+@contextlib.contextmanager
+def _group(request: Path, log: Any, pass_fds: tuple[int, ...]) -> Iterator[subprocess.Popen[bytes]]:
+    """The stage's process as the leader of its own session; nothing of its group outlives the block."""
+    lifeline, our_end = os.pipe()
+    try:
+        process = subprocess.Popen(
+            # -P: a folder of the user that is called `draftsmith` must not hide ours
+            [sys.executable, "-P", "-m", "draftsmith.stages", str(request), "--lifeline", str(lifeline)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,
+            pass_fds=(lifeline, *pass_fds),
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+                "PYTHONUNBUFFERED": "1",
+            },
+        )
+    except BaseException:
+        os.close(our_end)
+        raise
+    finally:
+        os.close(lifeline)
+    try:
+        yield process
+    finally:
+        # The guard of the lifeline is in the group until now, so the number cannot belong to anybody else yet.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        os.close(our_end)
+        process.wait()
+        if process.stdout:
+            process.stdout.close()
+
+
+class _RunningStage:
+    """Reads the events of a stage's process and knows how it ended."""
+
+    def __init__(
+        self, name: str, process: subprocess.Popen[bytes], log_path: Path, on_event: Callable[[Event], None]
+    ) -> None:
+        assert process.stdout is not None
+        self._name = name
+        self._process = process
+        self._log_path = log_path
+        self._on_event = on_event
+        self._started = time.monotonic()
+        self._buffer = b""
+        self._stream = process.stdout
+        os.set_blocking(self._stream.fileno(), False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._stream, selectors.EVENT_READ)
+        self._summary: dict[str, float] = {}
+        self._error: Event | None = None
+        self._done = False
+
+    def wait(self, limit: TimeLimit) -> None:
+        """Until the process has ended. Raises `DraftsmithError` at the time limit."""
+        deadline = self._started + limit.seconds
+        while self._process.poll() is None:
+            if time.monotonic() > deadline:
+                raise DraftsmithError(
+                    f"stage {self._name} ran past its limit of {limit.seconds / 60:g} minutes and was stopped: raise "
+                    f"{limit.field} and run the same command again, which goes on from what it saved "
+                    f"(log: {self._log_path})"
+                )
+            self._read(min(_POLL_S, max(0.0, deadline - time.monotonic())))
+        self._drain()
+
+    def stop(self, grace_s: float) -> None:
+        """Ask the stage to save and end; return when it has, or after `grace_s`. A second Ctrl-C does not wait."""
+        if self._process.poll() is not None:
+            return
+        # Only the leader: it decides what becomes of its own workers while it saves.
+        self._process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + grace_s
+        while self._process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(Exception):  # an error in on_event may be why we are here
+                self._read(_POLL_S)
+
+    def outcome(self) -> StageOutcome:
+        """Of a process that has ended. Raises the error of one that failed."""
+        code = self._process.returncode
+        if code == 0 and self._done:
+            return StageOutcome(round(time.monotonic() - self._started, 3), self._summary)
+        where = f"(log: {self._log_path})"
+        if self._error is None:
+            raise StageFailedError(f"stage {self._name} {_how_it_ended(code)} {where}")
+        message = f"stage {self._name}: {self._error.get('message', 'failed')} {where}"
+        if code == EXIT_RETRYABLE:
+            raise RetryableError(message)
+        if code == EXIT_INTERRUPTED:
+            raise StageInterrupted(message)
+        if code == DraftsmithError.exit_code:
+            raise DraftsmithError(message)
+        raise StageFailedError(message)
+
+    def _drain(self) -> None:
+        """What is left in the pipe. A worker that survived its stage may hold it open, so not until its end."""
+        deadline = time.monotonic() + _DRAIN_S
+        while self._read(0.0) and time.monotonic() < deadline:
+            pass
+
+    def _read(self, timeout: float) -> bool:
+        """Handle the events that are there; False if there was nothing to read."""
+        if not self._selector.get_map():
+            time.sleep(timeout)  # the stream has ended, the process not yet
+            return False
+        if not self._selector.select(timeout):
+            return False
+        chunk = self._stream.read(1 << 16)
+        if not chunk:
+            self._selector.unregister(self._stream)
+            return False
+        *lines, self._buffer = (self._buffer + chunk).split(b"\n")
+        for line in lines:
+            self._handle(line)
+        return True
+
+    def _handle(self, line: bytes) -> None:
+        try:
+            event = json.loads(line)
+            kind = event["event"]
+        except (ValueError, KeyError, TypeError):
+            return  # not one of ours: a process that was killed in the middle of a line
+        if kind == "summary":
+            # A manifest is JSON, which has no NaN: a figure that is not a number is a figure that there is not.
+            self._summary.update({name: value for name, value in event["values"].items() if math.isfinite(value)})
+        elif kind == "error":
+            self._error = event
+        elif kind == "done":
+            self._done = True
+        self._on_event(event)
+
+
+def _how_it_ended(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "was killed (SIGKILL): most often the machine ran out of memory; use smaller batches"
+    if code < 0:
+        return f"crashed ({signal.Signals(-code).name}): the end of its log says more"
+    return f"ended with code {code} without a word: the end of its log says more"

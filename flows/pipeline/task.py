@@ -1,0 +1,60 @@
+"""A stage as a Prefect task. Prefect shows and retries; whether anything has to be computed is decided by the store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import TaskRun as PrefectTaskRun
+from prefect.states import Completed
+from prefect.tasks import Task, exponential_backoff
+
+from draftsmith.artifacts.errors import RetryableError
+from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.flows.pipeline.graph import Node
+from draftsmith.flows.pipeline.node import Made, Workshop, log, make
+
+_JITTER = 0.5
+
+
+def run_node(
+    workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], upstream: Sequence[State[Any]], *, force: bool
+) -> tuple[Made, State[Any]]:
+    """Make the node's artifact as a task of the current flow run. `upstream` are drawn as its edges.
+
+    Raises the error of the last attempt.
+    """
+    options = workshop.config.stages
+    backoff = exponential_backoff(options.retry_delay_seconds)
+    configured: Task[..., Any] = stage_task.with_options(
+        name=node.stage.name,
+        task_run_name=node.name,
+        description=f"Stage {node.stage.name}: reused from the store, or run in a process of its own.",
+        retries=options.retries,
+        retry_delay_seconds=backoff(options.retries),
+        retry_jitter_factor=_JITTER,
+        retry_condition_fn=_only_what_was_lost,
+    )
+    state: State[Any] = configured(workshop, node, inputs, force, return_state=True, wait_for=list(upstream))
+    made: Made = state.result()
+    return made, state
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def stage_task(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], force: bool) -> State[Any]:
+    """The state says by its name what happened: Completed, or Reused."""
+    made = make(workshop, node, inputs, force=force)
+    where = f"{made.ref.stage}/{made.ref.key[:16]}, content {made.ref.content_id[:16]}"
+    return Completed(name="Reused" if made.reused else "Completed", message=where, data=made)
+
+
+def _only_what_was_lost(_task: Task[..., Any], _run: PrefectTaskRun, state: State[Any]) -> bool:
+    """Retry the loss of an engine or a queue, never an error that another attempt would meet again."""
+    error = state.result(raise_on_failure=False)
+    if not isinstance(error, RetryableError):
+        return False
+    log.warning("%s; trying again", error)
+    return True

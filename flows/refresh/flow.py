@@ -1,0 +1,36 @@
+"""The refresh of a drafter as a Prefect flow, for the command, a deployment and a schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from draftsmith.flows.pipeline.run import run_graph
+from draftsmith.flows.refresh.config import RunConfig, load_config
+from draftsmith.flows.refresh.graph import REFRESH
+
+
+@flow(name="refresh", flow_run_name="{config.name}", persist_result=False)
+def refresh(config: RunConfig, force: list[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Keep a drafter matched to its target: rollout, SFT, mining, distillation, evaluation.
+
+    Args:
+        config: The run, as in a YAML file of `configs/`.
+        force: Names of nodes to make again although the store has them.
+    """
+    return run_graph(config, REFRESH, force or [])
+
+
+@flow(name="refresh-file", flow_run_name="{config_file}", persist_result=False)
+def refresh_file(
+    config_file: str, overrides: list[str] | None = None, force: list[str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """The refresh of a config file: what a schedule runs, so that the file stays the one place to change.
+
+    Args:
+        config_file: Path of the YAML file, as the worker sees it.
+        overrides: Fields to change, such as `opd.steps=200`.
+        force: Names of nodes to make again although the store has them.
+    """
+    return run_graph(load_config(config_file, overrides or []), REFRESH, force or [])

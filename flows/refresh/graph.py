@@ -1,0 +1,76 @@
+"""The graph of a refresh: which stage reads which artifact."""
+
+from __future__ import annotations
+
+from draftsmith.flows.pipeline.graph import Node, Pipeline
+from draftsmith.flows.refresh.config import RunConfig, assisted_config, control_config
+
+
+def refresh_nodes(config: RunConfig) -> list[Node]:
+    """The nodes of one refresh, from the target to the report.
+
+    With several iterations, those before the last one have their number in the name: `opd-1`, …, `opd`.
+    """
+    target = {"target": "target"}
+    asked = {**target, "prompts": "prompts"}
+    nodes = [
+        Node("target", "draftsmith.stages.target", config.target),
+        Node("prompts", "draftsmith.stages.prompts", config.prompts, target),
+        Node(
+            "heldout", "draftsmith.stages.rollout", config.heldout, asked
+        ),  # early: its errors come before the long stages
+    ]
+    if config.logs is not None:
+        answers = "logs"
+        nodes.append(Node(answers, "draftsmith.stages.logs", config.logs, asked))
+    else:
+        assert config.rollout is not None  # RunConfig has checked it
+        answers = "rollout"
+        nodes.append(Node(answers, "draftsmith.stages.rollout", config.rollout, asked))
+    nodes.append(Node("sft", "draftsmith.stages.sft", config.sft, {**target, "trajectories": answers}))
+    opd = control = "sft"
+    for iteration in range(1, config.refresh.iterations + 1):
+        suffix = "" if iteration == config.refresh.iterations else f"-{iteration}"
+        nodes += _iteration(config, iteration, suffix, opd, control)
+        opd, control = f"opd{suffix}", f"control{suffix}"
+    return nodes
+
+
+def _iteration(config: RunConfig, iteration: int, suffix: str, opd: str, control: str) -> list[Node]:
+    """Rollout with the drafter `opd`, mining, OPD and evaluation; `control` is the one whose SFT goes on beside it."""
+    target = {"target": "target"}
+    nodes = []
+    seed = None
+    if config.logs is not None:
+        answers, seed = "logs", config.seed + 1000 * iteration  # the same answers: other batches than SFT and before
+    else:
+        assert config.assisted is not None  # RunConfig has checked it
+        answers = f"assisted{suffix}"
+        inputs = {**target, "prompts": "prompts", "drafter": opd}
+        nodes.append(Node(answers, "draftsmith.stages.rollout", assisted_config(config, iteration), inputs))
+    learned = {**target, "trajectories": answers}
+    drafters = {"sft": "sft", "opd": f"opd{suffix}"}
+    nodes += [
+        Node(f"mining{suffix}", "draftsmith.stages.mining", config.mining, {**learned, "drafter": opd}),
+        Node(
+            f"opd{suffix}",
+            "draftsmith.stages.opd",
+            config.opd,
+            {**learned, "drafter": opd, "steps": f"mining{suffix}"},
+            seed,
+        ),
+    ]
+    if config.refresh.control:
+        drafters["control"] = f"control{suffix}"
+        inputs = {**learned, "drafter": control}
+        nodes.append(Node(f"control{suffix}", "draftsmith.stages.sft", control_config(config), inputs, seed))
+    measured = {**target, "prompts": "prompts", "trajectories": "heldout", **drafters}
+    reported = {"mining": f"mining{suffix}", "evaluation": f"evaluation{suffix}", **drafters}
+    return [
+        *nodes,
+        Node(f"evaluation{suffix}", "draftsmith.stages.evaluation", config.evaluation, measured),
+        Node(f"report{suffix}", "draftsmith.stages.report", config.report, reported),
+    ]
+
+
+REFRESH = Pipeline(config=RunConfig, nodes=refresh_nodes, flow="draftsmith.flows.refresh.flow:refresh")

@@ -1,0 +1,264 @@
+"""Stage `comparison`: many drafters on identical held-out trajectories, over seeds: what an experiment concludes from.
+
+Inputs named `drafter:ARM:STEPS:SEED` are drafters; that of the arm `base`, with 0 steps, is what every arm began with.
+Of steps trained in iterations, `earlier:ARM:STEPS:SEED:I` are the drafters before the last one, for their costs.
+Acceptance is measured by replay, so every drafter meets the same trajectories and differences are paired.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from draftsmith.stages.contract import Config, Stage, StageContext
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PREFIX, EARLIER, BASE = "drafter:", "earlier:", "base"
+COSTS = ("positions", "blocks", "seconds")
+_RESIDENT_BYTES = 4 * 2**30  # of drafters that are replayed together
+
+
+class ComparisonConfig(Config):
+    """How drafters are compared."""
+
+    control: Annotated[str, Field(description="the arm that the others are compared with, at equal steps and seed")]
+    splits: tuple[str, ...] = ("validation", "heldout")
+    tokens_per_target_forward: Annotated[int, Field(ge=1)] = 4096
+    bootstrap_samples: Annotated[int, Field(ge=100)] = 5000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One trained drafter of an experiment."""
+
+    arm: str
+    steps: int
+    seed: int
+    folder: Path  # its artifact
+    earlier: tuple[Path, ...] = ()  # the artifacts of the iterations before
+
+    @classmethod
+    def of_input(cls, name: str, inputs: Mapping[str, Path]) -> Entry:
+        """From the name of one of the stage's inputs."""
+        identity = name.removeprefix(PREFIX)
+        arm, steps, seed = identity.split(":")
+        earlier = tuple(at for other, at in inputs.items() if other.startswith(f"{EARLIER}{identity}:"))
+        return cls(arm, int(steps), int(seed), inputs[name], earlier)
+
+    def __str__(self) -> str:
+        return f"{self.arm}, {self.steps} steps, seed {self.seed}"
+
+    def row(self, split: str, trajectory_id: str, committed: int, verify_steps: int) -> dict[str, Any]:
+        """Of the table ACCEPTANCE."""
+        return {
+            "arm": self.arm,
+            "steps": self.steps,
+            "seed": self.seed,
+            "split": split,
+            "trajectory_id": trajectory_id,
+            "committed": committed,
+            "verify_steps": verify_steps,
+        }
+
+    def cost(self) -> dict[str, float]:
+        """What its training took, from the manifests: block positions with a loss, and seconds of the steps."""
+        from draftsmith.artifacts.manifest import read_manifest
+
+        metrics = [read_manifest(folder).metrics for folder in (*self.earlier, self.folder)]
+        return {name: sum(float(each.get(name, 0.0)) for each in metrics) for name in COSTS}
+
+
+def run(ctx: StageContext, config: ComparisonConfig) -> None:
+    """Replay every drafter; write `results.json` and, for each trajectory, `acceptance.parquet`."""
+    import numpy as np
+
+    from draftsmith.artifacts.atomic import write_text
+    from draftsmith.artifacts.parquet import write_table
+    from draftsmith.artifacts.schemas import ACCEPTANCE
+    from draftsmith.stages.drafters.checkpoint import load_drafter
+    from draftsmith.stages.drafters.config import DraftingConfig
+    from draftsmith.stages.measure.acceptance import ceiling_traces, replay_all
+    from draftsmith.stages.replay.trace import tau
+    from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
+    from draftsmith.stages.targets.causal_lm import Target
+
+    target = Target.load(ctx.inputs["target"])
+    entries = {name: Entry.of_input(name, ctx.inputs) for name in ctx.inputs if name.startswith(PREFIX)}
+    costs = {name: entry.cost() for name, entry in entries.items()}
+    results: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    for split in config.splits:
+        stored = load_trajectories(ctx.inputs["trajectories"], [split])
+        sums: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        longest_block = 0
+        for together in in_memory(entries):  # the target reads the trajectories once for all of them
+            drafters = {name: load_drafter(entries[name].folder / DRAFTER_FOLDER, target) for name in together}
+            longest_block = max(longest_block, *(drafter.block_size for drafter in drafters.values()))
+            found = replay_all(
+                ctx, target, drafters, stored.trajectories, DraftingConfig(), None, config.tokens_per_target_forward
+            )
+            for name, traces in found.items():
+                committed = np.array([trace.committed.sum() for trace in traces], dtype=np.float64)
+                steps = np.array([len(trace.anchors) for trace in traces], dtype=np.float64)
+                sums[name] = committed, steps
+                rows += [
+                    entries[name].row(split, trajectory.trajectory_id, int(c), int(s))
+                    for trajectory, c, s in zip(stored.trajectories, committed, steps, strict=True)
+                ]
+                ctx.log(f"{split}: {entries[name]}: tau {committed.sum() / steps.sum():.3f}")
+            del drafters, found, traces  # before the next ones are loaded
+        results[split] = {
+            "trajectories": len(stored.trajectories),
+            "ceiling": tau(ceiling_traces(target, stored.trajectories, longest_block)),
+            "arms": arm_table(entries, sums, costs, config, ctx.seed),
+        }
+    for name, svg in figures(results[config.splits[-1]]["arms"], config.control).items():
+        write_text(ctx.out / name, svg)
+    write_table(ctx.out / "acceptance.parquet", ACCEPTANCE, rows)
+    (ctx.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    last = results[config.splits[-1]]["arms"]
+    ctx.summary(**{f"tau_{row['arm']}_{row['steps']}": row["tau"] for row in last})
+
+
+def in_memory(entries: Mapping[str, Entry], limit: int = _RESIDENT_BYTES) -> Iterator[list[str]]:
+    """The drafters in turns, of as many as hold within `limit` bytes of weights (at least one)."""
+    from draftsmith.stages.drafters.layout import WEIGHTS_FILE
+    from draftsmith.stages.stored import DRAFTER_FOLDER
+
+    turn: list[str] = []
+    held = 0
+    for name, entry in entries.items():
+        size = (entry.folder / DRAFTER_FOLDER / WEIGHTS_FILE).stat().st_size
+        if turn and held + size > limit:
+            yield turn
+            turn, held = [], 0
+        turn.append(name)
+        held += size
+    if turn:
+        yield turn
+
+
+def figures(table: Sequence[Mapping[str, Any]], control: str) -> dict[str, str]:
+    """The split's table as figures: curves over the budgets, and for each budget the differences to the control."""
+    from draftsmith.stages.reporting.plots import differences, standalone, tau_over_cost
+
+    arms: dict[str, list[Mapping[str, Any]]] = {}
+    for row in table:
+        if row["arm"] != BASE:
+            arms.setdefault(row["arm"], []).append(row)
+    found = {}
+    if any(len(rows) > 1 for rows in arms.values()):
+        untrained = next((row["tau"] for row in table if row["arm"] == BASE), None)
+        found["tau.svg"] = standalone(tau_over_cost(arms, {} if untrained is None else {"before training": untrained}))
+    for steps in sorted({row["steps"] for row in table}):
+        compared = [row for row in table if row["steps"] == steps and "difference" in row]
+        if compared:
+            found[f"differences-{steps}.svg"] = standalone(differences(compared, control))
+    return found
+
+
+def arm_table(
+    entries: Mapping[str, Entry],
+    sums: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    costs: Mapping[str, Mapping[str, float]],
+    config: ComparisonConfig,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """A row for every (arm, steps): tau of each seed and in the mean, and the paired difference to the control.
+
+    sums: committed tokens and verify steps of each trajectory; costs: of the training; both by drafter. The interval of
+    the difference is a bootstrap over trajectories of the mean over seeds; the single seeds' differences stand beside.
+    """
+    import numpy as np
+
+    from draftsmith.stages.measure.bootstrap import interval
+
+    def stacked(names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """[seeds, trajectories] each."""
+        return np.stack([sums[n][0] for n in names]), np.stack([sums[n][1] for n in names])
+
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name, entry in sorted(
+        entries.items(), key=lambda item: (item[1].arm != BASE, item[1].arm, item[1].steps, item[1].seed)
+    ):
+        groups.setdefault((entry.arm, entry.steps), []).append(name)
+    table = []
+    for (arm, steps), names in groups.items():
+        committed, verified = stacked(names)
+        taus = committed.sum(1) / verified.sum(1)
+        row: dict[str, Any] = {
+            "arm": arm,
+            "steps": steps,
+            "seeds": [entries[name].seed for name in names],
+            "tau": float(taus.mean()),
+            "tau_of_seeds": taus.tolist(),
+            **{cost: float(np.mean([costs[name][cost] for name in names])) for cost in COSTS},
+        }
+        control = groups.get((config.control, steps), [])
+        if arm not in (BASE, config.control) and len(control) == len(names):
+            other_committed, other_verified = stacked(control)
+            differences = taus - other_committed.sum(1) / other_verified.sum(1)
+            low, high = interval(
+                _mean_difference,
+                tuple(part for group in (committed, verified, other_committed, other_verified) for part in group),
+                config.bootstrap_samples,
+                seed,
+            )
+            row |= {
+                "difference": float(differences.mean()),
+                "difference_of_seeds": differences.tolist(),
+                "difference_low": low,
+                "difference_high": high,
+                "gain": float(differences.mean() / (taus - differences).mean()),
+            }
+        table.append(row)
+    return table
+
+
+def cost_to_reach(rows: Sequence[Mapping[str, Any]], level: float, cost: str) -> list[float | None]:
+    """What each seed of an arm had spent when its tau passed `level`, read off the line between two budgets.
+
+    rows: the arm's rows of `arm_table`, one a budget; every budget is a training of its own. None where the largest is
+    not enough; where the smallest is more than enough, what that one cost.
+    """
+    ordered = sorted(rows, key=lambda row: row[cost])
+    found: list[float | None] = []
+    for seed in range(len(ordered[0]["tau_of_seeds"])):
+        points = [(row[cost], row["tau_of_seeds"][seed]) for row in ordered]
+        above = next((i for i, (_, tau) in enumerate(points) if tau >= level), None)
+        if above is None:
+            found.append(None)
+        elif above == 0:
+            found.append(points[0][0])
+        else:
+            (spent, tau), (more, higher) = points[above - 1], points[above]
+            found.append(spent + (level - tau) / (higher - tau) * (more - spent))
+    return found
+
+
+def _mean_difference(*parts: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Mean over seeds of the difference of two ratios of sums.
+
+    parts: 4 × seeds arrays over trajectories: committed and verified of the arm, committed and verified of the control.
+    """
+    import numpy as np
+
+    seeds = len(parts) // 4
+    totals = [part.sum(axis) for part in parts]
+    committed, verified, other_committed, other_verified = (totals[i * seeds : (i + 1) * seeds] for i in range(4))
+    return np.mean(
+        [a / b - c / d for a, b, c, d in zip(committed, verified, other_committed, other_verified, strict=True)],
+        axis=0,
+    )
+
+
+STAGE = Stage(
+    name="comparison", config=ComparisonConfig, inputs=("target", "trajectories", f"{PREFIX}*", f"{EARLIER}*"), run=run
+)

@@ -1,0 +1,1 @@
+"""What an evaluation found, as rows, sentences, plots and one HTML page."""

@@ -1,0 +1,106 @@
+"""OPD's loss: the target's feedback on what verification committed and rejected (Draft-OPD, arXiv 2605.29343, 3)."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from draftsmith.stages.training import losses
+from draftsmith.stages.training.batches import Batch
+from draftsmith.stages.training.blocks import Anchors, LossReport, weighted_mean
+from draftsmith.stages.training.chunked import chunked_values
+from draftsmith.stages.training.loss_config import LossConfig
+from draftsmith.stages.training.on_policy.verify_steps import VerifySteps
+from draftsmith.stages.training.response import position_weights, response_stream
+from draftsmith.stages.training.vocabulary import Heads
+
+REJECTED_LOSSES = {"k3": losses.k3_reverse_kl}  # of the log-probs of one proposal, [N] each
+
+
+def opd_loss(
+    hidden: torch.Tensor,
+    batch: Batch,
+    anchors: Anchors,
+    steps: VerifySteps | None,
+    heads: Heads,
+    target_head: torch.Tensor,
+    objective: LossConfig,
+    *,
+    on_proposals: torch.Tensor | None = None,
+    proposals: int | None = None,
+    positions_per_chunk: int,
+) -> LossReport:
+    """λ_acc · weighted mean(response stream) + λ_rej · weighted mean(rejected stream).
+
+    hidden: [B, A, K, H] of the blocks on the trajectories' tokens. steps: may be None unless `objective.reads_steps`.
+    on_proposals: [B, A, K, H] on the drafter's own proposals, where that is not the same (autoregressive drafters).
+    proposals: of a served block (left out: K). objective: resolved. target_head: [V, H]. The report's operations are
+    left to who drafted the blocks.
+    """
+    started = time.perf_counter()
+    assert objective.temperature is not None, "resolve the objective first"
+    response = response_stream(
+        hidden,
+        batch,
+        anchors,
+        heads,
+        target_head,
+        objective.response,
+        temperature=objective.temperature,
+        committed=None if steps is None else steps.committed,
+        proposals=proposals,
+        positions_per_chunk=positions_per_chunk,
+    )
+    loss = objective.response.weight * response.mean
+    trained = response.positions
+    figures = {
+        "loss_response": float(response.mean.detach()),
+        "accuracy": response.accuracy,
+    }
+    if steps is not None:
+        figures["steps_changed_share"] = _changed(steps, response.correct, anchors)
+    if objective.needs_scores:
+        assert steps is not None, "a rejected stream needs verify steps"
+        own = hidden if on_proposals is None else on_proposals
+        mean, where = _rejected(own, anchors, steps, heads, objective, positions_per_chunk)
+        figures["loss_rejected"] = float(mean.detach())
+        loss = loss + objective.rejected.weight * mean
+        trained = trained | where
+    seconds = {"head_and_loss": time.perf_counter() - started}
+    return LossReport(loss, anchors.blocks, int(trained.sum()), figures, seconds)
+
+
+def _rejected(
+    hidden: torch.Tensor,
+    anchors: Anchors,
+    steps: VerifySteps,
+    heads: Heads,
+    objective: LossConfig,
+    positions_per_chunk: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The drafter's proposals from the first rejected one on, judged on their own prefix: mean, positions [B, A, K]."""
+    offsets = torch.arange(1, hidden.shape[2] + 1, device=hidden.device)
+    columns, known = heads.drafter.to_columns(steps.proposed)
+    first = steps.rejected_offset[..., None]
+    judged = steps.target_logprobs.isfinite() & anchors.valid[..., None]
+    where = (offsets >= first) & (first > 0) & judged & known
+    log_p, taken = steps.target_logprobs[where], columns[where]
+    loss_of = REJECTED_LOSSES[objective.rejected.loss]
+
+    def values(h: torch.Tensor, part: slice) -> torch.Tensor:
+        return loss_of(-losses.cross_entropy(heads.drafter.logits(h), taken[part]), log_p[part])
+
+    terms = chunked_values(hidden[where], positions_per_chunk, values, trained_head=heads.trained)
+    weights = position_weights(objective.rejected.positions, offsets, where, log_p)
+    return weighted_mean(terms, weights[where]), where
+
+
+def _changed(steps: VerifySteps, correct: torch.Tensor, anchors: Anchors) -> float:
+    """Share of the trained steps at which the drafter no longer keeps as many tokens as `steps` says.
+
+    Known without work: offsets up to the first rejection are in the stream, and say whether it is still the first.
+    """
+    now = correct.long().cumprod(-1).sum(-1)  # at least: nothing is known beyond the stream
+    different = torch.where(steps.rejected_offset > 0, now != steps.accepted, now < steps.accepted) & anchors.valid
+    return float(different.sum() / anchors.valid.sum().clamp(min=1))

@@ -1,0 +1,135 @@
+"""Re-mining: the trace of a trajectory replayed with the drafter's current weights while it is being trained.
+
+A trajectory is mined again when a batch draws it and its last mining is `every` or more optimiser steps old, so work is
+done for what is trained only. Which tables are fresh depends on earlier weights: they are part of the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.replay.chains import replay_chains
+from draftsmith.stages.replay.trace import Trace, Trajectory
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.training.blocks import View
+from draftsmith.stages.training.on_policy.mined import MinedTable, TrajectorySteps
+from draftsmith.stages.training.on_policy.verify_steps import score
+
+# Of the trace that was known before, for each chain: with fewer, chains draft much in vain; with more, rounds are many
+# and small.
+STEPS_PER_CHAIN = 4
+
+
+class Remining:
+    """A mined table whose rows are replaced by fresh ones; `every` = 0 keeps it as it was mined."""
+
+    def __init__(
+        self,
+        mined: MinedTable,
+        drafter: Drafter,
+        target: Target,
+        *,
+        every: int,
+        scored: bool,
+        tokens_per_forward: int = 2048,
+    ):
+        """scored: ask the target about the proposals of fresh steps, for a loss with a rejected stream.
+
+        tokens_per_forward: of trajectories, that the target reads at once for it.
+        """
+        self.tokens_per_forward = tokens_per_forward
+        self.mined, self.drafter, self.target, self.every, self.scored = mined, drafter, target, every, scored
+        self.current = MinedTable(list(mined.steps), mined.proposals)
+        self._mined_at: dict[int, int] = {}  # trajectory -> optimiser step of its fresh trace
+
+    def refresh(self, step: int, indices: Sequence[int], view: View) -> dict[str, float]:
+        """Mine again what is too old among the trajectories `indices` of a view. Returns figures of what changed."""
+        if not self.every:
+            return {}
+        rows = {i: row for row, i in enumerate(indices) if step - self._mined_at.get(i, 0) >= self.every}
+        if not rows:
+            return {}
+        trajectories = [view.batch.trajectories[row] for row in rows.values()]
+        known = np.mean([len(self.current.steps[i].anchors) for i in rows])
+        traces = self._replay(view, list(rows.values()), trajectories, max(1, round(known / STEPS_PER_CHAIN)))
+        scores = score(self.target, trajectories, traces, self.tokens_per_forward) if self.scored else None
+        changed = steps = 0
+        for place, (i, trace) in enumerate(zip(rows, traces, strict=True)):
+            fresh = self._padded(trace, scores[place].target_logprobs if scores else None)
+            changed += _steps_gone(self.mined.steps[i], fresh)
+            steps += len(self.mined.steps[i].anchors)
+            self.current.steps[i], self._mined_at[i] = fresh, step
+        return {"trace_changed_share": changed / steps, "remined_trajectories": len(rows)}
+
+    @torch.no_grad()
+    def _replay(self, view: View, rows: list[int], trajectories: list[Trajectory], chains: int) -> list[Trace]:
+        width = max(len(t.tokens) for t in trajectories)
+        context = self.drafter.select(view.context, torch.tensor(rows, device=view.batch.tokens.device), width)
+        return replay_chains(
+            self.drafter, context, trajectories, self.mined.proposals + 1, view.head, chains, with_logprobs=False
+        )
+
+    def _padded(self, trace: Trace, target_logprobs: np.ndarray | None) -> TrajectorySteps:
+        """A trace as wide as the trained block. Proposals that no loss reads are left out: checkpoints stay small."""
+        K = self.drafter.block_size - 1
+        shape = (len(trace.anchors), K)
+        if target_logprobs is None:
+            proposed, logprobs = _not_scored(shape)
+        else:
+            margin = ((0, 0), (0, K - trace.proposed.shape[1]))
+            proposed = np.pad(trace.proposed, margin)
+            logprobs = np.pad(target_logprobs, margin, constant_values=np.nan)
+        return TrajectorySteps(
+            trace.anchors, trace.accepted, trace.committed, trace.rejected_offset, proposed, logprobs
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The fresh tables, concatenated."""
+        order = sorted(self._mined_at)
+        fresh = [self.current.steps[i] for i in order]
+        state: dict[str, Any] = {
+            "trajectories": torch.tensor(order, dtype=torch.int64),
+            "mined_at": torch.tensor([self._mined_at[i] for i in order], dtype=torch.int64),
+            "counts": torch.tensor([len(s.anchors) for s in fresh], dtype=torch.int64),
+        }
+        names = _TRACE + (_SCORED if self.scored else ())
+        return state | {name: _joined([getattr(s, name) for s in fresh]) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Back to the tables of a checkpoint."""
+        self.current.steps[:] = self.mined.steps
+        order, counts = state["trajectories"].tolist(), state["counts"].tolist()
+        self._mined_at = dict(zip(order, state["mined_at"].tolist(), strict=True))
+        start = 0
+        for i, count in zip(order, counts, strict=True):
+            part = slice(start, start + count)
+            anchors, accepted, committed, rejected = (state[name][part].numpy() for name in _TRACE)
+            if self.scored:
+                proposed, logprobs = (state[name][part].numpy() for name in _SCORED)
+            else:
+                proposed, logprobs = _not_scored((count, self.drafter.block_size - 1))
+            self.current.steps[i] = TrajectorySteps(anchors, accepted, committed, rejected, proposed, logprobs)
+            start += count
+
+
+_TRACE = ("anchors", "accepted", "committed", "rejected_offset")
+_SCORED = ("proposed", "target_logprobs")
+
+
+def _joined(arrays: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(arrays)) if arrays else torch.zeros(0)
+
+
+def _not_scored(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros(shape, dtype=np.int64), np.full(shape, np.nan, dtype=np.float32)
+
+
+def _steps_gone(mined: TrajectorySteps, fresh: TrajectorySteps) -> int:
+    """How many of the mined steps the fresh trace no longer contains: same anchor, same tokens kept."""
+    now = set(zip(fresh.anchors.tolist(), fresh.accepted.tolist(), strict=True))
+    return sum(step not in now for step in zip(mined.anchors.tolist(), mined.accepted.tolist(), strict=True))

@@ -1,0 +1,367 @@
+"""`draftsmith check`: what it finds, that one failure hides no other, and that its estimates are of the right size."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from draftsmith.flows.checks.estimates import Sizes, disk_of, memory_of, servers_of
+from draftsmith.flows.cli import main
+from draftsmith.flows.pipeline.graph import in_order
+from draftsmith.flows.refresh.graph import refresh_nodes
+from tests.flows.pipeline.processes import ROOT
+from tests.testbed.drafter import DrafterArtifacts
+from tests.testbed.target import MASK
+
+QWEN3_4B = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728,
+    "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    "vocab_size": 151936, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000,
+    "rope_scaling": None, "tie_word_embeddings": True, "attention_bias": False, "use_sliding_window": False,
+    "hidden_act": "silu", "torch_dtype": "bfloat16", "eos_token_id": 1,
+}  # fmt: skip
+QWEN3_4B_DRAFTER = {
+    **QWEN3_4B, "architectures": ["DFlashDraftModel"], "num_hidden_layers": 5, "num_target_layers": 36,
+    "block_size": 16, "tie_word_embeddings": False,
+    "dflash_config": {"mask_token_id": 151669, "target_layer_ids": [1, 9, 17, 25, 33]},
+}  # fmt: skip
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "home"
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture
+def config(tiny_target: Path, tiny_prompts: Path) -> dict[str, Any]:
+    """A refresh of the tiny target."""
+    sampling = {"max_new_tokens": 32}
+    return {
+        "name": "tiny",
+        "target": {"source": str(tiny_target), "dtype": "float32"},
+        "prompts": {
+            "sources": [{"kind": "jsonl", "path": str(tiny_prompts)}],
+            "train": 16,
+            "heldout": 4,
+            "validation": 2,
+            "max_prompt_tokens": 64,
+        },
+        "rollout": {"prompts": 8, "sampling": sampling},
+        "sft": {"drafter": {"num_layers": 1, "block_size": 6, "target_layer_ids": [0, 2], "mask_token": MASK}},
+        "assisted": {"skip": 8, "sampling": sampling},
+        "mining": {},
+        "opd": {},
+        "heldout": {"splits": ["validation", "heldout"], "sampling": sampling},
+        "evaluation": {"sampling": sampling},
+        "stages": {"min_free_gb": 0.01},
+    }
+
+
+def run(tmp_path: Path, config: dict[str, Any], *arguments: str) -> int:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return main(["check", str(path), *arguments])
+
+
+def levels(out: str) -> dict[str, list[str]]:
+    """check → levels of its lines."""
+    found: dict[str, list[str]] = {}
+    for line in out.splitlines():
+        level, check = line[:9].strip(), line[9:].split("  ")[0].strip()
+        found.setdefault(check, []).append(level)
+    return found
+
+
+def test_a_good_config_passes_and_nothing_is_left(
+    home: Path, tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, config) == 0
+    out = capsys.readouterr().out
+    assert {level for each in levels(out).values() for level in each} == {"ok"}
+    for check in ("home", "graph", "prompts.sources.0", "target", "sft: drafter", "sft: memory", "mining: memory"):
+        assert check in levels(out)
+    assert not home.exists()
+
+
+@pytest.mark.usefixtures("home")
+def test_an_eagle3_drafter_is_described_and_its_errors_are_told(
+    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config["sft"]["drafter"] = {"kind": "eagle3", "draft_vocab_size": 200, "target_layer_ids": [0, 1, 2]}
+    assert run(tmp_path, config) == 0
+    assert (
+        "EAGLE-3 on target layers [0, 1, 2], chains of 7, draft vocabulary 200 of 900 tokens" in capsys.readouterr().out
+    )
+    config["sft"]["drafter"]["draft_vocab_size"] = 10**6
+    assert run(tmp_path, config) == 2
+    assert "draft_vocab_size: 1000000 is more than the target's 900 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("home")
+def test_all_checks_run_and_each_failure_says_what_to_do(
+    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config["prompts"]["sources"][0]["path"] = str(tmp_path / "gone.jsonl")
+    config["sft"]["drafter"] |= {"target_layer_ids": [0, 99]}
+    config["assisted"]["skip"] = 100
+    config["rollout"]["engine"] = {"kind": "sglang", "python": str(tmp_path / "no-python"), "launch": {}}
+    config["heldout"]["sampling"] = {"max_new_tokens": 10**6}
+    config["stages"]["min_free_gb"] = 1e9
+    assert run(tmp_path, config) == 2
+    captured = capsys.readouterr()
+    for said in (
+        "1e+09 GB wanted (stages.min_free_gb)",
+        "gone.jsonl does not exist: correct the path",
+        "target_layer_ids [0, 99] do not fit layers 0 … 3",
+        "16 prompts and 100 are skipped",
+        "no-python does not exist: build one with `make sglang-gpu`",
+        "sampling.max_new_tokens: 1000000 does not fit into the target's",
+    ):
+        assert said in captured.out, captured.out
+    assert levels(captured.out)["target"] == ["ok"]
+    assert captured.err.count("\n") == 1 and "checks failed" in captured.err
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"mask_token": "<never>"}, "'<never>' is not a token of the target"),
+        ({"target_layer_ids": [1, 1]}, "name a layer twice"),
+    ],
+)
+def test_a_drafter_that_does_not_fit_is_an_error(
+    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str], change: dict[str, Any], said: str
+) -> None:
+    config["sft"]["drafter"] |= change
+    assert run(tmp_path, config) == 2
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("home")
+def test_layers_that_sglang_does_not_hand_over_are_an_error_where_it_is_to_draft(
+    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config["sft"]["drafter"]["target_layer_ids"] = [0, 3]
+    assert run(tmp_path, config) == 0
+    assert "this drafter will work in the embedded engine only" in capsys.readouterr().out
+    told = "name the last layer, behind which SGLang takes nothing, and SGLang is to draft with it in"
+    config["assisted"]["engine"] = {"kind": "sglang", "urls": ["http://127.0.0.1:9"]}
+    assert run(tmp_path, config) == 2
+    assert f"{told} assisted:" in capsys.readouterr().out
+    del config["assisted"]["engine"]
+    config["evaluation"]["engine"] = {"kind": "sglang", "python": sys.executable, "launch": {}}
+    assert run(tmp_path, config) == 2
+    assert f"{told} evaluation:" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("home")
+def test_a_target_of_another_family_is_one_finding_and_the_other_checks_go_on(
+    tmp_path: Path, tiny_target: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(tiny_target, tmp_path / "neox"))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "vocab_size": 900})
+    )
+    config["target"]["source"] = str(folder)
+    assert run(tmp_path, config) == 2
+    out = capsys.readouterr().out
+    assert "gpt_neox has no config field num_key_value_heads" in out
+    assert levels(out)["graph"] == ["ok"]
+
+
+@pytest.mark.usefixtures("home")
+def test_trees_are_of_eagle3_drafters_only(
+    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = {"branches": 2, "draft_tokens": 6}
+    config["evaluation"]["engine"] = {"kind": "sglang", "python": sys.executable, "launch": {"tree": tree}}
+    refused = "engine.launch.tree: dflash drafts blocks, no trees"
+    assert run(tmp_path, config) == 2
+    assert refused in capsys.readouterr().out
+    config["sft"]["drafter"] = {"kind": "eagle3", "target_layer_ids": [0, 1, 2]}
+    run(tmp_path, config)  # this interpreter has no SGLang, which is another error
+    assert refused not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_sampling_with_a_drafter_on_a_cpus_servers_is_an_error(
+    temperature: int, tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch = {"options": {"--device": "cpu"}}
+    config["evaluation"]["engine"] = {"kind": "sglang", "python": sys.executable, "launch": launch}
+    config["evaluation"]["temperatures"] = [0, temperature]
+    run(tmp_path, config)  # this interpreter has no SGLang, which is another error
+    out = capsys.readouterr().out
+    assert ("SGLang on a CPU verifies greedily" in out) == bool(temperature)
+    assert "GPUs" not in levels(out)
+
+
+@pytest.mark.usefixtures("home")
+def test_doubtful_settings_are_warnings(
+    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config["prompts"]["chat_template_kwargs"] = {"enable_thinking": False}
+    config["evaluation"]["block_sizes"] = [4, 12]
+    assert run(tmp_path, config) == 0
+    out = capsys.readouterr().out
+    assert "it does not read enable_thinking" in out
+    assert "block_sizes [12] are larger than the trained 6" in out
+
+
+@pytest.mark.usefixtures("home")
+def test_too_few_prompts_are_counted_behind_the_filter(
+    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"{i}?", "family": "a" if i < 5 else "b"} for i in range(40)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config["prompts"]["sources"] = [{"kind": "jsonl", "path": str(path), "filter": {"family": "a"}}]
+    assert run(tmp_path, config) == 2
+    assert "5 rows, 22 prompts wanted" in capsys.readouterr().out
+
+
+def hub_cache(folder: Path, tokenizer: Path) -> Path:
+    """A hub cache that holds the small files of Qwen3-4B (its real numbers, another tokenizer) and of its drafter."""
+
+    def snapshot(repository: str, config: dict[str, Any]) -> Path:
+        root = folder / f"models--{repository.replace('/', '--')}"
+        files = root / "snapshots" / REVISION
+        files.mkdir(parents=True)
+        (root / "refs").mkdir()
+        (root / "refs" / "main").write_text(REVISION)
+        (files / "config.json").write_text(json.dumps(config))
+        return files
+
+    target = snapshot("Qwen/Qwen3-4B", QWEN3_4B)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        if (tokenizer / name).is_file():
+            shutil.copy(tokenizer / name, target / name)
+    snapshot("z-lab/Qwen3-4B-DFlash-b16", QWEN3_4B_DRAFTER)
+    return folder
+
+
+def check_recipe(tmp_path: Path, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "DRAFTSMITH_HOME": str(tmp_path / "home"),
+        "PATH": str(tmp_path),  # no nvidia-smi: the same on every machine
+    }  # fmt: skip
+    command = [sys.executable, "-m", "draftsmith.flows", "check", "configs/qwen3-4b-dflash.yaml"]
+    command += ["--set", "stages.min_free_gb=0.01", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_the_recipe_is_checked_from_the_hubs_small_files(tmp_path: Path, tiny_target: Path) -> None:
+    done = check_recipe(tmp_path, hub_cache(tmp_path / "hub", tiny_target))
+    out = done.stdout
+    assert done.returncode == 2  # the SGLang environment is not built here, and that alone
+    assert [line for line in out.splitlines() if line.startswith("error")] == [
+        line for line in out.splitlines() if ".venv-sglang/bin/python does not exist" in line
+    ]
+    assert "4,022M parameters, 36 layers, hidden 2560, vocabulary 151936, 40960 positions, bfloat16" in out
+    assert f"not set: now {REVISION}, reused until `--force target` takes a newer one" in out
+    assert "5 layers on target layers [1, 9, 17, 25, 33], blocks of 16, mask token 151669 (beyond" in out
+    assert "8 times about" in out and "none is visible here" in out
+    assert levels(out)["opd: memory"] == ["ok"] and levels(out)["prompts.sources.0"] == ["warning"]
+
+
+def test_without_hub_and_cache_the_rest_is_still_checked(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    done = check_recipe(tmp_path, tmp_path / "empty")
+    found = levels(done.stdout)
+    assert found["target"] == ["warning"]
+    assert "not checked: tokenizer, chat template, drafter, context, memory, disk" in done.stdout
+    assert found["graph"] == ["ok"]
+
+
+# -- estimates -------------------------------------------------------------------------------------------------------
+
+
+def qwen_sizes() -> Sizes:
+    from transformers import Qwen3Config
+
+    from draftsmith.stages.drafters.checkpoint import plan_of_new
+    from draftsmith.stages.drafters.config import DFlashConfig
+    from draftsmith.stages.targets.estimate import ModelSize
+
+    target = Qwen3Config(**QWEN3_4B)
+    tokenizer = SimpleNamespace(convert_ids_to_tokens=lambda _: None)  # the mask token is an unused row
+    drafter = plan_of_new(DFlashConfig(mask_token=151669), target, lambda: tokenizer)
+    return Sizes(
+        ModelSize.of(target, 4_022_468_096),
+        ModelSize.of(drafter.config, drafter.parameters),
+        features=5,
+        block_size=16,
+        itemsize=2,
+        longest_prompt=512,
+        positions=40960,
+    )
+
+
+def test_estimates_of_the_recipe_by_hand() -> None:
+    from draftsmith.flows.refresh.config import load_config
+
+    config = load_config(ROOT / "configs" / "qwen3-4b-dflash.yaml")
+    nodes = {node.name: node for node in in_order(refresh_nodes(config))}
+    sizes = qwen_sizes()
+    # per layer: q, o 2560·4096, k, v 2560·1024, three of 2560·9728, norms; then fc 5·2560·2560 and two norms
+    layer = 2 * 2560 * 4096 + 2 * 2560 * 1024 + 3 * 2560 * 9728 + 2 * 2560 + 2 * 128
+    parameters = 5 * layer + 5 * 2560 * 2560 + 2 * 2560
+    assert sizes.drafter.parameters == parameters
+    opd = memory_of(nodes["opd"], nodes, sizes)
+    assert opd is not None
+    assert opd.parts["target"] == 2 * 4_022_468_096
+    assert opd.parts["drafter with AdamW"] == 16 * parameters
+    assert opd.parts["logits"] == 3 * 512 * 151936 * 4
+    assert opd.total < 80e9  # the recipe's batch is chosen to fit a GPU of 80 GB
+    mining = memory_of(nodes["mining"], nodes, sizes)
+    assert mining is not None
+    T, rows = 512 + 4096, 16384 // (512 + 4096)  # 32 query heads on 8: the mask, and a copy for each of 4
+    assert mining.parts["attention mask"] == 5 * rows * T * (T + 512) * 2
+    servers = servers_of(nodes["assisted"], sizes)
+    assert servers is not None and servers.gpus == 8
+    per_token = 2 * 36 * 8 * 128 * 2 + 2 * 5 * 8 * 128 * 2
+    assert servers.parts["key/value memory of 32 requests"] == 32 * (512 + 4096 + 16) * per_token
+    assert memory_of(nodes["assisted"], nodes, sizes) is None  # the answers are made elsewhere
+    disk = disk_of(list(nodes.values()), config.prompts, sizes, copies_target=False)
+    assert disk["drafters"] == 3 * 2 * parameters
+    assert "target" not in disk
+
+
+def test_estimates_of_a_fine_tuned_revision_by_hand() -> None:
+    from draftsmith.flows.experiments.arms import ExperimentConfig, experiment_nodes
+    from draftsmith.flows.pipeline.config_file import read_config
+
+    config = read_config(ROOT / "configs" / "experiments" / "smollm2-target-changed.yaml", [], ExperimentConfig)
+    nodes = {node.name: node for node in experiment_nodes(config)}
+    sizes = qwen_sizes()  # itemsize 2: a copy in bfloat16 beside the float32 weights
+    memory = memory_of(nodes["revision"], nodes, sizes)
+    assert memory is not None
+    assert memory.parts["target with AdamW"] == 18 * 4_022_468_096
+    a_token = 36 * 2 * (10 * 2560 + 4 * (32 + 2 * 8) * 128 + 4 * 9728)
+    assert memory.parts["text of a step"] == 4 * 192 * (3 * 151936 * 4 + a_token)
+    disk = disk_of(list(nodes.values()), config.prompts, sizes, copies_target=False)
+    assert disk["revision"] == 2 * 4_022_468_096
+
+
+def test_trajectories_take_no_more_disk_than_estimated(tiny_drafter: DrafterArtifacts) -> None:
+    from draftsmith.artifacts.parquet import read_table
+    from draftsmith.artifacts.schemas import TRAJECTORIES
+
+    path = tiny_drafter.rollout / "trajectories.parquet"
+    rows = read_table(path, TRAJECTORIES).to_pylist()
+    tokens = sum(len(row["prompt_ids"]) + len(row["response_ids"]) for row in rows)
+    assert path.stat().st_size < 4 * tokens < 10 * path.stat().st_size

@@ -1,0 +1,195 @@
+"""Checks before any long work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.flows.checks.preflight import (
+    check_engines,
+    check_home,
+    check_lengths,
+    check_node,
+    check_supplies,
+    check_target,
+)
+from draftsmith.flows.pipeline.graph import Node
+from draftsmith.flows.pipeline.options import StageOptions
+from draftsmith.stages.evaluation import EvaluationConfig
+from draftsmith.stages.mining import MiningConfig
+from draftsmith.stages.prompts import PromptsConfig
+from draftsmith.stages.rollout import RolloutConfig
+from draftsmith.stages.sft import SftConfig
+from draftsmith.stages.stored import load_prompts
+from draftsmith.stages.targets.resolve import read_target_info
+from tests.flows.pipeline.toy import ToyConfig, toy_nodes
+from tests.flows.pipeline.toy_stages.combine import CombineConfig
+from tests.testbed.drafter import DrafterArtifacts
+from tests.testbed.target import MASK
+
+
+def test_too_little_disk_is_an_error_that_names_the_field(tmp_path: Path) -> None:
+    config = ToyConfig(name="t", stages=StageOptions(min_free_gb=1e9))
+    with pytest.raises(DraftsmithError, match=r"GB free, 1e\+09 GB wanted \(stages\.min_free_gb\)"):
+        check_home(tmp_path, config)
+
+
+def test_a_home_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DraftsmithError, match="preparing"):
+        check_home(tmp_path / "file" / "home", ToyConfig(name="t"))
+    with pytest.raises(DraftsmithError, match="preparing"):
+        check_home(Path("/proc/draftsmith"), ToyConfig(name="t"))
+
+
+def test_every_stage_checks_its_config_against_the_target(tmp_path: Path) -> None:
+    check_target(toy_nodes(ToyConfig(name="t")), tmp_path)
+    bad = ToyConfig(name="t", total=CombineConfig(factor=0))
+    with pytest.raises(DraftsmithError, match="total: factor: 0 makes every sum 0"):
+        check_target(toy_nodes(bad), tmp_path)
+
+
+def test_sft_that_goes_on_with_a_drafter_is_not_checked_as_a_new_one(tiny_drafter: DrafterArtifacts) -> None:
+    """The control of a refresh keeps the section `sft`, whose drafter may not fit: it is not what is trained."""
+    config = SftConfig.model_validate({"drafter": {"mask_token": "<never>"}})
+    learned = {"target": "target", "trajectories": "rollout"}
+    assert not check_node(
+        Node("control", "draftsmith.stages.sft", config, {**learned, "drafter": "sft"}), tiny_drafter.target
+    )
+    with pytest.raises(DraftsmithError, match=r"sft: .*'<never>' is not a token of the target"):
+        check_node(Node("sft", "draftsmith.stages.sft", config, learned), tiny_drafter.target)
+
+
+def test_layers_that_sglang_does_not_hand_over_are_an_error_before_training(tiny_drafter: DrafterArtifacts) -> None:
+    fields = {"num_layers": 1, "block_size": 4, "target_layer_ids": [0, 3], "mask_token": MASK}
+    sft = Node(
+        "sft",
+        "draftsmith.stages.sft",
+        SftConfig.model_validate({"drafter": fields}),
+        {"target": "t", "trajectories": "r"},
+    )
+    served = {"kind": "sglang", "urls": ["http://127.0.0.1:9"]}
+    inputs = {"target": "t", "prompts": "p", "drafter": "sft"}
+    for engine, refused in ({"kind": "embedded"}, False), (served, True):
+        assisted = Node(
+            "assisted", "draftsmith.stages.rollout", RolloutConfig.model_validate({"engine": engine}), inputs
+        )
+        if refused:
+            with pytest.raises(
+                DraftsmithError, match=r"sft: target_layer_ids .* is to draft with it in assisted: change"
+            ):
+                check_target([sft, assisted], tiny_drafter.target)
+        else:
+            check_target([sft, assisted], tiny_drafter.target)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"skip": 8}, "answers: splits .'train'. have 8 prompts and 8 are skipped: raise"),
+        ({"skip": 3, "prompts": 6}, "answers: 6 prompts wanted behind 3 skipped, 5 left: raise"),
+        ({"skip": 3, "prompts": 5}, None),
+        ({}, None),
+    ],
+)
+def test_a_rollout_finds_the_prompts_that_it_asks_for(fields: dict[str, int], message: str | None) -> None:
+    prompts = PromptsConfig.model_validate(
+        {"sources": [{"kind": "jsonl", "path": "p.jsonl"}], "train": 8, "validation": 0, "heldout": 2}
+    )
+    asked = {"target": "target", "prompts": "prompts"}
+    nodes = [
+        Node("prompts", "draftsmith.stages.prompts", prompts, {"target": "target"}),
+        Node("answers", "draftsmith.stages.rollout", RolloutConfig.model_validate(fields), asked),
+    ]
+    if message is None:
+        check_supplies(nodes)
+    else:
+        with pytest.raises(DraftsmithError, match=message):
+            check_supplies(nodes)
+
+
+@pytest.mark.parametrize("from_checkpoint", [False, True])
+def test_a_block_larger_than_the_trained_one_is_an_error_before_training(
+    from_checkpoint: bool, tiny_drafter: DrafterArtifacts
+) -> None:
+    checkpoint = tiny_drafter.drafter / "drafter"
+    trained = json.loads((checkpoint / "config.json").read_text())["block_size"]
+    fields = {"num_layers": 1, "block_size": trained, "target_layer_ids": [0, 2], "mask_token": MASK}
+    start = {"init_from": str(checkpoint)} if from_checkpoint else {"drafter": fields}
+    sft = Node("sft", "draftsmith.stages.sft", SftConfig.model_validate(start), {"target": "t", "trajectories": "r"})
+    for size, refused in ((trained, False), (trained + 1, True)):
+        config = MiningConfig.model_validate({"drafting": {"block_size": size}})
+        mining = Node(
+            "mining", "draftsmith.stages.mining", config, {"target": "t", "trajectories": "r", "drafter": "sft"}
+        )
+        if refused:
+            with pytest.raises(
+                DraftsmithError, match=rf"mining: drafting\.block_size {size} is larger than the trained"
+            ):
+                check_target([sft, mining], tiny_drafter.target)
+        else:
+            check_target([sft, mining], tiny_drafter.target)
+
+
+def test_every_node_is_held_against_the_drafter_that_it_reads(tiny_drafter: DrafterArtifacts) -> None:
+    """Of two drafters, only the one with the larger blocks can draft them; only EAGLE-3 can draft trees."""
+    shape = {"block_size": 4, "mask_token": MASK, "num_layers": 1, "target_layer_ids": [0, 2]}
+    learned = {"target": "t", "trajectories": "r"}
+    tree = {"kind": "sglang", "python": "python", "launch": {"tree": {"branches": 2, "draft_tokens": 6}}}
+
+    def nodes(name: str, block_size: int, engine: dict[str, Any]) -> list[Node]:
+        eagle = {"kind": "eagle3", "block_size": 8, "target_layer_ids": [0, 1, 2]}
+        mining = MiningConfig.model_validate({"drafting": {"block_size": block_size}})
+        compared = EvaluationConfig.model_validate({"engine": engine})
+        return [
+            Node("small", "draftsmith.stages.sft", SftConfig.model_validate({"drafter": shape}), learned),
+            Node("large", "draftsmith.stages.sft", SftConfig.model_validate({"drafter": eagle}), learned),
+            Node(
+                "more",
+                "draftsmith.stages.sft",
+                SftConfig.model_validate({"drafter": shape}),
+                {**learned, "drafter": name},
+            ),
+            Node("mining", "draftsmith.stages.mining", mining, {**learned, "drafter": "more"}),
+            Node("speed", "draftsmith.stages.evaluation", compared, {"target": "t", "drafter:a": name}),
+        ]
+
+    check_target(nodes("large", 8, tree), tiny_drafter.target)
+    with pytest.raises(DraftsmithError, match=r"mining: .* 8 is larger than the trained 4"):
+        check_target(nodes("small", 8, {}), tiny_drafter.target)
+    with pytest.raises(DraftsmithError, match=r"speed: engine\.launch\.tree: dflash drafts blocks"):
+        check_target(nodes("small", 4, tree), tiny_drafter.target)
+
+
+def test_sampling_with_a_drafter_on_a_cpus_servers_is_an_error_before_anything_runs() -> None:
+    engine = {"kind": "sglang", "python": "python", "launch": {"options": {"device": "cpu"}}}
+    config = EvaluationConfig.model_validate({"engine": engine, "temperatures": [0, 1]})
+    with pytest.raises(DraftsmithError, match=r"speed: temperatures: SGLang on a CPU verifies greedily"):
+        check_engines([Node("speed", "draftsmith.stages.evaluation", config, {"sft": "sft"})])
+    rollout = RolloutConfig.model_validate({"engine": engine, "sampling": {"temperature": 1}})
+    with pytest.raises(DraftsmithError, match=r"assisted: sampling\.temperature"):
+        check_engines([Node("assisted", "draftsmith.stages.rollout", rollout, {"drafter": "sft"})])
+    with pytest.raises(DraftsmithError, match=r"rollout: engine\.python"):  # without a drafter it may sample
+        check_engines([Node("rollout", "draftsmith.stages.rollout", rollout, {})])
+
+
+def test_prompts_that_are_too_long_for_a_later_stage_are_found_once_they_are_made(
+    tiny_drafter: DrafterArtifacts,
+) -> None:
+    limit = read_target_info(tiny_drafter.target).max_positions
+    longest = max(len(prompt.token_ids) for prompt in load_prompts(tiny_drafter.prompts, ["heldout"]))
+    for module, made in (("rollout", RolloutConfig), ("evaluation", EvaluationConfig)):
+        for over in (0, 1):
+            fields: dict[str, Any] = {"sampling": {"max_new_tokens": limit - longest + over}}
+            fields |= {"splits": ["heldout"]} if made is RolloutConfig else {"validation_prompts": 1}
+            node = Node("late", f"draftsmith.stages.{module}", made.model_validate(fields), {"prompts": "prompts"})
+            if over:
+                with pytest.raises(DraftsmithError, match=f"late: the longest prompt .* the target has {limit}"):
+                    check_lengths([node], "prompts", tiny_drafter.prompts, tiny_drafter.target)
+            else:
+                check_lengths([node], "prompts", tiny_drafter.prompts, tiny_drafter.target)
+            check_lengths([node], "other_prompts", tiny_drafter.prompts, tiny_drafter.target)

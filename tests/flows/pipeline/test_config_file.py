@@ -1,0 +1,186 @@
+"""Config files and overrides: what is read, and that every error is one line which says what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+from pydantic import Field, model_validator
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.flows.pipeline.config_file import merged, read_config
+from draftsmith.stages.contract import Config
+
+
+class Sampled(Config):
+    kind: Literal["sampled"] = "sampled"
+    temperature: float = 1.0
+
+
+class Greedy(Config):
+    kind: Literal["greedy"] = "greedy"
+    ties: int = 0
+
+
+class Source(Config):
+    count: int = Field(default=1, ge=1)
+    path: Path | None = None
+
+
+class Section(Config):
+    steps: int = 10
+    rate: float = 0.1
+    loss: Literal["auto"] | Literal["paper", "matched"] = "matched"
+    sources: list[Source] = Field(default_factory=list)
+    decoding: Annotated[Sampled | Greedy, Field(discriminator="kind")] = Greedy()
+    weights: dict[str, float] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _even(self) -> Section:
+        if self.steps % 2:
+            raise ValueError("steps must be even: add one")
+        return self
+
+
+class Example(Config):
+    name: str
+    sft: Section = Section()
+    opd: Section = Section()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text("name: run\nsft:\n  steps: 20\n  sources:\n    - count: 3\n    - path: data.jsonl\n")
+    return path
+
+
+def test_overrides_are_yaml_and_reach_into_lists_and_new_sections(file: Path) -> None:
+    overrides = ["sft.sources.0.count=9", "opd.rate=1e-3", "opd.decoding={kind: sampled, temperature: 0.5}", "name='7'"]
+    config = read_config(file, [*overrides, "sft.weights.rare=2"], Example)
+    assert config.sft.sources == [Source(count=9), Source(path=Path("data.jsonl"))]
+    assert config.opd.rate == 0.001
+    assert config.opd.decoding == Sampled(temperature=0.5)
+    assert (config.name, config.sft.steps, config.sft.weights) == ("7", 20, {"rare": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("sft.stpes=2", "--set sft.stpes: unknown field, did you mean sft.steps?"),
+        ("stf.steps=2", "--set stf: unknown field, did you mean sft?"),
+        ("sft.sources.1.cuont=2", "--set sft.sources.1.cuont: unknown field, did you mean sft.sources.1.count?"),
+        ("temperature=2", "unknown field here, did you mean sft.decoding.temperature or opd.decoding.temperature?"),
+        ("sft.decoding={kind: sampled, temprature: 1}", "--set sft.decoding.temprature: unknown field, did you mean"),
+        ("sft.decoding={kind: sampled, ties: 1}", "--set sft.decoding.ties: a field of another kind of sft.decoding:"),
+        ("sft.zzz=2", "unknown field, remove it or use one of: decoding, loss, rate, sources, steps, weights"),
+        ("sft.steps=many", "--set sft.steps: expected an integer, got 'many': change the value"),
+        ("sft.steps=", "--set sft.steps: expected an integer, got nothing: change the value"),
+        ("sft.loss=peper", "--set sft.loss: expected one of 'auto', 'paper', 'matched', got 'peper': change the value"),
+        ("sft.sources.0.count=0", "--set sft.sources.0.count: expected greater than or equal to 1, got 0"),
+        ("sft.steps=3", "--set sft: steps must be even: add one"),
+        ("sft=5", "--set sft: expected a mapping of fields, got 5"),
+        ("sft.sources.7.count=2", "sft.sources is a list of 2 in the file: use an index from 0 to 1"),
+        ("sft.steps.deep=2", "sft.steps is 20 in the file, it has no fields"),
+        ("sft.steps", "--set sft.steps: expected FIELD=VALUE, such as --set sft.steps=200"),
+        ("=3", "expected FIELD=VALUE"),
+        ("sft.sources=[1", "--set sft.sources=[1"),
+    ],
+)
+def test_a_bad_override_is_named_with_what_to_do(file: Path, override: str, expected: str) -> None:
+    with pytest.raises(DraftsmithError) as caught:
+        read_config(file, [override], Example)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: a\nsft: {stpes: 4}\n", "sft.stpes: unknown field, did you mean sft.steps?"),
+        ("nme: a\n", "nme: unknown field, did you mean name? (and 1 more error)"),
+        ("sft: {}\n", "name: this field is required: add it to the file or pass --set name=VALUE"),
+        ("name: [a]\n", "name: expected a text (put it in quotes), got ['a']"),
+        ("name: a\nname: b\n", "line 2, column 1: not valid YAML: field 'name' stands twice: keep one"),
+        ("name: {a\n", "line 2, column 1: not valid YAML"),
+        ("name: {{ run }}\n", "line 1, column 8: not valid YAML: a field's name must be a text"),
+        (
+            "name: a\nsft: {loss: ce}\n",
+            "sft.loss: expected one of 'auto', 'paper', 'matched', got 'ce': change the value",
+        ),
+        ("- name\n", "expected a mapping of fields such as 'name: my-run', got ['name']"),
+        ("", "expected a mapping of fields such as 'name: my-run', got nothing"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_field_and_what_to_do(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(DraftsmithError) as caught:
+        read_config(path, [], Example)
+    assert str(caught.value).startswith(str(path))
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_or_unreadable_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DraftsmithError, match=r"nowhere\.yaml: no such config file"):
+        read_config(tmp_path / "nowhere.yaml", [], Example)
+    with pytest.raises(DraftsmithError, match="cannot read the config: Is a directory"):
+        read_config(tmp_path, [], Example)
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xe9\n")
+    with pytest.raises(DraftsmithError, match="not UTF-8"):
+        read_config(tmp_path / "latin.yaml", [], Example)
+
+
+def test_a_mapping_of_another_kind_is_replaced() -> None:
+    base: dict[str, Any] = {"drafter": {"num_layers": 2, "block_size": 6}, "weights": {"kind": "power", "delta": 0.8}}
+    assert merged(base, {"drafter": {"block_size": 4}})["drafter"] == {"num_layers": 2, "block_size": 4}
+    assert merged(base, {"drafter": {"kind": "dflash", "block_size": 4}})["drafter"] == {
+        "kind": "dflash",  # which the base left out
+        "num_layers": 2,
+        "block_size": 4,
+    }
+    revision = {"revision": {"families": ["story"], "steps": 2}}
+    assert merged(revision, {"revision": {"kind": "procedural", "steps": 1}})["revision"]["families"] == ["story"]
+    assert merged(base, {"drafter": {"kind": "eagle3", "block_size": 4}})["drafter"] == {
+        "kind": "eagle3",
+        "block_size": 4,
+    }
+    assert merged(base, {"weights": {"kind": "power", "gamma": 2}})["weights"] == base["weights"] | {"gamma": 2}
+    assert merged(base, {"weights": {"kind": "uniform"}})["weights"] == {"kind": "uniform"}
+    assert merged(base, {"weights": {"preset": "paper"}})["weights"] == {"preset": "paper"}
+
+
+def test_a_file_extends_another_field_by_field(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("name: base\nsft: {steps: 4, rate: 0.5, sources: [{count: 2}, {count: 3}]}\n")
+    (tmp_path / "other").mkdir()
+    middle = tmp_path / "other" / "middle.yaml"
+    middle.write_text("extends: ../base.yaml\nsft: {rate: 0.25}\n")
+    top = tmp_path / "top.yaml"
+    top.write_text("extends: other/middle.yaml\nname: top\nsft: {sources: [{count: 5}]}\n")
+    config = read_config(top, ["sft.steps=6"], Example)
+    assert (config.name, config.sft.steps, config.sft.rate) == ("top", 6, 0.25)
+    assert [source.count for source in config.sft.sources] == [5]
+
+
+def test_files_that_extend_each_other_or_nothing_are_named(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("extends: second.yaml\n")
+    second.write_text("extends: first.yaml\n")
+    with pytest.raises(DraftsmithError, match=r"first.yaml: extends: the files extend each other"):
+        read_config(first, [], Example)
+    second.write_text("extends: third.yaml\n")
+    with pytest.raises(DraftsmithError, match=r"third.yaml: no such config file"):
+        read_config(first, [], Example)
+    second.write_text("extends: [1]\n")
+    with pytest.raises(DraftsmithError, match=r"second.yaml: extends: expected the name of a YAML file"):
+        read_config(first, [], Example)
+
+
+def test_an_override_changes_one_section_of_those_that_share_an_alias(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("name: run\nsft: &shared {steps: 4, weights: {a: 1.0}}\nopd: *shared\n")
+    config = read_config(path, ["opd.steps=6", "opd.weights.a=2.0"], Example)
+    assert (config.sft.steps, config.opd.steps) == (4, 6)
+    assert (config.sft.weights, config.opd.weights) == ({"a": 1.0}, {"a": 2.0})

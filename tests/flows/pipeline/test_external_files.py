@@ -1,0 +1,53 @@
+"""Files outside the store belong into the key of the stage that reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.store import Store
+from draftsmith.flows.pipeline.graph import external_digests, plan
+from draftsmith.flows.refresh.config import load_config
+from draftsmith.flows.refresh.graph import REFRESH
+from draftsmith.stages.prompts import PromptsConfig
+from draftsmith.stages.sft import SftConfig
+from draftsmith.stages.targets.config import TargetConfig
+
+QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
+
+
+def jsonl(path: Path) -> PromptsConfig:
+    return PromptsConfig.model_validate({"sources": [{"kind": "jsonl", "path": str(path)}], "train": 1, "heldout": 1})
+
+
+def test_a_changed_prompt_file_changes_the_key_material(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n')
+    before = external_digests(jsonl(path))
+    path.write_text('{"prompt": "b"}\n')
+    assert external_digests(jsonl(path)) != before
+
+
+def test_the_weights_of_a_drafter_to_start_from_are_key_material(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"1")
+    before = external_digests(SftConfig(init_from=str(tmp_path)))
+    weights.write_bytes(b"2")
+    after = external_digests(SftConfig(init_from=str(tmp_path)))
+    assert before != after
+    assert len(after["external_files"]) == 2
+
+
+def test_a_config_without_files_adds_nothing() -> None:
+    assert external_digests(TargetConfig(source="Qwen/Qwen3-4B")) == {}
+    assert external_digests(SftConfig()) == {}
+
+
+def test_a_missing_prompt_file_is_named_before_anything_runs(tmp_path: Path) -> None:
+    missing = tmp_path / "absent.jsonl"
+    config = load_config(QUICKSTART, [f"prompts.sources.0={{kind: jsonl, path: {missing}}}"])
+    with pytest.raises(DraftsmithError, match=r"prompts: .*absent\.jsonl is not an existing file"):
+        plan(config, Store(tmp_path / "store"), REFRESH)

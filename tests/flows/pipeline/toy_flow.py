@@ -1,0 +1,15 @@
+"""The Prefect flow of the toy pipeline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from draftsmith.flows.pipeline.run import run_graph
+from tests.flows.pipeline.toy import TOY, ToyConfig
+
+
+@flow(name="toy-refresh", flow_run_name="{config.name}", persist_result=False)
+def toy_refresh(config: ToyConfig, force: list[str] | None = None) -> dict[str, dict[str, Any]]:
+    return run_graph(config, TOY, force or [])

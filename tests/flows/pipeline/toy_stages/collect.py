@@ -1,0 +1,66 @@
+"""Toy stage `collect`: writes numbers, one at a time, going on from those that an earlier attempt saved."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.stages.contract import Config, Stage, StageContext
+
+
+class CollectConfig(Config):
+    """What to collect, and how to go wrong."""
+
+    count: int = 5
+    seconds_each: float = 0.0
+    fail_at: int | None = None  # a user's error when so many are there, unless the file `allow` exists
+    allow: Path | None = None
+    lose_engine_until: Path | None = None  # a retryable error on every attempt, counted in this file, up to two
+    worker: Path | None = None  # start a grandchild that writes its process id here
+    note_start: Path | None = None  # one line a start is added here
+
+
+def run(context: StageContext, config: CollectConfig) -> None:
+    if config.note_start is not None:
+        with config.note_start.open("a") as stream:
+            stream.write("started\n")
+    if config.worker is not None:
+        _start_worker(config.worker)
+    if config.lose_engine_until is not None:
+        _lose_engine(config.lose_engine_until)
+    saved = context.work / "saved.json"
+    numbers: list[int] = json.loads(saved.read_text()) if saved.exists() else []
+    context.log(f"going on from {len(numbers)}")
+    while len(numbers) < config.count:
+        context.check_interrupted()
+        if len(numbers) == config.fail_at and not (config.allow and config.allow.exists()):
+            raise DraftsmithError(f"number {config.fail_at} is bad: remove it")
+        time.sleep(config.seconds_each)
+        numbers.append(context.seed + len(numbers))
+        saved.write_text(json.dumps(numbers))
+        context.metrics(len(numbers), value=numbers[-1])
+        context.progress(len(numbers), config.count, "numbers", last=numbers[-1])
+    (context.out / "numbers.json").write_text(json.dumps(numbers))
+    context.summary(numbers=len(numbers))
+
+
+def _lose_engine(count_file: Path) -> None:
+    lost = int(count_file.read_text()) if count_file.exists() else 0
+    if lost < 2:
+        count_file.write_text(str(lost + 1))
+        raise RetryableError("the engine went away: start it again")
+
+
+def _start_worker(pid_file: Path) -> None:
+    """A grandchild that ignores SIGTERM and would sleep for ten minutes."""
+    import subprocess
+    import sys
+
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    worker = subprocess.Popen([sys.executable, "-c", code])
+    pid_file.write_text(str(worker.pid))
+
+
+STAGE = Stage(name="collect", config=CollectConfig, inputs=(), run=run)

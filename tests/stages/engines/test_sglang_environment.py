@@ -1,0 +1,124 @@
+"""The checks of an SGLang environment: real interpreters, metadata as pip writes it, real sockets."""
+
+from __future__ import annotations
+
+import http.server
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.flows.checks.preflight import check_engines
+from draftsmith.flows.pipeline.graph import Node
+from draftsmith.stages.engines.config import LaunchConfig, SGLangEngineConfig
+from draftsmith.stages.engines.sglang.environment import check_engine, installed
+from draftsmith.stages.rollout import RolloutConfig
+
+
+def interpreter(folder: Path, version: str | None, *, plugin: bool = False) -> Path:
+    """This Python with other installed packages beside it, as their metadata says."""
+    packages = folder / "packages"
+    for name, release, points in (
+        ("sglang", version, ""),
+        ("draftsmith", "0.1" if plugin else None, "[sglang.srt.plugins]\ndraftsmith = a.module:activate\n"),
+    ):
+        if release is None:
+            continue
+        info = packages / f"{name}-{release}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {release}\n")
+        (info / "entry_points.txt").write_text(points)
+    folder.mkdir(exist_ok=True)
+    path = folder / "python"
+    path.write_text(f'#!/bin/sh\nPYTHONPATH="{packages}" exec "{sys.executable}" -S "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def config(python: Path | None = None, **fields: object) -> SGLangEngineConfig:
+    return SGLangEngineConfig.model_validate(
+        {"kind": "sglang", "python": python, **({"launch": {}} if python else {}), **fields}
+    )
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """Answers /health and nothing else."""
+
+    class Health(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/health" else 404)
+            self.end_headers()
+
+        def log_message(self, *_arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Health) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("version", "plugin", "said"),
+    [
+        ("0.5.20", True, []),
+        ("0.5.23.post1", True, []),
+        ("0.5.19", True, ["sglang 0.5.19 is outside the tested >=0.5.20,<0.5.24"]),
+        ("0.5.24", True, ["sglang 0.5.24 is outside the tested"]),
+        ("0.5.22", False, ["is not installed beside sglang: mining will replay"]),
+    ],
+)
+def test_version_and_plugin_are_read_from_the_other_environment(
+    tmp_path: Path, version: str, plugin: bool, said: list[str]
+) -> None:
+    python = interpreter(tmp_path, version, plugin=plugin)
+    assert installed(python).sglang == version
+    warnings = check_engine(config(python))
+    assert len(warnings) == len(said)
+    assert all(part in warning for part, warning in zip(said, warnings, strict=True))
+
+
+def test_a_missing_plugin_does_not_matter_where_no_trace_is_asked_for(tmp_path: Path) -> None:
+    assert check_engine(config(interpreter(tmp_path, "0.5.21"), trace=False)) == []
+
+
+def test_an_interpreter_that_cannot_launch_is_an_error(tmp_path: Path) -> None:
+    def refused(python: Path) -> str:
+        with pytest.raises(DraftsmithError) as caught:
+            check_engine(config(python))
+        assert "make sglang-gpu" in str(caught.value)
+        return str(caught.value)
+
+    assert "does not exist" in refused(tmp_path / "none")
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    assert "cannot be executed" in refused(plain)
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho no such library >&2; exit 3\n")
+    broken.chmod(0o755)
+    assert "is not a Python that runs (no such library)" in refused(broken)
+    assert "has no sglang installed" in refused(interpreter(tmp_path / "bare", None))
+
+
+def test_a_server_that_does_not_answer_is_a_warning(server: str) -> None:
+    assert check_engine(config(urls=[server])) == []
+    (warning,) = check_engine(config(urls=[server + "/elsewhere"]))
+    assert "HTTP 404" in warning
+    (warning,) = check_engine(config(urls=["http://127.0.0.1:9"]))
+    assert "http://127.0.0.1:9 does not answer now" in warning
+
+
+def test_the_preflight_of_a_refresh_names_the_nodes(tmp_path: Path) -> None:
+    def node(name: str, python: Path) -> Node:
+        engine = SGLangEngineConfig(kind="sglang", python=python, launch=LaunchConfig(options={}, environment={}))
+        return Node(name, "draftsmith.stages.rollout", RolloutConfig(engine=engine))
+
+    good = interpreter(tmp_path, "0.5.20")
+    (warning,) = check_engines([node("rollout", good), node("heldout", good)])
+    assert warning.startswith("rollout, heldout: the plug-in")
+    with pytest.raises(DraftsmithError, match=r"^assisted: engine\.python: "):
+        check_engines([node("rollout", good), node("assisted", tmp_path / "none")])

@@ -1,0 +1,94 @@
+"""The comparison of an experiment's drafters, against figures worked out by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from draftsmith.stages.experiments.comparison import BASE, ComparisonConfig, Entry, arm_table, cost_to_reach, figures
+
+COST = {"positions": 700.0, "blocks": 100.0, "seconds": 2.0}
+
+
+def table(sums: dict[str, tuple[list[float], list[float]]]) -> dict[tuple[str, int], dict[str, object]]:
+    entries = {name: Entry.of_input(name, {name: Path()}) for name in sums}
+    arrays = {name: (np.array(c), np.array(v)) for name, (c, v) in sums.items()}
+    config = ComparisonConfig(control="sft", bootstrap_samples=400)
+    rows = arm_table(entries, arrays, dict.fromkeys(sums, COST), config, seed=0)
+    return {(row["arm"], row["steps"]): row for row in rows}
+
+
+def test_tau_is_a_ratio_of_sums_for_each_seed_and_a_mean_over_seeds() -> None:
+    rows = table(
+        {
+            "drafter:base:0:0": ([4.0, 8.0], [2.0, 2.0]),
+            "drafter:sft:5:0": ([6.0, 6.0], [2.0, 2.0]),
+            "drafter:sft:5:1": ([2.0, 10.0], [2.0, 2.0]),
+            "drafter:opd:5:0": ([8.0, 8.0], [2.0, 2.0]),
+            "drafter:opd:5:1": ([6.0, 10.0], [2.0, 2.0]),
+        }
+    )
+    assert list(rows) == [(BASE, 0), ("opd", 5), ("sft", 5)]
+    assert rows[BASE, 0]["tau"] == 3.0
+    assert rows["opd", 5]["tau_of_seeds"] == [4.0, 4.0]
+    assert rows["opd", 5]["difference_of_seeds"] == [1.0, 1.0]
+    assert rows["opd", 5]["difference"] == 1.0
+    assert rows["opd", 5]["gain"] == pytest.approx(1 / 3)
+    assert rows["opd", 5]["positions"] == 700
+    assert "difference" not in rows["sft", 5]
+
+
+def test_the_interval_is_over_trajectories_and_covers_what_they_show() -> None:
+    rng = np.random.default_rng(0)
+    verified = rng.integers(5, 20, size=200).astype(float)
+    gains = rng.normal(0.3, 0.2, size=200)
+    sums = {}
+    for seed in (0, 1, 2):
+        sums[f"drafter:sft:5:{seed}"] = (list(2.0 * verified), list(verified))
+        sums[f"drafter:opd:5:{seed}"] = (list((2.0 + gains) * verified), list(verified))
+    row = table(sums)["opd", 5]
+    mean = float((gains * verified).sum() / verified.sum())
+    low, high = row["difference_low"], row["difference_high"]
+    assert isinstance(low, float)
+    assert isinstance(high, float)
+    assert row["difference"] == pytest.approx(mean)
+    # the error of a mean of 200 draws of spread 0.2 is 0.014 (0.015 with these weights): 95 % is 4 of them wide
+    assert low < mean < high
+    assert 0.04 < high - low < 0.08
+
+
+def test_arms_with_other_steps_than_the_control_are_not_compared() -> None:
+    rows = table({"drafter:sft:5:0": ([4.0], [2.0]), "drafter:opd:9:0": ([5.0], [2.0])})
+    assert "difference" not in rows["opd", 9]
+
+
+def test_the_cost_of_a_level_is_read_off_the_line_between_two_budgets() -> None:
+    rows = [
+        {"positions": 100.0, "tau_of_seeds": [2.0, 3.5, 1.0]},
+        {"positions": 300.0, "tau_of_seeds": [4.0, 5.0, 2.0]},
+    ]
+    assert cost_to_reach(rows, 3.0, "positions") == [200.0, 100.0, None]
+    assert cost_to_reach(rows[::-1], 3.5, "positions") == [250.0, 100.0, None]
+
+
+def test_curves_are_drawn_for_several_budgets_and_differences_for_each() -> None:
+    rows = table(
+        {
+            "drafter:base:0:0": ([4.0, 8.0], [2.0, 2.0]),
+            **{f"drafter:{arm}:{steps}:0": ([6.0, 7.0], [2.0, 2.0]) for arm in ("sft", "opd") for steps in (5, 9)},
+        }
+    )
+    drawn = figures(list(rows.values()), "sft")
+    assert sorted(drawn) == ["differences-5.svg", "differences-9.svg", "tau.svg"]
+    assert all(svg.startswith('<svg xmlns="http://www.w3.org/2000/svg"') for svg in drawn.values())
+    assert "before training" in drawn["tau.svg"]
+    assert sorted(figures([row for row in rows.values() if row["steps"] in (0, 5)], "sft")) == ["differences-5.svg"]
+
+
+def test_seeds_that_ended_alike_are_drawn_without_a_bar() -> None:
+    """The mean of three times 0.1 lies an ulp above it."""
+    rows = table({f"drafter:sft:{steps}:{seed}": ([1.0], [10.0]) for steps in (5, 9) for seed in range(3)})
+    assert rows["sft", 5]["tau"] == np.nextafter(0.1, 1)
+    assert list(figures(list(rows.values()), "sft")) == ["tau.svg"]

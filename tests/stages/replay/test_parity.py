@@ -1,0 +1,134 @@
+"""The gate by hand: what passes, what fails, and what it says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.parquet import to_table
+from draftsmith.artifacts.schemas import TRACE
+from draftsmith.stages.engines.config import EmbeddedEngineConfig, SGLangEngineConfig
+from draftsmith.stages.replay import parity
+from draftsmith.stages.replay.parity import Gate, check_tau, served_dtype
+
+BF16 = Gate("mining", float32=False, greedy=True, allowed=0.25)
+FP32 = Gate("evaluation", float32=True, greedy=True, allowed=0.25, subject="drafter opd: ")
+SAMPLED = Gate("mining", float32=True, greedy=False, allowed=0.25)
+OFF = Gate("mining", float32=True, greedy=True, allowed=1.0)
+
+
+def step(anchor: int, accepted: int = 1, trajectory: str = "a", logprobs: list[float] | None = None) -> dict[str, Any]:
+    return {
+        "trajectory_id": trajectory, "step": 0, "anchor": anchor, "accepted": accepted, "proposed_ids": [5, 6, 7],
+        "target_logprobs": logprobs,
+    }  # fmt: skip
+
+
+def steps(count: int, **changes: Any) -> list[dict[str, Any]]:
+    return [step(2 * i, **changes) for i in range(count)]
+
+
+def check_steps(gate: Gate, served: list[dict[str, Any]], replayed: list[dict[str, Any]]) -> dict[str, Any]:
+    return parity.check_steps(gate, to_table(TRACE, served), to_table(TRACE, replayed))
+
+
+def test_equal_steps_pass_and_trajectories_without_a_record_do_not_count() -> None:
+    replayed = steps(10) + steps(5, trajectory="b")
+    assert check_steps(FP32, steps(10), replayed) == {"served_steps": 10, "different_steps": 0, "mismatch_share": 0.0}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        step(18, accepted=2),
+        step(19),
+        {**step(18), "proposed_ids": [5, 6, 8]},
+        {**step(18), "proposed_ids": [5, 6]},
+        {**step(18), "proposed_ids": []},
+    ],
+    ids=["length", "anchor", "proposal", "fewer proposals", "no proposals"],
+)
+def test_one_other_step_fails_in_float32_and_counts_once_in_bfloat16(other: dict[str, Any]) -> None:
+    served = [*steps(9), other]
+    with pytest.raises(DraftsmithError, match="evaluation: drafter opd: 1 of 10 verify steps served by the engine"):
+        check_steps(FP32, served, steps(10))
+    for gate in (BF16, SAMPLED, OFF):
+        assert check_steps(gate, served, steps(10))["mismatch_share"] == 0.1
+
+
+def test_steps_are_matched_by_trajectory_and_anchor_in_any_order() -> None:
+    served = [step(i, trajectory=t, accepted=i) for i in range(3) for t in "ba"]
+    replayed = [step(i, trajectory=t, accepted=i) for t in "cab" for i in range(3)]
+    assert check_steps(FP32, served, replayed)["served_steps"] == 6
+    served[2]["trajectory_id"], served[3]["trajectory_id"] = "a", "b"  # as good: both have such a step
+    assert check_steps(FP32, served, replayed)["different_steps"] == 0
+    served[0]["accepted"] = 1
+    assert check_steps(BF16, served, replayed)["different_steps"] == 1
+
+
+def test_steps_that_were_not_recorded_count_as_different() -> None:
+    assert check_steps(BF16, steps(8), steps(10))["different_steps"] == 2
+    with pytest.raises(DraftsmithError, match=r"3 of 10 .* \(30.0%, mining.max_parity_mismatch allows 25.0%\)"):
+        check_steps(BF16, steps(7), steps(10))
+
+
+def test_the_largest_difference_of_log_probs_is_reported_and_bounded_in_float32() -> None:
+    served = [step(0, logprobs=[-1.0, -2.0, -3.0]), step(2, accepted=0, logprobs=[-9.0, -9.0, -9.0])]
+    replayed = [step(0, logprobs=[-1.0, -2.0005, float("nan")]), step(2, logprobs=[0.0, 0.0, 0.0])]
+    found = check_steps(BF16, served[:1], replayed[:1])
+    assert found["largest_logprob_difference"] == pytest.approx(5e-4, rel=1e-3)
+    found = check_steps(OFF, served, replayed)  # log-probs of equal steps only
+    assert found["largest_logprob_difference"] == pytest.approx(5e-4, rel=1e-3)
+    check_steps(FP32, served[:1], replayed[:1])
+    for wrong in (-2.1, float("nan")):
+        served[0]["target_logprobs"][1] = wrong
+        for gate in (FP32, SAMPLED):
+            with pytest.raises(DraftsmithError, match="the engine serves another target"):
+                check_steps(gate, served[:1], replayed[:1])
+        check_steps(BF16, served[:1], replayed[:1])
+
+
+@pytest.mark.parametrize(
+    ("served", "replayed", "apart"),
+    [
+        ([-1.0, -2.0], [-1.0, -2.5, -3.0], 0.5),  # what the engine did not tell is not compared
+        ([-1.0, -2.0, -3.0], [-1.0, -2.5], 0.5),
+        ([-1.0, -float("inf")], [-1.0, -float("inf")], 0.0),
+        ([], [-1.0], None),
+    ],
+)
+def test_log_probs_are_compared_where_both_sides_have_them(
+    served: list[float], replayed: list[float], apart: float | None
+) -> None:
+    found = check_steps(BF16, [step(0, logprobs=served)], [step(0, logprobs=replayed)])
+    assert found.get("largest_logprob_difference") == apart
+
+
+def test_counted_steps_are_compared_as_tau() -> None:
+    assert check_tau(FP32, 100, 40, 40) == {"served_tau": 2.5, "replayed_tau": 2.5, "tau_difference": 0.0}
+    with pytest.raises(DraftsmithError, match=r"tau is 2.439 as served and 2.500 in replay .*float32 with greedy"):
+        check_tau(FP32, 100, 41, 40)
+    assert check_tau(BF16, 100, 50, 40)["tau_difference"] == pytest.approx(0.2)
+    with pytest.raises(DraftsmithError, match=r"mining: tau is 1.667 .*check rotary settings, layer ids and dtype"):
+        check_tau(BF16, 100, 60, 40)
+
+
+@pytest.mark.parametrize("counted", [0, 100])
+def test_an_engine_that_accepted_nothing_fails_within_the_limit_too(counted: int) -> None:
+    """Replay's tau is 1.25: a served tau of 1 is 20 % off."""
+    with pytest.raises(DraftsmithError, match=r"tau is 1\.000 as served and 1\.250"):
+        check_tau(BF16, 100, counted, 80)
+    assert check_tau(OFF, 100, counted, 80)["served_tau"] == 1
+    assert check_tau(BF16, 10, 10, 9)["served_tau"] == 1  # a single near-tie may do that
+
+
+def test_the_served_dtype_is_that_of_the_launch_or_the_target() -> None:
+    assert served_dtype(EmbeddedEngineConfig(), "bfloat16") == "bfloat16"
+    launched = {"kind": "sglang", "python": "python"}
+    for launch, dtype in (({}, "bfloat16"), ({"dtype": "float32"}, "float32")):
+        engine = SGLangEngineConfig.model_validate({**launched, "launch": launch})
+        assert served_dtype(engine, "bfloat16") == dtype
+    running = SGLangEngineConfig.model_validate({"kind": "sglang", "urls": ["http://a"]})
+    assert served_dtype(running, "float32") is None

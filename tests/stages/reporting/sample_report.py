@@ -1,0 +1,120 @@
+"""Plausible figures for a report, all made up from formulas."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from draftsmith.stages.reporting.page import ReportData
+
+
+def _drafter(tau: float, difference: float, rate: float, block: int = 8) -> dict[str, Any]:
+    return {
+        "tau": tau,
+        "tau_low": tau - 0.111,
+        "tau_high": tau + 0.108,
+        "diff_to_sft": difference,
+        "diff_low": difference - 0.049,
+        "diff_high": difference + 0.049,
+        "acceptance_by_offset": [rate**offset for offset in range(1, block)],
+        "accepted_histogram": [round(1000 * (1 - rate) * rate**length) for length in range(block)],
+        "block_size": block,
+    }
+
+
+def _speed(tokens_per_s: float, draft: float, tau: float) -> dict[str, Any]:
+    return {
+        "tokens_per_s": tokens_per_s,
+        "speedup": tokens_per_s / 61.3,
+        "speedup_low": tokens_per_s / 61.3 - 0.04,
+        "speedup_high": tokens_per_s / 61.3 + 0.05,
+        "draft_share": draft,
+        "verify_share": 0.9 - draft,
+        "identical_share": 0.98,
+        "block_size": 6,
+        "tau_served": tau,
+    }
+
+
+EVALUATION: dict[str, Any] = {
+    "definition_of_tau": "tokens committed per verify step, the correction or bonus token counted (+1)",
+    "drafters": {
+        "sft": _drafter(3.412, 0.0, 0.72),
+        "opd": _drafter(3.543, 0.131, 0.75)
+        | {"diff_to_control": 0.113, "diff_to_control_low": 0.066, "diff_to_control_high": 0.159},
+        "control": _drafter(3.430, 0.018, 0.73),
+    },
+    "speed": {
+        "plain": {"tokens_per_s": 61.3},
+        "sft": _speed(88.1, 0.21, 3.2),
+        "opd": _speed(91.7, 0.205, 3.31),
+        "control": _speed(88.9, 0.21, 3.22),
+    },
+    "exactness": {
+        "fp32_prompts": 50,
+        "fp32_identical": 50,
+        "serving_dtype": "bfloat16",
+        "identical_share": 0.98,
+        "median_margin": 0.031,
+    },
+    "loop_share": 0.07,
+    "tau_without_loops": {"sft": 3.21, "opd": 3.35, "control": 3.22},
+}
+
+
+SERVED: dict[str, Any] = {  # the same on a server, at two concurrencies
+    **EVALUATION,
+    "engine": "sglang 0.5.20",
+    "exactness": {"serving_dtype": "float32", "identical_share": 1.0},
+    "speed_by_setting": [
+        {
+            "temperature": 0.0,
+            "concurrency": concurrency,
+            "arms": {
+                arm: {
+                    **figures,
+                    "tokens_per_s": figures["tokens_per_s"] * concurrency,
+                    "request_tokens_per_s_median": figures["tokens_per_s"],
+                    "first_token_s_median": 0.021 * concurrency,
+                    "first_token_s_p95": 0.043 * concurrency,
+                }
+                for arm, figures in EVALUATION["speed"].items()
+            },
+        }
+        for concurrency in (1, 16)
+    ],
+    "parity": {
+        "sft": {"served_steps": 52, "different_steps": 3},
+        "opd": {"served_tau": 3.31, "replayed_tau": 3.32, "tau_difference": 0.003},
+    },
+}
+
+
+def sample(**changes: Any) -> ReportData:
+    parts: dict[str, Any] = {
+        "title": "Draft model refresh: quickstart",
+        "evaluation": EVALUATION,
+        "mining": {
+            "most_rejected": [
+                {"token": token, "rejected": 120 - 7 * rank, "share_of_rejections": 0.05 - 0.003 * rank}
+                for rank, token in enumerate([" the", "\n", ",", " is", "1", " so", " <b>", "Ġ", "é", " of"])
+            ]
+        },
+        "curves": {
+            "sft": [(s, 9 * math.exp(-s / 150) + 2.1 + 0.15 * math.sin(s * 1.7)) for s in range(600)],
+            "opd": [(s, 0.8 * math.exp(-s / 90) + 1.2 + 0.1 * math.sin(s * 2.3)) for s in range(200)],
+            "control": [(s, 0.2 * math.exp(-s / 90) + 2.0 + 0.1 * math.sin(s * 1.3)) for s in range(200)],
+        },
+        "lineage": [
+            {
+                "name": name,
+                "stage": name,
+                "key": "0123456789abcdef" * 4,
+                "content_id": "fe" * 32,
+                "duration_s": 12.5 * i,
+            }
+            for i, name in enumerate(["target", "prompts", "rollout", "sft", "assisted", "mining", "opd", "evaluation"])
+        ],
+        "config": {"sft": {"steps": 600, "learning_rate": 6e-4}, "opd": {"steps": 200, "loss": "matched"}},
+    }
+    return ReportData(**(parts | changes))

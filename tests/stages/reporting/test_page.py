@@ -1,0 +1,180 @@
+"""The report: one page that holds its figures, needs no network, and says what was found."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from draftsmith.stages.reporting.page import TO_CONTROL, ReportData, findings, render_report
+from tests.stages.reporting.sample_report import EVALUATION, SERVED, sample
+
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+class Page(HTMLParser):
+    """Tags, texts and attributes of a page; refuses tags that do not close in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "br":
+            self.text += " "
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def render(tmp_path: Path, data: ReportData) -> Page:
+    render_report(tmp_path / "report.html", data)
+    return Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+
+
+def test_the_page_parses_and_holds_all_figures_and_tables(tmp_path: Path) -> None:
+    page = render(tmp_path, sample())
+    labels = [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"]
+    assert labels == [
+        "Share of proposals accepted at each offset",
+        "Histogram of accepted lengths",
+        "Time spent on drafting and verifying",
+        "Training loss over steps",
+    ]
+    assert sum(tag == "path" for tag, _ in page.tags) > 50
+    for text in (
+        "3.412 [3.301, 3.520]",
+        "+0.131 [+0.082, +0.180]",
+        "+0.113 [+0.066, +0.159]",
+        "98.0%",
+        "50 of 50",
+        "Most rejected tokens",
+    ):
+        assert text in page.text
+    assert "0123456789abcdef" in page.text  # lineage
+    assert "learning_rate" in page.text  # config
+
+
+def test_the_page_needs_no_network(tmp_path: Path) -> None:
+    render_report(tmp_path / "report.html", sample())
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?:|//[a-z]|@import|<script|<link|<img|<iframe", text)
+    targets = [attributes.get("href") for _, attributes in Page(text).tags if attributes.get("href")]
+    assert targets
+    assert all(target is not None and target.startswith("#") for target in targets)
+
+
+def test_ids_are_unique_and_every_reference_has_its_target(tmp_path: Path) -> None:
+    page = render(tmp_path, sample())
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    references = set(re.findall(r'(?:url\(|href=")#([^)"]+)', text))
+    assert references
+    assert references <= set(ids)
+
+
+def test_the_same_data_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        render_report(tmp_path / name, sample())
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("absent", ["control", "speed", "exactness", "drafters", "everything"])
+def test_absent_parts_are_left_out(tmp_path: Path, absent: str) -> None:
+    evaluation: dict[str, Any] = {name: value for name, value in EVALUATION.items() if name != absent}
+    for part in ("drafters", "speed", "tau_without_loops"):
+        evaluation[part] = {
+            arm: dict(value) if isinstance(value, dict) else value
+            for arm, value in evaluation.get(part, {}).items()
+            if arm != "control"
+        }
+    for figures in evaluation["drafters"].values():
+        for name in TO_CONTROL:
+            figures.pop(name, None)
+    data = ReportData("Report") if absent == "everything" else sample(evaluation=evaluation, curves={})
+    page = render(tmp_path, data)
+    assert "SFT continued" not in page.text
+    assert "None" not in page.text
+
+
+def test_speed_on_a_server_is_shown_by_setting(tmp_path: Path) -> None:
+    assert "Speed by setting" not in render(tmp_path, sample()).text
+    page = render(tmp_path, sample(evaluation=SERVED))
+    for text in (
+        "Speed by setting", "Engine: sglang 0.5.20", "980.8", "1467.2", "0.336", "0.688",
+        "In float32, 100.0% of the outputs", "SFT: 3 of 52 verify steps", "SFT + OPD: tau is 3.310 as served and 3.320",
+    ):  # fmt: skip
+        assert text in page.text, text
+
+
+def test_exactness_that_was_not_measured_is_not_told(tmp_path: Path) -> None:
+    exactness = {"fp32_prompts": 0, "fp32_identical": 0, "identical_share": 0.3}
+    assert "In fp32" not in render(tmp_path, sample(evaluation={"exactness": exactness})).text
+    exactness["fp32_prompts"] = 2
+    page = render(tmp_path, sample(evaluation={"exactness": exactness})).text
+    assert "In fp32, 0 of 2 outputs of speculative decoding" in page
+
+
+def test_unset_figures_are_shown_as_absent(tmp_path: Path) -> None:
+    evaluation = {"drafters": {"sft": {"tau": None}}, "speed": {"sft": {"tokens_per_s": None}}, "exactness": {}}
+    assert "None" not in render(tmp_path, ReportData("Report", evaluation)).text
+
+
+def test_text_is_escaped(tmp_path: Path) -> None:
+    rejected = [{"token": "<script>alert(1)</script>", "rejected": 3}]
+    page = render(tmp_path, ReportData("<b>Title</b>", mining={"most_rejected": rejected}))
+    assert not [tag for tag, _ in page.tags if tag in ("script", "b")]
+    assert "<b>Title</b>" in page.text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "difference", "verdict"),
+    [
+        (0.1, 0.3, 0.2, "is better than SFT"),
+        (-0.3, -0.1, -0.2, "is worse than SFT"),
+        (-0.1, 0.3, 0.1, "does not differ measurably from SFT"),
+        (None, None, 0.1, "does not differ measurably from SFT"),
+        (0.1, 0.1, 0.1, "does not differ measurably from SFT"),  # of one trajectory
+    ],
+)
+def test_a_finding_follows_from_its_interval(low: float, high: float, difference: float, verdict: str) -> None:
+    figures = {"diff_to_sft": difference, "diff_low": low, "diff_high": high}
+    (sentence,) = findings({"drafters": {"sft": {"tau": 2.0, "diff_to_sft": 0.0}, "opd": figures}})
+    assert verdict in sentence
+
+
+def test_opd_is_also_compared_with_sft_continued() -> None:
+    figures = {"diff_to_control": -0.05, "diff_to_control_low": -0.08, "diff_to_control_high": -0.02}
+    (sentence,) = findings({"drafters": {"control": {"tau": 2.0}, "opd": {"tau": 1.95} | figures}})
+    assert sentence.startswith("SFT + OPD is worse than SFT continued: tau -0.050")
+
+
+@pytest.mark.parametrize(("low", "measurable"), [(1.01, True), (0.99, False)])
+def test_speed_is_compared_with_the_sft_drafter(low: float, measurable: bool) -> None:
+    figures = {"speed_to_sft": 1.05, "speed_to_sft_low": low, "speed_to_sft_high": 1.09, "prompts": 16}
+    (sentence,) = findings({"speed": {"plain": {}, "opd": figures}})
+    assert "SFT + OPD decodes at 1.050 times the speed of SFT" in sentence
+    assert ("measurably" in sentence) is measurable
+
+
+def test_outputs_that_are_not_the_targets_own_are_a_finding() -> None:
+    (sentence,) = findings({"exactness": {"fp32_prompts": 4, "fp32_identical": 3}})
+    assert sentence.startswith("Do not serve these drafters: in fp32 only 3 of 4 outputs")
+    assert findings({"exactness": {"fp32_prompts": 4, "fp32_identical": 4}}) == []

@@ -1,0 +1,299 @@
+"""OPD's loss against a loop over rows, anchors and offsets: value, gradient and counts, for every loss and weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
+from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.training.blocks import Anchors, LossReport, block_hidden, context_of
+from draftsmith.stages.training.loss_config import LossConfig, PositionWeights
+from draftsmith.stages.training.on_policy.loss import opd_loss
+from draftsmith.stages.training.on_policy.verify_steps import VerifySteps
+from draftsmith.stages.training.vocabulary import Heads
+from tests.stages.training.case import CHUNK, Case, K, Slow, assert_equal, hidden_of
+from tests.stages.training.test_losses import plain_bernoulli, plain_k3
+
+Plain = Callable[[torch.Tensor, int, torch.Tensor, float], torch.Tensor]
+
+
+def differentiable(plain: Callable[[float, float], float], log_q: torch.Tensor, log_p: float) -> torch.Tensor:
+    """A plain function of two floats, with the slope in log_q by central difference."""
+    at, step = float(log_q.detach()), 1e-6
+    value = plain(at, log_p)
+    slope = (plain(at + step, log_p) - plain(at - step, log_p)) / (2 * step)
+    return value + slope * (log_q - at)
+
+
+# of log q [V'], the committed token's column, log p [V'] at the temperature, and log p of the token under all tokens
+PLAIN: dict[str, Plain] = {
+    "cross_entropy": lambda log_q, column, _p, _t: -log_q[column],
+    "bernoulli_kl": lambda log_q, column, _p, token: differentiable(plain_bernoulli, log_q[column], token),
+    "forward_kl": lambda log_q, _c, log_p, _t: (log_p.exp() * (log_p.clamp(min=-1e6) - log_q)).sum(),
+    "reverse_kl": lambda log_q, _c, log_p, _t: (log_q.exp() * (log_q - log_p)).sum(),
+    "tv": lambda log_q, _c, log_p, _t: (log_p.exp() - log_q.exp()).abs().sum() / 2,
+    "lk": lambda log_q, _c, log_p, _t: -torch.minimum(log_p.exp(), log_q.exp()).sum().log(),
+}
+
+
+def plain_log_p(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """[V'] float64; at temperature 0 everything is on the argmax."""
+    if temperature == 0:
+        return torch.where(torch.arange(len(logits)) == logits.argmax(), 0.0, -math.inf).double()
+    return torch.log_softmax(logits / temperature, -1)
+
+
+def plain_weight(config: PositionWeights, k: int, log_q: dict[int, float]) -> float:
+    """log_q: of the committed tokens at the stream's offsets."""
+    if config.kind == "exponential":
+        return math.exp(-(k - 1) / config.gamma)
+    if config.kind == "power":
+        return config.delta ** (k - 1)
+    if config.kind == "reach":
+        return math.exp(sum(value for j, value in log_q.items() if j < k))
+    if config.kind == "d_pace":
+        return sum(math.exp(sum(value for j, value in log_q.items() if j <= i)) for i in log_q if i >= k)
+    return 1.0
+
+
+def slow_opd(slow: Slow, objective: LossConfig) -> tuple[torch.Tensor, int]:
+    """The loss, and how many positions have one."""
+    case, tokens = slow.case, slow.head_tokens
+    response, response_weights = torch.zeros((), dtype=torch.float64), 0.0
+    rejected, rejected_weights = torch.zeros((), dtype=torch.float64), 0.0
+    trained: set[tuple[int, int, int]] = set()
+    for row, index, anchor in case.blocks():
+        log_q = slow.log_q(row, anchor)
+        sequence = case.trajectories[row].tokens
+        labels = {k: sequence[anchor + k] for k in range(1, K + 1) if anchor + k < len(sequence)}
+        committed, beyond = K, objective.response.beyond or 0.0
+        if objective.response.scope == "committed":
+            committed = int(case.steps.committed[row, index])
+            labels = {k: label for k, label in labels.items() if beyond or k <= committed}
+        labels = {k: label for k, label in labels.items() if label in tokens}
+        of_labels = {k: float(log_q[k - 1, tokens.index(label)].detach()) for k, label in labels.items()}
+        for k, label in labels.items():
+            target_logits = slow.target_logits(row, anchor + k)
+            assert objective.temperature is not None
+            log_p = plain_log_p(target_logits[tokens], objective.temperature)
+            token_log_p = float(torch.log_softmax(target_logits, -1)[label])
+            weight = plain_weight(objective.response.weights(), k, of_labels)
+            if k > committed:
+                weight *= math.exp(-(k - committed) / beyond)
+            term = PLAIN[objective.response.loss](log_q[k - 1], tokens.index(label), log_p, token_log_p)
+            response = response + weight * term
+            response_weights += weight
+            trained.add((row, index, k))
+        first = int(case.steps.rejected_offset[row, index])
+        for k in range(first, K + 1) if first and objective.needs_scores else ():
+            proposal_log_p = float(case.steps.target_logprobs[row, index, k - 1])
+            proposal = int(case.steps.proposed[row, index, k - 1])
+            if math.isnan(proposal_log_p) or proposal not in tokens:
+                continue
+            weight = plain_weight(objective.rejected.positions, k, {})
+            term = differentiable(plain_k3, log_q[k - 1, tokens.index(proposal)], proposal_log_p)
+            rejected = rejected + weight * term
+            rejected_weights += weight
+            trained.add((row, index, k))
+    loss = objective.response.weight * response / response_weights
+    if objective.needs_scores:
+        loss = loss + objective.rejected.weight * rejected / rejected_weights
+    return loss, len(trained)
+
+
+def objective(value: Any = "matched", *, sampled: bool = False, temperature: float = 0.0) -> LossConfig:
+    return LossConfig.model_validate(value).resolved(DFlashDrafter.recipe, sampled, temperature)
+
+
+def response(loss: str, **fields: Any) -> dict[str, Any]:
+    """A stream on committed offsets alone, unless `fields` say otherwise."""
+    return {"response": {"loss": loss, "scope": "committed", "beyond": 0} | fields}
+
+
+OBJECTIVES = {
+    "matched greedy": objective(),
+    "matched greedy, committed": objective(response("auto")),
+    "matched sampled": objective({"response": {"weight": 0.5}}, sampled=True, temperature=0.7),
+    "paper": objective("paper"),
+    "paper, other weights": objective(
+        {
+            "preset": "paper",
+            "response": {"weight": 0.3},
+            "rejected": {"weight": 2.0, "positions": {"kind": "power", "delta": 0.5}},
+        },
+        sampled=True,
+    ),
+    "rejected stream, exponential weights": objective(
+        {"rejected": {"loss": "k3", "positions": {"kind": "exponential", "gamma": 2.0}}}
+    ),
+    "forward KL of the argmax": objective(response("forward_kl") | {"temperature": 0}),
+    "forward KL of a sharpened target": objective(response("forward_kl") | {"temperature": 0.3}),
+    "reverse KL": objective(response("reverse_kl")),
+    "TV": objective(response("tv", scope="block"), sampled=True, temperature=0.8),
+    "TV of the argmax": objective(response("tv") | {"temperature": 0}),
+    "LK": objective(response("lk"), sampled=True, temperature=1.3),
+    "LK of the argmax": objective(response("lk") | {"temperature": 0}),
+    "whole blocks, as SFT": objective(
+        response("cross_entropy", scope="block", positions={"kind": "exponential", "gamma": 2.0})
+    ),
+    "beyond the correction": objective(response("forward_kl", beyond=1.5), sampled=True, temperature=1.0),
+    "beyond the correction, with power weights": objective(
+        response("cross_entropy", beyond=0.5, positions={"kind": "power", "delta": 0.6})
+    ),
+    "power weights": objective(response("forward_kl", positions={"kind": "power", "delta": 0.6})),
+    "reach weights": objective(response("cross_entropy", scope="block", positions={"kind": "reach"})),
+    "D-PACE": objective(response("cross_entropy", scope="block", positions={"kind": "d_pace"})),
+    "D-PACE, committed": objective(response("lk", positions={"kind": "d_pace"})),
+}
+
+
+def opd(
+    case: Case,
+    drafter: DFlashDrafter,
+    target: Target,
+    objective: LossConfig,
+    tokens: list[int] | None = None,
+    chunk: int = CHUNK,
+) -> LossReport:
+    head = Head.over(target.head_weight, None if tokens is None else torch.tensor(tokens))
+    hidden = block_hidden(drafter, context_of(drafter, case.batch), case.batch, case.anchors)
+    return opd_loss(
+        hidden,
+        case.batch,
+        case.anchors,
+        case.steps,
+        Heads(head, head, trained=False),
+        target.head_weight,
+        objective,
+        positions_per_chunk=chunk,
+    )
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("part", [False, True])
+def test_opd_loss_equals_the_loop(
+    name: str, part: bool, case: Case, drafter: DFlashDrafter, plain_target: Target
+) -> None:
+    tokens = list(range(0, 64, 3)) if part else list(range(64))
+    report = opd(case, drafter, plain_target, OBJECTIVES[name], tokens)
+    slow, positions = slow_opd(Slow(case, drafter, plain_target.head_weight, tokens), OBJECTIVES[name])
+    assert_equal(report, slow, drafter)
+    assert (report.blocks, report.positions) == (len(case.blocks()), positions)
+
+
+def test_the_default_follows_the_verification_rule() -> None:
+    greedy, sampled = objective(), objective(sampled=True, temperature=0.6)
+    assert (greedy.response.loss, sampled.response.loss, sampled.temperature) == ("cross_entropy", "forward_kl", 0.6)
+    for made in (greedy, sampled):
+        assert (made.response.scope, made.response.beyond) == ("committed", 1.0)
+        assert made.response.weights() == PositionWeights(kind="uniform")
+    assert objective({"response": {"beyond": 0}}).response.beyond == 0.0
+    block = objective({"response": {"scope": "block"}}).response
+    assert (block.weights(), block.beyond) == (PositionWeights(kind="exponential", gamma=7.0), 0.0)  # as in SFT
+    for rule in (True, False):  # EAGLE-3 as in its SFT
+        stream = LossConfig().resolved(Eagle3Drafter.recipe, rule, float(rule)).response
+        assert (stream.loss, stream.scope) == ("forward_kl", "block")
+    asked = LossConfig.model_validate({"response": {"beyond": 0}}).resolved(Eagle3Drafter.recipe, False, 0.0).response
+    assert (asked.scope, asked.beyond) == ("committed", 0.0)
+    assert objective(sampled=True, temperature=0.0).temperature == 1.0  # greedy text, to be served sampled
+    assert not greedy.needs_scores
+    chosen = objective(response("lk") | {"temperature": 0.2}, sampled=True, temperature=0.6)
+    assert (chosen.response.loss, chosen.temperature) == ("lk", 0.2)
+
+
+def test_forward_kl_at_temperature_zero_is_cross_entropy_on_the_argmax(
+    case: Case, drafter: DFlashDrafter, plain_target: Target
+) -> None:
+    """On trajectories that are the target's argmax, the two are one loss; and 0 is the limit of small temperatures."""
+    tokens = case.batch.tokens.clone()
+    tokens[:, 1:] = plain_target.logits(hidden_of(case.batch)).argmax(-1)[:, :-1]
+    greedy = replace(case, batch=replace(case.batch, tokens=tokens))
+    by_token = opd(greedy, drafter, plain_target, OBJECTIVES["matched greedy, committed"])
+    by_law = opd(greedy, drafter, plain_target, OBJECTIVES["forward KL of the argmax"])
+    torch.testing.assert_close(by_law.loss, by_token.loss, rtol=1e-6, atol=1e-6)
+    cold = opd(greedy, drafter, plain_target, objective(response("forward_kl") | {"temperature": 1e-4}))
+    torch.testing.assert_close(cold.loss, by_law.loss, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_size_of_the_chunks_changes_nothing(
+    name: str, case: Case, drafter: DFlashDrafter, plain_target: Target
+) -> None:
+    gradients = []
+    for chunk in (1, CHUNK, 1000):
+        report = opd(case, drafter, plain_target, OBJECTIVES[name], chunk=chunk)
+        gradients.append((report.loss.detach(), *torch.autograd.grad(report.loss, list(drafter.parameters()))))
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_without_rejections_the_paper_has_its_response_stream_alone(
+    case: Case, plain_drafter: DFlashDrafter, plain_target: Target
+) -> None:
+    steps = replace(case.steps, rejected_offset=torch.zeros_like(case.steps.rejected_offset))
+    report = opd(replace(case, steps=steps), plain_drafter, plain_target, OBJECTIVES["paper"])
+    assert report.figures["loss_rejected"] == 0
+    assert float(report.loss.detach()) == pytest.approx(report.figures["loss_response"])
+
+
+def test_a_rejected_stream_of_weight_zero_reads_no_scores(
+    case: Case, plain_drafter: DFlashDrafter, plain_target: Target
+) -> None:
+    without = objective({"preset": "paper", "rejected": {"weight": 0.0}})
+    unscored = replace(case.steps, target_logprobs=torch.full_like(case.steps.target_logprobs, torch.nan))
+    report = opd(replace(case, steps=unscored), plain_drafter, plain_target, without)
+    assert float(report.loss.detach()) == pytest.approx(report.figures["loss_response"])
+    assert "loss_rejected" not in report.figures
+
+
+def test_padding_anchors_change_nothing(case: Case, plain_drafter: DFlashDrafter, plain_target: Target) -> None:
+    def wider(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, x[:, -1:]], 1)
+
+    padded = Anchors(
+        wider(case.anchors.positions), torch.cat([case.anchors.valid, torch.zeros(3, 1, dtype=torch.bool)], 1)
+    )
+    steps = VerifySteps(*(wider(x) for x in vars(case.steps).values()))
+    more = replace(case, anchors=padded, steps=steps)
+    for kind in OBJECTIVES.values():
+        first, second = (opd(c, plain_drafter, plain_target, kind) for c in (case, more))
+        torch.testing.assert_close(first.loss, second.loss, rtol=1e-6, atol=1e-6)
+        assert (first.blocks, first.positions) == (second.blocks, second.positions)
+        assert first.figures == pytest.approx(second.figures, abs=1e-6)
+
+
+def test_steps_that_changed_are_counted(case: Case, plain_drafter: DFlashDrafter, plain_target: Target) -> None:
+    """Against the drafter's own argmax at every trained anchor."""
+    slow, now = Slow(case, plain_drafter, plain_target.head_weight), {}
+    for row, index, anchor in case.blocks():
+        tokens = case.trajectories[row].tokens[anchor + 1 :]
+        proposed = slow.log_q(row, anchor).argmax(-1).tolist()
+        hits = [a == b for a, b in zip(proposed, tokens, strict=False)]
+        now[row, index] = hits.index(False) if False in hits else len(hits)
+    different = [int(case.steps.accepted[at]) != kept for at, kept in now.items()]
+    assert sum(different) > 0
+    report = opd(case, plain_drafter, plain_target, OBJECTIVES["matched greedy"])
+    assert report.figures["steps_changed_share"] == pytest.approx(sum(different) / len(different))
+    judged = VerifySteps(*(x.clone() for x in vars(case.steps).values()))
+    for (row, index), kept in now.items():
+        length = len(case.trajectories[row].tokens) - 1 - int(case.anchors.positions[row, index])
+        judged.accepted[row, index], judged.committed[row, index] = kept, min(kept + 1, length)
+        judged.rejected_offset[row, index] = kept + 1 if kept < min(K, length) else 0
+    report = opd(replace(case, steps=judged), plain_drafter, plain_target, OBJECTIVES["matched greedy"])
+    assert report.figures["steps_changed_share"] == 0
+
+
+def test_the_target_gets_no_gradient(case: Case, drafter: DFlashDrafter, plain_target: Target) -> None:
+    for kind in OBJECTIVES.values():
+        opd(case, drafter, plain_target, kind).loss.backward()
+    assert plain_target.head_weight.grad is None
+    assert not case.batch.features.requires_grad
