@@ -81,7 +81,7 @@ def preflight(config: SftConfig, target: Path) -> None:
     """A drafter to start from must fit the target, before anything long runs."""
     from draftsmith.stages.drafters.checkpoint import check_drafter, check_shape, drafter_source
     from draftsmith.stages.drafters.layout import check_weights
-    from draftsmith.stages.targets.resolve import model_path, read_target_info
+    from draftsmith.stages.targets.info import model_path, read_target_info
 
     if config.init_from:
         folder = drafter_source(config.init_from, config.init_revision)
@@ -115,7 +115,8 @@ def unservable(config: SftConfig, target: Path) -> str | None:
 
     from draftsmith.stages.drafters.checkpoint import drafter_source, plan_of_checkpoint, plan_of_new
     from draftsmith.stages.drafters.layout import unservable_layers
-    from draftsmith.stages.targets.resolve import load_tokenizer, model_path
+    from draftsmith.stages.targets.info import model_path
+    from draftsmith.stages.targets.resolve import load_tokenizer
 
     folder = model_path(target)
     target_config = AutoConfig.from_pretrained(folder, local_files_only=True)

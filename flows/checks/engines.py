@@ -9,7 +9,7 @@ from draftsmith.flows.checks.preflight import cannot_sample, sglang_engines
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.flows.pipeline.machine import gpus
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.evaluation import EvaluationConfig
+from draftsmith.stages.measure.config import EvaluationConfig
 
 
 def check_engines(found: Findings, nodes: Sequence[Node]) -> bool:

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.stages.contract import Config
 from draftsmith.stages.engines.config import EmbeddedEngineConfig, SGLangEngineConfig
-from draftsmith.stages.evaluation import DRAFTERS, PREFIX, EvaluationConfig
 from draftsmith.stages.experiments.procedural_target import ProceduralTargetConfig
 from draftsmith.stages.logs import LogsConfig
+from draftsmith.stages.measure.config import DRAFTERS, PREFIX, EvaluationConfig
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.opd import OpdConfig
 from draftsmith.stages.prompts import PromptsConfig

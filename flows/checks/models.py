@@ -24,7 +24,7 @@ from draftsmith.stages.targets.estimate import ModelSize, target_size
 
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.checkpoint import DrafterPlan
-    from draftsmith.stages.targets.resolve import TargetInfo
+    from draftsmith.stages.targets.info import TargetInfo
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Models:
 
 def check_models(found: Findings, nodes: Sequence[Node], scratch: Path) -> Models | None:
     """None if there is no target, or nothing is known of it: what follows from its config cannot be checked then."""
+    from draftsmith.stages.targets.info import model_path
     from draftsmith.stages.targets.metadata import UnreachableError, metadata_artifact
-    from draftsmith.stages.targets.resolve import model_path
 
     target = next((node.config for node in nodes if isinstance(node.config, TargetConfig)), None)
     if target is None:
@@ -85,7 +85,7 @@ def check_models(found: Findings, nodes: Sequence[Node], scratch: Path) -> Model
 def _check_template(found: Findings, config: PromptsConfig, folder: Path) -> None:
     """The template takes a system prompt and the kwargs; a kwarg that changes nothing is told."""
     from draftsmith.stages.prompting.sources import Candidate
-    from draftsmith.stages.prompts import token_ids
+    from draftsmith.stages.prompting.template import token_ids
     from draftsmith.stages.targets.resolve import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
@@ -117,8 +117,9 @@ def _check_drafter(
 
     from draftsmith.stages.drafters.checkpoint import plan_of_checkpoint, plan_of_new
     from draftsmith.stages.drafters.layout import unservable_layers
+    from draftsmith.stages.targets.info import model_path
     from draftsmith.stages.targets.metadata import UnreachableError
-    from draftsmith.stages.targets.resolve import load_tokenizer, model_path
+    from draftsmith.stages.targets.resolve import load_tokenizer
 
     name, folder = f"{node}: drafter", model_path(artifact)
     target_config = AutoConfig.from_pretrained(folder, local_files_only=True)

@@ -86,10 +86,10 @@ def check_target(nodes: Sequence[Node], target: Path) -> None:
 
 def check_lengths(nodes: Sequence[Node], prompts: str, made: Path, target: Path) -> None:
     """Every prompt with its longest answer fits into the target's context. made: the artifact of node `prompts`."""
-    from draftsmith.stages.evaluation import EvaluationConfig, prompts_to_decode
+    from draftsmith.stages.measure.config import EvaluationConfig, prompts_to_decode
     from draftsmith.stages.rollout import RolloutConfig, prompts_to_answer
     from draftsmith.stages.stored import positions_needed
-    from draftsmith.stages.targets.resolve import read_target_info
+    from draftsmith.stages.targets.info import read_target_info
 
     limit = read_target_info(target).max_positions
     for node in nodes:
@@ -124,7 +124,7 @@ def drafters_of(node: Node, by_name: Mapping[str, Node]) -> list[Node]:
 
 def _is_drafter(name: str) -> bool:
     """Of a stage's input."""
-    from draftsmith.stages.evaluation import DRAFTERS
+    from draftsmith.stages.measure.config import DRAFTERS
 
     return name in DRAFTERS or name.startswith("drafter")
 
@@ -219,7 +219,7 @@ def cannot_sample(node: Node) -> str | None:
     """Why a launched server would change sampled answers there; None if it would not. Of running servers the handshake
     finds it."""
     from draftsmith.stages.engines.config import GREEDY_ONLY
-    from draftsmith.stages.evaluation import EvaluationConfig
+    from draftsmith.stages.measure.config import EvaluationConfig
     from draftsmith.stages.rollout import RolloutConfig
 
     engine, config = _sglang_engine(node), node.config

@@ -18,8 +18,8 @@ from draftsmith.flows.pipeline.graph import Node, Pipeline
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.flows.refresh.config import continued_sft, require_measurable
 from draftsmith.stages.contract import Config
-from draftsmith.stages.evaluation import PREFIX, EvaluationConfig
 from draftsmith.stages.experiments.procedural_target import ProceduralTargetConfig
+from draftsmith.stages.measure.config import PREFIX, EvaluationConfig
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.opd import OpdConfig
 from draftsmith.stages.prompts import PromptsConfig

@@ -11,8 +11,8 @@ from pydantic import Field, model_validator
 from draftsmith.flows.pipeline.config_file import read_config
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.stages.contract import Config
-from draftsmith.stages.evaluation import EvaluationConfig
 from draftsmith.stages.logs import LogsConfig
+from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.opd import OpdConfig
 from draftsmith.stages.prompting.sources import SPLITS

@@ -20,7 +20,7 @@ def run(ctx: StageContext, _config: AdoptionConfig) -> None:
 
     from draftsmith.stages.drafters.checkpoint import check_shape, descends_from, read_info, write_info
     from draftsmith.stages.stored import DRAFTER_FOLDER
-    from draftsmith.stages.targets.resolve import model_path, read_target_info
+    from draftsmith.stages.targets.info import model_path, read_target_info
 
     source, folder = ctx.inputs["drafter"] / DRAFTER_FOLDER, ctx.out / DRAFTER_FOLDER
     target = read_target_info(ctx.inputs["target"])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from draftsmith.stages.contract import Config, Stage, StageContext
+from draftsmith.stages.contract import Config, Stage, StageContext, follow
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,8 +83,8 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
     from draftsmith.artifacts.parquet import write_table
     from draftsmith.artifacts.schemas import ACCEPTANCE
     from draftsmith.stages.drafters.checkpoint import load_drafter
-    from draftsmith.stages.drafters.config import DraftingConfig
-    from draftsmith.stages.measure.acceptance import ceiling_traces, replay_all
+    from draftsmith.stages.measure.acceptance import ceiling_traces
+    from draftsmith.stages.replay.corpus import replay_all
     from draftsmith.stages.replay.trace import tau
     from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
     from draftsmith.stages.targets.causal_lm import Target
@@ -102,7 +102,11 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
             drafters = {name: load_drafter(entries[name].folder / DRAFTER_FOLDER, target) for name in together}
             longest_block = max(longest_block, *(drafter.block_size for drafter in drafters.values()))
             found = replay_all(
-                ctx, target, drafters, stored.trajectories, DraftingConfig(), None, config.tokens_per_target_forward
+                target,
+                drafters,
+                stored.trajectories,
+                tokens_per_group=config.tokens_per_target_forward,
+                progress=follow(ctx, "trajectories"),
             )
             for name, traces in found.items():
                 committed = np.array([trace.committed.sum() for trace in traces], dtype=np.float64)

@@ -8,43 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from draftsmith.stages.contract import StageContext
-from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.measure.bootstrap import interval, ratio, ratio_difference
-from draftsmith.stages.replay.chains import replay_chains
-from draftsmith.stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens
+from draftsmith.stages.replay.trace import Trace, Trajectory
 from draftsmith.stages.targets.causal_lm import Target
-
-
-def replay_all(
-    ctx: StageContext,
-    target: Target,
-    drafters: Mapping[str, Drafter],
-    trajectories: Sequence[Trajectory],
-    drafting: DraftingConfig,
-    chains: int | None,
-    tokens_per_group: int,
-) -> dict[str, list[Trace]]:
-    """Traces of every drafter, in the order of the trajectories. The target reads each trajectory once."""
-    layer_ids = sorted({layer for d in drafters.values() for layer in d.target_layer_ids})
-    traces: dict[str, dict[int, Trace]] = {name: {} for name in drafters}
-    for group in groups_by_length([len(t.tokens) for t in trajectories], tokens_per_group):
-        members = [trajectories[i] for i in group]
-        ids = pad_tokens(members, target.device)
-        by_layer = dict(zip(layer_ids, target.features(ids, layer_ids).chunk(len(layer_ids), -1), strict=True))
-        positions = torch.arange(ids.shape[1], device=ids.device).expand(len(members), -1)
-        for name, drafter in drafters.items():
-            with torch.no_grad():
-                read = torch.cat([by_layer[k] for k in drafter.target_layer_ids], -1)
-                context = drafter.encode(read, ids, positions)
-            head = drafter.drafting_head(target.head_weight, drafting.head_tokens)
-            block_size = drafting.block_size or drafter.block_size
-            found = replay_chains(drafter, context, members, block_size, head, chains, with_logprobs=False)
-            traces[name] |= dict(zip(group, found, strict=True))
-        ctx.progress(len(next(iter(traces.values()))), len(trajectories), "trajectories")
-        ctx.check_interrupted()
-    return {name: [by_index[i] for i in range(len(trajectories))] for name, by_index in traces.items()}
 
 
 def ceiling_traces(target: Target, trajectories: Sequence[Trajectory], block_size: int) -> list[Trace]:

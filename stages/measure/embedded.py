@@ -32,7 +32,7 @@ from draftsmith.stages.stored import Prompt
 from draftsmith.stages.targets.causal_lm import Target
 
 if TYPE_CHECKING:
-    from draftsmith.stages.evaluation import EvaluationConfig
+    from draftsmith.stages.measure.config import EvaluationConfig
 
 
 def measure_embedded(

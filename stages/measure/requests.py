@@ -12,7 +12,7 @@ from draftsmith.stages.engines.base import Completion, Request, SamplingParams
 from draftsmith.stages.stored import Prompt, request_seed
 
 if TYPE_CHECKING:
-    from draftsmith.stages.evaluation import EvaluationConfig
+    from draftsmith.stages.measure.config import EvaluationConfig
 
 PLAIN = "plain"
 Row = dict[str, Any]  # of the table `requests`

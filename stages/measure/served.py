@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from draftsmith.artifacts.parquet import read_table, to_table, write_table
 from draftsmith.artifacts.schemas import REQUESTS, TRACE
-from draftsmith.stages.contract import StageContext
+from draftsmith.stages.contract import StageContext, follow
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request
-from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.stages.engines.config import SGLangEngineConfig, served_dtype
 from draftsmith.stages.measure.requests import (
     PLAIN,
     Measured,
@@ -34,12 +34,12 @@ from draftsmith.stages.measure.requests import (
     row_of,
     settings_of,
 )
-from draftsmith.stages.replay.parity import Gate, check_steps, check_tau, served_dtype
+from draftsmith.stages.replay.parity import Gate, check_steps, check_tau
 from draftsmith.stages.stored import Prompt
 
 if TYPE_CHECKING:
     from draftsmith.stages.engines.sglang.engine import SGLangEngine
-    from draftsmith.stages.evaluation import EvaluationConfig
+    from draftsmith.stages.measure.config import EvaluationConfig
 
 WARM_UP_TOKENS = 16  # a prefill and some steps at every batch size
 
@@ -203,7 +203,7 @@ def _check_parity(served: Served, block_size: int, heldout: Sequence[Prompt]) ->
     Raises DraftsmithError for a drafter that was not served as replay computes it.
     """
     from draftsmith.stages.drafters.checkpoint import load_drafter
-    from draftsmith.stages.measure.acceptance import replay_all
+    from draftsmith.stages.replay.corpus import replay_all
     from draftsmith.stages.replay.trace import Trajectory
     from draftsmith.stages.targets.causal_lm import Target
 
@@ -225,7 +225,13 @@ def _check_parity(served: Served, block_size: int, heldout: Sequence[Prompt]) ->
         drafter = {arm: load_drafter(checkpoint, target)}
         drafting = DraftingConfig(block_size=served.block_size(arm, block_size))
         found = replay_all(
-            served.ctx, target, drafter, trajectories, drafting, config.chains, config.tokens_per_target_forward
+            target,
+            drafter,
+            trajectories,
+            drafting,
+            chains=config.chains,
+            tokens_per_group=config.tokens_per_target_forward,
+            progress=follow(served.ctx, "trajectories"),
         )[arm]
         replayed = [
             {

@@ -13,7 +13,6 @@ from pydantic import Field
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Operational
-from draftsmith.stages.engines.config import EmbeddedEngineConfig, SGLangEngineConfig
 
 MaxParityMismatch = Annotated[
     float,
@@ -60,13 +59,6 @@ class Gate:
             f"{self.section}: {self.subject}{what} ({share:.1%}, {bound}): the engine did not serve this drafter, or "
             "computes it differently; check rotary settings, layer ids and dtype"
         )
-
-
-def served_dtype(engine: EmbeddedEngineConfig | SGLangEngineConfig, target_dtype: str) -> str | None:
-    """What an engine computes in; None for running servers, which say it nowhere in the config."""
-    if isinstance(engine, SGLangEngineConfig):
-        return (engine.launch.dtype or target_dtype) if engine.launch else None
-    return target_dtype
 
 
 def check_steps(gate: Gate, served: pa.Table, replayed: pa.Table) -> dict[str, Any]:

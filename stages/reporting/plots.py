@@ -35,8 +35,6 @@ _STYLE: Any = {
     "legend.frameon": False,
 }
 CURVE_POINTS = 300  # longer curves are shown as means over neighbouring steps
-
-
 P = ParamSpec("P")
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.targets.attention import register
-from draftsmith.stages.targets.resolve import TargetInfo, model_path, read_target_info
+from draftsmith.stages.targets.info import TargetInfo, model_path, read_target_info
 from draftsmith.stages.targets.slots import Rows, SlotCache
 
 

@@ -17,7 +17,8 @@ from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.parquet import read_table, write_table
 from draftsmith.artifacts.schemas import REQUESTS, TRACE, TRAJECTORIES
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
-from draftsmith.stages.evaluation import STAGE, EvaluationConfig
+from draftsmith.stages.evaluation import STAGE
+from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.targets.causal_lm import Target
 from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS

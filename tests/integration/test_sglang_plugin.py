@@ -19,8 +19,8 @@ import httpx
 import pytest
 import torch
 
-from draftsmith.stages.drafters.checkpoint import drafter_digest
-from draftsmith.stages.engines.sglang.plugin import KEY, SUPPORTED
+from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.engines.sglang.protocol import KEY, SUPPORTED
 from tests.sglang_cpu.eagle import write_eagle3
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.sglang_cpu.options import CPU_ENVIRONMENT

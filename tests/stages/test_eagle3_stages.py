@@ -14,7 +14,7 @@ from draftsmith.artifacts.parquet import read_table
 from draftsmith.artifacts.schemas import REQUESTS
 from draftsmith.stages.drafters.checkpoint import load_drafter, read_info
 from draftsmith.stages.evaluation import STAGE as EVALUATION
-from draftsmith.stages.evaluation import EvaluationConfig
+from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.mining import STAGE as MINING
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.opd import STAGE as OPD

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.parquet import read_table
 from draftsmith.artifacts.schemas import REQUESTS, TRAJECTORIES
-from draftsmith.stages.evaluation import STAGE, EvaluationConfig, preflight
+from draftsmith.stages.evaluation import STAGE, preflight
+from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.replay.trace import tau
 from draftsmith.stages.sft import STAGE as SFT
 from draftsmith.stages.sft import SftConfig

@@ -16,7 +16,8 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.parquet import read_table, write_table
 from draftsmith.artifacts.schemas import TIMINGS, TRACE, VERIFY_STEPS
-from draftsmith.stages.drafters.checkpoint import drafter_digest, load_drafter, save_drafter
+from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
+from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.mining import STAGE, MiningConfig
 from draftsmith.stages.rollout import STAGE as ROLLOUT
 from draftsmith.stages.rollout import RolloutConfig

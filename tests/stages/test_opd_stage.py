@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.checkpoint import drafter_digest, load_drafter, read_info
+from draftsmith.stages.drafters.checkpoint import load_drafter, read_info
+from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.mining import STAGE as MINING
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.opd import STAGE, OpdConfig

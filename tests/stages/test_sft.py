@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.stages.sft import STAGE, SftConfig
 from draftsmith.stages.stored import DRAFTER_FOLDER
-from draftsmith.stages.targets.resolve import read_target_info
+from draftsmith.stages.targets.info import read_target_info
 from tests.testbed import random_target
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts

@@ -12,7 +12,8 @@ import pytest
 from safetensors.torch import load_file
 
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
-from draftsmith.stages.drafters.checkpoint import drafter_digest, load_drafter, read_info
+from draftsmith.stages.drafters.checkpoint import load_drafter, read_info
+from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.sft import STAGE, SftConfig, preflight
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from tests.stages.bench import Bench

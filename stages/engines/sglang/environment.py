@@ -10,7 +10,7 @@ from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.sglang.plugin import SUPPORTED, supported
+from draftsmith.stages.engines.sglang.protocol import SUPPORTED, supported
 
 PLUGIN_GROUP, PLUGIN = "sglang.srt.plugins", "draftsmith"
 _PROBE_TIMEOUT_S = 60.0

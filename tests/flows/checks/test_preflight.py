@@ -19,13 +19,13 @@ from draftsmith.flows.checks.preflight import (
 )
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.flows.pipeline.options import StageOptions
-from draftsmith.stages.evaluation import EvaluationConfig
+from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.rollout import RolloutConfig
 from draftsmith.stages.sft import SftConfig
 from draftsmith.stages.stored import load_prompts
-from draftsmith.stages.targets.resolve import read_target_info
+from draftsmith.stages.targets.info import read_target_info
 from tests.flows.pipeline.toy import ToyConfig, toy_nodes
 from tests.flows.pipeline.toy_stages.combine import CombineConfig
 from tests.testbed.drafter import DrafterArtifacts

@@ -26,7 +26,7 @@ from draftsmith.stages.drafters.config import DFlashConfig
 from draftsmith.stages.drafters.dflash.checkpoint import default_layer_ids
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.targets.resolve import model_path
+from draftsmith.stages.targets.info import model_path
 from tests.testbed import random_target
 
 

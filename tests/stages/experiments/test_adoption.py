@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.drafters.checkpoint import check_drafter, drafter_digest, read_info
+from draftsmith.stages.drafters.checkpoint import check_drafter, read_info
+from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.experiments.adoption import STAGE, AdoptionConfig
-from draftsmith.stages.targets.resolve import read_target_info
+from draftsmith.stages.targets.info import read_target_info
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 

@@ -10,7 +10,7 @@ import pytest
 
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams, VerifyStep
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.evaluation import EvaluationConfig
+from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.measure.requests import (
     Setting,
     candidate_sizes,

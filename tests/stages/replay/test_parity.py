@@ -9,9 +9,9 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.parquet import to_table
 from draftsmith.artifacts.schemas import TRACE
-from draftsmith.stages.engines.config import EmbeddedEngineConfig, SGLangEngineConfig
+from draftsmith.stages.engines.config import EmbeddedEngineConfig, SGLangEngineConfig, served_dtype
 from draftsmith.stages.replay import parity
-from draftsmith.stages.replay.parity import Gate, check_tau, served_dtype
+from draftsmith.stages.replay.parity import Gate, check_tau
 
 BF16 = Gate("mining", float32=False, greedy=True, allowed=0.25)
 FP32 = Gate("evaluation", float32=True, greedy=True, allowed=0.25, subject="drafter opd: ")

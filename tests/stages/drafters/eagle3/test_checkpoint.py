@@ -27,7 +27,7 @@ from draftsmith.stages.drafters.config import DFlashConfig, Eagle3Config
 from draftsmith.stages.drafters.eagle3.checkpoint import USUAL_BLOCK_SIZE, default_layer_ids
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
 from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.targets.resolve import model_path
+from draftsmith.stages.targets.info import model_path
 from tests.sglang_cpu.eagle import write_eagle3
 from tests.stages.drafters.test_checkpoint import Edit, cut, edit_config, edit_tensors, remove, write
 from tests.testbed import random_target
