@@ -19,11 +19,11 @@ from draftsmith.stages.experiments.procedural_target import ProceduralTargetConf
 from draftsmith.stages.logs import LogsConfig
 from draftsmith.stages.measure.config import DRAFTERS, PREFIX, EvaluationConfig
 from draftsmith.stages.mining import MiningConfig
-from draftsmith.stages.opd import OpdConfig
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.rollout import RolloutConfig
-from draftsmith.stages.sft import SftConfig
 from draftsmith.stages.targets.estimate import DTYPE_BYTES, ModelSize
+from draftsmith.stages.training.config import SftConfig
+from draftsmith.stages.training.on_policy.config import OpdConfig
 
 PROCESS = 600e6  # Python with torch and transformers imported; on a GPU about as much for its context
 _LOGIT_COPIES = 3  # float32 logits, their softmax and its gradient

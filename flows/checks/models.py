@@ -18,9 +18,9 @@ from draftsmith.flows.checks.preflight import (
 )
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.stages.prompts import PromptsConfig
-from draftsmith.stages.sft import SftConfig
 from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.targets.estimate import ModelSize, target_size
+from draftsmith.stages.training.config import SftConfig
 
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.checkpoint import DrafterPlan

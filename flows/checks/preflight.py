@@ -131,7 +131,8 @@ def _is_drafter(name: str) -> bool:
 
 def _trained(node: Node) -> tuple[str, int]:
     """Kind and block size of what is trained anew there."""
-    from draftsmith.stages.sft import SftConfig, trained_shape
+    from draftsmith.stages.sft import trained_shape
+    from draftsmith.stages.training.config import SftConfig
 
     assert isinstance(node.config, SftConfig)
     return trained_shape(node.config)
@@ -164,7 +165,8 @@ def _sglang_engine(node: Node) -> SGLangEngineConfig | None:
 
 def _check_servable(node: Node, target: Path, served: Sequence[str]) -> None:
     """What SGLang would not hand to the drafter is an error before it is trained, not when it is served."""
-    from draftsmith.stages.sft import SftConfig, unservable
+    from draftsmith.stages.sft import unservable
+    from draftsmith.stages.training.config import SftConfig
 
     assert isinstance(node.config, SftConfig)
     if reason := unservable(node.config, target):

@@ -16,15 +16,15 @@ from pydantic import Field, model_validator
 from draftsmith.flows.experiments.arms import AnyTarget
 from draftsmith.flows.pipeline.graph import Node, Pipeline
 from draftsmith.flows.pipeline.options import RunOptions
-from draftsmith.flows.refresh.config import continued_sft, require_measurable
+from draftsmith.flows.refresh.config import require_measurable
 from draftsmith.stages.contract import Config
 from draftsmith.stages.experiments.procedural_target import ProceduralTargetConfig
 from draftsmith.stages.measure.config import PREFIX, EvaluationConfig
 from draftsmith.stages.mining import MiningConfig
-from draftsmith.stages.opd import OpdConfig
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.rollout import RolloutConfig
-from draftsmith.stages.sft import SftConfig
+from draftsmith.stages.training.config import SftConfig
+from draftsmith.stages.training.on_policy.config import OpdConfig
 
 TRAININGS = ("sft", "control", "opd")
 
@@ -90,12 +90,12 @@ def architectures_nodes(config: ArchitecturesConfig) -> list[Node]:
     for name, trained in config.drafters.items():
         sft, mining = f"sft-{name}", f"mining-{name}"
         learned = {**target, "trajectories": "fresh", "drafter": sft}
-        control = continued_sft(trained.sft, trained.opd)
+        control = trained.sft.continued(trained.opd)
         nodes += [
             Node(sft, "draftsmith.stages.sft", trained.sft, {**target, "trajectories": "rollout"}),
             Node(f"control-{name}", "draftsmith.stages.sft", control, learned),
             Node(mining, "draftsmith.stages.mining", config.mining, learned),
-            Node(f"opd-{name}", "draftsmith.stages.opd", trained.opd, {**learned, "steps": mining}),
+            Node(f"opd-{name}", "draftsmith.stages.opd", trained.opd, {**learned, "mined": mining}),
         ]
         measured |= {f"{PREFIX}{arm(training, name)}": f"{training}-{name}" for training in TRAININGS}
     return [*nodes, Node("evaluation", "draftsmith.stages.evaluation", config.evaluation, measured)]

@@ -14,14 +14,13 @@ from draftsmith.stages.contract import Config
 from draftsmith.stages.logs import LogsConfig
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.mining import MiningConfig
-from draftsmith.stages.opd import OpdConfig
 from draftsmith.stages.prompting.sources import SPLITS
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.report import ReportConfig
 from draftsmith.stages.rollout import RolloutConfig
-from draftsmith.stages.sft import SftConfig
 from draftsmith.stages.targets.config import TargetConfig
-from draftsmith.stages.training.config import TrainingConfig
+from draftsmith.stages.training.config import SftConfig
+from draftsmith.stages.training.on_policy.config import OpdConfig
 
 
 class RefreshOptions(Config):
@@ -127,15 +126,7 @@ def require_measurable(
 
 def control_config(config: RunConfig) -> SftConfig:
     """The control of a refresh."""
-    return continued_sft(config.sft, config.opd)
-
-
-def continued_sft(sft: SftConfig, opd: OpdConfig) -> SftConfig:
-    """SFT continued exactly as OPD trains, but for the anchors and the loss: the fair comparison."""
-    shared = {name: getattr(opd, name) for name in TrainingConfig.model_fields}
-    return sft.model_copy(
-        update={**shared, "init_from": None, "init_revision": None, "adopt": False}
-    )  # it starts from the drafter that it is given
+    return config.sft.continued(config.opd)
 
 
 def assisted_config(config: RunConfig, iteration: int) -> RolloutConfig:

@@ -56,7 +56,7 @@ def _iteration(config: RunConfig, iteration: int, suffix: str, opd: str, control
             f"opd{suffix}",
             "draftsmith.stages.opd",
             config.opd,
-            {**learned, "drafter": opd, "steps": f"mining{suffix}"},
+            {**learned, "drafter": opd, "mined": f"mining{suffix}"},
             seed,
         ),
     ]

@@ -10,7 +10,7 @@ from draftsmith.flows.pipeline.graph import in_order
 from draftsmith.flows.refresh.config import RunConfig, control_config, load_config
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.sft import SftConfig
+from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.loss_config import LossConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -18,12 +18,12 @@ from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.mining import STAGE as MINING
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.opd import STAGE as OPD
-from draftsmith.stages.opd import OpdConfig
 from draftsmith.stages.rollout import STAGE as ROLLOUT
 from draftsmith.stages.rollout import RolloutConfig
 from draftsmith.stages.sft import STAGE as SFT
-from draftsmith.stages.sft import SftConfig
 from draftsmith.stages.stored import DRAFTER_FOLDER
+from draftsmith.stages.training.config import SftConfig
+from draftsmith.stages.training.on_policy.config import OpdConfig
 from tests.stages.bench import Bench
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
@@ -54,7 +54,7 @@ def mined(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifac
 
 
 def train(folder: Path, mined: Mined, **fields: Any) -> RecordingContext:
-    ctx = RecordingContext.under(folder, {**mined.inputs, "steps": mined.steps})
+    ctx = RecordingContext.under(folder, {**mined.inputs, "mined": mined.steps})
     OPD.run(ctx, OpdConfig.model_validate({**TRAINING, "steps": 20, **fields}))
     return ctx
 
@@ -105,7 +105,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit(stage: str, mined: Mined, t
     inputs = {name: path for name, path in mined.inputs.items() if stage == "opd" or name != "drafter"}
 
     def run(folder: Path, stop_after: int = 10**9) -> StoppingContext:
-        ctx = StoppingContext(folder / "out", folder / "work", inputs | {"steps": mined.steps}, stop_after=stop_after)
+        ctx = StoppingContext(folder / "out", folder / "work", inputs | {"mined": mined.steps}, stop_after=stop_after)
         if stage == "opd":
             OPD.run(ctx, OpdConfig.model_validate({**fields, "loss": {"rejected": {"loss": "k3"}}}))
         else:

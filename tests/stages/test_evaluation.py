@@ -17,8 +17,8 @@ from draftsmith.stages.evaluation import STAGE, preflight
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.replay.trace import tau
 from draftsmith.stages.sft import STAGE as SFT
-from draftsmith.stages.sft import SftConfig
 from draftsmith.stages.stored import load_trajectories
+from draftsmith.stages.training.config import SftConfig
 from tests.stages.bench import Bench
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts

@@ -18,10 +18,11 @@ from draftsmith.stages.drafters.checkpoint import load_drafter, read_info
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.mining import STAGE as MINING
 from draftsmith.stages.mining import MiningConfig
-from draftsmith.stages.opd import STAGE, OpdConfig
+from draftsmith.stages.opd import STAGE
 from draftsmith.stages.rollout import STAGE as ROLLOUT
 from draftsmith.stages.rollout import RolloutConfig
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
+from draftsmith.stages.training.on_policy.config import OpdConfig
 from draftsmith.stages.training.on_policy.mined import load_mined
 from tests.stages.bench import Bench
 from tests.testbed.context import RecordingContext
@@ -70,7 +71,7 @@ def train(
     folder: Path, made: DrafterArtifacts, answers: Answers, stop_after: int = 10**9, **fields: Any
 ) -> StoppingContext:
     inputs = {
-        "target": made.target, "drafter": made.drafter, "trajectories": answers.trajectories, "steps": answers.steps,
+        "target": made.target, "drafter": made.drafter, "trajectories": answers.trajectories, "mined": answers.steps,
     }  # fmt: skip
     ctx = StoppingContext(folder / "out", folder / "work", inputs, stop_after=stop_after)
     STAGE.run(ctx, OpdConfig.model_validate({**CONFIG, **fields}))

@@ -62,7 +62,7 @@ def inputs(tmp_path: Path) -> dict[str, Path]:
     sft = put(store, "sft", {"model": "a", "metrics.jsonl": curve}, {"target": target})
     rejected = [{"token": " so", "rejected": 4}]
     mining = put(store, "mining", {"summary.json": json.dumps({"most_rejected": rejected})}, {"drafter": sft})
-    opd = put(store, "opd", {"model": "b", "metrics.jsonl": curve}, {"drafter": sft, "steps": mining})
+    opd = put(store, "opd", {"model": "b", "metrics.jsonl": curve}, {"drafter": sft, "mined": mining})
     control = put(store, "sft", {"model": "c"}, {"drafter": sft}, seed=1)
     evaluation = put(store, "evaluation", {"evaluation.json": json.dumps(EVALUATION)}, {"sft": sft, "opd": opd})
     refs = {"mining": mining, "evaluation": evaluation, "sft": sft, "opd": opd, "control": control}

@@ -12,9 +12,10 @@ import torch
 from pydantic import ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
-from draftsmith.stages.sft import STAGE, SftConfig
+from draftsmith.stages.sft import STAGE
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.targets.info import read_target_info
+from draftsmith.stages.training.config import SftConfig
 from tests.testbed import random_target
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts

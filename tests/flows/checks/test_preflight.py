@@ -23,9 +23,9 @@ from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.rollout import RolloutConfig
-from draftsmith.stages.sft import SftConfig
 from draftsmith.stages.stored import load_prompts
 from draftsmith.stages.targets.info import read_target_info
+from draftsmith.stages.training.config import SftConfig
 from tests.flows.pipeline.toy import ToyConfig, toy_nodes
 from tests.flows.pipeline.toy_stages.combine import CombineConfig
 from tests.testbed.drafter import DrafterArtifacts

@@ -15,8 +15,8 @@ from draftsmith.flows.experiments.architectures_results import operations, rows,
 from draftsmith.flows.pipeline.config_file import read_config
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.graph import in_order
-from draftsmith.stages.opd import OpdConfig
-from draftsmith.stages.sft import SftConfig
+from draftsmith.stages.training.config import SftConfig
+from draftsmith.stages.training.on_policy.config import OpdConfig
 
 CONFIG = Path(__file__).parents[3] / "configs" / "experiments" / "architectures.yaml"
 
@@ -32,7 +32,7 @@ def test_every_drafter_has_its_branch_and_one_evaluation_measures_all() -> None:
             "target": "target",
             "trajectories": "fresh",
             "drafter": f"sft-{name}",
-            "steps": f"mining-{name}",
+            "mined": f"mining-{name}",
         }
     drafters = {key: source for key, source in nodes["evaluation"].inputs.items() if key.startswith("drafter:")}
     assert drafters == {

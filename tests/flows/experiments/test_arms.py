@@ -10,9 +10,8 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.experiments.arms import EXPERIMENT, ExperimentConfig, experiment_nodes
 from draftsmith.flows.pipeline.config_file import read_config
 from draftsmith.flows.pipeline.graph import in_order, key_of, seed_of
-from draftsmith.stages.opd import OpdConfig
-from draftsmith.stages.sft import SftConfig
-from draftsmith.stages.training.config import TrainingConfig
+from draftsmith.stages.training.config import SftConfig, TrainingConfig
+from draftsmith.stages.training.on_policy.config import OpdConfig
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "experiments"
 RUNNABLE = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem not in ("base", "sampled", "architectures"))
@@ -80,7 +79,7 @@ def test_an_arm_changes_nested_fields_only_where_it_says_so() -> None:
 
 def test_after_a_change_of_the_target_the_old_drafter_is_taken_over() -> None:
     nodes = {node.name: node for node in experiment_nodes(load("target-changed-greedy"))}
-    assert nodes["adoption"].inputs == {"target": "revision", "drafter": "sft"}
+    assert nodes["adoption"].inputs == {"target": "revision", "drafter": "sft", "trajectories": "fresh"}
     assert nodes["opd-200-s0"].inputs["drafter"] == "adoption"
     assert nodes["opd-200-s0"].inputs["target"] == "revision"
     assert "drafter" not in nodes["scratch-200-s0"].inputs

@@ -16,13 +16,12 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
 from draftsmith.stages.replay.sequential import replay_sequentially
 from draftsmith.stages.replay.trace import Trace, Trajectory
-from draftsmith.stages.sft import SftConfig
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.anchors import draw_evenly, draw_randomly
 from draftsmith.stages.training.batches import FeatureSource, step_rng
 from draftsmith.stages.training.blocks import LossReport, View, block_hidden, block_hidden_on, context_of
 from draftsmith.stages.training.chunked import chunked_values
-from draftsmith.stages.training.config import TrainingConfig
+from draftsmith.stages.training.config import SftConfig, TrainingConfig
 from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.on_policy.loss import opd_loss
 from draftsmith.stages.training.on_policy.mined import Kind, MinedTable, TrajectorySteps
