@@ -13,10 +13,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from draftsmith.flows.checks.check import RunChecks
+from draftsmith.flows.checks.measurable import require_measurable
 from draftsmith.flows.experiments.arms import AnyTarget
 from draftsmith.flows.pipeline.graph import Node, Pipeline
 from draftsmith.flows.pipeline.options import RunOptions
-from draftsmith.flows.refresh.config import require_measurable
 from draftsmith.stages.contract import Config
 from draftsmith.stages.experiments.procedural_target import ProceduralTargetConfig
 from draftsmith.stages.measure.config import PREFIX, EvaluationConfig
@@ -105,6 +106,7 @@ ARCHITECTURES = Pipeline(
     config=ArchitecturesConfig,
     nodes=architectures_nodes,
     flow="draftsmith.flows.experiments.flow:architectures",
-    kind="experiment",
+    checks=RunChecks,
+    headline="evaluation",
     results="draftsmith.flows.experiments.architectures_results:show_results",
 )

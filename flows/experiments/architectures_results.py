@@ -16,7 +16,7 @@ from draftsmith.flows.pipeline.display import Display
 _COLUMNS = ("decoding", "TFLOP", "tau", "95 %", "draft ms", "verify ms", "tokens/s", "speed-up", "95 %")
 
 
-def show_results(display: Display, made: Mapping[str, Path]) -> None:
+def show_results(display: Display, made: Mapping[str, Path], _mlflow: str = "") -> None:
     """One row an arm: plain decoding, then every drafter after SFT, SFT continued, and OPD."""
     evaluation = json.loads((made["evaluation"] / "evaluation.json").read_text())
     table = Table(box=None, pad_edge=False, title_justify="left")

@@ -17,10 +17,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from draftsmith.flows.checks.check import RunChecks
+from draftsmith.flows.checks.measurable import require_measurable
 from draftsmith.flows.pipeline.config_file import merged
 from draftsmith.flows.pipeline.graph import Node, Pipeline
 from draftsmith.flows.pipeline.options import RunOptions
-from draftsmith.flows.refresh.config import require_measurable
 from draftsmith.stages.contract import Config
 from draftsmith.stages.experiments.comparison import BASE, EARLIER, PREFIX, ComparisonConfig
 from draftsmith.stages.experiments.procedural_target import ProceduralTargetConfig
@@ -219,6 +220,6 @@ EXPERIMENT = Pipeline(
     config=ExperimentConfig,
     nodes=experiment_nodes,
     flow="draftsmith.flows.experiments.flow:experiment",
-    kind="experiment",
+    checks=RunChecks,
     results="draftsmith.flows.experiments.arms_results:show_results",
 )

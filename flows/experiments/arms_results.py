@@ -13,7 +13,7 @@ from draftsmith.flows.pipeline.display import Display
 from draftsmith.stages.experiments.comparison import BASE, cost_to_reach
 
 
-def show_results(display: Display, made: Mapping[str, Path]) -> None:
+def show_results(display: Display, made: Mapping[str, Path], _mlflow: str = "") -> None:
     """Print the comparison of every split, and what the drafter was worth before the change, if there was one."""
     results = _read(made["comparison"])
     for split, figures in results.items():

@@ -16,7 +16,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from draftsmith.flows.checks.findings import Finding, Level
 from draftsmith.flows.pipeline.graph import PlannedNode, Status
 from draftsmith.stages.reporting.page import findings
 
@@ -106,17 +105,6 @@ class Display:
             key = item.key[:16] if item.key else "-"
             table.add_row(item.node.name, item.node.stage.name, key, f"[{style}]{what}[/{style}]")
         self.console.print(table)
-
-    def findings(self, lines: Sequence[Finding]) -> None:
-        """One line a check."""
-        width = max(len(line.check) for line in lines)
-        for line in lines:
-            style = {Level.OK: "green", Level.WARNING: "yellow", Level.ERROR: "bold red"}[line.level]
-            self.console.print(
-                f"[{style}]{line.level.value:<7}[/{style}]  {escape(line.check):<{width}}  {escape(line.text)}",
-                highlight=False,
-                soft_wrap=True,
-            )
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[StageDisplay]:

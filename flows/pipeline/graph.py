@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from draftsmith.artifacts.code_digest import code_digest
 from draftsmith.artifacts.errors import DraftsmithError
@@ -34,6 +35,16 @@ class Node:
         return stage
 
 
+class Checks(Protocol):
+    """What a run checks on its way. Raises DraftsmithError for what it cannot get past; returns warnings."""
+
+    def before(self, planned: Sequence[PlannedNode]) -> list[str]:
+        """Before the first stage runs."""
+
+    def after(self, node: Node, made: Mapping[str, Path]) -> list[str]:
+        """When a node is done. made: the artifacts so far, by node."""
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """A kind of run: its config, its graph, and the Prefect flow that runs it."""
@@ -42,8 +53,10 @@ class Pipeline:
     nodes: Callable[[Any], list[Node]]  # the nodes of a config, any order
     flow: str  # "module:attribute", imported only when a run starts
     code_digest: Callable[[str], str] = code_digest  # of a stage's module
-    kind: str = "refresh"  # the command that runs it
-    results: str = ""  # "module:function" that prints what an experiment found, from the nodes' artifacts
+    checks: Callable[[], Checks] | None = None  # for one run
+    results: str = ""  # "module:function", given display, the nodes' folders, and how to open MLflow
+    headline: str = ""  # the node whose figures are the run's in MLflow
+    report: tuple[str, str] = ("", "")  # the node and the file of it that a person reads first
 
 
 class Status(StrEnum):

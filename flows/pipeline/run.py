@@ -1,10 +1,10 @@
-"""The body of a flow: preflight, then a task a node, in order, followed by MLflow."""
+"""The body of a flow: checks, then a task a node, in order, followed by MLflow."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,13 @@ from prefect.client.schemas.objects import State
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.tracking import Status, Tracking
-from draftsmith.flows.checks.preflight import check_engines, check_home, check_lengths, check_supplies, check_target
 from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.pipeline.graph import Pipeline, forced_nodes, in_order, plan
+from draftsmith.flows.pipeline.graph import Checks, Pipeline, forced_nodes, in_order, plan
 from draftsmith.flows.pipeline.graph import Status as Planned
+from draftsmith.flows.pipeline.machine import check_home
 from draftsmith.flows.pipeline.node import Made, Workshop
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.flows.pipeline.task import run_node
-
-_TARGET, _EVALUATION, _REPORT = "target", "evaluation", "report"
 
 
 def run_graph(config: RunOptions, pipeline: Pipeline, force: Collection[str] = ()) -> dict[str, dict[str, Any]]:
@@ -35,28 +33,32 @@ def run_graph(config: RunOptions, pipeline: Pipeline, force: Collection[str] = (
     workshop.tracking.check()
     workshop.tracking.close_dead_runs(workshop.store)
     planned = plan(config, workshop.store, pipeline, force)
-    check_supplies([item.node for item in planned])
-    for warning in check_engines([item.node for item in planned if item.status is not Planned.HIT]):
-        workshop.display.line(f"warning: {warning}")
+    checks = pipeline.checks() if pipeline.checks is not None else None
+    _warn(workshop, checks.before(planned) if checks is not None else [])
     reused = {f"draftsmith.reused.{p.node.name}": p.ref.uri for p in planned if p.status is Planned.HIT and p.ref}
     run_id = workshop.tracking.open_refresh(config.name, config.model_dump(mode="json"), reused)
     workshop = dataclasses.replace(workshop, refresh_run=run_id)
     made: dict[str, Made] = {}
     status: Status = "KILLED"
     try:
-        _make_all(workshop, force, made)
+        _make_all(workshop, force, made, checks)
         status = "FINISHED"
     except Exception:
         status = "FAILED"
         raise
     finally:
-        workshop.tracking.close_refresh(status, _headline(workshop, made), _report(made))
+        workshop.tracking.close_refresh(status, _headline(workshop, made), _report(workshop, made))
         if status != "FINISHED" and (told := _still_forced(forced_nodes([p.node for p in planned], force), made)):
             workshop.display.line(told)
     return {name: _described(each) for name, each in made.items()}
 
 
-def _make_all(workshop: Workshop, force: Collection[str], made: dict[str, Made]) -> None:
+def _warn(workshop: Workshop, warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        workshop.display.line(f"warning: {warning}")
+
+
+def _make_all(workshop: Workshop, force: Collection[str], made: dict[str, Made], checks: Checks | None) -> None:
     nodes = in_order(workshop.pipeline.nodes(workshop.config))
     forced = forced_nodes(nodes, force)
     states: dict[str, State[Any]] = {}
@@ -64,10 +66,8 @@ def _make_all(workshop: Workshop, force: Collection[str], made: dict[str, Made])
         inputs: dict[str, ArtifactRef] = {name: made[source].ref for name, source in node.inputs.items()}
         upstream = [states[source] for source in dict.fromkeys(node.inputs.values())]
         made[node.name], states[node.name] = run_node(workshop, node, inputs, upstream, force=node.name in forced)
-        if node.name == _TARGET:
-            check_target(nodes, made[_TARGET].ref.path)
-        if node.module == "draftsmith.stages.prompts":
-            check_lengths(nodes, node.name, made[node.name].ref.path, made[node.inputs["target"]].ref.path)
+        if checks is not None:
+            _warn(workshop, checks.after(node, {name: each.ref.path for name, each in made.items()}))
 
 
 def _still_forced(forced: Collection[str], made: Mapping[str, Made]) -> str | None:
@@ -79,12 +79,14 @@ def _still_forced(forced: Collection[str], made: Mapping[str, Made]) -> str | No
     return f"{', '.join(done)}: made again and complete; go on{f' with{rest} only' if rest else ' without --force'}"
 
 
-def _headline(workshop: Workshop, made: dict[str, Made]) -> dict[str, float]:
-    return workshop.store.manifest(made[_EVALUATION].ref).metrics if _EVALUATION in made else {}
+def _headline(workshop: Workshop, made: Mapping[str, Made]) -> dict[str, float]:
+    node = made.get(workshop.pipeline.headline)
+    return workshop.store.manifest(node.ref).metrics if node is not None else {}
 
 
-def _report(made: dict[str, Made]) -> list[Path]:
-    path = made[_REPORT].ref.path / "report.html" if _REPORT in made else None
+def _report(workshop: Workshop, made: Mapping[str, Made]) -> list[Path]:
+    name, file = workshop.pipeline.report
+    path = made[name].ref.path / file if name in made else None
     return [path] if path is not None and path.is_file() else []
 
 

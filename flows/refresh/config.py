@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from draftsmith.flows.checks.measurable import require_measurable
 from draftsmith.flows.pipeline.config_file import read_config
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.stages.contract import Config
@@ -33,7 +34,7 @@ class RefreshOptions(Config):
     prompts behind those of the iteration before (logged answers: on the same ones, in other batches)."""
 
 
-class RunConfig(RunOptions):
+class RefreshConfig(RunOptions):
     """One refresh of a drafter."""
 
     refresh: RefreshOptions = RefreshOptions()
@@ -56,7 +57,7 @@ class RunConfig(RunOptions):
     report: ReportConfig = ReportConfig()
 
     @model_validator(mode="after")
-    def _answers_come_from_somewhere(self) -> RunConfig:
+    def _answers_come_from_somewhere(self) -> RefreshConfig:
         if self.logs is None:
             for name in ("rollout", "assisted"):
                 if getattr(self, name) is None:
@@ -64,12 +65,12 @@ class RunConfig(RunOptions):
         return self
 
     @model_validator(mode="after")
-    def _what_is_measured_is_there(self) -> RunConfig:
+    def _what_is_measured_is_there(self) -> RefreshConfig:
         require_measurable(self.heldout, self.prompts, evaluation=self.evaluation)
         return self
 
     @model_validator(mode="after")
-    def _iterations_have_prompts(self) -> RunConfig:
+    def _iterations_have_prompts(self) -> RefreshConfig:
         if self.refresh.iterations == 1 or self.assisted is None or self.logs is not None:
             return self
         if self.assisted.prompts is None:
@@ -84,7 +85,7 @@ class RunConfig(RunOptions):
         return self
 
     @model_validator(mode="after")
-    def _time_limits_name_nodes(self) -> RunConfig:
+    def _time_limits_name_nodes(self) -> RefreshConfig:
         known = {*type(self).model_fields, "control"} - {*RunOptions.model_fields, "refresh"}
         for name in self.stages.time_limits:
             if name not in known:
@@ -92,50 +93,18 @@ class RunConfig(RunOptions):
         return self
 
 
-def require_measurable(
-    heldout: RolloutConfig,
-    prompts: PromptsConfig,
-    *,
-    answered: Sequence[str] = ("heldout",),
-    evaluation: EvaluationConfig | None = None,
-) -> None:
-    """What the last stage reads must be made by the first ones: answers to prompts of some splits, and the validation
-    prompts that the block size is chosen on.
-
-    Raises ValueError (for validators of configs).
-    """
-    needed = dict.fromkeys(answered, "heldout.splits")
-    for split in needed:
-        if split not in heldout.splits:
-            raise ValueError(
-                f"heldout.splits: {list(heldout.splits)} lacks {split}, which drafters are measured on: add it"
-            )
-    if evaluation is not None and evaluation.block_sizes:
-        needed["validation"] = "evaluation.block_sizes"
-    for split, reader in needed.items():
-        if split in SPLITS and prompts.wanted(split) == 0:
-            raise ValueError(f"prompts.{split}: {reader} needs prompts of this split: give their number")
-    counts = heldout.counts({split: prompts.wanted(split) for split in SPLITS})
-    for split in answered:
-        if not counts.get(split, 1):
-            raise ValueError(
-                f"heldout: skip and prompts leave out all of split {split}, which drafters are measured on (in the "
-                f"order {', '.join(SPLITS)}): change them, or lower the counts in section prompts instead"
-            )
-
-
-def control_config(config: RunConfig) -> SftConfig:
+def control_config(config: RefreshConfig) -> SftConfig:
     """The control of a refresh."""
     return config.sft.continued(config.opd)
 
 
-def assisted_config(config: RunConfig, iteration: int) -> RolloutConfig:
+def assisted_config(config: RefreshConfig, iteration: int) -> RolloutConfig:
     """The assisted rollout of an iteration, counted from 1: each takes the prompts behind those of the one before."""
     assert config.assisted is not None
     behind = (iteration - 1) * (config.assisted.prompts or 0)
     return config.assisted.model_copy(update={"skip": config.assisted.skip + behind})
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RefreshConfig:
     """The config of a refresh from a YAML file, with overrides such as `opd.steps=200`."""
-    return read_config(path, overrides, RunConfig)
+    return read_config(path, overrides, RefreshConfig)

@@ -7,12 +7,12 @@ from typing import Any
 from prefect import flow
 
 from draftsmith.flows.pipeline.run import run_graph
-from draftsmith.flows.refresh.config import RunConfig, load_config
+from draftsmith.flows.refresh.config import RefreshConfig, load_config
 from draftsmith.flows.refresh.graph import REFRESH
 
 
 @flow(name="refresh", flow_run_name="{config.name}", persist_result=False)
-def refresh(config: RunConfig, force: list[str] | None = None) -> dict[str, dict[str, Any]]:
+def refresh(config: RefreshConfig, force: list[str] | None = None) -> dict[str, dict[str, Any]]:
     """Keep a drafter matched to its target: rollout, SFT, mining, distillation, evaluation.
 
     Args:

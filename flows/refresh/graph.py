@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from draftsmith.flows.checks.check import RunChecks
 from draftsmith.flows.pipeline.graph import Node, Pipeline
-from draftsmith.flows.refresh.config import RunConfig, assisted_config, control_config
+from draftsmith.flows.refresh.config import RefreshConfig, assisted_config, control_config
 
 
-def refresh_nodes(config: RunConfig) -> list[Node]:
+def refresh_nodes(config: RefreshConfig) -> list[Node]:
     """The nodes of one refresh, from the target to the report.
 
     With several iterations, those before the last one have their number in the name: `opd-1`, …, `opd`.
@@ -24,7 +25,7 @@ def refresh_nodes(config: RunConfig) -> list[Node]:
         answers = "logs"
         nodes.append(Node(answers, "draftsmith.stages.logs", config.logs, asked))
     else:
-        assert config.rollout is not None  # RunConfig has checked it
+        assert config.rollout is not None  # RefreshConfig has checked it
         answers = "rollout"
         nodes.append(Node(answers, "draftsmith.stages.rollout", config.rollout, asked))
     nodes.append(Node("sft", "draftsmith.stages.sft", config.sft, {**target, "trajectories": answers}))
@@ -36,7 +37,7 @@ def refresh_nodes(config: RunConfig) -> list[Node]:
     return nodes
 
 
-def _iteration(config: RunConfig, iteration: int, suffix: str, opd: str, control: str) -> list[Node]:
+def _iteration(config: RefreshConfig, iteration: int, suffix: str, opd: str, control: str) -> list[Node]:
     """Rollout with the drafter `opd`, mining, OPD and evaluation; `control` is the one whose SFT goes on beside it."""
     target = {"target": "target"}
     nodes = []
@@ -44,7 +45,7 @@ def _iteration(config: RunConfig, iteration: int, suffix: str, opd: str, control
     if config.logs is not None:
         answers, seed = "logs", config.seed + 1000 * iteration  # the same answers: other batches than SFT and before
     else:
-        assert config.assisted is not None  # RunConfig has checked it
+        assert config.assisted is not None  # RefreshConfig has checked it
         answers = f"assisted{suffix}"
         inputs = {**target, "prompts": "prompts", "drafter": opd}
         nodes.append(Node(answers, "draftsmith.stages.rollout", assisted_config(config, iteration), inputs))
@@ -73,4 +74,12 @@ def _iteration(config: RunConfig, iteration: int, suffix: str, opd: str, control
     ]
 
 
-REFRESH = Pipeline(config=RunConfig, nodes=refresh_nodes, flow="draftsmith.flows.refresh.flow:refresh")
+REFRESH = Pipeline(
+    config=RefreshConfig,
+    nodes=refresh_nodes,
+    flow="draftsmith.flows.refresh.flow:refresh",
+    checks=RunChecks,
+    results="draftsmith.flows.refresh.results:show_results",
+    headline="evaluation",
+    report=("report", "report.html"),
+)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from draftsmith.flows.pipeline.graph import in_order
-from draftsmith.flows.refresh.config import RunConfig, control_config, load_config
+from draftsmith.flows.refresh.config import RefreshConfig, control_config, load_config
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.training.config import SftConfig
@@ -24,7 +24,7 @@ def test_a_config_loads_and_its_graph_is_in_order(path: Path) -> None:
     nodes = [node.name for node in in_order(refresh_nodes(config))]
     assert nodes[0] == "target" and nodes[-1] == "report"
     # what a stage process is sent is what it reads
-    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+    assert RefreshConfig.model_validate(config.model_dump(mode="json")) == config
     control = control_config(config)
     assert SftConfig.model_validate(control.model_dump(mode="json")) == control
 
