@@ -32,6 +32,7 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter
 from draftsmith.stages.drafters.config import DFlashConfig
 from draftsmith.stages.replay.chains import replay_chains
+from draftsmith.stages.replay.corpus import score
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.targets.causal_lm import Target
@@ -44,7 +45,6 @@ from draftsmith.stages.training.on_policy.mined import MinedTable, TrajectorySte
 from draftsmith.stages.training.on_policy.remining import Remining
 from draftsmith.stages.training.on_policy.step import OpdStep
 from draftsmith.stages.training.on_policy.training import anchor_source
-from draftsmith.stages.training.on_policy.verify_steps import score
 from draftsmith.stages.training.supervised import sft_loss
 from draftsmith.stages.training.vocabulary import HeadSource
 from tests.benchmarks import harness, machine

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.targets.causal_lm import Target
 from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
-from tests.testbed.context import RecordingContext
+from tests.testbed.context import RecordingContext, StoppingContext
 from tests.testbed.drafter import DrafterArtifacts
 
 pytestmark = [pytest.mark.integration, pytest.mark.sglang, pytest.mark.timeout(1800)]
@@ -39,15 +38,6 @@ def config_of(python: Path, **changes: Any) -> EvaluationConfig:
             "parity_prompts": 5, "rounds": 2, "bootstrap_samples": 200, **changes,
         }
     )  # fmt: skip
-
-
-@dataclass
-class OneTurn(RecordingContext):
-    """Asks to stop after the first server's turn."""
-
-    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
-        super().progress(done, total, unit, **figures)
-        self.stop = unit == "turns of servers"
 
 
 def inputs(made: DrafterArtifacts, **changes: Path) -> dict[str, Path]:
@@ -68,7 +58,7 @@ def evaluated(
     """Interrupted after plain decoding's turn in the first round, then run to its end."""
     folder = tmp_path_factory.mktemp("evaluation")
     with pytest.raises(StageInterrupted):
-        STAGE.run(OneTurn.under(folder, inputs(tiny_drafter)), config)
+        STAGE.run(StoppingContext.under(folder, inputs(tiny_drafter), stop_after=1, unit="turns of servers"), config)
     ctx = RecordingContext.under(folder, inputs(tiny_drafter))
     STAGE.run(ctx, config)
     return ctx

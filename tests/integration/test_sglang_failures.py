@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +24,12 @@ from tests.sglang_cpu.fixtures import ServingTarget
 from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
 from tests.sglang_cpu.server import running_server
 from tests.stages.engines.server_processes import living
-from tests.testbed.context import RecordingContext
+from tests.testbed.context import StoppingContext
 from tests.testbed.drafter import DrafterArtifacts
 
 pytestmark = [pytest.mark.sglang, pytest.mark.integration]
 
 PROMPTS, KILLED_AFTER = 40, 6
-
-
-@dataclass
-class KillingContext(RecordingContext):
-    """Does something once, when so many answers are there."""
-
-    act: Callable[[], None] | None = None
-
-    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
-        super().progress(done, total, unit, **figures)
-        if done == KILLED_AFTER and self.act is not None:
-            act, self.act = self.act, None
-            act()
 
 
 def settings(engine: dict[str, Any]) -> dict[str, Any]:
@@ -65,8 +51,9 @@ def inputs(made: DrafterArtifacts) -> dict[str, Path]:
     return {"target": made.target, "prompts": made.prompts, "drafter": made.drafter}
 
 
-def context(folder: Path, made: DrafterArtifacts, act: Callable[[], None] | None = None) -> KillingContext:
-    return KillingContext(folder / "out", folder / "work", inputs(made), act=act)
+def context(folder: Path, made: DrafterArtifacts, act: Callable[[], None] | None = None) -> StoppingContext:
+    """With `act`, done when so many answers are there."""
+    return StoppingContext.under(folder, inputs(made), stop_after=KILLED_AFTER if act else None, act=act)
 
 
 def kill_leader(folder: Path) -> None:

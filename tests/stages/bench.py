@@ -1,9 +1,9 @@
-"""The tiny target and drafters, loaded once in float32, with prompts whose greedy answers hold no near-tie."""
+"""The tiny target and drafters, loaded once in float32, with prompts whose greedy answers hold no near-tie of any."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,12 +16,12 @@ from draftsmith.stages.replay.sequential import replay_sequentially
 from draftsmith.stages.replay.trace import Trace, Trajectory, pad_tokens
 from draftsmith.stages.stored import DRAFTER_FOLDER, Prompt, load_prompts
 from draftsmith.stages.targets.causal_lm import Target, TargetOutput
+from tests.testbed import ties
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.target import MASK
 
 GREEDY_TOKENS = 80  # about half of the answers stop before, the others are cut
 GREEDY = SamplingParams(GREEDY_TOKENS)
-NEAR_TIE = 1e-3  # logits; kernels of other shapes differ by less than 1e-4
 CAPACITY = 256
 
 
@@ -65,6 +65,21 @@ class Bench:
         with torch.no_grad():
             return out, drafter.encode(out.features, ids, positions)
 
+    def clear(self, trajectories: Sequence[Trajectory], drafter: Drafter, **drafting: int | None) -> list[Trajectory]:
+        """Those behind none of whose tokens the drafter's proposals hang on a near-tie."""
+        return [t for t in trajectories if ties.draft_margin(self.target, drafter, t, **drafting) > ties.DRAFT_TIE]
+
+    def with_drafters(self, drafters: dict[str, Drafter]) -> Bench:
+        """The same with other drafters, and only with prompts whose greedy answers hold no near-tie of theirs."""
+        answered = [
+            Trajectory(p.prompt_id, p.token_ids + self.greedy[p.prompt_id], len(p.token_ids)) for p in self.prompts
+        ]
+        for drafter in drafters.values():
+            answered = self.clear(answered, drafter)
+        kept = {trajectory.trajectory_id for trajectory in answered}
+        prompts = [prompt for prompt in self.prompts if prompt.prompt_id in kept]
+        return replace(self, drafters=drafters, prompts=prompts)
+
     def sequential_traces(
         self,
         trajectories: Sequence[Trajectory],
@@ -86,25 +101,17 @@ def trajectory_of(completion: Completion) -> Trajectory:
     return Trajectory(completion.request.request_id, prompt + completion.response_ids, len(prompt))
 
 
-def build_bench(made: DrafterArtifacts, wanted: int = 56) -> Bench:
+def build_bench(made: DrafterArtifacts) -> Bench:
     target = Target.load(made.target)
     untrained = create_drafter(
         DFlashConfig(num_layers=2, block_size=6, target_layer_ids=(0, 2), mask_token=MASK), target, seed=3
     )
     trained = load_drafter(made.drafter / DRAFTER_FOLDER, target)
     untrained.frequent_tokens = trained.frequent_tokens
-    bench = Bench(target, {"trained": trained, "untrained": untrained.eval()}, [], {})
-    bench.prompts.extend(load_prompts(made.prompts, ["heldout", "validation"]))
-    answers = bench.answers(bench.requests(), slots=32)
-    bench.prompts[:] = [p for p in bench.prompts if _margin(target, answers[p.prompt_id]) > NEAR_TIE][:wanted]
-    bench.greedy.update({p.prompt_id: answers[p.prompt_id].response_ids for p in bench.prompts})
+    prompts = load_prompts(made.prompts, ["heldout", "validation"])  # the target's own near-ties are left out there
+    plain = Bench(target, {}, prompts, {})
+    answers = plain.answers(plain.requests(), slots=32)
+    plain.greedy.update({name: completion.response_ids for name, completion in answers.items()})
+    bench = plain.with_drafters({"trained": trained, "untrained": untrained.eval()})
     assert len(bench.prompts) > 50
     return bench
-
-
-def _margin(target: Target, completion: Completion) -> float:
-    """The smallest difference of the two best logits over an answer."""
-    start = len(completion.request.prompt_ids) - 1
-    tokens = completion.request.prompt_ids + completion.response_ids[:-1]
-    best = target.logits(target.read(torch.tensor([tokens])).hidden[0, start:]).topk(2).values
-    return float((best[:, 0] - best[:, 1]).min())

@@ -1,8 +1,7 @@
-"""What the tests of engines, replay and scoring share: the tiny target and its drafters, loaded once."""
+"""What the tests of stages, engines, replay and scoring share: the tiny target and its drafters, loaded once."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,19 @@ import pytest
 from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter
 from draftsmith.stages.drafters.config import Eagle3Config
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
+from draftsmith.stages.targets.config import TargetConfig
+from draftsmith.stages.targets.resolve import resolve_target
 from draftsmith.stages.training.batches import frequent_tokens, token_counts
 from tests.stages.bench import Bench, build_bench
 from tests.testbed.drafter import DrafterArtifacts
+
+
+@pytest.fixture(scope="session")
+def target(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifact of the stage `target` for the tiny target, float32."""
+    out = tmp_path_factory.mktemp("target")
+    resolve_target(TargetConfig(source=str(tiny_target), dtype="float32"), out, lambda _line: None)
+    return out
 
 
 @pytest.fixture(scope="session")
@@ -29,4 +38,4 @@ def eagle_bench(bench: Bench, tiny_drafter: DrafterArtifacts, tiny_eagle3: Path)
     shape = Eagle3Config(kind="eagle3", block_size=6, target_layer_ids=(0, 1, 2), draft_vocab_size=90)
     untrained = create_drafter(shape, bench.target, 3, frequent_tokens(counts))
     untrained.frequent_tokens = frequent_tokens(counts)
-    return replace(bench, drafters={"trained": trained, "untrained": untrained.eval()})
+    return bench.with_drafters({"trained": trained, "untrained": untrained.eval()})

@@ -25,7 +25,7 @@ from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.on_policy.config import OpdConfig
 from tests.stages.bench import Bench
-from tests.testbed.context import RecordingContext
+from tests.testbed.context import RecordingContext, StoppingContext
 from tests.testbed.drafter import DrafterArtifacts
 
 TRAINING = {"sequences_per_step": 4, "anchors_per_sequence": 6, "compute_dtype": "float32", "learning_rate": 1e-3}
@@ -87,25 +87,14 @@ def test_the_rejected_stream_can_be_weighed_in(mined: Mined, tmp_path: Path) -> 
         assert values["loss_rejected"] > 0
 
 
-@dataclass
-class StoppingContext(RecordingContext):
-    """Asks to stop after `stop_after` steps."""
-
-    stop_after: int = 10**9
-
-    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
-        super().progress(done, total, unit, **figures)
-        self.stop = done == self.stop_after
-
-
 @pytest.mark.parametrize("stage", ["sft", "opd"])
 def test_an_interrupted_training_goes_on_bit_for_bit(stage: str, mined: Mined, tmp_path: Path) -> None:
     """In bfloat16, the head with it; what OPD mined again hangs on weights of earlier steps."""
     fields: dict[str, Any] = {**TRAINING, "steps": 5, "learning_rate": 3e-3, "compute_dtype": "bfloat16"}
     inputs = {name: path for name, path in mined.inputs.items() if stage == "opd" or name != "drafter"}
 
-    def run(folder: Path, stop_after: int = 10**9) -> StoppingContext:
-        ctx = StoppingContext(folder / "out", folder / "work", inputs | {"mined": mined.steps}, stop_after=stop_after)
+    def run(folder: Path, stop_after: int | None = None) -> StoppingContext:
+        ctx = StoppingContext.under(folder, inputs | {"mined": mined.steps}, stop_after=stop_after)
         if stage == "opd":
             OPD.run(ctx, OpdConfig.model_validate({**fields, "loss": {"rejected": {"loss": "k3"}}}))
         else:

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,8 @@ from draftsmith.stages.rollout import STAGE as ROLLOUT
 from draftsmith.stages.rollout import RolloutConfig
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
 from tests.stages.bench import Bench
-from tests.testbed.context import RecordingContext
+from tests.testbed.context import RecordingContext, StoppingContext
 from tests.testbed.drafter import DrafterArtifacts
-
-
-@dataclass
-class StoppingContext(RecordingContext):
-    """Asks to stop at the first progress if told to."""
-
-    stops: bool = False
-
-    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
-        super().progress(done, total, unit, **figures)
-        self.stop = self.stops
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +39,12 @@ def assisted(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArti
 
 
 def mine(
-    folder: Path, made: DrafterArtifacts, trajectories: Path, *, drafter: Path | None = None, stops: bool = False,
+    folder: Path, made: DrafterArtifacts, trajectories: Path, *, drafter: Path | None = None,
+    stop_after: int | None = None,
     **config: Any,
 ) -> RecordingContext:  # fmt: skip
     inputs = {"target": made.target, "drafter": drafter or made.drafter, "trajectories": trajectories}
-    ctx = StoppingContext(folder / "out", folder / "work", inputs, stops=stops)
+    ctx = StoppingContext.under(folder, inputs, stop_after=stop_after)
     STAGE.run(ctx, MiningConfig.model_validate({"tokens_per_target_forward": 600, **config}))
     return ctx
 
@@ -137,7 +126,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
 ) -> None:
     for _ in range(2):
         with pytest.raises(StageInterrupted):
-            mine(tmp_path, tiny_drafter, assisted, stops=True)
+            mine(tmp_path, tiny_drafter, assisted, stop_after=0)
     shards = list((tmp_path / "work" / "verify_steps").glob("shard-*"))
     assert len(shards) == 2
     last = mine(tmp_path, tiny_drafter, assisted)
@@ -149,10 +138,10 @@ def test_work_that_was_lost_with_its_shard_is_counted_once(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, mined: RecordingContext
 ) -> None:
     with pytest.raises(StageInterrupted):
-        mine(tmp_path, tiny_drafter, assisted, stops=True)
+        mine(tmp_path, tiny_drafter, assisted, stop_after=0)
     (shard,) = (tmp_path / "work" / "verify_steps").glob("shard-*")
     with pytest.raises(StageInterrupted):
-        mine(tmp_path, tiny_drafter, assisted, stops=True)
+        mine(tmp_path, tiny_drafter, assisted, stop_after=0)
     shard = sorted((tmp_path / "work" / "verify_steps").glob("shard-*"))[-1]
     shard.write_bytes(shard.read_bytes()[:-30])
     last = mine(tmp_path, tiny_drafter, assisted)

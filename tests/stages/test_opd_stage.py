@@ -25,23 +25,12 @@ from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.training.on_policy.config import OpdConfig
 from draftsmith.stages.training.on_policy.mined import load_mined
 from tests.stages.bench import Bench
-from tests.testbed.context import RecordingContext
+from tests.testbed.context import RecordingContext, StoppingContext
 from tests.testbed.drafter import DrafterArtifacts
 
 CONFIG = {
     "steps": 30, "learning_rate": 3e-4, "sequences_per_step": 4, "anchors_per_sequence": 6, "compute_dtype": "float32",
 }  # fmt: skip
-
-
-@dataclass
-class StoppingContext(RecordingContext):
-    """Asks to stop after `stop_after` steps."""
-
-    stop_after: int = 10**9
-
-    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
-        super().progress(done, total, unit, **figures)
-        self.stop = done == self.stop_after
 
 
 @dataclass(frozen=True)
@@ -68,12 +57,12 @@ def answers(
 
 
 def train(
-    folder: Path, made: DrafterArtifacts, answers: Answers, stop_after: int = 10**9, **fields: Any
+    folder: Path, made: DrafterArtifacts, answers: Answers, stop_after: int | None = None, **fields: Any
 ) -> StoppingContext:
     inputs = {
         "target": made.target, "drafter": made.drafter, "trajectories": answers.trajectories, "mined": answers.steps,
     }  # fmt: skip
-    ctx = StoppingContext(folder / "out", folder / "work", inputs, stop_after=stop_after)
+    ctx = StoppingContext.under(folder, inputs, stop_after=stop_after)
     STAGE.run(ctx, OpdConfig.model_validate({**CONFIG, **fields}))
     return ctx
 

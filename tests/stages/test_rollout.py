@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,8 @@ from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.rollout import STAGE, RolloutConfig, preflight
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_prompts, load_trajectories
 from tests.stages.bench import Bench
-from tests.testbed.context import RecordingContext
+from tests.testbed.context import RecordingContext, StoppingContext
 from tests.testbed.drafter import DrafterArtifacts
-
-
-@dataclass
-class StoppingContext(RecordingContext):
-    """Asks to stop after `stop_after` answers."""
-
-    stop_after: int = 10**9
-
-    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
-        super().progress(done, total, unit, **figures)
-        self.stop = self.stop or done >= self.stop_after
 
 
 def config(**fields: Any) -> RolloutConfig:
@@ -44,9 +32,11 @@ def config(**fields: Any) -> RolloutConfig:
     )
 
 
-def context(folder: Path, made: DrafterArtifacts, *, drafter: bool = False, stop_after: int = 10**9) -> StoppingContext:
+def context(
+    folder: Path, made: DrafterArtifacts, *, drafter: bool = False, stop_after: int | None = None
+) -> StoppingContext:
     inputs = {"target": made.target, "prompts": made.prompts, **({"drafter": made.drafter} if drafter else {})}
-    return StoppingContext(folder / "out", folder / "work", inputs, stop_after=stop_after)
+    return StoppingContext.under(folder, inputs, stop_after=stop_after)
 
 
 def rows(ctx: RecordingContext) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.targets.info import read_target_info
 from draftsmith.stages.training.config import SftConfig
 from tests.testbed import random_target
-from tests.testbed.context import RecordingContext
+from tests.testbed.context import RecordingContext, StoppingContext
 from tests.testbed.drafter import DrafterArtifacts
 
 GOLDEN = Path(__file__).parent / "golden" / "sft_losses.json"
@@ -53,16 +53,6 @@ def one_thread() -> Any:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-class InterruptedAfter(RecordingContext):
-    """Asks the stage to stop once `last_step` has been reported."""
-
-    last_step = -1
-
-    def metrics(self, step: int, **values: float) -> None:
-        super().metrics(step, **values)
-        self.stop = step == self.last_step
 
 
 def run(folder: Path, inputs: dict[str, Path], seed: int = 0, **settings: Any) -> RecordingContext:
@@ -112,35 +102,30 @@ def test_the_same_config_and_seed_give_the_same_bytes(tmp_path: Path, inputs: di
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("stop_after", [0, 4, 6])  # 4: at a regular checkpoint
+@pytest.mark.parametrize("stop_after", [1, 5, 7])  # 5: at a regular checkpoint
 def test_interrupted_training_ends_like_uninterrupted_training(
     stop_after: int, dtype: str, tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     settings: dict[str, Any] = {"steps": 9, "checkpoint_every": 5, "compute_dtype": dtype}
     whole = run(tmp_path / "whole", inputs, **settings)
-    context = InterruptedAfter.under(tmp_path / "parts", inputs)
-    assert isinstance(context, InterruptedAfter)
-    context.last_step = stop_after
+    context = StoppingContext.under(tmp_path / "parts", inputs, stop_after=stop_after)
     config = SftConfig.model_validate({**SETTINGS, **settings})
     with pytest.raises(StageInterrupted):
         STAGE.run(context, config)
-    assert len(context.measured) == stop_after + 1
-    context.stop, context.last_step = False, -1
+    assert len(context.measured) == stop_after
+    context.stop = False
     STAGE.run(context, config)
-    assert any(f"step {stop_after + 1}" in line for line in context.logs)
+    assert any(f"step {stop_after}" in line for line in context.logs)
     assert losses(context) == losses(whole)
     assert checkpoint(context) == checkpoint(whole)
 
 
 def test_killed_training_repeats_what_its_last_checkpoint_lacks(tmp_path: Path, inputs: dict[str, Path]) -> None:
-    class Killed(RecordingContext):
-        def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
-            super().progress(done, total, unit, **figures)
-            if done == 7:
-                raise KeyboardInterrupt
+    def kill() -> None:
+        raise KeyboardInterrupt
 
     config = SftConfig.model_validate({**SETTINGS, "steps": 9, "checkpoint_every": 3})
-    killed = Killed.under(tmp_path / "killed", inputs)
+    killed = StoppingContext.under(tmp_path / "killed", inputs, stop_after=7, act=kill)
     with pytest.raises(KeyboardInterrupt):
         STAGE.run(killed, config)
     resumed = RecordingContext.under(tmp_path / "killed", inputs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from draftsmith.stages.sft import STAGE, preflight
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.training.config import SftConfig
 from tests.stages.bench import Bench
-from tests.testbed.context import RecordingContext
+from tests.testbed.context import RecordingContext, StoppingContext
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.target import MASK
 
@@ -29,22 +28,11 @@ CONFIG = {
 }  # fmt: skip
 
 
-@dataclass
-class StoppingContext(RecordingContext):
-    """Asks to stop after `stop_after` steps."""
-
-    stop_after: int = 10**9
-
-    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
-        super().progress(done, total, unit, **figures)
-        self.stop = done == self.stop_after
-
-
 def train(
-    folder: Path, made: DrafterArtifacts, stop_after: int = 10**9, *, drafter: Path | None = None, **fields: Any
+    folder: Path, made: DrafterArtifacts, stop_after: int | None = None, *, drafter: Path | None = None, **fields: Any
 ) -> StoppingContext:
     inputs = {"target": made.target, "trajectories": made.rollout, **({"drafter": drafter} if drafter else {})}
-    ctx = StoppingContext(folder / "out", folder / "work", inputs, stop_after=stop_after)
+    ctx = StoppingContext.under(folder, inputs, stop_after=stop_after)
     STAGE.run(ctx, SftConfig.model_validate({**CONFIG, **fields}))
     return ctx
 

@@ -1,10 +1,11 @@
-"""A plain stage context for tests: folders, and lists of what the stage reported."""
+"""Stage contexts for tests: folders, lists of what the stage reported, and one that interrupts the stage."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Self
 
 from draftsmith.artifacts.errors import StageInterrupted
 
@@ -28,9 +29,9 @@ class RecordingContext:
         self.work.mkdir(parents=True, exist_ok=True)
 
     @classmethod
-    def under(cls, folder: Path, inputs: Mapping[str, Path] | None = None, seed: int = 0) -> RecordingContext:
+    def under(cls, folder: Path, inputs: Mapping[str, Path] | None = None, seed: int = 0, **fields: Any) -> Self:
         """A context with `folder/out` and `folder/work`."""
-        return cls(folder / "out", folder / "work", dict(inputs or {}), seed)
+        return cls(folder / "out", folder / "work", dict(inputs or {}), seed, **fields)
 
     def log(self, message: str) -> None:
         self.logs.append(message)
@@ -54,3 +55,22 @@ class RecordingContext:
     def check_interrupted(self) -> None:
         if self.stop:
             raise StageInterrupted("asked to stop")
+
+
+@dataclass
+class StoppingContext(RecordingContext):
+    """Asks the stage to stop when `stop_after` of `unit` are done, or does something else at that moment, once."""
+
+    stop_after: int | None = None  # 0: at the first progress; None: never
+    unit: str | None = None  # None: whatever is counted
+    act: Callable[[], None] | None = None  # instead of asking it to stop
+
+    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
+        super().progress(done, total, unit, **figures)
+        if self.stop_after is None or done < self.stop_after or self.unit not in (None, unit):
+            return
+        self.stop_after = None
+        if self.act is None:
+            self.stop = True
+        else:
+            self.act()

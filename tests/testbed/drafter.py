@@ -6,7 +6,9 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.testbed import cache, target
+from draftsmith.artifacts.parquet import read_table, write_table
+from draftsmith.artifacts.schemas import PROMPTS, TIMINGS, TRAJECTORIES
+from tests.testbed import cache, target, ties
 from tests.testbed.context import RecordingContext
 
 
@@ -21,6 +23,7 @@ class DrafterRecipe:
     answers: int = 320  # trajectories that it is trained on
     validation: int = 8
     heldout: int = 60
+    spare: int = 16  # more of either held-out split, of which those with a near-tie are left out
     max_new_tokens: int = 128
     steps: int = 500
     sequences_per_step: int = 8
@@ -49,7 +52,7 @@ class DrafterArtifacts:
 
     @property
     def prompts(self) -> Path:
-        """`prompts.parquet`: splits train, validation, heldout."""
+        """`prompts.parquet`: splits train, validation, heldout; held-out ones without a near-tie (`ties.py`)."""
         return self.root / "prompts"
 
     @property
@@ -88,7 +91,9 @@ def build_drafter(folder: Path, target_model: Path, prompts: Path, recipe: Draft
     torch.set_num_threads(1)
     try:
         _run_stage("target", {"source": str(target_model), "dtype": "float32"}, made.target, recipe.seed, {})
-        counts = {"train": recipe.answers, "validation": recipe.validation, "heldout": recipe.heldout}
+        counts = {"train": recipe.answers} | {
+            split: wanted + recipe.spare for split, wanted in _heldout(recipe).items()
+        }
         _run_stage(
             "prompts",
             {"sources": [{"kind": "jsonl", "path": str(prompts)}], **counts},
@@ -121,8 +126,50 @@ def build_drafter(folder: Path, target_model: Path, prompts: Path, recipe: Draft
             recipe.seed,
             {"target": made.target, "trajectories": made.rollout},
         )
+        _leave_out_near_ties(made, recipe)
     finally:
         torch.set_num_threads(threads)
+
+
+def _heldout(recipe: DrafterRecipe) -> dict[str, int]:
+    return {"validation": recipe.validation, "heldout": recipe.heldout}
+
+
+def _leave_out_near_ties(made: DrafterArtifacts, recipe: DrafterRecipe) -> None:
+    """Cut the held-out splits to the prompts wanted: those whose answers hold no near-tie of target or drafter."""
+    from draftsmith.stages.drafters.checkpoint import load_drafter
+    from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
+    from draftsmith.stages.targets.causal_lm import Target
+
+    target = Target.load(made.target, device="cpu")
+    drafter = load_drafter(made.drafter / DRAFTER_FOLDER, target)
+    kept: set[str] = set()
+    for split, wanted in _heldout(recipe).items():
+        clear = [
+            trajectory.trajectory_id.split("/")[0]
+            for trajectory in load_trajectories(made.heldout, [split]).trajectories
+            if ties.target_margin(target, trajectory) > ties.TARGET_TIE
+            and ties.draft_margin(target, drafter, trajectory) > ties.DRAFT_TIE
+        ]
+        assert len(clear) >= wanted, f"{split}: {len(clear)} prompts are left, {wanted} are wanted"
+        kept |= set(clear[:wanted])
+    keep_prompts(made.prompts, made.prompts, kept)
+    for name, schema in (("trajectories", TRAJECTORIES), ("timings", TIMINGS)):
+        path = made.heldout / f"{name}.parquet"
+        rows = read_table(path, schema).to_pylist()
+        write_table(path, schema, [row for row in rows if row["trajectory_id"].split("/")[0] in kept])
+
+
+def keep_prompts(prompts: Path, folder: Path, heldout: set[str]) -> Path:
+    """The artifact of `prompts` with these prompts and no others in its held-out splits, written to `folder`."""
+    rows = read_table(prompts / "prompts.parquet", PROMPTS).to_pylist()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_table(
+        folder / "prompts.parquet",
+        PROMPTS,
+        [row for row in rows if row["split"] == "train" or row["prompt_id"] in heldout],
+    )
+    return folder
 
 
 def drafter_artifacts(target_model: Path, prompts: Path, recipe: DrafterRecipe = TINY) -> DrafterArtifacts:
@@ -151,7 +198,7 @@ def drafter_artifacts(target_model: Path, prompts: Path, recipe: DrafterRecipe =
     def build(folder: Path) -> None:
         build_drafter(folder, target_model, prompts, recipe)
 
-    shapes = (schemas, head, layout, checkpoint, model, drafter)
+    shapes = (schemas, head, layout, checkpoint, model, drafter, ties)
     trains = (anchors, batches, blocks, chunked, loop, losses, response, supervised, vocabulary)
     # both folders are named by a digest of what made them; the path counts because target.json refers to it
     made_from = f"{os.fspath(target_model)} {resolve.model_digest(target_model, source.weight_files(target_model))}"

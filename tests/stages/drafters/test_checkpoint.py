@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import DrafterInfo
@@ -17,7 +15,6 @@ from draftsmith.stages.drafters.checkpoint import (
     check_drafter,
     check_shape,
     create_drafter,
-    drafter_digest,
     load_drafter,
     read_info,
     save_drafter,
@@ -25,8 +22,10 @@ from draftsmith.stages.drafters.checkpoint import (
 from draftsmith.stages.drafters.config import DFlashConfig
 from draftsmith.stages.drafters.dflash.checkpoint import default_layer_ids
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.info import model_path
+from tests.stages.drafters.edits import Edit, cut, edit_config, edit_tensors, remove, write
 from tests.testbed import random_target
 
 
@@ -105,45 +104,6 @@ def test_the_digest_tells_what_is_proposed(saved: Path) -> None:
 def test_default_layers_are_spread_as_the_paper_says() -> None:
     assert default_layer_ids(36, 5) == [1, 9, 17, 25, 33]  # z-lab's Qwen3-4B draft
     assert default_layer_ids(36, 1) == [18]
-
-
-Edit = Callable[[Path], None]
-
-
-def edit_config(change: Callable[[dict[str, Any]], object]) -> Edit:
-    def edit(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        change(config)
-        (folder / "config.json").write_text(json.dumps(config))
-
-    return edit
-
-
-def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Edit:
-    def edit(folder: Path) -> None:
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors")
-
-    return edit
-
-
-def write(name: str, content: str) -> Edit:
-    def edit(folder: Path) -> None:
-        (folder / name).write_text(content)
-
-    return edit
-
-
-def cut(name: str) -> Edit:
-    def edit(folder: Path) -> None:
-        (folder / name).write_bytes((folder / name).read_bytes()[:-40])
-
-    return edit
-
-
-def remove(name: str) -> Edit:
-    return lambda folder: (folder / name).unlink()
 
 
 TRAPS: dict[str, tuple[Edit, str]] = {

@@ -11,8 +11,9 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.checkpoint import check_drafter, read_info
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.sft import STAGE, SftConfig
+from draftsmith.stages.sft import STAGE
 from draftsmith.stages.targets.info import read_target_info
+from draftsmith.stages.training.config import SftConfig
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 

@@ -1,29 +1,26 @@
-"""A batch with anchors and verify steps of all kinds, and the slow float64 form of what a loss reads there.
-
-The loops of the tests take the drafter's hidden states one block at a time (`test_model.py` holds those) and do the
-rest in float64.
-"""
+"""A batch with anchors and verify steps of all kinds, for any drafter."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.anchors import pad_anchors
 from draftsmith.stages.training.batches import Batch, FeatureSource
-from draftsmith.stages.training.blocks import Anchors, LossReport
+from draftsmith.stages.training.blocks import Anchors
+from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.on_policy.verify_steps import VerifySteps
+from draftsmith.stages.training.vocabulary import Heads, HeadSource
 from tests.testbed import random_target
 
 K = 4  # proposals of the plain drafter's block
 CHUNK = 5  # many chunks, the last one smaller
-TOLERANCE = 1e-4
 
 
 @dataclass
@@ -45,6 +42,11 @@ def hidden_of(batch: Batch) -> torch.Tensor:
     """[B, T, H] the target's, which batches for losses on its distribution carry."""
     assert batch.hidden is not None
     return batch.hidden
+
+
+def heads_of(drafter: Drafter, target: Target) -> Heads:
+    """All that it can propose."""
+    return HeadSource(drafter, target.head_weight, TrainingConfig()).draw(np.random.default_rng(0), [])
 
 
 def make_case(target: Target, layer_ids: Sequence[int]) -> Case:
@@ -74,35 +76,3 @@ def make_case(target: Target, layer_ids: Sequence[int]) -> Case:
     proposed = rng.integers(0, random_target.TEXT_TOKENS, (*shape, K))
     steps = VerifySteps(*(torch.from_numpy(x) for x in (kept, committed, rejected_offset, proposed, logprobs)))
     return Case(source.batch([0, 1, 2]), anchors, steps, trajectories)
-
-
-@dataclass
-class Slow:
-    """The drafter's and the target's distributions at one position, and sums that divide at the end."""
-
-    case: Case
-    drafter: DFlashDrafter
-    weight: torch.Tensor  # [V, H]
-    head_tokens: list[int] = field(default_factory=lambda: list(range(random_target.VOCAB_SIZE)))
-
-    def log_q(self, row: int, anchor: int) -> torch.Tensor:
-        """[K, V'] over the head's tokens, float64, with gradient; the context ends at the anchor."""
-        batch, before = self.case.batch, (slice(row, row + 1), slice(anchor))
-        context = self.drafter.encode(batch.features[before], batch.tokens[before], batch.positions[before])
-        tokens = torch.full((1, 1, K), self.case.trajectories[row].tokens[anchor])  # all that a parallel drafter reads
-        hidden = self.drafter.block_hidden(context, tokens, torch.tensor([[anchor]]))[0, 0]
-        return torch.log_softmax((hidden @ self.weight[self.head_tokens].T).double(), -1)
-
-    def target_logits(self, row: int, position: int) -> torch.Tensor:
-        """[V] logits of the token at `position`, read off the position before it."""
-        return (self.weight @ hidden_of(self.case.batch)[row, position - 1]).double()
-
-
-def assert_equal(report: LossReport, slow: torch.Tensor, drafter: DFlashDrafter) -> None:
-    """Same value and same gradient in every parameter."""
-    torch.testing.assert_close(report.loss.detach().double(), slow.detach(), rtol=TOLERANCE, atol=TOLERANCE)
-    parameters = list(drafter.parameters())
-    fast = torch.autograd.grad(report.loss, parameters)
-    for (name, _), a, b in zip(drafter.named_parameters(), fast, torch.autograd.grad(slow, parameters), strict=True):
-        scale = float(b.abs().max())
-        assert float((a - b).abs().max()) <= 1e-3 * scale + 1e-6, name

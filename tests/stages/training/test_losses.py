@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from draftsmith.stages.training import losses
+from tests.stages.training.slow import plain_bernoulli, plain_k3
 
 logits = st.lists(st.floats(-8, 8, width=32), min_size=5, max_size=5)
 logprob = st.floats(-9.875, -0.0009765625, width=32)
@@ -20,19 +21,6 @@ TOLERANCE = 2e-5
 def softmax(row: list[float]) -> list[float]:
     total = math.fsum(math.exp(x) for x in row)
     return [math.exp(x) / total for x in row]
-
-
-def plain_bernoulli(log_q: float, log_p: float) -> float:
-    log_p, log_q = max(log_p, -10.0), max(log_q, -10.0)
-    p, q = math.exp(log_p), math.exp(log_q)
-    not_p = max(math.log(1 - p), -10.0) if p < 1 else -10.0
-    not_q = max(math.log(1 - q), -10.0) if q < 1 else -10.0
-    return min(max(p * (log_p - log_q) + (1 - p) * (not_p - not_q), -10.0), 10.0)
-
-
-def plain_k3(log_q: float, log_p: float) -> float:
-    delta = max(log_p, -10.0) - max(log_q, -10.0)
-    return min(math.exp(delta) - delta - 1, 10.0)
 
 
 def one(value: float) -> torch.Tensor:

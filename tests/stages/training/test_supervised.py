@@ -13,7 +13,8 @@ from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.supervised import sft_loss
 from draftsmith.stages.training.vocabulary import Heads
-from tests.stages.training.case import CHUNK, Case, K, Slow, assert_equal
+from tests.stages.training.case import CHUNK, Case
+from tests.stages.training.slow import Slow, assert_equal, slow_sft
 
 
 @pytest.mark.parametrize("gamma", [2.0, 7.0])
@@ -33,21 +34,8 @@ def test_sft_loss_equals_the_loop(
         temperature=1.0,
         positions_per_chunk=CHUNK,
     )
-    slow = Slow(case, drafter, plain_target.head_weight, tokens)
-    total, weights, positions, correct = torch.zeros((), dtype=torch.float64), 0.0, 0, 0
-    for row, _, anchor in case.blocks():
-        log_q = slow.log_q(row, anchor)
-        for k in range(1, K + 1):
-            if anchor + k >= len(case.trajectories[row].tokens):
-                continue
-            label = case.trajectories[row].tokens[anchor + k]
-            if label not in tokens:
-                continue
-            weight = math.exp(-(k - 1) / gamma)
-            total = total - weight * log_q[k - 1, tokens.index(label)]
-            weights += weight
-            positions += 1
-            correct += tokens[int(log_q[k - 1].argmax())] == label
-    assert_equal(report, total / weights, drafter)
+    slow = Slow.borrowing(case, drafter, plain_target.head_weight, tokens)
+    loss, positions, accuracy = slow_sft(slow, "cross_entropy", math.exp(-1 / gamma))
+    assert_equal(report, loss, drafter)
     assert (report.blocks, report.positions) == (len(case.blocks()), positions)
-    assert report.figures["accuracy"] == pytest.approx(correct / positions)
+    assert report.figures["accuracy"] == pytest.approx(accuracy)

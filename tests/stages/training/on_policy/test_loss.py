@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,94 +17,8 @@ from draftsmith.stages.training.loss_config import LossConfig, PositionWeights
 from draftsmith.stages.training.on_policy.loss import opd_loss
 from draftsmith.stages.training.on_policy.verify_steps import VerifySteps
 from draftsmith.stages.training.vocabulary import Heads
-from tests.stages.training.case import CHUNK, Case, K, Slow, assert_equal, hidden_of
-from tests.stages.training.test_losses import plain_bernoulli, plain_k3
-
-Plain = Callable[[torch.Tensor, int, torch.Tensor, float], torch.Tensor]
-
-
-def differentiable(plain: Callable[[float, float], float], log_q: torch.Tensor, log_p: float) -> torch.Tensor:
-    """A plain function of two floats, with the slope in log_q by central difference."""
-    at, step = float(log_q.detach()), 1e-6
-    value = plain(at, log_p)
-    slope = (plain(at + step, log_p) - plain(at - step, log_p)) / (2 * step)
-    return value + slope * (log_q - at)
-
-
-# of log q [V'], the committed token's column, log p [V'] at the temperature, and log p of the token under all tokens
-PLAIN: dict[str, Plain] = {
-    "cross_entropy": lambda log_q, column, _p, _t: -log_q[column],
-    "bernoulli_kl": lambda log_q, column, _p, token: differentiable(plain_bernoulli, log_q[column], token),
-    "forward_kl": lambda log_q, _c, log_p, _t: (log_p.exp() * (log_p.clamp(min=-1e6) - log_q)).sum(),
-    "reverse_kl": lambda log_q, _c, log_p, _t: (log_q.exp() * (log_q - log_p)).sum(),
-    "tv": lambda log_q, _c, log_p, _t: (log_p.exp() - log_q.exp()).abs().sum() / 2,
-    "lk": lambda log_q, _c, log_p, _t: -torch.minimum(log_p.exp(), log_q.exp()).sum().log(),
-}
-
-
-def plain_log_p(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """[V'] float64; at temperature 0 everything is on the argmax."""
-    if temperature == 0:
-        return torch.where(torch.arange(len(logits)) == logits.argmax(), 0.0, -math.inf).double()
-    return torch.log_softmax(logits / temperature, -1)
-
-
-def plain_weight(config: PositionWeights, k: int, log_q: dict[int, float]) -> float:
-    """log_q: of the committed tokens at the stream's offsets."""
-    if config.kind == "exponential":
-        return math.exp(-(k - 1) / config.gamma)
-    if config.kind == "power":
-        return config.delta ** (k - 1)
-    if config.kind == "reach":
-        return math.exp(sum(value for j, value in log_q.items() if j < k))
-    if config.kind == "d_pace":
-        return sum(math.exp(sum(value for j, value in log_q.items() if j <= i)) for i in log_q if i >= k)
-    return 1.0
-
-
-def slow_opd(slow: Slow, objective: LossConfig) -> tuple[torch.Tensor, int]:
-    """The loss, and how many positions have one."""
-    case, tokens = slow.case, slow.head_tokens
-    response, response_weights = torch.zeros((), dtype=torch.float64), 0.0
-    rejected, rejected_weights = torch.zeros((), dtype=torch.float64), 0.0
-    trained: set[tuple[int, int, int]] = set()
-    for row, index, anchor in case.blocks():
-        log_q = slow.log_q(row, anchor)
-        sequence = case.trajectories[row].tokens
-        labels = {k: sequence[anchor + k] for k in range(1, K + 1) if anchor + k < len(sequence)}
-        committed, beyond = K, objective.response.beyond or 0.0
-        if objective.response.scope == "committed":
-            committed = int(case.steps.committed[row, index])
-            labels = {k: label for k, label in labels.items() if beyond or k <= committed}
-        labels = {k: label for k, label in labels.items() if label in tokens}
-        of_labels = {k: float(log_q[k - 1, tokens.index(label)].detach()) for k, label in labels.items()}
-        for k, label in labels.items():
-            target_logits = slow.target_logits(row, anchor + k)
-            assert objective.temperature is not None
-            log_p = plain_log_p(target_logits[tokens], objective.temperature)
-            token_log_p = float(torch.log_softmax(target_logits, -1)[label])
-            weight = plain_weight(objective.response.weights(), k, of_labels)
-            if k > committed:
-                weight *= math.exp(-(k - committed) / beyond)
-            term = PLAIN[objective.response.loss](log_q[k - 1], tokens.index(label), log_p, token_log_p)
-            response = response + weight * term
-            response_weights += weight
-            trained.add((row, index, k))
-        first = int(case.steps.rejected_offset[row, index])
-        for k in range(first, K + 1) if first and objective.needs_scores else ():
-            proposal_log_p = float(case.steps.target_logprobs[row, index, k - 1])
-            proposal = int(case.steps.proposed[row, index, k - 1])
-            if math.isnan(proposal_log_p) or proposal not in tokens:
-                continue
-            weight = plain_weight(objective.rejected.positions, k, {})
-            term = differentiable(plain_k3, log_q[k - 1, tokens.index(proposal)], proposal_log_p)
-            rejected = rejected + weight * term
-            rejected_weights += weight
-            trained.add((row, index, k))
-    loss = objective.response.weight * response / response_weights
-    if objective.needs_scores:
-        loss = loss + objective.rejected.weight * rejected / rejected_weights
-    return loss, len(trained)
+from tests.stages.training.case import CHUNK, Case, K, hidden_of
+from tests.stages.training.slow import Slow, assert_equal, slow_opd
 
 
 def objective(value: Any = "matched", *, sampled: bool = False, temperature: float = 0.0) -> LossConfig:
@@ -184,7 +96,7 @@ def test_opd_loss_equals_the_loop(
 ) -> None:
     tokens = list(range(0, 64, 3)) if part else list(range(64))
     report = opd(case, drafter, plain_target, OBJECTIVES[name], tokens)
-    slow, positions = slow_opd(Slow(case, drafter, plain_target.head_weight, tokens), OBJECTIVES[name])
+    slow, positions = slow_opd(Slow.borrowing(case, drafter, plain_target.head_weight, tokens), OBJECTIVES[name])
     assert_equal(report, slow, drafter)
     assert (report.blocks, report.positions) == (len(case.blocks()), positions)
 
@@ -273,7 +185,7 @@ def test_padding_anchors_change_nothing(case: Case, plain_drafter: DFlashDrafter
 
 def test_steps_that_changed_are_counted(case: Case, plain_drafter: DFlashDrafter, plain_target: Target) -> None:
     """Against the drafter's own argmax at every trained anchor."""
-    slow, now = Slow(case, plain_drafter, plain_target.head_weight), {}
+    slow, now = Slow.borrowing(case, plain_drafter, plain_target.head_weight), {}
     for row, index, anchor in case.blocks():
         tokens = case.trajectories[row].tokens[anchor + 1 :]
         proposed = slow.log_q(row, anchor).argmax(-1).tolist()

@@ -2,103 +2,37 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.dflash.model import DFlashDrafter
-from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.replay.chains import successors
-from draftsmith.stages.replay.sequential import replay_sequentially
-from draftsmith.stages.replay.trace import Trace, Trajectory
+from draftsmith.stages.replay.corpus import score
 from draftsmith.stages.training.anchors import Draw, anchor_positions, draw_evenly, draw_randomly
-from draftsmith.stages.training.batches import FeatureSource, step_rng
-from draftsmith.stages.training.blocks import View, block_hidden, context_of
-from draftsmith.stages.training.config import TrainingConfig
-from draftsmith.stages.training.loss_config import LossConfig
+from draftsmith.stages.training.batches import step_rng
+from draftsmith.stages.training.blocks import block_hidden, context_of
 from draftsmith.stages.training.on_policy import step as opd_step
-from draftsmith.stages.training.on_policy.mined import MinedTable, TrajectorySteps
+from draftsmith.stages.training.on_policy.mined import MinedTable
 from draftsmith.stages.training.on_policy.remining import Remining
-from draftsmith.stages.training.on_policy.sources import (
-    AnchorSource,
-    RandomAnchors,
-    RollingAnchors,
-    SuccessorAnchors,
-    TableAnchors,
-)
-from draftsmith.stages.training.on_policy.step import OpdStep
-from draftsmith.stages.training.on_policy.verify_steps import judge, score, with_scores
+from draftsmith.stages.training.on_policy.verify_steps import judge, with_scores
 from tests.stages.bench import Bench
+from tests.stages.training.world import COUNT, INDICES, KINDS, PER_SEQUENCE, World, make_world, without_errors
 
-COUNT, PER_SEQUENCE, CHUNK = 6, 5, 64
-INDICES = [4, 0, 3]
-
-
-@dataclass(frozen=True)
-class World:
-    """Greedy answers mined with the trained drafter, and a drafter whose weights have moved since."""
-
-    bench: Bench
-    moved: Drafter
-    trajectories: list[Trajectory]
-    table: MinedTable
-    features: FeatureSource
-    head: Head
-
-    def traces(self, drafter: Drafter, block_size: int | None = None) -> list[Trace]:
-        """One block after the other."""
-        return [
-            replay_sequentially(
-                drafter, self.bench.read([t], drafter)[1], t, block_size or drafter.block_size, self.head
-            )
-            for t in self.trajectories
-        ]
-
-    def mined_by(self, drafter: Drafter) -> MinedTable:
-        traces = self.traces(drafter)
-        scores = score(self.bench.target, self.trajectories, traces)
-        steps = [steps_of(t, s.target_logprobs) for t, s in zip(traces, scores, strict=True)]
-        return MinedTable(steps, drafter.block_size - 1)
-
-    def view(self, indices: list[int], drafter: Drafter | None = None) -> View:
-        batch = self.features.batch(indices)
-        return View(batch, context_of(drafter or self.moved, batch), self.head)
-
-    def remining(self, every: int = 10, scored: bool = False, drafter: Drafter | None = None) -> Remining:
-        return Remining(self.table, drafter or self.moved, self.bench.target, every=every, scored=scored)
-
-
-def steps_of(trace: Trace, logprobs: np.ndarray) -> TrajectorySteps:
-    return TrajectorySteps(
-        trace.anchors, trace.accepted, trace.committed, trace.rejected_offset, trace.proposed, logprobs
-    )
+CHUNK = 64
 
 
 @pytest.fixture(scope="module")
 def world(bench: Bench) -> World:
-    trained = bench.drafters["trained"]
-    answered = [(p.prompt_id, p.token_ids, bench.greedy[p.prompt_id]) for p in bench.prompts[:COUNT]]
-    trajectories = [Trajectory(name, prompt + answer, len(prompt)) for name, prompt, answer in answered]
-    moved = copy.deepcopy(trained)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in moved.parameters():
-            parameter.add_(0.15 * parameter.std() * torch.randn(parameter.shape, generator=generator))
-    features = FeatureSource(bench.target, trained.target_layer_ids, trajectories)
-    unmined = World(bench, moved, trajectories, MinedTable([], 7), features, Head(bench.target.head_weight))
-    return replace(unmined, table=unmined.mined_by(trained))
+    return make_world(bench, moved_by=0.15)
 
 
 def test_mining_again_gives_the_trace_of_the_current_weights(world: World) -> None:
     remining = world.remining(scored=True)
-    figures = remining.refresh(10, INDICES, world.view(INDICES))
+    figures = remining.refresh(10, INDICES, world.view())
     traces = world.traces(world.moved)
-    scores = score(world.bench.target, world.trajectories, traces)
+    scores = score(world.target, world.trajectories, traces)
     gone = total = 0
     for i in INDICES:
         fresh, trace, mined = remining.current.steps[i], traces[i], world.table.steps[i]
@@ -116,9 +50,9 @@ def test_mining_again_gives_the_trace_of_the_current_weights(world: World) -> No
 
 
 def test_nothing_has_changed_while_the_weights_have_not(world: World) -> None:
-    trained = world.bench.drafters["trained"]
+    trained = world.trained
     remining = world.remining(drafter=trained, scored=True)
-    figures = remining.refresh(10, INDICES, world.view(INDICES, trained))
+    figures = remining.refresh(10, INDICES, world.view(drafter=trained))
     assert figures["trace_changed_share"] == 0
     for i in INDICES:
         np.testing.assert_allclose(
@@ -145,7 +79,7 @@ def test_a_trajectory_that_a_batch_holds_twice_is_mined_once(world: World) -> No
 @pytest.mark.parametrize("scored", [False, True])
 def test_a_checkpoint_brings_back_the_fresh_tables(scored: bool, world: World) -> None:
     remining = world.remining(scored=scored)
-    remining.refresh(10, INDICES, world.view(INDICES))
+    remining.refresh(10, INDICES, world.view())
     other = world.remining(scored=scored)
     other.refresh(12, [1], world.view([1]))  # forgotten
     other.load_state_dict(remining.state_dict())
@@ -153,7 +87,7 @@ def test_a_checkpoint_brings_back_the_fresh_tables(scored: bool, world: World) -
         for name, value in vars(a).items():
             np.testing.assert_array_equal(value, getattr(b, name), err_msg=name)
     for step, again in ((19, 0), (20, 3)):
-        figures = other.refresh(step, INDICES, world.view(INDICES))
+        figures = other.refresh(step, INDICES, world.view())
         assert figures.get("remined_trajectories", 0) == again
 
 
@@ -166,7 +100,7 @@ def test_an_empty_memory_survives_a_checkpoint(world: World) -> None:
 def test_fresh_steps_fit_a_smaller_served_block(world: World) -> None:
     """A table that was mined with a smaller block is mined again with that block, padded to the trained one."""
     table = MinedTable(world.table.steps, 3)
-    remining = Remining(table, world.moved, world.bench.target, every=1, scored=True)
+    remining = Remining(table, world.moved, world.target, every=1, scored=True)
     remining.refresh(1, [0], world.view([0]))
     fresh, trace = remining.current.steps[0], world.traces(world.moved, 4)[0]
     np.testing.assert_array_equal(fresh.accepted, trace.accepted)
@@ -177,34 +111,35 @@ def test_fresh_steps_fit_a_smaller_served_block(world: World) -> None:
 def test_blocks_of_the_training_are_judged_as_replay_judges_them(world: World) -> None:
     """At the anchors of its trace, the steps are the trace; and so are the target's log-probs."""
     fresh = world.mined_by(world.moved)
-    batch = world.features.batch(INDICES)
+    batch = world.batch
     anchors, expected = fresh.draw(INDICES, "visited", 30, draw_randomly, step_rng(0, 0), torch.device("cpu"))
     hidden = block_hidden(world.moved, context_of(world.moved, batch), batch, anchors)
-    steps = judge(hidden, batch, anchors, world.head, proposals=7, positions_per_chunk=CHUNK)
+    head = world.head_of(world.moved)
+    steps = judge(hidden, batch, anchors, head, proposals=7, positions_per_chunk=CHUNK)
     for name in ("accepted", "committed", "rejected_offset", "proposed"):
         assert torch.equal(getattr(steps, name), getattr(expected, name)), name
     assert steps.target_logprobs.isnan().all()
-    scored = with_scores(steps, world.bench.target, batch, anchors, 7)
+    scored = with_scores(steps, world.target, batch, anchors, 7)
     torch.testing.assert_close(scored.target_logprobs, expected.target_logprobs, equal_nan=True, atol=1e-4, rtol=1e-4)
-    small = judge(hidden, batch, anchors, world.head, proposals=2, positions_per_chunk=CHUNK)
+    small = judge(hidden, batch, anchors, head, proposals=2, positions_per_chunk=CHUNK)
     assert torch.equal(small.accepted, steps.accepted.clamp(max=2))
-    in_parts = with_scores(steps, world.bench.target, batch, anchors, 7, tokens_per_forward=1)
+    in_parts = with_scores(steps, world.target, batch, anchors, 7, tokens_per_forward=1)
     torch.testing.assert_close(in_parts.target_logprobs, scored.target_logprobs, atol=1e-5, rtol=1e-5, equal_nan=True)
-    assert with_scores(small, world.bench.target, batch, anchors, 2).target_logprobs[..., 2:].isnan().all()
+    assert with_scores(small, world.target, batch, anchors, 2).target_logprobs[..., 2:].isnan().all()
 
 
 def test_rolling_anchors_follow_the_trace_of_the_weights_that_trained_them(world: World) -> None:
     """With weights that do not move, chains from the mined trace never leave it; each goes to its successor."""
-    trained = world.bench.drafters["trained"]
-    source, batch = RollingAnchors(world.table, PER_SEQUENCE, draw_randomly), world.features.batch(INDICES)
+    trained = world.trained
+    source, batch, head = world.source("rolling", draw=draw_randomly), world.batch, world.head_of(trained)
     for step in range(12):
-        drawn = source.draw(step, INDICES, world.view(INDICES), step_rng(0, step))
+        drawn = source.draw(step, INDICES, world.view(), step_rng(0, step))
         assert drawn.figures == {"anchors_off_mined_share": 0}
         assert drawn.anchors.blocks == len(INDICES) * PER_SEQUENCE
         hidden = block_hidden(trained, context_of(trained, batch), batch, drawn.anchors)
-        steps = judge(hidden, batch, drawn.anchors, world.head, proposals=7, positions_per_chunk=CHUNK)
+        steps = judge(hidden, batch, drawn.anchors, head, proposals=7, positions_per_chunk=CHUNK)
         source.trained(INDICES, batch, drawn.anchors, steps, step_rng(1, step))
-        following = source.draw(step + 1, INDICES, world.view(INDICES), step_rng(0, step)).anchors.positions
+        following = source.draw(step + 1, INDICES, world.view(), step_rng(0, step)).anchors.positions
         for row, i in enumerate(INDICES):
             trace = world.table.steps[i].anchors.tolist()
             for anchor in drawn.anchors.positions[row].tolist():
@@ -213,12 +148,12 @@ def test_rolling_anchors_follow_the_trace_of_the_weights_that_trained_them(world
 
 
 def test_rolling_anchors_leave_the_mined_trace_with_the_weights(world: World) -> None:
-    source, batch = RollingAnchors(world.table, PER_SEQUENCE, draw_randomly), world.features.batch(INDICES)
+    source, batch, head = world.source("rolling", draw=draw_randomly), world.batch, world.head_of(world.moved)
     shares = []
     for step in range(6):
-        drawn = source.draw(step, INDICES, world.view(INDICES), step_rng(0, step))
+        drawn = source.draw(step, INDICES, world.view(), step_rng(0, step))
         hidden = block_hidden(world.moved, context_of(world.moved, batch), batch, drawn.anchors)
-        steps = judge(hidden, batch, drawn.anchors, world.head, proposals=7, positions_per_chunk=CHUNK)
+        steps = judge(hidden, batch, drawn.anchors, head, proposals=7, positions_per_chunk=CHUNK)
         source.trained(INDICES, batch, drawn.anchors, steps, step_rng(1, step))
         shares.append(drawn.figures["anchors_off_mined_share"])
     assert shares[0] == 0
@@ -228,8 +163,8 @@ def test_rolling_anchors_leave_the_mined_trace_with_the_weights(world: World) ->
 @pytest.mark.parametrize("draw", [draw_evenly, draw_randomly])
 def test_successors_are_what_one_block_of_the_current_weights_leads_to(draw: Draw, world: World) -> None:
     """Of positions all over the response; what two of them lead to is drawn once, and another one twice."""
-    per_sequence, view = 8, world.view(INDICES)
-    source = SuccessorAnchors(world.table, world.moved, per_sequence, draw)
+    per_sequence, view = 8, world.view()
+    source = world.source("successors", per_sequence, draw)
     on_trace = off_mined = 0
     traces = world.traces(world.moved)
     for step in range(10):
@@ -263,29 +198,21 @@ def test_successors_draft_one_block_for_each_that_is_trained(world: World, monke
         return propose(context, tokens, *arguments, **named)
 
     monkeypatch.setattr(world.moved, "propose", counted)
-    source = SuccessorAnchors(world.table, world.moved, 8, draw_evenly)
-    source.draw(0, INDICES, world.view(INDICES), step_rng(0, 0))
+    source = world.source("successors", 8)
+    source.draw(0, INDICES, world.view(), step_rng(0, 0))
     assert drafted == [len(INDICES) * 8]
 
 
 def test_every_kind_trains_the_same_number_of_blocks(world: World) -> None:
     """Also where a trajectory has fewer candidates than anchors."""
-    batch, many = world.features.batch(INDICES), 200
-    config = TrainingConfig(sequences_per_step=3, anchors_per_sequence=many)
-    sources: dict[str, AnchorSource] = {
-        "errors": TableAnchors(world.remining(every=0), "errors", many, draw_evenly),
-        "visited": TableAnchors(world.remining(every=1), "visited", many, draw_randomly),
-        "successors": SuccessorAnchors(world.table, world.moved, many, draw_evenly),
-        "random": RandomAnchors(many, draw_evenly),
-        "rolling": RollingAnchors(world.table, many, draw_evenly),
-    }
-    everywhere = LossConfig.model_validate({"response": {"scope": "block"}}).resolved(DFlashDrafter.recipe, False, 0.0)
+    many, everywhere = 200, world.objective({"response": {"scope": "block"}})
     positions = {}
-    for name, source in sources.items():
-        step = OpdStep(world.moved, world.bench.target, source, everywhere, config, 7)
-        report = step.loss(5, INDICES, batch, step_rng(0, 5))
-        assert report.blocks == len(INDICES) * many, name
-        positions[name] = report.positions / (report.blocks * 7)
+    for kind in KINDS:
+        remining = world.remining(every=1 if kind == "visited" else 0)
+        step = world.step(world.source(kind, many, remining=remining), everywhere, per_sequence=many)
+        report = step.loss(5, INDICES, world.batch, step_rng(0, 5))
+        assert report.blocks == len(INDICES) * many, kind
+        positions[kind] = report.positions / (report.blocks * 7)
     assert min(positions.values()) > 0.8  # the rest lies beyond the ends
 
 
@@ -306,16 +233,9 @@ def test_blocks_are_judged_where_somebody_reads_it(
         return judge(*arguments, **named)
 
     monkeypatch.setattr(opd_step, "judge", counted)
-    objective = LossConfig.model_validate({"response": response}).resolved(DFlashDrafter.recipe, False, 0.0)
-    sources: dict[str, AnchorSource] = {
-        "random": RandomAnchors(PER_SEQUENCE, draw_evenly),
-        "successors": SuccessorAnchors(world.table, world.moved, PER_SEQUENCE, draw_evenly),
-        "rolling": RollingAnchors(world.table, PER_SEQUENCE, draw_evenly),
-        "visited": TableAnchors(world.remining(), "visited", PER_SEQUENCE, draw_evenly),
-    }
-    config = TrainingConfig(anchors_per_sequence=PER_SEQUENCE)
-    step = OpdStep(world.moved, world.bench.target, sources[kind], objective, config, proposals)
-    batch = world.features.batch(INDICES)
+    source = world.source(kind, remining=world.remining())
+    step = world.step(source, world.objective({"response": response}), proposals=proposals)
+    batch = world.batch
     loss = step.loss(5, INDICES, batch, step_rng(0, 5)).loss
     assert len(calls) == judged
     if kind != "rolling":  # which has rolled on
@@ -324,8 +244,7 @@ def test_blocks_are_judged_where_somebody_reads_it(
 
 
 def test_a_trajectory_without_errors_lends_its_other_steps(world: World) -> None:
-    steps = world.table.steps[0]
-    right = MinedTable([TrajectorySteps(**{**vars(steps), "rejected_offset": np.zeros_like(steps.rejected_offset)})], 7)
+    steps, right = world.table.steps[0], without_errors(world.table, 0)
     anchors, drawn = right.draw([0], "errors", PER_SEQUENCE, draw_randomly, step_rng(0, 0), torch.device("cpu"))
     assert anchors.blocks == PER_SEQUENCE
     assert set(anchors.positions.flatten().tolist()) <= set(steps.anchors.tolist())
@@ -335,18 +254,13 @@ def test_a_trajectory_without_errors_lends_its_other_steps(world: World) -> None
 @pytest.mark.parametrize("autocast", [False, True])
 def test_mining_in_a_step_leaves_its_gradient_alone(autocast: bool, world: World) -> None:
     """Autocast remembers its copies of weights: none made without gradient may reach the training."""
-    batch = world.features.batch(INDICES)
-    objective, config = (
-        LossConfig().resolved(DFlashDrafter.recipe, False, 0.0),
-        TrainingConfig(anchors_per_sequence=PER_SEQUENCE),
-    )
+    batch, objective = world.batch, world.objective("matched")
     mined_before = world.remining(every=1)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        mined_before.refresh(5, INDICES, world.view(INDICES))
+        mined_before.refresh(5, INDICES, world.view())
     gradients = []
     for remining in (mined_before, world.remining(every=1)):  # the second mines inside the step
-        source = TableAnchors(remining, "visited", PER_SEQUENCE, draw_evenly)
-        step = OpdStep(world.moved, world.bench.target, source, objective, config, 7)
+        step = world.step(world.source("visited", remining=remining), objective)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             report = step.loss(5, INDICES, batch, step_rng(0, 5))
         gradients.append(torch.autograd.grad(report.loss, list(world.moved.parameters()), allow_unused=True))
@@ -360,25 +274,19 @@ def test_the_target_scores_proposals_only_for_a_rejected_stream(
     kind: str, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forwards: list[int] = []
-    step_of = world.bench.target.step
+    step_of = world.target.step
 
     def counted(*arguments: Any, **named: Any) -> Any:
         forwards.append(1)
         return step_of(*arguments, **named)
 
-    monkeypatch.setattr(world.bench.target, "step", counted)
-    config = TrainingConfig(anchors_per_sequence=PER_SEQUENCE)
+    monkeypatch.setattr(world.target, "step", counted)
     for loss, wanted in (("matched", False), ("paper", True), ({"preset": "paper", "rejected": {"weight": 0}}, False)):
-        objective = LossConfig.model_validate(loss).resolved(DFlashDrafter.recipe, False, 0.0)
+        objective = world.objective(loss)
         remining = world.remining(every=1, scored=objective.needs_scores)
-        sources: dict[str, AnchorSource] = {
-            "errors": TableAnchors(remining, "errors", PER_SEQUENCE, draw_evenly),
-            "random": RandomAnchors(PER_SEQUENCE, draw_evenly),
-            "rolling": RollingAnchors(world.table, PER_SEQUENCE, draw_randomly),
-        }
-        step = OpdStep(world.moved, world.bench.target, sources[kind], objective, config, 7)
+        step = world.step(world.source(kind, remining=remining), objective)
         forwards.clear()
-        report = step.loss(5, INDICES, world.features.batch(INDICES), step_rng(0, 5))
+        report = step.loss(5, INDICES, world.batch, step_rng(0, 5))
         assert bool(forwards) == wanted
         assert ("loss_rejected" in report.figures) == wanted
         assert report.loss.isfinite()

@@ -1,0 +1,156 @@
+"""OPD's steps with an EAGLE-3 drafter: chains on its own proposals, judged, mined and trained as replay drafts them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from draftsmith.stages.training.anchors import draw_randomly
+from draftsmith.stages.training.batches import step_rng
+from draftsmith.stages.training.blocks import block_hidden, block_hidden_on, context_of
+from draftsmith.stages.training.on_policy.loss import opd_loss
+from draftsmith.stages.training.on_policy.remining import Remining
+from draftsmith.stages.training.on_policy.sources import RandomAnchors
+from draftsmith.stages.training.on_policy.step import OpdStep
+from draftsmith.stages.training.on_policy.verify_steps import judge, with_scores
+from tests.stages.bench import Bench
+from tests.stages.training.case import CHUNK, heads_of
+from tests.stages.training.world import INDICES, KINDS, PER_SEQUENCE, World, make_world
+
+
+@pytest.fixture(scope="module")
+def world(eagle_bench: Bench) -> World:
+    return make_world(eagle_bench, moved_by=0.05)
+
+
+def test_chains_of_the_training_are_judged_as_replay_judges_them(world: World) -> None:
+    """At the anchors of its trace the steps are the trace: what is accepted is decided on the trajectory's tokens, what
+    is proposed behind a rejection is the drafter's own."""
+    drafter, batch = world.moved, world.batch
+    fresh = world.mined_by(drafter)
+    anchors, expected = fresh.draw(INDICES, "visited", 30, draw_randomly, step_rng(0, 0), torch.device("cpu"))
+    context = context_of(drafter, batch)
+    hidden = block_hidden(drafter, context, batch, anchors)
+    head = world.head_of(drafter)
+    tokens = batch.tokens.gather(1, anchors.positions)
+    own = drafter.propose(context, tokens, anchors.positions, drafter.block_size, head).tokens
+    steps = judge(hidden, batch, anchors, head, proposals=4, positions_per_chunk=64, proposed=own)
+    for name in ("accepted", "committed", "rejected_offset", "proposed"):
+        assert torch.equal(getattr(steps, name), getattr(expected, name)), name
+    scored = with_scores(steps, world.target, batch, anchors, 4)
+    torch.testing.assert_close(scored.target_logprobs, expected.target_logprobs, equal_nan=True, atol=3e-4, rtol=1e-4)
+    without = judge(hidden, batch, anchors, head, proposals=4, positions_per_chunk=64)
+    for name in ("accepted", "committed", "rejected_offset"):
+        assert torch.equal(getattr(without, name), getattr(expected, name)), name
+    assert not torch.equal(without.proposed, expected.proposed), "on the trajectory's tokens it proposes others"
+    small = judge(hidden, batch, anchors, head, proposals=2, positions_per_chunk=64)
+    assert torch.equal(small.accepted, steps.accepted.clamp(max=2))
+
+
+def test_mining_again_gives_the_trace_of_the_current_weights(world: World) -> None:
+    remining = world.remining(10, scored=True)
+    figures = remining.refresh(10, INDICES, world.view())
+    fresh = world.mined_by(world.moved)
+    for i in INDICES:
+        for name in ("anchors", "accepted", "committed", "rejected_offset", "proposed"):
+            ours, expected = getattr(remining.current.steps[i], name), getattr(fresh.steps[i], name)
+            np.testing.assert_array_equal(ours, expected, err_msg=name)
+        np.testing.assert_allclose(remining.current.steps[i].target_logprobs, fresh.steps[i].target_logprobs, atol=3e-4)
+    assert 0 < figures["trace_changed_share"] < 1
+    assert figures["remined_trajectories"] == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loss", ["matched", "paper"])
+def test_a_step_of_opd_trains_every_parameter(kind: str, loss: str, world: World) -> None:
+    objective = world.objective(loss)
+    step = world.step(world.source(kind), objective)
+    for number in (5, 6):  # the second follows the anchors of the first where a source rolls on
+        report = step.loss(number, INDICES, world.batch, step_rng(0, number))
+        assert report.loss.isfinite()
+        assert report.blocks == len(INDICES) * PER_SEQUENCE
+        assert ("loss_rejected" in report.figures) == (loss == "paper")
+        assert ("steps_changed_share" in report.figures) == (kind in ("errors", "visited"))
+        gradients = torch.autograd.grad(report.loss, list(world.moved.parameters()))
+        for (name, _), gradient in zip(world.moved.named_parameters(), gradients, strict=True):
+            assert gradient.isfinite().all(), name
+            assert gradient.any(), name
+
+
+def test_a_step_has_the_loss_of_the_chains_that_mining_finds(world: World) -> None:
+    """Read from the table, or drafted, judged and scored in the step: proposals, scores and the states behind them."""
+    objective, many = world.objective("paper"), 30
+    drafter, batch, fresh = world.moved, world.batch, world.mined_by(world.moved)
+    anchors, steps = fresh.draw(INDICES, "errors", many, draw_randomly, step_rng(0, 5), torch.device("cpu"))
+    judged_behind = (steps.target_logprobs.isfinite().sum(-1) - steps.rejected_offset)[steps.rejected_offset > 0]
+    assert int(judged_behind.sum()) > 50, "proposals behind a rejection, on the drafter's own prefix"
+
+    context, target_head = context_of(drafter, batch), world.target.head_weight
+    hidden = block_hidden(drafter, context, batch, anchors)
+    on_own = block_hidden_on(drafter, context, batch, anchors, steps.proposed)
+    heads = heads_of(drafter, world.target)
+    expected, on_trajectory = (
+        opd_loss(
+            hidden, batch, anchors, steps, heads, target_head, objective, on_proposals=states, positions_per_chunk=CHUNK
+        ).figures
+        for states in (on_own, None)
+    )
+    assert abs(expected["loss_rejected"] - on_trajectory["loss_rejected"]) > 0.01
+
+    class There(RandomAnchors):
+        def draw(self, *arguments: Any) -> Any:
+            return replace(super().draw(*arguments), anchors=anchors)
+
+    remining = Remining(fresh, drafter, world.target, every=0, scored=True)
+    mined = world.source("errors", many, draw_randomly, remining)
+    for source in (There(many, draw_randomly), mined):
+        report = world.step(source, objective).loss(5, INDICES, batch, step_rng(0, 5))
+        for name in ("loss_response", "loss_rejected"):
+            assert report.figures[name] == pytest.approx(expected[name], rel=1e-3), name
+        assert report.figures.get("steps_changed_share", 0) == 0
+
+
+@pytest.mark.parametrize("kind", ["errors", "visited"])
+def test_mining_in_a_step_leaves_its_gradient_alone(kind: str, world: World) -> None:
+    """Autocast remembers its copies of weights: none made without gradient may reach the training."""
+    objective, batch = world.objective("paper"), world.batch
+    before, inside = world.remining(1, scored=True), world.remining(1, scored=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        before.refresh(5, INDICES, world.view())
+    gradients = []
+    for remining in (before, inside):
+        source = world.source(kind, remining=remining)
+        step = world.step(source, objective)
+        with torch.autocast("cpu", torch.bfloat16):
+            report = step.loss(5, INDICES, batch, step_rng(0, 5))
+        gradients.append(torch.autograd.grad(report.loss, list(world.moved.parameters())))
+        assert ("trace_changed_share" in report.figures) == (remining is inside)
+    for (name, _), a, b in zip(world.moved.named_parameters(), *gradients, strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("kind", ["successors", "random", "rolling"])
+def test_drafting_in_a_step_leaves_its_gradient_alone(kind: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for its own proposals: bit for bit the gradient of a step that is handed the proposals ready-made."""
+    objective = world.objective("paper")
+    drafted: list[torch.Tensor] = []
+    propose = OpdStep._propose
+
+    def remembered(*arguments: Any) -> torch.Tensor:
+        if not drafted:
+            drafted.append(propose(*arguments))
+        return drafted[0]
+
+    monkeypatch.setattr(OpdStep, "_propose", remembered)
+    gradients = []
+    for _ in ("drafted in the step", "ready-made"):
+        with torch.autocast("cpu", torch.bfloat16):
+            report = world.step(world.source(kind), objective).loss(5, INDICES, world.batch, step_rng(0, 5))
+        gradients.append(torch.autograd.grad(report.loss, list(world.moved.parameters())))
+    for (name, _), a, b in zip(world.moved.named_parameters(), *gradients, strict=True):
+        assert a.any(), name
+        assert torch.equal(a, b), name

@@ -1,0 +1,204 @@
+"""The slow float64 form of the losses: one block at a time, term by term, for any drafter.
+
+The loops take the drafter's hidden states one block at a time (`test_model.py` of each architecture holds those) and do
+the rest in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
+from draftsmith.stages.training.blocks import LossReport
+from draftsmith.stages.training.loss_config import LossConfig, PositionWeights
+from tests.stages.training.case import Case, K, hidden_of
+
+TOLERANCE = 1e-4  # of a loss; the drafter computes in float32
+
+
+@dataclass
+class Slow:
+    """The drafter's and the target's distributions at one position."""
+
+    case: Case
+    drafter: Drafter
+    target_head: torch.Tensor  # [V, H]
+    head: torch.Tensor  # [V', H] what the drafter proposes with
+    tokens: list[int]  # [V'] ids of the head's rows
+
+    @classmethod
+    def borrowing(
+        cls, case: Case, drafter: Drafter, target_head: torch.Tensor, tokens: Sequence[int] | None = None
+    ) -> Slow:
+        """A drafter without a head of its own, over some tokens."""
+        chosen = list(range(len(target_head)) if tokens is None else tokens)
+        return cls(case, drafter, target_head, target_head[chosen], chosen)
+
+    @classmethod
+    def owning(cls, case: Case, drafter: Eagle3Drafter, target_head: torch.Tensor) -> Slow:
+        """A drafter whose head, over its draft vocabulary, is trained with it."""
+        return cls(case, drafter, target_head, drafter.lm_head.weight, drafter.draft_tokens.tolist())
+
+    def log_q(self, row: int, anchor: int, following: Sequence[int] = ()) -> torch.Tensor:
+        """[K, V'] with gradient; the context ends at the anchor.
+
+        following: the tokens behind the anchor that an autoregressive drafter reads; a parallel one reads the anchor's.
+        """
+        batch, before = self.case.batch, (slice(row, row + 1), slice(anchor))
+        context = self.drafter.encode(batch.features[before], batch.tokens[before], batch.positions[before])
+        chain = [self.case.trajectories[row].tokens[anchor], *following][:K]
+        chain += [0] * (K - len(chain))  # beyond the end of the trajectory: nothing is read there
+        hidden = self.drafter.block_hidden(context, torch.tensor([[chain]]), torch.tensor([[anchor]]))[0, 0]
+        return torch.log_softmax((hidden @ self.head.T).double(), -1)
+
+    def log_p(self, row: int, position: int, temperature: float = 1.0) -> torch.Tensor:
+        """[V'] the target's law of the token at `position` over the head's tokens; at 0 all is on the argmax."""
+        logits = self._target_logits(row, position)[self.tokens]
+        if temperature == 0:
+            return torch.where(torch.arange(len(logits)) == logits.argmax(), 0.0, -math.inf).double()
+        return torch.log_softmax(logits / temperature, -1)
+
+    def token_log_p(self, row: int, position: int, token: int) -> float:
+        """Over all tokens."""
+        return float(torch.log_softmax(self._target_logits(row, position), -1)[token])
+
+    def _target_logits(self, row: int, position: int) -> torch.Tensor:
+        """[V] read off the position before."""
+        return (self.target_head @ hidden_of(self.case.batch)[row, position - 1]).double()
+
+
+# ---- the formulas of losses of one position
+
+
+def plain_bernoulli(log_q: float, log_p: float) -> float:
+    log_p, log_q = max(log_p, -10.0), max(log_q, -10.0)
+    p, q = math.exp(log_p), math.exp(log_q)
+    not_p = max(math.log(1 - p), -10.0) if p < 1 else -10.0
+    not_q = max(math.log(1 - q), -10.0) if q < 1 else -10.0
+    return min(max(p * (log_p - log_q) + (1 - p) * (not_p - not_q), -10.0), 10.0)
+
+
+def plain_k3(log_q: float, log_p: float) -> float:
+    delta = max(log_p, -10.0) - max(log_q, -10.0)
+    return min(math.exp(delta) - delta - 1, 10.0)
+
+
+def differentiable(plain: Callable[[float, float], float], log_q: torch.Tensor, log_p: float) -> torch.Tensor:
+    """A plain function of two floats, with the slope in log_q by central difference."""
+    at, step = float(log_q.detach()), 1e-6
+    value = plain(at, log_p)
+    slope = (plain(at + step, log_p) - plain(at - step, log_p)) / (2 * step)
+    return value + slope * (log_q - at)
+
+
+Plain = Callable[[torch.Tensor, int, torch.Tensor, float], torch.Tensor]
+
+# of log q [V'], the committed token's column, log p [V'] at the temperature, and log p of the token under all tokens
+PLAIN: dict[str, Plain] = {
+    "cross_entropy": lambda log_q, column, _p, _t: -log_q[column],
+    "bernoulli_kl": lambda log_q, column, _p, token: differentiable(plain_bernoulli, log_q[column], token),
+    "forward_kl": lambda log_q, _c, log_p, _t: (log_p.exp() * (log_p.clamp(min=-1e6) - log_q)).sum(),
+    "reverse_kl": lambda log_q, _c, log_p, _t: (log_q.exp() * (log_q - log_p)).sum(),
+    "tv": lambda log_q, _c, log_p, _t: (log_p.exp() - log_q.exp()).abs().sum() / 2,
+    "lk": lambda log_q, _c, log_p, _t: -torch.minimum(log_p.exp(), log_q.exp()).sum().log(),
+}
+
+
+def plain_weight(config: PositionWeights, k: int, log_q: dict[int, float]) -> float:
+    """log_q: of the committed tokens at the stream's offsets."""
+    if config.kind == "exponential":
+        return math.exp(-(k - 1) / config.gamma)
+    if config.kind == "power":
+        return config.delta ** (k - 1)
+    if config.kind == "reach":
+        return math.exp(sum(value for j, value in log_q.items() if j < k))
+    if config.kind == "d_pace":
+        return sum(math.exp(sum(value for j, value in log_q.items() if j <= i)) for i in log_q if i >= k)
+    return 1.0
+
+
+# ---- whole losses: sums over rows, anchors and offsets that divide at the end
+
+
+def slow_sft(slow: Slow, loss: str, decay: float, temperature: float = 1.0) -> tuple[torch.Tensor, int, float]:
+    """The loss, how many positions have one, and the share of them whose argmax is the trajectory's token.
+
+    decay: of the weight, an offset.
+    """
+    total, weights, positions, correct = torch.zeros((), dtype=torch.float64), 0.0, 0, 0
+    for row, _, anchor in slow.case.blocks():
+        sequence = slow.case.trajectories[row].tokens
+        log_q = slow.log_q(row, anchor, sequence[anchor + 1 :])
+        for k in range(1, min(K, len(sequence) - 1 - anchor) + 1):
+            if (label := sequence[anchor + k]) not in slow.tokens:
+                continue
+            column, weight = slow.tokens.index(label), decay ** (k - 1)
+            log_p, of_token = slow.log_p(row, anchor + k, temperature), slow.token_log_p(row, anchor + k, label)
+            total = total + weight * PLAIN[loss](log_q[k - 1], column, log_p, of_token)
+            weights += weight
+            positions += 1
+            correct += int(log_q[k - 1].argmax()) == column
+    return total / weights, positions, correct / positions
+
+
+def slow_opd(slow: Slow, objective: LossConfig) -> tuple[torch.Tensor, int]:
+    """The loss, and how many positions have one: the response stream on the trajectory, the rejected on proposals."""
+    case, tokens = slow.case, slow.tokens
+    response, response_weights = torch.zeros((), dtype=torch.float64), 0.0
+    rejected, rejected_weights = torch.zeros((), dtype=torch.float64), 0.0
+    trained: set[tuple[int, int, int]] = set()
+    for row, index, anchor in case.blocks():
+        sequence = case.trajectories[row].tokens
+        log_q = slow.log_q(row, anchor, sequence[anchor + 1 :])
+        labels = {k: sequence[anchor + k] for k in range(1, K + 1) if anchor + k < len(sequence)}
+        committed, beyond = K, objective.response.beyond or 0.0
+        if objective.response.scope == "committed":
+            committed = int(case.steps.committed[row, index])
+            labels = {k: label for k, label in labels.items() if beyond or k <= committed}
+        labels = {k: label for k, label in labels.items() if label in tokens}
+        of_labels = {k: float(log_q[k - 1, tokens.index(label)].detach()) for k, label in labels.items()}
+        for k, label in labels.items():
+            assert objective.temperature is not None
+            weight = plain_weight(objective.response.weights(), k, of_labels)
+            if k > committed:
+                weight *= math.exp(-(k - committed) / beyond)
+            log_p = slow.log_p(row, anchor + k, objective.temperature)
+            of_token = slow.token_log_p(row, anchor + k, label)
+            term = PLAIN[objective.response.loss](log_q[k - 1], tokens.index(label), log_p, of_token)
+            response = response + weight * term
+            response_weights += weight
+            trained.add((row, index, k))
+        first = int(case.steps.rejected_offset[row, index])
+        if not (first and objective.needs_scores):
+            continue
+        proposed = case.steps.proposed[row, index].tolist()
+        log_q = slow.log_q(row, anchor, proposed)
+        for k in range(first, K + 1):
+            log_p_of_it = float(case.steps.target_logprobs[row, index, k - 1])
+            if math.isnan(log_p_of_it) or proposed[k - 1] not in tokens:
+                continue
+            weight = plain_weight(objective.rejected.positions, k, {})
+            term = differentiable(plain_k3, log_q[k - 1, tokens.index(proposed[k - 1])], log_p_of_it)
+            rejected = rejected + weight * term
+            rejected_weights += weight
+            trained.add((row, index, k))
+    loss = objective.response.weight * response / response_weights
+    if objective.needs_scores:
+        loss = loss + objective.rejected.weight * rejected / rejected_weights
+    return loss, len(trained)
+
+
+def assert_equal(report: LossReport, slow: torch.Tensor, drafter: Drafter) -> None:
+    """Same value and same gradient in every parameter, none of which is zero."""
+    torch.testing.assert_close(report.loss.detach().double(), slow.detach(), rtol=TOLERANCE, atol=TOLERANCE)
+    parameters = list(drafter.parameters())
+    fast = torch.autograd.grad(report.loss, parameters)
+    for (name, _), a, b in zip(drafter.named_parameters(), fast, torch.autograd.grad(slow, parameters), strict=True):
+        scale = float(b.abs().max())
+        assert scale > 1e-5, name
+        assert float((a - b).abs().max()) <= 1e-3 * scale + 1e-6, name

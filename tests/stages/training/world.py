@@ -1,0 +1,142 @@
+"""What OPD's sources and steps are tested on, for any drafter: mined answers, and weights that have moved since."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.replay.corpus import score
+from draftsmith.stages.replay.sequential import replay_sequentially
+from draftsmith.stages.replay.trace import Trace, Trajectory
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.training.anchors import Draw, draw_evenly
+from draftsmith.stages.training.batches import Batch, FeatureSource
+from draftsmith.stages.training.blocks import View, context_of
+from draftsmith.stages.training.config import TrainingConfig
+from draftsmith.stages.training.loss_config import LossConfig
+from draftsmith.stages.training.on_policy.mined import MinedTable, TrajectorySteps
+from draftsmith.stages.training.on_policy.remining import Remining
+from draftsmith.stages.training.on_policy.sources import (
+    AnchorSource,
+    RandomAnchors,
+    RollingAnchors,
+    SuccessorAnchors,
+    TableAnchors,
+)
+from draftsmith.stages.training.on_policy.step import OpdStep
+from tests.stages.bench import Bench
+
+COUNT, PER_SEQUENCE = 6, 5
+INDICES = [4, 0, 3]  # of the trajectories in a batch
+KINDS = ["errors", "visited", "successors", "random", "rolling"]
+
+
+@dataclass(frozen=True)
+class World:
+    """Greedy answers mined with the trained drafter, and a drafter whose weights have moved since."""
+
+    bench: Bench
+    moved: Drafter
+    trajectories: list[Trajectory]
+    table: MinedTable
+    features: FeatureSource
+
+    @property
+    def target(self) -> Target:
+        return self.bench.target
+
+    @property
+    def trained(self) -> Drafter:
+        return self.bench.drafters["trained"]
+
+    @property
+    def batch(self) -> Batch:
+        return self.features.batch(INDICES)
+
+    def head_of(self, drafter: Drafter) -> Head:
+        return drafter.head_over(self.target.head_weight, None)
+
+    def traces(self, drafter: Drafter, block_size: int | None = None) -> list[Trace]:
+        """One block after the other."""
+        head, block_size = self.head_of(drafter), block_size or drafter.block_size
+        return [
+            replay_sequentially(drafter, self.bench.read([t], drafter)[1], t, block_size, head)
+            for t in self.trajectories
+        ]
+
+    def mined_by(self, drafter: Drafter) -> MinedTable:
+        traces = self.traces(drafter)
+        steps = [
+            TrajectorySteps(t.anchors, t.accepted, t.committed, t.rejected_offset, t.proposed, s.target_logprobs)
+            for t, s in zip(traces, score(self.target, self.trajectories, traces), strict=True)
+        ]
+        return MinedTable(steps, drafter.block_size - 1)
+
+    def view(self, indices: list[int] = INDICES, drafter: Drafter | None = None) -> View:
+        batch, drafter = self.features.batch(indices), drafter or self.moved
+        return View(batch, context_of(drafter, batch), self.head_of(drafter))
+
+    def remining(self, every: int = 10, *, scored: bool = False, drafter: Drafter | None = None) -> Remining:
+        return Remining(self.table, drafter or self.moved, self.target, every=every, scored=scored)
+
+    def source(
+        self,
+        kind: str,
+        per_sequence: int = PER_SEQUENCE,
+        draw: Draw = draw_evenly,
+        remining: Remining | None = None,
+    ) -> AnchorSource:
+        """remining: for a kind that draws from the table; left out: one that never mines again."""
+        if kind == "successors":
+            return SuccessorAnchors(self.table, self.moved, per_sequence, draw)
+        if kind == "random":
+            return RandomAnchors(per_sequence, draw)
+        if kind == "rolling":
+            return RollingAnchors(self.table, per_sequence, draw)
+        remining = remining or self.remining(every=0, scored=True)
+        return TableAnchors(remining, "errors" if kind == "errors" else "visited", per_sequence, draw)
+
+    def objective(self, value: Any) -> LossConfig:
+        """For greedy verification."""
+        return LossConfig.model_validate(value).resolved(self.moved.recipe, False, 0.0)
+
+    def step(
+        self,
+        source: AnchorSource,
+        objective: LossConfig,
+        *,
+        proposals: int | None = None,
+        per_sequence: int = PER_SEQUENCE,
+    ) -> OpdStep:
+        """Of the moved drafter; proposals: of a served block, left out: of the trained one."""
+        config = TrainingConfig(sequences_per_step=len(INDICES), anchors_per_sequence=per_sequence)
+        return OpdStep(self.moved, self.target, source, objective, config, proposals or self.table.proposals)
+
+
+def make_world(bench: Bench, moved_by: float) -> World:
+    """moved_by: the noise on the weights, as a share of each parameter's deviation. No trajectory holds a near-tie."""
+    moved = copy.deepcopy(bench.drafters["trained"])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in moved.parameters():
+            parameter.add_(moved_by * parameter.std() * torch.randn(parameter.shape, generator=generator))
+    answered = [
+        Trajectory(p.prompt_id, p.token_ids + bench.greedy[p.prompt_id], len(p.token_ids)) for p in bench.prompts
+    ]
+    trajectories = bench.clear(answered, moved)[:COUNT]
+    features = FeatureSource(bench.target, moved.target_layer_ids, trajectories)
+    unmined = World(bench, moved, trajectories, MinedTable([], moved.block_size - 1), features)
+    return replace(unmined, table=unmined.mined_by(unmined.trained))
+
+
+def without_errors(table: MinedTable, index: int) -> MinedTable:
+    """One trajectory of a table, as if nothing of it had been rejected."""
+    steps = table.steps[index]
+    right = {**vars(steps), "rejected_offset": np.zeros_like(steps.rejected_offset)}
+    return MinedTable([TrajectorySteps(**right)], table.proposals)

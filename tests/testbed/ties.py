@@ -1,0 +1,71 @@
+"""How far a result is from a near-tie, which another processor, or a kernel of another shape, would decide otherwise.
+
+The test bed's models are trained where the tests run, so no choice of seeds avoids near-ties for good. Tests that hold
+two programs against each other token by token leave out the answers whose margin is below these bounds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from draftsmith.stages.drafters.base import Drafter
+    from draftsmith.stages.engines.base import SamplingParams
+    from draftsmith.stages.replay.trace import Trajectory
+    from draftsmith.stages.targets.causal_lm import Target
+
+# In float32, logits of the tiny target differ by less than 1e-4 between programs, of its drafters by about 1e-5 between
+# shapes; drawn numbers are held against sums of probabilities that differ by a few 1e-6.
+TARGET_TIE, DRAFT_TIE, DRAW_TIE = 1e-3, 1e-4, 5e-5
+
+
+def target_margin(target: Target, trajectory: Trajectory) -> float:
+    """The smallest difference of the target's two best logits over a response."""
+    start = trajectory.prompt_length - 1
+    tokens = torch.tensor([trajectory.tokens[:-1]])
+    return _margin(target.logits(target.read(tokens).hidden[0, start:]))
+
+
+@torch.no_grad()
+def draft_margin(
+    target: Target,
+    drafter: Drafter,
+    trajectory: Trajectory,
+    block_size: int | None = None,
+    head_tokens: int | None = None,
+) -> float:
+    """The smallest difference of the drafter's two best logits over the blocks behind all anchors of a response."""
+    if trajectory.last_anchor < trajectory.first_anchor:
+        return float("inf")
+    tokens = torch.tensor([trajectory.tokens])
+    features = target.read(tokens, drafter.target_layer_ids).features
+    assert features is not None
+    context = drafter.encode(features, tokens, torch.arange(tokens.shape[1])[None])
+    anchors = torch.arange(trajectory.first_anchor, trajectory.last_anchor + 1)[None]
+    head, block_size = drafter.drafting_head(target.head_weight, head_tokens), block_size or drafter.block_size
+    own = drafter.propose(context, tokens[0][anchors], anchors, block_size, head, with_logprobs=False).tokens
+    chains = torch.cat([tokens[0][anchors][..., None], own[..., :-1]], -1)
+    return _margin(head.logits(drafter.block_hidden(context, chains, anchors)))
+
+
+def draw_margin(target: Target, trajectory: Trajectory, params: SamplingParams, seed: int) -> float:
+    """The smallest distance of a sampled response's drawn numbers from the next token's, and of top-p from its cut."""
+    from draftsmith.stages.engines.sampling import probabilities, uniform
+
+    logits = target.logits(
+        target.read(torch.tensor([trajectory.tokens[:-1]])).hidden[0, trajectory.prompt_length - 1 :]
+    )
+    p = probabilities(logits, params.temperature, params.top_p)
+    drawn = torch.tensor([[uniform(seed, at)] for at in range(trajectory.prompt_length, len(trajectory.tokens))])
+    apart = (drawn - p.cumsum(-1)).abs().min()
+    if params.top_p < 1:
+        whole = torch.softmax(logits.double() / params.temperature, -1).sort(-1, descending=True).values
+        apart = torch.minimum(apart, (whole.cumsum(-1) - params.top_p).abs().min())
+    return float(apart)
+
+
+def _margin(logits: torch.Tensor) -> float:
+    best = logits.topk(2).values
+    return float((best[..., 0] - best[..., 1]).min())
