@@ -18,7 +18,7 @@ def trains_anew(node: Node) -> bool:
 def drafters_of(node: Node, by_name: Mapping[str, Node]) -> list[Node]:
     """Where the drafters that a node reads came into being, as far as those nodes are known."""
     found: list[Node] = []
-    for source in (by_name.get(source) for name, source in node.inputs.items() if _is_drafter(name)):
+    for source in (by_name.get(source) for name, source in node.inputs.items() if is_drafter(name)):
         if source is not None:
             found += [source] if trains_anew(source) else drafters_of(source, by_name)
     return list({origin.name: origin for origin in found}.values())
@@ -31,7 +31,7 @@ def sglang_engine(node: Node) -> SGLangEngineConfig | None:
 
 def drafts_on_sglang(node: Node) -> bool:
     """Whether SGLang is to draft with a trained drafter there."""
-    return sglang_engine(node) is not None and any(_is_drafter(name) for name in node.inputs)
+    return sglang_engine(node) is not None and any(is_drafter(name) for name in node.inputs)
 
 
 def sglang_engines(nodes: Sequence[Node]) -> list[tuple[SGLangEngineConfig, list[str]]]:
@@ -43,6 +43,6 @@ def sglang_engines(nodes: Sequence[Node]) -> list[tuple[SGLangEngineConfig, list
     return list(found.values())
 
 
-def _is_drafter(name: str) -> bool:
+def is_drafter(name: str) -> bool:
     """Of a stage's input."""
     return name in DRAFTERS or name.startswith("drafter")

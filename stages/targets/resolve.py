@@ -27,7 +27,7 @@ from draftsmith.stages.targets.source import (
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-DRAFTERS = ("DFlashDraftModel", "LlamaForCausalLMEagle3")
+DRAFTER_ARCHITECTURES = ("DFlashDraftModel", "LlamaForCausalLMEagle3")
 
 
 def resolve_target(config: TargetConfig, out: Path, log: Callable[[str], None]) -> TargetInfo:
@@ -172,7 +172,7 @@ def _read_config(folder: Path) -> tuple[str, PretrainedConfig]:
         raise DraftsmithError(f"{path}: not a JSON object: copy or download the model again")
     model_type = raw.get("model_type")
     architecture = (raw.get("architectures") or [CAUSAL.get(model_type, "")])[0]
-    if architecture in DRAFTERS:
+    if architecture in DRAFTER_ARCHITECTURES:
         raise DraftsmithError(
             f"{folder} is a drafter ({architecture}): target.source wants the model that it drafts for"
         )
