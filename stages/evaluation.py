@@ -133,10 +133,9 @@ def _acceptance(ctx: StageContext, config: EvaluationConfig, target: Any, drafte
 
 def preflight(config: EvaluationConfig, target: Path) -> None:
     """The answers must fit into the target's context."""
-    from draftsmith.stages.rollout import RolloutConfig
-    from draftsmith.stages.rollout import preflight as rollout_preflight
+    from draftsmith.stages.stored import check_answer_fits
 
-    rollout_preflight(RolloutConfig(sampling=config.sampling), target)
+    check_answer_fits(config.sampling.max_new_tokens, target)
 
 
 STAGE = Stage(

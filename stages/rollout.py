@@ -72,15 +72,9 @@ def prompts_to_answer(config: RolloutConfig, folder: Path) -> list[Prompt]:
 
 def preflight(config: RolloutConfig, target: Path) -> None:
     """The longest answer must fit into the target's context."""
-    from draftsmith.artifacts.errors import DraftsmithError
-    from draftsmith.stages.targets.info import read_target_info
+    from draftsmith.stages.stored import check_answer_fits
 
-    limit = read_target_info(target).max_positions
-    if config.sampling.max_new_tokens >= limit:
-        raise DraftsmithError(
-            f"sampling.max_new_tokens: {config.sampling.max_new_tokens} does not fit into the target's "
-            f"{limit} positions; lower it"
-        )
+    check_answer_fits(config.sampling.max_new_tokens, target)
 
 
 def run(ctx: StageContext, config: RolloutConfig) -> None:

@@ -11,6 +11,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.parquet import read_table
 from draftsmith.artifacts.schemas import PROMPTS, TRAJECTORIES
 from draftsmith.stages.replay.trace import Trajectory
+from draftsmith.stages.targets.info import read_target_info
 
 DRAFTER_FOLDER = "drafter"  # inside the artifact of a training stage
 
@@ -76,6 +77,15 @@ def positions_needed(prompts: Sequence[Prompt], max_new_tokens: int, max_positio
             f"{max_positions}; lower sampling.max_new_tokens or prompts.max_prompt_tokens"
         )
     return needed
+
+
+def check_answer_fits(max_new_tokens: int, target: Path) -> None:
+    """An answer alone must fit into the context. target: its artifact. Raises DraftsmithError."""
+    limit = read_target_info(target).max_positions
+    if max_new_tokens >= limit:
+        raise DraftsmithError(
+            f"sampling.max_new_tokens: {max_new_tokens} does not fit into the target's {limit} positions; lower it"
+        )
 
 
 def request_seed(seed: int, prompt_id: str, sample: int) -> int:
