@@ -1,6 +1,6 @@
 """Which losses OPD is made of: two streams, each with a loss, a weight and weights of its positions; and presets.
 
-Names and formulas are in `stages/training/losses.py`, their meaning in `response.py` and `distillation.py` beside it.
+Names and formulas are in `stages/training/losses.py`, their meaning in `response.py` and `on_policy/loss.py`.
 """
 
 from __future__ import annotations
