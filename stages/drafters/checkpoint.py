@@ -131,12 +131,14 @@ def write_info(folder: Path, info: DrafterInfo) -> None:
 
 
 def load_drafter(
-    folder: Path, target: Target, dtype: torch.dtype | None = None, *, of_any_target: bool = False
+    source: Path | str, target: Target, dtype: torch.dtype | None = None, *, of_any_target: bool = False
 ) -> Drafter:
     """Load a checkpoint (ours, or any in the public layouts) for this target, in `dtype` (default: the target's).
 
-    Raises DraftsmithError if it was made for another target, unless `of_any_target`.
+    source: a folder, or a hub id as text. Raises DraftsmithError if it was made for another target, unless
+    `of_any_target`.
     """
+    folder = source if isinstance(source, Path) else drafter_source(source)
     if not of_any_target:
         check_drafter(folder, target.info.digest)
     drafter: Drafter = architecture_of(folder).load(folder, target, dtype or target.dtype)

@@ -44,7 +44,7 @@ def test_every_arm_is_trained_for_every_budget_and_seed() -> None:
 
 
 def test_arms_train_equal_positions_with_equal_learning_rates() -> None:
-    changed = ["opd.learning_rate=7e-4", "opd.anchors_per_sequence=5", "opd.spacing=random", "opd.clip_norm=0.5"]
+    changed = ["opd.learning_rate=7e-4", "opd.anchors_per_sequence=5", "opd.clip_norm=0.5"]
     config = load("plateau-greedy", *changed)
     made = [config.arm_config(arm, 30) for arm in config.arms.values()]
     assert {type(each) for each in made} == {SftConfig, OpdConfig}
@@ -95,7 +95,7 @@ def test_an_arm_in_iterations_mines_anew_with_the_drafter_of_the_one_before() ->
     parts = ["opd-20-s4-1", "opd-20-s4-2", "opd-20-s4"]
     assert [nodes[name].config.model_dump()["steps"] for name in parts] == [6, 7, 7]
     assert [nodes[name].inputs["drafter"] for name in parts] == ["sft", "opd-20-s4-1", "opd-20-s4-2"]
-    assert [nodes[name].inputs["steps"] for name in parts] == ["mining", "mining-opd-20-s4-1", "mining-opd-20-s4-2"]
+    assert [nodes[name].inputs["mined"] for name in parts] == ["mining", "mining-opd-20-s4-1", "mining-opd-20-s4-2"]
     assert [nodes[nodes[name].inputs["steps"]].inputs["drafter"] for name in parts] == ["sft", *parts[:2]]
     assert len({nodes[name].seed for name in parts}) == 3
     compared = nodes["comparison"].inputs
