@@ -167,7 +167,9 @@ def _refresh(options: argparse.Namespace, pipeline: Pipeline) -> None:
         raise DraftsmithError(f"{options.config} describes an {pipeline.kind}: use draftsmith {pipeline.kind}")
     made, display, tracking = _run(options, pipeline)
     if made:
-        display.results({name: Path(each["path"]) for name, each in made.items()}, tracking.ui_command)
+        from draftsmith.flows.refresh.results import show_results
+
+        show_results(display, {name: Path(each["path"]) for name, each in made.items()}, tracking.ui_command)
 
 
 def _experiment(options: argparse.Namespace, pipeline: Pipeline) -> None:
