@@ -1,48 +1,54 @@
 """Evaluation: what each drafter is worth on held-out prompts.
 
-Acceptance is compared on identical held-out trajectories by replay (paired), speed by decoding the same prompts plainly
-and with each drafter: in alternation in this process, or on SGLang servers with equal settings that take turns. Choices
-(the block size to decode with) are made on the validation split only.
+Acceptance is compared on identical held-out trajectories by replay (paired over prompts), speed by turns in which the
+same prompts are decoded plainly and with each drafter (paired over rounds): in this process, or on SGLang servers with
+equal settings. Choices (the block size that each drafter decodes with) are made on the validation split only.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftsmith.stages.contract import Stage, StageContext, follow
 from draftsmith.stages.drafters.config import DraftingConfig
-from draftsmith.stages.engines.config import (
-    SGLangEngineConfig,
-)
+from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.measure.config import DRAFTERS, PREFIX, EvaluationConfig, prompts_to_decode
 
 if TYPE_CHECKING:
     from draftsmith.stages.measure.requests import Measured
+    from draftsmith.stages.measure.verdicts import Pair
+    from draftsmith.stages.statistics import Estimate
 
 
 def run(ctx: StageContext, config: EvaluationConfig) -> None:
-    """Replay for tau; then validation for the block size and all arms for speed; exactness from the outputs."""
+    """Replay for tau; validation for the block sizes, then turns of all arms for speed; exactness from the outputs."""
     from draftsmith.artifacts.parquet import write_table
-    from draftsmith.artifacts.schemas import REQUESTS
+    from draftsmith.artifacts.schemas import REQUESTS, TURNS
     from draftsmith.stages.measure.requests import settings_of
-    from draftsmith.stages.measure.speed import speed_by_setting
+    from draftsmith.stages.measure.speed import at_setting, log_ratios, speed_by_setting
+    from draftsmith.stages.measure.verdicts import pairs, verdicts
 
-    measured, acceptance = _measure(ctx, config)
+    measured, acceptance, tau_differences = _measure(ctx, config)
     table = acceptance["drafters"]
     settings = settings_of(config)
-    by_setting = speed_by_setting(measured.rows, settings, config.bootstrap_samples, ctx.seed)
+    by_setting = speed_by_setting(measured.turns, measured.rows, settings)
     speed = by_setting[0]["arms"]
+    ratios = log_ratios(at_setting(measured.turns, settings[0]), pairs(list(table)))
 
     evaluation = {
         "definition_of_tau": "committed tokens per verify step, the target's own token included (+1); held-out "
-        "trajectories, trained block size, ratio of sums over prompts, intervals by paired bootstrap over prompts",
+        "trajectories, trained block size, ratio of sums over prompts, intervals by jackknife over prompts (paired)",
         "engine": measured.engine,
         "temperature": settings[0].temperature,
         "concurrency": settings[0].concurrency,
         "head_tokens": config.head_tokens,
+        "training_seeds": {arm: _training_seed(folder) for arm, folder in _drafters_of(ctx).items()},
+        "verdicts": verdicts(tau_differences, ratios, speed["plain"]["prompts"]),
         "block_size_candidates": measured.candidates,
+        "validation_prompts": measured.validation_prompts,
         "speed": speed,
         "speed_by_setting": by_setting,
         "exactness": measured.exactness,
@@ -51,9 +57,14 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     }
     (ctx.out / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
     write_table(ctx.out / "requests.parquet", REQUESTS, measured.rows)
+    write_table(ctx.out / "turns.parquet", TURNS, measured.turns)
     ctx.summary(
         **{f"tau_{name}": figures["tau"] for name, figures in table.items()},
-        **{name: value for name, value in table.get("opd", {}).items() if name.startswith("diff_")},
+        **{
+            f"tau_{name}_minus_{other}": difference["value"]
+            for name, figures in table.items()
+            for other, difference in figures["differences"].items()
+        },
         **{f"speedup_{name}": figures["speedup"] for name, figures in speed.items() if "speedup" in figures},
         plain_tokens_per_s=speed["plain"]["tokens_per_s"],
         **{
@@ -65,8 +76,22 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     )
 
 
-def _measure(ctx: StageContext, config: EvaluationConfig) -> tuple[Measured, dict[str, Any]]:
-    """Speed and acceptance. The target of the replay is gone from memory before servers start."""
+def _drafters_of(ctx: StageContext) -> dict[str, Path]:
+    """Arm -> artifact of its drafter: those of a refresh, then any others in the order of the inputs."""
+    arms = {name: ctx.inputs[name] for name in DRAFTERS if name in ctx.inputs}
+    return arms | {n.removeprefix(PREFIX): folder for n, folder in ctx.inputs.items() if n.startswith(PREFIX)}
+
+
+def _training_seed(folder: Path) -> int | None:
+    """Of the training that made a drafter; None if its artifact does not tell."""
+    from draftsmith.artifacts.manifest import MANIFEST, read_manifest
+
+    return read_manifest(folder).seed if (folder / MANIFEST).is_file() else None
+
+
+def _measure(ctx: StageContext, config: EvaluationConfig) -> tuple[Measured, dict[str, Any], Mapping[Pair, Estimate]]:
+    """Speed; acceptance, as figures and as differences. The target of the replay is gone from memory before servers
+    start."""
     from draftsmith.artifacts.errors import DraftsmithError
     from draftsmith.stages.drafters.checkpoint import load_drafter
     from draftsmith.stages.measure.embedded import measure_embedded
@@ -75,8 +100,7 @@ def _measure(ctx: StageContext, config: EvaluationConfig) -> tuple[Measured, dic
     from draftsmith.stages.targets.causal_lm import Target
 
     target = Target.load(ctx.inputs["target"])
-    named = [(name.removeprefix(PREFIX), name) for name in (*DRAFTERS, *ctx.inputs) if name in ctx.inputs]
-    folders = {arm: ctx.inputs[name] / DRAFTER_FOLDER for arm, name in named if name in DRAFTERS or arm != name}
+    folders = {arm: folder / DRAFTER_FOLDER for arm, folder in _drafters_of(ctx).items()}
     if not folders:
         raise DraftsmithError(f"evaluation: needs a drafter as an input: {', '.join(DRAFTERS)} or {PREFIX}NAME")
     drafters = {name: load_drafter(folder, target) for name, folder in folders.items()}
@@ -84,21 +108,25 @@ def _measure(ctx: StageContext, config: EvaluationConfig) -> tuple[Measured, dic
     if not heldout or (not validation and config.block_sizes):
         raise DraftsmithError("evaluation: needs held-out and validation prompts; raise the counts in section prompts")
     longest = positions_needed([*heldout, *validation], config.sampling.max_new_tokens, target.info.max_positions)
-    acceptance = _acceptance(ctx, config, target, drafters)
+    acceptance, differences = _acceptance(ctx, config, target, drafters)
     if not isinstance(config.engine, SGLangEngineConfig):
-        return measure_embedded(ctx, config, target, folders, drafters, heldout, validation), acceptance
+        measured = measure_embedded(ctx, config, target, folders, drafters, heldout, validation)
+        return measured, acceptance, differences
 
     trained, dtype = {name: drafter.block_size for name, drafter in drafters.items()}, target.info.dtype
     del target, drafters
     release_memory()
     served = Served(ctx, config, config.engine, folders, trained, longest, dtype)
-    return measure_served(served, heldout, validation), acceptance
+    return measure_served(served, heldout, validation), acceptance, differences
 
 
-def _acceptance(ctx: StageContext, config: EvaluationConfig, target: Any, drafters: dict[str, Any]) -> dict[str, Any]:
-    """Every drafter replayed on the same held-out trajectories."""
-    from draftsmith.stages.measure.acceptance import acceptance_table, has_loop
+def _acceptance(
+    ctx: StageContext, config: EvaluationConfig, target: Any, drafters: dict[str, Any]
+) -> tuple[dict[str, Any], Mapping[Pair, Estimate]]:
+    """Every drafter replayed on the same held-out trajectories: figures, and the differences that verdicts are of."""
+    from draftsmith.stages.measure.acceptance import acceptance_table, has_loop, tau_differences
     from draftsmith.stages.replay.corpus import replay_all
+    from draftsmith.stages.replay.trace import tau
     from draftsmith.stages.stored import load_trajectories
 
     stored = load_trajectories(ctx.inputs["trajectories"], ["heldout"])
@@ -107,9 +135,9 @@ def _acceptance(ctx: StageContext, config: EvaluationConfig, target: Any, drafte
     if config.head_tokens is not None:
         settings["full_head"] = DraftingConfig()
     looping = [has_loop(t.tokens[t.prompt_length :]) for t in stored.trajectories]
-    tables = {}
+    traces = {}
     for setting, drafting in settings.items():
-        traces = replay_all(
+        traces[setting] = replay_all(
             target,
             drafters,
             stored.trajectories,
@@ -118,17 +146,16 @@ def _acceptance(ctx: StageContext, config: EvaluationConfig, target: Any, drafte
             tokens_per_group=config.tokens_per_target_forward,
             progress=follow(ctx, "trajectories"),
         )
-        tables[setting] = acceptance_table(traces, looping, config.bootstrap_samples, ctx.seed)
-    table = tables["trained"]
-    if "full_head" in tables:
-        for name, figures in tables["full_head"].items():
-            table[name]["tau_full_head"] = figures["tau"]
-    return {
+    table = acceptance_table(traces["trained"], stored.prompts, looping)
+    for name, found in traces.get("full_head", {}).items():
+        table[name]["tau_full_head"] = tau(found)
+    figures = {
         "heldout_trajectories": len(stored.trajectories),
         "drafters": table,
         "loop_share": sum(looping) / len(looping),
-        "tau_without_loops": {name: figures["tau_without_loops"] for name, figures in table.items()},
+        "tau_without_loops": {name: each["tau_without_loops"] for name, each in table.items()},
     }
+    return figures, tau_differences(traces["trained"], stored.prompts)
 
 
 def preflight(config: EvaluationConfig, target: Path) -> None:
@@ -144,5 +171,5 @@ STAGE = Stage(
     inputs=("target", "prompts", "trajectories", "sft?", "opd?", "control?", f"{PREFIX}*"),
     run=run,
     preflight=preflight,
-    volatile=("metrics.jsonl", "requests.parquet"),
+    volatile=("metrics.jsonl", "requests.parquet", "turns.parquet"),
 )

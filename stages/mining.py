@@ -112,6 +112,7 @@ def parity(
     same drafter served with the same settings. Raises DraftsmithError if they differ in more steps than allowed: the
     drafter that was served is then not this one.
     """
+    import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -149,9 +150,14 @@ def parity(
         )
     )
     figures = check_steps(gate, trace, table) if trace.num_rows else {}
-    counted = int(timings["verify_steps"].to_numpy().sum())
-    # the prefill's token is committed before any verify step
-    return figures | check_tau(gate, sum(known.values()) - len(known), counted, table.num_rows)
+    served = dict(zip(timings["trajectory_id"].to_pylist(), timings["verify_steps"].to_pylist(), strict=True))
+    counts = table["trajectory_id"].value_counts()
+    replayed = dict(zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True))
+    return figures | check_tau(
+        gate,
+        # the prefill's token is committed before any verify step
+        *(np.array(each) for each in zip(*((known[t] - 1, served.get(t, 0), replayed[t]) for t in known), strict=True)),
+    )
 
 
 def _drafting(settings: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ class StoredTrajectories:
     """The usable trajectories of an artifact, in its order."""
 
     trajectories: list[Trajectory]
+    prompts: list[str]  # the prompt of each: answers to the same one are no independent observations
     temperature: float  # 0 = greedy
     too_short: int  # answers of one token: nothing is drafted there
 
@@ -50,7 +51,8 @@ def load_trajectories(folder: Path, splits: Collection[str] | None = None) -> St
         Trajectory(row["trajectory_id"], row["prompt_ids"] + row["response_ids"], len(row["prompt_ids"]))
         for row in usable
     ]
-    return StoredTrajectories(trajectories, float(temperatures.pop()), len(rows) - len(usable))
+    prompts = [row["prompt_id"] for row in usable]
+    return StoredTrajectories(trajectories, prompts, float(temperatures.pop()), len(rows) - len(usable))
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from draftsmith.stages.measure.bootstrap import interval, ratio, ratio_difference
+from draftsmith.stages.measure.verdicts import Pair, pairs
 from draftsmith.stages.replay.trace import Trace, Trajectory
+from draftsmith.stages.statistics import Estimate, jackknife, ratio, ratio_difference, sums_of
 from draftsmith.stages.targets.causal_lm import Target
 
 
@@ -53,42 +54,54 @@ def has_loop(tokens: Sequence[int], n: int = 6, times: int = 3) -> bool:
 
 
 def acceptance_table(
-    traces: Mapping[str, Sequence[Trace]], looping: Sequence[bool], resamples: int, seed: int
+    traces: Mapping[str, Sequence[Trace]], prompts: Sequence[str], looping: Sequence[bool]
 ) -> dict[str, dict[str, Any]]:
-    """Figures of each drafter; differences are to the drafter named `sft`, paired over trajectories; else none."""
-    sums = {name: _sums(found) for name, found in traces.items()}
+    """Figures of each drafter, with 95 % intervals over prompts; differences to others are paired.
+
+    prompts, looping: of each trajectory, the id of its prompt, and whether its answer repeats itself. A single prompt
+    has no interval.
+    """
     keep = ~np.asarray(looping)
+    differences = tau_differences(traces, prompts)
     table: dict[str, dict[str, Any]] = {}
-    for name, (committed, steps) in sums.items():
-        low, high = interval(ratio, (committed, steps), resamples, seed)
-        K = traces[name][0].proposed.shape[1]
-        accepted = np.concatenate([t.accepted for t in traces[name]])
-        judged = np.concatenate([t.judged for t in traces[name]])
+    for name, found in traces.items():
+        committed, steps = _sums(found)
+        tau = jackknife(ratio, *_by_prompt(found, prompts))
+        low, high = tau.interval() or (None, None)
+        K = found[0].proposed.shape[1]
+        accepted = np.concatenate([t.accepted for t in found])
+        judged = np.concatenate([t.judged for t in found])
         table[name] = {
-            "tau": float(ratio(committed, steps)),
+            "tau": tau.value,
             "tau_low": low,
             "tau_high": high,
+            "prompts": tau.units,
             "verify_steps": int(steps.sum()),
             "block_size": K + 1,
             "acceptance_by_offset": [
                 float((accepted >= k).sum() / max(1, (judged >= k).sum())) for k in range(1, K + 1)
             ],
             "accepted_histogram": np.bincount(accepted, minlength=K + 1).tolist(),
-            "tau_without_loops": float(ratio(committed[keep], steps[keep])) if keep.any() else None,
+            "tau_without_loops": float(committed[keep].sum() / steps[keep].sum()) if keep.any() else None,
+            "differences": {},
         }
-        if name != "sft" and "sft" in sums:
-            paired = (committed, steps, *sums["sft"])
-            low, high = interval(ratio_difference, paired, resamples, seed)
-            table[name] |= {"diff_to_sft": float(ratio_difference(*paired)), "diff_low": low, "diff_high": high}
-    if {"opd", "control"} <= sums.keys():
-        paired = (*sums["opd"], *sums["control"])
-        low, high = interval(ratio_difference, paired, resamples, seed)
-        table["opd"] |= {
-            "diff_to_control": float(ratio_difference(*paired)),
-            "diff_to_control_low": low,
-            "diff_to_control_high": high,
-        }
+        for (arm, other), difference in differences.items():
+            if arm == name:
+                low, high = difference.interval() or (None, None)
+                table[name]["differences"][other] = {"value": difference.value, "low": low, "high": high}
     return table
+
+
+def tau_differences(traces: Mapping[str, Sequence[Trace]], prompts: Sequence[str]) -> dict[Pair, Estimate]:
+    """tau of the first drafter of each compared pair minus that of the other one, paired over prompts."""
+    sums = {name: _by_prompt(found, prompts) for name, found in traces.items()}
+    return {(arm, other): jackknife(ratio_difference, *sums[arm], *sums[other]) for arm, other in pairs(list(traces))}
+
+
+def _by_prompt(traces: Sequence[Trace], prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """[prompts] committed tokens and verify steps of all answers to each prompt."""
+    committed, steps = _sums(traces)
+    return sums_of(prompts, committed), sums_of(prompts, steps)
 
 
 def _sums(traces: Sequence[Trace]) -> tuple[np.ndarray, np.ndarray]:

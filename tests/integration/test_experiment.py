@@ -46,7 +46,7 @@ CONFIG: dict[str, Any] = {
     },
     "budgets": [3, 6],
     "seeds": [0, 1],
-    "comparison": {"control": "sft", "bootstrap_samples": 200},
+    "comparison": {"control": "sft"},
 }  # fmt: skip
 
 
