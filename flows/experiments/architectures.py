@@ -4,7 +4,7 @@ The graph, with a branch for every name in section `drafters`::
 
     target ─ prompts ─ rollout ─ sft-NAME ─ mining-NAME ─ opd-NAME
                        fresh ──┴──────────┴─ control-NAME          SFT continued for as long as OPD
-                       heldout ─ evaluation                        all of them on the same prompts, in alternation
+                       heldout ─ evaluation                        all of them on the same prompts, in turns
 """
 
 from __future__ import annotations

@@ -93,9 +93,17 @@ def acceptance_table(
 
 
 def tau_differences(traces: Mapping[str, Sequence[Trace]], prompts: Sequence[str]) -> dict[Pair, Estimate]:
-    """tau of the first drafter of each compared pair minus that of the other one, paired over prompts."""
-    sums = {name: _by_prompt(found, prompts) for name, found in traces.items()}
-    return {(arm, other): jackknife(ratio_difference, *sums[arm], *sums[other]) for arm, other in pairs(list(traces))}
+    """`tau_difference` of each compared pair."""
+    return {(arm, other): tau_difference(traces[arm], traces[other], prompts) for arm, other in pairs(list(traces))}
+
+
+def tau_difference(traces: Sequence[Trace], other: Sequence[Trace], prompts: Sequence[str] | None = None) -> Estimate:
+    """tau of a drafter minus that of another one on the same trajectories, paired over prompts.
+
+    prompts: the id of each trajectory's prompt; left out: every trajectory has its own.
+    """
+    prompts = [str(index) for index in range(len(traces))] if prompts is None else prompts
+    return jackknife(ratio_difference, *_by_prompt(traces, prompts), *_by_prompt(other, prompts))
 
 
 def _by_prompt(traces: Sequence[Trace], prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pyarrow as pa
+
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.batches import FeatureSource, step_rng, trajectories_of_step
 from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.on_policy.config import OpdConfig
-from draftsmith.stages.training.on_policy.mined import Kind, MinedTable
+from draftsmith.stages.training.on_policy.mined import Kind, MinedTable, match_steps
 from draftsmith.stages.training.on_policy.remining import Remining
 from draftsmith.stages.training.on_policy.sources import AnchorSource, RandomAnchors, SuccessorAnchors, TableAnchors
 from draftsmith.stages.training.on_policy.step import OpdStep
@@ -24,17 +26,19 @@ class OpdTraining:
         drafter: Drafter,
         target: Target,
         trajectories: Sequence[Trajectory],
-        mined: MinedTable,
+        mined: MinedTable | pa.Table,
         config: OpdConfig,
         *,
         temperature: float = 0.0,
         seed: int = 0,
     ):
-        """drafter: float32 weights that are to be trained. mined: its steps on these trajectories.
+        """drafter: float32 weights that are to be trained. mined: its steps on these trajectories (VERIFY_STEPS).
 
         temperature: that the trajectories were drawn at, 0 = greedy. Raises DraftsmithError if nothing of the config's
         kind was mined.
         """
+        if isinstance(mined, pa.Table):
+            mined = match_steps(mined, trajectories, drafter.block_size)
         self.config, self.mined, self.seed = config, mined, seed
         self.kind: Kind = "errors" if config.anchors == "errors" else "visited"
         self.usable = mined.trajectories_with(self.kind)
