@@ -36,6 +36,7 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     settings = settings_of(config)
     by_setting = speed_by_setting(measured.turns, measured.rows, settings)
     speed = by_setting[0]["arms"]
+    acceptance["compared"] += _speeds_compared(measured.turns, settings, list(table))
     ratios = log_ratios(at_setting(measured.turns, settings[0]), pairs(list(table)))
 
     evaluation = {
@@ -124,10 +125,16 @@ def _acceptance(
     ctx: StageContext, config: EvaluationConfig, target: Any, drafters: dict[str, Any]
 ) -> tuple[dict[str, Any], Mapping[Pair, Estimate]]:
     """Every drafter replayed on the same held-out trajectories: figures, and the differences that verdicts are of."""
-    from draftsmith.stages.measure.acceptance import acceptance_table, has_loop, tau_differences
+    from draftsmith.stages.measure.acceptance import (
+        acceptance_table,
+        has_loop,
+        tau_by_set,
+        tau_differences,
+        taus_compared,
+    )
     from draftsmith.stages.replay.corpus import replay_all
     from draftsmith.stages.replay.trace import tau
-    from draftsmith.stages.stored import load_trajectories
+    from draftsmith.stages.stored import load_trajectories, sets_of
 
     stored = load_trajectories(ctx.inputs["trajectories"], ["heldout"])
     ctx.log(f"replaying {len(drafters)} drafters on {len(stored.trajectories)} held-out trajectories")
@@ -147,6 +154,7 @@ def _acceptance(
             progress=follow(ctx, "trajectories"),
         )
     table = acceptance_table(traces["trained"], stored.prompts, looping)
+    sets = sets_of(ctx.inputs["prompts"], stored.prompts)
     for name, found in traces.get("full_head", {}).items():
         table[name]["tau_full_head"] = tau(found)
     figures = {
@@ -154,8 +162,49 @@ def _acceptance(
         "drafters": table,
         "loop_share": sum(looping) / len(looping),
         "tau_without_loops": {name: each["tau_without_loops"] for name, each in table.items()},
+        "sets": tau_by_set(traces["trained"], stored.prompts, sets),
+        "compared": taus_compared(traces["trained"], stored.prompts, sets),
+        "validation_tau": _validation_tau(ctx, config, target, drafters),
     }
     return figures, tau_differences(traces["trained"], stored.prompts)
+
+
+def _validation_tau(
+    ctx: StageContext, config: EvaluationConfig, target: Any, drafters: dict[str, Any]
+) -> dict[str, float] | None:
+    """tau of each drafter on the validation split, which choices between them are made on; None without its answers."""
+    from draftsmith.stages.replay.corpus import replay_all
+    from draftsmith.stages.replay.trace import tau
+    from draftsmith.stages.stored import load_trajectories, splits_of
+
+    if "validation" not in splits_of(ctx.inputs["trajectories"]):
+        return None
+    stored = load_trajectories(ctx.inputs["trajectories"], ["validation"])
+    traces = replay_all(
+        target,
+        drafters,
+        stored.trajectories,
+        DraftingConfig(head_tokens=config.head_tokens),
+        chains=config.chains,
+        tokens_per_group=config.tokens_per_target_forward,
+        progress=follow(ctx, "trajectories"),
+    )
+    return {name: tau(found) for name, found in traces.items()}
+
+
+def _speeds_compared(turns: list[Any], settings: list[Any], arms: list[str]) -> list[dict[str, Any]]:
+    """Every drafter against plain decoding and the champion, at every setting."""
+    from draftsmith.stages.measure.gate import CHAMPION, PLAIN, compared
+    from draftsmith.stages.measure.speed import at_setting, log_ratios
+
+    others = [PLAIN, *([CHAMPION] if CHAMPION in arms else [])]
+    wanted = [(arm, other) for arm in arms for other in others if arm != other]
+    found = []
+    for setting in settings:
+        where = {"temperature": setting.temperature, "concurrency": setting.concurrency}
+        for (arm, other), estimate in log_ratios(at_setting(turns, setting), wanted).items():
+            found.append(compared("speed", arm, other, estimate, **where))
+    return found
 
 
 def preflight(config: EvaluationConfig, target: Path) -> None:
@@ -168,7 +217,7 @@ def preflight(config: EvaluationConfig, target: Path) -> None:
 STAGE = Stage(
     name="evaluation",
     config=EvaluationConfig,
-    inputs=("target", "prompts", "trajectories", "sft?", "opd?", "control?", f"{PREFIX}*"),
+    inputs=("target", "prompts", "trajectories", *(f"{name}?" for name in DRAFTERS), f"{PREFIX}*"),
     run=run,
     preflight=preflight,
     volatile=("metrics.jsonl", "requests.parquet", "turns.parquet"),

@@ -55,6 +55,19 @@ def load_trajectories(folder: Path, splits: Collection[str] | None = None) -> St
     return StoredTrajectories(trajectories, prompts, float(temperatures.pop()), len(rows) - len(usable))
 
 
+def splits_of(folder: Path) -> set[str]:
+    """The splits that the trajectories of an artifact are of."""
+    table = read_table(folder / "trajectories.parquet", TRAJECTORIES, ["split"])
+    return set(table["split"].unique().to_pylist())
+
+
+def sets_of(folder: Path, prompt_ids: Sequence[str]) -> list[str]:
+    """The prompt set (its source) of each prompt, from an artifact of stage `prompts`; "logs" for others."""
+    table = read_table(folder / "prompts.parquet", PROMPTS, ["prompt_id", "source"])
+    known = dict(zip(table["prompt_id"].to_pylist(), table["source"].to_pylist(), strict=True))
+    return [known.get(prompt_id, "logs") for prompt_id in prompt_ids]
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A tokenised prompt."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from draftsmith.stages.measure.gate import CHAMPION, compared
 from draftsmith.stages.measure.verdicts import Pair, pairs
 from draftsmith.stages.replay.trace import Trace, Trajectory
 from draftsmith.stages.statistics import Estimate, jackknife, ratio, ratio_difference, sums_of
@@ -104,6 +105,45 @@ def tau_difference(traces: Sequence[Trace], other: Sequence[Trace], prompts: Seq
     """
     prompts = [str(index) for index in range(len(traces))] if prompts is None else prompts
     return jackknife(ratio_difference, *_by_prompt(traces, prompts), *_by_prompt(other, prompts))
+
+
+def tau_by_set(
+    traces: Mapping[str, Sequence[Trace]], prompts: Sequence[str], sets: Sequence[str]
+) -> dict[str, dict[str, dict[str, float | int | None]]]:
+    """Set -> drafter -> tau with its 95 % interval over prompts. sets: of each trajectory."""
+    found: dict[str, dict[str, dict[str, float | int | None]]] = {}
+    for name in dict.fromkeys(sets):
+        for arm, (part, of_part) in _of_set(traces, prompts, sets, name).items():
+            tau = jackknife(ratio, *_by_prompt(part, of_part))
+            low, high = tau.interval() or (None, None)
+            found.setdefault(name, {})[arm] = {"tau": tau.value, "low": low, "high": high, "prompts": tau.units}
+    return found
+
+
+def taus_compared(
+    traces: Mapping[str, Sequence[Trace]], prompts: Sequence[str], sets: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Every drafter against the champion, over all prompts (set None) and within each set; empty without a champion."""
+    if CHAMPION not in traces:
+        return []
+    found = []
+    for name in (None, *dict.fromkeys(sets)):
+        parts = _of_set(traces, prompts, sets, name)
+        champion, of_part = parts[CHAMPION]
+        base = float(ratio(*(sums.sum() for sums in _sums(champion))))
+        for arm, (part, _) in parts.items():
+            if arm != CHAMPION:
+                difference = tau_difference(part, champion, of_part)
+                found.append(compared("tau", arm, CHAMPION, difference, set=name, base=base))
+    return found
+
+
+def _of_set(
+    traces: Mapping[str, Sequence[Trace]], prompts: Sequence[str], sets: Sequence[str], name: str | None
+) -> dict[str, tuple[list[Trace], list[str]]]:
+    """By drafter, the traces of one set and their prompts; of all sets for None."""
+    places = [index for index, each in enumerate(sets) if name is None or each == name]
+    return {arm: ([found[i] for i in places], [prompts[i] for i in places]) for arm, found in traces.items()}
 
 
 def _by_prompt(traces: Sequence[Trace], prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

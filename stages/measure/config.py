@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from draftsmith.stages.stored import Prompt
 
 
-DRAFTERS = ("sft", "control", "opd")  # of a refresh
+DRAFTERS = ("champion", "sft", "control", "opd")  # of a refresh
 PREFIX = "drafter:"  # of the inputs of a comparison of any other drafters; the rest of the name is the arm's
 
 

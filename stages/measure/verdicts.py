@@ -13,14 +13,15 @@ from draftsmith.stages.statistics import Estimate, simultaneous
 
 Pair = tuple[str, str]  # an arm, and the one it is compared with
 
-AGAINST_ALL = ("sft",)  # what every other drafter is compared with
+AGAINST_ALL = ("champion", "sft")  # what every other drafter is compared with: the first of these that is there
 FURTHER: tuple[Pair, ...] = (("opd", "control"),)
 FEWEST_TURNS = 5  # before two speeds may be called different: below, nothing is known of their spread
 
 
 def pairs(arms: Sequence[str]) -> list[Pair]:
     """The comparisons that are made of these drafters, arm by arm in their order."""
-    others = [*((arm, other) for other in AGAINST_ALL for arm in arms if arm != other), *FURTHER]
+    common = next((other for other in AGAINST_ALL if other in arms), None)
+    others = [*((arm, common) for arm in arms if common and arm != common), *FURTHER]
     return [pair for arm in arms for pair in others if pair[0] == arm and pair[1] in arms]
 
 

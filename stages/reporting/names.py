@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-NAMES = {"plain": "plain decoding", "sft": "SFT", "opd": "SFT + OPD", "control": "SFT continued"}
+NAMES = {
+    "plain": "plain decoding",
+    "champion": "the champion",
+    "sft": "SFT",
+    "opd": "SFT + OPD",
+    "control": "SFT continued",
+}
 ABSENT = "—"
 
 
