@@ -187,8 +187,10 @@ class Registry:
             client.set_registered_model_alias(version.line, CHAMPION, str(version.number))
             if CHALLENGER in (model.aliases if model is not None else {}):
                 client.delete_registered_model_alias(version.line, CHALLENGER)
+            at = datetime.now(UTC).isoformat(timespec="seconds")
+            client.set_model_version_tag(version.line, str(version.number), f"{_TAG}promoted_at", at)
             event = LineEvent(
-                at=datetime.now(UTC).isoformat(timespec="seconds"),
+                at=at,
                 by=f"{_user()}@{platform.node()}",
                 what=what,
                 version=version.number,

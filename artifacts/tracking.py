@@ -82,9 +82,13 @@ class Tracking:
         return self._refresh
 
     def close_refresh(
-        self, status: Status, metrics: Mapping[str, float] | None = None, files: Iterable[Path] = ()
+        self,
+        status: Status,
+        metrics: Mapping[str, float] | None = None,
+        files: Iterable[Path] = (),
+        tags: Mapping[str, str] | None = None,
     ) -> None:
-        """End the refresh's run with its headline metrics and files (the report)."""
+        """End the refresh's run with its headline metrics, files (the report) and tags (what it came to)."""
         run_id, self._refresh = self._refresh, None
         if run_id is not None:
             with self._tolerant():
@@ -92,6 +96,8 @@ class Tracking:
                 log_metrics(client, run_id, [(name, value, 0) for name, value in (metrics or {}).items()])
                 for file in files:
                     client.log_artifact(run_id, str(file))
+                for tag, value in (tags or {}).items():
+                    client.set_tag(run_id, tag, value)
                 client.set_terminated(run_id, status)
         self._refresh_lock.close()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from draftsmith.artifacts.errors import EXIT_INTERRUPTED, DraftsmithError, from_os_error
+from draftsmith.artifacts.errors import EXIT_INTERRUPTED, DraftsmithError, RefusedError, from_os_error
 
 if TYPE_CHECKING:
     from draftsmith.flows.pipeline.graph import Pipeline, PlannedNode
@@ -128,6 +128,30 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--verify", action="store_true", help="compare every file with its checksum")
     show.set_defaults(run=_show)
 
+    champions = commands.add_parser("champions", help="a line of drafters: who serves, since when and why")
+    champions.add_argument("line", metavar="NAME", help="as in registry.name of a config")
+    champions.set_defaults(run=_champions)
+
+    promote = commands.add_parser("promote", help="make a version of a line the champion by hand")
+    promote.add_argument("version", metavar="NAME@VERSION", help="such as smollm2@3 or smollm2@challenger")
+    rollback = commands.add_parser("rollback", help="let the previous champion serve again")
+    rollback.add_argument("line", metavar="NAME")
+    for moved, run_it in ((promote, _promote), (rollback, _rollback)):
+        moved.add_argument("--why", default="", help="kept in the line's history")
+        moved.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+        moved.set_defaults(run=run_it)
+
+    export = commands.add_parser("export", help="a verified copy of a drafter, in the layout that engines load")
+    export.add_argument("version", metavar="NAME[@VERSION]", help="left out: the champion")
+    export.add_argument("folder", metavar="FOLDER", type=Path)
+    export.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    export.set_defaults(run=_export)
+
+    evaluate = commands.add_parser("evaluate", help="compare drafters on a config's held-out prompts, training none")
+    evaluate.add_argument("drafters", metavar="DRAFTER", nargs="+", help="folder, hub id or NAME@champion")
+    _add_run_options(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
     prune = commands.add_parser("prune", help="what was left behind: old unfinished attempts, replaced artifacts, logs")
     prune.add_argument("--days", type=float, default=30, help="only what was not touched for so long (default: 30)")
     prune.add_argument("--delete", action="store_true", help="delete it; without, it is only listed")
@@ -162,6 +186,20 @@ def _add_config(parser: argparse.ArgumentParser, *, optional: bool = False) -> N
 
 def _run(options: argparse.Namespace, pipeline: Pipeline) -> None:
     """Run the config's flow and print what it found, or only print the plan."""
+    _run_config(options, pipeline, _read(options, pipeline))
+
+
+def _evaluate(options: argparse.Namespace, pipeline: Pipeline) -> None:
+    from draftsmith.flows.refresh.config import RefreshConfig
+    from draftsmith.flows.refresh.evaluate import EVALUATE, evaluate_config
+
+    config = _read(options, pipeline)
+    if not isinstance(config, RefreshConfig):
+        raise DraftsmithError(f"{options.config} describes an experiment: give the config of a refresh")
+    _run_config(options, EVALUATE, evaluate_config(config, options.drafters))
+
+
+def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOptions) -> None:
     from draftsmith.artifacts.home import home
     from draftsmith.artifacts.store import Store
     from draftsmith.artifacts.tracking import Tracking
@@ -171,7 +209,6 @@ def _run(options: argparse.Namespace, pipeline: Pipeline) -> None:
     from draftsmith.flows.pipeline.prefect_server import start_prefect_server
 
     display, tracking = Display(), Tracking(home())
-    config = _read(options, pipeline)
     planned = plan(config, Store(home() / "store"), pipeline, options.force)
     display.plan(planned)
     if options.plan:
@@ -181,10 +218,16 @@ def _run(options: argparse.Namespace, pipeline: Pipeline) -> None:
     tracking.check()  # while the server starts
     flow = _named(pipeline.flow)
     server.wait()
-    made: dict[str, dict[str, Any]] = flow(config, force=options.force)
+    refused: RefusedError | None = None
+    try:
+        made: dict[str, dict[str, Any]] = flow(config, force=options.force)
+    except RefusedError as error:
+        refused, made = error, getattr(error, "made", {})
     if made and pipeline.results:
         folders = {name: Path(each["path"]) for name, each in made.items()}
         _named(pipeline.results)(display, folders, tracking.ui_command)
+    if refused is not None:
+        raise refused
 
 
 def _named(text: str) -> Any:
@@ -269,6 +312,34 @@ def _show(options: argparse.Namespace, _pipeline: Pipeline) -> None:
     inspection.show(Display(), options.artifact, verify=options.verify)
 
 
+def _champions(options: argparse.Namespace, _pipeline: Pipeline) -> None:
+    from draftsmith.flows.pipeline.display import Display
+    from draftsmith.flows.refresh import commands
+
+    commands.champions(Display(), options.line)
+
+
+def _promote(options: argparse.Namespace, _pipeline: Pipeline) -> None:
+    from draftsmith.flows.pipeline.display import Display
+    from draftsmith.flows.refresh import commands
+
+    commands.promote(Display(), options.version, options.why, dry_run=options.dry_run)
+
+
+def _rollback(options: argparse.Namespace, _pipeline: Pipeline) -> None:
+    from draftsmith.flows.pipeline.display import Display
+    from draftsmith.flows.refresh import commands
+
+    commands.rollback(Display(), options.line, options.why, dry_run=options.dry_run)
+
+
+def _export(options: argparse.Namespace, _pipeline: Pipeline) -> None:
+    from draftsmith.flows.pipeline.display import Display
+    from draftsmith.flows.refresh import commands
+
+    commands.export(Display(), options.version, options.folder, dry_run=options.dry_run)
+
+
 def _prune(options: argparse.Namespace, _pipeline: Pipeline) -> None:
     from draftsmith.flows.pipeline import inspection
     from draftsmith.flows.pipeline.display import Display
@@ -277,9 +348,11 @@ def _prune(options: argparse.Namespace, _pipeline: Pipeline) -> None:
 
 
 def _read(options: argparse.Namespace, pipeline: Pipeline) -> RunOptions:
+    """The config, with what only the outside knows."""
     from draftsmith.flows.pipeline.config_file import read_config
+    from draftsmith.flows.pipeline.graph import resolved
 
-    return read_config(options.config, options.overrides, pipeline.config)
+    return resolved(read_config(options.config, options.overrides, pipeline.config), pipeline)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,14 @@ from pydantic import Field, model_validator
 from draftsmith.flows.checks.measurable import require_measurable
 from draftsmith.flows.pipeline.config_file import read_config
 from draftsmith.flows.pipeline.options import RunOptions
+from draftsmith.flows.refresh.hook import HookConfig
+from draftsmith.flows.refresh.line import RegistryConfig
+from draftsmith.stages.champion import ChampionConfig
 from draftsmith.stages.contract import Config
 from draftsmith.stages.logs import LogsConfig
 from draftsmith.stages.measure.config import EvaluationConfig
+from draftsmith.stages.measure.drift import DriftConfig
+from draftsmith.stages.measure.gate import GateConfig
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.prompting.sources import SPLITS
 from draftsmith.stages.prompts import PromptsConfig
@@ -55,6 +60,12 @@ class RefreshConfig(RunOptions):
     """The target's answers to held-out prompts, which drafters are compared on."""
     evaluation: EvaluationConfig
     report: ReportConfig = ReportConfig()
+    registry: RegistryConfig | None = None
+    """The line of drafters that this refresh goes on with: from its champion, to its next one. Without it a refresh
+    stands alone: it begins as section `sft` says, and promotes nothing."""
+    drift: DriftConfig = DriftConfig()
+    gate: GateConfig = GateConfig()
+    on_promote: HookConfig | None = None
 
     @model_validator(mode="after")
     def _answers_come_from_somewhere(self) -> RefreshConfig:
@@ -68,6 +79,17 @@ class RefreshConfig(RunOptions):
     def _what_is_measured_is_there(self) -> RefreshConfig:
         require_measurable(self.heldout, self.prompts, evaluation=self.evaluation)
         return self
+
+    @model_validator(mode="after")
+    def _a_line_chooses_its_challenger(self) -> RefreshConfig:
+        if self.registry is not None and "validation" not in self.heldout.splits:
+            raise ValueError("heldout.splits: add validation: the challenger is chosen on its answers (registry)")
+        return self
+
+    @property
+    def champion(self) -> ChampionConfig | None:
+        """Who serves, of a resolved config."""
+        return self.registry.champion if self.registry is not None else None
 
     @model_validator(mode="after")
     def _iterations_have_prompts(self) -> RefreshConfig:
@@ -91,6 +113,30 @@ class RefreshConfig(RunOptions):
             if name not in known:
                 raise ValueError(f"stages.time_limits.{name}: no such node, use one of: {', '.join(sorted(known))}")
         return self
+
+
+CHAMPION = "champion"  # of `sft.init_from`: that of the registry, as it is where nothing is said
+
+
+def starts_from_champion(config: RefreshConfig) -> bool:
+    """Whether SFT goes on from the champion: unless `sft.init_from` names another drafter."""
+    return config.champion is not None and config.sft.init_from in (None, CHAMPION)
+
+
+def sft_config(config: RefreshConfig) -> SftConfig:
+    """Of the warm-start: what `init_from: champion` means is the graph's business."""
+    if config.sft.init_from != CHAMPION and not starts_from_champion(config):
+        return config.sft
+    start = {"init_from": None, "init_revision": None, "adopt": config.sft.steps == 0}
+    return config.sft.model_copy(update=start)
+
+
+def drift_config(config: RefreshConfig) -> DriftConfig:
+    """The champion drafts as it did when its figures were taken, unless the section says otherwise."""
+    drafting = config.drift.drafting
+    if drafting.head_tokens is None and config.evaluation.head_tokens is not None:
+        drafting = drafting.model_copy(update={"head_tokens": config.evaluation.head_tokens})
+    return config.drift.model_copy(update={"drafting": drafting})
 
 
 def control_config(config: RefreshConfig) -> SftConfig:

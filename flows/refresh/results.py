@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from draftsmith.flows.pipeline.display import Display
+from draftsmith.stages.gate import DECISION
 from draftsmith.stages.reporting import rows
 from draftsmith.stages.reporting.verdict import findings
 from draftsmith.stages.stored import DRAFTER_FOLDER
@@ -22,6 +23,11 @@ def show_results(display: Display, made: Mapping[str, Path], mlflow: str) -> Non
                 display.table(**vars(table))
         for line in [*rows.exactness(evaluation), *findings(evaluation)]:
             display.line(line)
+    if "gate" in made and (made["gate"] / DECISION).is_file():
+        decision = json.loads((made["gate"] / DECISION).read_text("utf-8"))
+        for rule in decision["rules"]:
+            display.line(f"gate: {'passed' if rule['passed'] else 'BROKEN'}  {rule['name']}: {rule['said']}")
+        display.line(decision["sentence"])
     display.line("")
     display.line("Where to look next")
     if "report" in made:
