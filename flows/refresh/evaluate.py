@@ -30,7 +30,7 @@ class EvaluateConfig(RunOptions):
 
 
 def evaluate_nodes(config: EvaluateConfig) -> list[Node]:
-    """Target, held-out answers, every drafter as it is, one evaluation. The first drafter is what others stand beside."""
+    """Target, held-out answers, every drafter as it is, one evaluation; the others are compared with the first."""
     target = {"target": "target"}
     asked = {**target, "prompts": "prompts"}
     nodes = [

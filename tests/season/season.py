@@ -1,0 +1,175 @@
+"""Five weeks of a drafter line on the small target of the test bed, by the real command: `make season`.
+
+Week 1 has no champion; in week 2 nothing has changed; in week 3 other prompts arrive; week 4 is a refresh that went
+wrong (an absurd learning rate); in week 5 the target is another revision. Then the line is rolled back. Every week is
+the same config file with one or two fields changed, as a team would change them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.testbed import cache
+from tests.testbed.target import MASK, SHAPE, TAUGHT, prompts_file, target_folder
+
+ROOT = Path(__file__).parents[2]
+LINE = "tiny-dflash"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How long the season's trainings are, and how much is measured."""
+
+    train: int = 120
+    heldout: int = 40
+    sft_steps: int = 300
+    opd_steps: int = 60
+    rounds: int = 6
+    judge_speed: bool = True
+
+
+FULL = Size()
+SHORT = Size(train=48, heldout=24, sft_steps=120, opd_steps=16, rounds=1, judge_speed=False)
+
+
+@dataclass(frozen=True)
+class Week:
+    """What was expected, and what happened."""
+
+    name: str
+    expected: str  # promoted, skipped, refused
+    code: int
+    seconds: float
+    said: str  # the line's own sentence
+    output: str
+
+    @property
+    def happened(self) -> str:
+        if self.code == 3:
+            return "refused"
+        if self.code != 0:
+            return f"failed ({self.code})"
+        return "skipped" if "is current" in self.said else "promoted"
+
+    def __str__(self) -> str:
+        return f"{self.name:<40} {self.happened:<9} {self.seconds:4.0f} s  {self.said}"
+
+
+def config_of(size: Size) -> dict[str, Any]:
+    """The config of the first week."""
+    sampling = {"max_new_tokens": 40, "temperature": 0.0}
+    training = {"sequences_per_step": 6, "anchors_per_sequence": 8, "compute_dtype": "float32"}
+    return {
+        "name": "season",
+        "stages": {"threads": 1, "min_free_gb": 0.01, "retry_delay_seconds": 0},
+        "registry": {"name": LINE},
+        "target": {"source": str(target_folder()), "dtype": "float32"},
+        "prompts": {
+            "sources": [
+                {"kind": "jsonl", "path": str(prompts_file()), "label": "record", "filter": {"family": "record"}}
+            ],
+            "train": size.train, "validation": 8, "heldout": size.heldout,
+        },
+        "rollout": {"prompts": size.train - 16, "sampling": sampling, "engine": {"slots": 32}},
+        "sft": {
+            **training, "steps": size.sft_steps, "learning_rate": 3e-3, "gamma": 4.0,
+            "drafter": {"num_layers": 1, "block_size": 6, "target_layer_ids": [0, 1, 2], "mask_token": MASK},
+        },
+        "assisted": {"skip": size.train - 16, "sampling": sampling, "engine": {"slots": 16}},
+        "mining": {},
+        "opd": {**training, "steps": size.opd_steps, "learning_rate": 1e-3},
+        "heldout": {"splits": ["validation", "heldout"], "sampling": sampling, "engine": {"slots": 16}},
+        "evaluation": {
+            "sampling": sampling, "speed_prompts": 4, "validation_prompts": 4, "block_sizes": [6],
+            "exactness_prompts": 4, "rounds": size.rounds,
+        },
+        "gate": {"judge_speed": size.judge_speed},
+    }  # fmt: skip
+
+
+def revision() -> Path:
+    """The target trained on for a little: another model that answers much the same."""
+    from draftsmith.stages.procedural import text, training
+    from draftsmith.stages.procedural.training import train_target
+
+    taught = TAUGHT.model_copy(update={"steps": 60, "revision_2": 0.5, "learning_rate": 2e-3, "seed": 1})
+
+    def build(folder: Path) -> None:
+        train_target(folder, taught, SHAPE, parent=target_folder())
+
+    return cache.cached("target-tiny-revision", build, code=(text, training), extra=f"{SHAPE} {taught} {TAUGHT}")
+
+
+def play(folder: Path, size: Size) -> Iterator[Week]:
+    """The weeks, each when it is over. folder: for the home and the config."""
+    config, home = folder / "season.yaml", folder / "home"
+    config.write_text(yaml.safe_dump(config_of(size)))
+    other = ["prompts.sources.0.filter={family: story}", "prompts.sources.0.label=story"]
+    weeks: list[tuple[str, str, list[str]]] = [
+        ("week 1: no champion", "promoted", []),
+        ("week 2: nothing changed", "skipped", []),
+        ("week 3: other traffic", "promoted", other),
+        ("week 4: a broken refresh", "refused", [*other, "sft.learning_rate=0.5", "opd.learning_rate=0.5"]),
+        ("week 5: the target has a new revision", "promoted", [*other, f"target.source={revision()}"]),
+    ]
+    for name, expected, changed in weeks:
+        force = ["--force", "drift"] if expected == "refused" else []
+        begun = time.monotonic()
+        done = draftsmith(home, "refresh", config, *(word for each in changed for word in ("--set", each)), *force)
+        yield Week(name, expected, done.returncode, time.monotonic() - begun, sentence(done), done.stdout + done.stderr)
+
+
+def sentence(done: subprocess.CompletedProcess[str]) -> str:
+    """What the line said of this week."""
+    lines = [line for line in done.stdout.splitlines() if line.startswith(LINE)]
+    said = lines[-1] if lines else (done.stderr.strip().splitlines() or ["nothing"])[-1]
+    return re.sub(r" \(`--force.*", "", said)
+
+
+def draftsmith(home: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "DRAFTSMITH_HOME"))}
+    return subprocess.run(
+        [sys.executable, "-m", "draftsmith.flows", *map(str, arguments)],
+        cwd=ROOT,
+        env={**environment, "DRAFTSMITH_HOME": str(home), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Five weeks of a drafter line, in minutes.")
+    parser.add_argument("--short", action="store_true", help="shorter trainings, speed not judged")
+    parser.add_argument("--folder", type=Path, help="for home and config; left out: a temporary one")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="draftsmith-season-") as temporary:
+        folder = (options.folder or Path(temporary)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        wrong = 0
+        for week in play(folder, SHORT if options.short else FULL):
+            print(week, flush=True)
+            if week.happened != week.expected:
+                wrong += 1
+                print(f"expected: {week.expected}\n{week.output}", file=sys.stderr)
+        rolled = draftsmith(folder / "home", "rollback", LINE, "--why", "end of the season")
+        print(f"{'then: rollback':<40} {(rolled.stdout + rolled.stderr).strip()}")
+        print(draftsmith(folder / "home", "champions", LINE).stdout)
+    return 1 if wrong or rolled.returncode else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

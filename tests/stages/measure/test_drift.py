@@ -1,0 +1,28 @@
+"""Drift is what lies below the limit with its whole interval."""
+
+from __future__ import annotations
+
+from draftsmith.stages.measure.drift import fallen
+
+BEFORE = {"all": {"tau": 4.0}, "chat": {"tau": 3.0}, "code": {"tau": 5.0}}
+
+
+def now(tau: float, reach: float) -> dict[str, float]:
+    return {"tau": tau, "low": tau - reach, "high": tau + reach}
+
+
+def test_what_fell_measurably_is_named() -> None:
+    drift = {"all": now(3.9, 0.05), "chat": now(2.0, 0.3), "code": now(4.9, 0.05)}
+    (said,) = fallen(drift, BEFORE, 0.03)
+    assert said == "chat: tau 2.000 (at most 2.300), 3.000 at its promotion"
+
+
+def test_noise_and_unknown_sets_are_no_drift() -> None:
+    assert fallen({"all": now(3.5, 0.6)}, BEFORE, 0.03) == []
+    assert fallen({"maths": now(1.0, 0.1)}, BEFORE, 0.03) == []
+    assert fallen({"all": {"tau": 1.0, "low": None, "high": None}}, BEFORE, 0.03) == []
+
+
+def test_the_threshold_is_a_share_of_what_it_was() -> None:
+    assert fallen({"all": now(3.7, 0.1)}, BEFORE, 0.03) != []
+    assert fallen({"all": now(3.7, 0.1)}, BEFORE, 0.1) == []

@@ -1,0 +1,121 @@
+"""The gate: every rule with what breaks it, and how often it is wrong, on simulated evaluations."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from draftsmith.stages.measure.acceptance import acceptance_table, taus_compared
+from draftsmith.stages.measure.gate import CHAMPION, PLAIN, GateConfig, challenger_of, compared, decide
+from draftsmith.stages.measure.speed import log_ratios
+from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.statistics import Estimate
+from tests.stages.measure.test_error_rates import ARMS, allowed, simulated_traces, simulated_turns
+
+EXACT = {"fp32_prompts": 4, "fp32_identical": 4, "identical_share": 1.0}
+SETS = ("chat", "code")
+
+
+def evaluation(rng: np.random.Generator, gain: float, prompts: int = 200, rounds: int = 6) -> dict[str, Any]:
+    """What the evaluation of a challenger says that is `gain` better than the champion, in tau and in speed."""
+    simulated, of_prompt = simulated_traces(rng, prompts, samples=1, gain=gain)
+    renamed: dict[str, list[Trace]] = {CHAMPION: simulated["sft"], "opd": simulated["opd"]}
+    turns = simulated_turns(rng, rounds, concurrency=16, gain=gain)
+    turns = [turn | {"arm": CHAMPION if turn["arm"] == "sft" else turn["arm"]} for turn in turns]
+    sets = [SETS[int(prompt) % 2] for prompt in of_prompt]
+    speed = log_ratios(turns, [("opd", PLAIN), ("opd", CHAMPION)])
+    where = {"temperature": 0.0, "concurrency": 16}
+    return {
+        "drafters": acceptance_table(renamed, of_prompt, [False] * len(of_prompt)),
+        "compared": taus_compared(renamed, of_prompt, sets)
+        + [compared("speed", arm, other, found, **where) for (arm, other), found in speed.items()],
+        "exactness": EXACT,
+    }
+
+
+def broken(found: dict[str, Any], config: GateConfig | None = None, **checks: Any) -> list[str]:
+    return [rule.name for rule in decide(found, config or GateConfig(), "3", **checks).rules if not rule.passed]
+
+
+def test_a_champion_as_its_own_challenger_is_seldom_promoted() -> None:
+    rng = np.random.default_rng(0)
+    repetitions = 400
+    promoted = sum(decide(evaluation(rng, 0.0, prompts=60), GateConfig(), "3").promote for _ in range(repetitions))
+    assert 0 < promoted / repetitions <= allowed(repetitions)
+
+
+def test_a_challenger_that_is_5_percent_better_is_promoted_nearly_always() -> None:
+    rng = np.random.default_rng(1)
+    repetitions = 100
+    assert (
+        sum(decide(evaluation(rng, 0.05), GateConfig(), "3").promote for _ in range(repetitions)) >= 0.9 * repetitions
+    )
+
+
+def test_the_very_same_drafter_is_not_promoted() -> None:
+    found = evaluation(np.random.default_rng(2), 0.0)
+    same = {**found, "compared": [each | {"value": 0.0, "error": 0.0} for each in found["compared"]]}
+    assert broken(same)[0] == "tau"
+
+
+def test_a_promotion_needs_the_gain_that_is_asked_for() -> None:
+    found = evaluation(np.random.default_rng(3), 0.2)
+    assert broken(found) == []
+    assert broken(found, GateConfig(min_tau_gain=0.5)) == ["tau"]
+    decision = decide(found, GateConfig(), "3")
+    assert decision.promote and decision.sentence().startswith("promoted: opd beats version 3 (+")
+
+
+def test_every_rule_is_broken_by_what_it_is_about() -> None:
+    found = evaluation(np.random.default_rng(4), 0.2)
+    assert broken(found | {"exactness": EXACT | {"fp32_identical": 3}}) == ["lossless"]
+    assert broken(found | {"exactness": EXACT | {"median_margin": 4.0}}) == ["near-ties"]
+    assert broken(found | {"exactness": {}}) == ["lossless"]
+    assert broken(found, checksums=["model.safetensors has changed"]) == ["checksums"]
+
+    def with_entry(kind: str, other: str, **fields: Any) -> dict[str, Any]:
+        entries = [
+            each | (fields if (each["kind"], each["other"]) == (kind, other) and each.get("set") else {})
+            for each in found["compared"]
+        ]
+        return found | {"compared": entries}
+
+    assert broken(with_entry("tau", CHAMPION, value=-0.5, error=0.01)) == ["tau of chat", "tau of code"]
+    slower = [
+        each | {"value": math.log(0.8), "error": 0.005}
+        if (each["kind"], each["other"]) == ("speed", CHAMPION)
+        else each
+        for each in found["compared"]
+    ]
+    assert broken(found | {"compared": slower}) == ["speed at temperature 0, 16 in flight"]
+    few = [each | {"units": 2} if each["kind"] == "speed" else each for each in found["compared"]]
+    assert broken(found | {"compared": few}) == ["speed-up", "speed at temperature 0, 16 in flight"]
+    assert broken(found | {"compared": few}, GateConfig(judge_speed=False)) == []
+
+
+def over_plain(arm: str, factor: float) -> dict[str, Any]:
+    return compared("speed", arm, PLAIN, Estimate(math.log(factor), 0.01, 6, 5.0), temperature=0.0, concurrency=1)
+
+
+def test_without_a_champion_plain_decoding_is_what_must_be_beaten() -> None:
+    found = {
+        "drafters": {"sft": {"tau": 1.1}, "opd": {"tau": 1.3}},
+        "compared": [over_plain("sft", 0.9), over_plain("opd", 1.2)],
+        "exactness": EXACT,
+    }
+    assert challenger_of(found) == "opd"
+    assert decide(found, GateConfig(), None).promote
+    chosen = found | {"validation_tau": {"sft": 1.4, "opd": 1.2}}  # the choice is the validation split's
+    decision = decide(chosen, GateConfig(), None)
+    assert decision.challenger == "sft"
+    assert not decision.promote and "speed-up: 0.900 times, at least 0." in decision.sentence()
+    assert decide(chosen, GateConfig(judge_speed=False), None).promote
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_champion_is_never_its_own_challenger(arm: str) -> None:
+    taus = {CHAMPION: 9.0, **{name: 1.0 + (name == arm) for name in ARMS}}
+    assert challenger_of({"drafters": {name: {} for name in taus}, "validation_tau": taus}) == arm
