@@ -32,6 +32,7 @@ def run(ctx: StageContext, config: ReportConfig) -> None:
     data = ReportData(
         title=config.title,
         evaluation=evaluation,
+        decision=_read_json(ctx.inputs["gate"] / "decision.json") if "gate" in ctx.inputs else {},
         mining=_read_json(ctx.inputs["mining"] / "summary.json"),
         curves={arm: _losses(ctx.inputs[arm] / "metrics.jsonl") for arm in TRAININGS if arm in ctx.inputs},
         lineage=[{"name": name} | manifest.model_dump() for name, manifest in lineage],
@@ -93,7 +94,7 @@ def _sibling(folder: Path, entry: InputEntry) -> Path:
 STAGE = Stage(
     name="report",
     config=ReportConfig,
-    inputs=("mining", "evaluation", "sft", "opd", "control?"),
+    inputs=("mining", "evaluation", "sft", "opd", "control?", "gate?"),
     run=run,
     volatile=("metrics.jsonl", "report.html"),  # it shows durations and tokens/s
 )

@@ -49,10 +49,6 @@ def refresh_nodes(config: RefreshConfig) -> list[Node]:
         suffix = "" if iteration == config.refresh.iterations else f"-{iteration}"
         nodes += _iteration(config, iteration, suffix, opd, control, champion)
         opd, control = f"opd{suffix}", f"control{suffix}"
-    if config.registry is not None:
-        judged = {"evaluation": "evaluation", **champion, "sft": "sft", "opd": "opd"}
-        judged |= {"control": "control"} if config.refresh.control else {}
-        nodes.append(Node("gate", "draftsmith.stages.gate", config.gate, judged))
     return nodes
 
 
@@ -88,11 +84,12 @@ def _iteration(
         nodes.append(Node(f"control{suffix}", "draftsmith.stages.sft", control_config(config), inputs, seed))
     measured = {**target, "prompts": "prompts", "trajectories": "heldout", **champion, **drafters}
     reported = {"mining": f"mining{suffix}", "evaluation": f"evaluation{suffix}", **drafters}
-    return [
-        *nodes,
-        Node(f"evaluation{suffix}", "draftsmith.stages.evaluation", config.evaluation, measured),
-        Node(f"report{suffix}", "draftsmith.stages.report", config.report, reported),
-    ]
+    nodes.append(Node(f"evaluation{suffix}", "draftsmith.stages.evaluation", config.evaluation, measured))
+    if config.registry is not None and not suffix:  # the last one decides
+        judged = {"evaluation": "evaluation", **champion, **drafters}
+        nodes.append(Node("gate", "draftsmith.stages.gate", config.gate, judged))
+        reported["gate"] = "gate"
+    return [*nodes, Node(f"report{suffix}", "draftsmith.stages.report", config.report, reported)]
 
 
 REFRESH = Pipeline(

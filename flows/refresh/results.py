@@ -25,8 +25,8 @@ def show_results(display: Display, made: Mapping[str, Path], mlflow: str) -> Non
             display.line(line)
     if "gate" in made and (made["gate"] / DECISION).is_file():
         decision = json.loads((made["gate"] / DECISION).read_text("utf-8"))
-        for rule in decision["rules"]:
-            display.line(f"gate: {'passed' if rule['passed'] else 'BROKEN'}  {rule['name']}: {rule['said']}")
+        if (table := rows.gate(decision)) is not None:
+            display.table(**vars(table))
         display.line(decision["sentence"])
     display.line("")
     display.line("Where to look next")

@@ -40,6 +40,7 @@ class ReportData:
 
     title: str
     evaluation: Mapping[str, Any] = field(default_factory=dict)  # evaluation.json
+    decision: Mapping[str, Any] = field(default_factory=dict)  # decision.json of the gate
     mining: Mapping[str, Any] = field(default_factory=dict)  # mining's summary.json
     curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)  # arm -> (step, loss)
     lineage: Sequence[Mapping[str, Any]] = ()  # name, stage, key, content_id, duration_s
@@ -61,7 +62,11 @@ def render_report(path: Path, data: ReportData) -> None:
 
 def _parts(data: ReportData) -> Iterable[str]:
     drafters, speed = data.evaluation.get("drafters", {}), data.evaluation.get("speed", {})
+    if data.decision:
+        yield f'<p class="lead"><strong>{html.escape(str(data.decision["sentence"]))}</strong></p>'
     yield _headline(data.evaluation)
+    if judged := rows.gate(data.decision):
+        yield f"<h2>{judged.title}</h2>\n{_table(judged)}"
     if table := rows.by_setting(data.evaluation):
         yield f"<h2>{table.title}</h2>\n{_table(table)}"
     yield _section("Exactness", rows.exactness(data.evaluation))

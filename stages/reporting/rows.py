@@ -214,3 +214,11 @@ def repetitions(evaluation: Mapping[str, Any]) -> list[str]:
     if figures:
         sentences.append(f"tau without them: {', '.join(figures)}.")
     return sentences
+
+
+def gate(decision: Mapping[str, Any]) -> Table | None:
+    """Of `decision.json`: every rule, what became of it, and its figures with the threshold."""
+    if not decision.get("rules"):
+        return None
+    rules = [[rule["name"], "passed" if rule["passed"] else "BROKEN", rule["said"]] for rule in decision["rules"]]
+    return Table(("rule", "", "figures"), rules, title="Gate", text_columns=3)

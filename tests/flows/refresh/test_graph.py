@@ -13,6 +13,7 @@ from draftsmith.flows.pipeline.graph import Status, external_digests, in_order, 
 from draftsmith.flows.pipeline.options import TimeLimit
 from draftsmith.flows.refresh.config import RefreshConfig, control_config, load_config
 from draftsmith.flows.refresh.graph import REFRESH, refresh_nodes
+from draftsmith.stages.champion import ChampionConfig
 from tests.flows.pipeline.processes import ROOT
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -20,7 +21,69 @@ QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
 @pytest.fixture
 def config() -> RefreshConfig:
-    return load_config(ROOT / "configs" / "quickstart.yaml")
+    """Of a refresh that stands alone."""
+    return load_config(ROOT / "configs" / "quickstart.yaml", ["registry=null"])
+
+
+def of_line(*overrides: str, champion: bool) -> RefreshConfig:
+    """Of a refresh of a line, as it is when its champion was looked up."""
+    config = load_config(QUICKSTART, overrides)
+    assert config.registry is not None
+    serves = ChampionConfig(
+        line=config.registry.name,
+        version=3,
+        folder="/store/opd/abc/drafter",
+        content_id="c" * 64,
+        drafter_digest="d" * 64,
+    )
+    registry = config.registry.model_copy(update={"champion": serves if champion else None})
+    return config.model_copy(update={"registry": registry})
+
+
+def test_a_refresh_of_a_line_goes_on_from_its_champion_and_ends_at_the_gate() -> None:
+    nodes = {node.name: node for node in in_order(refresh_nodes(of_line(champion=True)))}
+    assert list(nodes) == [
+        *("target", "prompts", "heldout", "champion", "drift", "rollout", "sft", "assisted", "mining", "opd"),
+        *("control", "evaluation", "gate", "report"),
+    ]
+    assert nodes["sft"].inputs["drafter"] == "champion"
+    assert nodes["evaluation"].inputs["champion"] == "champion"
+    assert nodes["drift"].config.model_dump()["drafting"]["head_tokens"] == 4096, "it drafts as it was measured"
+    first = {node.name: node for node in refresh_nodes(of_line(champion=False))}
+    assert not {"champion", "drift"} & first.keys() and "drafter" not in first["sft"].inputs
+    assert set(first["gate"].inputs) == {"evaluation", "sft", "opd", "control"}
+
+
+def test_the_champion_is_its_content_wherever_it_lies() -> None:
+    here, there = (
+        of_line(champion=True).champion,
+        of_line(champion=True).champion.model_copy(  # type: ignore[union-attr]
+            update={"folder": "/elsewhere", "version": 9, "line": "other", "promoted_at": "2026-01-01T00:00:00+00:00"}
+        ),
+    )
+    assert here is not None and here.key_material() == there.key_material()
+    assert here.model_copy(update={"content_id": "e" * 64}).key_material() != here.key_material()
+
+
+def test_another_start_than_the_champion_is_one_that_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    named = of_line(f"sft.init_from={tmp_path / 'mine'}", champion=True)
+    nodes = {node.name: node for node in refresh_nodes(named)}
+    assert "drafter" not in nodes["sft"].inputs
+    assert nodes["evaluation"].inputs["champion"] == "champion", "it is still what must be beaten"
+    for champion, start in ((True, {"drafter"}), (False, set())):
+        asked = of_line("sft.init_from=champion", champion=champion)
+        (sft,) = [node for node in refresh_nodes(asked) if node.name == "sft"]
+        assert set(sft.inputs) - {"target", "trajectories"} == start
+        assert sft.config.model_dump()["init_from"] is None
+    as_it_is = of_line("sft.init_from=champion", "sft.steps=0", champion=True)
+    (sft,) = [node for node in refresh_nodes(as_it_is) if node.name == "sft"]
+    assert type(sft.config).model_validate(sft.config.model_dump()) == sft.config
+
+
+def test_a_line_answers_validation_prompts_too() -> None:
+    with pytest.raises(DraftsmithError, match=r"heldout\.splits: add validation"):
+        load_config(QUICKSTART, ["heldout.splits=[heldout]"])
 
 
 def test_the_nodes_fit_their_stages_and_come_in_the_order_of_the_method(config: RefreshConfig) -> None:

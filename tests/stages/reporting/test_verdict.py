@@ -61,8 +61,8 @@ def test_a_training_is_said_to_be_one() -> None:
     told = verdict("tau", "opd", "sft", 0.2, 0.1)
     assert sentence(told, training_seeds={"opd": 3}).startswith("This drafter of SFT + OPD (one training, seed 3) has")
     assert sentence(told).startswith("This drafter of SFT + OPD (one training) has")
-    other = verdict("tau", "champion", "sft", 0.2, 0.1)
-    assert sentence(other).startswith("This drafter of champion (one training) has")
+    other = verdict("tau", "mine", "sft", 0.2, 0.1)
+    assert sentence(other).startswith("This drafter of mine (one training) has")
 
 
 def test_the_number_of_verdicts_is_told_and_those_that_were_not_given_do_not_count() -> None:
