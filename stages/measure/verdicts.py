@@ -20,9 +20,12 @@ FEWEST_TURNS = 5  # before two speeds may be called different: below, nothing is
 
 def pairs(arms: Sequence[str]) -> list[Pair]:
     """The comparisons that are made of these drafters, arm by arm in their order; of unknown ones with the first."""
-    common = next((other for other in AGAINST_ALL if other in arms), arms[0] if arms else None)
-    others = [*((arm, common) for arm in arms if common and arm != common), *FURTHER]
-    return [pair for arm in arms for pair in others if pair[0] == arm and pair[1] in arms]
+    further = [pair for pair in FURTHER if pair[0] in arms and pair[1] in arms]
+    common = next((other for other in AGAINST_ALL if other in arms), None)
+    if common is None and arms and not further:
+        common = arms[0]
+    others = [*((arm, common) for arm in arms if common is not None and arm != common), *further]
+    return [pair for arm in arms for pair in others if pair[0] == arm]
 
 
 def verdicts(tau: Mapping[Pair, Estimate], speed: Mapping[Pair, Estimate], speed_prompts: int) -> list[dict[str, Any]]:

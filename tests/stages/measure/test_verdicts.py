@@ -10,12 +10,14 @@ from draftsmith.stages.measure.verdicts import FEWEST_TURNS, pairs, verdicts
 from draftsmith.stages.statistics import Estimate
 
 
-def test_every_drafter_is_compared_with_sft_and_opd_with_sft_continued() -> None:
+def test_every_drafter_is_compared_with_one_and_opd_with_sft_continued() -> None:
     assert pairs(["sft", "control", "opd", "other"]) == [
         ("control", "sft"), ("opd", "sft"), ("opd", "control"), ("other", "sft"),
     ]  # fmt: skip
     assert pairs(["opd", "control"]) == [("opd", "control")]
-    assert pairs(["sft"]) == pairs(["dflash sft", "dflash opd"]) == []
+    assert pairs(["champion", "sft", "opd"]) == [("sft", "champion"), ("opd", "champion")]
+    assert pairs(["mine", "theirs"]) == [("theirs", "mine")], "unknown ones are compared with the first"
+    assert pairs(["sft"]) == pairs([]) == []
 
 
 def test_a_verdict_of_tau_and_one_of_speed() -> None:
