@@ -22,6 +22,12 @@ class RetryableError(DraftsmithError):
     exit_code = EXIT_RETRYABLE
 
 
+class RefusedError(DraftsmithError):
+    """Everything ran, and what it made was found not good enough."""
+
+    exit_code = 3
+
+
 class StageInterrupted(DraftsmithError):
     """The stage was asked to stop and has saved what it had; running it again continues there."""
 

@@ -96,12 +96,12 @@ VERIFY_STEPS = _table(
 
 REQUESTS = _table(  # what evaluation decoded
     "requests",
-    2,
+    3,
     nullable=("accepted", "identical"),
     round=pa.int32(),
     request_id=pa.string(),  # "<prompt_id>/<arm>"
     prompt_id=pa.string(),
-    arm=pa.string(),  # plain | sft | opd | control
+    arm=pa.string(),  # plain, or a drafter's name
     engine=pa.string(),
     block_size=pa.int32(),
     temperature=pa.float64(),  # 0 = greedy
@@ -110,7 +110,6 @@ REQUESTS = _table(  # what evaluation decoded
     response_ids=_IDS,
     verify_steps=pa.int32(),
     accepted=_IDS,  # proposals kept by each verify step (only counted: ascending); null where not known
-    seconds=pa.float64(),  # the request's share of the wall time of the requests that ran together
     latency_seconds=pa.float64(),  # from the request to its last token
     first_token_seconds=pa.float64(),  # NaN = not measured
     draft_seconds=pa.float64(),
@@ -118,6 +117,24 @@ REQUESTS = _table(  # what evaluation decoded
     identical=pa.bool_(),  # to plain decoding of the same prompt; null where that does not apply
     first_difference=pa.int32(),  # position in the response; -1 = none
     margin=pa.float32(),  # the target's logit margin there; NaN = none, or not known
+)
+
+TURNS = _table(  # how long evaluation took: an arm decodes all prompts of a setting, timed as a whole
+    "turns",
+    1,
+    round=pa.int32(),  # in which all arms had their turn
+    order=pa.int32(),  # place of the arm's turn in its round, from 0
+    arm=pa.string(),
+    engine=pa.string(),
+    block_size=pa.int32(),
+    temperature=pa.float64(),
+    concurrency=pa.int32(),
+    prompts=pa.int32(),
+    tokens=pa.int64(),
+    wall_seconds=pa.float64(),
+    draft_seconds=pa.float64(),  # 0 where the engine does not say
+    verify_seconds=pa.float64(),
+    verify_steps=pa.int64(),  # 0 = plain decoding
 )
 
 ACCEPTANCE = _table(  # of an experiment's drafters, a row a held-out trajectory

@@ -61,7 +61,7 @@ class Tracking:
         try:
             if self.uri.startswith(_HTTP):
                 _reach(self.uri)
-            self._connect()
+            self.connect()
         except Exception as error:
             what, fix = "MLflow's database", "make it writable, or move it away to start a new one"
             if self.uri != self.default_uri:
@@ -73,7 +73,7 @@ class Tracking:
         """Start the run of a refresh; None if MLflow failed. It counts as alive as long as this process lives."""
         key = secrets.token_hex(16)
         with self._tolerant():
-            client, experiment = self._connect()
+            client, experiment = self.connect()
             self._refresh_lock.enter_context(locked(self._refresh_file(key)))
             self._refresh_lock.callback(self._refresh_file(key).unlink)
             mine = self._tags("refresh", key) | dict(tags or {})
@@ -82,16 +82,22 @@ class Tracking:
         return self._refresh
 
     def close_refresh(
-        self, status: Status, metrics: Mapping[str, float] | None = None, files: Iterable[Path] = ()
+        self,
+        status: Status,
+        metrics: Mapping[str, float] | None = None,
+        files: Iterable[Path] = (),
+        tags: Mapping[str, str] | None = None,
     ) -> None:
-        """End the refresh's run with its headline metrics and files (the report)."""
+        """End the refresh's run with its headline metrics, files (the report) and tags (what it came to)."""
         run_id, self._refresh = self._refresh, None
         if run_id is not None:
             with self._tolerant():
-                client, _ = self._connect()
+                client, _ = self.connect()
                 log_metrics(client, run_id, [(name, value, 0) for name, value in (metrics or {}).items()])
                 for file in files:
                     client.log_artifact(run_id, str(file))
+                for tag, value in (tags or {}).items():
+                    client.set_tag(run_id, tag, value)
                 client.set_terminated(run_id, status)
         self._refresh_lock.close()
 
@@ -112,7 +118,7 @@ class Tracking:
         """
         run = StageRun(self)
         with self._tolerant(run):
-            client, experiment = self._connect()
+            client, experiment = self.connect()
             tags = self._tags(stage, key) | ({"mlflow.parentRunId": parent_run_id} if parent_run_id else {})
             old = self._unfinished(key) if existing_run_id is None else client.get_run(existing_run_id)
             if old is None:
@@ -134,7 +140,7 @@ class Tracking:
         """
         closed: list[str] = []
         with self._tolerant():
-            client, _ = self._connect()
+            client, _ = self.connect()
             for run in self._search("attributes.status = 'RUNNING'"):
                 stage, key = run.data.tags["draftsmith.stage"], run.data.tags["draftsmith.key"]
                 held = is_locked(self._refresh_file(key)) if stage == "refresh" else store.is_claimed(stage, key)
@@ -151,7 +157,7 @@ class Tracking:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _connect(self) -> tuple[MlflowClient, str]:
+    def connect(self) -> tuple[MlflowClient, str]:
         """The client and the experiment's id; migrates a database first, one process at a time."""
         if self._connected is None:
             os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read while mlflow is imported
@@ -192,7 +198,7 @@ class Tracking:
         }
 
     def _search(self, condition: str) -> list[Run]:
-        client, experiment = self._connect()
+        client, experiment = self.connect()
         runs = client.search_runs([experiment], condition, max_results=1000)
         mine = self._tags("", "")
         same = ("draftsmith.host", "draftsmith.home")
@@ -278,7 +284,7 @@ class StageRun:
     def _do(self, act: Callable[[MlflowClient, str], None]) -> None:
         if self.run_id is not None:
             with self._tracking._tolerant(self):
-                act(self._tracking._connect()[0], self.run_id)
+                act(self._tracking.connect()[0], self.run_id)
 
     def _known_step(self, client: MlflowClient, run_id: str, name: str) -> int:
         if not self.resumed:

@@ -14,11 +14,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from draftsmith.artifacts.errors import EXIT_INTERRUPTED, DraftsmithError, from_os_error
+from draftsmith.artifacts.errors import EXIT_INTERRUPTED, DraftsmithError, RefusedError, from_os_error
 
 if TYPE_CHECKING:
-    from draftsmith.artifacts.tracking import Tracking
-    from draftsmith.flows.pipeline.display import Display
     from draftsmith.flows.pipeline.graph import Pipeline, PlannedNode
     from draftsmith.flows.pipeline.options import RunOptions
 
@@ -103,20 +101,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="draftsmith", description=_DESCRIPTION, epilog=_EPILOG)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    refresh = commands.add_parser("refresh", help="run a whole refresh; what has not changed is reused")
-    _add_run_options(refresh)
-    refresh.set_defaults(run=_refresh)
-
-    experiment = commands.add_parser("experiment", help="train a drafter in several ways and compare the results")
-    _add_run_options(experiment)
-    experiment.set_defaults(run=_experiment)
+    run = commands.add_parser(
+        "run",
+        aliases=["refresh", "experiment"],
+        help="run what the file describes, a refresh or an experiment; what has not changed is reused",
+    )
+    _add_run_options(run)
+    run.set_defaults(run=_run)
 
     check = commands.add_parser("check", help="everything that can be checked before a run, without loading weights")
     _add_config(check)
     check.set_defaults(run=_check)
 
-    stage = commands.add_parser("stage", help="run one node of the refresh, with its inputs taken from the store")
-    stage.add_argument("name", metavar="NAME", help="the node, as in `draftsmith refresh --plan`")
+    stage = commands.add_parser("stage", help="run one node of the graph, with its inputs taken from the store")
+    stage.add_argument("name", metavar="NAME", help="the node, as in `draftsmith run --plan`")
     _add_config(stage)
     stage.add_argument("--force", action="store_true", help="make it again although it is there")
     stage.set_defaults(run=_stage)
@@ -129,6 +127,30 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("artifact", metavar="ARTIFACT", help="a stage, the start of a key or content id, or a path")
     show.add_argument("--verify", action="store_true", help="compare every file with its checksum")
     show.set_defaults(run=_show)
+
+    champions = commands.add_parser("champions", help="a line of drafters: who serves, since when and why")
+    champions.add_argument("line", metavar="NAME", help="as in registry.name of a config")
+    champions.set_defaults(run=_champions)
+
+    promote = commands.add_parser("promote", help="make a version of a line the champion by hand")
+    promote.add_argument("version", metavar="NAME@VERSION", help="such as smollm2@3 or smollm2@challenger")
+    rollback = commands.add_parser("rollback", help="let the previous champion serve again")
+    rollback.add_argument("line", metavar="NAME")
+    for moved, run_it in ((promote, _promote), (rollback, _rollback)):
+        moved.add_argument("--why", default="", help="kept in the line's history")
+        moved.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+        moved.set_defaults(run=run_it)
+
+    export = commands.add_parser("export", help="a verified copy of a drafter, in the layout that engines load")
+    export.add_argument("version", metavar="NAME[@VERSION]", help="left out: the champion")
+    export.add_argument("folder", metavar="FOLDER", type=Path)
+    export.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    export.set_defaults(run=_export)
+
+    evaluate = commands.add_parser("evaluate", help="compare drafters on a config's held-out prompts, training none")
+    evaluate.add_argument("drafters", metavar="DRAFTER", nargs="+", help="folder, hub id or NAME@champion")
+    _add_run_options(evaluate)
+    evaluate.set_defaults(run=_evaluate)
 
     prune = commands.add_parser("prune", help="what was left behind: old unfinished attempts, replaced artifacts, logs")
     prune.add_argument("--days", type=float, default=30, help="only what was not touched for so long (default: 30)")
@@ -162,51 +184,56 @@ def _add_config(parser: argparse.ArgumentParser, *, optional: bool = False) -> N
 # -- commands --------------------------------------------------------------------------------------------------------
 
 
-def _refresh(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    if pipeline.kind != "refresh":
-        raise DraftsmithError(f"{options.config} describes an {pipeline.kind}: use draftsmith {pipeline.kind}")
-    made, display, tracking = _run(options, pipeline)
-    if made:
-        display.results({name: Path(each["path"]) for name, each in made.items()}, tracking.ui_command)
+def _run(options: argparse.Namespace, pipeline: Pipeline) -> None:
+    """Run the config's flow and print what it found, or only print the plan."""
+    _run_config(options, pipeline, _read(options, pipeline))
 
 
-def _experiment(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    if pipeline.kind != "experiment":
-        raise DraftsmithError(
-            f"{options.config} has no line `kind: experiment` or `kind: architectures`: use draftsmith {pipeline.kind}"
-        )
-    made, display, _ = _run(options, pipeline)
-    if made:
-        module, _, function = pipeline.results.partition(":")
-        getattr(importlib.import_module(module), function)(
-            display, {name: Path(each["path"]) for name, each in made.items()}
-        )
+def _evaluate(options: argparse.Namespace, pipeline: Pipeline) -> None:
+    from draftsmith.flows.refresh.config import RefreshConfig
+    from draftsmith.flows.refresh.evaluate import EVALUATE, evaluate_config
+
+    config = _read(options, pipeline)
+    if not isinstance(config, RefreshConfig):
+        raise DraftsmithError(f"{options.config} describes an experiment: give the config of a refresh")
+    _run_config(options, EVALUATE, evaluate_config(config, options.drafters))
 
 
-def _run(options: argparse.Namespace, pipeline: Pipeline) -> tuple[dict[str, dict[str, Any]], Display, Tracking]:
-    """Run the config's flow, or only print the plan; then nothing was made."""
+def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOptions) -> None:
     from draftsmith.artifacts.home import home
     from draftsmith.artifacts.store import Store
     from draftsmith.artifacts.tracking import Tracking
-    from draftsmith.flows.checks.preflight import check_home
     from draftsmith.flows.pipeline.display import Display
     from draftsmith.flows.pipeline.graph import plan
+    from draftsmith.flows.pipeline.machine import check_home
     from draftsmith.flows.pipeline.prefect_server import start_prefect_server
 
     display, tracking = Display(), Tracking(home())
-    config = _read(options, pipeline)
     planned = plan(config, Store(home() / "store"), pipeline, options.force)
     display.plan(planned)
     if options.plan:
-        return {}, display, tracking
+        return
     check_home(home(), config)
     server = start_prefect_server(home())
     tracking.check()  # while the server starts
-    module, _, attribute = pipeline.flow.partition(":")
-    flow = getattr(importlib.import_module(module), attribute)
+    flow = _named(pipeline.flow)
     server.wait()
-    made: dict[str, dict[str, Any]] = flow(config, force=options.force)
-    return made, display, tracking
+    refused: RefusedError | None = None
+    try:
+        made: dict[str, dict[str, Any]] = flow(config, force=options.force)
+    except RefusedError as error:
+        refused, made = error, getattr(error, "made", {})
+    if made and pipeline.results:
+        folders = {name: Path(each["path"]) for name, each in made.items()}
+        _named(pipeline.results)(display, folders, tracking.ui_command)
+    if refused is not None:
+        raise refused
+
+
+def _named(text: str) -> Any:
+    """What `module:attribute` names."""
+    module, _, attribute = text.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _check(options: argparse.Namespace, pipeline: Pipeline) -> None:
@@ -214,11 +241,12 @@ def _check(options: argparse.Namespace, pipeline: Pipeline) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from draftsmith.artifacts.home import home
     from draftsmith.flows.checks.check import check
+    from draftsmith.flows.checks.findings import show
     from draftsmith.flows.pipeline.display import Display
 
     config = _read(options, pipeline)
     found = check(config, pipeline, home())
-    Display().findings(found.lines)
+    show(Display(), found.lines)
     if found.errors:
         raise DraftsmithError(
             f"{found.errors} of {len(found.lines)} checks failed: {options.config} cannot run like this"
@@ -229,9 +257,10 @@ def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
     from draftsmith.artifacts.home import home
     from draftsmith.artifacts.store import Store
     from draftsmith.artifacts.tracking import Tracking
-    from draftsmith.flows.checks.preflight import check_engines, check_home, check_target
+    from draftsmith.flows.checks.check import check_alone
     from draftsmith.flows.pipeline.display import Display
     from draftsmith.flows.pipeline.graph import plan
+    from draftsmith.flows.pipeline.machine import check_home
     from draftsmith.flows.pipeline.node import Workshop, make
 
     config = _read(options, pipeline)
@@ -246,10 +275,8 @@ def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
             raise DraftsmithError(_missing_input(options, name, planned[source]))
         inputs[name] = ref
     check_home(home(), config)
-    if "target" in inputs:
-        check_target([node], inputs["target"].path)
     display, tracking = Display(), Tracking(home())
-    for warning in check_engines([node]):
+    for warning in check_alone(node, {name: ref.path for name, ref in inputs.items()}):
         display.line(f"warning: {warning}")
     tracking.check()
     made = make(Workshop(home(), config, pipeline, display, tracking), node, inputs, force=options.force)
@@ -261,7 +288,7 @@ def _missing_input(options: argparse.Namespace, name: str, source: PlannedNode) 
 
     rest = [str(options.config), *(word for override in options.overrides for word in ("--set", override))]
     made_alone = source.status is not Status.AFTER  # else its own inputs are missing too
-    command = ["draftsmith", "stage", source.node.name, *rest] if made_alone else ["draftsmith", "refresh", *rest]
+    command = ["draftsmith", "stage", source.node.name, *rest] if made_alone else ["draftsmith", "run", *rest]
     return (
         f"stage {options.name}: its input {name!r} (node {source.node.name}) is not in the store: make it with "
         f"`{shlex.join(command)}`"
@@ -285,6 +312,34 @@ def _show(options: argparse.Namespace, _pipeline: Pipeline) -> None:
     inspection.show(Display(), options.artifact, verify=options.verify)
 
 
+def _champions(options: argparse.Namespace, _pipeline: Pipeline) -> None:
+    from draftsmith.flows.pipeline.display import Display
+    from draftsmith.flows.refresh import commands
+
+    commands.champions(Display(), options.line)
+
+
+def _promote(options: argparse.Namespace, _pipeline: Pipeline) -> None:
+    from draftsmith.flows.pipeline.display import Display
+    from draftsmith.flows.refresh import commands
+
+    commands.promote(Display(), options.version, options.why, dry_run=options.dry_run)
+
+
+def _rollback(options: argparse.Namespace, _pipeline: Pipeline) -> None:
+    from draftsmith.flows.pipeline.display import Display
+    from draftsmith.flows.refresh import commands
+
+    commands.rollback(Display(), options.line, options.why, dry_run=options.dry_run)
+
+
+def _export(options: argparse.Namespace, _pipeline: Pipeline) -> None:
+    from draftsmith.flows.pipeline.display import Display
+    from draftsmith.flows.refresh import commands
+
+    commands.export(Display(), options.version, options.folder, dry_run=options.dry_run)
+
+
 def _prune(options: argparse.Namespace, _pipeline: Pipeline) -> None:
     from draftsmith.flows.pipeline import inspection
     from draftsmith.flows.pipeline.display import Display
@@ -293,9 +348,11 @@ def _prune(options: argparse.Namespace, _pipeline: Pipeline) -> None:
 
 
 def _read(options: argparse.Namespace, pipeline: Pipeline) -> RunOptions:
+    """The config, with what only the outside knows."""
     from draftsmith.flows.pipeline.config_file import read_config
+    from draftsmith.flows.pipeline.graph import resolved
 
-    return read_config(options.config, options.overrides, pipeline.config)
+    return resolved(read_config(options.config, options.overrides, pipeline.config), pipeline)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,16 @@ class StageContext(Protocol):
         """Raise `StageInterrupted` if the stage was asked to stop. Call it where everything is saved."""
 
 
+def follow(ctx: StageContext, unit: str) -> Callable[[int, int], None]:
+    """For a loop that knows no stage: shows how far it is, and ends it between two parts if that was asked for."""
+
+    def progress(done: int, total: int) -> None:
+        ctx.progress(done, total, unit)
+        ctx.check_interrupted()
+
+    return progress
+
+
 @dataclass(frozen=True)
 class Stage:
     """A stage as its module declares it: `STAGE = Stage(...)`."""

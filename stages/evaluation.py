@@ -1,131 +1,55 @@
 """Evaluation: what each drafter is worth on held-out prompts.
 
-Acceptance is compared on identical held-out trajectories by replay (paired), speed by decoding the same prompts plainly
-and with each drafter: in alternation in this process, or on SGLang servers with equal settings that take turns. Choices
-(the block size to decode with) are made on the validation split only.
+Acceptance is compared on identical held-out trajectories by replay (paired over prompts), speed by turns in which the
+same prompts are decoded plainly and with each drafter (paired over rounds): in this process, or on SGLang servers with
+equal settings. Choices (the block size that each drafter decodes with) are made on the validation split only.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BeforeValidator, Field, model_validator
-
-from draftsmith.stages.contract import Config, Stage, StageContext
+from draftsmith.stages.contract import Stage, StageContext, follow
 from draftsmith.stages.drafters.config import DraftingConfig
-from draftsmith.stages.engines.config import (
-    NO_REDUCED_HEAD,
-    EmbeddedEngineConfig,
-    EngineConfig,
-    SamplingConfig,
-    SGLangEngineConfig,
-)
-from draftsmith.stages.replay.parity import MaxParityMismatch
+from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.stages.measure.config import DRAFTERS, PREFIX, EvaluationConfig, prompts_to_decode
 
 if TYPE_CHECKING:
     from draftsmith.stages.measure.requests import Measured
-    from draftsmith.stages.stored import Prompt
-
-DRAFTERS = ("sft", "control", "opd")  # of a refresh
-PREFIX = "drafter:"  # of the inputs of a comparison of any other drafters; the rest of the name is the arm's
-
-
-def _several(value: Any) -> Any:
-    """A single value for a list of one."""
-    return (value,) if isinstance(value, int | float) else value
-
-
-class EvaluationConfig(Config):
-    """How much is measured."""
-
-    sampling: SamplingConfig = SamplingConfig()
-    engine: Annotated[
-        EngineConfig, Field(description="what speed is measured on; its own `slots` or `concurrency` are not used")
-    ] = EmbeddedEngineConfig()
-    concurrency: Annotated[
-        tuple[Annotated[int, Field(ge=1)], ...],
-        BeforeValidator(_several),
-        Field(min_length=1, description="requests in flight while speed is measured: one number or several"),
-    ] = (1,)
-    temperatures: Annotated[
-        Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] | None,
-        BeforeValidator(_several),
-        Field(description="that speed is measured at; left out: sampling.temperature"),
-    ] = None
-    rounds: Annotated[
-        int,
-        Field(ge=1, description="SGLang: how often every arm's server has its turn (embedded arms alternate anyway)"),
-    ] = 2
-    speed_prompts: Annotated[int, Field(ge=1, description="held-out prompts decoded by every arm")] = 16
-    validation_prompts: Annotated[int, Field(ge=1, description="validation prompts the block size is chosen on")] = 4
-    block_sizes: Annotated[
-        tuple[Annotated[int, Field(ge=2)], ...] | None,
-        Field(description="candidates to decode with; left out: the trained one"),
-    ] = None
-    head_tokens: Annotated[
-        int | None, Field(ge=2, description="draft from this many frequent tokens only (embedded engine)")
-    ] = None
-    exactness_prompts: Annotated[
-        int, Field(ge=0, description="held-out prompts compared token for token in fp32 (embedded engine)")
-    ] = 4
-    parity_prompts: Annotated[
-        int, Field(ge=1, description="held-out prompts whose verify steps on SGLang are compared with replay")
-    ] = 8
-    max_parity_mismatch: MaxParityMismatch = 0.25
-    chains: Annotated[int | None, Field(ge=1)] = None
-    tokens_per_target_forward: Annotated[int, Field(ge=1)] = 2048
-    bootstrap_samples: Annotated[int, Field(ge=100)] = 5000
-
-    @model_validator(mode="after")
-    def _servers_can_take_the_drafters(self) -> EvaluationConfig:
-        if isinstance(self.engine, SGLangEngineConfig):
-            if self.engine.launch is None:
-                raise ValueError(
-                    "engine.urls: running servers cannot serve drafters that were just trained; use engine.launch"
-                )
-            if self.head_tokens is not None:
-                raise ValueError(f"head_tokens: {NO_REDUCED_HEAD}")
-        return self
-
-    def key_material(self) -> dict[str, Any]:
-        """How servers are launched decides the speed that is measured, though not what a rollout answers."""
-        material = super().key_material()
-        if isinstance(self.engine, SGLangEngineConfig):
-            launched = self.engine.model_dump(mode="json", include={"launch"}, exclude={"launch": {"start_timeout_s"}})
-            material["engine"] |= launched
-        return material
-
-
-def prompts_to_decode(config: EvaluationConfig, folder: Path) -> tuple[list[Prompt], list[Prompt]]:
-    """Held-out and validation prompts, of the artifact of stage `prompts` in `folder`."""
-    from draftsmith.stages.stored import load_prompts
-
-    return load_prompts(folder, ["heldout"]), load_prompts(folder, ["validation"])[: config.validation_prompts]
+    from draftsmith.stages.measure.verdicts import Pair
+    from draftsmith.stages.statistics import Estimate
 
 
 def run(ctx: StageContext, config: EvaluationConfig) -> None:
-    """Replay for tau; then validation for the block size and all arms for speed; exactness from the outputs."""
+    """Replay for tau; validation for the block sizes, then turns of all arms for speed; exactness from the outputs."""
     from draftsmith.artifacts.parquet import write_table
-    from draftsmith.artifacts.schemas import REQUESTS
+    from draftsmith.artifacts.schemas import REQUESTS, TURNS
     from draftsmith.stages.measure.requests import settings_of
-    from draftsmith.stages.measure.speed import speed_by_setting
+    from draftsmith.stages.measure.speed import at_setting, log_ratios, speed_by_setting
+    from draftsmith.stages.measure.verdicts import pairs, verdicts
 
-    measured, acceptance = _measure(ctx, config)
+    measured, acceptance, tau_differences = _measure(ctx, config)
     table = acceptance["drafters"]
     settings = settings_of(config)
-    by_setting = speed_by_setting(measured.rows, settings, config.bootstrap_samples, ctx.seed)
+    by_setting = speed_by_setting(measured.turns, measured.rows, settings)
     speed = by_setting[0]["arms"]
+    acceptance["compared"] += _speeds_compared(measured.turns, settings, list(table))
+    ratios = log_ratios(at_setting(measured.turns, settings[0]), pairs(list(table)))
 
     evaluation = {
         "definition_of_tau": "committed tokens per verify step, the target's own token included (+1); held-out "
-        "trajectories, trained block size, ratio of sums over prompts, intervals by paired bootstrap over prompts",
+        "trajectories, trained block size, ratio of sums over prompts, intervals by jackknife over prompts (paired)",
         "engine": measured.engine,
         "temperature": settings[0].temperature,
         "concurrency": settings[0].concurrency,
         "head_tokens": config.head_tokens,
+        "training_seeds": {arm: _training_seed(folder) for arm, folder in _drafters_of(ctx).items()},
+        "verdicts": verdicts(tau_differences, ratios, speed["plain"]["prompts"]),
         "block_size_candidates": measured.candidates,
+        "validation_prompts": measured.validation_prompts,
         "speed": speed,
         "speed_by_setting": by_setting,
         "exactness": measured.exactness,
@@ -134,9 +58,14 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     }
     (ctx.out / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
     write_table(ctx.out / "requests.parquet", REQUESTS, measured.rows)
+    write_table(ctx.out / "turns.parquet", TURNS, measured.turns)
     ctx.summary(
         **{f"tau_{name}": figures["tau"] for name, figures in table.items()},
-        **{name: value for name, value in table.get("opd", {}).items() if name.startswith("diff_")},
+        **{
+            f"tau_{name}_minus_{other}": difference["value"]
+            for name, figures in table.items()
+            for other, difference in figures["differences"].items()
+        },
         **{f"speedup_{name}": figures["speedup"] for name, figures in speed.items() if "speedup" in figures},
         plain_tokens_per_s=speed["plain"]["tokens_per_s"],
         **{
@@ -148,8 +77,22 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     )
 
 
-def _measure(ctx: StageContext, config: EvaluationConfig) -> tuple[Measured, dict[str, Any]]:
-    """Speed and acceptance. The target of the replay is gone from memory before servers start."""
+def _drafters_of(ctx: StageContext) -> dict[str, Path]:
+    """Arm -> artifact of its drafter: those of a refresh, then any others in the order of the inputs."""
+    arms = {name: ctx.inputs[name] for name in DRAFTERS if name in ctx.inputs}
+    return arms | {n.removeprefix(PREFIX): folder for n, folder in ctx.inputs.items() if n.startswith(PREFIX)}
+
+
+def _training_seed(folder: Path) -> int | None:
+    """Of the training that made a drafter; None if its artifact does not tell."""
+    from draftsmith.artifacts.manifest import MANIFEST, read_manifest
+
+    return read_manifest(folder).seed if (folder / MANIFEST).is_file() else None
+
+
+def _measure(ctx: StageContext, config: EvaluationConfig) -> tuple[Measured, dict[str, Any], Mapping[Pair, Estimate]]:
+    """Speed; acceptance, as figures and as differences. The target of the replay is gone from memory before servers
+    start."""
     from draftsmith.artifacts.errors import DraftsmithError
     from draftsmith.stages.drafters.checkpoint import load_drafter
     from draftsmith.stages.measure.embedded import measure_embedded
@@ -158,8 +101,7 @@ def _measure(ctx: StageContext, config: EvaluationConfig) -> tuple[Measured, dic
     from draftsmith.stages.targets.causal_lm import Target
 
     target = Target.load(ctx.inputs["target"])
-    named = [(name.removeprefix(PREFIX), name) for name in (*DRAFTERS, *ctx.inputs) if name in ctx.inputs]
-    folders = {arm: ctx.inputs[name] / DRAFTER_FOLDER for arm, name in named if name in DRAFTERS or arm != name}
+    folders = {arm: folder / DRAFTER_FOLDER for arm, folder in _drafters_of(ctx).items()}
     if not folders:
         raise DraftsmithError(f"evaluation: needs a drafter as an input: {', '.join(DRAFTERS)} or {PREFIX}NAME")
     drafters = {name: load_drafter(folder, target) for name, folder in folders.items()}
@@ -167,21 +109,32 @@ def _measure(ctx: StageContext, config: EvaluationConfig) -> tuple[Measured, dic
     if not heldout or (not validation and config.block_sizes):
         raise DraftsmithError("evaluation: needs held-out and validation prompts; raise the counts in section prompts")
     longest = positions_needed([*heldout, *validation], config.sampling.max_new_tokens, target.info.max_positions)
-    acceptance = _acceptance(ctx, config, target, drafters)
+    acceptance, differences = _acceptance(ctx, config, target, drafters)
     if not isinstance(config.engine, SGLangEngineConfig):
-        return measure_embedded(ctx, config, target, folders, drafters, heldout, validation), acceptance
+        measured = measure_embedded(ctx, config, target, folders, drafters, heldout, validation)
+        return measured, acceptance, differences
 
     trained, dtype = {name: drafter.block_size for name, drafter in drafters.items()}, target.info.dtype
     del target, drafters
     release_memory()
     served = Served(ctx, config, config.engine, folders, trained, longest, dtype)
-    return measure_served(served, heldout, validation), acceptance
+    return measure_served(served, heldout, validation), acceptance, differences
 
 
-def _acceptance(ctx: StageContext, config: EvaluationConfig, target: Any, drafters: dict[str, Any]) -> dict[str, Any]:
-    """Every drafter replayed on the same held-out trajectories."""
-    from draftsmith.stages.measure.acceptance import acceptance_table, has_loop, replay_all
-    from draftsmith.stages.stored import load_trajectories
+def _acceptance(
+    ctx: StageContext, config: EvaluationConfig, target: Any, drafters: dict[str, Any]
+) -> tuple[dict[str, Any], Mapping[Pair, Estimate]]:
+    """Every drafter replayed on the same held-out trajectories: figures, and the differences that verdicts are of."""
+    from draftsmith.stages.measure.acceptance import (
+        acceptance_table,
+        has_loop,
+        tau_by_set,
+        tau_differences,
+        taus_compared,
+    )
+    from draftsmith.stages.replay.corpus import replay_all
+    from draftsmith.stages.replay.trace import tau
+    from draftsmith.stages.stored import load_trajectories, sets_of
 
     stored = load_trajectories(ctx.inputs["trajectories"], ["heldout"])
     ctx.log(f"replaying {len(drafters)} drafters on {len(stored.trajectories)} held-out trajectories")
@@ -189,37 +142,83 @@ def _acceptance(ctx: StageContext, config: EvaluationConfig, target: Any, drafte
     if config.head_tokens is not None:
         settings["full_head"] = DraftingConfig()
     looping = [has_loop(t.tokens[t.prompt_length :]) for t in stored.trajectories]
-    tables = {}
+    traces = {}
     for setting, drafting in settings.items():
-        traces = replay_all(
-            ctx, target, drafters, stored.trajectories, drafting, config.chains, config.tokens_per_target_forward
+        traces[setting] = replay_all(
+            target,
+            drafters,
+            stored.trajectories,
+            drafting,
+            chains=config.chains,
+            tokens_per_group=config.tokens_per_target_forward,
+            progress=follow(ctx, "trajectories"),
         )
-        tables[setting] = acceptance_table(traces, looping, config.bootstrap_samples, ctx.seed)
-    table = tables["trained"]
-    if "full_head" in tables:
-        for name, figures in tables["full_head"].items():
-            table[name]["tau_full_head"] = figures["tau"]
-    return {
+    table = acceptance_table(traces["trained"], stored.prompts, looping)
+    sets = sets_of(ctx.inputs["prompts"], stored.prompts)
+    for name, found in traces.get("full_head", {}).items():
+        table[name]["tau_full_head"] = tau(found)
+    figures = {
         "heldout_trajectories": len(stored.trajectories),
         "drafters": table,
         "loop_share": sum(looping) / len(looping),
-        "tau_without_loops": {name: figures["tau_without_loops"] for name, figures in table.items()},
+        "tau_without_loops": {name: each["tau_without_loops"] for name, each in table.items()},
+        "sets": tau_by_set(traces["trained"], stored.prompts, sets),
+        "compared": taus_compared(traces["trained"], stored.prompts, sets),
+        "validation_tau": _validation_tau(ctx, config, target, drafters),
     }
+    return figures, tau_differences(traces["trained"], stored.prompts)
+
+
+def _validation_tau(
+    ctx: StageContext, config: EvaluationConfig, target: Any, drafters: dict[str, Any]
+) -> dict[str, float] | None:
+    """tau of each drafter on the validation split, which choices between them are made on; None without its answers."""
+    from draftsmith.stages.replay.corpus import replay_all
+    from draftsmith.stages.replay.trace import tau
+    from draftsmith.stages.stored import load_trajectories, splits_of
+
+    if "validation" not in splits_of(ctx.inputs["trajectories"]):
+        return None
+    stored = load_trajectories(ctx.inputs["trajectories"], ["validation"])
+    traces = replay_all(
+        target,
+        drafters,
+        stored.trajectories,
+        DraftingConfig(head_tokens=config.head_tokens),
+        chains=config.chains,
+        tokens_per_group=config.tokens_per_target_forward,
+        progress=follow(ctx, "trajectories"),
+    )
+    return {name: tau(found) for name, found in traces.items()}
+
+
+def _speeds_compared(turns: list[Any], settings: list[Any], arms: list[str]) -> list[dict[str, Any]]:
+    """Every drafter against plain decoding and the champion, at every setting."""
+    from draftsmith.stages.measure.gate import CHAMPION, PLAIN, compared
+    from draftsmith.stages.measure.speed import at_setting, log_ratios
+
+    others = [PLAIN, *([CHAMPION] if CHAMPION in arms else [])]
+    wanted = [(arm, other) for arm in arms for other in others if arm != other]
+    found = []
+    for setting in settings:
+        where = {"temperature": setting.temperature, "concurrency": setting.concurrency}
+        for (arm, other), estimate in log_ratios(at_setting(turns, setting), wanted).items():
+            found.append(compared("speed", arm, other, estimate, **where))
+    return found
 
 
 def preflight(config: EvaluationConfig, target: Path) -> None:
     """The answers must fit into the target's context."""
-    from draftsmith.stages.rollout import RolloutConfig
-    from draftsmith.stages.rollout import preflight as rollout_preflight
+    from draftsmith.stages.stored import check_answer_fits
 
-    rollout_preflight(RolloutConfig(sampling=config.sampling), target)
+    check_answer_fits(config.sampling.max_new_tokens, target)
 
 
 STAGE = Stage(
     name="evaluation",
     config=EvaluationConfig,
-    inputs=("target", "prompts", "trajectories", "sft?", "opd?", "control?", f"{PREFIX}*"),
+    inputs=("target", "prompts", "trajectories", *(f"{name}?" for name in DRAFTERS), f"{PREFIX}*"),
     run=run,
     preflight=preflight,
-    volatile=("metrics.jsonl", "requests.parquet"),
+    volatile=("metrics.jsonl", "requests.parquet", "turns.parquet"),
 )

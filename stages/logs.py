@@ -63,7 +63,7 @@ class LogsConfig(Config):
 def preflight(config: LogsConfig, target: Path) -> None:
     """The files are there, and rows of the allowed length fit into the target's context."""
     from draftsmith.artifacts.errors import DraftsmithError
-    from draftsmith.stages.targets.resolve import read_target_info
+    from draftsmith.stages.targets.info import read_target_info
 
     config.external_files()
     limit = read_target_info(target).max_positions
@@ -81,7 +81,8 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
     from draftsmith.artifacts.parquet import write_table
     from draftsmith.artifacts.schemas import TRAJECTORIES
     from draftsmith.stages.prompting.logged import SHAPES, Reader, SetAside, read_rows
-    from draftsmith.stages.targets.resolve import load_tokenizer, model_path, read_target_info
+    from draftsmith.stages.targets.info import model_path, read_target_info
+    from draftsmith.stages.targets.resolve import load_tokenizer
 
     preflight(config, ctx.inputs["target"])
     info = read_target_info(ctx.inputs["target"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from draftsmith.stages.drafters.base import Drafter
-    from draftsmith.stages.replay.scoring import StepScores
-    from draftsmith.stages.replay.trace import Trace, Trajectory
+    from draftsmith.stages.replay.trace import Trajectory
 
 
 class MiningConfig(Config):
@@ -35,15 +33,13 @@ class MiningConfig(Config):
 
 def run(ctx: StageContext, config: MiningConfig) -> None:
     """Replay and score group by group; each group is a shard, so an interrupted run continues with the next one."""
-    import torch
-
     from draftsmith.artifacts.atomic import write_text
     from draftsmith.artifacts.parquet import ShardWriter, ordered, read_shards, write_table
     from draftsmith.artifacts.schemas import VERIFY_STEPS
-    from draftsmith.stages.drafters.checkpoint import drafter_digest, load_drafter
-    from draftsmith.stages.replay.chains import replay_chains
-    from draftsmith.stages.replay.scoring import score_traces
-    from draftsmith.stages.replay.trace import groups_by_length, pad_tokens
+    from draftsmith.stages.drafters.checkpoint import load_drafter
+    from draftsmith.stages.drafters.digest import drafter_digest
+    from draftsmith.stages.replay.corpus import mine
+    from draftsmith.stages.replay.table import rows_of_group, summarise
     from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
     from draftsmith.stages.targets.causal_lm import Target
 
@@ -60,31 +56,24 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
     drafter_folder = ctx.inputs["drafter"] / DRAFTER_FOLDER
     drafter = load_drafter(drafter_folder, target)
     block_size = config.drafting.block_size or drafter.block_size
-    head = drafter.drafting_head(target.head_weight, config.drafting.head_tokens)
-    groups = groups_by_length([len(t.tokens) for t in trajectories], config.tokens_per_target_forward)
     done = len(finished)
-    for group in groups:
-        members = [trajectories[i] for i in group]
-        if all(t.trajectory_id in finished for t in members):
-            continue
-        ids = pad_tokens(members, target.device)
-        B, T = ids.shape
-        positions = torch.arange(T, device=ids.device).expand(B, -1)
-        longest_tree = max(config.tree_tokens, block_size)
-        cache = target.new_cache(B, T + longest_tree)
-        out = target.step(ids, positions, cache, slice(0, B), layer_ids=drafter.target_layer_ids)
-        assert out.features is not None
-        with torch.no_grad():
-            context = drafter.encode(out.features, ids, positions)
-        traces = replay_chains(drafter, context, members, block_size, head, config.chains)
-        scores = score_traces(target, cache, out.hidden, traces, top_k=config.top_k, tree_tokens=longest_tree)
+    for group in mine(
+        target,
+        drafter,
+        trajectories,
+        config.drafting,
+        chains=config.chains,
+        top_k=config.top_k,
+        tokens_per_group=config.tokens_per_target_forward,
+        tree_tokens=config.tree_tokens,
+        finished=lambda group: all(t.trajectory_id in finished for t in group.trajectories),
+    ):
         # written before the shard and by trajectory: a shard that is there is counted, one that was lost is not twice
-        evaluated |= {t.trajectory_id: trace.evaluated_blocks for t, trace in zip(members, traces, strict=True)}
+        members = zip(group.trajectories, group.traces, strict=True)
+        evaluated |= {t.trajectory_id: trace.evaluated_blocks for t, trace in members}
         write_text(progress_file, json.dumps(evaluated))
-        shards.append(
-            [row for t, trace, score in zip(members, traces, scores, strict=True) for row in _rows(t, trace, score)]
-        )
-        done += len(members)
+        shards.append(rows_of_group(group))
+        done += len(group.trajectories)
         ctx.progress(done, len(trajectories), "trajectories")
         ctx.check_interrupted()
 
@@ -108,67 +97,6 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
     )
 
 
-def _rows(trajectory: Trajectory, trace: Trace, scores: StepScores) -> list[dict[str, Any]]:
-    """The table rows of one trajectory."""
-    rows = []
-    for s, anchor in enumerate(trace.anchors.tolist()):
-        accepted, rejected = int(trace.accepted[s]), int(trace.rejected_offset[s])
-        committed = int(trace.committed[s])
-        rows.append(
-            {
-                "trajectory_id": trajectory.trajectory_id,
-                "step": s,
-                "anchor": anchor,
-                "accepted": accepted,
-                "committed": committed,
-                "rejected_offset": rejected,
-                "proposed_ids": trace.proposed[s].tolist(),
-                "target_logprobs": scores.target_logprobs[s].tolist(),
-                "drafter_logprobs": trace.drafter_logprobs[s].tolist(),
-                "committed_id": trajectory.tokens[anchor + accepted + 1] if committed > accepted else -1,
-                "top_ids": scores.top_ids[s].tolist() if rejected else [],
-                "top_logprobs": scores.top_logprobs[s].tolist() if rejected else [],
-            }
-        )
-    return rows
-
-
-def summarise(table: pa.Table, tokenizer: Any, block_size: int) -> dict[str, Any]:
-    """Figures of a trace (VERIFY_STEPS): sums are divided once, at the end."""
-    import numpy as np
-
-    from draftsmith.artifacts.parquet import padded
-
-    K = block_size - 1
-    accepted = table["accepted"].to_numpy()
-    judged = ~np.isnan(padded(table, "target_logprobs", K, np.nan, np.float32))  # the rest lies beyond the end
-    kept = judged & (np.arange(K) < accepted[:, None])
-    wrong = np.flatnonzero(table["rejected_offset"].to_numpy())
-    proposed = padded(table, "proposed_ids", K, -1, np.int64)[wrong, accepted[wrong]]  # behind what was accepted
-    corrected = table["committed_id"].to_numpy()[wrong]
-    rejected = Counter[int](proposed.tolist())
-    pairs = Counter[tuple[int, int]](zip(proposed.tolist(), corrected.tolist(), strict=True))
-    return {
-        "definition_of_tau": "committed tokens per verify step, the target's own token included (+1)",
-        "tau": int(table["committed"].to_numpy().sum()) / table.num_rows,
-        "steps": table.num_rows,
-        "error_positions": len(wrong),
-        "block_size": block_size,
-        "acceptance_by_offset": [
-            a / j if j else None for a, j in zip(kept.sum(0).tolist(), judged.sum(0).tolist(), strict=True)
-        ],
-        "accepted_histogram": np.bincount(accepted, minlength=K + 1).tolist(),
-        "most_rejected": [
-            {"token": tokenizer.decode([token]), "id": token, "count": count}
-            for token, count in rejected.most_common(20)
-        ],
-        "most_frequent_corrections": [
-            {"proposed": tokenizer.decode([a]), "committed": tokenizer.decode([b]), "count": count}
-            for (a, b), count in pairs.most_common(20)
-        ],
-    }
-
-
 def parity(
     ctx: StageContext,
     table: pa.Table,
@@ -184,6 +112,7 @@ def parity(
     same drafter served with the same settings. Raises DraftsmithError if they differ in more steps than allowed: the
     drafter that was served is then not this one.
     """
+    import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -221,9 +150,14 @@ def parity(
         )
     )
     figures = check_steps(gate, trace, table) if trace.num_rows else {}
-    counted = int(timings["verify_steps"].to_numpy().sum())
-    # the prefill's token is committed before any verify step
-    return figures | check_tau(gate, sum(known.values()) - len(known), counted, table.num_rows)
+    served = dict(zip(timings["trajectory_id"].to_pylist(), timings["verify_steps"].to_pylist(), strict=True))
+    counts = table["trajectory_id"].value_counts()
+    replayed = dict(zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True))
+    return figures | check_tau(
+        gate,
+        # the prefill's token is committed before any verify step
+        *(np.array(each) for each in zip(*((known[t] - 1, served.get(t, 0), replayed[t]) for t in known), strict=True)),
+    )
 
 
 def _drafting(settings: dict[str, Any]) -> str:

@@ -16,7 +16,6 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Config, Stage, StageContext
 from draftsmith.stages.prompting.sources import (
     SPLITS,
-    Candidate,
     HuggingFaceSource,
     JsonlSource,
     PromptSource,
@@ -24,6 +23,7 @@ from draftsmith.stages.prompting.sources import (
     Supply,
     supplies,
 )
+from draftsmith.stages.prompting.template import token_ids
 
 __all__ = ["STAGE", "PromptsConfig"]
 
@@ -88,7 +88,7 @@ class PromptsConfig(Config):
 
 def preflight(config: PromptsConfig, target: Path) -> None:
     """Files exist, and prompts of the allowed length leave room for an answer."""
-    from draftsmith.stages.targets.resolve import read_target_info
+    from draftsmith.stages.targets.info import read_target_info
 
     config.external_files()
     context_tokens = read_target_info(target).max_positions
@@ -114,7 +114,8 @@ def run(context: StageContext, config: PromptsConfig) -> None:
     """Write `prompts.parquet` and `prompts.json`."""
     from draftsmith.artifacts.parquet import write_table
     from draftsmith.artifacts.schemas import PROMPTS
-    from draftsmith.stages.targets.resolve import load_tokenizer, model_path
+    from draftsmith.stages.targets.info import model_path
+    from draftsmith.stages.targets.resolve import load_tokenizer
 
     preflight(config, context.inputs["target"])
     tokenizer = load_tokenizer(model_path(context.inputs["target"]))
@@ -200,24 +201,6 @@ def _draw_one(supply: Supply, split: Split, drawn: _Drawn, tokenizer: Any, confi
         f"{len(drawn.rows)} taken, {drawn.duplicates} duplicates, {drawn.too_long} too long): "
         "lower the counts or add a source"
     )
-
-
-def token_ids(tokenizer: Any, candidate: Candidate, template_kwargs: dict[str, Any]) -> list[int]:
-    """Ids up to where the answer begins: the chat template with its generation prompt, or plain text without one."""
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        text = "\n\n".join(message["content"] for message in candidate.messages)
-        return list(tokenizer(text)["input_ids"])
-    try:
-        text = tokenizer.apply_chat_template(
-            candidate.messages, tokenize=False, add_generation_prompt=True, **template_kwargs
-        )
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
-        raise DraftsmithError(
-            f"{candidate.where}: the target's chat template refuses it ({error}): change the row"
-        ) from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _summary(drawn: _Drawn) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import MANIFEST, InputEntry, Manifest, read_manifest
 from draftsmith.stages.contract import Config, Stage, StageContext
-from draftsmith.stages.reporting.page import TO_CONTROL, TO_SFT, ReportData, findings, render_report
+from draftsmith.stages.reporting.page import ReportData, render_report
+from draftsmith.stages.reporting.verdict import findings
 
 TRAININGS = ("sft", "opd", "control")
-HEADLINE = ("tau", "tau_low", "tau_high", *TO_SFT, *TO_CONTROL)
+HEADLINE = ("tau", "tau_low", "tau_high", "differences")
 
 
 class ReportConfig(Config):

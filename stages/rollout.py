@@ -72,15 +72,9 @@ def prompts_to_answer(config: RolloutConfig, folder: Path) -> list[Prompt]:
 
 def preflight(config: RolloutConfig, target: Path) -> None:
     """The longest answer must fit into the target's context."""
-    from draftsmith.artifacts.errors import DraftsmithError
-    from draftsmith.stages.targets.resolve import read_target_info
+    from draftsmith.stages.stored import check_answer_fits
 
-    limit = read_target_info(target).max_positions
-    if config.sampling.max_new_tokens >= limit:
-        raise DraftsmithError(
-            f"sampling.max_new_tokens: {config.sampling.max_new_tokens} does not fit into the target's "
-            f"{limit} positions; lower it"
-        )
+    check_answer_fits(config.sampling.max_new_tokens, target)
 
 
 def run(ctx: StageContext, config: RolloutConfig) -> None:
@@ -91,12 +85,12 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
     from draftsmith.artifacts.errors import DraftsmithError
     from draftsmith.artifacts.parquet import ShardWriter, read_shards, write_table
     from draftsmith.artifacts.schemas import TIMINGS, TRACE, TRAJECTORIES
-    from draftsmith.stages.drafters.checkpoint import drafter_digest
+    from draftsmith.stages.drafters.digest import drafter_digest
     from draftsmith.stages.engines.base import Request, SamplingParams
+    from draftsmith.stages.engines.config import served_dtype
     from draftsmith.stages.engines.open import open_engine
-    from draftsmith.stages.replay.parity import served_dtype
     from draftsmith.stages.stored import DRAFTER_FOLDER, positions_needed, request_seed
-    from draftsmith.stages.targets.resolve import read_target_info
+    from draftsmith.stages.targets.info import read_target_info
 
     prompts = prompts_to_answer(config, ctx.inputs["prompts"])
     if not prompts:

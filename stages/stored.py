@@ -11,6 +11,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.parquet import read_table
 from draftsmith.artifacts.schemas import PROMPTS, TRAJECTORIES
 from draftsmith.stages.replay.trace import Trajectory
+from draftsmith.stages.targets.info import read_target_info
 
 DRAFTER_FOLDER = "drafter"  # inside the artifact of a training stage
 
@@ -20,6 +21,7 @@ class StoredTrajectories:
     """The usable trajectories of an artifact, in its order."""
 
     trajectories: list[Trajectory]
+    prompts: list[str]  # the prompt of each: answers to the same one are no independent observations
     temperature: float  # 0 = greedy
     too_short: int  # answers of one token: nothing is drafted there
 
@@ -49,7 +51,21 @@ def load_trajectories(folder: Path, splits: Collection[str] | None = None) -> St
         Trajectory(row["trajectory_id"], row["prompt_ids"] + row["response_ids"], len(row["prompt_ids"]))
         for row in usable
     ]
-    return StoredTrajectories(trajectories, float(temperatures.pop()), len(rows) - len(usable))
+    prompts = [row["prompt_id"] for row in usable]
+    return StoredTrajectories(trajectories, prompts, float(temperatures.pop()), len(rows) - len(usable))
+
+
+def splits_of(folder: Path) -> set[str]:
+    """The splits that the trajectories of an artifact are of."""
+    table = read_table(folder / "trajectories.parquet", TRAJECTORIES, ["split"])
+    return set(table["split"].unique().to_pylist())
+
+
+def sets_of(folder: Path, prompt_ids: Sequence[str]) -> list[str]:
+    """The prompt set (its source) of each prompt, from an artifact of stage `prompts`; "logs" for others."""
+    table = read_table(folder / "prompts.parquet", PROMPTS, ["prompt_id", "source"])
+    known = dict(zip(table["prompt_id"].to_pylist(), table["source"].to_pylist(), strict=True))
+    return [known.get(prompt_id, "logs") for prompt_id in prompt_ids]
 
 
 @dataclass(frozen=True)
@@ -76,6 +92,15 @@ def positions_needed(prompts: Sequence[Prompt], max_new_tokens: int, max_positio
             f"{max_positions}; lower sampling.max_new_tokens or prompts.max_prompt_tokens"
         )
     return needed
+
+
+def check_answer_fits(max_new_tokens: int, target: Path) -> None:
+    """An answer alone must fit into the context. target: its artifact. Raises DraftsmithError."""
+    limit = read_target_info(target).max_positions
+    if max_new_tokens >= limit:
+        raise DraftsmithError(
+            f"sampling.max_new_tokens: {max_new_tokens} does not fit into the target's {limit} positions; lower it"
+        )
 
 
 def request_seed(seed: int, prompt_id: str, sample: int) -> int:

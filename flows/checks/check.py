@@ -1,29 +1,33 @@
-"""`draftsmith check`: everything that can be known of a run before it starts, without loading weights.
+"""The checks of a run. `draftsmith check` makes all of them and prints the list; a run raises the first error.
 
-Every check runs, whatever the others find. A warning is something that could not be checked here, or that will work
-less well; an error is something that the run cannot get past. A hub that cannot be reached is a warning: it says
-nothing about the config, and the machine that will run may well reach it.
+A warning is something that could not be checked here, or that will work less well; an error is something that the run
+cannot get past. A hub that cannot be reached is a warning: it says nothing about the config, and the machine that will
+run may well reach it. A run checks what it knows when it knows it: before its first stage, when the target is there,
+and when the prompts are.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from draftsmith.artifacts.home import home
 from draftsmith.artifacts.store import Store
 from draftsmith.flows.checks.engines import check_engines
-from draftsmith.flows.checks.findings import Findings
-from draftsmith.flows.checks.models import check_models
-from draftsmith.flows.checks.preflight import check_home, check_node
-from draftsmith.flows.checks.prompts import check_prompts
+from draftsmith.flows.checks.findings import Findings, FirstError
+from draftsmith.flows.checks.models import check_drafters, check_nodes, check_target, resolve_metadata
+from draftsmith.flows.checks.prompts import check_lengths, check_longest, check_sources, check_supplies
 from draftsmith.flows.checks.resources import check_resources
-from draftsmith.flows.pipeline.graph import Node, Pipeline, in_order, plan
-from draftsmith.flows.pipeline.machine import free_disk_bytes
+from draftsmith.flows.pipeline.graph import Node, Pipeline, PlannedNode, Status, in_order, plan
+from draftsmith.flows.pipeline.machine import check_home, free_disk_bytes
 from draftsmith.flows.pipeline.options import RunOptions
+from draftsmith.stages.prompts import PromptsConfig
+from draftsmith.stages.targets.info import read_target_info
 
 
 def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
-    """All checks of a config that fits its schema; leaves nothing behind."""
+    """All checks of a config that fits its schema, without loading weights; leaves nothing behind."""
     found = Findings()
     found.ok("schema", f"{config.name}: every field is known and in range")
     with found.part("home"):
@@ -39,16 +43,61 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
     with found.part("plan"):
         states = [item.status.value for item in plan(config, Store(home / "store"), pipeline)]
         found.ok("plan", ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)))
-    check_prompts(found, nodes)
-    elsewhere = check_engines(found, nodes)
+    _without_target(found, nodes, nodes)
     with tempfile.TemporaryDirectory(prefix="draftsmith-check-") as scratch:
-        models = check_models(found, nodes, Path(scratch))
-        if models is None:
-            return found
-        for node in nodes:
-            with found.part(node.name):
-                if check_node(node, models.artifact, metadata_only=True):
-                    found.ok(node.name, "its settings fit the target")
-        with found.part("sizes"):
-            check_resources(found, nodes, models, home, elsewhere=elsewhere)
+        if resolve_metadata(found, nodes, Path(scratch)):
+            _with_target(found, nodes, nodes, Path(scratch), home, whole=False)
     return found
+
+
+def _without_target(found: Findings, nodes: Sequence[Node], to_make: Sequence[Node]) -> None:
+    """What the config alone says. to_make: the nodes that are not done."""
+    check_supplies(found, nodes)
+    check_sources(found, to_make)
+    check_engines(found, to_make)
+
+
+def _with_target(
+    found: Findings, nodes: Sequence[Node], to_make: Sequence[Node], artifact: Path, home: Path, *, whole: bool
+) -> None:
+    """What target and drafters say. artifact: of the target; whole: with its weights."""
+    with found.part("target"):
+        check_target(found, to_make, artifact)
+    plans = check_drafters(found, nodes, artifact, whole=whole)
+    check_longest(found, to_make, read_target_info(artifact).max_positions)
+    check_nodes(found, to_make, artifact, whole=whole)
+    with found.part("sizes"):
+        check_resources(found, nodes, artifact, plans, home)
+
+
+class RunChecks:
+    """The same checks in the course of a run. Raises the first error as DraftsmithError."""
+
+    def before(self, planned: Sequence[PlannedNode]) -> list[str]:
+        """Before the first stage. Returns warnings."""
+        self._nodes = [item.node for item in planned]
+        self._to_make = [item.node for item in planned if item.status is not Status.HIT]
+        found = FirstError()
+        _without_target(found, self._nodes, self._to_make)
+        return found.warnings
+
+    def after(self, node: Node, made: Mapping[str, Path]) -> list[str]:
+        """When a node is done. made: artifacts by node. Returns warnings."""
+        found = FirstError()
+        if not self._to_make:
+            return []
+        if not node.inputs and node.stage.name in ("target", "procedural_target"):
+            _with_target(found, self._nodes, self._to_make, made[node.name], home(), whole=True)
+        elif isinstance(node.config, PromptsConfig):
+            positions = read_target_info(made[node.inputs["target"]]).max_positions
+            check_lengths(found, self._to_make, node.name, made[node.name], positions)
+        return found.warnings
+
+
+def check_alone(node: Node, inputs: Mapping[str, Path]) -> list[str]:
+    """Of a node that is made alone. inputs: artifacts by the names of the stage's inputs. Returns warnings."""
+    found = FirstError()
+    check_engines(found, [node])
+    if "target" in inputs:
+        check_nodes(found, [node], inputs["target"], whole=True)
+    return found.warnings

@@ -4,54 +4,74 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from draftsmith.flows.checks.drafters import drafts_on_sglang, sglang_engine, sglang_engines
 from draftsmith.flows.checks.findings import Findings
-from draftsmith.flows.checks.preflight import cannot_sample, sglang_engines
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.flows.pipeline.machine import gpus
-from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.evaluation import EvaluationConfig
+from draftsmith.stages.engines.config import GREEDY_ONLY
+from draftsmith.stages.measure.config import EvaluationConfig
+from draftsmith.stages.rollout import RolloutConfig
 
 
-def check_engines(found: Findings, nodes: Sequence[Node]) -> bool:
-    """True if servers are to be launched on GPUs and this machine has none: it is not the one that will run."""
+def check_engines(found: Findings, nodes: Sequence[Node]) -> None:
+    """Interpreters, servers that should be running, and what launched servers cannot do here."""
     from draftsmith.stages.engines.sglang import environment
 
-    elsewhere = False
-    for config, names in sglang_engines(nodes):
-        check = f"sglang ({', '.join(names)})"
-        with found.part(check):
-            warnings = []
-            if config.python is not None:
-                has = environment.installed(config.python)
-                found.ok(check, f"{config.python}: sglang {has.sglang}, torch {has.torch}")
-                warnings += environment.environment_warnings(config, has)
-            for url in config.urls:
-                if reason := environment.unreachable(url):
-                    warnings.append(f"{url} does not answer now ({reason}): start it before the stage runs")
-                else:
-                    found.ok(check, f"{url} answers")
-            for warning in warnings:
-                found.warn(check, warning)
     for node in nodes:
         if problem := cannot_sample(node):
             found.error(node.name, problem)
-        engine = getattr(node.config, "engine", None)
-        if not isinstance(engine, SGLangEngineConfig) or engine.launch is None or engine.launch.on_cpu:
+    for config, names in sglang_engines(nodes):
+        check = f"sglang ({', '.join(names)})"
+        with found.part(check):
+            if config.python is not None:
+                has = environment.installed(config.python)
+                found.ok(check, f"{config.python}: sglang {has.sglang}, torch {has.torch}")
+                for warning in environment.environment_warnings(config, has):
+                    found.warn(check, warning)
+            for url in config.urls:
+                if reason := environment.unreachable(url):
+                    found.warn(check, f"{url} does not answer now ({reason}): start it before the stage runs")
+                else:
+                    found.ok(check, f"{url} answers")
+    _check_gpus(found, nodes)
+
+
+def _check_gpus(found: Findings, nodes: Sequence[Node]) -> None:
+    here = len(gpus())
+    for node in nodes:
+        engine = sglang_engine(node)
+        if engine is None or engine.launch is None or engine.launch.on_cpu or not here:
             continue
         servers = 1 if isinstance(node.config, EvaluationConfig) else engine.launch.servers  # one at a time, see there
-        wanted, here = servers * engine.launch.tensor_parallel, len(gpus())
-        if here == 0:
-            elsewhere = True
-        elif here < wanted:
+        wanted = servers * engine.launch.tensor_parallel
+        if here < wanted:
+            fit = here // engine.launch.tensor_parallel
             found.error(
                 f"{node.name}: GPUs",
-                f"{servers} servers of {engine.launch.tensor_parallel} GPUs need {wanted}, {here} are here: "
+                f"{servers} servers of {engine.launch.tensor_parallel} GPUs need {wanted}, {here} are here: --set "
                 + (
-                    f"--set {node.name}.engine.launch.servers={fit}"
-                    if (fit := here // engine.launch.tensor_parallel)
-                    else f"--set {node.name}.engine.launch.tensor_parallel={here}"
+                    f"{node.name}.engine.launch.servers={fit}"
+                    if fit
+                    else f"{node.name}.engine.launch.tensor_parallel={here}"
                 ),
             )
-    if elsewhere:
+    if runs_elsewhere(nodes):
         found.warn("GPUs", "none is visible here: memory is not compared; check again on the machine that will run it")
-    return elsewhere
+
+
+def runs_elsewhere(nodes: Sequence[Node]) -> bool:
+    """Whether servers are to be launched on GPUs and this machine has none: it is not the one that will run."""
+    engines = [engine for node in nodes if (engine := sglang_engine(node)) is not None]
+    return not gpus() and any(engine.launch is not None and not engine.launch.on_cpu for engine in engines)
+
+
+def cannot_sample(node: Node) -> str | None:
+    """Why a launched server would change sampled answers there; None if it would not. Of running servers the handshake
+    finds it."""
+    engine, config = sglang_engine(node), node.config
+    if not drafts_on_sglang(node) or engine is None or engine.launch is None or not engine.launch.on_cpu:
+        return None
+    if isinstance(config, EvaluationConfig) and config.temperatures is not None:
+        return f"temperatures: {GREEDY_ONLY}" if any(config.temperatures) else None
+    sampled = isinstance(config, RolloutConfig | EvaluationConfig) and config.sampling.temperature > 0
+    return f"sampling.temperature: {GREEDY_ONLY}" if sampled else None

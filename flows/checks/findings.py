@@ -1,4 +1,4 @@
-"""What checks found: one line each, and an error of one check never keeps the others from running."""
+"""What checks found: one line each. `draftsmith check` prints all of them, a run stops at its first error."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from rich.markup import escape
+
 from draftsmith.artifacts.errors import DraftsmithError, from_os_error
+from draftsmith.flows.pipeline.display import Display
 
 
 class Level(StrEnum):
@@ -27,7 +30,7 @@ class Finding:
 
 @dataclass
 class Findings:
-    """What was found so far."""
+    """What was found so far: an error of one check never keeps the others from running."""
 
     lines: list[Finding] = field(default_factory=list)
 
@@ -55,3 +58,35 @@ class Findings:
     @property
     def errors(self) -> int:
         return sum(line.level is Level.ERROR for line in self.lines)
+
+    @property
+    def warnings(self) -> list[str]:
+        return [f"{line.check}: {line.text}" for line in self.lines if line.level is Level.WARNING]
+
+
+class FirstError(Findings):
+    """What a run checks with: the first error ends it, as the exception that it is where there is one."""
+
+    def error(self, check: str, text: str) -> None:
+        raise DraftsmithError(f"{check}: {text}")
+
+    @contextmanager
+    def part(self, check: str) -> Iterator[None]:
+        try:
+            yield
+        except DraftsmithError as error:  # its kind says whether a retry is worth it
+            if str(error).startswith(f"{check}: "):
+                raise
+            raise type(error)(f"{check}: {error}") from error
+
+
+def show(display: Display, lines: list[Finding]) -> None:
+    """One line a check."""
+    width = max(len(line.check) for line in lines)
+    for line in lines:
+        style = {Level.OK: "green", Level.WARNING: "yellow", Level.ERROR: "bold red"}[line.level]
+        display.console.print(
+            f"[{style}]{line.level.value:<7}[/{style}]  {escape(line.check):<{width}}  {escape(line.text)}",
+            highlight=False,
+            soft_wrap=True,
+        )

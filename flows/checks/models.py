@@ -1,91 +1,65 @@
-"""Checks of target and drafter from their small files: what they are, and whether they belong together."""
+"""Checks of target and drafters from their small files: what they are, and whether they belong together."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from draftsmith.flows.checks.drafters import drafters_of, drafts_on_sglang, sglang_engine, trains_anew
 from draftsmith.flows.checks.findings import Findings
-from draftsmith.flows.checks.preflight import (
-    drafters_of,
-    drafts_on_sglang,
-    no_trees,
-    oversized,
-    trains_anew,
-    unservable_there,
-)
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.stages.prompts import PromptsConfig
-from draftsmith.stages.sft import SftConfig
 from draftsmith.stages.targets.config import TargetConfig
-from draftsmith.stages.targets.estimate import ModelSize, target_size
+from draftsmith.stages.training.config import SftConfig
 
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.checkpoint import DrafterPlan
-    from draftsmith.stages.targets.resolve import TargetInfo
+
+Plans = Mapping[str, "DrafterPlan"]  # of the drafters that a run trains anew, by node
 
 
-@dataclass(frozen=True)
-class Models:
-    """What the config and the small files say."""
-
-    artifact: Path  # a target artifact without weights or digest
-    info: TargetInfo
-    target: ModelSize
-    plan: DrafterPlan | None  # of several drafters the largest; None: no drafter's config could be had
-
-    @property
-    def drafter(self) -> ModelSize | None:
-        return ModelSize.of(self.plan.config, self.plan.parameters) if self.plan is not None else None
-
-
-def check_models(found: Findings, nodes: Sequence[Node], scratch: Path) -> Models | None:
-    """None if there is no target, or nothing is known of it: what follows from its config cannot be checked then."""
+def resolve_metadata(found: Findings, nodes: Sequence[Node], artifact: Path) -> bool:
+    """Write what is known of the target without its weights as a target artifact. False if nothing is."""
     from draftsmith.stages.targets.metadata import UnreachableError, metadata_artifact
-    from draftsmith.stages.targets.resolve import model_path
 
     target = next((node.config for node in nodes if isinstance(node.config, TargetConfig)), None)
     if target is None:
-        return None
-    info = None
+        return False
     with found.part("target"):
         try:
-            info = metadata_artifact(target, scratch)
+            metadata_artifact(target, artifact)
         except UnreachableError as error:
             found.warn("target", f"{error}; not checked: tokenizer, chat template, drafter, context, memory, disk")
-    if info is None:
-        return None
-    size = target_size(model_path(scratch))
+            return False
+        return True
+    return False
+
+
+def check_target(found: Findings, nodes: Sequence[Node], artifact: Path) -> None:
+    """What the target is, and that its chat template takes what the prompts give it. artifact: of the target."""
+    from draftsmith.stages.targets.estimate import target_size
+    from draftsmith.stages.targets.info import model_path, read_target_info
+
+    info, size = read_target_info(artifact), target_size(model_path(artifact))
     found.ok(
         "target",
         f"{info.source}: {info.architecture}, {size.parameters / 1e6:,.0f}M parameters, {info.num_layers} layers, "
         f"hidden {info.hidden_size}, vocabulary {info.vocab_size}, {info.max_positions} positions, {info.dtype}",
     )
-    if info.kind == "hub" and target.revision is None:
+    config = next((node.config for node in nodes if isinstance(node.config, TargetConfig)), None)
+    if config is not None and info.kind == "hub" and config.revision is None:
         found.warn("target.revision", f"not set: now {info.revision}, reused until `--force target` takes a newer one")
-    prompts = [node.config for node in nodes if isinstance(node.config, PromptsConfig)]
-    for config in prompts:
-        with found.part("chat template"):
-            _check_template(found, config, model_path(scratch))
-    plans: dict[str, DrafterPlan] = {}  # by the node that trains it anew
-    served = [node.name for node in nodes if drafts_on_sglang(node)]
     for node in nodes:
-        if isinstance(node.config, SftConfig) and trains_anew(node):
-            with found.part(f"{node.name}: drafter"):
-                if plan := _check_drafter(found, node.name, node.config, scratch, served):
-                    plans[node.name] = plan
-    models = Models(scratch, info, size, max(plans.values(), key=lambda plan: plan.parameters, default=None))
-    _check_drafting(found, nodes, plans)
-    _check_lengths(found, nodes, prompts, info.max_positions)
-    return models
+        if isinstance(node.config, PromptsConfig):
+            with found.part("chat template"):
+                _check_template(found, node.config, model_path(artifact))
 
 
 def _check_template(found: Findings, config: PromptsConfig, folder: Path) -> None:
     """The template takes a system prompt and the kwargs; a kwarg that changes nothing is told."""
     from draftsmith.stages.prompting.sources import Candidate
-    from draftsmith.stages.prompts import token_ids
+    from draftsmith.stages.prompting.template import token_ids
     from draftsmith.stages.targets.resolve import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
@@ -106,8 +80,38 @@ def _check_template(found: Findings, config: PromptsConfig, folder: Path) -> Non
     found.ok("chat template", f"works{f' with {given}' if given else ''}: {len(ids)} tokens around one word")
 
 
+def check_nodes(found: Findings, nodes: Sequence[Node], artifact: Path, *, whole: bool) -> None:
+    """Every stage's own checks of its config against the target.
+
+    whole: the target has its weights, and those of a drafter to start from may be fetched; else from small files only.
+    """
+    for node in nodes:
+        if isinstance(node.config, SftConfig) and not (trains_anew(node) and whole):
+            continue  # it goes on with a drafter of this run, not with what its section says of a new one
+        if (check := node.stage.preflight) is not None:
+            with found.part(node.name):
+                check(node.config, artifact)
+                found.ok(node.name, "its settings fit the target")
+
+
+def check_drafters(found: Findings, nodes: Sequence[Node], artifact: Path, *, whole: bool) -> Plans:
+    """Every drafter that comes into being, and what is asked of it where it drafts. artifact, whole: as above."""
+    plans: dict[str, DrafterPlan] = {}
+    served = [node.name for node in nodes if drafts_on_sglang(node)]
+    for node in nodes:
+        if isinstance(node.config, SftConfig) and trains_anew(node):
+            with found.part(f"{node.name}: drafter"):
+                if plan := _check_drafter(found, node.name, node.config, artifact, served, whole=whole):
+                    plans[node.name] = plan
+    by_name = {node.name: node for node in nodes}
+    for node in nodes:
+        for plan in (plans[origin.name] for origin in drafters_of(node, by_name) if origin.name in plans):
+            _check_drafting(found, node, plan)
+    return plans
+
+
 def _check_drafter(
-    found: Findings, node: str, config: SftConfig, artifact: Path, served: Sequence[str]
+    found: Findings, node: str, config: SftConfig, artifact: Path, served: Sequence[str], *, whole: bool
 ) -> DrafterPlan | None:
     """Layer ids, mask token, block size and shape: of the checkpoint to start from, or of the new drafter.
 
@@ -115,10 +119,11 @@ def _check_drafter(
     """
     from transformers import AutoConfig
 
-    from draftsmith.stages.drafters.checkpoint import plan_of_checkpoint, plan_of_new
+    from draftsmith.stages.drafters.checkpoint import drafter_source, plan_of_checkpoint, plan_of_new
     from draftsmith.stages.drafters.layout import unservable_layers
+    from draftsmith.stages.targets.info import model_path
     from draftsmith.stages.targets.metadata import UnreachableError
-    from draftsmith.stages.targets.resolve import load_tokenizer, model_path
+    from draftsmith.stages.targets.resolve import load_tokenizer
 
     name, folder = f"{node}: drafter", model_path(artifact)
     target_config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -128,7 +133,8 @@ def _check_drafter(
 
     if config.init_from:
         try:
-            source = _drafter_metadata(config.init_from, config.init_revision)
+            fetch = drafter_source if whole else _drafter_metadata
+            source = fetch(config.init_from, config.init_revision)
         except UnreachableError as error:
             found.warn(name, f"{error}; not checked: its layers, mask token, memory, disk")
             return None
@@ -141,7 +147,8 @@ def _check_drafter(
         plan, where = plan_of_new(config.drafter, target_config, tokenizer), "new"
     if reason := unservable_layers(plan.target_layer_ids, target_config.num_hidden_layers):
         if served:
-            found.error(name, unservable_there(reason, served))
+            there = f"and SGLang is to draft with it in {', '.join(served)}: change drafter.target_layer_ids"
+            found.error(name, f"{reason}, {there}")
         else:
             found.warn(name, f"{reason}: this drafter will work in the embedded engine only")
     found.ok(name, f"{where}: {plan.description}, {plan.parameters / 1e6:,.1f}M parameters")
@@ -156,28 +163,15 @@ def _drafter_metadata(source: str, revision: str | None) -> Path:
     return folder if folder.is_dir() else fetch_metadata(source, revision, "sft.init_from")
 
 
-def _check_drafting(found: Findings, nodes: Sequence[Node], plans: Mapping[str, DrafterPlan]) -> None:
-    """What the config asks of drafters, against what those that a node reads can do."""
-    by_name = {node.name: node for node in nodes}
-    for node in nodes:
-        for plan in (plans[origin.name] for origin in drafters_of(node, by_name) if origin.name in plans):
-            for problem in filter(None, (oversized(node, plan.block_size), no_trees(node, plan.kind))):
-                found.error(node.name, problem)
-            if over := [size for size in getattr(node.config, "block_sizes", None) or () if size > plan.block_size]:
-                found.warn(
-                    node.name,
-                    f"block_sizes {over} are larger than the trained {plan.block_size}, which is taken instead",
-                )
-
-
-def _check_lengths(found: Findings, nodes: Sequence[Node], prompts: Sequence[PromptsConfig], positions: int) -> None:
-    """Longest allowed prompt and answer against the context: no error, the prompts that come may all be shorter."""
-    longest = max((config.max_prompt_tokens for config in prompts), default=0)
-    for node in nodes:
-        sampling = getattr(node.config, "sampling", None)
-        if sampling is not None and longest and longest + sampling.max_new_tokens > positions:
-            found.warn(
-                node.name,
-                f"{longest} prompt and {sampling.max_new_tokens} new tokens exceed the target's {positions} positions: "
-                "a run stops once the prompts are made if one really is that long; lower one of the two",
-            )
+def _check_drafting(found: Findings, node: Node, plan: DrafterPlan) -> None:
+    """What a node asks of its drafter, against what that can do."""
+    size = getattr(getattr(node.config, "drafting", None), "block_size", None) or 0
+    if size > plan.block_size:
+        found.error(node.name, f"drafting.block_size {size} is larger than the trained {plan.block_size}: lower it")
+    engine = sglang_engine(node)
+    if engine is not None and engine.launch is not None and engine.launch.tree is not None and plan.kind != "eagle3":
+        found.error(node.name, f"engine.launch.tree: {plan.kind} drafts blocks, no trees: leave it out")
+    if over := [size for size in getattr(node.config, "block_sizes", None) or () if size > plan.block_size]:
+        found.warn(
+            node.name, f"block_sizes {over} are larger than the trained {plan.block_size}, which is taken instead"
+        )

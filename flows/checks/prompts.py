@@ -1,4 +1,4 @@
-"""Checks of the prompt sources: files are there, and have rows enough where counting is cheap."""
+"""Checks of prompts: sources are there and have rows enough, every rollout finds its prompts, and they fit."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.checks.findings import Findings
-from draftsmith.flows.checks.preflight import check_supply
 from draftsmith.flows.pipeline.graph import Node
+from draftsmith.stages.measure.config import EvaluationConfig, prompts_to_decode
 from draftsmith.stages.prompting.rows import read_jsonl, row_messages
 from draftsmith.stages.prompting.sources import (
     SPLITS,
@@ -22,21 +22,80 @@ from draftsmith.stages.prompting.sources import (
     supplies,
 )
 from draftsmith.stages.prompts import PromptsConfig
+from draftsmith.stages.rollout import RolloutConfig, prompts_to_answer
+from draftsmith.stages.stored import positions_needed
 
 _COUNTED_BYTES = 1 << 28  # larger files are only looked into
 
 
-def check_prompts(found: Findings, nodes: Sequence[Node]) -> None:
-    """Every source of every node of the stage `prompts`, and whether rollouts find prompts that no other took."""
+def check_sources(found: Findings, nodes: Sequence[Node]) -> None:
+    """Every source of prompts can be read, and has rows enough where counting is cheap."""
     for node in nodes:
         if isinstance(node.config, PromptsConfig):
             for index, source in enumerate(node.config.sources):
                 name = f"{node.name}.sources.{index}"
                 with found.part(name):
                     _check_source(found, name, source, _share(node.config, source))
+
+
+def check_supplies(found: Findings, nodes: Sequence[Node]) -> None:
+    """Every rollout finds the prompts that it asks for."""
+    by_name = {node.name: node for node in nodes}
+    for node in nodes:
+        if not isinstance(node.config, RolloutConfig):
+            continue
+        prompts = by_name[node.inputs["prompts"]].config
+        if isinstance(prompts, PromptsConfig) and (problem := _short_supply(node.config, prompts)):
+            found.error(node.name, problem)
+
+
+def _short_supply(config: RolloutConfig, prompts: PromptsConfig) -> str | None:
+    available = sum(prompts.wanted(split) for split in SPLITS if split in config.splits)
+    left = available - config.skip
+    if left <= 0:
+        return (
+            f"splits {list(config.splits)} have {available} prompts and {config.skip} are skipped: raise the counts in "
+            "section prompts or lower skip"
+        )
+    if config.prompts is not None and left < config.prompts:
+        return (
+            f"{config.prompts} prompts wanted behind {config.skip} skipped, {left} left: raise the counts in section "
+            "prompts, or lower prompts or skip"
+        )
+    return None
+
+
+def check_longest(found: Findings, nodes: Sequence[Node], positions: int) -> None:
+    """Longest allowed prompt and answer against the context: no error, the prompts that come may all be shorter."""
+    limits = [node.config.max_prompt_tokens for node in nodes if isinstance(node.config, PromptsConfig)]
+    longest = max(limits, default=0)
+    for node in nodes:
+        sampling = getattr(node.config, "sampling", None)
+        if sampling is not None and longest and longest + sampling.max_new_tokens > positions:
+            found.warn(
+                node.name,
+                f"{longest} prompt and {sampling.max_new_tokens} new tokens exceed the target's {positions} positions: "
+                "a run stops once the prompts are made if one really is that long; lower one of the two",
+            )
+
+
+def check_lengths(found: Findings, nodes: Sequence[Node], prompts: str, made: Path, positions: int) -> None:
+    """Every prompt that was made, with its longest answer, fits into the context.
+
+    prompts: the node whose artifact `made` is. positions: of the target.
+    """
+    for node in nodes:
+        config = node.config
+        if node.inputs.get("prompts") != prompts or not isinstance(config, RolloutConfig | EvaluationConfig):
+            continue
+        if isinstance(config, RolloutConfig):
+            asked = prompts_to_answer(config, made)
         else:
+            heldout, validation = prompts_to_decode(config, made)
+            asked = [*heldout, *validation]
+        if asked:
             with found.part(node.name):
-                check_supply(node, {each.name: each for each in nodes})
+                positions_needed(asked, config.sampling.max_new_tokens, positions)
 
 
 def _share(config: PromptsConfig, source: PromptSource) -> int:

@@ -5,58 +5,62 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from draftsmith.flows.checks.estimates import Memory, Servers, Sizes, disk_of, gigabytes, memory_of, servers_of
+from draftsmith.flows.checks.engines import runs_elsewhere
+from draftsmith.flows.checks.estimates import Parts, disk, estimates, gigabytes
 from draftsmith.flows.checks.findings import Findings
-from draftsmith.flows.checks.models import Models
+from draftsmith.flows.checks.models import Plans
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.flows.pipeline.machine import free_disk_bytes, gpus, memory_bytes
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.prompts import PromptsConfig
-from draftsmith.stages.targets.estimate import DTYPE_BYTES
+from draftsmith.stages.targets.estimate import DTYPE_BYTES, ModelSize, Servers, Sizes, target_size
+from draftsmith.stages.targets.info import model_path, read_target_info
 
-_TIGHT = 0.85  # of what is there: estimates are good to a few tenths
+_TIGHT, _TOO_MUCH = 0.85, 1.35  # of what is there: estimates are meant to be right within a third
 _SGLANG_FRACTION = 0.85  # of a GPU's memory that SGLang takes by itself, about
 
 
-def check_resources(found: Findings, nodes: Sequence[Node], models: Models, home: Path, *, elsewhere: bool) -> None:
-    """One line a node, and one for the disk. `elsewhere`: this is not the machine that will run it."""
+def check_resources(found: Findings, nodes: Sequence[Node], artifact: Path, plans: Plans, home: Path) -> None:
+    """One line a node, and one for the disk. artifact: of the target; plans: of the drafters that are trained anew."""
     prompts = next((node.config for node in nodes if isinstance(node.config, PromptsConfig)), None)
-    drafter, plan = models.drafter, models.plan
-    if prompts is None or drafter is None or plan is None:
+    plan = max(plans.values(), key=lambda plan: plan.parameters, default=None)
+    if prompts is None or plan is None:
         found.warn("memory", "not estimated: the drafter's shape is not known here")
         return
+    info = read_target_info(artifact)
     sizes = Sizes(
-        target=models.target,
-        drafter=drafter,
+        target=target_size(model_path(artifact)),
+        drafter=ModelSize.of(plan.config, plan.parameters),
         features=len(plan.target_layer_ids),
         block_size=plan.block_size,
-        itemsize=DTYPE_BYTES[models.info.dtype],
+        itemsize=DTYPE_BYTES[info.dtype],
         longest_prompt=prompts.max_prompt_tokens,
-        positions=models.info.max_positions,
+        positions=info.max_positions,
     )
-    by_name = {node.name: node for node in nodes}
+    elsewhere = runs_elsewhere(nodes)
+    needed = estimates(nodes, sizes)
     for node in nodes:
-        if (memory := memory_of(node, by_name, sizes)) is not None:
-            _compare(found, memory, elsewhere=elsewhere)
-        if (servers := servers_of(node, sizes)) is not None:
-            _compare_servers(found, servers, node, elsewhere=elsewhere)
-    copies = models.info.kind in ("gguf", "package")
-    _compare_disk(found, disk_of(nodes, prompts, sizes, copies_target=copies), home)
+        estimate = needed.get(node.name)
+        if estimate is not None and estimate.memory:
+            _compare(found, node.name, Parts(estimate.memory), elsewhere=elsewhere)
+        if estimate is not None and estimate.servers is not None:
+            _compare_servers(found, estimate.servers, node, elsewhere=elsewhere)
+    _compare_disk(found, disk(needed), home)
 
 
-def _compare(found: Findings, memory: Memory, *, elsewhere: bool) -> None:
+def _compare(found: Findings, node: str, memory: Parts, *, elsewhere: bool) -> None:
     here = gpus()
     has, what = (here[0], "GPU memory") if here else (memory_bytes(), "memory")
-    check, text = f"{memory.node}: memory", f"about {memory} ({gigabytes(has)} of {what} here)"
+    check, text = f"{node}: memory", f"about {memory} ({gigabytes(has)} of {what} here)"
     if memory.total <= _TIGHT * has or elsewhere:
         found.ok(check, f"about {memory}" if elsewhere else text)
-    elif memory.total <= has:
+    elif memory.total <= _TOO_MUCH * has:
         found.warn(check, f"{text}: tight; {_advice(memory)}")
     else:
         found.error(check, f"{text}: too much; {_advice(memory)}")
 
 
-def _advice(memory: Memory) -> str:
+def _advice(memory: Parts) -> str:
     """What makes the largest part smaller that can be made smaller."""
     ways = {
         "features": "lower feature_memory_mb or tokens_per_target_forward",
@@ -75,7 +79,7 @@ def _advice(memory: Memory) -> str:
 def _compare_servers(found: Findings, servers: Servers, node: Node, *, elsewhere: bool) -> None:
     engine = node.config.engine  # type: ignore[attr-defined]
     assert isinstance(engine, SGLangEngineConfig) and engine.launch is not None
-    check, text = f"{servers.node}: servers", f"{servers.gpus} times about {servers}"
+    check, text = f"{node.name}: servers", f"{servers.gpus} times about {Parts(servers.parts)}"
     if elsewhere:
         found.ok(check, text)
         return

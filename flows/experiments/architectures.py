@@ -4,7 +4,7 @@ The graph, with a branch for every name in section `drafters`::
 
     target ─ prompts ─ rollout ─ sft-NAME ─ mining-NAME ─ opd-NAME
                        fresh ──┴──────────┴─ control-NAME          SFT continued for as long as OPD
-                       heldout ─ evaluation                        all of them on the same prompts, in alternation
+                       heldout ─ evaluation                        all of them on the same prompts, in turns
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from draftsmith.flows.checks.check import RunChecks
+from draftsmith.flows.checks.measurable import require_measurable
 from draftsmith.flows.experiments.arms import AnyTarget
 from draftsmith.flows.pipeline.graph import Node, Pipeline
 from draftsmith.flows.pipeline.options import RunOptions
-from draftsmith.flows.refresh.config import continued_sft, require_measurable
 from draftsmith.stages.contract import Config
-from draftsmith.stages.evaluation import PREFIX, EvaluationConfig
 from draftsmith.stages.experiments.procedural_target import ProceduralTargetConfig
+from draftsmith.stages.measure.config import PREFIX, EvaluationConfig
 from draftsmith.stages.mining import MiningConfig
-from draftsmith.stages.opd import OpdConfig
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.rollout import RolloutConfig
-from draftsmith.stages.sft import SftConfig
+from draftsmith.stages.training.config import SftConfig
+from draftsmith.stages.training.on_policy.config import OpdConfig
 
 TRAININGS = ("sft", "control", "opd")
 
@@ -90,12 +91,12 @@ def architectures_nodes(config: ArchitecturesConfig) -> list[Node]:
     for name, trained in config.drafters.items():
         sft, mining = f"sft-{name}", f"mining-{name}"
         learned = {**target, "trajectories": "fresh", "drafter": sft}
-        control = continued_sft(trained.sft, trained.opd)
+        control = trained.sft.continued(trained.opd)
         nodes += [
             Node(sft, "draftsmith.stages.sft", trained.sft, {**target, "trajectories": "rollout"}),
             Node(f"control-{name}", "draftsmith.stages.sft", control, learned),
             Node(mining, "draftsmith.stages.mining", config.mining, learned),
-            Node(f"opd-{name}", "draftsmith.stages.opd", trained.opd, {**learned, "steps": mining}),
+            Node(f"opd-{name}", "draftsmith.stages.opd", trained.opd, {**learned, "mined": mining}),
         ]
         measured |= {f"{PREFIX}{arm(training, name)}": f"{training}-{name}" for training in TRAININGS}
     return [*nodes, Node("evaluation", "draftsmith.stages.evaluation", config.evaluation, measured)]
@@ -105,6 +106,7 @@ ARCHITECTURES = Pipeline(
     config=ArchitecturesConfig,
     nodes=architectures_nodes,
     flow="draftsmith.flows.experiments.flow:architectures",
-    kind="experiment",
+    checks=RunChecks,
+    headline="evaluation",
     results="draftsmith.flows.experiments.architectures_results:show_results",
 )

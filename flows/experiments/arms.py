@@ -17,20 +17,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from draftsmith.flows.checks.check import RunChecks
+from draftsmith.flows.checks.measurable import require_measurable
 from draftsmith.flows.pipeline.config_file import merged
 from draftsmith.flows.pipeline.graph import Node, Pipeline
 from draftsmith.flows.pipeline.options import RunOptions
-from draftsmith.flows.refresh.config import continued_sft, require_measurable
 from draftsmith.stages.contract import Config
-from draftsmith.stages.experiments.adoption import AdoptionConfig
 from draftsmith.stages.experiments.comparison import BASE, EARLIER, PREFIX, ComparisonConfig
 from draftsmith.stages.experiments.procedural_target import ProceduralTargetConfig
 from draftsmith.stages.mining import MiningConfig
-from draftsmith.stages.opd import OpdConfig
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.rollout import RolloutConfig
-from draftsmith.stages.sft import SftConfig
 from draftsmith.stages.targets.config import TargetConfig
+from draftsmith.stages.training.config import SftConfig
+from draftsmith.stages.training.on_policy.config import OpdConfig
 
 
 def _target_kind(value: Any) -> str:
@@ -133,7 +133,7 @@ class ExperimentConfig(RunOptions):
 
     def arm_config(self, arm: ArmConfig, steps: int) -> SftConfig | OpdConfig:
         """The stage's config of an arm: what SFT and OPD have in common is OPD's for every arm."""
-        config = self.opd if arm.stage == "opd" else continued_sft(self.sft, self.opd)
+        config = self.opd if arm.stage == "opd" else self.sft.continued(self.opd)
         return type(config).model_validate(merged(config.model_dump() | {"steps": steps}, arm.change))
 
 
@@ -155,9 +155,9 @@ def experiment_nodes(config: ExperimentConfig) -> list[Node]:
     if config.revision is not None:
         current, base = {"target": "revision"}, "adoption"
         nodes.append(Node("revision", "draftsmith.stages.experiments.procedural_target", config.revision, old))
-        nodes.append(
-            Node("adoption", "draftsmith.stages.experiments.adoption", AdoptionConfig(), {**current, "drafter": "sft"})
-        )
+        adopted = SftConfig(steps=0, adopt=True)
+        taken_over = {**current, "drafter": "sft", "trajectories": "fresh"}
+        nodes.append(Node("adoption", "draftsmith.stages.sft", adopted, taken_over))
     if config.fresh_prompts is not None:
         prompts = "fresh_prompts"
         nodes.append(Node(prompts, "draftsmith.stages.prompts", config.fresh_prompts, current))
@@ -209,7 +209,7 @@ def _arm_nodes(
         if i > 0:
             mining = f"mining-{name}-{i}"
             nodes.append(Node(mining, "draftsmith.stages.mining", config.mining, {**learned, "drafter": drafter}))
-        inputs = {**learned, "drafter": drafter, "steps": mining}
+        inputs = {**learned, "drafter": drafter, "mined": mining}
         drafter = name if i == arm.iterations - 1 else f"{name}-{i + 1}"
         of_part = seed + 1000 * i  # other batches than the part before
         nodes.append(Node(drafter, "draftsmith.stages.opd", config.arm_config(arm, part), inputs, seed=of_part))
@@ -220,6 +220,6 @@ EXPERIMENT = Pipeline(
     config=ExperimentConfig,
     nodes=experiment_nodes,
     flow="draftsmith.flows.experiments.flow:experiment",
-    kind="experiment",
+    checks=RunChecks,
     results="draftsmith.flows.experiments.arms_results:show_results",
 )

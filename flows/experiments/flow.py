@@ -12,7 +12,7 @@ from draftsmith.flows.pipeline.run import run_graph
 
 
 @flow(name="experiment", flow_run_name="{config.name}", persist_result=False)
-def experiment(config: ExperimentConfig, force: list[str] | None = None) -> dict[str, dict[str, Any]]:
+def experiment(config: ExperimentConfig, force: list[str] | None = None) -> Any:
     """Train a drafter on in several ways and compare the results on identical held-out trajectories.
 
     Args:
@@ -23,7 +23,7 @@ def experiment(config: ExperimentConfig, force: list[str] | None = None) -> dict
 
 
 @flow(name="architectures", flow_run_name="{config.name}", persist_result=False)
-def architectures(config: ArchitecturesConfig, force: list[str] | None = None) -> dict[str, dict[str, Any]]:
+def architectures(config: ArchitecturesConfig, force: list[str] | None = None) -> Any:
     """Train drafters of several architectures for one target and measure all of them in one evaluation.
 
     Args:

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from draftsmith.artifacts.code_digest import code_digest
 from draftsmith.artifacts.errors import DraftsmithError
@@ -34,6 +35,41 @@ class Node:
         return stage
 
 
+class Checks(Protocol):
+    """What a run checks on its way. Raises DraftsmithError for what it cannot get past; returns warnings."""
+
+    def before(self, planned: Sequence[PlannedNode]) -> list[str]:
+        """Before the first stage runs."""
+
+    def after(self, node: Node, made: Mapping[str, Path]) -> list[str]:
+        """When a node is done. made: the artifacts so far, by node."""
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """What a run came to, beyond its artifacts."""
+
+    name: str  # of the flow's state, one word
+    message: str
+    error: DraftsmithError | None = None  # what the run ends with, after everything was kept and told
+    figures: Mapping[str, float] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+class Course(Protocol):
+    """What decides how far a run goes, and what follows from it."""
+
+    def stop(self, node: Node, made: Mapping[str, Path]) -> Conclusion | None:
+        """After a node: why the run may end here, or None to go on."""
+
+    def finish(self, made: Mapping[str, ArtifactRef], run_id: str | None) -> Conclusion | None:
+        """After the last node. Raises `PlanAgain` if what the run was planned from has changed meanwhile."""
+
+
+class PlanAgain(Exception):
+    """The run is planned anew: what is done is reused, the rest is made for what is there now."""
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """A kind of run: its config, its graph, and the Prefect flow that runs it."""
@@ -42,8 +78,12 @@ class Pipeline:
     nodes: Callable[[Any], list[Node]]  # the nodes of a config, any order
     flow: str  # "module:attribute", imported only when a run starts
     code_digest: Callable[[str], str] = code_digest  # of a stage's module
-    kind: str = "refresh"  # the command that runs it
-    results: str = ""  # "module:function" that prints what an experiment found, from the nodes' artifacts
+    checks: Callable[[], Checks] | None = None  # for one run
+    resolve: Callable[[Any], Any] | None = None  # a config with what only the outside knows, when the plan is made
+    course: Callable[[Any, Collection[str]], Course | None] | None = None  # of a resolved config and what is forced
+    results: str = ""  # "module:function", given display, the nodes' folders, and how to open MLflow
+    headline: str = ""  # the node whose figures are the run's in MLflow
+    report: tuple[str, str] = ("", "")  # the node and the file of it that a person reads first
 
 
 class Status(StrEnum):
@@ -132,6 +172,12 @@ def external_digests(config: Config) -> dict[str, dict[str, str]]:
         else:
             digests[str(path)] = f"{stat.st_size}/{stat.st_mtime_ns}"
     return {"external_files": digests} if digests else {}
+
+
+def resolved(config: RunOptions, pipeline: Pipeline) -> RunOptions:
+    """The config that a plan is made of."""
+    found: RunOptions = config if pipeline.resolve is None else pipeline.resolve(config)
+    return found
 
 
 def plan(config: RunOptions, store: Store, pipeline: Pipeline, force: Collection[str] = ()) -> list[PlannedNode]:

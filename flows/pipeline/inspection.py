@@ -72,7 +72,7 @@ def status_of_store(display: Display) -> None:
     if table.row_count:
         display.console.print(table)
     else:
-        display.line(f"nothing in {store.root} yet: start with `draftsmith refresh CONFIG`")
+        display.line(f"nothing in {store.root} yet: start with `draftsmith run CONFIG`")
 
 
 def prune(display: Display, days: float, *, delete: bool) -> None:

@@ -1,11 +1,15 @@
-"""What the machine has: memory of the CPU and of the GPUs, free disk."""
+"""What the machine has: memory of the CPU and of the GPUs, free disk, a home that can be written."""
 
 from __future__ import annotations
 
 import functools
 import os
 import subprocess
+import tempfile
 from pathlib import Path
+
+from draftsmith.artifacts.errors import DraftsmithError, from_os_error
+from draftsmith.flows.pipeline.options import RunOptions
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -49,3 +53,20 @@ def free_disk_bytes(folder: Path) -> float:
         folder = folder.parent
     disk = os.statvfs(folder)
     return float(disk.f_bavail * disk.f_frsize)
+
+
+def check_home(home: Path, options: RunOptions) -> None:
+    """The home exists, can be written, and its disk has room."""
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=home) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        raise from_os_error(error, f"preparing {home}:") from error
+    free_gb = free_disk_bytes(home) / 1e9
+    wanted_gb = options.stages.min_free_gb
+    if free_gb < wanted_gb:
+        raise DraftsmithError(
+            f"{home}: {free_gb:.1f} GB free, {wanted_gb:g} GB wanted (stages.min_free_gb): free some space or point "
+            "DRAFTSMITH_HOME at another disk"
+        )

@@ -1,62 +1,114 @@
-"""The body of a flow: preflight, then a task a node, in order, followed by MLflow."""
+"""The body of a flow: checks, then a task a node, in order, followed by MLflow."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prefect.client.schemas.objects import State
+from prefect.states import Completed
 
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.tracking import Status, Tracking
-from draftsmith.flows.checks.preflight import check_engines, check_home, check_lengths, check_supplies, check_target
 from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.pipeline.graph import Pipeline, forced_nodes, in_order, plan
+from draftsmith.flows.pipeline.graph import (
+    Checks,
+    Conclusion,
+    Course,
+    Pipeline,
+    PlanAgain,
+    forced_nodes,
+    in_order,
+    plan,
+    resolved,
+)
 from draftsmith.flows.pipeline.graph import Status as Planned
+from draftsmith.flows.pipeline.machine import check_home
 from draftsmith.flows.pipeline.node import Made, Workshop
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.flows.pipeline.task import run_node
 
-_TARGET, _EVALUATION, _REPORT = "target", "evaluation", "report"
+_PLANS = 3  # of one run: what it was planned from may change so often before it gives up
 
 
-def run_graph(config: RunOptions, pipeline: Pipeline, force: Collection[str] = ()) -> dict[str, dict[str, Any]]:
-    """Body of a flow: make every node of the config's graph. Returns what each node's artifact is, by node.
+def run_graph(config: RunOptions, pipeline: Pipeline, force: Collection[str] = ()) -> State[Any] | dict[str, Any]:
+    """Body of a flow: make every node of the config's graph. Returns what each node's artifact is, by node, or the
+    flow's state with that as its data where the run came to a conclusion.
 
-    Raises the first `DraftsmithError`; whatever was finished before is in the store.
+    Raises the first `DraftsmithError`; whatever was finished before is in the store. The error of a conclusion has the
+    nodes as its attribute `made`.
     """
+    for attempt in range(1, _PLANS + 1):
+        try:
+            made, conclusion = _run_once(resolved(config, pipeline), pipeline, force if attempt == 1 else ())
+            break
+        except PlanAgain as changed:
+            if attempt == _PLANS:
+                raise DraftsmithError(f"{changed}; planned {_PLANS} times: run the same command again") from changed
+            Display().line(f"{changed}: planned again, what is done is reused")
+    if conclusion is None:
+        return made
+    if conclusion.error is not None:
+        conclusion.error.made = made  # type: ignore[attr-defined]
+        raise conclusion.error
+    return Completed(name=conclusion.name, message=conclusion.message, data=made)
+
+
+def _run_once(
+    config: RunOptions, pipeline: Pipeline, force: Collection[str]
+) -> tuple[dict[str, dict[str, Any]], Conclusion | None]:
     logging.getLogger("draftsmith").setLevel(logging.INFO)  # without it Prefect does not show the stages' lines
     workshop = Workshop(home(), config, pipeline, Display(), Tracking(home()))
     check_home(workshop.home, config)
     workshop.tracking.check()
     workshop.tracking.close_dead_runs(workshop.store)
     planned = plan(config, workshop.store, pipeline, force)
-    check_supplies([item.node for item in planned])
-    for warning in check_engines([item.node for item in planned if item.status is not Planned.HIT]):
-        workshop.display.line(f"warning: {warning}")
+    checks = pipeline.checks() if pipeline.checks is not None else None
+    course = pipeline.course(config, force) if pipeline.course is not None else None
+    _warn(workshop, checks.before(planned) if checks is not None else [])
     reused = {f"draftsmith.reused.{p.node.name}": p.ref.uri for p in planned if p.status is Planned.HIT and p.ref}
     run_id = workshop.tracking.open_refresh(config.name, config.model_dump(mode="json"), reused)
     workshop = dataclasses.replace(workshop, refresh_run=run_id)
     made: dict[str, Made] = {}
     status: Status = "KILLED"
+    conclusion: Conclusion | None = None
     try:
-        _make_all(workshop, force, made)
+        conclusion = _make_all(workshop, force, made, checks, course)
+        if conclusion is None and course is not None:
+            conclusion = course.finish({name: each.ref for name, each in made.items()}, run_id)
         status = "FINISHED"
     except Exception:
         status = "FAILED"
         raise
     finally:
-        workshop.tracking.close_refresh(status, _headline(workshop, made), _report(made))
+        figures = _headline(workshop, made) | dict(conclusion.figures if conclusion is not None else {})
+        tags = dict(conclusion.tags if conclusion is not None else {})
+        workshop.tracking.close_refresh(status, figures, _report(workshop, made), tags)
         if status != "FINISHED" and (told := _still_forced(forced_nodes([p.node for p in planned], force), made)):
             workshop.display.line(told)
-    return {name: _described(each) for name, each in made.items()}
+    if conclusion is not None:
+        workshop.display.line(conclusion.message)
+    return {name: _described(each) for name, each in made.items()}, conclusion
 
 
-def _make_all(workshop: Workshop, force: Collection[str], made: dict[str, Made]) -> None:
+def _warn(workshop: Workshop, warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        workshop.display.line(f"warning: {warning}")
+
+
+def _make_all(
+    workshop: Workshop,
+    force: Collection[str],
+    made: dict[str, Made],
+    checks: Checks | None,
+    course: Course | None,
+) -> Conclusion | None:
+    """Every node, until the course says that the run may end."""
     nodes = in_order(workshop.pipeline.nodes(workshop.config))
     forced = forced_nodes(nodes, force)
     states: dict[str, State[Any]] = {}
@@ -64,10 +116,12 @@ def _make_all(workshop: Workshop, force: Collection[str], made: dict[str, Made])
         inputs: dict[str, ArtifactRef] = {name: made[source].ref for name, source in node.inputs.items()}
         upstream = [states[source] for source in dict.fromkeys(node.inputs.values())]
         made[node.name], states[node.name] = run_node(workshop, node, inputs, upstream, force=node.name in forced)
-        if node.name == _TARGET:
-            check_target(nodes, made[_TARGET].ref.path)
-        if node.module == "draftsmith.stages.prompts":
-            check_lengths(nodes, node.name, made[node.name].ref.path, made[node.inputs["target"]].ref.path)
+        folders = {name: each.ref.path for name, each in made.items()}
+        if checks is not None:
+            _warn(workshop, checks.after(node, folders))
+        if course is not None and (conclusion := course.stop(node, folders)) is not None:
+            return conclusion
+    return None
 
 
 def _still_forced(forced: Collection[str], made: Mapping[str, Made]) -> str | None:
@@ -79,12 +133,14 @@ def _still_forced(forced: Collection[str], made: Mapping[str, Made]) -> str | No
     return f"{', '.join(done)}: made again and complete; go on{f' with{rest} only' if rest else ' without --force'}"
 
 
-def _headline(workshop: Workshop, made: dict[str, Made]) -> dict[str, float]:
-    return workshop.store.manifest(made[_EVALUATION].ref).metrics if _EVALUATION in made else {}
+def _headline(workshop: Workshop, made: Mapping[str, Made]) -> dict[str, float]:
+    node = made.get(workshop.pipeline.headline)
+    return workshop.store.manifest(node.ref).metrics if node is not None else {}
 
 
-def _report(made: dict[str, Made]) -> list[Path]:
-    path = made[_REPORT].ref.path / "report.html" if _REPORT in made else None
+def _report(workshop: Workshop, made: Mapping[str, Made]) -> list[Path]:
+    name, file = workshop.pipeline.report
+    path = made[name].ref.path / file if name in made else None
     return [path] if path is not None and path.is_file() else []
 
 

@@ -8,20 +8,25 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from draftsmith.flows.checks.measurable import require_measurable
 from draftsmith.flows.pipeline.config_file import read_config
 from draftsmith.flows.pipeline.options import RunOptions
+from draftsmith.flows.refresh.hook import HookConfig
+from draftsmith.flows.refresh.line import RegistryConfig
+from draftsmith.stages.champion import ChampionConfig
 from draftsmith.stages.contract import Config
-from draftsmith.stages.evaluation import EvaluationConfig
 from draftsmith.stages.logs import LogsConfig
+from draftsmith.stages.measure.config import EvaluationConfig
+from draftsmith.stages.measure.drift import DriftConfig
+from draftsmith.stages.measure.gate import GateConfig
 from draftsmith.stages.mining import MiningConfig
-from draftsmith.stages.opd import OpdConfig
 from draftsmith.stages.prompting.sources import SPLITS
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.report import ReportConfig
 from draftsmith.stages.rollout import RolloutConfig
-from draftsmith.stages.sft import SftConfig
 from draftsmith.stages.targets.config import TargetConfig
-from draftsmith.stages.training.config import TrainingConfig
+from draftsmith.stages.training.config import SftConfig
+from draftsmith.stages.training.on_policy.config import OpdConfig
 
 
 class RefreshOptions(Config):
@@ -34,7 +39,7 @@ class RefreshOptions(Config):
     prompts behind those of the iteration before (logged answers: on the same ones, in other batches)."""
 
 
-class RunConfig(RunOptions):
+class RefreshConfig(RunOptions):
     """One refresh of a drafter."""
 
     refresh: RefreshOptions = RefreshOptions()
@@ -55,9 +60,15 @@ class RunConfig(RunOptions):
     """The target's answers to held-out prompts, which drafters are compared on."""
     evaluation: EvaluationConfig
     report: ReportConfig = ReportConfig()
+    registry: RegistryConfig | None = None
+    """The line of drafters that this refresh goes on with: from its champion, to its next one. Without it a refresh
+    stands alone: it begins as section `sft` says, and promotes nothing."""
+    drift: DriftConfig = DriftConfig()
+    gate: GateConfig = GateConfig()
+    on_promote: HookConfig | None = None
 
     @model_validator(mode="after")
-    def _answers_come_from_somewhere(self) -> RunConfig:
+    def _answers_come_from_somewhere(self) -> RefreshConfig:
         if self.logs is None:
             for name in ("rollout", "assisted"):
                 if getattr(self, name) is None:
@@ -65,12 +76,23 @@ class RunConfig(RunOptions):
         return self
 
     @model_validator(mode="after")
-    def _what_is_measured_is_there(self) -> RunConfig:
+    def _what_is_measured_is_there(self) -> RefreshConfig:
         require_measurable(self.heldout, self.prompts, evaluation=self.evaluation)
         return self
 
     @model_validator(mode="after")
-    def _iterations_have_prompts(self) -> RunConfig:
+    def _a_line_chooses_its_challenger(self) -> RefreshConfig:
+        if self.registry is not None and "validation" not in self.heldout.splits:
+            raise ValueError("heldout.splits: add validation: the challenger is chosen on its answers (registry)")
+        return self
+
+    @property
+    def champion(self) -> ChampionConfig | None:
+        """Who serves, of a resolved config."""
+        return self.registry.champion if self.registry is not None else None
+
+    @model_validator(mode="after")
+    def _iterations_have_prompts(self) -> RefreshConfig:
         if self.refresh.iterations == 1 or self.assisted is None or self.logs is not None:
             return self
         if self.assisted.prompts is None:
@@ -85,7 +107,7 @@ class RunConfig(RunOptions):
         return self
 
     @model_validator(mode="after")
-    def _time_limits_name_nodes(self) -> RunConfig:
+    def _time_limits_name_nodes(self) -> RefreshConfig:
         known = {*type(self).model_fields, "control"} - {*RunOptions.model_fields, "refresh"}
         for name in self.stages.time_limits:
             if name not in known:
@@ -93,58 +115,42 @@ class RunConfig(RunOptions):
         return self
 
 
-def require_measurable(
-    heldout: RolloutConfig,
-    prompts: PromptsConfig,
-    *,
-    answered: Sequence[str] = ("heldout",),
-    evaluation: EvaluationConfig | None = None,
-) -> None:
-    """What the last stage reads must be made by the first ones: answers to prompts of some splits, and the validation
-    prompts that the block size is chosen on.
-
-    Raises ValueError (for validators of configs).
-    """
-    needed = dict.fromkeys(answered, "heldout.splits")
-    for split in needed:
-        if split not in heldout.splits:
-            raise ValueError(
-                f"heldout.splits: {list(heldout.splits)} lacks {split}, which drafters are measured on: add it"
-            )
-    if evaluation is not None and evaluation.block_sizes:
-        needed["validation"] = "evaluation.block_sizes"
-    for split, reader in needed.items():
-        if split in SPLITS and prompts.wanted(split) == 0:
-            raise ValueError(f"prompts.{split}: {reader} needs prompts of this split: give their number")
-    counts = heldout.counts({split: prompts.wanted(split) for split in SPLITS})
-    for split in answered:
-        if not counts.get(split, 1):
-            raise ValueError(
-                f"heldout: skip and prompts leave out all of split {split}, which drafters are measured on (in the "
-                f"order {', '.join(SPLITS)}): change them, or lower the counts in section prompts instead"
-            )
+CHAMPION = "champion"  # of `sft.init_from`: that of the registry, as it is where nothing is said
 
 
-def control_config(config: RunConfig) -> SftConfig:
+def starts_from_champion(config: RefreshConfig) -> bool:
+    """Whether SFT goes on from the champion: unless `sft.init_from` names another drafter."""
+    return config.champion is not None and config.sft.init_from in (None, CHAMPION)
+
+
+def sft_config(config: RefreshConfig) -> SftConfig:
+    """Of the warm-start: what `init_from: champion` means is the graph's business."""
+    if config.sft.init_from != CHAMPION and not starts_from_champion(config):
+        return config.sft
+    start = {"init_from": None, "init_revision": None, "adopt": config.sft.steps == 0}
+    return config.sft.model_copy(update=start)
+
+
+def drift_config(config: RefreshConfig) -> DriftConfig:
+    """The champion drafts as it did when its figures were taken, unless the section says otherwise."""
+    drafting = config.drift.drafting
+    if drafting.head_tokens is None and config.evaluation.head_tokens is not None:
+        drafting = drafting.model_copy(update={"head_tokens": config.evaluation.head_tokens})
+    return config.drift.model_copy(update={"drafting": drafting})
+
+
+def control_config(config: RefreshConfig) -> SftConfig:
     """The control of a refresh."""
-    return continued_sft(config.sft, config.opd)
+    return config.sft.continued(config.opd)
 
 
-def continued_sft(sft: SftConfig, opd: OpdConfig) -> SftConfig:
-    """SFT continued exactly as OPD trains, but for the anchors and the loss: the fair comparison."""
-    shared = {name: getattr(opd, name) for name in TrainingConfig.model_fields}
-    return sft.model_copy(
-        update={**shared, "init_from": None, "init_revision": None, "adopt": False}
-    )  # it starts from the drafter that it is given
-
-
-def assisted_config(config: RunConfig, iteration: int) -> RolloutConfig:
+def assisted_config(config: RefreshConfig, iteration: int) -> RolloutConfig:
     """The assisted rollout of an iteration, counted from 1: each takes the prompts behind those of the one before."""
     assert config.assisted is not None
     behind = (iteration - 1) * (config.assisted.prompts or 0)
     return config.assisted.model_copy(update={"skip": config.assisted.skip + behind})
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RefreshConfig:
     """The config of a refresh from a YAML file, with overrides such as `opd.steps=200`."""
-    return read_config(path, overrides, RunConfig)
+    return read_config(path, overrides, RefreshConfig)

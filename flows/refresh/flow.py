@@ -7,12 +7,13 @@ from typing import Any
 from prefect import flow
 
 from draftsmith.flows.pipeline.run import run_graph
-from draftsmith.flows.refresh.config import RunConfig, load_config
+from draftsmith.flows.refresh.config import RefreshConfig, load_config
+from draftsmith.flows.refresh.evaluate import EVALUATE, EvaluateConfig
 from draftsmith.flows.refresh.graph import REFRESH
 
 
 @flow(name="refresh", flow_run_name="{config.name}", persist_result=False)
-def refresh(config: RunConfig, force: list[str] | None = None) -> dict[str, dict[str, Any]]:
+def refresh(config: RefreshConfig, force: list[str] | None = None) -> Any:
     """Keep a drafter matched to its target: rollout, SFT, mining, distillation, evaluation.
 
     Args:
@@ -22,10 +23,19 @@ def refresh(config: RunConfig, force: list[str] | None = None) -> dict[str, dict
     return run_graph(config, REFRESH, force or [])
 
 
+@flow(name="evaluate", flow_run_name="{config.name}", persist_result=False)
+def evaluate(config: EvaluateConfig, force: list[str] | None = None) -> Any:
+    """Compare drafters on held-out prompts, without training any.
+
+    Args:
+        config: The drafters, and how they are measured.
+        force: Names of nodes to make again although the store has them.
+    """
+    return run_graph(config, EVALUATE, force or [])
+
+
 @flow(name="refresh-file", flow_run_name="{config_file}", persist_result=False)
-def refresh_file(
-    config_file: str, overrides: list[str] | None = None, force: list[str] | None = None
-) -> dict[str, dict[str, Any]]:
+def refresh_file(config_file: str, overrides: list[str] | None = None, force: list[str] | None = None) -> Any:
     """The refresh of a config file: what a schedule runs, so that the file stays the one place to change.
 
     Args:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from draftsmith.flows.checks.check import RunChecks
 from draftsmith.flows.pipeline.graph import Node, Pipeline
-from draftsmith.flows.refresh.config import RunConfig, assisted_config, control_config
+from draftsmith.flows.refresh.config import (
+    RefreshConfig,
+    assisted_config,
+    control_config,
+    drift_config,
+    sft_config,
+    starts_from_champion,
+)
+from draftsmith.flows.refresh.course import course, resolve
 
 
-def refresh_nodes(config: RunConfig) -> list[Node]:
+def refresh_nodes(config: RefreshConfig) -> list[Node]:
     """The nodes of one refresh, from the target to the report.
 
     With several iterations, those before the last one have their number in the name: `opd-1`, …, `opd`.
@@ -20,23 +29,36 @@ def refresh_nodes(config: RunConfig) -> list[Node]:
             "heldout", "draftsmith.stages.rollout", config.heldout, asked
         ),  # early: its errors come before the long stages
     ]
+    champion = {}
+    if config.champion is not None:  # its drift check comes before anything is spent
+        champion = {"champion": "champion"}
+        nodes.append(Node("champion", "draftsmith.stages.champion", config.champion, target))
+        seen = {**asked, **champion, "trajectories": "heldout"}
+        nodes.append(Node("drift", "draftsmith.stages.drift", drift_config(config), seen))
     if config.logs is not None:
         answers = "logs"
         nodes.append(Node(answers, "draftsmith.stages.logs", config.logs, asked))
     else:
-        assert config.rollout is not None  # RunConfig has checked it
+        assert config.rollout is not None  # RefreshConfig has checked it
         answers = "rollout"
         nodes.append(Node(answers, "draftsmith.stages.rollout", config.rollout, asked))
-    nodes.append(Node("sft", "draftsmith.stages.sft", config.sft, {**target, "trajectories": answers}))
+    start = {"drafter": "champion"} if starts_from_champion(config) else {}
+    nodes.append(Node("sft", "draftsmith.stages.sft", sft_config(config), {**target, "trajectories": answers, **start}))
     opd = control = "sft"
     for iteration in range(1, config.refresh.iterations + 1):
         suffix = "" if iteration == config.refresh.iterations else f"-{iteration}"
-        nodes += _iteration(config, iteration, suffix, opd, control)
+        nodes += _iteration(config, iteration, suffix, opd, control, champion)
         opd, control = f"opd{suffix}", f"control{suffix}"
+    if config.registry is not None:
+        judged = {"evaluation": "evaluation", **champion, "sft": "sft", "opd": "opd"}
+        judged |= {"control": "control"} if config.refresh.control else {}
+        nodes.append(Node("gate", "draftsmith.stages.gate", config.gate, judged))
     return nodes
 
 
-def _iteration(config: RunConfig, iteration: int, suffix: str, opd: str, control: str) -> list[Node]:
+def _iteration(
+    config: RefreshConfig, iteration: int, suffix: str, opd: str, control: str, champion: dict[str, str]
+) -> list[Node]:
     """Rollout with the drafter `opd`, mining, OPD and evaluation; `control` is the one whose SFT goes on beside it."""
     target = {"target": "target"}
     nodes = []
@@ -44,7 +66,7 @@ def _iteration(config: RunConfig, iteration: int, suffix: str, opd: str, control
     if config.logs is not None:
         answers, seed = "logs", config.seed + 1000 * iteration  # the same answers: other batches than SFT and before
     else:
-        assert config.assisted is not None  # RunConfig has checked it
+        assert config.assisted is not None  # RefreshConfig has checked it
         answers = f"assisted{suffix}"
         inputs = {**target, "prompts": "prompts", "drafter": opd}
         nodes.append(Node(answers, "draftsmith.stages.rollout", assisted_config(config, iteration), inputs))
@@ -56,7 +78,7 @@ def _iteration(config: RunConfig, iteration: int, suffix: str, opd: str, control
             f"opd{suffix}",
             "draftsmith.stages.opd",
             config.opd,
-            {**learned, "drafter": opd, "steps": f"mining{suffix}"},
+            {**learned, "drafter": opd, "mined": f"mining{suffix}"},
             seed,
         ),
     ]
@@ -64,7 +86,7 @@ def _iteration(config: RunConfig, iteration: int, suffix: str, opd: str, control
         drafters["control"] = f"control{suffix}"
         inputs = {**learned, "drafter": control}
         nodes.append(Node(f"control{suffix}", "draftsmith.stages.sft", control_config(config), inputs, seed))
-    measured = {**target, "prompts": "prompts", "trajectories": "heldout", **drafters}
+    measured = {**target, "prompts": "prompts", "trajectories": "heldout", **champion, **drafters}
     reported = {"mining": f"mining{suffix}", "evaluation": f"evaluation{suffix}", **drafters}
     return [
         *nodes,
@@ -73,4 +95,14 @@ def _iteration(config: RunConfig, iteration: int, suffix: str, opd: str, control
     ]
 
 
-REFRESH = Pipeline(config=RunConfig, nodes=refresh_nodes, flow="draftsmith.flows.refresh.flow:refresh")
+REFRESH = Pipeline(
+    config=RefreshConfig,
+    nodes=refresh_nodes,
+    flow="draftsmith.flows.refresh.flow:refresh",
+    checks=RunChecks,
+    resolve=resolve,
+    course=course,
+    results="draftsmith.flows.refresh.results:show_results",
+    headline="evaluation",
+    report=("report", "report.html"),
+)

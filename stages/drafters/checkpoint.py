@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from draftsmith.stages.drafters import layout
 from draftsmith.stages.drafters.base import Drafter, DrafterInfo
 from draftsmith.stages.drafters.config import DrafterConfig
 from draftsmith.stages.drafters.dflash import checkpoint as dflash
+from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.eagle3 import checkpoint as eagle3
 from draftsmith.stages.targets.causal_lm import Target
 
@@ -131,12 +131,14 @@ def write_info(folder: Path, info: DrafterInfo) -> None:
 
 
 def load_drafter(
-    folder: Path, target: Target, dtype: torch.dtype | None = None, *, of_any_target: bool = False
+    source: Path | str, target: Target, dtype: torch.dtype | None = None, *, of_any_target: bool = False
 ) -> Drafter:
     """Load a checkpoint (ours, or any in the public layouts) for this target, in `dtype` (default: the target's).
 
-    Raises DraftsmithError if it was made for another target, unless `of_any_target`.
+    source: a folder, or a hub id as text. Raises DraftsmithError if it was made for another target, unless
+    `of_any_target`.
     """
+    folder = source if isinstance(source, Path) else drafter_source(source)
     if not of_any_target:
         check_drafter(folder, target.info.digest)
     drafter: Drafter = architecture_of(folder).load(folder, target, dtype or target.dtype)
@@ -181,18 +183,6 @@ def check_layers(folder: Path, num_target_layers: int) -> None:
         raise DraftsmithError(f"drafter {folder / layout.CONFIG_FILE}: {reason}: train one that can be served")
 
 
-def drafter_digest(folder: Path) -> str:
-    """sha256 over the files that decide what the drafter proposes."""
-    digest = hashlib.sha256()
-    for name in ("config.json", "model.safetensors", TOKENS_FILE):
-        if (path := folder / name).exists():
-            digest.update(name.encode() + b"\0")
-            with path.open("rb") as file:
-                while part := file.read(1 << 22):
-                    digest.update(part)
-    return digest.hexdigest()
-
-
 def descends_from(folder: Path) -> tuple[str, ...]:
     """The parents of a drafter that was trained on from this checkpoint, oldest first."""
     return (*read_info(folder).parents, drafter_digest(folder))
@@ -206,7 +196,7 @@ def drafter_source(source: str, revision: str | None = None) -> Path:
         return folder
     from huggingface_hub import constants, snapshot_download
 
-    from draftsmith.stages.targets.resolve import hub_answered, hub_reason
+    from draftsmith.stages.targets.hub import hub_answered, hub_reason
 
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.npy"]))

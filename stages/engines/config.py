@@ -187,3 +187,10 @@ class SamplingConfig(Config):
     max_new_tokens: Annotated[int, Field(ge=2)] = 512
     temperature: Annotated[float, Field(ge=0, description="0 = greedy")] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+def served_dtype(engine: EmbeddedEngineConfig | SGLangEngineConfig, target_dtype: str) -> str | None:
+    """What an engine computes in; None for running servers, which say it nowhere in the config."""
+    if isinstance(engine, SGLangEngineConfig):
+        return (engine.launch.dtype or target_dtype) if engine.launch else None
+    return target_dtype

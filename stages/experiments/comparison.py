@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from draftsmith.stages.contract import Config, Stage, StageContext
+from draftsmith.stages.contract import Config, Stage, StageContext, follow
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +31,6 @@ class ComparisonConfig(Config):
     control: Annotated[str, Field(description="the arm that the others are compared with, at equal steps and seed")]
     splits: tuple[str, ...] = ("validation", "heldout")
     tokens_per_target_forward: Annotated[int, Field(ge=1)] = 4096
-    bootstrap_samples: Annotated[int, Field(ge=100)] = 5000
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,8 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
     from draftsmith.artifacts.parquet import write_table
     from draftsmith.artifacts.schemas import ACCEPTANCE
     from draftsmith.stages.drafters.checkpoint import load_drafter
-    from draftsmith.stages.drafters.config import DraftingConfig
-    from draftsmith.stages.measure.acceptance import ceiling_traces, replay_all
+    from draftsmith.stages.measure.acceptance import ceiling_traces
+    from draftsmith.stages.replay.corpus import replay_all
     from draftsmith.stages.replay.trace import tau
     from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
     from draftsmith.stages.targets.causal_lm import Target
@@ -102,7 +101,11 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
             drafters = {name: load_drafter(entries[name].folder / DRAFTER_FOLDER, target) for name in together}
             longest_block = max(longest_block, *(drafter.block_size for drafter in drafters.values()))
             found = replay_all(
-                ctx, target, drafters, stored.trajectories, DraftingConfig(), None, config.tokens_per_target_forward
+                target,
+                drafters,
+                stored.trajectories,
+                tokens_per_group=config.tokens_per_target_forward,
+                progress=follow(ctx, "trajectories"),
             )
             for name, traces in found.items():
                 committed = np.array([trace.committed.sum() for trace in traces], dtype=np.float64)
@@ -116,8 +119,9 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
             del drafters, found, traces  # before the next ones are loaded
         results[split] = {
             "trajectories": len(stored.trajectories),
+            "prompts": len(set(stored.prompts)),
             "ceiling": tau(ceiling_traces(target, stored.trajectories, longest_block)),
-            "arms": arm_table(entries, sums, costs, config, ctx.seed),
+            "arms": arm_table(entries, sums, stored.prompts, costs, config.control),
         }
     for name, svg in figures(results[config.splits[-1]]["arms"], config.control).items():
         write_text(ctx.out / name, svg)
@@ -158,7 +162,8 @@ def figures(table: Sequence[Mapping[str, Any]], control: str) -> dict[str, str]:
         untrained = next((row["tau"] for row in table if row["arm"] == BASE), None)
         found["tau.svg"] = standalone(tau_over_cost(arms, {} if untrained is None else {"before training": untrained}))
     for steps in sorted({row["steps"] for row in table}):
-        compared = [row for row in table if row["steps"] == steps and "difference" in row]
+        # a single prompt has no interval to draw
+        compared = [row for row in table if row["steps"] == steps and row.get("difference_low") is not None]
         if compared:
             found[f"differences-{steps}.svg"] = standalone(differences(compared, control))
     return found
@@ -167,18 +172,19 @@ def figures(table: Sequence[Mapping[str, Any]], control: str) -> dict[str, str]:
 def arm_table(
     entries: Mapping[str, Entry],
     sums: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    prompts: Sequence[str],
     costs: Mapping[str, Mapping[str, float]],
-    config: ComparisonConfig,
-    seed: int,
+    control: str,
 ) -> list[dict[str, Any]]:
     """A row for every (arm, steps): tau of each seed and in the mean, and the paired difference to the control.
 
-    sums: committed tokens and verify steps of each trajectory; costs: of the training; both by drafter. The interval of
-    the difference is a bootstrap over trajectories of the mean over seeds; the single seeds' differences stand beside.
+    sums: committed tokens and verify steps of each trajectory; costs: of the training; both by drafter. prompts: the
+    prompt of each trajectory. The 95 % interval of the difference is a jackknife over prompts of the mean over seeds
+    (a single prompt has none); it is of these trainings, and the single seeds' differences stand beside.
     """
     import numpy as np
 
-    from draftsmith.stages.measure.bootstrap import interval
+    from draftsmith.stages.statistics import jackknife, sums_of
 
     def stacked(names: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """[seeds, trajectories] each."""
@@ -201,16 +207,13 @@ def arm_table(
             "tau_of_seeds": taus.tolist(),
             **{cost: float(np.mean([costs[name][cost] for name in names])) for cost in COSTS},
         }
-        control = groups.get((config.control, steps), [])
-        if arm not in (BASE, config.control) and len(control) == len(names):
-            other_committed, other_verified = stacked(control)
+        others = groups.get((control, steps), [])
+        if arm not in (BASE, control) and len(others) == len(names):
+            other_committed, other_verified = stacked(others)
             differences = taus - other_committed.sum(1) / other_verified.sum(1)
-            low, high = interval(
-                _mean_difference,
-                tuple(part for group in (committed, verified, other_committed, other_verified) for part in group),
-                config.bootstrap_samples,
-                seed,
-            )
+            parts = (part for group in (committed, verified, other_committed, other_verified) for part in group)
+            estimate = jackknife(_mean_difference, *(sums_of(prompts, part) for part in parts))
+            low, high = estimate.interval() or (None, None)
             row |= {
                 "difference": float(differences.mean()),
                 "difference_of_seeds": differences.tolist(),
@@ -243,20 +246,17 @@ def cost_to_reach(rows: Sequence[Mapping[str, Any]], level: float, cost: str) ->
     return found
 
 
-def _mean_difference(*parts: np.ndarray, axis: int = -1) -> np.ndarray:
+def _mean_difference(*parts: np.ndarray) -> np.ndarray:
     """Mean over seeds of the difference of two ratios of sums.
 
-    parts: 4 × seeds arrays over trajectories: committed and verified of the arm, committed and verified of the control.
+    parts: 4 × seeds sums: committed and verified of the arm, committed and verified of the control.
     """
     import numpy as np
 
     seeds = len(parts) // 4
-    totals = [part.sum(axis) for part in parts]
-    committed, verified, other_committed, other_verified = (totals[i * seeds : (i + 1) * seeds] for i in range(4))
-    return np.mean(
-        [a / b - c / d for a, b, c, d in zip(committed, verified, other_committed, other_verified, strict=True)],
-        axis=0,
-    )
+    committed, verified, other_committed, other_verified = (parts[i * seeds : (i + 1) * seeds] for i in range(4))
+    each = [a / b - c / d for a, b, c, d in zip(committed, verified, other_committed, other_verified, strict=True)]
+    return np.asarray(np.mean(each, axis=0))
 
 
 STAGE = Stage(

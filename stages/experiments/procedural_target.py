@@ -26,7 +26,7 @@ class ProceduralTargetConfig(TrainingTextConfig):
 
 def preflight(_config: ProceduralTargetConfig, target: Path) -> None:
     """What it is taught is written in the chat template of the target that it goes on from."""
-    from draftsmith.stages.targets.resolve import read_target_info
+    from draftsmith.stages.targets.info import read_target_info
 
     info = read_target_info(target)
     if not info.chat_template:
@@ -36,7 +36,8 @@ def preflight(_config: ProceduralTargetConfig, target: Path) -> None:
 def run(ctx: StageContext, config: ProceduralTargetConfig) -> None:
     """Train it, then describe it as stage `target` does. An interrupted training (of minutes) starts again."""
     from draftsmith.stages.procedural.training import train_target
-    from draftsmith.stages.targets.resolve import describe, model_path, read_target_info, write_target_info
+    from draftsmith.stages.targets.info import model_path, read_target_info, write_target_info
+    from draftsmith.stages.targets.resolve import describe
 
     def on_step(step: int, loss: float) -> None:
         ctx.check_interrupted()

@@ -8,43 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from draftsmith.stages.contract import StageContext
-from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.config import DraftingConfig
-from draftsmith.stages.measure.bootstrap import interval, ratio, ratio_difference
-from draftsmith.stages.replay.chains import replay_chains
-from draftsmith.stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens
+from draftsmith.stages.measure.gate import CHAMPION, compared
+from draftsmith.stages.measure.verdicts import Pair, pairs
+from draftsmith.stages.replay.trace import Trace, Trajectory
+from draftsmith.stages.statistics import Estimate, jackknife, ratio, ratio_difference, sums_of
 from draftsmith.stages.targets.causal_lm import Target
-
-
-def replay_all(
-    ctx: StageContext,
-    target: Target,
-    drafters: Mapping[str, Drafter],
-    trajectories: Sequence[Trajectory],
-    drafting: DraftingConfig,
-    chains: int | None,
-    tokens_per_group: int,
-) -> dict[str, list[Trace]]:
-    """Traces of every drafter, in the order of the trajectories. The target reads each trajectory once."""
-    layer_ids = sorted({layer for d in drafters.values() for layer in d.target_layer_ids})
-    traces: dict[str, dict[int, Trace]] = {name: {} for name in drafters}
-    for group in groups_by_length([len(t.tokens) for t in trajectories], tokens_per_group):
-        members = [trajectories[i] for i in group]
-        ids = pad_tokens(members, target.device)
-        by_layer = dict(zip(layer_ids, target.features(ids, layer_ids).chunk(len(layer_ids), -1), strict=True))
-        positions = torch.arange(ids.shape[1], device=ids.device).expand(len(members), -1)
-        for name, drafter in drafters.items():
-            with torch.no_grad():
-                read = torch.cat([by_layer[k] for k in drafter.target_layer_ids], -1)
-                context = drafter.encode(read, ids, positions)
-            head = drafter.drafting_head(target.head_weight, drafting.head_tokens)
-            block_size = drafting.block_size or drafter.block_size
-            found = replay_chains(drafter, context, members, block_size, head, chains, with_logprobs=False)
-            traces[name] |= dict(zip(group, found, strict=True))
-        ctx.progress(len(next(iter(traces.values()))), len(trajectories), "trajectories")
-        ctx.check_interrupted()
-    return {name: [by_index[i] for i in range(len(trajectories))] for name, by_index in traces.items()}
 
 
 def ceiling_traces(target: Target, trajectories: Sequence[Trajectory], block_size: int) -> list[Trace]:
@@ -87,42 +55,101 @@ def has_loop(tokens: Sequence[int], n: int = 6, times: int = 3) -> bool:
 
 
 def acceptance_table(
-    traces: Mapping[str, Sequence[Trace]], looping: Sequence[bool], resamples: int, seed: int
+    traces: Mapping[str, Sequence[Trace]], prompts: Sequence[str], looping: Sequence[bool]
 ) -> dict[str, dict[str, Any]]:
-    """Figures of each drafter; differences are to the drafter named `sft`, paired over trajectories; else none."""
-    sums = {name: _sums(found) for name, found in traces.items()}
+    """Figures of each drafter, with 95 % intervals over prompts; differences to others are paired.
+
+    prompts, looping: of each trajectory, the id of its prompt, and whether its answer repeats itself. A single prompt
+    has no interval.
+    """
     keep = ~np.asarray(looping)
+    differences = tau_differences(traces, prompts)
     table: dict[str, dict[str, Any]] = {}
-    for name, (committed, steps) in sums.items():
-        low, high = interval(ratio, (committed, steps), resamples, seed)
-        K = traces[name][0].proposed.shape[1]
-        accepted = np.concatenate([t.accepted for t in traces[name]])
-        judged = np.concatenate([t.judged for t in traces[name]])
+    for name, found in traces.items():
+        committed, steps = _sums(found)
+        tau = jackknife(ratio, *_by_prompt(found, prompts))
+        low, high = tau.interval() or (None, None)
+        K = found[0].proposed.shape[1]
+        accepted = np.concatenate([t.accepted for t in found])
+        judged = np.concatenate([t.judged for t in found])
         table[name] = {
-            "tau": float(ratio(committed, steps)),
+            "tau": tau.value,
             "tau_low": low,
             "tau_high": high,
+            "prompts": tau.units,
             "verify_steps": int(steps.sum()),
             "block_size": K + 1,
             "acceptance_by_offset": [
                 float((accepted >= k).sum() / max(1, (judged >= k).sum())) for k in range(1, K + 1)
             ],
             "accepted_histogram": np.bincount(accepted, minlength=K + 1).tolist(),
-            "tau_without_loops": float(ratio(committed[keep], steps[keep])) if keep.any() else None,
+            "tau_without_loops": float(committed[keep].sum() / steps[keep].sum()) if keep.any() else None,
+            "differences": {},
         }
-        if name != "sft" and "sft" in sums:
-            paired = (committed, steps, *sums["sft"])
-            low, high = interval(ratio_difference, paired, resamples, seed)
-            table[name] |= {"diff_to_sft": float(ratio_difference(*paired)), "diff_low": low, "diff_high": high}
-    if {"opd", "control"} <= sums.keys():
-        paired = (*sums["opd"], *sums["control"])
-        low, high = interval(ratio_difference, paired, resamples, seed)
-        table["opd"] |= {
-            "diff_to_control": float(ratio_difference(*paired)),
-            "diff_to_control_low": low,
-            "diff_to_control_high": high,
-        }
+        for (arm, other), difference in differences.items():
+            if arm == name:
+                low, high = difference.interval() or (None, None)
+                table[name]["differences"][other] = {"value": difference.value, "low": low, "high": high}
     return table
+
+
+def tau_differences(traces: Mapping[str, Sequence[Trace]], prompts: Sequence[str]) -> dict[Pair, Estimate]:
+    """`tau_difference` of each compared pair."""
+    return {(arm, other): tau_difference(traces[arm], traces[other], prompts) for arm, other in pairs(list(traces))}
+
+
+def tau_difference(traces: Sequence[Trace], other: Sequence[Trace], prompts: Sequence[str] | None = None) -> Estimate:
+    """tau of a drafter minus that of another one on the same trajectories, paired over prompts.
+
+    prompts: the id of each trajectory's prompt; left out: every trajectory has its own.
+    """
+    prompts = [str(index) for index in range(len(traces))] if prompts is None else prompts
+    return jackknife(ratio_difference, *_by_prompt(traces, prompts), *_by_prompt(other, prompts))
+
+
+def tau_by_set(
+    traces: Mapping[str, Sequence[Trace]], prompts: Sequence[str], sets: Sequence[str]
+) -> dict[str, dict[str, dict[str, float | int | None]]]:
+    """Set -> drafter -> tau with its 95 % interval over prompts. sets: of each trajectory."""
+    found: dict[str, dict[str, dict[str, float | int | None]]] = {}
+    for name in dict.fromkeys(sets):
+        for arm, (part, of_part) in _of_set(traces, prompts, sets, name).items():
+            tau = jackknife(ratio, *_by_prompt(part, of_part))
+            low, high = tau.interval() or (None, None)
+            found.setdefault(name, {})[arm] = {"tau": tau.value, "low": low, "high": high, "prompts": tau.units}
+    return found
+
+
+def taus_compared(
+    traces: Mapping[str, Sequence[Trace]], prompts: Sequence[str], sets: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Every drafter against the champion, over all prompts (set None) and within each set; empty without a champion."""
+    if CHAMPION not in traces:
+        return []
+    found = []
+    for name in (None, *dict.fromkeys(sets)):
+        parts = _of_set(traces, prompts, sets, name)
+        champion, of_part = parts[CHAMPION]
+        base = float(ratio(*(sums.sum() for sums in _sums(champion))))
+        for arm, (part, _) in parts.items():
+            if arm != CHAMPION:
+                difference = tau_difference(part, champion, of_part)
+                found.append(compared("tau", arm, CHAMPION, difference, set=name, base=base))
+    return found
+
+
+def _of_set(
+    traces: Mapping[str, Sequence[Trace]], prompts: Sequence[str], sets: Sequence[str], name: str | None
+) -> dict[str, tuple[list[Trace], list[str]]]:
+    """By drafter, the traces of one set and their prompts; of all sets for None."""
+    places = [index for index, each in enumerate(sets) if name is None or each == name]
+    return {arm: ([found[i] for i in places], [prompts[i] for i in places]) for arm, found in traces.items()}
+
+
+def _by_prompt(traces: Sequence[Trace], prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """[prompts] committed tokens and verify steps of all answers to each prompt."""
+    committed, steps = _sums(traces)
+    return sums_of(prompts, committed), sums_of(prompts, steps)
 
 
 def _sums(traces: Sequence[Trace]) -> tuple[np.ndarray, np.ndarray]:

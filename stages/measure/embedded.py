@@ -1,7 +1,8 @@
-"""Decoding speed in this process: the arms alternate group by group of prompts on one loaded target."""
+"""Decoding speed in this process: on one loaded target the arms take turns at the same prompts, round after round."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from draftsmith.artifacts.atomic import write_text
+from draftsmith.artifacts.parquet import read_table, write_table
+from draftsmith.artifacts.schemas import REQUESTS, TURNS
 from draftsmith.stages.contract import StageContext
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
@@ -27,12 +31,17 @@ from draftsmith.stages.measure.requests import (
     requests_for,
     row_of,
     settings_of,
+    told,
+    turn_of,
 )
 from draftsmith.stages.stored import Prompt
 from draftsmith.stages.targets.causal_lm import Target
 
 if TYPE_CHECKING:
-    from draftsmith.stages.evaluation import EvaluationConfig
+    from draftsmith.stages.measure.config import EvaluationConfig
+
+
+ENGINE = "embedded"
 
 
 def measure_embedded(
@@ -44,24 +53,24 @@ def measure_embedded(
     heldout: Sequence[Prompt],
     validation: Sequence[Prompt],
 ) -> Measured:
-    """Choose the block size on validation prompts with the first drafter, decode held-out ones with every arm, compare
-    the outputs. folders: the drafters' checkpoints."""
+    """Choose each drafter's block size on validation prompts, decode held-out ones in turns, compare the outputs.
+
+    folders: the drafters' checkpoints.
+    """
     test = SpeedTest(ctx, target, config, ctx.seed)
     settings = settings_of(config)
-    block_size, candidates = choose_block_size(test, next(iter(drafters.values())), validation, settings[0])
-    ctx.log(f"decoding with blocks of at most {block_size}, chosen on {len(validation)} validation prompts")
-    rows: list[Row] = []
-    for setting in settings:
-        rows += test.alternate(drafters, heldout[: config.speed_prompts], block_size, setting)
+    sizes, candidates = choose_block_sizes(test, drafters, validation, settings[0])
+    ctx.log(told(sizes))
+    rows, turns = test.take_turns(drafters, sizes, heldout[: config.speed_prompts], settings)
     compare_with_plain(rows, sampled=True)
     test.add_margins(rows, heldout)
     exactness = {"serving_dtype": target.info.dtype, **equality(rows)}
-    first_of_kind: dict[str, Path] = {}
+    first_of_kind: dict[str, str] = {}
     for name, drafter in drafters.items():
-        first_of_kind.setdefault(drafter.kind, folders[name])
-    checkpoints = first_of_kind.values()
-    exactness |= exactness_in_fp32(test, ctx.inputs["target"], checkpoints, heldout, block_size, settings[0])
-    return Measured("embedded", rows, candidates, exactness)
+        first_of_kind.setdefault(drafter.kind, name)
+    checkpoints = [(folders[name], sizes[name]) for name in first_of_kind.values()]
+    exactness |= exactness_in_fp32(test, ctx.inputs["target"], checkpoints, heldout, settings[0])
+    return Measured(ENGINE, rows, turns, candidates, len(validation), exactness)
 
 
 class SpeedTest:
@@ -80,7 +89,6 @@ class SpeedTest:
         max_new: int | None = None,
     ) -> tuple[list[Completion], float]:
         """Answers in the order of the prompts, and the wall time in seconds."""
-        block_size = drafted_block(drafter, block_size)
         capacity = max(len(p.token_ids) for p in prompts) + self.config.sampling.max_new_tokens + block_size
         drafting = DraftingConfig(block_size=block_size, head_tokens=self.config.head_tokens) if drafter else None
         engine = EmbeddedEngine(target, drafter, slots=setting.concurrency, capacity=capacity, drafting=drafting)
@@ -93,77 +101,118 @@ class SpeedTest:
         """First calls allocate and pick kernels; they are not measured."""
         self.decode(self.target, drafter, block_size, prompts[: setting.concurrency], setting, max_new=4)
 
-    def alternate(
-        self, drafters: Mapping[str, Drafter], prompts: Sequence[Prompt], block_size: int, setting: Setting
-    ) -> list[Row]:
-        """Rows of the table `requests`: groups of `concurrency` prompts, the order of the arms rotating by group."""
-        arms: list[tuple[str, Drafter | None]] = [(PLAIN, None), *drafters.items()]
-        for _, drafter in arms:
-            self.warm_up(drafter, block_size, prompts, setting)
+    def take_turns(
+        self,
+        drafters: Mapping[str, Drafter],
+        sizes: Mapping[str, int],
+        prompts: Sequence[Prompt],
+        settings: Sequence[Setting],
+    ) -> tuple[list[Row], list[Row]]:
+        """Rows of the tables `requests` and `turns`. sizes: the block of each drafter.
+
+        A round at one setting is kept when all arms had their turn in it: an interrupted evaluation goes on with the
+        next one, so that turns that are compared lie side by side.
+        """
         rows: list[Row] = []
-        groups = [prompts[i : i + setting.concurrency] for i in range(0, len(prompts), setting.concurrency)]
-        for g, group in enumerate(groups):
-            decoded: dict[str, tuple[list[Completion], float]] = {}
-            for name, drafter in arms[g % len(arms) :] + arms[: g % len(arms)]:
-                decoded[name] = self.decode(self.target, drafter, block_size, group, setting)
+        turns: list[Row] = []
+        warm: set[Setting] = set()
+        total = self.config.rounds * len(settings) * (1 + len(drafters))
+        for round in range(self.config.rounds):
+            for place, setting in enumerate(settings):
+                folder = self.ctx.work / "rounds" / f"{round}-{place}"
+                if not (folder / "turns.parquet").exists():
+                    if setting not in warm:
+                        for drafter, size in [(None, 1), *((drafters[arm], sizes[arm]) for arm in drafters)]:
+                            self.warm_up(drafter, size, prompts, setting)
+                        warm.add(setting)
+                    answered, timed = self._round(round, drafters, sizes, prompts, setting)
+                    write_table(folder / "requests.parquet", REQUESTS, answered)
+                    write_table(folder / "turns.parquet", TURNS, timed)  # the last: a folder that has it is complete
+                rows += read_table(folder / "requests.parquet", REQUESTS).to_pylist()
+                turns += read_table(folder / "turns.parquet", TURNS).to_pylist()
+                self.ctx.progress(len(turns), total, "turns")
                 self.ctx.check_interrupted()
-            for name, drafter in arms:
-                answers, wall = decoded[name]
-                drafted = drafted_block(drafter, block_size)
-                # the group's wall time, shared equally by its prompts
-                rows += [row_of("embedded", 0, name, drafted, setting, answer, wall / len(group)) for answer in answers]
-            self.ctx.progress(g + 1, len(groups), "groups of prompts")
-        return rows
+        return rows, turns
+
+    def _round(
+        self,
+        round: int,
+        drafters: Mapping[str, Drafter],
+        sizes: Mapping[str, int],
+        prompts: Sequence[Prompt],
+        setting: Setting,
+    ) -> tuple[list[Row], list[Row]]:
+        """Every arm decodes all prompts; who begins rotates by round."""
+        arms: list[tuple[str, Drafter | None]] = [(PLAIN, None), *drafters.items()]
+        first = round % len(arms)
+        rows: list[Row] = []
+        turns: list[Row] = []
+        for order, (arm, drafter) in enumerate(arms[first:] + arms[:first]):
+            size = sizes.get(arm, 1)
+            answers, wall = self.decode(self.target, drafter, size, prompts, setting)
+            turns.append(turn_of(ENGINE, round, order, arm, size, setting, answers, wall))
+            rows += [row_of(ENGINE, round, arm, size, setting, answer) for answer in answers]
+            self.ctx.check_interrupted()
+        return rows, turns
 
     def add_margins(self, rows: Sequence[Row], prompts: Sequence[Prompt]) -> None:
         """The target's logit margin (best minus second) where greedy outputs part: small = a near-tie of the dtype."""
         prompt_ids = {prompt.prompt_id: prompt.token_ids for prompt in prompts}
+        known: dict[tuple[int, ...], float] = {}  # every round parts at the same places
         for row in rows:
             difference = row["first_difference"]
             if row["temperature"] == 0 and difference >= 0:  # up to there the answer is the one of plain decoding
-                tokens = prompt_ids[row["prompt_id"]] + row["response_ids"][:difference]
-                out = self.target.read(torch.tensor([tokens], device=self.target.device))
-                best = self.target.logits(out.hidden[0, -1]).topk(2).values
-                row["margin"] = float(best[0] - best[1])
+                tokens = (*prompt_ids[row["prompt_id"]], *row["response_ids"][:difference])
+                if tokens not in known:
+                    out = self.target.read(torch.tensor([tokens], device=self.target.device))
+                    best = self.target.logits(out.hidden[0, -1]).topk(2).values
+                    known[tokens] = float(best[0] - best[1])
+                row["margin"] = known[tokens]
 
 
-def drafted_block(drafter: Drafter | None, block_size: int) -> int:
-    """The block that an arm decodes with where `block_size` was chosen for all: no larger than it was trained on."""
-    return block_size if drafter is None else min(block_size, drafter.block_size)
+def choose_block_sizes(
+    test: SpeedTest, drafters: Mapping[str, Drafter], prompts: Sequence[Prompt], setting: Setting
+) -> tuple[dict[str, int], dict[str, dict[str, float]]]:
+    """Each drafter's fastest candidate on validation prompts, and tokens/s of every candidate, measured once.
 
-
-def choose_block_size(
-    test: SpeedTest, drafter: Drafter, prompts: Sequence[Prompt], setting: Setting
-) -> tuple[int, dict[str, float]]:
-    """The fastest candidate on validation prompts, and tokens/s of each. All arms then decode with `drafted_block`."""
-    candidates = candidate_sizes(test.config, drafter.block_size)
-    if len(candidates) == 1:
-        return candidates[0], {}
-    speeds = {}
-    for size in candidates:
-        test.warm_up(drafter, size, prompts, setting)
-        answers, seconds = test.decode(test.target, drafter, size, prompts, setting)
-        speeds[size] = sum(len(a.response_ids) for a in answers) / seconds
-    return fastest(speeds), {str(size): value for size, value in speeds.items()}
+    What was measured is kept: an evaluation that goes on must not choose anew.
+    """
+    path = test.ctx.work / "block_sizes.json"
+    measured: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
+    sizes = {}
+    for arm, drafter in drafters.items():
+        candidates = candidate_sizes(test.config, drafter.block_size)
+        if len(candidates) > 1:
+            speeds = measured.setdefault(arm, {})
+            for size in candidates:
+                if str(size) not in speeds:
+                    test.warm_up(drafter, size, prompts, setting)
+                    answers, seconds = test.decode(test.target, drafter, size, prompts, setting)
+                    speeds[str(size)] = sum(len(a.response_ids) for a in answers) / seconds
+                    write_text(path, json.dumps(measured))
+                    test.ctx.check_interrupted()
+        sizes[arm] = (
+            fastest({size: measured[arm][str(size)] for size in candidates}) if arm in measured else candidates[0]
+        )
+    return sizes, measured
 
 
 def exactness_in_fp32(
     test: SpeedTest,
     target_folder: Path,
-    checkpoints: Iterable[Path],
+    checkpoints: Iterable[tuple[Path, int]],
     prompts: Sequence[Prompt],
-    block_size: int,
     setting: Setting,
 ) -> dict[str, int]:
     """Plain against speculative decoding in float32, token for token. Returns how many prompts, and how many came out
-    equal with every checkpoint."""
+    equal with every checkpoint. checkpoints: with the block size that each decodes with."""
     if not test.config.exactness_prompts:
         return {"fp32_prompts": 0, "fp32_identical": 0}
     chosen = prompts[: test.config.exactness_prompts]
     target = Target.load(target_folder, dtype="float32")
     plain, _ = test.decode(target, None, 1, chosen, setting)
     equal = [True] * len(chosen)
-    for folder in checkpoints:
+    for folder, block_size in checkpoints:
         speculative, _ = test.decode(target, load_drafter(folder, target), block_size, chosen, setting)
         pairs = zip(equal, plain, speculative, strict=True)
         equal = [so_far and a.response_ids == b.response_ids for so_far, a, b in pairs]

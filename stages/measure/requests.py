@@ -1,4 +1,4 @@
-"""What evaluation decodes: settings, requests, one row a request, and the comparison with plain decoding."""
+"""What evaluation decodes: settings, requests, rows of requests and turns, and the comparison with plain decoding."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from draftsmith.stages.engines.base import Completion, Request, SamplingParams
 from draftsmith.stages.stored import Prompt, request_seed
 
 if TYPE_CHECKING:
-    from draftsmith.stages.evaluation import EvaluationConfig
+    from draftsmith.stages.measure.config import EvaluationConfig
 
 PLAIN = "plain"
-Row = dict[str, Any]  # of the table `requests`
+Row = dict[str, Any]  # of the table `requests` or `turns`
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,10 @@ class Measured:
     """What decoding with every arm gave."""
 
     engine: str  # with its version where it has one
-    rows: list[Row]
-    candidates: dict[str, float]  # block size -> tokens/s on validation prompts; empty where none was chosen
+    rows: list[Row]  # a request each
+    turns: list[Row]
+    candidates: dict[str, dict[str, float]]  # arm -> block size -> tokens/s; without the arms that had no choice
+    validation_prompts: int  # that the candidates decoded, each of them once
     exactness: dict[str, Any]
     parity: dict[str, dict[str, Any]] | None = None  # arm -> figures of the gate; None: nothing was served
 
@@ -64,10 +66,36 @@ def accepted_lengths(answer: Completion) -> list[int]:
     return [kept for kept, count in enumerate(answer.accepted_counts) for _ in range(count)]
 
 
-def row_of(
-    engine: str, round: int, arm: str, block_size: int, setting: Setting, answer: Completion, seconds: float
+def turn_of(
+    engine: str,
+    round: int,
+    order: int,
+    arm: str,
+    block_size: int,
+    setting: Setting,
+    answers: Sequence[Completion],
+    wall: float,
 ) -> Row:
-    """A row that is not compared with plain decoding yet. seconds: the request's share of wall time."""
+    """A row of the table `turns`. wall: seconds in which all of the answers were decoded."""
+    return {
+        "round": round,
+        "order": order,
+        "arm": arm,
+        "engine": engine,
+        "block_size": block_size,
+        "temperature": setting.temperature,
+        "concurrency": setting.concurrency,
+        "prompts": len(answers),
+        "tokens": sum(len(answer.response_ids) for answer in answers),
+        "wall_seconds": wall,
+        "draft_seconds": sum(answer.draft_seconds for answer in answers),
+        "verify_seconds": sum(answer.verify_seconds for answer in answers),
+        "verify_steps": sum(answer.verify_steps for answer in answers),
+    }
+
+
+def row_of(engine: str, round: int, arm: str, block_size: int, setting: Setting, answer: Completion) -> Row:
+    """A row of the table `requests` that is not compared with plain decoding yet."""
     prompt_id = answer.request.request_id
     return {
         "round": round,
@@ -75,14 +103,13 @@ def row_of(
         "prompt_id": prompt_id,
         "arm": arm,
         "engine": engine,
-        "block_size": 1 if arm == PLAIN else block_size,
+        "block_size": block_size,
         "temperature": setting.temperature,
         "concurrency": setting.concurrency,
         "tokens": len(answer.response_ids),
         "response_ids": answer.response_ids,
         "verify_steps": answer.verify_steps,
         "accepted": accepted_lengths(answer) or None,
-        "seconds": seconds,
         "latency_seconds": answer.seconds,
         "first_token_seconds": answer.first_token_seconds,
         "draft_seconds": answer.draft_seconds,
@@ -133,6 +160,11 @@ def equality(rows: Sequence[Row]) -> dict[str, Any]:
 def candidate_sizes(config: EvaluationConfig, trained: int) -> list[int]:
     """Block sizes to choose from: none larger than the trained one."""
     return sorted({min(size, trained) for size in config.block_sizes or (trained,)})
+
+
+def told(sizes: Mapping[str, int]) -> str:
+    """What each drafter decodes with, for the log."""
+    return "decoding with blocks of " + ", ".join(f"{size} ({arm})" for arm, size in sizes.items())
 
 
 def fastest(speeds: Mapping[int, float]) -> int:

@@ -15,12 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from draftsmith.artifacts.parquet import read_table, to_table, write_table
-from draftsmith.artifacts.schemas import REQUESTS, TRACE
-from draftsmith.stages.contract import StageContext
+from draftsmith.artifacts.schemas import REQUESTS, TRACE, TURNS
+from draftsmith.stages.contract import StageContext, follow
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request
-from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.stages.engines.config import SGLangEngineConfig, served_dtype
 from draftsmith.stages.measure.requests import (
     PLAIN,
     Measured,
@@ -33,13 +35,15 @@ from draftsmith.stages.measure.requests import (
     requests_for,
     row_of,
     settings_of,
+    told,
+    turn_of,
 )
-from draftsmith.stages.replay.parity import Gate, check_steps, check_tau, served_dtype
+from draftsmith.stages.replay.parity import Gate, check_steps, check_tau
 from draftsmith.stages.stored import Prompt
 
 if TYPE_CHECKING:
     from draftsmith.stages.engines.sglang.engine import SGLangEngine
-    from draftsmith.stages.evaluation import EvaluationConfig
+    from draftsmith.stages.measure.config import EvaluationConfig
 
 WARM_UP_TOKENS = 16  # a prefill and some steps at every batch size
 
@@ -64,10 +68,6 @@ class Served:
     def drafts_chains(self) -> bool:
         """As replay does; trees are served for their speed alone."""
         return self.engine.launch is not None and self.engine.launch.tree is None
-
-    def block_size(self, arm: str, chosen: int) -> int:
-        """What an arm decodes with where `chosen` is the block size of all: no larger than it was trained on."""
-        return min(chosen, self.trained.get(arm, chosen))
 
     @contextmanager
     def server(self, drafter: Path | None, block_size: int, work: Path) -> Iterator[SGLangEngine]:
@@ -121,42 +121,51 @@ class Served:
 
 
 def measure_served(served: Served, heldout: Sequence[Prompt], validation: Sequence[Prompt]) -> Measured:
-    """Choose the block size on validation prompts, give every arm its turns, check parity after the first round.
+    """Choose each arm's block size on validation prompts, give all their turns, check parity after the first round.
 
     Raises DraftsmithError if what was served is not what replay says.
     """
     ctx, config = served.ctx, served.config
-    block_size, candidates = _choose_block_size(served, validation)
-    ctx.log(f"decoding with blocks of at most {block_size}")
+    sizes, candidates = _choose_block_sizes(served, validation)
+    ctx.log(told(sizes))
     if not served.drafts_chains:
         ctx.log("trees are drafted: what is served is not compared with replay, which rebuilds chains")
     arms = [PLAIN, *served.drafters]
     rows: list[Row] = []
+    turns: list[Row] = []
     parity: dict[str, dict[str, Any]] = {}
     for round in range(config.rounds):
         first = round % len(arms)
-        for turn, arm in enumerate(arms[first:] + arms[:first]):
-            rows += _turn(served, round, arm, served.block_size(arm, block_size), heldout)
-            ctx.progress(round * len(arms) + turn + 1, config.rounds * len(arms), "turns of servers")
+        for order, arm in enumerate(arms[first:] + arms[:first]):
+            answered, timed = _turn(served, round, order, arm, sizes.get(arm, 1), heldout)
+            rows += answered
+            turns += timed
+            ctx.progress(round * len(arms) + order + 1, config.rounds * len(arms), "turns of servers")
             ctx.check_interrupted()
         # no server is running: the machine is free for replay, and a wrong drafter costs no more rounds
         if round == 0 and served.drafts_chains:
-            parity = _check_parity(served, block_size, heldout)
+            parity = _check_parity(served, sizes, heldout)
     compare_with_plain(rows, sampled=False)
     exactness = {"serving_dtype": served_dtype(served.engine, served.target_dtype), **equality(rows)}
-    return Measured(rows[0]["engine"], rows, candidates, exactness, parity)
+    return Measured(rows[0]["engine"], rows, turns, candidates, len(validation), exactness, parity)
 
 
-def _turn(served: Served, round: int, arm: str, block_size: int, heldout: Sequence[Prompt]) -> list[Row]:
-    """Measure one arm at every setting, with a server of its own; in the first round also decode its traced answers."""
+def _turn(
+    served: Served, round: int, order: int, arm: str, block_size: int, heldout: Sequence[Prompt]
+) -> tuple[list[Row], list[Row]]:
+    """Measure one arm at every setting, with a server of its own; in the first round also decode its traced answers.
+
+    Returns rows of the tables `requests` and `turns`.
+    """
     folder = served.ctx.work / f"round-{round}" / arm
-    table = folder / "requests.parquet"
-    if table.exists():
-        return list(read_table(table, REQUESTS).to_pylist())
+    requests_file, turns_file = folder / "requests.parquet", folder / "turns.parquet"
+    if turns_file.exists():
+        return read_table(requests_file, REQUESTS).to_pylist(), read_table(turns_file, TURNS).to_pylist()
     served.ctx.log(f"round {round + 1} of {served.config.rounds}: {arm}")
     drafter = served.drafters.get(arm)
     prompts = heldout[: served.config.speed_prompts]
     rows: list[Row] = []
+    turns: list[Row] = []
     with served.server(drafter, block_size, folder) as engine:
         can_trace = engine.records_trace
         served.warm_up(engine, prompts)
@@ -165,11 +174,11 @@ def _turn(served: Served, round: int, arm: str, block_size: int, heldout: Sequen
         for setting in served.settings:
             requests = requests_for(prompts, served.config, setting, served.ctx.seed)
             answers, wall = served.decode(engine, requests, setting)
-            # shared by how long each request took, so that the shares of all are the wall time
-            share = wall / sum(answer.seconds for answer in answers)
-            rows += [row_of(engine.name, round, arm, block_size, setting, a, share * a.seconds) for a in answers]
-    write_table(table, REQUESTS, rows)
-    return rows
+            rows += [row_of(engine.name, round, arm, block_size, setting, answer) for answer in answers]
+            turns.append(turn_of(engine.name, round, order, arm, block_size, setting, answers, wall))
+    write_table(requests_file, REQUESTS, rows)
+    write_table(turns_file, TURNS, turns)  # the last: a folder that has it is complete
+    return rows, turns
 
 
 def _trace(
@@ -193,17 +202,17 @@ def _trace(
         for s, step in enumerate(answer.steps)
     ]
     write_table(folder / f"{arm}-steps.parquet", TRACE, steps)
-    rows = [row_of(engine.name, 0, arm, block_size, setting, answer, answer.seconds) for answer in answers]
+    rows = [row_of(engine.name, 0, arm, block_size, setting, answer) for answer in answers]
     write_table(folder / f"{arm}-answers.parquet", REQUESTS, rows)
 
 
-def _check_parity(served: Served, block_size: int, heldout: Sequence[Prompt]) -> dict[str, dict[str, Any]]:
-    """Figures of the gate, by arm.
+def _check_parity(served: Served, sizes: Mapping[str, int], heldout: Sequence[Prompt]) -> dict[str, dict[str, Any]]:
+    """Figures of the gate, by arm. sizes: the block of each.
 
     Raises DraftsmithError for a drafter that was not served as replay computes it.
     """
     from draftsmith.stages.drafters.checkpoint import load_drafter
-    from draftsmith.stages.measure.acceptance import replay_all
+    from draftsmith.stages.replay.corpus import replay_all
     from draftsmith.stages.replay.trace import Trajectory
     from draftsmith.stages.targets.causal_lm import Target
 
@@ -223,9 +232,15 @@ def _check_parity(served: Served, block_size: int, heldout: Sequence[Prompt]) ->
             for a in answers
         ]
         drafter = {arm: load_drafter(checkpoint, target)}
-        drafting = DraftingConfig(block_size=served.block_size(arm, block_size))
+        drafting = DraftingConfig(block_size=sizes[arm])
         found = replay_all(
-            served.ctx, target, drafter, trajectories, drafting, config.chains, config.tokens_per_target_forward
+            target,
+            drafter,
+            trajectories,
+            drafting,
+            chains=config.chains,
+            tokens_per_group=config.tokens_per_target_forward,
+            progress=follow(served.ctx, "trajectories"),
         )[arm]
         replayed = [
             {
@@ -247,35 +262,46 @@ def _check_parity(served: Served, block_size: int, heldout: Sequence[Prompt]) ->
             subject=f"drafter {arm}: ",
         )
         parity[arm] = check_steps(gate, steps, to_table(TRACE, replayed)) if steps.num_rows else {}
-        committed = sum(answer["tokens"] - 1 for answer in answers)
-        parity[arm] |= check_tau(gate, committed, sum(a["verify_steps"] for a in answers), len(replayed))
+        parity[arm] |= check_tau(
+            gate,
+            np.array([answer["tokens"] - 1 for answer in answers]),
+            np.array([answer["verify_steps"] for answer in answers]),
+            np.array([len(trace.anchors) for trace in found]),
+        )
     del target
     release_memory()
     return parity
 
 
-def _choose_block_size(served: Served, validation: Sequence[Prompt]) -> tuple[int, dict[str, float]]:
-    """The fastest candidate of the first drafter on validation prompts, and tokens/s of each."""
-    arm, checkpoint = next(iter(served.drafters.items()))
-    candidates = candidate_sizes(served.config, served.trained[arm])
-    if len(candidates) == 1:
-        return candidates[0], {}
-    speeds: dict[int, float] = {}
-    setting = served.settings[0]
-    for size in candidates:
-        folder = served.ctx.work / "block-sizes" / str(size)
-        table = folder / "requests.parquet"
-        if not table.exists():
-            served.ctx.log(f"validation prompts with blocks of {size}")
-            with served.server(checkpoint, size, folder) as engine:
-                served.warm_up(engine, validation)
-                requests = requests_for(validation, served.config, setting, served.ctx.seed)
-                answers, wall = served.decode(engine, requests, setting)
-            rows = [row_of(engine.name, 0, arm, size, setting, a, wall / len(answers)) for a in answers]
-            write_table(table, REQUESTS, rows)
-        decoded = read_table(table, REQUESTS, ["tokens", "seconds"]).to_pylist()
-        speeds[size] = sum(row["tokens"] for row in decoded) / sum(row["seconds"] for row in decoded)
-    return fastest(speeds), {str(size): value for size, value in speeds.items()}
+def _choose_block_sizes(
+    served: Served, validation: Sequence[Prompt]
+) -> tuple[dict[str, int], dict[str, dict[str, float]]]:
+    """Each arm's fastest candidate on validation prompts, and tokens/s of every candidate, measured once."""
+    sizes: dict[str, int] = {}
+    measured: dict[str, dict[str, float]] = {}
+    for arm in served.drafters:
+        candidates = candidate_sizes(served.config, served.trained[arm])
+        sizes[arm] = candidates[0]
+        if len(candidates) > 1:
+            speeds = {size: _tokens_per_s(served, arm, size, validation) for size in candidates}
+            sizes[arm] = fastest(speeds)
+            measured[arm] = {str(size): value for size, value in speeds.items()}
+    return sizes, measured
+
+
+def _tokens_per_s(served: Served, arm: str, size: int, validation: Sequence[Prompt]) -> float:
+    """Of an arm with blocks of `size`, at the first setting."""
+    folder = served.ctx.work / "block-sizes" / arm / str(size)
+    table, setting = folder / "turns.parquet", served.settings[0]
+    if not table.exists():
+        served.ctx.log(f"{arm}: validation prompts with blocks of {size}")
+        with served.server(served.drafters[arm], size, folder) as engine:
+            served.warm_up(engine, validation)
+            requests = requests_for(validation, served.config, setting, served.ctx.seed)
+            answers, wall = served.decode(engine, requests, setting)
+        write_table(table, TURNS, [turn_of(engine.name, 0, 0, arm, size, setting, answers, wall)])
+    (turn,) = read_table(table, TURNS).to_pylist()
+    return float(turn["tokens"] / turn["wall_seconds"])
 
 
 def release_memory() -> None:

@@ -1,89 +1,104 @@
-"""The speed table: tokens/s, speed-up with an interval over prompts, latencies, and what drafting gave."""
+"""The speed table: tokens/s and speed-ups over turns, latencies, and what drafting gave.
+
+The unit of every interval is a turn: two arms that decode the same prompts in the same round are compared by the
+logarithm of the ratio of their tokens/s, and rounds are the repetitions. What a machine does to a whole round (heat,
+neighbours) cancels. The prompts are the same in every turn: an interval is of these prompts.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from draftsmith.stages.measure.bootstrap import interval
 from draftsmith.stages.measure.requests import PLAIN, Setting
-
-FIRST = "sft"  # the drafter that a refresh begins with: the others' speed is compared with it too
-_SUMMED = ("tokens", "seconds", "draft_seconds", "verify_seconds", "verify_steps")
+from draftsmith.stages.measure.verdicts import Pair, pairs
+from draftsmith.stages.statistics import Estimate, mean
 
 
 def speed_by_setting(
-    rows: Sequence[Mapping[str, Any]],
-    settings: Sequence[Setting],
-    resamples: int,
-    seed: int,
+    turns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], settings: Sequence[Setting]
 ) -> list[dict[str, Any]]:
     """`speed_table` of every setting, in their order."""
     found = []
     for setting in settings:
-        chosen = [r for r in rows if (r["temperature"], r["concurrency"]) == (setting.temperature, setting.concurrency)]
-        arms = speed_table(chosen, resamples, seed)
+        arms = speed_table(at_setting(turns, setting), at_setting(rows, setting))
         found.append({"temperature": setting.temperature, "concurrency": setting.concurrency, "arms": arms})
     return found
 
 
-def speed_table(rows: Sequence[Mapping[str, Any]], resamples: int, seed: int) -> dict[str, dict[str, Any]]:
+def at_setting(rows: Sequence[Mapping[str, Any]], setting: Setting) -> list[Mapping[str, Any]]:
+    """The rows of one setting, of the table `turns` or `requests`."""
+    return [r for r in rows if (r["temperature"], r["concurrency"]) == (setting.temperature, setting.concurrency)]
+
+
+def speed_table(turns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Figures of each arm at one setting; figures that no row has (latencies, accepted lengths) are left out.
 
-    Speed-ups are over plain decoding, `speed_to_sft` over the drafter of that name, both paired over prompts.
-
-    Rounds are repetitions, not further prompts: they are summed prompt by prompt before intervals are drawn.
+    turns, rows: of the tables `turns` and `requests`. `speedup` is over plain decoding, `ratios` over other drafters;
+    both are geometric means over turns.
     """
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
-    by_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in arms}
-    order = list(dict.fromkeys(row["prompt_id"] for row in by_arm[PLAIN]))
-    columns = {arm: _sums_by_prompt(by_arm[arm], order) for arm in arms}
-    plain = columns[PLAIN]
     table: dict[str, dict[str, Any]] = {}
-    for arm, c in columns.items():
-        tokens, seconds = c["tokens"].sum(), c["seconds"].sum()
-        table[arm] = {"tokens_per_s": float(tokens / seconds), "prompts": len(order), **_latencies(by_arm[arm])}
+    drafters = [arm for arm in dict.fromkeys(turn["arm"] for turn in turns) if arm != PLAIN]
+    ratios = log_ratios(turns, pairs(drafters))
+    for arm in (PLAIN, *drafters):
+        own = [turn for turn in turns if turn["arm"] == arm]
+        requests = [row for row in rows if row["arm"] == arm]
+        tokens, wall, draft, verify, steps = (
+            float(sum(turn[name] for turn in own))
+            for name in ("tokens", "wall_seconds", "draft_seconds", "verify_seconds", "verify_steps")
+        )
+        prompts = sum(turn["prompts"] for turn in own)
+        table[arm] = {
+            "tokens_per_s": tokens / wall,
+            "turns": len(own),
+            "prompts": own[0]["prompts"],
+            **_latencies(requests),
+        }
         if arm == PLAIN:
             continue
-        samples = (c["tokens"], c["seconds"], plain["tokens"], plain["seconds"])
-        low, high = interval(_speedup, samples, resamples, seed)
-        table[arm] |= {"speedup": float(_speedup(*samples)), "speedup_low": low, "speedup_high": high}
-        if arm != FIRST and FIRST in columns:
-            samples = (c["tokens"], c["seconds"], columns[FIRST]["tokens"], columns[FIRST]["seconds"])
-            low, high = interval(_speedup, samples, resamples, seed)
-            table[arm] |= {
-                "speed_to_sft": float(_speedup(*samples)),
-                "speed_to_sft_low": low,
-                "speed_to_sft_high": high,
-            }
-        if c["verify_seconds"].any():  # servers do not say
-            steps = max(1.0, c["verify_steps"].sum())
-            table[arm]["draft_ms_per_step"] = float(1e3 * c["draft_seconds"].sum() / steps)
-            table[arm]["verify_ms_per_step"] = float(1e3 * c["verify_seconds"].sum() / steps)
-            table[arm]["draft_share"] = float(c["draft_seconds"].sum() / seconds)
-            table[arm]["verify_share"] = float(c["verify_seconds"].sum() / seconds)
+        (over_plain,) = log_ratios(turns, [(arm, PLAIN)]).values()
+        speedup = _factor(over_plain)
+        table[arm] |= {"speedup": speedup["value"], "speedup_low": speedup["low"], "speedup_high": speedup["high"]}
+        table[arm]["ratios"] = {other: _factor(found) for (a, other), found in ratios.items() if a == arm}
+        if verify:  # servers do not say
+            table[arm]["draft_ms_per_step"] = 1e3 * draft / max(1.0, steps)
+            table[arm]["verify_ms_per_step"] = 1e3 * verify / max(1.0, steps)
+            table[arm]["draft_share"] = draft / wall
+            table[arm]["verify_share"] = verify / wall
         # the prefill's token is committed before any verify step
-        table[arm]["tau_served"] = float((tokens - len(by_arm[arm])) / max(1.0, c["verify_steps"].sum()))
-        identical = [row["identical"] for row in by_arm[arm] if row["identical"] is not None]
+        table[arm]["tau_served"] = (tokens - prompts) / max(1.0, steps)
+        identical = [row["identical"] for row in requests if row["identical"] is not None]
         table[arm]["identical_share"] = sum(identical) / len(identical) if identical else None
-        block_size = by_arm[arm][0]["block_size"]
-        lengths = [n for row in by_arm[arm] for n in row["accepted"] or ()]
+        block_size = own[0]["block_size"]
+        lengths = [n for row in requests for n in row["accepted"] or ()]
         if lengths:
             table[arm]["accepted_histogram"] = np.bincount(lengths, minlength=block_size).tolist()
         table[arm]["block_size"] = block_size
     return table
 
 
-def _sums_by_prompt(rows: Sequence[Mapping[str, Any]], order: Sequence[str]) -> dict[str, np.ndarray]:
-    """[prompts] of each summed column, in the order of the prompts."""
-    place = {prompt_id: i for i, prompt_id in enumerate(order)}
-    sums = {name: np.zeros(len(order)) for name in _SUMMED}
-    for row in rows:
-        for name in _SUMMED:
-            sums[name][place[row["prompt_id"]]] += row[name]
-    return sums
+def log_ratios(turns: Sequence[Mapping[str, Any]], wanted: Sequence[Pair]) -> dict[Pair, Estimate]:
+    """Logarithm of how many times as fast the first arm of each pair is as the other one: the mean over rounds."""
+    speeds: dict[str, dict[int, float]] = {}
+    for turn in turns:
+        speeds.setdefault(turn["arm"], {})[turn["round"]] = turn["tokens"] / turn["wall_seconds"]
+    return {
+        (arm, other): mean(np.array([math.log(speeds[arm][n] / speeds[other][n]) for n in sorted(speeds[other])]))
+        for arm, other in wanted
+    }
+
+
+def _factor(estimate: Estimate) -> dict[str, float | None]:
+    """With its 95 % interval; a single turn has none."""
+    low, high = estimate.interval() or (None, None)
+    return {
+        "value": math.exp(estimate.value),
+        "low": None if low is None else math.exp(low),
+        "high": None if high is None else math.exp(high),
+    }
 
 
 def _latencies(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -97,9 +112,3 @@ def _latencies(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     if rates:
         figures["request_tokens_per_s_median"] = float(np.median(rates))
     return figures
-
-
-def _speedup(
-    tokens: np.ndarray, seconds: np.ndarray, plain_tokens: np.ndarray, plain_seconds: np.ndarray, axis: int = -1
-) -> np.ndarray:
-    return (tokens.sum(axis) / seconds.sum(axis)) / (plain_tokens.sum(axis) / plain_seconds.sum(axis))

@@ -13,7 +13,7 @@ from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.prompting.sources import Candidate, read_jsonl, row_messages
-from draftsmith.stages.prompts import token_ids
+from draftsmith.stages.prompting.template import token_ids
 
 SHAPES = (
     '{"messages": [{"role", "content"}], "completion": text} or '

@@ -21,6 +21,7 @@ from draftsmith.stages.targets.slots import Rows, SlotCache
 # forward hardly notices: every forward has a fixed cost too.
 PADDING_SHARE = 0.25
 FREE_PADDING = 64
+POSITIONS_PER_CHUNK = 1024  # whose logits are held at once
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def score_traces(
     *,
     top_k: int = 8,
     tree_tokens: int = 512,
-    positions_per_chunk: int = 1024,
+    positions_per_chunk: int = POSITIONS_PER_CHUNK,
 ) -> list[StepScores]:
     """hidden [B, T, H] and `cache`: of a forward over the trajectories, rows 0 … B-1, with free entries from T on.
 

@@ -35,8 +35,6 @@ _STYLE: Any = {
     "legend.frameon": False,
 }
 CURVE_POINTS = 300  # longer curves are shown as means over neighbouring steps
-
-
 P = ParamSpec("P")
 
 
@@ -174,7 +172,7 @@ def differences(rows: Sequence[Mapping[str, Any]], control: str) -> str:
     axes.axvline(0, linewidth=1, color=_INK)
     axes.set_yticks(range(len(ordered)), [row["arm"] for row in ordered])
     axes.set(
-        xlabel=f"tau minus that of {control}; bar: interval over trajectories, strokes: seeds",
+        xlabel=f"tau minus that of {control}; bar: 95 % interval over prompts, strokes: seeds",
         ylim=(-0.6, len(ordered) - 0.4),
     )
     axes.grid(visible=False, axis="y")

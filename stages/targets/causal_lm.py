@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from torch.nn import functional as F
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.targets.attention import register
-from draftsmith.stages.targets.resolve import TargetInfo, model_path, read_target_info
+from draftsmith.stages.targets.config import Dtype
+from draftsmith.stages.targets.info import TargetInfo, model_path, read_target_info
 from draftsmith.stages.targets.slots import Rows, SlotCache
 
 
@@ -64,6 +66,19 @@ class Target:
         except (OSError, ValueError) as error:
             raise DraftsmithError(f"target {path}: cannot be loaded ({error}); rerun stage 'target'") from error
         return cls(model, tokenizer, info)
+
+    @classmethod
+    def of(cls, source: str | Path, dtype: Dtype = "bfloat16", device: str | None = None) -> Target:
+        """Load a model from where `target.source` may say that it is: a folder, a hub id, a GGUF file, `package:NAME`.
+
+        Raises DraftsmithError as the stage `target` does.
+        """
+        from draftsmith.stages.targets.config import TargetConfig
+        from draftsmith.stages.targets.resolve import resolve_target
+
+        with tempfile.TemporaryDirectory(prefix="draftsmith-target-") as artifact:
+            resolve_target(TargetConfig(source=str(source), dtype=dtype), Path(artifact), lambda _line: None)
+            return cls.load(Path(artifact), device=device)
 
     @property
     def device(self) -> torch.device:

@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from draftsmith.stages.contract import Config
+from draftsmith.stages.targets.source import source_files
 
 Dtype = Literal["bfloat16", "float32", "float16"]
 
@@ -44,6 +45,4 @@ class TargetConfig(Config):
 
         Empty for a hub id, whose revision says it. Raises DraftsmithError if the source is not there.
         """
-        from draftsmith.stages.targets.source import source_files
-
-        return source_files(self)
+        return source_files(self.source)

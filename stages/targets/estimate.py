@@ -1,15 +1,24 @@
-"""Sizes of target and drafter, in bytes, from their configs alone: what `draftsmith check` compares with the machine.
+"""Sizes of target and drafter from their configs alone, and what a stage needs of a machine with such models.
 
-GB are 10^9 bytes. Weights are counted on torch's meta device: exact for every architecture, and nothing is allocated.
+Letters of the formulas, here and in the rooms' `estimate.py`: P, P_d parameters of target and drafter, s bytes of an
+element in the serving dtype, T positions of the longest sequence (prompt limit + new tokens), H hidden size, K target
+layers that the drafter reads, B sequences a step, V vocabulary (or the reduced head). They are meant to be right within
+a third where memory decides; activations of the target's own forward passes are small beside what is listed. Weights
+are counted on torch's meta device: exact for every architecture, and nothing is allocated.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+PROCESS = 600e6  # Python with torch and transformers imported; on a GPU about as much for its context
+TOKEN_BYTES = 4  # an int32 in a table, before compression
+TRACE_STEPS_PER_TOKEN = 0.5  # verify steps a token where nothing is known of the drafter: tau 2
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,87 @@ class ModelSize:
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """2 · layers · kv_heads · head_dim · itemsize: keys and values of one position."""
         return 2 * self.layers * self.kv_heads * self.head_dim * itemsize
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the models that a run is about."""
+
+    target: ModelSize
+    drafter: ModelSize
+    features: int  # K
+    block_size: int
+    itemsize: int  # s
+    longest_prompt: int
+    positions: int  # the target's context
+
+    @property
+    def feature_bytes(self) -> int:
+        """(K + 1) · H · s for one position: the layers that the drafter reads, and the last hidden state."""
+        return (self.features + 1) * self.target.hidden * self.itemsize
+
+    def weights(self, model: ModelSize, itemsize: int | None = None) -> float:
+        """P · s, in the serving dtype unless given."""
+        return float(model.parameters * (itemsize or self.itemsize))
+
+    def reduced_head(self, tokens: int | None) -> tuple[int, float]:
+        """(rows of the head, bytes of its copy: none for the whole vocabulary)."""
+        if tokens is None or tokens >= self.target.vocabulary:
+            return self.target.vocabulary, 0.0
+        return tokens, float(tokens * self.target.hidden * self.itemsize)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The trajectories that a stage makes, as far as its config says."""
+
+    longest: int  # T
+    count: float = math.inf  # at most
+    verify_steps: float = 0.0  # in all, about
+
+    @property
+    def bytes(self) -> float:
+        """Of the table: answers · T · 4."""
+        return self.count * self.longest * TOKEN_BYTES if math.isfinite(self.count) else 0.0
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a node uses a stage: the models, and what its inputs are."""
+
+    sizes: Sizes
+    prompts: Mapping[str, int] = field(default_factory=dict)  # split -> how many there are, in the order of their rows
+    drafters: int = 0  # among the inputs
+    answers: Answers | None = None  # the trajectories that it reads
+
+    @property
+    def longest(self) -> int:
+        """T of what it reads; the target's context where nothing says."""
+        return self.answers.longest if self.answers is not None else self.sizes.positions
+
+
+@dataclass(frozen=True)
+class Servers:
+    """SGLang servers: bytes by part on every one of `gpus` GPUs."""
+
+    gpus: int
+    parts: Mapping[str, float]
+
+    @property
+    def needed(self) -> float:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one use of a stage, in bytes."""
+
+    memory: Mapping[str, float] = field(default_factory=dict)  # of its process at the peak, by part; empty: small
+    servers: Servers | None = None
+    tables: float = 0.0  # on disk, before compression
+    files: Mapping[str, float] = field(default_factory=dict)  # other files of the artifact, by what they are
+    passing: Mapping[str, float] = field(default_factory=dict)  # on disk only while it runs
+    makes: Answers | None = None
 
 
 def target_size(folder: Path) -> ModelSize:

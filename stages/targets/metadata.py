@@ -8,7 +8,9 @@ from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError, disk_error_of
 from draftsmith.stages.targets.config import TargetConfig
-from draftsmith.stages.targets.resolve import TargetInfo, describe_metadata, hub_answered, hub_reason, write_target_info
+from draftsmith.stages.targets.hub import hub_answered, hub_reason
+from draftsmith.stages.targets.info import TargetInfo, write_target_info
+from draftsmith.stages.targets.resolve import describe_metadata
 from draftsmith.stages.targets.source import check_safetensors, gguf_file, model_folder, source_kind, weight_files
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -10,13 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, disk_error_of
 from draftsmith.stages.targets.config import Dtype, TargetConfig
+from draftsmith.stages.targets.hub import hub_answered, hub_reason, one_line
+from draftsmith.stages.targets.info import TargetInfo, model_digest, tokenizer_digest, write_target_info
 from draftsmith.stages.targets.source import (
     TOKENIZER_FILES,
-    TOKENIZER_PARTS,
     Kind,
     check_safetensors,
     count_gguf_parameters,
@@ -29,73 +27,7 @@ from draftsmith.stages.targets.source import (
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-INFO_FILE = "target.json"
-# Where the model is and came from: no part of the artifact's content, so that a model that moves makes nothing anew.
-ORIGIN_FILE = "origin.json"
-_ORIGIN = {"source", "kind", "location", "revision"}
-DRAFTERS = ("DFlashDraftModel", "LlamaForCausalLMEagle3")
-# Fields of config.json that say where a copy came from, not what it computes.
-_PROVENANCE = ("transformers_version", "_name_or_path", "_model_name_or_path")
-
-
-class TargetInfo(BaseModel):
-    """What the other stages need to know of the target without loading it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    source: str
-    kind: Kind
-    location: str  # "model" inside the artifact, or an absolute path
-    revision: str | None  # the hub's commit
-    dtype: Dtype  # serving dtype
-    digest: str  # sha256 over config and weights: what a drafter is made for
-    tokenizer_digest: str  # sha256 over tokenizer, chat template and generation config
-    architecture: str
-    model_type: str
-    vocab_size: int  # rows of the embedding; may exceed the tokenizer's size
-    hidden_size: int
-    num_layers: int
-    max_positions: int
-    eos_ids: list[int]  # every id that ends an answer, the generation config's first
-    mask_candidates: list[int]  # ids that no text uses, best first: for the drafter's mask token
-    chat_template: bool
-    tied_embeddings: bool
-
-
-def read_target_info(folder: Path) -> TargetInfo:
-    """The `target.json` and `origin.json` of a complete target artifact."""
-    files = f"{folder / INFO_FILE}, {ORIGIN_FILE}"
-    try:
-        parts = [dict(json.loads((folder / name).read_text(encoding="utf-8"))) for name in (INFO_FILE, ORIGIN_FILE)]
-        return TargetInfo.model_validate(parts[0] | parts[1])
-    except FileNotFoundError as error:
-        missing = Path(error.filename).name
-        raise DraftsmithError(f"{folder} has no {missing}: give the folder of a target artifact") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise DraftsmithError(f"{files}: {field} {first['msg']}: run the target stage again with --force") from error
-    except (ValueError, TypeError) as error:
-        raise DraftsmithError(f"{files}: not JSON objects: run the target stage again with --force") from error
-
-
-def write_target_info(info: TargetInfo, out: Path) -> None:
-    """Write `target.json`, last, and `origin.json`."""
-    for name, text in (
-        (ORIGIN_FILE, info.model_dump_json(indent=2, include=_ORIGIN)),
-        (INFO_FILE, info.model_dump_json(indent=2, exclude=_ORIGIN)),
-    ):
-        partial = out / f".{name}"
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(out / name)
-
-
-def model_path(folder: Path) -> Path:
-    """The folder that transformers loads, for a complete target artifact. Raises if a linked model has gone."""
-    path = folder / read_target_info(folder).location  # an absolute location replaces the folder
-    if not (path / "config.json").is_file():
-        raise DraftsmithError(f"{path}: the target's model is gone: put it back, or run the target stage with --force")
-    return path
+DRAFTER_ARCHITECTURES = ("DFlashDraftModel", "LlamaForCausalLMEagle3")
 
 
 def resolve_target(config: TargetConfig, out: Path, log: Callable[[str], None]) -> TargetInfo:
@@ -141,41 +73,6 @@ def _download(config: TargetConfig) -> tuple[Path, str]:
     return path, path.name
 
 
-def hub_answered(error: Exception) -> bool:
-    """Whether the hub said no (or the id was wrong); else it could not be asked, and may be later."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    if not isinstance(error, HfHubHTTPError) or isinstance(error, LocalEntryNotFoundError):
-        return isinstance(error, HFValidationError)
-    status = getattr(error.response, "status_code", None)
-    return status is None or (status < 500 and status != 429)  # else it is busy or ill
-
-
-def hub_reason(error: Exception, revision: str | None) -> str:
-    """What went wrong with the hub and what to do, to follow the name of the field. revision: that was asked for."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    if isinstance(error, GatedRepoError):  # a RepositoryNotFoundError too: must come first
-        return "access is restricted: accept its terms on the hub and set HF_TOKEN"
-    if isinstance(error, RepositoryNotFoundError):
-        return "no such folder here and no such model on the hub: check the name, or set HF_TOKEN if it is private"
-    if isinstance(error, RevisionNotFoundError):
-        return f"the hub has no revision {revision}: correct it"
-    if isinstance(error, HFValidationError):
-        return "neither an existing folder nor a hub id: check the name"
-    if not hub_answered(error):
-        return (
-            f"not a folder here, not in the hub's cache, and no network to the hub ({_one_line(error)[:99]}): connect, "
-            "or give a local folder"
-        )
-    return f"the hub answered: {_one_line(error)}: try again, or give a local folder"
-
-
 def _dequantise(source: Path, folder: Path, dtype: Dtype, log: Callable[[str], None]) -> None:
     """Write the GGUF file's model, tokenizer and chat template as an ordinary folder in `dtype`."""
     import torch
@@ -203,7 +100,7 @@ def _dequantise(source: Path, folder: Path, dtype: Dtype, log: Callable[[str], N
         )
     except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
         raise DraftsmithError(
-            f"{source}: transformers cannot read this GGUF model ({_one_line(error)}): give the model's folder instead"
+            f"{source}: transformers cannot read this GGUF model ({one_line(error)}): give the model's folder instead"
         ) from error
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -275,7 +172,7 @@ def _read_config(folder: Path) -> tuple[str, PretrainedConfig]:
         raise DraftsmithError(f"{path}: not a JSON object: copy or download the model again")
     model_type = raw.get("model_type")
     architecture = (raw.get("architectures") or [CAUSAL.get(model_type, "")])[0]
-    if architecture in DRAFTERS:
+    if architecture in DRAFTER_ARCHITECTURES:
         raise DraftsmithError(
             f"{folder} is a drafter ({architecture}): target.source wants the model that it drafts for"
         )
@@ -287,7 +184,7 @@ def _read_config(folder: Path) -> tuple[str, PretrainedConfig]:
     try:
         return architecture, AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # configs check themselves with error classes of their own
-        raise DraftsmithError(f"{path}: transformers cannot read it ({_one_line(error)}): correct it") from error
+        raise DraftsmithError(f"{path}: transformers cannot read it ({one_line(error)}): correct it") from error
 
 
 _TAKEN_OVER = ("hidden_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")
@@ -332,7 +229,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
-        raise DraftsmithError(f"{folder}: the tokenizer cannot be read ({_one_line(error)}): copy it again") from error
+        raise DraftsmithError(f"{folder}: the tokenizer cannot be read ({one_line(error)}): copy it again") from error
 
 
 def _eos_ids(folder: Path, text: PretrainedConfig, tokenizer: Any) -> list[int]:
@@ -342,7 +239,7 @@ def _eos_ids(folder: Path, text: PretrainedConfig, tokenizer: Any) -> list[int]:
     try:
         generation = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
     except (ValueError, TypeError) as error:
-        raise DraftsmithError(f"{path}: not a JSON object ({_one_line(error)}): copy it again") from error
+        raise DraftsmithError(f"{path}: not a JSON object ({one_line(error)}): copy it again") from error
     for value in (generation.get("eos_token_id"), text.eos_token_id, tokenizer.eos_token_id):
         found += value if isinstance(value, list) else [value] if value is not None else []
     return list(dict.fromkeys(found))
@@ -364,35 +261,3 @@ def _mask_candidates(tokenizer: Any, vocab_size: int, eos_ids: list[int]) -> lis
     words = ("mask", "reserved", "unused", "empty")
     special.sort(key=lambda entry: not any(word in entry[0].lower() for word in words))  # stable: ids stay in order
     return list(dict.fromkeys(found + [index for _, index in special]))
-
-
-def model_digest(folder: Path, weights: list[Path]) -> str:
-    """sha256 over the config (without provenance) and the bytes of the weights."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for name in _PROVENANCE:
-        config.pop(name, None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for path in weights:
-        digest.update(f"\0{path.name}\0".encode())
-        _update(digest, path)
-    return digest.hexdigest()
-
-
-def tokenizer_digest(folder: Path) -> str:
-    """sha256 over the files that decide token ids, prompts and where answers end."""
-    digest = hashlib.sha256()
-    for name in sorted(TOKENIZER_PARTS):
-        if (folder / name).is_file():
-            digest.update(f"\0{name}\0".encode())
-            _update(digest, folder / name)
-    return digest.hexdigest()
-
-
-def _update(digest: Any, path: Path) -> None:
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.targets.config import TargetConfig
 
 Kind = Literal["hub", "folder", "gguf", "package"]
 
@@ -42,16 +41,16 @@ def source_kind(source: str) -> Kind:
     return "hub"
 
 
-def source_files(config: TargetConfig) -> list[Path]:
+def source_files(source: str) -> list[Path]:
     """The local files that make up the target, sorted; none for a hub id."""
-    kind = source_kind(config.source)
+    kind = source_kind(source)
     if kind == "hub":
         return []
     if kind == "folder":
-        folder = model_folder(config.source)
+        folder = model_folder(source)
         parts = [folder / name for name in ("config.json", *TOKENIZER_PARTS) if (folder / name).is_file()]
         return sorted({*parts, *weight_files(folder)})
-    return [gguf_file(config.source)]
+    return [gguf_file(source)]
 
 
 def model_folder(source: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,10 +12,10 @@ from draftsmith.stages.training.blocks import Anchors
 
 
 def position_anchors(
-    trajectories: Sequence[Trajectory], per_sequence: int, draw: Draw, rng: np.random.Generator, device: torch.device
+    trajectories: Sequence[Trajectory], per_sequence: int, rng: np.random.Generator, device: torch.device
 ) -> Anchors:
     """`per_sequence` positions of each response, different ones where it is long enough."""
-    return pad_anchors([draw(anchor_positions(t), per_sequence, rng) for t in trajectories], device)
+    return pad_anchors([draw_evenly(anchor_positions(t), per_sequence, rng) for t in trajectories], device)
 
 
 def anchor_positions(trajectory: Trajectory) -> np.ndarray:
@@ -24,26 +23,15 @@ def anchor_positions(trajectory: Trajectory) -> np.ndarray:
     return np.arange(trajectory.first_anchor, trajectory.last_anchor + 1)
 
 
-class Draw(Protocol):
-    """`count` of the candidates [N], in order; one is drawn again only where there are fewer, so that every step of
-    training has the same number of blocks whatever its anchors are."""
-
-    def __call__(self, candidates: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray: ...
-
-
-def draw_randomly(candidates: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Independently of each other."""
-    return np.sort(rng.choice(candidates, count, replace=len(candidates) < count))
-
-
 def draw_evenly(candidates: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """One of every N/count neighbours, all at one random phase (systematic sampling): each as probable as with
-    `draw_randomly`, but the blocks behind them overlap little, and a step sees the whole response."""
+    """`count` of the candidates [N], in order: one of every N/count neighbours, all at one random phase.
+
+    Systematic sampling: each is as probable as if it were drawn alone, but the blocks behind them overlap little, and a
+    step sees the whole response. One is drawn again only where there are fewer, so that every step of training has the
+    same number of blocks whatever its anchors are.
+    """
     places = ((np.arange(count) + rng.random()) * len(candidates) / count).astype(np.int64)
     return candidates[np.minimum(places, len(candidates) - 1)]  # rounding
-
-
-DRAWS: dict[str, Draw] = {"even": draw_evenly, "random": draw_randomly}
 
 
 def pad_anchors(chosen: Sequence[np.ndarray], device: torch.device) -> Anchors:

@@ -112,17 +112,6 @@ def trajectories_of_step(count: int, per_step: int, step: int, seed: int) -> lis
     return indices
 
 
-def trajectories_by_errors(errors: np.ndarray, per_step: int, step: int, seed: int) -> list[int]:
-    """Which trajectories step `step` trains on: different ones, each with a probability that grows with its errors.
-
-    errors: [trajectories] how often verification rejects something there. One is added, so that all can be drawn.
-    """
-    weights = errors + 1.0
-    count = min(per_step, len(weights))
-    drawn = np.random.default_rng([seed, 2, step]).choice(len(weights), count, replace=False, p=weights / weights.sum())
-    return [int(index) for index in drawn]
-
-
 def step_rng(seed: int, step: int) -> np.random.Generator:
     """The random numbers of one step: the same whether or not training was interrupted before it."""
     return np.random.default_rng([seed, 1, step])

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from draftsmith.stages.contract import Config, Operational
+from draftsmith.stages.drafters.config import DFlashConfig, DrafterConfig
+from draftsmith.stages.training.loss_config import DistributionLoss, PositionWeights, ResponseStream, TokenLoss
+
+if TYPE_CHECKING:
+    from draftsmith.stages.drafters.base import TrainingRecipe
 
 
 class OptimiserConfig(Config):
@@ -28,13 +34,6 @@ class TrainingConfig(OptimiserConfig):
 
     sequences_per_step: Annotated[int, Field(ge=1)] = 8
     anchors_per_sequence: Annotated[int, Field(ge=1)] = 16
-    spacing: Annotated[
-        Literal["even", "random"],
-        Field(
-            description="which of the possible anchors of a trajectory: even takes every n-th from a random one on, so "
-            "that the blocks of a step overlap little; random draws them independently"
-        ),
-    ] = "even"
     head_tokens: Annotated[
         int | None,
         Field(
@@ -55,3 +54,82 @@ class TrainingConfig(OptimiserConfig):
     def passes(self, trajectories: int) -> float:
         """How often a training of all steps draws each of so many trajectories: SFT learns few answers by heart."""
         return self.steps * self.sequences_per_step / trajectories
+
+
+class SftConfig(TrainingConfig):
+    """A loss at every offset of blocks behind anchors anywhere in a response, weighted by its offset."""
+
+    steps: Annotated[int, Field(ge=0, description="0: take the drafter of init_from as it is")] = 1000
+    drafter: DrafterConfig = DFlashConfig()
+    init_from: Annotated[
+        str | None,
+        Field(description="folder or hub id of a drafter in the layout that engines load; left out: random weights"),
+    ] = None
+    init_revision: Annotated[str | None, Field(description="commit, tag or branch of a hub id in init_from")] = None
+    adopt: Annotated[
+        bool, Field(description="go on from a drafter although it was made for another revision of the target")
+    ] = False
+    loss: Annotated[
+        Literal["auto"] | TokenLoss | DistributionLoss,
+        Field(
+            description="auto is what the architecture's authors train with: cross_entropy on the committed token for "
+            "DFlash, forward_kl to the target's distribution for EAGLE-3"
+        ),
+    ] = "auto"
+    gamma: Annotated[
+        float | None,
+        Field(
+            gt=0, description="left out, as the authors have it: 7 for DFlash (blocks of 16), 0.8 a step for EAGLE-3"
+        ),
+    ] = None
+
+    weights: Annotated[
+        Literal["exponential", "d_pace"],
+        Field(
+            description="of the offsets of a block: exp(-(k-1)/gamma), or D-PACE's (arXiv 2605.18810), from the "
+            "drafter's own confidence"
+        ),
+    ] = "exponential"
+
+    @model_validator(mode="after")
+    def _gamma_is_read(self) -> SftConfig:
+        if self.gamma is not None and self.weights != "exponential":
+            raise ValueError("gamma is of weights: exponential; leave one of the two out")
+        return self
+
+    @model_validator(mode="after")
+    def _untrained_only_from_a_checkpoint(self) -> SftConfig:
+        if self.steps == 0 and self.init_from is None and not self.adopt:
+            raise ValueError("steps: 0 takes a drafter as it is: name it in init_from, or train for at least one step")
+        return self
+
+    @model_validator(mode="after")
+    def _about_a_checkpoint(self) -> SftConfig:
+        """`steps: 0, adopt: true` alone adopts the stage's input, as experiments do."""
+        for name in ("adopt", "init_revision"):
+            if getattr(self, name) and self.init_from is None and not (name == "adopt" and self.steps == 0):
+                raise ValueError(f"{name} is about the drafter of init_from: name it there, or leave {name} out")
+        return self
+
+    def stream(self, recipe: TrainingRecipe) -> ResponseStream:
+        """What is trained, with the architecture's own recipe where fields are left open."""
+        return ResponseStream(
+            loss=recipe.loss if self.loss == "auto" else self.loss,  # type: ignore[arg-type]
+            scope="block",
+            positions=PositionWeights(kind=self.weights, gamma=self.gamma or recipe.gamma),
+        )
+
+    def continued(self, like: TrainingConfig) -> SftConfig:
+        """SFT continued exactly as another training trains, but for the anchors and the loss: the fair comparison.
+
+        It starts from the drafter that it is given as an input.
+        """
+        shared = {name: getattr(like, name) for name in TrainingConfig.model_fields}
+        return self.model_copy(update={**shared, "init_from": None, "init_revision": None, "adopt": False})
+
+    def external_files(self) -> list[Path]:
+        """The checkpoint that `init_from` names, if it is a folder."""
+        folder = Path(self.init_from).expanduser() if self.init_from else None
+        if folder is None or not folder.is_dir():
+            return []
+        return sorted(path.absolute() for path in folder.iterdir() if path.suffix in {".json", ".safetensors", ".npy"})

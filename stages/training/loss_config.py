@@ -1,6 +1,6 @@
 """Which losses OPD is made of: two streams, each with a loss, a weight and weights of its positions; and presets.
 
-Names and formulas are in `stages/training/losses.py`, their meaning in `response.py` and `distillation.py` beside it.
+Names and formulas are in `stages/training/losses.py`, their meaning in `response.py` and `on_policy/loss.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 BEYOND = 1.0  # why: "Which offsets are trained" in `configs/experiments/README.md`
 
 TokenLoss = Literal["cross_entropy", "bernoulli_kl"]
-DistributionLoss = Literal["forward_kl", "reverse_kl", "tv", "lk"]
+DistributionLoss = Literal["forward_kl", "tv", "lk"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     # the form that fits the verification rule and the architecture
@@ -34,14 +34,15 @@ class PositionWeights(Config):
     """The weight of offset k = 1, 2, … of a block in its stream's mean."""
 
     kind: Annotated[
-        Literal["uniform", "exponential", "power", "reach", "d_pace"],
+        Literal["uniform", "exponential", "power", "d_pace"],
         Field(
-            description="exponential: exp(-(k-1)/gamma); power: delta^(k-1); reach: the drafter's probability of all "
-            "earlier committed tokens; d_pace: the share of log q_k in the gradient of the expected accepted length"
+            description="exponential: exp(-(k-1)/gamma); power: delta^(k-1); d_pace: what the offset adds to the "
+            "expected accepted length under the drafter's own confidence, smoothed by alpha"
         ),
     ]
     gamma: Annotated[float, Field(gt=0, description="of exponential; 7 in DFlash's paper, for blocks of 16")] = 7.0
     delta: Annotated[float, Field(gt=0, le=1, description="of power; 0.8 in Draft-OPD's paper")] = 0.8
+    alpha: Annotated[float, Field(gt=0, le=1, description="of d_pace; 0.5 as its authors have it")] = 0.5
 
 
 _UNIFORM = PositionWeights(kind="uniform")
@@ -106,7 +107,7 @@ class RejectedStream(Config):
 
     @model_validator(mode="after")
     def _fixed_weights(self) -> RejectedStream:
-        if self.positions.kind in ("reach", "d_pace"):
+        if self.positions.kind == "d_pace":
             raise ValueError("verification reaches no rejected position: use uniform, exponential or power weights")
         return self
 
@@ -120,7 +121,7 @@ class LossConfig(Config):
         float | None,
         Field(
             ge=0,
-            description="of the target's distribution in forward_kl, reverse_kl, tv and lk; 0 = its argmax alone; "
+            description="of the target's distribution in forward_kl, tv and lk; 0 = its argmax alone; "
             "left out: that of the trajectories, 1 if they are greedy",
         ),
     ] = None
@@ -147,8 +148,6 @@ class LossConfig(Config):
         if self.temperature is not None and self.response.loss not in get_args(DistributionLoss):
             readers = ", ".join(get_args(DistributionLoss))
             raise ValueError(f"temperature is read by {readers} only: name one of them in loss.response.loss")
-        if self.temperature == 0 and self.response.loss == "reverse_kl":
-            raise ValueError("reverse_kl is infinite at temperature 0: use forward_kl, tv or lk, or a temperature")
         if self.response.weight == 0 and (self.rejected.loss == "none" or self.rejected.weight == 0):
             raise ValueError("both streams have weight 0: nothing would be trained")
         return self

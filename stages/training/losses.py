@@ -25,12 +25,6 @@ def forward_kl(logits_q: torch.Tensor, logits_p: torch.Tensor) -> torch.Tensor:
     return (log_p.exp() * (log_p - torch.log_softmax(logits_q, -1))).sum(-1)
 
 
-def reverse_kl(logits_q: torch.Tensor, logits_p: torch.Tensor) -> torch.Tensor:
-    """KL(q || p) over the vocabulary, logits [N, V] each → [N]. Mode-seeking: q should be small where p is."""
-    log_q = torch.log_softmax(logits_q, -1)
-    return (log_q.exp() * (log_q - torch.log_softmax(logits_p, -1))).sum(-1)
-
-
 def total_variation(logits_q: torch.Tensor, logits_p: torch.Tensor) -> torch.Tensor:
     """½ Σ |p - q|, logits [N, V] each → [N]: the probability that a proposal drawn from q is rejected."""
     return 0.5 * (logits_p.softmax(-1) - logits_q.softmax(-1)).abs().sum(-1)
@@ -87,18 +81,12 @@ def power_weights(offsets: torch.Tensor, delta: float) -> torch.Tensor:
     return delta ** (offsets.float() - 1)
 
 
-def reach_weights(log_q: torch.Tensor) -> torch.Tensor:
-    """The probability that verification reaches an offset: the product of q over the earlier committed tokens.
+def d_pace_weights(log_q: torch.Tensor, inside: torch.Tensor, alpha: float) -> torch.Tensor:
+    """D-PACE (arXiv 2605.18810): how much offset k matters to the expected accepted length, Σ_{i≥k} Π_{j≤i} q̃_j.
 
-    log_q: [..., K] of the committed tokens, 0 where they are not judged → [..., K], 1 at the first offset.
+    q̃ = (1 - α) q + α is the drafter's smoothed confidence in the committed token, without gradient. log_q: [..., K] of
+    these tokens; inside: bool [..., K], the offsets that count → [..., K].
     """
-    return (log_q.cumsum(-1) - log_q).exp()
-
-
-def d_pace_weights(log_q: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """D-PACE: how much log q_k moves the expected accepted length Σ_i Π_{j≤i} q_j: Σ_{i≥k} Π_{j≤i} q_j.
-
-    log_q: [..., K] of the committed tokens; inside: bool [..., K], the offsets that count → [..., K].
-    """
-    accepted = log_q.cumsum(-1).exp() * inside
-    return accepted.flip(-1).cumsum(-1).flip(-1)
+    smoothed = torch.where(inside, (1 - alpha) * log_q.exp() + alpha, 1.0)
+    reached = smoothed.cumprod(-1) * inside
+    return reached.flip(-1).cumsum(-1).flip(-1) * inside

@@ -58,7 +58,6 @@ RESPONSE_LOSSES: dict[str, Callable[[torch.Tensor, Feedback], torch.Tensor]] = {
         -losses.cross_entropy(logits, p.columns), p.token_logprob()
     ),
     "forward_kl": lambda logits, p: losses.forward_kl(logits, p.logits()),
-    "reverse_kl": lambda logits, p: losses.reverse_kl(logits, p.logits()),
     "tv": lambda logits, p: losses.total_variation(logits, p.logits()),
     "lk": lambda logits, p: losses.lk(logits, p.logits()),
 }
@@ -118,13 +117,13 @@ def response_stream(
     count = feedback.columns.numel()
     correct = torch.zeros(count, dtype=torch.bool, device=hidden.device)
     log_q = torch.zeros(count, device=hidden.device)
-    by_acceptance = config.weights().kind in ("reach", "d_pace")
+    by_confidence = config.weights().kind == "d_pace"
 
     def values(h: torch.Tensor, part: slice) -> torch.Tensor:
         logits, here = heads.drafter.logits(h), feedback.of(part)
         with torch.no_grad():
             correct[part] = logits.argmax(-1) == here.columns
-            if by_acceptance:
+            if by_confidence:
                 log_q[part] = -losses.cross_entropy(logits, here.columns)
         return loss_of(logits, here)
 
@@ -143,10 +142,10 @@ def position_weights(
     config: PositionWeights, offsets: torch.Tensor, where: torch.Tensor, log_q: torch.Tensor
 ) -> torch.Tensor:
     """[B, A, K] weights; where: bool [B, A, K] the stream's positions; log_q: [N] of the committed tokens there."""
-    if config.kind in ("reach", "d_pace"):
+    if config.kind == "d_pace":
         judged = log_q.new_zeros(where.shape)
         judged[where] = log_q
-        return losses.reach_weights(judged) if config.kind == "reach" else losses.d_pace_weights(judged, where)
+        return losses.d_pace_weights(judged, where, config.alpha)
     of_offset = {
         "uniform": lambda: torch.ones_like(offsets, dtype=torch.float32),
         "exponential": lambda: losses.decay_weights(offsets, config.gamma),

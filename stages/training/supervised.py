@@ -7,15 +7,20 @@ DFlash (arXiv 2602.06036): cross-entropy on the committed token, weight exp(-(k-
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.training.batches import Batch
+from draftsmith.stages.replay.trace import Trajectory
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.training.anchors import position_anchors
+from draftsmith.stages.training.batches import Batch, FeatureSource, step_rng, trajectories_of_step
 from draftsmith.stages.training.blocks import Anchors, LossReport, block_hidden, context_of, operations_of
+from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.loss_config import ResponseStream
 from draftsmith.stages.training.response import response_stream
-from draftsmith.stages.training.vocabulary import Heads
+from draftsmith.stages.training.vocabulary import Heads, HeadSource
 
 
 def sft_loss(
@@ -52,3 +57,57 @@ def sft_loss(
         {"drafter": drafted - started, "head_and_loss": time.perf_counter() - drafted},
         operations_of(drafter, batch, anchors, positions, heads.drafter),
     )
+
+
+class SftTraining:
+    """SFT put together: `loss(step)` depends on nothing but the step and the drafter's weights."""
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        target: Target,
+        trajectories: Sequence[Trajectory],
+        config: SftConfig,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ):
+        """drafter: float32 weights that are to be trained. temperature: of the trajectories, 0 = greedy."""
+        self.drafter, self.target, self.config, self.seed = drafter, target, config, seed
+        self.stream = config.stream(drafter.recipe)
+        self._temperature = temperature or 1.0
+        self._heads = HeadSource(drafter, target.head_weight, config)
+        self._features = FeatureSource(
+            target,
+            drafter.target_layer_ids,
+            trajectories,
+            tokens_per_group=config.tokens_per_target_forward,
+            memory_mb=config.feature_memory_mb,
+            with_hidden=self.stream.asks_target,
+        )
+        self._count = len(trajectories)
+
+    def loss(self, step: int) -> LossReport:
+        """Of optimiser step `step`, with gradient."""
+        rng = step_rng(self.seed, step)
+        batch = self._features.batch(trajectories_of_step(self._count, self.config.sequences_per_step, step, self.seed))
+        anchors = position_anchors(batch.trajectories, self.config.anchors_per_sequence, rng, self.target.device)
+        return sft_loss(
+            self.drafter,
+            batch,
+            anchors,
+            self._heads.draw(rng, [batch.tokens]),
+            self.target.head_weight,
+            self.stream,
+            temperature=self._temperature,
+            positions_per_chunk=self.config.positions_per_chunk,
+        )
+
+    def __str__(self) -> str:
+        """What is trained, in one line."""
+        weights = self.stream.weights()
+        of_offset = f"exp(-(k-1)/{weights.gamma:.3g})" if weights.kind == "exponential" else "D-PACE's"
+        return (
+            f"{self.stream.loss} at all offsets, weight {of_offset} at offset k; {self._count} answers, drawn "
+            f"{self.config.passes(self._count):.3g} times each"
+        )

@@ -286,7 +286,7 @@ def test_metrics_of_a_time_without_mlflow_are_sent_when_it_is_back(
     monkeypatch.setattr("draftsmith.artifacts.tracking.FLUSH_S", -1.0)  # every step is due
     run = tracking.stage_run(None, "sft", KEY)
     run.metrics(0, {"loss": 3.0})
-    client, _ = tracking._connect()
+    client, _ = tracking.connect()
     with monkeypatch.context() as lost:
         lost.setattr(client, "log_batch", lambda *_a, **_k: (_ for _ in ()).throw(ConnectionError("gone")))
         run.metrics(1, {"loss": 2.0})

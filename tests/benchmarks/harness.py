@@ -63,7 +63,8 @@ def benchmark_folder(name: str) -> Path:
 def smollm2_folder() -> Path:
     """The resolved SmolLM2-135M: made at the first call, complete or not there."""
     from draftsmith.stages.targets.config import TargetConfig
-    from draftsmith.stages.targets.resolve import INFO_FILE, resolve_target
+    from draftsmith.stages.targets.info import INFO_FILE
+    from draftsmith.stages.targets.resolve import resolve_target
 
     folder = benchmark_folder("smollm2")
     if not (folder / INFO_FILE).exists():  # written last

@@ -35,13 +35,12 @@ from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.scoring import score_traces
 from draftsmith.stages.replay.sequential import replay_sequentially
 from draftsmith.stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens, tau
-from draftsmith.stages.sft import SftConfig
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.targets.causal_lm import Target, TargetOutput
 from draftsmith.stages.targets.slots import SlotCache
 from draftsmith.stages.training.anchors import pad_anchors
 from draftsmith.stages.training.batches import FeatureSource, step_rng
-from draftsmith.stages.training.config import TrainingConfig
+from draftsmith.stages.training.config import SftConfig, TrainingConfig
 from draftsmith.stages.training.supervised import sft_loss
 from draftsmith.stages.training.vocabulary import HeadSource
 from tests.benchmarks import harness

@@ -31,20 +31,20 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter
 from draftsmith.stages.drafters.config import DFlashConfig
-from draftsmith.stages.opd import OpdConfig, anchor_source
 from draftsmith.stages.replay.chains import replay_chains
+from draftsmith.stages.replay.corpus import score
 from draftsmith.stages.replay.trace import Trajectory
-from draftsmith.stages.sft import SftConfig
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.training.anchors import DRAWS, position_anchors
+from draftsmith.stages.training.anchors import position_anchors
 from draftsmith.stages.training.batches import FeatureSource, frequent_tokens, step_rng, token_counts
 from draftsmith.stages.training.blocks import LossReport, context_of
-from draftsmith.stages.training.config import TrainingConfig
+from draftsmith.stages.training.config import SftConfig, TrainingConfig
+from draftsmith.stages.training.on_policy.config import OpdConfig
 from draftsmith.stages.training.on_policy.mined import MinedTable, TrajectorySteps
 from draftsmith.stages.training.on_policy.remining import Remining
 from draftsmith.stages.training.on_policy.step import OpdStep
-from draftsmith.stages.training.on_policy.verify_steps import score
+from draftsmith.stages.training.on_policy.training import anchor_source
 from draftsmith.stages.training.supervised import sft_loss
 from draftsmith.stages.training.vocabulary import HeadSource
 from tests.benchmarks import harness, machine
@@ -57,8 +57,6 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "OPD mined once, sampled": {"anchors": "visited", "remine_every": 0, "verification": "sampled"},
     "OPD mined once, paper": {"anchors": "visited", "remine_every": 0, "loss": "paper"},
     "OPD random": {"anchors": "random"},
-    "OPD rolling": {"anchors": "rolling"},
-    "OPD rolling sampled": {"anchors": "rolling", "verification": "sampled"},
     "OPD successors": {"anchors": "successors"},
     "OPD successors, sampled": {"anchors": "successors", "verification": "sampled"},
     MINED_AGAIN: {"anchors": "visited"},
@@ -162,8 +160,7 @@ class Step:
         if self.opd is not None:
             return self.opd.loss(self.step, indices, batch, rng)
         started = time.perf_counter()
-        draw = DRAWS[config.spacing]
-        anchors = position_anchors(batch.trajectories, config.anchors_per_sequence, draw, rng, self.world.target.device)
+        anchors = position_anchors(batch.trajectories, config.anchors_per_sequence, rng, self.world.target.device)
         heads = self.heads.draw(rng, [batch.tokens])
         selected = time.perf_counter()
         report = sft_loss(

@@ -18,8 +18,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.engines.sglang.plugin import KEY
 from draftsmith.stages.engines.sglang.plugin_hooks import Recorder
+from draftsmith.stages.engines.sglang.protocol import KEY
 from tests.benchmarks import harness
 from tests.sglang_cpu.server import generate, running_server, sglang_python
 from tests.testbed import target

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from draftsmith.flows.pipeline.graph import in_order
-from draftsmith.flows.refresh.config import RunConfig, control_config, load_config
+from draftsmith.flows.refresh.config import RefreshConfig, control_config, load_config
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.sft import SftConfig
+from draftsmith.stages.measure.verdicts import FEWEST_TURNS
+from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.loss_config import LossConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -24,9 +25,24 @@ def test_a_config_loads_and_its_graph_is_in_order(path: Path) -> None:
     nodes = [node.name for node in in_order(refresh_nodes(config))]
     assert nodes[0] == "target" and nodes[-1] == "report"
     # what a stage process is sent is what it reads
-    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+    assert RefreshConfig.model_validate(config.model_dump(mode="json")) == config
     control = control_config(config)
     assert SftConfig.model_validate(control.model_dump(mode="json")) == control
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_an_evaluation_has_turns_enough_to_judge_speed(path: Path) -> None:
+    assert load_config(path).evaluation.rounds >= FEWEST_TURNS
+
+
+def test_the_quickstart_decodes_for_minutes() -> None:
+    """Tokens of all turns and of the choice of block sizes, of plain decoding and three drafters, at 21 to 27 a second
+    on two cores: about three minutes."""
+    evaluation = load_config(CONFIGS / "quickstart.yaml").evaluation
+    assert evaluation.block_sizes is not None
+    turns = 4 * evaluation.rounds * evaluation.speed_prompts
+    choice = 3 * len(evaluation.block_sizes) * evaluation.validation_prompts
+    assert (turns + choice) * evaluation.sampling.max_new_tokens <= 4200
 
 
 @pytest.mark.parametrize("name", RECIPES)

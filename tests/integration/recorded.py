@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from draftsmith.stages.engines.sglang.records import TRACE_KEY
+from draftsmith.stages.engines.sglang.protocol import KEY
 from tests.testbed import target
 
 TOLERANCE = 1e-4  # nats, float32
@@ -42,7 +42,7 @@ class Reference:
     def check(self, prompt: list[int], answer: Answer, drafter: str) -> Counter[int]:
         """Assert all that a trace promises; the accepted lengths of its steps are returned."""
         output, meta = answer["output_ids"], answer["meta_info"]
-        elements = meta[TRACE_KEY]
+        elements = meta[KEY]
         assert len(elements) == len(output)
         assert elements[0] == {"v": "1", "drafter": drafter}
         accepted: Counter[int] = Counter()
@@ -79,7 +79,7 @@ class Reference:
 
 
 def body(prompt: list[int], *, trace: bool = True, **sampling: object) -> Answer:
-    custom = {"custom_params": {TRACE_KEY: True}} if trace else {}
+    custom = {"custom_params": {KEY: True}} if trace else {}
     return {
         "input_ids": prompt,
         "sampling_params": {"temperature": 0.0, "max_new_tokens": 48, "ignore_eos": True, **custom, **sampling},
@@ -88,4 +88,4 @@ def body(prompt: list[int], *, trace: bool = True, **sampling: object) -> Answer
 
 def asked_for_nothing(answer: Answer) -> bool:
     """SGLang fills up with None where another request of the batch brings a list."""
-    return not any(answer["meta_info"].get(TRACE_KEY) or [])
+    return not any(answer["meta_info"].get(KEY) or [])

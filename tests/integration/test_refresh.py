@@ -49,7 +49,7 @@ def config_of(target: Path, prompts: Path) -> dict[str, Any]:
         "heldout": {"splits": ["validation", "heldout"], "sampling": sampling},
         "evaluation": {
             "sampling": sampling, "speed_prompts": 3, "validation_prompts": 2, "block_sizes": [3, 6],
-            "exactness_prompts": 3, "bootstrap_samples": 200,
+            "exactness_prompts": 3,
         },
     }  # fmt: skip
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from draftsmith.stages.drafters.checkpoint import drafter_digest, load_drafter
-from draftsmith.stages.engines.sglang.records import TRACE_KEY
+from draftsmith.stages.drafters.checkpoint import load_drafter
+from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.engines.sglang.protocol import KEY
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.trace import Trace, Trajectory, tau
 from draftsmith.stages.stored import DRAFTER_FOLDER
@@ -74,7 +75,7 @@ def traced(url: str, tiny_drafter: DrafterArtifacts, tiny_eagle3: Path) -> Trace
     checkpoint = tiny_eagle3 / DRAFTER_FOLDER
     bench = build_bench(tiny_drafter)  # whose prompts' greedy answers hold no near-tie
     bench = bench.with_drafters({"trained": load_drafter(checkpoint, bench.target)})
-    sampling = {"temperature": 0.0, "max_new_tokens": GREEDY_TOKENS, "custom_params": {TRACE_KEY: True}}
+    sampling = {"temperature": 0.0, "max_new_tokens": GREEDY_TOKENS, "custom_params": {KEY: True}}
     requests = [{"input_ids": p.token_ids, "sampling_params": sampling} for p in bench.prompts[:PROMPTS]]
     return Traced(Served(generate(url, requests, concurrency=6)), bench, checkpoint)
 
@@ -87,7 +88,7 @@ def test_answers_are_the_plain_greedy_ones(traced: Traced) -> None:
 def test_the_plugins_trace_equals_replay_of_the_same_checkpoint(chains: int | None, traced: Traced) -> None:
     replayed = traced.replayed(chains)
     assert traced.served.meta("spec_verify_ct") == [len(trace.anchors) for trace in replayed]
-    for trajectory, elements, trace in zip(traced.trajectories, traced.served.meta(TRACE_KEY), replayed, strict=True):
+    for trajectory, elements, trace in zip(traced.trajectories, traced.served.meta(KEY), replayed, strict=True):
         assert_same_steps(trace_of(trajectory, elements), trace)
     assert tau(replayed) > 2.5, "the drafter is a trained one"
     kept = np.concatenate([trace.accepted for trace in replayed])
@@ -97,7 +98,7 @@ def test_the_plugins_trace_equals_replay_of_the_same_checkpoint(chains: int | No
 def test_the_plugins_trace_equals_what_the_embedded_engine_records(traced: Traced) -> None:
     bench = traced.bench
     answers = bench.answers(bench.requests(PROMPTS), "trained")
-    for trajectory, elements in zip(traced.trajectories, traced.served.meta(TRACE_KEY), strict=True):
+    for trajectory, elements in zip(traced.trajectories, traced.served.meta(KEY), strict=True):
         trace, steps = trace_of(trajectory, elements), answers[trajectory.trajectory_id].steps
         assert [step.anchor for step in steps] == trace.anchors.tolist()
         assert [step.accepted for step in steps] == trace.accepted.tolist()
@@ -106,7 +107,7 @@ def test_the_plugins_trace_equals_what_the_embedded_engine_records(traced: Trace
 
 def test_the_plugin_names_the_checkpoint(traced: Traced) -> None:
     digest = drafter_digest(traced.checkpoint)
-    for elements in traced.served.meta(TRACE_KEY):
+    for elements in traced.served.meta(KEY):
         assert elements[0] == {"v": "1", "drafter": digest}
 
 

@@ -13,9 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from draftsmith.stages.drafters.checkpoint import drafter_digest
-from draftsmith.stages.engines.sglang.plugin import SUPPORTED
-from draftsmith.stages.engines.sglang.records import TRACE_KEY
+from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.engines.sglang.protocol import KEY, SUPPORTED
 from tests.integration.recorded import Answer, Reference, asked_for_nothing, body
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.sglang_cpu.options import CPU_ENVIRONMENT
@@ -78,10 +77,10 @@ def test_a_block_is_cut_wherever_the_answer_ends(dflash_url: str, reference: Ref
     prompt, whole = next(
         (prompt, answer)
         for prompt, answer in zip(reference.prompts, answers, strict=True)
-        if answer["meta_info"][TRACE_KEY][1]["accepted"] >= 3  # what follows ends inside its block
+        if answer["meta_info"][KEY][1]["accepted"] >= 3  # what follows ends inside its block
         and answer["output_ids"][3] not in answer["output_ids"][:3]
     )
-    first = whole["meta_info"][TRACE_KEY][1]
+    first = whole["meta_info"][KEY][1]
     for tokens in range(1, 5):
         answer = generate(dflash_url, [body(prompt, max_new_tokens=tokens)])[0]
         assert answer["output_ids"] == whole["output_ids"][:tokens]
@@ -91,7 +90,7 @@ def test_a_block_is_cut_wherever_the_answer_ends(dflash_url: str, reference: Ref
     assert answer["meta_info"]["finish_reason"]["type"] == "stop"
     assert answer["output_ids"] == whole["output_ids"][:4]
     reference.check(prompt, answer, digest)
-    assert answer["meta_info"][TRACE_KEY][1] == first
+    assert answer["meta_info"][KEY][1] == first
 
 
 def test_tracing_changes_no_answer(dflash_url: str, reference: Reference) -> None:
@@ -104,7 +103,7 @@ def test_tracing_changes_no_answer(dflash_url: str, reference: Reference) -> Non
 
 def test_a_server_without_a_drafter_answers_as_ever(plain_url: str, reference: Reference) -> None:
     answer = generate(plain_url, [body(reference.prompts[0])])[0]
-    assert len(answer["output_ids"]) == 48 and TRACE_KEY not in answer["meta_info"]
+    assert len(answer["output_ids"]) == 48 and KEY not in answer["meta_info"]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from draftsmith.stages.engines.base import Completion
-from draftsmith.stages.engines.sglang.records import TRACE_KEY
+from draftsmith.stages.engines.sglang.protocol import KEY
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.trace import Trace, Trajectory, tau
 from tests.sglang_cpu.fixtures import ServingTarget
@@ -62,7 +62,7 @@ def plain(plain_url: str, bench: Bench) -> Served:
 
 @pytest.fixture(scope="module")
 def traced(dflash_url: str, bench: Bench) -> Served:
-    return ask(dflash_url, bench, custom_params={TRACE_KEY: True})
+    return ask(dflash_url, bench, custom_params={KEY: True})
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_speculative_answers_equal_plain_ones(plain: Served, traced: Served, dfl
     assert traced.answers == plain.answers
     untraced = ask(dflash_url, bench)
     assert untraced.answers == plain.answers
-    assert untraced.meta(TRACE_KEY) == [None] * PROMPTS
+    assert untraced.meta(KEY) == [None] * PROMPTS
 
 
 def test_the_servers_own_counts_are_those_of_replay(traced: Served, replayed: list[Trace]) -> None:
@@ -147,7 +147,7 @@ def test_the_plugins_trace_equals_replay_and_the_embedded_engines(
     chained = replay_chains(drafter, context, known, drafter.block_size, head, 4)
     steps = 0
     for trajectory, elements, sequential, chain, completion in zip(
-        known, traced.meta(TRACE_KEY), replayed, chained, embedded, strict=True
+        known, traced.meta(KEY), replayed, chained, embedded, strict=True
     ):
         trace = trace_of(trajectory, elements)
         assert_same_steps(trace, sequential)
@@ -162,7 +162,7 @@ def test_the_plugins_trace_equals_replay_and_the_embedded_engines(
 def test_the_plugins_logprobs_are_the_targets_on_the_draft_induced_prefix(traced: Served, bench: Bench) -> None:
     """The reference is one plain forward over prefix and block."""
     compared = 0
-    for trajectory, elements in zip(trajectories(bench)[:8], traced.meta(TRACE_KEY), strict=False):
+    for trajectory, elements in zip(trajectories(bench)[:8], traced.meta(KEY), strict=False):
         for step in (element for element in elements if element and "anchor" in element):
             anchor, block = step["anchor"], step["block"]
             hidden = bench.target.read(torch.tensor([trajectory.tokens[: anchor + 1] + block])).hidden[0, anchor:-1]
@@ -174,10 +174,10 @@ def test_the_plugins_logprobs_are_the_targets_on_the_draft_induced_prefix(traced
 
 
 def test_the_plugin_names_its_version_and_the_served_drafter(traced: Served, serving_target: ServingTarget) -> None:
-    from draftsmith.stages.drafters.checkpoint import drafter_digest
+    from draftsmith.stages.drafters.digest import drafter_digest
 
     digest = drafter_digest(serving_target.drafter)
-    for elements in traced.meta(TRACE_KEY):
+    for elements in traced.meta(KEY):
         assert elements[0] == {"v": "1", "drafter": digest}
         assert all(e["v"] == "1" and e["drafter"] == digest for e in elements if e)
 

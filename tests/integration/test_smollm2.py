@@ -14,7 +14,7 @@ from draftsmith.stages.engines.base import Completion, Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.target import STAGE, TargetConfig
 from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.targets.resolve import model_path
+from draftsmith.stages.targets.info import model_path
 from tests.testbed.context import RecordingContext
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.integration]

@@ -34,7 +34,7 @@ def sglang_env() -> Path:
 def serving_target(tiny_drafter: DrafterArtifacts) -> ServingTarget:
     """The tiny target and its drafter."""
     from draftsmith.stages.stored import DRAFTER_FOLDER
-    from draftsmith.stages.targets.resolve import model_path
+    from draftsmith.stages.targets.info import model_path
 
     return ServingTarget(tiny_drafter.target, model_path(tiny_drafter.target), tiny_drafter.drafter / DRAFTER_FOLDER)
 

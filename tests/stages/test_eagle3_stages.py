@@ -14,16 +14,16 @@ from draftsmith.artifacts.parquet import read_table
 from draftsmith.artifacts.schemas import REQUESTS
 from draftsmith.stages.drafters.checkpoint import load_drafter, read_info
 from draftsmith.stages.evaluation import STAGE as EVALUATION
-from draftsmith.stages.evaluation import EvaluationConfig
+from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.mining import STAGE as MINING
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.opd import STAGE as OPD
-from draftsmith.stages.opd import OpdConfig
 from draftsmith.stages.rollout import STAGE as ROLLOUT
 from draftsmith.stages.rollout import RolloutConfig
 from draftsmith.stages.sft import STAGE as SFT
-from draftsmith.stages.sft import SftConfig
 from draftsmith.stages.stored import DRAFTER_FOLDER
+from draftsmith.stages.training.config import SftConfig
+from draftsmith.stages.training.on_policy.config import OpdConfig
 from tests.stages.bench import Bench
 from tests.testbed.context import RecordingContext, StoppingContext
 from tests.testbed.drafter import DrafterArtifacts, keep_prompts
@@ -58,7 +58,7 @@ def mined(
 
 
 def train(folder: Path, mined: Mined, **fields: Any) -> RecordingContext:
-    ctx = RecordingContext.under(folder, {**mined.inputs, "steps": mined.steps})
+    ctx = RecordingContext.under(folder, {**mined.inputs, "mined": mined.steps})
     OPD.run(ctx, OpdConfig.model_validate({**TRAINING, "steps": 20, **fields}))
     return ctx
 
@@ -98,7 +98,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit(stage: str, mined: Mined, t
     inputs = {name: path for name, path in mined.inputs.items() if stage == "opd" or name != "drafter"}
 
     def run(folder: Path, stop_after: int | None = None) -> StoppingContext:
-        ctx = StoppingContext.under(folder, inputs | {"steps": mined.steps}, stop_after=stop_after)
+        ctx = StoppingContext.under(folder, inputs | {"mined": mined.steps}, stop_after=stop_after)
         if stage == "opd":
             OPD.run(ctx, OpdConfig.model_validate({**fields, "loss": {"rejected": {"loss": "k3"}}}))
         else:
@@ -137,14 +137,14 @@ def test_one_evaluation_measures_drafters_of_both_architectures(
         "drafter:eagle3 sft": mined.inputs["drafter"],
     }
     ctx = RecordingContext.under(tmp_path, inputs)
-    config = {"sampling": {"max_new_tokens": 32}, "speed_prompts": 4, "exactness_prompts": 3, "bootstrap_samples": 200}
+    config = {"sampling": {"max_new_tokens": 32}, "speed_prompts": 4, "exactness_prompts": 3, "rounds": 2}
     EVALUATION.run(ctx, EvaluationConfig.model_validate(config))
     found = json.loads((ctx.out / "evaluation.json").read_text())
     assert list(found["speed"]) == ["plain", "dflash sft", "eagle3 sft"]
     assert found["drafters"]["dflash sft"]["block_size"] == 8
     assert found["drafters"]["eagle3 sft"]["block_size"] == 5
     assert 1.5 < found["drafters"]["eagle3 sft"]["tau"] <= 5
-    assert "diff_to_sft" not in found["drafters"]["eagle3 sft"]
+    assert found["drafters"]["eagle3 sft"]["differences"] == {} and found["verdicts"] == []
     exact = found["exactness"]
     assert (exact["fp32_prompts"], exact["fp32_identical"]) == (3, 3)
     for arm in ("dflash sft", "eagle3 sft"):

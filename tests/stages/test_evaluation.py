@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,23 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.parquet import read_table
-from draftsmith.artifacts.schemas import REQUESTS, TRAJECTORIES
-from draftsmith.stages.evaluation import STAGE, EvaluationConfig, preflight
+from draftsmith.artifacts.schemas import REQUESTS, TRAJECTORIES, TURNS
+from draftsmith.stages.evaluation import STAGE, preflight
+from draftsmith.stages.measure.config import EvaluationConfig
+from draftsmith.stages.measure.embedded import SpeedTest
 from draftsmith.stages.replay.trace import tau
 from draftsmith.stages.sft import STAGE as SFT
-from draftsmith.stages.sft import SftConfig
 from draftsmith.stages.stored import load_trajectories
+from draftsmith.stages.training.config import SftConfig
 from tests.stages.bench import Bench
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 
 CONFIG = {
     "sampling": {"max_new_tokens": 32}, "speed_prompts": 5, "validation_prompts": 2, "block_sizes": [3, 8, 16],
-    "exactness_prompts": 4, "bootstrap_samples": 300, "concurrency": 2,
+    "exactness_prompts": 4, "concurrency": 2, "rounds": 5,
 }  # fmt: skip
 
 
@@ -77,20 +80,38 @@ def test_tau_is_that_of_sequential_replay(
 
 def test_differences_are_paired(evaluated: RecordingContext) -> None:
     drafters = figures(evaluated)["drafters"]
-    assert drafters["opd"]["diff_to_sft"] == pytest.approx(drafters["opd"]["tau"] - drafters["sft"]["tau"])
-    assert (
-        drafters["control"]["diff_to_sft"] == drafters["control"]["diff_low"] == drafters["control"]["diff_high"] == 0
-    )
-    for name in ("diff_to_sft", "diff_to_control"):
-        assert drafters["opd"][name] != 0
-    paired = drafters["opd"]["diff_high"] - drafters["opd"]["diff_low"]
-    assert paired < drafters["opd"]["tau_high"] - drafters["opd"]["tau_low"]
+    to_sft = drafters["opd"]["differences"]["sft"]
+    assert to_sft["value"] == pytest.approx(drafters["opd"]["tau"] - drafters["sft"]["tau"])
+    assert drafters["control"]["differences"] == {"sft": {"value": 0, "low": 0, "high": 0}}  # the same drafter
+    assert to_sft["value"] != 0 and drafters["opd"]["differences"]["control"] == to_sft
+    assert to_sft["high"] - to_sft["low"] < drafters["opd"]["tau_high"] - drafters["opd"]["tau_low"]
+
+
+def test_every_pair_has_its_verdicts_which_hold_together(evaluated: RecordingContext) -> None:
+    found = figures(evaluated)
+    of_pairs = [("opd", "sft"), ("opd", "control"), ("control", "sft")]
+    said = [(v["kind"], v["arm"], v["other"]) for v in found["verdicts"]]
+    assert sorted(said) == sorted((kind, *pair) for kind in ("tau", "speed") for pair in of_pairs)
+    for verdict in found["verdicts"]:
+        assert verdict["level"] == pytest.approx(1 - 0.05 / 6)
+        assert verdict["low"] <= verdict["value"] <= verdict["high"]
+        place = "drafters" if verdict["kind"] == "tau" else "speed"
+        single = found[place][verdict["arm"]]["differences" if place == "drafters" else "ratios"][verdict["other"]]
+        assert single["value"] == pytest.approx(verdict["value"])
+        assert verdict["low"] <= single["low"] and single["high"] <= verdict["high"]  # for one alone less is asked
+        if verdict["kind"] == "tau":
+            assert verdict["prompts"] == found["drafters"]["sft"]["prompts"]
+        else:
+            assert (verdict["turns"], verdict["prompts"]) == (5, 5)
+    same = next(v for v in found["verdicts"] if (v["kind"], v["arm"]) == ("tau", "control"))
+    assert same["different"] is False
+    assert found["training_seeds"] == {"sft": None, "control": None, "opd": None}  # plain folders, no artifacts
 
 
 def test_outputs_are_identical_in_float32(evaluated: RecordingContext) -> None:
     exactness = figures(evaluated)["exactness"]
     assert exactness == {
-        "serving_dtype": "float32", "identical_share": 1.0, "compared_outputs": 15, "median_margin": None,
+        "serving_dtype": "float32", "identical_share": 1.0, "compared_outputs": 5 * 15, "median_margin": None,
         "largest_margin": None, "fp32_prompts": 4, "fp32_identical": 4,
     }  # fmt: skip
 
@@ -100,12 +121,14 @@ def test_the_figures_are_complete(evaluated: RecordingContext) -> None:
     assert "(+1)" in found["definition_of_tau"]
     assert found["heldout_trajectories"] == 60
     assert (found["temperature"], found["concurrency"], found["head_tokens"]) == (0, 2, None)
-    assert found["block_size_candidates"].keys() == {"3", "8"}  # 16 is more than was trained
-    fastest = max(found["block_size_candidates"], key=found["block_size_candidates"].__getitem__)
+    candidates = found["block_size_candidates"]
+    assert candidates.keys() == {"sft", "opd", "control"} and found["validation_prompts"] == 2
+    assert all(each.keys() == {"3", "8"} for each in candidates.values())  # 16 is more than was trained
     assert found["speed"].keys() == {"plain", "sft", "opd", "control"}
     for arm in ("sft", "opd", "control"):
         speed = found["speed"][arm]
-        assert speed["block_size"] == int(fastest)
+        fastest = max(candidates[arm], key=candidates[arm].__getitem__)
+        assert speed["block_size"] == int(fastest) and speed["turns"] == 5
         assert speed["speedup_low"] <= speed["speedup"] <= speed["speedup_high"]
         assert speed["tau_served"] > 1.5 and speed["identical_share"] == 1
         assert speed["draft_share"] > 0 and speed["verify_share"] > 0
@@ -124,7 +147,7 @@ def test_the_figures_are_complete(evaluated: RecordingContext) -> None:
 
 def test_every_arm_has_a_row_for_every_prompt(evaluated: RecordingContext, tiny_drafter: DrafterArtifacts) -> None:
     rows = read_table(evaluated.out / "requests.parquet", REQUESTS).to_pylist()
-    assert len(rows) == 4 * 5
+    assert len(rows) == 5 * 4 * 5
     answers = {
         row["prompt_id"]: row["response_ids"]
         for row in read_table(tiny_drafter.heldout / "trajectories.parquet", TRAJECTORIES).to_pylist()
@@ -134,15 +157,98 @@ def test_every_arm_has_a_row_for_every_prompt(evaluated: RecordingContext, tiny_
         assert row["first_difference"] == -1 and np.isnan(row["margin"])
         assert row["identical"] is (None if row["arm"] == "plain" else True)
         assert (row["verify_steps"] > 0) == (row["arm"] != "plain")
-        assert row["block_size"] == (1 if row["arm"] == "plain" else figures(evaluated)["speed"]["sft"]["block_size"])
-        assert row["seconds"] > 0 and row["concurrency"] == 2
+        assert row["block_size"] == figures(evaluated)["speed"][row["arm"]].get("block_size", 1)
+        assert row["latency_seconds"] > 0 and row["concurrency"] == 2
         assert row["response_ids"] == answers[row["prompt_id"]][:32]
         assert (row["accepted"] is None) == (row["arm"] == "plain")
 
 
+def test_turns_are_timed_as_a_whole_and_rotate(evaluated: RecordingContext) -> None:
+    turns = read_table(evaluated.out / "turns.parquet", TURNS).to_pylist()
+    requests = read_table(evaluated.out / "requests.parquet", REQUESTS).to_pylist()
+    arms = ["plain", "sft", "control", "opd"]
+    assert [turn["arm"] for turn in turns] == [arms[(round + order) % 4] for round in range(5) for order in range(4)]
+    assert [(turn["round"], turn["order"]) for turn in turns] == [(r, o) for r in range(5) for o in range(4)]
+    for turn in turns:
+        own = [r for r in requests if (r["round"], r["arm"]) == (turn["round"], turn["arm"])]
+        assert (turn["prompts"], turn["tokens"]) == (5, sum(r["tokens"] for r in own))
+        assert turn["verify_steps"] == sum(r["verify_steps"] for r in own)
+        # two in flight: longer than any request, shorter than one after the other
+        latencies = [r["latency_seconds"] for r in own]
+        assert max(latencies) <= turn["wall_seconds"] < sum(latencies)
+    speed = figures(evaluated)["speed"]["sft"]
+    own = [turn for turn in turns if turn["arm"] == "sft"]
+    assert speed["tokens_per_s"] == pytest.approx(sum(t["tokens"] for t in own) / sum(t["wall_seconds"] for t in own))
+
+
+@dataclass
+class StopAfter(RecordingContext):
+    """Asks to stop after some turns."""
+
+    turns: int = 0
+
+    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
+        super().progress(done, total, unit, **figures)
+        self.stop = unit == "turns" and done >= self.turns
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_next_round(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+    """What was chosen and timed stays as it is; a round that was not finished is made again as a whole."""
+    config = EvaluationConfig.model_validate({**CONFIG, "rounds": 3, "speed_prompts": 2, "exactness_prompts": 0})
+    first = StopAfter.under(tmp_path, inputs(tiny_drafter))
+    assert isinstance(first, StopAfter)
+    first.turns = 4
+    with pytest.raises(StageInterrupted):
+        STAGE.run(first, config)
+    kept = [read_table(path, TURNS) for path in sorted(first.work.glob("rounds/*/turns.parquet"))]
+    assert len(kept) == 2
+    sizes = first.work / "block_sizes.json"
+    chosen = json.loads(sizes.read_text())
+    chosen["sft"]["3"] = 2 * max(chosen["sft"].values())  # what is there is not measured again
+    sizes.write_text(json.dumps(chosen))
+
+    ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter))
+    STAGE.run(ctx, config)
+    turns = read_table(ctx.out / "turns.parquet", TURNS)
+    assert turns.slice(0, 4).to_pylist() == [row for table in kept for row in table.to_pylist()]
+    assert [row["block_size"] for row in turns.slice(4).to_pylist() if row["arm"] == "sft"] == [3]
+    assert figures(ctx)["block_size_candidates"] == chosen
+    speed = [v for v in figures(ctx)["verdicts"] if v["kind"] == "speed"]
+    assert speed == []  # a single drafter is compared with nothing
+
+
+def test_every_drafter_decodes_with_its_own_block(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, opd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock says that blocks of 3 are fast for one drafter and blocks of 8 for the other."""
+    decode = SpeedTest.decode
+
+    def timed(self: SpeedTest, target: Any, drafter: Any, block_size: int, *rest: Any, **more: Any) -> Any:
+        answers, wall = decode(self, target, drafter, block_size, *rest, **more)
+        is_sft = drafter is not None and drafter is seen.setdefault("sft", drafter)
+        return answers, (0.1 if (block_size == 3) == is_sft else 1.0) if drafter else wall
+
+    seen: dict[str, Any] = {}  # the first drafter that decodes is SFT's
+    monkeypatch.setattr(SpeedTest, "decode", timed)
+    ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter, opd=opd))
+    config = {**CONFIG, "rounds": 1, "speed_prompts": 2, "exactness_prompts": 0}
+    STAGE.run(ctx, EvaluationConfig.model_validate(config))
+    speed = figures(ctx)["speed"]
+    assert (speed["sft"]["block_size"], speed["opd"]["block_size"]) == (3, 8)
+    assert "decoding with blocks of 3 (sft), 8 (opd)" in ctx.logs
+    assert [v["different"] for v in figures(ctx)["verdicts"] if v["kind"] == "speed"] == [None]  # of one turn
+
+
 def test_one_drafter_and_a_reduced_head(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
     ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter))
-    config = {**CONFIG, "head_tokens": 150, "block_sizes": None, "exactness_prompts": 0, "speed_prompts": 2}
+    config = {
+        **CONFIG,
+        "head_tokens": 150,
+        "block_sizes": None,
+        "exactness_prompts": 0,
+        "speed_prompts": 2,
+        "rounds": 1,
+    }
     STAGE.run(ctx, EvaluationConfig.model_validate(config))
     found = figures(ctx)
     assert found["drafters"].keys() == {"sft"}
@@ -155,7 +261,7 @@ def test_one_drafter_and_a_reduced_head(tmp_path: Path, tiny_drafter: DrafterArt
 def test_sampled_outputs_are_identical_too(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
     ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter))
     sampling = {"max_new_tokens": 24, "temperature": 1.0}
-    STAGE.run(ctx, EvaluationConfig.model_validate({**CONFIG, "sampling": sampling, "block_sizes": None}))
+    STAGE.run(ctx, EvaluationConfig.model_validate({**CONFIG, "sampling": sampling, "block_sizes": None, "rounds": 1}))
     assert figures(ctx)["exactness"]["identical_share"] == 1
 
 
@@ -164,7 +270,7 @@ def test_several_settings(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> Non
     ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter))
     config = {
         **CONFIG, "concurrency": [1, 3], "temperatures": [0, 1.0], "block_sizes": None, "speed_prompts": 3,
-        "sampling": {"max_new_tokens": 16}, "exactness_prompts": 0,
+        "sampling": {"max_new_tokens": 16}, "exactness_prompts": 0, "rounds": 2,
     }  # fmt: skip
     STAGE.run(ctx, EvaluationConfig.model_validate(config))
     found = figures(ctx)
@@ -172,14 +278,14 @@ def test_several_settings(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> Non
     assert places == [(0, 1), (0, 3), (1, 1), (1, 3)]
     assert found["speed"] == found["speed_by_setting"][0]["arms"]
     assert (found["temperature"], found["concurrency"]) == (0, 1)
-    assert found["exactness"]["identical_share"] == 1 and found["exactness"]["compared_outputs"] == 4 * 3
+    assert found["exactness"]["identical_share"] == 1 and found["exactness"]["compared_outputs"] == 2 * 4 * 3
     assert ctx.summaries["speedup_sft"] == found["speed"]["sft"]["speedup"]
     assert ctx.summaries["speedup_sft.t1.c3"] == found["speed_by_setting"][3]["arms"]["sft"]["speedup"]
     rows = read_table(ctx.out / "requests.parquet", REQUESTS).to_pylist()
     answers: dict[tuple[float, str], set[tuple[int, ...]]] = {}
     for row in rows:
         answers.setdefault((row["temperature"], row["prompt_id"]), set()).add(tuple(row["response_ids"]))
-    assert len(rows) == 4 * 2 * 3 and len(answers) == 6
+    assert len(rows) == 2 * 4 * 2 * 3 and len(answers) == 6
     assert all(len(same) == 1 for same in answers.values())
 
 

@@ -17,7 +17,8 @@ from draftsmith.stages.logs import STAGE, LogsConfig
 from draftsmith.stages.mining import STAGE as MINING
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.prompting.logged import LoggedRow, Reader, SetAside
-from draftsmith.stages.targets.resolve import load_tokenizer, model_path, read_target_info
+from draftsmith.stages.targets.info import model_path, read_target_info
+from draftsmith.stages.targets.resolve import load_tokenizer
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 

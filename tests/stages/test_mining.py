@@ -15,7 +15,8 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.parquet import read_table, write_table
 from draftsmith.artifacts.schemas import TIMINGS, TRACE, VERIFY_STEPS
-from draftsmith.stages.drafters.checkpoint import drafter_digest, load_drafter, save_drafter
+from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
+from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.mining import STAGE, MiningConfig
 from draftsmith.stages.rollout import STAGE as ROLLOUT
 from draftsmith.stages.rollout import RolloutConfig
@@ -70,7 +71,8 @@ def test_the_table_is_the_trace_that_was_served(mined: RecordingContext, assiste
     found = summary(mined)
     assert found["parity"] == {
         "served_steps": len(served), "different_steps": 0, "mismatch_share": 0.0,
-        "served_tau": found["tau"], "replayed_tau": found["tau"], "tau_difference": 0.0,
+        "answers": len({row["trajectory_id"] for row in served}), "served_tau": found["tau"],
+        "replayed_tau": found["tau"], "tau_difference": 0.0, "tau_difference_high": 0.0,
     }  # fmt: skip
     assert mined.summaries["parity_mismatch"] == mined.summaries["parity_tau_difference"] == 0
 
@@ -256,6 +258,8 @@ def test_without_a_trace_the_counted_steps_are_compared(
     assert "parity_mismatch" not in ctx.summaries
     with pytest.raises(DraftsmithError, match=r"tau is .* as served and .* in replay"):
         mine(tmp_path / "one-more", tiny_drafter, retold([], steps=lambda n: n + 1))
+    with pytest.raises(DraftsmithError, match=r"lower by .* at least \(2% is allowed"):  # a third more: 25 % may differ
+        mine(tmp_path / "more", tiny_drafter, retold([], steps=lambda n: round(1.3 * n), dtype="bfloat16"))
     with pytest.raises(DraftsmithError, match=r"mining: tau is 1\.000 as served and"):
         mine(tmp_path / "none", tiny_drafter, retold([], steps=lambda _: 0, dtype="bfloat16"))
 

@@ -62,7 +62,7 @@ def inputs(tmp_path: Path) -> dict[str, Path]:
     sft = put(store, "sft", {"model": "a", "metrics.jsonl": curve}, {"target": target})
     rejected = [{"token": " so", "rejected": 4}]
     mining = put(store, "mining", {"summary.json": json.dumps({"most_rejected": rejected})}, {"drafter": sft})
-    opd = put(store, "opd", {"model": "b", "metrics.jsonl": curve}, {"drafter": sft, "steps": mining})
+    opd = put(store, "opd", {"model": "b", "metrics.jsonl": curve}, {"drafter": sft, "mined": mining})
     control = put(store, "sft", {"model": "c"}, {"drafter": sft}, seed=1)
     evaluation = put(store, "evaluation", {"evaluation.json": json.dumps(EVALUATION)}, {"sft": sft, "opd": opd})
     refs = {"mining": mining, "evaluation": evaluation, "sft": sft, "opd": opd, "control": control}
@@ -81,8 +81,8 @@ def test_the_page_shows_figures_findings_and_the_whole_lineage(tmp_path: Path, i
     for text in (
         "A refresh",
         "3.543<br>[3.432, 3.651]",
-        "is better than SFT:",
-        "is better than SFT continued:",
+        "has a measurably higher tau than that of SFT:",
+        "has a measurably higher tau than that of SFT continued:",
         "&#x27; so&#x27;",
         "Training loss over steps",
     ):
@@ -90,16 +90,21 @@ def test_the_page_shows_figures_findings_and_the_whole_lineage(tmp_path: Path, i
     for name in ("target", "sft", "mining", "opd", "control", "evaluation"):
         assert f'<td class="text">{name}</td>' in page
     assert ctx.figures == {"tau_sft": 3.412, "tau_opd": 3.543, "tau_control": 3.43}
-    assert any("SFT + OPD is better" in line for line in ctx.lines)
+    assert any(
+        "This drafter of SFT + OPD (one training, seed 0) decodes measurably faster" in line for line in ctx.lines
+    )
 
 
 def test_the_headline_does_not_depend_on_timing(tmp_path: Path, inputs: dict[str, Path]) -> None:
-    slower = {**EVALUATION, "speed": {"plain": {"tokens_per_s": 1.0}}}
+    of_tau = [verdict for verdict in EVALUATION["verdicts"] if verdict["kind"] == "tau"]
+    slower = {**EVALUATION, "speed": {"plain": {"tokens_per_s": 1.0}}, "verdicts": of_tau}
     other = tmp_path / "slower"
     other.mkdir()
     (other / "evaluation.json").write_text(json.dumps(slower))
     first, second = run(tmp_path, inputs, "a"), run(tmp_path, inputs | {"evaluation": other}, "b")
     assert (first.out / "headline.json").read_bytes() == (second.out / "headline.json").read_bytes()
+    headline = json.loads((first.out / "headline.json").read_text())
+    assert headline["opd"]["tau"] == 3.543 and headline["opd"]["differences"].keys() == {"sft", "control"}
     assert "report.html" in STAGE.volatile
     assert "headline.json" not in STAGE.volatile
 

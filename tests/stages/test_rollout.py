@@ -11,7 +11,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.parquet import read_table
 from draftsmith.artifacts.schemas import TIMINGS, TRACE, TRAJECTORIES
-from draftsmith.stages.drafters.checkpoint import drafter_digest
+from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.rollout import STAGE, RolloutConfig, preflight
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_prompts, load_trajectories
 from tests.stages.bench import Bench

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.target import STAGE, TargetConfig
-from draftsmith.stages.targets.resolve import TargetInfo, model_path, read_target_info, resolve_target
+from draftsmith.stages.targets.info import TargetInfo, model_path, read_target_info
+from draftsmith.stages.targets.resolve import resolve_target
 from tests.testbed.context import RecordingContext
 
 

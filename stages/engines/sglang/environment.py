@@ -10,7 +10,7 @@ from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.sglang.plugin import SUPPORTED, supported
+from draftsmith.stages.engines.sglang.protocol import SUPPORTED, supported
 
 PLUGIN_GROUP, PLUGIN = "sglang.srt.plugins", "draftsmith"
 _PROBE_TIMEOUT_S = 60.0
@@ -95,15 +95,3 @@ def unreachable(url: str) -> str | None:
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return None if response.status_code == 200 else f"HTTP {response.status_code}"
-
-
-def check_engine(config: SGLangEngineConfig) -> list[str]:
-    """Everything that can be said before a server runs, as warnings. Raises DraftsmithError for what cannot work."""
-    warnings = []
-    if config.python is not None:
-        found = installed(config.python)
-        warnings += environment_warnings(config, found)
-    for url in config.urls:
-        if reason := unreachable(url):
-            warnings.append(f"{url} does not answer now ({reason}): start it before the stage runs")
-    return warnings

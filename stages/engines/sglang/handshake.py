@@ -16,7 +16,8 @@ from draftsmith.stages.engines.config import NO_REDUCED_HEAD, SGLangEngineConfig
 from draftsmith.stages.engines.sglang.client import LostError, check_status
 from draftsmith.stages.engines.sglang.records import completion_of, generate_payload, trace_identity
 from draftsmith.stages.engines.sglang.server import algorithm_of, block_size_of
-from draftsmith.stages.targets.resolve import TargetInfo, load_tokenizer, model_path, read_target_info
+from draftsmith.stages.targets.info import TargetInfo, model_path, read_target_info
+from draftsmith.stages.targets.resolve import load_tokenizer
 
 if TYPE_CHECKING:
     import httpx
@@ -59,7 +60,8 @@ class Expected:
         expected = cls(target, model_folder, probe_ids, longest, stream=stream)
         if drafter_folder is None:
             return expected
-        from draftsmith.stages.drafters.checkpoint import check_drafter, check_layers, drafter_digest
+        from draftsmith.stages.drafters.checkpoint import check_drafter, check_layers
+        from draftsmith.stages.drafters.digest import drafter_digest
 
         if drafting.head_tokens is not None:
             raise DraftsmithError(f"drafting.head_tokens: {NO_REDUCED_HEAD}")
@@ -165,7 +167,7 @@ async def _check_model(client: httpx.AsyncClient, url: str, model: dict[str, Any
         if path != target.source:
             remarks.append(f"{url} serves {path}: taken for {target.source}, whose architecture and tokenizer it has")
     elif folder.resolve() != expected.model_folder.resolve():
-        from draftsmith.stages.targets.resolve import model_digest
+        from draftsmith.stages.targets.info import model_digest
         from draftsmith.stages.targets.source import weight_files
 
         if model_digest(folder, weight_files(folder)) != target.digest:
@@ -197,7 +199,7 @@ def _check_drafter(url: str, server: dict[str, Any], expected: Expected) -> list
         raise _wrong(url, f"drafts with --speculative-eagle-topk {branches}; start it with {wanted}")
     if not Path(path).is_dir():
         return [f"{url} drafts with {path}, which is not on this machine: only the plug-in can tell whether it is ours"]
-    from draftsmith.stages.drafters.checkpoint import drafter_digest
+    from draftsmith.stages.drafters.digest import drafter_digest
 
     if drafter_digest(Path(path)) != expected.drafter_digest:
         raise _wrong(url, f"drafts with {path}, which is not the drafter {expected.drafter_folder}")

@@ -1,7 +1,7 @@
 """SGLang's side of Draftsmith: a server plug-in that returns what every verify step proposed and what was kept.
 
 SGLang loads it by the entry-point group `sglang.srt.plugins`, in an environment that has this project installed without
-its dependencies: this module and `plugin_hooks` import nothing but the standard library, torch and sglang.
+its dependencies: what it imports needs nothing but the standard library, torch and sglang.
 
 A request asks by `sampling_params.custom_params = {"draftsmith_trace": true}`; `DRAFTSMITH_TRACE=1` in the server's
 environment asks for all. `meta_info["draftsmith_trace"]` of its answer has one element per OUTPUT token, because SGLang
@@ -21,16 +21,11 @@ from __future__ import annotations
 import inspect
 import logging
 import pkgutil
-import re
 from importlib import metadata
 
-log = logging.getLogger(__name__)
+from draftsmith.stages.engines.sglang.protocol import SUPPORTED, supported
 
-KEY = "draftsmith_trace"
-PROTOCOL = "1"
-ENVIRONMENT = "DRAFTSMITH_TRACE"
-FIRST, END = (0, 5, 20), (0, 5, 24)
-SUPPORTED = ">=0.5.20,<0.5.24"  # FIRST and END, in words
+log = logging.getLogger(__name__)
 
 _DFLASH = "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2"
 _EAGLE = "sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2"
@@ -59,12 +54,6 @@ def installed_version() -> str:
         return metadata.version("sglang")
     except metadata.PackageNotFoundError:
         return "unknown"
-
-
-def supported(version: str) -> bool:
-    """Whether a release lies in SUPPORTED; its pre- and post-releases count as the release."""
-    numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
-    return numbers is not None and FIRST <= tuple(int(n) for n in numbers.groups()) < END
 
 
 def check_release(required: dict[str, tuple[str, ...]] = REQUIRED) -> None:

@@ -9,7 +9,6 @@ request, and the original is called.
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -19,35 +18,19 @@ from typing import Any
 
 import torch
 
-from draftsmith.stages.engines.sglang.plugin import ENVIRONMENT, KEY, PROTOCOL
+from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.engines.sglang.protocol import ENVIRONMENT, KEY, PROTOCOL
 
 log = logging.getLogger(__name__)
 
 LOWEST = -1e4  # log-prob of a token that a mask forbids: -inf is not JSON
 CHUNK = 128  # positions whose float32 logits are held at a time: 80 MB for 150,000 tokens
-DIGESTED = (
-    "config.json",
-    "model.safetensors",
-    "frequent_tokens.npy",
-)  # as draftsmith.stages.drafters.checkpoint.drafter_digest
 
 
 def asked(request: Any) -> bool:
     """Whether a request's custom parameters ask for its trace."""
     custom = request.sampling_params.custom_params
     return bool(custom) and bool(custom.get(KEY))
-
-
-def folder_digest(folder: Path) -> str:
-    """The drafter's digest: sha256 over name, zero byte and content of the files that decide what it proposes."""
-    digest = hashlib.sha256()
-    for name in DIGESTED:
-        if (path := folder / name).exists():
-            digest.update(name.encode() + b"\0")
-            with path.open("rb") as file:
-                while part := file.read(1 << 20):
-                    digest.update(part)
-    return digest.hexdigest()
 
 
 def chain_logprobs(logits: torch.Tensor, candidates: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
@@ -243,4 +226,4 @@ def _served_digest(source: str, revision: str | None) -> str:
         except Exception as error:  # many kinds, all meaning: not in the cache
             log.warning("draftsmith: no digest of the drafter %s (%s); its traces name none", source, error)
             return ""
-    return folder_digest(folder)
+    return drafter_digest(folder)

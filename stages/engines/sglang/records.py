@@ -7,8 +7,7 @@ from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.base import Completion, Request, VerifyStep
-
-TRACE_KEY, TRACE_VERSION = "draftsmith_trace", "1"
+from draftsmith.stages.engines.sglang.protocol import KEY, PROTOCOL
 
 
 def generate_payload(request: Request, eos_ids: Sequence[int], traced: bool) -> dict[str, Any]:
@@ -24,7 +23,7 @@ def generate_payload(request: Request, eos_ids: Sequence[int], traced: bool) -> 
         params["top_p"] = sampling.top_p
         params["sampling_seed"] = request.seed  # heeded with --enable-deterministic-inference
     if traced:
-        params["custom_params"] = {TRACE_KEY: True}
+        params["custom_params"] = {KEY: True}
     return {"input_ids": request.prompt_ids, "sampling_params": params}
 
 
@@ -37,13 +36,13 @@ def trace_identity(request_id: str, meta: dict[str, Any]) -> str | None:
 
     Raises DraftsmithError if the plug-in speaks another version.
     """
-    records = [record for record in meta.get(TRACE_KEY) or () if record]
+    records = [record for record in meta.get(KEY) or () if record]
     if not records:
         return None
-    if (version := records[0].get("v")) != TRACE_VERSION:
+    if (version := records[0].get("v")) != PROTOCOL:
         raise DraftsmithError(
             f"request {request_id}: the server's plug-in records version {version}, this Draftsmith reads "
-            f"{TRACE_VERSION}; install the same Draftsmith in the server's environment"
+            f"{PROTOCOL}; install the same Draftsmith in the server's environment"
         )
     return str(records[0].get("drafter") or "")
 
@@ -111,7 +110,7 @@ def read_steps(request: Request, tokens: list[int], meta: dict[str, Any]) -> lis
     The first token comes from reading the prompt; every other one must belong to exactly one step. A step that went
     past the end of the answer is cut there, as the embedded engine does. Raises IncompleteRecordsError otherwise.
     """
-    records = meta.get(TRACE_KEY) or []
+    records = meta.get(KEY) or []
     steps: list[VerifyStep] = []
     at = 1  # the next token without a step
     for index, record in enumerate(records):

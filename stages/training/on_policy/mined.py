@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
@@ -15,7 +16,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.parquet import ordered, padded, places, read_table
 from draftsmith.artifacts.schemas import VERIFY_STEPS
 from draftsmith.stages.replay.trace import Trajectory
-from draftsmith.stages.training.anchors import Draw, pad_anchors
+from draftsmith.stages.training.anchors import draw_evenly, pad_anchors
 from draftsmith.stages.training.blocks import Anchors
 from draftsmith.stages.training.on_policy.verify_steps import VerifySteps
 
@@ -48,10 +49,6 @@ class MinedTable:
     def count(self, kind: Kind) -> int:
         return sum(len(s.of_kind(kind)) for s in self.steps)
 
-    def errors(self, indices: Sequence[int]) -> np.ndarray:
-        """[indices] steps of each trajectory that rejected something."""
-        return np.array([len(self.steps[i].of_kind("errors")) for i in indices])
-
     def trajectories_with(self, kind: Kind) -> list[int]:
         """Indices of the trajectories that have at least one such step."""
         found = [i for i, s in enumerate(self.steps) if len(s.of_kind(kind))]
@@ -64,7 +61,6 @@ class MinedTable:
         indices: Sequence[int],
         kind: Kind,
         per_sequence: int,
-        draw: Draw,
         rng: np.random.Generator,
         device: torch.device,
     ) -> tuple[Anchors, VerifySteps]:
@@ -72,7 +68,9 @@ class MinedTable:
         chosen = []
         for i in indices:
             candidates = self.steps[i].of_kind(kind)
-            chosen.append(draw(candidates if len(candidates) else self.steps[i].of_kind("visited"), per_sequence, rng))
+            chosen.append(
+                draw_evenly(candidates if len(candidates) else self.steps[i].of_kind("visited"), per_sequence, rng)
+            )
 
         def column(name: str) -> torch.Tensor:
             values = [getattr(self.steps[i], name)[picked] for i, picked in zip(indices, chosen, strict=True)]
@@ -88,21 +86,31 @@ class MinedTable:
 def load_mined(folder: Path, trajectories: Sequence[Trajectory], block_size: int) -> MinedTable:
     """verify_steps.parquet of a mining artifact, matched to the trajectories that OPD trains on.
 
-    Raises DraftsmithError if a trajectory was not mined, or the table's proposals are longer than the drafter's block.
+    Raises DraftsmithError as `match_steps` does.
     """
     path = folder / "verify_steps.parquet"
+    return match_steps(read_table(path, VERIFY_STEPS, _COLUMNS), trajectories, block_size, str(path))
+
+
+def match_steps(
+    table: pa.Table, trajectories: Sequence[Trajectory], block_size: int, where: str = "mined steps"
+) -> MinedTable:
+    """VERIFY_STEPS by trajectory, in the order of the trajectories. block_size: of the drafter that is trained.
+
+    Raises DraftsmithError if a trajectory was not mined, or the table's proposals are longer than the drafter's block.
+    """
     wanted = [trajectory.trajectory_id for trajectory in trajectories]
-    table = ordered(read_table(path, VERIFY_STEPS, _COLUMNS), "trajectory_id", wanted)
+    table = ordered(table, "trajectory_id", wanted)
     place = places(table, "trajectory_id", wanted)
     bounds = np.searchsorted(place, np.arange(len(wanted) + 1))
     for trajectory, count in zip(wanted, np.diff(bounds).tolist(), strict=True):
         if count == 0:
-            raise DraftsmithError(f"{path}: trajectory {trajectory} was not mined; rerun stage 'mining'")
+            raise DraftsmithError(f"{where}: trajectory {trajectory} was not mined; rerun stage 'mining'")
     K = block_size - 1
     longest = int(pc.max(pc.list_value_length(table["proposed_ids"])).as_py())
     if longest > K:
         raise DraftsmithError(
-            f"{path}: blocks of {longest + 1} tokens, the drafter was trained on {block_size}; mine again"
+            f"{where}: blocks of {longest + 1} tokens, the drafter was trained on {block_size}; mine again"
         )
     numbers = [
         table[name].to_numpy().astype(np.int64) for name in ("anchor", "accepted", "committed", "rejected_offset")

@@ -14,11 +14,11 @@ import torch
 
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.replay.chains import replay_chains
+from draftsmith.stages.replay.corpus import score
 from draftsmith.stages.replay.trace import Trace, Trajectory
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.blocks import View
 from draftsmith.stages.training.on_policy.mined import MinedTable, TrajectorySteps
-from draftsmith.stages.training.on_policy.verify_steps import score
 
 # Of the trace that was known before, for each chain: with fewer, chains draft much in vain; with more, rounds are many
 # and small.

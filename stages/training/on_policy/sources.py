@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,14 +15,11 @@ import torch
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.replay.chains import successors
 from draftsmith.stages.training.anchors import (
-    Draw,
     anchor_positions,
     draw_evenly,
-    draw_randomly,
     pad_anchors,
     position_anchors,
 )
-from draftsmith.stages.training.batches import Batch
 from draftsmith.stages.training.blocks import Anchors, View
 from draftsmith.stages.training.on_policy.mined import Kind, MinedTable
 from draftsmith.stages.training.on_policy.remining import Remining
@@ -41,15 +38,8 @@ class Drawn:
 class AnchorSource(Protocol):
     """What it remembers between steps goes into the checkpoint, so that a resumed training draws the same."""
 
-    reads_steps: ClassVar[bool]  # must `trained` know what was accepted?
-
     def draw(self, step: int, indices: Sequence[int], view: View, rng: np.random.Generator) -> Drawn:
         """The anchors of the trajectories `indices`, which the view shows."""
-
-    def trained(
-        self, indices: Sequence[int], batch: Batch, drawn: Anchors, steps: VerifySteps | None, rng: np.random.Generator
-    ) -> None:
-        """What the drafter did at the drawn anchors; None if nobody reads it."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -59,20 +49,13 @@ class AnchorSource(Protocol):
 class TableAnchors:
     """Steps of the mined table, mined again when they are too old."""
 
-    reads_steps: ClassVar[bool] = False
-
-    def __init__(self, remining: Remining, kind: Kind, per_sequence: int, draw: Draw):
-        self.remining, self.kind, self.per_sequence, self.draw_from = remining, kind, per_sequence, draw
+    def __init__(self, remining: Remining, kind: Kind, per_sequence: int):
+        self.remining, self.kind, self.per_sequence = remining, kind, per_sequence
 
     def draw(self, step: int, indices: Sequence[int], view: View, rng: np.random.Generator) -> Drawn:
         figures = self.remining.refresh(step, indices, view)
-        drawn = self.remining.current.draw(
-            indices, self.kind, self.per_sequence, self.draw_from, rng, view.batch.tokens.device
-        )
+        drawn = self.remining.current.draw(indices, self.kind, self.per_sequence, rng, view.batch.tokens.device)
         return Drawn(*drawn, figures)
-
-    def trained(self, *_unused: object) -> None:
-        """The table is not changed by training."""
 
     def state_dict(self) -> dict[str, Any]:
         return self.remining.state_dict()
@@ -84,11 +67,6 @@ class TableAnchors:
 class Forgetful:
     """What sources share that remember nothing between steps."""
 
-    reads_steps: ClassVar[bool] = False
-
-    def trained(self, *_unused: object) -> None:
-        """Nothing to remember."""
-
     def state_dict(self) -> dict[str, Any]:
         return {}
 
@@ -99,12 +77,12 @@ class Forgetful:
 class RandomAnchors(Forgetful):
     """Positions of the response, whatever the drafter does there: the paper's ablation."""
 
-    def __init__(self, per_sequence: int, draw: Draw):
-        self.per_sequence, self.draw_from = per_sequence, draw
+    def __init__(self, per_sequence: int):
+        self.per_sequence = per_sequence
 
     def draw(self, step: int, indices: Sequence[int], view: View, rng: np.random.Generator) -> Drawn:  # noqa: ARG002
         device = view.batch.tokens.device
-        return Drawn(position_anchors(view.batch.trajectories, self.per_sequence, self.draw_from, rng, device), None)
+        return Drawn(position_anchors(view.batch.trajectories, self.per_sequence, rng, device), None)
 
 
 class SuccessorAnchors(Forgetful):
@@ -115,12 +93,12 @@ class SuccessorAnchors(Forgetful):
     The mined table only tells how stale it has become.
     """
 
-    def __init__(self, table: MinedTable, drafter: Drafter, per_sequence: int, draw: Draw):
-        self.table, self.drafter, self.per_sequence, self.draw_from = table, drafter, per_sequence, draw
+    def __init__(self, table: MinedTable, drafter: Drafter, per_sequence: int):
+        self.table, self.drafter, self.per_sequence = table, drafter, per_sequence
 
     def draw(self, step: int, indices: Sequence[int], view: View, rng: np.random.Generator) -> Drawn:  # noqa: ARG002
         trajectories, device = view.batch.trajectories, view.batch.tokens.device
-        before = np.stack([self.draw_from(anchor_positions(t), self.per_sequence, rng) for t in trajectories])
+        before = np.stack([draw_evenly(anchor_positions(t), self.per_sequence, rng) for t in trajectories])
         behind = successors(
             self.drafter,
             view.context,
@@ -132,48 +110,6 @@ class SuccessorAnchors(Forgetful):
         # two positions may have the same successor: another one is trained twice then
         chosen = [draw_evenly(np.unique(row), self.per_sequence, rng) for row in behind.cpu().numpy()]
         return Drawn(pad_anchors(chosen, device), None, _off_mined(self.table, indices, chosen))
-
-
-class RollingAnchors:
-    """Chains of anchors, each the successor of the one trained before, under the weights that trained it.
-
-    They start on the mined trace. A chain that reaches the end of its trajectory or meets another one starts again.
-    """
-
-    reads_steps: ClassVar[bool] = True
-
-    def __init__(self, table: MinedTable, per_sequence: int, draw: Draw):
-        self.table, self.per_sequence, self.draw_from = table, per_sequence, draw
-        self._next = np.full((len(table.steps), per_sequence), _NOT_STARTED)
-
-    def draw(self, step: int, indices: Sequence[int], view: View, rng: np.random.Generator) -> Drawn:  # noqa: ARG002
-        for i in indices:
-            if self._next[i, 0] == _NOT_STARTED:
-                self._next[i] = self.draw_from(self.table.steps[i].anchors, self.per_sequence, rng)
-        chosen = list(self._next[list(indices)])
-        return Drawn(pad_anchors(chosen, view.batch.tokens.device), None, _off_mined(self.table, indices, chosen))
-
-    def trained(
-        self, indices: Sequence[int], batch: Batch, drawn: Anchors, steps: VerifySteps | None, rng: np.random.Generator
-    ) -> None:
-        assert steps is not None
-        following = (drawn.positions + steps.accepted + 1).cpu().numpy()
-        for i, trajectory, row in zip(indices, batch.trajectories, following, strict=True):
-            going_on = np.unique(row[row <= trajectory.last_anchor])
-            free = np.setdiff1d(self.table.steps[i].anchors, going_on)
-            if not len(free):
-                free = self.table.steps[i].anchors
-            starts = draw_randomly(free, self.per_sequence - len(going_on), rng)
-            self._next[i] = np.sort(np.concatenate([going_on, starts]))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"next": torch.from_numpy(self._next.copy())}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._next = state["next"].numpy().copy()
-
-
-_NOT_STARTED = -1
 
 
 def _off_mined(table: MinedTable, indices: Sequence[int], chosen: Sequence[np.ndarray]) -> dict[str, float]:

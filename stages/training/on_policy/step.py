@@ -45,8 +45,6 @@ class OpdStep:
         self.drafter, self.target, self.source = drafter, target, source
         self.objective, self.config, self.proposals = objective, config, proposals
         self.heads = HeadSource(drafter, target.head_weight, config)
-        # else nobody asks what was accepted, or the loss finds it: judging is one more pass over the logits
-        self._reads_steps = objective.reads_steps or source.reads_steps
 
     def loss(self, step: int, indices: Sequence[int], batch: Batch, rng: np.random.Generator) -> LossReport:
         """batch: of the trajectories `indices`. The source learns what the drafter did."""
@@ -61,7 +59,7 @@ class OpdStep:
         hidden = block_hidden(self.drafter, context, batch, drawn.anchors)
         own_chains = self.drafter.autoregressive and self.objective.needs_scores
         steps, scoring, on_proposals = drawn.steps, 0.0, None
-        if steps is None and self._reads_steps:
+        if steps is None and self.objective.reads_steps:  # else the loss finds what was accepted
             proposed = self._propose(context, batch, drawn.anchors, heads.drafter) if own_chains else None
             steps = judge(
                 hidden,
@@ -99,7 +97,6 @@ class OpdStep:
         report.operations = operations_of(self.drafter, batch, drawn.anchors, report.positions, heads.drafter)
         if on_proposals is not None:  # the chains were drafted twice; nothing more went through the head
             report.operations += operations_of(self.drafter, batch, drawn.anchors, 0, heads.drafter, prefixes=0)
-        self.source.trained(indices, batch, drawn.anchors, steps, rng)
         if drawn.steps is None:  # judged by this very forward, or not at all
             report.figures.pop("steps_changed_share", None)
         report.figures |= drawn.figures

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.replay.scoring import StepScores, score_traces
-from draftsmith.stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens
+from draftsmith.stages.replay.corpus import score
+from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.batches import Batch
 from draftsmith.stages.training.blocks import Anchors, labels_of
-
-TREE_TOKENS = 512  # proposals that the target scores in one forward, a trajectory
 
 
 @dataclass(frozen=True)
@@ -85,22 +82,3 @@ def with_scores(
     logprobs = torch.full_like(steps.target_logprobs, torch.nan)
     logprobs[..., :proposals] = torch.from_numpy(np.stack([s.target_logprobs for s in scores])).to(logprobs.device)
     return replace(steps, target_logprobs=logprobs)
-
-
-@torch.no_grad()
-def score(
-    target: Target, trajectories: Sequence[Trajectory], traces: Sequence[Trace], tokens_per_forward: int = 2048
-) -> list[StepScores]:
-    """What the target says of the proposals of some steps: for every group of trajectories of at most
-    `tokens_per_forward` tokens (or one), a forward for the key/value cache and one over the rejected proposals."""
-    scores: dict[int, StepScores] = {}
-    for group in groups_by_length([len(t.tokens) for t in trajectories], tokens_per_forward):
-        ids = pad_tokens([trajectories[i] for i in group], target.device)
-        B, T = ids.shape
-        room = max(TREE_TOKENS, traces[0].proposed.shape[1] + 1)
-        cache = target.new_cache(B, T + room)
-        with torch.autocast(target.device.type, enabled=False):  # the training loop's is for the drafter alone
-            out = target.step(ids, torch.arange(T, device=ids.device).expand(B, -1), cache, slice(0, B))
-            of_group = score_traces(target, cache, out.hidden, [traces[i] for i in group], top_k=1, tree_tokens=room)
-        scores |= dict(zip(group, of_group, strict=True))
-    return [scores[i] for i in range(len(trajectories))]

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
-from draftsmith.flows.checks.estimates import Sizes, disk_of, memory_of, servers_of
+from draftsmith.flows.checks.estimates import disk, estimates
 from draftsmith.flows.cli import main
 from draftsmith.flows.pipeline.graph import in_order
 from draftsmith.flows.refresh.graph import refresh_nodes
+from draftsmith.stages.targets.estimate import Sizes
 from tests.flows.pipeline.processes import ROOT
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.target import MASK
@@ -315,30 +316,26 @@ def test_estimates_of_the_recipe_by_hand() -> None:
     from draftsmith.flows.refresh.config import load_config
 
     config = load_config(ROOT / "configs" / "qwen3-4b-dflash.yaml")
-    nodes = {node.name: node for node in in_order(refresh_nodes(config))}
     sizes = qwen_sizes()
+    needed = estimates(in_order(refresh_nodes(config)), sizes)
     # per layer: q, o 2560·4096, k, v 2560·1024, three of 2560·9728, norms; then fc 5·2560·2560 and two norms
     layer = 2 * 2560 * 4096 + 2 * 2560 * 1024 + 3 * 2560 * 9728 + 2 * 2560 + 2 * 128
     parameters = 5 * layer + 5 * 2560 * 2560 + 2 * 2560
     assert sizes.drafter.parameters == parameters
-    opd = memory_of(nodes["opd"], nodes, sizes)
-    assert opd is not None
-    assert opd.parts["target"] == 2 * 4_022_468_096
-    assert opd.parts["drafter with AdamW"] == 16 * parameters
-    assert opd.parts["logits"] == 3 * 512 * 151936 * 4
-    assert opd.total < 80e9  # the recipe's batch is chosen to fit a GPU of 80 GB
-    mining = memory_of(nodes["mining"], nodes, sizes)
-    assert mining is not None
+    opd = needed["opd"].memory
+    assert opd["target"] == 2 * 4_022_468_096
+    assert opd["drafter with AdamW"] == 16 * parameters
+    assert opd["logits"] == 3 * 512 * 151936 * 4
+    assert sum(opd.values()) < 80e9  # the recipe's batch is chosen to fit a GPU of 80 GB
     T, rows = 512 + 4096, 16384 // (512 + 4096)  # 32 query heads on 8: the mask, and a copy for each of 4
-    assert mining.parts["attention mask"] == 5 * rows * T * (T + 512) * 2
-    servers = servers_of(nodes["assisted"], sizes)
+    assert needed["mining"].memory["attention mask"] == 5 * rows * T * (T + 512) * 2
+    servers = needed["assisted"].servers
     assert servers is not None and servers.gpus == 8
     per_token = 2 * 36 * 8 * 128 * 2 + 2 * 5 * 8 * 128 * 2
     assert servers.parts["key/value memory of 32 requests"] == 32 * (512 + 4096 + 16) * per_token
-    assert memory_of(nodes["assisted"], nodes, sizes) is None  # the answers are made elsewhere
-    disk = disk_of(list(nodes.values()), config.prompts, sizes, copies_target=False)
-    assert disk["drafters"] == 3 * 2 * parameters
-    assert "target" not in disk
+    assert not needed["assisted"].memory  # the answers are made elsewhere
+    assert disk(needed)["drafters"] == 3 * 2 * parameters
+    assert "target" not in disk(needed)
 
 
 def test_estimates_of_a_fine_tuned_revision_by_hand() -> None:
@@ -346,15 +343,13 @@ def test_estimates_of_a_fine_tuned_revision_by_hand() -> None:
     from draftsmith.flows.pipeline.config_file import read_config
 
     config = read_config(ROOT / "configs" / "experiments" / "smollm2-target-changed.yaml", [], ExperimentConfig)
-    nodes = {node.name: node for node in experiment_nodes(config)}
-    sizes = qwen_sizes()  # itemsize 2: a copy in bfloat16 beside the float32 weights
-    memory = memory_of(nodes["revision"], nodes, sizes)
-    assert memory is not None
-    assert memory.parts["target with AdamW"] == 18 * 4_022_468_096
+    # itemsize 2: a copy in bfloat16 beside the float32 weights
+    needed = estimates(in_order(experiment_nodes(config)), qwen_sizes())
+    memory = needed["revision"].memory
+    assert memory["target with AdamW"] == 18 * 4_022_468_096
     a_token = 36 * 2 * (10 * 2560 + 4 * (32 + 2 * 8) * 128 + 4 * 9728)
-    assert memory.parts["text of a step"] == 4 * 192 * (3 * 151936 * 4 + a_token)
-    disk = disk_of(list(nodes.values()), config.prompts, sizes, copies_target=False)
-    assert disk["revision"] == 2 * 4_022_468_096
+    assert memory["text of a step"] == 4 * 192 * (3 * 151936 * 4 + a_token)
+    assert disk(needed)["revision"] == 2 * 4_022_468_096
 
 
 def test_trajectories_take_no_more_disk_than_estimated(tiny_drafter: DrafterArtifacts) -> None:

@@ -1,4 +1,4 @@
-"""Checks before any long work."""
+"""Checks in the course of a run: the first error ends it, before any long work."""
 
 from __future__ import annotations
 
@@ -9,41 +9,29 @@ from typing import Any
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.flows.checks.preflight import (
-    check_engines,
-    check_home,
-    check_lengths,
-    check_node,
-    check_supplies,
-    check_target,
-)
+from draftsmith.flows.checks.check import check_alone
+from draftsmith.flows.checks.engines import check_engines
+from draftsmith.flows.checks.findings import Findings, FirstError, Level
+from draftsmith.flows.checks.models import check_drafters, check_nodes
+from draftsmith.flows.checks.prompts import check_lengths, check_supplies
 from draftsmith.flows.pipeline.graph import Node
-from draftsmith.flows.pipeline.options import StageOptions
-from draftsmith.stages.evaluation import EvaluationConfig
+from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.rollout import RolloutConfig
-from draftsmith.stages.sft import SftConfig
 from draftsmith.stages.stored import load_prompts
-from draftsmith.stages.targets.resolve import read_target_info
+from draftsmith.stages.targets.info import read_target_info
+from draftsmith.stages.training.config import SftConfig
 from tests.flows.pipeline.toy import ToyConfig, toy_nodes
 from tests.flows.pipeline.toy_stages.combine import CombineConfig
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.target import MASK
 
 
-def test_too_little_disk_is_an_error_that_names_the_field(tmp_path: Path) -> None:
-    config = ToyConfig(name="t", stages=StageOptions(min_free_gb=1e9))
-    with pytest.raises(DraftsmithError, match=r"GB free, 1e\+09 GB wanted \(stages\.min_free_gb\)"):
-        check_home(tmp_path, config)
-
-
-def test_a_home_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(DraftsmithError, match="preparing"):
-        check_home(tmp_path / "file" / "home", ToyConfig(name="t"))
-    with pytest.raises(DraftsmithError, match="preparing"):
-        check_home(Path("/proc/draftsmith"), ToyConfig(name="t"))
+def check_target(nodes: list[Node], target: Path) -> None:
+    """As a run does once the target is there."""
+    check_drafters(FirstError(), nodes, target, whole=True)
+    check_nodes(FirstError(), nodes, target, whole=True)
 
 
 def test_every_stage_checks_its_config_against_the_target(tmp_path: Path) -> None:
@@ -57,11 +45,10 @@ def test_sft_that_goes_on_with_a_drafter_is_not_checked_as_a_new_one(tiny_drafte
     """The control of a refresh keeps the section `sft`, whose drafter may not fit: it is not what is trained."""
     config = SftConfig.model_validate({"drafter": {"mask_token": "<never>"}})
     learned = {"target": "target", "trajectories": "rollout"}
-    assert not check_node(
-        Node("control", "draftsmith.stages.sft", config, {**learned, "drafter": "sft"}), tiny_drafter.target
-    )
-    with pytest.raises(DraftsmithError, match=r"sft: .*'<never>' is not a token of the target"):
-        check_node(Node("sft", "draftsmith.stages.sft", config, learned), tiny_drafter.target)
+    control = Node("control", "draftsmith.stages.sft", config, {**learned, "drafter": "sft"})
+    check_target([control], tiny_drafter.target)
+    with pytest.raises(DraftsmithError, match=r"sft: drafter: .*'<never>' is not a token of the target"):
+        check_target([Node("sft", "draftsmith.stages.sft", config, learned)], tiny_drafter.target)
 
 
 def test_layers_that_sglang_does_not_hand_over_are_an_error_before_training(tiny_drafter: DrafterArtifacts) -> None:
@@ -80,7 +67,7 @@ def test_layers_that_sglang_does_not_hand_over_are_an_error_before_training(tiny
         )
         if refused:
             with pytest.raises(
-                DraftsmithError, match=r"sft: target_layer_ids .* is to draft with it in assisted: change"
+                DraftsmithError, match=r"sft: drafter: target_layer_ids .* is to draft with it in assisted: change"
             ):
                 check_target([sft, assisted], tiny_drafter.target)
         else:
@@ -106,10 +93,10 @@ def test_a_rollout_finds_the_prompts_that_it_asks_for(fields: dict[str, int], me
         Node("answers", "draftsmith.stages.rollout", RolloutConfig.model_validate(fields), asked),
     ]
     if message is None:
-        check_supplies(nodes)
+        check_supplies(FirstError(), nodes)
     else:
         with pytest.raises(DraftsmithError, match=message):
-            check_supplies(nodes)
+            check_supplies(FirstError(), nodes)
 
 
 @pytest.mark.parametrize("from_checkpoint", [False, True])
@@ -169,12 +156,12 @@ def test_sampling_with_a_drafter_on_a_cpus_servers_is_an_error_before_anything_r
     engine = {"kind": "sglang", "python": "python", "launch": {"options": {"device": "cpu"}}}
     config = EvaluationConfig.model_validate({"engine": engine, "temperatures": [0, 1]})
     with pytest.raises(DraftsmithError, match=r"speed: temperatures: SGLang on a CPU verifies greedily"):
-        check_engines([Node("speed", "draftsmith.stages.evaluation", config, {"sft": "sft"})])
+        check_engines(FirstError(), [Node("speed", "draftsmith.stages.evaluation", config, {"sft": "sft"})])
     rollout = RolloutConfig.model_validate({"engine": engine, "sampling": {"temperature": 1}})
     with pytest.raises(DraftsmithError, match=r"assisted: sampling\.temperature"):
-        check_engines([Node("assisted", "draftsmith.stages.rollout", rollout, {"drafter": "sft"})])
-    with pytest.raises(DraftsmithError, match=r"rollout: engine\.python"):  # without a drafter it may sample
-        check_engines([Node("rollout", "draftsmith.stages.rollout", rollout, {})])
+        check_engines(FirstError(), [Node("assisted", "draftsmith.stages.rollout", rollout, {"drafter": "sft"})])
+    with pytest.raises(DraftsmithError, match=r"sglang \(rollout\): engine\.python"):  # without a drafter it may sample
+        check_engines(FirstError(), [Node("rollout", "draftsmith.stages.rollout", rollout, {})])
 
 
 def test_prompts_that_are_too_long_for_a_later_stage_are_found_once_they_are_made(
@@ -189,7 +176,27 @@ def test_prompts_that_are_too_long_for_a_later_stage_are_found_once_they_are_mad
             node = Node("late", f"draftsmith.stages.{module}", made.model_validate(fields), {"prompts": "prompts"})
             if over:
                 with pytest.raises(DraftsmithError, match=f"late: the longest prompt .* the target has {limit}"):
-                    check_lengths([node], "prompts", tiny_drafter.prompts, tiny_drafter.target)
+                    check_lengths(FirstError(), [node], "prompts", tiny_drafter.prompts, limit)
             else:
-                check_lengths([node], "prompts", tiny_drafter.prompts, tiny_drafter.target)
-            check_lengths([node], "other_prompts", tiny_drafter.prompts, tiny_drafter.target)
+                check_lengths(FirstError(), [node], "prompts", tiny_drafter.prompts, limit)
+            check_lengths(FirstError(), [node], "other_prompts", tiny_drafter.prompts, limit)
+
+
+def test_one_system_of_checks_lists_all_errors_or_raises_the_first(tiny_drafter: DrafterArtifacts) -> None:
+    bad = SftConfig.model_validate({"drafter": {"mask_token": "<never>"}})
+    learned = {"target": "target", "trajectories": "rollout"}
+    nodes = [Node(name, "draftsmith.stages.sft", bad, learned) for name in ("first", "second")]
+    found = Findings()
+    check_drafters(found, nodes, tiny_drafter.target, whole=False)
+    errors = [line for line in found.lines if line.level is Level.ERROR]
+    assert [line.check for line in errors] == ["first: drafter", "second: drafter"]
+    with pytest.raises(DraftsmithError) as raised:
+        check_drafters(FirstError(), nodes, tiny_drafter.target, whole=False)
+    assert str(raised.value) == f"{errors[0].check}: {errors[0].text}"
+
+
+def test_the_check_of_a_stage_that_is_run_alone_names_its_nodes_engine(tmp_path: Path) -> None:
+    engine = {"kind": "sglang", "python": str(tmp_path / "none"), "launch": {}}
+    node = Node("assisted", "draftsmith.stages.rollout", RolloutConfig.model_validate({"engine": engine}), {})
+    with pytest.raises(DraftsmithError, match=r"^sglang \(assisted\): engine\.python: "):
+        check_alone(node, {})

@@ -11,12 +11,12 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.experiments.architectures import ARCHITECTURES, ArchitecturesConfig, architectures_nodes
-from draftsmith.flows.experiments.architectures_results import operations, rows, show_results
+from draftsmith.flows.experiments.architectures_results import operations, show_results, table
 from draftsmith.flows.pipeline.config_file import read_config
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.graph import in_order
-from draftsmith.stages.opd import OpdConfig
-from draftsmith.stages.sft import SftConfig
+from draftsmith.stages.training.config import SftConfig
+from draftsmith.stages.training.on_policy.config import OpdConfig
 
 CONFIG = Path(__file__).parents[3] / "configs" / "experiments" / "architectures.yaml"
 
@@ -32,7 +32,7 @@ def test_every_drafter_has_its_branch_and_one_evaluation_measures_all() -> None:
             "target": "target",
             "trajectories": "fresh",
             "drafter": f"sft-{name}",
-            "steps": f"mining-{name}",
+            "mined": f"mining-{name}",
         }
     drafters = {key: source for key, source in nodes["evaluation"].inputs.items() if key.startswith("drafter:")}
     assert drafters == {
@@ -68,9 +68,11 @@ def test_the_table_has_a_row_an_arm() -> None:
             "dflash sft": speed | {"draft_ms_per_step": 2.25, "verify_ms_per_step": 10.0},
         },
     }
-    plain, drafted = rows(evaluation, {"dflash sft": 12.34})
-    assert plain == ("plain", "-", "-", "-", "-", "-", "33.3", "-", "-")
-    assert drafted == ("dflash sft", "12.3", "2.000", "1.900 … 2.100", "2.2", "10.0", "50.0", "1.50", "1.40 … 1.60")
+    plain, drafted = table(evaluation, {"dflash sft": 12.34}).rows
+    assert plain == ["plain decoding", "—", "—", "—", "—", "33.3", "—"]
+    assert drafted == [
+        "dflash sft", "12.3", "2.000\n[1.900, 2.100]", "2.2", "10.0", "50.0", "1.500\n[1.400, 1.600]",
+    ]  # fmt: skip
 
 
 def test_what_a_training_took_includes_the_sft_that_it_started_from(
@@ -97,4 +99,6 @@ def test_answers_are_compared_in_float32_where_the_engine_can(
     show_results(Display(), {"evaluation": tmp_path})
     shown = capsys.readouterr().out
     assert "33.3" in shown
-    assert ("7 of 8 answers equal plain decoding" in " ".join(shown.split())) == bool(exactness.get("fp32_prompts"))
+    assert ("7 of 8 outputs of speculative decoding equal plain decoding" in " ".join(shown.split())) == bool(
+        exactness.get("fp32_prompts")
+    )

@@ -10,9 +10,8 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.experiments.arms import EXPERIMENT, ExperimentConfig, experiment_nodes
 from draftsmith.flows.pipeline.config_file import read_config
 from draftsmith.flows.pipeline.graph import in_order, key_of, seed_of
-from draftsmith.stages.opd import OpdConfig
-from draftsmith.stages.sft import SftConfig
-from draftsmith.stages.training.config import TrainingConfig
+from draftsmith.stages.training.config import SftConfig, TrainingConfig
+from draftsmith.stages.training.on_policy.config import OpdConfig
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "experiments"
 RUNNABLE = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem not in ("base", "sampled", "architectures"))
@@ -45,7 +44,7 @@ def test_every_arm_is_trained_for_every_budget_and_seed() -> None:
 
 
 def test_arms_train_equal_positions_with_equal_learning_rates() -> None:
-    changed = ["opd.learning_rate=7e-4", "opd.anchors_per_sequence=5", "opd.spacing=random", "opd.clip_norm=0.5"]
+    changed = ["opd.learning_rate=7e-4", "opd.anchors_per_sequence=5", "opd.clip_norm=0.5"]
     config = load("plateau-greedy", *changed)
     made = [config.arm_config(arm, 30) for arm in config.arms.values()]
     assert {type(each) for each in made} == {SftConfig, OpdConfig}
@@ -80,7 +79,7 @@ def test_an_arm_changes_nested_fields_only_where_it_says_so() -> None:
 
 def test_after_a_change_of_the_target_the_old_drafter_is_taken_over() -> None:
     nodes = {node.name: node for node in experiment_nodes(load("target-changed-greedy"))}
-    assert nodes["adoption"].inputs == {"target": "revision", "drafter": "sft"}
+    assert nodes["adoption"].inputs == {"target": "revision", "drafter": "sft", "trajectories": "fresh"}
     assert nodes["opd-200-s0"].inputs["drafter"] == "adoption"
     assert nodes["opd-200-s0"].inputs["target"] == "revision"
     assert "drafter" not in nodes["scratch-200-s0"].inputs
@@ -96,7 +95,7 @@ def test_an_arm_in_iterations_mines_anew_with_the_drafter_of_the_one_before() ->
     parts = ["opd-20-s4-1", "opd-20-s4-2", "opd-20-s4"]
     assert [nodes[name].config.model_dump()["steps"] for name in parts] == [6, 7, 7]
     assert [nodes[name].inputs["drafter"] for name in parts] == ["sft", "opd-20-s4-1", "opd-20-s4-2"]
-    assert [nodes[name].inputs["steps"] for name in parts] == ["mining", "mining-opd-20-s4-1", "mining-opd-20-s4-2"]
+    assert [nodes[name].inputs["mined"] for name in parts] == ["mining", "mining-opd-20-s4-1", "mining-opd-20-s4-2"]
     assert [nodes[nodes[name].inputs["steps"]].inputs["drafter"] for name in parts] == ["sft", *parts[:2]]
     assert len({nodes[name].seed for name in parts}) == 3
     compared = nodes["comparison"].inputs

@@ -22,7 +22,7 @@ def row(arm: str, steps: int, taus: list[float], **difference: float) -> dict[st
 def write(folder: Path, arms: list[dict[str, Any]]) -> Path:
     folder.mkdir()
     (folder / "results.json").write_text(
-        json.dumps({"heldout": {"trajectories": 200, "ceiling": 6.5, "arms": arms}}), encoding="utf-8"
+        json.dumps({"heldout": {"trajectories": 200, "prompts": 50, "ceiling": 6.5, "arms": arms}}), encoding="utf-8"
     )
     return folder
 
@@ -33,7 +33,7 @@ def test_what_won_the_old_tau_back_is_told_seed_by_seed(tmp_path: Path, capsys: 
         row("base", 0, [1.0]),
         row("opd", 10, [3.0, 3.5]), row("opd", 20, [5.0, 4.5], **compared),
         row("sft", 10, [2.0, 2.5]), row("sft", 20, [4.25, 3.75]),
-        row("scratch", 20, [1.5, 1.75]),
+        row("scratch", 20, [1.5]),
     ]  # fmt: skip
     made = {
         "comparison": write(tmp_path / "after", arms),
@@ -45,6 +45,9 @@ def test_what_won_the_old_tau_back_is_told_seed_by_seed(tmp_path: Path, capsys: 
     lines = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
     compact = " ".join(out.split())
     assert "opd 20 20,000 40 4.750 5.000 4.500 +0.500 [+0.250, +0.750] +12.5%" in compact
+    assert (
+        "An arm is the mean of its trainings (1 or 2 seeds each); in brackets: single 95 % intervals over 50" in compact
+    )
     assert "before the change, heldout: tau 4.000" in out
     assert lines["opd"] == ["opd", "15,000", "15,000", "30", "30"]  # halfway between the budgets, each seed
     assert lines["sft"] == ["sft", "18,889", "never", "38", "never"]

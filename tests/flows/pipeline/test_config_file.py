@@ -99,7 +99,7 @@ def test_a_bad_override_is_named_with_what_to_do(file: Path, override: str, expe
     ("text", "expected"),
     [
         ("name: a\nsft: {stpes: 4}\n", "sft.stpes: unknown field, did you mean sft.steps?"),
-        ("nme: a\n", "nme: unknown field, did you mean name? (and 1 more error)"),
+        ("nme: a\n", "nme: unknown field, did you mean name?; name: this field is required"),
         ("sft: {}\n", "name: this field is required: add it to the file or pass --set name=VALUE"),
         ("name: [a]\n", "name: expected a text (put it in quotes), got ['a']"),
         ("name: a\nname: b\n", "line 2, column 1: not valid YAML: field 'name' stands twice: keep one"),
@@ -121,6 +121,17 @@ def test_a_bad_file_is_named_with_its_field_and_what_to_do(tmp_path: Path, text:
     assert str(caught.value).startswith(str(path))
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_all_errors_are_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("sft: {stpes: 4, loss: ce}\n")
+    with pytest.raises(DraftsmithError) as caught:
+        read_config(path, ["name=[a]"], Example)
+    assert str(caught.value) == (
+        f"{path}: sft.stpes: unknown field, did you mean sft.steps?; --set name: expected a text (put it in quotes), "
+        "got ['a']: change the value; sft.loss: expected one of 'auto', 'paper', 'matched', got 'ce': change the value"
+    )
 
 
 def test_a_missing_or_unreadable_file_is_named(tmp_path: Path) -> None:

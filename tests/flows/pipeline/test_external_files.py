@@ -12,8 +12,8 @@ from draftsmith.flows.pipeline.graph import external_digests, plan
 from draftsmith.flows.refresh.config import load_config
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.stages.prompts import PromptsConfig
-from draftsmith.stages.sft import SftConfig
 from draftsmith.stages.targets.config import TargetConfig
+from draftsmith.stages.training.config import SftConfig
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.graph import Node, Pipeline
 from draftsmith.flows.pipeline.options import RunOptions
 from tests.flows.pipeline.toy_stages.collect import CollectConfig
@@ -37,7 +39,17 @@ def digest_of_file(module: str) -> str:
     return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
 
 
-TOY = Pipeline(ToyConfig, toy_nodes, "tests.flows.pipeline.toy_flow:toy_refresh", digest_of_file)
+def show_results(display: Display, made: Mapping[str, Path], mlflow: str) -> None:
+    display.line(f"{len(made)} nodes; MLflow: {mlflow}")
+
+
+TOY = Pipeline(
+    ToyConfig,
+    toy_nodes,
+    "tests.flows.pipeline.toy_flow:toy_refresh",
+    digest_of_file,
+    results="tests.flows.pipeline.toy:show_results",
+)
 
 
 def write_config(path: Path, **sections: Any) -> Path:

@@ -11,7 +11,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store import Store
 from draftsmith.flows.pipeline.graph import Status, external_digests, in_order, plan
 from draftsmith.flows.pipeline.options import TimeLimit
-from draftsmith.flows.refresh.config import RunConfig, control_config, load_config
+from draftsmith.flows.refresh.config import RefreshConfig, control_config, load_config
 from draftsmith.flows.refresh.graph import REFRESH, refresh_nodes
 from tests.flows.pipeline.processes import ROOT
 
@@ -19,18 +19,18 @@ QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
 
 @pytest.fixture
-def config() -> RunConfig:
+def config() -> RefreshConfig:
     return load_config(ROOT / "configs" / "quickstart.yaml")
 
 
-def test_the_nodes_fit_their_stages_and_come_in_the_order_of_the_method(config: RunConfig) -> None:
+def test_the_nodes_fit_their_stages_and_come_in_the_order_of_the_method(config: RefreshConfig) -> None:
     assert [node.name for node in in_order(refresh_nodes(config))] == [
         *("target", "prompts", "heldout", "rollout", "sft", "assisted", "mining", "opd", "control"),
         *("evaluation", "report"),
     ]
 
 
-def test_without_the_control_nothing_asks_for_it(config: RunConfig) -> None:
+def test_without_the_control_nothing_asks_for_it(config: RefreshConfig) -> None:
     alone = load_config(ROOT / "configs" / "quickstart.yaml", ["refresh.control=false"])
     nodes = {node.name: node for node in in_order(refresh_nodes(alone))}
     assert "control" not in nodes
@@ -65,7 +65,7 @@ def test_logged_answers_take_the_place_of_both_rollouts(tmp_path: Path) -> None:
         load_config(path)
 
 
-def test_the_control_trains_as_long_as_opd_and_is_sft_in_all_else(config: RunConfig) -> None:
+def test_the_control_trains_as_long_as_opd_and_is_sft_in_all_else(config: RefreshConfig) -> None:
     control = control_config(config)
     assert control.steps == config.opd.steps != config.sft.steps
     assert control.sequences_per_step == config.opd.sequences_per_step
@@ -75,7 +75,7 @@ def test_the_control_trains_as_long_as_opd_and_is_sft_in_all_else(config: RunCon
     assert (control.gamma, control.drafter) == (config.sft.gamma, config.sft.drafter)
 
 
-def test_every_stage_has_a_digest_of_its_code(config: RunConfig, tmp_path: Path) -> None:
+def test_every_stage_has_a_digest_of_its_code(config: RefreshConfig, tmp_path: Path) -> None:
     first, *others = plan(config, Store(tmp_path), REFRESH)
     assert first.status is Status.RUN
     assert {item.status for item in others} == {Status.AFTER}

@@ -15,7 +15,6 @@ from draftsmith.stages.drafters.checkpoint import (
     check_drafter,
     check_shape,
     create_drafter,
-    drafter_digest,
     load_drafter,
     read_info,
     save_drafter,
@@ -23,8 +22,9 @@ from draftsmith.stages.drafters.checkpoint import (
 from draftsmith.stages.drafters.config import DFlashConfig
 from draftsmith.stages.drafters.dflash.checkpoint import default_layer_ids
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.targets.resolve import model_path
+from draftsmith.stages.targets.info import model_path
 from tests.stages.drafters.edits import Edit, cut, edit_config, edit_tensors, remove, write
 from tests.testbed import random_target
 

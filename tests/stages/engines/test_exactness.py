@@ -13,7 +13,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.engines.sampling import probabilities, uniform
-from draftsmith.stages.targets.resolve import model_path
+from draftsmith.stages.targets.info import model_path
 from tests.stages.bench import CAPACITY, GREEDY_TOKENS, Bench
 from tests.testbed.drafter import DrafterArtifacts
 

@@ -15,7 +15,7 @@ from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.config import LaunchConfig, SGLangEngineConfig
 from draftsmith.stages.engines.open import open_engine
 from draftsmith.stages.engines.sglang import server
-from draftsmith.stages.evaluation import EvaluationConfig
+from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.rollout import RolloutConfig
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from tests.testbed.drafter import DrafterArtifacts

@@ -11,11 +11,8 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.flows.checks.preflight import check_engines
-from draftsmith.flows.pipeline.graph import Node
-from draftsmith.stages.engines.config import LaunchConfig, SGLangEngineConfig
-from draftsmith.stages.engines.sglang.environment import check_engine, installed
-from draftsmith.stages.rollout import RolloutConfig
+from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.stages.engines.sglang.environment import environment_warnings, installed, unreachable
 
 
 def interpreter(folder: Path, version: str | None, *, plugin: bool = False) -> Path:
@@ -76,20 +73,22 @@ def test_version_and_plugin_are_read_from_the_other_environment(
     tmp_path: Path, version: str, plugin: bool, said: list[str]
 ) -> None:
     python = interpreter(tmp_path, version, plugin=plugin)
-    assert installed(python).sglang == version
-    warnings = check_engine(config(python))
+    found = installed(python)
+    assert found.sglang == version
+    warnings = environment_warnings(config(python), found)
     assert len(warnings) == len(said)
     assert all(part in warning for part, warning in zip(said, warnings, strict=True))
 
 
 def test_a_missing_plugin_does_not_matter_where_no_trace_is_asked_for(tmp_path: Path) -> None:
-    assert check_engine(config(interpreter(tmp_path, "0.5.21"), trace=False)) == []
+    python = interpreter(tmp_path, "0.5.21")
+    assert environment_warnings(config(python, trace=False), installed(python)) == []
 
 
 def test_an_interpreter_that_cannot_launch_is_an_error(tmp_path: Path) -> None:
     def refused(python: Path) -> str:
         with pytest.raises(DraftsmithError) as caught:
-            check_engine(config(python))
+            installed(python)
         assert "make sglang-gpu" in str(caught.value)
         return str(caught.value)
 
@@ -104,21 +103,7 @@ def test_an_interpreter_that_cannot_launch_is_an_error(tmp_path: Path) -> None:
     assert "has no sglang installed" in refused(interpreter(tmp_path / "bare", None))
 
 
-def test_a_server_that_does_not_answer_is_a_warning(server: str) -> None:
-    assert check_engine(config(urls=[server])) == []
-    (warning,) = check_engine(config(urls=[server + "/elsewhere"]))
-    assert "HTTP 404" in warning
-    (warning,) = check_engine(config(urls=["http://127.0.0.1:9"]))
-    assert "http://127.0.0.1:9 does not answer now" in warning
-
-
-def test_the_preflight_of_a_refresh_names_the_nodes(tmp_path: Path) -> None:
-    def node(name: str, python: Path) -> Node:
-        engine = SGLangEngineConfig(kind="sglang", python=python, launch=LaunchConfig(options={}, environment={}))
-        return Node(name, "draftsmith.stages.rollout", RolloutConfig(engine=engine))
-
-    good = interpreter(tmp_path, "0.5.20")
-    (warning,) = check_engines([node("rollout", good), node("heldout", good)])
-    assert warning.startswith("rollout, heldout: the plug-in")
-    with pytest.raises(DraftsmithError, match=r"^assisted: engine\.python: "):
-        check_engines([node("rollout", good), node("assisted", tmp_path / "none")])
+def test_a_server_that_does_not_answer_says_why(server: str) -> None:
+    assert unreachable(server) is None
+    assert unreachable(server + "/elsewhere") == "HTTP 404"
+    assert "ConnectError" in str(unreachable("http://127.0.0.1:9"))

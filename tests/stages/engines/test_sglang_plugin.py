@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from draftsmith.stages.drafters.checkpoint import drafter_digest
+from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.engines.sglang import plugin, plugin_hooks
-from draftsmith.stages.engines.sglang.plugin import KEY
 from draftsmith.stages.engines.sglang.plugin_hooks import (
     Recorder,
     Trace,
@@ -22,6 +21,7 @@ from draftsmith.stages.engines.sglang.plugin_hooks import (
     place,
     unpack_steps,
 )
+from draftsmith.stages.engines.sglang.protocol import ENVIRONMENT, KEY
 
 
 @dataclass
@@ -156,7 +156,7 @@ def test_only_requests_that_ask_are_traced(custom: dict[str, Any] | None, wanted
 
 
 def test_the_environment_asks_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(plugin.ENVIRONMENT, "1")
+    monkeypatch.setenv(ENVIRONMENT, "1")
     recorder = Recorder()
     recorder.active = True
     assert list(recorder.asking(Batch([ServerRequest(), ServerRequest()]))) == [0, 1]
@@ -191,9 +191,10 @@ def test_a_generation_that_fails_leaves_nothing_behind() -> None:
 def test_the_digest_is_the_drafters(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(bytes(range(256)) * 9000)  # more than one part
-    assert plugin_hooks.folder_digest(tmp_path) == drafter_digest(tmp_path)
+    before = plugin_hooks._served_digest(str(tmp_path), None)
+    assert before == drafter_digest(tmp_path)
     (tmp_path / "frequent_tokens.npy").write_bytes(b"123")
-    assert plugin_hooks.folder_digest(tmp_path) == drafter_digest(tmp_path)
+    assert plugin_hooks._served_digest(str(tmp_path), None) != before
 
 
 @pytest.mark.parametrize(

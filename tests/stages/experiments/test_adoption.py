@@ -1,4 +1,4 @@
-"""Taking a drafter over for a new revision of its target."""
+"""Taking a drafter over for a new revision of its target: stage `sft` without a step, as experiments use it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.drafters.checkpoint import check_drafter, drafter_digest, read_info
-from draftsmith.stages.experiments.adoption import STAGE, AdoptionConfig
-from draftsmith.stages.targets.resolve import read_target_info
+from draftsmith.stages.drafters.checkpoint import check_drafter, read_info
+from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.sft import STAGE
+from draftsmith.stages.targets.info import read_target_info
+from draftsmith.stages.training.config import SftConfig
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
+
+ADOPTED = SftConfig(steps=0, adopt=True)
 
 
 @pytest.fixture
@@ -32,14 +36,14 @@ def test_a_drafter_of_the_old_revision_is_refused_until_it_is_taken_over(
     old, digest = tiny_drafter.drafter / "drafter", read_target_info(revision).digest
     with pytest.raises(DraftsmithError, match="made for the target"):
         check_drafter(old, digest)
-    inputs = {"target": revision, "drafter": tiny_drafter.drafter}
+    inputs = {"target": revision, "drafter": tiny_drafter.drafter, "trajectories": tiny_drafter.rollout}
     ctx = RecordingContext(tmp_path / "out", tmp_path / "work", inputs, 0)
-    STAGE.run(ctx, AdoptionConfig())
+    STAGE.run(ctx, ADOPTED)
     new = ctx.out / "drafter"
     check_drafter(new, digest)
     assert drafter_digest(new) == drafter_digest(old)
     assert read_info(new).parents == (*read_info(old).parents, drafter_digest(old))
-    assert read_info(new).training == {"stage": "adoption", "trained_for": read_info(old).target_digest}
+    assert read_info(new).training["steps"] == 0
 
 
 def test_a_drafter_of_another_shape_is_refused(tmp_path: Path, tiny_drafter: DrafterArtifacts, revision: Path) -> None:
@@ -47,6 +51,14 @@ def test_a_drafter_of_another_shape_is_refused(tmp_path: Path, tiny_drafter: Dra
     shutil.copytree(tiny_drafter.drafter / "drafter", other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"num_target_layers": config["num_target_layers"] + 1}))
-    ctx = RecordingContext(tmp_path / "out", tmp_path / "work", {"target": revision, "drafter": other.parent}, 0)
+    inputs = {"target": revision, "drafter": other.parent, "trajectories": tiny_drafter.rollout}
+    ctx = RecordingContext(tmp_path / "out", tmp_path / "work", inputs, 0)
     with pytest.raises(DraftsmithError, match="num_target_layers"):
-        STAGE.run(ctx, AdoptionConfig())
+        STAGE.run(ctx, ADOPTED)
+
+
+def test_nothing_to_take_over_is_an_error(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+    inputs = {"target": tiny_drafter.target, "trajectories": tiny_drafter.rollout}
+    ctx = RecordingContext(tmp_path / "out", tmp_path / "work", inputs, 0)
+    with pytest.raises(DraftsmithError, match="name it in init_from"):
+        STAGE.run(ctx, ADOPTED)

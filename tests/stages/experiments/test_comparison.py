@@ -7,16 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from draftsmith.stages.experiments.comparison import BASE, ComparisonConfig, Entry, arm_table, cost_to_reach, figures
+from draftsmith.stages.experiments.comparison import BASE, Entry, arm_table, cost_to_reach, figures
 
 COST = {"positions": 700.0, "blocks": 100.0, "seconds": 2.0}
 
 
-def table(sums: dict[str, tuple[list[float], list[float]]]) -> dict[tuple[str, int], dict[str, object]]:
+def table(
+    sums: dict[str, tuple[list[float], list[float]]], prompts: list[str] | None = None
+) -> dict[tuple[str, int], dict[str, object]]:
+    """prompts: of the trajectories; left out: each has its own."""
     entries = {name: Entry.of_input(name, {name: Path()}) for name in sums}
     arrays = {name: (np.array(c), np.array(v)) for name, (c, v) in sums.items()}
-    config = ComparisonConfig(control="sft", bootstrap_samples=400)
-    rows = arm_table(entries, arrays, dict.fromkeys(sums, COST), config, seed=0)
+    prompts = prompts or [str(i) for i in range(len(next(iter(arrays.values()))[0]))]
+    rows = arm_table(entries, arrays, prompts, dict.fromkeys(sums, COST), "sft")
     return {(row["arm"], row["steps"]): row for row in rows}
 
 
@@ -57,6 +60,25 @@ def test_the_interval_is_over_trajectories_and_covers_what_they_show() -> None:
     # the error of a mean of 200 draws of spread 0.2 is 0.014 (0.015 with these weights): 95 % is 4 of them wide
     assert low < mean < high
     assert 0.04 < high - low < 0.08
+
+
+def test_answers_to_one_prompt_are_one_observation() -> None:
+    rng = np.random.default_rng(0)
+    gains = rng.normal(0.3, 0.2, size=50)
+    sums = {
+        "drafter:sft:5:0": ([20.0] * 200, [10.0] * 200),
+        "drafter:opd:5:0": (list(10 * np.tile(2.0 + gains, 4)), [10.0] * 200),
+    }
+    alone = table(sums)["opd", 5]
+    together = table(sums, [str(i) for i in range(50)] * 4)["opd", 5]
+    assert together["difference"] == alone["difference"]
+    widths = [float(row["difference_high"]) - float(row["difference_low"]) for row in (alone, together)]  # type: ignore[arg-type]
+    assert 1.9 < widths[1] / widths[0] < 2.1
+
+
+def test_one_prompt_has_no_interval() -> None:
+    row = table({"drafter:sft:5:0": ([4.0], [2.0]), "drafter:opd:5:0": ([5.0], [2.0])})["opd", 5]
+    assert (row["difference"], row["difference_low"], row["difference_high"]) == (0.5, None, None)
 
 
 def test_arms_with_other_steps_than_the_control_are_not_compared() -> None:

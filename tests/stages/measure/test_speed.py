@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams, VerifyStep
-from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.evaluation import EvaluationConfig
+from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.measure.requests import (
     Setting,
     candidate_sizes,
@@ -21,68 +20,89 @@ from draftsmith.stages.measure.requests import (
     requests_for,
     row_of,
     settings_of,
+    turn_of,
 )
-from draftsmith.stages.measure.served import Served
 from draftsmith.stages.measure.speed import speed_by_setting, speed_table
 from draftsmith.stages.stored import Prompt
-from tests.testbed.context import RecordingContext
 
 GREEDY = Setting(0.0, 2)
 
 
-def row(
-    arm: str, prompt: str, tokens: int, seconds: float, steps: int = 0, *, first: float = float("nan"),
-    accepted: list[int] | None = None, round: int = 0, setting: Setting = GREEDY,
-) -> dict[str, Any]:  # fmt: skip
-    """The draft takes a quarter of the time, verification a half; the request itself ran twice its share."""
-    answer = Completion(
+def answer(
+    prompt: str, tokens: int, seconds: float = 1.0, steps: int = 0, *, first: float = float("nan"),
+    accepted: list[int] | None = None,
+) -> Completion:  # fmt: skip
+    """The draft takes a quarter of the time, verification a half."""
+    return Completion(
         Request(prompt, [1], SamplingParams(99)),
         [7] * tokens,
         "length",
         [VerifyStep(i, n, [0, 0, 0]) for i, n in enumerate(accepted or [])],
         verify_steps=steps,
-        seconds=2 * seconds,
+        seconds=seconds,
         first_token_seconds=first,
         draft_seconds=seconds / 4 if steps else 0.0,
         verify_seconds=seconds / 2 if steps else 0.0,
     )
-    return row_of("embedded", round, arm, 4, setting, answer, seconds)
+
+
+def row(arm: str, given: Completion, round: int = 0, setting: Setting = GREEDY) -> dict[str, Any]:
+    return row_of("embedded", round, arm, 4, setting, given)
+
+
+def turn(arm: str, answers: list[Completion], wall: float, round: int = 0, setting: Setting = GREEDY) -> dict[str, Any]:
+    return turn_of("embedded", round, 0, arm, 4, setting, answers, wall)
 
 
 def test_speed_table_by_hand() -> None:
-    rows = [
-        row("plain", "a", 10, 2.0), row("plain", "b", 30, 2.0),
-        row("sft", "a", 11, 1.0, 2, accepted=[3, 3]), row("sft", "b", 10, 0.5, 3, accepted=[1, 0, 3]),
-    ]  # fmt: skip
+    plain = [answer("a", 10, 4.0), answer("b", 30, 4.0)]
+    sft = [answer("a", 11, 1.0, 2, accepted=[3, 3]), answer("b", 10, 1.0, 3, accepted=[1, 0, 3])]
+    rows = [row(arm, given) for arm, answers in (("plain", plain), ("sft", sft)) for given in answers]
     compare_with_plain(rows, sampled=False)
-    table = speed_table(rows, 200, 0)
-    assert table["plain"] == {"tokens_per_s": 10.0, "prompts": 2, "request_tokens_per_s_median": (2.5 + 7.5) / 2}
-    sft = table["sft"]
-    assert sft["tokens_per_s"] == 14.0
-    assert sft["speedup"] == pytest.approx(1.4)
-    assert sft["tau_served"] == (21 - 2) / 5
-    assert (sft["draft_share"], sft["verify_share"], sft["identical_share"]) == (0.25, 0.5, 0.0)
-    assert sft["speedup_low"] <= sft["speedup"] <= sft["speedup_high"]
-    assert sft["accepted_histogram"] == [1, 1, 0, 3]
-    assert "first_token_s_median" not in sft
+    table = speed_table([turn("plain", plain, 4.0), turn("sft", sft, 2.0)], rows)
+    assert table["plain"] == {
+        "tokens_per_s": 10.0, "turns": 1, "prompts": 2, "request_tokens_per_s_median": (2.5 + 7.5) / 2,
+    }  # fmt: skip
+    found = table["sft"]
+    assert found["tokens_per_s"] == 10.5
+    assert found["speedup"] == pytest.approx(1.05)
+    assert found["speedup_low"] is found["speedup_high"] is None  # of a single turn
+    assert found["ratios"] == {}
+    assert found["tau_served"] == (21 - 2) / 5
+    assert (found["draft_share"], found["verify_share"], found["identical_share"]) == (0.25, 0.5, 0.0)
+    assert (found["draft_ms_per_step"], found["verify_ms_per_step"]) == (100, 200)
+    assert found["accepted_histogram"] == [1, 1, 0, 3]
+    assert "first_token_s_median" not in found
 
 
-def test_rounds_are_repetitions_of_a_prompt_and_not_more_prompts() -> None:
-    once = [
-        row(arm, prompt, tokens, seconds * (1 if arm == "plain" else 0.4), steps)
-        for prompt, tokens, seconds in (("a", 10, 2.0), ("b", 30, 1.0), ("c", 20, 3.0))
-        for arm, steps in (("plain", 0), ("sft", 5))
-    ]
-    twice = once + [{**r, "round": 1} for r in reversed(once)]
-    first, second = (speed_table(rows, 500, 0) for rows in (once, twice))
-    assert second["plain"]["prompts"] == 3
-    for name in ("tokens_per_s", "speedup", "speedup_low", "speedup_high", "tau_served"):
-        assert second["sft"][name] == pytest.approx(first["sft"][name]), name
+def test_turns_are_the_repetitions_and_paired_by_round() -> None:
+    """A round in which everything is ten times as slow changes no ratio."""
+    turns = []
+    for round, (slow, factor) in enumerate([(1.0, 2.0), (10.0, 2.1), (1.0, 1.9), (3.0, 2.0)]):
+        turns += [
+            turn("plain", [answer("a", 60)], 6.0 * slow, round),
+            turn("sft", [answer("a", 60, steps=20)], 6.0 * slow / factor, round),
+            turn("opd", [answer("a", 60, steps=20)], 6.0 * slow / factor / 1.5, round),
+        ]
+    found = speed_table(turns[::-1], [])  # in any order
+    logs = np.log([2.0, 2.1, 1.9, 2.0])
+    low, high = stats.t.interval(0.95, 3, loc=logs.mean(), scale=logs.std(ddof=1) / 2)
+    assert found["sft"]["speedup"] == pytest.approx(np.exp(logs.mean()))
+    assert (found["sft"]["speedup_low"], found["sft"]["speedup_high"]) == pytest.approx((np.exp(low), np.exp(high)))
+    assert found["opd"]["ratios"]["sft"] == pytest.approx({"value": 1.5, "low": 1.5, "high": 1.5})
+    assert found["sft"]["turns"] == 4 and found["sft"]["tau_served"] == (4 * 60 - 4) / 80
+
+
+def test_the_number_of_prompts_is_no_number_of_repetitions() -> None:
+    """A hundred prompts in one turn are one observation of a machine's speed."""
+    many = [answer(str(i), 10) for i in range(100)]
+    found = speed_table([turn("plain", many, 9.0), turn("sft", many, 8.0)], [])["sft"]
+    assert (found["prompts"], found["speedup_low"]) == (100, None)
 
 
 def test_latencies_are_quantiles_over_requests() -> None:
-    rows = [row("plain", str(i), 10, 1.0, first=0.1 * (i + 1)) for i in range(21)]
-    found = speed_table(rows, 100, 0)["plain"]
+    answers = [answer(str(i), 10, 2.0, first=0.1 * (i + 1)) for i in range(21)]
+    found = speed_table([turn("plain", answers, 9.0)], [row("plain", each) for each in answers])["plain"]
     assert found["first_token_s_median"] == pytest.approx(1.1)
     assert found["first_token_s_p95"] == pytest.approx(2.0)
     assert found["request_tokens_per_s_median"] == 5.0
@@ -90,23 +110,26 @@ def test_latencies_are_quantiles_over_requests() -> None:
 
 def test_settings_do_not_mix() -> None:
     settings = [GREEDY, Setting(0.7, 2), Setting(0.7, 16)]
-    rows = [
-        row(arm, "a", 10, seconds / (i + 1), setting=setting)
+    turns = [
+        turn(arm, [answer("a", 10)], seconds / (i + 1), setting=setting)
         for i, setting in enumerate(settings)
         for arm, seconds in (("plain", 1.0), ("sft", 0.5 - 0.1 * i))
     ]
-    found = speed_by_setting(rows, settings, 100, 0)
+    rows = [row("sft", answer("a", 10, float(i + 1)), setting=setting) for i, setting in enumerate(settings)]
+    found = speed_by_setting(turns, rows, settings)
     assert [(f["temperature"], f["concurrency"]) for f in found] == [(0.0, 2), (0.7, 2), (0.7, 16)]
     assert [f["arms"]["plain"]["tokens_per_s"] for f in found] == pytest.approx([10, 20, 30])
     assert [f["arms"]["sft"]["speedup"] for f in found] == pytest.approx([2, 2.5, 10 / 3])
+    rates = [f["arms"]["sft"]["request_tokens_per_s_median"] for f in found]
+    assert rates == pytest.approx([10, 5, 10 / 3])
 
 
 def test_outputs_are_compared_with_plain_decoding_of_the_same_round_and_setting() -> None:
     hot = Setting(1.0, 2)
     rows = [
-        row("plain", "a", 5, 1.0), row("sft", "a", 5, 1.0), row("opd", "a", 4, 1.0),
-        row("plain", "a", 3, 1.0, round=1), row("sft", "a", 5, 1.0, round=1),
-        row("plain", "a", 5, 1.0, setting=hot), row("sft", "a", 5, 1.0, setting=hot),
+        row("plain", answer("a", 5)), row("sft", answer("a", 5)), row("opd", answer("a", 4)),
+        row("plain", answer("a", 3), 1), row("sft", answer("a", 5), 1),
+        row("plain", answer("a", 5), setting=hot), row("sft", answer("a", 5), setting=hot),
     ]  # fmt: skip
     compare_with_plain(rows, sampled=False)
     assert [r["identical"] for r in rows] == [None, True, False, None, False, None, None]
@@ -139,13 +162,6 @@ def test_every_arm_gets_the_same_requests_at_every_setting() -> None:
     assert hot == Request("b", [3], SamplingParams(9, 0.7, 0.9), b.seed) and a.seed != b.seed
     assert requests_for(prompts, config, settings[0], 5, max_new=4)[0].sampling.max_new_tokens == 4
     assert settings_of(EvaluationConfig()) == [Setting(0.0, 1)]
-
-
-def test_every_served_drafter_drafts_no_more_than_it_was_trained_on() -> None:
-    engine = SGLangEngineConfig(kind="sglang", urls=("http://nowhere",))
-    trained = {"wide": 16, "narrow": 8}
-    served = Served(RecordingContext(Path(), Path()), EvaluationConfig(), engine, {}, trained, 99, "float32")
-    assert [served.block_size(arm, 12) for arm in ("plain", "wide", "narrow")] == [12, 12, 8]
 
 
 def test_block_sizes_are_no_larger_than_the_trained_one() -> None:

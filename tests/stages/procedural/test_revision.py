@@ -13,7 +13,8 @@ from draftsmith.stages.experiments.procedural_target import STAGE, ProceduralTar
 from draftsmith.stages.procedural.text import examples
 from draftsmith.stages.procedural.training import build_tokenizer
 from draftsmith.stages.targets.config import TargetConfig
-from draftsmith.stages.targets.resolve import describe, read_target_info, write_target_info
+from draftsmith.stages.targets.info import read_target_info, write_target_info
+from draftsmith.stages.targets.resolve import describe
 from tests.testbed.context import RecordingContext
 
 TEMPLATE = (

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.parquet import to_table
 from draftsmith.artifacts.schemas import TRACE
-from draftsmith.stages.engines.config import EmbeddedEngineConfig, SGLangEngineConfig
+from draftsmith.stages.engines.config import EmbeddedEngineConfig, SGLangEngineConfig, served_dtype
 from draftsmith.stages.replay import parity
-from draftsmith.stages.replay.parity import Gate, check_tau, served_dtype
+from draftsmith.stages.replay.parity import Gate, check_tau
 
 BF16 = Gate("mining", float32=False, greedy=True, allowed=0.25)
 FP32 = Gate("evaluation", float32=True, greedy=True, allowed=0.25, subject="drafter opd: ")
@@ -106,22 +107,79 @@ def test_log_probs_are_compared_where_both_sides_have_them(
     assert found.get("largest_logprob_difference") == apart
 
 
+def tau_of(gate: Gate, committed: list[int], served: list[int], replayed: list[int]) -> dict[str, Any]:
+    return check_tau(gate, np.array(committed), np.array(served), np.array(replayed))
+
+
+def answers(count: int, slower: float, noise: float = 0.05, tau: float = 6.0) -> tuple[list[int], ...]:
+    """Committed tokens, served and replayed steps of `count` answers; the engine's tau is `slower` times replay's."""
+    rng = np.random.default_rng(0)
+    replayed = rng.integers(15, 60, count)
+    committed = (replayed * tau * rng.normal(1, 0.1, count)).round().astype(int)
+    served = (replayed / slower * rng.normal(1, noise, count)).round().astype(int)
+    return committed.tolist(), served.tolist(), replayed.tolist()
+
+
 def test_counted_steps_are_compared_as_tau() -> None:
-    assert check_tau(FP32, 100, 40, 40) == {"served_tau": 2.5, "replayed_tau": 2.5, "tau_difference": 0.0}
+    assert tau_of(FP32, [60, 40], [20, 20], [20, 20]) == {
+        "answers": 2, "served_tau": 2.5, "replayed_tau": 2.5, "tau_difference": 0.0, "tau_difference_high": None,
+    }  # fmt: skip
     with pytest.raises(DraftsmithError, match=r"tau is 2.439 as served and 2.500 in replay .*float32 with greedy"):
-        check_tau(FP32, 100, 41, 40)
-    assert check_tau(BF16, 100, 50, 40)["tau_difference"] == pytest.approx(0.2)
+        tau_of(FP32, [60, 40], [20, 21], [20, 20])
+    with pytest.raises(DraftsmithError, match="float32 with greedy"):  # one more and one less is no equality
+        tau_of(FP32, [60, 40], [19, 21], [20, 20])
+
+
+@pytest.mark.parametrize("count", [8, 64])
+def test_a_served_tau_that_is_measurably_lower_fails_within_the_limit_of_steps_too(count: int) -> None:
+    """4.84 where replay says 6.0 is 19 % off, and 25 % of the steps may differ."""
+    with pytest.raises(
+        DraftsmithError, match=r"tau is [45]\.\d+ as served and 6\.\d+ .* lower by \d+\.\d% at least .*rotary"
+    ):
+        tau_of(BF16, *answers(count, 4.84 / 6.0))
+    assert tau_of(OFF, *answers(count, 4.84 / 6.0))["tau_difference"] == pytest.approx(-0.19, abs=0.03)
+
+
+@pytest.mark.parametrize(("slower", "noise"), [(1.0, 0.15), (0.99, 0.05), (1.1, 0.05)])
+def test_near_ties_pass_and_so_does_a_higher_tau(slower: float, noise: float) -> None:
+    """The check has one side: what is served better than in replay costs nothing."""
+    found = tau_of(BF16, *answers(64, slower, noise))
+    assert found["tau_difference_high"] > -parity.TAU_TOLERANCE
+    assert found["tau_difference"] == pytest.approx(slower - 1, abs=0.05)
+
+
+def test_a_good_engine_is_seldom_refused() -> None:
+    """Near-ties in 18 % of the steps, as many for the better as for the worse, on few answers."""
+    rng, refused = np.random.default_rng(0), 0
+    for _ in range(1000):
+        replayed = rng.integers(10, 50, 8)
+        served = replayed + rng.binomial(replayed, 0.09) - rng.binomial(replayed, 0.09)
+        try:
+            check_tau(BF16, 3 * replayed, served, replayed)
+        except DraftsmithError:
+            refused += 1
+    assert refused <= 10
+
+
+def test_of_few_answers_only_a_large_difference_is_refused() -> None:
+    """Equal differences of two answers are no proof; what is farther off than steps may differ is."""
+    few = tau_of(BF16, [100, 100], [48, 48], [40, 40])
+    assert (few["tau_difference_high"], few["tau_difference"]) == (None, pytest.approx(-1 / 6))
     with pytest.raises(DraftsmithError, match=r"mining: tau is 1.667 .*check rotary settings, layer ids and dtype"):
-        check_tau(BF16, 100, 60, 40)
+        tau_of(BF16, [100], [60], [40])
+    same = tau_of(BF16, [30] * 5, [11] * 5, [10] * 5)  # five near-ties, though all on one side
+    assert same["tau_difference_high"] < -parity.TAU_TOLERANCE
 
 
-@pytest.mark.parametrize("counted", [0, 100])
-def test_an_engine_that_accepted_nothing_fails_within_the_limit_too(counted: int) -> None:
+@pytest.mark.parametrize("counted", [0, 50])
+@pytest.mark.parametrize("count", [1, 2, 20])
+def test_an_engine_that_accepted_nothing_fails_within_the_limit_too(counted: int, count: int) -> None:
     """Replay's tau is 1.25: a served tau of 1 is 20 % off."""
+    counts = [50] * count, [counted] * count, [40] * count
     with pytest.raises(DraftsmithError, match=r"tau is 1\.000 as served and 1\.250"):
-        check_tau(BF16, 100, counted, 80)
-    assert check_tau(OFF, 100, counted, 80)["served_tau"] == 1
-    assert check_tau(BF16, 10, 10, 9)["served_tau"] == 1  # a single near-tie may do that
+        tau_of(BF16, *counts)
+    assert tau_of(OFF, *counts)["served_tau"] == 1
+    assert tau_of(BF16, [10], [10], [9])["served_tau"] == 1  # a single near-tie may do that
 
 
 def test_the_served_dtype_is_that_of_the_launch_or_the_target() -> None:

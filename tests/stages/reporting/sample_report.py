@@ -8,14 +8,26 @@ from typing import Any
 from draftsmith.stages.reporting.page import ReportData
 
 
+def _around(value: float, reach: float) -> dict[str, float]:
+    return {"value": value, "low": value - reach, "high": value + reach}
+
+
+def verdict(kind: str, arm: str, other: str, value: float, reach: float, **changes: Any) -> dict[str, Any]:
+    """Of a report with four of them; different if its interval says so."""
+    equal = 0 if kind == "tau" else 1
+    found = {"kind": kind, "arm": arm, "other": other, **_around(value, reach), "level": 0.9875, "prompts": 40}
+    if kind == "speed":
+        found |= {"prompts": 6, "turns": 5, "turns_needed": 5}
+    return found | {"different": abs(value - equal) > reach} | changes
+
+
 def _drafter(tau: float, difference: float, rate: float, block: int = 8) -> dict[str, Any]:
     return {
         "tau": tau,
         "tau_low": tau - 0.111,
         "tau_high": tau + 0.108,
-        "diff_to_sft": difference,
-        "diff_low": difference - 0.049,
-        "diff_high": difference + 0.049,
+        "prompts": 40,
+        "differences": {"sft": _around(difference, 0.049)} if difference else {},
         "acceptance_by_offset": [rate**offset for offset in range(1, block)],
         "accepted_histogram": [round(1000 * (1 - rate) * rate**length) for length in range(block)],
         "block_size": block,
@@ -25,6 +37,8 @@ def _drafter(tau: float, difference: float, rate: float, block: int = 8) -> dict
 def _speed(tokens_per_s: float, draft: float, tau: float) -> dict[str, Any]:
     return {
         "tokens_per_s": tokens_per_s,
+        "turns": 5,
+        "prompts": 6,
         "speedup": tokens_per_s / 61.3,
         "speedup_low": tokens_per_s / 61.3 - 0.04,
         "speedup_high": tokens_per_s / 61.3 + 0.05,
@@ -41,11 +55,20 @@ EVALUATION: dict[str, Any] = {
     "drafters": {
         "sft": _drafter(3.412, 0.0, 0.72),
         "opd": _drafter(3.543, 0.131, 0.75)
-        | {"diff_to_control": 0.113, "diff_to_control_low": 0.066, "diff_to_control_high": 0.159},
+        | {"differences": {"sft": _around(0.131, 0.049), "control": _around(0.113, 0.047)}},
         "control": _drafter(3.430, 0.018, 0.73),
     },
+    "training_seeds": {"sft": 0, "opd": 0, "control": 0},
+    "verdicts": [
+        verdict("tau", "opd", "sft", 0.131, 0.07),
+        verdict("tau", "opd", "control", 0.113, 0.068),
+        verdict("tau", "control", "sft", 0.018, 0.07),
+        verdict("speed", "opd", "sft", 1.041, 0.02),
+    ],
+    "block_size_candidates": {"sft": {"3": 80.0, "6": 88.0}},
+    "validation_prompts": 3,
     "speed": {
-        "plain": {"tokens_per_s": 61.3},
+        "plain": {"tokens_per_s": 61.3, "turns": 5, "prompts": 6},
         "sft": _speed(88.1, 0.21, 3.2),
         "opd": _speed(91.7, 0.205, 3.31),
         "control": _speed(88.9, 0.21, 3.22),

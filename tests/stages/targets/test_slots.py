@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from draftsmith.stages.targets.attention import grouped_attention
-from draftsmith.stages.targets.resolve import model_path
+from draftsmith.stages.targets.info import model_path
 from draftsmith.stages.targets.slots import KeyValueSlots
 from tests.stages.bench import Bench
 from tests.testbed.drafter import DrafterArtifacts

@@ -103,7 +103,6 @@ PLAIN: dict[str, Plain] = {
     "cross_entropy": lambda log_q, column, _p, _t: -log_q[column],
     "bernoulli_kl": lambda log_q, column, _p, token: differentiable(plain_bernoulli, log_q[column], token),
     "forward_kl": lambda log_q, _c, log_p, _t: (log_p.exp() * (log_p.clamp(min=-1e6) - log_q)).sum(),
-    "reverse_kl": lambda log_q, _c, log_p, _t: (log_q.exp() * (log_q - log_p)).sum(),
     "tv": lambda log_q, _c, log_p, _t: (log_p.exp() - log_q.exp()).abs().sum() / 2,
     "lk": lambda log_q, _c, log_p, _t: -torch.minimum(log_p.exp(), log_q.exp()).sum().log(),
 }
@@ -115,10 +114,9 @@ def plain_weight(config: PositionWeights, k: int, log_q: dict[int, float]) -> fl
         return math.exp(-(k - 1) / config.gamma)
     if config.kind == "power":
         return config.delta ** (k - 1)
-    if config.kind == "reach":
-        return math.exp(sum(value for j, value in log_q.items() if j < k))
     if config.kind == "d_pace":
-        return sum(math.exp(sum(value for j, value in log_q.items() if j <= i)) for i in log_q if i >= k)
+        smoothed = {j: (1 - config.alpha) * math.exp(value) + config.alpha for j, value in log_q.items()}
+        return sum(math.prod(value for j, value in smoothed.items() if j <= i) for i in log_q if i >= k)
     return 1.0
 
 

@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.training.anchors import DRAWS, draw_evenly, draw_randomly, pad_anchors, position_anchors
+from draftsmith.stages.training.anchors import draw_evenly, pad_anchors, position_anchors
 from draftsmith.stages.training.batches import (
     FeatureSource,
     frequent_tokens,
     step_rng,
     token_counts,
-    trajectories_by_errors,
     trajectories_of_step,
 )
 from draftsmith.stages.training.config import TrainingConfig
@@ -118,13 +117,12 @@ def test_frequent_tokens_are_ordered_by_their_count_in_the_responses() -> None:
     assert order[3:] == [0, 1, 3, 6, 7, 8, 9, 10]  # never answered: by id; prompts do not count
 
 
-@pytest.mark.parametrize("spacing", DRAWS)
-def test_anchors_are_different_positions_with_a_token_behind_them(spacing: str) -> None:
+def test_anchors_are_different_positions_with_a_token_behind_them() -> None:
     """Where a response is too short for that, its positions are taken several times: steps have equally many blocks."""
     short, long = Trajectory("a", list(range(7)), 4), Trajectory("b", list(range(30)), 4)
     seen: Counter[tuple[int, int]] = Counter()
     for step in range(200):
-        anchors = position_anchors([short, long], 5, DRAWS[spacing], step_rng(0, step), CPU)
+        anchors = position_anchors([short, long], 5, step_rng(0, step), CPU)
         assert anchors.valid.all() and anchors.blocks == 10
         assert len(set(anchors.positions[1].tolist())) == 5
         seen.update((row, p) for row, positions in enumerate(anchors.positions.tolist()) for p in positions)
@@ -132,12 +130,11 @@ def test_anchors_are_different_positions_with_a_token_behind_them(spacing: str) 
     assert {p for row, p in seen if row == 1} == set(range(4, 29))
 
 
-@pytest.mark.parametrize("spacing", DRAWS)
-def test_every_candidate_is_drawn_equally_often(spacing: str) -> None:
-    """Whatever the spacing, so that a mean over steps weighs the positions alike: 5 of 23, 4,000 times, within 4 σ."""
+def test_every_candidate_is_drawn_equally_often() -> None:
+    """So that a mean over steps weighs the positions alike: 5 of 23, 4,000 times, within 4 σ."""
     candidates, rng, seen = np.arange(10, 33), step_rng(0, 0), Counter[int]()
     for _ in range(4000):
-        drawn = DRAWS[spacing](candidates, 5, rng)
+        drawn = draw_evenly(candidates, 5, rng)
         assert list(drawn) == sorted(set(drawn))
         seen.update(drawn.tolist())
     expected = 4000 * 5 / 23
@@ -148,12 +145,10 @@ def test_every_candidate_is_drawn_equally_often(spacing: str) -> None:
 def test_even_draws_lie_one_share_of_the_candidates_apart() -> None:
     gaps = [np.diff(draw_evenly(np.arange(26), 8, step_rng(0, step))) for step in range(50)]
     assert {3, 4} == {int(gap) for each in gaps for gap in each}
-    assert 1 in np.concatenate([np.diff(draw_randomly(np.arange(26), 8, step_rng(0, step))) for step in range(50)])
 
 
-@pytest.mark.parametrize("spacing", DRAWS)
-def test_where_there_are_fewer_candidates_some_are_drawn_again(spacing: str) -> None:
-    drawn = DRAWS[spacing](np.array([4, 9, 11]), 7, step_rng(0, 0))
+def test_where_there_are_fewer_candidates_some_are_drawn_again() -> None:
+    drawn = draw_evenly(np.array([4, 9, 11]), 7, step_rng(0, 0))
     assert len(drawn) == 7
     assert set(drawn.tolist()) <= {4, 9, 11}
     assert list(drawn) == sorted(drawn)
@@ -184,15 +179,3 @@ def test_the_head_of_a_step_holds_what_the_step_needs() -> None:
     for tokens in (None, 100, 1000):
         whole = sampled_head(weight, frequent, TrainingConfig(head_tokens=tokens), step_rng(0, 0), needed)
         assert whole.token_ids is None
-
-
-def test_trajectories_with_more_errors_are_drawn_more_often_and_none_twice_in_a_step() -> None:
-    errors = np.array([0, 3, 7, 15])
-    drawn = [trajectories_by_errors(errors, 1, step, seed=0) for step in range(4000)]
-    shares = np.bincount(np.concatenate(drawn), minlength=4) / 4000
-    np.testing.assert_allclose(shares, (errors + 1) / (errors + 1).sum(), atol=0.03)  # four standard deviations
-    for step in range(50):
-        assert len(set(trajectories_by_errors(errors, 3, step, seed=0))) == 3
-    assert trajectories_by_errors(errors, 2, 5, seed=0) == trajectories_by_errors(errors, 2, 5, seed=0)
-    assert len({tuple(trajectories_by_errors(errors, 2, 5, seed)) for seed in range(20)}) > 1
-    assert sorted(trajectories_by_errors(errors, 9, 0, seed=0)) == [0, 1, 2, 3]

@@ -12,10 +12,9 @@ import torch
 
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
-from draftsmith.stages.sft import SftConfig
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.blocks import LossReport, block_hidden, block_hidden_on, context_of
-from draftsmith.stages.training.config import TrainingConfig
+from draftsmith.stages.training.config import SftConfig, TrainingConfig
 from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.on_policy.loss import opd_loss
 from draftsmith.stages.training.on_policy.verify_steps import VerifySteps

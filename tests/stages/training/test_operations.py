@@ -9,12 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
-from draftsmith.stages.sft import SftConfig
 from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.training.anchors import draw_randomly, position_anchors
+from draftsmith.stages.training.anchors import position_anchors
 from draftsmith.stages.training.batches import FeatureSource, step_rng
 from draftsmith.stages.training.blocks import LossReport
-from draftsmith.stages.training.config import TrainingConfig
+from draftsmith.stages.training.config import SftConfig, TrainingConfig
 from draftsmith.stages.training.supervised import sft_loss
 from draftsmith.stages.training.vocabulary import HeadSource
 from tests.testbed import random_target
@@ -33,7 +32,7 @@ def any_drafter(request: pytest.FixtureRequest) -> Drafter:
 def test_the_formula_is_what_torch_counts(any_drafter: Drafter, plain_target: Target) -> None:
     trajectories = random_target.trajectories(3, seed=5)
     batch = FeatureSource(plain_target, any_drafter.target_layer_ids, trajectories).batch([0, 1, 2])
-    anchors = position_anchors(trajectories, 4, draw_randomly, step_rng(0, 0), torch.device("cpu"))
+    anchors = position_anchors(trajectories, 4, step_rng(0, 0), torch.device("cpu"))
     heads = HeadSource(any_drafter, plain_target.head_weight, TrainingConfig()).draw(step_rng(0, 0), [batch.tokens])
     stream = SftConfig(loss="cross_entropy").stream(any_drafter.recipe)
 

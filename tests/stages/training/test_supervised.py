@@ -9,8 +9,8 @@ import torch
 
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.sft import SftConfig
 from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.supervised import sft_loss
 from draftsmith.stages.training.vocabulary import Heads
 from tests.stages.training.case import CHUNK, Case

@@ -11,10 +11,10 @@ import torch
 
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.replay.corpus import score
 from draftsmith.stages.replay.sequential import replay_sequentially
 from draftsmith.stages.replay.trace import Trace, Trajectory
 from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.training.anchors import Draw, draw_evenly
 from draftsmith.stages.training.batches import Batch, FeatureSource
 from draftsmith.stages.training.blocks import View, context_of
 from draftsmith.stages.training.config import TrainingConfig
@@ -24,17 +24,15 @@ from draftsmith.stages.training.on_policy.remining import Remining
 from draftsmith.stages.training.on_policy.sources import (
     AnchorSource,
     RandomAnchors,
-    RollingAnchors,
     SuccessorAnchors,
     TableAnchors,
 )
 from draftsmith.stages.training.on_policy.step import OpdStep
-from draftsmith.stages.training.on_policy.verify_steps import score
 from tests.stages.bench import Bench
 
 COUNT, PER_SEQUENCE = 6, 5
 INDICES = [4, 0, 3]  # of the trajectories in a batch
-KINDS = ["errors", "visited", "successors", "random", "rolling"]
+KINDS = ["errors", "visited", "successors", "random"]
 
 
 @dataclass(frozen=True)
@@ -89,18 +87,15 @@ class World:
         self,
         kind: str,
         per_sequence: int = PER_SEQUENCE,
-        draw: Draw = draw_evenly,
         remining: Remining | None = None,
     ) -> AnchorSource:
         """remining: for a kind that draws from the table; left out: one that never mines again."""
         if kind == "successors":
-            return SuccessorAnchors(self.table, self.moved, per_sequence, draw)
+            return SuccessorAnchors(self.table, self.moved, per_sequence)
         if kind == "random":
-            return RandomAnchors(per_sequence, draw)
-        if kind == "rolling":
-            return RollingAnchors(self.table, per_sequence, draw)
+            return RandomAnchors(per_sequence)
         remining = remining or self.remining(every=0, scored=True)
-        return TableAnchors(remining, "errors" if kind == "errors" else "visited", per_sequence, draw)
+        return TableAnchors(remining, "errors" if kind == "errors" else "visited", per_sequence)
 
     def objective(self, value: Any) -> LossConfig:
         """For greedy verification."""

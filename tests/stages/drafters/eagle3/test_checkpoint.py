@@ -16,17 +16,17 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import DrafterInfo
 from draftsmith.stages.drafters.checkpoint import (
     create_drafter,
-    drafter_digest,
     load_drafter,
     plan_of_checkpoint,
     plan_of_new,
     save_drafter,
 )
 from draftsmith.stages.drafters.config import DFlashConfig, Eagle3Config
+from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.eagle3.checkpoint import USUAL_BLOCK_SIZE, default_layer_ids
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
 from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.targets.resolve import model_path
+from draftsmith.stages.targets.info import model_path
 from tests.sglang_cpu.eagle import write_eagle3
 from tests.stages.drafters.edits import Edit, edit_config, edit_tensors
 from tests.testbed import random_target

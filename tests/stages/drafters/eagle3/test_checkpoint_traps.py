@@ -11,7 +11,7 @@ import torch
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.checkpoint import check_shape, load_drafter
 from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.targets.resolve import model_path
+from draftsmith.stages.targets.info import model_path
 from tests.stages.drafters.edits import Edit, cut, edit_config, edit_tensors, remove, write
 from tests.testbed import random_target
 from tests.testbed.eagle3 import RANDOM_VOCABULARY

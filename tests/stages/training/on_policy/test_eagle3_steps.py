@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from draftsmith.stages.training.anchors import draw_randomly
 from draftsmith.stages.training.batches import step_rng
 from draftsmith.stages.training.blocks import block_hidden, block_hidden_on, context_of
 from draftsmith.stages.training.on_policy.loss import opd_loss
@@ -32,7 +31,7 @@ def test_chains_of_the_training_are_judged_as_replay_judges_them(world: World) -
     is proposed behind a rejection is the drafter's own."""
     drafter, batch = world.moved, world.batch
     fresh = world.mined_by(drafter)
-    anchors, expected = fresh.draw(INDICES, "visited", 30, draw_randomly, step_rng(0, 0), torch.device("cpu"))
+    anchors, expected = fresh.draw(INDICES, "visited", 30, step_rng(0, 0), torch.device("cpu"))
     context = context_of(drafter, batch)
     hidden = block_hidden(drafter, context, batch, anchors)
     head = world.head_of(drafter)
@@ -69,7 +68,7 @@ def test_mining_again_gives_the_trace_of_the_current_weights(world: World) -> No
 def test_a_step_of_opd_trains_every_parameter(kind: str, loss: str, world: World) -> None:
     objective = world.objective(loss)
     step = world.step(world.source(kind), objective)
-    for number in (5, 6):  # the second follows the anchors of the first where a source rolls on
+    for number in (5, 6):  # at two steps, which draw other anchors
         report = step.loss(number, INDICES, world.batch, step_rng(0, number))
         assert report.loss.isfinite()
         assert report.blocks == len(INDICES) * PER_SEQUENCE
@@ -85,7 +84,7 @@ def test_a_step_has_the_loss_of_the_chains_that_mining_finds(world: World) -> No
     """Read from the table, or drafted, judged and scored in the step: proposals, scores and the states behind them."""
     objective, many = world.objective("paper"), 30
     drafter, batch, fresh = world.moved, world.batch, world.mined_by(world.moved)
-    anchors, steps = fresh.draw(INDICES, "errors", many, draw_randomly, step_rng(0, 5), torch.device("cpu"))
+    anchors, steps = fresh.draw(INDICES, "errors", many, step_rng(0, 5), torch.device("cpu"))
     judged_behind = (steps.target_logprobs.isfinite().sum(-1) - steps.rejected_offset)[steps.rejected_offset > 0]
     assert int(judged_behind.sum()) > 50, "proposals behind a rejection, on the drafter's own prefix"
 
@@ -106,8 +105,8 @@ def test_a_step_has_the_loss_of_the_chains_that_mining_finds(world: World) -> No
             return replace(super().draw(*arguments), anchors=anchors)
 
     remining = Remining(fresh, drafter, world.target, every=0, scored=True)
-    mined = world.source("errors", many, draw_randomly, remining)
-    for source in (There(many, draw_randomly), mined):
+    mined = world.source("errors", many, remining)
+    for source in (There(many), mined):
         report = world.step(source, objective).loss(5, INDICES, batch, step_rng(0, 5))
         for name in ("loss_response", "loss_rejected"):
             assert report.figures[name] == pytest.approx(expected[name], rel=1e-3), name
@@ -133,7 +132,7 @@ def test_mining_in_a_step_leaves_its_gradient_alone(kind: str, world: World) -> 
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("kind", ["successors", "random", "rolling"])
+@pytest.mark.parametrize("kind", ["successors", "random"])
 def test_drafting_in_a_step_leaves_its_gradient_alone(kind: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same for its own proposals: bit for bit the gradient of a step that is handed the proposals ready-made."""
     objective = world.objective("paper")

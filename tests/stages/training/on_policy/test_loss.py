@@ -48,7 +48,6 @@ OBJECTIVES = {
     ),
     "forward KL of the argmax": objective(response("forward_kl") | {"temperature": 0}),
     "forward KL of a sharpened target": objective(response("forward_kl") | {"temperature": 0.3}),
-    "reverse KL": objective(response("reverse_kl")),
     "TV": objective(response("tv", scope="block"), sampled=True, temperature=0.8),
     "TV of the argmax": objective(response("tv") | {"temperature": 0}),
     "LK": objective(response("lk"), sampled=True, temperature=1.3),
@@ -61,9 +60,8 @@ OBJECTIVES = {
         response("cross_entropy", beyond=0.5, positions={"kind": "power", "delta": 0.6})
     ),
     "power weights": objective(response("forward_kl", positions={"kind": "power", "delta": 0.6})),
-    "reach weights": objective(response("cross_entropy", scope="block", positions={"kind": "reach"})),
     "D-PACE": objective(response("cross_entropy", scope="block", positions={"kind": "d_pace"})),
-    "D-PACE, committed": objective(response("lk", positions={"kind": "d_pace"})),
+    "D-PACE, committed": objective(response("lk", positions={"kind": "d_pace", "alpha": 0.2})),
 }
 
 

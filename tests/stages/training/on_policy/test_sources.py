@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from draftsmith.stages.replay.chains import successors
-from draftsmith.stages.training.anchors import Draw, anchor_positions, draw_evenly, draw_randomly
+from draftsmith.stages.replay.corpus import score
+from draftsmith.stages.training.anchors import anchor_positions, draw_evenly
 from draftsmith.stages.training.batches import step_rng
 from draftsmith.stages.training.blocks import block_hidden, context_of
+from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.on_policy import step as opd_step
 from draftsmith.stages.training.on_policy.mined import MinedTable
 from draftsmith.stages.training.on_policy.remining import Remining
-from draftsmith.stages.training.on_policy.verify_steps import judge, score, with_scores
+from draftsmith.stages.training.on_policy.verify_steps import judge, with_scores
 from tests.stages.bench import Bench
 from tests.stages.training.world import COUNT, INDICES, KINDS, PER_SEQUENCE, World, make_world, without_errors
 
@@ -111,7 +113,7 @@ def test_blocks_of_the_training_are_judged_as_replay_judges_them(world: World) -
     """At the anchors of its trace, the steps are the trace; and so are the target's log-probs."""
     fresh = world.mined_by(world.moved)
     batch = world.batch
-    anchors, expected = fresh.draw(INDICES, "visited", 30, draw_randomly, step_rng(0, 0), torch.device("cpu"))
+    anchors, expected = fresh.draw(INDICES, "visited", 30, step_rng(0, 0), torch.device("cpu"))
     hidden = block_hidden(world.moved, context_of(world.moved, batch), batch, anchors)
     head = world.head_of(world.moved)
     steps = judge(hidden, batch, anchors, head, proposals=7, positions_per_chunk=CHUNK)
@@ -127,43 +129,10 @@ def test_blocks_of_the_training_are_judged_as_replay_judges_them(world: World) -
     assert with_scores(small, world.target, batch, anchors, 2).target_logprobs[..., 2:].isnan().all()
 
 
-def test_rolling_anchors_follow_the_trace_of_the_weights_that_trained_them(world: World) -> None:
-    """With weights that do not move, chains from the mined trace never leave it; each goes to its successor."""
-    trained = world.trained
-    source, batch, head = world.source("rolling", draw=draw_randomly), world.batch, world.head_of(trained)
-    for step in range(12):
-        drawn = source.draw(step, INDICES, world.view(), step_rng(0, step))
-        assert drawn.figures == {"anchors_off_mined_share": 0}
-        assert drawn.anchors.blocks == len(INDICES) * PER_SEQUENCE
-        hidden = block_hidden(trained, context_of(trained, batch), batch, drawn.anchors)
-        steps = judge(hidden, batch, drawn.anchors, head, proposals=7, positions_per_chunk=CHUNK)
-        source.trained(INDICES, batch, drawn.anchors, steps, step_rng(1, step))
-        following = source.draw(step + 1, INDICES, world.view(), step_rng(0, step)).anchors.positions
-        for row, i in enumerate(INDICES):
-            trace = world.table.steps[i].anchors.tolist()
-            for anchor in drawn.anchors.positions[row].tolist():
-                successor = [*trace, None][trace.index(anchor) + 1]
-                assert successor is None or successor in following[row]
-
-
-def test_rolling_anchors_leave_the_mined_trace_with_the_weights(world: World) -> None:
-    source, batch, head = world.source("rolling", draw=draw_randomly), world.batch, world.head_of(world.moved)
-    shares = []
-    for step in range(6):
-        drawn = source.draw(step, INDICES, world.view(), step_rng(0, step))
-        hidden = block_hidden(world.moved, context_of(world.moved, batch), batch, drawn.anchors)
-        steps = judge(hidden, batch, drawn.anchors, head, proposals=7, positions_per_chunk=CHUNK)
-        source.trained(INDICES, batch, drawn.anchors, steps, step_rng(1, step))
-        shares.append(drawn.figures["anchors_off_mined_share"])
-    assert shares[0] == 0
-    assert max(shares) > 0
-
-
-@pytest.mark.parametrize("draw", [draw_evenly, draw_randomly])
-def test_successors_are_what_one_block_of_the_current_weights_leads_to(draw: Draw, world: World) -> None:
+def test_successors_are_what_one_block_of_the_current_weights_leads_to(world: World) -> None:
     """Of positions all over the response; what two of them lead to is drawn once, and another one twice."""
     per_sequence, view = 8, world.view()
-    source = world.source("successors", per_sequence, draw)
+    source = world.source("successors", per_sequence)
     on_trace = off_mined = 0
     traces = world.traces(world.moved)
     for step in range(10):
@@ -171,7 +140,7 @@ def test_successors_are_what_one_block_of_the_current_weights_leads_to(draw: Dra
         assert drawn.steps is None  # judged on the blocks of the step itself
         assert drawn.anchors.blocks == len(INDICES) * per_sequence
         rng = step_rng(0, step)
-        before = np.stack([draw(anchor_positions(t), per_sequence, rng) for t in view.batch.trajectories])
+        before = np.stack([draw_evenly(anchor_positions(t), per_sequence, rng) for t in view.batch.trajectories])
         behind = successors(
             world.moved, view.context, view.batch.trajectories, torch.from_numpy(before), 8, view.head
         ).numpy()
@@ -219,7 +188,7 @@ def test_every_kind_trains_the_same_number_of_blocks(world: World) -> None:
 @pytest.mark.parametrize(("kind", "response", "judged"), [
     ("random", {"scope": "block"}, 0), ("random", {"scope": "committed"}, 0), ("random", {"beyond": 0}, 1),
     ("successors", {"scope": "block"}, 0), ("successors", {}, 0), ("successors", {"beyond": 0}, 1),
-    ("rolling", {"scope": "block"}, 1), ("visited", {"beyond": 0}, 0),
+    ("visited", {"beyond": 0}, 0),
 ])  # fmt: skip
 def test_blocks_are_judged_where_somebody_reads_it(
     kind: str, response: dict[str, Any], judged: int, proposals: int, world: World, monkeypatch: pytest.MonkeyPatch
@@ -237,14 +206,13 @@ def test_blocks_are_judged_where_somebody_reads_it(
     batch = world.batch
     loss = step.loss(5, INDICES, batch, step_rng(0, 5)).loss
     assert len(calls) == judged
-    if kind != "rolling":  # which has rolled on
-        step._reads_steps = True
-        assert torch.equal(loss, step.loss(5, INDICES, batch, step_rng(0, 5)).loss)
+    monkeypatch.setattr(LossConfig, "reads_steps", property(lambda _objective: True))
+    assert torch.equal(loss, step.loss(5, INDICES, batch, step_rng(0, 5)).loss)
 
 
 def test_a_trajectory_without_errors_lends_its_other_steps(world: World) -> None:
     steps, right = world.table.steps[0], without_errors(world.table, 0)
-    anchors, drawn = right.draw([0], "errors", PER_SEQUENCE, draw_randomly, step_rng(0, 0), torch.device("cpu"))
+    anchors, drawn = right.draw([0], "errors", PER_SEQUENCE, step_rng(0, 0), torch.device("cpu"))
     assert anchors.blocks == PER_SEQUENCE
     assert set(anchors.positions.flatten().tolist()) <= set(steps.anchors.tolist())
     assert (drawn.rejected_offset == 0).all()
@@ -268,7 +236,7 @@ def test_mining_in_a_step_leaves_its_gradient_alone(autocast: bool, world: World
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("kind", ["errors", "random", "rolling"])
+@pytest.mark.parametrize("kind", ["errors", "random", "successors"])
 def test_the_target_scores_proposals_only_for_a_rejected_stream(
     kind: str, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,248 @@
+"""Drafter lines in MLflow's model registry: versions that point to artifacts, and who of them serves.
+
+A line is a registered model. A version is one drafter: its source is the artifact in the store, and its tags say what
+it is, what it was made for and what it was worth. The alias `champion` is the version that serves, `previous` the one
+before it, `challenger` the last one that was measured against it. What happened to a line (promotions, rollbacks) is a
+tag of the line for each event. Nothing here is tolerant of a lost MLflow: a promotion that nobody can see is none.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.locks import locked
+from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.tracking import Tracking
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
+_TAG, _EVENT = "draftsmith.", "draftsmith.event."
+_IDENTITY = ("stage", "key", "content_id")
+
+
+class ChampionMovedError(DraftsmithError):
+    """Another refresh has promoted a drafter of this line in the meantime."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """One drafter of a line."""
+
+    line: str
+    number: int
+    source: str  # the artifact's URI
+    stage: str
+    key: str
+    content_id: str
+    tags: Mapping[str, str] = field(default_factory=dict)  # without our prefix
+    aliases: tuple[str, ...] = ()
+    created_at: str = ""  # ISO 8601, UTC
+    run_id: str | None = None  # of MLflow
+
+    def __str__(self) -> str:
+        return f"{self.line} version {self.number}"
+
+    @property
+    def path(self) -> Path:
+        """The artifact's folder, on a machine that shares the store."""
+        from urllib.parse import unquote, urlparse
+
+        return Path(unquote(urlparse(self.source).path))
+
+    def figures(self) -> dict[str, Any]:
+        """What it was worth at its promotion (`tag figures`), empty where nothing was measured."""
+        return dict(json.loads(self.tags.get("figures", "{}")))
+
+
+@dataclass(frozen=True)
+class LineEvent:
+    """What was done to a line."""
+
+    at: str  # ISO 8601, UTC
+    by: str  # user@host
+    what: str  # promoted, rolled back
+    version: int
+    before: int | None  # the champion until then
+    why: str
+
+
+class Registry:
+    """The drafter lines of one MLflow."""
+
+    def __init__(self, tracking: Tracking) -> None:
+        self._tracking = tracking
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def champion(self, line: str) -> Version | None:
+        return self.alias(line, CHAMPION)
+
+    def alias(self, line: str, alias: str) -> Version | None:
+        """The version that an alias of a line names; None if the line or the alias is not there."""
+        with self._client() as client:
+            found = self._model(client, line)
+            number = None if found is None else found.aliases.get(alias)
+            return None if number is None else self._version(client, line, int(number))
+
+    def version(self, line: str, number: int) -> Version:
+        with self._client() as client:
+            if self._model(client, line) is not None:
+                from mlflow.exceptions import MlflowException
+
+                try:
+                    return self._version(client, line, number)
+                except MlflowException:
+                    pass
+        known = ", ".join(str(each.number) for each in self.versions(line)) or "none"
+        raise DraftsmithError(f"{line} has no version {number}: it has {known} (`draftsmith champions {line}`)")
+
+    def versions(self, line: str) -> list[Version]:
+        """Oldest first; none for a line that is not there."""
+        with self._client() as client:
+            if self._model(client, line) is None:
+                return []
+            found = client.search_model_versions(f"name = '{line}'", max_results=10_000)
+            return [self._version(client, line, number) for number in sorted(int(each.version) for each in found)]
+
+    def events(self, line: str) -> list[LineEvent]:
+        """Oldest first."""
+        with self._client() as client:
+            found = self._model(client, line)
+            tags = {} if found is None else found.tags
+            return [LineEvent(**json.loads(tags[name])) for name in sorted(tags) if name.startswith(_EVENT)]
+
+    def resolve(self, text: str) -> Version:
+        """`LINE@champion`, `LINE@previous`, `LINE@3`, or `LINE` for its champion. Raises DraftsmithError."""
+        line, _, which = text.partition("@")
+        which = which or CHAMPION
+        if which.isdecimal():
+            return self.version(line, int(which))
+        found = self.alias(line, which)
+        if found is None:
+            known = ", ".join(f"@{each.number}" for each in self.versions(line))
+            advice = f"its versions are {known}" if known else "no refresh has registered a drafter under this name"
+            raise DraftsmithError(f"{text}: {line} has no {which}: {advice}")
+        return found
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    def register(
+        self, line: str, ref: ArtifactRef, tags: Mapping[str, str], *, run_id: str | None = None, upload: bool = False
+    ) -> Version:
+        """The artifact as a version of the line, which is made if need be; the same content is registered once.
+
+        Tags of a version that is there already are brought up to date. upload: its drafter also goes into MLflow's
+        artifact store (of the run `run_id`), for servers that do not share the store.
+        """
+        known = next((each for each in reversed(self.versions(line)) if each.content_id == ref.content_id), None)
+        identity = {name: str(getattr(ref, name)) for name in _IDENTITY}
+        with self._client() as client:
+            if known is None:
+                if self._model(client, line) is None:
+                    client.create_registered_model(line, description="A line of drafters, kept by Draftsmith.")
+                source = ref.uri
+                if upload and run_id is not None:
+                    client.log_artifacts(run_id, str(ref.path / "drafter"), "drafter")
+                    identity["uploaded"] = f"runs:/{run_id}/drafter"
+                elif self._tracking.uri.startswith(("http://", "https://")):
+                    source = f"draftsmith-store:{ref.path}"  # a server refuses paths of files that are not its own
+                made = client.create_model_version(line, source=source, run_id=run_id)
+                number = int(made.version)
+            else:
+                number = known.number
+            for name, value in {**identity, **tags}.items():
+                client.set_model_version_tag(line, str(number), f"{_TAG}{name}", value)
+            client.set_registered_model_alias(line, CHALLENGER, str(number))
+            return self._version(client, line, number)
+
+    def promote(self, version: Version, *, expected: Version | None, why: str, what: str = "promoted") -> None:
+        """Make a version the champion, and the champion the previous one.
+
+        expected: the champion that the decision was made against. Raises ChampionMovedError if it is another one by
+        now: of two refreshes that promote at once, the second has to decide again.
+        """
+        lock = self._tracking.folder / "registry" / f".lock-{version.line}"
+        with locked(lock), self._client() as client:
+            model = self._model(client, version.line)
+            now = None if model is None else model.aliases.get(CHAMPION)
+            before = None if now is None else int(now)
+            if before != (None if expected is None else expected.number):
+                raise ChampionMovedError(
+                    f"{version.line}: version {before} is the champion by now, the decision was made against "
+                    f"{'none' if expected is None else f'version {expected.number}'}: decide again"
+                )
+            if before is not None and before != version.number:
+                client.set_registered_model_alias(version.line, PREVIOUS, str(before))
+            client.set_registered_model_alias(version.line, CHAMPION, str(version.number))
+            if CHALLENGER in (model.aliases if model is not None else {}):
+                client.delete_registered_model_alias(version.line, CHALLENGER)
+            at = datetime.now(UTC).isoformat(timespec="seconds")
+            client.set_model_version_tag(version.line, str(version.number), f"{_TAG}promoted_at", at)
+            event = LineEvent(
+                at=at,
+                by=f"{_user()}@{platform.node()}",
+                what=what,
+                version=version.number,
+                before=before,
+                why=why[:1000],
+            )
+            count = sum(name.startswith(_EVENT) for name in (model.tags if model is not None else {}))
+            client.set_registered_model_tag(version.line, f"{_EVENT}{count:06d}", json.dumps(asdict(event)))
+
+    def tag(self, version: Version, tags: Mapping[str, str]) -> None:
+        with self._client() as client:
+            for name, value in tags.items():
+                client.set_model_version_tag(version.line, str(version.number), f"{_TAG}{name}", value)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _client(self) -> Iterator[MlflowClient]:
+        """Errors of MLflow are one clear error: worth a retry, since nothing of a promotion is half done."""
+        try:
+            client, _ = self._tracking.connect()
+            yield client
+        except DraftsmithError:
+            raise
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            raise RetryableError(f"MLflow's model registry failed ({reason}): see that MLflow is there") from error
+
+    def _model(self, client: MlflowClient, line: str) -> Any:
+        """The registered model with aliases and tags; None if there is none."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return client.get_registered_model(line)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+
+    def _version(self, client: MlflowClient, line: str, number: int) -> Version:
+        found = client.get_model_version(line, str(number))
+        tags = {name.removeprefix(_TAG): value for name, value in found.tags.items() if name.startswith(_TAG)}
+        stage, key, content_id = (tags.pop(name, "") for name in _IDENTITY)
+        created = datetime.fromtimestamp(found.creation_timestamp / 1000, UTC).isoformat(timespec="seconds")
+        source = str(found.source).replace("draftsmith-store:", "file://")
+        return Version(
+            line, number, source, stage, key, content_id, tags, tuple(found.aliases), created, found.run_id or None
+        )
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container without a name for the user
+        return "unknown"

@@ -1,0 +1,174 @@
+"""What is wrong with a config, field by field, in words for the person who writes it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+PathKey = tuple[int | str, ...]  # of a field: sections, and places in lists
+OVERRIDE = "--set"
+
+_EXPECTED = {
+    "int_parsing": "an integer",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "string_type": "a text (put it in quotes)",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping of fields",
+    "model_attributes_type": "a mapping of fields",
+    "path_type": "a path",
+    "none_required": "nothing (null)",
+}
+
+
+def describe(error: ValidationError, path: Path, changed: list[PathKey], model: type[BaseModel]) -> str:
+    """All errors in one line: the file, then each field with its problem; misspelt fields first.
+
+    changed: the fields that overrides have set.
+    """
+    details = error.errors(include_url=False)
+    # A misspelt field often makes another one "missing": the misspelling is the cause.
+    details.sort(key=lambda detail: detail["type"] != "extra_forbidden")
+    told: list[str] = []
+    while details:
+        first, *details = _choices_of_all_members(details, model)
+        location = _path_of(first["loc"], model, keep_last=first["type"] == "extra_forbidden")
+        field = ".".join(str(part) for part in location)
+        overridden = any(change[: len(location)] == location or location[: len(change)] == change for change in changed)
+        by_override = overridden and field and first["type"] != "missing"
+        where = f"{OVERRIDE} {field}: " if by_override else f"{field}: " if field else ""
+        problem = f"{where}{_problem(first, location, field, model)}"
+        told.append(
+            problem if by_override or any(line.startswith(f"{path}: ") for line in told) else f"{path}: {problem}"
+        )
+    return "; ".join(dict.fromkeys(told))
+
+
+def _choices_of_all_members(details: list[Any], model: type[BaseModel]) -> list[Any]:
+    """One error for a union of choices in place of one for each of its members."""
+
+    def at(detail: Any) -> PathKey | None:
+        return _path_of(detail["loc"], model, keep_last=False) if detail["type"] == "literal_error" else None
+
+    first, place = details[0], at(details[0])
+    if place is None:
+        return details
+    same = [detail for detail in details if at(detail) == place]
+    choices = [choice for detail in same for choice in re.findall(r"'[^']*'", detail["ctx"]["expected"])]
+    merged_error = {**first, "msg": f"Input should be one of {', '.join(dict.fromkeys(choices))}"}
+    return [merged_error, *(detail for detail in details if detail not in same)]
+
+
+def _problem(detail: Any, location: PathKey, field: str, model: type[BaseModel]) -> str:
+    kind, value = detail["type"], detail.get("input")
+    if kind == "extra_forbidden":
+        return _unknown_field(location, model)
+    if kind == "missing":
+        return f"this field is required: add it to the file or pass {OVERRIDE} {field}=VALUE"
+    if kind in _EXPECTED:
+        return f"expected {_EXPECTED[kind]}, got {short(value)}: change the value"
+    message = " ".join(detail["msg"].split()).removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    message = message.removeprefix("Input should be ")
+    if message != detail["msg"] and detail["msg"].startswith("Input should be "):
+        return f"expected {message}, got {short(value)}: change the value"
+    return message
+
+
+def _unknown_field(location: PathKey, model: type[BaseModel]) -> str:
+    name = str(location[-1])
+    siblings = sorted({sibling for section in _sections(model, location[:-1]) for sibling in section.model_fields})
+    prefix = [str(part) for part in location[:-1]]
+    if name in siblings:  # of a section that comes in several kinds
+        return f"a field of another kind of {'.'.join(prefix)}: remove it, or write the whole section anew"
+    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
+    if close:
+        return f"unknown field, did you mean {'.'.join([*prefix, close[0]])}?"
+    elsewhere = [path for path in _field_paths(model) if path.rpartition(".")[2] == name]
+    if elsewhere:
+        return f"unknown field here, did you mean {' or '.join(elsewhere[:3])}?"
+    return f"unknown field, remove it or use one of: {', '.join(siblings)}"
+
+
+def _path_of(location: Sequence[int | str], model: type[BaseModel], *, keep_last: bool) -> PathKey:
+    """Pydantic's location without the names of union members that it puts between the fields."""
+    kept: list[int | str] = []
+    for position, part in enumerate(location):
+        known = (
+            isinstance(part, int)
+            or _is_open(model, kept)
+            or any(part in section.model_fields for section in _sections(model, kept))
+        )
+        if known or (keep_last and position == len(location) - 1):
+            kept.append(part)
+    return tuple(kept)
+
+
+def _is_open(model: type[BaseModel], path: Sequence[int | str]) -> bool:
+    """Whether `path` leads to a mapping with free names."""
+    return any(typing.get_origin(annotation) is dict for annotation in _annotations(model, path))
+
+
+def _sections(model: type[BaseModel], path: Sequence[int | str]) -> list[type[BaseModel]]:
+    """The models that may stand at `path`."""
+    return [a for a in _annotations(model, path) if isinstance(a, type) and issubclass(a, BaseModel)]
+
+
+def _annotations(model: type[BaseModel], path: Sequence[int | str]) -> list[Any]:
+    found: list[Any] = [model]
+    for part in path:
+        found = [member for annotation in found for member in _step(annotation, part)]
+    return found
+
+
+def _step(annotation: Any, part: int | str) -> Iterator[Any]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if part in annotation.model_fields:
+            yield from _members(annotation.model_fields[str(part)].annotation)
+        return
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is dict:
+        yield from _members(arguments[1])
+    elif isinstance(part, int) and arguments:
+        yield from _members(arguments[0])
+
+
+def _members(annotation: Any) -> Iterator[Any]:
+    """The members of a union, or the annotation itself, without `Annotated`."""
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        yield from _members(typing.get_args(annotation)[0])
+    elif origin in (typing.Union, types.UnionType):
+        for member in typing.get_args(annotation):
+            yield from _members(member)
+    else:
+        yield annotation
+
+
+def _field_paths(model: type[BaseModel], prefix: str = "", depth: int = 0) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if depth < 4:
+            for member in _members(field.annotation):
+                if isinstance(member, type) and issubclass(member, BaseModel):
+                    yield from _field_paths(member, f"{prefix}{name}.", depth + 1)
+
+
+def short(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

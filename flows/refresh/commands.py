@@ -1,0 +1,103 @@
+"""Commands about a line of drafters: who serves and why, and how to change it by hand."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from draftsmith.artifacts.errors import DraftsmithError, from_os_error
+from draftsmith.artifacts.home import home
+from draftsmith.artifacts.manifest import MANIFEST, read_manifest
+from draftsmith.artifacts.registry import PREVIOUS, Registry, Version
+from draftsmith.artifacts.store import Store
+from draftsmith.flows.pipeline.display import Display
+from draftsmith.flows.refresh.line import registry
+from draftsmith.stages.stored import DRAFTER_FOLDER
+
+
+def champions(display: Display, line: str) -> None:
+    """Every version of a line with what it was worth, then who became the champion when, and why."""
+    lines = registry()
+    versions = lines.versions(line)
+    if not versions:
+        raise DraftsmithError(f"{line}: no refresh has registered a drafter under this name")
+    rows = [
+        [
+            str(each.number),
+            ", ".join(each.aliases) or "-",
+            each.tags.get("arm", "-"),
+            each.tags.get("tau", "-"),
+            each.tags.get("speedup") or "-",
+            each.tags.get("target_digest", "")[:12] or "-",
+            f"{each.stage}/{each.key[:16]}",
+            each.created_at,
+        ]
+        for each in versions
+    ]
+    head = ["version", "alias", "arm", "tau", "speed-up", "target", "artifact", "registered at"]
+    display.table(head, rows, title=line, text_columns=len(head))
+    for event in lines.events(line):
+        before = "none" if event.before is None else f"version {event.before}"
+        display.line(f"{event.at}  version {event.version} {event.what} (before: {before}) by {event.by}: {event.why}")
+
+
+def promote(display: Display, text: str, why: str, *, dry_run: bool) -> None:
+    """`LINE@VERSION` becomes the champion, after its files were compared with their checksums."""
+    lines = registry()
+    version = lines.resolve(text)
+    _move(display, lines, version, why or "by hand", "promoted", dry_run=dry_run)
+
+
+def rollback(display: Display, line: str, why: str, *, dry_run: bool) -> None:
+    """The previous champion serves again."""
+    lines = registry()
+    version = lines.resolve(f"{line}@{PREVIOUS}")
+    _move(display, lines, version, why or "by hand", "rolled back to", dry_run=dry_run)
+
+
+def _move(display: Display, lines: Registry, version: Version, why: str, what: str, *, dry_run: bool) -> None:
+    now = lines.champion(version.line)
+    if now is not None and now.number == version.number:
+        display.line(f"{version} is the champion already")
+        return
+    verify(version)
+    from_what = "nobody" if now is None else f"version {now.number}"
+    if dry_run:
+        display.line(f"{version} would become the champion in place of {from_what} (nothing was changed)")
+        return
+    lines.promote(version, expected=now, why=why, what=what)
+    display.line(f"{version} is the champion now, in place of {from_what}; restart or reload the servers that draft")
+
+
+def export(display: Display, text: str, folder: Path, *, dry_run: bool) -> None:
+    """A verified copy of a version's checkpoint, in the layout that engines load."""
+    version = registry().resolve(text)
+    verify(version)
+    source = version.path / DRAFTER_FOLDER
+    if folder.exists() and any(folder.iterdir()):
+        raise DraftsmithError(f"{folder} is not empty: give a new folder")
+    size = sum(path.stat().st_size for path in source.iterdir())
+    if dry_run:
+        display.line(f"{version}: {size / 1e6:.1f} MB would be copied from {source} to {folder}")
+        return
+    from draftsmith.stages.drafters.digest import drafter_digest
+
+    try:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+    except OSError as error:
+        raise from_os_error(error, f"exporting to {folder}:") from error
+    if drafter_digest(folder) != version.tags.get("drafter_digest", drafter_digest(source)):
+        raise DraftsmithError(f"{folder}: the copy differs from what was registered: try again, or another disk")
+    display.line(f"{version}: {size / 1e6:.1f} MB in {folder}")
+
+
+def verify(version: Version) -> None:
+    """Every file of its artifact is as it was written. Raises DraftsmithError."""
+    if not (version.path / MANIFEST).is_file():
+        raise DraftsmithError(f"{version}: its artifact {version.path} is not here: mount the store that it lies in")
+    ref = read_manifest(version.path).ref(version.path)
+    if ref.content_id != version.content_id:
+        raise DraftsmithError(
+            f"{version}: {version.path} holds other content by now (made again with --force): register it by a refresh"
+        )
+    Store(home() / "store").verify(ref)

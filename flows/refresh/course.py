@@ -1,0 +1,123 @@
+"""How far a refresh goes, and what follows from it: drift before anything is spent, promotion behind the gate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from draftsmith.artifacts.errors import RefusedError
+from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.registry import ChampionMovedError, Version
+from draftsmith.flows.pipeline.graph import Conclusion, Node, PlanAgain
+from draftsmith.flows.refresh import hook
+from draftsmith.flows.refresh.config import RefreshConfig
+from draftsmith.flows.refresh.line import RegistryConfig, age_days, registry, version_tags
+from draftsmith.stages.champion import RECORD
+from draftsmith.stages.gate import DECISION
+from draftsmith.stages.measure.drift import fallen
+
+
+class RefreshCourse:
+    """Of one refresh of a line of drafters."""
+
+    def __init__(self, config: RefreshConfig, force: Collection[str]) -> None:
+        """config: resolved, with a registry. force: `drift` among it makes the refresh go on whatever is seen."""
+        assert config.registry is not None
+        self.config, self.line, self.force = config, config.registry, frozenset(force)
+        self._drift: dict[str, Any] = {}
+
+    # -- drift ---------------------------------------------------------------------------------------------------
+
+    def stop(self, node: Node, made: Mapping[str, Path]) -> Conclusion | None:
+        """Behind the drift check: the refresh ends if the champion is current."""
+        if node.name != "drift" or self.line.champion is None:
+            return None
+        drift = json.loads((made["drift"] / "drift.json").read_text("utf-8"))
+        reasons = self._reasons(drift, json.loads((made["champion"] / RECORD).read_text("utf-8")))
+        self._drift = {
+            "figures": {f"drift.{name}.tau": figures["tau"] for name, figures in drift.items()},
+            "tags": {"draftsmith.drift": "; ".join(reasons)[:4000] or "none"},
+        }
+        if reasons:
+            return None
+        champion, tau = self.line.champion, drift["all"]["tau"]
+        message = (
+            f"{self.line.name}: the champion (version {champion.version}) is current: tau {tau:.3f} on "
+            f"{drift['all']['prompts']} prompts, no set fell by more than {self.config.drift.threshold:.1%}; nothing "
+            "was trained (`--force drift` refreshes anyway)"
+        )
+        return Conclusion("Current", message, **self._drift)
+
+    def _reasons(self, drift: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+        """Why the refresh goes on; empty if nothing speaks for it."""
+        champion, config = self.line.champion, self.config.drift
+        assert champion is not None
+        reasons = ["drift is forced"] if "drift" in self.force else []
+        if record["target_changed"]:
+            reasons.append("the target has changed since its promotion")
+        if (days := age_days(champion)) > config.max_age_days:
+            reasons.append(f"it was promoted {days:.0f} days ago, more than {config.max_age_days:g}")
+        return reasons + fallen(drift, champion.figures, config.threshold)
+
+    # -- promotion -----------------------------------------------------------------------------------------------
+
+    def finish(self, made: Mapping[str, ArtifactRef], run_id: str | None) -> Conclusion | None:
+        """The challenger as a version of the line, and the champion if the gate says so."""
+        decision = json.loads((made["gate"].path / DECISION).read_text("utf-8"))
+        evaluation = json.loads((made["evaluation"].path / "evaluation.json").read_text("utf-8"))
+        line, ref = registry(), made[decision["challenger"]]
+        tags = version_tags(evaluation, decision, ref)
+        before = line.champion(self.line.name)
+        expected = self.line.champion
+        if (None if before is None else before.number) != (None if expected is None else expected.version):
+            raise PlanAgain(f"{self.line.name}: another refresh has promoted version {before.number if before else 0}")
+        version = line.register(
+            self.line.name, ref, tags, run_id=run_id, upload=self.line.upload and decision["promote"]
+        )
+        if not decision["promote"]:
+            said = f"{version} is not promoted: {decision['sentence']}"
+            return self._conclusion("Refused", said, decision, version, RefusedError(said))
+        try:
+            line.promote(version, expected=before, why=decision["sentence"])
+        except ChampionMovedError as error:
+            raise PlanAgain(str(error)) from error
+        said = f"{version} is the champion: {decision['sentence']}"
+        if self.config.on_promote is not None:
+            told = {"line": self.line.name, "version": version.number, "source": version.source, **decision}
+            problem = hook.call(self.config.on_promote, told)
+            said += f"; on_promote failed: {problem}" if problem else "; on_promote was called"
+        return self._conclusion("Promoted", said, decision, version)
+
+    def _conclusion(
+        self,
+        name: str,
+        message: str,
+        decision: Mapping[str, Any],
+        version: Version,
+        error: RefusedError | None = None,
+    ) -> Conclusion:
+        figures = {"promoted": float(decision["promote"]), **self._drift.get("figures", {})}
+        tags = {
+            "draftsmith.decision": decision["sentence"][:4000],
+            "draftsmith.version": str(version.number),
+            **self._drift.get("tags", {}),
+        }
+        return Conclusion(name, message, error, figures, tags)
+
+
+def resolve(config: RefreshConfig) -> RefreshConfig:
+    """With the champion that serves now. Keys stay those of content: which content it is, is looked up once."""
+    from draftsmith.flows.refresh.line import champion_of
+
+    if config.registry is None:
+        return config
+    found = RegistryConfig(
+        name=config.registry.name, upload=config.registry.upload, champion=champion_of(config.registry.name)
+    )
+    return config.model_copy(update={"registry": found})
+
+
+def course(config: RefreshConfig, force: Collection[str]) -> RefreshCourse | None:
+    return RefreshCourse(config, force) if config.registry is not None else None

@@ -1,0 +1,90 @@
+"""Comparing drafters without training any: the graph and the config of `draftsmith evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.flows.checks.check import RunChecks
+from draftsmith.flows.pipeline.graph import Node, Pipeline
+from draftsmith.flows.pipeline.options import RunOptions
+from draftsmith.flows.refresh.config import RefreshConfig
+from draftsmith.stages.measure.config import PREFIX, EvaluationConfig
+from draftsmith.stages.prompts import PromptsConfig
+from draftsmith.stages.rollout import RolloutConfig
+from draftsmith.stages.targets.config import TargetConfig
+from draftsmith.stages.training.config import SftConfig
+
+
+class EvaluateConfig(RunOptions):
+    """Drafters by name, and the sections of a refresh that measure."""
+
+    target: TargetConfig
+    prompts: PromptsConfig
+    heldout: RolloutConfig
+    evaluation: EvaluationConfig
+    drafters: dict[str, str] = Field(min_length=1)
+    """Name -> folder or hub id."""
+
+
+def evaluate_nodes(config: EvaluateConfig) -> list[Node]:
+    """Target, held-out answers, every drafter as it is, one evaluation. The first drafter is what others stand beside."""
+    target = {"target": "target"}
+    asked = {**target, "prompts": "prompts"}
+    nodes = [
+        Node("target", "draftsmith.stages.target", config.target),
+        Node("prompts", "draftsmith.stages.prompts", config.prompts, target),
+        Node("heldout", "draftsmith.stages.rollout", config.heldout, asked),
+    ]
+    measured = {**asked, "trajectories": "heldout"}
+    for name, source in config.drafters.items():
+        taken = SftConfig(steps=0, init_from=source, adopt=True)
+        nodes.append(Node(name, "draftsmith.stages.sft", taken, {**target, "trajectories": "heldout"}))
+        measured[f"{PREFIX}{name}"] = name
+    return [*nodes, Node("evaluation", "draftsmith.stages.evaluation", config.evaluation, measured)]
+
+
+EVALUATE = Pipeline(
+    config=EvaluateConfig,
+    nodes=evaluate_nodes,
+    flow="draftsmith.flows.refresh.flow:evaluate",
+    checks=RunChecks,
+    results="draftsmith.flows.refresh.results:show_results",
+    headline="evaluation",
+)
+
+
+def evaluate_config(refresh: RefreshConfig, drafters: list[str]) -> EvaluateConfig:
+    """Of the drafters that a command names: folders, hub ids, or `LINE@alias` of the registry."""
+    named: dict[str, str] = {}
+    for text in drafters:
+        name, source = _named(text)
+        if name in ("target", "prompts", "heldout", "evaluation", "plain") or name in named:
+            name = f"{name}-{len(named) + 1}"
+        named[name] = source
+    measured = {
+        part: getattr(refresh, part) for part in ("target", "prompts", "heldout", "evaluation", "stages", "seed")
+    }
+    return EvaluateConfig(name=f"{refresh.name}-evaluate", drafters=named, **measured)
+
+
+def _named(text: str) -> tuple[str, str]:
+    """(name of the arm, source)"""
+    if Path(text).expanduser().is_dir():
+        folder = Path(text).expanduser().resolve()
+        inner = folder / "drafter"
+        folder = inner if (inner / "config.json").is_file() else folder
+        return (folder.parent if folder.name == "drafter" else folder).name.replace(":", "_"), str(folder)
+    if "@" in text:
+        from draftsmith.flows.refresh.commands import verify
+        from draftsmith.flows.refresh.line import registry
+        from draftsmith.stages.stored import DRAFTER_FOLDER
+
+        version = registry().resolve(text)
+        verify(version)
+        return text.replace(":", "_"), str(version.path / DRAFTER_FOLDER)
+    if text.startswith((".", "/", "~")):
+        raise DraftsmithError(f"{text}: no such folder: give a drafter's folder, a hub id, or NAME@champion")
+    return text.replace("/", "-").replace(":", "_"), text

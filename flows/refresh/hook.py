@@ -1,0 +1,59 @@
+"""What a team does when a drafter was promoted: a command, or a call of a URL, with the decision as JSON.
+
+A failed hook is reported and undoes nothing: the registry says who is the champion, and a server that did not reload
+serves a drafter that was good until now.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from draftsmith.stages.contract import Config
+
+
+class HookConfig(Config):
+    """One of both."""
+
+    command: Annotated[
+        tuple[str, ...] | None,
+        Field(min_length=1, description="and its arguments; the decision comes on standard input"),
+    ] = None
+    url: Annotated[str | None, Field(pattern="^https?://", description="the decision is its POST body")] = None
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> HookConfig:
+        if (self.command is None) == (self.url is None):
+            raise ValueError("give command or url")
+        return self
+
+
+def call(hook: HookConfig, decision: dict[str, Any]) -> str | None:
+    """Why it failed, None if it did not."""
+    body = json.dumps(decision)
+    if hook.command is not None:
+        return _run(hook.command, body, hook.timeout_s)
+    import httpx
+
+    try:
+        answer = httpx.post(
+            str(hook.url), content=body, headers={"content-type": "application/json"}, timeout=hook.timeout_s
+        )
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        return f"{hook.url}: {type(error).__name__} {error}".strip()
+    return None if answer.is_success else f"{hook.url}: HTTP {answer.status_code}"
+
+
+def _run(command: tuple[str, ...], body: str, timeout_s: float) -> str | None:
+    try:
+        done = subprocess.run(command, input=body, text=True, capture_output=True, timeout=timeout_s, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{command[0]}: {error}"
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return f"{command[0]}: ended with code {done.returncode} ({last})"
+    return None

@@ -1,0 +1,100 @@
+"""The drafter line of a refresh: its champion when the plan is made, its new version when the gate has decided."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.registry import Version
+from draftsmith.stages.champion import ChampionConfig
+from draftsmith.stages.contract import Config
+from draftsmith.stages.stored import DRAFTER_FOLDER
+
+if TYPE_CHECKING:
+    from draftsmith.artifacts.registry import Registry
+
+_MOST_SETS = 30  # of a version's figures: a tag holds 5,000 characters
+
+
+class RegistryConfig(Config):
+    """Which line of drafters a refresh goes on with."""
+
+    name: Annotated[str, Field(pattern=r"^[\w][\w.-]*$", description="registered model in MLflow")]
+    upload: Annotated[
+        bool, Field(description="copy promoted weights into MLflow's artifact store too, for servers without the store")
+    ] = False
+    champion: Annotated[
+        ChampionConfig | None, Field(description="filled in when the plan is made: who serves then")
+    ] = None
+
+
+def registry() -> Registry:
+    """That of this home's MLflow, or of `MLFLOW_TRACKING_URI`."""
+    from draftsmith.artifacts.home import home
+    from draftsmith.artifacts.registry import Registry
+    from draftsmith.artifacts.tracking import Tracking
+
+    return Registry(Tracking(home()))
+
+
+def champion_of(line: str) -> ChampionConfig | None:
+    """As a stage takes it; None for a line without a champion."""
+    version = registry().champion(line)
+    return None if version is None else champion_config(version)
+
+
+def champion_config(version: Version) -> ChampionConfig:
+    return ChampionConfig(
+        line=version.line,
+        version=version.number,
+        folder=str(version.path / DRAFTER_FOLDER),
+        content_id=version.content_id,
+        drafter_digest=version.tags.get("drafter_digest", ""),
+        promoted_at=version.tags.get("promoted_at", ""),
+        figures=version.figures(),
+    )
+
+
+def age_days(champion: ChampionConfig, now: datetime | None = None) -> float:
+    """Since its promotion; 0 if that is not written down."""
+    if not champion.promoted_at:
+        return 0.0
+    return ((now or datetime.now(UTC)) - datetime.fromisoformat(champion.promoted_at)).total_seconds() / 86400
+
+
+def version_tags(evaluation: Mapping[str, Any], decision: Mapping[str, Any], ref: ArtifactRef) -> dict[str, str]:
+    """What a version says of itself: what it was worth, for which target, where it comes from, what was decided."""
+    from draftsmith.stages.drafters.checkpoint import read_info
+    from draftsmith.stages.drafters.digest import drafter_digest
+
+    arm, folder = decision["challenger"], ref.path / DRAFTER_FOLDER
+    info, drafter = read_info(folder), evaluation["drafters"][arm]
+    speed = (evaluation.get("speed") or {}).get(arm) or {}
+    return {
+        "arm": arm,
+        "drafter_digest": drafter_digest(folder),
+        "target_digest": info.target_digest,
+        "parents": json.dumps(info.parents[-8:]),
+        "tau": f"{drafter['tau']:.4f}",
+        "tau_interval": json.dumps([drafter["tau_low"], drafter["tau_high"]]),
+        "speedup": f"{speed['speedup']:.4f}" if "speedup" in speed else "",
+        "figures": json.dumps(figures_of(evaluation, arm)),
+        "decision": decision["sentence"][:4000],
+    }
+
+
+def figures_of(evaluation: Mapping[str, Any], arm: str) -> dict[str, dict[str, Any]]:
+    """tau with its interval, of all prompts and of each set: what a drift check compares with later."""
+    drafter = evaluation["drafters"][arm]
+    overall = {"tau": drafter["tau"], "low": drafter["tau_low"], "high": drafter["tau_high"]}
+    found = {"all": {**overall, "prompts": drafter["prompts"]}}
+    for name, arms in list((evaluation.get("sets") or {}).items())[:_MOST_SETS]:
+        found[name] = arms[arm]
+    return {
+        name: {k: round(v, 4) if isinstance(v, float) else v for k, v in each.items()} for name, each in found.items()
+    }

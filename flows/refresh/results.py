@@ -1,0 +1,38 @@
+"""What a refresh made, in the terminal: the evaluation's tables and verdicts, and where to look next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from draftsmith.flows.pipeline.display import Display
+from draftsmith.stages.gate import DECISION
+from draftsmith.stages.reporting import rows
+from draftsmith.stages.reporting.verdict import findings
+from draftsmith.stages.stored import DRAFTER_FOLDER
+
+
+def show_results(display: Display, made: Mapping[str, Path], mlflow: str) -> None:
+    """made: node -> folder; mlflow: the command that shows the runs, or a server's URL."""
+    path = made["evaluation"] / "evaluation.json" if "evaluation" in made else None
+    if path is not None and path.is_file():
+        evaluation = json.loads(path.read_text("utf-8"))
+        for table in (rows.headline(evaluation), rows.by_setting(evaluation)):
+            if table is not None:
+                display.table(**vars(table))
+        for line in [*rows.exactness(evaluation), *findings(evaluation)]:
+            display.line(line)
+    if "gate" in made and (made["gate"] / DECISION).is_file():
+        decision = json.loads((made["gate"] / DECISION).read_text("utf-8"))
+        for rule in decision["rules"]:
+            display.line(f"gate: {'passed' if rule['passed'] else 'BROKEN'}  {rule['name']}: {rule['said']}")
+        display.line(decision["sentence"])
+    display.line("")
+    display.line("Where to look next")
+    if "report" in made:
+        display.line(f"  report:   {made['report'] / 'report.html'}")
+    for name, folder in made.items():
+        if (folder / DRAFTER_FOLDER).is_dir():
+            display.line(f"  drafter:  {folder / DRAFTER_FOLDER}  ({name})")
+    display.line(f"  MLflow:   {mlflow}")

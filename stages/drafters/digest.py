@@ -1,0 +1,20 @@
+"""What identifies a drafter. Standard library only: the plug-in in SGLang's servers computes it too."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+DIGESTED = ("config.json", "model.safetensors", "frequent_tokens.npy")  # the files that decide what it proposes
+
+
+def drafter_digest(folder: Path) -> str:
+    """sha256 over name, zero byte and content of every such file of a checkpoint."""
+    digest = hashlib.sha256()
+    for name in DIGESTED:
+        if (path := folder / name).exists():
+            digest.update(name.encode() + b"\0")
+            with path.open("rb") as file:
+                while part := file.read(1 << 20):
+                    digest.update(part)
+    return digest.hexdigest()

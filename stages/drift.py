@@ -1,0 +1,43 @@
+"""Stage `drift`: the champion replayed on fresh answers of today's target. Minutes, before anything is spent."""
+
+from __future__ import annotations
+
+import json
+
+from draftsmith.stages.contract import Stage, StageContext, follow
+from draftsmith.stages.measure.drift import DriftConfig
+
+ALL = "all"  # prompts, beside the single sets
+
+
+def run(ctx: StageContext, config: DriftConfig) -> None:
+    """Write `drift.json`: tau with its 95 % interval over prompts, of all answers and of each prompt set."""
+    from draftsmith.stages.drafters.checkpoint import load_drafter
+    from draftsmith.stages.measure.acceptance import tau_by_set
+    from draftsmith.stages.replay.corpus import replay_all
+    from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories, sets_of
+    from draftsmith.stages.targets.causal_lm import Target
+
+    stored = load_trajectories(ctx.inputs["trajectories"], ["heldout"])
+    target = Target.load(ctx.inputs["target"])
+    champion = {"champion": load_drafter(ctx.inputs["champion"] / DRAFTER_FOLDER, target)}
+    traces = replay_all(
+        target,
+        champion,
+        stored.trajectories,
+        config.drafting,
+        tokens_per_group=config.tokens_per_target_forward,
+        progress=follow(ctx, "trajectories"),
+    )
+    sets = sets_of(ctx.inputs["prompts"], stored.prompts)
+    found = {
+        name: figures["champion"]
+        for of in ([ALL] * len(sets), sets)
+        for name, figures in tau_by_set(traces, stored.prompts, of).items()
+    }
+    (ctx.out / "drift.json").write_text(json.dumps(found, indent=2) + "\n")
+    ctx.log(", ".join(f"{name}: tau {figures['tau']:.3f}" for name, figures in found.items()))
+    ctx.summary(tau=found[ALL]["tau"] or 0.0, prompts=found[ALL]["prompts"] or 0)
+
+
+STAGE = Stage(name="drift", config=DriftConfig, inputs=("target", "champion", "prompts", "trajectories"), run=run)

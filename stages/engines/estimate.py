@@ -1,0 +1,51 @@
+"""Memory of decoding: in this process, or on SGLang servers."""
+
+from __future__ import annotations
+
+from draftsmith.stages.engines.config import EmbeddedEngineConfig, SGLangEngineConfig
+from draftsmith.stages.targets.estimate import DTYPE_BYTES, PROCESS, Servers, Sizes
+
+
+def decoding(slots: int, longest: int, drafter: bool, itemsize: int, sizes: Sizes) -> dict[str, float]:
+    """Key/value memory of target and drafter: slots · (T + block) · (2 · layers · kv_heads · head_dim · s).
+
+    Logits of one verification: slots · block · V · (4 + s).
+    """
+    block = sizes.block_size if drafter else 1
+    per_token = sizes.target.kv_bytes_per_token(itemsize)
+    if drafter:
+        per_token += sizes.drafter.kv_bytes_per_token(itemsize)
+    return {
+        "key/value memory": float(slots * (longest + block) * per_token),
+        "logits": float(slots * block * sizes.target.vocabulary * (4 + itemsize)),
+    }
+
+
+def embedded_memory(
+    engine: EmbeddedEngineConfig, longest: int, drafter: bool, head_tokens: int | None, sizes: Sizes
+) -> dict[str, float]:
+    """P · s + P_d · s + key/value memory of all slots + logits of one step."""
+    parts = {"process": PROCESS, "target": sizes.weights(sizes.target)}
+    if drafter:
+        parts["drafter"] = sizes.weights(sizes.drafter)
+        parts["head"] = sizes.reduced_head(head_tokens)[1]
+    return parts | decoding(engine.slots, longest, drafter, sizes.itemsize, sizes)
+
+
+def launched_servers(
+    engine: SGLangEngineConfig, servers: int, concurrency: int, longest: int, drafter: bool, sizes: Sizes
+) -> Servers | None:
+    """A GPU needs (P · s + P_d · s + concurrency · (T + block) · key/value bytes) / tp. None: they run already.
+
+    Fewer tokens of key/value memory only make SGLang queue; less than one request's is an error of its own.
+    """
+    if engine.launch is None:
+        return None
+    launch = engine.launch
+    s, tp = DTYPE_BYTES[launch.dtype] if launch.dtype else sizes.itemsize, launch.tensor_parallel
+    parts = {"target": sizes.weights(sizes.target, s) / tp}
+    if drafter:
+        parts["drafter"] = sizes.weights(sizes.drafter, s) / tp
+    needed = decoding(concurrency, longest, drafter, s, sizes)["key/value memory"]
+    parts[f"key/value memory of {concurrency} requests"] = needed / tp
+    return Servers(servers * tp, parts)

@@ -1,0 +1,51 @@
+"""Stage `gate`: the challenger against the champion, rule by rule, behind everything that was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from draftsmith.stages.contract import Stage, StageContext
+from draftsmith.stages.measure.gate import CHAMPION, GateConfig
+
+DECISION = "decision.json"
+
+
+def run(ctx: StageContext, config: GateConfig) -> None:
+    """Write `decision.json`. A challenger that is refused is no error of the stage."""
+    from draftsmith.stages.measure.gate import challenger_of, decide
+
+    evaluation = json.loads((ctx.inputs["evaluation"] / "evaluation.json").read_text("utf-8"))
+    challenger = challenger_of(evaluation)
+    champion = None
+    if CHAMPION in ctx.inputs:
+        from draftsmith.artifacts.manifest import read_manifest
+
+        champion = str(read_manifest(ctx.inputs[CHAMPION]).config.get("version", "?"))
+    problems = [
+        problem
+        for arm in (challenger, CHAMPION)
+        if arm in ctx.inputs and (problem := _damage(ctx.inputs[arm])) is not None
+    ]
+    decision = decide(evaluation, config, champion, problems)
+    (ctx.out / DECISION).write_text(json.dumps(decision.as_json(), indent=2) + "\n")
+    for rule in decision.rules:
+        ctx.log(f"{'passed' if rule.passed else 'BROKEN'}  {rule.name}: {rule.said}")
+    ctx.log(decision.sentence())
+    ctx.summary(promote=float(decision.promote), rules_broken=sum(not rule.passed for rule in decision.rules))
+
+
+def _damage(folder: Path) -> str | None:
+    """The first file of an artifact that is not what its manifest says; None if all are."""
+    from draftsmith.artifacts.errors import DraftsmithError
+    from draftsmith.artifacts.manifest import read_manifest
+    from draftsmith.artifacts.store import Store
+
+    try:
+        Store(folder.parents[1]).verify(read_manifest(folder).ref(folder))
+    except DraftsmithError as error:
+        return str(error)
+    return None
+
+
+STAGE = Stage(name="gate", config=GateConfig, inputs=("evaluation", "champion?", "sft", "opd", "control?"), run=run)

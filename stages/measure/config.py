@@ -1,0 +1,104 @@
+"""What an evaluation measures: the config section `evaluation`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from draftsmith.stages.contract import Config
+from draftsmith.stages.engines.config import (
+    NO_REDUCED_HEAD,
+    EmbeddedEngineConfig,
+    EngineConfig,
+    SamplingConfig,
+    SGLangEngineConfig,
+)
+from draftsmith.stages.replay.parity import MaxParityMismatch
+
+if TYPE_CHECKING:
+    from draftsmith.stages.stored import Prompt
+
+
+DRAFTERS = ("champion", "sft", "control", "opd")  # of a refresh
+PREFIX = "drafter:"  # of the inputs of a comparison of any other drafters; the rest of the name is the arm's
+
+
+def _several(value: Any) -> Any:
+    """A single value for a list of one."""
+    return (value,) if isinstance(value, int | float) else value
+
+
+class EvaluationConfig(Config):
+    """How much is measured."""
+
+    sampling: SamplingConfig = SamplingConfig()
+    engine: Annotated[
+        EngineConfig, Field(description="what speed is measured on; its own `slots` or `concurrency` are not used")
+    ] = EmbeddedEngineConfig()
+    concurrency: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...],
+        BeforeValidator(_several),
+        Field(min_length=1, description="requests in flight while speed is measured: one number or several"),
+    ] = (1,)
+    temperatures: Annotated[
+        Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] | None,
+        BeforeValidator(_several),
+        Field(description="that speed is measured at; left out: sampling.temperature"),
+    ] = None
+    rounds: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="turns of every arm while speed is measured, the repetitions that intervals are drawn from: "
+            "from 5 on speeds may be called different. With 3 % noise between turns 12 find a difference of 5 %, and 5 "
+            "one of 10 %",
+        ),
+    ] = 5
+    speed_prompts: Annotated[int, Field(ge=1, description="held-out prompts decoded in every turn")] = 16
+    validation_prompts: Annotated[
+        int, Field(ge=1, description="validation prompts that each arm's block size is chosen on")
+    ] = 4
+    block_sizes: Annotated[
+        tuple[Annotated[int, Field(ge=2)], ...] | None,
+        Field(description="candidates to decode with; left out: the trained one"),
+    ] = None
+    head_tokens: Annotated[
+        int | None, Field(ge=2, description="draft from this many frequent tokens only (embedded engine)")
+    ] = None
+    exactness_prompts: Annotated[
+        int, Field(ge=0, description="held-out prompts compared token for token in fp32 (embedded engine)")
+    ] = 4
+    parity_prompts: Annotated[
+        int, Field(ge=1, description="held-out prompts whose verify steps on SGLang are compared with replay")
+    ] = 8
+    max_parity_mismatch: MaxParityMismatch = 0.25
+    chains: Annotated[int | None, Field(ge=1)] = None
+    tokens_per_target_forward: Annotated[int, Field(ge=1)] = 2048
+
+    @model_validator(mode="after")
+    def _servers_can_take_the_drafters(self) -> EvaluationConfig:
+        if isinstance(self.engine, SGLangEngineConfig):
+            if self.engine.launch is None:
+                raise ValueError(
+                    "engine.urls: running servers cannot serve drafters that were just trained; use engine.launch"
+                )
+            if self.head_tokens is not None:
+                raise ValueError(f"head_tokens: {NO_REDUCED_HEAD}")
+        return self
+
+    def key_material(self) -> dict[str, Any]:
+        """How servers are launched decides the speed that is measured, though not what a rollout answers."""
+        material = super().key_material()
+        if isinstance(self.engine, SGLangEngineConfig):
+            launched = self.engine.model_dump(mode="json", include={"launch"}, exclude={"launch": {"start_timeout_s"}})
+            material["engine"] |= launched
+        return material
+
+
+def prompts_to_decode(config: EvaluationConfig, folder: Path) -> tuple[list[Prompt], list[Prompt]]:
+    """Held-out and validation prompts, of the artifact of stage `prompts` in `folder`."""
+    from draftsmith.stages.stored import load_prompts
+
+    return load_prompts(folder, ["heldout"]), load_prompts(folder, ["validation"])[: config.validation_prompts]

@@ -1,0 +1,217 @@
+"""The gate: whether a challenger takes the champion's place, rule by rule, from what an evaluation measured.
+
+Every rule has its figures, its threshold and its verdict. A rule that says "better" needs evidence for it (the lower
+end of a one-sided interval), a rule that says "not worse" is broken by evidence against it (the upper end); what cannot
+be judged, because too little was measured, does not pass. The rules of one kind share their error rate (Bonferroni): a
+challenger that is as good as the champion is promoted in at most 5 % of cases.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from draftsmith.stages.contract import Config
+from draftsmith.stages.measure.verdicts import FEWEST_TURNS
+from draftsmith.stages.statistics import CONFIDENCE, Estimate
+
+CHAMPION, PLAIN = "champion", "plain"
+
+
+class GateConfig(Config):
+    """What a challenger must show."""
+
+    min_tau_gain: Annotated[
+        float, Field(ge=0, description="share of the champion's tau that the challenger's must be above it, measurably")
+    ] = 0.0
+    max_set_loss: Annotated[
+        float, Field(ge=0, le=1, description="share of tau that a single prompt set may lose, before it is measurable")
+    ] = 0.02
+    max_speed_loss: Annotated[
+        float, Field(ge=0, le=1, description="share of the champion's speed that may be lost, before it is measurable")
+    ] = 0.02
+    min_speedup: Annotated[
+        float, Field(ge=0, description="over plain decoding, which the challenger must be above, measurably")
+    ] = 1.0
+    judge_speed: Annotated[
+        bool, Field(description="false: tau alone decides, where no speed can be measured that means anything")
+    ] = True
+    max_margin: Annotated[
+        float,
+        Field(
+            ge=0, description="logits: outputs that part from plain decoding in the serving dtype do so at near-ties"
+        ),
+    ] = 1.0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule and what became of it."""
+
+    name: str
+    passed: bool
+    said: str  # in words, with figures and threshold
+    figures: Mapping[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the gate says of a challenger."""
+
+    challenger: str  # the arm
+    champion: str | None  # what it was compared with: None: plain decoding alone
+    rules: tuple[Rule, ...]
+
+    @property
+    def promote(self) -> bool:
+        return all(rule.passed for rule in self.rules)
+
+    def sentence(self) -> str:
+        """One sentence for the terminal."""
+        against = f"version {self.champion}" if self.champion else "plain decoding"
+        if self.promote:
+            tau = next((rule.said for rule in self.rules if rule.name in ("tau", "speed-up")), "")
+            return f"promoted: {self.challenger} beats {against} ({tau})"
+        broken = "; ".join(f"{rule.name}: {rule.said}" for rule in self.rules if not rule.passed)
+        return f"refused by the gate: {self.challenger} against {against}: {broken}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "promote": self.promote,
+            "challenger": self.challenger,
+            "champion": self.champion,
+            "sentence": self.sentence(),
+            "rules": [asdict(rule) for rule in self.rules],
+        }
+
+
+def challenger_of(evaluation: Mapping[str, Any]) -> str:
+    """The arm that wins on the validation split; where that was not replayed, the last training of a refresh."""
+    arms = [arm for arm in evaluation["drafters"] if arm != CHAMPION]
+    taus = evaluation.get("validation_tau") or {}
+    if known := [arm for arm in arms if taus.get(arm) is not None]:
+        return max(known, key=lambda arm: taus[arm])
+    return "opd" if "opd" in arms else arms[-1]
+
+
+def decide(
+    evaluation: Mapping[str, Any], config: GateConfig, champion: str | None, checksums: Sequence[str] = ()
+) -> Decision:
+    """champion: its version, None where there is none. checksums: what is wrong with the files of either."""
+    challenger = challenger_of(evaluation)
+    rules = [_checksums(checksums), *_lossless(evaluation, config), *_parity(evaluation, challenger)]
+    if CHAMPION in evaluation["drafters"]:
+        rules += [_tau(evaluation, challenger, config), *_sets(evaluation, challenger, config)]
+    if config.judge_speed:
+        rules += _speed(evaluation, challenger, config)
+    elif CHAMPION not in evaluation["drafters"]:
+        tau = evaluation["drafters"][challenger]["tau"]
+        rules.append(Rule("tau", tau > 1, f"{tau:.3f}, above 1 wanted", {"tau": tau}))
+    return Decision(challenger, champion, tuple(rules))
+
+
+def _checksums(problems: Sequence[str]) -> Rule:
+    return Rule("checksums", not problems, "; ".join(problems) or "every file is as it was written")
+
+
+def _lossless(evaluation: Mapping[str, Any], config: GateConfig) -> Iterator[Rule]:
+    """Token for token in float32 where that was compared; in the serving dtype, outputs may part at near-ties alone."""
+    exact = evaluation.get("exactness") or {}
+    prompts, identical = exact.get("fp32_prompts") or 0, exact.get("fp32_identical") or 0
+    if prompts:
+        said = f"{identical} of {prompts} outputs in float32 equal plain decoding"
+        yield Rule("lossless", identical == prompts, said, {"identical": identical, "prompts": prompts})
+    margin = exact.get("median_margin")
+    if margin is not None:
+        said = f"outputs part at a median margin of {margin:.3g} logits, at most {config.max_margin:g} is a near-tie"
+        yield Rule("near-ties", margin <= config.max_margin, said, {"median_margin": margin})
+    if not prompts and margin is None and exact.get("identical_share") is None:
+        sampled = bool(evaluation.get("temperature"))  # on servers: the law is the same, the numbers drawn are not
+        said = (
+            "sampled outputs cannot be compared token for token"
+            if sampled
+            else ("no output was compared with plain decoding: set evaluation.exactness_prompts")
+        )
+        yield Rule("lossless", sampled, said)
+
+
+def _parity(evaluation: Mapping[str, Any], challenger: str) -> Iterator[Rule]:
+    """Evaluation itself fails where a server drafts otherwise than replay; here its figures are written down."""
+    figures = (evaluation.get("parity") or {}).get(challenger)
+    if figures:
+        known = {name: value for name, value in figures.items() if isinstance(value, int | float)}
+        yield Rule("parity", True, "served as replay computes it", known)
+
+
+def _tau(evaluation: Mapping[str, Any], challenger: str, config: GateConfig) -> Rule:
+    (found,) = _compared(evaluation, "tau", challenger, CHAMPION, set=None)
+    gain, low = _relative(found, 1 - CONFIDENCE)
+    wanted = f"above {config.min_tau_gain:+.1%} wanted"
+    if low is None:
+        return Rule("tau", False, f"one prompt cannot tell ({gain:+.1%}, {wanted})", {"gain": gain})
+    said = f"{gain:+.1%} of the champion's, at least {low:+.1%} at 95 %; {wanted}"
+    return Rule("tau", low > config.min_tau_gain, said, {"gain": gain, "low": low, "wanted": config.min_tau_gain})
+
+
+def _sets(evaluation: Mapping[str, Any], challenger: str, config: GateConfig) -> Iterator[Rule]:
+    found = [each for each in _compared(evaluation, "tau", challenger, CHAMPION) if each["set"] is not None]
+    for each in found:
+        gain, high = _relative(each, 1 - (1 - CONFIDENCE) / len(found))
+        worse = high is not None and high < -config.max_set_loss
+        said = f"{gain:+.1%}{'' if high is None else f', at most {high:+.1%}'}; not below {-config.max_set_loss:+.1%}"
+        yield Rule(f"tau of {each['set']}", not worse, said, {"gain": gain, "high": high})
+
+
+def _speed(evaluation: Mapping[str, Any], challenger: str, config: GateConfig) -> Iterator[Rule]:
+    """Above plain decoding at the first setting, and not measurably slower than the champion at any."""
+    over_plain, *_ = _compared(evaluation, "speed", challenger, PLAIN)
+    yield _speed_rule("speed-up", over_plain, math.log(config.min_speedup), better=True, of=1)
+    found = list(_compared(evaluation, "speed", challenger, CHAMPION))
+    for each in found:
+        name = f"speed at temperature {each['temperature']:g}, {each['concurrency']} in flight"
+        yield _speed_rule(name, each, math.log(1 - config.max_speed_loss), better=False, of=len(found))
+
+
+def _speed_rule(name: str, found: Mapping[str, Any], bound: float, *, better: bool, of: int) -> Rule:
+    estimate, wanted = _estimate(found), math.exp(bound)
+    value = math.exp(estimate.value)
+    if estimate.units < FEWEST_TURNS:
+        said = f"{value:.3f} times in {estimate.units} turns, {FEWEST_TURNS} are needed: raise evaluation.rounds"
+        return Rule(name, False, said, {"value": value})
+    level = 1 - (1 - CONFIDENCE) / of
+    end = math.exp(estimate.upper(1 - level) if better else estimate.upper(level))
+    passed = end > wanted if better else end >= wanted
+    said = f"{value:.3f} times, {'at least' if better else 'at most'} {end:.3f} at {level:.3g}; {wanted:.3f} wanted"
+    return Rule(name, passed, said, {"value": value, "end": end, "wanted": wanted})
+
+
+def _compared(
+    evaluation: Mapping[str, Any], kind: str, arm: str, other: str, **fields: Any
+) -> Iterator[Mapping[str, Any]]:
+    for each in evaluation.get("compared") or ():
+        wanted = {"kind": kind, "arm": arm, "other": other, **fields}
+        if all(each.get(name) == value for name, value in wanted.items()):
+            yield each
+
+
+def _relative(found: Mapping[str, Any], level: float) -> tuple[float, float | None]:
+    """Difference of tau as a share of the other's, and the end of its one-sided interval at `level`."""
+    estimate, base = _estimate(found), found["base"]
+    end = estimate.upper(level) if estimate.units >= 2 else None
+    return estimate.value / base, None if end is None else end / base
+
+
+def _estimate(found: Mapping[str, Any]) -> Estimate:
+    error = found["error"]
+    return Estimate(found["value"], math.nan if error is None else error, found["units"], found["degrees"])
+
+
+def compared(kind: str, arm: str, other: str, estimate: Estimate, **fields: Any) -> dict[str, Any]:
+    """An entry of `evaluation["compared"]`, ready for JSON: what the gate reads."""
+    error = None if math.isnan(estimate.error) else estimate.error
+    found = {"kind": kind, "arm": arm, "other": other, "value": estimate.value, "error": error}
+    return found | {"units": estimate.units, "degrees": estimate.degrees} | fields

@@ -1,0 +1,160 @@
+"""Replay of a whole set of trajectories, in groups of similar length that the target reads in one forward each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from draftsmith.stages.drafters.base import Context, Drafter
+from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.replay.chains import replay_chains
+from draftsmith.stages.replay.scoring import StepScores, score_traces
+from draftsmith.stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens
+from draftsmith.stages.targets.causal_lm import Target, TargetOutput
+from draftsmith.stages.targets.slots import SlotCache
+
+TREE_TOKENS = 512  # rejected proposals that the target scores in one forward, a trajectory
+
+Progress = Callable[[int, int], Any]  # trajectories done, and in all; called after every group
+
+
+def _quietly(_done: int, _total: int) -> None:
+    """Nobody asked."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """B trajectories of similar length, padded on the right to T tokens."""
+
+    indices: list[int]  # in the corpus
+    trajectories: list[Trajectory]
+    ids: torch.Tensor  # [B, T]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """[B, T]"""
+        return torch.arange(self.ids.shape[1], device=self.ids.device).expand(len(self.indices), -1)
+
+
+def groups_of(trajectories: Sequence[Trajectory], tokens_per_group: int, device: torch.device) -> Iterator[Group]:
+    """The trajectories in groups of at most `tokens_per_group` tokens with padding (or of one). Deterministic."""
+    for indices in groups_by_length([len(t.tokens) for t in trajectories], tokens_per_group):
+        members = [trajectories[i] for i in indices]
+        yield Group(indices, members, pad_tokens(members, device))
+
+
+def replay_all(
+    target: Target,
+    drafters: Mapping[str, Drafter],
+    trajectories: Sequence[Trajectory],
+    drafting: DraftingConfig | None = None,
+    *,
+    chains: int | None = None,
+    tokens_per_group: int = 4096,
+    progress: Progress = _quietly,
+) -> dict[str, list[Trace]]:
+    """Traces of every drafter, in the order of the trajectories. The target reads each trajectory once.
+
+    drafting: left out, as each drafter was trained. chains: as in `replay_chains`.
+    """
+    drafting = drafting or DraftingConfig()
+    layer_ids = sorted({layer for d in drafters.values() for layer in d.target_layer_ids})
+    traces: dict[str, dict[int, Trace]] = {name: {} for name in drafters}
+    done = 0
+    for group in groups_of(trajectories, tokens_per_group, target.device):
+        by_layer = dict(zip(layer_ids, target.features(group.ids, layer_ids).chunk(len(layer_ids), -1), strict=True))
+        for name, drafter in drafters.items():
+            context = context_of(drafter, torch.cat([by_layer[k] for k in drafter.target_layer_ids], -1), group)
+            found = _replay(target, drafter, context, group, drafting, chains, with_logprobs=False)
+            traces[name] |= dict(zip(group.indices, found, strict=True))
+        done += len(group.indices)
+        progress(done, len(trajectories))
+    return {name: [by_index[i] for i in range(len(trajectories))] for name, by_index in traces.items()}
+
+
+@dataclass(frozen=True)
+class Mined:
+    """The traces of one group, and what the target said of every proposal."""
+
+    trajectories: list[Trajectory]
+    traces: list[Trace]  # with the drafter's log-probs
+    scores: list[StepScores]
+
+
+def mine(
+    target: Target,
+    drafter: Drafter,
+    trajectories: Sequence[Trajectory],
+    drafting: DraftingConfig | None = None,
+    *,
+    chains: int | None = None,
+    top_k: int = 8,
+    tokens_per_group: int = 8192,
+    tree_tokens: int = TREE_TOKENS,
+    finished: Callable[[Group], bool] = lambda _group: False,
+) -> Iterator[Mined]:
+    """Replay and score group by group, leaving out those that are `finished`.
+
+    The target reads a group once: its hidden states serve the drafter and the proposals up to the first rejection, its
+    key/value cache those behind it. top_k: of the target's best tokens at each rejection. tree_tokens: rejected
+    proposals of a trajectory that one forward scores.
+    """
+    drafting = drafting or DraftingConfig()
+    tree_tokens = max(tree_tokens, drafting.block_size or drafter.block_size)
+    for group in groups_of(trajectories, tokens_per_group, target.device):
+        if finished(group):
+            continue
+        out, cache = read(target, group, tree_tokens, drafter.target_layer_ids)
+        assert out.features is not None
+        context = context_of(drafter, out.features, group)
+        traces = _replay(target, drafter, context, group, drafting, chains, with_logprobs=True)
+        scores = score_traces(target, cache, out.hidden, traces, top_k=top_k, tree_tokens=tree_tokens)
+        yield Mined(group.trajectories, traces, scores)
+
+
+def score(
+    target: Target, trajectories: Sequence[Trajectory], traces: Sequence[Trace], tokens_per_group: int = 2048
+) -> list[StepScores]:
+    """What the target says of the proposals of some steps of each trajectory, in the order of the trajectories."""
+    scores: dict[int, StepScores] = {}
+    tree_tokens = max(TREE_TOKENS, traces[0].proposed.shape[1] + 1) if traces else TREE_TOKENS
+    for group in groups_of(trajectories, tokens_per_group, target.device):
+        with torch.autocast(target.device.type, enabled=False):  # a training loop's is for the drafter alone
+            out, cache = read(target, group, tree_tokens)
+            of_group = [traces[i] for i in group.indices]
+            found = score_traces(target, cache, out.hidden, of_group, top_k=1, tree_tokens=tree_tokens)
+        scores |= dict(zip(group.indices, found, strict=True))
+    return [scores[i] for i in range(len(trajectories))]
+
+
+def read(
+    target: Target, group: Group, tree_tokens: int, layer_ids: Sequence[int] = ()
+) -> tuple[TargetOutput, SlotCache]:
+    """The target's forward over a group, and its cache with `tree_tokens` free entries behind each trajectory."""
+    B, T = group.ids.shape
+    cache = target.new_cache(B, T + tree_tokens)
+    return target.step(group.ids, group.positions, cache, slice(0, B), layer_ids=layer_ids), cache
+
+
+@torch.no_grad()
+def context_of(drafter: Drafter, features: torch.Tensor, group: Group) -> Context:
+    """What the drafter knows of a group's trajectories, from the target's features [B, T, K*H]."""
+    return drafter.encode(features, group.ids, group.positions)
+
+
+def _replay(
+    target: Target,
+    drafter: Drafter,
+    context: Context,
+    group: Group,
+    drafting: DraftingConfig,
+    chains: int | None,
+    *,
+    with_logprobs: bool,
+) -> list[Trace]:
+    head = drafter.drafting_head(target.head_weight, drafting.head_tokens)
+    block_size = drafting.block_size or drafter.block_size
+    return replay_chains(drafter, context, group.trajectories, block_size, head, chains, with_logprobs=with_logprobs)

@@ -1,0 +1,42 @@
+"""Memory of mining: one group of trajectories read by the target, replayed and scored."""
+
+from __future__ import annotations
+
+from draftsmith.stages.replay.corpus import TREE_TOKENS
+from draftsmith.stages.replay.scoring import POSITIONS_PER_CHUNK
+from draftsmith.stages.targets.estimate import PROCESS, Sizes
+
+
+def mining_memory(
+    tokens_per_group: int, tree_tokens: int, head_tokens: int | None, longest: int, sizes: Sizes
+) -> dict[str, float]:
+    """P · s + P_d · s, and what one group of tokens_per_group tokens takes.
+
+    That is a read into key/value memory, features, and the logits of a chunk of positions with their log-softmax.
+    """
+    tokens = max(tokens_per_group, longest)
+    return {
+        "process": PROCESS,
+        "target": sizes.weights(sizes.target),
+        "drafter": sizes.weights(sizes.drafter),
+        "head": sizes.reduced_head(head_tokens)[1],
+        "features": float(tokens * sizes.feature_bytes),
+        "logits": scoring_logits(sizes),
+        **cached_read(tokens, longest, sizes, max(tree_tokens, sizes.block_size)),
+    }
+
+
+def cached_read(tokens: int, longest: int, sizes: Sizes, tree_tokens: int = TREE_TOKENS) -> dict[str, float]:
+    """Key/value memory of g tokens in g / T rows with room for a tree more each; the attention's mask of the read,
+    rows · T · (T + tree) · s, and once more for each query head of a key/value head."""
+    rows, groups = max(1, tokens // longest), sizes.target.heads // sizes.target.kv_heads
+    copies = 1 if groups == 1 else 1 + groups
+    return {
+        "key/value memory": float((tokens + rows * tree_tokens) * sizes.target.kv_bytes_per_token(sizes.itemsize)),
+        "attention mask": float(copies * rows * longest * (longest + tree_tokens) * sizes.itemsize),
+    }
+
+
+def scoring_logits(sizes: Sizes) -> float:
+    """Logits of a chunk of positions in the serving dtype, in float32, and their log-softmax."""
+    return float(POSITIONS_PER_CHUNK * sizes.target.vocabulary * (2 * 4 + sizes.itemsize))

@@ -1,0 +1,92 @@
+"""Intervals of what was measured: over prompts by the delete-one jackknife, over turns by their spread; Student's t.
+
+A percentile bootstrap over few units is too narrow. The jackknife with Student's t keeps what it says with four prompts
+too, needs no seed, and gives the same interval every time. Its degrees of freedom are those of the effective number of
+units: with n - 1, long answers that outweigh short ones made it say "different" of equals in 6 to 7 % instead of 5 %.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95  # of a single interval, and of all verdicts of a report together
+Interval = tuple[float, float]
+_FEWEST_DEGREES = 0.5  # where one unit outweighs all others, next to nothing is known
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its error, from `units` independent repetitions (prompts, turns, answers)."""
+
+    value: float
+    error: float  # standard error; NaN of fewer than two units
+    units: int
+    degrees: float  # of freedom of the error
+
+    def interval(self, level: float = CONFIDENCE) -> Interval | None:
+        """Two-sided; None of fewer than two units: nothing is known of their spread."""
+        if self.units < 2:
+            return None
+        reach = float(stats.t.ppf(0.5 + level / 2, self.degrees)) * self.error
+        return self.value - reach, self.value + reach
+
+    def upper(self, level: float = CONFIDENCE) -> float:
+        """End of the one-sided interval that has no lower end; infinite of fewer than two units."""
+        if self.units < 2:
+            return math.inf
+        return self.value + float(stats.t.ppf(level, self.degrees)) * self.error
+
+
+def jackknife(statistic: Callable[..., np.ndarray], *samples: np.ndarray) -> Estimate:
+    """A statistic of sums over units, and its error by leaving out one unit at a time.
+
+    samples: [units] each, not negative; a unit is left out of all at once (paired). statistic: takes the sums of the
+    samples: numbers, or arrays [units].
+    """
+    totals = [sample.sum() for sample in samples]
+    value, units = float(statistic(*totals)), len(samples[0])
+    if units < 2:
+        return Estimate(value, math.nan, units, 0.0)
+    left = np.asarray(statistic(*(total - sample for total, sample in zip(totals, samples, strict=True))))
+    error = math.sqrt((units - 1) / units * float(((left - left.mean()) ** 2).sum()))
+    weights = np.mean([sample / total for sample, total in zip(samples, totals, strict=True) if total > 0], axis=0)
+    return Estimate(value, error, units, max(_FEWEST_DEGREES, 1 / float((weights**2).sum()) - 1))
+
+
+def mean(values: np.ndarray) -> Estimate:
+    """The mean of independent values [units]."""
+    units = len(values)
+    error = float(values.std(ddof=1)) / math.sqrt(units) if units > 1 else math.nan
+    return Estimate(float(values.mean()), error, units, units - 1.0)
+
+
+def sums_of(keys: Sequence[Hashable], values: np.ndarray) -> np.ndarray:
+    """[units] sums of the values that have the same key, in the order in which keys first come.
+
+    Several answers to one prompt are no independent units: together they are one.
+    """
+    place: dict[Hashable, int] = {}
+    index = [place.setdefault(key, len(place)) for key in keys]
+    return np.bincount(index, weights=values, minlength=len(place))
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Sum over sum: never a mean of means."""
+    return numerator / denominator
+
+
+def ratio_difference(
+    numerator: np.ndarray, denominator: np.ndarray, other_numerator: np.ndarray, other_denominator: np.ndarray
+) -> np.ndarray:
+    """Difference of two ratios of sums over the same units."""
+    return numerator / denominator - other_numerator / other_denominator
+
+
+def simultaneous(count: int) -> float:
+    """Level of each of `count` intervals that hold together at `CONFIDENCE` (Bonferroni: whatever their dependence)."""
+    return 1 - (1 - CONFIDENCE) / max(1, count)

@@ -1,0 +1,97 @@
+"""OPD put together: features, the mined table, anchors and loss of every step of a training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.replay.trace import Trajectory
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.training.batches import FeatureSource, step_rng, trajectories_of_step
+from draftsmith.stages.training.blocks import LossReport
+from draftsmith.stages.training.on_policy.config import OpdConfig
+from draftsmith.stages.training.on_policy.mined import Kind, MinedTable, match_steps
+from draftsmith.stages.training.on_policy.remining import Remining
+from draftsmith.stages.training.on_policy.sources import AnchorSource, RandomAnchors, SuccessorAnchors, TableAnchors
+from draftsmith.stages.training.on_policy.step import OpdStep
+
+
+class OpdTraining:
+    """`loss(step)` depends on nothing but the step, the drafter's weights and `source`, which remembers."""
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        target: Target,
+        trajectories: Sequence[Trajectory],
+        mined: MinedTable | pa.Table,
+        config: OpdConfig,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ):
+        """drafter: float32 weights that are to be trained. mined: its steps on these trajectories (VERIFY_STEPS).
+
+        temperature: that the trajectories were drawn at, 0 = greedy. Raises DraftsmithError if nothing of the config's
+        kind was mined.
+        """
+        if isinstance(mined, pa.Table):
+            mined = match_steps(mined, trajectories, drafter.block_size)
+        self.config, self.mined, self.seed = config, mined, seed
+        self.kind: Kind = "errors" if config.anchors == "errors" else "visited"
+        self.usable = mined.trajectories_with(self.kind)
+        self.sampled = config.verification == "sampled" or (config.verification == "auto" and temperature > 0)
+        self.objective = config.loss.resolved(drafter.recipe, self.sampled, temperature)
+        remining = Remining(
+            mined,
+            drafter,
+            target,
+            every=config.oldest_trace,
+            scored=self.objective.needs_scores,
+            tokens_per_forward=config.tokens_per_target_forward,
+        )
+        self.source = anchor_source(config, remining)
+        self._features = FeatureSource(
+            target,
+            drafter.target_layer_ids,
+            trajectories,
+            tokens_per_group=config.tokens_per_target_forward,
+            memory_mb=config.feature_memory_mb,
+            with_hidden=self.objective.response.asks_target,
+        )
+        self._step = OpdStep(drafter, target, self.source, self.objective, config, mined.proposals)
+
+    @property
+    def passes(self) -> float:
+        """How often a trajectory is drawn, on average."""
+        return self.config.passes(len(self.usable))
+
+    def loss(self, step: int) -> LossReport:
+        """Of optimiser step `step`, with gradient."""
+        places = trajectories_of_step(len(self.usable), self.config.sequences_per_step, step, self.seed)
+        chosen = [self.usable[i] for i in places]
+        return self._step.loss(step, chosen, self._features.batch(chosen), step_rng(self.seed, step))
+
+    def __str__(self) -> str:
+        """What is trained, in one line."""
+        config, response = self.config, self.objective.response
+        beyond = f", weight exp(-d/{response.beyond:g}) at d behind the correction" if response.beyond else ""
+        return (
+            f"verification {'sampled' if self.sampled else 'greedy'}: {response.loss} on {response.scope} offsets"
+            f"{beyond}{', k3 on rejected ones' if self.objective.needs_scores else ''}; anchors {config.anchors}: "
+            f"{self.mined.count(self.kind)} mined steps in {len(self.usable)} trajectories, drawn {self.passes:.3g} "
+            f"times each on average"
+            f"{f', mined again after {config.oldest_trace} steps' if config.oldest_trace else ''}"
+        )
+
+
+def anchor_source(config: OpdConfig, remining: Remining) -> AnchorSource:
+    """The source of anchors that a config asks for."""
+    count = config.anchors_per_sequence
+    if config.anchors == "random":
+        return RandomAnchors(count)
+    if config.anchors == "successors":
+        return SuccessorAnchors(remining.mined, remining.drafter, count)
+    return TableAnchors(remining, config.anchors, count)

@@ -1,0 +1,147 @@
+"""Turns of servers, with the embedded engine in the place of each server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.stages.drafters.checkpoint import load_drafter
+from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.engines.base import Completion, Request
+from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.stages.engines.embedded import EmbeddedEngine
+from draftsmith.stages.measure.config import EvaluationConfig, prompts_to_decode
+from draftsmith.stages.measure.requests import Measured
+from draftsmith.stages.measure.served import Served, measure_served
+from draftsmith.stages.measure.speed import speed_by_setting
+from draftsmith.stages.stored import DRAFTER_FOLDER
+from draftsmith.stages.targets.causal_lm import Target
+from tests.testbed.context import RecordingContext
+from tests.testbed.drafter import DrafterArtifacts
+
+CONFIG = EvaluationConfig.model_validate(
+    {
+        "engine": {"kind": "sglang", "python": "python", "launch": {}}, "sampling": {"max_new_tokens": 24}, "rounds": 2,
+        "concurrency": [1, 2], "speed_prompts": 2, "validation_prompts": 1, "parity_prompts": 6, "block_sizes": [3, 8],
+    }
+)  # fmt: skip
+
+
+@dataclass
+class Server:
+    """What an evaluation asks of a server. `wasteful`: it counts more verify steps than it needs, and records none."""
+
+    engine: EmbeddedEngine
+    wasteful: bool = False
+    name: str = "stand-in 1.0"
+    records_trace: bool = True
+
+    def flush_cache(self) -> None: ...
+
+    def set_concurrency(self, requests: int) -> None:
+        self.engine.slots = requests
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        for answer in self.engine.generate(requests):
+            if self.wasteful or not self.records_trace:
+                answer.steps = []
+            if self.wasteful:
+                answer.verify_steps = round(1.25 * answer.verify_steps)
+            yield answer
+
+
+@dataclass(frozen=True)
+class StandIn(Served):
+    """Serves in this process; remembers which servers were started."""
+
+    started: list[tuple[str, int]] = field(default_factory=list)
+    wasteful: bool = False
+
+    @contextmanager
+    def server(self, drafter: Path | None, block_size: int, work: Path) -> Iterator[Any]:
+        self.started.append((work.name if drafter else "plain", block_size))
+        target = Target.load(self.ctx.inputs["target"])
+        loaded = load_drafter(drafter, target) if drafter else None
+        drafting = DraftingConfig(block_size=block_size) if drafter else None
+        yield Server(EmbeddedEngine(target, loaded, capacity=400, drafting=drafting), self.wasteful)
+
+
+def served(ctx: RecordingContext, made: DrafterArtifacts, **changes: Any) -> StandIn:
+    engine = CONFIG.engine
+    assert isinstance(engine, SGLangEngineConfig)
+    folder = made.drafter / DRAFTER_FOLDER
+    found = StandIn(ctx, CONFIG, engine, {"wide": folder, "narrow": folder}, {"wide": 8, "narrow": 5}, 400, "float32")
+    return replace(found, **changes)
+
+
+def measure(stand_in: StandIn, made: DrafterArtifacts) -> Measured:
+    return measure_served(stand_in, *prompts_to_decode(stand_in.config, made.prompts))
+
+
+@dataclass
+class StopAfter(RecordingContext):
+    turns: int = 0
+
+    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
+        super().progress(done, total, unit, **figures)
+        self.stop = unit == "turns of servers" and done >= self.turns
+
+
+def test_every_arm_has_its_block_and_its_turns_and_none_is_repeated(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts
+) -> None:
+    inputs = {"target": tiny_drafter.target}
+    first = StopAfter(tmp_path / "out", tmp_path / "work", inputs, turns=4)
+    before = served(first, tiny_drafter)
+    with pytest.raises(StageInterrupted):
+        measure(before, tiny_drafter)
+    # the candidates of each arm, none larger than it was trained on; then three turns and one of the next round
+    assert [size for _, size in before.started[:4]] == [3, 8, 3, 5]
+    assert [arm for arm, _ in before.started[4:]] == ["plain", "wide", "narrow", "wide"]
+
+    ctx = RecordingContext(tmp_path / "out", tmp_path / "work", inputs)
+    after = served(ctx, tiny_drafter)
+    found = measure(after, tiny_drafter)
+    assert [arm for arm, _ in after.started] == ["narrow", "plain"]
+    assert {arm: list(speeds) for arm, speeds in found.candidates.items()} == {"wide": ["3", "8"], "narrow": ["3", "5"]}
+    sizes = {arm: int(max(speeds, key=speeds.__getitem__)) for arm, speeds in found.candidates.items()} | {"plain": 1}
+    assert {(turn["arm"], turn["block_size"]) for turn in found.turns} == set(sizes.items())
+    assert {(row["arm"], row["block_size"]) for row in found.rows} == set(sizes.items())
+    assert ctx.logs[0] == f"decoding with blocks of {sizes['wide']} (wide), {sizes['narrow']} (narrow)"
+
+    order = [(turn["round"], turn["order"], turn["arm"]) for turn in found.turns if turn["concurrency"] == 2]
+    assert order == [
+        (0, 0, "plain"), (0, 1, "wide"), (0, 2, "narrow"), (1, 0, "wide"), (1, 1, "narrow"), (1, 2, "plain"),
+    ]  # fmt: skip
+    for turn in found.turns:
+        own = [
+            row for row in found.rows
+            if all(row[name] == turn[name] for name in ("round", "arm", "concurrency"))
+        ]  # fmt: skip
+        assert (len(own), turn["prompts"]) == (2, 2)
+        assert turn["tokens"] == sum(row["tokens"] for row in own) and turn["wall_seconds"] > 0
+    assert found.exactness["identical_share"] == 1
+    assert found.parity is not None
+    for figures in found.parity.values():
+        assert (figures["answers"], figures["different_steps"], figures["tau_difference"]) == (6, 0, 0)
+    one, two = speed_by_setting(found.turns, found.rows, after.settings)
+    assert one["arms"]["wide"]["turns"] == two["arms"]["narrow"]["turns"] == 2
+
+
+def test_an_engine_that_needs_more_steps_than_replay_is_refused_without_a_trace(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts
+) -> None:
+    """A fifth below: less than the share of steps that may differ. After one round, not after all of them."""
+    ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target})
+    config = CONFIG.model_copy(update={"block_sizes": None, "concurrency": (1,), "parity_prompts": 20})
+    launch = config.engine.model_copy(update={"launch": config.engine.launch.model_copy(update={"dtype": "bfloat16"})})  # type: ignore[union-attr]
+    wasteful = served(ctx, tiny_drafter, config=config, engine=launch, wasteful=True)
+    with pytest.raises(DraftsmithError, match=r"evaluation: drafter wide: tau is .* lower by .* \(2% is allowed"):
+        measure(wasteful, tiny_drafter)
+    assert [arm for arm, _ in wasteful.started] == ["plain", "wide", "narrow"]

@@ -1,0 +1,63 @@
+"""The distribution: every folder of code is a package under our own name, and the rules of imports bite."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("artifacts", "flows", "stages")
+
+
+def packages() -> list[str]:
+    folders = [path.parent for room in ROOMS for path in (ROOT / room).rglob("__init__.py")]
+    return sorted("draftsmith." + ".".join(folder.relative_to(ROOT).parts) for folder in folders)
+
+
+def test_every_folder_is_a_package_of_the_distribution() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert sorted(project["tool"]["setuptools"]["packages"]) == packages()
+
+
+def test_nothing_but_our_own_name_is_installed() -> None:
+    """A user's own folder `stages`, or another distribution's module, is not ours."""
+    names = importlib.metadata.distribution("draftsmith").read_text("top_level.txt") or ""
+    assert names.split() == ["draftsmith"]
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "contract"),
+    [
+        ("flows/pipeline/graph.py", "import draftsmith.stages.sft", "The pipeline knows no stage"),
+        ("flows/checks/findings.py", "import draftsmith.flows.refresh.graph", "The rooms of flows import downwards"),
+        ("stages/targets/info.py", "import draftsmith.stages.replay.trace", "The chapters and rooms of stages"),
+        ("stages/rollout.py", "import draftsmith.stages.sft", "no chapter imports another"),
+        ("stages/replay/board.py", "import mlflow", "know neither Prefect nor MLflow"),
+        ("stages/targets/source.py", "import draftsmith.stages.targets.config", "No circle of imports"),
+    ],
+)
+def test_an_import_that_breaks_a_rule_is_refused(module: str, line: str, contract: str, tmp_path: Path) -> None:
+    """On a copy of the code in which one line is added."""
+    package = tmp_path / "draftsmith"
+    for room in ROOMS:
+        for path in (ROOT / room).rglob("*.py"):
+            copy = package / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    broken = package / module
+    broken.write_text(f"{broken.read_text()}\n\ndef _later() -> None:\n    {line}  # noqa\n")
+    (tmp_path / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
+    code = (
+        "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports_command; lint_imports_command()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--no-cache"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    broken_rules = [line for line in done.stdout.splitlines() if line.endswith(" BROKEN")]
+    assert any(contract in rule for rule in broken_rules), done.stdout
