@@ -172,5 +172,5 @@ def test_a_plain_loop_with_the_right_rule_passes_too(laws: Laws, bench: Bench) -
 @pytest.mark.parametrize("rule", [accepts_what_is_likely, draws_again_from_all, compares_with_the_drafter])
 def test_wrong_acceptance_rules_are_caught(rule: Rule, laws: Laws, bench: Bench) -> None:
     rng = np.random.default_rng(0)
-    answers = [loop(laws, rule, rng, bench.target.eos_ids) for _ in range(ANSWERS)]
+    answers = [loop(laws, rule, rng, bench.target.eos_ids) for _ in range(4 * ANSWERS)]
     assert min(p_values(laws, answers, bench.target.eos_ids)) < ALARM
