@@ -118,14 +118,14 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path, tiny_promp
 
 @pytest.fixture(scope="module")
 def story(home: Home) -> Iterator[dict[str, Any]]:
-    """A first refresh, an unchanged one, and one with another learning rate of OPD."""
+    """A first refresh, an unchanged one, and one whose evaluation is another."""
     told: dict[str, Any] = {"first": home.refresh()}
     assert told["first"].returncode == 0, told["first"].stderr
     told["artifacts"] = home.artifacts()
     begun = time.monotonic()
     told["second"] = home.refresh()
     told["second_s"] = time.monotonic() - begun
-    told["changed"] = home.refresh("--set", "opd.learning_rate=1.0e-4")
+    told["changed"] = home.refresh("--set", "evaluation.speed_prompts=2")
     yield told
 
 
@@ -162,11 +162,10 @@ def test_an_unchanged_refresh_reuses_everything_and_is_fast(story: dict[str, Any
     assert story["second"].stdout.splitlines()[-12:] == table
 
 
-def test_another_learning_rate_of_opd_reruns_opd_its_control_and_what_reads_them(story: dict[str, Any]) -> None:
-    """Control is continued SFT with OPD's learning rate: the comparison stays fair."""
+def test_another_evaluation_reruns_it_and_what_reads_it(story: dict[str, Any]) -> None:
     changed = story["changed"]
     assert changed.returncode == 0, changed.stderr
-    again = {"opd", "control", "evaluation", "report"}
+    again = {"evaluation", "report"}
     assert done(changed) == again
     assert reused(changed) == set(NODES) - again
 
@@ -179,7 +178,7 @@ def test_mlflow_holds_each_refresh_with_its_stages_nested(home: Home) -> None:
     assert len(refreshes) == 3
     parents = dict(home.query("select run_uuid, value from tags where key = 'mlflow.parentRunId'"))
     nested = sorted(name for run, name, _ in runs if parents.get(run) in refreshes)
-    assert nested == sorted([*NODES, "opd", "control", "evaluation", "report"])
+    assert nested == sorted([*NODES, "evaluation", "report"])
     by_name = {name: run for run, name, _ in runs}
     metrics = home.query("select run_uuid, key, step from metrics")
     for name, key, steps in (("sft", "loss", 60), ("opd", "loss", 12)):

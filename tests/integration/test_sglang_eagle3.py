@@ -6,7 +6,10 @@ drafter computes what the model here computes, on the target's text and on its o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ from draftsmith.stages.engines.sglang.protocol import KEY
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.trace import Trace, Trajectory, tau
 from draftsmith.stages.stored import DRAFTER_FOLDER
+from tests.integration.recorded import Reference, asked_for_nothing, body
 from tests.integration.test_sglang_serving import Served, assert_same_steps, trace_of
 from tests.sglang_cpu.fixtures import ServingTarget
 from tests.sglang_cpu.server import generate, running_server
@@ -53,29 +57,27 @@ class Traced:
 
 
 @pytest.fixture(scope="module")
-def traced(
-    sglang_env: Path,
-    serving_target: ServingTarget,
-    tiny_drafter: DrafterArtifacts,
-    tiny_eagle3: Path,
-    sglang_logs: Path,
-) -> Traced:
+def url(sglang_env: Path, serving_target: ServingTarget, tiny_eagle3: Path, sglang_logs: Path) -> Iterator[str]:
+    checkpoint, log = tiny_eagle3 / DRAFTER_FOLDER, sglang_logs / "eagle3.log"
+    block_size = json.loads((checkpoint / "config.json").read_text())["block_size"]
+    options = {
+        "speculative-num-steps": block_size - 1,
+        "speculative-eagle-topk": 1,
+        "speculative-num-draft-tokens": block_size,
+    }
+    with running_server(sglang_env, serving_target.model, checkpoint, "EAGLE3", options, log=log) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def traced(url: str, tiny_drafter: DrafterArtifacts, tiny_eagle3: Path) -> Traced:
     """Several requests in flight, so that the batches of the server change from step to step."""
     checkpoint = tiny_eagle3 / DRAFTER_FOLDER
     bench = build_bench(tiny_drafter)  # whose prompts' greedy answers hold no near-tie
-    drafter = load_drafter(checkpoint, bench.target)
-    chain = drafter.block_size - 1
-    options = {
-        "speculative-num-steps": chain,
-        "speculative-eagle-topk": 1,
-        "speculative-num-draft-tokens": chain + 1,
-    }
+    bench = bench.with_drafters({"trained": load_drafter(checkpoint, bench.target)})
     sampling = {"temperature": 0.0, "max_new_tokens": GREEDY_TOKENS, "custom_params": {KEY: True}}
-    log = sglang_logs / "trained-eagle3.log"
-    with running_server(sglang_env, serving_target.model, checkpoint, "EAGLE3", options, log=log) as url:
-        requests = [{"input_ids": p.token_ids, "sampling_params": sampling} for p in bench.prompts[:PROMPTS]]
-        served = Served(generate(url, requests, concurrency=6))
-    return Traced(served, replace(bench, drafters={"trained": drafter}), checkpoint)
+    requests = [{"input_ids": p.token_ids, "sampling_params": sampling} for p in bench.prompts[:PROMPTS]]
+    return Traced(Served(generate(url, requests, concurrency=6)), bench, checkpoint)
 
 
 def test_answers_are_the_plain_greedy_ones(traced: Traced) -> None:
@@ -88,7 +90,7 @@ def test_the_plugins_trace_equals_replay_of_the_same_checkpoint(chains: int | No
     assert traced.served.meta("spec_verify_ct") == [len(trace.anchors) for trace in replayed]
     for trajectory, elements, trace in zip(traced.trajectories, traced.served.meta(KEY), replayed, strict=True):
         assert_same_steps(trace_of(trajectory, elements), trace)
-    assert tau(replayed) > 3, "the drafter is a trained one"
+    assert tau(replayed) > 2.5, "the drafter is a trained one"
     kept = np.concatenate([trace.accepted for trace in replayed])
     assert set(kept.tolist()) == {0, 1, 2, 3, 4}, "nothing, parts and whole chains are kept"
 
@@ -107,3 +109,19 @@ def test_the_plugin_names_the_checkpoint(traced: Traced) -> None:
     digest = drafter_digest(traced.checkpoint)
     for elements in traced.served.meta(KEY):
         assert elements[0] == {"v": "1", "drafter": digest}
+
+
+def test_every_step_of_a_chain_is_right_where_some_requests_of_a_batch_ask_for_it(
+    url: str, traced: Traced, serving_target: ServingTarget
+) -> None:
+    reference, digest = Reference(serving_target.model), drafter_digest(traced.checkpoint)
+    requests = [body(prompt, trace=i % 4 != 0) for i, prompt in enumerate(reference.prompts)]
+    accepted: Counter[int] = Counter()
+    for number, (prompt, answer) in enumerate(
+        zip(reference.prompts, generate(url, requests, concurrency=8), strict=True)
+    ):
+        if number % 4 == 0:
+            assert asked_for_nothing(answer)
+        else:
+            accepted += reference.check(prompt, answer, digest)
+    assert {0, 4} <= accepted.keys()  # nothing and whole chains were kept

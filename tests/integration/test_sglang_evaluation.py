@@ -35,7 +35,7 @@ def config_of(python: Path, **changes: Any) -> EvaluationConfig:
         {
             "engine": {"kind": "sglang", "python": str(python), "launch": launch},
             "sampling": {"max_new_tokens": MAX_NEW}, "concurrency": [1, 4], "speed_prompts": PROMPTS,
-            "parity_prompts": 5, "rounds": 2, **changes,
+            "parity_prompts": 5, "rounds": 1, **changes,
         }
     )  # fmt: skip
 
@@ -55,7 +55,7 @@ def config(sglang_env: Path) -> EvaluationConfig:
 def evaluated(
     tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts, config: EvaluationConfig
 ) -> RecordingContext:
-    """Interrupted after plain decoding's turn in the first round, then run to its end."""
+    """Interrupted after plain decoding's turn, then run to its end."""
     folder = tmp_path_factory.mktemp("evaluation")
     with pytest.raises(StageInterrupted):
         STAGE.run(StoppingContext.under(folder, inputs(tiny_drafter), stop_after=1, unit="turns of servers"), config)
@@ -70,17 +70,16 @@ def figures(evaluated: RecordingContext) -> dict[str, Any]:
     return content
 
 
-def test_arms_take_turns_and_a_finished_turn_is_not_repeated(evaluated: RecordingContext) -> None:
-    turns = [line for line in evaluated.logs if line.startswith("round ")]
-    assert turns == ["round 1 of 2: sft", "round 2 of 2: sft", "round 2 of 2: plain"]
-    assert [p[:2] for p in evaluated.progressed if p[2] == "turns of servers"] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+def test_a_finished_turn_is_not_repeated(evaluated: RecordingContext) -> None:
+    assert [line for line in evaluated.logs if line.startswith("round ")] == ["round 1 of 1: sft"]
+    assert [p[:2] for p in evaluated.progressed if p[2] == "turns of servers"] == [(1, 2), (2, 2)]
 
 
 def test_every_output_is_the_targets_own(
     evaluated: RecordingContext, figures: dict[str, Any], tiny_drafter: DrafterArtifacts
 ) -> None:
     rows = read_table(evaluated.out / "requests.parquet", REQUESTS).to_pylist()
-    assert len(rows) == 2 * 2 * 2 * PROMPTS  # rounds, arms, concurrencies
+    assert len(rows) == 2 * 2 * PROMPTS  # arms, concurrencies
     answers = {
         row["prompt_id"]: row["response_ids"]
         for row in read_table(tiny_drafter.heldout / "trajectories.parquet", TRAJECTORIES).to_pylist()
@@ -91,7 +90,7 @@ def test_every_output_is_the_targets_own(
         assert 0 < row["first_token_seconds"] <= row["latency_seconds"]
         assert row["engine"].startswith("sglang ")
     assert figures["exactness"] == {
-        "serving_dtype": "float32", "identical_share": 1.0, "compared_outputs": 2 * 2 * PROMPTS,
+        "serving_dtype": "float32", "identical_share": 1.0, "compared_outputs": 2 * PROMPTS,
         "median_margin": None, "largest_margin": None,
     }  # fmt: skip
 
@@ -106,8 +105,9 @@ def test_the_speed_table_is_complete_at_every_setting(evaluated: RecordingContex
     rows = read_table(evaluated.out / "requests.parquet", REQUESTS).to_pylist()
     turns = read_table(evaluated.out / "turns.parquet", TURNS).to_pylist()
     assert [(turn["round"], turn["order"], turn["arm"]) for turn in turns if turn["concurrency"] == 4] == [
-        (0, 0, "plain"), (0, 1, "sft"), (1, 0, "sft"), (1, 1, "plain"),
-    ]  # fmt: skip
+        (0, 0, "plain"),
+        (0, 1, "sft"),
+    ]
     assert figures["engine"].startswith("sglang ")
     assert [(s["temperature"], s["concurrency"]) for s in figures["speed_by_setting"]] == [(0, 1), (0, 4)]
     for setting in figures["speed_by_setting"]:
@@ -121,7 +121,7 @@ def test_the_speed_table_is_complete_at_every_setting(evaluated: RecordingContex
             assert 0 < found["first_token_s_median"] <= found["first_token_s_p95"]
             assert found["request_tokens_per_s_median"] > 0
         speculative = setting["arms"]["sft"]
-        assert speculative["speedup_low"] <= speculative["speedup"] <= speculative["speedup_high"]
+        assert speculative["speedup"] > 0 and speculative["speedup_low"] is None  # of a single turn
         assert speculative["tau_served"] > 2 and speculative["identical_share"] == 1
         assert "draft_share" not in speculative
     # one at a time a turn is the latencies and the pauses between them; four at a time they overlap
@@ -170,16 +170,6 @@ def test_steps_of_another_drafter_are_refused(
         STAGE.run(ctx, config)
     assert "\n" not in str(caught.value)
     assert not any("SGLang" in line for line in ctx.logs)  # no server was needed to see it
-
-
-def test_sampling_on_a_cpu_is_refused(
-    tmp_path: Path, evaluated: RecordingContext, tiny_drafter: DrafterArtifacts, sglang_env: Path
-) -> None:
-    """A drafter on SGLang's CPU path verifies greedily."""
-    shutil.copytree(evaluated.work / "round-0" / "plain", tmp_path / "work" / "round-0" / "plain")
-    config = config_of(sglang_env, sampling={"max_new_tokens": MAX_NEW, "temperature": 1.0})
-    with pytest.raises(DraftsmithError, match="SGLang on a CPU verifies greedily"):
-        STAGE.run(RecordingContext.under(tmp_path, inputs(tiny_drafter)), config)
 
 
 def test_the_traced_answers_hold_their_steps(evaluated: RecordingContext) -> None:

@@ -47,7 +47,7 @@ def test_plain_answers_are_the_embedded_engines(tmp_path: Path, tiny_drafter: Dr
     theirs = roll_out(tmp_path / "sglang", tiny_drafter, served(plain_url), drafter=False)
     answers = rows(theirs, "trajectories", TRAJECTORIES, "engine")
     assert answers == rows(ours, "trajectories", TRAJECTORIES, "engine")
-    assert {answer["finish_reason"] for answer in answers} == {"stop", "length"} or len(answers) == 30
+    assert len(answers) == 30
     assert {row["engine"].split()[0] for row in rows(theirs, "trajectories", TRAJECTORIES)} == {"sglang"}
     assert {row["verify_steps"] for row in rows(theirs, "timings", TIMINGS)} == {0}
     assert not (theirs.out / "trace.parquet").exists()

@@ -133,7 +133,7 @@ def test_speculative_answers_equal_plain_ones(plain: Served, traced: Served, dfl
 
 def test_the_servers_own_counts_are_those_of_replay(traced: Served, replayed: list[Trace]) -> None:
     assert traced.meta("spec_verify_ct") == [len(trace.anchors) for trace in replayed]
-    assert tau(replayed) > 4, "the drafter is a trained one"
+    assert tau(replayed) > 3, "the drafter is a trained one"
     assert {0, 7} <= set(np.concatenate([trace.accepted for trace in replayed])), "nothing and whole blocks are kept"
 
 

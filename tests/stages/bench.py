@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -68,6 +68,15 @@ class Bench:
     def clear(self, trajectories: Sequence[Trajectory], drafter: Drafter, **drafting: int | None) -> list[Trajectory]:
         """Those behind none of whose tokens the drafter's proposals hang on a near-tie."""
         return [t for t in trajectories if ties.draft_margin(self.target, drafter, t, **drafting) > ties.DRAFT_TIE]
+
+    def clearly_drawn(self, requests: Sequence[Request], answers: Mapping[str, Completion]) -> list[Request]:
+        """Those whose sampled answers hang on no number that was drawn close to another token's."""
+        return [
+            request
+            for request in requests
+            if ties.draw_margin(self.target, trajectory_of(answers[request.request_id]), request.sampling, request.seed)
+            > ties.DRAW_TIE
+        ]
 
     def with_drafters(self, drafters: dict[str, Drafter]) -> Bench:
         """The same with other drafters, and only with prompts whose greedy answers hold no near-tie of theirs."""

@@ -26,7 +26,7 @@ from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.on_policy.config import OpdConfig
 from tests.stages.bench import Bench
 from tests.testbed.context import RecordingContext, StoppingContext
-from tests.testbed.drafter import DrafterArtifacts
+from tests.testbed.drafter import DrafterArtifacts, keep_prompts
 
 TRAINING = {"sequences_per_step": 4, "anchors_per_sequence": 6, "compute_dtype": "float32", "learning_rate": 1e-3}
 
@@ -41,10 +41,14 @@ class Mined:
 
 
 @pytest.fixture(scope="module")
-def mined(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts, tiny_eagle3: Path) -> Mined:
+def mined(
+    tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts, tiny_eagle3: Path, eagle_bench: Bench
+) -> Mined:
     folder = tmp_path_factory.mktemp("eagle3")
+    clear = {prompt.prompt_id for prompt in eagle_bench.prompts}  # the drafter's own near-ties are left out
+    prompts = keep_prompts(tiny_drafter.prompts, folder / "prompts", clear)
     inputs = {"target": tiny_drafter.target, "drafter": tiny_eagle3}
-    rollout = RecordingContext.under(folder / "rollout", {**inputs, "prompts": tiny_drafter.prompts})
+    rollout = RecordingContext.under(folder / "rollout", {**inputs, "prompts": prompts})
     config = {"splits": ["heldout"], "prompts": 16, "sampling": {"max_new_tokens": 60}, "engine": {"slots": 16}}
     ROLLOUT.run(rollout, RolloutConfig.model_validate(config))
     inputs["trajectories"] = rollout.out

@@ -38,7 +38,7 @@ def opd(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts
         tmp_path_factory.mktemp("opd"),
         {"target": tiny_drafter.target, "trajectories": tiny_drafter.rollout, "drafter": tiny_drafter.drafter},
     )
-    SFT.run(ctx, SftConfig(steps=3, learning_rate=1e-3, compute_dtype="float32"))
+    SFT.run(ctx, SftConfig(steps=6, learning_rate=3e-3, compute_dtype="float32"))
     return ctx.out
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
-from draftsmith.artifacts.parquet import read_table
+from draftsmith.artifacts.parquet import read_table, write_table
 from draftsmith.artifacts.schemas import PROMPTS, TRAJECTORIES, VERIFY_STEPS
 from draftsmith.stages.logs import STAGE, LogsConfig
 from draftsmith.stages.mining import STAGE as MINING
@@ -55,13 +55,13 @@ def counts(ctx: RecordingContext) -> Row:
 
 @pytest.fixture(scope="module")
 def answers(tiny_drafter: DrafterArtifacts) -> list[Row]:
-    """Greedy answers of the tiny target, with the messages that they answer."""
+    """Greedy answers of the tiny target, of six tokens at least, with the messages that they answer."""
     messages = {
         row["prompt_id"]: row["messages"]
         for row in read_table(tiny_drafter.prompts / "prompts.parquet", PROMPTS).to_pylist()
     }
     rows = read_table(tiny_drafter.rollout / "trajectories.parquet", TRAJECTORIES).to_pylist()
-    return [row | {"messages": messages[row["prompt_id"]]} for row in rows[:60]]
+    return [row | {"messages": messages[row["prompt_id"]]} for row in rows if len(row["response_ids"]) > 5][:60]
 
 
 @pytest.fixture(scope="module")
@@ -131,11 +131,15 @@ def test_token_ids_are_taken_as_they_are_and_mined_like_the_rollout(
         MINING.run(mining, MiningConfig())
         return read_table(mining.out / "verify_steps.parquet", VERIFY_STEPS).to_pylist()
 
-    from_logs, from_rollout = mined(ctx.out, "a"), mined(tiny_drafter.rollout, "b")
+    rolled_out = tmp_path / "rollout"
+    rolled_out.mkdir()
+    rows = [{name: value for name, value in row.items() if name != "messages"} for row in answers[:12]]
+    write_table(rolled_out / "trajectories.parquet", TRAJECTORIES, rows)
+    from_logs, from_rollout = mined(ctx.out, "a"), mined(rolled_out, "b")
     same_steps = ("step", "anchor", "accepted", "proposed_ids", "committed_id")
     assert len(from_logs) > 50
     assert [[row[name] for name in same_steps] for row in from_logs] == [
-        [row[name] for name in same_steps] for row in from_rollout[: len(from_logs)]
+        [row[name] for name in same_steps] for row in from_rollout
     ]
 
 
@@ -197,7 +201,7 @@ def test_a_cut_that_tokenises_differently_is_set_aside(
     reader = Reader(bare, vocab_size=len(bare), eos_ids=[bare.eos_token_id], max_tokens=500, template_kwargs={})
     token = next(  # a token of letters that the tokenizer makes out of two parts
         text
-        for text in (tokenizer.decode([i]) for i in answers[0]["response_ids"])
+        for text in (tokenizer.decode([i]) for row in answers for i in row["response_ids"])
         if text.isalpha() and len(text) > 3 and len(tokenizer(text, add_special_tokens=False)["input_ids"]) == 1
     )
 

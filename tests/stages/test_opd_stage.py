@@ -13,6 +13,8 @@ import torch
 from pydantic import ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.artifacts.parquet import read_table
+from draftsmith.artifacts.schemas import VERIFY_STEPS
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter, read_info
 from draftsmith.stages.drafters.digest import drafter_digest
@@ -41,19 +43,32 @@ class Answers:
     steps: Path
 
 
-@pytest.fixture(scope="module", params=[0.0, 1.0], ids=["greedy", "sampled"])
-def answers(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts
-) -> Answers:
-    folder = tmp_path_factory.mktemp("answers")
-    inputs = {"target": tiny_drafter.target, "drafter": tiny_drafter.drafter}
-    rollout = RecordingContext.under(folder / "rollout", {**inputs, "prompts": tiny_drafter.prompts})
-    sampling = {"max_new_tokens": 60, "temperature": request.param}
+def answered(folder: Path, made: DrafterArtifacts, temperature: float) -> Answers:
+    inputs = {"target": made.target, "drafter": made.drafter}
+    rollout = RecordingContext.under(folder / "rollout", {**inputs, "prompts": made.prompts})
+    sampling = {"max_new_tokens": 60, "temperature": temperature}
     config = {"splits": ["heldout"], "prompts": 16, "sampling": sampling, "engine": {"slots": 16}}
     ROLLOUT.run(rollout, RolloutConfig.model_validate(config))
     mining = RecordingContext.under(folder / "mining", {**inputs, "trajectories": rollout.out})
     MINING.run(mining, MiningConfig())
     return Answers(rollout.out, mining.out)
+
+
+@pytest.fixture(scope="module")
+def greedy(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts) -> Answers:
+    return answered(tmp_path_factory.mktemp("greedy"), tiny_drafter, 0.0)
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory: pytest.TempPathFactory, tiny_drafter: DrafterArtifacts) -> Answers:
+    return answered(tmp_path_factory.mktemp("sampled"), tiny_drafter, 1.0)
+
+
+@pytest.fixture(params=["greedy", "sampled"])
+def answers(request: pytest.FixtureRequest) -> Answers:
+    """Both, where the loss or the trace hangs on how the text was drawn."""
+    found: Answers = request.getfixturevalue(request.param)
+    return found
 
 
 def train(
@@ -99,7 +114,9 @@ def test_matched_opd_raises_the_likelihood_of_what_was_committed(
         assert np.mean(losses[-8:]) < np.mean(losses[:8])
     assert ctx.summaries["mined_steps"] > 0
     assert ctx.summaries["blocks"] == 40 * 4 * 6
-    assert ctx.summaries["passes"] == 40 * 4 / 16
+    steps = read_table(answers.steps / "verify_steps.parquet", VERIFY_STEPS).to_pylist()
+    trained = {row["trajectory_id"] for row in steps if row["rejected_offset"] or anchors != "errors"}
+    assert ctx.summaries["passes"] == 40 * 4 / len(trained)
 
 
 def test_the_papers_pair_trains_both_streams(
@@ -116,10 +133,10 @@ def test_the_papers_pair_trains_both_streams(
 
 
 def test_mining_again_shows_how_stale_the_trace_has_become(
-    answers: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path
+    greedy: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
     """16 trajectories, 4 a step: from step 8 on, every second epoch is mined again."""
-    ctx = train(tmp_path, tiny_drafter, answers, remine_every=8, learning_rate=3e-3, anchors="visited")
+    ctx = train(tmp_path, tiny_drafter, greedy, remine_every=8, learning_rate=3e-3, anchors="visited")
     curve = {step: values["trace_changed_share"] for step, values in ctx.measured if "trace_changed_share" in values}
     counts = {step: values["remined_trajectories"] for step, values in ctx.measured if "trace_changed_share" in values}
     assert min(curve) == 8
@@ -127,15 +144,15 @@ def test_mining_again_shows_how_stale_the_trace_has_become(
     assert all(0 <= share <= 1 for share in curve.values())
     assert np.mean(list(curve.values())) > 0.05  # weights that move that fast leave the mined trace
     assert ctx.summaries["mining_s"] > 0
-    never = train(tmp_path / "never", tiny_drafter, answers, steps=12, remine_every=0, anchors="visited")
+    never = train(tmp_path / "never", tiny_drafter, greedy, steps=12, remine_every=0, anchors="visited")
     assert not any("trace_changed_share" in values for _, values in never.measured)
     assert all(0 <= values["steps_changed_share"] <= 1 for _, values in never.measured)
 
 
 def test_a_training_that_does_not_move_mines_the_same_trace(
-    answers: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path
+    greedy: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
-    ctx = train(tmp_path, tiny_drafter, answers, remine_every=1, learning_rate=1e-12, steps=4, anchors="visited")
+    ctx = train(tmp_path, tiny_drafter, greedy, remine_every=1, learning_rate=1e-12, steps=4, anchors="visited")
     shares = [values["trace_changed_share"] for step, values in ctx.measured if step]
     assert shares == [0.0] * 3
 
@@ -143,9 +160,9 @@ def test_a_training_that_does_not_move_mines_the_same_trace(
 @pytest.mark.parametrize("anchors", ["errors", "visited", "successors", "random"])
 @pytest.mark.parametrize("loss", ["paper", {"response": {"loss": "lk", "positions": {"kind": "d_pace"}}}], ids=str)
 def test_every_kind_of_anchor_trains_with_every_kind_of_loss_and_the_same_number_of_blocks(
-    anchors: str, loss: Any, answers: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path
+    anchors: str, loss: Any, sampled: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
-    ctx = train(tmp_path, tiny_drafter, answers, anchors=anchors, loss=loss, steps=3, head_tokens=200)
+    ctx = train(tmp_path, tiny_drafter, sampled, anchors=anchors, loss=loss, steps=3, head_tokens=200)
     assert all(np.isfinite(values["loss"]) for _, values in ctx.measured)
     assert ctx.summaries["blocks"] == 3 * 4 * 6
 
@@ -190,15 +207,15 @@ def test_auto_follows_how_the_trajectories_were_drawn(
     assert losses["sampled"] != losses["greedy"]
 
 
-def test_a_reduced_training_head_trains_too(answers: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path) -> None:
-    ctx = train(tmp_path, tiny_drafter, answers, head_tokens=100, head_negatives=30, loss="paper", steps=5)
+def test_a_reduced_training_head_trains_too(greedy: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path) -> None:
+    ctx = train(tmp_path, tiny_drafter, greedy, head_tokens=100, head_negatives=30, loss="paper", steps=5)
     assert all(np.isfinite(values["loss"]) for _, values in ctx.measured)
 
 
 def test_the_checkpoint_says_where_it_comes_from(
-    answers: Answers, bench: Bench, tiny_drafter: DrafterArtifacts, tmp_path: Path
+    greedy: Answers, bench: Bench, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
-    ctx = train(tmp_path, tiny_drafter, answers, steps=2)
+    ctx = train(tmp_path, tiny_drafter, greedy, steps=2)
     info = read_info(ctx.out / DRAFTER_FOLDER)
     assert info.parents == (drafter_digest(tiny_drafter.drafter / DRAFTER_FOLDER),)
     assert info.target_digest == bench.target.info.digest
@@ -219,15 +236,15 @@ def test_the_checkpoint_says_where_it_comes_from(
     ids=str,
 )
 def test_an_interrupted_run_goes_on_bit_for_bit(
-    fields: dict[str, Any], answers: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path
+    fields: dict[str, Any], sampled: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
     """What was mined again hangs on weights of earlier steps."""
     fields = {"steps": 8, "learning_rate": 3e-3} | fields
-    whole = train(tmp_path / "whole", tiny_drafter, answers, **fields)
+    whole = train(tmp_path / "whole", tiny_drafter, sampled, **fields)
     for stop_after in (3, 6):
         with pytest.raises(StageInterrupted):
-            train(tmp_path / "cut", tiny_drafter, answers, stop_after, **fields)
-    last = train(tmp_path / "cut", tiny_drafter, answers, **fields)
+            train(tmp_path / "cut", tiny_drafter, sampled, stop_after, **fields)
+    last = train(tmp_path / "cut", tiny_drafter, sampled, **fields)
     assert last.measured[0][0] == 6
     name = f"{DRAFTER_FOLDER}/model.safetensors"
     assert (last.out / name).read_bytes() == (whole.out / name).read_bytes()
@@ -235,18 +252,18 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
 
 
 def test_a_trajectory_that_was_not_mined_is_one_clear_error(
-    answers: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path
+    greedy: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
-    other = Answers(tiny_drafter.rollout, answers.steps)
+    other = Answers(tiny_drafter.rollout, greedy.steps)
     with pytest.raises(DraftsmithError, match="was not mined; rerun stage 'mining'"):
         train(tmp_path, tiny_drafter, other)
 
 
-def test_a_damaged_table_is_one_clear_error(answers: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path) -> None:
+def test_a_damaged_table_is_one_clear_error(greedy: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged"
     damaged.mkdir()
-    content = (answers.steps / "verify_steps.parquet").read_bytes()
+    content = (greedy.steps / "verify_steps.parquet").read_bytes()
     (damaged / "verify_steps.parquet").write_bytes(content[: len(content) // 2])
     with pytest.raises(DraftsmithError, match=r"verify_steps\.parquet: not a whole Parquet file") as caught:
-        train(tmp_path, tiny_drafter, Answers(answers.trajectories, damaged))
+        train(tmp_path, tiny_drafter, Answers(greedy.trajectories, damaged))
     assert "\n" not in str(caught.value)

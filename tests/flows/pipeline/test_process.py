@@ -90,7 +90,7 @@ def test_a_stage_that_does_not_stop_is_killed_after_the_grace_period(tmp_path: P
     started = time.monotonic()
     with pytest.raises(DraftsmithError, match="limit"):
         run(tmp_path, MISBEHAVE, {"way": "ignore-sigterm"}, limit_s=1, grace_s=1)
-    assert 2 <= time.monotonic() - started < 10
+    assert 2 <= time.monotonic() - started < 60
 
 
 def test_an_error_of_the_follower_ends_the_stage(tmp_path: Path) -> None:

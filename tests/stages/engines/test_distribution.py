@@ -22,6 +22,7 @@ from tests.stages.bench import Bench
 Prefix = tuple[int, ...]  # of the response
 
 ANSWERS, LENGTH = 600, 10
+ALARM = 1e-6  # p-value; the target is trained where the tests run, so every processor draws other answers
 
 
 class Laws:
@@ -159,17 +160,17 @@ def test_the_engine_follows_the_target(drafter: str | None, laws: Laws, bench: B
         assert {0, 1, 2} <= {step.accepted for completion in answers.values() for step in completion.steps}
     values = p_values(laws, [tuple(a.response_ids) for a in answers.values()], bench.target.eos_ids)
     assert sum(value < 1 for value in values) >= 5, "too few positions are open"
-    assert min(values) > 1e-3 / LENGTH
+    assert min(values) > ALARM
 
 
 def test_a_plain_loop_with_the_right_rule_passes_too(laws: Laws, bench: Bench) -> None:
     rng = np.random.default_rng(0)
     answers = [loop(laws, right, rng, bench.target.eos_ids) for _ in range(ANSWERS)]
-    assert min(p_values(laws, answers, bench.target.eos_ids)) > 1e-3 / LENGTH
+    assert min(p_values(laws, answers, bench.target.eos_ids)) > ALARM
 
 
 @pytest.mark.parametrize("rule", [accepts_what_is_likely, draws_again_from_all, compares_with_the_drafter])
 def test_wrong_acceptance_rules_are_caught(rule: Rule, laws: Laws, bench: Bench) -> None:
     rng = np.random.default_rng(0)
-    answers = [loop(laws, rule, rng, bench.target.eos_ids) for _ in range(ANSWERS)]
-    assert min(p_values(laws, answers, bench.target.eos_ids)) < 1e-9
+    answers = [loop(laws, rule, rng, bench.target.eos_ids) for _ in range(4 * ANSWERS)]
+    assert min(p_values(laws, answers, bench.target.eos_ids)) < ALARM

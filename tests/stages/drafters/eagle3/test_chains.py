@@ -13,6 +13,7 @@ from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.replay.trace import pad_tokens
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.targets.causal_lm import Target
+from tests.testbed import ties
 from tests.testbed.drafter import DrafterArtifacts
 
 PACKING_TOLERANCE = 2e-5  # the same sums in another order
@@ -24,7 +25,10 @@ class Trained:
     def __init__(self, made: DrafterArtifacts, artifact: Path):
         self.target = Target.load(made.target, device="cpu")
         self.drafter: Drafter = load_drafter(artifact / DRAFTER_FOLDER, self.target)
-        self.trajectories = load_trajectories(made.heldout).trajectories[:3]
+        answered = [t for t in load_trajectories(made.heldout).trajectories if t.response_length >= 40]
+        self.trajectories = [t for t in answered if ties.draft_margin(self.target, self.drafter, t) > ties.DRAFT_TIE][
+            :3
+        ]
         self.block = self.drafter.block_size
         self.head = self.drafter.drafting_head(self.target.head_weight, None)
         self.tokens = pad_tokens(self.trajectories, self.target.device)
@@ -105,7 +109,7 @@ def test_drafting_from_slots_equals_the_whole_context_after_rejections(trained: 
 
 
 def test_a_moved_row_drafts_the_same(trained: Trained) -> None:
-    slots = trained.drafter.new_context(4, 64)
+    slots = trained.drafter.new_context(4, trained.tokens.shape[1])
     anchor = trained.trajectories[2].first_anchor
     with torch.no_grad():
         for row in range(3):  # by index, not by slice
