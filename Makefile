@@ -9,7 +9,7 @@ SGLANG_VERSION ?= 0.5.20
 SGLANG_CPU := .venv-sglang-cpu
 SGLANG_GPU := .venv-sglang
 
-.PHONY: install quickstart test test-core test-sglang sglang-cpu sglang-gpu lint bench clean
+.PHONY: install quickstart season test test-core test-sglang sglang-cpu sglang-gpu lint bench clean
 
 install: $(INSTALLED)
 
@@ -22,6 +22,10 @@ $(INSTALLED): pyproject.toml
 
 quickstart: $(INSTALLED)
 	$(BIN)/draftsmith refresh configs/quickstart.yaml
+
+# five weeks of a drafter line on a small target, in minutes
+season: $(INSTALLED)
+	$(BIN)/python -m tests.season.season
 
 # two workers with one thread each: torch processes that share cores slow each other down; one of them runs all tests
 # that share SGLang's servers (3 GB and half a minute of a core each to start), see tests/conftest.py
