@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -27,6 +27,9 @@ from draftsmith.stages.rollout import RolloutConfig
 from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.on_policy.config import OpdConfig
+
+# held-out prompts of a refresh from logs alone: enough for an interval of a few percent
+_OF_LOGS = {"train": 0, "validation": 16, "heldout": 128, "max_prompt_tokens": 2048, "too_long": "skip"}
 
 
 class RefreshOptions(Config):
@@ -51,14 +54,14 @@ class RefreshConfig(RunOptions):
     Only held-out prompts are answered by the target here."""
     rollout: RolloutConfig | None = None
     """The target's answers that SFT is trained on."""
-    sft: SftConfig
+    sft: SftConfig = SftConfig()
     assisted: RolloutConfig | None = None
     """Rollout with the SFT drafter in the loop: the trajectories that are mined and that OPD is trained on."""
-    mining: MiningConfig
-    opd: OpdConfig
-    heldout: RolloutConfig
+    mining: MiningConfig = MiningConfig()
+    opd: OpdConfig = OpdConfig()
+    heldout: RolloutConfig = RolloutConfig(splits=("validation", "heldout"))
     """The target's answers to held-out prompts, which drafters are compared on."""
-    evaluation: EvaluationConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
     report: ReportConfig = ReportConfig()
     registry: RegistryConfig | None = None
     """The line of drafters that this refresh goes on with: from its champion, to its next one. Without it a refresh
@@ -66,6 +69,22 @@ class RefreshConfig(RunOptions):
     drift: DriftConfig = DriftConfig()
     gate: GateConfig = GateConfig()
     on_promote: HookConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_logs_alone(cls, data: Any) -> Any:
+        """What is left out beside logs: held-out prompts are rows of the logs, sampled as the answers were."""
+        if not isinstance(data, dict) or not isinstance(data.get("logs"), dict):
+            return data
+        logs, made = data["logs"], dict(data)
+        paths = logs.get("paths")
+        if "prompts" not in data and paths:
+            sources = [{"kind": "jsonl", "path": path} for path in ([paths] if isinstance(paths, str) else paths)]
+            made["prompts"] = {"sources": sources, **_OF_LOGS}
+        sampled = {"temperature": logs.get("temperature", 0), "top_p": logs.get("top_p", 1)}
+        made.setdefault("heldout", {"splits": ["validation", "heldout"], "sampling": sampled})
+        made.setdefault("evaluation", {"sampling": sampled})
+        return made
 
     @model_validator(mode="after")
     def _answers_come_from_somewhere(self) -> RefreshConfig:

@@ -198,3 +198,24 @@ def test_iterations_without_enough_prompts_are_refused() -> None:
         load_config(QUICKSTART, ["refresh.iterations=5"])
     with pytest.raises(DraftsmithError, match=r"assisted\.prompts: say how many"):
         load_config(QUICKSTART, ["refresh.iterations=2", "assisted.prompts=null"])
+
+
+def test_logs_alone_make_a_refresh(tmp_path: Path) -> None:
+    """What logs make needless is left out: held-out prompts are theirs, sampled as the answers were."""
+    log = tmp_path / "answers.jsonl"
+    log.write_text("{}\n")
+    path = tmp_path / "weekly.yaml"
+    path.write_text(
+        f"name: weekly\nregistry: {{name: my-line}}\ntarget: {{source: {tmp_path}}}\n"
+        f"logs: {{paths: {log}, temperature: 0.7}}\n"
+    )
+    config = load_config(path)
+    (source,) = config.prompts.sources
+    assert source.model_dump()["path"] == str(log)
+    assert config.prompts.wanted("train") == 0 and config.prompts.wanted("heldout") > 0
+    assert config.heldout.sampling.temperature == config.evaluation.sampling.temperature == 0.7
+    assert [node.name for node in in_order(refresh_nodes(config))] == [
+        *("target", "prompts", "heldout", "logs", "sft", "mining", "opd", "control", "evaluation", "gate", "report"),
+    ]
+    path.write_text(path.read_text() + "evaluation: {rounds: 7}\n")
+    assert load_config(path).evaluation.rounds == 7
