@@ -82,8 +82,11 @@ class RefreshConfig(RunOptions):
             sources = [{"kind": "jsonl", "path": path} for path in ([paths] if isinstance(paths, str) else paths)]
             made["prompts"] = {"sources": sources, **_OF_LOGS}
         sampled = {"temperature": logs.get("temperature", 0), "top_p": logs.get("top_p", 1)}
-        made.setdefault("heldout", {"splits": ["validation", "heldout"], "sampling": sampled})
-        made.setdefault("evaluation", {"sampling": sampled})
+        left_out: dict[str, Any] = {"heldout": {"splits": ["validation", "heldout"]}, "evaluation": {}}
+        for section, fields in left_out.items():
+            given = data.get(section, {})
+            if isinstance(given, dict):
+                made[section] = {**fields, "sampling": sampled, **given}
         return made
 
     @model_validator(mode="after")

@@ -218,4 +218,5 @@ def test_logs_alone_make_a_refresh(tmp_path: Path) -> None:
         *("target", "prompts", "heldout", "logs", "sft", "mining", "opd", "control", "evaluation", "gate", "report"),
     ]
     path.write_text(path.read_text() + "evaluation: {rounds: 7}\n")
-    assert load_config(path).evaluation.rounds == 7
+    evaluation = load_config(path).evaluation
+    assert (evaluation.rounds, evaluation.sampling.temperature) == (7, 0.7)
