@@ -183,9 +183,9 @@ def test_text_that_the_tokenizer_changes_is_set_aside(tiny_drafter: DrafterArtif
     composing.backend_tokenizer.normalizer = NFC()
     reader = Reader(composing, vocab_size=len(composing), eos_ids=[2], max_tokens=500, template_kwargs={})
     messages = answers[0]["messages"]
-    assert reader.read(LoggedRow(Path("log"), 1, {"messages": messages, "completion": "caf\u00e9"})).response_ids
+    assert reader.read(LoggedRow("log", 1, {"messages": messages, "completion": "caf\u00e9"})).response_ids
     with pytest.raises(SetAside, match="does not survive"):
-        reader.read(LoggedRow(Path("log"), 1, {"messages": messages, "completion": "cafe\u0301"}))
+        reader.read(LoggedRow("log", 1, {"messages": messages, "completion": "cafe\u0301"}))
 
 
 def test_a_cut_that_tokenises_differently_is_set_aside(
@@ -203,7 +203,7 @@ def test_a_cut_that_tokenises_differently_is_set_aside(
 
     def read(prompt: str, completion: str) -> list[int]:
         row = {"messages": [{"role": "user", "content": prompt}], "completion": completion}
-        return reader.read(LoggedRow(Path("log"), 1, row)).response_ids
+        return reader.read(LoggedRow("log", 1, row)).response_ids
 
     rest = " " + tokenizer.decode(answers[0]["response_ids"][:12], skip_special_tokens=True).strip()
     assert len(read(token, rest)) > 2
