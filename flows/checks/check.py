@@ -47,6 +47,8 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
     with tempfile.TemporaryDirectory(prefix="draftsmith-check-") as scratch:
         if resolve_metadata(found, nodes, Path(scratch)):
             _with_target(found, nodes, nodes, Path(scratch), home, whole=False)
+        else:
+            check_logs(found, nodes, None)
     return found
 
 

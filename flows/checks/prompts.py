@@ -13,7 +13,7 @@ from draftsmith.stages.measure.config import EvaluationConfig, prompts_to_decode
 from draftsmith.stages.prompting.aside import Aside
 from draftsmith.stages.prompting.files import is_remote, matched, read_rows
 from draftsmith.stages.prompting.held_out import HeldOut, identity, place
-from draftsmith.stages.prompting.intake import Intake
+from draftsmith.stages.prompting.intake import Intake, ShapeSieve
 from draftsmith.stages.prompting.logs_config import LogsConfig
 from draftsmith.stages.prompting.sources import (
     SPLITS,
@@ -200,10 +200,11 @@ def _enough(found: Findings, name: str, label: str, rows: int, wanted: int, *, f
     found.ok(name, f"{label}: {rows} rows{behind} for {wanted} prompts")
 
 
-def check_logs(found: Findings, nodes: Sequence[Node], target: Path) -> None:
+def check_logs(found: Findings, nodes: Sequence[Node], target: Path | None) -> None:
     """Logs hold answers that can be used: says how many of the first rows are, and why others are not.
 
-    target: an artifact of the target, of which only the tokenizer and other small files are read.
+    target: an artifact of the target, of which only the tokenizer and other small files are read; None if there is
+    none here: rows are then judged by shape, temperature and time.
     """
     for node in nodes:
         if isinstance(node.config, LogsConfig):
@@ -211,23 +212,27 @@ def check_logs(found: Findings, nodes: Sequence[Node], target: Path) -> None:
                 _check_log(found, node.name, node.config, target)
 
 
-def _check_log(found: Findings, name: str, config: LogsConfig, target: Path) -> None:
+def _check_log(found: Findings, name: str, config: LogsConfig, target: Path | None) -> None:
     aside = Aside(f"{name}.max_bad_share", config.max_bad_share)
-    intake = Intake(config, target, HeldOut(), aside)  # the prompts of this run may not be made yet
+    sieve: Intake | ShapeSieve = ShapeSieve(config, aside)
+    if target is not None:
+        sieve = Intake(config, target, HeldOut(), aside)  # the prompts of this run may not be made yet
     used, whole, end = 0, True, time.monotonic() + _LOG_SECONDS
     for row in read_rows(matched(config.paths, f"{name}.paths")):
         if aside.rows >= _LOG_ROWS or time.monotonic() > end:
             whole = False
             break
-        used += intake.take(row) is not None
+        used += sieve.take(row) is not None
     read = "all" if whole else "the first"
-    others = [f"{intake.outside_window} outside the window"] if intake.outside_window else []
+    others = [f"{sieve.outside_window} outside the window"] if sieve.outside_window else []
     said = ", ".join([part for part in (aside.said(), *others) if part])
     line = f"{used} of {read} {aside.rows} rows can be used{f'; not used: {said}' if said else ''}"
+    if target is None:
+        line += " (seen without the target's tokenizer)"
     aside.check()
     if not used and whole:
         raise DraftsmithError(f"{', '.join(config.paths)}: {line}: give other files or correct section {name}")
-    if not used or sum(aside.reasons.values()) > _MUCH_SET_ASIDE * (aside.rows - intake.outside_window):
+    if not used or sum(aside.reasons.values()) > _MUCH_SET_ASIDE * (aside.rows - sieve.outside_window):
         found.warn(name, f"{line}: see whether these are this target's answers, and the settings their own")
     else:
         found.ok(name, line)

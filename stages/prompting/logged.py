@@ -61,6 +61,27 @@ class SetAside(Exception):
     """This row cannot be used; the message is the reason, as it is counted."""
 
 
+def logged_ids(row: LoggedRow) -> tuple[list[int], list[int]] | None:
+    """Prompt and answer of a row of token ids, None for one of text. Raises DraftsmithError for another shape."""
+    if not any(row.fields.get(name) is not None for name in _TOKEN_FIELDS):
+        return None
+    prompt, response = (_ids(row, name) for name in _TOKEN_FIELDS)
+    return prompt, response
+
+
+def logged_text(row: LoggedRow) -> tuple[list[Message], str]:
+    """Prompt and answer of a row of text. Raises DraftsmithError for another shape."""
+    completion = row.fields.get("completion")
+    if not isinstance(completion, str) or row.fields.get("messages") is None:
+        known = ", ".join(sorted(row.fields)) or "nothing"
+        raise DraftsmithError(f"{row.where}: none of the shapes {SHAPES}; it has {known}: correct the row")
+    messages = row_messages(row.fields, "messages", row.where)
+    given = row.fields["messages"]
+    if isinstance(given, list) and len(messages) != len(given):  # the prompt reader drops answers at the end
+        raise DraftsmithError(f"{row.where}: messages end with an answer: it belongs into 'completion' alone")
+    return messages, completion
+
+
 class Reader:
     """Rows → token ids, with the target's tokenizer and chat template."""
 
@@ -82,10 +103,8 @@ class Reader:
 
     def read(self, row: LoggedRow) -> Answer:
         """Raises SetAside for a row that cannot be used, DraftsmithError for one that is malformed."""
-        if any(row.fields.get(name) is not None for name in _TOKEN_FIELDS):
-            answer = self._from_ids(row)
-        else:
-            answer = self._from_text(row)
+        ids = logged_ids(row)
+        answer = self._from_text(row) if ids is None else self._from_ids(*ids)
         if len(answer.response_ids) < 2:
             raise SetAside("answer shorter than two tokens")
         if self.eos_ids.intersection(answer.response_ids[:-1]):
@@ -96,8 +115,7 @@ class Reader:
             raise SetAside("prompt too long")
         return answer
 
-    def _from_ids(self, row: LoggedRow) -> Answer:
-        prompt, response = (_ids(row, name) for name in _TOKEN_FIELDS)
+    def _from_ids(self, prompt: list[int], response: list[int]) -> Answer:
         if not prompt:
             raise SetAside("empty prompt")
         if max(prompt + response) >= self.vocab_size:
@@ -105,14 +123,7 @@ class Reader:
         return Answer(prompt, response)
 
     def _from_text(self, row: LoggedRow) -> Answer:
-        completion = row.fields.get("completion")
-        if not isinstance(completion, str) or row.fields.get("messages") is None:
-            known = ", ".join(sorted(row.fields)) or "nothing"
-            raise DraftsmithError(f"{row.where}: none of the shapes {SHAPES}; it has {known}: correct the row")
-        messages = row_messages(row.fields, "messages", row.where)
-        given = row.fields["messages"]
-        if isinstance(given, list) and len(messages) != len(given):  # the prompt reader drops answers at the end
-            raise DraftsmithError(f"{row.where}: messages end with an answer: it belongs into 'completion' alone")
+        messages, completion = logged_text(row)
         if not completion:
             raise SetAside("answer shorter than two tokens")
         if not is_unicode(completion, *(message["content"] for message in messages)):

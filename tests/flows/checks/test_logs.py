@@ -26,7 +26,7 @@ def metadata(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-def found(metadata: Path, path: Path, rows: list[Any], **config: Any) -> tuple[Level, str]:
+def found(metadata: Path | None, path: Path, rows: list[Any], **config: Any) -> tuple[Level, str]:
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     node = Node("logs", "draftsmith.stages.logs", LogsConfig(paths=[str(path)], temperature=0, **config))
     findings = Findings()
@@ -80,3 +80,13 @@ def test_only_the_first_rows_of_a_long_log_are_read(
     assert found(metadata, tmp_path / "a.jsonl", rows) == (Level.OK, "5 of the first 5 rows can be used")
     level, text = found(metadata, tmp_path / "b.jsonl", [answer(1, temperature=1)] * 9)
     assert level is Level.WARNING and "0 of the first 5 rows can be used" in text  # the rest may be of use
+
+
+def test_without_a_tokenizer_shape_temperature_and_time_are_judged(tmp_path: Path) -> None:
+    rows = [*[answer(number) for number in range(8)], answer(1, temperature=1), {"prompt_token_ids": [1]}]
+    level, text = found(None, tmp_path / "a.jsonl", rows, max_bad_share=0.1)
+    assert level is Level.OK
+    assert text == (
+        "8 of all 10 rows can be used; not used: 1 another temperature, 1 cannot be read "
+        "(seen without the target's tokenizer)"
+    )
