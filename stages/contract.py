@@ -30,6 +30,10 @@ class Config(BaseModel):
         """Files outside the store that the stage reads: their content belongs into its key."""
         return []
 
+    def external_versions(self) -> dict[str, str]:
+        """Such files that are not on this machine: address and what changes with the content, which the key holds."""
+        return {}
+
 
 def _decisive(config: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
     """`dumped` without the operational fields of `config` and of the configs directly inside it."""

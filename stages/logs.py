@@ -7,57 +7,25 @@ row that is not used is counted and listed with its reason in `set_aside.jsonl`,
 
 from __future__ import annotations
 
-import hashlib
 import json
+from array import array
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BeforeValidator, Field
-
-from draftsmith.stages.contract import Config, Stage, StageContext
+from draftsmith.stages.contract import Stage, StageContext
+from draftsmith.stages.prompting.logs_config import LogsConfig
 
 if TYPE_CHECKING:
-    from draftsmith.stages.prompting.logged import LoggedRow, Reader
+    import numpy as np
+
+    from draftsmith.stages.prompting.answers import WaitingAnswers
+    from draftsmith.stages.prompting.earlier import Earlier
+    from draftsmith.stages.prompting.intake import Intake
+
+__all__ = ["STAGE", "LogsConfig", "preflight"]
 
 _REPORT_EVERY = 256
-
-
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
-class LogsConfig(Config):
-    """Which answers of a log are used."""
-
-    paths: Annotated[
-        list[str],
-        BeforeValidator(_as_list),
-        Field(min_length=1, description="JSON Lines files, plain or .gz, relative to the current directory"),
-    ]
-    temperature: float = Field(
-        ge=0,
-        description="sampling temperature of the answers; a row that says another one is set aside, one that says none "
-        "is taken to have this one. 0 = greedy",
-    )
-    top_p: float = Field(default=1.0, gt=0, le=1, description="of the answers; written down, not checked")
-    rows: int | None = Field(default=None, ge=1, description="use at most so many answers, the first ones")
-    max_tokens: int | None = Field(
-        default=None, ge=2, description="prompt and answer; longer rows are set aside. Left out: the target's context"
-    )
-    chat_template_kwargs: dict[str, bool | int | float | str | None] = Field(
-        default={}, description="passed to the chat template for rows of text: what the service passed"
-    )
-
-    def external_files(self) -> list[Path]:
-        """The logs. Raises DraftsmithError if one is not there."""
-        from draftsmith.artifacts.errors import DraftsmithError
-
-        files = [Path(path).absolute() for path in self.paths]
-        for file in files:
-            if not file.is_file():
-                raise DraftsmithError(f"logs.paths: {file} is not an existing file: correct the path")
-        return files
 
 
 def preflight(config: LogsConfig, target: Path) -> None:
@@ -72,118 +40,170 @@ def preflight(config: LogsConfig, target: Path) -> None:
 
 
 def run(ctx: StageContext, config: LogsConfig) -> None:
-    """Write `trajectories.parquet`, `set_aside.jsonl` (file, row, id, reason) and `logs.json` (counts).
+    """Write `trajectories.parquet`, `set_aside.jsonl` (file, row, id, reason) and `logs.json` (counts, window).
 
     Nothing is kept between attempts: reading is fast beside everything that uses it.
     """
-    from draftsmith.artifacts.atomic import write_text
+    from draftsmith.artifacts.atomic import atomic_path, write_text
     from draftsmith.artifacts.errors import DraftsmithError
-    from draftsmith.artifacts.parquet import write_table
-    from draftsmith.artifacts.schemas import TRAJECTORIES
-    from draftsmith.stages.prompting.logged import SHAPES, Reader, SetAside, read_rows
-    from draftsmith.stages.targets.info import model_path, read_target_info
-    from draftsmith.stages.targets.resolve import load_tokenizer
+    from draftsmith.stages.prompting.answers import TrajectoryTable, WaitingAnswers
+    from draftsmith.stages.prompting.aside import Aside
+    from draftsmith.stages.prompting.earlier import read_earlier
+    from draftsmith.stages.prompting.held_out import read_held_out
+    from draftsmith.stages.prompting.intake import Intake
 
     preflight(config, ctx.inputs["target"])
-    info = read_target_info(ctx.inputs["target"])
-    reader = Reader(
-        load_tokenizer(model_path(ctx.inputs["target"])),
-        vocab_size=info.vocab_size,
-        eos_ids=info.eos_ids,
-        max_tokens=config.max_tokens or info.max_positions,
-        template_kwargs=config.chat_template_kwargs,
-    )
-    log = _Collected(config, _prompts_to_avoid(ctx))
-    paths = [Path(path) for path in config.paths]
-    total = sum(1 for _ in read_rows(paths))
-    for read, row in enumerate(read_rows(paths), start=1):
-        try:
-            log.take(row, reader)
-        except SetAside as reason:
-            log.set_aside.append({"file": str(row.path), "row": row.number, "id": row.log_id, "reason": str(reason)})
-        if read % _REPORT_EVERY == 0 or read == total:
-            ctx.progress(read, total, "rows", used=len(log.used))
+    held_out = read_held_out(ctx.inputs.get("prompts"))
+    with atomic_path(ctx.out / "set_aside.jsonl") as listed, listed.open("w", encoding="utf-8") as lines:
+        aside = Aside("logs.max_bad_share", config.max_bad_share, lines)
+        intake = Intake(config, ctx.inputs["target"], held_out, aside)
+        earlier = None
+        if config.replay_share and "earlier" in ctx.inputs:
+            earlier = read_earlier(ctx.inputs["earlier"], intake, config.temperature)
+        wanted = _wanted(config, earlier)
+        with WaitingAnswers(ctx.work / "answers.parquet") as waiting:
+            candidates = _Candidates(config, ctx.seed)
+            total = _read(ctx, config, intake, waiting, candidates, wanted)
+        aside.check()
+    if config.source_field is not None and intake.without_source == len(candidates.sources) > 0:
+        raise DraftsmithError(f"logs.source_field: no row has a field {config.source_field}: correct it")
+    used = candidates.choose(config, wanted)
+    if not used.any():
+        raise DraftsmithError(_nothing_usable(config, intake, len(candidates.sources)))
+    if aside.reasons:
+        ctx.log(f"{used.sum()} rows used, {sum(aside.reasons.values())} set aside: {aside.said()}")
+    replayed = 0
+    with atomic_path(ctx.out / "trajectories.parquet") as path, TrajectoryTable(path) as table:
+        said = {"temperature": config.temperature, "top_p": config.top_p}
+        for part in waiting.chosen(used):
+            table.append(part, **said, seed=0, engine="logs")  # their seed is not known
             ctx.check_interrupted()
-        if config.rows is not None and len(log.used) == config.rows:
-            break
-    reasons = Counter(entry["reason"] for entry in log.set_aside)
-    said = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    if not log.used:
-        raise DraftsmithError(
-            f"logs: none of {len(log.set_aside)} rows of {', '.join(config.paths)} can be used ({said or 'no rows'}): "
-            f"give rows of the shapes {SHAPES}, token ids if text does not survive"
-        )
-    if reasons:
-        ctx.log(f"{len(log.used)} rows used, {len(log.set_aside)} set aside: {said}")
-    write_table(ctx.out / "trajectories.parquet", TRAJECTORIES, log.used)
-    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in log.set_aside]
-    write_text(ctx.out / "set_aside.jsonl", "".join(lines))
-    tokens = sum(len(row["response_ids"]) for row in log.used)
+        if earlier is not None:
+            mask = earlier.choose(_replayed(config, int(used.sum())), ctx.seed, candidates.used_contents(used))
+            for part in earlier.rows(mask):
+                table.append(part)
+            replayed = int(mask.sum())
+            ctx.log(f"{replayed} answers of the earlier refresh mixed in")
+    sources = Counter(source for source, kept in zip(candidates.sources, used, strict=True) if kept)
     counts = {
         "rows_in_files": total,
-        "rows_read": len(log.used) + len(log.set_aside),
-        "used": len(log.used),
-        "set_aside": dict(reasons.most_common()),
-        "response_tokens": tokens,
+        "rows_read": aside.rows,
+        "used": int(used.sum()),
+        "replayed": replayed,
+        "set_aside": dict(aside.reasons.most_common()),
+        "outside_window": intake.outside_window,
+        "not_drawn": len(used) - int(used.sum()),
+        "sources": dict(sorted(sources.items())) if config.source_field is not None else {},
+        "response_tokens": table.response_tokens,
+        "heldout_share": held_out.share,
+        "window": _window(config, intake),
     }
-    write_text(ctx.out / "logs.json", json.dumps(counts, indent=2, ensure_ascii=False) + "\n")
-    ctx.summary(answers=len(log.used), response_tokens=tokens, rows_set_aside=len(log.set_aside))
+    write_text(ctx.out / "logs.json", json.dumps(counts, indent=2, ensure_ascii=True) + "\n")
+    ctx.summary(answers=table.rows, response_tokens=table.response_tokens, rows_set_aside=sum(aside.reasons.values()))
 
 
-class _Collected:
-    """Rows of the table so far, and what was set aside."""
+class _Candidates:
+    """What choosing needs to know of every answer that may be used: some dozen bytes each."""
 
-    def __init__(self, config: LogsConfig, avoided: set[tuple[int, ...]]):
-        self.config, self.avoided = config, avoided
-        self.used: list[dict[str, Any]] = []
-        self.set_aside: list[dict[str, Any]] = []
-        self._seen: set[bytes] = set()
-        self._samples: Counter[str] = Counter()
+    def __init__(self, config: LogsConfig, seed: int):
+        self.sources: list[str] = []
+        self._names: dict[str, str] = {}
+        self._contents: list[bytes] = []
+        self._rank = array("d" if config.sample == "newest" else "q")
+        self._sample, self._seed = config.sample, seed
 
-    def take(self, row: LoggedRow, reader: Reader) -> None:
-        """Raises SetAside for a row that is not used."""
-        from draftsmith.stages.prompting.logged import SetAside
+    def append(self, answer: Any) -> None:
+        from draftsmith.stages.prompting.selection import lot
 
-        if row.temperature not in (None, self.config.temperature):
-            raise SetAside("another temperature")
-        answer = reader.read(row)
-        if tuple(answer.prompt_ids) in self.avoided:
-            raise SetAside("prompt of the validation or held-out split")
-        prompt_id = _digest(answer.prompt_ids).hex()[:16]
-        both = _digest([*answer.prompt_ids, -1, *answer.response_ids])
-        if both in self._seen:
-            raise SetAside("duplicate of an earlier row")
-        self._seen.add(both)
-        sample = self._samples[prompt_id]
-        self._samples[prompt_id] += 1
-        self.used.append(
-            {
-                "trajectory_id": f"{prompt_id}/{sample}",
-                "prompt_id": prompt_id,
-                "split": "train",
-                "sample": sample,
-                "prompt_ids": answer.prompt_ids,
-                "response_ids": answer.response_ids,
-                "finish_reason": "stop" if answer.response_ids[-1] in reader.eos_ids else "length",
-                "temperature": self.config.temperature,
-                "top_p": self.config.top_p,
-                "seed": 0,  # not known
-                "engine": "logs",
-            }
+        self.sources.append(self._names.setdefault(answer.source, answer.source))
+        self._contents.append(answer.content)
+        if self._sample == "newest":
+            self._rank.append(-answer.time.timestamp())
+        else:
+            self._rank.append(lot(self._seed, answer.content) if self._sample == "random" else len(self._rank))
+
+    def choose(self, config: LogsConfig, rows: int | None) -> np.ndarray:
+        """[answers] bool."""
+        import numpy as np
+
+        from draftsmith.stages.prompting.selection import choose
+
+        order = np.argsort(np.asarray(self._rank), kind="stable")
+        return choose(order, self.sources, config.quotas, rows)
+
+    def used_contents(self, used: np.ndarray) -> set[bytes]:
+        return {content for content, kept in zip(self._contents, used, strict=True) if kept}
+
+
+def _read(
+    ctx: StageContext,
+    config: LogsConfig,
+    intake: Intake,
+    waiting: WaitingAnswers,
+    candidates: _Candidates,
+    wanted: int | None,
+) -> int | None:
+    """All rows, or as many as are needed. Returns how many there are in the files, None if some are far away."""
+    from draftsmith.stages.prompting.files import count_rows, is_remote, matched, read_rows
+
+    files = matched(config.paths, "logs.paths")
+    total = None if any(is_remote(file) for file in files) else count_rows(files)
+    enough = wanted if config.sample == "first" and not config.quotas else None
+    for read, row in enumerate(read_rows(files), start=1):
+        answer = intake.take(row)
+        if answer is not None:
+            waiting.append(answer)
+            candidates.append(answer)
+        if read % _REPORT_EVERY == 0 or read == total:
+            ctx.progress(read, max(read, total or 0), "rows", used=len(candidates.sources))
+            ctx.check_interrupted()
+        if enough is not None and len(candidates.sources) >= enough:
+            break
+    return total
+
+
+def _wanted(config: LogsConfig, earlier: Earlier | None) -> int | None:
+    """The most new answers: what `rows` leaves beside those of the earlier refresh."""
+    if config.rows is None or earlier is None:
+        return config.rows
+    return config.rows - min(int(config.replay_share * config.rows + 1e-9), earlier.usable)
+
+
+def _replayed(config: LogsConfig, new: int) -> int:
+    """How many earlier answers make up their share beside so many new ones."""
+    count = int(new * config.replay_share / (1 - config.replay_share) + 1e-9)
+    return count if config.rows is None else min(count, config.rows - new)
+
+
+def _nothing_usable(config: LogsConfig, intake: Intake, candidates: int) -> str:
+    from draftsmith.stages.prompting.logged import SHAPES
+
+    rows, where = intake.aside.rows, ", ".join(config.paths)
+    if candidates:
+        return (
+            f"logs.quotas: nothing of {candidates} usable answers is left: shares of all their sources add up to less "
+            "than 1: raise them, or leave a source unbounded"
         )
+    if rows and intake.outside_window == rows:
+        beginning = " and ".join(each for each in (config.since, config.after) if each)
+        return f"logs: none of {rows} rows of {where} is from {beginning} or later: give newer files or an earlier time"
+    outside = [f"{intake.outside_window} outside the window"] if intake.outside_window else []
+    said = ", ".join([part for part in (intake.aside.said(), *outside) if part]) or "no rows"
+    return (
+        f"logs: none of {rows} rows of {where} can be used ({said}): give rows of the shapes {SHAPES}, token ids if "
+        "text does not survive"
+    )
 
 
-def _digest(ids: list[int]) -> bytes:
-    return hashlib.sha256(json.dumps(ids).encode()).digest()
+def _window(config: LogsConfig, intake: Intake) -> dict[str, str | None]:
+    """In absolute time. newest: of all rows read, whether used or not; what the next `since: last` begins behind."""
+    from draftsmith.stages.prompting.times import iso
+
+    return {
+        "since": None if config.since_time is None else config.since,
+        "after": config.after,
+        "newest": None if intake.newest is None else iso(intake.newest),
+    }
 
 
-def _prompts_to_avoid(ctx: StageContext) -> set[tuple[int, ...]]:
-    """Prompts that drafters are measured on: nothing may be trained on them."""
-    from draftsmith.stages.stored import load_prompts
-
-    if "prompts" not in ctx.inputs:
-        return set()
-    return {tuple(p.token_ids) for p in load_prompts(ctx.inputs["prompts"], ("validation", "heldout"))}
-
-
-STAGE = Stage(name="logs", config=LogsConfig, inputs=("target", "prompts?"), run=run, preflight=preflight)
+STAGE = Stage(name="logs", config=LogsConfig, inputs=("target", "prompts?", "earlier?"), run=run, preflight=preflight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -11,18 +12,19 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from draftsmith.artifacts.atomic import write_text
+from draftsmith.artifacts.atomic import atomic_path, write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Config, Stage, StageContext
+from draftsmith.stages.prompting.files import local_files, remote_versions
+from draftsmith.stages.prompting.held_out import HELDOUT_SHARE
 from draftsmith.stages.prompting.sources import (
     SPLITS,
     HuggingFaceSource,
     JsonlSource,
     PromptSource,
     Split,
-    Supply,
-    supplies,
 )
+from draftsmith.stages.prompting.supplies import Supply, Supplying, supplies
 from draftsmith.stages.prompting.template import token_ids
 
 __all__ = ["STAGE", "PromptsConfig"]
@@ -39,6 +41,19 @@ class PromptsConfig(Config):
     train: int | None = Field(default=None, ge=0, description="required unless the sources have counts")
     validation: int | None = Field(default=None, ge=0)
     heldout: int | None = Field(default=None, ge=0, description="required unless the sources have counts")
+    heldout_share: float = Field(
+        default=HELDOUT_SHARE,
+        gt=0,
+        le=1,
+        description="share of all prompts that may be held out or validate, by a hash of their text; they are never "
+        "trained on, in this refresh or another, and the others never measured on. A larger share contains the smaller",
+    )
+    max_bad_share: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="share of a source's rows that may be unreadable: they are set aside. 0: the first one is an error",
+    )
     max_prompt_tokens: int = Field(default=512, ge=1, description="after the chat template")
     too_long: Literal["error", "skip"] = "error"
     system: str | None = Field(
@@ -77,13 +92,15 @@ class PromptsConfig(Config):
         found: list[Path] = []
         for source in self.sources:
             if isinstance(source, JsonlSource):
-                path = Path(source.path).absolute()
-                if not path.is_file():
-                    raise DraftsmithError(f"prompts.sources: {path} is not an existing file: correct the path")
-                found.append(path)
+                found += local_files([source.path], "prompts.sources")
             elif isinstance(source, HuggingFaceSource) and Path(source.id).is_dir():
                 found += [path for path in Path(source.id).absolute().rglob("*") if path.is_file()]
         return sorted(set(found))
+
+    def external_versions(self) -> dict[str, str]:
+        """Files of rows elsewhere, with their versions."""
+        paths = [source.path for source in self.sources if isinstance(source, JsonlSource)]
+        return remote_versions(paths, "prompts.sources")
 
 
 def preflight(config: PromptsConfig, target: Path) -> None:
@@ -106,6 +123,9 @@ class _Drawn:
     rows: list[dict[str, Any]] = field(default_factory=list)
     counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # source -> split -> rows
     seen: set[str] = field(default_factory=set)  # hashes of texts, over all splits
+    measured: set[bytes] = field(default_factory=set)  # identities of held-out prompts: another system prompt is no way
+    set_aside: Counter[str] = field(default_factory=Counter)  # reason -> rows
+    wrong_class: int = 0  # made by a task for a split that they may not serve
     duplicates: int = 0
     too_long: int = 0
 
@@ -122,24 +142,33 @@ def run(context: StageContext, config: PromptsConfig) -> None:
     if not tokenizer.chat_template:
         ignored = " and chat_template_kwargs are ignored" if config.chat_template_kwargs else ""
         context.log(f"warning: the target has no chat template: prompts are plain text{ignored}")
-    most = max(config.wanted(split) for split in SPLITS)
-    taken = [supplies(source, config.system, config.seed, limit=20 * most + 100) for source in config.sources]
     drawn = _Drawn()
     total = sum(config.wanted(split) for split in SPLITS)
-    for split in SPLITS:
-        for supply in _mixed(_shares(taken, split, config)):
-            drawn.rows.append(_draw_one(supply, split, drawn, tokenizer, config))
-            if len(drawn.rows) % _REPORT_EVERY == 0 or len(drawn.rows) == total:
-                context.check_interrupted()
-                context.progress(len(drawn.rows), total, "prompts")
+    with atomic_path(context.out / "set_aside.jsonl") as path, path.open("w", encoding="utf-8") as listed:
+        common = Supplying(
+            config.system, config.seed, _looked_at(config), config.heldout_share, config.max_bad_share, listed
+        )
+        taken = [supplies(source, common) for source in config.sources]
+        for split in SPLITS:
+            for supply in _mixed(_shares(taken, split, config)):
+                drawn.rows.append(_draw_one(supply, split, drawn, tokenizer, config))
+                if len(drawn.rows) % _REPORT_EVERY == 0 or len(drawn.rows) == total:
+                    context.check_interrupted()
+                    context.progress(len(drawn.rows), total, "prompts")
+        for supply in (supply for each in taken for supply in each):
+            drawn.wrong_class += supply.passed_over
+            if supply.aside is not None:
+                supply.aside.check()
+                drawn.set_aside += supply.aside.reasons
     write_table(context.out / "prompts.parquet", PROMPTS, drawn.rows)
-    write_text(context.out / "prompts.json", json.dumps(_summary(drawn), indent=2) + "\n")
+    write_text(context.out / "prompts.json", json.dumps(_summary(drawn, config), indent=2) + "\n")
     context.summary(
         train=config.wanted("train"),
         validation=config.wanted("validation"),
         heldout=config.wanted("heldout"),
         duplicates_removed=drawn.duplicates,
         too_long_skipped=drawn.too_long,
+        rows_set_aside=drawn.set_aside.total(),
     )
 
 
@@ -174,7 +203,7 @@ def _draw_one(supply: Supply, split: Split, drawn: _Drawn, tokenizer: Any, confi
     """The next row of this split that is new and short enough."""
     while (candidate := supply.next(split)) is not None:
         prompt_id = candidate.text_hash
-        if prompt_id in drawn.seen:
+        if prompt_id in drawn.seen or (split == "train" and candidate.identity in drawn.measured):
             drawn.duplicates += 1
             continue
         drawn.seen.add(prompt_id)
@@ -188,6 +217,8 @@ def _draw_one(supply: Supply, split: Split, drawn: _Drawn, tokenizer: Any, confi
             drawn.too_long += 1
             continue
         drawn.counts[candidate.source][split] += 1
+        if split != "train":
+            drawn.measured.add(candidate.identity)
         return {
             "prompt_id": prompt_id,
             "source": candidate.source,
@@ -195,15 +226,34 @@ def _draw_one(supply: Supply, split: Split, drawn: _Drawn, tokenizer: Any, confi
             "messages": candidate.messages,
             "token_ids": ids,
         }
-    raise DraftsmithError(
+    if supply.aside is not None:
+        supply.aside.check()
+    raise DraftsmithError(_ran_out(supply, split, drawn, config))
+
+
+def _ran_out(supply: Supply, split: Split, drawn: _Drawn, config: PromptsConfig) -> str:
+    held_out = split != "train"
+    remedy = "lower the counts, add a source"
+    of_class = f"{supply.of_class[held_out]} of its {supply.of_class.total()} are of the"
+    if held_out and supply.heldout_share < 1:
+        remedy += ", or raise heldout_share of section prompts or of the source (a larger share contains the smaller)"
+    return (
         f"prompts.sources: {supply.label} ran out of different prompts in split {split} "
         f"(asked for in all: {', '.join(f'{config.wanted(each)} {each}' for each in reversed(SPLITS))}; so far "
-        f"{len(drawn.rows)} taken, {drawn.duplicates} duplicates, {drawn.too_long} too long): "
-        "lower the counts or add a source"
+        f"{len(drawn.rows)} taken, {drawn.duplicates} duplicates, {drawn.too_long} too long; "
+        f"{of_class} {'held-out' if held_out else 'training'} class, heldout_share {supply.heldout_share:g}): {remedy}"
     )
 
 
-def _summary(drawn: _Drawn) -> dict[str, Any]:
+def _looked_at(config: PromptsConfig) -> int:
+    """Candidates of a task for one split: twenty for each prompt, and for each that is of the wrong class more."""
+    shares = [source.heldout_share or config.heldout_share for source in config.sources]
+    held_out = max(config.wanted("heldout"), config.wanted("validation")) / min(shares)
+    train = config.wanted("train") / (1 - max(share for share in [*shares, 0.0] if share < 1))
+    return math.ceil(20 * max(held_out, train) + 100 / min(shares))
+
+
+def _summary(drawn: _Drawn, config: PromptsConfig) -> dict[str, Any]:
     lengths: dict[str, list[int]] = defaultdict(list)
     for row in drawn.rows:
         lengths[row["split"]].append(len(row["token_ids"]))
@@ -212,6 +262,9 @@ def _summary(drawn: _Drawn) -> dict[str, Any]:
         "prompt_tokens": {split: _quantiles(sorted(values)) for split, values in sorted(lengths.items())},
         "duplicates_removed": drawn.duplicates,
         "too_long_skipped": drawn.too_long,
+        "heldout_share": config.heldout_share,  # the stage `logs` reads it
+        "wrong_class_passed_over": drawn.wrong_class,
+        "set_aside": dict(drawn.set_aside.most_common()),
     }
 
 

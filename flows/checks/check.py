@@ -17,7 +17,7 @@ from draftsmith.artifacts.store import Store
 from draftsmith.flows.checks.engines import check_engines
 from draftsmith.flows.checks.findings import Findings, FirstError
 from draftsmith.flows.checks.models import check_drafters, check_nodes, check_target, resolve_metadata
-from draftsmith.flows.checks.prompts import check_lengths, check_longest, check_sources, check_supplies
+from draftsmith.flows.checks.prompts import check_lengths, check_logs, check_longest, check_sources, check_supplies
 from draftsmith.flows.checks.resources import check_resources
 from draftsmith.flows.pipeline.graph import Node, Pipeline, PlannedNode, Status, in_order, plan
 from draftsmith.flows.pipeline.machine import check_home, free_disk_bytes
@@ -47,6 +47,8 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
     with tempfile.TemporaryDirectory(prefix="draftsmith-check-") as scratch:
         if resolve_metadata(found, nodes, Path(scratch)):
             _with_target(found, nodes, nodes, Path(scratch), home, whole=False)
+        else:
+            check_logs(found, nodes, None)
     return found
 
 
@@ -66,6 +68,7 @@ def _with_target(
     plans = check_drafters(found, nodes, artifact, whole=whole)
     check_longest(found, to_make, read_target_info(artifact).max_positions)
     check_nodes(found, to_make, artifact, whole=whole)
+    check_logs(found, to_make, artifact)
     with found.part("sizes"):
         check_resources(found, nodes, artifact, plans, home)
 

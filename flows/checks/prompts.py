@@ -1,7 +1,8 @@
-"""Checks of prompts: sources are there and have rows enough, every rollout finds its prompts, and they fit."""
+"""Checks of prompts and logs: they are there and have rows enough, every rollout finds its prompts, and they fit."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,11 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.stages.measure.config import EvaluationConfig, prompts_to_decode
-from draftsmith.stages.prompting.rows import read_jsonl, row_messages
+from draftsmith.stages.prompting.aside import Aside
+from draftsmith.stages.prompting.files import is_remote, matched, read_rows
+from draftsmith.stages.prompting.held_out import HeldOut, identity, place
+from draftsmith.stages.prompting.intake import Intake, ShapeSieve
+from draftsmith.stages.prompting.logs_config import LogsConfig
 from draftsmith.stages.prompting.sources import (
     SPLITS,
     HuggingFaceSource,
@@ -17,15 +22,17 @@ from draftsmith.stages.prompting.sources import (
     ProceduralSource,
     PromptSource,
     ReasoningGymSource,
-    Supply,
-    load_rows,
-    supplies,
+    Split,
 )
+from draftsmith.stages.prompting.supplies import Supply, Supplying, file_rows, load_rows, supplies
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.rollout import RolloutConfig, prompts_to_answer
 from draftsmith.stages.stored import positions_needed
 
+_TRIED = 1000  # prompts of a task until one of the held-out class must have come
 _COUNTED_BYTES = 1 << 28  # larger files are only looked into
+_LOG_ROWS, _LOG_SECONDS = 20_000, 20.0  # of a log, whichever is reached first
+_MUCH_SET_ASIDE = 0.2  # of the rows of a log
 
 
 def check_sources(found: Findings, nodes: Sequence[Node]) -> None:
@@ -35,7 +42,7 @@ def check_sources(found: Findings, nodes: Sequence[Node]) -> None:
             for index, source in enumerate(node.config.sources):
                 name = f"{node.name}.sources.{index}"
                 with found.part(name):
-                    _check_source(found, name, source, _share(node.config, source))
+                    _check_source(found, name, source, node.config)
 
 
 def check_supplies(found: Findings, nodes: Sequence[Node]) -> None:
@@ -98,12 +105,12 @@ def check_lengths(found: Findings, nodes: Sequence[Node], prompts: str, made: Pa
                 positions_needed(asked, config.sampling.max_new_tokens, positions)
 
 
-def _share(config: PromptsConfig, source: PromptSource) -> int:
-    """Prompts that this source gives, over all splits (tasks of one source together)."""
+def _share(config: PromptsConfig, source: PromptSource, splits: Sequence[Split] = SPLITS) -> int:
+    """Prompts that this source gives, over some splits (tasks of one source together)."""
     if source.counts is not None:
-        return sum(getattr(source.counts, split) for split in SPLITS)
+        return sum(getattr(source.counts, split) for split in splits)
     parts = sum(_supplies(each) for each in config.sources)
-    return round(sum(config.wanted(split) for split in SPLITS) * _supplies(source) / parts)
+    return round(sum(config.wanted(split) for split in splits) * _supplies(source) / parts)
 
 
 def _supplies(source: PromptSource) -> int:
@@ -115,13 +122,14 @@ def _supplies(source: PromptSource) -> int:
     return 1
 
 
-def _check_source(found: Findings, name: str, source: PromptSource, wanted: int) -> None:
+def _check_source(found: Findings, name: str, source: PromptSource, config: PromptsConfig) -> None:
+    wanted = _share(config, source)
     match source:
         case ReasoningGymSource() | ProceduralSource():
             made = [supply.label for supply in _tried(source)]
             found.ok(name, f"{source.kind} {', '.join(made)}: made as needed")
         case JsonlSource():
-            _check_jsonl(found, name, source, wanted)
+            _check_files(found, name, source, config)
         case HuggingFaceSource() if Path(source.id).is_dir():
             _enough(found, name, source.id, len(load_rows(source)), wanted, filtered=bool(source.filter))
         case HuggingFaceSource():
@@ -150,25 +158,37 @@ def _check_hub(found: Findings, name: str, source: HuggingFaceSource, wanted: in
 
 def _tried(source: ReasoningGymSource | ProceduralSource) -> list[Supply]:
     """The supplies of a procedural source, each after it has made one prompt: that its name and options are right."""
-    tried = supplies(source, None, 0, limit=1)
+    tried = supplies(source, Supplying(limit=_TRIED))
     for supply in tried:
         supply.next("heldout")
     return tried
 
 
-def _check_jsonl(found: Findings, name: str, source: JsonlSource, wanted: int) -> None:
-    path = Path(source.path)
-    rows = 0
-    whole = not path.is_file() or path.stat().st_size <= _COUNTED_BYTES
-    for number, row in read_jsonl(path):
-        where = f"{path}, row {number}"
-        if source.keeps(row, where):
-            row_messages(row, source.field, where)
-            rows += 1
-        if not whole and rows:
-            found.ok(name, f"{path} can be read; too large to count here")
+def _check_files(found: Findings, name: str, source: JsonlSource, config: PromptsConfig) -> None:
+    files = matched([source.path], "prompts.sources")
+    known = [Path(file).stat().st_size for file in files if not is_remote(file)]
+    whole = len(known) == len(files) and sum(known) <= _COUNTED_BYTES
+    share = source.heldout_share or config.heldout_share
+    aside = Aside("prompts.max_bad_share", config.max_bad_share)
+    rows = held_out = 0
+    for _, messages in file_rows(source, aside):
+        rows += 1
+        held_out += place(identity(messages)) < share
+        if not whole:
+            found.ok(name, f"{source.path} can be read; too large to count here")
             return
-    _enough(found, name, str(path), rows, wanted, filtered=False)
+    if aside.bad:
+        found.warn(name, f"{source.path}: {aside.bad} of {aside.rows} rows cannot be read and will be set aside")
+    _enough(found, name, source.path, rows, _share(config, source), filtered=False)
+    if source.suffix:
+        return  # the class is that of the text with its suffix: the stage counts
+    measured = _share(config, source, ("heldout", "validation"))
+    if held_out < measured:
+        raise DraftsmithError(
+            f"{source.path}: {held_out} of {rows} rows are of the held-out class (heldout_share {share:g}), {measured} "
+            "held-out and validation prompts wanted: lower the counts, or raise heldout_share (a larger share contains "
+            "the smaller)"
+        )
 
 
 def _enough(found: Findings, name: str, label: str, rows: int, wanted: int, *, filtered: bool) -> None:
@@ -178,3 +198,41 @@ def _enough(found: Findings, name: str, label: str, rows: int, wanted: int, *, f
             f"{label}: {rows} rows{behind}, {wanted} prompts wanted: lower the counts or add a source"
         )
     found.ok(name, f"{label}: {rows} rows{behind} for {wanted} prompts")
+
+
+def check_logs(found: Findings, nodes: Sequence[Node], target: Path | None) -> None:
+    """Logs hold answers that can be used: says how many of the first rows are, and why others are not.
+
+    target: an artifact of the target, of which only the tokenizer and other small files are read; None if there is
+    none here: rows are then judged by shape, temperature and time.
+    """
+    for node in nodes:
+        if isinstance(node.config, LogsConfig):
+            with found.part(node.name):
+                _check_log(found, node.name, node.config, target)
+
+
+def _check_log(found: Findings, name: str, config: LogsConfig, target: Path | None) -> None:
+    aside = Aside(f"{name}.max_bad_share", config.max_bad_share)
+    sieve: Intake | ShapeSieve = ShapeSieve(config, aside)
+    if target is not None:
+        sieve = Intake(config, target, HeldOut(), aside)  # the prompts of this run may not be made yet
+    used, whole, end = 0, True, time.monotonic() + _LOG_SECONDS
+    for row in read_rows(matched(config.paths, f"{name}.paths")):
+        if aside.rows >= _LOG_ROWS or time.monotonic() > end:
+            whole = False
+            break
+        used += sieve.take(row) is not None
+    read = "all" if whole else "the first"
+    others = [f"{sieve.outside_window} outside the window"] if sieve.outside_window else []
+    said = ", ".join([part for part in (aside.said(), *others) if part])
+    line = f"{used} of {read} {aside.rows} rows can be used{f'; not used: {said}' if said else ''}"
+    if target is None:
+        line += " (seen without the target's tokenizer)"
+    aside.check()
+    if not used and whole:
+        raise DraftsmithError(f"{', '.join(config.paths)}: {line}: give other files or correct section {name}")
+    if not used or sum(aside.reasons.values()) > _MUCH_SET_ASIDE * (aside.rows - sieve.outside_window):
+        found.warn(name, f"{line}: see whether these are this target's answers, and the settings their own")
+    else:
+        found.ok(name, line)

@@ -171,6 +171,7 @@ def external_digests(config: Config) -> dict[str, dict[str, str]]:
             digests[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
         else:
             digests[str(path)] = f"{stat.st_size}/{stat.st_mtime_ns}"
+    digests |= config.external_versions()
     return {"external_files": digests} if digests else {}
 
 

@@ -1,4 +1,4 @@
-"""Logged answers: JSON Lines rows of a production service, read as token ids of the target, or set aside with a reason.
+"""Logged answers: rows of a production service, read as token ids of the target, or set aside with a reason.
 
 Exact replay needs the very tokens that the target produced. A row with token ids has them. A row of text has them only
 if tokenising it again gives the same text and the same cut between prompt and answer; otherwise it is set aside.
@@ -6,13 +6,13 @@ if tokenising it again gives the same text and the same cut between prompt and a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.prompting.sources import Candidate, read_jsonl, row_messages
+from draftsmith.stages.prompting.files import Row
+from draftsmith.stages.prompting.rows import Message, is_unicode, row_messages
+from draftsmith.stages.prompting.sources import Candidate
 from draftsmith.stages.prompting.template import token_ids
 
 SHAPES = (
@@ -23,16 +23,8 @@ _TOKEN_FIELDS = ("prompt_token_ids", "completion_token_ids")
 
 
 @dataclass(frozen=True)
-class LoggedRow:
-    """One row as it was written. `where` names it in errors."""
-
-    path: Path
-    number: int  # from 1
-    fields: Mapping[str, Any]
-
-    @property
-    def where(self) -> str:
-        return f"{self.path}, row {self.number}"
+class LoggedRow(Row):
+    """One row of a log. `where` names it in errors."""
 
     @property
     def log_id(self) -> str | None:
@@ -62,25 +54,48 @@ class Answer:
 
     prompt_ids: list[int]
     response_ids: list[int]
+    messages: list[Message] | None = None  # of the prompt, if the row has them
 
 
 class SetAside(Exception):
     """This row cannot be used; the message is the reason, as it is counted."""
 
 
-def read_rows(paths: list[Path]) -> Iterator[LoggedRow]:
-    """All rows of the files in turn. Raises DraftsmithError for a line that is no JSON object."""
-    for path in paths:
-        for number, fields in read_jsonl(path):
-            yield LoggedRow(path, number, fields)
+def logged_ids(row: LoggedRow) -> tuple[list[int], list[int]] | None:
+    """Prompt and answer of a row of token ids, None for one of text. Raises DraftsmithError for another shape."""
+    if not any(row.fields.get(name) is not None for name in _TOKEN_FIELDS):
+        return None
+    prompt, response = (_ids(row, name) for name in _TOKEN_FIELDS)
+    return prompt, response
+
+
+def logged_text(row: LoggedRow) -> tuple[list[Message], str]:
+    """Prompt and answer of a row of text. Raises DraftsmithError for another shape."""
+    completion = row.fields.get("completion")
+    if not isinstance(completion, str) or row.fields.get("messages") is None:
+        known = ", ".join(sorted(row.fields)) or "nothing"
+        raise DraftsmithError(f"{row.where}: none of the shapes {SHAPES}; it has {known}: correct the row")
+    messages = row_messages(row.fields, "messages", row.where)
+    given = row.fields["messages"]
+    if isinstance(given, list) and len(messages) != len(given):  # the prompt reader drops answers at the end
+        raise DraftsmithError(f"{row.where}: messages end with an answer: it belongs into 'completion' alone")
+    return messages, completion
 
 
 class Reader:
     """Rows → token ids, with the target's tokenizer and chat template."""
 
     def __init__(
-        self, tokenizer: Any, *, vocab_size: int, eos_ids: list[int], max_tokens: int, template_kwargs: dict[str, Any]
+        self,
+        tokenizer: Any,
+        *,
+        vocab_size: int,
+        eos_ids: list[int],
+        max_tokens: int,
+        max_prompt_tokens: int | None = None,
+        template_kwargs: dict[str, Any],
     ):
+        self.max_prompt_tokens = max_prompt_tokens
         self.tokenizer, self.template_kwargs = tokenizer, template_kwargs
         self.vocab_size, self.eos_ids, self.max_tokens = vocab_size, frozenset(eos_ids), max_tokens
         own = tokenizer.eos_token_id
@@ -88,20 +103,19 @@ class Reader:
 
     def read(self, row: LoggedRow) -> Answer:
         """Raises SetAside for a row that cannot be used, DraftsmithError for one that is malformed."""
-        if any(row.fields.get(name) is not None for name in _TOKEN_FIELDS):
-            answer = self._from_ids(row)
-        else:
-            answer = self._from_text(row)
+        ids = logged_ids(row)
+        answer = self._from_text(row) if ids is None else self._from_ids(*ids)
         if len(answer.response_ids) < 2:
             raise SetAside("answer shorter than two tokens")
         if self.eos_ids.intersection(answer.response_ids[:-1]):
             raise SetAside("stop token inside the answer")
         if len(answer.prompt_ids) + len(answer.response_ids) > self.max_tokens:
             raise SetAside("too long")
+        if self.max_prompt_tokens is not None and len(answer.prompt_ids) > self.max_prompt_tokens:
+            raise SetAside("prompt too long")
         return answer
 
-    def _from_ids(self, row: LoggedRow) -> Answer:
-        prompt, response = (_ids(row, name) for name in _TOKEN_FIELDS)
+    def _from_ids(self, prompt: list[int], response: list[int]) -> Answer:
         if not prompt:
             raise SetAside("empty prompt")
         if max(prompt + response) >= self.vocab_size:
@@ -109,17 +123,10 @@ class Reader:
         return Answer(prompt, response)
 
     def _from_text(self, row: LoggedRow) -> Answer:
-        completion = row.fields.get("completion")
-        if not isinstance(completion, str) or row.fields.get("messages") is None:
-            known = ", ".join(sorted(row.fields)) or "nothing"
-            raise DraftsmithError(f"{row.where}: none of the shapes {SHAPES}; it has {known}: correct the row")
-        messages = row_messages(row.fields, "messages", row.where)
-        given = row.fields["messages"]
-        if isinstance(given, list) and len(messages) != len(given):  # the prompt reader drops answers at the end
-            raise DraftsmithError(f"{row.where}: messages end with an answer: it belongs into 'completion' alone")
+        messages, completion = logged_text(row)
         if not completion:
             raise SetAside("answer shorter than two tokens")
-        if not _is_unicode(completion, *(message["content"] for message in messages)):
+        if not is_unicode(completion, *(message["content"] for message in messages)):
             raise SetAside("text is not valid Unicode")
         prompt = token_ids(self.tokenizer, Candidate("logs", messages, row.where), self.template_kwargs)
         response = self._encode(completion)
@@ -129,7 +136,7 @@ class Reader:
             raise SetAside("prompt and answer are tokenised differently together")
         if row.stopped and response[-1] not in self.eos_ids:
             response = [*response, self.stop_id]
-        return Answer(prompt, response)
+        return Answer(prompt, response, messages)
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -139,15 +146,12 @@ class Reader:
         return text
 
 
-def _is_unicode(*texts: str) -> bool:
-    """Half a surrogate pair, which JSON can hold (an emoji cut in two), is no text that a tokenizer takes."""
-    return not any("\ud800" <= character <= "\udfff" for text in texts for character in text)
-
-
 def _ids(row: LoggedRow, name: str) -> list[int]:
     value = row.fields.get(name)
     if not isinstance(value, list):
         raise DraftsmithError(f"{row.where}: {name} must be a list of token ids: correct the row")
+    if not value or (set(map(type, value)) == {int} and min(value) >= 0):  # of thousands: without a loop here
+        return value
     for index, token in enumerate(value):
         if isinstance(token, bool) or not isinstance(token, int) or token < 0:
             raise DraftsmithError(f"{row.where}: {name}[{index}] is {token!r}, not a token id: correct the row")

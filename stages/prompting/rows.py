@@ -1,16 +1,12 @@
-"""Rows of prompts: JSON Lines files, and the shapes in which a row holds a prompt."""
+"""The shapes in which a row holds a prompt."""
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from collections.abc import Iterator, Mapping
-from itertools import count
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.prompting.files import kind_of
 
 Message: TypeAlias = dict[str, str]  # role, content
 
@@ -28,42 +24,6 @@ _ROLES = {
     "function": "tool",
 }
 _SHAPES = '{"messages": [{"role", "content"}]}, {"conversations": [{"from", "value"}]} or {"prompt": text or messages}'
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number from 1, object) of a JSON Lines file, plain or .gz; blank lines are passed over."""
-    try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8-sig")
-            if path.suffix == ".gz"
-            else path.open(encoding="utf-8-sig") as file
-        ):
-            for number, line in zip(count(1), file, strict=False):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise DraftsmithError(
-                        f"{path}, row {number}: not JSON ({error}): every line must be one JSON object"
-                    ) from error
-                if not isinstance(row, dict):
-                    raise DraftsmithError(
-                        f"{path}, row {number}: a JSON {_kind(row)}, not an object: every line must be one JSON object"
-                    )
-                yield number, row
-    except FileNotFoundError:
-        raise DraftsmithError(f"prompts.sources: {path.absolute()} does not exist: correct the path") from None
-    except IsADirectoryError:
-        raise DraftsmithError(
-            f"prompts.sources: {path} is a folder: give a file, or use kind: huggingface for a folder"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise DraftsmithError(
-            f"{path}: not UTF-8 text ({error.reason}): convert it, or name it .gz if compressed"
-        ) from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DraftsmithError(f"{path}: damaged or cut off gzip ({error}): copy or download it again") from error
 
 
 def row_messages(row: Mapping[str, Any], field: str | None, where: str) -> list[Message]:
@@ -89,31 +49,31 @@ def row_messages(row: Mapping[str, Any], field: str | None, where: str) -> list[
     return messages
 
 
+def is_unicode(*texts: str) -> bool:
+    """Half a surrogate pair, which JSON can hold (an emoji cut in two), is no text that a tokenizer takes."""
+    return not any("\ud800" <= character <= "\udfff" for text in texts for character in text)
+
+
 def _messages(value: Any, where: str) -> list[Message]:
     if isinstance(value, str):
         if not value.strip():
             raise DraftsmithError(f"{where} is blank: remove the row")
         return [{"role": "user", "content": value}]
     if not isinstance(value, list):
-        raise DraftsmithError(f"{where} is a JSON {_kind(value)}: it must be text or a list of messages")
+        raise DraftsmithError(f"{where} is a JSON {kind_of(value)}: it must be text or a list of messages")
     if value and isinstance(value[0], str):  # the turns of a multi-turn question: its first one is a prompt
         return _messages(value[0], where)
     messages = []
     for index, entry in enumerate(value):
         place = f"{where}[{index}]"
         if not isinstance(entry, dict):
-            raise DraftsmithError(f"{place} is a JSON {_kind(entry)}: it must be a message with role and content")
+            raise DraftsmithError(f"{place} is a JSON {kind_of(entry)}: it must be a message with role and content")
         role, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
         if not isinstance(role, str) or role.lower() not in _ROLES:
             raise DraftsmithError(f"{place}: role {role!r} is not one of {', '.join(_ROLES)}: correct the row")
         if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
             content = "".join(str(part.get("text", "")) for part in content)
         if not isinstance(content, str):
-            raise DraftsmithError(f"{place}: content is a JSON {_kind(content)}: it must be text")
+            raise DraftsmithError(f"{place}: content is a JSON {kind_of(content)}: it must be text")
         messages.append({"role": _ROLES[role.lower()], "content": content})
     return messages
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
-    return names.get(type(value), "null")

@@ -87,7 +87,8 @@ class Bench:
             answered = self.clear(answered, drafter)
         kept = {trajectory.trajectory_id for trajectory in answered}
         prompts = [prompt for prompt in self.prompts if prompt.prompt_id in kept]
-        return replace(self, drafters=drafters, prompts=prompts)
+        greedy = {name: answer for name, answer in self.greedy.items() if name in kept}
+        return replace(self, drafters=drafters, prompts=prompts, greedy=greedy)
 
     def sequential_traces(
         self,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from draftsmith.artifacts.parquet import read_table
+from draftsmith.artifacts.schemas import PROMPTS, TRAJECTORIES
 from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter
 from draftsmith.stages.drafters.config import Eagle3Config
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
@@ -39,3 +42,14 @@ def eagle_bench(bench: Bench, tiny_drafter: DrafterArtifacts, tiny_eagle3: Path)
     untrained = create_drafter(shape, bench.target, 3, frequent_tokens(counts))
     untrained.frequent_tokens = frequent_tokens(counts)
     return bench.with_drafters({"trained": trained, "untrained": untrained.eval()})
+
+
+@pytest.fixture(scope="session")
+def logged_answers(tiny_drafter: DrafterArtifacts) -> list[dict[str, Any]]:
+    """Rows of 60 greedy answers of the tiny target, of six tokens at least, with the messages that they answer."""
+    messages = {
+        row["prompt_id"]: row["messages"]
+        for row in read_table(tiny_drafter.prompts / "prompts.parquet", PROMPTS).to_pylist()
+    }
+    rows = read_table(tiny_drafter.rollout / "trajectories.parquet", TRAJECTORIES).to_pylist()
+    return [row | {"messages": messages[row["prompt_id"]]} for row in rows if len(row["response_ids"]) > 5][:60]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.parquet import read_table
 from draftsmith.artifacts.schemas import PROMPTS
+from draftsmith.stages.prompting.held_out import HELDOUT_SHARE, identity, place
 from draftsmith.stages.prompts import STAGE, PromptsConfig
 from tests.testbed.context import RecordingContext
 
@@ -22,8 +24,22 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def questions(path: Path, count: int) -> Path:
-    return write_rows(path, [{"prompt": f"Question number {index}?"} for index in range(count)])
+def of_classes(text: str, train: int, heldout: int) -> list[Row]:
+    """So many prompts of the training class and of the held-out class, as `heldout_share` has them by default."""
+    wanted, found = {False: train, True: heldout}, []
+    for number in count():
+        row = {"prompt": f"{text} {number}"}
+        held_out = place(identity([{"role": "user", "content": row["prompt"]}])) < HELDOUT_SHARE
+        if wanted[held_out] > 0:
+            wanted[held_out] -= 1
+            found.append(row)
+        if not any(wanted.values()):
+            break
+    return found
+
+
+def questions(path: Path, number: int) -> Path:
+    return write_rows(path, [{"prompt": f"Question number {index}?"} for index in range(number)])
 
 
 def run(target: Path, folder: Path, sources: list[Row] | Path, run_seed: int = 0, **settings: Any) -> list[Row]:

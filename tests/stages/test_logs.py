@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,56 +11,21 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.parquet import read_table, write_table
-from draftsmith.artifacts.schemas import PROMPTS, TRAJECTORIES, VERIFY_STEPS
+from draftsmith.artifacts.schemas import TRAJECTORIES, VERIFY_STEPS
 from draftsmith.stages.logs import STAGE, LogsConfig
 from draftsmith.stages.mining import STAGE as MINING
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.prompting.logged import LoggedRow, Reader, SetAside
 from draftsmith.stages.targets.info import model_path, read_target_info
 from draftsmith.stages.targets.resolve import load_tokenizer
+from tests.stages.logs_run import Row, as_ids, counts, run, set_aside, table, write
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 
-Row = dict[str, Any]
-
-
-def write(path: Path, rows: Sequence[Row | str]) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
-
-
-def run(
-    folder: Path, made: DrafterArtifacts, *paths: Path, prompts: bool = False, stop: bool = False, **config: Any
-) -> RecordingContext:
-    inputs = {"target": made.target, **({"prompts": made.prompts} if prompts else {})}
-    ctx = RecordingContext.under(folder / "run", inputs)
-    ctx.stop = stop
-    STAGE.run(ctx, LogsConfig.model_validate({"paths": [str(p) for p in paths], "temperature": 0, **config}))
-    return ctx
-
-
-def table(ctx: RecordingContext) -> list[Row]:
-    return read_table(ctx.out / "trajectories.parquet", TRAJECTORIES).to_pylist()
-
-
-def set_aside(ctx: RecordingContext) -> list[Row]:
-    return [json.loads(line) for line in (ctx.out / "set_aside.jsonl").read_text().splitlines()]
-
-
-def counts(ctx: RecordingContext) -> Row:
-    found: Row = json.loads((ctx.out / "logs.json").read_text())
-    return found
-
 
 @pytest.fixture(scope="module")
-def answers(tiny_drafter: DrafterArtifacts) -> list[Row]:
-    """Greedy answers of the tiny target, of six tokens at least, with the messages that they answer."""
-    messages = {
-        row["prompt_id"]: row["messages"]
-        for row in read_table(tiny_drafter.prompts / "prompts.parquet", PROMPTS).to_pylist()
-    }
-    rows = read_table(tiny_drafter.rollout / "trajectories.parquet", TRAJECTORIES).to_pylist()
-    return [row | {"messages": messages[row["prompt_id"]]} for row in rows if len(row["response_ids"]) > 5][:60]
+def answers(logged_answers: list[Row]) -> list[Row]:
+    return logged_answers
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +49,6 @@ def as_text(row: Row, tokenizer: Any, eos: int) -> Row:
         "finish_reason": row["finish_reason"],
         "temperature": 0.0,
     }
-
-
-def as_ids(row: Row) -> Row:
-    return {"prompt_token_ids": row["prompt_ids"], "completion_token_ids": row["response_ids"]}
 
 
 def test_text_gives_back_the_tokens_that_the_target_produced(
@@ -187,9 +147,9 @@ def test_text_that_the_tokenizer_changes_is_set_aside(tiny_drafter: DrafterArtif
     composing.backend_tokenizer.normalizer = NFC()
     reader = Reader(composing, vocab_size=len(composing), eos_ids=[2], max_tokens=500, template_kwargs={})
     messages = answers[0]["messages"]
-    assert reader.read(LoggedRow(Path("log"), 1, {"messages": messages, "completion": "caf\u00e9"})).response_ids
+    assert reader.read(LoggedRow("log", 1, {"messages": messages, "completion": "caf\u00e9"})).response_ids
     with pytest.raises(SetAside, match="does not survive"):
-        reader.read(LoggedRow(Path("log"), 1, {"messages": messages, "completion": "cafe\u0301"}))
+        reader.read(LoggedRow("log", 1, {"messages": messages, "completion": "cafe\u0301"}))
 
 
 def test_a_cut_that_tokenises_differently_is_set_aside(
@@ -207,7 +167,7 @@ def test_a_cut_that_tokenises_differently_is_set_aside(
 
     def read(prompt: str, completion: str) -> list[int]:
         row = {"messages": [{"role": "user", "content": prompt}], "completion": completion}
-        return reader.read(LoggedRow(Path("log"), 1, row)).response_ids
+        return reader.read(LoggedRow("log", 1, row)).response_ids
 
     rest = " " + tokenizer.decode(answers[0]["response_ids"][:12], skip_special_tokens=True).strip()
     assert len(read(token, rest)) > 2

@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.prompting.sources import ReasoningGymSource, row_messages, supplies
+from draftsmith.stages.prompting.rows import row_messages
+from draftsmith.stages.prompting.sources import ReasoningGymSource
+from draftsmith.stages.prompting.supplies import Supplying, supplies
 from draftsmith.stages.prompts import PromptsConfig
 from tests.stages.prompts_run import Row, error, questions, run, run_with_context, texts, write_rows
 
@@ -75,17 +77,17 @@ def test_gzip_and_blank_lines_and_a_byte_order_mark_are_read(target: Path, tmp_p
 
 
 def test_suffix_and_system_of_a_source(target: Path, tmp_path: Path) -> None:
-    path = questions(tmp_path / "a.jsonl", 3)
+    path = questions(tmp_path / "a.jsonl", 20)
     source = {"kind": "jsonl", "path": str(path), "suffix": " Explain.", "system": "Own."}
-    rows = run(target, tmp_path, [source], system="General.")
+    rows = run(target, tmp_path, [source], system="General.", heldout_share=0.5)
     for row in rows:
         assert row["messages"][0] == {"role": "system", "content": "Own."}
         assert row["messages"][1]["content"].endswith("? Explain.")
     kept = write_rows(
         tmp_path / "b.jsonl",
-        [{"messages": [{"role": "system", "content": "Row."}, {"role": "user", "content": f"{i}"}]} for i in range(3)],
+        [{"messages": [{"role": "system", "content": "Row."}, {"role": "user", "content": f"{i}"}]} for i in range(20)],
     )
-    rows = run(target, tmp_path / "2", kept, system="General.")
+    rows = run(target, tmp_path / "2", kept, system="General.", heldout_share=0.5)
     assert {row["messages"][0]["content"] for row in rows} == {"Row."}
 
 
@@ -106,7 +108,7 @@ def test_reasoning_gym_splits_have_different_prompts(target: Path, tmp_path: Pat
 def test_a_task_gives_as_many_prompts_as_its_seeds_allow() -> None:
     """Of so many prompts that 20 candidates for each would leave the split's range of seeds."""
     source = ReasoningGymSource(kind="reasoning_gym", tasks=["chain_sum"])
-    (supply,) = supplies(source, None, seed=0, limit=3 * 10**6)
+    (supply,) = supplies(source, Supplying(limit=3 * 10**6))
     assert supply.next("train") is not None
 
 
@@ -122,7 +124,7 @@ def test_a_local_folder_is_a_data_set(target: Path, tmp_path: Path, monkeypatch:
         {"kind": "huggingface", "id": str(parquet)},
         {"kind": "huggingface", "id": str(jsonl), "field": "question"},
     ]
-    rows = run(target, tmp_path, sources, train=8, heldout=4)
+    rows = run(target, tmp_path, sources, train=0, heldout=12, heldout_share=1)
     contents = {row["messages"][0]["content"] for row in rows}
     assert contents == {f"Chat {i}" for i in range(6)} | {f"Row {i}" for i in range(6)}
     config = PromptsConfig.model_validate({"sources": sources, "train": 1, "heldout": 1})
@@ -162,7 +164,7 @@ def test_an_unreachable_data_set_is_one_clear_error(
 def test_a_bad_file_names_row_and_remedy(content: bytes, said: str, target: Path, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
-    text = error(target, tmp_path, path)
+    text = error(target, tmp_path, path, heldout=0)
     assert said in text
     assert "bad.jsonl" in text
 
@@ -200,7 +202,8 @@ def test_a_filter_keeps_rows_by_their_fields(target: Path, tmp_path: Path) -> No
     ):
         kept = run(
             target, tmp_path / source["kind"],
-            [{**source, "field": "problem", "filter": {"source": ["a", "c"], "level": 3}}], train=1, heldout=1,
+            [{**source, "field": "problem", "filter": {"source": ["a", "c"], "level": 3}}],
+            train=0, heldout=2, heldout_share=1,
         )  # fmt: skip
         assert {row["messages"][0]["content"] for row in kept} == {"a 3", "c 3"}
         for filter, said in (({"sorce": "a"}, "no field sorce to filter by"), ({"source": "z"}, "no row passes")):

@@ -14,7 +14,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.prompts import STAGE, PromptsConfig
 from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.targets.resolve import resolve_target
-from tests.stages.prompts_run import Row, error, questions, run, run_with_context, texts, write_rows
+from tests.stages.prompts_run import Row, error, of_classes, questions, run, run_with_context, texts, write_rows
 
 
 def test_tokens_are_the_chat_template_up_to_the_answer(target: Path, tiny_target: Path, tmp_path: Path) -> None:
@@ -30,13 +30,15 @@ def test_tokens_are_the_chat_template_up_to_the_answer(target: Path, tiny_target
 
 
 def test_splits_of_a_file_are_disjoint_and_shuffled(target: Path, tmp_path: Path) -> None:
-    path = questions(tmp_path / "a.jsonl", 40)
+    written = of_classes("Question", 25, 15)
+    path = write_rows(tmp_path / "a.jsonl", written)
     rows = run(target, tmp_path, path, train=25, validation=5, heldout=10)
     train, validation, heldout = (texts(rows, split) for split in ("train", "validation", "heldout"))
     assert (len(train), len(validation), len(heldout)) == (25, 5, 10)
     assert len(train | validation | heldout) == 40
     assert len({row["prompt_id"] for row in rows}) == 40
-    assert heldout != {json.dumps([{"role": "user", "content": f"Question number {i}?"}]) for i in range(10)}
+    order = [row["messages"][0]["content"] for row in rows if row["split"] == "train"]
+    assert order != [row["prompt"] for row in written if row["prompt"] in order]
 
 
 def test_a_text_that_comes_twice_is_taken_once(target: Path, tmp_path: Path) -> None:
@@ -45,14 +47,15 @@ def test_a_text_that_comes_twice_is_taken_once(target: Path, tmp_path: Path) -> 
     other = questions(tmp_path / "b.jsonl", 20)
     sources: list[Row] = [{"kind": "jsonl", "path": str(path)}, {"kind": "jsonl", "path": str(other)}]
     # file a holds 10 different texts and b the same 10 and 10 more
-    taken, context = run_with_context(target, tmp_path, sources, train=4, heldout=4)
+    taken, context = run_with_context(target, tmp_path, sources, train=4, heldout=4, heldout_share=0.5)
     plain = {" ".join(row["messages"][-1]["content"].split()) for row in taken}
     assert len(plain) == 8
     assert context.summaries["duplicates_removed"] > 0
 
 
 def test_sources_take_turns(target: Path, tmp_path: Path) -> None:
-    paths = [questions(tmp_path / "a.jsonl", 4), write_rows(tmp_path / "b.jsonl", [{"q": f"B{i}"} for i in range(4)])]
+    other = [{"q": row["prompt"]} for row in of_classes("B", 2, 1)]
+    paths = [write_rows(tmp_path / "a.jsonl", of_classes("A", 3, 1)), write_rows(tmp_path / "b.jsonl", other)]
     sources: list[Row] = [
         {"kind": "jsonl", "path": str(paths[0])},
         {"kind": "jsonl", "path": str(paths[1]), "field": "q"},
@@ -92,15 +95,15 @@ def test_more_training_prompts_leave_the_others_as_they_are(target: Path, tmp_pa
 def test_a_long_prompt_is_an_error_or_skipped(target: Path, tmp_path: Path) -> None:
     rows: list[Row] = [{"prompt": f"Short {index}"} for index in range(5)]
     path = write_rows(tmp_path / "a.jsonl", [*rows, {"prompt": "word " * 300}])
-    text = error(target, tmp_path, path, train=5, heldout=1, max_prompt_tokens=100)
+    text = error(target, tmp_path, path, train=0, heldout=6, heldout_share=1, max_prompt_tokens=100)
     assert f"{path}, row 6: " in text
     assert "prompts.max_prompt_tokens 100" in text
     assert "too_long: skip" in text
-    settings: Row = {"max_prompt_tokens": 100, "too_long": "skip"}
-    kept, context = run_with_context(target, tmp_path / "2", path, train=4, heldout=1, **settings)
+    settings: Row = {"max_prompt_tokens": 100, "too_long": "skip", "heldout_share": 1, "train": 0}
+    kept, context = run_with_context(target, tmp_path / "2", path, heldout=5, **settings)
     assert len(kept) == 5
     assert max(len(row["token_ids"]) for row in kept) <= 100
-    assert "1 too long" in error(target, tmp_path / "3", path, train=5, heldout=1, **settings)
+    assert "1 too long" in error(target, tmp_path / "3", path, heldout=6, **settings)
     assert context.summaries["too_long_skipped"] <= 1
 
 
@@ -142,9 +145,10 @@ def test_template_arguments_reach_the_template_and_its_refusal_names_the_row(tin
     artifact.mkdir()
     resolve_target(TargetConfig(source=str(folder)), artifact, lambda _line: None)
     path = write_rows(tmp_path / "a.jsonl", [{"prompt": "x"}])
-    (row,) = run(artifact, tmp_path / "1", path, train=1, heldout=0, chat_template_kwargs={"enable_thinking": True})
+    only: Row = {"train": 0, "heldout": 1, "heldout_share": 1}
+    (row,) = run(artifact, tmp_path / "1", path, **only, chat_template_kwargs={"enable_thinking": True})
     assert len(row["token_ids"]) == 1
-    text = error(artifact, tmp_path / "2", path, train=1, heldout=0)
+    text = error(artifact, tmp_path / "2", path, **only)
     assert "row 1" in text
     assert "no system prompts" in text
 

@@ -124,7 +124,7 @@ def test_all_checks_run_and_each_failure_says_what_to_do(
     captured = capsys.readouterr()
     for said in (
         "1e+09 GB wanted (stages.min_free_gb)",
-        "gone.jsonl does not exist: correct the path",
+        "gone.jsonl is not an existing file: correct the path",
         "target_layer_ids [0, 99] do not fit layers 0 … 3",
         "16 prompts and 100 are skipped",
         "no-python does not exist: build one with `make sglang-gpu`",
@@ -233,6 +233,30 @@ def test_too_few_prompts_are_counted_behind_the_filter(
     config["prompts"]["sources"] = [{"kind": "jsonl", "path": str(path), "filter": {"family": "a"}}]
     assert run(tmp_path, config) == 2
     assert "5 rows, 22 prompts wanted" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("home")
+def test_logs_are_read_with_the_tokenizer(
+    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"messages": [{"role": "user", "content": "tell a story"}], "completion": "once upon a time ."}
+    (tmp_path / "log.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    config["logs"] = {"paths": str(tmp_path / "*.jsonl"), "temperature": 0}
+    del config["rollout"], config["assisted"]
+    assert run(tmp_path, config) == 0
+    assert "1 of all 2 rows can be used; not used: 1 duplicate of an earlier row" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("home")
+def test_a_file_with_too_few_prompts_to_measure_on_is_told(
+    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Question {i}?"}) + "\n" for i in range(40)))
+    config["prompts"]["sources"] = [{"kind": "jsonl", "path": str(path)}]
+    config["prompts"] |= {"heldout": 20, "train": 16}
+    assert run(tmp_path, config) == 2
+    assert "of 40 rows are of the held-out class (heldout_share 0.1), 22 held-out" in capsys.readouterr().out
 
 
 def hub_cache(folder: Path, tokenizer: Path) -> Path:

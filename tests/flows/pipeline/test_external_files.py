@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
@@ -11,6 +12,7 @@ from draftsmith.artifacts.store import Store
 from draftsmith.flows.pipeline.graph import external_digests, plan
 from draftsmith.flows.refresh.config import load_config
 from draftsmith.flows.refresh.graph import REFRESH
+from draftsmith.stages.logs import LogsConfig
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.training.config import SftConfig
@@ -39,6 +41,35 @@ def test_the_weights_of_a_drafter_to_start_from_are_key_material(tmp_path: Path)
     after = external_digests(SftConfig(init_from=str(tmp_path)))
     assert before != after
     assert len(after["external_files"]) == 2
+
+
+def test_every_file_of_a_folder_is_key_material(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "a"}\n')
+    logs = LogsConfig(paths=[str(tmp_path)], temperature=0)
+    before = external_digests(logs)
+    assert sorted(before["external_files"]) == [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    assert before["external_files"] == external_digests(jsonl(tmp_path))["external_files"]
+    (tmp_path / "c.jsonl").write_text("")
+    assert len(external_digests(logs)["external_files"]) == 3
+
+
+def test_the_key_material_of_a_plain_file_is_its_path_and_sha256(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b"{}")
+    digest = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+    assert external_digests(jsonl(path)) == {"external_files": {str(path): digest}}
+
+
+def test_a_changed_file_of_a_bucket_changes_the_key_material() -> None:
+    system = fsspec.filesystem("memory")
+    system.pipe_file("/key-bucket/a.jsonl", b"1")
+    logs = LogsConfig(paths=["memory://key-bucket/*.jsonl"], temperature=0)
+    before = external_digests(logs)
+    assert len(before["external_files"]) == 1 and external_digests(logs) == before
+    system.pipe_file("/key-bucket/a.jsonl", b"2")
+    assert external_digests(logs) != before
+    system.rm("/key-bucket", recursive=True)
 
 
 def test_a_config_without_files_adds_nothing() -> None:

@@ -1,0 +1,56 @@
+"""Rows that are not used: counted by reason, listed with file and row, and an error where too many cannot be read."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import TextIO
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.prompting.files import BadRow
+
+UNREADABLE = "cannot be read"
+
+
+class Aside:
+    """What was set aside so far. A row is good, unusable (fit for nothing here) or bad (nobody can read it)."""
+
+    def __init__(self, field: str, max_bad_share: float, listed: TextIO | None = None):
+        """field: names `max_bad_share` in errors. listed: takes one JSON object a line."""
+        self._field, self._most, self._listed = field, max_bad_share, listed
+        self.reasons: Counter[str] = Counter()
+        self.rows = 0  # read so far
+        self._first: BadRow | None = None
+
+    @property
+    def bad(self) -> int:
+        return self.reasons[UNREADABLE]
+
+    def unusable(self, file: str, number: int, log_id: str | None, reason: str) -> None:
+        self.reasons[reason] += 1
+        self._list(file, number, log_id, reason)
+
+    def unreadable(self, row: BadRow, log_id: str | None = None) -> None:
+        """Raises DraftsmithError at once where no bad row is allowed."""
+        self._first = self._first or row
+        self.reasons[UNREADABLE] += 1
+        self._list(row.file, row.number, log_id, f"{UNREADABLE}: {row.reason}")
+        if self._most == 0:
+            raise DraftsmithError(f"{row.where}: {row.reason}")
+
+    def check(self) -> None:
+        """Raises DraftsmithError if more of the rows read were bad than is allowed."""
+        if self._first is not None and self.bad > self._most * max(self.rows, 1):
+            raise DraftsmithError(
+                f"{self._first.where}: {self._first.reason} ({self.bad} of {self.rows} rows cannot be read, over "
+                f"{self._field} {self._most:g})"
+            )
+
+    def said(self) -> str:
+        """Reasons and how often, most frequent first."""
+        return ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
+
+    def _list(self, file: str, number: int, log_id: str | None, reason: str) -> None:
+        if self._listed is not None:
+            entry = {"file": file, "row": number, "id": log_id, "reason": reason}
+            self._listed.write(json.dumps(entry, ensure_ascii=True) + "\n")

@@ -1,0 +1,75 @@
+"""Answers of an earlier refresh, mixed in so that a drafter does not forget what it was good at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from draftsmith.artifacts.parquet import read_table
+from draftsmith.artifacts.schemas import TRAJECTORIES
+from draftsmith.stages.prompting.answers import chosen_rows, parts
+from draftsmith.stages.prompting.intake import Intake, content, prompt_id
+from draftsmith.stages.prompting.selection import lot
+
+_COLUMNS = ["split", "temperature", "prompt_ids", "response_ids"]
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What of an earlier artifact may be trained on: answers at the same temperature that fit the intake's limits."""
+
+    path: Path
+    contents: list[bytes | None]  # of every row; None: not to be used
+
+    def choose(self, count: int, seed: int, but: set[bytes]) -> np.ndarray:
+        """[rows] bool: `count` of them drawn by seed, or as many as there are, none whose content is in `but`."""
+        ranked = sorted((lot(seed, each), row) for row, each in enumerate(self.contents) if each and each not in but)
+        mask = np.zeros(len(self.contents), dtype=bool)
+        mask[[row for _, row in ranked[:count]]] = True
+        return mask
+
+    @property
+    def usable(self) -> int:
+        return sum(each is not None for each in self.contents)
+
+    def rows(self, mask: np.ndarray) -> Iterator[pa.Table]:
+        """The rows of the mask, part by part, with the prompt's identity that the stage `logs` gives."""
+        for part in chosen_rows(self.path, mask):
+            ids = [prompt_id(row.values.to_numpy()) for row in part["prompt_ids"]]
+            place = part.column_names.index("prompt_id")
+            yield part.set_column(place, "prompt_id", pa.array(ids, pa.string()))
+
+
+def read_earlier(folder: Path, intake: Intake, temperature: float) -> Earlier:
+    """Of an artifact with `trajectories.parquet`. Raises DraftsmithError if it is damaged or of another version."""
+    path = folder / "trajectories.parquet"
+    read_table(path, TRAJECTORIES, columns=["sample"])  # whole, and of this version
+    contents: list[bytes | None] = []
+    seen: set[bytes] = set()
+    for part in parts(path, _COLUMNS):
+        for split, at, prompt, response in zip(*(part[name] for name in _COLUMNS), strict=True):
+            both = None
+            if split.as_py() == "train" and np.float32(at.as_py()) == np.float32(temperature):
+                both = _content(prompt.values.to_numpy(), response.values.to_numpy(), intake)
+            contents.append(None if both in seen else both)
+            if both is not None:
+                seen.add(both)
+    return Earlier(path, contents)
+
+
+def _content(prompt: np.ndarray, response: np.ndarray, intake: Intake) -> bytes | None:
+    """None for an answer that the intake would not take."""
+    limits = intake.reader
+    if len(response) < 2 or len(prompt) + len(response) > limits.max_tokens:
+        return None
+    if limits.max_prompt_tokens is not None and len(prompt) > limits.max_prompt_tokens:
+        return None
+    if max(prompt.max(initial=0), response.max(initial=0)) >= limits.vocab_size:
+        return None
+    if intake.held_out.holds(intake.unrendered.messages(prompt), prompt):
+        return None
+    return content(prompt, response)

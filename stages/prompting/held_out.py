@@ -1,0 +1,78 @@
+"""Which prompts are only ever measured on: decided by a hash of the prompt, so that no refresh can train on another's.
+
+A prompt's place is a number in [0, 1) that depends on its text alone. Below `heldout_share` it may be held-out or
+validation material and is never trained on; above, the other way round. A larger share contains the smaller one:
+raising it takes prompts out of training, lowering it gives prompts to training that may have measured before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.parquet import read_table
+from draftsmith.artifacts.schemas import PROMPTS
+from draftsmith.stages.prompting.rows import Message
+
+HELDOUT_SHARE = 0.1  # of all prompts, where a config does not say
+
+
+def identity(messages: Sequence[Message]) -> bytes:
+    """16 bytes that equal prompts share, whatever their system prompt and blank space; upper case counts."""
+    said = [(each["role"], " ".join(each["content"].split())) for each in messages if each["role"] != "system"]
+    text = json.dumps(said, ensure_ascii=True)  # half a surrogate pair is no UTF-8, but has an escape
+    return hashlib.sha256(f"prompt {text}".encode()).digest()[:16]
+
+
+def place(prompt: bytes) -> float:
+    """Where a prompt of this identity stands in [0, 1)."""
+    return int.from_bytes(prompt[:8], "big") / 2**64
+
+
+def digest(ids: Sequence[int] | np.ndarray) -> bytes:
+    """16 bytes of sha256 over token ids."""
+    return hashlib.sha256(np.asarray(ids, dtype=np.int32).tobytes()).digest()[:16]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out class, and the prompts of one refresh that are measured on although they are outside of it."""
+
+    share: float = HELDOUT_SHARE
+    identities: frozenset[bytes] = field(default=frozenset())
+    token_digests: frozenset[bytes] = field(default=frozenset())
+
+    def holds(self, messages: Sequence[Message], ids: Sequence[int] | np.ndarray) -> bool:
+        """May this prompt not be trained on? messages: as far as they are known, ids: its tokens."""
+        prompt = identity(messages)
+        return place(prompt) < self.share or prompt in self.identities or digest(ids) in self.token_digests
+
+
+def read_held_out(prompts: Path | None) -> HeldOut:
+    """Of an artifact of `prompts`; without one, the class alone with its usual share."""
+    if prompts is None:
+        return HeldOut()
+    table = read_table(prompts / "prompts.parquet", PROMPTS, columns=["split", "messages", "token_ids"])
+    rows = [row for row in table.to_pylist() if row["split"] != "train"]
+    return HeldOut(
+        _share(prompts / "prompts.json"),
+        frozenset(identity(row["messages"]) for row in rows),
+        frozenset(digest(row["token_ids"]) for row in rows),
+    )
+
+
+def _share(summary: Path) -> float:
+    try:
+        return float(json.loads(summary.read_text(encoding="utf-8")).get("heldout_share", HELDOUT_SHARE))
+    except FileNotFoundError:
+        return HELDOUT_SHARE
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DraftsmithError(
+            f"{summary}: not readable ({error}): make the prompts again with `--force prompts`"
+        ) from error

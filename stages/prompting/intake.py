@@ -1,0 +1,151 @@
+"""The intake of a log: which of its rows may be trained on, judged one by one, for the stage and for its check."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.prompting.aside import Aside
+from draftsmith.stages.prompting.files import BadRow, Row
+from draftsmith.stages.prompting.held_out import HeldOut, digest
+from draftsmith.stages.prompting.logged import LoggedRow, Reader, SetAside, logged_ids, logged_text
+from draftsmith.stages.prompting.logs_config import LogsConfig
+from draftsmith.stages.prompting.times import row_time
+from draftsmith.stages.prompting.unrendered import Unrendered
+from draftsmith.stages.targets.info import model_path, read_target_info
+from draftsmith.stages.targets.resolve import load_tokenizer
+
+HELD_OUT = "prompt of the validation or held-out split"
+DUPLICATE = "duplicate of an earlier row"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Taken:
+    """An answer that may be used."""
+
+    prompt_ids: np.ndarray  # int32
+    response_ids: np.ndarray  # int32
+    finish_reason: str  # stop | length
+    source: str  # "" without a source field
+    time: datetime | None
+    content: bytes  # digest of both: equal answers to equal prompts
+
+    @property
+    def prompt_id(self) -> str:
+        return prompt_id(self.prompt_ids)
+
+
+def prompt_id(ids: np.ndarray) -> str:
+    """16 digits that equal prompts share."""
+    return digest(ids).hex()[:16]
+
+
+def content(prompt_ids: np.ndarray, response_ids: np.ndarray) -> bytes:
+    """16 bytes that equal answers to equal prompts share."""
+    return digest(np.concatenate([prompt_ids, np.array([-1], np.int32), response_ids]))
+
+
+class Sieve(ABC, Generic[T]):
+    """Rows of a log one by one: what of them is made into a `T`, and why the others are not."""
+
+    def __init__(self, config: LogsConfig, aside: Aside):
+        self.aside, self._config = aside, config
+        self.outside_window = 0
+        self.newest: datetime | None = None  # of all rows read
+        # a row of a clock that is wrong must not hide the rows of days to come from `since: last`
+        self._latest = datetime.now(UTC) + timedelta(days=1)
+
+    @abstractmethod
+    def _made(self, row: LoggedRow, time: datetime | None) -> T:
+        """Of a row inside the window. Raises SetAside, and DraftsmithError for one of another shape."""
+
+    def take(self, row: Row | BadRow) -> T | None:
+        """None for a row that is not used. Raises DraftsmithError where no bad row is allowed."""
+        self.aside.rows += 1
+        if isinstance(row, BadRow):
+            self.aside.unreadable(row)
+            return None
+        logged = LoggedRow(row.file, row.number, row.fields)
+        try:
+            time = row_time(row.fields, self._config.time_field)
+            if not self._in_window(time):
+                self.outside_window += 1
+                return None
+            if logged.temperature not in (None, self._config.temperature):
+                raise SetAside("another temperature")
+            return self._made(logged, time)
+        except SetAside as reason:
+            self.aside.unusable(row.file, row.number, logged.log_id, str(reason))
+        except DraftsmithError as error:
+            bad = BadRow(row.file, row.number, str(error).removeprefix(f"{row.where}: "))
+            self.aside.unreadable(bad, logged.log_id)
+        return None
+
+    def _in_window(self, time: datetime | None) -> bool:
+        future = time is not None and time > self._latest
+        if time is not None and not future:
+            self.newest = max(self.newest or time, time)
+        if not self._config.needs_time:
+            return True
+        if time is None:
+            raise SetAside("no time that can be read")
+        if future:
+            raise SetAside("time in the future")
+        return self._config.holds(time)
+
+
+class ShapeSieve(Sieve[bool]):
+    """Judges rows without a tokenizer: by time, temperature and shape."""
+
+    def _made(self, row: LoggedRow, time: datetime | None) -> bool:  # noqa: ARG002
+        if logged_ids(row) is None:
+            logged_text(row)
+        return True
+
+
+class Intake(Sieve[Taken]):
+    """Rows → answers, each at most once."""
+
+    def __init__(self, config: LogsConfig, target: Path, held_out: HeldOut, aside: Aside):
+        """target: its artifact, of which only the small files are read."""
+        super().__init__(config, aside)
+        info = read_target_info(target)
+        self.reader = Reader(
+            load_tokenizer(model_path(target)),
+            vocab_size=info.vocab_size,
+            eos_ids=info.eos_ids,
+            max_tokens=config.max_tokens or info.max_positions,
+            max_prompt_tokens=config.max_prompt_tokens,
+            template_kwargs=config.chat_template_kwargs,
+        )
+        self.unrendered = Unrendered(self.reader.tokenizer, config.chat_template_kwargs)
+        self.held_out = held_out
+        self.without_source = 0
+        self._seen: set[bytes] = set()  # `Taken.content`
+
+    def _made(self, row: LoggedRow, time: datetime | None) -> Taken:
+        answer = self.reader.read(row)
+        prompt_ids, response_ids = (np.asarray(ids, np.int32) for ids in (answer.prompt_ids, answer.response_ids))
+        messages = self.unrendered.messages(answer.prompt_ids) if answer.messages is None else answer.messages
+        if self.held_out.holds(messages, prompt_ids):
+            raise SetAside(HELD_OUT)
+        both = content(prompt_ids, response_ids)
+        if both in self._seen:
+            raise SetAside(DUPLICATE)
+        self._seen.add(both)
+        stopped = answer.response_ids[-1] in self.reader.eos_ids
+        return Taken(prompt_ids, response_ids, "stop" if stopped else "length", self._source(row), time, both)
+
+    def _source(self, row: LoggedRow) -> str:
+        if self._config.source_field is None:
+            return ""
+        value = row.fields.get(self._config.source_field)
+        self.without_source += value is None
+        return "" if value is None else str(value)

@@ -1,0 +1,146 @@
+"""The section `logs`: which answers of which files are used."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from draftsmith.stages.contract import Config
+from draftsmith.stages.prompting.files import local_files, remote_versions
+from draftsmith.stages.prompting.times import absolute, as_time, iso
+
+_PATHS = "logs.paths"
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_text(value: object) -> object:
+    """YAML reads a date or a time as one."""
+    time = None if isinstance(value, str | int | float) else as_time(value)
+    return value if time is None else iso(time)
+
+
+def _quota(value: Any) -> Any:
+    """1 is one row, 1.0 would be everything: told apart before they become the same number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("a quota is a share below 1, or a whole number of rows")
+    if not (0 < value < 1 if isinstance(value, float) else value >= 1):
+        raise ValueError(f"{value} is neither a share between 0 and 1 nor a whole number of rows from 1 on")
+    return value
+
+
+class LogsConfig(Config):
+    """Which answers of a log are used."""
+
+    paths: Annotated[
+        list[str],
+        BeforeValidator(_as_list),
+        Field(
+            min_length=1,
+            description="files, folders and globs, relative to the current directory, or addresses for fsspec such as "
+            "s3://bucket/logs/*.jsonl.zst; JSON Lines (plain, .gz, .zst) or .parquet",
+        ),
+    ]
+    temperature: float = Field(
+        ge=0,
+        description="sampling temperature of the answers; a row that says another one is set aside, one that says none "
+        "is taken to have this one. 0 = greedy",
+    )
+    top_p: float = Field(default=1.0, gt=0, le=1, description="of the answers; written down, not checked")
+    since: Annotated[str, BeforeValidator(_as_text)] | None = Field(
+        default=None,
+        description="only rows from this time on: 7d, 12h, an ISO date or time, or `last`: behind what the last "
+        "refresh has read. 7d and 12h become the time that they mean when the config is read: a midnight for days, a "
+        "full hour for hours (UTC), so that a run that is planned again on that day or in that hour is the same run",
+    )
+    after: Annotated[str, BeforeValidator(_as_text)] | None = Field(
+        default=None, description="only rows later than this ISO time; what `since: last` is turned into"
+    )
+    time_field: str | None = Field(
+        default=None,
+        description="field with a row's time, ISO text or epoch seconds or milliseconds. Left out: timestamp, created, "
+        "created_at or time",
+    )
+    rows: int | None = Field(default=None, ge=1, description="use at most so many answers, chosen by `sample`")
+    sample: Literal["first", "random", "newest"] = Field(
+        default="first",
+        description="which answers, where more are there than `rows` and `quotas` let through. random: by a hash of "
+        "the run's seed and the row's tokens, whatever the order of files and rows",
+    )
+    source_field: str | None = Field(default=None, description="field with a row's source, for `quotas`")
+    quotas: dict[str, Annotated[int | float, BeforeValidator(_quota)]] = Field(
+        default={},
+        description="at most so much from a source: below 1 a share of the used answers, from 1 on a number of them. "
+        "Sources that are not named are not bounded",
+    )
+    replay_share: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of the used answers that comes from an earlier refresh, if any",
+    )
+    max_tokens: int | None = Field(
+        default=None, ge=2, description="prompt and answer; longer rows are set aside. Left out: the target's context"
+    )
+    max_prompt_tokens: int | None = Field(
+        default=None, ge=1, description="of the prompt; longer rows are set aside. Left out: only max_tokens counts"
+    )
+    max_bad_share: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="share of the rows that may be unreadable (half-written, of another shape, not UTF-8): they are "
+        "set aside. 0: the first one is an error",
+    )
+    chat_template_kwargs: dict[str, bool | int | float | str | None] = Field(
+        default={}, description="passed to the chat template for rows of text: what the service passed"
+    )
+
+    @field_validator("since")
+    @classmethod
+    def _becomes_absolute(cls, since: str | None) -> str | None:
+        return None if since is None else absolute(since, datetime.now(UTC))
+
+    @field_validator("after")
+    @classmethod
+    def _is_a_time(cls, after: str | None) -> str | None:
+        if after is None:
+            return None
+        time = as_time(after)
+        if time is None:
+            raise ValueError(f"{after!r} is no ISO time, such as 2026-01-31T12:00:00Z")
+        return iso(time)
+
+    @model_validator(mode="after")
+    def _quotas_have_a_field(self) -> LogsConfig:
+        if self.quotas and self.source_field is None:
+            raise ValueError("quotas: say in source_field which field holds a row's source")
+        return self
+
+    @property
+    def needs_time(self) -> bool:
+        """Is a row without a time of no use?"""
+        return self.since_time is not None or self.after is not None or self.sample == "newest"
+
+    @property
+    def since_time(self) -> datetime | None:
+        """Rows from here on, if `since` says a time."""
+        return None if self.since is None else as_time(self.since)
+
+    def holds(self, time: datetime) -> bool:
+        """Is this time inside the window?"""
+        since, after = self.since_time, None if self.after is None else as_time(self.after)
+        return (since is None or time >= since) and (after is None or time > after)
+
+    def external_files(self) -> list[Path]:
+        """The logs on this machine. Raises DraftsmithError for a path, folder or glob without any."""
+        return local_files(self.paths, _PATHS)
+
+    def external_versions(self) -> dict[str, str]:
+        """The logs elsewhere, with their versions."""
+        return remote_versions(self.paths, _PATHS)

@@ -1,0 +1,250 @@
+"""Prompts from their sources: tasks that make them, files and data sets of rows, each in the order of a seed."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO, TypeAlias
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.prompting.aside import Aside
+from draftsmith.stages.prompting.files import BadRow, Row, matched, read_rows
+from draftsmith.stages.prompting.held_out import HELDOUT_SHARE, place
+from draftsmith.stages.prompting.rows import Message, is_unicode, row_messages
+from draftsmith.stages.prompting.sources import (
+    SPLITS,
+    Candidate,
+    HuggingFaceSource,
+    JsonlSource,
+    ProceduralSource,
+    PromptSource,
+    ReasoningGymSource,
+    Split,
+)
+
+_PROCEDURAL_SEED = 1_000  # behind the seeds of the text that targets are trained on
+_SEEDS_PER_SPLIT = 1_000_000  # a procedural task takes its item i from seed + i: splits own separate ranges of seeds
+
+Draw: TypeAlias = Callable[[Split], Iterator[Candidate]]
+Finish: TypeAlias = Callable[[str, list[Message], str], Candidate]
+
+
+class Supply:
+    """Candidates of one source, split by split; `label` names the source in errors about the whole of it.
+
+    A candidate serves only the splits of its class (`held_out.py`). Files and data sets have one stream for all splits,
+    where what one class passes over waits for the other; tasks have a stream for each split.
+    """
+
+    def __init__(
+        self, label: str, draw: Draw, heldout_share: float, *, one_stream: bool = False, aside: Aside | None = None
+    ):
+        self.label, self.heldout_share, self.aside = label, heldout_share, aside
+        self._draw, self._one_stream = draw, one_stream
+        self._open: dict[str, Iterator[Candidate]] = {}
+        self._waiting: dict[bool, deque[Candidate]] = {True: deque(), False: deque()}
+        self.of_class: Counter[bool] = Counter()  # candidates looked at; True: of the held-out class
+        self.passed_over = 0  # for good: of a task, and of the wrong class
+
+    def next(self, split: Split) -> Candidate | None:
+        """The next candidate for this split, None when there is none left."""
+        held_out = split != "train"
+        if self._waiting[held_out]:
+            return self._waiting[held_out].popleft()
+        stream = "all" if self._one_stream else split
+        if stream not in self._open:
+            self._open[stream] = self._draw(split)
+        for candidate in self._open[stream]:
+            of_class = place(candidate.identity) < self.heldout_share
+            self.of_class[of_class] += 1
+            if of_class == held_out:
+                return candidate
+            if self._one_stream:
+                self._waiting[of_class].append(candidate)
+            else:
+                self.passed_over += 1
+        return None
+
+
+@dataclass(frozen=True)
+class Supplying:
+    """What the supplies of all sources have in common, from section `prompts`."""
+
+    system: str | None = None
+    seed: int = 0
+    limit: int = 1  # items that are looked at for one split of a procedural task (some have few different ones)
+    heldout_share: float = HELDOUT_SHARE
+    max_bad_share: float = 0.0
+    listed: TextIO | None = None  # takes the rows that were set aside
+
+
+def supplies(source: PromptSource, common: Supplying) -> list[Supply]:
+    """The supplies of a source, which share its counts: one a procedural task, one for its files or its data set."""
+    system = source.system if source.system is not None else common.system
+    share = source.heldout_share if source.heldout_share is not None else common.heldout_share
+
+    def finish(label: str, messages: list[Message], where: str) -> Candidate:
+        if source.suffix:
+            last = max(index for index, message in enumerate(messages) if message["role"] == "user")
+            messages = [dict(message) for message in messages]
+            messages[last]["content"] += source.suffix
+        if system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        return Candidate(label, messages, where)
+
+    match source:
+        case ReasoningGymSource():
+            draws = [(task, _task_draw(task, source, finish, common.seed, common.limit)) for task in source.tasks]
+            return [Supply(label, draw, share) for label, draw in draws]
+        case ProceduralSource():
+            draws = [(each, _family_draw(each, source, finish, common.seed, common.limit)) for each in source.families]
+            return [Supply(label, draw, share) for label, draw in draws]
+        case JsonlSource():
+            aside = Aside("prompts.max_bad_share", common.max_bad_share, common.listed)
+            rows = iter(_file_candidates(source, finish, common.seed, aside))
+            return [Supply(source.path, lambda _split: rows, share, one_stream=True, aside=aside)]
+        case HuggingFaceSource():
+            aside = Aside("prompts.max_bad_share", common.max_bad_share, common.listed)
+            rows = _dataset_candidates(source, finish, common.seed, aside)
+            return [Supply(source.id, lambda _split: rows, share, one_stream=True, aside=aside)]
+
+
+def _task_draw(task: str, source: ReasoningGymSource, finish: Finish, seed: int, limit: int) -> Draw:
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    if task not in DATASETS:
+        near = difflib.get_close_matches(task, DATASETS, n=3)
+        hint = (
+            f"did you mean {' or '.join(near)}?" if near else f"known are for example {', '.join(sorted(DATASETS)[:5])}"
+        )
+        raise DraftsmithError(f"prompts.sources: reasoning_gym has no task {task}: {hint}")
+    limit = min(limit, _SEEDS_PER_SPLIT)
+    # Below 2**32, which numpy's generators need.
+    base = ((7919 * seed + source.seed) % 1000) * len(SPLITS) * _SEEDS_PER_SPLIT
+
+    def draw(split: Split) -> Iterator[Candidate]:
+        first = base + SPLITS.index(split) * _SEEDS_PER_SPLIT
+        try:
+            items = reasoning_gym.create_dataset(task, **{**source.options, "size": limit, "seed": first})
+        except (TypeError, ValueError, AssertionError) as error:
+            reason = _one_line(error)
+            raise DraftsmithError(
+                f"prompts.sources: options of reasoning_gym task {task}: {reason}: correct them"
+            ) from error
+        for index in range(limit):
+            question = items[index]["question"]
+            yield finish(task, [{"role": "user", "content": question}], f"{task}, seed {first + index}")
+
+    return draw
+
+
+def _family_draw(family: str, source: ProceduralSource, finish: Finish, seed: int, limit: int) -> Draw:
+    from draftsmith.stages.procedural.text import FAMILIES, examples
+
+    if family not in FAMILIES:
+        raise DraftsmithError(f"prompts.sources: no procedural family {family}, use some of {', '.join(FAMILIES)}")
+
+    def draw(split: Split) -> Iterator[Candidate]:
+        first = ((7919 * seed + source.seed) % 1000) * len(SPLITS) + SPLITS.index(split) + _PROCEDURAL_SEED
+        for number, example in enumerate(examples(first, limit, families=[family])):
+            where = f"{family}, seed {first}, item {number}"
+            yield finish(family, [{"role": "user", "content": example.prompt}], where)
+
+    return draw
+
+
+def file_rows(source: JsonlSource, aside: Aside) -> Iterator[tuple[Row, list[Message]]]:
+    """Rows that the filter lets through, with their prompts; the others are counted in `aside`, which is checked."""
+    for row in read_rows(matched([source.path], "prompts.sources")):
+        aside.rows += 1
+        if isinstance(row, BadRow):
+            aside.unreadable(row)
+            continue
+        try:
+            kept = source.keeps(row.fields, row.where)
+            messages = row_messages(row.fields, source.field, row.where) if kept else []
+        except DraftsmithError as error:
+            aside.unreadable(BadRow(row.file, row.number, str(error).removeprefix(f"{row.where}: ")))
+            continue
+        if not is_unicode(*(message["content"] for message in messages)):
+            aside.unreadable(BadRow(row.file, row.number, "not valid Unicode (half a surrogate pair): correct the row"))
+        elif kept:
+            yield row, messages
+    aside.check()
+
+
+def _file_candidates(source: JsonlSource, finish: Finish, seed: int, aside: Aside) -> list[Candidate]:
+    label = source.label or Path(source.path).name
+    candidates = [finish(label, messages, row.where) for row, messages in file_rows(source, aside)]
+    if not candidates and source.filter:
+        raise DraftsmithError(f"{source.path}: no row passes the filter {source.filter}: correct it")
+    if not candidates:
+        raise DraftsmithError(f"{source.path}: the file is empty: give a JSON Lines file with one prompt a line")
+    drawn = f"{seed} {source.seed}"
+    return sorted(candidates, key=lambda each: hashlib.sha256(f"{drawn} {each.text_hash}".encode()).digest())
+
+
+def _dataset_candidates(source: HuggingFaceSource, finish: Finish, seed: int, aside: Aside) -> Iterator[Candidate]:
+    rows = load_rows(source)
+    name = f"{source.id}, split {source.split}"
+    if len(rows) == 0:
+        raise DraftsmithError(f"{name}: the data set is empty: give another split")
+    order = _passing(rows, source)
+    random.Random(f"{seed} {source.seed} {source.id} {source.split}").shuffle(order)
+
+    def draw() -> Iterator[Candidate]:
+        for index in order:
+            where = f"{name}, row {index + 1}"
+            aside.rows += 1
+            try:
+                messages = row_messages(rows[index], source.field, where)
+            except DraftsmithError as error:
+                aside.unreadable(BadRow(name, index + 1, str(error).removeprefix(f"{where}: ")))
+                continue
+            yield finish(source.label or source.id, messages, where)
+
+    return draw()
+
+
+def _passing(rows: Any, source: HuggingFaceSource) -> list[int]:
+    """Indices of the rows that the filter lets through; only its columns are read."""
+    if not source.filter:
+        return list(range(len(rows)))
+    where = f"{source.id}, split {source.split}"
+    source.keeps(dict.fromkeys(rows.column_names), where)  # names a column that is not there
+    columns = rows.select_columns(list(source.filter))
+    order = [index for index, row in enumerate(columns) if source.keeps(row, where)]
+    if not order:
+        raise DraftsmithError(f"{where}: no row passes the filter {source.filter}: correct it")
+    return order
+
+
+def load_rows(source: HuggingFaceSource) -> Any:
+    """The data set as a sequence of rows; every failure becomes one DraftsmithError."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(source.id, source.name, split=source.split, revision=source.revision)
+    except datasets.exceptions.DatasetGenerationError as error:
+        reason, cause = f"cannot be read ({_one_line(error.__cause__ or error)}): repair its files", error
+    except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
+        if Path(source.id).is_dir():
+            reason, cause = f"no data files found ({_one_line(error)}): put Parquet or JSON files there", error
+        else:
+            reason = (
+                "no such folder here, and not to be had from the hub: check the id and the network, or give a folder"
+            )
+            cause = error
+    except ValueError as error:  # unknown split or configuration: the message lists the known ones
+        reason, cause = f"{_one_line(error)}: correct name or split", error
+    raise DraftsmithError(f"prompts.sources: data set {source.id}: {reason}") from cause
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

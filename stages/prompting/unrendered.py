@@ -1,0 +1,63 @@
+"""A prompt's messages from its token ids, where the chat template can be read backwards."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.prompting.rows import Message
+from draftsmith.stages.prompting.sources import Candidate
+from draftsmith.stages.prompting.template import rendered
+
+_FIRST, _ANSWER, _SECOND = "<<first question>>", "<<an answer>>", "<<second question>>"
+
+
+class Unrendered:
+    """Splits a decoded prompt at what the template puts around the turns of a user and an assistant.
+
+    A log of token ids has no messages, and its prompts must still be recognised as those that were measured on. What
+    stands before the first turn (a system prompt, a date) is left out, as in the hash. Where the template cannot be
+    read so (turns of tools, one that puts the system prompt into the user's turn), the decoded text is one message: it
+    still falls into one class in every refresh, but not into that of the same prompt as messages.
+    """
+
+    def __init__(self, tokenizer: Any, template_kwargs: dict[str, Any]):
+        self._tokenizer = tokenizer
+        self._open = self._answer = self._next = ""
+        if not tokenizer.chat_template:
+            return
+        turns = [("user", _FIRST), ("assistant", _ANSWER), ("user", _SECOND)]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        try:
+            text = rendered(tokenizer, Candidate("", messages, "chat template"), template_kwargs)
+            before, rest = text.split(_FIRST)
+            self._answer, rest = rest.split(_ANSWER)
+            self._next, _ = rest.split(_SECOND)
+        except (DraftsmithError, ValueError):  # it refuses such a conversation, or leaves parts of it out
+            return
+        self._open = _common_end(before, self._next)
+
+    def messages(self, ids: Sequence[int] | np.ndarray) -> list[Message]:
+        """Of the prompt with these ids; one of the user with all its text where the template cannot be read."""
+        text = str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        _, found, body = text.partition(self._open) if self._open else ("", "", "")
+        if not found or not self._answer:
+            return [{"role": "user", "content": text}]
+        parts = re.split(f"({re.escape(self._answer)}|{re.escape(self._next)})", body)
+        turns = [{"role": "user", "content": parts[0]}]
+        for mark, content in zip(parts[1::2], parts[2::2], strict=True):
+            turns.append({"role": "assistant" if mark == self._answer else "user", "content": content})
+        if turns[-1]["role"] == "assistant":  # the beginning of the answer
+            turns.pop()
+        return turns
+
+
+def _common_end(one: str, other: str) -> str:
+    length = 0
+    while length < min(len(one), len(other)) and one[-1 - length] == other[-1 - length]:
+        length += 1
+    return one[len(one) - length :]

@@ -1,0 +1,92 @@
+"""`draftsmith check` reads the logs of a run: what can be used, what is set aside, and when that is an error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from draftsmith.flows.checks import prompts as checks
+from draftsmith.flows.checks.findings import Findings, Level
+from draftsmith.flows.pipeline.graph import Node
+from draftsmith.stages.logs import LogsConfig
+from draftsmith.stages.targets.config import TargetConfig
+from draftsmith.stages.targets.metadata import metadata_artifact
+
+GOOD = {"messages": [{"role": "user", "content": "tell a story"}], "completion": "once upon a time ."}
+
+
+@pytest.fixture(scope="module")
+def metadata(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is known of the target without its weights."""
+    folder = tmp_path_factory.mktemp("metadata")
+    metadata_artifact(TargetConfig(source=str(tiny_target)), folder)
+    return folder
+
+
+def found(metadata: Path | None, path: Path, rows: list[Any], **config: Any) -> tuple[Level, str]:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    node = Node("logs", "draftsmith.stages.logs", LogsConfig(paths=[str(path)], temperature=0, **config))
+    findings = Findings()
+    checks.check_logs(findings, [node], metadata)
+    (line,) = findings.lines
+    assert line.check == "logs"
+    return line.level, line.text
+
+
+def answer(number: int, **more: Any) -> dict[str, Any]:
+    return GOOD | {"completion": f"once upon a time {'the cat ' * number}."} | more
+
+
+def test_good_logs_are_counted(metadata: Path, tmp_path: Path) -> None:
+    rows = [answer(number) for number in range(9)]
+    level, text = found(metadata, tmp_path / "a.jsonl", [*rows, answer(20, temperature=1)])
+    assert level is Level.OK
+    assert text == "9 of all 10 rows can be used; not used: 1 another temperature"
+
+
+def test_much_that_is_set_aside_is_a_warning(metadata: Path, tmp_path: Path) -> None:
+    rows = [answer(number, temperature=number % 2) for number in range(10)]
+    level, text = found(metadata, tmp_path / "a.jsonl", rows)
+    assert level is Level.WARNING and "5 of all 10 rows can be used; not used: 5 another temperature" in text
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([answer(1, temperature=1)], "0 of all 1 rows can be used; not used: 1 another temperature"),
+        (['{"messages": '], "row 1: not JSON"),
+        ([], "0 of all 0 rows can be used"),
+    ],
+)
+def test_nothing_that_can_be_used_is_an_error(rows: list[Any], said: str, metadata: Path, tmp_path: Path) -> None:
+    level, text = found(metadata, tmp_path / "a.jsonl", rows)
+    assert level is Level.ERROR and said in text
+
+
+def test_a_window_is_no_fault_of_its_rows(metadata: Path, tmp_path: Path) -> None:
+    rows = [answer(number, time=f"2026-03-0{number}") for number in range(1, 10)]
+    level, text = found(metadata, tmp_path / "a.jsonl", rows, since="2026-03-08")
+    assert level is Level.OK and text == "2 of all 9 rows can be used; not used: 7 outside the window"
+
+
+def test_only_the_first_rows_of_a_long_log_are_read(
+    metadata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "_LOG_ROWS", 5)
+    rows = [answer(number) for number in range(9)]
+    assert found(metadata, tmp_path / "a.jsonl", rows) == (Level.OK, "5 of the first 5 rows can be used")
+    level, text = found(metadata, tmp_path / "b.jsonl", [answer(1, temperature=1)] * 9)
+    assert level is Level.WARNING and "0 of the first 5 rows can be used" in text  # the rest may be of use
+
+
+def test_without_a_tokenizer_shape_temperature_and_time_are_judged(tmp_path: Path) -> None:
+    rows = [*[answer(number) for number in range(8)], answer(1, temperature=1), {"prompt_token_ids": [1]}]
+    level, text = found(None, tmp_path / "a.jsonl", rows, max_bad_share=0.1)
+    assert level is Level.OK
+    assert text == (
+        "8 of all 10 rows can be used; not used: 1 another temperature, 1 cannot be read "
+        "(seen without the target's tokenizer)"
+    )

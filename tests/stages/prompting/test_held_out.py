@@ -1,0 +1,118 @@
+"""The class of a prompt is a function of its text, and token ids lead to the class of the text that they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from draftsmith.stages.prompting.held_out import HeldOut, identity, place, read_held_out
+from draftsmith.stages.prompting.rows import Message
+from draftsmith.stages.prompting.sources import Candidate
+from draftsmith.stages.prompting.template import token_ids
+from draftsmith.stages.prompting.unrendered import Unrendered
+from draftsmith.stages.targets.info import model_path
+from draftsmith.stages.targets.resolve import load_tokenizer
+from tests.testbed.drafter import DrafterArtifacts
+
+
+def said(*turns: str, system: str | None = None) -> list[Message]:
+    """Turns of a user and an assistant."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    roles = ("user", "assistant")
+    return messages + [{"role": roles[index % 2], "content": turn} for index, turn in enumerate(turns)]
+
+
+def test_the_class_of_a_prompt_never_changes() -> None:
+    """Numbers of this release: another hash would train on what measured before."""
+    assert identity(said("Hello")).hex() == "33f2611766804411d594174b3956ef40"
+    assert place(identity(said("Hello"))) == pytest.approx(0x33F2 / 0x10000, abs=1e-4)
+
+
+@given(st.text(alphabet="ab \n\t", min_size=1), st.sampled_from([" ", "\n", "\t  "]), st.text())
+def test_system_prompt_and_blank_space_are_no_way_out(text: str, blank: str, system: str) -> None:
+    plain = identity(said(text))
+    assert identity(said(f"{blank}{text.replace(' ', blank)}{blank}", system=system)) == plain
+
+
+def test_case_turns_and_roles_count() -> None:
+    texts = [said("hello"), said("Hello"), said("hello", "yes", "hello"), said("hello hello")]
+    assert len({identity(messages) for messages in texts}) == 4
+
+
+@given(st.text(), st.floats(0.01, 1), st.floats(0.01, 1))
+def test_a_larger_share_contains_the_smaller(text: str, one: float, other: float) -> None:
+    small, large = sorted((one, other))
+    assert not HeldOut(small).holds(said(text), [1]) or HeldOut(large).holds(said(text), [1])
+
+
+def test_a_tenth_of_all_prompts_is_held_out() -> None:
+    held = sum(HeldOut().holds(said(f"Question {number}"), [number]) for number in range(4000))
+    assert 330 < held < 470
+
+
+def test_prompts_that_measure_outside_of_the_class_are_held_out_too(tiny_drafter: DrafterArtifacts) -> None:
+    held_out = read_held_out(tiny_drafter.prompts)
+    assert held_out.share == 0.25 and read_held_out(None) == HeldOut(0.1)
+    outside = HeldOut(1e-9, held_out.identities, held_out.token_digests)
+    from draftsmith.artifacts.parquet import read_table
+    from draftsmith.artifacts.schemas import PROMPTS
+
+    for row in read_table(tiny_drafter.prompts / "prompts.parquet", PROMPTS).to_pylist():
+        measured = row["split"] != "train"
+        assert outside.holds(row["messages"], [0]) is measured
+        assert outside.holds(said("another text"), row["token_ids"]) is measured
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_drafter: DrafterArtifacts) -> Any:
+    return load_tokenizer(model_path(tiny_drafter.target))
+
+
+LLAMA = (
+    "{{ '<s>' }}{% if messages[0].role != 'system' %}{{ '[sys]Today is ' ~ today ~ '[end]' }}{% endif %}"
+    "{% for m in messages %}{{ '[' ~ m.role ~ ']' ~ (m.content | trim) ~ '[end]' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]' }}{% if quiet %}{{ '<think></think>' }}{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, LLAMA])
+@pytest.mark.parametrize(
+    "messages",
+    [
+        said("What is  7 times 8?"),
+        said("Hello", "Yes?", "Tell a story."),
+        said("A", "b", "C", "d", "E", system="Be kind."),
+        said("Hello", system="Be kind."),
+    ],
+)
+@pytest.mark.parametrize("quiet", [False, True])
+def test_token_ids_are_of_the_class_of_their_text(
+    template: str | None, messages: list[Message], quiet: bool, tiny_drafter: DrafterArtifacts
+) -> None:
+    tokenizer = load_tokenizer(model_path(tiny_drafter.target))
+    if template is not None:
+        tokenizer.chat_template = template
+    ids = token_ids(tokenizer, Candidate("test", messages, "row 1"), {"today": "Monday", "quiet": quiet})
+    read = Unrendered(tokenizer, {"today": "Friday"}).messages(ids)
+    assert identity(read) == identity(messages)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('never') }}", "{% for m in messages %}{{ m.content }}{% endfor %}", ""]
+)
+def test_a_template_that_cannot_be_read_backwards_gives_the_whole_text(
+    template: str, tiny_drafter: DrafterArtifacts
+) -> None:
+    tokenizer = load_tokenizer(model_path(tiny_drafter.target))
+    tokenizer.chat_template = template
+    ids = tokenizer("Tell a story", add_special_tokens=False)["input_ids"]
+    assert Unrendered(tokenizer, {}).messages(ids) == said("Tell a story")
+
+
+def test_a_prompt_of_nothing_but_text_is_one_message(tokenizer: Any) -> None:
+    """Of a log whose prompts were no chats."""
+    ids = tokenizer("once upon a time", add_special_tokens=False)["input_ids"]
+    assert Unrendered(tokenizer, {}).messages(ids) == said("once upon a time")

@@ -1,0 +1,75 @@
+"""Whatever a row holds, the intake takes it, sets it aside or says that it cannot be read."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from draftsmith.stages.prompting.aside import Aside
+from draftsmith.stages.prompting.files import Row
+from draftsmith.stages.prompting.held_out import HeldOut
+from draftsmith.stages.prompting.intake import Intake, ShapeSieve, Taken
+from draftsmith.stages.prompting.logs_config import LogsConfig
+from tests.testbed.drafter import DrafterArtifacts
+
+TEXT = st.text(st.characters(), max_size=12)
+IDS = st.lists(st.one_of(st.integers(-1, 1200), st.integers(), st.booleans(), st.none()), max_size=6)
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", "tool", "x"]), "content": TEXT}),
+    max_size=3,
+)
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXT),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXT, inner, max_size=3)),
+    max_leaves=5,
+)
+FIELDS: dict[str, st.SearchStrategy[Any]] = {
+    "messages": st.one_of(MESSAGES, JSON),
+    "completion": st.one_of(TEXT, JSON),
+    "prompt_token_ids": st.one_of(IDS, JSON),
+    "completion_token_ids": st.one_of(IDS, JSON),
+    "temperature": JSON,
+    "finish_reason": JSON,
+    "timestamp": JSON,
+    "id": JSON,
+    "team": JSON,
+}
+ROWS = st.fixed_dictionaries({}, optional=FIELDS)
+
+
+@pytest.fixture(scope="module")
+def listed() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture(scope="module")
+def intake(tiny_drafter: DrafterArtifacts, listed: io.StringIO) -> Intake:
+    config = LogsConfig(paths=["a"], temperature=0, source_field="team", max_bad_share=1)
+    return Intake(config, tiny_drafter.target, HeldOut(), Aside("logs.max_bad_share", 1, listed))
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(fields=ROWS)
+def test_no_row_breaks_the_intake(fields: dict[str, Any], intake: Intake, listed: io.StringIO) -> None:
+    before = sum(intake.aside.reasons.values())
+    taken = intake.take(Row("log.jsonl", 1, fields))
+    if isinstance(taken, Taken):
+        assert len(taken.response_ids) >= 2 and taken.prompt_ids.max() < 900
+        assert sum(intake.aside.reasons.values()) == before
+    else:
+        assert sum(intake.aside.reasons.values()) == before + 1
+        assert "\n" not in json.loads(listed.getvalue().splitlines()[-1])["reason"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(fields=ROWS)
+def test_no_row_breaks_its_judge_without_a_tokenizer(fields: dict[str, Any]) -> None:
+    config = LogsConfig(paths=["a"], temperature=0, since="2020-01-01")
+    sieve = ShapeSieve(config, Aside("logs.max_bad_share", 1))
+    taken = sieve.take(Row("log.jsonl", 1, fields))
+    assert (taken is None) is (sieve.outside_window + sum(sieve.aside.reasons.values()) == 1)

@@ -1,0 +1,135 @@
+"""Prompts of a source: every one serves the splits of its class alone, whatever the source, order and seed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from draftsmith.stages.prompting.held_out import HELDOUT_SHARE, identity, place
+from draftsmith.stages.prompting.sources import SPLITS, JsonlSource, ReasoningGymSource
+from draftsmith.stages.prompting.supplies import Supplying, supplies
+from draftsmith.stages.prompts import PromptsConfig
+from tests.stages.prompting import row_files
+from tests.stages.prompts_run import Row, error, questions, run, run_with_context, texts, write_rows
+
+
+def measured(rows: list[Row]) -> set[bytes]:
+    return {identity(row["messages"]) for row in rows if row["split"] != "train"}
+
+
+def trained(rows: list[Row]) -> set[bytes]:
+    return {identity(row["messages"]) for row in rows if row["split"] == "train"}
+
+
+def test_no_refresh_trains_on_what_another_measured(target: Path, tmp_path: Path) -> None:
+    """Other seeds, counts, files, system prompts and tasks: one text, one class."""
+    path = questions(tmp_path / "a.jsonl", 300)
+    data = tmp_path / "data"
+    data.mkdir()
+    questions(data / "train.jsonl", 300)
+    seen: list[list[Row]] = []
+    for seed in range(3):
+        sources: list[Row] = [
+            {"kind": "jsonl", "path": str(path), "seed": seed, "system": f"Be kind {seed}."},
+            {"kind": "huggingface", "id": str(data), "field": "prompt", "seed": seed},
+            {"kind": "procedural", "families": ["record"], "seed": seed},
+        ]
+        settings: dict[str, Any] = {"train": 60 + 90 * seed, "heldout": 12, "validation": 6, "seed": seed}
+        seen.append(run(target, tmp_path / str(seed), sources, **settings))
+    assert not set().union(*map(measured, seen)) & set().union(*map(trained, seen))
+    assert all(place(prompt) < HELDOUT_SHARE for rows in seen for prompt in measured(rows))
+
+
+def test_a_task_passes_over_what_its_split_may_not_have() -> None:
+    (supply,) = supplies(ReasoningGymSource(tasks=["chain_sum"]), Supplying(limit=4000))
+    for split in SPLITS:
+        places = [place(candidate.identity) for _ in range(20) if (candidate := supply.next(split))]
+        assert len(places) == 20
+        assert all((each < HELDOUT_SHARE) is (split != "train") for each in places)
+    assert supply.passed_over == supply.of_class.total() - 60 > 150
+
+
+def test_what_one_class_passes_over_serves_the_other(tmp_path: Path) -> None:
+    path = questions(tmp_path / "a.jsonl", 200)
+    (supply,) = supplies(JsonlSource(path=str(path)), Supplying())
+    drawn = dict.fromkeys(SPLITS, 0)
+    for split in ("train", "heldout"):
+        while supply.next(split):
+            drawn[split] += 1
+    assert drawn["train"] + drawn["heldout"] == 200 and supply.passed_over == 0
+
+
+def test_a_file_that_grows_goes_on_measuring_the_same_prompts(target: Path, tmp_path: Path) -> None:
+    few, many = questions(tmp_path / "a.jsonl", 200), questions(tmp_path / "b.jsonl", 240)
+    first, later = (
+        texts(run(target, tmp_path / path.stem, path, train=5, heldout=12), "heldout") for path in (few, many)
+    )
+    assert len(first & later) >= 7  # all but those that new rows came before
+
+
+def test_too_small_a_class_says_how_small_and_what_to_do(target: Path, tmp_path: Path) -> None:
+    path = questions(tmp_path / "a.jsonl", 100)
+    text = error(target, tmp_path, path, train=20, heldout=50)
+    held_out = sum(
+        place(identity([{"role": "user", "content": f"Question number {number}?"}])) < HELDOUT_SHARE
+        for number in range(100)
+    )
+    assert f"{held_out} of its 100 are of the held-out class, heldout_share 0.1" in text
+    assert "raise heldout_share" in text
+    narrow = run(target, tmp_path / "1", path, train=20, heldout=held_out)
+    wide = run(target, tmp_path / "2", path, train=20, heldout=30, heldout_share=0.5)
+    assert not measured(narrow) & trained(wide)
+    summary = json.loads((tmp_path / "2" / "out" / "prompts.json").read_text())
+    assert summary["heldout_share"] == 0.5
+
+
+def test_a_benchmark_may_be_held_out_as_a_whole(target: Path, tmp_path: Path) -> None:
+    """And nothing of it is trained on, although another source has it with another system prompt."""
+    benchmark, other = questions(tmp_path / "a.jsonl", 20), questions(tmp_path / "b.jsonl", 30)
+    sources: list[Row] = [
+        {"kind": "jsonl", "path": str(benchmark), "heldout_share": 1, "counts": {"heldout": 20}},
+        {"kind": "jsonl", "path": str(other), "system": "Be kind.", "counts": {"train": 7}},
+    ]
+    rows = run(target, tmp_path, sources, train=None, heldout=None)
+    assert len(measured(rows)) == 20 and len(trained(rows)) == 7
+    assert not measured(rows) & trained(rows)
+
+
+def test_a_folder_of_every_format_is_one_source(target: Path, tmp_path: Path) -> None:
+    for number, suffix in enumerate(row_files.SUFFIXES):
+        rows = [{"prompt": f"Part {number}, question {row}?"} for row in range(10)]
+        row_files.write(tmp_path / "prompts" / f"{number}{suffix}", rows)
+    taken = run(target, tmp_path, tmp_path / "prompts", train=0, heldout=40, heldout_share=1)
+    assert len(texts(taken, "heldout")) == 40
+    assert {row["source"] for row in taken} == {"prompts"}
+    config = PromptsConfig.model_validate(
+        {"sources": [{"kind": "jsonl", "path": str(tmp_path / "prompts" / "*")}], "train": 1, "heldout": 1}
+    )
+    assert len(config.external_files()) == 4
+
+
+def test_bad_rows_are_set_aside_up_to_a_share(target: Path, tmp_path: Path) -> None:
+    bad: list[Any] = [{"text": "no prompt"}, {"prompt": "half a pair \ud83d"}]
+    path = write_rows(tmp_path / "a.jsonl", [*[{"prompt": f"Question {number}"} for number in range(97)], *bad])
+    with path.open("a") as file:
+        file.write('{"prompt": "half')
+    rows, context = run_with_context(target, tmp_path, path, max_bad_share=0.03)
+    assert len(rows) == 3 and context.summaries["rows_set_aside"] == 3
+    listed = [json.loads(line) for line in (tmp_path / "out" / "set_aside.jsonl").read_text().splitlines()]
+    assert [(entry["file"], entry["row"]) for entry in listed] == [(str(path), 98), (str(path), 99), (str(path), 100)]
+    assert "3 of 100 rows cannot be read, over prompts.max_bad_share 0.02" in error(
+        target, tmp_path / "2", path, max_bad_share=0.02
+    )
+    text = error(target, tmp_path / "3", path, max_bad_share=0)
+    assert text.startswith(f"{path}, row 98: none of the shapes") and text.endswith("set the source's field")
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.5])
+def test_a_share_of_nothing_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match="heldout_share"):
+        PromptsConfig.model_validate(
+            {"sources": [{"kind": "jsonl", "path": "x"}], "train": 1, "heldout": 1, "heldout_share": share}
+        )

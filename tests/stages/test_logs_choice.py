@@ -1,0 +1,273 @@
+"""Which logged answers the stage `logs` uses: windows of time, quotas, samples, earlier answers, and bad rows."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.parquet import read_table, write_table
+from draftsmith.artifacts.schemas import TRAJECTORIES
+from draftsmith.stages.logs import LogsConfig
+from draftsmith.stages.prompting.held_out import HeldOut
+from tests.stages.logs_run import Row, as_ids, counts, run, set_aside, table, write
+from tests.stages.prompting import row_files
+from tests.testbed.drafter import DrafterArtifacts
+
+
+def responses(rows: list[Row]) -> list[list[int]]:
+    return [row["response_ids"] for row in rows]
+
+
+def timed(row: Row, time: Any, field: str = "timestamp") -> Row:
+    return as_ids(row) | {field: time}
+
+
+def test_a_folder_of_every_format_is_one_log(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
+) -> None:
+    for number, suffix in enumerate(row_files.SUFFIXES):
+        rows = [as_ids(row) for row in logged_answers[5 * number : 5 * number + 5]]
+        row_files.write(tmp_path / "logs" / f"{number}{suffix}", rows)
+    ctx = run(tmp_path, tiny_drafter, tmp_path / "logs")
+    assert responses(table(ctx)) == responses(logged_answers[:20])
+    assert counts(ctx)["rows_in_files"] == counts(ctx)["rows_read"] == 20
+
+
+def test_bad_rows_are_set_aside_up_to_a_share(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
+) -> None:
+    good = [as_ids(row) for row in logged_answers[:18]]
+    path = write(tmp_path / "log.jsonl", [*good, {"prompt_token_ids": [1], "id": "x"}, '{"prompt_token_ids": [1, '])
+    ctx = run(tmp_path, tiny_drafter, path, max_bad_share=0.1)
+    assert responses(table(ctx)) == responses(logged_answers[:18])
+    assert counts(ctx)["set_aside"] == {"cannot be read": 2}
+    shape, half = set_aside(ctx)
+    assert (shape["row"], shape["id"], half["row"], half["id"]) == (19, "x", 20, None)
+    assert shape["reason"].startswith("cannot be read: completion_token_ids must be") and "not JSON" in half["reason"]
+    with pytest.raises(DraftsmithError, match=r"row 19: .*\(2 of 20 rows cannot be read, over logs.max_bad_share 0.09"):
+        run(tmp_path / "2", tiny_drafter, path, max_bad_share=0.09)
+    with pytest.raises(DraftsmithError, match=r"log\.jsonl, row 19: completion_token_ids must be .*: correct the row$"):
+        run(tmp_path / "3", tiny_drafter, path, max_bad_share=0)
+    assert not list((tmp_path / "3" / "run" / "out").iterdir())
+
+
+def test_rows_outside_a_window_are_passed_over_and_rows_without_a_time_set_aside(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
+) -> None:
+    noon = datetime(2026, 3, 5, 12, tzinfo=UTC)
+    times: list[Any] = [noon - timedelta(seconds=1), noon, noon + timedelta(hours=1)]
+    rows = [timed(row, time.isoformat()) for row, time in zip(logged_answers[:3], times, strict=True)]
+    rows += [as_ids(logged_answers[3]), timed(logged_answers[4], "tomorrow")]
+    rows += [timed(logged_answers[5], noon.timestamp() * 1000, "created")]
+    path = write(tmp_path / "log.jsonl", rows)
+    ctx = run(tmp_path, tiny_drafter, path, since="2026-03-05T12:00:00Z")
+    assert responses(table(ctx)) == responses([logged_answers[n] for n in (1, 2, 5)])
+    found = counts(ctx)
+    assert (found["outside_window"], found["set_aside"]) == (1, {"no time that can be read": 2})
+    assert found["window"] == {"since": "2026-03-05T12:00:00Z", "after": None, "newest": "2026-03-05T13:00:00Z"}
+    again = run(tmp_path / "2", tiny_drafter, path, since="last", after="2026-03-05T12:00:00Z")
+    assert responses(table(again)) == responses(logged_answers[2:3])  # behind what was read: not the same time again
+    everything = run(tmp_path / "3", tiny_drafter, path, since="last")  # of a first refresh
+    assert len(table(everything)) == 6 and counts(everything)["window"]["newest"] == "2026-03-05T13:00:00Z"
+    with pytest.raises(DraftsmithError, match=r"none of 3 rows .* is from 2026-04-01T00:00:00Z or later"):
+        run(tmp_path / "4", tiny_drafter, write(tmp_path / "old.jsonl", rows[:3]), since="2026-04-01")
+
+
+def test_a_clock_that_is_wrong_hides_nothing_from_the_next_refresh(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
+) -> None:
+    path = write(
+        tmp_path / "log.jsonl", [timed(logged_answers[0], "2026-03-05"), timed(logged_answers[1], "2999-01-01")]
+    )
+    ctx = run(tmp_path, tiny_drafter, path, since="2026-03-01")
+    assert counts(ctx)["window"]["newest"] == "2026-03-05T00:00:00Z"
+    assert counts(ctx)["set_aside"] == {"time in the future": 1}
+
+
+def test_a_relative_window_is_absolute_once_the_config_is_read() -> None:
+    config = LogsConfig.model_validate({"paths": "a", "temperature": 0, "since": "7d"})
+    assert config.since is not None and config.since.endswith("T00:00:00Z")
+    assert LogsConfig.model_validate(config.model_dump(mode="json")) == config  # what the stage's process is sent
+    assert config.key_material()["since"] == config.since
+
+
+def test_dates_as_yaml_reads_them_are_windows() -> None:
+    config = LogsConfig.model_validate(
+        {"paths": "a", "temperature": 0, "since": datetime(2026, 3, 5).date(), "after": datetime(2026, 3, 5, 1)}
+    )
+    assert (config.since, config.after) == ("2026-03-05T00:00:00Z", "2026-03-05T01:00:00Z")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"since": "a week"},
+        {"after": "7d"},
+        {"sample": "last"},
+        {"quotas": {"a": 0.5}},
+        {"source_field": "s", "quotas": {"a": 1.0}},
+        {"source_field": "s", "quotas": {"a": 0}},
+        {"source_field": "s", "quotas": {"a": True}},
+        {"replay_share": 1},
+        {"max_bad_share": -0.1},
+    ],
+)
+def test_wrong_settings_are_refused(change: Row) -> None:
+    with pytest.raises(ValidationError):
+        LogsConfig.model_validate({"paths": "a", "temperature": 0, **change})
+
+
+def test_long_prompts_are_set_aside(tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]) -> None:
+    limit = sorted(len(row["prompt_ids"]) for row in logged_answers)[30]
+    path = write(tmp_path / "log.jsonl", [as_ids(row) for row in logged_answers])
+    ctx = run(tmp_path, tiny_drafter, path, max_prompt_tokens=limit)
+    longer = sum(len(row["prompt_ids"]) > limit for row in logged_answers)
+    assert longer > 0 and counts(ctx)["set_aside"] == {"prompt too long": longer}
+
+
+def test_quotas_bound_sources(tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]) -> None:
+    teams = ["a"] * 30 + ["b"] * 10 + ["c"] * 20
+    rows = [as_ids(row) | {"team": team} for row, team in zip(logged_answers, teams, strict=True)]
+    path = write(tmp_path / "log.jsonl", rows)
+    settings: Row = {"source_field": "team", "quotas": {"a": 0.25, "c": 5}}
+    ctx = run(tmp_path, tiny_drafter, path, **settings)
+    assert counts(ctx)["sources"] == {"a": 5, "b": 10, "c": 5} and counts(ctx)["not_drawn"] == 40
+    assert responses(table(ctx)) == responses([*logged_answers[:5], *logged_answers[30:45]])
+    few = run(tmp_path / "2", tiny_drafter, path, rows=8, **settings)
+    assert counts(few)["sources"] == {"a": 2, "b": 6}
+    with pytest.raises(DraftsmithError, match=r"logs\.source_field: no row has a field taem"):
+        run(tmp_path / "3", tiny_drafter, path, source_field="taem", quotas={"a": 5})
+    with pytest.raises(DraftsmithError, match=r"logs\.quotas: nothing of 60 usable answers is left"):
+        run(tmp_path / "4", tiny_drafter, path, source_field="team", quotas={"a": 0.2, "b": 0.2, "c": 0.2})
+
+
+def test_a_random_sample_depends_on_rows_and_seed_not_on_their_order(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
+) -> None:
+    rows = [as_ids(row) for row in logged_answers]
+
+    def drawn(name: str, rows: list[Row], seed: int = 0) -> set[tuple[int, ...]]:
+        files = [write(tmp_path / f"{name}-{part}.jsonl", rows[part::2]) for part in range(2)]
+        ctx = run(tmp_path / name, tiny_drafter, *files, rows=15, sample="random", seed=seed)
+        return {tuple(ids) for ids in responses(table(ctx))}
+
+    first = drawn("first", rows)
+    assert len(first) == 15
+    assert drawn("shuffled", random.Random(0).sample(rows, len(rows))) == first
+    assert drawn("again", rows, seed=1) != first
+    more = drawn("more", [*rows, *[as_ids(row) for row in logged_answers[:10]]])  # duplicates change nothing
+    assert more == first
+
+
+def test_the_newest_are_taken(tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]) -> None:
+    order = random.Random(0).sample(range(20), 20)
+    rows = [timed(logged_answers[n], 1_700_000_000 + at) for n, at in enumerate(order)]
+    ctx = run(tmp_path, tiny_drafter, write(tmp_path / "log.jsonl", rows), rows=6, sample="newest")
+    newest = [logged_answers[n] for n, at in enumerate(order) if at >= 14]
+    assert responses(table(ctx)) == responses(newest)
+
+
+def test_prompts_of_the_heldout_class_are_not_trained_on_as_text_or_as_ids(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts
+) -> None:
+    """Whether this refresh measures on them or not: another one did, or will."""
+    from draftsmith.stages.prompting.sources import Candidate
+    from draftsmith.stages.prompting.template import token_ids
+    from draftsmith.stages.targets.info import model_path
+    from draftsmith.stages.targets.resolve import load_tokenizer
+
+    tokenizer = load_tokenizer(model_path(tiny_drafter.target))
+    rows: list[Row] = []
+    held_out = 0
+    for number in range(60):
+        messages = [{"role": "user", "content": f"tell story {number} of the cat"}]
+        held_out += HeldOut().holds(messages, [])
+        system = [{"role": "system", "content": "be kind ."}, *messages]
+        ids = token_ids(tokenizer, Candidate("test", system, "row"), {})
+        rows += [{"messages": messages, "completion": "the cat is here ."}]
+        rows += [{"prompt_token_ids": ids, "completion_token_ids": [9, 10, 11 + number]}]
+    ctx = run(tmp_path, tiny_drafter, write(tmp_path / "log.jsonl", rows))
+    assert held_out > 2
+    assert counts(ctx)["set_aside"] == {"prompt of the validation or held-out split": 2 * held_out}
+    assert counts(ctx)["heldout_share"] == 0.1
+
+
+@pytest.fixture
+def earlier(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> Path:
+    """Other answers to train prompts, and rows that must not be mixed in: held out, sampled."""
+    rows = read_table(tiny_drafter.rollout / "trajectories.parquet", TRAJECTORIES).to_pylist()[60:140]
+    heldout = read_table(tiny_drafter.heldout / "trajectories.parquet", TRAJECTORIES).to_pylist()
+    sampled = [row | {"temperature": 1.0} for row in rows[:20]]
+    folder = tmp_path / "earlier"
+    disguised = [row | {"split": "train"} for row in heldout]
+    write_table(folder / "trajectories.parquet", TRAJECTORIES, [*disguised, *sampled, *rows[20:]])
+    return folder
+
+
+def test_a_share_of_the_answers_is_of_an_earlier_refresh(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row], earlier: Path
+) -> None:
+    path = write(tmp_path / "log.jsonl", [as_ids(row) for row in logged_answers[:40]])
+
+    def mixed(name: str, seed: int = 0, **config: Any) -> tuple[list[Row], Row]:
+        inputs = {"earlier": earlier}
+        ctx = run(tmp_path / name, tiny_drafter, path, prompts=True, inputs=inputs, seed=seed, **config)
+        return table(ctx), counts(ctx)
+
+    rows, found = mixed("all", replay_share=0.2)
+    assert (found["used"], found["replayed"], len(rows)) == (40, 10, 50)
+    assert len({row["trajectory_id"] for row in rows}) == 50
+    allowed = read_table(tiny_drafter.rollout / "trajectories.parquet", TRAJECTORIES).to_pylist()[80:140]
+    replayed = [tuple(ids) for ids in responses(rows[40:])]
+    assert {*replayed} <= {tuple(ids) for ids in responses(allowed)} and len({*replayed}) == 10
+    again, _ = mixed("again", seed=1, replay_share=0.2)
+    assert {tuple(ids) for ids in responses(again[40:])} != {*replayed}
+    bounded, found = mixed("bounded", replay_share=0.25, rows=20)
+    assert (found["used"], found["replayed"], len(bounded)) == (15, 5, 20)
+    _, found = mixed("most", replay_share=0.9)
+    assert (found["used"], found["replayed"]) == (40, 60)  # all that there are
+    none, found = mixed("none")
+    assert len(none) == 40 and found["replayed"] == 0
+
+
+def test_answers_of_this_log_are_not_mixed_in_again(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
+) -> None:
+    path = write(tmp_path / "log.jsonl", [as_ids(row) for row in logged_answers])
+    ctx = run(tmp_path, tiny_drafter, path, inputs={"earlier": tiny_drafter.rollout}, replay_share=0.5)
+    assert counts(ctx)["replayed"] == 60
+    assert max(Counter((*row["prompt_ids"], -1, *row["response_ids"]) for row in table(ctx)).values()) == 1
+
+
+def test_long_logs_do_not_pile_up_in_memory(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+    """6,000 answers of 1,000 tokens, over 200 MB as Python numbers, take less than 120 MB."""
+    made = random.Random(0)
+    with (tmp_path / "log.jsonl").open("w") as file:
+        for number in range(6000):
+            prompt = [5 + number % 800, 5 + number // 800]
+            answer = [made.randrange(5, 800) for _ in range(1000)]
+            file.write(json.dumps({"prompt_token_ids": prompt, "completion_token_ids": answer}) + "\n")
+    script = (
+        "import resource, sys; from pathlib import Path; from tests.stages.logs_run import run, table;"
+        "from tests.testbed.drafter import DrafterArtifacts; folder = Path(sys.argv[1]);"
+        "made = DrafterArtifacts(Path(sys.argv[2]));"
+        "import json; (folder / 'one.jsonl').write_text(json.dumps("
+        "{'prompt_token_ids': [5, 6], 'completion_token_ids': [7, 8, 9]}) + '\\n');"
+        "run(folder / 'small', made, folder / 'one.jsonl');"
+        "start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "ctx = run(folder, made, folder / 'log.jsonl'); assert ctx.summaries['answers'] > 5000;"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start)"
+    )
+    arguments = [sys.executable, "-c", script, str(tmp_path), str(tiny_drafter.root)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[-1]) < 120 * 1024  # KiB
