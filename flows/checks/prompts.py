@@ -230,6 +230,9 @@ def _check_log(found: Findings, name: str, config: LogsConfig, target: Path | No
     if target is None:
         line += " (seen without the target's tokenizer)"
     aside.check()
+    if not used and config.after is not None and sieve.outside_window == aside.rows:
+        found.warn(name, f"no row is later than {config.after}: without new ones, only a drift check can be made")
+        return
     if not used and whole:
         raise DraftsmithError(f"{', '.join(config.paths)}: {line}: give other files or correct section {name}")
     if not used or sum(aside.reasons.values()) > _MUCH_SET_ASIDE * (aside.rows - sieve.outside_window):

@@ -21,6 +21,7 @@ from draftsmith.stages.measure.drift import DriftConfig
 from draftsmith.stages.measure.gate import GateConfig
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.prompting.sources import SPLITS
+from draftsmith.stages.prompting.times import LAST
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.report import ReportConfig
 from draftsmith.stages.rollout import RolloutConfig
@@ -106,6 +107,17 @@ class RefreshConfig(RunOptions):
     def _a_line_chooses_its_challenger(self) -> RefreshConfig:
         if self.registry is not None and "validation" not in self.heldout.splits:
             raise ValueError("heldout.splits: add validation: the challenger is chosen on its answers (registry)")
+        return self
+
+    @model_validator(mode="after")
+    def _what_was_read_is_known(self) -> RefreshConfig:
+        if self.registry is None and self.logs is not None:
+            if self.logs.since == LAST:
+                raise ValueError("logs.since: `last` needs section registry, whose champion says what was read")
+            if self.logs.replay_share:
+                raise ValueError(
+                    "logs.replay_share: needs section registry, whose champion says what it was trained on"
+                )
         return self
 
     @property

@@ -13,10 +13,12 @@ from draftsmith.artifacts.registry import ChampionMovedError, Version
 from draftsmith.flows.pipeline.graph import Conclusion, Node, PlanAgain
 from draftsmith.flows.refresh import hook
 from draftsmith.flows.refresh.config import RefreshConfig
-from draftsmith.flows.refresh.line import RegistryConfig, age_days, registry, version_tags
+from draftsmith.flows.refresh.line import age_days, as_it_stands, log_tags, registry, version_tags
 from draftsmith.stages.champion import RECORD
+from draftsmith.stages.contract import Config
 from draftsmith.stages.gate import DECISION
 from draftsmith.stages.measure.drift import fallen
+from draftsmith.stages.prompting.times import LAST
 
 
 class RefreshCourse:
@@ -68,7 +70,7 @@ class RefreshCourse:
         decision = json.loads((made["gate"].path / DECISION).read_text("utf-8"))
         evaluation = json.loads((made["evaluation"].path / "evaluation.json").read_text("utf-8"))
         line, ref = registry(), made[decision["challenger"]]
-        tags = version_tags(evaluation, decision, ref)
+        tags = version_tags(evaluation, decision, ref) | (log_tags(made["logs"]) if "logs" in made else {})
         before = line.champion(self.line.name)
         expected = self.line.champion
         if (None if before is None else before.number) != (None if expected is None else expected.version):
@@ -109,14 +111,13 @@ class RefreshCourse:
 
 def resolve(config: RefreshConfig) -> RefreshConfig:
     """With the champion that serves now. Keys stay those of content: which content it is, is looked up once."""
-    from draftsmith.flows.refresh.line import champion_of
-
     if config.registry is None:
         return config
-    found = RegistryConfig(
-        name=config.registry.name, upload=config.registry.upload, champion=champion_of(config.registry.name)
-    )
-    return config.model_copy(update={"registry": found})
+    line = as_it_stands(config.registry)
+    found: dict[str, Config] = {"registry": line}
+    if config.logs is not None and config.logs.since == LAST:
+        found["logs"] = config.logs.model_copy(update={"after": line.read_until})
+    return config.model_copy(update=found)
 
 
 def course(config: RefreshConfig, force: Collection[str]) -> RefreshCourse | None:

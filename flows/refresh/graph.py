@@ -36,8 +36,11 @@ def refresh_nodes(config: RefreshConfig) -> list[Node]:
         seen = {**asked, **champion, "trajectories": "heldout"}
         nodes.append(Node("drift", "draftsmith.stages.drift", drift_config(config), seen))
     if config.logs is not None:
-        answers = "logs"
-        nodes.append(Node(answers, "draftsmith.stages.logs", config.logs, asked))
+        answers, earlier = "logs", {}
+        if config.logs.replay_share and config.registry is not None and config.registry.answers is not None:
+            earlier = {"earlier": "earlier"}
+            nodes.append(Node("earlier", "draftsmith.stages.earlier", config.registry.answers))
+        nodes.append(Node(answers, "draftsmith.stages.logs", config.logs, asked | earlier))
     else:
         assert config.rollout is not None  # RefreshConfig has checked it
         answers = "rollout"

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.manifest import ArtifactRef, sha256_file
 from draftsmith.artifacts.registry import Version
 from draftsmith.stages.champion import ChampionConfig
 from draftsmith.stages.contract import Config
+from draftsmith.stages.earlier import TABLE, EarlierConfig
 from draftsmith.stages.stored import DRAFTER_FOLDER
 
 if TYPE_CHECKING:
@@ -31,6 +32,12 @@ class RegistryConfig(Config):
     champion: Annotated[
         ChampionConfig | None, Field(description="filled in when the plan is made: who serves then")
     ] = None
+    answers: Annotated[
+        EarlierConfig | None, Field(description="filled in too: the logged answers that the champion was trained on")
+    ] = None
+    read_until: Annotated[
+        str | None, Field(description="filled in too: time of the newest logged row that its refresh has read")
+    ] = None
 
 
 def registry() -> Registry:
@@ -42,10 +49,20 @@ def registry() -> Registry:
     return Registry(Tracking(home()))
 
 
-def champion_of(line: str) -> ChampionConfig | None:
-    """As a stage takes it; None for a line without a champion."""
-    version = registry().champion(line)
-    return None if version is None else champion_config(version)
+def as_it_stands(line: RegistryConfig) -> RegistryConfig:
+    """With who serves now, and what was read and learned for it."""
+    version = registry().champion(line.name)
+    found = RegistryConfig(name=line.name, upload=line.upload)
+    if version is None:
+        return found
+    answers = version.tags.get("answers")
+    return found.model_copy(
+        update={
+            "champion": champion_config(version),
+            "answers": EarlierConfig.model_validate_json(answers) if answers else None,
+            "read_until": version.tags.get("read_until") or None,
+        }
+    )
 
 
 def champion_config(version: Version) -> ChampionConfig:
@@ -86,6 +103,13 @@ def version_tags(evaluation: Mapping[str, Any], decision: Mapping[str, Any], ref
         "figures": json.dumps(figures_of(evaluation, arm)),
         "decision": decision["sentence"][:4000],
     }
+
+
+def log_tags(logs: ArtifactRef) -> dict[str, str]:
+    """Which logged answers a version was trained on, and where the next refresh's `since: last` begins."""
+    answers = EarlierConfig(folder=str(logs.path), sha256=sha256_file(logs.path / TABLE))
+    window = json.loads((logs.path / "logs.json").read_text("utf-8"))["window"]
+    return {"answers": answers.model_dump_json(), "read_until": window["newest"] or ""}
 
 
 def figures_of(evaluation: Mapping[str, Any], arm: str) -> dict[str, dict[str, Any]]:

@@ -54,12 +54,13 @@ class LogsConfig(Config):
     top_p: float = Field(default=1.0, gt=0, le=1, description="of the answers; written down, not checked")
     since: Annotated[str, BeforeValidator(_as_text)] | None = Field(
         default=None,
-        description="only rows from this time on: 7d, 12h, an ISO date or time, or `last`: behind what the last "
-        "refresh has read. 7d and 12h become the time that they mean when the config is read: a midnight for days, a "
-        "full hour for hours (UTC), so that a run that is planned again on that day or in that hour is the same run",
+        description="only rows from this time on: 7d, 12h, an ISO date or time, or `last`: behind what the champion's "
+        "refresh has read (all of them where there is no champion yet). 7d and 12h become the time that they mean when "
+        "the config is read: a midnight for days, a full hour for hours (UTC), so that a run that is planned again on "
+        "that day or in that hour is the same run",
     )
     after: Annotated[str, BeforeValidator(_as_text)] | None = Field(
-        default=None, description="only rows later than this ISO time; what `since: last` is turned into"
+        default=None, description="only rows later than this ISO time; what `since: last` becomes when the plan is made"
     )
     time_field: str | None = Field(
         default=None,
@@ -82,7 +83,7 @@ class LogsConfig(Config):
         default=0.0,
         ge=0,
         lt=1,
-        description="share of the used answers that comes from an earlier refresh, if any",
+        description="share of the used answers that the champion's refresh has used before, if there is a champion",
     )
     max_tokens: int | None = Field(
         default=None, ge=2, description="prompt and answer; longer rows are set aside. Left out: the target's context"
@@ -125,7 +126,8 @@ class LogsConfig(Config):
     @property
     def needs_time(self) -> bool:
         """Is a row without a time of no use?"""
-        return self.since_time is not None or self.after is not None or self.sample == "newest"
+        windowed = self.since is not None or self.after is not None
+        return windowed or self.sample == "newest"
 
     @property
     def since_time(self) -> datetime | None:

@@ -8,7 +8,7 @@ from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 TIME_FIELDS = ("timestamp", "created", "created_at", "time")
-LAST = "last"  # a window that begins behind what the last refresh has read: whoever runs refreshes says where
+LAST = "last"  # a window that begins behind what an earlier refresh has read: whoever runs refreshes says where
 _RELATIVE = re.compile(r"(\d{1,6})\s*([dh])")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 

@@ -81,6 +81,7 @@ def config_of(size: Size) -> dict[str, Any]:
                 {"kind": "jsonl", "path": str(prompts_file()), "label": "record", "filter": {"family": "record"}}
             ],
             "train": size.train, "validation": 8, "heldout": size.heldout,
+            "heldout_share": 0.3,  # of 200 rows of a family
         },
         "rollout": {"prompts": size.train - 16, "sampling": sampling, "engine": {"slots": 32}},
         "sft": {

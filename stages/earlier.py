@@ -1,0 +1,43 @@
+"""Stage `earlier`: the logged answers that the champion was trained on, taken into the next refresh of its line.
+
+Its key is their content alone, wherever the file lies. Stage `logs` mixes a share of them in (`logs.replay_share`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.contract import Config, Operational, Stage, StageContext
+
+TABLE = "trajectories.parquet"
+
+
+class EarlierConfig(Config):
+    """Answers of a refresh that promoted its drafter."""
+
+    folder: Annotated[str, Operational()]
+    """Of the artifact that holds them."""
+    sha256: str
+    """Of their table."""
+
+
+def run(ctx: StageContext, config: EarlierConfig) -> None:
+    """Copy the table, verified. Raises DraftsmithError if it is gone or is another one."""
+    import shutil
+
+    from draftsmith.artifacts.atomic import atomic_path
+    from draftsmith.artifacts.manifest import sha256_file
+
+    source = Path(config.folder) / TABLE
+    advice = "restore it, or set logs.replay_share to 0"
+    if not source.is_file():
+        raise DraftsmithError(f"{source}: the answers of the champion's refresh are not here: {advice}")
+    with atomic_path(ctx.out / TABLE) as path:
+        shutil.copyfile(source, path)
+        if sha256_file(path) != config.sha256:
+            raise DraftsmithError(f"{source}: has changed since the champion was trained on it: {advice}")
+
+
+STAGE = Stage(name="earlier", config=EarlierConfig, inputs=(), run=run)

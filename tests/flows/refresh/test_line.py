@@ -1,0 +1,99 @@
+"""What a champion hands on to the next refresh of its line: by the real registry and the real stage `logs`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.flows.refresh.config import RefreshConfig
+from draftsmith.flows.refresh.course import resolve
+from draftsmith.flows.refresh.graph import refresh_nodes
+from draftsmith.flows.refresh.line import log_tags, registry
+from draftsmith.stages.earlier import STAGE, EarlierConfig
+from draftsmith.stages.logs import STAGE as LOGS
+from draftsmith.stages.logs import LogsConfig
+from tests.stages.logs_run import as_ids, counts, run, table, write
+from tests.testbed.context import RecordingContext
+from tests.testbed.drafter import DrafterArtifacts
+
+LINE = "tiny"
+
+
+def config_of(log: Path, *, line: str | None = LINE) -> RefreshConfig:
+    return RefreshConfig.model_validate(
+        {
+            "name": "weekly",
+            "registry": None if line is None else {"name": line},
+            "target": {"source": "nowhere"},
+            "logs": {"paths": [str(log)], "temperature": 0, "since": "last", "replay_share": 0.25},
+        }
+    )
+
+
+def test_the_next_refresh_reads_what_is_new_and_mixes_in_what_the_champion_has_learned(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
+    rows = [json.loads(line) for line in _answers(tmp_path, tiny_drafter).read_text().splitlines()]
+    log = write(tmp_path / "log.jsonl", rows[:20])
+    first = resolve(config_of(log))
+    assert first.logs is not None and first.logs.after is None
+    assert "earlier" not in {node.name for node in refresh_nodes(first)}
+    read = run(tmp_path / "first", tiny_drafter, log, since="last")
+    assert counts(read)["used"] == 20
+
+    line = registry()
+    drafter = tmp_path / "opd"
+    (drafter / "drafter").mkdir(parents=True)
+    logs = ArtifactRef("logs", "k", "c", read.out)
+    version = line.register(LINE, ArtifactRef("opd", "key", "content", drafter), log_tags(logs))
+    line.promote(version, expected=None, why="the first one")
+    write(log, rows[:26])
+    second = resolve(config_of(log))
+    assert second.logs is not None and second.logs.after == counts(read)["window"]["newest"]
+    nodes = {node.name: node for node in refresh_nodes(second)}
+    assert nodes["logs"].inputs["earlier"] == "earlier"
+    earlier = nodes["earlier"].config
+    assert isinstance(earlier, EarlierConfig)
+    taken = RecordingContext.under(tmp_path / "earlier", {})
+    STAGE.run(taken, earlier)
+    again = RecordingContext.under(tmp_path / "second", {"target": tiny_drafter.target, "earlier": taken.out})
+    LOGS.run(again, LogsConfig.model_validate(second.logs.model_dump()))
+    found = counts(again)
+    assert (found["used"], found["replayed"], found["outside_window"]) == (6, 2, 20)
+    old = {tuple(row["response_ids"]) for row in table(read)}
+    assert {tuple(row["response_ids"]) for row in table(again)[6:]} <= old
+
+    (read.out / "trajectories.parquet").write_bytes(b"other")
+    with pytest.raises(DraftsmithError, match=r"has changed since the champion was trained on it.*replay_share"):
+        STAGE.run(replace(taken, out=tmp_path), earlier)
+    (read.out / "trajectories.parquet").unlink()
+    with pytest.raises(DraftsmithError, match="are not here"):
+        STAGE.run(replace(taken, out=tmp_path), earlier)
+
+
+def _answers(folder: Path, made: DrafterArtifacts) -> Path:
+    """Different answers, an hour apart."""
+    from draftsmith.artifacts.parquet import read_table
+    from draftsmith.artifacts.schemas import TRAJECTORIES
+
+    rows = read_table(made.rollout / "trajectories.parquet", TRAJECTORIES).to_pylist()
+    different = list({tuple(row["prompt_ids"] + row["response_ids"]): row for row in rows}.values())
+    long = [row for row in different if len(row["response_ids"]) > 5][:60]
+    kept = run(folder / "usable", made, write(folder / "all.jsonl", [as_ids(row) for row in long]))
+    usable = [as_ids(row) for row in table(kept)]
+    return write(folder / "timed.jsonl", [r | {"timestamp": 1_790_000_000 + 3600 * n} for n, r in enumerate(usable)])
+
+
+@pytest.mark.parametrize("field", ["since", "replay_share"])
+def test_what_a_champion_hands_on_needs_a_line(tmp_path: Path, field: str) -> None:
+    given = config_of(tmp_path / "log.jsonl").model_dump(mode="json", exclude={"registry"})
+    given["logs"] |= {"since": None, "replay_share": 0.0} | ({"since": "last"} if field == "since" else {field: 0.5})
+    with pytest.raises(ValueError, match=rf"logs\.{field}: .*needs section registry"):
+        RefreshConfig.model_validate(given)
