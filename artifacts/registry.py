@@ -2,8 +2,9 @@
 
 A line is a registered model. A version is one drafter: its source is the artifact in the store, and its tags say what
 it is, what it was made for and what it was worth. The alias `champion` is the version that serves, `previous` the one
-before it, `challenger` the last one that was measured against it. What happened to a line (promotions, rollbacks) is a
-tag of the line for each event. Nothing here is tolerant of a lost MLflow: a promotion that nobody can see is none.
+before it, `challenger` the last one that was measured against it. What happened to a line (promotions, rollbacks, drift
+checks) is a tag of the line for each event. Nothing here is tolerant of a lost MLflow: a promotion that nobody can see
+is none.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
-_TAG, _EVENT = "draftsmith.", "draftsmith.event."
+_TAG, _EVENT, _DRIFT = "draftsmith.", "draftsmith.event.", "draftsmith.drift."
 _IDENTITY = ("stage", "key", "content_id")
 
 
@@ -122,6 +123,13 @@ class Registry:
             tags = {} if found is None else found.tags
             return [LineEvent(**json.loads(tags[name])) for name in sorted(tags) if name.startswith(_EVENT)]
 
+    def drift(self, line: str) -> list[dict[str, Any]]:
+        """What drift checks of a line's champions saw, oldest first."""
+        with self._client() as client:
+            found = self._model(client, line)
+            tags = {} if found is None else found.tags
+            return [json.loads(tags[name]) for name in sorted(tags) if name.startswith(_DRIFT)]
+
     def resolve(self, text: str) -> Version:
         """`LINE@champion`, `LINE@previous`, `LINE@3`, or `LINE` for its champion. Raises DraftsmithError."""
         line, _, which = text.partition("@")
@@ -204,6 +212,14 @@ class Registry:
         with self._client() as client:
             for name, value in tags.items():
                 client.set_model_version_tag(version.line, str(version.number), f"{_TAG}{name}", value)
+
+    def add_drift(self, line: str, seen: Mapping[str, Any]) -> None:
+        """Keep what a drift check saw, unless it is the last one again."""
+        known = self.drift(line)
+        if known and {**known[-1], "at": None} == {**seen, "at": None}:
+            return
+        with self._client() as client:
+            client.set_registered_model_tag(line, f"{_DRIFT}{len(known):06d}", json.dumps(dict(seen)))
 
     # -- inside --------------------------------------------------------------------------------------------------
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import MANIFEST, InputEntry, Manifest, read_manifest
-from draftsmith.stages.contract import Config, Stage, StageContext
+from draftsmith.stages.contract import Config, Operational, Stage, StageContext
 from draftsmith.stages.reporting.page import ReportData, render_report
 from draftsmith.stages.reporting.verdict import findings
 
@@ -23,6 +23,9 @@ HEADLINE = ("tau", "tau_low", "tau_high", "differences")
 class ReportConfig(Config):
     title: str = Field(default="Draft model refresh", min_length=1, description="Heading of the page.")
     rejected_rows: int = Field(default=20, ge=0, description="Rows of the table of most rejected tokens.")
+    history: Annotated[tuple[dict[str, Any], ...], Operational()] = Field(
+        default=(), description="filled in when the plan is made: what the line's champions were worth, and when"
+    )
 
 
 def run(ctx: StageContext, config: ReportConfig) -> None:
@@ -33,6 +36,7 @@ def run(ctx: StageContext, config: ReportConfig) -> None:
         title=config.title,
         evaluation=evaluation,
         decision=_read_json(ctx.inputs["gate"] / "decision.json") if "gate" in ctx.inputs else {},
+        history=[*config.history, *_drift(ctx.inputs.get("drift"))],
         mining=_read_json(ctx.inputs["mining"] / "summary.json"),
         curves={arm: _losses(ctx.inputs[arm] / "metrics.jsonl") for arm in TRAININGS if arm in ctx.inputs},
         lineage=[{"name": name} | manifest.model_dump() for name, manifest in lineage],
@@ -58,6 +62,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DraftsmithError(f"{path}: expected an object; run its stage again with --force")
     return content
+
+
+def _drift(folder: Path | None) -> list[dict[str, Any]]:
+    """What this refresh's own drift check saw, if there was one."""
+    if folder is None or not (folder / MANIFEST).is_file():
+        return []
+    return [{"at": read_manifest(folder).created_at, "what": "checked", **_read_json(folder / "drift.json")["all"]}]
 
 
 def _losses(path: Path) -> list[tuple[int, float]]:
@@ -94,7 +105,7 @@ def _sibling(folder: Path, entry: InputEntry) -> Path:
 STAGE = Stage(
     name="report",
     config=ReportConfig,
-    inputs=("mining", "evaluation", "sft", "opd", "control?", "gate?"),
+    inputs=("mining", "evaluation", "sft", "opd", "control?", "gate?", "drift?"),
     run=run,
     volatile=("metrics.jsonl", "report.html"),  # it shows durations and tokens/s
 )

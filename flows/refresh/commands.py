@@ -16,7 +16,8 @@ from draftsmith.stages.stored import DRAFTER_FOLDER
 
 
 def champions(display: Display, line: str) -> None:
-    """Every version of a line with what it was worth, then who became the champion when, and why."""
+    """Every version of a line with what it was worth, then what happened to the line: who became the champion when and
+    why, and what drift checks saw."""
     lines = registry()
     versions = lines.versions(line)
     if not versions:
@@ -36,9 +37,15 @@ def champions(display: Display, line: str) -> None:
     ]
     head = ["version", "alias", "arm", "tau", "speed-up", "target", "artifact", "registered at"]
     display.table(head, rows, title=line, text_columns=len(head))
+    told = []
     for event in lines.events(line):
         before = "none" if event.before is None else f"version {event.before}"
-        display.line(f"{event.at}  version {event.version} {event.what} (before: {before}) by {event.by}: {event.why}")
+        text = f"version {event.version} {event.what} (before: {before}) by {event.by}: {event.why}"
+        told.append((event.at, text))
+    for seen in lines.drift(line):
+        told.append((seen["at"], f"version {seen['version']} checked: tau {seen['tau']:.3f}: {seen['decision']}"))
+    for at, text in sorted(told):
+        display.line(f"{at}  {text}")
 
 
 def promote(display: Display, text: str, why: str, *, dry_run: bool) -> None:

@@ -173,6 +173,13 @@ def drift_config(config: RefreshConfig) -> DriftConfig:
     return config.drift.model_copy(update={"drafting": drafting})
 
 
+def report_config(config: RefreshConfig) -> ReportConfig:
+    """With what the line's champions were worth until now."""
+    if config.registry is None or not config.registry.history:
+        return config.report
+    return config.report.model_copy(update={"history": config.registry.history})
+
+
 def control_config(config: RefreshConfig) -> SftConfig:
     """The control of a refresh."""
     return config.sft.continued(config.opd)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,11 @@ class RefreshCourse:
             "figures": {f"drift.{name}.tau": figures["tau"] for name, figures in drift.items()},
             "tags": {"draftsmith.drift": "; ".join(reasons)[:4000] or "none"},
         }
+        champion, tau = self.line.champion, drift["all"]["tau"]
+        seen = {"version": champion.version, **drift["all"], "decision": "; ".join(reasons)[:1000] or "current"}
+        registry().add_drift(self.line.name, {"at": datetime.now(UTC).isoformat(timespec="seconds"), **seen})
         if reasons:
             return None
-        champion, tau = self.line.champion, drift["all"]["tau"]
         message = (
             f"{self.line.name}: the champion (version {champion.version}) is current: tau {tau:.3f} on "
             f"{drift['all']['prompts']} prompts, no set fell by more than {self.config.drift.threshold:.1%}; nothing "

@@ -9,6 +9,7 @@ from draftsmith.flows.refresh.config import (
     assisted_config,
     control_config,
     drift_config,
+    report_config,
     sft_config,
     starts_from_champion,
 )
@@ -92,7 +93,9 @@ def _iteration(
         judged = {"evaluation": "evaluation", **champion, **drafters}
         nodes.append(Node("gate", "draftsmith.stages.gate", config.gate, judged))
         reported["gate"] = "gate"
-    return [*nodes, Node(f"report{suffix}", "draftsmith.stages.report", config.report, reported)]
+        if champion:
+            reported["drift"] = "drift"
+    return [*nodes, Node(f"report{suffix}", "draftsmith.stages.report", report_config(config), reported)]
 
 
 REFRESH = Pipeline(

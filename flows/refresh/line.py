@@ -19,6 +19,7 @@ from draftsmith.stages.stored import DRAFTER_FOLDER
 if TYPE_CHECKING:
     from draftsmith.artifacts.registry import Registry
 
+_MOST_POINTS = 300  # of a line's history
 _MOST_SETS = 30  # of a version's figures: a tag holds 5,000 characters
 
 
@@ -35,6 +36,9 @@ class RegistryConfig(Config):
     answers: Annotated[
         EarlierConfig | None, Field(description="filled in too: the logged answers that the champion was trained on")
     ] = None
+    history: Annotated[
+        tuple[dict[str, Any], ...], Field(description="filled in too: what the line's champions were worth, and when")
+    ] = ()
     read_until: Annotated[
         str | None, Field(description="filled in too: time of the newest logged row that its refresh has read")
     ] = None
@@ -60,9 +64,22 @@ def as_it_stands(line: RegistryConfig) -> RegistryConfig:
         update={
             "champion": champion_config(version),
             "answers": EarlierConfig.model_validate_json(answers) if answers else None,
+            "history": tuple(history(line.name)),
             "read_until": version.tags.get("read_until") or None,
         }
     )
+
+
+def history(line: str) -> list[dict[str, Any]]:
+    """tau of the line's champions on all prompts: at each promotion, and at each drift check since. Oldest first."""
+    known = registry()
+    promoted = [
+        {"at": each.tags["promoted_at"], "version": each.number, "what": "promoted", **each.figures()["all"]}
+        for each in known.versions(line)
+        if each.tags.get("promoted_at") and "all" in each.figures()
+    ]
+    checked = [{"what": "checked"} | seen for seen in known.drift(line)]
+    return sorted(promoted + checked, key=lambda point: str(point["at"]))[-_MOST_POINTS:]
 
 
 def champion_config(version: Version) -> ChampionConfig:

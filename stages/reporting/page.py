@@ -41,6 +41,7 @@ class ReportData:
     title: str
     evaluation: Mapping[str, Any] = field(default_factory=dict)  # evaluation.json
     decision: Mapping[str, Any] = field(default_factory=dict)  # decision.json of the gate
+    history: Sequence[Mapping[str, Any]] = ()  # at, what (promoted, checked), version, tau, low, high
     mining: Mapping[str, Any] = field(default_factory=dict)  # mining's summary.json
     curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)  # arm -> (step, loss)
     lineage: Sequence[Mapping[str, Any]] = ()  # name, stage, key, content_id, duration_s
@@ -81,6 +82,10 @@ def _parts(data: ReportData) -> Iterable[str]:
         plots.accepted_lengths,
         {arm: d["accepted_histogram"] for arm, d in drafters.items() if d.get("accepted_histogram")},
     )
+    if len(data.history) > 1:
+        figure = plots.tau_over_time(data.history)
+        note = "Of the champions, each on its own refresh's prompts; bars: 95 % over prompts."
+        yield f"<h2>The line over time</h2>\n<figure>\n{figure}\n<figcaption>{note}</figcaption>\n</figure>"
     yield _figure(
         "Where the time goes",
         plots.time_split,

@@ -125,6 +125,37 @@ def time_split(shares: Mapping[str, tuple[float, float]], names: Mapping[str, st
 
 
 @_styled
+def tau_over_time(history: Sequence[Mapping[str, Any]]) -> str:
+    """What a line's champions were worth: at each promotion (its version beside it) and at each drift check.
+
+    history: `at` (ISO 8601), `what` (promoted, checked), `version`, `tau`, `low`, `high`.
+    """
+    from datetime import datetime
+
+    figure = _figure(7.2, 3.1)
+    axes = figure.add_subplot()
+    for what, marker, colour in (("promoted", "D", COLOURS["opd"]), ("checked", "o", COLOURS["sft"])):
+        points = [point for point in history if point["what"] == what and point.get("tau") is not None]
+        times: list[Any] = [datetime.fromisoformat(point["at"]) for point in points]
+        tau = [point["tau"] for point in points]
+        below = [t - (t if p.get("low") is None else min(t, p["low"])) for t, p in zip(tau, points, strict=True)]
+        above = [(t if p.get("high") is None else max(t, p["high"])) - t for t, p in zip(tau, points, strict=True)]
+        axes.errorbar(
+            times, tau, yerr=[below, above], linestyle="", marker=marker, markersize=5, capsize=2, color=colour,
+            label="at its promotion" if what == "promoted" else "at a drift check",
+        )  # fmt: skip
+        if what == "promoted":
+            for time, point in zip(times, points, strict=True):
+                axes.annotate(
+                    f" {point['version']}", (time, point["tau"]), xytext=(4, 4), textcoords="offset points", fontsize=8
+                )
+    axes.set(ylabel="tau of the champion")
+    axes.tick_params(axis="x", labelrotation=20)
+    axes.legend()
+    return _svg(figure, "line", "Acceptance length of the line's champions over time")
+
+
+@_styled
 def tau_over_cost(arms: Mapping[str, Sequence[Mapping[str, Any]]], levels: Mapping[str, float]) -> str:
     """Acceptance length over trained positions and over seconds of training, one line an arm, a bar over its seeds.
 

@@ -54,6 +54,15 @@ def test_a_line_keeps_who_served_when_and_why(registry: Registry, tmp_path: Path
     ]  # fmt: skip
 
 
+def test_a_line_keeps_what_drift_checks_saw(registry: Registry, tmp_path: Path) -> None:
+    assert registry.drift(LINE) == []
+    registry.register(LINE, ref(tmp_path, "a"), {})
+    seen = [{"at": f"2026-01-0{day}", "version": 1, "tau": tau} for day, tau in ((1, 3.0), (2, 3.0), (3, 2.5))]
+    for each in seen:
+        registry.add_drift(LINE, each)
+    assert registry.drift(LINE) == [seen[0], seen[2]], "the same check, planned again, is one point"
+
+
 def test_the_same_content_is_registered_once(registry: Registry, tmp_path: Path) -> None:
     made = ref(tmp_path, "a")
     assert registry.register(LINE, made, {"tau": "2.5"}).number == registry.register(LINE, made, {"tau": "2.6"}).number

@@ -40,6 +40,8 @@ def test_the_line_tells_its_history_and_rolls_back(weeks: list[Week], folder: Pa
     told = draftsmith(home, "champions", LINE).stdout
     events = [line for line in told.splitlines() if " promoted (before: " in line]
     assert [event.split()[1:3] for event in events] == [["version", "1"], ["version", "2"], ["version", "4"]]
+    checked = [line.split()[2] for line in told.splitlines() if " checked: tau " in line]
+    assert checked == ["1", "1", "2", "2"], "weeks 2 to 5"
     dry = draftsmith(home, "rollback", LINE, "--dry-run")
     assert "version 2 would become the champion in place of version 4 (nothing was changed)" in dry.stdout
     assert "version 2 is the champion now" in draftsmith(home, "rollback", LINE, "--why", "latency").stdout

@@ -52,6 +52,7 @@ def test_a_refresh_of_a_line_goes_on_from_its_champion_and_ends_at_the_gate() ->
     first = {node.name: node for node in refresh_nodes(of_line(champion=False))}
     assert not {"champion", "drift"} & first.keys() and "drafter" not in first["sft"].inputs
     assert set(first["gate"].inputs) == {"evaluation", "sft", "opd", "control"}
+    assert nodes["report"].inputs["drift"] == "drift" and "drift" not in first["report"].inputs
 
 
 def test_the_champion_is_its_content_wherever_it_lies() -> None:

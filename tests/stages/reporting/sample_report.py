@@ -128,6 +128,11 @@ def sample(**changes: Any) -> ReportData:
             "opd": [(s, 0.8 * math.exp(-s / 90) + 1.2 + 0.1 * math.sin(s * 2.3)) for s in range(200)],
             "control": [(s, 0.2 * math.exp(-s / 90) + 2.0 + 0.1 * math.sin(s * 1.3)) for s in range(200)],
         },
+        "history": [
+            {"at": "2026-01-05T06:00:00+00:00", "what": "promoted", "version": 1, "tau": 3.1, "low": 3.0, "high": 3.2},
+            {"at": "2026-01-12T06:00:00+00:00", "what": "checked", "version": 1, "tau": 3.0, "low": 2.9, "high": 3.1},
+            {"at": "2026-01-19T06:00:00Z", "what": "checked", "version": 1, "tau": 2.7, "low": None, "high": None},
+        ],
         "lineage": [
             {
                 "name": name,

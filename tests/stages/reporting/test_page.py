@@ -54,6 +54,7 @@ def test_the_page_parses_and_holds_all_figures_and_tables(tmp_path: Path) -> Non
     assert labels == [
         "Share of proposals accepted at each offset",
         "Histogram of accepted lengths",
+        "Acceptance length of the line's champions over time",
         "Time spent on drafting and verifying",
         "Training loss over steps",
     ]
