@@ -152,6 +152,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_run_options(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
+    diagnose = commands.add_parser("diagnose", help="why a running server accepts less than replay says")
+    diagnose.add_argument("--url", required=True, help="of the SGLang server, such as http://localhost:30000")
+    diagnose.add_argument("--drafter", required=True, help="what it should serve: a folder, or NAME@champion")
+    diagnose.add_argument("--prompts", type=int, help="how many it is asked (default: 16)")
+    _add_run_options(diagnose)
+    diagnose.set_defaults(run=_diagnose)
     prune = commands.add_parser("prune", help="what was left behind: old unfinished attempts, replaced artifacts, logs")
     prune.add_argument("--days", type=float, default=30, help="only what was not touched for so long (default: 30)")
     prune.add_argument("--delete", action="store_true", help="delete it; without, it is only listed")
@@ -197,6 +203,17 @@ def _evaluate(options: argparse.Namespace, pipeline: Pipeline) -> None:
     if not isinstance(config, RefreshConfig):
         raise DraftsmithError(f"{options.config} describes an experiment: give the config of a refresh")
     _run_config(options, EVALUATE, evaluate_config(config, options.drafters))
+
+
+def _diagnose(options: argparse.Namespace, pipeline: Pipeline) -> None:
+    from draftsmith.flows.refresh.config import RefreshConfig
+    from draftsmith.flows.refresh.diagnose import DIAGNOSE, NODE, diagnose_config
+
+    config = _read(options, pipeline)
+    if not isinstance(config, RefreshConfig):
+        raise DraftsmithError(f"{options.config} describes an experiment: give the config of a refresh")
+    options.force = [*options.force, NODE]  # what a server does is not known from before
+    _run_config(options, DIAGNOSE, diagnose_config(config, options.url, options.drafter, options.prompts))
 
 
 def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOptions) -> None:

@@ -215,20 +215,7 @@ def _write(
             for i, c in zip(ids, completions, strict=True)
         ]
     )
-    shards["trace"].append(
-        [
-            {
-                "trajectory_id": i,
-                "step": s,
-                "anchor": step.anchor,
-                "accepted": step.accepted,
-                "proposed_ids": step.proposed,
-                "target_logprobs": step.target_logprobs,
-            }
-            for i, c in zip(ids, completions, strict=True)
-            for s, step in enumerate(c.steps)
-        ]
-    )
+    shards["trace"].append([row for completion in completions for row in completion.trace_rows()])
     shards["trajectories"].append(
         [
             {

@@ -60,7 +60,7 @@ def evaluate_config(refresh: RefreshConfig, drafters: list[str]) -> EvaluateConf
     """Of the drafters that a command names: folders, hub ids, or `LINE@alias` of the registry."""
     named: dict[str, str] = {}
     for text in drafters:
-        name, source = _named(text)
+        name, source = named_drafter(text)
         if name in ("target", "prompts", "heldout", "evaluation", "plain") or name in named:
             name = f"{name}-{len(named) + 1}"
         named[name] = source
@@ -70,8 +70,8 @@ def evaluate_config(refresh: RefreshConfig, drafters: list[str]) -> EvaluateConf
     return EvaluateConfig(name=f"{refresh.name}-evaluate", drafters=named, **measured)
 
 
-def _named(text: str) -> tuple[str, str]:
-    """(name of the arm, source)"""
+def named_drafter(text: str) -> tuple[str, str]:
+    """(name of the arm, source) of what a command names."""
     if Path(text).expanduser().is_dir():
         folder = Path(text).expanduser().resolve()
         inner = folder / "drafter"

@@ -8,6 +8,7 @@ from prefect import flow
 
 from draftsmith.flows.pipeline.run import run_graph
 from draftsmith.flows.refresh.config import RefreshConfig, load_config
+from draftsmith.flows.refresh.diagnose import DIAGNOSE, DiagnoseConfig
 from draftsmith.flows.refresh.evaluate import EVALUATE, EvaluateConfig
 from draftsmith.flows.refresh.graph import REFRESH
 
@@ -32,6 +33,17 @@ def evaluate(config: EvaluateConfig, force: list[str] | None = None) -> Any:
         force: Names of nodes to make again although the store has them.
     """
     return run_graph(config, EVALUATE, force or [])
+
+
+@flow(name="diagnose", flow_run_name="{config.name}", persist_result=False)
+def diagnose(config: DiagnoseConfig, force: list[str] | None = None) -> Any:
+    """See whether a running server drafts as replay does, and if not, why.
+
+    Args:
+        config: The server, the drafter, and what is asked.
+        force: Names of nodes to make again although the store has them.
+    """
+    return run_graph(config, DIAGNOSE, force or [])
 
 
 @flow(name="refresh-file", flow_run_name="{config_file}", persist_result=False)

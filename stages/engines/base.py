@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,20 @@ class Completion:
     first_token_seconds: float = float("nan")  # from the request to its first token, where measured
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
+
+    def trace_rows(self) -> list[dict[str, Any]]:
+        """Its recorded steps as rows of TRACE."""
+        return [
+            {
+                "trajectory_id": self.request.request_id,
+                "step": s,
+                "anchor": step.anchor,
+                "accepted": step.accepted,
+                "proposed_ids": step.proposed,
+                "target_logprobs": step.target_logprobs,
+            }
+            for s, step in enumerate(self.steps)
+        ]
 
 
 class Engine(Protocol):

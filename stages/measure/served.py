@@ -38,7 +38,7 @@ from draftsmith.stages.measure.requests import (
     told,
     turn_of,
 )
-from draftsmith.stages.replay.parity import Gate, check_steps, check_tau
+from draftsmith.stages.replay.parity import Gate, check_steps, check_tau, trace_rows
 from draftsmith.stages.stored import Prompt
 
 if TYPE_CHECKING:
@@ -189,18 +189,7 @@ def _trace(
     requests = requests_for(heldout[: served.config.parity_prompts], served.config, setting, served.ctx.seed)
     answers, _ = served.decode(engine, requests, setting, trace=can_trace)
     folder = served.ctx.work / "traced"
-    steps = [
-        {
-            "trajectory_id": answer.request.request_id,
-            "step": s,
-            "anchor": step.anchor,
-            "accepted": step.accepted,
-            "proposed_ids": step.proposed,
-            "target_logprobs": step.target_logprobs,
-        }
-        for answer in answers
-        for s, step in enumerate(answer.steps)
-    ]
+    steps = [row for answer in answers for row in answer.trace_rows()]
     write_table(folder / f"{arm}-steps.parquet", TRACE, steps)
     rows = [row_of(engine.name, 0, arm, block_size, setting, answer) for answer in answers]
     write_table(folder / f"{arm}-answers.parquet", REQUESTS, rows)
@@ -242,18 +231,7 @@ def _check_parity(served: Served, sizes: Mapping[str, int], heldout: Sequence[Pr
             tokens_per_group=config.tokens_per_target_forward,
             progress=follow(served.ctx, "trajectories"),
         )[arm]
-        replayed = [
-            {
-                "trajectory_id": t.trajectory_id,
-                "step": s,
-                "anchor": anchor,
-                "accepted": int(trace.accepted[s]),
-                "proposed_ids": trace.proposed[s].tolist(),
-                "target_logprobs": None,
-            }
-            for t, trace in zip(trajectories, found, strict=True)
-            for s, anchor in enumerate(trace.anchors.tolist())
-        ]
+        replayed = trace_rows(trajectories, found)
         gate = Gate(
             "evaluation",
             float32=dtype == "float32",

@@ -36,8 +36,12 @@ FEWEST_ANSWERS = 5  # with fewer their spread is a guess; max_parity_mismatch ho
 _CAUSE = "the engine did not serve this drafter, or computes it differently; check rotary settings, layer ids and dtype"
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     import pyarrow as pa
+
+    from draftsmith.stages.replay.trace import Trace, Trajectory
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,22 @@ class Gate:
         if self.limit or not (self.float32 and self.greedy):
             bound = f"{self.section}.max_parity_mismatch allows {self.limit:.1%}"
         return DraftsmithError(f"{self.section}: {self.subject}{what} ({share:.1%}, {bound}): {_CAUSE}")
+
+
+def trace_rows(trajectories: Sequence[Trajectory], traces: Sequence[Trace]) -> list[dict[str, Any]]:
+    """Replayed steps as rows of TRACE."""
+    return [
+        {
+            "trajectory_id": trajectory.trajectory_id,
+            "step": s,
+            "anchor": anchor,
+            "accepted": int(trace.accepted[s]),
+            "proposed_ids": trace.proposed[s].tolist(),
+            "target_logprobs": None,
+        }
+        for trajectory, trace in zip(trajectories, traces, strict=True)
+        for s, anchor in enumerate(trace.anchors.tolist())
+    ]
 
 
 def check_steps(gate: Gate, served: pa.Table, replayed: pa.Table) -> dict[str, Any]:

@@ -1,0 +1,72 @@
+"""Why a running server's acceptance is not that of replay: the graph and the config of `draftsmith diagnose`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.flows.checks.check import RunChecks
+from draftsmith.flows.pipeline.display import Display
+from draftsmith.flows.pipeline.graph import Node, Pipeline
+from draftsmith.flows.pipeline.options import RunOptions
+from draftsmith.flows.refresh.config import RefreshConfig
+from draftsmith.flows.refresh.evaluate import named_drafter
+from draftsmith.stages.diagnosis import RESULT, DiagnosisConfig
+from draftsmith.stages.prompts import PromptsConfig
+from draftsmith.stages.targets.config import TargetConfig
+
+NODE = "diagnosis"
+
+
+class DiagnoseConfig(RunOptions):
+    """A server, and the sections of a refresh that say what it is asked."""
+
+    target: TargetConfig
+    prompts: PromptsConfig
+    diagnosis: DiagnosisConfig
+
+
+def diagnose_nodes(config: DiagnoseConfig) -> list[Node]:
+    """Target, prompts, and what the server does with them."""
+    target = {"target": "target"}
+    asked = {**target, "prompts": "prompts"}
+    return [
+        Node("target", "draftsmith.stages.target", config.target),
+        Node("prompts", "draftsmith.stages.prompts", config.prompts, target),
+        Node(NODE, "draftsmith.stages.diagnosis", config.diagnosis, asked),
+    ]
+
+
+def show_diagnosis(display: Display, folders: Mapping[str, Path], _ui: str) -> None:
+    found = json.loads((folders[NODE] / RESULT).read_text("utf-8"))
+    tried = found.get("tried", [])
+    if tried:
+        head = ["replay with", "change", "steps that differ", "tau"]
+        rows = [
+            [each["cause"], each["change"], f"{each['mismatch']:.1%}", f"{each['tau']:.3f}"]
+            for each in [found["as_it_is"], *tried]
+        ]
+        display.table(head, rows, text_columns=2)
+    display.line(found["sentence"])
+
+
+DIAGNOSE = Pipeline(
+    config=DiagnoseConfig,
+    nodes=diagnose_nodes,
+    flow="draftsmith.flows.refresh.flow:diagnose",
+    checks=RunChecks,
+    results="draftsmith.flows.refresh.diagnose:show_diagnosis",
+)
+
+
+def diagnose_config(refresh: RefreshConfig, url: str, drafter: str, prompts: int | None) -> DiagnoseConfig:
+    """Of the drafter that a command names: a folder, or `LINE@alias` of the registry."""
+    _, source = named_drafter(drafter)
+    if not Path(source).is_dir():
+        raise DraftsmithError(f"{drafter}: give the folder of the checkpoint that the server loads, or NAME@champion")
+    asked = {} if prompts is None else {"prompts": prompts}
+    diagnosis = DiagnosisConfig(url=url.rstrip("/"), drafter=source, sampling=refresh.heldout.sampling, **asked)
+    parts = {part: getattr(refresh, part) for part in ("target", "prompts", "stages", "seed")}
+    return DiagnoseConfig(name=f"{refresh.name}-diagnose", diagnosis=diagnosis, **parts)
