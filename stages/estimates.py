@@ -61,11 +61,12 @@ def of_rollout(config: RolloutConfig, use: Use) -> Estimate:
 
 
 def of_logs(config: LogsConfig, use: Use) -> Estimate:
-    """Its tables, as far as the config says how many rows there are."""
+    """Its tables, as far as the config says how many rows there are, and the target where it reads answers."""
     longest = config.max_tokens or use.sizes.positions
     steps = (config.rows or 0) * longest * TRACE_STEPS_PER_TOKEN
     made = Answers(longest, config.rows or float("inf"), steps)
-    return Estimate(tables=made.bytes, makes=made)
+    memory = {"process": PROCESS, "target": use.sizes.weights(use.sizes.target)} if config.scored else {}
+    return Estimate(memory=memory, tables=made.bytes, makes=made)
 
 
 def of_sft(config: SftConfig, use: Use) -> Estimate:

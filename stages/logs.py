@@ -84,6 +84,7 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
                 table.append(part)
             replayed = int(mask.sum())
             ctx.log(f"{replayed} answers of the earlier refresh mixed in")
+    improbable = _judge(ctx, config, table.rows)
     sources = Counter(source for source, kept in zip(candidates.sources, used, strict=True) if kept)
     counts = {
         "rows_in_files": total,
@@ -95,11 +96,55 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
         "not_drawn": len(used) - int(used.sum()),
         "sources": dict(sorted(sources.items())) if config.source_field is not None else {},
         "response_tokens": table.response_tokens,
+        "scored": min(config.scored, table.rows),
+        "improbable": dict(Counter(improbable).most_common()),
         "heldout_share": held_out.share,
         "window": _window(config, intake),
     }
     write_text(ctx.out / "logs.json", json.dumps(counts, indent=2, ensure_ascii=True) + "\n")
-    ctx.summary(answers=table.rows, response_tokens=table.response_tokens, rows_set_aside=sum(aside.reasons.values()))
+    ctx.summary(
+        answers=table.rows,
+        response_tokens=table.response_tokens,
+        rows_set_aside=sum(aside.reasons.values()),
+        improbable=len(improbable),
+    )
+
+
+def _judge(ctx: StageContext, config: LogsConfig, rows: int) -> list[str]:
+    """What speaks against some answers of the table, evenly spread over it. Raises DraftsmithError for too many."""
+    import numpy as np
+
+    from draftsmith.artifacts.atomic import write_text
+    from draftsmith.artifacts.errors import DraftsmithError
+    from draftsmith.stages.prompting.answers import chosen_rows
+    from draftsmith.stages.prompting.probable import judge
+    from draftsmith.stages.targets.causal_lm import Target
+
+    count = min(config.scored, rows)
+    if not count:
+        return []
+    mask = np.zeros(rows, dtype=bool)
+    mask[np.linspace(0, rows - 1, count).astype(int)] = True
+    target, found, done = Target.load(ctx.inputs["target"]), [], 0
+    for part in chosen_rows(ctx.out / "trajectories.parquet", mask):
+        for row in part.select(["trajectory_id", "prompt_ids", "response_ids"]).to_pylist():
+            reason = judge(target, row["prompt_ids"], row["response_ids"], config.temperature, config.top_p)
+            if reason:
+                found.append({"trajectory_id": row["trajectory_id"], "reason": reason})
+            done += 1
+            ctx.progress(done, count, "answers read by the target", improbable=len(found))
+            ctx.check_interrupted()
+    write_text(ctx.out / "improbable.jsonl", "".join(json.dumps(each) + "\n" for each in found))
+    if found:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(each["reason"] for each in found).most_common())
+        said = (
+            f"{len(found)} of {count} answers are not what this target gives at temperature {config.temperature:g} "
+            f"({reasons}; improbable.jsonl): sampled otherwise, another model's, or a part was cut out?"
+        )
+        if len(found) > config.max_improbable_share * count:
+            raise DraftsmithError(f"logs: {said} logs.max_improbable_share allows {config.max_improbable_share:.0%}")
+        ctx.log(f"warning: {said}")
+    return [each["reason"] for each in found]
 
 
 class _Candidates:

@@ -98,6 +98,15 @@ class LogsConfig(Config):
         description="share of the rows that may be unreadable (half-written, of another shape, not UTF-8): they are "
         "set aside. 0: the first one is an error",
     )
+    scored: int = Field(
+        default=64,
+        ge=0,
+        description="so many of the used answers are read by the target, whose log-probs say whether they are its own "
+        "at this temperature; those that are not are counted and listed in improbable.jsonl",
+    )
+    max_improbable_share: float = Field(
+        default=1.0, gt=0, le=1, description="share of those that may be improbable; above it the stage fails"
+    )
     chat_template_kwargs: dict[str, bool | int | float | str | None] = Field(
         default={}, description="passed to the chat template for rows of text: what the service passed"
     )
