@@ -59,8 +59,8 @@ def test_a_refresh_on_sglang_is_exact_and_passes_the_gate(home: Home) -> None:
     assert sorted(len(engines) for engines in answered_by) == [1, 1, 1]
     assert sorted(engines.pop().split()[0] for engines in answered_by) == ["embedded", "embedded", "sglang"]
     (assisted,) = [folder for folder in folders if (folder / "trace.json").exists()]
-    told = read_json(assisted / "trace.json")
-    assert (told["engine"], told["dtype"], told["temperature"]) == ("sglang", "float32", 0)
+    traced = read_json(assisted / "trace.json")
+    assert (traced["engine"], traced["dtype"], traced["temperature"]) == ("sglang", "float32", 0)
     trace = read_table(assisted / "trace.parquet", TRACE)
     assert trace["target_logprobs"].null_count == 0
 
@@ -82,9 +82,10 @@ def test_a_refresh_on_sglang_is_exact_and_passes_the_gate(home: Home) -> None:
     for figures in evaluation["parity"].values():
         assert (figures["different_steps"], figures["tau_difference"]) == (0, 0)
 
-    table = first.stdout[first.stdout.index("report: done in") :]
-    assert f"Speed on {evaluation['engine']}" in table
-    assert f"Parity of opd: 0 of {evaluation['parity']['opd']['served_steps']} served verify steps differ" in table
+    told = " ".join(first.stdout[first.stdout.index("report: done in") :].split())
+    assert f"Engine: {evaluation['engine']}" in told
+    steps = evaluation["parity"]["opd"]["served_steps"]
+    assert f"SFT + OPD: 0 of {steps} verify steps that the engine served differ from replay" in told
     assert "Speed by setting" in (home.folder_of("report") / "report.html").read_text()
 
     # ---- how the servers are reached and how patient the client is makes nothing again
