@@ -46,7 +46,8 @@ class PromptsConfig(Config):
         gt=0,
         le=1,
         description="share of all prompts that may be held out or validate, by a hash of their text; they are never "
-        "trained on, in this refresh or another, and the others never measured on. A larger share contains the smaller",
+        "trained on, in this refresh or another, and the others never measured on. A larger share contains the "
+        "smaller; lowering it gives prompts to training that may have measured before",
     )
     max_bad_share: float = Field(
         default=0.01,

@@ -208,15 +208,18 @@ def check_logs(found: Findings, nodes: Sequence[Node], target: Path | None) -> N
     """
     for node in nodes:
         if isinstance(node.config, LogsConfig):
+            asked = next((other.config for other in nodes if other.name == node.inputs.get("prompts")), None)
+            # the prompts themselves may not be made yet
+            held_out = HeldOut(asked.heldout_share) if isinstance(asked, PromptsConfig) else HeldOut()
             with found.part(node.name):
-                _check_log(found, node.name, node.config, target)
+                _check_log(found, node.name, node.config, target, held_out)
 
 
-def _check_log(found: Findings, name: str, config: LogsConfig, target: Path | None) -> None:
+def _check_log(found: Findings, name: str, config: LogsConfig, target: Path | None, held_out: HeldOut) -> None:
     aside = Aside(f"{name}.max_bad_share", config.max_bad_share)
     sieve: Intake | ShapeSieve = ShapeSieve(config, aside)
     if target is not None:
-        sieve = Intake(config, target, HeldOut(), aside)  # the prompts of this run may not be made yet
+        sieve = Intake(config, target, held_out, aside)
     used, whole, end = 0, True, time.monotonic() + _LOG_SECONDS
     for row in read_rows(matched(config.paths, f"{name}.paths")):
         if aside.rows >= _LOG_ROWS or time.monotonic() > end:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -78,7 +79,8 @@ class Sieve(ABC, Generic[T]):
             if not self._in_window(time):
                 self.outside_window += 1
                 return None
-            if logged.temperature not in (None, self._config.temperature):
+            said = logged.temperature  # a Parquet file may have it as float32
+            if said is not None and not math.isclose(said, self._config.temperature, rel_tol=1e-6):
                 raise SetAside("another temperature")
             return self._made(logged, time)
         except SetAside as reason:

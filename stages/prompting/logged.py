@@ -19,6 +19,7 @@ SHAPES = (
     '{"messages": [{"role", "content"}], "completion": text} or '
     '{"prompt_token_ids": [...], "completion_token_ids": [...]}'
 )
+_HOTTEST = 1e6  # no sampling temperature is above
 _TOKEN_FIELDS = ("prompt_token_ids", "completion_token_ids")
 
 
@@ -38,7 +39,7 @@ class LoggedRow(Row):
         value = self.fields.get("temperature")
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _HOTTEST:
             raise DraftsmithError(f"{self.where}: temperature {value!r} is not a number of 0 or more: correct the row")
         return float(value)
 

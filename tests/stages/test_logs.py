@@ -207,6 +207,7 @@ def test_several_files_in_turn_and_a_bound_on_the_rows(
         ({"prompt_token_ids": [1], "completion_token_ids": [3, -1]}, r"row 2: completion_token_ids\[1\] is -1"),
         ({"prompt_token_ids": [1], "completion_token_ids": [3, True]}, r"completion_token_ids\[1\] is True"),
         ({"prompt_token_ids": [1], "completion_token_ids": [3, 4], "temperature": "hot"}, "row 2: temperature 'hot'"),
+        ({"prompt_token_ids": [1], "completion_token_ids": [3, 4], "temperature": 10**400}, "row 2: temperature 1000"),
         (
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "completion": "c"},
             "row 2: messages end with an answer",

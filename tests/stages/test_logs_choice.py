@@ -11,6 +11,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
@@ -41,6 +43,18 @@ def test_a_folder_of_every_format_is_one_log(
     ctx = run(tmp_path, tiny_drafter, tmp_path / "logs")
     assert responses(table(ctx)) == responses(logged_answers[:20])
     assert counts(ctx)["rows_in_files"] == counts(ctx)["rows_read"] == 20
+
+
+def test_a_temperature_of_single_precision_is_the_same(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
+) -> None:
+    rows = [as_ids(row) | {"temperature": at} for row, at in zip(logged_answers[:3], (0.7, 0.7, 0.8), strict=True)]
+    table_of = pa.Table.from_pylist(rows)
+    column = table_of["temperature"].cast(pa.float32())
+    place = table_of.column_names.index("temperature")
+    pq.write_table(table_of.set_column(place, "temperature", column), tmp_path / "log.parquet")
+    ctx = run(tmp_path, tiny_drafter, tmp_path / "log.parquet", temperature=0.7)
+    assert len(table(ctx)) == 2 and counts(ctx)["set_aside"] == {"another temperature": 1}
 
 
 def test_bad_rows_are_set_aside_up_to_a_share(

@@ -96,7 +96,7 @@ def build_drafter(folder: Path, target_model: Path, prompts: Path, recipe: Draft
         }
         _run_stage(
             "prompts",
-            {"sources": [{"kind": "jsonl", "path": str(prompts)}], "heldout_share": 0.25, **counts},
+            {"sources": [{"kind": "jsonl", "path": str(prompts)}], "heldout_share": 0.25, "seed": 1, **counts},
             made.prompts,
             recipe.seed,
             {"target": made.target},
