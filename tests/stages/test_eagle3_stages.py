@@ -144,7 +144,11 @@ def test_one_evaluation_measures_drafters_of_both_architectures(
     assert found["drafters"]["dflash sft"]["block_size"] == 8
     assert found["drafters"]["eagle3 sft"]["block_size"] == 5
     assert 1.5 < found["drafters"]["eagle3 sft"]["tau"] <= 5
-    assert found["drafters"]["eagle3 sft"]["differences"] == {} and found["verdicts"] == []
+    assert found["drafters"]["dflash sft"]["differences"] == {}
+    worse = found["drafters"]["eagle3 sft"]["differences"]["dflash sft"]
+    assert worse["high"] < 0
+    verdicts = {verdict["kind"]: verdict for verdict in found["verdicts"]}
+    assert verdicts["tau"]["different"] and verdicts["speed"]["different"] is None, "two turns are too few"
     exact = found["exactness"]
     assert (exact["fp32_prompts"], exact["fp32_identical"]) == (3, 3)
     for arm in ("dflash sft", "eagle3 sft"):

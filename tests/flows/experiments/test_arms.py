@@ -96,7 +96,7 @@ def test_an_arm_in_iterations_mines_anew_with_the_drafter_of_the_one_before() ->
     assert [nodes[name].config.model_dump()["steps"] for name in parts] == [6, 7, 7]
     assert [nodes[name].inputs["drafter"] for name in parts] == ["sft", "opd-20-s4-1", "opd-20-s4-2"]
     assert [nodes[name].inputs["mined"] for name in parts] == ["mining", "mining-opd-20-s4-1", "mining-opd-20-s4-2"]
-    assert [nodes[nodes[name].inputs["steps"]].inputs["drafter"] for name in parts] == ["sft", *parts[:2]]
+    assert [nodes[nodes[name].inputs["mined"]].inputs["drafter"] for name in parts] == ["sft", *parts[:2]]
     assert len({nodes[name].seed for name in parts}) == 3
     compared = nodes["comparison"].inputs
     assert compared["drafter:opd:20:4"] == "opd-20-s4"

@@ -181,7 +181,7 @@ def test_every_kind_trains_the_same_number_of_blocks(world: World) -> None:
         report = step.loss(5, INDICES, world.batch, step_rng(0, 5))
         assert report.blocks == len(INDICES) * many, kind
         positions[kind] = report.positions / (report.blocks * 7)
-    assert min(positions.values()) > 0.8  # the rest lies beyond the ends
+    assert min(positions.values()) > 0.6  # the rest lies beyond the ends: more of it where errors are late
 
 
 @pytest.mark.parametrize("proposals", [7, 3])
