@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from draftsmith.stages.sft import STAGE as SFT
 from draftsmith.stages.stored import load_trajectories
 from draftsmith.stages.training.config import SftConfig
 from tests.stages.bench import Bench
-from tests.testbed.context import RecordingContext
+from tests.testbed.context import RecordingContext, StoppingContext
 from tests.testbed.drafter import DrafterArtifacts
 
 CONFIG = {
@@ -181,23 +180,10 @@ def test_turns_are_timed_as_a_whole_and_rotate(evaluated: RecordingContext) -> N
     assert speed["tokens_per_s"] == pytest.approx(sum(t["tokens"] for t in own) / sum(t["wall_seconds"] for t in own))
 
 
-@dataclass
-class StopAfter(RecordingContext):
-    """Asks to stop after some turns."""
-
-    turns: int = 0
-
-    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
-        super().progress(done, total, unit, **figures)
-        self.stop = unit == "turns" and done >= self.turns
-
-
 def test_an_interrupted_evaluation_goes_on_with_the_next_round(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
     """What was chosen and timed stays as it is; a round that was not finished is made again as a whole."""
     config = EvaluationConfig.model_validate({**CONFIG, "rounds": 3, "speed_prompts": 2, "exactness_prompts": 0})
-    first = StopAfter.under(tmp_path, inputs(tiny_drafter))
-    assert isinstance(first, StopAfter)
-    first.turns = 4
+    first = StoppingContext.under(tmp_path, inputs(tiny_drafter), stop_after=4, unit="turns")
     with pytest.raises(StageInterrupted):
         STAGE.run(first, config)
     kept = [read_table(path, TURNS) for path in sorted(first.work.glob("rounds/*/turns.parquet"))]

@@ -22,7 +22,7 @@ from draftsmith.stages.measure.served import Served, measure_served
 from draftsmith.stages.measure.speed import speed_by_setting
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.targets.causal_lm import Target
-from tests.testbed.context import RecordingContext
+from tests.testbed.context import RecordingContext, StoppingContext
 from tests.testbed.drafter import DrafterArtifacts
 
 CONFIG = EvaluationConfig.model_validate(
@@ -84,20 +84,11 @@ def measure(stand_in: StandIn, made: DrafterArtifacts) -> Measured:
     return measure_served(stand_in, *prompts_to_decode(stand_in.config, made.prompts))
 
 
-@dataclass
-class StopAfter(RecordingContext):
-    turns: int = 0
-
-    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
-        super().progress(done, total, unit, **figures)
-        self.stop = unit == "turns of servers" and done >= self.turns
-
-
 def test_every_arm_has_its_block_and_its_turns_and_none_is_repeated(
     tmp_path: Path, tiny_drafter: DrafterArtifacts
 ) -> None:
     inputs = {"target": tiny_drafter.target}
-    first = StopAfter(tmp_path / "out", tmp_path / "work", inputs, turns=4)
+    first = StoppingContext.under(tmp_path, inputs, stop_after=4, unit="turns of servers")
     before = served(first, tiny_drafter)
     with pytest.raises(StageInterrupted):
         measure(before, tiny_drafter)
@@ -105,7 +96,7 @@ def test_every_arm_has_its_block_and_its_turns_and_none_is_repeated(
     assert [size for _, size in before.started[:4]] == [3, 8, 3, 5]
     assert [arm for arm, _ in before.started[4:]] == ["plain", "wide", "narrow", "wide"]
 
-    ctx = RecordingContext(tmp_path / "out", tmp_path / "work", inputs)
+    ctx = RecordingContext.under(tmp_path, inputs)
     after = served(ctx, tiny_drafter)
     found = measure(after, tiny_drafter)
     assert [arm for arm, _ in after.started] == ["narrow", "plain"]
