@@ -27,9 +27,9 @@ quickstart: $(INSTALLED)
 season: $(INSTALLED)
 	$(BIN)/python -m tests.season.season
 
-# two workers with one thread each: torch processes that share cores slow each other down; one of them runs all tests
-# that share SGLang's servers (3 GB and half a minute of a core each to start), see tests/conftest.py
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+# two workers with one thread each: torch processes that share cores slow each other down; a file's tests run in one of
+# them, so that its fixtures (a whole refresh, a season, servers) are made once
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(INSTALLED) sglang-cpu
 	$(PYTEST) $(PYTEST_ARGS)

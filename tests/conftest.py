@@ -23,12 +23,9 @@ if TYPE_CHECKING:  # most rooms need neither
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests one worker runs (`--dist loadgroup`): a file, whose fixtures are then made once, and all that share
-    SGLang's servers. The longest groups start first, so that no worker ends alone."""
+    """The longest files start first, so that no worker ends alone. One worker runs a whole file (`--dist loadfile`),
+    whose fixtures are then made once."""
     items.sort(key=lambda item: (item.get_closest_marker("sglang") is None, "integration" not in item.path.parts))
-    for item in items:
-        group = "sglang" if item.get_closest_marker("sglang") else item.nodeid.split("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
