@@ -15,6 +15,7 @@ from pathlib import Path
 from draftsmith.artifacts.errors import DraftsmithError
 
 PACKAGE = "draftsmith"
+_SHORT = 16  # hex digits of a source's identity where it is only shown and compared
 _ROOT = Path(__file__).resolve().parents[1]  # the folder that is the package: a checkout's, or an installed one
 
 
@@ -25,6 +26,21 @@ def code_digest(module: str, root: Path = _ROOT) -> str:
     Imports are followed wherever they stand (in functions too), with the `__init__` of every package on the way, and
     so is a string that is a module's dotted name: a registry of implementations imported by name.
     """
+    sources = _closure(module, root)
+    entries = set()
+    for source in sources.values():
+        leads_to = sorted(f"{what} {sources[target].identity}" for target, what in source.imports if target in sources)
+        entries.add("\0".join([source.identity, *leads_to]))
+    return hashlib.sha256("\n".join(sorted(entries)).encode()).hexdigest()
+
+
+def code_modules(module: str, root: Path = _ROOT) -> dict[str, str]:
+    """What the digest is over, module by module: the name of each, and the start of the sha256 of its bare source."""
+    return {name: source.identity[:_SHORT] for name, source in sorted(_closure(module, root).items())}
+
+
+def _closure(module: str, root: Path) -> dict[str, _Source]:
+    """The sources of `module` and of every project module that it leads to, by name."""
     if _file(module, root) is None:
         raise DraftsmithError(f"no module {module} under {root}: the stage's module must belong to {PACKAGE}")
     sources: dict[str, _Source] = {}
@@ -35,11 +51,7 @@ def code_digest(module: str, root: Path = _ROOT) -> str:
             package = name if path.name == "__init__.py" else name.rpartition(".")[0]
             sources[name] = _read(path.read_text(encoding="utf-8"), package)
             waiting += [parent for target, _ in sources[name].imports for parent in _with_parents(target)]
-    entries = set()
-    for source in sources.values():
-        leads_to = sorted(f"{what} {sources[target].identity}" for target, what in source.imports if target in sources)
-        entries.add("\0".join([source.identity, *leads_to]))
-    return hashlib.sha256("\n".join(sorted(entries)).encode()).hexdigest()
+    return sources
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,8 @@ class Manifest(_Frozen):
     mlflow_run_id: str | None
     duration_s: float  # of the attempt that completed it
     versions: dict[str, str]
+    modules: dict[str, str] = {}  # of the code, each with the start of its source's digest; older manifests have none
+    external: dict[str, str] = {}  # files outside the store that the key holds, with their digests
 
     def ref(self, path: Path) -> ArtifactRef:
         return ArtifactRef(self.stage, self.key, self.content_id, path)

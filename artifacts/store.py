@@ -187,6 +187,8 @@ class Store:
         volatile: tuple[str, ...] = (),
         mlflow_run_id: str | None = None,
         duration_s: float | None = None,
+        modules: Mapping[str, str] | None = None,
+        external: Mapping[str, str] | None = None,
     ) -> ArtifactRef:
         """Make `claim.out` the artifact: its manifest last, everything on disk, then one rename."""
         with disk_errors(f"completing {claim.stage}"):
@@ -215,6 +217,8 @@ class Store:
                 mlflow_run_id=mlflow_run_id,
                 duration_s=round(time.monotonic() - claim.started if duration_s is None else duration_s, 3),
                 versions=versions(),
+                modules=dict(modules or {}),
+                external=dict(external or {}),
             )
             write_text(claim.out / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
             return self._install(manifest)

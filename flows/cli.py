@@ -119,6 +119,11 @@ def _parser() -> argparse.ArgumentParser:
     stage.add_argument("--force", action="store_true", help="make it again although it is there")
     stage.set_defaults(run=_stage)
 
+    why = commands.add_parser("why", help="what makes a node's key new: a field, an input, a file, code")
+    _add_config(why)
+    why.add_argument("name", metavar="NODE", help="the node, as in `draftsmith run --plan`")
+    why.set_defaults(run=_why)
+
     status = commands.add_parser("status", help="what is done, unfinished, running or failed")
     _add_config(status, optional=True)
     status.set_defaults(run=_status)
@@ -169,6 +174,17 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
     parser.add_argument(
         "--force", action="append", default=[], metavar="NODE", help="make this node again although it is there"
+    )
+    parser.add_argument(
+        "--from",
+        action="append",
+        default=[],
+        dest="start",
+        metavar="NODE",
+        help="begin at this node: all but it and what is behind it must be in the store",
+    )
+    parser.add_argument(
+        "--until", action="append", default=[], metavar="NODE", help="make only this node and what it needs"
     )
     parser.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
 
@@ -221,12 +237,12 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
     from draftsmith.artifacts.store import Store
     from draftsmith.artifacts.tracking import Tracking
     from draftsmith.flows.pipeline.display import Display
-    from draftsmith.flows.pipeline.graph import plan
     from draftsmith.flows.pipeline.machine import check_home
+    from draftsmith.flows.pipeline.part import Part
     from draftsmith.flows.pipeline.prefect_server import start_prefect_server
 
     display, tracking = Display(), Tracking(home())
-    planned = plan(config, Store(home() / "store"), pipeline, options.force)
+    planned = Part.of(options.start, options.until).plan(config, Store(home() / "store"), pipeline, options.force)
     display.plan(planned)
     if options.plan:
         return
@@ -237,11 +253,14 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
     server.wait()
     refused: RefusedError | None = None
     try:
-        made: dict[str, dict[str, Any]] = flow(config, force=options.force)
+        made: dict[str, dict[str, Any]] = flow(config, force=options.force, start=options.start, until=options.until)
     except RefusedError as error:
         refused, made = error, getattr(error, "made", {})
-    if made and pipeline.results:
-        folders = {name: Path(each["path"]) for name, each in made.items()}
+    folders = {name: Path(each["path"]) for name, each in made.items()}
+    if options.until:
+        for name, folder in folders.items():
+            display.line(f"{name}: {folder}")
+    elif made and pipeline.results:
         _named(pipeline.results)(display, folders, tracking.ui_command)
     if refused is not None:
         raise refused
@@ -310,6 +329,13 @@ def _missing_input(options: argparse.Namespace, name: str, source: PlannedNode) 
         f"stage {options.name}: its input {name!r} (node {source.node.name}) is not in the store: make it with "
         f"`{shlex.join(command)}`"
     )
+
+
+def _why(options: argparse.Namespace, pipeline: Pipeline) -> None:
+    from draftsmith.flows.pipeline.display import Display
+    from draftsmith.flows.pipeline.why import why
+
+    why(Display(), _read(options, pipeline), pipeline, options.name)
 
 
 def _status(options: argparse.Namespace, pipeline: Pipeline) -> None:

@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
-from draftsmith.artifacts.code_digest import code_digest
+from draftsmith.artifacts.code_digest import code_digest, code_modules
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.store import Store
@@ -84,6 +84,7 @@ class Pipeline:
     results: str = ""  # "module:function", given display, the nodes' folders, and how to open MLflow
     headline: str = ""  # the node whose figures are the run's in MLflow
     report: tuple[str, str] = ("", "")  # the node and the file of it that a person reads first
+    code_modules: Callable[[str], dict[str, str]] = code_modules  # what the digest is over, for `draftsmith why`
 
 
 class Status(StrEnum):
@@ -146,10 +147,11 @@ def seed_of(node: Node, config: RunOptions) -> int:
 
 def key_of(node: Node, inputs: Mapping[str, ArtifactRef], seed: int, pipeline: Pipeline) -> str:
     """Identity of what the node computes from these inputs."""
+    external = external_digests(node.config)
     return Store.key(
         stage=node.stage.name,
         code_digest=pipeline.code_digest(node.module),
-        config=node.config.key_material() | external_digests(node.config),
+        config=node.config.key_material() | ({"external_files": external} if external else {}),
         inputs=inputs,
         seed=seed,
     )
@@ -158,8 +160,8 @@ def key_of(node: Node, inputs: Mapping[str, ArtifactRef], seed: int, pipeline: P
 _HASHED_WHOLE = 64 * 2**20  # bytes
 
 
-def external_digests(config: Config) -> dict[str, dict[str, str]]:
-    """What a config's files outside the store hold, as key material; nothing for a config without such files.
+def external_digests(config: Config) -> dict[str, str]:
+    """What a config's files outside the store hold, by path; part of the key.
 
     Large files (weights) are told apart by size and time of change: a false miss only resolves the target again, and
     what follows is keyed by its content.
@@ -171,8 +173,7 @@ def external_digests(config: Config) -> dict[str, dict[str, str]]:
             digests[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
         else:
             digests[str(path)] = f"{stat.st_size}/{stat.st_mtime_ns}"
-    digests |= config.external_versions()
-    return {"external_files": digests} if digests else {}
+    return digests | config.external_versions()
 
 
 def resolved(config: RunOptions, pipeline: Pipeline) -> RunOptions:
@@ -183,7 +184,13 @@ def resolved(config: RunOptions, pipeline: Pipeline) -> RunOptions:
 
 def plan(config: RunOptions, store: Store, pipeline: Pipeline, force: Collection[str] = ()) -> list[PlannedNode]:
     """What a run would do now, in the order in which it would do it. Reads the store, changes nothing."""
-    nodes = in_order(pipeline.nodes(config))
+    return plan_nodes(in_order(pipeline.nodes(config)), config, store, pipeline, force)
+
+
+def plan_nodes(
+    nodes: Sequence[Node], config: RunOptions, store: Store, pipeline: Pipeline, force: Collection[str] = ()
+) -> list[PlannedNode]:
+    """The same for some of a graph's nodes, which are in order and need no others."""
     _check_external_files(nodes)
     forced = forced_nodes(nodes, force)
     planned: dict[str, PlannedNode] = {}
@@ -239,12 +246,17 @@ def has_partial(store: Store, node: Node, key: str) -> bool:
 
 
 def forced_nodes(nodes: Sequence[Node], force: Collection[str]) -> set[str]:
-    """The nodes that `--force` names, by their own name or by their stage's."""
-    forced: set[str] = set()
-    for name in force:
+    """The nodes that `--force` names."""
+    return named_nodes(nodes, force, "--force")
+
+
+def named_nodes(nodes: Sequence[Node], names: Collection[str], option: str) -> set[str]:
+    """The nodes that an option names, by their own name or by their stage's. Raises DraftsmithError for no node."""
+    named: set[str] = set()
+    for name in names:
         matches = {node.name for node in nodes if node.name == name}
         matches = matches or {node.name for node in nodes if node.stage.name == name}
         if not matches:
-            raise DraftsmithError(f"--force {name}: no such node, use one of: {', '.join(n.name for n in nodes)}")
-        forced |= matches
-    return forced
+            raise DraftsmithError(f"{option} {name}: no such node, use one of: {', '.join(n.name for n in nodes)}")
+        named |= matches
+    return named

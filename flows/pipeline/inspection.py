@@ -20,6 +20,7 @@ from draftsmith.flows.pipeline.display import Display, duration
 from draftsmith.flows.pipeline.failures import last_failure
 from draftsmith.flows.pipeline.graph import Pipeline, PlannedNode, Status, has_partial, plan
 from draftsmith.flows.pipeline.options import RunOptions
+from draftsmith.flows.pipeline.running import who_runs
 
 _ROWS, _CELL, _JSON_LINES = 3, 120, 40
 
@@ -42,7 +43,8 @@ def _state(item: PlannedNode, store: Store) -> str:
 
 def _state_of(store: Store, stage: str, key: str, *, done: bool, partial: bool) -> str:
     if store.is_claimed(stage, key):
-        return "[cyan]running[/cyan]"
+        who = who_runs(home() / "logs", stage, key)
+        return "[cyan]running[/cyan]" + (f": {escape(str(who))}" if who is not None else "")
     failure = last_failure(home() / "logs", stage, key)
     if failure is not None:
         rest = ", goes on from what it saved" if partial else ""

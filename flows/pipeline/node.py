@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -14,9 +15,11 @@ from draftsmith.artifacts.store import Claim, Store
 from draftsmith.artifacts.tracking import StageRun, Tracking
 from draftsmith.flows.pipeline.display import Display, StageDisplay
 from draftsmith.flows.pipeline.failures import forget_failure, note_failure
-from draftsmith.flows.pipeline.graph import Node, Pipeline, find, key_of, seed_of
+from draftsmith.flows.pipeline.graph import Node, Pipeline, external_digests, find, key_of, seed_of
+from draftsmith.flows.pipeline.history import note_made
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.flows.pipeline.process import Event, StageOutcome, StageRequest, run_stage
+from draftsmith.flows.pipeline.running import RunningNote
 
 log = logging.getLogger("draftsmith.stages")  # Prefect shows it in the run
 
@@ -61,9 +64,12 @@ def make(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], *, f
     if ref is None:
         with workshop.store.claim(stage, key, force=force, waiting=_say_waiting(workshop, node)) as claim:
             if isinstance(claim, Claim):
-                return Made(node.name, _run(workshop, node, inputs, claim), reused=False)
+                made = Made(node.name, _run(workshop, node, inputs, claim), reused=False)
+                note_made(workshop.home, workshop.config.name, node.name, made.ref)
+                return made
             ref = claim
     forget_failure(workshop.logs, stage, key)
+    note_made(workshop.home, workshop.config.name, node.name, ref)
     workshop.display.reused(node.name)
     return Made(node.name, ref, reused=True)
 
@@ -78,6 +84,7 @@ def _run(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], clai
         workshop.refresh_run, claim.stage, claim.key, name=node.name, params=config, inputs=inputs
     )
     try:
+        external = external_digests(node.config)
         _check_inputs(node, inputs)
         outcome = _run_process(workshop, node, inputs, claim, tracked)
         _check_inputs(node, inputs)
@@ -91,6 +98,8 @@ def _run(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], clai
             volatile=node.stage.volatile,
             mlflow_run_id=tracked.run_id,
             duration_s=outcome.duration_s,
+            modules=workshop.pipeline.code_modules(node.module),
+            external=external,
         )
     except BaseException as error:
         stopped = isinstance(error, StageInterrupted) or not isinstance(error, Exception)
@@ -129,24 +138,28 @@ def _run_process(
         threads=options.threads,
     )
     log_path = workshop.logs / f"{claim.stage}-{claim.key[:16]}-{time.strftime('%Y%m%d-%H%M%S')}.log"
-    with workshop.display.stage(node.name) as shown:
+    with (
+        workshop.display.stage(node.name) as shown,
+        contextlib.closing(RunningNote(workshop.logs, claim.stage, claim.key, workshop.config.name, node.name)) as note,
+    ):
         return run_stage(
             request,
             log_path=log_path,
             limit=options.time_limit(node.name),
             grace_s=options.grace_seconds,
-            on_event=lambda event: _follow(event, node.name, shown, tracked),
+            on_event=lambda event: _follow(event, node.name, shown, tracked, note),
             # The lock lives as long as the process that writes, even if we are killed.
             pass_fds=(claim.lock_fd,),
         )
 
 
-def _follow(event: Event, name: str, shown: StageDisplay, tracked: StageRun) -> None:
+def _follow(event: Event, name: str, shown: StageDisplay, tracked: StageRun, note: RunningNote) -> None:
     match event["event"]:
         case "log":
             log.info("%s: %s", name, event["message"])
             shown.log(event["message"])
         case "progress":
             shown.progress(event["done"], event["total"], event["unit"], event["figures"])
+            note.progress(event["done"], event["total"], event["unit"])
         case "metrics":
             tracked.metrics(event["step"], event["values"])

@@ -20,32 +20,40 @@ from draftsmith.flows.pipeline.graph import (
     Checks,
     Conclusion,
     Course,
+    Node,
     Pipeline,
     PlanAgain,
     forced_nodes,
-    in_order,
-    plan,
     resolved,
 )
 from draftsmith.flows.pipeline.graph import Status as Planned
 from draftsmith.flows.pipeline.machine import check_home
 from draftsmith.flows.pipeline.node import Made, Workshop
 from draftsmith.flows.pipeline.options import RunOptions
+from draftsmith.flows.pipeline.part import Part
 from draftsmith.flows.pipeline.task import run_node
 
 _PLANS = 3  # of one run: what it was planned from may change so often before it gives up
 
 
-def run_graph(config: RunOptions, pipeline: Pipeline, force: Collection[str] = ()) -> State[Any] | dict[str, Any]:
-    """Body of a flow: make every node of the config's graph. Returns what each node's artifact is, by node, or the
-    flow's state with that as its data where the run came to a conclusion.
+def run_graph(
+    config: RunOptions,
+    pipeline: Pipeline,
+    force: Collection[str] | None = None,
+    start: Collection[str] | None = None,
+    until: Collection[str] | None = None,
+) -> State[Any] | dict[str, Any]:
+    """Body of a flow: make every node of the config's graph, or of a part of it (`pipeline.part`), which concludes
+    nothing where nodes were left out. Returns what each node's artifact is, by node, or the flow's state with that as
+    its data where the run came to a conclusion.
 
     Raises the first `DraftsmithError`; whatever was finished before is in the store. The error of a conclusion has the
     nodes as its attribute `made`.
     """
     for attempt in range(1, _PLANS + 1):
         try:
-            made, conclusion = _run_once(resolved(config, pipeline), pipeline, force if attempt == 1 else ())
+            forced = (force or ()) if attempt == 1 else ()
+            made, conclusion = _run_once(resolved(config, pipeline), pipeline, forced, Part.of(start, until))
             break
         except PlanAgain as changed:
             if attempt == _PLANS:
@@ -60,16 +68,18 @@ def run_graph(config: RunOptions, pipeline: Pipeline, force: Collection[str] = (
 
 
 def _run_once(
-    config: RunOptions, pipeline: Pipeline, force: Collection[str]
+    config: RunOptions, pipeline: Pipeline, force: Collection[str], part: Part
 ) -> tuple[dict[str, dict[str, Any]], Conclusion | None]:
     logging.getLogger("draftsmith").setLevel(logging.INFO)  # without it Prefect does not show the stages' lines
     workshop = Workshop(home(), config, pipeline, Display(), Tracking(home()))
     check_home(workshop.home, config)
     workshop.tracking.check()
     workshop.tracking.close_dead_runs(workshop.store)
-    planned = plan(config, workshop.store, pipeline, force)
+    planned = part.plan(config, workshop.store, pipeline, force)
+    nodes = [item.node for item in planned]
+    whole = len(nodes) == len(pipeline.nodes(config))
     checks = pipeline.checks() if pipeline.checks is not None else None
-    course = pipeline.course(config, force) if pipeline.course is not None else None
+    course = pipeline.course(config, force) if pipeline.course is not None and whole else None
     _warn(workshop, checks.before(planned) if checks is not None else [])
     reused = {f"draftsmith.reused.{p.node.name}": p.ref.uri for p in planned if p.status is Planned.HIT and p.ref}
     run_id = workshop.tracking.open_refresh(config.name, config.model_dump(mode="json"), reused)
@@ -78,7 +88,7 @@ def _run_once(
     status: Status = "KILLED"
     conclusion: Conclusion | None = None
     try:
-        conclusion = _make_all(workshop, force, made, checks, course)
+        conclusion = _make_all(workshop, nodes, forced_nodes(nodes, force), made, checks, course)
         if conclusion is None and course is not None:
             conclusion = course.finish({name: each.ref for name, each in made.items()}, run_id)
         status = "FINISHED"
@@ -89,7 +99,7 @@ def _run_once(
         figures = _headline(workshop, made) | dict(conclusion.figures if conclusion is not None else {})
         tags = dict(conclusion.tags if conclusion is not None else {})
         workshop.tracking.close_refresh(status, figures, _report(workshop, made), tags)
-        if status != "FINISHED" and (told := _still_forced(forced_nodes([p.node for p in planned], force), made)):
+        if status != "FINISHED" and (told := _still_forced(forced_nodes(nodes, force), made)):
             workshop.display.line(told)
     if conclusion is not None:
         workshop.display.line(conclusion.message)
@@ -103,14 +113,13 @@ def _warn(workshop: Workshop, warnings: Sequence[str]) -> None:
 
 def _make_all(
     workshop: Workshop,
-    force: Collection[str],
+    nodes: Sequence[Node],
+    forced: Collection[str],
     made: dict[str, Made],
     checks: Checks | None,
     course: Course | None,
 ) -> Conclusion | None:
     """Every node, until the course says that the run may end."""
-    nodes = in_order(workshop.pipeline.nodes(workshop.config))
-    forced = forced_nodes(nodes, force)
     states: dict[str, State[Any]] = {}
     for node in nodes:
         inputs: dict[str, ArtifactRef] = {name: made[source].ref for name, source in node.inputs.items()}

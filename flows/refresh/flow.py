@@ -14,45 +14,74 @@ from draftsmith.flows.refresh.graph import REFRESH
 
 
 @flow(name="refresh", flow_run_name="{config.name}", persist_result=False)
-def refresh(config: RefreshConfig, force: list[str] | None = None) -> Any:
+def refresh(
+    config: RefreshConfig,
+    force: list[str] | None = None,
+    start: list[str] | None = None,
+    until: list[str] | None = None,
+) -> Any:
     """Keep a drafter matched to its target: rollout, SFT, mining, distillation, evaluation.
 
     Args:
         config: The run, as in a YAML file of `configs/`.
         force: Names of nodes to make again although the store has them.
+        start: Begin at these nodes: all that is neither there nor behind them must be in the store.
+        until: Make only these nodes and what they need; nothing is promoted.
     """
-    return run_graph(config, REFRESH, force or [])
+    return run_graph(config, REFRESH, force, start, until)
 
 
 @flow(name="evaluate", flow_run_name="{config.name}", persist_result=False)
-def evaluate(config: EvaluateConfig, force: list[str] | None = None) -> Any:
+def evaluate(
+    config: EvaluateConfig,
+    force: list[str] | None = None,
+    start: list[str] | None = None,
+    until: list[str] | None = None,
+) -> Any:
     """Compare drafters on held-out prompts, without training any.
 
     Args:
         config: The drafters, and how they are measured.
         force: Names of nodes to make again although the store has them.
+        start: Begin at these nodes: all that is neither there nor behind them must be in the store.
+        until: Make only these nodes and what they need; nothing is promoted.
     """
-    return run_graph(config, EVALUATE, force or [])
+    return run_graph(config, EVALUATE, force, start, until)
 
 
 @flow(name="diagnose", flow_run_name="{config.name}", persist_result=False)
-def diagnose(config: DiagnoseConfig, force: list[str] | None = None) -> Any:
+def diagnose(
+    config: DiagnoseConfig,
+    force: list[str] | None = None,
+    start: list[str] | None = None,
+    until: list[str] | None = None,
+) -> Any:
     """See whether a running server drafts as replay does, and if not, why.
 
     Args:
         config: The server, the drafter, and what is asked.
         force: Names of nodes to make again although the store has them.
+        start: Begin at these nodes: all that is neither there nor behind them must be in the store.
+        until: Make only these nodes and what they need; nothing is promoted.
     """
-    return run_graph(config, DIAGNOSE, force or [])
+    return run_graph(config, DIAGNOSE, force, start, until)
 
 
 @flow(name="refresh-file", flow_run_name="{config_file}", persist_result=False)
-def refresh_file(config_file: str, overrides: list[str] | None = None, force: list[str] | None = None) -> Any:
+def refresh_file(
+    config_file: str,
+    overrides: list[str] | None = None,
+    force: list[str] | None = None,
+    start: list[str] | None = None,
+    until: list[str] | None = None,
+) -> Any:
     """The refresh of a config file: what a schedule runs, so that the file stays the one place to change.
 
     Args:
         config_file: Path of the YAML file, as the worker sees it.
         overrides: Fields to change, such as `opd.steps=200`.
         force: Names of nodes to make again although the store has them.
+        start: Begin at these nodes: all that is neither there nor behind them must be in the store.
+        until: Make only these nodes and what they need; nothing is promoted.
     """
-    return run_graph(load_config(config_file, overrides or []), REFRESH, force or [])
+    return run_graph(load_config(config_file, overrides or []), REFRESH, force, start, until)

@@ -205,6 +205,8 @@ def test_no_process_outlives_the_command(tmp_path: Path, number: signal.Signals,
     command = toy_command(home, "stage", "target", config)
     worker = pid_in(worker_file)
     wait_until(lambda: saved_numbers(home) > 3, "some numbers are saved")
+    (note,) = home.glob("logs/collect-*.running.json")
+    assert json.loads(note.read_text())["pid"] == command.pid
     os.kill(command.pid, number)
     _, err = command.communicate(timeout=30)
     assert command.returncode == code
@@ -214,6 +216,7 @@ def test_no_process_outlives_the_command(tmp_path: Path, number: signal.Signals,
         assert "run the same command again to continue" in err
     logs = "".join(path.read_text() for path in (home / "logs").glob("*.log"))
     assert ("StageInterrupted" in logs) is saves
+    assert note.exists() is not saves
 
     saved = saved_numbers(home)
     again = run_toy(home, "stage", "target", config)

@@ -40,7 +40,7 @@ def test_the_weights_of_a_drafter_to_start_from_are_key_material(tmp_path: Path)
     weights.write_bytes(b"2")
     after = external_digests(SftConfig(init_from=str(tmp_path)))
     assert before != after
-    assert len(after["external_files"]) == 2
+    assert len(after) == 2
 
 
 def test_every_file_of_a_folder_is_key_material(tmp_path: Path) -> None:
@@ -48,17 +48,17 @@ def test_every_file_of_a_folder_is_key_material(tmp_path: Path) -> None:
         (tmp_path / name).write_text('{"prompt": "a"}\n')
     logs = LogsConfig(paths=[str(tmp_path)], temperature=0)
     before = external_digests(logs)
-    assert sorted(before["external_files"]) == [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
-    assert before["external_files"] == external_digests(jsonl(tmp_path))["external_files"]
+    assert sorted(before) == [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    assert before == external_digests(jsonl(tmp_path))
     (tmp_path / "c.jsonl").write_text("")
-    assert len(external_digests(logs)["external_files"]) == 3
+    assert len(external_digests(logs)) == 3
 
 
 def test_the_key_material_of_a_plain_file_is_its_path_and_sha256(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b"{}")
     digest = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
-    assert external_digests(jsonl(path)) == {"external_files": {str(path): digest}}
+    assert external_digests(jsonl(path)) == {str(path): digest}
 
 
 def test_a_changed_file_of_a_bucket_changes_the_key_material() -> None:
@@ -66,7 +66,7 @@ def test_a_changed_file_of_a_bucket_changes_the_key_material() -> None:
     system.pipe_file("/key-bucket/a.jsonl", b"1")
     logs = LogsConfig(paths=["memory://key-bucket/*.jsonl"], temperature=0)
     before = external_digests(logs)
-    assert len(before["external_files"]) == 1 and external_digests(logs) == before
+    assert len(before) == 1 and external_digests(logs) == before
     system.pipe_file("/key-bucket/a.jsonl", b"2")
     assert external_digests(logs) != before
     system.rm("/key-bucket", recursive=True)

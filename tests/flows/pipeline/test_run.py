@@ -58,7 +58,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     begun = time.monotonic()
     told["unchanged"] = run_toy(home, "refresh", config)
     told["unchanged_s"] = time.monotonic() - begun
-    told["changed"] = run_toy(home, "refresh", config, "--set", "left.factor=3")
+    told["changed"] = run_toy(home, "refresh", config, "--set", "left.factor=3", "--from", "left")
     told["tasks"] = task_runs(home)
     yield told
 

@@ -49,6 +49,7 @@ TOY = Pipeline(
     "tests.flows.pipeline.toy_flow:toy_refresh",
     digest_of_file,
     results="tests.flows.pipeline.toy:show_results",
+    code_modules=lambda module: {module: digest_of_file(module)[:16]},
 )
 
 

@@ -11,5 +11,10 @@ from tests.flows.pipeline.toy import TOY, ToyConfig
 
 
 @flow(name="toy-refresh", flow_run_name="{config.name}", persist_result=False)
-def toy_refresh(config: ToyConfig, force: list[str] | None = None) -> Any:
-    return run_graph(config, TOY, force or [])
+def toy_refresh(
+    config: ToyConfig,
+    force: list[str] | None = None,
+    start: list[str] | None = None,
+    until: list[str] | None = None,
+) -> Any:
+    return run_graph(config, TOY, force, start, until)

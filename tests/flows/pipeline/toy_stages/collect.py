@@ -20,6 +20,10 @@ class CollectConfig(Config):
     lose_engine_until: Path | None = None  # a retryable error on every attempt, counted in this file, up to two
     worker: Path | None = None  # start a grandchild that writes its process id here
     note_start: Path | None = None  # one line a start is added here
+    listed: Path | None = None  # a file outside the store that the key holds
+
+    def external_files(self) -> list[Path]:
+        return [self.listed] if self.listed is not None else []
 
 
 def run(context: StageContext, config: CollectConfig) -> None:

@@ -1,0 +1,176 @@
+"""Why a node's key is new: what differs from the artifact that the node was in the run before."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from typing import Any
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.home import home
+from draftsmith.artifacts.manifest import ArtifactRef, InputEntry, Manifest, local_time, read_manifest, versions
+from draftsmith.artifacts.store import Store
+from draftsmith.flows.pipeline.display import Display
+from draftsmith.flows.pipeline.graph import Node, Pipeline, PlannedNode, Status, external_digests, plan, seed_of
+from draftsmith.flows.pipeline.history import made_before
+from draftsmith.flows.pipeline.options import RunOptions
+from draftsmith.stages.contract import Config
+
+_ABSENT = "nothing"
+_SHOWN = 60  # characters of a value
+
+
+def why(display: Display, config: RunOptions, pipeline: Pipeline, name: str) -> None:
+    """Says what makes the key of a node new against the last run of this name, field by field, file by file, module by
+    module; of a node whose key is not known yet, also what it waits for. Raises DraftsmithError for no such node."""
+    store = Store(home() / "store")
+    planned = {item.node.name: item for item in plan(config, store, pipeline)}
+    if name not in planned:
+        raise DraftsmithError(f"no node {name!r}: use one of {', '.join(planned)}")
+    for each in _with_what_it_waits_for(planned, name):
+        item = planned[each]
+        display.line(f"{each}: {_state(item, store)}")
+        earlier = _earlier(store, config.name, item)
+        if earlier is None:
+            display.line("  there is no earlier artifact of it to compare with")
+            continue
+        manifest, whose = earlier
+        made = local_time(datetime.fromisoformat(manifest.created_at))
+        display.line(f"  against {manifest.stage}/{manifest.key[:16]}, {whose}, made {made}:")
+        found = list(_differences(manifest, item, planned, config, pipeline, store))
+        for line in found or ["nothing differs that a manifest holds"]:
+            display.line(f"    {line}")
+
+
+def _with_what_it_waits_for(planned: Mapping[str, PlannedNode], name: str) -> list[str]:
+    """The node, then those that it waits for, the nearest first."""
+    found = [name]
+    for each in found:
+        found += [source for source in planned[each].after if source not in found]
+    return found
+
+
+def _state(item: PlannedNode, store: Store) -> str:
+    if item.key is None:
+        return f"its key is known when there is {', '.join(item.after)}"
+    if item.ref is not None:
+        made = local_time(datetime.fromisoformat(store.manifest(item.ref).created_at))
+        return f"not new: {item.ref.stage}/{item.key[:16]} is in the store, made {made}"
+    rest = ", and an unfinished attempt that goes on" if item.status is Status.RESUME else ""
+    return f"new: no artifact has the key {item.key[:16]}{rest}"
+
+
+def _earlier(store: Store, run: str, item: PlannedNode) -> tuple[Manifest, str] | None:
+    """The last artifact of another key that the node was, else the last one of its stage with the same inputs."""
+    for ref in made_before(home(), run, item.node.name):
+        if ref.key != item.key and (found := _manifest(ref)) is not None:
+            return found, f"this node in the last run of {run} that had another key"
+    same = [
+        each
+        for each in store.list()
+        if each.stage == item.node.stage.name and each.key != item.key and set(each.inputs) == set(item.node.inputs)
+    ]
+    return (same[-1], "the last artifact of its stage (no run of this name has made the node)") if same else None
+
+
+def _manifest(ref: ArtifactRef) -> Manifest | None:
+    try:
+        return read_manifest(ref.path)
+    except DraftsmithError:  # gone, or damaged: nothing to compare with
+        return None
+
+
+def _differences(
+    old: Manifest,
+    item: PlannedNode,
+    planned: Mapping[str, PlannedNode],
+    config: RunOptions,
+    pipeline: Pipeline,
+    store: Store,
+) -> Iterator[str]:
+    node = item.node
+    for field, before, now in _changed(_decisive(old.config, node.config), _flat(node.config.key_material())):
+        yield f"config   {field}: {_short(before)} -> {_short(now)}"
+    if (seed := seed_of(node, config)) != old.seed:
+        yield f"seed     {old.seed} -> {seed}"
+    for name in sorted({*old.inputs, *node.inputs}):
+        yield from _input(name, old.inputs.get(name), node, planned, store)
+    for path, before, now in _changed(old.external, external_digests(node.config)):
+        yield f"file     {path}: {_short(before[:16])} -> {_short(now[:16])}"
+    yield from _code(old, node, pipeline)
+    for package, before, now in _changed(old.versions, versions()):
+        yield f"version  {package}: {before} -> {now} (no part of the key)"
+
+
+def _decisive(old: Mapping[str, Any], now: Config) -> dict[str, Any]:
+    """The old config's fields without those that are no part of a key now."""
+    operational = _flat(now.model_dump(mode="json")).keys() - _flat(now.key_material()).keys()
+    return {field: value for field, value in _flat(old).items() if field not in operational}
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Fields by their dotted path; what holds nothing stays a value, so that it can differ too."""
+    if isinstance(value, Mapping) and (value or not prefix):
+        items = list(value.items())
+    elif isinstance(value, list) and any(isinstance(each, (dict, list)) for each in value):
+        items = list(enumerate(value))
+    else:
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for name, each in items:
+        found |= _flat(each, f"{prefix}.{name}" if prefix else str(name))
+    return found
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for name in sorted({*before, *now}):
+        if (old := before.get(name, _ABSENT)) != (new := now.get(name, _ABSENT)):
+            yield name, old, new
+
+
+def _input(
+    name: str, old: InputEntry | None, node: Node, planned: Mapping[str, PlannedNode], store: Store
+) -> Iterator[str]:
+    source = planned[node.inputs[name]] if name in node.inputs else None
+    if source is None or old is None:
+        yield f"input    {name}: {'taken away' if source is None else f'new, node {source.node.name}'}"
+    elif source.ref is None:
+        yield f"input    {name}: node {source.node.name} has still to be made"
+    elif source.ref.content_id != old.content_id:
+        files = _files(old, source.ref, store)
+        yield (
+            f"input    {name}: content {old.content_id[:16]} -> {source.ref.content_id[:16]} of node "
+            f"{source.node.name}{files}; `draftsmith why CONFIG {source.node.name}` says why"
+        )
+
+
+def _files(old: InputEntry, now: ArtifactRef, store: Store) -> str:
+    """The files of an input that differ, where the old one is still there."""
+    before = _manifest(ArtifactRef(old.stage, old.key, old.content_id, store.path(old.stage, old.key)))
+    if before is None or before.content_id != old.content_id:
+        return ""
+    digests = [
+        {name: entry.sha256 for name, entry in manifest.files.items() if not entry.volatile}
+        for manifest in (before, store.manifest(now))
+    ]
+    return f": {', '.join(name for name, *_ in _changed(*digests))}"
+
+
+def _code(old: Manifest, node: Node, pipeline: Pipeline) -> Iterator[str]:
+    if pipeline.code_digest(node.module) == old.code_digest:
+        return
+    if not old.modules:
+        yield "code     changed; the old manifest does not say in which modules"
+        return
+    found = False
+    for module, before, now in _changed(old.modules, pipeline.code_modules(node.module)):
+        found = True
+        yield f"code     {module}: " + ("added" if before == _ABSENT else "taken away" if now == _ABSENT else "changed")
+    if not found:
+        yield "code     which module is imported where"
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
