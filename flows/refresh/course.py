@@ -14,7 +14,7 @@ from draftsmith.artifacts.registry import ChampionMovedError, Version
 from draftsmith.flows.pipeline.graph import Conclusion, Node, PlanAgain
 from draftsmith.flows.refresh import hook
 from draftsmith.flows.refresh.config import RefreshConfig
-from draftsmith.flows.refresh.line import age_days, as_it_stands, log_tags, registry, version_tags
+from draftsmith.flows.refresh.line import age_days, as_it_stands, check_held_out, log_tags, registry, version_tags
 from draftsmith.stages.champion import RECORD
 from draftsmith.stages.contract import Config
 from draftsmith.stages.gate import DECISION
@@ -73,7 +73,8 @@ class RefreshCourse:
         decision = json.loads((made["gate"].path / DECISION).read_text("utf-8"))
         evaluation = json.loads((made["evaluation"].path / "evaluation.json").read_text("utf-8"))
         line, ref = registry(), made[decision["challenger"]]
-        tags = version_tags(evaluation, decision, ref) | (log_tags(made["logs"]) if "logs" in made else {})
+        tags = version_tags(evaluation, decision, ref, self.config.prompts)
+        tags |= log_tags(made["logs"]) if "logs" in made else {}
         before = line.champion(self.line.name)
         expected = self.line.champion
         if (None if before is None else before.number) != (None if expected is None else expected.version):
@@ -116,6 +117,7 @@ def resolve(config: RefreshConfig) -> RefreshConfig:
     """With the champion that serves now. Keys stay those of content: which content it is, is looked up once."""
     if config.registry is None:
         return config
+    check_held_out(config.registry.name, config.prompts)
     line = as_it_stands(config.registry)
     found: dict[str, Config] = {"registry": line}
     if config.logs is not None and config.logs.since == LAST:

@@ -9,11 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import ArtifactRef, sha256_file
 from draftsmith.artifacts.registry import Version
 from draftsmith.stages.champion import ChampionConfig
 from draftsmith.stages.contract import Config
 from draftsmith.stages.earlier import TABLE, EarlierConfig
+from draftsmith.stages.prompting.sources import (
+    HuggingFaceSource,
+    JsonlSource,
+    ProceduralSource,
+    PromptSource,
+    ReasoningGymSource,
+)
+from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.stored import DRAFTER_FOLDER
 
 if TYPE_CHECKING:
@@ -21,6 +30,7 @@ if TYPE_CHECKING:
 
 _MOST_POINTS = 300  # of a line's history
 _MOST_SETS = 30  # of a version's figures: a tag holds 5,000 characters
+_SHARES = "heldout_shares"
 
 
 class RegistryConfig(Config):
@@ -70,6 +80,38 @@ def as_it_stands(line: RegistryConfig) -> RegistryConfig:
     )
 
 
+def check_held_out(line: str, prompts: PromptsConfig) -> None:
+    """A smaller held-out class than a refresh of the line measured with would train on what was measured then."""
+    asked = held_out_shares(prompts)
+    for version in registry().versions(line):
+        for source, share in json.loads(version.tags.get(_SHARES) or "{}").items():
+            now = asked.get(source, asked[""])
+            if now < share:
+                raise DraftsmithError(
+                    f"prompts{f', source {source}' if source else ''}: heldout_share is {now:g}, and {version} was "
+                    f"measured with {share:g}: prompts that measured it would be trained on. Set it back, or begin "
+                    "another line (`registry.name`)"
+                )
+
+
+def held_out_shares(prompts: PromptsConfig) -> dict[str, float]:
+    """heldout_share by source; that of the section, which holds for all others, under the empty name."""
+    own = {_source_name(each): each.heldout_share for each in prompts.sources if each.heldout_share is not None}
+    return {"": prompts.heldout_share, **own}
+
+
+def _source_name(source: PromptSource) -> str:
+    match source:
+        case JsonlSource():
+            return source.path
+        case HuggingFaceSource():
+            return source.id
+        case ReasoningGymSource():
+            return ", ".join(source.tasks)
+        case ProceduralSource():
+            return ", ".join(source.families)
+
+
 def history(line: str) -> list[dict[str, Any]]:
     """tau of the line's champions on all prompts: at each promotion, and at each drift check since. Oldest first."""
     known = registry()
@@ -101,7 +143,9 @@ def age_days(champion: ChampionConfig, now: datetime | None = None) -> float:
     return ((now or datetime.now(UTC)) - datetime.fromisoformat(champion.promoted_at)).total_seconds() / 86400
 
 
-def version_tags(evaluation: Mapping[str, Any], decision: Mapping[str, Any], ref: ArtifactRef) -> dict[str, str]:
+def version_tags(
+    evaluation: Mapping[str, Any], decision: Mapping[str, Any], ref: ArtifactRef, prompts: PromptsConfig
+) -> dict[str, str]:
     """What a version says of itself: what it was worth, for which target, where it comes from, what was decided."""
     from draftsmith.stages.drafters.checkpoint import read_info
     from draftsmith.stages.drafters.digest import drafter_digest
@@ -119,6 +163,7 @@ def version_tags(evaluation: Mapping[str, Any], decision: Mapping[str, Any], ref
         "speedup": f"{speed['speedup']:.4f}" if "speedup" in speed else "",
         "figures": json.dumps(figures_of(evaluation, arm)),
         "decision": decision["sentence"][:4000],
+        _SHARES: json.dumps(held_out_shares(prompts)),
     }
 
 

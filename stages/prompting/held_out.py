@@ -2,7 +2,8 @@
 
 A prompt's place is a number in [0, 1) that depends on its text alone. Below `heldout_share` it may be held-out or
 validation material and is never trained on; above, the other way round. A larger share contains the smaller one:
-raising it takes prompts out of training, lowering it gives prompts to training that may have measured before.
+raising it takes prompts out of training; lowering it would give prompts to training that may have measured before, so
+a line of drafters refuses that (`flows/refresh/line.py`).
 """
 
 from __future__ import annotations

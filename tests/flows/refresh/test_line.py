@@ -13,7 +13,7 @@ from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.course import resolve
 from draftsmith.flows.refresh.graph import refresh_nodes
-from draftsmith.flows.refresh.line import log_tags, registry
+from draftsmith.flows.refresh.line import held_out_shares, log_tags, registry
 from draftsmith.stages.earlier import STAGE, EarlierConfig
 from draftsmith.stages.logs import STAGE as LOGS
 from draftsmith.stages.logs import LogsConfig
@@ -97,3 +97,25 @@ def test_what_a_champion_hands_on_needs_a_line(tmp_path: Path, field: str) -> No
     given["logs"] |= {"since": None, "replay_share": 0.0} | ({"since": "last"} if field == "since" else {field: 0.5})
     with pytest.raises(ValueError, match=rf"logs\.{field}: .*needs section registry"):
         RefreshConfig.model_validate(given)
+
+
+def test_prompts_that_measured_a_version_stay_out_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
+    log = tmp_path / "log.jsonl"
+
+    def asking(share: float, of_source: float | None) -> RefreshConfig:
+        given = config_of(log).model_dump(mode="json")
+        given["prompts"]["heldout_share"] = share
+        given["prompts"]["sources"][0]["heldout_share"] = of_source
+        return RefreshConfig.model_validate(given)
+
+    measured = asking(0.2, 1.0)
+    tags = {"heldout_shares": json.dumps(held_out_shares(measured.prompts))}
+    registry().register(LINE, ArtifactRef("opd", "key", "content", tmp_path), tags)
+    assert resolve(measured).registry is not None
+    assert resolve(asking(0.3, 1.0)).registry is not None
+    with pytest.raises(DraftsmithError, match=r"heldout_share is 0\.1, and tiny version 1 was measured with 0\.2"):
+        resolve(asking(0.1, 1.0))
+    with pytest.raises(DraftsmithError, match=rf"source {log}: heldout_share is 0\.2, and tiny version 1 .* with 1:"):
+        resolve(asking(0.2, None))
