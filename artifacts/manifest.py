@@ -19,6 +19,13 @@ from draftsmith.artifacts.errors import DraftsmithError
 
 SCHEMA_VERSION = 1  # part of every key: raising it makes every artifact new
 MANIFEST = "manifest.json"
+# A file of an artifact, path -> sha256: files elsewhere (a model's folder) that whoever reads the artifact reads too.
+ELSEWHERE = "elsewhere.json"
+VERSIONS = "versions.json"  # a file of an artifact: name -> version of what made it, beside this environment's packages
+_PACKAGES = (
+    *("draftsmith", "torch", "transformers", "tokenizers", "safetensors", "gguf", "accelerate"),
+    *("pyarrow", "numpy", "scipy", "datasets", "reasoning-gym", "huggingface-hub"),
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,7 @@ class ArtifactRef:
     key: str  # sha256 of what the artifact was made from
     content_id: str  # sha256 of what it holds
     path: Path
+    volatile_id: str = ""  # the same of its volatile files: what was measured when it was made
 
     @property
     def uri(self) -> str:
@@ -49,6 +57,7 @@ class InputEntry(_Frozen):
     stage: str
     key: str
     content_id: str
+    volatile_id: str = ""
 
 
 class Manifest(_Frozen):
@@ -70,7 +79,7 @@ class Manifest(_Frozen):
     external: dict[str, str] = {}  # files outside the store that the key holds, with their digests
 
     def ref(self, path: Path) -> ArtifactRef:
-        return ArtifactRef(self.stage, self.key, self.content_id, path)
+        return ArtifactRef(self.stage, self.key, self.content_id, path, content_id(self.files, volatile=True))
 
 
 def local_time(moment: datetime) -> str:
@@ -83,10 +92,10 @@ def canonical_json(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
-def content_id(files: Mapping[str, FileEntry]) -> str:
-    """Identity of a content: sha256 over the sorted (path, sha256) of its files that are not volatile."""
-    lasting = sorted((path, entry.sha256) for path, entry in files.items() if not entry.volatile)
-    return hashlib.sha256(canonical_json(lasting).encode()).hexdigest()
+def content_id(files: Mapping[str, FileEntry], *, volatile: bool = False) -> str:
+    """Identity of a content: sha256 over the sorted (path, sha256) of its files that are not volatile, or of those."""
+    counted = sorted((path, entry.sha256) for path, entry in files.items() if entry.volatile == volatile)
+    return hashlib.sha256(canonical_json(counted).encode()).hexdigest()
 
 
 def sha256_file(path: Path) -> str:
@@ -133,12 +142,27 @@ def read_manifest(folder: Path) -> Manifest:
         raise DraftsmithError(f"{path}: not a readable manifest (truncated or edited)") from error
 
 
-def versions() -> dict[str, str]:
-    """Versions that can change a result, without importing anything heavy."""
+def elsewhere(folder: Path) -> dict[str, str]:
+    """What an artifact says of files elsewhere that belong to it: path -> sha256; nothing for one that says nothing."""
+    path = folder / ELSEWHERE
+    return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+
+
+def note_versions(folder: Path, **found: str) -> None:
+    """Keep, beside what a stage makes, the versions of programs outside this environment that decided it."""
+    (folder / VERSIONS).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def versions(folder: Path | None = None) -> dict[str, str]:
+    """Versions that can change a result, without importing anything heavy, and those that the stage noted.
+
+    They are no part of a key: most updates change nothing, and each would make everything again.
+    """
     found = {"python": platform.python_version(), "machine": platform.machine()}
-    for name in ("draftsmith", "torch", "transformers", "pyarrow", "numpy"):
+    for name in _PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    noted = folder / VERSIONS if folder is not None else None
+    return found | (json.loads(noted.read_bytes()) if noted is not None and noted.is_file() else {})

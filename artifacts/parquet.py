@@ -18,26 +18,32 @@ from draftsmith.artifacts.schemas import TableSchema
 
 log = logging.getLogger(__name__)
 
+# How every table is written; its pages carry checksums, which every reader here verifies.
+WRITTEN: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+
 Rows: TypeAlias = Sequence[Mapping[str, Any]] | pa.Table
 
 
 def write_table(path: Path, schema: TableSchema, rows: Rows) -> None:
-    """Write `rows` to `path` (zstd); the file appears whole or not at all."""
+    """Write `rows` to `path`; the file appears whole or not at all."""
     table = to_table(schema, rows)
     with atomic_path(path) as tmp:
-        pq.write_table(table, tmp, compression="zstd")
+        pq.write_table(table, tmp, **WRITTEN)
 
 
 def read_table(path: Path, schema: TableSchema, columns: list[str] | None = None) -> pa.Table:
-    """Read a table, or some of its columns, if it is whole and of exactly this schema and version."""
+    """Read a table, or some of its columns, if it is whole and of exactly this schema and version.
+
+    The checksums of what is read are verified; a table with a flipped bit is as damaged as a truncated one.
+    """
     if path.is_dir():
         raise DraftsmithError(f"{path}: a folder, expected one Parquet file of {schema.name}")
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             _check_schema(path, schema, file.schema_arrow)
             return file.read(columns)
     except FileNotFoundError:
-        raise DraftsmithError(f"{path}: no such file; run the stage that writes {schema.name} again") from None
+        raise _DamagedError(f"{path}: no such file; run the stage that writes {schema.name} again") from None
     except PermissionError as error:
         raise DraftsmithError(f"{path}: permission denied; make it readable") from error
     except (pa.ArrowException, OSError, EOFError) as error:
@@ -147,7 +153,7 @@ def shard_paths(folder: Path) -> list[Path]:
 
 
 class _DamagedError(DraftsmithError):
-    """The file is not a whole Parquet file, as opposed to one of another schema."""
+    """There is no such file, or it is not a whole Parquet file, as opposed to one of another schema."""
 
 
 def _check_schema(path: Path, schema: TableSchema, found: pa.Schema) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from draftsmith.artifacts.atomic import TMP_PREFIX, disk_errors, fsync, write_text
+from draftsmith.artifacts.checksums import Checksums, Known
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.locks import is_locked, locked
@@ -30,6 +31,7 @@ from draftsmith.artifacts.manifest import (
     canonical_json,
     content_id,
     describe_files,
+    elsewhere,
     read_manifest,
     sha256_file,
     versions,
@@ -57,6 +59,7 @@ class Store:
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = (root or home() / "store").resolve()
+        self._checksums = Checksums(self.root.parent)
 
     # -- names ---------------------------------------------------------------------------------------------------
 
@@ -118,11 +121,9 @@ class Store:
 
     def verify(self, ref: ArtifactRef) -> None:
         """Check every checksum, and that no file was added or taken away."""
-        manifest = read_manifest(ref.path)
+        manifest = self._whole(ref.path, ref.stage)
         if (manifest.key, manifest.content_id) != (ref.key, ref.content_id):
             raise _damaged(ref.path / MANIFEST, ref.stage, "names another key or content id")
-        if content_id(manifest.files) != manifest.content_id:
-            raise _damaged(ref.path / MANIFEST, ref.stage, "its content id does not follow from its files")
         for name in artifact_files(ref.path):
             if name not in manifest.files:
                 raise _damaged(ref.path / name, ref.stage, "is not part of the artifact")
@@ -131,6 +132,50 @@ class Store:
                 raise _damaged(ref.path / name, ref.stage, "is missing")
             if sha256_file(ref.path / name) != entry.sha256:
                 raise _damaged(ref.path / name, ref.stage, "has changed since it was written")
+
+    def verify_once(self, ref: ArtifactRef) -> None:
+        """Check the checksum of every file that was touched since it was last checked here, and of those that the
+        artifact names elsewhere (`ELSEWHERE`).
+
+        For whoever is about to read them. What was made from a damaged artifact since it was last found whole is set
+        aside, with a log line: it is no artifact any more.
+        """
+        manifest = self._whole(ref.path, ref.stage)
+        for name, entry in manifest.files.items():
+            path = ref.path / name
+            before = self._checksums.recorded(path)
+            try:
+                sha256 = self._checksums.of(path)
+            except OSError as error:
+                raise _damaged(path, ref.stage, f"cannot be read ({error.strerror})") from error
+            if sha256 != entry.sha256:
+                self._set_doubtful_aside(ref, path, before)
+                raise _damaged(path, ref.stage, "has changed since it was written: its checksum is another")
+        for name, sha256 in elsewhere(ref.path).items():
+            try:
+                same = self._checksums.of(Path(name)) == sha256
+            except OSError:
+                same = False
+            if not same:
+                raise DraftsmithError(
+                    f"{name}: is not what stage {ref.stage} found there; put it back, or take what is there now: add "
+                    f"`--force {ref.stage}` to the command"
+                )
+
+    def _set_doubtful_aside(self, ref: ArtifactRef, path: Path, known: Known | None) -> None:
+        """What was made from an artifact since one of its files was last whole. known: of that time."""
+        whole_until = self.manifest(ref).created_at
+        if known is not None:
+            stat = path.stat()
+            touched = stat.st_ctime if not known.is_of(stat) else known.at
+            whole_until = datetime.fromtimestamp(touched, UTC).isoformat(timespec="milliseconds")
+        for made in self.list():
+            sources = [(entry.stage, entry.key, entry.content_id) for entry in made.inputs.values()]
+            if (ref.stage, ref.key, ref.content_id) in sources and made.created_at > whole_until:
+                folder = self.path(made.stage, made.key)
+                aside = folder.with_name(f"{REPLACED}{folder.name}-{time.time_ns()}")
+                folder.rename(aside)
+                log.warning("%s was made from %s, which is damaged: set aside as %s", folder, path, aside.name)
 
     # -- making --------------------------------------------------------------------------------------------------
 
@@ -208,7 +253,7 @@ class Store:
                 content_id=content_id(files),
                 created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
                 config=dict(config),
-                inputs={n: InputEntry(stage=r.stage, key=r.key, content_id=r.content_id) for n, r in inputs.items()},
+                inputs={name: _entry(ref) for name, ref in inputs.items()},
                 code_digest=code_digest,
                 seed=seed,
                 files=files,
@@ -216,7 +261,7 @@ class Store:
                 metrics={name: value for name, value in (metrics or {}).items() if math.isfinite(value)},
                 mlflow_run_id=mlflow_run_id,
                 duration_s=round(time.monotonic() - claim.started if duration_s is None else duration_s, 3),
-                versions=versions(),
+                versions=versions(claim.out),
                 modules=dict(modules or {}),
                 external=dict(external or {}),
             )
@@ -233,7 +278,8 @@ class Store:
             final.rename(replaced)
             os.utime(replaced)  # since when it is one
         (partial / "out").rename(final)
-        fsync(final.parent)
+        for folder in (final.parent, self.root, self.root.parent):  # these too may be new
+            fsync(folder)
         shutil.rmtree(partial, ignore_errors=True)
         if replaced is not None and not _holds_other_content(replaced, manifest.content_id):
             shutil.rmtree(replaced, ignore_errors=True)
@@ -253,10 +299,7 @@ class Store:
 
     def _check(self, folder: Path, stage: str, key: str) -> ArtifactRef:
         """Manifest present and readable, of this key, and every file there with its size."""
-        try:
-            manifest = read_manifest(folder)
-        except DraftsmithError as error:
-            raise DraftsmithError(f"{error}: {_remedy(stage)}") from error
+        manifest = self._whole(folder, stage)
         if manifest.key != key:
             raise _damaged(folder / MANIFEST, stage, f"is of another key, {manifest.key[:SHORT]}")
         for name, entry in manifest.files.items():
@@ -268,8 +311,28 @@ class Store:
                 raise _damaged(folder / name, stage, f"has {size} bytes instead of {entry.bytes}")
         return manifest.ref(folder)
 
+    def _whole(self, folder: Path, stage: str) -> Manifest:
+        """A manifest whose files are those that its content id is of."""
+        try:
+            manifest = read_manifest(folder)
+        except DraftsmithError as error:
+            raise DraftsmithError(f"{error}: {_remedy(stage)}") from error
+        if content_id(manifest.files) != manifest.content_id:
+            raise _damaged(folder / MANIFEST, stage, "its content id does not follow from its files")
+        return manifest
+
+    def discard(self, claim: Claim) -> None:
+        """Forget what an attempt has made so far: it read what it should not have."""
+        for folder in (claim.out, claim.work):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)
+
     def _lock(self, stage: str, key: str) -> Path:
         return self.root / stage / f".lock-{key[:SHORT]}"
+
+
+def _entry(ref: ArtifactRef) -> InputEntry:
+    return InputEntry(stage=ref.stage, key=ref.key, content_id=ref.content_id, volatile_id=ref.volatile_id)
 
 
 def _names(text: str, manifest: Manifest) -> bool:

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+NOT_FETCHED = "not fetched"  # the version of something on the hub that could not be asked for its commit yet
+
 
 class Operational:
     """Marks a field (`Annotated[int, Operational()]`) that says where or how fast, not what is computed.
@@ -99,3 +101,6 @@ class Stage:
     preflight: Callable[[Any, Path], None] | None = None
     # Files that are no part of the content: timings, origins.
     volatile: tuple[str, ...] = field(default=("metrics.jsonl",))
+    # Inputs of which it reads volatile files too. Where these were measured anew, with the same content, it is made
+    # again under its key.
+    reads_volatile: tuple[str, ...] = ()

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from draftsmith.artifacts.atomic import atomic_path, write_text
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.contract import Config, Stage, StageContext
+from draftsmith.stages.contract import NOT_FETCHED, Config, Stage, StageContext
 from draftsmith.stages.prompting.files import local_files, remote_versions
 from draftsmith.stages.prompting.held_out import HELDOUT_SHARE
 from draftsmith.stages.prompting.sources import (
@@ -88,20 +88,22 @@ class PromptsConfig(Config):
     def external_files(self) -> list[Path]:
         """Files outside the store that this config reads; their content belongs into the stage's key.
 
-        Raises DraftsmithError if one is not there. Data sets of the hub are not listed: their `revision` says them.
+        Raises DraftsmithError if one is not there. Data sets of the hub are not listed: their commits say them.
         """
         found: list[Path] = []
         for source in self.sources:
             if isinstance(source, JsonlSource):
                 found += local_files([source.path], "prompts.sources")
-            elif isinstance(source, HuggingFaceSource) and Path(source.id).is_dir():
+            elif isinstance(source, HuggingFaceSource) and not source.of_hub:
                 found += [path for path in Path(source.id).absolute().rglob("*") if path.is_file()]
         return sorted(set(found))
 
     def external_versions(self) -> dict[str, str]:
-        """Files of rows elsewhere, with their versions."""
+        """Files of rows elsewhere, with their versions, and data sets of the hub, with their commits."""
         paths = [source.path for source in self.sources if isinstance(source, JsonlSource)]
-        return remote_versions(paths, "prompts.sources")
+        sets = [source for source in self.sources if isinstance(source, HuggingFaceSource) and source.of_hub]
+        commits = {f"datasets/{source.id}": source.commit or NOT_FETCHED for source in sets}
+        return remote_versions(paths, "prompts.sources") | commits
 
 
 def preflight(config: PromptsConfig, target: Path) -> None:

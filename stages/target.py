@@ -10,9 +10,11 @@ __all__ = ["STAGE", "TargetConfig"]
 
 def run(context: StageContext, config: TargetConfig) -> None:
     """Write `target.json` and `origin.json`, and for a GGUF source the dequantised model into `model/`."""
+    from draftsmith.artifacts.checksums import Checksums
+    from draftsmith.artifacts.home import home
     from draftsmith.stages.targets.resolve import resolve_target
 
-    info = resolve_target(config, context.out, context.log)
+    info = resolve_target(config, context.out, context.log, Checksums(home()).of)
     context.log(
         f"target {info.source}: {info.architecture}, {info.num_layers} layers, hidden {info.hidden_size}, "
         f"vocabulary {info.vocab_size}, {info.dtype}"
@@ -28,5 +30,5 @@ def run(context: StageContext, config: TargetConfig) -> None:
 
 STAGE = Stage(
     name="target", config=TargetConfig, inputs=(), run=run,
-    volatile=("metrics.jsonl", "origin.json"),  # a model that moves is the same model
+    volatile=("metrics.jsonl", "origin.json", "elsewhere.json"),  # a model that moves is the same model
 )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -11,8 +10,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
+from draftsmith.artifacts.checksums import Checksums
 from draftsmith.artifacts.code_digest import code_digest, code_modules
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.store import Store
 from draftsmith.flows.pipeline.options import RunOptions
@@ -145,35 +146,29 @@ def seed_of(node: Node, config: RunOptions) -> int:
     return config.seed if node.seed is None else node.seed
 
 
-def key_of(node: Node, inputs: Mapping[str, ArtifactRef], seed: int, pipeline: Pipeline) -> str:
-    """Identity of what the node computes from these inputs."""
-    external = external_digests(node.config)
+def key_of(
+    node: Node,
+    inputs: Mapping[str, ArtifactRef],
+    seed: int,
+    pipeline: Pipeline,
+    external: Mapping[str, str] | None = None,
+) -> str:
+    """Identity of what the node computes from these inputs. external: its `external_digests`, where they are known."""
+    if external is None:
+        external = external_digests(node.config)
     return Store.key(
         stage=node.stage.name,
         code_digest=pipeline.code_digest(node.module),
-        config=node.config.key_material() | ({"external_files": external} if external else {}),
+        config=node.config.key_material() | ({"external_files": dict(external)} if external else {}),
         inputs=inputs,
         seed=seed,
     )
 
 
-_HASHED_WHOLE = 64 * 2**20  # bytes
-
-
 def external_digests(config: Config) -> dict[str, str]:
-    """What a config's files outside the store hold, by path; part of the key.
-
-    Large files (weights) are told apart by size and time of change: a false miss only resolves the target again, and
-    what follows is keyed by its content.
-    """
-    digests = {}
-    for path in config.external_files():
-        stat = path.stat()
-        if stat.st_size <= _HASHED_WHOLE:
-            digests[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
-        else:
-            digests[str(path)] = f"{stat.st_size}/{stat.st_mtime_ns}"
-    return digests | config.external_versions()
+    """What a config's files outside the store hold: path -> sha256, or a version of what is far away."""
+    checksums = Checksums(home())
+    return {str(path): checksums.of(path) for path in config.external_files()} | config.external_versions()
 
 
 def resolved(config: RunOptions, pipeline: Pipeline) -> RunOptions:
@@ -224,7 +219,7 @@ def _plan_node(
     key = key_of(node, inputs, seed, pipeline)
     if forced:
         return PlannedNode(node, Status.FORCED, key)
-    if ref := find(store, node, key):
+    if (ref := find(store, node, key)) and not outdated(store, node, ref, inputs):
         return PlannedNode(node, Status.HIT, key, ref)
     return PlannedNode(node, Status.RESUME if has_partial(store, node, key) else Status.RUN, key)
 
@@ -237,6 +232,15 @@ def find(store: Store, node: Node, key: str) -> ArtifactRef | None:
         if node.name == node.stage.name:
             raise
         raise DraftsmithError(f"{error} (here it is node {node.name}: `--force {node.name}`)") from error
+
+
+def outdated(store: Store, node: Node, ref: ArtifactRef, inputs: Mapping[str, ArtifactRef]) -> bool:
+    """Whether the artifact was made from other measurements of the same content than its inputs hold now."""
+    made_from = store.manifest(ref).inputs
+    return any(
+        name in inputs and name in made_from and made_from[name].volatile_id != inputs[name].volatile_id
+        for name in node.stage.reads_volatile
+    )
 
 
 def has_partial(store: Store, node: Node, key: str) -> bool:

@@ -9,17 +9,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
-from draftsmith.artifacts.manifest import ArtifactRef, read_manifest
+from draftsmith.artifacts.errors import StageInterrupted
+from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.artifacts.tracking import StageRun, Tracking
 from draftsmith.flows.pipeline.display import Display, StageDisplay
 from draftsmith.flows.pipeline.failures import forget_failure, note_failure
-from draftsmith.flows.pipeline.graph import Node, Pipeline, external_digests, find, key_of, seed_of
+from draftsmith.flows.pipeline.graph import Node, Pipeline, external_digests, find, key_of, outdated, seed_of
 from draftsmith.flows.pipeline.history import note_made
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.flows.pipeline.process import Event, StageOutcome, StageRequest, run_stage
 from draftsmith.flows.pipeline.running import RunningNote
+from draftsmith.flows.pipeline.unchanged import unchanged
 
 log = logging.getLogger("draftsmith.stages")  # Prefect shows it in the run
 
@@ -58,13 +59,16 @@ def make(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], *, f
 
     Raises the stage's own `DraftsmithError`; what the stage saved is kept for the next attempt.
     """
-    key = key_of(node, inputs, seed_of(node, workshop.config), workshop.pipeline)
+    external = external_digests(node.config)
+    key = key_of(node, inputs, seed_of(node, workshop.config), workshop.pipeline, external)
     stage = node.stage.name
     ref = None if force else find(workshop.store, node, key)
+    if ref is not None and outdated(workshop.store, node, ref, inputs):
+        ref, force = None, True
     if ref is None:
         with workshop.store.claim(stage, key, force=force, waiting=_say_waiting(workshop, node)) as claim:
             if isinstance(claim, Claim):
-                made = Made(node.name, _run(workshop, node, inputs, claim), reused=False)
+                made = Made(node.name, _run(workshop, node, inputs, claim, external), reused=False)
                 note_made(workshop.home, workshop.config.name, node.name, made.ref)
                 return made
             ref = claim
@@ -78,16 +82,16 @@ def _say_waiting(workshop: Workshop, node: Node) -> Callable[[], None]:
     return lambda: workshop.display.line(f"{node.name}: another run is making this artifact, waiting for it")
 
 
-def _run(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], claim: Claim) -> ArtifactRef:
+def _run(
+    workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], claim: Claim, external: Mapping[str, str]
+) -> ArtifactRef:
     config = node.config.model_dump(mode="json")
     tracked = workshop.tracking.stage_run(
         workshop.refresh_run, claim.stage, claim.key, name=node.name, params=config, inputs=inputs
     )
     try:
-        external = external_digests(node.config)
-        _check_inputs(node, inputs)
-        outcome = _run_process(workshop, node, inputs, claim, tracked)
-        _check_inputs(node, inputs)
+        with unchanged(workshop.store, node, inputs, claim, external):
+            outcome = _run_process(workshop, node, inputs, claim, tracked)
         ref = workshop.store.commit(
             claim,
             config=config,
@@ -111,16 +115,6 @@ def _run(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], clai
     forget_failure(workshop.logs, claim.stage, claim.key)
     workshop.display.finished(node.name, outcome.duration_s, outcome.summary)
     return ref
-
-
-def _check_inputs(node: Node, inputs: Mapping[str, ArtifactRef]) -> None:
-    """What the stage reads is still what its key says: another run may have made an input again (`--force`)."""
-    for name, ref in inputs.items():
-        if read_manifest(ref.path).content_id != ref.content_id:
-            raise DraftsmithError(
-                f"{node.name}: its input {name} ({ref.path}) was made again by another run, with other content: run "
-                "the same command again, which then starts from the new one"
-            )
 
 
 def _run_process(

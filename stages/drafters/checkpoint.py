@@ -196,15 +196,20 @@ def drafter_source(source: str, revision: str | None = None) -> Path:
         return folder
     from huggingface_hub import constants, snapshot_download
 
-    from draftsmith.stages.targets.hub import hub_answered, hub_reason
+    from draftsmith.artifacts.checksums import Checksums
+    from draftsmith.artifacts.home import home
+    from draftsmith.stages.targets.hub import check_snapshot, hub_answered, hub_commit, hub_reason
 
+    commit = hub_commit(source, revision) or revision
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.npy"]))
+        folder = Path(snapshot_download(source, revision=commit, allow_patterns=["*.json", "*.safetensors", "*.npy"]))
     except Exception as error:  # the hub's library raises its HTTP client's own errors too
         if disk_error_of(error) is not None:
             raise
         kind = DraftsmithError if hub_answered(error) or constants.HF_HUB_OFFLINE else RetryableError
         raise kind(f"sft.init_from {source}: {hub_reason(error, revision)}") from error
+    check_snapshot(folder, Checksums(home()).of)
+    return folder
 
 
 def check_shape(folder: Path, target_model: Path) -> None:

@@ -78,6 +78,31 @@ def refuse_partial_rotation(path: Path, raw: Mapping[str, Any]) -> None:
         raise DraftsmithError(f"drafter {path}: {_PARTIAL} is set: only whole heads that rotate are supported")
 
 
+# What every architecture here computes, whatever a config calls it: other values are another model to an engine.
+COMPUTED: dict[str, Any] = {
+    "hidden_act": "silu",
+    "rope_is_neox_style": True,
+    "is_neox_style": True,
+    "use_gemma_norm": False,
+    "quantization_config": None,
+    "text_config": None,  # engines would read it in place of the fields around it
+}
+
+
+def refuse_other_models(path: Path, fields: Mapping[str, Any], computed: Mapping[str, Any], within: str = "") -> None:
+    """Refuse a config with a field that engines compute by and we do not.
+
+    computed: field -> the value that changes nothing; null and absence are taken for it. within: where the fields
+    stand, e.g. "dflash_config.".
+    """
+    for name, neutral in computed.items():
+        if (value := fields.get(name)) is not None and value != neutral:
+            raise DraftsmithError(
+                f"drafter {path}: {within}{name} is {json.dumps(value)[:60]}: to an engine that is another model than "
+                f"the one computed here ({json.dumps(neutral)}); give a drafter without it"
+            )
+
+
 def check_layer_ids(where: str, ids: Sequence[int], layers: int, *, ask_for: str) -> None:
     """Every id is a layer of the target, and none is named twice."""
     if len(set(ids)) < len(ids):

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from draftsmith.artifacts.parquet import to_table
+from draftsmith.artifacts.parquet import WRITTEN, to_table
 from draftsmith.artifacts.schemas import TRAJECTORIES
 from draftsmith.stages.prompting.intake import Taken
 
@@ -41,7 +41,7 @@ class WaitingAnswers:
         self._tokens = 0
 
     def __enter__(self) -> Self:
-        self._writer = pq.ParquetWriter(self.path, _WAITING, compression="zstd", compression_level=1)
+        self._writer = pq.ParquetWriter(self.path, _WAITING, **WRITTEN, compression_level=1)
         return self
 
     def __exit__(
@@ -70,7 +70,7 @@ class WaitingAnswers:
 
 def parts(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
     """A Parquet file, some thousand rows at a time."""
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
         for batch in file.iter_batches(batch_size=_GROUP_ROWS, columns=columns):
             yield pa.Table.from_batches([batch])
 
@@ -95,7 +95,7 @@ class TrajectoryTable:
         self.response_tokens = 0
 
     def __enter__(self) -> Self:
-        self._writer = pq.ParquetWriter(self._path, TRAJECTORIES.with_metadata, compression="zstd")
+        self._writer = pq.ParquetWriter(self._path, TRAJECTORIES.with_metadata, **WRITTEN)
         return self
 
     def __exit__(

@@ -281,7 +281,7 @@ def _parquet_rows(file: str, raw: IO[bytes]) -> Iterator[Row | BadRow]:
 
     number = 0
     try:
-        for batch in pq.ParquetFile(raw).iter_batches(batch_size=_PARQUET_ROWS):
+        for batch in pq.ParquetFile(raw, page_checksum_verification=True).iter_batches(batch_size=_PARQUET_ROWS):
             for row in _python_rows(batch):
                 number += 1
                 yield BadRow(file, number, row) if isinstance(row, str) else Row(file, number, row)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
@@ -103,7 +104,21 @@ class HuggingFaceSource(_RowSource):
     id: str = Field(min_length=1, description="hub id or local folder")
     name: str | None = Field(default=None, description="the data set's configuration")
     split: str = Field(default="train", description="the data set's split that all of ours are cut from")
-    revision: str | None = None
+    revision: str | None = Field(
+        default=None,
+        description="commit, branch or tag; a branch means the commit that the hub's cache has, else the hub's newest",
+    )
+
+    @property
+    def of_hub(self) -> bool:
+        return not Path(self.id).is_dir()
+
+    @property
+    def commit(self) -> str | None:
+        """Of the hub; None if it could not be asked."""
+        from draftsmith.stages.targets.hub import hub_commit
+
+        return hub_commit(self.id, self.revision, "dataset")
 
 
 PromptSource = Annotated[

@@ -229,8 +229,9 @@ def load_rows(source: HuggingFaceSource) -> Any:
     """The data set as a sequence of rows; every failure becomes one DraftsmithError."""
     import datasets
 
+    revision = (source.commit or source.revision) if source.of_hub else source.revision
     try:
-        return datasets.load_dataset(source.id, source.name, split=source.split, revision=source.revision)
+        return datasets.load_dataset(source.id, source.name, split=source.split, revision=revision)
     except datasets.exceptions.DatasetGenerationError as error:
         reason, cause = f"cannot be read ({_one_line(error.__cause__ or error)}): repair its files", error
     except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:

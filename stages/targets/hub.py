@@ -1,6 +1,18 @@
-"""What went wrong with the hub, and whether it is worth another try."""
+"""The hub: which commit is meant, whether what lies here is whole, what went wrong and whether to try again."""
 
 from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from draftsmith.artifacts.atomic import write_text
+from draftsmith.artifacts.errors import DraftsmithError
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_ASK_TIMEOUT_S = 10.0
 
 
 def hub_answered(error: Exception) -> bool:
@@ -40,3 +52,52 @@ def hub_reason(error: Exception, revision: str | None) -> str:
 
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def hub_commit(repo: str, revision: str | None, kind: Literal["model", "dataset"] = "model") -> str | None:
+    """The commit that a branch or tag of a hub repository means here; None: the hub's cache does not say, and the hub
+    could not be asked.
+
+    What the cache says holds until something fetches the branch anew: a run that is continued goes on from the commit
+    that it began with.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    if revision is not None and _COMMIT.fullmatch(revision):
+        return revision
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type=kind)
+    reference = folder / "refs" / (revision or constants.DEFAULT_REVISION)
+    if reference.is_file():
+        return reference.read_text(encoding="utf-8").strip()
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        commit = HfApi().repo_info(repo, repo_type=kind, revision=revision, timeout=_ASK_TIMEOUT_S).sha
+    except Exception:  # whoever fetches it next says what is wrong
+        return None
+    if commit is not None:
+        write_text(reference, commit)  # as the hub's own library keeps it
+    return commit
+
+
+def check_snapshot(folder: Path, checksum: Callable[[Path], str]) -> None:
+    """Compare the files of a hub snapshot with the names of what they link to: sha256, or git's sha1 of small ones.
+
+    Files that are no links into the cache's blobs say nothing of themselves. Raises DraftsmithError for a damaged one.
+    """
+    for path in sorted(folder.rglob("*")):
+        blob = path.resolve()
+        if not path.is_symlink() or blob.parent.name != "blobs":
+            continue
+        if len(blob.name) == 64:
+            whole = checksum(blob) == blob.name
+        elif _COMMIT.fullmatch(blob.name):
+            content = blob.read_bytes()
+            whole = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() == blob.name
+        else:
+            continue
+        if not whole:
+            raise DraftsmithError(
+                f"{path}: is damaged in the hub's cache: delete {blob} and run the same command again, which fetches it"
+            )

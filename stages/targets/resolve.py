@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, disk_error_of
+from draftsmith.artifacts.manifest import ELSEWHERE
 from draftsmith.stages.targets.config import Dtype, TargetConfig
-from draftsmith.stages.targets.hub import hub_answered, hub_reason, one_line
+from draftsmith.stages.targets.hub import check_snapshot, hub_answered, hub_reason, one_line
 from draftsmith.stages.targets.info import TargetInfo, model_digest, tokenizer_digest, write_target_info
 from draftsmith.stages.targets.source import (
     TOKENIZER_FILES,
@@ -20,6 +22,7 @@ from draftsmith.stages.targets.source import (
     count_gguf_parameters,
     gguf_file,
     model_folder,
+    source_files,
     source_kind,
     weight_files,
 )
@@ -30,8 +33,16 @@ if TYPE_CHECKING:
 DRAFTER_ARCHITECTURES = ("DFlashDraftModel", "LlamaForCausalLMEagle3")
 
 
-def resolve_target(config: TargetConfig, out: Path, log: Callable[[str], None]) -> TargetInfo:
-    """Find (hub, folder) or make (GGUF) the model and write `out/target.json`; a made one stands in `out/model`."""
+def resolve_target(
+    config: TargetConfig,
+    out: Path,
+    log: Callable[[str], None],
+    checksum: Callable[[Path], str] | None = None,
+) -> TargetInfo:
+    """Find (hub, folder) or make (GGUF) the model and write `out/target.json`; a made one stands in `out/model`.
+
+    checksum: of a file; where given, `out/elsewhere.json` names the files of a model that stays where it is.
+    """
     kind = source_kind(config.source)
     revision = None
     if kind == "hub":
@@ -47,9 +58,22 @@ def resolve_target(config: TargetConfig, out: Path, log: Callable[[str], None]) 
     else:
         folder, location = out / "model", "model"
         _dequantise(gguf_file(config.source), folder, config.dtype, log)
+    files = source_files(location) if kind in ("hub", "folder") else []
+    before = [_touched(path) for path in files]
     info = describe(folder, config, kind=kind, location=location, revision=revision)
+    if files and checksum is not None:
+        if kind == "hub":
+            check_snapshot(folder, checksum)
+        write_text(out / ELSEWHERE, json.dumps({os.fspath(path): checksum(path) for path in files}, indent=2) + "\n")
+    if [_touched(path) for path in files] != before:
+        raise DraftsmithError(f"{folder}: somebody writes to the model while it is read: run the same command again")
     write_target_info(info, out)
     return info
+
+
+def _touched(path: Path) -> tuple[int, int, int]:
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_ctime_ns
 
 
 def _download(config: TargetConfig) -> tuple[Path, str]:

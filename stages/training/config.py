@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from draftsmith.stages.contract import Config, Operational
+from draftsmith.stages.contract import NOT_FETCHED, Config, Operational
 from draftsmith.stages.drafters.config import DFlashConfig, DrafterConfig
 from draftsmith.stages.training.loss_config import DistributionLoss, PositionWeights, ResponseStream, TokenLoss
 
@@ -133,3 +133,11 @@ class SftConfig(TrainingConfig):
         if folder is None or not folder.is_dir():
             return []
         return sorted(path.absolute() for path in folder.iterdir() if path.suffix in {".json", ".safetensors", ".npy"})
+
+    def external_versions(self) -> dict[str, str]:
+        """The commit of the checkpoint that `init_from` names, if it is of the hub."""
+        if self.init_from is None or Path(self.init_from).expanduser().is_dir():
+            return {}
+        from draftsmith.stages.targets.hub import hub_commit
+
+        return {self.init_from: hub_commit(self.init_from, self.init_revision) or NOT_FETCHED}

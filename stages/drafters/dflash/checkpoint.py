@@ -16,6 +16,22 @@ from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.targets.causal_lm import Target
 
 ARCHITECTURE = "DFlashDraftModel"
+# What SGLang's DFlash reads from a config and is not computed here, with the value that changes nothing
+# (srt/models/dflash.py, srt/speculative/dflash_utils.py; 0.5.20 and 0.5.23).
+_COMPUTED = {"is_causal": False, "has_embed_tokens": False, "attention_sink_bias": False}
+_COMPUTED_WITHIN = {  # `dflash_config`
+    "attention_sink_bias": False,
+    "attention_value_scale": 1,
+    "output_multiplier": 1,
+    "final_logit_softcapping": 0,
+    "conv_kernel_size": 0,
+    "conv_group_size": 0,
+    "selector_rank": 0,
+    "selector_top_k": 0,
+}
+_COMPUTED_EITHER = {"projector_type": None, "sample_from_anchor": True}  # at the top or within
+# Of the same config fields, for models that draft in another way.
+_OTHER_ARCHITECTURES = ("DFlash2", "DFlashLaguna", "DSpark")
 MASK_ADVICE = (
     "set sft.drafter.mask_token to a special token that never occurs in text (ids: mask_candidates in the target's "
     "target.json)"
@@ -94,6 +110,13 @@ def read_config(folder: Path) -> Qwen3Config:
     """config.json of a checkpoint, with what engines would guess made explicit or refused."""
     path, raw = folder / layout.CONFIG_FILE, layout.read_raw_config(folder)
     dflash = raw.get("dflash_config") or {}
+    for name in raw.get("architectures") or []:
+        if any(other in name for other in _OTHER_ARCHITECTURES):
+            raise DraftsmithError(
+                f"drafter {path}: architectures names {name}, which is not DFlash; give a DFlash drafter"
+            )
+    layout.refuse_other_models(path, raw, layout.COMPUTED | _COMPUTED | _COMPUTED_EITHER)
+    layout.refuse_other_models(path, dflash, _COMPUTED_WITHIN | _COMPUTED_EITHER, "dflash_config.")
     block_size = raw.get("block_size") or dflash.get("block_size")
     if dflash.get("block_size", block_size) != block_size:
         raise DraftsmithError(

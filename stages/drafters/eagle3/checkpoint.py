@@ -110,6 +110,7 @@ def read_config(folder: Path) -> LlamaConfig:
     for field in _UNSUPPORTED:
         if raw.get(field) or eagle.get(field):
             raise DraftsmithError(f"drafter {path}: {field} is set: this variant of EAGLE-3 is not supported")
+    layout.refuse_other_models(path, raw, layout.COMPUTED | {"num_aux_hidden_states": FEATURES})
     layout.require_fields(
         path,
         [

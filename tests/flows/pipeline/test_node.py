@@ -20,11 +20,11 @@ from tests.flows.pipeline.toy import TOY, ToyConfig, toy_nodes
 
 @pytest.mark.parametrize("when", ["before", "while the stage runs"])
 def test_an_input_that_another_run_makes_again_is_not_filed_under_the_old_key(
-    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    when: str, tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = ToyConfig(name="t")
     nodes = {node.name: node for node in toy_nodes(config)}
-    workshop = Workshop(tmp_path, config, TOY, Display(), Tracking(tmp_path))
+    workshop = Workshop(tmp_path, config, TOY, Display(), tracking)
     target = make(workshop, nodes["target"], {}).ref
 
     def make_it_again() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,6 +108,10 @@ def test_default_layers_are_spread_as_the_paper_says() -> None:
     assert default_layer_ids(36, 1) == [18]
 
 
+def _set_within(field: str, value: object, config: dict[str, Any]) -> None:
+    config["dflash_config"][field] = value
+
+
 TRAPS: dict[str, tuple[Edit, str]] = {
     "a tensor is missing": (edit_tensors(lambda t: t.pop("fc.weight")), r"lacks tensor fc\.weight"),
     "a tensor is unknown": (
@@ -152,6 +158,41 @@ TRAPS: dict[str, tuple[Edit, str]] = {
         ),
         "sliding",
     ),
+    "causal blocks": (edit_config(lambda c: c.update(is_causal=True)), "is_causal is true: to an engine"),
+    "norms of Gemma": (edit_config(lambda c: c.update(use_gemma_norm=True)), "use_gemma_norm is true"),
+    "interleaved rotation": (edit_config(lambda c: c.update(rope_is_neox_style=False)), "rope_is_neox_style is false"),
+    "interleaved rotation, older name": (edit_config(lambda c: c.update(is_neox_style=False)), "is_neox_style"),
+    "another activation": (edit_config(lambda c: c.update(hidden_act="gelu")), 'hidden_act is "gelu"'),
+    "quantised weights": (
+        edit_config(lambda c: c.update(quantization_config={"quant_method": "fp8"})),
+        "quantization_config",
+    ),
+    "settings in a place that engines prefer": (
+        edit_config(lambda c: c.update(text_config={"is_causal": True})),
+        "text_config",
+    ),
+    "an embedding of its own": (edit_config(lambda c: c.update(has_embed_tokens=True)), "has_embed_tokens is true"),
+    **{
+        f"{field} of dflash_config": (
+            edit_config(partial(_set_within, field, value)),
+            rf"dflash_config\.{field} is ",
+        )
+        for field, value in {
+            "attention_value_scale": 0.5,
+            "attention_sink_bias": True,
+            "output_multiplier": 0.25,
+            "final_logit_softcapping": 30.0,
+            "conv_kernel_size": 3,
+            "selector_rank": 8,
+            "projector_type": "domino",
+            "sample_from_anchor": False,
+        }.items()
+    },
+    "a projector named at the top": (edit_config(lambda c: c.update(projector_type="domino")), "projector_type"),
+    "another method's architecture": (
+        edit_config(lambda c: c.update(architectures=["DFlash2DraftModel"])),
+        "architectures names DFlash2DraftModel",
+    ),
     "a layer that the target lacks": (
         edit_config(lambda c: c["dflash_config"].update(target_layer_ids=[0, 4])),
         r"target_layer_ids \[0, 4\]",
@@ -185,6 +226,13 @@ def test_the_preflight_finds_a_wrong_shape_without_weights(name: str, saved: Pat
     edit(saved)
     with pytest.raises(DraftsmithError, match=message):
         check_shape(saved, model_path(plain_artifact))
+
+
+def test_fields_that_change_nothing_are_read(saved: Path, plain_target: Target) -> None:
+    """What engines take for the default may be said."""
+    edit_config(lambda c: c.update(is_causal=False, use_gemma_norm=False, rope_is_neox_style=True))(saved)
+    edit_config(lambda c: c["dflash_config"].update(attention_value_scale=1.0, projector_type=None))(saved)
+    load_drafter(saved, plain_target)
 
 
 @pytest.mark.parametrize("place", ["top", "inside"])

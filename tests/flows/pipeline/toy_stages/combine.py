@@ -12,6 +12,10 @@ from draftsmith.stages.contract import Config, Stage, StageContext
 class CombineConfig(Config):
     factor: int = 1
     note_start: Path | None = None
+    addend: Path | None = None  # a file outside the store with a number
+
+    def external_files(self) -> list[Path]:
+        return [self.addend] if self.addend is not None else []
 
 
 def run(context: StageContext, config: CombineConfig) -> None:
@@ -19,6 +23,9 @@ def run(context: StageContext, config: CombineConfig) -> None:
         with config.note_start.open("a") as stream:
             stream.write("started\n")
     total = sum(sum(json.loads((folder / "numbers.json").read_text())) for folder in context.inputs.values())
+    if config.addend is not None:
+        total += int(config.addend.read_text())
+        (context.work / "total").write_text(str(total))
     (context.out / "numbers.json").write_text(json.dumps([config.factor * total]))
     context.summary(total=config.factor * total)
 
@@ -28,4 +35,11 @@ def preflight(config: CombineConfig, _target: Path) -> None:
         raise DraftsmithError("factor: 0 makes every sum 0: use another factor")
 
 
-STAGE = Stage(name="combine", config=CombineConfig, inputs=("first", "second?"), run=run, preflight=preflight)
+STAGE = Stage(
+    name="combine",
+    config=CombineConfig,
+    inputs=("first", "second?"),
+    run=run,
+    preflight=preflight,
+    reads_volatile=("first",),
+)

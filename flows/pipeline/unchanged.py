@@ -1,0 +1,64 @@
+"""What a stage reads is what its key says, before it begins and when it has ended; else nothing of it is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.manifest import ArtifactRef, read_manifest
+from draftsmith.artifacts.store import Claim, Store
+from draftsmith.flows.pipeline.graph import Node, external_digests
+
+
+@contextmanager
+def unchanged(
+    store: Store, node: Node, inputs: Mapping[str, ArtifactRef], claim: Claim, external: Mapping[str, str]
+) -> Iterator[None]:
+    """Around a stage. Raises DraftsmithError before the body if an input is damaged or a file is not that of the key
+    (`external`), and after it, however it ended, if one has become so: then what the attempt left is discarded too."""
+    _check(store, node, inputs, external)
+    try:
+        yield
+    except Exception:
+        with _discarding(store, claim):
+            _check(store, node, inputs, external)
+        raise
+    with _discarding(store, claim):
+        _check(store, node, inputs, external)
+
+
+@contextmanager
+def _discarding(store: Store, claim: Claim) -> Iterator[None]:
+    try:
+        yield
+    except DraftsmithError:
+        store.discard(claim)
+        raise
+
+
+def _check(store: Store, node: Node, inputs: Mapping[str, ArtifactRef], external: Mapping[str, str]) -> None:
+    for name, ref in inputs.items():
+        if read_manifest(ref.path).content_id != ref.content_id:  # another run made it again, with `--force`
+            raise DraftsmithError(
+                f"{node.name}: its input {name} ({ref.path}) was made again by another run, with other content: run "
+                "the same command again, which then starts from the new one"
+            )
+        try:
+            store.verify_once(ref)
+        except DraftsmithError as error:
+            raise type(error)(f"{node.name}: its input {name}: {error}{_node(node, name, ref)}") from error
+    found = external_digests(node.config)
+    if changed := [path for path in sorted({*found, *external}) if found.get(path) != external.get(path)]:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise DraftsmithError(
+            f"{node.name}: {changed[0]}{more} changed while it was read: nothing of it was kept; run the same command "
+            "again, which then starts from what is there"
+        )
+
+
+def _node(node: Node, name: str, ref: ArtifactRef) -> str:
+    """The remedy names the stage; this, the node that made the input, where that is called otherwise."""
+    source = node.inputs[name]
+    alone = f"`draftsmith stage {source} CONFIG --force` makes it alone"
+    return f" (here it is node {source}: {alone})" if source != ref.stage else f" ({alone})"

@@ -1,0 +1,114 @@
+"""Checksums that are kept: one reading as long as nothing touches the file, another as soon as something does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from draftsmith.artifacts import checksums
+from draftsmith.artifacts.checksums import Checksums
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.manifest import sha256_file
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Every file that is hashed; the clock is fine enough for a file that was only just written."""
+    seen: list[Path] = []
+
+    def hashed(path: Path) -> str:
+        seen.append(path)
+        return sha256_file(path)
+
+    monkeypatch.setattr(checksums, "sha256_file", hashed)
+    monkeypatch.setattr(checksums, "_CLOCK_S", -1.0)
+    return seen
+
+
+def put_back(path: Path) -> None:
+    stat = path.stat()
+    path.write_bytes(b"other")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def exchanged(path: Path) -> None:
+    stat = path.stat()
+    other = path.with_name("other")
+    other.write_bytes(b"other")
+    os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    other.replace(path)
+
+
+def test_a_file_is_read_once_by_whoever_asks(tmp_path: Path, reads: list[Path]) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"bytes")
+    assert {Checksums(tmp_path / "home").of(path) for _ in range(3)} == {sha256_file(path)}
+    assert reads == [path]
+
+
+@pytest.mark.parametrize("touch", [put_back, exchanged, lambda path: path.write_bytes(b"other")])
+def test_a_touched_file_is_read_again_also_if_size_and_time_are_the_same(
+    touch: Callable[[Path], object], tmp_path: Path, reads: list[Path]
+) -> None:
+    path, kept = tmp_path / "weights", Checksums(tmp_path / "home")
+    path.write_bytes(b"bytes")
+    before = kept.of(path)
+    touch(path)
+    assert kept.of(path) == sha256_file(path) != before
+    assert len(reads) == 2
+
+
+def test_a_file_is_read_again_after_a_week(tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    path, kept = tmp_path / "weights", Checksums(tmp_path / "home")
+    path.write_bytes(b"bytes")
+    now = kept.known(path).at
+    monkeypatch.setattr(checksums.time, "time", lambda: now + checksums.AGAIN_AFTER_S - 1)
+    kept.of(path)
+    assert len(reads) == 1
+    monkeypatch.setattr(checksums.time, "time", lambda: now + checksums.AGAIN_AFTER_S + 1)
+    kept.of(path)
+    assert len(reads) == 2
+    monkeypatch.setattr(checksums.time, "time", lambda: now - 60)
+    kept.of(path)
+    assert len(reads) == 3, "a record from the future says nothing of the file's last week"
+
+
+def test_what_was_written_a_moment_ago_is_not_kept_as_known(
+    tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checksums, "_CLOCK_S", 60.0)
+    path = tmp_path / "weights"
+    path.write_bytes(b"bytes")
+    for _ in range(2):
+        Checksums(tmp_path / "home").of(path)
+    assert len(reads) == 2
+
+
+def test_a_damaged_record_and_a_home_that_cannot_be_written_cost_a_reading(tmp_path: Path, reads: list[Path]) -> None:
+    path, home = tmp_path / "weights", tmp_path / "home"
+    path.write_bytes(b"bytes")
+    Checksums(home).of(path)
+    (record,) = (home / checksums.FOLDER).iterdir()
+    record.write_bytes(record.read_bytes()[:20])
+    assert Checksums(home).of(path) == sha256_file(path)
+    assert Checksums(path).of(path) == sha256_file(path)  # no folder can be made below a file
+    assert len(reads) == 3
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b"{}\n")
+
+    def hashed(file: Path) -> str:
+        with file.open("ab") as stream:
+            stream.write(b"{}\n")
+        return sha256_file(file)
+
+    monkeypatch.setattr(checksums, "sha256_file", hashed)
+    with pytest.raises(DraftsmithError, match=r"log\.jsonl: somebody writes to it while it is read"):
+        Checksums(tmp_path / "home").of(path)

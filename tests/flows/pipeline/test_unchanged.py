@@ -1,0 +1,180 @@
+"""Damaged inputs and files that change: nothing is made from them, and nothing is kept of what was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from draftsmith.artifacts.checksums import Checksums
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.manifest import ELSEWHERE, ArtifactRef, sha256_file
+from draftsmith.artifacts.store import Claim
+from draftsmith.artifacts.tracking import Tracking
+from draftsmith.flows.pipeline.display import Display
+from draftsmith.flows.pipeline.graph import Node, Status, find, key_of, plan
+from draftsmith.flows.pipeline.node import Workshop, make
+from draftsmith.flows.pipeline.process import StageOutcome, run_stage
+from tests.flows.pipeline.toy import TOY, ToyConfig, toy_nodes
+from tests.flows.pipeline.toy_stages.combine import CombineConfig
+
+
+class Toy:
+    """A home with the toy's first artifact in it, and its node that reads that."""
+
+    def __init__(self, home: Path, tracking: Tracking) -> None:
+        config = ToyConfig(name="t")
+        self.nodes = {node.name: node for node in toy_nodes(config)}
+        self.workshop = Workshop(home, config, TOY, Display(), tracking)
+        self.target = make(self.workshop, self.nodes["target"], {}).ref
+        self.numbers = self.target.path / "numbers.json"
+
+    def left(self, config: CombineConfig | None = None) -> Node:
+        node = self.nodes["left"]
+        return node if config is None else replace(node, config=config)
+
+    def make(self, node: Node) -> ArtifactRef:
+        return make(self.workshop, node, {"first": self.target}).ref
+
+    def found(self, node: Node) -> ArtifactRef | None:
+        key = key_of(node, {"first": self.target}, self.workshop.config.seed, TOY)
+        return find(self.workshop.store, node, key)
+
+
+@pytest.fixture
+def toy(tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> Toy:
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
+    return Toy(tmp_path / "home", tracking)
+
+
+def flip(path: Path, place: int = 1, bit: int = 1) -> None:
+    """The size stays."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """What happens while a stage's process runs."""
+
+    def run_and_act(*arguments: Any, **keywords: Any) -> StageOutcome:
+        outcome = run_stage(*arguments, **keywords)
+        act()
+        return outcome
+
+    monkeypatch.setattr("draftsmith.flows.pipeline.node.run_stage", run_and_act)
+
+
+def test_a_flipped_bit_in_an_input_is_found_before_a_stage_reads_it(toy: Toy) -> None:
+    flip(toy.numbers)
+    with pytest.raises(DraftsmithError, match=r"left: its input first: .*numbers\.json: has changed since it was") as e:
+        toy.make(toy.left())
+    assert "`draftsmith stage target CONFIG --force` makes it alone" in str(e.value)
+    assert toy.found(toy.left()) is None
+    flip(toy.numbers)
+    assert json.loads((toy.make(toy.left()).path / "numbers.json").read_text()) == [0 + 1 + 2 + 3 + 4]
+
+
+def test_what_was_made_while_an_input_broke_is_not_kept(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    meanwhile(monkeypatch, lambda: flip(toy.numbers))
+    node = toy.left()
+    with pytest.raises(DraftsmithError, match=r"numbers\.json: has changed since it was written"):
+        toy.make(node)
+    partial = toy.workshop.store.partial("combine", key_of(node, {"first": toy.target}, 0, TOY))
+    assert not [path for path in partial.rglob("*") if path.is_file() and path.name == "numbers.json"]
+
+
+def test_what_was_made_from_a_damaged_input_does_not_stay_a_hit(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disk that forgets a bit touches no file: found when the file is hashed again."""
+    before = toy.make(replace(toy.left(), config=CombineConfig(factor=7)))
+    known = Checksums(toy.workshop.home)
+    known._file(toy.numbers).unlink(missing_ok=True)  # a week has gone by
+    monkeypatch.setattr("draftsmith.artifacts.checksums._CLOCK_S", -1.0)
+    known.of(toy.numbers)
+    stat = toy.numbers.stat()
+    flip(toy.numbers)
+    os.utime(toy.numbers, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    _forge(known, toy.numbers)
+    wrong = toy.make(toy.left())
+    monkeypatch.setattr("draftsmith.artifacts.checksums.AGAIN_AFTER_S", 0.0)
+    with pytest.raises(DraftsmithError, match="has changed since it was written"):
+        toy.workshop.store.verify_once(toy.target)
+    assert f"{wrong.path} was made from {toy.numbers}, which is damaged: set aside" in caplog.text
+    assert toy.found(toy.left()) is None
+    assert before.path.exists(), "it was made before the file was last whole"
+
+
+def _forge(checksums: Checksums, path: Path) -> None:
+    """The record, as if the last change had touched nothing of the file but its bits."""
+    record = checksums._file(path)
+    stat = path.stat()
+    fields = json.loads(record.read_text())
+    record.write_text(json.dumps(fields | {"mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}))
+
+
+@pytest.mark.parametrize("when", ["while the stage runs", "while a stage that fails runs"])
+def test_a_file_that_changes_while_it_is_read_leaves_nothing_under_the_old_key(
+    when: str, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    addend = tmp_path / "addend"
+    addend.write_text("5")
+    node = toy.left(CombineConfig(addend=addend))
+    key = key_of(node, {"first": toy.target}, 0, TOY)
+
+    def replace_it() -> None:
+        addend.write_text("6")
+        if "fails" in when:
+            raise DraftsmithError("the stage's own")
+
+    with monkeypatch.context() as patch:
+        meanwhile(patch, replace_it)
+        with pytest.raises(DraftsmithError, match=r"left: .*addend changed while it was read"):
+            toy.make(node)
+    assert toy.workshop.store.find("combine", key) is None
+    partial = toy.workshop.store.partial("combine", key)
+    assert not [each for name in ("out", "work") for each in (partial / name).rglob("*")]
+    made = toy.make(node)
+    assert made.key != key and json.loads((made.path / "numbers.json").read_text()) == [16]
+
+
+def test_what_shows_measurements_is_made_again_when_they_were_under_the_same_key(toy: Toy) -> None:
+    first = make(toy.workshop, toy.left(), {"first": toy.target})
+    assert make(toy.workshop, toy.left(), {"first": toy.target}).reused
+    numbers = toy.numbers.read_bytes()
+    with toy.workshop.store.claim("collect", toy.target.key, force=True) as claim:
+        assert isinstance(claim, Claim)
+        (claim.out / "numbers.json").write_bytes(numbers)
+        (claim.out / "metrics.jsonl").write_text("measured anew")
+        fields: dict[str, Any] = {"config": {}, "inputs": {}, "code_digest": "c", "seed": 0}
+        measured = toy.workshop.store.commit(claim, **fields, volatile=("metrics.jsonl",))
+    assert (measured.key, measured.content_id) == (toy.target.key, toy.target.content_id)
+    planned = {item.node.name: item.status for item in plan(toy.workshop.config, toy.workshop.store, TOY)}
+    assert (planned["target"], planned["left"]) == (Status.HIT, Status.RUN)
+    again = make(toy.workshop, toy.left(), {"first": measured})
+    assert not again.reused and again.ref == first.ref
+    assert make(toy.workshop, toy.left(), {"first": measured}).reused
+
+
+def test_files_elsewhere_that_an_input_names_are_those_that_it_found(toy: Toy, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    weights.write_bytes(b"1234")
+    with toy.workshop.store.claim("collect", toy.target.key, force=True) as claim:
+        assert isinstance(claim, Claim)
+        (claim.out / "numbers.json").write_text("[1]")
+        (claim.out / ELSEWHERE).write_text(json.dumps({str(weights): sha256_file(weights)}))
+        fields: dict[str, Any] = {"config": {}, "inputs": {}, "code_digest": "c", "seed": 0}
+        toy.target = toy.workshop.store.commit(claim, **fields)
+    toy.make(toy.left())
+    flip(weights)
+    with pytest.raises(DraftsmithError, match=r"weights: is not what stage collect found there; put it back, or"):
+        toy.make(toy.left(CombineConfig(factor=3)))
+    weights.unlink()
+    with pytest.raises(DraftsmithError, match=r"weights: is not what stage collect found there"):
+        toy.make(toy.left(CombineConfig(factor=3)))
