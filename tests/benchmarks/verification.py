@@ -29,14 +29,14 @@ def main() -> None:
                         file.write(os.urandom(_PART))
             committed = time.perf_counter()
             ref = store.commit(claim, config={}, inputs={}, code_digest="", seed=0)
-            rows = [["commit (checksums, sync)", time.perf_counter() - committed]]
+            rows = [("commit (checksums, sync)", time.perf_counter() - committed)]
         time.sleep(3)  # what was written a moment ago is not remembered
         for name in ("first, from the disk", "again"):
             if name.startswith("first"):
                 for path in ref.path.iterdir():
                     with path.open("rb") as file:
                         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            rows.append([name, harness.seconds_of(lambda: Store(store.root).verify_once(ref))])
+            rows.append((name, harness.seconds_of(lambda: Store(store.root).verify_once(ref))))
     harness.print_table(f"{chosen.gigabytes} GiB", ["verification", "seconds"], rows)
     harness.report("verification", dict(rows), chosen)
 
