@@ -244,7 +244,7 @@ class Store:
                 raise DraftsmithError(f"stage {claim.stage} wrote nothing to {claim.out}: there is no artifact to keep")
             for name in files:
                 fsync(claim.out / name)
-            for folder in {(claim.out / name).parent for name in files}:
+            for folder in (claim.out, *(path for path in claim.out.rglob("*") if path.is_dir())):
                 fsync(folder)
             manifest = Manifest(
                 schema_version=SCHEMA_VERSION,
