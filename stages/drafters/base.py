@@ -47,6 +47,7 @@ class StepShape:
     rows: int  # trajectories
     width: int  # positions that they are padded to
     anchors: int  # a row
+    seen: int  # positions before the anchors, of all anchors together
     head_positions: int  # block positions with a loss
     head_rows: int  # tokens in the softmax
     prefixes: int = 1  # how often the trajectories are encoded; 0 where chains are drafted again on the same context

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 THETAS = (10_000.0, 500_000.0, 1_000_000.0, 5_000_000.0)  # of public models; the first is what libraries fall back to
 SHORTEST_WINDOW = 8
 EXPLAINS = 0.5  # a change that leaves more than this share of the contradicted steps explains nothing
-_OUT_OF_SIGHT = 1 << 40  # a position behind every anchor
 
 
 @dataclass(frozen=True)
@@ -203,16 +202,14 @@ def _in_window(
 
 
 class _Narrow:
-    """A DFlash drafter with a window: what is farther back than it counts as not yet there."""
+    """A DFlash drafter with a window."""
 
     def __init__(self, drafter: Drafter, window: int) -> None:
         self._drafter, self._window = drafter, window
 
     def propose(self, context: Context, tokens: torch.Tensor, anchors: torch.Tensor, *arguments: Any) -> Proposals:
         assert isinstance(context, FeatureContext)
-        seen = context.positions >= anchors - self._window
-        narrowed = replace(context, positions=context.positions.masked_fill(~seen, _OUT_OF_SIGHT))
-        return self._drafter.propose(narrowed, tokens, anchors, *arguments)
+        return self._drafter.propose(replace(context, window=self._window), tokens, anchors, *arguments)
 
 
 def _copy(drafter: Drafter, **attributes: Any) -> Drafter:

@@ -84,7 +84,8 @@ def operations_of(
 ) -> float:
     """Of one step that trains `positions` block positions behind these anchors, with softmaxes over `head`."""
     (rows, width), per_row = batch.tokens.shape, anchors.positions.shape[1]
-    return drafter.training_operations(StepShape(rows, width, per_row, positions, head.weight.shape[0], prefixes))
+    seen = int(anchors.positions.sum())
+    return drafter.training_operations(StepShape(rows, width, per_row, seen, positions, head.weight.shape[0], prefixes))
 
 
 def weighted_mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

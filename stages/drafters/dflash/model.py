@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
+from draftsmith.stages.drafters.attention import KeysValues, Reach, block_attention
 from draftsmith.stages.drafters.base import Context, Drafter, DrafterInfo, Proposals, StepShape, TrainingRecipe, best_of
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.targets.slots import KeyValueSlots, Rows
@@ -26,8 +27,8 @@ from draftsmith.stages.targets.slots import KeyValueSlots, Rows
 class FeatureContext(Context):
     """Per layer keys and values [B, kv_heads, T, head_dim] of the target's features, rotated to their positions."""
 
-    layers: list[tuple[torch.Tensor, torch.Tensor]]
-    positions: torch.Tensor  # [B, T]
+    layers: list[KeysValues]  # entry i is position i
+    window: int | None = None  # so many positions before its anchor are all that a block sees; None: all of them
 
 
 @dataclass
@@ -60,26 +61,18 @@ class DFlashAttention(nn.Module):
         """x: [B, T, H] → rotated keys and values, each [B, kv_heads, T, head_dim]."""
         keys = self.k_norm(self._heads(self.k_proj(x))).transpose(1, 2)
         keys, _ = apply_rotary_pos_emb(keys, keys, *rope)
-        return keys, self._heads(self.v_proj(x)).transpose(1, 2)
+        values = self._heads(self.v_proj(x)).transpose(1, 2)
+        return keys.to(values.dtype), values  # under autocast the norm leaves float32 behind
 
     def forward(
-        self,
-        x: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        context: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor,
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], context: KeysValues, reach: Reach
     ) -> torch.Tensor:
-        """x: [B, Q, H] block positions; mask: bool [B, 1, Q, T + Q], True = may attend."""
+        """x: [B, Q, H] positions of A blocks, as many of each; reach: of the blocks into the context."""
         queries = self.q_norm(self._heads(self.q_proj(x))).transpose(1, 2)
         queries, _ = apply_rotary_pos_emb(queries, queries, *rope)
-        keys, values = self.keys_values(x, rope)
-        keys = torch.cat([context[0].to(keys.dtype), keys], 2)
-        values = torch.cat([context[1].to(values.dtype), values], 2)
-        grouped = queries.shape[1] != keys.shape[1]
-        out = F.scaled_dot_product_attention(
-            queries.to(values.dtype), keys.to(values.dtype), values, attn_mask=mask, enable_gqa=grouped
-        )
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        blocks = (reach.seen.shape[1], -1)
+        keys, values = (part.unflatten(2, blocks) for part in self.keys_values(x, rope))
+        return self.o_proj(block_attention(queries.unflatten(2, blocks), context, (keys, values), reach).flatten(1, 2))
 
 
 class DFlashLayer(nn.Module):
@@ -102,19 +95,6 @@ class DFlashLayer(nn.Module):
         """x: [B, Q, H]; the other arguments are those of `DFlashAttention.forward`."""
         x = x + self.self_attn(self.input_layernorm(x), *attention_arguments)
         return x + self.mlp(self.post_attention_layernorm(x))
-
-
-def block_mask(context_positions: torch.Tensor, anchors: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Which keys each block query sees: context at positions < its anchor, and its own block in both directions.
-
-    context_positions: [B, T]; anchors: [B, A]. Returns bool [B, 1, A*block_size, T + A*block_size].
-    """
-    B, A = anchors.shape
-    context = context_positions[:, None, :] < anchors[:, :, None]  # [B, A, T]
-    context = context.repeat_interleave(block_size, 1)
-    block_of = torch.arange(A, device=anchors.device).repeat_interleave(block_size)
-    own = (block_of[:, None] == block_of[None, :]).expand(B, -1, -1)
-    return torch.cat([context, own], -1)[:, None]
 
 
 class DFlashDrafter(Drafter):
@@ -159,7 +139,7 @@ class DFlashDrafter(Drafter):
     def encode(self, features: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> FeatureContext:  # noqa: ARG002
         x = self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
         rope = self._rope(positions, x)
-        return FeatureContext([layer.keys_values(x, rope) for layer in self._layers()], positions)
+        return FeatureContext([layer.keys_values(x, rope) for layer in self._layers()])
 
     def _layers(self) -> Iterator[DFlashLayer]:
         for layer in self.layers:
@@ -174,18 +154,19 @@ class DFlashDrafter(Drafter):
         block[..., 0] = tokens[..., 0]
         positions = (anchors[..., None] + torch.arange(block_size, device=anchors.device)).flatten(1)
         x = F.embedding(block.flatten(1), self._embedding[0]).to(self.fc.weight.dtype)
-        mask = block_mask(context.positions, anchors, block_size)
+        reach = Reach(anchors, None if context.window is None else anchors - context.window)
         rope = self._rope(positions, x)
         for layer, keys_values in zip(self._layers(), context.layers, strict=True):
-            x = layer(x, rope, keys_values, mask)
+            x = layer(x, rope, keys_values, reach)
         return self.norm(x).unflatten(1, (A, block_size))[:, :, 1:]
 
     def training_operations(self, shape: StepShape) -> float:
         """With N = rows · T positions, b = rows · A blocks of B tokens, q and k the widths of queries and keys:
 
         fc: N · F·H², forward and the gradient of its weights (2 passes; the target's features need none); all other
-        weights in 3 passes: N · L·2Hk (context) + b·B · L·(2Hq + 2Hk + 3HI) (blocks); attention, 3 passes: b·B queries
-        of width q over T + A·B keys, twice (scores and values), L times; the frozen head, 2 passes: P · V'·H.
+        weights in 3 passes: N · L·2Hk (context) + b·B · L·(2Hq + 2Hk + 3HI) (blocks); attention, L times, 2 products
+        forward and 5 backward (scores are made again): B queries of width q of each block over the positions before its
+        anchor and over the block; the frozen head, 2 passes: P · V'·H.
         A pass is one product; each multiply-add counts as two operations.
         """
         c = self.config
@@ -194,9 +175,9 @@ class DFlashDrafter(Drafter):
         N, tokens = shape.prefixes * shape.rows * shape.width, shape.rows * shape.anchors * B
         fc = N * len(self.target_layer_ids) * H * H
         layer = N * 2 * H * k + tokens * (2 * H * q + 2 * H * k + 3 * H * c.intermediate_size)
-        attention = 2 * tokens * q * (shape.width + shape.anchors * B)
+        attention = B * q * shape.seen + tokens * q * B
         head = shape.head_positions * shape.head_rows * H
-        return 2.0 * (2 * fc + 3 * c.num_hidden_layers * (layer + attention) + 2 * head)
+        return 2.0 * (2 * fc + c.num_hidden_layers * (3 * layer + 7 * attention) + 2 * head)
 
     def new_context(self, rows: int, capacity: int) -> SlotContext:
         return SlotContext([KeyValueSlots(rows, capacity) for _ in self.layers])
@@ -231,11 +212,9 @@ class DFlashDrafter(Drafter):
     def select(self, context: Context, rows: Rows, length: int) -> FeatureContext:
         if isinstance(context, FeatureContext):
             layers = [(keys[rows, :, :length], values[rows, :, :length]) for keys, values in context.layers]
-            return FeatureContext(layers, context.positions[rows, :length])
+            return FeatureContext(layers, context.window)
         assert isinstance(context, SlotContext)
-        layers = [slots.read(rows, length) for slots in context.layers]
-        positions = torch.arange(length, device=layers[0][0].device).expand(layers[0][0].shape[0], -1)
-        return FeatureContext(layers, positions)
+        return FeatureContext([slots.read(rows, length) for slots in context.layers])
 
     def move_row(self, context: Context, source: int, to: int) -> None:
         assert isinstance(context, SlotContext)

@@ -21,6 +21,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
+from draftsmith.stages.drafters.attention import Reach, block_attention
 from draftsmith.stages.drafters.base import Context, Drafter, DrafterInfo, Proposals, StepShape, TrainingRecipe, best_of
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.targets.slots import KeyValueSlots, Rows
@@ -70,36 +71,12 @@ class EagleAttention(nn.Module):
         self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x: [B, N, 2H] → rotated keys and values, each [B, kv_heads, N, head_dim]."""
-        return _rotated(self._heads(self.k_proj(x)), rope), self._heads(self.v_proj(x))
+        values = self._heads(self.v_proj(x))
+        return _rotated(self._heads(self.k_proj(x)), rope).to(values.dtype), values
 
 
 def _rotated(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     return apply_rotary_pos_emb(x, x, *rope)[0]
-
-
-def chain_attention(
-    queries: torch.Tensor,
-    prefix: tuple[torch.Tensor, torch.Tensor],
-    visible: torch.Tensor,
-    own: tuple[torch.Tensor, torch.Tensor],
-) -> torch.Tensor:
-    """A chains a row, each reading its part of the row's prefix and its own J entries: no mask over chains exists.
-
-    queries: [B, heads, A, D]; prefix: keys and values [B, kv_heads, T, D]; visible: bool [B, A, T]; own: keys and
-    values [B, kv_heads, A, J, D]. Returns [B, A, heads · D].
-    """
-    B, heads, A, D = queries.shape
-    keys, values = prefix
-    kv_heads, T = keys.shape[1], keys.shape[2]
-    shared = heads // kv_heads  # query heads that read one key head, neighbours as in transformers
-    q = queries.view(B, kv_heads, shared, A, D) / math.sqrt(D)
-    seen = (q.flatten(2, 3) @ keys.to(q.dtype).transpose(-1, -2)).view(B, kv_heads, shared, A, T)
-    seen = seen.masked_fill(~visible[:, None, None], torch.finfo(seen.dtype).min)
-    itself = (q[..., None, :] * own[0][:, :, None]).sum(-1)  # [B, kv_heads, shared, A, J]
-    weights = torch.cat([seen, itself], -1).softmax(-1, dtype=torch.float32).to(q.dtype)
-    read = (weights[..., :T].flatten(2, 3) @ values.to(q.dtype)).view(B, kv_heads, shared, A, D)
-    read = read + (weights[..., T:, None] * own[1][:, :, None]).sum(-2)
-    return read.flatten(1, 2).transpose(1, 2).flatten(2)
 
 
 class EagleLayer(nn.Module):
@@ -132,8 +109,7 @@ class _Chain:
         self.features = context.features.gather(
             1, self.positions[..., None].expand(-1, -1, context.features.shape[-1])
         )  # [B, A, H]
-        index = torch.arange(context.keys.shape[2], device=anchors.device)
-        self.visible = index < (anchors - 1)[..., None]  # [B, A, T]
+        self.reach = Reach(self.positions)
         self._keys: list[torch.Tensor] = []  # each [B, kv_heads, A, D]
         self._values: list[torch.Tensor] = []
 
@@ -145,13 +121,10 @@ class _Chain:
         keys, values = layer.self_attn.keys_values(x, rope)
         self._keys.append(keys)
         self._values.append(values)
-        attended = chain_attention(
-            layer.self_attn.queries(x, rope),
-            (self.context.keys, self.context.values),
-            self.visible,
-            (torch.stack(self._keys, 3), torch.stack(self._values, 3)),
-        )
-        self.features = layer.finish(self.features, attended)
+        own = torch.stack(self._keys, 3), torch.stack(self._values, 3)
+        queries = layer.self_attn.queries(x, rope)[..., None, :]  # one of each chain
+        attended = block_attention(queries, (self.context.keys, self.context.values), own, self.reach)
+        self.features = layer.finish(self.features, attended[:, :, 0])
         return self.drafter.norm(self.features)
 
 
@@ -252,9 +225,9 @@ class Eagle3Drafter(Drafter):
         """With N = rows · T positions, e = rows · A · K entries of chains, q and k the widths of queries and keys:
 
         fc: N · 3H², forward and the gradient of its weights (2 passes; the target's features need none); all other
-        weights in 3 passes: N · 4Hk (prefix) + e · (3Hq + 4Hk + 3HI) (chains); attention over the prefix, 3 passes: e
-        queries of width q over T keys, twice (scores and values); the trained head, whose logits are computed again in
-        backward, 4 passes: P · V'·H. A chain's own entries are left out: at most K keys a query.
+        weights in 3 passes: N · 4Hk (prefix) + e · (3Hq + 4Hk + 3HI) (chains); attention, 2 products forward and 5
+        backward (scores are made again): K queries of width q of each chain over the positions before its anchor, and
+        over 1 … K entries of its own; the trained head, whose logits are made again in backward, 4 passes: P · V'·H.
         A pass is one product; each multiply-add counts as two operations.
         """
         c = self.config
@@ -263,9 +236,9 @@ class Eagle3Drafter(Drafter):
         N, entries = shape.prefixes * shape.rows * shape.width, shape.rows * shape.anchors * K
         fc = N * len(self.target_layer_ids) * H * H
         layer = N * 4 * H * k + entries * (3 * H * q + 4 * H * k + 3 * H * c.intermediate_size)
-        attention = 2 * entries * q * shape.width
+        attention = K * q * shape.seen + entries * q * (K + 1) / 2
         head = shape.head_positions * shape.head_rows * H
-        return 2.0 * (2 * fc + 3 * (layer + attention) + 4 * head)
+        return 2.0 * (2 * fc + 3 * layer + 7 * attention + 4 * head)
 
     def new_context(self, rows: int, capacity: int) -> SlotContext:
         return SlotContext(rows, capacity)

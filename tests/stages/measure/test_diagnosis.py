@@ -25,10 +25,8 @@ class Forgetful(DFlashDrafter):
     """Sees the last positions of its context alone."""
 
     def block_hidden(self, context: Context, tokens: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
-        assert isinstance(context, FeatureContext) and anchors.shape[1] == 1
-        far = context.positions < anchors - WINDOW
-        context = FeatureContext(context.layers, torch.where(far, 10**6, context.positions))
-        return super().block_hidden(context, tokens, anchors)
+        assert isinstance(context, FeatureContext)
+        return super().block_hidden(FeatureContext(context.layers, WINDOW), tokens, anchors)
 
 
 def with_attribute(name: str, value: Any) -> Callable[[Drafter], Drafter]:

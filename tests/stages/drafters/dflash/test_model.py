@@ -6,13 +6,11 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter
 from draftsmith.stages.drafters.config import DFlashConfig
-from draftsmith.stages.drafters.dflash.model import DFlashDrafter, FeatureContext, block_mask
+from draftsmith.stages.drafters.dflash.model import DFlashDrafter, FeatureContext
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.replay.trace import pad_tokens
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
@@ -30,20 +28,6 @@ def blocks_of(anchor_tokens: torch.Tensor, block_size: int) -> torch.Tensor:
     tokens = anchor_tokens.new_zeros(*anchor_tokens.shape, block_size - 1)
     tokens[..., 0] = anchor_tokens
     return tokens
-
-
-@given(st.data())
-@settings(max_examples=30, deadline=None)
-def test_the_block_mask_is_what_three_loops_say(data: st.DataObject) -> None:
-    B, T, A, block = (data.draw(st.integers(1, n)) for n in (2, 6, 3, 4))
-    anchors = torch.tensor(data.draw(st.lists(st.integers(0, T + 1), min_size=B * A, max_size=B * A))).view(B, A)
-    positions = torch.arange(T).expand(B, -1)
-    mask = block_mask(positions, anchors, block)
-    assert mask.shape == (B, 1, A * block, T + A * block)
-    for b, query, key in product(range(B), range(A * block), range(T + A * block)):
-        anchor = int(anchors[b, query // block])
-        sees = key < anchor if key < T else (key - T) // block == query // block
-        assert bool(mask[b, 0, query, key]) == sees, (b, query, key)
 
 
 def test_block_hidden_equals_the_plain_float64_reference(plain_target: Target, plain_drafter: DFlashDrafter) -> None:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.nn import functional as F
 
 from draftsmith.stages.drafters.checkpoint import create_drafter
 from draftsmith.stages.drafters.config import Eagle3Config
-from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter, PrefixContext, chain_attention
+from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter, PrefixContext
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.causal_lm import Target
@@ -137,34 +132,6 @@ def test_the_features_are_the_states_after_the_named_layers_in_their_order(seque
         states = sequence.target.model(sequence.tokens, output_hidden_states=True, use_cache=False).hidden_states
     expected = torch.cat([states[layer + 1] for layer in (2, 0, 1)], -1)  # hidden_states[0] is the embedding
     torch.testing.assert_close(sequence.features, expected, atol=1e-5, rtol=1e-5)
-
-
-# ---- attention of chains
-
-
-@given(st.data())
-@settings(max_examples=60, deadline=None)
-def test_chain_attention_is_attention_under_the_mask_that_loops_write(data: st.DataObject) -> None:
-    B, T, A, J, D = (data.draw(st.integers(1, n)) for n in (2, 6, 3, 4, 4))
-    kv_heads, shared = data.draw(st.sampled_from([(1, 1), (1, 3), (2, 2), (3, 1)]))
-    draw = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
-    queries = torch.randn(B, kv_heads * shared, A, D, generator=draw)
-    prefix_keys, prefix_values = (torch.randn(B, kv_heads, T, D, generator=draw) for _ in range(2))
-    own_keys, own_values = (torch.randn(B, kv_heads, A, J, D, generator=draw) for _ in range(2))
-    visible = torch.randint(0, 2, (B, A, T), generator=draw).bool()
-    visible[0, 0] = False  # a chain at the very beginning reads itself alone
-    mask = torch.zeros(B, 1, A, T + A * J, dtype=torch.bool)
-    for b, chain, key in product(range(B), range(A), range(T + A * J)):
-        mask[b, 0, chain, key] = visible[b, chain, key] if key < T else (key - T) // J == chain
-    expected = F.scaled_dot_product_attention(
-        queries,
-        torch.cat([prefix_keys, own_keys.flatten(2, 3)], 2),
-        torch.cat([prefix_values, own_values.flatten(2, 3)], 2),
-        attn_mask=mask,
-        enable_gqa=True,
-    )
-    attended = chain_attention(queries, (prefix_keys, prefix_values), visible, (own_keys, own_values))
-    torch.testing.assert_close(attended, expected.transpose(1, 2).flatten(2), atol=1e-5, rtol=1e-5)
 
 
 # ---- what a chain reads

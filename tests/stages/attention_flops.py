@@ -1,0 +1,25 @@
+"""Operations of the CPU's attention kernels, which torch's counter does not know by itself."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
+
+_aten = torch.ops.aten
+
+
+def _of_forward(q: torch.Size, k: torch.Size, v: torch.Size, *_args: object, **_kwargs: object) -> int:
+    return int(sdpa_flop_count(q, k, v))
+
+
+def _of_backward(
+    grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *_args: object, **_kwargs: object
+) -> int:
+    return int(sdpa_backward_flop_count(grad, q, k, v))
+
+
+# as FlopCounterMode takes them in `custom_mapping`
+ATTENTION_FLOPS = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _of_forward,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _of_backward,
+}

@@ -1,0 +1,150 @@
+"""Attention of blocks in parts against the same under one dense mask, and what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from draftsmith.stages.drafters import attention
+from draftsmith.stages.drafters.attention import Reach, block_attention
+from tests.stages.attention_flops import ATTENTION_FLOPS
+
+FLOAT32 = 1e-5  # sums in another order, on values of order one
+BFLOAT16 = 0.02  # of the largest value: two roundings to 8 bits more or less
+
+
+@dataclass
+class Case:
+    """Inputs of a call; blocks of S queries and J keys."""
+
+    queries: torch.Tensor
+    prefix: tuple[torch.Tensor, torch.Tensor]
+    own: tuple[torch.Tensor, torch.Tensor]
+    reach: Reach
+
+    @property
+    def inputs(self) -> list[torch.Tensor]:
+        return [self.queries, *self.prefix, *self.own]
+
+    def attended(self) -> torch.Tensor:
+        return block_attention(self.queries, self.prefix, self.own, self.reach)
+
+    def dense(self) -> torch.Tensor:
+        """Every query against the prefix and the keys of all blocks, under a mask."""
+        _, _, A, S, _ = self.queries.shape
+        keys, values = (torch.cat([p, o.flatten(2, 3)], 2) for p, o in zip(self.prefix, self.own, strict=True))
+        mask = block_mask(self.reach, self.prefix[0].shape[2], S, self.own[0].shape[3])
+        out = F.scaled_dot_product_attention(
+            self.queries.flatten(2, 3), keys, values, attn_mask=mask[:, None], enable_gqa=True
+        )
+        return out.transpose(1, 2).flatten(2).unflatten(1, (A, S))
+
+    def gradients(self, form: str) -> list[torch.Tensor]:
+        """Of a weighted sum of the output, with respect to every input."""
+        leaves = [x.detach().clone().requires_grad_() for x in self.inputs]
+        moved = Case(leaves[0], (leaves[1], leaves[2]), (leaves[3], leaves[4]), self.reach)
+        out = moved.attended() if form == "parts" else moved.dense()
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        (out * weights.to(out.dtype)).sum().backward()
+        found = [x.grad for x in leaves]
+        assert all(g is not None for g in found)
+        return [g for g in found if g is not None]
+
+
+def block_mask(reach: Reach, T: int, S: int, J: int) -> torch.Tensor:
+    """bool [B, A · S, T + A · J]: the entries that are seen of the prefix, and the block's own keys."""
+    A = reach.seen.shape[1]
+    block = torch.arange(A)
+    own = (block.repeat_interleave(S)[:, None] == block.repeat_interleave(J)).expand(len(reach.seen), -1, -1)
+    return torch.cat([reach.visible(T).repeat_interleave(S, 1), own], -1)
+
+
+def make_case(
+    B: int, heads: tuple[int, int], T: int, A: int, S: int, J: int, D: int, *, seed: int = 0, window: int | None = None
+) -> Case:
+    """heads: key heads and queries' heads of each. Blocks see anything from nothing to more than there is."""
+    draw = torch.Generator().manual_seed(seed)
+    kv_heads, shared = heads
+    randn = torch.randn
+    seen = torch.randint(0, T + 2, (B, A), generator=draw)
+    seen[0, 0] = 0
+    return Case(
+        randn(B, kv_heads * shared, A, S, D, generator=draw),
+        (randn(B, kv_heads, T, D, generator=draw), randn(B, kv_heads, T, D, generator=draw)),
+        (randn(B, kv_heads, A, J, D, generator=draw), randn(B, kv_heads, A, J, D, generator=draw)),
+        Reach(seen, None if window is None else seen - window),
+    )
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_parts_equal_the_dense_form_and_so_do_their_gradients(data: st.DataObject) -> None:
+    B, T, A, S, J, D = (data.draw(st.integers(1, n)) for n in (2, 9, 5, 4, 4, 8))
+    heads = data.draw(st.sampled_from([(1, 1), (1, 3), (2, 2), (3, 1)]))
+    window = data.draw(st.sampled_from([None, 1, 3]))
+    case = make_case(B, heads, T, A, S, J, D, seed=data.draw(st.integers(0, 1000)), window=window)
+    group = data.draw(st.integers(1, A))  # blocks that are read together
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_MASK_ENTRIES", group * B * heads[1] * S * T)
+        torch.testing.assert_close(case.attended(), case.dense(), atol=FLOAT32, rtol=FLOAT32)
+        for found, expected in zip(case.gradients("parts"), case.gradients("dense"), strict=True):
+            torch.testing.assert_close(found, expected, atol=FLOAT32, rtol=FLOAT32)
+
+
+def test_the_dense_mask_is_what_loops_write() -> None:
+    B, T, A, S, J = 2, 5, 3, 2, 4
+    reach = make_case(B, (1, 1), T, A, S, J, 4, window=2).reach
+    assert reach.first is not None
+    mask = block_mask(reach, T, S, J)
+    for b, query, key in product(range(B), range(A * S), range(T + A * J)):
+        block = query // S
+        near = int(reach.first[b, block]) <= key < int(reach.seen[b, block])
+        assert bool(mask[b, query, key]) == (near if key < T else (key - T) // J == block), (b, query, key)
+
+
+def test_in_bfloat16_both_forms_are_equally_close_to_float32() -> None:
+    case = make_case(2, (2, 2), 60, 6, 8, 8, 32)
+    rounded = Case(
+        case.queries.bfloat16(),
+        (case.prefix[0].bfloat16(), case.prefix[1].bfloat16()),
+        (case.own[0].bfloat16(), case.own[1].bfloat16()),
+        case.reach,
+    )
+    for form in ("parts", "dense"):
+        found = [(rounded.attended() if form == "parts" else rounded.dense()), *rounded.gradients(form)]
+        for x, expected in zip(found, [case.dense(), *case.gradients("dense")], strict=True):
+            assert x.dtype == torch.bfloat16
+            assert float((x.float() - expected).abs().max() / expected.abs().max()) < BFLOAT16
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_reads_under_the_same_mask() -> None:
+    """Its uncompiled form; its gradient exists on accelerators only."""
+    case = make_case(2, (2, 2), 37, 5, 4, 3, 16, window=9)
+    with pytest.MonkeyPatch.context() as patch:
+        plain = attention._flex(compiled=False)
+        patch.setattr(attention, "_flex", lambda: plain)
+        found = attention._with_flex(case.queries, case.prefix, case.own, case.reach)
+    torch.testing.assert_close(found, case.dense(), atol=FLOAT32, rtol=FLOAT32)
+
+
+def test_operations_grow_linearly_with_the_blocks_and_end_where_they_see() -> None:
+    T, S = 64, 4
+
+    def counted(A: int, seen: int) -> int:
+        case = make_case(1, (1, 2), T, A, S, S, 8)
+        case.reach = Reach(torch.full((1, A), seen))
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
+            case.gradients("parts")
+        return int(counter.get_total_flops())
+
+    assert counted(20, T) == 10 * counted(2, T)
+    # two products forward and five backward, over the prefix and the own block
+    assert counted(20, 16) == 7 * 2 * (2 * 20 * S) * (16 + S) * 8
