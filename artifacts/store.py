@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,6 +40,8 @@ from draftsmith.artifacts.manifest import (
 log = logging.getLogger(__name__)
 SHORT = 16  # hex digits of a key in a folder's name
 PARTIAL, REPLACED = ".partial-", ".replaced-"  # beginnings of the names of what is no artifact, or none any more
+_PENDING = "pending.json"  # the manifest of a stage that has ended, without its files: what is left to do is the commit
+_PENDING_BYTES = 1 << 16  # set aside when the attempt begins, so that a full disk cannot refuse them at its end
 
 
 @dataclass(frozen=True)
@@ -191,15 +193,17 @@ class Store:
         """Take the key's lock (waiting for its holder) and yield a `Claim`, or the artifact if it is finished by then.
 
         `force` makes the artifact again although it is complete, and not from what an attempt without it left; it goes
-        on from what an earlier forced attempt saved, and logs where that lies.
+        on from what an earlier forced attempt saved, and logs where that lies. What an earlier attempt made but could
+        not commit is committed here.
         `waiting` is called once if another process holds the lock. The kernel drops the lock of a dead process.
         """
         with ExitStack() as stack:
             with disk_errors(f"claiming {stage}"):
                 fd = stack.enter_context(locked(self._lock(stage, key), waiting))
-                self._finish_interrupted_commit(stage, key)
-                done = None if force else self.find(stage, key)
                 partial = self.partial(stage, key)
+                forced_before = (partial / "forced").exists()
+                finished = self._finish_interrupted_commit(stage, key)
+                done = (finished if forced_before else None) if force else self.find(stage, key)
                 if done is None:
                     begun_by_force = partial / "forced"
                     if force and begun_by_force.exists():
@@ -214,6 +218,7 @@ class Store:
                         begun_by_force.touch()
                     else:
                         begun_by_force.unlink(missing_ok=True)
+                    _set_aside_space(partial / _PENDING)
             yield done or Claim(stage, key, partial / "out", partial / "work", fd)
 
     def is_claimed(self, stage: str, key: str) -> bool:
@@ -235,28 +240,33 @@ class Store:
         modules: Mapping[str, str] | None = None,
         external: Mapping[str, str] | None = None,
     ) -> ArtifactRef:
-        """Make `claim.out` the artifact: its manifest last, everything on disk, then one rename."""
+        """Make `claim.out` the artifact: its manifest last, everything on disk, then one rename.
+
+        If it fails on the way (a full disk), the next claim of this key commits what is there.
+        """
         with disk_errors(f"completing {claim.stage}"):
             for leftover in claim.out.rglob(f"{TMP_PREFIX}*"):
                 leftover.unlink()
-            files = describe_files(claim.out, volatile)
-            if not files:
+            names = artifact_files(claim.out)
+            if not names:
                 raise DraftsmithError(f"stage {claim.stage} wrote nothing to {claim.out}: there is no artifact to keep")
-            for name in files:
+            for name in names:
                 fsync(claim.out / name)
             for folder in (claim.out, *(path for path in claim.out.rglob("*") if path.is_dir())):
                 fsync(folder)
-            manifest = Manifest(
+            pending = _Pending(
+                volatile=volatile,
+                sizes=_sizes(claim.out),
                 schema_version=SCHEMA_VERSION,
                 stage=claim.stage,
                 key=claim.key,
-                content_id=content_id(files),
+                content_id="",
                 created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
                 config=dict(config),
                 inputs={name: _entry(ref) for name, ref in inputs.items()},
                 code_digest=code_digest,
                 seed=seed,
-                files=files,
+                files={},
                 # a figure that is not a number has no JSON form and would make the manifest unreadable
                 metrics={name: value for name, value in (metrics or {}).items() if math.isfinite(value)},
                 mlflow_run_id=mlflow_run_id,
@@ -265,8 +275,17 @@ class Store:
                 modules=dict(modules or {}),
                 external=dict(external or {}),
             )
-            write_text(claim.out / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
-            return self._install(manifest)
+            _overwrite(self.partial(claim.stage, claim.key) / _PENDING, pending.model_dump_json().encode())
+            return self._complete(pending)
+
+    def _complete(self, pending: _Pending) -> ArtifactRef:
+        """Commit the files of an attempt that has ended."""
+        out = self.partial(pending.stage, pending.key) / "out"
+        files = describe_files(out, pending.volatile)
+        fields = pending.model_dump(exclude={"volatile", "sizes"})
+        manifest = Manifest.model_validate({**fields, "files": files, "content_id": content_id(files)})
+        write_text(out / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+        return self._install(manifest)
 
     def _install(self, manifest: Manifest) -> ArtifactRef:
         """Rename a complete `out` to its final name. Killed anywhere in here, the next claim ends what was begun."""
@@ -285,17 +304,17 @@ class Store:
             shutil.rmtree(replaced, ignore_errors=True)
         return manifest.ref(final)
 
-    def _finish_interrupted_commit(self, stage: str, key: str) -> None:
+    def _finish_interrupted_commit(self, stage: str, key: str) -> ArtifactRef | None:
+        """The artifact of a stage that had ended when its commit was cut off, or could not be written."""
         out = self.partial(stage, key) / "out"
-        if not (out / MANIFEST).exists():
-            return
-        try:
-            self._check(out, stage, key)
-            manifest = read_manifest(out)
-        except DraftsmithError:
-            (out / MANIFEST).unlink()  # an attempt like any other: the stage goes on from what is there
-            return
-        self._install(manifest)
+        if (out / MANIFEST).exists():
+            try:
+                self._check(out, stage, key)
+                return self._install(read_manifest(out))
+            except DraftsmithError:
+                (out / MANIFEST).unlink()  # made again below, or an attempt like any other
+        pending = _read_pending(out.with_name(_PENDING))
+        return None if pending is None or pending.sizes != _sizes(out) else self._complete(pending)
 
     def _check(self, folder: Path, stage: str, key: str) -> ArtifactRef:
         """Manifest present and readable, of this key, and every file there with its size."""
@@ -333,6 +352,39 @@ class Store:
 
 def _entry(ref: ArtifactRef) -> InputEntry:
     return InputEntry(stage=ref.stage, key=ref.key, content_id=ref.content_id, volatile_id=ref.volatile_id)
+
+
+class _Pending(Manifest):
+    """A manifest whose files are not described yet."""
+
+    volatile: tuple[str, ...]
+    sizes: dict[str, int]  # of the files that are there, by name
+
+
+def _sizes(out: Path) -> dict[str, int]:
+    return {name: (out / name).stat().st_size for name in artifact_files(out)}
+
+
+def _set_aside_space(path: Path) -> None:
+    with path.open("wb") as file, suppress(OSError):  # some file systems cannot: the bytes are asked for at the end
+        os.posix_fallocate(file.fileno(), 0, _PENDING_BYTES)
+
+
+def _overwrite(path: Path, content: bytes) -> None:
+    """In the space that the file has: nothing is asked of a full disk."""
+    with path.open("r+b") as file:
+        file.write(content)
+        file.flush()
+        file.truncate()
+        os.fsync(file.fileno())
+
+
+def _read_pending(path: Path) -> _Pending | None:
+    """None: the stage has not ended."""
+    try:
+        return _Pending.model_validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def _names(text: str, manifest: Manifest) -> bool:

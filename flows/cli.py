@@ -300,13 +300,17 @@ def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
     from draftsmith.flows.pipeline.node import Workshop, make
 
     config = _read(options, pipeline)
-    planned = {item.node.name: item for item in plan(config, Store(home() / "store"), pipeline)}
+    # a damaged artifact is no matter unless it is needed: it may be the one that is to be made again
+    items = plan(config, Store(home() / "store"), pipeline, stop_at_damage=False)
+    planned = {item.node.name: item for item in items}
     if options.name not in planned:
         raise DraftsmithError(f"no node {options.name!r}: use one of {', '.join(planned)}")
     node = planned[options.name].node
     inputs = {}
     for name, source in node.inputs.items():
         ref = planned[source].ref
+        if (damage := planned[source].damage) is not None:
+            raise damage
         if ref is None:
             raise DraftsmithError(_missing_input(options, name, planned[source]))
         inputs[name] = ref

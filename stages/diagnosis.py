@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from draftsmith.artifacts.atomic import write_text
-from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
 from draftsmith.stages.contract import Config, Stage, StageContext, follow
 from draftsmith.stages.engines.config import SamplingConfig, SGLangEngineConfig
 from draftsmith.stages.replay.parity import MaxParityMismatch
@@ -66,6 +66,7 @@ def run(ctx: StageContext, config: DiagnosisConfig) -> None:
             longest=positions_needed(prompts, params.max_new_tokens, info.max_positions),
             work=ctx.work,
             log=ctx.log,
+            check=ctx.check_interrupted,
         ) as server:
             requests = [Request(p.prompt_id, p.token_ids, params, seed=ctx.seed) for p in prompts]
             answers = []
@@ -73,7 +74,7 @@ def run(ctx: StageContext, config: DiagnosisConfig) -> None:
                 answers.append(answer)
                 ctx.progress(len(answers), len(requests), "answers")
                 ctx.check_interrupted()
-    except RetryableError:
+    except (RetryableError, StageInterrupted):
         raise
     except DraftsmithError as error:  # what the server says of itself is enough
         _write(ctx, {"sentence": str(error), "agrees": False, "causes": [{"cause": "told by the server"}]})

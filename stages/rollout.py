@@ -124,6 +124,7 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
             longest=longest,
             work=ctx.work,
             log=ctx.log,
+            check=ctx.check_interrupted,
         ) as engine:
             if not engine.records_trace:  # without a drafter or the plug-in, answers are whole without steps
                 finished = _complete_answers(ctx.work, with_trace=False)

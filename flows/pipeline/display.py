@@ -23,6 +23,7 @@ _STATUS_STYLE = {
     Status.RESUME: "yellow",
     Status.FORCED: "magenta",
     Status.AFTER: "dim",
+    Status.DAMAGED: "red",
 }
 
 

@@ -96,6 +96,7 @@ class Status(StrEnum):
     RESUME = "resumes"
     FORCED = "forced"
     AFTER = "after"
+    DAMAGED = "damaged"
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class PlannedNode:
     key: str | None = None  # None while an input has still to be made
     ref: ArtifactRef | None = None  # of a hit
     after: tuple[str, ...] = ()  # nodes that must be made before the key is known
+    damage: DraftsmithError | None = None  # what is wrong with an artifact that is there, and what to do
 
 
 def in_order(nodes: Sequence[Node]) -> list[Node]:
@@ -177,13 +179,30 @@ def resolved(config: RunOptions, pipeline: Pipeline) -> RunOptions:
     return found
 
 
-def plan(config: RunOptions, store: Store, pipeline: Pipeline, force: Collection[str] = ()) -> list[PlannedNode]:
-    """What a run would do now, in the order in which it would do it. Reads the store, changes nothing."""
-    return plan_nodes(in_order(pipeline.nodes(config)), config, store, pipeline, force)
+def plan(
+    config: RunOptions,
+    store: Store,
+    pipeline: Pipeline,
+    force: Collection[str] = (),
+    *,
+    stop_at_damage: bool = True,
+) -> list[PlannedNode]:
+    """What a run would do now, in the order in which it would do it. Reads the store, changes nothing.
+
+    stop_at_damage: a damaged artifact is an error, as it is for a run; else it is a node like one that is not made.
+    """
+    nodes = in_order(pipeline.nodes(config))
+    return plan_nodes(nodes, config, store, pipeline, force, stop_at_damage=stop_at_damage)
 
 
 def plan_nodes(
-    nodes: Sequence[Node], config: RunOptions, store: Store, pipeline: Pipeline, force: Collection[str] = ()
+    nodes: Sequence[Node],
+    config: RunOptions,
+    store: Store,
+    pipeline: Pipeline,
+    force: Collection[str] = (),
+    *,
+    stop_at_damage: bool = True,
 ) -> list[PlannedNode]:
     """The same for some of a graph's nodes, which are in order and need no others."""
     _check_external_files(nodes)
@@ -191,6 +210,8 @@ def plan_nodes(
     planned: dict[str, PlannedNode] = {}
     for node in nodes:
         planned[node.name] = _plan_node(node, planned, seed_of(node, config), store, pipeline, node.name in forced)
+        if stop_at_damage and (damage := planned[node.name].damage) is not None:
+            raise damage
     return list(planned.values())
 
 
@@ -219,7 +240,11 @@ def _plan_node(
     key = key_of(node, inputs, seed, pipeline)
     if forced:
         return PlannedNode(node, Status.FORCED, key)
-    if (ref := find(store, node, key)) and not outdated(store, node, ref, inputs):
+    try:
+        ref = find(store, node, key)
+    except DraftsmithError as damage:
+        return PlannedNode(node, Status.DAMAGED, key, damage=damage)
+    if ref is not None and not outdated(store, node, ref, inputs):
         return PlannedNode(node, Status.HIT, key, ref)
     return PlannedNode(node, Status.RESUME if has_partial(store, node, key) else Status.RUN, key)
 

@@ -26,10 +26,10 @@ _ROWS, _CELL, _JSON_LINES = 3, 120, 40
 
 
 def status_of_config(display: Display, config: RunOptions, pipeline: Pipeline) -> None:
-    """One line a node of the config: done, running, unfinished, failed (with its last error), or waiting."""
+    """One line a node of the config: done, running, unfinished, failed (with its last error), damaged, or waiting."""
     store = Store(home() / "store")
     table = _table("node", "stage", "key", "state")
-    for item in plan(config, store, pipeline):
+    for item in plan(config, store, pipeline, stop_at_damage=False):
         table.add_row(item.node.name, item.node.stage.name, (item.key or "-")[:16], _state(item, store))
     display.console.print(table)
 
@@ -38,6 +38,8 @@ def _state(item: PlannedNode, store: Store) -> str:
     if item.status is Status.AFTER or item.key is None:
         return f"[dim]waits for {', '.join(item.after)}[/dim]"
     stage = item.node.stage.name
+    if item.damage is not None and not store.is_claimed(stage, item.key):
+        return f"[red]damaged[/red]: {escape(str(item.damage))}"
     return _state_of(store, stage, item.key, done=item.ref is not None, partial=has_partial(store, item.node, item.key))
 
 

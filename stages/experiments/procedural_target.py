@@ -34,18 +34,22 @@ def preflight(_config: ProceduralTargetConfig, target: Path) -> None:
 
 
 def run(ctx: StageContext, config: ProceduralTargetConfig) -> None:
-    """Train it, then describe it as stage `target` does. An interrupted training (of minutes) starts again."""
-    from draftsmith.stages.procedural.training import train_target
+    """Train it, then describe it as stage `target` does. An interrupted training goes on from its last checkpoint."""
+    from draftsmith.stages.procedural.training import Kept, train_target
     from draftsmith.stages.targets.info import model_path, read_target_info, write_target_info
     from draftsmith.stages.targets.resolve import describe
 
     def on_step(step: int, loss: float) -> None:
-        ctx.check_interrupted()
         ctx.progress(step, config.steps, "steps", loss=loss)
         if step % _METRICS_EVERY == 0:
             ctx.metrics(step, loss=loss)
+        ctx.check_interrupted()
 
-    ctx.rewind_metrics(0)
+    def resumed(step: int) -> None:
+        ctx.rewind_metrics(step + 1)
+        if step:
+            ctx.log(f"continuing from the checkpoint at step {step} of {config.steps}")
+
     source, parent = f"procedural:{'+'.join(config.families)}", None
     dtype: Dtype = "float32"
     if "target" in ctx.inputs:
@@ -53,7 +57,8 @@ def run(ctx: StageContext, config: ProceduralTargetConfig) -> None:
         earlier = read_target_info(ctx.inputs["target"])
         parent, dtype = model_path(ctx.inputs["target"]), earlier.dtype
         source = f"{earlier.source}, then {source}"
-    loss = train_target(ctx.out / _MODEL, config, config.shape, parent=parent, dtype=dtype, on_step=on_step)
+    kept = Kept(ctx.work, resumed, ctx.log)
+    loss = train_target(ctx.out / _MODEL, config, config.shape, parent=parent, dtype=dtype, on_step=on_step, kept=kept)
     described = TargetConfig(source=source, dtype=dtype)
     info = describe(ctx.out / _MODEL, described, kind="folder", location=_MODEL, revision=None)
     write_target_info(info, ctx.out)

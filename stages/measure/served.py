@@ -91,6 +91,7 @@ class Served:
             work=work,
             log=self.ctx.log,
             measure_first_token=True,
+            check=self.ctx.check_interrupted,
         ) as engine:
             yield engine
 

@@ -6,13 +6,15 @@ import math
 import random
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, field_validator
 
-from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.contract import Config
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.stages.checkpoints import load_checkpoint, save_checkpoint
+from draftsmith.stages.contract import Config, Operational
 from draftsmith.stages.procedural.text import EASY, FAMILIES, REVISION_2, Example, examples
 from draftsmith.stages.targets.config import Dtype
 from draftsmith.stages.targets.source import TOKENIZER_PARTS
@@ -57,6 +59,7 @@ class TrainingTextConfig(Config):
     row_tokens: Annotated[int, Field(ge=8, description="hardly more than a document: copying is learned sooner")] = 128
     learning_rate: Annotated[float, Field(gt=0)] = 4e-3
     seed: Annotated[int, Field(ge=0, description="of weights and order")] = 0
+    checkpoint_every: Annotated[int, Field(ge=1, description="steps"), Operational()] = 100
 
     @field_validator("families")
     @classmethod
@@ -185,6 +188,15 @@ def new_model(shape: ShapeConfig, tokenizer: Any, seed: int) -> Any:
     return model
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Where a training keeps its checkpoints, and whom it tells that it goes on from one."""
+
+    folder: Path
+    resumed: Callable[[int], None]  # steps done, before the first one is made; 0 for a training that begins
+    log: Callable[[str], None]
+
+
 def train_target(
     folder: Path,
     config: TrainingTextConfig,
@@ -193,11 +205,14 @@ def train_target(
     parent: Path | None = None,
     dtype: Dtype = "float32",
     on_step: Callable[[int, float], None] = lambda _step, _loss: None,
+    kept: Kept | None = None,
 ) -> float:
     """Train a target, a new one or on from `parent` (whose shape and tokenizer it keeps), and save it in `folder`.
 
     `dtype` is the saved weights'; where it is not float32, matmuls are computed in it while training (the weights that
-    are trained are float32). `on_step(steps done, loss)` is called after every step. Returns the last loss, in nats.
+    are trained are float32). `on_step(steps done, loss)` is called after every step; where it raises
+    `StageInterrupted`, that step is kept. `kept`: where checkpoints lie; a training that finds one there goes on from
+    it, bit for bit on a CPU. Returns the last loss, in nats.
     Raises DraftsmithError if the rows teach nothing, or the parent's tokenizer has no end token.
     """
     import torch
@@ -214,7 +229,7 @@ def train_target(
             raise DraftsmithError(f"{parent}: the tokenizer names no end token: set eos_token in tokenizer_config.json")
         model = AutoModelForCausalLM.from_pretrained(parent, local_files_only=True, dtype="float32")
     ids, labels = _packed_rows(taught, tokenizer, config)
-    loss = _train(model, ids, labels, config, getattr(torch, dtype), on_step)
+    loss = _train(model, ids, labels, config, getattr(torch, dtype), on_step, kept)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     if parent is None:
         tokenizer.save_pretrained(folder)
@@ -232,6 +247,7 @@ def _train(
     config: TrainingTextConfig,
     dtype: torch.dtype,
     on_step: Callable[[int, float], None],
+    kept: Kept | None,
 ) -> float:
     import torch
 
@@ -248,9 +264,22 @@ def _train(
         optimizer,
         lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / config.steps)) + 0.01),
     )
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     model.train()
-    last = math.nan
-    for step in range(config.steps):
+    first, last = 0, math.nan
+    if kept is not None:
+        if found := load_checkpoint(kept.folder, kept.log):
+            first, state = found
+            last = state["loss"]
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        kept.resumed(first)
+
+    def save(step: int) -> None:
+        if kept is not None:
+            save_checkpoint(kept.folder, step, {"loss": last, **{n: part.state_dict() for n, part in parts.items()}})
+
+    for step in range(first, config.steps):
         rows = slice(step * config.rows_per_step, (step + 1) * config.rows_per_step)
         # A context a step: it keeps copies of the weights in its dtype, which are stale after an update.
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
@@ -262,6 +291,12 @@ def _train(
         optimizer.step()
         schedule.step()
         last = loss.item()
-        on_step(step + 1, last)
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+            save(step + 1)
+        try:
+            on_step(step + 1, last)
+        except StageInterrupted:
+            save(step + 1)
+            raise
     model.eval()
     return last

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import pickle
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from draftsmith.artifacts.atomic import atomic_path
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.checkpoints import load_checkpoint, save_checkpoint
 from draftsmith.stages.contract import StageContext
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.training.blocks import LossReport
@@ -50,8 +48,7 @@ def train(
     optimiser = torch.optim.AdamW(
         drafter.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
     )
-    path = ctx.work / "checkpoint.pt"
-    first, totals = _restore(path, drafter, optimiser, memory)
+    first, totals = _restore(ctx, drafter, optimiser, memory)
     if first:
         ctx.log(f"continuing from the checkpoint at step {first} of {config.steps}")
     ctx.rewind_metrics(first)  # an attempt that was killed wrote beyond its checkpoint, or never reached one
@@ -82,7 +79,7 @@ def train(
         )  # fmt: skip
         ctx.progress(step + 1, config.steps, "steps", loss=loss)
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or ctx.interrupted:
-            _save(path, step + 1, totals, drafter, optimiser, memory)
+            _save(ctx, step + 1, totals, drafter, optimiser, memory)
             ctx.check_interrupted()
     drafter.eval()
     return totals
@@ -99,34 +96,29 @@ def _add(totals: dict[str, float], **values: float) -> None:
 
 
 def _save(
-    path: Path,
+    ctx: StageContext,
     step: int,
     totals: dict[str, float],
     drafter: Drafter,
     optimiser: torch.optim.Optimizer,
     memory: Resumable | None,
 ) -> None:
-    state = {"step": step, "totals": totals, "drafter": drafter.state_dict(), "optimiser": optimiser.state_dict()}
+    state = {"totals": totals, "drafter": drafter.state_dict(), "optimiser": optimiser.state_dict()}
     if memory is not None:
         state["memory"] = memory.state_dict()
-    with atomic_path(path) as tmp, tmp.open("wb") as file:  # of a path, torch does not say why it could not be written
-        torch.save(state, file)
+    save_checkpoint(ctx.work, step, state)
 
 
 def _restore(
-    path: Path, drafter: Drafter, optimiser: torch.optim.Optimizer, memory: Resumable | None
+    ctx: StageContext, drafter: Drafter, optimiser: torch.optim.Optimizer, memory: Resumable | None
 ) -> tuple[int, dict[str, float]]:
-    """The step to go on with, and the totals so far. The file may be of another kind of device."""
-    if not path.exists():
+    """The step to go on with, and the totals so far. The checkpoint may be of another kind of device."""
+    found = load_checkpoint(ctx.work, ctx.log)
+    if found is None:
         return 0, {}
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise DraftsmithError(
-            f"checkpoint {path}: cannot be read ({error}); delete it to train from the start"
-        ) from error
+    step, state = found
     drafter.load_state_dict(state["drafter"])
     optimiser.load_state_dict(state["optimiser"])
     if memory is not None:
         memory.load_state_dict(state["memory"])
-    return state["step"], state["totals"]
+    return step, state["totals"]

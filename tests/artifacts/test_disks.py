@@ -82,6 +82,37 @@ def test_a_full_disk_is_one_clear_error_and_earlier_artifacts_stay(tmp_path: Pat
     assert "prompts.parquet" in message
 
 
+COMMIT = textwrap.dedent(
+    """
+    import sys
+    from pathlib import Path
+    from draftsmith.artifacts.store import Store
+
+    store = Store(Path(sys.argv[1]))
+    with store.claim("rollout", "ab" * 32) as claim:
+        (claim.out / "answers").write_bytes(bytes(500_000))
+        try:
+            with (store.root / "other").open("wb", 0) as other:
+                while True:
+                    other.write(bytes(4096))
+        except OSError as error:
+            print(error.strerror)
+        made = store.commit(claim, config={}, inputs={}, code_digest="c", seed=0)
+    print(*sorted(path.name for path in made.path.iterdir()))
+    """
+)
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs the right to mount")
+def test_a_disk_that_fills_up_behind_the_last_byte_of_a_stage_costs_nothing(tmp_path: Path) -> None:
+    """The attempt has set the space of its manifest aside when it began."""
+    inside = 'mount -t tmpfs -o size=1m draftsmith "$0" && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", inside, str(tmp_path), sys.executable, "-c", COMMIT, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["No space left on device", "answers manifest.json"]
+
+
 TORCH = textwrap.dedent(
     """
     import sys
@@ -89,13 +120,15 @@ TORCH = textwrap.dedent(
     import torch
     from draftsmith.artifacts.errors import disk_error_of, from_os_error
     from draftsmith.stages.drafters.layout import write_checkpoint
-    from draftsmith.stages.training.loop import _save
+    from draftsmith.stages.checkpoints import save_checkpoint
 
     folder = Path(sys.argv[1])
     layer = torch.nn.Linear(1000, 1000)
     optimiser = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(1, 1000)).sum().backward()
+    optimiser.step()
     for attempt in (
-        lambda: _save(folder / "checkpoint.pt", 1, {}, layer, optimiser, None),
+        lambda: save_checkpoint(folder, 1, {"layer": layer.state_dict(), "optimiser": optimiser.state_dict()}),
         lambda: write_checkpoint(folder, {}, {"weight": layer.weight}),
     ):
         try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,40 @@ def test_a_forced_claim_starts_empty_and_goes_on_from_a_forced_attempt(
     assert f"to begin anew, delete {store.partial('rollout', KEY)}" in caplog.text
     assert attempt(force=False, saved="other") == ["more"]
     assert attempt(force=True, saved="") == []
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_commit_that_failed_is_made_by_the_next_claim_without_the_stage(
+    store: Store, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    def full(path: Path, _text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("draftsmith.artifacts.store.write_text", full)
+        for _ in range(2):  # still full when it is tried again
+            with pytest.raises(DraftsmithError, match="the disk is full"):
+                make(store, "made once", force=force)
+    assert store.find("rollout", KEY) is None
+    with store.claim("rollout", KEY, force=force) as found:
+        assert isinstance(found, ArtifactRef)
+    assert (found.path / "data.txt").read_text() == "made once"
+    store.verify(found)
+    assert make(store, "made anew", force=True).content_id != found.content_id
+
+
+@pytest.mark.parametrize("change", ["grown", "gone"])
+def test_files_that_changed_behind_a_failed_commit_are_made_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("draftsmith.artifacts.store.describe_files", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(store)
+    file = store.partial("rollout", KEY) / "out" / "data.txt"
+    file.write_text("other answers") if change == "grown" else file.unlink()
+    with store.claim("rollout", KEY) as claim:
+        assert isinstance(claim, Claim)
 
 
 def test_a_stage_that_wrote_nothing_is_an_error(store: Store) -> None:

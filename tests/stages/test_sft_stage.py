@@ -97,17 +97,6 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, tiny_drafter: Dr
     assert last.summaries["positions"] == whole.summaries["positions"]
 
 
-def test_a_truncated_checkpoint_of_an_attempt_is_one_clear_error(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts
-) -> None:
-    with pytest.raises(StageInterrupted):
-        train(tmp_path, tiny_drafter, 2)
-    checkpoint = tmp_path / "work" / "checkpoint.pt"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    with pytest.raises(DraftsmithError, match=r"checkpoint\.pt: cannot be read .*delete it"):
-        train(tmp_path, tiny_drafter)
-
-
 def test_a_drafter_that_cannot_be_continued_is_refused_before_work(
     tmp_path: Path, tiny_drafter: DrafterArtifacts
 ) -> None:

@@ -33,6 +33,7 @@ class Answer:
     body: dict[str, Any]
     seconds: float
     first_token_seconds: float = float("nan")
+    url: str = ""  # of the server
 
 
 class LostError(Exception):
@@ -96,8 +97,8 @@ class ServerPool:
         self._total = total
         self._wake()
 
-    async def ask(self, name: str, payload: dict[str, Any]) -> Answer:
-        """POST /generate to the least loaded server until it is answered.
+    async def ask(self, name: str, payload: dict[str, Any], avoid: str = "") -> Answer:
+        """POST /generate to the least loaded server until it is answered. avoid: the url of one to ask last.
 
         Raises DraftsmithError if a server refuses the request, RetryableError if it was lost once more than `retries`
         or no server is left.
@@ -106,12 +107,11 @@ class ServerPool:
         assert task is not None
         self._asking.add(task)
         try:
-            return await self._ask(name, payload)
+            return await self._ask(name, payload, next((each for each in self.servers if each.url == avoid), None))
         finally:
             self._asking.discard(task)
 
-    async def _ask(self, name: str, payload: dict[str, Any]) -> Answer:
-        avoid: Server | None = None
+    async def _ask(self, name: str, payload: dict[str, Any], avoid: Server | None) -> Answer:
         for failures in range(self._retries + 1):
             if failures:
                 await asyncio.sleep(self._pause(failures))
@@ -280,7 +280,7 @@ async def _generate(
     if kind == "abort":
         raise LostError(f"aborted the request: {reason.get('message')}")
     seconds = time.perf_counter() - started
-    return Answer(body, seconds, float("nan") if first_token is None else first_token)
+    return Answer(body, seconds, float("nan") if first_token is None else first_token, url)
 
 
 def check_status(name: str, url: str, status: int, text: str) -> None:

@@ -15,7 +15,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import GREEDY_ONLY, SGLangEngineConfig
-from draftsmith.stages.engines.sglang.records import completion_of, generate_payload
+from draftsmith.stages.engines.sglang.records import BadAnswerError, completion_of, generate_payload
 
 if TYPE_CHECKING:
     from draftsmith.stages.engines.sglang.client import Answer, ServerPool
@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from draftsmith.stages.engines.sglang.handshake import Expected
 
 T = TypeVar("T")
+_CHECK_S = 0.5  # between two looks at whether the stage was asked to stop, while it waits for servers
+_ASKED_AGAIN = 2  # times, after a bad answer
+
+
+def _go_on() -> None:
+    """Nobody asks to stop."""
 
 
 class LoopThread:
@@ -36,10 +42,14 @@ class LoopThread:
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run to its end; what ends the wait (Ctrl-C) cancels it."""
+    def run(self, work: Coroutine[Any, Any, T], check: Callable[[], None] = _go_on) -> T:
+        """Run to its end; what ends the wait (Ctrl-C, or `check`, asked twice a second) cancels it."""
         future = self.submit(work)
         try:
+            while not future.done():
+                with suppress(TimeoutError):
+                    return future.result(_CHECK_S)
+                check()
             return future.result()
         except BaseException:
             future.cancel()
@@ -69,15 +79,25 @@ class SGLangEngine:
     `first_token_seconds` of completions is NaN unless the engine was opened with `measure_first_token`.
     """
 
-    def __init__(self, loop: LoopThread, fleet: Fleet, pool: ServerPool, expected: Expected):
+    def __init__(
+        self,
+        loop: LoopThread,
+        fleet: Fleet,
+        pool: ServerPool,
+        expected: Expected,
+        log: Callable[[str], None],
+        check: Callable[[], None] = _go_on,
+    ):
         self._loop, self._fleet, self._pool, self._expected = loop, fleet, pool, expected
+        self._log, self._check = log, check
         self.records_trace = fleet.records_trace
         self.name = fleet.name
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answers in the order in which they finish. Closing the iterator aborts what is in flight.
 
-        When a request fails for good, completions that have finished come first, then its error.
+        When a request fails for good, completions that have finished come first, then its error. An answer that is not
+        what was asked for is set aside and asked for again, elsewhere if there is another server.
         """
         pending: set[Future[Completion]] = set()
         finished: queue.SimpleQueue[Future[Completion]] = queue.SimpleQueue()
@@ -91,7 +111,11 @@ class SGLangEngine:
                     future.add_done_callback(finished.put)
                 if not pending:
                     return
-                done = finished.get()
+                try:
+                    done = finished.get(timeout=_CHECK_S)
+                except queue.Empty:
+                    self._check()
+                    continue
                 pending.discard(done)
                 if error := done.exception():
                     yield from _completions(finished)
@@ -104,15 +128,27 @@ class SGLangEngine:
     async def _answer(self, request: Request) -> Completion:
         if self._fleet.greedy_only and not request.sampling.greedy:
             raise DraftsmithError(f"sampling.temperature: {GREEDY_ONLY}")
-        payload = generate_payload(request, self._expected.target.eos_ids, self.records_trace)
-        answer = await self._pool.ask(request.request_id, payload)
-        if self.records_trace and answer.body.get("meta_info", {}).get("num_retractions"):
+        avoid = ""
+        for again in range(_ASKED_AGAIN + 1):
+            answer = await self._ask(request, avoid)
             # It lost its memory to others and was read again, which makes a token without a verify step: normal on a
-            # full server. It is asked once more, then taken without its steps, which mining replays.
-            answer = await self._pool.ask(request.request_id, payload)
-            retracted_again = answer.body.get("meta_info", {}).get("num_retractions")
-            return self._completion(request, answer, with_records=not retracted_again)
-        return self._completion(request, answer, with_records=self.records_trace)
+            # full server. It was asked for once more, and is now taken without its steps, which mining replays.
+            with_records = self.records_trace and not _retractions(answer)
+            try:
+                return self._completion(request, answer, with_records=with_records)
+            except BadAnswerError as error:
+                if again == _ASKED_AGAIN:
+                    raise
+                self._log(f"set aside and asked for again: {error} ({answer.url})")
+                avoid = answer.url
+        raise AssertionError
+
+    async def _ask(self, request: Request, avoid: str) -> Answer:
+        payload = generate_payload(request, self._expected.target.eos_ids, self.records_trace)
+        answer = await self._pool.ask(request.request_id, payload, avoid)
+        if self.records_trace and _retractions(answer):
+            answer = await self._pool.ask(request.request_id, payload, avoid)
+        return answer
 
     def _completion(self, request: Request, answer: Answer, *, with_records: bool) -> Completion:
         return completion_of(
@@ -131,7 +167,11 @@ class SGLangEngine:
 
     def flush_cache(self) -> None:
         """Forget cached prefixes on all servers, when they are idle. Raises RetryableError if one stays busy."""
-        self._loop.run(self._fleet.flush_cache())
+        self._loop.run(self._fleet.flush_cache(), self._check)
+
+
+def _retractions(answer: Answer) -> int:
+    return int(answer.body.get("meta_info", {}).get("num_retractions") or 0)
 
 
 def _completions(finished: queue.SimpleQueue[Future[Completion]]) -> Iterator[Completion]:
@@ -154,10 +194,12 @@ def open_sglang(
     work: Path,
     log: Callable[[str], None],
     measure_first_token: bool = False,
+    check: Callable[[], None] = _go_on,
 ) -> Iterator[SGLangEngine]:
     """Servers that passed the handshake, started here if the config says so and stopped on exit.
 
-    longest: positions of the longest request. work: launched servers' logs go to its folder `servers`.
+    longest: positions of the longest request. work: launched servers' logs go to its folder `servers`. check: called
+    while it waits for servers; what it raises ends the wait.
     Raises DraftsmithError for a config, server or drafter that does not fit, RetryableError if no server answers.
     """
     from draftsmith.stages.engines.sglang.fleet import open_fleet
@@ -176,8 +218,8 @@ def open_sglang(
     try:
         fleet = open_fleet(config, expected, work / "servers", log)
         try:
-            pool = loop.run(fleet.start())
-            yield SGLangEngine(loop, fleet, pool, expected)
+            pool = loop.run(fleet.start(), check)
+            yield SGLangEngine(loop, fleet, pool, expected, log, check)
         finally:
             loop.run(fleet.stop())
     finally:

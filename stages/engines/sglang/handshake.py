@@ -1,10 +1,13 @@
 """What a server must be before it is asked: the same model, vocabulary and drafter, and room for the longest request.
 
-All of it is read from what the server says and from a short generation; no weights are loaded here.
+All of it is read from what the server says and from a short generation. The target is loaded here only for a server
+whose weights neither lie on this machine nor have a revision (`probe.py`).
 """
 
 from __future__ import annotations
 
+import asyncio
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +16,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.config import NO_REDUCED_HEAD, SGLangEngineConfig, TreeConfig
+from draftsmith.stages.engines.sglang import probe
 from draftsmith.stages.engines.sglang.client import LostError, check_status
 from draftsmith.stages.engines.sglang.records import completion_of, generate_payload, trace_identity
 from draftsmith.stages.engines.sglang.server import algorithm_of, block_size_of
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
 
 PROBE_TEXT = "What is 12 + 30?\n\tNaïve café, 3.14 °C; 你好, привет."  # cut differently by different tokenizers
 _PROBE_TOKENS = 8
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUT_S = 120.0  # a first generation may compile kernels
 
 
@@ -32,8 +37,10 @@ class Expected:
     """What the servers are for."""
 
     target: TargetInfo
+    target_folder: Path  # its artifact
     model_folder: Path
     probe_ids: list[int]  # PROBE_TEXT in the target's tokenizer, no special tokens
+    scored_ids: list[int]  # the text of `probe.py`, likewise
     longest: int  # positions of the longest request
     drafter_folder: Path | None = None
     drafter_digest: str | None = None
@@ -56,8 +63,9 @@ class Expected:
     ) -> Expected:
         """Raises DraftsmithError if the drafter is made for another target, or cannot draft as the config says."""
         target, model_folder = read_target_info(target_folder), model_path(target_folder)
-        probe_ids = load_tokenizer(model_folder).encode(PROBE_TEXT, add_special_tokens=False)
-        expected = cls(target, model_folder, probe_ids, longest, stream=stream)
+        tokenizer = load_tokenizer(model_folder)
+        ids = [tokenizer.encode(text, add_special_tokens=False) for text in (PROBE_TEXT, probe.TEXT)]
+        expected = cls(target, target_folder, model_folder, *ids, longest, stream=stream)
         if drafter_folder is None:
             return expected
         from draftsmith.stages.drafters.checkpoint import check_drafter, check_layers
@@ -101,6 +109,7 @@ async def shake_hands(client: httpx.AsyncClient, url: str, expected: Expected) -
         model = await _get(client, url, "model_info", "get_model_info")
         server = await _get(client, url, "server_info", "get_server_info")
         remarks = await _check_model(client, url, model, expected)
+        remarks += await _check_weights(client, url, str(model.get("model_path")), server, expected)
         remarks += _check_drafter(url, server, expected)
         _check_room(url, server, expected)
         if expected.stream and server.get("incremental_streaming_output"):
@@ -162,17 +171,61 @@ async def _check_model(client: httpx.AsyncClient, url: str, model: dict[str, Any
         remarks.append(f"{url} does not tokenize: its vocabulary could not be compared")
     elif tokens != expected.probe_ids:
         raise _wrong(url, f"serves {path}, whose tokenizer is not that of the target {target.source}")
-    folder = Path(path)
-    if not folder.is_dir():
-        if path != target.source:
-            remarks.append(f"{url} serves {path}: taken for {target.source}, whose architecture and tokenizer it has")
-    elif folder.resolve() != expected.model_folder.resolve():
-        from draftsmith.stages.targets.info import model_digest
-        from draftsmith.stages.targets.source import weight_files
-
-        if model_digest(folder, weight_files(folder)) != target.digest:
-            raise _wrong(url, f"serves {path}, whose config or weights differ from the target {expected.model_folder}")
     return remarks
+
+
+async def _check_weights(
+    client: httpx.AsyncClient, url: str, path: str, server: dict[str, Any], expected: Expected
+) -> list[str]:
+    """Are they the target's? By the files where they lie here, else by the hub's commit, else by what it computes.
+
+    Returns what could not be checked.
+    """
+    target, folder = expected.target, Path(path)
+    if folder.is_dir():
+        if folder.resolve() != expected.model_folder.resolve():
+            from draftsmith.stages.targets.info import model_digest
+            from draftsmith.stages.targets.source import weight_files
+
+            if await asyncio.to_thread(model_digest, folder, weight_files(folder)) != target.digest:
+                raise _wrong(
+                    url, f"serves {path}, whose config or weights differ from the target {expected.model_folder}"
+                )
+        return []
+    revision = str(server.get("revision") or "")
+    if path == target.source and _COMMIT.fullmatch(revision) and target.revision is not None:
+        if revision != target.revision:
+            raise _wrong(
+                url, f"serves {path} of revision {revision}, the target is revision {target.revision}; start it with "
+                f"--revision {target.revision}, or set target.revision"
+            )  # fmt: skip
+        return []
+    return await _check_logprobs(client, url, path, server, expected)
+
+
+async def _check_logprobs(
+    client: httpx.AsyncClient, url: str, path: str, server: dict[str, Any], expected: Expected
+) -> list[str]:
+    """Does it say of fixed tokens what the target says of them? Returns what could not be checked."""
+    target, tokens = expected.target, expected.scored_ids
+    if quantization := server.get("quantization"):
+        return [f"{url} serves {path} quantised ({quantization}): its weights could not be compared with the target's"]
+    response = await _send(client, "POST", f"{url}/generate", probe.payload(tokens))
+    check_status("of the handshake", url, response.status_code, response.text)
+    theirs = probe.served_logprobs(_json(response), tokens)
+    if theirs is None:
+        return [f"{url} gives no log-probs of a prompt: the weights of {path} could not be compared with the target's"]
+    ours = await asyncio.to_thread(probe.own_logprobs, expected.target_folder, tokens)
+    difference = probe.mean_difference(ours, theirs)
+    allowed = probe.tolerance(target.dtype, server.get("dtype"))
+    if difference > allowed:
+        raise _wrong(
+            url,
+            f"serves {path}, whose log-probs of {len(ours)} fixed tokens are {difference:.3g} nats from those of the "
+            f"target {target.source} in the mean (rounding is at most {allowed:g}): other weights; serve revision "
+            f"{target.revision or target.digest[:12]}",
+        )
+    return [f"{url} serves {path}: log-probs of {len(ours)} fixed tokens are {difference:.2g} nats from the target's"]
 
 
 def _check_drafter(url: str, server: dict[str, Any], expected: Expected) -> list[str]:

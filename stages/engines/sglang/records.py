@@ -27,7 +27,11 @@ def generate_payload(request: Request, eos_ids: Sequence[int], traced: bool) -> 
     return {"input_ids": request.prompt_ids, "sampling_params": params}
 
 
-class IncompleteRecordsError(DraftsmithError):
+class BadAnswerError(DraftsmithError):
+    """An answer is not what was asked for."""
+
+
+class IncompleteRecordsError(BadAnswerError):
     """The records of an answer do not cover all of its tokens."""
 
 
@@ -57,14 +61,14 @@ def completion_of(
     seconds: float = 0.0,
     first_token_seconds: float = float("nan"),
 ) -> Completion:
-    """Read a finished /generate answer. Raises DraftsmithError, naming the request, if it is not what was asked for."""
+    """Read a finished /generate answer. Raises BadAnswerError, naming the request, if it is not what was asked for."""
     try:
         meta = body["meta_info"]
         tokens, reason = [int(token) for token in body["output_ids"]], str(meta["finish_reason"]["type"])
         steps_counted = int(meta.get("spec_verify_ct") or 0)
         accepted_counts = [int(count) for count in meta.get("spec_correct_drafts_histogram") or ()]
     except (KeyError, TypeError, ValueError) as error:
-        raise DraftsmithError(
+        raise BadAnswerError(
             f"request {request.request_id}: the server's answer has no {error}; is this a supported SGLang release?"
         ) from error
     _check_tokens(request, tokens, reason, meta, eos_ids, vocab_size)
@@ -101,7 +105,7 @@ def _check_tokens(
     elif reason not in ("stop", "length"):
         wrong = f"ended by {reason!r}"
     if wrong:
-        raise DraftsmithError(f"request {request.request_id}: the server's answer {wrong}")
+        raise BadAnswerError(f"request {request.request_id}: the server's answer {wrong}")
 
 
 def read_steps(request: Request, tokens: list[int], meta: dict[str, Any]) -> list[VerifyStep]:

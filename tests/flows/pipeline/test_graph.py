@@ -127,3 +127,5 @@ def test_a_damaged_artifact_stops_the_plan_with_the_name_of_its_node_unless_forc
     with pytest.raises(DraftsmithError, match=r"numbers\.json.*`--force left`"):
         plan(config, store, TOY)
     assert statuses(plan(config, store, TOY, ["left"]))["left"] == "forced"
+    shown = statuses(plan(config, store, TOY, stop_at_damage=False))
+    assert shown == {"target": "reused", "left": "damaged", "right": "reused", "total": "after"}

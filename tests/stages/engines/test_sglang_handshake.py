@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,12 +12,18 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig, TreeConfig
 from draftsmith.stages.engines.sglang.handshake import Expected, Facts, shake_hands
+from draftsmith.stages.engines.sglang.probe import own_logprobs
 from draftsmith.stages.stored import DRAFTER_FOLDER
+from draftsmith.stages.targets.config import TargetConfig
+from draftsmith.stages.targets.info import model_path, write_target_info
+from draftsmith.stages.targets.resolve import describe
 from tests.stages.engines.http_server import HttpServer, Refusal, answer, serving
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -189,6 +196,80 @@ def test_another_model_on_this_machine_is_found_by_its_weights(plain: Expected, 
         (copy / "model.safetensors").write_bytes(weights)
         with pytest.raises(DraftsmithError, match="config or weights differ from the target"):
             shake(server, plain)
+
+
+COMMIT, OTHER = "a1" * 20, "b2" * 20
+
+
+def of_hub(expected: Expected) -> Expected:
+    return replace(expected, target=expected.target.model_copy(update={"source": "org/model", "revision": COMMIT}))
+
+
+def scoring(logprobs: list[float]) -> Any:
+    """A server that says this of the fixed tokens behind the first."""
+
+    def generate(payload: dict[str, Any]) -> dict[str, Any]:
+        done = answer(payload)
+        if payload.get("return_logprob"):
+            tokens = payload["input_ids"]
+            scored = [[value, token, None] for value, token in zip([None, *logprobs], tokens, strict=True)]
+            done["meta_info"]["input_token_logprobs"] = scored
+        return done
+
+    return generate
+
+
+@pytest.fixture(scope="module")
+def other_revision(tiny_drafter: DrafterArtifacts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifact of the tiny target after one small step of training: same config, tokenizer and shapes."""
+    folder = tmp_path_factory.mktemp("other-revision")
+    source = model_path(tiny_drafter.target)
+    shutil.copytree(source, folder / "model")
+    weights = load_file(source / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    moved = {name: w + 1e-3 * torch.randn(w.shape, generator=generator) for name, w in weights.items()}
+    save_file(moved, folder / "model" / "model.safetensors", metadata={"format": "pt"})
+    config = TargetConfig(source="org/model", dtype="float32")
+    write_target_info(describe(folder / "model", config, kind="folder", location="model", revision=None), folder)
+    return folder
+
+
+def test_a_server_of_the_same_commit_of_the_hub_is_accepted_and_of_another_refused(plain: Expected) -> None:
+    expected = of_hub(plain)
+    with server_of(expected, model={"model_path": "org/model"}, server={"revision": COMMIT}) as server:
+        assert shake(server, expected).remarks == []
+        assert not any("return_logprob" in payload for _, payload in server.asked)
+    with (
+        server_of(expected, model={"model_path": "org/model"}, server={"revision": OTHER}) as server,
+        pytest.raises(DraftsmithError, match=f"of revision {OTHER}, .*start it with --revision {COMMIT}"),
+    ):
+        shake(server, expected)
+
+
+@pytest.mark.parametrize("revision", [None, "main"])
+@pytest.mark.parametrize("path", ["org/model", "/on/another/machine"])
+def test_without_files_or_a_commit_a_server_is_known_by_what_it_computes(
+    plain: Expected, other_revision: Path, path: str, revision: str | None
+) -> None:
+    expected = of_hub(plain)
+    ours, others = (own_logprobs(folder, plain.scored_ids) for folder in (plain.target_folder, other_revision))
+    assert len(ours) > 80
+    says = {"model": {"model_path": path}, "server": {"revision": revision, "dtype": "float32"}}
+    with server_of(expected, **says, generate=scoring([value + 9e-4 for value in ours])) as server:
+        (remark,) = shake(server, expected).remarks
+    assert f"serves {path}: log-probs of {len(ours)} fixed tokens are 0.0009 nats from the target's" in remark
+    with (
+        server_of(expected, **says, generate=scoring(others)) as server,
+        pytest.raises(DraftsmithError, match=rf"nats from those of the target org/model .*serve revision {COMMIT}"),
+    ):
+        shake(server, expected)
+
+
+def test_quantised_weights_are_not_compared_and_that_is_said(plain: Expected) -> None:
+    expected = of_hub(plain)
+    says = {"model": {"model_path": "org/model"}, "server": {"quantization": "fp8"}}
+    with server_of(expected, **says) as server:
+        assert ["quantised (fp8)" in remark for remark in shake(server, expected).remarks] == [True]
 
 
 def test_another_drafter_on_this_machine_is_found_by_its_weights(assisted: Expected, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a target made of procedural text refuses before it trains."""
+"""What a target made of procedural text refuses before it trains, and what is kept of an interrupted training."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.stages.experiments.procedural_target import STAGE, ProceduralTargetConfig
 from draftsmith.stages.procedural.training import ShapeConfig, TrainingTextConfig, train_target
+from tests.testbed.context import RecordingContext, StoppingContext
 
 SHAPE = ShapeConfig(hidden_size=32, layers=1, heads=2, kv_heads=1, head_dim=16, intermediate_size=32, vocab_size=300)
 
@@ -24,3 +26,26 @@ def test_rows_that_teach_nothing_are_one_clear_error(tmp_path: Path, text: dict[
     with pytest.raises(DraftsmithError, match=expected):
         train_target(tmp_path / "model", TrainingTextConfig(steps=2, rows_per_step=1, **text), SHAPE)
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(("stop_after", "goes_on_from"), [(7, 7), (8, 5)], ids=["asked to stop", "killed"])
+def test_a_training_goes_on_from_what_it_kept_and_ends_with_the_same_weights(
+    tmp_path: Path, stop_after: int, goes_on_from: int
+) -> None:
+    def kill() -> None:
+        raise KeyboardInterrupt
+
+    config = ProceduralTargetConfig(documents=40, steps=10, rows_per_step=1, shape=SHAPE, checkpoint_every=5)
+    whole = RecordingContext.under(tmp_path / "whole")
+    STAGE.run(whole, config)
+    act = None if goes_on_from == stop_after else kill
+    cut = StoppingContext.under(tmp_path / "cut", stop_after=stop_after, act=act)
+    with pytest.raises((StageInterrupted, KeyboardInterrupt)):
+        STAGE.run(cut, config)
+    cut.stop = False
+    STAGE.run(cut, config)
+    assert f"continuing from the checkpoint at step {goes_on_from} of 10" in cut.logs
+    assert [done for done, _, _ in cut.progressed][stop_after] == goes_on_from + 1
+    assert cut.measured == whole.measured
+    weights = "model/model.safetensors"
+    assert (cut.out / weights).read_bytes() == (whole.out / weights).read_bytes()

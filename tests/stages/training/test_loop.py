@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.checkpoints import checkpoints
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.config import OptimiserConfig
@@ -56,7 +56,7 @@ def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_checkpoint(
     with pytest.raises(DraftsmithError, match=r"gradient's norm is (nan|inf) at step 1; lower learning_rate"):
         train(context, drafter, OptimiserConfig(steps=2, compute_dtype="float32"), loss_of_step)
     assert all(parameter.isfinite().all() for parameter in drafter.parameters())
-    assert not (context.work / "checkpoint.pt").exists()
+    assert checkpoints(context.work) == []
 
 
 def test_metrics_of_an_attempt_that_reached_no_checkpoint_are_not_kept(tmp_path: Path, plain_target: Target) -> None:
@@ -69,15 +69,45 @@ def test_metrics_of_an_attempt_that_reached_no_checkpoint_are_not_kept(tmp_path:
     assert all(values["loss"] != 9.0 for _, values in context.measured)
 
 
-def test_a_truncated_training_checkpoint_is_one_clear_error(tmp_path: Path, plain_target: Target) -> None:
-    drafter = random_target.random_drafter(plain_target)
+@pytest.mark.parametrize("damage", ["a flipped bit", "cut short"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
+    damage: str, tmp_path: Path, plain_target: Target
+) -> None:
+    whole, context = (RecordingContext.under(tmp_path / name) for name in ("whole", "cut"))
+    assert trained(whole, plain_target, steps=7) == trained(context, plain_target, steps=7)
+    newest, before = checkpoints(context.work)
+    assert [path.name[11:19] for path in (newest, before)] == ["00000007", "00000006"]
+    spoil(newest, damage)
+    context.logs.clear()
+    again = trained(context, plain_target, steps=7)
+    assert "the checkpoint of step 7 is damaged" in context.logs[0]
+    assert context.logs[0].endswith("going on from the one of step 6")
+    assert [step for step, _ in context.measured] == list(range(7))
+    assert again == trained(whole, plain_target, steps=7)
+    assert len(checkpoints(context.work)) == 2
+
+
+def test_a_training_whose_checkpoints_are_all_damaged_begins_again(tmp_path: Path, plain_target: Target) -> None:
     context = RecordingContext.under(tmp_path)
-    config = OptimiserConfig(steps=2, compute_dtype="float32")
+    weights = trained(context, plain_target, steps=2)
+    for path in checkpoints(context.work):
+        spoil(path, "a flipped bit")
+    assert trained(context, plain_target, steps=2) == weights
+    assert context.logs[-1].endswith("going on from the beginning, there is none before it")
+
+
+def trained(context: RecordingContext, target: Target, steps: int) -> list[float]:
+    """Weights after so many steps, a checkpoint behind each."""
+    drafter = random_target.random_drafter(target)
+    config = OptimiserConfig(steps=steps, compute_dtype="float32", checkpoint_every=1)
     train(context, drafter, config, lambda _: LossReport(next(drafter.parameters()).square().sum(), 1, 1))
-    path = context.work / "checkpoint.pt"
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(DraftsmithError, match=r"checkpoint\.pt: cannot be read"):
-        train(context, drafter, config, lambda _: LossReport(torch.zeros(()), 1, 1))
+    return [float(value) for value in next(drafter.parameters()).detach().flatten()[:50]]
+
+
+def spoil(path: Path, damage: str) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content if damage == "a flipped bit" else content[: len(content) // 2])
 
 
 def test_totals_are_sums_over_all_steps(tmp_path: Path, plain_target: Target) -> None:
