@@ -32,6 +32,13 @@ _EPILOG = (
 def main(arguments: Sequence[str] | None = None, pipeline: Pipeline | None = None) -> int:
     """Run the command and return its exit code. `pipeline` is the refresh unless given."""
     options = _parser().parse_args(arguments)
+    code = _code_of(options, pipeline)
+    if (server := getattr(options, "lost_prefect", None)) is not None:
+        server.leave(code)
+    return code
+
+
+def _code_of(options: argparse.Namespace, pipeline: Pipeline | None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     _show_warnings()
     try:
@@ -239,21 +246,29 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
     from draftsmith.flows.pipeline.display import Display
     from draftsmith.flows.pipeline.machine import check_home
     from draftsmith.flows.pipeline.part import Part
+    from draftsmith.flows.pipeline.patience import patiently
     from draftsmith.flows.pipeline.prefect_server import start_prefect_server
 
     display, tracking = Display(), Tracking(home())
-    planned = Part.of(options.start, options.until).plan(config, Store(home() / "store"), pipeline, options.force)
+    store, part = Store(home() / "store"), Part.of(options.start, options.until)
+    planned = patiently(lambda: part.plan(config, store, pipeline, options.force), config.stages, display.line)
     display.plan(planned)
     if options.plan:
         return
     check_home(home(), config)
     server = start_prefect_server(home())
-    tracking.check()  # while the server starts
+    patiently(tracking.check, config.stages, display.line)  # while the server starts
     flow = _named(pipeline.flow)
-    server.wait()
+    patiently(server.wait, config.stages, display.line)
+    from draftsmith.flows.pipeline.delivery import run_flow  # imports httpx, as the flow does
+
+    def lost(what: str) -> None:
+        display.line(f"warning: {what}")
+        options.lost_prefect = server
+
     refused: RefusedError | None = None
     try:
-        made: dict[str, dict[str, Any]] = flow(config, force=options.force, start=options.start, until=options.until)
+        made = run_flow(flow, config, lost, force=options.force, start=options.start, until=options.until)
     except RefusedError as error:
         refused, made = error, getattr(error, "made", {})
     folders = {name: Path(each["path"]) for name, each in made.items()}
@@ -298,6 +313,7 @@ def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
     from draftsmith.flows.pipeline.graph import plan
     from draftsmith.flows.pipeline.machine import check_home
     from draftsmith.flows.pipeline.node import Workshop, make
+    from draftsmith.flows.pipeline.patience import patiently
 
     config = _read(options, pipeline)
     # a damaged artifact is no matter unless it is needed: it may be the one that is to be made again
@@ -318,8 +334,9 @@ def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
     display, tracking = Display(), Tracking(home())
     for warning in check_alone(node, {name: ref.path for name, ref in inputs.items()}):
         display.line(f"warning: {warning}")
-    tracking.check()
-    made = make(Workshop(home(), config, pipeline, display, tracking), node, inputs, force=options.force)
+    patiently(tracking.check, config.stages, display.line)
+    workshop = Workshop(home(), config, pipeline, display, tracking)
+    made = patiently(lambda: make(workshop, node, inputs, force=options.force), config.stages, display.line)
     display.line(f"{node.name}: {made.ref.path}")
 
 

@@ -8,6 +8,7 @@ expected.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -36,7 +37,7 @@ class EventStream:
 
     def send(self, event: str, **fields: Any) -> None:
         line = (json.dumps({"event": event, **fields}, ensure_ascii=False, default=float) + "\n").encode()
-        with self._lock:
+        with self._lock, contextlib.suppress(BrokenPipeError):  # a runner that is gone hears nothing, and is no error
             while line:
                 line = line[os.write(self._descriptor, line) :]
 

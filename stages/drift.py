@@ -28,6 +28,8 @@ def run(ctx: StageContext, config: DriftConfig) -> None:
         config.drafting,
         tokens_per_group=config.tokens_per_target_forward,
         progress=follow(ctx, "trajectories"),
+        kept=ctx.work / "replayed",
+        log=ctx.log,
     )
     sets = sets_of(ctx.inputs["prompts"], stored.prompts)
     found = {

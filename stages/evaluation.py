@@ -96,7 +96,8 @@ def _measure(ctx: StageContext, config: EvaluationConfig) -> tuple[Measured, dic
     from draftsmith.artifacts.errors import DraftsmithError
     from draftsmith.stages.drafters.checkpoint import load_drafter
     from draftsmith.stages.measure.embedded import measure_embedded
-    from draftsmith.stages.measure.served import Served, measure_served, release_memory
+    from draftsmith.stages.measure.served import Served, measure_served
+    from draftsmith.stages.memory import release_memory
     from draftsmith.stages.stored import DRAFTER_FOLDER, positions_needed
     from draftsmith.stages.targets.causal_lm import Target
 
@@ -152,6 +153,8 @@ def _acceptance(
             chains=config.chains,
             tokens_per_group=config.tokens_per_target_forward,
             progress=follow(ctx, "trajectories"),
+            kept=ctx.work / "replayed" / setting,
+            log=ctx.log,
         )
     table = acceptance_table(traces["trained"], stored.prompts, looping)
     sets = sets_of(ctx.inputs["prompts"], stored.prompts)
@@ -188,6 +191,8 @@ def _validation_tau(
         chains=config.chains,
         tokens_per_group=config.tokens_per_target_forward,
         progress=follow(ctx, "trajectories"),
+        kept=ctx.work / "replayed" / "validation",
+        log=ctx.log,
     )
     return {name: tau(found) for name, found in traces.items()}
 

@@ -3,6 +3,9 @@
 The parent keeps the write end, the child forks a guard that waits on the read end. When the parent ends in whatever
 way, the kernel closes the write end and the guard kills the group: the child, its workers, and itself. The guard is a
 process, not a thread: native code that holds the interpreter lock cannot delay it.
+
+A parent that has asked the child to stop says so through the pipe (`promise`), with the seconds that the child has to
+save. Those the child keeps, also if somebody kills the parent meanwhile, as Prefect does with a cancelled run.
 """
 
 from __future__ import annotations
@@ -11,9 +14,11 @@ import ctypes
 import os
 import signal
 import sys
+import time
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _LAST_FD = 65536
+_POLL_S = 0.1
 
 
 def die_with_parent(lifeline: int) -> None:
@@ -28,22 +33,30 @@ def die_with_parent(lifeline: int) -> None:
         _guard(lifeline)
     os.close(lifeline)
     if sys.platform == "linux":
-        # A second line of defence, without the guard's reach to the grandchildren: the kernel kills this process alone.
+        # A second line of defence, without the guard's reach to the grandchildren: the kernel tells this process alone.
         # It must not come first: it fires when the parent's *thread* ends, and that thread waits for us.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:  # the parent died before prctl
             os.killpg(0, signal.SIGKILL)
 
 
+def promise(our_end: int, grace_s: float) -> None:
+    """Of a parent that asks its child to stop: from now on it has `grace_s`, whatever becomes of the parent."""
+    os.write(our_end, f"{grace_s}\n".encode())
+
+
 def _guard(lifeline: int) -> None:
     """Body of the guard process: wait for the end of the parent, then kill the group. Never returns."""
+    child, until = os.getppid(), 0.0
     try:
         for ignored in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(ignored, signal.SIG_IGN)
         os.closerange(0, lifeline)  # or the readers of our pipes would wait for the guard
         os.closerange(lifeline + 1, _LAST_FD)
-        while os.read(lifeline, 1):
-            pass
+        while told := os.read(lifeline, 64):
+            until = time.monotonic() + float(told.split()[-1])
+        while time.monotonic() < until and os.getppid() == child:
+            time.sleep(_POLL_S)
     finally:
         os.killpg(0, signal.SIGKILL)
 

@@ -67,6 +67,7 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
         tokens_per_group=config.tokens_per_target_forward,
         tree_tokens=config.tree_tokens,
         finished=lambda group: all(t.trajectory_id in finished for t in group.trajectories),
+        log=ctx.log,
     ):
         # written before the shard and by trajectory: a shard that is there is counted, one that was lost is not twice
         members = zip(group.trajectories, group.traces, strict=True)

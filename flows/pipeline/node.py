@@ -35,6 +35,7 @@ class Workshop:
     display: Display
     tracking: Tracking
     refresh_run: str | None = None  # MLflow's id of the run that the stages' runs are nested in
+    check: Callable[[], None] = lambda: None  # called while a stage runs; what it raises stops it
 
     @property
     def store(self) -> Store:
@@ -144,6 +145,7 @@ def _run_process(
             on_event=lambda event: _follow(event, node.name, shown, tracked, note),
             # The lock lives as long as the process that writes, even if we are killed.
             pass_fds=(claim.lock_fd,),
+            check=workshop.check,
         )
 
 

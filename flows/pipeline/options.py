@@ -9,6 +9,8 @@ from pydantic import Field
 
 from draftsmith.stages.contract import Config
 
+RETRY_JITTER = 0.5  # of a delay, at most, beside it: what was lost together does not return together
+
 
 @dataclass(frozen=True)
 class TimeLimit:
@@ -27,10 +29,11 @@ class StageOptions(Config):
     """Minutes for single nodes, by name, e.g. `{sft: 30}`; `opd` is also for `opd-1`."""
     grace_seconds: float = Field(default=60, ge=0)
     """Time to save after a stage is asked to stop, before it is killed."""
-    retries: int = Field(default=2, ge=0, le=20)
-    """Further attempts after the loss of something outside (an engine, a queue); never after any other error."""
+    retries: int = Field(default=5, ge=0, le=20)
+    """Further attempts after the loss of something outside (the hub, an engine, a server of MLflow or Prefect); never
+    after any other error."""
     retry_delay_seconds: float = Field(default=10, ge=0)
-    """Before the first retry; doubles with every further one."""
+    """Before the first retry; doubles with every further one, with jitter: five retries are about five minutes."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of the numerical libraries; None leaves it to them."""
     min_free_gb: float = Field(default=2, ge=0)

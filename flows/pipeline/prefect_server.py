@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, from_os_error
 from draftsmith.artifacts.locks import locked
@@ -32,6 +34,10 @@ def prepare(home: Path) -> None:
         "PREFECT_LOGGING_EXTRA_LOGGERS": "draftsmith",
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO" if debug else "CRITICAL",
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",  # our lines before and after the flow
+        # Of a call to an API that is away, doubling from 2 s, with jitter: about two minutes. A server of our own that
+        # has died does not come back.
+        "PREFECT_CLIENT_MAX_RETRIES": "6" if os.environ.get("PREFECT_API_URL") else "3",
+        "PREFECT_INTERNAL_LOGGING_LEVEL": "ERROR" if debug else "CRITICAL",  # every event that it could not send
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
@@ -48,14 +54,23 @@ def _reach_ourselves_directly() -> None:
 class PrefectServer:
     """The API that a flow reports to. A temporary one starts in the background: `wait` before the flow runs."""
 
-    def __init__(self, url: str, wait: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, url: str, wait: Callable[[], None] | None = None, stop: Callable[[], None] = lambda: None
+    ) -> None:
         self.url = url
-        self._wait = wait
+        self._wait, self._stop = wait, stop
 
     def wait(self) -> None:
         """Until the server answers. Raises `DraftsmithError` if it does not."""
         if self._wait is not None:
             self._wait()
+
+    def leave(self, code: int) -> NoReturn:
+        """End this process although Prefect still has events for a server that is gone, which takes it minutes."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._stop()
+        os._exit(code)
 
 
 def start_prefect_server(home: Path) -> PrefectServer:
@@ -81,7 +96,7 @@ def start_prefect_server(home: Path) -> PrefectServer:
         starting.callback(os.close, lifeline)
         port = _free_port()
         process = _start(port, lifeline, log.fileno())
-        atexit.register(_stop, process, our_end)
+        atexit.register(stop := functools.partial(_stop, process, our_end))
         until_healthy = starting.pop_all()
     url = f"http://127.0.0.1:{port}/api"
     os.environ["PREFECT_API_URL"] = url
@@ -91,7 +106,7 @@ def start_prefect_server(home: Path) -> PrefectServer:
         with until_healthy:
             _wait_until_healthy(process, url, log_path)
 
-    return PrefectServer(url, wait)
+    return PrefectServer(url, wait, stop)
 
 
 def _must_answer(url: str) -> None:

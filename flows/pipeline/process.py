@@ -24,6 +24,7 @@ from draftsmith.artifacts.errors import (
     StageInterrupted,
 )
 from draftsmith.flows.pipeline.options import TimeLimit
+from draftsmith.stages.lifeline import promise
 
 _POLL_S = 0.2
 _DRAIN_S = 1.0  # to read what a stage wrote just before it ended
@@ -67,29 +68,32 @@ def run_stage(
     grace_s: float,
     on_event: Callable[[Event], None],
     pass_fds: tuple[int, ...] = (),
+    check: Callable[[], None] = lambda: None,
 ) -> StageOutcome:
     """Run the stage to its end and hand every event to `on_event` as it comes.
 
-    Whatever ends the wait (the time limit, Ctrl-C, SIGTERM turned into an exception, an error in `on_event`), the stage
-    is asked to stop, has `grace_s` to save, and then its whole group is killed. `pass_fds` are kept open in the stage's
-    process (the lock of what it writes). Raises `DraftsmithError` with the stage's own line and the path of its log.
+    Whatever ends the wait (the time limit, Ctrl-C, SIGTERM turned into an exception, an error in `on_event` or in
+    `check`, which is called while it waits), the stage is asked to stop, has `grace_s` to save, and then its whole
+    group is killed. If we are killed meanwhile, it still has them. `pass_fds` are kept open in the stage's process (the
+    lock of what it writes). Raises `DraftsmithError` with the stage's own line and the path of its log.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
     request_path = log_path.with_suffix(".request.json")
     request_path.write_text(json.dumps(asdict(request), indent=2), "utf-8")
-    with log_path.open("ab") as log, _group(request_path, log, pass_fds) as process:
+    with log_path.open("ab") as log, _group(request_path, log, pass_fds) as (process, our_end):
         stage = _RunningStage(request.stage, process, log_path, on_event)
         try:
-            stage.wait(limit)
+            stage.wait(limit, check)
         except BaseException:
-            stage.stop(grace_s)
+            stage.stop(grace_s, our_end)
             raise
         return stage.outcome()
 
 
 @contextlib.contextmanager
-def _group(request: Path, log: Any, pass_fds: tuple[int, ...]) -> Iterator[subprocess.Popen[bytes]]:
-    """The stage's process as the leader of its own session; nothing of its group outlives the block."""
+def _group(request: Path, log: Any, pass_fds: tuple[int, ...]) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """The stage's process as the leader of its own session, and our end of its lifeline; nothing of its group outlives
+    the block."""
     lifeline, our_end = os.pipe()
     try:
         process = subprocess.Popen(
@@ -112,7 +116,7 @@ def _group(request: Path, log: Any, pass_fds: tuple[int, ...]) -> Iterator[subpr
     finally:
         os.close(lifeline)
     try:
-        yield process
+        yield process, our_end
     finally:
         # The guard of the lifeline is in the group until now, so the number cannot belong to anybody else yet.
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -144,10 +148,11 @@ class _RunningStage:
         self._error: Event | None = None
         self._done = False
 
-    def wait(self, limit: TimeLimit) -> None:
-        """Until the process has ended. Raises `DraftsmithError` at the time limit."""
+    def wait(self, limit: TimeLimit, check: Callable[[], None]) -> None:
+        """Until the process has ended. Raises `DraftsmithError` at the time limit, and what `check` raises."""
         deadline = self._started + limit.seconds
         while self._process.poll() is None:
+            check()
             if time.monotonic() > deadline:
                 raise DraftsmithError(
                     f"stage {self._name} ran past its limit of {limit.seconds / 60:g} minutes and was stopped: raise "
@@ -157,10 +162,12 @@ class _RunningStage:
             self._read(min(_POLL_S, max(0.0, deadline - time.monotonic())))
         self._drain()
 
-    def stop(self, grace_s: float) -> None:
+    def stop(self, grace_s: float, our_end: int) -> None:
         """Ask the stage to save and end; return when it has, or after `grace_s`. A second Ctrl-C does not wait."""
         if self._process.poll() is not None:
             return
+        with contextlib.suppress(BrokenPipeError):  # its guard is gone
+            promise(our_end, grace_s)
         # Only the leader: it decides what becomes of its own workers while it saves.
         self._process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + grace_s

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from prefect.client.schemas.objects import State
-from prefect.states import Completed
+from prefect.states import Cancelled, Completed
 
-from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.tracking import Status, Tracking
+from draftsmith.flows.pipeline.cancellation import Cancellation, CancelledError
+from draftsmith.flows.pipeline.delivery import body
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.graph import (
     Checks,
@@ -31,6 +33,7 @@ from draftsmith.flows.pipeline.machine import check_home
 from draftsmith.flows.pipeline.node import Made, Workshop
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.flows.pipeline.part import Part
+from draftsmith.flows.pipeline.patience import patiently
 from draftsmith.flows.pipeline.task import run_node
 
 _PLANS = 3  # of one run: what it was planned from may change so often before it gives up
@@ -45,37 +48,48 @@ def run_graph(
 ) -> State[Any] | dict[str, Any]:
     """Body of a flow: make every node of the config's graph, or of a part of it (`pipeline.part`), which concludes
     nothing where nodes were left out. Returns what each node's artifact is, by node, or the flow's state with that as
-    its data where the run came to a conclusion.
+    its data where the run came to a conclusion or was cancelled.
 
     Raises the first `DraftsmithError`; whatever was finished before is in the store. The error of a conclusion has the
     nodes as its attribute `made`.
     """
+    try:
+        with body() as said, Cancellation() as cancellation:
+            made, conclusion = _run(config, pipeline, force or (), Part.of(start, until), cancellation)
+            if conclusion is not None and conclusion.error is not None:
+                conclusion.error.made = made  # type: ignore[attr-defined]
+                raise conclusion.error
+            said.made = made
+    except CancelledError as error:
+        return Cancelled(message=str(error))
+    return made if conclusion is None else Completed(name=conclusion.name, message=conclusion.message, data=made)
+
+
+def _run(
+    config: RunOptions, pipeline: Pipeline, force: Collection[str], part: Part, cancellation: Cancellation
+) -> tuple[dict[str, dict[str, Any]], Conclusion | None]:
     for attempt in range(1, _PLANS + 1):
         try:
-            forced = (force or ()) if attempt == 1 else ()
-            made, conclusion = _run_once(resolved(config, pipeline), pipeline, forced, Part.of(start, until))
-            break
+            found = patiently(lambda: resolved(config, pipeline), config.stages, Display().line)
+            return _run_once(found, pipeline, force if attempt == 1 else (), part, cancellation)
         except PlanAgain as changed:
             if attempt == _PLANS:
                 raise DraftsmithError(f"{changed}; planned {_PLANS} times: run the same command again") from changed
             Display().line(f"{changed}: planned again, what is done is reused")
-    if conclusion is None:
-        return made
-    if conclusion.error is not None:
-        conclusion.error.made = made  # type: ignore[attr-defined]
-        raise conclusion.error
-    return Completed(name=conclusion.name, message=conclusion.message, data=made)
+    raise AssertionError
 
 
 def _run_once(
-    config: RunOptions, pipeline: Pipeline, force: Collection[str], part: Part
+    config: RunOptions, pipeline: Pipeline, force: Collection[str], part: Part, cancellation: Cancellation
 ) -> tuple[dict[str, dict[str, Any]], Conclusion | None]:
     logging.getLogger("draftsmith").setLevel(logging.INFO)  # without it Prefect does not show the stages' lines
-    workshop = Workshop(home(), config, pipeline, Display(), Tracking(home()))
+    workshop = Workshop(home(), config, pipeline, Display(), Tracking(home()), check=cancellation.check)
     check_home(workshop.home, config)
-    workshop.tracking.check()
+    patiently(workshop.tracking.check, config.stages, workshop.display.line)
     workshop.tracking.close_dead_runs(workshop.store)
-    planned = part.plan(config, workshop.store, pipeline, force)
+    planned = patiently(
+        lambda: part.plan(config, workshop.store, pipeline, force), config.stages, workshop.display.line
+    )
     nodes = [item.node for item in planned]
     whole = len(nodes) == len(pipeline.nodes(config))
     checks = pipeline.checks() if pipeline.checks is not None else None
@@ -92,6 +106,8 @@ def _run_once(
         if conclusion is None and course is not None:
             conclusion = course.finish({name: each.ref for name, each in made.items()}, run_id)
         status = "FINISHED"
+    except StageInterrupted:
+        raise
     except Exception:
         status = "FAILED"
         raise
@@ -122,6 +138,7 @@ def _make_all(
     """Every node, until the course says that the run may end."""
     states: dict[str, State[Any]] = {}
     for node in nodes:
+        workshop.check()
         inputs: dict[str, ArtifactRef] = {name: made[source].ref for name, source in node.inputs.items()}
         upstream = [states[source] for source in dict.fromkeys(node.inputs.values())]
         made[node.name], states[node.name] = run_node(workshop, node, inputs, upstream, force=node.name in forced)

@@ -16,8 +16,7 @@ from draftsmith.artifacts.errors import RetryableError
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.flows.pipeline.node import Made, Workshop, log, make
-
-_JITTER = 0.5
+from draftsmith.flows.pipeline.options import RETRY_JITTER
 
 
 def run_node(
@@ -35,7 +34,7 @@ def run_node(
         description=f"Stage {node.stage.name}: reused from the store, or run in a process of its own.",
         retries=options.retries,
         retry_delay_seconds=backoff(options.retries),
-        retry_jitter_factor=_JITTER,
+        retry_jitter_factor=RETRY_JITTER,
         retry_condition_fn=_only_what_was_lost,
     )
     state: State[Any] = configured(workshop, node, inputs, force, return_state=True, wait_for=list(upstream))

@@ -97,7 +97,8 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
         stored = load_trajectories(ctx.inputs["trajectories"], [split])
         sums: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         longest_block = 0
-        for together in in_memory(entries):  # the target reads the trajectories once for all of them
+        kept = ctx.work / "replayed" / split
+        for turn, together in enumerate(in_memory(entries)):  # the target reads the trajectories once for all of them
             drafters = {name: load_drafter(entries[name].folder / DRAFTER_FOLDER, target) for name in together}
             longest_block = max(longest_block, *(drafter.block_size for drafter in drafters.values()))
             found = replay_all(
@@ -106,6 +107,8 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
                 stored.trajectories,
                 tokens_per_group=config.tokens_per_target_forward,
                 progress=follow(ctx, "trajectories"),
+                kept=kept / str(turn),
+                log=ctx.log,
             )
             for name, traces in found.items():
                 committed = np.array([trace.committed.sum() for trace in traces], dtype=np.float64)
@@ -117,10 +120,13 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
                 ]
                 ctx.log(f"{split}: {entries[name]}: tau {committed.sum() / steps.sum():.3f}")
             del drafters, found, traces  # before the next ones are loaded
+        ceiling = ceiling_traces(
+            target, stored.trajectories, longest_block, progress=follow(ctx, "ceilings"), kept=kept / "ceiling"
+        )
         results[split] = {
             "trajectories": len(stored.trajectories),
             "prompts": len(set(stored.prompts)),
-            "ceiling": tau(ceiling_traces(target, stored.trajectories, longest_block)),
+            "ceiling": tau(ceiling),
             "arms": arm_table(entries, sums, stored.prompts, costs, config.control),
         }
     for name, svg in figures(results[config.splits[-1]]["arms"], config.control).items():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,37 +11,60 @@ import torch
 
 from draftsmith.stages.measure.gate import CHAMPION, compared
 from draftsmith.stages.measure.verdicts import Pair, pairs
+from draftsmith.stages.replay.kept import KeptTraces
 from draftsmith.stages.replay.trace import Trace, Trajectory
 from draftsmith.stages.statistics import Estimate, jackknife, ratio, ratio_difference, sums_of
 from draftsmith.stages.targets.causal_lm import Target
 
+_CEILING = "ceiling"
 
-def ceiling_traces(target: Target, trajectories: Sequence[Trajectory], block_size: int) -> list[Trace]:
+
+def ceiling_traces(
+    target: Target,
+    trajectories: Sequence[Trajectory],
+    block_size: int,
+    *,
+    progress: Callable[[int, int], Any] = lambda _done, _total: None,
+    kept: Path | None = None,
+) -> list[Trace]:
     """Traces of a perfect drafter: every proposal is the target's own best token. Its tau is what no drafter can pass.
 
     In greedy trajectories everything is accepted, so only blocks that are cut by the end keep it below `block_size`.
+    progress, kept: as in `replay_all`.
     """
+    store = KeptTraces(kept, [_CEILING]) if kept is not None else None
+    traces = {place: each[_CEILING] for place, each in store.traces.items()} if store is not None else {}
+    try:
+        for place, trajectory in enumerate(trajectories):
+            if place not in traces:
+                traces[place] = _ceiling(target, trajectory, block_size)
+                if store is not None:
+                    store.add([place], {_CEILING: [traces[place]]})
+            progress(place + 1, len(trajectories))
+    finally:
+        if store is not None:
+            store.flush()
+    return [traces[place] for place in range(len(trajectories))]
+
+
+def _ceiling(target: Target, trajectory: Trajectory, block_size: int) -> Trace:
     K = block_size - 1
-    traces = []
-    for trajectory in trajectories:
-        tokens = torch.tensor([trajectory.tokens], device=target.device)
-        hidden = target.read(tokens).hidden[0, trajectory.first_anchor : -1]
-        best = np.concatenate([target.logits(part).argmax(-1).cpu().numpy() for part in hidden.split(1024)])
-        anchors, accepted, proposed = [], [], []
-        anchor = trajectory.first_anchor
-        while anchor <= trajectory.last_anchor:
-            ahead = best[anchor - trajectory.first_anchor :][:K]
-            right = ahead == np.array(trajectory.tokens[anchor + 1 :][:K])
-            kept = len(right) if right.all() else int(right.argmin())
-            anchors.append(anchor)
-            accepted.append(kept)
-            proposed.append(np.pad(ahead, (0, K - len(ahead))))
-            anchor += kept + 1
-        unknown = np.full((len(anchors), K), np.nan, dtype=np.float32)
-        length = len(trajectory.tokens)
-        steps = np.array(anchors, dtype=np.int64), np.array(accepted, dtype=np.int64), np.stack(proposed)
-        traces.append(Trace(length, *steps, unknown, len(anchors)))
-    return traces
+    tokens = torch.tensor([trajectory.tokens], device=target.device)
+    hidden = target.read(tokens).hidden[0, trajectory.first_anchor : -1]
+    best = np.concatenate([target.logits(part).argmax(-1).cpu().numpy() for part in hidden.split(1024)])
+    anchors, accepted, proposed = [], [], []
+    anchor = trajectory.first_anchor
+    while anchor <= trajectory.last_anchor:
+        ahead = best[anchor - trajectory.first_anchor :][:K]
+        right = ahead == np.array(trajectory.tokens[anchor + 1 :][:K])
+        kept = len(right) if right.all() else int(right.argmin())
+        anchors.append(anchor)
+        accepted.append(kept)
+        proposed.append(np.pad(ahead, (0, K - len(ahead))))
+        anchor += kept + 1
+    unknown = np.full((len(anchors), K), np.nan, dtype=np.float32)
+    steps = np.array(anchors, dtype=np.int64), np.array(accepted, dtype=np.int64), np.stack(proposed)
+    return Trace(len(trajectory.tokens), *steps, unknown, len(anchors))
 
 
 def has_loop(tokens: Sequence[int], n: int = 6, times: int = 3) -> bool:

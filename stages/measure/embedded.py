@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -209,11 +209,19 @@ def exactness_in_fp32(
     if not test.config.exactness_prompts:
         return {"fp32_prompts": 0, "fp32_identical": 0}
     chosen = prompts[: test.config.exactness_prompts]
-    target = Target.load(target_folder, dtype="float32")
-    plain, _ = test.decode(target, None, 1, chosen, setting)
-    equal = [True] * len(chosen)
-    for folder, block_size in checkpoints:
-        speculative, _ = test.decode(target, load_drafter(folder, target), block_size, chosen, setting)
-        pairs = zip(equal, plain, speculative, strict=True)
-        equal = [so_far and a.response_ids == b.response_ids for so_far, a, b in pairs]
-    return {"fp32_prompts": len(chosen), "fp32_identical": sum(equal)}
+    path = test.ctx.work / "exactness.json"
+    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    arms = list(checkpoints)
+    target: Target | None = None
+    for place, (folder, block_size) in enumerate([(None, 1), *arms]):
+        if (name := str(place)) in kept:
+            continue
+        target = target or Target.load(target_folder, dtype="float32")
+        drafter = load_drafter(folder, target) if folder else None
+        answers, _ = test.decode(target, drafter, block_size, chosen, setting)
+        kept[name] = [answer.response_ids for answer in answers]
+        write_text(path, json.dumps(kept))
+        test.ctx.check_interrupted()
+    plain, *speculative = (kept[str(place)] for place in range(1 + len(arms)))
+    identical = [all(answers[i] == expected for answers in speculative) for i, expected in enumerate(plain)]
+    return {"fp32_prompts": len(chosen), "fp32_identical": sum(identical)}

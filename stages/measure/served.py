@@ -7,7 +7,6 @@ slows down does so for all. What a turn measured is kept, so an interrupted eval
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,6 +37,7 @@ from draftsmith.stages.measure.requests import (
     told,
     turn_of,
 )
+from draftsmith.stages.memory import release_memory
 from draftsmith.stages.replay.parity import Gate, check_steps, check_tau, trace_rows
 from draftsmith.stages.stored import Prompt
 
@@ -231,6 +231,8 @@ def _check_parity(served: Served, sizes: Mapping[str, int], heldout: Sequence[Pr
             chains=config.chains,
             tokens_per_group=config.tokens_per_target_forward,
             progress=follow(served.ctx, "trajectories"),
+            kept=served.ctx.work / "replayed" / "parity" / arm,
+            log=served.ctx.log,
         )[arm]
         replayed = trace_rows(trajectories, found)
         gate = Gate(
@@ -281,12 +283,3 @@ def _tokens_per_s(served: Served, arm: str, size: int, validation: Sequence[Prom
         write_table(table, TURNS, [turn_of(engine.name, 0, 0, arm, size, setting, answers, wall)])
     (turn,) = read_table(table, TURNS).to_pylist()
     return float(turn["tokens"] / turn["wall_seconds"])
-
-
-def release_memory() -> None:
-    """Give the memory of models that were dropped back to the device."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

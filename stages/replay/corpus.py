@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.memory import in_halves
 from draftsmith.stages.replay.chains import replay_chains
+from draftsmith.stages.replay.kept import KeptTraces
 from draftsmith.stages.replay.scoring import StepScores, score_traces
 from draftsmith.stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens
 from draftsmith.stages.targets.causal_lm import Target, TargetOutput
@@ -18,11 +21,16 @@ from draftsmith.stages.targets.slots import SlotCache
 
 TREE_TOKENS = 512  # rejected proposals that the target scores in one forward, a trajectory
 
+Found = TypeVar("Found")
 Progress = Callable[[int, int], Any]  # trajectories done, and in all; called after every group
 
 
 def _quietly(_done: int, _total: int) -> None:
     """Nobody asked."""
+
+
+def _say_nothing(_line: str) -> None:
+    """Nobody listens."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,22 @@ def groups_of(trajectories: Sequence[Trajectory], tokens_per_group: int, device:
         yield Group(indices, members, pad_tokens(members, device))
 
 
+def _in_halves(group: Group, work: Callable[[Group], Sequence[Found]], log: Callable[[str], None]) -> list[Found]:
+    """What `work` finds, one for each trajectory of the group; in two halves where the memory does not hold it.
+
+    A row of a batch does not depend on the others: what is masked contributes nothing.
+    """
+    members = list(zip(group.indices, group.trajectories, strict=True))
+
+    def of(some: Sequence[tuple[int, Trajectory]]) -> Sequence[Found]:
+        if len(some) == len(members):
+            return work(group)
+        indices, trajectories = zip(*some, strict=True)
+        return work(Group(list(indices), list(trajectories), pad_tokens(trajectories, group.ids.device)))
+
+    return in_halves(members, of, log)
+
+
 def replay_all(
     target: Target,
     drafters: Mapping[str, Drafter],
@@ -55,24 +79,41 @@ def replay_all(
     chains: int | None = None,
     tokens_per_group: int = 4096,
     progress: Progress = _quietly,
+    kept: Path | None = None,
+    log: Callable[[str], None] = _say_nothing,
 ) -> dict[str, list[Trace]]:
     """Traces of every drafter, in the order of the trajectories. The target reads each trajectory once.
 
-    drafting: left out, as each drafter was trained. chains: as in `replay_chains`.
+    drafting: left out, as each drafter was trained. chains: as in `replay_chains`. kept: a folder of this replay alone,
+    in which an interrupted one finds what it has done.
     """
     drafting = drafting or DraftingConfig()
     layer_ids = sorted({layer for d in drafters.values() for layer in d.target_layer_ids})
-    traces: dict[str, dict[int, Trace]] = {name: {} for name in drafters}
-    done = 0
-    for group in groups_of(trajectories, tokens_per_group, target.device):
+    store = KeptTraces(kept, drafters) if kept is not None else None
+    traces: dict[int, dict[str, Trace]] = dict(store.traces) if store is not None else {}
+
+    def replay(group: Group) -> list[dict[str, Trace]]:
         by_layer = dict(zip(layer_ids, target.features(group.ids, layer_ids).chunk(len(layer_ids), -1), strict=True))
+        found = {}
         for name, drafter in drafters.items():
             context = context_of(drafter, torch.cat([by_layer[k] for k in drafter.target_layer_ids], -1), group)
-            found = _replay(target, drafter, context, group, drafting, chains, with_logprobs=False)
-            traces[name] |= dict(zip(group.indices, found, strict=True))
-        done += len(group.indices)
-        progress(done, len(trajectories))
-    return {name: [by_index[i] for i in range(len(trajectories))] for name, by_index in traces.items()}
+            found[name] = _replay(target, drafter, context, group, drafting, chains, with_logprobs=False)
+        return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
+
+    done = 0
+    try:
+        for group in groups_of(trajectories, tokens_per_group, target.device):
+            if not all(place in traces for place in group.indices):
+                found = _in_halves(group, replay, log)
+                traces |= dict(zip(group.indices, found, strict=True))
+                if store is not None:
+                    store.add(group.indices, {name: [each[name] for each in found] for name in drafters})
+            done += len(group.indices)
+            progress(done, len(trajectories))
+    finally:
+        if store is not None:
+            store.flush()
+    return {name: [traces[i][name] for i in range(len(trajectories))] for name in drafters}
 
 
 @dataclass(frozen=True)
@@ -95,6 +136,7 @@ def mine(
     tokens_per_group: int = 8192,
     tree_tokens: int = TREE_TOKENS,
     finished: Callable[[Group], bool] = lambda _group: False,
+    log: Callable[[str], None] = _say_nothing,
 ) -> Iterator[Mined]:
     """Replay and score group by group, leaving out those that are `finished`.
 
@@ -104,15 +146,20 @@ def mine(
     """
     drafting = drafting or DraftingConfig()
     tree_tokens = max(tree_tokens, drafting.block_size or drafter.block_size)
-    for group in groups_of(trajectories, tokens_per_group, target.device):
-        if finished(group):
-            continue
+
+    def replay(group: Group) -> list[tuple[Trace, StepScores]]:
         out, cache = read(target, group, tree_tokens, drafter.target_layer_ids)
         assert out.features is not None
         context = context_of(drafter, out.features, group)
         traces = _replay(target, drafter, context, group, drafting, chains, with_logprobs=True)
         scores = score_traces(target, cache, out.hidden, traces, top_k=top_k, tree_tokens=tree_tokens)
-        yield Mined(group.trajectories, traces, scores)
+        return list(zip(traces, scores, strict=True))
+
+    for group in groups_of(trajectories, tokens_per_group, target.device):
+        if finished(group):
+            continue
+        found = _in_halves(group, replay, log)
+        yield Mined(group.trajectories, [trace for trace, _ in found], [scores for _, scores in found])
 
 
 def score(

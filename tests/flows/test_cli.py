@@ -135,27 +135,25 @@ def test_single_stages_take_their_inputs_from_the_store(tmp_path: Path, capsys: 
     assert "total=3" in shown
 
 
-@pytest.mark.parametrize("damage", ["a file cut short", "no manifest", "a manifest that is none"])
 def test_a_damaged_artifact_is_shown_and_made_again_alone(
-    damage: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = str(write_config(tmp_path / "toy.yaml"))
-    for node in ("target", "left", "right", "total"):
+    for node in ("target", "left"):
         assert main(["stage", node, config], TOY) == 0
-    left = next(folder for folder in home.glob("store/combine/*") if (folder / "numbers.json").read_text() == "[10]")
-    (left / ("numbers.json" if damage == "a file cut short" else "manifest.json")).write_text("[")
-    if damage == "no manifest":
-        (left / "manifest.json").unlink()
-    capsys.readouterr()
-    assert main(["status", config], TOY) == 0
-    shown = capsys.readouterr().out
-    assert "damaged: " in shown and "--force left" in " ".join(shown.split())
-    assert main(["stage", "total", config], TOY) == 2
-    assert str(left) in capsys.readouterr().err
-    assert main(["stage", "left", config], TOY) == 2
-    assert main(["stage", "left", config, "--force"], TOY) == 0
-    assert main(["stage", "total", config], TOY) == 0
-    assert "total: reused" in capsys.readouterr().out
+    (left,) = home.glob("store/combine/[!.]*")
+    for file, content in (("numbers.json", "["), ("manifest.json", "["), ("manifest.json", None)):
+        (left / file).unlink() if content is None else (left / file).write_text(content)
+        capsys.readouterr()
+        assert main(["status", config], TOY) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "damaged: " in shown and "--force left" in shown
+        assert main(["stage", "total", config], TOY) == 2
+        assert str(left) in capsys.readouterr().err
+        assert main(["stage", "left", config], TOY) == 2
+        assert main(["stage", "left", config, "--force"], TOY) == 0
+        assert main(["stage", "left", config], TOY) == 0
+        assert "left: reused" in capsys.readouterr().out
 
 
 def test_what_was_left_behind_is_listed_and_deleted_when_asked_to(

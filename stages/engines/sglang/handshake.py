@@ -64,8 +64,8 @@ class Expected:
         """Raises DraftsmithError if the drafter is made for another target, or cannot draft as the config says."""
         target, model_folder = read_target_info(target_folder), model_path(target_folder)
         tokenizer = load_tokenizer(model_folder)
-        ids = [tokenizer.encode(text, add_special_tokens=False) for text in (PROBE_TEXT, probe.TEXT)]
-        expected = cls(target, target_folder, model_folder, *ids, longest, stream=stream)
+        probe_ids, scored_ids = (tokenizer.encode(text, add_special_tokens=False) for text in (PROBE_TEXT, probe.TEXT))
+        expected = cls(target, target_folder, model_folder, probe_ids, scored_ids, longest, stream=stream)
         if drafter_folder is None:
             return expected
         from draftsmith.stages.drafters.checkpoint import check_drafter, check_layers

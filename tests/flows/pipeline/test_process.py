@@ -5,6 +5,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
+import subprocess
+import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.locks import is_locked
 from draftsmith.flows.pipeline.options import TimeLimit
 from draftsmith.flows.pipeline.process import Event, StageFailedError, StageOutcome, StageRequest, run_stage
-from tests.flows.pipeline.processes import assert_gone, pid_in, wait_until
+from tests.flows.pipeline.processes import ROOT, assert_gone, pid_in, wait_until
 from tests.flows.pipeline.toy import COLLECT
 
 MISBEHAVE = "tests.flows.pipeline.toy_stages.misbehave"
@@ -91,6 +95,34 @@ def test_a_stage_that_does_not_stop_is_killed_after_the_grace_period(tmp_path: P
     with pytest.raises(DraftsmithError, match="limit"):
         run(tmp_path, MISBEHAVE, {"way": "ignore-sigterm"}, limit_s=1, grace_s=1)
     assert 2 <= time.monotonic() - started < 60
+
+
+def test_a_stage_that_was_asked_to_stop_has_its_grace_although_its_runner_is_killed(tmp_path: Path) -> None:
+    """As Prefect kills a cancelled run: SIGTERM, and SIGKILL before the stage has saved."""
+    program = f"""
+        import signal
+        from pathlib import Path
+        from tests.flows.pipeline.test_process import run
+
+        def stop(*_):
+            raise SystemExit
+
+        signal.signal(signal.SIGTERM, stop)
+        config = {{"count": 999, "seconds_each": 0.05, "seconds_to_save": 2, "worker": {str(tmp_path / "worker")!r}}}
+        run(Path({str(tmp_path)!r}), {COLLECT!r}, config, grace_s=30)
+    """
+    paths = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    runner = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, env=environment)
+    worker = pid_in(tmp_path / "worker")
+    wait_until((tmp_path / "work" / "saved.json").exists, "it works")
+    runner.send_signal(signal.SIGTERM)
+    time.sleep(0.7)
+    runner.kill()
+    runner.wait()
+    assert not (tmp_path / "work" / "saved-when-asked").exists()
+    wait_until((tmp_path / "work" / "saved-when-asked").exists, "it has saved", limit_s=20)
+    assert_gone(worker)
 
 
 def test_an_error_of_the_follower_ends_the_stage(tmp_path: Path) -> None:

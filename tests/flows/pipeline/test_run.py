@@ -169,6 +169,54 @@ def test_a_stopped_refresh_leaves_no_process_and_continues(tmp_path: Path, numbe
     assert not any(status == "RUNNING" for _, status in mlflow_runs(home))
 
 
+def prefect_of(home: Path) -> tuple[int, str]:
+    """Process and address of the command's temporary server."""
+    for pid in processes_of(home):
+        words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        if "prefect.server.api.server:create_app" in words and "--port" in words:
+            return pid, f"http://127.0.0.1:{words[words.index('--port') + 1]}/api"
+    raise AssertionError("no server")
+
+
+def test_prefect_lost_on_the_way_does_not_turn_success_into_failure(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    config = write_config(tmp_path / "toy.yaml", target={"count": 15, "seconds_each": 0.1})
+    command = toy_command(home, "refresh", config, PREFECT_CLIENT_MAX_RETRIES="1")
+    wait_for_saved(home)
+    for pid in processes_of(home):
+        if "uvicorn" in Path(f"/proc/{pid}/cmdline").read_text():
+            os.kill(pid, signal.SIGKILL)
+    out, err = command.communicate(timeout=120)
+    assert command.returncode == 0, err
+    assert "Traceback" not in err and "draftsmith: error" not in err  # a word of Prefect's own, that it is lost
+    assert names(out, "done in") == ["target", "left", "right", "total"]
+    assert "warning: Prefect could not be told that the run ended well" in out
+    assert "4 nodes; MLflow: " in out
+    assert {status for _, status in mlflow_runs(home)} == {"FINISHED"}
+    wait_until(lambda: not processes_of(home), "nothing is left", limit_s=10)
+
+
+def test_a_run_that_is_cancelled_in_prefect_lets_its_stage_save(tmp_path: Path) -> None:
+    import httpx
+
+    home = tmp_path / "home"
+    config = write_config(tmp_path / "toy.yaml", target={"count": 999, "seconds_each": 0.1, "seconds_to_save": 2})
+    command = toy_command(home, "refresh", config)
+    wait_for_saved(home)
+    api = httpx.Client(base_url=prefect_of(home)[1], trust_env=False)
+    (flow,) = api.post("/flow_runs/filter", json={}).json()
+    asked = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
+    assert api.post(f"/flow_runs/{flow['id']}/set_state", json=asked).json()["status"] == "ACCEPT"
+    out, err = command.communicate(timeout=60)
+    assert command.returncode == 130, err
+    assert "target: saved" in out
+    assert list(home.glob("store/collect/.partial-*/work/saved-when-asked"))
+    (line,) = err.splitlines()
+    assert line.startswith("draftsmith: error: cancelled in Prefect; what was saved is kept")
+    assert flow_states(home) == ["Cancelled"]
+    assert {status for _, status in mlflow_runs(home)} == {"KILLED"}
+
+
 def wait_for_saved(home: Path) -> int:
     pattern = "store/collect/.partial-*/work/saved.json"
     wait_until(lambda: any(path.stat().st_size > 8 for path in home.glob(pattern)), "some numbers are saved")

@@ -254,7 +254,7 @@ def test_without_files_or_a_commit_a_server_is_known_by_what_it_computes(
     expected = of_hub(plain)
     ours, others = (own_logprobs(folder, plain.scored_ids) for folder in (plain.target_folder, other_revision))
     assert len(ours) > 80
-    says = {"model": {"model_path": path}, "server": {"revision": revision, "dtype": "float32"}}
+    says: dict[str, Any] = {"model": {"model_path": path}, "server": {"revision": revision, "dtype": "float32"}}
     with server_of(expected, **says, generate=scoring([value + 9e-4 for value in ours])) as server:
         (remark,) = shake(server, expected).remarks
     assert f"serves {path}: log-probs of {len(ours)} fixed tokens are 0.0009 nats from the target's" in remark
@@ -267,7 +267,7 @@ def test_without_files_or_a_commit_a_server_is_known_by_what_it_computes(
 
 def test_quantised_weights_are_not_compared_and_that_is_said(plain: Expected) -> None:
     expected = of_hub(plain)
-    says = {"model": {"model_path": "org/model"}, "server": {"quantization": "fp8"}}
+    says: dict[str, Any] = {"model": {"model_path": "org/model"}, "server": {"quantization": "fp8"}}
     with server_of(expected, **says) as server:
         assert ["quantised (fp8)" in remark for remark in shake(server, expected).remarks] == [True]
 

@@ -21,6 +21,7 @@ class CollectConfig(Config):
     worker: Path | None = None  # start a grandchild that writes its process id here
     note_start: Path | None = None  # one line a start is added here
     listed: Path | None = None  # a file outside the store that the key holds
+    seconds_to_save: float = 0.0  # that it takes when it is asked to stop
 
     def external_files(self) -> list[Path]:
         return [self.listed] if self.listed is not None else []
@@ -38,6 +39,10 @@ def run(context: StageContext, config: CollectConfig) -> None:
     numbers: list[int] = json.loads(saved.read_text()) if saved.exists() else []
     context.log(f"going on from {len(numbers)}")
     while len(numbers) < config.count:
+        if context.interrupted:
+            time.sleep(config.seconds_to_save)
+            context.log("saved")
+            (context.work / "saved-when-asked").touch()
         context.check_interrupted()
         if len(numbers) == config.fail_at and not (config.allow and config.allow.exists()):
             raise DraftsmithError(f"number {config.fail_at} is bad: remove it")

@@ -1,0 +1,81 @@
+"""How a flow ends: as its body does, whatever becomes of Prefect's API meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from draftsmith.artifacts.errors import RetryableError
+
+Nodes = dict[str, dict[str, Any]]
+
+
+@dataclass
+class Body:
+    """The body of a flow, and what it came to."""
+
+    ended: bool = False
+    made: Nodes = field(default_factory=dict)
+    error: BaseException | None = None
+
+
+_BODY: ContextVar[Body | None] = ContextVar("body", default=None)
+
+
+@contextmanager
+def body() -> Iterator[Body]:
+    """To be entered by the body of a flow; it keeps what the body came to for `run_flow`."""
+    current = _BODY.get() or Body()
+    try:
+        yield current
+    except BaseException as error:
+        current.error = error
+        raise
+    finally:
+        current.ended = True
+
+
+def run_flow(flow: Any, config: Any, lost: Callable[[str], None], **options: Any) -> Nodes:
+    """Call the flow of a config, with options. Returns what its body made, or raises what its body raised; `lost` is
+    told if Prefect was not.
+
+    Raises RetryableError if Prefect's API was lost before the body began.
+    """
+    current = Body()
+    token = _BODY.set(current)
+    try:
+        flow(config, **options)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        if not current.ended:
+            if not _is_loss(error):
+                raise
+            raise RetryableError(
+                f"Prefect's API was lost before the run began ({_said(error)}); run it again"
+            ) from error
+        if current.error is not None and current.error is not error and _is_loss(error):
+            lost(f"Prefect could not be told how the run ended ({_said(error)})")
+        elif current.error is None:
+            lost(f"Prefect could not be told that the run ended well ({_said(error)}); its artifacts are complete")
+    finally:
+        _BODY.reset(token)
+    if current.error is not None:
+        raise current.error
+    return current.made
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Of the API: not there, or ill."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code >= 500
+    return isinstance(error, httpx.TransportError)
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
