@@ -371,12 +371,11 @@ def _set_aside_space(path: Path) -> None:
 
 
 def _overwrite(path: Path, content: bytes) -> None:
-    """In the space that the file has: nothing is asked of a full disk."""
+    """In the space that the file has: nothing is asked of a full disk. Lost in a crash, the stage is run again."""
     with path.open("r+b") as file:
         file.write(content)
         file.flush()
         file.truncate()
-        os.fsync(file.fileno())
 
 
 def _read_pending(path: Path) -> _Pending | None:
