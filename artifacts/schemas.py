@@ -121,7 +121,7 @@ REQUESTS = _table(  # what evaluation decoded
 
 TURNS = _table(  # how long evaluation took: an arm decodes all prompts of a setting, timed as a whole
     "turns",
-    1,
+    2,
     round=pa.int32(),  # in which all arms had their turn
     order=pa.int32(),  # place of the arm's turn in its round, from 0
     arm=pa.string(),
@@ -135,6 +135,11 @@ TURNS = _table(  # how long evaluation took: an arm decodes all prompts of a set
     draft_seconds=pa.float64(),  # 0 where the engine does not say
     verify_seconds=pa.float64(),
     verify_steps=pa.int64(),  # 0 = plain decoding
+    load_average=pa.float64(),  # the machine meanwhile, NaN where it does not say: processes that run or wait
+    others_share=pa.float64(),  # of the CPU time of all cores, taken by processes that are not ours
+    stolen_share=pa.float64(),  # of the same, given to others by the host of a virtual machine
+    cpu_mhz=pa.float64(),  # the fastest core, at the end
+    gpu_mhz=pa.float64(),  # the fastest GPU, at the end
 )
 
 ACCEPTANCE = _table(  # of an experiment's drafters, a row a held-out trajectory

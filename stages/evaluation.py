@@ -22,11 +22,14 @@ if TYPE_CHECKING:
     from draftsmith.stages.measure.verdicts import Pair
     from draftsmith.stages.statistics import Estimate
 
+CONTEXTS = "contexts.json"  # arm -> where it is worst
+
 
 def run(ctx: StageContext, config: EvaluationConfig) -> None:
     """Replay for tau; validation for the block sizes, then turns of all arms for speed; exactness from the outputs."""
     from draftsmith.artifacts.parquet import write_table
     from draftsmith.artifacts.schemas import REQUESTS, TURNS
+    from draftsmith.stages.measure.doubts import doubts
     from draftsmith.stages.measure.requests import settings_of
     from draftsmith.stages.measure.speed import at_setting, log_ratios, speed_by_setting
     from draftsmith.stages.measure.verdicts import pairs, verdicts
@@ -38,6 +41,9 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     speed = by_setting[0]["arms"]
     acceptance["compared"] += _speeds_compared(measured.turns, settings, list(table))
     ratios = log_ratios(at_setting(measured.turns, settings[0]), pairs(list(table)))
+    doubted = doubts(measured.turns, measured.rows, settings)
+    for doubt in doubted:
+        ctx.log(f"not to be relied on, {doubt['concurrency']} in flight: {doubt['said']}")
 
     evaluation = {
         "definition_of_tau": "committed tokens per verify step, the target's own token included (+1); held-out "
@@ -52,6 +58,7 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
         "validation_prompts": measured.validation_prompts,
         "speed": speed,
         "speed_by_setting": by_setting,
+        "doubts": doubted,
         "exactness": measured.exactness,
         "parity": measured.parity,
         **acceptance,
@@ -133,6 +140,7 @@ def _acceptance(
         tau_differences,
         taus_compared,
     )
+    from draftsmith.stages.measure.contexts import worst_contexts
     from draftsmith.stages.replay.corpus import replay_all
     from draftsmith.stages.replay.trace import tau
     from draftsmith.stages.stored import load_trajectories, sets_of
@@ -158,6 +166,9 @@ def _acceptance(
         )
     table = acceptance_table(traces["trained"], stored.prompts, looping)
     sets = sets_of(ctx.inputs["prompts"], stored.prompts)
+    decode = target.tokenizer.decode
+    contexts = {arm: worst_contexts(stored.trajectories, of, sets, decode) for arm, of in traces["trained"].items()}
+    (ctx.out / CONTEXTS).write_text(json.dumps(contexts, indent=1) + "\n")
     for name, found in traces.get("full_head", {}).items():
         table[name]["tau_full_head"] = tau(found)
     figures = {

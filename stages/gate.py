@@ -30,7 +30,7 @@ def run(ctx: StageContext, config: GateConfig) -> None:
     decision = decide(evaluation, config, champion, problems)
     (ctx.out / DECISION).write_text(json.dumps(decision.as_json(), indent=2) + "\n")
     for rule in decision.rules:
-        ctx.log(f"{'passed' if rule.passed else 'BROKEN'}  {rule.name}: {rule.said}")
+        ctx.log(f"{'passed' if rule.passed else 'BROKEN' if rule.judged else 'unjudged'}  {rule.name}: {rule.said}")
     ctx.log(decision.sentence())
     ctx.summary(promote=float(decision.promote), rules_broken=sum(not rule.passed for rule in decision.rules))
 

@@ -19,6 +19,7 @@ from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Completion
 from draftsmith.stages.engines.embedded import EmbeddedEngine
+from draftsmith.stages.measure.load import LoadMeter
 from draftsmith.stages.measure.requests import (
     PLAIN,
     Measured,
@@ -149,8 +150,9 @@ class SpeedTest:
         turns: list[Row] = []
         for order, (arm, drafter) in enumerate(arms[first:] + arms[:first]):
             size = sizes.get(arm, 1)
+            meter = LoadMeter()
             answers, wall = self.decode(self.target, drafter, size, prompts, setting)
-            turns.append(turn_of(ENGINE, round, order, arm, size, setting, answers, wall))
+            turns.append(turn_of(ENGINE, round, order, arm, size, setting, answers, wall, meter.read()))
             rows += [row_of(ENGINE, round, arm, size, setting, answer) for answer in answers]
             self.ctx.check_interrupted()
         return rows, turns

@@ -2,8 +2,8 @@
 
 Every rule has its figures, its threshold and its verdict. A rule that says "better" needs evidence for it (the lower
 end of a one-sided interval), a rule that says "not worse" is broken by evidence against it (the upper end); what cannot
-be judged, because too little was measured, does not pass. The rules of one kind share their error rate (Bonferroni): a
-challenger that is as good as the champion is promoted in at most 5 % of cases.
+be judged, because too little was measured or the figures cannot be (`doubts`), does not pass. The rules of one kind
+share their error rate (Bonferroni): a challenger that is as good as the champion is promoted in at most 5 % of cases.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from draftsmith.stages.contract import Config
+from draftsmith.stages.measure.doubts import FEWEST_PROMPTS, doubts_about
 from draftsmith.stages.measure.verdicts import FEWEST_TURNS
 from draftsmith.stages.statistics import CONFIDENCE, Estimate
 
@@ -56,6 +57,7 @@ class Rule:
     passed: bool
     said: str  # in words, with figures and threshold
     figures: Mapping[str, float | None] = field(default_factory=dict)
+    judged: bool = True  # false: what was measured says nothing of it, for or against; it does not pass
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,13 @@ class Decision:
     def promote(self) -> bool:
         return all(rule.passed for rule in self.rules)
 
+    @property
+    def outcome(self) -> str:
+        """promoted; refused, where a rule is broken; undecided, where some cannot be judged and no other is broken."""
+        if self.promote:
+            return "promoted"
+        return "refused" if any(rule.judged and not rule.passed for rule in self.rules) else "undecided"
+
     def sentence(self) -> str:
         """One sentence for the terminal."""
         against = f"version {self.champion}" if self.champion else "plain decoding"
@@ -77,11 +86,13 @@ class Decision:
             tau = next((rule.said for rule in self.rules if rule.name in ("tau", "speed-up")), "")
             return f"promoted: {self.challenger} beats {against} ({tau})"
         broken = "; ".join(f"{rule.name}: {rule.said}" for rule in self.rules if not rule.passed)
-        return f"refused by the gate: {self.challenger} against {against}: {broken}"
+        told = "refused by the gate" if self.outcome == "refused" else "the gate cannot decide"
+        return f"{told}: {self.challenger} against {against}: {broken}"
 
     def as_json(self) -> dict[str, Any]:
         return {
             "promote": self.promote,
+            "outcome": self.outcome,
             "challenger": self.challenger,
             "champion": self.champion,
             "sentence": self.sentence(),
@@ -151,8 +162,9 @@ def _tau(evaluation: Mapping[str, Any], challenger: str, config: GateConfig) -> 
     (found,) = _compared(evaluation, "tau", challenger, CHAMPION, set=None)
     gain, low = _relative(found, 1 - CONFIDENCE)
     wanted = f"above {config.min_tau_gain:+.1%} wanted"
-    if low is None:
-        return Rule("tau", False, f"one prompt cannot tell ({gain:+.1%}, {wanted})", {"gain": gain})
+    if low is None or found["units"] < FEWEST_PROMPTS:
+        said = f"{found['units']} prompts cannot tell ({gain:+.1%}, {wanted}): {FEWEST_PROMPTS} are needed"
+        return Rule("tau", False, said, {"gain": gain}, judged=False)
     said = f"{gain:+.1%} of the champion's, at least {low:+.1%} at 95 %; {wanted}"
     return Rule("tau", low > config.min_tau_gain, said, {"gain": gain, "low": low, "wanted": config.min_tau_gain})
 
@@ -169,19 +181,26 @@ def _sets(evaluation: Mapping[str, Any], challenger: str, config: GateConfig) ->
 def _speed(evaluation: Mapping[str, Any], challenger: str, config: GateConfig) -> Iterator[Rule]:
     """Above plain decoding at the first setting, and not measurably slower than the champion at any."""
     over_plain, *_ = _compared(evaluation, "speed", challenger, PLAIN)
-    yield _speed_rule("speed-up", over_plain, math.log(config.min_speedup), better=True, of=1)
+    doubts = doubts_about(evaluation, over_plain, challenger, PLAIN)
+    yield _speed_rule("speed-up", over_plain, math.log(config.min_speedup), doubts, better=True, of=1)
     found = list(_compared(evaluation, "speed", challenger, CHAMPION))
     for each in found:
         name = f"speed at temperature {each['temperature']:g}, {each['concurrency']} in flight"
-        yield _speed_rule(name, each, math.log(1 - config.max_speed_loss), better=False, of=len(found))
+        doubts = doubts_about(evaluation, each, challenger, CHAMPION)
+        yield _speed_rule(name, each, math.log(1 - config.max_speed_loss), doubts, better=False, of=len(found))
 
 
-def _speed_rule(name: str, found: Mapping[str, Any], bound: float, *, better: bool, of: int) -> Rule:
+def _speed_rule(
+    name: str, found: Mapping[str, Any], bound: float, doubts: Sequence[str], *, better: bool, of: int
+) -> Rule:
+    """doubts: why the figures say nothing, if they do not."""
     estimate, wanted = _estimate(found), math.exp(bound)
     value = math.exp(estimate.value)
-    if estimate.units < FEWEST_TURNS:
-        said = f"{value:.3f} times in {estimate.units} turns, {FEWEST_TURNS} are needed: raise evaluation.rounds"
-        return Rule(name, False, said, {"value": value})
+    if not doubts and estimate.units < FEWEST_TURNS:
+        doubts = [f"{estimate.units} turns, {FEWEST_TURNS} are needed: raise evaluation.rounds"]
+    if doubts:
+        said = f"{value:.3f} times, not judged: {'; '.join(doubts)}"
+        return Rule(name, False, said, {"value": value}, judged=False)
     level = 1 - (1 - CONFIDENCE) / of
     end = math.exp(estimate.upper(1 - level) if better else estimate.upper(level))
     passed = end > wanted if better else end >= wanted

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams
+from draftsmith.stages.measure.load import Load
 from draftsmith.stages.stored import Prompt, request_seed
 
 if TYPE_CHECKING:
@@ -75,8 +76,9 @@ def turn_of(
     setting: Setting,
     answers: Sequence[Completion],
     wall: float,
+    load: Load,
 ) -> Row:
-    """A row of the table `turns`. wall: seconds in which all of the answers were decoded."""
+    """A row of the table `turns`. wall: seconds in which all of the answers were decoded; load: the machine then."""
     return {
         "round": round,
         "order": order,
@@ -91,6 +93,7 @@ def turn_of(
         "draft_seconds": sum(answer.draft_seconds for answer in answers),
         "verify_seconds": sum(answer.verify_seconds for answer in answers),
         "verify_steps": sum(answer.verify_steps for answer in answers),
+        **asdict(load),
     }
 
 

@@ -22,6 +22,7 @@ from draftsmith.stages.contract import StageContext, follow
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import SGLangEngineConfig, served_dtype
+from draftsmith.stages.measure.load import LoadMeter
 from draftsmith.stages.measure.requests import (
     PLAIN,
     Measured,
@@ -174,9 +175,11 @@ def _turn(
             _trace(served, engine, arm, block_size, heldout, can_trace)
         for setting in served.settings:
             requests = requests_for(prompts, served.config, setting, served.ctx.seed)
+            meter = LoadMeter()
             answers, wall = served.decode(engine, requests, setting)
+            load = meter.read()
             rows += [row_of(engine.name, round, arm, block_size, setting, answer) for answer in answers]
-            turns.append(turn_of(engine.name, round, order, arm, block_size, setting, answers, wall))
+            turns.append(turn_of(engine.name, round, order, arm, block_size, setting, answers, wall, load))
     write_table(requests_file, REQUESTS, rows)
     write_table(turns_file, TURNS, turns)  # the last: a folder that has it is complete
     return rows, turns
@@ -279,7 +282,9 @@ def _tokens_per_s(served: Served, arm: str, size: int, validation: Sequence[Prom
         with served.server(served.drafters[arm], size, folder) as engine:
             served.warm_up(engine, validation)
             requests = requests_for(validation, served.config, setting, served.ctx.seed)
+            meter = LoadMeter()
             answers, wall = served.decode(engine, requests, setting)
-        write_table(table, TURNS, [turn_of(engine.name, 0, 0, arm, size, setting, answers, wall)])
+            load = meter.read()
+        write_table(table, TURNS, [turn_of(engine.name, 0, 0, arm, size, setting, answers, wall, load)])
     (turn,) = read_table(table, TURNS).to_pylist()
     return float(turn["tokens"] / turn["wall_seconds"])

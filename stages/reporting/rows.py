@@ -220,5 +220,21 @@ def gate(decision: Mapping[str, Any]) -> Table | None:
     """Of `decision.json`: every rule, what became of it, and its figures with the threshold."""
     if not decision.get("rules"):
         return None
-    rules = [[rule["name"], "passed" if rule["passed"] else "BROKEN", rule["said"]] for rule in decision["rules"]]
+    rules = [[rule["name"], _became(rule), rule["said"]] for rule in decision["rules"]]
     return Table(("rule", "", "figures"), rules, title="Gate", text_columns=3)
+
+
+def _became(rule: Mapping[str, Any]) -> str:
+    if rule["passed"]:
+        return "passed"
+    return "BROKEN" if rule.get("judged", True) else "not judged"
+
+
+def doubts(evaluation: Mapping[str, Any]) -> list[str]:
+    """Sentences on figures of speed that cannot be, or that say nothing."""
+    several = len(evaluation.get("speed_by_setting") or ()) > 1
+    found = []
+    for doubt in evaluation.get("doubts") or ():
+        where = f" (at temperature {doubt['temperature']:g}, {doubt['concurrency']} in flight)" if several else ""
+        found.append(f"{doubt['said'][0].upper()}{doubt['said'][1:]}{where}.")
+    return list(dict.fromkeys(found))

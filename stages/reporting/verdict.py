@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from draftsmith.stages.measure.doubts import doubts_about
 from draftsmith.stages.reporting.names import name_of
 
 
@@ -17,7 +18,13 @@ def findings(evaluation: Mapping[str, Any]) -> list[str]:
     target's own."""
     verdicts = evaluation.get("verdicts") or []
     seeds = evaluation.get("training_seeds") or {}
-    sentences = [_SENTENCES[verdict["kind"]](verdict, _drafter(verdict["arm"], seeds)) for verdict in verdicts]
+    doubted = [_doubted(evaluation, verdict) for verdict in verdicts]
+    sentences = [
+        _unjudged(verdict, _drafter(verdict["arm"], seeds))
+        if doubts
+        else _SENTENCES[verdict["kind"]](verdict, _drafter(verdict["arm"], seeds))
+        for verdict, doubts in zip(verdicts, doubted, strict=True)
+    ]
     judged = [verdict for verdict in verdicts if verdict["different"] is not None]
     if judged:
         sentences.append(_together(len(judged), judged[0]["level"]))
@@ -28,6 +35,22 @@ def findings(evaluation: Mapping[str, Any]) -> list[str]:
             "decoding, so that something changes what the target says."
         )
     return sentences
+
+
+def _doubted(evaluation: Mapping[str, Any], verdict: Mapping[str, Any]) -> bool:
+    """Whether the speeds that a verdict compares cannot be relied on: what `doubts` says of either at the headline's
+    setting."""
+    setting = {name: evaluation.get(name) for name in ("temperature", "concurrency")}
+    arms = verdict["arm"], verdict["other"]
+    judged = verdict["kind"] == "speed" and verdict["different"] is not None
+    return judged and bool(doubts_about(evaluation, setting, *arms))
+
+
+def _unjudged(verdict: Mapping[str, Any], drafter: str) -> str:
+    return (
+        f"{drafter} and that of {name_of(verdict['other'])}: measured at {verdict['value']:.3f} times its speed, which "
+        "is not judged, for what is said of these figures."
+    )
 
 
 def _drafter(arm: str, seeds: Mapping[str, int | None]) -> str:

@@ -44,7 +44,8 @@ def simulated_turns(
         first = round % len(arms)
         for order, arm in enumerate(arms[first:] + arms[:first]):
             drift += rng.normal(0, 0.005)
-            seconds = 0.04 * (tokens if arm == PLAIN else steps * (1.0 if arm != "opd" else 1 / (1 + gain)))
+            step = 1.3 if arm != "opd" else 1.3 / (1 + gain)  # beside one of plain decoding: a block is verified
+            seconds = 0.04 * (tokens if arm == PLAIN else steps * step)
             if concurrency == 1:
                 seconds = seconds * np.exp(rng.normal(0, NOISE, prompts))
             wall = seconds.sum() / concurrency**0.7 * math.exp(drift + rng.normal(0, NOISE))

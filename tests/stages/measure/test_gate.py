@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from draftsmith.stages.measure.acceptance import acceptance_table, taus_compared
+from draftsmith.stages.measure.doubts import doubts
 from draftsmith.stages.measure.gate import CHAMPION, PLAIN, GateConfig, challenger_of, compared, decide
+from draftsmith.stages.measure.requests import Setting
 from draftsmith.stages.measure.speed import log_ratios
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.statistics import Estimate
@@ -24,15 +26,16 @@ def evaluation(rng: np.random.Generator, gain: float, prompts: int = 200, rounds
     simulated, of_prompt = simulated_traces(rng, prompts, samples=1, gain=gain)
     renamed: dict[str, list[Trace]] = {CHAMPION: simulated["sft"], "opd": simulated["opd"]}
     turns = simulated_turns(rng, rounds, concurrency=16, gain=gain)
-    turns = [turn | {"arm": CHAMPION if turn["arm"] == "sft" else turn["arm"]} for turn in turns]
+    where: dict[str, Any] = {"temperature": 0.0, "concurrency": 16}
+    turns = [turn | where | {"arm": CHAMPION if turn["arm"] == "sft" else turn["arm"]} for turn in turns]
     sets = [SETS[int(prompt) % 2] for prompt in of_prompt]
     speed = log_ratios(turns, [("opd", PLAIN), ("opd", CHAMPION)])
-    where = {"temperature": 0.0, "concurrency": 16}
     return {
         "drafters": acceptance_table(renamed, of_prompt, [False] * len(of_prompt)),
         "compared": taus_compared(renamed, of_prompt, sets)
         + [compared("speed", arm, other, found, **where) for (arm, other), found in speed.items()],
         "exactness": EXACT,
+        "doubts": doubts(turns, [], [Setting(**where)]),
     }
 
 

@@ -10,6 +10,7 @@ from scipy import stats
 
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams, VerifyStep
 from draftsmith.stages.measure.config import EvaluationConfig
+from draftsmith.stages.measure.load import Load
 from draftsmith.stages.measure.requests import (
     Setting,
     candidate_sizes,
@@ -51,7 +52,7 @@ def row(arm: str, given: Completion, round: int = 0, setting: Setting = GREEDY) 
 
 
 def turn(arm: str, answers: list[Completion], wall: float, round: int = 0, setting: Setting = GREEDY) -> dict[str, Any]:
-    return turn_of("embedded", round, 0, arm, 4, setting, answers, wall)
+    return turn_of("embedded", round, 0, arm, 4, setting, answers, wall, Load())
 
 
 def test_speed_table_by_hand() -> None:

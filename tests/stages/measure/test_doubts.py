@@ -1,0 +1,171 @@
+"""Figures that cannot be: each is named, and the real gate does not decide on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from draftsmith.stages.measure.doubts import FEWEST_PROMPTS, doubts
+from draftsmith.stages.measure.gate import CHAMPION, PLAIN, Decision, GateConfig, compared, decide
+from draftsmith.stages.measure.requests import Setting
+from draftsmith.stages.measure.speed import log_ratios, speed_table
+from draftsmith.stages.measure.verdicts import verdicts
+from draftsmith.stages.reporting import rows as reported
+from draftsmith.stages.reporting.verdict import findings
+
+TAU = {PLAIN: 1.0, CHAMPION: 2.0, "opd": 2.4}
+WHERE: dict[str, Any] = {"temperature": 0.0, "concurrency": 1}
+Turn = dict[str, Any]
+
+
+def measured(rounds: int = 6, prompts: int = 8, noise: float = 0.01, seed: int = 0) -> list[Turn]:
+    """Turns of a steady, idle machine on which a verify step costs 1.3 steps of plain decoding."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for round in range(rounds):
+        for order, (arm, tau) in enumerate(TAU.items()):
+            tokens = 60 * prompts
+            steps = 0 if arm == PLAIN else round_up((tokens - prompts) / tau)
+            wall = 0.04 * (steps * 1.3 or tokens) * float(np.exp(rng.normal(0, noise)))
+            found.append(
+                {
+                    "round": round, "order": order, "arm": arm, "prompts": prompts, "tokens": tokens, "block_size": 4,
+                    "wall_seconds": wall, "draft_seconds": 0.0, "verify_seconds": 0.0, "verify_steps": steps,
+                    "others_share": 0.02, "stolen_share": 0.0, "cpu_mhz": 3000.0, "gpu_mhz": float("nan"), **WHERE,
+                }
+            )  # fmt: skip
+    return found
+
+
+def round_up(value: float) -> int:
+    return int(-(-value // 1))
+
+
+def evaluation(turns: list[Turn]) -> dict[str, Any]:
+    """What an evaluation says of them, with a tau that is measurably better."""
+    ratios = log_ratios(turns, [("opd", PLAIN), ("opd", CHAMPION)])
+    speeds = [compared("speed", arm, other, found, **WHERE) for (arm, other), found in ratios.items()]
+    better = {"kind": "tau", "arm": "opd", "other": CHAMPION, "value": 0.4, "error": 0.01, "units": 40, "degrees": 39.0}
+    return {
+        **WHERE,
+        "drafters": {CHAMPION: {"tau": 2.0}, "opd": {"tau": 2.4}},
+        "compared": [*speeds, {**better, "set": None, "base": 2.0}],
+        "exactness": {"fp32_prompts": 4, "fp32_identical": 4},
+        "verdicts": verdicts({}, {("opd", CHAMPION): ratios["opd", CHAMPION]}, turns[0]["prompts"]),
+        "speed": speed_table(turns, []),
+        "doubts": doubts(turns, [], [Setting(**WHERE)]),
+    }
+
+
+def gate(turns: list[Turn], **config: Any) -> Decision:
+    return decide(evaluation(turns), GateConfig(**config), "3")
+
+
+def changed(turns: list[Turn], **by_arm: Any) -> list[Turn]:
+    """With the wall time of an arm's turns times what a function of the round says."""
+    return [
+        turn | {"wall_seconds": turn["wall_seconds"] * by_arm.get(turn["arm"], lambda _: 1.0)(turn["round"])}
+        for turn in turns
+    ]
+
+
+def unjudged(decision: Decision) -> list[str]:
+    return [rule.name for rule in decision.rules if not rule.judged]
+
+
+SPEEDS = ["speed-up", "speed at temperature 0, 1 in flight"]
+
+
+def test_a_steady_machine_leaves_no_doubt_and_the_gate_decides() -> None:
+    assert evaluation(measured())["doubts"] == []
+    assert gate(measured()).outcome == "promoted"
+    slower = changed(measured(), opd=lambda _: 1.5)
+    assert gate(slower).outcome == "refused"
+
+
+def test_a_speed_up_above_the_served_tau_is_not_decided_on() -> None:
+    """Plain decoding was slowed by a neighbour, in all its turns: no interval shows it."""
+    turns = changed(measured(), plain=lambda _: 2.0)
+    decision = gate(turns)
+    assert decision.outcome == "undecided"
+    assert (
+        "the speed-up of opd was measured as 3.7" in decision.sentence() and "served tau of 2.40" in decision.sentence()
+    )
+    assert unjudged(decision) == SPEEDS
+    assert gate(turns, judge_speed=False).outcome == "promoted", "tau does not hang on the machine"
+
+
+def test_repetitions_that_drift_are_not_decided_on() -> None:
+    turns = changed(measured(), opd=lambda round: 1 + 0.08 * round)
+    (doubt, *_) = evaluation(turns)["doubts"]
+    assert (doubt["kind"], doubt["arms"]) == ("drift", ("opd",))
+    assert "the speed of opd over plain decoding went down by 2" in doubt["said"]
+    assert gate(turns).outcome == "undecided"
+    together = changed(measured(), **{arm: lambda round: 1 + 0.08 * round for arm in TAU})
+    assert evaluation(together)["doubts"] == [], "what happens to all arms of a round cancels"
+
+
+@pytest.mark.parametrize(
+    ("fact", "quiet", "busy", "said"),
+    [
+        ("others_share", 0.02, 0.48, "other processes took between"),
+        ("stolen_share", 0.0, 0.3, "other processes took between"),
+        ("cpu_mhz", 3600.0, 2400.0, "the CPU's clock was between 2400 and 3600 MHz"),
+        ("gpu_mhz", 1980.0, 1200.0, "the GPU's clock was between 1200 and 1980 MHz"),
+    ],
+)
+def test_a_machine_whose_load_changed_is_not_decided_on(fact: str, quiet: float, busy: float, said: str) -> None:
+    turns = [turn | {fact: busy if turn["round"] == 2 and turn["arm"] == "opd" else quiet} for turn in measured()]
+    decision = gate(turns)
+    assert decision.outcome == "undecided"
+    assert said in decision.sentence()
+    assert unjudged(decision) == SPEEDS
+    steady = [turn | {fact: busy} for turn in measured()]
+    assert gate(steady).outcome == "promoted", "a load that stays is the same for all arms"
+
+
+def test_too_few_prompts_or_turns_are_not_decided_on() -> None:
+    few = gate(measured(prompts=FEWEST_PROMPTS - 1))
+    assert few.outcome == "undecided" and "3 prompts a turn say little of others" in few.sentence()
+    short = gate(measured(rounds=4))
+    assert short.outcome == "undecided" and "4 turns, 5 are needed" in short.sentence()
+    found = evaluation(measured())
+    units = [each | ({"units": 3} if each["kind"] == "tau" else {}) for each in found["compared"]]
+    decision = decide(found | {"compared": units}, GateConfig(), "3")
+    assert (decision.outcome, unjudged(decision)) == ("undecided", ["tau"])
+    assert "3 prompts cannot tell" in decision.sentence()
+
+
+def test_what_is_broken_beside_it_is_refused_all_the_same() -> None:
+    found = evaluation(changed(measured(), plain=lambda _: 2.0))
+    lossy = found | {"exactness": {"fp32_prompts": 4, "fp32_identical": 3}}
+    assert decide(lossy, GateConfig(), "3").outcome == "refused"
+
+
+def test_the_report_names_them_and_says_nothing_of_the_speeds() -> None:
+    found = evaluation(changed(measured(), plain=lambda _: 2.0))
+    assert any("The speed-up of opd was measured as" in line for line in reported.doubts(found))
+    (speed,) = [line for line in findings(found) if "times its speed" in line]
+    assert "which is not judged" in speed and "faster" not in speed
+    table = reported.gate(decide(found, GateConfig(), "3").as_json())
+    assert table is not None
+    assert {row[1] for row in table.rows if row[0].startswith("speed")} == {"not judged"}
+
+
+def test_several_requests_at_a_time_are_bounded_by_the_best_of_them() -> None:
+    """The longest answer decides when a turn ends, and its tau may be above the mean."""
+    turns = [turn | {"concurrency": 8} for turn in changed(measured(), plain=lambda _: 1.6)]
+    best = {**WHERE, "concurrency": 8, "arm": "opd", "tokens": 61, "verify_steps": 20}
+    setting = [Setting(0.0, 8)]
+    assert [doubt["kind"] for doubt in doubts(turns, [], setting)] == ["tau", "tau"]
+    assert [doubt["arms"] for doubt in doubts(turns, [best], setting)] == [(CHAMPION,)]
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.03])
+def test_equal_repetitions_are_seldom_doubted(noise: float) -> None:
+    """Of either drafter, at any of its figures: what a good measurement loses to these checks."""
+    repetitions = 400
+    wrong = sum(bool(doubts(measured(noise=noise, seed=seed), [], [Setting(**WHERE)])) for seed in range(repetitions))
+    assert wrong / repetitions <= 0.03
