@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,10 +14,16 @@ from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import MANIFEST, InputEntry, Manifest, read_manifest
 from draftsmith.stages.contract import Config, Operational, Stage, StageContext
+from draftsmith.stages.measure.gate import challenger_of
+from draftsmith.stages.reporting import rows
+from draftsmith.stages.reporting.figures import figures as figures_of
+from draftsmith.stages.reporting.outcome import outcome
 from draftsmith.stages.reporting.page import ReportData, render_report
 from draftsmith.stages.reporting.verdict import findings
 
 TRAININGS = ("sft", "opd", "control")
+REVIEW = "review.json"
+STALE = "anchors_off_mined_share"  # what OPD says of its mined trace
 HEADLINE = ("tau", "tau_low", "tau_high", "differences")
 
 
@@ -24,32 +31,79 @@ class ReportConfig(Config):
     title: str = Field(default="Draft model refresh", min_length=1, description="Heading of the page.")
     rejected_rows: int = Field(default=20, ge=0, description="Rows of the table of most rejected tokens.")
     history: Annotated[tuple[dict[str, Any], ...], Operational()] = Field(
-        default=(), description="filled in when the plan is made: what the line's champions were worth, and when"
+        default=(), description="filled in when the plan is made: what the line's drafters were worth, and when"
     )
 
 
 def run(ctx: StageContext, config: ReportConfig) -> None:
-    """Write `report.html`, and `headline.json` with the figures in it that do not depend on time."""
+    """Write `report.html`, `headline.json` with the figures in it that do not depend on time, and `review.json` with
+    all of them, the verdict and the configs: what MLflow is told, and what two refreshes are compared by."""
     evaluation = _read_json(ctx.inputs["evaluation"] / "evaluation.json")
+    decision = _read_json(ctx.inputs["gate"] / "decision.json") if "gate" in ctx.inputs else {}
     lineage = list(_lineage(ctx))
+    artifacts = [{"name": name} | manifest.model_dump() for name, manifest, _ in lineage]
+    folders = {manifest.stage: folder for _, manifest, folder in lineage}
+    prompts, logs = _told(folders, "prompts", "prompts.json"), _told(folders, "logs", "logs.json")
+    configs = {f"{name} ({manifest.stage}/{manifest.key[:8]})": manifest.config for name, manifest, _ in lineage}
     data = ReportData(
         title=config.title,
         evaluation=evaluation,
-        decision=_read_json(ctx.inputs["gate"] / "decision.json") if "gate" in ctx.inputs else {},
-        history=[*config.history, *_drift(ctx.inputs.get("drift"))],
+        decision=decision,
+        history=[
+            *config.history,
+            *_drift(ctx.inputs.get("drift")),
+            *_now(ctx, evaluation, decision),
+        ],
         mining=_read_json(ctx.inputs["mining"] / "summary.json"),
-        curves={arm: _losses(ctx.inputs[arm] / "metrics.jsonl") for arm in TRAININGS if arm in ctx.inputs},
-        lineage=[{"name": name} | manifest.model_dump() for name, manifest in lineage],
-        config={f"{name} ({manifest.stage}/{manifest.key[:8]})": manifest.config for name, manifest in lineage},
+        contexts=_contexts(ctx.inputs["evaluation"] / "contexts.json", evaluation),
+        curves={arm: _curve(ctx.inputs[arm], "loss") for arm in TRAININGS if arm in ctx.inputs},
+        staleness=_curve(ctx.inputs["opd"], STALE),
+        prompts=prompts,
+        logs=logs,
+        lineage=artifacts,
+        config=configs,
         rejected_rows=config.rejected_rows,
     )
     render_report(ctx.out / "report.html", data)
     drafters = evaluation.get("drafters", {})
     headline = {arm: {name: figures[name] for name in HEADLINE if name in figures} for arm, figures in drafters.items()}
     write_text(ctx.out / "headline.json", json.dumps(headline, indent=2, sort_keys=True) + "\n")
+    found = outcome(evaluation, decision)
+    review = {
+        "outcome": None if found is None else {**asdict(found), "label": found.label},
+        "doubts": rows.doubts(evaluation),
+        "figures": figures_of(evaluation, artifacts, _counts(prompts, logs)),
+        "config": {name: manifest.config for name, manifest, _ in lineage},
+        "artifacts": {name: f"{manifest.stage}/{manifest.key[:16]}" for name, manifest, _ in lineage},
+    }
+    write_text(ctx.out / REVIEW, json.dumps(review, indent=1, sort_keys=True, default=str) + "\n")
     for sentence in findings(evaluation):
         ctx.log(sentence)
     ctx.summary(**{f"tau_{arm}": figures["tau"] for arm, figures in drafters.items() if figures.get("tau") is not None})
+
+
+def _told(folders: Mapping[str, Path], stage: str, file: str) -> dict[str, Any]:
+    """What a stage behind the report says of its data; nothing of one that is not behind it."""
+    return _read_json(folders[stage] / file) if stage in folders and (folders[stage] / file).is_file() else {}
+
+
+def _contexts(path: Path, evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of the arm that the gate looks at."""
+    if not path.is_file() or not evaluation.get("drafters"):
+        return []
+    return list(_read_json(path).get(challenger_of(evaluation), ()))
+
+
+def _counts(prompts: Mapping[str, Any], logs: Mapping[str, Any]) -> dict[str, float]:
+    """Rows by what became of them."""
+    found: dict[str, float] = {}
+    for splits in (prompts.get("counts") or {}).values():
+        for split, count in splits.items():
+            found[f"prompts.{split}"] = found.get(f"prompts.{split}", 0) + count
+    for name, told in (("prompts", prompts), ("logs", logs)):
+        if told:
+            found[f"{name}.set_aside"] = sum((told.get("set_aside") or {}).values())
+    return found | {f"logs.{name}": logs[name] for name in ("rows_read", "used", "replayed") if name in logs}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -71,28 +125,39 @@ def _drift(folder: Path | None) -> list[dict[str, Any]]:
     return [{"at": read_manifest(folder).created_at, "what": "checked", **_read_json(folder / "drift.json")["all"]}]
 
 
-def _losses(path: Path) -> list[tuple[int, float]]:
-    """(step, loss) of a training's metrics; a training without them has no curve."""
+def _now(ctx: StageContext, evaluation: Mapping[str, Any], decision: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What this refresh's challenger is worth, in the history of its line."""
+    folder = ctx.inputs["evaluation"]
+    if not decision or not (folder / MANIFEST).is_file():
+        return []
+    drafter = evaluation["drafters"][decision["challenger"]]
+    figures = {"tau": drafter["tau"], "low": drafter["tau_low"], "high": drafter["tau_high"]}
+    return [{"at": read_manifest(folder).created_at, "what": "now", **figures}]
+
+
+def _curve(folder: Path, name: str) -> list[tuple[int, float]]:
+    """(step, value) of a training's metric; a training without it has no curve."""
+    path = folder / "metrics.jsonl"
     if not path.is_file():
         return []
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [(row["step"], row["loss"]) for row in rows if isinstance(row.get("loss"), int | float)]
+    return [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
 
 
-def _lineage(ctx: StageContext) -> Iterator[tuple[str, Manifest]]:
+def _lineage(ctx: StageContext) -> Iterator[tuple[str, Manifest, Path]]:
     """Every artifact behind the inputs, sources first, under the name that this stage or its reader gives it."""
     roots = {name: folder for name, folder in ctx.inputs.items() if (folder / MANIFEST).is_file()}
     names = {read_manifest(folder).key: name for name, folder in roots.items()}
     seen: set[str] = set()
 
-    def visit(name: str, folder: Path) -> Iterator[tuple[str, Manifest]]:
+    def visit(name: str, folder: Path) -> Iterator[tuple[str, Manifest, Path]]:
         manifest = read_manifest(folder)
         if manifest.key not in seen:
             seen.add(manifest.key)
             for source, entry in manifest.inputs.items():
                 if (_sibling(folder, entry) / MANIFEST).is_file():  # it may have been removed since
                     yield from visit(source, _sibling(folder, entry))
-            yield names.get(manifest.key, name), manifest
+            yield names.get(manifest.key, name), manifest, folder
 
     for name, folder in roots.items():
         yield from visit(name, folder)
@@ -107,5 +172,5 @@ STAGE = Stage(
     config=ReportConfig,
     inputs=("mining", "evaluation", "sft", "opd", "control?", "gate?", "drift?"),
     run=run,
-    volatile=("metrics.jsonl", "report.html"),  # it shows durations and tokens/s
+    volatile=("metrics.jsonl", "report.html", REVIEW),  # they show durations and tokens/s
 )

@@ -1,37 +1,23 @@
-"""The report of a refresh: one HTML file with everything inside, readable without a network."""
+"""The report of a refresh: one HTML file with everything inside, readable without a network. The verdict is first."""
 
 from __future__ import annotations
 
-import html
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from draftsmith.artifacts.atomic import write_text
-from draftsmith.stages.reporting import plots, rows
+from draftsmith.stages.measure.gate import challenger_of
+from draftsmith.stages.reporting import plots, rows, tables
+from draftsmith.stages.reporting.contexts import contexts
+from draftsmith.stages.reporting.markup import anchor, details, figure, items, paragraph, part, section, table, text
 from draftsmith.stages.reporting.names import ABSENT, name_of
+from draftsmith.stages.reporting.outcome import Tile, outcome, tiles
 from draftsmith.stages.reporting.rows import Table
+from draftsmith.stages.reporting.style import STYLE
 from draftsmith.stages.reporting.verdict import findings
-
-STYLE = """
-:root { color-scheme: light dark; --line: light-dark(#d8dce2, #3a3f47); --soft: light-dark(#f4f6f8, #22262c);
-        --quiet: light-dark(#5b6470, #a3acb8); }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-       color: light-dark(#16191d, #e8ebee); background: light-dark(#fff, #15181c); }
-h1 { margin-bottom: .2rem } h2 { margin-top: 2.4rem; font-size: 1.2rem }
-.quiet, caption, figcaption { color: var(--quiet); font-size: .9rem } .lead { font-size: 1.1rem }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-.wide { overflow-x: auto } caption { caption-side: bottom; text-align: left; padding-top: .4rem }
-th, td { padding: .35rem .6rem; text-align: right; white-space: nowrap; vertical-align: top;
-         border-bottom: 1px solid var(--line) }
-th { font-weight: 600; white-space: normal; vertical-align: bottom; border-bottom-width: 2px }
-td.text, th.text { text-align: left }
-figure { margin: 1rem 0 } svg { width: 100%; height: auto } svg text { font-family: inherit }
-code, pre { font: .85rem/1.45 ui-monospace, monospace } pre { background: var(--soft); padding: 1rem; overflow-x: auto }
-summary { cursor: pointer }
-""".strip()
 
 
 @dataclass(frozen=True)
@@ -43,82 +29,149 @@ class ReportData:
     decision: Mapping[str, Any] = field(default_factory=dict)  # decision.json of the gate
     history: Sequence[Mapping[str, Any]] = ()  # at, what (promoted, checked), version, tau, low, high
     mining: Mapping[str, Any] = field(default_factory=dict)  # mining's summary.json
+    contexts: Sequence[Mapping[str, Any]] = ()  # of the challenger, of contexts.json
     curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)  # arm -> (step, loss)
-    lineage: Sequence[Mapping[str, Any]] = ()  # name, stage, key, content_id, duration_s
+    staleness: Sequence[tuple[int, float]] = ()  # (step, share of trained anchors that the mined trace does not have)
+    prompts: Mapping[str, Any] = field(default_factory=dict)  # prompts.json
+    logs: Mapping[str, Any] = field(default_factory=dict)  # logs.json
+    lineage: Sequence[Mapping[str, Any]] = ()  # name, stage, key, content_id, duration_s, metrics, created_at
     config: Mapping[str, Any] = field(default_factory=dict)  # artifact -> its stage's config
     rejected_rows: int = 20  # rows of the table of most rejected tokens
 
 
 def render_report(path: Path, data: ReportData) -> None:
     """Write the page. The same data gives the same bytes."""
-    title = html.escape(data.title)
-    body = "\n".join(part for part in _parts(data) if part)
+    shown = [each for each in _sections(data) if each[1]]
+    links = "\n".join(f'<li><a href="#{anchor(title)}">{text(title)}</a></li>' for title, _ in shown)
+    contents = f'<nav aria-label="Contents"><ul>\n{links}\n</ul></nav>' if shown else ""
+    body = "\n".join(each for _, each in shown)
     write_text(
         path,
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>\n{STYLE}\n</style>\n</head>\n'
-        f"<body>\n<h1>{title}</h1>\n{body}\n</body>\n</html>\n",
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{text(data.title)}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<style>\n{STYLE}\n</style>\n</head>\n<body>\n"
+        '<a class="skip" href="#report">Skip to the verdict</a>\n'
+        f"<header>\n<h1>{text(data.title)}</h1>\n{_written(data)}\n</header>\n"
+        f'<main id="report" tabindex="-1">\n{_verdict(data)}\n{contents}\n{body}\n</main>\n</body>\n</html>\n',
     )
 
 
-def _parts(data: ReportData) -> Iterable[str]:
-    drafters, speed = data.evaluation.get("drafters", {}), data.evaluation.get("speed", {})
-    if data.decision:
-        yield f'<p class="lead"><strong>{html.escape(str(data.decision["sentence"]))}</strong></p>'
-    yield _headline(data.evaluation)
-    if judged := rows.gate(data.decision):
-        yield f"<h2>{judged.title}</h2>\n{_table(judged)}"
-    if table := rows.by_setting(data.evaluation):
-        yield f"<h2>{table.title}</h2>\n{_table(table)}"
-    yield _section("Exactness", rows.exactness(data.evaluation))
-    yield _section("", rows.repetitions(data.evaluation))
-    yield _figure(
-        "Acceptance by offset",
-        plots.acceptance_by_offset,
-        {arm: d["acceptance_by_offset"] for arm, d in drafters.items() if d.get("acceptance_by_offset")},
+def _written(data: ReportData) -> str:
+    """Of when the figures are, and of what drafter."""
+    made = [str(each["created_at"]) for each in data.lineage if each.get("created_at")]
+    engine = data.evaluation.get("engine")
+    said = [f"measured {max(made)[:16].replace('T', ' ')} UTC"] if made else []
+    return paragraph([" · ".join([*said, *([f"engine: {engine}"] if engine else [])])])
+
+
+def _verdict(data: ReportData) -> str:
+    """The sentence, why, the figures that are read first, and what must not be relied on."""
+    found = outcome(data.evaluation, data.decision)
+    if found is None:
+        return ""
+    seconds = sum(each.get("duration_s") or 0.0 for each in data.lineage)
+    doubted = items(rows.doubts(data.evaluation))
+    warned = f'<div class="doubts" role="note">\n<h3>Not to be relied on</h3>\n{doubted}\n</div>' if doubted else ""
+    return (
+        f'<section class="verdict {found.kind}" aria-labelledby="verdict">\n<p class="badge">{text(found.label)}</p>\n'
+        f'<h2 id="verdict">{text(found.sentence)}</h2>\n{items(found.reasons)}\n'
+        f"{_tiles(tiles(data.evaluation, seconds))}\n{warned}\n</section>"
     )
-    yield _figure(
-        "Accepted lengths",
-        plots.accepted_lengths,
-        {arm: d["accepted_histogram"] for arm, d in drafters.items() if d.get("accepted_histogram")},
+
+
+def _tiles(shown: Sequence[Tile]) -> str:
+    cells = "\n".join(
+        f'<div><dt>{text(tile.label)}</dt><dd class="figure">{text(tile.figure)}</dd>'
+        f'<dd class="beside">{text(tile.beside)}</dd></div>'
+        for tile in shown
     )
-    if len(data.history) > 1:
-        figure = plots.tau_over_time(data.history)
-        note = "Of the champions, each on its own refresh's prompts; bars: 95 % over prompts."
-        yield f"<h2>The line over time</h2>\n<figure>\n{figure}\n<figcaption>{note}</figcaption>\n</figure>"
-    yield _figure(
+    return f'<dl class="tiles">\n{cells}\n</dl>' if shown else ""
+
+
+def _sections(data: ReportData) -> list[tuple[str, str]]:
+    """(title, HTML) of everything below the verdict, in order."""
+    evaluation = data.evaluation
+    drafters = evaluation.get("drafters") or {}
+    sets = {name: each for name, each in (evaluation.get("sets") or {}).items() if each}
+    found: dict[str, list[str]] = {
+        "Acceptance": [
+            items(findings(evaluation)),
+            table(tables.acceptance(evaluation)),
+            part("By prompt set", "".join([_sets(sets), table(tables.by_set(evaluation))])) if sets else "",
+            _figure(
+                "By offset",
+                plots.acceptance_by_offset,
+                {arm: d["acceptance_by_offset"] for arm, d in drafters.items() if d.get("acceptance_by_offset")},
+            ),
+            _figure(
+                "Accepted lengths",
+                plots.accepted_lengths,
+                {arm: d["accepted_histogram"] for arm, d in drafters.items() if d.get("accepted_histogram")},
+            ),
+            paragraph(rows.repetitions(evaluation), "quiet"),
+        ],
+        "Speed": [
+            table(tables.speed(evaluation)),
+            part("By setting", table(rows.by_setting(evaluation))),
+            _time_split(evaluation),
+            part("Exactness", paragraph(rows.exactness(evaluation))),
+        ],
+        "Gate": [table(rows.gate(data.decision))],
+        "The line over time": [_line(data.history)],
+        f"Worst contexts{_of_arm(data)}": [contexts(data.contexts)],
+        "Training": [_training(data), _most_rejected(data.mining.get("most_rejected") or [], data.rejected_rows)],
+        "Data": [
+            paragraph(tables.logs_said(data.logs)),
+            table(tables.prompts_table(data.prompts)),
+            part("Set aside", table(tables.set_aside(data.prompts, data.logs))),
+        ],
+        "Cost": [table(tables.cost(data.lineage))],
+        "Lineage and config": [_lineage(data.lineage), _config(data.config)],
+    }
+    return [(title, section(title, *parts)) for title, parts in found.items()]
+
+
+def _of_arm(data: ReportData) -> str:
+    return f" of {name_of(challenger_of(data.evaluation))}" if data.contexts and data.evaluation.get("drafters") else ""
+
+
+def _sets(sets: Mapping[str, Any]) -> str:
+    if len(sets) < 2:
+        return ""
+    arms = dict.fromkeys(arm for each in sets.values() for arm in each)
+    return figure(plots.tau_by_set(sets, {arm: name_of(arm) for arm in arms}), "Bars: 95 % over the prompts of a set.")
+
+
+def _time_split(evaluation: Mapping[str, Any]) -> str:
+    return _figure(
         "Where the time goes",
         plots.time_split,
         {
-            arm: (s["draft_share"], s["verify_share"])
-            for arm, s in speed.items()
-            if s.get("draft_share") is not None and s.get("verify_share") is not None
+            arm: (each["draft_share"], each["verify_share"])
+            for arm, each in (evaluation.get("speed") or {}).items()
+            if each.get("draft_share") is not None and each.get("verify_share") is not None
         },
     )
-    yield _figure(
-        "Training",
-        plots.training_curves,
-        {arm: points for arm, points in data.curves.items() if points},
-        "Each training has its own loss; their heights cannot be compared.",
-    )
-    yield _most_rejected(data.mining.get("most_rejected") or [], data.rejected_rows)
-    yield _lineage(data.lineage)
-    if data.config:
-        text = html.escape(json.dumps(data.config, indent=2, sort_keys=True, ensure_ascii=False, default=str))
-        yield f"<h2>Config</h2>\n<details><summary>All settings</summary>\n<pre>{text}</pre>\n</details>"
 
 
-def _headline(evaluation: Mapping[str, Any]) -> str:
-    table = rows.headline(evaluation)
-    if table is None:
+def _line(history: Sequence[Mapping[str, Any]]) -> str:
+    if len(history) < 2:
         return ""
-    lead = "".join(f'<p class="lead">{html.escape(sentence)}</p>\n' for sentence in findings(evaluation))
-    return f"{lead}{_table(table)}"
+    note = "Each drafter on the prompts of its own refresh; bars: 95 % over prompts."
+    return figure(plots.tau_over_time(history), note)
 
 
-def _section(heading: str, sentences: Sequence[str]) -> str:
-    title = f"<h2>{heading}</h2>\n" if heading else ""
-    return f"{title}<p>{html.escape(' '.join(sentences))}</p>" if sentences else ""
+def _training(data: ReportData) -> str:
+    curves = {arm: points for arm, points in data.curves.items() if points}
+    made = ""
+    if curves:
+        note = "Each training has its own loss; their heights cannot be compared."
+        made = figure(plots.training_curves(curves, {arm: name_of(arm) for arm in curves}), note)
+    if data.staleness:
+        note = "Share of the anchors trained on that the mined trace, of the weights before, does not have."
+        made += part("Staleness of the mined trace", figure(plots.staleness(data.staleness), note))
+    return made
 
 
 def _most_rejected(tokens: Sequence[Mapping[str, Any]], count: int) -> str:
@@ -127,46 +180,34 @@ def _most_rejected(tokens: Sequence[Mapping[str, Any]], count: int) -> str:
     columns = list(tokens[0])
     cells = [[_cell(token.get(column)) for column in columns] for token in tokens[:count]]
     head = [column.replace("_", " ") for column in columns]
-    table = Table(head, cells, caption="Proposals that the target rejected first in a step.")
-    return f"<h2>Most rejected tokens</h2>\n{_table(table)}"
+    shown = Table(head, cells, "Most rejected tokens", "Proposals that the target rejected first in a step of mining.")
+    return part("Most rejected tokens", table(shown))
 
 
 def _lineage(artifacts: Sequence[Mapping[str, Any]]) -> str:
-    if not artifacts:
-        return ""
     cells = [
         [
-            str(a.get("name", ABSENT)),
-            str(a.get("stage", ABSENT)),
-            str(a.get("key", ABSENT))[:16],
-            str(a.get("content_id", ABSENT))[:16],
-            rows.number(a.get("duration_s"), ".1f"),
+            str(each.get("name", ABSENT)),
+            str(each.get("stage", ABSENT)),
+            str(each.get("key", ABSENT))[:16],
+            str(each.get("content_id", ABSENT))[:16],
         ]
-        for a in artifacts
+        for each in artifacts
     ]
-    head = ["artifact", "stage", "key", "content id", "seconds"]
-    table = Table(head, cells, caption="`draftsmith show KEY` shows what an artifact was made from.")
-    return f"<h2>Lineage</h2>\n{_table(table)}"
+    head = ["artifact", "stage", "key", "content id"]
+    note = "`draftsmith show KEY` shows what an artifact was made from."
+    return table(Table(head, cells, "Lineage", note, text_columns=4)) if cells else ""
 
 
-def _figure(heading: str, draw: Any, series: Mapping[str, Any], caption: str = "") -> str:
-    if not series:
+def _config(config: Mapping[str, Any]) -> str:
+    if not config:
         return ""
-    note = f"\n<figcaption>{caption}</figcaption>" if caption else ""
-    return f"<h2>{heading}</h2>\n<figure>\n{draw(series, {arm: name_of(arm) for arm in series})}{note}\n</figure>"
+    told = text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, default=str))
+    return details("All settings", f'<pre tabindex="0">{told}</pre>')
 
 
-def _table(table: Table) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        texts = [html.escape(cell).replace("\n", "<br>") for cell in cells]
-        marks = [' class="text"' if column < table.text_columns else "" for column in range(len(texts))]
-        return f"<tr>{''.join(f'<{tag}{mark}>{text}</{tag}>' for mark, text in zip(marks, texts, strict=True))}</tr>"
-
-    body = "\n".join(line(cells, "td") for cells in table.rows)
-    return (
-        f'<div class="wide"><table>\n<caption>{html.escape(table.caption)}</caption>\n'
-        f"<thead>{line(table.head, 'th')}</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>"
-    )
+def _figure(heading: str, draw: Any, series: Mapping[str, Any]) -> str:
+    return part(heading, figure(draw(series, {arm: name_of(arm) for arm in series}))) if series else ""
 
 
 def _cell(value: Any) -> str:

@@ -9,11 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec
 
+from draftsmith.artifacts.printable import printable
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.ticker import Locator
 
-COLOURS = {"plain": "#8a8f98", "sft": "#4c8bd6", "opd": "#e0703c", "control": "#3fa66b"}  # also for the colour-blind
+COLOURS = {  # also for the colour-blind
+    "plain": "#8a8f98", "champion": "#a06cd5", "sft": "#4c8bd6", "opd": "#e0703c", "control": "#3fa66b",
+}  # fmt: skip
 _OTHER = "#a06cd5"
 _SERIES = (COLOURS["control"], _OTHER, "#c9a227", "#3aa6b9", "#8c564b", *[COLOURS["plain"]] * 99)  # of further arms
 _INK = "#010203"  # stands for the page's text colour, and becomes `currentColor`
@@ -34,6 +38,7 @@ _STYLE: Any = {
     "axes.spines.right": False,
     "legend.frameon": False,
 }
+_LABEL = 28  # characters
 CURVE_POINTS = 300  # longer curves are shown as means over neighbouring steps
 P = ParamSpec("P")
 
@@ -100,6 +105,41 @@ def training_curves(curves: Mapping[str, Sequence[tuple[int, float]]], names: Ma
 
 
 @_styled
+def staleness(points: Sequence[tuple[int, float]]) -> str:
+    """Share over steps."""
+    figure = _figure(7.2, 2.4)
+    axes = figure.add_subplot()
+    steps, shares = zip(*_thinned(points), strict=True)
+    axes.plot(steps, shares, color=COLOURS["opd"], linewidth=1.5)
+    axes.set(xlabel="step", ylabel="share off the trace", ylim=(0, 1.02))
+    return _svg(figure, "staleness", "Share of trained anchors that the mined trace does not have, over steps")
+
+
+@_styled
+def tau_by_set(sets: Mapping[str, Mapping[str, Mapping[str, Any]]], names: Mapping[str, str]) -> str:
+    """tau of every drafter within each prompt set. sets: set -> arm -> `tau`, `low`, `high`."""
+    figure = _figure(7.2, 1.1 + 0.16 * len(names) * len(sets) + 0.1 * len(sets))
+    axes = figure.add_subplot()
+    others = iter(_SERIES)
+    for index, (arm, name) in enumerate(names.items()):
+        colour = COLOURS.get(arm) or next(others)
+        shift = 0.7 * ((index + 0.5) / len(names) - 0.5)
+        for place, figures in enumerate(each.get(arm) for each in sets.values()):
+            if figures is None or figures.get("tau") is None:
+                continue
+            ends = [figures["tau"] if figures.get(end) is None else figures[end] for end in ("low", "high")]
+            axes.plot(ends, [place + shift] * 2, color=colour, linewidth=1.5)
+            axes.plot(figures["tau"], place + shift, "o", markersize=4.5, color=colour)
+        axes.plot([], [], "o-", markersize=4.5, color=colour, label=name)
+    axes.set_yticks(range(len(sets)), [_label(name) for name in sets])
+    axes.invert_yaxis()
+    axes.set(xlabel="tau (+1)")
+    axes.grid(visible=False, axis="y")
+    axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return _svg(figure, "sets", "Acceptance length by prompt set")
+
+
+@_styled
 def time_split(shares: Mapping[str, tuple[float, float]], names: Mapping[str, str]) -> str:
     """Shares of wall time spent on drafting and on verifying; what is missing to 1 is everything else."""
     figure = _figure(7.2, 0.9 + 0.45 * len(shares))
@@ -126,33 +166,41 @@ def time_split(shares: Mapping[str, tuple[float, float]], names: Mapping[str, st
 
 @_styled
 def tau_over_time(history: Sequence[Mapping[str, Any]]) -> str:
-    """What a line's champions were worth: at each promotion (its version beside it) and at each drift check.
+    """What a line's drafters were worth: at each promotion (its version beside it), each drift check and each refusal.
 
-    history: `at` (ISO 8601), `what` (promoted, checked), `version`, `tau`, `low`, `high`.
+    history: `at` (ISO 8601), `what` (promoted, checked, refused, now: the challenger of this refresh), `version`,
+    `tau`, `low`, `high`.
     """
     from datetime import datetime
 
     figure = _figure(7.2, 3.1)
     axes = figure.add_subplot()
-    for what, marker, colour in (("promoted", "D", COLOURS["opd"]), ("checked", "o", COLOURS["sft"])):
+    for what, marker, colour, label in (
+        ("promoted", "D", COLOURS["opd"], "at its promotion"),
+        ("checked", "o", COLOURS["sft"], "at a drift check"),
+        ("refused", "x", COLOURS["plain"], "not promoted"),
+        ("now", "s", COLOURS["control"], "this refresh"),
+    ):
         points = [point for point in history if point["what"] == what and point.get("tau") is not None]
+        if not points:
+            continue
         times: list[Any] = [datetime.fromisoformat(point["at"]) for point in points]
         tau = [point["tau"] for point in points]
         below = [t - (t if p.get("low") is None else min(t, p["low"])) for t, p in zip(tau, points, strict=True)]
         above = [(t if p.get("high") is None else max(t, p["high"])) - t for t, p in zip(tau, points, strict=True)]
         axes.errorbar(
             times, tau, yerr=[below, above], linestyle="", marker=marker, markersize=5, capsize=2, color=colour,
-            label="at its promotion" if what == "promoted" else "at a drift check",
+            label=label,
         )  # fmt: skip
         if what == "promoted":
             for time, point in zip(times, points, strict=True):
                 axes.annotate(
                     f" {point['version']}", (time, point["tau"]), xytext=(4, 4), textcoords="offset points", fontsize=8
                 )
-    axes.set(ylabel="tau of the champion")
+    axes.set(ylabel="tau (+1)")
     axes.tick_params(axis="x", labelrotation=20)
     axes.legend()
-    return _svg(figure, "line", "Acceptance length of the line's champions over time")
+    return _svg(figure, "line", "Acceptance length of the line's drafters over time")
 
 
 @_styled
@@ -220,6 +268,12 @@ def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
     size = -(-len(points) // CURVE_POINTS)
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [(sum(s for s, _ in group) / len(group), sum(v for _, v in group) / len(group)) for group in groups]
+
+
+def _label(name: str) -> str:
+    """A name that anyone gave: no control character, no formula, and not longer than a label may be."""
+    shown = printable(name).replace("$", r"\$").replace("\n", " ")
+    return shown if len(shown) <= _LABEL else f"{shown[: _LABEL - 1]}…"
 
 
 def _whole_numbers() -> Locator:

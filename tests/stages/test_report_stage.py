@@ -13,7 +13,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.stages.report import STAGE, ReportConfig
-from tests.stages.reporting.sample_report import EVALUATION
+from tests.stages.reporting.sample_report import CONTEXTS, DECISION, EVALUATION
 
 
 @dataclass
@@ -88,7 +88,7 @@ def test_the_page_shows_figures_findings_and_the_whole_lineage(tmp_path: Path, i
     ):
         assert text in page
     for name in ("target", "sft", "mining", "opd", "control", "evaluation"):
-        assert f'<td class="text">{name}</td>' in page
+        assert f'<th scope="row" class="text">{name}</th>' in page
     assert ctx.figures == {"tau_sft": 3.412, "tau_opd": 3.543, "tau_control": 3.43}
     assert any(
         "This drafter of SFT + OPD (one training, seed 0) decodes measurably faster" in line for line in ctx.lines
@@ -112,7 +112,7 @@ def test_the_headline_does_not_depend_on_timing(tmp_path: Path, inputs: dict[str
 def test_control_is_optional(tmp_path: Path, inputs: dict[str, Path]) -> None:
     del inputs["control"]
     ctx = run(tmp_path, inputs)
-    assert '<td class="text">control</td>' not in (ctx.out / "report.html").read_text()
+    assert '<th scope="row" class="text">control</th>' not in (ctx.out / "report.html").read_text()
 
 
 def test_a_missing_or_broken_figure_file_is_named(tmp_path: Path, inputs: dict[str, Path]) -> None:
@@ -123,3 +123,19 @@ def test_a_missing_or_broken_figure_file_is_named(tmp_path: Path, inputs: dict[s
     (broken / "evaluation.json").write_text("{")
     with pytest.raises(DraftsmithError, match=r"evaluation\.json: not JSON"):
         run(tmp_path, inputs | {"evaluation": broken})
+
+
+def test_the_review_holds_every_figure_the_verdict_and_the_configs(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    (inputs["evaluation"] / "contexts.json").write_text(json.dumps({"opd": CONTEXTS, "sft": []}))
+    gate = tmp_path / "gate"
+    gate.mkdir()
+    (gate / "decision.json").write_text(json.dumps(DECISION))
+    ctx = run(tmp_path, inputs | {"gate": gate})
+    review = json.loads((ctx.out / "review.json").read_text())
+    assert review["outcome"]["kind"] == "undecided"
+    assert review["outcome"]["sentence"].startswith("What was measured does not say whether SFT + OPD")
+    figures = review["figures"]
+    assert figures["tau.opd"] == figures["tau.challenger"] == EVALUATION["drafters"]["opd"]["tau"]
+    assert figures["tau_minus.sft.challenger"] == 0.131
+    assert set(review["config"]) >= {"target", "sft", "opd", "evaluation"}
+    assert "Worst contexts of SFT + OPD" in (ctx.out / "report.html").read_text()

@@ -146,3 +146,99 @@ def sample(**changes: Any) -> ReportData:
         "config": {"sft": {"steps": 600, "learning_rate": 6e-4}, "opd": {"steps": 200, "loss": "matched"}},
     }
     return ReportData(**(parts | changes))
+
+
+HOSTILE = '</span><script>console.error("acted")</script><img src="x" onerror="console.error(1)">\u202e\x1b[2J'
+
+
+def _compared(kind: str, other: str, value: float, error: float, **fields: Any) -> dict[str, Any]:
+    found = {"kind": kind, "arm": "opd", "other": other, "value": value, "error": error, "units": 40, "degrees": 39.0}
+    return found | fields
+
+
+SETS = {
+    name: {
+        arm: {"tau": tau + shift, "low": tau + shift - 0.2, "high": tau + shift + 0.2, "prompts": 20}
+        for arm, tau in (("champion", 3.3), ("sft", 3.41), ("opd", 3.54))
+    }
+    for name, shift in (("chat", -0.4), ("code & math", 0.5), (f"anyone's {HOSTILE}", 0.0))
+}
+OF_A_LINE: dict[str, Any] = {  # an evaluation beside a champion, with figures that cannot be
+    **SERVED,
+    "temperature": 0.0,
+    "concurrency": 1,
+    "drafters": {"champion": _drafter(3.3, 0.0, 0.7), **EVALUATION["drafters"]},
+    "sets": SETS,
+    "compared": [
+        _compared("tau", "champion", 0.24, 0.02, set=None, base=3.3),
+        *(_compared("tau", "champion", 0.2, 0.05, set=name, base=3.3) for name in SETS),
+        _compared("speed", "champion", math.log(1.03), 0.01, temperature=0.0, concurrency=1),
+    ],
+    "validation_tau": {"sft": 3.4, "opd": 3.5, "control": 3.42},
+    "doubts": [
+        {
+            "kind": "load",
+            "said": "other processes took between 2% and 48% of the machine's CPU time from turn to turn: its load "
+            "changed while it was measured (measure again when it is free)",
+            "temperature": 0.0,
+            "concurrency": 1,
+            "arms": [],
+        }
+    ],
+}
+DECISION: dict[str, Any] = {
+    "promote": False,
+    "outcome": "undecided",
+    "challenger": "opd",
+    "champion": "3",
+    "sentence": "the gate cannot decide: opd against version 3: speed-up: 1.496 times, not judged",
+    "rules": [
+        {"name": "checksums", "passed": True, "judged": True, "said": "every file is as it was written", "figures": {}},
+        {
+            "name": "tau",
+            "passed": True,
+            "judged": True,
+            "said": "+7.3% of the champion's, at least +6.2%",
+            "figures": {},
+        },
+        {"name": "speed-up", "passed": False, "judged": False, "said": "1.496 times, not judged: load", "figures": {}},
+    ],
+}
+CONTEXTS = [
+    {
+        "tau": 1.0 + place / 6,
+        "set": "chat",
+        "trajectory_id": f"{place:064x}/0",
+        "position": 12 * place,
+        "before": "def area(radius):\n    # the area of a circle\n    return ",
+        "steps": [
+            {"kept": " 3.14", "rejected": " times", "dropped": " the radius", "chosen": " *"},
+            {"kept": "", "rejected": HOSTILE if place == 0 else "\n", "dropped": "", "chosen": " radius"},
+            {"kept": " **", "rejected": "", "dropped": "", "chosen": " 2"},
+        ],
+        "after": "\n\nprint(area(2))" * 3,
+    }
+    for place in range(10)
+]
+
+
+def of_a_line(**changes: Any) -> ReportData:
+    """A report in which every part is there."""
+    parts: dict[str, Any] = {
+        "evaluation": OF_A_LINE,
+        "decision": DECISION,
+        "contexts": CONTEXTS,
+        "staleness": [(step, 0.5 - 0.4 * math.exp(-step / 50)) for step in range(200)],
+        "prompts": {
+            "counts": {name: {"heldout": 20, "train": 400, "validation": 8} for name in SETS},
+            "duplicates_removed": 3,
+            "too_long_skipped": 2,
+            "set_aside": {"row 17 of a file: no field prompt": 4},
+        },
+        "logs": {
+            "rows_in_files": 12000, "rows_read": 12000, "used": 9000, "replayed": 300, "response_tokens": 2_345_678,
+            "set_aside": {"not the target's tokens": 41}, "outside_window": 2500, "not_drawn": 159, "scored": 64,
+            "improbable": {"sampled otherwise": 1}, "window": {"newest": "2026-01-18T23:59:00+00:00"},
+        },
+    }  # fmt: skip
+    return sample(**(parts | changes))

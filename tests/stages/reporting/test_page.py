@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from draftsmith.stages.reporting.page import ReportData, render_report
-from tests.stages.reporting.sample_report import EVALUATION, SERVED, sample
+from tests.stages.reporting.sample_report import EVALUATION, HOSTILE, SERVED, of_a_line, sample
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -54,8 +54,8 @@ def test_the_page_parses_and_holds_all_figures_and_tables(tmp_path: Path) -> Non
     assert labels == [
         "Share of proposals accepted at each offset",
         "Histogram of accepted lengths",
-        "Acceptance length of the line's champions over time",
         "Time spent on drafting and verifying",
+        "Acceptance length of the line's drafters over time",
         "Training loss over steps",
     ]
     assert sum(tag == "path" for tag, _ in page.tags) > 50
@@ -65,7 +65,8 @@ def test_the_page_parses_and_holds_all_figures_and_tables(tmp_path: Path) -> Non
         "+0.113 [+0.066, +0.160]",
         "This drafter of SFT + OPD (one training, seed 0) has a measurably higher tau than that of SFT:",
         "These 4 verdicts hold together at 95 %",
-        "single 95 % intervals, of tau over 40 prompts, of speed-ups over 5 turns of the same 6 prompts.",
+        "single 95 % intervals, of tau over 40 prompts.",
+        "single 95 % intervals, of speed-ups over 5 turns of the same 6 prompts.",
         "98.0%",
         "50 of 50",
         "Most rejected tokens",
@@ -126,10 +127,10 @@ def test_absent_parts_are_left_out(tmp_path: Path, absent: str) -> None:
 
 
 def test_speed_on_a_server_is_shown_by_setting(tmp_path: Path) -> None:
-    assert "Speed by setting" not in render(tmp_path, sample()).text
+    assert "By setting" not in render(tmp_path, sample()).text
     page = render(tmp_path, sample(evaluation=SERVED))
     for text in (
-        "Speed by setting", "Engine: sglang 0.5.20", "980.8", "1467.2", "0.336 (0.688)",
+        "By setting", "Engine: sglang 0.5.20", "980.8", "1467.2", "0.336 (0.688)",
         "In float32, 100.0% of the outputs", "SFT: 3 of 52 verify steps", "SFT + OPD: tau is 3.310 as served and 3.320",
     ):  # fmt: skip
         assert text in page.text, text
@@ -153,3 +154,43 @@ def test_text_is_escaped(tmp_path: Path) -> None:
     page = render(tmp_path, ReportData("<b>Title</b>", mining={"most_rejected": rejected}))
     assert not [tag for tag, _ in page.tags if tag in ("script", "b")]
     assert "<b>Title</b>" in page.text
+
+
+def test_every_part_of_a_refresh_of_a_line_is_there_and_the_verdict_is_first(tmp_path: Path) -> None:
+    page = render(tmp_path, of_a_line())
+    main = page.text[page.text.index("Undecided") :]
+    ordered = (
+        "Undecided: not promoted",
+        "What was measured does not say whether SFT + OPD is better than version 3 (tau 3.54 against 3.30).",
+        "speed-up: 1.496 times, not judged: load",
+        "+7.3%", "95 %: +6.0% to +8.5%",
+        "Not to be relied on", "Other processes took between 2% and 48%",
+        "By prompt set", "code & math", "+6.1% [+3.0%, +9.1%]",
+        "By setting", "Gate", "not judged", "The line over time",
+        "Worst contexts of SFT + OPD", "tau 1.00 over 3 verify steps",
+        "Staleness of the mined trace", "9,000 logged answers are used, of 12,000 rows", "Set aside", "not drawn",
+        "all together", "Lineage and config",
+    )  # fmt: skip
+    place = 0
+    for text in ordered:
+        place = main.index(text, place) + len(text)
+    assert main.count("the champion 3.300") == 1
+
+
+def test_what_models_and_files_say_is_nowhere_markup(tmp_path: Path) -> None:
+    page = render(tmp_path, of_a_line())
+    assert not [tag for tag, _ in page.tags if tag in ("script", "img")]
+    assert all(not name.startswith("on") for _, attributes in page.tags for name in attributes)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "\u202e" not in text and "\x1b" not in text
+    assert page.text.count("\\u202e\\x1b[2J") >= 3, "written out: in a context, in a table of sets, in one of prompts"
+    assert HOSTILE not in page.text
+
+
+def test_marks_of_a_context_say_what_they_are(tmp_path: Path) -> None:
+    page = render(tmp_path, of_a_line())
+    marks = [(tag, attributes.get("class"), attributes.get("title")) for tag, attributes in page.tags]
+    assert ("del", None, "proposed, rejected") in marks
+    assert ("del", "dropped", "proposed behind it") in marks
+    assert ("span", "chosen", "the target's choice") in marks
+    assert "␣times" in page.text and "⏎" in page.text

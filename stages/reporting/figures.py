@@ -1,0 +1,105 @@
+"""Every figure of a report by one name, the same in every refresh: what MLflow can be searched for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from draftsmith.stages.measure.gate import CHAMPION, challenger_of
+
+CHALLENGER = "challenger"
+_SPEED = ("speedup", "tokens_per_s", "tau_served", "draft_share", "verify_share", "identical_share")
+_LATENCY = ("request_tokens_per_s_median", "first_token_s_median", "first_token_s_p95")
+
+
+def figures(
+    evaluation: Mapping[str, Any], artifacts: Sequence[Mapping[str, Any]] = (), data: Mapping[str, Any] | None = None
+) -> dict[str, float]:
+    """`tau.ARM`, `tau.ARM.low`, `tau.ARM/SET`, `speedup.cCONCURRENCY.tTEMPERATURE` (the challenger's) and
+    `speedup.ARM.c….t…`, `tau_gain` (share of the champion's), `cost.…`, `data.…`. ARM is also `challenger`, the arm
+    that the gate looked at.
+
+    artifacts: of the lineage, with `name`, `duration_s` and `metrics`. data: counts of rows.
+    """
+    found = dict(_all(evaluation, artifacts, data or {}))
+    return {
+        name: float(value)
+        for name, value in found.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    }
+
+
+def _all(
+    evaluation: Mapping[str, Any], artifacts: Sequence[Mapping[str, Any]], data: Mapping[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    drafters = evaluation.get("drafters") or {}
+    if drafters:
+        challenger = challenger_of(evaluation)
+        for arm, each in drafters.items():
+            for role in (arm, *((CHALLENGER,) if arm == challenger else ())):
+                yield from _of_drafter(role, each, evaluation, arm)
+        yield from _gains(evaluation, challenger)
+        for point in _points(evaluation):
+            yield from _of_speed(point, challenger)
+    yield "doubts", len(evaluation.get("doubts") or ())
+    exact = evaluation.get("exactness") or {}
+    for name in ("fp32_prompts", "fp32_identical", "identical_share", "median_margin"):
+        yield f"exactness.{name}", exact.get(name)
+    yield "loop_share", evaluation.get("loop_share")
+    yield "cost.wall_s", sum(each.get("duration_s") or 0.0 for each in artifacts)
+    for each in artifacts:
+        yield f"cost.wall_s.{each['name']}", each.get("duration_s")
+    for name, key in (("tokens", "response_tokens"), ("positions", "positions"), ("tflop", "tflop")):
+        yield f"cost.{name}", sum((each.get("metrics") or {}).get(key, 0.0) for each in artifacts)
+    for name, value in data.items():
+        yield f"data.{name}", value
+
+
+def _of_drafter(role: str, each: Mapping[str, Any], evaluation: Mapping[str, Any], arm: str) -> Iterator[Any]:
+    yield f"tau.{role}", each.get("tau")
+    yield f"tau.{role}.low", each.get("tau_low")
+    yield f"tau.{role}.high", each.get("tau_high")
+    yield f"block_size.{role}", each.get("block_size")
+    for other, difference in (each.get("differences") or {}).items():
+        for end, suffix in (("value", ""), ("low", ".low"), ("high", ".high")):
+            yield f"tau_minus.{other}.{role}{suffix}", difference.get(end)
+    for name, arms in (evaluation.get("sets") or {}).items():
+        yield f"tau.{role}/{name}", (arms.get(arm) or {}).get("tau")
+
+
+def _gains(evaluation: Mapping[str, Any], challenger: str) -> Iterator[tuple[str, Any]]:
+    for found in evaluation.get("compared") or ():
+        if (found["arm"], found["other"]) != (challenger, CHAMPION):
+            continue
+        if found["kind"] == "tau" and found["base"]:
+            where = "" if found["set"] is None else f"/{found['set']}"
+            yield f"tau_gain{where}", found["value"] / found["base"]
+        elif found["kind"] == "speed":
+            yield f"speed_over_champion.{point_name(found)}", math.exp(found["value"])
+
+
+def _points(evaluation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Every setting with its arms; the headline's alone where that is all that was measured."""
+    if evaluation.get("speed_by_setting"):
+        return list(evaluation["speed_by_setting"])
+    setting = {name: evaluation.get(name) for name in ("temperature", "concurrency")}
+    known = evaluation.get("speed") and None not in setting.values()
+    return [{**setting, "arms": evaluation["speed"]}] if known else []
+
+
+def _of_speed(point: Mapping[str, Any], challenger: str) -> Iterator[tuple[str, Any]]:
+    where = point_name(point)
+    for arm, each in point["arms"].items():
+        for name in (*_SPEED, *_LATENCY):
+            ends = ("", "_low", "_high") if name == "speedup" else ("",)
+            for end in ends:
+                suffix = end.replace("_", ".")
+                yield f"{name}.{arm}.{where}{suffix}", each.get(f"{name}{end}")
+                if arm == challenger:
+                    yield f"{name}.{where}{suffix}", each.get(f"{name}{end}")
+
+
+def point_name(setting: Mapping[str, Any]) -> str:
+    """`c16.t0`: requests in flight, and temperature."""
+    return f"c{setting['concurrency']}.t{setting['temperature']:g}"

@@ -1,0 +1,165 @@
+"""What a refresh came to, so that it is understood in five seconds: one sentence, why, and the figures behind it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from draftsmith.stages.measure.doubts import doubts_about
+from draftsmith.stages.measure.gate import CHAMPION, PLAIN, challenger_of
+from draftsmith.stages.reporting.names import ABSENT, name_of
+from draftsmith.stages.reporting.rows import number
+
+LABELS = {
+    "promoted": "Promoted",
+    "refused": "Not promoted",
+    "undecided": "Undecided: not promoted",
+    "measured": "Measured, nothing to decide",
+}
+_BROKEN = {
+    "checksums": "its files are not as they were written",
+    "lossless": "it changes what the target says",
+    "near-ties": "its outputs part from plain decoding where the target was sure",
+    "tau": "its tau is not measurably higher",
+    "speed-up": "it is not measurably faster than plain decoding",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The verdict of a report."""
+
+    kind: str  # promoted, refused, undecided, measured (where no gate was asked)
+    sentence: str
+    reasons: Sequence[str]
+
+    @property
+    def label(self) -> str:
+        return LABELS[self.kind]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One figure that is read first."""
+
+    label: str
+    figure: str
+    beside: str
+
+
+def outcome(evaluation: Mapping[str, Any], decision: Mapping[str, Any]) -> Outcome | None:
+    """None where nothing was measured."""
+    if not evaluation.get("drafters"):
+        return None
+    if not decision:
+        return _measured(evaluation)
+    kind = decision.get("outcome") or ("promoted" if decision["promote"] else "refused")
+    rules = decision["rules"]
+    failed = [rule for rule in rules if not rule["passed"]]
+    name = name_of(decision["challenger"])
+    champion = f"version {decision['champion']}" if decision["champion"] else None
+    against = f" (tau {_taus(evaluation, decision['challenger'])})" if champion else ""
+    if kind == "promoted":
+        sentence = f"{name} takes the place of {champion}" if champion else f"{name} is the line's first champion"
+        shown = [rule for rule in rules if rule["name"] == "tau" or rule["name"].startswith("speed")]
+    elif kind == "refused":
+        stays = f"{champion} stays" if champion else f"{name} is not promoted"
+        broken = [rule for rule in failed if rule.get("judged", True)]
+        why = "; ".join(dict.fromkeys(_broken(rule["name"]) for rule in broken))
+        sentence, shown = f"{stays[0].upper()}{stays[1:]}: {why}", failed
+    else:
+        than = champion or "plain decoding"
+        sentence = f"What was measured does not say whether {name} is better than {than}"
+        shown = failed
+    return Outcome(kind, f"{sentence}{against}.", [f"{rule['name']}: {rule['said']}" for rule in shown])
+
+
+def _broken(rule: str) -> str:
+    if rule.startswith("tau of "):
+        return f"it is measurably worse on {rule.removeprefix('tau of ')}"
+    if rule.startswith("speed at "):
+        return f"it is measurably slower at {rule.removeprefix('speed at ')}"
+    return _BROKEN.get(rule, f"the rule {rule} is broken")
+
+
+def _measured(evaluation: Mapping[str, Any]) -> Outcome:
+    """The first verdict on tau of the arm that was chosen."""
+    arm = challenger_of(evaluation)
+    taus = [v for v in evaluation.get("verdicts") or () if v["kind"] == "tau" and v["arm"] == arm]
+    if not taus:
+        return Outcome("measured", f"{name_of(arm)} has a tau of {number(_tau(evaluation, arm), '.3f')}.", [])
+    verdict = taus[0]
+    other = name_of(verdict["other"])
+    if verdict["different"]:
+        said = f"{name_of(arm)} has a measurably {'higher' if verdict['value'] > 0 else 'lower'} tau than {other}"
+    else:
+        said = f"{name_of(arm)} does not differ measurably in tau from {other}"
+    return Outcome("measured", f"{said}: {_taus(evaluation, arm, verdict['other'])}.", [])
+
+
+def _tau(evaluation: Mapping[str, Any], arm: str) -> Any:
+    return (evaluation["drafters"].get(arm) or {}).get("tau")
+
+
+def _taus(evaluation: Mapping[str, Any], arm: str, other: str = CHAMPION) -> str:
+    return f"{number(_tau(evaluation, arm), '.2f')} against {number(_tau(evaluation, other), '.2f')}"
+
+
+def tiles(evaluation: Mapping[str, Any], seconds: float) -> list[Tile]:
+    """The figures that are read first. seconds: wall time of everything that the refresh rests on."""
+    if not evaluation.get("drafters"):
+        return []
+    arm = challenger_of(evaluation)
+    drafter, speed = evaluation["drafters"][arm], (evaluation.get("speed") or {}).get(arm) or {}
+    known = evaluation["drafters"]
+    others = [name for name in dict.fromkeys((CHAMPION, *(drafter.get("differences") or {}))) if name in known]
+    beside = ", ".join(f"{name_of(other)} {number(_tau(evaluation, other), '.3f')}" for other in others)
+    found = [Tile(f"tau of {name_of(arm)}", number(drafter.get("tau"), ".3f"), beside or ABSENT)]
+    if CHAMPION in evaluation["drafters"]:
+        found += _gain(evaluation, arm)
+    setting = {name: evaluation.get(name) for name in ("temperature", "concurrency")}
+    doubted = "not to be relied on" if doubts_about(evaluation, setting, arm, PLAIN) else ""
+    if "speedup" in speed:
+        ends = tuple(number(speed.get(f"speedup_{end}"), ".2f") for end in ("low", "high"))
+        reach = "" if ABSENT in ends else f"95 %: {ends[0]} to {ends[1]}"
+        found.append(
+            Tile("speed over plain decoding", f"{number(speed['speedup'], '.2f')} times", doubted or reach or ABSENT)
+        )
+        found.append(
+            Tile("tokens per second", number(speed.get("tokens_per_s"), ".1f"), doubted or _beside_plain(evaluation))
+        )
+    if seconds:
+        found.append(Tile("time of all stages", duration(seconds), "those that were reused included"))
+    return found
+
+
+def _beside_plain(evaluation: Mapping[str, Any]) -> str:
+    rate = number((evaluation["speed"].get(PLAIN) or {}).get("tokens_per_s"), ".1f")
+    return f"plain decoding {rate}"
+
+
+def _gain(evaluation: Mapping[str, Any], arm: str) -> list[Tile]:
+    for found in evaluation.get("compared") or ():
+        wanted = {"kind": "tau", "arm": arm, "other": CHAMPION, "set": None}
+        if all(found.get(name) == value for name, value in wanted.items()) and found["base"]:
+            return [Tile("tau beside the champion's", f"{found['value'] / found['base']:+.1%}", _reach(found))]
+    return []
+
+
+def _reach(found: Mapping[str, Any]) -> str:
+    from draftsmith.stages.statistics import Estimate
+
+    error = math.nan if found["error"] is None else found["error"]
+    ends = Estimate(found["value"], error, found["units"], found["degrees"]).interval()
+    if ends is None:
+        return f"{found['units']} prompt"
+    return f"95 %: {ends[0] / found['base']:+.1%} to {ends[1] / found['base']:+.1%}"
+
+
+def duration(seconds: float) -> str:
+    """As people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

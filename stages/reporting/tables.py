@@ -1,0 +1,141 @@
+"""Tables of the report's page: acceptance, speed, prompt sets, cost, data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from draftsmith.stages.measure.gate import CHAMPION, challenger_of
+from draftsmith.stages.reporting import rows
+from draftsmith.stages.reporting.names import ABSENT, name_of
+from draftsmith.stages.reporting.outcome import duration
+from draftsmith.stages.reporting.rows import Table, interval, number
+from draftsmith.stages.statistics import Estimate
+
+_GENERATED = ("response_tokens",)  # figures of a stage that count tokens
+_TRAINED = ("positions",)
+
+
+def acceptance(evaluation: Mapping[str, Any]) -> Table | None:
+    """tau of every drafter, and its differences."""
+    drafters = evaluation.get("drafters") or {}
+    if not drafters:
+        return None
+    others = dict.fromkeys(other for each in drafters.values() for other in each.get("differences") or {})
+    columns = [rows.DECODING, rows.TAU, *map(rows.minus, others), rows.BLOCK]
+    shown = rows.arms_table({"drafters": drafters}, columns, "Acceptance")
+    return Table(shown.head, shown.rows, shown.title, rows.intervals({**evaluation, "speed": {}}))
+
+
+def speed(evaluation: Mapping[str, Any]) -> Table | None:
+    """At the first setting."""
+    if not evaluation.get("speed"):
+        return None
+    columns = [rows.DECODING, rows.TOKENS_PER_S, rows.SPEEDUP, rows.BLOCK, rows.TAU_SERVED, rows.SHARES, rows.IDENTICAL]
+    only = {name: evaluation[name] for name in evaluation if name not in ("drafters", "definition_of_tau")}
+    return rows.arms_table(only, columns, "Speed", rows.intervals(only))
+
+
+def by_set(evaluation: Mapping[str, Any]) -> Table | None:
+    """tau of each drafter within every prompt set, and the challenger's beside the champion's there."""
+    sets = evaluation.get("sets") or {}
+    if not sets:
+        return None
+    arms = [arm for arm in evaluation["drafters"] if any(arm in each for each in sets.values())]
+    challenger = challenger_of(evaluation)
+    with_champion = CHAMPION in arms
+    shown = []
+    for name, each in sets.items():
+        prompts = max((each[arm]["prompts"] for arm in arms if arm in each), default=0)
+        taus = [_tau(each.get(arm) or {}) for arm in arms]
+        shown.append([name, str(prompts), *taus, *([_beside_champion(evaluation, challenger, name)] * with_champion)])
+    head = ["prompt set", "prompts", *(f"tau of {name_of(arm)}" for arm in arms)]
+    head += [f"{name_of(challenger)} beside the champion"] * with_champion
+    return Table(head, shown, "By prompt set", "In brackets: single 95 % intervals over the prompts of a set.")
+
+
+def _tau(figures: Mapping[str, Any]) -> str:
+    return interval(figures.get("tau"), figures.get("low"), figures.get("high"), ".3f")
+
+
+def _beside_champion(evaluation: Mapping[str, Any], arm: str, name: str | None) -> str:
+    wanted = {"kind": "tau", "arm": arm, "other": CHAMPION, "set": name}
+    for found in evaluation.get("compared") or ():
+        if all(found.get(key) == value for key, value in wanted.items()) and found["base"]:
+            error = math.nan if found["error"] is None else found["error"]
+            base, ends = found["base"], Estimate(found["value"], error, found["units"], found["degrees"]).interval()
+            low, high = (None, None) if ends is None else (ends[0] / base, ends[1] / base)
+            return interval(found["value"] / base, low, high, "+.1%")
+    return ABSENT
+
+
+def cost(artifacts: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Wall time and tokens of every artifact behind the report, and of all together."""
+    if not artifacts:
+        return None
+    total = sum(each.get("duration_s") or 0.0 for each in artifacts)
+    shown = []
+    for each in artifacts:
+        seconds = each.get("duration_s") or 0.0
+        share = f"{seconds / total:.0%}" if total else ABSENT
+        shown.append([str(each.get("name", ABSENT)), duration(seconds), share, *_counts([each])])
+    shown.append(["all together", duration(total), "100%" if total else ABSENT, *_counts(artifacts)])
+    return Table(
+        ["stage", "wall time", "share", "tokens generated", "positions trained", "TFLOP of training"],
+        shown,
+        "Cost",
+        "Wall time of the attempt that finished. A stage runs on one device: its wall time is its device time.",
+    )
+
+
+def _counts(artifacts: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = []
+    for names in (_GENERATED, _TRAINED, ("tflop",)):
+        values = [each["metrics"][n] for each in artifacts for n in names if n in (each.get("metrics") or {})]
+        found.append(f"{sum(values):,.0f}" if values else ABSENT)
+    return found
+
+
+def prompts_table(prompts: Mapping[str, Any]) -> Table | None:
+    """prompts: of `prompts.json`."""
+    counts = prompts.get("counts") or {}
+    if not counts:
+        return None
+    splits = list(dict.fromkeys(split for each in counts.values() for split in each))
+    shown = [[source, *(str(each.get(split, 0)) for split in splits)] for source, each in counts.items()]
+    if len(shown) > 1:
+        shown.append(["all", *(str(sum(each.get(split, 0) for each in counts.values())) for split in splits)])
+    return Table(["prompt set", *splits], shown, "Prompts")
+
+
+def set_aside(prompts: Mapping[str, Any], logs: Mapping[str, Any]) -> Table | None:
+    """Rows that were not used, by reason."""
+    shown = [["prompts", "duplicates", str(prompts["duplicates_removed"])]] if prompts.get("duplicates_removed") else []
+    if prompts.get("too_long_skipped"):
+        shown.append(["prompts", "too long", str(prompts["too_long_skipped"])])
+    for name, told in (("prompts", prompts), ("logs", logs)):
+        shown += [[name, reason, str(count)] for reason, count in (told.get("set_aside") or {}).items()]
+    for field, reason in (("outside_window", "outside the window"), ("not_drawn", "not drawn")):
+        if logs.get(field):
+            shown.append(["logs", reason, str(logs[field])])
+    for reason, count in (logs.get("improbable") or {}).items():
+        shown.append(["logs, used all the same", reason, f"{count} of {logs.get('scored')} that were read"])
+    return Table(["of", "reason", "rows"], shown, "Set aside", text_columns=2) if shown else None
+
+
+def logs_said(logs: Mapping[str, Any]) -> list[str]:
+    """Sentences on the logged answers."""
+    if not logs:
+        return []
+    rows_in_files = number(logs.get("rows_in_files"), ",d")
+    window = logs.get("window") or {}
+    sentences = [
+        f"{number(logs.get('used'), ',d')} logged answers are used, of {number(logs.get('rows_read'), ',d')} rows that "
+        f"were read ({rows_in_files} in the files), {number(logs.get('response_tokens'), ',d')} tokens in all."
+    ]
+    if logs.get("replayed"):
+        sentences.append(f"{logs['replayed']} answers of the earlier refresh are mixed in.")
+    if window.get("newest"):
+        sentences.append(f"The newest row is of {window['newest']}.")
+    return sentences

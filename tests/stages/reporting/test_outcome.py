@@ -1,0 +1,89 @@
+"""The verdict in one sentence, for every outcome, and the names under which figures are found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from draftsmith.stages.reporting.figures import figures
+from draftsmith.stages.reporting.outcome import duration, outcome, tiles
+from tests.stages.reporting.sample_report import DECISION, EVALUATION, OF_A_LINE
+
+
+def decided(outcome: str, *rules: tuple[str, bool], champion: str | None = "3") -> dict[str, Any]:
+    told = [{"name": name, "passed": passed, "judged": True, "said": "figures"} for name, passed in rules]
+    return DECISION | {"outcome": outcome, "promote": outcome == "promoted", "rules": told, "champion": champion}
+
+
+@pytest.mark.parametrize(
+    ("decision", "label", "sentence"),
+    [
+        (
+            decided("promoted", ("tau", True)),
+            "Promoted",
+            "SFT + OPD takes the place of version 3 (tau 3.54 against 3.30).",
+        ),
+        (
+            decided("promoted", ("speed-up", True), champion=None),
+            "Promoted",
+            "SFT + OPD is the line's first champion.",
+        ),
+        (
+            decided("refused", ("tau", False), ("tau of code", False)),
+            "Not promoted",
+            "Version 3 stays: its tau is not measurably higher; it is measurably worse on code (tau 3.54 against "
+            "3.30).",
+        ),
+        (
+            decided("refused", ("lossless", False), champion=None),
+            "Not promoted",
+            "SFT + OPD is not promoted: it changes what the target says.",
+        ),
+        (
+            {},
+            "Measured, nothing to decide",
+            "SFT + OPD has a measurably higher tau than SFT: 3.54 against 3.41.",
+        ),
+    ],
+)
+def test_an_outcome_is_one_sentence(decision: dict[str, Any], label: str, sentence: str) -> None:
+    found = outcome(OF_A_LINE, decision)
+    assert found is not None
+    assert (found.label, found.sentence) == (label, sentence)
+
+
+def test_nothing_that_was_measured_has_no_verdict() -> None:
+    assert outcome({}, {}) is None
+    assert tiles({}, 3.0) == []
+
+
+def test_doubted_speeds_say_so_where_they_are_read_first() -> None:
+    assert [tile.beside for tile in tiles(OF_A_LINE, 0) if tile.label.startswith("speed")] == ["not to be relied on"]
+    calm = OF_A_LINE | {"doubts": []}
+    assert [tile.beside for tile in tiles(calm, 0) if tile.label.startswith("speed")] == ["95 %: 1.46 to 1.55"]
+
+
+def test_figures_have_the_same_names_in_every_refresh() -> None:
+    artifacts = [
+        {"name": "opd", "duration_s": 12.0, "metrics": {"positions": 100.0}},
+        {"name": "sft", "duration_s": 3.0},
+    ]
+    found = figures(OF_A_LINE, artifacts, {"prompts.train": 400})
+    assert found["tau.champion"] == 3.3
+    assert found["tau.challenger"] == found["tau.opd"] == 3.543
+    assert found["tau.challenger/chat"] == pytest.approx(3.14)
+    assert found["tau_gain"] == pytest.approx(0.24 / 3.3)
+    assert found["tau_gain/chat"] == pytest.approx(0.2 / 3.3)
+    assert found["speedup.c1.t0"] == found["speedup.opd.c1.t0"] == pytest.approx(91.7 / 61.3)
+    assert found["tokens_per_s.c16.t0"] == pytest.approx(91.7 * 16)
+    assert found["tokens_per_s.plain.c16.t0"] == pytest.approx(61.3 * 16)
+    assert found["speed_over_champion.c1.t0"] == pytest.approx(1.03)
+    assert (found["cost.wall_s"], found["cost.wall_s.opd"], found["cost.positions"]) == (15.0, 12.0, 100.0)
+    assert (found["doubts"], found["data.prompts.train"]) == (1.0, 400.0)
+    of_another_kind = figures(EVALUATION)
+    assert of_another_kind["tau.challenger"] == 3.543 and "tau.champion" not in of_another_kind
+
+
+def test_durations_are_said_as_people_say_them() -> None:
+    assert [duration(seconds) for seconds in (12.4, 600, 7200)] == ["12 s", "10 min", "2.0 h"]
