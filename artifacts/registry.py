@@ -171,6 +171,8 @@ class Registry:
                 number = known.number
             for name, value in {**identity, **tags}.items():
                 client.set_model_version_tag(line, str(number), f"{_TAG}{name}", value)
+            if "decision" in tags:
+                client.update_model_version(line, str(number), description=tags["decision"])
             client.set_registered_model_alias(line, CHALLENGER, str(number))
             return self._version(client, line, number)
 

@@ -7,11 +7,13 @@ import os
 import platform
 import re
 import secrets
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +23,7 @@ from draftsmith.artifacts.locks import is_locked, locked
 from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
 from draftsmith.artifacts.mlflow_terms import METRICS_PER_BATCH, log_datasets, log_metrics, log_params, upgrade_database
 from draftsmith.artifacts.store import Store
+from draftsmith.artifacts.system_metrics import sampled
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,6 +34,8 @@ log = logging.getLogger(__name__)
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 EXPERIMENT = "draftsmith"
+ARTIFACT = "draftsmith.artifact."  # tags of a refresh: the folder of each node's artifact
+REUSED_AT, REUSED_TIMES = "draftsmith.reused_at", "draftsmith.reused_times"  # of a refresh that was asked for again
 REVIEW_FILES = (MANIFEST, "summary.json", "evaluation.json", "drafter.json", "report.html", "*.svg", "*.png")
 REVIEW_BYTES = 20_000_000  # anything larger is no review file
 _HTTP = ("http://", "https://")
@@ -41,8 +46,10 @@ AFTER_FAILURE_S = 60.0  # until they are sent again; doubles with every further 
 class Tracking:
     """One process's connection to MLflow: the default database under `folder` (the home), or `MLFLOW_TRACKING_URI`."""
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, experiment: str | None = None) -> None:
+        """experiment: what the runs are filed under, unless `MLFLOW_EXPERIMENT_NAME` says it."""
         self.folder = (folder or home()).resolve()
+        self.experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment or EXPERIMENT
         self.default_uri = f"sqlite:///{self.folder / 'mlflow.db'}"
         self.uri = os.environ.get("MLFLOW_TRACKING_URI") or self.default_uri
         self._connected: tuple[MlflowClient, str] | None = None
@@ -87,8 +94,9 @@ class Tracking:
         metrics: Mapping[str, float] | None = None,
         files: Iterable[Path] = (),
         tags: Mapping[str, str] | None = None,
+        inputs: Mapping[str, ArtifactRef] | None = None,
     ) -> None:
-        """End the refresh's run with its headline metrics, files (the report) and tags (what it came to)."""
+        """End the refresh's run with its headline metrics, files (the report), tags (what it came to) and data sets."""
         run_id, self._refresh = self._refresh, None
         if run_id is not None:
             with self._tolerant():
@@ -98,8 +106,39 @@ class Tracking:
                     client.log_artifact(run_id, str(file))
                 for tag, value in (tags or {}).items():
                     client.set_tag(run_id, tag, value)
+                log_datasets(client, run_id, inputs or {})
                 client.set_terminated(run_id, status)
         self._refresh_lock.close()
+
+    def find_refresh(self, tag: str, value: str) -> str | None:
+        """The last finished refresh of this experiment with that tag."""
+        with self._tolerant():
+            client, experiment = self.connect()
+            wanted = f"tags.`{tag}` = '{value}' and tags.`draftsmith.stage` = 'refresh'"
+            found = client.search_runs([experiment], f"{wanted} and attributes.status = 'FINISHED'", max_results=1)
+            return str(found[0].info.run_id) if len(found) else None
+        return None
+
+    def refresh_inputs(self, name: str) -> dict[str, str]:
+        """Folder of each artifact of a refresh's run, by node; name: the run's id, or its name: the last one then."""
+        client, _ = self.connect()
+        every = [each.experiment_id for each in client.search_experiments()]
+        chosen = f"attributes.run_id = '{name}'" if re.fullmatch("[0-9a-f]{32}", name) else _named(name)
+        runs = client.search_runs(every, f"{chosen} and tags.`draftsmith.stage` = 'refresh'", max_results=100)
+        for run in runs:
+            found = {n.removeprefix(ARTIFACT): v for n, v in run.data.tags.items() if n.startswith(ARTIFACT)}
+            if found:
+                return found
+        return {}
+
+    def tag_again(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Of a refresh that has ended: it was asked for once more, and everything was there."""
+        with self._tolerant():
+            client, _ = self.connect()
+            times = int(client.get_run(run_id).data.tags.get(REUSED_TIMES, "0")) + 1
+            at = datetime.now(UTC).isoformat(timespec="seconds")
+            for tag, value in {**tags, REUSED_TIMES: str(times), REUSED_AT: at}.items():
+                client.set_tag(run_id, tag, value)
 
     def stage_run(
         self,
@@ -124,7 +163,7 @@ class Tracking:
             if old is None:
                 run.run_id = client.create_run(experiment, run_name=name or stage, tags=tags).info.run_id
             else:
-                run.run_id, run.resumed = old.info.run_id, True
+                run.run_id, run.resumed, run.began = old.info.run_id, True, old.info.start_time / 1000
                 client.update_run(run.run_id, status="RUNNING")
                 for tag, value in tags.items():
                     client.set_tag(run.run_id, tag, value)
@@ -141,7 +180,8 @@ class Tracking:
         closed: list[str] = []
         with self._tolerant():
             client, _ = self.connect()
-            for run in self._search("attributes.status = 'RUNNING'"):
+            every = [each.experiment_id for each in client.search_experiments()]
+            for run in self._search("attributes.status = 'RUNNING'", every):
                 stage, key = run.data.tags["draftsmith.stage"], run.data.tags["draftsmith.key"]
                 held = is_locked(self._refresh_file(key)) if stage == "refresh" else store.is_claimed(stage, key)
                 if held:
@@ -181,7 +221,7 @@ class Tracking:
         return self._connected
 
     def _experiment(self, client: MlflowClient) -> str:
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+        name = self.experiment
         found = client.get_experiment_by_name(name)
         if found is None:
             # A server decides for itself where artifacts go; for a bare database, this home keeps them.
@@ -197,9 +237,10 @@ class Tracking:
             "draftsmith.home": str(self.folder),
         }
 
-    def _search(self, condition: str) -> list[Run]:
+    def _search(self, condition: str, experiments: Sequence[str] = ()) -> list[Run]:
+        """Of this machine and home, in the own experiment or in others too."""
         client, experiment = self.connect()
-        runs = client.search_runs([experiment], condition, max_results=1000)
+        runs = client.search_runs([*experiments] or [experiment], condition, max_results=1000)
         mine = self._tags("", "")
         same = ("draftsmith.host", "draftsmith.home")
         return [run for run in runs if all(run.data.tags.get(tag) == mine[tag] for tag in same)]
@@ -234,6 +275,8 @@ class StageRun:
     def __init__(self, tracking: Tracking) -> None:
         self.run_id: str | None = None
         self.resumed = False
+        self.began = time.time()  # of its first attempt
+        self._lock = threading.RLock()  # system metrics come from a thread of their own
         self._tracking = tracking
         self._buffer: list[tuple[str, float, int]] = []
         self._flushed = time.monotonic()
@@ -242,25 +285,31 @@ class StageRun:
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Values of one step; they reach MLflow within `FLUSH_S` seconds of a later call, or when the run ends."""
-        self._buffer += [(name, float(value), step) for name, value in values.items()]
-        waited = time.monotonic() - self._flushed
-        if self._failures:
-            due = waited > AFTER_FAILURE_S * 2 ** min(self._failures - 1, 3)
-        else:
-            due = waited > FLUSH_S or len(self._buffer) >= METRICS_PER_BATCH
-        if due:
-            self.flush()
+        with self._lock:
+            self._buffer += [(name, float(value), step) for name, value in values.items()]
+            waited = time.monotonic() - self._flushed
+            if self._failures:
+                due = waited > AFTER_FAILURE_S * 2 ** min(self._failures - 1, 3)
+            else:
+                due = waited > FLUSH_S or len(self._buffer) >= METRICS_PER_BATCH
+            if due:
+                self.flush()
+
+    def system_metrics(self) -> AbstractContextManager[None]:
+        """What the machine does meanwhile, sampled every few seconds."""
+        return sampled(self.metrics, self.began)
 
     def flush(self) -> None:
-        points, failures = list(self._buffer), self._failures
+        with self._lock:
+            points, failures = list(self._buffer), self._failures
 
-        def send(client: MlflowClient, run_id: str) -> None:
-            log_metrics(client, run_id, [p for p in points if p[2] > self._known_step(client, run_id, p[0])])
+            def send(client: MlflowClient, run_id: str) -> None:
+                log_metrics(client, run_id, [p for p in points if p[2] > self._known_step(client, run_id, p[0])])
 
-        self._do(send)
-        self._flushed = time.monotonic()
-        if self._failures == failures:  # sent, or there is no run to send it to
-            self._buffer, self._failures = [], 0
+            self._do(send)
+            self._flushed = time.monotonic()
+            if self._failures == failures:  # sent, or there is no run to send it to
+                self._buffer, self._failures = [], 0
 
     def failed(self) -> None:
         """A part of what was sent may be there: what is known of the run is asked again."""
@@ -315,6 +364,11 @@ def _reach(uri: str, timeout_s: float = 5.0) -> None:
         urllib.request.urlopen(uri, timeout=timeout_s).close()
     except urllib.error.HTTPError:
         return
+
+
+def _named(name: str) -> str:
+    quote = '"' if "'" in name else "'"  # MLflow's filters have no other way out
+    return f"attributes.run_name = {quote}{name}{quote}"
 
 
 def _is_db(uri: str) -> bool:

@@ -140,6 +140,16 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--verify", action="store_true", help="compare every file with its checksum")
     show.set_defaults(run=_show)
 
+    report = commands.add_parser("report", help="where a refresh's report is; of two refreshes, what differs")
+    report.add_argument(
+        "refreshes",
+        metavar="REFRESH",
+        nargs="+",
+        help="a config file, a refresh's run in MLflow (name or id), an artifact",
+    )
+    report.add_argument("--open", action="store_true", help="show the page in the browser")
+    report.set_defaults(run=_report)
+
     champions = commands.add_parser("champions", help="a line of drafters: who serves, since when and why")
     champions.add_argument("line", metavar="NAME", help="as in registry.name of a config")
     champions.set_defaults(run=_champions)
@@ -249,7 +259,7 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
     from draftsmith.flows.pipeline.patience import patiently
     from draftsmith.flows.pipeline.prefect_server import start_prefect_server
 
-    display, tracking = Display(), Tracking(home())
+    display, tracking = Display(), Tracking(home(), config.experiment)
     store, part = Store(home() / "store"), Part.of(options.start, options.until)
     planned = patiently(lambda: part.plan(config, store, pipeline, options.force), config.stages, display.line)
     display.plan(planned)
@@ -331,7 +341,7 @@ def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
             raise DraftsmithError(_missing_input(options, name, planned[source]))
         inputs[name] = ref
     check_home(home(), config)
-    display, tracking = Display(), Tracking(home())
+    display, tracking = Display(), Tracking(home(), config.experiment)
     for warning in check_alone(node, {name: ref.path for name, ref in inputs.items()}):
         display.line(f"warning: {warning}")
     patiently(tracking.check, config.stages, display.line)
@@ -374,6 +384,31 @@ def _show(options: argparse.Namespace, _pipeline: Pipeline) -> None:
     from draftsmith.flows.pipeline.display import Display
 
     inspection.show(Display(), options.artifact, verify=options.verify)
+
+
+def _report(options: argparse.Namespace, pipeline: Pipeline) -> None:
+    from draftsmith.flows.pipeline.config_file import read_config
+    from draftsmith.flows.pipeline.display import Display
+    from draftsmith.flows.refresh import comparison
+
+    if len(options.refreshes) > 2:
+        raise DraftsmithError(f"{len(options.refreshes)} refreshes: give one, or two to compare")
+    found = []
+    for name in options.refreshes:
+        if name.endswith((".yaml", ".yml")):
+            found.append(comparison.report_of_config(name, read_config(Path(name), [], pipeline.config), pipeline))
+        else:
+            found.append(comparison.report_of_text(name))
+    display = Display()
+    if len(found) == 2:
+        comparison.compare(display, found[0], found[1])
+    else:
+        display.line(str(found[0].page))
+    if options.open:
+        import webbrowser
+
+        for reported in found:
+            webbrowser.open(reported.page.as_uri())
 
 
 def _champions(options: argparse.Namespace, _pipeline: Pipeline) -> None:

@@ -57,6 +57,15 @@ class Conclusion:
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Review:
+    """A run as MLflow shows it to who decides."""
+
+    figures: Mapping[str, float]
+    description: str  # Markdown, what matters first
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
 class Course(Protocol):
     """What decides how far a run goes, and what follows from it."""
 
@@ -84,6 +93,8 @@ class Pipeline:
     course: Callable[[Any, Collection[str]], Course | None] | None = None  # of a resolved config and what is forced
     results: str = ""  # "module:function", given display, the nodes' folders, and how to open MLflow
     headline: str = ""  # the node whose figures are the run's in MLflow
+    review: Callable[[Mapping[str, Path]], Review | None] | None = None  # of the nodes' folders: what MLflow shows too
+    data: tuple[str, ...] = ()  # nodes that are the run's data sets
     report: tuple[str, str] = ("", "")  # the node and the file of it that a person reads first
     code_modules: Callable[[str], dict[str, str]] = code_modules  # what the digest is over, for `draftsmith why`
 

@@ -34,7 +34,7 @@ class Workshop:
     pipeline: Pipeline
     display: Display
     tracking: Tracking
-    refresh_run: str | None = None  # MLflow's id of the run that the stages' runs are nested in
+    refresh_run: Callable[[], str | None] = lambda: None  # MLflow's id of the run that the stages' runs are nested in
     check: Callable[[], None] = lambda: None  # called while a stage runs; what it raises stops it
 
     @property
@@ -88,10 +88,10 @@ def _run(
 ) -> ArtifactRef:
     config = node.config.model_dump(mode="json")
     tracked = workshop.tracking.stage_run(
-        workshop.refresh_run, claim.stage, claim.key, name=node.name, params=config, inputs=inputs
+        workshop.refresh_run(), claim.stage, claim.key, name=node.name, params=config, inputs=inputs
     )
     try:
-        with unchanged(workshop.store, node, inputs, claim, external):
+        with unchanged(workshop.store, node, inputs, claim, external), tracked.system_metrics():
             outcome = _run_process(workshop, node, inputs, claim, tracked)
         ref = workshop.store.commit(
             claim,

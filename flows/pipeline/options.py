@@ -55,3 +55,8 @@ class RunOptions(Config):
     seed: int = Field(default=0, ge=0)
     """Of every stage; part of the keys."""
     stages: StageOptions = StageOptions()
+
+    @property
+    def experiment(self) -> str | None:
+        """MLflow's experiment; None: the common one."""
+        return None

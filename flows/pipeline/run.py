@@ -34,8 +34,10 @@ from draftsmith.flows.pipeline.node import Made, Workshop
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.flows.pipeline.part import Part
 from draftsmith.flows.pipeline.patience import patiently
+from draftsmith.flows.pipeline.record import RunRecord
 from draftsmith.flows.pipeline.task import run_node
 
+MLFLOW_NOTE = "mlflow.note.content"  # the tag that MLflow shows as a run's description
 _PLANS = 3  # of one run: what it was planned from may change so often before it gives up
 
 
@@ -83,7 +85,8 @@ def _run_once(
     config: RunOptions, pipeline: Pipeline, force: Collection[str], part: Part, cancellation: Cancellation
 ) -> tuple[dict[str, dict[str, Any]], Conclusion | None]:
     logging.getLogger("draftsmith").setLevel(logging.INFO)  # without it Prefect does not show the stages' lines
-    workshop = Workshop(home(), config, pipeline, Display(), Tracking(home()), check=cancellation.check)
+    tracking = Tracking(home(), config.experiment)
+    workshop = Workshop(home(), config, pipeline, Display(), tracking, check=cancellation.check)
     check_home(workshop.home, config)
     patiently(workshop.tracking.check, config.stages, workshop.display.line)
     workshop.tracking.close_dead_runs(workshop.store)
@@ -96,15 +99,16 @@ def _run_once(
     course = pipeline.course(config, force) if pipeline.course is not None and whole else None
     _warn(workshop, checks.before(planned) if checks is not None else [])
     reused = {f"draftsmith.reused.{p.node.name}": p.ref.uri for p in planned if p.status is Planned.HIT and p.ref}
-    run_id = workshop.tracking.open_refresh(config.name, config.model_dump(mode="json"), reused)
-    workshop = dataclasses.replace(workshop, refresh_run=run_id)
+    record = RunRecord(workshop.tracking, config.name, config.model_dump(mode="json"), reused)
+    workshop = dataclasses.replace(workshop, refresh_run=record.open)
     made: dict[str, Made] = {}
     status: Status = "KILLED"
     conclusion: Conclusion | None = None
     try:
         conclusion = _make_all(workshop, nodes, forced_nodes(nodes, force), made, checks, course)
+        run_id = record.settle(_refs(made))
         if conclusion is None and course is not None:
-            conclusion = course.finish({name: each.ref for name, each in made.items()}, run_id)
+            conclusion = course.finish(_refs(made), run_id)
         status = "FINISHED"
     except StageInterrupted:
         raise
@@ -112,9 +116,8 @@ def _run_once(
         status = "FAILED"
         raise
     finally:
-        figures = _headline(workshop, made) | dict(conclusion.figures if conclusion is not None else {})
-        tags = dict(conclusion.tags if conclusion is not None else {})
-        workshop.tracking.close_refresh(status, figures, _report(workshop, made), tags)
+        figures, tags = _reviewed(workshop, made, conclusion)
+        record.close(status, _refs(made), figures, _report(workshop, made), tags, pipeline.data)
         if status != "FINISHED" and (told := _still_forced(forced_nodes(nodes, force), made)):
             workshop.display.line(told)
     if conclusion is not None:
@@ -159,9 +162,28 @@ def _still_forced(forced: Collection[str], made: Mapping[str, Made]) -> str | No
     return f"{', '.join(done)}: made again and complete; go on{f' with{rest} only' if rest else ' without --force'}"
 
 
-def _headline(workshop: Workshop, made: Mapping[str, Made]) -> dict[str, float]:
-    node = made.get(workshop.pipeline.headline)
-    return workshop.store.manifest(node.ref).metrics if node is not None else {}
+def _refs(made: Mapping[str, Made]) -> dict[str, ArtifactRef]:
+    return {name: each.ref for name, each in made.items()}
+
+
+def _reviewed(
+    workshop: Workshop, made: Mapping[str, Made], conclusion: Conclusion | None
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Figures and tags of the run: of the headline's node, of the review, and what the run came to."""
+    node, figures, tags = made.get(workshop.pipeline.headline), {}, {}
+    if node is not None:
+        figures = dict(workshop.store.manifest(node.ref).metrics)
+    folders = {name: each.ref.path for name, each in made.items()}
+    review = workshop.pipeline.review(folders) if workshop.pipeline.review is not None else None
+    if review is not None:
+        figures |= review.figures
+        tags = {**review.tags, MLFLOW_NOTE: review.description}
+    if conclusion is not None:
+        figures |= conclusion.figures
+        tags |= conclusion.tags
+        if MLFLOW_NOTE not in tags:
+            tags[MLFLOW_NOTE] = f"**{conclusion.name}.** {conclusion.message}"
+    return figures, tags
 
 
 def _report(workshop: Workshop, made: Mapping[str, Made]) -> list[Path]:

@@ -121,6 +121,11 @@ class RefreshConfig(RunOptions):
         return self
 
     @property
+    def experiment(self) -> str | None:
+        """One a drafter line: its refreshes are compared with each other."""
+        return self.registry.name if self.registry is not None else None
+
+    @property
     def champion(self) -> ChampionConfig | None:
         """Who serves, of a resolved config."""
         return self.registry.champion if self.registry is not None else None

@@ -84,7 +84,10 @@ class RefreshCourse:
         )
         if not decision["promote"]:
             said = f"{version} is not promoted: {decision['sentence']}"
-            return self._conclusion("Refused", said, decision, version, RefusedError(said))
+            undecided = decision.get("outcome") == "undecided"
+            return self._conclusion(
+                "Undecided" if undecided else "Refused", said, decision, version, RefusedError(said)
+            )
         try:
             line.promote(version, expected=before, why=decision["sentence"])
         except ChampionMovedError as error:
@@ -108,6 +111,7 @@ class RefreshCourse:
         tags = {
             "draftsmith.decision": decision["sentence"][:4000],
             "draftsmith.version": str(version.number),
+            "draftsmith.line": version.line,
             **self._drift.get("tags", {}),
         }
         return Conclusion(name, message, error, figures, tags)

@@ -14,6 +14,7 @@ from draftsmith.flows.refresh.config import (
     starts_from_champion,
 )
 from draftsmith.flows.refresh.course import course, resolve
+from draftsmith.flows.refresh.review import review
 
 
 def refresh_nodes(config: RefreshConfig) -> list[Node]:
@@ -106,6 +107,7 @@ REFRESH = Pipeline(
     resolve=resolve,
     course=course,
     results="draftsmith.flows.refresh.results:show_results",
-    headline="evaluation",
+    review=review,
+    data=("prompts", "logs", "rollout", "assisted", "heldout"),
     report=("report", "report.html"),
 )

@@ -47,7 +47,7 @@ class RegistryConfig(Config):
         EarlierConfig | None, Field(description="filled in too: the logged answers that the champion was trained on")
     ] = None
     history: Annotated[
-        tuple[dict[str, Any], ...], Field(description="filled in too: what the line's champions were worth, and when")
+        tuple[dict[str, Any], ...], Field(description="filled in too: what the line's drafters were worth, and when")
     ] = ()
     read_until: Annotated[
         str | None, Field(description="filled in too: time of the newest logged row that its refresh has read")
@@ -113,12 +113,18 @@ def _source_name(source: PromptSource) -> str:
 
 
 def history(line: str) -> list[dict[str, Any]]:
-    """tau of the line's champions on all prompts: at each promotion, and at each drift check since. Oldest first."""
+    """tau of the line's drafters on all prompts: at each promotion, each refusal, and each drift check since. Oldest
+    first."""
     known = registry()
     promoted = [
-        {"at": each.tags["promoted_at"], "version": each.number, "what": "promoted", **each.figures()["all"]}
+        {
+            "at": each.tags.get("promoted_at") or each.created_at,
+            "version": each.number,
+            "what": "promoted" if each.tags.get("promoted_at") else "refused",
+            **each.figures()["all"],
+        }
         for each in known.versions(line)
-        if each.tags.get("promoted_at") and "all" in each.figures()
+        if "all" in each.figures()
     ]
     checked = [{"what": "checked"} | seen for seen in known.drift(line)]
     return sorted(promoted + checked, key=lambda point: str(point["at"]))[-_MOST_POINTS:]

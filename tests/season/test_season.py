@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from draftsmith.artifacts.tracking import Tracking
 from draftsmith.stages.drafters.digest import drafter_digest
 from tests.season.season import LINE, SHORT, Week, draftsmith, play
+from tests.testbed.chromium import ABSENT, PROGRAM, browser
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 
@@ -32,6 +34,64 @@ def test_every_week_comes_out_as_it_should(weeks: list[Week]) -> None:
     assert "beats version 1" in traffic.said
     assert "refused by the gate" in broken.said and "tau: " in broken.said
     assert "the target has changed since version 2 was promoted" in revised.output
+
+
+def test_mlflow_is_the_review_desk(weeks: list[Week], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An experiment of the line, a run a refresh with its verdict, and everything that the report says is found."""
+    assert len(weeks) == 5
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    client, experiment = Tracking(folder / "home", LINE).connect()
+    assert client.get_experiment(experiment).name == LINE
+    refreshes = client.search_runs([experiment], "tags.`draftsmith.stage` = 'refresh'", order_by=["start_time"])
+    outcomes = [run.data.tags.get("draftsmith.outcome", run.data.tags["draftsmith.drift"]) for run in refreshes]
+    assert outcomes == ["promoted", "none", "promoted", "refused", "promoted"]
+    notes = [run.data.tags["mlflow.note.content"] for run in refreshes]
+    assert "is the line's first champion" in notes[0] and "is current" in notes[1]
+    assert notes[2].startswith("**Promoted.**") and "takes the place of version 1" in notes[2]
+    assert notes[3].startswith("**Not promoted.** Version 2 stays: ")
+
+    for run in refreshes[2:]:
+        report = Path(run.data.tags["draftsmith.artifact.report"])
+        review = json.loads((report / "review.json").read_text())
+        assert run.data.metrics.items() >= review["figures"].items(), "MLflow has every figure"
+        for name in ("tau.challenger", "tau.champion", "tau_gain", "speedup.c1.t0", "tau.challenger.low"):
+            wanted = f"metrics.`{name}` = {run.data.metrics[name]!r}"
+            assert run.info.run_id in {found.info.run_id for found in client.search_runs([experiment], wanted)}, name
+        page = (report / "report.html").read_text()
+        for name, form in (("tau.challenger", ".3f"), ("tau.champion", ".3f"), ("speedup.c1.t0", ".3f")):
+            assert format(run.data.metrics[name], form) in page, f"{name} is a headline figure"
+        (version,) = client.search_model_versions(f"name = '{LINE}' and run_id = '{run.info.run_id}'")
+        assert version.version == run.data.tags["draftsmith.version"]
+        assert version.description == run.data.tags["draftsmith.decision"]
+        data = {each.dataset.name.partition("/")[0]: each.dataset.digest for each in run.inputs.dataset_inputs}
+        assert data.keys() == {"prompts", "rollout"}
+        asked = f"dataset.digest = '{data['prompts']}' and tags.`draftsmith.stage` = 'refresh'"
+        assert run.info.run_id in {found.info.run_id for found in client.search_runs([experiment], asked)}
+    trainings = client.search_runs([experiment], "tags.`draftsmith.stage` = 'opd'")
+    assert trainings and all("system/cpu_utilization_percentage" in run.data.metrics for run in trainings)
+
+
+@pytest.mark.skipif(PROGRAM is None, reason=ABSENT)
+def test_reports_of_promoted_and_refused_refreshes_in_a_browser(
+    weeks: list[Week], folder: Path, tmp_path: Path
+) -> None:
+    assert len(weeks) == 5
+    pages = sorted((folder / "home" / "store").glob("report/*/report.html"), key=lambda path: path.stat().st_mtime)
+    assert len(pages) == 4, "week 2 ended with its drift check"
+    badges = []
+    with browser(tmp_path) as page:
+        for path in pages:
+            for width in (390, 1280):
+                page.open(path.as_uri(), width=width, dark=width == 390)
+                assert page.complaints == []
+                assert page.evaluate("document.scrollingElement.scrollWidth") <= width
+            badges.append(page.evaluate("document.querySelector('.badge').textContent"))
+            assert page.evaluate("document.querySelectorAll('.context').length") == 10
+            assert page.evaluate("document.querySelectorAll('.context del').length") > 10
+            assert page.evaluate("document.querySelectorAll('.context .chosen').length") > 10
+            assert page.evaluate("[...document.querySelectorAll('svg')].every(e => e.querySelector('path'))")
+    assert badges == ["Promoted", "Promoted", "Not promoted", "Promoted"]
 
 
 def test_the_line_tells_its_history_and_rolls_back(weeks: list[Week], folder: Path) -> None:

@@ -116,7 +116,7 @@ def test_mlflow_shows_a_run_a_refresh_and_one_an_executed_stage(story: dict[str,
     runs = mlflow_runs(story["home"])
     assert sorted(runs) == sorted(
         [
-            *[("toy", "FAILED"), ("toy", "FINISHED"), ("toy", "FINISHED"), ("toy", "FINISHED")],
+            *[("toy", "FAILED"), ("toy", "FINISHED"), ("toy", "FINISHED")],
             *[("target", "FINISHED"), ("left", "FINISHED"), ("right", "FINISHED"), ("total", "FINISHED")],
             *[("left", "FINISHED"), ("total", "FINISHED")],
         ]
@@ -124,6 +124,26 @@ def test_mlflow_shows_a_run_a_refresh_and_one_an_executed_stage(story: dict[str,
     with sqlite3.connect(story["home"] / "mlflow.db") as database:
         steps = database.execute("select step, value from metrics where key = 'value' order by step").fetchall()
     assert steps == [(step, float(step - 1)) for step in range(1, 7)]
+
+
+def test_an_unchanged_run_is_the_same_run_of_mlflow_tagged(story: dict[str, Any]) -> None:
+    with sqlite3.connect(story["home"] / "mlflow.db") as database:
+        reused = database.execute(
+            "select runs.name, runs.start_time, tags.value from tags join runs using (run_uuid) "
+            "where tags.key = 'draftsmith.reused_times'"
+        ).fetchall()
+        starts = [row[0] for row in database.execute("select start_time from runs where name = 'toy' order by 1")]
+    assert reused == [("toy", starts[1], "1")], "the rerun, which made what the unchanged run found"
+
+
+def test_every_stage_has_system_metrics_however_short_it_is(story: dict[str, Any]) -> None:
+    with sqlite3.connect(story["home"] / "mlflow.db") as database:
+        found = database.execute(
+            "select runs.name, metrics.value from metrics join runs using (run_uuid) "
+            "where metrics.key = 'system/system_memory_usage_megabytes'"
+        ).fetchall()
+    assert {name for name, _ in found} == {"target", "left", "right", "total"}
+    assert all(value > 50 for _, value in found)
 
 
 def test_a_prefect_server_that_does_not_answer_is_one_clear_error(tmp_path: Path) -> None:

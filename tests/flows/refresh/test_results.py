@@ -12,7 +12,7 @@ from rich.console import Console
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.refresh.results import show_results
 from draftsmith.stages.reporting.verdict import findings
-from tests.stages.reporting.sample_report import EVALUATION, SERVED
+from tests.stages.reporting.sample_report import EVALUATION, OF_A_LINE, SERVED
 
 
 def shown(folder: Path, evaluation: dict[str, Any], **made: Path) -> list[str]:
@@ -49,6 +49,12 @@ def test_several_settings_have_a_table_of_their_own(tmp_path: Path) -> None:
     assert "Speed by setting" in lines
     assert "0 16 SFT + OPD 1467.2 1.496 [1.456, 1.546] 3.31 91.7 0.336 (0.688) 98.0%" in lines
     assert "SFT: 3 of 52 verify steps that the engine served differ from replay." in lines
+
+
+def test_figures_that_cannot_be_are_named(tmp_path: Path) -> None:
+    assert not [line for line in shown(tmp_path, EVALUATION) if "relied" in line]
+    lines = shown(tmp_path, OF_A_LINE)
+    assert any(line.startswith("not to be relied on: Other processes took between 2% and 48%") for line in lines)
 
 
 def test_without_an_evaluation_the_way_is_still_shown(tmp_path: Path) -> None:

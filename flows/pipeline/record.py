@@ -1,0 +1,70 @@
+"""The run of a flow in MLflow: opened with the first stage that is made, found again where nothing had to be made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.tracking import ARTIFACT, Status, Tracking
+
+_MADE = "draftsmith.made"  # what a finished run's artifacts are, as one digest
+
+
+@dataclass
+class RunRecord:
+    """Of one flow run. Stages that run at the same time open it once."""
+
+    tracking: Tracking
+    name: str
+    params: Mapping[str, Any]
+    tags: Mapping[str, str]
+    _id: str | None = None
+    _opened: bool = False
+    _earlier: str | None = None  # the finished run that has made the same artifacts
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def open(self) -> str | None:
+        """MLflow's id of the run; None if MLflow failed."""
+        with self._lock:
+            if not self._opened:
+                self._opened = True
+                self._id = self.tracking.open_refresh(self.name, self.params, self.tags)
+            return self._id
+
+    def settle(self, made: Mapping[str, ArtifactRef]) -> str | None:
+        """When all nodes are there: the id of this run, or of the earlier one that made the very same artifacts."""
+        if not self._opened:
+            self._earlier = self.tracking.find_refresh(_MADE, self._digest(made))
+        return self._earlier or self.open()
+
+    def close(
+        self,
+        status: Status,
+        made: Mapping[str, ArtifactRef],
+        figures: Mapping[str, float],
+        files: Iterable[Path],
+        tags: Mapping[str, str],
+        data: Iterable[str] = (),
+    ) -> None:
+        """End the run; an earlier one is only tagged. A run that failed before any stage was begun leaves none.
+
+        data: the nodes of `made` that are its data sets.
+        """
+        if self._earlier is not None:
+            self.tracking.tag_again(self._earlier, tags)
+        elif self._opened:
+            done = {f"{ARTIFACT}{name}": str(ref.path) for name, ref in made.items()}
+            if status == "FINISHED":
+                done[_MADE] = self._digest(made)
+            inputs = {name: made[name] for name in data if name in made}
+            self.tracking.close_refresh(status, figures, files, {**tags, **done}, inputs)
+
+    def _digest(self, made: Mapping[str, ArtifactRef]) -> str:
+        parts = [self.name, sorted((name, ref.stage, ref.content_id) for name, ref in made.items())]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,0 +1,136 @@
+"""Two refreshes side by side: figures, verdicts, and which fields of their configs differ."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.home import home
+from draftsmith.artifacts.store import Store
+from draftsmith.artifacts.tracking import Tracking
+from draftsmith.flows.pipeline.display import Display
+from draftsmith.flows.pipeline.graph import Pipeline, plan, resolved
+from draftsmith.flows.pipeline.options import RunOptions
+from draftsmith.stages.report import REVIEW
+from draftsmith.stages.reporting.names import ABSENT
+from draftsmith.stages.reporting.rows import number
+
+_PAGE = "report.html"
+_ABSENT_FIELD = "(not there)"
+_MOST_CHARACTERS = 60  # of a value of a config
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A refresh that has a report."""
+
+    name: str  # as it was asked for
+    folder: Path  # of the report's artifact
+
+    @property
+    def page(self) -> Path:
+        return self.folder / _PAGE
+
+    def review(self) -> dict[str, Any]:
+        """Raises DraftsmithError for a report of an earlier version."""
+        path = self.folder / REVIEW
+        if not path.is_file():
+            raise DraftsmithError(f"{self.name}: {path} is missing: make the report again (`--force report`)")
+        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return found
+
+
+def report_of_config(name: str, config: RunOptions, pipeline: Pipeline) -> Reported:
+    """The report that a config's refresh would reuse, or else the last that one of its name has made: a line goes on
+    from another champion by now. Raises DraftsmithError if there is none."""
+    node, _ = pipeline.report
+    store = Store(home() / "store")
+    for planned in plan(resolved(config, pipeline), store, pipeline):
+        if planned.node.name == node and planned.ref is not None:
+            return Reported(name, planned.ref.path)
+    last = Tracking(home(), config.experiment).refresh_inputs(config.name).get(node)
+    if last is not None:
+        return _checked(name, Path(last))
+    raise DraftsmithError(
+        f"{name}: its refresh has no report yet: run `draftsmith run {name}`, or name a run of MLflow"
+    )
+
+
+def report_of_text(name: str) -> Reported:
+    """Of an artifact of stage `report` (folder, start of a key or content id), or of a refresh's run in MLflow (its
+    name or id; of several runs of a name the last). Raises DraftsmithError."""
+    store = Store(home() / "store")
+    if Path(name).expanduser().is_dir():
+        return _checked(name, Path(name).expanduser().resolve())
+    found = Tracking(home()).refresh_inputs(name)
+    if "report" in found:
+        return _checked(name, Path(found["report"]))
+    try:
+        return _checked(name, store.resolve(name).path)
+    except DraftsmithError as error:
+        raise DraftsmithError(
+            f"{name}: neither a config file, nor a refresh's run in MLflow with a report, nor an artifact ({error})"
+        ) from error
+
+
+def _checked(name: str, folder: Path) -> Reported:
+    if not (folder / _PAGE).is_file():
+        raise DraftsmithError(f"{name}: {folder} holds no {_PAGE}: give a report's artifact")
+    return Reported(name, folder)
+
+
+def compare(display: Display, first: Reported, second: Reported) -> None:
+    """Verdicts, every figure that both or either has, and the fields in which the configs differ."""
+    one, other = first.review(), second.review()
+    for told, reported in ((one, first), (other, second)):
+        verdict = told["outcome"] or {"label": ABSENT, "sentence": "nothing was measured"}
+        display.line(f"{reported.name}: {verdict['label']}. {verdict['sentence']}")
+        for doubt in told["doubts"]:
+            display.line(f"  not to be relied on: {doubt}")
+    display.table(["figure", first.name, second.name, "difference"], figure_rows(one["figures"], other["figures"]))
+    changed = config_rows(one["config"], other["config"])
+    if changed:
+        display.table(["field", first.name, second.name], changed, title="Config", text_columns=3)
+    else:
+        display.line("their configs are the same")
+    for reported in (first, second):
+        display.line(f"  report:   {reported.page}")
+
+
+def figure_rows(one: Mapping[str, float], other: Mapping[str, float]) -> list[list[str]]:
+    """Every figure by its name, and its difference."""
+    rows = []
+    for name in sorted({*one, *other}):
+        values = one.get(name), other.get(name)
+        difference = ABSENT
+        if values[0] is not None and values[1] is not None:
+            change = values[1] - values[0]
+            difference = "=" if math.isclose(values[0], values[1], rel_tol=1e-12) else f"{change:+.4g}"
+        rows.append([name, *(number(value, ".4g") for value in values), difference])
+    return rows
+
+
+def config_rows(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[list[str]]:
+    """The fields in which two configs differ, by their path."""
+    flat = [dict(_flat(config)) for config in (one, other)]
+    return [
+        [name, *(_short(each[name]) if name in each else _ABSENT_FIELD for each in flat)]
+        for name in dict.fromkeys([*flat[0], *flat[1]])
+        if flat[0].get(name, _ABSENT_FIELD) != flat[1].get(name, _ABSENT_FIELD)
+    ]
+
+
+def _flat(value: Any, path: str = "") -> list[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        return [each for name, inner in value.items() for each in _flat(inner, f"{path}.{name}" if path else str(name))]
+    return [(path, value)]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 1]}…"

@@ -1,0 +1,77 @@
+"""Two refreshes side by side: by artifact, by MLflow's run, and what is said where there is none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.store import Claim, Store
+from draftsmith.artifacts.tracking import Tracking
+from draftsmith.flows.cli import main
+from draftsmith.flows.pipeline.record import RunRecord
+from draftsmith.flows.refresh.comparison import config_rows, figure_rows, report_of_text
+from draftsmith.flows.refresh.review import review
+
+
+def made(store: Store, name: str, **told: Any) -> ArtifactRef:
+    outcome = {"kind": "refused", "label": "Not promoted", "sentence": f"{name} stays.", "reasons": ["tau: too low"]}
+    content = {"outcome": outcome, "doubts": [], "figures": {"tau.opd": 2.5}, "config": {"sft": {"steps": 3}}} | told
+    with store.claim("report", store.key("report", "c", {"name": name}, {}, 0)) as claim:
+        assert isinstance(claim, Claim)
+        (claim.out / "report.html").write_text("<p>")
+        (claim.out / "review.json").write_text(json.dumps(content))
+        return store.commit(claim, config={}, inputs={}, code_digest="c", seed=0)
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return Store(tmp_path / "home" / "store")
+
+
+def test_runs_of_mlflow_and_artifacts_are_found_and_compared(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = made(store, "week 1", doubts=["the clock changed"])
+    second = made(store, "week 2", figures={"tau.opd": 2.75, "speedup.c1.t0": 1.2}, config={"sft": {"steps": 5}})
+    record = RunRecord(Tracking(tmp_path / "home", "a-line"), "weekly's", {}, {})
+    run_id = record.open()
+    shown = review({"report": first.path})
+    assert shown is not None and run_id is not None
+    record.close("FINISHED", {"report": first}, shown.figures, [], {"mlflow.note.content": shown.description})
+    assert report_of_text("weekly's").folder == report_of_text(run_id).folder == first.path
+    assert "**Not promoted.** week 1 stays." in shown.description
+    assert "- tau: too low" in shown.description and "- the clock changed" in shown.description
+
+    assert main(["report", "weekly's", second.key[:12]]) == 0
+    out = capsys.readouterr().out
+    for said in ("weekly's: Not promoted. week 1 stays.", "not to be relied on: the clock changed", "tau.opd", "+0.25"):
+        assert said in out
+    assert [line.split() for line in out.splitlines() if line.startswith("sft.steps")] == [["sft.steps", "3", "5"]]
+    assert main(["report", str(second.path)]) == 0
+    assert capsys.readouterr().out.strip() == str(second.path / "report.html")
+
+
+def test_what_is_no_refresh_is_one_error(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    other = made(store, "week 1")
+    with pytest.raises(DraftsmithError, match="nothing-like-it: neither a config file, nor a refresh's run"):
+        report_of_text("nothing-like-it")
+    (other.path / "review.json").chmod(0o644)
+    (other.path / "review.json").unlink()
+    assert main(["report", str(other.path), str(other.path)]) == 2
+    assert "--force report" in capsys.readouterr().err
+    assert main(["report", "a", "b", "c"]) == 2
+
+
+def test_rows_say_what_differs_and_what_only_one_has() -> None:
+    assert figure_rows({"a": 1.0, "b": 2.0}, {"a": 1.0, "c": 3.0}) == [
+        ["a", "1", "1", "="], ["b", "2", "—", "—"], ["c", "—", "3", "—"],
+    ]  # fmt: skip
+    rows = config_rows({"sft": {"steps": 3, "gamma": 4}}, {"sft": {"steps": 5, "gamma": 4}, "opd": {"loss": "paper"}})
+    assert rows == [["sft.steps", "3", "5"], ["opd.loss", "(not there)", '"paper"']]
