@@ -21,6 +21,7 @@ from draftsmith.stages.reporting.outcome import outcome
 from draftsmith.stages.reporting.page import ReportData, render_report
 from draftsmith.stages.reporting.verdict import findings
 
+ANSWERS = ("trajectories",)
 TRAININGS = ("sft", "opd", "control")
 REVIEW = "review.json"
 STALE = "anchors_off_mined_share"  # what OPD says of its mined trace
@@ -154,10 +155,13 @@ def _lineage(ctx: StageContext) -> Iterator[tuple[str, Manifest, Path]]:
         manifest = read_manifest(folder)
         if manifest.key not in seen:
             seen.add(manifest.key)
+            own = names.get(manifest.key, name)
             for source, entry in manifest.inputs.items():
                 if (_sibling(folder, entry) / MANIFEST).is_file():  # it may have been removed since
-                    yield from visit(source, _sibling(folder, entry))
-            yield names.get(manifest.key, name), manifest, folder
+                    # several stages read answers of their own
+                    name_there = f"{own}.{source}" if source in ANSWERS else source
+                    yield from visit(name_there, _sibling(folder, entry))
+            yield own, manifest, folder
 
     for name, folder in roots.items():
         yield from visit(name, folder)

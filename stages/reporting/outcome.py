@@ -116,7 +116,9 @@ def tiles(evaluation: Mapping[str, Any], seconds: float) -> list[Tile]:
     known = evaluation["drafters"]
     others = [name for name in dict.fromkeys((CHAMPION, *(drafter.get("differences") or {}))) if name in known]
     beside = ", ".join(f"{name_of(other)} {number(_tau(evaluation, other), '.3f')}" for other in others)
-    found = [Tile(f"tau of {name_of(arm)}", number(drafter.get("tau"), ".3f"), beside or ABSENT)]
+    ends = tuple(number(drafter.get(f"tau_{end}"), ".2f") for end in ("low", "high"))
+    reach = ABSENT if ABSENT in ends else f"95 %: {ends[0]} to {ends[1]}"
+    found = [Tile(f"tau of {name_of(arm)}", number(drafter.get("tau"), ".3f"), beside or reach)]
     if CHAMPION in evaluation["drafters"]:
         found += _gain(evaluation, arm)
     setting = {name: evaluation.get(name) for name in ("temperature", "concurrency")}
