@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 EXPERIMENT = "draftsmith"
-ARTIFACT = "draftsmith.artifact."  # tags of a refresh: the folder of each node's artifact
+ARTIFACT = "draftsmith.artifact."  # tags of a refresh: folder#content of each node's artifact
 REUSED_AT, REUSED_TIMES = "draftsmith.reused_at", "draftsmith.reused_times"  # of a refresh that was asked for again
 REVIEW_FILES = (MANIFEST, "summary.json", "evaluation.json", "drafter.json", "report.html", "*.svg", "*.png")
 REVIEW_BYTES = 20_000_000  # anything larger is no review file
@@ -110,13 +110,14 @@ class Tracking:
                 client.set_terminated(run_id, status)
         self._refresh_lock.close()
 
-    def find_refresh(self, tag: str, value: str) -> str | None:
-        """The last finished refresh of this experiment with that tag."""
+    def find_refresh(self, name: str, tags: Mapping[str, str]) -> str | None:
+        """The last finished refresh of that name and experiment that has all these tags; None if MLflow failed."""
         with self._tolerant():
             client, experiment = self.connect()
-            wanted = f"tags.`{tag}` = '{value}' and tags.`draftsmith.stage` = 'refresh'"
-            found = client.search_runs([experiment], f"{wanted} and attributes.status = 'FINISHED'", max_results=1)
-            return str(found[0].info.run_id) if len(found) else None
+            wanted = f"{_named(name)} and tags.`draftsmith.stage` = 'refresh' and attributes.status = 'FINISHED'"
+            for run in client.search_runs([experiment], wanted, max_results=100):
+                if tags.items() <= run.data.tags.items():
+                    return str(run.info.run_id)
         return None
 
     def refresh_inputs(self, name: str) -> dict[str, str]:
@@ -126,19 +127,20 @@ class Tracking:
         chosen = f"attributes.run_id = '{name}'" if re.fullmatch("[0-9a-f]{32}", name) else _named(name)
         runs = client.search_runs(every, f"{chosen} and tags.`draftsmith.stage` = 'refresh'", max_results=100)
         for run in runs:
-            found = {n.removeprefix(ARTIFACT): v for n, v in run.data.tags.items() if n.startswith(ARTIFACT)}
+            tags = run.data.tags.items()
+            found = {n.removeprefix(ARTIFACT): v.rpartition("#")[0] for n, v in tags if n.startswith(ARTIFACT)}
             if found:
                 return found
         return {}
 
-    def tag_again(self, run_id: str, tags: Mapping[str, str]) -> None:
+    def tag_again(self, run_id: str) -> None:
         """Of a refresh that has ended: it was asked for once more, and everything was there."""
         with self._tolerant():
             client, _ = self.connect()
             times = int(client.get_run(run_id).data.tags.get(REUSED_TIMES, "0")) + 1
             at = datetime.now(UTC).isoformat(timespec="seconds")
-            for tag, value in {**tags, REUSED_TIMES: str(times), REUSED_AT: at}.items():
-                client.set_tag(run_id, tag, value)
+            client.set_tag(run_id, REUSED_TIMES, str(times))
+            client.set_tag(run_id, REUSED_AT, at)
 
     def stage_run(
         self,

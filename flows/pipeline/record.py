@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,8 +10,6 @@ from typing import Any
 
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.tracking import ARTIFACT, Status, Tracking
-
-_MADE = "draftsmith.made"  # what a finished run's artifacts are, as one digest
 
 
 @dataclass
@@ -38,9 +34,9 @@ class RunRecord:
             return self._id
 
     def settle(self, made: Mapping[str, ArtifactRef]) -> str | None:
-        """When all nodes are there: the id of this run, or of the earlier one that made the very same artifacts."""
+        """When all nodes are there: the id of this run, or of the earlier one that has the very same artifacts."""
         if not self._opened:
-            self._earlier = self.tracking.find_refresh(_MADE, self._digest(made))
+            self._earlier = self.tracking.find_refresh(self.name, _tags(made))
         return self._earlier or self.open()
 
     def close(
@@ -57,14 +53,12 @@ class RunRecord:
         data: the nodes of `made` that are its data sets.
         """
         if self._earlier is not None:
-            self.tracking.tag_again(self._earlier, tags)
+            self.tracking.tag_again(self._earlier)
         elif self._opened:
-            done = {f"{ARTIFACT}{name}": str(ref.path) for name, ref in made.items()}
-            if status == "FINISHED":
-                done[_MADE] = self._digest(made)
             inputs = {name: made[name] for name in data if name in made}
-            self.tracking.close_refresh(status, figures, files, {**tags, **done}, inputs)
+            self.tracking.close_refresh(status, figures, files, {**tags, **_tags(made)}, inputs)
 
-    def _digest(self, made: Mapping[str, ArtifactRef]) -> str:
-        parts = [self.name, sorted((name, ref.stage, ref.content_id) for name, ref in made.items())]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+def _tags(made: Mapping[str, ArtifactRef]) -> dict[str, str]:
+    """Where each node's artifact is, and which content it has."""
+    return {f"{ARTIFACT}{name}": f"{ref.path}#{ref.content_id[:16]}" for name, ref in made.items()}
