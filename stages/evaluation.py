@@ -30,6 +30,7 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     from draftsmith.artifacts.parquet import write_table
     from draftsmith.artifacts.schemas import REQUESTS, TURNS
     from draftsmith.stages.measure.doubts import doubts
+    from draftsmith.stages.measure.load import machine
     from draftsmith.stages.measure.requests import settings_of
     from draftsmith.stages.measure.speed import at_setting, log_ratios, speed_by_setting
     from draftsmith.stages.measure.verdicts import pairs, verdicts
@@ -59,6 +60,7 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
         "speed": speed,
         "speed_by_setting": by_setting,
         "doubts": doubted,
+        "machine": machine(),
         "exactness": measured.exactness,
         "parity": measured.parity,
         **acceptance,

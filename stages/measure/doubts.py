@@ -59,16 +59,21 @@ def doubts_about(evaluation: Mapping[str, Any], setting: Mapping[str, Any], *arm
     ]
 
 
+def few_turns(turns: int) -> str:
+    """Why nothing is judged by so many."""
+    return f"{turns} turn{'s' * (turns != 1)}, {FEWEST_TURNS} are needed: raise evaluation.rounds"
+
+
 def _few(turns: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
     prompts, rounds = turns[0]["prompts"], len({turn["round"] for turn in turns})
     if prompts < FEWEST_PROMPTS:
         yield (
             "prompts",
-            f"{prompts} prompts a turn say little of others ({FEWEST_PROMPTS} are needed: raise "
+            f"{prompts} prompt{'s' * (prompts != 1)} a turn say little of others ({FEWEST_PROMPTS} are needed: raise "
             "evaluation.speed_prompts)",
         )
     if rounds < FEWEST_TURNS:
-        yield "turns", f"{rounds} turns, {FEWEST_TURNS} are needed: raise evaluation.rounds"
+        yield "turns", few_turns(rounds)
 
 
 def _above_tau(

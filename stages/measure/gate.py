@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from draftsmith.stages.contract import Config
-from draftsmith.stages.measure.doubts import FEWEST_PROMPTS, doubts_about
+from draftsmith.stages.measure.doubts import FEWEST_PROMPTS, doubts_about, few_turns
 from draftsmith.stages.measure.verdicts import FEWEST_TURNS
 from draftsmith.stages.statistics import CONFIDENCE, Estimate
 
@@ -163,7 +163,8 @@ def _tau(evaluation: Mapping[str, Any], challenger: str, config: GateConfig) -> 
     gain, low = _relative(found, 1 - CONFIDENCE)
     wanted = f"above {config.min_tau_gain:+.1%} wanted"
     if low is None or found["units"] < FEWEST_PROMPTS:
-        said = f"{found['units']} prompts cannot tell ({gain:+.1%}, {wanted}): {FEWEST_PROMPTS} are needed"
+        prompts = f"{found['units']} prompt{'s' * (found['units'] != 1)}"
+        said = f"{prompts} cannot tell ({gain:+.1%}, {wanted}): {FEWEST_PROMPTS} are needed"
         return Rule("tau", False, said, {"gain": gain}, judged=False)
     said = f"{gain:+.1%} of the champion's, at least {low:+.1%} at 95 %; {wanted}"
     return Rule("tau", low > config.min_tau_gain, said, {"gain": gain, "low": low, "wanted": config.min_tau_gain})
@@ -197,7 +198,7 @@ def _speed_rule(
     estimate, wanted = _estimate(found), math.exp(bound)
     value = math.exp(estimate.value)
     if not doubts and estimate.units < FEWEST_TURNS:
-        doubts = [f"{estimate.units} turns, {FEWEST_TURNS} are needed: raise evaluation.rounds"]
+        doubts = [few_turns(estimate.units)]
     if doubts:
         said = f"{value:.3f} times, not judged: {'; '.join(doubts)}"
         return Rule(name, False, said, {"value": value}, judged=False)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -47,6 +50,28 @@ class LoadMeter:
             cpu_mhz=_cpu_mhz(),
             gpu_mhz=_gpu_mhz(),
         )
+
+
+def machine() -> dict[str, Any]:
+    """What is measured on: `cpu` (its name), `cores`, `memory_gb`, `gpus` (their names)."""
+    import pynvml
+
+    gpus: list[str] = []
+    with suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        gpus = [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
+    memory = round(psutil.virtual_memory().total / 1e9)
+    return {"cpu": _cpu_name(), "cores": psutil.cpu_count(), "memory_gb": memory, "gpus": gpus}
+
+
+def _cpu_name() -> str:
+    with suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+        for line in lines:
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
 
 
 def own_seconds() -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,11 +59,17 @@ def render_report(path: Path, data: ReportData) -> None:
 
 
 def _written(data: ReportData) -> str:
-    """Of when the figures are, and of what drafter."""
+    """Of when the figures are, and of which machine."""
     made = [str(each["created_at"]) for each in data.lineage if each.get("created_at")]
     engine = data.evaluation.get("engine")
     said = [f"measured {max(made)[:16].replace('T', ' ')} UTC"] if made else []
-    return paragraph([" · ".join([*said, *([f"engine: {engine}"] if engine else [])])])
+    said += [f"engine: {engine}"] if engine else []
+    machine = data.evaluation.get("machine") or {}
+    if machine:
+        gpus = Counter(machine["gpus"])
+        named = [f"{count} × {name}" if count > 1 else name for name, count in gpus.items()]  # noqa: RUF001
+        said.append(", ".join([*named, f"{machine['cores']} cores of {machine['cpu']}", f"{machine['memory_gb']} GB"]))
+    return paragraph([" · ".join(said)])
 
 
 def _verdict(data: ReportData) -> str:

@@ -10,7 +10,7 @@ import time
 
 import psutil
 
-from draftsmith.stages.measure.load import SHORTEST_S, LoadMeter, own_seconds
+from draftsmith.stages.measure.load import SHORTEST_S, LoadMeter, machine, own_seconds
 
 BURN = "import time\nend = time.process_time() + 1.0\nwhile time.process_time() < end: pass"
 
@@ -39,3 +39,10 @@ def test_of_a_turn_that_is_too_short_shares_are_not_known() -> None:
     load = LoadMeter().read()
     assert SHORTEST_S > 0.1
     assert math.isnan(load.others_share) and math.isnan(load.stolen_share)
+
+
+def test_the_machine_is_named() -> None:
+    found = machine()
+    assert found["cores"] == psutil.cpu_count() and found["memory_gb"] >= 1
+    assert isinstance(found["cpu"], str) and found["cpu"]
+    assert all(isinstance(name, str) for name in found["gpus"])

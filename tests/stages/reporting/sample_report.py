@@ -175,6 +175,7 @@ OF_A_LINE: dict[str, Any] = {  # an evaluation beside a champion, with figures t
         _compared("speed", "champion", math.log(1.03), 0.01, temperature=0.0, concurrency=1),
     ],
     "validation_tau": {"sft": 3.4, "opd": 3.5, "control": 3.42},
+    "machine": {"cpu": "AMD EPYC 9B14", "cores": 16, "memory_gb": 128, "gpus": ["NVIDIA H100", "NVIDIA H100"]},
     "doubts": [
         {
             "kind": "load",

@@ -158,6 +158,7 @@ def test_text_is_escaped(tmp_path: Path) -> None:
 
 def test_every_part_of_a_refresh_of_a_line_is_there_and_the_verdict_is_first(tmp_path: Path) -> None:
     page = render(tmp_path, of_a_line())
+    assert "engine: sglang 0.5.20 · 2 × NVIDIA H100, 16 cores of AMD EPYC 9B14, 128 GB" in page.text  # noqa: RUF001
     main = page.text[page.text.index("Undecided") :]
     ordered = (
         "Undecided: not promoted",
