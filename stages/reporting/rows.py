@@ -132,7 +132,7 @@ def intervals(evaluation: Mapping[str, Any]) -> str:
         sentences.append(f"tau: {definition}.")
     over = [f"of tau over {n} prompts" for n in _all(evaluation, "drafters", "prompts")]
     over += [
-        f"of speed-ups over {turns} turns of the same {prompts} prompts"
+        f"of speed-ups over {turns} turn{'s' * (turns != 1)} of the same {prompts} prompts"
         for turns in _all(evaluation, "speed", "turns")
         for prompts in _all(evaluation, "speed", "prompts")
     ]
@@ -221,7 +221,7 @@ def gate(decision: Mapping[str, Any]) -> Table | None:
     if not decision.get("rules"):
         return None
     rules = [[rule["name"], _became(rule), rule["said"]] for rule in decision["rules"]]
-    return Table(("rule", "", "figures"), rules, title="Gate", text_columns=3)
+    return Table(("rule", "outcome", "figures"), rules, title="Gate", text_columns=3)
 
 
 def _became(rule: Mapping[str, Any]) -> str:
