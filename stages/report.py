@@ -69,11 +69,14 @@ def run(ctx: StageContext, config: ReportConfig) -> None:
     drafters = evaluation.get("drafters", {})
     headline = {arm: {name: figures[name] for name in HEADLINE if name in figures} for arm, figures in drafters.items()}
     write_text(ctx.out / "headline.json", json.dumps(headline, indent=2, sort_keys=True) + "\n")
+    counts = _counts(prompts, logs)
+    if data.staleness:
+        counts["anchors_off_mined_share"] = sum(share for _, share in data.staleness) / len(data.staleness)
     found = outcome(evaluation, decision)
     review = {
         "outcome": None if found is None else {**asdict(found), "label": found.label},
         "doubts": rows.doubts(evaluation),
-        "figures": figures_of(evaluation, artifacts, _counts(prompts, logs)),
+        "figures": figures_of(evaluation, decision, artifacts, counts),
         "config": {name: manifest.config for name, manifest, _ in lineage},
         "artifacts": {name: f"{manifest.stage}/{manifest.key[:16]}" for name, manifest, _ in lineage},
     }

@@ -9,20 +9,26 @@ from typing import Any
 from draftsmith.stages.measure.gate import CHAMPION, challenger_of
 
 CHALLENGER = "challenger"
-_SPEED = ("speedup", "tokens_per_s", "tau_served", "draft_share", "verify_share", "identical_share")
-_LATENCY = ("request_tokens_per_s_median", "first_token_s_median", "first_token_s_p95")
+_SPEED = (
+    "speedup", "tokens_per_s", "tau_served", "draft_share", "verify_share", "draft_ms_per_step", "verify_ms_per_step",
+    "identical_share", "request_tokens_per_s_median", "first_token_s_median", "first_token_s_p95",
+)  # fmt: skip
 
 
 def figures(
-    evaluation: Mapping[str, Any], artifacts: Sequence[Mapping[str, Any]] = (), data: Mapping[str, Any] | None = None
+    evaluation: Mapping[str, Any],
+    decision: Mapping[str, Any] | None = None,
+    artifacts: Sequence[Mapping[str, Any]] = (),
+    data: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """`tau.ARM`, `tau.ARM.low`, `tau.ARM/SET`, `speedup.cCONCURRENCY.tTEMPERATURE` (the challenger's) and
-    `speedup.ARM.c….t…`, `tau_gain` (share of the champion's), `cost.…`, `data.…`. ARM is also `challenger`, the arm
-    that the gate looked at.
+    `speedup.ARM.c….t…`, `tau_gain` (share of the champion's), `accepted_share.ARM.OFFSET`, `gate.RULE` (1: passed),
+    `cost.…`, `data.…`. ARM is also `challenger`, the arm that the gate looked at.
 
     artifacts: of the lineage, with `name`, `duration_s` and `metrics`. data: counts of rows.
     """
     found = dict(_all(evaluation, artifacts, data or {}))
+    found |= {f"gate.{rule['name']}": float(rule["passed"]) for rule in (decision or {}).get("rules") or ()}
     return {
         name: float(value)
         for name, value in found.items()
@@ -47,6 +53,9 @@ def _all(
     for name in ("fp32_prompts", "fp32_identical", "identical_share", "median_margin"):
         yield f"exactness.{name}", exact.get(name)
     yield "loop_share", evaluation.get("loop_share")
+    for arm, parity in (evaluation.get("parity") or {}).items():
+        for name, value in parity.items():
+            yield f"parity.{arm}.{name}", value
     yield "cost.wall_s", sum(each.get("duration_s") or 0.0 for each in artifacts)
     for each in artifacts:
         yield f"cost.wall_s.{each['name']}", each.get("duration_s")
@@ -61,6 +70,8 @@ def _of_drafter(role: str, each: Mapping[str, Any], evaluation: Mapping[str, Any
     yield f"tau.{role}.low", each.get("tau_low")
     yield f"tau.{role}.high", each.get("tau_high")
     yield f"block_size.{role}", each.get("block_size")
+    for offset, share in enumerate(each.get("acceptance_by_offset") or (), start=1):
+        yield f"accepted_share.{role}.{offset}", share
     for other, difference in (each.get("differences") or {}).items():
         for end, suffix in (("value", ""), ("low", ".low"), ("high", ".high")):
             yield f"tau_minus.{other}.{role}{suffix}", difference.get(end)
@@ -91,7 +102,7 @@ def _points(evaluation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _of_speed(point: Mapping[str, Any], challenger: str) -> Iterator[tuple[str, Any]]:
     where = point_name(point)
     for arm, each in point["arms"].items():
-        for name in (*_SPEED, *_LATENCY):
+        for name in _SPEED:
             ends = ("", "_low", "_high") if name == "speedup" else ("",)
             for end in ends:
                 suffix = end.replace("_", ".")

@@ -69,7 +69,7 @@ def test_figures_have_the_same_names_in_every_refresh() -> None:
         {"name": "opd", "duration_s": 12.0, "metrics": {"positions": 100.0}},
         {"name": "sft", "duration_s": 3.0},
     ]
-    found = figures(OF_A_LINE, artifacts, {"prompts.train": 400})
+    found = figures(OF_A_LINE, DECISION, artifacts, {"prompts.train": 400})
     assert found["tau.champion"] == 3.3
     assert found["tau.challenger"] == found["tau.opd"] == 3.543
     assert found["tau.challenger/chat"] == pytest.approx(3.14)
@@ -80,6 +80,9 @@ def test_figures_have_the_same_names_in_every_refresh() -> None:
     assert found["tokens_per_s.plain.c16.t0"] == pytest.approx(61.3 * 16)
     assert found["speed_over_champion.c1.t0"] == pytest.approx(1.03)
     assert (found["cost.wall_s"], found["cost.wall_s.opd"], found["cost.positions"]) == (15.0, 12.0, 100.0)
+    assert (found["gate.tau"], found["gate.speed-up"]) == (1.0, 0.0)
+    assert found["accepted_share.challenger.2"] == pytest.approx(0.75**2)
+    assert found["parity.opd.replayed_tau"] == 3.32
     assert (found["doubts"], found["data.prompts.train"]) == (1.0, 400.0)
     of_another_kind = figures(EVALUATION)
     assert of_another_kind["tau.challenger"] == 3.543 and "tau.champion" not in of_another_kind
