@@ -128,7 +128,7 @@ class Tracking:
         runs = client.search_runs(every, f"{chosen} and tags.`draftsmith.stage` = 'refresh'", max_results=100)
         for run in runs:
             tags = run.data.tags.items()
-            found = {n.removeprefix(ARTIFACT): v.rpartition("#")[0] for n, v in tags if n.startswith(ARTIFACT)}
+            found = {n.removeprefix(ARTIFACT): v.rsplit("#", 1)[0] for n, v in tags if n.startswith(ARTIFACT)}
             if found:
                 return found
         return {}

@@ -62,7 +62,7 @@ def test_mlflow_is_the_review_desk(weeks: list[Week], folder: Path, monkeypatch:
         for name, form in (("tau.challenger", ".3f"), ("tau.champion", ".3f"), ("speedup.c1.t0", ".3f")):
             assert format(run.data.metrics[name], form) in page, f"{name} is a headline figure"
         (version,) = client.search_model_versions(f"name = '{LINE}' and run_id = '{run.info.run_id}'")
-        assert version.version == run.data.tags["draftsmith.version"]
+        assert str(version.version) == run.data.tags["draftsmith.version"]
         assert version.description == run.data.tags["draftsmith.decision"]
         data = {each.dataset.name.partition("/")[0]: each.dataset.digest for each in run.inputs.dataset_inputs}
         assert data.keys() == {"prompts", "rollout"}
