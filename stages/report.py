@@ -14,7 +14,7 @@ from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import MANIFEST, InputEntry, Manifest, read_manifest
 from draftsmith.stages.contract import Config, Operational, Stage, StageContext
-from draftsmith.stages.measure.gate import challenger_of
+from draftsmith.stages.measure.gate import CHAMPION, challenger_of
 from draftsmith.stages.reporting import rows
 from draftsmith.stages.reporting.figures import figures as figures_of
 from draftsmith.stages.reporting.outcome import outcome
@@ -77,13 +77,19 @@ def run(ctx: StageContext, config: ReportConfig) -> None:
         "outcome": None if found is None else {**asdict(found), "label": found.label},
         "doubts": rows.doubts(evaluation),
         "figures": figures_of(evaluation, decision, artifacts, counts),
-        "config": {name: manifest.config for name, manifest, _ in lineage},
+        "config": {name: _compared(manifest) for name, manifest, _ in lineage},
         "artifacts": {name: f"{manifest.stage}/{manifest.key[:16]}" for name, manifest, _ in lineage},
     }
     write_text(ctx.out / REVIEW, json.dumps(review, indent=1, sort_keys=True, default=str) + "\n")
     for sentence in findings(evaluation):
         ctx.log(sentence)
     ctx.summary(**{f"tau_{arm}": figures["tau"] for arm, figures in drafters.items() if figures.get("tau") is not None})
+
+
+def _compared(manifest: Manifest) -> dict[str, Any]:
+    """The config of an artifact as two refreshes are compared by it: a champion is its version."""
+    config = manifest.config
+    return {name: config.get(name) for name in ("line", "version")} if manifest.stage == CHAMPION else config
 
 
 def _told(folders: Mapping[str, Path], stage: str, file: str) -> dict[str, Any]:
@@ -158,7 +164,7 @@ def _lineage(ctx: StageContext) -> Iterator[tuple[str, Manifest, Path]]:
         manifest = read_manifest(folder)
         if manifest.key not in seen:
             seen.add(manifest.key)
-            own = names.get(manifest.key, name)
+            own = names.get(manifest.key, CHAMPION if manifest.stage == CHAMPION else name)
             for source, entry in manifest.inputs.items():
                 if (_sibling(folder, entry) / MANIFEST).is_file():  # it may have been removed since
                     # several stages read answers of their own

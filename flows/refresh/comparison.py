@@ -33,6 +33,11 @@ class Reported:
     folder: Path  # of the report's artifact
 
     @property
+    def label(self) -> str:
+        """Of a column: an id is known by its beginning."""
+        return self.name[:12] if len(self.name) == 32 else self.name
+
+    @property
     def page(self) -> Path:
         return self.folder / _PAGE
 
@@ -89,13 +94,13 @@ def compare(display: Display, first: Reported, second: Reported) -> None:
     one, other = first.review(), second.review()
     for told, reported in ((one, first), (other, second)):
         verdict = told["outcome"] or {"label": ABSENT, "sentence": "nothing was measured"}
-        display.line(f"{reported.name}: {verdict['label']}. {verdict['sentence']}")
+        display.line(f"{reported.label}: {verdict['label']}. {verdict['sentence']}")
         for doubt in told["doubts"]:
             display.line(f"  not to be relied on: {doubt}")
-    display.table(["figure", first.name, second.name, "difference"], figure_rows(one["figures"], other["figures"]))
+    display.table(["figure", first.label, second.label, "difference"], figure_rows(one["figures"], other["figures"]))
     changed = config_rows(one["config"], other["config"])
     if changed:
-        display.table(["field", first.name, second.name], changed, title="Config", text_columns=3)
+        display.table(["field", first.label, second.label], changed, title="Config", text_columns=3)
     else:
         display.line("their configs are the same")
     for reported in (first, second):
