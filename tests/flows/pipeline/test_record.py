@@ -1,0 +1,69 @@
+"""The run of a flow in MLflow, against a real SQLite database: opened once, found again, never empty."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.tracking import REUSED_TIMES, Tracking
+from draftsmith.flows.pipeline.record import RunRecord
+
+
+@pytest.fixture
+def tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tracking:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    return Tracking(tmp_path, "a-line")
+
+
+def artifacts(folder: Path, content: str = "c" * 64) -> dict[str, ArtifactRef]:
+    return {name: ArtifactRef(name, "k" * 64, content, folder / name) for name in ("prompts", "sft", "report")}
+
+
+def test_the_same_artifacts_are_the_same_run_and_others_are_not(tracking: Tracking, tmp_path: Path) -> None:
+    client, experiment = tracking.connect()
+    made = artifacts(tmp_path)
+    first = RunRecord(tracking, "weekly", {"seed": 0}, {})
+    openers = [threading.Thread(target=first.open) for _ in range(4)]  # stages that run at the same time
+    for opener in openers:
+        opener.start()
+    for opener in openers:
+        opener.join()
+    run_id = first.open()
+    assert len(client.search_runs([experiment])) == 1
+    assert first.settle(made) == run_id
+    first.close("FINISHED", made, {"tau.opd": 2.5}, [], {"mlflow.note.content": "**Promoted.**"}, data=("prompts",))
+
+    for times in ("1", "2"):
+        again = RunRecord(tracking, "weekly", {"seed": 0}, {})
+        assert again.settle(made) == run_id
+        again.close("FINISHED", made, {}, [], {"mlflow.note.content": "nothing was made"})
+        tags = client.get_run(run_id).data.tags
+        assert (tags[REUSED_TIMES], tags["mlflow.note.content"]) == (times, "**Promoted.**")
+    part = RunRecord(tracking, "weekly", {}, {})
+    assert part.settle({"prompts": made["prompts"]}) == run_id, "a part of what it made"
+    (data,) = client.get_run(run_id).inputs.dataset_inputs
+    assert (data.dataset.name.partition("/")[0], data.dataset.digest) == ("prompts", "c" * 36)
+
+    for record, others in (
+        (RunRecord(tracking, "weekly", {}, {}), artifacts(tmp_path, "d" * 64)),  # made again with other content
+        (RunRecord(tracking, "another", {}, {}), made),
+    ):
+        assert record.settle(others) not in (None, run_id)
+        record.close("FINISHED", others, {}, [], {})
+    assert len(client.search_runs([experiment])) == 3
+
+
+def test_a_run_that_fails_before_its_first_stage_leaves_none_and_a_failed_one_is_not_reused(
+    tracking: Tracking, tmp_path: Path
+) -> None:
+    client, experiment = tracking.connect()
+    RunRecord(tracking, "weekly", {}, {}).close("FAILED", {}, {}, [], {})
+    assert len(client.search_runs([experiment])) == 0
+    failed = RunRecord(tracking, "weekly", {}, {})
+    run_id = failed.open()
+    failed.close("FAILED", artifacts(tmp_path), {}, [], {})
+    assert RunRecord(tracking, "weekly", {}, {}).settle(artifacts(tmp_path)) != run_id
