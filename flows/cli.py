@@ -180,6 +180,18 @@ def _parser() -> argparse.ArgumentParser:
     diagnose.add_argument("--prompts", type=int, help="how many it is asked (default: 16)")
     _add_run_options(diagnose)
     diagnose.set_defaults(run=_diagnose)
+
+    deploy = commands.add_parser("deploy", help="a deployment of a config on a Prefect server: schedule, pool, webhook")
+    _add_config(deploy)
+    deploy.add_argument("--pool", required=True, help="work pool whose workers run it; it must exist")
+    deploy.add_argument("--cron", help="when, such as '0 3 * * 1': Mondays at 3; left out: only when asked to")
+    deploy.add_argument("--timezone", default="UTC", help="of --cron, such as Europe/Berlin (default: UTC)")
+    deploy.add_argument(
+        "--force", action="append", default=[], metavar="NODE", help="every run makes this node again, such as target"
+    )
+    deploy.add_argument("--webhook", metavar="URL", help="called when a run fails, crashes, promotes or is refused")
+    deploy.set_defaults(run=_deploy)
+
     prune = commands.add_parser("prune", help="what was left behind: old unfinished attempts, replaced artifacts, logs")
     prune.add_argument("--days", type=float, default=30, help="only what was not touched for so long (default: 30)")
     prune.add_argument("--delete", action="store_true", help="delete it; without, it is only listed")
@@ -437,6 +449,33 @@ def _export(options: argparse.Namespace, _pipeline: Pipeline) -> None:
     from draftsmith.flows.refresh import commands
 
     commands.export(Display(), options.version, options.folder, dry_run=options.dry_run)
+
+
+def _deploy(options: argparse.Namespace, pipeline: Pipeline) -> None:
+    from draftsmith.artifacts.home import home
+    from draftsmith.flows.pipeline.config_file import read_config
+    from draftsmith.flows.pipeline.display import Display
+    from draftsmith.flows.pipeline.graph import forced_nodes
+    from draftsmith.flows.pipeline.prefect_server import lasting_server
+
+    config = read_config(options.config, options.overrides, pipeline.config)
+    forced_nodes(pipeline.nodes(config), options.force)  # said here, not when it runs at night
+    api = lasting_server(home())
+    from draftsmith.flows.pipeline.deployment import Schedule, deploy
+
+    schedule = Schedule(options.cron, options.timezone)
+    made = deploy(
+        config,
+        pipeline,
+        api,
+        pool=options.pool,
+        schedule=schedule,
+        force=options.force,
+        webhook=options.webhook,
+        folder=Path.cwd(),
+    )
+    when = f"{options.cron} ({options.timezone})" if options.cron else "when it is asked to"
+    Display().line(f"{made.name}: in work pool {options.pool}, {when}: {made.url}")
 
 
 def _prune(options: argparse.Namespace, _pipeline: Pipeline) -> None:

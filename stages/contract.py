@@ -99,6 +99,8 @@ class Stage:
     run: Callable[[StageContext, Any], None]
     # Cheap checks of the config against the resolved target (folder with target.json); no weights are loaded.
     preflight: Callable[[Any, Path], None] | None = None
+    # Works on the accelerator: one such stage at a time, or they change each other's speed.
+    accelerator: bool = False
     # Files that are no part of the content: timings, origins.
     volatile: tuple[str, ...] = field(default=("metrics.jsonl",))
     # Inputs of which it reads volatile files too. Where these were measured anew, with the same content, it is made

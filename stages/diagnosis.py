@@ -128,4 +128,4 @@ def _server_info(url: str) -> dict[str, Any]:
     raise DraftsmithError(f"{url} has no /server_info: is it a SGLang server of a supported release?")
 
 
-STAGE = Stage(name="diagnosis", config=DiagnosisConfig, inputs=("target", "prompts"), run=run)
+STAGE = Stage(name="diagnosis", config=DiagnosisConfig, inputs=("target", "prompts"), run=run, accelerator=True)

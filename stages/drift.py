@@ -42,4 +42,10 @@ def run(ctx: StageContext, config: DriftConfig) -> None:
     ctx.summary(tau=found[ALL]["tau"] or 0.0, prompts=found[ALL]["prompts"] or 0)
 
 
-STAGE = Stage(name="drift", config=DriftConfig, inputs=("target", "champion", "prompts", "trajectories"), run=run)
+STAGE = Stage(
+    name="drift",
+    config=DriftConfig,
+    inputs=("target", "champion", "prompts", "trajectories"),
+    run=run,
+    accelerator=True,
+)

@@ -237,6 +237,7 @@ STAGE = Stage(
     config=EvaluationConfig,
     inputs=("target", "prompts", "trajectories", *(f"{name}?" for name in DRAFTERS), f"{PREFIX}*"),
     run=run,
+    accelerator=True,
     preflight=preflight,
     volatile=("metrics.jsonl", "requests.parquet", "turns.parquet"),
 )

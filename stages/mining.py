@@ -165,4 +165,6 @@ def _drafting(settings: dict[str, Any]) -> str:
     return ", ".join(f"{name} {settings[name]}" for name in DraftingConfig.model_fields)
 
 
-STAGE = Stage(name="mining", config=MiningConfig, inputs=("target", "drafter", "trajectories"), run=run)
+STAGE = Stage(
+    name="mining", config=MiningConfig, inputs=("target", "drafter", "trajectories"), run=run, accelerator=True
+)

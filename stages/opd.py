@@ -42,4 +42,6 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
     ctx.summary(**totals, mined_steps=mined.count(training.kind), passes=training.passes)
 
 
-STAGE = Stage(name="opd", config=OpdConfig, inputs=("target", "drafter", "trajectories", "mined"), run=run)
+STAGE = Stage(
+    name="opd", config=OpdConfig, inputs=("target", "drafter", "trajectories", "mined"), run=run, accelerator=True
+)

@@ -242,6 +242,7 @@ STAGE = Stage(
     config=RolloutConfig,
     inputs=("target", "prompts", "drafter?"),
     run=run,
+    accelerator=True,
     preflight=preflight,
     volatile=("metrics.jsonl", "timings.parquet"),
 )

@@ -131,4 +131,11 @@ def check_start(config: SftConfig) -> None:
         raise DraftsmithError("steps: 0 takes a drafter as it is: name it in init_from")
 
 
-STAGE = Stage(name="sft", config=SftConfig, inputs=("target", "trajectories", "drafter?"), run=run, preflight=preflight)
+STAGE = Stage(
+    name="sft",
+    config=SftConfig,
+    inputs=("target", "trajectories", "drafter?"),
+    run=run,
+    preflight=preflight,
+    accelerator=True,
+)

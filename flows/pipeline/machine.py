@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 import subprocess
 import tempfile
 from pathlib import Path
@@ -28,11 +29,11 @@ def memory_bytes() -> float:
 
 
 @functools.cache
-def gpus() -> tuple[float, ...]:
-    """Bytes of memory of every visible NVIDIA GPU; asks nvidia-smi, so that no context is opened."""
+def _query(fields: str) -> tuple[tuple[str, ...], ...]:
+    """A row of the fields for every NVIDIA GPU; asks nvidia-smi, so that no context is opened."""
     try:
         done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
+            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"],
             capture_output=True,
             text=True,
             timeout=20,
@@ -40,11 +41,29 @@ def gpus() -> tuple[float, ...]:
         )
     except (OSError, subprocess.SubprocessError):
         return ()
-    sizes = tuple(float(line) * 2**20 for line in done.stdout.split() if line.strip().isdecimal())
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return sizes
-    return sizes[: len([each for each in visible.split(",") if each.strip() not in ("", "-1")])]
+    return tuple(tuple(cell.strip() for cell in line.split(",")) for line in done.stdout.splitlines() if line.strip())
+
+
+def _visible() -> list[str] | None:
+    """What CUDA_VISIBLE_DEVICES names: numbers or UUIDs; None if it is not set, and all are visible."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if named is None else [each.strip() for each in named.split(",") if each.strip() not in ("", "-1")]
+
+
+def gpus() -> tuple[float, ...]:
+    """Bytes of memory of every visible NVIDIA GPU."""
+    sizes = tuple(float(row[0]) * 2**20 for row in _query("memory.total") if row[0].isdecimal())
+    visible = _visible()
+    return sizes if visible is None else sizes[: len(visible)]
+
+
+def accelerators() -> list[str]:
+    """What work on this machine's accelerators is told apart by: the UUID of every visible GPU (numbers count in the
+    order of nvidia-smi), or the machine's name where there is none."""
+    known = {row[0]: row[1] for row in _query("index,uuid") if len(row) == 2}
+    visible = _visible()
+    found = list(known.values()) if visible is None else [known.get(each, each) for each in visible]
+    return sorted(found) if known and found else [f"{platform.node()}.cpu"]
 
 
 def free_disk_bytes(folder: Path) -> float:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from draftsmith.flows.pipeline.unchanged import unchanged
 
 log = logging.getLogger("draftsmith.stages")  # Prefect shows it in the run
 
+Hold = Callable[[Callable[[str], None]], AbstractContextManager[None]]  # given who tells that it waits
+
 
 @dataclass(frozen=True)
 class Workshop:
@@ -36,6 +39,7 @@ class Workshop:
     tracking: Tracking
     refresh_run: Callable[[], str | None] = lambda: None  # MLflow's id of the run that the stages' runs are nested in
     check: Callable[[], None] = lambda: None  # called while a stage runs; what it raises stops it
+    hold: Hold = lambda _say: contextlib.nullcontext()  # what a stage on the accelerator holds
 
     @property
     def store(self) -> Store:
@@ -91,7 +95,11 @@ def _run(
         workshop.refresh_run(), claim.stage, claim.key, name=node.name, params=config, inputs=inputs
     )
     try:
-        with unchanged(workshop.store, node, inputs, claim, external), tracked.system_metrics():
+        with (
+            _accelerator(workshop, node),
+            unchanged(workshop.store, node, inputs, claim, external),
+            tracked.system_metrics(),
+        ):
             outcome = _run_process(workshop, node, inputs, claim, tracked)
         ref = workshop.store.commit(
             claim,
@@ -116,6 +124,12 @@ def _run(
     forget_failure(workshop.logs, claim.stage, claim.key)
     workshop.display.finished(node.name, outcome.duration_s, outcome.summary)
     return ref
+
+
+def _accelerator(workshop: Workshop, node: Node) -> AbstractContextManager[None]:
+    if not node.stage.accelerator:
+        return contextlib.nullcontext()
+    return workshop.hold(lambda message: workshop.display.line(f"{node.name}: {message}"))
 
 
 def _run_process(

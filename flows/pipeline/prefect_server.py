@@ -22,6 +22,7 @@ from draftsmith.artifacts.locks import locked
 
 _START_LIMIT_S = 180.0  # 3 s on a used home, 8 to 12 s on a new one, more on a busy machine
 _STOP_LIMIT_S = 5.0
+_temporary: list[str] = []  # URL of the server that this process has started
 
 
 def prepare(home: Path) -> None:
@@ -100,6 +101,7 @@ def start_prefect_server(home: Path) -> PrefectServer:
         until_healthy = starting.pop_all()
     url = f"http://127.0.0.1:{port}/api"
     os.environ["PREFECT_API_URL"] = url
+    _temporary.append(url)
     _reach_ourselves_directly()
 
     def wait() -> None:
@@ -107,6 +109,27 @@ def start_prefect_server(home: Path) -> PrefectServer:
             _wait_until_healthy(process, url, log_path)
 
     return PrefectServer(url, wait, stop)
+
+
+def lasting_server(home: Path) -> str:
+    """The URL of the server that `PREFECT_API_URL` names, which answers. Call it before Prefect is imported.
+
+    Raises DraftsmithError.
+    """
+    url = os.environ.get("PREFECT_API_URL")
+    if not url:
+        raise DraftsmithError(
+            "PREFECT_API_URL is not set: a deployment lives on a Prefect server that stays; start one with `prefect "
+            "server start`, and set the variable to its URL with /api"
+        )
+    prepare(home)
+    _must_answer(url)
+    return url
+
+
+def is_temporary() -> bool:
+    """Whether this process reports to a server of its own, which ends with it."""
+    return os.environ.get("PREFECT_API_URL") in (None, *_temporary)
 
 
 def _must_answer(url: str) -> None:

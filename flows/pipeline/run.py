@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from prefect.client.schemas.objects import State
-from prefect.states import Cancelled, Completed
+from prefect.events import emit_event
+from prefect.states import Cancelled, Completed, Failed
 
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.home import home
@@ -52,19 +53,36 @@ def run_graph(
     nothing where nodes were left out. Returns what each node's artifact is, by node, or the flow's state with that as
     its data where the run came to a conclusion or was cancelled.
 
-    Raises the first `DraftsmithError`; whatever was finished before is in the store. The error of a conclusion has the
-    nodes as its attribute `made`.
+    Raises the first `DraftsmithError`; whatever was finished before is in the store. The error of a conclusion, which
+    the flow raises from its state, has the nodes as its attribute `made`. A conclusion is an event too, such as
+    `draftsmith.promoted`, with the flow run and its deployment as related resources.
     """
+    conclusion: Conclusion | None = None
     try:
         with body() as said, Cancellation() as cancellation:
             made, conclusion = _run(config, pipeline, force or (), Part.of(start, until), cancellation)
-            if conclusion is not None and conclusion.error is not None:
-                conclusion.error.made = made  # type: ignore[attr-defined]
-                raise conclusion.error
+            if conclusion is not None:
+                _tell(config, conclusion)
+                if conclusion.error is not None:
+                    conclusion.error.made = made  # type: ignore[attr-defined]
+                    raise conclusion.error
             said.made = made
     except CancelledError as error:
         return Cancelled(message=str(error))
+    except DraftsmithError as error:
+        if conclusion is None or error is not conclusion.error:
+            raise
+        # a state of its own name: a refusal is no failure of the run, and automations tell the two apart
+        return Failed(name=conclusion.name, message=conclusion.message, data=error)
     return made if conclusion is None else Completed(name=conclusion.name, message=conclusion.message, data=made)
+
+
+def _tell(config: RunOptions, conclusion: Conclusion) -> None:
+    emit_event(
+        event=f"draftsmith.{conclusion.name.lower()}",
+        resource={"prefect.resource.id": f"draftsmith.run.{config.name}", "prefect.resource.name": config.name},
+        payload={"message": conclusion.message, "figures": dict(conclusion.figures), "tags": dict(conclusion.tags)},
+    )
 
 
 def _run(

@@ -57,6 +57,8 @@ def _state(item: PlannedNode, store: Store) -> str:
     if item.ref is not None:
         made = local_time(datetime.fromisoformat(store.manifest(item.ref).created_at))
         return f"not new: {item.ref.stage}/{item.key[:16]} is in the store, made {made}"
+    if store.path(item.node.stage.name, item.key).is_dir():
+        return f"made again: the artifact of the key {item.key[:16]} was made from other measurements of its inputs"
     rest = ", and an unfinished attempt that goes on" if item.status is Status.RESUME else ""
     return f"new: no artifact has the key {item.key[:16]}{rest}"
 
@@ -99,7 +101,9 @@ def _differences(
     for path, before, now in _changed(old.external, external_digests(node.config)):
         yield f"file     {path}: {_short(before[:16])} -> {_short(now[:16])}"
     yield from _code(old, node, pipeline)
-    for package, before, now in _changed(old.versions, versions()):
+    installed = versions()  # what a stage noted of other environments is not known before it runs
+    known = {package: version for package, version in old.versions.items() if package in installed}
+    for package, before, now in _changed(known, installed):
         yield f"version  {package}: {before} -> {now} (no part of the key)"
 
 

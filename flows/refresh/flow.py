@@ -7,7 +7,7 @@ from typing import Any
 from prefect import flow
 
 from draftsmith.flows.pipeline.run import run_graph
-from draftsmith.flows.refresh.config import RefreshConfig, load_config
+from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.diagnose import DIAGNOSE, DiagnoseConfig
 from draftsmith.flows.refresh.evaluate import EVALUATE, EvaluateConfig
 from draftsmith.flows.refresh.graph import REFRESH
@@ -65,23 +65,3 @@ def diagnose(
         until: Make only these nodes and what they need; nothing is promoted.
     """
     return run_graph(config, DIAGNOSE, force, start, until)
-
-
-@flow(name="refresh-file", flow_run_name="{config_file}", persist_result=False)
-def refresh_file(
-    config_file: str,
-    overrides: list[str] | None = None,
-    force: list[str] | None = None,
-    start: list[str] | None = None,
-    until: list[str] | None = None,
-) -> Any:
-    """The refresh of a config file: what a schedule runs, so that the file stays the one place to change.
-
-    Args:
-        config_file: Path of the YAML file, as the worker sees it.
-        overrides: Fields to change, such as `opd.steps=200`.
-        force: Names of nodes to make again although the store has them.
-        start: Begin at these nodes: all that is neither there nor behind them must be in the store.
-        until: Make only these nodes and what they need; nothing is promoted.
-    """
-    return run_graph(load_config(config_file, overrides or []), REFRESH, force, start, until)

@@ -123,7 +123,7 @@ class _Merged(torch.autograd.Function):
         of_keys, of_values = (torch.zeros(x.shape, dtype=total.dtype, device=x.device) for x in (keys, values))
         for group, length, mask in _groups(ctx.reach, q, keys.shape[2]):
             whole = [x[:, :, group] for x in (grad, q, out, total)]
-            own = _own_backward(*whole, own_keys[:, :, group], own_values[:, :, group])
+            own = _own_backward(own_keys[:, :, group], own_values[:, :, group], *whole)
             of_q[:, :, group], of_own_keys[:, :, group], of_own_values[:, :, group] = own
             if length:
                 grad_of, q_of, out_of, total_of = (x.flatten(2, 3) for x in whole)
@@ -136,12 +136,12 @@ class _Merged(torch.autograd.Function):
 
 
 def _own_backward(
+    keys: torch.Tensor,
+    values: torch.Tensor,
     grad: torch.Tensor,
     q: torch.Tensor,
     out: torch.Tensor,
     total: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What the blocks' own part adds to the gradients of q, keys and values: few keys, for which the kernel is slow."""
     grad, q, out, keys, values = (x.to(total.dtype) for x in (grad, q, out, keys, values))

@@ -266,5 +266,9 @@ def _mean_difference(*parts: np.ndarray) -> np.ndarray:
 
 
 STAGE = Stage(
-    name="comparison", config=ComparisonConfig, inputs=("target", "trajectories", f"{PREFIX}*", f"{EARLIER}*"), run=run
+    name="comparison",
+    config=ComparisonConfig,
+    inputs=("target", "trajectories", f"{PREFIX}*", f"{EARLIER}*"),
+    run=run,
+    accelerator=True,
 )

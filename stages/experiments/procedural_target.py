@@ -66,5 +66,10 @@ def run(ctx: StageContext, config: ProceduralTargetConfig) -> None:
 
 
 STAGE = Stage(
-    name="procedural_target", config=ProceduralTargetConfig, inputs=("target?",), run=run, preflight=preflight
+    name="procedural_target",
+    config=ProceduralTargetConfig,
+    inputs=("target?",),
+    run=run,
+    preflight=preflight,
+    accelerator=True,
 )

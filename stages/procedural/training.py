@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,7 @@ class TrainingTextConfig(Config):
     learning_rate: Annotated[float, Field(gt=0)] = 4e-3
     seed: Annotated[int, Field(ge=0, description="of weights and order")] = 0
     checkpoint_every: Annotated[int, Field(ge=1, description="steps"), Operational()] = 100
+    checkpoint_minutes: Annotated[float, Field(gt=0, description="at most so long apart too"), Operational()] = 10
 
     @field_validator("families")
     @classmethod
@@ -275,6 +277,8 @@ def _train(
                 part.load_state_dict(state[name])
         kept.resumed(first)
 
+    saved = time.monotonic()
+
     def save(step: int) -> None:
         if kept is not None:
             save_checkpoint(kept.folder, step, {"loss": last, **{n: part.state_dict() for n, part in parts.items()}})
@@ -291,8 +295,10 @@ def _train(
         optimizer.step()
         schedule.step()
         last = loss.item()
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+        due = (step + 1) % config.checkpoint_every == 0 or time.monotonic() - saved >= 60 * config.checkpoint_minutes
+        if due or step + 1 == config.steps:
             save(step + 1)
+            saved = time.monotonic()
         try:
             on_step(step + 1, last)
         except StageInterrupted:

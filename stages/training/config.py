@@ -27,6 +27,9 @@ class OptimiserConfig(Config):
         Literal["bfloat16", "float32"], Field(description="weights stay float32; bfloat16 = autocast")
     ] = "bfloat16"
     checkpoint_every: Annotated[int, Field(ge=1, description="steps"), Operational()] = 100
+    checkpoint_minutes: Annotated[
+        float, Field(gt=0, description="at most so long apart too: what a killed training loses"), Operational()
+    ] = 10
 
 
 class TrainingConfig(OptimiserConfig):

@@ -54,6 +54,7 @@ def train(
     ctx.rewind_metrics(first)  # an attempt that was killed wrote beyond its checkpoint, or never reached one
     drafter.train()
     device_type = next(drafter.parameters()).device.type
+    kept = time.monotonic()
     for step in range(first, config.steps):
         started = time.perf_counter()
         for group in optimiser.param_groups:
@@ -78,8 +79,10 @@ def train(
             trained_positions=totals["positions"],
         )  # fmt: skip
         ctx.progress(step + 1, config.steps, "steps", loss=loss)
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or ctx.interrupted:
+        due = (step + 1) % config.checkpoint_every == 0 or time.monotonic() - kept >= 60 * config.checkpoint_minutes
+        if due or step + 1 == config.steps or ctx.interrupted:
             _save(ctx, step + 1, totals, drafter, optimiser, memory)
+            kept = time.monotonic()
             ctx.check_interrupted()
     drafter.eval()
     return totals

@@ -22,9 +22,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_fields_seeds_inputs_files_code_and_versions_are_told(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    listed = tmp_path / "listed.txt"
-    listed.write_text("1")
-    config = str(write_config(tmp_path / "toy.yaml", target={"count": 3, "listed": str(listed)}))
+    added = tmp_path / "added.txt"
+    added.write_text("1")
+    config = str(write_config(tmp_path / "toy.yaml", target={"count": 3}, left={"addend": str(added)}))
     for node in ("target", "left"):
         assert main(["stage", node, config], TOY) == 0
     capsys.readouterr()
@@ -47,9 +47,9 @@ def test_fields_seeds_inputs_files_code_and_versions_are_told(
     assert "config   factor: 1 -> 7\n" in behind and "input    first: node target has still to be made" in behind
     assert "\ntarget: new: " in behind and "config   count: 3 -> 4\n" in behind
 
-    listed.write_text("2")
-    assert f"file     {listed}: 6b86b273ff34fce1 -> d4735e3a265e16ee\n" in told("target")  # sha256 of 1 and of 2
-    listed.write_text("1")
+    added.write_text("2")
+    assert f"file     {added}: 6b86b273ff34fce1 -> d4735e3a265e16ee\n" in told("left")  # sha256 of 1 and of 2
+    added.write_text("1")
 
     edited = dataclasses.replace(TOY, code_digest=lambda _: "edited", code_modules=lambda module: {module: "edited"})
     assert "code     tests.flows.pipeline.toy_stages.combine: changed\n" in told("left", pipeline=edited)

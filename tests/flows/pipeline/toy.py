@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from draftsmith.artifacts.errors import RefusedError
+from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.pipeline.graph import Node, Pipeline
+from draftsmith.flows.pipeline.graph import Conclusion, Node, Pipeline
 from draftsmith.flows.pipeline.options import RunOptions
 from tests.flows.pipeline.toy_stages.collect import CollectConfig
 from tests.flows.pipeline.toy_stages.combine import CombineConfig
@@ -22,6 +25,24 @@ class ToyConfig(RunOptions):
     left: CombineConfig = CombineConfig()
     right: CombineConfig = CombineConfig(factor=2)
     total: CombineConfig = CombineConfig()
+    verdict: Literal["promoted", "refused"] | None = None
+    """What the run comes to, if to anything."""
+
+
+@dataclass(frozen=True)
+class ToyCourse:
+    verdict: str
+
+    def stop(self, _node: Node, _made: Mapping[str, Path]) -> Conclusion | None:
+        return None
+
+    def finish(self, _made: Mapping[str, ArtifactRef], _run_id: str | None) -> Conclusion:
+        said = f'the sum is "{self.verdict}"'
+        return Conclusion(self.verdict.capitalize(), said, RefusedError(said) if self.verdict == "refused" else None)
+
+
+def toy_course(config: ToyConfig, _force: Collection[str]) -> ToyCourse | None:
+    return ToyCourse(config.verdict) if config.verdict is not None else None
 
 
 def toy_nodes(config: ToyConfig) -> list[Node]:
@@ -48,6 +69,7 @@ TOY = Pipeline(
     toy_nodes,
     "tests.flows.pipeline.toy_flow:toy_refresh",
     digest_of_file,
+    course=toy_course,
     results="tests.flows.pipeline.toy:show_results",
     code_modules=lambda module: {module: digest_of_file(module)[:16]},
 )

@@ -118,3 +118,23 @@ def test_totals_are_sums_over_all_steps(tmp_path: Path, plain_target: Target) ->
 
     totals = train(RecordingContext.under(tmp_path), drafter, OptimiserConfig(steps=4), loss_of_step)
     assert (totals["blocks"], totals["positions"]) == (6, 60)
+
+
+@pytest.mark.parametrize(("minutes", "kept_steps"), [(1e-9, 3), (10.0, 0)])
+def test_a_killed_training_loses_no_more_than_the_time_between_checkpoints(
+    minutes: float, kept_steps: int, tmp_path: Path, plain_target: Target
+) -> None:
+    drafter, context = random_target.random_drafter(plain_target), RecordingContext.under(tmp_path)
+    config = OptimiserConfig(steps=5, checkpoint_every=100, checkpoint_minutes=minutes)
+
+    def loss_of_step(step: int) -> LossReport:
+        if step == 3 and not context.logs:
+            raise KeyboardInterrupt  # a kill in the middle of a step
+        return LossReport(next(drafter.parameters()).square().sum(), 1, 1)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(context, drafter, config, loss_of_step)
+    context.logs.append("a second attempt")
+    train(context, drafter, config, loss_of_step)
+    continued = [line for line in context.logs if line.startswith("continuing from the checkpoint at step")]
+    assert continued == ([f"continuing from the checkpoint at step {kept_steps} of 5"] if kept_steps else [])

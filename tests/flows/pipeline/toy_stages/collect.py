@@ -20,11 +20,7 @@ class CollectConfig(Config):
     lose_engine_until: Path | None = None  # a retryable error on every attempt, counted in this file, up to two
     worker: Path | None = None  # start a grandchild that writes its process id here
     note_start: Path | None = None  # one line a start is added here
-    listed: Path | None = None  # a file outside the store that the key holds
     seconds_to_save: float = 0.0  # that it takes when it is asked to stop
-
-    def external_files(self) -> list[Path]:
-        return [self.listed] if self.listed is not None else []
 
 
 def run(context: StageContext, config: CollectConfig) -> None:
@@ -72,4 +68,4 @@ def _start_worker(pid_file: Path) -> None:
     pid_file.write_text(str(worker.pid))
 
 
-STAGE = Stage(name="collect", config=CollectConfig, inputs=(), run=run)
+STAGE = Stage(name="collect", config=CollectConfig, inputs=(), run=run, accelerator=True)

@@ -12,6 +12,7 @@ from draftsmith.stages.contract import Config, Stage, StageContext
 class CombineConfig(Config):
     factor: int = 1
     note_start: Path | None = None
+    allow: Path | None = None  # a user's error unless this file exists
     addend: Path | None = None  # a file outside the store with a number
 
     def external_files(self) -> list[Path]:
@@ -22,6 +23,8 @@ def run(context: StageContext, config: CombineConfig) -> None:
     if config.note_start is not None:
         with config.note_start.open("a") as stream:
             stream.write("started\n")
+    if config.allow is not None and not config.allow.exists():
+        raise DraftsmithError(f"{config.allow} is missing: make it")
     total = sum(sum(json.loads((folder / "numbers.json").read_text())) for folder in context.inputs.values())
     if config.addend is not None:
         total += int(config.addend.read_text())

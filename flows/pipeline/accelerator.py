@@ -1,0 +1,50 @@
+"""One stage at a time on an accelerator: a global concurrency limit of Prefect's server, held while a stage works."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+
+from draftsmith.flows.pipeline.machine import accelerators
+from draftsmith.flows.pipeline.prefect_server import is_temporary
+
+_PREFIX = "accelerator."
+
+
+@contextlib.contextmanager
+def held(say: Callable[[str], None]) -> Iterator[None]:
+    """Hold every accelerator that this process sees, after waiting for its holder: what another run does on it would
+    change what is measured. Nothing to hold on a temporary server, which no other run knows.
+
+    The limit is made on first use, with one slot. Strict: an error if it is gone, and the end of the stage if it can
+    no longer be held. Of a holder that was killed, the server takes the slot back after its lease (five minutes).
+    """
+    if is_temporary():
+        yield
+        return
+    names = [f"{_PREFIX}{each}" for each in accelerators()]
+    if taken := _taken(names):
+        say(f"waits for {', '.join(taken)}, which another run holds")
+    with concurrency(names, strict=True):
+        yield
+
+
+def _taken(names: Sequence[str]) -> list[str]:
+    """Those without a free slot; makes those that the server does not know."""
+    taken = []
+    with get_client(sync_client=True) as client:
+        for name in names:
+            try:
+                limit = client.read_global_concurrency_limit_by_name(name)
+            except ObjectNotFound:
+                with contextlib.suppress(ObjectAlreadyExists):  # another run was faster
+                    client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
+                continue
+            if limit.active and limit.active_slots >= limit.limit:
+                taken.append(name)
+    return taken

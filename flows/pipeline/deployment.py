@@ -1,0 +1,122 @@
+"""A config as a deployment of Prefect: its schedule, its work pool, and the config as the form of a run."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import WorkPool
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.deployments.runner import EntrypointType, RunnerDeployment
+from prefect.exceptions import ObjectNotFound
+from prefect.flows import Flow
+from pydantic import ValidationError
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.flows.pipeline.automations import call_webhook
+from draftsmith.flows.pipeline.graph import Pipeline
+from draftsmith.flows.pipeline.options import RunOptions
+
+HEARTBEAT_S = 30  # of flow runs, so that a host that is lost is noticed
+_ENVIRONMENT = {
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "draftsmith",  # the stages' lines appear in the flow run
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
+    "DO_NOT_TRACK": "1",
+}
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A deployment as the server knows it."""
+
+    id: UUID
+    name: str  # FLOW/NAME
+    url: str
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When it runs by itself. None: only when asked to."""
+
+    cron: str | None = None
+    timezone: str = "UTC"
+
+    def checked(self) -> list[CronSchedule]:
+        """Raises DraftsmithError for what no schedule is."""
+        if self.cron is None:
+            return []
+        try:
+            return [CronSchedule(cron=self.cron, timezone=self.timezone)]
+        except ValidationError as error:
+            raise DraftsmithError(
+                f"--cron {self.cron!r} --timezone {self.timezone}: {error.errors()[0]['msg']}: five fields such as "
+                "'0 3 * * 1' (Mondays at 3), and a name such as Europe/Berlin"
+            ) from None
+
+
+def deploy(
+    config: RunOptions,
+    pipeline: Pipeline,
+    api: str,
+    *,
+    pool: str,
+    schedule: Schedule = Schedule(),
+    force: Sequence[str] = (),
+    webhook: str | None = None,
+    folder: Path,
+) -> Deployed:
+    """Create the deployment of the config's flow under the config's name, or change it if it is there.
+
+    api: URL of Prefect's server. pool: a work pool that exists. force: nodes that every run makes again, such as
+    `target`. webhook: told of failures, crashes, promotions and refusals (`pipeline.automations`). folder: what
+    relative paths in the config are relative to; where runs of a process pool work. Raises DraftsmithError.
+    """
+    crons = schedule.checked()
+    with get_client(sync_client=True) as client:
+        found = _pool(client, pool)
+        module, _, attribute = pipeline.flow.partition(":")
+        flow: Flow[..., Any] = getattr(importlib.import_module(module), attribute)
+        deployment = RunnerDeployment.from_flow(
+            flow,
+            name=config.name.replace("/", "-"),
+            schedules=crons,
+            parameters=parameters(config, force),
+            concurrency_limit=1,
+            job_variables=_job_variables(found, folder),
+            entrypoint_type=EntrypointType.MODULE_PATH,  # wherever Draftsmith is installed
+        )
+        made = deployment.apply(work_pool_name=pool)
+        assert isinstance(made, UUID)
+        if webhook is not None:
+            call_webhook(client, webhook, made, deployment.name, heartbeat_s=HEARTBEAT_S)
+    ui = api.rstrip("/").removesuffix("/api")
+    return Deployed(made, f"{flow.name}/{deployment.name}", f"{ui}/deployments/deployment/{made}")
+
+
+def parameters(config: RunOptions, force: Sequence[str]) -> dict[str, Any]:
+    """Of the flow: what the file says, and no more; the rest are defaults, which the form shows."""
+    return {"config": config.model_dump(mode="json", exclude_unset=True), "force": list(force)}
+
+
+def _pool(client: SyncPrefectClient, name: str) -> WorkPool:
+    try:
+        return client.read_work_pool(name)
+    except ObjectNotFound:
+        raise DraftsmithError(
+            f"--pool {name}: the server has no such work pool: make it with `prefect work-pool create {name} --type "
+            "process`; templates for other types are in configs/team"
+        ) from None
+
+
+def _job_variables(pool: WorkPool, folder: Path) -> dict[str, Any]:
+    """A process works in the folder that it was deployed from; a container or a cluster's job has its own."""
+    if pool.type != "process":
+        return {"env": _ENVIRONMENT}
+    path = {"PYTHONPATH": os.environ["PYTHONPATH"]} if os.environ.get("PYTHONPATH") else {}
+    return {"working_dir": str(folder), "env": {**_ENVIRONMENT, **path}}

@@ -1,0 +1,85 @@
+"""Deployments without a server: what is refused before one is asked, parameters that fit the form, pool templates."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.flows.cli import main
+from tests.flows.pipeline.processes import ROOT
+from tests.flows.pipeline.toy import TOY, write_config
+
+POOLS = ROOT / "configs" / "team" / "pools"
+
+
+def test_a_deployment_needs_a_server_that_stays_and_nodes_that_exist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    config = str(write_config(tmp_path / "toy.yaml"))
+    assert main(["deploy", config, "--pool", "p"], TOY) == 2
+    assert "PREFECT_API_URL is not set" in capsys.readouterr().err
+    assert main(["deploy", config, "--pool", "p", "--force", "lfet"], TOY) == 2
+    assert "--force lfet: no such node" in capsys.readouterr().err
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize(
+    ("cron", "timezone"), [("at noon", "UTC"), ("0 3 * * 8", "UTC"), ("0 3 * * 1", "Nowhere/Here")]
+)
+def test_what_is_no_schedule_is_one_clear_error(cron: str, timezone: str) -> None:
+    from draftsmith.flows.pipeline.deployment import Schedule
+
+    with pytest.raises(DraftsmithError, match=r"--cron .* five fields such as"):
+        Schedule(cron, timezone).checked()
+    (good,) = Schedule("0 3 * * 1", "Europe/Berlin").checked()
+    assert good.timezone == "Europe/Berlin"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_server_accepts_every_config_as_the_parameters_of_its_flow(path: Path) -> None:
+    from prefect.utilities.callables import parameter_schema
+    from prefect.utilities.schema_tools.validation import validate
+
+    from draftsmith.flows.pipeline.deployment import parameters
+    from draftsmith.flows.refresh.config import RefreshConfig, load_config
+    from draftsmith.flows.refresh.flow import refresh
+
+    config = load_config(path)
+    sent = parameters(config, ["target"])
+    validate(sent, parameter_schema(refresh).model_dump(), raise_on_error=True)
+    assert RefreshConfig.model_validate(sent["config"]) == config
+
+
+@pytest.mark.parametrize("path", sorted(POOLS.glob("*.json")), ids=lambda path: path.stem)
+def test_a_pool_template_uses_the_variables_that_it_has(path: Path) -> None:
+    template = json.loads(path.read_text())
+    used = set(re.findall(r"{{ (\w+) }}", json.dumps(template["job_configuration"])))
+    assert used == set(template["variables"]["properties"])
+
+
+def test_the_process_and_slurm_templates_are_settings_of_prefects_own_worker() -> None:
+    from prefect.workers.process import ProcessJobConfiguration
+
+    def made(name: str) -> ProcessJobConfiguration:
+        template = json.loads((POOLS / f"{name}.json").read_text())
+        values: dict[str, Any] = {"env": {"A": "1"}, "working_dir": "/tmp"}
+        found: ProcessJobConfiguration = asyncio.run(
+            ProcessJobConfiguration.from_template_and_values(template, values, client=object())  # type: ignore[arg-type]
+        )
+        return found
+
+    known = {"DRAFTSMITH_HOME": "/srv/draftsmith", "MLFLOW_TRACKING_URI": "http://mlflow.example:5000"}
+    for name in ("process", "slurm"):
+        assert made(name).env == {**known, "A": "1"}
+        assert str(made(name).working_dir) == "/tmp"
+    assert made("process").command is None
+    command = made("slurm").command
+    assert command is not None and command.startswith("srun ") and command.endswith(" -m prefect.engine")
