@@ -38,6 +38,15 @@ PROMPTS = _table(
     token_ids=_IDS,  # after the chat template
 )
 
+TOKENISED = _table(  # of an unfinished attempt
+    "tokenised",
+    1,
+    key=pa.string(),
+    prompt_ids=_IDS,
+    response_ids=_IDS,
+    reason=pa.string(),  # why the row is not used; empty
+)
+
 TRAJECTORIES = _table(
     "trajectories",
     1,

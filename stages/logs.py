@@ -42,7 +42,7 @@ def preflight(config: LogsConfig, target: Path) -> None:
 def run(ctx: StageContext, config: LogsConfig) -> None:
     """Write `trajectories.parquet`, `set_aside.jsonl` (file, row, id, reason) and `logs.json` (counts, window).
 
-    Nothing is kept between attempts: reading is fast beside everything that uses it.
+    Kept between attempts is what takes the time of reading: the texts as token ids.
     """
     from draftsmith.artifacts.atomic import atomic_path, write_text
     from draftsmith.artifacts.errors import DraftsmithError
@@ -51,12 +51,17 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
     from draftsmith.stages.prompting.earlier import read_earlier
     from draftsmith.stages.prompting.held_out import read_held_out
     from draftsmith.stages.prompting.intake import Intake
+    from draftsmith.stages.prompting.tokenised import Tokenised
 
     preflight(config, ctx.inputs["target"])
     held_out = read_held_out(ctx.inputs.get("prompts"))
-    with atomic_path(ctx.out / "set_aside.jsonl") as listed, listed.open("w", encoding="utf-8") as lines:
+    with (
+        atomic_path(ctx.out / "set_aside.jsonl") as listed,
+        listed.open("w", encoding="utf-8") as lines,
+        Tokenised(ctx.work / "tokenised") as kept,
+    ):
         aside = Aside("logs.max_bad_share", config.max_bad_share, lines)
-        intake = Intake(config, ctx.inputs["target"], held_out, aside)
+        intake = Intake(config, ctx.inputs["target"], held_out, aside, kept)
         earlier = None
         if config.replay_share and "earlier" in ctx.inputs:
             earlier = read_earlier(ctx.inputs["earlier"], intake, config.temperature)
@@ -65,6 +70,8 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
             candidates = _Candidates(config, ctx.seed)
             total = _read(ctx, config, intake, waiting, candidates, wanted)
         aside.check()
+    if kept.kept:
+        ctx.log(f"{kept.kept} answers were tokenised by an earlier attempt")
     if config.source_field is not None and intake.without_source == len(candidates.sources) > 0:
         raise DraftsmithError(f"logs.source_field: no row has a field {config.source_field}: correct it")
     used = candidates.choose(config, wanted)

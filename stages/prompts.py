@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +20,7 @@ from draftsmith.stages.prompting.files import local_files, remote_versions
 from draftsmith.stages.prompting.held_out import HELDOUT_SHARE
 from draftsmith.stages.prompting.sources import (
     SPLITS,
+    Candidate,
     HuggingFaceSource,
     JsonlSource,
     PromptSource,
@@ -137,6 +139,7 @@ def run(context: StageContext, config: PromptsConfig) -> None:
     """Write `prompts.parquet` and `prompts.json`."""
     from draftsmith.artifacts.parquet import write_table
     from draftsmith.artifacts.schemas import PROMPTS
+    from draftsmith.stages.prompting.tokenised import Tokenised
     from draftsmith.stages.targets.info import model_path
     from draftsmith.stages.targets.resolve import load_tokenizer
 
@@ -147,14 +150,25 @@ def run(context: StageContext, config: PromptsConfig) -> None:
         context.log(f"warning: the target has no chat template: prompts are plain text{ignored}")
     drawn = _Drawn()
     total = sum(config.wanted(split) for split in SPLITS)
-    with atomic_path(context.out / "set_aside.jsonl") as path, path.open("w", encoding="utf-8") as listed:
+    with (
+        atomic_path(context.out / "set_aside.jsonl") as path,
+        path.open("w", encoding="utf-8") as listed,
+        Tokenised(context.work / "tokenised") as kept,
+    ):
+
+        def ids_of(candidate: Candidate) -> list[int]:
+            ids, _, _ = kept.of(
+                candidate.text_hash, lambda: (token_ids(tokenizer, candidate, config.chat_template_kwargs), [], "")
+            )
+            return ids
+
         common = Supplying(
             config.system, config.seed, _looked_at(config), config.heldout_share, config.max_bad_share, listed
         )
         taken = [supplies(source, common) for source in config.sources]
         for split in SPLITS:
             for supply in _mixed(_shares(taken, split, config)):
-                drawn.rows.append(_draw_one(supply, split, drawn, tokenizer, config))
+                drawn.rows.append(_draw_one(supply, split, drawn, ids_of, config))
                 if len(drawn.rows) % _REPORT_EVERY == 0 or len(drawn.rows) == total:
                     context.check_interrupted()
                     context.progress(len(drawn.rows), total, "prompts")
@@ -163,6 +177,8 @@ def run(context: StageContext, config: PromptsConfig) -> None:
             if supply.aside is not None:
                 supply.aside.check()
                 drawn.set_aside += supply.aside.reasons
+    if kept.kept:
+        context.log(f"{kept.kept} prompts were tokenised by an earlier attempt")
     write_table(context.out / "prompts.parquet", PROMPTS, drawn.rows)
     write_text(context.out / "prompts.json", json.dumps(_summary(drawn, config), indent=2) + "\n")
     context.summary(
@@ -202,7 +218,9 @@ def _mixed(shares: list[tuple[Supply, int]]) -> list[Supply]:
     return [shares[index][0] for _, index in sorted(places)]
 
 
-def _draw_one(supply: Supply, split: Split, drawn: _Drawn, tokenizer: Any, config: PromptsConfig) -> dict[str, Any]:
+def _draw_one(
+    supply: Supply, split: Split, drawn: _Drawn, ids_of: Callable[[Candidate], list[int]], config: PromptsConfig
+) -> dict[str, Any]:
     """The next row of this split that is new and short enough."""
     while (candidate := supply.next(split)) is not None:
         prompt_id = candidate.text_hash
@@ -210,7 +228,7 @@ def _draw_one(supply: Supply, split: Split, drawn: _Drawn, tokenizer: Any, confi
             drawn.duplicates += 1
             continue
         drawn.seen.add(prompt_id)
-        ids = token_ids(tokenizer, candidate, config.chat_template_kwargs)
+        ids = ids_of(candidate)
         if len(ids) > config.max_prompt_tokens:
             if config.too_long == "error":
                 raise DraftsmithError(

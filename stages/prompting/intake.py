@@ -18,6 +18,7 @@ from draftsmith.stages.prompting.held_out import HeldOut, digest
 from draftsmith.stages.prompting.logged import LoggedRow, Reader, SetAside, logged_ids, logged_text
 from draftsmith.stages.prompting.logs_config import LogsConfig
 from draftsmith.stages.prompting.times import row_time
+from draftsmith.stages.prompting.tokenised import Tokenised
 from draftsmith.stages.prompting.unrendered import Unrendered
 from draftsmith.stages.targets.info import model_path, read_target_info
 from draftsmith.stages.targets.resolve import load_tokenizer
@@ -115,8 +116,10 @@ class ShapeSieve(Sieve[bool]):
 class Intake(Sieve[Taken]):
     """Rows → answers, each at most once."""
 
-    def __init__(self, config: LogsConfig, target: Path, held_out: HeldOut, aside: Aside):
-        """target: its artifact, of which only the small files are read."""
+    def __init__(
+        self, config: LogsConfig, target: Path, held_out: HeldOut, aside: Aside, kept: Tokenised | None = None
+    ):
+        """target: its artifact, of which only the small files are read. kept: what an earlier attempt tokenised."""
         super().__init__(config, aside)
         info = read_target_info(target)
         self.reader = Reader(
@@ -126,6 +129,7 @@ class Intake(Sieve[Taken]):
             max_tokens=config.max_tokens or info.max_positions,
             max_prompt_tokens=config.max_prompt_tokens,
             template_kwargs=config.chat_template_kwargs,
+            kept=kept,
         )
         self.unrendered = Unrendered(self.reader.tokenizer, config.chat_template_kwargs)
         self.held_out = held_out

@@ -14,6 +14,7 @@ from draftsmith.stages.prompting.files import Row
 from draftsmith.stages.prompting.rows import Message, is_unicode, row_messages
 from draftsmith.stages.prompting.sources import Candidate
 from draftsmith.stages.prompting.template import token_ids
+from draftsmith.stages.prompting.tokenised import Made, Tokenised
 
 SHAPES = (
     '{"messages": [{"role", "content"}], "completion": text} or '
@@ -95,7 +96,10 @@ class Reader:
         max_tokens: int,
         max_prompt_tokens: int | None = None,
         template_kwargs: dict[str, Any],
+        kept: Tokenised | None = None,
     ):
+        """kept: what an earlier attempt made of the texts, in their order."""
+        self._kept = kept
         self.max_prompt_tokens = max_prompt_tokens
         self.tokenizer, self.template_kwargs = tokenizer, template_kwargs
         self.vocab_size, self.eos_ids, self.max_tokens = vocab_size, frozenset(eos_ids), max_tokens
@@ -129,15 +133,25 @@ class Reader:
             raise SetAside("answer shorter than two tokens")
         if not is_unicode(completion, *(message["content"] for message in messages)):
             raise SetAside("text is not valid Unicode")
-        prompt = token_ids(self.tokenizer, Candidate("logs", messages, row.where), self.template_kwargs)
-        response = self._encode(completion)
-        if self._decode(response) != completion:
-            raise SetAside("text does not survive tokenisation")
-        if self._encode(self._decode(prompt + response)) != prompt + response:
-            raise SetAside("prompt and answer are tokenised differently together")
+        prompt, response, reason = (
+            self._tokenised(row, messages, completion)
+            if self._kept is None
+            else self._kept.of(row.where, lambda: self._tokenised(row, messages, completion))
+        )
+        if reason:
+            raise SetAside(reason)
         if row.stopped and response[-1] not in self.eos_ids:
             response = [*response, self.stop_id]
         return Answer(prompt, response, messages)
+
+    def _tokenised(self, row: LoggedRow, messages: list[Message], completion: str) -> Made:
+        prompt = token_ids(self.tokenizer, Candidate("logs", messages, row.where), self.template_kwargs)
+        response = self._encode(completion)
+        if self._decode(response) != completion:
+            return [], [], "text does not survive tokenisation"
+        if self._encode(self._decode(prompt + response)) != prompt + response:
+            return [], [], "prompt and answer are tokenised differently together"
+        return prompt, response, ""
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from draftsmith.artifacts.atomic import write_text
+from draftsmith.artifacts.atomic import TMP_PREFIX, fsync, write_text
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, disk_error_of
 from draftsmith.artifacts.manifest import ELSEWHERE
 from draftsmith.stages.targets.config import Dtype, TargetConfig
@@ -98,15 +98,22 @@ def _download(config: TargetConfig) -> tuple[Path, str]:
 
 
 def _dequantise(source: Path, folder: Path, dtype: Dtype, log: Callable[[str], None]) -> None:
-    """Write the GGUF file's model, tokenizer and chat template as an ordinary folder in `dtype`."""
+    """Write the GGUF file's model, tokenizer and chat template as an ordinary folder in `dtype`.
+
+    The folder is there when it is complete: what an earlier attempt has converted is kept.
+    """
+    if folder.is_dir():
+        log(f"{source.name} was dequantised by an earlier attempt")
+        return
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     parameters = count_gguf_parameters(source)
     torch_dtype = getattr(torch, dtype)
-    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted attempt left
-    folder.mkdir(parents=True)
-    needed, free = parameters * torch_dtype.itemsize, shutil.disk_usage(folder).free
+    partial = folder.with_name(f"{TMP_PREFIX}{folder.name}")  # never part of an artifact
+    shutil.rmtree(partial, ignore_errors=True)  # what an interrupted attempt left
+    partial.mkdir(parents=True)
+    needed, free = parameters * torch_dtype.itemsize, shutil.disk_usage(partial).free
     if needed > free:
         raise DraftsmithError(
             f"dequantising {source.name} needs {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free: "
@@ -126,8 +133,11 @@ def _dequantise(source: Path, folder: Path, dtype: Dtype, log: Callable[[str], N
         raise DraftsmithError(
             f"{source}: transformers cannot read this GGUF model ({one_line(error)}): give the model's folder instead"
         ) from error
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    for path in partial.iterdir():
+        fsync(path)
+    partial.rename(folder)
 
 
 def describe(folder: Path, config: TargetConfig, *, kind: Kind, location: str, revision: str | None) -> TargetInfo:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from draftsmith.stages.memory import out_of_memory, release_memory
+
 Values = Callable[[torch.Tensor, slice], torch.Tensor]
 
 
@@ -37,7 +39,8 @@ def chunked_values(
     """`values_of(hidden[part], part)` [n] chunk by chunk → float32 [N].
 
     Differentiable in `hidden` [N, H], and with `trained_head` in all that `values_of` reads, which is then called again
-    in backward. Value i must not depend on another row of `hidden`: weigh and sum the result outside.
+    in backward. Value i must not depend on another row of `hidden`: weigh and sum the result outside. That is why a
+    chunk that the memory does not hold is computed once more in two halves (behind a frozen head).
     """
     parts = [
         slice(start, min(start + positions_per_chunk, hidden.shape[0]))
@@ -49,12 +52,25 @@ def chunked_values(
         return torch.cat([hidden[:0].float().sum(-1), *chunks])  # part of the graph also without positions
     values = hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
     gradient = torch.zeros_like(hidden) if with_gradient else None
-    for part in parts:
+
+    def compute(part: slice) -> None:
         if gradient is None:
             values[part] = values_of(hidden[part], part)
-            continue
+            return
         leaf = hidden[part].detach().requires_grad_()
         of_chunk = values_of(leaf, part)
         (gradient[part],) = torch.autograd.grad(of_chunk.sum(), leaf)
         values[part] = of_chunk.detach()
+
+    for part in parts:
+        try:
+            compute(part)
+            continue
+        except Exception as error:
+            if not out_of_memory(error) or part.stop - part.start < 2:
+                raise
+        release_memory()  # not above: the error's frames hold what is to be given back
+        middle = (part.start + part.stop) // 2
+        compute(slice(part.start, middle))
+        compute(slice(middle, part.stop))
     return values if gradient is None else _StoredGradient.apply(hidden, values, gradient)

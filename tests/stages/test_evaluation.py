@@ -203,6 +203,27 @@ def test_an_interrupted_evaluation_goes_on_with_the_next_round(tmp_path: Path, t
     assert speed == []  # a single drafter is compared with nothing
 
 
+def test_what_was_replayed_and_decoded_in_float32_is_kept(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+    """Seen by changing it: what is there is not made again."""
+    config = EvaluationConfig.model_validate({**CONFIG, "rounds": 1, "speed_prompts": 1, "block_sizes": None})
+    first = RecordingContext.under(tmp_path, inputs(tiny_drafter))
+    STAGE.run(first, config)
+    assert figures(first)["exactness"]["fp32_identical"] == 4
+    kept = json.loads((first.work / "exactness.json").read_text())
+    assert [len(answers) for answers in kept.values()] == [4, 4]
+    kept["1"][2] = [0]
+    (first.work / "exactness.json").write_text(json.dumps(kept))
+    (replayed,) = first.work.glob("replayed/trained/*.npz")
+    touched = replayed.stat().st_mtime_ns
+
+    again = RecordingContext.under(tmp_path, inputs(tiny_drafter))
+    STAGE.run(again, config)
+    assert figures(again)["exactness"]["fp32_identical"] == 3
+    assert [path.stat().st_mtime_ns for path in first.work.glob("replayed/trained/*.npz")] == [touched]
+    same = ("drafters", "sets", "validation_tau")
+    assert {name: figures(again)[name] for name in same} == {name: figures(first)[name] for name in same}
+
+
 def test_every_drafter_decodes_with_its_own_block(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, opd: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -273,6 +273,21 @@ def test_a_folder_that_is_no_target_artifact_is_named(tiny_target: Path, copied:
         model_path(tmp_path / "out")
 
 
+def test_a_converted_model_of_an_earlier_attempt_is_kept_and_half_of_one_is_not(
+    tmp_path: Path, tiny_target: Path
+) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF, and no model in it")
+    context = RecordingContext.under(tmp_path)
+    shutil.copytree(tiny_target, context.out / ".tmp-model")
+    config = TargetConfig(source=str(tmp_path / "model.gguf"))
+    with pytest.raises(DraftsmithError, match="not a GGUF file"):
+        STAGE.run(context, config)
+    shutil.copytree(tiny_target, context.out / "model")
+    STAGE.run(context, config)
+    assert "model.gguf was dequantised by an earlier attempt" in context.logs
+    assert read_target_info(context.out).location == "model"
+
+
 @pytest.mark.smollm2
 def test_the_smollm2_package_is_dequantised_once_and_loads(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")

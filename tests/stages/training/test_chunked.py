@@ -44,6 +44,43 @@ def test_values_and_gradients_equal_the_unchunked_ones(chunk: int, trained_head:
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_a_chunk_that_the_memory_does_not_hold_is_computed_in_halves(with_gradient: bool) -> None:
+    """A real refusal of torch's allocator, for more than three rows; N rows are two halves of five and six."""
+    calls: list[int] = []
+
+    def refusing(largest: int) -> Callable[[torch.Tensor, slice], torch.Tensor]:
+        def values_of(hidden: torch.Tensor, part: slice) -> torch.Tensor:
+            calls.append(len(hidden))
+            if len(hidden) > largest:
+                torch.empty(1 << 50)
+            return values_behind(HEAD)(hidden, part)
+
+        return values_of
+
+    found = []
+    for largest in (6, N):
+        hidden = INPUT.clone().requires_grad_(with_gradient)
+        values = chunked_values(hidden, N, refusing(largest))
+        if with_gradient:
+            values.sum().backward()
+            assert hidden.grad is not None
+        found.append((values.detach(), hidden.grad if with_gradient else values))
+    assert calls == [N, 5, 6, N]
+    for ours, whole in zip(*found, strict=True):
+        torch.testing.assert_close(ours, whole, rtol=1e-6, atol=1e-6)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        chunked_values(INPUT, N, refusing(3))  # once, and no more
+
+    def wrong(_hidden: torch.Tensor, _part: slice) -> torch.Tensor:
+        calls.append(-1)
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        chunked_values(INPUT, N, wrong)
+    assert calls.count(-1) == 1
+
+
 @trained_or_not
 def test_no_positions_give_no_values_and_a_zero_gradient(trained_head: bool) -> None:
     hidden, head = torch.zeros(0, H, requires_grad=True), HEAD.clone().requires_grad_(trained_head)

@@ -1,0 +1,159 @@
+"""What an interrupted replay keeps, and what becomes of a group that the memory does not hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.measure.acceptance import ceiling_traces
+from draftsmith.stages.replay import kept
+from draftsmith.stages.replay.corpus import mine, replay_all
+from draftsmith.stages.replay.trace import Trace, Trajectory
+from draftsmith.stages.targets.causal_lm import Target
+
+GENERATOR = np.random.default_rng(0)
+TEXTS = [Trajectory(f"t{i}", GENERATOR.integers(0, 60, 12 + i).tolist(), 4) for i in range(9)]
+
+
+class StoppedError(Exception):
+    """The stage was asked to stop."""
+
+
+def replayed(target: Target, drafter: DFlashDrafter, folder: Path | None, stop_at: int = 99) -> tuple[Any, list[int]]:
+    """Traces of two drafters, and how many trajectories were done after each group."""
+    done: list[int] = []
+
+    def progress(count: int, _total: int) -> None:
+        done.append(count)
+        if count >= stop_at:
+            raise StoppedError
+
+    drafters = {"drafter:a:5:0": drafter, "b": drafter}
+    return replay_all(target, drafters, TEXTS, tokens_per_group=40, kept=folder, progress=progress), done
+
+
+def assert_equal(ours: dict[str, list[Trace]], expected: dict[str, list[Trace]]) -> None:
+    assert ours.keys() == expected.keys()
+    for name in ours:
+        for trace, whole in zip(ours[name], expected[name], strict=True):
+            assert (trace.length, trace.evaluated_blocks) == (whole.length, whole.evaluated_blocks)
+            for field in ("anchors", "accepted", "proposed", "drafter_logprobs"):
+                np.testing.assert_array_equal(getattr(trace, field), getattr(whole, field))
+
+
+@pytest.fixture
+def read(plain_target: Target, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every batch whose features are asked for."""
+    rows: list[int] = []
+    features = plain_target.features
+
+    def counted(ids: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        rows.append(len(ids))
+        return features(ids, *arguments)
+
+    monkeypatch.setattr(plain_target, "features", counted)
+    return rows
+
+
+def test_an_interrupted_replay_goes_on_with_what_is_missing(
+    tmp_path: Path, plain_target: Target, plain_drafter: DFlashDrafter, read: list[int]
+) -> None:
+    whole, groups = replayed(plain_target, plain_drafter, None)
+    assert len(groups) > 4
+    read.clear()
+    with pytest.raises(StoppedError):
+        replayed(plain_target, plain_drafter, tmp_path, stop_at=groups[2])
+    assert len(read) == 3
+    again, _ = replayed(plain_target, plain_drafter, tmp_path)
+    assert len(read) == len(groups)  # no group twice
+    assert_equal(again, whole)
+    replayed(plain_target, plain_drafter, tmp_path)
+    assert len(read) == len(groups)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut short", "of other drafters"])
+def test_traces_that_are_damaged_or_of_other_drafters_are_made_again(
+    damage: str,
+    tmp_path: Path,
+    plain_target: Target,
+    plain_drafter: DFlashDrafter,
+    read: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kept, "WRITTEN_EVERY_S", 0.0)  # a file a group, as a killed process leaves them
+    whole, groups = replayed(plain_target, plain_drafter, tmp_path)
+    first, *others = sorted(tmp_path.iterdir())
+    assert len(others) == len(groups) - 1
+    content = bytearray(first.read_bytes())
+    if damage == "flipped":
+        content[len(content) // 2] ^= 1
+    first.write_bytes(content if damage != "cut short" else content[:50])
+    if damage == "of other drafters":
+        first.unlink()
+        replay_all(plain_target, {"c": plain_drafter}, TEXTS[:2], kept=tmp_path / "other")
+        (tmp_path / "other" / "traces-00000.npz").rename(first)
+    read.clear()
+    again, _ = replayed(plain_target, plain_drafter, tmp_path)
+    assert len(read) == 1
+    assert_equal(again, whole)
+
+
+def test_the_ceiling_keeps_its_traces_too(tmp_path: Path, plain_target: Target) -> None:
+    whole = ceiling_traces(plain_target, TEXTS, 5)
+    seen: list[int] = []
+
+    def stop(done: int, _total: int) -> None:
+        seen.append(done)
+        if done == 4:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        ceiling_traces(plain_target, TEXTS, 5, kept=tmp_path, progress=stop)
+    assert sorted(kept.KeptTraces(tmp_path, ["ceiling"]).traces) == [0, 1, 2, 3]
+    assert_equal({"c": ceiling_traces(plain_target, TEXTS, 5, kept=tmp_path)}, {"c": whole})
+
+
+def test_a_group_that_the_memory_does_not_hold_is_replayed_in_halves(
+    plain_target: Target, plain_drafter: DFlashDrafter, read: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real refusal of torch's allocator, for more than five rows of a group of nine."""
+    drafters = {"a": plain_drafter}
+    whole = replay_all(plain_target, drafters, TEXTS)
+    features, step = plain_target.features, plain_target.step
+    fits = 5
+
+    def refuses(ids: torch.Tensor) -> None:
+        if len(ids) > fits:
+            torch.empty(1 << 50)
+
+    def small_features(ids: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        refuses(ids)
+        return features(ids, *arguments)
+
+    def small_step(ids: torch.Tensor, *arguments: Any, **more: Any) -> Any:
+        refuses(ids)
+        return step(ids, *arguments, **more)
+
+    monkeypatch.setattr(plain_target, "features", small_features)
+    read.clear()
+    told: list[str] = []
+    halved = replay_all(plain_target, drafters, TEXTS, log=told.append)
+    assert (read, told) == ([4, 5], ["out of memory with 9 together: once more with 4"])
+    for trace, expected in zip(halved["a"], whole["a"], strict=True):
+        np.testing.assert_array_equal(trace.anchors, expected.anchors)
+        np.testing.assert_array_equal(trace.proposed, expected.proposed)
+
+    (mined,) = mine(plain_target, plain_drafter, TEXTS)
+    monkeypatch.setattr(plain_target, "step", small_step)
+    (in_halves,) = mine(plain_target, plain_drafter, TEXTS)
+    assert in_halves.trajectories == mined.trajectories
+    for ours, expected_scores in zip(in_halves.scores, mined.scores, strict=True):
+        np.testing.assert_allclose(ours.target_logprobs, expected_scores.target_logprobs, atol=2e-4)
+    fits = 2
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        replay_all(plain_target, drafters, TEXTS)
