@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
-from draftsmith.stages.contract import Config, Operational, Stage, StageContext
+from draftsmith.stages.contract import Config, Stage, StageContext
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.config import (
     NO_REDUCED_HEAD,
@@ -23,10 +22,8 @@ from draftsmith.stages.engines.config import (
 )
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from draftsmith.artifacts.parquet import ShardWriter
-    from draftsmith.stages.engines.base import Completion
+    from draftsmith.stages.engines.base import Completion, Request
+    from draftsmith.stages.engines.parts import AnswerParts
     from draftsmith.stages.stored import Prompt
 
 
@@ -41,8 +38,13 @@ class RolloutConfig(Config):
     engine: EngineConfig = EmbeddedEngineConfig()
     drafting: DraftingConfig = DraftingConfig()
     rows_per_shard: Annotated[
-        int, Field(ge=1, description="answers written at once; bounds what a kill loses"), Operational()
-    ] = 32
+        int | None,
+        Field(
+            ge=1,
+            description="answers written at once: what a kill loses; the embedded engine decodes them together, which "
+            "decides near-ties of half precision. Left out: 8 a slot, or 32 of servers",
+        ),
+    ] = None
 
     @model_validator(mode="after")
     def _engine_can_draft_so(self) -> RolloutConfig:
@@ -78,18 +80,17 @@ def preflight(config: RolloutConfig, target: Path) -> None:
 
 
 def run(ctx: StageContext, config: RolloutConfig) -> None:
-    """Answer the prompts that have no answer yet; write shards; put them together in prompt order."""
+    """Answer the prompts that have no answer yet, part by part; put the parts together in prompt order."""
     import numpy as np
     import pyarrow.compute as pc
 
     from draftsmith.artifacts.errors import DraftsmithError
-    from draftsmith.artifacts.parquet import ShardWriter, read_shards, write_table
-    from draftsmith.artifacts.schemas import TIMINGS, TRACE, TRAJECTORIES
+    from draftsmith.artifacts.parquet import write_table
     from draftsmith.stages.drafters.digest import drafter_digest
     from draftsmith.stages.engines.base import Request, SamplingParams
     from draftsmith.stages.engines.config import served_dtype
-    from draftsmith.stages.engines.open import open_engine
-    from draftsmith.stages.stored import DRAFTER_FOLDER, positions_needed, request_seed
+    from draftsmith.stages.engines.parts import SCHEMAS, AnswerParts
+    from draftsmith.stages.stored import DRAFTER_FOLDER, request_seed
     from draftsmith.stages.targets.info import read_target_info
 
     prompts = prompts_to_answer(config, ctx.inputs["prompts"])
@@ -105,48 +106,12 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
         for sample in range(config.samples_per_prompt)
     ]
     prompt_of = {f"{p.prompt_id}/{sample}": p for p in prompts for sample in range(config.samples_per_prompt)}
-
-    schemas = {"trajectories": TRAJECTORIES, "timings": TIMINGS, "trace": TRACE}
-    shards = {name: ShardWriter(ctx.work / name, schema) for name, schema in schemas.items()}
-    finished = _complete_answers(ctx.work, with_trace="drafter" in ctx.inputs)
-    missing = [request for request in wanted if request.request_id not in finished]
+    parts = AnswerParts(ctx.work)
+    _answer(ctx, config, parts, wanted, prompt_of)
 
     drafter_folder = ctx.inputs["drafter"] / DRAFTER_FOLDER if "drafter" in ctx.inputs else None
-    if missing:
-        longest = positions_needed(prompts, params.max_new_tokens, read_target_info(ctx.inputs["target"]).max_positions)
-        buffer: list[Completion] = []
-        tokens, started = 0, time.perf_counter()
-        with open_engine(
-            config.engine,
-            target_folder=ctx.inputs["target"],
-            drafter_folder=drafter_folder,
-            drafting=config.drafting,
-            longest=longest,
-            work=ctx.work,
-            log=ctx.log,
-            check=ctx.check_interrupted,
-        ) as engine:
-            if not engine.records_trace:  # without a drafter or the plug-in, answers are whole without steps
-                finished = _complete_answers(ctx.work, with_trace=False)
-                missing = [request for request in wanted if request.request_id not in finished]
-            if finished:
-                ctx.log(f"{len(finished)} answers of an earlier attempt kept, {len(missing)} missing")
-            try:
-                for done, completion in enumerate(engine.generate(missing), start=len(finished) + 1):
-                    buffer.append(completion)
-                    tokens += len(completion.response_ids)
-                    ctx.progress(done, len(wanted), "answers", tokens_per_s=tokens / (time.perf_counter() - started))
-                    if len(buffer) >= config.rows_per_shard or ctx.interrupted:
-                        _write(shards, buffer, prompt_of, engine.name)
-                        buffer = []
-                        ctx.check_interrupted()
-            finally:  # an engine that was lost costs none of the answers that it gave
-                _write(shards, buffer, prompt_of, engine.name)
-        ctx.summary(tokens_per_s=tokens / (time.perf_counter() - started))
-
-    tables = {}
-    for name, schema in schemas.items():
-        tables[name] = _latest(read_shards(ctx.work / name, schema), [request.request_id for request in wanted])
+    tables = parts.tables([request.request_id for request in wanted])
+    for name, schema in SCHEMAS.items():
         if name != "trace" or drafter_folder:
             write_table(ctx.out / f"{name}.parquet", schema, tables[name])
     if drafter_folder:
@@ -168,73 +133,72 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
     )
 
 
-def _complete_answers(work: Path, with_trace: bool) -> set[str]:
-    """Answers of an earlier attempt that all tables hold whole; one whose shard was set aside is made again."""
-    from draftsmith.artifacts.parquet import read_shards
-    from draftsmith.artifacts.schemas import TIMINGS, TRACE, TRAJECTORIES
-
-    answers = set(read_shards(work / "trajectories", TRAJECTORIES, ["trajectory_id"])["trajectory_id"].to_pylist())
-    timings = read_shards(work / "timings", TIMINGS, ["trajectory_id", "verify_steps"]).to_pylist()
-    steps = {row["trajectory_id"]: row["verify_steps"] for row in timings}
-    answers &= steps.keys()
-    if not with_trace:
-        return answers
-    recorded = Counter(read_shards(work / "trace", TRACE, ["trajectory_id"])["trajectory_id"].to_pylist())
-    return {answer for answer in answers if recorded[answer] >= steps[answer]}
-
-
-def _latest(rows: pa.Table, answers: list[str]) -> pa.Table:
-    """Rows in the order of the answers; what a killed attempt wrote in part is replaced by its repetition."""
-    import numpy as np
-    import pyarrow as pa
-
-    from draftsmith.artifacts.parquet import ordered, places
-
-    begins = rows["step"].to_numpy() == 0 if "step" in rows.column_names else np.ones(rows.num_rows, dtype=bool)
-    attempt, answer = np.cumsum(begins), places(rows, "trajectory_id", answers)
-    assert (answer >= 0).all(), "the shards of an attempt hold answers of its own requests"
-    last = np.zeros(len(answers), dtype=attempt.dtype)
-    np.maximum.at(last, answer, attempt)
-    return ordered(rows.filter(pa.array(attempt == last[answer])), "trajectory_id", answers)
-
-
-def _write(
-    shards: Mapping[str, ShardWriter], completions: list[Completion], prompt_of: dict[str, Prompt], engine: str
+def _answer(
+    ctx: StageContext, config: RolloutConfig, parts: AnswerParts, wanted: list[Request], prompts: Mapping[str, Prompt]
 ) -> None:
-    """One shard of each table."""
-    ids = [c.request.request_id for c in completions]
-    shards["timings"].append(
-        [
-            {
-                "trajectory_id": i,
-                "seconds": c.seconds,
-                "first_token_seconds": c.first_token_seconds,
-                "verify_steps": c.verify_steps,
-                "draft_seconds": c.draft_seconds,
-                "verify_seconds": c.verify_seconds,
-            }
-            for i, c in zip(ids, completions, strict=True)
-        ]
-    )
-    shards["trace"].append([row for completion in completions for row in completion.trace_rows()])
-    shards["trajectories"].append(
-        [
-            {
-                "trajectory_id": i,
-                "prompt_id": prompt_of[i].prompt_id,
-                "split": prompt_of[i].split,
-                "sample": int(i.rsplit("/", 1)[1]),
-                "prompt_ids": c.request.prompt_ids,
-                "response_ids": c.response_ids,
-                "finish_reason": c.finish_reason,
-                "temperature": c.request.sampling.temperature,
-                "top_p": c.request.sampling.top_p,
-                "seed": c.request.seed,
-                "engine": engine,
-            }
-            for i, c in zip(ids, completions, strict=True)
-        ]
-    )
+    """Make the parts that are missing. prompts: of each request."""
+    from draftsmith.artifacts.manifest import note_versions
+    from draftsmith.stages.engines.open import open_engine
+    from draftsmith.stages.stored import DRAFTER_FOLDER, positions_needed
+    from draftsmith.stages.targets.info import read_target_info
+
+    drafter_folder = ctx.inputs["drafter"] / DRAFTER_FOLDER if "drafter" in ctx.inputs else None
+    if parts.finished(with_trace=drafter_folder is not None).issuperset(prompts):
+        return
+    at_once = config.rows_per_shard or _rows_at_once(config.engine)
+    limit = read_target_info(ctx.inputs["target"]).max_positions
+    longest = positions_needed(list(prompts.values()), config.sampling.max_new_tokens, limit)
+    with open_engine(
+        config.engine,
+        target_folder=ctx.inputs["target"],
+        drafter_folder=drafter_folder,
+        drafting=config.drafting,
+        longest=longest,
+        work=ctx.work,
+        log=ctx.log,
+        check=ctx.check_interrupted,
+    ) as engine:
+        if engine.name.startswith("sglang"):
+            note_versions(ctx.out, sglang=engine.name.removeprefix("sglang "))
+        finished = parts.finished(with_trace=engine.records_trace)  # whole without steps where the engine has none
+        missing = _missing(wanted, finished, at_once, engine.batch_decides)
+        done = len(wanted) - sum(map(len, missing))
+        if finished:
+            ctx.log(f"{done} answers of an earlier attempt kept, {len(wanted) - done} missing")
+        tokens, started = 0, time.perf_counter()
+        for requests in missing:
+            made: list[Completion] = []
+            try:
+                for completion in engine.generate(requests):
+                    made.append(completion)
+                    tokens, done = tokens + len(completion.response_ids), done + 1
+                    ctx.progress(done, len(wanted), "answers", tokens_per_s=tokens / (time.perf_counter() - started))
+                    if not engine.batch_decides and (len(made) >= at_once or ctx.interrupted):
+                        parts.append(made, prompts, engine.name)
+                        made = []
+                    ctx.check_interrupted()
+            finally:  # an engine that was lost costs none of the answers that it gave
+                if not engine.batch_decides or len(made) == len(requests):
+                    parts.append(made, prompts, engine.name)
+        ctx.summary(tokens_per_s=tokens / (time.perf_counter() - started))
+
+
+def _rows_at_once(engine: EmbeddedEngineConfig | SGLangEngineConfig) -> int:
+    """At the end of a group slots run empty while its last answers are written: more of it, and less is lost to that;
+    less, and a kill loses less."""
+    return 32 if isinstance(engine, SGLangEngineConfig) else 8 * engine.slots
+
+
+def _missing(wanted: list[Request], finished: set[str], group: int, batch_decides: bool) -> list[list[Request]]:
+    """What the engine is asked for at once.
+
+    Where the batch decides, groups that are the same whatever was there before: one of which anything is missing is
+    made again, whole.
+    """
+    if not batch_decides:
+        return [[request for request in wanted if request.request_id not in finished]]
+    groups = [wanted[start : start + group] for start in range(0, len(wanted), group)]
+    return [each for each in groups if not finished.issuperset(request.request_id for request in each)]
 
 
 STAGE = Stage(
@@ -244,5 +208,5 @@ STAGE = Stage(
     run=run,
     accelerator=True,
     preflight=preflight,
-    volatile=("metrics.jsonl", "timings.parquet"),
+    volatile=("metrics.jsonl", "timings.parquet", "versions.json"),
 )

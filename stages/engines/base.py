@@ -80,6 +80,7 @@ class Engine(Protocol):
 
     name: str  # with its version where it has one: kept beside every answer
     records_trace: bool  # whether completions carry their verify steps
+    batch_decides: bool  # whether what is asked for at once may change an answer: near-ties of half precision do
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answers in the order in which they finish."""

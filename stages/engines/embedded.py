@@ -79,7 +79,7 @@ class EmbeddedEngine:
         capacity: int = 1024,
         drafting: DraftingConfig | None = None,
     ):
-        self.name, self.records_trace = "embedded", drafter is not None
+        self.name, self.records_trace, self.batch_decides = "embedded", drafter is not None, True
         self.target, self.drafter, self.slots, self.capacity = target, drafter, slots, capacity
         self.layer_ids = tuple(drafter.target_layer_ids) if drafter else ()
         drafting = drafting or DraftingConfig()

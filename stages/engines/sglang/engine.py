@@ -91,6 +91,7 @@ class SGLangEngine:
         self._loop, self._fleet, self._pool, self._expected = loop, fleet, pool, expected
         self._log, self._check = log, check
         self.records_trace = fleet.records_trace
+        self.batch_decides = False  # it does, but a server batches what it has at the moment
         self.name = fleet.name
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:

@@ -1,0 +1,124 @@
+"""The answers of an unfinished rollout: parts that are on the disk whole, or not at all.
+
+A part is a shard of each table under the same number. The trajectories' is written last, and only it makes the part
+count: what a killed attempt left of an unfinished part is written over by the next one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.parquet import Rows, ordered, places, read_table, write_table
+from draftsmith.artifacts.schemas import TIMINGS, TRACE, TRAJECTORIES
+from draftsmith.stages.engines.base import Completion
+from draftsmith.stages.stored import Prompt
+
+log = logging.getLogger(__name__)
+SCHEMAS = {"timings": TIMINGS, "trace": TRACE, "trajectories": TRAJECTORIES}  # in the order of writing
+_LAST = "trajectories"
+
+
+class AnswerParts:
+    """Parts under a folder. A damaged one is left out, with a log line: its answers are made again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        numbers = sorted(int(path.stem.removeprefix("shard-")) for path in (folder / _LAST).glob("shard-*.parquet"))
+        self._numbers = [number for number in numbers if self._whole(number)]
+        self._next = numbers[-1] + 1 if numbers else 0
+
+    def append(self, completions: Sequence[Completion], prompts: Mapping[str, Prompt], engine: str) -> None:
+        """Write one part; nothing for no answers. prompts: of each request."""
+        if not completions:
+            return
+        rows: dict[str, Rows] = {
+            "timings": [_timing(each) for each in completions],
+            "trace": [row for each in completions for row in each.trace_rows()],
+            "trajectories": [_trajectory(each, prompts[each.request.request_id], engine) for each in completions],
+        }
+        for name, schema in SCHEMAS.items():
+            write_table(self._path(name, self._next), schema, rows[name])
+        self._numbers.append(self._next)
+        self._next += 1
+
+    def finished(self, *, with_trace: bool) -> set[str]:
+        """Ids of the answers that are there; `with_trace`, of those whose verify steps are there too."""
+        answers, parts = self._read("trajectories", ["trajectory_id"])
+        ids = answers["trajectory_id"].to_pylist()
+        if not with_trace:
+            return set(ids)
+        latest = dict(zip(ids, parts.tolist(), strict=True))
+        timings, timed_in = self._read("timings", ["trajectory_id", "verify_steps"])
+        steps, recorded_in = self._read("trace", ["trajectory_id"])
+        recorded = Counter(zip(steps["trajectory_id"].to_pylist(), recorded_in.tolist(), strict=True))
+        return {
+            row["trajectory_id"]
+            for row, part in zip(timings.to_pylist(), timed_in.tolist(), strict=True)
+            if latest[row["trajectory_id"]] == part and recorded[row["trajectory_id"], part] >= row["verify_steps"]
+        }
+
+    def tables(self, answers: list[str]) -> dict[str, pa.Table]:
+        """All tables, in the order of the answers. An answer that was made again has the rows of its last part."""
+        found = {name: self._read(name) for name in SCHEMAS}
+        last = np.full(len(answers), -1)
+        place = {name: places(table, "trajectory_id", answers) for name, (table, _) in found.items()}
+        np.maximum.at(last, place[_LAST], found[_LAST][1])
+        return {
+            name: ordered(table.filter(pa.array(parts == last[place[name]])), "trajectory_id", answers)
+            for name, (table, parts) in found.items()
+        }
+
+    def _read(self, name: str, columns: list[str] | None = None) -> tuple[pa.Table, np.ndarray]:
+        """The rows of all parts, and the part of each."""
+        tables = [read_table(self._path(name, number), SCHEMAS[name], columns) for number in self._numbers]
+        if not tables:
+            empty = SCHEMAS[name].with_metadata.empty_table()
+            return (empty if columns is None else empty.select(columns)), np.zeros(0, dtype=np.int64)
+        return pa.concat_tables(tables), np.repeat(self._numbers, [table.num_rows for table in tables])
+
+    def _whole(self, number: int) -> bool:
+        for name, schema in SCHEMAS.items():
+            try:
+                read_table(self._path(name, number), schema)
+            except DraftsmithError as error:
+                log.warning("a part of an unfinished rollout is left out, its answers are made again: %s", error)
+                return False
+        return True
+
+    def _path(self, name: str, number: int) -> Path:
+        return self.folder / name / f"shard-{number:05d}.parquet"
+
+
+def _timing(completion: Completion) -> dict[str, object]:
+    return {
+        "trajectory_id": completion.request.request_id,
+        "seconds": completion.seconds,
+        "first_token_seconds": completion.first_token_seconds,
+        "verify_steps": completion.verify_steps,
+        "draft_seconds": completion.draft_seconds,
+        "verify_seconds": completion.verify_seconds,
+    }
+
+
+def _trajectory(completion: Completion, prompt: Prompt, engine: str) -> dict[str, object]:
+    request = completion.request
+    return {
+        "trajectory_id": request.request_id,
+        "prompt_id": prompt.prompt_id,
+        "split": prompt.split,
+        "sample": int(request.request_id.rsplit("/", 1)[1]),
+        "prompt_ids": request.prompt_ids,
+        "response_ids": completion.response_ids,
+        "finish_reason": completion.finish_reason,
+        "temperature": request.sampling.temperature,
+        "top_p": request.sampling.top_p,
+        "seed": request.seed,
+        "engine": engine,
+    }
