@@ -26,7 +26,12 @@ CONTEXTS = "contexts.json"  # arm -> where it is worst
 
 
 def run(ctx: StageContext, config: EvaluationConfig) -> None:
-    """Replay for tau; validation for the block sizes, then turns of all arms for speed; exactness from the outputs."""
+    """Replay for tau; validation for the block sizes, then turns of all arms for speed; exactness from the outputs.
+
+    `acceptance.json` is what the key decides; `evaluation.json` is that and what depends on time.
+    """
+    from draftsmith.artifacts.atomic import write_text
+    from draftsmith.artifacts.manifest import note_versions
     from draftsmith.artifacts.parquet import write_table
     from draftsmith.artifacts.schemas import REQUESTS, TURNS
     from draftsmith.stages.measure.doubts import doubts
@@ -36,11 +41,12 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     from draftsmith.stages.measure.verdicts import pairs, verdicts
 
     measured, acceptance, tau_differences = _measure(ctx, config)
+    write_text(ctx.out / "acceptance.json", json.dumps(acceptance, indent=2) + "\n")
     table = acceptance["drafters"]
     settings = settings_of(config)
     by_setting = speed_by_setting(measured.turns, measured.rows, settings)
     speed = by_setting[0]["arms"]
-    acceptance["compared"] += _speeds_compared(measured.turns, settings, list(table))
+    acceptance["compared"] += _speeds_compared(measured.turns, settings, list(table))  # not in its own file
     ratios = log_ratios(at_setting(measured.turns, settings[0]), pairs(list(table)))
     doubted = doubts(measured.turns, measured.rows, settings)
     for doubt in doubted:
@@ -66,6 +72,8 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
         **acceptance,
     }
     (ctx.out / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
+    if measured.engine.startswith("sglang"):
+        note_versions(ctx.out, sglang=measured.engine.removeprefix("sglang "))
     write_table(ctx.out / "requests.parquet", REQUESTS, measured.rows)
     write_table(ctx.out / "turns.parquet", TURNS, measured.turns)
     ctx.summary(
@@ -239,5 +247,5 @@ STAGE = Stage(
     run=run,
     accelerator=True,
     preflight=preflight,
-    volatile=("metrics.jsonl", "requests.parquet", "turns.parquet"),
+    volatile=("metrics.jsonl", "evaluation.json", "requests.parquet", "turns.parquet", "versions.json"),
 )

@@ -9,10 +9,11 @@ from draftsmith.stages.contract import Stage, StageContext
 from draftsmith.stages.measure.gate import CHAMPION, GateConfig
 
 DECISION = "decision.json"
+VERDICT = "verdict.json"  # of it, what was decided: measured figures are no content
 
 
 def run(ctx: StageContext, config: GateConfig) -> None:
-    """Write `decision.json`. A challenger that is refused is no error of the stage."""
+    """Write `decision.json` and `verdict.json`. A challenger that is refused is no error of the stage."""
     from draftsmith.stages.measure.gate import challenger_of, decide
 
     evaluation = json.loads((ctx.inputs["evaluation"] / "evaluation.json").read_text("utf-8"))
@@ -29,6 +30,9 @@ def run(ctx: StageContext, config: GateConfig) -> None:
     ]
     decision = decide(evaluation, config, champion, problems)
     (ctx.out / DECISION).write_text(json.dumps(decision.as_json(), indent=2) + "\n")
+    verdict = {"promote": decision.promote, "challenger": challenger, "champion": champion}
+    verdict["rules"] = {rule.name: rule.passed for rule in decision.rules}
+    (ctx.out / VERDICT).write_text(json.dumps(verdict, indent=2) + "\n")
     for rule in decision.rules:
         ctx.log(f"{'passed' if rule.passed else 'BROKEN' if rule.judged else 'unjudged'}  {rule.name}: {rule.said}")
     ctx.log(decision.sentence())
@@ -48,4 +52,11 @@ def _damage(folder: Path) -> str | None:
     return None
 
 
-STAGE = Stage(name="gate", config=GateConfig, inputs=("evaluation", "champion?", "sft", "opd", "control?"), run=run)
+STAGE = Stage(
+    name="gate",
+    config=GateConfig,
+    inputs=("evaluation", "champion?", "sft", "opd", "control?"),
+    run=run,
+    volatile=("metrics.jsonl", DECISION),
+    reads_volatile=("evaluation",),
+)

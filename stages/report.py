@@ -186,4 +186,5 @@ STAGE = Stage(
     inputs=("mining", "evaluation", "sft", "opd", "control?", "gate?", "drift?"),
     run=run,
     volatile=("metrics.jsonl", "report.html", REVIEW),  # they show durations and tokens/s
+    reads_volatile=("evaluation", "gate"),
 )

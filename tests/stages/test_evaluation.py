@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.artifacts.manifest import content_id, describe_files
 from draftsmith.artifacts.parquet import read_table
 from draftsmith.artifacts.schemas import REQUESTS, TRAJECTORIES, TURNS
 from draftsmith.stages.evaluation import STAGE, preflight
@@ -75,6 +76,20 @@ def test_tau_is_that_of_sequential_replay(
     assert found["acceptance_by_offset"][0] == pytest.approx(
         sum(int((trace.accepted >= 1).sum()) for trace in traces) / found["verify_steps"]
     )
+
+
+def test_measured_seconds_are_no_content(
+    evaluated: RecordingContext, tiny_drafter: DrafterArtifacts, opd: Path, tmp_path: Path
+) -> None:
+    """Two evaluations that differ in time alone are one to the gate's key and the report's."""
+    other = RecordingContext.under(tmp_path, inputs(tiny_drafter, opd=opd, control=tiny_drafter.drafter))
+    STAGE.run(other, EvaluationConfig.model_validate(CONFIG | {"rounds": 1, "block_sizes": None, "speed_prompts": 2}))
+    assert figures(other)["speed"] != figures(evaluated)["speed"]
+    ids = [content_id(describe_files(ctx.out, STAGE.volatile)) for ctx in (evaluated, other)]
+    assert ids[0] == ids[1]
+    content = json.loads((other.out / "acceptance.json").read_text())
+    assert content["drafters"] == figures(evaluated)["drafters"]
+    assert {each["kind"] for each in content["compared"]} <= {"tau"}
 
 
 def test_differences_are_paired(evaluated: RecordingContext) -> None:
