@@ -135,9 +135,9 @@ class Store:
             if sha256_file(ref.path / name) != entry.sha256:
                 raise _damaged(ref.path / name, ref.stage, "has changed since it was written")
 
-    def verify_once(self, ref: ArtifactRef) -> None:
+    def verify_once(self, ref: ArtifactRef, *, and_elsewhere: bool = True) -> None:
         """Check the checksum of every file that was touched since it was last checked here, and of those that the
-        artifact names elsewhere (`ELSEWHERE`).
+        artifact names elsewhere (`ELSEWHERE`), which only its readers need.
 
         For whoever is about to read them. What was made from a damaged artifact since it was last found whole is set
         aside, with a log line: it is no artifact any more.
@@ -153,7 +153,7 @@ class Store:
             if sha256 != entry.sha256:
                 self._set_doubtful_aside(ref, path, before)
                 raise _damaged(path, ref.stage, "has changed since it was written: its checksum is another")
-        for name, sha256 in elsewhere(ref.path).items():
+        for name, sha256 in elsewhere(ref.path).items() if and_elsewhere else ():
             try:
                 same = self._checksums.of(Path(name)) == sha256
             except OSError:

@@ -260,10 +260,16 @@ def _plan_node(
     return PlannedNode(node, Status.RESUME if has_partial(store, node, key) else Status.RUN, key)
 
 
-def find(store: Store, node: Node, key: str) -> ArtifactRef | None:
-    """As `Store.find`; the error of a damaged artifact names the node, which is what `--force` takes."""
+def find(store: Store, node: Node, key: str, *, verify: bool = False) -> ArtifactRef | None:
+    """As `Store.find`; the error of a damaged artifact names the node, which is what `--force` takes.
+
+    verify: by checksum, where a file was touched since it was last compared.
+    """
     try:
-        return store.find(node.stage.name, key)
+        ref = store.find(node.stage.name, key)
+        if ref is not None and verify:
+            store.verify_once(ref, and_elsewhere=False)
+        return ref
     except DraftsmithError as error:
         if node.name == node.stage.name:
             raise

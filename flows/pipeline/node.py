@@ -67,7 +67,7 @@ def make(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], *, f
     external = external_digests(node.config)
     key = key_of(node, inputs, seed_of(node, workshop.config), workshop.pipeline, external)
     stage = node.stage.name
-    ref = None if force else find(workshop.store, node, key)
+    ref = None if force else find(workshop.store, node, key, verify=True)
     if ref is not None and outdated(workshop.store, node, ref, inputs):
         ref, force = None, True
     if ref is None:

@@ -80,6 +80,15 @@ def test_a_flipped_bit_in_an_input_is_found_before_a_stage_reads_it(toy: Toy) ->
     assert json.loads((toy.make(toy.left()).path / "numbers.json").read_text()) == [0 + 1 + 2 + 3 + 4]
 
 
+def test_a_flipped_bit_in_an_artifact_that_nobody_reads_is_no_hit(toy: Toy) -> None:
+    made = toy.make(toy.left())
+    flip(made.path / "numbers.json")
+    message = r"numbers\.json: has changed since it was written.* \(here it is node left: `--force left`\)"
+    with pytest.raises(DraftsmithError, match=message):
+        toy.make(toy.left())
+    assert make(toy.workshop, toy.left(), {"first": toy.target}, force=True).ref == made
+
+
 def test_what_was_made_while_an_input_broke_is_not_kept(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     meanwhile(monkeypatch, lambda: flip(toy.numbers))
     node = toy.left()
