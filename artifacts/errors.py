@@ -5,15 +5,23 @@ from __future__ import annotations
 import errno
 import os
 
+from draftsmith.artifacts.redaction import redacted
+
 EXIT_USER_ERROR = 2  # bad config, data, checkpoint or disk: a retry cannot help
 EXIT_RETRYABLE = 75  # EX_TEMPFAIL: something outside went away (an engine, a queue)
 EXIT_INTERRUPTED = 130
 
 
 class DraftsmithError(Exception):
-    """Bad input or environment. The message is one line, names the file, field or row, and says what to do."""
+    """Bad input or environment. The message is one line, names the file, field or row, and says what to do.
+
+    Secrets in it are masked: it is logged, kept and shown in many places.
+    """
 
     exit_code = EXIT_USER_ERROR
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(redacted(str(message)))
 
 
 class RetryableError(DraftsmithError):

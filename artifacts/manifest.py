@@ -11,9 +11,9 @@ from datetime import datetime
 from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError
 
@@ -43,6 +43,16 @@ class ArtifactRef:
         return self.path.as_uri()
 
 
+def _inside(name: str) -> str:
+    """A path that cannot lead out of the folder that it is taken from: a manifest may come from elsewhere."""
+    if not name or name.startswith("/") or "\0" in name or ".." in name.split("/"):
+        raise ValueError(f"{name!r} leads out of its folder")
+    return name
+
+
+_Inside = Annotated[str, AfterValidator(_inside)]
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -54,23 +64,23 @@ class FileEntry(_Frozen):
 
 
 class InputEntry(_Frozen):
-    stage: str
-    key: str
+    stage: _Inside
+    key: _Inside
     content_id: str
     volatile_id: str = ""
 
 
 class Manifest(_Frozen):
     schema_version: int
-    stage: str
-    key: str
+    stage: _Inside
+    key: _Inside
     content_id: str
     created_at: str  # ISO 8601, UTC
     config: dict[str, Any]
     inputs: dict[str, InputEntry]
     code_digest: str
     seed: int
-    files: dict[str, FileEntry]  # path relative to the artifact's folder, with forward slashes
+    files: dict[_Inside, FileEntry]  # path relative to the artifact's folder, with forward slashes
     metrics: dict[str, float]
     mlflow_run_id: str | None
     duration_s: float  # of the attempt that completed it

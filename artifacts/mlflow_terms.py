@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.redaction import redacted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,7 +32,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{key}.")
         else:
-            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            text = redacted(value if isinstance(value, str) else json.dumps(value, default=str))
             flat[key] = text if len(text) <= PARAM_VALUE_CHARS else text[: PARAM_VALUE_CHARS - 1] + "…"
     return flat
 

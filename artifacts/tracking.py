@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import re
 import secrets
 import threading
 import time
@@ -22,6 +21,7 @@ from draftsmith.artifacts.home import home
 from draftsmith.artifacts.locks import is_locked, locked
 from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
 from draftsmith.artifacts.mlflow_terms import METRICS_PER_BATCH, log_datasets, log_metrics, log_params, upgrade_database
+from draftsmith.artifacts.redaction import redacted
 from draftsmith.artifacts.store import Store
 from draftsmith.artifacts.system_metrics import sampled
 
@@ -60,7 +60,7 @@ class Tracking:
     @property
     def ui_command(self) -> str:
         """What a user runs to look at the runs."""
-        uri = _redacted(self.uri)
+        uri = redacted(self.uri)
         return f"mlflow ui --backend-store-uri {uri}" if _is_db(self.uri) else uri
 
     def check(self) -> None:
@@ -74,7 +74,7 @@ class Tracking:
             if self.uri != self.default_uri:
                 what, fix = "MLFLOW_TRACKING_URI", "start the server, correct the variable, or unset it to use SQLite"
             kind = RetryableError if self.uri.startswith(_HTTP) else DraftsmithError  # a server may come back
-            raise kind(f"{what} {_redacted(self.uri)}: {_first_line(error)}; {fix}") from error
+            raise kind(f"{what} {redacted(self.uri)}: {_first_line(error)}; {fix}") from error
 
     def open_refresh(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> str | None:
         """Start the run of a refresh; None if MLflow failed. It counts as alive as long as this process lives."""
@@ -265,7 +265,7 @@ class Tracking:
             if not self._warned:
                 log.warning(
                     "MLflow at %s failed (%s): results are kept in the store, MLflow may lack a part",
-                    _redacted(self.uri),
+                    redacted(self.uri),
                     _first_line(error),
                 )
             self._warned = True
@@ -377,9 +377,5 @@ def _is_db(uri: str) -> bool:
     return uri.startswith(("sqlite:", "postgresql", "mysql", "mssql"))
 
 
-def _redacted(uri: str) -> str:
-    return re.sub(r"(://[^/@:]*:)[^/@]*@", r"\1***@", uri)
-
-
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return redacted((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]

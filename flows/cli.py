@@ -15,6 +15,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from draftsmith.artifacts.errors import EXIT_INTERRUPTED, DraftsmithError, RefusedError, from_os_error
+from draftsmith.artifacts.printable import printable
+from draftsmith.artifacts.redaction import redact_logs, redacted
 
 if TYPE_CHECKING:
     from draftsmith.flows.pipeline.graph import Pipeline, PlannedNode
@@ -40,6 +42,7 @@ def main(arguments: Sequence[str] | None = None, pipeline: Pipeline | None = Non
 
 def _code_of(options: argparse.Namespace, pipeline: Pipeline | None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
+    redact_logs()
     _show_warnings()
     try:
         options.run(options, pipeline or _pipeline(options))
@@ -66,8 +69,8 @@ def _fail(message: str, code: int, error: BaseException | None = None) -> int:
     if error is not None and os.environ.get("DRAFTSMITH_DEBUG") == "1":
         import traceback
 
-        traceback.print_exception(error)
-    print(f"draftsmith: error: {' '.join(message.split())}", file=sys.stderr)
+        print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+    print(f"draftsmith: error: {printable(' '.join(redacted(message).split()))}", file=sys.stderr)
     return code
 
 
@@ -176,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
 
     diagnose = commands.add_parser("diagnose", help="why a running server accepts less than replay says")
     diagnose.add_argument("--url", required=True, help="of the SGLang server, such as http://localhost:30000")
+    diagnose.add_argument("--api-key-env", metavar="NAME", help="variable of the environment with the server's API key")
     diagnose.add_argument("--drafter", required=True, help="what it should serve: a folder, or NAME@champion")
     diagnose.add_argument("--prompts", type=int, help="how many it is asked (default: 16)")
     _add_run_options(diagnose)
@@ -258,7 +262,8 @@ def _diagnose(options: argparse.Namespace, pipeline: Pipeline) -> None:
     if not isinstance(config, RefreshConfig):
         raise DraftsmithError(f"{options.config} describes an experiment: give the config of a refresh")
     options.force = [*options.force, NODE]  # what a server does is not known from before
-    _run_config(options, DIAGNOSE, diagnose_config(config, options.url, options.drafter, options.prompts))
+    asked = diagnose_config(config, options.url, options.drafter, options.prompts, options.api_key_env)
+    _run_config(options, DIAGNOSE, asked)
 
 
 def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOptions) -> None:

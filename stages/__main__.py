@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted, disk_error_of, from_os_error
+from draftsmith.artifacts.redaction import redact_logs, redacted
 from draftsmith.stages.lifeline import die_with_parent
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
@@ -36,7 +37,8 @@ class EventStream:
         self._lock = threading.Lock()
 
     def send(self, event: str, **fields: Any) -> None:
-        line = (json.dumps({"event": event, **fields}, ensure_ascii=False, default=float) + "\n").encode()
+        told = {name: redacted(value) if isinstance(value, str) else value for name, value in fields.items()}
+        line = (json.dumps({"event": event, **told}, ensure_ascii=False, default=float) + "\n").encode()
         with self._lock, contextlib.suppress(BrokenPipeError):  # a runner that is gone hears nothing, and is no error
             while line:
                 line = line[os.write(self._descriptor, line) :]
@@ -129,13 +131,17 @@ def run_request(request: Mapping[str, Any], events: EventStream, stop: threading
 
 
 def _fail(events: EventStream, error: DraftsmithError) -> int:
-    traceback.print_exc()  # to the log file: the event carries the one line for the person
+    _print_traceback()  # to the log file: the event carries the one line for the person
     events.send("error", kind=type(error).__name__, message=str(error), exit_code=error.exit_code)
     return error.exit_code
 
 
+def _print_traceback() -> None:
+    print(redacted(traceback.format_exc()), end="", file=sys.stderr)
+
+
 def _crash(events: EventStream, error: BaseException) -> int:
-    traceback.print_exc()
+    _print_traceback()
     message = traceback.format_exception_only(error)[-1].strip()
     events.send("error", kind=type(error).__name__, message=message.replace("\n", " "), exit_code=1)
     return 1
@@ -149,6 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.lifeline is not None:
         die_with_parent(options.lifeline)
 
+    redact_logs()
     stop = threading.Event()
 
     def ask_to_stop(_signal: int, _frame: FrameType | None) -> None:

@@ -22,7 +22,7 @@ class Operational:
 class Config(BaseModel):
     """Base of every config section: frozen, and an unknown field is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     def key_material(self) -> dict[str, Any]:
         """What of this config decides the result, as JSON values."""

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
-from draftsmith.stages.contract import Config, Stage, StageContext, follow
+from draftsmith.stages.contract import Config, Operational, Stage, StageContext, follow
 from draftsmith.stages.engines.config import SamplingConfig, SGLangEngineConfig
 from draftsmith.stages.replay.parity import MaxParityMismatch
 
@@ -26,6 +26,8 @@ class DiagnosisConfig(Config):
     """One server, and the drafter that it should serve."""
 
     url: str
+    api_key_env: Annotated[str | None, Operational()] = None
+    """As `engine.api_key_env`: the variable of the environment that holds the server's API key."""
     drafter: Annotated[str, Field(description="folder of the checkpoint")]
     prompts: Annotated[int, Field(ge=1, description="validation and held-out prompts that the server answers")] = 16
     sampling: SamplingConfig = SamplingConfig()
@@ -45,18 +47,19 @@ def run(ctx: StageContext, config: DiagnosisConfig) -> None:
     from draftsmith.stages.drafters.checkpoint import load_drafter
     from draftsmith.stages.drafters.config import DraftingConfig
     from draftsmith.stages.engines.base import Request, SamplingParams
+    from draftsmith.stages.engines.sglang.client import key_header
     from draftsmith.stages.engines.sglang.engine import open_sglang
     from draftsmith.stages.measure.diagnosis import Served, diagnose
     from draftsmith.stages.stored import load_prompts, positions_needed
     from draftsmith.stages.targets.causal_lm import Target
     from draftsmith.stages.targets.info import read_target_info
 
-    said = _server_info(config.url)
+    engine = SGLangEngineConfig(kind="sglang", urls=(config.url,), api_key_env=config.api_key_env)
+    said = _server_info(config.url, key_header(engine.api_key()))
     info, folder = read_target_info(ctx.inputs["target"]), Path(config.drafter)
     prompts = load_prompts(ctx.inputs["prompts"], ("validation", "heldout"))[: config.prompts]
     params = SamplingParams(**config.sampling.model_dump())
     block = said.get("speculative_num_draft_tokens")
-    engine = SGLangEngineConfig(kind="sglang", urls=(config.url,))
     try:
         with open_sglang(
             engine,
@@ -114,13 +117,13 @@ def _write(ctx: StageContext, found: dict[str, Any]) -> None:
     ctx.log(found["sentence"])
 
 
-def _server_info(url: str) -> dict[str, Any]:
+def _server_info(url: str, headers: dict[str, str]) -> dict[str, Any]:
     """What a SGLang server says of itself. Raises RetryableError if it does not answer."""
     import httpx
 
     try:
         for name in ("server_info", "get_server_info"):
-            response = httpx.get(f"{url}/{name}", timeout=_TIMEOUT_S)
+            response = httpx.get(f"{url}/{name}", timeout=_TIMEOUT_S, headers=headers)
             if response.status_code == 200:
                 return dict(response.json())
     except (httpx.HTTPError, ValueError, TypeError) as error:

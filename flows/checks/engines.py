@@ -23,6 +23,7 @@ def check_engines(found: Findings, nodes: Sequence[Node]) -> None:
     for config, names in sglang_engines(nodes):
         check = f"sglang ({', '.join(names)})"
         with found.part(check):
+            config.api_key()
             if config.python is not None:
                 has = environment.installed(config.python)
                 found.ok(check, f"{config.python}: sglang {has.sglang}, torch {has.torch}")

@@ -7,10 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from rich.markup import escape
-
 from draftsmith.artifacts.errors import DraftsmithError, from_os_error
-from draftsmith.flows.pipeline.display import Display
+from draftsmith.flows.pipeline.display import Display, escape
 
 
 class Level(StrEnum):

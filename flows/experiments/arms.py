@@ -21,7 +21,7 @@ from draftsmith.flows.checks.check import RunChecks
 from draftsmith.flows.checks.measurable import require_measurable
 from draftsmith.flows.pipeline.config_file import merged
 from draftsmith.flows.pipeline.graph import Node, Pipeline
-from draftsmith.flows.pipeline.options import RunOptions
+from draftsmith.flows.pipeline.options import PlainName, RunOptions
 from draftsmith.stages.contract import Config
 from draftsmith.stages.experiments.comparison import BASE, EARLIER, PREFIX, ComparisonConfig
 from draftsmith.stages.experiments.procedural_target import ProceduralTargetConfig
@@ -95,7 +95,7 @@ class ExperimentConfig(RunOptions):
     """What arms of stage opd change single fields of."""
     heldout: RolloutConfig
     """The answers that drafters are compared on."""
-    arms: dict[str, ArmConfig] = Field(min_length=1)
+    arms: dict[PlainName, ArmConfig] = Field(min_length=1)
     budgets: tuple[int, ...] = Field(min_length=1)
     """Optimiser steps; every number is a training of its own, with its own learning-rate schedule."""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
@@ -106,8 +106,8 @@ class ExperimentConfig(RunOptions):
         if self.comparison.control not in self.arms:
             raise ValueError(f"comparison.control: no arm {self.comparison.control!r}, use one of {sorted(self.arms)}")
         for name, arm in self.arms.items():
-            if ":" in name or name == BASE:
-                raise ValueError(f"arms.{name}: choose a name without a colon, other than {BASE!r}")
+            if name == BASE:
+                raise ValueError(f"arms.{name}: choose another name than {BASE!r}")
             if arm.iterations > (least := min(arm.budgets or self.budgets)):
                 raise ValueError(f"arms.{name}: {least} steps cannot be trained in {arm.iterations} iterations")
             try:

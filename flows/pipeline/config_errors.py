@@ -12,6 +12,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from draftsmith.artifacts.redaction import redacted
+
 PathKey = tuple[int | str, ...]  # of a field: sections, and places in lists
 OVERRIDE = "--set"
 
@@ -170,5 +172,5 @@ def _field_paths(model: type[BaseModel], prefix: str = "", depth: int = 0) -> It
 def short(value: Any) -> str:
     if value is None:
         return "nothing"
-    text = repr(value)
+    text = redacted(repr(value))
     return text if len(text) <= 60 else text[:57] + "..."

@@ -7,11 +7,12 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 
+from rich import markup
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from draftsmith.artifacts.printable import printable
 from draftsmith.flows.pipeline.graph import PlannedNode, Status
 
 _LINE_EVERY_S = 10.0  # where nobody watches a moving bar: a log file, CI
@@ -138,6 +139,11 @@ class Display:
         self.console.print(table)
         if caption:
             self.line(caption)
+
+
+def escape(text: str) -> str:
+    """A text of others for a terminal: neither markup nor control characters act."""
+    return markup.escape(printable(text))
 
 
 def _number(value: float) -> str:

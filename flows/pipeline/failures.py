@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from draftsmith.artifacts.manifest import local_time
+from draftsmith.artifacts.redaction import redacted
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ def _path(logs: Path, stage: str, key: str) -> Path:
 
 def note_failure(logs: Path, stage: str, key: str, error: BaseException) -> None:
     """Never an error itself: the disk may be what failed."""
-    failure = Failure(str(error) or type(error).__name__, local_time(datetime.now(UTC)))
+    failure = Failure(redacted(str(error)) or type(error).__name__, local_time(datetime.now(UTC)))
     with contextlib.suppress(OSError):
         _path(logs, stage, key).write_text(json.dumps(asdict(failure)), "utf-8")
 

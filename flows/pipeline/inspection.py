@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
@@ -16,7 +15,7 @@ from draftsmith.artifacts.home import home
 from draftsmith.artifacts.leftovers import leftovers
 from draftsmith.artifacts.manifest import InputEntry, Manifest, local_time, read_manifest
 from draftsmith.artifacts.store import PARTIAL, Store
-from draftsmith.flows.pipeline.display import Display, duration
+from draftsmith.flows.pipeline.display import Display, duration, escape
 from draftsmith.flows.pipeline.failures import last_failure
 from draftsmith.flows.pipeline.graph import Pipeline, PlannedNode, Status, has_partial, plan
 from draftsmith.flows.pipeline.options import RunOptions
@@ -62,13 +61,13 @@ def status_of_store(display: Display) -> None:
     table = _table("stage", "key", "state", "made at", "took", "size", "figures")
     for manifest in store.list():
         table.add_row(
-            manifest.stage,
-            manifest.key[:16],
+            escape(manifest.stage),
+            escape(manifest.key[:16]),
             _state_of(store, manifest.stage, manifest.key, done=True, partial=False),
             local_time(datetime.fromisoformat(manifest.created_at)),
             duration(manifest.duration_s),
             _size(sum(entry.bytes for entry in manifest.files.values())),
-            _figures(manifest),
+            escape(_figures(manifest)),
         )
     for folder in sorted(store.root.glob(f"*/{PARTIAL}*")):
         stage, key = folder.parent.name, folder.name.removeprefix(PARTIAL)
@@ -139,7 +138,7 @@ def _files(manifest: Manifest) -> Table:
 
 
 def _lineage(store: Store, manifest: Manifest) -> Tree:
-    tree = Tree(f"made from: {manifest.stage}/{manifest.key[:16]}")
+    tree = Tree(escape(f"made from: {manifest.stage}/{manifest.key[:16]}"))
     _grow(tree, store, manifest.inputs, seen=set())
     return tree
 
@@ -147,7 +146,7 @@ def _lineage(store: Store, manifest: Manifest) -> Tree:
 def _grow(tree: Tree, store: Store, inputs: dict[str, InputEntry], seen: set[str]) -> None:
     for name, entry in inputs.items():
         folder = store.path(entry.stage, entry.key)
-        label = f"{name}: {entry.stage}/{entry.key[:16]}  content {entry.content_id[:16]}"
+        label = escape(f"{name}: {entry.stage}/{entry.key[:16]}  content {entry.content_id[:16]}")
         if not (folder / "manifest.json").is_file():
             tree.add(f"{label} [red](no longer in the store)[/red]")
         elif entry.key in seen:

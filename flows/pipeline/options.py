@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
+from draftsmith.artifacts.redaction import secrets_of
 from draftsmith.stages.contract import Config
 
 RETRY_JITTER = 0.5  # of a delay, at most, beside it: what was lost together does not return together
+
+
+def _plain_name(name: str) -> str:
+    if not re.fullmatch(r"\w[\w@.+-]*", name):
+        raise ValueError(f"{name!r}: names are letters, digits and _ @ . + -: files are called after them")
+    return name
+
+
+PlainName = Annotated[str, AfterValidator(_plain_name)]
+"""A name that cannot lead out of a folder: of arms and drafters, which files are called after."""
 
 
 @dataclass(frozen=True)
@@ -60,3 +72,14 @@ class RunOptions(Config):
     def experiment(self) -> str | None:
         """MLflow's experiment; None: the common one."""
         return None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_secrets(cls, data: Any) -> Any:
+        """A config is written to manifests, to MLflow, to Prefect's database and to the report."""
+        for field, why in secrets_of(data):
+            raise ValueError(
+                f"{field}: {why}, and a config is shown in MLflow and in the report: take it out, and give it in the "
+                "environment of the command (in a deployment: a variable of the work pool, from a Prefect Secret block)"
+            )
+        return data

@@ -15,6 +15,7 @@ from prefect.states import Cancelled, Completed, Failed
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.redaction import redact_logs
 from draftsmith.artifacts.tracking import Status, Tracking
 from draftsmith.flows.pipeline.cancellation import Cancellation, CancelledError
 from draftsmith.flows.pipeline.delivery import body
@@ -102,6 +103,7 @@ def _run(
 def _run_once(
     config: RunOptions, pipeline: Pipeline, force: Collection[str], part: Part, cancellation: Cancellation
 ) -> tuple[dict[str, dict[str, Any]], Conclusion | None]:
+    redact_logs()
     logging.getLogger("draftsmith").setLevel(logging.INFO)  # without it Prefect does not show the stages' lines
     tracking = Tracking(home(), config.experiment)
     workshop = Workshop(home(), config, pipeline, Display(), tracking, check=cancellation.check)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.redaction import secret_in
 from draftsmith.flows.checks.check import RunChecks
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.graph import Node, Pipeline
@@ -61,12 +63,16 @@ DIAGNOSE = Pipeline(
 )
 
 
-def diagnose_config(refresh: RefreshConfig, url: str, drafter: str, prompts: int | None) -> DiagnoseConfig:
+def diagnose_config(
+    refresh: RefreshConfig, url: str, drafter: str, prompts: int | None, api_key_env: str | None = None
+) -> DiagnoseConfig:
     """Of the drafter that a command names: a folder, or `LINE@alias` of the registry."""
+    if (why := secret_in(url)) is not None:
+        raise DraftsmithError(f"--url: it holds {why}: name the variable that has the key with --api-key-env")
     _, source = named_drafter(drafter)
     if not Path(source).is_dir():
         raise DraftsmithError(f"{drafter}: give the folder of the checkpoint that the server loads, or NAME@champion")
-    asked = {} if prompts is None else {"prompts": prompts}
+    asked: dict[str, Any] = {"api_key_env": api_key_env} | ({} if prompts is None else {"prompts": prompts})
     diagnosis = DiagnosisConfig(url=url.rstrip("/"), drafter=source, sampling=refresh.heldout.sampling, **asked)
     parts = {part: getattr(refresh, part) for part in ("target", "prompts", "stages", "seed")}
     return DiagnoseConfig(name=f"{refresh.name}-diagnose", diagnosis=diagnosis, **parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pydantic import Field
@@ -9,7 +10,7 @@ from pydantic import Field
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.checks.check import RunChecks
 from draftsmith.flows.pipeline.graph import Node, Pipeline
-from draftsmith.flows.pipeline.options import RunOptions
+from draftsmith.flows.pipeline.options import PlainName, RunOptions
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.stages.measure.config import PREFIX, EvaluationConfig
 from draftsmith.stages.prompts import PromptsConfig
@@ -25,7 +26,7 @@ class EvaluateConfig(RunOptions):
     prompts: PromptsConfig
     heldout: RolloutConfig
     evaluation: EvaluationConfig
-    drafters: dict[str, str] = Field(min_length=1)
+    drafters: dict[PlainName, str] = Field(min_length=1)
     """Name -> folder or hub id."""
 
 
@@ -76,7 +77,7 @@ def named_drafter(text: str) -> tuple[str, str]:
         folder = Path(text).expanduser().resolve()
         inner = folder / "drafter"
         folder = inner if (inner / "config.json").is_file() else folder
-        return (folder.parent if folder.name == "drafter" else folder).name.replace(":", "_"), str(folder)
+        return _plain((folder.parent if folder.name == "drafter" else folder).name), str(folder)
     if "@" in text:
         from draftsmith.flows.refresh.commands import verify
         from draftsmith.flows.refresh.line import registry
@@ -84,7 +85,11 @@ def named_drafter(text: str) -> tuple[str, str]:
 
         version = registry().resolve(text)
         verify(version)
-        return text.replace(":", "_"), str(version.path / DRAFTER_FOLDER)
+        return _plain(text), str(version.path / DRAFTER_FOLDER)
     if text.startswith((".", "/", "~")):
         raise DraftsmithError(f"{text}: no such folder: give a drafter's folder, a hub id, or NAME@champion")
-    return text.replace("/", "-").replace(":", "_"), text
+    return _plain(text.replace("/", "-")), text
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"^\W|[^\w@.+-]", "_", name)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.redaction import secret_in, secrets_of
 from draftsmith.stages.contract import Config, Operational
 
 NO_REDUCED_HEAD = (
@@ -19,6 +23,7 @@ GREEDY_ONLY = (  # behind the name of the field
 OptionValue = str | int | float | bool
 
 # Set by the stage from other fields: given twice, the two could contradict each other.
+_HTTP_ONLY = "nothing: launched servers are asked over HTTP, which the API key guards"
 _OWN_OPTIONS = {
     "model-path": "the section target",
     "model": "the section target",
@@ -36,23 +41,38 @@ _OWN_OPTIONS = {
     "speculative-dflash-block-size": "drafting.block_size",
     "speculative-num-steps": "drafting.block_size",
     "speculative-eagle-topk": "engine.launch.tree",
+    "config": "nothing: a file of options could set any of them; write them here",
+    "tokenizer-worker-num": "nothing: with several SGLang takes no API key, and launched servers have one",
+    "grpc-mode": _HTTP_ONLY,
+    "smg-grpc-mode": _HTTP_ONLY,
+    "grpc-port": _HTTP_ONLY,
 }
+_OPTION_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+_NUMBER = re.compile(r"-\d+(\.\d+)?(e-?\d+)?")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def _http_address(url: str) -> str:
+    if (why := secret_in(url)) is not None:
+        raise ValueError(f"holds {why}: name the variable of the environment that has the key in api_key_env")
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"{url!r} is no address: write http://{url}")
     return url
 
 
+def _variable(name: str) -> str:
+    if not _VARIABLE.fullmatch(name):
+        raise ValueError("give the name of a variable of the environment, such as SGLANG_API_KEY, not the key itself")
+    return name
+
+
 def _no_secrets(named: dict[str, Any]) -> dict[str, Any]:
     """A config is written to manifests, to MLflow and to the report."""
-    for name in named:
-        if {"TOKEN", "KEY", "SECRET", "PASSWORD"} & set(name.upper().replace("-", "_").split("_")):
-            raise ValueError(
-                f"{name} looks like a secret, and a config is shown in MLflow and in reports: set what is needed in "
-                "the environment of the command instead, the servers inherit it"
-            )
+    for name, why in secrets_of(named):
+        raise ValueError(
+            f"{name} looks like a secret ({why}), and a config is shown in MLflow and in reports: set what is needed "
+            "in the environment of the command instead, the servers inherit it"
+        )
     return named
 
 
@@ -62,9 +82,19 @@ def option_name(key: str) -> str:
 
 
 def _not_our_own(options: dict[str, Any]) -> dict[str, Any]:
-    for key in options:
-        if field := _OWN_OPTIONS.get(option_name(key)):
+    """Nothing that a field sets: not by its name, not by its beginning (argparse completes it), not as `name=value`,
+    and not as the value of another option."""
+    for key, value in options.items():
+        name = option_name(key)
+        if field := _OWN_OPTIONS.get(name):
             raise ValueError(f"{key}: is set by {field}; leave it out here")
+        if not _OPTION_NAME.fullmatch(name):
+            raise ValueError(f"{key}: is no name of an option; write the name alone, and its value behind the colon")
+        if meant := next((own for own in _OWN_OPTIONS if own.startswith(name)), None):
+            raise ValueError(f"{key}: SGLang would read it as --{meant}, which is set by {_OWN_OPTIONS[meant]}")
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if str(item).startswith("-") and not _NUMBER.fullmatch(str(item)):
+                raise ValueError(f"{key}: SGLang would read its value {item!r} as another option; correct it")
     return options
 
 
@@ -141,6 +171,11 @@ class SGLangEngineConfig(Config):
         Field(description="running servers of the same target"),
         Operational(),
     ] = ()
+    api_key_env: Annotated[
+        Annotated[str, AfterValidator(_variable)] | None,
+        Field(description="variable of the environment with the API key of `urls`; launched servers have their own"),
+        Operational(),
+    ] = None
     launch: LaunchConfig | None = None
     python: Annotated[
         Path | None,
@@ -166,7 +201,17 @@ class SGLangEngineConfig(Config):
                 "python: needed to launch, the interpreter of the environment that has SGLang "
                 "(`make sglang-gpu` and `make sglang-cpu` build one and print its path)"
             )
+        if self.api_key_env is not None and not self.urls:
+            raise ValueError("api_key_env: is for urls; launched servers get a key of their own, leave it out")
         return self
+
+    def api_key(self) -> str | None:
+        """The API key of the given servers. Raises DraftsmithError if the variable that should hold it is not set."""
+        if self.api_key_env is None:
+            return None
+        if not (key := os.environ.get(self.api_key_env, "").strip()):
+            raise DraftsmithError(f"engine.api_key_env: the variable {self.api_key_env} is not set: export it")
+        return key
 
 
 def _kind(value: Any) -> str:

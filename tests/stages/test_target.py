@@ -199,6 +199,29 @@ def test_a_package_that_is_not_installed_says_how_to_install_it(tmp_path: Path) 
     assert "the Python package json holds 0 .gguf files" in message("package:json", tmp_path)
 
 
+PACKAGE_THAT_TELLS = "import pathlib\npathlib.Path(__file__).with_name('was-run').touch()\n"
+
+
+@pytest.mark.parametrize("name", ["outer.inner", "outer"])
+def test_no_code_of_a_package_runs_to_find_its_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = tmp_path / "outer" / "inner"
+    inner.mkdir(parents=True)
+    for package in (inner.parent, inner):
+        (package / "__init__.py").write_text(PACKAGE_THAT_TELLS)
+    (inner / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert TargetConfig(source=f"package:{name}").external_files() == [inner / "model.gguf"]
+    assert not list(tmp_path.rglob("was-run"))
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "sub/../../x.safetensors"])
+def test_names_in_an_index_of_weights_stay_in_their_folder(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a.weight": name}}))
+    with pytest.raises(DraftsmithError, match="which is no file of this folder"):
+        TargetConfig(source=str(tmp_path)).external_files()
+
+
 @pytest.mark.parametrize(("files", "said"), [([], "holds 0 .gguf files"), (["a.gguf", "b.gguf"], "a.gguf, b.gguf")])
 def test_a_package_with_none_or_several_gguf_files_is_an_error(
     files: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

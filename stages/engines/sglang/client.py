@@ -23,6 +23,7 @@ _PROBE_TIMEOUT_S = 60.0  # a busy server queues the probe
 _PROBES = 4  # failed ones before a server counts as dead
 _ABORT_TIMEOUT_S = 5.0
 _BUSY = frozenset({408, 425, 429})
+_KEY_ASKED_FOR = frozenset({401, 403})
 _ONE_PIECE = 1 << 30  # as stream_interval: the first token at once, all others together
 
 
@@ -283,6 +284,11 @@ async def _generate(
     return Answer(body, seconds, float("nan") if first_token is None else first_token, url)
 
 
+def key_header(api_key: str | None) -> dict[str, str]:
+    """How a request shows the server's API key."""
+    return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+
+
 def check_status(name: str, url: str, status: int, text: str) -> None:
     """Raise LostError for an answer that may be another next time, DraftsmithError for one that says no."""
     if status == 200:
@@ -290,4 +296,5 @@ def check_status(name: str, url: str, status: int, text: str) -> None:
     what = f"status {status}: {' '.join(text.split())[:300]}"
     if status >= 500 or status in _BUSY:
         raise LostError(f"answered with {what}")
-    raise DraftsmithError(f"request {name}: {url} refuses it with {what}")
+    advice = ": name the variable of the environment that holds its API key in engine.api_key_env"
+    raise DraftsmithError(f"request {name}: {url} refuses it with {what}{advice if status in _KEY_ASKED_FOR else ''}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.sglang.client import Server, ServerPool, State
+from draftsmith.stages.engines.sglang.client import Server, ServerPool, State, key_header
 from draftsmith.stages.engines.sglang.handshake import Expected, Facts, shake_hands
 from draftsmith.stages.engines.sglang.server import ServerProcess, command, server_processes
 
@@ -32,7 +33,9 @@ class Fleet:
         expected: Expected,
         processes: list[ServerProcess],
         log: Callable[[str], None],
+        api_key: str | None = None,
     ):
+        self._api_key = api_key
         self._config, self._expected, self._log = config, expected, log
         self._processes = processes
         self._process_of: dict[Server, ServerProcess] = {}
@@ -59,6 +62,7 @@ class Fleet:
         import httpx
 
         self._client = client = httpx.AsyncClient(
+            headers=key_header(self._api_key),
             timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S),
             limits=httpx.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE_S),
             trust_env=not self._processes,  # no proxy between this machine and itself
@@ -138,6 +142,7 @@ class Fleet:
             try:
                 response = await self._client.get(f"{process.url}/health", timeout=_CONNECT_TIMEOUT_S)
                 if response.status_code == 200:
+                    process.answers()
                     return
             except httpx.HTTPError:
                 pass
@@ -208,7 +213,9 @@ class Fleet:
 def open_fleet(config: SGLangEngineConfig, expected: Expected, folder: Path, log: Callable[[str], None]) -> Fleet:
     """The servers that a config means, not started yet. Raises DraftsmithError if they cannot be."""
     processes = []
+    api_key = config.api_key()
     if config.launch is not None:
+        api_key = secrets.token_hex(32)
         line = command(
             config,
             model_folder=expected.model_folder,
@@ -217,5 +224,5 @@ def open_fleet(config: SGLangEngineConfig, expected: Expected, folder: Path, log
             algorithm=expected.algorithm,
             block_size=expected.block_size,
         )
-        processes = server_processes(config.launch, line, folder)
-    return Fleet(config, expected, processes, log)
+        processes = server_processes(config.launch, line, folder, api_key)
+    return Fleet(config, expected, processes, log, api_key)

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.private import private
+from draftsmith.artifacts.redaction import MASK
 from draftsmith.stages import lifeline
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.config import LaunchConfig, OptionValue, SGLangEngineConfig, option_name
@@ -147,10 +149,15 @@ class ServerProcess:
     """A server in a process group of its own, which dies when this process ends in whatever way.
 
     Start it from a thread that outlives it: the kernel also kills it when the thread that started it ends.
+    api_key: what requests must show, so that other users of the machine cannot ask the server. SGLang reads it from no
+    variable; a file that only we may read keeps it out of the command line, which everybody may.
     """
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log_path: Path):
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], log_path: Path, api_key: str | None = None
+    ):
         self._command, self._environment, self.log_path = list(command), dict(environment), log_path
+        self._api_key, self._key_file = api_key, log_path.with_suffix(".key.yaml")
         self._process: subprocess.Popen[bytes] | None = None
         self._our_end = -1
         self.url = ""
@@ -167,9 +174,9 @@ class ServerProcess:
         self.url = f"http://127.0.0.1:{port}"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         line, self._our_end = os.pipe()
-        arguments = [*self._command, "--port", str(port)]
+        arguments = [*self._command, "--port", str(port), *self._key_arguments()]
         try:
-            with self.log_path.open("ab") as log:
+            with open(self.log_path, "ab", opener=private) as log:
                 log.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(arguments)}\n".encode())
                 log.flush()
                 self._process = subprocess.Popen(
@@ -187,6 +194,19 @@ class ServerProcess:
             raise DraftsmithError(f"engine.launch: {arguments[0]} cannot be started: {error}") from error
         finally:
             os.close(line)
+
+    def _key_arguments(self) -> list[str]:
+        """A file with the key, for the option `--config`; it goes when the server answers, or has ended."""
+        if self._api_key is None:
+            return []
+        self._key_file.unlink(missing_ok=True)
+        with open(self._key_file, "x", opener=private) as file:
+            file.write(f"api-key: {json.dumps(self._api_key)}\n")
+        return ["--config", os.fspath(self._key_file.absolute())]
+
+    def answers(self) -> None:
+        """To be called when the server answers: it has read its options."""
+        self._key_file.unlink(missing_ok=True)
 
     def _full_environment(self) -> dict[str, str]:
         """This process's environment without what would lead another interpreter to this one's packages."""
@@ -208,8 +228,20 @@ class ServerProcess:
     def tail(self) -> str:
         """The last lines of the log."""
         with suppress(OSError), self.log_path.open(encoding="utf-8", errors="replace") as log:
-            return "".join(deque(log, maxlen=_TAIL_LINES)).rstrip()
+            return self._without_key("".join(deque(log, maxlen=_TAIL_LINES)).rstrip())
         return ""
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._api_key, MASK) if self._api_key else text
+
+    def _forget_key(self) -> None:
+        """SGLang writes all its options to its log."""
+        self._key_file.unlink(missing_ok=True)
+        with suppress(OSError):
+            said = self.log_path.read_text(encoding="utf-8", errors="surrogateescape")
+            if (without := self._without_key(said)) != said:
+                with self.log_path.open("w", encoding="utf-8", errors="surrogateescape") as log:
+                    log.write(without)
 
     def stop(self, grace_s: float = _STOP_GRACE_S) -> None:
         """Ask the server to end, wait up to `grace_s`, then kill its whole group."""
@@ -230,6 +262,7 @@ class ServerProcess:
                 time.sleep(0.02)
         os.close(self._our_end)
         process.wait()
+        self._forget_key()
 
 
 def _free_port() -> int:
@@ -242,7 +275,11 @@ def _free_port() -> int:
 
 
 def server_processes(
-    launch: LaunchConfig, command: Sequence[str], folder: Path, gpus: Callable[[], Sequence[str]] = visible_gpus
+    launch: LaunchConfig,
+    command: Sequence[str],
+    folder: Path,
+    api_key: str | None = None,
+    gpus: Callable[[], Sequence[str]] = visible_gpus,
 ) -> list[ServerProcess]:
     """The servers of a config, not started yet; their logs in `folder`."""
     shares = share_gpus(launch, () if launch.on_cpu else gpus())
@@ -251,6 +288,7 @@ def server_processes(
             command,
             {**({"CUDA_VISIBLE_DEVICES": share} if share is not None else {}), **launch.environment},
             folder / f"sglang-{index}.log",
+            api_key,
         )
         for index, share in enumerate(shares)
     ]

@@ -130,6 +130,52 @@ def test_an_option_that_has_a_field_of_its_own_is_refused(option: str) -> None:
         config(options={option: "1"})
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hos": "0.0.0.0"},  # argparse completes beginnings
+        {"host=0.0.0.0": True},
+        {"attention-backend": ["triton", "--host", "0.0.0.0"]},
+        {"disable-radix-cache": "--host=0.0.0.0"},
+        {"config": "more.yaml"},
+        {"--HOST": "0.0.0.0"},
+        {"host 0.0.0.0": True},
+        {"": "0.0.0.0"},
+        {"-": "0.0.0.0"},
+        {"tokenizer-worker-num": 4},
+        {"speculative-algo": "NGRAM"},
+    ],
+)
+def test_options_cannot_override_what_the_stage_sets(options: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=r"leave it out here|would read|no name of an option"):
+        config(options=options)
+
+
+def test_ordinary_options_pass() -> None:
+    given = {"attention-backend": "fa3", "kv-cache-dtype": "fp8_e5m2", "max-running-requests": 8, "x-values": [1, -2.5]}
+    assert config(options=given).launch is not None
+
+
+@pytest.mark.parametrize("url", ["http://u:pw@gpu1:30000", "http://gpu1:30000?token=abc", "http://tok@gpu1"])
+def test_an_address_holds_no_credentials(url: str) -> None:
+    with pytest.raises(ValidationError, match="api_key_env") as caught:
+        SGLangEngineConfig.model_validate({"kind": "sglang", "urls": [url]})
+    assert "pw@" not in str(caught.value) and "tok@" not in str(caught.value)
+
+
+def test_the_key_of_given_servers_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"kind": "sglang", "urls": ["http://gpu1:30000"], "api_key_env": "MY_KEY"}
+    monkeypatch.delenv("MY_KEY", raising=False)
+    with pytest.raises(DraftsmithError, match=r"engine\.api_key_env: the variable MY_KEY is not set"):
+        SGLangEngineConfig.model_validate(given).api_key()
+    monkeypatch.setenv("MY_KEY", " abc\n")
+    assert SGLangEngineConfig.model_validate(given).api_key() == "abc"
+    with pytest.raises(ValidationError, match="not the key itself"):
+        SGLangEngineConfig.model_validate({**given, "api_key_env": "sk 123-456"})
+    with pytest.raises(ValidationError, match="is for urls"):
+        SGLangEngineConfig.model_validate({**config().model_dump(), "api_key_env": "MY_KEY"})
+
+
 def test_an_interpreter_that_is_not_there_is_refused(tmp_path: Path) -> None:
     absent = SGLangEngineConfig.model_validate({"kind": "sglang", "python": tmp_path / "python", "launch": {}})
     with pytest.raises(DraftsmithError, match=r"engine\.python: .* is not there; `make sglang-gpu`"):

@@ -19,6 +19,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.open import open_engine
+from draftsmith.stages.engines.sglang.client import key_header
 from draftsmith.stages.engines.sglang.server import ServerProcess
 from tests.flows.pipeline.processes import wait_until
 from tests.stages.engines.server_processes import living
@@ -72,6 +73,30 @@ def test_a_server_does_not_inherit_this_interpreters_packages(tmp_path: Path, mo
         assert (said["path"], said["home"]) == (str(STAND_IN), None)
     finally:
         server.stop(grace_s=0)
+
+
+def test_the_key_of_a_server_is_in_no_command_line_and_in_no_log(tmp_path: Path) -> None:
+    key = "0123456789abcdef" * 4
+    server = ServerProcess(
+        COMMAND, {"PYTHONPATH": str(STAND_IN), "STAND_IN": "key"}, tmp_path / "server.log", api_key=key
+    )
+    server.start()
+    try:
+        wait_until(partial(healthy, server.url), "it answers")
+        (file,) = tmp_path.glob("*.yaml")
+        assert file.stat().st_mode & 0o777 == 0o600 and key in file.read_text()
+        for pid in living(tmp_path):
+            assert key not in Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+        assert key in server.log_path.read_text()  # as SGLang does, which logs its options
+        assert server.log_path.stat().st_mode & 0o777 == 0o600
+        assert key not in server.tail() and "api_key='***'" in server.tail()
+        assert httpx.get(f"{server.url}/model_info").status_code == 401
+        assert httpx.get(f"{server.url}/model_info", headers=key_header(key)).status_code == 200
+        server.answers()
+        assert not list(tmp_path.glob("*.yaml"))
+    finally:
+        server.stop(grace_s=0)
+    assert key not in server.log_path.read_text() and "api_key='***'" in server.log_path.read_text()
 
 
 @pytest.mark.parametrize("end", ["SIGKILL", "SIGTERM", "exit", "exception"])

@@ -7,11 +7,15 @@ import subprocess
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+API_KEY = ""
 
 
 class Health(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        self.send_response(200)
+        shown = self.headers.get("Authorization") == f"Bearer {API_KEY}"
+        self.send_response(200 if self.path == "/health" or shown or not API_KEY else 401)
         self.end_headers()
 
 
@@ -20,6 +24,10 @@ def main() -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     found = {"path": os.environ.get("PYTHONPATH"), "home": os.environ.get("PYTHONHOME"), "child": child.pid}
     print(json.dumps(found), flush=True)
+    if mode == "key":  # as SGLang takes and logs it
+        global API_KEY
+        API_KEY = json.loads(Path(sys.argv[sys.argv.index("--config") + 1]).read_text().partition(": ")[2])
+        print(f"server_args={{api_key='{API_KEY}'}}", flush=True)
     if mode == "refuse":
         sys.exit(2)  # as argparse does
     if mode == "fail":

@@ -1,0 +1,116 @@
+"""What counts as a secret, and that texts come out without one."""
+
+from __future__ import annotations
+
+import io
+import logging
+
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.redaction import is_secret_name, redact_logs, redacted, secret_in, secrets_of
+
+SECRET = "Zk9-marker.7Qx"
+HOLDING = [
+    f"http://anna:{SECRET}@host:80/x",
+    f"https://{SECRET}@host/x",
+    f"postgresql+psycopg://anna:a/b{SECRET}@host/mlflow",
+    f"s3://{SECRET}:{SECRET}@bucket/answers.jsonl",
+    f"https://host/x?token={SECRET}",
+    f"https://host/x?a=1&api_key={SECRET}&b=2",
+    f"https://host/x?X-Amz-Signature={SECRET}",
+    f"https://host/x?sv=2&sig={SECRET}",
+    f"https://host/x#access_token={SECRET}",
+    f"Authorization: Bearer {SECRET}1234",
+    f"password={SECRET}",
+    f'{{"api_key": "{SECRET}"}}',
+    f"--api-key={SECRET}",
+]
+KNOWN = [
+    "hf_" + "a1B2" * 8,
+    "sk-proj-" + "a1B2" * 8,
+    "ghp_" + "a1B2" * 9,
+    "AKIA" + "A1B2" * 4,
+    "https://hooks.slack.com/services/T0/B0/abc",
+    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.abc-def",
+]
+PLAIN = [
+    "Qwen/Qwen3-4B",
+    "https://host:8080/models@v1/x",
+    "https://host/x?page=2&sort=key",
+    "smollm2@champion",
+    "file:///data/a@b/rows.jsonl",
+    "s3://bucket/answers/*.jsonl.zst",
+    "a token is a word, a key opens doors, the bearer of bad news",
+    "mask_token: <mask>",
+    "tokens/s 24.5, accepted=3",
+    "sft.steps=200",
+    "key 3f9a1c, content 77ab",
+]
+
+
+@pytest.mark.parametrize("text", HOLDING)
+def test_a_secret_is_found_and_masked(text: str) -> None:
+    assert secret_in(text), text
+    assert SECRET not in redacted(f"GET {text} failed")
+    assert "GET " in redacted(f"GET {text} failed") and " failed" in redacted(f"GET {text} failed")
+
+
+@pytest.mark.parametrize("text", KNOWN)
+def test_well_known_kinds_of_secrets_are_found_and_masked(text: str) -> None:
+    assert secret_in(text) and text not in redacted(f"with {text} in it")
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_other_texts_stay_as_they_are(text: str) -> None:
+    assert secret_in(text) is None
+    assert redacted(text) == text
+
+
+@pytest.mark.parametrize("text", [*HOLDING, *KNOWN, *PLAIN])
+def test_masking_twice_is_masking_once(text: str) -> None:
+    assert redacted(redacted(text)) == redacted(text)
+
+
+def test_names_of_secrets() -> None:
+    secret = ["HF_TOKEN", "api-key", "apiKey", "ssl-keyfile-password", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"]
+    secret += ["dbPassword", "client_secret", "credentials", "token", "GITHUB_TOKEN_2", "SSH_KEY"]
+    plain = ["mask_token", "max_prompt_tokens", "kv-cache-dtype", "TOKENIZERS_PARALLELISM", "key", "api_key_env"]
+    plain += ["speculative-token-map", "bucket-time-to-first-token", "keyword", "head_tokens", "monkey"]
+    assert [name for name in secret if not is_secret_name(name)] == []
+    assert [name for name in plain if is_secret_name(name)] == []
+
+
+def test_secrets_of_a_config_are_told_by_their_place_and_not_by_their_value() -> None:
+    config = {
+        "engine": {"urls": ["http://ok:1", f"http://u:{SECRET}@host"], "launch": {"environment": {"MY_TOKEN": SECRET}}},
+        "hook": {"command": ["notify", f"--password={SECRET}"]},
+        "pin": {"password": 1234, "mask_token": "<mask>", "retries": 3},
+    }
+    found = dict(secrets_of(config))
+    assert set(found) == {"engine.urls.1", "engine.launch.environment.MY_TOKEN", "hook.command.1", "pin.password"}
+    assert SECRET not in str(found)
+
+
+def test_values_of_the_environment_are_masked_wherever_they_turn_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_SERVICE_TOKEN", SECRET)
+    assert redacted(f"refused {SECRET}!") == "refused ***!"
+    assert SECRET not in str(DraftsmithError(f"refused {SECRET}"))
+
+
+def test_log_records_hold_no_secret_nor_do_their_tracebacks() -> None:
+    factory = logging.getLogRecordFactory()
+    stream = io.StringIO()
+    logger = logging.Logger("of a library")
+    logger.addHandler(logging.StreamHandler(stream))
+    try:
+        redact_logs()
+        try:
+            raise ValueError(f"http://u:{SECRET}@host is away")
+        except ValueError:
+            logger.exception("asked %s", f"http://host?token={SECRET}")
+        logger.warning("%d", "does not fit")  # the handler complains, nobody else
+    finally:
+        logging.setLogRecordFactory(factory)
+    assert "asked http://host?token=***" in stream.getvalue() and "http://***@host is away" in stream.getvalue()
+    assert SECRET not in stream.getvalue()
