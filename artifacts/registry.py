@@ -183,7 +183,7 @@ class Registry:
         now: of two refreshes that promote at once, the second has to decide again.
         """
         lock = self._tracking.folder / "registry" / f".lock-{version.line}"
-        with locked(lock), self._client() as client:
+        with locked(lock, run=f"promotion of {version}"), self._client() as client:
             model = self._model(client, version.line)
             now = None if model is None else model.aliases.get(CHAMPION)
             before = None if now is None else int(now)

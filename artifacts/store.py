@@ -20,7 +20,7 @@ from draftsmith.artifacts.atomic import TMP_PREFIX, disk_errors, fsync, write_te
 from draftsmith.artifacts.checksums import Checksums, Known
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
-from draftsmith.artifacts.locks import is_locked, locked
+from draftsmith.artifacts.locks import Holder, Lock, is_locked, locked
 from draftsmith.artifacts.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -52,8 +52,13 @@ class Claim:
     key: str
     out: Path  # becomes the artifact
     work: Path  # shards and checkpoints of the attempt; dropped when the artifact is complete
-    lock_fd: int  # given to the stage's process (`pass_fds`), the lock lives as long as whoever writes
+    lock: Lock
     started: float = field(default_factory=time.monotonic)
+
+    @property
+    def lock_fd(self) -> int:
+        """To be given to the stage's process (`pass_fds`): the lock lives as long as whoever writes."""
+        return self.lock.fd
 
 
 class Store:
@@ -188,18 +193,29 @@ class Store:
         key: str,
         *,
         force: bool = False,
-        waiting: Callable[[], None] | None = None,
+        waiting: Callable[[Holder | None], None] | None = None,
+        run: str = "",
+        limit_s: float = math.inf,
     ) -> Iterator[Claim | ArtifactRef]:
         """Take the key's lock (waiting for its holder) and yield a `Claim`, or the artifact if it is finished by then.
 
         `force` makes the artifact again although it is complete, and not from what an attempt without it left; it goes
         on from what an earlier forced attempt saved, and logs where that lies. What an earlier attempt made but could
         not commit is committed here.
-        `waiting` is called once if another process holds the lock. The kernel drops the lock of a dead process.
+        `waiting` is called once if another process holds the lock, with who that is; `run` tells it who we are. Raises
+        LockTimeoutError after `limit_s`. The kernel drops the lock of a dead process.
         """
         with ExitStack() as stack:
             with disk_errors(f"claiming {stage}"):
-                fd = stack.enter_context(locked(self._lock(stage, key), waiting))
+                lock = stack.enter_context(
+                    locked(
+                        self._lock(stage, key),
+                        waiting,
+                        run=run,
+                        limit_s=limit_s,
+                        limit_field="stages.lock_wait_minutes",
+                    )
+                )
                 partial = self.partial(stage, key)
                 forced_before = (partial / "forced").exists()
                 finished = self._finish_interrupted_commit(stage, key)
@@ -219,7 +235,7 @@ class Store:
                     else:
                         begun_by_force.unlink(missing_ok=True)
                     _set_aside_space(partial / _PENDING)
-            yield done or Claim(stage, key, partial / "out", partial / "work", fd)
+            yield done or Claim(stage, key, partial / "out", partial / "work", lock)
 
     def is_claimed(self, stage: str, key: str) -> bool:
         """Whether a living process holds this key's lock."""
@@ -242,8 +258,10 @@ class Store:
     ) -> ArtifactRef:
         """Make `claim.out` the artifact: its manifest last, everything on disk, then one rename.
 
-        If it fails on the way (a full disk), the next claim of this key commits what is there.
+        If it fails on the way (a full disk), the next claim of this key commits what is there. Raises LockLostError
+        if the claim's lock was taken over meanwhile.
         """
+        claim.lock.check()
         with disk_errors(f"completing {claim.stage}"):
             for leftover in claim.out.rglob(f"{TMP_PREFIX}*"):
                 leftover.unlink()
@@ -276,14 +294,16 @@ class Store:
                 external=dict(external or {}),
             )
             _overwrite(self.partial(claim.stage, claim.key) / _PENDING, pending.model_dump_json().encode())
-            return self._complete(pending)
+            return self._complete(pending, claim.lock)
 
-    def _complete(self, pending: _Pending) -> ArtifactRef:
+    def _complete(self, pending: _Pending, lock: Lock | None = None) -> ArtifactRef:
         """Commit the files of an attempt that has ended."""
         out = self.partial(pending.stage, pending.key) / "out"
         files = describe_files(out, pending.volatile)
         fields = pending.model_dump(exclude={"volatile", "sizes"})
         manifest = Manifest.model_validate({**fields, "files": files, "content_id": content_id(files)})
+        if lock is not None:  # again: the checksums of a large artifact take minutes
+            lock.check()
         write_text(out / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
         return self._install(manifest)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,6 +90,14 @@ def follow(ctx: StageContext, unit: str) -> Callable[[int, int], None]:
     return progress
 
 
+class Compute(StrEnum):
+    """What a stage needs of the machine's devices."""
+
+    LIGHT = "light"  # tables and files
+    HEAVY = "heavy"  # loads a model
+    TIMED = "timed"  # measures speed: nothing else may compute there
+
+
 @dataclass(frozen=True)
 class Stage:
     """A stage as its module declares it: `STAGE = Stage(...)`."""
@@ -99,10 +108,13 @@ class Stage:
     run: Callable[[StageContext, Any], None]
     # Cheap checks of the config against the resolved target (folder with target.json); no weights are loaded.
     preflight: Callable[[Any, Path], None] | None = None
-    # Works on the accelerator: one such stage at a time, or they change each other's speed.
-    accelerator: bool = False
+    compute: Compute | Callable[[Any], Compute] = Compute.LIGHT  # or what says it of a config
     # Files that are no part of the content: timings, origins.
     volatile: tuple[str, ...] = field(default=("metrics.jsonl",))
     # Inputs of which it reads volatile files too. Where these were measured anew, with the same content, it is made
     # again under its key.
     reads_volatile: tuple[str, ...] = ()
+
+    def computes(self, config: Config) -> Compute:
+        """What it needs with this config."""
+        return self.compute if isinstance(self.compute, Compute) else self.compute(config)

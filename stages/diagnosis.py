@@ -10,7 +10,7 @@ from pydantic import Field
 
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
-from draftsmith.stages.contract import Config, Operational, Stage, StageContext, follow
+from draftsmith.stages.contract import Compute, Config, Operational, Stage, StageContext, follow
 from draftsmith.stages.engines.config import SamplingConfig, SGLangEngineConfig
 from draftsmith.stages.replay.parity import MaxParityMismatch
 
@@ -131,4 +131,4 @@ def _server_info(url: str, headers: dict[str, str]) -> dict[str, Any]:
     raise DraftsmithError(f"{url} has no /server_info: is it a SGLang server of a supported release?")
 
 
-STAGE = Stage(name="diagnosis", config=DiagnosisConfig, inputs=("target", "prompts"), run=run, accelerator=True)
+STAGE = Stage(name="diagnosis", config=DiagnosisConfig, inputs=("target", "prompts"), run=run, compute=Compute.HEAVY)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from draftsmith.stages.contract import Stage, StageContext, follow
+from draftsmith.stages.contract import Compute, Stage, StageContext, follow
 from draftsmith.stages.measure.drift import DriftConfig
 
 ALL = "all"  # prompts, beside the single sets
@@ -47,5 +47,5 @@ STAGE = Stage(
     config=DriftConfig,
     inputs=("target", "champion", "prompts", "trajectories"),
     run=run,
-    accelerator=True,
+    compute=Compute.HEAVY,
 )

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from draftsmith.stages.contract import Stage, StageContext, follow
+from draftsmith.stages.contract import Compute, Stage, StageContext, follow
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.measure.config import DRAFTERS, PREFIX, EvaluationConfig, prompts_to_decode
@@ -245,7 +245,7 @@ STAGE = Stage(
     config=EvaluationConfig,
     inputs=("target", "prompts", "trajectories", *(f"{name}?" for name in DRAFTERS), f"{PREFIX}*"),
     run=run,
-    accelerator=True,
     preflight=preflight,
+    compute=Compute.TIMED,
     volatile=("metrics.jsonl", "evaluation.json", "requests.parquet", "turns.parquet", "versions.json"),
 )

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from draftsmith.stages.contract import Stage, StageContext
+from draftsmith.stages.contract import Compute, Stage, StageContext
 from draftsmith.stages.prompting.logs_config import LogsConfig
 
 if TYPE_CHECKING:
@@ -258,4 +258,11 @@ def _window(config: LogsConfig, intake: Intake) -> dict[str, str | None]:
     }
 
 
-STAGE = Stage(name="logs", config=LogsConfig, inputs=("target", "prompts?", "earlier?"), run=run, preflight=preflight)
+STAGE = Stage(
+    name="logs",
+    config=LogsConfig,
+    inputs=("target", "prompts?", "earlier?"),
+    run=run,
+    preflight=preflight,
+    compute=Compute.HEAVY,
+)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from draftsmith.stages.contract import Config, Stage, StageContext
+from draftsmith.stages.contract import Compute, Config, Stage, StageContext
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.replay.parity import MaxParityMismatch
 
@@ -166,5 +166,5 @@ def _drafting(settings: dict[str, Any]) -> str:
 
 
 STAGE = Stage(
-    name="mining", config=MiningConfig, inputs=("target", "drafter", "trajectories"), run=run, accelerator=True
+    name="mining", config=MiningConfig, inputs=("target", "drafter", "trajectories"), run=run, compute=Compute.HEAVY
 )

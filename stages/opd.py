@@ -6,7 +6,7 @@ weights), with gradient, and learn from what the target said about accepted and 
 
 from __future__ import annotations
 
-from draftsmith.stages.contract import Stage, StageContext
+from draftsmith.stages.contract import Compute, Stage, StageContext
 from draftsmith.stages.training.on_policy.config import OpdConfig
 
 
@@ -43,5 +43,5 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
 
 
 STAGE = Stage(
-    name="opd", config=OpdConfig, inputs=("target", "drafter", "trajectories", "mined"), run=run, accelerator=True
+    name="opd", config=OpdConfig, inputs=("target", "drafter", "trajectories", "mined"), run=run, compute=Compute.HEAVY
 )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
-from draftsmith.stages.contract import Config, Stage, StageContext
+from draftsmith.stages.contract import Compute, Config, Stage, StageContext
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.config import (
     NO_REDUCED_HEAD,
@@ -201,12 +201,18 @@ def _missing(wanted: list[Request], finished: set[str], group: int, batch_decide
     return [each for each in groups if not finished.issuperset(request.request_id for request in each)]
 
 
+def _computes(config: RolloutConfig) -> Compute:
+    """Servers that run already are not this run's."""
+    given = isinstance(config.engine, SGLangEngineConfig) and config.engine.launch is None
+    return Compute.LIGHT if given else Compute.HEAVY
+
+
 STAGE = Stage(
     name="rollout",
     config=RolloutConfig,
     inputs=("target", "prompts", "drafter?"),
     run=run,
-    accelerator=True,
     preflight=preflight,
+    compute=_computes,
     volatile=("metrics.jsonl", "timings.parquet", "versions.json"),
 )

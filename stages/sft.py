@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.contract import Stage, StageContext
+from draftsmith.stages.contract import Compute, Stage, StageContext
 from draftsmith.stages.training.config import SftConfig
 
 _TRAINED = ("blocks", "positions")
@@ -137,5 +137,5 @@ STAGE = Stage(
     inputs=("target", "trajectories", "drafter?"),
     run=run,
     preflight=preflight,
-    accelerator=True,
+    compute=Compute.HEAVY,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 # Before torch is imported: test workers that take all cores each are several times slower than with one thread each.
@@ -11,6 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from typing import TYPE_CHECKING
 
 import pytest
+
+# Tests run beside each other, and beside real runs: their devices are those of nobody else.
+os.environ.setdefault("DRAFTSMITH_DEVICE_LOCKS", tempfile.mkdtemp(prefix="draftsmith-test-devices-"))
 
 from tests.testbed import target
 from tests.testbed.drafter import DrafterArtifacts, drafter_artifacts

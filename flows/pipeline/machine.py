@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError, from_os_error
@@ -57,13 +58,26 @@ def gpus() -> tuple[float, ...]:
     return sizes if visible is None else sizes[: len(visible)]
 
 
-def accelerators() -> list[str]:
-    """What work on this machine's accelerators is told apart by: the UUID of every visible GPU (numbers count in the
-    order of nvidia-smi), or the machine's name where there is none."""
+def gpu_names() -> list[str]:
+    """What visible GPUs are told apart by: their UUIDs, the same for all users (numbers count in the order of
+    nvidia-smi, and a UUID may be given by its beginning); a part of a GPU (MIG) by the name that it is given by."""
     known = {row[0]: row[1] for row in _query("index,uuid") if len(row) == 2}
     visible = _visible()
-    found = list(known.values()) if visible is None else [known.get(each, each) for each in visible]
-    return sorted(found) if known and found else [f"{platform.node()}.cpu"]
+    if not known or visible is None:
+        return sorted(known.values())
+    return sorted({_whole(each, known).replace("/", "_") for each in visible})
+
+
+def _whole(named: str, known: Mapping[str, str]) -> str:
+    if named in known:
+        return known[named]
+    begun = [uuid for uuid in known.values() if uuid.startswith(named)] if named.startswith("GPU-") else []
+    return begun[0] if len(begun) == 1 else named
+
+
+def accelerators() -> list[str]:
+    """What work on this machine's accelerators is told apart by: `gpu_names`, or the machine's name without any."""
+    return gpu_names() or [f"{platform.node()}.cpu"]
 
 
 def free_disk_bytes(folder: Path) -> float:

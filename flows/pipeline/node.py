@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from draftsmith.artifacts.errors import StageInterrupted
+from draftsmith.artifacts.locks import Holder
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.artifacts.tracking import StageRun, Tracking
+from draftsmith.flows.pipeline.devices import devices_of
 from draftsmith.flows.pipeline.display import Display, StageDisplay
 from draftsmith.flows.pipeline.failures import forget_failure, note_failure
 from draftsmith.flows.pipeline.graph import Node, Pipeline, external_digests, find, key_of, outdated, seed_of
@@ -22,6 +24,7 @@ from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.flows.pipeline.process import Event, StageOutcome, StageRequest, run_stage
 from draftsmith.flows.pipeline.running import RunningNote
 from draftsmith.flows.pipeline.unchanged import unchanged
+from draftsmith.stages.contract import Compute
 
 log = logging.getLogger("draftsmith.stages")  # Prefect shows it in the run
 
@@ -71,7 +74,14 @@ def make(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], *, f
     if ref is not None and outdated(workshop.store, node, ref, inputs):
         ref, force = None, True
     if ref is None:
-        with workshop.store.claim(stage, key, force=force, waiting=_say_waiting(workshop, node)) as claim:
+        with workshop.store.claim(
+            stage,
+            key,
+            force=force,
+            waiting=_say_waiting(workshop, node),
+            run=workshop.config.name,
+            limit_s=60 * workshop.config.stages.lock_wait_minutes,
+        ) as claim:
             if isinstance(claim, Claim):
                 made = Made(node.name, _run(workshop, node, inputs, claim, external), reused=False)
                 note_made(workshop.home, workshop.config.name, node.name, made.ref)
@@ -83,8 +93,22 @@ def make(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], *, f
     return Made(node.name, ref, reused=True)
 
 
-def _say_waiting(workshop: Workshop, node: Node) -> Callable[[], None]:
-    return lambda: workshop.display.line(f"{node.name}: another run is making this artifact, waiting for it")
+def _say_waiting(workshop: Workshop, node: Node) -> Callable[[Holder | None], None]:
+    def say(holder: Holder | None) -> None:
+        who = f" ({holder})" if holder is not None else ""
+        workshop.display.line(f"{node.name}: another run is making this artifact, waiting for it{who}")
+
+    return say
+
+
+def _devices(workshop: Workshop, node: Node) -> AbstractContextManager[tuple[int, ...]]:
+    def say(device: str, holder: Holder | None) -> None:
+        who = f" ({holder})" if holder is not None else ""
+        workshop.display.line(f"{node.name}: waits for the device {device}, which is in use{who}")
+
+    options = workshop.config.stages
+    limit_s = 60 * options.lock_wait_minutes
+    return devices_of(node.stage.computes(node.config), run=workshop.config.name, limit_s=limit_s, waiting=say)
 
 
 def _run(
@@ -97,10 +121,11 @@ def _run(
     try:
         with (
             _accelerator(workshop, node),
+            _devices(workshop, node) as devices,
             unchanged(workshop.store, node, inputs, claim, external),
             tracked.system_metrics(),
         ):
-            outcome = _run_process(workshop, node, inputs, claim, tracked)
+            outcome = _run_process(workshop, node, inputs, claim, tracked, devices)
         ref = workshop.store.commit(
             claim,
             config=config,
@@ -127,13 +152,18 @@ def _run(
 
 
 def _accelerator(workshop: Workshop, node: Node) -> AbstractContextManager[None]:
-    if not node.stage.accelerator:
+    if node.stage.computes(node.config) is Compute.LIGHT:
         return contextlib.nullcontext()
     return workshop.hold(lambda message: workshop.display.line(f"{node.name}: {message}"))
 
 
 def _run_process(
-    workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], claim: Claim, tracked: StageRun
+    workshop: Workshop,
+    node: Node,
+    inputs: Mapping[str, ArtifactRef],
+    claim: Claim,
+    tracked: StageRun,
+    devices: tuple[int, ...],
 ) -> StageOutcome:
     options = workshop.config.stages
     request = StageRequest(
@@ -147,6 +177,11 @@ def _run_process(
         threads=options.threads,
     )
     log_path = workshop.logs / f"{claim.stage}-{claim.key[:16]}-{time.strftime('%Y%m%d-%H%M%S')}.log"
+
+    def follow(event: Event) -> None:
+        claim.lock.check_now_and_then()
+        _follow(event, node.name, shown, tracked, note)
+
     with (
         workshop.display.stage(node.name) as shown,
         contextlib.closing(RunningNote(workshop.logs, claim.stage, claim.key, workshop.config.name, node.name)) as note,
@@ -156,9 +191,9 @@ def _run_process(
             log_path=log_path,
             limit=options.time_limit(node.name),
             grace_s=options.grace_seconds,
-            on_event=lambda event: _follow(event, node.name, shown, tracked, note),
-            # The lock lives as long as the process that writes, even if we are killed.
-            pass_fds=(claim.lock_fd,),
+            on_event=follow,
+            # The locks live as long as the process that writes and computes, even if we are killed.
+            pass_fds=(claim.lock_fd, *devices),
             check=workshop.check,
         )
 

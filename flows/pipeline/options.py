@@ -46,6 +46,8 @@ class StageOptions(Config):
     after any other error."""
     retry_delay_seconds: float = Field(default=10, ge=0)
     """Before the first retry; doubles with every further one, with jitter: five retries are about five minutes."""
+    lock_wait_minutes: float = Field(default=24 * 60, gt=0)
+    """How long to wait for another run that makes the same artifact, or uses the same accelerator."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of the numerical libraries; None leaves it to them."""
     min_free_gb: float = Field(default=2, ge=0)

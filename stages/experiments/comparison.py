@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from draftsmith.stages.contract import Config, Stage, StageContext, follow
+from draftsmith.stages.contract import Compute, Config, Stage, StageContext, follow
 
 if TYPE_CHECKING:
     import numpy as np
@@ -270,5 +270,5 @@ STAGE = Stage(
     config=ComparisonConfig,
     inputs=("target", "trajectories", f"{PREFIX}*", f"{EARLIER}*"),
     run=run,
-    accelerator=True,
+    compute=Compute.HEAVY,
 )

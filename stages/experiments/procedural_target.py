@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.contract import Stage, StageContext
+from draftsmith.stages.contract import Compute, Stage, StageContext
 from draftsmith.stages.procedural.training import ShapeConfig, TrainingTextConfig
 from draftsmith.stages.targets.config import Dtype, TargetConfig
 
@@ -71,5 +71,5 @@ STAGE = Stage(
     inputs=("target?",),
     run=run,
     preflight=preflight,
-    accelerator=True,
+    compute=Compute.HEAVY,
 )

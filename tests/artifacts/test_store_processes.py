@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import getpass
 import os
+import platform
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from draftsmith.artifacts.locks import Holder, LockTimeoutError
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.store import Claim, Store
 from tests.artifacts.test_store import KEY, commit, make
+from tests.flows.pipeline.processes import wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -145,8 +150,68 @@ def test_a_waiting_claim_says_so_once(store: Store) -> None:
     process = start(store.root, 'print("held", flush=True); time.sleep(0.5); (claim.out / "data.txt").write_text("x")')
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
-    said: list[str] = []
-    with store.claim("rollout", KEY, waiting=lambda: said.append("waiting")) as found:
+    said: list[Holder | None] = []
+    with store.claim("rollout", KEY, waiting=said.append) as found:
         assert isinstance(found, ArtifactRef)
-    assert said == ["waiting"]
+    (holder,) = said
+    assert holder is not None and holder.pid == process.pid
+    assert (holder.host, holder.user) == (platform.node(), getpass.getuser())
+    assert abs((datetime.now(UTC) - datetime.fromisoformat(holder.since)).total_seconds()) < 60
     process.wait()
+
+
+def test_a_wait_has_a_limit_and_says_for_whom(store: Store) -> None:
+    process = start(store.root, 'print("held", flush=True); time.sleep(60)')
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    with (
+        pytest.raises(LockTimeoutError, match=rf"pid {process.pid} of .* since .*stages\.lock_wait_minutes") as caught,
+        store.claim("rollout", KEY, limit_s=0.3),
+    ):
+        pass
+    assert caught.value.exit_code == 75
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("lost", ["removed", "made again", "freed"])
+def test_a_paused_holder_whose_lock_was_taken_over_cannot_commit(store: Store, lost: str) -> None:
+    """What a shared file system may do to a holder that is only slow: its lock file is gone, or free for another."""
+    process = start(
+        store.root,
+        """
+        (claim.out / "data.txt").write_text("of the paused one")
+        print("paused", flush=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        try:
+            store.commit(claim, config={}, inputs={}, code_digest="c", seed=0)
+        except DraftsmithError as error:
+            print(type(error).__name__, error, flush=True)
+        else:
+            print("committed", flush=True)
+        """,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "paused\n"
+    stat = Path(f"/proc/{process.pid}/stat")
+    wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "it is stopped")
+    lock = store.root / "rollout" / f".lock-{KEY[:16]}"
+    if lost == "freed":  # another machine sees the same note in a file that nobody holds
+        note = lock.read_bytes()
+        lock.unlink()
+        lock.write_bytes(note)
+    else:
+        lock.unlink()
+    if lost != "removed":
+        with store.claim("rollout", KEY) as claim:
+            assert isinstance(claim, Claim)
+            (claim.out / "data.txt").write_text("of the other")
+            ref = store.commit(claim, config={}, inputs={}, code_digest="c", seed=0)
+    process.send_signal(signal.SIGCONT)
+    said = process.stdout.readline()
+    process.wait()
+    assert said.startswith("LockLostError") and "the lock was taken over" in said
+    if lost == "removed":
+        assert store.find("rollout", KEY) is None
+    else:
+        assert (ref.path / "data.txt").read_text() == "of the other"

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.stages.contract import Config, Stage, StageContext
+from draftsmith.stages.contract import Compute, Config, Stage, StageContext
 
 
 class CollectConfig(Config):
@@ -68,4 +68,4 @@ def _start_worker(pid_file: Path) -> None:
     pid_file.write_text(str(worker.pid))
 
 
-STAGE = Stage(name="collect", config=CollectConfig, inputs=(), run=run, accelerator=True)
+STAGE = Stage(name="collect", config=CollectConfig, inputs=(), run=run, compute=Compute.HEAVY)
