@@ -153,6 +153,7 @@ class Registry:
         Tags of a version that is there already are brought up to date. upload: its drafter also goes into MLflow's
         artifact store (of the run `run_id`), for servers that do not share the store.
         """
+        self._tracking.must_write()
         known = next((each for each in reversed(self.versions(line)) if each.content_id == ref.content_id), None)
         identity = {name: str(getattr(ref, name)) for name in _IDENTITY}
         with self._client() as client:
@@ -182,6 +183,7 @@ class Registry:
         expected: the champion that the decision was made against. Raises ChampionMovedError if it is another one by
         now: of two refreshes that promote at once, the second has to decide again.
         """
+        self._tracking.must_write()
         lock = self._tracking.folder / "registry" / f".lock-{version.line}"
         with locked(lock, run=f"promotion of {version}"), self._client() as client:
             model = self._model(client, version.line)
@@ -211,12 +213,14 @@ class Registry:
             client.set_registered_model_tag(version.line, f"{_EVENT}{count:06d}", json.dumps(asdict(event)))
 
     def tag(self, version: Version, tags: Mapping[str, str]) -> None:
+        self._tracking.must_write()
         with self._client() as client:
             for name, value in tags.items():
                 client.set_model_version_tag(version.line, str(version.number), f"{_TAG}{name}", value)
 
     def add_drift(self, line: str, seen: Mapping[str, Any]) -> None:
         """Keep what a drift check saw, unless it is the last one again."""
+        self._tracking.must_write()
         known = self.drift(line)
         if known and {**known[-1], "at": None} == {**seen, "at": None}:
             return

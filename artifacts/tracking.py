@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 import secrets
 import threading
 import time
@@ -22,6 +23,7 @@ from draftsmith.artifacts.locks import is_locked, locked
 from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
 from draftsmith.artifacts.mlflow_terms import METRICS_PER_BATCH, log_datasets, log_metrics, log_params, upgrade_database
 from draftsmith.artifacts.redaction import redacted
+from draftsmith.artifacts.sqlite import copy_to_read, refuse_shared_database, sqlite_file
 from draftsmith.artifacts.store import Store
 from draftsmith.artifacts.system_metrics import sampled
 
@@ -66,9 +68,12 @@ class Tracking:
     def check(self) -> None:
         """One clear error, within seconds, if MLflow cannot be used. Call it before long work."""
         try:
+            self.must_write()
             if self.uri.startswith(_HTTP):
                 _reach(self.uri)
             self.connect()
+        except DraftsmithError:
+            raise
         except Exception as error:
             what, fix = "MLflow's database", "make it writable, or move it away to start a new one"
             if self.uri != self.default_uri:
@@ -197,30 +202,56 @@ class Tracking:
                 closed.append(run.info.run_name)
         return closed
 
+    def check_place(self) -> None:
+        """Raise DraftsmithError if the database is SQLite on a network file system."""
+        if (database := sqlite_file(self.uri)) is not None:
+            advice = "start an MLflow server and set MLFLOW_TRACKING_URI to its address"
+            refuse_shared_database(database, "MLflow's database", advice)
+
     # -- inside --------------------------------------------------------------------------------------------------
 
     def connect(self) -> tuple[MlflowClient, str]:
-        """The client and the experiment's id; migrates a database first, one process at a time."""
+        """The client and the experiment's id; migrates a database first, one process at a time.
+
+        Of a home that may only be read, a copy of the database is read: MLflow writes to one that it opens.
+        """
         if self._connected is None:
+            self.check_place()
             os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read while mlflow is imported
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-            with locked(self.folder / ".lock-mlflow"):
-                for noisy in ("alembic", "mlflow"):
-                    logging.getLogger(noisy).setLevel(logging.WARNING)
-                from mlflow import MlflowClient
-
-                logging.getLogger("mlflow").setLevel(logging.WARNING)  # its import configured it again
-                client = MlflowClient(self.uri, registry_uri=self.uri)
-                try:
-                    experiment = self._experiment(client)
-                except Exception as error:
-                    if self.uri != self.default_uri or "out-of-date database schema" not in str(error):
-                        raise
-                    upgrade_database(self.uri)
-                    experiment = self._experiment(client)
-            self._connected = client, experiment
+            if self.read_only:
+                self._connected = self._open(f"sqlite:///{copy_to_read(self.uri)}")
+            else:
+                with locked(self.folder / ".lock-mlflow", run="MLflow's database"):
+                    self._connected = self._open(self.uri)
         return self._connected
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the database is this home's and may only be read by this user."""
+        database = sqlite_file(self.uri)
+        return database is not None and database.is_file() and not os.access(database.parent, os.W_OK)
+
+    def must_write(self) -> None:
+        """Raise DraftsmithError where nothing can be written."""
+        if self.read_only:
+            raise DraftsmithError(f"MLflow's database {redacted(self.uri)}: you may only read it: ask its owner")
+
+    def _open(self, uri: str) -> tuple[MlflowClient, str]:
+        for noisy in ("alembic", "mlflow"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        from mlflow import MlflowClient
+
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # its import configured it again
+        client = MlflowClient(uri, registry_uri=uri)
+        try:
+            return client, self._experiment(client)
+        except Exception as error:
+            if uri != self.default_uri or "out-of-date database schema" not in str(error):
+                raise
+            upgrade_database(uri)
+            return client, self._experiment(client)
 
     def _experiment(self, client: MlflowClient) -> str:
         name = self.experiment

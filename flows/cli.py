@@ -15,7 +15,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from draftsmith.artifacts.errors import EXIT_INTERRUPTED, DraftsmithError, RefusedError, from_os_error
+from draftsmith.artifacts.home import home
 from draftsmith.artifacts.printable import printable
+from draftsmith.artifacts.private import private_files
 from draftsmith.artifacts.redaction import redact_logs, redacted
 
 if TYPE_CHECKING:
@@ -45,7 +47,8 @@ def _code_of(options: argparse.Namespace, pipeline: Pipeline | None) -> int:
     redact_logs()
     _show_warnings()
     try:
-        options.run(options, pipeline or _pipeline(options))
+        with private_files(home()):
+            options.run(options, pipeline or _pipeline(options))
     except KeyboardInterrupt:
         return _fail(
             "interrupted; what was finished or saved is kept: run the same command again to continue", EXIT_INTERRUPTED
@@ -267,7 +270,6 @@ def _diagnose(options: argparse.Namespace, pipeline: Pipeline) -> None:
 
 
 def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOptions) -> None:
-    from draftsmith.artifacts.home import home
     from draftsmith.artifacts.store import Store
     from draftsmith.artifacts.tracking import Tracking
     from draftsmith.flows.pipeline.display import Display
@@ -317,7 +319,6 @@ def _named(text: str) -> Any:
 def _check(options: argparse.Namespace, pipeline: Pipeline) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the library is imported
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from draftsmith.artifacts.home import home
     from draftsmith.flows.checks.check import check
     from draftsmith.flows.checks.findings import show
     from draftsmith.flows.pipeline.display import Display
@@ -332,7 +333,6 @@ def _check(options: argparse.Namespace, pipeline: Pipeline) -> None:
 
 
 def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    from draftsmith.artifacts.home import home
     from draftsmith.artifacts.store import Store
     from draftsmith.artifacts.tracking import Tracking
     from draftsmith.flows.checks.check import check_alone

@@ -14,11 +14,13 @@ from pathlib import Path
 
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.store import Store
+from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.checks.engines import check_engines
 from draftsmith.flows.checks.findings import Findings, FirstError
 from draftsmith.flows.checks.models import check_drafters, check_nodes, check_target, resolve_metadata
 from draftsmith.flows.checks.prompts import check_lengths, check_logs, check_longest, check_sources, check_supplies
 from draftsmith.flows.checks.resources import check_resources
+from draftsmith.flows.pipeline import prefect_server
 from draftsmith.flows.pipeline.graph import Node, Pipeline, PlannedNode, Status, in_order, plan
 from draftsmith.flows.pipeline.machine import check_home, free_disk_bytes
 from draftsmith.flows.pipeline.options import RunOptions
@@ -36,6 +38,9 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
         if new:
             home.rmdir()
         found.ok("home", f"{home} can be written, {free_disk_bytes(home) / 1e9:.0f} GB free")
+    with found.part("databases"):
+        Tracking(home).check_place()
+        prefect_server.check_place(home)
     nodes: list[Node] = []
     with found.part("graph"):
         nodes = in_order(pipeline.nodes(config))

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError, from_os_error
+from draftsmith.artifacts.private import protect
 from draftsmith.flows.pipeline.options import RunOptions
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -89,9 +90,9 @@ def free_disk_bytes(folder: Path) -> float:
 
 
 def check_home(home: Path, options: RunOptions) -> None:
-    """The home exists, can be written, and its disk has room."""
+    """The home exists, is closed to others, can be written, and its disk has room."""
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        protect(home, group_may_read=options.stages.group_may_read)
         with tempfile.TemporaryFile(dir=home) as probe:
             probe.write(b"x")
     except OSError as error:

@@ -48,6 +48,8 @@ class StageOptions(Config):
     """Before the first retry; doubles with every further one, with jitter: five retries are about five minutes."""
     lock_wait_minutes: float = Field(default=24 * 60, gt=0)
     """How long to wait for another run that makes the same artifact, or uses the same accelerator."""
+    group_may_read: bool = False
+    """Let the group of the home read what is made (0750, files 0640); else it is for its owner alone (0700, 0600)."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of the numerical libraries; None leaves it to them."""
     min_free_gb: float = Field(default=2, ge=0)

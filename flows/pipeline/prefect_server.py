@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, from_os_error
 from draftsmith.artifacts.locks import locked
+from draftsmith.artifacts.sqlite import refuse_shared_database, sqlite_file
 
 _START_LIMIT_S = 180.0  # 3 s on a used home, 8 to 12 s on a new one, more on a busy machine
 _STOP_LIMIT_S = 5.0
@@ -85,6 +86,7 @@ def start_prefect_server(home: Path) -> PrefectServer:
     if existing:
         return PrefectServer(existing, lambda: _must_answer(existing))
     folder, log_path = home / "prefect", home / "logs" / "prefect-server.log"
+    check_place(home)
     with contextlib.ExitStack() as starting:
         try:
             log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,6 +132,18 @@ def lasting_server(home: Path) -> str:
 def is_temporary() -> bool:
     """Whether this process reports to a server of its own, which ends with it."""
     return os.environ.get("PREFECT_API_URL") in (None, *_temporary)
+
+
+def check_place(home: Path) -> None:
+    """Raise DraftsmithError if a server started here would keep its runs in SQLite on a network file system."""
+    if os.environ.get("PREFECT_API_URL"):
+        return
+    names = ("PREFECT_API_DATABASE_CONNECTION_URL", "PREFECT_SERVER_DATABASE_CONNECTION_URL")
+    given = next((value for name in names if (value := os.environ.get(name))), None)
+    folder = Path(os.environ.get("PREFECT_HOME") or home / "prefect").expanduser()
+    if (database := sqlite_file(given) if given else folder / "prefect.db") is not None:
+        advice = "start a Prefect server and set PREFECT_API_URL to its address"
+        refuse_shared_database(database, "Prefect's database", advice)
 
 
 def _must_answer(url: str) -> None:

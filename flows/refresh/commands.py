@@ -8,6 +8,7 @@ from pathlib import Path
 from draftsmith.artifacts.errors import DraftsmithError, from_os_error
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import MANIFEST, read_manifest
+from draftsmith.artifacts.private import for_users
 from draftsmith.artifacts.registry import PREVIOUS, Registry, Version
 from draftsmith.artifacts.store import Store
 from draftsmith.flows.pipeline.display import Display
@@ -91,6 +92,7 @@ def export(display: Display, text: str, folder: Path, *, dry_run: bool) -> None:
 
     try:
         shutil.copytree(source, folder, dirs_exist_ok=True)
+        for_users(folder)
     except OSError as error:
         raise from_os_error(error, f"exporting to {folder}:") from error
     if drafter_digest(folder) != version.tags.get("drafter_digest", drafter_digest(source)):

@@ -318,7 +318,7 @@ def test_a_dead_run_is_finished_if_it_made_the_artifact_and_killed_if_another_di
 
 def test_a_password_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://team:hunter2@db/mlflow")
-    assert Tracking(tmp_path).ui_command == "mlflow ui --backend-store-uri postgresql://team:***@db/mlflow"
+    assert Tracking(tmp_path).ui_command == "mlflow ui --backend-store-uri postgresql://***@db/mlflow"
 
 
 def test_params_are_flat_and_within_the_limits_of_mlflow() -> None:

@@ -1,0 +1,103 @@
+"""SQLite's databases do not lie on network file systems; what is mounted where is injected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from draftsmith.artifacts import file_system
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.file_system import network_file_system
+from draftsmith.artifacts.sqlite import sqlite_file
+from draftsmith.artifacts.tracking import Tracking
+from draftsmith.flows.pipeline.prefect_server import check_place, start_prefect_server
+
+Mount = Callable[..., None]
+
+
+@pytest.fixture
+def mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mount:
+    """Says what is mounted: (where, type), later ones on top."""
+
+    def table(*mounts: tuple[Path, str]) -> None:
+        lines = [("/dev/vda", Path("/"), "ext4"), *(("server:/x", place, kind) for place, kind in mounts)]
+        written = tmp_path / "mounts"
+        written.write_text(
+            "".join(f"{what} {str(place).replace(' ', chr(92) + '040')} {kind} rw 0 0\n" for what, place, kind in lines)
+        )
+        monkeypatch.setattr(file_system, "MOUNTS", written)
+
+    return table
+
+
+@pytest.mark.parametrize("kind", ["nfs4", "nfs", "cifs", "lustre", "fuse.sshfs", "fuse.gcsfuse", "fuse.s3fs", "9p"])
+def test_network_file_systems_are_known(kind: str, mount: Mount, tmp_path: Path) -> None:
+    mount((tmp_path / "team data", kind))
+    (tmp_path / "team data").mkdir()
+    assert network_file_system(tmp_path / "team data" / "not" / "there yet") == f"{kind} at {tmp_path}/team data"
+    assert network_file_system(tmp_path / "team data2") is None
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "zfs", "tmpfs", "overlay", "fuseblk", "fuse.fuse-overlayfs"])
+def test_local_file_systems_are_not(kind: str, mount: Mount, tmp_path: Path) -> None:
+    mount((tmp_path, "nfs"), (tmp_path, kind))  # mounted over it
+    assert network_file_system(tmp_path) is None
+
+
+def test_a_link_leads_to_where_the_file_lies(mount: Mount, tmp_path: Path) -> None:
+    (tmp_path / "remote").mkdir()
+    (tmp_path / "home").symlink_to(tmp_path / "remote")
+    mount((tmp_path / "remote", "nfs"))
+    assert network_file_system(tmp_path / "home" / "mlflow.db")
+
+
+def test_where_nothing_is_said_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_system, "MOUNTS", tmp_path / "absent")
+    assert network_file_system(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("uri", "file"),
+    [
+        ("sqlite:////srv/mlflow.db", "/srv/mlflow.db"),
+        ("sqlite:///mlflow.db?timeout=60", "mlflow.db"),
+        ("sqlite+aiosqlite:////srv/prefect.db", "/srv/prefect.db"),
+        ("sqlite:///:memory:", None),
+        ("postgresql://host/db", None),
+        ("http://host:5000", None),
+    ],
+)
+def test_the_file_of_an_address(uri: str, file: str | None) -> None:
+    assert sqlite_file(uri) == (Path(file) if file else None)
+
+
+def test_mlflows_database_is_refused_there(mount: Mount, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mount((tmp_path / "home", "nfs4"))
+    (tmp_path / "home").mkdir()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(DraftsmithError, match=r"MLflow's database .* \(nfs4 at .*set MLFLOW_TRACKING_URI") as caught:
+        Tracking(tmp_path / "home").check()
+    assert caught.value.exit_code == 2 and not list((tmp_path / "home").iterdir())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/local.db")
+    Tracking(tmp_path / "home").check_place()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/home/other.db")
+    with pytest.raises(DraftsmithError, match="network file system"):
+        Tracking(tmp_path).check()
+
+
+def test_prefects_database_is_refused_there(mount: Mount, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mount((tmp_path / "home", "lustre"))
+    (tmp_path / "home").mkdir()
+    for name in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_API_DATABASE_CONNECTION_URL"):
+        monkeypatch.setenv(name, "")  # so that what `prepare` sets is taken back too
+        monkeypatch.delenv(name)
+    with pytest.raises(DraftsmithError, match=r"Prefect's database .* \(lustre at .*set PREFECT_API_URL"):
+        start_prefect_server(tmp_path / "home")
+    assert not list((tmp_path / "home").iterdir())
+    monkeypatch.setenv("PREFECT_API_DATABASE_CONNECTION_URL", "postgresql+asyncpg://host/prefect")
+    check_place(tmp_path / "home")
+    monkeypatch.delenv("PREFECT_API_DATABASE_CONNECTION_URL")
+    monkeypatch.setenv("PREFECT_API_URL", "http://host:4200/api")
+    check_place(tmp_path / "home")

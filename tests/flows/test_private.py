@@ -1,0 +1,126 @@
+"""Who may read a home: its owner alone, or its group; and what a user may do who can only read it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from draftsmith.artifacts.private import for_users, private_files, protect
+from draftsmith.flows.cli import main
+from tests.flows.pipeline.processes import ROOT
+from tests.flows.pipeline.toy import TOY, write_config
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    before = os.umask(0o022)
+    yield tmp_path / "home"
+    assert os.umask(before) == 0o022  # the command puts it back
+
+
+def modes(home: Path) -> set[int]:
+    """Of everything in the home, but for the bits of who may execute."""
+    return {path.lstat().st_mode & 0o666 for path in (home, *home.rglob("*"))}
+
+
+def tree(home: Path) -> dict[str, tuple[int, int]]:
+    return {str(path): (path.lstat().st_mtime_ns, path.lstat().st_size) for path in (home, *home.rglob("*"))}
+
+
+@pytest.mark.parametrize(("group_may_read", "files"), [(False, {0o600}), (True, {0o640})])
+def test_a_home_is_for_its_owner_or_its_group(
+    home: Path, tmp_path: Path, group_may_read: bool, files: set[int]
+) -> None:
+    config = write_config(tmp_path / "toy.yaml", stages={"min_free_gb": 0.01, "group_may_read": group_may_read})
+    assert main(["stage", "target", str(config)], TOY) == 0
+    folders = {path.stat().st_mode & 0o777 for path in (home, *home.rglob("*")) if path.is_dir()}
+    assert folders == ({0o750} if group_may_read else {0o700})
+    assert modes(home) - {0o600} == files - {0o600}  # locks and logs of servers may be the owner's in any case
+    assert (home / "mlflow.db").stat().st_mode & 0o777 in files
+
+
+def test_a_home_that_was_open_is_closed(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir(mode=0o755)
+    before = os.umask(0o022)
+    try:
+        protect(tmp_path / "home", group_may_read=False)
+        assert (tmp_path / "home").stat().st_mode & 0o777 == 0o700
+        (tmp_path / "home" / "file").touch()
+        assert (tmp_path / "home" / "file").stat().st_mode & 0o777 == 0o600
+    finally:
+        os.umask(before)
+
+
+def test_what_is_copied_out_has_the_users_modes(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        with private_files(tmp_path):
+            out = tmp_path / "out"
+            out.mkdir()
+            (out / "model.safetensors").touch()
+            assert (out / "model.safetensors").stat().st_mode & 0o777 == 0o600
+            for_users(out)
+        assert (out.stat().st_mode & 0o777, (out / "model.safetensors").stat().st_mode & 0o777) == (0o755, 0o644)
+    finally:
+        os.umask(before)
+
+
+COMMANDS = """
+import json, sys
+from draftsmith.flows.cli import main
+from tests.flows.pipeline.toy import TOY
+for arguments in json.loads(sys.argv[1]):
+    for stream in (sys.stdout, sys.stderr):
+        print(f"== {arguments}", file=stream, flush=True)
+    print(f"code {main(arguments, TOY)}", flush=True)
+"""
+
+
+def as_reader(home: Path, commands: list[list[str]]) -> list[str]:
+    """What commands print, run by a user who may read the home through its group: root without the power over all."""
+    powerless = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    done = subprocess.run(
+        [*powerless, sys.executable, "-c", COMMANDS, json.dumps(commands)],
+        cwd=ROOT,
+        env={**os.environ, "DRAFTSMITH_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    said = [stream.split("== ")[1:] for stream in (done.stdout, done.stderr)]
+    assert len(said[0]) == len(commands), done.stderr
+    return [out + err for out, err in zip(*said, strict=True)]
+
+
+@pytest.mark.integration
+def test_who_may_only_read_can_look_and_changes_nothing(home: Path, tmp_path: Path) -> None:
+    stages = {"min_free_gb": 0.01, "group_may_read": True}
+    config = str(write_config(tmp_path / "toy.yaml", stages=stages))
+    assert main(["stage", "target", config], TOY) == 0
+    for path in (home, *home.rglob("*")):
+        if os.geteuid() == 0:
+            os.chown(path, NOBODY, os.getgid())
+        path.chmod(path.stat().st_mode & ~0o222)
+    before = tree(home)
+    expected = {
+        ("status",): (0, "done"),
+        ("status", config): (0, "waits for left"),
+        ("show", "collect", "--verify"): (0, "every checksum is right"),
+        ("champions", "nobody"): (2, "no refresh has registered a drafter"),
+        ("promote", "nobody@1"): (2, "nobody has no version 1"),
+        ("stage", "left", config): (2, "permission denied"),
+    }
+    said = as_reader(home, [list(arguments) for arguments in expected])
+    for text, (arguments, (code, words)) in zip(said, expected.items(), strict=True):
+        assert f"code {code}\n" in text and words in text and "Traceback" not in text, (arguments, text)
+    assert tree(home) == before
