@@ -53,6 +53,12 @@ def _code_of(options: argparse.Namespace, pipeline: Pipeline | None) -> int:
         return _fail(
             "interrupted; what was finished or saved is kept: run the same command again to continue", EXIT_INTERRUPTED
         )
+    except SystemExit as ended:
+        if ended.code != _EXIT_TERMINATED:
+            raise
+        return _fail(
+            "terminated; what was finished or saved is kept: run the same command again to continue", _EXIT_TERMINATED
+        )
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `draftsmith status | head`
         return 0
