@@ -184,7 +184,10 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log_path: Pa
     deadline = time.monotonic() + _START_LIMIT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise DraftsmithError(f"Prefect's temporary server ended at once: the reason is in {log_path}")
+            raise DraftsmithError(
+                f"Prefect's temporary server ended at once: the reason is in {log_path}; if its database is damaged, "
+                f"move {log_path.parents[1] / 'prefect' / 'prefect.db'} away: a new one is made, and no result is in it"
+            )
         with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
             return
         time.sleep(0.1)

@@ -1,12 +1,15 @@
-"""A proxy in the environment, and the exclusions that the user has set."""
+"""Prefect's temporary server: a proxy in the environment, exclusions that the user has set, a damaged database."""
 
 from __future__ import annotations
 
 import urllib.request
+from pathlib import Path
 
 import pytest
 
 from draftsmith.flows.pipeline.prefect_server import _reach_ourselves_directly
+from tests.flows.pipeline.processes import processes_of, run_toy
+from tests.flows.pipeline.toy import write_config
 
 
 @pytest.mark.parametrize("name", ["no_proxy", "NO_PROXY"])
@@ -24,3 +27,15 @@ def test_our_own_server_is_reached_directly_and_exclusions_stay(
     for host in ("127.0.0.1", "localhost", *([known] if known and known != "*" else [])):
         assert urllib.request.proxy_bypass(host), host
     assert bool(urllib.request.proxy_bypass("gpu1.elsewhere")) == (known == "*")
+
+
+@pytest.mark.integration
+def test_a_damaged_database_is_one_error_that_says_what_to_move_away(tmp_path: Path) -> None:
+    home, config = tmp_path / "home", write_config(tmp_path / "toy.yaml")
+    database = home / "prefect" / "prefect.db"
+    database.parent.mkdir(parents=True)
+    database.write_bytes(b"no database" * 1000)
+    ended = run_toy(home, "refresh", config)
+    assert ended.returncode == 2, ended.stderr
+    assert f"move {database} away" in ended.stderr
+    assert not processes_of(home)
