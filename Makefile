@@ -9,7 +9,7 @@ SGLANG_VERSION ?= 0.5.20
 SGLANG_CPU := .venv-sglang-cpu
 SGLANG_GPU := .venv-sglang
 
-.PHONY: install quickstart season test test-core test-sglang sglang-cpu sglang-gpu lint bench clean
+.PHONY: install quickstart season faults test test-core test-sglang sglang-cpu sglang-gpu lint bench clean
 
 install: $(INSTALLED)
 
@@ -26,6 +26,10 @@ quickstart: $(INSTALLED)
 # five weeks of a drafter line on a small target, in minutes
 season: $(INSTALLED)
 	$(BIN)/python -m tests.season.season
+
+# faults injected into refreshes of a small target, in hours; `FAULTS="--runs 60 --only 'SIG*'"` for some of them
+faults: $(INSTALLED)
+	$(BIN)/python -m tests.faults.run $(FAULTS)
 
 # two workers with one thread each: torch processes that share cores slow each other down; a file's tests run in one of
 # them, so that its fixtures (a whole refresh, a season, servers) are made once

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,11 @@ import pytest
 import yaml
 
 from draftsmith.artifacts.store import Store
+from tests.faults.catalogue import alone
+from tests.faults.home import copied
+from tests.faults.scene import Scene, TooLate
+from tests.faults.signals import kill_command, kill_stage
+from tests.faults.undisturbed import remembered
 from tests.flows.pipeline.processes import ROOT, processes_of
 from tests.testbed.target import MASK
 
@@ -282,3 +289,22 @@ def test_a_drafter_of_another_target_is_refused_before_any_long_work(
     result = home.refresh("--set", f"sft.init_from={other}")
     assert "made for the target 000000000000" in one_error(result)
     assert done(result) == set()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_fault_at_a_seeded_moment_loses_nothing_and_repeats_nothing(
+    seed: int, story: dict[str, Any], home: Home, tmp_path: Path
+) -> None:
+    """Of the faults that `python -m tests.faults.run` injects into every stage: two kills, each of a random stage."""
+    calm = remembered(home.folder, home.config.name, story["first"].stdout, tmp_path / "kept")
+    chance = random.Random(seed)
+    fault, node = alone((kill_stage, kill_command)[seed]), chance.choice(NODES)
+    try:
+        for attempt in range(3):
+            with suppress(TooLate):
+                fault(Scene(calm, node, chance, earlier=0.5**attempt))
+                break
+        else:
+            pytest.fail("the stage had always ended before the kill")
+    finally:
+        copied(calm.kept, calm.folder)

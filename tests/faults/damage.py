@@ -1,0 +1,160 @@
+"""Files that a disk has damaged: a flipped bit, a lost end; in artifacts, in unfinished work, in databases."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.faults.home import Home
+from tests.faults.scene import Play, Scene, TooLate, must
+from tests.faults.undisturbed import TIMED
+from tests.faults.watch import until
+
+READER = {
+    "target": "prompts", "prompts": "rollout", "rollout": "sft", "heldout": "evaluation", "sft": "assisted",
+    "assisted": "mining", "mining": "opd", "opd": "evaluation", "control": "evaluation", "evaluation": "report",
+}  # fmt: skip
+"""A node that reads the first one's artifact."""
+SAVING = ("heldout", "rollout", "sft", "assisted", "opd", "control")
+"""Nodes that save parts of their work in files of their own."""
+Damage = Callable[[Path, random.Random], None]
+
+
+def flip(path: Path, chance: random.Random) -> None:
+    """One bit anywhere."""
+    content = bytearray(path.read_bytes())
+    place = chance.randrange(8 * len(content))
+    content[place // 8] ^= 1 << place % 8
+    _rewrite(path, bytes(content))
+
+
+def truncate(path: Path, chance: random.Random) -> None:
+    content = path.read_bytes()
+    _rewrite(path, content[: chance.randrange(len(content))])
+
+
+def _rewrite(path: Path, content: bytes) -> None:
+    """In place: the file keeps its inode and its time of change, as under a disk that fails."""
+    times = path.stat()
+    path.chmod(0o644)
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def artifact_file(suffix: str, damage: Damage) -> Play:
+    """A file of the node's artifact, before another stage reads it: it is named, with the `--force` that repairs it."""
+
+    def play(scene: Scene) -> None:
+        home = scene.undisturbed.without(reader := READER[scene.node])
+        folder = home.folder_of(scene.artifact)
+        path = scene.chance.choice(sorted(p for p in folder.rglob(f"*{suffix}") if p.is_file()))
+        damage(path, scene.chance)
+        scene.point = str(path.relative_to(folder))
+        scene.told(home.refresh(*scene.arguments), [2], path.name)
+        must(f"--force {scene.node}" in scene.messages[-1], "the message does not say what to --force")
+        scene.nothing_left()
+        ended = home.refresh(*scene.arguments, "--force", scene.node)
+        must(ended.code == 0, f"with --force it ended with {ended.code}: {ended.message}")
+        scene.same_content()
+        again = set(ended.nodes("started")) - {scene.node, reader, *TIMED}
+        must(not again, f"{sorted(again)}: finished work was repeated")
+        scene.nothing_left()
+
+    return play
+
+
+def saved_work(damage: Damage) -> Play:
+    """The newest shard or checkpoint of an attempt that was killed: what it held is made again, or taken from the one
+    before."""
+
+    def play(scene: Scene) -> None:
+        work = scene.home.partial_of(scene.artifact) / "work"
+        running = scene.start()
+        stage = scene.stage(running)
+        until(lambda: bool(_saved(work)) or not stage.alive)
+        scene.pause(scene.chance.random() * scene.undisturbed.nodes[scene.node].working_s / 2)
+        if not stage.alive:
+            raise TooLate
+        os.kill(stage.pid, signal.SIGKILL)
+        running.wait()
+        path = max(_saved(work), key=lambda file: file.stat().st_mtime_ns)
+        damage(path, scene.chance)
+        scene.point = str(path.relative_to(work))
+        ended = scene.refresh()
+        scene.messages.append(ended.message)
+        scene.finished(ended)
+
+    return play
+
+
+def _saved(work: Path) -> list[Path]:
+    return [p for p in work.rglob("*") if p.is_file() and not p.name.startswith(".") and p.stat().st_size]
+
+
+def database(find: Callable[[Home], Path], word: str, damage: Damage) -> Play:
+    """A database of views: one error that says what to do. Done, that makes the refresh go on; the store lost nothing.
+    Damage that the database does not notice must not disturb the refresh."""
+
+    def play(scene: Scene) -> None:
+        path = find(scene.home)
+        for log in path.parent.glob(f"{path.name}-*"):  # what it had not written there yet
+            log.unlink()
+        damage(path, scene.chance)
+        ended = scene.refresh()
+        scene.messages.append(ended.message)
+        if ended.code != 0:
+            scene.messages.pop()
+            scene.told(ended, [2, 75], word)
+            must("move" in scene.messages[-1], "the message does not say what to do")
+            path.rename(path.with_suffix(".damaged"))
+            ended = scene.refresh()
+        scene.finished(ended)
+
+    return play
+
+
+def pages(path: Path, chance: random.Random) -> None:
+    """Noise over a third of its pages, the first one left alone."""
+    content = bytearray(path.read_bytes())
+    for page in range(1, len(content) // 4096):
+        if chance.random() < 1 / 3:
+            content[page * 4096 : (page + 1) * 4096] = chance.randbytes(4096)
+    _rewrite(path, bytes(content))
+
+
+def _mlflow(home: Home) -> Path:
+    return home.path / "mlflow.db"
+
+
+def _prefect(home: Home) -> Path:
+    return home.path / "prefect" / "prefect.db"
+
+
+HAS: dict[str, tuple[str, ...]] = {
+    "manifest.json": tuple(READER),
+    ".parquet": ("prompts", "heldout", "rollout", "assisted", "mining"),
+    ".safetensors": ("sft", "opd", "control"),
+    "drafter/config.json": ("sft", "opd", "control"),
+    "target.json": ("target",),
+    "evaluation.json": ("evaluation",),
+    "": tuple(READER),
+}
+"""Nodes whose artifacts have files of this kind."""
+ARTIFACTS: dict[str, tuple[Play, tuple[str, ...]]] = {
+    f"{name}: {suffix or 'any file'}": (artifact_file(suffix, damage), nodes)
+    for name, damage in (("flipped bit", flip), ("truncated", truncate))
+    for suffix, nodes in HAS.items()
+}
+WORK: dict[str, Play] = {
+    "flipped bit: unfinished work": saved_work(flip),
+    "truncated: unfinished work": saved_work(truncate),
+}
+DATABASES: dict[str, Play] = {
+    "damaged pages: MLflow's database": database(_mlflow, "MLflow", pages),
+    "truncated: MLflow's database": database(_mlflow, "MLflow", truncate),
+    "damaged pages: Prefect's database": database(_prefect, "Prefect", pages),
+    "truncated: Prefect's database": database(_prefect, "Prefect", truncate),
+}

@@ -1,0 +1,85 @@
+"""Full and read-only disks: real ones, mounted for the scene. Needs the right to mount (`run.py` asks for it)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.faults.home import copied_into
+from tests.faults.scene import STARTING, WORKING, Play, Scene, TooLate
+
+_DISK_MB = 400  # several homes
+
+
+def disk_filled(scene: Scene) -> None:
+    """The whole home lies on a disk that somebody else fills up while the stage runs."""
+    with _disk(scene.home.path):
+        copied_into(scene.undisturbed.kept / scene.home.path.name, scene.home.path)
+        scene.home.drop(scene.artifact)
+        running = scene.start()
+        scene.reach(running, (STARTING, WORKING))
+        other = _fill(scene.home.path)
+        ended = running.wait()
+        if ended.code == 0 and scene.node in ended.nodes("done"):
+            raise TooLate
+        other.unlink()
+        scene.told(ended, [2], "disk is full")
+        scene.nothing_left()
+        scene.continues()
+
+
+def store_read_only(scene: Scene) -> None:
+    """The store's disk is mounted again, read-only, while the stage runs."""
+    store = scene.home.path / "store"
+    running = scene.start()
+    scene.reach(running, (STARTING, WORKING))
+    same = scene.home.folder / "same"  # the store once more, which nobody writes to while it becomes read-only
+    same.mkdir()
+    _mount("--bind", str(store), str(same))
+    _mount("-o", "remount,bind,ro", str(same))
+    _mount("--move", str(same), str(store))
+    try:
+        ended = running.wait()
+    finally:
+        subprocess.run(["umount", "--lazy", str(store)], check=True)
+    scene.told(ended, [2], "read-only")
+    scene.nothing_left()
+    scene.continues()
+
+
+@contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    _mount("-t", "tmpfs", "-o", f"size={_DISK_MB}m", "faults", str(folder))
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def _mount(*arguments: str) -> None:
+    subprocess.run(["mount", *arguments], check=True)
+
+
+def _fill(folder: Path) -> Path:
+    """A file that takes what is left of the disk."""
+    path = folder / "of-somebody-else"
+    with path.open("wb") as file:
+        disk = os.statvfs(folder)
+        free = disk.f_bavail * disk.f_frsize
+        while free:
+            try:
+                os.posix_fallocate(file.fileno(), 0, free)
+                break
+            except OSError:  # the stage was faster
+                disk = os.statvfs(folder)
+                free = disk.f_bavail * disk.f_frsize
+    return path
+
+
+FAULTS: dict[str, Play] = {
+    "full disk": disk_filled,
+    "read-only store": store_read_only,
+}

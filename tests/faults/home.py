@@ -1,0 +1,172 @@
+"""The command on a home of its own, as a user would start it, and what the home holds afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from draftsmith.artifacts.locks import is_locked
+from draftsmith.artifacts.store import SHORT, Store
+from tests.flows.pipeline.processes import ROOT, processes_of
+
+_LINE = re.compile(r"^([a-z][a-z0-9-]*): (reused|started|done in .*)$")
+_KEPT = re.compile(r"(\d+) (?:answers|\w+) of an earlier attempt kept|checkpoint at step (\d+)")
+LIMIT_S = 600.0  # of one command: many times what it takes
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+    def nodes(self, what: str) -> list[str]:
+        """Nodes that were `reused`, `started` or `done`, in the order of the lines."""
+        lines = (_LINE.match(line) for line in self.out.splitlines())
+        return [found[1] for found in lines if found is not None and found[2].startswith(what)]
+
+    @property
+    def message(self) -> str:
+        """The error for the person; else the last warning; empty if the command said nothing of the kind."""
+        said = [line for line in self.err.splitlines() if line.startswith("draftsmith: ")]
+        said += [line for line in self.out.splitlines() if line.startswith("warning: ")]
+        errors = [line for line in said if line.startswith("draftsmith: error: ")]
+        return (errors or said or [""])[-1]
+
+    @property
+    def kept(self) -> int | None:
+        """Answers or steps of an earlier attempt that the last stage went on from; None if it did not say."""
+        found = _KEPT.findall(self.out)
+        return int(found[-1][0] or found[-1][1]) if found else None
+
+
+@dataclass
+class Running:
+    """A command while it runs, in a session of its own; its output goes to files, which no fault can block."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+    begun: float = field(default_factory=time.monotonic)
+
+    def wait(self, limit_s: float = LIMIT_S) -> Ended:
+        """Raises subprocess.TimeoutExpired, and kills what is left, if the command does not end."""
+        try:
+            code = self.process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            raise
+        out, err = ((self.folder / name).read_text("utf-8", errors="replace") for name in ("stdout", "stderr"))
+        return Ended(code, out, err, time.monotonic() - self.begun)
+
+
+@dataclass(frozen=True)
+class Home:
+    """A folder with a config, its input files, and the DRAFTSMITH_HOME `home`."""
+
+    folder: Path
+    config: Path
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "home"
+
+    @property
+    def store(self) -> Store:
+        return Store(self.path / "store")
+
+    def start(self, *arguments: str | Path, output: str = "output", **variables: str) -> Running:
+        """`draftsmith refresh CONFIG ARGUMENTS`. output: a folder's name, for two commands at once."""
+        folder = self.folder / output
+        folder.mkdir(exist_ok=True)
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "DRAFTSMITH_"))}
+        with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "draftsmith.flows", "refresh", str(self.config), *map(str, arguments)],
+                cwd=ROOT,
+                env={**environment, "DRAFTSMITH_HOME": str(self.path), "OMP_NUM_THREADS": "1", **variables},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+                # a background job of a script inherits an ignored SIGINT; a terminal's command does not
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )
+        return Running(process, folder)
+
+    def refresh(self, *arguments: str | Path, **variables: str) -> Ended:
+        """The same, to its end."""
+        return self.start(*arguments, **variables).wait()
+
+    # ---- what is there
+
+    def content_ids(self) -> dict[str, str]:
+        """`STAGE/KEY`, the key's first digits, of every complete artifact -> its content id."""
+        return {f"{m.stage}/{m.key[:SHORT]}": m.content_id for m in self.store.list()}
+
+    def folder_of(self, artifact: str) -> Path:
+        """Of `STAGE/KEY`."""
+        stage, key = artifact.split("/")
+        return self.store.path(stage, key)
+
+    def partial_of(self, artifact: str) -> Path:
+        stage, key = artifact.split("/")
+        return self.store.partial(stage, key)
+
+    def config_of(self, artifact: str) -> dict[str, Any]:
+        """What the stage that makes it was last asked for."""
+        stage, key = artifact.split("/")
+        request = max(self.path.glob(f"logs/{stage}-{key}-*.request.json"))
+        config: dict[str, Any] = json.loads(request.read_text("utf-8"))["config"]
+        return config
+
+    def drop(self, artifact: str) -> None:
+        """As if it had never been made."""
+        shutil.rmtree(self.folder_of(artifact))
+
+    def processes(self) -> list[int]:
+        return processes_of(self.path)
+
+    def held_locks(self) -> list[Path]:
+        """Lock files that a living process holds."""
+        return [path for path in self.path.rglob(".lock*") if path.is_file() and is_locked(path)]
+
+    def runs_running(self) -> list[str]:
+        """Names of the runs that MLflow's own database shows as running."""
+        with closing(sqlite3.connect(self.path / "mlflow.db")) as database:
+            return [name for (name,) in database.execute("select name from runs where status = 'RUNNING'")]
+
+    def litter(self) -> list[Path]:
+        """What a finished refresh must not leave in the store: attempts, replaced artifacts, half-written files."""
+        root = self.store.root
+        names = ("*/.partial-*", "*/.replaced-*", "**/.tmp-*")
+        return [path for name in names for path in root.glob(name) if not _empty(path)]
+
+
+def _empty(path: Path) -> bool:
+    return path.is_dir() and not any(each.is_file() for each in path.rglob("*"))
+
+
+def copied(source: Path, folder: Path) -> None:
+    """`folder` becomes a copy of `source`; what was there is gone."""
+    shutil.rmtree(folder, ignore_errors=True)
+    copied_into(source, folder)
+
+
+def copied_into(source: Path, folder: Path) -> None:
+    """The same for an empty folder that must stay, since a disk is mounted there."""
+    shutil.copytree(source, folder, symlinks=True, dirs_exist_ok=True)

@@ -1,0 +1,97 @@
+"""A clock that jumps, a stage that hangs, a stage deaf to SIGTERM: by a library that is preloaded into the command.
+
+Compiled here (gcc). All else is the real command.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import struct
+import subprocess
+import time
+from pathlib import Path
+
+from tests.faults.home import Running
+from tests.faults.scene import Play, Scene, must
+
+_LAYOUT = struct.Struct("=qii")  # as `struct switches` in preload.c
+_DAY_S = 86_400
+_GRACE_S = 3.0  # of the config
+
+
+class Switches:
+    """What the preloaded library does, changed while the command runs."""
+
+    def __init__(self, scene: Scene) -> None:
+        source, library = Path(__file__).with_suffix(".c"), scene.home.folder / "preload.so"
+        subprocess.run(["gcc", "-shared", "-fPIC", "-O2", "-o", str(library), str(source)], check=True)
+        path = scene.home.folder / "switches"
+        path.write_bytes(bytes(_LAYOUT.size))
+        with path.open("r+b") as file:
+            self._memory = mmap.mmap(file.fileno(), _LAYOUT.size)
+        self.variables = {"LD_PRELOAD": str(library), "FAULTS_SWITCHES": str(path)}
+
+    def turn(self, *, clock_s: int = 0, hang: bool = False, deaf: bool = False) -> None:
+        _LAYOUT.pack_into(self._memory, 0, clock_s, hang, deaf)
+
+
+def _clock(scene: Scene, clock_s: int) -> None:
+    switches = Switches(scene)
+    running = scene.start(**switches.variables)
+    scene.reach(running)
+    switches.turn(clock_s=clock_s)
+    ended = running.wait()
+    scene.finished(ended)
+    again = scene.refresh()  # by the right clock
+    scene.finished(again)
+    must(not again.nodes("started"), f"{again.nodes('started')} was made again")
+
+
+def clock_forward(scene: Scene) -> None:
+    _clock(scene, scene.chance.randint(1, 800) * _DAY_S)
+
+
+def clock_back(scene: Scene) -> None:
+    _clock(scene, -scene.chance.randint(1, 800) * _DAY_S)
+
+
+def stage_hangs(scene: Scene) -> None:
+    """In a write that never returns, deaf to every signal but SIGKILL."""
+    switches = Switches(scene)
+    running = scene.start(*scene.limit(), **switches.variables)
+    scene.reach(running)
+    switches.turn(hang=True)
+    scene.told(running.wait(), [2], "ran past its limit")
+    scene.nothing_left()
+    scene.continues()
+
+
+def stage_deaf(scene: Scene) -> None:
+    """The command is terminated; its stage ignores SIGTERM and hangs."""
+    switches = Switches(scene)
+    switches.turn(deaf=True)
+    running = scene.start(**switches.variables)
+    scene.reach(running)
+    switches.turn(deaf=True, hang=True)
+    seconds = _terminate(running)
+    scene.nothing_left()
+    must(seconds < _GRACE_S + 15, f"the command took {seconds:.0f} s to end")
+    scene.continues()
+
+
+def _terminate(running: Running) -> float:
+    begun = time.monotonic()
+    os.kill(running.process.pid, signal.SIGTERM)
+    ended = running.wait()
+    must(ended.code == 143, f"ended with {ended.code}, not 143: {ended.message}")
+    return time.monotonic() - begun
+
+
+FAULTS: dict[str, Play] = {
+    "clock jumps forward": clock_forward,
+    "clock jumps back": clock_back,
+    "stage hangs in a write": stage_hangs,
+    "stage ignores SIGTERM": stage_deaf,
+}

@@ -1,0 +1,129 @@
+"""The command: `python -m tests.faults.run`. Every fault at every stage, each at seeded random moments, one after the
+other; a row each in a file of JSON lines that the same command goes on with; a table at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from draftsmith.flows.pipeline.display import Rate, duration
+from tests.faults.catalogue import faults
+from tests.faults.configs import NODES
+from tests.faults.play import Case, play, play_in_turn
+from tests.faults.served import SERVERS
+from tests.faults.table import Row, table
+from tests.faults.undisturbed import undisturbed
+
+_MOUNTED = "FAULTS_MAY_MOUNT"
+
+
+def cases(seed: int, only: Sequence[str] = ()) -> list[Case]:
+    """Every fault at every node that it can meet, in a seeded order. only: patterns of `FAULT` or `FAULT/NODE`."""
+    found = [
+        Case(fault, kind, node)
+        for fault in faults()
+        for kind, nodes in NODES.items()
+        for node in nodes
+        if kind in fault.kinds and node in fault.nodes
+    ]
+    random.Random(seed).shuffle(found)
+    return [case for case in found if not only or any(_matches(case, pattern) for pattern in only)]
+
+
+def _matches(case: Case, pattern: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in (case.fault.name, f"{case.fault.name}/{case.node}"))
+
+
+def series(seed: int, runs: int, only: Sequence[str]) -> Iterator[Case]:
+    """So many cases; when each was there once, they begin again at other moments."""
+    chosen = cases(seed, only)
+    if not chosen:
+        raise SystemExit("no fault matches")
+    for number in range(runs or len(chosen)):
+        case = chosen[number % len(chosen)]
+        yield Case(case.fault, case.kind, case.node, number // len(chosen))
+
+
+def read_rows(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    return [Row(**json.loads(line)) for line in path.read_text("utf-8").splitlines()]
+
+
+def write_rows(path: Path, rows: Sequence[Row], mode: str = "a") -> None:
+    with path.open(mode, encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Inject faults into real refreshes on a tiny target.")
+    parser.add_argument("--seed", type=int, default=0, help="of the faults' order and moments")
+    parser.add_argument("--runs", type=int, default=0, help="how many faults; 0: each at every stage, once")
+    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="such as 'SIG*/opd'")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "draftsmith-faults")
+    parser.add_argument("--again", action="store_true", help="play those that did not end well once more")
+    parser.add_argument("--table", action="store_true", help="print the table of what was played, and play nothing")
+    options = parser.parse_args()
+    told = options.folder / "rows.jsonl"
+    rows = [row for row in read_rows(told) if not (options.again and row.outcome != "ok")]
+    if not options.table:
+        _in_mounts_of_our_own()
+        options.folder.mkdir(parents=True, exist_ok=True)
+        write_rows(told, rows, "w")
+        played = {(row.fault, row.node, row.number) for row in rows if row.seed == options.seed}
+        todo = [case for case in series(options.seed, options.runs, options.only) if case.name not in played]
+        with SERVERS:
+            rows += _told(_play_all(todo, options.seed, options.folder), len(todo), told)
+    print(table(rows))
+    return 1 if any(row.outcome != "ok" for row in rows) else 0
+
+
+def _play_all(todo: Sequence[Case], seed: int, folder: Path) -> Iterator[Row]:
+    """Cases that can follow each other on one attempt are played together."""
+    groups: dict[tuple[object, ...], list[Case]] = {}
+    for case in todo:
+        together = (case.kind, case.node, case.number)
+        groups.setdefault(together if case.fault.strike else case.name, []).append(case)
+    for kind in dict.fromkeys(case.kind for case in sorted(todo, key=lambda case: list(NODES).index(case.kind))):
+        calm = undisturbed(kind, folder)
+        for cases in (each for each in groups.values() if each[0].kind == kind):
+            yield from play_in_turn(cases, seed, calm) if cases[0].fault.strike else [play(cases[0], seed, calm)]
+
+
+def _told(rows: Iterator[Row], total: int, path: Path) -> Iterator[Row]:
+    """Every row is kept and printed as it comes, with the time left."""
+    rate = Rate()
+    rate.update(0, total, "faults", time.monotonic())
+    for done, row in enumerate(rows, start=1):
+        write_rows(path, [row])
+        _, left = rate.update(done, total, "faults", time.monotonic())
+        said = f"{done}/{total}  {row.node:<10} {row.fault:<38} {row.point:<17} {row.seconds:5.1f} s"
+        print(f"{said}  {row.outcome}" + (f"  ({duration(left)} left)" if left else ""), flush=True)
+        yield row
+
+
+def _in_mounts_of_our_own() -> None:
+    """Go on in a mount namespace that ends with us, where that is allowed: full and read-only disks are real ones."""
+    if _MOUNTED in os.environ or shutil.which("unshare") is None:
+        return
+    for prefix in (["unshare", "--mount"], ["unshare", "--map-root-user", "--mount"]):
+        if subprocess.run([*prefix, "true"], capture_output=True).returncode == 0:
+            os.environ[_MOUNTED] = "1"
+            command = [*prefix, sys.executable, "-m", "tests.faults.run", *sys.argv[1:]]
+            os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

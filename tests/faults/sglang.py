@@ -1,0 +1,61 @@
+"""A real SGLang server on the CPU that a rollout asks through a proxy which spoils its answers."""
+
+from __future__ import annotations
+
+from tests.faults.proxy import Mood
+from tests.faults.scene import WORKING, Play, Scene, TooLate, must
+from tests.faults.served import proxy
+
+_SPOILED_S = (0.5, 6.0)
+
+
+def spoiled_a_while(mood: Mood) -> Play:
+    """The rollout asks again what was spoiled, and ends well."""
+
+    def play(scene: Scene) -> None:
+        between = proxy(scene.undisturbed.folder.parent)
+        running = scene.start()
+        try:
+            scene.reach(running, [WORKING])
+            spoiled, between.mood = between.spoiled, mood
+            scene.pause(scene.chance.uniform(*_SPOILED_S))
+            if running.process.poll() is not None and between.spoiled == spoiled:
+                raise TooLate
+        finally:
+            between.mood = Mood.WELL
+        scene.told(ended := running.wait(), [0])
+        if between.spoiled == spoiled:
+            raise TooLate
+        scene.finished(ended)
+
+    return play
+
+
+def lost(mood: Mood) -> Play:
+    """It does not come back: the refresh ends with a code that is worth a retry, and what it had is kept."""
+
+    def play(scene: Scene) -> None:
+        between = proxy(scene.undisturbed.folder.parent)
+        running = scene.start("--set", "stages.retries=0")
+        try:
+            scene.reach(running, [WORKING])
+            between.mood = mood
+            ended = running.wait()
+        finally:
+            between.mood = Mood.WELL
+        if ended.code == 0:
+            raise TooLate
+        scene.told(ended, [75], "SGLang", "request ")
+        scene.nothing_left()
+        scene.finished(again := scene.refresh())
+        must(again.kept, "nothing of the first attempt was kept")
+
+    return play
+
+
+FAULTS: dict[str, Play] = {
+    **{f"SGLang answers {m.value} a while": spoiled_a_while(m) for m in Mood if m not in (Mood.WELL, Mood.GONE)},
+    "SGLang gone a while": spoiled_a_while(Mood.GONE),
+    "SGLang gone for good": lost(Mood.GONE),
+    "SGLang silent for good": lost(Mood.SILENT),
+}

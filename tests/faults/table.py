@@ -1,0 +1,45 @@
+"""What came of the faults: a row each, and the table fault × stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tests.faults.configs import NODES
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of one fault."""
+
+    fault: str
+    node: str
+    number: int
+    seed: int
+    point: str  # phase of the stage, and how far in it: a share of what the undisturbed one took
+    outcome: str  # "ok", or what did not hold
+    message: str  # what the command said of the fault
+    seconds: float
+    commit: str
+    at: str
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown. A cell has the number of runs that ended well, of those that were played where some did not."""
+    nodes = list(dict.fromkeys(node for of_kind in NODES.values() for node in of_kind))
+    head = ["fault", *nodes, "all"]
+    lines = [head, ["---"] * len(head)]
+    for name in sorted({row.fault for row in rows}):
+        mine = [row for row in rows if row.fault == name]
+        cells = [[row for row in mine if row.node == node] for node in nodes]
+        lines.append([name, *(_cell(cell) for cell in [*cells, mine])])
+    broken = [f"- {r.fault}, {r.node} ({r.point}): {r.outcome}" for r in rows if r.outcome != "ok"]
+    said = f"{len(rows)} runs, {len(rows) - len(broken)} ended well"
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *broken, said])
+
+
+def _cell(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    well = sum(row.outcome == "ok" for row in rows)
+    return str(well) if well == len(rows) else f"{well} of {len(rows)}"
