@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
-from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.prompting.aside import Aside
 from draftsmith.stages.prompting.files import BadRow, Row, matched, read_rows
 from draftsmith.stages.prompting.held_out import HELDOUT_SHARE, place
@@ -26,6 +26,7 @@ from draftsmith.stages.prompting.sources import (
     ReasoningGymSource,
     Split,
 )
+from draftsmith.stages.targets.hub import hub_answered, hub_reason
 
 _PROCEDURAL_SEED = 1_000  # behind the seeds of the text that targets are trained on
 _SEEDS_PER_SPLIT = 1_000_000  # a procedural task takes its item i from seed + i: splits own separate ranges of seeds
@@ -226,8 +227,14 @@ def _passing(rows: Any, source: HuggingFaceSource) -> list[int]:
 
 
 def load_rows(source: HuggingFaceSource) -> Any:
-    """The data set as a sequence of rows; every failure becomes one DraftsmithError."""
+    """The data set as a sequence of rows.
+
+    Every failure becomes one DraftsmithError; a RetryableError if the hub is away, ill or too slow.
+    """
     import datasets
+    import httpx
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
 
     revision = (source.commit or source.revision) if source.of_hub else source.revision
     try:
@@ -242,6 +249,13 @@ def load_rows(source: HuggingFaceSource) -> Any:
                 "no such folder here, and not to be had from the hub: check the id and the network, or give a folder"
             )
             cause = error
+            # one that the hub does not have, or that holds no data, has an error class of its own
+            away = isinstance(error, ConnectionError) or type(error) is FileNotFoundError
+            if away and not constants.HF_HUB_OFFLINE:
+                raise RetryableError(f"prompts.sources: data set {source.id}: {reason}") from error
+    except (httpx.HTTPError, HfHubHTTPError) as error:
+        kind = DraftsmithError if hub_answered(error) else RetryableError
+        raise kind(f"prompts.sources: data set {source.id}: {hub_reason(error, revision)}") from error
     except ValueError as error:  # unknown split or configuration: the message lists the known ones
         reason, cause = f"{_one_line(error)}: correct name or split", error
     raise DraftsmithError(f"prompts.sources: data set {source.id}: {reason}") from cause

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.parquet import read_table
@@ -15,8 +21,12 @@ from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.sglang.engine import open_sglang
+from draftsmith.stages.engines.sglang.handshake import Expected, _check_weights
 from draftsmith.stages.rollout import STAGE, RolloutConfig
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_prompts
+from draftsmith.stages.targets.config import TargetConfig
+from draftsmith.stages.targets.info import model_path, write_target_info
+from draftsmith.stages.targets.resolve import describe
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -167,3 +177,36 @@ def test_sampling_with_a_drafter_on_a_cpu_is_refused(
         pytest.raises(DraftsmithError, match=r"sampling\.temperature: SGLang on a CPU verifies greedily"),
     ):
         list(engine.generate(requests(tiny_drafter, 2, temperature=1.0)))
+
+
+def test_a_server_is_known_by_the_log_probs_of_fixed_tokens(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, plain_url: str
+) -> None:
+    """As for a server on another machine: its folder says nothing, and it was started without a commit."""
+    expected = Expected.of(
+        SGLangEngineConfig.model_validate(served(plain_url)),
+        target_folder=tiny_drafter.target,
+        drafter_folder=None,
+        drafting=DraftingConfig(),
+        longest=200,
+        stream=False,
+    )
+    source = model_path(tiny_drafter.target)
+    shutil.copytree(source, tmp_path / "model")
+    weights = load_file(source / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    moved = {name: w + 1e-3 * torch.randn(w.shape, generator=generator) for name, w in weights.items()}
+    save_file(moved, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    config = TargetConfig(source="org/model", dtype="float32")
+    write_target_info(describe(tmp_path / "model", config, kind="folder", location="model", revision=None), tmp_path)
+
+    async def check(target_folder: Path) -> list[str]:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            server = (await client.get(f"{plain_url}/server_info")).json()
+            other = replace(expected, target_folder=target_folder)
+            return await _check_weights(client, plain_url, "org/model", server, other)
+
+    (said,) = asyncio.run(check(tiny_drafter.target))
+    assert float(said.split(" nats")[0].split()[-1]) < 1e-5
+    with pytest.raises(DraftsmithError, match="other weights"):
+        asyncio.run(check(tmp_path))
