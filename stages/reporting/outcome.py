@@ -19,11 +19,11 @@ LABELS = {
     "measured": "Measured, nothing to decide",
 }
 _BROKEN = {
-    "checksums": "its files are not as they were written",
-    "lossless": "it changes what the target says",
-    "near-ties": "its outputs part from plain decoding where the target was sure",
-    "tau": "its tau is not measurably higher",
-    "speed-up": "it is not measurably faster than plain decoding",
+    "checksums": "has files that are not as they were written",
+    "lossless": "changes what the target says",
+    "near-ties": "parts from plain decoding where the target was sure",
+    "tau": "has no measurably higher tau",
+    "speed-up": "is not measurably faster than plain decoding",
 }
 
 
@@ -65,10 +65,10 @@ def outcome(evaluation: Mapping[str, Any], decision: Mapping[str, Any]) -> Outco
         sentence = f"{name} takes the place of {champion}" if champion else f"{name} is the line's first champion"
         shown = [rule for rule in rules if rule["name"] == "tau" or rule["name"].startswith("speed")]
     elif kind == "refused":
-        stays = f"{champion} stays" if champion else f"{name} is not promoted"
         broken = [rule for rule in failed if rule.get("judged", True)]
-        why = "; ".join(dict.fromkeys(_broken(rule["name"]) for rule in broken))
-        sentence, shown = f"{stays[0].upper()}{stays[1:]}: {why}", failed
+        why = " and ".join(dict.fromkeys(_broken(rule["name"]) for rule in broken))
+        stays = f"V{champion[1:]} stays: " if champion else ""
+        sentence, shown = f"{stays}{name} {why}", failed
     else:
         than = champion or "plain decoding"
         sentence = f"What was measured does not say whether {name} is better than {than}"
@@ -78,10 +78,10 @@ def outcome(evaluation: Mapping[str, Any], decision: Mapping[str, Any]) -> Outco
 
 def _broken(rule: str) -> str:
     if rule.startswith("tau of "):
-        return f"it is measurably worse on {rule.removeprefix('tau of ')}"
+        return f"is measurably worse on {rule.removeprefix('tau of ')}"
     if rule.startswith("speed at "):
-        return f"it is measurably slower at {rule.removeprefix('speed at ')}"
-    return _BROKEN.get(rule, f"the rule {rule} is broken")
+        return f"is measurably slower at {rule.removeprefix('speed at ')}"
+    return _BROKEN.get(rule, f"breaks the rule {rule}")
 
 
 def _measured(evaluation: Mapping[str, Any]) -> Outcome:

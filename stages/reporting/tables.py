@@ -93,7 +93,8 @@ def _counts(artifacts: Sequence[Mapping[str, Any]]) -> list[str]:
     found = []
     for names in (_GENERATED, _TRAINED, ("tflop",)):
         values = [each["metrics"][n] for each in artifacts for n in names if n in (each.get("metrics") or {})]
-        found.append(f"{sum(values):,.0f}" if values else ABSENT)
+        total = sum(values)
+        found.append(ABSENT if not values else f"{total:,.0f}" if total >= 100 else f"{total:.3g}")
     return found
 
 

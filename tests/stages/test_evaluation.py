@@ -195,6 +195,34 @@ def test_turns_are_timed_as_a_whole_and_rotate(evaluated: RecordingContext) -> N
     assert speed["tokens_per_s"] == pytest.approx(sum(t["tokens"] for t in own) / sum(t["wall_seconds"] for t in own))
 
 
+def test_the_machine_is_recorded_with_every_turn_and_doubts_are_written_down(evaluated: RecordingContext) -> None:
+    turns = read_table(evaluated.out / "turns.parquet", TURNS).to_pylist()
+    for turn in turns:
+        assert turn["load_average"] >= 0
+        known = turn["wall_seconds"] > 1
+        assert not known or 0 <= turn["others_share"] + turn["stolen_share"] <= 1.01
+    found = figures(evaluated)
+    assert all(doubt["said"] and doubt["concurrency"] == 2 for doubt in found["doubts"])
+    assert not {"turns", "prompts"} & {doubt["kind"] for doubt in found["doubts"]}, "5 of each"
+    assert found["machine"]["cores"] >= 1
+
+
+def test_the_worst_contexts_of_every_arm_are_parts_of_its_answers(
+    evaluated: RecordingContext, tiny_drafter: DrafterArtifacts, bench: Bench
+) -> None:
+    contexts = json.loads((evaluated.out / "contexts.json").read_text())
+    assert contexts.keys() == {"sft", "control", "opd"}
+    stored = load_trajectories(tiny_drafter.heldout, ["heldout"]).trajectories
+    texts = {t.trajectory_id: bench.target.tokenizer.decode(t.tokens) for t in stored}
+    for found in contexts.values():
+        assert 0 < len(found) <= 10
+        assert [each["tau"] for each in found] == sorted(each["tau"] for each in found)
+        for each in found:
+            committed = "".join(step["kept"] + step["chosen"] for step in each["steps"])
+            assert each["before"] + committed + each["after"] in texts[each["trajectory_id"]]
+    assert min(each["tau"] for each in contexts["sft"]) < figures(evaluated)["drafters"]["sft"]["tau"]
+
+
 def test_an_interrupted_evaluation_goes_on_with_the_next_round(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
     """What was chosen and timed stays as it is; a round that was not finished is made again as a whole."""
     config = EvaluationConfig.model_validate({**CONFIG, "rounds": 3, "speed_prompts": 2, "exactness_prompts": 0})

@@ -11,12 +11,20 @@ from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.tracking import REUSED_TIMES, Tracking
 from draftsmith.flows.pipeline.record import RunRecord
 
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a database: making one takes seconds."""
+    return tmp_path_factory.mktemp("home")
+
 
 @pytest.fixture
-def tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tracking:
+def tracking(home: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Tracking:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
-    return Tracking(tmp_path, "a-line")
+    return Tracking(home, request.node.name)
 
 
 def artifacts(folder: Path, content: str = "c" * 64) -> dict[str, ArtifactRef]:

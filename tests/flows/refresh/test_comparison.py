@@ -28,19 +28,24 @@ def made(store: Store, name: str, **told: Any) -> ArtifactRef:
         return store.commit(claim, config={}, inputs={}, code_digest="c", seed=0)
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
+def store(home: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(home))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return Store(tmp_path / "home" / "store")
+    return Store(home / "store")
 
 
 def test_runs_of_mlflow_and_artifacts_are_found_and_compared(
-    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    store: Store, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = made(store, "week 1", doubts=["the clock changed"])
     second = made(store, "week 2", figures={"tau.opd": 2.75, "speedup.c1.t0": 1.2}, config={"sft": {"steps": 5}})
-    record = RunRecord(Tracking(tmp_path / "home", "a-line"), "weekly's", {}, {})
+    record = RunRecord(Tracking(home, "a-line"), "weekly's", {}, {})
     run_id = record.open()
     shown = review({"report": first.path})
     assert shown is not None and run_id is not None
@@ -59,7 +64,7 @@ def test_runs_of_mlflow_and_artifacts_are_found_and_compared(
 
 
 def test_what_is_no_refresh_is_one_error(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
-    other = made(store, "week 1")
+    other = made(store, "week 3")
     with pytest.raises(DraftsmithError, match="nothing-like-it: neither a config file, nor a refresh's run"):
         report_of_text("nothing-like-it")
     (other.path / "review.json").chmod(0o644)
