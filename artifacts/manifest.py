@@ -21,6 +21,7 @@ SCHEMA_VERSION = 1  # part of every key: raising it makes every artifact new
 MANIFEST = "manifest.json"
 # A file of an artifact, path -> sha256: files elsewhere (a model's folder) that whoever reads the artifact reads too.
 ELSEWHERE = "elsewhere.json"
+_CHECKSUM = "checksum"  # of the manifest itself
 VERSIONS = "versions.json"  # a file of an artifact: name -> version of what made it, beside this environment's packages
 _PACKAGES = (
     *("draftsmith", "torch", "transformers", "tokenizers", "safetensors", "gguf", "accelerate"),
@@ -135,14 +136,27 @@ def describe_files(folder: Path, volatile: Iterable[str]) -> dict[str, FileEntry
     }
 
 
+def manifest_text(manifest: Manifest) -> str:
+    """The content of a manifest's file, with a checksum over its fields."""
+    fields = json.loads(manifest.model_dump_json())  # as it is read
+    return json.dumps({**fields, _CHECKSUM: _checksum(fields)}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _checksum(fields: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(fields).encode()).hexdigest()
+
+
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder. Raises `DraftsmithError` if it is absent, unreadable or of another version."""
+    """The manifest of a folder. Raises `DraftsmithError` if it is absent, damaged or of another version."""
     path = folder / MANIFEST
     try:
         data = json.loads(path.read_bytes())
         found = data.get("schema_version")
         if found != SCHEMA_VERSION:
             raise DraftsmithError(f"{path}: schema version {found}, this Draftsmith reads {SCHEMA_VERSION}")
+        checksum = data.pop(_CHECKSUM, None)  # artifacts of earlier versions have none
+        if checksum is not None and checksum != _checksum(data):
+            raise DraftsmithError(f"{path}: has changed since it was written: its checksum is another")
         return Manifest.model_validate(data)
     except FileNotFoundError:
         raise DraftsmithError(f"{path}: missing") from None

@@ -32,6 +32,7 @@ from draftsmith.artifacts.manifest import (
     content_id,
     describe_files,
     elsewhere,
+    manifest_text,
     read_manifest,
     sha256_file,
     versions,
@@ -304,7 +305,7 @@ class Store:
         manifest = Manifest.model_validate({**fields, "files": files, "content_id": content_id(files)})
         if lock is not None:  # again: the checksums of a large artifact take minutes
             lock.check()
-        write_text(out / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+        write_text(out / MANIFEST, manifest_text(manifest))
         return self._install(manifest)
 
     def _install(self, manifest: Manifest) -> ArtifactRef:

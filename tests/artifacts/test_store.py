@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -241,9 +242,30 @@ def test_verify_finds_a_manifest_whose_checksums_were_edited(store: Store) -> No
     ref = make(store)
     manifest = json.loads((ref.path / MANIFEST).read_text())
     manifest["files"]["data.txt"]["sha256"] = "0" * 64
+    del manifest["checksum"]
     (ref.path / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(DraftsmithError, match="content id does not follow"):
         store.verify(ref)
+
+
+def test_a_flipped_bit_in_a_manifest_is_found_or_changes_nothing(store: Store) -> None:
+    with store.claim("rollout", KEY) as claim:
+        assert isinstance(claim, Claim)
+        (claim.out / "data.txt").write_text("answer")
+        ref = commit(store, claim, config={"rate": 1e-4, "names": ["ä", {"b": 1.0}]}, metrics={"tau": 2.5})
+    path, written, random = ref.path / MANIFEST, store.manifest(ref), Random(0)
+    whole = path.read_bytes()
+    for _ in range(200):
+        content = bytearray(whole)
+        content[random.randrange(len(content))] ^= 1 << random.randrange(8)
+        path.write_bytes(content)
+        try:
+            assert store.manifest(ref) == written
+        except DraftsmithError:
+            continue
+    path.write_bytes(whole.replace(b"2.5", b"2.4"))
+    with pytest.raises(DraftsmithError, match=r"has changed since it was written.*--force rollout"):
+        store.find("rollout", KEY)
 
 
 def test_a_forced_attempt_that_fails_keeps_the_old_artifact(store: Store) -> None:

@@ -56,6 +56,7 @@ def test_fields_seeds_inputs_files_code_and_versions_are_told(
 
     (manifest,) = home.glob("store/collect/*/manifest.json")
     data = json.loads(manifest.read_text())
+    del data["checksum"]
     manifest.write_text(json.dumps({**data, "versions": {**data["versions"], "numpy": "1.0"}}))
     assert "version  numpy: 1.0 -> " in told("target", "--set", "target.count=4")
 
