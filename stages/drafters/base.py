@@ -13,6 +13,8 @@ from torch import nn
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.targets.slots import Rows
 
+LOGITS_AT_ONCE = 2**26  # 256 MB in float32
+
 
 @dataclass(frozen=True)
 class Proposals:
@@ -140,7 +142,24 @@ class Drafter(nn.Module, ABC):
         """
 
 
-def best_of(logits: torch.Tensor, head: Head, with_logprobs: bool) -> Proposals:
-    """The argmax of logits [..., V'] as token ids, and its log-prob if asked."""
+def as_input(features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The target's features as a product with `weight` takes them; autocast takes them as they are, without a copy."""
+    return features if torch.is_autocast_enabled(features.device.type) else features.to(weight.dtype)
+
+
+def best_of(hidden: torch.Tensor, head: Head, with_logprobs: bool) -> Proposals:
+    """The argmax of the head's logits at hidden states [..., H] as token ids, and its log-prob if asked.
+
+    Logits are there for `LOGITS_AT_ONCE` at a time.
+    """
+    flat = hidden.flatten(0, -2)
+    parts = [_best(part, head, with_logprobs) for part in flat.split(max(1, LOGITS_AT_ONCE // head.weight.shape[0]))]
+    tokens, logprobs = (torch.cat(found).view(hidden.shape[:-1]) for found in zip(*parts, strict=True))
+    return Proposals(tokens, logprobs if with_logprobs else None)
+
+
+def _best(hidden: torch.Tensor, head: Head, with_logprobs: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """hidden: [N, H] → token ids [N], and log-probs [N] if asked (else the logits)."""
+    logits = head.raw_logits(hidden)
     best, columns = logits.max(-1)
-    return Proposals(head.to_tokens(columns), best - logits.logsumexp(-1) if with_logprobs else None)
+    return head.to_tokens(columns), best.float() - logits.float().logsumexp(-1) if with_logprobs else best

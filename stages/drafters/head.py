@@ -35,7 +35,11 @@ class Head:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., H] → float32 logits [..., V']."""
-        return flat_linear(hidden.to(self.weight.dtype), self.weight).float()
+        return self.raw_logits(hidden).float()
+
+    def raw_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The same in the dtype of the product."""
+        return flat_linear(hidden.to(self.weight.dtype), self.weight)
 
     def to_tokens(self, index: torch.Tensor) -> torch.Tensor:
         """Columns of the logits → token ids."""

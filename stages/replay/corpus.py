@@ -165,14 +165,16 @@ def mine(
 def score(
     target: Target, trajectories: Sequence[Trajectory], traces: Sequence[Trace], tokens_per_group: int = 2048
 ) -> list[StepScores]:
-    """What the target says of the proposals of some steps of each trajectory, in the order of the trajectories."""
+    """What the target says of the rejected proposals of some steps of each trajectory, in the trajectories' order."""
     scores: dict[int, StepScores] = {}
     tree_tokens = max(TREE_TOKENS, traces[0].proposed.shape[1] + 1) if traces else TREE_TOKENS
     for group in groups_of(trajectories, tokens_per_group, target.device):
         with torch.autocast(target.device.type, enabled=False):  # a training loop's is for the drafter alone
             out, cache = read(target, group, tree_tokens)
             of_group = [traces[i] for i in group.indices]
-            found = score_traces(target, cache, out.hidden, of_group, top_k=1, tree_tokens=tree_tokens)
+            found = score_traces(
+                target, cache, out.hidden, of_group, top_k=1, tree_tokens=tree_tokens, rejected_only=True
+            )
         scores |= dict(zip(group.indices, found, strict=True))
     return [scores[i] for i in range(len(trajectories))]
 

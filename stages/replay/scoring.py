@@ -42,10 +42,12 @@ def score_traces(
     top_k: int = 8,
     tree_tokens: int = 512,
     positions_per_chunk: int = POSITIONS_PER_CHUNK,
+    rejected_only: bool = False,
 ) -> list[StepScores]:
     """hidden [B, T, H] and `cache`: of a forward over the trajectories, rows 0 … B-1, with free entries from T on.
 
     tree_tokens: proposals a row that one forward appends (the mask has B * tree_tokens * (T + tree_tokens) entries).
+    rejected_only: those that were accepted are not scored (NaN).
     """
     T = hidden.shape[1]
     device = hidden.device
@@ -54,7 +56,8 @@ def score_traces(
     top_logprobs = [np.full((len(t.anchors), top_k), np.nan, dtype=np.float32) for t in traces]
 
     # ---- offsets up to the first rejection: predicted by the trajectory's own hidden states
-    known = _Proposals.of(traces, [np.zeros_like(t.anchors) for t in traces], [t.on_trajectory for t in traces])
+    begin = [t.accepted if rejected_only else np.zeros_like(t.anchors) for t in traces]
+    known = _Proposals.of(traces, begin, [t.on_trajectory for t in traces])
     for start in range(0, len(known.row), positions_per_chunk):
         part = known.part(slice(start, start + positions_per_chunk))
         rows = torch.from_numpy(part.row).to(device)

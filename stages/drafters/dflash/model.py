@@ -18,7 +18,16 @@ from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
 from draftsmith.stages.drafters.attention import KeysValues, Reach, block_attention
-from draftsmith.stages.drafters.base import Context, Drafter, DrafterInfo, Proposals, StepShape, TrainingRecipe, best_of
+from draftsmith.stages.drafters.base import (
+    Context,
+    Drafter,
+    DrafterInfo,
+    Proposals,
+    StepShape,
+    TrainingRecipe,
+    as_input,
+    best_of,
+)
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.targets.slots import KeyValueSlots, Rows
 
@@ -137,7 +146,7 @@ class DFlashDrafter(Drafter):
         return self.rotary(like, position_ids=positions)
 
     def encode(self, features: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> FeatureContext:  # noqa: ARG002
-        x = self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
+        x = self.hidden_norm(self.fc(as_input(features, self.fc.weight)))
         rope = self._rope(positions, x)
         return FeatureContext([layer.keys_values(x, rope) for layer in self._layers()])
 
@@ -194,7 +203,7 @@ class DFlashDrafter(Drafter):
         with_logprobs: bool = True,
     ) -> Proposals:
         hidden = self.block_hidden(context, anchor_tokens[..., None].expand(-1, -1, block_size - 1), anchors)
-        return best_of(head.logits(hidden), head, with_logprobs)
+        return best_of(hidden, head, with_logprobs)
 
     def head_over(self, target_head: torch.Tensor, token_ids: torch.Tensor | None) -> Head:
         return Head.over(target_head, token_ids)

@@ -22,7 +22,16 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from draftsmith.stages.drafters.attention import Reach, block_attention
-from draftsmith.stages.drafters.base import Context, Drafter, DrafterInfo, Proposals, StepShape, TrainingRecipe, best_of
+from draftsmith.stages.drafters.base import (
+    Context,
+    Drafter,
+    DrafterInfo,
+    Proposals,
+    StepShape,
+    TrainingRecipe,
+    as_input,
+    best_of,
+)
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.targets.slots import KeyValueSlots, Rows
 
@@ -175,7 +184,7 @@ class Eagle3Drafter(Drafter):
         return rope
 
     def encode(self, features: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> PrefixContext:
-        fused = self.fc(features.to(self.fc.weight.dtype))
+        fused = self.fc(as_input(features, self.fc.weight))
         # the last entry's token is not known yet; the block of the anchor behind it makes that entry itself
         following = torch.cat([tokens[:, 1:], tokens[:, -1:]], 1)
         keys, values = self._entries(following, fused, positions)
@@ -208,7 +217,7 @@ class Eagle3Drafter(Drafter):
         steps: list[Proposals] = []
         for _ in range(block_size - 1):
             newest = steps[-1].tokens if steps else anchor_tokens
-            steps.append(best_of(head.logits(chain.step(newest)), head, with_logprobs))
+            steps.append(best_of(chain.step(newest), head, with_logprobs))
         logprobs = [step.logprobs for step in steps if step.logprobs is not None]
         return Proposals(
             torch.stack([step.tokens for step in steps], -1), torch.stack(logprobs, -1) if with_logprobs else None
@@ -251,7 +260,7 @@ class Eagle3Drafter(Drafter):
         if isinstance(rows, slice):
             rows = torch.arange(rows.start, rows.stop, device=positions.device)
         row_index = rows[:, None]
-        fused = self.fc(features.to(self.fc.weight.dtype))
+        fused = self.fc(as_input(features, self.fc.weight))
         if context.features is None:
             context.features = fused.new_zeros(context.rows, context.capacity + 1, fused.shape[-1])
         before = context.features[row_index, positions[:, :1]]  # index p holds position p - 1

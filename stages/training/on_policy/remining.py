@@ -14,11 +14,12 @@ import torch
 
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.replay.chains import replay_chains
-from draftsmith.stages.replay.corpus import score
 from draftsmith.stages.replay.trace import Trace, Trajectory
 from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.training.blocks import View
+from draftsmith.stages.training.batches import Batch
+from draftsmith.stages.training.blocks import Anchors, View
 from draftsmith.stages.training.on_policy.mined import MinedTable, TrajectorySteps
+from draftsmith.stages.training.on_policy.verify_steps import VerifySteps, with_scores
 
 # Of the trace that was known before, for each chain: with fewer, chains draft much in vain; with more, rounds are many
 # and small.
@@ -38,7 +39,7 @@ class Remining:
         scored: bool,
         tokens_per_forward: int = 2048,
     ):
-        """scored: ask the target about the proposals of fresh steps, for a loss with a rejected stream.
+        """scored: ask the target about the proposals of fresh steps that are drawn, for a loss with a rejected stream.
 
         tokens_per_forward: of trajectories, that the target reads at once for it.
         """
@@ -57,10 +58,9 @@ class Remining:
         trajectories = [view.batch.trajectories[row] for row in rows.values()]
         known = np.mean([len(self.current.steps[i].anchors) for i in rows])
         traces = self._replay(view, list(rows.values()), trajectories, max(1, round(known / STEPS_PER_CHAIN)))
-        scores = score(self.target, trajectories, traces, self.tokens_per_forward) if self.scored else None
         changed = steps = 0
-        for place, (i, trace) in enumerate(zip(rows, traces, strict=True)):
-            fresh = self._padded(trace, scores[place].target_logprobs if scores else None)
+        for i, trace in zip(rows, traces, strict=True):
+            fresh = self._padded(trace)
             changed += _steps_gone(self.mined.steps[i], fresh)
             steps += len(self.mined.steps[i].anchors)
             self.current.steps[i], self._mined_at[i] = fresh, step
@@ -74,18 +74,24 @@ class Remining:
             self.drafter, context, trajectories, self.mined.proposals + 1, view.head, chains, with_logprobs=False
         )
 
-    def _padded(self, trace: Trace, target_logprobs: np.ndarray | None) -> TrajectorySteps:
+    def with_scores(self, indices: Sequence[int], batch: Batch, anchors: Anchors, steps: VerifySteps) -> VerifySteps:
+        """Drawn steps of the trajectories `indices`, those of fresh traces with what the target says of them.
+
+        A trace has many times the steps that are trained of it: only these are scored.
+        """
+        rows = [row for row, i in enumerate(indices) if i in self._mined_at]
+        if not self.scored or not rows:
+            return steps
+        return with_scores(steps, self.target, batch, anchors, self.mined.proposals, self.tokens_per_forward, rows)
+
+    def _padded(self, trace: Trace) -> TrajectorySteps:
         """A trace as wide as the trained block. Proposals that no loss reads are left out: checkpoints stay small."""
-        K = self.drafter.block_size - 1
-        shape = (len(trace.anchors), K)
-        if target_logprobs is None:
-            proposed, logprobs = _not_scored(shape)
-        else:
-            margin = ((0, 0), (0, K - trace.proposed.shape[1]))
-            proposed = np.pad(trace.proposed, margin)
-            logprobs = np.pad(target_logprobs, margin, constant_values=np.nan)
+        shape = (len(trace.anchors), self.drafter.block_size - 1)
+        proposed, unscored = _not_scored(shape)
+        if self.scored:
+            proposed[:, : trace.proposed.shape[1]] = trace.proposed
         return TrajectorySteps(
-            trace.anchors, trace.accepted, trace.committed, trace.rejected_offset, proposed, logprobs
+            trace.anchors, trace.accepted, trace.committed, trace.rejected_offset, proposed, unscored
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,7 +103,7 @@ class Remining:
             "mined_at": torch.tensor([self._mined_at[i] for i in order], dtype=torch.int64),
             "counts": torch.tensor([len(s.anchors) for s in fresh], dtype=torch.int64),
         }
-        names = _TRACE + (_SCORED if self.scored else ())
+        names = (*_TRACE, "proposed") if self.scored else _TRACE
         return state | {name: _joined([getattr(s, name) for s in fresh]) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -109,16 +115,14 @@ class Remining:
         for i, count in zip(order, counts, strict=True):
             part = slice(start, start + count)
             anchors, accepted, committed, rejected = (state[name][part].numpy() for name in _TRACE)
+            proposed, logprobs = _not_scored((count, self.drafter.block_size - 1))
             if self.scored:
-                proposed, logprobs = (state[name][part].numpy() for name in _SCORED)
-            else:
-                proposed, logprobs = _not_scored((count, self.drafter.block_size - 1))
+                proposed = state["proposed"][part].numpy()
             self.current.steps[i] = TrajectorySteps(anchors, accepted, committed, rejected, proposed, logprobs)
             start += count
 
 
 _TRACE = ("anchors", "accepted", "committed", "rejected_offset")
-_SCORED = ("proposed", "target_logprobs")
 
 
 def _joined(arrays: list[np.ndarray]) -> torch.Tensor:

@@ -54,8 +54,10 @@ class TableAnchors:
 
     def draw(self, step: int, indices: Sequence[int], view: View, rng: np.random.Generator) -> Drawn:
         figures = self.remining.refresh(step, indices, view)
-        drawn = self.remining.current.draw(indices, self.kind, self.per_sequence, rng, view.batch.tokens.device)
-        return Drawn(*drawn, figures)
+        anchors, steps = self.remining.current.draw(
+            indices, self.kind, self.per_sequence, rng, view.batch.tokens.device
+        )
+        return Drawn(anchors, self.remining.with_scores(indices, view.batch, anchors, steps), figures)
 
     def state_dict(self) -> dict[str, Any]:
         return self.remining.state_dict()

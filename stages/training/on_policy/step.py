@@ -67,7 +67,6 @@ class OpdStep:
                 drawn.anchors,
                 heads.drafter,
                 proposals=self.proposals,
-                positions_per_chunk=chunk,
                 proposed=proposed,
             )
             if self.objective.needs_scores:

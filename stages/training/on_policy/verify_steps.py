@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from draftsmith.stages.drafters.base import best_of
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.replay.corpus import score
 from draftsmith.stages.replay.trace import Trace
@@ -34,7 +36,6 @@ def judge(
     head: Head,
     *,
     proposals: int,
-    positions_per_chunk: int,
     proposed: torch.Tensor | None = None,
 ) -> VerifySteps:
     """The verify steps of blocks that were drafted already: no second pass of the drafter.
@@ -45,13 +46,10 @@ def judge(
     (replay drafts the smaller block itself). proposed: [B, A, K] of an autoregressive drafter, whose proposals behind a
     rejection depend on it; without them those are not its own.
     """
-    B, A, K, _ = hidden.shape
+    K = hidden.shape[2]
     labels, inside = labels_of(batch, anchors, K)
     inside = inside & (torch.arange(1, K + 1, device=hidden.device) <= proposals)
-    columns = torch.cat(
-        [head.logits(part).argmax(-1) for part in hidden.detach().reshape(B * A * K, -1).split(positions_per_chunk)]
-    )
-    best = head.to_tokens(columns).view(B, A, K)
+    best = best_of(hidden, head, with_logprobs=False).tokens
     accepted = ((best == labels) & inside).long().cumprod(-1).sum(-1)
     judged = inside.long().sum(-1)
     lengths = torch.tensor([len(t.tokens) for t in batch.trajectories], device=hidden.device)
@@ -62,23 +60,38 @@ def judge(
 
 
 def with_scores(
-    steps: VerifySteps, target: Target, batch: Batch, anchors: Anchors, proposals: int, tokens_per_forward: int = 2048
+    steps: VerifySteps,
+    target: Target,
+    batch: Batch,
+    anchors: Anchors,
+    proposals: int,
+    tokens_per_forward: int = 2048,
+    rows: Sequence[int] | None = None,
 ) -> VerifySteps:
-    """The same with the target's log-probs of the proposals, as `score` has them."""
-    traces = []
-    for row, trajectory in enumerate(batch.trajectories):
-        proposed = steps.proposed[row, :, :proposals].cpu().numpy()
+    """The same with the target's log-probs of the rejected proposals, as `score` has them, in some rows of the batch.
+
+    A step that was drawn more than once is scored once.
+    """
+    rows = range(len(batch.trajectories)) if rows is None else rows
+    traces, places = [], []
+    for row in rows:
+        positions, first, place = np.unique(
+            anchors.positions[row].cpu().numpy(), return_index=True, return_inverse=True
+        )
+        proposed = steps.proposed[row, :, :proposals].cpu().numpy()[first]
         traces.append(
             Trace(
-                len(trajectory.tokens),
-                anchors.positions[row].cpu().numpy(),
-                steps.accepted[row].cpu().numpy(),
+                len(batch.trajectories[row].tokens),
+                positions,
+                steps.accepted[row].cpu().numpy()[first],
                 proposed,
                 np.full(proposed.shape, np.nan, dtype=np.float32),
                 len(proposed),
             )
         )
-    scores = score(target, batch.trajectories, traces, tokens_per_forward)
-    logprobs = torch.full_like(steps.target_logprobs, torch.nan)
-    logprobs[..., :proposals] = torch.from_numpy(np.stack([s.target_logprobs for s in scores])).to(logprobs.device)
+        places.append(place)
+    scores = score(target, [batch.trajectories[row] for row in rows], traces, tokens_per_forward)
+    logprobs = steps.target_logprobs.clone()
+    for row, place, of_row in zip(rows, places, scores, strict=True):
+        logprobs[row, :, :proposals] = torch.from_numpy(of_row.target_logprobs[place]).to(logprobs.device)
     return replace(steps, target_logprobs=logprobs)

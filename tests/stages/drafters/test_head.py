@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from draftsmith.stages.drafters import base
 from draftsmith.stages.drafters.head import Head
 
 V, H = 12, 4
@@ -59,3 +61,24 @@ def test_logits_are_float32_whatever_the_head() -> None:
 def test_a_hidden_state_of_a_view_gives_the_same_logits() -> None:
     hidden = torch.randn(2, 5, 3, H, generator=torch.Generator().manual_seed(2))[:, :, 1:]
     torch.testing.assert_close(Head(WEIGHT).logits(hidden), hidden.contiguous() @ WEIGHT.T)
+
+
+def test_the_best_tokens_are_found_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = Head.over(WEIGHT, torch.tensor([1, 4, 6, 8]))
+    hidden = torch.randn(2, 5, 3, H, generator=torch.Generator().manual_seed(2))
+    sizes: list[int] = []
+    plain = Head.raw_logits
+
+    def counted(self: Head, part: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(part))
+        return plain(self, part)
+
+    monkeypatch.setattr(Head, "raw_logits", counted)
+    monkeypatch.setattr(base, "LOGITS_AT_ONCE", 4 * 7)
+    found = base.best_of(hidden, head, with_logprobs=True)
+    assert sizes == [7, 7, 7, 7, 2]
+    logprobs = torch.log_softmax(hidden @ WEIGHT[[1, 4, 6, 8]].T, -1)
+    assert torch.equal(found.tokens, torch.tensor([1, 4, 6, 8])[logprobs.argmax(-1)])
+    assert found.logprobs is not None
+    torch.testing.assert_close(found.logprobs, logprobs.amax(-1))
+    assert torch.equal(base.best_of(hidden, head, with_logprobs=False).tokens, found.tokens)

@@ -37,16 +37,16 @@ def test_chains_of_the_training_are_judged_as_replay_judges_them(world: World) -
     head = world.head_of(drafter)
     tokens = batch.tokens.gather(1, anchors.positions)
     own = drafter.propose(context, tokens, anchors.positions, drafter.block_size, head).tokens
-    steps = judge(hidden, batch, anchors, head, proposals=4, positions_per_chunk=64, proposed=own)
+    steps = judge(hidden, batch, anchors, head, proposals=4, proposed=own)
     for name in ("accepted", "committed", "rejected_offset", "proposed"):
         assert torch.equal(getattr(steps, name), getattr(expected, name)), name
     scored = with_scores(steps, world.target, batch, anchors, 4)
     torch.testing.assert_close(scored.target_logprobs, expected.target_logprobs, equal_nan=True, atol=3e-4, rtol=1e-4)
-    without = judge(hidden, batch, anchors, head, proposals=4, positions_per_chunk=64)
+    without = judge(hidden, batch, anchors, head, proposals=4)
     for name in ("accepted", "committed", "rejected_offset"):
         assert torch.equal(getattr(without, name), getattr(expected, name)), name
     assert not torch.equal(without.proposed, expected.proposed), "on the trajectory's tokens it proposes others"
-    small = judge(hidden, batch, anchors, head, proposals=2, positions_per_chunk=64)
+    small = judge(hidden, batch, anchors, head, proposals=2)
     assert torch.equal(small.accepted, steps.accepted.clamp(max=2))
 
 

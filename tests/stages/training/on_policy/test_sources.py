@@ -10,18 +10,18 @@ import torch
 
 from draftsmith.stages.replay.chains import successors
 from draftsmith.stages.replay.corpus import score
+from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.training.anchors import anchor_positions, draw_evenly
 from draftsmith.stages.training.batches import step_rng
 from draftsmith.stages.training.blocks import block_hidden, context_of
 from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.on_policy import step as opd_step
+from draftsmith.stages.training.on_policy import verify_steps
 from draftsmith.stages.training.on_policy.mined import MinedTable
 from draftsmith.stages.training.on_policy.remining import Remining
 from draftsmith.stages.training.on_policy.verify_steps import judge, with_scores
 from tests.stages.bench import Bench
 from tests.stages.training.world import COUNT, INDICES, KINDS, PER_SEQUENCE, World, make_world, without_errors
-
-CHUNK = 64
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +33,11 @@ def test_mining_again_gives_the_trace_of_the_current_weights(world: World) -> No
     remining = world.remining(scored=True)
     figures = remining.refresh(10, INDICES, world.view())
     traces = world.traces(world.moved)
-    scores = score(world.target, world.trajectories, traces)
     gone = total = 0
     for i in INDICES:
         fresh, trace, mined = remining.current.steps[i], traces[i], world.table.steps[i]
         for name in ("anchors", "accepted", "committed", "rejected_offset", "proposed"):
             np.testing.assert_array_equal(getattr(fresh, name), getattr(trace, name), err_msg=name)
-        np.testing.assert_allclose(fresh.target_logprobs, scores[i].target_logprobs, atol=1e-4)
         now = list(zip(trace.anchors.tolist(), trace.accepted.tolist(), strict=True))
         then = list(zip(mined.anchors.tolist(), mined.accepted.tolist(), strict=True))
         gone, total = gone + sum(step not in now for step in then), total + len(then)
@@ -55,10 +53,34 @@ def test_nothing_has_changed_while_the_weights_have_not(world: World) -> None:
     remining = world.remining(drafter=trained, scored=True)
     figures = remining.refresh(10, INDICES, world.view(drafter=trained))
     assert figures["trace_changed_share"] == 0
-    for i in INDICES:
-        np.testing.assert_allclose(
-            remining.current.steps[i].target_logprobs, world.table.steps[i].target_logprobs, atol=1e-4
-        )
+
+
+def test_only_the_steps_that_are_drawn_are_scored(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of those the rejected proposals, once each; what was mined before keeps its scores."""
+    asked: list[list[Trace]] = []
+
+    def counted(target: Any, trajectories: Any, traces: list[Trace], *rest: Any) -> Any:
+        asked.append(traces)
+        return score(target, trajectories, traces, *rest)
+
+    monkeypatch.setattr(verify_steps, "score", counted)
+    remining = world.remining(every=10, scored=True)
+    remining.refresh(10, INDICES[:2], world.view(INDICES[:2]))  # the third keeps its trace
+    source = world.source("visited", remining=remining)
+    drawn = source.draw(12, INDICES, world.view(), step_rng(0, 0))
+    assert drawn.steps is not None
+    fresh = world.mined_by(world.moved)
+    for row, i in enumerate(INDICES):
+        table = fresh.steps[i] if row < 2 else world.table.steps[i]
+        for a, anchor in enumerate(drawn.anchors.positions[row].tolist()):
+            place = table.anchors.tolist().index(anchor)
+            expected = table.target_logprobs[place]
+            np.testing.assert_allclose(drawn.steps.target_logprobs[row, a].numpy(), expected, atol=1e-4)
+            accepted = table.accepted[place]
+            assert np.isnan(expected[:accepted]).all()
+            assert np.isfinite(expected[accepted : accepted + 1]).all() or not table.rejected_offset[place]
+    assert [len(traces) for traces in asked] == [2]
+    assert all(len(t.anchors) == len(set(t.anchors.tolist())) <= PER_SEQUENCE for t in asked[0])
 
 
 def test_a_trajectory_is_mined_again_when_its_trace_is_old_enough(world: World) -> None:
@@ -116,13 +138,13 @@ def test_blocks_of_the_training_are_judged_as_replay_judges_them(world: World) -
     anchors, expected = fresh.draw(INDICES, "visited", 30, step_rng(0, 0), torch.device("cpu"))
     hidden = block_hidden(world.moved, context_of(world.moved, batch), batch, anchors)
     head = world.head_of(world.moved)
-    steps = judge(hidden, batch, anchors, head, proposals=7, positions_per_chunk=CHUNK)
+    steps = judge(hidden, batch, anchors, head, proposals=7)
     for name in ("accepted", "committed", "rejected_offset", "proposed"):
         assert torch.equal(getattr(steps, name), getattr(expected, name)), name
     assert steps.target_logprobs.isnan().all()
     scored = with_scores(steps, world.target, batch, anchors, 7)
     torch.testing.assert_close(scored.target_logprobs, expected.target_logprobs, equal_nan=True, atol=1e-4, rtol=1e-4)
-    small = judge(hidden, batch, anchors, head, proposals=2, positions_per_chunk=CHUNK)
+    small = judge(hidden, batch, anchors, head, proposals=2)
     assert torch.equal(small.accepted, steps.accepted.clamp(max=2))
     in_parts = with_scores(steps, world.target, batch, anchors, 7, tokens_per_forward=1)
     torch.testing.assert_close(in_parts.target_logprobs, scored.target_logprobs, atol=1e-5, rtol=1e-5, equal_nan=True)
