@@ -18,6 +18,7 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
     from draftsmith.stages.drafters.checkpoint import descends_from, load_drafter, save_drafter
     from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
     from draftsmith.stages.targets.causal_lm import Target
+    from draftsmith.stages.training.estimate import micro_batch_tokens
     from draftsmith.stages.training.loop import train
     from draftsmith.stages.training.on_policy.mined import load_mined
     from draftsmith.stages.training.on_policy.training import OpdTraining
@@ -31,7 +32,9 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
         drafter, target, stored.trajectories, mined, config, temperature=stored.temperature, seed=ctx.seed
     )
     ctx.log(str(training))
-    totals = train(ctx, drafter, config, training.loss, training.source)
+    longest = max(len(trajectory.tokens) for trajectory in stored.trajectories)
+    limit = micro_batch_tokens(config, target, drafter, longest)
+    totals = train(ctx, drafter, config, lambda step: training.micro_batches(step, limit), training.source)
     drafter.info = DrafterInfo(
         target_digest=target.info.digest,
         target_source=target.info.source,

@@ -75,6 +75,7 @@ def run(ctx: StageContext, config: SftConfig) -> None:
     from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
     from draftsmith.stages.targets.causal_lm import Target
     from draftsmith.stages.training.batches import frequent_tokens, token_counts
+    from draftsmith.stages.training.estimate import micro_batch_tokens
     from draftsmith.stages.training.loop import train
     from draftsmith.stages.training.supervised import SftTraining
 
@@ -94,7 +95,9 @@ def run(ctx: StageContext, config: SftConfig) -> None:
     ctx.log(f"{training}; {coverage:.2%} of the answers' tokens can be proposed")
     if drafter.has_own_head and config.head_tokens is not None:
         ctx.log("head_tokens is not read: this drafter has a head of its own (drafter.draft_vocab_size)")
-    totals = train(ctx, drafter, config, training.loss)
+    longest = max(len(trajectory.tokens) for trajectory in stored.trajectories)
+    limit = micro_batch_tokens(config, target, drafter, longest)
+    totals = train(ctx, drafter, config, lambda step: training.micro_batches(step, limit))
     drafter.info = DrafterInfo(
         target_digest=target.info.digest,
         target_source=target.info.source,

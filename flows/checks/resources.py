@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from draftsmith.artifacts.machine_memory import memory_bytes
 from draftsmith.flows.checks.engines import runs_elsewhere
 from draftsmith.flows.checks.estimates import Parts, disk, estimates, gigabytes
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.checks.models import Plans
 from draftsmith.flows.pipeline.graph import Node
-from draftsmith.flows.pipeline.machine import free_disk_bytes, gpus, memory_bytes
+from draftsmith.flows.pipeline.machine import free_disk_bytes, gpus
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.targets.estimate import DTYPE_BYTES, ModelSize, Servers, Sizes, target_size
@@ -36,6 +37,8 @@ def check_resources(found: Findings, nodes: Sequence[Node], artifact: Path, plan
         itemsize=DTYPE_BYTES[info.dtype],
         longest_prompt=prompts.max_prompt_tokens,
         positions=info.max_positions,
+        kind=plan.kind,
+        device_memory=float(min(gpus(), default=memory_bytes())),
     )
     elsewhere = runs_elsewhere(nodes)
     needed = estimates(nodes, sizes)

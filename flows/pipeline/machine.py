@@ -14,21 +14,6 @@ from draftsmith.artifacts.errors import DraftsmithError, from_os_error
 from draftsmith.artifacts.private import protect
 from draftsmith.flows.pipeline.options import RunOptions
 
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-
-
-def memory_bytes() -> float:
-    """Physical memory, or the limit of the container that this runs in."""
-    physical = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    for path in _CGROUP_LIMITS:
-        try:
-            text = Path(path).read_text().strip()
-        except OSError:
-            continue
-        if text.isdecimal():
-            return min(physical, float(text))
-    return physical
-
 
 @functools.cache
 def _query(fields: str) -> tuple[tuple[str, ...], ...]:

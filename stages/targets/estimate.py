@@ -45,7 +45,7 @@ class ModelSize:
             heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            vocabulary=config.vocab_size,
+            vocabulary=getattr(config, "draft_vocab_size", None) or config.vocab_size,
         )
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
@@ -64,6 +64,8 @@ class Sizes:
     itemsize: int  # s
     longest_prompt: int
     positions: int  # the target's context
+    kind: str = "dflash"  # of the drafter
+    device_memory: float = math.inf  # bytes of the device that trains: a step is split until it fits
 
     @property
     def feature_bytes(self) -> int:

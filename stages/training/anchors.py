@@ -30,7 +30,12 @@ def draw_evenly(candidates: np.ndarray, count: int, rng: np.random.Generator) ->
     step sees the whole response. One is drawn again only where there are fewer, so that every step of training has the
     same number of blocks whatever its anchors are.
     """
-    places = ((np.arange(count) + rng.random()) * len(candidates) / count).astype(np.int64)
+    return evenly(candidates, count, rng.random())
+
+
+def evenly(candidates: np.ndarray, count: int, phase: float) -> np.ndarray:
+    """The same at a phase in [0, 1)."""
+    places = ((np.arange(count) + phase) * len(candidates) / count).astype(np.int64)
     return candidates[np.minimum(places, len(candidates) - 1)]  # rounding
 
 

@@ -1,13 +1,13 @@
 """Batches of trajectories with the target's features, recomputed where they are used and kept in memory while they fit.
 
-Nothing of the size of a hidden state goes to disk. Features are computed in fixed groups of trajectories, so that their
-bits depend neither on the order of training nor on whether it was interrupted. Where memory does not hold them all, a
-group is one trajectory: a step that draws at random would read whole groups for one member each.
+Nothing of the size of a hidden state goes to disk. While memory holds the features of all trajectories they are
+computed in fixed groups and kept. Where it does not, none are kept: of epochs that are drawn at random, what fits is
+seldom what is drawn next. A batch's trajectories are then read in groups of their own. Either way the bits depend on
+the batch alone, not on whether training was interrupted.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,6 +28,28 @@ class Batch:
     hidden: torch.Tensor | None  # [B, T, H] after the target's final norm: predicts the next position
     positions: torch.Tensor  # [B, T]
 
+    def rows(self, part: slice) -> Batch:
+        """Some of the trajectories, padded to the longest of them."""
+        trajectories = self.trajectories[part]
+        width = max(len(t.tokens) for t in trajectories)
+        tokens, features, positions = (x[part, :width] for x in (self.tokens, self.features, self.positions))
+        hidden = None if self.hidden is None else self.hidden[part, :width]
+        return Batch(trajectories, tokens, features, hidden, positions)
+
+
+def parts_of(batch: Batch, block_tokens: int, limit: int | None) -> list[slice]:
+    """Neighbouring rows as micro-batches of at most `limit` tokens, or of one row: padded trajectories, and
+    block_tokens of blocks a row. None: all rows are one."""
+    lengths = [len(t.tokens) for t in batch.trajectories]
+    parts: list[slice] = []
+    start, longest = 0, 0
+    for row, length in enumerate(lengths):
+        longest = max(longest, length)
+        if limit is not None and row > start and (row + 1 - start) * (longest + block_tokens) > limit:
+            parts.append(slice(start, row))
+            start, longest = row, length
+    return [*parts, slice(start, len(lengths))]
+
 
 _Read = tuple[torch.Tensor, ...]  # features, and hidden states if they are wanted
 
@@ -45,27 +67,36 @@ class FeatureSource:
         memory_mb: float = 2048,
         with_hidden: bool = True,
     ):
-        """tokens_per_group: read by the target in one forward, as long as memory_mb hold the features of all.
+        """tokens_per_group: read by the target in one forward. memory_mb: features are kept if it holds those of all.
 
         with_hidden: for losses that ask for the target's distribution; without, its last layers are not run.
         """
         self.with_hidden = with_hidden
         self.target, self.layer_ids, self.trajectories = target, tuple(layer_ids), list(trajectories)
         lengths = [len(t.tokens) for t in trajectories]
-        self._bytes, self._limit = 0, memory_mb * 2**20
         width = target.head_weight.shape[1] * (len(self.layer_ids) + with_hidden)
-        all_fit = sum(lengths) * width * target.dtype.itemsize <= self._limit
-        self._groups = (
-            list(groups_by_length(lengths, tokens_per_group)) if all_fit else [[i] for i in range(len(lengths))]
-        )
+        self._kept = sum(lengths) * width * target.dtype.itemsize <= memory_mb * 2**20
+        self._tokens_per_group = tokens_per_group
+        self._groups = list(groups_by_length(lengths, tokens_per_group)) if self._kept else []
         self._group_of = {index: g for g, group in enumerate(self._groups) for index in group}
-        self._cache: OrderedDict[int, dict[int, _Read]] = OrderedDict()
+        self._cache: dict[int, dict[int, _Read]] = {}
 
-    def _group(self, g: int) -> dict[int, _Read]:
-        if g in self._cache:
-            self._cache.move_to_end(g)
-            return self._cache[g]
-        members = self._groups[g]
+    def _all_of(self, indices: Sequence[int]) -> dict[int, _Read]:
+        """What the target says of these trajectories."""
+        found: dict[int, _Read] = {}
+        if self._kept:
+            for g in dict.fromkeys(self._group_of[i] for i in indices):
+                if g not in self._cache:
+                    self._cache[g] = self._of_group(self._groups[g])
+                found |= self._cache[g]
+            return found
+        drawn = list(dict.fromkeys(indices))
+        for group in groups_by_length([len(self.trajectories[i].tokens) for i in drawn], self._tokens_per_group):
+            found |= self._of_group([drawn[place] for place in group])
+        return found
+
+    def _of_group(self, members: Sequence[int]) -> dict[int, _Read]:
+        """Of trajectories that the target reads in one forward."""
         trajectories = [self.trajectories[i] for i in members]
         with torch.autocast(self.target.device.type, enabled=False):  # the training loop's is for the drafter alone
             read = self._read(pad_tokens(trajectories, self.target.device))
@@ -73,11 +104,6 @@ class FeatureSource:
         for row, (i, trajectory) in enumerate(zip(members, trajectories, strict=True)):
             n = len(trajectory.tokens)
             entry[i] = tuple(part[row, :n].clone() for part in read)
-        self._cache[g] = entry
-        self._bytes += _size(entry)
-        while self._bytes > self._limit and len(self._cache) > 1:
-            _, dropped = self._cache.popitem(last=False)
-            self._bytes -= _size(dropped)
         return entry
 
     def _read(self, ids: torch.Tensor) -> _Read:
@@ -90,17 +116,14 @@ class FeatureSource:
     def batch(self, indices: Sequence[int]) -> Batch:
         """The trajectories at `indices`, with their features."""
         trajectories = [self.trajectories[i] for i in indices]
-        parts = [self._group(self._group_of[i])[i] for i in indices]
+        found = self._all_of(indices)
+        parts = [found[i] for i in indices]
         features, *hidden = (
             torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True) for rows in zip(*parts, strict=True)
         )
         positions = torch.arange(features.shape[1], device=features.device).expand(len(indices), -1)
         tokens = pad_tokens(trajectories, features.device)
         return Batch(trajectories, tokens, features, hidden[0] if hidden else None, positions)
-
-
-def _size(entry: dict[int, _Read]) -> int:
-    return sum(tensor.nbytes for parts in entry.values() for tensor in parts)
 
 
 def trajectories_of_step(count: int, per_step: int, step: int, seed: int) -> list[int]:

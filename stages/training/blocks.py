@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +23,10 @@ class Anchors:
     def blocks(self) -> int:
         return int(self.valid.sum())
 
+    def rows(self, part: slice) -> Anchors:
+        """Some rows of the batch."""
+        return Anchors(self.positions[part], self.valid[part])
+
 
 @dataclass(frozen=True)
 class View:
@@ -34,9 +39,51 @@ class View:
     head: Head
 
 
+class Share(float):
+    """A quotient that remembers what it is of, so that those of several micro-batches become one."""
+
+    part: float
+    whole: float
+
+    def __new__(cls, part: float, whole: float) -> Share:
+        share = super().__new__(cls, part / whole if whole else 0.0)
+        share.part, share.whole = float(part), float(whole)
+        return share
+
+    @classmethod
+    def merged(cls, values: Sequence[float]) -> float:
+        """The share of all together; plain numbers are counts and add up."""
+        if isinstance(values[0], Share):
+            shares = [value for value in values if isinstance(value, Share)]
+            return cls(sum(s.part for s in shares), sum(s.whole for s in shares))
+        return sum(values)
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A stream's sums: its mean is total / weight."""
+
+    factor: float  # of the mean in the loss
+    total: torch.Tensor  # Σ w · v, with gradient
+    weight: torch.Tensor  # Σ w
+
+    @classmethod
+    def of(cls, values: torch.Tensor, weights: torch.Tensor, factor: float = 1.0) -> Weighted:
+        return cls(factor, (weights * values).sum(), weights.sum())
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """0 without any."""
+        return self.total / self.weight.clamp(min=1e-9)
+
+    def share(self) -> Share:
+        """The mean, to be merged with those of other micro-batches."""
+        return Share(float(self.total.detach()), float(self.weight))
+
+
 @dataclass
 class LossReport:
-    """The loss of one step and what it was made of."""
+    """The loss of one step, or of one of its micro-batches, and what it was made of."""
 
     loss: torch.Tensor
     blocks: int  # trained blocks
@@ -45,6 +92,9 @@ class LossReport:
     # mining, drafter, head_and_loss: on an accelerator a part may wait for kernels that the one before it queued
     seconds: dict[str, float] = field(default_factory=dict)
     operations: float = 0.0  # of the drafter's matrix products, forward and backward
+    streams: tuple[Weighted, ...] = ()  # that the loss is the sum of the means of
+    alone: bool = True  # a whole step, not one of its micro-batches
+    whole: tuple[float, ...] | None = None  # of a micro-batch with several streams: Σ w of each in the whole step
 
 
 def context_of(drafter: Drafter, batch: Batch) -> Context:
@@ -86,8 +136,3 @@ def operations_of(
     (rows, width), per_row = batch.tokens.shape, anchors.positions.shape[1]
     seen = int(anchors.positions.sum())
     return drafter.training_operations(StepShape(rows, width, per_row, seen, positions, head.weight.shape[0], prefixes))
-
-
-def weighted_mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Σ w·v / Σ w over all positions of a batch, 0 without any."""
-    return (weights * values).sum() / weights.sum().clamp(min=1e-9)

@@ -53,6 +53,15 @@ class TrainingConfig(OptimiserConfig):
         Operational(),
     ] = 2048.0
     tokens_per_target_forward: Annotated[int, Field(ge=1)] = 2048
+    micro_batch_tokens: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="of trajectories and blocks that go through the drafter at once; a step of more is split, with "
+            "the same loss but for rounding; left out: what fits by the estimate of memory",
+        ),
+        Operational(),
+    ] = None
 
     def passes(self, trajectories: int) -> float:
         """How often a training of all steps draws each of so many trajectories: SFT learns few answers by heart."""

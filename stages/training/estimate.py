@@ -1,55 +1,70 @@
-"""Memory and disk of a training step."""
+"""Memory and disk of a training step, and how many of its tokens go through the drafter at once."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from draftsmith.artifacts.machine_memory import memory_bytes
+from draftsmith.stages.drafters.estimate import kept_by_block_token, kept_by_context_token
 from draftsmith.stages.replay.estimate import cached_read, scoring_logits
-from draftsmith.stages.targets.estimate import DTYPE_BYTES, PROCESS, Estimate, ModelSize, Use
+from draftsmith.stages.targets.estimate import DTYPE_BYTES, PROCESS, Answers, Estimate, ModelSize, Sizes, Use
 from draftsmith.stages.training.config import TrainingConfig
 
+if TYPE_CHECKING:
+    from draftsmith.stages.drafters.base import Drafter
+    from draftsmith.stages.targets.causal_lm import Target
+
 LOGIT_COPIES = 3  # float32 logits, their softmax and its gradient
+USABLE = 0.85  # of a device's memory: the rest is for what the allocator leaves unused
+_TILE = 4096  # tokens of a tile of logits
+_ALWAYS = ("process", "target", "drafter with AdamW", "features", "head", "logits")  # the rest comes and goes
 
 
 def training_estimate(config: TrainingConfig, use: Use, *, mines: bool = False, scores: bool = False) -> Estimate:
-    """P · s, and 16 · P_d: float32 weights, gradients and the two moments of AdamW.
+    """Of the moment at which the forward of a micro-batch has ended and the gradient of others is there already.
 
-    Features kept: the smaller of feature_memory_mb and answers · T · (K + 1) · H · s; being made: twice that of one
-    target forward, which reads one answer unless all are kept; of the batch: B · T · (K + 1) · H · s.
-    Activations: of the queries q = B · anchors · block with an MLP of width I,
-    q · layers · s · (10 · H + 4 · (heads + 2 · kv_heads) · head_dim + 4 · I), and of the context,
-    B · T · layers · 4 · kv_heads · head_dim · s.
-    Attention, where the kernel keeps its scores (masked with grouped heads): 2 · layers · heads · q · (T + q / B) · s.
-    Logits of one chunk: 3 · positions_per_chunk · V · 4. mines: traces again while training, the logits of mining.
-    scores: the target judges rejected proposals, the read of mining.
+    P · s, and 16 · P_d: float32 weights, gradients and the two moments of AdamW; under autocast a copy, 2 · P_d.
+    Features kept: feature_memory_mb at most, and none where it does not hold those of all answers; of the step's batch:
+    B · T · (K + 1) · H · s, twice while they are made of what the target's forwards gave.
+    Activations: what the drafter keeps of the tokens of a micro-batch, trajectories and blocks
+    (`stages/drafters/estimate.py`), and of each position with a loss its state and its gradient.
+    Logits: a tile of the chunk; of a head that is trained, or for tv and lk, 3 · positions_per_chunk · V · 4.
+    mines: traces again while training, the logits of mining. scores: the target judges rejected proposals, the read of
+    mining. Either is done before the graph of a micro-batch is made.
 
     On disk the drafter, P_d · s, and while it trains two checkpoints for a moment: 2 · 12 · P_d.
     """
     sizes, longest = use.sizes, use.longest
     drafter, B = sizes.drafter, config.sequences_per_step
-    queries = config.anchors_per_sequence * sizes.block_size
-    context = 4 * drafter.kv_heads * drafter.head_dim
-    act = DTYPE_BYTES[config.compute_dtype]
+    a = DTYPE_BYTES[config.compute_dtype]
     tokens = None
     if config.head_tokens is not None:
         tokens = config.head_tokens + config.head_negatives + B * 64  # and the tokens of the batch: some are new
-    rows, head = sizes.reduced_head(tokens)
+    _, head = sizes.reduced_head(tokens)
     count = use.answers.count if use.answers is not None else float("inf")
     all_features = count * longest * sizes.feature_bytes
-    kept = config.feature_memory_mb * 2**20
-    read = longest if all_features > kept else max(config.tokens_per_target_forward, longest)
-    scored = {}
-    if scores:
-        scored = cached_read(min(max(config.tokens_per_target_forward, longest), B * longest), longest, sizes)
-    memory = scored | {
-        "mining again": scoring_logits(sizes) if mines else 0.0,
+    kept = all_features if all_features <= config.feature_memory_mb * 2**20 else 0.0
+    whole_rows = sizes.kind == "eagle3"
+    logits = LOGIT_COPIES * config.positions_per_chunk * (drafter.vocabulary if whole_rows else _TILE) * 4
+    fixed = {
         "process": PROCESS,
         "target": sizes.weights(sizes.target),
-        "drafter with AdamW": 16.0 * drafter.parameters,
-        "features": min(kept, all_features) + float((2 * read + B * longest) * sizes.feature_bytes),
-        "activations": float(B * (queries * activations(drafter, act) + longest * act * drafter.layers * context)),
-        "attention": float(2 * act * drafter.layers * drafter.heads * B * queries * (longest + queries)),
+        "drafter with AdamW": (16.0 if a == 4 else 18.0) * drafter.parameters,
+        "features": kept + float(B * longest * sizes.feature_bytes),
         "head": head,
-        "logits": float(LOGIT_COPIES * config.positions_per_chunk * rows * 4),
+        "logits": float(logits),
     }
+    of_row = row_bytes(config, sizes, longest)
+    at_once = min(B, rows_at_once(config, sizes, longest, sum(fixed.values())))
+    graph = {"activations": at_once * of_row}
+    drawing = {"mining again": scoring_logits(sizes)} if mines else {}
+    if scores:
+        tokens_read = min(max(config.tokens_per_target_forward, longest), B * longest)
+        drawing |= cached_read(tokens_read, longest, sizes)
+    if at_once == B:  # a step that is one batch judges its blocks while their graph is there
+        memory = fixed | graph | drawing
+    else:
+        memory = fixed | max(graph, drawing, key=lambda parts: sum(parts.values()))
     return Estimate(
         memory=memory,
         files={"drafters": sizes.weights(drafter)},
@@ -57,7 +72,61 @@ def training_estimate(config: TrainingConfig, use: Use, *, mines: bool = False, 
     )
 
 
+def row_bytes(config: TrainingConfig, sizes: Sizes, longest: int) -> float:
+    """What the drafter keeps for backward of one trajectory with its blocks."""
+    a, K, A = DTYPE_BYTES[config.compute_dtype], sizes.block_size - 1, config.anchors_per_sequence
+    tokens = A * (K if sizes.kind == "eagle3" else sizes.block_size)
+    of_blocks = tokens * kept_by_block_token(sizes.kind, sizes.drafter, sizes.block_size, a)
+    of_context = longest * kept_by_context_token(sizes.kind, sizes.drafter, a)
+    of_positions = A * K * sizes.drafter.hidden * (4 + 2 * sizes.itemsize)
+    return float(of_blocks + of_context + of_positions)
+
+
+def rows_at_once(config: TrainingConfig, sizes: Sizes, longest: int, fixed: float) -> int:
+    """Rows of a micro-batch: as the config says, or as many as fit beside `fixed` bytes; at least one."""
+    if config.micro_batch_tokens is not None:
+        return max(1, config.micro_batch_tokens // row_tokens(config, sizes, longest))
+    fitting = (USABLE * sizes.device_memory - fixed) / row_bytes(config, sizes, longest)
+    return max(1, int(min(fitting, config.sequences_per_step)))
+
+
+def row_tokens(config: TrainingConfig, sizes: Sizes, longest: int) -> int:
+    """Of one trajectory with its blocks."""
+    return longest + config.anchors_per_sequence * sizes.block_size
+
+
+def micro_batch_tokens(config: TrainingConfig, target: Target, drafter: Drafter, longest: int) -> int:
+    """Tokens of trajectories and blocks that go through the drafter at once on the target's device.
+
+    longest: trajectory. What the config says, or what fits by the estimate.
+    """
+    if config.micro_batch_tokens is not None:
+        return config.micro_batch_tokens
+    sizes = Sizes(
+        ModelSize.of(target.model.config.get_text_config(), sum(p.numel() for p in target.model.parameters())),
+        ModelSize.of(drafter.config, sum(p.numel() for p in drafter.parameters())),
+        features=len(drafter.target_layer_ids),
+        block_size=drafter.block_size,
+        itemsize=target.dtype.itemsize,
+        longest_prompt=longest,
+        positions=longest,
+        kind=drafter.kind,
+        device_memory=_device_memory(target),
+    )
+    estimate = training_estimate(config, Use(sizes, answers=Answers(longest)), mines=True, scores=True)
+    fixed = sum(size for part, size in estimate.memory.items() if part in _ALWAYS)
+    return rows_at_once(config, sizes, longest, fixed) * row_tokens(config, sizes, longest)
+
+
 def activations(model: ModelSize, itemsize: int) -> int:
     """Kept for the backward pass, a token."""
     heads = model.heads + 2 * model.kv_heads
     return model.layers * itemsize * (10 * model.hidden + 4 * heads * model.head_dim + 4 * model.intermediate)
+
+
+def _device_memory(target: Target) -> float:
+    if target.device.type == "cuda":
+        import torch
+
+        return float(torch.cuda.mem_get_info(target.device)[1])
+    return memory_bytes()

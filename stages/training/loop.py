@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.checkpoints import load_checkpoint, save_checkpoint
 from draftsmith.stages.contract import StageContext
 from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.training.accumulation import Accumulation
 from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.config import OptimiserConfig
 
@@ -37,12 +38,13 @@ def train(
     ctx: StageContext,
     drafter: Drafter,
     config: OptimiserConfig,
-    loss_of_step: Callable[[int], LossReport],
+    micro_batches: Callable[[int], Iterable[LossReport]],
     memory: Resumable | None = None,
 ) -> dict[str, float]:
     """Run or continue `config.steps` steps on float32 weights in place. Returns additive totals.
 
-    `loss_of_step(step)` must depend on nothing but the step, the weights and `memory`, which only it may change.
+    `micro_batches(step)` are the parts of a step, each with its graph, made one after the other. They must depend on
+    nothing but the step, the weights and `memory`, which only they may change.
     Checkpoints, the memory in them, go to `ctx.work`. Raises DraftsmithError if the loss or its gradient is not finite.
     """
     optimiser = torch.optim.AdamW(
@@ -59,12 +61,20 @@ def train(
         started = time.perf_counter()
         for group in optimiser.param_groups:
             group["lr"] = config.learning_rate * cosine(step, config)
-        with torch.autocast(device_type, torch.bfloat16, enabled=config.compute_dtype == "bfloat16"):
-            report = loss_of_step(step)
-        before_backward = time.perf_counter()
-        loss = float(report.loss.detach())
-        _must_be_finite("loss", loss, step)
-        report.loss.backward()
+        accumulation = Accumulation()
+        parts, backward_s = iter(micro_batches(step)), 0.0
+        while True:
+            with torch.autocast(device_type, torch.bfloat16, enabled=config.compute_dtype == "bfloat16"):
+                part = next(parts, None)
+            if part is None:
+                break
+            before_backward = time.perf_counter()
+            _must_be_finite("loss", float(part.loss.detach()), step)
+            accumulation.add(part)
+            backward_s += time.perf_counter() - before_backward
+        before_update = time.perf_counter()
+        report = accumulation.finish(drafter.parameters())
+        loss = float(report.loss)
         norm = float(torch.nn.utils.clip_grad_norm_(drafter.parameters(), config.clip_norm))
         _must_be_finite("gradient's norm", norm, step)  # before it reaches weights and checkpoint
         optimiser.step()
@@ -73,7 +83,7 @@ def train(
         _add(totals, blocks=report.blocks, positions=report.positions, seconds=done - started)
         _add(totals, tflop=report.operations / 1e12)
         _add(totals, **{f"{name}_s": value for name, value in report.seconds.items()})
-        _add(totals, backward_and_update_s=done - before_backward)
+        _add(totals, backward_and_update_s=backward_s + done - before_update)
         ctx.metrics(
             step, loss=loss, grad_norm=norm, learning_rate=optimiser.param_groups[0]["lr"], **report.figures,
             trained_positions=totals["positions"],

@@ -15,10 +15,13 @@ import torch
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.batches import Batch
-from draftsmith.stages.training.blocks import Anchors, labels_of, weighted_mean
+from draftsmith.stages.training.blocks import Anchors, Share, Weighted, labels_of
 from draftsmith.stages.training.chunked import chunked_values
 from draftsmith.stages.training.loss_config import PositionWeights, ResponseStream
+from draftsmith.stages.training.tiled import forward_kl, token_logprobs
 from draftsmith.stages.training.vocabulary import Heads
+
+NO_HIDDEN = "this loss asks for the target's distribution: batches need its hidden states"
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,16 @@ class Feedback:
         """[N, V'] of its distribution over the tokens of the training head, at the temperature."""
         return losses.at_temperature(self._under(self.head), self.temperature)
 
-    def token_logprob(self) -> torch.Tensor:
+    @torch.no_grad()
+    def token_logprob(self, positions_per_chunk: int = 512) -> torch.Tensor:
         """[N] log p of the committed tokens, under the full head at temperature 1."""
-        return -losses.cross_entropy(self._under(Head(self.target_head)), self.tokens)
+        assert self.hidden is not None, NO_HIDDEN
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            return token_logprobs(self.hidden, Head(self.target_head), self.tokens, positions_per_chunk).values
 
     @torch.no_grad()
     def _under(self, head: Head) -> torch.Tensor:
-        assert self.hidden is not None, "this loss asks for the target's distribution: batches need its hidden states"
+        assert self.hidden is not None, NO_HIDDEN
         with torch.autocast(self.hidden.device.type, enabled=False):  # the training loop's is for the drafter alone
             return head.logits(self.hidden)
 
@@ -65,16 +71,16 @@ RESPONSE_LOSSES: dict[str, Callable[[torch.Tensor, Feedback], torch.Tensor]] = {
 
 @dataclass(frozen=True)
 class Stream:
-    """A stream's mean loss, and where it has positions."""
+    """A stream's loss, and where it has positions."""
 
-    mean: torch.Tensor
+    sums: Weighted
     positions: torch.Tensor  # bool [B, A, K]
     correct: torch.Tensor  # bool [B, A, K]: the drafter's argmax is the committed token
 
     @property
-    def accuracy(self) -> float:
+    def accuracy(self) -> Share:
         """Share of its positions where the drafter's argmax is the committed token."""
-        return float(self.correct.sum() / self.positions.sum().clamp(min=1))
+        return Share(int(self.correct.sum()), int(self.positions.sum()))
 
 
 def response_stream(
@@ -90,7 +96,7 @@ def response_stream(
     proposals: int | None = None,
     positions_per_chunk: int,
 ) -> Stream:
-    """Weighted mean of the loss over the stream's positions.
+    """Sums of the loss over the stream's positions.
 
     hidden: [B, A, K, H] of blocks drafted on the trajectory's own tokens. config: resolved. target_head: [V, H], the
     target's own. The scope `committed` reads committed, [B, A] tokens that the verify step committed; left out where
@@ -101,41 +107,96 @@ def response_stream(
     assert config.scope != "auto", "resolve the loss first"
     K = hidden.shape[2]
     offsets = torch.arange(1, K + 1, device=hidden.device)
-    labels, inside = labels_of(batch, anchors, K)
-    columns, present = heads.drafter.to_columns(labels)
-    where = inside & present
-    if config.scope == "committed" and not config.beyond:
-        assert committed is not None, "this scope needs verify steps"
-        where = where & (offsets <= committed[..., None])
+    labels, columns, where = _places(batch, anchors, K, heads.drafter, config, committed)
 
+    places = where.nonzero(as_tuple=True)  # a mask as an index would be looked through at every use
     # the target's hidden state that predicts offset k lies at position anchor + k - 1
     at = (anchors.positions[..., None] + offsets - 1).clamp(max=batch.tokens.shape[1] - 1)
     rows = torch.arange(at.shape[0], device=at.device)[:, None, None].expand_as(at)
     predicted_by = None if batch.hidden is None else batch.hidden[rows[where], at[where]]
     feedback = Feedback(labels[where], columns[where], predicted_by, heads.target, target_head, temperature)
-    loss_of = RESPONSE_LOSSES[config.loss]
-    count = feedback.columns.numel()
-    correct = torch.zeros(count, dtype=torch.bool, device=hidden.device)
-    log_q = torch.zeros(count, device=hidden.device)
+    judged = _judged(hidden[places], feedback, heads, config, positions_per_chunk)
+    correct_at = torch.zeros_like(where)
+    correct_at[places] = judged.correct
+    weights = position_weights(config.weights(), offsets, where, judged.log_q)
+    if config.scope == "committed" and config.beyond:
+        if committed is None:
+            committed = correct_at.long().cumprod(-1).sum(-1).clamp(max=K if proposals is None else proposals) + 1
+        weights = weights * _reached(offsets, committed, config.beyond)
+    return Stream(Weighted.of(judged.terms, weights[where], config.weight), where, correct_at)
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """The drafter at the stream's N positions."""
+
+    terms: torch.Tensor  # [N] losses
+    correct: torch.Tensor  # bool [N]
+    log_q: torch.Tensor  # [N] of the committed tokens, without gradient; zeros where no weight reads them
+
+
+def _judged(
+    hidden: torch.Tensor, feedback: Feedback, heads: Heads, config: ResponseStream, positions_per_chunk: int
+) -> _Judged:
+    """hidden: [N, H]. Behind a frozen head the losses of every SFT and OPD read tiles of logits; others, and heads that
+    are trained, whole rows of them."""
     by_confidence = config.weights().kind == "d_pace"
+    unread = torch.zeros(len(hidden), device=hidden.device)
+    if not heads.trained and config.loss in ("cross_entropy", "bernoulli_kl"):
+        judged = token_logprobs(hidden, heads.drafter, feedback.columns, positions_per_chunk)
+        terms = -judged.values
+        if config.loss == "bernoulli_kl":
+            terms = losses.bernoulli_forward_kl(judged.values, feedback.token_logprob(positions_per_chunk))
+        return _Judged(terms, judged.best == feedback.columns, judged.values.detach())
+    if not heads.trained and config.loss == "forward_kl" and feedback.temperature > 0 and not by_confidence:
+        assert feedback.hidden is not None, NO_HIDDEN
+        asked = (feedback.hidden, feedback.head, feedback.temperature)
+        judged = forward_kl(hidden, heads.drafter, *asked, positions_per_chunk)
+        return _Judged(judged.values, judged.best == feedback.columns, unread)
+
+    loss_of = RESPONSE_LOSSES[config.loss]
+    correct = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
 
     def values(h: torch.Tensor, part: slice) -> torch.Tensor:
         logits, here = heads.drafter.logits(h), feedback.of(part)
         with torch.no_grad():
             correct[part] = logits.argmax(-1) == here.columns
             if by_confidence:
-                log_q[part] = -losses.cross_entropy(logits, here.columns)
+                unread[part] = -losses.cross_entropy(logits, here.columns)
         return loss_of(logits, here)
 
-    terms = chunked_values(hidden[where], positions_per_chunk, values, trained_head=heads.trained)
-    correct_at = torch.zeros_like(where)
-    correct_at[where] = correct
-    weights = position_weights(config.weights(), offsets, where, log_q)
+    terms = chunked_values(hidden, positions_per_chunk, values, trained_head=heads.trained)
+    return _Judged(terms, correct, unread)
+
+
+def response_weight(
+    batch: Batch, anchors: Anchors, K: int, head: Head, config: ResponseStream, committed: torch.Tensor
+) -> float:
+    """The sum of the stream's weights, where verify steps are known and no weight depends on the drafter."""
+    offsets = torch.arange(1, K + 1, device=committed.device)
+    _, _, where = _places(batch, anchors, K, head, config, committed)
+    weights = position_weights(config.weights(), offsets, where, torch.empty(0))
     if config.scope == "committed" and config.beyond:
-        if committed is None:
-            committed = correct_at.long().cumprod(-1).sum(-1).clamp(max=K if proposals is None else proposals) + 1
-        weights = weights * torch.exp(-(offsets - committed[..., None]).clamp(min=0) / config.beyond)
-    return Stream(weighted_mean(terms, weights[where]), where, correct_at)
+        weights = weights * _reached(offsets, committed, config.beyond)
+    return float(weights[where].sum())
+
+
+def _places(
+    batch: Batch, anchors: Anchors, K: int, head: Head, config: ResponseStream, committed: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Committed tokens, their columns in the head, and where the stream has positions, each [B, A, K]."""
+    labels, inside = labels_of(batch, anchors, K)
+    columns, present = head.to_columns(labels)
+    where = inside & present
+    if config.scope == "committed" and not config.beyond:
+        assert committed is not None, "this scope needs verify steps"
+        where = where & (torch.arange(1, K + 1, device=labels.device) <= committed[..., None])
+    return labels, columns, where
+
+
+def _reached(offsets: torch.Tensor, committed: torch.Tensor, beyond: float) -> torch.Tensor:
+    """[B, A, K] 1 on what was committed, exp(-d / beyond) at d behind it."""
+    return torch.exp(-(offsets - committed[..., None]).clamp(min=0) / beyond)
 
 
 def position_weights(

@@ -7,7 +7,7 @@ DFlash (arXiv 2602.06036): cross-entropy on the committed token, weight exp(-(k-
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -15,7 +15,7 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.anchors import position_anchors
-from draftsmith.stages.training.batches import Batch, FeatureSource, step_rng, trajectories_of_step
+from draftsmith.stages.training.batches import Batch, FeatureSource, parts_of, step_rng, trajectories_of_step
 from draftsmith.stages.training.blocks import Anchors, LossReport, block_hidden, context_of, operations_of
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.loss_config import ResponseStream
@@ -50,12 +50,13 @@ def sft_loss(
     )
     positions = int(response.positions.sum())
     return LossReport(
-        response.mean,
+        response.sums.mean,
         anchors.blocks,
         positions,
         {"accuracy": response.accuracy},
         {"drafter": drafted - started, "head_and_loss": time.perf_counter() - drafted},
         operations_of(drafter, batch, anchors, positions, heads.drafter),
+        streams=(response.sums,),
     )
 
 
@@ -88,20 +89,30 @@ class SftTraining:
         self._count = len(trajectories)
 
     def loss(self, step: int) -> LossReport:
-        """Of optimiser step `step`, with gradient."""
+        """Of optimiser step `step` as one batch, with gradient."""
+        (report,) = self.micro_batches(step, limit=None)
+        return report
+
+    def micro_batches(self, step: int, limit: int | None) -> Iterator[LossReport]:
+        """The same in parts of at most `limit` tokens. Anchors and head are drawn for the whole step."""
         rng = step_rng(self.seed, step)
         batch = self._features.batch(trajectories_of_step(self._count, self.config.sequences_per_step, step, self.seed))
         anchors = position_anchors(batch.trajectories, self.config.anchors_per_sequence, rng, self.target.device)
-        return sft_loss(
-            self.drafter,
-            batch,
-            anchors,
-            self._heads.draw(rng, [batch.tokens]),
-            self.target.head_weight,
-            self.stream,
-            temperature=self._temperature,
-            positions_per_chunk=self.config.positions_per_chunk,
-        )
+        heads = self._heads.draw(rng, [batch.tokens])
+        parts = parts_of(batch, anchors.positions.shape[1] * self.drafter.block_size, limit)
+        for part in parts:
+            report = sft_loss(
+                self.drafter,
+                batch.rows(part),
+                anchors.rows(part),
+                heads,
+                self.target.head_weight,
+                self.stream,
+                temperature=self._temperature,
+                positions_per_chunk=self.config.positions_per_chunk,
+            )
+            report.alone = len(parts) == 1
+            yield report
 
     def __str__(self) -> str:
         """What is trained, in one line."""

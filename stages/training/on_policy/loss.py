@@ -8,11 +8,12 @@ import torch
 
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.batches import Batch
-from draftsmith.stages.training.blocks import Anchors, LossReport, weighted_mean
+from draftsmith.stages.training.blocks import Anchors, LossReport, Share, Weighted
 from draftsmith.stages.training.chunked import chunked_values
 from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.on_policy.verify_steps import VerifySteps
-from draftsmith.stages.training.response import position_weights, response_stream
+from draftsmith.stages.training.response import position_weights, response_stream, response_weight
+from draftsmith.stages.training.tiled import token_logprobs
 from draftsmith.stages.training.vocabulary import Heads
 
 REJECTED_LOSSES = {"k3": losses.k3_reverse_kl}  # of the log-probs of one proposal, [N] each
@@ -52,10 +53,10 @@ def opd_loss(
         proposals=proposals,
         positions_per_chunk=positions_per_chunk,
     )
-    loss = objective.response.weight * response.mean
+    streams = [response.sums]
     trained = response.positions
-    figures = {
-        "loss_response": float(response.mean.detach()),
+    figures: dict[str, float] = {
+        "loss_response": response.sums.share(),
         "accuracy": response.accuracy,
     }
     if steps is not None:
@@ -63,12 +64,34 @@ def opd_loss(
     if objective.needs_scores:
         assert steps is not None, "a rejected stream needs verify steps"
         own = hidden if on_proposals is None else on_proposals
-        mean, where = _rejected(own, anchors, steps, heads, objective, positions_per_chunk)
-        figures["loss_rejected"] = float(mean.detach())
-        loss = loss + objective.rejected.weight * mean
+        sums, where = _rejected(own, anchors, steps, heads, objective, positions_per_chunk)
+        figures["loss_rejected"] = sums.share()
+        streams.append(sums)
         trained = trained | where
+    loss = torch.stack([stream.factor * stream.mean for stream in streams]).sum()
     seconds = {"head_and_loss": time.perf_counter() - started}
-    return LossReport(loss, anchors.blocks, int(trained.sum()), figures, seconds)
+    return LossReport(loss, anchors.blocks, int(trained.sum()), figures, seconds, streams=tuple(streams))
+
+
+def stream_weights(
+    batch: Batch, anchors: Anchors, steps: VerifySteps, heads: Heads, objective: LossConfig
+) -> tuple[float, float]:
+    """The sums of the weights of both streams: known without a forward, as `reads_steps` says."""
+    K = steps.proposed.shape[2]
+    response = response_weight(batch, anchors, K, heads.drafter, objective.response, steps.committed)
+    where, _ = _rejected_places(anchors, steps, heads)
+    offsets = torch.arange(1, K + 1, device=where.device)
+    weights = position_weights(objective.rejected.positions, offsets, where, torch.empty(0))
+    return response, float(weights[where].sum())
+
+
+def _rejected_places(anchors: Anchors, steps: VerifySteps, heads: Heads) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the rejected stream has positions, and the columns of the proposals in the head, each [B, A, K]."""
+    offsets = torch.arange(1, steps.proposed.shape[2] + 1, device=steps.proposed.device)
+    columns, known = heads.drafter.to_columns(steps.proposed)
+    first = steps.rejected_offset[..., None]
+    judged = steps.target_logprobs.isfinite() & anchors.valid[..., None]
+    return (offsets >= first) & (first > 0) & judged & known, columns
 
 
 def _rejected(
@@ -78,29 +101,31 @@ def _rejected(
     heads: Heads,
     objective: LossConfig,
     positions_per_chunk: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The drafter's proposals from the first rejected one on, judged on their own prefix: mean, positions [B, A, K]."""
+) -> tuple[Weighted, torch.Tensor]:
+    """The drafter's proposals from the first rejected one on, judged on their own prefix: sums, positions [B, A, K]."""
     offsets = torch.arange(1, hidden.shape[2] + 1, device=hidden.device)
-    columns, known = heads.drafter.to_columns(steps.proposed)
-    first = steps.rejected_offset[..., None]
-    judged = steps.target_logprobs.isfinite() & anchors.valid[..., None]
-    where = (offsets >= first) & (first > 0) & judged & known
+    where, columns = _rejected_places(anchors, steps, heads)
     log_p, taken = steps.target_logprobs[where], columns[where]
-    loss_of = REJECTED_LOSSES[objective.rejected.loss]
-
-    def values(h: torch.Tensor, part: slice) -> torch.Tensor:
-        return loss_of(-losses.cross_entropy(heads.drafter.logits(h), taken[part]), log_p[part])
-
-    terms = chunked_values(hidden[where], positions_per_chunk, values, trained_head=heads.trained)
+    own = hidden[where.nonzero(as_tuple=True)]
+    if heads.trained:
+        log_q = chunked_values(
+            own,
+            positions_per_chunk,
+            lambda h, part: -losses.cross_entropy(heads.drafter.logits(h), taken[part]),
+            trained_head=True,
+        )
+    else:
+        log_q = token_logprobs(own, heads.drafter, taken, positions_per_chunk).values
+    terms = REJECTED_LOSSES[objective.rejected.loss](log_q, log_p)
     weights = position_weights(objective.rejected.positions, offsets, where, log_p)
-    return weighted_mean(terms, weights[where]), where
+    return Weighted.of(terms, weights[where], objective.rejected.weight), where
 
 
-def _changed(steps: VerifySteps, correct: torch.Tensor, anchors: Anchors) -> float:
+def _changed(steps: VerifySteps, correct: torch.Tensor, anchors: Anchors) -> Share:
     """Share of the trained steps at which the drafter no longer keeps as many tokens as `steps` says.
 
     Known without work: offsets up to the first rejection are in the stream, and say whether it is still the first.
     """
     now = correct.long().cumprod(-1).sum(-1)  # at least: nothing is known beyond the stream
     different = torch.where(steps.rejected_offset > 0, now != steps.accepted, now < steps.accepted) & anchors.valid
-    return float(different.sum() / anchors.valid.sum().clamp(min=1))
+    return Share(int(different.sum()), int(anchors.valid.sum()))

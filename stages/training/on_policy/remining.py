@@ -17,7 +17,7 @@ from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.trace import Trace, Trajectory
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.batches import Batch
-from draftsmith.stages.training.blocks import Anchors, View
+from draftsmith.stages.training.blocks import Anchors, Share, View
 from draftsmith.stages.training.on_policy.mined import MinedTable, TrajectorySteps
 from draftsmith.stages.training.on_policy.verify_steps import VerifySteps, with_scores
 
@@ -64,7 +64,7 @@ class Remining:
             changed += _steps_gone(self.mined.steps[i], fresh)
             steps += len(self.mined.steps[i].anchors)
             self.current.steps[i], self._mined_at[i] = fresh, step
-        return {"trace_changed_share": changed / steps, "remined_trajectories": len(rows)}
+        return {"trace_changed_share": Share(changed, steps), "remined_trajectories": len(rows)}
 
     @torch.no_grad()
     def _replay(self, view: View, rows: list[int], trajectories: list[Trajectory], chains: int) -> list[Trace]:

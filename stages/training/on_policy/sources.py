@@ -16,11 +16,11 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.replay.chains import successors
 from draftsmith.stages.training.anchors import (
     anchor_positions,
-    draw_evenly,
+    evenly,
     pad_anchors,
     position_anchors,
 )
-from draftsmith.stages.training.blocks import Anchors, View
+from draftsmith.stages.training.blocks import Anchors, Share, View
 from draftsmith.stages.training.on_policy.mined import Kind, MinedTable
 from draftsmith.stages.training.on_policy.remining import Remining
 from draftsmith.stages.training.on_policy.verify_steps import VerifySteps
@@ -33,6 +33,7 @@ class Drawn:
     anchors: Anchors
     steps: VerifySteps | None  # None: judged on the blocks that the step drafts, so always current
     figures: dict[str, float] = field(default_factory=dict)
+    judged: VerifySteps | None = None  # on these blocks, where the step had to know before it trains them
 
 
 class AnchorSource(Protocol):
@@ -100,7 +101,13 @@ class SuccessorAnchors(Forgetful):
 
     def draw(self, step: int, indices: Sequence[int], view: View, rng: np.random.Generator) -> Drawn:  # noqa: ARG002
         trajectories, device = view.batch.trajectories, view.batch.tokens.device
-        before = np.stack([draw_evenly(anchor_positions(t), self.per_sequence, rng) for t in trajectories])
+        phases = rng.random((len(trajectories), 2))  # of each row: micro-batches draw the same numbers
+        before = np.stack(
+            [
+                evenly(anchor_positions(t), self.per_sequence, phase)
+                for t, phase in zip(trajectories, phases[:, 0], strict=True)
+            ]
+        )
         behind = successors(
             self.drafter,
             view.context,
@@ -110,11 +117,15 @@ class SuccessorAnchors(Forgetful):
             view.head,
         )
         # two positions may have the same successor: another one is trained twice then
-        chosen = [draw_evenly(np.unique(row), self.per_sequence, rng) for row in behind.cpu().numpy()]
+        chosen = [
+            evenly(np.unique(row), self.per_sequence, phase)
+            for row, phase in zip(behind.cpu().numpy(), phases[:, 1], strict=True)
+        ]
         return Drawn(pad_anchors(chosen, device), None, _off_mined(self.table, indices, chosen))
 
 
 def _off_mined(table: MinedTable, indices: Sequence[int], chosen: Sequence[np.ndarray]) -> dict[str, float]:
     """How stale the mined table has become: the share of anchors that it does not have."""
     mined = [np.isin(row, table.steps[i].anchors) for i, row in zip(indices, chosen, strict=True)]
-    return {"anchors_off_mined_share": 1 - float(np.mean(mined))}
+    places = sum(row.size for row in mined)
+    return {"anchors_off_mined_share": Share(places - sum(int(row.sum()) for row in mined), places)}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,10 +24,10 @@ from draftsmith.stages.training.blocks import (
 )
 from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.loss_config import LossConfig
-from draftsmith.stages.training.on_policy.loss import opd_loss
-from draftsmith.stages.training.on_policy.sources import AnchorSource
-from draftsmith.stages.training.on_policy.verify_steps import judge, with_scores
-from draftsmith.stages.training.vocabulary import HeadSource
+from draftsmith.stages.training.on_policy.loss import opd_loss, stream_weights
+from draftsmith.stages.training.on_policy.sources import AnchorSource, Drawn
+from draftsmith.stages.training.on_policy.verify_steps import VerifySteps, judge, with_scores
+from draftsmith.stages.training.vocabulary import Heads, HeadSource
 
 
 class OpdStep:
@@ -48,38 +49,72 @@ class OpdStep:
 
     def loss(self, step: int, indices: Sequence[int], batch: Batch, rng: np.random.Generator) -> LossReport:
         """batch: of the trajectories `indices`. The source learns what the drafter did."""
-        chunk = self.config.positions_per_chunk
-        started = time.perf_counter()
+        (report,) = self.micro_batches(step, indices, batch, rng, [slice(0, len(indices))])
+        return report
+
+    def micro_batches(
+        self, step: int, indices: Sequence[int], batch: Batch, rng: np.random.Generator, parts: Sequence[slice]
+    ) -> Iterator[LossReport]:
+        """The same in parts, rows of the batch. Of several parts all anchors are drawn first, under the same weights as
+        the loss: the head is the same for all, and so is what two streams are divided by."""
+        clock = _Clock()
         heads = self.heads.draw(rng, [batch.tokens])
-        selected = time.perf_counter()
-        context = context_of(self.drafter, batch)
-        encoded = time.perf_counter()
-        drawn = self.source.draw(step, indices, View(batch, context, heads.drafter), rng)
-        mined = time.perf_counter()
+        clock.spent("head_and_loss")
+        alone = len(parts) == 1
+        drawn, context = [], None
+        for part in parts:
+            rows = batch.rows(part)
+            with torch.set_grad_enabled(alone and torch.is_grad_enabled()):
+                context = context_of(self.drafter, rows)
+                clock.spent("drafter")
+                found = self.source.draw(step, indices[part], View(rows, context, heads.drafter), rng)
+                clock.spent("mining")
+                if not alone and found.steps is None and self.objective.needs_scores:
+                    hidden = block_hidden(self.drafter, context, rows, found.anchors)
+                    found = replace(found, judged=self._judged(hidden, context, rows, found.anchors, heads, clock))
+            drawn.append(found)
+        whole = None
+        if not alone:
+            context = None
+            if self.objective.needs_scores:  # the rejected stream's tokens must be in it too
+                known = [_steps_of(found) for found in drawn]
+                heads = self.heads.draw(rng, [batch.tokens, *(steps.proposed for steps in known)])
+                of_parts = [
+                    stream_weights(batch.rows(part), found.anchors, steps, heads, self.objective)
+                    for part, found, steps in zip(parts, drawn, known, strict=True)
+                ]
+                whole = tuple(sum(weights) for weights in zip(*of_parts, strict=True))
+        for part, found in zip(parts, drawn, strict=True):
+            clock.resume()
+            report = self._trained(batch.rows(part), context, found, heads, rng if alone else None, clock)
+            report.alone, report.whole = alone, whole
+            report.seconds = clock.take()
+            yield report
+
+    def _trained(
+        self,
+        batch: Batch,
+        context: Context | None,
+        drawn: Drawn,
+        heads: Heads,
+        rng: np.random.Generator | None,
+        clock: _Clock,
+    ) -> LossReport:
+        """context: of the batch, with gradient, where it is there already. rng: for a head that also holds what is
+        rejected, where this is not known yet."""
+        if context is None:
+            context = context_of(self.drafter, batch)
         hidden = block_hidden(self.drafter, context, batch, drawn.anchors)
-        own_chains = self.drafter.autoregressive and self.objective.needs_scores
-        steps, scoring, on_proposals = drawn.steps, 0.0, None
+        clock.spent("drafter")
+        steps = drawn.steps or drawn.judged
         if steps is None and self.objective.reads_steps:  # else the loss finds what was accepted
-            proposed = self._propose(context, batch, drawn.anchors, heads.drafter) if own_chains else None
-            steps = judge(
-                hidden,
-                batch,
-                drawn.anchors,
-                heads.drafter,
-                proposals=self.proposals,
-                proposed=proposed,
-            )
-            if self.objective.needs_scores:
-                before = time.perf_counter()
-                steps = with_scores(
-                    steps, self.target, batch, drawn.anchors, self.proposals, self.config.tokens_per_target_forward
-                )
-                scoring = time.perf_counter() - before
-        if own_chains:
+            steps = self._judged(hidden, context, batch, drawn.anchors, heads, clock)
+        on_proposals = None
+        if self.drafter.autoregressive and self.objective.needs_scores:
             assert steps is not None
             on_proposals = block_hidden_on(self.drafter, context, batch, drawn.anchors, steps.proposed)
-        drafted = time.perf_counter()
-        if self.objective.needs_scores and steps is not None:  # the rejected stream's tokens must be in it too
+        clock.spent("drafter")
+        if rng is not None and self.objective.needs_scores and steps is not None:
             heads = self.heads.draw(rng, [batch.tokens, steps.proposed])
         report = opd_loss(
             hidden,
@@ -91,7 +126,7 @@ class OpdStep:
             self.objective,
             on_proposals=on_proposals,
             proposals=self.proposals,
-            positions_per_chunk=chunk,
+            positions_per_chunk=self.config.positions_per_chunk,
         )
         report.operations = operations_of(self.drafter, batch, drawn.anchors, report.positions, heads.drafter)
         if on_proposals is not None:  # the chains were drafted twice; nothing more went through the head
@@ -99,15 +134,59 @@ class OpdStep:
         if drawn.steps is None:  # judged by this very forward, or not at all
             report.figures.pop("steps_changed_share", None)
         report.figures |= drawn.figures
-        report.seconds = {
-            "mining": mined - encoded + scoring,
-            "drafter": drafted - mined - scoring + encoded - selected,
-            "head_and_loss": time.perf_counter() - drafted + selected - started,
-        }
+        clock.spent("head_and_loss")
         return report
+
+    def _judged(
+        self,
+        hidden: torch.Tensor,
+        context: Context,
+        batch: Batch,
+        anchors: Anchors,
+        heads: Heads,
+        clock: _Clock,
+    ) -> VerifySteps:
+        """The verify steps of blocks with hidden states [B, A, K, H], scored where a rejected stream reads it."""
+        own_chains = self.drafter.autoregressive and self.objective.needs_scores
+        proposed = self._propose(context, batch, anchors, heads.drafter) if own_chains else None
+        steps = judge(hidden, batch, anchors, heads.drafter, proposals=self.proposals, proposed=proposed)
+        clock.spent("drafter")
+        if self.objective.needs_scores:
+            tokens = self.config.tokens_per_target_forward
+            steps = with_scores(steps, self.target, batch, anchors, self.proposals, tokens)
+        clock.spent("mining")
+        return steps
 
     def _propose(self, context: Context, batch: Batch, anchors: Anchors, head: Head) -> torch.Tensor:
         """[B, A, K] of the current weights."""
         tokens = batch.tokens.gather(1, anchors.positions)
         size = self.drafter.block_size
         return self.drafter.propose(context, tokens, anchors.positions, size, head, with_logprobs=False).tokens
+
+
+def _steps_of(drawn: Drawn) -> VerifySteps:
+    steps = drawn.steps or drawn.judged
+    assert steps is not None, "a rejected stream needs verify steps"
+    return steps
+
+
+class _Clock:
+    """Seconds by what they were spent on."""
+
+    def __init__(self) -> None:
+        self._since, self._seconds = time.perf_counter(), dict.fromkeys(("mining", "drafter", "head_and_loss"), 0.0)
+
+    def spent(self, what: str) -> None:
+        """On this, since the last call."""
+        now = time.perf_counter()
+        self._seconds[what] += now - self._since
+        self._since = now
+
+    def resume(self) -> None:
+        """Leave out what was done since the last call: the gradient of another part."""
+        self._since = time.perf_counter()
+
+    def take(self) -> dict[str, float]:
+        """What was spent since this was asked."""
+        taken, self._seconds = self._seconds, dict.fromkeys(self._seconds, 0.0)
+        return taken

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.training.batches import FeatureSource, step_rng, trajectories_of_step
+from draftsmith.stages.training.batches import FeatureSource, parts_of, step_rng, trajectories_of_step
 from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.on_policy.config import OpdConfig
 from draftsmith.stages.training.on_policy.mined import Kind, MinedTable, match_steps
@@ -39,11 +40,16 @@ class OpdTraining:
         """
         if isinstance(mined, pa.Table):
             mined = match_steps(mined, trajectories, drafter.block_size)
-        self.config, self.mined, self.seed = config, mined, seed
+        self.config, self.mined, self.seed, self._block_size = config, mined, seed, drafter.block_size
         self.kind: Kind = "errors" if config.anchors == "errors" else "visited"
         self.usable = mined.trajectories_with(self.kind)
         self.sampled = config.verification == "sampled" or (config.verification == "auto" and temperature > 0)
         self.objective = config.loss.resolved(drafter.recipe, self.sampled, temperature)
+        if self.objective.needs_scores and self.objective.response.weights().kind == "d_pace":
+            raise DraftsmithError(
+                "opd.loss.response.positions: a rejected stream needs weights that are known before the loss, which "
+                "d_pace's are not; use uniform, exponential or power weights"
+            )
         remining = Remining(
             mined,
             drafter,
@@ -69,10 +75,17 @@ class OpdTraining:
         return self.config.passes(len(self.usable))
 
     def loss(self, step: int) -> LossReport:
-        """Of optimiser step `step`, with gradient."""
+        """Of optimiser step `step` as one batch, with gradient."""
+        (report,) = self.micro_batches(step, limit=None)
+        return report
+
+    def micro_batches(self, step: int, limit: int | None) -> Iterator[LossReport]:
+        """The same in parts of at most `limit` tokens."""
         places = trajectories_of_step(len(self.usable), self.config.sequences_per_step, step, self.seed)
         chosen = [self.usable[i] for i in places]
-        return self._step.loss(step, chosen, self._features.batch(chosen), step_rng(self.seed, step))
+        batch = self._features.batch(chosen)
+        parts = parts_of(batch, self.config.anchors_per_sequence * self._block_size, limit)
+        return self._step.micro_batches(step, chosen, batch, step_rng(self.seed, step), parts)
 
     def __str__(self) -> str:
         """What is trained, in one line."""

@@ -35,11 +35,11 @@ def test_even_the_shortest_schedule_moves_the_weights(steps: int) -> None:
 def test_a_loss_that_is_not_finite_is_one_clear_error(tmp_path: Path, plain_target: Target) -> None:
     drafter = random_target.random_drafter(plain_target)
 
-    def loss_of_step(step: int) -> LossReport:
-        return LossReport(next(drafter.parameters()).sum() * (math.nan if step == 2 else 1.0), 1, 1)
+    def micro_batches(step: int) -> list[LossReport]:
+        return [LossReport(next(drafter.parameters()).sum() * (math.nan if step == 2 else 1.0), 1, 1)]
 
     with pytest.raises(DraftsmithError, match="loss is nan at step 2"):
-        train(RecordingContext.under(tmp_path), drafter, OptimiserConfig(steps=5), loss_of_step)
+        train(RecordingContext.under(tmp_path), drafter, OptimiserConfig(steps=5), micro_batches)
 
 
 def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_checkpoint(
@@ -49,12 +49,12 @@ def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_checkpoint(
     context = RecordingContext.under(tmp_path)
     weight = next(drafter.parameters())
 
-    def loss_of_step(step: int) -> LossReport:
+    def micro_batches(step: int) -> list[LossReport]:
         # sqrt has an infinite slope at 0: the loss is finite, its gradient is not
-        return LossReport((weight - weight.detach()).abs().sum().sqrt() if step == 1 else weight.sum(), 1, 1)
+        return [LossReport((weight - weight.detach()).abs().sum().sqrt() if step == 1 else weight.sum(), 1, 1)]
 
     with pytest.raises(DraftsmithError, match=r"gradient's norm is (nan|inf) at step 1; lower learning_rate"):
-        train(context, drafter, OptimiserConfig(steps=2, compute_dtype="float32"), loss_of_step)
+        train(context, drafter, OptimiserConfig(steps=2, compute_dtype="float32"), micro_batches)
     assert all(parameter.isfinite().all() for parameter in drafter.parameters())
     assert checkpoints(context.work) == []
 
@@ -64,7 +64,7 @@ def test_metrics_of_an_attempt_that_reached_no_checkpoint_are_not_kept(tmp_path:
     context = RecordingContext.under(tmp_path)
     context.metrics(0, loss=9.0)
     context.metrics(1, loss=9.0)
-    train(context, drafter, OptimiserConfig(steps=2), lambda _: LossReport(next(drafter.parameters()).sum(), 1, 1))
+    train(context, drafter, OptimiserConfig(steps=2), lambda _: [LossReport(next(drafter.parameters()).sum(), 1, 1)])
     assert [step for step, _ in context.measured] == [0, 1]
     assert all(values["loss"] != 9.0 for _, values in context.measured)
 
@@ -100,7 +100,7 @@ def trained(context: RecordingContext, target: Target, steps: int) -> list[float
     """Weights after so many steps, a checkpoint behind each."""
     drafter = random_target.random_drafter(target)
     config = OptimiserConfig(steps=steps, compute_dtype="float32", checkpoint_every=1)
-    train(context, drafter, config, lambda _: LossReport(next(drafter.parameters()).square().sum(), 1, 1))
+    train(context, drafter, config, lambda _: [LossReport(next(drafter.parameters()).square().sum(), 1, 1)])
     return [float(value) for value in next(drafter.parameters()).detach().flatten()[:50]]
 
 
@@ -113,10 +113,10 @@ def spoil(path: Path, damage: str) -> None:
 def test_totals_are_sums_over_all_steps(tmp_path: Path, plain_target: Target) -> None:
     drafter = random_target.random_drafter(plain_target)
 
-    def loss_of_step(step: int) -> LossReport:
-        return LossReport(next(drafter.parameters()).square().sum(), step, 10 * step)
+    def micro_batches(step: int) -> list[LossReport]:
+        return [LossReport(next(drafter.parameters()).square().sum(), step, 10 * step)]
 
-    totals = train(RecordingContext.under(tmp_path), drafter, OptimiserConfig(steps=4), loss_of_step)
+    totals = train(RecordingContext.under(tmp_path), drafter, OptimiserConfig(steps=4), micro_batches)
     assert (totals["blocks"], totals["positions"]) == (6, 60)
 
 

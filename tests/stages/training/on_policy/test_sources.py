@@ -11,7 +11,7 @@ import torch
 from draftsmith.stages.replay.chains import successors
 from draftsmith.stages.replay.corpus import score
 from draftsmith.stages.replay.trace import Trace
-from draftsmith.stages.training.anchors import anchor_positions, draw_evenly
+from draftsmith.stages.training.anchors import anchor_positions, evenly
 from draftsmith.stages.training.batches import step_rng
 from draftsmith.stages.training.blocks import block_hidden, context_of
 from draftsmith.stages.training.loss_config import LossConfig
@@ -161,8 +161,9 @@ def test_successors_are_what_one_block_of_the_current_weights_leads_to(world: Wo
         drawn = source.draw(step, INDICES, view, step_rng(0, step))
         assert drawn.steps is None  # judged on the blocks of the step itself
         assert drawn.anchors.blocks == len(INDICES) * per_sequence
-        rng = step_rng(0, step)
-        before = np.stack([draw_evenly(anchor_positions(t), per_sequence, rng) for t in view.batch.trajectories])
+        phases = step_rng(0, step).random((len(INDICES), 2))[:, 0]
+        positions = [anchor_positions(t) for t in view.batch.trajectories]
+        before = np.stack([evenly(row, per_sequence, phase) for row, phase in zip(positions, phases, strict=True)])
         behind = successors(
             world.moved, view.context, view.batch.trajectories, torch.from_numpy(before), 8, view.head
         ).numpy()

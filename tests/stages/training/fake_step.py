@@ -1,0 +1,175 @@
+"""A training step in any model's shapes, without its memory: torch's tracker says what it would take.
+
+Floating-point tensors are fake (shapes alone), bookkeeping is real: anchors, tokens, verify steps. What runs is the
+training's own code, with the gradients of other micro-batches and AdamW's moments there already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.checkpoint import plan_of_new
+from draftsmith.stages.drafters.config import DFlashConfig, Eagle3Config
+from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
+from draftsmith.stages.replay.trace import Trajectory
+from draftsmith.stages.targets.estimate import ModelSize, Sizes
+from draftsmith.stages.training.accumulation import Accumulation
+from draftsmith.stages.training.anchors import position_anchors
+from draftsmith.stages.training.batches import Batch
+from draftsmith.stages.training.blocks import Anchors, LossReport, Share, Weighted
+from draftsmith.stages.training.config import SftConfig, TrainingConfig
+from draftsmith.stages.training.on_policy.config import OpdConfig
+from draftsmith.stages.training.on_policy.sources import Drawn, Forgetful
+from draftsmith.stages.training.on_policy.step import OpdStep
+from draftsmith.stages.training.on_policy.verify_steps import VerifySteps
+from draftsmith.stages.training.supervised import sft_loss
+from draftsmith.stages.training.vocabulary import HeadSource
+
+_SHARED = {"vocab_size": 151936, "head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 8}
+TARGETS = {
+    "Qwen3-0.6B": _SHARED
+    | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
+    "Qwen3-4B": _SHARED | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36},
+    "Qwen3-8B": _SHARED | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36},
+}
+
+
+@dataclass(frozen=True)
+class FakeStep:
+    """A training of answers that are all `longest` tokens long, prompt included."""
+
+    target: str
+    config: TrainingConfig  # of SFT or OPD
+    drafter: DFlashConfig | Eagle3Config
+    longest: int
+    prompt: int = 512
+
+    def sizes(self, device_memory: float) -> Sizes:
+        """As `draftsmith check` has them."""
+        target = Qwen3Config(**TARGETS[self.target], tie_word_embeddings=self.target != "Qwen3-8B")
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in Qwen3ForCausalLM(target).parameters())
+        plan = self._plan(target)
+        return Sizes(
+            ModelSize.of(target, parameters),
+            ModelSize.of(plan.config, plan.parameters),
+            features=len(plan.target_layer_ids),
+            block_size=plan.block_size,
+            itemsize=2,
+            longest_prompt=self.prompt,
+            positions=self.longest,
+            kind=plan.kind,
+            device_memory=device_memory,
+        )
+
+    def _plan(self, target: Any) -> Any:
+        return plan_of_new(self.drafter, target, lambda: SimpleNamespace(convert_ids_to_tokens=lambda _: None))
+
+    def peak_bytes(self, rows_at_once: int) -> float:
+        """Of the last micro-batch of a step, in its forward or its backward."""
+        config, B, T = self.config, self.config.sequences_per_step, self.longest
+        shape = Qwen3Config(**TARGETS[self.target], tie_word_embeddings=self.target != "Qwen3-8B")
+        plan = self._plan(shape)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            torch.set_default_dtype(torch.bfloat16)
+            try:
+                target = Qwen3ForCausalLM(shape).requires_grad_(False)
+            finally:
+                torch.set_default_dtype(torch.float32)
+            embedding = target.get_input_embeddings().weight
+            features = torch.empty(B, T, len(plan.target_layer_ids) * shape.hidden_size, dtype=torch.bfloat16)
+            hidden = torch.empty(B, T, shape.hidden_size, dtype=torch.bfloat16)
+            if isinstance(self.drafter, Eagle3Config):
+                drafter: Drafter = Eagle3Drafter(plan.config, embedding, torch.empty(0))
+            else:
+                drafter = DFlashDrafter(plan.config, embedding)
+            gradients = [torch.empty_like(p) for p in drafter.parameters()]
+            moments = [torch.empty_like(p) for p in drafter.parameters() for _ in range(2)]
+        if isinstance(drafter, Eagle3Drafter):
+            drafter.draft_tokens = torch.arange(plan.config.draft_vocab_size)
+        for parameter, gradient in zip(drafter.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        trajectories = [Trajectory(str(row), [1] * T, self.prompt) for row in range(B)]
+        tokens, positions = torch.ones(B, T, dtype=torch.long), torch.arange(T).expand(B, -1)
+        batch = Batch(trajectories, tokens, features, hidden, positions)
+        parts = [slice(start, min(start + rows_at_once, B)) for start in range(0, B, rows_at_once)]
+        tracker = _Peak()
+        tracker.track_external(target, drafter, features, hidden, *gradients, *moments)
+        accumulation = Accumulation()
+        with patch.object(Weighted, "share", lambda _: Share(0, 1)), tracker:  # a fake number cannot be read
+            reports = self._reports(drafter, target.get_output_embeddings().weight, batch, parts)
+            for _ in range(min(2, len(parts))):
+                with torch.autocast("cpu", torch.bfloat16, enabled=config.compute_dtype == "bfloat16"):
+                    report = next(reports)
+                accumulation.add(report)
+        return float(sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values()))
+
+    def _reports(
+        self, drafter: Drafter, head: torch.Tensor, batch: Batch, parts: Sequence[slice]
+    ) -> Iterator[LossReport]:
+        rng, config = np.random.default_rng(0), self.config
+        if isinstance(config, OpdConfig):
+            objective = config.loss.resolved(drafter.recipe, False, 0.0)
+            source = _Rejected(config.anchors_per_sequence, drafter.block_size - 1)
+            step = OpdStep(drafter, SimpleNamespace(head_weight=head), source, objective, config, source.proposals)  # type: ignore[arg-type]
+            yield from step.micro_batches(0, range(len(batch.trajectories)), batch, rng, parts)
+            return
+        assert isinstance(config, SftConfig)
+        anchors = position_anchors(batch.trajectories, config.anchors_per_sequence, rng, torch.device("cpu"))
+        heads = HeadSource(drafter, head, config).draw(rng, [])
+        for part in islice(parts, 2):
+            report = sft_loss(
+                drafter,
+                batch.rows(part),
+                anchors.rows(part),
+                heads,
+                head,
+                config.stream(drafter.recipe),
+                temperature=1.0,
+                positions_per_chunk=config.positions_per_chunk,
+            )
+            report.alone = len(parts) == 1
+            yield report
+
+
+class _Rejected(Forgetful):
+    """Verify steps of a table that keep a third of a block, so that both streams have positions."""
+
+    def __init__(self, per_sequence: int, proposals: int):
+        self.per_sequence, self.proposals = per_sequence, proposals
+
+    def draw(self, step: int, indices: Sequence[int], view: Any, rng: np.random.Generator) -> Drawn:  # noqa: ARG002
+        anchors = position_anchors(view.batch.trajectories, self.per_sequence, rng, torch.device("cpu"))
+        return Drawn(anchors, _steps(anchors, self.proposals))
+
+
+def _steps(anchors: Anchors, K: int) -> VerifySteps:
+    shape = anchors.positions.shape
+    accepted = torch.full(shape, K // 3)
+    proposed = torch.ones(*shape, K, dtype=torch.long)
+    return VerifySteps(accepted, accepted + 1, accepted + 1, proposed, torch.full((*shape, K), -1.0))
+
+
+class _Peak(MemTracker):
+    """Without figures of single modules, which the tracker refuses to take of one that is called twice."""
+
+    def _pre_fw_hook(self, *_: Any) -> None: ...
+
+    def _post_fw_hook(self, *_: Any) -> None: ...
+
+    def _pre_bw_hook(self, *_: Any) -> None: ...
+
+    def _post_bw_hook(self, *_: Any) -> None: ...

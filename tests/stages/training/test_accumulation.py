@@ -1,0 +1,140 @@
+"""Micro-batches of a step against the step as one batch: the same bookkeeping, the same gradient but for rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.replay.trace import Trajectory
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.training.accumulation import Accumulation
+from draftsmith.stages.training.batches import FeatureSource, parts_of
+from draftsmith.stages.training.blocks import LossReport, Share
+from draftsmith.stages.training.config import SftConfig
+from draftsmith.stages.training.on_policy.config import OpdConfig
+from draftsmith.stages.training.on_policy.mined import MinedTable, TrajectorySteps
+from draftsmith.stages.training.on_policy.training import OpdTraining
+from draftsmith.stages.training.supervised import SftTraining
+from tests.testbed import random_target
+
+COUNT = 5
+ROUNDING = 1e-5  # float32, of the gradient's norm
+STEP = {"sequences_per_step": COUNT, "anchors_per_sequence": 3}
+Training = SftTraining | OpdTraining
+
+
+@pytest.fixture(params=["plain_drafter", "plain_eagle3"])
+def drafter(request: pytest.FixtureRequest) -> Drafter:
+    made: Drafter = request.getfixturevalue(request.param)
+    return made
+
+
+@pytest.fixture
+def trajectories() -> list[Trajectory]:
+    return random_target.trajectories(COUNT, seed=8)
+
+
+def mined(trajectories: list[Trajectory], K: int) -> MinedTable:
+    """Steps of all kinds, made up: what a drafter that is not trained proposes is of no interest."""
+    rng = np.random.default_rng(0)
+    steps = []
+    for t in trajectories:
+        anchors = np.arange(t.first_anchor, t.last_anchor + 1, 2)
+        judged = np.minimum(K, len(t.tokens) - 1 - anchors)
+        accepted = rng.integers(0, judged + 1)
+        committed = np.minimum(accepted + 1, len(t.tokens) - 1 - anchors)
+        rejected = np.where(accepted < judged, accepted + 1, 0)
+        logprobs = rng.uniform(-9, -0.1, (len(anchors), K)).astype(np.float32)
+        logprobs[np.arange(K) >= judged[:, None]] = np.nan
+        proposed = rng.integers(0, random_target.TEXT_TOKENS, (len(anchors), K))
+        steps.append(TrajectorySteps(anchors, accepted, committed, rejected, proposed, logprobs))
+    return MinedTable(steps, K)
+
+
+def trained(make: Callable[[], Training], drafter: Drafter, limit: int | None) -> tuple[LossReport, torch.Tensor, int]:
+    """The report of step 3, its gradient, and the number of micro-batches."""
+    drafter.zero_grad(set_to_none=True)
+    accumulation, count = Accumulation(), 0
+    for report in make().micro_batches(3, limit):
+        accumulation.add(report)
+        count += 1
+    report = accumulation.finish(drafter.parameters())
+    gradient = torch.cat([p.grad.flatten() for p in drafter.parameters() if p.grad is not None])
+    return report, gradient, count
+
+
+CASES: dict[str, dict[str, Any] | None] = {
+    "SFT": None,
+    "SFT, d_pace": {"weights": "d_pace"},
+    "successors": {"anchors": "successors"},
+    "random, paper": {"anchors": "random", "loss": "paper"},
+    "errors, paper": {"anchors": "errors", "loss": "paper", "remine_every": 0},
+    "errors, paper, reduced head": {"anchors": "errors", "loss": "paper", "remine_every": 0, "head_tokens": 20},
+    "visited, paper, mined again": {"anchors": "visited", "loss": "paper", "remine_every": 1},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_micro_batches_are_one_batch(
+    name: str, drafter: Drafter, plain_target: Target, trajectories: list[Trajectory]
+) -> None:
+    fields = CASES[name]
+    drafter.frequent_tokens = torch.arange(random_target.VOCAB_SIZE)
+
+    def make() -> Training:
+        if name.startswith("SFT"):
+            return SftTraining(drafter, plain_target, trajectories, SftConfig.model_validate(STEP | (fields or {})))
+        config = OpdConfig.model_validate({**STEP, **(fields or {}), "head_negatives": 3})
+        table = mined(trajectories, drafter.block_size - 1)
+        return OpdTraining(drafter, plain_target, trajectories, table, config)
+
+    whole, expected, one = trained(make, drafter, None)
+    per_row = 3 * drafter.block_size
+    longest = max(len(t.tokens) for t in trajectories)
+    for limit, parts in ((1, COUNT), (2 * (longest + per_row), 3)):
+        report, gradient, count = trained(make, drafter, limit)
+        assert (one, count) == (1, parts)
+        assert float((gradient - expected).norm() / expected.norm()) < ROUNDING
+        assert float(report.loss) == pytest.approx(float(whole.loss), rel=1e-5)
+        assert (report.blocks, report.positions) == (whole.blocks, whole.positions)
+        assert report.figures == pytest.approx(whole.figures, rel=1e-5)
+        assert report.figures.keys() == whole.figures.keys()
+
+
+def test_rows_are_parted_in_their_order_and_one_row_may_exceed_the_limit(
+    plain_target: Target, plain_drafter: Drafter, trajectories: list[Trajectory]
+) -> None:
+    batch = FeatureSource(plain_target, plain_drafter.target_layer_ids, trajectories).batch(range(COUNT))
+    lengths = [len(t.tokens) for t in trajectories]
+    assert parts_of(batch, 10, None) == [slice(0, COUNT)]
+    assert parts_of(batch, 10, 1) == [slice(i, i + 1) for i in range(COUNT)]
+    for limit in range(20, 5 * (max(lengths) + 10), 7):
+        parts = parts_of(batch, 10, limit)
+        assert [i for part in parts for i in range(COUNT)[part]] == list(range(COUNT))
+        for part in parts:
+            padded = len(lengths[part]) * (max(lengths[part]) + 10)
+            assert padded <= limit or len(lengths[part]) == 1
+    two = batch.rows(slice(1, 3))
+    assert two.tokens.shape[1] == two.features.shape[1] == max(lengths[1:3])
+
+
+def test_shares_are_merged_as_sums() -> None:
+    merged = Share.merged([Share(1, 4), Share(3, 4), Share(0, 0)])
+    assert (merged, float(Share(0, 0))) == (0.5, 0.0)
+    assert Share.merged([2, 3]) == 5
+
+
+def test_weights_that_only_the_loss_knows_do_not_go_with_a_rejected_stream(
+    plain_target: Target, plain_drafter: Drafter, trajectories: list[Trajectory]
+) -> None:
+    loss = {"preset": "paper", "response": {"positions": {"kind": "d_pace"}}}
+    config = OpdConfig.model_validate({**STEP, "loss": loss, "anchors": "errors"})
+    table = mined(trajectories, plain_drafter.block_size - 1)
+    with pytest.raises(DraftsmithError, match=r"opd\.loss\.response\.positions"):
+        OpdTraining(plain_drafter, plain_target, trajectories, table, config)

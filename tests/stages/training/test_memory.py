@@ -1,0 +1,39 @@
+"""The estimate of a training's memory against torch's tracker, which follows a real step in the models' shapes."""
+
+from __future__ import annotations
+
+import pytest
+
+from draftsmith.stages.drafters.config import DFlashConfig, Eagle3Config
+from draftsmith.stages.targets.estimate import PROCESS, Answers, Use
+from draftsmith.stages.training.config import SftConfig, TrainingConfig
+from draftsmith.stages.training.estimate import row_bytes, training_estimate
+from draftsmith.stages.training.on_policy.config import OpdConfig
+from tests.stages.training.fake_step import FakeStep
+
+DFLASH = DFlashConfig(mask_token=151669)
+EAGLE3 = Eagle3Config(kind="eagle3", draft_vocab_size=32000)
+SMALL = {"sequences_per_step": 3, "anchors_per_sequence": 32, "micro_batch_tokens": 1}
+# all ten: python -m tests.benchmarks.memory
+STEPS = {
+    "0.6B, DFlash, SFT": FakeStep("Qwen3-0.6B", SftConfig.model_validate(SMALL), DFLASH, 1024),
+    "0.6B, EAGLE-3, SFT": FakeStep("Qwen3-0.6B", SftConfig.model_validate(SMALL), EAGLE3, 1024),
+    "4B, DFlash, OPD": FakeStep("Qwen3-4B", OpdConfig.model_validate(SMALL | {"loss": "paper"}), DFLASH, 1024),
+}
+WITHIN = 0.15
+
+
+def estimated_and_tracked(step: FakeStep, device_memory: float) -> tuple[float, float, int]:
+    """Bytes of the estimate without what no tensor is, bytes of the tracker, rows of a micro-batch."""
+    config: TrainingConfig = step.config
+    sizes = step.sizes(device_memory)
+    parts = training_estimate(config, Use(sizes, answers=Answers(step.longest))).memory
+    rows = round(parts["activations"] / row_bytes(config, sizes, step.longest))
+    return sum(parts.values()) - PROCESS, step.peak_bytes(rows), rows
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_estimate_is_what_torch_tracks(name: str) -> None:
+    estimated, tracked, rows = estimated_and_tracked(STEPS[name], 80e9)
+    assert rows == 1
+    assert estimated == pytest.approx(tracked, rel=WITHIN)

@@ -1,0 +1,102 @@
+"""Losses behind a frozen head in tiles of logits, against the same from whole rows of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.training import losses, tiled
+
+N, H, V, CHUNK, TILE = 23, 16, 50, 7, 12  # the last chunk and the last tile are smaller
+FLOAT32 = 1e-5  # sums in another order
+
+
+@pytest.fixture(autouse=True)
+def _many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiled, "TOKENS_PER_TILE", TILE)
+
+
+def drawn(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+HEAD, TARGET_HEAD = drawn(V, H, seed=0), drawn(V, H, seed=1)
+HIDDEN, TARGET_HIDDEN = drawn(N, H, seed=2), drawn(N, H, seed=3)
+COLUMNS = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(4))
+WEIGHTS = drawn(N, seed=5)
+
+
+def of_tokens(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tiled.token_logprobs(hidden, Head(HEAD.to(dtype)), COLUMNS, CHUNK).values
+
+
+def of_tokens_in_rows(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return -losses.cross_entropy(Head(HEAD.to(dtype)).logits(hidden), COLUMNS)
+
+
+def divergence(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    heads = Head(HEAD.to(dtype)), Head(TARGET_HEAD.to(dtype))
+    return tiled.forward_kl(hidden, heads[0], TARGET_HIDDEN, heads[1], 0.7, CHUNK).values
+
+
+def divergence_in_rows(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    theirs = Head(TARGET_HEAD.to(dtype)).logits(TARGET_HIDDEN)
+    return losses.forward_kl(Head(HEAD.to(dtype)).logits(hidden), losses.at_temperature(theirs, 0.7))
+
+
+Loss = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
+BOTH = pytest.mark.parametrize(
+    ("in_tiles", "in_rows"), [(of_tokens, of_tokens_in_rows), (divergence, divergence_in_rows)]
+)
+
+
+def with_gradient(loss: Loss, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden = HIDDEN.clone().requires_grad_()
+    values = loss(hidden, dtype)
+    (values * WEIGHTS).sum().backward()
+    assert hidden.grad is not None
+    return values.detach(), hidden.grad
+
+
+@BOTH
+def test_tiles_give_the_values_and_gradients_of_whole_rows(in_tiles: Loss, in_rows: Loss) -> None:
+    for found, expected in zip(
+        with_gradient(in_tiles, torch.float32), with_gradient(in_rows, torch.float32), strict=True
+    ):
+        torch.testing.assert_close(found, expected, atol=FLOAT32, rtol=FLOAT32)
+    with torch.no_grad():
+        torch.testing.assert_close(in_tiles(HIDDEN, torch.float32), in_rows(HIDDEN, torch.float32))
+
+
+@BOTH
+def test_in_bfloat16_they_are_as_close_to_float32_as_whole_rows(in_tiles: Loss, in_rows: Loss) -> None:
+    exact = with_gradient(in_rows, torch.float32)
+    tiles, rows = (with_gradient(loss, torch.bfloat16) for loss in (in_tiles, in_rows))
+    for found, other, expected in zip(tiles, rows, exact, strict=True):
+        assert float((found - expected).norm()) < 1.2 * float((other - expected).norm())
+
+
+def test_a_probability_is_at_most_one_and_the_best_token_is_told() -> None:
+    sure = 30 * HEAD[COLUMNS]
+    judged = tiled.token_logprobs(sure, Head(HEAD.bfloat16()), COLUMNS, CHUNK)
+    assert float(judged.values.max()) <= 0
+    assert torch.equal(tiled.token_logprobs(HIDDEN, Head(HEAD), COLUMNS, CHUNK).best, (HIDDEN @ HEAD.T).argmax(-1))
+    kl = tiled.forward_kl(HIDDEN, Head(HEAD), TARGET_HIDDEN, Head(TARGET_HEAD), 1.0, CHUNK)
+    assert torch.equal(kl.best, (HIDDEN @ HEAD.T).argmax(-1))
+
+
+@pytest.mark.parametrize(("loss", "products"), [(of_tokens, 2), (divergence, 4)])
+def test_no_logits_are_made_twice(loss: Loss, products: int) -> None:
+    with FlopCounterMode(display=False) as counter:
+        with_gradient(loss, torch.float32)
+    assert counter.get_total_flops() == products * 2 * N * H * V
+
+
+def test_nothing_to_judge_is_no_error() -> None:
+    hidden = HIDDEN[:0].clone().requires_grad_()
+    tiled.token_logprobs(hidden, Head(HEAD), COLUMNS[:0], CHUNK).values.sum().backward()
+    assert hidden.grad is not None
