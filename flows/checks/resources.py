@@ -66,9 +66,8 @@ def _compare(found: Findings, node: str, memory: Parts, *, elsewhere: bool) -> N
 def _advice(memory: Parts) -> str:
     """What makes the largest part smaller that can be made smaller."""
     ways = {
-        "features": "lower feature_memory_mb or tokens_per_target_forward",
-        "activations": "lower sequences_per_step or anchors_per_sequence",
-        "attention": "lower sequences_per_step or anchors_per_sequence",
+        "features": "lower feature_memory_mb or sequences_per_step",
+        "activations": "lower micro_batch_tokens or anchors_per_sequence",
         "logits": "lower positions_per_chunk, slots or concurrency, or set head_tokens",
         "key/value memory": "lower slots, concurrency, max_new_tokens or tokens_per_target_forward",
         "attention mask": "lower max_new_tokens or tokens_per_target_forward",

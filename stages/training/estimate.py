@@ -28,7 +28,7 @@ def training_estimate(config: TrainingConfig, use: Use, *, mines: bool = False, 
     B · T · (K + 1) · H · s, twice while they are made of what the target's forwards gave.
     Activations: what the drafter keeps of the tokens of a micro-batch, trajectories and blocks
     (`stages/drafters/estimate.py`), and of each position with a loss its state and its gradient.
-    Logits: a tile of the chunk; of a head that is trained, or for tv and lk, 3 · positions_per_chunk · V · 4.
+    Logits: a tile of the chunk; of a head that is trained 3 · positions_per_chunk · V · 4, and its gradient of a chunk.
     mines: traces again while training, the logits of mining. scores: the target judges rejected proposals, the read of
     mining. Either is done before the graph of a micro-batch is made.
 
@@ -44,8 +44,9 @@ def training_estimate(config: TrainingConfig, use: Use, *, mines: bool = False, 
     count = use.answers.count if use.answers is not None else float("inf")
     all_features = count * longest * sizes.feature_bytes
     kept = all_features if all_features <= config.feature_memory_mb * 2**20 else 0.0
-    whole_rows = sizes.kind == "eagle3"
-    logits = LOGIT_COPIES * config.positions_per_chunk * (drafter.vocabulary if whole_rows else _TILE) * 4
+    logits = LOGIT_COPIES * config.positions_per_chunk * (drafter.vocabulary if sizes.kind == "eagle3" else _TILE) * 4
+    if sizes.kind == "eagle3":  # the head's own gradient of a chunk
+        logits += (a + 4) * drafter.vocabulary * drafter.hidden
     fixed = {
         "process": PROCESS,
         "target": sizes.weights(sizes.target),

@@ -17,6 +17,7 @@ import torch
 from draftsmith.stages.drafters.head import Head
 
 TOKENS_PER_TILE = 4096  # times a chunk's positions: 4 MB of bfloat16 logits for 512, which a cache holds
+ON_ACCELERATORS = 4  # times as many of both: kernels must be worth launching
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,19 @@ class _Softmax:
 
 
 def _tiles(weight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    for first in range(0, weight.shape[0], TOKENS_PER_TILE):
-        yield first, weight[first : first + TOKENS_PER_TILE]
+    size = TOKENS_PER_TILE * _scale(weight)
+    for first in range(0, weight.shape[0], size):
+        yield first, weight[first : first + size]
 
 
-def _chunks(count: int, size: int) -> Iterator[slice]:
+def _chunks(hidden: torch.Tensor, positions_per_chunk: int) -> Iterator[slice]:
+    count, size = len(hidden), positions_per_chunk * _scale(hidden)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
+
+
+def _scale(x: torch.Tensor) -> int:
+    return 1 if x.device.type == "cpu" else ON_ACCELERATORS
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -90,7 +97,7 @@ class _TokenLogprobs(torch.autograd.Function):
         values = torch.zeros(len(h), device=h.device)
         best = torch.empty_like(columns)
         slopes = torch.empty_like(h) if ctx.needs_input_grad[0] else None  # of the values
-        for part in _chunks(len(h), positions_per_chunk):
+        for part in _chunks(h, positions_per_chunk):
             softmax, expected = _Softmax(h[part]), torch.zeros(h[part].shape, device=h.device)
             for first, rows in _tiles(weight):
                 logits = (h[part] @ rows.T).float()
@@ -127,7 +134,7 @@ class _ForwardKl(torch.autograd.Function):
         values = torch.empty(len(h), device=h.device)
         best = torch.empty(len(h), dtype=torch.long, device=h.device)
         slopes = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        for part in _chunks(len(h), positions_per_chunk):
+        for part in _chunks(h, positions_per_chunk):
             q, p = _Softmax(h[part]), _Softmax(h[part])
             of_q, of_p = (torch.zeros(h[part].shape, device=h.device) for _ in range(2))
             gap = torch.zeros(len(of_q), device=h.device)  # Σ exp(x_p - most) · (x_p - x_q) of the logits

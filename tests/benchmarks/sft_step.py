@@ -10,8 +10,13 @@ out, `times_sft_with_target` is what a training costs whose features do not fit.
 
 `mining` is what OPD adds: traces mined again, and the target's scores for a rejected stream. A trajectory is drawn
 every (trajectories / sequences_per_step) steps, so `remine_every: N` mines one draw in ceil(N / that) again.
-Operations are those of all matrix products as counted by torch's FlopCounterMode (attention kernels are not in it);
-the share is of the measured bfloat16 matrix product rate of `machine`. Positions are block positions with a loss.
+`SFT, dense` is the same step as other trainers have it: attention under one mask over all blocks, all logits in
+float32, torch's cross-entropy on them.
+
+Operations are those of all matrix products as counted by torch's FlopCounterMode, attention kernels included; the share
+is of the measured bfloat16 matrix product rate of `machine`. Positions are block positions with a loss. Seconds are the
+process's CPU time where `--cpu-time` is given: with one thread on a machine that others use, too, it is the time that
+the step would take alone, but for caches and memory that are shared.
 """
 
 from __future__ import annotations
@@ -22,23 +27,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter
 from draftsmith.stages.drafters.config import DFlashConfig
+from draftsmith.stages.drafters.dflash import model as dflash_model
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.corpus import score
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.training import losses
 from draftsmith.stages.training.anchors import position_anchors
-from draftsmith.stages.training.batches import FeatureSource, frequent_tokens, step_rng, token_counts
-from draftsmith.stages.training.blocks import LossReport, context_of
+from draftsmith.stages.training.batches import Batch, FeatureSource, frequent_tokens, step_rng, token_counts
+from draftsmith.stages.training.blocks import Anchors, LossReport, block_hidden, context_of, labels_of
 from draftsmith.stages.training.config import SftConfig, TrainingConfig
 from draftsmith.stages.training.on_policy.config import OpdConfig
 from draftsmith.stages.training.on_policy.mined import MinedTable, TrajectorySteps
@@ -48,11 +57,16 @@ from draftsmith.stages.training.on_policy.training import anchor_source
 from draftsmith.stages.training.supervised import sft_loss
 from draftsmith.stages.training.vocabulary import HeadSource
 from tests.benchmarks import harness, machine
+from tests.stages.attention_flops import ATTENTION_FLOPS
+from tests.stages.drafters.dense import dense_attention
 
 GAMMA = 2.0
+DENSE = "SFT, dense"
 MINED_AGAIN = "OPD mined again"  # every draw: the whole cost
 ARMS: dict[str, dict[str, Any] | None] = {
     "SFT": None,
+    DENSE: {},
+    "SFT, forward KL": {"loss": "forward_kl"},
     "OPD mined once": {"anchors": "visited", "remine_every": 0},
     "OPD mined once, sampled": {"anchors": "visited", "remine_every": 0, "verification": "sampled"},
     "OPD mined once, paper": {"anchors": "visited", "remine_every": 0, "loss": "paper"},
@@ -129,7 +143,7 @@ def replayed(target: Target, drafter_folder: Path, trajectories: list[Trajectory
 class Step:
     """One training step of one arm, in parts."""
 
-    def __init__(self, world: World, fields: dict[str, Any] | None, config: TrainingConfig):
+    def __init__(self, name: str, world: World, fields: dict[str, Any] | None, config: TrainingConfig):
         self.world, self.config, self.step = world, config, 0
         self.drafter = world.make_drafter()
         counts = token_counts(world.trajectories, world.target.info.vocab_size)
@@ -137,8 +151,10 @@ class Step:
         self.drafter.train()
         self.optimiser = torch.optim.AdamW(self.drafter.parameters(), lr=1e-6, betas=(0.9, 0.95))
         self.heads = HeadSource(self.drafter, world.target.head_weight, config)
-        self.stream = SftConfig(gamma=GAMMA).stream(self.drafter.recipe)
-        self.opd = None if fields is None else self._opd(fields)
+        self.dense = name.startswith(DENSE)
+        sft = fields if name.startswith("SFT") else None
+        self.stream = SftConfig.model_validate({"gamma": GAMMA, **(sft or {})}).stream(self.drafter.recipe)
+        self.opd = self._opd(fields) if fields is not None and sft is None else None
 
     def _opd(self, fields: dict[str, Any]) -> OpdStep:
         config = OpdConfig.model_validate(self.config.model_dump() | fields)
@@ -163,6 +179,8 @@ class Step:
         anchors = position_anchors(batch.trajectories, config.anchors_per_sequence, rng, self.world.target.device)
         heads = self.heads.draw(rng, [batch.tokens])
         selected = time.perf_counter()
+        if self.dense:
+            return self._dense_loss(batch, anchors)
         report = sft_loss(
             self.drafter,
             batch,
@@ -175,6 +193,23 @@ class Step:
         )
         report.seconds["head_and_loss"] += selected - started
         return report
+
+    def _dense_loss(self, batch: Batch, anchors: Anchors) -> LossReport:
+        """Of sft_loss with cross-entropy: the same value."""
+        started = time.perf_counter()
+        with patch.object(dflash_model, "block_attention", dense_attention):
+            hidden = block_hidden(self.drafter, context_of(self.drafter, batch), batch, anchors)
+        drafted = time.perf_counter()
+        K = hidden.shape[2]
+        labels, inside = labels_of(batch, anchors, K)
+        logits = F.linear(hidden, self.world.target.head_weight).float()
+        terms = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view_as(labels)
+        weights = losses.decay_weights(torch.arange(1, K + 1), GAMMA) * inside
+        with torch.no_grad():
+            accuracy = float(((logits.argmax(-1) == labels) & inside).sum() / inside.sum())
+        loss = (weights * terms).sum() / weights.sum()
+        seconds = {"drafter": drafted - started, "head_and_loss": time.perf_counter() - drafted}
+        return LossReport(loss, anchors.blocks, int(inside.sum()), {"accuracy": accuracy}, seconds)
 
     def run(self) -> tuple[dict[str, float], int]:
         """Seconds of every part, and the positions trained. The head's selection counts as head."""
@@ -200,7 +235,7 @@ class Step:
 
 def operations(work: Callable[[], Any]) -> float:
     """Operations of all matrix products of a call."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
         work()
     return float(counter.get_total_flops())
 
@@ -221,7 +256,7 @@ def measure(steps: dict[str, Step], repetitions: int) -> list[dict[str, Any]]:
         medians = {part: harness.median([run[part] for run in parts[name]]) for part in PARTS}
         total = sum(medians.values())
         trained = total - medians["target"]
-        if name.startswith("SFT"):  # each head's SFT comes first
+        if name.startswith("SFT, head"):  # each head's SFT comes first
             of_sft, total_of_sft = trained, total
         rows.append(
             {
@@ -248,6 +283,8 @@ def parse() -> argparse.Namespace:
     options.add_argument("--sequences", type=int, default=4)
     options.add_argument("--anchors", type=int, default=16, help="a sequence")
     options.add_argument("--head-tokens", type=int, default=4096, help="size of the reduced head")
+    options.add_argument("--arms", nargs="+", help="beginnings of the names of those to measure; left out: all")
+    options.add_argument("--cpu-time", action="store_true", help="of the process, for a machine that is shared")
     options.add_argument("--tau", type=float, default=1.8, help="of made-up verify steps")
     return options.parse_args()
 
@@ -272,8 +309,15 @@ def world_of(options: argparse.Namespace) -> World:
 def main() -> None:
     options = parse()
     harness.set_threads(options.threads)
+    if options.cpu_time:
+        time.perf_counter = time.process_time  # the stages' clocks, too
     world = world_of(options)
-    arms = {name: fields for name, fields in ARMS.items() if world.replayed or not name.startswith(MINED_AGAIN)}
+    wanted = tuple(options.arms or ARMS)
+    arms = {
+        name: fields
+        for name, fields in ARMS.items()
+        if name.startswith(("SFT", *wanted)) and (world.replayed or not name.startswith(MINED_AGAIN))
+    }
     steps = {}
     for head_tokens in (None, options.head_tokens):
         if head_tokens and head_tokens >= world.target.info.vocab_size:
@@ -282,7 +326,9 @@ def main() -> None:
             sequences_per_step=options.sequences, anchors_per_sequence=options.anchors, head_tokens=head_tokens
         )
         for name, fields in arms.items():
-            steps[f"{name}, head {head_tokens or 'full'}"] = Step(world, fields, config)
+            if name == DENSE and head_tokens:
+                continue
+            steps[f"{name}, head {head_tokens or 'full'}"] = Step(name, world, fields, config)
     rows = measure(steps, options.repetitions)
     tau = sum(s.committed.sum() for s in world.table.steps) / sum(len(s.anchors) for s in world.table.steps)
     harness.print_table(

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from draftsmith.stages.drafters import attention
 from draftsmith.stages.drafters.attention import Reach, block_attention
 from tests.stages.attention_flops import ATTENTION_FLOPS
+from tests.stages.drafters.dense import block_mask, dense_attention
 
 FLOAT32 = 1e-5  # sums in another order, on values of order one
 BFLOAT16 = 0.02  # of the largest value: two roundings to 8 bits more or less
@@ -37,14 +37,7 @@ class Case:
         return block_attention(self.queries, self.prefix, self.own, self.reach)
 
     def dense(self) -> torch.Tensor:
-        """Every query against the prefix and the keys of all blocks, under a mask."""
-        _, _, A, S, _ = self.queries.shape
-        keys, values = (torch.cat([p, o.flatten(2, 3)], 2) for p, o in zip(self.prefix, self.own, strict=True))
-        mask = block_mask(self.reach, self.prefix[0].shape[2], S, self.own[0].shape[3])
-        out = F.scaled_dot_product_attention(
-            self.queries.flatten(2, 3), keys, values, attn_mask=mask[:, None], enable_gqa=True
-        )
-        return out.transpose(1, 2).flatten(2).unflatten(1, (A, S))
+        return dense_attention(self.queries, self.prefix, self.own, self.reach)
 
     def gradients(self, form: str) -> list[torch.Tensor]:
         """Of a weighted sum of the output, with respect to every input."""
@@ -56,14 +49,6 @@ class Case:
         found = [x.grad for x in leaves]
         assert all(g is not None for g in found)
         return [g for g in found if g is not None]
-
-
-def block_mask(reach: Reach, T: int, S: int, J: int) -> torch.Tensor:
-    """bool [B, A · S, T + A · J]: the entries that are seen of the prefix, and the block's own keys."""
-    A = reach.seen.shape[1]
-    block = torch.arange(A)
-    own = (block.repeat_interleave(S)[:, None] == block.repeat_interleave(J)).expand(len(reach.seen), -1, -1)
-    return torch.cat([reach.visible(T).repeat_interleave(S, 1), own], -1)
 
 
 def make_case(

@@ -127,14 +127,14 @@ def test_a_killed_training_loses_no_more_than_the_time_between_checkpoints(
     drafter, context = random_target.random_drafter(plain_target), RecordingContext.under(tmp_path)
     config = OptimiserConfig(steps=5, checkpoint_every=100, checkpoint_minutes=minutes)
 
-    def loss_of_step(step: int) -> LossReport:
+    def micro_batches(step: int) -> list[LossReport]:
         if step == 3 and not context.logs:
             raise KeyboardInterrupt  # a kill in the middle of a step
-        return LossReport(next(drafter.parameters()).square().sum(), 1, 1)
+        return [LossReport(next(drafter.parameters()).square().sum(), 1, 1)]
 
     with pytest.raises(KeyboardInterrupt):
-        train(context, drafter, config, loss_of_step)
+        train(context, drafter, config, micro_batches)
     context.logs.append("a second attempt")
-    train(context, drafter, config, loss_of_step)
+    train(context, drafter, config, micro_batches)
     continued = [line for line in context.logs if line.startswith("continuing from the checkpoint at step")]
     assert continued == ([f"continuing from the checkpoint at step {kept_steps} of 5"] if kept_steps else [])

@@ -1,0 +1,31 @@
+"""Attention of blocks as one dense problem: every query against the prefix and the keys of all blocks, under a mask."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from draftsmith.stages.drafters.attention import KeysValues, Reach
+
+
+def dense_attention(queries: torch.Tensor, prefix: KeysValues, own: KeysValues, reach: Reach) -> torch.Tensor:
+    """As `block_attention`."""
+    _, heads, A, S, _ = queries.shape
+    keys, values = (torch.cat([p, o.flatten(2, 3)], 2) for p, o in zip(prefix, own, strict=True))
+    mask = block_mask(reach, prefix[0].shape[2], S, own[0].shape[3])
+    out = F.scaled_dot_product_attention(
+        queries.flatten(2, 3).to(values.dtype),
+        keys.to(values.dtype),
+        values,
+        attn_mask=mask[:, None],
+        enable_gqa=heads != keys.shape[1],
+    )
+    return out.transpose(1, 2).flatten(2).unflatten(1, (A, S))
+
+
+def block_mask(reach: Reach, T: int, S: int, J: int) -> torch.Tensor:
+    """bool [B, A · S, T + A · J]: the entries that are seen of the prefix, and the block's own keys."""
+    A = reach.seen.shape[1]
+    block = torch.arange(A)
+    own = (block.repeat_interleave(S)[:, None] == block.repeat_interleave(J)).expand(len(reach.seen), -1, -1)
+    return torch.cat([reach.visible(T).repeat_interleave(S, 1), own], -1)
