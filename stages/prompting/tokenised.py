@@ -1,6 +1,6 @@
 """Texts as token ids, kept on disk while a stage reads its rows: an interrupted one does not tokenise them again.
 
-Rows come in the same order in every attempt, so what was made of them is read back in that order, some thousand at a
+Rows come in the same order in every attempt, so what was made of them is read back in that order, a hundred at a
 time, however many there are. A kill loses what the last half minute made.
 """
 
@@ -16,8 +16,8 @@ from draftsmith.artifacts.parquet import ShardWriter, shard_paths
 from draftsmith.artifacts.schemas import TOKENISED
 
 _WRITTEN_EVERY_S = 30.0
-_TOKENS_AT_ONCE = 1 << 22  # in memory
-_BATCH = 1024
+_TOKENS_AT_ONCE = 1 << 20  # in memory, some 40 MB
+_BATCH = 128  # rows read at once
 
 Made = tuple[list[int], list[int], str]  # ids of the prompt, ids of the answer, why the row is not used
 
