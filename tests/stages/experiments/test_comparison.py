@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from draftsmith.stages.experiments.comparison import BASE, Entry, arm_table, cost_to_reach, figures
+from draftsmith.artifacts.errors import StageInterrupted
+from draftsmith.artifacts.store import Claim, Store
+from draftsmith.stages.experiments.comparison import (
+    BASE,
+    STAGE,
+    ComparisonConfig,
+    Entry,
+    arm_table,
+    cost_to_reach,
+    figures,
+)
+from draftsmith.stages.stored import DRAFTER_FOLDER
+from tests.testbed.context import RecordingContext, StoppingContext
+from tests.testbed.drafter import DrafterArtifacts
 
 COST = {"positions": 700.0, "blocks": 100.0, "seconds": 2.0}
 
@@ -114,3 +129,47 @@ def test_seeds_that_ended_alike_are_drawn_without_a_bar() -> None:
     rows = table({f"drafter:sft:{steps}:{seed}": ([1.0], [10.0]) for steps in (5, 9) for seed in range(3)})
     assert rows["sft", 5]["tau"] == np.nextafter(0.1, 1)
     assert list(figures(list(rows.values()), "sft")) == ["tau.svg"]
+
+
+@pytest.mark.parametrize(("unit", "stop_after"), [("trajectories", 20), ("ceilings", 9)])
+def test_an_interrupted_comparison_goes_on_with_what_is_missing(
+    unit: str, stop_after: int, tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from draftsmith.stages.targets.causal_lm import Target
+
+    with Store(tmp_path / "store").claim("sft", "ab" * 32) as claim:
+        assert isinstance(claim, Claim)
+        shutil.copytree(tiny_drafter.drafter / DRAFTER_FOLDER, claim.out / DRAFTER_FOLDER)
+        made = Store(tmp_path / "store").commit(claim, config={}, inputs={}, code_digest="c", seed=0)
+    inputs = {
+        "target": tiny_drafter.target,
+        "trajectories": tiny_drafter.heldout,
+        "drafter:base:0:0": made.path,
+        "drafter:sft:5:0": made.path,
+    }
+    config = ComparisonConfig(control="sft", splits=("heldout",), tokens_per_target_forward=600)
+    read: list[int] = []
+    features, whole_read = Target.features, Target.read
+
+    def counted(self: Target, ids: Any, *arguments: Any) -> Any:
+        read.append(len(ids))
+        return features(self, ids, *arguments)
+
+    def counted_whole(self: Target, ids: Any, *arguments: Any) -> Any:
+        read.append(len(ids))
+        return whole_read(self, ids, *arguments)
+
+    monkeypatch.setattr(Target, "features", counted)
+    monkeypatch.setattr(Target, "read", counted_whole)
+    whole = RecordingContext.under(tmp_path / "whole", inputs)
+    STAGE.run(whole, config)
+    all_read = sum(read)
+    read.clear()
+    with pytest.raises(StageInterrupted):
+        STAGE.run(StoppingContext.under(tmp_path / "cut", inputs, stop_after=stop_after, unit=unit), config)
+    assert 0 < sum(read) < all_read
+    again = RecordingContext.under(tmp_path / "cut", inputs)
+    STAGE.run(again, config)
+    assert sum(read) == all_read  # nothing was read twice
+    for name in ("results.json", "acceptance.parquet"):
+        assert (again.out / name).read_bytes() == (whole.out / name).read_bytes()
