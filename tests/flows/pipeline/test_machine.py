@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.flows.pipeline.machine import check_home
+from draftsmith.flows.pipeline.machine import _query, accelerators, check_home, gpus
 from draftsmith.flows.pipeline.options import StageOptions
 from tests.flows.pipeline.toy import ToyConfig
 
@@ -24,3 +25,32 @@ def test_a_home_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
         check_home(tmp_path / "file" / "home", ToyConfig(name="t"))
     with pytest.raises(DraftsmithError, match="preparing"):
         check_home(Path("/proc/draftsmith"), ToyConfig(name="t"))
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen"),
+    [
+        (None, ["GPU-a1", "GPU-b2"]),
+        ("1", ["GPU-b2"]),
+        ("GPU-a1,GPU-b2", ["GPU-a1", "GPU-b2"]),
+        ("", [f"{platform.node()}.cpu"]),
+    ],
+)
+def test_accelerators_are_told_apart_by_what_no_other_machine_has(
+    visible: str | None, seen: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(
+        "#!/bin/sh\ncase $1 in *uuid) echo '0, GPU-a1'; echo '1, GPU-b2';; *) echo 81559; echo 81559;; esac\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    _query.cache_clear()
+    try:
+        assert accelerators() == seen
+        assert gpus() == (81559 * 2**20,) * (0 if seen[0].endswith(".cpu") else len(seen))
+    finally:
+        _query.cache_clear()
