@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import re
 import secrets
 import threading
 import time
@@ -13,7 +12,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,8 +34,6 @@ log = logging.getLogger(__name__)
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 EXPERIMENT = "draftsmith"
-ARTIFACT = "draftsmith.artifact."  # tags of a refresh: folder#content of each node's artifact
-REUSED_AT, REUSED_TIMES = "draftsmith.reused_at", "draftsmith.reused_times"  # of a refresh that was asked for again
 REVIEW_FILES = (MANIFEST, "summary.json", "evaluation.json", "drafter.json", "report.html", "*.svg", "*.png")
 REVIEW_BYTES = 20_000_000  # anything larger is no review file
 _HTTP = ("http://", "https://")
@@ -84,7 +80,7 @@ class Tracking:
     def open_refresh(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> str | None:
         """Start the run of a refresh; None if MLflow failed. It counts as alive as long as this process lives."""
         key = secrets.token_hex(16)
-        with self._tolerant():
+        with self.tolerant():
             client, experiment = self.connect()
             self._refresh_lock.enter_context(locked(self._refresh_file(key)))
             self._refresh_lock.callback(self._refresh_file(key).unlink)
@@ -104,7 +100,7 @@ class Tracking:
         """End the refresh's run with its headline metrics, files (the report), tags (what it came to) and data sets."""
         run_id, self._refresh = self._refresh, None
         if run_id is not None:
-            with self._tolerant():
+            with self.tolerant():
                 client, _ = self.connect()
                 log_metrics(client, run_id, [(name, value, 0) for name, value in (metrics or {}).items()])
                 for file in files:
@@ -114,38 +110,6 @@ class Tracking:
                 log_datasets(client, run_id, inputs or {})
                 client.set_terminated(run_id, status)
         self._refresh_lock.close()
-
-    def find_refresh(self, name: str, tags: Mapping[str, str]) -> str | None:
-        """The last finished refresh of that name and experiment that has all these tags; None if MLflow failed."""
-        with self._tolerant():
-            client, experiment = self.connect()
-            wanted = f"{_named(name)} and tags.`draftsmith.stage` = 'refresh' and attributes.status = 'FINISHED'"
-            for run in client.search_runs([experiment], wanted, max_results=100):
-                if tags.items() <= run.data.tags.items():
-                    return str(run.info.run_id)
-        return None
-
-    def refresh_inputs(self, name: str) -> dict[str, str]:
-        """Folder of each artifact of a refresh's run, by node; name: the run's id, or its name: the last one then."""
-        client, _ = self.connect()
-        every = [each.experiment_id for each in client.search_experiments()]
-        chosen = f"attributes.run_id = '{name}'" if re.fullmatch("[0-9a-f]{32}", name) else _named(name)
-        runs = client.search_runs(every, f"{chosen} and tags.`draftsmith.stage` = 'refresh'", max_results=100)
-        for run in runs:
-            tags = run.data.tags.items()
-            found = {n.removeprefix(ARTIFACT): v.rsplit("#", 1)[0] for n, v in tags if n.startswith(ARTIFACT)}
-            if found:
-                return found
-        return {}
-
-    def tag_again(self, run_id: str) -> None:
-        """Of a refresh that has ended: it was asked for once more, and everything was there."""
-        with self._tolerant():
-            client, _ = self.connect()
-            times = int(client.get_run(run_id).data.tags.get(REUSED_TIMES, "0")) + 1
-            at = datetime.now(UTC).isoformat(timespec="seconds")
-            client.set_tag(run_id, REUSED_TIMES, str(times))
-            client.set_tag(run_id, REUSED_AT, at)
 
     def stage_run(
         self,
@@ -163,7 +127,7 @@ class Tracking:
         An unfinished run of the same key (or `existing_run_id`) is resumed by its id. `name` defaults to the stage's.
         """
         run = StageRun(self)
-        with self._tolerant(run):
+        with self.tolerant(run):
             client, experiment = self.connect()
             tags = self._tags(stage, key) | ({"mlflow.parentRunId": parent_run_id} if parent_run_id else {})
             old = self._unfinished(key) if existing_run_id is None else client.get_run(existing_run_id)
@@ -185,7 +149,7 @@ class Tracking:
         As FINISHED where the artifact is complete (MLflow was lost, or the process between the two), else as KILLED.
         """
         closed: list[str] = []
-        with self._tolerant():
+        with self.tolerant():
             client, _ = self.connect()
             every = [each.experiment_id for each in client.search_experiments()]
             for run in self._search("attributes.status = 'RUNNING'", every):
@@ -286,7 +250,7 @@ class Tracking:
         return self.folder / "refreshes" / f".lock-{key[:16]}"
 
     @contextmanager
-    def _tolerant(self, run: StageRun | None = None) -> Iterator[None]:
+    def tolerant(self, run: StageRun | None = None) -> Iterator[None]:
         """Swallow any failure of MLflow with one warning; the stage goes on, and its run tries again later."""
         try:
             yield
@@ -365,7 +329,7 @@ class StageRun:
 
     def _do(self, act: Callable[[MlflowClient, str], None]) -> None:
         if self.run_id is not None:
-            with self._tracking._tolerant(self):
+            with self._tracking.tolerant(self):
                 act(self._tracking.connect()[0], self.run_id)
 
     def _known_step(self, client: MlflowClient, run_id: str, name: str) -> int:
@@ -397,11 +361,6 @@ def _reach(uri: str, timeout_s: float = 5.0) -> None:
         urllib.request.urlopen(uri, timeout=timeout_s).close()
     except urllib.error.HTTPError:
         return
-
-
-def _named(name: str) -> str:
-    quote = '"' if "'" in name else "'"  # MLflow's filters have no other way out
-    return f"attributes.run_name = {quote}{name}{quote}"
 
 
 def _is_db(uri: str) -> bool:

@@ -410,28 +410,10 @@ def _show(options: argparse.Namespace, _pipeline: Pipeline) -> None:
 
 
 def _report(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    from draftsmith.flows.pipeline.config_file import read_config
     from draftsmith.flows.pipeline.display import Display
     from draftsmith.flows.refresh import comparison
 
-    if len(options.refreshes) > 2:
-        raise DraftsmithError(f"{len(options.refreshes)} refreshes: give one, or two to compare")
-    found = []
-    for name in options.refreshes:
-        if name.endswith((".yaml", ".yml")):
-            found.append(comparison.report_of_config(name, read_config(Path(name), [], pipeline.config), pipeline))
-        else:
-            found.append(comparison.report_of_text(name))
-    display = Display()
-    if len(found) == 2:
-        comparison.compare(display, found[0], found[1])
-    else:
-        display.line(str(found[0].page))
-    if options.open:
-        import webbrowser
-
-        for reported in found:
-            webbrowser.open(reported.page.as_uri())
+    comparison.report(Display(), options.refreshes, pipeline, in_browser=options.open)
 
 
 def _champions(options: argparse.Namespace, _pipeline: Pipeline) -> None:

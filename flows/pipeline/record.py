@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.artifacts.manifest import ArtifactRef
-from draftsmith.artifacts.tracking import ARTIFACT, Status, Tracking
+from draftsmith.artifacts.refreshes import artifact_tags, find_refresh, tag_again
+from draftsmith.artifacts.tracking import Status, Tracking
 
 
 @dataclass
@@ -36,7 +37,7 @@ class RunRecord:
     def settle(self, made: Mapping[str, ArtifactRef]) -> str | None:
         """When all nodes are there: the id of this run, or of the earlier one that has the very same artifacts."""
         if not self._opened:
-            self._earlier = self.tracking.find_refresh(self.name, _tags(made))
+            self._earlier = find_refresh(self.tracking, self.name, made)
         return self._earlier or self.open()
 
     def close(
@@ -53,12 +54,7 @@ class RunRecord:
         data: the nodes of `made` that are its data sets.
         """
         if self._earlier is not None:
-            self.tracking.tag_again(self._earlier)
+            tag_again(self.tracking, self._earlier)
         elif self._opened:
             inputs = {name: made[name] for name in data if name in made}
-            self.tracking.close_refresh(status, figures, files, {**tags, **_tags(made)}, inputs)
-
-
-def _tags(made: Mapping[str, ArtifactRef]) -> dict[str, str]:
-    """Where each node's artifact is, and which content it has."""
-    return {f"{ARTIFACT}{name}": f"{ref.path}#{ref.content_id[:16]}" for name, ref in made.items()}
+            self.tracking.close_refresh(status, figures, files, {**tags, **artifact_tags(made)}, inputs)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
+from draftsmith.artifacts.refreshes import folders_of
 from draftsmith.artifacts.store import Store
 from draftsmith.artifacts.tracking import Tracking
+from draftsmith.flows.pipeline.config_file import read_config
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.graph import Pipeline, plan, resolved
 from draftsmith.flows.pipeline.options import RunOptions
@@ -50,6 +52,28 @@ class Reported:
         return found
 
 
+def report(display: Display, names: Sequence[str], pipeline: Pipeline, *, in_browser: bool = False) -> None:
+    """Where the page of a refresh is, or what differs between two of them. names: config files, runs of MLflow,
+    artifacts; pipeline: of the config files."""
+    if len(names) > 2:
+        raise DraftsmithError(f"{len(names)} refreshes: give one, or two to compare")
+    found = [
+        report_of_config(name, read_config(Path(name), [], pipeline.config), pipeline)
+        if name.endswith((".yaml", ".yml"))
+        else report_of_text(name)
+        for name in names
+    ]
+    if len(found) == 2:
+        compare(display, found[0], found[1])
+    else:
+        display.line(str(found[0].page))
+    if in_browser:
+        import webbrowser
+
+        for reported in found:
+            webbrowser.open(reported.page.as_uri())
+
+
 def report_of_config(name: str, config: RunOptions, pipeline: Pipeline) -> Reported:
     """The report that a config's refresh would reuse, or else the last that one of its name has made: a line goes on
     from another champion by now. Raises DraftsmithError if there is none."""
@@ -58,7 +82,7 @@ def report_of_config(name: str, config: RunOptions, pipeline: Pipeline) -> Repor
     for planned in plan(resolved(config, pipeline), store, pipeline):
         if planned.node.name == node and planned.ref is not None:
             return Reported(name, planned.ref.path)
-    last = Tracking(home(), config.experiment).refresh_inputs(config.name).get(node)
+    last = folders_of(Tracking(home(), config.experiment), config.name).get(node)
     if last is not None:
         return _checked(name, Path(last))
     raise DraftsmithError(
@@ -72,7 +96,7 @@ def report_of_text(name: str) -> Reported:
     store = Store(home() / "store")
     if Path(name).expanduser().is_dir():
         return _checked(name, Path(name).expanduser().resolve())
-    found = Tracking(home()).refresh_inputs(name)
+    found = folders_of(Tracking(home()), name)
     if "report" in found:
         return _checked(name, Path(found["report"]))
     try:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.manifest import ArtifactRef
-from draftsmith.artifacts.tracking import REUSED_TIMES, Tracking
+from draftsmith.artifacts.refreshes import REUSED_TIMES
+from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline.record import RunRecord
 
 pytestmark = pytest.mark.integration
