@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from draftsmith.stages.drafters import attention
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import plan_of_new
 from draftsmith.stages.drafters.config import DFlashConfig, Eagle3Config
@@ -78,8 +79,11 @@ class FakeStep:
     def _plan(self, target: Any) -> Any:
         return plan_of_new(self.drafter, target, lambda: SimpleNamespace(convert_ids_to_tokens=lambda _: None))
 
-    def peak_bytes(self, rows_at_once: int) -> float:
-        """Of the last micro-batch of a step, in its forward or its backward."""
+    def peak_bytes(self, rows_at_once: int, mask_entries: int = attention._MASK_ENTRIES) -> float:
+        """Of the last micro-batch of a step, in its forward or its backward.
+
+        mask_entries: blocks of the CPU's attention at once; more are fewer calls to follow.
+        """
         config, B, T = self.config, self.config.sequences_per_step, self.longest
         shape = Qwen3Config(**TARGETS[self.target], tie_word_embeddings=self.target != "Qwen3-8B")
         plan = self._plan(shape)
@@ -109,7 +113,8 @@ class FakeStep:
         tracker = _Peak()
         tracker.track_external(target, drafter, features, hidden, *gradients, *moments)
         accumulation = Accumulation()
-        with patch.object(Weighted, "share", lambda _: Share(0, 1)), tracker:  # a fake number cannot be read
+        no_number = patch.object(Weighted, "share", lambda _: Share(0, 1))  # a fake one cannot be read
+        with no_number, patch.object(attention, "_MASK_ENTRIES", mask_entries), tracker:
             reports = self._reports(drafter, target.get_output_embeddings().weight, batch, parts)
             for _ in range(min(2, len(parts))):
                 with torch.autocast("cpu", torch.bfloat16, enabled=config.compute_dtype == "bfloat16"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from draftsmith.stages.drafters import attention
 from draftsmith.stages.drafters.config import DFlashConfig, Eagle3Config
 from draftsmith.stages.targets.estimate import PROCESS, Answers, Use
 from draftsmith.stages.training.config import SftConfig, TrainingConfig
@@ -23,13 +24,15 @@ STEPS = {
 WITHIN = 0.15
 
 
-def estimated_and_tracked(step: FakeStep, device_memory: float) -> tuple[float, float, int]:
+def estimated_and_tracked(
+    step: FakeStep, device_memory: float, mask_entries: int = attention._MASK_ENTRIES
+) -> tuple[float, float, int]:
     """Bytes of the estimate without what no tensor is, bytes of the tracker, rows of a micro-batch."""
     config: TrainingConfig = step.config
     sizes = step.sizes(device_memory)
     parts = training_estimate(config, Use(sizes, answers=Answers(step.longest))).memory
     rows = round(parts["activations"] / row_bytes(config, sizes, step.longest))
-    return sum(parts.values()) - PROCESS, step.peak_bytes(rows), rows
+    return sum(parts.values()) - PROCESS, step.peak_bytes(rows, mask_entries), rows
 
 
 @pytest.mark.parametrize("name", STEPS)
