@@ -58,7 +58,6 @@ def test_mining_again_gives_the_trace_of_the_current_weights(world: World) -> No
         for name in ("anchors", "accepted", "committed", "rejected_offset", "proposed"):
             ours, expected = getattr(remining.current.steps[i], name), getattr(fresh.steps[i], name)
             np.testing.assert_array_equal(ours, expected, err_msg=name)
-        np.testing.assert_allclose(remining.current.steps[i].target_logprobs, fresh.steps[i].target_logprobs, atol=3e-4)
     assert 0 < figures["trace_changed_share"] < 1
     assert figures["remined_trajectories"] == 3
 
@@ -85,7 +84,7 @@ def test_a_step_has_the_loss_of_the_chains_that_mining_finds(world: World) -> No
     objective, many = world.objective("paper"), 30
     drafter, batch, fresh = world.moved, world.batch, world.mined_by(world.moved)
     anchors, steps = fresh.draw(INDICES, "errors", many, step_rng(0, 5), torch.device("cpu"))
-    judged_behind = (steps.target_logprobs.isfinite().sum(-1) - steps.rejected_offset)[steps.rejected_offset > 0]
+    judged_behind = (steps.target_logprobs.isfinite().sum(-1) - 1)[steps.rejected_offset > 0]
     assert int(judged_behind.sum()) > 50, "proposals behind a rejection, on the drafter's own prefix"
 
     context, target_head = context_of(drafter, batch), world.target.head_weight
