@@ -42,7 +42,7 @@ class RolloutConfig(Config):
         Field(
             ge=1,
             description="answers written at once: what a kill loses; the embedded engine decodes them together, which "
-            "decides near-ties of half precision. Left out: 8 a slot, or 32 of servers",
+            "decides near-ties of half precision. Left out: 16 a slot, or 32 of servers",
         ),
     ] = None
 
@@ -186,7 +186,7 @@ def _answer(
 def _rows_at_once(engine: EmbeddedEngineConfig | SGLangEngineConfig) -> int:
     """At the end of a group slots run empty while its last answers are written: more of it, and less is lost to that;
     less, and a kill loses less."""
-    return 32 if isinstance(engine, SGLangEngineConfig) else 8 * engine.slots
+    return 32 if isinstance(engine, SGLangEngineConfig) else 16 * engine.slots
 
 
 def _missing(wanted: list[Request], finished: set[str], group: int, batch_decides: bool) -> list[list[Request]]:

@@ -77,7 +77,13 @@ class SftConfig(TrainingConfig):
         str | None,
         Field(description="folder or hub id of a drafter in the layout that engines load; left out: random weights"),
     ] = None
-    init_revision: Annotated[str | None, Field(description="commit, tag or branch of a hub id in init_from")] = None
+    init_revision: Annotated[
+        str | None,
+        Field(
+            description="commit, tag or branch of a hub id in init_from; a branch means the commit that the hub's "
+            "cache has, else the hub's newest"
+        ),
+    ] = None
     adopt: Annotated[
         bool, Field(description="go on from a drafter although it was made for another revision of the target")
     ] = False

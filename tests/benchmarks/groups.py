@@ -32,7 +32,7 @@ def main() -> None:
     options.add_argument("--answers", type=int, default=128)
     options.add_argument("--slots", type=int, default=8)
     options.add_argument("--longest", type=int, default=128, help="tokens of the longest answer")
-    options.add_argument("--per-slot", type=int, nargs="+", default=[2, 4, 8], help="answers of a group, a slot")
+    options.add_argument("--per-slot", type=int, nargs="+", default=[4, 8, 16], help="answers of a group, a slot")
     chosen = options.parse_args()
     harness.set_threads(chosen.threads)
     target = harness.load_target(chosen.target)
