@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from types import TracebackType
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -23,12 +25,74 @@ WRITTEN: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
 
 Rows: TypeAlias = Sequence[Mapping[str, Any]] | pa.Table
 
+GROUP_BYTES = 4 << 20  # of a row group before compression, about: what a reader of single rows decodes for one
 
-def write_table(path: Path, schema: TableSchema, rows: Rows) -> None:
+
+def write_table(path: Path, schema: TableSchema, rows: Rows, group_bytes: int = GROUP_BYTES) -> None:
     """Write `rows` to `path`; the file appears whole or not at all."""
-    table = to_table(schema, rows)
-    with atomic_path(path) as tmp:
-        pq.write_table(table, tmp, **WRITTEN)
+    with TableWriter(path, schema, group_bytes) as table:
+        table.append(rows)
+
+
+class TableWriter:
+    """A table that is appended to, with one row group in memory; the file appears when the body ends without an error.
+
+    Row groups hold about `group_bytes`. Where they end depends on the rows alone, not on how they were appended.
+    """
+
+    def __init__(self, path: Path, schema: TableSchema, group_bytes: int = GROUP_BYTES) -> None:
+        self.path, self.schema, self._group_bytes = path, schema, group_bytes
+        self._waiting: list[pa.Table] = []
+        self._filled = 0  # bytes that wait
+        self.rows = 0
+
+    def __enter__(self) -> Self:
+        with ExitStack() as opened:
+            tmp = opened.enter_context(atomic_path(self.path))
+            self._file = opened.enter_context(pq.ParquetWriter(tmp, self.schema.with_metadata, **WRITTEN))
+            self._opened = opened.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            with self._opened:
+                self._flush()
+        else:
+            self._opened.__exit__(kind, error, trace)
+
+    def append(self, rows: Rows) -> None:
+        """Raises DraftsmithError as `to_table` does."""
+        table = to_table(self.schema, rows)
+        self.rows += table.num_rows
+        ends = np.cumsum(_row_bytes(table))
+        start = before = 0
+        while start < table.num_rows:
+            place = int(np.searchsorted(ends, before + self._group_bytes - self._filled))
+            stop = min(place + 1, table.num_rows)
+            self._waiting.append(table.slice(start, stop - start))
+            self._filled += int(ends[stop - 1]) - before
+            start, before = stop, int(ends[stop - 1])
+            if self._filled >= self._group_bytes:
+                self._flush()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            group = pa.concat_tables(self._waiting).combine_chunks()
+            self._file.write_table(group, row_group_size=max(1, group.num_rows))
+        self._waiting, self._filled = [], 0
+
+
+def _row_bytes(table: pa.Table) -> np.ndarray:
+    """[rows] about: four a list's element, eight a column that is no list."""
+    sizes = np.zeros(table.num_rows, dtype=np.int64)
+    for column in table.columns:
+        if pa.types.is_list(column.type):
+            sizes += 4 * pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+        else:
+            sizes += 8
+    return sizes
 
 
 def read_table(path: Path, schema: TableSchema, columns: list[str] | None = None) -> pa.Table:
@@ -36,14 +100,27 @@ def read_table(path: Path, schema: TableSchema, columns: list[str] | None = None
 
     The checksums of what is read are verified; a table with a flipped bit is as damaged as a truncated one.
     """
+    with reading(path), open_table(path, schema) as file:
+        return file.read(columns)
+
+
+def open_table(path: Path, schema: TableSchema) -> pq.ParquetFile:
+    """The file of a table of exactly this schema and version. Raises DraftsmithError; reads need `reading` around."""
     if path.is_dir():
         raise DraftsmithError(f"{path}: a folder, expected one Parquet file of {schema.name}")
+    with reading(path, schema.name):
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        _check_schema(path, schema, file.schema_arrow)
+        return file
+
+
+@contextmanager
+def reading(path: Path, what: str = "it") -> Iterator[None]:
+    """Turn what reading a Parquet file raises into one clear DraftsmithError. what: the table that is missing."""
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            _check_schema(path, schema, file.schema_arrow)
-            return file.read(columns)
+        yield
     except FileNotFoundError:
-        raise _DamagedError(f"{path}: no such file; run the stage that writes {schema.name} again") from None
+        raise _DamagedError(f"{path}: no such file; run the stage that writes {what} again") from None
     except PermissionError as error:
         raise DraftsmithError(f"{path}: permission denied; make it readable") from error
     except (pa.ArrowException, OSError, EOFError) as error:
@@ -82,13 +159,14 @@ def _column(field: pa.Field, rows: Sequence[Mapping[str, Any]]) -> pa.Array:
         raise ValueError(f"column {field.name} should be {field.type}: {error}") from error
 
 
-def places(table: pa.Table, column: str, values: Sequence[str]) -> np.ndarray:
+def places(table: pa.Table, column: str, values: Sequence[str] | pa.Array) -> np.ndarray:
     """[rows] int64: where each row's `column` stands among `values`, -1 if it does not."""
-    found = pc.index_in(table[column], value_set=pa.array(values, pa.string()))
+    known = values if isinstance(values, pa.Array) else pa.array(values, pa.string())
+    found = pc.index_in(table[column], value_set=known)
     return pc.fill_null(found, -1).to_numpy().astype(np.int64)
 
 
-def ordered(table: pa.Table, column: str, values: Sequence[str]) -> pa.Table:
+def ordered(table: pa.Table, column: str, values: Sequence[str] | pa.Array) -> pa.Table:
     """The rows whose `column` is one of `values`, in their order; rows that share one keep theirs."""
     place = places(table, column, values)
     order = np.argsort(place, kind="stable")
@@ -109,9 +187,9 @@ class ShardWriter:
     On a folder of an interrupted run it goes on behind the last whole shard; a truncated last one is set aside.
     """
 
-    def __init__(self, folder: Path, schema: TableSchema) -> None:
+    def __init__(self, folder: Path, schema: TableSchema, group_bytes: int = GROUP_BYTES) -> None:
         self.folder = folder
-        self.schema = schema
+        self.schema, self._group_bytes = schema, group_bytes
         set_aside_truncated(folder, schema)
         existing = shard_paths(folder)
         self._next = int(existing[-1].stem.removeprefix("shard-")) + 1 if existing else 0
@@ -121,7 +199,7 @@ class ShardWriter:
         if len(rows) == 0:
             return None
         path = self.folder / f"shard-{self._next:05d}.parquet"
-        write_table(path, self.schema, rows)
+        write_table(path, self.schema, rows, self._group_bytes)
         self._next += 1
         return path
 

@@ -103,6 +103,13 @@ VERIFY_STEPS = _table(
     top_logprobs=_LOGPROBS,
 )
 
+EVALUATED = _table(  # what mining cost, beside the shards of its steps
+    "evaluated",
+    1,
+    trajectory_id=pa.string(),
+    evaluated_blocks=pa.int64(),  # drafted to find the trace
+)
+
 REQUESTS = _table(  # what evaluation decoded
     "requests",
     3,

@@ -14,14 +14,14 @@ def run(ctx: StageContext, config: DriftConfig) -> None:
     """Write `drift.json`: tau with its 95 % interval over prompts, of all answers and of each prompt set."""
     from draftsmith.stages.drafters.checkpoint import load_drafter
     from draftsmith.stages.measure.acceptance import tau_by_set
-    from draftsmith.stages.replay.corpus import replay_all
+    from draftsmith.stages.replay.tally import tally_all
     from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories, sets_of
     from draftsmith.stages.targets.causal_lm import Target
 
     stored = load_trajectories(ctx.inputs["trajectories"], ["heldout"])
     target = Target.load(ctx.inputs["target"])
     champion = {"champion": load_drafter(ctx.inputs["champion"] / DRAFTER_FOLDER, target)}
-    traces = replay_all(
+    tallies = tally_all(
         target,
         champion,
         stored.trajectories,
@@ -35,7 +35,7 @@ def run(ctx: StageContext, config: DriftConfig) -> None:
     found = {
         name: figures["champion"]
         for of in ([ALL] * len(sets), sets)
-        for name, figures in tau_by_set(traces, stored.prompts, of).items()
+        for name, figures in tau_by_set(tallies, stored.prompts, of).items()
     }
     (ctx.out / "drift.json").write_text(json.dumps(found, indent=2) + "\n")
     ctx.log(", ".join(f"{name}: tau {figures['tau']:.3f}" for name, figures in found.items()))

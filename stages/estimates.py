@@ -17,7 +17,7 @@ from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.replay.estimate import mining_memory
 from draftsmith.stages.rollout import RolloutConfig
 from draftsmith.stages.targets.config import TargetConfig
-from draftsmith.stages.targets.estimate import PROCESS, TRACE_STEPS_PER_TOKEN, Answers, Estimate, Use
+from draftsmith.stages.targets.estimate import PROCESS, TRACE_STEPS_PER_TOKEN, Answers, Estimate, Use, tables_of
 from draftsmith.stages.targets.source import source_kind
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.estimate import LOGIT_COPIES, activations, training_estimate
@@ -57,7 +57,7 @@ def of_rollout(config: RolloutConfig, use: Use) -> Estimate:
         launched, in_flight = config.engine.launch.servers, config.engine.concurrency
         servers = launched_servers(config.engine, launched, in_flight, longest, drafter, sizes)
     traced = made.verify_steps * (8 * (sizes.block_size - 1) + 24) if drafter else 0.0
-    return Estimate(memory=memory, servers=servers, tables=made.bytes + traced, makes=made)
+    return Estimate(memory=memory, host=tables_of(made), servers=servers, tables=made.bytes + traced, makes=made)
 
 
 def of_logs(config: LogsConfig, use: Use) -> Estimate:
@@ -66,7 +66,7 @@ def of_logs(config: LogsConfig, use: Use) -> Estimate:
     steps = (config.rows or 0) * longest * TRACE_STEPS_PER_TOKEN
     made = Answers(longest, config.rows or float("inf"), steps)
     memory = {"process": PROCESS, "target": use.sizes.weights(use.sizes.target)} if config.scored else {}
-    return Estimate(memory=memory, tables=made.bytes, makes=made)
+    return Estimate(memory=memory, host=tables_of(made), tables=made.bytes, makes=made)
 
 
 def of_sft(config: SftConfig, use: Use) -> Estimate:
@@ -78,7 +78,9 @@ def of_mining(config: MiningConfig, use: Use) -> Estimate:
     sizes, tokens = use.sizes, config.tokens_per_target_forward
     memory = mining_memory(tokens, config.tree_tokens, config.drafting.head_tokens, use.longest, sizes)
     steps = use.answers.verify_steps if use.answers is not None else 0.0
-    return Estimate(memory=memory, tables=steps * (12 * (sizes.block_size - 1) + 8 * config.top_k + 64))
+    return Estimate(
+        memory=memory, host=tables_of(use.answers), tables=steps * (12 * (sizes.block_size - 1) + 8 * config.top_k + 64)
+    )
 
 
 def of_opd(config: OpdConfig, use: Use) -> Estimate:

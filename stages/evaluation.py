@@ -150,9 +150,8 @@ def _acceptance(
         tau_differences,
         taus_compared,
     )
-    from draftsmith.stages.measure.contexts import worst_contexts
-    from draftsmith.stages.replay.corpus import replay_all
-    from draftsmith.stages.replay.trace import tau
+    from draftsmith.stages.measure.contexts import WorstContexts
+    from draftsmith.stages.replay.tally import tally_all
     from draftsmith.stages.stored import load_trajectories, sets_of
 
     stored = load_trajectories(ctx.inputs["trajectories"], ["heldout"])
@@ -161,50 +160,51 @@ def _acceptance(
     if config.head_tokens is not None:
         settings["full_head"] = DraftingConfig()
     looping = [has_loop(t.tokens[t.prompt_length :]) for t in stored.trajectories]
-    traces = {}
+    tallies = {}
+    worst = {arm: WorstContexts() for arm in drafters}
     for setting, drafting in settings.items():
-        traces[setting] = replay_all(
+        tallies[setting] = tally_all(
             target,
             drafters,
             stored.trajectories,
             drafting,
+            also=worst if setting == "trained" else {},
             chains=config.chains,
             tokens_per_group=config.tokens_per_target_forward,
             progress=follow(ctx, "trajectories"),
             kept=ctx.work / "replayed" / setting,
             log=ctx.log,
         )
-    table = acceptance_table(traces["trained"], stored.prompts, looping)
+    table = acceptance_table(tallies["trained"], stored.prompts, looping)
     sets = sets_of(ctx.inputs["prompts"], stored.prompts)
     decode = target.tokenizer.decode
-    contexts = {arm: worst_contexts(stored.trajectories, of, sets, decode) for arm, of in traces["trained"].items()}
+    contexts = {arm: found.told(stored.trajectories, sets, decode) for arm, found in worst.items()}
     (ctx.out / CONTEXTS).write_text(json.dumps(contexts, indent=1) + "\n")
-    for name, found in traces.get("full_head", {}).items():
-        table[name]["tau_full_head"] = tau(found)
+    for name, found in tallies.get("full_head", {}).items():
+        table[name]["tau_full_head"] = found.tau
     figures = {
         "heldout_trajectories": len(stored.trajectories),
         "drafters": table,
         "loop_share": sum(looping) / len(looping),
         "tau_without_loops": {name: each["tau_without_loops"] for name, each in table.items()},
-        "sets": tau_by_set(traces["trained"], stored.prompts, sets),
-        "compared": taus_compared(traces["trained"], stored.prompts, sets),
+        "sets": tau_by_set(tallies["trained"], stored.prompts, sets),
+        "compared": taus_compared(tallies["trained"], stored.prompts, sets),
         "validation_tau": _validation_tau(ctx, config, target, drafters),
     }
-    return figures, tau_differences(traces["trained"], stored.prompts)
+    return figures, tau_differences(tallies["trained"], stored.prompts)
 
 
 def _validation_tau(
     ctx: StageContext, config: EvaluationConfig, target: Any, drafters: dict[str, Any]
 ) -> dict[str, float] | None:
     """tau of each drafter on the validation split, which choices between them are made on; None without its answers."""
-    from draftsmith.stages.replay.corpus import replay_all
-    from draftsmith.stages.replay.trace import tau
+    from draftsmith.stages.replay.tally import tally_all
     from draftsmith.stages.stored import load_trajectories, splits_of
 
     if "validation" not in splits_of(ctx.inputs["trajectories"]):
         return None
     stored = load_trajectories(ctx.inputs["trajectories"], ["validation"])
-    traces = replay_all(
+    tallies = tally_all(
         target,
         drafters,
         stored.trajectories,
@@ -215,7 +215,7 @@ def _validation_tau(
         kept=ctx.work / "replayed" / "validation",
         log=ctx.log,
     )
-    return {name: tau(found) for name, found in traces.items()}
+    return {name: found.tau for name, found in tallies.items()}
 
 
 def _speeds_compared(turns: list[Any], settings: list[Any], arms: list[str]) -> list[dict[str, Any]]:

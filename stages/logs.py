@@ -80,7 +80,7 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
     if aside.reasons:
         ctx.log(f"{used.sum()} rows used, {sum(aside.reasons.values())} set aside: {aside.said()}")
     replayed = 0
-    with atomic_path(ctx.out / "trajectories.parquet") as path, TrajectoryTable(path) as table:
+    with TrajectoryTable(ctx.out / "trajectories.parquet") as table:
         said = {"temperature": config.temperature, "top_p": config.top_p}
         for part in waiting.chosen(used):
             table.append(part, **said, seed=0, engine="logs")  # their seed is not known

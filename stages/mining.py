@@ -12,12 +12,8 @@ from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.replay.parity import MaxParityMismatch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import pyarrow as pa
-
     from draftsmith.stages.drafters.base import Drafter
-    from draftsmith.stages.replay.trace import Trajectory
+    from draftsmith.stages.replay.trajectories import TrajectoryRows
 
 
 class MiningConfig(Config):
@@ -32,61 +28,54 @@ class MiningConfig(Config):
 
 
 def run(ctx: StageContext, config: MiningConfig) -> None:
-    """Replay and score group by group; each group is a shard, so an interrupted run continues with the next one."""
-    from draftsmith.artifacts.atomic import write_text
-    from draftsmith.artifacts.parquet import ShardWriter, ordered, read_shards, write_table
+    """Replay and score group by group, kept in shards that a rerun continues; then the table, in the answers' order."""
+    from draftsmith.artifacts.parquet import TableWriter
     from draftsmith.artifacts.schemas import VERIFY_STEPS
     from draftsmith.stages.drafters.checkpoint import load_drafter
     from draftsmith.stages.drafters.digest import drafter_digest
     from draftsmith.stages.replay.corpus import mine
-    from draftsmith.stages.replay.table import rows_of_group, summarise
+    from draftsmith.stages.replay.shards import MinedShards
+    from draftsmith.stages.replay.table import MinedFigures
     from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
     from draftsmith.stages.targets.causal_lm import Target
 
     stored = load_trajectories(ctx.inputs["trajectories"])
     trajectories = stored.trajectories
-    shards = ShardWriter(ctx.work / "verify_steps", VERIFY_STEPS)
-    finished = set(
-        read_shards(ctx.work / "verify_steps", VERIFY_STEPS, columns=["trajectory_id"])["trajectory_id"].to_pylist()
-    )
-    progress_file = ctx.work / "evaluated_blocks.json"
-    evaluated: dict[str, int] = json.loads(progress_file.read_text()) if progress_file.exists() else {}
-
     target = Target.load(ctx.inputs["target"])
     drafter_folder = ctx.inputs["drafter"] / DRAFTER_FOLDER
     drafter = load_drafter(drafter_folder, target)
-    block_size = config.drafting.block_size or drafter.block_size
-    done = len(finished)
-    for group in mine(
-        target,
-        drafter,
-        trajectories,
-        config.drafting,
-        chains=config.chains,
-        top_k=config.top_k,
-        tokens_per_group=config.tokens_per_target_forward,
-        tree_tokens=config.tree_tokens,
-        finished=lambda group: all(t.trajectory_id in finished for t in group.trajectories),
-        log=ctx.log,
-    ):
-        # written before the shard and by trajectory: a shard that is there is counted, one that was lost is not twice
-        members = zip(group.trajectories, group.traces, strict=True)
-        evaluated |= {t.trajectory_id: trace.evaluated_blocks for t, trace in members}
-        write_text(progress_file, json.dumps(evaluated))
-        shards.append(rows_of_group(group))
-        done += len(group.trajectories)
-        ctx.progress(done, len(trajectories), "trajectories")
-        ctx.check_interrupted()
+    with MinedShards(ctx.work) as shards:
+        finished = shards.rows(trajectories.ids).counts > 0
+        done = int(finished.sum())
+        for group in mine(
+            target,
+            drafter,
+            trajectories,
+            config.drafting,
+            chains=config.chains,
+            top_k=config.top_k,
+            tokens_per_group=config.tokens_per_target_forward,
+            tree_tokens=config.tree_tokens,
+            finished=lambda indices: bool(finished[indices].all()),
+            log=ctx.log,
+        ):
+            shards.add(group)
+            done += len(group.trajectories)
+            ctx.progress(done, len(trajectories), "trajectories")
+            ctx.check_interrupted()
 
-    # long answers have millions of steps: no Python object for each from here on
-    whole = read_shards(ctx.work / "verify_steps", VERIFY_STEPS)
-    table = ordered(whole, "trajectory_id", [t.trajectory_id for t in trajectories])
-    write_table(ctx.out / "verify_steps.parquet", VERIFY_STEPS, table)
-    summary = summarise(table, target.tokenizer, block_size)
-    summary["evaluated_blocks_per_step"] = sum(evaluated.values()) / table.num_rows
+    # long answers have millions of steps: no Python object for each from here on, and never all of them in memory
+    figures = MinedFigures(config.drafting.block_size or drafter.block_size)
+    with TableWriter(ctx.out / "verify_steps.parquet", VERIFY_STEPS) as table:
+        for part in shards.rows(trajectories.ids).in_order(VERIFY_STEPS.columns.names):
+            table.append(part)
+            figures.add(part)
+            ctx.check_interrupted()
+    summary = figures.summary(target.tokenizer)
+    summary["evaluated_blocks_per_step"] = shards.evaluated_blocks(trajectories.ids) / figures.steps
     summary["trajectories_too_short"] = stored.too_short
     drafted_as = {"drafter_digest": drafter_digest(drafter_folder), **config.drafting.model_dump()}
-    summary["parity"] = parity(ctx, table, trajectories, drafter, drafted_as, target.info.dtype, config)
+    summary["parity"] = parity(ctx, trajectories, drafter, drafted_as, target.info.dtype, config)
     (ctx.out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     ctx.summary(
         **{k: summary[k] for k in ("tau", "steps", "error_positions", "evaluated_blocks_per_step")},
@@ -100,8 +89,7 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
 
 def parity(
     ctx: StageContext,
-    table: pa.Table,
-    trajectories: Sequence[Trajectory],
+    trajectories: TrajectoryRows,
     drafter: Drafter,
     drafted_as: dict[str, Any],
     dtype: str,
@@ -109,17 +97,17 @@ def parity(
 ) -> dict[str, Any] | None:
     """Compare what the engine recorded while it served with replay: its steps, and how many it counted.
 
-    table: VERIFY_STEPS; drafted_as: the drafter's digest and how it drafts here; dtype: of this replay. None unless the
-    same drafter served with the same settings. Raises DraftsmithError if they differ in more steps than allowed: the
-    drafter that was served is then not this one.
+    drafted_as: the drafter's digest and how it drafts here; dtype: of this replay. None unless the same drafter served
+    with the same settings. Raises DraftsmithError if they differ in more steps than allowed: the drafter that was
+    served is then not this one.
     """
     import numpy as np
-    import pyarrow as pa
-    import pyarrow.compute as pc
 
-    from draftsmith.artifacts.parquet import read_table
-    from draftsmith.artifacts.schemas import TIMINGS, TRACE
-    from draftsmith.stages.replay.parity import Gate, check_steps, check_tau
+    from draftsmith.artifacts.keyed_rows import KeyedRows
+    from draftsmith.artifacts.parquet import places, read_table
+    from draftsmith.artifacts.row_reader import RowReader
+    from draftsmith.artifacts.schemas import TIMINGS, TRACE, VERIFY_STEPS
+    from draftsmith.stages.replay.parity import COMPARED, Gate, StepComparison, check_tau
 
     folder = ctx.inputs["trajectories"]
     path = folder / "trace.json"
@@ -142,23 +130,22 @@ def parity(
         greedy=told.get("temperature") == 0,
         allowed=config.max_parity_mismatch,
     )
-    known = {t.trajectory_id: t.response_length for t in trajectories}
-    trace, timings = (
-        rows.filter(pc.is_in(rows["trajectory_id"], value_set=pa.array(list(known), pa.string())))
-        for rows in (
-            read_table(folder / "trace.parquet", TRACE),
-            read_table(folder / "timings.parquet", TIMINGS, ["trajectory_id", "verify_steps"]),
-        )
-    )
-    figures = check_steps(gate, trace, table) if trace.num_rows else {}
-    served = dict(zip(timings["trajectory_id"].to_pylist(), timings["verify_steps"].to_pylist(), strict=True))
-    counts = table["trajectory_id"].value_counts()
-    replayed = dict(zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True))
-    return figures | check_tau(
-        gate,
-        # the prefill's token is committed before any verify step
-        *(np.array(each) for each in zip(*((known[t] - 1, served.get(t, 0), replayed[t]) for t in known), strict=True)),
-    )
+    ids = trajectories.ids
+    replayed = KeyedRows(RowReader(ctx.out / "verify_steps.parquet", VERIFY_STEPS), ids)
+    recorded = KeyedRows(RowReader(folder / "trace.parquet", TRACE), ids)
+    comparison = StepComparison()
+    for indices in recorded.together():
+        traced = indices[recorded.counts[indices] > 0]
+        comparison.add(recorded.of(traced, COMPARED), replayed.of(traced, COMPARED))
+        ctx.check_interrupted()
+    figures = comparison.check(gate) if recorded.counts.any() else {}
+    timings = read_table(folder / "timings.parquet", TIMINGS, ["trajectory_id", "verify_steps"])
+    place = places(timings, "trajectory_id", ids)
+    served = np.zeros(len(ids), dtype=np.int64)
+    served[place[place >= 0]] = timings["verify_steps"].to_numpy()[place >= 0]
+    # the prefill's token is committed before any verify step
+    committed = trajectories.lengths - trajectories.prompt_lengths - 1
+    return figures | check_tau(gate, committed, served, replayed.counts)
 
 
 def _drafting(settings: dict[str, Any]) -> str:

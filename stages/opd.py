@@ -32,7 +32,7 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
         drafter, target, stored.trajectories, mined, config, temperature=stored.temperature, seed=ctx.seed
     )
     ctx.log(str(training))
-    longest = max(len(trajectory.tokens) for trajectory in stored.trajectories)
+    longest = int(stored.trajectories.lengths.max())
     limit = micro_batch_tokens(config, target, drafter, longest)
     totals = train(ctx, drafter, config, lambda step: training.micro_batches(step, limit), training.source)
     drafter.info = DrafterInfo(

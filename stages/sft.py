@@ -95,7 +95,7 @@ def run(ctx: StageContext, config: SftConfig) -> None:
     ctx.log(f"{training}; {coverage:.2%} of the answers' tokens can be proposed")
     if drafter.has_own_head and config.head_tokens is not None:
         ctx.log("head_tokens is not read: this drafter has a head of its own (drafter.draft_vocab_size)")
-    longest = max(len(trajectory.tokens) for trajectory in stored.trajectories)
+    longest = int(stored.trajectories.lengths.max())
     limit = micro_batch_tokens(config, target, drafter, longest)
     totals = train(ctx, drafter, config, lambda step: training.micro_batches(step, limit))
     drafter.info = DrafterInfo(

@@ -7,10 +7,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.parquet import read_table
+from draftsmith.artifacts.row_reader import RowReader
 from draftsmith.artifacts.schemas import PROMPTS, TRAJECTORIES
-from draftsmith.stages.replay.trace import Trajectory
+from draftsmith.stages.replay.trajectories import TrajectoryRows
 from draftsmith.stages.targets.info import read_target_info
 
 DRAFTER_FOLDER = "drafter"  # inside the artifact of a training stage
@@ -18,12 +23,18 @@ DRAFTER_FOLDER = "drafter"  # inside the artifact of a training stage
 
 @dataclass(frozen=True)
 class StoredTrajectories:
-    """The usable trajectories of an artifact, in its order."""
+    """The usable trajectories of an artifact, in its order; their tokens stay on disk."""
 
-    trajectories: list[Trajectory]
-    prompts: list[str]  # the prompt of each: answers to the same one are no independent observations
+    trajectories: TrajectoryRows
+    prompt_ids: pa.Array
     temperature: float  # 0 = greedy
     too_short: int  # answers of one token: nothing is drafted there
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompt of each: answers to the same one are no independent observations."""
+        names: list[str] = self.prompt_ids.to_pylist()
+        return names
 
 
 def load_trajectories(folder: Path, splits: Collection[str] | None = None) -> StoredTrajectories:
@@ -32,27 +43,38 @@ def load_trajectories(folder: Path, splits: Collection[str] | None = None) -> St
     Raises DraftsmithError if nothing of these splits, nothing usable, or a mix of temperatures is there.
     """
     path = folder / "trajectories.parquet"
-    rows = read_table(path, TRAJECTORIES).to_pylist()
+    reader = RowReader(path, TRAJECTORIES)
+    table = read_table(path, TRAJECTORIES, ["trajectory_id", "prompt_id", "split", "temperature"])
+    prompts, responses = _lengths(reader)
+    wanted = np.ones(table.num_rows, dtype=bool)
     if splits is not None:
-        there = sorted({row["split"] for row in rows})
-        rows = [row for row in rows if row["split"] in splits]
-        if not rows:
+        wanted = pc.is_in(table["split"], value_set=pa.array(list(splits), pa.string())).to_numpy()
+        if not wanted.any():
+            there = sorted(table["split"].unique().to_pylist())
             raise DraftsmithError(
                 f"{path}: no answer of split {' or '.join(splits)}, only of {', '.join(there)}; change fields "
                 "splits and prompts of the section that made it"
             )
-    usable = [row for row in rows if len(row["response_ids"]) >= 2]
-    if not usable:
+    places = np.flatnonzero(wanted & (responses >= 2))
+    if not len(places):
         raise DraftsmithError(f"{path}: no answer of two or more tokens; check the prompts and max_new_tokens")
-    temperatures = {row["temperature"] for row in usable}
+    temperatures = sorted(table["temperature"].take(places).unique().to_pylist())
     if len(temperatures) > 1:
-        raise DraftsmithError(f"{path}: temperatures {sorted(temperatures)} are mixed; roll out with one of them")
-    trajectories = [
-        Trajectory(row["trajectory_id"], row["prompt_ids"] + row["response_ids"], len(row["prompt_ids"]))
-        for row in usable
-    ]
-    prompts = [row["prompt_id"] for row in usable]
-    return StoredTrajectories(trajectories, prompts, float(temperatures.pop()), len(rows) - len(usable))
+        raise DraftsmithError(f"{path}: temperatures {temperatures} are mixed; roll out with one of them")
+    ids, prompt_ids = (table[name].take(places).combine_chunks() for name in ("trajectory_id", "prompt_id"))
+    lengths = prompts[places] + responses[places]
+    rows = TrajectoryRows(reader, places, ids, lengths, prompts[places])
+    return StoredTrajectories(rows, prompt_ids, float(temperatures[0]), int(wanted.sum()) - len(places))
+
+
+def _lengths(reader: RowReader) -> tuple[np.ndarray, np.ndarray]:
+    """[rows] tokens of the prompts and of the responses."""
+    columns = ["prompt_ids", "response_ids"]
+    found: list[list[np.ndarray]] = [[np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]]
+    for part in reader.parts(columns):
+        for lengths, name in zip(found, columns, strict=True):
+            lengths.append(pc.list_value_length(part[name]).to_numpy().astype(np.int64))
+    return np.concatenate(found[0]), np.concatenate(found[1])
 
 
 def splits_of(folder: Path) -> set[str]:
@@ -79,8 +101,10 @@ class Prompt:
 
 def load_prompts(folder: Path, splits: Collection[str]) -> list[Prompt]:
     """prompts.parquet of an artifact, in its order."""
-    table = read_table(folder / "prompts.parquet", PROMPTS, columns=["prompt_id", "split", "token_ids"])
-    return [Prompt(**row) for row in table.to_pylist() if row["split"] in splits]
+    wanted, found = pa.array(list(splits), pa.string()), []
+    for part in RowReader(folder / "prompts.parquet", PROMPTS).parts(["prompt_id", "split", "token_ids"]):
+        found += [Prompt(**row) for row in part.filter(pc.is_in(part["split"], value_set=wanted)).to_pylist()]
+    return found
 
 
 def positions_needed(prompts: Sequence[Prompt], max_new_tokens: int, max_positions: int) -> int:

@@ -106,6 +106,7 @@ def test_a_benchmark_is_there_with_its_options(file: str, command: str) -> None:
     module = _BENCHMARK.findall(command)[0]
     found = importlib.util.find_spec(module)
     assert found is not None and found.origin is not None, f"{file}: no module {module}"
-    sources = [Path(found.origin), ROOT / "tests" / "benchmarks" / "harness.py"]
+    run = Path(found.origin).with_name("__main__.py") if found.submodule_search_locations else Path(found.origin)
+    sources = [run, ROOT / "tests" / "benchmarks" / "harness.py"]
     known = {option for source in sources for option in re.findall(r'"(--[a-z-]+)"', source.read_text("utf-8"))}
     assert not [option for option in _OPTION.findall(command) if option not in known | {"--help"}]

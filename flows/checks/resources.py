@@ -14,11 +14,14 @@ from draftsmith.flows.pipeline.graph import Node
 from draftsmith.flows.pipeline.machine import free_disk_bytes, gpus
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.prompts import PromptsConfig
-from draftsmith.stages.targets.estimate import DTYPE_BYTES, ModelSize, Servers, Sizes, target_size
+from draftsmith.stages.targets.estimate import DTYPE_BYTES, PROCESS, Estimate, ModelSize, Servers, Sizes, target_size
 from draftsmith.stages.targets.info import model_path, read_target_info
 
 _TIGHT, _TOO_MUCH = 0.85, 1.35  # of what is there: estimates are meant to be right within a third
 _SGLANG_FRACTION = 0.85  # of a GPU's memory that SGLang takes by itself, about
+# Loaded into the host's memory before they go to a GPU: weights, and of 16 bytes a trained parameter the 12 that a
+# checkpoint holds.
+_THROUGH_HOST = {"target": 1.0, "drafter": 1.0, "drafter with AdamW": 12 / 16}
 
 
 def check_resources(found: Findings, nodes: Sequence[Node], artifact: Path, plans: Plans, home: Path) -> None:
@@ -44,17 +47,30 @@ def check_resources(found: Findings, nodes: Sequence[Node], artifact: Path, plan
     needed = estimates(nodes, sizes)
     for node in nodes:
         estimate = needed.get(node.name)
-        if estimate is not None and estimate.memory:
-            _compare(found, node.name, Parts(estimate.memory), elsewhere=elsewhere)
+        if estimate is not None:
+            _compare_memory(found, node.name, estimate, elsewhere=elsewhere)
         if estimate is not None and estimate.servers is not None:
             _compare_servers(found, estimate.servers, node, elsewhere=elsewhere)
     _compare_disk(found, disk(needed), home)
 
 
-def _compare(found: Findings, node: str, memory: Parts, *, elsewhere: bool) -> None:
-    here = gpus()
-    has, what = (here[0], "GPU memory") if here else (memory_bytes(), "memory")
-    check, text = f"{node}: memory", f"about {memory} ({gigabytes(has)} of {what} here)"
+def _compare_memory(found: Findings, node: str, estimate: Estimate, *, elsewhere: bool) -> None:
+    """Without a GPU one line. With one a line for its memory and one for the host's."""
+    if not gpus():
+        if estimate.memory or estimate.host:
+            parts = Parts({"process": PROCESS, **estimate.host, **estimate.memory})
+            _compare(found, f"{node}: memory", parts, memory_bytes(), "memory", elsewhere=elsewhere)
+        return
+    if estimate.memory:
+        _compare(found, f"{node}: memory", Parts(estimate.memory), gpus()[0], "GPU memory", elsewhere=elsewhere)
+    if estimate.host:
+        passing = {name: share * estimate.memory.get(name, 0.0) for name, share in _THROUGH_HOST.items()}
+        parts = Parts({"process": PROCESS, **estimate.host, **passing})
+        _compare(found, f"{node}: host memory", parts, memory_bytes(), "memory", elsewhere=elsewhere)
+
+
+def _compare(found: Findings, check: str, memory: Parts, has: float, what: str, *, elsewhere: bool) -> None:
+    text = f"about {memory} ({gigabytes(has)} of {what} here)"
     if memory.total <= _TIGHT * has or elsewhere:
         found.ok(check, f"about {memory}" if elsewhere else text)
     elif memory.total <= _TOO_MUCH * has:

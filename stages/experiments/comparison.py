@@ -19,6 +19,9 @@ from draftsmith.stages.contract import Compute, Config, Stage, StageContext, fol
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
+
+    from draftsmith.stages.replay.tally import Tally
 
 PREFIX, EARLIER, BASE = "drafter:", "earlier:", "base"
 COSTS = ("positions", "blocks", "seconds")
@@ -54,17 +57,18 @@ class Entry:
     def __str__(self) -> str:
         return f"{self.arm}, {self.steps} steps, seed {self.seed}"
 
-    def row(self, split: str, trajectory_id: str, committed: int, verify_steps: int) -> dict[str, Any]:
-        """Of the table ACCEPTANCE."""
-        return {
-            "arm": self.arm,
-            "steps": self.steps,
-            "seed": self.seed,
-            "split": split,
-            "trajectory_id": trajectory_id,
-            "committed": committed,
-            "verify_steps": verify_steps,
-        }
+    def rows(self, split: str, trajectory_ids: pa.Array, tally: Tally) -> pa.Table:
+        """Of the table ACCEPTANCE, one a trajectory."""
+        import numpy as np
+        import pyarrow as pa
+
+        from draftsmith.artifacts.schemas import ACCEPTANCE
+
+        count = len(trajectory_ids)
+        same = {name: pa.repeat(value, count) for name, value in (("arm", self.arm), ("split", split))}
+        same |= {name: pa.repeat(value, count) for name, value in (("steps", self.steps), ("seed", self.seed))}
+        columns = {"committed": tally.committed.astype(np.int64), "verify_steps": tally.steps.astype(np.int64)}
+        return pa.table(same | {"trajectory_id": trajectory_ids} | columns).select(ACCEPTANCE.columns.names)
 
     def cost(self) -> dict[str, float]:
         """What its training took, from the manifests: block positions with a loss, and seconds of the steps."""
@@ -76,15 +80,13 @@ class Entry:
 
 def run(ctx: StageContext, config: ComparisonConfig) -> None:
     """Replay every drafter; write `results.json` and, for each trajectory, `acceptance.parquet`."""
-    import numpy as np
 
     from draftsmith.artifacts.atomic import write_text
-    from draftsmith.artifacts.parquet import write_table
+    from draftsmith.artifacts.parquet import TableWriter
     from draftsmith.artifacts.schemas import ACCEPTANCE
     from draftsmith.stages.drafters.checkpoint import load_drafter
-    from draftsmith.stages.measure.acceptance import ceiling_traces
-    from draftsmith.stages.replay.corpus import replay_all
-    from draftsmith.stages.replay.trace import tau
+    from draftsmith.stages.measure.acceptance import ceiling_of
+    from draftsmith.stages.replay.tally import tally_all
     from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
     from draftsmith.stages.targets.causal_lm import Target
 
@@ -92,7 +94,7 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
     entries = {name: Entry.of_input(name, ctx.inputs) for name in ctx.inputs if name.startswith(PREFIX)}
     costs = {name: entry.cost() for name, entry in entries.items()}
     results: dict[str, Any] = {}
-    rows: list[dict[str, Any]] = []
+    rows: list[pa.Table] = []
     for split in config.splits:
         stored = load_trajectories(ctx.inputs["trajectories"], [split])
         sums: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -101,7 +103,7 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
         for turn, together in enumerate(in_memory(entries)):  # the target reads the trajectories once for all of them
             drafters = {name: load_drafter(entries[name].folder / DRAFTER_FOLDER, target) for name in together}
             longest_block = max(longest_block, *(drafter.block_size for drafter in drafters.values()))
-            found = replay_all(
+            found = tally_all(
                 target,
                 drafters,
                 stored.trajectories,
@@ -110,28 +112,25 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
                 kept=kept / str(turn),
                 log=ctx.log,
             )
-            for name, traces in found.items():
-                committed = np.array([trace.committed.sum() for trace in traces], dtype=np.float64)
-                steps = np.array([len(trace.anchors) for trace in traces], dtype=np.float64)
-                sums[name] = committed, steps
-                rows += [
-                    entries[name].row(split, trajectory.trajectory_id, int(c), int(s))
-                    for trajectory, c, s in zip(stored.trajectories, committed, steps, strict=True)
-                ]
-                ctx.log(f"{split}: {entries[name]}: tau {committed.sum() / steps.sum():.3f}")
-            del drafters, found, traces  # before the next ones are loaded
-        ceiling = ceiling_traces(
+            for name, tally in found.items():
+                sums[name] = tally.committed, tally.steps
+                rows.append(entries[name].rows(split, stored.trajectories.ids, tally))
+                ctx.log(f"{split}: {entries[name]}: tau {tally.tau:.3f}")
+            del drafters, found, tally  # before the next ones are loaded
+        ceiling = ceiling_of(
             target, stored.trajectories, longest_block, progress=follow(ctx, "ceilings"), kept=kept / "ceiling"
         )
         results[split] = {
             "trajectories": len(stored.trajectories),
             "prompts": len(set(stored.prompts)),
-            "ceiling": tau(ceiling),
+            "ceiling": ceiling.tau,
             "arms": arm_table(entries, sums, stored.prompts, costs, config.control),
         }
     for name, svg in figures(results[config.splits[-1]]["arms"], config.control).items():
         write_text(ctx.out / name, svg)
-    write_table(ctx.out / "acceptance.parquet", ACCEPTANCE, rows)
+    with TableWriter(ctx.out / "acceptance.parquet", ACCEPTANCE) as table:
+        for part in rows:
+            table.append(part)
     (ctx.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     last = results[config.splits[-1]]["arms"]
     ctx.summary(**{f"tau_{row['arm']}_{row['steps']}": row["tau"] for row in last})

@@ -14,26 +14,33 @@ BEFORE, AFTER = 80, 16  # tokens around it
 Decode = Callable[[list[int]], str]
 
 
-def worst_contexts(
-    trajectories: Sequence[Trajectory], traces: Sequence[Trace], sets: Sequence[str], decode: Decode, count: int = 10
-) -> list[dict[str, Any]]:
-    """The stretches with the fewest committed tokens a step, one an answer, the worst first; ready for JSON.
+class WorstContexts:
+    """The stretches with the fewest committed tokens a step, one an answer. Traces may come in any order."""
 
-    sets: the prompt set of each trajectory. Of answers that are equally bad the first ones are taken, of an answer the
-    first such stretch. An answer of fewer steps is taken as a whole, unless it has none.
-    """
-    found = []
-    for index, trace in enumerate(traces):
-        steps = min(STEPS, len(trace.anchors))
-        if not steps:
-            continue
-        sums = np.convolve(trace.committed, np.ones(steps, dtype=np.int64), mode="valid")
-        first = int(sums.argmin())
-        found.append((int(sums[first]) / steps, index, first, steps))
-    return [
-        {"tau": tau, "set": sets[index], **_context(trajectories[index], traces[index], first, steps, decode)}
-        for tau, index, first, steps in sorted(found)[:count]
-    ]
+    def __init__(self, count: int = 10):
+        self.count = count
+        self._found: list[tuple[float, int, int, int, Trace]] = []  # tau, trajectory, first step, steps
+
+    def add(self, places: Sequence[int], traces: Sequence[Trace]) -> None:
+        """Of the trajectories at `places`; as many as are asked for are kept.
+
+        Of answers that are equally bad the first ones are taken, of an answer the first such stretch. An answer of
+        fewer steps is taken as a whole, unless it has none.
+        """
+        for index, trace in zip(places, traces, strict=True):
+            steps = min(STEPS, len(trace.anchors))
+            if steps:
+                sums = np.convolve(trace.committed, np.ones(steps, dtype=np.int64), mode="valid")
+                first = int(sums.argmin())
+                self._found.append((int(sums[first]) / steps, index, first, steps, trace))
+        self._found = sorted(self._found, key=lambda each: each[:4])[: self.count]
+
+    def told(self, trajectories: Sequence[Trajectory], sets: Sequence[str], decode: Decode) -> list[dict[str, Any]]:
+        """The worst first, ready for JSON. sets: the prompt set of each trajectory."""
+        return [
+            {"tau": tau, "set": sets[index], **_context(trajectories[index], trace, first, steps, decode)}
+            for tau, index, first, steps, trace in self._found
+        ]
 
 
 def _context(trajectory: Trajectory, trace: Trace, first: int, steps: int, decode: Decode) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from draftsmith.stages.engines.config import EmbeddedEngineConfig, SGLangEngineConfig
 from draftsmith.stages.engines.estimate import decoding, launched_servers
 from draftsmith.stages.measure.config import EvaluationConfig
-from draftsmith.stages.targets.estimate import PROCESS, Estimate, Use
+from draftsmith.stages.targets.estimate import PROCESS, Estimate, Use, tables_of
 
 
 def evaluation_estimate(config: EvaluationConfig, use: Use) -> Estimate:
@@ -31,4 +31,4 @@ def evaluation_estimate(config: EvaluationConfig, use: Use) -> Estimate:
             parts["target in float32"] = sizes.weights(sizes.target, 4) + sizes.weights(sizes.drafter, 4)
     elif isinstance(config.engine, SGLangEngineConfig):  # one server at a time
         servers = launched_servers(config.engine, 1, concurrency, longest, True, sizes)
-    return Estimate(memory=parts, servers=servers)
+    return Estimate(memory=parts, host=tables_of(use.answers), servers=servers)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from draftsmith.artifacts.parquet import WRITTEN, to_table
+from draftsmith.artifacts.parquet import GROUP_BYTES, WRITTEN, TableWriter
 from draftsmith.artifacts.schemas import TRAJECTORIES
 from draftsmith.stages.prompting.intake import Taken
 
@@ -69,9 +69,11 @@ class WaitingAnswers:
 
 
 def parts(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """A Parquet file, some thousand rows at a time."""
+    """A Parquet file, some rows of about a row group's bytes at a time, whoever wrote it."""
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        for batch in file.iter_batches(batch_size=_GROUP_ROWS, columns=columns):
+        held = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
+        rows = max(1, min(_GROUP_ROWS, file.metadata.num_rows * GROUP_BYTES // max(1, held)))
+        for batch in file.iter_batches(batch_size=rows, columns=columns, use_threads=False):
             yield pa.Table.from_batches([batch])
 
 
@@ -86,22 +88,28 @@ def chosen_rows(path: Path, mask: np.ndarray) -> Iterator[pa.Table]:
 
 
 class TrajectoryTable:
-    """`trajectories.parquet`, appended to part by part. Answers to one prompt are numbered as they come."""
+    """`trajectories.parquet`, appended to part by part; it appears whole or not at all.
+
+    Answers to one prompt are numbered as they come.
+    """
 
     def __init__(self, path: Path):
-        self._path = path
+        self._table = TableWriter(path, TRAJECTORIES)
         self._samples: Counter[str] = Counter()
-        self.rows = 0
         self.response_tokens = 0
 
+    @property
+    def rows(self) -> int:
+        return self._table.rows
+
     def __enter__(self) -> Self:
-        self._writer = pq.ParquetWriter(self._path, TRAJECTORIES.with_metadata, **WRITTEN)
+        self._table.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._writer.close()
+        self._table.__exit__(kind, error, trace)
 
     def append(self, part: pa.Table, **same: Any) -> None:
         """part: prompt_id, prompt_ids, response_ids, finish_reason and what else `same` does not give for all rows."""
@@ -119,6 +127,5 @@ class TrajectoryTable:
             pa.array(made[field.name], field.type) if field.name in made else part[field.name]
             for field in TRAJECTORIES.columns
         ]
-        self._writer.write_table(to_table(TRAJECTORIES, pa.table(columns, names=TRAJECTORIES.columns.names)))
-        self.rows += part.num_rows
+        self._table.append(pa.table(columns, names=TRAJECTORIES.columns.names))
         self.response_tokens += pc.sum(pc.list_value_length(part["response_ids"])).as_py()

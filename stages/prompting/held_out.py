@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.parquet import read_table
+from draftsmith.artifacts.row_reader import RowReader
 from draftsmith.artifacts.schemas import PROMPTS
 from draftsmith.stages.prompting.rows import Message
 
@@ -59,13 +60,12 @@ def read_held_out(prompts: Path | None) -> HeldOut:
     """Of an artifact of `prompts`; without one, the class alone with its usual share."""
     if prompts is None:
         return HeldOut()
-    table = read_table(prompts / "prompts.parquet", PROMPTS, columns=["split", "messages", "token_ids"])
-    rows = [row for row in table.to_pylist() if row["split"] != "train"]
-    return HeldOut(
-        _share(prompts / "prompts.json"),
-        frozenset(identity(row["messages"]) for row in rows),
-        frozenset(digest(row["token_ids"]) for row in rows),
-    )
+    identities, digests = set(), set()
+    for part in RowReader(prompts / "prompts.parquet", PROMPTS).parts(["split", "messages", "token_ids"]):
+        for row in part.filter(pc.not_equal(part["split"], "train")).to_pylist():
+            identities.add(identity(row["messages"]))
+            digests.add(digest(row["token_ids"]))
+    return HeldOut(_share(prompts / "prompts.json"), frozenset(identities), frozenset(digests))
 
 
 def _share(summary: Path) -> float:

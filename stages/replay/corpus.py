@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 
 from draftsmith.stages.drafters.base import Context, Drafter
@@ -16,16 +17,18 @@ from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.kept import KeptTraces
 from draftsmith.stages.replay.scoring import StepScores, score_traces
 from draftsmith.stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens
+from draftsmith.stages.replay.trajectories import lengths_of
 from draftsmith.stages.targets.causal_lm import Target, TargetOutput
 from draftsmith.stages.targets.slots import SlotCache
 
 TREE_TOKENS = 512  # rejected proposals that the target scores in one forward, a trajectory
 
 Found = TypeVar("Found")
+Replayed: TypeAlias = tuple[list[int], list[dict[str, Trace]]]  # places in the corpus, and traces by drafter of each
 Progress = Callable[[int, int], Any]  # trajectories done, and in all; called after every group
 
 
-def _quietly(_done: int, _total: int) -> None:
+def quietly(_done: int, _total: int) -> None:
     """Nobody asked."""
 
 
@@ -47,9 +50,19 @@ class Group:
         return torch.arange(self.ids.shape[1], device=self.ids.device).expand(len(self.indices), -1)
 
 
-def groups_of(trajectories: Sequence[Trajectory], tokens_per_group: int, device: torch.device) -> Iterator[Group]:
-    """The trajectories in groups of at most `tokens_per_group` tokens with padding (or of one). Deterministic."""
-    for indices in groups_by_length([len(t.tokens) for t in trajectories], tokens_per_group):
+def groups_of(
+    trajectories: Sequence[Trajectory],
+    tokens_per_group: int,
+    device: torch.device,
+    skip: Callable[[list[int]], bool] = lambda _indices: False,
+) -> Iterator[Group]:
+    """The trajectories in groups of at most `tokens_per_group` tokens with padding (or of one). Deterministic.
+
+    skip: of the indices of a group, which is not read then.
+    """
+    for indices in groups_by_length(lengths_of(trajectories), tokens_per_group):
+        if skip(indices):
+            continue
         members = [trajectories[i] for i in indices]
         yield Group(indices, members, pad_tokens(members, device))
 
@@ -75,22 +88,37 @@ def replay_all(
     drafters: Mapping[str, Drafter],
     trajectories: Sequence[Trajectory],
     drafting: DraftingConfig | None = None,
+    **settings: Any,
+) -> dict[str, list[Trace]]:
+    """Traces of every drafter, in the order of the trajectories. settings: as of `replay_groups`.
+
+    All traces are in memory at once: for figures of many trajectories there is `tally_all`.
+    """
+    traces: dict[int, dict[str, Trace]] = {}
+    for places, found in replay_groups(target, drafters, trajectories, drafting, **settings):
+        traces |= dict(zip(places, found, strict=True))
+    return {name: [traces[i][name] for i in range(len(trajectories))] for name in drafters}
+
+
+def replay_groups(
+    target: Target,
+    drafters: Mapping[str, Drafter],
+    trajectories: Sequence[Trajectory],
+    drafting: DraftingConfig | None = None,
     *,
     chains: int | None = None,
     tokens_per_group: int = 4096,
-    progress: Progress = _quietly,
+    progress: Progress = quietly,
     kept: Path | None = None,
     log: Callable[[str], None] = _say_nothing,
-) -> dict[str, list[Trace]]:
-    """Traces of every drafter, in the order of the trajectories. The target reads each trajectory once.
+) -> Iterator[Replayed]:
+    """Traces of every drafter, some trajectories at a time. The target reads each trajectory once.
 
     drafting: left out, as each drafter was trained. chains: as in `replay_chains`. kept: a folder of this replay alone,
     in which an interrupted one finds what it has done.
     """
     drafting = drafting or DraftingConfig()
     layer_ids = sorted({layer for d in drafters.values() for layer in d.target_layer_ids})
-    store = KeptTraces(kept, drafters) if kept is not None else None
-    traces: dict[int, dict[str, Trace]] = dict(store.traces) if store is not None else {}
 
     def replay(group: Group) -> list[dict[str, Trace]]:
         by_layer = dict(zip(layer_ids, target.features(group.ids, layer_ids).chunk(len(layer_ids), -1), strict=True))
@@ -100,20 +128,43 @@ def replay_all(
             found[name] = _replay(target, drafter, context, group, drafting, chains, with_logprobs=False)
         return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
 
-    done = 0
+    yield from traces_of(
+        trajectories, list(drafters), replay, tokens_per_group, target.device, progress=progress, kept=kept, log=log
+    )
+
+
+def traces_of(
+    trajectories: Sequence[Trajectory],
+    names: Sequence[str],
+    make: Callable[[Group], list[dict[str, Trace]]],
+    tokens_per_group: int,
+    device: torch.device,
+    *,
+    progress: Progress = quietly,
+    kept: Path | None = None,
+    log: Callable[[str], None] = _say_nothing,
+) -> Iterator[Replayed]:
+    """What `make` finds of every group, and before that what is `kept` of an interrupted run. Each trajectory once.
+
+    names: the drafters that `make` finds traces of.
+    """
+    done = np.zeros(len(trajectories), dtype=bool)
+    store = KeptTraces(kept, names) if kept is not None else None
+    for places, found in store.read() if store is not None else ():
+        done[places] = True
+        yield places, found
     try:
-        for group in groups_of(trajectories, tokens_per_group, target.device):
-            if not all(place in traces for place in group.indices):
-                found = _in_halves(group, replay, log)
-                traces |= dict(zip(group.indices, found, strict=True))
-                if store is not None:
-                    store.add(group.indices, {name: [each[name] for each in found] for name in drafters})
-            done += len(group.indices)
-            progress(done, len(trajectories))
+        for group in groups_of(trajectories, tokens_per_group, device, lambda indices: bool(done[indices].all())):
+            found = _in_halves(group, make, log)
+            if store is not None:
+                store.add(group.indices, {name: [each[name] for each in found] for name in names})
+            new = [row for row, place in enumerate(group.indices) if not done[place]]
+            done[group.indices] = True
+            yield [group.indices[row] for row in new], [found[row] for row in new]
+            progress(int(done.sum()), len(trajectories))
     finally:
         if store is not None:
             store.flush()
-    return {name: [traces[i][name] for i in range(len(trajectories))] for name in drafters}
 
 
 @dataclass(frozen=True)
@@ -135,10 +186,10 @@ def mine(
     top_k: int = 8,
     tokens_per_group: int = 8192,
     tree_tokens: int = TREE_TOKENS,
-    finished: Callable[[Group], bool] = lambda _group: False,
+    finished: Callable[[list[int]], bool] = lambda _indices: False,
     log: Callable[[str], None] = _say_nothing,
 ) -> Iterator[Mined]:
-    """Replay and score group by group, leaving out those that are `finished`.
+    """Replay and score group by group, leaving out those that are `finished`, of which it is asked by their indices.
 
     The target reads a group once: its hidden states serve the drafter and the proposals up to the first rejection, its
     key/value cache those behind it. top_k: of the target's best tokens at each rejection. tree_tokens: rejected
@@ -155,9 +206,7 @@ def mine(
         scores = score_traces(target, cache, out.hidden, traces, top_k=top_k, tree_tokens=tree_tokens)
         return list(zip(traces, scores, strict=True))
 
-    for group in groups_of(trajectories, tokens_per_group, target.device):
-        if finished(group):
-            continue
+    for group in groups_of(trajectories, tokens_per_group, target.device, finished):
         found = _in_halves(group, replay, log)
         yield Mined(group.trajectories, [trace for trace, _ in found], [scores for _, scores in found])
 

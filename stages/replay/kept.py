@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +24,18 @@ class KeptTraces:
 
     def __init__(self, folder: Path, drafters: Iterable[str]):
         self.folder, self.drafters = folder, list(drafters)
-        self.traces: dict[int, dict[str, Trace]] = {}
         self._waiting: dict[int, dict[str, Trace]] = {}
         self._written = time.monotonic()
-        self._next = 0
-        for path in sorted(folder.glob("traces-*.npz")):
-            self._next = int(path.stem.removeprefix("traces-")) + 1
-            self.traces |= _read(path, self.drafters)
+        self._there = sorted(folder.glob("traces-*.npz"))
+        self._next = int(self._there[-1].stem.removeprefix("traces-")) + 1 if self._there else 0
+
+    def read(self) -> Iterator[tuple[list[int], list[dict[str, Trace]]]]:
+        """What an earlier run has left, a shard at a time: places, and their traces by drafter; each place once."""
+        seen: set[int] = set()
+        for path in self._there:
+            found = {place: each for place, each in _read(path, self.drafters).items() if place not in seen}
+            seen |= found.keys()
+            yield list(found), list(found.values())
 
     def add(self, places: Sequence[int], found: Mapping[str, Sequence[Trace]]) -> None:
         """Keep a group's traces; on disk after a while, or with `flush`."""
@@ -45,7 +50,6 @@ class KeptTraces:
             with atomic_path(self.folder / f"traces-{self._next:05d}.npz") as tmp, tmp.open("wb") as file:
                 np.savez(file, **_arrays(self._waiting, self.drafters))  # type: ignore[arg-type]
             self._next += 1
-            self.traces |= self._waiting
             self._waiting = {}
         self._written = time.monotonic()
 

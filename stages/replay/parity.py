@@ -85,37 +85,59 @@ def trace_rows(trajectories: Sequence[Trajectory], traces: Sequence[Trace]) -> l
     ]
 
 
+COMPARED = ("trajectory_id", "anchor", "accepted", "proposed_ids", "target_logprobs")  # columns that a comparison reads
+
+
 def check_steps(gate: Gate, served: pa.Table, replayed: pa.Table) -> dict[str, Any]:
-    """Compare recorded with replayed steps on the trajectories that have recorded ones.
+    """Compare recorded with replayed steps on the trajectories that have recorded ones, at once."""
+    comparison = StepComparison()
+    comparison.add(served, replayed)
+    return comparison.check(gate)
 
-    served, replayed: tables with the columns of TRACE. A step differs if the other side has no step at its anchor, or
-    one with other proposals or another length. Raises DraftsmithError if too many differ, or float32 log-probs of the
-    target are apart.
-    """
-    import numpy as np
 
-    from draftsmith.artifacts.parquet import ordered
+class StepComparison:
+    """Recorded against replayed steps, some trajectories after the others."""
 
-    known = served["trajectory_id"].unique().to_pylist()
-    replayed = ordered(replayed, "trajectory_id", known)
-    _, in_served, in_replayed = np.intersect1d(_keys(served, known), _keys(replayed, known), return_indices=True)
-    equal = _same(served.take(in_served), replayed.take(in_replayed))
-    total = max(served.num_rows, replayed.num_rows)
-    different = total - int(equal.sum())
-    share = different / total if total else 0.0
-    if share > gate.limit:
-        raise gate.refuse(f"{different} of {total} verify steps served by the engine differ from replay", share)
-    figures = {"served_steps": served.num_rows, "different_steps": different, "mismatch_share": share}
-    apart = _largest_difference(served.take(in_served[equal]), replayed.take(in_replayed[equal]))
-    if apart is not None:
-        figures["largest_logprob_difference"] = apart
-        if gate.float32 and gate.allowed < 1 and not apart <= LOGPROB_TOLERANCE:
-            raise DraftsmithError(
-                f"{gate.section}: {gate.subject}the target's log-probs that the engine recorded differ from replay's "
-                f"by up to {apart:.2g} in float32 ({LOGPROB_TOLERANCE:g} is allowed): the engine serves another "
-                "target, or computes it in another dtype; check its options"
-            )
-    return figures
+    def __init__(self) -> None:
+        self._served = self._replayed = self._equal = 0
+        self._apart: float | None = None
+
+    def add(self, served: pa.Table, replayed: pa.Table) -> None:
+        """Tables with the columns `COMPARED`, of trajectories that come in no other call; those that only `replayed`
+        has are left out. A step differs if the other side has no step at its anchor, or one with other proposals or
+        another length."""
+        import numpy as np
+
+        from draftsmith.artifacts.parquet import ordered
+
+        known = served["trajectory_id"].unique()
+        replayed = ordered(replayed, "trajectory_id", known)
+        _, in_served, in_replayed = np.intersect1d(_keys(served, known), _keys(replayed, known), return_indices=True)
+        equal = _same(served.take(in_served), replayed.take(in_replayed))
+        self._served += served.num_rows
+        self._replayed += replayed.num_rows
+        self._equal += int(equal.sum())
+        apart = _largest_difference(served.take(in_served[equal]), replayed.take(in_replayed[equal]))
+        if apart is not None:
+            self._apart = apart if self._apart is None else max(self._apart, apart)
+
+    def check(self, gate: Gate) -> dict[str, Any]:
+        """Raises DraftsmithError if too many differ, or float32 log-probs of the target are apart."""
+        total = max(self._served, self._replayed)
+        different = total - self._equal
+        share = different / total if total else 0.0
+        if share > gate.limit:
+            raise gate.refuse(f"{different} of {total} verify steps served by the engine differ from replay", share)
+        figures = {"served_steps": self._served, "different_steps": different, "mismatch_share": share}
+        if self._apart is not None:
+            figures["largest_logprob_difference"] = self._apart
+            if gate.float32 and gate.allowed < 1 and not self._apart <= LOGPROB_TOLERANCE:
+                raise DraftsmithError(
+                    f"{gate.section}: {gate.subject}the target's log-probs that the engine recorded differ from "
+                    f"replay's by up to {self._apart:.2g} in float32 ({LOGPROB_TOLERANCE:g} is allowed): the engine "
+                    "serves another target, or computes it in another dtype; check its options"
+                )
+        return figures
 
 
 def check_tau(gate: Gate, committed: np.ndarray, served: np.ndarray, replayed: np.ndarray) -> dict[str, Any]:
@@ -160,7 +182,7 @@ def check_tau(gate: Gate, committed: np.ndarray, served: np.ndarray, replayed: n
     return figures
 
 
-def _keys(table: pa.Table, trajectories: list[str]) -> np.ndarray:
+def _keys(table: pa.Table, trajectories: pa.Array) -> np.ndarray:
     """[rows] int64: one number a (trajectory, anchor)."""
     import numpy as np
 

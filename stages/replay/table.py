@@ -2,90 +2,155 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from draftsmith.artifacts.parquet import padded, to_table
+from draftsmith.artifacts.parquet import ordered, padded, to_table
 from draftsmith.artifacts.schemas import VERIFY_STEPS
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.replay.corpus import Mined, mine
 from draftsmith.stages.replay.scoring import StepScores
 from draftsmith.stages.replay.trace import Trace, Trajectory
+from draftsmith.stages.replay.trajectories import ids_of
 from draftsmith.stages.targets.causal_lm import Target
 
 
 def mined_table(target: Target, drafter: Drafter, trajectories: Sequence[Trajectory], **settings: Any) -> pa.Table:
     """VERIFY_STEPS of a drafter on trajectories in memory, in their order. settings: as of `mine`."""
-    found = {}
-    for group in mine(target, drafter, trajectories, **settings):
-        for trajectory, trace, scores in zip(group.trajectories, group.traces, group.scores, strict=True):
-            found[trajectory.trajectory_id] = rows_of(trajectory, trace, scores)
-    return to_table(VERIFY_STEPS, [row for t in trajectories for row in found[t.trajectory_id]])
+    tables = [steps_table(group) for group in mine(target, drafter, trajectories, **settings)]
+    return to_table(VERIFY_STEPS, ordered(pa.concat_tables(tables), "trajectory_id", ids_of(trajectories)))
 
 
-def rows_of_group(group: Mined) -> list[dict[str, Any]]:
+def steps_table(group: Mined) -> pa.Table:
     """The rows of VERIFY_STEPS of a mined group."""
     members = zip(group.trajectories, group.traces, group.scores, strict=True)
-    return [row for member in members for row in rows_of(*member)]
+    return pa.concat_tables([_steps(*member) for member in members])
 
 
-def rows_of(trajectory: Trajectory, trace: Trace, scores: StepScores) -> list[dict[str, Any]]:
-    """The rows of VERIFY_STEPS of one trajectory."""
-    rows = []
-    for s, anchor in enumerate(trace.anchors.tolist()):
-        accepted, rejected = int(trace.accepted[s]), int(trace.rejected_offset[s])
-        committed = int(trace.committed[s])
-        rows.append(
-            {
-                "trajectory_id": trajectory.trajectory_id,
-                "step": s,
-                "anchor": anchor,
-                "accepted": accepted,
-                "committed": committed,
-                "rejected_offset": rejected,
-                "proposed_ids": trace.proposed[s].tolist(),
-                "target_logprobs": scores.target_logprobs[s].tolist(),
-                "drafter_logprobs": trace.drafter_logprobs[s].tolist(),
-                "committed_id": trajectory.tokens[anchor + accepted + 1] if committed > accepted else -1,
-                "top_ids": scores.top_ids[s].tolist() if rejected else [],
-                "top_logprobs": scores.top_logprobs[s].tolist() if rejected else [],
-            }
-        )
-    return rows
-
-
-def summarise(table: pa.Table, tokenizer: Any, block_size: int) -> dict[str, Any]:
-    """Figures of a trace (VERIFY_STEPS): sums are divided once, at the end."""
-
-    K = block_size - 1
-    accepted = table["accepted"].to_numpy()
-    judged = ~np.isnan(padded(table, "target_logprobs", K, np.nan, np.float32))  # the rest lies beyond the end
-    kept = judged & (np.arange(K) < accepted[:, None])
-    wrong = np.flatnonzero(table["rejected_offset"].to_numpy())
-    proposed = padded(table, "proposed_ids", K, -1, np.int64)[wrong, accepted[wrong]]  # behind what was accepted
-    corrected = table["committed_id"].to_numpy()[wrong]
-    rejected = Counter[int](proposed.tolist())
-    pairs = Counter[tuple[int, int]](zip(proposed.tolist(), corrected.tolist(), strict=True))
-    return {
-        "definition_of_tau": "committed tokens per verify step, the target's own token included (+1)",
-        "tau": int(table["committed"].to_numpy().sum()) / table.num_rows,
-        "steps": table.num_rows,
-        "error_positions": len(wrong),
-        "block_size": block_size,
-        "acceptance_by_offset": [
-            a / j if j else None for a, j in zip(kept.sum(0).tolist(), judged.sum(0).tolist(), strict=True)
-        ],
-        "accepted_histogram": np.bincount(accepted, minlength=K + 1).tolist(),
-        "most_rejected": [
-            {"token": tokenizer.decode([token]), "id": token, "count": count}
-            for token, count in rejected.most_common(20)
-        ],
-        "most_frequent_corrections": [
-            {"proposed": tokenizer.decode([a]), "committed": tokenizer.decode([b]), "count": count}
-            for (a, b), count in pairs.most_common(20)
-        ],
+def _steps(trajectory: Trajectory, trace: Trace, scores: StepScores) -> pa.Table:
+    tokens, rejected = np.array(trajectory.tokens), trace.rejected_offset > 0
+    behind = np.minimum(trace.anchors + trace.accepted + 1, len(tokens) - 1)
+    columns = {
+        "trajectory_id": pa.repeat(trajectory.trajectory_id, len(trace.anchors)),
+        "step": np.arange(len(trace.anchors)),
+        "anchor": trace.anchors,
+        "accepted": trace.accepted,
+        "committed": trace.committed,
+        "rejected_offset": trace.rejected_offset,
+        "proposed_ids": _lists(trace.proposed, pa.int32()),
+        "target_logprobs": _lists(scores.target_logprobs, pa.float32()),
+        "drafter_logprobs": _lists(trace.drafter_logprobs, pa.float32()),
+        "committed_id": np.where(trace.committed > trace.accepted, tokens[behind], -1),
+        "top_ids": _lists(scores.top_ids, pa.int32(), rejected),
+        "top_logprobs": _lists(scores.top_logprobs, pa.float32(), rejected),
     }
+    return to_table(VERIFY_STEPS, pa.table(columns))
+
+
+def _lists(values: np.ndarray, kind: pa.DataType, where: np.ndarray | None = None) -> pa.Array:
+    """[rows] lists: the rows of `values` [rows, width], or none where `where` says so."""
+    rows, width = values.shape
+    lengths = np.full(rows, width) if where is None else np.where(where, width, 0)
+    kept = values if where is None else values[where]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(kept.reshape(-1)).cast(kind))
+
+
+class MinedFigures:
+    """Figures of a trace, from its rows of VERIFY_STEPS in any parts. Sums are divided once, at the end."""
+
+    def __init__(self, block_size: int):
+        self.block_size = block_size
+        self.steps = self._committed = self._errors = 0
+        self._judged, self._kept = np.zeros((2, block_size - 1), dtype=np.int64)
+        self._accepted = np.zeros(block_size, dtype=np.int64)
+        self._rejected, self._corrections = Frequent(), Frequent()
+
+    def add(self, table: pa.Table) -> None:
+        """Some rows."""
+        K = self.block_size - 1
+        accepted = table["accepted"].to_numpy()
+        judged = ~np.isnan(padded(table, "target_logprobs", K, np.nan, np.float32))  # the rest lies beyond the end
+        wrong = np.flatnonzero(table["rejected_offset"].to_numpy())
+        proposed = padded(table, "proposed_ids", K, -1, np.int64)[wrong, accepted[wrong]]  # behind what was accepted
+        self.steps += table.num_rows
+        self._committed += int(table["committed"].to_numpy().sum())
+        self._errors += len(wrong)
+        self._judged += judged.sum(0)
+        self._kept += (judged & (np.arange(K) < accepted[:, None])).sum(0)
+        self._accepted += np.bincount(accepted, minlength=K + 1)
+        self._rejected.add(proposed)
+        self._corrections.add(proposed << 32 | table["committed_id"].to_numpy()[wrong].astype(np.int64))
+
+    def summary(self, tokenizer: Any) -> dict[str, Any]:
+        """Ready for JSON."""
+        rejected, corrections = self._rejected.most_common(20), self._corrections.most_common(20)
+        return {
+            "definition_of_tau": "committed tokens per verify step, the target's own token included (+1)",
+            "tau": self._committed / self.steps,
+            "steps": self.steps,
+            "error_positions": self._errors,
+            "block_size": self.block_size,
+            "acceptance_by_offset": [
+                kept / judged if judged else None
+                for kept, judged in zip(self._kept.tolist(), self._judged.tolist(), strict=True)
+            ],
+            "accepted_histogram": self._accepted.tolist(),
+            "counts_short_by_at_most": max(self._rejected.short, self._corrections.short),
+            "most_rejected": [
+                {"token": tokenizer.decode([token]), "id": token, "count": count} for token, count in rejected
+            ],
+            "most_frequent_corrections": [
+                {
+                    "proposed": tokenizer.decode([pair >> 32]),
+                    "committed": tokenizer.decode([pair & 0xFFFFFFFF]),
+                    "count": count,
+                }
+                for pair, count in corrections
+            ],
+        }
+
+
+class Frequent:
+    """How often values came. Of more than `most` different ones those that came least are forgotten.
+
+    Lossy counting: a count is too low by at most `short`, which is 0 as long as nothing was forgotten.
+    """
+
+    def __init__(self, most: int = 1 << 21):
+        self._most, self.short = most, 0
+        self._values = self._counts = self._first = np.zeros(0, dtype=np.int64)
+        self._waiting: list[np.ndarray] = []
+        self._seen = self._counted = 0
+
+    def add(self, values: np.ndarray) -> None:
+        """values: [n] int64."""
+        self._waiting.append(values)
+        self._seen += len(values)
+        if self._seen - self._counted >= self._most:
+            self._count()
+
+    def most_common(self, count: int) -> list[tuple[int, int]]:
+        """Values and how often they came, most frequent first, of equals the one that came first."""
+        self._count()
+        order = np.lexsort([self._first, -self._counts])[:count]
+        return list(zip(self._values[order].tolist(), self._counts[order].tolist(), strict=True))
+
+    def _count(self) -> None:
+        if not self._waiting:
+            return
+        found, first, counts = np.unique(np.concatenate(self._waiting), return_index=True, return_counts=True)
+        self._values, place, back = np.unique(
+            np.concatenate([self._values, found]), return_index=True, return_inverse=True
+        )
+        self._first = np.concatenate([self._first, first + self._counted])[place]  # known ones stand before
+        self._counts = np.bincount(back, np.concatenate([self._counts, counts])).astype(np.int64)
+        self._waiting, self._counted = [], self._seen
+        floor = 1
+        while len(self._values) > self._most:
+            kept = self._counts > floor
+            self._values, self._counts, self._first = self._values[kept], self._counts[kept], self._first[kept]
+            self.short, floor = self.short + floor, 2 * floor

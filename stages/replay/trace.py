@@ -77,13 +77,13 @@ def pad_tokens(trajectories: Sequence[Trajectory], device: torch.device, fill: i
     return torch.tensor([t.tokens + [fill] * (width - len(t.tokens)) for t in trajectories], device=device)
 
 
-def groups_by_length(lengths: Sequence[int], tokens_per_group: int) -> Iterator[list[int]]:
+def groups_by_length(lengths: Sequence[int] | np.ndarray, tokens_per_group: int) -> Iterator[list[int]]:
     """Indices grouped by similar length, each group at most `tokens_per_group` tokens after padding. Deterministic."""
     group: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if group and (len(group) + 1) * lengths[index] > tokens_per_group:
+    for index in np.argsort(np.asarray(lengths, dtype=np.int64), kind="stable"):
+        if group and (len(group) + 1) * int(lengths[index]) > tokens_per_group:
             yield group
             group = []
-        group.append(index)
+        group.append(int(index))
     if group:
         yield group

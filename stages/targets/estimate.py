@@ -17,6 +17,8 @@ from typing import Any
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROCESS = 600e6  # Python with torch and transformers imported; on a GPU about as much for its context
+TABLES = 150e6  # decoded row groups of the tables that a stage reads and writes, whatever their length
+ANSWER_BYTES = 120  # names and places of an answer, which is all of it that stays in memory
 TOKEN_BYTES = 4  # an int32 in a table, before compression
 TRACE_STEPS_PER_TOKEN = 0.5  # verify steps a token where nothing is known of the drafter: tau 2
 
@@ -129,11 +131,18 @@ class Estimate:
     """Of one use of a stage, in bytes."""
 
     memory: Mapping[str, float] = field(default_factory=dict)  # of its process at the peak, by part; empty: small
+    host: Mapping[str, float] = field(default_factory=dict)  # the same of what is never on a GPU
     servers: Servers | None = None
     tables: float = 0.0  # on disk, before compression
     files: Mapping[str, float] = field(default_factory=dict)  # other files of the artifact, by what they are
     passing: Mapping[str, float] = field(default_factory=dict)  # on disk only while it runs
     makes: Answers | None = None
+
+
+def tables_of(answers: Answers | None) -> dict[str, float]:
+    """Host memory of a stage that reads or makes so many answers, however long they are."""
+    count = answers.count if answers is not None and math.isfinite(answers.count) else 0.0
+    return {"tables": TABLES + ANSWER_BYTES * count}
 
 
 def target_size(folder: Path) -> ModelSize:

@@ -8,6 +8,7 @@ the batch alone, not on whether training was interrupted.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from draftsmith.stages.replay.trace import Trajectory, groups_by_length, pad_tokens
+from draftsmith.stages.replay.trajectories import lengths_of, responses_of
 from draftsmith.stages.targets.causal_lm import Target
 
 
@@ -72,10 +74,10 @@ class FeatureSource:
         with_hidden: for losses that ask for the target's distribution; without, its last layers are not run.
         """
         self.with_hidden = with_hidden
-        self.target, self.layer_ids, self.trajectories = target, tuple(layer_ids), list(trajectories)
-        lengths = [len(t.tokens) for t in trajectories]
+        self.target, self.layer_ids, self.trajectories = target, tuple(layer_ids), trajectories
+        self._lengths = lengths = lengths_of(trajectories)
         width = target.head_weight.shape[1] * (len(self.layer_ids) + with_hidden)
-        self._kept = sum(lengths) * width * target.dtype.itemsize <= memory_mb * 2**20
+        self._kept = int(lengths.sum()) * width * target.dtype.itemsize <= memory_mb * 2**20
         self._tokens_per_group = tokens_per_group
         self._groups = list(groups_by_length(lengths, tokens_per_group)) if self._kept else []
         self._group_of = {index: g for g, group in enumerate(self._groups) for index in group}
@@ -91,7 +93,7 @@ class FeatureSource:
                 found |= self._cache[g]
             return found
         drawn = list(dict.fromkeys(indices))
-        for group in groups_by_length([len(self.trajectories[i].tokens) for i in drawn], self._tokens_per_group):
+        for group in groups_by_length(self._lengths[drawn], self._tokens_per_group):
             found |= self._of_group([drawn[place] for place in group])
         return found
 
@@ -131,8 +133,13 @@ def trajectories_of_step(count: int, per_step: int, step: int, seed: int) -> lis
     indices = []
     for drawn in range(step * per_step, (step + 1) * per_step):
         epoch, place = divmod(drawn, count)
-        indices.append(int(np.random.default_rng([seed, epoch]).permutation(count)[place]))
+        indices.append(int(_permutation(count, seed, epoch)[place]))
     return indices
+
+
+@functools.lru_cache(maxsize=2)  # a step may span the end of an epoch
+def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def step_rng(seed: int, step: int) -> np.random.Generator:
@@ -143,8 +150,8 @@ def step_rng(seed: int, step: int) -> np.random.Generator:
 def token_counts(trajectories: Sequence[Trajectory], vocab_size: int) -> torch.Tensor:
     """How often each token [V] occurs in the responses."""
     counts = np.zeros(vocab_size, dtype=np.int64)
-    for trajectory in trajectories:
-        np.add.at(counts, trajectory.tokens[trajectory.prompt_length :], 1)
+    for tokens in responses_of(trajectories):
+        counts += np.bincount(tokens, minlength=vocab_size)
     return torch.from_numpy(counts)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from draftsmith.artifacts.machine_memory import memory_bytes
 from draftsmith.stages.drafters.estimate import kept_by_block_token, kept_by_context_token
 from draftsmith.stages.replay.estimate import cached_read, scoring_logits
-from draftsmith.stages.targets.estimate import DTYPE_BYTES, PROCESS, Answers, Estimate, ModelSize, Sizes, Use
+from draftsmith.stages.targets.estimate import DTYPE_BYTES, PROCESS, Answers, Estimate, ModelSize, Sizes, Use, tables_of
 from draftsmith.stages.training.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def training_estimate(config: TrainingConfig, use: Use, *, mines: bool = False, 
         memory = fixed | max(graph, drawing, key=lambda parts: sum(parts.values()))
     return Estimate(
         memory=memory,
+        host=tables_of(use.answers),
         files={"drafters": sizes.weights(drafter)},
         passing={"training checkpoint": 2 * 12.0 * drafter.parameters},
     )

@@ -283,7 +283,9 @@ def main() -> None:
     target_folder, drafter_folder, trajectories = artifacts(options)
     stored = load_trajectories(trajectories)
     target = Target.load(target_folder)
-    bench = Bench(target, drafter_folder / DRAFTER_FOLDER, stored.trajectories[: options.count], stored.temperature)
+    bench = Bench(
+        target, drafter_folder / DRAFTER_FOLDER, list(stored.trajectories[: options.count]), stored.temperature
+    )
     rows = measure(bench, options.chains, options.decode, options.repetitions)
     harness.print_table(
         f"{target.info.source if options.target else 'test bed'}, {target.info.dtype}: {len(bench.trajectories)} "

@@ -302,7 +302,7 @@ def world_of(options: argparse.Namespace) -> World:
     target = harness.load_target(options.target)
     if options.drafter is None:
         return made_up(target, options.sequences, options.tau)
-    trajectories = load_trajectories(options.trajectories).trajectories[: options.sequences]
+    trajectories = list(load_trajectories(options.trajectories).trajectories[: options.sequences])
     return replayed(target, options.drafter / DRAFTER_FOLDER, trajectories)
 
 

@@ -18,25 +18,25 @@ MASK, END = "<|mask|>", "<|end|>"  # ids 62 and 63
 TEXT_TOKENS = 62
 
 
-def write_model(folder: Path, seed: int = 0) -> None:
-    """An ordinary Hugging Face folder: Qwen3 of 4 layers, hidden 32, vocabulary 64, untied, float32."""
+def write_model(folder: Path, seed: int = 0, *, vocabulary: int = VOCAB_SIZE, positions: int = 256) -> None:
+    """An ordinary Hugging Face folder: Qwen3 of 4 layers, hidden 32, untied, float32. The last ids are mask and end."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
     model = Qwen3ForCausalLM(
         Qwen3Config(
-            vocab_size=VOCAB_SIZE,
+            vocab_size=vocabulary,
             hidden_size=HIDDEN_SIZE,
             intermediate_size=48,
             num_hidden_layers=LAYERS,
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=8,
-            max_position_embeddings=256,
+            max_position_embeddings=positions,
             tie_word_embeddings=False,
             bos_token_id=None,
-            eos_token_id=VOCAB_SIZE - 1,
+            eos_token_id=vocabulary - 1,
         )
     )
     generator = torch.Generator().manual_seed(seed)
@@ -44,14 +44,14 @@ def write_model(folder: Path, seed: int = 0) -> None:
         for _, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(0.15 * noise if parameter.dim() == 2 else 1 + 0.2 * noise)
-    words = [f"t{i}" for i in range(TEXT_TOKENS)] + [MASK, END]
+    words = [f"t{i}" for i in range(vocabulary - 2)] + [MASK, END]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="t0")),
         eos_token=END,
         mask_token=MASK,
         unk_token="t0",
     )
-    model.generation_config = GenerationConfig(eos_token_id=VOCAB_SIZE - 1)
+    model.generation_config = GenerationConfig(eos_token_id=vocabulary - 1)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, overload
 
 import numpy as np
 import pyarrow as pa
@@ -13,9 +14,12 @@ import pyarrow.compute as pc
 import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.parquet import ordered, padded, places, read_table
+from draftsmith.artifacts.keyed_rows import KeyedRows
+from draftsmith.artifacts.parquet import ordered, padded, places
+from draftsmith.artifacts.row_reader import RowReader
 from draftsmith.artifacts.schemas import VERIFY_STEPS
 from draftsmith.stages.replay.trace import Trajectory
+from draftsmith.stages.replay.trajectories import ids_of
 from draftsmith.stages.training.anchors import draw_evenly, pad_anchors
 from draftsmith.stages.training.blocks import Anchors
 from draftsmith.stages.training.on_policy.verify_steps import VerifySteps
@@ -39,19 +43,56 @@ class TrajectorySteps:
         return np.flatnonzero(self.rejected_offset > 0) if kind == "errors" else np.arange(len(self.anchors))
 
 
+class StoredSteps(Sequence[TrajectorySteps]):
+    """The steps of N trajectories, read from their table when they are asked for."""
+
+    def __init__(self, rows: KeyedRows, errors: np.ndarray, proposals: int):
+        """rows: of VERIFY_STEPS. errors: [N] steps that rejected something. proposals: K of the trained block."""
+        self.rows, self.errors, self.proposals = rows, errors, proposals
+
+    def __len__(self) -> int:
+        return len(self.errors)
+
+    @overload
+    def __getitem__(self, index: int) -> TrajectorySteps: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[TrajectorySteps]: ...
+
+    def __getitem__(self, index: int | slice) -> TrajectorySteps | list[TrajectorySteps]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return _steps(self.rows.of([index], _COLUMNS), self.proposals)
+
+    def anchors(self, index: int) -> np.ndarray:
+        """[S], without the other columns."""
+        anchors: np.ndarray = self.rows.of([index], ["anchor"])["anchor"].to_numpy().astype(np.int64)
+        return anchors
+
+
 @dataclass(frozen=True)
 class MinedTable:
     """Steps of every trajectory, in the order of the trajectories."""
 
-    steps: list[TrajectorySteps]
+    steps: Sequence[TrajectorySteps]
     proposals: int  # of a mined block: at most those of the trained block
 
+    def counts(self, kind: Kind) -> np.ndarray:
+        """[N] steps of this kind."""
+        if isinstance(self.steps, StoredSteps):
+            return self.steps.errors if kind == "errors" else self.steps.rows.counts
+        return np.array([len(s.of_kind(kind)) for s in self.steps], dtype=np.int64)
+
     def count(self, kind: Kind) -> int:
-        return sum(len(s.of_kind(kind)) for s in self.steps)
+        return int(self.counts(kind).sum())
+
+    def anchors(self, index: int) -> np.ndarray:
+        """[S] of the steps of one trajectory."""
+        return self.steps.anchors(index) if isinstance(self.steps, StoredSteps) else self.steps[index].anchors
 
     def trajectories_with(self, kind: Kind) -> list[int]:
         """Indices of the trajectories that have at least one such step."""
-        found = [i for i, s in enumerate(self.steps) if len(s.of_kind(kind))]
+        found: list[int] = np.flatnonzero(self.counts(kind)).tolist()
         if not found:
             raise DraftsmithError(f"opd.anchors: no mined step is of kind {kind!r}; the drafter made no error there")
         return found
@@ -65,63 +106,84 @@ class MinedTable:
         device: torch.device,
     ) -> tuple[Anchors, VerifySteps]:
         """`per_sequence` steps of each trajectory. One that has none of the kind any more lends all that it has."""
+        steps = [self.steps[i] for i in indices]  # each read once
         chosen = []
-        for i in indices:
-            candidates = self.steps[i].of_kind(kind)
-            chosen.append(
-                draw_evenly(candidates if len(candidates) else self.steps[i].of_kind("visited"), per_sequence, rng)
-            )
+        for each in steps:
+            candidates = each.of_kind(kind)
+            chosen.append(draw_evenly(candidates if len(candidates) else each.of_kind("visited"), per_sequence, rng))
 
         def column(name: str) -> torch.Tensor:
-            values = [getattr(self.steps[i], name)[picked] for i, picked in zip(indices, chosen, strict=True)]
+            values = [getattr(each, name)[picked] for each, picked in zip(steps, chosen, strict=True)]
             return torch.from_numpy(np.stack(values)).to(device)
 
-        anchors = pad_anchors(
-            [self.steps[i].anchors[picked] for i, picked in zip(indices, chosen, strict=True)], device
-        )
+        anchors = pad_anchors([each.anchors[picked] for each, picked in zip(steps, chosen, strict=True)], device)
         names = ("accepted", "committed", "rejected_offset", "proposed", "target_logprobs")
         return anchors, VerifySteps(*(column(name) for name in names))
 
 
 def load_mined(folder: Path, trajectories: Sequence[Trajectory], block_size: int) -> MinedTable:
-    """verify_steps.parquet of a mining artifact, matched to the trajectories that OPD trains on.
+    """verify_steps.parquet of a mining artifact, matched to the trajectories that OPD trains on. It stays on disk.
 
     Raises DraftsmithError as `match_steps` does.
     """
     path = folder / "verify_steps.parquet"
-    return match_steps(read_table(path, VERIFY_STEPS, _COLUMNS), trajectories, block_size, str(path))
+    reader, ids = RowReader(path, VERIFY_STEPS), ids_of(trajectories)
+    rows = KeyedRows(reader, ids)
+    _check_mined(rows.counts, ids, str(path))
+    errors, longest, row = np.zeros(len(ids), dtype=np.int64), 0, 0
+    for part in reader.parts(["rejected_offset", "proposed_ids"]):
+        wrong = rows.key_of(row + np.flatnonzero(part["rejected_offset"].to_numpy()))
+        errors += np.bincount(wrong[wrong >= 0], minlength=len(ids))
+        longest = max(longest, pc.max(pc.list_value_length(part["proposed_ids"])).as_py())
+        row += part.num_rows
+    _check_length(longest, block_size, str(path))
+    return MinedTable(StoredSteps(rows, errors, block_size - 1), longest)
 
 
 def match_steps(
     table: pa.Table, trajectories: Sequence[Trajectory], block_size: int, where: str = "mined steps"
 ) -> MinedTable:
-    """VERIFY_STEPS by trajectory, in the order of the trajectories. block_size: of the drafter that is trained.
+    """VERIFY_STEPS in memory, by trajectory in the order of the trajectories. block_size: of the trained drafter.
 
     Raises DraftsmithError if a trajectory was not mined, or the table's proposals are longer than the drafter's block.
     """
-    wanted = [trajectory.trajectory_id for trajectory in trajectories]
-    table = ordered(table, "trajectory_id", wanted)
-    place = places(table, "trajectory_id", wanted)
-    bounds = np.searchsorted(place, np.arange(len(wanted) + 1))
-    for trajectory, count in zip(wanted, np.diff(bounds).tolist(), strict=True):
-        if count == 0:
-            raise DraftsmithError(f"{where}: trajectory {trajectory} was not mined; rerun stage 'mining'")
-    K = block_size - 1
+    ids = ids_of(trajectories)
+    table = ordered(table, "trajectory_id", ids)
+    bounds = np.searchsorted(places(table, "trajectory_id", ids), np.arange(len(ids) + 1))
+    _check_mined(np.diff(bounds), ids, where)
     longest = int(pc.max(pc.list_value_length(table["proposed_ids"])).as_py())
-    if longest > K:
+    _check_length(longest, block_size, where)
+    parts = (table.slice(start, stop - start) for start, stop in itertools.pairwise(bounds.tolist()))
+    return MinedTable([_steps(part, block_size - 1) for part in parts], longest)
+
+
+def _check_mined(counts: np.ndarray, ids: pa.Array, where: str) -> None:
+    """counts: [N] steps of each trajectory."""
+    if not counts.all():
+        name = ids[int(counts.argmin())].as_py()
+        raise DraftsmithError(f"{where}: trajectory {name} was not mined; rerun stage 'mining'")
+
+
+def _check_length(longest: int, block_size: int, where: str) -> None:
+    """longest: proposals of a mined step."""
+    if longest > block_size - 1:
         raise DraftsmithError(
             f"{where}: blocks of {longest + 1} tokens, the drafter was trained on {block_size}; mine again"
         )
-    numbers = [
-        table[name].to_numpy().astype(np.int64) for name in ("anchor", "accepted", "committed", "rejected_offset")
-    ]
-    # a smaller mined block is padded to the trained one
-    proposed = padded(table, "proposed_ids", K, 0, np.int64)
-    logprobs = padded(table, "target_logprobs", K, np.nan, np.float32)
-    of_all = zip(*(np.split(column, bounds[1:-1]) for column in (*numbers, proposed, logprobs)), strict=True)
-    return MinedTable([TrajectorySteps(*columns) for columns in of_all], longest)
 
 
-_COLUMNS = [
-    "trajectory_id", "anchor", "accepted", "committed", "rejected_offset", "proposed_ids", "target_logprobs",
-]  # fmt: skip
+def _steps(table: pa.Table, proposals: int) -> TrajectorySteps:
+    """The rows of one trajectory. A smaller mined block is padded to the trained one."""
+    anchors, accepted, committed, rejected = (table[name].to_numpy().astype(np.int64) for name in _NUMBERS)
+    return TrajectorySteps(
+        anchors,
+        accepted,
+        committed,
+        rejected,
+        padded(table, "proposed_ids", proposals, 0, np.int64),
+        padded(table, "target_logprobs", proposals, np.nan, np.float32),
+    )
+
+
+_NUMBERS = ("anchor", "accepted", "committed", "rejected_offset")
+_COLUMNS = (*_NUMBERS, "proposed_ids", "target_logprobs")

@@ -6,8 +6,8 @@ done for what is trained only. Which tables are fresh depends on earlier weights
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -45,7 +45,8 @@ class Remining:
         """
         self.tokens_per_forward = tokens_per_forward
         self.mined, self.drafter, self.target, self.every, self.scored = mined, drafter, target, every, scored
-        self.current = MinedTable(list(mined.steps), mined.proposals)
+        self._fresh: dict[int, TrajectorySteps] = {}
+        self.current = MinedTable(_Renewed(mined.steps, self._fresh), mined.proposals)
         self._mined_at: dict[int, int] = {}  # trajectory -> optimiser step of its fresh trace
 
     def refresh(self, step: int, indices: Sequence[int], view: View) -> dict[str, float]:
@@ -61,9 +62,10 @@ class Remining:
         changed = steps = 0
         for i, trace in zip(rows, traces, strict=True):
             fresh = self._padded(trace)
-            changed += _steps_gone(self.mined.steps[i], fresh)
-            steps += len(self.mined.steps[i].anchors)
-            self.current.steps[i], self._mined_at[i] = fresh, step
+            mined = self.mined.steps[i]
+            changed += _steps_gone(mined, fresh)
+            steps += len(mined.anchors)
+            self._fresh[i], self._mined_at[i] = fresh, step
         return {"trace_changed_share": Share(changed, steps), "remined_trajectories": len(rows)}
 
     @torch.no_grad()
@@ -89,7 +91,7 @@ class Remining:
         shape = (len(trace.anchors), self.drafter.block_size - 1)
         proposed, unscored = _not_scored(shape)
         if self.scored:
-            proposed[:, : trace.proposed.shape[1]] = trace.proposed
+            proposed = np.pad(trace.proposed, ((0, 0), (0, shape[1] - trace.proposed.shape[1])))
         return TrajectorySteps(
             trace.anchors, trace.accepted, trace.committed, trace.rejected_offset, proposed, unscored
         )
@@ -108,7 +110,7 @@ class Remining:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Back to the tables of a checkpoint."""
-        self.current.steps[:] = self.mined.steps
+        self._fresh.clear()
         order, counts = state["trajectories"].tolist(), state["counts"].tolist()
         self._mined_at = dict(zip(order, state["mined_at"].tolist(), strict=True))
         start = 0
@@ -118,8 +120,29 @@ class Remining:
             proposed, logprobs = _not_scored((count, self.drafter.block_size - 1))
             if self.scored:
                 proposed = state["proposed"][part].numpy()
-            self.current.steps[i] = TrajectorySteps(anchors, accepted, committed, rejected, proposed, logprobs)
+            self._fresh[i] = TrajectorySteps(anchors, accepted, committed, rejected, proposed, logprobs)
             start += count
+
+
+class _Renewed(Sequence[TrajectorySteps]):
+    """Steps of all trajectories, the fresh ones in place of those that were mined."""
+
+    def __init__(self, mined: Sequence[TrajectorySteps], fresh: Mapping[int, TrajectorySteps]):
+        self._mined, self._fresh = mined, fresh
+
+    def __len__(self) -> int:
+        return len(self._mined)
+
+    @overload
+    def __getitem__(self, index: int) -> TrajectorySteps: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[TrajectorySteps]: ...
+
+    def __getitem__(self, index: int | slice) -> TrajectorySteps | list[TrajectorySteps]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._fresh[index] if index in self._fresh else self._mined[index]
 
 
 _TRACE = ("anchors", "accepted", "committed", "rejected_offset")
@@ -130,7 +153,8 @@ def _joined(arrays: list[np.ndarray]) -> torch.Tensor:
 
 
 def _not_scored(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    return np.zeros(shape, dtype=np.int64), np.full(shape, np.nan, dtype=np.float32)
+    """Of no memory: many trajectories have them."""
+    return np.broadcast_to(np.int64(0), shape), np.broadcast_to(np.float32(np.nan), shape)
 
 
 def _steps_gone(mined: TrajectorySteps, fresh: TrajectorySteps) -> int:

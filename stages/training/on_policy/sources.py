@@ -126,6 +126,6 @@ class SuccessorAnchors(Forgetful):
 
 def _off_mined(table: MinedTable, indices: Sequence[int], chosen: Sequence[np.ndarray]) -> dict[str, float]:
     """How stale the mined table has become: the share of anchors that it does not have."""
-    mined = [np.isin(row, table.steps[i].anchors) for i, row in zip(indices, chosen, strict=True)]
+    mined = [np.isin(row, table.anchors(i)) for i, row in zip(indices, chosen, strict=True)]
     places = sum(row.size for row in mined)
     return {"anchors_off_mined_share": Share(places - sum(int(row.sum()) for row in mined), places)}

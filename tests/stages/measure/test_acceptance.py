@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from draftsmith.stages.measure.acceptance import acceptance_table, has_loop, tau_differences
+from draftsmith.stages.replay.tally import Tally
 from draftsmith.stages.replay.trace import Trace
 
 
@@ -14,11 +15,15 @@ def trace(length: int, anchors: list[int], accepted: list[int]) -> Trace:
     return Trace(length, np.array(anchors), np.array(accepted), np.zeros(shape, int), np.zeros(shape), len(anchors))
 
 
+def tallies(**traces: list[Trace]) -> dict[str, Tally]:
+    return {name: Tally.of(found) for name, found in traces.items()}
+
+
 def test_acceptance_table_by_hand() -> None:
     """Two trajectories, K = 3. The last step of the first one is cut: one of its proposals is judged."""
     sft = [trace(13, [4, 6, 10, 11], [1, 3, 0, 1]), trace(8, [4, 5, 6], [0, 0, 0])]
     opd = [trace(13, [4, 8], [3, 3]), trace(8, [4], [3])]
-    table = acceptance_table({"sft": sft, "opd": opd}, ["a", "b"], [False, True])
+    table = acceptance_table(tallies(sft=sft, opd=opd), ["a", "b"], [False, True])
     assert table["sft"]["tau"] == (8 + 3) / 7
     assert table["opd"]["tau"] == (4 + 4 + 3) / 3
     to_sft = table["opd"]["differences"]["sft"]
@@ -31,26 +36,26 @@ def test_acceptance_table_by_hand() -> None:
     assert table["sft"]["acceptance_by_offset"] == [3 / 7, 1 / 5, 1 / 3]
     assert (table["sft"]["verify_steps"], table["sft"]["block_size"]) == (7, 4)
     assert table["sft"]["differences"] == {} and table["opd"]["differences"].keys() == {"sft"}
-    with_control = acceptance_table({"sft": sft, "control": sft, "opd": opd}, ["a", "b"], [False, False])
+    with_control = acceptance_table(tallies(sft=sft, control=sft, opd=opd), ["a", "b"], [False, False])
     assert with_control["opd"]["differences"]["control"] == with_control["opd"]["differences"]["sft"]
     assert with_control["control"]["differences"]["sft"] == {"value": 0, "low": 0, "high": 0}
-    assert acceptance_table({"sft": sft}, ["a", "b"], [True, True])["sft"]["tau_without_loops"] is None
+    assert acceptance_table(tallies(sft=sft), ["a", "b"], [True, True])["sft"]["tau_without_loops"] is None
 
 
 def test_answers_to_one_prompt_are_one_observation() -> None:
     """Eight answers to two prompts say as much as two answers of four times the length."""
     ours = [trace(13, [4, 8], [3, 3]), trace(8, [4, 5], [0, 2])]
     theirs = [trace(13, [4, 6, 10, 11], [1, 3, 0, 1]), trace(8, [4, 5, 6], [0, 0, 0])]
-    once = tau_differences({"sft": theirs, "opd": ours}, ["a", "b"])["opd", "sft"]
-    again = tau_differences({"sft": theirs * 4, "opd": ours * 4}, ["a", "b"] * 4)["opd", "sft"]
-    alone = tau_differences({"sft": theirs * 4, "opd": ours * 4}, list("abcdefgh"))["opd", "sft"]
+    once = tau_differences(tallies(sft=theirs, opd=ours), ["a", "b"])["opd", "sft"]
+    again = tau_differences(tallies(sft=theirs * 4, opd=ours * 4), ["a", "b"] * 4)["opd", "sft"]
+    alone = tau_differences(tallies(sft=theirs * 4, opd=ours * 4), list("abcdefgh"))["opd", "sft"]
     assert (again.value, again.error, again.units) == (pytest.approx(once.value), pytest.approx(once.error), 2)
     assert alone.error < again.error / 1.5
 
 
 def test_one_prompt_has_no_interval() -> None:
     one = [trace(8, [4, 5, 6], [0, 0, 0])]
-    table = acceptance_table({"sft": one, "opd": one}, ["a"], [False])
+    table = acceptance_table(tallies(sft=one, opd=one), ["a"], [False])
     assert table["sft"]["tau_low"] is table["sft"]["tau_high"] is None
     assert table["opd"]["differences"]["sft"] == {"value": 0, "low": None, "high": None}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from draftsmith.stages.measure.acceptance import ceiling_traces
+from draftsmith.stages.measure.acceptance import ceiling_trace
 from draftsmith.stages.replay.trace import Trajectory, tau
 from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed import random_target
@@ -19,7 +19,7 @@ def test_every_step_keeps_what_the_target_would_have_said_itself(plain_target: T
             logits = plain_target.logits(plain_target.read(torch.tensor([tokens])).hidden[0, -1])
             tokens = [*tokens, int(logits.argmax()) if position % 9 else position % 3]
         trajectories.append(Trajectory(start.trajectory_id, tokens, start.prompt_length))
-    traces = ceiling_traces(plain_target, trajectories, 5)
+    traces = [ceiling_trace(plain_target, trajectory, 5) for trajectory in trajectories]
     for trajectory, trace in zip(trajectories, traces, strict=True):
         anchor = trajectory.first_anchor
         for s, at in enumerate(trace.anchors.tolist()):

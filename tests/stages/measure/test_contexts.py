@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from draftsmith.stages.measure.contexts import STEPS, worst_contexts
+from draftsmith.stages.measure.contexts import STEPS, WorstContexts
 from draftsmith.stages.replay.trace import Trace, Trajectory
 
 
@@ -29,7 +29,10 @@ def traced(prompt: str, answer: str, accepted: list[int], K: int = 3) -> tuple[T
 def test_the_worst_stretch_of_every_answer_is_shown_step_by_step() -> None:
     good = traced("q:", "abcdefghijklmnopqrstuvwxyz123", [3] * 7)
     bad = traced("p:", "abcdefghijklmnopqrstuvw", [2, 2, 2, 0, 0, 1, 0, 0, 0, 2, 2])
-    found = worst_contexts([good[0], bad[0]], [good[1], bad[1]], ["chat", "code"], decode)
+    worst_of = WorstContexts()
+    for place, (_, trace) in ((1, bad), (0, good)):
+        worst_of.add([place], [trace])
+    found = worst_of.told([good[0], bad[0]], ["chat", "code"], decode)
     assert [each["set"] for each in found] == ["code", "chat"], "the worst first"
     worst = found[0]
     assert worst["tau"] == (STEPS + 1) / STEPS
@@ -43,7 +46,9 @@ def test_the_worst_stretch_of_every_answer_is_shown_step_by_step() -> None:
 
 def test_so_many_are_shown_and_a_cut_step_proposes_no_further_than_the_end() -> None:
     many = [traced("q:", "abcd", [0, 0, 0]) for _ in range(12)]
-    found = worst_contexts([t for t, _ in many], [s for _, s in many], ["chat"] * 12, decode, count=10)
+    worst_of = WorstContexts(count=10)
+    worst_of.add(range(12), [trace for _, trace in many])
+    found = worst_of.told([t for t, _ in many], ["chat"] * 12, decode)
     assert len(found) == 10
     last = found[0]["steps"][-1]
     assert (last["rejected"], last["dropped"], last["chosen"]) == ("x", "", "d")

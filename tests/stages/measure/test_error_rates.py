@@ -16,7 +16,7 @@ from draftsmith.stages.measure.acceptance import acceptance_table, tau_differenc
 from draftsmith.stages.measure.requests import PLAIN
 from draftsmith.stages.measure.speed import log_ratios, speed_table
 from draftsmith.stages.measure.verdicts import FEWEST_TURNS, pairs, verdicts
-from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.replay.tally import Tally
 from draftsmith.stages.statistics import Estimate
 
 ARMS = ("sft", "control", "opd")  # six verdicts
@@ -59,10 +59,10 @@ def simulated_turns(
     return rows
 
 
-def simulated_traces(
+def simulated_tallies(
     rng: np.random.Generator, prompts: int, samples: int, gain: float = 0.0
-) -> tuple[dict[str, list[Trace]], list[str]]:
-    """Traces of answers of every arm, and the prompt of each answer; opd's tau is `gain` higher.
+) -> tuple[dict[str, Tally], list[str]]:
+    """Tallies of answers of every arm, and the prompt of each answer; opd's tau is `gain` higher.
 
     Prompts differ in length and difficulty, each drafter is a little better on some and worse on others, and answers to
     one prompt have all that in common.
@@ -70,21 +70,16 @@ def simulated_traces(
     difficulty = rng.normal(math.log(2.2), 0.25, prompts)
     talent = {arm: rng.normal(0, 0.06, prompts) for arm in ARMS}
     length = rng.lognormal(math.log(60), 0.5, prompts)
-    traces: dict[str, list[Trace]] = {arm: [] for arm in ARMS}
-    for _ in range(samples):
+    tallies = {arm: Tally(samples * prompts) for arm in ARMS}
+    for sample in range(samples):
+        answers = slice(sample * prompts, (sample + 1) * prompts)
         lengths = np.maximum(4, length * rng.lognormal(0, 0.2, prompts)).round().astype(int)
         for arm in ARMS:
             tau = np.maximum(1.02, np.exp(difficulty + talent[arm]) * (1 + gain * (arm == "opd")))
             exact = lengths / tau
             steps = np.clip((exact + rng.normal(0, 0.35, prompts) * np.sqrt(exact)).round().astype(int), 1, lengths)
-            traces[arm] += [trace_of(committed, count) for committed, count in zip(lengths, steps, strict=True)]
-    return traces, [str(prompt) for _ in range(samples) for prompt in range(prompts)]
-
-
-def trace_of(committed: int, steps: int) -> Trace:
-    accepted = np.full(steps, committed // steps - 1)
-    accepted[: committed % steps] += 1
-    return Trace(10**9, np.zeros(steps, int), accepted, np.zeros((1, 1), int), np.zeros((1, 1)), steps)
+            tallies[arm].committed[answers], tallies[arm].steps[answers] = lengths, steps
+    return tallies, [str(prompt) for _ in range(samples) for prompt in range(prompts)]
 
 
 def said(found: list[dict[str, Any]], arm: str, other: str) -> bool:
@@ -129,11 +124,11 @@ def test_equal_drafters_are_seldom_called_of_different_tau(prompts: int, samples
     rng = np.random.default_rng(prompts)
     repetitions, wrong, outside = 500, 0, 0
     for _ in range(repetitions):
-        traces, of_prompt = simulated_traces(rng, prompts, samples)
-        found = verdicts(tau_differences(traces, of_prompt), {}, 0)
+        tallies, of_prompt = simulated_tallies(rng, prompts, samples)
+        found = verdicts(tau_differences(tallies, of_prompt), {}, 0)
         assert [verdict["prompts"] for verdict in found] == [prompts] * 3
         wrong += any(verdict["different"] for verdict in found)
-        pair = {arm: traces[arm] for arm in ("sft", "opd")}
+        pair = {arm: tallies[arm] for arm in ("sft", "opd")}
         single = acceptance_table(pair, of_prompt, [False] * len(of_prompt))["opd"]["differences"]["sft"]
         outside += not single["low"] <= 0 <= single["high"]
     assert wrong / repetitions <= allowed(repetitions)
@@ -144,8 +139,8 @@ def test_a_real_difference_of_tau_is_found_in_most() -> None:
     rng = np.random.default_rng(0)
     repetitions, seen = 100, 0
     for _ in range(repetitions):
-        traces, of_prompt = simulated_traces(rng, 60, 4, gain=0.05)
-        seen += said(verdicts(tau_differences(traces, of_prompt), {}, 0), "opd", "sft")
+        tallies, of_prompt = simulated_tallies(rng, 60, 4, gain=0.05)
+        seen += said(verdicts(tau_differences(tallies, of_prompt), {}, 0), "opd", "sft")
     assert seen / repetitions > 0.8
 
 
@@ -154,8 +149,8 @@ def test_answers_taken_for_prompts_would_be_wrong_far_more_often() -> None:
     rng = np.random.default_rng(0)
     wrong = 0
     for _ in range(150):
-        traces, of_prompt = simulated_traces(rng, 24, 4)
-        estimate = tau_differences(traces, [str(i) for i in range(len(of_prompt))])["opd", "sft"]
+        tallies, of_prompt = simulated_tallies(rng, 24, 4)
+        estimate = tau_differences(tallies, [str(i) for i in range(len(of_prompt))])["opd", "sft"]
         low, high = estimate.interval() or (0, 0)
         wrong += not low <= 0 <= high
     assert wrong / 150 > 0.12
@@ -183,12 +178,12 @@ def test_a_share_of_one_timing_is_no_observation(prompts: int, wrong_at_least: f
 
 def test_too_few_turns_are_not_judged_and_do_not_widen_the_others() -> None:
     rng = np.random.default_rng(0)
-    traces, of_prompt = simulated_traces(rng, 24, 1)
+    tallies, of_prompt = simulated_tallies(rng, 24, 1)
     few = log_ratios(simulated_turns(rng, FEWEST_TURNS - 1, 1, gain=0.5), pairs(ARMS))
-    found = verdicts(tau_differences(traces, of_prompt), few, 6)
+    found = verdicts(tau_differences(tallies, of_prompt), few, 6)
     assert [verdict["different"] for verdict in found if verdict["kind"] == "speed"] == [None] * 3
     assert all(verdict["level"] == pytest.approx(1 - 0.05 / 3) for verdict in found)
     enough = log_ratios(simulated_turns(rng, FEWEST_TURNS, 1, gain=0.5), pairs(ARMS))
-    both = verdicts(tau_differences(traces, of_prompt), enough, 6)
+    both = verdicts(tau_differences(tallies, of_prompt), enough, 6)
     assert all(verdict["level"] == pytest.approx(1 - 0.05 / 6) for verdict in both)
     assert said([verdict for verdict in both if verdict["kind"] == "speed"], "opd", "sft")

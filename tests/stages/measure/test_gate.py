@@ -13,9 +13,8 @@ from draftsmith.stages.measure.doubts import doubts
 from draftsmith.stages.measure.gate import CHAMPION, PLAIN, GateConfig, challenger_of, compared, decide
 from draftsmith.stages.measure.requests import Setting
 from draftsmith.stages.measure.speed import log_ratios
-from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.statistics import Estimate
-from tests.stages.measure.test_error_rates import ARMS, allowed, simulated_traces, simulated_turns
+from tests.stages.measure.test_error_rates import ARMS, allowed, simulated_tallies, simulated_turns
 
 EXACT = {"fp32_prompts": 4, "fp32_identical": 4, "identical_share": 1.0}
 SETS = ("chat", "code")
@@ -23,8 +22,8 @@ SETS = ("chat", "code")
 
 def evaluation(rng: np.random.Generator, gain: float, prompts: int = 200, rounds: int = 6) -> dict[str, Any]:
     """What the evaluation of a challenger says that is `gain` better than the champion, in tau and in speed."""
-    simulated, of_prompt = simulated_traces(rng, prompts, samples=1, gain=gain)
-    renamed: dict[str, list[Trace]] = {CHAMPION: simulated["sft"], "opd": simulated["opd"]}
+    simulated, of_prompt = simulated_tallies(rng, prompts, samples=1, gain=gain)
+    renamed = {CHAMPION: simulated["sft"], "opd": simulated["opd"]}
     turns = simulated_turns(rng, rounds, concurrency=16, gain=gain)
     where: dict[str, Any] = {"temperature": 0.0, "concurrency": 16}
     turns = [turn | where | {"arm": CHAMPION if turn["arm"] == "sft" else turn["arm"]} for turn in turns]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
-from draftsmith.stages.measure.acceptance import ceiling_traces
+from draftsmith.stages.measure.acceptance import ceiling_of
 from draftsmith.stages.replay import kept
 from draftsmith.stages.replay.corpus import mine, replay_all
 from draftsmith.stages.replay.trace import Trace, Trajectory
@@ -104,7 +104,7 @@ def test_traces_that_are_damaged_or_of_other_drafters_are_made_again(
 
 
 def test_the_ceiling_keeps_its_traces_too(tmp_path: Path, plain_target: Target) -> None:
-    whole = ceiling_traces(plain_target, TEXTS, 5)
+    whole = ceiling_of(plain_target, TEXTS, 5)
     seen: list[int] = []
 
     def stop(done: int, _total: int) -> None:
@@ -113,9 +113,12 @@ def test_the_ceiling_keeps_its_traces_too(tmp_path: Path, plain_target: Target) 
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        ceiling_traces(plain_target, TEXTS, 5, kept=tmp_path, progress=stop)
-    assert sorted(kept.KeptTraces(tmp_path, ["ceiling"]).traces) == [0, 1, 2, 3]
-    assert_equal({"c": ceiling_traces(plain_target, TEXTS, 5, kept=tmp_path)}, {"c": whole})
+        ceiling_of(plain_target, TEXTS, 5, kept=tmp_path, progress=stop)
+    there = [place for places, _ in kept.KeptTraces(tmp_path, ["ceiling"]).read() for place in places]
+    assert there == [0, 1, 2, 3]
+    again = ceiling_of(plain_target, TEXTS, 5, kept=tmp_path)
+    assert (again.tau, again.steps.tolist()) == (whole.tau, whole.steps.tolist())
+    assert again.accepted.tolist() == whole.accepted.tolist()
 
 
 def test_a_group_that_the_memory_does_not_hold_is_replayed_in_halves(

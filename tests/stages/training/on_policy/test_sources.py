@@ -117,7 +117,7 @@ def test_a_checkpoint_brings_back_the_fresh_tables(scored: bool, world: World) -
 def test_an_empty_memory_survives_a_checkpoint(world: World) -> None:
     remining = world.remining()
     remining.load_state_dict(world.remining().state_dict())
-    assert remining.current.steps == world.table.steps
+    assert list(remining.current.steps) == world.table.steps
 
 
 def test_fresh_steps_fit_a_smaller_served_block(world: World) -> None:

@@ -1,0 +1,73 @@
+"""The steps of an unfinished mining on disk: few large shards, so that a rerun goes on and files stay few."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import pyarrow as pa
+
+from draftsmith.artifacts.keyed_rows import KeyedRows
+from draftsmith.artifacts.parquet import ShardWriter, places, read_shards, shard_paths
+from draftsmith.artifacts.row_reader import RowReader
+from draftsmith.artifacts.schemas import EVALUATED, VERIFY_STEPS
+from draftsmith.stages.replay.corpus import Mined
+from draftsmith.stages.replay.table import steps_table
+
+SHARD_STEPS = 1 << 16  # a shard is written when so many steps wait,
+SHARD_SECONDS = 60.0  # or the first of them has waited so long: what a kill loses
+# The table is in another order than the shards: a row group is read for a trajectory or two.
+_GROUP_BYTES = 1 << 18
+
+
+class MinedShards:
+    """Mined groups, kept in `work`. What waits is written when the body ends, in whichever way."""
+
+    def __init__(self, work: Path):
+        self._folder = work / "verify_steps"
+        self._steps = ShardWriter(self._folder, VERIFY_STEPS, _GROUP_BYTES)
+        self._evaluated = ShardWriter(work / "evaluated_blocks", EVALUATED)
+        self._waiting: list[Mined] = []
+        self._count, self._since = 0, 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._write()
+
+    def add(self, group: Mined) -> None:
+        """Take a group; it is on disk a shard later."""
+        if not self._waiting:
+            self._since = time.monotonic()
+        self._waiting.append(group)
+        self._count += sum(len(trace.anchors) for trace in group.traces)
+        if self._count >= SHARD_STEPS or time.monotonic() - self._since >= SHARD_SECONDS:
+            self._write()
+
+    def _write(self) -> None:
+        # before the steps and by trajectory: a shard that is there is counted, one that was lost is not twice
+        members = [member for group in self._waiting for member in zip(group.trajectories, group.traces, strict=True)]
+        self._evaluated.append(
+            [{"trajectory_id": t.trajectory_id, "evaluated_blocks": trace.evaluated_blocks} for t, trace in members]
+        )
+        if self._waiting:
+            self._steps.append(pa.concat_tables([steps_table(group) for group in self._waiting]))
+        self._waiting, self._count = [], 0
+
+    def rows(self, ids: pa.Array) -> KeyedRows:
+        """The steps of each trajectory, as far as they are on disk. ids: [N] names of the trajectories."""
+        return KeyedRows(RowReader(shard_paths(self._folder), VERIFY_STEPS, keep=32), ids)
+
+    def evaluated_blocks(self, ids: pa.Array) -> int:
+        """That were drafted to find the steps of these trajectories."""
+        table = read_shards(self._evaluated.folder, EVALUATED)
+        blocks = np.zeros(len(ids), dtype=np.int64)
+        place = places(table, "trajectory_id", ids)
+        blocks[place[place >= 0]] = table["evaluated_blocks"].to_numpy()[place >= 0]
+        return int(blocks.sum())

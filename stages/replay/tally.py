@@ -1,0 +1,79 @@
+"""What acceptance figures need of the traces of one drafter: two sums a trajectory, and histograms over all steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.replay.corpus import replay_groups
+from draftsmith.stages.replay.trace import Trace, Trajectory
+from draftsmith.stages.targets.causal_lm import Target
+
+
+class TakesTraces(Protocol):
+    """What needs every trace once."""
+
+    def add(self, places: Sequence[int], traces: Sequence[Trace]) -> None:
+        """Take the traces of the trajectories at `places`."""
+
+
+class Tally:
+    """Of N trajectories; traces may come in any order, and need not be kept."""
+
+    def __init__(self, trajectories: int):
+        self.committed = np.zeros(trajectories)  # [N] tokens that verify steps committed
+        self.steps = np.zeros(trajectories)  # [N] verify steps
+        self.accepted = np.zeros(0, dtype=np.int64)  # [K + 1] steps by proposals kept
+        self.judged = np.zeros(0, dtype=np.int64)  # [K + 1] steps by proposals that lie inside the trajectory
+
+    def add(self, indices: Iterable[int], traces: Iterable[Trace]) -> None:
+        """Take the traces of the trajectories `indices`, each of them once."""
+        for index, trace in zip(indices, traces, strict=True):
+            size = trace.proposed.shape[1] + 1
+            self.committed[index], self.steps[index] = trace.committed.sum(), len(trace.anchors)
+            accepted, judged = (np.bincount(each, minlength=size) for each in (trace.accepted, trace.judged))
+            first = len(self.accepted) == 0
+            self.accepted, self.judged = (
+                (accepted, judged) if first else (self.accepted + accepted, self.judged + judged)
+            )
+
+    @classmethod
+    def of(cls, traces: Sequence[Trace]) -> Self:
+        """Of all trajectories, in their order."""
+        tally = cls(len(traces))
+        tally.add(range(len(traces)), traces)
+        return tally
+
+    @property
+    def block_size(self) -> int:
+        return len(self.accepted)
+
+    @property
+    def tau(self) -> float:
+        """Committed tokens per verify step ("+1"); NaN without any step."""
+        steps = float(self.steps.sum())
+        return float(self.committed.sum()) / steps if steps else float("nan")
+
+
+def tally_all(
+    target: Target,
+    drafters: Mapping[str, Drafter],
+    trajectories: Sequence[Trajectory],
+    drafting: DraftingConfig | None = None,
+    *,
+    also: Mapping[str, TakesTraces] | None = None,
+    **settings: Any,
+) -> dict[str, Tally]:
+    """`replay_all`, settings as there, with tallies in place of the traces. also: what takes those of a drafter too."""
+    tallies = {name: Tally(len(trajectories)) for name in drafters}
+    for places, found in replay_groups(target, drafters, trajectories, drafting, **settings):
+        for name, tally in tallies.items():
+            traces = [each[name] for each in found]
+            tally.add(places, traces)
+            if also and name in also:
+                also[name].add(places, traces)
+    return tallies

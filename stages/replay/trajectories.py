@@ -1,0 +1,85 @@
+"""Stored trajectories as a sequence: tokens are read when one is asked for, so memory does not hold those of all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from draftsmith.artifacts.row_reader import RowReader
+from draftsmith.stages.replay.trace import Trajectory
+
+_COLUMNS = ("trajectory_id", "prompt_ids", "response_ids")
+
+
+@dataclass(frozen=True, eq=False)
+class TrajectoryRows(Sequence[Trajectory]):
+    """N rows of a table of trajectories. Some twenty bytes and its name stay in memory of each."""
+
+    reader: RowReader  # of TRAJECTORIES
+    places: np.ndarray  # [N] rows of the table, ascending where the sequence is not a choice
+    ids: pa.Array  # [N] strings
+    lengths: np.ndarray  # [N] tokens of prompt and response
+    prompt_lengths: np.ndarray  # [N]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, index: int) -> Trajectory: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> TrajectoryRows: ...
+
+    def __getitem__(self, index: int | slice) -> Trajectory | TrajectoryRows:
+        if isinstance(index, slice):
+            chosen = np.arange(len(self))[index]
+            return TrajectoryRows(
+                self.reader,
+                self.places[chosen],
+                self.ids.take(chosen),
+                self.lengths[chosen],
+                self.prompt_lengths[chosen],
+            )
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        row = int(self.places[index])
+        name, prompt, response = (column[0] for column in self.reader.rows(row, row + 1, _COLUMNS).columns)
+        tokens = prompt.values.to_pylist() + response.values.to_pylist()
+        return Trajectory(name.as_py(), tokens, len(prompt.values))
+
+    def responses(self) -> Iterator[np.ndarray]:
+        """The response tokens of all, some thousand answers joined at a time, in the order of the table."""
+        wanted = np.zeros(self.reader.num_rows, dtype=bool)
+        wanted[self.places] = True
+        start = 0
+        for part in self.reader.parts(["response_ids"]):
+            chosen = part.filter(pa.array(wanted[start : start + part.num_rows]))
+            start += part.num_rows
+            yield pc.list_flatten(chosen["response_ids"]).to_numpy()
+
+
+def lengths_of(trajectories: Sequence[Trajectory]) -> np.ndarray:
+    """[N] tokens of prompt and response; of stored ones without reading them."""
+    if isinstance(trajectories, TrajectoryRows):
+        return trajectories.lengths
+    return np.array([len(t.tokens) for t in trajectories], dtype=np.int64)
+
+
+def ids_of(trajectories: Sequence[Trajectory]) -> pa.Array:
+    """[N] names, as strings of Arrow; of stored ones without reading them."""
+    if isinstance(trajectories, TrajectoryRows):
+        return trajectories.ids
+    return pa.array([t.trajectory_id for t in trajectories], pa.string())
+
+
+def responses_of(trajectories: Sequence[Trajectory]) -> Iterator[np.ndarray]:
+    """The response tokens of all, in parts."""
+    if isinstance(trajectories, TrajectoryRows):
+        yield from trajectories.responses()
+    else:
+        yield from (np.array(t.tokens[t.prompt_length :], dtype=np.int64) for t in trajectories)

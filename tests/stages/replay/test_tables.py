@@ -1,0 +1,139 @@
+"""Mined figures add up over parts, and the most frequent values are those of a plain count."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from draftsmith.artifacts.parquet import to_table
+from draftsmith.artifacts.schemas import VERIFY_STEPS
+from draftsmith.stages.replay.corpus import Mined
+from draftsmith.stages.replay.scoring import StepScores
+from draftsmith.stages.replay.table import Frequent, MinedFigures, steps_table
+from draftsmith.stages.replay.tally import Tally
+from draftsmith.stages.replay.trace import Trace, Trajectory, tau
+
+K, TOP = 3, 2
+
+
+class Words:
+    """Decodes an id to itself."""
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(str, ids))
+
+
+def mined(count: int, seed: int = 0) -> Mined:
+    """Groups of made-up steps; few tokens, so that corrections repeat."""
+    rng = np.random.default_rng(seed)
+    trajectories, traces, scores = [], [], []
+    for index in range(count):
+        tokens = rng.integers(0, 9, rng.integers(8, 30)).tolist()
+        anchors, accepted, anchor = [], [], 4
+        while anchor <= len(tokens) - 2:
+            anchors.append(anchor)
+            accepted.append(int(rng.integers(0, min(K, len(tokens) - 1 - anchor) + 1)))
+            anchor += accepted[-1] + 1
+        shape = (len(anchors), K)
+        proposed, drafted = rng.integers(0, 9, shape), -rng.random(shape).astype(np.float32)
+        trace = Trace(len(tokens), np.array(anchors), np.array(accepted), proposed, drafted, len(anchors))
+        said = -rng.random(shape).astype(np.float32)
+        said[np.arange(K) >= trace.judged[:, None]] = np.nan
+        top = rng.integers(0, 9, (len(anchors), TOP)), -rng.random((len(anchors), TOP)).astype(np.float32)
+        trajectories.append(Trajectory(f"p{index}/0", tokens, 4))
+        traces.append(trace)
+        scores.append(StepScores(said, *top))
+    return Mined(trajectories, traces, scores)
+
+
+def plain_rows(group: Mined) -> list[dict[str, Any]]:
+    """The reference: one Python object a value."""
+    rows = []
+    for trajectory, trace, scores in zip(group.trajectories, group.traces, group.scores, strict=True):
+        for s, anchor in enumerate(trace.anchors.tolist()):
+            accepted, rejected = int(trace.accepted[s]), int(trace.rejected_offset[s])
+            committed = int(trace.committed[s])
+            rows.append(
+                {
+                    "trajectory_id": trajectory.trajectory_id,
+                    "step": s,
+                    "anchor": anchor,
+                    "accepted": accepted,
+                    "committed": committed,
+                    "rejected_offset": rejected,
+                    "proposed_ids": trace.proposed[s].tolist(),
+                    "target_logprobs": scores.target_logprobs[s].tolist(),
+                    "drafter_logprobs": trace.drafter_logprobs[s].tolist(),
+                    "committed_id": trajectory.tokens[anchor + accepted + 1] if committed > accepted else -1,
+                    "top_ids": scores.top_ids[s].tolist() if rejected else [],
+                    "top_logprobs": scores.top_logprobs[s].tolist() if rejected else [],
+                }
+            )
+    return rows
+
+
+def test_the_table_of_a_group_is_that_of_its_rows() -> None:
+    group = mined(30)
+    expected, table = to_table(VERIFY_STEPS, plain_rows(group)), steps_table(group).combine_chunks()
+    assert table.schema.equals(expected.schema, check_metadata=True)
+    assert str(table.to_pylist()) == str(expected.to_pylist())  # NaN is no equal of itself
+
+
+def test_figures_do_not_depend_on_the_parts() -> None:
+    table, rng = steps_table(mined(60)), np.random.default_rng(1)
+    whole, parts, start = MinedFigures(K + 1), MinedFigures(K + 1), 0
+    whole.add(table)
+    while start < table.num_rows:
+        count = int(rng.integers(1, 90))
+        parts.add(table.slice(start, count))
+        start += count
+    found = whole.summary(Words())
+    assert parts.summary(Words()) == found
+    rows = [row for row in table.to_pylist() if row["rejected_offset"]]
+    pairs = Counter((row["proposed_ids"][row["accepted"]], row["committed_id"]) for row in rows)
+    said = [(int(each["proposed"]), int(each["committed"])) for each in found["most_frequent_corrections"]]
+    assert said == [pair for pair, _ in pairs.most_common(20)]  # of equals the one that came first
+    assert found["counts_short_by_at_most"] == 0
+
+
+@pytest.mark.parametrize("most", [10, 50, 1000])
+def test_frequent_values_are_kept_however_many_come(most: int) -> None:
+    """Half of 20,000 values are a few that repeat, the others come once each."""
+    rng = np.random.default_rng(most)
+    values = np.where(rng.random(20_000) < 0.5, rng.geometric(0.3, 20_000), 10**9 + np.arange(20_000))
+    frequent, plain = Frequent(most), Counter(values.tolist())
+    for part in np.split(values, np.sort(rng.integers(0, 20_000, 60))):
+        frequent.add(part)
+        assert len(frequent._values) <= most
+    for value, count in frequent.most_common(3):
+        assert plain[value] - frequent.short <= count <= plain[value]
+    assert [value for value, _ in frequent.most_common(3)] == [value for value, _ in plain.most_common(3)]
+    exact = Frequent()
+    exact.add(values)
+    assert (exact.most_common(20), exact.short) == (plain.most_common(20), 0)
+
+
+def test_a_tally_says_what_the_traces_say() -> None:
+    traces = mined(25).traces
+    tally, order = Tally(len(traces)), np.random.default_rng(0).permutation(len(traces))
+    for part in np.split(order, [3, 11]):
+        tally.add(part.tolist(), [traces[i] for i in part])
+    assert tally.tau == Tally.of(traces).tau == tau(traces)
+    assert tally.committed.tolist() == [trace.committed.sum() for trace in traces]
+    assert tally.steps.tolist() == [len(trace.anchors) for trace in traces]
+    for histogram, name in ((tally.accepted, "accepted"), (tally.judged, "judged")):
+        values = np.concatenate([getattr(trace, name) for trace in traces])
+        assert histogram.tolist() == np.bincount(values, minlength=K + 1).tolist()
+    assert tally.block_size == K + 1
+    assert np.isnan(Tally(0).tau)
+
+
+def test_arrow_tables_of_many_steps_are_no_python_objects() -> None:
+    """The rows of a group are Arrow's from the beginning: their bytes are a small multiple of what they hold."""
+    before = pa.total_allocated_bytes()
+    table = steps_table(mined(200))
+    assert pa.total_allocated_bytes() - before < 400 * table.num_rows
