@@ -37,6 +37,10 @@ class KeyedRows:
         # of a key that comes twice the last assignment holds
         self.starts[place[wanted]], self.stops[place[wanted]] = starts[wanted], stops[wanted]
 
+    def leave_out(self, keys: np.ndarray) -> None:
+        """keys: [N] bool, of which no row is wanted."""
+        self.starts[keys] = self.stops[keys] = 0
+
     @property
     def counts(self) -> np.ndarray:
         """[N] rows of each key."""

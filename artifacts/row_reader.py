@@ -45,6 +45,12 @@ class RowReader:
     def num_rows(self) -> int:
         return int(self._starts[-1])
 
+    def place_of(self, rows: np.ndarray) -> np.ndarray:
+        """[n] which of the paths holds each of these rows."""
+        group = np.searchsorted(self._starts, rows, "right") - 1
+        found: np.ndarray = np.append(self._files, -1)[np.minimum(group, len(self._files))]
+        return found
+
     def rows(self, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
         """Rows start … stop - 1."""
         first = int(np.searchsorted(self._starts, start, "right")) - 1

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from draftsmith.stages.stored import Prompt
 
 
+_PART_ANSWERS = 64  # put together at a time
+
+
 class RolloutConfig(Config):
     """Which prompts are answered, and how."""
 
@@ -81,11 +84,11 @@ def preflight(config: RolloutConfig, target: Path) -> None:
 
 def run(ctx: StageContext, config: RolloutConfig) -> None:
     """Answer the prompts that have no answer yet, part by part; put the parts together in prompt order."""
-    import numpy as np
     import pyarrow.compute as pc
 
     from draftsmith.artifacts.errors import DraftsmithError
-    from draftsmith.artifacts.parquet import write_table
+    from draftsmith.artifacts.keyed_rows import PART_ROWS
+    from draftsmith.artifacts.parquet import TableWriter
     from draftsmith.stages.drafters.digest import drafter_digest
     from draftsmith.stages.engines.base import Request, SamplingParams
     from draftsmith.stages.engines.config import served_dtype
@@ -110,10 +113,20 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
     _answer(ctx, config, parts, wanted, prompt_of)
 
     drafter_folder = ctx.inputs["drafter"] / DRAFTER_FOLDER if "drafter" in ctx.inputs else None
-    tables = parts.tables([request.request_id for request in wanted])
+    rows = parts.rows([request.request_id for request in wanted])
+    tokens = stopped = steps = 0
     for name, schema in SCHEMAS.items():
-        if name != "trace" or drafter_folder:
-            write_table(ctx.out / f"{name}.parquet", schema, tables[name])
+        if name == "trace" and drafter_folder is None:
+            continue
+        with TableWriter(ctx.out / f"{name}.parquet", schema) as table:
+            for part in rows[name].in_order(schema.columns.names, PART_ROWS if name == "trace" else _PART_ANSWERS):
+                table.append(part)
+                ctx.check_interrupted()
+                if name == "trajectories":
+                    tokens += pc.sum(pc.list_value_length(part["response_ids"])).as_py()
+                    stopped += pc.sum(pc.equal(part["finish_reason"], "stop")).as_py()
+                if name == "timings":
+                    steps += pc.sum(part["verify_steps"]).as_py()
     if drafter_folder:
         served = {
             "drafter_digest": drafter_digest(drafter_folder),
@@ -123,13 +136,11 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
             "temperature": params.temperature,
         }
         (ctx.out / "trace.json").write_text(json.dumps(served, indent=2, sort_keys=True) + "\n")
-    lengths = pc.list_value_length(tables["trajectories"]["response_ids"]).to_numpy()
-    steps = int(tables["timings"]["verify_steps"].to_numpy().sum())
     ctx.summary(
-        answers=len(lengths),
-        response_tokens=int(lengths.sum()),
-        stopped_share=float(np.mean(pc.equal(tables["trajectories"]["finish_reason"], "stop").to_numpy())),
-        **({"tau": float(lengths.sum() - len(lengths)) / steps} if steps else {}),
+        answers=len(wanted),
+        response_tokens=tokens,
+        stopped_share=stopped / len(wanted),
+        **({"tau": (tokens - len(wanted)) / steps} if steps else {}),
     )
 
 

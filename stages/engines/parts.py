@@ -15,7 +15,9 @@ import numpy as np
 import pyarrow as pa
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.parquet import Rows, ordered, places, read_table, write_table
+from draftsmith.artifacts.keyed_rows import KeyedRows
+from draftsmith.artifacts.parquet import Rows, read_table, write_table
+from draftsmith.artifacts.row_reader import RowReader
 from draftsmith.artifacts.schemas import TIMINGS, TRACE, TRAJECTORIES
 from draftsmith.stages.engines.base import Completion
 from draftsmith.stages.stored import Prompt
@@ -56,32 +58,38 @@ class AnswerParts:
             return set(ids)
         latest = dict(zip(ids, parts.tolist(), strict=True))
         timings, timed_in = self._read("timings", ["trajectory_id", "verify_steps"])
-        steps, recorded_in = self._read("trace", ["trajectory_id"])
-        recorded = Counter(zip(steps["trajectory_id"].to_pylist(), recorded_in.tolist(), strict=True))
+        recorded: Counter[tuple[str, int]] = Counter()
+        for number in self._numbers:  # an answer has thousands of steps
+            steps = read_table(self._path("trace", number), TRACE, ["trajectory_id"])["trajectory_id"].value_counts()
+            recorded.update({(each["values"].as_py(), number): each["counts"].as_py() for each in steps})
         return {
             row["trajectory_id"]
             for row, part in zip(timings.to_pylist(), timed_in.tolist(), strict=True)
             if latest[row["trajectory_id"]] == part and recorded[row["trajectory_id"], part] >= row["verify_steps"]
         }
 
-    def tables(self, answers: list[str]) -> dict[str, pa.Table]:
-        """All tables, in the order of the answers. An answer that was made again has the rows of its last part."""
-        found = {name: self._read(name) for name in SCHEMAS}
-        last = np.full(len(answers), -1)
-        place = {name: places(table, "trajectory_id", answers) for name, (table, _) in found.items()}
-        np.maximum.at(last, place[_LAST], found[_LAST][1])
-        return {
-            name: ordered(table.filter(pa.array(parts == last[place[name]])), "trajectory_id", answers)
-            for name, (table, parts) in found.items()
+    def rows(self, answers: list[str]) -> dict[str, KeyedRows]:
+        """Of each table the rows of each answer; of one that was made again those of its last part."""
+        keys, paths = pa.array(answers, pa.string()), {name: self._paths(name) for name in SCHEMAS}
+        readers = {name: RowReader(paths[name], schema, keep=8) for name, schema in SCHEMAS.items()}
+        found = {
+            name: KeyedRows(reader, keys, counter="step" if name == "trace" else None)
+            for name, reader in readers.items()
         }
+        part = {name: readers[name].place_of(rows.starts) for name, rows in found.items()}
+        for name, rows in found.items():
+            rows.leave_out(part[name] != part[_LAST])
+        return found
 
-    def _read(self, name: str, columns: list[str] | None = None) -> tuple[pa.Table, np.ndarray]:
-        """The rows of all parts, and the part of each."""
-        tables = [read_table(self._path(name, number), SCHEMAS[name], columns) for number in self._numbers]
+    def _read(self, name: str, columns: list[str]) -> tuple[pa.Table, np.ndarray]:
+        """Columns of a row an answer, of all parts, and the part of each row."""
+        tables = [read_table(path, SCHEMAS[name], columns) for path in self._paths(name)]
         if not tables:
-            empty = SCHEMAS[name].with_metadata.empty_table()
-            return (empty if columns is None else empty.select(columns)), np.zeros(0, dtype=np.int64)
+            return SCHEMAS[name].with_metadata.empty_table().select(columns), np.zeros(0, dtype=np.int64)
         return pa.concat_tables(tables), np.repeat(self._numbers, [table.num_rows for table in tables])
+
+    def _paths(self, name: str) -> list[Path]:
+        return [self._path(name, number) for number in self._numbers]
 
     def _whole(self, number: int) -> bool:
         for name, schema in SCHEMAS.items():

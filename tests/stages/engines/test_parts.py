@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from draftsmith.artifacts.parquet import write_table
 from draftsmith.artifacts.schemas import TIMINGS, TRACE
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams, VerifyStep
-from draftsmith.stages.engines.parts import AnswerParts
+from draftsmith.stages.engines.parts import SCHEMAS, AnswerParts
 from draftsmith.stages.stored import Prompt
 
 IDS = ["a/0", "b/0", "c/0"]
@@ -24,9 +25,15 @@ def answer(name: str, response: list[int], accepted: list[int] | None = None) ->
     return Completion(request, response, "length", steps, verify_steps=len(accepted or []))
 
 
+def tables_of(parts: AnswerParts, ids: list[str]) -> dict[str, pa.Table]:
+    """Whole, in the order of the answers."""
+    rows = parts.rows(ids)
+    return {name: rows[name].of(range(len(ids)), schema.columns.names) for name, schema in SCHEMAS.items()}
+
+
 def contents(parts: AnswerParts, ids: list[str]) -> list[tuple[str, list[int], list[int]]]:
     """(id, response, accepted of its trace) of every answer."""
-    tables = parts.tables(ids)
+    tables = tables_of(parts, ids)
     steps = tables["trace"].to_pylist()
     return [
         (
@@ -48,7 +55,7 @@ def test_an_answer_made_again_without_a_trace_does_not_keep_the_old_one(tmp_path
     assert again.finished(with_trace=True) == {"a/0"}
     again.append([answer("b/0", [6, 8])], PROMPTS, "second")
     assert contents(again, ["a/0", "b/0"]) == [("a/0", [3, 4, 5], [2]), ("b/0", [6, 8], [])]
-    assert again.tables(["a/0", "b/0"])["timings"].num_rows == 2
+    assert tables_of(again, ["a/0", "b/0"])["timings"].num_rows == 2
 
 
 def test_an_answer_made_again_for_its_trace_has_the_rows_of_its_last_part(tmp_path: Path) -> None:
@@ -84,9 +91,9 @@ def test_no_parts_are_empty_tables(tmp_path: Path) -> None:
     parts = AnswerParts(tmp_path)
     parts.append([], PROMPTS, "e")
     assert parts.finished(with_trace=True) == set()
-    assert parts.tables([])["trace"].schema.names == TRACE.columns.names
+    assert tables_of(parts, [])["trace"].schema.names == TRACE.columns.names
 
 
 def _with_steps(parts: AnswerParts, steps: int) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = parts.tables(["a/0", "b/0"])["timings"].to_pylist()
+    rows: list[dict[str, object]] = tables_of(parts, ["a/0", "b/0"])["timings"].to_pylist()
     return [row | {"verify_steps": steps} for row in rows]
