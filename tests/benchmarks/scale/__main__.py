@@ -1,9 +1,9 @@
 """Peak resident memory and time of every stage's tables, at several numbers of recorded answers.
 
-Answers are made, not generated: as many as asked for, of equal length, with the verify steps of a drafter of tau 4.5
+Answers are made, not generated: as many as asked for, of equal length, with the verify steps of a drafter of tau 4.8
 (blocks of 8). Every part runs in a process of its own, in the order in which a refresh runs them, on a target and a
 drafter that are as small as they can be. `mined` and `mining` are the two halves of mining: shards group by group, then
-the table. 100,000 answers of 4,000 tokens need about 45 GB of disk in `--folder`.
+the table. 100,000 answers of 4,000 tokens need about 25 GB of disk in `--folder`.
 """
 
 from __future__ import annotations
