@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 
 from draftsmith.artifacts.redaction import redacted
 
@@ -15,13 +16,14 @@ EXIT_INTERRUPTED = 130
 class DraftsmithError(Exception):
     """Bad input or environment. The message is one line, names the file, field or row, and says what to do.
 
-    Secrets in it are masked: it is logged, kept and shown in many places.
+    Secrets in it are masked, and so are ends of lines, which names from a file may hold: it is logged, kept and shown
+    in many places.
     """
 
     exit_code = EXIT_USER_ERROR
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(redacted(str(message)))
+        super().__init__(re.sub(r"\s*[\r\n]+\s*", " ", redacted(str(message)).strip()))
 
 
 class RetryableError(DraftsmithError):

@@ -162,7 +162,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise DraftsmithError(f"{path}: missing") from None
     except OSError as error:
         raise DraftsmithError(f"{path}: {error.strerror}") from error
-    except (ValueError, AttributeError, ValidationError) as error:
+    except (ValueError, AttributeError, RecursionError, ValidationError) as error:
         raise DraftsmithError(f"{path}: not a readable manifest (truncated or edited)") from error
 
 

@@ -12,12 +12,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from typing import TYPE_CHECKING
 
 import pytest
-
-# Tests run beside each other, and beside real runs: their devices are those of nobody else.
-os.environ.setdefault("DRAFTSMITH_DEVICE_LOCKS", tempfile.mkdtemp(prefix="draftsmith-test-devices-"))
+from hypothesis import HealthCheck, settings
 
 from tests.testbed import target
 from tests.testbed.drafter import DrafterArtifacts, drafter_artifacts
+
+# Of properties: a few examples that are the same every time, many by HYPOTHESIS_PROFILE=thorough.
+settings.register_profile(
+    "default", max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=2000, derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+# Tests run beside each other, and beside real runs: their devices are those of nobody else.
+os.environ.setdefault("DRAFTSMITH_DEVICE_LOCKS", tempfile.mkdtemp(prefix="draftsmith-test-devices-"))
 
 if TYPE_CHECKING:  # most rooms need neither
     from draftsmith.stages.drafters.dflash.model import DFlashDrafter

@@ -81,6 +81,8 @@ def _problem(detail: Any, location: PathKey, field: str, model: type[BaseModel])
         return _unknown_field(location, model)
     if kind == "missing":
         return f"this field is required: add it to the file or pass {OVERRIDE} {field}=VALUE"
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        return _unknown_kind(detail)
     if kind in _EXPECTED:
         return f"expected {_EXPECTED[kind]}, got {short(value)}: change the value"
     message = " ".join(detail["msg"].split()).removeprefix("Value error, ").removeprefix("Assertion failed, ")
@@ -88,6 +90,15 @@ def _problem(detail: Any, location: PathKey, field: str, model: type[BaseModel])
     if message != detail["msg"] and detail["msg"].startswith("Input should be "):
         return f"expected {message}, got {short(value)}: change the value"
     return message
+
+
+def _unknown_kind(detail: Any) -> str:
+    """Of a section that comes in several kinds."""
+    named, value = str(detail["ctx"]["discriminator"]).strip("'"), detail.get("input")
+    choices = detail["ctx"].get("expected_tags", "")
+    if isinstance(value, dict) and named in value:
+        return f"{named} is {short(value[named])}: use one of {choices}"
+    return f"a field {named} is needed here, which says how the others are read: add it"
 
 
 def _unknown_field(location: PathKey, model: type[BaseModel]) -> str:

@@ -104,7 +104,10 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise DraftsmithError(f"{path}: cannot read the config: {reason}") from None
-    data = _unshared(_parse(text, str(path)))
+    try:
+        data = _unshared(_parse(text, str(path)))
+    except RecursionError:
+        raise DraftsmithError(f"{path}: an alias stands inside what it means, or too deep: write it out") from None
     if not isinstance(data, dict):
         raise DraftsmithError(f"{path}: expected a mapping of fields such as 'name: my-run', got {short(data)}")
     return data

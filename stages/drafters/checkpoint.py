@@ -46,6 +46,7 @@ def architecture_of(folder: Path) -> Architecture:
     """By the name in a checkpoint's config.json. Raises DraftsmithError if it is none that is known."""
     raw = layout.read_raw_config(folder)
     names = raw.get("architectures") or []
+    names = names if isinstance(names, list) else [names]
     for architecture in ARCHITECTURES.values():
         if architecture.ARCHITECTURE in names:
             return architecture
@@ -159,7 +160,7 @@ def read_info(folder: Path) -> DrafterInfo:
         raw = json.loads(path.read_text())
         raw.pop("digest", None)
         return DrafterInfo(**{**raw, "parents": tuple(raw.get("parents", ()))})
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DraftsmithError(
             f"drafter {path}: cannot be read ({error}); remove it to use the checkpoint without its record"
         ) from error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,34 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _PARTIAL = "partial_rotary_factor"
 
 
+@contextmanager
+def config_errors(where: str) -> Iterator[None]:
+    """Values of a kind that the reader does not expect become one clear error."""
+    try:
+        yield
+    except DraftsmithError:
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DraftsmithError(
+            f"drafter {where}: a field is not what it should be ({reason[:200]}); export the checkpoint again"
+        ) from error
+
+
 def read_raw_config(folder: Path) -> dict[str, Any]:
     """config.json as it is, rotary settings under `rope_parameters`. Raises DraftsmithError if it is no JSON object."""
     path = folder / CONFIG_FILE
     try:
         raw = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DraftsmithError(f"drafter {path}: cannot be read ({error}); give the folder of a drafter") from error
     if not isinstance(raw, dict):
         raise DraftsmithError(f"drafter {path}: is not a JSON object; give the folder of a drafter")
-    if "rope_parameters" not in raw and "rope_theta" in raw:
-        scaling = raw.pop("rope_scaling", None) or {}
-        scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type", "default")
-        raw["rope_parameters"] = {**scaling, "rope_theta": raw["rope_theta"]}
+    with config_errors(str(path)):
+        if "rope_parameters" not in raw and "rope_theta" in raw:
+            scaling = raw.pop("rope_scaling", None) or {}
+            scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type", "default")
+            raw["rope_parameters"] = {**scaling, "rope_theta": raw["rope_theta"]}
     return raw
 
 
@@ -101,6 +117,23 @@ def refuse_other_models(path: Path, fields: Mapping[str, Any], computed: Mapping
                 f"drafter {path}: {within}{name} is {json.dumps(value)[:60]}: to an engine that is another model than "
                 f"the one computed here ({json.dumps(neutral)}); give a drafter without it"
             )
+
+
+def is_integer(value: Any) -> bool:
+    """An integer, and no truth value."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_block(value: Any) -> bool:
+    """A number of tokens that a block may have: the anchor and a proposal at least."""
+    return is_integer(value) and value >= 2
+
+
+def require_kinds(path: Path, checks: Iterable[tuple[str, Any, bool]]) -> None:
+    """checks: (field, value, whether it is of the kind that it should be). Raises DraftsmithError at the first not."""
+    for field, value, right in checks:
+        if not right:
+            raise DraftsmithError(f"drafter {path}: {field} is {value!r}; export the checkpoint again")
 
 
 def check_layer_ids(where: str, ids: Sequence[int], layers: int, *, ask_for: str) -> None:

@@ -119,7 +119,7 @@ def weight_files(folder: Path) -> list[Path]:
             raise DraftsmithError(
                 f"{index}: not a safetensors index ({error}): copy or download the model again"
             ) from error
-        if outside := [name for name in names if Path(name).name != name]:
+        if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
             raise DraftsmithError(
                 f"{index}: names {outside[0]!r}, which is no file of this folder: copy or download the model again"
             )

@@ -108,6 +108,11 @@ def description(config: Qwen3Config, tokenizer: Callable[[], Any]) -> str:
 
 def read_config(folder: Path) -> Qwen3Config:
     """config.json of a checkpoint, with what engines would guess made explicit or refused."""
+    with layout.config_errors(str(folder / layout.CONFIG_FILE)):
+        return _read_config(folder)
+
+
+def _read_config(folder: Path) -> Qwen3Config:
     path, raw = folder / layout.CONFIG_FILE, layout.read_raw_config(folder)
     dflash = raw.get("dflash_config") or {}
     for name in raw.get("architectures") or []:
@@ -132,6 +137,15 @@ def read_config(folder: Path) -> Qwen3Config:
             ("rope_parameters.rope_theta", (raw.get("rope_parameters") or {}).get("rope_theta")),
         ],
     )
+    ids, mask_id = dflash["target_layer_ids"], dflash["mask_token_id"]
+    layout.require_kinds(
+        path,
+        [
+            ("block_size", block_size, layout.is_block(block_size)),
+            ("dflash_config.target_layer_ids", ids, isinstance(ids, list) and all(map(layout.is_integer, ids))),
+            ("dflash_config.mask_token_id", mask_id, layout.is_integer(mask_id)),
+        ],
+    )
     layout.refuse_partial_rotation(path, raw)
     if sliding := {kind for kind in raw.get("layer_types") or () if kind != "full_attention"}:
         raise DraftsmithError(f"drafter {path}: layer_types has {min(sliding)}; only full_attention is supported")
@@ -141,6 +155,11 @@ def read_config(folder: Path) -> Qwen3Config:
 
 def check_fits(drafter: Qwen3Config, target: Any, where: str) -> None:
     """Refuse a drafter made for a target of another shape. Configs only, no weights."""
+    with layout.config_errors(where):
+        _check_fits(drafter, target, where)
+
+
+def _check_fits(drafter: Qwen3Config, target: Any, where: str) -> None:
     layers = target.num_hidden_layers
     layout.check_equal(
         where,

@@ -99,6 +99,11 @@ def read_config(folder: Path) -> LlamaConfig:
     A checkpoint without layer ids means SGLang's own choice; that needs the target's depth, so the ids are filled in
     by `check_fits`.
     """
+    with layout.config_errors(str(folder / layout.CONFIG_FILE)):
+        return _read_config(folder)
+
+
+def _read_config(folder: Path) -> LlamaConfig:
     path, raw = folder / layout.CONFIG_FILE, layout.read_raw_config(folder)
     if raw.get("num_hidden_layers", 1) != 1:
         raise DraftsmithError(
@@ -129,23 +134,20 @@ def read_config(folder: Path) -> LlamaConfig:
         "eagle_config": {_LAYER_IDS: None, **eagle},
     }
     ids = raw["eagle_config"][_LAYER_IDS]
-    for field, value, right in (
-        ("block_size", raw["block_size"], _is_count(raw["block_size"])),
-        ("draft_vocab_size", raw["draft_vocab_size"], _is_count(raw["draft_vocab_size"])),
-        (f"eagle_config.{_LAYER_IDS}", ids, ids is None or (isinstance(ids, list) and all(map(_is_integer, ids)))),
-    ):
-        if not right:
-            raise DraftsmithError(f"drafter {path}: {field} is {value!r}; export the checkpoint again")
+    layout.require_kinds(
+        path,
+        [
+            ("block_size", raw["block_size"], layout.is_block(raw["block_size"])),
+            ("draft_vocab_size", raw["draft_vocab_size"], layout.is_block(raw["draft_vocab_size"])),
+            (
+                f"eagle_config.{_LAYER_IDS}",
+                ids,
+                ids is None or (isinstance(ids, list) and all(map(layout.is_integer, ids))),
+            ),
+        ],
+    )
     config: LlamaConfig = layout.parse_config(raw, LlamaConfig, ARCHITECTURE, path)
     return config
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return _is_integer(value) and value >= 2
 
 
 def check_fits(drafter: LlamaConfig, target: Any, where: str) -> None:
@@ -153,6 +155,11 @@ def check_fits(drafter: LlamaConfig, target: Any, where: str) -> None:
 
     Rotary settings may differ from the target's: the drafter has its own, and engines read them from its config.
     """
+    with layout.config_errors(where):
+        _check_fits(drafter, target, where)
+
+
+def _check_fits(drafter: LlamaConfig, target: Any, where: str) -> None:
     layers = target.num_hidden_layers
     eagle = drafter.eagle_config
     if eagle[_LAYER_IDS] is None:

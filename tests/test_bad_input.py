@@ -1,0 +1,362 @@
+"""Bad input of every kind, in one table: one clear line, exit code 2, before long work, and nothing is lost.
+
+Every case is a refresh's config with a change, files beside it, or a home that is not as it should be; the command runs
+in this process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from draftsmith.artifacts import file_system
+from draftsmith.artifacts.manifest import MANIFEST
+from draftsmith.artifacts.store import Claim, Store
+from draftsmith.flows.cli import main
+
+KEY = "ab" * 32
+SECRET = "Zk9-marker-7Qx"
+PLAN = ("run", "{config}", "--plan")
+SHOW = ("show", "sft", "--verify")
+RUN = ("run", "{config}")
+CHECK = ("check", "{config}")
+SGLANG = {"kind": "sglang", "urls": ["http://127.0.0.1:9"]}
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A kind of bad input. In texts, {here} is the folder of the test."""
+
+    said: str
+    change: Mapping[str, Any] = field(default_factory=dict)  # dotted field -> value; None: removed
+    text: str | bytes | None = None  # of the config file, in place of the changed one
+    arguments: tuple[str, ...] = PLAN
+    prepare: Callable[[Path], object] = lambda _here: None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def write(name: str, content: str | bytes) -> Callable[[Path], object]:
+    def prepare(here: Path) -> None:
+        path = here / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return prepare
+
+
+def source(path: str) -> dict[str, Any]:
+    return {"prompts.sources": [{"kind": "jsonl", "path": path}]}
+
+
+def logs(**fields: Any) -> dict[str, Any]:
+    return {"logs": {"temperature": 0, "paths": ["{here}/rows.jsonl"], **fields}}
+
+
+def model(config: Any = None, **files: str | bytes) -> Callable[[Path], object]:
+    """The folder `broken` with a model's config.json and other files."""
+
+    def prepare(here: Path) -> None:
+        (here / "broken").mkdir()
+        if config is not None:
+            text = config if isinstance(config, str) else json.dumps(config)
+            (here / "broken" / "config.json").write_text(text)
+        for name, content in files.items():
+            write(f"broken/{name.replace('__', '.')}", content)(here)
+
+    return prepare
+
+
+def damaged(how: Callable[[Path], object]) -> Callable[[Path], object]:
+    """An artifact of the stage `sft` in the store, then damaged."""
+
+    def prepare(here: Path) -> None:
+        store = Store(here / "home" / "store")
+        with store.claim("sft", KEY) as claim:
+            assert isinstance(claim, Claim)
+            (claim.out / "data.txt").write_text("answer")
+            how(store.commit(claim, config={}, inputs={}, code_digest="c", seed=0).path)
+
+    return prepare
+
+
+def of_artifact(said: str, how: Callable[[Path], object]) -> Bad:
+    return Bad(said, arguments=SHOW, prepare=damaged(how))
+
+
+def edited_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    def edit(folder: Path) -> None:
+        data = json.loads((folder / MANIFEST).read_text())
+        change(data)
+        (folder / MANIFEST).write_text(json.dumps(data))
+
+    return damaged(edit)
+
+
+BROKEN = {"target.source": "{here}/broken"}
+FAKE = {"model__safetensors": struct.pack("<Q", 2) + b"{}"}  # no tensors
+INDEX = "model__safetensors__index__json"
+HEADER = json.dumps({"w": {"dtype": "F32", "shape": [100], "data_offsets": [0, 400]}}).encode()
+
+
+def shard(name: Any) -> Callable[[Path], object]:
+    return model({}, **{INDEX: json.dumps({"weight_map": {"a": name}})})
+
+
+CUT = struct.pack("<Q", len(HEADER)) + HEADER + b"\0" * 100
+
+CONFIG = {
+    "no file": Bad("no such config file", arguments=("run", "{here}/absent.yaml", "--plan")),
+    "a folder": Bad("cannot read the config", arguments=("run", "{here}", "--plan")),
+    "empty file": Bad("expected a mapping of fields", text=""),
+    "not UTF-8": Bad("it is not UTF-8 text", text=b"name: \xff\xfe"),
+    "binary": Bad("not valid YAML", text=b"name: \x00\x01"),
+    "a list": Bad("expected a mapping of fields", text="- name"),
+    "broken YAML": Bad("line 1, column", text="name: [a, b"),
+    "a tag that makes objects": Bad("not valid YAML", text="name: !!python/object/apply:os.system [ls]"),
+    "a field twice": Bad("field 'name' stands twice", text="name: a\nname: b"),
+    "a field that is a mapping": Bad("a field's name must be a text", text="name: a\n{b: c}: d"),
+    "an alias inside itself": Bad("alias", text="name: a\ntarget: &a\n  source: *a"),
+    "extends itself": Bad("the files extend each other", text="extends: run.yaml"),
+    "extends nothing": Bad("no such config file", text="extends: absent.yaml"),
+    "extends a number": Bad("extends: expected the name of a YAML file", text="extends: 3"),
+    "unknown kind": Bad("use experiment or architectures", {"kind": "exepriment"}),
+    "unknown section": Bad("rolout: unknown field, did you mean rollout?", {"rolout": {}}),
+    "unknown field": Bad("did you mean sft.steps?", {"sft.stesp": 3}),
+    "section missing": Bad("target: this field is required", {"target": None}),
+    "wrong type": Bad("sft.steps: expected an integer, got 'many'", {"sft.steps": "many"}),
+    "out of range": Bad("sft.steps", {"sft.steps": -1}),
+    "not a finite number": Bad("sft.learning_rate", {"sft.learning_rate": float("nan")}),
+    "a number too large": Bad("sft.steps", {"sft.steps": float("inf")}),
+    "unknown choice": Bad("target.dtype", {"target.dtype": "float8"}),
+    "no name": Bad("name", {"name": ""}),
+    "name of the line": Bad("registry.name", {"registry": {"name": "../../etc"}}),
+    "two kinds of hook": Bad("give command or url", {"on_promote": {"url": "http://h", "command": ["a"]}}),
+    "a limit of no node": Bad("no such node", {"stages": {"time_limits": {"oops": 3}}}),
+    "a line without validation": Bad("add validation", {"registry": {"name": "a"}, "heldout": {"splits": ["heldout"]}}),
+    "too few prompts": Bad("iterations need", {"refresh": {"iterations": 9}, "assisted": {"prompts": 64}}),
+    "--set without a value": Bad("expected FIELD=VALUE", arguments=(*PLAN, "--set", "sft.steps")),
+    "--set of an unknown field": Bad("--set sft.stesp: unknown", arguments=(*PLAN, "--set", "sft.stesp=1")),
+    "--set in a list": Bad("use an index from 0", arguments=(*PLAN, "--set", "prompts.sources.7.path=x")),
+    "--set of broken YAML": Bad("not valid YAML", arguments=(*PLAN, "--set", "sft={")),
+    "--force of no node": Bad("--force oops: no such node", arguments=(*PLAN, "--force", "oops")),
+    "no such node": Bad("no node 'oops'", arguments=("stage", "oops", "{config}")),
+}
+SECRETS = {
+    "a password in an address": Bad("on_promote.url: it holds", {"on_promote": {"url": f"http://u:{SECRET}@h"}}),
+    "a token in an address": Bad("logs.paths.0", {"logs": {"paths": [f"https://h/a.jsonl?token={SECRET}"]}}),
+    "a key of a bucket": Bad(
+        "prompts.sources.0.path", {"prompts.sources": [{"kind": "jsonl", "path": f"s3://k:{SECRET}@b/x.jsonl"}]}
+    ),
+    "an option called as secrets are": Bad("api-key", {"rollout.engine": {"launch": {"options": {"api-key": SECRET}}}}),
+    "a variable called as secrets are": Bad(
+        "MY_PASSWORD", {"rollout.engine": {"launch": {"environment": {"MY_PASSWORD": SECRET}}}}
+    ),
+    "a number as a password": Bad("password", {"rollout.engine": {"launch": {"options": {"x-password": 12345678}}}}),
+    "a command with a password": Bad(
+        "on_promote.command.1", {"on_promote": {"command": ["a", f"--password={SECRET}"]}}
+    ),
+    "a known kind of key": Bad("name: it holds", {"name": "hf_" + "a1B2" * 8}),
+    "a secret by --set": Bad("on_promote.url", arguments=(*PLAN, "--set", f"on_promote.url=http://u:{SECRET}@h")),
+    "a secret in an unknown field": Bad("api_key", {"api_key": SECRET}),
+    "an address of diagnose": Bad(
+        "--api-key-env",
+        arguments=("diagnose", "{config}", "--url", f"http://u:{SECRET}@h:1", "--drafter", "{here}"),
+    ),
+}
+SERVER = {
+    "no scheme": Bad("write http://gpu1:30000", {"rollout.engine": {"kind": "sglang", "urls": ["gpu1:30000"]}}),
+    "neither urls nor launch": Bad("give urls", {"rollout.engine": {"kind": "sglang"}}),
+    "launch without python": Bad("python: needed to launch", {"rollout.engine": {"kind": "sglang", "launch": {}}}),
+    "a host smuggled in": Bad(
+        "would read it as --host",
+        {"rollout.engine": {"kind": "sglang", "python": "p", "launch": {"options": {"hos": "0.0.0.0"}}}},
+    ),
+    "a key that is not set": Bad(
+        "the variable MY_ABSENT_KEY is not set",
+        {"rollout.engine": {**SGLANG, "api_key_env": "MY_ABSENT_KEY"}},
+        arguments=CHECK,
+    ),
+    "a key in place of its name": Bad("not the key itself", {"rollout.engine": {**SGLANG, "api_key_env": "a b-c"}}),
+    "no interpreter": Bad(
+        "absent/python does not exist",
+        {"rollout.engine": {"kind": "sglang", "python": "{here}/absent/python", "launch": {}}},
+        arguments=CHECK,
+    ),
+    "an interpreter without SGLang": Bad(
+        "is not a Python that runs",
+        {"rollout.engine": {"kind": "sglang", "python": "/bin/false", "launch": {}}},
+        arguments=CHECK,
+    ),
+}
+CHECKPOINT = {
+    "no model": Bad("does not exist", {"target.source": "./absent"}),
+    "a file as a model": Bad("is a file", {"target.source": "{here}/run.yaml"}),
+    "no config.json": Bad("has no config.json", BROKEN, prepare=model()),
+    "no weights": Bad("no model.safetensors", BROKEN, prepare=model({})),
+    "pickled weights": Bad("the weights are pickled", BROKEN, prepare=model({}, pytorch_model__bin=b"x")),
+    "an index that is no JSON": Bad("not a safetensors index", BROKEN, prepare=model({}, **{INDEX: "["})),
+    "an index of no mapping": Bad("not a safetensors index", BROKEN, prepare=model({}, **{INDEX: '{"weight_map": 3}'})),
+    "an index of numbers": Bad("no file of this folder", BROKEN, prepare=shard(3)),
+    "missing shards": Bad("1 of 1 weight files are missing", BROKEN, prepare=shard("b")),
+    "a shard elsewhere": Bad("no file of this folder", BROKEN, prepare=shard("../b")),
+    "no such GGUF file": Bad("give the path of an existing .gguf", {"target.source": "{here}/absent.gguf"}),
+    "a revision of a file": Bad("revision is for", {"target": {"source": "a.gguf", "revision": "main"}}),
+    "no such package": Bad("is not installed", {"target.source": "package:absent_model"}),
+    "a package that is no name": Bad("is not installed", {"target.source": "package:../../x"}),
+    "config.json is no JSON": Bad("not JSON", BROKEN, arguments=CHECK, prepare=model("{", **FAKE)),
+    "config.json is a list": Bad("not a JSON object", BROKEN, arguments=CHECK, prepare=model([], **FAKE)),
+    "a drafter as the target": Bad(
+        "is a drafter", BROKEN, arguments=CHECK,
+        prepare=model({"architectures": ["DFlashDraftModel"]}, **FAKE),
+    ),
+    "a model with code of its own": Bad(
+        "bring their own code are not run", BROKEN, arguments=CHECK,
+        prepare=model({"architectures": ["Own"], "auto_map": {"A": "b.C"}}, **FAKE),
+    ),
+    "weights that are cut off": Bad(
+        "truncated or damaged", BROKEN, arguments=CHECK,
+        prepare=model({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, model__safetensors=CUT),
+    ),
+}  # fmt: skip
+DATA = {
+    "no prompts": Bad("is not an existing file", source("{here}/absent.jsonl")),
+    "a pattern of nothing": Bad("matches no file", source("{here}/*.jsonl.gz")),
+    "a folder without rows": Bad(
+        "has no file of rows",
+        source("{here}/none"),
+        prepare=write("none/readme.txt", "x"),
+    ),
+    "no such protocol": Bad("nope://b/x", source("nope://b/x.jsonl"), arguments=CHECK),
+    "no logs": Bad("is not an existing file", logs(paths=["{here}/absent.jsonl"])),
+    "logs since nonsense": Bad("logs.since", logs(since="soon")),
+    "logs since the last, without a line": Bad("needs section registry", logs(since="last")),
+    "an unknown kind of source": Bad("kind is 'csv': use one of", {"prompts.sources": [{"kind": "csv", "path": "a"}]}),
+    "a source without its kind": Bad("a field kind is needed", {"prompts.sources": [{"path": "{here}/rows.jsonl"}]}),
+    "no sources": Bad("prompts.sources", {"prompts.sources": []}),
+}
+DISK = {
+    "the home is a file": Bad("preparing", arguments=RUN, prepare=write("home", "x")),
+    "the disk is full": Bad("min_free_gb", {"stages": {"min_free_gb": 1e9}}, arguments=RUN),
+    "the home is on a network": Bad("file system (nfs4", arguments=RUN, prepare=write("nfs", "")),
+    "no database": Bad(
+        "MLFLOW_TRACKING_URI", arguments=("stage", "target", "{config}"), environment={"MLFLOW_TRACKING_URI": "nope://x"}
+    ),
+    "no such artifact": Bad("no artifact matches", arguments=("show", "absent")),
+    "a damaged manifest": of_artifact("no artifact matches", lambda folder: (folder / MANIFEST).write_text("{")),
+    "a file of it is missing": of_artifact("is missing", lambda folder: (folder / "data.txt").unlink()),
+    "a bit flipped": of_artifact("has changed", lambda folder: (folder / "data.txt").write_text("answeR")),
+    "a file too many": of_artifact("is not part", lambda folder: (folder / "more.txt").write_text("x")),
+    "a link in it": of_artifact("regular files only", lambda folder: (folder / "l").symlink_to("/etc/passwd")),
+    "a manifest that leads elsewhere": Bad(
+        "no artifact matches", arguments=SHOW,
+        prepare=edited_manifest(lambda data: data["files"].update({"../../x": data["files"]["data.txt"]})),
+    ),
+    "a manifest of the future": Bad(
+        "no artifact matches", arguments=SHOW, prepare=edited_manifest(lambda data: data.update(schema_version=99))
+    ),
+    "no such line": Bad("no refresh has registered", arguments=("champions", "absent")),
+    "no such version": Bad("has no version 3", arguments=("promote", "absent@3")),
+}  # fmt: skip
+TABLES = {"config": CONFIG, "secret": SECRETS, "server": SERVER, "checkpoint": CHECKPOINT, "data": DATA, "disk": DISK}
+CASES = {f"{table}: {name}": bad for table, cases in TABLES.items() for name, bad in cases.items()}
+
+
+def base() -> dict[str, Any]:
+    """A refresh that would run."""
+    sampling = {"max_new_tokens": 8}
+    return {
+        "name": "bad",
+        "target": {"source": "{here}/model", "dtype": "float32"},
+        "prompts": {
+            "sources": [{"kind": "jsonl", "path": "{here}/rows.jsonl"}],
+            "train": 16,
+            "heldout": 4,
+            "validation": 2,
+            "max_prompt_tokens": 64,
+        },
+        "rollout": {"prompts": 8, "sampling": sampling},
+        "sft": {"drafter": {"num_layers": 1, "block_size": 6, "target_layer_ids": [0, 2]}},
+        "assisted": {"skip": 8, "sampling": sampling},
+        "heldout": {"splits": ["validation", "heldout"], "sampling": sampling},
+        "stages": {"min_free_gb": 0.01},
+    }
+
+
+def changed(config: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    for name, value in change.items():
+        *sections, last = name.split(".")
+        section = config
+        for each in sections:
+            section = section[each]
+        if value is None:
+            del section[last]
+        elif isinstance(value, dict) and isinstance(section.get(last), dict):
+            section[last] |= value
+        else:
+            section[last] = value
+    return config
+
+
+def filled(value: Any, here: Path) -> Any:
+    """With the folder in place of {here}."""
+    if isinstance(value, str):
+        return value.replace("{here}", str(here))
+    if isinstance(value, list | tuple):
+        return [filled(each, here) for each in value]
+    return {name: filled(each, here) for name, each in value.items()} if isinstance(value, dict) else value
+
+
+def tree(home: Path) -> dict[str, int]:
+    """What artifacts the home holds; its databases and locks aside."""
+    return {str(path): path.stat().st_mtime_ns for path in home.rglob("store/**/*") if ".lock-" not in path.name}
+
+
+def test_there_are_many_kinds() -> None:
+    assert len(CASES) >= 40
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_one_line_and_exit_code_2(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = CASES[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for variable in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in bad.environment.items():
+        monkeypatch.setenv(variable, value)
+    write("rows.jsonl", '{"prompt": "How much is 7 times 8?"}\n')(tmp_path)
+    write("model/config.json", "{}")(tmp_path)
+    write("model/model.safetensors", "x")(tmp_path)
+    bad.prepare(tmp_path)
+    if (tmp_path / "nfs").exists():
+        write("mounts", f"server:/x {tmp_path}/home nfs4 rw 0 0\n")(tmp_path)
+        monkeypatch.setattr(file_system, "MOUNTS", tmp_path / "mounts")
+    config = tmp_path / "run.yaml"
+    text = yaml.safe_dump(filled(changed(base(), bad.change), tmp_path)) if bad.text is None else bad.text
+    config.write_bytes(text if isinstance(text, bytes) else text.encode())
+    before = tree(tmp_path / "home")
+    before_variables = dict(os.environ)
+
+    code = main([filled(each, tmp_path).replace("{config}", str(config)) for each in bad.arguments])
+
+    out, err = capsys.readouterr()
+    for variable in set(os.environ) - set(before_variables):  # what Prefect is told about its home
+        monkeypatch.delenv(variable)
+    last = err.splitlines()[-1]
+    assert code == 2, (out, err)
+    assert last.startswith("draftsmith: error: ") and "Traceback" not in out + err and "unexpected" not in last
+    assert filled(bad.said, tmp_path) in " ".join((out + err).split()), (out, err)
+    assert SECRET not in out + err
+    assert len([line for line in err.splitlines() if "error" in line]) == 1
+    assert tree(tmp_path / "home") == before

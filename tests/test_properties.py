@@ -1,0 +1,168 @@
+"""Whatever a file holds, reading it gives a value or one of our errors of one line: never a traceback.
+
+Few examples by default; `HYPOTHESIS_PROFILE=thorough` tries many (`tests/conftest.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.manifest import MANIFEST, read_manifest
+from draftsmith.artifacts.redaction import redacted, secrets_of
+from draftsmith.artifacts.store import Claim, Store
+from draftsmith.flows.pipeline.config_file import read_config
+from draftsmith.flows.refresh.config import RefreshConfig
+from draftsmith.stages.prompting.files import BadRow, read_rows
+from draftsmith.stages.prompting.logged import LoggedRow, logged_ids, logged_text
+from draftsmith.stages.prompting.rows import row_messages
+from draftsmith.stages.prompting.times import row_time
+from tests.test_bad_input import base
+
+TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), TEXT)
+JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3))
+FIELDS = st.sampled_from(["messages", "conversations", "prompt", "completion", "temperature", "time", "finish_reason"])
+TURN = st.dictionaries(st.sampled_from(["role", "content", "from", "value", "type", "text"]), JSON, max_size=4)
+IDS = st.lists(st.one_of(st.integers(-3, 2**40), JSON), max_size=4)
+ROW = st.dictionaries(
+    st.one_of(FIELDS, st.sampled_from(["prompt_token_ids", "completion_token_ids"]), TEXT),
+    st.one_of(JSON, st.lists(TURN, max_size=3), IDS, st.sampled_from(["user", "assistant", "stop"])),
+    max_size=6,
+)
+
+
+@contextmanager
+def ours() -> Iterator[None]:
+    """Nothing but our own error, in one line, may come out."""
+    try:
+        yield
+    except DraftsmithError as error:
+        assert str(error) and "\n" not in str(error).strip()
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every value in a nested one."""
+    yield path
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places(value[key], (*path, key))
+
+
+def replaced(document: Any, path: tuple[Any, ...], value: Any) -> Any:
+    if not path:
+        return value
+    changed = copy.deepcopy(document)
+    inner = changed
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return changed
+
+
+def changed(document: Any) -> st.SearchStrategy[Any]:
+    """The document with other values in one or two places."""
+    one = st.builds(lambda path, value: (path, value), st.sampled_from(sorted(places(document), key=str)), JSON)
+    return one.map(lambda change: replaced(document, *change))
+
+
+def with_file(name: str, content: bytes, read: Callable[[Path], object]) -> None:
+    with tempfile.TemporaryDirectory() as folder, ours():
+        (Path(folder) / name).write_bytes(content)
+        read(Path(folder) / name)
+
+
+@given(st.one_of(st.binary(max_size=60), TEXT.map(str.encode)))
+def test_any_bytes_as_a_config(content: bytes) -> None:
+    with_file("run.yaml", content, lambda path: read_config(path, [], RefreshConfig))
+
+
+@given(changed(base()))
+def test_any_value_in_a_config(config: Any) -> None:
+    text = yaml.safe_dump(config, allow_unicode=True).encode()
+    with_file("run.yaml", text, lambda path: read_config(path, [], RefreshConfig))
+
+
+@given(st.lists(st.one_of(TEXT, st.builds("{}={}".format, st.sampled_from(["sft.steps", "a.b", "name"]), TEXT))))
+def test_any_override(overrides: list[str]) -> None:
+    with_file("run.yaml", yaml.safe_dump(base()).encode(), lambda path: read_config(path, overrides, RefreshConfig))
+
+
+@given(JSON)
+def test_a_config_without_secrets_has_none_after_masking(config: Any) -> None:
+    for place, why in secrets_of(config):
+        assert isinstance(place, str) and why
+    text = json.dumps(config)
+    assert redacted(redacted(text)) == redacted(text)
+
+
+@given(st.lists(st.one_of(ROW.map(lambda row: json.dumps(row).encode()), st.binary(max_size=30)), max_size=5))
+def test_any_lines_as_rows(lines: list[bytes]) -> None:
+    def read(path: Path) -> None:
+        for row in read_rows([str(path)]):
+            assert isinstance(row, BadRow) or isinstance(row.fields, dict)
+
+    with_file("rows.jsonl", b"\n".join(lines), read)
+
+
+@given(st.sampled_from([".jsonl.gz", ".jsonl.zst", ".parquet"]), st.binary(max_size=80))
+def test_any_bytes_as_a_compressed_file(suffix: str, content: bytes) -> None:
+    with_file(f"rows{suffix}", content, lambda path: list(read_rows([str(path)])))
+
+
+@given(ROW, st.one_of(st.none(), FIELDS))
+def test_any_prompt_row(row: dict[str, Any], name: str | None) -> None:
+    with ours():
+        assert row_messages(row, name, "rows.jsonl, row 1")
+
+
+@given(ROW)
+def test_any_log_row(fields: dict[str, Any]) -> None:
+    row = LoggedRow("rows.jsonl", 1, fields)
+    with ours():
+        assert row.temperature is None or row.temperature >= 0
+    with ours():
+        row_time(fields, "time")
+    with ours():
+        ids = logged_ids(row)
+        assert ids is None or all(isinstance(each, int) for part in ids for each in part)
+    with ours():
+        logged_text(row)
+
+
+def manifest() -> Any:
+    with tempfile.TemporaryDirectory() as folder, Store(Path(folder)).claim("sft", "ab" * 32) as claim:
+        assert isinstance(claim, Claim)
+        (claim.out / "data.txt").write_text("x")
+        ref = Store(Path(folder)).commit(claim, config={"a": 1}, inputs={}, code_digest="c", seed=0)
+        return json.loads((ref.path / MANIFEST).read_text())
+
+
+MADE = manifest()
+
+
+@given(st.one_of(changed(MADE).map(lambda data: json.dumps(data).encode()), st.binary(max_size=40)))
+def test_any_manifest(content: bytes) -> None:
+    with_file(MANIFEST, content, lambda path: read_manifest(path.parent))
+
+
+@given(st.text(alphabet="./ab\0\\", min_size=1, max_size=12))
+def test_no_file_of_a_manifest_leads_out_of_its_folder(name: str) -> None:
+    data = {**MADE, "files": {name: MADE["files"]["data.txt"]}}
+    data.pop("checksum", None)
+
+    def read(path: Path) -> None:
+        for file in read_manifest(path.parent).files:
+            assert (path.parent / file).resolve().is_relative_to(path.parent.resolve())
+
+    with_file(MANIFEST, json.dumps(data).encode(), read)
