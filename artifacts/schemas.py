@@ -138,6 +138,7 @@ REQUESTS = _table(  # what evaluation decoded
 TURNS = _table(  # how long evaluation took: an arm decodes all prompts of a setting, timed as a whole
     "turns",
     2,
+    nullable=("load_average", "others_share", "stolen_share", "cpu_mhz", "gpu_mhz"),
     round=pa.int32(),  # in which all arms had their turn
     order=pa.int32(),  # place of the arm's turn in its round, from 0
     arm=pa.string(),
@@ -151,7 +152,7 @@ TURNS = _table(  # how long evaluation took: an arm decodes all prompts of a set
     draft_seconds=pa.float64(),  # 0 where the engine does not say
     verify_seconds=pa.float64(),
     verify_steps=pa.int64(),  # 0 = plain decoding
-    load_average=pa.float64(),  # the machine meanwhile, NaN where it does not say: processes that run or wait
+    load_average=pa.float64(),  # the machine meanwhile, null where it does not say: processes that run or wait
     others_share=pa.float64(),  # of the CPU time of all cores, taken by processes that are not ours
     stolen_share=pa.float64(),  # of the same, given to others by the host of a virtual machine
     cpu_mhz=pa.float64(),  # the fastest core, at the end

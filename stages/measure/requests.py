@@ -93,7 +93,7 @@ def turn_of(
         "draft_seconds": sum(answer.draft_seconds for answer in answers),
         "verify_seconds": sum(answer.verify_seconds for answer in answers),
         "verify_steps": sum(answer.verify_steps for answer in answers),
-        **asdict(load),
+        **{name: None if np.isnan(value) else value for name, value in asdict(load).items()},
     }
 
 
