@@ -36,7 +36,8 @@ def assert_gone(pid: int) -> None:
 
 def pid_in(path: Path) -> int:
     """The process id that a process is about to write to the file."""
-    wait_until(lambda: path.exists() and path.read_text() != "", f"process id in {path}")
+    # a refresh on a new home starts two databases: 10 s, a minute on a machine with seven times its load
+    wait_until(lambda: path.exists() and path.read_text() != "", f"process id in {path}", limit_s=180)
     return int(path.read_text())
 
 

@@ -239,7 +239,9 @@ def test_a_run_that_is_cancelled_in_prefect_lets_its_stage_save(tmp_path: Path) 
 
 def wait_for_saved(home: Path) -> int:
     pattern = "store/collect/.partial-*/work/saved.json"
-    wait_until(lambda: any(path.stat().st_size > 8 for path in home.glob(pattern)), "some numbers are saved")
+    wait_until(
+        lambda: any(path.stat().st_size > 8 for path in home.glob(pattern)), "some numbers are saved", limit_s=180
+    )
     return 3
 
 
