@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import time
 from pathlib import Path
 
@@ -21,6 +23,7 @@ class CollectConfig(Config):
     worker: Path | None = None  # start a grandchild that writes its process id here
     note_start: Path | None = None  # one line a start is added here
     seconds_to_save: float = 0.0  # that it takes when it is asked to stop
+    tells: str | None = None  # a variable of the environment that is told in a log, a library's log and an error
 
 
 def run(context: StageContext, config: CollectConfig) -> None:
@@ -31,6 +34,8 @@ def run(context: StageContext, config: CollectConfig) -> None:
         _start_worker(config.worker)
     if config.lose_engine_until is not None:
         _lose_engine(config.lose_engine_until)
+    if config.tells is not None:
+        _tell(context, os.environ[config.tells])
     saved = context.work / "saved.json"
     numbers: list[int] = json.loads(saved.read_text()) if saved.exists() else []
     context.log(f"going on from {len(numbers)}")
@@ -56,6 +61,19 @@ def _lose_engine(count_file: Path) -> None:
     if lost < 2:
         count_file.write_text(str(lost + 1))
         raise RetryableError("the engine went away: start it again")
+
+
+def _tell(context: StageContext, secret: str) -> None:
+    """As libraries do with addresses; once in an error that is tried again."""
+    context.log(f"asking {secret}")
+    logging.getLogger("a library").warning("GET %s", secret)
+    told = context.work / "told"
+    if not told.exists():
+        told.touch()
+        try:
+            raise ValueError(f"no answer of {secret}")
+        except ValueError as error:
+            raise RetryableError(f"{secret} went away: start it again") from error
 
 
 def _start_worker(pid_file: Path) -> None:

@@ -1,0 +1,35 @@
+"""Secrets of the environment are in nothing that a refresh leaves behind or shows: the real command and servers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.flows.pipeline.processes import run_toy
+from tests.flows.pipeline.toy import write_config
+
+MARKER = "Zk9xMarker7Qw"
+VARIABLES = {
+    "PLACE": f"http://anna:{MARKER}1@127.0.0.1:9/x?token={MARKER}2&a=1 by {MARKER}3",  # a name that tells nothing
+    "MY_SERVICE_TOKEN": f"{MARKER}3",
+    "HF_TOKEN": f"hf_{MARKER}4",
+    "MLFLOW_TRACKING_PASSWORD": f"{MARKER}5",
+}
+
+
+@pytest.mark.integration
+def test_a_refresh_leaves_no_secret_behind(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    config = write_config(tmp_path / "toy.yaml", target={"tells": "PLACE"})
+    done = run_toy(home, "refresh", config, **VARIABLES)
+    assert done.returncode == 0, done.stderr
+    files = [path for path in home.rglob("*") if path.is_file()]
+    holding = [str(path.relative_to(home)) for path in files if MARKER.encode() in path.read_bytes()]
+    assert holding == []
+    assert MARKER not in done.stdout + done.stderr
+    names = {path.relative_to(home).parts[0] for path in files}
+    assert {"store", "logs", "mlflow.db", "prefect"} <= names
+    told = "".join(path.read_text() for path in home.glob("logs/collect-*.log"))
+    assert "GET " in told and "went away" in told and "***" in told  # it was told, and masked
+    assert b"***" in (home / "prefect" / "prefect.db").read_bytes()
