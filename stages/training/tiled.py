@@ -2,8 +2,9 @@
 
 The gradient of log q(token) with respect to a hidden state is the token's row of the head minus the expected row,
 Σ_v q_v w_v. Both that and the log-sum-exp come from one pass over tiles of the vocabulary, as attention has it with the
-head as keys and values: a tile of logits stays in the cache, and none is kept. With a second distribution the
-divergence is summed up in the same pass.
+head as keys and values: a tile of logits stays in the cache, and none is kept. Of two distributions the logits of a
+chunk of positions are kept, in the dtype of the product, until both log-sum-exps are known: then one product gives the
+gradient Σ_v (q_v - p_v) w_v, three in all.
 """
 
 from __future__ import annotations
@@ -131,27 +132,31 @@ class _ForwardKl(torch.autograd.Function):
         positions_per_chunk: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         h, t = hidden.to(weight.dtype), target_hidden.to(target_weight.dtype)
-        values = torch.empty(len(h), device=h.device)
+        values = torch.zeros(len(h), device=h.device)
         best = torch.empty(len(h), dtype=torch.long, device=h.device)
         slopes = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        for part in _chunks(h, positions_per_chunk):
+        for start in range(0, len(h), positions_per_chunk):
+            part = slice(start, start + positions_per_chunk)
             q, p = _Softmax(h[part]), _Softmax(h[part])
-            of_q, of_p = (torch.zeros(h[part].shape, device=h.device) for _ in range(2))
-            gap = torch.zeros(len(of_q), device=h.device)  # Σ exp(x_p - most) · (x_p - x_q) of the logits
+            kept = []
             for (first, rows), (_, target_rows) in zip(_tiles(weight), _tiles(target_weight), strict=True):
-                ours = (h[part] @ rows.T).float()
+                ours = h[part] @ rows.T
                 with torch.autocast(h.device.type, enabled=False):  # the training loop's is for the drafter alone
-                    theirs = (t[part] @ target_rows.T).float().div_(temperature)
-                apart = theirs - ours
-                (of_tile_q, shrunk_q), (of_tile_p, shrunk_p) = q.take(ours, first), p.take(theirs, first)
-                gap = gap * shrunk_p[:, 0] + apart.mul_(of_tile_p).sum(-1)
+                    theirs = t[part] @ target_rows.T
+                q.take(ours.to(torch.float32, copy=True), first)
+                p.take(theirs.to(torch.float32, copy=True).div_(temperature), first)
+                kept.append((rows, ours, theirs))
+            best[part], total_q, total_p = q.best, q.logsumexp[:, None], p.logsumexp[:, None]
+            slope = torch.zeros(h[part].shape, device=h.device)
+            for rows, ours, theirs in kept:
+                log_q = ours.to(torch.float32, copy=True).sub_(total_q)
+                log_p = theirs.to(torch.float32, copy=True).div_(temperature).sub_(total_p)
+                probability = log_p.exp()
+                values[part] += log_p.sub_(log_q).mul_(probability).sum(-1)
                 if slopes is not None:
-                    of_q.mul_(shrunk_q).add_(of_tile_q.to(rows.dtype) @ rows)
-                    of_p.mul_(shrunk_p).add_(of_tile_p.to(rows.dtype) @ rows)
-            values[part] = gap / p.sum - p.logsumexp + q.logsumexp
-            best[part] = q.best
+                    slope += log_q.exp_().sub_(probability).to(rows.dtype) @ rows
             if slopes is not None:
-                slopes[part] = (of_q / q.sum[:, None] - of_p / p.sum[:, None]).to(slopes.dtype)
+                slopes[part] = slope.to(slopes.dtype)
         return _known(ctx, values, best, slopes)
 
     @staticmethod
