@@ -19,8 +19,8 @@ from draftsmith.stages.targets.info import model_path, read_target_info
 
 _TIGHT, _TOO_MUCH = 0.85, 1.35  # of what is there: estimates are meant to be right within a third
 _SGLANG_FRACTION = 0.85  # of a GPU's memory that SGLang takes by itself, about
-# Loaded into the host's memory before they go to a GPU: weights, and of 16 bytes a trained parameter the 12 that a
-# checkpoint holds.
+# Loaded into the host's memory before they go to a GPU: weights, and of 16 or 18 bytes a trained parameter the 12 that
+# a checkpoint holds.
 _THROUGH_HOST = {"target": 1.0, "drafter": 1.0, "drafter with AdamW": 12 / 16}
 
 

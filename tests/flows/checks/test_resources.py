@@ -32,7 +32,9 @@ def test_beside_a_gpu_the_host_must_hold_tables_and_what_passes_through_it(monke
     found = lines(monkeypatch, estimate, (141e9,), 64e9)
     assert found.keys() == {"sft: memory", "sft: host memory"}
     assert found["sft: memory"].startswith("ok") and "141.0 GB of GPU memory" in found["sft: memory"]
-    needed = PROCESS + TABLES + ANSWER_BYTES * 1e5 + 2 * 4_022_468_096 + 12 * sizes.drafter.parameters
+    checkpoint = 0.75 * estimate.memory["drafter with AdamW"]
+    assert checkpoint >= 12 * sizes.drafter.parameters
+    needed = PROCESS + TABLES + ANSWER_BYTES * 1e5 + 2 * 4_022_468_096 + checkpoint
     assert f"ok about {needed / 1e9:.1f} GB: target 8.0 GB" in found["sft: host memory"]
     assert lines(monkeypatch, estimate, (141e9,), 8e9)["sft: host memory"].startswith("error")
 
