@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 import secrets
 import threading
 import time
@@ -37,6 +38,7 @@ EXPERIMENT = "draftsmith"
 REVIEW_FILES = (MANIFEST, "summary.json", "evaluation.json", "drafter.json", "report.html", "*.svg", "*.png")
 REVIEW_BYTES = 20_000_000  # anything larger is no review file
 _HTTP = ("http://", "https://")
+_OF_A_DATABASE = re.compile(r"\([\w.]+\.\w+Error\) ")  # (sqlite3.OperationalError) …
 FLUSH_S = 5.0  # metrics reach MLflow at most this late
 AFTER_FAILURE_S = 60.0  # until they are sent again; doubles with every further failure, up to 8 minutes
 
@@ -208,6 +210,8 @@ class Tracking:
         from mlflow import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # its import configured it again
+        if os.environ.get("DRAFTSMITH_DEBUG") != "1":  # we tell what failed, in a line and not with its traceback
+            logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)
         client = MlflowClient(uri, registry_uri=uri)
         try:
             return client, self._experiment(client)
@@ -368,4 +372,6 @@ def _is_db(uri: str) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return redacted((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]
+    """The first line; of SQLAlchemy's, which says where it was, the one that says what: the database's own."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return redacted(next(filter(_OF_A_DATABASE.match, lines), lines[0]))[:300]

@@ -278,6 +278,8 @@ def test_a_failure_during_the_work_is_one_warning_and_loses_nothing(
     warnings = [record for record in caplog.records if record.name == "draftsmith.artifacts.tracking"]
     assert len(warnings) == 1
     assert "results are kept in the store" in warnings[0].getMessage()
+    assert "no such table" in warnings[0].getMessage()
+    assert not [record for record in caplog.records if record.name.startswith("mlflow")]  # nor a traceback of its own
 
 
 def test_metrics_of_a_time_without_mlflow_are_sent_when_it_is_back(
