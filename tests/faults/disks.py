@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.faults.home import copied_into
@@ -21,11 +22,10 @@ def disk_filled(scene: Scene) -> None:
         scene.home.drop(scene.artifact)
         running = scene.start()
         scene.reach(running, (STARTING, WORKING))
-        other = _fill(scene.home.path)
-        ended = running.wait()
+        with _kept_full(scene.home.path):
+            ended = running.wait()
         if ended.code == 0 and scene.node in ended.nodes("done"):
             raise TooLate
-        other.unlink()
         scene.told(ended, [2], "disk is full")
         scene.nothing_left()
         scene.continues()
@@ -63,20 +63,28 @@ def _mount(*arguments: str) -> None:
     subprocess.run(["mount", *arguments], check=True)
 
 
-def _fill(folder: Path) -> Path:
-    """A file that takes what is left of the disk."""
-    path = folder / "of-somebody-else"
-    with path.open("wb") as file:
-        disk = os.statvfs(folder)
-        free = disk.f_bavail * disk.f_frsize
-        while free:
-            try:
-                os.posix_fallocate(file.fileno(), 0, free)
-                break
-            except OSError:  # the stage was faster
+@contextmanager
+def _kept_full(folder: Path) -> Iterator[None]:
+    """Somebody else writes to the disk whatever it takes; what he wrote is gone afterwards."""
+    path, ended = folder / "of-somebody-else", threading.Event()
+
+    def write() -> None:
+        with path.open("wb") as file:
+            while not ended.wait(0.005):
                 disk = os.statvfs(folder)
-                free = disk.f_bavail * disk.f_frsize
-    return path
+                size, free = file.seek(0, os.SEEK_END), disk.f_bavail * disk.f_frsize
+                with suppress(OSError):  # the stage was faster
+                    if free:
+                        os.posix_fallocate(file.fileno(), size, free)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        writer.join()
+        path.unlink()
 
 
 FAULTS: dict[str, Play] = {
