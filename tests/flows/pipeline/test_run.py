@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from draftsmith.artifacts.errors import EXIT_RETRYABLE
+from draftsmith.artifacts.errors import EXIT_RETRYABLE, RefusedError
 from tests.flows.pipeline.processes import assert_gone, pid_in, processes_of, run_toy, toy_command, wait_until
 from tests.flows.pipeline.toy import write_config
 
@@ -58,7 +58,9 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     begun = time.monotonic()
     told["unchanged"] = run_toy(home, "refresh", config)
     told["unchanged_s"] = time.monotonic() - begun
-    told["changed"] = run_toy(home, "refresh", config, "--set", "left.factor=3", "--from", "left")
+    told["changed"] = run_toy(
+        home, "refresh", config, "--set", "left.factor=3", "--from", "left", "--set", "verdict=refused"
+    )
     told["tasks"] = task_runs(home)
     yield told
 
@@ -103,9 +105,15 @@ def test_a_changed_field_reruns_its_node_and_its_dependants_only(story: dict[str
     assert names(story["changed"].stdout, "done in") == ["left", "total"]
 
 
+def test_a_refused_run_ends_with_its_results_and_a_code_of_its_own(story: dict[str, Any]) -> None:
+    assert story["changed"].returncode == RefusedError.exit_code
+    assert story["changed"].stderr.strip() == 'draftsmith: error: the sum is "refused"'
+    assert "4 nodes; MLflow: " in story["changed"].stdout
+
+
 def test_prefect_shows_nodes_states_and_edges(story: dict[str, Any]) -> None:
     edges = {"target": [], "left": ["target"], "right": ["target"], "total": ["left", "right"]}
-    assert flow_states(story["home"]) == ["Failed", "Completed", "Completed", "Completed"]
+    assert flow_states(story["home"]) == ["Failed", "Completed", "Completed", "Refused"]
     runs = story["tasks"][1:]
     assert [(name, before) for name, _, before in runs] == [*edges.items()] * 3
     assert [state for _, state, _ in runs[:8]] == ["Completed"] * 4 + ["Reused"] * 4
@@ -182,8 +190,10 @@ def test_a_stopped_refresh_leaves_no_process_and_continues(tmp_path: Path, numbe
         assert flow_states(home) == ["Crashed"]
         assert {status for _, status in mlflow_runs(home)} == {"KILLED"}
 
-    again = run_toy(home, "refresh", config)
+    again = run_toy(home, "refresh", config, "--until", "target")
     assert again.returncode == 0, again.stderr
+    assert names(again.stdout, "done in") == ["target"]
+    assert again.stdout.splitlines()[-1].startswith(f"target: {home}/store/collect/")
     continued = next(line for line in again.stdout.splitlines() if "going on from" in line)
     assert int(continued.split()[-1]) >= saved
     assert not any(status == "RUNNING" for _, status in mlflow_runs(home))

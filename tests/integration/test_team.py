@@ -1,0 +1,201 @@
+"""A team's servers: a schedule fires, a failed stage is retried alone, the webhook is told, the config is a form."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.flows.pipeline.processes import ROOT, wait_until
+from tests.flows.pipeline.toy import write_config
+from tests.testbed import chromium
+from tests.testbed.team import BUCKET, POOL, Team, postgres_programs, team
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(postgres_programs() is None, reason="no PostgreSQL here: apt-get install postgresql"),
+]
+LIMIT_S = 150.0
+
+
+def deploy(servers: Team, config: Path, *options: str) -> str:
+    """The deployment's id."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.flows.pipeline.toy_command", "deploy", config, "--pool", POOL, *options],
+        env=servers.environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().rpartition("/")[2]
+
+
+def start(servers: Team, deployment: str, **config: Any) -> str:
+    """The id of a new run; `config`: sections in place of the deployment's."""
+    known = servers.api(f"deployments/{deployment}")["parameters"]
+    body = {"parameters": {**known, "config": {**known["config"], **config}}}
+    return str(servers.api(f"deployments/{deployment}/create_flow_run", body)["id"])
+
+
+def state(servers: Team, run: str) -> str:
+    return str(servers.api(f"flow_runs/{run}")["state"]["name"])
+
+
+def ends(servers: Team, run: str, name: str) -> None:
+    wait_until(lambda: state(servers, run) == name, f"the run is {name}\n{servers.worker_log[-3000:]}", LIMIT_S)
+
+
+def tasks(servers: Team, run: str) -> dict[str, str]:
+    """Latest state of every stage of a run."""
+    body = {"flow_runs": {"id": {"any_": [run]}}, "sort": "EXPECTED_START_TIME_ASC"}
+    return {each["name"]: each["state"]["name"] for each in servers.api("task_runs/filter", body)}
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """A schedule of every minute whose runs the gate refuses; beside it a run that fails, is retried and promotes; at
+    last one that is killed. One team's servers for all of it."""
+    folder = tmp_path_factory.mktemp("team")
+    allow, starts = folder / "allow", folder / "starts"
+    with team(folder) as servers:
+        told: dict[str, Any] = {"servers": servers, "starts": starts}
+        slow = {"seconds_each": 0.3}
+        nightly = write_config(folder / "nightly.yaml", name="nightly", target={**slow, "count": 4}, verdict="refused")
+        by_minute = deploy(servers, nightly, "--cron", "* * * * *", "--webhook", servers.webhook)
+        noted = {"note_start": str(starts)}
+        toy = write_config(
+            folder / "toy.yaml", target={**slow, **noted}, right={"allow": str(allow), **noted}, verdict="promoted"
+        )
+        deployment = deploy(servers, toy, "--webhook", servers.webhook)
+        run = start(servers, deployment)
+        told["form"] = form(servers, by_minute, folder)
+        ends(servers, run, "Failed")
+        told["failed"], told["failed_starts"] = tasks(servers, run), starts.read_text()
+        allow.touch()
+        again = {"type": "SCHEDULED", "name": "AwaitingRetry"}  # what the button Retry of the UI sends
+        servers.api(f"flow_runs/{run}/set_state", {"state": again, "force": True})
+        ends(servers, run, "Promoted")
+        told["retried"] = tasks(servers, run)
+        told["scheduled"] = fired(servers, by_minute)
+        told["killed"] = killed(servers, deployment)
+        causes = {"failed", "promoted", "refused", "crashed"}
+        wait_until(lambda: {each["cause"] for each in servers.called} >= causes, "the webhook was told of all four")
+        told["slots"] = servers.api("events/filter", {"filter": {"event": {"prefix": ["prefect.concurrency-limit."]}}})
+        yield told
+
+
+def form(servers: Team, deployment: str, folder: Path) -> str:
+    """The text of the page on which a run of the deployment is started, with the contents of its fields."""
+    if chromium.PROGRAM is None:
+        return ""
+    with chromium.browser(folder / "browser") as page:
+        page.open(f"{servers.prefect}/deployments/deployment/{deployment}/run", width=1280)
+        fields = "[...document.querySelectorAll('input, textarea')].map(each => each.value).join('\\n')"
+        text = ""
+        for _ in range(200):
+            text = str(page.evaluate(f"document.body.innerText + '\\n' + {fields}"))
+            if "Seconds Each" in text:
+                break
+            time.sleep(0.1)
+        page.screenshot(folder / "form.png")
+    return text
+
+
+def fired(servers: Team, deployment: str) -> dict[str, Any]:
+    """The first run that the schedule has started, when it has ended; no further one comes."""
+    wanted = {"deployments": {"id": {"any_": [deployment]}}, "sort": "EXPECTED_START_TIME_ASC", "limit": 1}
+
+    def first() -> dict[str, Any]:
+        found: dict[str, Any] = servers.api("flow_runs/filter", wanted)[0]
+        return found
+
+    what = f"the schedule fires\n{servers.worker_log[-3000:]}"
+    wait_until(lambda: first()["state"]["name"] == "Refused", what, LIMIT_S)
+    servers.api(f"deployments/{deployment}/pause_deployment", {})
+    return first()
+
+
+def killed(servers: Team, deployment: str) -> str:
+    """A run whose process is killed in its first stage."""
+    run = start(servers, deployment, name="killed", target={"count": 100, "seconds_each": 1})
+    notes = servers.folder / "home" / "logs"
+
+    def process() -> int | None:
+        noted = [json.loads(path.read_text()) for path in notes.glob("*.running.json")]
+        return next((each["pid"] for each in noted if each["run"] == "killed"), None)
+
+    wait_until(lambda: process() is not None, f"the run works\n{servers.worker_log[-3000:]}", LIMIT_S)
+    pid = process()
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    ends(servers, run, "Crashed")
+    return run
+
+
+def test_a_schedule_fires(story: dict[str, Any]) -> None:
+    assert story["scheduled"]["auto_scheduled"] and story["scheduled"]["created_by"]["type"] == "SCHEDULE"
+
+
+def test_a_failed_stage_is_retried_and_only_it_runs(story: dict[str, Any]) -> None:
+    assert story["failed"] == {"target": "Completed", "left": "Completed", "right": "Failed"}
+    assert story["failed_starts"] == "started\n" * 2  # target, right
+    assert story["retried"] == {"target": "Reused", "left": "Reused", "right": "Completed", "total": "Completed"}
+    assert story["starts"].read_text() == "started\n" * 3
+
+
+def test_the_webhook_is_told_of_failure_crash_promotion_and_refusal(story: dict[str, Any]) -> None:
+    told = {(each["cause"], each["deployment"]): each for each in story["servers"].called}
+    assert set(told) == {("failed", "toy"), ("promoted", "toy"), ("crashed", "toy"), ("refused", "nightly")}
+    assert "right" not in told["promoted", "toy"]["message"]
+    assert told["promoted", "toy"]["message"] == 'the sum is "promoted"'
+    assert "allow is missing: make it" in told["failed", "toy"]["message"]
+    assert told["failed", "toy"]["url"].startswith(story["servers"].prefect)
+
+
+def test_one_run_at_a_time_holds_the_accelerator(story: dict[str, Any]) -> None:
+    held = [
+        (each["occurred"], each["event"].rpartition(".")[2])
+        for each in story["slots"]["events"]
+        if each["resource"]["prefect.resource.name"].startswith("accelerator.")
+    ]
+    changes = [what for _, what in sorted(held) if what in ("acquired", "released")]
+    assert len(changes) >= 4  # of two runs; one that is killed takes its own events with it
+    assert changes == (["acquired", "released"] * len(changes))[: len(changes)]
+
+
+@pytest.mark.skipif(chromium.PROGRAM is None, reason=chromium.ABSENT)
+def test_the_config_is_a_form(story: dict[str, Any]) -> None:
+    lines = story["form"].splitlines()
+    for label in ("Count (Optional)", "Seconds Each (Optional)", "What to collect, and how to go wrong."):
+        assert label in lines, story["form"]
+    assert "0.3" in lines and "nightly" in lines  # what the file says stands in the fields
+
+
+def test_mlflow_keeps_runs_in_postgresql_and_files_in_s3_without_keys_at_the_client(
+    story: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers: Team = story["servers"]
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    from mlflow import MlflowClient
+
+    client = MlflowClient(servers.mlflow, registry_uri=servers.mlflow)
+    experiment = client.get_experiment_by_name("draftsmith").experiment_id
+    stage, *_ = client.search_runs([experiment], "attributes.run_name = 'total'")
+    assert stage.info.status == "FINISHED"
+    manifest = client.download_artifacts(stage.info.run_id, "manifest.json", str(tmp_path))
+    assert json.loads(Path(manifest).read_text())["stage"] == "combine"
+    with urllib.request.urlopen(f"{servers.s3}/{BUCKET}?list-type=2") as listing:
+        assert f"{stage.info.run_id}/artifacts/manifest.json" in listing.read().decode()
