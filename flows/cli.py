@@ -19,6 +19,7 @@ from draftsmith.artifacts.home import home
 from draftsmith.artifacts.printable import printable
 from draftsmith.artifacts.private import private_files
 from draftsmith.artifacts.redaction import redact_logs, redacted
+from draftsmith.flows.arguments import parser
 
 if TYPE_CHECKING:
     from draftsmith.flows.pipeline.graph import Pipeline, PlannedNode
@@ -26,16 +27,11 @@ if TYPE_CHECKING:
 
 _EXIT_UNEXPECTED = 1
 _EXIT_TERMINATED = 128 + signal.SIGTERM
-_DESCRIPTION = "Keep the draft model of speculative decoding matched to its target."
-_EPILOG = (
-    "Everything is kept under DRAFTSMITH_HOME (.draftsmith here by default). PREFECT_API_URL and MLFLOW_TRACKING_URI "
-    "switch to existing servers. DRAFTSMITH_DEBUG=1 shows tracebacks."
-)
 
 
 def main(arguments: Sequence[str] | None = None, pipeline: Pipeline | None = None) -> int:
     """Run the command and return its exit code. `pipeline` is the refresh unless given."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     code = _code_of(options, pipeline)
     if (server := getattr(options, "lost_prefect", None)) is not None:
         server.leave(code)
@@ -48,7 +44,7 @@ def _code_of(options: argparse.Namespace, pipeline: Pipeline | None) -> int:
     _show_warnings()
     try:
         with private_files(home()):
-            options.run(options, pipeline or _pipeline(options))
+            _COMMANDS[options.does](options, pipeline or _pipeline(options))
     except KeyboardInterrupt:
         return _fail(
             "interrupted; what was finished or saved is kept: run the same command again to continue", EXIT_INTERRUPTED
@@ -111,141 +107,6 @@ def _pipeline(options: argparse.Namespace) -> Pipeline:
     if not isinstance(kind, str) or kind not in kinds:
         raise DraftsmithError(f"{config}: kind is {kind!r}: use {' or '.join(kinds)}, or leave it out for a refresh")
     return kinds[kind]
-
-
-# -- arguments -------------------------------------------------------------------------------------------------------
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="draftsmith", description=_DESCRIPTION, epilog=_EPILOG)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    run = commands.add_parser(
-        "run",
-        aliases=["refresh", "experiment"],
-        help="run what the file describes, a refresh or an experiment; what has not changed is reused",
-    )
-    _add_run_options(run)
-    run.set_defaults(run=_run)
-
-    check = commands.add_parser("check", help="everything that can be checked before a run, without loading weights")
-    _add_config(check)
-    check.set_defaults(run=_check)
-
-    stage = commands.add_parser("stage", help="run one node of the graph, with its inputs taken from the store")
-    stage.add_argument("name", metavar="NAME", help="the node, as in `draftsmith run --plan`")
-    _add_config(stage)
-    stage.add_argument("--force", action="store_true", help="make it again although it is there")
-    stage.set_defaults(run=_stage)
-
-    why = commands.add_parser("why", help="what makes a node's key new: a field, an input, a file, code")
-    _add_config(why)
-    why.add_argument("name", metavar="NODE", help="the node, as in `draftsmith run --plan`")
-    why.set_defaults(run=_why)
-
-    status = commands.add_parser("status", help="what is done, unfinished, running or failed")
-    _add_config(status, optional=True)
-    status.set_defaults(run=_status)
-
-    show = commands.add_parser("show", help="an artifact: where it comes from, its files, a look inside")
-    show.add_argument("artifact", metavar="ARTIFACT", help="a stage, the start of a key or content id, or a path")
-    show.add_argument("--verify", action="store_true", help="compare every file with its checksum")
-    show.set_defaults(run=_show)
-
-    report = commands.add_parser("report", help="where a refresh's report is; of two refreshes, what differs")
-    report.add_argument(
-        "refreshes",
-        metavar="REFRESH",
-        nargs="+",
-        help="a config file, a refresh's run in MLflow (name or id), an artifact",
-    )
-    report.add_argument("--open", action="store_true", help="show the page in the browser")
-    report.set_defaults(run=_report)
-
-    champions = commands.add_parser("champions", help="a line of drafters: who serves, since when and why")
-    champions.add_argument("line", metavar="NAME", help="as in registry.name of a config")
-    champions.set_defaults(run=_champions)
-
-    promote = commands.add_parser("promote", help="make a version of a line the champion by hand")
-    promote.add_argument("version", metavar="NAME@VERSION", help="such as smollm2@3 or smollm2@challenger")
-    rollback = commands.add_parser("rollback", help="let the previous champion serve again")
-    rollback.add_argument("line", metavar="NAME")
-    for moved, run_it in ((promote, _promote), (rollback, _rollback)):
-        moved.add_argument("--why", default="", help="kept in the line's history")
-        moved.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
-        moved.set_defaults(run=run_it)
-
-    export = commands.add_parser("export", help="a verified copy of a drafter, in the layout that engines load")
-    export.add_argument("version", metavar="NAME[@VERSION]", help="left out: the champion")
-    export.add_argument("folder", metavar="FOLDER", type=Path)
-    export.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
-    export.set_defaults(run=_export)
-
-    evaluate = commands.add_parser("evaluate", help="compare drafters on a config's held-out prompts, training none")
-    evaluate.add_argument("drafters", metavar="DRAFTER", nargs="+", help="folder, hub id or NAME@champion")
-    _add_run_options(evaluate)
-    evaluate.set_defaults(run=_evaluate)
-
-    diagnose = commands.add_parser("diagnose", help="why a running server accepts less than replay says")
-    diagnose.add_argument("--url", required=True, help="of the SGLang server, such as http://localhost:30000")
-    diagnose.add_argument("--api-key-env", metavar="NAME", help="variable of the environment with the server's API key")
-    diagnose.add_argument("--drafter", required=True, help="what it should serve: a folder, or NAME@champion")
-    diagnose.add_argument("--prompts", type=int, help="how many it is asked (default: 16)")
-    _add_run_options(diagnose)
-    diagnose.set_defaults(run=_diagnose)
-
-    deploy = commands.add_parser("deploy", help="a deployment of a config on a Prefect server: schedule, pool, webhook")
-    _add_config(deploy)
-    deploy.add_argument("--pool", required=True, help="work pool whose workers run it; it must exist")
-    deploy.add_argument("--cron", help="when, such as '0 3 * * 1': Mondays at 3; left out: only when asked to")
-    deploy.add_argument("--timezone", default="UTC", help="of --cron, such as Europe/Berlin (default: UTC)")
-    deploy.add_argument(
-        "--force", action="append", default=[], metavar="NODE", help="every run makes this node again, such as target"
-    )
-    deploy.add_argument("--webhook", metavar="URL", help="called when a run fails, crashes, promotes or is refused")
-    deploy.set_defaults(run=_deploy)
-
-    prune = commands.add_parser("prune", help="what was left behind: old unfinished attempts, replaced artifacts, logs")
-    prune.add_argument("--days", type=float, default=30, help="only what was not touched for so long (default: 30)")
-    prune.add_argument("--delete", action="store_true", help="delete it; without, it is only listed")
-    prune.set_defaults(run=_prune)
-    return parser
-
-
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    _add_config(parser)
-    parser.add_argument(
-        "--force", action="append", default=[], metavar="NODE", help="make this node again although it is there"
-    )
-    parser.add_argument(
-        "--from",
-        action="append",
-        default=[],
-        dest="start",
-        metavar="NODE",
-        help="begin at this node: all but it and what is behind it must be in the store",
-    )
-    parser.add_argument(
-        "--until", action="append", default=[], metavar="NODE", help="make only this node and what it needs"
-    )
-    parser.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
-
-
-def _add_config(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
-    parser.add_argument(
-        "config", metavar="CONFIG", type=Path, nargs="?" if optional else None, help="YAML file of the run"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="FIELD=VALUE",
-        help="change a field: sft.steps=200",
-    )
-
-
-# -- commands --------------------------------------------------------------------------------------------------------
 
 
 def _run(options: argparse.Namespace, pipeline: Pipeline) -> None:
@@ -484,6 +345,25 @@ def _read(options: argparse.Namespace, pipeline: Pipeline) -> RunOptions:
     from draftsmith.flows.pipeline.graph import resolved
 
     return resolved(read_config(options.config, options.overrides, pipeline.config), pipeline)
+
+
+_COMMANDS = {
+    "run": _run,
+    "check": _check,
+    "stage": _stage,
+    "why": _why,
+    "status": _status,
+    "show": _show,
+    "report": _report,
+    "champions": _champions,
+    "promote": _promote,
+    "rollback": _rollback,
+    "export": _export,
+    "evaluate": _evaluate,
+    "diagnose": _diagnose,
+    "deploy": _deploy,
+    "prune": _prune,
+}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,55 @@
+"""Rows at `s3://…`, read from a server that speaks S3's protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.prompting.files import count_rows, matched, read_rows, remote_versions
+from tests.stages.prompting.test_files import ROWS, SUFFIXES, content, fields
+
+
+@pytest.fixture
+def put(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A bucket `answers` with rows in every format, at a server that the environment names."""
+    import s3fs
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in (("ENDPOINT_URL", f"http://{host}:{port}"), ("DEFAULT_REGION", "us-east-1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(f"AWS_{name}", "test")
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="answers")
+    for suffix in SUFFIXES:
+        client.put_object(Bucket="answers", Key=f"week/rows{suffix}", Body=content(ROWS[:9], suffix))
+    yield
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+@pytest.mark.usefixtures("put")
+def test_a_bucket_of_s3_gives_what_the_disk_gives() -> None:
+    for suffix in SUFFIXES:
+        files = matched([f"s3://answers/week/rows{suffix}"], "logs.paths")
+        assert fields(files) == ROWS[:9]
+    assert count_rows(matched(["s3://answers/week"], "logs.paths")) == 9 * len(SUFFIXES)
+    assert len(matched(["s3://answers/*/rows*.gz"], "logs.paths")) == sum("gz" in suffix for suffix in SUFFIXES)
+    with pytest.raises(DraftsmithError, match=r"^logs\.paths: .*s3://answers/none\.jsonl matches no file"):
+        matched(["s3://answers/none.jsonl"], "logs.paths")
+
+
+@pytest.mark.usefixtures("put")
+def test_a_changed_object_has_another_version() -> None:
+    address = "s3://answers/week/rows.jsonl"
+    before = remote_versions([address], "logs.paths")
+    assert len(before) == 1 and remote_versions([address], "logs.paths") == before
+    boto3.client("s3").put_object(Bucket="answers", Key="week/rows.jsonl", Body=content(ROWS[1:10], ".jsonl"))
+    assert remote_versions([address], "logs.paths") != before
+    assert fields([address]) == ROWS[1:10] and len(list(read_rows([address]))) == 9
