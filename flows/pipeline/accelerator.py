@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
+import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
+from draftsmith.artifacts.errors import RetryableError
 from draftsmith.flows.pipeline.machine import accelerators
 from draftsmith.flows.pipeline.prefect_server import is_temporary
 
@@ -30,8 +32,15 @@ def held(say: Callable[[str], None]) -> Iterator[None]:
     names = [f"{_PREFIX}{each}" for each in accelerators()]
     if taken := _taken(names):
         say(f"waits for {', '.join(taken)}, which another run holds")
-    with concurrency(names, strict=True):
-        yield
+    worked = False
+    try:
+        with concurrency(names, strict=True):
+            yield
+            worked = True
+    except httpx.TransportError as error:
+        if not worked:
+            raise RetryableError(f"Prefect's server was lost ({error}): start it again, or run again later") from error
+        say(f"Prefect's server is lost, and does not know yet that {', '.join(names)} is free")
 
 
 def _taken(names: Sequence[str]) -> list[str]:

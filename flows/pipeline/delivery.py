@@ -44,7 +44,7 @@ def run_flow(flow: Any, config: Any, lost: Callable[[str], None], **options: Any
     """Call the flow of a config, with options. Returns what its body made, or raises what its body raised; `lost` is
     told if Prefect was not.
 
-    Raises RetryableError if Prefect's API was lost before the body began.
+    Raises RetryableError if Prefect's API was lost before the body began, or so long that the body could not go on.
     """
     current = Body()
     token = _BODY.set(current)
@@ -65,6 +65,11 @@ def run_flow(flow: Any, config: Any, lost: Callable[[str], None], **options: Any
             lost(f"Prefect could not be told that the run ended well ({_said(error)}); its artifacts are complete")
     finally:
         _BODY.reset(token)
+    if current.error is not None and _is_loss(current.error):
+        raise RetryableError(
+            f"Prefect's API was lost during the run ({_said(current.error)}): start its server again, then run the "
+            "same command; what is finished is kept"
+        ) from current.error
     if current.error is not None:
         raise current.error
     return current.made
