@@ -25,8 +25,12 @@ class Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown. A cell has the number of runs that ended well, of those that were played where some did not."""
-    nodes = list(dict.fromkeys(node for of_kind in NODES.values() for node in of_kind))
+    """Markdown; nodes that no fault has met are left out.
+
+    A cell has the number of runs that ended well, of those that were played where some did not.
+    """
+    met = {row.node for row in rows}
+    nodes = list(dict.fromkeys(node for of_kind in NODES.values() for node in of_kind if node in met))
     head = ["fault", *nodes, "all"]
     lines = [head, ["---"] * len(head)]
     for name in sorted({row.fault for row in rows}):
