@@ -159,7 +159,7 @@ def test_steps_of_another_drafter_are_refused(
     recorded: bool,
 ) -> None:
     """What the servers gave stays; the checkpoint that is said to have been served is another one."""
-    shutil.copytree(evaluated.work, tmp_path / "work")
+    shutil.copytree(evaluated.work, tmp_path / "work", ignore=shutil.ignore_patterns("replayed"))
     if not recorded:
         write_table(tmp_path / "work" / "traced" / "sft-steps.parquet", TRACE, [])
     ctx = RecordingContext.under(tmp_path, inputs(tiny_drafter, sft=other))
