@@ -73,7 +73,7 @@ class Checksums:
         target = self._file(Path(known.path))
         partial = target.with_name(f"{TMP_PREFIX}{os.getpid()}-{target.name}")
         with suppress(OSError):  # of a store that may only be read, everything is hashed again
-            target.parent.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(exist_ok=True)  # a home that is not there yet is not begun by looking at a file
             partial.write_text(json.dumps(asdict(known)), encoding="utf-8")
             partial.replace(target)
 

@@ -28,6 +28,13 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return seen
 
 
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    folder = tmp_path / "home"
+    folder.mkdir()
+    return folder
+
+
 def put_back(path: Path) -> None:
     stat = path.stat()
     path.write_bytes(b"other")
@@ -42,18 +49,18 @@ def exchanged(path: Path) -> None:
     other.replace(path)
 
 
-def test_a_file_is_read_once_by_whoever_asks(tmp_path: Path, reads: list[Path]) -> None:
+def test_a_file_is_read_once_by_whoever_asks(home: Path, tmp_path: Path, reads: list[Path]) -> None:
     path = tmp_path / "weights"
     path.write_bytes(b"bytes")
-    assert {Checksums(tmp_path / "home").of(path) for _ in range(3)} == {sha256_file(path)}
+    assert {Checksums(home).of(path) for _ in range(3)} == {sha256_file(path)}
     assert reads == [path]
 
 
 @pytest.mark.parametrize("touch", [put_back, exchanged, lambda path: path.write_bytes(b"other")])
 def test_a_touched_file_is_read_again_also_if_size_and_time_are_the_same(
-    touch: Callable[[Path], object], tmp_path: Path, reads: list[Path]
+    touch: Callable[[Path], object], home: Path, tmp_path: Path, reads: list[Path]
 ) -> None:
-    path, kept = tmp_path / "weights", Checksums(tmp_path / "home")
+    path, kept = tmp_path / "weights", Checksums(home)
     path.write_bytes(b"bytes")
     before = kept.of(path)
     touch(path)
@@ -61,8 +68,10 @@ def test_a_touched_file_is_read_again_also_if_size_and_time_are_the_same(
     assert len(reads) == 2
 
 
-def test_a_file_is_read_again_after_a_week(tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    path, kept = tmp_path / "weights", Checksums(tmp_path / "home")
+def test_a_file_is_read_again_after_a_week(
+    home: Path, tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, kept = tmp_path / "weights", Checksums(home)
     path.write_bytes(b"bytes")
     now = kept.known(path).at
     monkeypatch.setattr(checksums.time, "time", lambda: now + checksums.AGAIN_AFTER_S - 1)
@@ -77,18 +86,20 @@ def test_a_file_is_read_again_after_a_week(tmp_path: Path, reads: list[Path], mo
 
 
 def test_what_was_written_a_moment_ago_is_not_kept_as_known(
-    tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
+    home: Path, tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checksums, "_CLOCK_S", 60.0)
     path = tmp_path / "weights"
     path.write_bytes(b"bytes")
     for _ in range(2):
-        Checksums(tmp_path / "home").of(path)
+        Checksums(home).of(path)
     assert len(reads) == 2
 
 
-def test_a_damaged_record_and_a_home_that_cannot_be_written_cost_a_reading(tmp_path: Path, reads: list[Path]) -> None:
-    path, home = tmp_path / "weights", tmp_path / "home"
+def test_a_damaged_record_and_a_home_that_cannot_be_written_cost_a_reading(
+    home: Path, tmp_path: Path, reads: list[Path]
+) -> None:
+    path = tmp_path / "weights"
     path.write_bytes(b"bytes")
     Checksums(home).of(path)
     (record,) = (home / checksums.FOLDER).iterdir()
@@ -99,7 +110,7 @@ def test_a_damaged_record_and_a_home_that_cannot_be_written_cost_a_reading(tmp_p
 
 
 def test_a_file_that_is_written_to_while_it_is_read_is_one_clear_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "log.jsonl"
     path.write_bytes(b"{}\n")
@@ -111,4 +122,12 @@ def test_a_file_that_is_written_to_while_it_is_read_is_one_clear_error(
 
     monkeypatch.setattr(checksums, "sha256_file", hashed)
     with pytest.raises(DraftsmithError, match=r"log\.jsonl: somebody writes to it while it is read"):
-        Checksums(tmp_path / "home").of(path)
+        Checksums(home).of(path)
+
+
+def test_a_home_that_is_not_there_yet_is_not_begun_by_looking_at_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"weights")
+    put_back(path)
+    assert Checksums(tmp_path / "none").of(path) == sha256_file(path)
+    assert not (tmp_path / "none").exists()

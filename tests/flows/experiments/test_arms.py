@@ -119,7 +119,7 @@ def test_a_seed_of_a_node_is_part_of_its_key() -> None:
     ("override", "expected"),
     [
         ("comparison.control=nobody", "comparison.control: no arm 'nobody'"),
-        ("arms.base={stage: sft}", "choose a name without a colon"),
+        ("arms.base={stage: sft}", "choose another name than 'base'"),
         ("arms.opd.change={learning_rat: 1}", "arms.opd.change"),
         ("target.families=[poem]", "no family poem"),
         ("arms.opd.init=random", "init: random is for stage sft"),
