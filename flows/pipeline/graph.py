@@ -169,10 +169,13 @@ def key_of(
     """Identity of what the node computes from these inputs. external: its `external_digests`, where they are known."""
     if external is None:
         external = external_digests(node.config)
+    # what was measured at other settings is no remeasurement, though its content be the same
+    measured = {name: inputs[name].key for name in node.stage.reads_volatile if name in inputs}
+    said = {"external_files": dict(external), "measured": measured}
     return Store.key(
         stage=node.stage.name,
         code_digest=pipeline.code_digest(node.module),
-        config=node.config.key_material() | ({"external_files": dict(external)} if external else {}),
+        config=node.config.key_material() | {name: what for name, what in said.items() if what},
         inputs=inputs,
         seed=seed,
     )

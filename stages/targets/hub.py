@@ -62,11 +62,15 @@ def hub_commit(repo: str, revision: str | None, kind: Literal["model", "dataset"
     that it began with.
     """
     from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.file_download import repo_folder_name
 
     if revision is not None and _COMMIT.fullmatch(revision):
         return revision
-    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type=kind)
+    try:
+        folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type=kind)
+    except HFValidationError:  # no hub id: whoever fetches it says so
+        return None
     reference = folder / "refs" / (revision or constants.DEFAULT_REVISION)
     if reference.is_file():
         return reference.read_text(encoding="utf-8").strip()
