@@ -8,6 +8,7 @@ import os
 import time
 from pathlib import Path
 
+from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.contract import Compute, Config, Stage, StageContext
 
@@ -49,7 +50,7 @@ def run(context: StageContext, config: CollectConfig) -> None:
             raise DraftsmithError(f"number {config.fail_at} is bad: remove it")
         time.sleep(config.seconds_each)
         numbers.append(context.seed + len(numbers))
-        saved.write_text(json.dumps(numbers))
+        write_text(saved, json.dumps(numbers))  # a kill leaves the old one or the new one
         context.metrics(len(numbers), value=numbers[-1])
         context.progress(len(numbers), config.count, "numbers", last=numbers[-1])
     (context.out / "numbers.json").write_text(json.dumps(numbers))
