@@ -13,7 +13,7 @@ from tests.faults import configs, served
 from tests.faults.home import Ended, Home, Running, copied
 from tests.faults.watch import Watch
 
-# their content differs between two undisturbed refreshes: measured seconds, and what follows from them
+# of measured seconds, or of what follows from them: they may differ between two undisturbed refreshes
 TIMED = ("evaluation", "gate", "report")
 
 
