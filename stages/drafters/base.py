@@ -59,6 +59,32 @@ class Context:
     """What a drafter knows of the verified prefix. Positions behind an anchor never see it: readers mask."""
 
 
+class Drafting(ABC):
+    """Blocks in the making behind [B, A] anchors. Every call goes one offset further; a shallow copy goes its own way.
+
+    The softmax of the logits, at a temperature, is the law q that a proposal is drawn from and verified with.
+    """
+
+    @abstractmethod
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """float32 [B, A, V'] over the head's tokens, of the next offset; -inf for what cannot be proposed there.
+
+        tokens: [B, A] at the offset before it, at first the anchors' own.
+        """
+
+
+class Parallel(Drafting):
+    """Of a drafter whose offsets do not see each other's tokens: all were computed at once."""
+
+    def __init__(self, hidden: torch.Tensor, head: Head):
+        """hidden: [B, A, K, H], as `block_hidden` has it."""
+        self._hidden, self._head, self._drafted = hidden, head, 0
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        self._drafted += 1
+        return self._head.logits(self._hidden[:, :, self._drafted - 1])
+
+
 class Drafter(nn.Module, ABC):
     """The draft model `q`. The target's embedding and head are frozen, shared and never saved with it."""
 
@@ -69,6 +95,7 @@ class Drafter(nn.Module, ABC):
     kind: ClassVar[str]  # as in `drafter.kind` of a config
     autoregressive: ClassVar[bool]  # do the hidden states of an offset depend on the tokens at the offsets before it?
     has_own_head: ClassVar[bool]  # is the head over the draft vocabulary a part of the drafter, and trained with it?
+    draws: ClassVar[bool] = False  # are proposals of sampled requests drawn from its own q, and verified with it?
     recipe: ClassVar[TrainingRecipe]
 
     @abstractmethod
@@ -124,6 +151,16 @@ class Drafter(nn.Module, ABC):
     @abstractmethod
     def training_operations(self, shape: StepShape) -> float:
         """Floating-point operations of the matrix products of one step, forward and backward; formula at each."""
+
+    def drafting(
+        self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor, block_size: int, head: Head
+    ) -> Drafting:
+        """Begin a block behind each anchor, to be drafted offset by offset. anchor_tokens, anchors: [B, A].
+
+        What a drafter that `draws` is sampled by; others may leave it as it is here, for offsets computed at once.
+        """
+        tokens = anchor_tokens[..., None].expand(-1, -1, block_size - 1)
+        return Parallel(self.block_hidden(context, tokens, anchors), head)
 
     @abstractmethod
     def propose(

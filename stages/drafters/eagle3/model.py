@@ -26,6 +26,7 @@ from draftsmith.stages.drafters.base import (
     Context,
     Drafter,
     DrafterInfo,
+    Drafting,
     Proposals,
     StepShape,
     TrainingRecipe,
@@ -109,11 +110,11 @@ class EagleLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class _Chain:
+class _Chain(Drafting):
     """A chains a row in the making: each call takes the next token of every chain."""
 
-    def __init__(self, drafter: Eagle3Drafter, context: PrefixContext, anchors: torch.Tensor):
-        self.drafter, self.context = drafter, context
+    def __init__(self, drafter: Eagle3Drafter, context: PrefixContext, anchors: torch.Tensor, head: Head | None = None):
+        self.drafter, self.context, self.head = drafter, context, head
         self.positions = (anchors - 1).clamp(min=0)  # of the entry that holds the anchor's token
         self.features = context.features.gather(
             1, self.positions[..., None].expand(-1, -1, context.features.shape[-1])
@@ -128,13 +129,16 @@ class _Chain:
         x = layer.joined(self.drafter.embed(tokens), self.features)
         rope = self.drafter.rope(self.positions + len(self._keys), x)
         keys, values = layer.self_attn.keys_values(x, rope)
-        self._keys.append(keys)
-        self._values.append(values)
+        self._keys, self._values = [*self._keys, keys], [*self._values, values]
         own = torch.stack(self._keys, 3), torch.stack(self._values, 3)
         queries = layer.self_attn.queries(x, rope)[..., None, :]  # one of each chain
         attended = block_attention(queries, (self.context.keys, self.context.values), own, self.reach)
         self.features = layer.finish(self.features, attended[:, :, 0])
         return self.drafter.norm(self.features)
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        assert self.head is not None
+        return self.head.logits(self.step(tokens))
 
 
 class Eagle3Drafter(Drafter):
@@ -200,6 +204,17 @@ class Eagle3Drafter(Drafter):
         assert isinstance(context, PrefixContext)
         chain = _Chain(self, context, anchors)
         return torch.stack([chain.step(tokens[..., k]) for k in range(tokens.shape[-1])], 2)
+
+    def drafting(
+        self,
+        context: Context,
+        anchor_tokens: torch.Tensor,  # noqa: ARG002
+        anchors: torch.Tensor,
+        block_size: int,  # noqa: ARG002
+        head: Head,
+    ) -> Drafting:
+        assert isinstance(context, PrefixContext)
+        return _Chain(self, context, anchors, head)
 
     @torch.no_grad()
     def propose(

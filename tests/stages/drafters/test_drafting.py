@@ -1,0 +1,72 @@
+"""Drafting offset by offset against drafting a block, for every architecture."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from draftsmith.stages.drafters.base import Context, Drafter
+from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.replay.trace import pad_tokens
+from draftsmith.stages.targets.causal_lm import Target
+from tests.testbed import random_target
+from tests.testbed.eagle3 import random_eagle3
+
+TOLERANCE = 2e-5  # the same sums in other shapes
+DRAFTERS = {"dflash": random_target.random_drafter, "eagle3": random_eagle3}
+
+
+@pytest.fixture(params=DRAFTERS)
+def drafter(request: pytest.FixtureRequest, plain_target: Target) -> Drafter:
+    made: Drafter = DRAFTERS[request.param](plain_target)
+    return made
+
+
+class Blocks:
+    """Blocks behind some anchors of two texts."""
+
+    def __init__(self, target: Target, drafter: Drafter):
+        texts = random_target.trajectories(2)
+        self.tokens = pad_tokens(texts, target.device)
+        features = target.read(self.tokens, drafter.target_layer_ids).features
+        assert features is not None
+        positions = torch.arange(self.tokens.shape[1]).expand(2, -1)
+        with torch.no_grad():
+            self.context: Context = drafter.encode(features, self.tokens, positions)
+        self.anchors = torch.tensor([[4, 6, 7], [5, 4, 9]])
+        self.at_anchors = self.tokens.gather(1, self.anchors)
+        self.head: Head = drafter.drafting_head(target.head_weight, None)
+
+    @property
+    def arguments(self) -> tuple[Context, torch.Tensor, torch.Tensor]:
+        return self.context, self.at_anchors, self.anchors
+
+
+@torch.no_grad()
+def test_the_best_of_every_offset_is_what_a_block_proposes(drafter: Drafter, plain_target: Target) -> None:
+    blocks = Blocks(plain_target, drafter)
+    block = drafter.propose(*blocks.arguments, drafter.block_size, blocks.head)
+    assert block.logprobs is not None
+    drafting = drafter.drafting(*blocks.arguments, drafter.block_size, blocks.head)
+    tokens = blocks.at_anchors
+    for k in range(drafter.block_size - 1):
+        best, columns = drafting.logits(tokens).log_softmax(-1).max(-1)
+        tokens = blocks.head.to_tokens(columns)
+        assert torch.equal(tokens, block.tokens[..., k])
+        assert torch.allclose(best, block.logprobs[..., k], atol=TOLERANCE)
+
+
+@torch.no_grad()
+def test_on_given_tokens_it_says_what_training_sees(drafter: Drafter, plain_target: Target) -> None:
+    blocks = Blocks(plain_target, drafter)
+    K = drafter.block_size - 1
+    given = torch.randint(0, 50, (2, 3, K), generator=torch.Generator().manual_seed(0))
+    given[..., 0] = blocks.at_anchors
+    trained = blocks.head.logits(drafter.block_hidden(blocks.context, given, blocks.anchors))
+    drafting = drafter.drafting(*blocks.arguments, drafter.block_size, blocks.head)
+    for k in range(K):
+        other = copy.copy(drafting)  # goes its own way, and changes nothing here
+        other.logits(given[..., k] + 1)
+        assert torch.allclose(drafting.logits(given[..., k]), trained[..., k, :], atol=TOLERANCE)
