@@ -42,12 +42,7 @@ def run(ctx: StageContext, config: ChampionConfig) -> None:
     from draftsmith.stages.stored import DRAFTER_FOLDER
     from draftsmith.stages.targets.info import model_path, read_target_info
 
-    source, folder = Path(config.folder), ctx.out / DRAFTER_FOLDER
-    if not source.is_dir():
-        raise DraftsmithError(
-            f"{config.line} version {config.version}: its folder {source} is not here: mount the store that it lies "
-            "in, set registry.upload, or promote another version"
-        )
+    source, folder = checkpoint_of(config), ctx.out / DRAFTER_FOLDER
     shutil.copytree(source, folder, dirs_exist_ok=True)
     if (found := drafter_digest(folder)) != config.drafter_digest:
         raise DraftsmithError(
@@ -65,6 +60,17 @@ def run(ctx: StageContext, config: ChampionConfig) -> None:
         write_info(folder, adopted)
     record = {"target_changed": changed, "trained_for": info.target_digest, "target": target.digest}
     (ctx.out / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+def checkpoint_of(config: ChampionConfig) -> Path:
+    """Its checkpoint as it lies in the store or was uploaded. Raises DraftsmithError if it is not there."""
+    source = Path(config.folder)
+    if not source.is_dir():
+        raise DraftsmithError(
+            f"{config.line} version {config.version}: its folder {source} is not here: mount the store that it lies "
+            "in, set registry.upload, or promote another version"
+        )
+    return source
 
 
 STAGE = Stage(name="champion", config=ChampionConfig, inputs=("target",), run=run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from draftsmith.flows.pipeline.graph import Node
+from draftsmith.stages.champion import ChampionConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.measure.config import DRAFTERS
 from draftsmith.stages.training.config import SftConfig
@@ -15,12 +16,17 @@ def trains_anew(node: Node) -> bool:
     return isinstance(node.config, SftConfig) and "drafter" not in node.inputs
 
 
+def brings(node: Node) -> bool:
+    """Whether a run has its first drafter from there: from a stage that trains it anew, or from the registry."""
+    return trains_anew(node) or isinstance(node.config, ChampionConfig)
+
+
 def drafters_of(node: Node, by_name: Mapping[str, Node]) -> list[Node]:
-    """Where the drafters that a node reads came into being, as far as those nodes are known."""
+    """Where a run has the drafters from that a node reads, as far as those nodes are known."""
     found: list[Node] = []
     for source in (by_name.get(source) for name, source in node.inputs.items() if is_drafter(name)):
         if source is not None:
-            found += [source] if trains_anew(source) else drafters_of(source, by_name)
+            found += [source] if brings(source) else drafters_of(source, by_name)
     return list({origin.name: origin for origin in found}.values())
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from draftsmith.flows.checks.drafters import drafters_of, drafts_on_sglang, sglang_engine, trains_anew
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.pipeline.graph import Node
+from draftsmith.stages.champion import ChampionConfig, checkpoint_of
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.training.config import SftConfig
@@ -16,7 +17,7 @@ from draftsmith.stages.training.config import SftConfig
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.checkpoint import DrafterPlan
 
-Plans = Mapping[str, "DrafterPlan"]  # of the drafters that a run trains anew, by node
+Plans = Mapping[str, "DrafterPlan"]  # of the drafters that a run begins with, by node
 
 
 def resolve_metadata(found: Findings, nodes: Sequence[Node], artifact: Path) -> bool:
@@ -95,7 +96,7 @@ def check_nodes(found: Findings, nodes: Sequence[Node], artifact: Path, *, whole
 
 
 def check_drafters(found: Findings, nodes: Sequence[Node], artifact: Path, *, whole: bool) -> Plans:
-    """Every drafter that comes into being, and what is asked of it where it drafts. artifact, whole: as above."""
+    """Every drafter that a run begins with, and what is asked of it where it drafts. artifact, whole: as above."""
     plans: dict[str, DrafterPlan] = {}
     served = [node.name for node in nodes if drafts_on_sglang(node)]
     for node in nodes:
@@ -103,6 +104,9 @@ def check_drafters(found: Findings, nodes: Sequence[Node], artifact: Path, *, wh
             with found.part(f"{node.name}: drafter"):
                 if plan := _check_drafter(found, node.name, node.config, artifact, served, whole=whole):
                     plans[node.name] = plan
+        elif isinstance(node.config, ChampionConfig):
+            with found.part(node.name):
+                plans[node.name] = _check_champion(found, node.name, node.config, artifact)
     by_name = {node.name: node for node in nodes}
     for node in nodes:
         for plan in (plans[origin.name] for origin in drafters_of(node, by_name) if origin.name in plans):
@@ -152,6 +156,21 @@ def _check_drafter(
         else:
             found.warn(name, f"{reason}: this drafter will work in the embedded engine only")
     found.ok(name, f"{where}: {plan.description}, {plan.parameters / 1e6:,.1f}M parameters")
+    return plan
+
+
+def _check_champion(found: Findings, node: str, config: ChampionConfig, artifact: Path) -> DrafterPlan:
+    """That its checkpoint is there and fits the target."""
+    from transformers import AutoConfig
+
+    from draftsmith.stages.drafters.checkpoint import plan_of_checkpoint
+    from draftsmith.stages.targets.info import model_path
+    from draftsmith.stages.targets.resolve import load_tokenizer
+
+    where, folder = f"{config.line} version {config.version}", model_path(artifact)
+    target_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    plan = plan_of_checkpoint(checkpoint_of(config), target_config, where, lambda: load_tokenizer(folder))
+    found.ok(node, f"{where}: {plan.description}, {plan.parameters / 1e6:,.1f}M parameters")
     return plan
 
 

@@ -12,14 +12,15 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.checks.check import check_alone
 from draftsmith.flows.checks.engines import check_engines
 from draftsmith.flows.checks.findings import Findings, FirstError, Level
-from draftsmith.flows.checks.models import check_drafters, check_nodes
+from draftsmith.flows.checks.models import Plans, check_drafters, check_nodes
 from draftsmith.flows.checks.prompts import check_lengths, check_supplies
 from draftsmith.flows.pipeline.graph import Node
+from draftsmith.stages.champion import ChampionConfig
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.rollout import RolloutConfig
-from draftsmith.stages.stored import load_prompts
+from draftsmith.stages.stored import DRAFTER_FOLDER, load_prompts
 from draftsmith.stages.targets.info import read_target_info
 from draftsmith.stages.training.config import SftConfig
 from tests.flows.pipeline.toy import ToyConfig, toy_nodes
@@ -193,6 +194,27 @@ def test_one_system_of_checks_lists_all_errors_or_raises_the_first(tiny_drafter:
     with pytest.raises(DraftsmithError) as raised:
         check_drafters(FirstError(), nodes, tiny_drafter.target, whole=False)
     assert str(raised.value) == f"{errors[0].check}: {errors[0].text}"
+
+
+def test_the_champion_is_a_drafter_whose_shape_is_known(tiny_drafter: DrafterArtifacts) -> None:
+    def plans_of(folder: Path, **drafting: int) -> Plans:
+        serves = ChampionConfig(line="line", version=3, folder=str(folder), content_id="c", drafter_digest="d")
+        learned = {"target": "target", "trajectories": "rollout", "drafter": "champion"}
+        assisted = RolloutConfig.model_validate({"drafting": drafting} if drafting else {})
+        nodes = [
+            Node("champion", "draftsmith.stages.champion", serves, {"target": "target"}),
+            Node("sft", "draftsmith.stages.sft", SftConfig(), learned),
+            Node("assisted", "draftsmith.stages.rollout", assisted, {"target": "target", "drafter": "sft"}),
+        ]
+        return check_drafters(FirstError(), nodes, tiny_drafter.target, whole=True)
+
+    checkpoint = tiny_drafter.drafter / DRAFTER_FOLDER
+    (plan,) = plans_of(checkpoint).values()
+    assert plan.parameters > 0 and plan.kind == "dflash"
+    with pytest.raises(DraftsmithError, match=f"assisted: drafting.block_size 99 is larger .* {plan.block_size}"):
+        plans_of(checkpoint, block_size=99)
+    with pytest.raises(DraftsmithError, match=r"line version 3: its folder .*gone is not here: mount the store"):
+        plans_of(checkpoint / "gone")
 
 
 def test_the_check_of_a_stage_that_is_run_alone_names_its_nodes_engine(tmp_path: Path) -> None:
