@@ -14,7 +14,7 @@ from tests.faults.home import Ended, Home, Running, copied
 from tests.faults.watch import Watch
 
 # of measured seconds, or of what follows from them: they may differ between two undisturbed refreshes
-TIMED = ("evaluation", "gate", "report")
+TIMED = ("gate", "report")
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,6 @@ CONFIG: dict[str, Any] = {
     "arms": {
         "sft": {"stage": "sft"},
         "opd": {"stage": "opd"},
-        "iterated": {"stage": "opd", "iterations": 2},
     },
     "budgets": [6],
     "seeds": [0, 1],
@@ -63,7 +62,7 @@ def test_an_experiment_compares_its_arms_on_identical_trajectories(tmp_path: Pat
 
     rows = json.loads((folder / "results.json").read_text())["heldout"]["arms"]
     found = {(row["arm"], row["steps"]): row for row in rows}
-    assert set(found) == {("base", 0), ("sft", 6), ("opd", 6), ("iterated", 6)}
+    assert set(found) == {("base", 0), ("sft", 6), ("opd", 6)}
     table = read_table(folder / "acceptance.parquet", ACCEPTANCE).to_pandas()
     for (arm, steps), row in found.items():
         of_arm = table[(table.arm == arm) & (table.steps == steps) & (table.split == "heldout")]

@@ -66,8 +66,8 @@ def tasks(servers: Team, run: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """A schedule of every minute whose runs the gate refuses; beside it a run that fails, is retried and promotes; at
-    last one that is killed. One team's servers for all of it."""
+    """A schedule of every minute whose runs the gate refuses; beside it a run that waits for the accelerator until its
+    holder is cancelled, fails, is retried and promotes; at last one that is killed. One team's servers for it all."""
     folder = tmp_path_factory.mktemp("team")
     allow, starts = folder / "allow", folder / "starts"
     with team(folder) as servers:
@@ -80,8 +80,13 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
             folder / "toy.yaml", target={**slow, **noted}, right={"allow": str(allow), **noted}, verdict="promoted"
         )
         deployment = deploy(servers, toy, "--webhook", servers.webhook)
+        busy = start(servers, by_minute, name="busy", target={"count": 999, "seconds_each": 0.3})
+        process_of(servers, "busy")
         run = start(servers, deployment)
         told["form"] = form(servers, by_minute, folder)
+        wait_until(lambda: "target: waits for accelerator." in servers.worker_log, "the other run waits", LIMIT_S)
+        servers.api(f"flow_runs/{busy}/set_state", {"state": {"type": "CANCELLING"}, "force": True})
+        ends(servers, busy, "Cancelled")
         ends(servers, run, "Failed")
         told["failed"], told["failed_starts"] = tasks(servers, run), starts.read_text()
         allow.touch()
@@ -116,7 +121,12 @@ def form(servers: Team, deployment: str, folder: Path) -> str:
 
 def fired(servers: Team, deployment: str) -> dict[str, Any]:
     """The first run that the schedule has started, when it has ended; no further one comes."""
-    wanted = {"deployments": {"id": {"any_": [deployment]}}, "sort": "EXPECTED_START_TIME_ASC", "limit": 1}
+    wanted = {
+        "deployments": {"id": {"any_": [deployment]}},
+        "flow_runs": {"tags": {"all_": ["auto-scheduled"]}},
+        "sort": "EXPECTED_START_TIME_ASC",
+        "limit": 1,
+    }
 
     def first() -> dict[str, Any]:
         found: dict[str, Any] = servers.api("flow_runs/filter", wanted)[0]
@@ -128,19 +138,24 @@ def fired(servers: Team, deployment: str) -> dict[str, Any]:
     return first()
 
 
-def killed(servers: Team, deployment: str) -> str:
-    """A run whose process is killed in its first stage."""
-    run = start(servers, deployment, name="killed", target={"count": 100, "seconds_each": 1})
+def process_of(servers: Team, name: str) -> int:
+    """The id of the process of the run called so, once a stage of it works."""
     notes = servers.folder / "home" / "logs"
 
     def process() -> int | None:
         noted = [json.loads(path.read_text()) for path in notes.glob("*.running.json")]
-        return next((each["pid"] for each in noted if each["run"] == "killed"), None)
+        return next((each["pid"] for each in noted if each["run"] == name), None)
 
     wait_until(lambda: process() is not None, f"the run works\n{servers.worker_log[-3000:]}", LIMIT_S)
     pid = process()
     assert pid is not None
-    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def killed(servers: Team, deployment: str) -> str:
+    """A run whose process is killed in its first stage."""
+    run = start(servers, deployment, name="killed", target={"count": 100, "seconds_each": 1})
+    os.kill(process_of(servers, "killed"), signal.SIGKILL)
     ends(servers, run, "Crashed")
     return run
 
@@ -172,7 +187,7 @@ def test_one_run_at_a_time_holds_the_accelerator(story: dict[str, Any]) -> None:
         if each["resource"]["prefect.resource.name"].startswith("accelerator.")
     ]
     changes = [what for _, what in sorted(held) if what in ("acquired", "released")]
-    assert len(changes) >= 4  # of two runs; one that is killed takes its own events with it
+    assert len(changes) >= 6  # of three runs; one that is killed takes its own events with it
     assert changes == (["acquired", "released"] * len(changes))[: len(changes)]
 
 
