@@ -50,7 +50,7 @@ def _decisive(config: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
 
 
 class StageContext(Protocol):
-    """What a stage body may use. Implemented by `stages/__main__.py` for a real run and by plain objects in tests."""
+    """What a stage body may use. Implemented by `stages/process.py` for a real run and by plain objects in tests."""
 
     out: Path  # its content becomes the artifact; kept between attempts until the artifact is complete
     work: Path  # shards and checkpoints of an unfinished attempt; dropped when the artifact is complete
@@ -98,6 +98,24 @@ class Compute(StrEnum):
     TIMED = "timed"  # measures speed: nothing else may compute there
 
 
+class Parallel(Protocol):
+    """How many processes run a stage together (`stages/parallel/config.py`)."""
+
+    @property
+    def processes(self) -> int:
+        """On each node."""
+
+    @property
+    def nodes(self) -> int: ...
+
+    @property
+    def world(self) -> int:
+        """In all."""
+
+    def endpoint(self) -> tuple[str, int]:
+        """Host and port where nodes meet. Raises DraftsmithError if nobody says it."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """A stage as its module declares it: `STAGE = Stage(...)`."""
@@ -109,6 +127,8 @@ class Stage:
     # Cheap checks of the config against the resolved target (folder with target.json); no weights are loaded.
     preflight: Callable[[Any, Path], None] | None = None
     compute: Compute | Callable[[Any], Compute] = Compute.LIGHT  # or what says it of a config
+    # How many processes run it together, as ranks that know each other; left out: one.
+    parallel: Callable[[Any], Parallel] | None = None
     # Files that are no part of the content: timings, origins.
     volatile: tuple[str, ...] = field(default=("metrics.jsonl",))
     # Inputs of which it reads volatile files too. Where these were measured anew, with the same content, it is made

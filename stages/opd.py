@@ -16,6 +16,7 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
 
     from draftsmith.stages.drafters.base import DrafterInfo
     from draftsmith.stages.drafters.checkpoint import descends_from, load_drafter, save_drafter
+    from draftsmith.stages.parallel.ranks import Ranks
     from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
     from draftsmith.stages.targets.causal_lm import Target
     from draftsmith.stages.training.estimate import micro_batch_tokens
@@ -23,18 +24,21 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
     from draftsmith.stages.training.on_policy.mined import load_mined
     from draftsmith.stages.training.on_policy.training import OpdTraining
 
+    ranks = Ranks.here()
     stored = load_trajectories(ctx.inputs["trajectories"])
     target = Target.load(ctx.inputs["target"])
     folder = ctx.inputs["drafter"] / DRAFTER_FOLDER
     drafter = load_drafter(folder, target, torch.float32)
     mined = load_mined(ctx.inputs["mined"], stored.trajectories, drafter.block_size)
     training = OpdTraining(
-        drafter, target, stored.trajectories, mined, config, temperature=stored.temperature, seed=ctx.seed
+        drafter, target, stored.trajectories, mined, config, temperature=stored.temperature, seed=ctx.seed, ranks=ranks
     )
     ctx.log(str(training))
     longest = int(stored.trajectories.lengths.max())
     limit = micro_batch_tokens(config, target, drafter, longest)
-    totals = train(ctx, drafter, config, lambda step: training.micro_batches(step, limit), training.source)
+    totals = train(ctx, drafter, config, lambda step: training.micro_batches(step, limit), training.source, ranks)
+    if not ranks.first:
+        return
     drafter.info = DrafterInfo(
         target_digest=target.info.digest,
         target_source=target.info.source,
@@ -46,5 +50,10 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
 
 
 STAGE = Stage(
-    name="opd", config=OpdConfig, inputs=("target", "drafter", "trajectories", "mined"), run=run, compute=Compute.HEAVY
+    name="opd",
+    config=OpdConfig,
+    inputs=("target", "drafter", "trajectories", "mined"),
+    run=run,
+    compute=Compute.HEAVY,
+    parallel=lambda config: config.parallel,
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Compute, Stage, StageContext
+from draftsmith.stages.parallel.config import ParallelConfig
 from draftsmith.stages.training.config import SftConfig
 
 _TRAINED = ("blocks", "positions")
@@ -72,6 +73,7 @@ def run(ctx: StageContext, config: SftConfig) -> None:
 
     from draftsmith.stages.drafters.base import DrafterInfo
     from draftsmith.stages.drafters.checkpoint import create_drafter, descends_from, load_drafter, save_drafter
+    from draftsmith.stages.parallel.ranks import Ranks
     from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
     from draftsmith.stages.targets.causal_lm import Target
     from draftsmith.stages.training.batches import frequent_tokens, token_counts
@@ -79,6 +81,7 @@ def run(ctx: StageContext, config: SftConfig) -> None:
     from draftsmith.stages.training.loop import train
     from draftsmith.stages.training.supervised import SftTraining
 
+    ranks = Ranks.here()
     start = _start(ctx, config)
     stored = load_trajectories(ctx.inputs["trajectories"])
     target = Target.load(ctx.inputs["target"])
@@ -89,7 +92,9 @@ def run(ctx: StageContext, config: SftConfig) -> None:
         drafter = create_drafter(config.drafter, target, ctx.seed, frequent_tokens(counts))
     if drafter.frequent_tokens is None:
         drafter.frequent_tokens = frequent_tokens(counts).to(target.device)
-    training = SftTraining(drafter, target, stored.trajectories, config, temperature=stored.temperature, seed=ctx.seed)
+    training = SftTraining(
+        drafter, target, stored.trajectories, config, temperature=stored.temperature, seed=ctx.seed, ranks=ranks
+    )
     covered = drafter.head_over(target.head_weight, None).token_ids
     coverage = 1.0 if covered is None else float(counts[covered.cpu()].sum() / counts.sum())
     ctx.log(f"{training}; {coverage:.2%} of the answers' tokens can be proposed")
@@ -97,7 +102,9 @@ def run(ctx: StageContext, config: SftConfig) -> None:
         ctx.log("head_tokens is not read: this drafter has a head of its own (drafter.draft_vocab_size)")
     longest = int(stored.trajectories.lengths.max())
     limit = micro_batch_tokens(config, target, drafter, longest)
-    totals = train(ctx, drafter, config, lambda step: training.micro_batches(step, limit))
+    totals = train(ctx, drafter, config, lambda step: training.micro_batches(step, limit), ranks=ranks)
+    if not ranks.first:
+        return
     drafter.info = DrafterInfo(
         target_digest=target.info.digest,
         target_source=target.info.source,
@@ -141,4 +148,5 @@ STAGE = Stage(
     run=run,
     preflight=preflight,
     compute=Compute.HEAVY,
+    parallel=lambda config: config.parallel if config.steps else ParallelConfig(),
 )

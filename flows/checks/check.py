@@ -18,6 +18,7 @@ from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.checks.engines import check_engines
 from draftsmith.flows.checks.findings import Findings, FirstError
 from draftsmith.flows.checks.models import check_drafters, check_nodes, check_target, resolve_metadata
+from draftsmith.flows.checks.parallel import check_parallel
 from draftsmith.flows.checks.prompts import check_lengths, check_logs, check_longest, check_sources, check_supplies
 from draftsmith.flows.checks.resources import check_resources
 from draftsmith.flows.pipeline import prefect_server
@@ -62,6 +63,7 @@ def _without_target(found: Findings, nodes: Sequence[Node], to_make: Sequence[No
     check_supplies(found, nodes)
     check_sources(found, to_make)
     check_engines(found, to_make)
+    check_parallel(found, to_make)
 
 
 def _with_target(
@@ -106,6 +108,7 @@ def check_alone(node: Node, inputs: Mapping[str, Path]) -> list[str]:
     """Of a node that is made alone. inputs: artifacts by the names of the stage's inputs. Returns warnings."""
     found = FirstError()
     check_engines(found, [node])
+    check_parallel(found, [node])
     if "target" in inputs:
         check_nodes(found, [node], inputs["target"], whole=True)
     return found.warnings

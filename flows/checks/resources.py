@@ -42,6 +42,7 @@ def check_resources(found: Findings, nodes: Sequence[Node], artifact: Path, plan
         positions=info.max_positions,
         kind=plan.kind,
         device_memory=float(min(gpus(), default=memory_bytes())),
+        accelerated=bool(gpus()),
     )
     elsewhere = runs_elsewhere(nodes)
     needed = estimates(nodes, sizes)
@@ -55,18 +56,20 @@ def check_resources(found: Findings, nodes: Sequence[Node], artifact: Path, plan
 
 
 def _compare_memory(found: Findings, node: str, estimate: Estimate, *, elsewhere: bool) -> None:
-    """Without a GPU one line. With one a line for its memory and one for the host's."""
+    """Without a GPU one line. With one a line for its memory and one for the host's. Of one process, and its share."""
+    each = "memory" if estimate.processes == 1 else f"memory for each of {estimate.processes} processes"
+    host = memory_bytes() / estimate.processes
     if not gpus():
         if estimate.memory or estimate.host:
             parts = Parts({"process": PROCESS, **estimate.host, **estimate.memory})
-            _compare(found, f"{node}: memory", parts, memory_bytes(), "memory", elsewhere=elsewhere)
+            _compare(found, f"{node}: memory", parts, host, each, elsewhere=elsewhere)
         return
     if estimate.memory:
         _compare(found, f"{node}: memory", Parts(estimate.memory), gpus()[0], "GPU memory", elsewhere=elsewhere)
     if estimate.host:
         passing = {name: share * estimate.memory.get(name, 0.0) for name, share in _THROUGH_HOST.items()}
         parts = Parts({"process": PROCESS, **estimate.host, **passing})
-        _compare(found, f"{node}: host memory", parts, memory_bytes(), "memory", elsewhere=elsewhere)
+        _compare(found, f"{node}: host memory", parts, host, each, elsewhere=elsewhere)
 
 
 def _compare(found: Findings, check: str, memory: Parts, has: float, what: str, *, elsewhere: bool) -> None:

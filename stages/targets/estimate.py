@@ -68,6 +68,7 @@ class Sizes:
     positions: int  # the target's context
     kind: str = "dflash"  # of the drafter
     device_memory: float = math.inf  # bytes of the device that trains: a step is split until it fits
+    accelerated: bool = False  # each process has such a device; else they share the machine's memory
 
     @property
     def feature_bytes(self) -> int:
@@ -132,6 +133,7 @@ class Estimate:
 
     memory: Mapping[str, float] = field(default_factory=dict)  # of its process at the peak, by part; empty: small
     host: Mapping[str, float] = field(default_factory=dict)  # the same of what is never on a GPU
+    processes: int = 1  # on a machine, each of which needs that
     servers: Servers | None = None
     tables: float = 0.0  # on disk, before compression
     files: Mapping[str, float] = field(default_factory=dict)  # other files of the artifact, by what they are

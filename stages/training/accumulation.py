@@ -1,11 +1,14 @@
-"""A step's gradient from micro-batches: sums before quotients, so that their number changes nothing but rounding."""
+"""A step's gradient from the micro-batches of all ranks: sums before quotients, so that neither the number of parts
+nor that of processes changes anything but rounding."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
+from draftsmith.stages.parallel.ranks import ALONE, Ranks
 from draftsmith.stages.training.blocks import LossReport, Share
 
 
@@ -29,30 +32,43 @@ class Accumulation:
         report.loss = report.loss.detach()
         self._reports.append(report)
 
-    def finish(self, parameters: Iterable[torch.nn.Parameter]) -> LossReport:
-        """The report of the step, whose gradient is that of its loss."""
+    def finish(self, parameters: Iterable[torch.nn.Parameter], ranks: Ranks = ALONE) -> LossReport:
+        """The report of the step, whose gradient is that of its loss. Seconds are this rank's own."""
         if self._reports[0].alone:
             return self._reports[0]
-        streams = [
-            (each[0].factor, Share(sum(float(s.total.detach()) for s in each), sum(float(s.weight) for s in each)))
-            for each in zip(*(report.streams for report in self._reports), strict=True)
-        ]
+        trained = list(parameters)
+        mine = [_Sums.of(report) for report in self._reports]
+        sums = [each for of_rank in ranks.gather(mine) for each in of_rank]
+        ranks.sum_gradients(trained)
+        factors = [stream.factor for stream in self._reports[0].streams]
+        means = [Share.merged(shares) for shares in zip(*(each.streams for each in sums), strict=True)]
         if self._reports[0].whole is None:
-            weight = max(streams[0][1].whole, 1e-9)
-            for parameter in parameters:
+            weight = max(sum(each.streams[0].whole for each in sums), 1e-9)
+            for parameter in trained:
                 if parameter.grad is not None:
                     parameter.grad.div_(weight)
-        reports = self._reports
+        figures = dict.fromkeys(name for each in sums for name in each.figures)  # a part may lack one
         return LossReport(
-            torch.tensor(sum(factor * mean for factor, mean in streams)),
-            sum(report.blocks for report in reports),
-            sum(report.positions for report in reports),
-            {name: Share.merged([r.figures[name] for r in reports if name in r.figures]) for name in _names(reports)},
-            {name: sum(report.seconds[name] for report in reports) for name in reports[0].seconds},
-            sum(report.operations for report in reports),
+            torch.tensor(sum(factor * mean for factor, mean in zip(factors, means, strict=True))),
+            sum(each.blocks for each in sums),
+            sum(each.positions for each in sums),
+            {name: Share.merged([each.figures[name] for each in sums if name in each.figures]) for name in figures},
+            {name: sum(report.seconds[name] for report in self._reports) for name in self._reports[0].seconds},
+            sum(each.operations for each in sums),
         )
 
 
-def _names(reports: list[LossReport]) -> list[str]:
-    """Of all figures: a micro-batch may lack one (nothing of it was mined again, say)."""
-    return list(dict.fromkeys(name for report in reports for name in report.figures))
+@dataclass(frozen=True)
+class _Sums:
+    """Of a micro-batch what the step's report needs, in plain numbers that other ranks can read."""
+
+    streams: tuple[Share, ...]
+    blocks: int
+    positions: int
+    figures: dict[str, float]
+    operations: float
+
+    @classmethod
+    def of(cls, report: LossReport) -> _Sums:
+        streams = tuple(stream.share() for stream in report.streams)
+        return cls(streams, report.blocks, report.positions, report.figures, report.operations)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from draftsmith.stages.parallel.ranks import ALONE, Ranks
 from draftsmith.stages.replay.trace import Trajectory, groups_by_length, pad_tokens
 from draftsmith.stages.replay.trajectories import lengths_of, responses_of
 from draftsmith.stages.targets.causal_lm import Target
@@ -37,6 +38,28 @@ class Batch:
         tokens, features, positions = (x[part, :width] for x in (self.tokens, self.features, self.positions))
         hidden = None if self.hidden is None else self.hidden[part, :width]
         return Batch(trajectories, tokens, features, hidden, positions)
+
+
+@dataclass(frozen=True)
+class Portion:
+    """The rows of a step that one rank trains: those of its batch, in this order."""
+
+    rows: list[int]  # of the step's rows
+    count: int  # that the step has
+    tokens: torch.Tensor  # [B, T] of the whole step: what a head must hold
+    ranks: Ranks = ALONE
+
+    @classmethod
+    def of_all(cls, batch: Batch) -> Portion:
+        """One process: the batch is the step."""
+        count = len(batch.trajectories)
+        return cls(list(range(count)), count, batch.tokens)
+
+    @classmethod
+    def of_rank(cls, trajectories: Sequence[Trajectory], ranks: Ranks, device: torch.device) -> Portion:
+        """Of all trajectories of a step those that this rank trains."""
+        rows = ranks.rows([len(t.tokens) for t in trajectories])
+        return cls(rows, len(trajectories), pad_tokens(trajectories, device), ranks)
 
 
 def parts_of(batch: Batch, block_tokens: int, limit: int | None) -> list[slice]:

@@ -23,7 +23,7 @@ class Anchors:
     def blocks(self) -> int:
         return int(self.valid.sum())
 
-    def rows(self, part: slice) -> Anchors:
+    def rows(self, part: slice | list[int]) -> Anchors:
         """Some rows of the batch."""
         return Anchors(self.positions[part], self.valid[part])
 
@@ -49,6 +49,9 @@ class Share(float):
         share = super().__new__(cls, part / whole if whole else 0.0)
         share.part, share.whole = float(part), float(whole)
         return share
+
+    def __reduce__(self) -> tuple[type[Share], tuple[float, float]]:
+        return Share, (self.part, self.whole)
 
     @classmethod
     def merged(cls, values: Sequence[float]) -> float:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from draftsmith.stages.contract import NOT_FETCHED, Config, Operational
 from draftsmith.stages.drafters.config import DFlashConfig, DrafterConfig
+from draftsmith.stages.parallel.config import ParallelConfig
 from draftsmith.stages.training.loss_config import DistributionLoss, PositionWeights, ResponseStream, TokenLoss
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class OptimiserConfig(Config):
     checkpoint_minutes: Annotated[
         float, Field(gt=0, description="at most so long apart too: what a killed training loses"), Operational()
     ] = 10
+    # No part of the key, as a micro-batch is not: what several processes train is what one trains but for rounding.
+    parallel: Annotated[ParallelConfig, Operational()] = ParallelConfig()
 
 
 class TrainingConfig(OptimiserConfig):
@@ -62,6 +65,15 @@ class TrainingConfig(OptimiserConfig):
         ),
         Operational(),
     ] = None
+
+    @model_validator(mode="after")
+    def _every_process_has_an_answer(self) -> TrainingConfig:
+        if self.sequences_per_step < self.parallel.world:
+            raise ValueError(
+                f"sequences_per_step: {self.sequences_per_step} cannot be split over {self.parallel.world} processes "
+                "(parallel): raise it, or lower processes or nodes"
+            )
+        return self
 
     def passes(self, trajectories: int) -> float:
         """How often a training of all steps draws each of so many trajectories: SFT learns few answers by heart."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from draftsmith.artifacts.machine_memory import memory_bytes
@@ -23,7 +24,10 @@ _ALWAYS = ("process", "target", "drafter with AdamW", "features", "head", "logit
 def training_estimate(config: TrainingConfig, use: Use, *, mines: bool = False, scores: bool = False) -> Estimate:
     """Of the moment at which the forward of a micro-batch has ended and the gradient of others is there already.
 
-    P · s, and 16 · P_d: float32 weights, gradients and the two moments of AdamW; under autocast a copy, 2 · P_d.
+    Of several processes each needs this, with B the answers of a step that it trains.
+
+    P · s, and 16 · P_d: float32 weights, gradients and the two moments of AdamW (8 of them, which may be split over the
+    processes); under autocast a copy, 2 · P_d.
     Features kept: feature_memory_mb at most, and none where it does not hold those of all answers; of the step's batch:
     B · T · (K + 1) · H · s, twice while they are made of what the target's forwards gave.
     Activations: what the drafter keeps of the tokens of a micro-batch, trajectories and blocks
@@ -35,11 +39,13 @@ def training_estimate(config: TrainingConfig, use: Use, *, mines: bool = False, 
     On disk the drafter, P_d · s, and while it trains two checkpoints for a moment: 2 · 12 · P_d.
     """
     sizes, longest = use.sizes, use.longest
-    drafter, B = sizes.drafter, config.sequences_per_step
+    drafter, B = sizes.drafter, rows_of_process(config)
+    moments = 8.0 / (config.parallel.world if config.parallel.shard_optimiser else 1)
     a = DTYPE_BYTES[config.compute_dtype]
     tokens = None
     if config.head_tokens is not None:
-        tokens = config.head_tokens + config.head_negatives + B * 64  # and the tokens of the batch: some are new
+        of_batch = config.sequences_per_step * 64  # tokens of the batch that are new
+        tokens = config.head_tokens + config.head_negatives + of_batch
     _, head = sizes.reduced_head(tokens)
     count = use.answers.count if use.answers is not None else float("inf")
     all_features = count * longest * sizes.feature_bytes
@@ -50,7 +56,7 @@ def training_estimate(config: TrainingConfig, use: Use, *, mines: bool = False, 
     fixed = {
         "process": PROCESS,
         "target": sizes.weights(sizes.target),
-        "drafter with AdamW": (16.0 if a == 4 else 18.0) * drafter.parameters,
+        "drafter with AdamW": ((8.0 if a == 4 else 10.0) + moments) * drafter.parameters,
         "features": kept + float(B * longest * sizes.feature_bytes),
         "head": head,
         "logits": float(logits),
@@ -69,6 +75,7 @@ def training_estimate(config: TrainingConfig, use: Use, *, mines: bool = False, 
     return Estimate(
         memory=memory,
         host=tables_of(use.answers),
+        processes=config.parallel.processes,
         files={"drafters": sizes.weights(drafter)},
         passing={"training checkpoint": 2 * 12.0 * drafter.parameters},
     )
@@ -84,12 +91,18 @@ def row_bytes(config: TrainingConfig, sizes: Sizes, longest: int) -> float:
     return float(of_blocks + of_context + of_positions)
 
 
+def rows_of_process(config: TrainingConfig) -> int:
+    """Answers of a step that one process trains, at most."""
+    return math.ceil(config.sequences_per_step / config.parallel.world)
+
+
 def rows_at_once(config: TrainingConfig, sizes: Sizes, longest: int, fixed: float) -> int:
     """Rows of a micro-batch: as the config says, or as many as fit beside `fixed` bytes; at least one."""
     if config.micro_batch_tokens is not None:
         return max(1, config.micro_batch_tokens // row_tokens(config, sizes, longest))
-    fitting = (USABLE * sizes.device_memory - fixed) / row_bytes(config, sizes, longest)
-    return max(1, int(min(fitting, config.sequences_per_step)))
+    memory = sizes.device_memory / (1 if sizes.accelerated else config.parallel.processes)
+    fitting = (USABLE * memory - fixed) / row_bytes(config, sizes, longest)
+    return max(1, int(min(fitting, rows_of_process(config))))
 
 
 def row_tokens(config: TrainingConfig, sizes: Sizes, longest: int) -> int:
@@ -114,6 +127,7 @@ def micro_batch_tokens(config: TrainingConfig, target: Target, drafter: Drafter,
         positions=longest,
         kind=drafter.kind,
         device_memory=_device_memory(target),
+        accelerated=target.device.type == "cuda",
     )
     estimate = training_estimate(config, Use(sizes, answers=Answers(longest)), mines=True, scores=True)
     fixed = sum(size for part, size in estimate.memory.items() if part in _ALWAYS)

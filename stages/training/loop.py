@@ -9,13 +9,15 @@ from typing import Any, Protocol
 
 import torch
 
-from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.stages.checkpoints import load_checkpoint, save_checkpoint
 from draftsmith.stages.contract import StageContext
 from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.parallel.ranks import ALONE, Ranks
 from draftsmith.stages.training.accumulation import Accumulation
 from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.config import OptimiserConfig
+from draftsmith.stages.training.optimiser import make_optimiser, whole_state
 
 
 def cosine(step: int, config: OptimiserConfig) -> float:
@@ -40,17 +42,18 @@ def train(
     config: OptimiserConfig,
     micro_batches: Callable[[int], Iterable[LossReport]],
     memory: Resumable | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Run or continue `config.steps` steps on float32 weights in place. Returns additive totals.
 
     `micro_batches(step)` are the parts of a step, each with its graph, made one after the other. They must depend on
-    nothing but the step, the weights and `memory`, which only they may change.
+    nothing but the step, the weights and `memory`, which only they may change. Of several ranks each has its own parts,
+    and all have the same weights and memory after a step; the first rank's checkpoint is that of all, and of any
+    number of ranks.
     Checkpoints, the memory in them, go to `ctx.work`. Raises DraftsmithError if the loss or its gradient is not finite.
     """
-    optimiser = torch.optim.AdamW(
-        drafter.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
-    )
-    first, totals = _restore(ctx, drafter, optimiser, memory)
+    optimiser = make_optimiser(drafter.parameters(), config, ranks)
+    first, totals = _restore(ctx, drafter, optimiser, memory, ranks)
     if first:
         ctx.log(f"continuing from the checkpoint at step {first} of {config.steps}")
     ctx.rewind_metrics(first)  # an attempt that was killed wrote beyond its checkpoint, or never reached one
@@ -73,7 +76,7 @@ def train(
             accumulation.add(part)
             backward_s += time.perf_counter() - before_backward
         before_update = time.perf_counter()
-        report = accumulation.finish(drafter.parameters())
+        report = accumulation.finish(drafter.parameters(), ranks)
         loss = float(report.loss)
         norm = float(torch.nn.utils.clip_grad_norm_(drafter.parameters(), config.clip_norm))
         _must_be_finite("gradient's norm", norm, step)  # before it reaches weights and checkpoint
@@ -90,10 +93,13 @@ def train(
         )  # fmt: skip
         ctx.progress(step + 1, config.steps, "steps", loss=loss)
         due = (step + 1) % config.checkpoint_every == 0 or time.monotonic() - kept >= 60 * config.checkpoint_minutes
-        if due or step + 1 == config.steps or ctx.interrupted:
-            _save(ctx, step + 1, totals, drafter, optimiser, memory)
+        dues, stops = zip(*ranks.gather((due, ctx.interrupted)), strict=True)  # clocks differ, and so do signals
+        if any(dues) or any(stops) or step + 1 == config.steps:
+            _save(ctx, step + 1, totals, drafter, optimiser, memory, ranks)
             kept = time.monotonic()
-            ctx.check_interrupted()
+            if any(stops):  # all end, or none
+                ctx.check_interrupted()
+                raise StageInterrupted("another process of the training was asked to stop")
     drafter.eval()
     return totals
 
@@ -115,19 +121,32 @@ def _save(
     drafter: Drafter,
     optimiser: torch.optim.Optimizer,
     memory: Resumable | None,
+    ranks: Ranks,
 ) -> None:
-    state = {"totals": totals, "drafter": drafter.state_dict(), "optimiser": optimiser.state_dict()}
-    if memory is not None:
-        state["memory"] = memory.state_dict()
-    save_checkpoint(ctx.work, step, state)
+    """Of the first rank; all are here when it is there."""
+    moments = whole_state(optimiser, ranks)
+    if ranks.first:
+        state = {"totals": totals, "drafter": drafter.state_dict(), "optimiser": moments}
+        if memory is not None:
+            state["memory"] = memory.state_dict()
+        save_checkpoint(ctx.work, step, state)
+    ranks.wait()
 
 
 def _restore(
-    ctx: StageContext, drafter: Drafter, optimiser: torch.optim.Optimizer, memory: Resumable | None
+    ctx: StageContext,
+    drafter: Drafter,
+    optimiser: torch.optim.Optimizer,
+    memory: Resumable | None,
+    ranks: Ranks,
 ) -> tuple[int, dict[str, float]]:
-    """The step to go on with, and the totals so far. The checkpoint may be of another kind of device."""
-    found = load_checkpoint(ctx.work, ctx.log)
+    """The step to go on with, and the totals so far. The checkpoint may be of another kind or number of devices."""
+    found = load_checkpoint(ctx.work, ctx.log) if ranks.first else None
+    ranks.wait()  # what is damaged has been set aside
+    if not ranks.first:
+        found = load_checkpoint(ctx.work, ctx.log)
     if found is None:
+        ranks.same_weights(drafter.parameters())
         return 0, {}
     step, state = found
     drafter.load_state_dict(state["drafter"])

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.parallel.ranks import ALONE, Ranks
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.anchors import position_anchors
-from draftsmith.stages.training.batches import Batch, FeatureSource, parts_of, step_rng, trajectories_of_step
+from draftsmith.stages.training.batches import Batch, FeatureSource, Portion, parts_of, step_rng, trajectories_of_step
 from draftsmith.stages.training.blocks import Anchors, LossReport, block_hidden, context_of, operations_of
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.loss_config import ResponseStream
@@ -72,9 +73,11 @@ class SftTraining:
         *,
         temperature: float = 0.0,
         seed: int = 0,
+        ranks: Ranks = ALONE,
     ):
         """drafter: float32 weights that are to be trained. temperature: of the trajectories, 0 = greedy."""
-        self.drafter, self.target, self.config, self.seed = drafter, target, config, seed
+        self.drafter, self.target, self.config, self.seed, self.ranks = drafter, target, config, seed, ranks
+        self._trajectories = trajectories
         self.stream = config.stream(drafter.recipe)
         self._temperature = temperature or 1.0
         self._heads = HeadSource(drafter, target.head_weight, config)
@@ -94,11 +97,15 @@ class SftTraining:
         return report
 
     def micro_batches(self, step: int, limit: int | None) -> Iterator[LossReport]:
-        """The same in parts of at most `limit` tokens. Anchors and head are drawn for the whole step."""
+        """The same in parts of at most `limit` tokens, those of this rank. Anchors and head are drawn for the whole
+        step."""
         rng = step_rng(self.seed, step)
-        batch = self._features.batch(trajectories_of_step(self._count, self.config.sequences_per_step, step, self.seed))
-        anchors = position_anchors(batch.trajectories, self.config.anchors_per_sequence, rng, self.target.device)
-        heads = self._heads.draw(rng, [batch.tokens])
+        chosen = trajectories_of_step(self._count, self.config.sequences_per_step, step, self.seed)
+        trajectories = [self._trajectories[i] for i in chosen]
+        portion = Portion.of_rank(trajectories, self.ranks, self.target.device)
+        anchors = position_anchors(trajectories, self.config.anchors_per_sequence, rng, self.target.device)
+        heads = self._heads.draw(rng, [portion.tokens])
+        batch, anchors = self._features.batch([chosen[row] for row in portion.rows]), anchors.rows(portion.rows)
         parts = parts_of(batch, anchors.positions.shape[1] * self.drafter.block_size, limit)
         for part in parts:
             report = sft_loss(
@@ -111,7 +118,7 @@ class SftTraining:
                 temperature=self._temperature,
                 positions_per_chunk=self.config.positions_per_chunk,
             )
-            report.alone = len(parts) == 1
+            report.alone = len(parts) == self.ranks.world == 1
             yield report
 
     def __str__(self) -> str:

@@ -36,6 +36,11 @@ class HeadSource:
         own = drafter.head_over(target_head, None) if drafter.has_own_head else None
         self._target_over_own = Head.over(target_head, own.token_ids) if own else None
 
+    @property
+    def sampled(self) -> bool:
+        """Whether a step's head holds what is needed, and little else."""
+        return self._target_over_own is None and self.config.head_tokens is not None
+
     def draw(self, rng: np.random.Generator, needed: Sequence[torch.Tensor]) -> Heads:
         """needed: token ids that must be in a sampled head, any shape."""
         if self._target_over_own is not None:

@@ -15,10 +15,11 @@ from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.loss_config import LossConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+FILES = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("scale/*.yaml")])
 RECIPES = ["qwen3-4b-dflash", "qwen3-4b-dflash-thinking", "qwen3-8b-dflash", "qwen3-8b-dflash-thinking"]
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_config_loads_and_its_graph_is_in_order(path: Path) -> None:
     config = load_config(path)
     assert config.name == path.stem
@@ -30,7 +31,7 @@ def test_a_config_loads_and_its_graph_is_in_order(path: Path) -> None:
     assert SftConfig.model_validate(control.model_dump(mode="json")) == control
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_an_evaluation_has_turns_enough_to_judge_speed(path: Path) -> None:
     assert load_config(path).evaluation.rounds >= FEWEST_TURNS
 
@@ -67,6 +68,7 @@ def test_the_recipe_has_the_papers_settings(name: str) -> None:
     for engine in (config.rollout.engine, config.assisted.engine, config.heldout.engine, config.evaluation.engine):
         assert isinstance(engine, SGLangEngineConfig) and engine.launch is not None
         assert (engine.launch.servers, engine.launch.tensor_parallel) == (8, 1)
+    assert config.opd.parallel.world == config.sft.parallel.world == 8
     assert config.evaluation.concurrency == (1, 4, 16)
     assert config.evaluation.temperatures == (0, 1)
 

@@ -19,13 +19,19 @@ MISBEHAVE = "tests.flows.pipeline.toy_stages.misbehave"
 
 
 def start(
-    folder: Path, module: str, config: dict[str, Any], *, threads: int | None = None, lifeline: int | None = None
+    folder: Path,
+    module: str,
+    config: dict[str, Any],
+    *,
+    inputs: dict[str, str] | None = None,
+    threads: int | None = None,
+    lifeline: int | None = None,
 ) -> subprocess.Popen[bytes]:
     request = {
         "stage": module.rpartition(".")[2],
         "module": module,
         "config": config,
-        "inputs": {},
+        "inputs": inputs or {},
         "out": str(folder / "out"),
         "work": str(folder / "work"),
         "seed": 7,

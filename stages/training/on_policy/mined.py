@@ -20,7 +20,7 @@ from draftsmith.artifacts.row_reader import RowReader
 from draftsmith.artifacts.schemas import VERIFY_STEPS
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.replay.trajectories import ids_of
-from draftsmith.stages.training.anchors import draw_evenly, pad_anchors
+from draftsmith.stages.training.anchors import evenly, pad_anchors
 from draftsmith.stages.training.blocks import Anchors
 from draftsmith.stages.training.on_policy.verify_steps import VerifySteps
 
@@ -102,15 +102,16 @@ class MinedTable:
         indices: Sequence[int],
         kind: Kind,
         per_sequence: int,
-        rng: np.random.Generator,
+        phases: np.ndarray,
         device: torch.device,
     ) -> tuple[Anchors, VerifySteps]:
-        """`per_sequence` steps of each trajectory. One that has none of the kind any more lends all that it has."""
+        """`per_sequence` steps of each trajectory, at its phase in [0, 1) of `phases` [B]. One that has none of the
+        kind any more lends all that it has."""
         steps = [self.steps[i] for i in indices]  # each read once
         chosen = []
-        for each in steps:
+        for each, phase in zip(steps, phases, strict=True):
             candidates = each.of_kind(kind)
-            chosen.append(draw_evenly(candidates if len(candidates) else each.of_kind("visited"), per_sequence, rng))
+            chosen.append(evenly(candidates if len(candidates) else each.of_kind("visited"), per_sequence, phase))
 
         def column(name: str) -> torch.Tensor:
             values = [getattr(each, name)[picked] for each, picked in zip(steps, chosen, strict=True)]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.parallel.ranks import Ranks
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.trace import Trace, Trajectory
 from draftsmith.stages.targets.causal_lm import Target
@@ -48,6 +49,7 @@ class Remining:
         self._fresh: dict[int, TrajectorySteps] = {}
         self.current = MinedTable(_Renewed(mined.steps, self._fresh), mined.proposals)
         self._mined_at: dict[int, int] = {}  # trajectory -> optimiser step of its fresh trace
+        self._untold: set[int] = set()  # whose traces other ranks do not have
 
     def refresh(self, step: int, indices: Sequence[int], view: View) -> dict[str, float]:
         """Mine again what is too old among the trajectories `indices` of a view. Returns figures of what changed."""
@@ -66,7 +68,20 @@ class Remining:
             changed += _steps_gone(mined, fresh)
             steps += len(mined.anchors)
             self._fresh[i], self._mined_at[i] = fresh, step
+            self._untold.add(i)
         return {"trace_changed_share": Share(changed, steps), "remined_trajectories": len(rows)}
+
+    def share(self, ranks: Ranks) -> None:
+        """Fresh traces of all ranks, everywhere: whoever draws an answer next must know how old its trace is."""
+        if self.every:
+            news = {
+                i: (self._mined_at[i], {name: getattr(self._fresh[i], name) for name in self._remembered})
+                for i in sorted(self._untold)
+            }
+            for told in ranks.gather(news):
+                for i, (step, columns) in told.items():
+                    self._mined_at[i], self._fresh[i] = step, self._steps_of(columns)
+        self._untold.clear()
 
     @torch.no_grad()
     def _replay(self, view: View, rows: list[int], trajectories: list[Trajectory], chains: int) -> list[Trace]:
@@ -105,8 +120,7 @@ class Remining:
             "mined_at": torch.tensor([self._mined_at[i] for i in order], dtype=torch.int64),
             "counts": torch.tensor([len(s.anchors) for s in fresh], dtype=torch.int64),
         }
-        names = (*_TRACE, "proposed") if self.scored else _TRACE
-        return state | {name: _joined([getattr(s, name) for s in fresh]) for name in names}
+        return state | {name: _joined([getattr(s, name) for s in fresh]) for name in self._remembered}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Back to the tables of a checkpoint."""
@@ -116,12 +130,18 @@ class Remining:
         start = 0
         for i, count in zip(order, counts, strict=True):
             part = slice(start, start + count)
-            anchors, accepted, committed, rejected = (state[name][part].numpy() for name in _TRACE)
-            proposed, logprobs = _not_scored((count, self.drafter.block_size - 1))
-            if self.scored:
-                proposed = state["proposed"][part].numpy()
-            self._fresh[i] = TrajectorySteps(anchors, accepted, committed, rejected, proposed, logprobs)
+            self._fresh[i] = self._steps_of({name: state[name][part].numpy() for name in self._remembered})
             start += count
+
+    @property
+    def _remembered(self) -> tuple[str, ...]:
+        return (*_TRACE, "proposed") if self.scored else _TRACE
+
+    def _steps_of(self, columns: Mapping[str, np.ndarray]) -> TrajectorySteps:
+        """Of the columns that are remembered."""
+        proposed, logprobs = _not_scored((len(columns["anchors"]), self.drafter.block_size - 1))
+        anchors, accepted, committed, rejected = (columns[name] for name in _TRACE)
+        return TrajectorySteps(anchors, accepted, committed, rejected, columns.get("proposed", proposed), logprobs)
 
 
 class _Renewed(Sequence[TrajectorySteps]):

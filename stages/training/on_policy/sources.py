@@ -13,13 +13,9 @@ import numpy as np
 import torch
 
 from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.parallel.ranks import Ranks
 from draftsmith.stages.replay.chains import successors
-from draftsmith.stages.training.anchors import (
-    anchor_positions,
-    evenly,
-    pad_anchors,
-    position_anchors,
-)
+from draftsmith.stages.training.anchors import anchor_positions, evenly, pad_anchors
 from draftsmith.stages.training.blocks import Anchors, Share, View
 from draftsmith.stages.training.on_policy.mined import Kind, MinedTable
 from draftsmith.stages.training.on_policy.remining import Remining
@@ -39,8 +35,14 @@ class Drawn:
 class AnchorSource(Protocol):
     """What it remembers between steps goes into the checkpoint, so that a resumed training draws the same."""
 
-    def draw(self, step: int, indices: Sequence[int], view: View, rng: np.random.Generator) -> Drawn:
-        """The anchors of the trajectories `indices`, which the view shows."""
+    numbers: int  # random ones that a row takes
+
+    def draw(self, step: int, indices: Sequence[int], view: View, phases: np.ndarray) -> Drawn:
+        """The anchors of the trajectories `indices`, which the view shows. phases: [B, numbers] in [0, 1), a row's own
+        whoever draws it."""
+
+    def share(self, ranks: Ranks) -> None:
+        """Tell the others what was learnt of trajectories since the last call, and hear it from them."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -50,15 +52,20 @@ class AnchorSource(Protocol):
 class TableAnchors:
     """Steps of the mined table, mined again when they are too old."""
 
+    numbers = 1
+
     def __init__(self, remining: Remining, kind: Kind, per_sequence: int):
         self.remining, self.kind, self.per_sequence = remining, kind, per_sequence
 
-    def draw(self, step: int, indices: Sequence[int], view: View, rng: np.random.Generator) -> Drawn:
+    def draw(self, step: int, indices: Sequence[int], view: View, phases: np.ndarray) -> Drawn:
         figures = self.remining.refresh(step, indices, view)
         anchors, steps = self.remining.current.draw(
-            indices, self.kind, self.per_sequence, rng, view.batch.tokens.device
+            indices, self.kind, self.per_sequence, phases[:, 0], view.batch.tokens.device
         )
         return Drawn(anchors, self.remining.with_scores(indices, view.batch, anchors, steps), figures)
+
+    def share(self, ranks: Ranks) -> None:
+        self.remining.share(ranks)
 
     def state_dict(self) -> dict[str, Any]:
         return self.remining.state_dict()
@@ -76,16 +83,24 @@ class Forgetful:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
 
+    def share(self, ranks: Ranks) -> None:
+        pass
+
 
 class RandomAnchors(Forgetful):
     """Positions of the response, whatever the drafter does there: the paper's ablation."""
 
+    numbers = 1
+
     def __init__(self, per_sequence: int):
         self.per_sequence = per_sequence
 
-    def draw(self, step: int, indices: Sequence[int], view: View, rng: np.random.Generator) -> Drawn:  # noqa: ARG002
-        device = view.batch.tokens.device
-        return Drawn(position_anchors(view.batch.trajectories, self.per_sequence, rng, device), None)
+    def draw(self, step: int, indices: Sequence[int], view: View, phases: np.ndarray) -> Drawn:  # noqa: ARG002
+        chosen = [
+            evenly(anchor_positions(t), self.per_sequence, phase)
+            for t, phase in zip(view.batch.trajectories, phases[:, 0], strict=True)
+        ]
+        return Drawn(pad_anchors(chosen, view.batch.tokens.device), None)
 
 
 class SuccessorAnchors(Forgetful):
@@ -96,12 +111,13 @@ class SuccessorAnchors(Forgetful):
     The mined table only tells how stale it has become.
     """
 
+    numbers = 2
+
     def __init__(self, table: MinedTable, drafter: Drafter, per_sequence: int):
         self.table, self.drafter, self.per_sequence = table, drafter, per_sequence
 
-    def draw(self, step: int, indices: Sequence[int], view: View, rng: np.random.Generator) -> Drawn:  # noqa: ARG002
+    def draw(self, step: int, indices: Sequence[int], view: View, phases: np.ndarray) -> Drawn:  # noqa: ARG002
         trajectories, device = view.batch.trajectories, view.batch.tokens.device
-        phases = rng.random((len(trajectories), 2))  # of each row: micro-batches draw the same numbers
         before = np.stack(
             [
                 evenly(anchor_positions(t), self.per_sequence, phase)

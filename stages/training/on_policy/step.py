@@ -12,7 +12,7 @@ import torch
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.training.batches import Batch
+from draftsmith.stages.training.batches import Batch, Portion
 from draftsmith.stages.training.blocks import (
     Anchors,
     LossReport,
@@ -53,43 +53,63 @@ class OpdStep:
         return report
 
     def micro_batches(
-        self, step: int, indices: Sequence[int], batch: Batch, rng: np.random.Generator, parts: Sequence[slice]
+        self,
+        step: int,
+        indices: Sequence[int],
+        batch: Batch,
+        rng: np.random.Generator,
+        parts: Sequence[slice],
+        portion: Portion | None = None,
     ) -> Iterator[LossReport]:
         """The same in parts, rows of the batch. Of several parts all anchors are drawn first, under the same weights as
-        the loss: the head is the same for all, and so is what two streams are divided by."""
-        clock = _Clock()
-        heads = self.heads.draw(rng, [batch.tokens])
+        the loss: the head is the same for all, and so is what two streams are divided by.
+
+        portion: which rows of the step the batch has, where other ranks train the rest; left out: all.
+        """
+        clock, portion = _Clock(), portion or Portion.of_all(batch)
+        heads = self.heads.draw(rng, [portion.tokens])
+        phases = rng.random((portion.count, self.source.numbers))[portion.rows]
         clock.spent("head_and_loss")
-        alone = len(parts) == 1
+        alone = len(parts) == portion.ranks.world == 1
         drawn, context = [], None
         for part in parts:
             rows = batch.rows(part)
             with torch.set_grad_enabled(alone and torch.is_grad_enabled()):
                 context = context_of(self.drafter, rows)
                 clock.spent("drafter")
-                found = self.source.draw(step, indices[part], View(rows, context, heads.drafter), rng)
+                found = self.source.draw(step, indices[part], View(rows, context, heads.drafter), phases[part])
                 clock.spent("mining")
                 if not alone and found.steps is None and self.objective.needs_scores:
                     hidden = block_hidden(self.drafter, context, rows, found.anchors)
                     found = replace(found, judged=self._judged(hidden, context, rows, found.anchors, heads, clock))
             drawn.append(found)
+        self.source.share(portion.ranks)
         whole = None
         if not alone:
             context = None
-            if self.objective.needs_scores:  # the rejected stream's tokens must be in it too
-                known = [_steps_of(found) for found in drawn]
-                heads = self.heads.draw(rng, [batch.tokens, *(steps.proposed for steps in known)])
+            if self.objective.needs_scores:
+                heads = self._with_rejected(rng, drawn, portion)
                 of_parts = [
-                    stream_weights(batch.rows(part), found.anchors, steps, heads, self.objective)
-                    for part, found, steps in zip(parts, drawn, known, strict=True)
+                    stream_weights(batch.rows(part), found.anchors, _steps_of(found), heads, self.objective)
+                    for part, found in zip(parts, drawn, strict=True)
                 ]
-                whole = tuple(sum(weights) for weights in zip(*of_parts, strict=True))
+                of_ranks = portion.ranks.gather([sum(weights) for weights in zip(*of_parts, strict=True)])
+                whole = tuple(sum(weights) for weights in zip(*of_ranks, strict=True))
+        clock.spent("mining")
         for part, found in zip(parts, drawn, strict=True):
             clock.resume()
             report = self._trained(batch.rows(part), context, found, heads, rng if alone else None, clock)
             report.alone, report.whole = alone, whole
             report.seconds = clock.take()
             yield report
+
+    def _with_rejected(self, rng: np.random.Generator, drawn: Sequence[Drawn], portion: Portion) -> Heads:
+        """The heads of a step that also hold what any rank's verify steps rejected."""
+        needed = [portion.tokens]
+        if self.heads.sampled:
+            proposed = torch.cat([_steps_of(found).proposed.unique() for found in drawn]).cpu()
+            needed += [ids.to(portion.tokens.device) for ids in portion.ranks.gather(proposed)]
+        return self.heads.draw(rng, needed)
 
     def _trained(
         self,

@@ -8,9 +8,10 @@ import pyarrow as pa
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.parallel.ranks import ALONE, Ranks
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.training.batches import FeatureSource, parts_of, step_rng, trajectories_of_step
+from draftsmith.stages.training.batches import FeatureSource, Portion, parts_of, step_rng, trajectories_of_step
 from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.on_policy.config import OpdConfig
 from draftsmith.stages.training.on_policy.mined import Kind, MinedTable, match_steps
@@ -32,6 +33,7 @@ class OpdTraining:
         *,
         temperature: float = 0.0,
         seed: int = 0,
+        ranks: Ranks = ALONE,
     ):
         """drafter: float32 weights that are to be trained. mined: its steps on these trajectories (VERIFY_STEPS).
 
@@ -41,6 +43,7 @@ class OpdTraining:
         if isinstance(mined, pa.Table):
             mined = match_steps(mined, trajectories, drafter.block_size)
         self.config, self.mined, self.seed, self._block_size = config, mined, seed, drafter.block_size
+        self.ranks, self._trajectories, self._device = ranks, trajectories, target.device
         self.kind: Kind = "errors" if config.anchors == "errors" else "visited"
         self.usable = mined.trajectories_with(self.kind)
         self.sampled = config.verification == "sampled" or (config.verification == "auto" and temperature > 0)
@@ -80,12 +83,14 @@ class OpdTraining:
         return report
 
     def micro_batches(self, step: int, limit: int | None) -> Iterator[LossReport]:
-        """The same in parts of at most `limit` tokens."""
+        """The same in parts of at most `limit` tokens, those of this rank."""
         places = trajectories_of_step(len(self.usable), self.config.sequences_per_step, step, self.seed)
         chosen = [self.usable[i] for i in places]
-        batch = self._features.batch(chosen)
+        portion = Portion.of_rank([self._trajectories[i] for i in chosen], self.ranks, self._device)
+        own = [chosen[row] for row in portion.rows]
+        batch = self._features.batch(own)
         parts = parts_of(batch, self.config.anchors_per_sequence * self._block_size, limit)
-        return self._step.micro_batches(step, chosen, batch, step_rng(self.seed, step), parts)
+        return self._step.micro_batches(step, own, batch, step_rng(self.seed, step), parts, portion)
 
     def __str__(self) -> str:
         """What is trained, in one line."""

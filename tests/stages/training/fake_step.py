@@ -33,7 +33,7 @@ from draftsmith.stages.training.batches import Batch
 from draftsmith.stages.training.blocks import Anchors, LossReport, Share, Weighted
 from draftsmith.stages.training.config import SftConfig, TrainingConfig
 from draftsmith.stages.training.on_policy.config import OpdConfig
-from draftsmith.stages.training.on_policy.sources import Drawn, Forgetful
+from draftsmith.stages.training.on_policy.sources import Drawn, RandomAnchors
 from draftsmith.stages.training.on_policy.step import OpdStep
 from draftsmith.stages.training.on_policy.verify_steps import VerifySteps
 from draftsmith.stages.training.supervised import sft_loss
@@ -150,14 +150,15 @@ class FakeStep:
             yield report
 
 
-class _Rejected(Forgetful):
+class _Rejected(RandomAnchors):
     """Verify steps of a table that keep a third of a block, so that both streams have positions."""
 
     def __init__(self, per_sequence: int, proposals: int):
-        self.per_sequence, self.proposals = per_sequence, proposals
+        super().__init__(per_sequence)
+        self.proposals = proposals
 
-    def draw(self, step: int, indices: Sequence[int], view: Any, rng: np.random.Generator) -> Drawn:  # noqa: ARG002
-        anchors = position_anchors(view.batch.trajectories, self.per_sequence, rng, torch.device("cpu"))
+    def draw(self, step: int, indices: Sequence[int], view: Any, phases: np.ndarray) -> Drawn:
+        anchors = super().draw(step, indices, view, phases).anchors
         return Drawn(anchors, _steps(anchors, self.proposals))
 
 

@@ -15,7 +15,7 @@ from draftsmith.stages.replay.corpus import score
 from draftsmith.stages.replay.sequential import replay_sequentially
 from draftsmith.stages.replay.trace import Trace, Trajectory
 from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.training.batches import Batch, FeatureSource
+from draftsmith.stages.training.batches import Batch, FeatureSource, step_rng
 from draftsmith.stages.training.blocks import View, context_of
 from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.loss_config import LossConfig
@@ -128,6 +128,11 @@ def make_world(bench: Bench, moved_by: float) -> World:
     features = FeatureSource(bench.target, moved.target_layer_ids, trajectories)
     unmined = World(bench, moved, trajectories, MinedTable([], moved.block_size - 1), features)
     return replace(unmined, table=unmined.mined_by(unmined.trained))
+
+
+def phases(step: int, numbers: int) -> np.ndarray:
+    """[B, numbers] of the rows of `INDICES`, as a step draws them."""
+    return step_rng(0, step).random((len(INDICES), numbers))
 
 
 def without_errors(table: MinedTable, index: int) -> MinedTable:

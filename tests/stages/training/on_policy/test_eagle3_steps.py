@@ -18,7 +18,7 @@ from draftsmith.stages.training.on_policy.step import OpdStep
 from draftsmith.stages.training.on_policy.verify_steps import judge, with_scores
 from tests.stages.bench import Bench
 from tests.stages.training.case import CHUNK, heads_of
-from tests.stages.training.world import INDICES, KINDS, PER_SEQUENCE, World, make_world
+from tests.stages.training.world import INDICES, KINDS, PER_SEQUENCE, World, make_world, phases
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_chains_of_the_training_are_judged_as_replay_judges_them(world: World) -
     is proposed behind a rejection is the drafter's own."""
     drafter, batch = world.moved, world.batch
     fresh = world.mined_by(drafter)
-    anchors, expected = fresh.draw(INDICES, "visited", 30, step_rng(0, 0), torch.device("cpu"))
+    anchors, expected = fresh.draw(INDICES, "visited", 30, phases(0, 1)[:, 0], torch.device("cpu"))
     context = context_of(drafter, batch)
     hidden = block_hidden(drafter, context, batch, anchors)
     head = world.head_of(drafter)
@@ -83,7 +83,7 @@ def test_a_step_has_the_loss_of_the_chains_that_mining_finds(world: World) -> No
     """Read from the table, or drafted, judged and scored in the step: proposals, scores and the states behind them."""
     objective, many = world.objective("paper"), 30
     drafter, batch, fresh = world.moved, world.batch, world.mined_by(world.moved)
-    anchors, steps = fresh.draw(INDICES, "errors", many, step_rng(0, 5), torch.device("cpu"))
+    anchors, steps = fresh.draw(INDICES, "errors", many, phases(5, 1)[:, 0], torch.device("cpu"))
     judged_behind = (steps.target_logprobs.isfinite().sum(-1) - 1)[steps.rejected_offset > 0]
     assert int(judged_behind.sum()) > 50, "proposals behind a rejection, on the drafter's own prefix"
 

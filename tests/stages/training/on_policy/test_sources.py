@@ -21,7 +21,7 @@ from draftsmith.stages.training.on_policy.mined import MinedTable
 from draftsmith.stages.training.on_policy.remining import Remining
 from draftsmith.stages.training.on_policy.verify_steps import judge, with_scores
 from tests.stages.bench import Bench
-from tests.stages.training.world import COUNT, INDICES, KINDS, PER_SEQUENCE, World, make_world, without_errors
+from tests.stages.training.world import COUNT, INDICES, KINDS, PER_SEQUENCE, World, make_world, phases, without_errors
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_only_the_steps_that_are_drawn_are_scored(world: World, monkeypatch: pyt
     remining = world.remining(every=10, scored=True)
     remining.refresh(10, INDICES[:2], world.view(INDICES[:2]))  # the third keeps its trace
     source = world.source("visited", remining=remining)
-    drawn = source.draw(9, INDICES, world.view(), step_rng(0, 0))  # too early for the third
+    drawn = source.draw(9, INDICES, world.view(), phases(0, 1))  # too early for the third
     assert drawn.steps is not None
     fresh = world.mined_by(world.moved)
     for row, i in enumerate(INDICES):
@@ -135,7 +135,7 @@ def test_blocks_of_the_training_are_judged_as_replay_judges_them(world: World) -
     """At the anchors of its trace, the steps are the trace; and so are the target's log-probs."""
     fresh = world.mined_by(world.moved)
     batch = world.batch
-    anchors, expected = fresh.draw(INDICES, "visited", 30, step_rng(0, 0), torch.device("cpu"))
+    anchors, expected = fresh.draw(INDICES, "visited", 30, phases(0, 1)[:, 0], torch.device("cpu"))
     hidden = block_hidden(world.moved, context_of(world.moved, batch), batch, anchors)
     head = world.head_of(world.moved)
     steps = judge(hidden, batch, anchors, head, proposals=7)
@@ -158,12 +158,12 @@ def test_successors_are_what_one_block_of_the_current_weights_leads_to(world: Wo
     on_trace = off_mined = 0
     traces = world.traces(world.moved)
     for step in range(10):
-        drawn = source.draw(step, INDICES, view, step_rng(0, step))
+        drawn = source.draw(step, INDICES, view, phases(step, 2))
         assert drawn.steps is None  # judged on the blocks of the step itself
         assert drawn.anchors.blocks == len(INDICES) * per_sequence
-        phases = step_rng(0, step).random((len(INDICES), 2))[:, 0]
         positions = [anchor_positions(t) for t in view.batch.trajectories]
-        before = np.stack([evenly(row, per_sequence, phase) for row, phase in zip(positions, phases, strict=True)])
+        drawn_at = zip(positions, phases(step, 2)[:, 0], strict=True)
+        before = np.stack([evenly(row, per_sequence, phase) for row, phase in drawn_at])
         behind = successors(
             world.moved, view.context, view.batch.trajectories, torch.from_numpy(before), 8, view.head
         ).numpy()
@@ -190,7 +190,7 @@ def test_successors_draft_one_block_for_each_that_is_trained(world: World, monke
 
     monkeypatch.setattr(world.moved, "propose", counted)
     source = world.source("successors", 8)
-    source.draw(0, INDICES, world.view(), step_rng(0, 0))
+    source.draw(0, INDICES, world.view(), phases(0, 2))
     assert drafted == [len(INDICES) * 8]
 
 
@@ -235,7 +235,7 @@ def test_blocks_are_judged_where_somebody_reads_it(
 
 def test_a_trajectory_without_errors_lends_its_other_steps(world: World) -> None:
     steps, right = world.table.steps[0], without_errors(world.table, 0)
-    anchors, drawn = right.draw([0], "errors", PER_SEQUENCE, step_rng(0, 0), torch.device("cpu"))
+    anchors, drawn = right.draw([0], "errors", PER_SEQUENCE, np.array([0.3]), torch.device("cpu"))
     assert anchors.blocks == PER_SEQUENCE
     assert set(anchors.positions.flatten().tolist()) <= set(steps.anchors.tolist())
     assert (drawn.rejected_offset == 0).all()

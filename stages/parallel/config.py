@@ -1,0 +1,56 @@
+"""How many processes train one drafter together."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.contract import Config
+
+RENDEZVOUS = "DRAFTSMITH_RENDEZVOUS"  # of the environment: HOST:PORT, where a batch system only knows it at night
+
+
+class ParallelConfig(Config):
+    """Processes that share the answers of every step; each has one device, the target and the drafter."""
+
+    processes: Annotated[int, Field(ge=1, description="on each node; with GPUs one each")] = 1
+    nodes: Annotated[int, Field(ge=1, description="the others run `python -m draftsmith.stages.join`")] = 1
+    rendezvous: Annotated[
+        str | None,
+        Field(
+            pattern=r"^[^:\s]+:\d+$",
+            description=f"HOST:PORT of the node that runs the flow; left out: ${RENDEZVOUS}",
+        ),
+    ] = None
+    shard_optimiser: Annotated[
+        bool, Field(description="AdamW's two moments, 8 bytes a parameter, are split over the processes")
+    ] = False
+
+    @model_validator(mode="after")
+    def _nodes_meet_somewhere(self) -> ParallelConfig:
+        if self.rendezvous is not None and self.nodes == 1:
+            raise ValueError("rendezvous: is where several nodes meet; raise nodes, or leave it out")
+        return self
+
+    @property
+    def world(self) -> int:
+        """Processes in all."""
+        return self.processes * self.nodes
+
+    def endpoint(self) -> tuple[str, int]:
+        """Where nodes meet. Raises DraftsmithError if nobody says it."""
+        return endpoint_of(self.rendezvous or os.environ.get(RENDEZVOUS))
+
+
+def endpoint_of(address: str | None) -> tuple[str, int]:
+    """Host and port of HOST:PORT. Raises DraftsmithError."""
+    host, _, port = (address or "").rpartition(":")
+    if not host or not port.isdecimal():
+        said = f"is {address!r}" if address else "is not given"
+        raise DraftsmithError(
+            f"parallel.rendezvous {said}: name HOST:PORT of the node that runs the flow there, or in {RENDEZVOUS}"
+        )
+    return host, int(port)

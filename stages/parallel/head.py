@@ -1,0 +1,79 @@
+"""The node that runs the flow: it starts its own ranks, and tells nodes that wait at the rendezvous what to run."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.contract import Parallel
+from draftsmith.stages.parallel.launch import Meeting, clear, launch
+
+# keys at the rendezvous
+ASKED = "draftsmith/asked"  # the request, and the run of the launcher
+NODES = "draftsmith/nodes"  # how many have joined a run
+
+
+def run_ranks(
+    parallel: Parallel,
+    entry: Callable[..., int],
+    request: Mapping[str, Any],
+    events: str,
+    stop: threading.Event,
+) -> None:
+    """Run `entry(request, events)` on all ranks. events: path that the first one, which is on this node, writes to.
+
+    Raises as `launch` does, and DraftsmithError where a device is missing.
+    """
+    _check_devices(parallel)
+    work = Path(request["work"])
+    clear(work)
+    with _meeting(parallel, request) as meeting:
+        launch(parallel, entry, (dict(request), events), work=work, meeting=meeting, stop=stop)
+
+
+def _check_devices(parallel: Parallel) -> None:
+    import torch
+
+    devices = torch.cuda.device_count()
+    if 0 < devices < parallel.processes:
+        raise DraftsmithError(
+            f"parallel.processes: {parallel.processes} need a GPU each, and {devices} are here: lower it, or make more "
+            "visible (CUDA_VISIBLE_DEVICES)"
+        )
+
+
+@contextmanager
+def _meeting(parallel: Parallel, request: Mapping[str, Any]) -> Iterator[Meeting]:
+    run_id = uuid.uuid4().hex
+    if parallel.nodes == 1:
+        yield Meeting(run_id)
+        return
+    from torch.distributed import DistNetworkError, TCPStore
+
+    host, port = parallel.endpoint()
+    try:
+        store = TCPStore(host, port, is_master=True, wait_for_workers=False)
+    except DistNetworkError as error:
+        raise DraftsmithError(
+            f"parallel.rendezvous: {host}:{port} cannot be opened here ({error}): name this machine and a free port"
+        ) from error
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        endpoint = f"{host}:{probe.getsockname()[1]}"
+    asked = {
+        "run_id": run_id,
+        "endpoint": endpoint,
+        "processes": parallel.processes,
+        "nodes": parallel.nodes,
+        "request": dict(request),
+    }
+    store.set(ASKED, json.dumps(asked))
+    yield Meeting(run_id, endpoint)
+    del store

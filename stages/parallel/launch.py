@@ -1,0 +1,165 @@
+"""Starting the ranks of a stage with torch's elastic launcher (what `torchrun` is made of), and how they ended.
+
+Ranks belong to the process group of the stage, so that its lifeline ends them with it. A stage that is asked to stop
+asks them; one that is lost ends all. They are forked from a server that has imported what they need: so that is read
+once, however many they are.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from draftsmith.artifacts.errors import EXIT_INTERRUPTED, DraftsmithError, RetryableError, StageInterrupted
+from draftsmith.stages.contract import Parallel
+
+_NOTES = "ranks"  # folder in `work`
+_POLL_S = 0.1
+_ECHO_S = 3.0
+_NEEDED = ["torch.distributed", "transformers.modeling_utils", "draftsmith.stages.parallel.group"]
+_KINDS = {kind.exit_code: kind for kind in (DraftsmithError, RetryableError, StageInterrupted)}
+
+
+class RankFailedError(DraftsmithError):
+    """Something unforeseen in a rank; its log says more."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the nodes of one launch find each other."""
+
+    run_id: str
+    endpoint: str = "localhost:0"  # HOST:PORT of the first node; 0: any, where there is no other
+    node: int = 0  # which of them this is
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What a rank says of the error that ends it."""
+
+    rank: int
+    message: str
+    exit_code: int
+    at: float = field(default_factory=time.time)  # seconds since the epoch
+
+    def write(self, work: Path) -> None:
+        """For the process that started it."""
+        (work / _NOTES / f"{self.rank}.json").write_text(json.dumps(asdict(self)), "utf-8")
+        if self.exit_code not in _KINDS:
+            time.sleep(_ECHO_S)  # it may be the echo of another one's end, which the launcher is to see first
+
+
+def note_start(work: Path, rank: int) -> None:
+    """Which rank this process is, and that it hears signals: what is killed cannot say it."""
+    (work / _NOTES / f"{socket.gethostname()}.{os.getpid()}").write_text(str(rank), "utf-8")
+
+
+def _started(work: Path) -> dict[int, str]:
+    """Process id -> rank, of this machine."""
+    found = (work / _NOTES).glob(f"{socket.gethostname()}.*")
+    return {int(path.name.rpartition(".")[2]): path.read_text("utf-8") for path in found}
+
+
+def clear(work: Path) -> None:
+    """Forget what ranks of an earlier launch said."""
+    shutil.rmtree(work / _NOTES, ignore_errors=True)
+    (work / _NOTES).mkdir(parents=True)
+
+
+def launch(
+    parallel: Parallel,
+    entry: Callable[..., int],
+    arguments: tuple[Any, ...],
+    *,
+    work: Path,
+    meeting: Meeting,
+    stop: threading.Event,
+) -> None:
+    """Run `entry(*arguments)` on this node's ranks; returns when all ranks have returned.
+
+    entry: of a module that the ranks can import; calls `note_start`, and returns an exit code when it ended as its
+    stage foresees. work: of the stage. stop: set when the stage is asked to stop, which the ranks then are too.
+    Raises StageInterrupted if they were, and else the error of the rank that ended the others, which names it.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    alone = parallel.nodes == 1
+    config = LaunchConfig(
+        min_nodes=parallel.nodes,
+        max_nodes=parallel.nodes,
+        nproc_per_node=parallel.processes,
+        run_id=meeting.run_id,
+        rdzv_backend="c10d" if alone else "static",
+        rdzv_endpoint=meeting.endpoint,
+        rdzv_configs={} if alone else {"rank": meeting.node},
+        local_addr="localhost" if alone else None,
+        max_restarts=0,
+        start_method="forkserver",
+        logs_specs=DefaultLogsSpecs(log_dir=str(work / _NOTES / "elastic")),
+    )
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)  # what ended how is said below
+    multiprocessing.set_forkserver_preload(_NEEDED)
+    ended: dict[str, Any] = {}
+
+    def agent() -> None:  # not in the main thread: there it would answer signals itself, by killing after 30 s
+        try:
+            ended["codes"] = elastic_launch(config, entry)(*arguments)
+        except BaseException as error:
+            ended["error"] = error
+
+    thread = threading.Thread(target=agent, name="ranks", daemon=True)
+    thread.start()
+    told: set[int] = set()
+    while thread.is_alive():
+        thread.join(_POLL_S)
+        if stop.is_set():
+            for pid in _started(work).keys() - told:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+                told.add(pid)
+            if not alone and not told and not multiprocessing.active_children():
+                raise StageInterrupted("the stage was asked to stop while it waited for its other nodes")
+    if "codes" not in ended:
+        raise _cause(work, ended["error"], parallel.world, stopped=stop.is_set())
+    if EXIT_INTERRUPTED in ended["codes"].values():
+        raise StageInterrupted("the stage was asked to stop: run the same command to continue from what it saved")
+
+
+def _cause(work: Path, error: BaseException, world: int, *, stopped: bool) -> DraftsmithError:
+    """The one error that ended all ranks. Those that lose another one report that they did, which is no cause."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    reports = [RankReport(**json.loads(path.read_text("utf-8"))) for path in (work / _NOTES).glob("*.json")]
+    reports.sort(key=lambda report: report.at)
+    for report in reports:
+        if report.exit_code in _KINDS:
+            return _KINDS[report.exit_code](report.message)
+    if stopped:
+        return StageInterrupted("the stage was asked to stop: run the same command to continue from its checkpoint")
+    if isinstance(error, ChildFailedError):
+        failure = next(iter(error.failures.values()))
+        rank = _started(work).get(failure.pid, f"{failure.local_rank}, which had not begun,")
+        if failure.exitcode < 0 or rank not in [str(report.rank) for report in reports]:
+            why = "; memory that ran out is what most often kills: lower micro_batch_tokens" * (failure.exitcode == -9)
+            return RetryableError(
+                f"rank {rank} of {world} was lost, with exit code {failure.exitcode}, and the others were ended: the "
+                f"same command continues from the checkpoint{why}"
+            )
+    if reports:
+        return RankFailedError(f"rank {reports[0].rank} of {world}: {reports[0].message}")
+    return RankFailedError(f"the ranks could not be run: {type(error).__name__}: {error}")

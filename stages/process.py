@@ -1,0 +1,237 @@
+"""What runs in a stage process: its context, its events, its end, for one process and for the ranks of several.
+
+One line an event: `{"event": "log" | "progress" | "metrics" | "summary" | "error" | "done", ...}`. Whatever the stage
+or a library prints goes to stderr. The exit code is that of the error (`artifacts/errors.py`), 1 if it was not
+expected.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted, disk_error_of, from_os_error
+from draftsmith.artifacts.redaction import redact_logs, redacted
+from draftsmith.stages.contract import Config, Stage
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+METRICS_FILE = "metrics.jsonl"
+
+
+class EventStream:
+    """The way to the runner: one JSON line an event, written whole."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._lock = threading.Lock()
+
+    def send(self, event: str, **fields: Any) -> None:
+        told = {name: redacted(value) if isinstance(value, str) else value for name, value in fields.items()}
+        line = (json.dumps({"event": event, **told}, ensure_ascii=False, default=float) + "\n").encode()
+        with self._lock, contextlib.suppress(BrokenPipeError):  # a runner that is gone hears nothing, and is no error
+            while line:
+                line = line[os.write(self._descriptor, line) :]
+
+    @property
+    def path(self) -> str:
+        """By which ranks open it too, as long as this process lives."""
+        return f"/proc/{os.getpid()}/fd/{self._descriptor}"
+
+
+class ProcessContext:
+    """The `StageContext` of a real run (see `stages/contract.py`)."""
+
+    def __init__(
+        self,
+        *,
+        out: Path,
+        work: Path,
+        inputs: Mapping[str, Path],
+        seed: int,
+        events: EventStream,
+        stop: threading.Event,
+    ) -> None:
+        self.out = out
+        self.work = work
+        self.inputs = inputs
+        self.seed = seed
+        self._events = events
+        self._stop = stop
+
+    def log(self, message: str) -> None:
+        self._events.send("log", message=message)
+
+    def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
+        self._events.send("progress", done=done, total=total, unit=unit, figures=figures)
+
+    def metrics(self, step: int, **values: float) -> None:
+        values = {name: float(value) for name, value in values.items()}
+        with (self.out / METRICS_FILE).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, **values}) + "\n")
+        self._events.send("metrics", step=step, values=values)
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop what was written at `step` or later: a resumed stage will write it again."""
+        path = self.out / METRICS_FILE
+        if not path.exists():
+            return
+        kept = [line for line in path.read_text("utf-8").splitlines() if _step_of(line) < step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept), "utf-8")
+        temporary.replace(path)
+
+    def summary(self, **values: float) -> None:
+        self._events.send("summary", values={name: float(value) for name, value in values.items()})
+
+    @property
+    def interrupted(self) -> bool:
+        return self._stop.is_set()
+
+    def check_interrupted(self) -> None:
+        if self.interrupted:
+            raise StageInterrupted("the stage was asked to stop: run the same command to continue from what it saved")
+
+
+class SilentContext(ProcessContext):
+    """Of a rank that is not the first: what there is once, the first says and writes."""
+
+    def metrics(self, step: int, **values: float) -> None:
+        pass
+
+    def rewind_metrics(self, step: int) -> None:
+        pass
+
+
+def _step_of(line: str) -> float:
+    """Step of a line of metrics; infinite for a line that a killed process left half written."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def run_request(request: Mapping[str, Any], events: EventStream, stop: threading.Event) -> int:
+    """Run the stage that `request` names; returns the exit code. Errors become one `error` event."""
+    try:
+        if request.get("threads"):
+            use_threads(int(request["threads"]))
+        stage, config, context = _asked(request, events, stop)
+        parallel = stage.parallel(config) if stage.parallel is not None else None
+        if parallel is not None and parallel.world > 1:
+            from draftsmith.stages.parallel.head import run_ranks
+
+            use_threads(max(1, int(request.get("threads") or os.cpu_count() or 1) // parallel.processes))
+            run_ranks(parallel, run_rank, request, events.path, stop)
+        else:
+            stage.run(context, config)
+    except DraftsmithError as error:
+        return _fail(events, error)
+    except BaseException as error:
+        if refused := disk_error_of(error):
+            return _fail(events, from_os_error(refused, f"stage {request['stage']}: writing"))
+        return _crash(events, error)
+    events.send("done")
+    return 0
+
+
+def use_threads(count: int) -> None:
+    """Of the numerical libraries, which read it when they are loaded: those of this process, or of its ranks."""
+    for variable in _THREAD_VARIABLES:
+        os.environ[variable] = str(count)
+
+
+def _asked(
+    request: Mapping[str, Any], events: EventStream, stop: threading.Event, kind: type[ProcessContext] = ProcessContext
+) -> tuple[Stage, Config, ProcessContext]:
+    """The stage of a request, its config and its context."""
+    stage: Stage = importlib.import_module(request["module"]).STAGE
+    config = stage.config.model_validate(request["config"])
+    out, work = Path(request["out"]), Path(request["work"])
+    out.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
+    inputs = {name: Path(path) for name, path in request["inputs"].items()}
+    return stage, config, kind(out=out, work=work, inputs=inputs, seed=int(request["seed"]), events=events, stop=stop)
+
+
+def run_rank(request: Mapping[str, Any], events_path: str) -> int:
+    """Body of a rank: the stage itself, as one of many. Returns 0, or the exit code of a stage that was interrupted.
+
+    events_path: where the first one reports. Another error goes into the rank's report, and ends the process with its
+    exit code, and with it all ranks.
+    """
+    from draftsmith.stages.parallel.group import process_group
+    from draftsmith.stages.parallel.launch import RankReport, note_start
+
+    redact_logs()
+    stop = stop_when_asked()
+    rank, work = int(os.environ["RANK"]), Path(request["work"])
+    note_start(work, rank)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    events = EventStream(os.open(events_path if rank == 0 else os.devnull, os.O_WRONLY))
+    try:
+        stage, config, context = _asked(request, events, stop, ProcessContext if rank == 0 else SilentContext)
+        with process_group():
+            stage.run(context, config)
+    except StageInterrupted as error:
+        return error.exit_code
+    except BaseException as error:
+        refused = disk_error_of(error)
+        if refused and not isinstance(error, DraftsmithError):
+            error = from_os_error(refused, f"stage {request['stage']}: writing")
+        known = isinstance(error, DraftsmithError)
+        message = str(error) if known else traceback.format_exception_only(error)[-1].strip().replace("\n", " ")
+        code = error.exit_code if isinstance(error, DraftsmithError) else 1
+        _print_traceback()
+        RankReport(rank, redacted(message), code, time.time()).write(work)
+        raise SystemExit(code) from error
+    return 0
+
+
+def _fail(events: EventStream, error: DraftsmithError) -> int:
+    _print_traceback()  # to the log file: the event carries the one line for the person
+    events.send("error", kind=type(error).__name__, message=str(error), exit_code=error.exit_code)
+    return error.exit_code
+
+
+def _print_traceback() -> None:
+    print(redacted(traceback.format_exc()), end="", file=sys.stderr)
+
+
+def _crash(events: EventStream, error: BaseException) -> int:
+    _print_traceback()
+    message = traceback.format_exception_only(error)[-1].strip()
+    events.send("error", kind=type(error).__name__, message=message.replace("\n", " "), exit_code=1)
+    return 1
+
+
+def stop_when_asked() -> threading.Event:
+    """Set by SIGTERM and SIGINT."""
+    stop = threading.Event()
+
+    def ask_to_stop(_signal: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    signal.signal(signal.SIGTERM, ask_to_stop)
+    signal.signal(signal.SIGINT, ask_to_stop)
+    return stop
+
+
+def event_stream() -> EventStream:
+    """Prints of libraries must not end up between the events: stdout becomes stderr, the events keep the real one.
+
+    The copy is not inherited by the stage's own children, so the stream ends with this process.
+    """
+    events = EventStream(os.dup(sys.stdout.fileno()))
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return events

@@ -1,0 +1,67 @@
+"""Before anything is spent: a GPU for every process, cores, and where nodes meet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from draftsmith.flows.checks import parallel, resources
+from draftsmith.flows.checks.findings import Findings
+from draftsmith.flows.pipeline.graph import Node
+from draftsmith.stages.estimates import of_sft
+from draftsmith.stages.parallel.config import RENDEZVOUS
+from draftsmith.stages.targets.estimate import Answers, Use
+from draftsmith.stages.training.config import SftConfig
+from tests.flows.checks.test_check import qwen_sizes
+
+
+def line(fields: dict[str, Any], gpus: int, monkeypatch: pytest.MonkeyPatch, **config: Any) -> str | None:
+    """What is said of a training, with so many GPUs here."""
+    monkeypatch.setattr(parallel, "gpus", lambda: (80e9,) * gpus)
+    monkeypatch.setattr(parallel.os, "cpu_count", lambda: 4)
+    node = Node("sft", "draftsmith.stages.sft", SftConfig.model_validate({"parallel": fields, **config}))
+    found = Findings()
+    parallel.check_parallel(found, [node])
+    return f"{found.lines[0].level.value} {found.lines[0].text}" if found.lines else None
+
+
+@pytest.mark.parametrize(
+    ("fields", "gpus", "said"),
+    [
+        ({"processes": 8}, 8, "ok 8"),
+        ({"processes": 8}, 4, "error 8 need a GPU each, 4 are here: --set sft.parallel.processes=4"),
+        ({"processes": 4}, 0, "ok 4"),
+        ({"processes": 6}, 0, "warning 6, more than this machine has cores (4): that only makes it slower"),
+        ({"nodes": 2, "rendezvous": "head:29400"}, 0, "ok 1 on each of 2 nodes that meet at head:29400"),
+        ({"processes": 1}, 0, None),
+    ],
+)
+def test_processes_are_checked(
+    fields: dict[str, Any], gpus: int, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert line(fields, gpus, monkeypatch) == said
+
+
+def test_nodes_without_a_rendezvous_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(RENDEZVOUS, raising=False)
+    said = line({"nodes": 2}, 0, monkeypatch)
+    assert said is not None and said.startswith("error parallel.rendezvous is not given")
+
+
+def test_a_drafter_that_is_taken_as_it_is_needs_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert line({"processes": 8}, 4, monkeypatch, steps=0, init_from="somewhere") is None
+
+
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_processes_of_a_machine_share_its_memory(gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "gpus", lambda: (141e9,) * gpus)
+    monkeypatch.setattr(resources, "memory_bytes", lambda: 200e9)
+    config = SftConfig.model_validate({"parallel": {"processes": 2}, "micro_batch_tokens": 1})
+    found = Findings()
+    estimate = of_sft(config, Use(qwen_sizes(), answers=Answers(longest=4608)))
+    resources._compare_memory(found, "sft", estimate, elsewhere=False)
+    said = {finding.check: finding.text for finding in found.lines}
+    assert "100.0 GB of memory for each of 2 processes here" in said["sft: host memory" if gpus else "sft: memory"]
+    if gpus:
+        assert "141.0 GB of GPU memory here" in said["sft: memory"]

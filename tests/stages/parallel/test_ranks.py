@@ -1,0 +1,121 @@
+"""Several processes train what one does: loss curve and weights within 1e-5 in float32, on from another number."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from draftsmith.artifacts.errors import StageInterrupted
+from draftsmith.stages.drafters.base import Drafter, DrafterInfo
+from draftsmith.stages.drafters.checkpoint import create_drafter, save_drafter
+from draftsmith.stages.drafters.config import Eagle3Config
+from draftsmith.stages.mining import STAGE as MINING
+from draftsmith.stages.mining import MiningConfig
+from draftsmith.stages.parallel.config import ParallelConfig
+from draftsmith.stages.parallel.launch import Meeting, clear, launch
+from draftsmith.stages.stored import DRAFTER_FOLDER
+from draftsmith.stages.targets.causal_lm import Target
+from tests.stages.parallel.trainings import AGAIN, IN_PARTS, MIDDLE, REDUCED, STEPS, Training, run_all
+from tests.testbed import random_target
+from tests.testbed.context import RecordingContext
+
+DFLASH = {"num_layers": 1, "block_size": 5, "target_layer_ids": [2, 0], "intermediate_size": 40}
+EAGLE3 = {"kind": "eagle3", "block_size": 4, "target_layer_ids": [0, 1, 2], "draft_vocab_size": 40}
+NAMES = ["sft dflash", "sft eagle3", "opd dflash", "opd eagle3", "opd dflash again", "opd eagle3 again"]
+
+
+@pytest.fixture(scope="module")
+def trainings(tmp_path_factory: pytest.TempPathFactory, plain_artifact: Path, plain_target: Target) -> list[Training]:
+    folder = tmp_path_factory.mktemp("inputs")
+    answers = random_target.write_trajectories(folder / "answers", random_target.trajectories(12, seed=5))
+    inputs = {"target": str(plain_artifact), "trajectories": str(answers)}
+    made = [
+        Training("sft dflash", "draftsmith.stages.sft", {"drafter": DFLASH, **REDUCED, **IN_PARTS}, inputs),
+        Training("sft eagle3", "draftsmith.stages.sft", {"drafter": EAGLE3}, inputs),
+    ]
+    for kind, drafter in (("dflash", random_target.random_drafter(plain_target)), ("eagle3", eagle3(plain_target))):
+        begun = mined(folder / kind, drafter, plain_target, inputs)
+        made.append(Training(f"opd {kind}", "draftsmith.stages.opd", {}, begun))
+        made.append(Training(f"opd {kind} again", "draftsmith.stages.opd", {**AGAIN, **REDUCED, **IN_PARTS}, begun))
+    return made
+
+
+def eagle3(target: Target) -> Drafter:
+    """Of random weights so large that every part matters."""
+    drafter = create_drafter(Eagle3Config.model_validate(EAGLE3), target, 3, torch.arange(random_target.VOCAB_SIZE))
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.3 * noise if parameter.dim() == 2 else 1 + 0.3 * noise)
+    return drafter.eval()
+
+
+def mined(folder: Path, drafter: Drafter, target: Target, inputs: dict[str, str]) -> dict[str, str]:
+    """Inputs of OPD."""
+    drafter.frequent_tokens = torch.arange(random_target.VOCAB_SIZE)
+    drafter.info = DrafterInfo(target.info.digest, target.info.source, (), {})
+    save_drafter(drafter, folder / "drafter" / DRAFTER_FOLDER, torch.float32)
+    inputs = {**inputs, "drafter": str(folder / "drafter")}
+    context = RecordingContext.under(folder / "mining", {name: Path(path) for name, path in inputs.items()})
+    MINING.run(context, MiningConfig())
+    return {**inputs, "mined": str(context.out)}
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory, trainings: list[Training]) -> dict[str, RecordingContext]:
+    """What one process makes of them."""
+    contexts = {}
+    for training in trainings:
+        inputs = {name: Path(path) for name, path in training.inputs.items()}
+        contexts[training.name] = RecordingContext.under(tmp_path_factory.mktemp("one"), inputs)
+        training.run(contexts[training.name])
+    return contexts
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory, trainings: list[Training]) -> Path:
+    """Three processes to the middle, with AdamW split over them, and two from there, with AdamW whole."""
+    folder = tmp_path_factory.mktemp("several")
+    with pytest.raises(StageInterrupted):
+        start(folder, trainings, 3, MIDDLE, {"parallel": {"processes": 3, "shard_optimiser": True}})
+    start(folder, trainings, 2, None, {})
+    return folder
+
+
+def start(folder: Path, trainings: list[Training], processes: int, stop_after: int | None, fields: Any) -> None:
+    clear(folder)
+    launch(
+        ParallelConfig(processes=processes),
+        run_all,
+        (trainings, str(folder), stop_after, fields),
+        work=folder,
+        meeting=Meeting(f"of-{processes}"),
+        stop=threading.Event(),
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_several_processes_train_what_one_does(name: str, one: dict[str, RecordingContext], several: Path) -> None:
+    """Three up to the middle and two from there: every step's loss, its figures, and the weights at the end."""
+    alone = one[name]
+    begun, ended = (json.loads((several / name / f"said-{world}.json").read_text()) for world in (3, 2))
+    assert f"continuing from the checkpoint at step {MIDDLE} of {STEPS}" in ended["logs"]
+    measured = begun["measured"] + ended["measured"]
+    assert [step for step, _ in measured] == [step for step, _ in alone.measured] == list(range(STEPS))
+    for (_, ours), (_, theirs) in zip(measured, alone.measured, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+    for total in ("blocks", "positions"):
+        assert ended["summaries"][total] == pytest.approx(alone.summaries[total])
+    ours, theirs = (
+        load_file(out / DRAFTER_FOLDER / "model.safetensors") for out in (several / name / "out", alone.out)
+    )
+    assert ours.keys() == theirs.keys()
+    for tensor, values in theirs.items():
+        torch.testing.assert_close(ours[tensor], values, rtol=0, atol=1e-5, msg=lambda text: f"{tensor}: {text}")  # noqa: B023

@@ -1,0 +1,91 @@
+"""How the work of a step is split, and what a config of several processes says and refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.parallel.config import RENDEZVOUS, ParallelConfig
+from draftsmith.stages.parallel.ranks import ALONE, Ranks
+from draftsmith.stages.targets.estimate import Answers, Use
+from draftsmith.stages.training.config import SftConfig
+from draftsmith.stages.training.estimate import row_bytes, training_estimate
+from draftsmith.stages.training.on_policy.config import OpdConfig
+from tests.flows.checks.test_check import qwen_sizes
+
+
+@given(lengths=st.lists(st.integers(1, 5000), min_size=1, max_size=40), world=st.integers(1, 8))
+def test_every_answer_of_a_step_is_one_ranks(lengths: list[int], world: int) -> None:
+    if len(lengths) < world:
+        with pytest.raises(ValueError, match="ranks"):
+            Ranks(0, world).rows(lengths)
+        return
+    dealt = [Ranks(rank, world).rows(lengths) for rank in range(world)]
+    assert sorted(row for rows in dealt for row in rows) == list(range(len(lengths)))
+    assert all(rows == sorted(rows) for rows in dealt)
+    counts = [len(rows) for rows in dealt]
+    assert max(counts) - min(counts) <= 1
+    assert ALONE.rows(lengths) == list(range(len(lengths)))
+
+
+def test_long_answers_are_spread_over_the_ranks() -> None:
+    lengths = [100, 4000, 200, 3900, 300, 3800]
+    tokens = [sum(lengths[row] for row in Ranks(rank, 3).rows(lengths)) for rank in range(3)]
+    assert tokens == [4100, 4100, 4100]
+
+
+@pytest.mark.parametrize("config", [SftConfig, OpdConfig])
+def test_how_many_processes_train_is_no_part_of_the_key(config: Any) -> None:
+    alone, several = config(), config(parallel={"processes": 8, "shard_optimiser": True})
+    assert several.parallel.world == 8
+    assert alone.key_material() == several.key_material()
+
+
+def test_the_control_is_trained_by_as_many_as_opd() -> None:
+    opd = OpdConfig(parallel=ParallelConfig(processes=4))
+    assert SftConfig().continued(opd).parallel == opd.parallel
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"sequences_per_step": 7, "parallel": {"processes": 4, "nodes": 2}}, "7 cannot be split over 8 processes"),
+        ({"parallel": {"processes": 2, "rendezvous": "host:1"}}, "is where several nodes meet"),
+        ({"parallel": {"nodes": 2, "rendezvous": "host"}}, "rendezvous"),
+        ({"parallel": {"processes": 0}}, "processes"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        SftConfig.model_validate(fields)
+
+
+def test_nodes_meet_where_the_config_or_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(RENDEZVOUS, raising=False)
+    nodes = ParallelConfig(nodes=2)
+    with pytest.raises(DraftsmithError, match=f"parallel.rendezvous is not given.*{RENDEZVOUS}"):
+        nodes.endpoint()
+    monkeypatch.setenv(RENDEZVOUS, "head:29400")
+    assert nodes.endpoint() == ("head", 29400)
+    assert ParallelConfig(nodes=2, rendezvous="other:1").endpoint() == ("other", 1)
+
+
+def test_a_process_needs_memory_for_its_share_of_a_step() -> None:
+    """Of 21 answers over 8 processes 3; AdamW's moments, 8 of 18 bytes a parameter under autocast, split or not."""
+    sizes, answers = qwen_sizes(), Answers(longest=4608)
+
+    def parts(**parallel: Any) -> dict[str, float]:
+        config = SftConfig.model_validate({"sequences_per_step": 21, "parallel": parallel})
+        return dict(training_estimate(config, Use(sizes, answers=answers)).memory)
+
+    alone, shared, sharded = parts(), parts(processes=8), parts(processes=8, shard_optimiser=True)
+    assert shared["features"] == pytest.approx(alone["features"] * 3 / 21)
+    assert shared["activations"] == 3 * row_bytes(SftConfig(), sizes, 4608)
+    assert alone["drafter with AdamW"] == shared["drafter with AdamW"] == 18 * sizes.drafter.parameters
+    assert sharded["drafter with AdamW"] == 11 * sizes.drafter.parameters
+    assert sharded["target"] == alone["target"]
