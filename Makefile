@@ -78,11 +78,10 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# all with their defaults, and what got slower than the baseline; `BENCH="--threads 1"`
 bench: $(INSTALLED)
-	$(BIN)/python -m tests.benchmarks.machine
-	$(BIN)/python -m tests.benchmarks.decode
-	$(BIN)/python -m tests.benchmarks.sft_step
-	$(BIN)/python -m tests.benchmarks.replay
+	for each in machine decode sft_step replay; do $(BIN)/python -m tests.benchmarks.$$each $(BENCH) --json build/bench/$$each.json || exit; done
+	$(BIN)/python -m tests.benchmarks.compare build/bench
 
 clean:
 	rm -rf $(VENV) $(SGLANG_CPU) $(SGLANG_GPU) .pytest_cache .mypy_cache .ruff_cache tests/.cache
