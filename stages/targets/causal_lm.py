@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.targets.attention import register
 from draftsmith.stages.targets.config import Dtype
 from draftsmith.stages.targets.info import TargetInfo, model_path, read_target_info
+from draftsmith.stages.targets.packed import PackedLinear, can_pack, pack
 from draftsmith.stages.targets.slots import Rows, SlotCache
 
 
@@ -65,6 +67,7 @@ class Target:
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError) as error:
             raise DraftsmithError(f"target {path}: cannot be loaded ({error}); rerun stage 'target'") from error
+        pack(model.get_decoder())
         return cls(model, tokenizer, info)
 
     @classmethod
@@ -161,7 +164,14 @@ class Target:
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., H] → float32 logits [..., V]."""
-        return F.linear(hidden, self.head_weight).float()
+        return self._head(hidden).float()
+
+    @cached_property
+    def _head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Of whoever decodes; the weight as it is stays, which embeds tokens too and which losses read."""
+        if can_pack(self.head_weight):
+            return PackedLinear(self.head_weight)
+        return lambda hidden: F.linear(hidden, self.head_weight)
 
     def new_cache(self, rows: int, capacity: int) -> SlotCache:
         """Memory for `rows` requests of up to `capacity` positions each."""

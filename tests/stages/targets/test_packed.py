@@ -1,0 +1,62 @@
+"""Packed linear maps: bit for bit the plain ones, whatever the strides; only what decodes in bfloat16 on a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.packed import PackedLinear, can_pack, pack
+
+SEEN = can_pack(torch.empty(1, dtype=torch.bfloat16))
+needs_bfloat16 = pytest.mark.skipif(not SEEN, reason="this processor does not multiply in bfloat16")
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_a_packed_map_is_the_plain_one(bias: bool, rows: int) -> None:
+    generator = torch.manual_seed(0)
+    plain = nn.Linear(96, 80, bias=bias).bfloat16().requires_grad_(False)
+    packed = PackedLinear(plain.weight, plain.bias)
+    x = torch.randn(3, rows, 96, generator=generator).bfloat16()
+    for given in (x, x.transpose(0, 1), x[:, ::2], x[0, 0]):
+        if not bias:
+            assert torch.equal(packed(given), plain(given))
+        exact = functional.linear(given.float(), plain.weight.float(), plain.bias.float() if bias else None)
+        torch.testing.assert_close(packed(given).float(), exact, rtol=2**-8, atol=1e-6)  # rounded to 8 bits, once
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(packed(x.float()), packed(x))
+    assert torch.equal(packed.weight, plain.weight)
+    assert sum(p.numel() for p in packed.parameters()) == sum(p.numel() for p in plain.parameters())
+
+
+def test_only_frozen_bfloat16_maps_on_a_cpu_are_packed() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8).bfloat16(), nn.Embedding(4, 8)))
+    pack(model)
+    assert type(model[0]) is nn.Linear
+    assert isinstance(model[1][0], PackedLinear) == SEEN  # type: ignore[index]
+
+
+@needs_bfloat16
+def test_a_target_decodes_with_packed_maps_and_reads_its_head_so(plain_artifact: Path) -> None:
+    target = Target.load(plain_artifact, dtype="bfloat16")
+    assert sum(isinstance(module, PackedLinear) for module in target.decoder.modules()) == 7 * len(
+        target.decoder.layers
+    )
+    assert target.head_weight.layout == torch.strided
+    plain = Target.load(plain_artifact, dtype="bfloat16")
+    for module in plain.decoder.modules():
+        for name, child in list(module.named_children()):
+            if isinstance(child, PackedLinear):
+                linear = nn.Linear(child.in_features, child.out_features, bias=False)
+                linear.weight = nn.Parameter(child.weight, requires_grad=False)
+                setattr(module, name, linear)
+    ids = torch.randint(0, target.info.vocab_size, (2, 9), generator=torch.manual_seed(0))
+    hidden = target.read(ids).hidden
+    assert torch.equal(hidden, plain.read(ids).hidden)
+    assert torch.equal(target.logits(hidden), functional.linear(hidden, target.head_weight).float())
