@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from draftsmith.artifacts.atomic import disk_errors
+from draftsmith.artifacts.bucket import Stored
 from draftsmith.artifacts.locks import is_locked, locked
 from draftsmith.artifacts.manifest import MANIFEST
-from draftsmith.artifacts.store import PARTIAL, REPLACED, Store
+from draftsmith.artifacts.open_store import store_of
+from draftsmith.artifacts.remote_store import RemoteStore
+from draftsmith.artifacts.store import PARTIAL, REPLACED
 
 _LOGS = ("*.log", "*.request.json")
 
@@ -37,10 +40,32 @@ class Leftover:
                 _delete(self.path)
         return True
 
+    def shown(self, home: Path) -> str:
+        """Where it is, for a person."""
+        return str(self.path.relative_to(home))
+
+
+@dataclass(frozen=True)
+class RemoteLeftover(Leftover):
+    """Files in a bucket that no artifact has; `path` is their folder there."""
+
+    store: RemoteStore | None = None
+    objects: Mapping[str, Stored] = field(default_factory=dict)
+
+    def remove(self) -> bool:
+        assert self.store is not None
+        return self.store.delete_unnamed(self.path.as_posix(), self.objects)
+
+    def shown(self, _home: Path) -> str:
+        assert self.store is not None
+        return f"{self.store.where}/{self.path.as_posix()}"
+
 
 def leftovers(home: Path, before: float) -> list[Leftover]:
-    """Everything under a home that was last touched before a moment (seconds since the epoch), largest first."""
-    root = Store(home / "store").root
+    """Everything under a home that was last touched before a moment (seconds since the epoch), largest first; in the
+    bucket of its store too."""
+    store = store_of(home)
+    root = store.root
     found = list(_logs(home / "logs"))
     for folder in root.glob(f"*/{PARTIAL}*"):
         lock = folder.with_name(f".lock-{folder.name.removeprefix(PARTIAL)}")
@@ -48,6 +73,8 @@ def leftovers(home: Path, before: float) -> list[Leftover]:
         if not complete and not is_locked(lock):
             found.append(_described("unfinished attempt", folder, lock))
     found += [_described("replaced artifact", folder) for folder in root.glob(f"*/{REPLACED}*")]
+    if isinstance(store, RemoteStore):
+        found += [_remote(store, folder, objects) for folder, objects in store.unnamed(before)]
     return sorted((each for each in found if each.touched < before), key=lambda each: -each.bytes)
 
 
@@ -60,6 +87,12 @@ def _logs(folder: Path) -> Iterator[Leftover]:
 def _described(what: str, path: Path, lock: Path | None = None) -> Leftover:
     stats = [each.lstat() for each in [path, *path.rglob("*")]]
     return Leftover(what, path, sum(s.st_size for s in stats), max(s.st_mtime for s in stats), lock)
+
+
+def _remote(store: RemoteStore, folder: str, objects: Mapping[str, Stored]) -> RemoteLeftover:
+    sizes, times = [each.bytes for each in objects.values()], [each.modified for each in objects.values()]
+    what = "replaced artifact, or unfinished upload"
+    return RemoteLeftover(what, Path(folder), sum(sizes), max(times), store=store, objects=objects)
 
 
 def _delete(path: Path) -> None:

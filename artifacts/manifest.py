@@ -150,20 +150,27 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder. Raises `DraftsmithError` if it is absent, damaged or of another version."""
     path = folder / MANIFEST
     try:
-        data = json.loads(path.read_bytes())
-        found = data.get("schema_version")
-        if found != SCHEMA_VERSION:
-            raise DraftsmithError(f"{path}: schema version {found}, this Draftsmith reads {SCHEMA_VERSION}")
-        checksum = data.pop(_CHECKSUM, None)  # artifacts of earlier versions have none
-        if checksum is not None and checksum != _checksum(data):
-            raise DraftsmithError(f"{path}: has changed since it was written: its checksum is another")
-        return Manifest.model_validate(data)
+        data = path.read_bytes()
     except FileNotFoundError:
         raise DraftsmithError(f"{path}: missing") from None
     except OSError as error:
         raise DraftsmithError(f"{path}: {error.strerror}") from error
+    return parse_manifest(data, path)
+
+
+def parse_manifest(content: bytes, where: Path | str) -> Manifest:
+    """The manifest that a file holds; `where` names it in errors. Raises `DraftsmithError`."""
+    try:
+        data = json.loads(content)
+        found = data.get("schema_version")
+        if found != SCHEMA_VERSION:
+            raise DraftsmithError(f"{where}: schema version {found}, this Draftsmith reads {SCHEMA_VERSION}")
+        checksum = data.pop(_CHECKSUM, None)  # artifacts of earlier versions have none
+        if checksum is not None and checksum != _checksum(data):
+            raise DraftsmithError(f"{where}: has changed since it was written: its checksum is another")
+        return Manifest.model_validate(data)
     except (ValueError, AttributeError, RecursionError, ValidationError) as error:
-        raise DraftsmithError(f"{path}: not a readable manifest (truncated or edited)") from error
+        raise DraftsmithError(f"{where}: not a readable manifest (truncated or edited)") from error
 
 
 def elsewhere(folder: Path) -> dict[str, str]:

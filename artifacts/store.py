@@ -8,8 +8,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlparse
 
 from draftsmith.artifacts.atomic import TMP_PREFIX, disk_errors, fsync, write_text
 from draftsmith.artifacts.checksums import Checksums, Known
+from draftsmith.artifacts.damage import damaged, whole_manifest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.locks import Holder, Lock, is_locked, locked
@@ -25,6 +26,7 @@ from draftsmith.artifacts.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
     ArtifactRef,
+    FileEntry,
     InputEntry,
     Manifest,
     artifact_files,
@@ -37,12 +39,12 @@ from draftsmith.artifacts.manifest import (
     sha256_file,
     versions,
 )
+from draftsmith.artifacts.naming import the_one_named
+from draftsmith.artifacts.pending import PENDING, Pending, overwrite, read_pending, set_aside_space, sizes_of
 
 log = logging.getLogger(__name__)
 SHORT = 16  # hex digits of a key in a folder's name
 PARTIAL, REPLACED = ".partial-", ".replaced-"  # beginnings of the names of what is no artifact, or none any more
-_PENDING = "pending.json"  # the manifest of a stage that has ended, without its files: what is left to do is the commit
-_PENDING_BYTES = 1 << 16  # set aside when the attempt begins, so that a full disk cannot refuse them at its end
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,11 @@ class Store:
     def __init__(self, root: Path | None = None) -> None:
         self.root = (root or home() / "store").resolve()
         self._checksums = Checksums(self.root.parent)
+
+    @property
+    def where(self) -> str:
+        """Of the artifacts, for a person."""
+        return str(self.root)
 
     # -- names ---------------------------------------------------------------------------------------------------
 
@@ -104,6 +111,20 @@ class Store:
     def manifest(self, ref: ArtifactRef) -> Manifest:
         return read_manifest(ref.path)
 
+    def manifest_at(self, stage: str, key: str) -> Manifest | None:
+        """Of the artifact of a key, or of its first `SHORT` digits. None if there is none that can be read."""
+        try:
+            return read_manifest(self.path(stage, key))
+        except DraftsmithError:
+            return None
+
+    def fetch(self, ref: ArtifactRef, files: Collection[str] | None = None) -> None:
+        """Have an artifact's files (all, or these) under its path, for who is about to read them: here they are."""
+
+    def here(self, folder: Path) -> Path:
+        """Where the artifact is that a run kept as this folder, maybe on another host: here, where it says."""
+        return folder
+
     def list(self) -> list[Manifest]:
         """Manifests of all complete artifacts, oldest first. An unreadable one is left out with a log line."""
         found = []
@@ -119,27 +140,22 @@ class Store:
         path = Path(unquote(urlparse(text).path) if text.startswith("file://") else text).expanduser()
         if path.is_dir() and (path / MANIFEST).is_file():
             return read_manifest(path).ref(path.resolve())
-        matches = [m for m in self.list() if _names(text, m)]
-        if len(matches) == 1:
-            return matches[0].ref(self.path(matches[0].stage, matches[0].key))
-        if not matches:
-            raise DraftsmithError(f"no artifact matches {text!r} in {self.root}: `draftsmith status` lists them")
-        choices = ", ".join(f"{m.stage}/{m.key[:12]} ({m.created_at})" for m in matches[-5:])
-        raise DraftsmithError(f"{text!r} names {len(matches)} artifacts: choose one by its key, e.g. {choices}")
+        manifest = the_one_named(text, self.list(), self.where)
+        return manifest.ref(self.path(manifest.stage, manifest.key))
 
     def verify(self, ref: ArtifactRef) -> None:
         """Check every checksum, and that no file was added or taken away."""
-        manifest = self._whole(ref.path, ref.stage)
+        manifest = whole_manifest(ref.path, ref.stage)
         if (manifest.key, manifest.content_id) != (ref.key, ref.content_id):
-            raise _damaged(ref.path / MANIFEST, ref.stage, "names another key or content id")
+            raise damaged(ref.path / MANIFEST, ref.stage, "names another key or content id")
         for name in artifact_files(ref.path):
             if name not in manifest.files:
-                raise _damaged(ref.path / name, ref.stage, "is not part of the artifact")
+                raise damaged(ref.path / name, ref.stage, "is not part of the artifact")
         for name, entry in manifest.files.items():
             if not (ref.path / name).is_file():
-                raise _damaged(ref.path / name, ref.stage, "is missing")
+                raise damaged(ref.path / name, ref.stage, "is missing")
             if sha256_file(ref.path / name) != entry.sha256:
-                raise _damaged(ref.path / name, ref.stage, "has changed since it was written")
+                raise damaged(ref.path / name, ref.stage, "has changed since it was written")
 
     def verify_once(self, ref: ArtifactRef, *, and_elsewhere: bool = True) -> None:
         """Check the checksum of every file that was touched since it was last checked here, and of those that the
@@ -148,17 +164,17 @@ class Store:
         For whoever is about to read them. What was made from a damaged artifact since it was last found whole is set
         aside, with a log line: it is no artifact any more.
         """
-        manifest = self._whole(ref.path, ref.stage)
-        for name, entry in manifest.files.items():
+        manifest = whole_manifest(ref.path, ref.stage)
+        for name, entry in self._to_verify(ref, manifest).items():
             path = ref.path / name
             before = self._checksums.recorded(path)
             try:
                 sha256 = self._checksums.of(path)
             except OSError as error:
-                raise _damaged(path, ref.stage, f"cannot be read ({error.strerror})") from error
+                raise damaged(path, ref.stage, f"cannot be read ({error.strerror})") from error
             if sha256 != entry.sha256:
                 self._set_doubtful_aside(ref, path, before)
-                raise _damaged(path, ref.stage, "has changed since it was written: its checksum is another")
+                raise damaged(path, ref.stage, "has changed since it was written: its checksum is another")
         for name, sha256 in elsewhere(ref.path).items() if and_elsewhere else ():
             try:
                 same = self._checksums.of(Path(name)) == sha256
@@ -169,6 +185,10 @@ class Store:
                     f"{name}: is not what stage {ref.stage} found there; put it back, or take what is there now: add "
                     f"`--force {ref.stage}` to the command"
                 )
+
+    def _to_verify(self, _ref: ArtifactRef, manifest: Manifest) -> Mapping[str, FileEntry]:
+        """The files that are there, or ought to be."""
+        return manifest.files
 
     def _set_doubtful_aside(self, ref: ArtifactRef, path: Path, known: Known | None) -> None:
         """What was made from an artifact since one of its files was last whole. known: of that time."""
@@ -181,9 +201,13 @@ class Store:
             sources = [(entry.stage, entry.key, entry.content_id) for entry in made.inputs.values()]
             if (ref.stage, ref.key, ref.content_id) in sources and made.created_at > whole_until:
                 folder = self.path(made.stage, made.key)
-                aside = folder.with_name(f"{REPLACED}{folder.name}-{time.time_ns()}")
-                folder.rename(aside)
-                log.warning("%s was made from %s, which is damaged: set aside as %s", folder, path, aside.name)
+                log.warning("%s was made from %s, which is damaged: %s", folder, path, self._set_aside(folder))
+
+    def _set_aside(self, folder: Path) -> str:
+        """An artifact is none any more; says what became of it."""
+        aside = folder.with_name(f"{REPLACED}{folder.name}-{time.time_ns()}")
+        folder.rename(aside)
+        return f"set aside as {aside.name}"
 
     # -- making --------------------------------------------------------------------------------------------------
 
@@ -235,7 +259,7 @@ class Store:
                         begun_by_force.touch()
                     else:
                         begun_by_force.unlink(missing_ok=True)
-                    _set_aside_space(partial / _PENDING)
+                    set_aside_space(partial / PENDING)
             yield done or Claim(stage, key, partial / "out", partial / "work", lock)
 
     def is_claimed(self, stage: str, key: str) -> bool:
@@ -273,9 +297,9 @@ class Store:
                 fsync(claim.out / name)
             for folder in (claim.out, *(path for path in claim.out.rglob("*") if path.is_dir())):
                 fsync(folder)
-            pending = _Pending(
+            pending = Pending(
                 volatile=volatile,
-                sizes=_sizes(claim.out),
+                sizes=sizes_of(claim.out),
                 schema_version=SCHEMA_VERSION,
                 stage=claim.stage,
                 key=claim.key,
@@ -294,10 +318,10 @@ class Store:
                 modules=dict(modules or {}),
                 external=dict(external or {}),
             )
-            _overwrite(self.partial(claim.stage, claim.key) / _PENDING, pending.model_dump_json().encode())
+            overwrite(self.partial(claim.stage, claim.key) / PENDING, pending.model_dump_json().encode())
             return self._complete(pending, claim.lock)
 
-    def _complete(self, pending: _Pending, lock: Lock | None = None) -> ArtifactRef:
+    def _complete(self, pending: Pending, lock: Lock | None = None) -> ArtifactRef:
         """Commit the files of an attempt that has ended."""
         out = self.partial(pending.stage, pending.key) / "out"
         files = describe_files(out, pending.volatile)
@@ -334,32 +358,22 @@ class Store:
                 return self._install(read_manifest(out))
             except DraftsmithError:
                 (out / MANIFEST).unlink()  # made again below, or an attempt like any other
-        pending = _read_pending(out.with_name(_PENDING))
-        return None if pending is None or pending.sizes != _sizes(out) else self._complete(pending)
+        pending = read_pending(out.with_name(PENDING))
+        return None if pending is None or pending.sizes != sizes_of(out) else self._complete(pending)
 
     def _check(self, folder: Path, stage: str, key: str) -> ArtifactRef:
         """Manifest present and readable, of this key, and every file there with its size."""
-        manifest = self._whole(folder, stage)
+        manifest = whole_manifest(folder, stage)
         if manifest.key != key:
-            raise _damaged(folder / MANIFEST, stage, f"is of another key, {manifest.key[:SHORT]}")
+            raise damaged(folder / MANIFEST, stage, f"is of another key, {manifest.key[:SHORT]}")
         for name, entry in manifest.files.items():
             try:
                 size = (folder / name).stat().st_size
             except OSError:
-                raise _damaged(folder / name, stage, "is missing") from None
+                raise damaged(folder / name, stage, "is missing") from None
             if size != entry.bytes:
-                raise _damaged(folder / name, stage, f"has {size} bytes instead of {entry.bytes}")
+                raise damaged(folder / name, stage, f"has {size} bytes instead of {entry.bytes}")
         return manifest.ref(folder)
-
-    def _whole(self, folder: Path, stage: str) -> Manifest:
-        """A manifest whose files are those that its content id is of."""
-        try:
-            manifest = read_manifest(folder)
-        except DraftsmithError as error:
-            raise DraftsmithError(f"{error}: {_remedy(stage)}") from error
-        if content_id(manifest.files) != manifest.content_id:
-            raise _damaged(folder / MANIFEST, stage, "its content id does not follow from its files")
-        return manifest
 
     def discard(self, claim: Claim) -> None:
         """Forget what an attempt has made so far: it read what it should not have."""
@@ -375,58 +389,9 @@ def _entry(ref: ArtifactRef) -> InputEntry:
     return InputEntry(stage=ref.stage, key=ref.key, content_id=ref.content_id, volatile_id=ref.volatile_id)
 
 
-class _Pending(Manifest):
-    """A manifest whose files are not described yet."""
-
-    volatile: tuple[str, ...]
-    sizes: dict[str, int]  # of the files that are there, by name
-
-
-def _sizes(out: Path) -> dict[str, int]:
-    return {name: (out / name).stat().st_size for name in artifact_files(out)}
-
-
-def _set_aside_space(path: Path) -> None:
-    with path.open("wb") as file, suppress(OSError):  # some file systems cannot: the bytes are asked for at the end
-        os.posix_fallocate(file.fileno(), 0, _PENDING_BYTES)
-
-
-def _overwrite(path: Path, content: bytes) -> None:
-    """In the space that the file has: nothing is asked of a full disk. Lost in a crash, the stage is run again."""
-    with path.open("r+b") as file:
-        file.write(content)
-        file.flush()
-        file.truncate()
-
-
-def _read_pending(path: Path) -> _Pending | None:
-    """None: the stage has not ended."""
-    try:
-        return _Pending.model_validate_json(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-
-
-def _names(text: str, manifest: Manifest) -> bool:
-    stage, slash, prefix = text.rpartition("/")
-    if slash:
-        return stage == manifest.stage and bool(prefix) and manifest.key.startswith(prefix)
-    if text == manifest.stage:
-        return True
-    return len(text) >= 4 and (manifest.key.startswith(text) or manifest.content_id.startswith(text))
-
-
 def _holds_other_content(folder: Path, content: str) -> bool:
     """A replaced artifact stays (hidden) only if it is sound and others may have been made from its content."""
     try:
         return read_manifest(folder).content_id != content
     except DraftsmithError:
         return False
-
-
-def _remedy(stage: str) -> str:
-    return f"make it again: add `--force {stage}` to the command"
-
-
-def _damaged(path: Path, stage: str, what: str) -> DraftsmithError:
-    return DraftsmithError(f"{path}: {what}; {_remedy(stage)}")

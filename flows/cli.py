@@ -137,16 +137,18 @@ def _diagnose(options: argparse.Namespace, pipeline: Pipeline) -> None:
 
 
 def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOptions) -> None:
-    from draftsmith.artifacts.store import Store
+    from draftsmith.artifacts.manifest import ArtifactRef
+    from draftsmith.artifacts.open_store import store_of
     from draftsmith.artifacts.tracking import Tracking
     from draftsmith.flows.pipeline.display import Display
+    from draftsmith.flows.pipeline.fetched import Folders
     from draftsmith.flows.pipeline.machine import check_home
     from draftsmith.flows.pipeline.part import Part
     from draftsmith.flows.pipeline.patience import patiently
     from draftsmith.flows.pipeline.prefect_server import start_prefect_server
 
     display, tracking = Display(), Tracking(home(), config.experiment)
-    store, part = Store(home() / "store"), Part.of(options.start, options.until)
+    store, part = store_of(home()), Part.of(options.start, options.until)
     planned = patiently(lambda: part.plan(config, store, pipeline, options.force), config.stages, display.line)
     display.plan(planned)
     if options.plan:
@@ -167,7 +169,8 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
         made = run_flow(flow, config, lost, force=options.force, start=options.start, until=options.until)
     except RefusedError as error:
         refused, made = error, getattr(error, "made", {})
-    folders = {name: Path(each["path"]) for name, each in made.items()}
+    refs = {name: ArtifactRef(e["stage"], e["key"], e["content_id"], Path(e["path"])) for name, e in made.items()}
+    folders = Folders(store, refs)
     if options.until:
         for name, folder in folders.items():
             display.line(f"{name}: {folder}")
@@ -200,10 +203,11 @@ def _check(options: argparse.Namespace, pipeline: Pipeline) -> None:
 
 
 def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    from draftsmith.artifacts.store import Store
+    from draftsmith.artifacts.open_store import store_of
     from draftsmith.artifacts.tracking import Tracking
     from draftsmith.flows.checks.check import check_alone
     from draftsmith.flows.pipeline.display import Display
+    from draftsmith.flows.pipeline.fetched import Folders
     from draftsmith.flows.pipeline.graph import plan
     from draftsmith.flows.pipeline.machine import check_home
     from draftsmith.flows.pipeline.node import Workshop, make
@@ -211,7 +215,8 @@ def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
 
     config = _read(options, pipeline)
     # a damaged artifact is no matter unless it is needed: it may be the one that is to be made again
-    items = plan(config, Store(home() / "store"), pipeline, stop_at_damage=False)
+    store = store_of(home())
+    items = plan(config, store, pipeline, stop_at_damage=False)
     planned = {item.node.name: item for item in items}
     if options.name not in planned:
         raise DraftsmithError(f"no node {options.name!r}: use one of {', '.join(planned)}")
@@ -226,7 +231,7 @@ def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
         inputs[name] = ref
     check_home(home(), config)
     display, tracking = Display(), Tracking(home(), config.experiment)
-    for warning in check_alone(node, {name: ref.path for name, ref in inputs.items()}):
+    for warning in check_alone(node, Folders(store, inputs)):
         display.line(f"warning: {warning}")
     patiently(tracking.check, config.stages, display.line)
     workshop = Workshop(home(), config, pipeline, display, tracking)

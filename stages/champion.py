@@ -64,7 +64,10 @@ def run(ctx: StageContext, config: ChampionConfig) -> None:
 
 def checkpoint_of(config: ChampionConfig) -> Path:
     """Its checkpoint as it lies in the store or was uploaded. Raises DraftsmithError if it is not there."""
-    source = Path(config.folder)
+    from draftsmith.artifacts.home import home
+    from draftsmith.artifacts.open_store import store_of
+
+    source = store_of(home()).here(Path(config.folder))
     if not source.is_dir():
         raise DraftsmithError(
             f"{config.line} version {config.version}: its folder {source} is not here: mount the store that it lies "

@@ -28,9 +28,11 @@ def run(ctx: StageContext, config: EarlierConfig) -> None:
     import shutil
 
     from draftsmith.artifacts.atomic import atomic_path
+    from draftsmith.artifacts.home import home
     from draftsmith.artifacts.manifest import sha256_file
+    from draftsmith.artifacts.open_store import store_of
 
-    source = Path(config.folder) / TABLE
+    source = store_of(home()).here(Path(config.folder)) / TABLE
     advice = "restore it, or set logs.replay_share to 0"
     if not source.is_file():
         raise DraftsmithError(f"{source}: the answers of the champion's refresh are not here: {advice}")

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from draftsmith.artifacts.home import home
-from draftsmith.artifacts.store import Store
+from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.checks.engines import check_engines
 from draftsmith.flows.checks.findings import Findings, FirstError
@@ -47,7 +47,7 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
         nodes = in_order(pipeline.nodes(config))
         found.ok("graph", f"{len(nodes)} nodes: {', '.join(node.name for node in nodes)}")
     with found.part("plan"):
-        states = [item.status.value for item in plan(config, Store(home / "store"), pipeline)]
+        states = [item.status.value for item in plan(config, store_of(home), pipeline)]
         found.ok("plan", ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)))
     _without_target(found, nodes, nodes)
     with tempfile.TemporaryDirectory(prefix="draftsmith-check-") as scratch:

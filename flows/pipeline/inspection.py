@@ -13,7 +13,8 @@ from rich.tree import Tree
 
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.leftovers import leftovers
-from draftsmith.artifacts.manifest import InputEntry, Manifest, local_time, read_manifest
+from draftsmith.artifacts.manifest import InputEntry, Manifest, local_time
+from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.store import PARTIAL, Store
 from draftsmith.flows.pipeline.display import Display, duration, escape
 from draftsmith.flows.pipeline.failures import last_failure
@@ -22,11 +23,12 @@ from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.flows.pipeline.running import who_runs
 
 _ROWS, _CELL, _JSON_LINES = 3, 120, 40
+_MOST_BYTES = 50_000_000  # of a file that is fetched for a look at it
 
 
 def status_of_config(display: Display, config: RunOptions, pipeline: Pipeline) -> None:
     """One line a node of the config: done, running, unfinished, failed (with its last error), damaged, or waiting."""
-    store = Store(home() / "store")
+    store = store_of(home())
     table = _table("node", "stage", "key", "state")
     for item in plan(config, store, pipeline, stop_at_damage=False):
         table.add_row(item.node.name, item.node.stage.name, (item.key or "-")[:16], _state(item, store))
@@ -57,7 +59,7 @@ def _state_of(store: Store, stage: str, key: str, *, done: bool, partial: bool) 
 
 def status_of_store(display: Display) -> None:
     """All artifacts, oldest first, then what is running or unfinished."""
-    store = Store(home() / "store")
+    store = store_of(home())
     table = _table("stage", "key", "state", "made at", "took", "size", "figures")
     for manifest in store.list():
         table.add_row(
@@ -75,7 +77,7 @@ def status_of_store(display: Display) -> None:
     if table.row_count:
         display.console.print(table)
     else:
-        display.line(f"nothing in {store.root} yet: start with `draftsmith run CONFIG`")
+        display.line(f"nothing in {store.where} yet: start with `draftsmith run CONFIG`")
 
 
 def prune(display: Display, days: float, *, delete: bool) -> None:
@@ -87,7 +89,7 @@ def prune(display: Display, days: float, *, delete: bool) -> None:
     table = _table("what", "path", "size", "last touched")
     for each in found:
         touched = local_time(datetime.fromtimestamp(each.touched, UTC))
-        table.add_row(each.what, str(each.path.relative_to(home())), _size(each.bytes), touched)
+        table.add_row(each.what, each.shown(home()), _size(each.bytes), touched)
     display.console.print(table)
     if not delete:
         total = _size(sum(each.bytes for each in found))
@@ -106,7 +108,7 @@ def show(display: Display, text: str, *, verify: bool = False) -> None:
 
     verify: compare every file with its checksum first; raises DraftsmithError at the first that differs.
     """
-    store = Store(home() / "store")
+    store = store_of(home())
     ref = store.resolve(text)
     if verify:
         store.verify(ref)
@@ -114,6 +116,7 @@ def show(display: Display, text: str, *, verify: bool = False) -> None:
     display.line(f"{ref.stage}/{ref.key}")
     for name, value in (
         ("folder", str(ref.path)),
+        *((("store", store.where),) if store.where != str(store.root) else ()),
         ("content", f"{ref.content_id}, every checksum is right" if verify else ref.content_id),
         ("made at", f"{manifest.created_at} in {duration(manifest.duration_s)}"),
         ("seed", str(manifest.seed)),
@@ -126,8 +129,15 @@ def show(display: Display, text: str, *, verify: bool = False) -> None:
         display.line(f"  {name + ':':<12}{value}")
     display.console.print(_files(manifest))
     display.console.print(_lineage(store, manifest))
+    heads = [name for name, entry in sorted(manifest.files.items()) if _has_head(name) and entry.bytes <= _MOST_BYTES]
+    store.fetch(ref, heads)
     for name in sorted(manifest.files):
-        _head(display, ref.path / name)
+        if (ref.path / name).is_file():
+            _head(display, ref.path / name)
+
+
+def _has_head(name: str) -> bool:
+    return name.endswith((".parquet", ".json"))
 
 
 def _files(manifest: Manifest) -> Table:
@@ -145,15 +155,15 @@ def _lineage(store: Store, manifest: Manifest) -> Tree:
 
 def _grow(tree: Tree, store: Store, inputs: dict[str, InputEntry], seen: set[str]) -> None:
     for name, entry in inputs.items():
-        folder = store.path(entry.stage, entry.key)
         label = escape(f"{name}: {entry.stage}/{entry.key[:16]}  content {entry.content_id[:16]}")
-        if not (folder / "manifest.json").is_file():
+        made = store.manifest_at(entry.stage, entry.key)
+        if made is None:
             tree.add(f"{label} [red](no longer in the store)[/red]")
         elif entry.key in seen:
             tree.add(f"{label} [dim](above)[/dim]")
         else:
             seen.add(entry.key)
-            _grow(tree.add(label), store, read_manifest(folder).inputs, seen)
+            _grow(tree.add(label), store, made.inputs, seen)
 
 
 def _head(display: Display, path: Path) -> None:

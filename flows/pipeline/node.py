@@ -13,6 +13,7 @@ from pathlib import Path
 from draftsmith.artifacts.errors import StageInterrupted
 from draftsmith.artifacts.locks import Holder
 from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.artifacts.tracking import StageRun, Tracking
 from draftsmith.flows.pipeline.devices import devices_of
@@ -46,7 +47,7 @@ class Workshop:
 
     @property
     def store(self) -> Store:
-        return Store(self.home / "store")
+        return store_of(self.home)
 
     @property
     def logs(self) -> Path:

@@ -20,6 +20,7 @@ from draftsmith.artifacts.tracking import Status, Tracking
 from draftsmith.flows.pipeline.cancellation import Cancellation, CancelledError
 from draftsmith.flows.pipeline.delivery import body
 from draftsmith.flows.pipeline.display import Display
+from draftsmith.flows.pipeline.fetched import Folders, Refs
 from draftsmith.flows.pipeline.graph import (
     Checks,
     Conclusion,
@@ -128,7 +129,7 @@ def _run_once(
         conclusion = _make_all(workshop, nodes, forced_nodes(nodes, force), made, checks, course)
         run_id = record.settle(_refs(made))
         if conclusion is None and course is not None:
-            conclusion = course.finish(_refs(made), run_id)
+            conclusion = course.finish(Refs(workshop.store, _refs(made)), run_id)
         status = "FINISHED"
     except StageInterrupted:
         raise
@@ -165,7 +166,7 @@ def _make_all(
         inputs: dict[str, ArtifactRef] = {name: made[source].ref for name, source in node.inputs.items()}
         upstream = [states[source] for source in dict.fromkeys(node.inputs.values())]
         made[node.name], states[node.name] = run_node(workshop, node, inputs, upstream, force=node.name in forced)
-        folders = {name: each.ref.path for name, each in made.items()}
+        folders = Folders(workshop.store, _refs(made))
         if checks is not None:
             _warn(workshop, checks.after(node, folders))
         if course is not None and (conclusion := course.stop(node, folders)) is not None:
@@ -193,7 +194,7 @@ def _reviewed(
     node, figures, tags = made.get(workshop.pipeline.headline), {}, {}
     if node is not None:
         figures = dict(workshop.store.manifest(node.ref).metrics)
-    folders = {name: each.ref.path for name, each in made.items()}
+    folders = Folders(workshop.store, _refs(made))
     review = workshop.pipeline.review(folders) if workshop.pipeline.review is not None else None
     if review is not None:
         figures |= review.figures
@@ -208,7 +209,7 @@ def _reviewed(
 
 def _report(workshop: Workshop, made: Mapping[str, Made]) -> list[Path]:
     name, file = workshop.pipeline.report
-    path = made[name].ref.path / file if name in made else None
+    path = Folders(workshop.store, _refs(made))[name] / file if name in made else None
     return [path] if path is not None and path.is_file() else []
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.manifest import ArtifactRef, read_manifest
+from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.flows.pipeline.graph import Node, external_digests
 
@@ -39,12 +39,14 @@ def _discarding(store: Store, claim: Claim) -> Iterator[None]:
 
 def _check(store: Store, node: Node, inputs: Mapping[str, ArtifactRef], external: Mapping[str, str]) -> None:
     for name, ref in inputs.items():
-        if read_manifest(ref.path).content_id != ref.content_id:  # another run made it again, with `--force`
+        now = store.manifest_at(ref.stage, ref.key)
+        if now is not None and now.content_id != ref.content_id:  # another run made it again, with `--force`
             raise DraftsmithError(
                 f"{node.name}: its input {name} ({ref.path}) was made again by another run, with other content: run "
                 "the same command again, which then starts from the new one"
             )
         try:
+            store.fetch(ref)
             store.verify_once(ref)
         except DraftsmithError as error:
             raise type(error)(f"{node.name}: its input {name}: {error}{_node(node, name, ref)}") from error

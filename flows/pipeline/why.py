@@ -9,7 +9,8 @@ from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
-from draftsmith.artifacts.manifest import ArtifactRef, InputEntry, Manifest, local_time, read_manifest, versions
+from draftsmith.artifacts.manifest import ArtifactRef, InputEntry, Manifest, local_time, versions
+from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.store import Store
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.graph import Node, Pipeline, PlannedNode, Status, external_digests, plan, seed_of
@@ -24,7 +25,7 @@ _SHOWN = 60  # characters of a value
 def why(display: Display, config: RunOptions, pipeline: Pipeline, name: str) -> None:
     """Says what makes the key of a node new against the last run of this name, field by field, file by file, module by
     module; of a node whose key is not known yet, also what it waits for. Raises DraftsmithError for no such node."""
-    store = Store(home() / "store")
+    store = store_of(home())
     planned = {item.node.name: item for item in plan(config, store, pipeline)}
     if name not in planned:
         raise DraftsmithError(f"no node {name!r}: use one of {', '.join(planned)}")
@@ -57,7 +58,7 @@ def _state(item: PlannedNode, store: Store) -> str:
     if item.ref is not None:
         made = local_time(datetime.fromisoformat(store.manifest(item.ref).created_at))
         return f"not new: {item.ref.stage}/{item.key[:16]} is in the store, made {made}"
-    if store.path(item.node.stage.name, item.key).is_dir():
+    if store.manifest_at(item.node.stage.name, item.key) is not None:
         return f"made again: the artifact of the key {item.key[:16]} was made from other measurements of its inputs"
     rest = ", and an unfinished attempt that goes on" if item.status is Status.RESUME else ""
     return f"new: no artifact has the key {item.key[:16]}{rest}"
@@ -66,7 +67,7 @@ def _state(item: PlannedNode, store: Store) -> str:
 def _earlier(store: Store, run: str, item: PlannedNode) -> tuple[Manifest, str] | None:
     """The last artifact of another key that the node was, else the last one of its stage with the same inputs."""
     for ref in made_before(home(), run, item.node.name):
-        if ref.key != item.key and (found := _manifest(ref)) is not None:
+        if ref.key != item.key and (found := store.manifest_at(ref.stage, ref.key)) is not None:
             return found, f"this node in the last run of {run} that had another key"
     same = [
         each
@@ -74,13 +75,6 @@ def _earlier(store: Store, run: str, item: PlannedNode) -> tuple[Manifest, str] 
         if each.stage == item.node.stage.name and each.key != item.key and set(each.inputs) == set(item.node.inputs)
     ]
     return (same[-1], "the last artifact of its stage (no run of this name has made the node)") if same else None
-
-
-def _manifest(ref: ArtifactRef) -> Manifest | None:
-    try:
-        return read_manifest(ref.path)
-    except DraftsmithError:  # gone, or damaged: nothing to compare with
-        return None
 
 
 def _differences(
@@ -151,7 +145,7 @@ def _input(
 
 def _files(old: InputEntry, now: ArtifactRef, store: Store) -> str:
     """The files of an input that differ, where the old one is still there."""
-    before = _manifest(ArtifactRef(old.stage, old.key, old.content_id, store.path(old.stage, old.key)))
+    before = store.manifest_at(old.stage, old.key)
     if before is None or before.content_id != old.content_id:
         return ""
     digests = [

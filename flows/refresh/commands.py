@@ -8,11 +8,11 @@ from pathlib import Path
 from draftsmith.artifacts.errors import DraftsmithError, from_os_error
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import MANIFEST, read_manifest
+from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.private import for_users
 from draftsmith.artifacts.registry import PREVIOUS, Registry, Version
-from draftsmith.artifacts.store import Store
 from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.refresh.line import registry
+from draftsmith.flows.refresh.line import folder_of, registry
 from draftsmith.stages.stored import DRAFTER_FOLDER
 
 
@@ -81,7 +81,7 @@ def export(display: Display, text: str, folder: Path, *, dry_run: bool) -> None:
     """A verified copy of a version's checkpoint, in the layout that engines load."""
     version = registry().resolve(text)
     verify(version)
-    source = version.path / DRAFTER_FOLDER
+    source = folder_of(version) / DRAFTER_FOLDER
     if folder.exists() and any(folder.iterdir()):
         raise DraftsmithError(f"{folder} is not empty: give a new folder")
     size = sum(path.stat().st_size for path in source.iterdir())
@@ -102,11 +102,12 @@ def export(display: Display, text: str, folder: Path, *, dry_run: bool) -> None:
 
 def verify(version: Version) -> None:
     """Every file of its artifact is as it was written. Raises DraftsmithError."""
-    if not (version.path / MANIFEST).is_file():
-        raise DraftsmithError(f"{version}: its artifact {version.path} is not here: mount the store that it lies in")
-    ref = read_manifest(version.path).ref(version.path)
+    folder = folder_of(version)
+    if not (folder / MANIFEST).is_file():
+        raise DraftsmithError(f"{version}: its artifact {folder} is not here: mount the store that it lies in")
+    ref = read_manifest(folder).ref(folder)
     if ref.content_id != version.content_id:
         raise DraftsmithError(
-            f"{version}: {version.path} holds other content by now (made again with --force): register it by a refresh"
+            f"{version}: {folder} holds other content by now (made again with --force): register it by a refresh"
         )
-    Store(home() / "store").verify(ref)
+    store_of(home()).verify(ref)

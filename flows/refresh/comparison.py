@@ -11,8 +11,8 @@ from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
+from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.refreshes import folders_of
-from draftsmith.artifacts.store import Store
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline.config_file import read_config
 from draftsmith.flows.pipeline.display import Display
@@ -78,13 +78,14 @@ def report_of_config(name: str, config: RunOptions, pipeline: Pipeline) -> Repor
     """The report that a config's refresh would reuse, or else the last that one of its name has made: a line goes on
     from another champion by now. Raises DraftsmithError if there is none."""
     node, _ = pipeline.report
-    store = Store(home() / "store")
+    store = store_of(home())
     for planned in plan(resolved(config, pipeline), store, pipeline):
         if planned.node.name == node and planned.ref is not None:
+            store.fetch(planned.ref)
             return Reported(name, planned.ref.path)
     last = folders_of(Tracking(home(), config.experiment), config.name).get(node)
     if last is not None:
-        return _checked(name, Path(last))
+        return _checked(name, store.here(Path(last)))
     raise DraftsmithError(
         f"{name}: its refresh has no report yet: run `draftsmith run {name}`, or name a run of MLflow"
     )
@@ -93,14 +94,16 @@ def report_of_config(name: str, config: RunOptions, pipeline: Pipeline) -> Repor
 def report_of_text(name: str) -> Reported:
     """Of an artifact of stage `report` (folder, start of a key or content id), or of a refresh's run in MLflow (its
     name or id; of several runs of a name the last). Raises DraftsmithError."""
-    store = Store(home() / "store")
+    store = store_of(home())
     if Path(name).expanduser().is_dir():
         return _checked(name, Path(name).expanduser().resolve())
     found = folders_of(Tracking(home()), name)
     if "report" in found:
-        return _checked(name, Path(found["report"]))
+        return _checked(name, store.here(Path(found["report"])))
     try:
-        return _checked(name, store.resolve(name).path)
+        ref = store.resolve(name)
+        store.fetch(ref)
+        return _checked(name, ref.path)
     except DraftsmithError as error:
         raise DraftsmithError(
             f"{name}: neither a config file, nor a refresh's run in MLflow with a report, nor an artifact ({error})"

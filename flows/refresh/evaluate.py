@@ -80,12 +80,12 @@ def named_drafter(text: str) -> tuple[str, str]:
         return _plain((folder.parent if folder.name == "drafter" else folder).name), str(folder)
     if "@" in text:
         from draftsmith.flows.refresh.commands import verify
-        from draftsmith.flows.refresh.line import registry
+        from draftsmith.flows.refresh.line import folder_of, registry
         from draftsmith.stages.stored import DRAFTER_FOLDER
 
         version = registry().resolve(text)
         verify(version)
-        return _plain(text), str(version.path / DRAFTER_FOLDER)
+        return _plain(text), str(folder_of(version) / DRAFTER_FOLDER)
     if text.startswith((".", "/", "~")):
         raise DraftsmithError(f"{text}: no such folder: give a drafter's folder, a hub id, or NAME@champion")
     return _plain(text.replace("/", "-")), text

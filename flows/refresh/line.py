@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -61,6 +62,14 @@ def registry() -> Registry:
     from draftsmith.artifacts.tracking import Tracking
 
     return Registry(Tracking(home()))
+
+
+def folder_of(version: Version) -> Path:
+    """Its artifact, on this machine: fetched if the store is a bucket."""
+    from draftsmith.artifacts.home import home
+    from draftsmith.artifacts.open_store import store_of
+
+    return store_of(home()).here(version.path)
 
 
 def as_it_stands(line: RegistryConfig) -> RegistryConfig:

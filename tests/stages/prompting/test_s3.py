@@ -6,32 +6,20 @@ from collections.abc import Iterator
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.prompting.files import count_rows, matched, read_rows, remote_versions
 from tests.stages.prompting.test_files import ROWS, SUFFIXES, content, fields
+from tests.testbed.s3 import bucket
 
 
 @pytest.fixture
-def put(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A bucket `answers` with rows in every format, at a server that the environment names."""
-    import s3fs
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in (("ENDPOINT_URL", f"http://{host}:{port}"), ("DEFAULT_REGION", "us-east-1")):
-        monkeypatch.setenv(f"AWS_{name}", value)
-    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(f"AWS_{name}", "test")
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="answers")
-    for suffix in SUFFIXES:
-        client.put_object(Bucket="answers", Key=f"week/rows{suffix}", Body=content(ROWS[:9], suffix))
-    yield
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
+def put() -> Iterator[None]:
+    """A bucket `answers` with rows in every format."""
+    with bucket("answers"):
+        for suffix in SUFFIXES:
+            boto3.client("s3").put_object(Bucket="answers", Key=f"week/rows{suffix}", Body=content(ROWS[:9], suffix))
+        yield
 
 
 @pytest.mark.usefixtures("put")
