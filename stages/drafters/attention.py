@@ -4,7 +4,8 @@ The mask over prefix and all blocks, which says the same, has (A · S) · (T + A
 for the blocks of others. On CUDA flex attention (arXiv 2412.05496) skips what is false. Elsewhere the two parts are
 computed as what they are, each by the fused kernel, and merged by their log-sum-exp; the kernel's backward takes the
 gradient of a part from the output and the log-sum-exp of the whole, as ring attention does (arXiv 2310.01889). Either
-way work is linear in the number of blocks, and kept for backward are inputs, output and a log-sum-exp: no scores.
+way work is linear in the number of blocks, and in what a block sees of the prefix, and kept for backward are inputs,
+output and a log-sum-exp: no scores.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -30,46 +32,129 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 @dataclass(frozen=True)
 class Reach:
-    """How far the blocks of a batch read: block a of row b entries first[b, a] … seen[b, a] - 1 of its row's prefix."""
+    """How far the blocks of a batch read. Entry i of a prefix is position i, and query s of a block at position
+    seen + s of its row: it sees entries below `seen`, and of its own block's keys as many as there are.
+
+    window: only entries and own keys less than so many positions behind the query, itself included (a layer's sliding
+    window); causal: no own key ahead of the query. first: no entry before this one, whatever the query.
+    """
 
     seen: torch.Tensor  # [B, A] integers
     first: torch.Tensor | None = None  # [B, A]; None: from the beginning
-    _masks: dict[tuple[int, int, int], Any] = field(default_factory=dict)
+    window: int | None = None
+    causal: bool = False
+    # The prefix is a ring: entry i holds the newest position below `seen` that leaves the rest i by its length.
+    ring: bool = False
+    _masks: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     @cached_property
-    def bounds(self) -> list[tuple[int, int]]:
-        """Of block a in all rows: the least and the most that it sees."""
-        return list(zip(self.seen.amin(0).tolist(), self.seen.amax(0).tolist(), strict=True))
+    def bounds(self) -> np.ndarray:
+        """[2, B, A]: the first entry that any query of a block may see, and the end of them."""
+        seen = np.array(self.seen.tolist())
+        first = np.zeros_like(seen) if self.first is None else np.array(self.first.tolist())
+        if self.window is not None:
+            first = np.maximum(first, seen - self.window + 1)
+        return np.stack([first.clip(min=0), seen])
 
-    def visible(self, length: int, group: slice = slice(None)) -> torch.Tensor:
-        """bool [B, A, length]: which of the first entries each block of a group sees."""
-        entries = torch.arange(length, device=self.seen.device)
-        sees = entries < self.seen[:, group, None]
-        return sees if self.first is None else sees & (entries >= self.first[:, group, None])
+    @property
+    def local(self) -> bool:
+        """Does a block see a small part of a long prefix only?"""
+        return self.window is not None and not self.ring
+
+    def visible(
+        self, entries: slice, queries: int, rows: slice = slice(None), group: slice = slice(None)
+    ) -> torch.Tensor | None:
+        """bool [B, A, S or 1, entries]: what each query of some blocks sees of some entries of the prefix.
+
+        One row for all queries where they see the same; None where all see everything.
+        """
+        first, end = self.bounds[:, rows, group]
+        within = self.window is None or end.max() + queries - 1 - self.window < entries.start
+        if not self.ring and within and first.max() <= entries.start and end.min() >= entries.stop:
+            return None
+        seen = self.seen[rows, group, None, None]
+        at = torch.arange(entries.start, entries.stop, device=seen.device)
+        if self.ring:
+            at = seen - 1 - (seen - 1 - at) % entries.stop
+        sees = (at < seen) & (at >= 0)
+        if self.first is not None:
+            sees = sees & (at >= self.first[rows, group, None, None])
+        if self.window is not None:
+            s = torch.arange(queries, device=seen.device)[:, None]
+            sees = sees & (at > seen + s - self.window)
+        return sees
+
+    def own(self, queries: int, keys: int) -> torch.Tensor | None:
+        """bool [S, J]: what a query sees of its own block; None: everything."""
+        if not self.causal and (self.window is None or self.window >= queries):
+            return None
+        behind = torch.arange(queries, device=self.seen.device)[:, None] - torch.arange(keys, device=self.seen.device)
+        sees = behind >= 0 if self.causal else torch.ones_like(behind, dtype=torch.bool)
+        return sees if self.window is None else sees & (behind < self.window)
 
     def block_mask(self, T: int, S: int, J: int) -> Any:
         """Flex attention's, of A · S queries over T entries of a prefix and A · J of blocks; the same in all layers."""
         if (T, S, J) not in self._masks:
             B, A = self.seen.shape
             # tensors: a number would be compiled in, and every length compiled anew
-            prefix, queries, own = (torch.tensor(n, device=self.seen.device) for n in (T, S, J))
+            device = self.seen.device
+            prefix, queries, own = (torch.tensor(n, device=device) for n in (T, S, J))
             seen, first = self.seen, torch.zeros_like(self.seen) if self.first is None else self.first
+            window = torch.tensor(T + S + J if self.window is None else self.window, device=device)
+            ahead = torch.tensor(0 if self.causal else J, device=device)  # own keys beyond the query that it sees
 
             def sees(b: torch.Tensor, _h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-                block = q // queries
-                of_prefix = (k < seen[b, block]) & (k >= first[b, block])
-                return torch.where(k < prefix, of_prefix, (k - prefix) // own == block)
+                block, s = q // queries, q % queries
+                end = seen[b, block]
+                of_prefix = (k < end) & (k >= first[b, block]) & (k > end + s - window)
+                j = (k - prefix) % own
+                of_own = ((k - prefix) // own == block) & (j <= s + ahead) & (s - j < window)
+                return torch.where(k < prefix, of_prefix, of_own)
 
-            self._masks[T, S, J] = _flex().mask(sees, B, None, A * S, T + A * J, self.seen.device)
+            self._masks[T, S, J] = _flex().mask(sees, B, None, A * S, T + A * J, device)
         return self._masks[T, S, J]
+
+    def parts(self, T: int, R: int) -> list[tuple[slice, slice, slice]]:
+        """Rows, neighbouring blocks of them, and the entries that these may see of T, to be read at once.
+
+        Blocks of R queries each are read together while the mask of it stays small; windows also while the entries in
+        between are few: work is bound by the window then, however long the prefix is.
+        """
+        if (T, R) not in self._masks:
+            B, A = self.seen.shape
+            if self.local:
+                self._masks[T, R] = [part for b in range(B) for part in self._windows(b, T, R)]
+            else:
+                count = max(1, _MASK_ENTRIES // (B * R * T)) if T else A
+                groups = [slice(start, min(start + count, A)) for start in range(0, A, count)]
+                ends = [T if self.ring else int(self.bounds[1, :, group].max().clip(0, T)) for group in groups]
+                self._masks[T, R] = [
+                    (slice(0, B), group, slice(0, end)) for group, end in zip(groups, ends, strict=True)
+                ]
+        found: list[tuple[slice, slice, slice]] = self._masks[T, R]
+        return found
+
+    def _windows(self, row: int, T: int, R: int) -> Iterator[tuple[slice, slice, slice]]:
+        """Blocks of one row, whose windows do not move with those of other rows."""
+        assert self.window is not None
+        begin, low, high = 0, T, 0
+        bounds = self.bounds[:, row].clip(max=T).T.tolist()
+        for block, (first, end) in enumerate(bounds):
+            together = max(high, end) - min(low, first)
+            count = block + 1 - begin
+            if block > begin and (together > 2 * self.window or count * R * together > _MASK_ENTRIES):
+                yield slice(row, row + 1), slice(begin, block), slice(low, max(low, high))
+                begin, low, high = block, T, 0
+            low, high = min(low, first), max(high, end)
+        yield slice(row, row + 1), slice(begin, len(bounds)), slice(low, max(low, high))
 
 
 def block_attention(queries: torch.Tensor, prefix: KeysValues, own: KeysValues, reach: Reach) -> torch.Tensor:
     """Softmax attention of A blocks a row, with the scale 1 / √D.
 
     queries: [B, heads, A, S, D]; prefix: keys and values [B, kv_heads, T, D]; own: keys and values
-    [B, kv_heads, A, J, D], all of which each of the block's S queries sees. Query heads that read one key head are
-    neighbours, as in transformers. Returns [B, A, S, heads · D] in the values' dtype.
+    [B, kv_heads, A, J, D]. Query heads that read one key head are neighbours, as in transformers. Returns
+    [B, A, S, heads · D] in the values' dtype.
     """
     dtype = own[1].dtype
     keys, values, own_keys, own_values = (x.to(dtype) for x in (*prefix, *own))
@@ -80,9 +165,9 @@ def block_attention(queries: torch.Tensor, prefix: KeysValues, own: KeysValues, 
     # the query heads of a key head as further queries of it: keys and values are read in place, not repeated
     q = queries.to(dtype).view(B, kv_heads, heads // kv_heads, A, S, D).transpose(2, 3).flatten(3, 4).contiguous()
     if queries.is_cuda:
-        out = _one_block(q, (keys, values), (own_keys, own_values), reach)
+        out = _one_block(q, (keys, values), (own_keys, own_values), reach, S)
     else:
-        out = _Merged.apply(q, keys, values, own_keys, own_values, reach)
+        out = _Merged.apply(q, keys, values, own_keys, own_values, reach, S)
     return out.unflatten(3, (-1, S)).permute(0, 2, 4, 1, 3, 5).flatten(3)
 
 
@@ -98,46 +183,51 @@ class _Merged(torch.autograd.Function):
         own_keys: torch.Tensor,
         own_values: torch.Tensor,
         reach: Reach,
+        S: int,
     ) -> torch.Tensor:
-        out, total = _forward(*(_blocks(x) for x in (q, own_keys, own_values)))
+        own = _mask(reach.own(S, own_keys.shape[3]), q)
+        out, total = _forward(*(_blocks(x) for x in (q, own_keys, own_values)), attn_mask=own)
         out, total = out.view(q.shape), total.view(q.shape[:4])  # [B, kv_heads, A, R] float32
-        for group, length, mask in _groups(reach, q, keys.shape[2]):
-            if not length:
+        for rows, group, entries in reach.parts(keys.shape[2], q.shape[3]):
+            if entries.start >= entries.stop:
                 continue
-            read = _forward(q[:, :, group].flatten(2, 3), keys[:, :, :length], values[:, :, :length], attn_mask=mask)
-            of_group = q[:, :, group].shape
-            from_prefix, seen = read[0].reshape(of_group), read[1].reshape(of_group[:4])
-            both = torch.logaddexp(total[:, :, group], seen)
+            asked, mask = q[rows, :, group], _mask(reach.visible(entries, S, rows, group), q)
+            read = _forward(asked.flatten(2, 3), keys[rows, :, entries], values[rows, :, entries], attn_mask=mask)
+            from_prefix, seen = read[0].reshape(asked.shape), read[1].reshape(asked.shape[:4])
+            both = torch.logaddexp(total[rows, :, group], seen)
             share = (seen - both).exp()[..., None]  # of the prefix in the softmax of the whole
-            out[:, :, group] = torch.lerp(out[:, :, group].to(share.dtype), from_prefix.to(share.dtype), share)
-            total[:, :, group] = both
+            out[rows, :, group] = torch.lerp(out[rows, :, group].to(share.dtype), from_prefix.to(share.dtype), share)
+            total[rows, :, group] = both
         ctx.save_for_backward(q, keys, values, own_keys, own_values, out, total)
-        ctx.reach = reach
+        ctx.reach, ctx.S = reach, S
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         q, keys, values, own_keys, own_values, out, total = ctx.saved_tensors
-        grad = grad_outputs[0]
+        reach, S, grad = ctx.reach, ctx.S, grad_outputs[0]
         of_q, of_own_keys, of_own_values = (torch.empty_like(x) for x in (q, own_keys, own_values))
         of_keys, of_values = (torch.zeros(x.shape, dtype=total.dtype, device=x.device) for x in (keys, values))
-        for group, length, mask in _groups(ctx.reach, q, keys.shape[2]):
-            whole = [x[:, :, group] for x in (grad, q, out, total)]
-            own = _own_backward(own_keys[:, :, group], own_values[:, :, group], *whole)
-            of_q[:, :, group], of_own_keys[:, :, group], of_own_values[:, :, group] = own
-            if length:
+        own_sees = _each_query(reach.own(S, own_keys.shape[3]), q)
+        for rows, group, entries in reach.parts(keys.shape[2], q.shape[3]):
+            whole = [x[rows, :, group] for x in (grad, q, out, total)]
+            own = _own_backward(own_keys[rows, :, group], own_values[rows, :, group], own_sees, *whole)
+            of_q[rows, :, group], of_own_keys[rows, :, group], of_own_values[rows, :, group] = own
+            if entries.start < entries.stop:
                 grad_of, q_of, out_of, total_of = (x.flatten(2, 3) for x in whole)
-                read = (keys[:, :, :length], values[:, :, :length])
+                read = (keys[rows, :, entries], values[rows, :, entries])
+                mask = _mask(reach.visible(entries, S, rows, group), q)
                 dq, dk, dv = _backward(grad_of, q_of, *read, out_of, total_of, 0.0, False, attn_mask=mask)
-                of_q[:, :, group] += dq.reshape(q[:, :, group].shape)
-                of_keys[:, :, :length] += dk
-                of_values[:, :, :length] += dv
-        return of_q, of_keys.to(keys.dtype), of_values.to(values.dtype), of_own_keys, of_own_values, None
+                of_q[rows, :, group] += dq.reshape(whole[1].shape)
+                of_keys[rows, :, entries] += dk
+                of_values[rows, :, entries] += dv
+        return of_q, of_keys.to(keys.dtype), of_values.to(values.dtype), of_own_keys, of_own_values, None, None
 
 
 def _own_backward(
     keys: torch.Tensor,
     values: torch.Tensor,
+    sees: torch.Tensor | None,
     grad: torch.Tensor,
     q: torch.Tensor,
     out: torch.Tensor,
@@ -147,6 +237,8 @@ def _own_backward(
     grad, q, out, keys, values = (x.to(total.dtype) for x in (grad, q, out, keys, values))
     scale = 1 / math.sqrt(q.shape[-1])
     weights = (scale * (q @ keys.mT) - total[..., None]).exp()  # [B, kv_heads, A, R, J]
+    if sees is not None:
+        weights = weights.masked_fill(~sees, 0.0)
     of_scores = scale * weights * (grad @ values.mT - (grad * out).sum(-1, keepdim=True))
     return of_scores @ keys, of_scores.mT @ q, weights.mT @ grad
 
@@ -156,31 +248,42 @@ def _blocks(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(0, 1)
 
 
-def _groups(reach: Reach, q: torch.Tensor, T: int) -> Iterator[tuple[slice, int, torch.Tensor | None]]:
-    """Neighbouring blocks, how far any of them reads, and what is added to their scores [B, 1, blocks · R, length]."""
-    B, _, A, R, _ = q.shape
-    count = max(1, _MASK_ENTRIES // (B * R * T)) if T else A
-    for start in range(0, A, count):
-        group = slice(start, min(start + count, A))
-        bounds = reach.bounds[group]
-        least, length = min(low for low, _ in bounds), max(0, min(T, max(high for _, high in bounds)))
-        mask = None
-        if least < length or reach.first is not None:
-            visible = reach.visible(length, group)
-            mask = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(~visible, _HIDDEN)
-            mask = mask.repeat_interleave(R, 1)[:, None]
-        yield group, length, mask
+def _each_query(sees: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
+    """[…, S or 1, keys] → […, R, keys]: of the queries of all heads that read one key head."""
+    return None if sees is None else sees.repeat(*[1] * (sees.dim() - 2), q.shape[3] // sees.shape[-2], 1)
 
 
-def _one_block(q: torch.Tensor, prefix: KeysValues, own: KeysValues, reach: Reach) -> torch.Tensor:
+def _mask(sees: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
+    """bool [S, J], or [B, A, S or 1, entries], as what is added to the scores of queries [B, 1, A · R, keys]."""
+    each = _each_query(sees, q)
+    if each is None:
+        return None
+    added = torch.zeros(each.shape, dtype=q.dtype, device=q.device).masked_fill_(~each, _HIDDEN)
+    return added[None, None] if added.dim() == 2 else added.flatten(1, 2)[:, None]
+
+
+def _one_block(q: torch.Tensor, prefix: KeysValues, own: KeysValues, reach: Reach, S: int) -> torch.Tensor:
     """A = 1: prefix and block are one sequence, and no other block is read in vain."""
-    keys, values = (torch.cat([of_prefix, of_own[:, :, 0]], 2) for of_prefix, of_own in zip(prefix, own, strict=True))
-    seen = reach.visible(prefix[0].shape[2])
-    mask = F.pad(seen, (0, own[0].shape[3]), value=True)[:, None]
-    return F.scaled_dot_product_attention(q[:, :, 0], keys, values, attn_mask=mask)[:, :, None]
+    T, J = prefix[0].shape[2], own[0].shape[3]
+    ends = (reach.bounds[0].min(), reach.bounds[1].max()) if reach.local else (0, T)
+    entries = slice(*(int(end.clip(0, T)) for end in np.array(ends)))
+    keys, values = (
+        torch.cat([of_prefix[:, :, entries], of_own[:, :, 0]], 2) for of_prefix, of_own in zip(prefix, own, strict=True)
+    )
+    of_prefix, of_own = reach.visible(entries, S), reach.own(S, J)
+    if of_prefix is None and of_own is None:
+        return F.scaled_dot_product_attention(q[:, :, 0], keys, values)[:, :, None]
+    B = len(q)
+    ones = torch.ones(1, 1, device=q.device, dtype=torch.bool)
+    seen = ones.expand(B, S, entries.stop - entries.start) if of_prefix is None else of_prefix[:, 0].expand(-1, S, -1)
+    mask = torch.cat([seen, (ones if of_own is None else of_own).expand(B, S, J)], -1)
+    return F.scaled_dot_product_attention(
+        q[:, :, 0], keys, values, attn_mask=mask.repeat(1, q.shape[3] // S, 1)[:, None]
+    )[:, :, None]
 
 
 def _with_flex(q: torch.Tensor, prefix: KeysValues, own: KeysValues, reach: Reach) -> torch.Tensor:
+    assert not reach.ring, "requests in flight have one block each"
     _, _, _, S, D = q.shape
     T, J = prefix[0].shape[2], own[0].shape[3]
     keys, values = (

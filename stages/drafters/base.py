@@ -48,11 +48,18 @@ class StepShape:
 
     rows: int  # trajectories
     width: int  # positions that they are padded to
-    anchors: int  # a row
-    seen: int  # positions before the anchors, of all anchors together
+    anchors: torch.Tensor  # [rows, A] positions
     head_positions: int  # block positions with a loss
     head_rows: int  # tokens in the softmax
     prefixes: int = 1  # how often the trajectories are encoded; 0 where chains are drafted again on the same context
+
+    @property
+    def blocks(self) -> int:
+        return self.anchors.numel()
+
+    def seen_within(self, window: int | None) -> int:
+        """Positions before the anchors, of all anchors together, that a layer with this window reads."""
+        return int((self.anchors if window is None else self.anchors.clamp(max=window - 1)).sum())
 
 
 class Context:
@@ -120,11 +127,18 @@ class Drafter(nn.Module, ABC):
 
     @abstractmethod
     def extend(
-        self, context: Context, rows: Rows, features: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor
+        self,
+        context: Context,
+        rows: Rows,
+        features: torch.Tensor,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        lengths: torch.Tensor | None = None,
     ) -> None:
         """Add target features [n, T, K*H] of tokens [n, T] at consecutive positions [n, T].
 
         Entries at positions seen before are replaced. Every row starts at most one behind the last committed position.
+        lengths: [n] columns in front of each row's padding; left out: all, or as many as a block has are no padding.
         """
 
     @abstractmethod

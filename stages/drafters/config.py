@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -30,9 +30,31 @@ class DFlashConfig(Config):
         ),
     ] = None
     intermediate_size: int | None = None
+    sliding_window: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="positions that a query of a sliding layer sees, its own included; such layers read the block "
+            "backwards only, as engines do; left out: all layers see everything",
+        ),
+    ] = None
+    layer_types: Annotated[
+        tuple[Literal["full_attention", "sliding_attention"], ...] | None,
+        Field(description="of every layer, with sliding_window; left out: all slide"),
+    ] = None
 
     @model_validator(mode="after")
-    def _one_way_to_name_layers(self) -> DFlashConfig:
+    def _windows_fit(self) -> Self:
+        if self.layer_types is None:
+            return self
+        if len(self.layer_types) != self.num_layers:
+            raise ValueError(f"layer_types names {len(self.layer_types)} layers of {self.num_layers}")
+        if ("sliding_attention" in self.layer_types) != (self.sliding_window is not None):
+            raise ValueError("sliding_window is of layers that slide: give both, or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_name_layers(self) -> Self:
         if self.target_layer_ids is not None and self.num_target_features is not None:
             raise ValueError("give target_layer_ids or num_target_features, not both")
         return self

@@ -140,7 +140,7 @@ class EmbeddedEngine:
         out = self.target.step(ids, positions, self.cache, at, layer_ids=self.layer_ids)
         if self.drafter and self.context and out.features is not None:
             with torch.no_grad():
-                self.drafter.extend(self.context, at, out.features, ids, positions)
+                self.drafter.extend(self.context, at, out.features, ids, positions, lengths)
         last = out.hidden[torch.arange(len(requests), device=device), lengths - 1]
         tokens = draw(
             self.target.logits(last)[:, None],

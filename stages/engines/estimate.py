@@ -6,17 +6,22 @@ from draftsmith.stages.engines.config import EmbeddedEngineConfig, SGLangEngineC
 from draftsmith.stages.targets.estimate import DTYPE_BYTES, PROCESS, Servers, Sizes
 
 
-def decoding(slots: int, longest: int, drafter: bool, itemsize: int, sizes: Sizes) -> dict[str, float]:
+def decoding(
+    slots: int, longest: int, drafter: bool, itemsize: int, sizes: Sizes, *, rings: bool = False
+) -> dict[str, float]:
     """Key/value memory of target and drafter: slots · (T + block) · (2 · layers · kv_heads · head_dim · s).
 
+    rings: of the drafter's layers that slide, window + block positions at most.
     Logits of one verification: slots · block · V · (4 + s).
     """
     block = sizes.block_size if drafter else 1
-    per_token = sizes.target.kv_bytes_per_token(itemsize)
+    kept = (longest + block) * sizes.target.kv_bytes_per_token(itemsize)
     if drafter:
-        per_token += sizes.drafter.kv_bytes_per_token(itemsize)
+        own = sizes.drafter
+        whole = (longest + block) * own.kv_bytes_per_token(itemsize)
+        kept += own.kv_bytes(longest + block, block, itemsize) if rings else whole
     return {
-        "key/value memory": float(slots * (longest + block) * per_token),
+        "key/value memory": float(slots * kept),
         "logits": float(slots * block * sizes.target.vocabulary * (4 + itemsize)),
     }
 
@@ -29,7 +34,7 @@ def embedded_memory(
     if drafter:
         parts["drafter"] = sizes.weights(sizes.drafter)
         parts["head"] = sizes.reduced_head(head_tokens)[1]
-    return parts | decoding(engine.slots, longest, drafter, sizes.itemsize, sizes)
+    return parts | decoding(engine.slots, longest, drafter, sizes.itemsize, sizes, rings=True)
 
 
 def launched_servers(

@@ -35,10 +35,13 @@ class ModelSize:
     kv_heads: int
     head_dim: int
     vocabulary: int
+    windows: tuple[int, ...] = ()  # positions, of every layer that slides
 
     @classmethod
     def of(cls, config: Any, parameters: int) -> ModelSize:
         heads = config.num_attention_heads
+        sliding = [kind for kind in getattr(config, "layer_types", None) or () if kind == "sliding_attention"]
+        window = getattr(config, "sliding_window", None)
         return cls(
             parameters=parameters,
             layers=config.num_hidden_layers,
@@ -48,11 +51,17 @@ class ModelSize:
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             vocabulary=getattr(config, "draft_vocab_size", None) or config.vocab_size,
+            windows=(window,) * len(sliding) if window else (),
         )
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """2 · layers · kv_heads · head_dim · itemsize: keys and values of one position."""
         return 2 * self.layers * self.kv_heads * self.head_dim * itemsize
+
+    def kv_bytes(self, positions: int, block: int, itemsize: int) -> int:
+        """Of one request, where a layer that slides keeps its window and a block at most."""
+        entries = (self.layers - len(self.windows)) * positions + sum(min(positions, w + block) for w in self.windows)
+        return 2 * entries * self.kv_heads * self.head_dim * itemsize
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,7 @@ def operations_of(
     drafter: Drafter, batch: Batch, anchors: Anchors, positions: int, head: Head, *, prefixes: int = 1
 ) -> float:
     """Of one step that trains `positions` block positions behind these anchors, with softmaxes over `head`."""
-    (rows, width), per_row = batch.tokens.shape, anchors.positions.shape[1]
-    seen = int(anchors.positions.sum())
-    return drafter.training_operations(StepShape(rows, width, per_row, seen, positions, head.weight.shape[0], prefixes))
+    rows, width = batch.tokens.shape
+    return drafter.training_operations(
+        StepShape(rows, width, anchors.positions, positions, head.weight.shape[0], prefixes)
+    )

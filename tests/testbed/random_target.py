@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
+from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.causal_lm import Target
@@ -109,19 +111,29 @@ def write_trajectories(folder: Path, made: list[Trajectory], temperature: float 
     return folder
 
 
-def random_drafter(target: Target, seed: int = 0) -> DFlashDrafter:
-    """2 layers, block 5, layers 2 and 0. Weights so large that every part matters; a fresh drafter's are near zero."""
+def random_drafter(target: Target, seed: int = 0, *, is_causal: bool | None = None, **windows: Any) -> DFlashDrafter:
+    """2 layers, block 5, layers 2 and 0. Weights so large that every part matters; a fresh drafter's are near zero.
+
+    windows: fields of DFlashConfig; is_causal: of the checkpoint's config.
+    """
+    from draftsmith.stages.drafters.config import DFlashConfig
+    from draftsmith.stages.drafters.dflash import checkpoint
+
+    shape = DFlashConfig(num_layers=2, block_size=5, target_layer_ids=(2, 0), intermediate_size=40, **windows)
+    config = checkpoint.new_config(shape, target.model.config, lambda: target.tokenizer)
+    if is_causal is not None:
+        config.is_causal = is_causal
+    drafter = DFlashDrafter(config, target.embedding)
+    randomise(drafter, seed)
+    return drafter.eval()
+
+
+def randomise(drafter: Drafter, seed: int) -> None:
+    """Weights that all matter: matrices of deviation 0.3, others about 1."""
     import torch
 
-    from draftsmith.stages.drafters.checkpoint import create_drafter
-    from draftsmith.stages.drafters.config import DFlashConfig
-
-    shape = DFlashConfig(num_layers=2, block_size=5, target_layer_ids=(2, 0), intermediate_size=40)
-    drafter = create_drafter(shape, target, seed)
-    assert isinstance(drafter, DFlashDrafter)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in drafter.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(0.3 * noise if parameter.dim() == 2 else 1 + 0.3 * noise)
-    return drafter.eval()

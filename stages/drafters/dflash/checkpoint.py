@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from draftsmith.stages.targets.causal_lm import Target
 ARCHITECTURE = "DFlashDraftModel"
 # What SGLang's DFlash reads from a config and is not computed here, with the value that changes nothing
 # (srt/models/dflash.py, srt/speculative/dflash_utils.py; 0.5.20 and 0.5.23).
-_COMPUTED = {"is_causal": False, "has_embed_tokens": False, "attention_sink_bias": False}
+_COMPUTED = {"has_embed_tokens": False, "attention_sink_bias": False}
 _COMPUTED_WITHIN = {  # `dflash_config`
     "attention_sink_bias": False,
     "attention_value_scale": 1,
@@ -71,11 +71,19 @@ def new_config(shape: DFlashConfig, target_config: Any, tokenizer: Callable[[], 
         **layout.target_fields(target_config),
         intermediate_size=shape.intermediate_size or target_config.intermediate_size,
         num_hidden_layers=shape.num_layers,
-        use_sliding_window=False,
+        **_windows(shape),
         num_target_layers=layers,
         block_size=shape.block_size,
         dflash_config={"mask_token_id": mask_id, "target_layer_ids": list(ids), "block_size": shape.block_size},
     )
+
+
+def _windows(shape: DFlashConfig) -> dict[str, Any]:
+    """The fields of a config that say which layers slide, as engines read them."""
+    if shape.sliding_window is None:
+        return {"use_sliding_window": False}
+    types = shape.layer_types or ("sliding_attention",) * shape.num_layers
+    return {"use_sliding_window": True, "sliding_window": shape.sliding_window, "layer_types": list(types)}
 
 
 def create(config: Qwen3Config, target: Target, seed: int, frequent: torch.Tensor | None = None) -> DFlashDrafter:  # noqa: ARG001
@@ -100,8 +108,10 @@ def description(config: Qwen3Config, tokenizer: Callable[[], Any]) -> str:
     mask = config.dflash_config["mask_token_id"]
     token = tokenizer().convert_ids_to_tokens(mask)  # rows of a padded vocabulary have none: no text can mean them
     named = repr(token) if token is not None else "(beyond the tokenizer's tokens)"
+    sliding = config.layer_types.count("sliding_attention")
+    windows = f" ({sliding} of them with a window of {config.sliding_window})" if sliding else ""
     return (
-        f"DFlash, {config.num_hidden_layers} layers on target layers {target_layer_ids(config)}, blocks of "
+        f"DFlash, {config.num_hidden_layers} layers{windows} on target layers {target_layer_ids(config)}, blocks of "
         f"{config.block_size}, mask token {mask} {named}"
     )
 
@@ -147,10 +157,33 @@ def _read_config(folder: Path) -> Qwen3Config:
         ],
     )
     layout.refuse_partial_rotation(path, raw)
-    if sliding := {kind for kind in raw.get("layer_types") or () if kind != "full_attention"}:
-        raise DraftsmithError(f"drafter {path}: layer_types has {min(sliding)}; only full_attention is supported")
     config: Qwen3Config = layout.parse_config(raw | {"block_size": block_size}, Qwen3Config, ARCHITECTURE, path)
+    _check_windows(path, raw, config)
     return config
+
+
+def _check_windows(path: Path, raw: Mapping[str, Any], config: Qwen3Config) -> None:
+    """Refuse windows that engines would not read from the same config, or not all alike."""
+    types, causal = config.layer_types, raw.get("is_causal")
+    layout.require_kinds(path, [("is_causal", causal, causal is None or isinstance(causal, bool))])
+    if other := set(types) - {"full_attention", "sliding_attention"}:
+        raise DraftsmithError(
+            f"drafter {path}: layer_types has {min(other)}; engines know full_attention and sliding_attention"
+        )
+    if "sliding_attention" not in types:
+        return
+    window = config.sliding_window
+    if window is None and layout.is_integer(raw.get("sliding_window")):
+        raise DraftsmithError(
+            f"drafter {path}: use_sliding_window is not true, so that an engine leaves sliding_window out and fails; "
+            "set it to true"
+        )
+    layout.require_kinds(path, [("sliding_window", window, layout.is_integer(window) and window > 0)])
+    if causal is False and window < config.block_size:
+        raise DraftsmithError(
+            f"drafter {path}: sliding_window {window} is smaller than the block of {config.block_size}, which "
+            "is_causal false reads in both directions: engines differ in what is seen ahead; use a larger window"
+        )
 
 
 def check_fits(drafter: Qwen3Config, target: Any, where: str) -> None:

@@ -38,13 +38,31 @@ class FeatureContext(Context):
 
     layers: list[KeysValues]  # entry i is position i
     window: int | None = None  # so many positions before its anchor are all that a block sees; None: all of them
+    rings: bool = False  # of layers with a window entry i is the newest position that leaves the rest i by their number
 
 
 @dataclass
 class SlotContext(Context):
-    """The same while decoding: one row a request, entry index = position."""
+    """The same while decoding: one row a request. A layer with a window keeps what its window can reach, in a ring."""
 
     layers: list[KeyValueSlots]
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What the queries of a layer see, as SGLang reads it from a config."""
+
+    window: int | None  # positions, the query's own included, of context and block; None: all
+    causal: bool  # no position of the block ahead of the query
+
+    @classmethod
+    def of(cls, config: Any) -> list[Sight]:
+        """Of every layer. Blocks are read in both directions; behind a window, only backwards, unless `is_causal`
+        says otherwise for all layers."""
+        causal = getattr(config, "is_causal", None)
+        types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        sliding = [kind == "sliding_attention" for kind in types]
+        return [cls(config.sliding_window if s else None, s if causal is None else causal) for s in sliding]
 
 
 class DFlashAttention(nn.Module):
@@ -124,9 +142,13 @@ class DFlashDrafter(Drafter):
         self._embedding = (embedding,)  # in a tuple: neither a parameter nor a buffer of this module
         self.fc = nn.Linear(len(self.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.layers = nn.ModuleList([DFlashLayer(config) for _ in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([self._layer(config) for _ in range(config.num_hidden_layers)])
+        self.sights = Sight.of(config)
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary = Qwen3RotaryEmbedding(config)
+
+    def _layer(self, config: Qwen3Config) -> DFlashLayer:
+        return DFlashLayer(config)
 
     def initialise(self, generator: torch.Generator, head_weight: torch.Tensor) -> None:
         """Random weights with a sane first loss (about the logarithm of the vocabulary's size). head_weight: [V, H].
@@ -163,10 +185,14 @@ class DFlashDrafter(Drafter):
         block[..., 0] = tokens[..., 0]
         positions = (anchors[..., None] + torch.arange(block_size, device=anchors.device)).flatten(1)
         x = F.embedding(block.flatten(1), self._embedding[0]).to(self.fc.weight.dtype)
-        reach = Reach(anchors, None if context.window is None else anchors - context.window)
+        first = None if context.window is None else anchors - context.window
+        reaches = {
+            sight: Reach(anchors, first, sight.window, sight.causal, context.rings and sight.window is not None)
+            for sight in self.sights
+        }
         rope = self._rope(positions, x)
-        for layer, keys_values in zip(self._layers(), context.layers, strict=True):
-            x = layer(x, rope, keys_values, reach)
+        for layer, sight, keys_values in zip(self._layers(), self.sights, context.layers, strict=True):
+            x = layer(x, rope, keys_values, reaches[sight])
         return self.norm(x).unflatten(1, (A, block_size))[:, :, 1:]
 
     def training_operations(self, shape: StepShape) -> float:
@@ -175,21 +201,23 @@ class DFlashDrafter(Drafter):
         fc: N · F·H², forward and the gradient of its weights (2 passes; the target's features need none); all other
         weights in 3 passes: N · L·2Hk (context) + b·B · L·(2Hq + 2Hk + 3HI) (blocks); attention, L times, 2 products
         forward and 5 backward (scores are made again): B queries of width q of each block over the positions before its
-        anchor and over the block; the frozen head, 2 passes: P · V'·H.
+        anchor, as many as the layer's window holds, and over the block; the frozen head, 2 passes: P · V'·H.
         A pass is one product; each multiply-add counts as two operations.
         """
         c = self.config
         H, B = c.hidden_size, self.block_size
         q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        N, tokens = shape.prefixes * shape.rows * shape.width, shape.rows * shape.anchors * B
+        N, tokens = shape.prefixes * shape.rows * shape.width, shape.blocks * B
         fc = N * len(self.target_layer_ids) * H * H
         layer = N * 2 * H * k + tokens * (2 * H * q + 2 * H * k + 3 * H * c.intermediate_size)
-        attention = B * q * shape.seen + tokens * q * B
+        seen = sum(shape.seen_within(sight.window) for sight in self.sights)  # of all layers
+        attention = B * q * seen + c.num_hidden_layers * tokens * q * B
         head = shape.head_positions * shape.head_rows * H
-        return 2.0 * (2 * fc + c.num_hidden_layers * (3 * layer + 7 * attention) + 2 * head)
+        return 2.0 * (2 * fc + 3 * c.num_hidden_layers * layer + 7 * attention + 2 * head)
 
     def new_context(self, rows: int, capacity: int) -> SlotContext:
-        return SlotContext([KeyValueSlots(rows, capacity) for _ in self.layers])
+        entries = [capacity if s.window is None else min(capacity, s.window + self.block_size) for s in self.sights]
+        return SlotContext([KeyValueSlots(rows, count) for count in entries])
 
     @torch.no_grad()
     def propose(
@@ -209,23 +237,45 @@ class DFlashDrafter(Drafter):
         return Head.over(target_head, token_ids)
 
     def extend(
-        self, context: Context, rows: Rows, features: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor
+        self,
+        context: Context,
+        rows: Rows,
+        features: torch.Tensor,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        lengths: torch.Tensor | None = None,
     ) -> None:
         assert isinstance(context, SlotContext)
         if isinstance(rows, slice):
             rows = torch.arange(rows.start, rows.stop, device=positions.device)
         encoded = self.encode(features, tokens, positions)
-        for slots, (keys, values) in zip(context.layers, encoded.layers, strict=True):
-            slots.write(rows[:, None], positions, keys.transpose(1, 2), values.transpose(1, 2))
+        for slots, sight, (keys, values) in zip(context.layers, self.sights, encoded.layers, strict=True):
+            keys, values, at = keys.transpose(1, 2), values.transpose(1, 2), positions
+            if sight.window is not None:
+                newest = _newest(positions, lengths, slots.capacity)
+                keys, values = (x[torch.arange(len(x), device=x.device)[:, None], newest] for x in (keys, values))
+                at = positions.gather(1, newest) % slots.capacity
+            slots.write(rows[:, None], at, keys, values)
 
     def select(self, context: Context, rows: Rows, length: int) -> FeatureContext:
         if isinstance(context, FeatureContext):
             layers = [(keys[rows, :, :length], values[rows, :, :length]) for keys, values in context.layers]
             return FeatureContext(layers, context.window)
         assert isinstance(context, SlotContext)
-        return FeatureContext([slots.read(rows, length) for slots in context.layers])
+        of_layers = zip(self.sights, context.layers, strict=True)
+        layers = [s.read(rows, length if sight.window is None else s.capacity) for sight, s in of_layers]
+        return FeatureContext(layers, rings=True)
 
     def move_row(self, context: Context, source: int, to: int) -> None:
         assert isinstance(context, SlotContext)
         for slots in context.layers:
             slots.move_row(source, to)
+
+
+def _newest(positions: torch.Tensor, lengths: torch.Tensor | None, count: int) -> torch.Tensor:
+    """[n, at most count] columns of positions [n, T]: those in front of each row's end, what lies behind it left out
+    where there are more. lengths: [n] columns up to each end; None: all."""
+    n, T = positions.shape
+    ends = positions.new_full((n,), T) if lengths is None else lengths
+    first = (ends - count).clamp(min=0)
+    return first[:, None] + torch.arange(min(count, T), device=positions.device)

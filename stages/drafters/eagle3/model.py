@@ -257,10 +257,10 @@ class Eagle3Drafter(Drafter):
         c = self.config
         H, K = c.hidden_size, self.block_size - 1
         q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        N, entries = shape.prefixes * shape.rows * shape.width, shape.rows * shape.anchors * K
+        N, entries = shape.prefixes * shape.rows * shape.width, shape.blocks * K
         fc = N * len(self.target_layer_ids) * H * H
         layer = N * 4 * H * k + entries * (3 * H * q + 4 * H * k + 3 * H * c.intermediate_size)
-        attention = K * q * shape.seen + entries * q * (K + 1) / 2
+        attention = K * q * shape.seen_within(None) + entries * q * (K + 1) / 2
         head = shape.head_positions * shape.head_rows * H
         return 2.0 * (2 * fc + 3 * layer + 7 * attention + 4 * head)
 
@@ -268,7 +268,13 @@ class Eagle3Drafter(Drafter):
         return SlotContext(rows, capacity)
 
     def extend(
-        self, context: Context, rows: Rows, features: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor
+        self,
+        context: Context,
+        rows: Rows,
+        features: torch.Tensor,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        lengths: torch.Tensor | None = None,  # noqa: ARG002
     ) -> None:
         """The first token completes the entry before it, which held a proposal or nothing until now."""
         assert isinstance(context, SlotContext)

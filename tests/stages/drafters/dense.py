@@ -25,7 +25,13 @@ def dense_attention(queries: torch.Tensor, prefix: KeysValues, own: KeysValues, 
 
 def block_mask(reach: Reach, T: int, S: int, J: int) -> torch.Tensor:
     """bool [B, A · S, T + A · J]: the entries that are seen of the prefix, and the block's own keys."""
-    A = reach.seen.shape[1]
-    block = torch.arange(A)
-    own = (block.repeat_interleave(S)[:, None] == block.repeat_interleave(J)).expand(len(reach.seen), -1, -1)
-    return torch.cat([reach.visible(T).repeat_interleave(S, 1), own], -1)
+    B, A = reach.seen.shape
+    seen = reach.seen[:, :, None, None]
+    query, entry, own = torch.arange(S)[:, None], torch.arange(T), torch.arange(J)
+    window = T + S + J if reach.window is None else reach.window
+    of_prefix = (entry < seen) & (entry > seen + query - window)
+    if reach.first is not None:
+        of_prefix = of_prefix & (entry >= reach.first[:, :, None, None])
+    of_own = (own > query - window) & ((own <= query) | torch.tensor(not reach.causal))
+    blocks = torch.block_diag(*[of_own.int()] * A).bool()
+    return torch.cat([of_prefix.flatten(1, 2), blocks.expand(B, -1, -1)], -1)

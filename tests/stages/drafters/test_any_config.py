@@ -22,6 +22,9 @@ DFLASH = {
     **SHAPE, "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "num_hidden_layers": 1, "block_size": 8,
     "num_target_layers": 6, "dflash_config": {"mask_token_id": 3, "target_layer_ids": [0, 2, 4]},
 }  # fmt: skip
+WINDOWS = {
+    **DFLASH, "layer_types": ["sliding_attention"], "sliding_window": 16, "use_sliding_window": True, "is_causal": None,
+}  # fmt: skip
 EAGLE3 = {
     **SHAPE, "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "num_hidden_layers": 1,
     "draft_vocab_size": 100, "block_size": 5, "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]},
@@ -29,7 +32,7 @@ EAGLE3 = {
 TARGET = Qwen3Config(**{**SHAPE, "num_hidden_layers": 6, "layer_types": None})
 
 
-@given(st.one_of(changed(DFLASH), changed(EAGLE3)))
+@given(st.one_of(changed(DFLASH), changed(WINDOWS), changed(EAGLE3)))
 def test_any_value_in_a_drafters_config(config: Any) -> None:
     def read(path: Path) -> None:
         architecture = architecture_of(path.parent)
@@ -50,7 +53,7 @@ def test_any_record_of_a_drafter(content: bytes) -> None:
 
 
 def test_the_configs_that_are_changed_are_right(tmp_path: Path) -> None:
-    for config in (DFLASH, EAGLE3):
+    for config in (DFLASH, WINDOWS, EAGLE3):
         (tmp_path / "config.json").write_text(json.dumps(config))
         architecture = architecture_of(tmp_path)
         architecture.check_fits(architecture.read_config(tmp_path), TARGET, "here")

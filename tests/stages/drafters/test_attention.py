@@ -52,9 +52,23 @@ class Case:
 
 
 def make_case(
-    B: int, heads: tuple[int, int], T: int, A: int, S: int, J: int, D: int, *, seed: int = 0, window: int | None = None
+    B: int,
+    heads: tuple[int, int],
+    T: int,
+    A: int,
+    S: int,
+    J: int,
+    D: int,
+    *,
+    seed: int = 0,
+    before: int | None = None,
+    window: int | None = None,
+    causal: bool = False,
 ) -> Case:
-    """heads: key heads and queries' heads of each. Blocks see anything from nothing to more than there is."""
+    """heads: key heads and queries' heads of each. Blocks see anything from nothing to more than there is.
+
+    before: entries that a block sees of what lies before it; window and causal: as of `Reach`.
+    """
     draw = torch.Generator().manual_seed(seed)
     kv_heads, shared = heads
     randn = torch.randn
@@ -64,7 +78,7 @@ def make_case(
         randn(B, kv_heads * shared, A, S, D, generator=draw),
         (randn(B, kv_heads, T, D, generator=draw), randn(B, kv_heads, T, D, generator=draw)),
         (randn(B, kv_heads, A, J, D, generator=draw), randn(B, kv_heads, A, J, D, generator=draw)),
-        Reach(seen, None if window is None else seen - window),
+        Reach(seen, None if before is None else seen - before, window, causal),
     )
 
 
@@ -73,8 +87,11 @@ def make_case(
 def test_parts_equal_the_dense_form_and_so_do_their_gradients(data: st.DataObject) -> None:
     B, T, A, S, J, D = (data.draw(st.integers(1, n)) for n in (2, 9, 5, 4, 4, 8))
     heads = data.draw(st.sampled_from([(1, 1), (1, 3), (2, 2), (3, 1)]))
-    window = data.draw(st.sampled_from([None, 1, 3]))
-    case = make_case(B, heads, T, A, S, J, D, seed=data.draw(st.integers(0, 1000)), window=window)
+    before, window = (data.draw(st.sampled_from([None, 1, 3])) for _ in range(2))
+    causal = data.draw(st.booleans())
+    J = S if window or causal else J
+    shape = (B, heads, T, A, S, J, D)
+    case = make_case(*shape, seed=data.draw(st.integers(0, 1000)), before=before, window=window, causal=causal)
     group = data.draw(st.integers(1, A))  # blocks that are read together
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "_MASK_ENTRIES", group * B * heads[1] * S * T)
@@ -84,14 +101,21 @@ def test_parts_equal_the_dense_form_and_so_do_their_gradients(data: st.DataObjec
 
 
 def test_the_dense_mask_is_what_loops_write() -> None:
-    B, T, A, S, J = 2, 5, 3, 2, 4
-    reach = make_case(B, (1, 1), T, A, S, J, 4, window=2).reach
-    assert reach.first is not None
-    mask = block_mask(reach, T, S, J)
-    for b, query, key in product(range(B), range(A * S), range(T + A * J)):
-        block = query // S
-        near = int(reach.first[b, block]) <= key < int(reach.seen[b, block])
-        assert bool(mask[b, query, key]) == (near if key < T else (key - T) // J == block), (b, query, key)
+    """Positions, as an engine counts them: entry i is at i, query and own key s of a block at seen + s."""
+    B, T, A, S = 2, 9, 3, 4
+    for before, window, causal in product((None, 2), (None, 3), (False, True)):
+        reach = make_case(B, (1, 1), T, A, S, S, 4, before=before, window=window, causal=causal).reach
+        mask = block_mask(reach, T, S, S)
+        for b, query, key in product(range(B), range(A * S), range(T + A * S)):
+            block = query // S
+            anchor = int(reach.seen[b, block])
+            q, k = anchor + query % S, key if key < T else anchor + (key - T) % S
+            sees = window is None or q - k < window
+            if key < T:
+                sees &= key < anchor and (before is None or key >= anchor - before)
+            else:
+                sees &= (key - T) // S == block and (k <= q or not causal)
+            assert bool(mask[b, query, key]) == sees, (before, window, causal, b, query, key)
 
 
 def test_in_bfloat16_both_forms_are_equally_close_to_float32() -> None:
@@ -110,9 +134,12 @@ def test_in_bfloat16_both_forms_are_equally_close_to_float32() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_reads_under_the_same_mask() -> None:
+@pytest.mark.parametrize(
+    ("before", "window", "causal", "S"), [(9, None, False, 3), (None, 6, True, 4), (None, 3, False, 4)]
+)
+def test_flex_attention_reads_under_the_same_mask(before: int | None, window: int | None, causal: bool, S: int) -> None:
     """Its uncompiled form; its gradient exists on accelerators only."""
-    case = make_case(2, (2, 2), 37, 5, 4, 3, 16, window=9)
+    case = make_case(2, (2, 2), 37, 5, 4, S, 16, before=before, window=window, causal=causal)
     with pytest.MonkeyPatch.context() as patch:
         plain = attention._flex(compiled=False)
         patch.setattr(attention, "_flex", lambda: plain)
@@ -133,3 +160,33 @@ def test_operations_grow_linearly_with_the_blocks_and_end_where_they_see() -> No
     assert counted(20, T) == 10 * counted(2, T)
     # two products forward and five backward, over the prefix and the own block
     assert counted(20, 16) == 7 * 2 * (2 * 20 * S) * (16 + S) * 8
+
+
+def test_operations_and_what_is_read_are_bound_by_a_window() -> None:
+    """However long the prefix is, and however far apart the blocks lie in it."""
+    S, W, A = 4, 16, 12
+
+    def counted(T: int) -> int:
+        case = make_case(2, (1, 2), T, A, S, S, 8, window=W, causal=True)
+        case.reach = Reach(torch.stack([torch.linspace(W, T, A).long(), torch.linspace(T // 2, T, A).long()]), None, W)
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
+            case.gradients("parts")
+        return int(counter.get_total_flops())
+
+    needed = 7 * 2 * (2 * 2 * A * S) * (W - 1 + S) * 8
+    assert counted(200) <= 2 * needed
+    assert counted(20_000) <= needed  # every block is read alone
+
+
+@pytest.mark.parametrize("window", [5, 3])
+def test_a_ring_is_read_as_the_prefix_that_it_was_written_from(window: int) -> None:
+    """Entries behind the block's anchor were written too, over some that no window reaches any more."""
+    T, S, C = 30, 4, window + 4
+    case = make_case(3, (2, 2), T, 1, S, S, 8, window=window, causal=True)
+    case.reach = Reach(torch.tensor([[21], [2], [0]]), None, window, True)
+    written = case.reach.seen + S - 1  # positions from 0 on
+    newest = written - 1 - (written - 1 - torch.arange(C)) % C
+    keys, values = (x.gather(2, newest.clamp(min=0)[:, None, :, None].expand(-1, 2, -1, 8)) for x in case.prefix)
+    ring = Reach(case.reach.seen, None, window, True, ring=True)
+    found = block_attention(case.queries, (keys, values), case.own, ring)
+    torch.testing.assert_close(found, case.dense(), atol=FLOAT32, rtol=FLOAT32)

@@ -23,7 +23,7 @@ from draftsmith.stages.drafters.checkpoint import (
 )
 from draftsmith.stages.drafters.config import DFlashConfig
 from draftsmith.stages.drafters.dflash.checkpoint import default_layer_ids
-from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.drafters.dflash.model import DFlashDrafter, Sight
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.info import model_path
@@ -152,13 +152,28 @@ TRAPS: dict[str, tuple[Edit, str]] = {
         edit_config(lambda c: c["rope_parameters"].update(partial_rotary_factor=0.5)),
         "rope|rotary",
     ),
-    "sliding layers": (
-        edit_config(
-            lambda c: c.update(layer_types=["sliding_attention"] * 2, sliding_window=4, use_sliding_window=True)
-        ),
-        "sliding",
+    "windows that an engine leaves out": (
+        edit_config(lambda c: c.update(layer_types=["sliding_attention"] * 2, sliding_window=4)),
+        "use_sliding_window is not true",
     ),
-    "causal blocks": (edit_config(lambda c: c.update(is_causal=True)), "is_causal is true: to an engine"),
+    "windows of no size": (
+        edit_config(lambda c: c.update(layer_types=["sliding_attention"] * 2, use_sliding_window=True)),
+        "sliding_window is None",
+    ),
+    "small windows read both ways": (
+        edit_config(
+            lambda c: c.update(
+                layer_types=["sliding_attention"] * 2, sliding_window=4, use_sliding_window=True, is_causal=False
+            )
+        ),
+        "sliding_window 4 is smaller than the block of 5",
+    ),
+    "layers of another kind": (
+        edit_config(lambda c: c.update(layer_types=["chunked_attention", "full_attention"])),
+        "layer_types has chunked_attention",
+    ),
+    "kinds of other layers": (edit_config(lambda c: c.update(layer_types=["full_attention"])), "layer_types"),
+    "no truth value": (edit_config(lambda c: c.update(is_causal=1)), "is_causal is 1"),
     "norms of Gemma": (edit_config(lambda c: c.update(use_gemma_norm=True)), "use_gemma_norm is true"),
     "interleaved rotation": (edit_config(lambda c: c.update(rope_is_neox_style=False)), "rope_is_neox_style is false"),
     "interleaved rotation, older name": (edit_config(lambda c: c.update(is_neox_style=False)), "is_neox_style"),
@@ -270,3 +285,27 @@ def test_a_new_drafter_outside_the_target_is_refused(plain_target: Target) -> No
     ):
         with pytest.raises(DraftsmithError, match=message):
             create_drafter(shape, plain_target, 0)
+
+
+def test_windows_are_written_where_engines_read_them(plain_target: Target, tmp_path: Path) -> None:
+    types = ["sliding_attention", "full_attention"]
+    drafter = random_target.random_drafter(plain_target, sliding_window=3, layer_types=tuple(types))
+    save_drafter(drafter, tmp_path, torch.float32)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["layer_types"], config["sliding_window"], config["use_sliding_window"]) == (types, 3, True)
+    loaded = load_drafter(tmp_path, plain_target)
+    assert isinstance(loaded, DFlashDrafter)
+    assert loaded.sights == [Sight(3, causal=True), Sight(None, causal=False)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layer_types": ("full_attention",)}, "names 1 layers of 5"),
+        ({"layer_types": ("sliding_attention",) * 5}, "give both, or neither"),
+        ({"layer_types": ("full_attention",) * 5, "sliding_window": 8}, "give both, or neither"),
+    ],
+)
+def test_windows_of_a_new_drafter_that_do_not_fit_together(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DFlashConfig(**fields)

@@ -12,16 +12,14 @@ from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.replay.trace import pad_tokens
 from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed import random_target
-from tests.testbed.eagle3 import random_eagle3
+from tests.testbed.architectures import RANDOM
 
 TOLERANCE = 2e-5  # the same sums in other shapes
-DRAFTERS = {"dflash": random_target.random_drafter, "eagle3": random_eagle3}
 
 
-@pytest.fixture(params=DRAFTERS)
+@pytest.fixture(params=RANDOM)
 def drafter(request: pytest.FixtureRequest, plain_target: Target) -> Drafter:
-    made: Drafter = DRAFTERS[request.param](plain_target)
-    return made
+    return RANDOM[request.param](plain_target)
 
 
 class Blocks:

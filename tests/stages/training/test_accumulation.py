@@ -22,6 +22,7 @@ from draftsmith.stages.training.on_policy.mined import MinedTable, TrajectorySte
 from draftsmith.stages.training.on_policy.training import OpdTraining
 from draftsmith.stages.training.supervised import SftTraining
 from tests.testbed import random_target
+from tests.testbed.architectures import RANDOM
 
 COUNT = 5
 ROUNDING = 1e-5  # float32, of the gradient's norm
@@ -29,10 +30,9 @@ STEP = {"sequences_per_step": COUNT, "anchors_per_sequence": 3}
 Training = SftTraining | OpdTraining
 
 
-@pytest.fixture(params=["plain_drafter", "plain_eagle3"])
-def drafter(request: pytest.FixtureRequest) -> Drafter:
-    made: Drafter = request.getfixturevalue(request.param)
-    return made
+@pytest.fixture(params=RANDOM)
+def drafter(request: pytest.FixtureRequest, plain_target: Target) -> Drafter:
+    return RANDOM[request.param](plain_target)
 
 
 @pytest.fixture

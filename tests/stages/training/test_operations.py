@@ -17,16 +17,16 @@ from draftsmith.stages.training.supervised import sft_loss
 from draftsmith.stages.training.vocabulary import HeadSource
 from tests.stages.attention_flops import ATTENTION_FLOPS
 from tests.testbed import random_target
+from tests.testbed.architectures import RANDOM
 
 # The target's distribution is not the drafter's work: with cross-entropy and blocks that are read one by one, so that
 # none looks behind its anchor, what is counted are the products of the formula.
 TOLERANCE = 0.02
 
 
-@pytest.fixture(params=["plain_drafter", "plain_eagle3"])
-def any_drafter(request: pytest.FixtureRequest) -> Drafter:
-    drafter: Drafter = request.getfixturevalue(request.param)
-    return drafter
+@pytest.fixture(params=RANDOM)
+def any_drafter(request: pytest.FixtureRequest, plain_target: Target) -> Drafter:
+    return RANDOM[request.param](plain_target)
 
 
 def test_the_formula_is_what_torch_counts(

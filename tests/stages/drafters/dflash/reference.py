@@ -6,7 +6,7 @@ No mask, no batch, no cache, no padding; the only thing shared with the fast imp
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -43,8 +43,13 @@ def block_hidden(
     eps: float,
     theta: float,
     mask_token: int,
+    windows: Sequence[int | None] | None = None,
+    causal: Sequence[bool] | None = None,
 ) -> torch.Tensor:
-    """embedding: [V, H]; features: [T, K*H] of positions 0 … T-1. Returns [block_size-1, H] for the offsets 1 …."""
+    """embedding: [V, H]; features: [T, K*H] of positions 0 … T-1. Returns [block_size-1, H] for the offsets 1 ….
+
+    windows, causal: of each layer; left out: everything is seen.
+    """
     weights = {name: tensor.detach().double() for name, tensor in tensors.items()}
     context = [
         rms_norm(weights["fc.weight"] @ features[t].double(), weights["hidden_norm.weight"], eps) for t in range(anchor)
@@ -69,11 +74,17 @@ def block_hidden(
         attended = []
         for k, x in enumerate(normed):
             parts = []
+            width, backwards = windows[layer] if windows else None, bool(causal and causal[layer])
+            within = [
+                (position, seen)
+                for position, seen in readable
+                if (width is None or anchor + k - position < width) and not (backwards and position > anchor + k)
+            ]
             for head in range(heads):
                 shared = head * kv_heads // heads
                 query = rotate(rms_norm(project(x, "q", head), w["self_attn.q_norm.weight"], eps), anchor + k, theta)
                 scores, values = [], []
-                for position, seen in readable:
+                for position, seen in within:
                     key = rms_norm(project(seen, "k", shared), w["self_attn.k_norm.weight"], eps)
                     scores.append(float(query @ rotate(key, position, theta)) / math.sqrt(len(query)))
                     values.append(project(seen, "v", shared))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ import torch
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter
 from draftsmith.stages.drafters.config import DFlashConfig
-from draftsmith.stages.drafters.dflash.model import DFlashDrafter, FeatureContext
+from draftsmith.stages.drafters.dflash.model import DFlashDrafter, FeatureContext, SlotContext
 from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.engines.estimate import decoding
 from draftsmith.stages.replay.trace import pad_tokens
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.estimate import ModelSize, Sizes
 from tests.stages.drafters.dflash import reference
 from tests.testbed import random_target
 from tests.testbed.drafter import DrafterArtifacts
@@ -30,7 +33,20 @@ def blocks_of(anchor_tokens: torch.Tensor, block_size: int) -> torch.Tensor:
     return tokens
 
 
-def test_block_hidden_equals_the_plain_float64_reference(plain_target: Target, plain_drafter: DFlashDrafter) -> None:
+SLIDING, FULL = "sliding_attention", "full_attention"
+FORMS: dict[str, tuple[dict[str, Any], list[int | None], list[bool]]] = {  # what a config says, and what it means
+    "everything": ({}, [None, None], [False, False]),
+    "a window": ({"sliding_window": 4, "layer_types": (SLIDING, FULL)}, [4, None], [True, False]),
+    "windows smaller than a block": ({"sliding_window": 2}, [2, 2], [True, True]),
+    "windows read both ways": ({"sliding_window": 7, "is_causal": False}, [7, 7], [False, False]),
+    "backwards": ({"is_causal": True}, [None, None], [True, True]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_block_hidden_equals_the_plain_float64_reference(form: str, plain_target: Target) -> None:
+    fields, windows, causal = FORMS[form]
+    plain_drafter = random_target.random_drafter(plain_target, **fields)
     trajectory = random_target.trajectories(1, seed=3)[0]
     tokens = torch.tensor([trajectory.tokens])
     read = plain_target.read(tokens, plain_drafter.target_layer_ids)
@@ -58,6 +74,8 @@ def test_block_hidden_equals_the_plain_float64_reference(plain_target: Target, p
             eps=config.rms_norm_eps,
             theta=config.rope_parameters["rope_theta"],
             mask_token=plain_target.tokenizer.mask_token_id,
+            windows=windows,
+            causal=causal,
         )
         torch.testing.assert_close(hidden[0, index].double(), expected, atol=TOLERANCE, rtol=TOLERANCE)
 
@@ -218,3 +236,29 @@ def test_a_fresh_drafter_is_seeded_and_starts_at_logits_of_unit_spread(plain_tar
         hidden = first.block_hidden(context, blocks_of(anchors, 4), anchors)
         logits = Head(plain_target.head_weight).logits(hidden)
     assert 0.3 < float(logits.std()) < 3
+
+
+def test_a_layer_with_a_window_keeps_what_its_window_can_reach(plain_target: Target) -> None:
+    """Memory of requests in flight, however long they may become."""
+    drafter = random_target.random_drafter(plain_target, sliding_window=20, layer_types=(SLIDING, FULL))
+    for capacity in (10, 4096):
+        context = drafter.new_context(2, capacity)
+        assert isinstance(context, SlotContext)
+        assert [slots.capacity for slots in context.layers] == [min(capacity, 20 + drafter.block_size), capacity]
+
+
+def test_the_estimate_of_decoding_is_what_the_slots_hold(plain_target: Target) -> None:
+    """Key/value memory of a drafter with windows, beside the target's, which keeps every position."""
+    slots, longest = 3, 200
+    drafter = random_target.random_drafter(plain_target, sliding_window=20, layer_types=(SLIDING, FULL))
+    size = ModelSize.of(drafter.config, 0)
+    target = ModelSize.of(plain_target.model.config, 0)
+    sizes = Sizes(target, size, features=2, block_size=5, itemsize=4, longest_prompt=100, positions=256)
+    estimated = decoding(slots, longest, True, 4, sizes, rings=True)["key/value memory"]
+    context = drafter.new_context(slots, longest + 5)
+    read = torch.zeros(slots, 4, 2 * random_target.HIDDEN_SIZE), torch.zeros(slots, 4, dtype=torch.long)
+    with torch.no_grad():
+        drafter.extend(context, slice(0, slots), *read, torch.arange(4).expand(slots, -1))
+    assert isinstance(context, SlotContext)
+    kept = [x.nbytes for s in context.layers for x in (s.keys, s.values) if x is not None]
+    assert estimated == sum(kept) + slots * (longest + 5) * target.kv_bytes_per_token(4)

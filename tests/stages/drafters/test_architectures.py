@@ -1,0 +1,230 @@
+"""What holds for every architecture: mask, drafting, replay, decoding, checkpoint and gradients, on random weights.
+
+Drafting offset by offset is held against blocks in `test_drafting.py`, training in `tests/stages/training/`.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from draftsmith.stages.drafters.base import Context, Drafter
+from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
+from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.engines.base import Request, SamplingParams
+from draftsmith.stages.engines.embedded import EmbeddedEngine
+from draftsmith.stages.replay.chains import replay_chains
+from draftsmith.stages.replay.sequential import replay_sequentially
+from draftsmith.stages.replay.trace import Trajectory, pad_tokens
+from draftsmith.stages.targets.causal_lm import Target
+from tests.testbed import random_target, ties
+from tests.testbed.architectures import RANDOM
+
+TOLERANCE = 3e-5  # float32, the same sums in another order, on values of order one to ten
+
+
+@pytest.fixture(params=RANDOM)
+def drafter(request: pytest.FixtureRequest, plain_target: Target) -> Drafter:
+    return RANDOM[request.param](plain_target)
+
+
+class Texts:
+    """Some trajectories as a drafter reads them."""
+
+    def __init__(self, target: Target, drafter: Drafter, count: int = 3):
+        self.target, self.drafter = target, drafter
+        self.trajectories = random_target.trajectories(count, seed=4)
+        self.tokens = pad_tokens(self.trajectories, target.device)
+        features = target.read(self.tokens, drafter.target_layer_ids).features
+        assert features is not None
+        self.features = features
+        self.positions = torch.arange(self.tokens.shape[1]).expand(count, -1)
+        self.head: Head = drafter.head_over(target.head_weight, None)
+        self.block = drafter.block_size
+
+    @torch.no_grad()
+    def context(self, rows: slice = slice(None), end: int | None = None) -> Context:
+        part = (rows, slice(end))
+        return self.drafter.encode(self.features[part], self.tokens[part], self.positions[part])
+
+    def chains(self, anchors: torch.Tensor) -> torch.Tensor:
+        """[B, A, K] the tokens from each anchor on; zeros behind the end."""
+        at = anchors[..., None] + torch.arange(self.block - 1)
+        padded = F.pad(self.tokens, (0, self.block))
+        return padded.gather(1, at.flatten(1)).view_as(at)
+
+    @torch.no_grad()
+    def alone(self, row: int, anchor: int) -> tuple[torch.Tensor, list[int]]:
+        """Of one block whose context ends at its anchor: hidden states [K, H] on the text's own tokens; proposals."""
+        context, at = self.context(slice(row, row + 1), anchor), torch.tensor([[anchor]])
+        chain = self.chains(at.expand(len(self.tokens), 1))[row : row + 1]
+        hidden = self.drafter.block_hidden(context, chain, at)
+        proposals = self.drafter.propose(context, chain[..., 0], at, self.block, self.head)
+        return hidden[0, 0], proposals.tokens[0, 0].tolist()
+
+
+@pytest.fixture
+def texts(plain_target: Target, drafter: Drafter) -> Texts:
+    return Texts(plain_target, drafter)
+
+
+# ---- mask
+
+
+def test_packed_blocks_equal_one_at_a_time(texts: Texts) -> None:
+    """None sees another, whatever their order, and none what lies at its anchor or behind it."""
+    anchors = torch.tensor([[t.first_anchor + i for i in (9, 0, 4, 5)] + [t.last_anchor] for t in texts.trajectories])
+    context, chains = texts.context(), texts.chains(anchors)
+    with torch.no_grad():
+        hidden = texts.drafter.block_hidden(context, chains, anchors)
+        proposals = texts.drafter.propose(context, chains[..., 0], anchors, texts.block, texts.head)
+    for row, index in product(range(len(anchors)), range(anchors.shape[1])):
+        expected, tokens = texts.alone(row, int(anchors[row, index]))
+        torch.testing.assert_close(hidden[row, index], expected, atol=TOLERANCE, rtol=TOLERANCE)
+        assert proposals.tokens[row, index].tolist() == tokens
+
+
+def test_the_last_position_before_the_anchor_is_seen_and_the_anchors_own_is_not(texts: Texts) -> None:
+    anchor = torch.tensor([[12]])
+    chain = texts.chains(anchor.expand(len(texts.tokens), 1))[:1]
+
+    def hidden(changed: int | None) -> torch.Tensor:
+        features = texts.features[:1].clone()
+        if changed is not None:
+            features[:, changed] += 1
+        with torch.no_grad():
+            context = texts.drafter.encode(features, texts.tokens[:1], texts.positions[:1])
+            return texts.drafter.block_hidden(context, chain, anchor)
+
+    assert torch.equal(hidden(None), hidden(12))
+    assert not torch.allclose(hidden(None), hidden(11), atol=1e-3)
+
+
+# ---- drafting
+
+
+def test_drafting_from_slots_equals_the_whole_context_after_rejections(texts: Texts) -> None:
+    """The engine's rhythm: read prompts that are padded, then blocks from the anchor on, some of which is kept."""
+    rows, block, drafter = len(texts.trajectories), texts.block, texts.drafter
+    slots = drafter.new_context(rows + 1, texts.tokens.shape[1] + 2 * block)
+    anchors = torch.tensor([9, 4, 6])
+    generator, every = torch.Generator().manual_seed(0), slice(0, rows)
+    width = int(anchors.max())
+    padding = torch.arange(width) >= anchors[:, None]
+    features, tokens = texts.features[:, :width].clone(), texts.tokens[:, :width].clone()
+    features[padding], tokens[padding] = 50.0, 0
+    with torch.no_grad():
+        drafter.extend(slots, every, features, tokens, texts.positions[:, :width], anchors)
+    for step in range(5):
+        context = drafter.select(slots, every, int(anchors.max()))  # shorter rows hold rejected entries
+        chains = texts.chains(anchors[:, None])
+        with torch.no_grad():
+            hidden = drafter.block_hidden(context, chains, anchors[:, None])
+            proposals = drafter.propose(context, chains[..., 0], anchors[:, None], block, texts.head)
+        for row in range(rows):
+            expected, proposed = texts.alone(row, int(anchors[row]))
+            torch.testing.assert_close(hidden[row, 0], expected, atol=TOLERANCE, rtol=TOLERANCE)
+            assert proposals.tokens[row, 0].tolist() == proposed
+        at = anchors[:, None] + torch.arange(block)
+        tokens = F.pad(texts.tokens, (0, block)).gather(1, at)
+        features = torch.stack([F.pad(f, (0, 0, 0, block))[i] for f, i in zip(texts.features, at, strict=True)])
+        kept = 1 + (step + torch.arange(rows)) % 3
+        rejected = torch.arange(block) >= kept[:, None]
+        features[rejected] = 30 * torch.randn(features[rejected].shape, generator=generator)
+        tokens[rejected] = torch.randint(0, 50, tokens[rejected].shape, generator=generator)
+        with torch.no_grad():
+            drafter.extend(slots, every, features, tokens, at)
+        anchors = anchors + kept
+
+
+def test_a_moved_row_drafts_the_same(texts: Texts) -> None:
+    slots, anchor = texts.drafter.new_context(4, texts.tokens.shape[1]), 13
+    with torch.no_grad():
+        for row in range(3):  # by index, not by slice
+            read = (x[row : row + 1, :anchor] for x in (texts.features, texts.tokens, texts.positions))
+            texts.drafter.extend(slots, torch.tensor([row]), *read)
+        texts.drafter.move_row(slots, source=2, to=0)
+        context = texts.drafter.select(slots, torch.tensor([0]), anchor)
+        at = torch.tensor([[anchor]])
+        proposals = texts.drafter.propose(context, texts.tokens[2:3, anchor : anchor + 1], at, texts.block, texts.head)
+    assert proposals.tokens[0, 0].tolist() == texts.alone(2, anchor)[1]
+
+
+# ---- replay and decoding
+
+
+@pytest.mark.parametrize("block_size", [5, 3])
+def test_replay_is_sequential_speculative_decoding(texts: Texts, block_size: int) -> None:
+    traces = [
+        replay_chains(texts.drafter, texts.context(), texts.trajectories, block_size, texts.head, chains)
+        for chains in (1, 6, None)
+    ]
+    for row, trajectory in enumerate(texts.trajectories):
+        alone = texts.context(slice(row, row + 1))
+        expected = replay_sequentially(texts.drafter, alone, trajectory, block_size, texts.head)
+        for found in traces:
+            np.testing.assert_array_equal(found[row].anchors, expected.anchors)
+            np.testing.assert_array_equal(found[row].proposed, expected.proposed)
+            np.testing.assert_array_equal(found[row].accepted, expected.accepted)
+            np.testing.assert_allclose(found[row].drafter_logprobs, expected.drafter_logprobs, atol=2e-4)
+
+
+def test_decoding_is_lossless_and_its_steps_are_those_of_replay(texts: Texts, plain_target: Target) -> None:
+    """Greedy and sampled requests in one batch, whose rows are taken over by others."""
+    requests = [
+        Request(str(i), t.tokens[: 4 + 3 * i], SamplingParams(14 + i, temperature=float(i % 2)), seed=i)
+        for i, t in enumerate(random_target.trajectories(4, seed=9))
+    ]
+    plain = {c.request.request_id: c for c in EmbeddedEngine(plain_target, slots=4, capacity=64).generate(requests)}
+    checked = 0
+    for answer in EmbeddedEngine(plain_target, texts.drafter, slots=2, capacity=64).generate(requests):
+        assert answer.response_ids == plain[answer.request.request_id].response_ids
+        prompt = answer.request.prompt_ids
+        trajectory = Trajectory("", prompt + answer.response_ids, len(prompt))
+        if ties.draft_margin(plain_target, texts.drafter, trajectory) < ties.DRAFT_TIE:
+            continue
+        tokens = torch.tensor([trajectory.tokens])
+        features = plain_target.read(tokens, texts.drafter.target_layer_ids).features
+        assert features is not None
+        with torch.no_grad():
+            context = texts.drafter.encode(features, tokens, torch.arange(tokens.shape[1])[None])
+        trace = replay_sequentially(texts.drafter, context, trajectory, texts.block, texts.head)
+        assert [s.anchor for s in answer.steps] == trace.anchors.tolist()
+        assert [s.proposed for s in answer.steps] == trace.proposed.tolist()
+        checked += 1
+    assert checked
+
+
+# ---- checkpoint and gradients
+
+
+def test_the_round_trip_gives_the_same_drafter_and_the_same_bytes(
+    texts: Texts, plain_target: Target, tmp_path: Path
+) -> None:
+    save_drafter(texts.drafter, tmp_path / "first", torch.float32)
+    loaded = load_drafter(tmp_path / "first", plain_target)
+    assert type(loaded) is type(texts.drafter)
+    state = texts.drafter.state_dict()
+    assert loaded.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
+    assert (loaded.block_size, list(loaded.target_layer_ids)) == (texts.block, list(texts.drafter.target_layer_ids))
+    assert Texts(plain_target, loaded).alone(0, 12)[1] == texts.alone(0, 12)[1]
+    assert torch.equal(Texts(plain_target, loaded).alone(0, 12)[0], texts.alone(0, 12)[0])
+    save_drafter(loaded, tmp_path / "again", torch.float32)
+    for path in (tmp_path / "first").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+
+
+def test_the_target_is_no_part_of_it_and_gets_no_gradient(texts: Texts, plain_target: Target) -> None:
+    drafter = texts.drafter
+    anchors = torch.tensor([[9, 5]])
+    context = drafter.encode(texts.features[:1], texts.tokens[:1], texts.positions[:1])
+    chains = texts.chains(anchors.expand(len(texts.tokens), -1))[:1]
+    drafter.block_hidden(context, chains, anchors).square().sum().backward()
+    assert plain_target.embedding.grad is None and plain_target.head_weight.grad is None
+    assert not any("embed" in name for name in drafter.state_dict())

@@ -1,0 +1,22 @@
+"""A drafter of random weights of every architecture and form: what the shared checks run on.
+
+A new architecture adds a line here. Its own folder of tests holds it against a plain reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.targets.causal_lm import Target
+from tests.testbed.eagle3 import random_eagle3
+from tests.testbed.random_target import random_drafter
+
+# of a target of random weights (`random_target.py`) and a seed; blocks of 5 on layers that the target has
+RANDOM: dict[str, Callable[[Target], Drafter]] = {
+    "dflash": random_drafter,
+    "dflash, windows": partial(random_drafter, sliding_window=3, layer_types=("sliding_attention", "full_attention")),
+    "dflash, windows read both ways": partial(random_drafter, sliding_window=6, is_causal=False),
+    "eagle3": random_eagle3,
+}
