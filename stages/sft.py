@@ -6,6 +6,7 @@ Also the control of a refresh: with a drafter as input it continues SFT from the
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Compute, Stage, StageContext
@@ -36,13 +37,13 @@ def preflight(config: SftConfig, target: Path) -> None:
 
 def trained_shape(config: SftConfig) -> tuple[str, int]:
     """Kind, and tokens of a block, the anchor included, of what is trained here from random weights or `init_from`."""
-    from draftsmith.stages.drafters.checkpoint import architecture_of, drafter_source, kind_of
+    from draftsmith.stages.drafters.checkpoint import architecture_of, drafter_source, kind_after, kind_of
 
     if not config.init_from:
         return config.drafter.kind, config.drafter.block_size
     source = drafter_source(config.init_from, config.init_revision)
     architecture = architecture_of(source)
-    return kind_of(architecture), int(architecture.read_config(source).block_size)
+    return kind_after(kind_of(architecture), config.drafter), int(architecture.read_config(source).block_size)
 
 
 def unservable(config: SftConfig, target: Path) -> str | None:
@@ -59,11 +60,15 @@ def unservable(config: SftConfig, target: Path) -> str | None:
 
     folder = model_path(target)
     target_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+
+    def tokenizer() -> Any:
+        return load_tokenizer(folder)
+
     if config.init_from:
         source = drafter_source(config.init_from, config.init_revision)
-        plan = plan_of_checkpoint(source, target_config, config.init_from, lambda: load_tokenizer(folder))
+        plan = plan_of_checkpoint(source, target_config, config.init_from, tokenizer, config.drafter)
     else:
-        plan = plan_of_new(config.drafter, target_config, lambda: load_tokenizer(folder))
+        plan = plan_of_new(config.drafter, target_config, tokenizer)
     return unservable_layers(plan.target_layer_ids, target_config.num_hidden_layers)
 
 
@@ -72,7 +77,13 @@ def run(ctx: StageContext, config: SftConfig) -> None:
     import torch
 
     from draftsmith.stages.drafters.base import DrafterInfo
-    from draftsmith.stages.drafters.checkpoint import create_drafter, descends_from, load_drafter, save_drafter
+    from draftsmith.stages.drafters.checkpoint import (
+        create_drafter,
+        descends_from,
+        load_drafter,
+        save_drafter,
+        upgraded,
+    )
     from draftsmith.stages.parallel.ranks import Ranks
     from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
     from draftsmith.stages.targets.causal_lm import Target
@@ -88,6 +99,7 @@ def run(ctx: StageContext, config: SftConfig) -> None:
     counts = token_counts(stored.trajectories, target.info.vocab_size)
     if start is not None:
         drafter = load_drafter(start, target, torch.float32, of_any_target=config.adopt)
+        drafter = upgraded(drafter, config.drafter, target, ctx.seed)
     else:
         drafter = create_drafter(config.drafter, target, ctx.seed, frequent_tokens(counts))
     if drafter.frequent_tokens is None:

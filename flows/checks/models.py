@@ -123,7 +123,13 @@ def _check_drafter(
     """
     from transformers import AutoConfig
 
-    from draftsmith.stages.drafters.checkpoint import drafter_source, plan_of_checkpoint, plan_of_new
+    from draftsmith.stages.drafters.checkpoint import (
+        architecture_of,
+        drafter_source,
+        kind_of,
+        plan_of_checkpoint,
+        plan_of_new,
+    )
     from draftsmith.stages.drafters.layout import unservable_layers
     from draftsmith.stages.targets.info import model_path
     from draftsmith.stages.targets.metadata import UnreachableError
@@ -142,8 +148,10 @@ def _check_drafter(
         except UnreachableError as error:
             found.warn(name, f"{error}; not checked: its layers, mask token, memory, disk")
             return None
-        plan, where = plan_of_checkpoint(source, target_config, config.init_from, tokenizer), config.init_from
-        if config.drafter != SftConfig.model_fields["drafter"].default:
+        where = config.init_from
+        plan = plan_of_checkpoint(source, target_config, where, tokenizer, config.drafter)
+        kept = plan.kind == kind_of(architecture_of(source))  # else it becomes what the section says
+        if kept and config.drafter != SftConfig.model_fields["drafter"].default:
             found.warn(name, f"section drafter is not used: {where} has its own shape; remove the section")
         if source == Path(config.init_from).expanduser() and not (source / "model.safetensors").is_file():
             found.error(name, f"{source} has no model.safetensors: give the folder of a whole checkpoint")

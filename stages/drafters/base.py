@@ -102,6 +102,7 @@ class Drafter(nn.Module, ABC):
     kind: ClassVar[str]  # as in `drafter.kind` of a config
     autoregressive: ClassVar[bool]  # do the hidden states of an offset depend on the tokens at the offsets before it?
     has_own_head: ClassVar[bool]  # is the head over the draft vocabulary a part of the drafter, and trained with it?
+    chooses: ClassVar[bool] = False  # is a proposal chosen among the head's best by the token before it? See `choices`
     draws: ClassVar[bool] = False  # are proposals of sampled requests drawn from its own q, and verified with it?
     recipe: ClassVar[TrainingRecipe]
 
@@ -191,6 +192,20 @@ class Drafter(nn.Module, ABC):
 
         anchor_tokens, anchors: [B, A]. Log-probs cost a pass over the logits.
         """
+
+    def candidates(self, hidden: torch.Tensor, head: Head) -> torch.Tensor:
+        """Of a drafter that `chooses`: columns [..., k] of the head's tokens that it chooses among, at hidden [..., H].
+        Without gradient."""
+        raise NotImplementedError
+
+    def choices(self, hidden: torch.Tensor, previous: torch.Tensor, columns: torch.Tensor, head: Head) -> torch.Tensor:
+        """Of a drafter that `chooses`: float32 logits [..., k] of tokens, by their columns [..., k], behind `previous`
+        [...]. Differentiable. Their softmax over the candidates is its law q."""
+        raise NotImplementedError
+
+    def choose(self, hidden: torch.Tensor, anchor_tokens: torch.Tensor, head: Head) -> Proposals:
+        """Of a drafter that `chooses`: proposals [B, A, K] from hidden states [B, A, K, H] that are there already."""
+        raise NotImplementedError
 
 
 def as_input(features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

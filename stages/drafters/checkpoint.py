@@ -16,6 +16,7 @@ from draftsmith.stages.drafters import layout
 from draftsmith.stages.drafters.base import Drafter, DrafterInfo
 from draftsmith.stages.drafters.config import DrafterConfig
 from draftsmith.stages.drafters.dflash import checkpoint as dflash
+from draftsmith.stages.drafters.dflash2 import checkpoint as dflash2
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.eagle3 import checkpoint as eagle3
 from draftsmith.stages.targets.causal_lm import Target
@@ -39,7 +40,9 @@ class Architecture(Protocol):
     def load(self, folder: Path, target: Target, dtype: torch.dtype) -> Any: ...
 
 
-ARCHITECTURES: dict[str, Architecture] = {"dflash": dflash, "eagle3": eagle3}
+ARCHITECTURES: dict[str, Architecture] = {"dflash": dflash, "dflash2": dflash2, "eagle3": eagle3}
+# Kinds that take over the weights of another one: its module has `upgraded` and `upgraded_config`.
+UPGRADES: dict[tuple[str, str], Any] = {("dflash", "dflash2"): dflash2}
 
 
 def architecture_of(folder: Path) -> Architecture:
@@ -83,12 +86,36 @@ def plan_of_new(shape: DrafterConfig, target_config: Any, tokenizer: Callable[[]
     return _plan(architecture, config, tokenizer)
 
 
-def plan_of_checkpoint(folder: Path, target_config: Any, where: str, tokenizer: Callable[[], Any]) -> DrafterPlan:
-    """A checkpoint, from its config.json. Raises DraftsmithError if it does not fit the target."""
+def plan_of_checkpoint(
+    folder: Path, target_config: Any, where: str, tokenizer: Callable[[], Any], shape: DrafterConfig | None = None
+) -> DrafterPlan:
+    """A checkpoint, from its config.json. Raises DraftsmithError if it does not fit the target.
+
+    shape: what it is trained on as, where that is another kind (`upgraded`).
+    """
     architecture = architecture_of(folder)
     config = architecture.read_config(folder)
     architecture.check_fits(config, target_config, where)
+    if shape is not None and (upgrade := UPGRADES.get((kind_of(architecture), shape.kind))):
+        return _plan(upgrade, upgrade.upgraded_config(config, shape), tokenizer)
     return _plan(architecture, config, tokenizer)
+
+
+def upgraded(drafter: Drafter, shape: DrafterConfig, target: Target, seed: int) -> Drafter:
+    """The drafter as one of another kind that proposes the same, if the shape names a kind that it can become.
+
+    Else the drafter itself: a checkpoint's own shape goes before what a config says of a new one.
+    """
+    upgrade = UPGRADES.get((drafter.kind, shape.kind))
+    if upgrade is None:
+        return drafter
+    made: Drafter = upgrade.upgraded(drafter, shape, target, seed)
+    return made
+
+
+def kind_after(kind: str, shape: DrafterConfig) -> str:
+    """Of a drafter of this kind, once it is `upgraded`."""
+    return shape.kind if (kind, shape.kind) in UPGRADES else kind
 
 
 def _plan(architecture: Architecture, config: Any, tokenizer: Callable[[], Any]) -> DrafterPlan:

@@ -60,6 +60,24 @@ class DFlashConfig(Config):
         return self
 
 
+class DFlash2Config(DFlashConfig):
+    """Shape of a new DFlash2 drafter, or of what a DFlash drafter to go on from is given in addition."""
+
+    kind: Literal["dflash2"]  # type: ignore[assignment]
+    conv_kernel_size: Annotated[
+        int, Field(ge=0, description="taps of the convolutions around every sublayer; 0, with conv_group_size: none")
+    ] = 2
+    conv_group_size: Annotated[int, Field(ge=0, description="channels that share a dynamic kernel")] = 16
+    selector_rank: Annotated[int, Field(ge=1, description="width of the tokens' codebooks")] = 256
+    selector_top_k: Annotated[int, Field(ge=1, description="candidates of an offset")] = 16
+
+    @model_validator(mode="after")
+    def _convolutions_have_groups(self) -> Self:
+        if bool(self.conv_kernel_size) != bool(self.conv_group_size):
+            raise ValueError("conv_kernel_size and conv_group_size are of the same convolutions: give both, or 0 twice")
+        return self
+
+
 class Eagle3Config(Config):
     """Shape of a new EAGLE-3 drafter. Sizes left out follow the target."""
 
@@ -84,11 +102,13 @@ def _kind_of(value: Any) -> str:
 
 
 DrafterConfig = Annotated[
-    Annotated[DFlashConfig, Tag("dflash")] | Annotated[Eagle3Config, Tag("eagle3")],
+    Annotated[DFlashConfig, Tag("dflash")]
+    | Annotated[DFlash2Config, Tag("dflash2")]
+    | Annotated[Eagle3Config, Tag("eagle3")],
     Discriminator(
         _kind_of,
         custom_error_type="drafter_kind",
-        custom_error_message="kind must be dflash or eagle3",
+        custom_error_message="kind must be dflash, dflash2 or eagle3",
     ),
 ]
 

@@ -10,9 +10,14 @@ from __future__ import annotations
 
 from draftsmith.stages.targets.estimate import ModelSize
 
+CONVOLUTION = 16  # bytes a channel and side of a sublayer
+
 
 def kept_by_block_token(kind: str, size: ModelSize, block_size: int, compute_bytes: int) -> float:
-    """Of one token that a block or a chain consists of, through all layers."""
+    """Of one token that a block or a chain consists of, through all layers.
+
+    A convolution of two taps (DFlash2, twice around a sublayer) keeps its input, what is shifted, and its kernels.
+    """
     H, mlp_width, q, k = _widths(size)
     a = compute_bytes
     mlp = 8 * H + _inputs(2, H, a) + 4 * a * mlp_width  # norm; gate, its activation, up and their product
@@ -21,7 +26,8 @@ def kept_by_block_token(kind: str, size: ModelSize, block_size: int, compute_byt
         own = (block_size / 2 + 1) * 2 * a * k  # of each step the keys and values of all steps before it
         return both + 3 * a * q + own + mlp + 8 * H + 4 * H  # the last norm, and the states of all steps together
     attention = 8 * H + _inputs(3, H, a) + (4 + 4 * a) * q + 6 * a * k
-    return size.layers * (attention + mlp) + 12 * H
+    around = 4 * CONVOLUTION * H if kind == "dflash2" else 0
+    return size.layers * (attention + mlp + around) + 12 * H
 
 
 def kept_by_context_token(kind: str, size: ModelSize, compute_bytes: int) -> float:

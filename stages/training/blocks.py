@@ -107,14 +107,14 @@ def context_of(drafter: Drafter, batch: Batch) -> Context:
 
 def block_hidden(drafter: Drafter, context: Context, batch: Batch, anchors: Anchors) -> torch.Tensor:
     """[B, A, K, H] for the batch's anchors, on the trajectories' own tokens."""
-    return drafter.block_hidden(context, _tokens_at(batch, anchors, 0, drafter.block_size - 1), anchors.positions)
+    return drafter.block_hidden(context, tokens_at(batch, anchors, 0, drafter.block_size - 1), anchors.positions)
 
 
 def block_hidden_on(
     drafter: Drafter, context: Context, batch: Batch, anchors: Anchors, proposed: torch.Tensor
 ) -> torch.Tensor:
     """[B, A, K, H] on the drafter's own proposals [B, A, K]: what it felt when it made them."""
-    before = torch.cat([_tokens_at(batch, anchors, 0, 1), proposed[..., :-1]], -1)
+    before = torch.cat([tokens_at(batch, anchors, 0, 1), proposed[..., :-1]], -1)
     return drafter.block_hidden(context, before, anchors.positions)
 
 
@@ -122,10 +122,10 @@ def labels_of(batch: Batch, anchors: Anchors, K: int) -> tuple[torch.Tensor, tor
     """Committed token at each offset 1 … K [B, A, K], and whether the trajectory reaches that far."""
     at = anchors.positions[..., None] + torch.arange(1, K + 1, device=anchors.positions.device)
     lengths = torch.tensor([len(t.tokens) for t in batch.trajectories], device=at.device)
-    return _tokens_at(batch, anchors, 1, K), (at < lengths[:, None, None]) & anchors.valid[..., None]
+    return tokens_at(batch, anchors, 1, K), (at < lengths[:, None, None]) & anchors.valid[..., None]
 
 
-def _tokens_at(batch: Batch, anchors: Anchors, first: int, count: int) -> torch.Tensor:
+def tokens_at(batch: Batch, anchors: Anchors, first: int, count: int) -> torch.Tensor:
     """[B, A, count] of the offsets first, first + 1, …; the row's last token beyond its end."""
     offsets = torch.arange(first, first + count, device=anchors.positions.device)
     at = (anchors.positions[..., None] + offsets).clamp(max=batch.tokens.shape[1] - 1)

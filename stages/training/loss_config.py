@@ -60,6 +60,14 @@ class ResponseStream(Config):
         ),
     ] = "auto"
     weight: Annotated[float, Field(ge=0, description="λ_acc")] = 1.0
+    choice: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="of a drafter with a selector (DFlash2): weight of the same loss of its choice among the "
+            "candidates, beside that of its head",
+        ),
+    ] = 1.0
     scope: Annotated[
         Literal["auto", "committed", "block"],
         Field(

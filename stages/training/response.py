@@ -15,7 +15,8 @@ import torch
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.batches import Batch
-from draftsmith.stages.training.blocks import Anchors, Share, Weighted, labels_of
+from draftsmith.stages.training.blocks import Anchors, Share, Weighted, labels_of, tokens_at
+from draftsmith.stages.training.chosen import chosen
 from draftsmith.stages.training.chunked import chunked_values
 from draftsmith.stages.training.loss_config import PositionWeights, ResponseStream
 from draftsmith.stages.training.tiled import forward_kl, token_logprobs
@@ -116,6 +117,9 @@ def response_stream(
     predicted_by = None if batch.hidden is None else batch.hidden[rows[where], at[where]]
     feedback = Feedback(labels[where], columns[where], predicted_by, heads.target, target_head, temperature)
     judged = _judged(hidden[places], feedback, heads, config, positions_per_chunk)
+    if heads.chooser is not None:
+        before = tokens_at(batch, anchors, 0, K)[where]
+        judged = _with_choice(judged, hidden[places], before, feedback, heads, config, positions_per_chunk)
     correct_at = torch.zeros_like(where)
     correct_at[places] = judged.correct
     weights = position_weights(config.weights(), offsets, where, judged.log_q)
@@ -167,6 +171,31 @@ def _judged(
 
     terms = chunked_values(hidden, positions_per_chunk, values, trained_head=heads.trained)
     return _Judged(terms, correct, unread)
+
+
+def _with_choice(
+    judged: _Judged,
+    hidden: torch.Tensor,
+    before: torch.Tensor,
+    feedback: Feedback,
+    heads: Heads,
+    config: ResponseStream,
+    positions_per_chunk: int,
+) -> _Judged:
+    """The loss of the choice behind tokens [N] on top of the head's, and what is chosen in place of the head's best."""
+    assert heads.chooser is not None
+    choice = chosen(
+        heads.chooser,
+        hidden,
+        before,
+        feedback.columns,
+        heads.drafter,
+        config.loss,
+        positions_per_chunk,
+        token_logprob=lambda part: feedback.of(part).token_logprob(positions_per_chunk),
+        target_logits=lambda part: feedback.of(part).logits(),
+    )
+    return _Judged(judged.terms + config.choice * choice.terms, choice.correct, choice.log_q)
 
 
 def response_weight(

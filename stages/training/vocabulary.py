@@ -25,6 +25,7 @@ class Heads:
     drafter: Head
     target: Head
     trained: bool  # is the drafter's a part of it, so that it needs a gradient?
+    chooser: Drafter | None = None  # the drafter, where it chooses among the head's candidates (`Drafter.chooses`)
 
 
 class HeadSource:
@@ -46,7 +47,7 @@ class HeadSource:
         if self._target_over_own is not None:
             return Heads(self.drafter.head_over(self.target_head, None), self._target_over_own, trained=True)
         head = sampled_head(self.target_head, self.drafter.frequent_tokens, self.config, rng, needed)
-        return Heads(head, head, trained=False)
+        return Heads(head, head, trained=False, chooser=self.drafter if self.drafter.chooses else None)
 
 
 def sampled_head(

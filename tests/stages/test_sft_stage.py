@@ -12,8 +12,11 @@ from safetensors.torch import load_file
 
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.stages.drafters.checkpoint import load_drafter, read_info
+from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.sft import STAGE, preflight
+from draftsmith.stages.replay.corpus import replay_all
+from draftsmith.stages.replay.trace import Trajectory, tau
+from draftsmith.stages.sft import STAGE, preflight, trained_shape
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.training.config import SftConfig
 from tests.stages.bench import Bench
@@ -69,6 +72,25 @@ def test_without_steps_a_checkpoint_is_taken_as_it_is(tmp_path: Path, tiny_draft
     assert read_info(ctx.out / DRAFTER_FOLDER).training["steps"] == 0
     with pytest.raises(ValueError, match="name it in init_from"):
         SftConfig(steps=0)
+
+
+def test_a_dflash_drafter_goes_on_as_dflash2(tmp_path: Path, bench: Bench, tiny_drafter: DrafterArtifacts) -> None:
+    """As it was without steps; with steps, selector and convolutions are trained with the rest."""
+    shape = {"kind": "dflash2", "selector_rank": 16, "selector_top_k": 8}
+    settings: dict[str, Any] = {"drafter": shape, "init_from": str(tiny_drafter.drafter / DRAFTER_FOLDER)}
+    made = {}
+    for steps in (0, 8):
+        ctx = train(tmp_path / str(steps), tiny_drafter, **settings, learning_rate=1e-3, steps=steps)
+        made[steps] = load_drafter(ctx.out / DRAFTER_FOLDER, bench.target)
+    texts = [Trajectory("", p.token_ids + bench.greedy[p.prompt_id], len(p.token_ids)) for p in bench.prompts[:8]]
+    drafters = {"plain": bench.drafters["trained"], "taken": made[0], "trained": made[8]}
+    found = replay_all(bench.target, drafters, texts)
+    assert isinstance(made[0], DFlash2Drafter)
+    assert [t.proposed.tolist() for t in found["taken"]] == [t.proposed.tolist() for t in found["plain"]]
+    assert tau(found["trained"]) > 0.9 * tau(found["plain"])
+    start, moved = made[0].state_dict(), made[8].state_dict()
+    assert [name for name in start if start[name].equal(moved[name])] == []
+    assert trained_shape(SftConfig.model_validate(CONFIG | settings)) == ("dflash2", 8)
 
 
 def test_control_continues_from_a_drafter_at_its_loss(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:

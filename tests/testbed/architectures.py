@@ -10,6 +10,7 @@ from functools import partial
 
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.targets.causal_lm import Target
+from tests.testbed.dflash2 import random_dflash2
 from tests.testbed.eagle3 import random_eagle3
 from tests.testbed.random_target import random_drafter
 
@@ -18,5 +19,9 @@ RANDOM: dict[str, Callable[[Target], Drafter]] = {
     "dflash": random_drafter,
     "dflash, windows": partial(random_drafter, sliding_window=3, layer_types=("sliding_attention", "full_attention")),
     "dflash, windows read both ways": partial(random_drafter, sliding_window=6, is_causal=False),
+    "dflash2": random_dflash2,
+    "dflash2 with windows, without convolutions": partial(
+        random_dflash2, sliding_window=3, conv_kernel_size=0, conv_group_size=0
+    ),
     "eagle3": random_eagle3,
 }

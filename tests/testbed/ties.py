@@ -45,9 +45,11 @@ def draft_margin(
     context = drafter.encode(features, tokens, torch.arange(tokens.shape[1])[None])
     anchors = torch.arange(trajectory.first_anchor, trajectory.last_anchor + 1)[None]
     head, block_size = drafter.drafting_head(target.head_weight, head_tokens), block_size or drafter.block_size
-    own = drafter.propose(context, tokens[0][anchors], anchors, block_size, head, with_logprobs=False).tokens
-    chains = torch.cat([tokens[0][anchors][..., None], own[..., :-1]], -1)
-    return _margin(head.logits(drafter.block_hidden(context, chains, anchors)))
+    at = tokens[0][anchors]
+    own = drafter.propose(context, at, anchors, block_size, head, with_logprobs=False).tokens
+    drafting = drafter.drafting(context, at, anchors, block_size, head)
+    chains = torch.cat([at[..., None], own], -1)
+    return min(_margin(drafting.logits(chains[..., k])) for k in range(block_size - 1))
 
 
 def draw_margin(target: Target, trajectory: Trajectory, params: SamplingParams, seed: int) -> float:

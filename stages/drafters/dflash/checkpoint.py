@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
@@ -14,6 +14,8 @@ from draftsmith.stages.drafters import layout
 from draftsmith.stages.drafters.config import DFlashConfig
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.targets.causal_lm import Target
+
+AnyDFlash = TypeVar("AnyDFlash", bound=DFlashDrafter)
 
 ARCHITECTURE = "DFlashDraftModel"
 # What SGLang's DFlash reads from a config and is not computed here, with the value that changes nothing
@@ -116,22 +118,26 @@ def description(config: Qwen3Config, tokenizer: Callable[[], Any]) -> str:
     )
 
 
-def read_config(folder: Path) -> Qwen3Config:
-    """config.json of a checkpoint, with what engines would guess made explicit or refused."""
+def read_config(folder: Path, architecture: str = ARCHITECTURE, computed: Collection[str] = ()) -> Qwen3Config:
+    """config.json of a checkpoint, with what engines would guess made explicit or refused.
+
+    computed: fields of `dflash_config` that an architecture of this layout reads itself.
+    """
     with layout.config_errors(str(folder / layout.CONFIG_FILE)):
-        return _read_config(folder)
+        return _read_config(folder, architecture, computed)
 
 
-def _read_config(folder: Path) -> Qwen3Config:
+def _read_config(folder: Path, architecture: str, computed: Collection[str]) -> Qwen3Config:
     path, raw = folder / layout.CONFIG_FILE, layout.read_raw_config(folder)
     dflash = raw.get("dflash_config") or {}
     for name in raw.get("architectures") or []:
-        if any(other in name for other in _OTHER_ARCHITECTURES):
+        if name != architecture and any(other in name for other in _OTHER_ARCHITECTURES):
             raise DraftsmithError(
                 f"drafter {path}: architectures names {name}, which is not DFlash; give a DFlash drafter"
             )
     layout.refuse_other_models(path, raw, layout.COMPUTED | _COMPUTED | _COMPUTED_EITHER)
-    layout.refuse_other_models(path, dflash, _COMPUTED_WITHIN | _COMPUTED_EITHER, "dflash_config.")
+    within = {name: value for name, value in _COMPUTED_WITHIN.items() if name not in computed}
+    layout.refuse_other_models(path, dflash, within | _COMPUTED_EITHER, "dflash_config.")
     block_size = raw.get("block_size") or dflash.get("block_size")
     if dflash.get("block_size", block_size) != block_size:
         raise DraftsmithError(
@@ -157,7 +163,7 @@ def _read_config(folder: Path) -> Qwen3Config:
         ],
     )
     layout.refuse_partial_rotation(path, raw)
-    config: Qwen3Config = layout.parse_config(raw | {"block_size": block_size}, Qwen3Config, ARCHITECTURE, path)
+    config: Qwen3Config = layout.parse_config(raw | {"block_size": block_size}, Qwen3Config, architecture, path)
     _check_windows(path, raw, config)
     return config
 
@@ -211,7 +217,7 @@ def _check_fits(drafter: Qwen3Config, target: Any, where: str) -> None:
 def save(drafter: DFlashDrafter, folder: Path, dtype: torch.dtype) -> None:
     """Write config.json and model.safetensors, exactly the tensors that engines expect."""
     raw = drafter.config.to_dict() | {
-        "architectures": [ARCHITECTURE],
+        "architectures": drafter.config.architectures,
         "model_type": "qwen3",
         "block_size": drafter.block_size,
         **layout.serving_fields(drafter.config, dtype),
@@ -224,8 +230,12 @@ def load(folder: Path, target: Target, dtype: torch.dtype) -> DFlashDrafter:
     """Load a checkpoint for this target. Every tensor must be there, with its shape, and no other."""
     config = read_config(folder)
     check_fits(config, target.model.config, str(folder))
+    return with_weights(DFlashDrafter(config, target.embedding), folder, target, dtype)
+
+
+def with_weights(drafter: AnyDFlash, folder: Path, target: Target, dtype: torch.dtype) -> AnyDFlash:
+    """A drafter of this layout with the weights of a checkpoint."""
     tensors = layout.read_tensors(folder)
-    drafter = DFlashDrafter(config, target.embedding)
     expected = {name: tuple(p.shape) for name, p in drafter.named_parameters()}
     layout.check_tensors(folder, tensors, expected, "z-lab's layout")
     drafter.load_state_dict(tensors, strict=False)

@@ -8,7 +8,8 @@ import torch
 
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.batches import Batch
-from draftsmith.stages.training.blocks import Anchors, LossReport, Share, Weighted
+from draftsmith.stages.training.blocks import Anchors, LossReport, Share, Weighted, tokens_at
+from draftsmith.stages.training.chosen import choice_logprobs
 from draftsmith.stages.training.chunked import chunked_values
 from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.on_policy.verify_steps import VerifySteps
@@ -64,7 +65,7 @@ def opd_loss(
     if objective.needs_scores:
         assert steps is not None, "a rejected stream needs verify steps"
         own = hidden if on_proposals is None else on_proposals
-        sums, where = _rejected(own, anchors, steps, heads, objective, positions_per_chunk)
+        sums, where = _rejected(own, batch, anchors, steps, heads, objective, positions_per_chunk)
         figures["loss_rejected"] = sums.share()
         streams.append(sums)
         trained = trained | where
@@ -96,6 +97,7 @@ def _rejected_places(anchors: Anchors, steps: VerifySteps, heads: Heads) -> tupl
 
 def _rejected(
     hidden: torch.Tensor,
+    batch: Batch,
     anchors: Anchors,
     steps: VerifySteps,
     heads: Heads,
@@ -107,7 +109,10 @@ def _rejected(
     where, columns = _rejected_places(anchors, steps, heads)
     log_p, taken = steps.target_logprobs[where], columns[where]
     own = hidden[where.nonzero(as_tuple=True)]
-    if heads.trained:
+    if heads.chooser is not None:
+        before = torch.cat([tokens_at(batch, anchors, 0, 1), steps.proposed[..., :-1]], -1)[where]
+        log_q = choice_logprobs(heads.chooser, own, before, taken, heads.drafter, positions_per_chunk)
+    elif heads.trained:
         log_q = chunked_values(
             own,
             positions_per_chunk,

@@ -169,7 +169,9 @@ class OpdStep:
         """The verify steps of blocks with hidden states [B, A, K, H], scored where a rejected stream reads it."""
         own_chains = self.drafter.autoregressive and self.objective.needs_scores
         proposed = self._propose(context, batch, anchors, heads.drafter) if own_chains else None
-        steps = judge(hidden, batch, anchors, heads.drafter, proposals=self.proposals, proposed=proposed)
+        steps = judge(
+            hidden, batch, anchors, heads.drafter, proposals=self.proposals, proposed=proposed, chooser=heads.chooser
+        )
         clock.spent("drafter")
         if self.objective.needs_scores:
             tokens = self.config.tokens_per_target_forward

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from draftsmith.stages.drafters.base import best_of
+from draftsmith.stages.drafters.base import Drafter, best_of
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.replay.corpus import score
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.batches import Batch
-from draftsmith.stages.training.blocks import Anchors, labels_of
+from draftsmith.stages.training.blocks import Anchors, labels_of, tokens_at
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ def judge(
     *,
     proposals: int,
     proposed: torch.Tensor | None = None,
+    chooser: Drafter | None = None,
 ) -> VerifySteps:
     """The verify steps of blocks that were drafted already: no second pass of the drafter.
 
@@ -44,12 +45,19 @@ def judge(
     rejection its proposals are these tokens. proposals: how many of the K the serving block has; with fewer, the first
     ones of the trained block stand in for a smaller block's own, which differ where a block attends in both directions
     (replay drafts the smaller block itself). proposed: [B, A, K] of an autoregressive drafter, whose proposals behind a
-    rejection depend on it; without them those are not its own.
+    rejection depend on it; without them those are not its own. chooser: a drafter that chooses among the head's
+    candidates, by the trajectory's tokens where that decides what is accepted, and by its own for what it proposes.
     """
     K = hidden.shape[2]
     labels, inside = labels_of(batch, anchors, K)
     inside = inside & (torch.arange(1, K + 1, device=hidden.device) <= proposals)
-    best = best_of(hidden, head, with_logprobs=False).tokens
+    if chooser is None:
+        best = best_of(hidden, head, with_logprobs=False).tokens
+    else:
+        before, columns = tokens_at(batch, anchors, 0, K), chooser.candidates(hidden, head)
+        place = chooser.choices(hidden, before, columns, head).argmax(-1, keepdim=True)
+        best = head.to_tokens(columns.gather(-1, place)[..., 0])
+        proposed = chooser.choose(hidden, before[..., 0], head).tokens
     accepted = ((best == labels) & inside).long().cumprod(-1).sum(-1)
     judged = inside.long().sum(-1)
     lengths = torch.tensor([len(t.tokens) for t in batch.trajectories], device=hidden.device)

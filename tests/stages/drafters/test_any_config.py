@@ -25,6 +25,12 @@ DFLASH = {
 WINDOWS = {
     **DFLASH, "layer_types": ["sliding_attention"], "sliding_window": 16, "use_sliding_window": True, "is_causal": None,
 }  # fmt: skip
+DFLASH2 = {
+    **DFLASH, "architectures": ["DFlash2DraftModel"], "dflash_config": {
+        "mask_token_id": 3, "target_layer_ids": [0, 2, 4], "conv_kernel_size": 2, "conv_group_size": 16,
+        "selector_rank": 8, "selector_top_k": 4,
+    },
+}  # fmt: skip
 EAGLE3 = {
     **SHAPE, "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "num_hidden_layers": 1,
     "draft_vocab_size": 100, "block_size": 5, "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]},
@@ -32,7 +38,7 @@ EAGLE3 = {
 TARGET = Qwen3Config(**{**SHAPE, "num_hidden_layers": 6, "layer_types": None})
 
 
-@given(st.one_of(changed(DFLASH), changed(WINDOWS), changed(EAGLE3)))
+@given(st.one_of(changed(DFLASH), changed(WINDOWS), changed(DFLASH2), changed(EAGLE3)))
 def test_any_value_in_a_drafters_config(config: Any) -> None:
     def read(path: Path) -> None:
         architecture = architecture_of(path.parent)
@@ -53,7 +59,7 @@ def test_any_record_of_a_drafter(content: bytes) -> None:
 
 
 def test_the_configs_that_are_changed_are_right(tmp_path: Path) -> None:
-    for config in (DFLASH, WINDOWS, EAGLE3):
+    for config in (DFLASH, WINDOWS, DFLASH2, EAGLE3):
         (tmp_path / "config.json").write_text(json.dumps(config))
         architecture = architecture_of(tmp_path)
         architecture.check_fits(architecture.read_config(tmp_path), TARGET, "here")

@@ -22,8 +22,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from draftsmith.stages.drafters import attention
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import plan_of_new
-from draftsmith.stages.drafters.config import DFlashConfig, Eagle3Config
+from draftsmith.stages.drafters.config import DFlash2Config, DFlashConfig, Eagle3Config
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.estimate import ModelSize, Sizes
@@ -99,7 +100,8 @@ class FakeStep:
             if isinstance(self.drafter, Eagle3Config):
                 drafter: Drafter = Eagle3Drafter(plan.config, embedding, torch.empty(0))
             else:
-                drafter = DFlashDrafter(plan.config, embedding)
+                of_kind = DFlash2Drafter if isinstance(self.drafter, DFlash2Config) else DFlashDrafter
+                drafter = of_kind(plan.config, embedding)
             gradients = [torch.empty_like(p) for p in drafter.parameters()]
             moments = [torch.empty_like(p) for p in drafter.parameters() for _ in range(2)]
         if isinstance(drafter, Eagle3Drafter):

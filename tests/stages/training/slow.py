@@ -13,12 +13,34 @@ from dataclasses import dataclass
 import torch
 
 from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
 from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.loss_config import LossConfig, PositionWeights
 from tests.stages.training.case import Case, K, hidden_of
 
 TOLERANCE = 1e-4  # of a loss; the drafter computes in float32
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Among candidates by their columns, the token in question always one of them."""
+
+    columns: list[int]
+    log_q: torch.Tensor  # [k] with gradient
+    place: int  # of the token
+    present: bool  # is it a candidate by itself?
+    taken: bool  # is it what would be chosen?
+
+    def term(self, loss: str, log_p: torch.Tensor, of_token: float) -> torch.Tensor:
+        """log_p: [V'] of the target over the head's tokens; of_token: over all tokens."""
+        if loss in ("cross_entropy", "bernoulli_kl"):
+            return PLAIN[loss](self.log_q, self.place, log_p, of_token)
+        p = log_p[self.columns].clamp(min=-1e6).exp()
+        if loss == "forward_kl":
+            return PLAIN[loss](self.log_q, self.place, (p / p.sum()).log(), of_token)
+        kept = torch.minimum(p, self.log_q.exp()).sum()
+        return 1 - kept if loss == "tv" else -kept.log()
 
 
 @dataclass
@@ -45,16 +67,39 @@ class Slow:
         return cls(case, drafter, target_head, drafter.lm_head.weight, drafter.draft_tokens.tolist())
 
     def log_q(self, row: int, anchor: int, following: Sequence[int] = ()) -> torch.Tensor:
-        """[K, V'] with gradient; the context ends at the anchor.
+        """[K, V'] with gradient, of the head; the context ends at the anchor.
 
         following: the tokens behind the anchor that an autoregressive drafter reads; a parallel one reads the anchor's.
         """
+        return torch.log_softmax((self.hidden(row, anchor, following) @ self.head.T).double(), -1)
+
+    def hidden(self, row: int, anchor: int, following: Sequence[int] = ()) -> torch.Tensor:
+        """[K, H]"""
         batch, before = self.case.batch, (slice(row, row + 1), slice(anchor))
         context = self.drafter.encode(batch.features[before], batch.tokens[before], batch.positions[before])
         chain = [self.case.trajectories[row].tokens[anchor], *following][:K]
         chain += [0] * (K - len(chain))  # beyond the end of the trajectory: nothing is read there
-        hidden = self.drafter.block_hidden(context, torch.tensor([[chain]]), torch.tensor([[anchor]]))[0, 0]
-        return torch.log_softmax((hidden @ self.head.T).double(), -1)
+        return self.drafter.block_hidden(context, torch.tensor([[chain]]), torch.tensor([[anchor]]))[0, 0]
+
+    def choice(self, row: int, anchor: int, following: Sequence[int], k: int, column: int) -> Choice:
+        """Of a drafter that chooses, at offset k behind the anchor and the tokens that follow it."""
+        assert isinstance(self.drafter, DFlash2Drafter)
+        selector, hidden = self.drafter.candidate_selector, self.hidden(row, anchor)[k - 1]
+        logits = (self.head @ hidden).double()
+        previous = [self.case.trajectories[row].tokens[anchor], *following][k - 1]
+        gate = selector.predecessor_codebook[previous].double() * (selector.hidden_projection.weight @ hidden).double()
+
+        def score(c: int) -> torch.Tensor:
+            return logits[c] + (gate * selector.successor_codebook[self.tokens[c]].double()).sum()
+
+        ranked = sorted(range(len(logits)), key=lambda c: -float(logits[c].detach()))[: selector.top_k]
+        best = max(ranked, key=lambda c: float(score(c).detach()))
+        if present := column in ranked:
+            among = ranked
+        else:
+            among = [*ranked[:-1], column]
+        law = torch.log_softmax(torch.stack([score(c) for c in among]), -1)
+        return Choice(among, law, among.index(column), present, best == column)
 
     def log_p(self, row: int, position: int, temperature: float = 1.0) -> torch.Tensor:
         """[V'] the target's law of the token at `position` over the head's tokens; at 0 all is on the argmax."""
@@ -137,10 +182,14 @@ def slow_sft(slow: Slow, loss: str, decay: float, temperature: float = 1.0) -> t
                 continue
             column, weight = slow.tokens.index(label), decay ** (k - 1)
             log_p, of_token = slow.log_p(row, anchor + k, temperature), slow.token_log_p(row, anchor + k, label)
-            total = total + weight * PLAIN[loss](log_q[k - 1], column, log_p, of_token)
+            term, right = PLAIN[loss](log_q[k - 1], column, log_p, of_token), int(log_q[k - 1].argmax()) == column
+            if slow.drafter.chooses:
+                choice = slow.choice(row, anchor, sequence[anchor + 1 :], k, column)
+                term, right = term + choice.term(loss, log_p, of_token), choice.taken
+            total = total + weight * term
             weights += weight
             positions += 1
-            correct += int(log_q[k - 1].argmax()) == column
+            correct += right
     return total / weights, positions, correct / positions
 
 
@@ -160,6 +209,13 @@ def slow_opd(slow: Slow, objective: LossConfig) -> tuple[torch.Tensor, int]:
             labels = {k: label for k, label in labels.items() if beyond or k <= committed}
         labels = {k: label for k, label in labels.items() if label in tokens}
         of_labels = {k: float(log_q[k - 1, tokens.index(label)].detach()) for k, label in labels.items()}
+        choices = {}
+        if slow.drafter.chooses:
+            choices = {
+                k: slow.choice(row, anchor, sequence[anchor + 1 :], k, tokens.index(label))
+                for k, label in labels.items()
+            }
+            of_labels = {k: float(c.log_q[c.place].detach()) if c.present else -math.inf for k, c in choices.items()}
         for k, label in labels.items():
             assert objective.temperature is not None
             weight = plain_weight(objective.response.weights(), k, of_labels)
@@ -168,6 +224,8 @@ def slow_opd(slow: Slow, objective: LossConfig) -> tuple[torch.Tensor, int]:
             log_p = slow.log_p(row, anchor + k, objective.temperature)
             of_token = slow.token_log_p(row, anchor + k, label)
             term = PLAIN[objective.response.loss](log_q[k - 1], tokens.index(label), log_p, of_token)
+            if choices:
+                term = term + objective.response.choice * choices[k].term(objective.response.loss, log_p, of_token)
             response = response + weight * term
             response_weights += weight
             trained.add((row, index, k))
@@ -181,7 +239,11 @@ def slow_opd(slow: Slow, objective: LossConfig) -> tuple[torch.Tensor, int]:
             if math.isnan(log_p_of_it) or proposed[k - 1] not in tokens:
                 continue
             weight = plain_weight(objective.rejected.positions, k, {})
-            term = differentiable(plain_k3, log_q[k - 1, tokens.index(proposed[k - 1])], log_p_of_it)
+            log_q_of_it = log_q[k - 1, tokens.index(proposed[k - 1])]
+            if slow.drafter.chooses:
+                choice = slow.choice(row, anchor, proposed, k, tokens.index(proposed[k - 1]))
+                log_q_of_it = choice.log_q[choice.place]
+            term = differentiable(plain_k3, log_q_of_it, log_p_of_it)
             rejected = rejected + weight * term
             rejected_weights += weight
             trained.add((row, index, k))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from draftsmith.stages.drafters import attention
-from draftsmith.stages.drafters.config import DFlashConfig, Eagle3Config
+from draftsmith.stages.drafters.config import DFlash2Config, DFlashConfig, Eagle3Config
 from draftsmith.stages.targets.estimate import PROCESS, Answers, Use
 from draftsmith.stages.training.config import SftConfig, TrainingConfig
 from draftsmith.stages.training.estimate import row_bytes, training_estimate
@@ -13,12 +13,14 @@ from draftsmith.stages.training.on_policy.config import OpdConfig
 from tests.stages.training.fake_step import FakeStep
 
 DFLASH = DFlashConfig(mask_token=151669)
+DFLASH2 = DFlash2Config(kind="dflash2", mask_token=151669)
 EAGLE3 = Eagle3Config(kind="eagle3", draft_vocab_size=32000)
 SMALL = {"sequences_per_step": 3, "anchors_per_sequence": 32, "micro_batch_tokens": 1}
 # all ten: python -m tests.benchmarks.memory
 STEPS = {
     "0.6B, DFlash, SFT": FakeStep("Qwen3-0.6B", SftConfig.model_validate(SMALL), DFLASH, 1024),
     "0.6B, EAGLE-3, SFT": FakeStep("Qwen3-0.6B", SftConfig.model_validate(SMALL), EAGLE3, 1024),
+    "0.6B, DFlash2, SFT": FakeStep("Qwen3-0.6B", SftConfig.model_validate(SMALL), DFLASH2, 1024),
     "4B, DFlash, OPD": FakeStep("Qwen3-4B", OpdConfig.model_validate(SMALL | {"loss": "paper"}), DFLASH, 1024),
 }
 WITHIN = 0.15

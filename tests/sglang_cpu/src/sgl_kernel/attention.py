@@ -92,12 +92,12 @@ def extend_attention_cpu(
     """Several new tokens a request (prefill, verification, a drafter's block) behind those that the pool holds.
 
     q_extend, o_extend: [N, Hq, D]; seq_lens, extend_seq_lens, extend_start_loc: [R], entries with the new ones, new
-    ones, and where these begin in N. Causal, or (a DFlash block) every new token sees all. Writes `o_extend`.
+    ones, and where these begin in N. Causal, or (a DFlash block) every new token sees all. sliding_window_size: so many
+    positions are all that a token sees, its own included; 0: no bound. Writes `o_extend`.
     """
     _refuse(
         logit_cap=logit_cap,
         cross_attention=is_cross_attn,
-        sliding_window=sliding_window_size > 0,
         sinks=sinks is not None,
         tree_mask=tree_mask is not None,
         scales=(k_scale, v_scale) != (1.0, 1.0),
@@ -106,6 +106,10 @@ def extend_attention_cpu(
     for row, length, new, start in zip(*requests, strict=True):
         slots = req_to_token[row, :length].long()
         position = torch.arange(length)
-        visible = position <= position[length - new :, None] if is_causal else None
+        query = position[length - new :, None]
+        visible = position <= query if is_causal else None
+        if sliding_window_size > 0:
+            near = position > query - sliding_window_size
+            visible = near if visible is None else visible & near
         rows = slice(start, start + new)
         o_extend[rows] = _attend(q_extend[rows], k_buffer[slots], v_buffer[slots], visible, sm_scale)

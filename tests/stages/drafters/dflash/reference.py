@@ -6,11 +6,13 @@ No mask, no batch, no cache, no padding; the only thing shared with the fast imp
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 Tensors = Mapping[str, torch.Tensor]
+Positions = list[torch.Tensor]  # [H] each
+Around = Callable[[Tensors, str, Positions], tuple[Positions, Callable[[Positions], Positions]]]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -45,10 +47,12 @@ def block_hidden(
     mask_token: int,
     windows: Sequence[int | None] | None = None,
     causal: Sequence[bool] | None = None,
+    around: Around = lambda _weights, _name, inputs: (inputs, lambda outputs: outputs),
 ) -> torch.Tensor:
     """embedding: [V, H]; features: [T, K*H] of positions 0 … T-1. Returns [block_size-1, H] for the offsets 1 ….
 
-    windows, causal: of each layer; left out: everything is seen.
+    windows, causal: of each layer; left out: everything is seen. around: what stands around a sublayer, `attention` or
+    `mlp`, of a layer's weights: its inputs at the block's positions, and what becomes of its outputs.
     """
     weights = {name: tensor.detach().double() for name, tensor in tensors.items()}
     context = [
@@ -68,7 +72,7 @@ def block_hidden(
             size = len(w["self_attn.q_norm.weight"])
             return w[f"self_attn.{which}_proj.weight"][head * size : (head + 1) * size] @ x
 
-        normed = [rms_norm(x, w["input_layernorm.weight"], eps) for x in states]
+        normed, finish = around(w, "attention", [rms_norm(x, w["input_layernorm.weight"], eps) for x in states])
         # what a query may read: the context at its position, then every token of its own block
         readable = [(t, x) for t, x in enumerate(context)] + [(anchor + k, x) for k, x in enumerate(normed)]
         attended = []
@@ -92,9 +96,11 @@ def block_hidden(
                 shares = [math.exp(score - largest) for score in scores]
                 parts.append(sum((s / sum(shares) * v for s, v in zip(shares, values, strict=True)), torch.zeros(())))
             attended.append(w["self_attn.o_proj.weight"] @ torch.cat(parts))
-        states = [x + y for x, y in zip(states, attended, strict=True)]
-        for k, x in enumerate(states):
-            inner = rms_norm(x, w["post_attention_layernorm.weight"], eps)
-            gate = w["mlp.gate_proj.weight"] @ inner
-            states[k] = x + w["mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * (w["mlp.up_proj.weight"] @ inner))
+        states = [x + y for x, y in zip(states, finish(attended), strict=True)]
+        normed, finish = around(w, "mlp", [rms_norm(x, w["post_attention_layernorm.weight"], eps) for x in states])
+        outputs = []
+        for x in normed:
+            gate = w["mlp.gate_proj.weight"] @ x
+            outputs.append(w["mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * (w["mlp.up_proj.weight"] @ x)))
+        states = [x + y for x, y in zip(states, finish(outputs), strict=True)]
     return torch.stack([rms_norm(x, weights["norm.weight"], eps) for x in states[1:]])

@@ -1,0 +1,104 @@
+"""DFlash2 checkpoints: z-lab's layout of DFlash with the tensors and fields that SGLang's `DFlash2DraftModel` loads."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.drafters import layout
+from draftsmith.stages.drafters.config import DFlash2Config
+from draftsmith.stages.drafters.dflash import checkpoint as dflash
+from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
+from draftsmith.stages.targets.causal_lm import Target
+
+ARCHITECTURE = "DFlash2DraftModel"
+_SIZES = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")  # of `dflash_config`
+check_fits, save, target_layer_ids = dflash.check_fits, dflash.save, dflash.target_layer_ids
+
+
+def new_config(shape: DFlash2Config, target_config: Any, tokenizer: Callable[[], Any]) -> Qwen3Config:
+    """Config of a new drafter: DFlash's, and the sizes of what it lacks."""
+    return _with_sizes(dflash.new_config(shape, target_config, tokenizer), shape)
+
+
+def _with_sizes(config: Qwen3Config, shape: DFlash2Config) -> Qwen3Config:
+    made = copy.deepcopy(config)
+    made.architectures = [ARCHITECTURE]
+    made.dflash_config = {**config.dflash_config, **{name: getattr(shape, name) for name in _SIZES}}
+    _check_sizes("sft.drafter", made)
+    return made
+
+
+def _check_sizes(where: str, config: Qwen3Config) -> None:
+    sizes = {name: config.dflash_config.get(name) or 0 for name in _SIZES}
+    layout.require_kinds(
+        Path(where),
+        [(f"dflash_config.{name}", value, layout.is_integer(value) and value >= 0) for name, value in sizes.items()],
+    )
+    taps, group_size, rank, top_k = sizes.values()
+    if not (rank and top_k):
+        raise DraftsmithError(f"drafter {where}: a {ARCHITECTURE} needs dflash_config.selector_rank and selector_top_k")
+    if bool(taps) != bool(group_size):
+        raise DraftsmithError(f"drafter {where}: dflash_config needs conv_kernel_size and conv_group_size together")
+    if group_size and config.hidden_size % group_size:
+        raise DraftsmithError(
+            f"drafter {where}: conv_group_size {group_size} does not divide hidden_size {config.hidden_size}"
+        )
+
+
+def create(config: Qwen3Config, target: Target, seed: int, frequent: torch.Tensor | None = None) -> DFlash2Drafter:  # noqa: ARG001
+    """A drafter with random weights for this target, float32, seeded."""
+    drafter = DFlash2Drafter(config, target.embedding)
+    drafter.initialise(torch.Generator().manual_seed(seed), target.head_weight)
+    return drafter.to(target.device)
+
+
+def skeleton(config: Qwen3Config) -> DFlash2Drafter:
+    """Without an embedding, to count parameters."""
+    return DFlash2Drafter(config, torch.empty(0))
+
+
+def description(config: Qwen3Config, tokenizer: Callable[[], Any]) -> str:
+    """Its shape in a few words."""
+    sizes = config.dflash_config
+    taps = sizes.get("conv_kernel_size")
+    return (
+        dflash.description(config, tokenizer).replace("DFlash", "DFlash2", 1)
+        + (f", convolutions of {taps} taps" if taps else "")
+        + f", a selector of rank {sizes['selector_rank']} over {sizes['selector_top_k']} candidates"
+    )
+
+
+def read_config(folder: Path) -> Qwen3Config:
+    """config.json of a checkpoint, with what engines would guess made explicit or refused."""
+    config = dflash.read_config(folder, ARCHITECTURE, computed=_SIZES)
+    _check_sizes(str(folder / layout.CONFIG_FILE), config)
+    return config
+
+
+def load(folder: Path, target: Target, dtype: torch.dtype) -> DFlash2Drafter:
+    """Load a checkpoint for this target. Every tensor must be there, with its shape, and no other."""
+    config = read_config(folder)
+    check_fits(config, target.model.config, str(folder))
+    return dflash.with_weights(DFlash2Drafter(config, target.embedding), folder, target, dtype)
+
+
+def upgraded_config(config: Qwen3Config, shape: DFlash2Config) -> Qwen3Config:
+    """Of a DFlash drafter that goes on as a DFlash2: what both have stays as it is."""
+    return _with_sizes(config, shape)
+
+
+def upgraded(drafter: DFlashDrafter, shape: DFlash2Config, target: Target, seed: int) -> DFlash2Drafter:
+    """A DFlash2 drafter that proposes what a DFlash drafter does, until it is trained."""
+    made = DFlash2Drafter(upgraded_config(drafter.config, shape), target.embedding)
+    made.initialise_additions(torch.Generator().manual_seed(seed))
+    made.load_state_dict(drafter.state_dict(), strict=False)
+    made.frequent_tokens, made.info = drafter.frequent_tokens, drafter.info
+    return made.to(target.device)

@@ -1,0 +1,117 @@
+"""The DFlash2 draft model: DFlash's backbone with a convolution around every sublayer, and a candidate selector.
+
+Source: SGLang's `DFlash2DraftModel` (srt/models/dflash.py, 0.5.20 and 0.5.23). One forward of the backbone gives the
+hidden states of a block, which do not depend on its proposals; the selector then reads the token before each offset.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+
+from draftsmith.stages.drafters.base import Context, Drafting, Proposals, StepShape, TrainingRecipe
+from draftsmith.stages.drafters.dflash.model import DFlashDrafter, DFlashLayer
+from draftsmith.stages.drafters.dflash2.convolution import BlockConvolution
+from draftsmith.stages.drafters.dflash2.selector import CandidateSelector, Walk
+from draftsmith.stages.drafters.head import Head
+
+
+class DFlash2Layer(DFlashLayer):
+    """A DFlash layer with `attention_conv` and `mlp_conv` around its sublayers; without, where a config has none."""
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__(config)
+        taps, group_size = (config.dflash_config.get(name) for name in ("conv_kernel_size", "conv_group_size"))
+        self.attention_conv = BlockConvolution(config.hidden_size, taps, group_size) if taps else None
+        self.mlp_conv = BlockConvolution(config.hidden_size, taps, group_size) if taps else None
+
+    def forward(self, x: torch.Tensor, *attention_arguments: Any) -> torch.Tensor:
+        if self.attention_conv is None or self.mlp_conv is None:
+            return super().forward(x, *attention_arguments)
+        blocks = (attention_arguments[-1].seen.shape[1], -1)  # of the reach: what a convolution must not leave
+        inner, kernels = self.attention_conv.before(self.input_layernorm(x).unflatten(1, blocks))
+        attended = self.self_attn(inner.flatten(1, 2), *attention_arguments)
+        x = x + self.attention_conv.behind(attended.unflatten(1, blocks), kernels).flatten(1, 2)
+        inner, kernels = self.mlp_conv.before(self.post_attention_layernorm(x).unflatten(1, blocks))
+        return x + self.mlp_conv.behind(self.mlp(inner), kernels).flatten(1, 2)
+
+
+class DFlash2Drafter(DFlashDrafter):
+    """Parameter names are SGLang's: those of DFlash, the convolutions', and `candidate_selector.…`."""
+
+    kind, draws, chooses = "dflash2", True, True
+    recipe = TrainingRecipe(loss="cross_entropy", gamma=7.0)
+
+    def __init__(self, config: Qwen3Config, embedding: torch.Tensor):
+        """config: as of DFlash, with the sizes of convolutions and selector in `dflash_config`."""
+        super().__init__(config, embedding)
+        sizes = config.dflash_config
+        self.candidate_selector = CandidateSelector(
+            config.hidden_size, config.vocab_size, sizes["selector_rank"], sizes["selector_top_k"]
+        )
+
+    def _layer(self, config: Qwen3Config) -> DFlashLayer:
+        return DFlash2Layer(config)
+
+    def initialise(self, generator: torch.Generator, head_weight: torch.Tensor) -> None:
+        super().initialise(generator, head_weight)
+        self.initialise_additions(generator)
+
+    def initialise_additions(self, generator: torch.Generator) -> None:
+        """What DFlash lacks starts as if it were not there: the same proposals."""
+        for module in self.modules():
+            if isinstance(module, BlockConvolution):
+                module.initialise()
+        self.candidate_selector.initialise(generator)
+
+    def drafting(
+        self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor, block_size: int, head: Head
+    ) -> Drafting:
+        tokens = anchor_tokens[..., None].expand(-1, -1, block_size - 1)
+        return Walk(self.candidate_selector, self.block_hidden(context, tokens, anchors), head)
+
+    @torch.no_grad()
+    def propose(
+        self,
+        context: Context,
+        anchor_tokens: torch.Tensor,
+        anchors: torch.Tensor,
+        block_size: int,
+        head: Head,
+        *,
+        with_logprobs: bool = True,
+    ) -> Proposals:
+        tokens = anchor_tokens[..., None].expand(-1, -1, block_size - 1)
+        chosen = self.choose(self.block_hidden(context, tokens, anchors), anchor_tokens, head)
+        return chosen if with_logprobs else Proposals(chosen.tokens, None)
+
+    @torch.no_grad()
+    def choose(self, hidden: torch.Tensor, anchor_tokens: torch.Tensor, head: Head) -> Proposals:
+        walk, tokens, logprobs = Walk(self.candidate_selector, hidden, head), [anchor_tokens], []
+        for _ in range(hidden.shape[2]):
+            best, of_best = walk.best(tokens[-1])
+            tokens.append(best)
+            logprobs.append(of_best)
+        return Proposals(torch.stack(tokens[1:], -1), torch.stack(logprobs, -1))
+
+    def candidates(self, hidden: torch.Tensor, head: Head) -> torch.Tensor:
+        return self.candidate_selector.candidates(hidden, head)[0]
+
+    def choices(self, hidden: torch.Tensor, previous: torch.Tensor, columns: torch.Tensor, head: Head) -> torch.Tensor:
+        rows = head.weight[columns].to(hidden.dtype)
+        unary = (rows @ hidden[..., None])[..., 0].float()
+        return unary + self.candidate_selector.pairs(hidden, previous, head.to_tokens(columns))
+
+    def training_operations(self, shape: StepShape) -> float:
+        """As of DFlash, and: the projections of the kernels, H · 2·taps·groups twice a layer and token, in 3 passes; of
+        each position with a loss the candidates, V'·H once, and their scores, k·H (unary) in 3 passes, k·r (pairs) and
+        H·r (projection) in 4: they are computed again in backward."""
+        c, sizes = self.config, self.config.dflash_config
+        H, r, k = c.hidden_size, sizes["selector_rank"], min(sizes["selector_top_k"], shape.head_rows)
+        taps = sizes.get("conv_kernel_size") or 0
+        kernels = 2 * H * 2 * taps * (H // sizes["conv_group_size"]) if taps else 0
+        convolutions = shape.blocks * self.block_size * c.num_hidden_layers * kernels
+        chosen = shape.head_positions * (shape.head_rows * H + 3 * k * H + 4 * (k * r + H * r))
+        return super().training_operations(shape) + 2.0 * (3 * convolutions + chosen)

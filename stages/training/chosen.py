@@ -1,0 +1,103 @@
+"""Losses of a drafter that chooses among the head's candidates by the token before each offset.
+
+Beside the loss of its head, which keeps the right token among the candidates, stands the same loss of its law q, the
+softmax over the candidates. A right token that is missing takes the last candidate's place in the loss alone, so that
+it can be learned. What the target says of the candidates is its law over all tokens of the head: the rest of its mass
+is where nothing can be proposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.training import losses
+from draftsmith.stages.training.chunked import chunked_values
+
+# of q's logits, the token's place among the candidates [n], and the target's log-probs of the candidates [n, k]
+_DISTRIBUTION_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "forward_kl": losses.forward_kl,  # of the law given that a candidate is committed
+    "tv": lambda logits, log_p: 1 - torch.minimum(log_p.exp(), logits.softmax(-1)).sum(-1),
+    "lk": lambda logits, log_p: -torch.minimum(log_p, torch.log_softmax(logits, -1)).logsumexp(-1),
+}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The choice at N positions."""
+
+    terms: torch.Tensor  # [N] losses, differentiable
+    correct: torch.Tensor  # bool [N]: the token is what would be chosen
+    log_q: torch.Tensor  # [N] of the token, without gradient; -inf where it is no candidate
+
+
+def chosen(
+    drafter: Drafter,
+    hidden: torch.Tensor,
+    previous: torch.Tensor,
+    columns: torch.Tensor,
+    head: Head,
+    loss: str,
+    positions_per_chunk: int,
+    *,
+    token_logprob: Callable[[slice], torch.Tensor],
+    target_logits: Callable[[slice], torch.Tensor],
+) -> Chosen:
+    """hidden: [N, H]; previous: [N] tokens before these positions; columns: [N] of the committed tokens in the head.
+
+    token_logprob, target_logits: of a chunk, log p [n] of the committed tokens and logits [n, V'] over the head's.
+    """
+    with torch.no_grad():
+        among = drafter.candidates(hidden, head)
+        present = (among == columns[:, None]).any(-1)
+        among = torch.cat([among[:, :-1], torch.where(present, among[:, -1], columns)[:, None]], -1)
+        place = (among == columns[:, None]).long().argmax(-1)
+    correct, log_q = torch.zeros_like(present), torch.full_like(place, -torch.inf, dtype=torch.float32)
+
+    def values(h: torch.Tensor, part: slice) -> torch.Tensor:
+        logits, at, inside = drafter.choices(h, previous[part], among[part], head), place[part], present[part]
+        of_token = -losses.cross_entropy(logits, at)
+        with torch.no_grad():
+            correct[part] = inside & (logits.argmax(-1) == at)
+            log_q[part] = torch.where(inside, of_token, -torch.inf)
+        if loss == "cross_entropy":
+            return -of_token
+        if loss == "bernoulli_kl":
+            return losses.bernoulli_forward_kl(of_token, token_logprob(part))
+        with torch.no_grad():
+            log_p = torch.log_softmax(target_logits(part), -1).gather(-1, among[part])
+        return _DISTRIBUTION_LOSSES[loss](logits, log_p)
+
+    terms = chunked_values(hidden, positions_per_chunk, values, trained_head=True)
+    return Chosen(terms, correct, log_q)
+
+
+def choice_logprobs(
+    drafter: Drafter,
+    hidden: torch.Tensor,
+    previous: torch.Tensor,
+    columns: torch.Tensor,
+    head: Head,
+    positions_per_chunk: int,
+) -> torch.Tensor:
+    """[N] log q of tokens, arguments as of `chosen`; differentiable."""
+    found = chosen(
+        drafter,
+        hidden,
+        previous,
+        columns,
+        head,
+        "cross_entropy",
+        positions_per_chunk,
+        token_logprob=_unread,
+        target_logits=_unread,
+    )
+    return -found.terms
+
+
+def _unread(_part: slice) -> torch.Tensor:
+    raise AssertionError("cross-entropy reads the committed token alone")

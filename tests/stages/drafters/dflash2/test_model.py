@@ -1,0 +1,117 @@
+"""DFlash2 against plain loops, its identity at the start, and what a plain DFlash drafter becomes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from draftsmith.stages.drafters.checkpoint import create_drafter, upgraded
+from draftsmith.stages.drafters.config import DFlash2Config, DFlashConfig
+from draftsmith.stages.drafters.dflash2.convolution import BlockConvolution
+from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
+from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.replay.chains import replay_chains
+from draftsmith.stages.replay.trace import tau
+from draftsmith.stages.targets.causal_lm import Target
+from tests.stages.drafters.dflash import reference
+from tests.stages.drafters.dflash2 import reference as additions
+from tests.testbed import random_target
+from tests.testbed.dflash2 import SIZES, random_dflash2
+
+TOLERANCE = 5e-5  # float32 against float64 on values of order one to ten
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_hidden_states_and_the_walk_equal_the_plain_float64_reference(window: int | None, plain_target: Target) -> None:
+    fields: dict[str, Any] = {} if window is None else {"sliding_window": window, "layer_types": (SLIDING, FULL)}
+    drafter, trajectory = random_dflash2(plain_target, **fields), random_target.trajectories(1, seed=3)[0]
+    tokens, anchors = torch.tensor([trajectory.tokens]), [4, 9, 7]
+    features = plain_target.read(tokens, drafter.target_layer_ids).features
+    assert features is not None
+    at = tokens[:, anchors]
+    with torch.no_grad():
+        context = drafter.encode(features, tokens, torch.arange(tokens.shape[1])[None])
+        hidden = drafter.block_hidden(context, at[..., None].expand(-1, -1, 4), torch.tensor([anchors]))
+    proposed = drafter.propose(context, at, torch.tensor([anchors]), 5, Head(plain_target.head_weight))
+    config, weights = drafter.config, dict(drafter.named_parameters())
+    for index, anchor in enumerate(anchors):
+        expected = reference.block_hidden(
+            weights,
+            plain_target.embedding,
+            features[0],
+            trajectory.tokens[anchor],
+            anchor,
+            block_size=5,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            eps=config.rms_norm_eps,
+            theta=config.rope_parameters["rope_theta"],
+            mask_token=plain_target.tokenizer.mask_token_id,
+            windows=[window, None],
+            causal=[window is not None, False],
+            around=additions.around,
+        )
+        torch.testing.assert_close(hidden[0, index].double(), expected, atol=TOLERANCE, rtol=TOLERANCE)
+        walked = additions.path(weights, expected, plain_target.head_weight, trajectory.tokens[anchor], 7)
+        assert proposed.tokens[0, index].tolist() == walked
+        assert walked != (expected @ plain_target.head_weight.double().T).argmax(-1).tolist(), "pairs decide"
+
+
+def test_a_fresh_convolution_is_the_identity_and_can_learn() -> None:
+    convolution, x = BlockConvolution(12, 2, 4), torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(0))
+    inner, kernels = convolution.before(x)
+    out = convolution.behind(2 * inner, kernels)
+    assert torch.equal(inner, x) and torch.equal(out, 2 * x)
+    out.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() for p in convolution.parameters())
+
+
+def test_a_fresh_selector_takes_the_heads_best_and_can_learn(plain_target: Target) -> None:
+    drafter = create_drafter(
+        DFlash2Config(kind="dflash2", num_layers=1, target_layer_ids=(1,), **SIZES), plain_target, 0
+    )
+    assert isinstance(drafter, DFlash2Drafter)
+    hidden, head = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)), Head(plain_target.head_weight)
+    columns = drafter.candidates(hidden, head)
+    choices = drafter.choices(hidden, torch.arange(4), columns, head)
+    torch.testing.assert_close(choices, head.logits(hidden).gather(-1, columns), atol=1e-6, rtol=1e-6)
+    assert columns[:, 0].tolist() == head.logits(hidden).argmax(-1).tolist()
+    (-choices.log_softmax(-1)[:, 1]).sum().backward()
+    assert drafter.candidate_selector.successor_codebook.grad is not None
+    assert drafter.candidate_selector.successor_codebook.grad.abs().sum() > 0
+    drafter.candidate_selector.successor_codebook.data.add_(0.1)  # from then on all parts learn
+    (-drafter.choices(hidden, torch.arange(4), columns, head).log_softmax(-1)[:, 1]).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() for p in drafter.candidate_selector.parameters())
+
+
+def test_a_dflash_drafter_goes_on_as_dflash2_with_the_same_proposals_and_tau(plain_target: Target) -> None:
+    plain = random_target.random_drafter(plain_target, sliding_window=6, layer_types=(SLIDING, FULL))
+    plain.frequent_tokens = torch.arange(random_target.VOCAB_SIZE)
+    made = upgraded(plain, DFlash2Config(kind="dflash2", num_layers=7, block_size=3, **SIZES), plain_target, seed=0)
+    assert isinstance(made, DFlash2Drafter)
+    assert (made.block_size, made.target_layer_ids, len(made.layers)) == (5, [2, 0], 2), "its own shape stays"
+    assert made.frequent_tokens is plain.frequent_tokens and made.sights == plain.sights
+    trajectories = random_target.trajectories(4, seed=2)
+    traces = []
+    for drafter in (plain, made):
+        tokens = torch.tensor([t.tokens[:10] for t in trajectories])
+        short = [type(t)(t.trajectory_id, t.tokens[:10], t.prompt_length) for t in trajectories]
+        features = plain_target.read(tokens, drafter.target_layer_ids).features
+        assert features is not None
+        with torch.no_grad():
+            context = drafter.encode(features, tokens, torch.arange(10).expand(4, -1))
+        traces.append(replay_chains(drafter, context, short, 5, Head(plain_target.head_weight)))
+    for one, other in zip(*traces, strict=True):
+        assert one.proposed.tolist() == other.proposed.tolist() and one.accepted.tolist() == other.accepted.tolist()
+    assert tau(traces[0]) == tau(traces[1])
+
+
+def test_other_drafters_stay_what_they_are(plain_target: Target, plain_drafter: object) -> None:
+    chooser = random_dflash2(plain_target)
+    assert upgraded(chooser, DFlashConfig(), plain_target, 0) is chooser
+    assert upgraded(chooser, DFlash2Config(kind="dflash2"), plain_target, 0) is chooser
+    assert upgraded(plain_drafter, DFlashConfig(), plain_target, 0) is plain_drafter  # type: ignore[arg-type]

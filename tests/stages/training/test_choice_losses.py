@@ -1,0 +1,138 @@
+"""Losses of a drafter that chooses among candidates against loops: its head's, its choice's, and its own proposals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
+from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.training.blocks import Anchors, LossReport, block_hidden, context_of
+from draftsmith.stages.training.config import SftConfig
+from draftsmith.stages.training.loss_config import LossConfig
+from draftsmith.stages.training.on_policy.loss import opd_loss
+from draftsmith.stages.training.on_policy.verify_steps import judge
+from draftsmith.stages.training.supervised import sft_loss
+from draftsmith.stages.training.vocabulary import Heads
+from tests.stages.training.case import CHUNK, Case, heads_of, make_case
+from tests.stages.training.slow import Slow, assert_equal, slow_opd, slow_sft
+from tests.testbed.dflash2 import random_dflash2
+
+
+@pytest.fixture
+def chooser(plain_target: Target) -> DFlash2Drafter:
+    """One whose gradients the test may take."""
+    return random_dflash2(plain_target)
+
+
+@pytest.fixture(scope="module")
+def choice_case(plain_target: Target) -> Case:
+    """Proposals that are no candidates are among those of its steps, and tokens of the texts too."""
+    return make_case(plain_target, (2, 0))
+
+
+@pytest.mark.parametrize("part", [False, True])
+@pytest.mark.parametrize("loss", ["cross_entropy", "forward_kl", "tv", "lk"])
+def test_sft_trains_the_head_and_the_choice(
+    loss: Any, part: bool, choice_case: Case, chooser: DFlash2Drafter, plain_target: Target
+) -> None:
+    """part: softmaxes over every other token alone."""
+    tokens = list(range(0, 64, 2)) if part else list(range(64))
+    head = Head.over(plain_target.head_weight, torch.tensor(tokens))
+    report = sft_loss(
+        chooser,
+        choice_case.batch,
+        choice_case.anchors,
+        Heads(head, head, trained=False, chooser=chooser),
+        plain_target.head_weight,
+        SftConfig(gamma=3.0, loss=loss).stream(chooser.recipe),
+        temperature=0.8,
+        positions_per_chunk=CHUNK,
+    )
+    slow = Slow.borrowing(choice_case, chooser, plain_target.head_weight, tokens)
+    expected, positions, accuracy = slow_sft(slow, loss, float(torch.tensor(-1 / 3.0).exp()), 0.8)
+    assert_equal(report, expected, chooser)
+    assert report.positions == positions
+    assert report.figures["accuracy"] == pytest.approx(accuracy)
+
+
+OBJECTIVES: dict[str, Any] = {
+    "paper": "paper",
+    "other weights": {
+        "response": {"loss": "lk", "scope": "committed", "beyond": 1.5, "choice": 0.4, "weight": 0.5},
+        "rejected": {"loss": "k3", "weight": 2.0},
+    },
+    "D-PACE's weights": {"response": {"loss": "cross_entropy", "scope": "block", "positions": {"kind": "d_pace"}}},
+}
+
+
+def opd(case: Case, drafter: DFlash2Drafter, target: Target, objective: LossConfig) -> LossReport:
+    return opd_loss(
+        block_hidden(drafter, context_of(drafter, case.batch), case.batch, case.anchors),
+        case.batch,
+        case.anchors,
+        case.steps,
+        heads_of(drafter, target),
+        target.head_weight,
+        objective,
+        positions_per_chunk=CHUNK,
+    )
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_opd_reads_the_law_of_the_choice(
+    name: str, choice_case: Case, chooser: DFlash2Drafter, plain_target: Target
+) -> None:
+    """On the text behind the text's tokens, on the drafter's own proposals behind these."""
+    objective = LossConfig.model_validate(OBJECTIVES[name]).resolved(chooser.recipe, False, 0.0)
+    report = opd(choice_case, chooser, plain_target, objective)
+    expected, positions = slow_opd(Slow.borrowing(choice_case, chooser, plain_target.head_weight), objective)
+    assert_equal(report, expected, chooser)
+    assert report.positions == positions
+
+
+def test_verify_steps_are_those_of_its_proposals(
+    choice_case: Case, chooser: DFlash2Drafter, plain_target: Target
+) -> None:
+    """What is kept is found on the text, what is proposed behind a rejection on its own tokens."""
+    case, head = choice_case, Head(plain_target.head_weight)
+    likely = chooser.propose(*_asked(case, chooser), head).tokens
+    tokens = case.batch.tokens.clone()
+    for b in range(len(tokens)):  # texts that keep a part of some blocks
+        for a, anchor in enumerate(case.anchors.positions[b].tolist()):
+            tokens[b, anchor + 1 : anchor + 1 + a % 3] = likely[b, a, : len(tokens[b, anchor + 1 : anchor + 1 + a % 3])]
+    batch = type(case.batch)(
+        [
+            type(t)(t.trajectory_id, tokens[b, : len(t.tokens)].tolist(), t.prompt_length)
+            for b, t in enumerate(case.trajectories)
+        ],
+        tokens,
+        case.batch.features,
+        case.batch.hidden,
+        case.batch.positions,
+    )
+    changed = Case(batch, case.anchors, case.steps, batch.trajectories)
+    with torch.no_grad():
+        hidden = block_hidden(chooser, context_of(chooser, batch), batch, case.anchors)
+    steps = judge(hidden, batch, case.anchors, head, proposals=4, chooser=chooser)
+    proposed = chooser.propose(*_asked(changed, chooser), head).tokens
+    assert torch.equal(steps.proposed, proposed)
+    kept = set()
+    for row, index, anchor in changed.blocks():
+        behind = batch.trajectories[row].tokens[anchor + 1 :]
+        n = 0
+        while n < min(4, len(behind)) and behind[n] == int(proposed[row, index, n]):
+            n += 1
+        assert int(steps.accepted[row, index]) == n
+        kept.add(n)
+    assert len(kept) > 2
+
+
+def _asked(case: Case, chooser: DFlash2Drafter) -> tuple[Any, torch.Tensor, torch.Tensor, int]:
+    anchors: Anchors = case.anchors
+    with torch.no_grad():
+        context = context_of(chooser, case.batch)
+    return context, case.batch.tokens.gather(1, anchors.positions), anchors.positions, chooser.block_size

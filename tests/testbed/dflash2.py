@@ -1,0 +1,31 @@
+"""A DFlash2 drafter of random weights for the test bed's target of random weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tests.testbed.random_target import randomise
+
+if TYPE_CHECKING:
+    from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
+    from draftsmith.stages.targets.causal_lm import Target
+
+SIZES: dict[str, Any] = {"conv_kernel_size": 2, "conv_group_size": 8, "selector_rank": 6, "selector_top_k": 7}
+
+
+def random_dflash2(target: Target, seed: int = 0, **shape: Any) -> DFlash2Drafter:
+    """2 layers, block 5, layers 2 and 0, and sizes that are small. Weights so large that every part matters.
+
+    shape: other fields of DFlash2Config.
+    """
+    from draftsmith.stages.drafters.config import DFlash2Config
+    from draftsmith.stages.drafters.dflash2 import checkpoint
+    from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
+
+    fields = {"num_layers": 2, "block_size": 5, "target_layer_ids": (2, 0), "intermediate_size": 40, **SIZES, **shape}
+    config = checkpoint.new_config(
+        DFlash2Config(kind="dflash2", **fields), target.model.config, lambda: target.tokenizer
+    )
+    drafter = DFlash2Drafter(config, target.embedding)
+    randomise(drafter, seed)
+    return drafter.eval()
