@@ -75,6 +75,12 @@ def parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="a verified copy of a drafter, in the layout that engines load")
     export.add_argument("version", metavar="NAME[@VERSION]", help="left out: the champion")
     export.add_argument("folder", metavar="FOLDER", type=Path)
+    export.add_argument(
+        "--format",
+        choices=["sglang", "speculators"],
+        default="sglang",
+        help="speculators: what vLLM loads, with the target's embedding and head; DFlash and DFlash2",
+    )
     export.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     export.set_defaults(does="export")
 

@@ -307,7 +307,7 @@ def _export(options: argparse.Namespace, _pipeline: Pipeline) -> None:
     from draftsmith.flows.pipeline.display import Display
     from draftsmith.flows.refresh import commands
 
-    commands.export(Display(), options.version, options.folder, dry_run=options.dry_run)
+    commands.export(Display(), options.version, options.folder, options.format, dry_run=options.dry_run)
 
 
 def _deploy(options: argparse.Namespace, pipeline: Pipeline) -> None:

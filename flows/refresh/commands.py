@@ -77,8 +77,8 @@ def _move(display: Display, lines: Registry, version: Version, why: str, what: s
     display.line(f"{version} is the champion now, in place of {from_what}; restart or reload the servers that draft")
 
 
-def export(display: Display, text: str, folder: Path, *, dry_run: bool) -> None:
-    """A verified copy of a version's checkpoint, in the layout that engines load."""
+def export(display: Display, text: str, folder: Path, layout: str = "sglang", *, dry_run: bool) -> None:
+    """A verified copy of a version's checkpoint: as it is, which is what SGLang loads, or in vLLM's `speculators`."""
     version = registry().resolve(text)
     verify(version)
     source = folder_of(version) / DRAFTER_FOLDER
@@ -87,6 +87,10 @@ def export(display: Display, text: str, folder: Path, *, dry_run: bool) -> None:
     size = sum(path.stat().st_size for path in source.iterdir())
     if dry_run:
         display.line(f"{version}: {size / 1e6:.1f} MB would be copied from {source} to {folder}")
+        return
+    if layout == "speculators":
+        _export_speculators(version, source, folder)
+        display.line(f"{version}: in speculators' layout, with the target's embedding and head, in {folder}")
         return
     from draftsmith.stages.drafters.digest import drafter_digest
 
@@ -98,6 +102,20 @@ def export(display: Display, text: str, folder: Path, *, dry_run: bool) -> None:
     if drafter_digest(folder) != version.tags.get("drafter_digest", drafter_digest(source)):
         raise DraftsmithError(f"{folder}: the copy differs from what was registered: try again, or another disk")
     display.line(f"{version}: {size / 1e6:.1f} MB in {folder}")
+
+
+def _export_speculators(version: Version, source: Path, folder: Path) -> None:
+    from draftsmith.stages.drafters.export import export_speculators
+    from draftsmith.stages.targets.info import model_path, read_target_info
+
+    store, made_from = store_of(home()), read_manifest(folder_of(version)).inputs["target"]
+    target = store.here(store.path(made_from.stage, made_from.key))
+    info = read_target_info(target)
+    try:
+        export_speculators(source, model_path(target), info.source, folder)
+        for_users(folder)
+    except OSError as error:
+        raise from_os_error(error, f"exporting to {folder}:") from error
 
 
 def verify(version: Version) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.drafters import speculators
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _PARTIAL = "partial_rotary_factor"
@@ -34,7 +35,10 @@ def config_errors(where: str) -> Iterator[None]:
 
 
 def read_raw_config(folder: Path) -> dict[str, Any]:
-    """config.json as it is, rotary settings under `rope_parameters`. Raises DraftsmithError if it is no JSON object."""
+    """config.json as it is, rotary settings under `rope_parameters`; one of speculators as if it were written here.
+
+    Raises DraftsmithError if it is no JSON object.
+    """
     path = folder / CONFIG_FILE
     try:
         raw = json.loads(path.read_text())
@@ -43,6 +47,8 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise DraftsmithError(f"drafter {path}: is not a JSON object; give the folder of a drafter")
     with config_errors(str(path)):
+        if speculators.KIND in raw:
+            raw = speculators.from_speculators(raw, str(path))
         if "rope_parameters" not in raw and "rope_theta" in raw:
             scaling = raw.pop("rope_scaling", None) or {}
             scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type", "default")

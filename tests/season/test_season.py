@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.stages.drafters.digest import drafter_digest
@@ -114,6 +115,12 @@ def test_the_line_tells_its_history_and_rolls_back(weeks: list[Week], folder: Pa
     assert (out / "config.json").is_file() and (out / "model.safetensors").is_file()
     digest = json.loads((out / "drafter.json").read_text())["digest"]
     assert digest == drafter_digest(out)
+    for_vllm = draftsmith(home, "export", f"{LINE}@champion", folder / "for-vllm", "--format", "speculators")
+    assert for_vllm.returncode == 0, for_vllm.stderr
+    config = json.loads((folder / "for-vllm" / "config.json").read_text())
+    assert config["speculators_model_type"] == "dflash"
+    assert config["speculators_config"]["verifier"]["name_or_path"]
+    assert {"lm_head.weight", "embed_tokens.weight"} <= load_file(folder / "for-vllm" / "model.safetensors").keys()
     again = draftsmith(home, "export", LINE, out)
     assert (again.returncode, "is not empty" in again.stderr) == (2, True)
     unknown = draftsmith(home, "promote", f"{LINE}@9")

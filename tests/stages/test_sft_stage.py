@@ -32,11 +32,18 @@ CONFIG = {
 
 
 def train(
-    folder: Path, made: DrafterArtifacts, stop_after: int | None = None, *, drafter: Path | None = None, **fields: Any
+    folder: Path,
+    made: DrafterArtifacts,
+    stop_after: int | None = None,
+    *,
+    drafter: Path | None = None,
+    shape: dict[str, Any] | None = None,
+    **fields: Any,
 ) -> StoppingContext:
+    """drafter: an artifact to go on from; shape: of a new one."""
     inputs = {"target": made.target, "trajectories": made.rollout, **({"drafter": drafter} if drafter else {})}
     ctx = StoppingContext.under(folder, inputs, stop_after=stop_after)
-    STAGE.run(ctx, SftConfig.model_validate({**CONFIG, **fields}))
+    STAGE.run(ctx, SftConfig.model_validate({**CONFIG, **({"drafter": shape} if shape else {}), **fields}))
     return ctx
 
 
@@ -77,10 +84,10 @@ def test_without_steps_a_checkpoint_is_taken_as_it_is(tmp_path: Path, tiny_draft
 def test_a_dflash_drafter_goes_on_as_dflash2(tmp_path: Path, bench: Bench, tiny_drafter: DrafterArtifacts) -> None:
     """As it was without steps; with steps, selector and convolutions are trained with the rest."""
     shape = {"kind": "dflash2", "selector_rank": 16, "selector_top_k": 8}
-    settings: dict[str, Any] = {"drafter": shape, "init_from": str(tiny_drafter.drafter / DRAFTER_FOLDER)}
-    made = {}
+    source, made = str(tiny_drafter.drafter / DRAFTER_FOLDER), {}
     for steps in (0, 8):
-        ctx = train(tmp_path / str(steps), tiny_drafter, **settings, learning_rate=1e-3, steps=steps)
+        fields: dict[str, Any] = {"init_from": source, "learning_rate": 1e-3, "steps": steps}
+        ctx = train(tmp_path / str(steps), tiny_drafter, shape=shape, **fields)
         made[steps] = load_drafter(ctx.out / DRAFTER_FOLDER, bench.target)
     texts = [Trajectory("", p.token_ids + bench.greedy[p.prompt_id], len(p.token_ids)) for p in bench.prompts[:8]]
     drafters = {"plain": bench.drafters["trained"], "taken": made[0], "trained": made[8]}
@@ -90,7 +97,8 @@ def test_a_dflash_drafter_goes_on_as_dflash2(tmp_path: Path, bench: Bench, tiny_
     assert tau(found["trained"]) > 0.9 * tau(found["plain"])
     start, moved = made[0].state_dict(), made[8].state_dict()
     assert [name for name in start if start[name].equal(moved[name])] == []
-    assert trained_shape(SftConfig.model_validate(CONFIG | settings)) == ("dflash2", 8)
+    settings = CONFIG | {"drafter": shape, "init_from": source}
+    assert trained_shape(SftConfig.model_validate(settings)) == ("dflash2", 8)
 
 
 def test_control_continues_from_a_drafter_at_its_loss(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.drafters import layout
+from draftsmith.stages.drafters import layout, speculators
 from draftsmith.stages.drafters.config import DFlashConfig
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.targets.causal_lm import Target
@@ -236,6 +236,8 @@ def load(folder: Path, target: Target, dtype: torch.dtype) -> DFlashDrafter:
 def with_weights(drafter: AnyDFlash, folder: Path, target: Target, dtype: torch.dtype) -> AnyDFlash:
     """A drafter of this layout with the weights of a checkpoint."""
     tensors = layout.read_tensors(folder)
+    if speculators.EMBEDDING in tensors or speculators.HEAD in tensors:
+        tensors = speculators.own_tensors(tensors, target.embedding, target.head_weight, str(folder))
     expected = {name: tuple(p.shape) for name, p in drafter.named_parameters()}
     layout.check_tensors(folder, tensors, expected, "z-lab's layout")
     drafter.load_state_dict(tensors, strict=False)

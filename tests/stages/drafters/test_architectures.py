@@ -175,8 +175,10 @@ def test_replay_is_sequential_speculative_decoding(texts: Texts, block_size: int
 
 
 def test_decoding_is_lossless_and_its_steps_are_those_of_replay(texts: Texts, plain_target: Target) -> None:
-    """Greedy and sampled requests in one batch, whose rows are taken over by others. Where proposals of sampled ones are
-    drawn, answers are the same in law alone, which other tests look at."""
+    """Greedy and sampled requests in one batch, whose rows are taken over by others.
+
+    Where proposals of sampled ones are drawn, answers are the same in law alone, which other tests look at.
+    """
     sampled = 0.0 if texts.drafter.draws else 1.0
     requests = [
         Request(str(i), t.tokens[: 4 + 3 * i], SamplingParams(14 + i, temperature=sampled * (i % 2)), seed=i)

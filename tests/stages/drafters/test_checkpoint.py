@@ -205,8 +205,8 @@ TRAPS: dict[str, tuple[Edit, str]] = {
     },
     "a projector named at the top": (edit_config(lambda c: c.update(projector_type="domino")), "projector_type"),
     "another method's architecture": (
-        edit_config(lambda c: c.update(architectures=["DFlash2DraftModel"])),
-        "architectures names DFlash2DraftModel",
+        edit_config(lambda c: c.update(architectures=["DFlashLagunaForCausalLM"])),
+        "architectures names DFlashLagunaForCausalLM",
     ),
     "a layer that the target lacks": (
         edit_config(lambda c: c["dflash_config"].update(target_layer_ids=[0, 4])),

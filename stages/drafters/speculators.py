@@ -1,0 +1,105 @@
+"""The layout of the speculators library, which vLLM loads, for DFlash and DFlash2: the same weights, another config.
+
+Source: github.com/vllm-project/speculators, 0.9.0 (`models/dflash/`, `models/dflash2/`, `convert/dflash/`). A layer id
+there counts the embedding as 0: it is one more than here. A checkpoint holds the target's embedding and head too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from draftsmith.artifacts.errors import DraftsmithError
+
+KIND = "speculators_model_type"  # the field that tells such a config
+VERSION = "0.9.0"
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+OF_THE_TARGET = (EMBEDDING, HEAD, "verifier_lm_head.weight", "verifier_norm.weight")
+_KINDS = {"DFlashDraftModel": "dflash", "DFlash2DraftModel": "dflash2"}
+_SIZES = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
+_NOT_OF_THE_LAYERS = ("architectures", "auto_map", "block_size", "dflash_config", "is_causal")
+
+
+def to_speculators(raw: Mapping[str, Any], target: str, target_architectures: list[str]) -> dict[str, Any]:
+    """config.json of a DFlash or DFlash2 checkpoint, as it is written here → that of speculators.
+
+    target: where an engine finds the target. Raises DraftsmithError for a drafter that the library has no form for.
+    """
+    architecture, dflash = raw["architectures"][0], raw.get("dflash_config", {})
+    if architecture not in _KINDS:
+        raise DraftsmithError(
+            f"drafter: speculators' layout has no form for {architecture}; export it without --format"
+        )
+    causal, sliding = raw.get("is_causal"), "sliding_attention" in (raw.get("layer_types") or ())
+    if causal:
+        raise DraftsmithError("drafter: is_causal is true, and speculators reads full layers in both directions")
+    kind = _KINDS[architecture]
+    if kind == "dflash2" and not dflash.get("conv_kernel_size"):
+        raise DraftsmithError("drafter: it has no convolutions, without which speculators has no DFlash2")
+    return {
+        "architectures": [architecture],
+        KIND: kind,
+        "speculators_version": VERSION,
+        "speculators_config": {
+            "algorithm": kind,
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": raw["block_size"] - 1}],
+            "default_proposal_method": "greedy",
+            "verifier": {"name_or_path": target, "architectures": target_architectures},
+        },
+        "transformer_layer_config": {name: value for name, value in raw.items() if name not in _NOT_OF_THE_LAYERS},
+        "draft_vocab_size": raw["vocab_size"],
+        "block_size": raw["block_size"],
+        "aux_hidden_state_layer_ids": [layer + 1 for layer in dflash["target_layer_ids"]],
+        "mask_token_id": dflash["mask_token_id"],
+        "sliding_window_non_causal": sliding and causal is False,
+        "sample_from_anchor": False,
+        "tie_word_embeddings": False,
+        **({name: dflash[name] for name in _SIZES} if kind == "dflash2" else {}),
+    }
+
+
+def from_speculators(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """config.json of speculators → as it is written here. Raises DraftsmithError for what is not computed here."""
+    kind, layers = raw[KIND], raw.get("transformer_layer_config")
+    architecture = next((name for name, known in _KINDS.items() if known == kind), None)
+    if architecture is None or not isinstance(layers, dict):
+        raise DraftsmithError(f"drafter {where}: {KIND} is {kind!r}, supported is {' or '.join(_KINDS.values())}")
+    for field, value, computed in (
+        ("sample_from_anchor", raw.get("sample_from_anchor") or False, False),
+        ("draft_vocab_size", raw.get("draft_vocab_size", layers.get("vocab_size")), layers.get("vocab_size")),
+    ):
+        if value != computed:
+            raise DraftsmithError(f"drafter {where}: {field} is {value!r}, and only {computed!r} is computed here")
+    ids = raw.get("aux_hidden_state_layer_ids")
+    dflash = {
+        "mask_token_id": raw.get("mask_token_id"),
+        "target_layer_ids": None if ids is None else [layer - 1 for layer in ids],
+        "block_size": raw.get("block_size"),
+        **({name: raw.get(name) for name in _SIZES} if kind == "dflash2" else {}),
+    }
+    made = {**layers, "architectures": [architecture], "block_size": raw.get("block_size"), "dflash_config": dflash}
+    sliding = "sliding_attention" in (layers.get("layer_types") or ())
+    if sliding:
+        made["use_sliding_window"] = True  # speculators reads sliding_window either way
+    if sliding and raw.get("sliding_window_non_causal", kind == "dflash2"):
+        made["is_causal"] = False
+    return made
+
+
+def own_tensors(
+    tensors: Mapping[str, torch.Tensor], embedding: torch.Tensor, head: torch.Tensor, where: str
+) -> dict[str, torch.Tensor]:
+    """Without those of the target, which must be this one's. embedding, head: [V, H]."""
+    for name, expected in ((EMBEDDING, embedding), (HEAD, head)):
+        found = tensors.get(name)
+        if found is not None and (found.shape != expected.shape or not _same(found, expected)):
+            raise DraftsmithError(f"drafter {where}: its {name} is not the target's: it was made for another target")
+    return {name: tensor for name, tensor in tensors.items() if name not in OF_THE_TARGET}
+
+
+def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """In the coarser of both dtypes."""
+    dtype = min((found.dtype, expected.dtype), key=lambda dtype: dtype.itemsize)
+    return torch.equal(found.to(dtype), expected.detach().to(found.device).to(dtype))

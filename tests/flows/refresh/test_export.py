@@ -1,0 +1,59 @@
+"""A version of a line, copied out in each layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.registry import Version
+from draftsmith.artifacts.store import Claim, Store
+from draftsmith.flows.pipeline.display import Display
+from draftsmith.flows.refresh import commands
+from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
+from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.stored import DRAFTER_FOLDER
+from draftsmith.stages.targets.causal_lm import Target
+from tests.testbed.random_target import random_drafter
+
+
+def committed(store: Store, stage: str, fill: Path, inputs: Mapping[str, ArtifactRef]) -> ArtifactRef:
+    with store.claim(stage, "a" * 64) as claim:
+        assert isinstance(claim, Claim)
+        shutil.copytree(fill, claim.out, dirs_exist_ok=True)
+        return store.commit(claim, config={}, inputs=inputs, code_digest="", seed=0)
+
+
+@pytest.fixture
+def version(plain_target: Target, plain_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Version:
+    """A drafter of the store, made for a target of the store."""
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
+    store = Store(tmp_path / "home" / "store")
+    save_drafter(random_drafter(plain_target), tmp_path / "made" / DRAFTER_FOLDER, torch.float32)
+    target = committed(store, "target", plain_artifact, {})
+    ref = committed(store, "opd", tmp_path / "made", {"target": target})
+    found = Version("line", 1, ref.uri, ref.stage, ref.key, ref.content_id)
+    monkeypatch.setattr(commands, "registry", lambda: SimpleNamespace(resolve=lambda _text: found))
+    return found
+
+
+def test_each_layout_holds_the_drafter(version: Version, plain_target: Target, tmp_path: Path) -> None:
+    source = version.path / DRAFTER_FOLDER
+    commands.export(Display(), "line", tmp_path / "own", dry_run=False)
+    assert drafter_digest(tmp_path / "own") == drafter_digest(source)
+    commands.export(Display(), "line", tmp_path / "vllm", "speculators", dry_run=False)
+    config = json.loads((tmp_path / "vllm" / "config.json").read_text())
+    assert config["speculators_config"]["verifier"]["name_or_path"] == plain_target.info.source
+    tensors = load_file(tmp_path / "vllm" / "model.safetensors")
+    assert tensors["lm_head.weight"].equal(plain_target.head_weight)
+    drafter, kept = (load_drafter(folder, plain_target) for folder in (tmp_path / "vllm", source))
+    assert all(tensor.equal(kept.state_dict()[name]) for name, tensor in drafter.state_dict().items())
+    commands.export(Display(), "line", tmp_path / "dry", "speculators", dry_run=True)
+    assert not (tmp_path / "dry").exists()

@@ -1,0 +1,121 @@
+"""The layout of the speculators library, written and read back: what vLLM loads is the drafter that was trained here.
+
+The library's own reader was asked about such checkpoints in an environment of its own; here its fields are held.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
+from draftsmith.stages.drafters.export import export_speculators
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.info import model_path
+from tests.stages.drafters.edits import Edit, edit_config, edit_tensors
+from tests.testbed.dflash2 import random_dflash2
+from tests.testbed.eagle3 import random_eagle3
+from tests.testbed.random_target import random_drafter
+
+FORMS: dict[str, Any] = {
+    "dflash": random_drafter,
+    "dflash, windows": lambda t: random_drafter(t, sliding_window=3),
+    "dflash, windows read both ways": lambda t: random_drafter(t, sliding_window=6, is_causal=False),
+    "dflash2": random_dflash2,
+    "dflash2, windows": lambda t: random_dflash2(t, sliding_window=6),
+}
+
+
+def exported(drafter: Drafter, plain_artifact: Path, folder: Path) -> Path:
+    save_drafter(drafter, folder / "own", torch.float32)
+    export_speculators(folder / "own", model_path(plain_artifact), "someone/target", folder / "out")
+    return folder / "out"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_read_back_is_the_drafter(
+    form: str, plain_target: Target, plain_artifact: Path, tmp_path: Path
+) -> None:
+    drafter = FORMS[form](plain_target)
+    folder = exported(drafter, plain_artifact, tmp_path)
+    loaded = load_drafter(folder, plain_target)
+    assert type(loaded) is type(drafter)
+    assert loaded.state_dict().keys() == drafter.state_dict().keys()
+    assert all(tensor.equal(drafter.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    assert (loaded.sights, loaded.mask_token_id) == (drafter.sights, drafter.mask_token_id)
+    assert (loaded.block_size, loaded.target_layer_ids) == (drafter.block_size, drafter.target_layer_ids)
+    save_drafter(loaded, tmp_path / "again", torch.float32)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "own" / name).read_bytes(), name
+
+
+def test_the_fields_are_those_of_the_library(plain_target: Target, plain_artifact: Path, tmp_path: Path) -> None:
+    drafter = random_dflash2(plain_target, sliding_window=6, layer_types=("sliding_attention", "full_attention"))
+    folder = exported(drafter, plain_artifact, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["speculators_model_type"] == config["speculators_config"]["algorithm"] == "dflash2"
+    assert config["speculators_config"]["verifier"] == {
+        "name_or_path": "someone/target",
+        "architectures": ["Qwen3ForCausalLM"],
+    }
+    assert config["speculators_config"]["proposal_methods"] == [{"proposal_type": "greedy", "speculative_tokens": 4}]
+    assert config["aux_hidden_state_layer_ids"] == [3, 1]  # of layers 2 and 0
+    assert (config["block_size"], config["mask_token_id"], config["draft_vocab_size"]) == (5, 62, 64)
+    assert (config["sliding_window_non_causal"], config["sample_from_anchor"]) == (False, False)
+    layers = config["transformer_layer_config"]
+    assert (layers["sliding_window"], layers["layer_types"][0], layers["model_type"]) == (
+        6,
+        "sliding_attention",
+        "qwen3",
+    )
+    assert "dflash_config" not in layers and "architectures" not in layers
+    tensors = load_file(folder / "model.safetensors")
+    assert tensors["embed_tokens.weight"].equal(plain_target.embedding)
+    assert tensors["lm_head.weight"].equal(plain_target.head_weight)
+    assert tensors.keys() == load_file(tmp_path / "own" / "model.safetensors").keys() | {
+        "embed_tokens.weight",
+        "lm_head.weight",
+    }
+
+
+TRAPS: dict[str, tuple[Edit, str]] = {
+    "another kind": (edit_config(lambda c: c.update(speculators_model_type="peagle")), "'peagle', supported is dflash"),
+    "a reduced vocabulary": (edit_config(lambda c: c.update(draft_vocab_size=40)), "draft_vocab_size is 40"),
+    "proposals from the anchor on": (edit_config(lambda c: c.update(sample_from_anchor=True)), "sample_from_anchor"),
+    "no layer ids": (edit_config(lambda c: c.pop("aux_hidden_state_layer_ids")), "target_layer_ids is missing"),
+    "no layers": (edit_config(lambda c: c.pop("transformer_layer_config")), "speculators_model_type"),
+    "another head": (edit_tensors(lambda t: t["lm_head.weight"].add_(1)), r"lm_head\.weight is not the target's"),
+}
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_what_is_not_computed_here_is_refused(
+    name: str, plain_target: Target, plain_artifact: Path, tmp_path: Path
+) -> None:
+    folder, (edit, message) = exported(random_drafter(plain_target), plain_artifact, tmp_path), TRAPS[name]
+    edit(folder)
+    with pytest.raises(DraftsmithError, match=message):
+        load_drafter(folder, plain_target)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (random_eagle3, "no form for LlamaForCausalLMEagle3"),
+        (lambda t: random_drafter(t, is_causal=True), "is_causal is true"),
+        (lambda t: random_dflash2(t, conv_kernel_size=0, conv_group_size=0), "has no convolutions"),
+    ],
+)
+def test_a_drafter_that_the_library_has_no_form_for_is_not_written(
+    make: Any, message: str, plain_target: Target, plain_artifact: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DraftsmithError, match=message):
+        exported(make(plain_target), plain_artifact, tmp_path)
+    assert not (tmp_path / "out").exists()
