@@ -123,6 +123,26 @@ def test_a_block_larger_than_the_trained_one_is_an_error_before_training(
             check_target([sft, mining], tiny_drafter.target)
 
 
+@pytest.mark.parametrize(
+    ("section", "kind", "noted"),
+    [
+        ({}, "dflash", False),
+        ({"kind": "dflash2"}, "dflash2", False),
+        ({"num_layers": 3}, "dflash", True),
+        ({"kind": "eagle3"}, "dflash", True),
+    ],
+)
+def test_a_section_beside_a_checkpoint_is_used_where_the_drafter_becomes_what_it_says(
+    section: dict[str, Any], kind: str, noted: bool, tiny_drafter: DrafterArtifacts
+) -> None:
+    start = {"init_from": str(tiny_drafter.drafter / "drafter")} | ({"drafter": section} if section else {})
+    sft = Node("sft", "draftsmith.stages.sft", SftConfig.model_validate(start), {"target": "t", "trajectories": "r"})
+    found = Findings()
+    plans = check_drafters(found, [sft], tiny_drafter.target, whole=True)
+    assert plans["sft"].kind == kind
+    assert any("section drafter is not used" in line.text for line in found.lines) == noted
+
+
 def test_every_node_is_held_against_the_drafter_that_it_reads(tiny_drafter: DrafterArtifacts) -> None:
     """Of two drafters, only the one with the larger blocks can draft them; only EAGLE-3 can draft trees."""
     shape = {"block_size": 4, "mask_token": MASK, "num_layers": 1, "target_layer_ids": [0, 2]}
