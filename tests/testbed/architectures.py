@@ -18,7 +18,6 @@ from tests.testbed.random_target import random_drafter
 RANDOM: dict[str, Callable[[Target], Drafter]] = {
     "dflash": random_drafter,
     "dflash, windows": partial(random_drafter, sliding_window=3, layer_types=("sliding_attention", "full_attention")),
-    "dflash, windows read both ways": partial(random_drafter, sliding_window=6, is_causal=False),
     "dflash2": random_dflash2,
     "dflash2 with windows, without convolutions": partial(
         random_dflash2, sliding_window=3, conv_kernel_size=0, conv_group_size=0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -52,6 +52,7 @@ class Slow:
     target_head: torch.Tensor  # [V, H]
     head: torch.Tensor  # [V', H] what the drafter proposes with
     tokens: list[int]  # [V'] ids of the head's rows
+    _hidden: dict[tuple[int, int, tuple[int, ...]], torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def borrowing(
@@ -75,6 +76,12 @@ class Slow:
 
     def hidden(self, row: int, anchor: int, following: Sequence[int] = ()) -> torch.Tensor:
         """[K, H]"""
+        asked = (row, anchor, tuple(following))
+        if asked not in self._hidden:
+            self._hidden[asked] = self._drafted(row, anchor, following)
+        return self._hidden[asked]
+
+    def _drafted(self, row: int, anchor: int, following: Sequence[int]) -> torch.Tensor:
         batch, before = self.case.batch, (slice(row, row + 1), slice(anchor))
         context = self.drafter.encode(batch.features[before], batch.tokens[before], batch.positions[before])
         chain = [self.case.trajectories[row].tokens[anchor], *following][:K]
@@ -84,7 +91,7 @@ class Slow:
     def choice(self, row: int, anchor: int, following: Sequence[int], k: int, column: int) -> Choice:
         """Of a drafter that chooses, at offset k behind the anchor and the tokens that follow it."""
         assert isinstance(self.drafter, DFlash2Drafter)
-        selector, hidden = self.drafter.candidate_selector, self.hidden(row, anchor)[k - 1]
+        selector, hidden = self.drafter.candidate_selector, self.hidden(row, anchor, following)[k - 1]
         logits = (self.head @ hidden).double()
         previous = [self.case.trajectories[row].tokens[anchor], *following][k - 1]
         gate = selector.predecessor_codebook[previous].double() * (selector.hidden_projection.weight @ hidden).double()

@@ -30,7 +30,7 @@ STEP = {"sequences_per_step": COUNT, "anchors_per_sequence": 3}
 Training = SftTraining | OpdTraining
 
 
-@pytest.fixture(params=RANDOM)
+@pytest.fixture(params=["dflash", "dflash2", "eagle3"])
 def drafter(request: pytest.FixtureRequest, plain_target: Target) -> Drafter:
     return RANDOM[request.param](plain_target)
 
