@@ -26,6 +26,7 @@ def run(ctx: StageContext, config: DriftConfig) -> None:
         champion,
         stored.trajectories,
         config.drafting,
+        law=stored.law,
         tokens_per_group=config.tokens_per_target_forward,
         progress=follow(ctx, "trajectories"),
         kept=ctx.work / "replayed",

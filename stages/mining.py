@@ -33,7 +33,7 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
     from draftsmith.artifacts.schemas import VERIFY_STEPS
     from draftsmith.stages.drafters.checkpoint import load_drafter
     from draftsmith.stages.drafters.digest import drafter_digest
-    from draftsmith.stages.replay.corpus import mine
+    from draftsmith.stages.replay.corpus import draws, mine
     from draftsmith.stages.replay.shards import MinedShards
     from draftsmith.stages.replay.table import MinedFigures
     from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
@@ -52,6 +52,7 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
             drafter,
             trajectories,
             config.drafting,
+            law=stored.law,
             chains=config.chains,
             top_k=config.top_k,
             tokens_per_group=config.tokens_per_target_forward,
@@ -75,7 +76,9 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
     summary["evaluated_blocks_per_step"] = shards.evaluated_blocks(trajectories.ids) / figures.steps
     summary["trajectories_too_short"] = stored.too_short
     drafted_as = {"drafter_digest": drafter_digest(drafter_folder), **config.drafting.model_dump()}
-    summary["parity"] = parity(ctx, trajectories, drafter, drafted_as, target.info.dtype, config)
+    summary["parity"] = parity(
+        ctx, trajectories, drafter, drafted_as, target.info.dtype, config, drawn=draws(drafter, stored.law)
+    )
     (ctx.out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     ctx.summary(
         **{k: summary[k] for k in ("tau", "steps", "error_positions", "evaluated_blocks_per_step")},
@@ -94,10 +97,13 @@ def parity(
     drafted_as: dict[str, Any],
     dtype: str,
     config: MiningConfig,
+    *,
+    drawn: bool,
 ) -> dict[str, Any] | None:
     """Compare what the engine recorded while it served with replay: its steps, and how many it counted.
 
-    drafted_as: the drafter's digest and how it drafts here; dtype: of this replay. None unless the same drafter served
+    drafted_as: the drafter's digest and how it drafts here; dtype: of this replay. drawn: are proposals drawn, so that
+    steps are replay's in law, and only their number can be compared? None unless the same drafter served
     with the same settings. Raises DraftsmithError if they differ in more steps than allowed: the drafter that was
     served is then not this one.
     """
@@ -138,7 +144,7 @@ def parity(
         traced = indices[recorded.counts[indices] > 0]
         comparison.add(recorded.of(traced, COMPARED), replayed.of(traced, COMPARED))
         ctx.check_interrupted()
-    figures = comparison.check(gate) if recorded.counts.any() else {}
+    figures = comparison.check(gate) if recorded.counts.any() and not drawn else {}
     timings = read_table(folder / "timings.parquet", TIMINGS, ["trajectory_id", "verify_steps"])
     place = places(timings, "trajectory_id", ids)
     served = np.zeros(len(ids), dtype=np.int64)

@@ -31,7 +31,15 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
     drafter = load_drafter(folder, target, torch.float32)
     mined = load_mined(ctx.inputs["mined"], stored.trajectories, drafter.block_size)
     training = OpdTraining(
-        drafter, target, stored.trajectories, mined, config, temperature=stored.temperature, seed=ctx.seed, ranks=ranks
+        drafter,
+        target,
+        stored.trajectories,
+        mined,
+        config,
+        temperature=stored.law.temperature,
+        top_p=stored.law.top_p,
+        seed=ctx.seed,
+        ranks=ranks,
     )
     ctx.log(str(training))
     longest = int(stored.trajectories.lengths.max())

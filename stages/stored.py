@@ -15,6 +15,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.parquet import read_table
 from draftsmith.artifacts.row_reader import RowReader
 from draftsmith.artifacts.schemas import PROMPTS, TRAJECTORIES
+from draftsmith.stages.drafters.drawing import Law
 from draftsmith.stages.replay.trajectories import TrajectoryRows
 from draftsmith.stages.targets.info import read_target_info
 
@@ -27,8 +28,13 @@ class StoredTrajectories:
 
     trajectories: TrajectoryRows
     prompt_ids: pa.Array
-    temperature: float  # 0 = greedy
+    law: Law  # that they were drawn with
     too_short: int  # answers of one token: nothing is drafted there
+
+    @property
+    def temperature(self) -> float:
+        """0 = greedy."""
+        return self.law.temperature
 
     @property
     def prompts(self) -> list[str]:
@@ -40,11 +46,11 @@ class StoredTrajectories:
 def load_trajectories(folder: Path, splits: Collection[str] | None = None) -> StoredTrajectories:
     """trajectories.parquet of an artifact, restricted to some splits.
 
-    Raises DraftsmithError if nothing of these splits, nothing usable, or a mix of temperatures is there.
+    Raises DraftsmithError if nothing of these splits, nothing usable, or a mix of temperatures (or of top_p) is there.
     """
     path = folder / "trajectories.parquet"
     reader = RowReader(path, TRAJECTORIES)
-    table = read_table(path, TRAJECTORIES, ["trajectory_id", "prompt_id", "split", "temperature"])
+    table = read_table(path, TRAJECTORIES, ["trajectory_id", "prompt_id", "split", "temperature", "top_p"])
     prompts, responses = _lengths(reader)
     wanted = np.ones(table.num_rows, dtype=bool)
     if splits is not None:
@@ -58,13 +64,16 @@ def load_trajectories(folder: Path, splits: Collection[str] | None = None) -> St
     places = np.flatnonzero(wanted & (responses >= 2))
     if not len(places):
         raise DraftsmithError(f"{path}: no answer of two or more tokens; check the prompts and max_new_tokens")
-    temperatures = sorted(table["temperature"].take(places).unique().to_pylist())
+    temperatures, top_ps = (sorted(table[name].take(places).unique().to_pylist()) for name in ("temperature", "top_p"))
     if len(temperatures) > 1:
         raise DraftsmithError(f"{path}: temperatures {temperatures} are mixed; roll out with one of them")
+    if len(top_ps) > 1 and temperatures[0] > 0:
+        raise DraftsmithError(f"{path}: values {top_ps} of top_p are mixed; roll out with one of them")
     ids, prompt_ids = (table[name].take(places).combine_chunks() for name in ("trajectory_id", "prompt_id"))
     lengths = prompts[places] + responses[places]
     rows = TrajectoryRows(reader, places, ids, lengths, prompts[places])
-    return StoredTrajectories(rows, prompt_ids, float(temperatures[0]), int(wanted.sum()) - len(places))
+    law = Law(float(temperatures[0]), float(top_ps[0]))
+    return StoredTrajectories(rows, prompt_ids, law, int(wanted.sum()) - len(places))
 
 
 def _lengths(reader: RowReader) -> tuple[np.ndarray, np.ndarray]:

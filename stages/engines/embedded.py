@@ -19,6 +19,7 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request, VerifyStep
 from draftsmith.stages.engines.sampling import draw
+from draftsmith.stages.engines.verification import Drafted, draft, verify
 from draftsmith.stages.replay.trace import groups_by_length
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.slots import Rows
@@ -67,7 +68,9 @@ class _Row:
 class EmbeddedEngine:
     """Greedy or sampled decoding of many requests; with a drafter, target-assisted (speculative) decoding.
 
-    slots: requests in flight. capacity: positions a request may use (prompt + response + the proposals of one block).
+    Answers are those of plain decoding, token for token; in law, where a request is sampled and the drafter draws its
+    proposals from a q of its own (`Drafter.draws`). slots: requests in flight. capacity: positions a request may use
+    (prompt + response + the proposals of one block).
     """
 
     def __init__(
@@ -162,25 +165,32 @@ class EmbeddedEngine:
         at = slice(0, len(rows))
         anchors = torch.tensor([row.anchor for row in rows], device=device)
         ids = torch.tensor([[row.last_token] for row in rows], device=device)
+        sampling, seeds = [row.request.sampling for row in rows], [row.request.seed for row in rows]
+        drafted = Drafted(ids[:, 1:])
         if self.drafter and self.context:
             context = self.drafter.select(self.context, at, int(anchors.max()))
-            proposals = self.drafter.propose(
-                context, ids, anchors[:, None], self.block_size, self.head, with_logprobs=False
+            drafted = draft(
+                self.drafter,
+                context,
+                ids,
+                anchors[:, None],
+                self.block_size,
+                self.head,
+                self.target.info.vocab_size,
+                sampling,
+                seeds,
             )
-            ids = torch.cat([ids, proposals.tokens[:, 0]], 1)  # [n, block_size]: the block that is verified
-        proposed = ids[:, 1:].tolist()
-        drafted = time.perf_counter()
+            ids = torch.cat([ids, drafted.tokens], 1)  # [n, block_size]: the block that is verified
+        proposed = drafted.tokens.tolist()
+        drafted_at = time.perf_counter()
 
         positions = anchors[:, None] + torch.arange(ids.shape[1], device=device)
         out = self.target.step(ids, positions, self.cache, at, layer_ids=self.layer_ids)
         if self.drafter and self.context and out.features is not None:
             with torch.no_grad():
                 self.drafter.extend(self.context, at, out.features, ids, positions)
-        sampling, seeds = [row.request.sampling for row in rows], [row.request.seed for row in rows]
-        drawn = draw(self.target.logits(out.hidden), positions + 1, sampling, seeds)
-        # accepted = length of the longest prefix of proposals that equal the target's tokens
-        accepted = (ids[:, 1:] == drawn[:, :-1]).long().cumprod(1).sum(1).tolist()
-        for row, block, kept, tokens in zip(rows, proposed, accepted, drawn.tolist(), strict=True):
+        found = verify(drafted, self.target.logits(out.hidden), positions + 1, sampling, seeds)
+        for row, block, kept, tokens in zip(rows, proposed, found.accepted, found.tokens.tolist(), strict=True):
             anchor = row.anchor
             committed = row.commit(tokens[: kept + 1], self.target.eos_ids)
             if self.drafter:
@@ -189,5 +199,5 @@ class EmbeddedEngine:
         share = 1.0 / len(rows)
         verified = time.perf_counter()
         for row in rows:
-            row.done.draft_seconds += (drafted - started) * share
-            row.done.verify_seconds += (verified - drafted) * share
+            row.done.draft_seconds += (drafted_at - started) * share
+            row.done.verify_seconds += (verified - drafted_at) * share

@@ -107,6 +107,7 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
                 target,
                 drafters,
                 stored.trajectories,
+                law=stored.law,
                 tokens_per_group=config.tokens_per_target_forward,
                 progress=follow(ctx, "trajectories"),
                 kept=kept / str(turn),

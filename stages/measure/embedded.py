@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,14 +64,18 @@ def measure_embedded(
     sizes, candidates = choose_block_sizes(test, drafters, validation, settings[0])
     ctx.log(told(sizes))
     rows, turns = test.take_turns(drafters, sizes, heldout[: config.speed_prompts], settings)
-    compare_with_plain(rows, sampled=True)
+    drawn = any(
+        drafter.draws for drafter in drafters.values()
+    )  # then sampled answers are plain decoding's in law alone
+    compare_with_plain(rows, sampled=not drawn)
     test.add_margins(rows, heldout)
     exactness = {"serving_dtype": target.info.dtype, **equality(rows)}
     first_of_kind: dict[str, str] = {}
     for name, drafter in drafters.items():
         first_of_kind.setdefault(drafter.kind, name)
     checkpoints = [(folders[name], sizes[name]) for name in first_of_kind.values()]
-    exactness |= exactness_in_fp32(test, ctx.inputs["target"], checkpoints, heldout, settings[0])
+    compared = replace(settings[0], temperature=0.0) if drawn else settings[0]
+    exactness |= exactness_in_fp32(test, ctx.inputs["target"], checkpoints, heldout, compared)
     return Measured(ENGINE, rows, turns, candidates, len(validation), exactness)
 
 

@@ -46,6 +46,7 @@ class Board:
         self.accepted = np.full(self.length, NOT_EVALUATED, dtype=np.int64)
         self.proposed = np.zeros((self.length, proposals), dtype=np.int64)
         self.logprobs = np.full((self.length, proposals), np.nan, dtype=np.float32)
+        self.expected: np.ndarray | None = None  # where proposals are drawn
 
     @property
     def filler(self) -> int:
@@ -63,11 +64,19 @@ class Board:
                 return
             self.live = sorted([*self.live, anchor + stretches[anchor] // 2])
 
-    def record(self, kept: np.ndarray, proposed: np.ndarray, logprobs: np.ndarray | None, pace: Pace) -> None:
+    def record(
+        self,
+        kept: np.ndarray,
+        proposed: np.ndarray,
+        logprobs: np.ndarray | None,
+        expected: np.ndarray | None = None,
+        *,
+        pace: Pace,
+    ) -> None:
         """Take the blocks of the live chains, in their order, and move each chain to its next anchor.
 
-        kept [A], proposed and logprobs [A, K]: accepted lengths, token ids, drafter log-probs; what lies behind the
-        live chains is padding.
+        kept [A], proposed and logprobs [A, K], expected [A]: accepted lengths, token ids, drafter log-probs, committed
+        tokens on average where proposals are drawn; what lies behind the live chains is padding.
         """
         count = len(self.live)
         if not count:
@@ -77,6 +86,10 @@ class Board:
         self.accepted[anchors], self.proposed[anchors] = kept, proposed[:count]
         if logprobs is not None:
             self.logprobs[anchors] = logprobs[:count]
+        if expected is not None:
+            if self.expected is None:
+                self.expected = np.full(self.length, np.nan)
+            self.expected[anchors] = expected[:count]
         judged = np.minimum(proposed.shape[1], self.length - 1 - anchors)
         pace.blocks += count
         pace.rejections += int((kept < judged).sum())
@@ -99,4 +112,5 @@ class Board:
             self.proposed[visited],
             self.logprobs[visited],
             evaluated,
+            None if self.expected is None else self.expected[visited],
         )

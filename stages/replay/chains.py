@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from draftsmith.stages.drafters.base import Context, Drafter, Proposals
+from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.replay.board import Board, Pace
+from draftsmith.stages.replay.drawn import Judged, SampledText, draft_drawn
 from draftsmith.stages.replay.trace import Trace, Trajectory, pad_tokens
 
 # Blocks that a round should hold before more chains are worth their extra blocks: by then matrix products are at
@@ -34,10 +35,13 @@ def replay_chains(
     head: Head,
     chains: int | None = None,
     *,
+    text: SampledText | None = None,
     with_logprobs: bool = True,
     blocks_per_round: int = BLOCKS_PER_ROUND,
 ) -> list[Trace]:
     """Traces of a batch of trajectories. context: of the same trajectories, padded to one length.
+
+    text: of the same trajectories, where proposals are drawn; left out, they are argmaxes.
 
     chains: starts in each trajectory, spread evenly. None: one, and more while a round holds fewer than
     `blocks_per_round` blocks and the text ahead of a chain is long enough for two to meet.
@@ -55,6 +59,7 @@ def replay_chains(
             keep = torch.tensor(live, device=device)
             longest = max(boards[rows[r]].length for r in live)
             context, tokens = drafter.select(context, keep, longest), tokens[keep]
+            text = None if text is None else text.select(keep)
             rows = [rows[r] for r in live]
         if chains is None:
             for row in rows:
@@ -64,12 +69,14 @@ def replay_chains(
         anchors = np.array([(boards[row].live + [boards[row].filler] * A)[:A] for row in rows])
         anchors_RA = torch.from_numpy(anchors).to(device)
         seen = drafter.select(context, slice(0, len(rows)), int(anchors.max()))  # a view: nobody looks behind it
-        block, accepted = draft(drafter, seen, tokens, anchors_RA, block_size, head, with_logprobs=with_logprobs)
-        kept = accepted.cpu().numpy()
-        proposed = block.tokens.cpu().numpy()
-        logprobs = block.logprobs.cpu().numpy() if block.logprobs is not None else None
+        found = draft(drafter, seen, tokens, anchors_RA, block_size, head, text=text, with_logprobs=with_logprobs)
+        kept, proposed = found.accepted.cpu().numpy(), found.proposals.tokens.cpu().numpy()
+        logprobs, expected = (
+            None if x is None else x.cpu().numpy() for x in (found.proposals.logprobs, found.expected)
+        )
         for r, row in enumerate(rows):
-            boards[row].record(kept[r], proposed[r], logprobs[r] if logprobs is not None else None, pace)
+            of_row = [None if x is None else x[r] for x in (logprobs, expected)]
+            boards[row].record(kept[r], proposed[r], *of_row, pace=pace)
     return [board.trace() for board in boards]
 
 
@@ -81,18 +88,19 @@ def successors(
     anchors: torch.Tensor,
     block_size: int,
     head: Head,
+    text: SampledText | None = None,
 ) -> torch.Tensor:
     """The anchors [R, A] that a verify step at each of `anchors` [R, A] leads to.
 
-    context: of the same R trajectories. Behind an end it is the first anchor, which every drafter visits.
+    context, text: of the same R trajectories. Behind an end it is the first anchor, which every drafter visits.
     """
     tokens = committed_tokens(trajectories, block_size - 1, anchors.device)
     first, last = (
         torch.tensor(ends, device=anchors.device)[:, None]
         for ends in zip(*((t.first_anchor, t.last_anchor) for t in trajectories), strict=True)
     )
-    _, accepted = draft(drafter, context, tokens, anchors, block_size, head, with_logprobs=False)
-    following = anchors + accepted + 1
+    found = draft(drafter, context, tokens, anchors, block_size, head, text=text, with_logprobs=False)
+    following = anchors + found.accepted + 1
     return torch.where(following > last, first, following)
 
 
@@ -110,12 +118,15 @@ def draft(
     block_size: int,
     head: Head,
     *,
+    text: SampledText | None = None,
     with_logprobs: bool,
-) -> tuple[Proposals, torch.Tensor]:
-    """A block behind every anchor [R, A], and how many of its proposals [R, A] the committed `tokens` keep."""
+) -> Judged:
+    """A block behind every anchor [R, A], and how many of its proposals the committed `tokens` keep."""
+    if text is not None:
+        return draft_drawn(drafter, context, text, tokens, anchors, block_size, head, with_logprobs=with_logprobs)
     block = drafter.propose(
         context, tokens.gather(1, anchors).clamp(min=0), anchors, block_size, head, with_logprobs=with_logprobs
     )
     ahead = anchors[..., None] + torch.arange(1, block_size, device=anchors.device)
     truth = tokens.gather(1, ahead.flatten(1)).view_as(ahead)
-    return block, (block.tokens == truth).long().cumprod(-1).sum(-1)
+    return Judged(block, (block.tokens == truth).long().cumprod(-1).sum(-1))

@@ -12,8 +12,10 @@ import torch
 
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.drafters.drawing import GREEDY, Law
 from draftsmith.stages.memory import in_halves
 from draftsmith.stages.replay.chains import replay_chains
+from draftsmith.stages.replay.drawn import SampledText
 from draftsmith.stages.replay.kept import KeptTraces
 from draftsmith.stages.replay.scoring import StepScores, score_traces
 from draftsmith.stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens
@@ -106,6 +108,7 @@ def replay_groups(
     trajectories: Sequence[Trajectory],
     drafting: DraftingConfig | None = None,
     *,
+    law: Law = GREEDY,
     chains: int | None = None,
     tokens_per_group: int = 4096,
     progress: Progress = quietly,
@@ -114,18 +117,25 @@ def replay_groups(
 ) -> Iterator[Replayed]:
     """Traces of every drafter, some trajectories at a time. The target reads each trajectory once.
 
-    drafting: left out, as each drafter was trained. chains: as in `replay_chains`. kept: a folder of this replay alone,
+    drafting: left out, as each drafter was trained. law: that the texts were drawn with; it decides about the proposals
+    of drafters that draw them (`Drafter.draws`). chains: as in `replay_chains`. kept: a folder of this replay alone,
     in which an interrupted one finds what it has done.
     """
     drafting = drafting or DraftingConfig()
     layer_ids = sorted({layer for d in drafters.values() for layer in d.target_layer_ids})
 
     def replay(group: Group) -> list[dict[str, Trace]]:
-        by_layer = dict(zip(layer_ids, target.features(group.ids, layer_ids).chunk(len(layer_ids), -1), strict=True))
+        if any(draws(drafter, law) for drafter in drafters.values()):
+            out = target.read(group.ids, layer_ids)
+            features, hidden = out.features, out.hidden
+            assert features is not None
+        else:
+            features, hidden = target.features(group.ids, layer_ids), None
+        by_layer = dict(zip(layer_ids, features.chunk(len(layer_ids), -1), strict=True))
         found = {}
         for name, drafter in drafters.items():
             context = context_of(drafter, torch.cat([by_layer[k] for k in drafter.target_layer_ids], -1), group)
-            found[name] = _replay(target, drafter, context, group, drafting, chains, with_logprobs=False)
+            found[name] = _replay(target, drafter, context, group, drafting, chains, hidden, law, with_logprobs=False)
         return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
 
     yield from traces_of(
@@ -182,6 +192,7 @@ def mine(
     trajectories: Sequence[Trajectory],
     drafting: DraftingConfig | None = None,
     *,
+    law: Law = GREEDY,
     chains: int | None = None,
     top_k: int = 8,
     tokens_per_group: int = 8192,
@@ -192,8 +203,8 @@ def mine(
     """Replay and score group by group, leaving out those that are `finished`, of which it is asked by their indices.
 
     The target reads a group once: its hidden states serve the drafter and the proposals up to the first rejection, its
-    key/value cache those behind it. top_k: of the target's best tokens at each rejection. tree_tokens: rejected
-    proposals of a trajectory that one forward scores.
+    key/value cache those behind it. law: as in `replay_groups`. top_k: of the target's best tokens at each rejection.
+    tree_tokens: rejected proposals of a trajectory that one forward scores.
     """
     drafting = drafting or DraftingConfig()
     tree_tokens = max(tree_tokens, drafting.block_size or drafter.block_size)
@@ -202,7 +213,7 @@ def mine(
         out, cache = read(target, group, tree_tokens, drafter.target_layer_ids)
         assert out.features is not None
         context = context_of(drafter, out.features, group)
-        traces = _replay(target, drafter, context, group, drafting, chains, with_logprobs=True)
+        traces = _replay(target, drafter, context, group, drafting, chains, out.hidden, law, with_logprobs=True)
         scores = score_traces(target, cache, out.hidden, traces, top_k=top_k, tree_tokens=tree_tokens)
         return list(zip(traces, scores, strict=True))
 
@@ -243,6 +254,11 @@ def context_of(drafter: Drafter, features: torch.Tensor, group: Group) -> Contex
     return drafter.encode(features, group.ids, group.positions)
 
 
+def draws(drafter: Drafter, law: Law) -> bool:
+    """Are its proposals for requests of this law drawn from its q, and verified with it? Else they are argmaxes."""
+    return drafter.draws and not law.greedy
+
+
 def _replay(
     target: Target,
     drafter: Drafter,
@@ -250,9 +266,17 @@ def _replay(
     group: Group,
     drafting: DraftingConfig,
     chains: int | None,
+    hidden: torch.Tensor | None,
+    law: Law,
     *,
     with_logprobs: bool,
 ) -> list[Trace]:
     head = drafter.drafting_head(target.head_weight, drafting.head_tokens)
     block_size = drafting.block_size or drafter.block_size
-    return replay_chains(drafter, context, group.trajectories, block_size, head, chains, with_logprobs=with_logprobs)
+    text = None
+    if draws(drafter, law):
+        assert hidden is not None
+        text = SampledText.of(target, hidden, group.trajectories, law, block_size - 1)
+    return replay_chains(
+        drafter, context, group.trajectories, block_size, head, chains, text=text, with_logprobs=with_logprobs
+    )

@@ -65,6 +65,8 @@ def _arrays(traces: Mapping[int, Mapping[str, Trace]], drafters: Sequence[str]) 
             joined = np.concatenate([getattr(trace, field) for trace in of_drafter])
             if field != "drafter_logprobs" or not np.isnan(joined).all():  # often they were not computed
                 arrays[f"{d}.{field}"] = joined
+        if of_drafter[0].expected is not None:  # of all: they are drawn alike
+            arrays[f"{d}.expected"] = np.concatenate([trace.expected for trace in of_drafter])
     return arrays
 
 
@@ -78,7 +80,9 @@ def _read(path: Path, drafters: Sequence[str]) -> dict[int, dict[str, Trace]]:
             for d, name in enumerate(drafters):
                 ends = np.cumsum(arrays[f"{d}.steps"])[:-1]
                 columns = {
-                    field: np.split(arrays[f"{d}.{field}"], ends) for field in _STEPS if f"{d}.{field}" in arrays
+                    field: np.split(arrays[f"{d}.{field}"], ends)
+                    for field in (*_STEPS, "expected")
+                    if f"{d}.{field}" in arrays
                 }
                 length, blocks = arrays[f"{d}.length"], arrays[f"{d}.evaluated_blocks"]
                 for row, place in enumerate(traces):

@@ -25,7 +25,7 @@ class Tally:
     """Of N trajectories; traces may come in any order, and need not be kept."""
 
     def __init__(self, trajectories: int):
-        self.committed = np.zeros(trajectories)  # [N] tokens that verify steps committed
+        self.committed = np.zeros(trajectories)  # [N] tokens that verify steps committed, on average where drawn
         self.steps = np.zeros(trajectories)  # [N] verify steps
         self.accepted = np.zeros(0, dtype=np.int64)  # [K + 1] steps by proposals kept
         self.judged = np.zeros(0, dtype=np.int64)  # [K + 1] steps by proposals that lie inside the trajectory
@@ -34,7 +34,7 @@ class Tally:
         """Take the traces of the trajectories `indices`, each of them once."""
         for index, trace in zip(indices, traces, strict=True):
             size = trace.proposed.shape[1] + 1
-            self.committed[index], self.steps[index] = trace.committed.sum(), len(trace.anchors)
+            self.committed[index], self.steps[index] = trace.expected_committed.sum(), len(trace.anchors)
             accepted, judged = (np.bincount(each, minlength=size) for each in (trace.accepted, trace.judged))
             first = len(self.accepted) == 0
             self.accepted, self.judged = (

@@ -42,6 +42,9 @@ class Trace:
     proposed: np.ndarray  # [S, K] int
     drafter_logprobs: np.ndarray  # [S, K] float32
     evaluated_blocks: int  # work: blocks drafted to find the trace
+    expected: np.ndarray | None = (
+        None  # [S] float64 tokens committed, on average over the draws; None: nothing is drawn
+    )
 
     @property
     def judged(self) -> np.ndarray:
@@ -52,6 +55,12 @@ class Trace:
     def committed(self) -> np.ndarray:
         """[S] tokens committed by each step: the accepted ones and one more, unless the end cut the step."""
         return np.minimum(self.accepted + 1, self.length - 1 - self.anchors)
+
+    @property
+    def expected_committed(self) -> np.ndarray:
+        """[S] the same on average over what is drawn behind each anchor. As estimates of tau their sums vary less: a
+        trace with more steps than usual is one whose steps were cut short by their numbers."""
+        return self.committed if self.expected is None else self.expected
 
     @property
     def on_trajectory(self) -> np.ndarray:
@@ -68,7 +77,7 @@ def tau(traces: Iterable[Trace]) -> float:
     """Acceptance length: committed tokens per verify step, with the target's own token ("+1")."""
     traces = list(traces)
     steps = sum(len(t.anchors) for t in traces)
-    return float(sum(t.committed.sum() for t in traces) / steps) if steps else float("nan")
+    return float(sum(t.expected_committed.sum() for t in traces) / steps) if steps else float("nan")
 
 
 def pad_tokens(trajectories: Sequence[Trajectory], device: torch.device, fill: int = 0) -> torch.Tensor:

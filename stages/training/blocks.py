@@ -9,6 +9,7 @@ import torch
 
 from draftsmith.stages.drafters.base import Context, Drafter, StepShape
 from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.replay.drawn import SampledText
 from draftsmith.stages.training.batches import Batch
 
 
@@ -37,6 +38,7 @@ class View:
     # Holds every token of the batch, so what is right can be proposed; under a reduced head a wrong token that it lacks
     # cannot, and is not seen to be rejected.
     head: Head
+    text: SampledText | None = None  # where proposals are drawn; left out, they are argmaxes
 
 
 class Share(float):

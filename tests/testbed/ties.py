@@ -54,7 +54,7 @@ def draft_margin(
 
 def draw_margin(target: Target, trajectory: Trajectory, params: SamplingParams, seed: int) -> float:
     """The smallest distance of a sampled response's drawn numbers from the next token's, and of top-p from its cut."""
-    from draftsmith.stages.engines.sampling import probabilities, uniform
+    from draftsmith.stages.drafters.drawing import probabilities, uniform
 
     logits = target.logits(
         target.read(torch.tensor([trajectory.tokens[:-1]])).hidden[0, trajectory.prompt_length - 1 :]

@@ -86,9 +86,16 @@ class Remining:
     @torch.no_grad()
     def _replay(self, view: View, rows: list[int], trajectories: list[Trajectory], chains: int) -> list[Trace]:
         width = max(len(t.tokens) for t in trajectories)
-        context = self.drafter.select(view.context, torch.tensor(rows, device=view.batch.tokens.device), width)
+        chosen = torch.tensor(rows, device=view.batch.tokens.device)
         return replay_chains(
-            self.drafter, context, trajectories, self.mined.proposals + 1, view.head, chains, with_logprobs=False
+            self.drafter,
+            self.drafter.select(view.context, chosen, width),
+            trajectories,
+            self.mined.proposals + 1,
+            view.head,
+            chains,
+            text=None if view.text is None else view.text.select(chosen),
+            with_logprobs=False,
         )
 
     def with_scores(self, indices: Sequence[int], batch: Batch, anchors: Anchors, steps: VerifySteps) -> VerifySteps:

@@ -131,6 +131,7 @@ class SuccessorAnchors(Forgetful):
             torch.from_numpy(before).to(device),
             self.table.proposals + 1,
             view.head,
+            view.text,
         )
         # two positions may have the same successor: another one is trained twice then
         chosen = [

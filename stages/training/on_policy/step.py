@@ -10,7 +10,10 @@ import numpy as np
 import torch
 
 from draftsmith.stages.drafters.base import Context, Drafter
+from draftsmith.stages.drafters.drawing import GREEDY, Law
 from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.replay.chains import committed_tokens, draft
+from draftsmith.stages.replay.drawn import SampledText
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.batches import Batch, Portion
 from draftsmith.stages.training.blocks import (
@@ -41,10 +44,13 @@ class OpdStep:
         objective: LossConfig,
         config: TrainingConfig,
         proposals: int,
+        law: Law = GREEDY,
     ):
-        """objective: resolved. proposals: of a served block, at most those of the trained one."""
+        """objective: resolved. proposals: of a served block, at most those of the trained one. law: that the texts were
+        drawn with, if the drafter draws its proposals under it."""
         self.drafter, self.target, self.source = drafter, target, source
         self.objective, self.config, self.proposals = objective, config, proposals
+        self.law = law
         self.heads = HeadSource(drafter, target.head_weight, config)
 
     def loss(self, step: int, indices: Sequence[int], batch: Batch, rng: np.random.Generator) -> LossReport:
@@ -77,11 +83,14 @@ class OpdStep:
             with torch.set_grad_enabled(alone and torch.is_grad_enabled()):
                 context = context_of(self.drafter, rows)
                 clock.spent("drafter")
-                found = self.source.draw(step, indices[part], View(rows, context, heads.drafter), phases[part])
+                text = self._text(rows, step)
+                view = View(rows, context, heads.drafter, text)
+                found = self.source.draw(step, indices[part], view, phases[part])
                 clock.spent("mining")
                 if not alone and found.steps is None and self.objective.needs_scores:
                     hidden = block_hidden(self.drafter, context, rows, found.anchors)
-                    found = replace(found, judged=self._judged(hidden, context, rows, found.anchors, heads, clock))
+                    judged = self._judged(hidden, context, rows, found.anchors, heads, clock, text)
+                    found = replace(found, judged=judged)
             drawn.append(found)
         self.source.share(portion.ranks)
         whole = None
@@ -98,7 +107,7 @@ class OpdStep:
         clock.spent("mining")
         for part, found in zip(parts, drawn, strict=True):
             clock.resume()
-            report = self._trained(batch.rows(part), context, found, heads, rng if alone else None, clock)
+            report = self._trained(batch.rows(part), context, found, heads, rng if alone else None, clock, step)
             report.alone, report.whole = alone, whole
             report.seconds = clock.take()
             yield report
@@ -119,6 +128,7 @@ class OpdStep:
         heads: Heads,
         rng: np.random.Generator | None,
         clock: _Clock,
+        step: int,
     ) -> LossReport:
         """context: of the batch, with gradient, where it is there already. rng: for a head that also holds what is
         rejected, where this is not known yet."""
@@ -127,8 +137,9 @@ class OpdStep:
         hidden = block_hidden(self.drafter, context, batch, drawn.anchors)
         clock.spent("drafter")
         steps = drawn.steps or drawn.judged
-        if steps is None and self.objective.reads_steps:  # else the loss finds what was accepted
-            steps = self._judged(hidden, context, batch, drawn.anchors, heads, clock)
+        # else the loss finds what was accepted: argmaxes that are the text's
+        if steps is None and (self.objective.reads_steps or not self.law.greedy):
+            steps = self._judged(hidden, context, batch, drawn.anchors, heads, clock, self._text(batch, step))
         on_proposals = None
         if self.drafter.autoregressive and self.objective.needs_scores:
             assert steps is not None
@@ -151,7 +162,7 @@ class OpdStep:
         report.operations = operations_of(self.drafter, batch, drawn.anchors, report.positions, heads.drafter)
         if on_proposals is not None:  # the chains were drafted twice; nothing more went through the head
             report.operations += operations_of(self.drafter, batch, drawn.anchors, 0, heads.drafter, prefixes=0)
-        if drawn.steps is None:  # judged by this very forward, or not at all
+        if drawn.steps is None or not self.law.greedy:  # judged by this very forward, not at all, or drawn
             report.figures.pop("steps_changed_share", None)
         report.figures |= drawn.figures
         clock.spent("head_and_loss")
@@ -165,12 +176,20 @@ class OpdStep:
         anchors: Anchors,
         heads: Heads,
         clock: _Clock,
+        text: SampledText | None,
     ) -> VerifySteps:
         """The verify steps of blocks with hidden states [B, A, K, H], scored where a rejected stream reads it."""
-        own_chains = self.drafter.autoregressive and self.objective.needs_scores
-        proposed = self._propose(context, batch, anchors, heads.drafter) if own_chains else None
+        own_chains = (self.drafter.autoregressive or text is not None) and self.objective.needs_scores
+        proposed = self._propose(context, batch, anchors, heads.drafter, text) if own_chains else None
         steps = judge(
-            hidden, batch, anchors, heads.drafter, proposals=self.proposals, proposed=proposed, chooser=heads.chooser
+            hidden,
+            batch,
+            anchors,
+            heads.drafter,
+            proposals=self.proposals,
+            proposed=proposed,
+            chooser=heads.chooser,
+            text=text,
         )
         clock.spent("drafter")
         if self.objective.needs_scores:
@@ -179,11 +198,22 @@ class OpdStep:
         clock.spent("mining")
         return steps
 
-    def _propose(self, context: Context, batch: Batch, anchors: Anchors, head: Head) -> torch.Tensor:
+    def _propose(
+        self, context: Context, batch: Batch, anchors: Anchors, head: Head, text: SampledText | None
+    ) -> torch.Tensor:
         """[B, A, K] of the current weights."""
-        tokens = batch.tokens.gather(1, anchors.positions)
         size = self.drafter.block_size
-        return self.drafter.propose(context, tokens, anchors.positions, size, head, with_logprobs=False).tokens
+        tokens = committed_tokens(batch.trajectories, size - 1, batch.tokens.device)
+        found = draft(self.drafter, context, tokens, anchors.positions, size, head, text=text, with_logprobs=False)
+        return found.proposals.tokens
+
+    def _text(self, batch: Batch, step: int) -> SampledText | None:
+        """What decides about proposals that are drawn; other numbers in every step."""
+        if self.law.greedy:
+            return None
+        assert batch.hidden is not None
+        proposals = self.drafter.block_size - 1
+        return SampledText.of(self.target, batch.hidden, batch.trajectories, self.law, proposals, salt=step + 1)
 
 
 def _steps_of(drawn: Drawn) -> VerifySteps:

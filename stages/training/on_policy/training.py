@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.drawing import GREEDY, Law
 from draftsmith.stages.parallel.ranks import ALONE, Ranks
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.causal_lm import Target
@@ -32,13 +33,14 @@ class OpdTraining:
         config: OpdConfig,
         *,
         temperature: float = 0.0,
+        top_p: float = 1.0,
         seed: int = 0,
         ranks: Ranks = ALONE,
     ):
         """drafter: float32 weights that are to be trained. mined: its steps on these trajectories (VERIFY_STEPS).
 
-        temperature: that the trajectories were drawn at, 0 = greedy. Raises DraftsmithError if nothing of the config's
-        kind was mined.
+        temperature, top_p: that the trajectories were drawn at, 0 = greedy. Raises DraftsmithError if nothing of the
+        config's kind was mined.
         """
         if isinstance(mined, pa.Table):
             mined = match_steps(mined, trajectories, drafter.block_size)
@@ -62,15 +64,16 @@ class OpdTraining:
             tokens_per_forward=config.tokens_per_target_forward,
         )
         self.source = anchor_source(config, remining)
+        law = Law(temperature, top_p) if self.sampled and drafter.draws else GREEDY
         self._features = FeatureSource(
             target,
             drafter.target_layer_ids,
             trajectories,
             tokens_per_group=config.tokens_per_target_forward,
             memory_mb=config.feature_memory_mb,
-            with_hidden=self.objective.response.asks_target,
+            with_hidden=self.objective.response.asks_target or not law.greedy,
         )
-        self._step = OpdStep(drafter, target, self.source, self.objective, config, mined.proposals)
+        self._step = OpdStep(drafter, target, self.source, self.objective, config, mined.proposals, law)
 
     @property
     def passes(self) -> float:

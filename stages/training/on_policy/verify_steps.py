@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from draftsmith.stages.drafters.base import Drafter, best_of
+from draftsmith.stages.drafters.drawing import probabilities
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.replay.corpus import score
+from draftsmith.stages.replay.drawn import SampledText
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.batches import Batch
@@ -38,6 +40,7 @@ def judge(
     proposals: int,
     proposed: torch.Tensor | None = None,
     chooser: Drafter | None = None,
+    text: SampledText | None = None,
 ) -> VerifySteps:
     """The verify steps of blocks that were drafted already: no second pass of the drafter.
 
@@ -51,20 +54,49 @@ def judge(
     K = hidden.shape[2]
     labels, inside = labels_of(batch, anchors, K)
     inside = inside & (torch.arange(1, K + 1, device=hidden.device) <= proposals)
+    before = tokens_at(batch, anchors, 0, K)
     if chooser is None:
         best = best_of(hidden, head, with_logprobs=False).tokens
     else:
-        before, columns = tokens_at(batch, anchors, 0, K), chooser.candidates(hidden, head)
+        columns = chooser.candidates(hidden, head)
         place = chooser.choices(hidden, before, columns, head).argmax(-1, keepdim=True)
         best = head.to_tokens(columns.gather(-1, place)[..., 0])
-        proposed = chooser.choose(hidden, before[..., 0], head).tokens
-    accepted = ((best == labels) & inside).long().cumprod(-1).sum(-1)
+        if proposed is None:
+            proposed = chooser.choose(hidden, before[..., 0], head).tokens
+    if text is None:
+        accepted = ((best == labels) & inside).long().cumprod(-1).sum(-1)
+    else:
+        on_text = torch.where(inside, labels, -1)
+        accepted = torch.minimum(_drawn(hidden, before, on_text, anchors, head, chooser, text), inside.long().sum(-1))
     judged = inside.long().sum(-1)
     lengths = torch.tensor([len(t.tokens) for t in batch.trajectories], device=hidden.device)
     committed = torch.minimum(accepted + 1, lengths[:, None] - 1 - anchors.positions)
     rejected_offset = torch.where(accepted < judged, accepted + 1, 0)
     unscored = torch.full(best.shape, torch.nan, device=hidden.device)
     return VerifySteps(accepted, committed, rejected_offset, best if proposed is None else proposed, unscored)
+
+
+def _drawn(
+    hidden: torch.Tensor,
+    before: torch.Tensor,
+    on_text: torch.Tensor,
+    anchors: Anchors,
+    head: Head,
+    chooser: Drafter | None,
+    text: SampledText,
+) -> torch.Tensor:
+    """[B, A] proposals kept, as the text's numbers decide. before, on_text: [B, A, K] tokens of the text in front of
+    each offset and at it, -1 behind the end."""
+    found = text.expectation(anchors.positions)
+    for k in range(hidden.shape[2]):
+        logits = head.logits(hidden[:, :, k])
+        if chooser is not None:
+            columns = chooser.candidates(hidden[:, :, k], head)
+            choices = chooser.choices(hidden[:, :, k], before[..., k], columns, head)
+            logits = torch.full_like(logits, -torch.inf).scatter(-1, columns, choices)
+        q = probabilities(logits, text.law.temperature)
+        found.take(q, text.law_behind(anchors.positions + k), on_text[..., k], head)
+    return found.accepted
 
 
 def with_scores(

@@ -15,8 +15,8 @@ import pytest
 import torch
 from scipy import stats
 
+from draftsmith.stages.drafters.drawing import probabilities
 from draftsmith.stages.engines.base import Request, SamplingParams
-from draftsmith.stages.engines.sampling import probabilities
 from tests.stages.bench import Bench
 
 Prefix = tuple[int, ...]  # of the response

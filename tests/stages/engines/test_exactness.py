@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.drafters.drawing import probabilities, uniform
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
-from draftsmith.stages.engines.sampling import probabilities, uniform
 from draftsmith.stages.targets.info import model_path
 from tests.stages.bench import CAPACITY, GREEDY_TOKENS, Bench
 from tests.testbed.drafter import DrafterArtifacts

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from draftsmith.stages.drafters.drawing import probabilities, uniform
 from draftsmith.stages.engines.base import SamplingParams
-from draftsmith.stages.engines.sampling import draw, probabilities, uniform
+from draftsmith.stages.engines.sampling import draw
 
 
 def test_uniform_numbers_depend_on_seed_and_position_and_are_uniform() -> None:

@@ -1,0 +1,86 @@
+"""Drawing tokens: temperature and top-p, with uniform numbers of a (seed, position).
+
+The numbers depend on nothing else, so a request draws the same tokens in any batch. A position has one for each
+purpose, independent of the others: which of them decides a position's token is decided before it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import torch
+
+
+class Purpose(IntEnum):
+    """What a position's numbers are for."""
+
+    TARGET = 0  # the token is drawn from the target: plain decoding, and behind a block that was accepted whole
+    ACCEPT = 1  # is the proposal kept?
+    PROPOSAL = 2  # the proposal is drawn from the drafter's q
+    RESIDUAL = 3  # the token behind a rejection is drawn from what q has too little of
+
+
+@dataclass(frozen=True)
+class Law:
+    """How texts were drawn from the target."""
+
+    temperature: float = 0.0  # 0 = greedy
+    top_p: float = 1.0
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+GREEDY = Law()
+
+
+def uniforms(seed: int, position: int) -> np.ndarray:
+    """[purposes] numbers in [0, 1) from the counter-based generator Philox, keyed by seed and position."""
+    key = np.array([seed & (2**64 - 1), position], dtype=np.uint64)
+    numbers: np.ndarray = np.random.Generator(np.random.Philox(key=key)).random(len(Purpose))
+    return numbers
+
+
+def uniform(seed: int, position: int, purpose: Purpose = Purpose.TARGET) -> float:
+    """One of them."""
+    return float(uniforms(seed, position)[purpose])
+
+
+def seed_of(name: str, salt: int = 0) -> int:
+    """A seed (64 bits) for what has a name of its own."""
+    return int.from_bytes(hashlib.sha256(f"{salt}/{name}".encode()).digest()[:8], "big")
+
+
+def probabilities(logits: torch.Tensor, temperature: float | torch.Tensor, top_p: float = 1.0) -> torch.Tensor:
+    """float32 logits [..., V] → the distribution that is sampled, float64 [..., V]. temperature: above 0.
+
+    top-p keeps the smallest set of most likely tokens whose probability reaches `top_p`.
+    """
+    p = torch.softmax(logits.double() / temperature, -1)
+    if top_p < 1.0:
+        ordered, order = p.sort(-1, descending=True)
+        dropped = ordered.cumsum(-1) - ordered >= top_p  # the mass before this token already suffices
+        p = p.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), 0.0)
+        p = p / p.sum(-1, keepdim=True)
+    return p
+
+
+def pick(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Indices [...] drawn in proportion to `weights` [..., V], by uniform numbers [...]."""
+    cumulative = weights.cumsum(-1)
+    sought = numbers.to(weights)[..., None] * cumulative[..., -1:]
+    index = torch.searchsorted(cumulative, sought, right=True).squeeze(-1)
+    return index.clamp(max=weights.shape[-1] - 1)
+
+
+def scattered(weights: torch.Tensor, token_ids: torch.Tensor | None, vocabulary: int) -> torch.Tensor:
+    """Weights [..., V'] of some tokens as weights of all [..., V], 0 for the others."""
+    if token_ids is None:
+        return weights
+    whole = weights.new_zeros(*weights.shape[:-1], vocabulary)
+    whole[..., token_ids] = weights
+    return whole

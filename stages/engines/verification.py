@@ -1,0 +1,113 @@
+"""Proposals of requests in flight, and which of them the target keeps.
+
+Greedy requests, and drafters that propose their argmax, keep what equals the target's own token. Where a drafter draws
+its proposals from a q of its own, the rule is that of speculative sampling (arXiv 2211.17192): keep x with probability
+min(1, p(x) / q(x)), else draw from max(p - q, 0). What is committed follows p either way. A position is decided once:
+proposals behind a rejection decide nothing, so the next block may draw there with the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from draftsmith.stages.drafters.base import Context, Drafter
+from draftsmith.stages.drafters.drawing import Purpose, pick, probabilities, scattered, uniform
+from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.engines.base import SamplingParams
+from draftsmith.stages.engines.sampling import draw
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """A block a row."""
+
+    tokens: torch.Tensor  # [n, K]
+    laws: dict[int, torch.Tensor] = field(default_factory=dict)  # row -> q [K, V] float64, where proposals were drawn
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What the target says of it."""
+
+    tokens: torch.Tensor  # [n, K + 1]; of a row the first accepted + 1 are committed
+    accepted: list[int]
+
+
+@torch.no_grad()
+def draft(
+    drafter: Drafter,
+    context: Context,
+    anchor_tokens: torch.Tensor,
+    anchors: torch.Tensor,
+    block_size: int,
+    head: Head,
+    vocabulary: int,
+    sampling: Sequence[SamplingParams],
+    seeds: Sequence[int],
+) -> Drafted:
+    """A block behind the anchor of each row. anchor_tokens, anchors: [n, 1]."""
+    sampled = [row for row, params in enumerate(sampling) if drafter.draws and not params.greedy]
+    if not sampled:  # argmaxes, also where the drafter could draw
+        block = drafter.propose(context, anchor_tokens, anchors, block_size, head, with_logprobs=False)
+        return Drafted(block.tokens[:, 0])
+    drafting = drafter.drafting(context, anchor_tokens, anchors, block_size, head)
+    temperatures = torch.tensor([sampling[row].temperature for row in sampled], device=anchors.device)[:, None]
+    numbers = torch.tensor(
+        [
+            [uniform(seeds[row], int(anchors[row, 0]) + k, Purpose.PROPOSAL) for k in range(1, block_size)]
+            for row in sampled
+        ],
+        dtype=torch.float64,
+        device=anchors.device,
+    )
+    tokens, laws = [anchor_tokens], []
+    for k in range(block_size - 1):
+        logits = drafting.logits(tokens[-1])[:, 0]
+        columns = logits.argmax(-1)
+        q = probabilities(logits[sampled], temperatures)
+        columns[sampled] = pick(q, numbers[:, k])
+        laws.append(scattered(q, head.token_ids, vocabulary))
+        tokens.append(head.to_tokens(columns)[:, None])
+    of_rows = torch.stack(laws, 1)  # [sampled, K, V]
+    return Drafted(torch.cat(tokens[1:], 1), dict(zip(sampled, of_rows, strict=True)))
+
+
+def verify(
+    drafted: Drafted,
+    logits: torch.Tensor,
+    positions: torch.Tensor,
+    sampling: Sequence[SamplingParams],
+    seeds: Sequence[int],
+) -> Verified:
+    """logits: [n, K + 1, V] of the target behind the anchor and each proposal; positions: [n, K + 1] of what they
+    predict."""
+    tokens = torch.zeros_like(positions)
+    accepted = [0] * len(sampling)
+    point = [row for row in range(len(sampling)) if row not in drafted.laws]
+    if point:
+        of_point = logits[point] if drafted.laws else logits
+        drawn = draw(of_point, positions[point], [sampling[r] for r in point], [seeds[r] for r in point])
+        equal = (drafted.tokens[point] == drawn[:, :-1]).long().cumprod(1).sum(1).tolist()
+        tokens[point] = drawn
+        for row, count in zip(point, equal, strict=True):
+            accepted[row] = count
+    for row, q in drafted.laws.items():
+        p = probabilities(logits[row], sampling[row].temperature, sampling[row].top_p)
+        kept, behind = _by_ratio(drafted.tokens[row], p, q, int(positions[row, 0]), seeds[row])
+        tokens[row, :kept], tokens[row, kept], accepted[row] = drafted.tokens[row, :kept], behind, kept
+    return Verified(tokens, accepted)
+
+
+def _by_ratio(
+    proposed: torch.Tensor, p: torch.Tensor, q: torch.Tensor, first: int, seed: int
+) -> tuple[int, torch.Tensor]:
+    """Proposals kept, and the token behind them. proposed [K], p [K + 1, V], q [K, V]; first: position of the first."""
+    ratios = (p[:-1].gather(1, proposed[:, None]) / q.gather(1, proposed[:, None]))[:, 0].tolist()
+    for k, ratio in enumerate(ratios):
+        if uniform(seed, first + k, Purpose.ACCEPT) >= ratio:
+            rest, number = (p[k] - q[k]).clamp(min=0), uniform(seed, first + k, Purpose.RESIDUAL)
+            return k, pick(rest, torch.tensor(number, dtype=rest.dtype))
+    return len(ratios), pick(p[-1], torch.tensor(uniform(seed, first + len(ratios)), dtype=p.dtype))

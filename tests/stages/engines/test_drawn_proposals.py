@@ -1,0 +1,172 @@
+"""Where a drafter draws its proposals, sampled answers follow the target's law, and the test rejects wrong rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.drawing import Purpose, pick, probabilities, uniform
+from draftsmith.stages.engines import verification
+from draftsmith.stages.engines.base import Completion, Request, SamplingParams
+from draftsmith.stages.engines.embedded import EmbeddedEngine
+from draftsmith.stages.targets.causal_lm import Target
+from tests.testbed import random_target
+from tests.testbed.drawing import drawing_dflash, drawing_eagle3
+
+PROMPT = [5, 3, 9, 1]
+PARAMS = SamplingParams(3, temperature=1.5, top_p=0.95)  # the prefill's token, and two that a block proposed
+ANSWERS = 800
+CLASSES = 6  # of tokens: counts of single pairs would be too small
+ALARM = 1e-6  # p-value, of fixed seeds
+
+
+def answers(target: Target, drafter: Drafter | None, count: int = ANSWERS, slots: int = 100) -> list[Completion]:
+    engine = EmbeddedEngine(target, drafter, slots=slots, capacity=16)
+    requests = [Request(str(i), PROMPT, PARAMS, i) for i in range(count)]
+    return sorted(engine.generate(requests), key=lambda answer: int(answer.request.request_id))
+
+
+@pytest.fixture(scope="module")
+def law(plain_target: Target) -> np.ndarray:
+    """[classes, classes] of the second and the third token, of answers that do not end before, from plain forwards."""
+    end = plain_target.info.vocab_size - 1
+
+    def behind(texts: torch.Tensor) -> torch.Tensor:
+        logits = plain_target.logits(plain_target.read(texts).hidden[:, -1])
+        return probabilities(logits, PARAMS.temperature, PARAMS.top_p)
+
+    prompt = torch.tensor([PROMPT])
+    tokens = torch.arange(end)
+    first = behind(prompt)[0, :end]
+    ones = torch.cat([prompt.expand(end, -1), tokens[:, None]], 1)
+    second = first[:, None] * behind(ones)[:, :end]
+    twos = torch.cat([ones[:, None].expand(-1, end, -1), tokens[None, :, None].expand(end, -1, 1)], -1)
+    third = second[..., None] * behind(twos.flatten(0, 1)).view(end, end, -1)  # also ends
+    counts = torch.zeros(CLASSES, CLASSES, dtype=third.dtype)
+    classes = tokens % CLASSES, torch.arange(end + 1) % CLASSES
+    counts.index_put_((classes[0][:, None], classes[1][None]), third.sum(0), accumulate=True)
+    return (counts / counts.sum()).numpy()
+
+
+def p_value(found: list[Completion], law: np.ndarray) -> float:
+    counts = np.zeros_like(law)
+    for answer in found:
+        if len(answer.response_ids) == 3:
+            counts[answer.response_ids[1] % CLASSES, answer.response_ids[2] % CLASSES] += 1
+    return float(stats.chisquare(counts.ravel(), (law * counts.sum()).ravel()).pvalue)
+
+
+@pytest.fixture(scope="module", params=[drawing_dflash, drawing_eagle3])
+def drafter(request: pytest.FixtureRequest, plain_target: Target) -> Drafter:
+    made: Drafter = request.param(plain_target)
+    return made
+
+
+def test_sampled_answers_follow_the_target(drafter: Drafter, law: np.ndarray, plain_target: Target) -> None:
+    found = answers(plain_target, drafter)
+    accepted = [step.accepted for answer in found for step in answer.steps]
+    assert min(accepted.count(n) for n in (0, 1, 2)) > 25
+    assert p_value(found, law) > ALARM
+    assert p_value(answers(plain_target, None), law) > ALARM  # the reference itself
+
+
+def test_a_request_draws_the_same_in_any_batch(drafter: Drafter, plain_target: Target) -> None:
+    many, few = (answers(plain_target, drafter, 40, slots) for slots in (40, 7))
+    for answer, other in zip(many, few, strict=True):
+        assert answer.response_ids == other.response_ids
+        assert [(s.accepted, s.proposed) for s in answer.steps] == [(s.accepted, s.proposed) for s in other.steps]
+
+
+# ---- verification alone, of laws that are tables: many draws, so that every wrong rule is seen
+
+DRAWS, TOKENS, OFFSETS = 3000, 5, 2
+TABLES = np.random.default_rng(0).dirichlet(np.full(TOKENS, 0.7), (2, OFFSETS + 1))  # p and q of each offset
+
+
+def committed() -> list[list[int]]:
+    """The tokens of one step of each of many requests; p and q do not depend on what came before."""
+    p, q = (torch.from_numpy(table) for table in TABLES)
+    q = q[:-1]
+    proposed = torch.stack(
+        [
+            pick(q, torch.tensor([uniform(seed, 1 + k, Purpose.PROPOSAL) for k in range(OFFSETS)]).double())
+            for seed in range(DRAWS)
+        ]
+    )
+    found = verification.verify(
+        verification.Drafted(proposed, dict.fromkeys(range(DRAWS), q)),
+        p.log().expand(DRAWS, -1, -1),
+        torch.arange(1, OFFSETS + 2).expand(DRAWS, -1),
+        [SamplingParams(9, temperature=1.0)] * DRAWS,
+        list(range(DRAWS)),
+    )
+    return [row[: kept + 1] for row, kept in zip(found.tokens.tolist(), found.accepted, strict=True)]
+
+
+def least_p_value() -> float:
+    """Over the places of a step: of the tokens there, whenever it was committed, against the target's law."""
+    values, steps = [], committed()
+    for place in range(OFFSETS + 1):
+        counts = np.bincount([step[place] for step in steps if len(step) > place], minlength=TOKENS)
+        values.append(stats.chisquare(counts, TABLES[0, place] * counts.sum()).pvalue)
+    return float(min(values))
+
+
+Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, int], tuple[int, torch.Tensor]]
+
+
+def _walk(ratio: Callable[..., float], rest: Callable[..., torch.Tensor]) -> Rule:
+    def rule(
+        proposed: torch.Tensor, p: torch.Tensor, q: torch.Tensor, first: int, seed: int
+    ) -> tuple[int, torch.Tensor]:
+        for k, x in enumerate(proposed.tolist()):
+            if uniform(seed, first + k, Purpose.ACCEPT) >= ratio(float(p[k, x]), float(q[k, x])):
+                number = uniform(seed, first + k, Purpose.RESIDUAL)
+                return k, pick(rest(p[k], q[k]), torch.tensor(number).double())
+        return len(proposed), pick(p[-1], torch.tensor(uniform(seed, first + len(proposed))).double())
+
+    return rule
+
+
+def _surplus(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return (p - q).clamp(min=0)
+
+
+WRONG: dict[str, Rule] = {
+    "accepts by q / p": _walk(lambda p, q: q / max(p, 1e-30), _surplus),
+    "accepts by p, as for an argmax": _walk(lambda p, _q: p, _surplus),
+    "draws again from all of p": _walk(lambda p, q: p / q, lambda p, _q: p),
+    "keeps what is likely": _walk(lambda p, _q: float(p > 0.2), _surplus),
+}
+
+
+def test_every_token_of_a_step_follows_the_target() -> None:
+    assert least_p_value() > ALARM
+
+
+@pytest.mark.parametrize("rule", WRONG)
+def test_wrong_rules_are_caught(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verification, "_by_ratio", WRONG[rule])
+    assert least_p_value() < ALARM
+
+
+def test_greedy_answers_and_those_of_other_drafters_are_plain_decodings(plain_target: Target) -> None:
+    engines = [
+        EmbeddedEngine(plain_target, drafter, slots=3, capacity=40)
+        for drafter in (None, drawing_dflash(plain_target), random_target.random_drafter(plain_target))
+    ]
+    greedy = SamplingParams(12)
+    sampled = SamplingParams(12, temperature=1.5)
+    requests = [Request(str(i), [i, 3, 9], greedy if i % 2 else sampled, i) for i in range(8)]
+    plain, drawing, point = (
+        {a.request.request_id: a.response_ids for a in engine.generate(requests)} for engine in engines
+    )
+    assert point == plain
+    for request in requests:
+        same = drawing[request.request_id] == plain[request.request_id]
+        assert same == request.sampling.greedy  # a sampled one has other numbers, and the same law

@@ -1,0 +1,255 @@
+"""Replay of drawn proposals: equal to a plain reference, and in law to sampled decoding. Wrong rules are seen."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.drafters.drawing import Law, Purpose, seed_of
+from draftsmith.stages.engines.base import Completion, Request, SamplingParams
+from draftsmith.stages.engines.embedded import EmbeddedEngine
+from draftsmith.stages.replay import drawn
+from draftsmith.stages.replay.corpus import replay_all
+from draftsmith.stages.replay.trace import Trace, Trajectory, tau
+from draftsmith.stages.targets.causal_lm import Target
+from tests.stages.bench import trajectory_of
+from tests.testbed import random_target
+from tests.testbed.drawing import drawing_dflash, drawing_eagle3
+
+DRAFTERS = {"dflash": drawing_dflash, "eagle3": drawing_eagle3}
+LAW = Law(temperature=1.5, top_p=0.95)
+PROMPT = [5, 3, 9, 1]
+ANSWERS, LENGTH = 600, 6
+ALARM = 1e-5  # p-value, of fixed seeds
+
+
+@pytest.fixture(scope="module", params=DRAFTERS)
+def drafter(request: pytest.FixtureRequest, plain_target: Target) -> Drafter:
+    return DRAFTERS[request.param](plain_target)
+
+
+def decoded(target: Target, drafter: Drafter | None, first_seed: int, law: Law = LAW) -> list[Completion]:
+    params = SamplingParams(LENGTH, law.temperature, law.top_p)
+    engine = EmbeddedEngine(target, drafter, slots=100, capacity=len(PROMPT) + LENGTH + 8)
+    return list(engine.generate([Request(str(i), PROMPT, params, i) for i in range(first_seed, first_seed + ANSWERS)]))
+
+
+@pytest.fixture(scope="module")
+def texts(plain_target: Target) -> list[Trajectory]:
+    return [trajectory_of(a) for a in decoded(plain_target, None, 0) if len(a.response_ids) == LENGTH]
+
+
+def replayed(
+    target: Target, drafter: Drafter, texts: Sequence[Trajectory], law: Law = LAW, chains: int | None = None
+) -> list[Trace]:
+    return replay_all(target, {"it": drafter}, texts, law=law, chains=chains)["it"]
+
+
+# ---- the plain reference: one text, one block, one token after the other
+
+
+@dataclass
+class Plainly:
+    """Replay of one text in numpy, from the drafter's and the target's logits on any prefix."""
+
+    target: Target
+    drafter: Drafter
+    text: Trajectory
+
+    def __post_init__(self) -> None:
+        tokens = torch.tensor([self.text.tokens])
+        out = self.target.read(tokens, self.drafter.target_layer_ids)
+        assert out.features is not None
+        self.p = _law(self.target.logits(out.hidden)[0], LAW)
+        with torch.no_grad():
+            self.context = self.drafter.encode(out.features, tokens, torch.arange(tokens.shape[1])[None])
+        self.head = self.drafter.drafting_head(self.target.head_weight, None)
+        self.numbers = np.random.default_rng(seed_of(self.text.trajectory_id)).random((64, len(Purpose)))
+
+    @torch.no_grad()
+    def q(self, anchor: int, chain: list[int], k: int) -> np.ndarray:
+        """[V] of offset k behind the anchor, after the tokens of `chain` (the anchor's and the proposals)."""
+        K = self.drafter.block_size - 1
+        given = torch.tensor([[(chain + [0] * K)[:K]]])
+        hidden = self.drafter.block_hidden(self.context, given, torch.tensor([[anchor]]))
+        whole = np.zeros(self.target.info.vocab_size)
+        ids = self.head.token_ids
+        whole[slice(None) if ids is None else ids.numpy()] = _law(
+            self.head.logits(hidden)[0, 0, k - 1], Law(LAW.temperature)
+        )
+        return whole
+
+    def step(self, anchor: int) -> tuple[int, list[int]]:
+        """Accepted proposals, and all of them."""
+        chain, on_text, accepted = [self.text.tokens[anchor]], True, 0
+        for k in range(1, self.drafter.block_size):
+            at, numbers = anchor + k, self.numbers[anchor + k]
+            q = self.q(anchor, chain, k)
+            inside = at < len(self.text.tokens)
+            if on_text and inside:
+                y = self.text.tokens[at]
+                if numbers[Purpose.ACCEPT] < q[y] / max(self.p[at - 1][y], 1e-300):
+                    accepted += 1
+                    chain.append(y)
+                    continue
+                q = np.maximum(q - self.p[at - 1], 0)
+            on_text = False
+            chain.append(int(np.searchsorted(np.cumsum(q), numbers[Purpose.PROPOSAL] * q.sum(), side="right")))
+        return accepted, chain[1:]
+
+    def trace(self) -> list[tuple[int, int, list[int]]]:
+        steps, anchor = [], self.text.first_anchor
+        while anchor <= self.text.last_anchor:
+            accepted, proposed = self.step(anchor)
+            steps.append((anchor, accepted, proposed))
+            anchor += accepted + 1
+        return steps
+
+    def steps_expected(self) -> float:
+        """Verify steps on average, exactly: from the last anchor back."""
+        ahead = [0.0] * (len(self.text.tokens) + self.drafter.block_size)
+        for anchor in range(self.text.last_anchor, self.text.first_anchor - 1, -1):
+            reach, total = 1.0, 1.0
+            for k in range(1, self.drafter.block_size):
+                if (at := anchor + k) >= len(self.text.tokens):
+                    break
+                y = self.text.tokens[at]
+                kept = min(1.0, self.q(anchor, self.text.tokens[anchor:at], k)[y] / self.p[at - 1][y])
+                total += reach * (1 - kept) * ahead[at]
+                reach *= kept
+            else:
+                at += 1
+            ahead[anchor] = total + reach * ahead[at]
+        return ahead[self.text.first_anchor]
+
+
+def _law(logits: torch.Tensor, law: Law) -> np.ndarray:
+    p = torch.softmax(logits.double() / law.temperature, -1).numpy()
+    if law.top_p < 1:
+        for row in p.reshape(-1, p.shape[-1]):
+            order = np.argsort(-row)
+            row[order[np.concatenate([[0.0], row[order].cumsum()[:-1]]) >= law.top_p]] = 0
+        p = p / p.sum(-1, keepdims=True)
+    return p
+
+
+def test_parallel_replay_equals_the_plain_reference(
+    drafter: Drafter, texts: list[Trajectory], plain_target: Target
+) -> None:
+    some = [*texts[:4], *random_target.trajectories(2)]  # also what is improbable
+    expected = [Plainly(plain_target, drafter, text).trace() for text in some]
+    for chains in (1, 3, None):
+        traces = replayed(plain_target, drafter, some, chains=chains)
+        found = [
+            list(zip(trace.anchors.tolist(), trace.accepted.tolist(), trace.proposed.tolist(), strict=True))
+            for trace in traces
+        ]
+        assert found == expected
+
+
+def test_what_is_expected_is_what_drawing_comes_to(drafter: Drafter, plain_target: Target) -> None:
+    params = SamplingParams(20, LAW.temperature, LAW.top_p)
+    (answer,) = EmbeddedEngine(plain_target, capacity=32).generate([Request("", PROMPT, params, 1)])
+    text = trajectory_of(answer)
+    assert text.response_length == 20
+    copies = [Trajectory(str(i), text.tokens, text.prompt_length) for i in range(500)]  # each with its own numbers
+    traces = replayed(plain_target, drafter, copies)
+    at = np.concatenate([trace.anchors for trace in traces])
+    found, expected = (
+        np.concatenate([getattr(trace, name) for trace in traces]) for name in ("committed", "expected_committed")
+    )
+    varied = 0
+    for anchor in np.unique(at):
+        here = found[at == anchor]
+        assert np.ptp(expected[at == anchor]) < 1e-5  # it depends on the anchor alone
+        if len(here) >= 100:
+            error = max(here.std(), 0.05) / len(here) ** 0.5
+            assert abs(here.mean() - expected[at == anchor][0]) < 5 * error
+            varied += here.std() > 0.3
+    assert varied >= 3
+
+    exact = (text.response_length - 1) / Plainly(plain_target, drafter, text).steps_expected()
+    assert tau(traces) == pytest.approx(exact, rel=0.04)  # ratio of sums; the text's end counts
+    steps = np.array([len(trace.anchors) for trace in traces])
+    committed = np.array([trace.expected_committed.sum() for trace in traces])
+    # of a ratio of sums over many texts, a text adds its deviation from the line through their mean
+    assert (committed - exact * steps).std() < 0.75 * exact * steps.std()
+
+
+# ---- in law: texts of plain decoding, replayed, against decoding with the drafter
+
+
+def first_steps(texts: Sequence[Trajectory], accepted: Sequence[int]) -> Counter[tuple[int, int]]:
+    """How often each pair of the token behind the first anchor and the proposals kept in the first step came."""
+    return Counter((t.tokens[t.first_anchor + 1] % 4, n) for t, n in zip(texts, accepted, strict=True))
+
+
+def same_law(a: Counter[tuple[int, int]], b: Counter[tuple[int, int]]) -> float:
+    """p-value of two samples being of one law; what seldom came is pooled."""
+    common = [key for key in a | b if a[key] + b[key] >= 10]
+    table = np.array([[counts[key] for key in common] for counts in (a, b)])
+    rest = np.array([[sum(counts.values()) - row.sum()] for counts, row in zip((a, b), table, strict=True)])
+    table = np.hstack([table, rest]) if rest.sum() >= 10 else table
+    return float(stats.chi2_contingency(table).pvalue)
+
+
+@pytest.fixture(scope="module")
+def served(drafter: Drafter, plain_target: Target) -> Counter[tuple[int, int]]:
+    answers = [a for a in decoded(plain_target, drafter, 10_000) if len(a.response_ids) == LENGTH]
+    assert {0, 1, 2, 3} <= {step.accepted for answer in answers for step in answer.steps}
+    return first_steps([trajectory_of(a) for a in answers], [a.steps[0].accepted for a in answers])
+
+
+def replay_counts(target: Target, drafter: Drafter, texts: Sequence[Trajectory]) -> Counter[tuple[int, int]]:
+    return first_steps(texts, [int(trace.accepted[0]) for trace in replayed(target, drafter, texts)])
+
+
+def test_accepted_lengths_have_the_law_of_sampled_decoding(
+    drafter: Drafter, served: Counter[tuple[int, int]], texts: list[Trajectory], plain_target: Target
+) -> None:
+    assert same_law(served, replay_counts(plain_target, drafter, texts)) > ALARM
+
+
+Ratio = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+WRONG: dict[str, Ratio] = {
+    "turned around": lambda q, p: p / q.clamp(min=1e-30),
+    "of the drafter alone": lambda q, _p: q,
+    "of the target alone": lambda _q, p: p,
+}
+
+
+@pytest.mark.parametrize("rule", WRONG)
+def test_a_wrong_rule_is_seen(
+    rule: str,
+    drafter: Drafter,
+    served: Counter[tuple[int, int]],
+    texts: list[Trajectory],
+    plain_target: Target,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(drawn, "kept_by", WRONG[rule])
+    assert same_law(served, replay_counts(plain_target, drafter, texts)) < ALARM
+
+
+def test_greedy_texts_and_other_drafters_are_verified_by_equality(plain_target: Target) -> None:
+    texts = random_target.trajectories(4)
+    drawing, plain = drawing_dflash(plain_target), random_target.random_drafter(plain_target)
+    of_argmaxes = replayed(plain_target, plain, texts, LAW)
+    for other in (replayed(plain_target, drawing, texts, Law()), replayed(plain_target, plain, texts, Law())):
+        for trace, expected in zip(other, of_argmaxes, strict=True):
+            assert trace.expected is None
+            np.testing.assert_array_equal(trace.proposed, expected.proposed)
+            np.testing.assert_array_equal(trace.accepted, expected.accepted)
+
+
+def test_a_smaller_block_is_a_block_of_its_own(drafter: Drafter, texts: list[Trajectory], plain_target: Target) -> None:
+    traces = replay_all(plain_target, {"it": drafter}, texts[:8], DraftingConfig(block_size=3), law=LAW)["it"]
+    assert all(trace.proposed.shape[1] == 2 and (trace.expected_committed <= 3).all() for trace in traces)
