@@ -103,6 +103,7 @@ class Drafter(nn.Module, ABC):
     autoregressive: ClassVar[bool]  # do the hidden states of an offset depend on the tokens at the offsets before it?
     has_own_head: ClassVar[bool]  # is the head over the draft vocabulary a part of the drafter, and trained with it?
     chooses: ClassVar[bool] = False  # is a proposal chosen among the head's best by the token before it? See `choices`
+    corrects_head: ClassVar[bool] = False  # does it add trained terms of its own to the target's head?
     draws: ClassVar[bool] = False  # are proposals of sampled requests drawn from its own q, and verified with it?
     recipe: ClassVar[TrainingRecipe]
 
@@ -162,6 +163,16 @@ class Drafter(nn.Module, ABC):
         if head_tokens is None or self.frequent_tokens is None:
             return self.head_over(target_head, None)
         return self.head_over(target_head, self.frequent_tokens[:head_tokens])
+
+    @property
+    def has_confidence(self) -> bool:
+        """Does it say how probable it is that its proposals are kept?"""
+        return False
+
+    def confidence(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [...] of the probability that the proposal is kept that hidden states [..., H] lead to, given that
+        those before it are. Of a drafter that `has_confidence`."""
+        raise NotImplementedError
 
     @abstractmethod
     def training_operations(self, shape: StepShape) -> float:

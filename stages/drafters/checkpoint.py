@@ -18,6 +18,7 @@ from draftsmith.stages.drafters.config import DrafterConfig
 from draftsmith.stages.drafters.dflash import checkpoint as dflash
 from draftsmith.stages.drafters.dflash2 import checkpoint as dflash2
 from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.drafters.dspark import checkpoint as dspark
 from draftsmith.stages.drafters.eagle3 import checkpoint as eagle3
 from draftsmith.stages.targets.causal_lm import Target
 
@@ -40,9 +41,9 @@ class Architecture(Protocol):
     def load(self, folder: Path, target: Target, dtype: torch.dtype) -> Any: ...
 
 
-ARCHITECTURES: dict[str, Architecture] = {"dflash": dflash, "dflash2": dflash2, "eagle3": eagle3}
+ARCHITECTURES: dict[str, Architecture] = {"dflash": dflash, "dflash2": dflash2, "dspark": dspark, "eagle3": eagle3}
 # Kinds that take over the weights of another one: its module has `upgraded` and `upgraded_config`.
-UPGRADES: dict[tuple[str, str], Any] = {("dflash", "dflash2"): dflash2}
+UPGRADES: dict[tuple[str, str], Any] = {("dflash", "dflash2"): dflash2, ("dflash", "dspark"): dspark}
 
 
 def architecture_of(folder: Path) -> Architecture:
@@ -51,7 +52,7 @@ def architecture_of(folder: Path) -> Architecture:
     names = raw.get("architectures") or []
     names = names if isinstance(names, list) else [names]
     for architecture in ARCHITECTURES.values():
-        if architecture.ARCHITECTURE in names:
+        if {architecture.ARCHITECTURE, *getattr(architecture, "OTHER_NAMES", ())} & set(map(str, names)):
             return architecture
     if "dflash_config" in raw:  # z-lab's first checkpoints name the class of their own code
         return dflash

@@ -78,6 +78,17 @@ class DFlash2Config(DFlashConfig):
         return self
 
 
+class DSparkConfig(DFlashConfig):
+    """Shape of a new DSpark drafter, or of what a DFlash drafter to go on from is given in addition."""
+
+    kind: Literal["dspark"]  # type: ignore[assignment]
+    block_size: Annotated[int, Field(ge=2, description="anchor + proposals")] = 8
+    markov_rank: Annotated[int, Field(ge=1, description="of the bias of the token before an offset")] = 256
+    confidence_head: Annotated[
+        bool, Field(description="learn how probable it is that a proposal is kept; SGLang may cut blocks by it")
+    ] = True
+
+
 class Eagle3Config(Config):
     """Shape of a new EAGLE-3 drafter. Sizes left out follow the target."""
 
@@ -104,11 +115,12 @@ def _kind_of(value: Any) -> str:
 DrafterConfig = Annotated[
     Annotated[DFlashConfig, Tag("dflash")]
     | Annotated[DFlash2Config, Tag("dflash2")]
+    | Annotated[DSparkConfig, Tag("dspark")]
     | Annotated[Eagle3Config, Tag("eagle3")],
     Discriminator(
         _kind_of,
         custom_error_type="drafter_kind",
-        custom_error_message="kind must be dflash, dflash2 or eagle3",
+        custom_error_message="kind must be dflash, dflash2, dspark or eagle3",
     ),
 ]
 

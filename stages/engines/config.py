@@ -128,7 +128,7 @@ class LaunchConfig(Config):
         None
     )
     algorithm: Annotated[
-        Literal["DFLASH", "EAGLE3"] | None, Field(description="left out: as the drafter's checkpoint says")
+        Literal["DFLASH", "DSPARK", "EAGLE3"] | None, Field(description="left out: as the drafter's checkpoint says")
     ] = None
     tree: Annotated[
         TreeConfig | None,

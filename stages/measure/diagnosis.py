@@ -20,7 +20,8 @@ from draftsmith.artifacts.parquet import to_table
 from draftsmith.artifacts.schemas import TRACE
 from draftsmith.stages.drafters.base import Context, Drafter, Proposals
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, FeatureContext
-from draftsmith.stages.replay.corpus import replay_all
+from draftsmith.stages.drafters.drawing import GREEDY, Law
+from draftsmith.stages.replay.corpus import draws, replay_all
 from draftsmith.stages.replay.parity import Gate, check_steps, trace_rows
 from draftsmith.stages.replay.sequential import replay_sequentially
 from draftsmith.stages.replay.trace import Trace, Trajectory
@@ -41,6 +42,7 @@ class Served:
     trajectories: Sequence[Trajectory]  # its answers
     counts: Sequence[int]  # verify steps of each
     steps: pa.Table | None = None  # TRACE, where the engine records it
+    law: Law = GREEDY  # that the answers were drawn with
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ def diagnose(
         return Diagnosis(served_tau, asis, agrees=True)
     longest = max(len(t.tokens) for t in served.trajectories)
     changes = list(changes_of(drafter, target, longest, served_block, special_ids, drafting))
+    if draws(drafter, served.law):  # a window is tried block by block, where proposals are argmaxes
+        changes = [change for change in changes if change.window is None]
     tried = []
     for done, change in enumerate(changes):
         tried.append(_explained(target, drafter, served, drafting, change))
@@ -172,10 +176,10 @@ def _explained(target: Target, drafter: Drafter, served: Served, drafting: Draft
     if change.window is not None:
         traces = _in_window(target, changed, served.trajectories, drafting, change.window)
     else:
-        traces = replay_all(target, {"it": changed}, served.trajectories, drafting)["it"]
+        traces = replay_all(target, {"it": changed}, served.trajectories, drafting, law=served.law)["it"]
     replayed = np.array([len(trace.anchors) for trace in traces])
     tau = sum(t.response_length - 1 for t in served.trajectories) / int(replayed.sum())
-    if served.steps is not None and served.steps.num_rows:
+    if served.steps is not None and served.steps.num_rows and not draws(drafter, served.law):
         gate = Gate("diagnosis", float32=False, greedy=True, allowed=1.0)
         rows = to_table(TRACE, trace_rows(served.trajectories, traces))
         return Explained(change, float(check_steps(gate, served.steps, rows)["mismatch_share"]), tau)

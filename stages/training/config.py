@@ -103,13 +103,15 @@ class SftConfig(TrainingConfig):
         Literal["auto"] | TokenLoss | DistributionLoss,
         Field(
             description="auto is what the architecture's authors train with: cross_entropy on the committed token for "
-            "DFlash, forward_kl to the target's distribution for EAGLE-3"
+            "DFlash, ce_l1 for DSpark, forward_kl to the target's distribution for EAGLE-3"
         ),
     ] = "auto"
     gamma: Annotated[
         float | None,
         Field(
-            gt=0, description="left out, as the authors have it: 7 for DFlash (blocks of 16), 0.8 a step for EAGLE-3"
+            gt=0,
+            description="left out, as the authors have it: 7 for DFlash (blocks of 16), 4 for DSpark (of 8), 0.8 a "
+            "step for EAGLE-3",
         ),
     ] = None
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 LOGIT_COPIES = 3  # float32 logits, their softmax and its gradient
 USABLE = 0.85  # of a device's memory: the rest is for what the allocator leaves unused
 _TILE = 4096  # tokens of a tile of logits
+_TRAINED_HEADS = ("eagle3", "dspark")  # behind which rows of logits are whole
 _ALWAYS = ("process", "target", "drafter with AdamW", "features", "head", "logits")  # the rest comes and goes
 
 
@@ -50,7 +51,8 @@ def training_estimate(config: TrainingConfig, use: Use, *, mines: bool = False, 
     count = use.answers.count if use.answers is not None else float("inf")
     all_features = count * longest * sizes.feature_bytes
     kept = all_features if all_features <= config.feature_memory_mb * 2**20 else 0.0
-    logits = LOGIT_COPIES * config.positions_per_chunk * (drafter.vocabulary if sizes.kind == "eagle3" else _TILE) * 4
+    whole_rows = sizes.kind in _TRAINED_HEADS
+    logits = LOGIT_COPIES * config.positions_per_chunk * (drafter.vocabulary if whole_rows else _TILE) * 4
     if sizes.kind == "eagle3":  # the head's own gradient of a chunk
         logits += (a + 4) * drafter.vocabulary * drafter.hidden
     fixed = {

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 BEYOND = 1.0  # why: "Which offsets are trained" in `configs/experiments/README.md`
 
 TokenLoss = Literal["cross_entropy", "bernoulli_kl"]
-DistributionLoss = Literal["forward_kl", "tv", "lk"]
+DistributionLoss = Literal["forward_kl", "tv", "lk", "ce_l1"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     # the form that fits the verification rule and the architecture
@@ -56,7 +56,7 @@ class ResponseStream(Config):
         Field(
             description="auto follows the verification rule: cross_entropy if greedy, forward_kl if sampled (EAGLE-3 "
             "always: forward_kl, as its SFT); cross_entropy and bernoulli_kl read the committed token, the others the "
-            "target's whole distribution"
+            "target's whole distribution (ce_l1 both: DSpark's 0.1 cross-entropy + 0.9 L1)"
         ),
     ] = "auto"
     weight: Annotated[float, Field(ge=0, description="λ_acc")] = 1.0
@@ -129,7 +129,7 @@ class LossConfig(Config):
         float | None,
         Field(
             ge=0,
-            description="of the target's distribution in forward_kl, tv and lk; 0 = its argmax alone; "
+            description="of the target's distribution in forward_kl, tv, lk and ce_l1; 0 = its argmax alone; "
             "left out: that of the trajectories, 1 if they are greedy",
         ),
     ] = None

@@ -2,12 +2,14 @@
 
 p is the target, q the drafter. All inputs are float32 and all outputs have one value a position; tests hold each
 against a plain reference. Sources: Draft-OPD (arXiv 2605.29343, section 3) for the paper's pair, LK losses
-(arXiv 2602.23881) for acceptance, DFlash (arXiv 2602.06036) and D-PACE (arXiv 2605.18810) for weights.
+(arXiv 2602.23881) for acceptance, DSpark (arXiv 2607.05147) for its pair and for confidence, DFlash (arXiv 2602.06036)
+and D-PACE (arXiv 2605.18810) for weights.
 """
 
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
 
 LOG_FLOOR = -10.0  # log-probs are floored here
 TERM_LIMIT = 10.0  # and the terms of the paper's pair clamped to ± this
@@ -36,6 +38,18 @@ def lk(logits_q: torch.Tensor, logits_p: torch.Tensor) -> torch.Tensor:
     The slope of TV divided by the acceptance probability: it does not vanish where nearly everything is rejected.
     """
     return -torch.minimum(torch.log_softmax(logits_p, -1), torch.log_softmax(logits_q, -1)).logsumexp(-1)
+
+
+def ce_l1(logits_q: torch.Tensor, logits_p: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+    """0.1 · cross-entropy + 0.9 · Σ |p - q|: DSpark's (arXiv 2607.05147). logits [N, V] each, column [N] → [N]."""
+    return 0.1 * cross_entropy(logits_q, column) + 0.9 * 2 * total_variation(logits_q, logits_p)
+
+
+def confidence(logit: torch.Tensor, logits_q: torch.Tensor, logits_p: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of a predicted probability of acceptance, its logit [N], against Σ min(p, q) → [N]."""
+    with torch.no_grad():
+        kept = (1 - total_variation(logits_q, logits_p)).clamp(0, 1)
+    return functional.binary_cross_entropy_with_logits(logit, kept, reduction="none")
 
 
 def at_temperature(logits: torch.Tensor, temperature: float) -> torch.Tensor:

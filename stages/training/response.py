@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -38,6 +39,10 @@ class Feedback:
 
     def logits(self) -> torch.Tensor:
         """[N, V'] of its distribution over the tokens of the training head, at the temperature."""
+        return self._logits
+
+    @cached_property
+    def _logits(self) -> torch.Tensor:
         return losses.at_temperature(self._under(self.head), self.temperature)
 
     @torch.no_grad()
@@ -67,6 +72,7 @@ RESPONSE_LOSSES: dict[str, Callable[[torch.Tensor, Feedback], torch.Tensor]] = {
     "forward_kl": lambda logits, p: losses.forward_kl(logits, p.logits()),
     "tv": lambda logits, p: losses.total_variation(logits, p.logits()),
     "lk": lambda logits, p: losses.lk(logits, p.logits()),
+    "ce_l1": lambda logits, p: losses.ce_l1(logits, p.logits(), p.columns),
 }
 
 
@@ -167,7 +173,10 @@ def _judged(
             correct[part] = logits.argmax(-1) == here.columns
             if by_confidence:
                 unread[part] = -losses.cross_entropy(logits, here.columns)
-        return loss_of(logits, here)
+        terms = loss_of(logits, here)
+        if heads.confidence is not None:  # detached: what is said of the proposals is not to change them
+            terms = terms + losses.confidence(heads.confidence(h.detach()), logits.detach(), here.logits())
+        return terms
 
     terms = chunked_values(hidden, positions_per_chunk, values, trained_head=heads.trained)
     return _Judged(terms, correct, unread)

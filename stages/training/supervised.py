@@ -87,7 +87,7 @@ class SftTraining:
             trajectories,
             tokens_per_group=config.tokens_per_target_forward,
             memory_mb=config.feature_memory_mb,
-            with_hidden=self.stream.asks_target,
+            with_hidden=self.stream.asks_target or drafter.has_confidence,
         )
         self._count = len(trajectories)
 

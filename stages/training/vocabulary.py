@@ -7,7 +7,7 @@ fresh random others, so that no token escapes being pushed down: it also serves 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,7 @@ class Heads:
     target: Head
     trained: bool  # is the drafter's a part of it, so that it needs a gradient?
     chooser: Drafter | None = None  # the drafter, where it chooses among the head's candidates (`Drafter.chooses`)
+    confidence: Callable[[torch.Tensor], torch.Tensor] | None = None  # `Drafter.confidence`, where there is one
 
 
 class HeadSource:
@@ -47,6 +48,10 @@ class HeadSource:
         if self._target_over_own is not None:
             return Heads(self.drafter.head_over(self.target_head, None), self._target_over_own, trained=True)
         head = sampled_head(self.target_head, self.drafter.frequent_tokens, self.config, rng, needed)
+        if self.drafter.corrects_head:
+            corrected = self.drafter.head_over(self.target_head, head.token_ids)
+            confidence = self.drafter.confidence if self.drafter.has_confidence else None
+            return Heads(corrected, head, trained=True, confidence=confidence)
         return Heads(head, head, trained=False, chooser=self.drafter if self.drafter.chooses else None)
 
 

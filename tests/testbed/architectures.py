@@ -11,6 +11,7 @@ from functools import partial
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed.dflash2 import random_dflash2
+from tests.testbed.dspark import random_dspark
 from tests.testbed.eagle3 import random_eagle3
 from tests.testbed.random_target import random_drafter
 
@@ -22,5 +23,8 @@ RANDOM: dict[str, Callable[[Target], Drafter]] = {
     "dflash2 with windows, without convolutions": partial(
         random_dflash2, sliding_window=3, conv_kernel_size=0, conv_group_size=0
     ),
+    # without a confidence head, whose loss asks the target too
+    "dspark": partial(random_dspark, confidence_head=False),
+    "dspark, upgraded": partial(random_dspark, confidence_head=False, from_anchor=False),
     "eagle3": random_eagle3,
 }

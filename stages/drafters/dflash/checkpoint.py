@@ -124,11 +124,13 @@ def read_config(folder: Path, architecture: str = ARCHITECTURE, computed: Collec
     computed: fields of `dflash_config` that an architecture of this layout reads itself.
     """
     with layout.config_errors(str(folder / layout.CONFIG_FILE)):
-        return _read_config(folder, architecture, computed)
+        return parsed(folder / layout.CONFIG_FILE, layout.read_raw_config(folder), architecture, computed)
 
 
-def _read_config(folder: Path, architecture: str, computed: Collection[str]) -> Qwen3Config:
-    path, raw = folder / layout.CONFIG_FILE, layout.read_raw_config(folder)
+def parsed(
+    path: Path, raw: dict[str, Any], architecture: str = ARCHITECTURE, computed: Collection[str] = ()
+) -> Qwen3Config:
+    """A config.json in this layout, also of an architecture that adds to it."""
     dflash = raw.get("dflash_config") or {}
     for name in raw.get("architectures") or []:
         if name != architecture and any(other in name for other in _OTHER_ARCHITECTURES):

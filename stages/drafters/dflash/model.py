@@ -178,12 +178,15 @@ class DFlashDrafter(Drafter):
             yield layer
 
     def block_hidden(self, context: Context, tokens: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+        return self.block(context, tokens[..., 0], anchors, tokens.shape[-1] + 1)[:, :, 1:]
+
+    def block(self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor, queries: int) -> torch.Tensor:
+        """Hidden states [B, A, queries, H] of blocks of an anchor and masks. anchor_tokens, anchors: [B, A]."""
         assert isinstance(context, FeatureContext)
-        B, A, K = tokens.shape
-        block_size = K + 1
-        block = tokens.new_full((B, A, block_size), self.mask_token_id)
-        block[..., 0] = tokens[..., 0]
-        positions = (anchors[..., None] + torch.arange(block_size, device=anchors.device)).flatten(1)
+        B, A = anchors.shape
+        block = anchor_tokens.new_full((B, A, queries), self.mask_token_id)
+        block[..., 0] = anchor_tokens
+        positions = (anchors[..., None] + torch.arange(queries, device=anchors.device)).flatten(1)
         x = F.embedding(block.flatten(1), self._embedding[0]).to(self.fc.weight.dtype)
         first = None if context.window is None else anchors - context.window
         reaches = {
@@ -193,7 +196,7 @@ class DFlashDrafter(Drafter):
         rope = self._rope(positions, x)
         for layer, sight, keys_values in zip(self._layers(), self.sights, context.layers, strict=True):
             x = layer(x, rope, keys_values, reaches[sight])
-        return self.norm(x).unflatten(1, (A, block_size))[:, :, 1:]
+        return self.norm(x).unflatten(1, (A, queries))
 
     def training_operations(self, shape: StepShape) -> float:
         """With N = rows · T positions, b = rows · A blocks of B tokens, q and k the widths of queries and keys:

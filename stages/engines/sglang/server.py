@@ -31,11 +31,12 @@ _PORTS = range(20000, 32000)
 
 
 def algorithm_of(drafter_folder: Path, launch: LaunchConfig | None) -> str:
-    """DFLASH or EAGLE3: as the config says, else as the architecture in the drafter's config.json."""
+    """DFLASH, DSPARK or EAGLE3: as the config says, else as the architecture in the drafter's config.json."""
     if launch is not None and launch.algorithm is not None:
         return launch.algorithm
     names = _drafter_config(drafter_folder).get("architectures") or []
-    return "EAGLE3" if any("eagle3" in str(name).lower() for name in names) else "DFLASH"
+    told = " ".join(map(str, names)).lower()
+    return next((algorithm for algorithm in ("EAGLE3", "DSPARK") if algorithm.lower() in told), "DFLASH")
 
 
 def block_size_of(drafter_folder: Path, drafting: DraftingConfig, algorithm: str) -> int:
@@ -51,6 +52,7 @@ def block_size_of(drafter_folder: Path, drafting: DraftingConfig, algorithm: str
         return int(block_size)
     if trained is None:
         raise DraftsmithError(f"drafter {drafter_folder / 'config.json'}: field block_size is missing; add it")
+    trained += algorithm == "DSPARK"  # whose checkpoints count proposals alone
     if (drafting.block_size or 0) > trained:
         raise DraftsmithError(
             f"drafting.block_size: {drafting.block_size} is larger than the trained {trained}; lower it"

@@ -71,7 +71,7 @@ class OpdTraining:
             trajectories,
             tokens_per_group=config.tokens_per_target_forward,
             memory_mb=config.feature_memory_mb,
-            with_hidden=self.objective.response.asks_target or not law.greedy,
+            with_hidden=self.objective.response.asks_target or drafter.has_confidence or not law.greedy,
         )
         self._step = OpdStep(drafter, target, self.source, self.objective, config, mined.proposals, law)
 

@@ -17,6 +17,7 @@ from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed import random_target
 from tests.testbed.drawing import drawing_dflash, drawing_eagle3
+from tests.testbed.dspark import random_dspark
 
 PROMPT = [5, 3, 9, 1]
 PARAMS = SamplingParams(3, temperature=1.5, top_p=0.95)  # the prefill's token, and two that a block proposed
@@ -61,7 +62,7 @@ def p_value(found: list[Completion], law: np.ndarray) -> float:
     return float(stats.chisquare(counts.ravel(), (law * counts.sum()).ravel()).pvalue)
 
 
-@pytest.fixture(scope="module", params=[drawing_dflash, drawing_eagle3])
+@pytest.fixture(scope="module", params=[random_dspark, drawing_eagle3])
 def drafter(request: pytest.FixtureRequest, plain_target: Target) -> Drafter:
     made: Drafter = request.param(plain_target)
     return made

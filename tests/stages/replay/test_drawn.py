@@ -23,8 +23,9 @@ from draftsmith.stages.targets.causal_lm import Target
 from tests.stages.bench import trajectory_of
 from tests.testbed import random_target
 from tests.testbed.drawing import drawing_dflash, drawing_eagle3
+from tests.testbed.dspark import random_dspark
 
-DRAFTERS = {"dflash": drawing_dflash, "eagle3": drawing_eagle3}
+DRAFTERS: dict[str, Callable[[Target], Drafter]] = {"dspark": random_dspark, "eagle3": drawing_eagle3}
 LAW = Law(temperature=1.5, top_p=0.95)
 PROMPT = [5, 3, 9, 1]
 ANSWERS, LENGTH = 600, 6

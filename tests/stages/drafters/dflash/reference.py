@@ -45,14 +45,16 @@ def block_hidden(
     eps: float,
     theta: float,
     mask_token: int,
+    first: int = 1,
     windows: Sequence[int | None] | None = None,
     causal: Sequence[bool] | None = None,
     around: Around = lambda _weights, _name, inputs: (inputs, lambda outputs: outputs),
 ) -> torch.Tensor:
-    """embedding: [V, H]; features: [T, K*H] of positions 0 … T-1. Returns [block_size-1, H] for the offsets 1 ….
+    """embedding: [V, H]; features: [T, K*H] of positions 0 … T-1. Returns [block_size-first, H].
 
-    windows, causal: of each layer; left out: everything is seen. around: what stands around a sublayer, `attention` or
-    `mlp`, of a layer's weights: its inputs at the block's positions, and what becomes of its outputs.
+    first: the query that predicts offset 1. windows, causal: of each layer; left out: everything is seen. around: what
+    stands around a sublayer, `attention` or `mlp`, of a layer's weights: its inputs at the block's positions, and what
+    becomes of its outputs.
     """
     weights = {name: tensor.detach().double() for name, tensor in tensors.items()}
     context = [
@@ -103,4 +105,4 @@ def block_hidden(
             gate = w["mlp.gate_proj.weight"] @ x
             outputs.append(w["mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * (w["mlp.up_proj.weight"] @ x)))
         states = [x + y for x, y in zip(states, finish(outputs), strict=True)]
-    return torch.stack([rms_norm(x, weights["norm.weight"], eps) for x in states[1:]])
+    return torch.stack([rms_norm(x, weights["norm.weight"], eps) for x in states[first:]])

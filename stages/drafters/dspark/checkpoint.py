@@ -1,0 +1,165 @@
+"""DSpark checkpoints in the layout that SGLang loads (`Qwen3DSparkModel`); the authors' and published ones are read.
+
+A file's `block_size` counts proposals: the anchor is not one of them. In memory it is included, as everywhere here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.drafters import layout
+from draftsmith.stages.drafters.config import DSparkConfig
+from draftsmith.stages.drafters.dflash import checkpoint as dflash
+from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.drafters.dspark.model import DSparkDrafter
+from draftsmith.stages.targets.causal_lm import Target
+
+ARCHITECTURE = "Qwen3DSparkModel"
+OTHER_NAMES = ("DSparkDraftModel", "LingDSparkModel")  # of the same model
+check_fits, target_layer_ids = dflash.check_fits, dflash.target_layer_ids
+_VANILLA = "vanilla"
+# SGLang shares the target's, and reads none of these from a drafter (srt/models/dspark.py).
+_SHARED = ("embed_tokens.", "lm_head.", "rotary_emb.")
+# What SGLang reads from a config and is not computed here, with the value that changes nothing.
+_COMPUTED = {"markov_head_type": _VANILLA, "confidence_head_with_markov": True}
+# Fields that stand at the top of some checkpoints and in one of these objects of others.
+_NESTED = ("dflash_config", "dspark_config")
+_EITHER = ("block_size", "mask_token_id", "target_layer_ids", "markov_rank", "markov_head_type")
+
+
+def new_config(shape: DSparkConfig, target_config: Any, tokenizer: Callable[[], Any]) -> Qwen3Config:
+    """Config of a new drafter: widths, heads and rotary parameters are the target's."""
+    return _with_additions(dflash.new_config(shape, target_config, tokenizer), shape, from_anchor=True)
+
+
+def upgraded_config(config: Qwen3Config, shape: DSparkConfig) -> Qwen3Config:
+    """Of a DFlash drafter that goes on as DSpark: every offset keeps its query, so the anchor has one in vain."""
+    return _with_additions(config, shape, from_anchor=False)
+
+
+def _with_additions(config: Qwen3Config, shape: DSparkConfig, *, from_anchor: bool) -> Qwen3Config:
+    made = copy.deepcopy(config)
+    made.architectures = [ARCHITECTURE]
+    made.markov_rank, made.markov_head_type = shape.markov_rank, _VANILLA
+    made.enable_confidence_head, made.confidence_head_with_markov = shape.confidence_head, True
+    made.sample_from_anchor = from_anchor
+    return made
+
+
+def create(config: Qwen3Config, target: Target, seed: int, frequent: torch.Tensor | None = None) -> DSparkDrafter:  # noqa: ARG001
+    """A drafter with random weights for this target, float32, seeded."""
+    drafter = DSparkDrafter(config, target.embedding)
+    drafter.initialise(torch.Generator().manual_seed(seed), target.head_weight)
+    return drafter.to(target.device)
+
+
+def upgraded(drafter: DFlashDrafter, shape: DSparkConfig, target: Target, seed: int) -> DSparkDrafter:
+    """A DFlash drafter as one of DSpark that proposes the same: the same backbone, a bias of nothing."""
+    made = DSparkDrafter(upgraded_config(drafter.config, shape), target.embedding)
+    made.load_state_dict(drafter.state_dict(), strict=False)
+    made.initialise_additions(torch.Generator().manual_seed(seed))
+    layout.cast(made, drafter.fc.weight.dtype)
+    made.info, made.frequent_tokens = drafter.info, drafter.frequent_tokens
+    return made.to(target.device)
+
+
+def skeleton(config: Qwen3Config) -> DSparkDrafter:
+    """Without an embedding, to count parameters."""
+    return DSparkDrafter(config, torch.empty(0))
+
+
+def description(config: Qwen3Config, tokenizer: Callable[[], Any]) -> str:
+    """Its shape in a few words."""
+    confidence = "with" if config.enable_confidence_head else "without"
+    return (
+        dflash.description(config, tokenizer).replace("DFlash", "DSpark", 1)
+        + f", bias of rank {config.markov_rank}, {confidence} a confidence head"
+    )
+
+
+def read_config(folder: Path) -> Qwen3Config:
+    """config.json of a checkpoint, with what engines would guess made explicit or refused."""
+    path = folder / layout.CONFIG_FILE
+    with layout.config_errors(str(path)):
+        return _parsed(path, layout.read_raw_config(folder))
+
+
+def _parsed(path: Path, raw: dict[str, Any]) -> Qwen3Config:
+    for name, value in raw.items():
+        if name.startswith("dspark_") and name != "dspark_config" and value is not None:
+            raise DraftsmithError(f"drafter {path}: {name} is of a drafter inside its target; give one of its own")
+    fields = {name: _either(path, raw, name) for name in _EITHER}
+    layout.refuse_other_models(path, raw | fields, _COMPUTED)
+    layout.require_fields(path, [(name, fields[name]) for name in ("block_size", "markov_rank", "markov_head_type")])
+    proposals, rank = fields["block_size"], fields["markov_rank"]
+    flags = {name: raw.get(name, True) for name in ("enable_confidence_head", "sample_from_anchor")}
+    layout.require_kinds(
+        path,
+        [
+            ("block_size", proposals, layout.is_integer(proposals) and proposals >= 1),
+            ("markov_rank", rank, layout.is_integer(rank) and rank >= 1),
+            *((name, value, isinstance(value, bool)) for name, value in flags.items()),
+        ],
+    )
+    own = {name: raw[name] for name in raw.keys() - {*_EITHER, *_NESTED, *flags, *_COMPUTED}}
+    shared = {"mask_token_id": fields["mask_token_id"], "target_layer_ids": fields["target_layer_ids"]}
+    nested = {name: value for within in _NESTED for name, value in (raw.get(within) or {}).items()}
+    shared |= {"block_size": proposals + 1}
+    as_dflash = own | {"block_size": proposals + 1, "dflash_config": nested | shared}
+    config = dflash.parsed(path, as_dflash | {"architectures": [ARCHITECTURE]}, ARCHITECTURE)
+    config.markov_rank, config.markov_head_type = rank, _VANILLA
+    config.enable_confidence_head, config.sample_from_anchor = flags.values()
+    config.confidence_head_with_markov = True
+    return config
+
+
+def _either(path: Path, raw: Mapping[str, Any], name: str) -> Any:
+    """A field that engines read at the top or within; two that differ are refused."""
+    found = [at[name] for at in (raw, *(raw.get(within) or {} for within in _NESTED)) if at.get(name) is not None]
+    if any(value != found[0] for value in found):
+        raise DraftsmithError(f"drafter {path}: {name} is given as {found[0]} and as {found[-1]}; keep the trained one")
+    return found[0] if found else None
+
+
+def save(drafter: DSparkDrafter, folder: Path, dtype: torch.dtype) -> None:
+    """Write config.json and model.safetensors, exactly the tensors that engines expect."""
+    config, proposals = drafter.config, drafter.block_size - 1
+    raw = config.to_dict() | {
+        "architectures": [ARCHITECTURE],
+        "model_type": "qwen3",
+        "block_size": proposals,
+        "dflash_config": config.dflash_config | {"block_size": proposals},
+        **layout.serving_fields(config, dtype),
+    }
+    tensors = {
+        # SGLang computes the confidence in float32
+        name: p.detach().to("cpu", torch.float32 if name.startswith("confidence_head.") else dtype).contiguous()
+        for name, p in drafter.named_parameters()
+    }
+    layout.write_checkpoint(folder, raw, tensors)
+
+
+def load(folder: Path, target: Target, dtype: torch.dtype) -> DSparkDrafter:
+    """Load a checkpoint for this target. Every tensor must be there, with its shape, and no other but the target's."""
+    config = read_config(folder)
+    check_fits(config, target.model.config, str(folder))
+    drafter = DSparkDrafter(config, target.embedding)
+    tensors = {
+        name.removeprefix("model."): tensor
+        for name, tensor in layout.read_tensors(folder).items()
+        if not name.removeprefix("model.").startswith(_SHARED)
+    }
+    expected = {name: tuple(p.shape) for name, p in drafter.named_parameters()}
+    layout.check_tensors(folder, tensors, expected, "SGLang's layout of DSpark")
+    drafter.load_state_dict(tensors, strict=False)
+    layout.cast(drafter, dtype)
+    if drafter.confidence_head is not None:
+        drafter.confidence_head.float()
+    return drafter.to(target.device)

@@ -1,0 +1,144 @@
+"""DSpark checkpoints: what is written, what of other trainers is read, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.drafters.checkpoint import load_drafter, plan_of_checkpoint, save_drafter
+from draftsmith.stages.drafters.config import DSparkConfig
+from draftsmith.stages.drafters.dspark.model import DSparkDrafter
+from draftsmith.stages.targets.causal_lm import Target
+from tests.testbed.dspark import random_dspark
+
+
+@pytest.fixture
+def saved(tmp_path: Path, plain_target: Target) -> Path:
+    save_drafter(random_dspark(plain_target), tmp_path / "drafter", torch.float32)
+    return tmp_path / "drafter"
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    change(raw)
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+def same(a: DSparkDrafter, b: Any) -> bool:
+    assert isinstance(b, DSparkDrafter)
+    theirs = dict(b.named_parameters())
+    return (a.block_size, a.from_anchor) == (b.block_size, b.from_anchor) and all(
+        torch.equal(p, theirs[name]) for name, p in a.named_parameters()
+    )
+
+
+@pytest.mark.parametrize("from_anchor", [True, False])
+@pytest.mark.parametrize("confidence_head", [True, False])
+def test_the_round_trip(from_anchor: bool, confidence_head: bool, plain_target: Target, tmp_path: Path) -> None:
+    drafter = random_dspark(plain_target, from_anchor=from_anchor, confidence_head=confidence_head)
+    save_drafter(drafter, tmp_path / "first", torch.float32)
+    loaded = load_drafter(tmp_path / "first", plain_target)
+    assert same(drafter, loaded)
+    save_drafter(loaded, tmp_path / "again", torch.float32)
+    for path in (tmp_path / "first").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+
+
+def test_the_file_says_what_sglang_reads(saved: Path) -> None:
+    raw = json.loads((saved / "config.json").read_text())
+    assert raw["architectures"] == ["Qwen3DSparkModel"]
+    assert raw["block_size"] == raw["dflash_config"]["block_size"] == 4  # proposals: the anchor is not one of them
+    assert (raw["markov_rank"], raw["markov_head_type"]) == (6, "vanilla")
+    assert raw["enable_confidence_head"] and raw["confidence_head_with_markov"] and raw["sample_from_anchor"]
+    names = set(load_file(saved / "model.safetensors"))
+    assert {name for name in names if "layers." not in name} == {
+        "fc.weight",
+        "hidden_norm.weight",
+        "norm.weight",
+        "markov_head.markov_w1.weight",
+        "markov_head.markov_w2.weight",
+        "confidence_head.proj.weight",
+        "confidence_head.proj.bias",
+    }
+
+
+def test_in_half_precision_the_confidence_stays_whole(plain_target: Target, tmp_path: Path) -> None:
+    save_drafter(random_dspark(plain_target), tmp_path, torch.bfloat16)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert {name for name, tensor in stored.items() if tensor.dtype == torch.float32} == {
+        "confidence_head.proj.weight",
+        "confidence_head.proj.bias",
+    }
+    loaded = load_drafter(tmp_path, plain_target, torch.bfloat16)
+    assert isinstance(loaded, DSparkDrafter) and loaded.confidence_head is not None
+    assert loaded.confidence_head.proj.weight.dtype == torch.float32
+    assert loaded.markov_head.markov_w1.weight.dtype == torch.bfloat16
+
+
+def test_the_authors_own_layout_is_read(saved: Path, plain_target: Target) -> None:
+    """Fields at the top, the target's embedding and head among the tensors, names with a prefix."""
+
+    def flat(raw: dict[str, Any]) -> None:
+        nested = raw.pop("dflash_config")
+        raw |= {name: nested[name] for name in ("mask_token_id", "target_layer_ids")}
+        raw |= {"architectures": ["DSparkDraftModel"], "num_anchors": 512}
+        del raw["sample_from_anchor"]
+
+    edit(saved, flat)
+    tensors = {f"model.{name}": tensor for name, tensor in load_file(saved / "model.safetensors").items()}
+    shared = {"model.embed_tokens.weight": plain_target.embedding, "lm_head.weight": plain_target.head_weight}
+    save_file(tensors | {name: tensor.clone() for name, tensor in shared.items()}, saved / "model.safetensors")
+    assert same(random_dspark(plain_target), load_drafter(saved, plain_target))
+
+
+REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no bias": (lambda raw: raw.update(markov_rank=0), "markov_rank is 0"),
+    "no rank": (lambda raw: raw.pop("markov_rank"), "markov_rank is missing"),
+    "no kind": (lambda raw: raw.pop("markov_head_type"), "markov_head_type is missing"),
+    "another head": (lambda raw: raw.update(markov_head_type="rnn"), "markov_head_type is .*rnn"),
+    "a confidence of its own": (lambda raw: raw.update(confidence_head_with_markov=False), "confidence_head_with"),
+    "two block sizes": (lambda raw: raw.update(block_size=7), "block_size is given as 7 and as 4"),
+    "no proposals": (lambda raw: (raw.update(block_size=0), raw["dflash_config"].pop("block_size")), "block_size is 0"),
+    "inside its target": (lambda raw: raw.update(dspark_markov_rank=6), "dspark_markov_rank is of a drafter inside"),
+    "no word": (lambda raw: raw.update(sample_from_anchor="yes"), "sample_from_anchor is 'yes'"),
+    "no mask": (lambda raw: raw["dflash_config"].pop("mask_token_id"), "mask_token_id is missing"),
+    "another target": (lambda raw: raw.update(hidden_size=64), "hidden_size is 64"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_computed_is_refused(name: str, saved: Path, plain_target: Target) -> None:
+    change, message = REFUSED[name]
+    edit(saved, change)
+    with pytest.raises(DraftsmithError, match=message):
+        load_drafter(saved, plain_target)
+
+
+@pytest.mark.parametrize("tensor", ["markov_head.markov_w2.weight", "confidence_head.proj.bias", "fc.weight"])
+def test_a_missing_tensor_is_named(tensor: str, saved: Path, plain_target: Target) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    del tensors[tensor]
+    save_file(tensors, saved / "model.safetensors")
+    with pytest.raises(DraftsmithError, match=f"lacks tensor {tensor}"):
+        load_drafter(saved, plain_target)
+
+
+def test_the_plan_of_an_upgrade_is_of_what_is_trained(plain_target: Target, tmp_path: Path) -> None:
+    from tests.testbed.random_target import random_drafter
+
+    before = random_drafter(plain_target)
+    save_drafter(before, tmp_path, torch.float32)
+    shape = DSparkConfig(kind="dspark", markov_rank=6)
+    tokenizer = lambda: plain_target.tokenizer  # noqa: E731
+    plan = plan_of_checkpoint(tmp_path, plain_target.model.config, "here", tokenizer, shape)
+    assert (plan.kind, plan.block_size) == ("dspark", before.block_size)
+    own = sum(p.numel() for p in before.parameters())
+    assert plan.parameters == own + 2 * 6 * 64 + (32 + 6) + 1
+    assert "DSpark" in plan.description and "rank 6" in plan.description

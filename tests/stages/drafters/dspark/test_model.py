@@ -1,0 +1,157 @@
+"""DSpark's model against plain loops and formulas, and against the DFlash drafter that it is made of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from draftsmith.stages.drafters.checkpoint import upgraded
+from draftsmith.stages.drafters.config import DFlashConfig, DSparkConfig
+from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.drafters.dspark.model import DSparkDrafter
+from draftsmith.stages.replay.corpus import replay_all
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.training.anchors import position_anchors
+from draftsmith.stages.training.batches import FeatureSource, step_rng
+from draftsmith.stages.training.blocks import Anchors, LossReport, block_hidden, context_of, labels_of
+from draftsmith.stages.training.config import SftConfig, TrainingConfig
+from draftsmith.stages.training.supervised import sft_loss
+from draftsmith.stages.training.vocabulary import HeadSource
+from tests.stages.drafters.dflash import reference
+from tests.testbed import random_target
+from tests.testbed.dspark import random_dspark
+
+TOLERANCE = 3e-5  # float32 against float64 on values of order one
+UPGRADE = DSparkConfig(kind="dspark", markov_rank=6)
+
+
+@pytest.mark.parametrize("from_anchor", [True, False])
+def test_logits_equal_the_plain_float64_reference(from_anchor: bool, plain_target: Target) -> None:
+    drafter = random_dspark(plain_target, from_anchor=from_anchor)
+    trajectory = random_target.trajectories(1, seed=3)[0]
+    tokens, K = torch.tensor([trajectory.tokens]), drafter.block_size - 1
+    features = plain_target.read(tokens, drafter.target_layer_ids).features
+    assert features is not None
+    anchors = [4, 7, 8]
+    given = torch.randint(0, 60, (1, len(anchors), K), generator=torch.Generator().manual_seed(1))
+    given[0, :, 0] = tokens[0, anchors]
+    head = drafter.head_over(plain_target.head_weight, None)
+    with torch.no_grad():
+        context = drafter.encode(features, tokens, torch.arange(tokens.shape[1])[None])
+        hidden = drafter.block_hidden(context, given, torch.tensor([anchors]))
+        logits, confidence = head.logits(hidden), drafter.confidence(hidden)
+    config = drafter.config
+    tensors = {name: tensor.detach().double() for name, tensor in drafter.named_parameters()}
+    w1, w2 = tensors["markov_head.markov_w1.weight"], tensors["markov_head.markov_w2.weight"]
+    for index, anchor in enumerate(anchors):
+        states = reference.block_hidden(
+            tensors,
+            plain_target.embedding,
+            features[0],
+            trajectory.tokens[anchor],
+            anchor,
+            block_size=K if from_anchor else K + 1,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            eps=config.rms_norm_eps,
+            theta=config.rope_parameters["rope_theta"],
+            mask_token=plain_target.tokenizer.mask_token_id,
+            first=0 if from_anchor else 1,
+        )
+        for k in range(K):
+            before = w1[given[0, index, k]]
+            expected = plain_target.head_weight.double() @ states[k] + w2 @ before
+            torch.testing.assert_close(logits[0, index, k].double(), expected, atol=TOLERANCE, rtol=TOLERANCE)
+            said = tensors["confidence_head.proj.weight"][0] @ torch.cat([states[k], before])
+            said = said + tensors["confidence_head.proj.bias"][0]
+            torch.testing.assert_close(confidence[0, index, k].double(), said, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_a_reduced_head_has_the_same_logits_of_its_tokens(plain_target: Target) -> None:
+    drafter = random_dspark(plain_target)
+    hidden = torch.randn(3, 32 + 6, generator=torch.Generator().manual_seed(0))
+    whole = drafter.head_over(plain_target.head_weight, None).logits(hidden)
+    part = drafter.head_over(plain_target.head_weight, torch.tensor([40, 3, 17]))
+    assert part.token_ids is not None and part.token_ids.tolist() == [3, 17, 40]
+    torch.testing.assert_close(part.logits(hidden), whole[:, [3, 17, 40]])
+
+
+# ---- upgraded from DFlash
+
+
+def test_an_upgraded_drafter_proposes_what_it_did(plain_target: Target, plain_drafter: DFlashDrafter) -> None:
+    made = upgraded(plain_drafter, UPGRADE, plain_target, seed=0)
+    assert isinstance(made, DSparkDrafter) and made.block_size == plain_drafter.block_size
+    texts = random_target.trajectories(5, seed=2)
+    traces = replay_all(plain_target, {"before": plain_drafter, "after": made}, texts)
+    for before, after in zip(traces["before"], traces["after"], strict=True):
+        assert (before.anchors.tolist(), before.accepted.tolist()) == (after.anchors.tolist(), after.accepted.tolist())
+        assert before.proposed.tolist() == after.proposed.tolist()
+
+
+def test_no_other_shape_changes_a_checkpoint(plain_target: Target, plain_drafter: DFlashDrafter) -> None:
+    assert upgraded(plain_drafter, DFlashConfig(num_layers=7), plain_target, seed=0) is plain_drafter
+    drafter = random_dspark(plain_target)
+    assert upgraded(drafter, UPGRADE, plain_target, seed=0) is drafter
+
+
+def test_it_learns_from_the_token_before_it(plain_target: Target, plain_drafter: DFlashDrafter) -> None:
+    """The bias starts at nothing, and only the side of it that writes has a gradient there."""
+    made = upgraded(plain_drafter, UPGRADE, plain_target, seed=0)
+    assert isinstance(made, DSparkDrafter)
+    loss_of(made, plain_target)[0].loss.backward()
+    assert float(made.markov_head.markov_w2.weight.grad.abs().max()) > 0  # type: ignore[union-attr]
+    made.markov_head.markov_w2.weight.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    loss_of(made, plain_target)[0].loss.backward()
+    assert float(made.markov_head.markov_w1.weight.grad.abs().max()) > 0  # type: ignore[union-attr]
+
+
+# ---- the authors' loss
+
+
+def loss_of(drafter: DSparkDrafter, target: Target, **fields: str) -> tuple[LossReport, Anchors, FeatureSource]:
+    texts = random_target.trajectories(3, seed=5)
+    source = FeatureSource(target, drafter.target_layer_ids, texts)
+    batch = source.batch([0, 1, 2])
+    anchors = position_anchors(texts, 3, step_rng(0, 0), torch.device("cpu"))
+    heads = HeadSource(drafter, target.head_weight, TrainingConfig()).draw(step_rng(0, 0), [batch.tokens])
+    stream = SftConfig.model_validate(fields).stream(drafter.recipe)
+    assert target.head_weight is heads.target.weight
+    report = sft_loss(
+        drafter, batch, anchors, heads, target.head_weight, stream, temperature=1.0, positions_per_chunk=7
+    )
+    return report, anchors, source
+
+
+@pytest.mark.parametrize("confidence_head", [True, False])
+def test_the_loss_is_the_authors(confidence_head: bool, plain_target: Target) -> None:
+    """Value and gradient against the formula in float64, over whole rows of logits and without a chunk."""
+    drafter = random_dspark(plain_target, confidence_head=confidence_head)
+    report, anchors, source = loss_of(drafter, plain_target)
+    report.loss.backward()
+    found = {name: p.grad for name, p in drafter.named_parameters()}
+    drafter.zero_grad(set_to_none=True)
+
+    batch, K = source.batch([0, 1, 2]), drafter.block_size - 1
+    labels, inside = labels_of(batch, anchors, K)
+    hidden = block_hidden(drafter, context_of(drafter, batch), batch, anchors)
+    state, before = hidden.split([32, 6], -1)
+    logits = (state @ plain_target.head_weight.T + before @ drafter.markov_head.markov_w2.weight.T).double()
+    at = (anchors.positions[..., None] + torch.arange(K)).clamp(max=batch.tokens.shape[1] - 1)
+    assert batch.hidden is not None
+    theirs = torch.stack([row[i] for row, i in zip(batch.hidden, at, strict=True)])
+    p, q = plain_target.logits(theirs).double().softmax(-1), logits.softmax(-1)
+    weights = torch.exp(-torch.arange(K) / 4.0) * inside
+    l1 = (p - q).abs().sum(-1)
+    terms = 0.1 * F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none").view_as(l1) + 0.9 * l1
+    if confidence_head:
+        said = drafter.confidence(hidden.detach()).double()
+        terms = terms + F.binary_cross_entropy_with_logits(said, (1 - l1 / 2).detach(), reduction="none")
+    expected = (weights * terms).sum() / weights.sum()
+    assert float(report.loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    expected.backward()
+    for name, parameter in drafter.named_parameters():
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(found[name], parameter.grad, atol=2e-5, rtol=2e-4, msg=name)

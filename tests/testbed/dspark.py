@@ -1,0 +1,39 @@
+"""DSpark drafters of random weights for the test bed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from draftsmith.stages.drafters.dspark.model import DSparkDrafter
+    from draftsmith.stages.targets.causal_lm import Target
+
+
+def random_dspark(
+    target: Target, seed: int = 0, *, from_anchor: bool = True, confidence_head: bool = True
+) -> DSparkDrafter:
+    """2 layers, block 5, layers 2 and 0, a bias of rank 6. Weights so large that every part matters."""
+    import torch
+
+    from draftsmith.stages.drafters.config import DSparkConfig
+    from draftsmith.stages.drafters.dspark import checkpoint
+
+    shape = DSparkConfig(
+        kind="dspark",
+        num_layers=2,
+        block_size=5,
+        target_layer_ids=(2, 0),
+        intermediate_size=40,
+        markov_rank=6,
+        confidence_head=confidence_head,
+    )
+    config = checkpoint.new_config(shape, target.model.config, lambda: target.tokenizer)
+    config.sample_from_anchor = from_anchor
+    drafter = checkpoint.create(config, target, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, parameter in drafter.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            large = 1.0 if "markov" in name else 0.3
+            parameter.copy_(large * noise if parameter.dim() == 2 else 1 + 0.3 * noise)
+    return drafter.eval()
