@@ -39,6 +39,7 @@ _OWN_OPTIONS = {
     "speculative-draft-model": "the drafter of the refresh",
     "speculative-num-draft-tokens": "drafting.block_size, or engine.launch.tree",
     "speculative-dflash-block-size": "drafting.block_size",
+    "speculative-dspark-block-size": "drafting.block_size",
     "speculative-num-steps": "drafting.block_size",
     "speculative-eagle-topk": "engine.launch.tree",
     "config": "nothing: a file of options could set any of them; write them here",

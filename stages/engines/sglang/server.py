@@ -104,6 +104,8 @@ def command(
             raise DraftsmithError(
                 f"engine.launch.tree: {algorithm} drafts blocks, only EAGLE3 drafts trees; leave it out"
             )
+        if algorithm == "DSPARK":  # it takes its checkpoint's size, and refuses another one beside it
+            parts += ["--speculative-dspark-block-size", str(block_size - 1)]
         parts += ["--speculative-num-draft-tokens", str(tree.draft_tokens if tree else block_size)]
     return parts + _options(launch.options)
 

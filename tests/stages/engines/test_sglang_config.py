@@ -91,6 +91,17 @@ def test_eagle3_drafts_a_chain_as_long_as_the_block(tmp_path: Path) -> None:
         server.block_size_of(folder, DraftingConfig(), "EAGLE3")
 
 
+def test_dspark_counts_proposals_without_the_anchor(tmp_path: Path) -> None:
+    folder = drafter(tmp_path, architectures=["Qwen3DSparkModel"], block_size=7)
+    assert server.algorithm_of(folder, None) == "DSPARK"
+    assert server.block_size_of(folder, DraftingConfig(), "DSPARK") == 8
+    words = line(config(), folder, server.block_size_of(folder, DraftingConfig(block_size=5), "DSPARK"))
+    names = ("algorithm", "dspark-block-size", "num-draft-tokens")
+    assert [after(words, f"--speculative-{name}") for name in names] == ["DSPARK", "4", "5"]
+    with pytest.raises(DraftsmithError, match="9 is larger than the trained 8"):
+        server.block_size_of(folder, DraftingConfig(block_size=9), "DSPARK")
+
+
 def test_eagle3_drafts_a_tree_where_the_config_asks_for_one(tmp_path: Path) -> None:
     folder = drafter(tmp_path / "d", architectures=["LlamaForCausalLMEagle3"])
     words = line(config(tree={"branches": 4, "draft_tokens": 16}), folder, 5)
