@@ -1,8 +1,6 @@
-"""A DSpark checkpoint that was written here, in SGLang's own class: the same states, logits, confidences and blocks.
+"""DSpark checkpoints that were written here: in SGLang's own class, and served by a stock server with greedy requests.
 
-No server: SGLang verifies DSPARK with Triton kernels that a CPU does not run (`chain_speculative_sampling_triton`, its
-ragged layouts). What is compared are its model, its loading of the checkpoint and its greedy drafting of a block, whose
-paths are torch.
+Sampled ones are not: SGLang verifies them with a Triton kernel that a CPU does not run (`chain_speculative_sampling`).
 """
 
 from __future__ import annotations
@@ -15,17 +13,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from draftsmith.stages.drafters.checkpoint import save_drafter
-from draftsmith.stages.replay.trace import pad_tokens
+from draftsmith.stages.drafters.checkpoint import save_drafter, upgraded
+from draftsmith.stages.drafters.config import DSparkConfig
+from draftsmith.stages.drafters.dspark.model import DSparkDrafter
+from draftsmith.stages.replay.corpus import replay_all
+from draftsmith.stages.replay.trace import Trajectory, pad_tokens, tau
 from draftsmith.stages.targets.causal_lm import Target
 from tests.sglang_cpu import dspark_model
+from tests.sglang_cpu.fixtures import ServingTarget
 from tests.sglang_cpu.options import CPU_ENVIRONMENT
+from tests.sglang_cpu.server import generate, running_server
+from tests.stages.bench import GREEDY_TOKENS, build_bench
 from tests.testbed import random_target
+from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.dspark import random_dspark
 
 pytestmark = [pytest.mark.sglang, pytest.mark.integration]
 
 TOLERANCE = 3e-5  # float32, on values of order one to ten
+PROMPTS = 12
 
 
 @pytest.mark.parametrize("from_anchor", [True, False])
@@ -64,3 +70,35 @@ def test_sglang_computes_what_is_computed_here(
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=TOLERANCE, rtol=TOLERANCE, msg=name)
     assert torch.equal(found["proposals"], block.tokens)
+
+
+def test_a_server_decodes_with_it_as_replay_says(
+    sglang_env: Path, serving_target: ServingTarget, tiny_drafter: DrafterArtifacts, sglang_logs: Path, tmp_path: Path
+) -> None:
+    """The test bed's DFlash drafter, upgraded, with a bias that changes its proposals and leaves it good."""
+    bench = build_bench(tiny_drafter)
+    shape = DSparkConfig(kind="dspark", markov_rank=8)
+    drafter = upgraded(bench.drafters["trained"], shape, bench.target, seed=0)
+    assert isinstance(drafter, DSparkDrafter)
+    drafter.markov_head.markov_w2.weight.data.normal_(std=0.7, generator=torch.Generator().manual_seed(0))
+    bench = bench.with_drafters({"before": bench.drafters["trained"], "trained": drafter})  # prompts without a near-tie
+    save_drafter(drafter, tmp_path / "drafter", torch.float32)
+
+    sampling = {"temperature": 0.0, "max_new_tokens": GREEDY_TOKENS}
+    requests = [{"input_ids": p.token_ids, "sampling_params": sampling} for p in bench.prompts[:PROMPTS]]
+    log, block = sglang_logs / "dspark.log", drafter.block_size
+    options = {"speculative-dspark-block-size": block - 1, "speculative-num-draft-tokens": block}
+    with running_server(sglang_env, serving_target.model, tmp_path / "drafter", "DSPARK", options, log=log) as url:
+        answers = generate(url, requests, concurrency=4)
+    plain = [bench.greedy[p.prompt_id] for p in bench.prompts[:PROMPTS]]
+    assert [answer["output_ids"] for answer in answers] == plain
+
+    texts = [
+        Trajectory(p.prompt_id, p.token_ids + answer, len(p.token_ids))
+        for p, answer in zip(bench.prompts, plain, strict=False)
+    ]
+    traces = replay_all(bench.target, bench.drafters, texts)
+    served = [answer["meta_info"]["spec_verify_ct"] for answer in answers]
+    assert served == [len(trace.anchors) for trace in traces["trained"]]
+    assert served != [len(trace.anchors) for trace in traces["before"]]
+    assert tau(traces["trained"]) > 2

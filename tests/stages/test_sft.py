@@ -145,7 +145,7 @@ def test_training_continues_from_an_artifact_or_a_folder(tmp_path: Path, inputs:
 
 @pytest.mark.parametrize("drafter", ["dflash", 3, None, [], {"kind": "medusa"}], ids=str)
 def test_a_drafter_section_without_a_known_kind_is_a_config_error(drafter: Any) -> None:
-    with pytest.raises(ValidationError, match="kind must be dflash, dflash2 or eagle3"):
+    with pytest.raises(ValidationError, match="kind must be dflash, dflash2, dspark or eagle3"):
         SftConfig.model_validate({"drafter": drafter})
 
 

@@ -198,6 +198,11 @@ class DFlashDrafter(Drafter):
             x = layer(x, rope, keys_values, reaches[sight])
         return self.norm(x).unflatten(1, (A, queries))
 
+    @property
+    def queries(self) -> int:
+        """Tokens of a block that the layers read."""
+        return self.block_size
+
     def training_operations(self, shape: StepShape) -> float:
         """With N = rows · T positions, b = rows · A blocks of B tokens, q and k the widths of queries and keys:
 
@@ -208,7 +213,7 @@ class DFlashDrafter(Drafter):
         A pass is one product; each multiply-add counts as two operations.
         """
         c = self.config
-        H, B = c.hidden_size, self.block_size
+        H, B = c.hidden_size, self.queries
         q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         N, tokens = shape.prefixes * shape.rows * shape.width, shape.blocks * B
         fc = N * len(self.target_layer_ids) * H * H

@@ -22,18 +22,19 @@ from draftsmith.stages.drafters.head import Head, flat_linear
 
 @dataclass(frozen=True)
 class BiasedHead(Head):
-    """The target's head over hidden states, plus `bias` [V', r] over what was read of the token before them.
+    """The target's head over hidden states, plus `bias` [V, r] over what was read of the token before them.
 
-    Takes both next to each other, [..., H + r].
+    Takes both next to each other, [..., H + r]. The bias is of all tokens: its rows are read at every use, so that
+    several graphs with a gradient of their own may hang on one head.
     """
 
     bias: torch.Tensor | None = None
 
     def raw_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         assert self.bias is not None
-        width = self.weight.shape[1]
+        bias, width = self.bias if self.token_ids is None else self.bias[self.token_ids], self.weight.shape[1]
         state, before = hidden[..., :width], hidden[..., width:]
-        return super().raw_logits(state) + flat_linear(before.to(self.bias.dtype), self.bias)
+        return super().raw_logits(state) + flat_linear(before.to(bias.dtype), bias)
 
 
 class MarkovHead(nn.Module):
@@ -97,8 +98,8 @@ class DSparkDrafter(DFlashDrafter):
         return torch.cat([hidden, self.read(tokens)], -1)
 
     def head_over(self, target_head: torch.Tensor, token_ids: torch.Tensor | None) -> Head:
-        head, bias = Head.over(target_head, token_ids), self.markov_head.markov_w2.weight
-        return BiasedHead(head.weight, head.token_ids, bias if head.token_ids is None else bias[head.token_ids])
+        head = Head.over(target_head, token_ids)
+        return BiasedHead(head.weight, head.token_ids, self.markov_head.markov_w2.weight)
 
     def drafting(
         self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor, block_size: int, head: Head
@@ -135,6 +136,10 @@ class DSparkDrafter(DFlashDrafter):
         proj = self.confidence_head.proj
         logits: torch.Tensor = proj(hidden.to(proj.weight.dtype))
         return logits[..., 0].float()
+
+    @property
+    def queries(self) -> int:
+        return self.block_size - self.from_anchor
 
     def training_operations(self, shape: StepShape) -> float:
         """As of DFlash, and of each position with a loss: behind a bias that is trained, logits are made again in

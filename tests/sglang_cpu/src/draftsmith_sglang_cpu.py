@@ -1,4 +1,4 @@
-"""SGLang plug-in that closes the gaps of DFLASH on a CPU. Tests only: on a GPU none of it is needed.
+"""SGLang plug-in that closes the gaps of DFLASH and DSPARK on a CPU. Tests only: on a GPU none of it is needed.
 
 SGLang loads it through the entry-point group `sglang.srt.plugins` in each of its processes. Each function says which
 place of SGLang 0.5.20 … 0.5.23 it answers, and why a CPU stumbles there.
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 BACKEND = "intel_amx"  # the attention backend of SGLang's CPU path
+DSPARK_WORKER = "speculative.dspark_components.dspark_worker_v2.DSparkWorkerV2"
 
 
 def activate() -> None:
@@ -23,7 +24,9 @@ def activate() -> None:
     ignore_streams()
     name_chain_topk()
     hooks: list[tuple[str, Callable[..., Any], HookType]] = [
-        ("arg_groups.speculative_hook._handle_dflash", let_dflash_pass, HookType.AROUND),
+        ("arg_groups.speculative_hook._handle_dflash", let_drafter_pass, HookType.AROUND),
+        ("arg_groups.speculative_hook._handle_dspark", let_drafter_pass, HookType.AROUND),
+        (f"{DSPARK_WORKER}.forward_batch_generation", leave_pipeline_out, HookType.AROUND),
         ("model_executor.model_runner.ModelRunner._extend_forward_kwargs", keep_dtype, HookType.AFTER),
         ("models.dflash.DFlashAttention.__init__", leave_fused_kernel_out, HookType.AFTER),
     ]
@@ -70,8 +73,16 @@ def leave_fused_kernel_out(_result: None, attention: Any, *_args: Any, **_kwargs
     attention.use_table_qk_norm_rope = False
 
 
-def let_dflash_pass(handle: Callable[..., None], server_args: Any, *args: Any, **kwargs: Any) -> None:
-    """arg_groups/speculative_hook.py lets DFLASH pass on named devices only. The CPU stands in for one while it looks.
+def leave_pipeline_out(run: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
+    """Without overlap, which a CPU has not, the scheduler hands tensors of a pipeline to a worker that takes none in
+    0.5.20. There are none either."""
+    if kwargs.get("pp_proxy_tensors", ...) is None:
+        del kwargs["pp_proxy_tensors"]
+    return run(worker, *args, **kwargs)
+
+
+def let_drafter_pass(handle: Callable[..., None], server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """arg_groups/speculative_hook.py lets drafters of blocks pass on named devices only. The CPU stands in for one.
 
     0.5.23 asks the platform, which may be a foreign one that answers for itself; 0.5.20 compares the device's name,
     which decides nothing else there (without data-parallel attention).
@@ -105,7 +116,7 @@ class _Around:
 
 
 class CudaView(_Around):
-    """Server arguments whose device reads as one that DFLASH supports."""
+    """Server arguments whose device reads as one that is supported."""
 
     device = "cuda"
 
@@ -117,7 +128,7 @@ class ForeignPlatform(_Around):
         return True
 
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
-        return algorithm == "DFLASH"
+        return algorithm in ("DFLASH", "DSPARK")
 
     def supports_speculative_draft_attention_backend(self, _algorithm: str, backend: str) -> bool:
         return backend == BACKEND
