@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from tests.faults.home import Ended, Home, Running
-from tests.faults.undisturbed import TIMED, Undisturbed, arguments
+from tests.faults.undisturbed import MEASURES, TIMED, Undisturbed, arguments
 from tests.faults.watch import StageProcess, Watch, until
 
 STARTING, WORKING, COMMITTING = "starting", "working", "committing"
@@ -160,7 +160,7 @@ class Scene:
             ended.code == wanted, f"the same command then ended with {ended.code}: {ended.message or ended.err[-400:]}"
         )
         self.same_content()
-        again = set(ended.nodes("started")) - {self.node, *(TIMED if self.node in TIMED else ())}
+        again = set(ended.nodes("started")) - {self.node, *(TIMED if self.node in (MEASURES, *TIMED) else ())}
         must(not again, f"{', '.join(sorted(again))}: finished work was repeated")
         self.nothing_left()
         litter = self.home.litter()

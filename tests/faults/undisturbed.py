@@ -13,7 +13,9 @@ from tests.faults import configs, served
 from tests.faults.home import Ended, Home, Running, copied
 from tests.faults.watch import Watch
 
-# of measured seconds, or of what follows from them: they may differ between two undisturbed refreshes
+# What shows the seconds that the evaluation has measured, which are no content of it: made again where it is, and its
+# own content may differ between two undisturbed refreshes.
+MEASURES = "evaluation"
 TIMED = ("gate", "report")
 
 
