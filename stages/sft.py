@@ -59,7 +59,7 @@ def unservable(config: SftConfig, target: Path) -> str | None:
     from draftsmith.stages.targets.resolve import load_tokenizer
 
     folder = model_path(target)
-    target_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    target_config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
 
     def tokenizer() -> Any:
         return load_tokenizer(folder)

@@ -18,6 +18,8 @@ def run(context: StageContext, config: TargetConfig) -> None:
     context.log(
         f"target {info.source}: {info.architecture}, {info.num_layers} layers, hidden {info.hidden_size}, "
         f"vocabulary {info.vocab_size}, {info.dtype}"
+        + ("" if info.quantisation is None else f", loaded from {info.quantisation} weights")
+        + ("" if info.rewindable else "; recurrent layers: what a verify step committed is read twice")
         + ("" if info.chat_template else "; no chat template, prompts will be plain text")
     )
     context.summary(

@@ -136,7 +136,7 @@ def _check_drafter(
     from draftsmith.stages.targets.resolve import load_tokenizer
 
     name, folder = f"{node}: drafter", model_path(artifact)
-    target_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    target_config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
 
     def tokenizer() -> Any:
         return load_tokenizer(folder)
@@ -176,7 +176,7 @@ def _check_champion(found: Findings, node: str, config: ChampionConfig, artifact
     from draftsmith.stages.targets.resolve import load_tokenizer
 
     where, folder = f"{config.line} version {config.version}", model_path(artifact)
-    target_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    target_config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
     plan = plan_of_checkpoint(checkpoint_of(config), target_config, where, lambda: load_tokenizer(folder))
     found.ok(node, f"{where}: {plan.description}, {plan.parameters / 1e6:,.1f}M parameters")
     return plan

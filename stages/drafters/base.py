@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.targets.logits import PLAIN, LogitMap
 from draftsmith.stages.targets.slots import Rows
 
 LOGITS_AT_ONCE = 2**26  # 256 MB in float32
@@ -99,6 +100,8 @@ class Drafter(nn.Module, ABC):
     target_layer_ids: Sequence[int]  # layer k = hidden state AFTER target layer k
     frequent_tokens: torch.Tensor | None  # [V] token ids, most frequent first in the training data
     info: DrafterInfo
+    logit_map: LogitMap = PLAIN  # the target's, which holds for every head that is made of its own
+    embedding_scale: float = 1.0  # the target's: of what its first layer reads
     kind: ClassVar[str]  # as in `drafter.kind` of a config
     autoregressive: ClassVar[bool]  # do the hidden states of an offset depend on the tokens at the offsets before it?
     has_own_head: ClassVar[bool]  # is the head over the draft vocabulary a part of the drafter, and trained with it?
@@ -237,6 +240,8 @@ def best_of(hidden: torch.Tensor, head: Head, with_logprobs: bool) -> Proposals:
 
 def _best(hidden: torch.Tensor, head: Head, with_logprobs: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """hidden: [N, H] → token ids [N], and log-probs [N] if asked (else the logits)."""
-    logits = head.raw_logits(hidden)
-    best, columns = logits.max(-1)
-    return head.to_tokens(columns), best.float() - logits.float().logsumexp(-1) if with_logprobs else best
+    raw = head.raw_logits(hidden)
+    best, columns = raw.max(-1)
+    if with_logprobs:
+        best = head.logit_map(best.float()) - head.logit_map(raw.float()).logsumexp(-1)
+    return head.to_tokens(columns), best

@@ -110,8 +110,7 @@ def upgraded(drafter: Drafter, shape: DrafterConfig, target: Target, seed: int) 
     upgrade = UPGRADES.get((drafter.kind, shape.kind))
     if upgrade is None:
         return drafter
-    made: Drafter = upgrade.upgraded(drafter, shape, target, seed)
-    return made
+    return _behind(target, upgrade.upgraded(drafter, shape, target, seed))
 
 
 def kind_after(kind: str, shape: DrafterConfig) -> str:
@@ -138,9 +137,14 @@ def create_drafter(shape: DrafterConfig, target: Target, seed: int, frequent: to
     frequent: [V] token ids, most frequent first; needed where the shape asks for a reduced draft vocabulary.
     """
     architecture = ARCHITECTURES[shape.kind]
-    config = architecture.new_config(shape, target.model.config, lambda: target.tokenizer)
-    architecture.check_fits(config, target.model.config, "sft.drafter")
-    drafter: Drafter = architecture.create(config, target, seed, frequent)
+    config = architecture.new_config(shape, target.config, lambda: target.tokenizer)
+    architecture.check_fits(config, target.config, "sft.drafter")
+    return _behind(target, architecture.create(config, target, seed, frequent))
+
+
+def _behind(target: Target, drafter: Drafter) -> Drafter:
+    """What a drafter takes over from its target beside embedding and head."""
+    drafter.logit_map, drafter.embedding_scale = target.logit_map, target.embedding_scale
     return drafter
 
 
@@ -170,7 +174,7 @@ def load_drafter(
     folder = source if isinstance(source, Path) else drafter_source(source)
     if not of_any_target:
         check_drafter(folder, target.info.digest)
-    drafter: Drafter = architecture_of(folder).load(folder, target, dtype or target.dtype)
+    drafter = _behind(target, architecture_of(folder).load(folder, target, dtype or target.dtype))
     drafter.info = read_info(folder)
     if (tokens := folder / TOKENS_FILE).exists():
         try:
@@ -261,4 +265,4 @@ def check_new(shape: DrafterConfig, target_model: Path) -> None:
 def _target_config(target_model: Path) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(target_model, local_files_only=True)
+    return AutoConfig.from_pretrained(target_model, local_files_only=True).get_text_config()

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from draftsmith.stages.targets.logits import PLAIN, LogitMap
+
 
 def flat_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [..., H] times weight [V, H], as one matrix product.
@@ -18,27 +20,31 @@ def flat_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Head:
-    """weight: [V', H], frozen. token_ids: [V'] sorted ids of the target's vocabulary, or None for all of it."""
+    """weight: [V', H], frozen. token_ids: [V'] sorted ids of the target's vocabulary, or None for all of it.
+
+    logit_map: from products with `weight` to logits.
+    """
 
     weight: torch.Tensor
     token_ids: torch.Tensor | None = None
+    logit_map: LogitMap = PLAIN
 
     @classmethod
-    def over(cls, weight: torch.Tensor, token_ids: torch.Tensor | None) -> Head:
+    def over(cls, weight: torch.Tensor, token_ids: torch.Tensor | None, logit_map: LogitMap = PLAIN) -> Head:
         """Rows `token_ids` of the full head `weight` [V, H]."""
         if token_ids is None:
-            return cls(weight)
+            return cls(weight, None, logit_map)
         ids = token_ids.unique().to(weight.device)
         if ids.numel() == weight.shape[0]:
-            return cls(weight)
-        return cls(weight[ids].contiguous(), ids)
+            return cls(weight, None, logit_map)
+        return cls(weight[ids].contiguous(), ids, logit_map)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., H] → float32 logits [..., V']."""
-        return self.raw_logits(hidden).float()
+        return self.logit_map(self.raw_logits(hidden).float())
 
     def raw_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The same in the dtype of the product."""
+        """The products that logits are made of, in the same order, in the weight's dtype."""
         return flat_linear(hidden.to(self.weight.dtype), self.weight)
 
     def to_tokens(self, index: torch.Tensor) -> torch.Tensor:

@@ -83,7 +83,8 @@ def check_equal(where: str, checks: Iterable[tuple[str, Any, Any]]) -> None:
 
 
 def rope_checks(drafter: Any, target: Any) -> list[tuple[str, Any, Any]]:
-    """The rotary settings of two configs, as `check_equal` takes them; none where one of them does not say."""
+    """The rotary settings of two configs, as `check_equal` takes them; none where one of them does not say, or where
+    the target's differ by layer: a drafter may then have either."""
     ours, theirs = (getattr(config, "rope_parameters", None) or {} for config in (drafter, target))
     if not (ours.get("rope_theta") and theirs.get("rope_theta")):
         return []
@@ -218,10 +219,18 @@ def serving_fields(config: Any, dtype: torch.dtype) -> dict[str, Any]:
     return {"rope_theta": config.rope_parameters["rope_theta"], "dtype": str(dtype).removeprefix("torch.")}
 
 
+def intermediate_size(target_config: Any) -> int:
+    """Of a new drafter's MLPs: the target's, or the usual three times its width where it has none of its own."""
+    return getattr(target_config, "intermediate_size", None) or 3 * int(target_config.hidden_size)
+
+
 def target_fields(target_config: Any) -> dict[str, Any]:
     """Widths, heads and rotary settings of the target, which a new drafter takes over."""
     heads = target_config.num_attention_heads
     rope = getattr(target_config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0}
+    # by kind of layer, where these differ: a drafter reads the whole prefix
+    rope = rope.get("full_attention") or rope
+    eps = (getattr(target_config, name, None) for name in ("rms_norm_eps", "norm_eps", "layer_norm_eps"))
     return {
         "vocab_size": target_config.vocab_size,
         "hidden_size": target_config.hidden_size,
@@ -229,7 +238,7 @@ def target_fields(target_config: Any) -> dict[str, Any]:
         "num_key_value_heads": target_config.num_key_value_heads,
         "head_dim": getattr(target_config, "head_dim", None) or target_config.hidden_size // heads,
         "max_position_embeddings": target_config.max_position_embeddings,
-        "rms_norm_eps": target_config.rms_norm_eps,
+        "rms_norm_eps": next((value for value in eps if value), 1e-6),
         # whole heads rotate, whatever the target's do: engines would read another part than the models here
         "rope_parameters": {name: value for name, value in rope.items() if name != _PARTIAL},
         "attention_bias": False,

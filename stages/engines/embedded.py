@@ -2,13 +2,14 @@
 
 Every request owns a row of the key/value memory. A finished row is refilled from the queue at once, so the batch stays
 full. Invariant between steps: the target's cache and the drafter's context hold exactly the positions before `anchor`,
-the position of the last committed token, which is the next input.
+the position of the last committed token, which is the next input. A target with recurrent layers reads what a verify
+step committed once more: its states stay at the anchor until then.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -103,7 +104,7 @@ class EmbeddedEngine:
         rows: list[_Row] = []
         while True:
             arrivals = list(islice(queue, self.slots - len(rows)))
-            for group in groups_by_length([len(r.prompt_ids) for r in arrivals], PREFILL_TOKENS):
+            for group in self._read_together([len(r.prompt_ids) for r in arrivals]):
                 rows += self._prefill([arrivals[i] for i in group], first_row=len(rows))
             if not rows:
                 return
@@ -112,6 +113,15 @@ class EmbeddedEngine:
             for index in reversed(range(len(rows))):
                 if rows[index].done.finish_reason:
                     yield self._retire(rows, index)
+
+    def _read_together(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Places of prompts that one forward reads. States would move on over padding: then they are equally long."""
+        for group in groups_by_length(lengths, PREFILL_TOKENS):
+            if self.target.layers.rewindable:
+                yield group
+                continue
+            for length in sorted({lengths[i] for i in group}):
+                yield [i for i in group if lengths[i] == length]
 
     def _retire(self, rows: list[_Row], index: int) -> Completion:
         """Take a finished row out and move the last one into its place: rows in flight stay contiguous."""
@@ -185,17 +195,20 @@ class EmbeddedEngine:
         drafted_at = time.perf_counter()
 
         positions = anchors[:, None] + torch.arange(ids.shape[1], device=device)
-        out = self.target.step(ids, positions, self.cache, at, layer_ids=self.layer_ids)
+        out = self.target.step(ids, positions, self.cache, at, layer_ids=self.layer_ids, advance=self.drafter is None)
         if self.drafter and self.context and out.features is not None:
             with torch.no_grad():
                 self.drafter.extend(self.context, at, out.features, ids, positions)
         found = verify(drafted, self.target.logits(out.hidden), positions + 1, sampling, seeds)
+        committed = []
         for row, block, kept, tokens in zip(rows, proposed, found.accepted, found.tokens.tolist(), strict=True):
             anchor = row.anchor
-            committed = row.commit(tokens[: kept + 1], self.target.eos_ids)
+            committed.append(row.commit(tokens[: kept + 1], self.target.eos_ids))
             if self.drafter:
-                row.done.steps.append(VerifyStep(anchor, min(kept, committed), block))
+                row.done.steps.append(VerifyStep(anchor, min(kept, committed[-1]), block))
                 row.done.verify_steps += 1
+        if self.drafter:
+            self.target.commit(ids, positions, self.cache, 0, committed)
         share = 1.0 / len(rows)
         verified = time.perf_counter()
         for row in rows:

@@ -214,7 +214,7 @@ def mine(
         assert out.features is not None
         context = context_of(drafter, out.features, group)
         traces = _replay(target, drafter, context, group, drafting, chains, out.hidden, law, with_logprobs=True)
-        scores = score_traces(target, cache, out.hidden, traces, top_k=top_k, tree_tokens=tree_tokens)
+        scores = score_traces(target, cache, out.hidden, traces, ids=group.ids, top_k=top_k, tree_tokens=tree_tokens)
         return list(zip(traces, scores, strict=True))
 
     for group in groups_of(trajectories, tokens_per_group, target.device, finished):
@@ -233,7 +233,14 @@ def score(
             out, cache = read(target, group, tree_tokens)
             of_group = [traces[i] for i in group.indices]
             found = score_traces(
-                target, cache, out.hidden, of_group, top_k=1, tree_tokens=tree_tokens, rejected_only=True
+                target,
+                cache,
+                out.hidden,
+                of_group,
+                ids=group.ids,
+                top_k=1,
+                tree_tokens=tree_tokens,
+                rejected_only=True,
             )
         scores |= dict(zip(group.indices, found, strict=True))
     return [scores[i] for i in range(len(trajectories))]

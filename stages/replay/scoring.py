@@ -3,6 +3,8 @@
 Up to the first rejection the prefix is the trajectory itself, whose hidden states are there already. Behind it the
 prefix holds rejected proposals: those tokens are appended to the trajectory's cache as leaves of a tree, all verify
 steps in one forward; each sees the trajectory up to its step's committed prefix and its own step's earlier proposals.
+A target with recurrent layers has no forward over a tree: it reads the trajectory once more, stops at each rejection,
+and follows that step's proposals from the states which it has there.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ def score_traces(
     hidden: torch.Tensor,
     traces: Sequence[Trace],
     *,
+    ids: torch.Tensor | None = None,
     top_k: int = 8,
     tree_tokens: int = 512,
     positions_per_chunk: int = POSITIONS_PER_CHUNK,
@@ -46,6 +49,7 @@ def score_traces(
 ) -> list[StepScores]:
     """hidden [B, T, H] and `cache`: of a forward over the trajectories, rows 0 … B-1, with free entries from T on.
 
+    ids: [B, T] of the trajectories, which a target without a forward over a tree reads again.
     tree_tokens: proposals a row that one forward appends (the mask has B * tree_tokens * (T + tree_tokens) entries).
     rejected_only: those that were accepted are not scored (NaN).
     """
@@ -67,8 +71,8 @@ def score_traces(
         rejected = np.flatnonzero(part.column + 1 == part.rejected_offset)
         index = torch.from_numpy(rejected).to(device)
         best = logits[index].topk(top_k, -1)  # a pass over the vocabulary: only where it is asked for
-        ids, values = best.indices.cpu().numpy(), (best.values - total[index, None]).cpu().numpy()
-        for b, s, i, value in zip(part.row[rejected], part.step[rejected], ids, values, strict=True):
+        named, values = best.indices.cpu().numpy(), (best.values - total[index, None]).cpu().numpy()
+        for b, s, i, value in zip(part.row[rejected], part.step[rejected], named, values, strict=True):
             top_ids[b][s], top_logprobs[b][s] = i, value
 
     # ---- offsets behind it: leaves on the cache; a rejected proposal predicts the one behind it
@@ -77,8 +81,12 @@ def score_traces(
         [np.maximum(t.rejected_offset - 1, 0) for t in traces],
         [np.where(t.rejected_offset > 0, t.judged - 1, 0) for t in traces],
     )
-    for chunk in _leaf_chunks(leaves, tree_tokens):
-        _score_leaves(target, cache, T, chunk, traces, scores, positions_per_chunk)
+    if target.layers.tree_forward:
+        for chunk in _leaf_chunks(leaves, tree_tokens):
+            _score_leaves(target, cache, T, chunk, traces, scores, positions_per_chunk)
+    else:
+        assert ids is not None, "a recurrent target reads the trajectories again"
+        _score_one_by_one(target, cache, ids, leaves, traces, scores)
     return [StepScores(*parts) for parts in zip(scores, top_ids, top_logprobs, strict=True)]
 
 
@@ -205,9 +213,46 @@ def _score_leaves(
     )
     hidden = out.hidden[torch.from_numpy(row).to(device), torch.from_numpy(slot).to(device)]
     for start in range(0, len(row), positions_per_chunk):
-        part = leaves.part(slice(start, start + positions_per_chunk))
-        following = np.array(
-            [traces[b].proposed[s, c + 1] for b, s, c in zip(part.row, part.step, part.column, strict=True)]
-        )
-        logits = target.logits(hidden[start : start + positions_per_chunk])
-        part.write(scores, _logprobs(logits, logits.logsumexp(-1), following), behind=1)
+        some = slice(start, start + positions_per_chunk)
+        _write_following(target, hidden[some], leaves.part(some), traces, scores)
+
+
+def _write_following(
+    target: Target, hidden: torch.Tensor, leaves: _Proposals, traces: Sequence[Trace], scores: list[np.ndarray]
+) -> None:
+    """hidden [N, H] of rejected proposals: each predicts the proposal behind it."""
+    following = np.array(
+        [traces[b].proposed[s, c + 1] for b, s, c in zip(leaves.row, leaves.step, leaves.column, strict=True)]
+    )
+    logits = target.logits(hidden)
+    leaves.write(scores, _logprobs(logits, logits.logsumexp(-1), following), behind=1)
+
+
+def _score_one_by_one(
+    target: Target,
+    cache: SlotCache,
+    ids: torch.Tensor,
+    leaves: _Proposals,
+    traces: Sequence[Trace],
+    scores: list[np.ndarray],
+) -> None:
+    """Two short forwards a rejection: over the text up to it, and over the proposals from it on.
+
+    The latter leave the states as they are, and write entries that the text behind them replaces.
+    """
+    starts = np.flatnonzero(leaves.within == 0)
+    ends = np.append(starts[1:], len(leaves.row))
+    committed = (leaves.anchor + leaves.rejected_offset)[starts]  # positions before the rejected one
+    row = read = -1
+    for place in np.lexsort((committed, leaves.row[starts])):  # blocks may overlap: in the order of their rejections
+        step, end = leaves.part(slice(starts[place], ends[place])), int(committed[place])
+        if step.row[0] != row:
+            row, read = int(step.row[0]), 0
+        at = slice(row, row + 1)
+        if read < end:
+            target.step(ids[at, read:end], torch.arange(read, end, device=ids.device)[None], cache, at)
+        read = end
+        tokens = torch.from_numpy(step.token).to(ids.device)[None]
+        positions = end + torch.arange(len(step.row), device=ids.device)[None]
+        out = target.step(tokens, positions, cache, at, advance=False)
+        _write_following(target, out.hidden[0], step, traces, scores)

@@ -14,11 +14,14 @@ import torch
 from torch.nn import functional as F
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.targets.agreement import check_agreement
 from draftsmith.stages.targets.attention import register
+from draftsmith.stages.targets.capabilities import Layers, model_class
 from draftsmith.stages.targets.config import Dtype
+from draftsmith.stages.targets.embedding import scale_of
 from draftsmith.stages.targets.info import TargetInfo, model_path, read_target_info
 from draftsmith.stages.targets.packed import PackedLinear, can_pack, pack
-from draftsmith.stages.targets.slots import Rows, SlotCache
+from draftsmith.stages.targets.slots import Address, Rows, SlotCache
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,12 @@ class Target:
     def __init__(self, model: Any, tokenizer: Any, info: TargetInfo):
         self.model, self.tokenizer, self.info = model.eval().requires_grad_(False), tokenizer, info
         self.decoder = model.get_decoder()
+        self.config = model.config.get_text_config()
+        self.layers = Layers.of(self.config)
+        self.logit_map = info.logit_map
         self.head_weight: torch.Tensor = model.get_output_embeddings().weight  # [V, H]
         self.embedding: torch.Tensor = model.get_input_embeddings().weight  # [V, H]
+        self.embedding_scale = scale_of(model.get_input_embeddings())  # of what the first layer reads
         parameters = inspect.signature(type(self.decoder).forward).parameters
         # renamed in transformers 5.24; the old name goes in 5.40
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
@@ -54,21 +61,24 @@ class Target:
         """Load the target that an artifact of the `target` stage describes.
 
         `dtype` overrides the serving dtype (e.g. float32 for exactness checks).
-        Raises DraftsmithError if the weights cannot be loaded.
+        Raises DraftsmithError if the weights cannot be loaded, or if forwards here differ from the model's own.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
         info, path = read_target_info(folder), model_path(folder)
         device = device or default_device()
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            loader = model_class(AutoConfig.from_pretrained(path, local_files_only=True))
+            model = loader.from_pretrained(
                 path, dtype=getattr(torch, dtype or info.dtype), attn_implementation=register(), local_files_only=True
             ).to(device)
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             raise DraftsmithError(f"target {path}: cannot be loaded ({error}); rerun stage 'target'") from error
         pack(model.get_decoder())
-        return cls(model, tokenizer, info)
+        target = cls(model, tokenizer, info)
+        check_agreement(target, str(path))
+        return target
 
     @classmethod
     def of(cls, source: str | Path, dtype: Dtype = "bfloat16", device: str | None = None) -> Target:
@@ -144,27 +154,57 @@ class Target:
         layer_ids: Sequence[int] = (),
         write_at: torch.Tensor | None = None,
         visible: torch.Tensor | None = None,
+        advance: bool = True,
     ) -> TargetOutput:
         """New tokens on top of a cache. ids, positions: [n, T].
 
         By default token t is written at its position and sees every entry up to itself. A tree passes `write_at` [n, T]
         (free entries) and `visible` bool [n, T, L] (which of the first L entries each token sees) instead.
+
+        The states of a recurrent target are those that its rows' earlier tokens left; rows that begin at position 0
+        have none. With `advance` they move on behind the last token, padding included; without, they stay, and
+        `commit` follows.
         """
+        assert visible is None or self.layers.tree_forward, "a recurrent target has no forward over a tree"
         if visible is None:
             length = int(positions.max()) + 1
             visible = torch.arange(length, device=ids.device) <= positions[..., None]
-        cache.address(rows, positions if write_at is None else write_at, visible.shape[-1])
-        mask = torch.zeros(visible.shape, dtype=self.dtype, device=ids.device)
-        mask.masked_fill_(~visible, torch.finfo(self.dtype).min)
+        write_at = positions if write_at is None else write_at
+        length = visible.shape[-1]
+        fresh = self.layers.recurrent and not bool(positions[:, 0].any())
+        cache.address(Address(rows, write_at, length, fresh, advance))
+        entry_positions = torch.arange(length, device=ids.device).expand(len(ids), -1)
+        if write_at is not positions:
+            entry_positions = entry_positions.scatter(1, write_at, positions)
         arguments = {self._cache_argument: cache}
         return self._forward(
-            layer_ids, input_ids=ids, position_ids=positions, attention_mask=mask[:, None], use_cache=True, **arguments
+            layer_ids,
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=self.layers.masks(visible, positions, entry_positions, self.dtype),
+            use_cache=True,
+            **arguments,
         )
+
+    def commit(
+        self, ids: torch.Tensor, positions: torch.Tensor, cache: SlotCache, first_row: int, kept: Sequence[int]
+    ) -> None:
+        """Behind a `step` without `advance`: states move on over the first kept[i] of row i's tokens, read again.
+
+        ids, positions: [n, T] of neighbouring rows. Rows that keep equally many are read together. Nothing is to be
+        done for a target whose cache rewinds.
+        """
+        if self.layers.rewindable:
+            return
+        counts = torch.tensor(kept, device=ids.device)
+        for count in sorted(set(kept) - {0}):
+            at = (counts == count).nonzero()[:, 0]
+            self.step(ids[at, :count], positions[at, :count], cache, at + first_row)
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., H] → float32 logits [..., V]."""
-        return self._head(hidden).float()
+        return self.logit_map(self._head(hidden).float())
 
     @cached_property
     def _head(self) -> Callable[[torch.Tensor], torch.Tensor]:

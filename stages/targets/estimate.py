@@ -159,9 +159,11 @@ def tables_of(answers: Answers | None) -> dict[str, float]:
 def target_size(folder: Path) -> ModelSize:
     """Of the model whose config.json lies in `folder`."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from draftsmith.stages.targets.capabilities import model_class
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = model_class(config).from_config(config)
     return ModelSize.of(config.get_text_config(), sum(p.numel() for p in model.parameters()))  # tied ones once

@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.targets.config import Dtype
+from draftsmith.stages.targets.logits import LogitMap
 from draftsmith.stages.targets.source import (
     TOKENIZER_PARTS,
     Kind,
@@ -46,6 +47,18 @@ class TargetInfo(BaseModel):
     mask_candidates: list[int]  # ids that no text uses, best first: for the drafter's mask token
     chat_template: bool
     tied_embeddings: bool
+    # what can be done with it
+    layer_kinds: list[str] = Field(default_factory=lambda: ["full_attention"])  # each once
+    rewindable: bool = True  # can its cache forget what was rejected? Else states are read again
+    tree_forward: bool = True  # can one forward follow several continuations? Else each has its own
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    quantisation: str | None = None  # of the weights that are loaded
+
+    @property
+    def logit_map(self) -> LogitMap:
+        """From the products of its head to its logits."""
+        return LogitMap(self.logit_scale, self.logit_softcap)
 
 
 def read_target_info(folder: Path) -> TargetInfo:

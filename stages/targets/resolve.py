@@ -30,6 +30,9 @@ from draftsmith.stages.targets.source import (
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from draftsmith.stages.targets.capabilities import Layers
+    from draftsmith.stages.targets.logits import LogitMap
+
 DRAFTER_ARCHITECTURES = ("DFlashDraftModel", "LlamaForCausalLMEagle3")
 
 
@@ -157,7 +160,7 @@ def describe_metadata(
     architecture, settings = _read_config(folder)
     tokenizer = load_tokenizer(folder)
     text = settings.get_text_config()
-    _check_supported(folder, text)
+    layers, logits = _capabilities(folder, settings)
     if len(tokenizer) > text.vocab_size:
         raise DraftsmithError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model's vocabulary {text.vocab_size}: "
@@ -187,6 +190,12 @@ def describe_metadata(
         mask_candidates=_mask_candidates(tokenizer, text.vocab_size, eos_ids),
         chat_template=bool(tokenizer.chat_template),
         tied_embeddings=bool(text.tie_word_embeddings),
+        layer_kinds=sorted(set(layers.kinds)),
+        rewindable=layers.rewindable,
+        tree_forward=layers.tree_forward,
+        logit_scale=logits.scale,
+        logit_softcap=logits.softcap,
+        quantisation=_quantisation(folder, settings),
     )
 
 
@@ -194,6 +203,7 @@ def _read_config(folder: Path) -> tuple[str, PretrainedConfig]:
     """The architecture's name and transformers' config object of a causal LM."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as WITH_IMAGES
 
     path = folder / "config.json"
     try:
@@ -210,7 +220,8 @@ def _read_config(folder: Path) -> tuple[str, PretrainedConfig]:
         raise DraftsmithError(
             f"{folder} is a drafter ({architecture}): target.source wants the model that it drafts for"
         )
-    known = {name for entry in CAUSAL.values() for name in ([entry] if isinstance(entry, str) else entry)}
+    entries = [*CAUSAL.values(), *WITH_IMAGES.values()]  # of the latter the text part is used
+    known = {name for entry in entries for name in ([entry] if isinstance(entry, str) else entry)}
     if architecture not in known:
         what = architecture or f"model_type {model_type}"
         advice = "models that bring their own code are not run" if "auto_map" in raw else "give a causal language model"
@@ -221,35 +232,54 @@ def _read_config(folder: Path) -> tuple[str, PretrainedConfig]:
         raise DraftsmithError(f"{path}: transformers cannot read it ({one_line(error)}): correct it") from error
 
 
-_TAKEN_OVER = ("hidden_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")
-_NEUTRAL = {  # fields that change logits or attention in ways that the engine and the drafters do not compute
-    "final_logit_softcapping": None,
-    "attn_logit_softcapping": None,
-    "logits_scaling": 1.0,
-    "logit_scale": 1.0,
-}
+_TAKEN_OVER = ("hidden_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
 
 
-def _check_supported(folder: Path, text: PretrainedConfig) -> None:
-    """Refuse a model whose answers would come out silently wrong: no full attention, or no plain linear head."""
+def _capabilities(folder: Path, config: PretrainedConfig) -> tuple[Layers, LogitMap]:
+    """What can be done with the model. Refused is one whose answers would come out silently wrong."""
+    from draftsmith.stages.targets.ask import OtherHeadError, ask_model
+    from draftsmith.stages.targets.capabilities import Layers, UnknownLayersError
+
+    text = config.get_text_config()
     if missing := [name for name in _TAKEN_OVER if getattr(text, name, None) is None]:
         raise DraftsmithError(
             f"{folder}: {text.model_type} has no config field {missing[0]}: a drafter takes its shape over from a "
-            "Llama-like target (grouped heads, RMSNorm); give another target"
+            "target with grouped heads; give another target"
         )
-    for name, neutral in _NEUTRAL.items():
-        if getattr(text, name, None) not in (None, neutral):
-            raise DraftsmithError(
-                f"{folder}: config field {name} = {getattr(text, name)} is not supported (the logits must be a plain "
-                "linear map, the attention plain): give another target"
-            )
-    kinds = set(getattr(text, "layer_types", None) or ())
-    window = getattr(text, "sliding_window", None) if not kinds and getattr(text, "use_sliding_window", True) else None
-    if (other := kinds - {"full_attention"}) or window:
+    try:
+        layers = Layers.of(text)
+    except UnknownLayersError as error:
         raise DraftsmithError(
-            f"{folder}: {', '.join(sorted(other)) or f'sliding_window = {window}'} is not supported, every layer must "
-            "attend to the whole prefix: give another target"
-        )
+            f"{folder}: layers of {text.model_type} with {error} are not supported: they keep neither keys and values "
+            "of the prefix nor a state; give another target"
+        ) from error
+    try:
+        return layers, ask_model(config)
+    except OtherHeadError as error:
+        raise DraftsmithError(
+            f"{folder}: the logits of {text.model_type} are not those of a linear head, scaled or soft-capped "
+            f"({one_line(error)}): give another target"
+        ) from error
+
+
+def _quantisation(folder: Path, config: PretrainedConfig) -> str | None:
+    """The method of a checkpoint whose weights are quantised, by its name in config.json. transformers loads it, or
+    says here what it lacks: a package, for most."""
+    from transformers.quantizers import AutoHfQuantizer
+
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    try:
+        quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
+        quantizer.validate_environment(device_map=None)
+    except (ImportError, ValueError, RuntimeError, NotImplementedError, KeyError) as error:
+        raise DraftsmithError(
+            f"{folder}: its quantised weights cannot be loaded here ({one_line(error)}): install what is missing, or "
+            "give the checkpoint that is not quantised"
+        ) from error
+    method = quantizer.quantization_config.quant_method
+    return str(getattr(method, "value", method))
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -1,12 +1,17 @@
-"""Key/value memory with one row a request: written at any position, rewound by doing nothing.
+"""What a target keeps of each request, one row each: keys and values of every position, and states of recurrent layers.
 
-A row holds the entries of positions 0 … capacity-1. Writing position p again replaces it, and readers mask out whatever
-lies at or behind their own position, so a rejected proposal is forgotten simply by being overwritten later.
+Entries are written at any position and rewound by doing nothing: writing position p again replaces it, and readers mask
+out whatever lies at or behind their own position, so a rejected proposal is forgotten simply by being overwritten. A
+state is what the positions read so far have left, and cannot be rewound: a forward over tokens that may be rejected
+leaves it as it was, which is the snapshot to go on from, and what was committed is read again.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 Rows = slice | torch.Tensor  # which rows a call addresses: a slice (no copy) or indices, shape [n]
@@ -43,41 +48,127 @@ class KeyValueSlots:
             self.values[to] = self.values[source]
 
 
-class SlotCache(Cache):
-    """`KeyValueSlots` for every layer, behind the cache interface of transformers.
+class StateSlots:
+    """One state of one recurrent layer, [rows, …]: any shape behind the rows, told by the first write."""
 
-    Call `address` before each forward: which rows, where to write, how many entries to attend to.
+    def __init__(self, rows: int):
+        self.rows = rows
+        self.state: torch.Tensor | None = None
+
+    def write(self, rows: Rows, state: torch.Tensor) -> None:
+        """state: [n, …]."""
+        if self.state is None:
+            self.state = state.new_zeros(self.rows, *state.shape[1:])
+        self.state[rows] = state
+
+    def read(self, rows: Rows) -> torch.Tensor:
+        """[n, …]"""
+        assert self.state is not None, "read before the first write"
+        return self.state[rows]
+
+    def move_row(self, source: int, to: int) -> None:
+        """Copy a row over another one."""
+        if self.state is not None:
+            self.state[to] = self.state[source]
+
+
+@dataclass(frozen=True)
+class Address:
+    """What the next forward reads and writes: n rows, T tokens each."""
+
+    rows: Rows
+    write_at: torch.Tensor  # [n, T] entries
+    length: int  # entries that it may attend to
+    fresh: bool = False  # do its rows begin here, without a state?
+    advance: bool = True  # does it move the states on? Entries are written in any case
+
+
+class SlotCache(Cache):
+    """`KeyValueSlots` and `StateSlots` for every layer, behind the cache interface of transformers.
+
+    Call `address` before each forward.
     """
 
     def __init__(self, num_layers: int, rows: int, capacity: int):
         super().__init__(layers=[])
         self.slots = [KeyValueSlots(rows, capacity) for _ in range(num_layers)]
-        self.capacity = capacity
-        self._rows: Rows = slice(0, rows)
+        self.states: dict[tuple[str, int, int], StateSlots] = {}  # (which, layer, state of the layer)
+        self.rows, self.capacity = rows, capacity
+        self._at = Address(slice(0, rows), torch.empty(0), 0)
         self._row_index = torch.empty(0)
-        self._write_at = torch.empty(0)
-        self._length = 0
 
-    def address(self, rows: Rows, write_at: torch.Tensor, length: int) -> None:
-        """write_at: [n, T] positions that the next forward writes; `length`: entries that it may attend to."""
-        if isinstance(rows, slice):
-            row_index = torch.arange(rows.start, rows.stop, device=write_at.device)
+    def address(self, at: Address) -> None:
+        """What the next forward reads and writes."""
+        if isinstance(at.rows, slice):
+            row_index = torch.arange(at.rows.start, at.rows.stop, device=at.write_at.device)
         else:
-            row_index = rows
-        self._rows, self._row_index, self._write_at, self._length = rows, row_index[:, None], write_at, length
+            row_index = at.rows
+        self._at, self._row_index = at, row_index[:, None]
+
+    # ---- called by the model's attention
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: object, **_kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Called by the model's attention: key_states, value_states [n, kv_heads, T, head_dim]."""
+        """key_states, value_states: [n, kv_heads, T, head_dim]."""
         slots = self.slots[layer_idx]
-        slots.write(self._row_index, self._write_at, key_states.transpose(1, 2), value_states.transpose(1, 2))
-        return slots.read(self._rows, self._length)
+        slots.write(self._row_index, self._at.write_at, key_states.transpose(1, 2), value_states.transpose(1, 2))
+        return slots.read(self._at.rows, self._at.length)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002  (the signature is transformers')
-        return self._length
+        return self._at.length
+
+    # ---- called by its recurrent layers
+
+    def is_recording_past(self, layer_idx: int) -> bool:  # noqa: ARG002
+        """True: layers then hand over all their inputs, and none overwrites a state in place."""
+        return True
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:  # noqa: ARG002
+        return not self._at.fresh
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        return self._state("conv", layer_idx, state_idx)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        return self._state("recurrent", layer_idx, state_idx)
+
+    def _state(self, which: str, layer: int, index: int) -> torch.Tensor | None:
+        return None if self._at.fresh else self.states[which, layer, index].read(self._at.rows)
+
+    def update_conv_state(
+        self,
+        conv_states: torch.Tensor,
+        layer_idx: int,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+        **_kwargs: object,
+    ) -> torch.Tensor:
+        """conv_states: inputs [n, channels, T] of a causal convolution. Returns them behind those that came before."""
+        before = self._state("conv", layer_idx, state_idx)
+        inputs = conv_states if before is None else torch.cat([before, conv_states], -1)
+        width = conv_kernel_size or conv_states.shape[-1]
+        kept = F.pad(inputs, (max(0, width - inputs.shape[-1]), 0))[..., -width:]
+        self._advance("conv", layer_idx, state_idx, kept)
+        return inputs
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_kwargs: object
+    ) -> torch.Tensor:
+        """recurrent_states: [n, …] behind the tokens of this forward."""
+        self._advance("recurrent", layer_idx, state_idx, recurrent_states)
+        return recurrent_states
+
+    def _advance(self, which: str, layer: int, index: int, state: torch.Tensor) -> None:
+        slots = self.states.setdefault((which, layer, index), StateSlots(self.rows))
+        if self._at.advance:
+            slots.write(self._at.rows, state)
+
+    # ----
 
     def move_row(self, source: int, to: int) -> None:
-        """Copy one request's entries into another row, in every layer."""
+        """Copy one request's entries and states into another row, in every layer."""
         for slots in self.slots:
             slots.move_row(source, to)
+        for states in self.states.values():
+            states.move_row(source, to)

@@ -120,7 +120,7 @@ def micro_batch_tokens(config: TrainingConfig, target: Target, drafter: Drafter,
     if config.micro_batch_tokens is not None:
         return config.micro_batch_tokens
     sizes = Sizes(
-        ModelSize.of(target.model.config.get_text_config(), sum(p.numel() for p in target.model.parameters())),
+        ModelSize.of(target.config, sum(p.numel() for p in target.model.parameters())),
         ModelSize.of(drafter.config, sum(p.numel() for p in drafter.parameters())),
         features=len(drafter.target_layer_ids),
         block_size=drafter.block_size,

@@ -50,7 +50,8 @@ class Feedback:
         """[N] log p of the committed tokens, under the full head at temperature 1."""
         assert self.hidden is not None, NO_HIDDEN
         with torch.autocast(self.hidden.device.type, enabled=False):
-            return token_logprobs(self.hidden, Head(self.target_head), self.tokens, positions_per_chunk).values
+            whole = Head(self.target_head, logit_map=self.head.logit_map)
+            return token_logprobs(self.hidden, whole, self.tokens, positions_per_chunk).values
 
     @torch.no_grad()
     def _under(self, head: Head) -> torch.Tensor:

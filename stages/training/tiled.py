@@ -4,7 +4,8 @@ The gradient of log q(token) with respect to a hidden state is the token's row o
 Σ_v q_v w_v. Both that and the log-sum-exp come from one pass over tiles of the vocabulary, as attention has it with the
 head as keys and values: a tile of logits stays in the cache, and none is kept. Of two distributions the logits of a
 chunk of positions are kept, in the dtype of the product, until both log-sum-exps are known: then one product gives the
-gradient Σ_v (q_v - p_v) w_v, three in all.
+gradient Σ_v (q_v - p_v) w_v, three in all. Where logits are a function of the products, each row of the head counts
+with its slope.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.targets.logits import LogitMap
 
 TOKENS_PER_TILE = 4096  # times a chunk's positions: 4 MB of bfloat16 logits for 512, which a cache holds
 ON_ACCELERATORS = 4  # times as many of both: kernels must be worth launching
@@ -31,7 +33,7 @@ class Judged:
 
 def token_logprobs(hidden: torch.Tensor, head: Head, columns: torch.Tensor, positions_per_chunk: int) -> Judged:
     """log q of one token a position. hidden: [N, H]; columns: [N] of the tokens in the head, which gets no gradient."""
-    return Judged(*_TokenLogprobs.apply(hidden, head.weight, columns, positions_per_chunk))
+    return Judged(*_TokenLogprobs.apply(hidden, head.weight, head.logit_map, columns, positions_per_chunk))
 
 
 def forward_kl(
@@ -43,8 +45,8 @@ def forward_kl(
     positions_per_chunk: int,
 ) -> Judged:
     """KL(p || q) of two heads over the same tokens, p at a temperature above 0. hidden, target_hidden: [N, H]."""
-    weights = (head.weight, target_head.weight)
-    return Judged(*_ForwardKl.apply(hidden, target_hidden, *weights, temperature, positions_per_chunk))
+    heads = (head.weight, head.logit_map, target_head.weight, target_head.logit_map)
+    return Judged(*_ForwardKl.apply(hidden, target_hidden, *heads, temperature, positions_per_chunk))
 
 
 class _Softmax:
@@ -92,7 +94,12 @@ def _scale(x: torch.Tensor) -> int:
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, columns: torch.Tensor, positions_per_chunk: int
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        logit_map: LogitMap,
+        columns: torch.Tensor,
+        positions_per_chunk: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         h = hidden.to(weight.dtype)
         values = torch.zeros(len(h), device=h.device)
@@ -101,23 +108,27 @@ class _TokenLogprobs(torch.autograd.Function):
         for part in _chunks(h, positions_per_chunk):
             softmax, expected = _Softmax(h[part]), torch.zeros(h[part].shape, device=h.device)
             for first, rows in _tiles(weight):
-                logits = (h[part] @ rows.T).float()
+                logits = logit_map((h[part] @ rows.T).float())
                 place = columns[part] - first
                 inside = (place >= 0) & (place < len(rows))
                 here = logits.gather(1, place.clamp(0, len(rows) - 1)[:, None])[:, 0]
                 values[part] = torch.where(inside, here, values[part])
+                slope = 1.0 if logit_map.plain else logit_map.slope(logits)
                 parts, shrunk = softmax.take(logits, first)
                 if slopes is not None:
-                    expected.mul_(shrunk).add_(parts.to(rows.dtype) @ rows)
-            values[part] -= softmax.logsumexp
+                    expected.mul_(shrunk).add_((parts if logit_map.plain else parts * slope).to(rows.dtype) @ rows)
             best[part] = softmax.best
             if slopes is not None:
-                slopes[part] = (weight[columns[part]] - expected / softmax.sum[:, None]).to(slopes.dtype)
+                own = weight[columns[part]]
+                if not logit_map.plain:
+                    own = own * torch.as_tensor(logit_map.slope(values[part]), device=own.device).view(-1, 1)
+                slopes[part] = (own - expected / softmax.sum[:, None]).to(slopes.dtype)
+            values[part] -= softmax.logsumexp
         return _known(ctx, values, best, slopes)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
-        return _scaled(ctx, grad_outputs[0]), None, None, None
+        return _scaled(ctx, grad_outputs[0]), None, None, None, None
 
 
 class _ForwardKl(torch.autograd.Function):
@@ -127,7 +138,9 @@ class _ForwardKl(torch.autograd.Function):
         hidden: torch.Tensor,
         target_hidden: torch.Tensor,
         weight: torch.Tensor,
+        logit_map: LogitMap,
         target_weight: torch.Tensor,
+        target_map: LogitMap,
         temperature: float,
         positions_per_chunk: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,25 +156,28 @@ class _ForwardKl(torch.autograd.Function):
                 ours = h[part] @ rows.T
                 with torch.autocast(h.device.type, enabled=False):  # the training loop's is for the drafter alone
                     theirs = t[part] @ target_rows.T
-                q.take(ours.to(torch.float32, copy=True), first)
-                p.take(theirs.to(torch.float32, copy=True).div_(temperature), first)
+                q.take(logit_map(ours.to(torch.float32, copy=True)), first)
+                p.take(target_map(theirs.to(torch.float32, copy=True)).div_(temperature), first)
                 kept.append((rows, ours, theirs))
             best[part], total_q, total_p = q.best, q.logsumexp[:, None], p.logsumexp[:, None]
             slope = torch.zeros(h[part].shape, device=h.device)
             for rows, ours, theirs in kept:
-                log_q = ours.to(torch.float32, copy=True).sub_(total_q)
-                log_p = theirs.to(torch.float32, copy=True).div_(temperature).sub_(total_p)
+                log_q = logit_map(ours.to(torch.float32, copy=True))
+                factor = 1.0 if logit_map.plain else logit_map.slope(log_q)
+                log_q.sub_(total_q)
+                log_p = target_map(theirs.to(torch.float32, copy=True)).div_(temperature).sub_(total_p)
                 probability = log_p.exp()
                 values[part] += log_p.sub_(log_q).mul_(probability).sum(-1)
                 if slopes is not None:
-                    slope += log_q.exp_().sub_(probability).to(rows.dtype) @ rows
+                    pull = log_q.exp_().sub_(probability)
+                    slope += (pull if logit_map.plain else pull.mul_(factor)).to(rows.dtype) @ rows
             if slopes is not None:
                 slopes[part] = slope.to(slopes.dtype)
         return _known(ctx, values, best, slopes)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
-        return _scaled(ctx, grad_outputs[0]), None, None, None, None, None
+        return _scaled(ctx, grad_outputs[0]), *[None] * 7
 
 
 def _known(

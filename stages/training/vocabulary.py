@@ -36,7 +36,7 @@ class HeadSource:
         """target_head: [V, H]."""
         self.drafter, self.target_head, self.config = drafter, target_head, config
         own = drafter.head_over(target_head, None) if drafter.has_own_head else None
-        self._target_over_own = Head.over(target_head, own.token_ids) if own else None
+        self._target_over_own = Head.over(target_head, own.token_ids, drafter.logit_map) if own else None
 
     @property
     def sampled(self) -> bool:
@@ -47,7 +47,8 @@ class HeadSource:
         """needed: token ids that must be in a sampled head, any shape."""
         if self._target_over_own is not None:
             return Heads(self.drafter.head_over(self.target_head, None), self._target_over_own, trained=True)
-        head = sampled_head(self.target_head, self.drafter.frequent_tokens, self.config, rng, needed)
+        whole = Head(self.target_head, logit_map=self.drafter.logit_map)
+        head = sampled_head(whole, self.drafter.frequent_tokens, self.config, rng, needed)
         if self.drafter.corrects_head:
             corrected = self.drafter.head_over(self.target_head, head.token_ids)
             confidence = self.drafter.confidence if self.drafter.has_confidence else None
@@ -56,16 +57,17 @@ class HeadSource:
 
 
 def sampled_head(
-    head_weight: torch.Tensor,
+    whole: Head,
     frequent_tokens: torch.Tensor | None,
     config: TrainingConfig,
     rng: np.random.Generator,
     needed: Sequence[torch.Tensor],
 ) -> Head:
-    """head_weight: [V, H]; frequent_tokens: [V] ids by frequency; needed: ids that must be in it, any shape."""
-    vocab = head_weight.shape[0]
+    """whole: the target's; frequent_tokens: [V] ids by frequency; needed: ids that must be in it, any shape."""
+    weight = whole.weight
+    vocab = weight.shape[0]
     if config.head_tokens is None or frequent_tokens is None or config.head_tokens >= vocab:
-        return Head(head_weight)
-    others = torch.from_numpy(rng.integers(0, vocab, config.head_negatives)).to(head_weight.device)
+        return whole
+    others = torch.from_numpy(rng.integers(0, vocab, config.head_negatives)).to(weight.device)
     ids = torch.cat([frequent_tokens[: config.head_tokens], others, *(tokens.flatten() for tokens in needed)])
-    return Head.over(head_weight, ids)
+    return Head.over(weight, ids, whole.logit_map)

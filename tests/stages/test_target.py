@@ -348,36 +348,27 @@ def test_a_truncated_gguf_is_an_error_before_it_is_loaded(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("family", "fields", "said"),
     [
-        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is not supported"),
-        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported"),
-        ({"logits_scaling": 8.0}, "logits_scaling = 8.0 is not supported"),
-        (
-            {"layer_types": ["full_attention", "sliding_attention", "full_attention", "full_attention"]},
-            "sliding_attention is not supported",
-        ),
+        ("Phi", {}, "not those of a linear head, scaled or soft-capped (its head is Linear("),
+        ("DeepseekV32", {"num_hidden_layers": 2}, "layers of deepseek_v32 with indexed_attention are not supported"),
+        ("Gemma3Text", {"use_bidirectional_attention": True}, "with attention in both directions are not supported"),
     ],
 )
 def test_a_model_that_would_be_computed_wrongly_is_refused(
-    copied: Path, tmp_path: Path, changes: dict[str, object], said: str
+    copied: Path, tmp_path: Path, family: str, fields: dict[str, object], said: str
 ) -> None:
-    path = copied / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(
+        architectures=[f"{family.removesuffix('Text')}ForCausalLM"], **fields
+    )
+    config.save_pretrained(copied)
     assert said in message(copied, tmp_path / "out")
 
 
-def test_scaling_by_one_changes_nothing_and_is_accepted(copied: Path, tmp_path: Path) -> None:
+def test_what_a_config_says_of_its_logits_counts_where_the_model_reads_it(copied: Path, tmp_path: Path) -> None:
     path = copied / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"logits_scaling": 1.0, "logit_scale": 1}))
-    assert resolve(copied, tmp_path / "out").num_layers == 4
-
-
-def test_a_window_without_layer_types_is_refused(tmp_path: Path) -> None:
-    from transformers import MistralConfig
-
-    from draftsmith.stages.targets.resolve import _check_supported
-
-    with pytest.raises(DraftsmithError, match="sliding_window = 4096 is not supported"):
-        _check_supported(tmp_path, MistralConfig(sliding_window=4096))
-    _check_supported(tmp_path, MistralConfig(sliding_window=None))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"logits_scaling": 8.0, "final_logit_softcapping": 30.0}))
+    info = resolve(copied, tmp_path / "out")
+    assert (info.logit_scale, info.logit_softcap) == (1.0, None)  # Qwen3's head reads neither

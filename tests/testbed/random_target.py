@@ -22,9 +22,7 @@ TEXT_TOKENS = 62
 
 def write_model(folder: Path, seed: int = 0, *, vocabulary: int = VOCAB_SIZE, positions: int = 256) -> None:
     """An ordinary Hugging Face folder: Qwen3 of 4 layers, hidden 32, untied, float32. The last ids are mask and end."""
-    import torch
-    from tokenizers import Tokenizer, models
-    from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     model = Qwen3ForCausalLM(
         Qwen3Config(
@@ -41,11 +39,26 @@ def write_model(folder: Path, seed: int = 0, *, vocabulary: int = VOCAB_SIZE, po
             eos_token_id=vocabulary - 1,
         )
     )
+    fill(model, seed)
+    save(model, folder, vocabulary)
+
+
+def fill(model: Any, seed: int) -> None:
+    """Weights from one generator, in the order of their names: vectors, of norms, are around 1."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(0.15 * noise if parameter.dim() == 2 else 1 + 0.2 * noise)
+            parameter.copy_(1 + 0.2 * noise if parameter.dim() == 1 else 0.15 * noise)
+
+
+def save(model: Any, folder: Path, vocabulary: int) -> None:
+    """The model with a tokenizer of words t0, t1, … whose last two tokens are mask and end."""
+    from tokenizers import Tokenizer, models
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
+
     words = [f"t{i}" for i in range(vocabulary - 2)] + [MASK, END]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="t0")),

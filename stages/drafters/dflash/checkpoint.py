@@ -71,7 +71,7 @@ def new_config(shape: DFlashConfig, target_config: Any, tokenizer: Callable[[], 
     return Qwen3Config(
         architectures=[ARCHITECTURE],
         **layout.target_fields(target_config),
-        intermediate_size=shape.intermediate_size or target_config.intermediate_size,
+        intermediate_size=shape.intermediate_size or layout.intermediate_size(target_config),
         num_hidden_layers=shape.num_layers,
         **_windows(shape),
         num_target_layers=layers,
@@ -231,7 +231,7 @@ def save(drafter: DFlashDrafter, folder: Path, dtype: torch.dtype) -> None:
 def load(folder: Path, target: Target, dtype: torch.dtype) -> DFlashDrafter:
     """Load a checkpoint for this target. Every tensor must be there, with its shape, and no other."""
     config = read_config(folder)
-    check_fits(config, target.model.config, str(folder))
+    check_fits(config, target.config, str(folder))
     return with_weights(DFlashDrafter(config, target.embedding), folder, target, dtype)
 
 

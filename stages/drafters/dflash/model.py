@@ -187,7 +187,7 @@ class DFlashDrafter(Drafter):
         block = anchor_tokens.new_full((B, A, queries), self.mask_token_id)
         block[..., 0] = anchor_tokens
         positions = (anchors[..., None] + torch.arange(queries, device=anchors.device)).flatten(1)
-        x = F.embedding(block.flatten(1), self._embedding[0]).to(self.fc.weight.dtype)
+        x = F.embedding(block.flatten(1), self._embedding[0]).to(self.fc.weight.dtype) * self.embedding_scale
         first = None if context.window is None else anchors - context.window
         reaches = {
             sight: Reach(anchors, first, sight.window, sight.causal, context.rings and sight.window is not None)
@@ -242,7 +242,7 @@ class DFlashDrafter(Drafter):
         return best_of(hidden, head, with_logprobs)
 
     def head_over(self, target_head: torch.Tensor, token_ids: torch.Tensor | None) -> Head:
-        return Head.over(target_head, token_ids)
+        return Head.over(target_head, token_ids, self.logit_map)
 
     def extend(
         self,

@@ -86,7 +86,7 @@ def read_config(folder: Path) -> Qwen3Config:
 def load(folder: Path, target: Target, dtype: torch.dtype) -> DFlash2Drafter:
     """Load a checkpoint for this target. Every tensor must be there, with its shape, and no other."""
     config = read_config(folder)
-    check_fits(config, target.model.config, str(folder))
+    check_fits(config, target.config, str(folder))
     return dflash.with_weights(DFlash2Drafter(config, target.embedding), folder, target, dtype)
 
 

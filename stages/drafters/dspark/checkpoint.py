@@ -149,7 +149,7 @@ def save(drafter: DSparkDrafter, folder: Path, dtype: torch.dtype) -> None:
 def load(folder: Path, target: Target, dtype: torch.dtype) -> DSparkDrafter:
     """Load a checkpoint for this target. Every tensor must be there, with its shape, and no other but the target's."""
     config = read_config(folder)
-    check_fits(config, target.model.config, str(folder))
+    check_fits(config, target.config, str(folder))
     drafter = DSparkDrafter(config, target.embedding)
     tensors = {
         name.removeprefix("model."): tensor

@@ -99,7 +99,7 @@ class DSparkDrafter(DFlashDrafter):
 
     def head_over(self, target_head: torch.Tensor, token_ids: torch.Tensor | None) -> Head:
         head = Head.over(target_head, token_ids)
-        return BiasedHead(head.weight, head.token_ids, self.markov_head.markov_w2.weight)
+        return BiasedHead(head.weight, head.token_ids, bias=self.markov_head.markov_w2.weight)
 
     def drafting(
         self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor, block_size: int, head: Head

@@ -52,7 +52,7 @@ def new_config(shape: Eagle3Config, target_config: Any, tokenizer: Callable[[], 
     return LlamaConfig(
         architectures=[ARCHITECTURE],
         **layout.target_fields(target_config),
-        intermediate_size=shape.intermediate_size or target_config.intermediate_size,
+        intermediate_size=shape.intermediate_size or layout.intermediate_size(target_config),
         num_hidden_layers=1,
         hidden_act="silu",
         mlp_bias=False,
@@ -201,7 +201,7 @@ def save(drafter: Eagle3Drafter, folder: Path, dtype: torch.dtype) -> None:
 def load(folder: Path, target: Target, dtype: torch.dtype) -> Eagle3Drafter:
     """Load a checkpoint for this target. Every tensor must be there, with its shape, and no other."""
     config = read_config(folder)
-    check_fits(config, target.model.config, str(folder))
+    check_fits(config, target.config, str(folder))
     tensors = read_tensors(folder)
     size, vocab = config.draft_vocab_size, config.vocab_size
     if size == vocab:  # checkpoints over the whole vocabulary may leave the maps out

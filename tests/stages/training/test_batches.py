@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.anchors import draw_evenly, pad_anchors, position_anchors
@@ -183,16 +184,16 @@ def test_the_head_of_a_step_holds_what_the_step_needs() -> None:
     frequent = torch.arange(99, -1, -1)
     needed = [torch.tensor([[1, 2], [2, 3]]), torch.tensor([50])]
     config = TrainingConfig(head_tokens=4, head_negatives=6)
-    head = sampled_head(weight, frequent, config, step_rng(0, 0), needed)
+    head = sampled_head(Head(weight), frequent, config, step_rng(0, 0), needed)
     assert head.token_ids is not None
     ids = head.token_ids.tolist()
     assert {96, 97, 98, 99, 1, 2, 3, 50} <= set(ids)
     assert 8 < len(ids) <= 14  # and random others
     assert head.weight[:, 0].tolist() == ids
     assert head.to_columns(torch.tensor([1, 2, 3, 50]))[1].all()
-    other = sampled_head(weight, frequent, config, step_rng(0, 1), needed)
+    other = sampled_head(Head(weight), frequent, config, step_rng(0, 1), needed)
     assert other.token_ids is not None
     assert other.token_ids.tolist() != ids  # other negatives at every step
     for tokens in (None, 100, 1000):
-        whole = sampled_head(weight, frequent, TrainingConfig(head_tokens=tokens), step_rng(0, 0), needed)
+        whole = sampled_head(Head(weight), frequent, TrainingConfig(head_tokens=tokens), step_rng(0, 0), needed)
         assert whole.token_ids is None

@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.targets.logits import LogitMap
 from draftsmith.stages.training import losses, tiled
 
 N, H, V, CHUNK, TILE = 23, 16, 50, 7, 12  # the last chunk and the last tile are smaller
@@ -52,6 +53,7 @@ Loss = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 BOTH = pytest.mark.parametrize(
     ("in_tiles", "in_rows"), [(of_tokens, of_tokens_in_rows), (divergence, divergence_in_rows)]
 )
+CAPPED, SCALED = LogitMap(0.5, 3.0), LogitMap(0.25)
 
 
 def with_gradient(loss: Loss, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,6 +72,34 @@ def test_tiles_give_the_values_and_gradients_of_whole_rows(in_tiles: Loss, in_ro
         torch.testing.assert_close(found, expected, atol=FLOAT32, rtol=FLOAT32)
     with torch.no_grad():
         torch.testing.assert_close(in_tiles(HIDDEN, torch.float32), in_rows(HIDDEN, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("logit_map", "theirs"), [(CAPPED, CAPPED), (LogitMap(), CAPPED), (SCALED, LogitMap(1.0, 5.0))]
+)
+def test_logits_that_are_a_function_of_the_products_have_their_slopes(logit_map: LogitMap, theirs: LogitMap) -> None:
+    head, target = Head(HEAD, logit_map=logit_map), Head(TARGET_HEAD, logit_map=theirs)
+
+    def rows(hidden: torch.Tensor, _dtype: torch.dtype) -> torch.Tensor:
+        return -losses.cross_entropy(written(hidden @ HEAD.T, logit_map), COLUMNS)
+
+    def kl_in_rows(hidden: torch.Tensor, _dtype: torch.dtype) -> torch.Tensor:
+        p = losses.at_temperature(written(TARGET_HIDDEN @ TARGET_HEAD.T, theirs), 0.7)
+        return losses.forward_kl(written(hidden @ HEAD.T, logit_map), p)
+
+    for in_tiles, in_rows in (
+        (lambda hidden, _dtype: tiled.token_logprobs(hidden, head, COLUMNS, CHUNK).values, rows),
+        (lambda hidden, _dtype: tiled.forward_kl(hidden, head, TARGET_HIDDEN, target, 0.7, CHUNK).values, kl_in_rows),
+    ):
+        pairs = zip(with_gradient(in_tiles, torch.float32), with_gradient(in_rows, torch.float32), strict=True)
+        for found, expected in pairs:
+            torch.testing.assert_close(found, expected, atol=FLOAT32, rtol=FLOAT32)
+
+
+def written(products: torch.Tensor, logit_map: LogitMap) -> torch.Tensor:
+    """The function as papers have it."""
+    scaled = products * logit_map.scale
+    return scaled if logit_map.softcap is None else logit_map.softcap * torch.tanh(scaled / logit_map.softcap)
 
 
 @BOTH

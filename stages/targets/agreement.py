@@ -1,0 +1,78 @@
+"""A target's own forwards against those that are made here of it: on a dozen tokens, whenever one is loaded.
+
+Which layers a model has is known from its config, and tests compare families. What this adds is every other model: one
+that reads no mask, keeps a state elsewhere, or changes its logits by something that a config does not say.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from draftsmith.artifacts.errors import DraftsmithError
+
+_TOKENS, _READ, _KEPT = 12, 7, 2  # of the text, those that are read at first, and of the block behind them kept
+# Of a vector, relative, the median over positions: experts may be chosen otherwise at a near-tie of a coarse dtype.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+
+@torch.no_grad()
+def check_agreement(target: Any, where: str) -> None:
+    """target: a `Target`. Raises DraftsmithError if logits, cached forwards or a tree are not a plain forward's."""
+    device, vocabulary = target.device, target.embedding.shape[0]
+    ids = (torch.arange(_TOKENS, device=device) * 7 + 3).remainder(vocabulary)[None]
+    plain = target.read(ids).hidden
+    logits = target.logit_map(F.linear(plain, target.head_weight).float())  # not `logits`: who trains packs no head
+    found = {
+        "logits": (logits, target.model(input_ids=ids, use_cache=False).logits.float()),
+        "cached forwards": (_in_parts(target, ids), plain[:, _READ:]),
+    }
+    if target.layers.tree_forward:
+        found["forwards over a tree"] = _branches(target, ids, plain)
+    for what, (ours, theirs) in found.items():
+        off = ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).median()
+        if not off <= _TOLERANCE[target.dtype]:  # NaN too
+            raise DraftsmithError(
+                f"target {where}: {what} differ from the model's own by {float(off):.2g} (relative): "
+                f"{target.info.architecture} computes something that is not known here; give another target"
+            )
+
+
+def _in_parts(target: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Hidden states behind the first tokens: of a block, of which a part is kept, and of what follows it."""
+    cache = target.new_cache(1, _TOKENS)
+    positions = torch.arange(_TOKENS, device=ids.device)[None]
+    target.step(ids[:, :_READ], positions[:, :_READ], cache, slice(0, 1))
+    block = slice(_READ, _TOKENS)
+    first = target.step(ids[:, block], positions[:, block], cache, slice(0, 1), advance=False)
+    target.commit(ids[:, block], positions[:, block], cache, 0, [_KEPT])
+    rest = slice(_READ + _KEPT, _TOKENS)
+    behind = target.step(ids[:, rest], positions[:, rest], cache, slice(0, 1))
+    return torch.cat([first.hidden[:, :_KEPT], behind.hidden], 1)
+
+
+def _branches(target: Any, ids: torch.Tensor, plain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states of the text's last tokens and of another continuation of its beginning, in one forward."""
+    device, length = ids.device, _TOKENS - _READ
+    other = ids.flip(1)[:, :length]  # behind _KEPT tokens of the text
+    cache = target.new_cache(1, _READ + 2 * length)
+    target.step(ids[:, :_READ], torch.arange(_READ, device=device)[None], cache, slice(0, 1))
+    order = torch.arange(length, device=device)
+    own = order[:, None] >= order
+    visible = torch.block_diag(own, own)
+    prefix = (
+        torch.arange(_READ, device=device)
+        < torch.tensor([_READ, _KEPT], device=device).repeat_interleave(length)[:, None]
+    )
+    tree = target.step(
+        torch.cat([ids[:, _READ:], other], 1),
+        torch.cat([_READ + order, _KEPT + order])[None],
+        cache,
+        slice(0, 1),
+        write_at=torch.arange(_READ, _READ + 2 * length, device=device)[None],
+        visible=torch.cat([prefix, visible], 1)[None],
+    )
+    alone = target.read(torch.cat([ids[:, :_KEPT], other], 1)).hidden[:, _KEPT:]
+    return tree.hidden, torch.cat([plain[:, _READ:], alone], 1)

@@ -1,0 +1,90 @@
+"""What can be done with a target: told by the kinds of its layers, as those of the cache that transformers makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# How far back attention of a kind reads, as the name of a config field; None: over the whole prefix.
+_REACH = {
+    "full_attention": None,
+    "sliding_attention": "sliding_window",
+    "chunked_attention": "attention_chunk_size",
+}
+
+
+class UnknownLayersError(ValueError):
+    """Layers whose cache is neither keys and values of each position nor a state that a forward leaves behind."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The kinds of a model's layers, in order, and what follows from them."""
+
+    kinds: tuple[str, ...]  # of transformers' `layer_types`
+    reach: tuple[int | None, ...]  # positions that a layer's attention reads, its own included; None: all
+    recurrent: bool  # does any layer keep a state in place of entries?
+
+    @classmethod
+    def of(cls, text_config: Any) -> Layers:
+        """Raises UnknownLayersError."""
+        from transformers.cache_utils import (
+            DynamicCache,
+            DynamicLayer,
+            DynamicSlidingWindowLayer,
+            LinearAttentionCacheLayerMixin,
+            get_layer_types_and_kwargs,
+        )
+
+        if getattr(text_config, "use_bidirectional_attention", None) or not getattr(text_config, "is_causal", True):
+            raise UnknownLayersError("attention in both directions")
+        kinds, settings = get_layer_types_and_kwargs(text_config)
+        entries = (DynamicLayer, DynamicSlidingWindowLayer)
+        for kind, layer in zip(kinds, DynamicCache(config=text_config).layers, strict=True):
+            holds_state = isinstance(layer, LinearAttentionCacheLayerMixin)
+            if not (holds_state or (type(layer) in entries and kind in _REACH)):
+                raise UnknownLayersError(kind)
+        recurrent = any(kind not in _REACH for kind in kinds)
+        return cls(tuple(kinds), tuple(each.get("sliding_window") for each in settings), recurrent)
+
+    @property
+    def rewindable(self) -> bool:
+        """Can the cache forget its last positions? Entries are masked out; a state cannot be taken back."""
+        return not self.recurrent
+
+    @property
+    def tree_forward(self) -> bool:
+        """Can one forward follow several continuations? It takes a mask of entries, and a state has none."""
+        return not self.recurrent
+
+    def masks(
+        self, visible: torch.Tensor, positions: torch.Tensor, entry_positions: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor | dict[str, torch.Tensor | None]:
+        """Additive masks [n, 1, T, L] as decoders take them: one, or one for each kind of layer.
+
+        visible: bool [n, T, L]; positions: [n, T] of the tokens; entry_positions: [n, L] of the entries.
+        """
+        found: dict[str, torch.Tensor | None] = {}
+        for kind, reach in dict(zip(self.kinds, self.reach, strict=True)).items():
+            if kind not in _REACH:
+                found[kind] = None
+                continue
+            seen = visible
+            if kind == "sliding_attention" and reach is not None:
+                seen = visible & (positions[..., None] - entry_positions[:, None] < reach)
+            elif kind == "chunked_attention" and reach is not None:
+                seen = visible & (positions[..., None] // reach == entry_positions[:, None] // reach)
+            mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+            found[kind] = mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+        attending = [mask for mask in found.values() if mask is not None]
+        return attending[0] if len(attending) == 1 else found
+
+
+def model_class(config: Any) -> Any:
+    """The auto class of transformers that loads the causal LM of a checkpoint: of one with images, its text part's."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    known = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if known else AutoModelForImageTextToText

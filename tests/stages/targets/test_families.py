@@ -1,0 +1,356 @@
+"""Targets of many families, random weights in float32: every forward here against the family's own in transformers.
+
+Texts are several windows long, so that what a window forgets, and what a state holds, is seen.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.drafters.base import Context, Proposals, best_of
+from draftsmith.stages.drafters.checkpoint import create_drafter
+from draftsmith.stages.drafters.config import DFlashConfig
+from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.engines.base import Completion, Request, SamplingParams
+from draftsmith.stages.engines.embedded import EmbeddedEngine
+from draftsmith.stages.replay.corpus import replay_all
+from draftsmith.stages.replay.table import mined_table
+from draftsmith.stages.replay.trace import Trajectory
+from draftsmith.stages.targets import capabilities
+from draftsmith.stages.targets.agreement import check_agreement
+from draftsmith.stages.targets.attention import scored_attention
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.info import TargetInfo, read_target_info, write_target_info
+from draftsmith.stages.targets.logits import LogitMap
+from draftsmith.stages.training.config import TrainingConfig
+from draftsmith.stages.training.on_policy.training import OpdConfig, OpdTraining
+from draftsmith.stages.training.response import Feedback
+from draftsmith.stages.training.vocabulary import HeadSource
+from tests.testbed.families import FAMILIES, RECURRENT, WINDOW, write_family
+from tests.testbed.random_target import write_model
+
+TOLERANCE = 2e-4  # of hidden states and nats, float32: attention and states are computed in other orders
+CLEAR = 2e-3  # nats between the best two tokens: no order of computing turns it round
+NEW_TOKENS, BLOCK, LAYERS = 24, 5, (0, 1)
+PROMPT_LENGTHS = (3, 11)
+
+
+class Pairs(DFlashDrafter):
+    """Proposes what mostly follows a token, and at some places what its weights say: accepted lengths of all kinds."""
+
+    following: torch.Tensor  # [V]
+
+    @torch.no_grad()
+    def propose(
+        self,
+        context: Context,
+        anchor_tokens: torch.Tensor,
+        anchors: torch.Tensor,
+        block_size: int,
+        head: Head,
+        *,
+        with_logprobs: bool = True,
+    ) -> Proposals:
+        own = super().propose(context, anchor_tokens, anchors, block_size, head, with_logprobs=with_logprobs)
+        chain = [anchor_tokens]
+        for offset in range(1, block_size):
+            by_weights = own.tokens[..., offset - 1]
+            chain.append(torch.where((anchors + offset) % 5 == 0, by_weights, self.following[chain[-1]]))
+        return Proposals(torch.stack(chain[1:], -1), own.logprobs)
+
+
+@dataclass
+class Case:
+    """A family's model as transformers computes it, and the target that is made of it here."""
+
+    family: str
+    folder: Path
+    target: Target
+    reference: Any
+
+    @classmethod
+    def made(cls, family: str, folder: Path) -> Case:
+        write_family(folder, family)
+        loader = capabilities.model_class(AutoConfig.from_pretrained(folder))
+        reference = loader.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        return cls(family, folder, Target.of(folder, dtype="float32", device="cpu"), reference)
+
+    @cached_property
+    def texts(self) -> list[tuple[list[int], list[int]]]:
+        """Prompts and transformers' own greedy answers, each up to the first choice that is not clear; four long ones
+        of two lengths of prompts."""
+        generator, found = torch.Generator().manual_seed(1), []
+        for length in PROMPT_LENGTHS:
+            ids = torch.randint(0, 50, (8, length), generator=generator)
+            out = self.reference.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False,
+                pad_token_id=0, eos_token_id=sorted(self.target.eos_ids),
+            )  # fmt: skip
+            best = self.law(out.tolist())[:, length - 1 : -1].topk(2).values
+            unclear = best[..., 0] - best[..., 1] < CLEAR
+            ended = torch.isin(out[:, length:], torch.tensor(sorted(self.target.eos_ids)))
+            answers = [
+                row[
+                    : min([int(i) for i in cut.nonzero()] + [int(i) + 1 for i in end.nonzero()] + [NEW_TOKENS])
+                ].tolist()
+                for row, cut, end in zip(out[:, length:], unclear, ended, strict=True)
+            ]
+            long = [(prompt, answer) for prompt, answer in zip(ids.tolist(), answers, strict=True) if len(answer) > 9]
+            assert len(long) >= 2
+            found += long[:2]
+        return found
+
+    def law(self, texts: list[list[int]]) -> torch.Tensor:
+        """Log-probs [n, T, V] of one plain forward of transformers', padded on the right."""
+        width = max(map(len, texts))
+        ids = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in texts])
+        with torch.no_grad():
+            logits: torch.Tensor = self.reference(input_ids=ids, use_cache=False).logits
+        return logits.log_softmax(-1)
+
+    @cached_property
+    def drafter(self) -> Pairs:
+        shape = DFlashConfig(num_layers=1, block_size=BLOCK, target_layer_ids=LAYERS, intermediate_size=40)
+        drafter = create_drafter(shape, self.target, seed=0)
+        assert isinstance(drafter, DFlashDrafter)
+        counts = np.zeros((self.target.embedding.shape[0],) * 2)
+        for prompt, answer in self.texts:
+            np.add.at(counts, ((prompt[-1:] + answer)[:-1], answer), 1)
+        drafter.__class__ = Pairs
+        assert isinstance(drafter, Pairs)
+        drafter.following = torch.from_numpy(counts.argmax(1))
+        return drafter.eval()
+
+    @cached_property
+    def decoded(self) -> dict[str, Completion]:
+        """Speculatively, in batches of rows that finish and begin at different times."""
+        requests = [
+            Request(str(i), prompt, SamplingParams(len(answer))) for i, (prompt, answer) in enumerate(self.texts)
+        ]
+        engine = EmbeddedEngine(self.target, self.drafter, slots=3, capacity=64)
+        return {completion.request.request_id: completion for completion in engine.generate(requests)}
+
+    @cached_property
+    def mined(self) -> pa.Table:
+        """In groups of two texts."""
+        return mined_table(self.target, self.drafter, self.trajectories, tokens_per_group=80)
+
+    @cached_property
+    def trajectories(self) -> list[Trajectory]:
+        return [Trajectory(str(i), prompt + answer, len(prompt)) for i, (prompt, answer) in enumerate(self.texts)]
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    yield Case.made(request.param, tmp_path_factory.mktemp("family"))
+
+
+def test_what_can_be_done_is_known_without_weights(case: Case) -> None:
+    info = case.target.info
+    recurrent = case.family in RECURRENT
+    assert (info.rewindable, info.tree_forward) == (not recurrent, not recurrent)
+    scales = {"Gemma 2": LogitMap(1.0, 3.0), "Command R7B": LogitMap(0.25), "Granite": LogitMap(0.25)}
+    assert info.logit_map == scales.get(case.family, LogitMap())
+    assert case.target.embedding_scale == pytest.approx(32**0.5 if "Gemma" in case.family else 1.0)
+
+
+def test_features_and_logprobs_are_those_of_a_plain_forward(case: Case) -> None:
+    tokens = max((t.tokens for t in case.trajectories), key=len)
+    assert len(tokens) > 3 * WINDOW
+    with torch.no_grad():
+        states = case.reference(
+            input_ids=torch.tensor([tokens]), use_cache=False, output_hidden_states=True
+        ).hidden_states
+    expected = torch.cat([states[layer + 1] for layer in LAYERS], -1)
+    padded = torch.tensor([[*tokens, 1, 2], tokens[:5] + [0] * (len(tokens) - 3)])  # padding behind, of another row
+    read = case.target.read(padded, LAYERS)
+    assert read.features is not None
+    close(read.features[:1, : len(tokens)], expected)
+    close(case.target.features(padded, LAYERS)[:1, : len(tokens)], expected)
+    close(case.target.logits(read.hidden[0, : len(tokens)]).log_softmax(-1), case.law([tokens])[0])
+
+
+def test_greedy_decoding_is_transformers_own(case: Case) -> None:
+    expected = {str(i): answer for i, (_, answer) in enumerate(case.texts)}
+    plain = EmbeddedEngine(case.target, slots=3, capacity=64)
+    requests = [completion.request for completion in case.decoded.values()]
+    for answers in (case.decoded.values(), list(plain.generate(requests))):
+        assert {c.request.request_id: c.response_ids for c in answers} == expected
+    accepted = {step.accepted for completion in case.decoded.values() for step in completion.steps}
+    assert 0 in accepted and len(accepted) > 2
+
+
+def test_replay_finds_the_steps_of_speculative_decoding(case: Case) -> None:
+    traces = replay_all(case.target, {"drafter": case.drafter}, case.trajectories)["drafter"]
+    for trajectory, trace in zip(case.trajectories, traces, strict=True):
+        steps = case.decoded[trajectory.trajectory_id].steps
+        found = zip(trace.anchors.tolist(), trace.accepted.tolist(), trace.proposed.tolist(), strict=True)
+        assert [(step.anchor, step.accepted, step.proposed) for step in steps] == list(found)
+
+
+def test_proposals_are_scored_on_the_prefix_that_they_were_made_on(case: Case) -> None:
+    behind_rejections = 0
+    rows = case.mined.to_pylist()
+    for trajectory in case.trajectories:
+        steps = [row for row in rows if row["trajectory_id"] == trajectory.trajectory_id]
+        laws = case.law([trajectory.tokens[: step["anchor"] + 1] + step["proposed_ids"] for step in steps])
+        for step, law in zip(steps, laws, strict=True):
+            anchor = step["anchor"]
+            judged = min(BLOCK - 1, len(trajectory.tokens) - 1 - anchor)
+            expected = law[range(anchor, anchor + judged), step["proposed_ids"][:judged]].tolist()
+            assert step["target_logprobs"][:judged] == pytest.approx(expected, abs=TOLERANCE)
+            behind_rejections += max(0, judged - (step["rejected_offset"] or judged))
+    assert behind_rejections > 4
+
+
+def test_losses_and_proposals_read_the_familys_own_law(case: Case) -> None:
+    tokens = case.trajectories[0].tokens
+    law, hidden = case.law([tokens])[0], case.target.read(torch.tensor([tokens])).hidden[0]
+    heads = HeadSource(case.drafter, case.target.head_weight, TrainingConfig()).draw(np.random.default_rng(0), [])
+    following = torch.tensor(tokens[1:])
+    feedback = Feedback(following, following, hidden[:-1], heads.target, case.target.head_weight, temperature=1.0)
+    close(feedback.logits().log_softmax(-1), law[:-1])
+    close(feedback.token_logprob(), law[:-1].gather(1, following[:, None])[:, 0])
+    close(heads.drafter.logits(hidden).log_softmax(-1), law)
+    best = best_of(hidden, heads.drafter, with_logprobs=True)
+    assert best.logprobs is not None
+    close(best.logprobs, law.max(-1).values)
+
+
+def test_opd_takes_a_step_with_the_rejected_stream(case: Case) -> None:
+    config = OpdConfig.model_validate({"sequences_per_step": 3, "loss": "paper"})
+    training = OpdTraining(case.drafter, case.target, case.trajectories, case.mined, config)
+    report = training.loss(0)
+    report.loss.backward()
+    assert report.positions > 0 and torch.isfinite(report.loss)
+    gradient = case.drafter.fc.weight.grad
+    assert gradient is not None and float(gradient.norm()) > 0
+    case.drafter.zero_grad()
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+# ---- what is seen of a target that is computed wrongly
+
+
+@pytest.fixture(scope="module")
+def capped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target artifact of Gemma 2."""
+    from tests.testbed.context import RecordingContext
+
+    folder = tmp_path_factory.mktemp("capped")
+    write_family(folder / "model", "Gemma 2")
+    from draftsmith.stages.target import STAGE, TargetConfig
+
+    context = RecordingContext.under(folder)
+    STAGE.run(context, TargetConfig(source=str(folder / "model"), dtype="float32"))
+    return context.out
+
+
+def test_what_can_be_done_is_written_beside_the_target(capped: Path) -> None:
+    info = read_target_info(capped)
+    assert info.layer_kinds == ["full_attention", "sliding_attention"]
+    assert (info.logit_softcap, info.logit_scale, info.rewindable) == (3.0, 1.0, True)
+
+
+def test_logits_that_are_not_the_models_own_are_one_clear_error(capped: Path, tmp_path: Path) -> None:
+    info: TargetInfo = read_target_info(capped)
+    write_target_info(info.model_copy(update={"logit_softcap": None}), tmp_path)
+    with pytest.raises(DraftsmithError, match=r"logits differ from the model's own by .*Gemma2ForCausalLM"):
+        Target.load(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("family", "broken", "said"),
+    [("gpt-oss", "masks", "cached forwards differ"), ("LFM2", "commit", "cached forwards differ")],
+)
+def test_forwards_that_are_not_the_models_own_are_one_clear_error(
+    family: str, broken: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_family(tmp_path / "model", family)
+    target = Target.of(tmp_path / "model", dtype="float32", device="cpu")
+    check_agreement(target, "it")
+    if broken == "masks":
+        monkeypatch.setattr(capabilities.Layers, "masks", lambda _self, visible, *_: 0.0 * visible[:, None])
+    else:
+        monkeypatch.setattr(Target, "commit", lambda *_: None)
+    with pytest.raises(DraftsmithError, match=said):
+        check_agreement(target, "it")
+
+
+# ---- quantised checkpoints
+
+
+def test_fp8_weights_are_loaded_by_transformers_and_named(tmp_path: Path) -> None:
+    """Without a GPU it dequantises them: one scale for each block of 128 x 128, which a tiny matrix is a part of."""
+    write_model(tmp_path)
+    weights, expected = {}, {}
+    for name, weight in load_file(tmp_path / "model.safetensors").items():
+        weights[name] = weight
+        if weight.dim() == 2 and "layers" in name:
+            scale = weight.abs().max() / 448
+            weights[name] = (weight / scale).to(torch.float8_e4m3fn)
+            weights[name.replace("weight", "weight_scale_inv")] = scale.view(1, 1)
+            expected[name] = weights[name].float() * scale
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    target = Target.of(tmp_path, dtype="float32", device="cpu")
+    assert target.info.quantisation == "fp8"
+    loaded = dict(target.model.named_parameters())
+    assert len(expected) == 28 and all(torch.equal(loaded[name], weight) for name, weight in expected.items())
+
+
+def test_a_quantisation_whose_package_is_not_here_is_one_clear_error(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "aqlm"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DraftsmithError, match=r"quantised weights cannot be loaded here .*aqlm"):
+        Target.of(tmp_path, device="cpu")
+
+
+# ---- attention that no fused kernel computes
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(("softcap", "with_sinks"), [(1.5, False), (None, True), (1.5, True)])
+def test_capped_scores_and_sinks_read_part_by_part(
+    softcap: float | None, with_sinks: bool, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n, heads, kv_heads, T, D = 2, 6, 2, 7, 8
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(n, heads, T, D, generator=generator)
+    keys, values = (torch.randn(n, kv_heads, T, D, generator=generator) for _ in range(2))
+    seen = (torch.rand(n, 1, T, T, generator=generator) < 0.6) if masked else torch.ones(T, T).tril().bool()[None, None]
+    seen[..., 0] = True
+    sinks = torch.randn(heads, generator=generator) if with_sinks else None
+    scores = query @ keys.repeat_interleave(3, 1).transpose(2, 3) * 0.3
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    weights = torch.exp(scores) * seen
+    total = weights.sum(-1, keepdim=True) + (0 if sinks is None else sinks.exp()[None, :, None, None])
+    expected = (weights / total @ values.repeat_interleave(3, 1)).transpose(1, 2)
+    for at_once in (2**24, 3 * n * heads * T):
+        monkeypatch.setattr("draftsmith.stages.targets.attention._SCORES", at_once)
+        for mask in (seen, torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)) if masked else (None,):
+            out = scored_attention(query, keys, values, mask, 0.3, softcap, sinks)
+            torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,146 @@
+"""Random-weight targets of many families, made from transformers' own configs: tiny, float32, windows of 6 tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.testbed.random_target import HIDDEN_SIZE, VOCAB_SIZE, fill, save
+
+WINDOW = 6  # positions that a sliding layer reads
+WORDS = VOCAB_SIZE - 4  # of the tokenizer, to which that of some families adds one
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": HIDDEN_SIZE,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": WORDS - 1,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+_DELTA = {  # gated delta rule
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+_VISION = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "patch_size": 4}
+
+
+def _transformers(name: str, /, **fields: Any) -> Any:
+    import transformers
+
+    return getattr(transformers, f"{name}Config")(**fields)
+
+
+def _qwen3_moe() -> Any:
+    return _transformers("Qwen3Moe", **_SHAPE, **_EXPERTS, decoder_sparse_step=1, norm_topk_prob=True)
+
+
+def _gpt_oss() -> Any:
+    yarn = {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    return _transformers(
+        "GptOss", **_SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW,
+        layer_types=_ALTERNATING, rope_parameters=yarn,
+    )  # fmt: skip
+
+
+def _gemma2() -> Any:
+    shape = _SHAPE | {"tie_word_embeddings": True}
+    return _transformers(
+        "Gemma2", **shape, sliding_window=WINDOW, layer_types=_ALTERNATING, query_pre_attn_scalar=8,
+        final_logit_softcapping=3.0, attn_logit_softcapping=2.0,
+    )  # fmt: skip
+
+
+_BY_LAYER = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+}
+
+
+def _gemma3() -> Any:
+    text = _SHAPE | {"tie_word_embeddings": True, "sliding_window": WINDOW, "layer_types": _ALTERNATING}
+    text |= {"query_pre_attn_scalar": 8, "rope_parameters": _BY_LAYER, "final_logit_softcapping": None}
+    vision = _VISION | {"num_hidden_layers": 1, "image_size": 8, "vision_use_head": False}
+    return _transformers("Gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+
+
+def _mistral() -> Any:
+    return _transformers("Mistral", **_SHAPE, sliding_window=WINDOW)
+
+
+def _cohere2() -> Any:
+    return _transformers("Cohere2", **_SHAPE, sliding_window=WINDOW, layer_types=_ALTERNATING, logit_scale=0.25)
+
+
+def _qwen3_next() -> Any:
+    return _transformers("Qwen3Next", **_SHAPE, **_EXPERTS, **_DELTA, shared_expert_intermediate_size=24)
+
+
+_QWEN3_5_ROPE = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "mrope_section": [1, 1, 0],
+}
+
+
+def _qwen3_5() -> Any:
+    text = _SHAPE | _DELTA | {"rope_parameters": _QWEN3_5_ROPE}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": HIDDEN_SIZE}
+    return _transformers("Qwen3_5", text_config=text, vision_config=vision | {"patch_size": 4})
+
+
+def _lfm2() -> Any:
+    kinds = ["conv", "full_attention", "conv"]
+    return _transformers("Lfm2", **_SHAPE, layer_types=kinds, conv_L_cache=3, block_auto_adjust_ff_dim=False)
+
+
+def _granite() -> Any:
+    return _transformers("Granite", **_SHAPE, logits_scaling=4.0, embedding_multiplier=2.0)
+
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "Qwen3-MoE": _qwen3_moe,
+    "gpt-oss": _gpt_oss,
+    "Gemma 2": _gemma2,
+    "Gemma 3 with images": _gemma3,
+    "Mistral": _mistral,
+    "Command R7B": _cohere2,
+    "Granite": _granite,
+    "Qwen3-Next": _qwen3_next,
+    "Qwen3.5 with images": _qwen3_5,
+    "LFM2": _lfm2,
+}
+RECURRENT = ("Qwen3-Next", "Qwen3.5 with images", "LFM2")
+
+
+def write_family(folder: Path, family: str, seed: int = 0) -> None:
+    """A model folder with weights from one seeded generator, as its family's own class saves them."""
+    import transformers
+
+    config = FAMILIES[family]()
+    name = type(config).__name__.removesuffix("Config").removesuffix("Text")
+    kind = "ForConditionalGeneration" if "with images" in family else "ForCausalLM"
+    model = getattr(transformers, name + kind)(config)
+    fill(model, seed)
+    with torch.no_grad():
+        for label, parameter in model.named_parameters():
+            if label.endswith("A_log"):  # decay of a state: what was read 10 positions ago should still count
+                parameter.copy_(torch.log(torch.linspace(0.05, 0.4, parameter.numel())))
+            if "embed_tokens" in label and "Gemma" in name:  # which multiply it
+                parameter.mul_(HIDDEN_SIZE**-0.5)
+    save(model, folder, WORDS)
