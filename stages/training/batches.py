@@ -3,13 +3,14 @@
 Nothing of the size of a hidden state goes to disk. While memory holds the features of all trajectories they are
 computed in fixed groups and kept. Where it does not, none are kept: of epochs that are drawn at random, what fits is
 seldom what is drawn next. A batch's trajectories are then read in groups of their own. Either way the bits depend on
-the batch alone, not on whether training was interrupted.
+the batch alone, not on whether training was interrupted, nor on whether they were read ahead.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,10 +92,12 @@ class FeatureSource:
         tokens_per_group: int = 2048,
         memory_mb: float = 2048,
         with_hidden: bool = True,
+        ahead: bool | None = None,
     ):
         """tokens_per_group: read by the target in one forward. memory_mb: features are kept if it holds those of all.
 
-        with_hidden: for losses that ask for the target's distribution; without, its last layers are not run.
+        with_hidden: for losses that ask for the target's distribution; without, its last layers are not run. ahead:
+        whether `prefetch` does anything; left out: where it takes no time from anything else, on CUDA.
         """
         self.with_hidden = with_hidden
         self.target, self.layer_ids, self.trajectories = target, tuple(layer_ids), trajectories
@@ -105,6 +108,39 @@ class FeatureSource:
         self._groups = list(groups_by_length(lengths, tokens_per_group)) if self._kept else []
         self._group_of = {index: g for g, group in enumerate(self._groups) for index in group}
         self._cache: dict[int, dict[int, _Read]] = {}
+        on_cuda = target.device.type == "cuda"
+        self._reads_ahead = not self._kept and (on_cuda if ahead is None else ahead)
+        self._stream = torch.cuda.Stream(target.device) if self._reads_ahead and on_cuda else None
+        self._ahead: tuple[tuple[int, ...], dict[int, _Read]] | None = None
+
+    def own(self, indices: Sequence[int], ranks: Ranks) -> list[int]:
+        """Those of a step's trajectories that this rank trains."""
+        return [indices[row] for row in ranks.rows(self._lengths[list(indices)].tolist())]
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Begin to read what the next `batch` will ask for: on CUDA in a stream of its own, beside what is queued from
+        here on. Memory then holds the features of two batches."""
+        if not self._reads_ahead:
+            return
+        beside: AbstractContextManager[object] = nullcontext()
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self.target.device))
+            beside = torch.cuda.stream(self._stream)
+        with beside:
+            self._ahead = tuple(indices), self._all_of(indices)
+
+    def _found(self, indices: Sequence[int]) -> dict[int, _Read]:
+        """What was read ahead, if that was for these; else read here."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead[0] != tuple(indices):
+            return self._all_of(indices)
+        if self._stream is not None:
+            here = torch.cuda.current_stream(self.target.device)
+            here.wait_stream(self._stream)
+            for read in ahead[1].values():
+                for part in read:
+                    part.record_stream(here)  # made in the other stream, which must not have its memory back too early
+        return ahead[1]
 
     def _all_of(self, indices: Sequence[int]) -> dict[int, _Read]:
         """What the target says of these trajectories."""
@@ -112,24 +148,28 @@ class FeatureSource:
         if self._kept:
             for g in dict.fromkeys(self._group_of[i] for i in indices):
                 if g not in self._cache:
-                    self._cache[g] = self._of_group(self._groups[g])
+                    self._cache[g] = self._of_group(self._groups[g], self._tokens_of(self._groups[g]))
                 found |= self._cache[g]
             return found
         drawn = list(dict.fromkeys(indices))
-        for group in groups_by_length(self._lengths[drawn], self._tokens_per_group):
-            found |= self._of_group([drawn[place] for place in group])
+        groups = [[drawn[place] for place in g] for g in groups_by_length(self._lengths[drawn], self._tokens_per_group)]
+        tokens = [self._tokens_of(group) for group in groups]  # all first: a copy would wait for the forward before it
+        for group, ids in zip(groups, tokens, strict=True):
+            found |= self._of_group(group, ids)
         return found
 
-    def _of_group(self, members: Sequence[int]) -> dict[int, _Read]:
-        """Of trajectories that the target reads in one forward."""
-        trajectories = [self.trajectories[i] for i in members]
+    def _tokens_of(self, members: Sequence[int]) -> torch.Tensor:
+        return pad_tokens([self.trajectories[i] for i in members], self.target.device)
+
+    def _of_group(self, members: Sequence[int], ids: torch.Tensor) -> dict[int, _Read]:
+        """Of trajectories that the target reads in one forward. ids: their tokens [n, T]."""
         with torch.autocast(self.target.device.type, enabled=False):  # the training loop's is for the drafter alone
-            read = self._read(pad_tokens(trajectories, self.target.device))
-        entry = {}
-        for row, (i, trajectory) in enumerate(zip(members, trajectories, strict=True)):
-            n = len(trajectory.tokens)
-            entry[i] = tuple(part[row, :n].clone() for part in read)
-        return entry
+            read = self._read(ids)
+        lengths = self._lengths[list(members)].tolist()
+        return {
+            i: tuple(part[row, :n].clone() for part in read)
+            for row, (i, n) in enumerate(zip(members, lengths, strict=True))
+        }
 
     def _read(self, ids: torch.Tensor) -> _Read:
         if not self.with_hidden:
@@ -141,7 +181,7 @@ class FeatureSource:
     def batch(self, indices: Sequence[int]) -> Batch:
         """The trajectories at `indices`, with their features."""
         trajectories = [self.trajectories[i] for i in indices]
-        found = self._all_of(indices)
+        found = self._found(indices)
         parts = [found[i] for i in indices]
         features, *hidden = (
             torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True) for rows in zip(*parts, strict=True)

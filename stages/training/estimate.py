@@ -19,7 +19,8 @@ LOGIT_COPIES = 3  # float32 logits, their softmax and its gradient
 USABLE = 0.85  # of a device's memory: the rest is for what the allocator leaves unused
 _TILE = 4096  # tokens of a tile of logits
 _TRAINED_HEADS = ("eagle3", "dspark")  # behind which rows of logits are whole
-_ALWAYS = ("process", "target", "drafter with AdamW", "features", "head", "logits")  # the rest comes and goes
+# the rest comes and goes
+_ALWAYS = ("process", "target", "drafter with AdamW", "features", "next batch", "head", "logits")
 
 
 def training_estimate(config: TrainingConfig, use: Use, *, mines: bool = False, scores: bool = False) -> Estimate:
@@ -30,7 +31,8 @@ def training_estimate(config: TrainingConfig, use: Use, *, mines: bool = False, 
     P · s, and 16 · P_d: float32 weights, gradients and the two moments of AdamW (8 of them, which may be split over the
     processes); under autocast a copy, 2 · P_d.
     Features kept: feature_memory_mb at most, and none where it does not hold those of all answers; of the step's batch:
-    B · T · (K + 1) · H · s, twice while they are made of what the target's forwards gave.
+    B · T · (K + 1) · H · s, twice while they are made of what the target's forwards gave; on a GPU also those of the
+    next batch, which is read meanwhile.
     Activations: what the drafter keeps of the tokens of a micro-batch, trajectories and blocks
     (`stages/drafters/estimate.py`), and of each position with a loss its state and its gradient.
     Logits: a tile of the chunk; of a head that is trained 3 · positions_per_chunk · V · 4, and its gradient of a chunk.
@@ -63,6 +65,8 @@ def training_estimate(config: TrainingConfig, use: Use, *, mines: bool = False, 
         "head": head,
         "logits": float(logits),
     }
+    if sizes.accelerated and not kept:
+        fixed["next batch"] = float(B * longest * sizes.feature_bytes)
     of_row = row_bytes(config, sizes, longest)
     at_once = min(B, rows_at_once(config, sizes, longest, sum(fixed.values())))
     graph = {"activations": at_once * of_row}

@@ -100,12 +100,15 @@ class SftTraining:
         """The same in parts of at most `limit` tokens, those of this rank. Anchors and head are drawn for the whole
         step."""
         rng = step_rng(self.seed, step)
-        chosen = trajectories_of_step(self._count, self.config.sequences_per_step, step, self.seed)
+        chosen = self._chosen(step)
         trajectories = [self._trajectories[i] for i in chosen]
         portion = Portion.of_rank(trajectories, self.ranks, self.target.device)
+        batch = self._features.batch([chosen[row] for row in portion.rows])
+        if step + 1 < self.config.steps:
+            self._features.prefetch(self._features.own(self._chosen(step + 1), self.ranks))
         anchors = position_anchors(trajectories, self.config.anchors_per_sequence, rng, self.target.device)
         heads = self._heads.draw(rng, [portion.tokens])
-        batch, anchors = self._features.batch([chosen[row] for row in portion.rows]), anchors.rows(portion.rows)
+        anchors = anchors.rows(portion.rows)
         parts = parts_of(batch, anchors.positions.shape[1] * self.drafter.block_size, limit)
         for part in parts:
             report = sft_loss(
@@ -120,6 +123,9 @@ class SftTraining:
             )
             report.alone = len(parts) == self.ranks.world == 1
             yield report
+
+    def _chosen(self, step: int) -> list[int]:
+        return trajectories_of_step(self._count, self.config.sequences_per_step, step, self.seed)
 
     def __str__(self) -> str:
         """What is trained, in one line."""

@@ -87,13 +87,18 @@ class OpdTraining:
 
     def micro_batches(self, step: int, limit: int | None) -> Iterator[LossReport]:
         """The same in parts of at most `limit` tokens, those of this rank."""
-        places = trajectories_of_step(len(self.usable), self.config.sequences_per_step, step, self.seed)
-        chosen = [self.usable[i] for i in places]
+        chosen = self._chosen(step)
         portion = Portion.of_rank([self._trajectories[i] for i in chosen], self.ranks, self._device)
         own = [chosen[row] for row in portion.rows]
         batch = self._features.batch(own)
+        if step + 1 < self.config.steps:
+            self._features.prefetch(self._features.own(self._chosen(step + 1), self.ranks))
         parts = parts_of(batch, self.config.anchors_per_sequence * self._block_size, limit)
         return self._step.micro_batches(step, own, batch, step_rng(self.seed, step), parts, portion)
+
+    def _chosen(self, step: int) -> list[int]:
+        places = trajectories_of_step(len(self.usable), self.config.sequences_per_step, step, self.seed)
+        return [self.usable[i] for i in places]
 
     def __str__(self) -> str:
         """What is trained, in one line."""

@@ -1,8 +1,12 @@
-"""Several processes train what one does: loss curve and weights within 1e-5 in float32, on from another number."""
+"""Several processes train what one does, to 1e-5 in float32, and go on from another number of them; what a lost one
+leaves, signals, and a second node."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,22 +16,28 @@ import torch
 from safetensors.torch import load_file
 
 from draftsmith.artifacts.errors import StageInterrupted
+from draftsmith.stages import join
+from draftsmith.stages.checkpoints import checkpoints
 from draftsmith.stages.drafters.base import Drafter, DrafterInfo
 from draftsmith.stages.drafters.checkpoint import create_drafter, save_drafter
 from draftsmith.stages.drafters.config import Eagle3Config
 from draftsmith.stages.mining import STAGE as MINING
 from draftsmith.stages.mining import MiningConfig
-from draftsmith.stages.parallel.config import ParallelConfig
+from draftsmith.stages.parallel.config import RENDEZVOUS, ParallelConfig
 from draftsmith.stages.parallel.launch import Meeting, clear, launch
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.targets.causal_lm import Target
+from tests.flows.pipeline.processes import assert_gone, wait_until
+from tests.stages.parallel.attempts import CONFIG, LONG, TWO, Attempt, newest, ranks_of
 from tests.stages.parallel.trainings import AGAIN, IN_PARTS, MIDDLE, REDUCED, STEPS, Training, run_all
+from tests.stages.test_stage_process import finish
+from tests.stages.test_stage_process import start as start_stage
 from tests.testbed import random_target
 from tests.testbed.context import RecordingContext
 
 DFLASH = {"num_layers": 1, "block_size": 5, "target_layer_ids": [2, 0], "intermediate_size": 40}
 EAGLE3 = {"kind": "eagle3", "block_size": 4, "target_layer_ids": [0, 1, 2], "draft_vocab_size": 40}
-NAMES = ["sft dflash", "sft eagle3", "opd dflash", "opd eagle3", "opd dflash again", "opd eagle3 again"]
+NAMES = ["sft dflash", "sft eagle3", "opd dflash", "opd dflash again", "opd eagle3 again"]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +51,8 @@ def trainings(tmp_path_factory: pytest.TempPathFactory, plain_artifact: Path, pl
     ]
     for kind, drafter in (("dflash", random_target.random_drafter(plain_target)), ("eagle3", eagle3(plain_target))):
         begun = mined(folder / kind, drafter, plain_target, inputs)
-        made.append(Training(f"opd {kind}", "draftsmith.stages.opd", {}, begun))
+        if kind == "dflash":
+            made.append(Training(f"opd {kind}", "draftsmith.stages.opd", {}, begun))
         made.append(Training(f"opd {kind} again", "draftsmith.stages.opd", {**AGAIN, **REDUCED, **IN_PARTS}, begun))
     return made
 
@@ -119,3 +130,75 @@ def test_several_processes_train_what_one_does(name: str, one: dict[str, Recordi
     assert ours.keys() == theirs.keys()
     for tensor, values in theirs.items():
         torch.testing.assert_close(ours[tensor], values, rtol=0, atol=1e-5, msg=lambda text: f"{tensor}: {text}")  # noqa: B023
+
+
+@pytest.fixture(scope="module")
+def inputs(trainings: list[Training]) -> dict[str, str]:
+    return dict(trainings[0].inputs)
+
+
+def test_a_lost_rank_ends_all_with_one_error(tmp_path: Path, inputs: dict[str, str]) -> None:
+    """Of a real stage process, whose group, and with it whose lifeline, is that of the ranks."""
+    lifeline, our_end = os.pipe()
+    process = start_stage(
+        tmp_path, "draftsmith.stages.sft", {**CONFIG, **TWO}, inputs=inputs, lifeline=lifeline, threads=1
+    )
+    os.close(lifeline)
+
+    def begun() -> bool:
+        assert process.poll() is None, process.communicate()
+        return bool(checkpoints(tmp_path / "work"))
+
+    wait_until(begun, "the first checkpoint", limit_s=180)
+    ranks = ranks_of(tmp_path)
+    assert ranks.keys() == {0, 1}
+    assert {os.getpgid(pid) for pid in ranks.values()} == {process.pid}
+    os.kill(ranks[1], signal.SIGKILL)
+    code, events, _ = finish(process)
+    os.close(our_end)
+    errors = [event for event in events if event["event"] == "error"]
+    assert (code, len(errors)) == (75, 1)
+    assert "rank 1 of 2 was lost, with exit code -9" in errors[0]["message"]
+    for pid in ranks.values():
+        assert_gone(pid)
+
+    kept = newest(tmp_path)
+    alone, events = Attempt(tmp_path, inputs).ended()
+    assert (alone, events[-1]["event"]) == (0, "done")
+    logs = [event["message"] for event in events if event["event"] == "log"]
+    assert f"continuing from the checkpoint at step {kept} of {LONG}" in logs
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(LONG))
+
+
+def test_two_nodes_train_together_until_one_is_asked_to_stop(
+    tmp_path: Path, inputs: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two launchers of this machine stand for them. All save and end at the same step."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv(RENDEZVOUS, f"localhost:{port}")
+    end = threading.Event()
+    joining = threading.Thread(target=join.join, args=("localhost", port, end))
+    joining.start()
+    try:
+        stopped = Attempt(tmp_path, inputs, parallel={"nodes": 2})
+        stopped.wait_for_step(3)
+        assert ranks_of(tmp_path).keys() == {0, 1}
+        stopped.stop.set()
+        code, events = stopped.ended()
+    finally:
+        end.set()
+        joining.join(60)
+    assert not joining.is_alive()
+    assert (code, events[-1]["kind"]) == (130, "StageInterrupted")
+    done = [event["done"] for event in events if event["event"] == "progress"]
+    assert newest(tmp_path) == done[-1], "what was asked to stop saved where it was"
+
+
+def test_bad_input_is_one_error_however_many_read_it(tmp_path: Path, inputs: dict[str, str]) -> None:
+    code, events = Attempt(tmp_path, inputs, init_from=str(tmp_path / "nothing"), **TWO).ended()
+    errors = [event for event in events if event["event"] == "error"]
+    assert (code, len(errors)) == (2, 1)
+    assert "nothing" in errors[0]["message"]

@@ -1,0 +1,113 @@
+"""The next batch's features are read while a step trains: earlier, in the same order, with the same bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from draftsmith.stages.parallel.ranks import ALONE, Ranks
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.training.batches import Batch, FeatureSource
+from draftsmith.stages.training.config import SftConfig
+from draftsmith.stages.training.on_policy.config import OpdConfig
+from draftsmith.stages.training.on_policy.training import OpdTraining
+from draftsmith.stages.training.supervised import SftTraining
+from tests.stages.bench import Bench
+from tests.stages.training.case import hidden_of
+from tests.stages.training.world import World, make_world
+from tests.testbed import random_target
+
+TRAJECTORIES = random_target.trajectories(12, seed=5)
+STEPS = [[7, 0, 11], [3, 1, 9], [2, 5, 4]]
+
+
+def source_of(target: Target, ahead: bool, memory_mb: float = 1e-6) -> FeatureSource:
+    """Of a CPU, where the code is CUDA's but for the stream."""
+    return FeatureSource(target, (2, 0), TRAJECTORIES, tokens_per_group=64, memory_mb=memory_mb, ahead=ahead)
+
+
+def trained(source: FeatureSource, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[Batch]]:
+    """What happens in which order: answers of the target for a step, the step's batch, the step."""
+    events: list[str] = []
+    batches: list[Batch] = []
+    read = source._read
+
+    def noted(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        row = [t.tokens == ids[0, : len(t.tokens)].tolist() for t in TRAJECTORIES].index(True)
+        events.append(f"read {next(step for step, indices in enumerate(STEPS) if row in indices)}")
+        return read(ids)
+
+    monkeypatch.setattr(source, "_read", noted)
+    for step, indices in enumerate(STEPS):
+        batches.append(source.batch(indices))
+        events.append(f"batch {step}")
+        if step + 1 < len(STEPS):
+            source.prefetch(STEPS[step + 1])
+        events.append(f"train {step}")
+    return list(dict.fromkeys(events)), batches
+
+
+def test_what_is_read_ahead_changes_neither_the_order_nor_a_bit(
+    plain_target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_turn, batches = trained(source_of(plain_target, ahead=False), monkeypatch)
+    ahead, same = trained(source_of(plain_target, ahead=True), monkeypatch)
+    assert in_turn == [f"{what} {step}" for step in range(3) for what in ("read", "batch", "train")]
+    assert ahead == [
+        *("read 0", "batch 0", "read 1", "train 0", "batch 1", "read 2", "train 1", "batch 2", "train 2"),
+    ]
+    for one, other in zip(batches, same, strict=True):
+        assert one.trajectories == other.trajectories
+        assert torch.equal(one.features, other.features)
+        assert torch.equal(hidden_of(one), hidden_of(other))
+
+
+def test_another_batch_than_the_one_that_was_read_ahead_is_read(plain_target: Target) -> None:
+    source, plain = source_of(plain_target, ahead=True), source_of(plain_target, ahead=False)
+    source.prefetch([7, 0])
+    for indices in ([3, 1], [7, 0]):
+        assert torch.equal(source.batch(indices).features, plain.batch(indices).features)
+
+
+def test_features_that_are_kept_are_not_read_ahead(plain_target: Target) -> None:
+    source = source_of(plain_target, ahead=True, memory_mb=2048)
+    source.prefetch([7, 0])
+    assert not source._cache
+
+
+@pytest.fixture(scope="module")
+def world(bench: Bench) -> World:
+    return make_world(bench, moved_by=0.15)
+
+
+@pytest.mark.parametrize("ranks", [ALONE, Ranks(1, 2)])
+@pytest.mark.parametrize("kind", ["sft", "opd"])
+def test_a_step_asks_for_the_next_ones_batch(
+    kind: str, ranks: Ranks, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of its own rank; behind the last step there is none."""
+    asked: dict[str, list[Any]] = {"batch": [], "prefetch": []}
+    batch = FeatureSource.batch
+
+    def noted(self: FeatureSource, indices: Any) -> Batch:
+        asked["batch"].append(list(indices))
+        return batch(self, indices)
+
+    monkeypatch.setattr(FeatureSource, "batch", noted)
+    monkeypatch.setattr(FeatureSource, "prefetch", lambda _, indices: asked["prefetch"].append(list(indices)))
+    monkeypatch.setattr(Ranks, "gather", lambda _, mine: [mine])
+    shape = {"steps": 3, "sequences_per_step": 4, "anchors_per_sequence": 2}
+    training: SftTraining | OpdTraining
+    if kind == "sft":
+        config = SftConfig.model_validate(shape)
+        training = SftTraining(world.moved, world.target, world.trajectories, config, ranks=ranks)
+    else:
+        training = OpdTraining(
+            world.moved, world.target, world.trajectories, world.table, OpdConfig.model_validate(shape), ranks=ranks
+        )
+    for step in range(3):
+        next(iter(training.micro_batches(step, limit=None)))
+    assert [len(indices) for indices in asked["batch"]] == [4 // ranks.world] * 3
+    assert asked["prefetch"] == asked["batch"][1:]
