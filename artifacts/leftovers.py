@@ -1,4 +1,4 @@
-"""What nobody goes on with: old unfinished attempts, replaced artifacts, logs. Complete artifacts never are."""
+"""What nobody goes on with: old unfinished attempts and shards, replaced artifacts, logs. No other artifact ever is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from draftsmith.artifacts.locks import is_locked, locked
 from draftsmith.artifacts.manifest import MANIFEST
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.remote_store import RemoteStore
-from draftsmith.artifacts.store import PARTIAL, REPLACED
+from draftsmith.artifacts.store import PARTIAL, REPLACED, SHARD
 
 _LOGS = ("*.log", "*.request.json")
 
@@ -72,6 +72,8 @@ def leftovers(home: Path, before: float) -> list[Leftover]:
         complete = (folder / "out" / MANIFEST).exists()  # killed between two renames: the next run ends it
         if not complete and not is_locked(lock):
             found.append(_described("unfinished attempt", folder, lock))
+    for folder in root.glob(f"*{SHARD}/[!.]*/"):  # of a node that is made, or that was given up
+        found.append(_described("shard", folder, folder.with_name(f".lock-{folder.name}")))
     found += [_described("replaced artifact", folder) for folder in root.glob(f"*/{REPLACED}*")]
     if isinstance(store, RemoteStore):
         found += [_remote(store, folder, objects) for folder, objects in store.unnamed(before)]

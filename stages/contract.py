@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -49,6 +49,21 @@ def _decisive(config: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
+@dataclass(frozen=True)
+class Shard:
+    """One of several parts of a stage's work, which are made beside each other. Every process cuts them alike."""
+
+    index: int = 0
+    of: int = 1
+
+    def takes(self, number: int) -> bool:
+        """Whether a piece of the work, counted from 0, is in it."""
+        return number % self.of == self.index
+
+
+WHOLE = Shard()
+
+
 class StageContext(Protocol):
     """What a stage body may use. Implemented by `stages/process.py` for a real run and by plain objects in tests."""
 
@@ -56,6 +71,7 @@ class StageContext(Protocol):
     work: Path  # shards and checkpoints of an unfinished attempt; dropped when the artifact is complete
     inputs: Mapping[str, Path]  # input name -> folder of a complete artifact
     seed: int
+    shards: Sequence[Path]  # artifacts of all shards of this stage's work; none: nobody has made them
 
     def log(self, message: str) -> None:
         """One line for the log of the run."""
@@ -134,6 +150,10 @@ class Stage:
     # Inputs of which it reads volatile files too. Where these were measured anew, with the same content, it is made
     # again under its key.
     reads_volatile: tuple[str, ...] = ()
+    # Makes one shard of the work, as an artifact of its own: another process or host may do it. `run` then finds all of
+    # them in `StageContext.shards` and makes of them what it makes alone, to the bit, however many there are.
+    shard: Callable[[StageContext, Any, Shard], None] | None = None
+    joins: Compute | None = None  # what `run` needs where shards have done the rest; None: as without them
 
     def computes(self, config: Config) -> Compute:
         """What it needs with this config."""

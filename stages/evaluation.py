@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from draftsmith.stages.contract import Compute, Stage, StageContext, follow
+from draftsmith.stages.contract import Compute, Shard, Stage, StageContext, follow
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.measure.config import DRAFTERS, PREFIX, EvaluationConfig, prompts_to_decode
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from draftsmith.stages.statistics import Estimate
 
 CONTEXTS = "contexts.json"  # arm -> where it is worst
+REPLAYED = "replayed"  # traces by replay, of an unfinished attempt or a shard
+VALIDATION = "validation"
 
 
 def run(ctx: StageContext, config: EvaluationConfig) -> None:
@@ -156,13 +158,10 @@ def _acceptance(
 
     stored = load_trajectories(ctx.inputs["trajectories"], ["heldout"])
     ctx.log(f"replaying {len(drafters)} drafters on {len(stored.trajectories)} held-out trajectories")
-    settings = {"trained": DraftingConfig(head_tokens=config.head_tokens)}
-    if config.head_tokens is not None:
-        settings["full_head"] = DraftingConfig()
     looping = [has_loop(t.tokens[t.prompt_length :]) for t in stored.trajectories]
     tallies = {}
     worst = {arm: WorstContexts() for arm in drafters}
-    for setting, drafting in settings.items():
+    for setting, drafting in _draftings(config).items():
         tallies[setting] = tally_all(
             target,
             drafters,
@@ -173,7 +172,8 @@ def _acceptance(
             law=stored.law,
             tokens_per_group=config.tokens_per_target_forward,
             progress=follow(ctx, "trajectories"),
-            kept=ctx.work / "replayed" / setting,
+            kept=ctx.work / REPLAYED / setting,
+            done=[folder / REPLAYED / setting for folder in ctx.shards],
             log=ctx.log,
         )
     table = acceptance_table(tallies["trained"], stored.prompts, looping)
@@ -195,6 +195,48 @@ def _acceptance(
     return figures, tau_differences(tallies["trained"], stored.prompts)
 
 
+def _draftings(config: EvaluationConfig) -> dict[str, DraftingConfig]:
+    """How the drafters draft in the replays of held-out answers, by a name for each."""
+    trained = {"trained": DraftingConfig(head_tokens=config.head_tokens)}
+    return trained if config.head_tokens is None else trained | {"full_head": DraftingConfig()}
+
+
+def shard(ctx: StageContext, config: EvaluationConfig, part: Shard) -> None:
+    """The replays of one shard of the answers, as the acceptance of `run` reads them. Speed is measured there."""
+    from draftsmith.artifacts.atomic import write_text
+    from draftsmith.stages.drafters.checkpoint import load_drafter
+    from draftsmith.stages.replay.corpus import replay_groups
+    from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories, splits_of
+    from draftsmith.stages.targets.causal_lm import Target
+
+    target = Target.load(ctx.inputs["target"])
+    drafters = {arm: load_drafter(folder / DRAFTER_FOLDER, target) for arm, folder in _drafters_of(ctx).items()}
+    replays = {name: ("heldout", drafting) for name, drafting in _draftings(config).items()}
+    if VALIDATION in splits_of(ctx.inputs["trajectories"]):
+        replays[VALIDATION] = (VALIDATION, DraftingConfig(head_tokens=config.head_tokens))
+    counts = {}
+    for name, (split, drafting) in replays.items():
+        stored = load_trajectories(ctx.inputs["trajectories"], [split])
+        counts[name] = sum(
+            len(places)
+            for places, _ in replay_groups(
+                target,
+                drafters,
+                stored.trajectories,
+                drafting,
+                law=stored.law,
+                chains=config.chains,
+                tokens_per_group=config.tokens_per_target_forward,
+                progress=follow(ctx, "trajectories"),
+                kept=ctx.out / REPLAYED / name,
+                shard=part,
+                log=ctx.log,
+            )
+        )
+    write_text(ctx.out / "shard.json", json.dumps({"shard": part.index, "of": part.of, **counts}) + "\n")
+    ctx.summary(trajectories=sum(counts.values()))
+
+
 def _validation_tau(
     ctx: StageContext, config: EvaluationConfig, target: Any, drafters: dict[str, Any]
 ) -> dict[str, float] | None:
@@ -202,9 +244,9 @@ def _validation_tau(
     from draftsmith.stages.replay.tally import tally_all
     from draftsmith.stages.stored import load_trajectories, splits_of
 
-    if "validation" not in splits_of(ctx.inputs["trajectories"]):
+    if VALIDATION not in splits_of(ctx.inputs["trajectories"]):
         return None
-    stored = load_trajectories(ctx.inputs["trajectories"], ["validation"])
+    stored = load_trajectories(ctx.inputs["trajectories"], [VALIDATION])
     tallies = tally_all(
         target,
         drafters,
@@ -214,7 +256,8 @@ def _validation_tau(
         law=stored.law,
         tokens_per_group=config.tokens_per_target_forward,
         progress=follow(ctx, "trajectories"),
-        kept=ctx.work / "replayed" / "validation",
+        kept=ctx.work / REPLAYED / VALIDATION,
+        done=[folder / REPLAYED / VALIDATION for folder in ctx.shards],
         log=ctx.log,
     )
     return {name: found.tau for name, found in tallies.items()}
@@ -249,5 +292,6 @@ STAGE = Stage(
     run=run,
     preflight=preflight,
     compute=Compute.TIMED,
+    shard=shard,
     volatile=("metrics.jsonl", "evaluation.json", "requests.parquet", "turns.parquet", "versions.json"),
 )

@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from draftsmith.stages.contract import Compute, Config, Stage, StageContext
+from draftsmith.stages.contract import WHOLE, Compute, Config, Shard, Stage, StageContext
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.replay.parity import MaxParityMismatch
 
 if TYPE_CHECKING:
-    from draftsmith.stages.drafters.base import Drafter
+    from pathlib import Path
+
+    from draftsmith.stages.replay.shards import MinedShards
     from draftsmith.stages.replay.trajectories import TrajectoryRows
+    from draftsmith.stages.stored import StoredTrajectories
 
 
 class MiningConfig(Config):
@@ -27,58 +30,43 @@ class MiningConfig(Config):
     max_parity_mismatch: MaxParityMismatch = 0.25
 
 
+SHARD = "shard.json"  # of a shard's artifact: what is in it
+
+
 def run(ctx: StageContext, config: MiningConfig) -> None:
-    """Replay and score group by group, kept in shards that a rerun continues; then the table, in the answers' order."""
+    """Replay and score what no shard has, kept so that a rerun continues; then the table, in the answers' order."""
+    from transformers import AutoTokenizer
+
     from draftsmith.artifacts.parquet import TableWriter
     from draftsmith.artifacts.schemas import VERIFY_STEPS
-    from draftsmith.stages.drafters.checkpoint import load_drafter
+    from draftsmith.stages.drafters.checkpoint import block_size_of, skeleton_of
     from draftsmith.stages.drafters.digest import drafter_digest
-    from draftsmith.stages.replay.corpus import draws, mine
-    from draftsmith.stages.replay.shards import MinedShards
+    from draftsmith.stages.replay.corpus import draws
     from draftsmith.stages.replay.table import MinedFigures
     from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
-    from draftsmith.stages.targets.causal_lm import Target
+    from draftsmith.stages.targets.info import model_path, read_target_info
 
     stored = load_trajectories(ctx.inputs["trajectories"])
     trajectories = stored.trajectories
-    target = Target.load(ctx.inputs["target"])
+    shards = mine_shard(ctx, config, stored, ctx.work)
     drafter_folder = ctx.inputs["drafter"] / DRAFTER_FOLDER
-    drafter = load_drafter(drafter_folder, target)
-    with MinedShards(ctx.work) as shards:
-        finished = shards.rows(trajectories.ids).counts > 0
-        done = int(finished.sum())
-        for group in mine(
-            target,
-            drafter,
-            trajectories,
-            config.drafting,
-            law=stored.law,
-            chains=config.chains,
-            top_k=config.top_k,
-            tokens_per_group=config.tokens_per_target_forward,
-            tree_tokens=config.tree_tokens,
-            finished=lambda indices: bool(finished[indices].all()),
-            log=ctx.log,
-        ):
-            shards.add(group)
-            done += len(group.trajectories)
-            ctx.progress(done, len(trajectories), "trajectories")
-            ctx.check_interrupted()
+    trained = block_size_of(drafter_folder)
+    tokenizer = AutoTokenizer.from_pretrained(model_path(ctx.inputs["target"]), local_files_only=True)
 
     # long answers have millions of steps: no Python object for each from here on, and never all of them in memory
-    figures = MinedFigures(config.drafting.block_size or drafter.block_size)
+    figures = MinedFigures(config.drafting.block_size or trained)
     with TableWriter(ctx.out / "verify_steps.parquet", VERIFY_STEPS) as table:
         for part in shards.rows(trajectories.ids).in_order(VERIFY_STEPS.columns.names):
             table.append(part)
             figures.add(part)
             ctx.check_interrupted()
-    summary = figures.summary(target.tokenizer)
+    summary = figures.summary(tokenizer)
     summary["evaluated_blocks_per_step"] = shards.evaluated_blocks(trajectories.ids) / figures.steps
     summary["trajectories_too_short"] = stored.too_short
     drafted_as = {"drafter_digest": drafter_digest(drafter_folder), **config.drafting.model_dump()}
-    summary["parity"] = parity(
-        ctx, trajectories, drafter, drafted_as, target.info.dtype, config, drawn=draws(drafter, stored.law)
-    )
+    dtype = read_target_info(ctx.inputs["target"]).dtype
+    drawn = draws(skeleton_of(drafter_folder), stored.law)
+    summary["parity"] = parity(ctx, trajectories, trained, drafted_as, dtype, config, drawn=drawn)
     (ctx.out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     ctx.summary(
         **{k: summary[k] for k in ("tau", "steps", "error_positions", "evaluated_blocks_per_step")},
@@ -90,10 +78,64 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
     )
 
 
+def shard(ctx: StageContext, config: MiningConfig, part: Shard) -> None:
+    """The steps of the answers of one shard, as `run` reads them."""
+    from draftsmith.artifacts.atomic import write_text
+    from draftsmith.stages.replay.corpus import count_in
+    from draftsmith.stages.stored import load_trajectories
+
+    stored = load_trajectories(ctx.inputs["trajectories"])
+    mine_shard(ctx, config, stored, ctx.out, part)
+    count = count_in(stored.trajectories, config.tokens_per_target_forward, part)
+    write_text(ctx.out / SHARD, json.dumps({"shard": part.index, "of": part.of, "trajectories": count}) + "\n")
+    ctx.summary(trajectories=count)
+
+
+def mine_shard(
+    ctx: StageContext, config: MiningConfig, stored: StoredTrajectories, folder: Path, part: Shard = WHOLE
+) -> MinedShards:
+    """Replay and score the groups of a shard that are not in `folder` yet; where all shards are given, take these."""
+    from draftsmith.artifacts.errors import DraftsmithError
+    from draftsmith.stages.drafters.checkpoint import load_drafter
+    from draftsmith.stages.replay.corpus import count_in, mine
+    from draftsmith.stages.replay.shards import MinedShards
+    from draftsmith.stages.stored import DRAFTER_FOLDER
+    from draftsmith.stages.targets.causal_lm import Target
+
+    trajectories = stored.trajectories
+    with MinedShards(folder, ctx.shards) as shards:
+        finished = shards.rows(trajectories.ids).counts > 0
+        done, total = int(finished.sum()), count_in(trajectories, config.tokens_per_target_forward, part)
+        if ctx.shards or done == total:
+            if done != total:
+                raise DraftsmithError(f"mining: the shards hold {done} of {total} answers: add `--force mining`")
+            return shards
+        target = Target.load(ctx.inputs["target"])
+        for group in mine(
+            target,
+            load_drafter(ctx.inputs["drafter"] / DRAFTER_FOLDER, target),
+            trajectories,
+            config.drafting,
+            law=stored.law,
+            chains=config.chains,
+            top_k=config.top_k,
+            tokens_per_group=config.tokens_per_target_forward,
+            tree_tokens=config.tree_tokens,
+            finished=lambda indices: bool(finished[indices].all()),
+            shard=part,
+            log=ctx.log,
+        ):
+            shards.add(group)
+            done += len(group.trajectories)
+            ctx.progress(done, total, "trajectories")
+            ctx.check_interrupted()
+    return shards
+
+
 def parity(
     ctx: StageContext,
     trajectories: TrajectoryRows,
-    drafter: Drafter,
+    trained: int,
     drafted_as: dict[str, Any],
     dtype: str,
     config: MiningConfig,
@@ -102,10 +144,10 @@ def parity(
 ) -> dict[str, Any] | None:
     """Compare what the engine recorded while it served with replay: its steps, and how many it counted.
 
-    drafted_as: the drafter's digest and how it drafts here; dtype: of this replay. drawn: are proposals drawn, so that
-    steps are replay's in law, and only their number can be compared? None unless the same drafter served
-    with the same settings. Raises DraftsmithError if they differ in more steps than allowed: the drafter that was
-    served is then not this one.
+    trained: the drafter's block size; drafted_as: its digest and how it drafts here; dtype: of this replay. drawn: are
+    proposals drawn, so that steps are replay's in law, and only their number can be compared? None unless the same
+    drafter served with the same settings. Raises DraftsmithError if they differ in more steps than allowed: the drafter
+    that was served is then not this one.
     """
     import numpy as np
 
@@ -122,7 +164,7 @@ def parity(
     told = json.loads(path.read_text())
     served_as = {name: told.get(name) for name in drafted_as}
     for settings in (served_as, drafted_as):
-        settings["block_size"] = settings["block_size"] or drafter.block_size  # left out: as it was trained
+        settings["block_size"] = settings["block_size"] or trained  # left out: as it was trained
     if served_as != drafted_as:
         if served_as["drafter_digest"] == drafted_as["drafter_digest"]:
             ctx.log(
@@ -159,5 +201,11 @@ def _drafting(settings: dict[str, Any]) -> str:
 
 
 STAGE = Stage(
-    name="mining", config=MiningConfig, inputs=("target", "drafter", "trajectories"), run=run, compute=Compute.HEAVY
+    name="mining",
+    config=MiningConfig,
+    inputs=("target", "drafter", "trajectories"),
+    run=run,
+    compute=Compute.HEAVY,
+    shard=shard,
+    joins=Compute.LIGHT,
 )

@@ -16,14 +16,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted, disk_error_of, from_os_error
 from draftsmith.artifacts.redaction import redact_logs, redacted
-from draftsmith.stages.contract import Config, Stage
+from draftsmith.stages.contract import Config, Shard, Stage
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 METRICS_FILE = "metrics.jsonl"
@@ -61,11 +61,13 @@ class ProcessContext:
         seed: int,
         events: EventStream,
         stop: threading.Event,
+        shards: Sequence[Path] = (),
     ) -> None:
         self.out = out
         self.work = work
         self.inputs = inputs
         self.seed = seed
+        self.shards = shards
         self._events = events
         self._stop = stop
 
@@ -128,7 +130,10 @@ def run_request(request: Mapping[str, Any], events: EventStream, stop: threading
             use_threads(int(request["threads"]))
         stage, config, context = _asked(request, events, stop)
         parallel = stage.parallel(config) if stage.parallel is not None else None
-        if parallel is not None and parallel.world > 1:
+        if request.get("shard") is not None:
+            assert stage.shard is not None
+            stage.shard(context, config, Shard(**request["shard"]))
+        elif parallel is not None and parallel.world > 1:
             from draftsmith.stages.parallel.head import run_ranks
 
             use_threads(max(1, int(request.get("threads") or os.cpu_count() or 1) // parallel.processes))
@@ -161,7 +166,10 @@ def _asked(
     out.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
     inputs = {name: Path(path) for name, path in request["inputs"].items()}
-    return stage, config, kind(out=out, work=work, inputs=inputs, seed=int(request["seed"]), events=events, stop=stop)
+    shards = [Path(path) for path in request.get("shards", ())]
+    seed = int(request["seed"])
+    context = kind(out=out, work=work, inputs=inputs, seed=seed, events=events, stop=stop, shards=shards)
+    return stage, config, context
 
 
 def run_rank(request: Mapping[str, Any], events_path: str) -> int:

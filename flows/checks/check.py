@@ -22,6 +22,7 @@ from draftsmith.flows.checks.parallel import check_parallel
 from draftsmith.flows.checks.prompts import check_lengths, check_logs, check_longest, check_sources, check_supplies
 from draftsmith.flows.checks.resources import check_resources
 from draftsmith.flows.pipeline import prefect_server
+from draftsmith.flows.pipeline.cluster import check_runner
 from draftsmith.flows.pipeline.graph import Node, Pipeline, PlannedNode, Status, in_order, plan
 from draftsmith.flows.pipeline.machine import check_home, free_disk_bytes
 from draftsmith.flows.pipeline.options import RunOptions
@@ -42,6 +43,8 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
     with found.part("databases"):
         Tracking(home).check_place()
         prefect_server.check_place(home)
+    with found.part("runner"):
+        check_runner(config.stages)
     nodes: list[Node] = []
     with found.part("graph"):
         nodes = in_order(pipeline.nodes(config))

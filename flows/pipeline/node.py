@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from draftsmith.artifacts.errors import StageInterrupted
@@ -16,7 +17,7 @@ from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.artifacts.tracking import StageRun, Tracking
-from draftsmith.flows.pipeline.devices import devices_of
+from draftsmith.flows.pipeline.devices import Waiting, devices_of
 from draftsmith.flows.pipeline.display import Display, StageDisplay
 from draftsmith.flows.pipeline.failures import forget_failure, note_failure
 from draftsmith.flows.pipeline.graph import Node, Pipeline, external_digests, find, key_of, outdated, seed_of
@@ -24,6 +25,7 @@ from draftsmith.flows.pipeline.history import note_made
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.flows.pipeline.process import Event, StageOutcome, StageRequest, run_stage
 from draftsmith.flows.pipeline.running import RunningNote
+from draftsmith.flows.pipeline.shards import Order, Pool, Together, make_shard, orders_of, side_by_side
 from draftsmith.flows.pipeline.unchanged import unchanged
 from draftsmith.stages.contract import Compute
 
@@ -44,6 +46,7 @@ class Workshop:
     refresh_run: Callable[[], str | None] = lambda: None  # MLflow's id of the run that the stages' runs are nested in
     check: Callable[[], None] = lambda: None  # called while a stage runs; what it raises stops it
     hold: Hold = lambda _say: contextlib.nullcontext()  # what a stage on the accelerator holds
+    pool: Pool = side_by_side  # who makes the shards of a node
 
     @property
     def store(self) -> Store:
@@ -84,7 +87,7 @@ def make(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], *, f
             limit_s=60 * workshop.config.stages.lock_wait_minutes,
         ) as claim:
             if isinstance(claim, Claim):
-                made = Made(node.name, _run(workshop, node, inputs, claim, external), reused=False)
+                made = Made(node.name, _run(workshop, node, inputs, claim, external, force=force), reused=False)
                 note_made(workshop.home, workshop.config.name, node.name, made.ref)
                 return made
             ref = claim
@@ -102,31 +105,48 @@ def _say_waiting(workshop: Workshop, node: Node) -> Callable[[Holder | None], No
     return say
 
 
-def _devices(workshop: Workshop, node: Node) -> AbstractContextManager[tuple[int, ...]]:
+def _devices(workshop: Workshop, node: Node, compute: Compute) -> AbstractContextManager[tuple[int, ...]]:
+    options = workshop.config.stages
+    limit_s = 60 * options.lock_wait_minutes
+    return devices_of(compute, run=workshop.config.name, limit_s=limit_s, waiting=_say_in_use(workshop, node))
+
+
+def _say_in_use(workshop: Workshop, node: Node) -> Waiting:
     def say(device: str, holder: Holder | None) -> None:
         who = f" ({holder})" if holder is not None else ""
         workshop.display.line(f"{node.name}: waits for the device {device}, which is in use{who}")
 
-    options = workshop.config.stages
-    limit_s = 60 * options.lock_wait_minutes
-    return devices_of(node.stage.computes(node.config), run=workshop.config.name, limit_s=limit_s, waiting=say)
+    return say
 
 
 def _run(
-    workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], claim: Claim, external: Mapping[str, str]
+    workshop: Workshop,
+    node: Node,
+    inputs: Mapping[str, ArtifactRef],
+    claim: Claim,
+    external: Mapping[str, str],
+    *,
+    force: bool,
 ) -> ArtifactRef:
     config = node.config.model_dump(mode="json")
     tracked = workshop.tracking.stage_run(
         workshop.refresh_run(), claim.stage, claim.key, name=node.name, params=config, inputs=inputs
     )
     try:
+        began = time.monotonic()
+        shards = _shards(workshop, node, inputs, claim, force=force)
+        spent = time.monotonic() - began if shards else 0.0
+        compute = node.stage.computes(node.config)
+        if shards and node.stage.joins is not None:
+            compute = node.stage.joins
         with (
-            _accelerator(workshop, node),
-            _devices(workshop, node) as devices,
+            _accelerator(workshop, node, compute),
+            _devices(workshop, node, compute) as devices,
             unchanged(workshop.store, node, inputs, claim, external),
             tracked.system_metrics(),
         ):
-            outcome = _run_process(workshop, node, inputs, claim, tracked, devices)
+            outcome = _run_process(workshop, node, inputs, claim, tracked, devices, shards)
+            outcome.duration_s = round(outcome.duration_s + spent, 3)
         ref = workshop.store.commit(
             claim,
             config=config,
@@ -152,8 +172,47 @@ def _run(
     return ref
 
 
-def _accelerator(workshop: Workshop, node: Node) -> AbstractContextManager[None]:
-    if node.stage.computes(node.config) is Compute.LIGHT:
+def _shards(
+    workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], claim: Claim, *, force: bool
+) -> list[ArtifactRef]:
+    """Artifacts of all shards of the node, whole on this machine; none if it is made in one piece."""
+    orders = orders_of(workshop.config, workshop.pipeline, node, inputs, claim, force=force)
+    if not orders:
+        return []
+    with (
+        workshop.display.stage(node.name) as shown,
+        contextlib.closing(RunningNote(workshop.logs, claim.stage, claim.key, workshop.config.name, node.name)) as note,
+    ):
+        together, stopped = Together(shown, note.progress), threading.Event()
+
+        def check() -> None:
+            workshop.check()
+            if stopped.is_set():
+                raise StageInterrupted("the run was ended: run the same command to continue from what was saved")
+
+        def make_one(order: Order) -> ArtifactRef:
+            return make_shard(
+                order,
+                workshop.home,
+                on_event=lambda event: together.follow(order, event),
+                waiting=_say_in_use(workshop, node),
+                check=check,
+            )
+
+        local = workshop.config.stages.runner == "local"
+        compute = node.stage.computes(node.config) if local else Compute.LIGHT  # else their hosts hold what they take
+        with _accelerator(workshop, node, compute):
+            made = workshop.pool(orders, make_one, stopped.set, check)
+    store = workshop.store
+    here = [replace(ref, path=store.path(ref.stage, ref.key)) for ref in made]  # another host has another home
+    for ref in here:
+        store.fetch(ref)
+        store.verify_once(ref)
+    return here
+
+
+def _accelerator(workshop: Workshop, node: Node, compute: Compute) -> AbstractContextManager[None]:
+    if compute is Compute.LIGHT:
         return contextlib.nullcontext()
     return workshop.hold(lambda message: workshop.display.line(f"{node.name}: {message}"))
 
@@ -165,6 +224,7 @@ def _run_process(
     claim: Claim,
     tracked: StageRun,
     devices: tuple[int, ...],
+    shards: Sequence[ArtifactRef],
 ) -> StageOutcome:
     options = workshop.config.stages
     request = StageRequest(
@@ -176,6 +236,7 @@ def _run_process(
         work=str(claim.work),
         seed=seed_of(node, workshop.config),
         threads=options.threads,
+        shards=[str(ref.path) for ref in shards],
     )
     log_path = workshop.logs / f"{claim.stage}-{claim.key[:16]}-{time.strftime('%Y%m%d-%H%M%S')}.log"
 

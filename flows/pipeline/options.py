@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -52,6 +52,14 @@ class StageOptions(Config):
     """Let the group of the home read what is made (0750, files 0640); else it is for its owner alone (0700, 0600)."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of the numerical libraries; None leaves it to them."""
+    shards: int = Field(default=1, ge=1, le=1024)
+    """Parts in which a stage that can be cut is made, each an artifact of its own in a process of its own, on one GPU
+    if there are any. The result is the same. On CPUs, set `threads` to the cores a shard is to use."""
+    runner: Literal["local", "ray", "dask"] = "local"
+    """Where shards are made: beside each other on this machine, or by Prefect's task runner for a cluster."""
+    runner_address: str | None = None
+    """Of the cluster, such as `ray://head:10001` or `tcp://scheduler:8786`; left out: one on this machine, for the
+    shards alone."""
     min_free_gb: float = Field(default=2, ge=0)
     """Free disk space (10^9 bytes) that must be there before a run starts."""
 

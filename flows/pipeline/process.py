@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,8 @@ class StageRequest:
     work: str
     seed: int
     threads: int | None = None
+    shard: dict[str, int] | None = None  # `Shard` of which the process makes its part; None: the whole
+    shards: list[str] = field(default_factory=list)  # folders of all shards that the whole is made of
 
 
 @dataclass
@@ -69,18 +71,20 @@ def run_stage(
     on_event: Callable[[Event], None],
     pass_fds: tuple[int, ...] = (),
     check: Callable[[], None] = lambda: None,
+    environment: Mapping[str, str] | None = None,
 ) -> StageOutcome:
     """Run the stage to its end and hand every event to `on_event` as it comes.
 
     Whatever ends the wait (the time limit, Ctrl-C, SIGTERM turned into an exception, an error in `on_event` or in
     `check`, which is called while it waits), the stage is asked to stop, has `grace_s` to save, and then its whole
     group is killed. If we are killed meanwhile, it still has them. `pass_fds` are kept open in the stage's process (the
-    lock of what it writes). Raises `DraftsmithError` with the stage's own line and the path of its log.
+    lock of what it writes); `environment` is added to ours. Raises `DraftsmithError` with the stage's own line and the
+    path of its log.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
     request_path = log_path.with_suffix(".request.json")
     request_path.write_text(json.dumps(asdict(request), indent=2), "utf-8")
-    with log_path.open("ab") as log, _group(request_path, log, pass_fds) as (process, our_end):
+    with log_path.open("ab") as log, _group(request_path, log, pass_fds, environment or {}) as (process, our_end):
         stage = _RunningStage(request.stage, process, log_path, on_event)
         try:
             stage.wait(limit, check)
@@ -91,7 +95,9 @@ def run_stage(
 
 
 @contextlib.contextmanager
-def _group(request: Path, log: Any, pass_fds: tuple[int, ...]) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def _group(
+    request: Path, log: Any, pass_fds: tuple[int, ...], environment: Mapping[str, str]
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """The stage's process as the leader of its own session, and our end of its lifeline; nothing of its group outlives
     the block."""
     lifeline, our_end = os.pipe()
@@ -106,6 +112,7 @@ def _group(request: Path, log: Any, pass_fds: tuple[int, ...]) -> Iterator[tuple
             pass_fds=(lifeline, *pass_fds),
             env={
                 **os.environ,
+                **environment,
                 "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
                 "PYTHONUNBUFFERED": "1",
             },

@@ -18,6 +18,7 @@ from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.redaction import redact_logs
 from draftsmith.artifacts.tracking import Status, Tracking
 from draftsmith.flows.pipeline.cancellation import Cancellation, CancelledError
+from draftsmith.flows.pipeline.cluster import check_runner
 from draftsmith.flows.pipeline.delivery import body
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.fetched import Folders, Refs
@@ -109,6 +110,7 @@ def _run_once(
     tracking = Tracking(home(), config.experiment)
     workshop = Workshop(home(), config, pipeline, Display(), tracking, check=cancellation.check)
     check_home(workshop.home, config)
+    check_runner(config.stages)
     patiently(workshop.tracking.check, config.stages, workshop.display.line)
     workshop.tracking.close_dead_runs(workshop.store)
     planned = patiently(

@@ -16,6 +16,7 @@ from prefect.tasks import Task, exponential_backoff
 from draftsmith.artifacts.errors import RetryableError
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.flows.pipeline.accelerator import held
+from draftsmith.flows.pipeline.cluster import mapped
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.flows.pipeline.node import Made, Workshop, log, make
 from draftsmith.flows.pipeline.options import RETRY_JITTER
@@ -47,7 +48,7 @@ def run_node(
 @task(cache_policy=NO_CACHE, persist_result=False)
 def stage_task(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], force: bool) -> State[Any]:
     """The state says by its name what happened: Completed, or Reused."""
-    made = make(replace(workshop, hold=held), node, inputs, force=force)
+    made = make(replace(workshop, hold=held, pool=mapped), node, inputs, force=force)
     where = f"{made.ref.stage}/{made.ref.key[:16]}, content {made.ref.content_id[:16]}"
     return Completed(name="Reused" if made.reused else "Completed", message=where, data=made)
 

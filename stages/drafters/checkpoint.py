@@ -118,6 +118,20 @@ def kind_after(kind: str, shape: DrafterConfig) -> str:
     return shape.kind if (kind, shape.kind) in UPGRADES else kind
 
 
+def skeleton_of(folder: Path) -> Drafter:
+    """The drafter of a checkpoint without its weights, from its config.json."""
+    architecture = architecture_of(folder)
+    with torch.device("meta"):
+        found: Drafter = architecture.skeleton(architecture.read_config(folder))
+    return found
+
+
+def block_size_of(folder: Path) -> int:
+    """That a checkpoint was trained with, from its config.json."""
+    size: int = architecture_of(folder).read_config(folder).block_size
+    return size
+
+
 def _plan(architecture: Architecture, config: Any, tokenizer: Callable[[], Any]) -> DrafterPlan:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in architecture.skeleton(config).parameters())

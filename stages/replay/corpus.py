@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 import torch
 
+from draftsmith.stages.contract import WHOLE, Shard
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.drafters.drawing import GREEDY, Law
@@ -57,16 +58,29 @@ def groups_of(
     tokens_per_group: int,
     device: torch.device,
     skip: Callable[[list[int]], bool] = lambda _indices: False,
+    shard: Shard = WHOLE,
 ) -> Iterator[Group]:
     """The trajectories in groups of at most `tokens_per_group` tokens with padding (or of one). Deterministic.
 
-    skip: of the indices of a group, which is not read then.
+    skip: of the indices of a group, which is not read then. shard: of the groups; they are those of the whole.
     """
-    for indices in groups_by_length(lengths_of(trajectories), tokens_per_group):
+    for indices in _indices_of(trajectories, tokens_per_group, shard):
         if skip(indices):
             continue
         members = [trajectories[i] for i in indices]
         yield Group(indices, members, pad_tokens(members, device))
+
+
+def count_in(trajectories: Sequence[Trajectory], tokens_per_group: int, shard: Shard) -> int:
+    """Trajectories in the groups of a shard."""
+    return sum(map(len, _indices_of(trajectories, tokens_per_group, shard)))
+
+
+def _indices_of(trajectories: Sequence[Trajectory], tokens_per_group: int, shard: Shard) -> Iterator[list[int]]:
+    """The same groups whichever shard: what is computed of a group may depend, in its last bits, on its shape."""
+    for number, indices in enumerate(groups_by_length(lengths_of(trajectories), tokens_per_group)):
+        if shard.takes(number):
+            yield indices
 
 
 def _in_halves(group: Group, work: Callable[[Group], Sequence[Found]], log: Callable[[str], None]) -> list[Found]:
@@ -113,13 +127,15 @@ def replay_groups(
     tokens_per_group: int = 4096,
     progress: Progress = quietly,
     kept: Path | None = None,
+    done: Sequence[Path] = (),
+    shard: Shard = WHOLE,
     log: Callable[[str], None] = _say_nothing,
 ) -> Iterator[Replayed]:
     """Traces of every drafter, some trajectories at a time. The target reads each trajectory once.
 
     drafting: left out, as each drafter was trained. law: that the texts were drawn with; it decides about the proposals
     of drafters that draw them (`Drafter.draws`). chains: as in `replay_chains`. kept: a folder of this replay alone,
-    in which an interrupted one finds what it has done.
+    in which an interrupted one finds what it has done. done: such folders of others, with shards of the same.
     """
     drafting = drafting or DraftingConfig()
     layer_ids = sorted({layer for d in drafters.values() for layer in d.target_layer_ids})
@@ -139,7 +155,16 @@ def replay_groups(
         return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
 
     yield from traces_of(
-        trajectories, list(drafters), replay, tokens_per_group, target.device, progress=progress, kept=kept, log=log
+        trajectories,
+        list(drafters),
+        replay,
+        tokens_per_group,
+        target.device,
+        progress=progress,
+        kept=kept,
+        done=done,
+        shard=shard,
+        log=log,
     )
 
 
@@ -152,26 +177,32 @@ def traces_of(
     *,
     progress: Progress = quietly,
     kept: Path | None = None,
+    done: Sequence[Path] = (),
+    shard: Shard = WHOLE,
     log: Callable[[str], None] = _say_nothing,
 ) -> Iterator[Replayed]:
-    """What `make` finds of every group, and before that what is `kept` of an interrupted run. Each trajectory once.
+    """What `make` finds of every group of the shard, and before that what is `kept` of an interrupted run, or `done` by
+    others. Each trajectory once.
 
     names: the drafters that `make` finds traces of.
     """
-    done = np.zeros(len(trajectories), dtype=bool)
+    there = np.zeros(len(trajectories), dtype=bool)
     store = KeptTraces(kept, names) if kept is not None else None
-    for places, found in store.read() if store is not None else ():
-        done[places] = True
-        yield places, found
+    for folder in (*((store,) if store is not None else ()), *(KeptTraces(folder, names) for folder in done)):
+        for places, found in folder.read():
+            new = [row for row, place in enumerate(places) if not there[place]]
+            there[places] = True
+            yield [places[row] for row in new], [found[row] for row in new]
+    total = count_in(trajectories, tokens_per_group, shard)
     try:
-        for group in groups_of(trajectories, tokens_per_group, device, lambda indices: bool(done[indices].all())):
+        for group in groups_of(trajectories, tokens_per_group, device, lambda each: bool(there[each].all()), shard):
             found = _in_halves(group, make, log)
             if store is not None:
                 store.add(group.indices, {name: [each[name] for each in found] for name in names})
-            new = [row for row, place in enumerate(group.indices) if not done[place]]
-            done[group.indices] = True
+            new = [row for row, place in enumerate(group.indices) if not there[place]]
+            there[group.indices] = True
             yield [group.indices[row] for row in new], [found[row] for row in new]
-            progress(int(done.sum()), len(trajectories))
+            progress(int(there.sum()), total)
     finally:
         if store is not None:
             store.flush()
@@ -198,6 +229,7 @@ def mine(
     tokens_per_group: int = 8192,
     tree_tokens: int = TREE_TOKENS,
     finished: Callable[[list[int]], bool] = lambda _indices: False,
+    shard: Shard = WHOLE,
     log: Callable[[str], None] = _say_nothing,
 ) -> Iterator[Mined]:
     """Replay and score group by group, leaving out those that are `finished`, of which it is asked by their indices.
@@ -217,7 +249,7 @@ def mine(
         scores = score_traces(target, cache, out.hidden, traces, ids=group.ids, top_k=top_k, tree_tokens=tree_tokens)
         return list(zip(traces, scores, strict=True))
 
-    for group in groups_of(trajectories, tokens_per_group, target.device, finished):
+    for group in groups_of(trajectories, tokens_per_group, target.device, finished, shard):
         found = _in_halves(group, replay, log)
         yield Mined(group.trajectories, [trace for trace, _ in found], [scores for _, scores in found])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -26,8 +27,9 @@ _GROUP_BYTES = 1 << 18
 class MinedShards:
     """Mined groups, kept in `work`. What waits is written when the body ends, in whichever way."""
 
-    def __init__(self, work: Path):
-        self._folder = work / "verify_steps"
+    def __init__(self, work: Path, done: Sequence[Path] = ()):
+        """done: such folders of others, which hold all there is: they are read instead."""
+        self._folder, self._done = work / "verify_steps", done
         self._steps = ShardWriter(self._folder, VERIFY_STEPS, _GROUP_BYTES)
         self._evaluated = ShardWriter(work / "evaluated_blocks", EVALUATED)
         self._waiting: list[Mined] = []
@@ -62,12 +64,15 @@ class MinedShards:
 
     def rows(self, ids: pa.Array) -> KeyedRows:
         """The steps of each trajectory, as far as they are on disk. ids: [N] names of the trajectories."""
-        return KeyedRows(RowReader(shard_paths(self._folder), VERIFY_STEPS, keep=32), ids)
+        folders = [folder / self._folder.name for folder in self._done] or [self._folder]
+        paths = [path for folder in folders for path in shard_paths(folder)]
+        return KeyedRows(RowReader(paths, VERIFY_STEPS, keep=32), ids)
 
     def evaluated_blocks(self, ids: pa.Array) -> int:
         """That were drafted to find the steps of these trajectories."""
-        table = read_shards(self._evaluated.folder, EVALUATED)
         blocks = np.zeros(len(ids), dtype=np.int64)
-        place = places(table, "trajectory_id", ids)
-        blocks[place[place >= 0]] = table["evaluated_blocks"].to_numpy()[place >= 0]
+        for folder in [folder / self._evaluated.folder.name for folder in self._done] or [self._evaluated.folder]:
+            table = read_shards(folder, EVALUATED)
+            place = places(table, "trajectory_id", ids)
+            blocks[place[place >= 0]] = table["evaluated_blocks"].to_numpy()[place >= 0]
         return int(blocks.sum())

@@ -36,6 +36,17 @@ def artifact(store: Store, content: str, *, force: bool = False) -> Path:
         return store.commit(claim, config={}, inputs={}, code_digest="c", seed=0).path
 
 
+def test_old_shards_go(tmp_path: Path) -> None:
+    with (store := Store(tmp_path / "store")).claim("mining.shard", KEY) as claim:
+        assert isinstance(claim, Claim)
+        (claim.out / "x").write_text("rows")
+        made = store.commit(claim, config={}, inputs={}, code_digest="c", seed=0).path
+    assert leftovers(tmp_path, time.time() - 30 * DAY) == []
+    age(made, 40)
+    (found,) = leftovers(tmp_path, time.time() - 30 * DAY)
+    assert found.what == "shard" and found.remove() and not made.exists()
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")

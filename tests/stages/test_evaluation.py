@@ -14,6 +14,7 @@ from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.manifest import content_id, describe_files
 from draftsmith.artifacts.parquet import read_table
 from draftsmith.artifacts.schemas import REQUESTS, TRAJECTORIES, TURNS
+from draftsmith.stages.contract import Shard
 from draftsmith.stages.evaluation import STAGE, preflight
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.measure.embedded import SpeedTest
@@ -90,6 +91,24 @@ def test_measured_seconds_are_no_content(
     content = json.loads((other.out / "acceptance.json").read_text())
     assert content["drafters"] == figures(evaluated)["drafters"]
     assert {each["kind"] for each in content["compared"]} <= {"tau"}
+
+
+def test_acceptance_of_shards_is_that_of_one_process(
+    evaluated: RecordingContext, tiny_drafter: DrafterArtifacts, opd: Path, tmp_path: Path
+) -> None:
+    given = inputs(tiny_drafter, opd=opd, control=tiny_drafter.drafter)
+    config = EvaluationConfig.model_validate(CONFIG | {"rounds": 1, "block_sizes": None, "speed_prompts": 2})
+    parts = [RecordingContext.under(tmp_path / str(index), given) for index in range(3)]
+    assert STAGE.shard is not None
+    for index, part in enumerate(parts):
+        STAGE.shard(part, config, Shard(index, 3))
+    joined = RecordingContext.under(tmp_path / "joined", given, shards=[part.out for part in parts])
+    STAGE.run(joined, config)
+    assert not (joined.work / "replayed").exists()  # by the shards alone
+    for name in ("acceptance.json", "contexts.json"):
+        assert (joined.out / name).read_bytes() == (evaluated.out / name).read_bytes(), name
+    replayed = [json.loads((part.out / "shard.json").read_text())["trained"] for part in parts]
+    assert all(replayed) and sum(replayed) == figures(joined)["heldout_trajectories"]
 
 
 def test_differences_are_paired(evaluated: RecordingContext) -> None:

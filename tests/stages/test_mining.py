@@ -15,6 +15,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.parquet import read_table, write_table
 from draftsmith.artifacts.schemas import TIMINGS, TRACE, VERIFY_STEPS
+from draftsmith.stages.contract import Shard
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.mining import STAGE, MiningConfig
@@ -133,6 +134,27 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
     last = mine(tmp_path, tiny_drafter, assisted)
     for name in ("verify_steps.parquet", "summary.json"):
         assert (last.out / name).read_bytes() == (mined.out / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("count", [3, 40])  # of few groups: some shards have none
+def test_shards_give_the_same_bytes_as_one_process(
+    count: int, tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, mined: RecordingContext,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    inputs = {"target": tiny_drafter.target, "drafter": tiny_drafter.drafter, "trajectories": assisted}
+    config = MiningConfig(tokens_per_target_forward=600)
+    assert STAGE.shard is not None
+    parts = [RecordingContext.under(tmp_path / str(index), inputs) for index in range(count)]
+    for index, part in enumerate(parts):
+        STAGE.shard(part, config, Shard(index, count))
+    counts = [json.loads((part.out / "shard.json").read_text())["trajectories"] for part in parts]
+    assert sum(counts) == len(load_trajectories(assisted).trajectories) and sum(n > 0 for n in counts) >= 3
+    assert all(part.progressed[-1][:2] == (n, n) for part, n in zip(parts, counts, strict=True) if n)
+    joined = RecordingContext.under(tmp_path / "joined", inputs, shards=[part.out for part in parts])
+    monkeypatch.setattr("draftsmith.stages.targets.causal_lm.Target.load", None)  # nothing is left to compute
+    STAGE.run(joined, config)
+    for name in ("verify_steps.parquet", "summary.json"):
+        assert (joined.out / name).read_bytes() == (mined.out / name).read_bytes(), name
 
 
 def test_work_that_was_lost_with_its_shard_is_counted_once(

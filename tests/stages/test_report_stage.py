@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +25,7 @@ class Context:
     inputs: Mapping[str, Path]
     seed: int = 0
     interrupted: bool = False
+    shards: Sequence[Path] = ()
     lines: list[str] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +22,7 @@ class RecordingContext:
     progressed: list[tuple[int, int, str]] = field(default_factory=list)
     measured: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     summaries: dict[str, float] = field(default_factory=dict)
+    shards: Sequence[Path] = ()
     stop: bool = False  # set it to ask the stage to stop
 
     def __post_init__(self) -> None:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
 
-from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.manifest import MANIFEST
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
 from draftsmith.artifacts.open_store import STORE
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.cli import main
+from draftsmith.flows.pipeline import devices
+from draftsmith.flows.pipeline.cluster import check_runner
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.graph import key_of
 from draftsmith.flows.pipeline.node import Workshop, make
-from draftsmith.flows.pipeline.process import StageOutcome, run_stage
+from draftsmith.flows.pipeline.options import StageOptions
+from draftsmith.flows.pipeline.process import StageFailedError, StageOutcome, run_stage
+from draftsmith.flows.pipeline.shards import Make, Order, side_by_side
 from tests.flows.pipeline.toy import TOY, ToyConfig, toy_nodes, write_config
+from tests.flows.pipeline.toy_stages.squares import SquaresConfig
 from tests.testbed.s3 import SECRET, bucket
 
 
@@ -51,6 +56,74 @@ def test_an_input_that_another_run_makes_again_is_not_filed_under_the_old_key(
     with pytest.raises(DraftsmithError, match=r"left: its input first .* was made again by another run"):
         make(workshop, nodes["left"], {"first": target})
     assert workshop.store.find("combine", key_of(nodes["left"], {"first": target}, config.seed, TOY)) is None
+
+
+def squares(
+    home: Path, tracking: Tracking, shards: int, *, note: Path, die: Path | None = None, **more: Any
+) -> ArtifactRef:
+    """The artifact of the node `squares`, made in so many shards."""
+    told = SquaresConfig(note_start=note, die=die)
+    config = ToyConfig(name="t", squares=told, stages=StageOptions(shards=shards))
+    nodes = {node.name: node for node in toy_nodes(config)}
+    workshop = Workshop(home, config, TOY, Display(), tracking, **more)
+    target = make(workshop, nodes["target"], {}).ref
+    return make(workshop, nodes["squares"], {"first": target}).ref
+
+
+def test_shards_change_nothing_and_a_killed_one_is_made_again_alone(
+    tmp_path: Path, tracking: Tracking, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note, die = tmp_path / "note", tmp_path / "die"
+    made = {count: squares(tmp_path / f"{count}", tracking, count, note=note, die=die) for count in (1, 3)}
+    assert made[1].key == made[3].key and made[1].content_id == made[3].content_id
+    assert (made[1].path / "squares.json").read_bytes() == (made[3].path / "squares.json").read_bytes()
+    first, *shards, last = note.read_text().splitlines()
+    assert (first, last) == ("whole", "joined")
+    assert sorted(shards) == [f"{n} of 3, device any" for n in (1, 2, 3)]
+    assert "squares: done in" in capsys.readouterr().out
+    assert len(list((tmp_path / "3" / "store" / "squares.shard").glob("[!.]*"))) == 3
+
+    note.unlink()
+    die.touch()
+    with pytest.raises(StageFailedError, match=r"stage squares\.shard was killed \(SIGKILL\)"):
+        squares(tmp_path / "killed", tracking, 3, note=note, die=die)
+    die.unlink()
+    again = squares(tmp_path / "killed", tracking, 3, note=note, die=die)
+    assert again.content_id == made[1].content_id
+    assert sorted(note.read_text().splitlines()) == [
+        "1 of 3, device any",
+        *["2 of 3, device any"] * 2,
+        "3 of 3, device any",
+        "joined",
+    ]
+
+
+def test_each_shard_has_a_gpu_of_its_own(tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(devices.FOLDER, str(tmp_path / "devices"))
+    for module in ("devices", "shards"):
+        monkeypatch.setattr(f"draftsmith.flows.pipeline.{module}.gpu_names", lambda: ["GPU-a", "GPU-b"])
+    squares(tmp_path / "home", tracking, 2, note=tmp_path / "note")
+    told = [line.partition("device ")[2] for line in (tmp_path / "note").read_text().splitlines()]
+    assert sorted(told) == ["", "GPU-a", "GPU-b"]  # and none for joining them
+
+
+def test_a_run_that_ends_asks_its_shards_to_stop(tmp_path: Path, tracking: Tracking) -> None:
+    def ended(
+        orders: Sequence[Order], make_one: Make, stop: Callable[[], None], check: Callable[[], None]
+    ) -> list[ArtifactRef]:
+        stop()
+        return side_by_side(orders, make_one, stop, check)
+
+    with pytest.raises(StageInterrupted, match="run the same command to continue"):
+        squares(tmp_path / "home", tracking, 2, note=tmp_path / "note", pool=ended)
+
+
+def test_a_runner_that_is_not_installed_is_told_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    check_runner(StageOptions())
+    for runner in ("ray", "dask"):
+        with pytest.raises(DraftsmithError, match=rf"^stages\.runner: .*pip install 'draftsmith\[{runner}\]'"):
+            check_runner(StageOptions.model_validate({"runner": runner, "shards": 2}))
 
 
 @pytest.fixture

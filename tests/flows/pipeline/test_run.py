@@ -62,7 +62,16 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         home, "refresh", config, "--set", "left.factor=3", "--from", "left", "--set", "verdict=refused"
     )
     told["tasks"] = task_runs(home)
+    told["shards"] = run_toy(home, "refresh", config, *in_shards(2))
+    told["shard_tasks"] = task_runs(home)[len(told["tasks"]) :]
+    told["config"] = config
     yield told
+
+
+def in_shards(count: int, **more: str) -> list[str]:
+    """Options of a run that makes the node `squares` in shards."""
+    fields = {"squares.numbers": 7, "stages.shards": count, **more}
+    return ["--until", "squares", *(word for name, value in fields.items() for word in ("--set", f"{name}={value}"))]
 
 
 def lines(output: str) -> list[str]:
@@ -103,6 +112,31 @@ def test_an_unchanged_run_reuses_everything_within_seconds(story: dict[str, Any]
 def test_a_changed_field_reruns_its_node_and_its_dependants_only(story: dict[str, Any]) -> None:
     assert names(story["changed"].stdout, "reused") == ["target", "right"]
     assert names(story["changed"].stdout, "done in") == ["left", "total"]
+
+
+def test_shards_are_mapped_tasks(story: dict[str, Any]) -> None:
+    assert story["shards"].returncode == 0, story["shards"].stderr
+    assert names(story["shards"].stdout, "done in") == ["squares"]
+    said = [(name, state) for name, state, _ in story["shard_tasks"]]
+    assert sorted(said) == [
+        ("squares", "Completed"),
+        ("squares, shard 1 of 2", "Completed"),
+        ("squares, shard 2 of 2", "Completed"),
+        ("target", "Reused"),
+    ]
+
+
+def test_shards_are_made_by_a_ray_cluster(story: dict[str, Any]) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'draftsmith[ray]'")
+    pytest.importorskip("prefect_ray", reason="prefect-ray is not installed: pip install 'draftsmith[ray]'")
+    (before,) = (story["home"] / "store" / "squares").glob("[!.]*/manifest.json")
+    content = json.loads(before.read_text())["content_id"]
+    by_ray = in_shards(3, **{"stages.runner": "ray"})
+    found = run_toy(story["home"], "refresh", story["config"], *by_ray, "--force", "squares")
+    assert found.returncode == 0, found.stderr
+    (after,) = (story["home"] / "store" / "squares").glob("[!.]*/manifest.json")
+    assert json.loads(after.read_text())["content_id"] == content
+    assert len(list((story["home"] / "store" / "squares.shard").glob("[!.]*"))) == 5  # two of before, three by Ray
 
 
 def test_a_refused_run_ends_with_its_results_and_a_code_of_its_own(story: dict[str, Any]) -> None:

@@ -16,8 +16,9 @@ from draftsmith.flows.pipeline.graph import Conclusion, Node, Pipeline
 from draftsmith.flows.pipeline.options import RunOptions
 from tests.flows.pipeline.toy_stages.collect import CollectConfig
 from tests.flows.pipeline.toy_stages.combine import CombineConfig
+from tests.flows.pipeline.toy_stages.squares import SquaresConfig
 
-COLLECT, COMBINE = "tests.flows.pipeline.toy_stages.collect", "tests.flows.pipeline.toy_stages.combine"
+COLLECT, COMBINE, SQUARES = (f"tests.flows.pipeline.toy_stages.{name}" for name in ("collect", "combine", "squares"))
 
 
 class ToyConfig(RunOptions):
@@ -25,6 +26,8 @@ class ToyConfig(RunOptions):
     left: CombineConfig = CombineConfig()
     right: CombineConfig = CombineConfig(factor=2)
     total: CombineConfig = CombineConfig()
+    squares: SquaresConfig | None = None
+    """One node more, which can be made in shards."""
     verdict: Literal["promoted", "refused"] | None = None
     """What the run comes to, if to anything."""
 
@@ -46,7 +49,9 @@ def toy_course(config: ToyConfig, _force: Collection[str]) -> ToyCourse | None:
 
 
 def toy_nodes(config: ToyConfig) -> list[Node]:
+    more = [Node("squares", SQUARES, config.squares, {"first": "target"})] if config.squares is not None else []
     return [
+        *more,
         Node("total", COMBINE, config.total, {"first": "left", "second": "right"}),
         Node("left", COMBINE, config.left, {"first": "target"}),
         Node("right", COMBINE, config.right, {"first": "target"}),
