@@ -78,7 +78,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# all with their defaults, and what got slower than the baseline; `BENCH="--threads 1"`
+# all with their defaults, and what got slower than this machine's first run; `BENCH="--threads 1"`
 bench: $(INSTALLED)
 	for each in machine decode sft_step replay; do $(BIN)/python -m tests.benchmarks.$$each $(BENCH) --json build/bench/$$each.json || exit; done
 	$(BIN)/python -m tests.benchmarks.compare build/bench

@@ -1,7 +1,8 @@
-"""What got slower: ratios of the last `make bench` against those of a stored baseline.
+"""What got slower: ratios of the last `make bench` against those of this machine's baseline.
 
-Seconds belong to a machine; ratios of two arms that were measured in alternation on one, and shares of its matrix
-product rate, can be compared between days and, with care, between machines of one kind. More is better in all of them.
+Compared are ratios of two arms that were measured in alternation, and shares of the matrix product rate of the same
+run: what else the machine does moves them less than seconds. More is better in all of them. The first run on a machine
+is its baseline, kept in the home: other processors have other ratios.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import Any
 from draftsmith.artifacts.errors import DraftsmithError
 from tests.benchmarks import harness
 
-BASELINE = Path(__file__).with_name("baseline.json")
 TOLERANCE = 0.1  # medians of a few repetitions on a machine of two cores differ by so much
 Ratios = dict[str, float]
 
@@ -77,19 +77,17 @@ def slower(now: Ratios, before: Ratios, tolerance: float) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="of the JSON files of `machine`, `decode`, `sft_step`, `replay`")
-    parser.add_argument("--baseline", type=Path, default=BASELINE)
+    parser.add_argument("--baseline", type=Path, help="left out: DRAFTSMITH_HOME/benchmarks/baseline/ratios.json")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="what a ratio may lose")
-    parser.add_argument("--keep", action="store_true", help="make these the baseline")
+    parser.add_argument("--keep", action="store_true", help="make these the baseline in place of what is there")
     options = parser.parse_args()
+    baseline = options.baseline or harness.benchmark_folder("baseline") / "ratios.json"
     conditions, now = ratios_of(options.folder)
-    if options.keep:
-        kept = {"conditions": conditions, "ratios": now}
-        options.baseline.write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
-        print(f"{len(now)} ratios kept in {options.baseline}")
+    if options.keep or not baseline.is_file():
+        baseline.write_text(json.dumps({"conditions": conditions, "ratios": now}, indent=2) + "\n", "utf-8")
+        print(f"{len(now)} ratios kept in {baseline}: what later runs are compared with")
         return
-    if not options.baseline.is_file():
-        raise DraftsmithError(f"{options.baseline} is not there: `--keep` makes it of these figures")
-    kept = json.loads(options.baseline.read_text("utf-8"))
+    kept = json.loads(baseline.read_text("utf-8"))
     rows = [[what, value, now.get(what, "-"), _change(now.get(what), value)] for what, value in kept["ratios"].items()]
     harness.print_table("ratios, more is better", ["", "baseline", "now", "change"], rows)
     for name, then in kept["conditions"].items():
