@@ -41,6 +41,15 @@ def mlflow_runs(home: Path) -> list[tuple[str, str]]:
         return database.execute("select name, status from runs order by start_time, rowid").fetchall()
 
 
+def measured_runs(home: Path) -> list[tuple[str, float]]:
+    """(name, memory) of every run with system metrics."""
+    with sqlite3.connect(home / "mlflow.db") as database:
+        return database.execute(
+            "select runs.name, metrics.value from metrics join runs using (run_uuid) "
+            "where metrics.key = 'system/system_memory_usage_megabytes'"
+        ).fetchall()
+
+
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """One home through its life: a failing first run, the rerun, an unchanged run, a changed field."""
@@ -61,7 +70,8 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     told["changed"] = run_toy(
         home, "refresh", config, "--set", "left.factor=3", "--from", "left", "--set", "verdict=refused"
     )
-    told["tasks"] = task_runs(home)
+    told["tasks"], told["flows"], told["runs"] = task_runs(home), flow_states(home), mlflow_runs(home)
+    told["measured"] = measured_runs(home)
     told["shards"] = run_toy(home, "refresh", config, *in_shards(2))
     told["shard_tasks"] = task_runs(home)[len(told["tasks"]) :]
     told["config"] = config
@@ -147,7 +157,7 @@ def test_a_refused_run_ends_with_its_results_and_a_code_of_its_own(story: dict[s
 
 def test_prefect_shows_nodes_states_and_edges(story: dict[str, Any]) -> None:
     edges = {"target": [], "left": ["target"], "right": ["target"], "total": ["left", "right"]}
-    assert flow_states(story["home"]) == ["Failed", "Completed", "Completed", "Refused"]
+    assert story["flows"] == ["Failed", "Completed", "Completed", "Refused"]
     runs = story["tasks"][1:]
     assert [(name, before) for name, _, before in runs] == [*edges.items()] * 3
     assert [state for _, state, _ in runs[:8]] == ["Completed"] * 4 + ["Reused"] * 4
@@ -155,7 +165,7 @@ def test_prefect_shows_nodes_states_and_edges(story: dict[str, Any]) -> None:
 
 
 def test_mlflow_shows_a_run_a_refresh_and_one_an_executed_stage(story: dict[str, Any]) -> None:
-    runs = mlflow_runs(story["home"])
+    runs = story["runs"]
     assert sorted(runs) == sorted(
         [
             *[("toy", "FAILED"), ("toy", "FINISHED"), ("toy", "FINISHED")],
@@ -179,11 +189,7 @@ def test_an_unchanged_run_is_the_same_run_of_mlflow_tagged(story: dict[str, Any]
 
 
 def test_every_stage_has_system_metrics_however_short_it_is(story: dict[str, Any]) -> None:
-    with sqlite3.connect(story["home"] / "mlflow.db") as database:
-        found = database.execute(
-            "select runs.name, metrics.value from metrics join runs using (run_uuid) "
-            "where metrics.key = 'system/system_memory_usage_megabytes'"
-        ).fetchall()
+    found = story["measured"]
     assert {name for name, _ in found} == {"target", "left", "right", "total"}
     assert all(value > 50 for _, value in found)
 
