@@ -22,10 +22,9 @@ from draftsmith.flows.checks.parallel import check_parallel
 from draftsmith.flows.checks.prompts import check_lengths, check_logs, check_longest, check_sources, check_supplies
 from draftsmith.flows.checks.resources import check_resources
 from draftsmith.flows.pipeline import prefect_server
-from draftsmith.flows.pipeline.cluster import check_runner
 from draftsmith.flows.pipeline.graph import Node, Pipeline, PlannedNode, Status, in_order, plan
 from draftsmith.flows.pipeline.machine import check_home, free_disk_bytes
-from draftsmith.flows.pipeline.options import RunOptions
+from draftsmith.flows.pipeline.options import RunOptions, check_runner
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.targets.info import read_target_info
 

@@ -7,7 +7,6 @@ a shard its GPU; the lock of the device is taken as well, for those who use the 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +19,7 @@ from prefect.context import TaskRunContext
 from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
+from draftsmith.artifacts.errors import RetryableError, StageInterrupted
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.open_store import STORE
@@ -115,17 +114,6 @@ def _runner(
             return _ray(options)
         case "dask":
             return _dask(options, orders)
-
-
-def check_runner(options: StageOptions) -> None:
-    """Raises DraftsmithError if the packages of the config's runner are not installed."""
-    packages = {"local": (), "ray": ("ray", "prefect_ray"), "dask": ("dask", "prefect_dask")}[options.runner]
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise DraftsmithError(
-                f"stages.runner: the package {package.replace('_', '-')} is not installed: pip install "
-                f"'draftsmith[{options.runner}]', or leave the field out"
-            )
 
 
 def _ray(options: StageOptions) -> tuple[TaskRunner[Any], Callable[[], AbstractContextManager[Any]]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.redaction import secrets_of
 from draftsmith.stages.contract import Config
 
@@ -95,3 +97,14 @@ class RunOptions(Config):
                 "environment of the command (in a deployment: a variable of the work pool, from a Prefect Secret block)"
             )
         return data
+
+
+def check_runner(options: StageOptions) -> None:
+    """Raises DraftsmithError if the packages of the config's runner are not installed."""
+    packages = {"local": (), "ray": ("ray", "prefect_ray"), "dask": ("dask", "prefect_dask")}[options.runner]
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise DraftsmithError(
+                f"stages.runner: the package {package.replace('_', '-')} is not installed: pip install "
+                f"'draftsmith[{options.runner}]', or leave the field out"
+            )

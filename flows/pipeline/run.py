@@ -18,7 +18,6 @@ from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.redaction import redact_logs
 from draftsmith.artifacts.tracking import Status, Tracking
 from draftsmith.flows.pipeline.cancellation import Cancellation, CancelledError
-from draftsmith.flows.pipeline.cluster import check_runner
 from draftsmith.flows.pipeline.delivery import body
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.fetched import Folders, Refs
@@ -35,7 +34,7 @@ from draftsmith.flows.pipeline.graph import (
 from draftsmith.flows.pipeline.graph import Status as Planned
 from draftsmith.flows.pipeline.machine import check_home
 from draftsmith.flows.pipeline.node import Made, Workshop
-from draftsmith.flows.pipeline.options import RunOptions
+from draftsmith.flows.pipeline.options import RunOptions, check_runner
 from draftsmith.flows.pipeline.part import Part
 from draftsmith.flows.pipeline.patience import patiently
 from draftsmith.flows.pipeline.record import RunRecord

@@ -217,7 +217,7 @@ def test_an_unexpected_error_is_one_line_and_a_traceback_only_on_request(
 @pytest.mark.integration
 @pytest.mark.parametrize(
     ("number", "code", "saves"),
-    [(signal.SIGINT, 130, True), (signal.SIGTERM, 143, True), (signal.SIGKILL, -9, False)],
+    [(signal.SIGTERM, 143, True), (signal.SIGKILL, -9, False)],  # SIGINT: of a whole run, in pipeline/test_run.py
 )
 def test_no_process_outlives_the_command(tmp_path: Path, number: signal.Signals, code: int, saves: bool) -> None:
     home, worker_file = tmp_path / "home", tmp_path / "worker"

@@ -218,8 +218,6 @@ def one_error(result: subprocess.CompletedProcess[str]) -> str:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("opd.learning_rat=1", "learning_rat"),
-        ("sft.steps=many", "sft.steps"),
         ("assisted.skip=500", "and 500 are skipped"),
         ("target.source=/absent/model", "/absent/model"),
     ],

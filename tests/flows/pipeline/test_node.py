@@ -17,11 +17,10 @@ from draftsmith.artifacts.store import Claim, Store
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.cli import main
 from draftsmith.flows.pipeline import devices
-from draftsmith.flows.pipeline.cluster import check_runner
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.graph import key_of
 from draftsmith.flows.pipeline.node import Workshop, make
-from draftsmith.flows.pipeline.options import StageOptions
+from draftsmith.flows.pipeline.options import StageOptions, check_runner
 from draftsmith.flows.pipeline.process import StageFailedError, StageOutcome, run_stage
 from draftsmith.flows.pipeline.shards import Make, Order, side_by_side
 from tests.flows.pipeline.toy import TOY, ToyConfig, toy_nodes, write_config
