@@ -29,8 +29,10 @@ def decoding(
 def embedded_memory(
     engine: EmbeddedEngineConfig, longest: int, drafter: bool, head_tokens: int | None, sizes: Sizes
 ) -> dict[str, float]:
-    """P · s + P_d · s + key/value memory of all slots + logits of one step."""
+    """P · s + P_d · s + key/value memory of all slots + logits of one step; on a CPU a packed head, V · H · s."""
     parts = {"process": PROCESS, "target": sizes.weights(sizes.target)}
+    if sizes.itemsize == 2 and not sizes.accelerated:  # see `targets/packed.py`; the decoder's weights are replaced
+        parts["packed head"] = float(sizes.target.vocabulary * sizes.target.hidden * sizes.itemsize)
     if drafter:
         parts["drafter"] = sizes.weights(sizes.drafter)
         parts["head"] = sizes.reduced_head(head_tokens)[1]

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,8 @@ from draftsmith.flows.checks.estimates import disk, estimates
 from draftsmith.flows.cli import main
 from draftsmith.flows.pipeline.graph import in_order
 from draftsmith.flows.refresh.graph import refresh_nodes
+from draftsmith.stages.engines.config import EmbeddedEngineConfig
+from draftsmith.stages.engines.estimate import embedded_memory
 from draftsmith.stages.targets.estimate import Sizes
 from tests.flows.pipeline.processes import ROOT
 from tests.testbed.drafter import DrafterArtifacts
@@ -336,6 +339,14 @@ def qwen_sizes() -> Sizes:
         device_memory=80e9,
         accelerated=True,
     )
+
+
+def test_a_head_that_is_packed_on_a_cpu_is_counted() -> None:
+    engine, sizes = EmbeddedEngineConfig(), qwen_sizes()
+    on_cpu = embedded_memory(engine, 512, False, None, replace(sizes, accelerated=False))
+    assert on_cpu["packed head"] == 2 * 151936 * 2560
+    assert "packed head" not in embedded_memory(engine, 512, False, None, sizes)
+    assert "packed head" not in embedded_memory(engine, 512, False, None, replace(sizes, accelerated=False, itemsize=4))
 
 
 def test_estimates_of_the_recipe_by_hand() -> None:
