@@ -31,6 +31,11 @@ class Known:
     sha256: str
     at: float  # seconds since the epoch, before it was read
 
+    @property
+    def own_sum(self) -> str:
+        """Of what is known itself: a bit that the disk forgot in it must not accuse a file that is whole."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
     def is_of(self, stat: os.stat_result) -> bool:
         """Whether the file has not been touched since; contents that were written and put back count as touched."""
         known = (self.size, self.mtime_ns, self.ctime_ns, self.inode)
@@ -64,17 +69,18 @@ class Checksums:
     def recorded(self, path: Path) -> Known | None:
         """What is known of the file from the last time, whether it was touched since or not."""
         try:
-            known = Known(**json.loads(self._file(path.absolute()).read_bytes()))
-        except (OSError, ValueError, TypeError):
+            kept = json.loads(self._file(path.absolute()).read_bytes())
+            known, whole = Known(**kept["known"]), kept["sum"]
+        except (OSError, ValueError, TypeError, KeyError):
             return None
-        return known if known.path == str(path.absolute()) else None
+        return known if whole == known.own_sum and known.path == str(path.absolute()) else None
 
     def _remember(self, known: Known) -> None:
         target = self._file(Path(known.path))
         partial = target.with_name(f"{TMP_PREFIX}{os.getpid()}-{target.name}")
         with suppress(OSError):  # of a store that may only be read, everything is hashed again
             target.parent.mkdir(exist_ok=True)  # a home that is not there yet is not begun by looking at a file
-            partial.write_text(json.dumps(asdict(known)), encoding="utf-8")
+            partial.write_text(json.dumps({"known": asdict(known), "sum": known.own_sum}), encoding="utf-8")
             partial.replace(target)
 
     def _file(self, path: Path) -> Path:

@@ -166,7 +166,9 @@ class Registry:
                     identity["uploaded"] = f"runs:/{run_id}/drafter"
                 elif self._tracking.uri.startswith(("http://", "https://")):
                     source = f"draftsmith-store:{ref.path}"  # a server refuses paths of files that are not its own
-                made = client.create_model_version(line, source=source, run_id=run_id)
+                # with its identity at once: a version that a killed run left without would be registered again
+                known_by = {f"{_TAG}{name}": value for name, value in identity.items()}
+                made = client.create_model_version(line, source=source, run_id=run_id, tags=known_by)
                 number = int(made.version)
             else:
                 number = known.number

@@ -33,7 +33,7 @@ def note_made(home: Path, run: str, node: str, ref: ArtifactRef) -> None:
 def made_before(home: Path, run: str, node: str) -> list[ArtifactRef]:
     """What the node was in the runs of this name, latest first, each key once. The folders may be gone."""
     try:
-        lines = _path(home, run).read_text("utf-8").splitlines()
+        lines = _path(home, run).read_text("utf-8", errors="replace").splitlines()
     except OSError:
         return []
     found: dict[str, ArtifactRef] = {}

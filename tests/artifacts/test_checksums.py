@@ -109,6 +109,18 @@ def test_a_damaged_record_and_a_home_that_cannot_be_written_cost_a_reading(
     assert len(reads) == 3
 
 
+def test_a_record_that_lost_a_bit_accuses_no_file(home: Path, tmp_path: Path, reads: list[Path]) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"bytes")
+    Checksums(home).of(path)
+    (record,) = (home / checksums.FOLDER).iterdir()
+    whole = record.read_bytes()
+    for place in range(len(whole)):
+        record.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert Checksums(home).of(path) == sha256_file(path), place
+    assert len(reads) > 1
+
+
 def test_a_file_that_is_written_to_while_it_is_read_is_one_clear_error(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

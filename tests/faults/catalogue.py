@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from tests.faults import configs, damage, disks, preload, races, servers, sglang, signals
+from tests.faults import configs, damage, disks, inputs, preload, races, servers, sglang, signals
 from tests.faults.scene import Play, Scene, Strike
 
 _ALL = configs.NODES[configs.PLAIN] + configs.NODES[configs.LINE]
@@ -27,7 +27,7 @@ def alone(strike: Strike) -> Play:
     """The strike, and the same command after it."""
 
     def play(scene: Scene) -> None:
-        ended = strike(scene, scene.start())
+        ended = strike(scene)
         scene.nothing_left()
         if ended.code == scene.undisturbed.code:
             scene.finished(ended)
@@ -38,11 +38,12 @@ def alone(strike: Strike) -> Play:
 
 
 def faults() -> list[Fault]:
-    made = [Fault(name, alone(strike), strike) for name, strike in signals.FAULTS.items()]
-    made += [Fault(name, play) for name, play in disks.FAULTS.items()]
+    strikes = signals.FAULTS | disks.FAULTS | preload.STRIKES | inputs.FAULTS
+    made = [Fault(name, alone(strike), strike, inputs.NODES.get(name, _ALL)) for name, strike in strikes.items()]
     made += [Fault(name, play, nodes=nodes) for name, (play, nodes) in damage.ARTIFACTS.items()]
     made += [Fault(name, play, nodes=damage.SAVING) for name, play in damage.WORK.items()]
     made += [Fault(name, play, nodes=("prompts",)) for name, play in damage.DATABASES.items()]
+    made += [Fault(name, play, nodes=_SOME) for name, play in damage.NOTES.items()]
     made += [Fault(name, play, nodes=_SOME) for room in (preload, races, servers) for name, play in room.FAULTS.items()]
     made += [Fault(name, play, nodes=("rollout",), kinds=(configs.SERVED,)) for name, play in sglang.FAULTS.items()]
     return made

@@ -16,8 +16,10 @@ from tests.faults.watch import until
 READER = {
     "target": "prompts", "prompts": "rollout", "rollout": "sft", "heldout": "evaluation", "sft": "assisted",
     "assisted": "mining", "mining": "opd", "opd": "evaluation", "control": "evaluation", "evaluation": "report",
+    "champion": "drift", "drift": "report", "earlier": "logs", "logs": "mining", "gate": "report",
 }  # fmt: skip
-"""A node that reads the first one's artifact."""
+"""A node that reads the first one's artifact. What reads the report is the run itself."""
+_DAMAGED = (*READER, "report")
 SAVING = ("heldout", "rollout", "sft", "assisted", "opd", "control")
 """Nodes that save parts of their work in files of their own."""
 Damage = Callable[[Path, random.Random], None]
@@ -48,7 +50,8 @@ def artifact_file(suffix: str, damage: Damage) -> Play:
     """A file of the node's artifact, before another stage reads it: it is named, with the `--force` that repairs it."""
 
     def play(scene: Scene) -> None:
-        home = scene.undisturbed.without(reader := READER[scene.node])
+        reader = READER.get(scene.node)
+        home = scene.undisturbed.without(*([reader] if reader else []))
         folder = home.folder_of(scene.artifact)
         path = scene.chance.choice(sorted(p for p in folder.rglob(f"*{suffix}") if p.is_file()))
         damage(path, scene.chance)
@@ -57,7 +60,10 @@ def artifact_file(suffix: str, damage: Damage) -> Play:
         must(f"--force {scene.node}" in scene.messages[-1], "the message does not say what to --force")
         scene.nothing_left()
         ended = home.refresh(*scene.arguments, "--force", scene.node)
-        must(ended.code == 0, f"with --force it ended with {ended.code}: {ended.message}")
+        must(
+            ended.code == scene.undisturbed.code,
+            f"with --force it ended with {ended.code}: {ended.message or ended.err}",
+        )
         scene.same_content()
         again = set(ended.nodes("started")) - {scene.node, reader, *TIMED}
         must(not again, f"{sorted(again)}: finished work was repeated")
@@ -125,6 +131,22 @@ def pages(path: Path, chance: random.Random) -> None:
     _rewrite(path, bytes(content))
 
 
+def notes(damage: Damage) -> Play:
+    """What lies beside the store: checksums that are known, the history, requests of earlier attempts. It explains and
+    saves time; damaged, it must not disturb the refresh."""
+
+    def play(scene: Scene) -> None:
+        for folder in ("checksums", "history", "logs"):
+            files = [p for p in (scene.home.path / folder).rglob("*.json*") if p.stat().st_size]
+            for path in files if folder == "checksums" else files[-1:]:
+                damage(path, scene.chance)
+        ended = scene.refresh()
+        scene.messages.append(ended.message)
+        scene.finished(ended)
+
+    return play
+
+
 def _mlflow(home: Home) -> Path:
     return home.path / "mlflow.db"
 
@@ -134,13 +156,16 @@ def _prefect(home: Home) -> Path:
 
 
 HAS: dict[str, tuple[str, ...]] = {
-    "manifest.json": tuple(READER),
-    ".parquet": ("prompts", "heldout", "rollout", "assisted", "mining"),
-    ".safetensors": ("sft", "opd", "control"),
+    "manifest.json": _DAMAGED,
+    ".parquet": ("prompts", "heldout", "rollout", "assisted", "mining", "earlier", "logs"),
+    ".safetensors": ("sft", "opd", "control", "champion"),
     "drafter/config.json": ("sft", "opd", "control"),
     "target.json": ("target",),
     "evaluation.json": ("evaluation",),
-    "": tuple(READER),
+    "drift.json": ("drift",),
+    "verdict.json": ("gate",),
+    "report.html": ("report",),
+    "": _DAMAGED,
 }
 """Nodes whose artifacts have files of this kind."""
 ARTIFACTS: dict[str, tuple[Play, tuple[str, ...]]] = {
@@ -151,6 +176,10 @@ ARTIFACTS: dict[str, tuple[Play, tuple[str, ...]]] = {
 WORK: dict[str, Play] = {
     "flipped bit: unfinished work": saved_work(flip),
     "truncated: unfinished work": saved_work(truncate),
+}
+NOTES: dict[str, Play] = {
+    "flipped bits: notes beside the store": notes(flip),
+    "truncated: notes beside the store": notes(truncate),
 }
 DATABASES: dict[str, Play] = {
     "damaged pages: MLflow's database": database(_mlflow, "MLflow", pages),

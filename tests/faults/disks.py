@@ -3,41 +3,40 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.faults.home import copied_into
-from tests.faults.scene import STARTING, WORKING, Play, Scene, TooLate
+from tests.faults.home import Ended, copied, copied_into
+from tests.faults.scene import COMMITTING, STARTING, WORKING, Scene, Strike, TooLate
 
 _DISK_MB = 400  # several homes
 
 
-def disk_filled(scene: Scene) -> None:
-    """The whole home lies on a disk that somebody else fills up while the stage runs."""
-    with _disk(scene.home.path):
-        copied_into(scene.undisturbed.kept / scene.home.path.name, scene.home.path)
-        scene.home.drop(scene.artifact)
+def disk_filled(scene: Scene) -> Ended:
+    """The whole home lies on a disk that somebody else fills up while the stage runs, or is committed."""
+    with _on_a_disk_of_its_own(scene.home.path):
         running = scene.start()
-        scene.reach(running, (STARTING, WORKING))
+        scene.reach(running, (STARTING, WORKING, COMMITTING))
         with _kept_full(scene.home.path):
             ended = running.wait()
-        if ended.code == 0 and scene.node in ended.nodes("done"):
+        if ended.code == scene.undisturbed.code and scene.node in ended.nodes("done"):
             raise TooLate
         scene.told(ended, [2], "disk is full")
         scene.nothing_left()
-        scene.continues()
+    return ended
 
 
-def store_read_only(scene: Scene) -> None:
+def store_read_only(scene: Scene) -> Ended:
     """The store's disk is mounted again, read-only, while the stage runs."""
     store = scene.home.path / "store"
     running = scene.start()
     scene.reach(running, (STARTING, WORKING))
     same = scene.home.folder / "same"  # the store once more, which nobody writes to while it becomes read-only
-    same.mkdir()
+    same.mkdir(exist_ok=True)
     _mount("--bind", str(store), str(same))
     _mount("-o", "remount,bind,ro", str(same))
     _mount("--move", str(same), str(store))
@@ -45,18 +44,24 @@ def store_read_only(scene: Scene) -> None:
         ended = running.wait()
     finally:
         subprocess.run(["umount", "--lazy", str(store)], check=True)
-    scene.told(ended, [2], "read-only")
-    scene.nothing_left()
-    scene.continues()
+    return scene.told(ended, [2], "read-only")
 
 
 @contextmanager
-def _disk(folder: Path) -> Iterator[None]:
-    _mount("-t", "tmpfs", "-o", f"size={_DISK_MB}m", "faults", str(folder))
+def _on_a_disk_of_its_own(home: Path) -> Iterator[None]:
+    """With what is in the folder, which keeps what is there afterwards."""
+    aside = home.with_name("aside")
+    home.rename(aside)
+    home.mkdir()
+    _mount("-t", "tmpfs", "-o", f"size={_DISK_MB}m", "faults", str(home))
     try:
+        copied_into(aside, home)
         yield
+        copied(home, aside)
     finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        subprocess.run(["umount", "--lazy", str(home)], check=True)
+        shutil.rmtree(home)
+        aside.rename(home)
 
 
 def _mount(*arguments: str) -> None:
@@ -87,7 +92,7 @@ def _kept_full(folder: Path) -> Iterator[None]:
         path.unlink()
 
 
-FAULTS: dict[str, Play] = {
+FAULTS: dict[str, Strike] = {
     "full disk": disk_filled,
     "read-only store": store_read_only,
 }

@@ -86,6 +86,16 @@ class Home:
         return self.folder / "home"
 
     @property
+    def devices(self) -> Path:
+        """Where the locks of devices lie: what runs beside us on the machine is not waited for."""
+        return self.folder / "devices"
+
+    @property
+    def _environment(self) -> dict[str, str]:
+        own = {"DRAFTSMITH_HOME": str(self.path), "DRAFTSMITH_DEVICE_LOCKS": str(self.devices)}
+        return {**own, "OMP_NUM_THREADS": "1"}
+
+    @property
     def store(self) -> Store:
         return Store(self.path / "store")
 
@@ -98,7 +108,7 @@ class Home:
             process = subprocess.Popen(
                 [sys.executable, "-m", "draftsmith.flows", "refresh", str(self.config), *map(str, arguments)],
                 cwd=ROOT,
-                env={**environment, "DRAFTSMITH_HOME": str(self.path), "OMP_NUM_THREADS": "1", **variables},
+                env={**environment, **self._environment, **variables},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -143,12 +153,22 @@ class Home:
 
     def held_locks(self) -> list[Path]:
         """Lock files that a living process holds."""
-        return [path for path in self.path.rglob(".lock*") if path.is_file() and is_locked(path)]
+        files = [*self.path.rglob(".lock*"), *self.devices.glob("*.lock")]
+        return [path for path in files if path.is_file() and is_locked(path)]
 
     def runs_running(self) -> list[str]:
         """Names of the runs that MLflow's own database shows as running."""
         with closing(sqlite3.connect(self.path / "mlflow.db")) as database:
             return [name for (name,) in database.execute("select name from runs where status = 'RUNNING'")]
+
+    def versions(self) -> list[list[str]]:
+        """Of the line of drafters, in MLflow's own database: number and aliases of each."""
+        if not (self.path / "mlflow.db").exists():
+            return []
+        with closing(sqlite3.connect(self.path / "mlflow.db")) as database:
+            numbers = database.execute("select version from model_versions order by version").fetchall()
+            aliases = database.execute("select version, alias from registered_model_aliases order by alias").fetchall()
+        return [[str(n), *(alias for version, alias in aliases if str(version) == str(n))] for (n,) in numbers]
 
     def litter(self) -> list[Path]:
         """What a finished refresh must not leave in the store: attempts, replaced artifacts, half-written files."""

@@ -8,8 +8,9 @@ import random
 import signal
 import subprocess
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tests.faults.catalogue import Fault
 from tests.faults.scene import Broken, Scene, TooLate
@@ -52,39 +53,52 @@ def play(case: Case, seed: int, calm: Undisturbed) -> Row:
 
 def play_in_turn(cases: Sequence[Case], seed: int, calm: Undisturbed) -> Iterator[Row]:
     """Strikes at one node, each at the attempt that the one before has left. The run that finishes it settles them all;
-    one that came too late, or was followed by something broken, is played alone."""
+    if that was not well, and where a strike was not, each is played alone, which tells what it was."""
     calm.without(cases[0].node)
     unsettled: list[tuple[Case, Row]] = []
-    for case in cases:
-        begun, scene = time.monotonic(), _scene(case, seed, calm, afresh=False)
+    waiting = deque((case, 0) for case in cases)
+    while waiting:
+        case, attempt = waiting.popleft()
+        begun, scene = time.monotonic(), _scene(case, seed, calm, attempt, afresh=False)
         try:
             with _ended(scene):
                 finished = _strike(case, scene)
-        except (TooLate, Broken):
-            yield from (play(each, seed, calm) for each in (*(old for old, _ in unsettled), case))
-            calm.without(case.node)
+        except (TooLate, Broken) as error:
+            yield from _settled(unsettled, seed, calm)
             unsettled = []
+            if isinstance(error, Broken) or attempt + 1 == _TRIES:
+                yield play(case, seed, calm)
+            else:
+                waiting.appendleft((case, attempt + 1))
+            calm.without(case.node)
             continue
         unsettled.append((case, _row(case, scene, seed, begun)))
         if finished:
             yield from (row for _, row in unsettled)
             unsettled = []
-            scene.home.drop(scene.artifact)
-    if unsettled:
-        outcome = ""
-        try:
-            with _ended(scene):
-                scene.continues()
-        except Broken as broken:
-            outcome = str(broken)
-        yield from (replace(row, outcome=outcome or row.outcome) for _, row in unsettled)
+            calm.without(case.node)
+    yield from _settled(unsettled, seed, calm)
+
+
+def _settled(unsettled: Sequence[tuple[Case, Row]], seed: int, calm: Undisturbed) -> Iterator[Row]:
+    """The run that goes on from what they have left."""
+    if not unsettled:
+        return
+    scene = _scene(unsettled[-1][0], seed, calm, afresh=False)
+    try:
+        with _ended(scene):
+            scene.continues()
+    except Broken:
+        yield from (play(case, seed, calm) for case, _ in unsettled)
+        return
+    yield from (row for _, row in unsettled)
 
 
 def _strike(case: Case, scene: Scene) -> bool:
     """Whether the command ended well all the same."""
     assert case.fault.strike is not None
     saved = scene.saved()
-    ended = case.fault.strike(scene, scene.start())
+    ended = case.fault.strike(scene)
     scene.kept(ended, saved)
     scene.nothing_left()
     if ended.code != scene.undisturbed.code:

@@ -13,8 +13,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from tests.faults.home import Running
-from tests.faults.scene import Play, Scene, must
+from tests.faults.home import Ended
+from tests.faults.scene import Play, Scene, Strike, must
 
 _LAYOUT = struct.Struct("=qii")  # as `struct switches` in preload.c
 _DAY_S = 86_400
@@ -57,41 +57,35 @@ def clock_back(scene: Scene) -> None:
     _clock(scene, -scene.chance.randint(1, 800) * _DAY_S)
 
 
-def stage_hangs(scene: Scene) -> None:
+def stage_hangs(scene: Scene) -> Ended:
     """In a write that never returns, deaf to every signal but SIGKILL."""
     switches = Switches(scene)
     running = scene.start(*scene.limit(), **switches.variables)
     scene.reach(running)
     switches.turn(hang=True)
-    scene.told(running.wait(), [2], "ran past its limit")
-    scene.nothing_left()
-    scene.continues()
+    return scene.told(running.wait(), [2], "ran past its limit")
 
 
-def stage_deaf(scene: Scene) -> None:
+def stage_deaf(scene: Scene) -> Ended:
     """The command is terminated; its stage ignores SIGTERM and hangs."""
     switches = Switches(scene)
     switches.turn(deaf=True)
     running = scene.start(**switches.variables)
     scene.reach(running)
     switches.turn(deaf=True, hang=True)
-    seconds = _terminate(running)
-    scene.nothing_left()
-    must(seconds < _GRACE_S + 15, f"the command took {seconds:.0f} s to end")
-    scene.continues()
-
-
-def _terminate(running: Running) -> float:
     begun = time.monotonic()
     os.kill(running.process.pid, signal.SIGTERM)
-    ended = running.wait()
-    must(ended.code == 143, f"ended with {ended.code}, not 143: {ended.message}")
-    return time.monotonic() - begun
+    ended = scene.told(running.wait(), [143], "terminated")
+    seconds = time.monotonic() - begun
+    must(seconds < _GRACE_S + 15, f"the command took {seconds:.0f} s to end")
+    return ended
 
 
+STRIKES: dict[str, Strike] = {
+    "stage hangs in a write": stage_hangs,
+    "stage ignores SIGTERM": stage_deaf,
+}
 FAULTS: dict[str, Play] = {
     "clock jumps forward": clock_forward,
     "clock jumps back": clock_back,
-    "stage hangs in a write": stage_hangs,
-    "stage ignores SIGTERM": stage_deaf,
 }

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -39,7 +40,17 @@ def cases(seed: int, only: Sequence[str] = ()) -> list[Case]:
         if kind in fault.kinds and node in fault.nodes
     ]
     random.Random(seed).shuffle(found)
-    return [case for case in found if not only or any(_matches(case, pattern) for pattern in only)]
+    return _broad([case for case in found if not only or any(_matches(case, pattern) for pattern in only)])
+
+
+def _broad(cases: Sequence[Case]) -> list[Case]:
+    """Every fault once, then each once more at another node, and so on."""
+    before: Counter[str] = Counter()
+    turns = []
+    for case in cases:
+        turns.append(before[case.fault.name])
+        before[case.fault.name] += 1
+    return [case for _, case in sorted(zip(turns, cases, strict=True), key=lambda pair: pair[0])]
 
 
 def _matches(case: Case, pattern: str) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from tests.faults.configs import LINE
 from tests.faults.home import Ended, Home, Running
 from tests.faults.undisturbed import MEASURES, TIMED, Undisturbed, arguments
 from tests.faults.watch import StageProcess, Watch, until
@@ -160,12 +161,21 @@ class Scene:
             ended.code == wanted, f"the same command then ended with {ended.code}: {ended.message or ended.err[-400:]}"
         )
         self.same_content()
-        again = set(ended.nodes("started")) - {self.node, *(TIMED if self.node in (MEASURES, *TIMED) else ())}
+        again = set(ended.nodes("started")) - {self.node, *self._made_again}
         must(not again, f"{', '.join(sorted(again))}: finished work was repeated")
         self.nothing_left()
         litter = self.home.litter()
         must(not litter, f"{litter[:1]} is left in the store")
         must(not (running := self.home.runs_running()), f"MLflow shows {running} as running")
+        versions = self.home.versions()
+        must(versions == self.undisturbed.versions, f"the line has the versions {versions}")
+
+    @property
+    def _made_again(self) -> Collection[str]:
+        """What shows figures that another attempt has measured anew, or that the line was looked at once more."""
+        if self.node in (MEASURES, *TIMED):
+            return TIMED
+        return ("report",) if self.undisturbed.kind == LINE else ()
 
     def same_content(self) -> None:
         found, wanted = _untimed(self.home.content_ids()), _untimed(self.undisturbed.content_ids)
@@ -181,5 +191,5 @@ def _untimed(artifacts: Mapping[str, str]) -> dict[str, str]:
 
 
 Play = Callable[[Scene], None]
-Strike = Callable[[Scene, Running], Ended]
-"""What happens to a running command, until it has ended: finished, or so that the same command goes on."""
+Strike = Callable[[Scene], Ended]
+"""A command is started and struck, until it has ended: finished, or so that the same command goes on."""

@@ -18,6 +18,7 @@ from tests.faults.watch import until
 
 _START_LIMIT_S = 120.0
 _BACK_S = (1.0, 10.0)  # how long it is away
+_IMPATIENT = ("--set", "stages.retries=1")
 
 
 class Server:
@@ -130,10 +131,20 @@ def mlflow_away(scene: Scene) -> None:
     """Not there when the refresh begins."""
     with mlflow_server(scene.home.folder) as server:
         server.kill()
-        scene.told(scene.refresh(MLFLOW_TRACKING_URI=server.url), [75], "MLFLOW_TRACKING_URI")
+        scene.told(scene.refresh(*_IMPATIENT, MLFLOW_TRACKING_URI=server.url), [75], "MLFLOW_TRACKING_URI")
         scene.nothing_left()
         server.start()
         scene.finished(scene.refresh(MLFLOW_TRACKING_URI=server.url))
+
+
+def prefect_away(scene: Scene) -> None:
+    with prefect_server(scene.home.folder) as server:
+        server.kill()
+        api = f"{server.url}/api"
+        scene.told(scene.refresh(*_IMPATIENT, PREFECT_API_URL=api), [75], "PREFECT_API_URL")
+        scene.nothing_left()
+        server.start()
+        scene.finished(scene.refresh(PREFECT_API_URL=api))
 
 
 FAULTS: dict[str, Play] = {
@@ -142,4 +153,5 @@ FAULTS: dict[str, Play] = {
     "MLflow's server away at the start": mlflow_away,
     "Prefect's server lost, then back": prefect_back,
     "Prefect's server lost for good": prefect_gone,
+    "Prefect's server away at the start": prefect_away,
 }

@@ -13,21 +13,32 @@ _STOPPED_S = (1.0, 4.0)
 _OF_THE_COMMAND = (STARTING, WORKING, COMMITTING)
 
 
-def kill_stage(scene: Scene, running: Running) -> Ended:
+def kill_stage(scene: Scene) -> Ended:
+    running = scene.start()
     os.kill(scene.reach(running).pid, signal.SIGKILL)
     return scene.told(running.wait(), [1], "was killed (SIGKILL)")
 
 
-def terminate_stage(scene: Scene, running: Running) -> Ended:
-    """It saves and ends, or was about to end anyway."""
-    os.kill(scene.reach(running).pid, signal.SIGTERM)
+def terminate_stage(scene: Scene) -> Ended:
+    return _asked_to_stop(scene, signal.SIGTERM)
+
+
+def interrupt_stage(scene: Scene) -> Ended:
+    return _asked_to_stop(scene, signal.SIGINT)
+
+
+def _asked_to_stop(scene: Scene, number: signal.Signals) -> Ended:
+    """The stage saves and ends, or was about to end anyway."""
+    running = scene.start()
+    os.kill(scene.reach(running).pid, number)
     ended = running.wait()
     if ended.code == scene.undisturbed.code:
         return scene.told(ended, [ended.code])
-    return scene.told(ended, [130, 1], "was asked to stop", "SIGTERM")
+    return scene.told(ended, [130, 1], "was asked to stop", number.name)
 
 
-def stop_stage_a_while(scene: Scene, running: Running) -> Ended:
+def stop_stage_a_while(scene: Scene) -> Ended:
+    running = scene.start()
     stage = scene.reach(running)
     os.kill(stage.pid, signal.SIGSTOP)
     time.sleep(scene.chance.uniform(*_STOPPED_S))
@@ -35,33 +46,40 @@ def stop_stage_a_while(scene: Scene, running: Running) -> Ended:
     return running.wait()
 
 
-def stop_stage_for_good(scene: Scene, running: Running) -> Ended:
+def stop_stage_for_good(scene: Scene) -> Ended:
     """Nothing but the time limit notices."""
+    running = scene.start(*scene.limit())
     os.kill(scene.reach(running).pid, signal.SIGSTOP)
     return scene.told(running.wait(), [2], "ran past its limit")
 
 
-def kill_command(scene: Scene, running: Running) -> Ended:
+def _reached(scene: Scene) -> Running:
+    running = scene.start()
     scene.reach(running, _OF_THE_COMMAND)
+    return running
+
+
+def kill_command(scene: Scene) -> Ended:
+    running = _reached(scene)
     os.kill(running.process.pid, signal.SIGKILL)
     return running.wait()
 
 
-def terminate_command(scene: Scene, running: Running) -> Ended:
-    scene.reach(running, _OF_THE_COMMAND)
+def terminate_command(scene: Scene) -> Ended:
+    running = _reached(scene)
     os.kill(running.process.pid, signal.SIGTERM)
     return scene.told(running.wait(), [143], "terminated")
 
 
-def interrupt_command(scene: Scene, running: Running) -> Ended:
+def interrupt_command(scene: Scene) -> Ended:
     """Ctrl-C reaches the whole foreground group of a terminal; stages have a session of their own."""
-    scene.reach(running, _OF_THE_COMMAND)
+    running = _reached(scene)
     os.killpg(running.process.pid, signal.SIGINT)
     return scene.told(running.wait(), [130], "interrupted")
 
 
-def stop_command_a_while(scene: Scene, running: Running) -> Ended:
-    scene.reach(running, _OF_THE_COMMAND)
+def stop_command_a_while(scene: Scene) -> Ended:
+    running = _reached(scene)
     os.kill(running.process.pid, signal.SIGSTOP)
     time.sleep(scene.chance.uniform(*_STOPPED_S))
     os.kill(running.process.pid, signal.SIGCONT)
@@ -71,6 +89,7 @@ def stop_command_a_while(scene: Scene, running: Running) -> Ended:
 FAULTS: dict[str, Strike] = {
     "SIGKILL to the stage": kill_stage,
     "SIGTERM to the stage": terminate_stage,
+    "SIGINT to the stage": interrupt_stage,
     "SIGSTOP to the stage, then SIGCONT": stop_stage_a_while,
     "SIGSTOP to the stage, until its limit": stop_stage_for_good,
     "SIGKILL to the command": kill_command,

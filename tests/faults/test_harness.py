@@ -36,11 +36,16 @@ ROLLOUT, SFT = f"rollout/{KEY[:16]}", f"sft/{OTHER[:16]}"
 def test_every_stage_is_hit_by_every_signal() -> None:
     hit = {(case.fault.name, case.node) for case in cases(0)}
     nodes = [node for kind in (configs.PLAIN, configs.LINE) for node in configs.NODES[kind]]
-    for number in ("SIGKILL", "SIGTERM", "SIGSTOP"):
+    for number in ("SIGKILL", "SIGTERM", "SIGSTOP", "SIGINT"):
         for whom in ("stage", "command"):
             of_it = {node for name, node in hit if name.startswith(f"{number} to the {whom}")}
             assert of_it == set(nodes)
     assert len(hit) > 200
+
+
+def test_every_fault_comes_once_before_any_comes_again() -> None:
+    names = [case.fault.name for case in cases(0)]
+    assert set(names[: len(set(names))]) == set(names)
 
 
 def test_a_seed_gives_one_order_and_more_runs_than_faults_begin_again() -> None:
@@ -76,6 +81,8 @@ def calm(tmp_path: Path) -> Undisturbed:
     make(home.store, "weights", key=OTHER, stage="sft")
     with closing(sqlite3.connect(home.path / "mlflow.db")) as database:
         database.execute("create table runs (name, status)")
+        database.execute("create table model_versions (version)")
+        database.execute("create table registered_model_aliases (version, alias)")
     shutil.copytree(folder, kept)
     nodes = {"rollout": NodeTimes(ROLLOUT, 1, 1), "sft": NodeTimes(SFT, 1, 1)}
     return Undisturbed(configs.PLAIN, "tiny.yaml", folder, kept, home.content_ids(), nodes, 0, 2.0)
@@ -107,6 +114,16 @@ def test_an_artifact_that_nobody_should_have_made_is_noticed(calm: Undisturbed) 
     make(scene.home.store)
     make(scene.home.store, key="ef" * 32)
     with pytest.raises(Broken, match="should not be there"):
+        scene.finished(ended())
+
+
+def test_a_version_too_many_is_noticed(calm: Undisturbed) -> None:
+    scene = scene_of(calm)
+    make(scene.home.store)
+    with closing(sqlite3.connect(scene.home.path / "mlflow.db")) as database, database:
+        database.execute("insert into model_versions values (1), (2)")
+        database.execute("insert into registered_model_aliases values (2, 'champion')")
+    with pytest.raises(Broken, match=r"versions \[\['1'\], \['2', 'champion'\]\]"):
         scene.finished(ended())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from draftsmith.artifacts.store import SHORT
@@ -40,6 +40,7 @@ class Undisturbed:
     nodes: dict[str, NodeTimes]
     code: int  # 3 where the gate refused
     seconds: float
+    versions: list[list[str]] = field(default_factory=list)  # of the line: each one's number and aliases
 
     @property
     def home(self) -> Home:
@@ -99,17 +100,20 @@ def _refresh_line(folder: Path, plain: Undisturbed) -> Undisturbed:
     copied(scene, before)
     ended, nodes = watched(home, home.start(*arguments(configs.LINE, scene)))
     copied(scene, kept)
-    for name in ("mlflow.db", "mlartifacts"):
+    for name in ("mlflow.db", "mlflow.db-wal", "mlflow.db-shm", "mlartifacts"):
         _replace(before / "home" / name, kept / "home" / name)
+    versions = home.versions()
     return Undisturbed(
-        configs.LINE, home.config.name, scene, kept, home.content_ids(), nodes, ended.code, ended.seconds
+        configs.LINE, home.config.name, scene, kept, home.content_ids(), nodes, ended.code, ended.seconds, versions
     )
 
 
 def _replace(source: Path, place: Path) -> None:
     if place.is_dir():
         shutil.rmtree(place)
-    (shutil.copytree if source.is_dir() else shutil.copy)(source, place)
+    place.unlink(missing_ok=True)
+    if source.exists():
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, place)
 
 
 def remembered(folder: Path, config: str, told: str, kept: Path, starting_s: float = 3.0) -> Undisturbed:
@@ -127,8 +131,8 @@ def remembered(folder: Path, config: str, told: str, kept: Path, starting_s: flo
 
 
 def arguments(kind: str, folder: Path) -> list[str]:
-    """Of the command, beside the config."""
-    return served.urls(folder.parent) if kind == configs.SERVED else []
+    """Of the command, beside the config. Where a server answers, nothing else is looked at."""
+    return [*served.urls(folder.parent), "--until", "rollout"] if kind == configs.SERVED else []
 
 
 def watched(home: Home, running: Running) -> tuple[Ended, dict[str, NodeTimes]]:

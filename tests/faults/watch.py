@@ -71,6 +71,12 @@ class Watch:
 
 def children(parent: int) -> list[int]:
     """Living direct children."""
+    try:
+        listed = [each.read_text().split() for each in Path(f"/proc/{parent}/task").glob("*/children")]
+    except OSError:  # a thread of it has just ended
+        listed = []
+    if listed:
+        return [int(pid) for pids in listed for pid in pids if alive(int(pid))]
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:

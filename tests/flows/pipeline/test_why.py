@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.flows.cli import main
+from draftsmith.flows.pipeline.history import made_before, note_made
 from tests.flows.pipeline.toy import TOY, write_config
 
 
@@ -71,3 +73,12 @@ def test_fields_seeds_inputs_files_code_and_versions_are_told(
     assert "the last artifact of its stage (no run of this name has made the node)" in other
     assert "config   count: 4 -> 9\n" in other
     assert main(["why", config, "lfet"], TOY) == 2
+
+
+def test_a_history_that_the_disk_has_damaged_still_tells_the_rest(tmp_path: Path) -> None:
+    ref = ArtifactRef("sft", "ab" * 32, "cd" * 32, tmp_path / "store" / "sft" / ("ab" * 8))
+    note_made(tmp_path, "run", "sft", ref)
+    (history,) = (tmp_path / "history").iterdir()
+    with history.open("ab") as file:
+        file.write(b"\xff{\n")
+    assert made_before(tmp_path, "run", "sft") == [ref]
