@@ -37,6 +37,10 @@ class Config(BaseModel):
         """Such files that are not on this machine: address and what changes with the content, which the key holds."""
         return {}
 
+    def programs(self) -> dict[str, str]:
+        """Versions of programs of other environments that would decide the result now, as far as they can be asked."""
+        return {}
+
 
 def _decisive(config: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
     """`dumped` without the operational fields of `config` and of the configs directly inside it."""

@@ -20,7 +20,7 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
     from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
     from draftsmith.stages.targets.causal_lm import Target
     from draftsmith.stages.training.estimate import micro_batch_tokens
-    from draftsmith.stages.training.loop import train
+    from draftsmith.stages.training.loop import MicroBatches, train
     from draftsmith.stages.training.on_policy.mined import load_mined
     from draftsmith.stages.training.on_policy.training import OpdTraining
 
@@ -44,7 +44,9 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
     ctx.log(str(training))
     longest = int(stored.trajectories.lengths.max())
     limit = micro_batch_tokens(config, target, drafter, longest)
-    totals = train(ctx, drafter, config, lambda step: training.micro_batches(step, limit), training.source, ranks)
+    blocks = config.anchors_per_sequence * drafter.block_size  # tokens of a row beside its trajectory
+    micro_batches = MicroBatches(training.micro_batches, limit, blocks, ctx.log)
+    totals = train(ctx, drafter, config, micro_batches, training.source, ranks)
     if not ranks.first:
         return
     drafter.info = DrafterInfo(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -125,7 +126,8 @@ def preflight(config: PromptsConfig, target: Path) -> None:
 class _Drawn:
     """What was taken, and what was passed over."""
 
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    taken: int = 0
+    tokens: dict[str, array[int]] = field(default_factory=lambda: defaultdict(lambda: array("q")))  # split -> of each
     counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # source -> split -> rows
     seen: set[str] = field(default_factory=set)  # hashes of texts, over all splits
     measured: set[bytes] = field(default_factory=set)  # identities of held-out prompts: another system prompt is no way
@@ -137,7 +139,7 @@ class _Drawn:
 
 def run(context: StageContext, config: PromptsConfig) -> None:
     """Write `prompts.parquet` and `prompts.json`."""
-    from draftsmith.artifacts.parquet import write_table
+    from draftsmith.artifacts.parquet import TableWriter
     from draftsmith.artifacts.schemas import PROMPTS
     from draftsmith.stages.prompting.tokenised import Tokenised
     from draftsmith.stages.targets.info import model_path
@@ -154,6 +156,7 @@ def run(context: StageContext, config: PromptsConfig) -> None:
         atomic_path(context.out / "set_aside.jsonl") as path,
         path.open("w", encoding="utf-8") as listed,
         Tokenised(context.work / "tokenised") as kept,
+        TableWriter(context.out / "prompts.parquet", PROMPTS) as table,
     ):
 
         def ids_of(candidate: Candidate) -> list[int]:
@@ -166,12 +169,15 @@ def run(context: StageContext, config: PromptsConfig) -> None:
             config.system, config.seed, _looked_at(config), config.heldout_share, config.max_bad_share, listed
         )
         taken = [supplies(source, common) for source in config.sources]
+        rows: list[dict[str, Any]] = []
         for split in SPLITS:
             for supply in _mixed(_shares(taken, split, config)):
-                drawn.rows.append(_draw_one(supply, split, drawn, ids_of, config))
-                if len(drawn.rows) % _REPORT_EVERY == 0 or len(drawn.rows) == total:
+                rows.append(_draw_one(supply, split, drawn, ids_of, config))
+                if drawn.taken % _REPORT_EVERY == 0 or drawn.taken == total:
                     context.check_interrupted()
-                    context.progress(len(drawn.rows), total, "prompts")
+                    context.progress(drawn.taken, total, "prompts")
+                    table.append(rows)
+                    rows = []
         for supply in (supply for each in taken for supply in each):
             drawn.wrong_class += supply.passed_over
             if supply.aside is not None:
@@ -179,7 +185,6 @@ def run(context: StageContext, config: PromptsConfig) -> None:
                 drawn.set_aside += supply.aside.reasons
     if kept.kept:
         context.log(f"{kept.kept} prompts were tokenised by an earlier attempt")
-    write_table(context.out / "prompts.parquet", PROMPTS, drawn.rows)
     write_text(context.out / "prompts.json", json.dumps(_summary(drawn, config), indent=2) + "\n")
     context.summary(
         train=config.wanted("train"),
@@ -237,6 +242,8 @@ def _draw_one(
                 )
             drawn.too_long += 1
             continue
+        drawn.taken += 1
+        drawn.tokens[split].append(len(ids))
         drawn.counts[candidate.source][split] += 1
         if split != "train":
             drawn.measured.add(candidate.identity)
@@ -261,7 +268,7 @@ def _ran_out(supply: Supply, split: Split, drawn: _Drawn, config: PromptsConfig)
     return (
         f"prompts.sources: {supply.label} ran out of different prompts in split {split} "
         f"(asked for in all: {', '.join(f'{config.wanted(each)} {each}' for each in reversed(SPLITS))}; so far "
-        f"{len(drawn.rows)} taken, {drawn.duplicates} duplicates, {drawn.too_long} too long; "
+        f"{drawn.taken} taken, {drawn.duplicates} duplicates, {drawn.too_long} too long; "
         f"{of_class} {'held-out' if held_out else 'training'} class, heldout_share {supply.heldout_share:g}): {remedy}"
     )
 
@@ -275,12 +282,9 @@ def _looked_at(config: PromptsConfig) -> int:
 
 
 def _summary(drawn: _Drawn, config: PromptsConfig) -> dict[str, Any]:
-    lengths: dict[str, list[int]] = defaultdict(list)
-    for row in drawn.rows:
-        lengths[row["split"]].append(len(row["token_ids"]))
     return {
         "counts": {source: dict(sorted(splits.items())) for source, splits in sorted(drawn.counts.items())},
-        "prompt_tokens": {split: _quantiles(sorted(values)) for split, values in sorted(lengths.items())},
+        "prompt_tokens": {split: _quantiles(sorted(values)) for split, values in sorted(drawn.tokens.items())},
         "duplicates_removed": drawn.duplicates,
         "too_long_skipped": drawn.too_long,
         "heldout_share": config.heldout_share,  # the stage `logs` reads it

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,11 +20,12 @@ from draftsmith.stages.engines.config import (
     SamplingConfig,
     SGLangEngineConfig,
 )
+from draftsmith.stages.engines.sglang.environment import programs_of
 
 if TYPE_CHECKING:
-    from draftsmith.stages.engines.base import Completion, Request
+    from draftsmith.stages.engines.base import Completion, Request, SamplingParams
     from draftsmith.stages.engines.parts import AnswerParts
-    from draftsmith.stages.stored import Prompt
+    from draftsmith.stages.stored import PromptRows
 
 
 _PART_ANSWERS = 64  # put together at a time
@@ -57,6 +58,9 @@ class RolloutConfig(Config):
             raise ValueError(f"drafting.head_tokens: {NO_REDUCED_HEAD}")
         return self
 
+    def programs(self) -> dict[str, str]:
+        return programs_of(self.engine)
+
     def counts(self, available: Mapping[str, int]) -> dict[str, int]:
         """How many prompts of each split are answered. available: how many there are, in the order of their rows."""
         start, left = self.skip, math.inf if self.prompts is None else self.prompts
@@ -68,7 +72,7 @@ class RolloutConfig(Config):
         return counts
 
 
-def prompts_to_answer(config: RolloutConfig, folder: Path) -> list[Prompt]:
+def prompts_to_answer(config: RolloutConfig, folder: Path) -> PromptRows:
     """Of the artifact of stage `prompts` in `folder`."""
     from draftsmith.stages.stored import load_prompts
 
@@ -90,10 +94,10 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
     from draftsmith.artifacts.keyed_rows import PART_ROWS
     from draftsmith.artifacts.parquet import TableWriter
     from draftsmith.stages.drafters.digest import drafter_digest
-    from draftsmith.stages.engines.base import Request, SamplingParams
+    from draftsmith.stages.engines.base import SamplingParams
     from draftsmith.stages.engines.config import served_dtype
     from draftsmith.stages.engines.parts import SCHEMAS, AnswerParts
-    from draftsmith.stages.stored import DRAFTER_FOLDER, request_seed
+    from draftsmith.stages.stored import DRAFTER_FOLDER
     from draftsmith.stages.targets.info import read_target_info
 
     prompts = prompts_to_answer(config, ctx.inputs["prompts"])
@@ -103,17 +107,12 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
             "raise the counts in section prompts or lower skip"
         )
     params = SamplingParams(**config.sampling.model_dump())
-    wanted = [
-        Request(f"{p.prompt_id}/{sample}", p.token_ids, params, request_seed(ctx.seed, p.prompt_id, sample))
-        for p in prompts
-        for sample in range(config.samples_per_prompt)
-    ]
-    prompt_of = {f"{p.prompt_id}/{sample}": p for p in prompts for sample in range(config.samples_per_prompt)}
+    asked = _Asked(prompts, config.samples_per_prompt, params, ctx.seed)
     parts = AnswerParts(ctx.work)
-    _answer(ctx, config, parts, wanted, prompt_of)
+    _answer(ctx, config, parts, asked)
 
     drafter_folder = ctx.inputs["drafter"] / DRAFTER_FOLDER if "drafter" in ctx.inputs else None
-    rows = parts.rows([request.request_id for request in wanted])
+    rows = parts.rows(asked.names)
     tokens = stopped = steps = 0
     for name, schema in SCHEMAS.items():
         if name == "trace" and drafter_folder is None:
@@ -137,28 +136,47 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
         }
         (ctx.out / "trace.json").write_text(json.dumps(served, indent=2, sort_keys=True) + "\n")
     ctx.summary(
-        answers=len(wanted),
+        answers=len(asked),
         response_tokens=tokens,
-        stopped_share=stopped / len(wanted),
-        **({"tau": (tokens - len(wanted)) / steps} if steps else {}),
+        stopped_share=stopped / len(asked),
+        **({"tau": (tokens - len(asked)) / steps} if steps else {}),
     )
 
 
-def _answer(
-    ctx: StageContext, config: RolloutConfig, parts: AnswerParts, wanted: list[Request], prompts: Mapping[str, Prompt]
-) -> None:
-    """Make the parts that are missing. prompts: of each request."""
+class _Asked:
+    """The requests of a rollout, by their place; each is made when it is sent. Names stay in memory."""
+
+    def __init__(self, prompts: PromptRows, samples: int, params: SamplingParams, seed: int):
+        self.prompts, self._samples, self._params, self._seed = prompts, samples, params, seed
+        self.names = [f"{prompt}/{sample}" for prompt in prompts.ids for sample in range(samples)]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def at(self, places: Iterable[int]) -> Iterator[Request]:
+        from draftsmith.stages.engines.base import Request
+        from draftsmith.stages.stored import request_seed
+
+        for place in places:
+            prompt, sample = self.prompts[place // self._samples], place % self._samples
+            seed = request_seed(self._seed, prompt.prompt_id, sample)
+            yield Request(self.names[place], prompt.token_ids, self._params, seed)
+
+
+def _answer(ctx: StageContext, config: RolloutConfig, parts: AnswerParts, asked: _Asked) -> None:
+    """Make the parts that are missing."""
     from draftsmith.artifacts.manifest import note_versions
     from draftsmith.stages.engines.open import open_engine
     from draftsmith.stages.stored import DRAFTER_FOLDER, positions_needed
     from draftsmith.stages.targets.info import read_target_info
 
     drafter_folder = ctx.inputs["drafter"] / DRAFTER_FOLDER if "drafter" in ctx.inputs else None
-    if parts.finished(with_trace=drafter_folder is not None).issuperset(prompts):
+    if parts.finished(with_trace=drafter_folder is not None).issuperset(asked.names):
         return
     at_once = config.rows_per_shard or _rows_at_once(config.engine)
     limit = read_target_info(ctx.inputs["target"]).max_positions
-    longest = positions_needed(list(prompts.values()), config.sampling.max_new_tokens, limit)
+    longest = positions_needed(asked.prompts, config.sampling.max_new_tokens, limit)
+    splits = dict(zip(asked.prompts.ids, asked.prompts.splits, strict=True))
     with open_engine(
         config.engine,
         target_folder=ctx.inputs["target"],
@@ -172,25 +190,25 @@ def _answer(
         if engine.name.startswith("sglang"):
             note_versions(ctx.out, sglang=engine.name.removeprefix("sglang "))
         finished = parts.finished(with_trace=engine.records_trace)  # whole without steps where the engine has none
-        missing = _missing(wanted, finished, at_once, engine.batch_decides)
-        done = len(wanted) - sum(map(len, missing))
+        missing = _missing(asked.names, finished, at_once, engine.batch_decides)
+        done = len(asked) - sum(map(len, missing))
         if finished:
-            ctx.log(f"{done} answers of an earlier attempt kept, {len(wanted) - done} missing")
+            ctx.log(f"{done} answers of an earlier attempt kept, {len(asked) - done} missing")
         tokens, started = 0, time.perf_counter()
-        for requests in missing:
+        for places in missing:
             made: list[Completion] = []
             try:
-                for completion in engine.generate(requests):
+                for completion in engine.generate(asked.at(places)):
                     made.append(completion)
                     tokens, done = tokens + len(completion.response_ids), done + 1
-                    ctx.progress(done, len(wanted), "answers", tokens_per_s=tokens / (time.perf_counter() - started))
+                    ctx.progress(done, len(asked), "answers", tokens_per_s=tokens / (time.perf_counter() - started))
                     if not engine.batch_decides and (len(made) >= at_once or ctx.interrupted):
-                        parts.append(made, prompts, engine.name)
+                        parts.append(made, splits, engine.name)
                         made = []
                     ctx.check_interrupted()
             finally:  # an engine that was lost costs none of the answers that it gave
-                if not engine.batch_decides or len(made) == len(requests):
-                    parts.append(made, prompts, engine.name)
+                if not engine.batch_decides or len(made) == len(places):
+                    parts.append(made, splits, engine.name)
         ctx.summary(tokens_per_s=tokens / (time.perf_counter() - started))
 
 
@@ -200,16 +218,16 @@ def _rows_at_once(engine: EmbeddedEngineConfig | SGLangEngineConfig) -> int:
     return 32 if isinstance(engine, SGLangEngineConfig) else 16 * engine.slots
 
 
-def _missing(wanted: list[Request], finished: set[str], group: int, batch_decides: bool) -> list[list[Request]]:
-    """What the engine is asked for at once.
+def _missing(names: Sequence[str], finished: set[str], group: int, batch_decides: bool) -> list[Sequence[int]]:
+    """Places of the requests that the engine gets at once.
 
     Where the batch decides, groups that are the same whatever was there before: one of which anything is missing is
     made again, whole.
     """
     if not batch_decides:
-        return [[request for request in wanted if request.request_id not in finished]]
-    groups = [wanted[start : start + group] for start in range(0, len(wanted), group)]
-    return [each for each in groups if not finished.issuperset(request.request_id for request in each)]
+        return [[place for place, name in enumerate(names) if name not in finished]]
+    groups = [range(start, min(start + group, len(names))) for start in range(0, len(names), group)]
+    return [each for each in groups if not finished.issuperset(names[place] for place in each)]
 
 
 def _computes(config: RolloutConfig) -> Compute:

@@ -89,7 +89,7 @@ def run(ctx: StageContext, config: SftConfig) -> None:
     from draftsmith.stages.targets.causal_lm import Target
     from draftsmith.stages.training.batches import frequent_tokens, token_counts
     from draftsmith.stages.training.estimate import micro_batch_tokens
-    from draftsmith.stages.training.loop import train
+    from draftsmith.stages.training.loop import MicroBatches, train
     from draftsmith.stages.training.supervised import SftTraining
 
     ranks = Ranks.here()
@@ -114,7 +114,9 @@ def run(ctx: StageContext, config: SftConfig) -> None:
         ctx.log("head_tokens is not read: this drafter has a head of its own (drafter.draft_vocab_size)")
     longest = int(stored.trajectories.lengths.max())
     limit = micro_batch_tokens(config, target, drafter, longest)
-    totals = train(ctx, drafter, config, lambda step: training.micro_batches(step, limit), ranks=ranks)
+    blocks = config.anchors_per_sequence * drafter.block_size  # tokens of a row beside its trajectory
+    micro_batches = MicroBatches(training.micro_batches, limit, blocks, ctx.log)
+    totals = train(ctx, drafter, config, micro_batches, ranks=ranks)
     if not ranks.first:
         return
     drafter.info = DrafterInfo(

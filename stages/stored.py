@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import pyarrow as pa
@@ -108,17 +110,55 @@ class Prompt:
     token_ids: list[int]
 
 
-def load_prompts(folder: Path, splits: Collection[str]) -> list[Prompt]:
+@dataclass(frozen=True, eq=False)
+class PromptRows(Sequence[Prompt]):
+    """N rows of a table of prompts. Token ids are read when a prompt is asked for; its name and places stay in
+    memory."""
+
+    reader: RowReader  # of PROMPTS
+    places: np.ndarray  # [N] rows of the table, ascending
+    ids: list[str]  # [N]
+    splits: list[str]  # [N]
+    lengths: np.ndarray  # [N] tokens
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> PromptRows: ...
+
+    def __getitem__(self, index: int | slice) -> Prompt | PromptRows:
+        if isinstance(index, slice):
+            return PromptRows(self.reader, self.places[index], self.ids[index], self.splits[index], self.lengths[index])
+        row = int(self.places[index])
+        (tokens,) = self.reader.rows(row, row + 1, ["token_ids"])["token_ids"]
+        return Prompt(self.ids[index], self.splits[index], tokens.values.to_pylist())
+
+
+def load_prompts(folder: Path, splits: Collection[str]) -> PromptRows:
     """prompts.parquet of an artifact, in its order."""
-    wanted, found = pa.array(list(splits), pa.string()), []
-    for part in RowReader(folder / "prompts.parquet", PROMPTS).parts(["prompt_id", "split", "token_ids"]):
-        found += [Prompt(**row) for row in part.filter(pc.is_in(part["split"], value_set=wanted)).to_pylist()]
-    return found
+    path = folder / "prompts.parquet"
+    reader, wanted = RowReader(path, PROMPTS), pa.array(list(splits), pa.string())
+    table = read_table(path, PROMPTS, ["prompt_id", "split"])
+    places = np.flatnonzero(pc.is_in(table["split"], value_set=wanted).to_numpy())
+    chosen = table.take(places)
+    lengths = [pc.list_value_length(part["token_ids"]).to_numpy() for part in reader.parts(["token_ids"])]
+    return PromptRows(
+        reader,
+        places,
+        chosen["prompt_id"].to_pylist(),
+        [sys.intern(split) for split in chosen["split"].to_pylist()],
+        np.concatenate([*lengths, np.zeros(0, dtype=np.int64)])[places].astype(np.int64),
+    )
 
 
 def positions_needed(prompts: Sequence[Prompt], max_new_tokens: int, max_positions: int) -> int:
     """Positions of the longest prompt with its answer. Raises DraftsmithError if the target's context is shorter."""
-    needed = max(len(prompt.token_ids) for prompt in prompts) + max_new_tokens
+    lengths = prompts.lengths if isinstance(prompts, PromptRows) else [len(prompt.token_ids) for prompt in prompts]
+    needed = int(max(lengths)) + max_new_tokens
     if needed > max_positions:
         raise DraftsmithError(
             f"the longest prompt and {max_new_tokens} new tokens need {needed} positions, the target has "

@@ -27,7 +27,7 @@ from draftsmith.stages.prompting.sources import (
 from draftsmith.stages.prompting.supplies import Supply, Supplying, file_rows, load_rows, supplies
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.rollout import RolloutConfig, prompts_to_answer
-from draftsmith.stages.stored import positions_needed
+from draftsmith.stages.stored import Prompt, positions_needed
 
 _TRIED = 1000  # prompts of a task until one of the held-out class must have come
 _COUNTED_BYTES = 1 << 28  # larger files are only looked into
@@ -95,6 +95,7 @@ def check_lengths(found: Findings, nodes: Sequence[Node], prompts: str, made: Pa
         config = node.config
         if node.inputs.get("prompts") != prompts or not isinstance(config, RolloutConfig | EvaluationConfig):
             continue
+        asked: Sequence[Prompt]
         if isinstance(config, RolloutConfig):
             asked = prompts_to_answer(config, made)
         else:

@@ -95,10 +95,12 @@ def _differences(
     for path, before, now in _changed(old.external, external_digests(node.config)):
         yield f"file     {path}: {_short(before[:16])} -> {_short(now[:16])}"
     yield from _code(old, node, pipeline)
-    installed = versions()  # what a stage noted of other environments is not known before it runs
+    installed = versions() | node.config.programs()
     known = {package: version for package, version in old.versions.items() if package in installed}
     for package, before, now in _changed(known, installed):
         yield f"version  {package}: {before} -> {now} (no part of the key)"
+    for package in sorted(old.versions.keys() - installed.keys()):  # of a server, say, which is asked when it serves
+        yield f"version  {package}: {old.versions[package]} -> not known before the stage runs (no part of the key)"
 
 
 def _decisive(old: Mapping[str, Any], now: Config) -> dict[str, Any]:

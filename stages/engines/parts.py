@@ -20,7 +20,6 @@ from draftsmith.artifacts.parquet import Rows, read_table, write_table
 from draftsmith.artifacts.row_reader import RowReader
 from draftsmith.artifacts.schemas import TIMINGS, TRACE, TRAJECTORIES
 from draftsmith.stages.engines.base import Completion
-from draftsmith.stages.stored import Prompt
 
 log = logging.getLogger(__name__)
 SCHEMAS = {"timings": TIMINGS, "trace": TRACE, "trajectories": TRAJECTORIES}  # in the order of writing
@@ -36,14 +35,14 @@ class AnswerParts:
         self._numbers = [number for number in numbers if self._whole(number)]
         self._next = numbers[-1] + 1 if numbers else 0
 
-    def append(self, completions: Sequence[Completion], prompts: Mapping[str, Prompt], engine: str) -> None:
-        """Write one part; nothing for no answers. prompts: of each request."""
+    def append(self, completions: Sequence[Completion], splits: Mapping[str, str], engine: str) -> None:
+        """Write one part; nothing for no answers. splits: of each prompt, by its id."""
         if not completions:
             return
         rows: dict[str, Rows] = {
             "timings": [_timing(each) for each in completions],
             "trace": [row for each in completions for row in each.trace_rows()],
-            "trajectories": [_trajectory(each, prompts[each.request.request_id], engine) for each in completions],
+            "trajectories": [_trajectory(each, splits, engine) for each in completions],
         }
         for name, schema in SCHEMAS.items():
             write_table(self._path(name, self._next), schema, rows[name])
@@ -115,13 +114,14 @@ def _timing(completion: Completion) -> dict[str, object]:
     }
 
 
-def _trajectory(completion: Completion, prompt: Prompt, engine: str) -> dict[str, object]:
+def _trajectory(completion: Completion, splits: Mapping[str, str], engine: str) -> dict[str, object]:
     request = completion.request
+    prompt_id, sample = request.request_id.rsplit("/", 1)
     return {
         "trajectory_id": request.request_id,
-        "prompt_id": prompt.prompt_id,
-        "split": prompt.split,
-        "sample": int(request.request_id.rsplit("/", 1)[1]),
+        "prompt_id": prompt_id,
+        "split": splits[prompt_id],
+        "sample": int(sample),
         "prompt_ids": request.prompt_ids,
         "response_ids": completion.response_ids,
         "finish_reason": completion.finish_reason,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from draftsmith.stages.statistics import Estimate, jackknife, ratio, ratio_diffe
 from draftsmith.stages.targets.causal_lm import Target
 
 _CEILING = "ceiling"
+_MULTIPLIER = np.uint64(6364136223846793005)  # odd; products wrap
 
 
 def ceiling_of(target: Target, trajectories: Sequence[Trajectory], block_size: int, **settings: Any) -> Tally:
@@ -56,14 +58,18 @@ def ceiling_trace(target: Target, trajectory: Trajectory, block_size: int) -> Tr
 
 
 def has_loop(tokens: Sequence[int], n: int = 6, times: int = 3) -> bool:
-    """Does the answer repeat an n-gram `times` times? Its tau may then say little about other text."""
-    counts: dict[tuple[int, ...], int] = {}
-    for i in range(len(tokens) - n + 1):
-        gram = tuple(tokens[i : i + n])
-        counts[gram] = counts.get(gram, 0) + 1
-        if counts[gram] >= times:
-            return True
-    return False
+    """Does the answer repeat an n-gram `times` times (at least twice)? Its tau may then say little about other text."""
+    ids, count = np.asarray(tokens, dtype=np.uint64), len(tokens) - n + 1
+    if count < times:
+        return False
+    hashes = np.zeros(count, dtype=np.uint64)
+    for k in range(n):
+        hashes = hashes * _MULTIPLIER + ids[k : k + count]
+    hashes.sort()
+    if not (hashes[times - 1 :] == hashes[: count - times + 1]).any():  # equal n-grams have equal hashes
+        return False
+    grams = Counter(tuple(tokens[i : i + n]) for i in range(count))
+    return max(grams.values()) >= times
 
 
 def acceptance_table(

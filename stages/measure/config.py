@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from draftsmith.stages.engines.config import (
     SamplingConfig,
     SGLangEngineConfig,
 )
+from draftsmith.stages.engines.sglang.environment import programs_of
 from draftsmith.stages.replay.parity import MaxParityMismatch
 
 if TYPE_CHECKING:
@@ -96,8 +98,11 @@ class EvaluationConfig(Config):
             material["engine"] |= launched
         return material
 
+    def programs(self) -> dict[str, str]:
+        return programs_of(self.engine)
 
-def prompts_to_decode(config: EvaluationConfig, folder: Path) -> tuple[list[Prompt], list[Prompt]]:
+
+def prompts_to_decode(config: EvaluationConfig, folder: Path) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
     """Held-out and validation prompts, of the artifact of stage `prompts` in `folder`."""
     from draftsmith.stages.stored import load_prompts
 

@@ -119,10 +119,11 @@ def row_tokens(config: TrainingConfig, sizes: Sizes, longest: int) -> int:
 def micro_batch_tokens(config: TrainingConfig, target: Target, drafter: Drafter, longest: int) -> int:
     """Tokens of trajectories and blocks that go through the drafter at once on the target's device.
 
-    longest: trajectory. What the config says, or what fits by the estimate.
+    longest: trajectory. What the config says, or what fits by the estimate; no more than a process trains in a step.
     """
+    whole = rows_of_process(config) * (longest + config.anchors_per_sequence * drafter.block_size)
     if config.micro_batch_tokens is not None:
-        return config.micro_batch_tokens
+        return min(config.micro_batch_tokens, whole)
     sizes = Sizes(
         ModelSize.of(target.config, sum(p.numel() for p in target.model.parameters())),
         ModelSize.of(drafter.config, sum(p.numel() for p in drafter.parameters())),

@@ -13,6 +13,7 @@ from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.stages.checkpoints import load_checkpoint, save_checkpoint
 from draftsmith.stages.contract import StageContext
 from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.memory import out_of_memory, release_memory
 from draftsmith.stages.parallel.ranks import ALONE, Ranks
 from draftsmith.stages.training.accumulation import Accumulation
 from draftsmith.stages.training.blocks import LossReport
@@ -36,6 +37,32 @@ class Resumable(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class MicroBatches:
+    """The parts of a step, of as many tokens as the memory has held so far."""
+
+    def __init__(
+        self,
+        make: Callable[[int, int], Iterable[LossReport]],
+        limit: int,
+        least: int,
+        log: Callable[[str], None],
+    ):
+        """make: of a step and a limit, its parts of at most so many tokens, or of one row. limit: to begin with, no
+        more than a whole step has. least: tokens of any row are more."""
+        self._make, self.limit, self._least, self._log = make, limit, least, log
+
+    def __call__(self, step: int) -> Iterable[LossReport]:
+        return self._make(step, self.limit)
+
+    def halve(self) -> bool:
+        """Smaller parts from here on. False: every part is one row already."""
+        if self.limit <= self._least:
+            return False
+        self._log(f"out of memory with micro-batches of {self.limit} tokens: once more with {self.limit // 2}")
+        self.limit //= 2
+        return True
+
+
 def train(
     ctx: StageContext,
     drafter: Drafter,
@@ -49,7 +76,8 @@ def train(
     `micro_batches(step)` are the parts of a step, each with its graph, made one after the other. They must depend on
     nothing but the step, the weights and `memory`, which only they may change. Of several ranks each has its own parts,
     and all have the same weights and memory after a step; the first rank's checkpoint is that of all, and of any
-    number of ranks.
+    number of ranks. A step that the memory does not hold is made again in parts of half the size, by a process that
+    trains alone and has `MicroBatches`: ranks cannot know that another one begins anew.
     Checkpoints, the memory in them, go to `ctx.work`. Raises DraftsmithError if the loss or its gradient is not finite.
     """
     optimiser = make_optimiser(drafter.parameters(), config, ranks)
@@ -64,17 +92,20 @@ def train(
         started = time.perf_counter()
         for group in optimiser.param_groups:
             group["lr"] = config.learning_rate * cosine(step, config)
-        accumulation = Accumulation()
-        parts, backward_s = iter(micro_batches(step)), 0.0
         while True:
-            with torch.autocast(device_type, torch.bfloat16, enabled=config.compute_dtype == "bfloat16"):
-                part = next(parts, None)
-            if part is None:
+            try:
+                accumulation, backward_s = _accumulated(micro_batches, step, device_type, config)
                 break
-            before_backward = time.perf_counter()
-            _must_be_finite("loss", float(part.loss.detach()), step)
-            accumulation.add(part)
-            backward_s += time.perf_counter() - before_backward
+            except Exception as error:
+                if not (
+                    isinstance(micro_batches, MicroBatches)
+                    and ranks.world == 1
+                    and out_of_memory(error)
+                    and micro_batches.halve()
+                ):
+                    raise
+            optimiser.zero_grad(set_to_none=True)  # what the parts before it gave
+            release_memory()  # not above: the error's frames hold what is to be given back
         before_update = time.perf_counter()
         report = accumulation.finish(drafter.parameters(), ranks)
         loss = float(report.loss)
@@ -102,6 +133,22 @@ def train(
                 raise StageInterrupted("another process of the training was asked to stop")
     drafter.eval()
     return totals
+
+
+def _accumulated(
+    micro_batches: Callable[[int], Iterable[LossReport]], step: int, device_type: str, config: OptimiserConfig
+) -> tuple[Accumulation, float]:
+    """The gradient of a step's parts, and the seconds of their backward passes."""
+    accumulation, parts, backward_s = Accumulation(), iter(micro_batches(step)), 0.0
+    while True:
+        with torch.autocast(device_type, torch.bfloat16, enabled=config.compute_dtype == "bfloat16"):
+            part = next(parts, None)
+        if part is None:
+            return accumulation, backward_s
+        before_backward = time.perf_counter()
+        _must_be_finite("loss", float(part.loss.detach()), step)
+        accumulation.add(part)
+        backward_s += time.perf_counter() - before_backward
 
 
 def _must_be_finite(what: str, value: float, step: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.private import for_users, private_files, protect
+from draftsmith.artifacts.store import Claim, Store
 from draftsmith.flows.cli import main
 from tests.flows.pipeline.processes import ROOT
 from tests.flows.pipeline.toy import TOY, write_config
@@ -107,6 +108,11 @@ def test_who_may_only_read_can_look_and_changes_nothing(home: Path, tmp_path: Pa
     stages = {"min_free_gb": 0.01, "group_may_read": True}
     config = str(write_config(tmp_path / "toy.yaml", stages=stages))
     assert main(["stage", "target", config], TOY) == 0
+    store = Store(home / "store")
+    with store.claim("report", "cd" * 32) as claim:
+        assert isinstance(claim, Claim)
+        (claim.out / "report.html").write_text("<p>")
+        reported = store.commit(claim, config={}, inputs={}, code_digest="c", seed=0)
     for path in (home, *home.rglob("*")):
         if os.geteuid() == 0:
             os.chown(path, NOBODY, os.getgid())
@@ -116,6 +122,7 @@ def test_who_may_only_read_can_look_and_changes_nothing(home: Path, tmp_path: Pa
         ("status",): (0, "done"),
         ("status", config): (0, "waits for left"),
         ("show", "collect", "--verify"): (0, "every checksum is right"),
+        ("report", "cdcdcdcd"): (0, str(reported.path / "report.html")),
         ("champions", "nobody"): (2, "no refresh has registered a drafter"),
         ("promote", "nobody@1"): (2, "nobody has no version 1"),
         ("stage", "left", config): (2, "permission denied"),

@@ -118,7 +118,8 @@ def build_bench(made: DrafterArtifacts) -> Bench:
     )
     trained = load_drafter(made.drafter / DRAFTER_FOLDER, target)
     untrained.frequent_tokens = trained.frequent_tokens
-    prompts = load_prompts(made.prompts, ["heldout", "validation"])  # the target's own near-ties are left out there
+    # the target's own near-ties are left out there
+    prompts = list(load_prompts(made.prompts, ["heldout", "validation"]))
     plain = Bench(target, {}, prompts, {})
     answers = plain.answers(plain.requests(), slots=32)
     plain.greedy.update({name: completion.response_ids for name, completion in answers.items()})

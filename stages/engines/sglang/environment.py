@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.stages.engines.config import EmbeddedEngineConfig, SGLangEngineConfig
 from draftsmith.stages.engines.sglang.protocol import SUPPORTED, supported
 
 PLUGIN_GROUP, PLUGIN = "sglang.srt.plugins", "draftsmith"
@@ -68,6 +68,16 @@ def installed(python: Path) -> Installed:
     if found["sglang"] is None:
         raise DraftsmithError(f"engine.python: {path.absolute()} has no sglang installed: {advice}")
     return Installed(found["sglang"], found["torch"], bool(found["plugin"]))
+
+
+def programs_of(engine: EmbeddedEngineConfig | SGLangEngineConfig) -> dict[str, str]:
+    """SGLang's version, of servers that would be launched; running ones say theirs when they are asked."""
+    if not isinstance(engine, SGLangEngineConfig) or engine.launch is None or engine.python is None:
+        return {}
+    try:
+        return {"sglang": installed(engine.python).sglang}
+    except DraftsmithError:
+        return {}
 
 
 def environment_warnings(config: SGLangEngineConfig, found: Installed) -> list[str]:

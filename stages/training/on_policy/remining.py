@@ -1,7 +1,8 @@
 """Re-mining: the trace of a trajectory replayed with the drafter's current weights while it is being trained.
 
 A trajectory is mined again when a batch draws it and its last mining is `every` or more optimiser steps old, so work is
-done for what is trained only. Which tables are fresh depends on earlier weights: they are part of the checkpoint.
+done for what is trained only, and an older trace is forgotten: memory holds those of `every` steps, however many
+trajectories there are. Which tables are fresh depends on earlier weights: they are part of the checkpoint.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from draftsmith.stages.training.blocks import Anchors, Share, View
 from draftsmith.stages.training.on_policy.mined import MinedTable, TrajectorySteps
 from draftsmith.stages.training.on_policy.verify_steps import VerifySteps, with_scores
 
-# Of the trace that was known before, for each chain: with fewer, chains draft much in vain; with more, rounds are many
-# and small.
+# Of the trace as it was mined before the training, for each chain: with fewer, chains draft much in vain; with more,
+# rounds are many and small.
 STEPS_PER_CHAIN = 4
 
 
@@ -55,21 +56,27 @@ class Remining:
         """Mine again what is too old among the trajectories `indices` of a view. Returns figures of what changed."""
         if not self.every:
             return {}
-        rows = {i: row for row, i in enumerate(indices) if step - self._mined_at.get(i, 0) >= self.every}
+        self._forget(step)
+        rows = {i: row for row, i in enumerate(indices) if i not in self._mined_at and step >= self.every}
         if not rows:
             return {}
         trajectories = [view.batch.trajectories[row] for row in rows.values()]
-        known = np.mean([len(self.current.steps[i].anchors) for i in rows])
+        mined = [self.mined.steps[i] for i in rows]
+        known = np.mean([len(each.anchors) for each in mined])
         traces = self._replay(view, list(rows.values()), trajectories, max(1, round(known / STEPS_PER_CHAIN)))
         changed = steps = 0
-        for i, trace in zip(rows, traces, strict=True):
+        for i, before, trace in zip(rows, mined, traces, strict=True):
             fresh = self._padded(trace)
-            mined = self.mined.steps[i]
-            changed += _steps_gone(mined, fresh)
-            steps += len(mined.anchors)
+            changed += _steps_gone(before, fresh)
+            steps += len(before.anchors)
             self._fresh[i], self._mined_at[i] = fresh, step
             self._untold.add(i)
         return {"trace_changed_share": Share(changed, steps), "remined_trajectories": len(rows)}
+
+    def _forget(self, step: int) -> None:
+        """Traces that are too old to be drawn: whoever draws their trajectories mines them again."""
+        for i in [i for i, mined_at in self._mined_at.items() if step - mined_at >= self.every]:
+            del self._mined_at[i], self._fresh[i]
 
     def share(self, ranks: Ranks) -> None:
         """Fresh traces of all ranks, everywhere: whoever draws an answer next must know how old its trace is."""

@@ -56,7 +56,7 @@ def mined(folder: Path, recorded: Recorded) -> None:
         for start in range(0, recorded.answers, 2):  # answers of 4,000 tokens in groups of 8,192
             indices = range(start, min(start + 2, recorded.answers))
             traces = [recorded.trace(index) for index in indices]
-            scores = [recorded.scores(index, trace) for index, trace in zip(indices, traces, strict=True)]
+            scores = [recorded.scores(index) for index in indices]
             shards.add(Mined([recorded.trajectory(index) for index in indices], traces, scores))
 
 
@@ -120,9 +120,11 @@ def prepare(part: str, folder: Path, recorded: Recorded) -> None:
 
 def clean(part: str, folder: Path) -> None:
     """Remove what no part behind it reads."""
+    if part == "rollout":  # what the others read
+        (folder / "shards").rename(folder / "rollout")
     for name in {
         "logs": ("answers.jsonl", "logs", "logs.work"),
-        "rollout": ("shards", "shards.work", "prompts"),
+        "rollout": ("shards.work", "prompts"),
         "mining": ("mining.work",),
     }.get(part, ()):
         path = folder / name

@@ -1,11 +1,13 @@
 """Recorded answers of any number and length, made and not generated, with the verify steps of a made-up drafter.
 
-Every answer is drawn from a generator of its own, so tokens and steps are the same wherever they are asked for. Tokens
-are uniform and log-probs normal: nothing in them compresses or repeats, which is the worst case for disk and tables.
+Tokens are uniform and log-probs normal: nothing in them compresses, which is the worst case for disk and tables. There
+are 64 different answers, each to any number of prompts (some megabytes stay in the memory of who makes them): those
+that share a page of a table are different. Tokens and steps are the same wherever they are asked for.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -33,6 +35,7 @@ PROMPT, BLOCK, TOP_K = 64, 8, 4
 _ACCEPTED = np.array([0.15, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.25])
 _ROLLOUT = {"timings": TIMINGS, "trace": TRACE, "trajectories": TRAJECTORIES}
 _SHARD = 32  # answers, as a rollout writes them
+_DIFFERENT = 64  # answers
 
 
 @dataclass(frozen=True)
@@ -43,27 +46,17 @@ class Recorded:
     tokens: int
 
     def trajectory(self, index: int) -> Trajectory:
-        ids = np.random.default_rng([index, 0]).integers(0, TEXT, PROMPT + self.tokens).tolist()
+        """The prompt begins with the index, so that no two are the same."""
+        ids = [*divmod(index, TEXT), *_tokens(index % _DIFFERENT, PROMPT + self.tokens)[2:]]
         return Trajectory(f"{index:08d}/0", ids, PROMPT)
 
     def trace(self, index: int) -> Trace:
         """A walk of verify steps over the answer."""
-        rng, length, K = np.random.default_rng([index, 1]), PROMPT + self.tokens, BLOCK - 1
-        accepted = rng.choice(BLOCK, self.tokens, p=_ACCEPTED)
-        anchors = PROMPT + np.concatenate([[0], np.cumsum(accepted + 1)[:-1]])
-        anchors = anchors[anchors <= length - 2]
-        accepted = np.minimum(accepted[: len(anchors)], length - 1 - anchors)
-        proposed = rng.integers(0, TEXT, (len(anchors), K))
-        logprobs = -np.abs(rng.standard_normal((len(anchors), K), dtype=np.float32))
-        return Trace(length, anchors, accepted, proposed, logprobs, len(anchors))
+        return _trace(index % _DIFFERENT, self.tokens)
 
-    def scores(self, index: int, trace: Trace) -> StepScores:
+    def scores(self, index: int) -> StepScores:
         """What the target says of the trace's proposals."""
-        rng, shape = np.random.default_rng([index, 2]), trace.proposed.shape
-        logprobs = -np.abs(rng.standard_normal(shape, dtype=np.float32))
-        logprobs[np.arange(shape[1]) >= trace.judged[:, None]] = np.nan
-        top = -np.sort(np.abs(rng.standard_normal((shape[0], TOP_K), dtype=np.float32)))
-        return StepScores(logprobs, rng.integers(0, TEXT, (shape[0], TOP_K)), top)
+        return _scores(index % _DIFFERENT, self.tokens)
 
     def write_logs(self, path: Path) -> None:
         """JSON Lines of token ids, as a service may log them."""
@@ -103,12 +96,9 @@ class Recorded:
 
     def _rollout(self, indices: range) -> dict[str, Rows]:
         """Rows of each table."""
-        traces = {f"{index:08d}/0": (trace := self.trace(index), self.scores(index, trace)) for index in indices}
         return {
-            "timings": [_timing(name, trace) for name, (trace, _) in traces.items()],
-            "trace": pa.concat_tables(
-                [_steps(name, trace, scores.target_logprobs) for name, (trace, scores) in traces.items()]
-            ),
+            "timings": [_timing(f"{index:08d}/0", self.trace(index)) for index in indices],
+            "trace": pa.concat_tables([_steps(index, self.tokens) for index in indices]),
             "trajectories": [_answer(self.trajectory(index)) for index in indices],
         }
 
@@ -116,19 +106,55 @@ class Recorded:
         return (self.trajectory(index) for index in range(self.answers))
 
 
+@functools.lru_cache(_DIFFERENT)
+def _tokens(index: int, count: int) -> list[int]:
+    ids: list[int] = np.random.default_rng([index, 0]).integers(0, TEXT, count).tolist()
+    return ids
+
+
+@functools.lru_cache(_DIFFERENT)
+def _trace(index: int, tokens: int) -> Trace:
+    rng, length, K = np.random.default_rng([index, 1]), PROMPT + tokens, BLOCK - 1
+    accepted = rng.choice(BLOCK, tokens, p=_ACCEPTED)
+    anchors = PROMPT + np.concatenate([[0], np.cumsum(accepted + 1)[:-1]])
+    anchors = anchors[anchors <= length - 2]
+    accepted = np.minimum(accepted[: len(anchors)], length - 1 - anchors)
+    proposed = rng.integers(0, TEXT, (len(anchors), K))
+    logprobs = -np.abs(rng.standard_normal((len(anchors), K), dtype=np.float32))
+    return Trace(length, anchors, accepted, proposed, logprobs, len(anchors))
+
+
+@functools.lru_cache(_DIFFERENT)
+def _scores(index: int, tokens: int) -> StepScores:
+    trace = _trace(index, tokens)
+    rng, shape = np.random.default_rng([index, 2]), trace.proposed.shape
+    logprobs = -np.abs(rng.standard_normal(shape, dtype=np.float32))
+    logprobs[np.arange(shape[1]) >= trace.judged[:, None]] = np.nan
+    top = -np.sort(np.abs(rng.standard_normal((shape[0], TOP_K), dtype=np.float32)))
+    return StepScores(logprobs, rng.integers(0, TEXT, (shape[0], TOP_K)), top)
+
+
 def _timing(name: str, trace: Trace) -> dict[str, Any]:
     seconds = dict.fromkeys(("seconds", "first_token_seconds", "draft_seconds", "verify_seconds"), 1.0)
     return {"trajectory_id": name, "verify_steps": len(trace.anchors), **seconds}
 
 
-def _steps(name: str, trace: Trace, target_logprobs: np.ndarray) -> pa.Table:
+def _steps(index: int, tokens: int) -> pa.Table:
+    """Rows of TRACE."""
+    table = _nameless(index % _DIFFERENT, tokens)
+    return table.set_column(0, TRACE.columns.field(0), pa.repeat(f"{index:08d}/0", table.num_rows))
+
+
+@functools.lru_cache(_DIFFERENT)
+def _nameless(index: int, tokens: int) -> pa.Table:
+    trace = _trace(index, tokens)
     columns = {
-        "trajectory_id": pa.repeat(name, len(trace.anchors)),
+        "trajectory_id": pa.repeat("", len(trace.anchors)),
         "step": np.arange(len(trace.anchors)),
         "anchor": trace.anchors,
         "accepted": trace.accepted,
         "proposed_ids": _lists(trace.proposed),
-        "target_logprobs": _lists(target_logprobs),
+        "target_logprobs": _lists(_scores(index, tokens).target_logprobs),
     }
     return to_table(TRACE, pa.table(columns))
 

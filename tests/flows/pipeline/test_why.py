@@ -59,8 +59,10 @@ def test_fields_seeds_inputs_files_code_and_versions_are_told(
     (manifest,) = home.glob("store/collect/*/manifest.json")
     data = json.loads(manifest.read_text())
     del data["checksum"]
-    manifest.write_text(json.dumps({**data, "versions": {**data["versions"], "numpy": "1.0"}}))
-    assert "version  numpy: 1.0 -> " in told("target", "--set", "target.count=4")
+    manifest.write_text(json.dumps({**data, "versions": {**data["versions"], "numpy": "1.0", "sglang": "0.5.20"}}))
+    older = told("target", "--set", "target.count=4")
+    assert "version  numpy: 1.0 -> " in older
+    assert "version  sglang: 0.5.20 -> not known before the stage runs (no part of the key)\n" in older
 
     # the input as another run has made it: its files tell it
     assert main(["stage", "target", config, "--set", "target.count=4"], TOY) == 0

@@ -12,10 +12,9 @@ from draftsmith.artifacts.parquet import write_table
 from draftsmith.artifacts.schemas import TIMINGS, TRACE
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams, VerifyStep
 from draftsmith.stages.engines.parts import SCHEMAS, AnswerParts
-from draftsmith.stages.stored import Prompt
 
 IDS = ["a/0", "b/0", "c/0"]
-PROMPTS = {name: Prompt(name[0], "train", [1, 2]) for name in IDS}
+SPLITS = {name[0]: "train" for name in IDS}
 
 
 def answer(name: str, response: list[int], accepted: list[int] | None = None) -> Completion:
@@ -48,22 +47,22 @@ def contents(parts: AnswerParts, ids: list[str]) -> list[tuple[str, list[int], l
 def test_an_answer_made_again_without_a_trace_does_not_keep_the_old_one(tmp_path: Path) -> None:
     """Killed between the trace's shard and the answers', and the servers of the second attempt have no plug-in."""
     killed = AnswerParts(tmp_path)
-    killed.append([answer("a/0", [3, 4, 5], [2])], PROMPTS, "first")
-    killed.append([answer("b/0", [6, 7], [0, 0])], PROMPTS, "first")
+    killed.append([answer("a/0", [3, 4, 5], [2])], SPLITS, "first")
+    killed.append([answer("b/0", [6, 7], [0, 0])], SPLITS, "first")
     (tmp_path / "trajectories" / "shard-00001.parquet").unlink()
     again = AnswerParts(tmp_path)
     assert again.finished(with_trace=True) == {"a/0"}
-    again.append([answer("b/0", [6, 8])], PROMPTS, "second")
+    again.append([answer("b/0", [6, 8])], SPLITS, "second")
     assert contents(again, ["a/0", "b/0"]) == [("a/0", [3, 4, 5], [2]), ("b/0", [6, 8], [])]
     assert tables_of(again, ["a/0", "b/0"])["timings"].num_rows == 2
 
 
 def test_an_answer_made_again_for_its_trace_has_the_rows_of_its_last_part(tmp_path: Path) -> None:
     parts = AnswerParts(tmp_path)
-    parts.append([answer("b/0", [6, 7]), answer("a/0", [3])], PROMPTS, "first")  # counted, but not recorded
+    parts.append([answer("b/0", [6, 7]), answer("a/0", [3])], SPLITS, "first")  # counted, but not recorded
     write_table(tmp_path / "timings" / "shard-00000.parquet", TIMINGS, _with_steps(parts, 2))
     assert (parts.finished(with_trace=False), parts.finished(with_trace=True)) == ({"a/0", "b/0"}, set())
-    parts.append([answer("a/0", [4, 5], [1])], PROMPTS, "second")
+    parts.append([answer("a/0", [4, 5], [1])], SPLITS, "second")
     assert parts.finished(with_trace=True) == {"a/0"}
     assert contents(parts, ["a/0", "b/0"]) == [("a/0", [4, 5], [1]), ("b/0", [6, 7], [])]
 
@@ -74,7 +73,7 @@ def test_a_damaged_part_is_left_out_wherever_it_stands(
 ) -> None:
     parts = AnswerParts(tmp_path)
     for name in IDS:
-        parts.append([answer(name, [3, 4], [1])], PROMPTS, "e")
+        parts.append([answer(name, [3, 4], [1])], SPLITS, "e")
     shard = tmp_path / table / "shard-00001.parquet"
     content = bytearray(shard.read_bytes())
     content[len(content) // 3] ^= 1
@@ -83,13 +82,13 @@ def test_a_damaged_part_is_left_out_wherever_it_stands(
         again = AnswerParts(tmp_path)
     assert again.finished(with_trace=True) == {"a/0", "c/0"}
     assert f"its answers are made again: {shard}" in caplog.text
-    again.append([answer("b/0", [9, 9], [0])], PROMPTS, "e")
+    again.append([answer("b/0", [9, 9], [0])], SPLITS, "e")
     assert contents(AnswerParts(tmp_path), IDS)[1] == ("b/0", [9, 9], [0])
 
 
 def test_no_parts_are_empty_tables(tmp_path: Path) -> None:
     parts = AnswerParts(tmp_path)
-    parts.append([], PROMPTS, "e")
+    parts.append([], SPLITS, "e")
     assert parts.finished(with_trace=True) == set()
     assert tables_of(parts, [])["trace"].schema.names == TRACE.columns.names
 

@@ -13,6 +13,8 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.sglang.environment import environment_warnings, installed, unreachable
+from draftsmith.stages.measure.config import EvaluationConfig
+from draftsmith.stages.rollout import RolloutConfig
 
 
 def interpreter(folder: Path, version: str | None, *, plugin: bool = False) -> Path:
@@ -78,6 +80,18 @@ def test_version_and_plugin_are_read_from_the_other_environment(
     warnings = environment_warnings(config(python), found)
     assert len(warnings) == len(said)
     assert all(part in warning for part, warning in zip(said, warnings, strict=True))
+
+
+def test_a_stage_that_launches_servers_knows_their_version(tmp_path: Path) -> None:
+    def programs(**engine: object) -> dict[str, str]:
+        config = RolloutConfig.model_validate({"engine": engine})
+        assert config.programs() == EvaluationConfig(engine=config.engine).programs()
+        return config.programs()
+
+    launched = {"kind": "sglang", "launch": {}}
+    assert programs(**launched, python=interpreter(tmp_path, "0.5.21")) == {"sglang": "0.5.21"}
+    assert programs(**launched, python=tmp_path / "none") == programs(kind="embedded") == {}
+    assert RolloutConfig.model_validate({"engine": {"kind": "sglang", "urls": ["http://h"]}}).programs() == {}
 
 
 def test_a_missing_plugin_does_not_matter_where_no_trace_is_asked_for(tmp_path: Path) -> None:

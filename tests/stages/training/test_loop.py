@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.checkpoints import checkpoints
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.blocks import LossReport
-from draftsmith.stages.training.config import OptimiserConfig
-from draftsmith.stages.training.loop import cosine, train
+from draftsmith.stages.training.config import OptimiserConfig, SftConfig
+from draftsmith.stages.training.loop import MicroBatches, cosine, train
+from draftsmith.stages.training.supervised import SftTraining
 from tests.testbed import random_target
 from tests.testbed.context import RecordingContext
 
@@ -138,3 +141,32 @@ def test_a_killed_training_loses_no_more_than_the_time_between_checkpoints(
     train(context, drafter, config, micro_batches)
     continued = [line for line in context.logs if line.startswith("continuing from the checkpoint at step")]
     assert continued == ([f"continuing from the checkpoint at step {kept_steps} of 5"] if kept_steps else [])
+
+
+def test_a_step_that_the_memory_does_not_hold_is_made_again_in_halves(tmp_path: Path, plain_target: Target) -> None:
+    """Also where a part of it had its gradient already; from there on parts stay small."""
+    trajectories = random_target.trajectories(5, seed=8)
+    config = SftConfig(steps=3, sequences_per_step=4, anchors_per_sequence=3, compute_dtype="float32")
+
+    def trained(name: str, first: int, fitting: int) -> tuple[torch.Tensor, list[str]]:
+        drafter, context = random_target.random_drafter(plain_target), RecordingContext.under(tmp_path / name)
+        training = SftTraining(drafter, plain_target, trajectories, config)
+
+        def make(step: int, limit: int) -> Iterator[LossReport]:
+            for report in training.micro_batches(step, limit):
+                yield report
+                if limit > fitting:
+                    raise torch.OutOfMemoryError("of the test")
+
+        rows = config.anchors_per_sequence * drafter.block_size
+        train(context, drafter, config, MicroBatches(make, first, rows, context.log))
+        weights = torch.cat([parameter.detach().flatten() for parameter in drafter.parameters()])
+        return weights, [line for line in context.logs if line.startswith("out of memory")]
+
+    whole = 4 * (max(len(each.tokens) for each in trajectories) + 3 * 5)
+    small, nothing = trained("small", whole // 4, whole)
+    halved, said = trained("halved", whole, whole // 4)
+    assert torch.equal(small, halved)
+    assert (len(nothing), len(said)) == (0, 2) and said[0].endswith(f"once more with {whole // 2}")
+    with pytest.raises(torch.OutOfMemoryError):
+        trained("never", whole, 0)

@@ -94,6 +94,13 @@ def test_a_trajectory_is_mined_again_when_its_trace_is_old_enough(world: World) 
     assert never.refresh(1000, [0], world.view([0])) == {}
 
 
+def test_traces_that_are_too_old_to_be_drawn_are_forgotten(world: World) -> None:
+    remining = world.remining(every=2, scored=True)
+    for step, index in enumerate(range(COUNT), start=2):
+        remining.refresh(step, [index], world.view([index]))
+    assert remining.state_dict()["trajectories"].tolist() == [COUNT - 2, COUNT - 1]
+
+
 def test_a_trajectory_that_a_batch_holds_twice_is_mined_once(world: World) -> None:
     figures = world.remining().refresh(10, [2, 2, 1], world.view([2, 2, 1]))
     assert figures["remined_trajectories"] == 2
