@@ -31,9 +31,10 @@ season: $(INSTALLED)
 faults: $(INSTALLED)
 	$(BIN)/python -m tests.faults.run $(FAULTS)
 
-# two workers with one thread each: torch processes that share cores slow each other down; a file's tests run in one of
-# them, so that its fixtures (a whole refresh, a season, servers) are made once
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# workers with one thread each: torch processes that share cores slow each other down; one more than two cores, since
+# tests of processes wait for each other; a file's tests run in one of them, so that its fixtures (a whole refresh, a
+# season, servers) are made once
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test: $(INSTALLED) sglang-cpu
 	$(PYTEST) $(PYTEST_ARGS)

@@ -46,7 +46,7 @@ def run(ctx: StageContext, config: DiagnosisConfig) -> None:
     from draftsmith.artifacts.schemas import TRACE
     from draftsmith.stages.drafters.checkpoint import load_drafter
     from draftsmith.stages.drafters.config import DraftingConfig
-    from draftsmith.stages.drafters.drawing import Law
+    from draftsmith.stages.drafters.law import Law
     from draftsmith.stages.engines.base import Request, SamplingParams
     from draftsmith.stages.engines.sglang.client import key_header
     from draftsmith.stages.engines.sglang.engine import open_sglang

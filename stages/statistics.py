@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit  # of scipy.stats, which takes a second to load
 
 CONFIDENCE = 0.95  # of a single interval, and of all verdicts of a report together
 Interval = tuple[float, float]
@@ -32,14 +32,14 @@ class Estimate:
         """Two-sided; None of fewer than two units: nothing is known of their spread."""
         if self.units < 2:
             return None
-        reach = float(stats.t.ppf(0.5 + level / 2, self.degrees)) * self.error
+        reach = float(stdtrit(self.degrees, 0.5 + level / 2)) * self.error
         return self.value - reach, self.value + reach
 
     def upper(self, level: float = CONFIDENCE) -> float:
         """End of the one-sided interval that has no lower end; infinite of fewer than two units."""
         if self.units < 2:
             return math.inf
-        return self.value + float(stats.t.ppf(level, self.degrees)) * self.error
+        return self.value + float(stdtrit(self.degrees, level)) * self.error
 
 
 def jackknife(statistic: Callable[..., np.ndarray], *samples: np.ndarray) -> Estimate:

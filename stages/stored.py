@@ -17,7 +17,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.parquet import read_table
 from draftsmith.artifacts.row_reader import RowReader
 from draftsmith.artifacts.schemas import PROMPTS, TRAJECTORIES
-from draftsmith.stages.drafters.drawing import Law
+from draftsmith.stages.drafters.law import Law
 from draftsmith.stages.replay.trajectories import TrajectoryRows
 from draftsmith.stages.targets.info import read_target_info
 

@@ -7,7 +7,6 @@ purpose, independent of the others: which of them decides a position's token is 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
@@ -21,21 +20,6 @@ class Purpose(IntEnum):
     ACCEPT = 1  # is the proposal kept?
     PROPOSAL = 2  # the proposal is drawn from the drafter's q
     RESIDUAL = 3  # the token behind a rejection is drawn from what q has too little of
-
-
-@dataclass(frozen=True)
-class Law:
-    """How texts were drawn from the target."""
-
-    temperature: float = 0.0  # 0 = greedy
-    top_p: float = 1.0
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0.0
-
-
-GREEDY = Law()
 
 
 def uniforms(seed: int, position: int) -> np.ndarray:

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from draftsmith.stages.measure.requests import PLAIN, Setting
 from draftsmith.stages.measure.speed import at_setting
@@ -104,6 +103,8 @@ def _drifting(turns: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
     for arm, ratios in _by_round(turns, PLAIN).items():
         if len(ratios) < FEWEST_TURNS or np.ptp(ratios) == 0:
             continue
+        from scipy import stats
+
         fit = stats.linregress(np.arange(len(ratios)), ratios)
         change = float(fit.slope) * (len(ratios) - 1)
         if fit.pvalue < DRIFT_P and abs(change) > DRIFT_CHANGE:

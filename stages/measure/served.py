@@ -20,7 +20,7 @@ from draftsmith.artifacts.parquet import read_table, to_table, write_table
 from draftsmith.artifacts.schemas import REQUESTS, TRACE, TURNS
 from draftsmith.stages.contract import StageContext, follow
 from draftsmith.stages.drafters.config import DraftingConfig
-from draftsmith.stages.drafters.drawing import Law
+from draftsmith.stages.drafters.law import Law
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import SGLangEngineConfig, served_dtype
 from draftsmith.stages.measure.load import LoadMeter

@@ -13,18 +13,17 @@ import torch
 from draftsmith.stages.contract import WHOLE, Shard
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.config import DraftingConfig
-from draftsmith.stages.drafters.drawing import GREEDY, Law
+from draftsmith.stages.drafters.law import GREEDY, Law
 from draftsmith.stages.memory import in_halves
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.drawn import SampledText
 from draftsmith.stages.replay.kept import KeptTraces
+from draftsmith.stages.replay.portions import TREE_TOKENS
 from draftsmith.stages.replay.scoring import StepScores, score_traces
 from draftsmith.stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens
 from draftsmith.stages.replay.trajectories import lengths_of
 from draftsmith.stages.targets.causal_lm import Target, TargetOutput
 from draftsmith.stages.targets.slots import SlotCache
-
-TREE_TOKENS = 512  # rejected proposals that the target scores in one forward, a trajectory
 
 Found = TypeVar("Found")
 Replayed: TypeAlias = tuple[list[int], list[dict[str, Trace]]]  # places in the corpus, and traces by drafter of each

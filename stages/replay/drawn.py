@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, Context, Drafter, Proposals
-from draftsmith.stages.drafters.drawing import Law, Purpose, pick, probabilities, seed_of
+from draftsmith.stages.drafters.drawing import Purpose, pick, probabilities, seed_of
 from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.drafters.law import Law
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.slots import Rows

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from draftsmith.stages.replay.corpus import TREE_TOKENS
-from draftsmith.stages.replay.scoring import POSITIONS_PER_CHUNK
+from draftsmith.stages.replay.portions import POSITIONS_PER_CHUNK, TREE_TOKENS
 from draftsmith.stages.targets.estimate import PROCESS, Sizes
 
 

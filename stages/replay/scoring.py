@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from draftsmith.stages.replay.portions import POSITIONS_PER_CHUNK
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.slots import Rows, SlotCache
@@ -23,7 +24,6 @@ from draftsmith.stages.targets.slots import Rows, SlotCache
 # forward hardly notices: every forward has a fixed cost too.
 PADDING_SHARE = 0.25
 FREE_PADDING = 64
-POSITIONS_PER_CHUNK = 1024  # whose logits are held at once
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # plans and checks read trajectories without it
+    import torch
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ def tau(traces: Iterable[Trace]) -> float:
 
 def pad_tokens(trajectories: Sequence[Trajectory], device: torch.device, fill: int = 0) -> torch.Tensor:
     """Token ids [B, T], padded on the right."""
+    import torch
+
     width = max(len(t.tokens) for t in trajectories)
     return torch.tensor([t.tokens + [fill] * (width - len(t.tokens)) for t in trajectories], device=device)
 

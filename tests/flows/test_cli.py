@@ -40,6 +40,16 @@ def test_help_imports_nothing_heavy() -> None:
     assert "refresh" in result.stdout
 
 
+def test_a_plan_loads_no_model_library() -> None:
+    """Seconds of an unchanged refresh, which has nothing to make."""
+    script = (
+        "import sys, draftsmith.flows.refresh.graph, draftsmith.flows.experiments.arms; "
+        "print(sorted({'torch', 'transformers', 'scipy.stats', 'prefect', 'mlflow', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize(
     ("sections", "arguments", "expected"),
     [

@@ -13,6 +13,7 @@ from draftsmith.artifacts.parquet import read_table
 from draftsmith.artifacts.schemas import ACCEPTANCE
 from draftsmith.artifacts.store import Store
 from tests.integration.test_refresh import Home
+from tests.testbed.prefect_database import give_database
 
 pytestmark = pytest.mark.integration
 
@@ -50,6 +51,7 @@ CONFIG: dict[str, Any] = {
 
 def test_an_experiment_compares_its_arms_on_identical_trajectories(tmp_path: Path) -> None:
     home = Home(tmp_path)
+    give_database(home.path)
     home.config.write_text(yaml.safe_dump(CONFIG))
 
     first = home.run("run", home.config)

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from tests.testbed import cache
+from tests.testbed.prefect_database import give_database
 from tests.testbed.target import MASK, SHAPE, TAUGHT, prompts_file, target_folder
 
 ROOT = Path(__file__).parents[2]
@@ -38,10 +39,11 @@ class Size:
     opd_steps: int = 60
     rounds: int = 6
     judge_speed: bool = True
+    control: bool = True  # SFT continued as an arm
 
 
 FULL = Size()
-SHORT = Size(train=48, heldout=24, sft_steps=120, opd_steps=16, rounds=1, judge_speed=False)
+SHORT = Size(train=48, heldout=24, sft_steps=120, opd_steps=16, rounds=1, judge_speed=False, control=False)
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ def config_of(size: Size) -> dict[str, Any]:
             "exactness_prompts": 4, "rounds": size.rounds,
         },
         "gate": {"judge_speed": size.judge_speed},
+        "refresh": {"control": size.control},
     }  # fmt: skip
 
 
@@ -117,6 +120,8 @@ def play(folder: Path, size: Size) -> Iterator[Week]:
     """The weeks, each when it is over. folder: for the home and the config."""
     config, home = folder / "season.yaml", folder / "home"
     config.write_text(yaml.safe_dump(config_of(size)))
+    if size is SHORT:
+        give_database(home)
     other = ["prompts.sources.0.filter={family: story}", "prompts.sources.0.label=story"]
     weeks: list[tuple[str, str, list[str]]] = [
         ("week 1: no champion", "promoted", []),

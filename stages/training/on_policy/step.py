@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from draftsmith.stages.drafters.base import Context, Drafter
-from draftsmith.stages.drafters.drawing import GREEDY, Law
 from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.drafters.law import GREEDY, Law
 from draftsmith.stages.replay.chains import committed_tokens, draft
 from draftsmith.stages.replay.drawn import SampledText
 from draftsmith.stages.targets.causal_lm import Target

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.drawing import GREEDY, Law
+from draftsmith.stages.drafters.law import GREEDY, Law
 from draftsmith.stages.parallel.ranks import ALONE, Ranks
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.causal_lm import Target

@@ -14,7 +14,8 @@ from scipy import stats
 
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.config import DraftingConfig
-from draftsmith.stages.drafters.drawing import Law, Purpose, seed_of
+from draftsmith.stages.drafters.drawing import Purpose, seed_of
+from draftsmith.stages.drafters.law import Law
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay import drawn
