@@ -109,14 +109,14 @@ def database(find: Callable[[Home], Path], word: str, damage: Damage) -> Play:
         for log in path.parent.glob(f"{path.name}-*"):  # what it had not written there yet
             log.unlink()
         damage(path, scene.chance)
-        ended = scene.refresh()
+        ended = scene.refresh(PREFECT_API_URL="")  # with a server of its own, which has its database in the home
         scene.messages.append(ended.message)
         if ended.code != 0:
             scene.messages.pop()
             scene.told(ended, [2, 75], word)
             must("move" in scene.messages[-1], "the message does not say what to do")
             path.rename(path.with_suffix(".damaged"))
-            ended = scene.refresh()
+            ended = scene.refresh(PREFECT_API_URL="")
         scene.finished(ended)
 
     return play

@@ -23,6 +23,7 @@ from tests.flows.pipeline.processes import ROOT, processes_of
 _LINE = re.compile(r"^([a-z][a-z0-9-]*): (reused|started|done in .*)$")
 _KEPT = re.compile(r"(\d+) (?:answers|\w+) of an earlier attempt kept|checkpoint at step (\d+)")
 LIMIT_S = 600.0  # of one command: many times what it takes
+SERVER = "FAULTS_PREFECT"  # of our environment: the address of a Prefect server that all commands share
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,16 @@ class Home:
     @property
     def _environment(self) -> dict[str, str]:
         own = {"DRAFTSMITH_HOME": str(self.path), "DRAFTSMITH_DEVICE_LOCKS": str(self.devices)}
-        return {**own, "OMP_NUM_THREADS": "1"}
+        server = {"PREFECT_API_URL": os.environ[SERVER]} if SERVER in os.environ else {}
+        return {**own, **server, "OMP_NUM_THREADS": "1"}
 
     @property
     def store(self) -> Store:
         return Store(self.path / "store")
 
     def start(self, *arguments: str | Path, output: str = "output", **variables: str) -> Running:
-        """`draftsmith refresh CONFIG ARGUMENTS`. output: a folder's name, for two commands at once."""
+        """`draftsmith refresh CONFIG ARGUMENTS`. output: a folder's name, for two commands at once. variables: of its
+        environment; an empty one is left out."""
         folder = self.folder / output
         folder.mkdir(exist_ok=True)
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "DRAFTSMITH_"))}
@@ -108,7 +111,7 @@ class Home:
             process = subprocess.Popen(
                 [sys.executable, "-m", "draftsmith.flows", "refresh", str(self.config), *map(str, arguments)],
                 cwd=ROOT,
-                env={**environment, **self._environment, **variables},
+                env={**environment, **{k: v for k, v in (self._environment | variables).items() if v}},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,

@@ -22,8 +22,10 @@ from pathlib import Path
 from draftsmith.flows.pipeline.display import duration
 from tests.faults.catalogue import faults
 from tests.faults.configs import NODES
+from tests.faults.home import SERVER
 from tests.faults.play import Case, play, play_in_turn
 from tests.faults.served import SERVERS
+from tests.faults.servers import prefect_server
 from tests.faults.table import Row, table
 from tests.faults.undisturbed import undisturbed
 
@@ -84,6 +86,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=0, help="how many faults; 0: each at every stage, once")
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="such as 'SIG*/opd'")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "draftsmith-faults")
+    parser.add_argument("--server", action="store_true", help="one Prefect server for all commands, as a team has it")
     parser.add_argument("--again", action="store_true", help="play those that did not end well once more")
     parser.add_argument("--table", action="store_true", help="print the table of what was played, and play nothing")
     options = parser.parse_args()
@@ -96,6 +99,8 @@ def main() -> int:
         played = {(row.fault, row.node, row.number) for row in rows if row.seed == options.seed}
         todo = [case for case in series(options.seed, options.runs, options.only) if case.name not in played]
         with SERVERS:
+            if options.server:
+                os.environ[SERVER] = f"{SERVERS.enter_context(prefect_server(options.folder)).url}/api"
             rows += _told(_play_all(todo, options.seed, options.folder), len(todo), told)
     print(table(rows))
     return 1 if any(row.outcome != "ok" for row in rows) else 0
