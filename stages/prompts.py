@@ -19,6 +19,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import NOT_FETCHED, Config, Stage, StageContext
 from draftsmith.stages.prompting.files import local_files, remote_versions
 from draftsmith.stages.prompting.held_out import HELDOUT_SHARE
+from draftsmith.stages.prompting.rows import Message
 from draftsmith.stages.prompting.sources import (
     SPLITS,
     Candidate,
@@ -27,7 +28,7 @@ from draftsmith.stages.prompting.sources import (
     PromptSource,
     Split,
 )
-from draftsmith.stages.prompting.supplies import Supply, Supplying, supplies
+from draftsmith.stages.prompting.supplies import ReadIds, Supply, Supplying, supplies
 from draftsmith.stages.prompting.template import token_ids
 
 __all__ = ["STAGE", "PromptsConfig"]
@@ -142,7 +143,7 @@ def run(context: StageContext, config: PromptsConfig) -> None:
     from draftsmith.artifacts.parquet import TableWriter
     from draftsmith.artifacts.schemas import PROMPTS
     from draftsmith.stages.prompting.tokenised import Tokenised
-    from draftsmith.stages.targets.info import model_path
+    from draftsmith.stages.targets.info import model_path, read_target_info
     from draftsmith.stages.targets.resolve import load_tokenizer
 
     preflight(config, context.inputs["target"])
@@ -160,13 +161,21 @@ def run(context: StageContext, config: PromptsConfig) -> None:
     ):
 
         def ids_of(candidate: Candidate) -> list[int]:
+            if candidate.token_ids is not None:
+                return candidate.token_ids
             ids, _, _ = kept.of(
                 candidate.text_hash, lambda: (token_ids(tokenizer, candidate, config.chat_template_kwargs), [], "")
             )
             return ids
 
         common = Supplying(
-            config.system, config.seed, _looked_at(config), config.heldout_share, config.max_bad_share, listed
+            config.system,
+            config.seed,
+            _looked_at(config),
+            config.heldout_share,
+            config.max_bad_share,
+            listed,
+            _reader_of_ids(tokenizer, read_target_info(context.inputs["target"]).vocab_size, config),
         )
         taken = [supplies(source, common) for source in config.sources]
         rows: list[dict[str, Any]] = []
@@ -194,6 +203,21 @@ def run(context: StageContext, config: PromptsConfig) -> None:
         too_long_skipped=drawn.too_long,
         rows_set_aside=drawn.set_aside.total(),
     )
+
+
+def _reader_of_ids(tokenizer: Any, vocab_size: int, config: PromptsConfig) -> ReadIds:
+    from draftsmith.stages.prompting.unrendered import Unrendered
+
+    unrendered = Unrendered(tokenizer, config.chat_template_kwargs)
+
+    def read(ids: list[int]) -> list[Message]:
+        if max(ids) >= vocab_size:
+            raise DraftsmithError(
+                f"token id {max(ids)} outside the target's vocabulary of {vocab_size}: is it another model's log?"
+            )
+        return unrendered.messages(ids)
+
+    return read
 
 
 def _shares(taken: list[list[Supply]], split: Split, config: PromptsConfig) -> list[tuple[Supply, int]]:

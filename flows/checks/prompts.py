@@ -171,9 +171,10 @@ def _check_files(found: Findings, name: str, source: JsonlSource, config: Prompt
     whole = len(known) == len(files) and sum(known) <= _COUNTED_BYTES
     share = source.heldout_share or config.heldout_share
     aside = Aside("prompts.max_bad_share", config.max_bad_share)
-    rows = held_out = 0
-    for _, messages in file_rows(source, aside):
+    rows = held_out = unread = 0
+    for _, messages, ids in file_rows(source, aside):
         rows += 1
+        unread += ids is not None
         held_out += place(identity(messages)) < share
         if not whole:
             found.ok(name, f"{source.path} can be read; too large to count here")
@@ -181,8 +182,8 @@ def _check_files(found: Findings, name: str, source: JsonlSource, config: Prompt
     if aside.bad:
         found.warn(name, f"{source.path}: {aside.bad} of {aside.rows} rows cannot be read and will be set aside")
     _enough(found, name, source.path, rows, _share(config, source), filtered=False)
-    if source.suffix:
-        return  # the class is that of the text with its suffix: the stage counts
+    if source.suffix or unread:
+        return  # the class is that of the text with its suffix, or of decoded token ids: the stage counts
     measured = _share(config, source, ("heldout", "validation"))
     if held_out < measured:
         raise DraftsmithError(

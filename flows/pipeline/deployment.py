@@ -100,8 +100,10 @@ def deploy(
 
 
 def parameters(config: RunOptions, force: Sequence[str]) -> dict[str, Any]:
-    """Of the flow: what the file says, and no more; the rest are defaults, which the form shows."""
-    return {"config": config.model_dump(mode="json", exclude_unset=True), "force": list(force)}
+    """Of the flow: what the file says, and no more; the rest are defaults, which the form shows. A window of `7d` stays
+    one: every run means its own time by it."""
+    said = config.model_dump(mode="json", exclude_unset=True, context={"as_written": True})
+    return {"config": said, "force": list(force)}
 
 
 def _pool(client: SyncPrefectClient, name: str) -> WorkPool:

@@ -20,7 +20,7 @@ from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.measure.drift import DriftConfig
 from draftsmith.stages.measure.gate import GateConfig
 from draftsmith.stages.mining import MiningConfig
-from draftsmith.stages.prompting.sources import SPLITS
+from draftsmith.stages.prompting.sources import SPLITS, JsonlSource
 from draftsmith.stages.prompting.times import LAST
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.report import ReportConfig
@@ -31,6 +31,7 @@ from draftsmith.stages.training.on_policy.config import OpdConfig
 
 # held-out prompts of a refresh from logs alone: enough for an interval of a few percent
 _OF_LOGS = {"train": 0, "validation": 16, "heldout": 128, "max_prompt_tokens": 2048, "too_long": "skip"}
+_READ_ALIKE = ("max_prompt_tokens", "max_bad_share", "chat_template_kwargs")  # a prompt is the same in both sections
 
 
 class RefreshOptions(Config):
@@ -74,14 +75,18 @@ class RefreshConfig(RunOptions):
     @model_validator(mode="before")
     @classmethod
     def _from_logs_alone(cls, data: Any) -> Any:
-        """What is left out beside logs: held-out prompts are rows of the logs, sampled as the answers were."""
+        """What is left out beside logs: held-out prompts are rows of the logs, new ones first, sampled as the answers
+        were."""
         if not isinstance(data, dict) or not isinstance(data.get("logs"), dict):
             return data
         logs, made = data["logs"], dict(data)
         paths = logs.get("paths")
         if "prompts" not in data and paths:
-            sources = [{"kind": "jsonl", "path": path} for path in ([paths] if isinstance(paths, str) else paths)]
-            made["prompts"] = {"sources": sources, **_OF_LOGS}
+            when = {name: logs[name] for name in ("since", "time_field") if logs.get(name) is not None}
+            read = {name: logs[name] for name in _READ_ALIKE if logs.get(name) is not None}
+            each = [paths] if isinstance(paths, str) else paths
+            sources = [{"kind": "jsonl", "path": path, **when} for path in each]
+            made["prompts"] = {"sources": sources, **_OF_LOGS, **read}
         sampled = {"temperature": logs.get("temperature", 0), "top_p": logs.get("top_p", 1)}
         left_out: dict[str, Any] = {"heldout": {"splits": ["validation", "heldout"]}, "evaluation": {}}
         for section, fields in left_out.items():
@@ -110,11 +115,20 @@ class RefreshConfig(RunOptions):
         return self
 
     @model_validator(mode="after")
+    def _a_champion_is_of_a_line(self) -> RefreshConfig:
+        if self.registry is None and self.sft.init_from == CHAMPION:
+            raise ValueError("sft.init_from: `champion` needs section registry, which names the line")
+        return self
+
+    @model_validator(mode="after")
     def _what_was_read_is_known(self) -> RefreshConfig:
-        if self.registry is None and self.logs is not None:
-            if self.logs.since == LAST:
-                raise ValueError("logs.since: `last` needs section registry, whose champion says what was read")
-            if self.logs.replay_share:
+        if self.registry is None:
+            needs = "`last` needs section registry, whose champion says what was read"
+            if self.logs is not None and self.logs.since == LAST:
+                raise ValueError(f"logs.since: {needs}")
+            if _since_last(self.prompts):
+                raise ValueError(f"prompts.sources: since: {needs}")
+            if self.logs is not None and self.logs.replay_share:
                 raise ValueError(
                     "logs.replay_share: needs section registry, whose champion says what it was trained on"
                 )
@@ -152,6 +166,21 @@ class RefreshConfig(RunOptions):
             if name not in known:
                 raise ValueError(f"stages.time_limits.{name}: no such node, use one of: {', '.join(sorted(known))}")
         return self
+
+
+def _since_last(prompts: PromptsConfig) -> bool:
+    return any(isinstance(source, JsonlSource) and source.since == LAST for source in prompts.sources)
+
+
+def prompts_since(prompts: PromptsConfig, read_until: str | None) -> PromptsConfig:
+    """With the time that `last` means, in place of it."""
+    sources = [
+        source.model_copy(update={"since": read_until})
+        if isinstance(source, JsonlSource) and source.since == LAST
+        else source
+        for source in prompts.sources
+    ]
+    return prompts.model_copy(update={"sources": sources})
 
 
 CHAMPION = "champion"  # of `sft.init_from`: that of the registry, as it is where nothing is said

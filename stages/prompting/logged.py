@@ -11,7 +11,7 @@ from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.prompting.files import Row
-from draftsmith.stages.prompting.rows import Message, is_unicode, row_messages
+from draftsmith.stages.prompting.rows import PROMPT_IDS, Message, is_unicode, row_ids, row_messages
 from draftsmith.stages.prompting.sources import Candidate
 from draftsmith.stages.prompting.template import token_ids
 from draftsmith.stages.prompting.tokenised import Made, Tokenised
@@ -21,7 +21,7 @@ SHAPES = (
     '{"prompt_token_ids": [...], "completion_token_ids": [...]}'
 )
 _HOTTEST = 1e6  # no sampling temperature is above
-_TOKEN_FIELDS = ("prompt_token_ids", "completion_token_ids")
+_TOKEN_FIELDS = (PROMPT_IDS, "completion_token_ids")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def logged_ids(row: LoggedRow) -> tuple[list[int], list[int]] | None:
     """Prompt and answer of a row of token ids, None for one of text. Raises DraftsmithError for another shape."""
     if not any(row.fields.get(name) is not None for name in _TOKEN_FIELDS):
         return None
-    prompt, response = (_ids(row, name) for name in _TOKEN_FIELDS)
+    prompt, response = (row_ids(row.fields, name, row.where) for name in _TOKEN_FIELDS)
     return prompt, response
 
 
@@ -159,15 +159,3 @@ class Reader:
     def _decode(self, ids: list[int]) -> str:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
-
-
-def _ids(row: LoggedRow, name: str) -> list[int]:
-    value = row.fields.get(name)
-    if not isinstance(value, list):
-        raise DraftsmithError(f"{row.where}: {name} must be a list of token ids: correct the row")
-    if not value or (set(map(type, value)) == {int} and min(value) >= 0):  # of thousands: without a loop here
-        return value
-    for index, token in enumerate(value):
-        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-            raise DraftsmithError(f"{row.where}: {name}[{index}] is {token!r}, not a token id: correct the row")
-    return value

@@ -6,23 +6,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, SerializationInfo, field_serializer, field_validator, model_validator
 
 from draftsmith.stages.contract import Config
 from draftsmith.stages.prompting.files import local_files, remote_versions
-from draftsmith.stages.prompting.times import absolute, as_time, iso
+from draftsmith.stages.prompting.times import Beginning, as_text, as_time, dumped, iso
 
 _PATHS = "logs.paths"
 
 
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
-
-
-def _as_text(value: object) -> object:
-    """YAML reads a date or a time as one."""
-    time = None if isinstance(value, str | int | float) else as_time(value)
-    return value if time is None else iso(time)
 
 
 def _quota(value: Any) -> Any:
@@ -52,14 +46,14 @@ class LogsConfig(Config):
         "is taken to have this one. 0 = greedy",
     )
     top_p: float = Field(default=1.0, gt=0, le=1, description="of the answers; written down, not checked")
-    since: Annotated[str, BeforeValidator(_as_text)] | None = Field(
+    since: Annotated[str, BeforeValidator(as_text)] | None = Field(
         default=None,
         description="only rows from this time on: 7d, 12h, an ISO date or time, or `last`: behind what the champion's "
         "refresh has read (all of them where there is no champion yet). 7d and 12h become the time that they mean when "
-        "the config is read: a midnight for days, a full hour for hours (UTC), so that a run that is planned again on "
-        "that day or in that hour is the same run",
+        "the config is read, of a deployment in every run: a midnight for days, a full hour for hours (UTC), so that a "
+        "run that is planned again on that day or in that hour is the same run",
     )
-    after: Annotated[str, BeforeValidator(_as_text)] | None = Field(
+    after: Annotated[str, BeforeValidator(as_text)] | None = Field(
         default=None, description="only rows later than this ISO time; what `since: last` becomes when the plan is made"
     )
     time_field: str | None = Field(
@@ -114,7 +108,11 @@ class LogsConfig(Config):
     @field_validator("since")
     @classmethod
     def _becomes_absolute(cls, since: str | None) -> str | None:
-        return None if since is None else absolute(since, datetime.now(UTC))
+        return None if since is None else Beginning.of(since, datetime.now(UTC))
+
+    @field_serializer("since")
+    def _as_it_is_dumped(self, since: str | None, info: SerializationInfo) -> str | None:
+        return dumped(since, info)
 
     @field_validator("after")
     @classmethod

@@ -23,7 +23,18 @@ _ROLES = {
     "tool": "tool",
     "function": "tool",
 }
+PROMPT_IDS = "prompt_token_ids"
+_TEXTS = ("messages", "conversations", "prompt")
 _SHAPES = '{"messages": [{"role", "content"}]}, {"conversations": [{"from", "value"}]} or {"prompt": text or messages}'
+
+
+def prompt_ids(row: Mapping[str, Any], field: str | None, where: str) -> list[int] | None:
+    """The prompt of a row that has it as token ids alone, as logs may; None for one of text."""
+    if field is not None or row.get(PROMPT_IDS) is None or any(row.get(name) is not None for name in _TEXTS):
+        return None
+    if not (ids := row_ids(row, PROMPT_IDS, where)):
+        raise DraftsmithError(f"{where}: {PROMPT_IDS} is empty: remove the row")
+    return ids
 
 
 def row_messages(row: Mapping[str, Any], field: str | None, where: str) -> list[Message]:
@@ -36,7 +47,7 @@ def row_messages(row: Mapping[str, Any], field: str | None, where: str) -> list[
             raise DraftsmithError(f"{where}: no field {field}: set field to one of {', '.join(sorted(row)) or 'none'}")
         name = field
     else:
-        found = [name for name in ("messages", "conversations", "prompt") if row.get(name) is not None]
+        found = [name for name in _TEXTS if row.get(name) is not None]
         if not found:
             known = ", ".join(sorted(row)) or "nothing"
             raise DraftsmithError(f"{where}: none of the shapes {_SHAPES}; it has {known}: set the source's field")
@@ -47,6 +58,19 @@ def row_messages(row: Mapping[str, Any], field: str | None, where: str) -> list[
     if not any(message["role"] == "user" for message in messages):
         raise DraftsmithError(f"{where}: {name} has no user message: remove the row or add one")
     return messages
+
+
+def row_ids(row: Mapping[str, Any], name: str, where: str) -> list[int]:
+    """A field of token ids. Raises DraftsmithError for anything else."""
+    value = row.get(name)
+    if not isinstance(value, list):
+        raise DraftsmithError(f"{where}: {name} must be a list of token ids: correct the row")
+    if not value or (set(map(type, value)) == {int} and min(value) >= 0):  # of thousands: without a loop here
+        return value
+    for index, token in enumerate(value):
+        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+            raise DraftsmithError(f"{where}: {name}[{index}] is {token!r}, not a token id: correct the row")
+    return value
 
 
 def is_unicode(*texts: str) -> bool:

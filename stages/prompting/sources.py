@@ -6,15 +6,17 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, SerializationInfo, field_serializer, field_validator
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Config
 from draftsmith.stages.prompting.held_out import identity
 from draftsmith.stages.prompting.rows import Message
+from draftsmith.stages.prompting.times import Beginning, as_text, as_time, dumped
 
 Split = Literal["train", "validation", "heldout"]
 # Held-out prompts are drawn first: a text that comes up twice stays there and is not trained on.
@@ -87,7 +89,8 @@ class ProceduralSource(_SourceBase):
 class JsonlSource(_RowSource):
     """Files of rows: JSON Lines, plain or compressed, or Parquet. Each row goes into at most one split.
 
-    Their order is by a hash of seed and text: a file that grows goes on giving what it has given.
+    Their order is by a hash of seed and text: a file that grows goes on giving what it has given. Rows of
+    `prompt_token_ids` alone are prompts as they are.
     """
 
     kind: Literal["jsonl"] = "jsonl"
@@ -95,6 +98,26 @@ class JsonlSource(_RowSource):
         min_length=1,
         description="a file, folder or glob, relative to the current directory, or an address for fsspec such as s3://…",
     )
+    since: Annotated[str, BeforeValidator(as_text)] | None = Field(
+        default=None,
+        description="prompts of rows from this time on are drawn first, older ones (newest first) only where these are "
+        "too few: 7d, 12h, an ISO date or time, or `last`, as in section logs",
+    )
+    time_field: str | None = Field(default=None, description="field with a row's time, as in section logs")
+
+    @field_validator("since")
+    @classmethod
+    def _becomes_absolute(cls, since: str | None) -> str | None:
+        return None if since is None else Beginning.of(since, datetime.now(UTC))
+
+    @field_serializer("since")
+    def _as_it_is_dumped(self, since: str | None, info: SerializationInfo) -> str | None:
+        return dumped(since, info)
+
+    @property
+    def since_time(self) -> datetime | None:
+        """None too where `last` means nothing yet."""
+        return None if self.since is None else as_time(self.since)
 
 
 class HuggingFaceSource(_RowSource):
@@ -133,6 +156,7 @@ class Candidate:
     source: str
     messages: list[Message]
     where: str
+    token_ids: list[int] | None = None  # of a log that has them in place of text
 
     @property
     def text_hash(self) -> str:

@@ -15,7 +15,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.prompting.aside import Aside
 from draftsmith.stages.prompting.files import BadRow, Row, matched, read_rows
 from draftsmith.stages.prompting.held_out import HELDOUT_SHARE, place
-from draftsmith.stages.prompting.rows import Message, is_unicode, row_messages
+from draftsmith.stages.prompting.rows import Message, is_unicode, prompt_ids, row_messages
 from draftsmith.stages.prompting.sources import (
     SPLITS,
     Candidate,
@@ -26,6 +26,7 @@ from draftsmith.stages.prompting.sources import (
     ReasoningGymSource,
     Split,
 )
+from draftsmith.stages.prompting.times import row_time
 from draftsmith.stages.targets.hub import hub_answered, hub_reason
 
 _PROCEDURAL_SEED = 1_000  # behind the seeds of the text that targets are trained on
@@ -33,6 +34,7 @@ _SEEDS_PER_SPLIT = 1_000_000  # a procedural task takes its item i from seed + i
 
 Draw: TypeAlias = Callable[[Split], Iterator[Candidate]]
 Finish: TypeAlias = Callable[[str, list[Message], str], Candidate]
+ReadIds: TypeAlias = Callable[[list[int]], list[Message]]  # a prompt's messages; raises DraftsmithError
 
 
 class Supply:
@@ -82,6 +84,7 @@ class Supplying:
     heldout_share: float = HELDOUT_SHARE
     max_bad_share: float = 0.0
     listed: TextIO | None = None  # takes the rows that were set aside
+    read_ids: ReadIds | None = None  # without it, rows of token ids have no messages
 
 
 def supplies(source: PromptSource, common: Supplying) -> list[Supply]:
@@ -107,7 +110,7 @@ def supplies(source: PromptSource, common: Supplying) -> list[Supply]:
             return [Supply(label, draw, share) for label, draw in draws]
         case JsonlSource():
             aside = Aside("prompts.max_bad_share", common.max_bad_share, common.listed)
-            rows = iter(_file_candidates(source, finish, common.seed, aside))
+            rows = iter(_file_candidates(source, finish, common, aside, as_they_are=not (source.suffix or system)))
             return [Supply(source.path, lambda _split: rows, share, one_stream=True, aside=aside)]
         case HuggingFaceSource():
             aside = Aside("prompts.max_bad_share", common.max_bad_share, common.listed)
@@ -160,8 +163,11 @@ def _family_draw(family: str, source: ProceduralSource, finish: Finish, seed: in
     return draw
 
 
-def file_rows(source: JsonlSource, aside: Aside) -> Iterator[tuple[Row, list[Message]]]:
-    """Rows that the filter lets through, with their prompts; the others are counted in `aside`, which is checked."""
+def file_rows(
+    source: JsonlSource, aside: Aside, read_ids: ReadIds | None = None
+) -> Iterator[tuple[Row, list[Message], list[int] | None]]:
+    """Rows that the filter lets through, with their prompts, and these as token ids where a row has no text; the others
+    are counted in `aside`, which is checked. Without `read_ids` prompts of token ids have no messages."""
     for row in read_rows(matched([source.path], "prompts.sources")):
         aside.rows += 1
         if isinstance(row, BadRow):
@@ -169,26 +175,53 @@ def file_rows(source: JsonlSource, aside: Aside) -> Iterator[tuple[Row, list[Mes
             continue
         try:
             kept = source.keeps(row.fields, row.where)
-            messages = row_messages(row.fields, source.field, row.where) if kept else []
+            ids = prompt_ids(row.fields, source.field, row.where) if kept else None
+            if ids is not None:
+                messages = read_ids(ids) if read_ids is not None else []
+            else:
+                messages = row_messages(row.fields, source.field, row.where) if kept else []
         except DraftsmithError as error:
             aside.unreadable(BadRow(row.file, row.number, str(error).removeprefix(f"{row.where}: ")))
             continue
         if not is_unicode(*(message["content"] for message in messages)):
             aside.unreadable(BadRow(row.file, row.number, "not valid Unicode (half a surrogate pair): correct the row"))
         elif kept:
-            yield row, messages
+            yield row, messages, ids
     aside.check()
 
 
-def _file_candidates(source: JsonlSource, finish: Finish, seed: int, aside: Aside) -> list[Candidate]:
-    label = source.label or Path(source.path).name
-    candidates = [finish(label, messages, row.where) for row, messages in file_rows(source, aside)]
+def _file_candidates(
+    source: JsonlSource, finish: Finish, common: Supplying, aside: Aside, *, as_they_are: bool
+) -> list[Candidate]:
+    """as_they_are: nothing is added to a prompt, so that its token ids stay what they are."""
+    label, seed = source.label or Path(source.path).name, common.seed
+    candidates: list[tuple[tuple[float, ...], Candidate]] = []
+    for row, messages, ids in file_rows(source, aside, common.read_ids):
+        if ids is not None and as_they_are:
+            candidate = Candidate(label, messages, row.where, ids)
+        else:
+            candidate = finish(label, messages, row.where)
+        candidates.append((_age(source, row), candidate))
     if not candidates and source.filter:
         raise DraftsmithError(f"{source.path}: no row passes the filter {source.filter}: correct it")
     if not candidates:
         raise DraftsmithError(f"{source.path}: the file is empty: give a JSON Lines file with one prompt a line")
     drawn = f"{seed} {source.seed}"
-    return sorted(candidates, key=lambda each: hashlib.sha256(f"{drawn} {each.text_hash}".encode()).digest())
+
+    def order(each: tuple[tuple[float, ...], Candidate]) -> tuple[tuple[float, ...], bytes]:
+        return each[0], hashlib.sha256(f"{drawn} {each[1].text_hash}".encode()).digest()
+
+    return [candidate for _, candidate in sorted(candidates, key=order)]
+
+
+def _age(source: JsonlSource, row: Row) -> tuple[float, ...]:
+    """Its place by time: those inside the window are equal, behind them the newest is first, and last those without."""
+    if (since := source.since_time) is None:
+        return ()
+    time = row_time(row.fields, source.time_field)
+    if time is None:
+        return (2.0,)
+    return (0.0,) if time >= since else (1.0, -time.timestamp())
 
 
 def _dataset_candidates(source: HuggingFaceSource, finish: Finish, seed: int, aside: Aside) -> Iterator[Candidate]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
-from typing import Any
+from typing import Any, Self
+
+from pydantic import SerializationInfo
 
 TIME_FIELDS = ("timestamp", "created", "created_at", "time")
 LAST = "last"  # a window that begins behind what an earlier refresh has read: whoever runs refreshes says where
@@ -56,9 +58,36 @@ def _utc(time: datetime) -> datetime:
     return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
 
 
+def as_text(value: object) -> object:
+    """Of a config's field: YAML reads a date or a time as one. Anything else stays what it is."""
+    time = None if isinstance(value, str | int | float) else as_time(value)
+    return value if time is None else iso(time)
+
+
 def iso(time: datetime) -> str:
     """As it stands in configs and artifacts: UTC with a Z."""
     return time.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
+class Beginning(str):
+    """Where a window begins, as ISO text or `last`, that remembers how it was written: in a schedule `7d` means another
+    time in every run."""
+
+    written: str
+
+    @classmethod
+    def of(cls, window: str, now: datetime) -> Self:
+        """Raises ValueError with what is expected."""
+        made = cls(absolute(window, now))
+        made.written = window.strip()
+        return made
+
+
+def dumped(window: str | None, info: SerializationInfo) -> str | None:
+    """As a config is dumped: the time that it meant; what was written in the context `as_written`, for runs to come."""
+    if isinstance(window, Beginning) and (info.context or {}).get("as_written"):
+        return window.written
+    return None if window is None else str(window)
 
 
 def absolute(window: str, now: datetime) -> str:

@@ -58,6 +58,19 @@ def test_the_server_accepts_every_config_as_the_parameters_of_its_flow(path: Pat
     assert RefreshConfig.model_validate(sent["config"]) == config
 
 
+def test_a_window_of_days_is_one_of_every_run() -> None:
+    from draftsmith.flows.pipeline.deployment import parameters
+    from draftsmith.flows.refresh.config import RefreshConfig, load_config
+
+    config = load_config(ROOT / "configs" / "weekly.yaml")
+    assert config.logs is not None and config.logs.since is not None and config.logs.since.endswith("T00:00:00Z")
+    sent = parameters(config, [])["config"]
+    assert sent["logs"]["since"] == sent["prompts"]["sources"][0]["since"] == "7d"
+    began = config.model_dump(mode="json")["logs"]["since"]
+    assert type(began) is str and began == config.logs.since, "what a stage is sent, and what its key says"
+    assert RefreshConfig.model_validate(sent) == config
+
+
 @pytest.mark.parametrize("path", sorted(POOLS.glob("*.json")), ids=lambda path: path.stem)
 def test_a_pool_template_uses_the_variables_that_it_has(path: Path) -> None:
     template = json.loads(path.read_text())

@@ -11,7 +11,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store import Store
 from draftsmith.flows.pipeline.graph import Status, external_digests, in_order, plan
 from draftsmith.flows.pipeline.options import TimeLimit
-from draftsmith.flows.refresh.config import RefreshConfig, control_config, load_config
+from draftsmith.flows.refresh.config import RefreshConfig, control_config, load_config, prompts_since
 from draftsmith.flows.refresh.graph import REFRESH, refresh_nodes
 from draftsmith.stages.champion import ChampionConfig
 from tests.flows.pipeline.processes import ROOT
@@ -218,6 +218,17 @@ def test_logs_alone_make_a_refresh(tmp_path: Path) -> None:
     assert [node.name for node in in_order(refresh_nodes(config))] == [
         *("target", "prompts", "heldout", "logs", "sft", "mining", "opd", "control", "evaluation", "gate", "report"),
     ]
-    path.write_text(path.read_text() + "evaluation: {rounds: 7}\n")
+    assert source.model_dump()["since"] is None
+    text = path.read_text()
+    more = "since: 2026-03-01, time_field: at, max_bad_share: 0.2, chat_template_kwargs: {enable_thinking: false}"
+    path.write_text(text.replace("temperature: 0.7", f"temperature: 0.7, {more}"))
+    prompts = load_config(path).prompts
+    (source,) = prompts.sources
+    assert (source.model_dump()["since"], source.model_dump()["time_field"]) == ("2026-03-01T00:00:00Z", "at")
+    assert (prompts.max_bad_share, prompts.chat_template_kwargs) == (0.2, {"enable_thinking": False})
+    path.write_text(text.replace("temperature: 0.7", "temperature: 0.7, since: last"))
+    (source,) = prompts_since(load_config(path).prompts, "2026-03-05T00:00:00Z").sources
+    assert source.model_dump()["since"] == "2026-03-05T00:00:00Z"
+    path.write_text(text + "evaluation: {rounds: 7}\n")
     evaluation = load_config(path).evaluation
     assert (evaluation.rounds, evaluation.sampling.temperature) == (7, 0.7)

@@ -111,6 +111,41 @@ def test_a_folder_of_every_format_is_one_source(target: Path, tmp_path: Path) ->
     assert len(config.external_files()) == 4
 
 
+def test_prompts_of_a_log_without_text_stay_the_ids_that_were_logged(target: Path, tmp_path: Path) -> None:
+    as_text = run(target, tmp_path / "1", questions(tmp_path / "a.jsonl", 60), train=20, heldout=4, heldout_share=0.2)
+    logged = [{"prompt_token_ids": row["token_ids"], "completion_token_ids": [1, 2]} for row in as_text]
+    log = write_rows(tmp_path / "log.jsonl", [*logged, {"prompt_token_ids": []}, {"prompt_token_ids": [10**6]}])
+    rows = run(target, tmp_path / "2", log, train=20, heldout=4, heldout_share=0.2, max_bad_share=0.1)
+    assert {tuple(row["token_ids"]) for row in rows} == {tuple(row["token_ids"]) for row in as_text}
+    assert measured(rows) == measured(as_text), "of one class as text and as ids"
+    listed = [
+        json.loads(line)["reason"] for line in (tmp_path / "2" / "out" / "set_aside.jsonl").read_text().splitlines()
+    ]
+    assert "prompt_token_ids is empty" in listed[0] and "outside the target's vocabulary" in listed[1]
+    (with_suffix, *_) = run(
+        target, tmp_path / "3", [{"kind": "jsonl", "path": str(log), "suffix": " Explain."}],
+        train=1, heldout=1, max_bad_share=0.1, heldout_share=0.5,
+    )  # fmt: skip
+    assert with_suffix["messages"][-1]["content"].endswith(" Explain.")
+    assert with_suffix["token_ids"] not in [row["token_ids"] for row in as_text]
+
+
+def test_new_rows_come_first_and_old_ones_only_where_these_are_too_few(target: Path, tmp_path: Path) -> None:
+    days = [f"2026-03-{day:02}" for day in range(1, 29)]
+    rows = [{"prompt": f"Question {number} of {day}", "when": day} for day in days for number in range(3)]
+    path = write_rows(tmp_path / "log.jsonl", [*rows, {"prompt": "Question without a day"}])
+
+    def taken(count: int, since: str | None) -> list[str]:
+        source = {"kind": "jsonl", "path": str(path), "since": since, "time_field": "when"}
+        found = run(target, tmp_path / f"{count}-{since}", [source], train=0, heldout=count, heldout_share=1)
+        return [row["messages"][0]["content"][-10:] for row in found]
+
+    assert set(taken(9, "2026-03-26")) == set(days[25:])
+    assert [*dict.fromkeys(taken(15, "2026-03-26")[9:])] == [days[24], days[23]], "then the newest of the others"
+    assert taken(85, "2026-03-26")[-1] == "hout a day"
+    assert len(set(taken(9, None))) > 3
+
+
 def test_bad_rows_are_set_aside_up_to_a_share(target: Path, tmp_path: Path) -> None:
     bad: list[Any] = [{"text": "no prompt"}, {"prompt": "half a pair \ud83d"}]
     path = write_rows(tmp_path / "a.jsonl", [*[{"prompt": f"Question {number}"} for number in range(97)], *bad])
