@@ -12,8 +12,10 @@ from __future__ import annotations
 import getpass
 import json
 import platform
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 _TAG, _EVENT, _DRIFT = "draftsmith.", "draftsmith.event.", "draftsmith.drift."
 _IDENTITY = ("stage", "key", "content_id")
+_DRAFTER = "drafter"  # the folder of a version's artifact that servers load, and of its copy in MLflow
+_STALE_S = 60.0
 
 
 class ChampionMovedError(DraftsmithError):
@@ -60,6 +64,11 @@ class Version:
         from urllib.parse import unquote, urlparse
 
         return Path(unquote(urlparse(self.source).path))
+
+    @property
+    def uploaded(self) -> str:
+        """Where MLflow's artifact store has its drafter (`runs:/ID/drafter`); empty if it was not uploaded."""
+        return self.tags.get("uploaded", "")
 
     def figures(self) -> dict[str, Any]:
         """What it was worth at its promotion (`tag figures`), empty where nothing was measured."""
@@ -151,7 +160,7 @@ class Registry:
         """The artifact as a version of the line, which is made if need be; the same content is registered once.
 
         Tags of a version that is there already are brought up to date. upload: its drafter also goes into MLflow's
-        artifact store (of the run `run_id`), for servers that do not share the store.
+        artifact store (of the run `run_id`), for machines that do not share the store: `download` fetches it there.
         """
         self._tracking.must_write()
         known = next((each for each in reversed(self.versions(line)) if each.content_id == ref.content_id), None)
@@ -160,24 +169,36 @@ class Registry:
             if known is None:
                 if self._model(client, line) is None:
                     client.create_registered_model(line, description="A line of drafters, kept by Draftsmith.")
-                source = ref.uri
-                if upload and run_id is not None:
-                    client.log_artifacts(run_id, str(ref.path / "drafter"), "drafter")
-                    identity["uploaded"] = f"runs:/{run_id}/drafter"
-                elif self._tracking.uri.startswith(("http://", "https://")):
-                    source = f"draftsmith-store:{ref.path}"  # a server refuses paths of files that are not its own
+                # a server refuses paths of files that are not its own
+                elsewhere = self._tracking.uri.startswith(("http://", "https://"))
+                source = f"draftsmith-store:{ref.path}" if elsewhere else ref.uri
                 # with its identity at once: a version that a killed run left without would be registered again
                 known_by = {f"{_TAG}{name}": value for name, value in identity.items()}
                 made = client.create_model_version(line, source=source, run_id=run_id, tags=known_by)
                 number = int(made.version)
             else:
                 number = known.number
+            if upload and run_id is not None and (known is None or not known.uploaded):
+                client.log_artifacts(run_id, str(ref.path / _DRAFTER), _DRAFTER)
+                identity["uploaded"] = f"runs:/{run_id}/{_DRAFTER}"
             for name, value in {**identity, **tags}.items():
                 client.set_model_version_tag(line, str(number), f"{_TAG}{name}", value)
             if "decision" in tags:
                 client.update_model_version(line, str(number), description=tags["decision"])
             client.set_registered_model_alias(line, CHALLENGER, str(number))
             return self._version(client, line, number)
+
+    def download(self, version: Version, folder: Path) -> None:
+        """The drafter that was uploaded with a version, as `folder`, which appears whole or not at all."""
+        _, _, place = version.uploaded.partition("runs:/")
+        run_id, _, name = place.partition("/")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with self._client() as client, tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as scratch:
+            copied = Path(client.download_artifacts(run_id, name, scratch))
+            with suppress(OSError):  # another process was faster
+                copied.rename(folder)
+            if not folder.is_dir():
+                raise DraftsmithError(f"{folder}: cannot be written: see that the disk is there")
 
     def promote(self, version: Version, *, expected: Version | None, why: str, what: str = "promoted") -> None:
         """Make a version the champion, and the champion the previous one.
@@ -187,7 +208,7 @@ class Registry:
         """
         self._tracking.must_write()
         lock = self._tracking.folder / "registry" / f".lock-{version.line}"
-        with locked(lock, run=f"promotion of {version}"), self._client() as client:
+        with locked(lock, run=f"promotion of {version}"), self._client() as client, self._alone(client, version.line):
             model = self._model(client, version.line)
             now = None if model is None else model.aliases.get(CHAMPION)
             before = None if now is None else int(now)
@@ -242,6 +263,39 @@ class Registry:
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise RetryableError(f"MLflow's model registry failed ({reason}): see that MLflow is there") from error
+
+    @contextmanager
+    def _alone(self, client: MlflowClient, line: str) -> Iterator[None]:
+        """One promotion of a line at a time over all homes that use this MLflow, whose database alone they share.
+
+        Held is a registered model of a name of its own: a name is there once, whoever asks. What a killed process left
+        behind is taken away when it was there for longer than any promotion takes.
+        """
+        from mlflow.exceptions import MlflowException
+
+        if self._tracking.uri == self._tracking.default_uri:  # of this home alone, whose lock is held
+            yield
+            return
+        name, seen, since = f"{line}.promotion", None, time.monotonic()
+        while True:
+            try:
+                client.create_registered_model(name, description="Held for the second that a promotion takes.")
+                break
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            held = self._model(client, name)
+            if held is not None and held.creation_timestamp != seen:  # the clocks of two hosts are not compared
+                seen, since = held.creation_timestamp, time.monotonic()
+            elif time.monotonic() - since > _STALE_S:
+                with suppress(MlflowException):  # another one that waits was faster
+                    client.delete_registered_model(name)
+            time.sleep(0.1)
+        try:
+            yield
+        finally:
+            with suppress(MlflowException):
+                client.delete_registered_model(name)
 
     def _model(self, client: MlflowClient, line: str) -> Any:
         """The registered model with aliases and tags; None if there is none."""

@@ -157,6 +157,8 @@ def _grow(tree: Tree, store: Store, inputs: dict[str, InputEntry], seen: set[str
     for name, entry in inputs.items():
         label = escape(f"{name}: {entry.stage}/{entry.key[:16]}  content {entry.content_id[:16]}")
         made = store.manifest_at(entry.stage, entry.key)
+        if made is not None and {"line", "version"} <= made.config.keys():  # a drafter that came from a registry
+            label += escape(f"  {made.config['line']} version {made.config['version']}")
         if made is None:
             tree.add(f"{label} [red](no longer in the store)[/red]")
         elif entry.key in seen:

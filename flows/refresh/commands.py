@@ -12,7 +12,7 @@ from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.private import for_users
 from draftsmith.artifacts.registry import PREVIOUS, Registry, Version
 from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.refresh.line import folder_of, registry
+from draftsmith.flows.refresh.line import folder_of, registry, uploaded_copy
 from draftsmith.stages.stored import DRAFTER_FOLDER
 
 
@@ -68,7 +68,7 @@ def _move(display: Display, lines: Registry, version: Version, why: str, what: s
     if now is not None and now.number == version.number:
         display.line(f"{version} is the champion already")
         return
-    verify(version)
+    verified(version)
     from_what = "nobody" if now is None else f"version {now.number}"
     if dry_run:
         display.line(f"{version} would become the champion in place of {from_what} (nothing was changed)")
@@ -80,8 +80,7 @@ def _move(display: Display, lines: Registry, version: Version, why: str, what: s
 def export(display: Display, text: str, folder: Path, layout: str = "sglang", *, dry_run: bool) -> None:
     """A verified copy of a version's checkpoint: as it is, which is what SGLang loads, or in vLLM's `speculators`."""
     version = registry().resolve(text)
-    verify(version)
-    source = folder_of(version) / DRAFTER_FOLDER
+    source = verified(version)
     if folder.exists() and any(folder.iterdir()):
         raise DraftsmithError(f"{folder} is not empty: give a new folder")
     size = sum(path.stat().st_size for path in source.iterdir())
@@ -108,6 +107,8 @@ def _export_speculators(version: Version, source: Path, folder: Path) -> None:
     from draftsmith.stages.drafters.export import export_speculators
     from draftsmith.stages.targets.info import model_path, read_target_info
 
+    if not (folder_of(version) / MANIFEST).is_file():
+        raise DraftsmithError(f"{version}: its artifact, which names the target, is not here: mount the store")
     store, made_from = store_of(home()), read_manifest(folder_of(version)).inputs["target"]
     target = store.here(store.path(made_from.stage, made_from.key))
     info = read_target_info(target)
@@ -118,14 +119,21 @@ def _export_speculators(version: Version, source: Path, folder: Path) -> None:
         raise from_os_error(error, f"exporting to {folder}:") from error
 
 
-def verify(version: Version) -> None:
-    """Every file of its artifact is as it was written. Raises DraftsmithError."""
+def verified(version: Version) -> Path:
+    """Its checkpoint on this machine, after every file of its artifact was compared with what was written; of a version
+    that was uploaded, where the store is not here, the copy. Raises DraftsmithError."""
     folder = folder_of(version)
     if not (folder / MANIFEST).is_file():
-        raise DraftsmithError(f"{version}: its artifact {folder} is not here: mount the store that it lies in")
+        if version.uploaded:
+            return uploaded_copy(version)
+        raise DraftsmithError(
+            f"{version}: its artifact {folder} is not here: mount the store that it lies in (`registry.upload` copies "
+            "later versions into MLflow)"
+        )
     ref = read_manifest(folder).ref(folder)
     if ref.content_id != version.content_id:
         raise DraftsmithError(
             f"{version}: {folder} holds other content by now (made again with --force): register it by a refresh"
         )
     store_of(home()).verify(ref)
+    return folder / DRAFTER_FOLDER

@@ -13,7 +13,7 @@ from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.registry import ChampionMovedError, Version
 from draftsmith.flows.pipeline.graph import Conclusion, Node, PlanAgain
 from draftsmith.flows.refresh import hook
-from draftsmith.flows.refresh.config import RefreshConfig
+from draftsmith.flows.refresh.config import RefreshConfig, prompts_since
 from draftsmith.flows.refresh.line import age_days, as_it_stands, check_held_out, log_tags, registry, version_tags
 from draftsmith.stages.champion import RECORD
 from draftsmith.stages.contract import Config
@@ -62,8 +62,8 @@ class RefreshCourse:
         reasons = ["drift is forced"] if "drift" in self.force else []
         if record["target_changed"]:
             reasons.append("the target has changed since its promotion")
-        if (days := age_days(champion)) > config.max_age_days:
-            reasons.append(f"it was promoted {days:.0f} days ago, more than {config.max_age_days:g}")
+        if (days := age_days(self.line.refreshed_at)) > config.max_age_days:
+            reasons.append(f"the last refresh was {days:.0f} days ago, more than {config.max_age_days:g}")
         return reasons + fallen(drift, champion.figures, config.threshold)
 
     # -- promotion -----------------------------------------------------------------------------------------------
@@ -79,9 +79,7 @@ class RefreshCourse:
         expected = self.line.champion
         if (None if before is None else before.number) != (None if expected is None else expected.version):
             raise PlanAgain(f"{self.line.name}: another refresh has promoted version {before.number if before else 0}")
-        version = line.register(
-            self.line.name, ref, tags, run_id=run_id, upload=self.line.upload and decision["promote"]
-        )
+        version = line.register(self.line.name, ref, tags, run_id=run_id, upload=self.line.upload)
         if not decision["promote"]:
             said = f"{version} is not promoted: {decision['sentence']}"
             undecided = decision.get("outcome") == "undecided"
@@ -123,7 +121,7 @@ def resolve(config: RefreshConfig) -> RefreshConfig:
         return config
     check_held_out(config.registry.name, config.prompts)
     line = as_it_stands(config.registry)
-    found: dict[str, Config] = {"registry": line}
+    found: dict[str, Config] = {"registry": line, "prompts": prompts_since(config.prompts, line.read_until)}
     if config.logs is not None and config.logs.since == LAST:
         found["logs"] = config.logs.model_copy(update={"after": line.read_until})
     return config.model_copy(update=found)

@@ -79,13 +79,10 @@ def named_drafter(text: str) -> tuple[str, str]:
         folder = inner if (inner / "config.json").is_file() else folder
         return _plain((folder.parent if folder.name == "drafter" else folder).name), str(folder)
     if "@" in text:
-        from draftsmith.flows.refresh.commands import verify
-        from draftsmith.flows.refresh.line import folder_of, registry
-        from draftsmith.stages.stored import DRAFTER_FOLDER
+        from draftsmith.flows.refresh.commands import verified
+        from draftsmith.flows.refresh.line import registry
 
-        version = registry().resolve(text)
-        verify(version)
-        return _plain(text), str(folder_of(version) / DRAFTER_FOLDER)
+        return _plain(text), str(verified(registry().resolve(text)))
     if text.startswith((".", "/", "~")):
         raise DraftsmithError(f"{text}: no such folder: give a drafter's folder, a hub id, or NAME@champion")
     return _plain(text.replace("/", "-")), text

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from draftsmith.artifacts.registry import Registry
 
 _MOST_POINTS = 300  # of a line's history
-_MOST_SETS = 30  # of a version's figures: a tag holds 5,000 characters
+_MOST_SETS = 24  # of a version's figures: a tag holds 5,000 characters
 _SHARES = "heldout_shares"
+REFRESHED_AT = "refreshed_at"  # a version's tag: when a refresh came to it last
 
 
 class RegistryConfig(Config):
@@ -39,7 +40,7 @@ class RegistryConfig(Config):
 
     name: Annotated[str, Field(pattern=r"^[\w][\w.-]*$", description="registered model in MLflow")]
     upload: Annotated[
-        bool, Field(description="copy promoted weights into MLflow's artifact store too, for servers without the store")
+        bool, Field(description="copy weights into MLflow's artifact store too, for machines without the store")
     ] = False
     champion: Annotated[
         ChampionConfig | None, Field(description="filled in when the plan is made: who serves then")
@@ -50,6 +51,9 @@ class RegistryConfig(Config):
     history: Annotated[
         tuple[dict[str, Any], ...], Field(description="filled in too: what the line's drafters were worth, and when")
     ] = ()
+    refreshed_at: Annotated[
+        str | None, Field(description="filled in too: when a refresh of the line came to its gate last")
+    ] = None
     read_until: Annotated[
         str | None, Field(description="filled in too: time of the newest logged row that its refresh has read")
     ] = None
@@ -72,9 +76,43 @@ def folder_of(version: Version) -> Path:
     return store_of(home()).here(version.path)
 
 
+def checkpoint_of(version: Version) -> Path:
+    """Its drafter: in the store where that is here, else a copy of what was uploaded with it. Not verified."""
+    from draftsmith.artifacts.home import home
+    from draftsmith.artifacts.open_store import store_of
+
+    checkpoint = version.path / DRAFTER_FOLDER
+    if not version.uploaded or checkpoint.is_dir():
+        return checkpoint
+    if store_of(home()).manifest_at(version.stage, version.key) is not None:  # in a bucket, or of the same key here
+        return folder_of(version) / DRAFTER_FOLDER
+    return uploaded_copy(version)
+
+
+def uploaded_copy(version: Version) -> Path:
+    """What was uploaded with a version, in this home. Raises DraftsmithError if it is not what was registered."""
+    import shutil
+
+    from draftsmith.artifacts.home import home
+    from draftsmith.stages.drafters.digest import drafter_digest
+
+    wanted = version.tags.get("drafter_digest", "")
+    folder = home() / "uploaded" / (wanted or version.content_id)[:16] / DRAFTER_FOLDER
+    if not folder.is_dir():
+        registry().download(version, folder)
+    if wanted and drafter_digest(folder) != wanted:
+        shutil.rmtree(folder)
+        raise DraftsmithError(
+            f"{version}: the copy in MLflow's artifact store is not what was registered: run the same command again, "
+            "or mount the store"
+        )
+    return folder
+
+
 def as_it_stands(line: RegistryConfig) -> RegistryConfig:
     """With who serves now, and what was read and learned for it."""
-    version = registry().champion(line.name)
+    known = registry()
+    version = known.champion(line.name)
     found = RegistryConfig(name=line.name, upload=line.upload)
     if version is None:
         return found
@@ -84,6 +122,7 @@ def as_it_stands(line: RegistryConfig) -> RegistryConfig:
             "champion": champion_config(version),
             "answers": EarlierConfig.model_validate_json(answers) if answers else None,
             "history": tuple(history(line.name)),
+            "refreshed_at": max(each.tags.get(REFRESHED_AT) or each.created_at for each in known.versions(line.name)),
             "read_until": version.tags.get("read_until") or None,
         }
     )
@@ -143,7 +182,7 @@ def champion_config(version: Version) -> ChampionConfig:
     return ChampionConfig(
         line=version.line,
         version=version.number,
-        folder=str(version.path / DRAFTER_FOLDER),
+        folder=str(checkpoint_of(version)),
         content_id=version.content_id,
         drafter_digest=version.tags.get("drafter_digest", ""),
         promoted_at=version.tags.get("promoted_at", ""),
@@ -151,11 +190,11 @@ def champion_config(version: Version) -> ChampionConfig:
     )
 
 
-def age_days(champion: ChampionConfig, now: datetime | None = None) -> float:
-    """Since its promotion; 0 if that is not written down."""
-    if not champion.promoted_at:
+def age_days(refreshed_at: str | None, now: datetime | None = None) -> float:
+    """Since a refresh; 0 if there was none."""
+    if refreshed_at is None:
         return 0.0
-    return ((now or datetime.now(UTC)) - datetime.fromisoformat(champion.promoted_at)).total_seconds() / 86400
+    return ((now or datetime.now(UTC)) - datetime.fromisoformat(refreshed_at)).total_seconds() / 86400
 
 
 def version_tags(
@@ -176,9 +215,11 @@ def version_tags(
         "tau": f"{drafter['tau']:.4f}",
         "tau_interval": json.dumps([drafter["tau_low"], drafter["tau_high"]]),
         "speedup": f"{speed['speedup']:.4f}" if "speedup" in speed else "",
+        "speedup_interval": json.dumps([speed.get("speedup_low"), speed.get("speedup_high")]),
         "figures": json.dumps(figures_of(evaluation, arm)),
         "decision": decision["sentence"][:4000],
         _SHARES: json.dumps(held_out_shares(prompts)),
+        REFRESHED_AT: datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
@@ -190,9 +231,10 @@ def log_tags(logs: ArtifactRef) -> dict[str, str]:
 
 
 def figures_of(evaluation: Mapping[str, Any], arm: str) -> dict[str, dict[str, Any]]:
-    """tau with its interval, of all prompts and of each set: what a drift check compares with later."""
-    drafter = evaluation["drafters"][arm]
+    """tau and speed-up with their intervals, of all prompts and of each set: a drift check compares with tau later."""
+    drafter, speed = evaluation["drafters"][arm], (evaluation.get("speed") or {}).get(arm) or {}
     overall = {"tau": drafter["tau"], "low": drafter["tau_low"], "high": drafter["tau_high"]}
+    overall |= {name: speed[name] for name in ("speedup", "speedup_low", "speedup_high") if name in speed}
     found = {"all": {**overall, "prompts": drafter["prompts"]}}
     for name, arms in list((evaluation.get("sets") or {}).items())[:_MOST_SETS]:
         found[name] = arms[arm]

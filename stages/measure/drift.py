@@ -18,7 +18,9 @@ class DriftConfig(Config):
         float, Field(ge=0, le=1, description="share of its tau that the champion may have lost"), Operational()
     ] = 0.03
     max_age_days: Annotated[
-        float, Field(gt=0, description="a champion that was promoted longer ago is refreshed anyway"), Operational()
+        float,
+        Field(gt=0, description="the line is refreshed anyway if its last refresh, promoted or not, is longer ago"),
+        Operational(),
     ] = 90.0
     drafting: DraftingConfig = DraftingConfig()
     tokens_per_target_forward: Annotated[int, Field(ge=1)] = 4096

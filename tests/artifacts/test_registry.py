@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+import shutil
 import threading
 from pathlib import Path
 
@@ -12,8 +14,6 @@ from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.registry import CHALLENGER, PREVIOUS, ChampionMovedError, Registry
 from draftsmith.artifacts.tracking import Tracking
 
-LINE = "tiny-dflash"
-
 
 def ref(folder: Path, name: str) -> ArtifactRef:
     """An artifact with a drafter's folder."""
@@ -23,57 +23,73 @@ def ref(folder: Path, name: str) -> ArtifactRef:
     return ArtifactRef("opd", f"key-{name}", f"content-{name}", path)
 
 
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    """Of one home for all tests: to make a database takes seconds."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("MLFLOW_TRACKING_URI", raising=False)
+        return Registry(Tracking(tmp_path_factory.mktemp("home")))
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A database that several homes use."""
+    return f"sqlite:///{tmp_path_factory.mktemp('shared')}/mlflow.db"
+
+
 @pytest.fixture
-def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return Registry(Tracking(tmp_path / "home"))
+def line() -> str:
+    """A line of the test's own."""
+    return f"line-{secrets.token_hex(4)}"
 
 
-def test_a_line_keeps_who_served_when_and_why(registry: Registry, tmp_path: Path) -> None:
-    assert registry.champion(LINE) is None and registry.versions(LINE) == [] and registry.events(LINE) == []
-    first = registry.register(LINE, ref(tmp_path, "a"), {"tau": "2.5", "figures": '{"tau": 2.5}'})
-    assert registry.champion(LINE) is None
-    challenger = registry.alias(LINE, CHALLENGER)
+def test_a_line_keeps_who_served_when_and_why(line: str, registry: Registry, tmp_path: Path) -> None:
+    assert registry.champion(line) is None and registry.versions(line) == [] and registry.events(line) == []
+    first = registry.register(line, ref(tmp_path, "a"), {"tau": "2.5", "figures": '{"tau": 2.5}'})
+    assert registry.champion(line) is None
+    challenger = registry.alias(line, CHALLENGER)
     assert challenger is not None and challenger.number == first.number
     registry.promote(first, expected=None, why="the first one")
-    second = registry.register(LINE, ref(tmp_path, "b"), {})
-    champion = registry.champion(LINE)
+    second = registry.register(line, ref(tmp_path, "b"), {})
+    champion = registry.champion(line)
     assert champion is not None
     assert (champion.number, champion.content_id, champion.key) == (1, "content-a", "key-a")
     assert champion.path == tmp_path / "store" / "opd" / "a"
     assert champion.figures() == {"tau": 2.5}
     registry.promote(second, expected=champion, why="tau +0.3")
-    assert [version.aliases for version in registry.versions(LINE)] == [("previous",), ("champion",)]
+    assert [version.aliases for version in registry.versions(line)] == [("previous",), ("champion",)]
     registry.promote(first, expected=second, why="latency", what="rolled back")
-    now, before = registry.champion(LINE), registry.alias(LINE, PREVIOUS)
+    now, before = registry.champion(line), registry.alias(line, PREVIOUS)
     assert now is not None and before is not None
     assert (now.number, before.number) == (1, 2)
-    told = [(event.what, event.version, event.before, event.why) for event in registry.events(LINE)]
+    told = [(event.what, event.version, event.before, event.why) for event in registry.events(line)]
     assert told == [
         ("promoted", 1, None, "the first one"), ("promoted", 2, 1, "tau +0.3"), ("rolled back", 1, 2, "latency"),
     ]  # fmt: skip
 
 
-def test_a_line_keeps_what_drift_checks_saw(registry: Registry, tmp_path: Path) -> None:
-    assert registry.drift(LINE) == []
-    registry.register(LINE, ref(tmp_path, "a"), {})
+def test_a_line_keeps_what_drift_checks_saw(line: str, registry: Registry, tmp_path: Path) -> None:
+    assert registry.drift(line) == []
+    registry.register(line, ref(tmp_path, "a"), {})
     seen = [{"at": f"2026-01-0{day}", "version": 1, "tau": tau} for day, tau in ((1, 3.0), (2, 3.0), (3, 2.5))]
     for each in seen:
-        registry.add_drift(LINE, each)
-    assert registry.drift(LINE) == [seen[0], seen[2]], "the same check, planned again, is one point"
+        registry.add_drift(line, each)
+    assert registry.drift(line) == [seen[0], seen[2]], "the same check, planned again, is one point"
 
 
-def test_the_same_content_is_registered_once(registry: Registry, tmp_path: Path) -> None:
+def test_the_same_content_is_registered_once(line: str, registry: Registry, tmp_path: Path) -> None:
     made = ref(tmp_path, "a")
-    assert registry.register(LINE, made, {"tau": "2.5"}).number == registry.register(LINE, made, {"tau": "2.6"}).number
-    (version,) = registry.versions(LINE)
+    assert registry.register(line, made, {"tau": "2.5"}).number == registry.register(line, made, {"tau": "2.6"}).number
+    (version,) = registry.versions(line)
     assert version.tags["tau"] == "2.6"
 
 
-def test_of_two_refreshes_that_promote_at_once_the_second_decides_again(registry: Registry, tmp_path: Path) -> None:
-    first = registry.register(LINE, ref(tmp_path, "a"), {})
+def test_of_two_refreshes_that_promote_at_once_the_second_decides_again(
+    line: str, registry: Registry, tmp_path: Path
+) -> None:
+    first = registry.register(line, ref(tmp_path, "a"), {})
     registry.promote(first, expected=None, why="the first one")
-    rivals = [registry.register(LINE, ref(tmp_path, name), {}) for name in "bc"]
+    rivals = [registry.register(line, ref(tmp_path, name), {}) for name in "bc"]
     refused: list[ChampionMovedError] = []
 
     def promote(rival: int) -> None:
@@ -88,28 +104,77 @@ def test_of_two_refreshes_that_promote_at_once_the_second_decides_again(registry
     for racer in racers:
         racer.join()
     assert len(refused) == 1 and "decide again" in str(refused[0])
-    assert len(registry.events(LINE)) == 2
+    assert len(registry.events(line)) == 2
 
 
-def test_a_name_resolves_to_a_version_or_says_what_there_is(registry: Registry, tmp_path: Path) -> None:
-    first = registry.register(LINE, ref(tmp_path, "a"), {})
+def test_a_name_resolves_to_a_version_or_says_what_there_is(line: str, registry: Registry, tmp_path: Path) -> None:
+    first = registry.register(line, ref(tmp_path, "a"), {})
     registry.promote(first, expected=None, why="the first one")
-    for text in (LINE, f"{LINE}@champion", f"{LINE}@1"):
+    for text in (line, f"{line}@champion", f"{line}@1"):
         assert registry.resolve(text).number == 1
     for text, said in (
-        (f"{LINE}@previous", r"has no previous: its versions are @1"),
-        (f"{LINE}@7", r"has no version 7: it has 1"),
+        (f"{line}@previous", r"has no previous: its versions are @1"),
+        (f"{line}@7", r"has no version 7: it has 1"),
         ("nobody@champion", "no refresh has registered a drafter under this name"),
     ):
         with pytest.raises(DraftsmithError, match=said):
             registry.resolve(text)
 
 
-def test_weights_are_uploaded_for_servers_that_do_not_share_the_store(registry: Registry, tmp_path: Path) -> None:
+def test_weights_are_uploaded_and_fetched_where_the_store_is_not(line: str, registry: Registry, tmp_path: Path) -> None:
     tracking = registry._tracking
     run_id = tracking.open_refresh("week-1", {})
-    version = registry.register(LINE, ref(tmp_path, "a"), {}, run_id=run_id, upload=True)
+    made = ref(tmp_path, "a")
+    assert registry.register(line, made, {}, run_id=run_id).uploaded == ""
+    version = registry.register(line, made, {}, run_id=run_id, upload=True)  # of a version that is there already, too
     tracking.close_refresh("FINISHED")
-    assert version.tags["uploaded"] == f"runs:/{run_id}/drafter"
-    client, _ = tracking.connect()
-    assert [file.path for file in client.list_artifacts(run_id, "drafter")] == ["drafter/config.json"]
+    assert version.uploaded == f"runs:/{run_id}/drafter"
+    shutil.rmtree(tmp_path / "store")
+    for _ in range(2):  # the second finds it there
+        registry.download(version, tmp_path / "elsewhere" / "drafter")
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["drafter"]
+    assert (tmp_path / "elsewhere" / "drafter" / "config.json").read_text() == "{}"
+
+
+def test_homes_that_share_mlflow_alone_promote_one_after_the_other(
+    line: str, shared: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file lock is common to them."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", shared)
+    homes = [Registry(Tracking(tmp_path / name)) for name in ("here", "there")]
+    first = homes[0].register(line, ref(tmp_path, "a"), {})
+    homes[0].promote(first, expected=None, why="the first one")
+    rivals = [home.register(line, ref(tmp_path, f"b{place}"), {}) for place, home in enumerate(homes)]
+    said: list[str] = []
+
+    def promote(place: int) -> None:
+        try:
+            homes[place].promote(rivals[place], expected=first, why="better")
+            said.append("promoted")
+        except ChampionMovedError:
+            said.append("decides again")
+
+    racers = [threading.Thread(target=promote, args=[place]) for place in (0, 1)]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join()
+    assert sorted(said) == ["decides again", "promoted"]
+    assert len(homes[0].events(line)) == 2
+    client, _ = homes[0]._tracking.connect()
+    assert line + ".promotion" not in {model.name for model in client.search_registered_models()}, (
+        "nothing is held any more"
+    )
+
+
+def test_what_a_killed_promotion_held_is_taken_away(
+    line: str, shared: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", shared)
+    monkeypatch.setattr("draftsmith.artifacts.registry._STALE_S", 0.3)
+    registry = Registry(Tracking(tmp_path / "home"))
+    first = registry.register(line, ref(tmp_path, "a"), {})
+    registry._tracking.connect()[0].create_registered_model(f"{line}.promotion")
+    registry.promote(first, expected=None, why="the first one")
+    champion = registry.champion(line)
+    assert champion is not None and champion.number == 1

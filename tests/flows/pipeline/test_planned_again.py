@@ -1,0 +1,45 @@
+"""A run whose plan no longer holds when it ends: planned again, a few times."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.flows.pipeline import run
+from draftsmith.flows.pipeline.cancellation import Cancellation
+from draftsmith.flows.pipeline.graph import Conclusion, PlanAgain
+from draftsmith.flows.pipeline.part import Part
+from tests.flows.pipeline.toy import TOY, ToyConfig
+
+
+@pytest.mark.parametrize("moves", [0, 1, 2, 9])
+def test_what_a_run_is_planned_from_is_looked_up_again(moves: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what was forced is not made once more."""
+    looked_up: list[int] = []
+    planned: list[tuple[int, list[str]]] = []
+
+    def resolve(config: ToyConfig) -> ToyConfig:
+        looked_up.append(len(looked_up))
+        return config.model_copy(update={"seed": len(looked_up)})
+
+    def once(config: ToyConfig, _pipeline: object, force: Any, *_rest: object) -> tuple[dict[str, Any], Conclusion]:
+        planned.append((config.seed, list(force)))
+        if len(planned) <= moves:
+            raise PlanAgain("another one was faster")
+        return {}, Conclusion("Promoted", "it is")
+
+    monkeypatch.setattr(run, "_run_once", once)
+    pipeline = dataclasses.replace(TOY, resolve=resolve)
+    arguments: Any = (ToyConfig(name="t"), pipeline, ["target"], Part(), Cancellation())
+    if moves < 3:
+        made, conclusion = run._run(*arguments)
+        assert (made, conclusion and conclusion.name) == ({}, "Promoted")
+    else:
+        with pytest.raises(
+            DraftsmithError, match="another one was faster; planned 3 times: run the same command again"
+        ):
+            run._run(*arguments)
+    assert planned == [(1, ["target"]), (2, []), (3, [])][: moves + 1]

@@ -1,0 +1,252 @@
+"""From the gate to the registry: a promotion with its hook, a refusal, and a champion that moved meanwhile."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.registry import PREVIOUS
+from draftsmith.artifacts.store import Claim, Store
+from draftsmith.artifacts.tracking import Tracking
+from draftsmith.flows.pipeline.display import Display
+from draftsmith.flows.pipeline.graph import PlanAgain
+from draftsmith.flows.refresh import commands
+from draftsmith.flows.refresh.config import RefreshConfig
+from draftsmith.flows.refresh.course import RefreshCourse, resolve
+from draftsmith.flows.refresh.evaluate import evaluate_config, evaluate_nodes
+from draftsmith.flows.refresh.graph import refresh_nodes
+from draftsmith.flows.refresh.line import registry
+from draftsmith.stages.champion import STAGE as CHAMPION
+from draftsmith.stages.drafters.checkpoint import save_drafter
+from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.stored import DRAFTER_FOLDER
+from draftsmith.stages.targets.causal_lm import Target
+from tests.testbed.context import RecordingContext
+from tests.testbed.random_target import random_drafter
+
+NOTE = "import sys; open(sys.argv[1], 'w').write(sys.stdin.read())"
+FAILS = "raise SystemExit('the server is away')"
+
+
+@pytest.fixture(scope="module")
+def mlflow(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One database for all tests: to make one takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture
+def home(mlflow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow)
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def line() -> str:
+    """A line of the test's own."""
+    return f"line-{secrets.token_hex(4)}"
+
+
+def config_of(line: str, **sections: Any) -> RefreshConfig:
+    logs = {"paths": ["answers.jsonl"], "temperature": 0}
+    given = {"name": "weekly", "registry": {"name": line}, "target": {"source": "nowhere"}, "logs": logs}
+    return RefreshConfig.model_validate(given | sections)
+
+
+def committed(store: Store, stage: str, key: str, fill: Callable[[Path], object]) -> ArtifactRef:
+    with store.claim(stage, key * 64) as claim:
+        assert isinstance(claim, Claim)
+        fill(claim.out)
+        return store.commit(claim, config={}, inputs={}, code_digest="", seed=0)
+
+
+@pytest.fixture
+def drafters(home: Path, plain_target: Target) -> list[ArtifactRef]:
+    """Two artifacts of trainings."""
+    store = Store(home / "store")
+
+    def training(seed: int) -> ArtifactRef:
+        made = random_drafter(plain_target, seed)
+        return committed(store, "opd", "ab"[seed], lambda out: save_drafter(made, out / DRAFTER_FOLDER, torch.float32))
+
+    return [training(seed) for seed in range(2)]
+
+
+def gated(store: Store, drafter: ArtifactRef, outcome: str = "promoted") -> dict[str, ArtifactRef]:
+    """What a refresh has made when its gate has decided."""
+    taus = {"tau": 2.5, "tau_low": 2.4, "tau_high": 2.6, "prompts": 40}
+    chat = {
+        "tau": 2.5,
+        "low": 2.4,
+        "high": 2.6,
+        "prompts": 40,
+        "speedup": 1.25,
+        "speedup_low": 1.2,
+        "speedup_high": 1.3,
+    }
+    speed = {"speedup": 1.2, "speedup_low": 1.15, "speedup_high": 1.25}
+    evaluation = {"drafters": {"opd": taus}, "speed": {"opd": speed}, "sets": {"chat": {"opd": chat}}}
+    decision = {
+        "challenger": "opd",
+        "promote": outcome == "promoted",
+        "outcome": outcome,
+        "sentence": f"{outcome}: why",
+    }
+
+    def of_stage(stage: str, file: str, content: dict[str, Any]) -> ArtifactRef:
+        key = {"a": "1", "b": "2"}[drafter.key[0]]
+        return committed(store, stage, key, lambda out: (out / file).write_text(json.dumps(content)))
+
+    measured = of_stage("evaluation", "evaluation.json", evaluation)
+    return {"opd": drafter, "evaluation": measured, "gate": of_stage("gate", "decision.json", decision)}
+
+
+def test_a_promotion_moves_the_alias_and_calls_the_hook(
+    line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path
+) -> None:
+    store, told = Store(home / "store"), tmp_path / "told.json"
+    first = RefreshCourse(resolve(config_of(line, on_promote={"command": [sys.executable, "-c", NOTE, str(told)]})), ())
+    ended = first.finish(gated(store, drafters[0]), None)
+    assert ended is not None and (ended.name, ended.error) == ("Promoted", None)
+    assert ended.message.endswith("on_promote was called")
+    decision = json.loads(told.read_text())
+    assert (decision["line"], decision["version"], decision["promote"]) == (line, 1, True)
+    assert decision["source"] == drafters[0].uri
+    champion = registry().champion(line)
+    assert champion is not None and champion.content_id == drafters[0].content_id
+    figures = champion.figures()
+    assert figures["all"] == {
+        "tau": 2.5, "low": 2.4, "high": 2.6, "prompts": 40, "speedup": 1.2, "speedup_low": 1.15, "speedup_high": 1.25,
+    }  # fmt: skip
+    assert figures["chat"]["speedup_high"] == 1.3 and figures["chat"]["low"] == 2.4
+
+    failing = resolve(config_of(line, on_promote={"command": [sys.executable, "-c", FAILS]}))
+    ended = RefreshCourse(failing, ()).finish(gated(store, drafters[1]), None)
+    assert ended is not None and ended.name == "Promoted" and ended.error is None
+    assert "on_promote failed: " in ended.message and "(the server is away)" in ended.message
+    champion, before = registry().champion(line), registry().alias(line, PREVIOUS)
+    assert champion is not None and before is not None
+    assert (champion.number, before.number) == (2, 1), "a failed hook undoes nothing"
+
+
+@pytest.mark.parametrize(("outcome", "state"), [("refused", "Refused"), ("undecided", "Undecided")])
+def test_what_is_not_promoted_becomes_a_version_and_no_champion(
+    outcome: str, state: str, line: str, home: Path, drafters: list[ArtifactRef]
+) -> None:
+    ended = RefreshCourse(resolve(config_of(line)), ()).finish(gated(Store(home / "store"), drafters[0], outcome), None)
+    assert ended is not None and ended.name == state
+    assert ended.error is not None and ended.error.exit_code == 3
+    assert registry().champion(line) is None
+    (version,) = registry().versions(line)
+    assert version.tags["decision"] == f"{outcome}: why" and version.aliases == ("challenger",)
+
+
+def test_the_loser_of_two_refreshes_is_planned_again_against_the_new_champion(
+    line: str, home: Path, drafters: list[ArtifactRef]
+) -> None:
+    store, config = Store(home / "store"), config_of(line)
+    slow, fast = (RefreshCourse(resolve(config), ()) for _ in range(2))
+    fast.finish(gated(store, drafters[0]), None)
+    made = gated(store, drafters[1])
+    with pytest.raises(PlanAgain, match="another refresh has promoted version 1"):
+        slow.finish(made, None)
+    assert [version.number for version in registry().versions(line)] == [1], "nothing of it was registered"
+
+    again = resolve(config)
+    assert again.champion is not None and again.champion.content_id == drafters[0].content_id
+    nodes = {node.name: node for node in refresh_nodes(again)}
+    assert nodes["gate"].inputs["champion"] == nodes["evaluation"].inputs["champion"] == "champion"
+    ended = RefreshCourse(again, ()).finish(made, None)
+    assert ended is not None and ended.name == "Promoted"
+    assert [(event.version, event.before) for event in registry().events(line)] == [(1, None), (2, 1)]
+
+
+def test_a_line_is_refreshed_when_its_last_refresh_is_too_old(
+    line: str, home: Path, drafters: list[ArtifactRef]
+) -> None:
+    store = Store(home / "store")
+    RefreshCourse(resolve(config_of(line)), ()).finish(gated(store, drafters[0]), None)
+    made = {name: store.root / name for name in ("drift", "champion")}
+    for name, file, content in (
+        ("drift", "drift.json", {"all": {"tau": 2.5, "low": 2.4, "high": 2.6, "prompts": 40}}),
+        ("champion", "champion.json", {"target_changed": False}),
+    ):
+        made[name].mkdir()
+        (made[name] / file).write_text(json.dumps(content))
+
+    def stops(**drift: float) -> str | None:
+        config = resolve(config_of(line, drift=drift))
+        node = next(node for node in refresh_nodes(config) if node.name == "drift")
+        ended = RefreshCourse(config, ()).stop(node, made)
+        return None if ended is None else ended.name
+
+    (version,) = registry().versions(line)
+    assert stops() == "Current"
+    registry().tag(version, {"promoted_at": "2020-01-01T00:00:00+00:00"})
+    assert stops() == "Current", "what counts is the last refresh"
+    registry().tag(version, {"refreshed_at": "2020-01-01T00:00:00+00:00"})
+    assert stops() is None
+    assert "the last refresh was" in registry().drift(line)[-1]["decision"]
+    assert stops(max_age_days=36500) == "Current"
+    RefreshCourse(resolve(config_of(line)), ()).finish(gated(store, drafters[1], "refused"), None)
+    assert stops() == "Current", "a refresh that was refused is one"
+
+
+def test_an_uploaded_champion_serves_where_the_store_is_not(
+    line: str, home: Path, drafters: list[ArtifactRef], plain_artifact: Path, tmp_path: Path
+) -> None:
+    tracking = Tracking(home)
+    run_id = tracking.open_refresh("week 1", {})
+    config = config_of(line, registry={"name": line, "upload": True})
+    RefreshCourse(resolve(config), ()).finish(gated(Store(home / "store"), drafters[0]), run_id)
+    tracking.close_refresh("FINISHED")
+    digest = drafter_digest(drafters[0].path / DRAFTER_FOLDER)
+    shutil.rmtree(home / "store")  # as on a machine that has MLflow alone
+
+    champion = resolve(config).champion
+    assert champion is not None and Path(champion.folder).is_relative_to(home / "uploaded")
+    taken = RecordingContext.under(tmp_path / "taken", {"target": plain_artifact})
+    CHAMPION.run(taken, champion)
+    assert drafter_digest(taken.out / DRAFTER_FOLDER) == digest
+    commands.export(Display(), line, tmp_path / "exported", dry_run=False)
+    assert drafter_digest(tmp_path / "exported") == digest
+    with pytest.raises(DraftsmithError, match="which names the target, is not here: mount the store"):
+        commands.export(Display(), line, tmp_path / "vllm", "speculators", dry_run=False)
+
+    weights = Path(champion.folder) / "model.safetensors"
+    weights.chmod(0o600)
+    weights.write_bytes(b"other")
+    with pytest.raises(DraftsmithError, match="is not what was registered: run the same command again"):
+        commands.export(Display(), line, tmp_path / "again", dry_run=False)
+    commands.export(Display(), line, tmp_path / "again", dry_run=False)
+
+
+def test_drafters_are_compared_by_folder_id_and_version(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
+    RefreshCourse(resolve(config_of(line)), ()).finish(gated(Store(home / "store"), drafters[0]), None)
+    named = [str(drafters[1].path), f"{line}@champion", "z-lab/Qwen3-4B-DFlash-b16"]
+    config = evaluate_config(resolve(config_of(line)), named)
+    name = drafters[1].path.name
+    assert config.drafters == {
+        name: str(drafters[1].path / DRAFTER_FOLDER),
+        f"{line}@champion": str(drafters[0].path / DRAFTER_FOLDER),
+        "z-lab-Qwen3-4B-DFlash-b16": "z-lab/Qwen3-4B-DFlash-b16",
+    }
+    nodes = {node.name: node for node in evaluate_nodes(config)}
+    assert {f"drafter:{arm}": arm for arm in config.drafters}.items() <= nodes["evaluation"].inputs.items()
+    assert all(nodes[arm].config.model_dump()["steps"] == 0 for arm in config.drafters)
+    (drafters[0].path / DRAFTER_FOLDER / "config.json").chmod(0o600)
+    (drafters[0].path / DRAFTER_FOLDER / "config.json").write_text("{}")
+    with pytest.raises(DraftsmithError, match=r"config\.json"):
+        evaluate_config(resolve(config_of(line)), [f"{line}@1"])
+    with pytest.raises(DraftsmithError, match=r"\./nowhere: no such folder"):
+        evaluate_config(resolve(config_of(line)), ["./nowhere"])
