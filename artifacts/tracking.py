@@ -35,7 +35,16 @@ log = logging.getLogger(__name__)
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 EXPERIMENT = "draftsmith"
-REVIEW_FILES = (MANIFEST, "summary.json", "evaluation.json", "drafter.json", "report.html", "*.svg", "*.png")
+REVIEW_FILES = (
+    MANIFEST,
+    "summary.json",
+    "evaluation.json",
+    "decision.json",
+    "drafter.json",
+    "report.html",
+    "*.svg",
+    "*.png",
+)
 REVIEW_BYTES = 20_000_000  # anything larger is no review file
 _HTTP = ("http://", "https://")
 _OF_A_DATABASE = re.compile(r"\([\w.]+\.\w+Error\) ")  # (sqlite3.OperationalError) …

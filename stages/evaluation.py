@@ -39,8 +39,9 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     from draftsmith.stages.measure.doubts import doubts
     from draftsmith.stages.measure.load import machine
     from draftsmith.stages.measure.requests import settings_of
-    from draftsmith.stages.measure.speed import at_setting, log_ratios, speed_by_setting
+    from draftsmith.stages.measure.speed import at_setting, log_ratios, speed_by_set, speed_by_setting
     from draftsmith.stages.measure.verdicts import pairs, verdicts
+    from draftsmith.stages.stored import sets_of
 
     measured, acceptance, tau_differences = _measure(ctx, config)
     write_text(ctx.out / "acceptance.json", json.dumps(acceptance, indent=2) + "\n")
@@ -49,6 +50,11 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     by_setting = speed_by_setting(measured.turns, measured.rows, settings)
     speed = by_setting[0]["arms"]
     acceptance["compared"] += _speeds_compared(measured.turns, settings, list(table))  # not in its own file
+    asked = list(dict.fromkeys(row["prompt_id"] for row in measured.rows))
+    of_prompt = dict(zip(asked, sets_of(ctx.inputs["prompts"], asked), strict=True))
+    for name, arms in speed_by_set(at_setting(measured.rows, settings[0]), of_prompt).items():
+        for arm, speedup in arms.items():
+            acceptance["sets"].setdefault(name, {}).setdefault(arm, {}).update(speedup)
     ratios = log_ratios(at_setting(measured.turns, settings[0]), pairs(list(table)))
     doubted = doubts(measured.turns, measured.rows, settings)
     for doubt in doubted:

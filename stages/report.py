@@ -107,13 +107,21 @@ def _contexts(path: Path, evaluation: Mapping[str, Any]) -> list[dict[str, Any]]
 def _counts(prompts: Mapping[str, Any], logs: Mapping[str, Any]) -> dict[str, float]:
     """Rows by what became of them."""
     found: dict[str, float] = {}
-    for splits in (prompts.get("counts") or {}).values():
+    for source, splits in (prompts.get("counts") or {}).items():
         for split, count in splits.items():
             found[f"prompts.{split}"] = found.get(f"prompts.{split}", 0) + count
+            found[f"prompts.{split}/{source}"] = count
+    found |= {
+        f"prompts.{name}": prompts[name] for name in ("duplicates_removed", "too_long_skipped") if name in prompts
+    }
     for name, told in (("prompts", prompts), ("logs", logs)):
         if told:
-            found[f"{name}.set_aside"] = sum((told.get("set_aside") or {}).values())
-    return found | {f"logs.{name}": logs[name] for name in ("rows_read", "used", "replayed") if name in logs}
+            reasons = told.get("set_aside") or {}
+            found[f"{name}.set_aside"] = sum(reasons.values())
+            found |= {f"{name}.set_aside.{reason}": count for reason, count in reasons.items()}
+    of_logs = ("rows_read", "used", "replayed", "outside_window", "not_drawn", "response_tokens", "scored")
+    found |= {f"logs.improbable.{reason}": count for reason, count in (logs.get("improbable") or {}).items()}
+    return found | {f"logs.{name}": logs[name] for name in of_logs if name in logs}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -56,7 +56,9 @@ class Rule:
     name: str
     passed: bool
     said: str  # in words, with figures and threshold
-    figures: Mapping[str, float | None] = field(default_factory=dict)
+    figures: Mapping[str, float | None] = field(
+        default_factory=dict
+    )  # value, end of its interval, wanted: the threshold
     judged: bool = True  # false: what was measured says nothing of it, for or against; it does not pass
 
 
@@ -121,7 +123,7 @@ def decide(
         rules += _speed(evaluation, challenger, config)
     elif CHAMPION not in evaluation["drafters"]:
         tau = evaluation["drafters"][challenger]["tau"]
-        rules.append(Rule("tau", tau > 1, f"{tau:.3f}, above 1 wanted", {"tau": tau}))
+        rules.append(Rule("tau", tau > 1, f"{tau:.3f}, above 1 wanted", {"value": tau, "wanted": 1.0}))
     return Decision(challenger, champion, tuple(rules))
 
 
@@ -135,11 +137,11 @@ def _lossless(evaluation: Mapping[str, Any], config: GateConfig) -> Iterator[Rul
     prompts, identical = exact.get("fp32_prompts") or 0, exact.get("fp32_identical") or 0
     if prompts:
         said = f"{identical} of {prompts} outputs in float32 equal plain decoding"
-        yield Rule("lossless", identical == prompts, said, {"identical": identical, "prompts": prompts})
+        yield Rule("lossless", identical == prompts, said, {"value": identical, "wanted": prompts})
     margin = exact.get("median_margin")
     if margin is not None:
         said = f"outputs part at a median margin of {margin:.3g} logits, at most {config.max_margin:g} is a near-tie"
-        yield Rule("near-ties", margin <= config.max_margin, said, {"median_margin": margin})
+        yield Rule("near-ties", margin <= config.max_margin, said, {"value": margin, "wanted": config.max_margin})
     if not prompts and margin is None and exact.get("identical_share") is None:
         sampled = bool(evaluation.get("temperature"))  # on servers: the law is the same, the numbers drawn are not
         said = (
@@ -165,9 +167,9 @@ def _tau(evaluation: Mapping[str, Any], challenger: str, config: GateConfig) -> 
     if low is None or found["units"] < FEWEST_PROMPTS:
         prompts = f"{found['units']} prompt{'s' * (found['units'] != 1)}"
         said = f"{prompts} cannot tell ({gain:+.1%}, {wanted}): {FEWEST_PROMPTS} are needed"
-        return Rule("tau", False, said, {"gain": gain}, judged=False)
+        return Rule("tau", False, said, {"value": gain, "wanted": config.min_tau_gain}, judged=False)
     said = f"{gain:+.1%} of the champion's, at least {low:+.1%} at 95 %; {wanted}"
-    return Rule("tau", low > config.min_tau_gain, said, {"gain": gain, "low": low, "wanted": config.min_tau_gain})
+    return Rule("tau", low > config.min_tau_gain, said, {"value": gain, "end": low, "wanted": config.min_tau_gain})
 
 
 def _sets(evaluation: Mapping[str, Any], challenger: str, config: GateConfig) -> Iterator[Rule]:
@@ -176,7 +178,8 @@ def _sets(evaluation: Mapping[str, Any], challenger: str, config: GateConfig) ->
         gain, high = _relative(each, 1 - (1 - CONFIDENCE) / len(found))
         worse = high is not None and high < -config.max_set_loss
         said = f"{gain:+.1%}{'' if high is None else f', at most {high:+.1%}'}; not below {-config.max_set_loss:+.1%}"
-        yield Rule(f"tau of {each['set']}", not worse, said, {"gain": gain, "high": high})
+        figures = {"value": gain, "end": high, "wanted": -config.max_set_loss}
+        yield Rule(f"tau of {each['set']}", not worse, said, figures)
 
 
 def _speed(evaluation: Mapping[str, Any], challenger: str, config: GateConfig) -> Iterator[Rule]:
@@ -201,7 +204,7 @@ def _speed_rule(
         doubts = [few_turns(estimate.units)]
     if doubts:
         said = f"{value:.3f} times, not judged: {'; '.join(doubts)}"
-        return Rule(name, False, said, {"value": value}, judged=False)
+        return Rule(name, False, said, {"value": value, "wanted": wanted}, judged=False)
     level = 1 - (1 - CONFIDENCE) / of
     end = math.exp(estimate.upper(1 - level) if better else estimate.upper(level))
     passed = end > wanted if better else end >= wanted
@@ -228,6 +231,11 @@ def _relative(found: Mapping[str, Any], level: float) -> tuple[float, float | No
 def _estimate(found: Mapping[str, Any]) -> Estimate:
     error = found["error"]
     return Estimate(found["value"], math.nan if error is None else error, found["units"], found["degrees"])
+
+
+def interval_of(found: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Of an entry of `evaluation["compared"]`, at 95 %; None for a single unit."""
+    return _estimate(found).interval()
 
 
 def compared(kind: str, arm: str, other: str, estimate: Estimate, **fields: Any) -> dict[str, Any]:

@@ -80,6 +80,33 @@ def speed_table(turns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, 
     return table
 
 
+def speed_by_set(
+    rows: Sequence[Mapping[str, Any]], sets: Mapping[str, str]
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Set -> drafter -> `speedup` over plain decoding as the set's requests saw it, with its 95 % interval over rounds.
+
+    rows: of the table `requests` at one setting. sets: the prompt set of each prompt. A request's speed is its tokens
+    by its latency, which several at a time share with others.
+    """
+    found: dict[str, dict[str, dict[str, float | None]]] = {}
+    for name in dict.fromkeys(sets.values()):
+        sums: dict[tuple[str, int], list[float]] = {}  # tokens, seconds
+        for row in rows:
+            if sets.get(row["prompt_id"]) == name:
+                turn = sums.setdefault((row["arm"], row["round"]), [0.0, 0.0])
+                turn[0] += row["tokens"]
+                turn[1] += row["latency_seconds"]
+        if any(seconds <= 0 for _, seconds in sums.values()):  # the engine does not say
+            continue
+        turns = [{"arm": arm, "round": n, "tokens": t, "wall_seconds": s} for (arm, n), (t, s) in sums.items()]
+        arms = [arm for arm in dict.fromkeys(arm for arm, _ in sums) if arm != PLAIN]
+        for (arm, _), ratio in log_ratios(turns, [(arm, PLAIN) for arm in arms]).items():
+            factor = _factor(ratio)
+            speedup = {"speedup": factor["value"], "speedup_low": factor["low"], "speedup_high": factor["high"]}
+            found.setdefault(name, {})[arm] = speedup
+    return found
+
+
 def log_ratios(turns: Sequence[Mapping[str, Any]], wanted: Sequence[Pair]) -> dict[Pair, Estimate]:
     """Logarithm of how many times as fast the first arm of each pair is as the other one: the mean over rounds."""
     speeds: dict[str, dict[int, float]] = {}

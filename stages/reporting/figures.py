@@ -6,9 +6,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from draftsmith.stages.measure.gate import CHAMPION, challenger_of
+from draftsmith.stages.measure.gate import CHAMPION, challenger_of, interval_of
+from draftsmith.stages.reporting.tables import device_seconds
 
 CHALLENGER = "challenger"
+_ENDS = {"tau": ("tau", "low", "high"), "speedup": ("speedup", "speedup_low", "speedup_high")}  # of a set's figures
 _SPEED = (
     "speedup", "tokens_per_s", "tau_served", "draft_share", "verify_share", "draft_ms_per_step", "verify_ms_per_step",
     "identical_share", "request_tokens_per_s_median", "first_token_s_median", "first_token_s_p95",
@@ -21,19 +23,29 @@ def figures(
     artifacts: Sequence[Mapping[str, Any]] = (),
     data: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
-    """`tau.ARM`, `tau.ARM.low`, `tau.ARM/SET`, `speedup.cCONCURRENCY.tTEMPERATURE` (the challenger's) and
-    `speedup.ARM.c….t…`, `tau_gain` (share of the champion's), `accepted_share.ARM.OFFSET`, `gate.RULE` (1: passed),
-    `cost.…`, `data.…`. ARM is also `challenger`, the arm that the gate looked at.
+    """`tau.ARM`, `tau.ARM/SET`, `speedup.cCONCURRENCY.tTEMPERATURE` (the challenger's), `speedup.ARM.c….t…`,
+    `speedup.ARM/SET` (at the first setting), `tau_gain` and `tau_gain/SET` (share of the champion's), all these with
+    `.low` and `.high`; `accepted_share.ARM.OFFSET`, `accepted_length.ARM.LENGTH` (verify steps), `gate.RULE` (1:
+    passed) with `.value`, `.end` and `.wanted`, `cost.…`, `data.…`. ARM is also `challenger`, the arm that the gate
+    looked at.
 
     artifacts: of the lineage, with `name`, `duration_s` and `metrics`. data: counts of rows.
     """
     found = dict(_all(evaluation, artifacts, data or {}))
-    found |= {f"gate.{rule['name']}": float(rule["passed"]) for rule in (decision or {}).get("rules") or ()}
+    found |= dict(_of_gate(decision or {}))
     return {
         name: float(value)
         for name, value in found.items()
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     }
+
+
+def _of_gate(decision: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for rule in decision.get("rules") or ():
+        name = rule["name"].replace(",", "")  # no part of a metric's name
+        yield f"gate.{name}", float(rule["passed"])
+        for figure, value in (rule.get("figures") or {}).items():
+            yield f"gate.{name}.{figure}", value
 
 
 def _all(
@@ -57,6 +69,7 @@ def _all(
         for name, value in parity.items():
             yield f"parity.{arm}.{name}", value
     yield "cost.wall_s", sum(each.get("duration_s") or 0.0 for each in artifacts)
+    yield "cost.device_s", device_seconds(artifacts)
     for each in artifacts:
         yield f"cost.wall_s.{each['name']}", each.get("duration_s")
     for name, key in (("tokens", "response_tokens"), ("positions", "positions"), ("tflop", "tflop")):
@@ -75,8 +88,16 @@ def _of_drafter(role: str, each: Mapping[str, Any], evaluation: Mapping[str, Any
     for other, difference in (each.get("differences") or {}).items():
         for end, suffix in (("value", ""), ("low", ".low"), ("high", ".high")):
             yield f"tau_minus.{other}.{role}{suffix}", difference.get(end)
+    for length, steps in enumerate(each.get("accepted_histogram") or ()):
+        yield f"accepted_length.{role}.{length}", steps
+    yield f"tau_without_loops.{role}", each.get("tau_without_loops")
     for name, arms in (evaluation.get("sets") or {}).items():
-        yield f"tau.{role}/{name}", (arms.get(arm) or {}).get("tau")
+        own = arms.get(arm) or {}
+        for kind in ("tau", "speedup"):
+            value, low, high = _ENDS[kind]
+            yield f"{kind}.{role}/{name}", own.get(value)
+            yield f"{kind}.{role}/{name}.low", own.get(low)
+            yield f"{kind}.{role}/{name}.high", own.get(high)
 
 
 def _gains(evaluation: Mapping[str, Any], challenger: str) -> Iterator[tuple[str, Any]]:
@@ -86,8 +107,12 @@ def _gains(evaluation: Mapping[str, Any], challenger: str) -> Iterator[tuple[str
         if found["kind"] == "tau" and found["base"]:
             where = "" if found["set"] is None else f"/{found['set']}"
             yield f"tau_gain{where}", found["value"] / found["base"]
+            for suffix, end in zip(("low", "high"), interval_of(found) or (), strict=False):
+                yield f"tau_gain{where}.{suffix}", end / found["base"]
         elif found["kind"] == "speed":
             yield f"speed_over_champion.{point_name(found)}", math.exp(found["value"])
+            for suffix, end in zip(("low", "high"), interval_of(found) or (), strict=False):
+                yield f"speed_over_champion.{point_name(found)}.{suffix}", math.exp(end)
 
 
 def _points(evaluation: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from draftsmith.stages.measure.doubts import doubts_about
-from draftsmith.stages.measure.gate import CHAMPION, PLAIN, challenger_of
+from draftsmith.stages.measure.gate import CHAMPION, PLAIN, challenger_of, interval_of
 from draftsmith.stages.reporting.names import ABSENT, name_of
 from draftsmith.stages.reporting.rows import number
 
@@ -151,10 +150,7 @@ def _gain(evaluation: Mapping[str, Any], arm: str) -> list[Tile]:
 
 
 def _reach(found: Mapping[str, Any]) -> str:
-    from draftsmith.stages.statistics import Estimate
-
-    error = math.nan if found["error"] is None else found["error"]
-    ends = Estimate(found["value"], error, found["units"], found["degrees"]).interval()
+    ends = interval_of(found)
     if ends is None:
         return f"{found['units']} prompt"
     return f"95 %: {ends[0] / found['base']:+.1%} to {ends[1] / found['base']:+.1%}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.artifacts.atomic import write_text
-from draftsmith.stages.measure.gate import challenger_of
+from draftsmith.stages.measure.gate import CHAMPION, challenger_of
 from draftsmith.stages.reporting import plots, rows, tables
 from draftsmith.stages.reporting.contexts import contexts
 from draftsmith.stages.reporting.markup import anchor, details, figure, items, paragraph, part, section, table, text
@@ -194,7 +194,7 @@ def _most_rejected(tokens: Sequence[Mapping[str, Any]], count: int) -> str:
 def _lineage(artifacts: Sequence[Mapping[str, Any]]) -> str:
     cells = [
         [
-            str(each.get("name", ABSENT)),
+            f"{each.get('name', ABSENT)}{_version(each)}",
             str(each.get("stage", ABSENT)),
             str(each.get("key", ABSENT))[:16],
             str(each.get("content_id", ABSENT))[:16],
@@ -204,6 +204,13 @@ def _lineage(artifacts: Sequence[Mapping[str, Any]]) -> str:
     head = ["artifact", "stage", "key", "content id"]
     note = "`draftsmith show KEY` shows what an artifact was made from."
     return table(Table(head, cells, "Lineage", note, text_columns=4)) if cells else ""
+
+
+def _version(artifact: Mapping[str, Any]) -> str:
+    """Of a drafter that came from a line: which one."""
+    config = artifact.get("config") or {}
+    known = artifact.get("stage") == CHAMPION and {"line", "version"} <= config.keys()
+    return f" ({config['line']} version {config['version']})" if known else ""
 
 
 def _config(config: Mapping[str, Any]) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from draftsmith.stages.measure.gate import CHAMPION, challenger_of
+from draftsmith.stages.measure.gate import CHAMPION, challenger_of, interval_of
 from draftsmith.stages.reporting import rows
 from draftsmith.stages.reporting.names import ABSENT, name_of
 from draftsmith.stages.reporting.outcome import duration
 from draftsmith.stages.reporting.rows import Table, interval, number
-from draftsmith.stages.statistics import Estimate
 
 _GENERATED = ("response_tokens",)  # figures of a stage that count tokens
 _TRAINED = ("positions",)
@@ -45,26 +43,34 @@ def by_set(evaluation: Mapping[str, Any]) -> Table | None:
     arms = [arm for arm in evaluation["drafters"] if any(arm in each for each in sets.values())]
     challenger = challenger_of(evaluation)
     with_champion = CHAMPION in arms
+    with_speed = any("speedup" in (each.get(challenger) or {}) for each in sets.values())
     shown = []
     for name, each in sets.items():
-        prompts = max((each[arm]["prompts"] for arm in arms if arm in each), default=0)
+        prompts = max((each[arm].get("prompts", 0) for arm in arms if arm in each), default=0)
         taus = [_tau(each.get(arm) or {}) for arm in arms]
-        shown.append([name, str(prompts), *taus, *([_beside_champion(evaluation, challenger, name)] * with_champion)])
+        beside = [_beside_champion(evaluation, challenger, name)] * with_champion
+        shown.append([name, str(prompts), *taus, *beside, *([_speedup(each.get(challenger) or {})] * with_speed)])
     head = ["prompt set", "prompts", *(f"tau of {name_of(arm)}" for arm in arms)]
     head += [f"{name_of(challenger)} beside the champion"] * with_champion
-    return Table(head, shown, "By prompt set", "In brackets: single 95 % intervals over the prompts of a set.")
+    head += [f"speed-up of {name_of(challenger)}"] * with_speed
+    note = "In brackets: single 95 % intervals over the prompts of a set"
+    note += ", of speed-ups over turns; they are those of its requests at the first setting." if with_speed else "."
+    return Table(head, shown, "By prompt set", note)
 
 
 def _tau(figures: Mapping[str, Any]) -> str:
     return interval(figures.get("tau"), figures.get("low"), figures.get("high"), ".3f")
 
 
+def _speedup(figures: Mapping[str, Any]) -> str:
+    return interval(figures.get("speedup"), figures.get("speedup_low"), figures.get("speedup_high"), ".3f")
+
+
 def _beside_champion(evaluation: Mapping[str, Any], arm: str, name: str | None) -> str:
     wanted = {"kind": "tau", "arm": arm, "other": CHAMPION, "set": name}
     for found in evaluation.get("compared") or ():
         if all(found.get(key) == value for key, value in wanted.items()) and found["base"]:
-            error = math.nan if found["error"] is None else found["error"]
-            base, ends = found["base"], Estimate(found["value"], error, found["units"], found["degrees"]).interval()
+            base, ends = found["base"], interval_of(found)
             low, high = (None, None) if ends is None else (ends[0] / base, ends[1] / base)
             return interval(found["value"] / base, low, high, "+.1%")
     return ABSENT
@@ -79,13 +85,31 @@ def cost(artifacts: Sequence[Mapping[str, Any]]) -> Table | None:
     for each in artifacts:
         seconds = each.get("duration_s") or 0.0
         share = f"{seconds / total:.0%}" if total else ABSENT
-        shown.append([str(each.get("name", ABSENT)), duration(seconds), share, *_counts([each])])
-    shown.append(["all together", duration(total), "100%" if total else ABSENT, *_counts(artifacts)])
+        times = [duration(seconds), share, duration(device_seconds([each]))]
+        shown.append([str(each.get("name", ABSENT)), *times, *_counts([each])])
+    times = [duration(total), "100%" if total else ABSENT, duration(device_seconds(artifacts))]
+    shown.append(["all together", *times, *_counts(artifacts)])
     return Table(
-        ["stage", "wall time", "share", "tokens generated", "positions trained", "TFLOP of training"],
+        ["stage", "wall time", "share", "device time", "tokens generated", "positions trained", "TFLOP of training"],
         shown,
         "Cost",
-        "Wall time of the attempt that finished. A stage runs on one device: its wall time is its device time.",
+        "Wall time of the attempt that finished. Device time: the same for each device that its config asks for, one a "
+        "training process or as many as its servers take.",
+    )
+
+
+def device_seconds(artifacts: Sequence[Mapping[str, Any]]) -> float:
+    """Wall time by the devices that a stage's config asks for."""
+    return sum((each.get("duration_s") or 0.0) * _devices(each.get("config") or {}) for each in artifacts)
+
+
+def _devices(config: Mapping[str, Any]) -> int:
+    parallel = config.get("parallel") or {}
+    launch = (config.get("engine") or {}).get("launch") or {}
+    return int(
+        parallel.get("processes", 1) * parallel.get("nodes", 1)
+        if parallel
+        else launch.get("servers", 1) * launch.get("tensor_parallel", 1)
     )
 
 

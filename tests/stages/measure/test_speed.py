@@ -23,7 +23,7 @@ from draftsmith.stages.measure.requests import (
     settings_of,
     turn_of,
 )
-from draftsmith.stages.measure.speed import speed_by_setting, speed_table
+from draftsmith.stages.measure.speed import speed_by_set, speed_by_setting, speed_table
 from draftsmith.stages.stored import Prompt
 
 GREEDY = Setting(0.0, 2)
@@ -53,6 +53,22 @@ def row(arm: str, given: Completion, round: int = 0, setting: Setting = GREEDY) 
 
 def turn(arm: str, answers: list[Completion], wall: float, round: int = 0, setting: Setting = GREEDY) -> dict[str, Any]:
     return turn_of("embedded", round, 0, arm, 4, setting, answers, wall, Load())
+
+
+def test_speed_up_of_a_prompt_set_is_that_of_its_requests() -> None:
+    rows = [
+        row(arm, answer(prompt, 12, seconds), round)
+        for round in range(3)
+        for arm, times in (("plain", (4.0, 2.0, 9.0)), ("sft", (2.0, 1.0 + round, 9.0)))
+        for prompt, seconds in zip("abc", times, strict=True)
+    ]
+    found = speed_by_set(rows, {"a": "chat", "b": "code", "c": "chat"})
+    assert found["chat"]["sft"]["speedup"] == pytest.approx(13 / 11)
+    assert found["chat"]["sft"]["speedup_low"] == pytest.approx(13 / 11), "all rounds are alike"
+    assert found["code"]["sft"]["speedup"] == pytest.approx((2 / 1 * 2 / 2 * 2 / 3) ** (1 / 3))
+    low, high = found["code"]["sft"]["speedup_low"], found["code"]["sft"]["speedup_high"]
+    assert low is not None and high is not None and low < 1 < high
+    assert speed_by_set([row("plain", answer("a", 3, 0.0))], {"a": "chat"}) == {}, "an engine that does not say"
 
 
 def test_speed_table_by_hand() -> None:

@@ -140,8 +140,11 @@ def sample(**changes: Any) -> ReportData:
                 "key": "0123456789abcdef" * 4,
                 "content_id": "fe" * 32,
                 "duration_s": 12.5 * i,
+                "config": {"line": "smollm2", "version": 3} if name == "champion" else {"steps": 600},
             }
-            for i, name in enumerate(["target", "prompts", "rollout", "sft", "assisted", "mining", "opd", "evaluation"])
+            for i, name in enumerate(
+                ["target", "prompts", "champion", "rollout", "sft", "assisted", "mining", "opd", "evaluation"]
+            )
         ],
         "config": {"sft": {"steps": 600, "learning_rate": 6e-4}, "opd": {"steps": 200, "loss": "matched"}},
     }
@@ -159,6 +162,7 @@ def _compared(kind: str, other: str, value: float, error: float, **fields: Any) 
 SETS = {
     name: {
         arm: {"tau": tau + shift, "low": tau + shift - 0.2, "high": tau + shift + 0.2, "prompts": 20}
+        | ({"speedup": 1.4, "speedup_low": 1.3, "speedup_high": 1.5} if arm == "opd" and shift else {})
         for arm, tau in (("champion", 3.3), ("sft", 3.41), ("opd", 3.54))
     }
     for name, shift in (("chat", -0.4), ("code & math", 0.5), (f"anyone's {HOSTILE}", 0.0))
@@ -200,7 +204,14 @@ DECISION: dict[str, Any] = {
             "passed": True,
             "judged": True,
             "said": "+7.3% of the champion's, at least +6.2%",
-            "figures": {},
+            "figures": {"value": 0.073, "end": 0.062, "wanted": 0.0},
+        },
+        {
+            "name": "speed at temperature 0, 16 in flight",
+            "passed": True,
+            "judged": True,
+            "said": "1.031 times, at most 1.052 at 0.95; 0.980 wanted",
+            "figures": {"value": 1.031, "end": 1.052, "wanted": 0.98},
         },
         {"name": "speed-up", "passed": False, "judged": False, "said": "1.496 times, not judged: load", "figures": {}},
     ],

@@ -166,11 +166,11 @@ def test_every_part_of_a_refresh_of_a_line_is_there_and_the_verdict_is_first(tmp
         "speed-up: 1.496 times, not judged: load",
         "+7.3%", "95 %: +6.0% to +8.5%",
         "Not to be relied on", "Other processes took between 2% and 48%",
-        "By prompt set", "code & math", "+6.1% [+3.0%, +9.1%]",
+        "By prompt set", "speed-up of SFT + OPD", "code & math", "+6.1% [+3.0%, +9.1%]", "1.400 [1.300, 1.500]",
         "By setting", "Gate", "not judged", "The line over time",
         "Worst contexts of SFT + OPD", "tau 1.00 over 3 verify steps",
         "Staleness of the mined trace", "9,000 logged answers are used, of 12,000 rows", "Set aside", "not drawn",
-        "all together", "Lineage and config",
+        "device time", "all together", "Lineage and config", "champion (smollm2 version 3)",
     )  # fmt: skip
     place = 0
     for text in ordered:
