@@ -105,7 +105,9 @@ def parser() -> argparse.ArgumentParser:
     deploy.add_argument(
         "--force", action="append", default=[], metavar="NODE", help="every run makes this node again, such as target"
     )
-    deploy.add_argument("--webhook", metavar="URL", help="called when a run fails, crashes, promotes or is refused")
+    deploy.add_argument(
+        "--webhook", metavar="URL", help="called when a run fails, crashes, promotes, is refused or undecided"
+    )
     deploy.set_defaults(does="deploy")
 
     prune = commands.add_parser("prune", help="what was left behind: old unfinished attempts, replaced artifacts, logs")
