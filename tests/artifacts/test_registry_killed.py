@@ -10,7 +10,9 @@ from mlflow import MlflowClient
 
 from draftsmith.artifacts.registry import Registry
 from draftsmith.artifacts.tracking import Tracking
-from tests.artifacts.test_registry import LINE, ref
+from tests.artifacts.test_registry import ref
+
+LINE = "tiny-dflash"
 
 
 class Killed(BaseException):
