@@ -9,7 +9,7 @@ SGLANG_VERSION ?= 0.5.20
 SGLANG_CPU := .venv-sglang-cpu
 SGLANG_GPU := .venv-sglang
 
-.PHONY: install quickstart season faults test test-core test-sglang sglang-cpu sglang-gpu lint bench clean
+.PHONY: install quickstart season faults test test-core test-sglang sglang-cpu sglang-gpu lint bench gpu-check clean
 
 install: $(INSTALLED)
 
@@ -83,6 +83,10 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	for each in machine decode sft_step replay; do $(BIN)/python -m tests.benchmarks.$$each $(BENCH) --json build/bench/$$each.json || exit; done
 	$(BIN)/python -m tests.benchmarks.compare build/bench
+
+# the tests marked gpu and what training takes on this machine's GPU, in at most 8 minutes; `GPU_CHECK="--no-tests"`
+gpu-check: $(INSTALLED)
+	$(BIN)/python -m tests.gpu.check $(GPU_CHECK)
 
 clean:
 	rm -rf $(VENV) $(SGLANG_CPU) $(SGLANG_GPU) .pytest_cache .mypy_cache .ruff_cache tests/.cache

@@ -124,7 +124,15 @@ def micro_batch_tokens(config: TrainingConfig, target: Target, drafter: Drafter,
     whole = rows_of_process(config) * (longest + config.anchors_per_sequence * drafter.block_size)
     if config.micro_batch_tokens is not None:
         return min(config.micro_batch_tokens, whole)
-    sizes = Sizes(
+    sizes = loaded_sizes(target, drafter, longest)
+    estimate = training_estimate(config, Use(sizes, answers=Answers(longest)), mines=True, scores=True)
+    fixed = sum(size for part, size in estimate.memory.items() if part in _ALWAYS)
+    return rows_at_once(config, sizes, longest, fixed) * row_tokens(config, sizes, longest)
+
+
+def loaded_sizes(target: Target, drafter: Drafter, longest: int) -> Sizes:
+    """Of models that are there, on the target's device. longest: trajectory."""
+    return Sizes(
         ModelSize.of(target.config, sum(p.numel() for p in target.model.parameters())),
         ModelSize.of(drafter.config, sum(p.numel() for p in drafter.parameters())),
         features=len(drafter.target_layer_ids),
@@ -136,9 +144,6 @@ def micro_batch_tokens(config: TrainingConfig, target: Target, drafter: Drafter,
         device_memory=_device_memory(target),
         accelerated=target.device.type == "cuda",
     )
-    estimate = training_estimate(config, Use(sizes, answers=Answers(longest)), mines=True, scores=True)
-    fixed = sum(size for part, size in estimate.memory.items() if part in _ALWAYS)
-    return rows_at_once(config, sizes, longest, fixed) * row_tokens(config, sizes, longest)
 
 
 def activations(model: ModelSize, itemsize: int) -> int:

@@ -74,14 +74,14 @@ def smollm2_folder() -> Path:
 
 def seconds_of(work: Callable[[], Any]) -> float:
     """Wall time of one call, in seconds, the accelerator's queue included."""
-    _drain()
+    drain()
     started = time.perf_counter()
     work()
-    _drain()
+    drain()
     return time.perf_counter() - started
 
 
-def _drain() -> None:
+def drain() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

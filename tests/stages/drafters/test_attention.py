@@ -33,6 +33,15 @@ class Case:
     def inputs(self) -> list[torch.Tensor]:
         return [self.queries, *self.prefix, *self.own]
 
+    def to(self, device: str, dtype: torch.dtype) -> Case:
+        """The same elsewhere."""
+        queries, *rest = (x.to(device, dtype) for x in self.inputs)
+        reach = self.reach
+        seen, first = reach.seen.to(device), None if reach.first is None else reach.first.to(device)
+        return Case(
+            queries, (rest[0], rest[1]), (rest[2], rest[3]), Reach(seen, first, reach.window, reach.causal, reach.ring)
+        )
+
     def attended(self) -> torch.Tensor:
         return block_attention(self.queries, self.prefix, self.own, self.reach)
 
@@ -45,7 +54,7 @@ class Case:
         moved = Case(leaves[0], (leaves[1], leaves[2]), (leaves[3], leaves[4]), self.reach)
         out = moved.attended() if form == "parts" else moved.dense()
         weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-        (out * weights.to(out.dtype)).sum().backward()
+        (out * weights.to(out)).sum().backward()
         found = [x.grad for x in leaves]
         assert all(g is not None for g in found)
         return [g for g in found if g is not None]
@@ -120,12 +129,7 @@ def test_the_dense_mask_is_what_loops_write() -> None:
 
 def test_in_bfloat16_both_forms_are_equally_close_to_float32() -> None:
     case = make_case(2, (2, 2), 60, 6, 8, 8, 32)
-    rounded = Case(
-        case.queries.bfloat16(),
-        (case.prefix[0].bfloat16(), case.prefix[1].bfloat16()),
-        (case.own[0].bfloat16(), case.own[1].bfloat16()),
-        case.reach,
-    )
+    rounded = case.to("cpu", torch.bfloat16)
     for form in ("parts", "dense"):
         found = [(rounded.attended() if form == "parts" else rounded.dense()), *rounded.gradients(form)]
         for x, expected in zip(found, [case.dense(), *case.gradients("dense")], strict=True):

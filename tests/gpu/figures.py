@@ -1,0 +1,132 @@
+"""SFT and OPD as the stages run them: tokens/s, share of the device's rate, memory against the estimate, kernels.
+
+Operations are those of the matrix products that a training needs: the drafter's forward and backward
+(`Drafter.training_operations`) and the target's one forward over each answer. What OPD drafts and judges besides is
+time without counted operations. The rate is what the maker says of the device (`mfu`), and what a large product reaches
+on it (`of_matmul_rate`).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from draftsmith.stages.targets.estimate import PROCESS, Answers, Use
+from draftsmith.stages.training.estimate import loaded_sizes, micro_batch_tokens, row_tokens, training_estimate
+from draftsmith.stages.training.loop import train
+from draftsmith.stages.training.on_policy.training import OpdTraining
+from tests.benchmarks import harness, machine
+from tests.gpu.trainings import KINDS, make_training
+from tests.gpu.watch import Profile, Timed, watched
+from tests.gpu.world import Scale, make_drafter, make_target, make_trajectories
+
+WARM = 2  # steps that are not measured: kernels are compiled, and memory is taken
+# TFLOP/s of dense products in bfloat16, as data sheets have it
+NOMINAL = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "A100": 312, "L40S": 362}
+KERNELS = 12  # of a training that are printed
+
+
+@dataclass(frozen=True)
+class Rates:
+    """TFLOP/s of matrix products in bfloat16."""
+
+    measured: float
+    nominal: float | None  # None: of an unknown device
+
+    @classmethod
+    def here(cls, device: str) -> Rates:
+        if device == "cpu":
+            return cls(machine.peak_rate(torch.bfloat16) / 1e3, None)
+        found = torch.cuda.get_device_name()
+        nominal = next((float(rate) for name, rate in NOMINAL.items() if name in found), None)
+        return cls(machine.matmul_rate(8192, 8192, 8192, torch.bfloat16, 5) / 1e3, nominal)
+
+
+def measure(
+    scale: Scale, device: str, repetitions: int, traces: Path, wanted: Callable[[str], bool] = lambda _: True
+) -> dict[str, Any]:
+    """A row of each training, the kernels of each, and the rates. traces: folder of a profile of each.
+
+    wanted: asked before each training, which may take a minute.
+    """
+    target = make_target(scale, device, "bfloat16")
+    rates = Rates.here(device)
+    rows, kernels = [], {}
+    for kind in KINDS:
+        if not wanted(kind):
+            continue
+        row, kernels[kind] = _of_training(kind, scale, target, repetitions, rates, traces)
+        rows.append(row)
+    return {"scale": scale.name, "tflop_per_s": vars(rates), "rows": rows, "kernels": kernels}
+
+
+def _of_training(
+    kind: str, scale: Scale, target: Any, repetitions: int, rates: Rates, traces: Path
+) -> tuple[dict[str, Any], dict[str, float]]:
+    drafter = make_drafter(scale.drafter, target)
+    trajectories = make_trajectories(scale)
+    # one step in front of the profiled one, and one behind it, whose features are read meanwhile
+    steps = WARM + repetitions + 3
+    training = make_training(kind, drafter, target, trajectories, {**scale.step, "steps": steps})
+    config, on_gpu = training.config, target.device.type == "cuda"
+    limit = micro_batch_tokens(config, target, drafter, scale.longest)
+    sizes = loaded_sizes(target, drafter, scale.longest)
+    scores = isinstance(training, OpdTraining) and training.objective.needs_scores
+    use = Use(sizes, answers=Answers(scale.longest, len(trajectories)))
+    parts = training_estimate(config, use, mines=kind != "SFT", scores=scores).memory
+    profiled = Profile(target.device, WARM + repetitions + 1)
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    memory = training.source if isinstance(training, OpdTraining) else None
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder, watched(target) as read, profiled.profiler:
+        context = Timed.under(Path(folder), after_step=profiled.profiler.step)
+        totals = train(context, drafter, config, lambda step: training.micro_batches(step, limit), memory)
+    peak = torch.cuda.max_memory_allocated() if on_gpu else None
+    profiled.save(traces / f"{_file_name(kind)}.trace.json.gz")
+    seconds = harness.median([end - start for start, end in pairwise(context.ends)][WARM - 1 : WARM - 1 + repetitions])
+    tflop = (totals["tflop"] + read.operations / 1e12) / steps
+    estimated = sum(parts.values()) - PROCESS
+    row = {
+        "training": kind,
+        "answers": config.sequences_per_step,
+        "at_once": min(config.sequences_per_step, limit // row_tokens(config, sizes, scale.longest)),
+        "step_s": seconds,
+        "tokens_per_s": config.sequences_per_step * scale.longest / seconds,
+        "positions_per_s": totals["positions"] / steps / seconds,
+        "tflop": tflop,
+        "mfu": None if rates.nominal is None else tflop / seconds / rates.nominal,
+        "of_matmul_rate": tflop / seconds / rates.measured,
+        "peak_gb": None if peak is None else peak / 1e9,
+        "estimated_gb": estimated / 1e9,
+        "peak_of_estimate": None if peak is None else peak / estimated,
+        "target_share": profiled.target_share(),
+        "last_loss": context.measured[-1][1]["loss"],
+    }
+    return row, profiled.kernels()
+
+
+def _file_name(kind: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in kind.lower()).split())
+
+
+def print_figures(figures: dict[str, Any]) -> None:
+    """The rows as a table, and the kernels that took most."""
+    rows = [{name: "-" if value is None else value for name, value in row.items()} for row in figures["rows"]]
+    rates = figures["tflop_per_s"]
+    harness.print_table(
+        f"Training steps, {figures['scale']}; products in bfloat16 reach {rates['measured']:,.3g} TFLOP/s of "
+        f"{rates['nominal'] or 'unknown'} nominal",
+        list(rows[0]),
+        [list(row.values()) for row in rows],
+    )
+    for kind, kernels in figures["kernels"].items():
+        harness.print_table(
+            f"{kind}: kernels", ["", "share"], [[name[:100], share] for name, share in list(kernels.items())[:KERNELS]]
+        )

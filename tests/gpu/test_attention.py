@@ -1,0 +1,35 @@
+"""Attention of blocks on the device (on CUDA: flex attention, compiled) against the dense form in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.stages.drafters.test_attention import BFLOAT16, make_case
+
+CASES: dict[str, dict[str, Any]] = {
+    "whole prefix": {},
+    "one key head": {"heads": (1, 4)},
+    "one query a block": {"S": 1, "J": 3},
+    "window": {"window": 70, "causal": True},
+    "bounded": {"before": 130},
+    "one block": {"A": 1},
+    "long": {"T": 700, "A": 40},
+}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1.5 * BFLOAT16}  # of the largest value
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_attend_as_the_dense_form_says_gradients_included(name: str, dtype: torch.dtype, device: str) -> None:
+    shape: dict[str, Any] = {"B": 2, "heads": (2, 2), "T": 300, "A": 7, "S": 8, "J": 8, "D": 64}
+    case = make_case(**shape | CASES[name])
+    moved = case.to(device, dtype)
+    found = [moved.attended(), *moved.gradients("parts")]
+    for ours, expected in zip(found, [case.dense(), *case.gradients("dense")], strict=True):
+        assert ours.dtype == dtype
+        assert ours.device.type == device
+        off = float((ours.cpu().float() - expected).abs().max() / expected.abs().max())
+        assert off < TOLERANCE[dtype]

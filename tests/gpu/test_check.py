@@ -1,0 +1,49 @@
+"""The script of `make gpu-check` on the CPU, in tiny shapes: the same code, other kernels."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from draftsmith.stages.targets.estimate import PROCESS
+from tests.gpu import check
+from tests.gpu.trainings import KINDS
+from tests.gpu.watch import TARGET
+
+
+def test_it_measures_every_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--device", "cpu", "--no-tests", "--repetitions", "1", "--out", str(tmp_path)]
+    assert check.main(options) == 0
+    figures = json.loads((tmp_path / "gpu-check.json").read_text())
+    assert [row["training"] for row in figures["rows"]] == list(KINDS)
+    shown = capsys.readouterr().out
+    for row in figures["rows"]:
+        assert row["training"] in shown
+        known = {name: value for name, value in row.items() if isinstance(value, float)}
+        assert all(math.isfinite(value) and value > 0 for value in known.values())
+        assert row["at_once"] == row["answers"]
+        assert row["target_share"] < 1
+        assert row["estimated_gb"] < PROCESS / 1e9
+        assert sum(figures["kernels"][row["training"]].values()) == pytest.approx(1)
+    assert len(list(tmp_path.glob("*.trace.json.gz"))) == len(KINDS)
+    with gzip.open(tmp_path / "sft.trace.json.gz", "rt") as file:
+        events = json.load(file)["traceEvents"]
+    assert sum(event.get("name") == TARGET for event in events) == 1, "one step was profiled"
+
+
+def test_it_says_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--device", "cpu", "--no-tests", "--minutes", "0", "--out", str(tmp_path)]
+    assert check.main(options) == 1
+    assert "SFT: left out, " in capsys.readouterr().out
+
+
+def test_it_runs_the_tests_that_are_marked(capfd: pytest.CaptureFixture[str]) -> None:
+    """Some of them, in a process of their own: without a GPU they say that there is none."""
+    assert check.run_tests(120, ["tests/gpu/test_ranks.py"])
+    shown = capfd.readouterr().out
+    assert "no CUDA device is here" in shown or "passed" in shown
+    assert "2 deselected" in shown

@@ -1,0 +1,110 @@
+"""The target's forwards, decoding, replay and mining on the device, in float32, against the CPU's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from draftsmith.stages.drafters.base import Context, Drafter
+from draftsmith.stages.drafters.config import DrafterConfig
+from draftsmith.stages.engines.base import Request, SamplingParams
+from draftsmith.stages.engines.embedded import EmbeddedEngine
+from draftsmith.stages.replay.corpus import mine, replay_all
+from draftsmith.stages.replay.scoring import StepScores
+from draftsmith.stages.replay.sequential import replay_sequentially
+from draftsmith.stages.replay.trace import Trace, Trajectory
+from draftsmith.stages.targets.agreement import check_agreement
+from draftsmith.stages.targets.causal_lm import Target
+from tests.gpu.world import EAGLE3, TINY, make_drafter, make_target, make_trajectories
+from tests.testbed import ties
+
+NEW_TOKENS = 24
+LOGPROBS = 1e-3  # nats
+
+
+@pytest.fixture(scope="module")
+def reference() -> Target:
+    """On the CPU."""
+    return make_target(TINY, "cpu", "float32", alike=True)
+
+
+@pytest.fixture(scope="module")
+def target(device: str) -> Target:
+    return make_target(TINY, device, "float32", alike=True)
+
+
+@pytest.fixture(scope="module")
+def answers(reference: Target) -> list[Trajectory]:
+    """Greedy ones of the CPU that hang on no near-tie, behind random prompts."""
+    prompts = [t.tokens for t in make_trajectories(TINY, equally_long=False)]
+    found = [
+        Trajectory(name, prompts[int(name)] + ids, len(prompts[int(name)]))
+        for name, ids in answered(reference, None, prompts).items()
+    ]
+    clear = [answer for answer in found if ties.target_margin(reference, answer) > ties.TARGET_TIE]
+    assert len(clear) >= 3
+    return clear
+
+
+def answered(target: Target, drafter: Drafter | None, prompts: list[list[int]]) -> dict[str, list[int]]:
+    """Greedy answers by the place of their prompt."""
+    engine = EmbeddedEngine(target, drafter, slots=4, capacity=TINY.longest + 2 * NEW_TOKENS)
+    requests = [Request(str(i), ids, SamplingParams(NEW_TOKENS)) for i, ids in enumerate(prompts)]
+    return {done.request.request_id: done.response_ids for done in engine.generate(requests)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_targets_forwards_agree(dtype: str, device: str) -> None:
+    check_agreement(make_target(TINY, device, dtype, alike=True), "random weights")
+
+
+def test_features_are_the_cpus(target: Target, reference: Target, answers: list[Trajectory]) -> None:
+    ids = torch.tensor([answers[0].tokens])
+    ours = target.features(ids.to(target.device), (0, 3)).cpu()
+    expected = reference.read(ids, (0, 3)).features
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [TINY.drafter, EAGLE3], ids=["dflash", "eagle3"])
+def test_drafted_answers_traces_and_scores_are_those_of_one_block_after_the_other(
+    shape: DrafterConfig, target: Target, reference: Target, answers: list[Trajectory]
+) -> None:
+    drafter = make_drafter(shape, target, alike=True).eval()
+    on_cpu = make_drafter(shape, reference, alike=True).eval()
+    clear = [answer for answer in answers if ties.draft_margin(reference, on_cpu, answer) > ties.DRAFT_TIE]
+    assert len(clear) >= 2
+    drafted = answered(target, drafter, [answer.tokens[: answer.prompt_length] for answer in clear])
+    assert list(dict(sorted(drafted.items())).values()) == [a.tokens[a.prompt_length :] for a in clear]
+
+    by_chains = replay_all(target, {"": drafter}, clear, chains=4)[""]
+    ours, expected = mined(target, drafter, clear), mined(reference, on_cpu, clear)
+    head = on_cpu.drafting_head(reference.head_weight, None)
+    for answer, chained in zip(clear, by_chains, strict=True):
+        trace = replay_sequentially(on_cpu, context_of(on_cpu, reference, answer), answer, on_cpu.block_size, head)
+        of_mining, scores = ours[answer.trajectory_id]
+        for found in (chained, of_mining):
+            np.testing.assert_array_equal(found.anchors, trace.anchors)
+            np.testing.assert_array_equal(found.accepted, trace.accepted)
+            np.testing.assert_array_equal(found.proposed, trace.proposed)
+        np.testing.assert_allclose(of_mining.drafter_logprobs, trace.drafter_logprobs, atol=LOGPROBS)
+        theirs = expected[answer.trajectory_id][1]
+        np.testing.assert_allclose(scores.target_logprobs, theirs.target_logprobs, atol=LOGPROBS)
+
+
+def mined(target: Target, drafter: Drafter, texts: list[Trajectory]) -> dict[str, tuple[Trace, StepScores]]:
+    """By the name of the text."""
+    return {
+        text.trajectory_id: (trace, scores)
+        for group in mine(target, drafter, texts)
+        for text, trace, scores in zip(group.trajectories, group.traces, group.scores, strict=True)
+    }
+
+
+@torch.no_grad()
+def context_of(drafter: Drafter, target: Target, text: Trajectory) -> Context:
+    """Of one text on the CPU."""
+    tokens = torch.tensor([text.tokens])
+    features = target.read(tokens, drafter.target_layer_ids).features
+    assert features is not None
+    return drafter.encode(features, tokens, torch.arange(tokens.shape[1])[None])

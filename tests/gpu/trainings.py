@@ -1,0 +1,40 @@
+"""SFT and OPD of a scale, put together as the stages do it, on mined steps that are made up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.replay.trace import Trajectory
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.training.config import SftConfig
+from draftsmith.stages.training.on_policy.config import OpdConfig
+from draftsmith.stages.training.on_policy.mined import MinedTable
+from draftsmith.stages.training.on_policy.training import OpdTraining
+from draftsmith.stages.training.supervised import SftTraining
+from tests.benchmarks.sft_step import made_up_steps
+
+TAU = 4.0  # of the verify steps that are made up
+Training: TypeAlias = SftTraining | OpdTraining
+
+# Nothing here accepts what it drafts, so traces mined again would be a step a token: they stay as they were mined.
+KINDS: dict[str, dict[str, Any] | None] = {
+    "SFT": None,
+    "OPD": {},
+    "OPD, the paper's losses": {"loss": "paper", "anchors": "errors", "remine_every": 0},
+}
+
+
+def make_training(
+    kind: str, drafter: Drafter, target: Target, trajectories: Sequence[Trajectory], step: dict[str, Any]
+) -> Training:
+    """kind: of KINDS. step: fields of TrainingConfig."""
+    fields = KINDS[kind]
+    if fields is None:
+        return SftTraining(drafter, target, trajectories, SftConfig.model_validate(step))
+    rng, K = np.random.default_rng(1), drafter.block_size - 1
+    table = MinedTable([made_up_steps(t, K, TAU, rng) for t in trajectories], K)
+    return OpdTraining(drafter, target, trajectories, table, OpdConfig.model_validate({**step, **fields}))
