@@ -27,6 +27,8 @@ def check_engines(found: Findings, nodes: Sequence[Node]) -> None:
             if config.python is not None:
                 has = environment.installed(config.python)
                 found.ok(check, f"{config.python}: sglang {has.sglang}, torch {has.torch}")
+                if missing := environment.router_missing(config, has):
+                    found.error(check, missing)
                 for warning in environment.environment_warnings(config, has):
                     found.warn(check, warning)
             for url in config.urls:
@@ -44,17 +46,17 @@ def _check_gpus(found: Findings, nodes: Sequence[Node]) -> None:
         if engine is None or engine.launch is None or engine.launch.on_cpu or not here:
             continue
         servers = 1 if isinstance(node.config, EvaluationConfig) else engine.launch.servers  # one at a time, see there
-        wanted = servers * engine.launch.tensor_parallel
+        wanted = servers * engine.launch.gpus
         if here < wanted:
-            fit = here // engine.launch.tensor_parallel
+            launch, fit = engine.launch, here // engine.launch.gpus
+            lower = f"servers={fit}"
+            if not fit:
+                replicas = here // launch.tensor_parallel
+                lower = f"data_parallel={replicas}" if replicas else f"tensor_parallel={here}"
             found.error(
                 f"{node.name}: GPUs",
-                f"{servers} servers of {engine.launch.tensor_parallel} GPUs need {wanted}, {here} are here: --set "
-                + (
-                    f"{node.name}.engine.launch.servers={fit}"
-                    if fit
-                    else f"{node.name}.engine.launch.tensor_parallel={here}"
-                ),
+                f"{servers} servers of {launch.gpus} GPUs need {wanted}, {here} are here: --set "
+                f"{node.name}.engine.launch.{lower}",
             )
     if runs_elsewhere(nodes):
         found.warn("GPUs", "none is visible here: memory is not compared; check again on the machine that will run it")

@@ -33,6 +33,9 @@ _OWN_OPTIONS = {
     "tp": "engine.launch.tensor_parallel",
     "tp-size": "engine.launch.tensor_parallel",
     "tensor-parallel-size": "engine.launch.tensor_parallel",
+    "dp": "engine.launch.data_parallel",
+    "dp-size": "engine.launch.data_parallel",
+    "data-parallel-size": "engine.launch.data_parallel",
     "mem-fraction-static": "engine.launch.memory_fraction",
     "speculative-algorithm": "engine.launch.algorithm",
     "speculative-draft-model-path": "the drafter of the refresh",
@@ -118,8 +121,21 @@ class TreeConfig(Config):
 class LaunchConfig(Config):
     """SGLang servers that the stage starts, waits for and stops. What is left out is SGLang's own default."""
 
-    servers: Annotated[int, Field(ge=1, description="how many; each takes `tensor_parallel` GPUs"), Operational()] = 1
+    servers: Annotated[
+        int, Field(ge=1, description="how many; each takes tensor_parallel * data_parallel GPUs"), Operational()
+    ] = 1
     tensor_parallel: Annotated[int, Field(ge=1), Operational()] = 1
+    data_parallel: Annotated[
+        int, Field(ge=1, description="replicas of the model in each server, which spreads its requests"), Operational()
+    ] = 1
+    router: Annotated[
+        Literal["cache_aware", "power_of_two", "round_robin", "random"] | None,
+        Field(
+            description="SGLang's router in front of the servers, with this policy, in place of the least loaded "
+            "server for each request; needs sglang-router in the environment of engine.python"
+        ),
+        Operational(),
+    ] = None
     memory_fraction: Annotated[
         float | None,
         Field(gt=0, lt=1, description="of a GPU's memory, for weights and key/value memory"),
@@ -157,6 +173,18 @@ class LaunchConfig(Config):
         float, Field(gt=0, description="until a server answers; loading and graph capture included"), Operational()
     ] = 900.0
 
+    @model_validator(mode="after")
+    def _a_router_has_servers(self) -> LaunchConfig:
+        if self.router is not None and self.servers == 1:
+            raise ValueError("router: one server needs none; raise servers, or leave it out (replicas of one server "
+                             "share their requests by themselves)")  # fmt: skip
+        return self
+
+    @property
+    def gpus(self) -> int:
+        """Of one server."""
+        return self.tensor_parallel * self.data_parallel
+
     @property
     def on_cpu(self) -> bool:
         """Are the servers told to run on the CPU?"""
@@ -169,7 +197,7 @@ class SGLangEngineConfig(Config):
     kind: Literal["sglang"]
     urls: Annotated[
         tuple[Annotated[str, AfterValidator(_http_address)], ...],
-        Field(description="running servers of the same target"),
+        Field(description="running servers of the same target, or SGLang's routers in front of some"),
         Operational(),
     ] = ()
     api_key_env: Annotated[
@@ -186,7 +214,9 @@ class SGLangEngineConfig(Config):
     trace: Annotated[
         bool, Field(description="ask the plug-in for verify steps, where the server has it"), Operational()
     ] = True
-    concurrency: Annotated[int, Field(ge=1, description="requests in flight, a server"), Operational()] = 32
+    concurrency: Annotated[
+        int, Field(ge=1, description="requests in flight, a replica of the model"), Operational()
+    ] = 32
     request_timeout_s: Annotated[float, Field(gt=0), Operational()] = 1800.0
     retries: Annotated[
         int, Field(ge=0, description="of one request, after lost connections and 5xx answers"), Operational()

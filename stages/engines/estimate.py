@@ -49,6 +49,7 @@ def launched_servers(
     if engine.launch is None:
         return None
     launch = engine.launch
+    servers *= launch.data_parallel  # each a replica with the requests of its own
     s, tp = DTYPE_BYTES[launch.dtype] if launch.dtype else sizes.itemsize, launch.tensor_parallel
     parts = {"target": sizes.weights(sizes.target, s) / tp}
     if drafter:

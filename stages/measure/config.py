@@ -86,6 +86,8 @@ class EvaluationConfig(Config):
                 raise ValueError(
                     "engine.urls: running servers cannot serve drafters that were just trained; use engine.launch"
                 )
+            if self.engine.launch.router is not None:
+                raise ValueError("engine.launch.router: an evaluation asks one server at a time; leave it out")
             if self.head_tokens is not None:
                 raise ValueError(f"head_tokens: {NO_REDUCED_HEAD}")
         return self

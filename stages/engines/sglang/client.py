@@ -55,13 +55,15 @@ class Server:
     state: State = State.UP
     reason: str = ""  # of its last failure
     in_flight: int = 0
+    replicas: int = 1  # of the model, which share its requests
+    behind: tuple[str, ...] = ()  # of a router: the servers that it asks
     attempts: set[asyncio.Task[Answer]] = field(default_factory=set)
 
 
 class ServerPool:
     """Spreads requests over servers; to be used inside one event loop.
 
-    concurrency: requests in flight, a server. retries: of one request. revive: asked when a server is dead; returns
+    concurrency: requests in flight, a replica. retries: of one request. revive: asked when a server is dead; returns
     whether it is back (under a `url` that may be new). stream: measure the first token's time. backoff_s: the first
     pause before a repetition; it doubles.
     """
@@ -91,7 +93,10 @@ class ServerPool:
     @property
     def places(self) -> int:
         """Requests that are in flight while every server is up."""
-        return self._total or self._concurrency * len(self.servers)
+        return self._total or sum(self._room(server) for server in self.servers)
+
+    def _room(self, server: Server) -> int:
+        return self._concurrency * server.replicas
 
     def set_concurrency(self, total: int | None) -> None:
         """Bound the requests in flight on all servers together; None: back to the bound of every server."""
@@ -140,11 +145,11 @@ class ServerPool:
         while True:
             up = [server for server in self.servers if server.state is State.UP]
             if self._total is None:
-                free = [server for server in up if server.in_flight < self._concurrency]
+                free = [server for server in up if server.in_flight < self._room(server)]
             else:
                 free = up if sum(server.in_flight for server in self.servers) < self._total else []
             if free:
-                server = min(free, key=lambda server: (server is avoid, server.in_flight))
+                server = min(free, key=lambda server: (server is avoid, server.in_flight / server.replicas))
                 server.in_flight += 1
                 return server
             if all(server.state is State.DOWN for server in self.servers):
@@ -175,18 +180,19 @@ class ServerPool:
         except asyncio.CancelledError:
             if attempt.cancelled() and not task.cancelling():
                 raise LostError(server.reason) from None
-            self._spawn(self._abort(url, rid))  # nobody waits for the answer
+            self._spawn(self._abort(server, rid))  # nobody waits for the answer
             raise
         except TimeoutError:
-            self._spawn(self._abort(url, rid))
+            self._spawn(self._abort(server, rid))
             raise LostError(f"gave no answer in {self._timeout_s:g} s (engine.request_timeout_s)") from None
         finally:
             attempt.cancel()
             server.attempts.discard(attempt)
 
-    async def _abort(self, url: str, rid: str) -> None:
-        with suppress(Exception):
-            await self._client.post(f"{url}/abort_request", json={"rid": rid}, timeout=_ABORT_TIMEOUT_S)
+    async def _abort(self, server: Server, rid: str) -> None:
+        for url in server.behind or (server.url,):
+            with suppress(Exception):
+                await self._client.post(f"{url}/abort_request", json={"rid": rid}, timeout=_ABORT_TIMEOUT_S)
 
     def _suspect(self, server: Server, reason: str) -> None:
         """No new requests until the server has shown that it still generates."""

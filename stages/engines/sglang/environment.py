@@ -26,7 +26,8 @@ def version(name):
     try: return m.version(name)
     except m.PackageNotFoundError: return None
 plugin = [e.value for e in m.entry_points(group={PLUGIN_GROUP!r}) if e.name == {PLUGIN!r}]
-print(json.dumps({{"sglang": version("sglang"), "torch": version("torch"), "plugin": plugin}}))
+names = {{"sglang": "sglang", "torch": "torch", "router": "sglang-router"}}
+print(json.dumps({{key: version(name) for key, name in names.items()}} | {{"plugin": plugin}}))
 """
 
 
@@ -37,6 +38,7 @@ class Installed:
     sglang: str
     torch: str | None
     plugin: bool
+    router: str | None = None
 
 
 def installed(python: Path) -> Installed:
@@ -67,7 +69,14 @@ def installed(python: Path) -> Installed:
         ) from None
     if found["sglang"] is None:
         raise DraftsmithError(f"engine.python: {path.absolute()} has no sglang installed: {advice}")
-    return Installed(found["sglang"], found["torch"], bool(found["plugin"]))
+    return Installed(found["sglang"], found["torch"], bool(found["plugin"]), found["router"])
+
+
+def router_missing(config: SGLangEngineConfig, found: Installed) -> str | None:
+    """What to do where a router is to be launched and there is none."""
+    if config.launch is None or config.launch.router is None or found.router is not None:
+        return None
+    return f"engine.launch.router: `{config.python} -m pip install sglang-router` adds it, or leave the field out"
 
 
 def programs_of(engine: EmbeddedEngineConfig | SGLangEngineConfig) -> dict[str, str]:

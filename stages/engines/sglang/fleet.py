@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.sglang.client import Server, ServerPool, State, key_header
-from draftsmith.stages.engines.sglang.handshake import Expected, Facts, shake_hands
+from draftsmith.stages.engines.sglang.handshake import Expected, Facts, records_through, shake_hands
+from draftsmith.stages.engines.sglang.protocol import ENVIRONMENT
+from draftsmith.stages.engines.sglang.router import router_command, wait_for_workers, workers_behind
 from draftsmith.stages.engines.sglang.server import ServerProcess, command, server_processes
 
 if TYPE_CHECKING:
@@ -40,6 +43,9 @@ class Fleet:
         self._processes = processes
         self._process_of: dict[Server, ServerProcess] = {}
         self._facts: dict[str, Facts] = {}
+        self._routers: dict[str, bool] = {}  # address -> whether verify steps come through it
+        self._router: ServerProcess | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._restarts_left = config.restarts
         self._client: httpx.AsyncClient | None = None
         self._pool: ServerPool | None = None
@@ -51,7 +57,7 @@ class Fleet:
 
     @property
     def records_trace(self) -> bool:
-        return all(facts.records_trace for facts in self._facts.values())
+        return all(facts.records_trace for facts in self._facts.values()) and all(self._routers.values())
 
     @property
     def greedy_only(self) -> bool:
@@ -74,12 +80,12 @@ class Fleet:
             self._log(f"SGLang answers after {time.monotonic() - started:.0f} s")
             servers = [Server(process.url) for process in self._processes]
             self._process_of = dict(zip(servers, self._processes, strict=True))
+            present = self._admit(servers, await self._checked([server.url for server in servers]))
+            if self._config.launch is not None and self._config.launch.router is not None:
+                present = [await self._launch_router(present)]
         else:
-            servers = [Server(url.rstrip("/")) for url in dict.fromkeys(self._config.urls)]
-        found = await asyncio.gather(
-            *(shake_hands(client, server.url, self._expected) for server in servers), return_exceptions=True
-        )
-        present = self._admit(servers, found)
+            present = await self._given([url.rstrip("/") for url in dict.fromkeys(self._config.urls)])
+        self._say_whether_traced()
         self._pool = ServerPool(
             client,
             present,
@@ -92,6 +98,69 @@ class Fleet:
         )
         return self._pool
 
+    async def _checked(self, urls: Sequence[str]) -> list[Facts | BaseException]:
+        hands = (shake_hands(self._client_here, url, self._expected) for url in urls)
+        return await asyncio.gather(*hands, return_exceptions=True)
+
+    async def _given(self, urls: list[str]) -> list[Server]:
+        """Running servers, and routers: all servers behind these are checked, for any of them may answer."""
+        behind = await asyncio.gather(*(workers_behind(self._client_here, url) for url in urls))
+        routers = {url: workers for url, workers in zip(urls, behind, strict=True) if workers is not None}
+        servers = [Server(url) for url in urls if url not in routers]
+        present = self._admit(servers, await self._checked([server.url for server in servers])) if servers else []
+        for url, workers in routers.items():
+            if not workers:
+                raise RetryableError(f"engine.urls: the router {url} has no healthy server; start them, then run again")
+            each = [Server(worker) for worker in workers]
+            found = await self._checked(workers)
+            for error in found:
+                if isinstance(error, BaseException):
+                    raise error
+            self._admit(each, found)
+            present.append(await self._through(url, each))
+        return present
+
+    async def _through(self, url: str, workers: Sequence[Server]) -> Server:
+        """A router in front of servers that were checked."""
+        self._routers[url] = await records_through(self._client_here, url, self._expected)
+        replicas = sum(worker.replicas for worker in workers)
+        self._log(f"{url} routes to {len(workers)} servers")
+        return Server(url, replicas=replicas, behind=tuple(worker.url for worker in workers))
+
+    async def _launch_router(self, workers: list[Server]) -> Server:
+        """In front of launched servers, which keep their ports from here on."""
+        assert self._config.launch is not None
+        folder = self._processes[0].log_path.parent
+        line = router_command(self._config, [worker.url for worker in workers])
+        self._router = ServerProcess(line, self._config.launch.environment, folder / "router.log", self._api_key)
+        await self._start_router(len(workers))
+        router = await self._through(self._router.url, workers)
+        self._process_of[router] = self._router
+        self._watching = asyncio.create_task(self._watch(workers))
+        return router
+
+    async def _start_router(self, workers: int) -> None:
+        assert self._router is not None and self._config.launch is not None
+        await self._launch(self._router)
+        await wait_for_workers(self._client_here, self._router.url, workers, self._config.launch.start_timeout_s)
+
+    async def _watch(self, workers: list[Server]) -> None:
+        """A router asks others when a server is lost: it is started again here, as often as `engine.restarts` allows.
+        When none is left, the router ends, which its requests hear."""
+        assert self._router is not None
+        while any(worker.state is State.UP for worker in workers):
+            await asyncio.sleep(_POLL_S)
+            for worker in workers:
+                if worker.state is State.UP and self._process_of[worker].ended():
+                    try:
+                        worker.state = State.UP if await self._revive(worker) else State.DOWN
+                    except DraftsmithError as error:
+                        worker.state, worker.reason = State.DOWN, str(error)
+                    if worker.state is State.DOWN:
+                        self._log(f"SGLang server {worker.url} is lost: {worker.reason}")
+        self._restarts_left = 0
+        await asyncio.to_thread(self._router.stop, 0)
+
     def _admit(self, servers: list[Server], found: list[Facts | BaseException]) -> list[Server]:
         """Servers that passed. One that does not answer is left out while there are others; a wrong one is an error."""
         present, absent = [], []
@@ -102,6 +171,7 @@ class Fleet:
                 raise facts
             else:
                 self._facts[server.url] = facts
+                server.replicas = facts.replicas
                 present.append(server)
                 for remark in facts.remarks:
                     self._log(remark)
@@ -115,24 +185,27 @@ class Fleet:
             raise DraftsmithError(
                 f"engine.urls: the servers speculate differently ({each}); give servers that are alike"
             )
-        if self._expected.trace and self._expected.drafter_folder and not self.records_trace:
-            self._log("no plug-in on the servers: verify steps are not recorded, mining replays them")
         return present
 
-    async def _launch(self, process: ServerProcess) -> None:
+    def _say_whether_traced(self) -> None:
+        if self._expected.trace and self._expected.drafter_folder and not self.records_trace:
+            self._log("no plug-in on the servers: verify steps are not recorded, mining replays them")
+
+    async def _launch(self, process: ServerProcess, port: int | None = None) -> None:
         """Start a server and wait until it is healthy. Raises RetryableError with its log if that does not happen."""
         import httpx
 
         assert self._client is not None and self._config.launch is not None
         limit = self._config.launch.start_timeout_s
         deadline = time.monotonic() + limit
-        process.start()
+        process.start(port)
         while True:
             if ended := process.ended():
                 lost = self._not_started(process, ended)
                 if process.refused_options:
+                    part = "router" if process is self._router else "options"
                     raise DraftsmithError(
-                        f"engine.launch.options: SGLang does not understand its command, see the end of "
+                        f"engine.launch.{part}: SGLang does not understand its command, see the end of "
                         f"{process.log_path}; correct the section launch"
                     )
                 raise lost
@@ -165,8 +238,12 @@ class Fleet:
             await asyncio.to_thread(process.stop, 0)
             self._log(f"starting it again ({self._restarts_left} restarts left)")
             try:
-                await self._launch(process)
-                await shake_hands(self._client_here, process.url, self._expected)
+                if server.behind:
+                    await self._start_router(1)
+                else:
+                    port = urlsplit(server.url).port if self._router is not None else None  # as the router knows it
+                    await self._launch(process, port)
+                    await shake_hands(self._client_here, process.url, self._expected)
             except RetryableError as error:
                 server.reason = str(error)
                 continue
@@ -203,11 +280,14 @@ class Fleet:
 
     async def stop(self) -> None:
         """Abort what is in flight, then stop the servers that were started here."""
+        if self._watching is not None:
+            self._watching.cancel()
         if self._pool is not None:
             await self._pool.close()
         if self._client is not None:
             await self._client.aclose()
-        await asyncio.gather(*(asyncio.to_thread(process.stop) for process in self._processes))
+        routers = [self._router] if self._router is not None else []
+        await asyncio.gather(*(asyncio.to_thread(process.stop) for process in (*routers, *self._processes)))
 
 
 def open_fleet(config: SGLangEngineConfig, expected: Expected, folder: Path, log: Callable[[str], None]) -> Fleet:
@@ -224,5 +304,8 @@ def open_fleet(config: SGLangEngineConfig, expected: Expected, folder: Path, log
             algorithm=expected.algorithm,
             block_size=expected.block_size,
         )
-        processes = server_processes(config.launch, line, folder, api_key)
+        launch = config.launch
+        if launch.router is not None and expected.trace:  # it does not pass on that a request asks
+            launch = launch.model_copy(update={"environment": {ENVIRONMENT: "1", **launch.environment}})
+        processes = server_processes(launch, line, folder, api_key)
     return Fleet(config, expected, processes, log, api_key)

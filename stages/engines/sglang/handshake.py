@@ -95,6 +95,7 @@ class Facts:
     algorithm: str | None  # of speculative decoding
     device: str
     records_trace: bool
+    replicas: int = 1  # of the model
     remarks: list[str] = field(default_factory=list)  # what could not be checked, or is worth knowing
 
     @property
@@ -118,7 +119,16 @@ async def shake_hands(client: httpx.AsyncClient, url: str, expected: Expected) -
     except LostError as error:
         raise RetryableError(f"engine: {url} {error}; see that the server runs, then run the same command") from error
     algorithm = server.get("speculative_algorithm") or None
-    return Facts(str(server.get("version", "?")), algorithm, str(server.get("device", "?")), records, remarks)
+    replicas = int(server.get("dp_size") or 1)
+    return Facts(str(server.get("version", "?")), algorithm, str(server.get("device", "?")), records, replicas, remarks)
+
+
+async def records_through(client: httpx.AsyncClient, url: str, expected: Expected) -> bool:
+    """Do answers come with records of their verify steps through this router, whose servers are checked?"""
+    try:
+        return await _check_generation(client, url, {}, expected)
+    except LostError as error:
+        raise RetryableError(f"engine: {url} {error}; see that the router runs, then run the same command") from error
 
 
 async def _get(client: httpx.AsyncClient, url: str, *names: str) -> dict[str, Any]:

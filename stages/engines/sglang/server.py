@@ -91,6 +91,8 @@ def command(
     parts += ["--host", "127.0.0.1", "--dtype", launch.dtype or dtype]
     if launch.tensor_parallel > 1:
         parts += ["--tp-size", str(launch.tensor_parallel)]
+    if launch.data_parallel > 1:
+        parts += ["--dp-size", str(launch.data_parallel)]
     if launch.memory_fraction is not None:
         parts += ["--mem-fraction-static", str(launch.memory_fraction)]
     if drafter_folder is not None and algorithm is not None and block_size is not None:
@@ -140,11 +142,13 @@ def share_gpus(launch: LaunchConfig, gpus: Sequence[str]) -> list[str | None]:
     """CUDA_VISIBLE_DEVICES of every server; None where there is no GPU. Raises DraftsmithError if there are too few."""
     if not gpus or launch.on_cpu:
         return [None] * launch.servers
-    each = launch.tensor_parallel
+    each = launch.gpus
     if launch.servers * each > len(gpus):
+        shape = f"tensor_parallel {launch.tensor_parallel}"
+        shape += f" and data_parallel {launch.data_parallel}" if launch.data_parallel > 1 else ""
         raise DraftsmithError(
-            f"engine.launch: {launch.servers} servers of tensor_parallel {each} need {launch.servers * each} GPUs, "
-            f"{len(gpus)} can be seen; lower servers or tensor_parallel"
+            f"engine.launch: {launch.servers} servers of {shape} need {launch.servers * each} GPUs, "
+            f"{len(gpus)} can be seen; lower one of them"
         )
     return [",".join(gpus[i * each : (i + 1) * each]) for i in range(launch.servers)]
 
@@ -171,10 +175,11 @@ class ServerProcess:
         assert self._process is not None
         return self._process.pid
 
-    def start(self) -> None:
-        """Start the server on a free port, its output appended to the log. `url` is where it will answer."""
+    def start(self, port: int | None = None) -> None:
+        """Start the server on a free port or on this one, its output appended to the log. `url` is where it will
+        answer."""
         assert self._process is None
-        port = _free_port()
+        port = port or free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         line, self._our_end = os.pipe()
@@ -269,8 +274,8 @@ class ServerProcess:
         self._forget_key()
 
 
-def _free_port() -> int:
-    """Below the range from which kernels give out ports: the server binds it only when its model is loaded."""
+def free_port() -> int:
+    """Below the range from which kernels give out ports: a server binds it only when its model is loaded."""
     for port in random.sample(_PORTS, 200):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))

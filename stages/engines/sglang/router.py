@@ -1,0 +1,73 @@
+"""SGLang's router in front of servers: how one is started, and which servers stand behind one.
+
+A router passes on the fields of a request that it knows (0.3.2: not `custom_params`, `stream_interval` or
+`/abort_request`). So servers behind one record verify steps only where their environment asks for it, whether they do
+is asked through the router, and an abort goes to each of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.stages.engines.sglang.server import free_port
+
+if TYPE_CHECKING:
+    import httpx
+
+_SCRIPT = Path(__file__).with_name("routed.py")
+_TIMEOUT_S = 10.0
+_POLL_S = 0.5
+
+
+def router_command(config: SGLangEngineConfig, workers: Sequence[str]) -> list[str]:
+    """Of a router that spreads over launched servers; without its port."""
+    assert config.launch is not None and config.launch.router is not None and config.python is not None
+    return [
+        os.fspath(config.python.expanduser().absolute()),
+        os.fspath(_SCRIPT),
+        *("--host", "127.0.0.1", "--policy", config.launch.router, "--worker-urls", *workers),
+        *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())),
+        # a server that is started again is asked again soon
+        *("--worker-startup-check-interval", "1", "--health-check-interval-secs", "2"),
+        *("--health-success-threshold", "1", "--cb-timeout-duration-secs", "5"),
+        *("--request-timeout-secs", str(round(config.request_timeout_s)), "--log-level", "warn"),
+    ]
+
+
+async def workers_behind(client: httpx.AsyncClient, url: str) -> list[str] | None:
+    """The addresses of a router's servers that are well; None: it is no router, or does not answer.
+
+    Raises DraftsmithError for a router that does not say.
+    """
+    import httpx
+
+    try:
+        response = await client.get(f"{url}/workers", timeout=_TIMEOUT_S)
+        if response.status_code in (401, 403):
+            raise DraftsmithError(
+                f"engine.urls: {url} does not say which servers it routes to: name the variable of the environment "
+                "that holds its API key in engine.api_key_env"
+            )
+        workers = response.json()["workers"] if response.status_code == 200 else None
+        return None if workers is None else [str(each["url"]) for each in workers if each.get("is_healthy")]
+    except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        return None  # whatever it is, the handshake says what is wrong with it
+
+
+async def wait_for_workers(client: httpx.AsyncClient, url: str, count: int, limit_s: float) -> None:
+    """Until a router has found so many servers well. Raises RetryableError."""
+    deadline = time.monotonic() + limit_s
+    while True:
+        found = await workers_behind(client, url) or []
+        if len(found) >= count:
+            return
+        if time.monotonic() > deadline:
+            raise RetryableError(f"engine.launch.router: it found {len(found)} of {count} servers in {limit_s:g} s")
+        await asyncio.sleep(_POLL_S)

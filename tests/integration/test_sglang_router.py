@@ -1,0 +1,74 @@
+"""Rollouts on real servers behind SGLang's router, one of which is killed, and on replicas inside one server."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from draftsmith.artifacts.parquet import read_table
+from draftsmith.artifacts.schemas import TRAJECTORIES
+from draftsmith.stages.rollout import STAGE, RolloutConfig
+from tests.integration.test_sglang_failures import (  # noqa: F401  (a fixture)
+    PROMPTS,
+    _command_line,
+    context,
+    expected,
+    launched,
+    result,
+    settings,
+)
+from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
+from tests.stages.engines.server_processes import living
+from tests.testbed.drafter import DrafterArtifacts
+
+pytestmark = [pytest.mark.sglang, pytest.mark.integration]
+
+
+def servers_of(folder: Path) -> list[int]:
+    """Main processes of the servers that were started there."""
+    return [pid for pid in living(folder) if os.getpgid(pid) == pid and b"launch_server" in _command_line(pid)]
+
+
+def engine(python: Path, environment: dict[str, str], **launch: Any) -> dict[str, Any]:
+    found = launched(python)
+    return {**found, "launch": {"options": CPU_OPTIONS, "environment": {**CPU_ENVIRONMENT, **environment}, **launch}}
+
+
+def test_a_server_that_dies_behind_a_router_costs_no_answer(
+    tmp_path: Path,
+    sglang_env: Path,
+    tiny_drafter: DrafterArtifacts,
+    expected: list[list[dict[str, Any]]],  # noqa: F811
+) -> None:
+    def kill_one() -> None:
+        servers = servers_of(ctx.work / "servers")
+        assert len(servers) == 2
+        os.kill(servers[0], signal.SIGKILL)
+
+    ctx = context(tmp_path, tiny_drafter, kill_one)
+    routed = engine(sglang_env, {}, servers=2, router="cache_aware")
+    STAGE.run(ctx, RolloutConfig.model_validate(settings(routed)))
+    assert result(ctx.out) == expected
+    assert any("routes to 2 servers" in line for line in ctx.logs)
+    assert any("was killed (SIGKILL)" in line for line in ctx.logs)
+    assert any("starting it again" in line for line in ctx.logs)
+    assert not living(ctx.work / "servers")
+
+
+def test_replicas_inside_a_server_share_a_rollout(
+    tmp_path: Path,
+    sglang_env: Path,
+    tiny_drafter: DrafterArtifacts,
+    expected: list[list[dict[str, Any]]],  # noqa: F811
+) -> None:
+    ctx = context(tmp_path, tiny_drafter)
+    two = engine(sglang_env, {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}, data_parallel=2)
+    STAGE.run(ctx, RolloutConfig.model_validate(settings(two)))
+    assert result(ctx.out) == expected
+    assert len(read_table(ctx.out / "trajectories.parquet", TRAJECTORIES)) == PROMPTS
+    log = (ctx.work / "servers" / "sglang-0.log").read_text("utf-8", errors="replace")
+    assert all(f"DP{rank}] Prefill batch" in log for rank in (0, 1))

@@ -1,0 +1,181 @@
+"""Routers and replicas: which servers stand behind an address, how many requests it takes, what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import ValidationError
+
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.engines.base import Request, SamplingParams
+from draftsmith.stages.engines.config import LaunchConfig, SGLangEngineConfig
+from draftsmith.stages.engines.sglang import environment, router, server
+from draftsmith.stages.engines.sglang.client import Server, ServerPool
+from draftsmith.stages.engines.sglang.engine import SGLangEngine, open_sglang
+from draftsmith.stages.engines.sglang.handshake import Expected
+from draftsmith.stages.measure.config import EvaluationConfig
+from draftsmith.stages.rollout import RolloutConfig
+from draftsmith.stages.stored import DRAFTER_FOLDER
+from tests.stages.engines.http_server import HttpServer, Refusal, Reply, serving
+from tests.stages.engines.test_sglang_config import after, config, line
+from tests.stages.engines.test_sglang_handshake import expected_of, server_of, speculating
+from tests.testbed.drafter import DrafterArtifacts
+
+REQUESTS = [Request(f"r{i}", [10 * i + 5], SamplingParams(8)) for i in range(4)]
+
+
+@pytest.fixture
+def assisted(tiny_drafter: DrafterArtifacts) -> Expected:
+    return expected_of(tiny_drafter, tiny_drafter.drafter / DRAFTER_FOLDER)
+
+
+def without_unknown_fields(payload: dict[str, Any]) -> dict[str, Any]:
+    """What a router passes on."""
+    sampling = {k: v for k, v in payload["sampling_params"].items() if k not in ("custom_params", "stream_interval")}
+    return {**payload, "sampling_params": sampling}
+
+
+@contextmanager
+def router_of(*workers: HttpServer, healthy: bool = True) -> Iterator[HttpServer]:
+    """Answers as the first of them does."""
+
+    def generate(payload: dict[str, Any]) -> dict[str, Any] | None:
+        return workers[0].replies["/generate"](without_unknown_fields(payload))
+
+    listed: Reply = lambda _: {"workers": [{"url": each.url, "is_healthy": healthy} for each in workers]}  # noqa: E731
+    with serving(generate, workers=listed) as running:
+        yield running
+
+
+@contextmanager
+def opened(made: DrafterArtifacts, work: Path, *urls: str, logs: list[str] | None = None) -> Iterator[SGLangEngine]:
+    with open_sglang(
+        SGLangEngineConfig.model_validate({"kind": "sglang", "urls": urls, "concurrency": 2}),
+        target_folder=made.target,
+        drafter_folder=made.drafter / DRAFTER_FOLDER,
+        drafting=DraftingConfig(),
+        longest=100,
+        work=work,
+        log=(logs if logs is not None else []).append,
+    ) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("asked_by_environment", [True, False])
+def test_every_server_behind_a_router_is_checked_and_the_router_is_asked(
+    asked_by_environment: bool, assisted: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    """What requests ask for does not get through; steps are recorded where the servers' environment asks for it."""
+
+    def generate(payload: dict[str, Any]) -> dict[str, Any]:
+        if asked_by_environment:
+            payload["sampling_params"]["custom_params"] = {"draftsmith_trace": True}
+        return speculating(payload, assisted.drafter_digest)
+
+    logs: list[str] = []
+    with ExitStack() as stack:
+        workers = [stack.enter_context(server_of(assisted, server={"dp_size": n}, generate=generate)) for n in (1, 3)]
+        front = stack.enter_context(router_of(*workers))
+        engine = stack.enter_context(opened(tiny_drafter, tmp_path, front.url, logs=logs))
+        assert engine.records_trace is asked_by_environment
+        answers = list(engine.generate(REQUESTS))
+        assert engine._pool.places == 2 * 4
+        assert [worker.count("/server_info") for worker in workers] == [1, 1]
+        assert front.count("/generate") == 1 + len(REQUESTS)
+    assert f"{front.url} routes to 2 servers" in logs
+    assert any("verify steps are not recorded" in each for each in logs) is not asked_by_environment
+    assert all(len(each.steps) == (1 if asked_by_environment else 0) for each in answers)
+    assert all(each.verify_steps == 1 for each in answers)
+
+
+def test_a_wrong_server_behind_a_router_is_refused(
+    assisted: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    with server_of(assisted) as good, server_of(assisted, server={"speculative_num_draft_tokens": 4}) as bad:
+        with (
+            router_of(good, bad) as front,
+            pytest.raises(DraftsmithError, match=rf"{bad.url} drafts blocks of 4"),
+            opened(tiny_drafter, tmp_path, front.url),
+        ):
+            pass
+        with (
+            router_of(good, healthy=False) as front,
+            pytest.raises(RetryableError, match=rf"router {front.url} has no healthy server"),
+            opened(tiny_drafter, tmp_path, front.url),
+        ):
+            pass
+
+
+def test_a_router_that_wants_a_key_is_told_from_a_server() -> None:
+    def behind(reply: Reply | None) -> list[str] | None:
+        async def ask(url: str) -> list[str] | None:
+            async with httpx.AsyncClient(trust_env=False) as client:
+                return await router.workers_behind(client, url)
+
+        with serving(lambda _: {}, **({} if reply is None else {"workers": reply})) as running:
+            return asyncio.run(ask(running.url))
+
+    def closed(_: dict[str, Any]) -> dict[str, Any]:
+        raise Refusal(401)
+
+    assert behind(None) is None
+    assert behind(lambda _: {"something": "else"}) is None
+    assert behind(lambda _: {"workers": [{"url": "http://a", "is_healthy": True}]}) == ["http://a"]
+    with pytest.raises(DraftsmithError, match=r"does not say which servers it routes to: .*api_key_env"):
+        behind(closed)
+
+
+def test_replicas_take_requests_by_their_number() -> None:
+    async def run() -> list[int]:
+        async with httpx.AsyncClient() as client:
+            servers = [Server("http://a"), Server("http://b", replicas=3)]
+            pool = ServerPool(client, servers, concurrency=2, timeout_s=1, retries=0, log=print)
+            assert pool.places == 8
+            for _ in range(8):
+                await asyncio.wait_for(pool._place("r", None), 1)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(pool._place("r", None), 0.05)
+            return [each.in_flight for each in servers]
+
+    assert asyncio.run(run()) == [2, 6]
+
+
+def test_replicas_are_gpus_of_a_server() -> None:
+    words = line(config(tensor_parallel=2, data_parallel=4))
+    assert (after(words, "--tp-size"), after(words, "--dp-size")) == ("2", "4")
+    assert "--dp-size" not in line(config())
+    launch = LaunchConfig(servers=2, data_parallel=2)  # type: ignore[call-arg]
+    assert server.share_gpus(launch, ["0", "1", "2", "3"]) == ["0,1", "2,3"]
+    with pytest.raises(DraftsmithError, match=r"tensor_parallel 1 and data_parallel 2 need 4 GPUs, 3 can be seen"):
+        server.share_gpus(launch, ["0", "1", "2"])
+    with pytest.raises(ValidationError, match="dp-size: is set by"):
+        config(options={"dp-size": 2})
+
+
+def test_a_router_is_for_a_rollout_on_several_servers() -> None:
+    with pytest.raises(ValidationError, match="router: one server needs none; raise servers"):
+        config(router="cache_aware", data_parallel=2)
+    routed = config(servers=2, router="round_robin")
+    words = router.router_command(routed, ["http://127.0.0.1:1", "http://127.0.0.1:2"])
+    assert (words[0], after(words, "--policy")) == (sys.executable, "round_robin")
+    assert words[words.index("--worker-urls") + 1 :][:2] == ["http://127.0.0.1:1", "http://127.0.0.1:2"]
+    plain = config(servers=2)
+    assert RolloutConfig(engine=routed).key_material() == RolloutConfig(engine=plain).key_material()
+    with pytest.raises(ValidationError, match=r"engine\.launch\.router: an evaluation asks one server at a time"):
+        EvaluationConfig(engine=routed)
+
+
+def test_a_router_that_is_not_installed_is_found_by_the_check() -> None:
+    routed = config(servers=2, router="cache_aware")
+    here = environment.Installed("0.5.20", "2.13.0", True, None)
+    assert "-m pip install sglang-router" in (environment.router_missing(routed, here) or "")
+    assert environment.router_missing(config(servers=2), here) is None
+    assert environment.router_missing(routed, environment.Installed("0.5.20", "2.13.0", True, "0.3.2")) is None
