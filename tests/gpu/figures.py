@@ -19,7 +19,7 @@ import torch
 
 from draftsmith.stages.targets.estimate import PROCESS, Answers, Use
 from draftsmith.stages.training.estimate import loaded_sizes, micro_batch_tokens, row_tokens, training_estimate
-from draftsmith.stages.training.loop import train
+from draftsmith.stages.training.loop import MicroBatches, train
 from draftsmith.stages.training.on_policy.training import OpdTraining
 from tests.benchmarks import harness, machine
 from tests.gpu.trainings import KINDS, make_training
@@ -87,7 +87,9 @@ def _of_training(
     memory = training.source if isinstance(training, OpdTraining) else None
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder, watched(target) as read, profiled.profiler:
         context = Timed.under(Path(folder), after_step=profiled.profiler.step)
-        totals = train(context, drafter, config, lambda step: training.micro_batches(step, limit), memory)
+        of_row = config.anchors_per_sequence * drafter.block_size  # tokens beside its trajectory
+        micro_batches = MicroBatches(training.micro_batches, limit, of_row, print)
+        totals = train(context, drafter, config, micro_batches, memory)
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
     profiled.save(traces / f"{_file_name(kind)}.trace.json.gz")
     seconds = harness.median([end - start for start, end in pairwise(context.ends)][WARM - 1 : WARM - 1 + repetitions])
@@ -96,7 +98,9 @@ def _of_training(
     row = {
         "training": kind,
         "answers": config.sequences_per_step,
-        "at_once": min(config.sequences_per_step, limit // row_tokens(config, sizes, scale.longest)),
+        "at_once": max(
+            1, min(config.sequences_per_step, micro_batches.limit // row_tokens(config, sizes, scale.longest))
+        ),
         "step_s": seconds,
         "tokens_per_s": config.sequences_per_step * scale.longest / seconds,
         "positions_per_s": totals["positions"] / steps / seconds,
