@@ -55,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     scale = SCALES[options.scale] if options.scale else QWEN3_4B if device == "cuda" else TINY
     if not torch.cuda.is_available():
-        built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda or 'not at all'}"
+        built = (
+            f"torch {torch.__version__}, built {f'for CUDA {cuda}' if (cuda := torch.version.cuda) else 'without CUDA'}"
+        )
         print(f"no CUDA device is here ({built}): tests marked gpu are skipped, figures are of the CPU, {scale.name}")
     passed = options.no_tests or run_tests(60 * options.minutes * OF_TESTS)
     options.out.mkdir(parents=True, exist_ok=True)
