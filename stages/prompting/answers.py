@@ -73,8 +73,9 @@ def parts(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         held = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
         rows = max(1, min(_GROUP_ROWS, file.metadata.num_rows * GROUP_BYTES // max(1, held)))
-        for batch in file.iter_batches(batch_size=rows, columns=columns, use_threads=False):
-            yield pa.Table.from_batches([batch])
+        for group in range(file.num_row_groups):  # one at a time: a reader of all keeps more the more there are
+            for batch in file.iter_batches(rows, [group], columns, use_threads=False):
+                yield pa.Table.from_batches([batch])
 
 
 def chosen_rows(path: Path, mask: np.ndarray) -> Iterator[pa.Table]:
