@@ -43,7 +43,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .4rem .7rem; text-align: right; white-space: nowrap; vertical-align: top; border-bottom: 1px solid
   var(--line) }
 thead th { white-space: normal; vertical-align: bottom; background: var(--soft); min-width: 4.5rem }
-tbody tr:last-child > * { border-bottom: 0 } tbody th { font-weight: 600; white-space: normal; min-width: 6.5rem;
+tbody tr:last-child > * { border-bottom: 0 } tbody th { font-weight: 600; white-space: normal; min-width: 7.2rem;
   max-width: 18rem; overflow-wrap: anywhere }
 .text { text-align: left } td.text { white-space: normal; min-width: 9rem }
 svg { display: block; width: 100%; height: auto; max-width: 46rem } svg text { font-family: inherit }
