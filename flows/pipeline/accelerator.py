@@ -31,7 +31,11 @@ def held(say: Callable[[str], None]) -> Iterator[None]:
         return
     names = [f"{_PREFIX}{each}" for each in accelerators()]
     if taken := _taken(names):
-        say(f"waits for {', '.join(taken)}, which another run holds")
+        free = "; ".join(f"prefect gcl update {name} --active-slots 0" for name in taken)
+        say(
+            f"waits for {', '.join(taken)}, which another run holds (if none does, since Prefect's server was started "
+            f"again and has forgotten its holder: {free})"
+        )
     worked = False
     try:
         with concurrency(names, strict=True):

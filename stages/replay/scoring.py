@@ -150,6 +150,8 @@ def _leaf_chunks(leaves: _Proposals, tree_tokens: int) -> Iterator[_Proposals]:
     """Leaves for one forward each: at most `tree_tokens` of a row, whole steps, and rows of similar counts."""
     chunk = np.zeros(len(leaves.row), dtype=np.int64)
     starts = np.flatnonzero(leaves.within == 0)
+    if not len(starts):
+        return  # nothing was rejected but last proposals
     row, run, size = -1, 0, 0
     for start, end in zip(starts, np.append(starts[1:], len(chunk)), strict=True):
         if leaves.row[start] != row:
@@ -158,7 +160,7 @@ def _leaf_chunks(leaves: _Proposals, tree_tokens: int) -> Iterator[_Proposals]:
             run, size = run + 1, 0
         chunk[start:end] = run
         size += end - start
-    for c in range(chunk.max(initial=-1) + 1):
+    for c in range(chunk.max() + 1):
         part = leaves.part(chunk == c)
         for rows in _similar_rows(np.bincount(part.row)):
             yield part.part(np.isin(part.row, rows))

@@ -170,10 +170,10 @@ def test_a_random_sample_depends_on_rows_and_seed_not_on_their_order(
 ) -> None:
     rows = [as_ids(row) for row in logged_answers]
 
-    def drawn(name: str, rows: list[Row], seed: int = 0) -> set[tuple[int, ...]]:
+    def drawn(name: str, rows: list[Row], seed: int = 0) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
         files = [write(tmp_path / f"{name}-{part}.jsonl", rows[part::2]) for part in range(2)]
         ctx = run(tmp_path / name, tiny_drafter, *files, rows=15, sample="random", seed=seed)
-        return {tuple(ids) for ids in responses(table(ctx))}
+        return {(tuple(row["prompt_ids"]), tuple(row["response_ids"])) for row in table(ctx)}
 
     first = drawn("first", rows)
     assert len(first) == 15

@@ -86,6 +86,7 @@ def team(folder: Path) -> Iterator[Team]:
             "PREFECT_HOME": str(folder / "prefect"),
             "DO_NOT_TRACK": "1",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         }
         serving = {
             "PREFECT_API_DATABASE_CONNECTION_URL": database("prefect").replace("postgresql", "postgresql+asyncpg", 1),

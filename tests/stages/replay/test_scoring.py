@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -83,6 +83,22 @@ def test_scores_equal_one_plain_forward_a_block(
         np.testing.assert_array_equal(score.top_ids[clear], expected.top_ids[clear])
         rejected_behind += int((trace.judged - trace.rejected_offset)[trace.rejected_offset > 0].sum())
     assert rejected_behind > 20
+
+
+def test_one_proposal_a_block_has_nothing_behind_its_rejection(bench: Bench) -> None:
+    r = replayed(bench, "trained")
+    whole = score_traces(bench.target, r.cache, r.hidden, r.traces)
+    alone = [
+        replace(
+            t,
+            proposed=t.proposed[:, :1],
+            accepted=np.minimum(t.accepted, 1),
+            drafter_logprobs=t.drafter_logprobs[:, :1],
+        )
+        for t in r.traces
+    ]
+    for first, score in zip(score_traces(bench.target, r.cache, r.hidden, alone), whole, strict=True):
+        np.testing.assert_allclose(first.target_logprobs, score.target_logprobs[:, :1], atol=TOLERANCE)
 
 
 def test_the_rejected_suffix_is_scored_on_the_draft_induced_prefix(bench: Bench) -> None:

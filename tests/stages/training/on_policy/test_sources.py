@@ -26,7 +26,7 @@ from tests.stages.training.world import COUNT, INDICES, KINDS, PER_SEQUENCE, Wor
 
 @pytest.fixture(scope="module")
 def world(bench: Bench) -> World:
-    return make_world(bench, moved_by=0.15)
+    return make_world(bench, moved_by=0.3)
 
 
 def test_mining_again_gives_the_trace_of_the_current_weights(world: World) -> None:
