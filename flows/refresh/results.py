@@ -25,6 +25,9 @@ def show_results(display: Display, made: Mapping[str, Path], mlflow: str) -> Non
             display.line(line)
         for line in rows.doubts(evaluation):
             display.line(f"not to be relied on: {line}")
+        if "gate" in made:
+            for line in rows.chosen(evaluation):
+                display.line(line)
     if "gate" in made and (made["gate"] / DECISION).is_file():
         decision = json.loads((made["gate"] / DECISION).read_text("utf-8"))
         if (table := rows.gate(decision)) is not None:

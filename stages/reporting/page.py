@@ -124,7 +124,7 @@ def _sections(data: ReportData) -> list[tuple[str, str]]:
             _time_split(evaluation),
             part("Exactness", paragraph(rows.exactness(evaluation))),
         ],
-        "Gate": [table(rows.gate(data.decision))],
+        "Gate": [paragraph(rows.chosen(evaluation)), table(rows.gate(data.decision))] if data.decision else [],
         "The line over time": [_line(data.history)],
         f"Worst contexts{_of_arm(data)}": [contexts(data.contexts)],
         "Training": [_training(data), _most_rejected(data.mining.get("most_rejected") or [], data.rejected_rows)],

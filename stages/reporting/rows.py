@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from draftsmith.stages.measure.gate import CHAMPION, challenger_of
 from draftsmith.stages.reporting.names import ABSENT, name_of
 
 
@@ -222,6 +223,16 @@ def gate(decision: Mapping[str, Any]) -> Table | None:
         return None
     rules = [[rule["name"], _became(rule), rule["said"]] for rule in decision["rules"]]
     return Table(("rule", "outcome", "figures"), rules, title="Gate", text_columns=3)
+
+
+def chosen(evaluation: Mapping[str, Any]) -> list[str]:
+    """A sentence on which arm the gate was asked about, and why that one; none where nothing was chosen."""
+    taus = {arm: tau for arm, tau in (evaluation.get("validation_tau") or {}).items() if arm != CHAMPION}
+    if len(taus) < 2 or not evaluation.get("drafters"):
+        return []
+    told = ", ".join(f"{name_of(arm)} {number(tau, '.3f')}" for arm, tau in taus.items())
+    challenger = name_of(challenger_of(evaluation))
+    return [f"The challenger is {challenger}, chosen by tau on the validation split alone: {told}."]
 
 
 def _became(rule: Mapping[str, Any]) -> str:

@@ -167,7 +167,8 @@ def test_every_part_of_a_refresh_of_a_line_is_there_and_the_verdict_is_first(tmp
         "+7.3%", "95 %: +6.0% to +8.5%",
         "Not to be relied on", "Other processes took between 2% and 48%",
         "By prompt set", "speed-up of SFT + OPD", "code & math", "+6.1% [+3.0%, +9.1%]", "1.400 [1.300, 1.500]",
-        "By setting", "Gate", "not judged", "The line over time",
+        "By setting", "Gate", "The challenger is SFT + OPD, chosen by tau on the validation split alone: SFT 3.400, "
+        "SFT + OPD 3.500, SFT continued 3.420.", "not judged", "The line over time",
         "Worst contexts of SFT + OPD", "tau 1.00 over 3 verify steps",
         "Staleness of the mined trace", "9,000 logged answers are used, of 12,000 rows", "Set aside", "not drawn",
         "device time", "all together", "Lineage and config", "champion (smollm2 version 3)",
