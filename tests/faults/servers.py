@@ -79,8 +79,8 @@ def prefect_server(folder: Path) -> Iterator[Server]:
 
 
 def _running(server: Server) -> Iterator[Server]:
-    server.start()
-    try:
+    try:  # it may be interrupted while it starts
+        server.start()
         yield server
     finally:
         server.kill()
