@@ -122,10 +122,9 @@ def test_what_was_made_from_a_damaged_input_does_not_stay_a_hit(
 
 def _forge(checksums: Checksums, path: Path) -> None:
     """The record, as if the last change had touched nothing of the file but its bits."""
-    record = checksums._file(path)
-    stat = path.stat()
-    fields = json.loads(record.read_text())
-    record.write_text(json.dumps(fields | {"mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}))
+    stat, known = path.stat(), checksums.recorded(path)
+    assert known is not None
+    checksums._remember(replace(known, mtime_ns=stat.st_mtime_ns, ctime_ns=stat.st_ctime_ns))
 
 
 @pytest.mark.parametrize("when", ["while the stage runs", "while a stage that fails runs"])
