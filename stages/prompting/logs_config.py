@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializationInfo, field_serializer, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from draftsmith.stages.contract import Config
 from draftsmith.stages.prompting.files import local_files, remote_versions
-from draftsmith.stages.prompting.times import Beginning, as_text, as_time, dumped, iso
+from draftsmith.stages.prompting.times import Since, as_text, as_time, iso
 
 _PATHS = "logs.paths"
 
@@ -46,7 +46,7 @@ class LogsConfig(Config):
         "is taken to have this one. 0 = greedy",
     )
     top_p: float = Field(default=1.0, gt=0, le=1, description="of the answers; written down, not checked")
-    since: Annotated[str, BeforeValidator(as_text)] | None = Field(
+    since: Since | None = Field(
         default=None,
         description="only rows from this time on: 7d, 12h, an ISO date or time, or `last`: behind what the champion's "
         "refresh has read (all of them where there is no champion yet). 7d and 12h become the time that they mean when "
@@ -104,15 +104,6 @@ class LogsConfig(Config):
     chat_template_kwargs: dict[str, bool | int | float | str | None] = Field(
         default={}, description="passed to the chat template for rows of text: what the service passed"
     )
-
-    @field_validator("since")
-    @classmethod
-    def _becomes_absolute(cls, since: str | None) -> str | None:
-        return None if since is None else Beginning.of(since, datetime.now(UTC))
-
-    @field_serializer("since")
-    def _as_it_is_dumped(self, since: str | None, info: SerializationInfo) -> str | None:
-        return dumped(since, info)
 
     @field_validator("after")
     @classmethod

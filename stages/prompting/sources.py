@@ -6,17 +6,17 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, SerializationInfo, field_serializer, field_validator
+from pydantic import Field
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Config
 from draftsmith.stages.prompting.held_out import identity
 from draftsmith.stages.prompting.rows import Message
-from draftsmith.stages.prompting.times import Beginning, as_text, as_time, dumped
+from draftsmith.stages.prompting.times import Since, as_time
 
 Split = Literal["train", "validation", "heldout"]
 # Held-out prompts are drawn first: a text that comes up twice stays there and is not trained on.
@@ -98,21 +98,12 @@ class JsonlSource(_RowSource):
         min_length=1,
         description="a file, folder or glob, relative to the current directory, or an address for fsspec such as s3://…",
     )
-    since: Annotated[str, BeforeValidator(as_text)] | None = Field(
+    since: Since | None = Field(
         default=None,
         description="prompts of rows from this time on are drawn first, older ones (newest first) only where these are "
         "too few: 7d, 12h, an ISO date or time, or `last`, as in section logs",
     )
     time_field: str | None = Field(default=None, description="field with a row's time, as in section logs")
-
-    @field_validator("since")
-    @classmethod
-    def _becomes_absolute(cls, since: str | None) -> str | None:
-        return None if since is None else Beginning.of(since, datetime.now(UTC))
-
-    @field_serializer("since")
-    def _as_it_is_dumped(self, since: str | None, info: SerializationInfo) -> str | None:
-        return dumped(since, info)
 
     @property
     def since_time(self) -> datetime | None:

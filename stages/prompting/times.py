@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import SerializationInfo
+from pydantic import AfterValidator, BeforeValidator, PlainSerializer, SerializationInfo
 
 TIME_FIELDS = ("timestamp", "created", "created_at", "time")
 LAST = "last"  # a window that begins behind what an earlier refresh has read: whoever runs refreshes says where
@@ -83,11 +83,20 @@ class Beginning(str):
         return made
 
 
-def dumped(window: str | None, info: SerializationInfo) -> str | None:
+def _dumped(window: str, info: SerializationInfo) -> str:
     """As a config is dumped: the time that it meant; what was written in the context `as_written`, for runs to come."""
     if isinstance(window, Beginning) and (info.context or {}).get("as_written"):
         return window.written
-    return None if window is None else str(window)
+    return str(window)
+
+
+# of a field: where a window begins, absolute from the moment when the config is read
+Since = Annotated[
+    str,
+    BeforeValidator(as_text),
+    AfterValidator(lambda window: Beginning.of(window, datetime.now(UTC))),
+    PlainSerializer(_dumped),
+]
 
 
 def absolute(window: str, now: datetime) -> str:
