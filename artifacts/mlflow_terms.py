@@ -19,7 +19,7 @@ PARAMS_PER_BATCH = 100
 PARAM_KEY_CHARS, PARAM_VALUE_CHARS, DIGEST_CHARS = 250, 6000, 36
 
 
-def _allowed(name: str) -> str:
+def allowed(name: str) -> str:
     """A name with `_` for every character that MLflow refuses in keys."""
     return re.sub(r"[^\w\-. :/]", "_", name)[:PARAM_KEY_CHARS]
 
@@ -28,7 +28,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """A nested config as MLflow params: dotted names, lists as JSON, long values cut to MLflow's limit."""
     flat: dict[str, str] = {}
     for name, value in config.items():
-        key = _allowed(f"{prefix}{name}")
+        key = allowed(f"{prefix}{name}")
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{key}.")
         else:
@@ -49,7 +49,7 @@ def log_metrics(client: MlflowClient, run_id: str, points: list[tuple[str, float
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
-    metrics = [Metric(_allowed(name), value, now, step) for name, value, step in points]
+    metrics = [Metric(allowed(name), value, now, step) for name, value, step in points]
     for start in range(0, len(metrics), METRICS_PER_BATCH):
         client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.mlflow_terms import allowed
 from draftsmith.artifacts.tracking import Tracking
 
 _ARTIFACT = "draftsmith.artifact."  # tags of a refresh: folder#content of each node's artifact
@@ -16,7 +17,7 @@ _A_REFRESH = "tags.`draftsmith.stage` = 'refresh'"
 
 def artifact_tags(made: Mapping[str, ArtifactRef]) -> dict[str, str]:
     """Where each node's artifact is, and which content it has."""
-    return {f"{_ARTIFACT}{name}": f"{ref.path}#{ref.content_id[:16]}" for name, ref in made.items()}
+    return {allowed(f"{_ARTIFACT}{name}"): f"{ref.path}#{ref.content_id[:16]}" for name, ref in made.items()}
 
 
 def find_refresh(tracking: Tracking, name: str, made: Mapping[str, ArtifactRef]) -> str | None:
