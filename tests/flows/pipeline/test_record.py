@@ -29,7 +29,8 @@ def tracking(home: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtur
 
 
 def artifacts(folder: Path, content: str = "c" * 64) -> dict[str, ArtifactRef]:
-    return {name: ArtifactRef(name, "k" * 64, content, folder / name) for name in ("prompts", "line@champion", "report")}
+    names = ("prompts", "line@champion", "report")
+    return {name: ArtifactRef(name, "k" * 64, content, folder / name) for name in names}
 
 
 def test_the_same_artifacts_are_the_same_run_and_others_are_not(tracking: Tracking, tmp_path: Path) -> None:
