@@ -176,8 +176,10 @@ class LaunchConfig(Config):
     @model_validator(mode="after")
     def _a_router_has_servers(self) -> LaunchConfig:
         if self.router is not None and self.servers == 1:
-            raise ValueError("router: one server needs none; raise servers, or leave it out (replicas of one server "
-                             "share their requests by themselves)")  # fmt: skip
+            raise ValueError(
+                "router: one server needs none; raise servers, or leave it out (replicas of one server share their "
+                "requests by themselves)"
+            )
         return self
 
     @property

@@ -56,9 +56,8 @@ class Rule:
     name: str
     passed: bool
     said: str  # in words, with figures and threshold
-    figures: Mapping[str, float | None] = field(
-        default_factory=dict
-    )  # value, end of its interval, wanted: the threshold
+    # value, end: of its interval, wanted: the threshold
+    figures: Mapping[str, float | None] = field(default_factory=dict)
     judged: bool = True  # false: what was measured says nothing of it, for or against; it does not pass
 
 
