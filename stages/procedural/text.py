@@ -1,4 +1,4 @@
-"""Procedural text in five families (JSON records, dialogues, stories, programs, word problems): prompts with answers.
+"""Procedural text (JSON records, dialogues, stories, programs, word problems): prompts with answers.
 
 Answers draw their slots from small lists and repeat them (a record's city is the prompt's, a story's hero comes back in
 every sentence), so that a model of a few million parameters or less learns well-formed text with parts that are
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+
+from draftsmith.stages.procedural.example import Example
+from draftsmith.stages.procedural.worked import WORKED
 
 
 def _words(text: str) -> list[str]:
@@ -39,15 +41,6 @@ PLANS = [
     "repair my bicycle",
     "paint a picture",
 ]
-
-
-@dataclass(frozen=True)
-class Example:
-    """One request and the answer that the test bed's target is taught."""
-
-    family: str
-    prompt: str
-    answer: str
 
 
 def _record(r: random.Random) -> Example:
@@ -213,6 +206,7 @@ FAMILIES: dict[str, Maker] = {
     "story": _story,
     "program": _program,
     "problem": _problem,
+    **WORKED,
 }
 REVISION_2: dict[str, Maker] = {"record": _record_2, "dialogue": _dialogue_2, "story": _story_2}
 _MOST_REPEATED = 1000  # in a row, before a family counts as exhausted
