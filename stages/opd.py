@@ -45,7 +45,7 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
     longest = int(stored.trajectories.lengths.max())
     limit = micro_batch_tokens(config, target, drafter, longest)
     blocks = config.anchors_per_sequence * drafter.block_size  # tokens of a row beside its trajectory
-    micro_batches = MicroBatches(training.micro_batches, limit, blocks, ctx.log)
+    micro_batches = MicroBatches(training.micro_batches, limit, blocks, ctx.log, ctx.work)
     totals = train(ctx, drafter, config, micro_batches, training.source, ranks)
     if not ranks.first:
         return

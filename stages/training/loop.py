@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
 from draftsmith.stages.checkpoints import load_checkpoint, save_checkpoint
 from draftsmith.stages.contract import StageContext
 from draftsmith.stages.drafters.base import Drafter
@@ -29,6 +30,9 @@ def cosine(step: int, config: OptimiserConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
 
 
+_FITTING = "micro_batch_tokens"  # file in `work`
+
+
 class Resumable(Protocol):
     """What a training remembers between steps besides weights: tensors and plain values under string keys."""
 
@@ -46,10 +50,16 @@ class MicroBatches:
         limit: int,
         least: int,
         log: Callable[[str], None],
+        work: Path,
     ):
         """make: of a step and a limit, its parts of at most so many tokens, or of one row. limit: to begin with, no
-        more than a whole step has. least: tokens of any row are more."""
-        self._make, self.limit, self._least, self._log = make, limit, least, log
+        more than a whole step has. least: tokens of any row are more. work: of the stage, where an attempt that ended
+        for want of memory left what fits."""
+        self._make, self._least, self._log, self._noted = make, least, log, work / _FITTING
+        self.limit = limit
+        if self._noted.exists() and (fitting := int(self._noted.read_text("utf-8"))) < limit:
+            log(f"micro-batches of {fitting} tokens: an attempt before had no memory for those of {2 * fitting}")
+            self.limit = fitting
 
     def __call__(self, step: int) -> Iterable[LossReport]:
         return self._make(step, self.limit)
@@ -61,6 +71,17 @@ class MicroBatches:
         self._log(f"out of memory with micro-batches of {self.limit} tokens: once more with {self.limit // 2}")
         self.limit //= 2
         return True
+
+    def halve_for_all(self, ranks: Ranks) -> None:
+        """End the training of several ranks, which cannot know that one begins its step anew, so that another attempt
+        goes on in smaller parts. Returns if every part is one row already. Raises RetryableError."""
+        if self.limit <= self._least:
+            return
+        self._noted.write_text(str(self.limit // 2), "utf-8")
+        raise RetryableError(
+            f"rank {ranks.rank} of {ranks.world}: out of memory with micro-batches of {self.limit} tokens: the same "
+            f"command continues from the checkpoint with {self.limit // 2}"
+        )
 
 
 def train(
@@ -76,9 +97,10 @@ def train(
     `micro_batches(step)` are the parts of a step, each with its graph, made one after the other. They must depend on
     nothing but the step, the weights and `memory`, which only they may change. Of several ranks each has its own parts,
     and all have the same weights and memory after a step; the first rank's checkpoint is that of all, and of any
-    number of ranks. A step that the memory does not hold is made again in parts of half the size, by a process that
-    trains alone and has `MicroBatches`: ranks cannot know that another one begins anew.
-    Checkpoints, the memory in them, go to `ctx.work`. Raises DraftsmithError if the loss or its gradient is not finite.
+    number of ranks. A step of `MicroBatches` that the memory does not hold is made again in parts of half the size: at
+    once by a process that trains alone, by the next attempt of several ranks.
+    Checkpoints, the memory in them, go to `ctx.work`. Raises DraftsmithError if the loss or its gradient is not finite,
+    RetryableError where the next attempt needs less memory.
     """
     optimiser = make_optimiser(drafter.parameters(), config, ranks)
     first, totals = _restore(ctx, drafter, optimiser, memory, ranks)
@@ -97,12 +119,11 @@ def train(
                 accumulation, backward_s = _accumulated(micro_batches, step, device_type, config)
                 break
             except Exception as error:
-                if not (
-                    isinstance(micro_batches, MicroBatches)
-                    and ranks.world == 1
-                    and out_of_memory(error)
-                    and micro_batches.halve()
-                ):
+                if not (isinstance(micro_batches, MicroBatches) and out_of_memory(error)):
+                    raise
+                if ranks.world > 1:
+                    micro_batches.halve_for_all(ranks)
+                if ranks.world > 1 or not micro_batches.halve():
                     raise
             optimiser.zero_grad(set_to_none=True)  # what the parts before it gave
             release_memory()  # not above: the error's frames hold what is to be given back

@@ -88,7 +88,7 @@ def _of_training(
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder, watched(target) as read, profiled.profiler:
         context = Timed.under(Path(folder), after_step=profiled.profiler.step)
         of_row = config.anchors_per_sequence * drafter.block_size  # tokens beside its trajectory
-        micro_batches = MicroBatches(training.micro_batches, limit, of_row, print)
+        micro_batches = MicroBatches(training.micro_batches, limit, of_row, print, context.work)
         totals = train(context, drafter, config, micro_batches, memory)
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
     profiled.save(traces / f"{_file_name(kind)}.trace.json.gz")

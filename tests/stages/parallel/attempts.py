@@ -18,17 +18,17 @@ CONFIG = {
     "drafter": {"num_layers": 1, "block_size": 4, "target_layer_ids": [0, 2]}, "steps": LONG, "sequences_per_step": 4,
     "anchors_per_sequence": 3, "compute_dtype": "float32", "checkpoint_every": 2,
 }  # fmt: skip
-TWO = {"parallel": {"processes": 2}}
+TWO: dict[str, Any] = {"parallel": {"processes": 2}}
 
 
 class Attempt:
     """One attempt at the stage `sft` in `folder`, in a thread: its parent is this process."""
 
-    def __init__(self, folder: Path, inputs: dict[str, str], **fields: Any):
+    def __init__(self, folder: Path, inputs: dict[str, str], *, module: str = "draftsmith.stages.sft", **fields: Any):
         self.folder, self.stop = folder, threading.Event()
         read_end, write_end = os.pipe()
         request = {
-            "stage": "sft", "module": "draftsmith.stages.sft", "config": {**CONFIG, **fields}, "inputs": inputs,
+            "stage": "sft", "module": module, "config": {**CONFIG, **fields}, "inputs": inputs,
             "out": str(folder / "out"), "work": str(folder / "work"), "seed": 1, "threads": 1,
         }  # fmt: skip
         self._lines: list[str] = []

@@ -28,6 +28,7 @@ from draftsmith.stages.parallel.launch import Meeting, clear, launch
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.targets.causal_lm import Target
 from tests.flows.pipeline.processes import assert_gone, wait_until
+from tests.stages.parallel import short_of_memory
 from tests.stages.parallel.attempts import CONFIG, LONG, TWO, Attempt, newest, ranks_of
 from tests.stages.parallel.trainings import AGAIN, IN_PARTS, MIDDLE, REDUCED, STEPS, Training, run_all
 from tests.stages.test_stage_process import finish
@@ -202,3 +203,26 @@ def test_bad_input_is_one_error_however_many_read_it(tmp_path: Path, inputs: dic
     errors = [event for event in events if event["event"] == "error"]
     assert (code, len(errors)) == (2, 1)
     assert "nothing" in errors[0]["message"]
+
+
+def test_a_rank_without_memory_ends_all_and_the_next_attempt_takes_smaller_parts(
+    tmp_path: Path, inputs: dict[str, str]
+) -> None:
+    """It goes on from the checkpoint, with the parts that fit, on however many processes."""
+    steps = short_of_memory.REFUSED_AT + 3
+    fields: dict[str, Any] = {
+        "module": short_of_memory.__name__,
+        "steps": steps,
+        "micro_batch_tokens": 2 * short_of_memory.FITTING - 8,
+    }
+    code, events = Attempt(tmp_path, inputs, **fields, **TWO).ended()
+    errors = [event for event in events if event["event"] == "error"]
+    assert (code, len(errors)) == (75, 1)
+    assert "rank 1 of 2: out of memory with micro-batches of 72 tokens" in errors[0]["message"]
+
+    kept = newest(tmp_path)
+    code, events = Attempt(tmp_path, inputs, **fields).ended()
+    assert (code, events[-1]["event"]) == (0, "done")
+    logs = [event["message"] for event in events if event["event"] == "log"]
+    assert "micro-batches of 36 tokens: an attempt before had no memory for those of 72" in logs
+    assert f"continuing from the checkpoint at step {kept} of {steps}" in logs

@@ -159,7 +159,7 @@ def test_a_step_that_the_memory_does_not_hold_is_made_again_in_halves(tmp_path: 
                     raise torch.OutOfMemoryError("of the test")
 
         rows = config.anchors_per_sequence * drafter.block_size
-        train(context, drafter, config, MicroBatches(make, first, rows, context.log))
+        train(context, drafter, config, MicroBatches(make, first, rows, context.log, context.work))
         weights = torch.cat([parameter.detach().flatten() for parameter in drafter.parameters()])
         return weights, [line for line in context.logs if line.startswith("out of memory")]
 
