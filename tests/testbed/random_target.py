@@ -98,7 +98,7 @@ def trajectories(count: int, seed: int = 0, prompt_length: int = 4) -> list[Traj
     return made
 
 
-def write_trajectories(folder: Path, made: list[Trajectory], temperature: float = 0.0) -> Path:
+def write_trajectories(folder: Path, made: list[Trajectory], temperature: float = 0.0, split: str = "train") -> Path:
     """The artifact of a rollout that gave these trajectories; returns the folder."""
     from draftsmith.artifacts.parquet import write_table
     from draftsmith.artifacts.schemas import TRAJECTORIES
@@ -107,7 +107,7 @@ def write_trajectories(folder: Path, made: list[Trajectory], temperature: float 
         {
             "trajectory_id": t.trajectory_id,
             "prompt_id": t.trajectory_id.split("/")[0],
-            "split": "train",
+            "split": split,
             "sample": 0,
             "prompt_ids": t.tokens[: t.prompt_length],
             "response_ids": t.tokens[t.prompt_length :],

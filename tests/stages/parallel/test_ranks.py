@@ -35,10 +35,15 @@ from tests.stages.test_stage_process import finish
 from tests.stages.test_stage_process import start as start_stage
 from tests.testbed import random_target
 from tests.testbed.context import RecordingContext
+from tests.testbed.dflash2 import SIZES, random_dflash2
+from tests.testbed.dspark import random_dspark
 
 DFLASH = {"num_layers": 1, "block_size": 5, "target_layer_ids": [2, 0], "intermediate_size": 40}
 EAGLE3 = {"kind": "eagle3", "block_size": 4, "target_layer_ids": [0, 1, 2], "draft_vocab_size": 40}
-NAMES = ["sft dflash", "sft eagle3", "opd dflash", "opd dflash again", "opd eagle3 again"]
+DFLASH2 = {**DFLASH, **SIZES, "kind": "dflash2"}
+DSPARK = {**DFLASH, "kind": "dspark", "markov_rank": 6}
+NAMES = ["sft dflash", "sft dflash2", "sft dspark", "sft eagle3", "opd dflash", "opd eagle3 again", "opd dflash2 drawn",
+         "opd dspark drawn again"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +53,20 @@ def trainings(tmp_path_factory: pytest.TempPathFactory, plain_artifact: Path, pl
     inputs = {"target": str(plain_artifact), "trajectories": str(answers)}
     made = [
         Training("sft dflash", "draftsmith.stages.sft", {"drafter": DFLASH, **REDUCED, **IN_PARTS}, inputs),
+        Training("sft dflash2", "draftsmith.stages.sft", {"drafter": DFLASH2, **REDUCED}, inputs),
+        Training("sft dspark", "draftsmith.stages.sft", {"drafter": DSPARK, **IN_PARTS}, inputs),
         Training("sft eagle3", "draftsmith.stages.sft", {"drafter": EAGLE3}, inputs),
     ]
-    for kind, drafter in (("dflash", random_target.random_drafter(plain_target)), ("eagle3", eagle3(plain_target))):
-        begun = mined(folder / kind, drafter, plain_target, inputs)
-        if kind == "dflash":
-            made.append(Training(f"opd {kind}", "draftsmith.stages.opd", {}, begun))
-        made.append(Training(f"opd {kind} again", "draftsmith.stages.opd", {**AGAIN, **REDUCED, **IN_PARTS}, begun))
+    sampled = random_target.write_trajectories(folder / "1.0", random_target.trajectories(12, seed=6), temperature=1.0)
+    again = {**AGAIN, **REDUCED, **IN_PARTS}
+    for name, drafter, texts, config in (
+        ("dflash", random_target.random_drafter(plain_target), answers, {}),
+        ("eagle3 again", eagle3(plain_target), answers, again),
+        ("dflash2 drawn", random_dflash2(plain_target), sampled, IN_PARTS),
+        ("dspark drawn again", random_dspark(plain_target), sampled, again),
+    ):
+        begun = mined(folder / name, drafter, plain_target, {**inputs, "trajectories": str(texts)})
+        made.append(Training(f"opd {name}", "draftsmith.stages.opd", config, begun))
     return made
 
 
