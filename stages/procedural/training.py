@@ -44,6 +44,14 @@ class ShapeConfig(Config):
     vocab_size: int = 900
     max_positions: int = 1024
     tied: bool = False  # in the same time a tied one learns less of copying from the prompt
+    full_attention_every: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="layers as in Qwen3.5, of which every so many a full attention one and the others recurrent "
+            "(gated delta nets); left out: as in Qwen3",
+        ),
+    ] = None
 
 
 class TrainingTextConfig(Config):
@@ -165,29 +173,48 @@ def _packed_rows(
 def new_model(shape: ShapeConfig, tokenizer: Any, seed: int) -> Any:
     """Random weights."""
     import torch
-    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+    from transformers import GenerationConfig
 
     torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=shape.max_positions,
-        tie_word_embeddings=shape.tied,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="sdpa",
-    )
-    model = Qwen3ForCausalLM(config)
+    common = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "max_position_embeddings": shape.max_positions,
+        "tie_word_embeddings": shape.tied,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "attn_implementation": "sdpa",
+    }
+    if shape.full_attention_every is None:
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+
+        model: Any = Qwen3ForCausalLM(Qwen3Config(**common))
+    else:
+        from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+        kinds = [_kind(layer, shape.full_attention_every) for layer in range(shape.layers)]
+        recurrent = {
+            "layer_types": kinds,
+            "linear_key_head_dim": shape.head_dim,
+            "linear_value_head_dim": shape.head_dim,
+            "linear_num_key_heads": shape.kv_heads,
+            "linear_num_value_heads": shape.heads,
+        }
+        model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**common, **recurrent))
     model.generation_config = GenerationConfig(
         eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id], pad_token_id=tokenizer.pad_token_id
     )
     return model
+
+
+def _kind(layer: int, full_attention_every: int) -> str:
+    return "linear_attention" if (layer + 1) % full_attention_every else "full_attention"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,12 @@ from draftsmith.stages.training.on_policy.config import OpdConfig
 CONFIG = Path(__file__).parents[3] / "configs" / "experiments" / "architectures.yaml"
 
 
+def test_the_hybrid_target_is_compared_as_the_other_is() -> None:
+    hybrid = read_config(CONFIG.with_name("hybrid-target.yaml"), [], ARCHITECTURES.config)
+    names = [node.name for node in in_order(architectures_nodes(hybrid))]  # type: ignore[arg-type]
+    assert names == [node.name for node in in_order(architectures_nodes(read()))]
+
+
 def read(*overrides: str) -> ArchitecturesConfig:
     return read_config(CONFIG, overrides, ARCHITECTURES.config)  # type: ignore[return-value]
 

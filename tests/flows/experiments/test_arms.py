@@ -14,7 +14,9 @@ from draftsmith.stages.training.config import SftConfig, TrainingConfig
 from draftsmith.stages.training.on_policy.config import OpdConfig
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "experiments"
-RUNNABLE = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem not in ("base", "sampled", "architectures"))
+SHARED = ("base", "sampled", "worked")  # what others extend
+ARCHITECTURES = ("architectures", "hybrid-target")
+RUNNABLE = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem not in SHARED + ARCHITECTURES)
 
 
 def load(name: str, *overrides: str) -> ExperimentConfig:

@@ -10,6 +10,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.stages.experiments.procedural_target import STAGE, ProceduralTargetConfig
 from draftsmith.stages.procedural.training import ShapeConfig, TrainingTextConfig, train_target
+from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed.context import RecordingContext, StoppingContext
 
 SHAPE = ShapeConfig(hidden_size=32, layers=1, heads=2, kv_heads=1, head_dim=16, intermediate_size=32, vocab_size=300)
@@ -49,3 +50,12 @@ def test_a_training_goes_on_from_what_it_kept_and_ends_with_the_same_weights(
     assert cut.measured == whole.measured
     weights = "model/model.safetensors"
     assert (cut.out / weights).read_bytes() == (whole.out / weights).read_bytes()
+
+
+def test_layers_as_in_qwen3_5_give_a_target_that_cannot_be_rewound(tmp_path: Path) -> None:
+    shape = SHAPE.model_copy(update={"layers": 2, "full_attention_every": 2})
+    context = RecordingContext.under(tmp_path)
+    STAGE.run(context, ProceduralTargetConfig(documents=40, steps=2, rows_per_step=1, shape=shape))
+    target = Target.load(context.out)
+    assert not target.info.rewindable
+    assert target.model.config.layer_types == ["linear_attention", "full_attention"]
