@@ -67,6 +67,7 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
         "temperature": settings[0].temperature,
         "concurrency": settings[0].concurrency,
         "head_tokens": config.head_tokens,
+        "confidence": config.confidence,
         "training_seeds": {arm: _training_seed(folder) for arm, folder in _drafters_of(ctx).items()},
         "verdicts": verdicts(tau_differences, ratios, speed["plain"]["prompts"]),
         "block_size_candidates": measured.candidates,
@@ -189,6 +190,10 @@ def _acceptance(
     (ctx.out / CONTEXTS).write_text(json.dumps(contexts, indent=1) + "\n")
     for name, found in tallies.get("full_head", {}).items():
         table[name]["tau_full_head"] = found.tau
+    for name, found in tallies.get("whole_blocks", {}).items():
+        table[name]["tau_whole_blocks"] = found.tau
+        table[name]["verified_per_step"] = tallies["trained"][name].judged_per_step
+        table[name]["verified_per_step_whole_blocks"] = found.judged_per_step
     figures = {
         "heldout_trajectories": len(stored.trajectories),
         "drafters": table,
@@ -203,8 +208,12 @@ def _acceptance(
 
 def _draftings(config: EvaluationConfig) -> dict[str, DraftingConfig]:
     """How the drafters draft in the replays of held-out answers, by a name for each."""
-    trained = {"trained": DraftingConfig(head_tokens=config.head_tokens)}
-    return trained if config.head_tokens is None else trained | {"full_head": DraftingConfig()}
+    settings = {"trained": config.drafted()}
+    if config.head_tokens is not None:
+        settings["full_head"] = DraftingConfig(confidence=config.confidence)
+    if config.confidence is not None:
+        settings["whole_blocks"] = DraftingConfig(head_tokens=config.head_tokens)
+    return settings
 
 
 def shard(ctx: StageContext, config: EvaluationConfig, part: Shard) -> None:
@@ -219,7 +228,7 @@ def shard(ctx: StageContext, config: EvaluationConfig, part: Shard) -> None:
     drafters = {arm: load_drafter(folder / DRAFTER_FOLDER, target) for arm, folder in _drafters_of(ctx).items()}
     replays = {name: ("heldout", drafting) for name, drafting in _draftings(config).items()}
     if VALIDATION in splits_of(ctx.inputs["trajectories"]):
-        replays[VALIDATION] = (VALIDATION, DraftingConfig(head_tokens=config.head_tokens))
+        replays[VALIDATION] = (VALIDATION, config.drafted())
     counts = {}
     for name, (split, drafting) in replays.items():
         stored = load_trajectories(ctx.inputs["trajectories"], [split])
@@ -257,7 +266,7 @@ def _validation_tau(
         target,
         drafters,
         stored.trajectories,
-        DraftingConfig(head_tokens=config.head_tokens),
+        config.drafted(),
         chains=config.chains,
         law=stored.law,
         tokens_per_group=config.tokens_per_target_forward,

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from draftsmith.stages.contract import Compute, Config, Stage, StageContext
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.config import (
+    NO_CUTTING,
     NO_REDUCED_HEAD,
     EmbeddedEngineConfig,
     EngineConfig,
@@ -56,6 +57,8 @@ class RolloutConfig(Config):
             raise ValueError("engine.launch.tree: trees are for the speed of an evaluation; a rollout drafts chains")
         if isinstance(self.engine, SGLangEngineConfig) and self.drafting.head_tokens is not None:
             raise ValueError(f"drafting.head_tokens: {NO_REDUCED_HEAD}")
+        if isinstance(self.engine, SGLangEngineConfig) and self.drafting.confidence is not None:
+            raise ValueError(f"drafting.confidence: {NO_CUTTING}")
         return self
 
     def programs(self) -> dict[str, str]:
@@ -129,7 +132,7 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
     if drafter_folder:
         served = {
             "drafter_digest": drafter_digest(drafter_folder),
-            **config.drafting.model_dump(),
+            **config.drafting.key_material(),
             "engine": config.engine.kind,
             "dtype": served_dtype(config.engine, read_target_info(ctx.inputs["target"]).dtype),
             "temperature": params.temperature,

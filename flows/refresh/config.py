@@ -201,9 +201,9 @@ def sft_config(config: RefreshConfig) -> SftConfig:
 
 def drift_config(config: RefreshConfig) -> DriftConfig:
     """The champion drafts as it did when its figures were taken, unless the section says otherwise."""
-    drafting = config.drift.drafting
-    if drafting.head_tokens is None and config.evaluation.head_tokens is not None:
-        drafting = drafting.model_copy(update={"head_tokens": config.evaluation.head_tokens})
+    drafting, measured = config.drift.drafting, config.evaluation.drafted()
+    fields = [name for name in ("head_tokens", "confidence") if getattr(drafting, name) is None]
+    drafting = drafting.model_copy(update={name: getattr(measured, name) for name in fields})
     return config.drift.model_copy(update={"drafting": drafting})
 
 

@@ -23,6 +23,7 @@ class Proposals:
 
     tokens: torch.Tensor  # [B, A, block_size-1] token ids, the argmax at every offset
     logprobs: torch.Tensor | None  # [B, A, block_size-1] float32, under the drafter's own softmax over its head
+    confidence: torch.Tensor | None = None  # [B, A, block_size-1] as `Drafter.confidence`, of a drafter that has one
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,10 @@ class Drafting(ABC):
 
         tokens: [B, A] at the offset before it, at first the anchors' own.
         """
+
+    def confidence(self) -> torch.Tensor:
+        """[B, A] as `Drafter.confidence`, of the offset whose logits were asked for last: whatever is drawn there."""
+        raise NotImplementedError
 
 
 class Parallel(Drafting):

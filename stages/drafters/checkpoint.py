@@ -77,6 +77,7 @@ class DrafterPlan:
     target_layer_ids: list[int]
     description: str
     parameters: int
+    has_confidence: bool  # as of the drafter
 
 
 def plan_of_new(shape: DrafterConfig, target_config: Any, tokenizer: Callable[[], Any]) -> DrafterPlan:
@@ -134,14 +135,15 @@ def block_size_of(folder: Path) -> int:
 
 def _plan(architecture: Architecture, config: Any, tokenizer: Callable[[], Any]) -> DrafterPlan:
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in architecture.skeleton(config).parameters())
+        skeleton = architecture.skeleton(config)
     return DrafterPlan(
         kind_of(architecture),
         config,
         config.block_size,
         architecture.target_layer_ids(config),
         architecture.description(config, tokenizer),
-        parameters,
+        sum(p.numel() for p in skeleton.parameters()),
+        skeleton.has_confidence,
     )
 
 

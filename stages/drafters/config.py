@@ -6,7 +6,18 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from draftsmith.stages.contract import Config
+from draftsmith.stages.contract import Config, OnlyIfSet
+
+Confidence = Annotated[
+    float | None,
+    Field(
+        gt=0,
+        lt=1,
+        description="cut a block in front of the first proposal that is kept with a smaller probability, by the "
+        "drafter's own confidence; of a DSpark with a confidence head, embedded engine only; left out: verify all",
+    ),
+    OnlyIfSet(),
+]
 
 
 class DFlashConfig(Config):
@@ -133,3 +144,10 @@ class DraftingConfig(Config):
         int | None,
         Field(ge=2, description="propose only from this many most frequent tokens; embedded engine only"),
     ] = None
+    confidence: Confidence = None
+
+
+def no_confidence(kind: str, field: str = "drafting.confidence") -> str:
+    """What is wrong with a block that is cut by such a drafter. kind: the drafter's."""
+    without = "this drafter has no confidence head" if kind == "dspark" else f"{kind} has no confidence head"
+    return f"{field}: {without}: leave it out, or draft with a dspark that has one (drafter.confidence_head)"

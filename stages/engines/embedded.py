@@ -18,6 +18,7 @@ import torch
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.drafters.cutting import check_confidence
 from draftsmith.stages.engines.base import Completion, Request, VerifyStep
 from draftsmith.stages.engines.sampling import draw
 from draftsmith.stages.engines.verification import Drafted, draft, verify
@@ -87,8 +88,9 @@ class EmbeddedEngine:
         self.target, self.drafter, self.slots, self.capacity = target, drafter, slots, capacity
         self.layer_ids = tuple(drafter.target_layer_ids) if drafter else ()
         drafting = drafting or DraftingConfig()
-        self.block_size = 1
+        self.block_size, self.confidence = 1, drafting.confidence
         if drafter:
+            check_confidence(drafter, drafting)
             self.block_size = drafting.block_size or drafter.block_size
             if self.block_size > drafter.block_size:
                 raise DraftsmithError(
@@ -189,8 +191,10 @@ class EmbeddedEngine:
                 self.target.info.vocab_size,
                 sampling,
                 seeds,
+                self.confidence,
             )
-            ids = torch.cat([ids, drafted.tokens], 1)  # [n, block_size]: the block that is verified
+            # [n, at most block_size]: what is verified, of the row whose block was cut last
+            ids = torch.cat([ids, drafted.tokens[:, : drafted.width]], 1)
         proposed = drafted.tokens.tolist()
         drafted_at = time.perf_counter()
 

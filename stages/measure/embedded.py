@@ -17,7 +17,6 @@ from draftsmith.artifacts.schemas import REQUESTS, TURNS
 from draftsmith.stages.contract import StageContext
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
-from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Completion
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.measure.load import LoadMeter
@@ -96,7 +95,7 @@ class SpeedTest:
     ) -> tuple[list[Completion], float]:
         """Answers in the order of the prompts, and the wall time in seconds."""
         capacity = max(len(p.token_ids) for p in prompts) + self.config.sampling.max_new_tokens + block_size
-        drafting = DraftingConfig(block_size=block_size, head_tokens=self.config.head_tokens) if drafter else None
+        drafting = self.config.drafted(block_size) if drafter else None
         engine = EmbeddedEngine(target, drafter, slots=setting.concurrency, capacity=capacity, drafting=drafting)
         requests = requests_for(prompts, self.config, setting, self.seed, max_new)
         started = time.perf_counter()

@@ -47,6 +47,7 @@ class Board:
         self.proposed = np.zeros((self.length, proposals), dtype=np.int64)
         self.logprobs = np.full((self.length, proposals), np.nan, dtype=np.float32)
         self.expected: np.ndarray | None = None  # where proposals are drawn
+        self.verified: np.ndarray | None = None  # where blocks are cut
 
     @property
     def filler(self) -> int:
@@ -70,13 +71,15 @@ class Board:
         proposed: np.ndarray,
         logprobs: np.ndarray | None,
         expected: np.ndarray | None = None,
+        verified: np.ndarray | None = None,
         *,
         pace: Pace,
     ) -> None:
         """Take the blocks of the live chains, in their order, and move each chain to its next anchor.
 
-        kept [A], proposed and logprobs [A, K], expected [A]: accepted lengths, token ids, drafter log-probs, committed
-        tokens on average where proposals are drawn; what lies behind the live chains is padding.
+        kept [A], proposed and logprobs [A, K], expected and verified [A]: accepted lengths, token ids, drafter
+        log-probs, committed tokens on average where proposals are drawn, proposals in front of the cut where blocks are
+        cut; what lies behind the live chains is padding.
         """
         count = len(self.live)
         if not count:
@@ -90,7 +93,12 @@ class Board:
             if self.expected is None:
                 self.expected = np.full(self.length, np.nan)
             self.expected[anchors] = expected[:count]
-        judged = np.minimum(proposed.shape[1], self.length - 1 - anchors)
+        most = proposed.shape[1]
+        if verified is not None:
+            if self.verified is None:
+                self.verified = np.zeros(self.length, dtype=np.int64)
+            self.verified[anchors] = most = verified[:count]
+        judged = np.minimum(most, self.length - 1 - anchors)
         pace.blocks += count
         pace.rejections += int((kept < judged).sum())
         pace.committed += int(np.minimum(kept + 1, self.length - 1 - anchors).sum())
@@ -113,4 +121,5 @@ class Board:
             self.logprobs[visited],
             evaluated,
             None if self.expected is None else self.expected[visited],
+            None if self.verified is None else self.verified[visited],
         )

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from draftsmith.stages.drafters.base import Context, Drafter
+from draftsmith.stages.drafters.cutting import verified
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.replay.board import Board, Pace
 from draftsmith.stages.replay.drawn import Judged, SampledText, draft_drawn
@@ -36,12 +37,14 @@ def replay_chains(
     chains: int | None = None,
     *,
     text: SampledText | None = None,
+    confidence: float | None = None,
     with_logprobs: bool = True,
     blocks_per_round: int = BLOCKS_PER_ROUND,
 ) -> list[Trace]:
     """Traces of a batch of trajectories. context: of the same trajectories, padded to one length.
 
-    text: of the same trajectories, where proposals are drawn; left out, they are argmaxes.
+    text: of the same trajectories, where proposals are drawn; left out, they are argmaxes. confidence: blocks are cut
+    by it, as `DraftingConfig` has it.
 
     chains: starts in each trajectory, spread evenly. None: one, and more while a round holds fewer than
     `blocks_per_round` blocks and the text ahead of a chain is long enough for two to meet.
@@ -69,13 +72,23 @@ def replay_chains(
         anchors = np.array([(boards[row].live + [boards[row].filler] * A)[:A] for row in rows])
         anchors_RA = torch.from_numpy(anchors).to(device)
         seen = drafter.select(context, slice(0, len(rows)), int(anchors.max()))  # a view: nobody looks behind it
-        found = draft(drafter, seen, tokens, anchors_RA, block_size, head, text=text, with_logprobs=with_logprobs)
-        kept, proposed = found.accepted.cpu().numpy(), found.proposals.tokens.cpu().numpy()
-        logprobs, expected = (
-            None if x is None else x.cpu().numpy() for x in (found.proposals.logprobs, found.expected)
+        found = draft(
+            drafter,
+            seen,
+            tokens,
+            anchors_RA,
+            block_size,
+            head,
+            text=text,
+            confidence=confidence,
+            with_logprobs=with_logprobs,
         )
+        kept, proposed = found.accepted.cpu().numpy(), found.proposals.tokens.cpu().numpy()
+        others = [
+            None if x is None else x.cpu().numpy() for x in (found.proposals.logprobs, found.expected, found.verified)
+        ]
         for r, row in enumerate(rows):
-            of_row = [None if x is None else x[r] for x in (logprobs, expected)]
+            of_row = [None if x is None else x[r] for x in others]
             boards[row].record(kept[r], proposed[r], *of_row, pace=pace)
     return [board.trace() for board in boards]
 
@@ -119,14 +132,33 @@ def draft(
     head: Head,
     *,
     text: SampledText | None = None,
+    confidence: float | None = None,
     with_logprobs: bool,
 ) -> Judged:
-    """A block behind every anchor [R, A], and how many of its proposals the committed `tokens` keep."""
+    """A block behind every anchor [R, A], and how many of its proposals the committed `tokens` keep.
+
+    confidence: what it is cut by.
+    """
     if text is not None:
-        return draft_drawn(drafter, context, text, tokens, anchors, block_size, head, with_logprobs=with_logprobs)
+        return draft_drawn(
+            drafter,
+            context,
+            text,
+            tokens,
+            anchors,
+            block_size,
+            head,
+            confidence=confidence,
+            with_logprobs=with_logprobs,
+        )
     block = drafter.propose(
         context, tokens.gather(1, anchors).clamp(min=0), anchors, block_size, head, with_logprobs=with_logprobs
     )
     ahead = anchors[..., None] + torch.arange(1, block_size, device=anchors.device)
     truth = tokens.gather(1, ahead.flatten(1)).view_as(ahead)
-    return Judged(block, (block.tokens == truth).long().cumprod(-1).sum(-1))
+    accepted = (block.tokens == truth).long().cumprod(-1).sum(-1)
+    if confidence is None:
+        return Judged(block, accepted)
+    assert block.confidence is not None
+    most = verified(block.confidence, confidence)
+    return Judged(block, torch.minimum(accepted, most), verified=most)

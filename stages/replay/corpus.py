@@ -13,6 +13,7 @@ import torch
 from draftsmith.stages.contract import WHOLE, Shard
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.drafters.cutting import check_confidence
 from draftsmith.stages.drafters.law import GREEDY, Law
 from draftsmith.stages.memory import in_halves
 from draftsmith.stages.replay.chains import replay_chains
@@ -137,6 +138,8 @@ def replay_groups(
     in which an interrupted one finds what it has done. done: such folders of others, with shards of the same.
     """
     drafting = drafting or DraftingConfig()
+    for drafter in drafters.values():
+        check_confidence(drafter, drafting)
     layer_ids = sorted({layer for d in drafters.values() for layer in d.target_layer_ids})
 
     def replay(group: Group) -> list[dict[str, Trace]]:
@@ -238,6 +241,7 @@ def mine(
     tree_tokens: rejected proposals of a trajectory that one forward scores.
     """
     drafting = drafting or DraftingConfig()
+    check_confidence(drafter, drafting)
     tree_tokens = max(tree_tokens, drafting.block_size or drafter.block_size)
 
     def replay(group: Group) -> list[tuple[Trace, StepScores]]:
@@ -316,5 +320,13 @@ def _replay(
         assert hidden is not None
         text = SampledText.of(target, hidden, group.trajectories, law, block_size - 1)
     return replay_chains(
-        drafter, context, group.trajectories, block_size, head, chains, text=text, with_logprobs=with_logprobs
+        drafter,
+        context,
+        group.trajectories,
+        block_size,
+        head,
+        chains,
+        text=text,
+        confidence=drafting.confidence,
+        with_logprobs=with_logprobs,
     )

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, Context, Drafter, Proposals
+from draftsmith.stages.drafters.cutting import Reach
 from draftsmith.stages.drafters.drawing import Purpose, pick, probabilities, seed_of
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.drafters.law import Law
@@ -32,6 +33,7 @@ class Judged:
     proposals: Proposals
     accepted: torch.Tensor  # [R, A] proposals kept
     expected: torch.Tensor | None = None  # [R, A] float64 tokens committed, on average over what is drawn
+    verified: torch.Tensor | None = None  # [R, A] proposals in front of the cut, where blocks are cut
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,19 @@ class Expectation:
         self.committed = torch.ones(anchors.shape, dtype=torch.float64, device=anchors.device)  # on average
         self._reached = self.committed.clone()
 
-    def take(self, q: torch.Tensor, p: torch.Tensor, tokens: torch.Tensor, head: Head) -> torch.Tensor:
+    def take(
+        self,
+        q: torch.Tensor,
+        p: torch.Tensor,
+        tokens: torch.Tensor,
+        head: Head,
+        verified: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The next offset of all blocks. Returns where the step ends there with a rejected proposal, bool [R, A].
 
         q: [R, A, V'] of the drafter on the text, over the head's tokens; p: [R, A, V]; tokens: [R, A] of the text, -1
-        behind its end.
+        behind its end. verified: bool [R, A]; where a block is cut in front of the offset the step ends with a token of
+        the target alone.
         """
         self.offset += 1
         known = tokens.clamp(min=0)
@@ -116,12 +126,15 @@ class Expectation:
         of_q = q.gather(-1, columns[..., None])[..., 0] * (present & (tokens >= 0))
         of_p = p.gather(-1, known[..., None])[..., 0].clamp(min=torch.finfo(p.dtype).tiny)
         chance = kept_by(of_q, of_p).clamp(max=1)
+        judged = tokens >= 0
+        if verified is not None:
+            chance, judged = chance * verified, judged & verified
         self._reached = self._reached * chance
         # the last token of a text is committed by a step that reaches it, whether it was proposed or not
         inside = self.anchors + self.offset < self.text.lengths[:, None] - 1
         self.committed = self.committed + self._reached * inside
         keeps = self.going & (self.text.numbers_at(self.anchors + self.offset, Purpose.ACCEPT) < chance)
-        ends = self.going & ~keeps & (tokens >= 0)
+        ends = self.going & ~keeps & judged
         self.going = keeps
         self.accepted = self.accepted + keeps
         return ends
@@ -137,6 +150,7 @@ def draft_drawn(
     block_size: int,
     head: Head,
     *,
+    confidence: float | None = None,
     with_logprobs: bool,
 ) -> Judged:
     """What `draft` does for argmaxes: a block behind every anchor [R, A], drawn so that it fits the text.
@@ -145,11 +159,12 @@ def draft_drawn(
     """
     at_once = max(1, LOGITS_AT_ONCE // (2 * len(anchors) * head.weight.shape[0]))  # in float64
     parts = [
-        _drawn(drafter, context, text, tokens, part, block_size, head, with_logprobs)
+        _drawn(drafter, context, text, tokens, part, block_size, head, confidence, with_logprobs)
         for part in anchors.split(at_once, 1)
     ]
-    ids, logprobs, accepted, expected = (torch.cat(found, 1) for found in zip(*parts, strict=True))
-    return Judged(Proposals(ids, logprobs if with_logprobs else None), accepted, expected)
+    ids, logprobs, accepted, expected, most = (torch.cat(found, 1) for found in zip(*parts, strict=True))
+    proposals = Proposals(ids, logprobs if with_logprobs else None)
+    return Judged(proposals, accepted, expected, most if confidence is not None else None)
 
 
 def _drawn(
@@ -160,19 +175,26 @@ def _drawn(
     anchors: torch.Tensor,
     block_size: int,
     head: Head,
+    confidence: float | None,
     with_logprobs: bool,
 ) -> tuple[torch.Tensor, ...]:
     before = tokens.gather(1, anchors).clamp(min=0)
     on_text = drafter.drafting(context, before, anchors, block_size, head)
     own, own_before = copy.copy(on_text), before
     found = text.expectation(anchors)
+    # of the text, and of what is proposed: the same up to the first rejection
+    reaches = None if confidence is None else (Reach(confidence), Reach(confidence))
+    verified, most = None, torch.zeros_like(anchors)
     ids, logprobs = [], []
     for k in range(1, block_size):
         y = tokens.gather(1, anchors + k)
         on_text_logits, own_logits = on_text.logits(before), own.logits(own_before)
         p = text.law_behind(anchors + k - 1)
         going = found.going
-        ends = found.take(probabilities(on_text_logits, text.law.temperature), p, y, head)
+        if reaches is not None:
+            verified = reaches[0].take(on_text.confidence())
+            most = most + reaches[1].take(own.confidence())
+        ends = found.take(probabilities(on_text_logits, text.law.temperature), p, y, head, verified)
         weights = probabilities(own_logits, text.law.temperature)
         surplus = (weights - (p if head.token_ids is None else p[..., head.token_ids])).clamp(min=0)
         weights = torch.where(ends[..., None], surplus, weights)
@@ -186,4 +208,4 @@ def _drawn(
             logprobs.append(own_logits.log_softmax(-1).gather(-1, columns[..., None])[..., 0])
         else:
             logprobs.append(own_before.float())
-    return torch.stack(ids, -1), torch.stack(logprobs, -1), found.accepted, found.committed
+    return torch.stack(ids, -1), torch.stack(logprobs, -1), found.accepted, found.committed, most

@@ -17,6 +17,7 @@ from draftsmith.stages.replay.trace import Trace
 
 WRITTEN_EVERY_S = 30.0
 _STEPS = ("anchors", "accepted", "proposed", "drafter_logprobs")  # arrays of a row a step
+_SOMETIMES = ("expected", "verified")  # others, of all traces or none
 
 
 class KeptTraces:
@@ -65,8 +66,9 @@ def _arrays(traces: Mapping[int, Mapping[str, Trace]], drafters: Sequence[str]) 
             joined = np.concatenate([getattr(trace, field) for trace in of_drafter])
             if field != "drafter_logprobs" or not np.isnan(joined).all():  # often they were not computed
                 arrays[f"{d}.{field}"] = joined
-        if of_drafter[0].expected is not None:  # of all: they are drawn alike
-            arrays[f"{d}.expected"] = np.concatenate([trace.expected for trace in of_drafter])
+        for field in _SOMETIMES:
+            if getattr(of_drafter[0], field) is not None:  # of all: they are drafted alike
+                arrays[f"{d}.{field}"] = np.concatenate([getattr(trace, field) for trace in of_drafter])
     return arrays
 
 
@@ -81,7 +83,7 @@ def _read(path: Path, drafters: Sequence[str]) -> dict[int, dict[str, Trace]]:
                 ends = np.cumsum(arrays[f"{d}.steps"])[:-1]
                 columns = {
                     field: np.split(arrays[f"{d}.{field}"], ends)
-                    for field in (*_STEPS, "expected")
+                    for field in (*_STEPS, *_SOMETIMES)
                     if f"{d}.{field}" in arrays
                 }
                 length, blocks = arrays[f"{d}.length"], arrays[f"{d}.evaluated_blocks"]

@@ -53,6 +53,12 @@ class Tally:
         return len(self.accepted)
 
     @property
+    def judged_per_step(self) -> float:
+        """Proposals that a verify step judges: of a block that is not cut all, but for the answer's end."""
+        steps = float(self.judged.sum())
+        return float(self.judged @ np.arange(len(self.judged))) / steps if steps else float("nan")
+
+    @property
     def tau(self) -> float:
         """Committed tokens per verify step ("+1"); NaN without any step."""
         steps = float(self.steps.sum())

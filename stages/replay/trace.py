@@ -48,11 +48,13 @@ class Trace:
     expected: np.ndarray | None = (
         None  # [S] float64 tokens committed, on average over the draws; None: nothing is drawn
     )
+    verified: np.ndarray | None = None  # [S] int, proposals in front of the cut; None: no block is cut
 
     @property
     def judged(self) -> np.ndarray:
-        """[S] proposals that lie inside the trajectory; those beyond its end are neither accepted nor rejected."""
-        return np.minimum(self.proposed.shape[1], self.length - 1 - self.anchors)
+        """[S] proposals that are verified and lie inside the trajectory; others are neither accepted nor rejected."""
+        most = self.proposed.shape[1] if self.verified is None else self.verified
+        return np.minimum(most, self.length - 1 - self.anchors)
 
     @property
     def committed(self) -> np.ndarray:

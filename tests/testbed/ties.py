@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from draftsmith.stages.targets.causal_lm import Target
 
 # In float32, logits of the tiny target differ by less than 1e-4 between programs, of its drafters by about 1e-5 between
-# shapes; drawn numbers are held against sums of probabilities that differ by a few 1e-6.
-TARGET_TIE, DRAFT_TIE, DRAW_TIE = 1e-3, 1e-4, 5e-5
+# shapes; drawn numbers are held against sums of probabilities that differ by a few 1e-6, as do confidences.
+TARGET_TIE, DRAFT_TIE, DRAW_TIE, CUT_TIE = 1e-3, 1e-4, 5e-5, 5e-5
 
 
 def target_margin(target: Target, trajectory: Trajectory) -> float:
@@ -50,6 +50,20 @@ def draft_margin(
     drafting = drafter.drafting(context, at, anchors, block_size, head)
     chains = torch.cat([at[..., None], own], -1)
     return min(_margin(drafting.logits(chains[..., k])) for k in range(block_size - 1))
+
+
+@torch.no_grad()
+def cut_margin(target: Target, drafter: Drafter, trajectory: Trajectory, threshold: float) -> float:
+    """The smallest distance between the threshold that cuts blocks and the chance that all is kept so far, behind all
+    anchors of a response."""
+    tokens = torch.tensor([trajectory.tokens])
+    features = target.features(tokens, drafter.target_layer_ids)
+    context = drafter.encode(features, tokens, torch.arange(tokens.shape[1])[None])
+    anchors = torch.arange(trajectory.first_anchor, trajectory.last_anchor + 1)[None]
+    head = drafter.drafting_head(target.head_weight, None)
+    said = drafter.propose(context, tokens[0][anchors], anchors, drafter.block_size, head).confidence
+    assert said is not None
+    return float((said.sigmoid().cumprod(-1) - threshold).abs().min())
 
 
 def draw_margin(target: Target, trajectory: Trajectory, params: SamplingParams, seed: int) -> float:

@@ -119,12 +119,17 @@ class DSparkDrafter(DFlashDrafter):
     ) -> Proposals:
         drafting = self.drafting(context, anchor_tokens, anchors, block_size, head)
         steps: list[Proposals] = []
+        said = []
         for _ in range(block_size - 1):
             before = steps[-1].tokens if steps else anchor_tokens
             steps.append(best_of(drafting.step(before), head, with_logprobs))
+            if self.has_confidence:
+                said.append(drafting.confidence())
         logprobs = [step.logprobs for step in steps if step.logprobs is not None]
         return Proposals(
-            torch.stack([step.tokens for step in steps], -1), torch.stack(logprobs, -1) if with_logprobs else None
+            torch.stack([step.tokens for step in steps], -1),
+            torch.stack(logprobs, -1) if with_logprobs else None,
+            torch.stack(said, -1) if said else None,
         )
 
     @property
@@ -154,11 +159,16 @@ class MarkovDrafting(Drafting):
     def __init__(self, drafter: DSparkDrafter, hidden: torch.Tensor, head: Head):
         """hidden: [B, A, K, H]."""
         self._drafter, self._hidden, self._head, self._drafted = drafter, hidden, head, 0
+        self._here = hidden[:, :, 0]
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: [B, A] before the next offset → what the head takes there [B, A, H + r]."""
+        self._here = torch.cat([self._hidden[:, :, self._drafted], self._drafter.read(tokens)], -1)
         self._drafted += 1
-        return torch.cat([self._hidden[:, :, self._drafted - 1], self._drafter.read(tokens)], -1)
+        return self._here
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         return self._head.logits(self.step(tokens))
+
+    def confidence(self) -> torch.Tensor:
+        return self._drafter.confidence(self._here)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Request, SamplingParams
-from draftsmith.stages.engines.config import NO_REDUCED_HEAD, SGLangEngineConfig, TreeConfig
+from draftsmith.stages.engines.config import NO_CUTTING, NO_REDUCED_HEAD, SGLangEngineConfig, TreeConfig
 from draftsmith.stages.engines.sglang import probe
 from draftsmith.stages.engines.sglang.client import LostError, check_status
 from draftsmith.stages.engines.sglang.records import completion_of, generate_payload, trace_identity
@@ -73,6 +73,8 @@ class Expected:
 
         if drafting.head_tokens is not None:
             raise DraftsmithError(f"drafting.head_tokens: {NO_REDUCED_HEAD}")
+        if drafting.confidence is not None:
+            raise DraftsmithError(f"drafting.confidence: {NO_CUTTING}")
         check_drafter(drafter_folder, target.digest)
         check_layers(drafter_folder, target.num_layers)
         algorithm = algorithm_of(drafter_folder, config.launch)

@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 
 from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.drafters.drawing import Purpose, pick, probabilities, uniform
 from draftsmith.stages.engines import verification
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams
@@ -26,8 +27,14 @@ CLASSES = 6  # of tokens: counts of single pairs would be too small
 ALARM = 1e-6  # p-value, of fixed seeds
 
 
-def answers(target: Target, drafter: Drafter | None, count: int = ANSWERS, slots: int = 100) -> list[Completion]:
-    engine = EmbeddedEngine(target, drafter, slots=slots, capacity=16)
+def answers(
+    target: Target,
+    drafter: Drafter | None,
+    count: int = ANSWERS,
+    slots: int = 100,
+    drafting: DraftingConfig | None = None,
+) -> list[Completion]:
+    engine = EmbeddedEngine(target, drafter, slots=slots, capacity=16, drafting=drafting)
     requests = [Request(str(i), PROMPT, PARAMS, i) for i in range(count)]
     return sorted(engine.generate(requests), key=lambda answer: int(answer.request.request_id))
 

@@ -45,9 +45,11 @@ def drafter(request: pytest.FixtureRequest, plain_target: Target) -> Drafter:
     return DRAFTERS[request.param](plain_target)
 
 
-def decoded(target: Target, drafter: Drafter | None, first_seed: int, law: Law = LAW) -> list[Completion]:
+def decoded(
+    target: Target, drafter: Drafter | None, first_seed: int, law: Law = LAW, drafting: DraftingConfig | None = None
+) -> list[Completion]:
     params = SamplingParams(LENGTH, law.temperature, law.top_p)
-    engine = EmbeddedEngine(target, drafter, slots=100, capacity=len(PROMPT) + LENGTH + 8)
+    engine = EmbeddedEngine(target, drafter, slots=100, capacity=len(PROMPT) + LENGTH + 8, drafting=drafting)
     return list(engine.generate([Request(str(i), PROMPT, params, i) for i in range(first_seed, first_seed + ANSWERS)]))
 
 
@@ -72,6 +74,7 @@ class Plainly:
     target: Target
     drafter: Drafter
     text: Trajectory
+    confidence: float | None = None  # what blocks are cut by
 
     def __post_init__(self) -> None:
         tokens = torch.tensor([self.text.tokens])
@@ -95,13 +98,24 @@ class Plainly:
         whole[slice(None) if ids is None else ids.numpy()] = _law(logits, Law(LAW.temperature))
         return whole
 
+    @torch.no_grad()
+    def kept(self, anchor: int, chain: list[int], k: int) -> float:
+        """The drafter's confidence in the proposal at offset k, after the tokens of `chain`."""
+        K = self.drafter.block_size - 1
+        given = torch.tensor([[(chain + [0] * K)[:K]]])
+        hidden = self.drafter.block_hidden(self.context, given, torch.tensor([[anchor]]))
+        return float(self.drafter.confidence(hidden)[0, 0, k - 1].sigmoid())
+
     def step(self, anchor: int) -> tuple[int, list[int]]:
         """Accepted proposals, and all of them."""
-        chain, on_text, accepted = [self.text.tokens[anchor]], True, 0
+        chain, on_text, accepted, reach = [self.text.tokens[anchor]], True, 0, 1.0
         for k in range(1, self.drafter.block_size):
             at, numbers = anchor + k, self.numbers[anchor + k]
             q = self.q(anchor, chain, k)
             inside = at < len(self.text.tokens)
+            if self.confidence is not None:
+                reach *= self.kept(anchor, chain, k)
+                on_text = on_text and reach >= self.confidence
             if on_text and inside:
                 y = self.text.tokens[at]
                 if numbers[Purpose.ACCEPT] < q[y] / max(self.p[at - 1][y], 1e-300):
