@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -34,11 +35,15 @@ TOLERANCE = 3e-5  # float32, on values of order one to ten
 PROMPTS = 12
 
 
-@pytest.mark.parametrize("from_anchor", [True, False])
+@pytest.mark.parametrize(("from_anchor", "markov_head"), [(True, "vanilla"), (False, "gated"), (True, "rnn")])
 def test_sglang_computes_what_is_computed_here(
-    from_anchor: bool, sglang_env: Path, plain_target: Target, tmp_path: Path
+    from_anchor: bool,
+    markov_head: Literal["vanilla", "gated", "rnn"],
+    sglang_env: Path,
+    plain_target: Target,
+    tmp_path: Path,
 ) -> None:
-    drafter = random_dspark(plain_target, from_anchor=from_anchor)
+    drafter = random_dspark(plain_target, from_anchor=from_anchor, markov_head=markov_head)
     save_drafter(drafter, tmp_path / "drafter", torch.float32)
     texts = random_target.trajectories(3, seed=4)
     tokens = pad_tokens(texts, plain_target.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.dspark.model import DSparkDrafter
@@ -10,7 +10,12 @@ if TYPE_CHECKING:
 
 
 def random_dspark(
-    target: Target, seed: int = 0, *, from_anchor: bool = True, confidence_head: bool = True
+    target: Target,
+    seed: int = 0,
+    *,
+    from_anchor: bool = True,
+    confidence_head: bool = True,
+    markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla",
 ) -> DSparkDrafter:
     """2 layers, block 5, layers 2 and 0, a bias of rank 6. Weights so large that every part matters."""
     import torch
@@ -26,6 +31,7 @@ def random_dspark(
         intermediate_size=40,
         markov_rank=6,
         confidence_head=confidence_head,
+        markov_head=markov_head,
     )
     config = checkpoint.new_config(shape, target.model.config, lambda: target.tokenizer)
     config.sample_from_anchor = from_anchor
@@ -34,6 +40,6 @@ def random_dspark(
     with torch.no_grad():
         for name, parameter in drafter.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            large = 1.0 if "markov" in name else 0.3
+            large = 1.0 if "markov_w" in name else 0.3
             parameter.copy_(large * noise if parameter.dim() == 2 else 1 + 0.3 * noise)
     return drafter.eval()

@@ -18,17 +18,17 @@ from draftsmith.stages.drafters import layout
 from draftsmith.stages.drafters.config import DSparkConfig
 from draftsmith.stages.drafters.dflash import checkpoint as dflash
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.drafters.dspark.markov import KINDS
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.targets.causal_lm import Target
 
 ARCHITECTURE = "Qwen3DSparkModel"
 OTHER_NAMES = ("DSparkDraftModel", "LingDSparkModel")  # of the same model
 check_fits, target_layer_ids = dflash.check_fits, dflash.target_layer_ids
-_VANILLA = "vanilla"
 # SGLang shares the target's, and reads none of these from a drafter (srt/models/dspark.py).
 _SHARED = ("embed_tokens.", "lm_head.", "rotary_emb.")
 # What SGLang reads from a config and is not computed here, with the value that changes nothing.
-_COMPUTED = {"markov_head_type": _VANILLA, "confidence_head_with_markov": True}
+_COMPUTED = {"confidence_head_with_markov": True}
 # Fields that stand at the top of some checkpoints and in one of these objects of others.
 _NESTED = ("dflash_config", "dspark_config")
 _EITHER = ("block_size", "mask_token_id", "target_layer_ids", "markov_rank", "markov_head_type")
@@ -47,7 +47,7 @@ def upgraded_config(config: Qwen3Config, shape: DSparkConfig) -> Qwen3Config:
 def _with_additions(config: Qwen3Config, shape: DSparkConfig, *, from_anchor: bool) -> Qwen3Config:
     made = copy.deepcopy(config)
     made.architectures = [ARCHITECTURE]
-    made.markov_rank, made.markov_head_type = shape.markov_rank, _VANILLA
+    made.markov_rank, made.markov_head_type = shape.markov_rank, shape.markov_head
     made.enable_confidence_head, made.confidence_head_with_markov = shape.confidence_head, True
     made.sample_from_anchor = from_anchor
     return made
@@ -80,7 +80,7 @@ def description(config: Qwen3Config, tokenizer: Callable[[], Any]) -> str:
     confidence = "with" if config.enable_confidence_head else "without"
     return (
         dflash.description(config, tokenizer).replace("DFlash", "DSpark", 1)
-        + f", bias of rank {config.markov_rank}, {confidence} a confidence head"
+        + f", {config.markov_head_type} bias of rank {config.markov_rank}, {confidence} a confidence head"
     )
 
 
@@ -98,7 +98,11 @@ def _parsed(path: Path, raw: dict[str, Any]) -> Qwen3Config:
     fields = {name: _either(path, raw, name) for name in _EITHER}
     layout.refuse_other_models(path, raw | fields, _COMPUTED)
     layout.require_fields(path, [(name, fields[name]) for name in ("block_size", "markov_rank", "markov_head_type")])
-    proposals, rank = fields["block_size"], fields["markov_rank"]
+    proposals, rank, kind = (fields[name] for name in ("block_size", "markov_rank", "markov_head_type"))
+    if kind not in KINDS:
+        raise DraftsmithError(
+            f"drafter {path}: markov_head_type is {kind!r}: supported are {', '.join(KINDS)}; give a drafter with one"
+        )
     flags = {name: raw.get(name, True) for name in ("enable_confidence_head", "sample_from_anchor")}
     layout.require_kinds(
         path,
@@ -114,7 +118,7 @@ def _parsed(path: Path, raw: dict[str, Any]) -> Qwen3Config:
     shared |= {"block_size": proposals + 1}
     as_dflash = own | {"block_size": proposals + 1, "dflash_config": nested | shared}
     config = dflash.parsed(path, as_dflash | {"architectures": [ARCHITECTURE]}, ARCHITECTURE)
-    config.markov_rank, config.markov_head_type = rank, _VANILLA
+    config.markov_rank, config.markov_head_type = rank, kind
     config.enable_confidence_head, config.sample_from_anchor = flags.values()
     config.confidence_head_with_markov = True
     return config

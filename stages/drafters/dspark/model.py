@@ -2,8 +2,8 @@
 
 Source: arXiv 2607.05147, and SGLang 0.5.23 (srt/models/dspark.py, srt/speculative/dspark_components). The backbone is
 DFlash's. The logits of an offset are the target's head of its hidden state plus a bias of low rank of the token before
-it, `W2 W1[token]`, so a block is drawn offset by offset, and q is a law of its own for each. A linear head says of the
-same two how probable it is that the proposal is kept, given that those before it are.
+it (`markov.py`), so a block is drawn offset by offset, and q is a law of its own for each. A linear head says of hidden
+state and token how probable it is that the proposal is kept, given that those before it are.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 from draftsmith.stages.drafters.base import Context, Drafting, Proposals, StepShape, TrainingRecipe, best_of
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.drafters.dspark.markov import markov_head
 from draftsmith.stages.drafters.head import Head, flat_linear
 
 
@@ -24,8 +24,8 @@ from draftsmith.stages.drafters.head import Head, flat_linear
 class BiasedHead(Head):
     """The target's head over hidden states, plus `bias` [V, r] over what was read of the token before them.
 
-    Takes both next to each other, [..., H + r]. The bias is of all tokens: its rows are read at every use, so that
-    several graphs with a gradient of their own may hang on one head.
+    Takes both next to each other, [..., H + r], and does not look behind them. The bias is of all tokens: its rows are
+    read at every use, so that several graphs with a gradient of their own may hang on one head.
     """
 
     bias: torch.Tensor | None = None
@@ -33,17 +33,8 @@ class BiasedHead(Head):
     def raw_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         assert self.bias is not None
         bias, width = self.bias if self.token_ids is None else self.bias[self.token_ids], self.weight.shape[1]
-        state, before = hidden[..., :width], hidden[..., width:]
+        state, before = hidden[..., :width], hidden[..., width : width + bias.shape[1]]
         return super().raw_logits(state) + flat_linear(before.to(bias.dtype), bias)
-
-
-class MarkovHead(nn.Module):
-    """`markov_w1` reads a token, `markov_w2` biases the next one's logits."""
-
-    def __init__(self, vocabulary: int, rank: int):
-        super().__init__()
-        self.markov_w1 = nn.Embedding(vocabulary, rank)
-        self.markov_w2 = nn.Linear(rank, vocabulary, bias=False)
 
 
 class ConfidenceHead(nn.Module):
@@ -57,7 +48,8 @@ class ConfidenceHead(nn.Module):
 class DSparkDrafter(DFlashDrafter):
     """Parameter names are SGLang's: those of DFlash, `markov_head.…`, `confidence_head.proj.…`.
 
-    Hidden states of an offset are [H + r] wide: the backbone's, and what was read of the token before.
+    Hidden states of an offset are H + r wide: the backbone's, and what the bias is made of. Behind them stands what was
+    read of the token before, r wide, where that is another thing and the confidence reads it.
     """
 
     kind, autoregressive, draws, corrects_head = "dspark", True, True, True
@@ -67,7 +59,8 @@ class DSparkDrafter(DFlashDrafter):
         """config: as of DFlash, with `markov_rank`, `enable_confidence_head` and `sample_from_anchor`."""
         super().__init__(config, embedding)
         self.from_anchor: bool = config.sample_from_anchor  # is the anchor's own query the one of offset 1?
-        self.markov_head = MarkovHead(config.vocab_size, config.markov_rank)
+        sizes = config.vocab_size, config.markov_rank, config.hidden_size
+        self.markov_head = markov_head(config.markov_head_type, *sizes)
         width = config.hidden_size + config.markov_rank
         self.confidence_head = ConfidenceHead(width) if config.enable_confidence_head else None
 
@@ -77,16 +70,19 @@ class DSparkDrafter(DFlashDrafter):
 
     def initialise_additions(self, generator: torch.Generator) -> None:
         """What DFlash lacks starts as if it were not there: no bias, and every proposal as likely kept as not."""
-        rank = self.markov_head.markov_w1.embedding_dim
-        nn.init.normal_(self.markov_head.markov_w1.weight, std=rank**-0.5, generator=generator)
-        nn.init.zeros_(self.markov_head.markov_w2.weight)
+        self.markov_head.initialise(generator)
         if self.confidence_head is not None:
             nn.init.zeros_(self.confidence_head.proj.weight)
             nn.init.zeros_(self.confidence_head.proj.bias)
 
-    def read(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens before offsets [...] → [..., r]."""
-        return F.embedding(tokens, self.markov_head.markov_w1.weight)
+    def with_bias(self, hidden: torch.Tensor, of_bias: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+        """What the heads take, next to each other. hidden: [..., H]; of_bias, read: [..., r]."""
+        return torch.cat([hidden, of_bias, read] if self._apart else [hidden, of_bias], -1)
+
+    @property
+    def _apart(self) -> bool:
+        """Are bias and confidence made of different things beside the hidden state?"""
+        return self.has_confidence and bool(self.markov_head.projections())
 
     def backbone(self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor, K: int) -> torch.Tensor:
         """Hidden states [B, A, K, H] of the offsets, which no proposal changes. anchor_tokens, anchors: [B, A]."""
@@ -95,7 +91,8 @@ class DSparkDrafter(DFlashDrafter):
 
     def block_hidden(self, context: Context, tokens: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
         hidden = self.backbone(context, tokens[..., 0], anchors, tokens.shape[-1])
-        return torch.cat([hidden, self.read(tokens)], -1)
+        read = self.markov_head.read(tokens)
+        return self.with_bias(hidden, self.markov_head.along(read, hidden), read)
 
     def head_over(self, target_head: torch.Tensor, token_ids: torch.Tensor | None) -> Head:
         head = Head.over(target_head, token_ids)
@@ -138,7 +135,9 @@ class DSparkDrafter(DFlashDrafter):
 
     def confidence(self, hidden: torch.Tensor) -> torch.Tensor:
         assert self.confidence_head is not None
-        proj = self.confidence_head.proj
+        proj, rank = self.confidence_head.proj, self.markov_head.rank
+        if self._apart:
+            hidden = torch.cat([hidden[..., : -2 * rank], hidden[..., -rank:]], -1)
         logits: torch.Tensor = proj(hidden.to(proj.weight.dtype))
         return logits[..., 0].float()
 
@@ -148,9 +147,12 @@ class DSparkDrafter(DFlashDrafter):
 
     def training_operations(self, shape: StepShape) -> float:
         """As of DFlash, and of each position with a loss: behind a bias that is trained, logits are made again in
-        backward, a third pass of V'·H; the bias itself, V'·r, in 4."""
-        H, rank = self.config.hidden_size, self.markov_head.markov_w1.embedding_dim
-        return super().training_operations(shape) + 2.0 * shape.head_positions * shape.head_rows * (H + 4 * rank)
+        backward, a third pass of V'·H; the bias itself, V'·r, in 4; of every offset the projections in front of it,
+        in 3."""
+        H, rank, K = self.config.hidden_size, self.markov_head.rank, self.block_size - 1
+        in_front = sum(p.weight.numel() for p in self.markov_head.projections())
+        of_heads = shape.head_positions * shape.head_rows * (H + 4 * rank)
+        return super().training_operations(shape) + 2.0 * (of_heads + 3 * shape.blocks * K * in_front)
 
 
 class MarkovDrafting(Drafting):
@@ -159,11 +161,14 @@ class MarkovDrafting(Drafting):
     def __init__(self, drafter: DSparkDrafter, hidden: torch.Tensor, head: Head):
         """hidden: [B, A, K, H]."""
         self._drafter, self._hidden, self._head, self._drafted = drafter, hidden, head, 0
-        self._here = hidden[:, :, 0]
+        self._here, self._state = hidden[:, :, 0], None  # of the offset that was drafted last
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens: [B, A] before the next offset → what the head takes there [B, A, H + r]."""
-        self._here = torch.cat([self._hidden[:, :, self._drafted], self._drafter.read(tokens)], -1)
+        """tokens: [B, A] before the next offset → what the heads take there [B, A, H + r or H + 2r]."""
+        markov, hidden = self._drafter.markov_head, self._hidden[:, :, self._drafted]
+        read = markov.read(tokens)
+        of_bias, self._state = markov.step(read, hidden, self._state)
+        self._here = self._drafter.with_bias(hidden, of_bias, read)
         self._drafted += 1
         return self._here
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -40,9 +40,17 @@ def same(a: DSparkDrafter, b: Any) -> bool:
 
 
 @pytest.mark.parametrize("from_anchor", [True, False])
-@pytest.mark.parametrize("confidence_head", [True, False])
-def test_the_round_trip(from_anchor: bool, confidence_head: bool, plain_target: Target, tmp_path: Path) -> None:
-    drafter = random_dspark(plain_target, from_anchor=from_anchor, confidence_head=confidence_head)
+@pytest.mark.parametrize(("confidence_head", "markov_head"), [(True, "vanilla"), (False, "vanilla"), (True, "rnn")])
+def test_the_round_trip(
+    from_anchor: bool,
+    confidence_head: bool,
+    markov_head: Literal["vanilla", "rnn"],
+    plain_target: Target,
+    tmp_path: Path,
+) -> None:
+    drafter = random_dspark(
+        plain_target, from_anchor=from_anchor, confidence_head=confidence_head, markov_head=markov_head
+    )
     save_drafter(drafter, tmp_path / "first", torch.float32)
     loaded = load_drafter(tmp_path / "first", plain_target)
     assert same(drafter, loaded)
@@ -102,7 +110,11 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no bias": (lambda raw: raw.update(markov_rank=0), "markov_rank is 0"),
     "no rank": (lambda raw: raw.pop("markov_rank"), "markov_rank is missing"),
     "no kind": (lambda raw: raw.pop("markov_head_type"), "markov_head_type is missing"),
-    "another head": (lambda raw: raw.update(markov_head_type="rnn"), "markov_head_type is .*rnn"),
+    "two kinds": (lambda raw: raw["dflash_config"].update(markov_head_type="rnn"), "is given as vanilla and as rnn"),
+    "another head": (
+        lambda raw: raw.update(markov_head_type="lstm"),
+        "markov_head_type is 'lstm': supported",
+    ),
     "a confidence of its own": (lambda raw: raw.update(confidence_head_with_markov=False), "confidence_head_with"),
     "two block sizes": (lambda raw: raw.update(block_size=7), "block_size is given as 7 and as 4"),
     "no proposals": (lambda raw: (raw.update(block_size=0), raw["dflash_config"].pop("block_size")), "block_size is 0"),

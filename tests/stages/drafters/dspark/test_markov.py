@@ -1,0 +1,136 @@
+"""The heads that bias an offset by the tokens before it, against plain loops in float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import pytest
+import torch
+
+from draftsmith.stages.drafters.checkpoint import upgraded
+from draftsmith.stages.drafters.config import DSparkConfig
+from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.drafters.dspark.markov import RecurrentMarkovHead, markov_head
+from draftsmith.stages.drafters.dspark.model import DSparkDrafter
+from draftsmith.stages.replay.corpus import replay_all
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.training.config import SftConfig
+from tests.testbed import random_target
+from tests.testbed.dspark import random_dspark
+
+TOLERANCE = 3e-5  # float32 against float64 on values of order one
+Kind = Literal["gated", "rnn"]
+KINDS: list[Kind] = ["gated", "rnn"]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    found: Kind = request.param
+    return found
+
+
+class Blocks:
+    """Blocks behind three anchors of one text, on tokens that a generator drew."""
+
+    def __init__(self, target: Target, drafter: DSparkDrafter):
+        text = random_target.trajectories(1, seed=3)[0]
+        tokens = torch.tensor([text.tokens])
+        self.anchors = torch.tensor([[4, 7, 8]])
+        self.given = torch.randint(0, 60, (1, 3, drafter.block_size - 1), generator=torch.Generator().manual_seed(1))
+        self.given[..., 0] = tokens.gather(1, self.anchors)
+        self.head = drafter.head_over(target.head_weight, None)
+        features = target.features(tokens, drafter.target_layer_ids)
+        with torch.no_grad():
+            self.context = drafter.encode(features, tokens, torch.arange(tokens.shape[1])[None])
+            self.hidden = drafter.block_hidden(self.context, self.given, self.anchors)
+
+
+def plainly(drafter: DSparkDrafter, kind: Kind, states: torch.Tensor, tokens: list[int]) -> list[torch.Tensor]:
+    """The bias [V] of each offset of a block. states: [K, H] float64."""
+    tensors = {name: p.detach().double() for name, p in drafter.markov_head.named_parameters()}
+    w1, w2, rank = tensors["markov_w1.weight"], tensors["markov_w2.weight"], drafter.config.markov_rank
+    biases, state = [], torch.zeros(rank, dtype=torch.float64)
+    for h, token in zip(states, tokens, strict=True):
+        e = w1[token]
+        if kind == "gated":
+            gate = tensors["gate_proj.weight"] @ torch.cat([h, e]) + tensors["gate_proj.bias"]
+            biases.append(w2 @ (e / (1 + torch.exp(-gate))))
+            continue
+        joint = tensors["joint_proj.weight"] @ torch.cat([state, e, h]) + tensors["joint_proj.bias"]
+        keeps = 1 / (1 + torch.exp(-joint[:rank]))
+        state = keeps * state + (1 - keeps) * torch.tanh(joint[rank : 2 * rank])
+        biases.append(w2 @ torch.tanh(joint[2 * rank :]))
+    return biases
+
+
+@pytest.mark.parametrize("confidence_head", [True, False])
+def test_logits_and_confidence_equal_the_plain_reference(
+    confidence_head: bool, kind: Kind, plain_target: Target
+) -> None:
+    drafter = random_dspark(plain_target, confidence_head=confidence_head, markov_head=kind)
+    blocks, H = Blocks(plain_target, drafter), drafter.config.hidden_size
+    logits = blocks.head.logits(blocks.hidden)
+    w1 = drafter.markov_head.markov_w1.weight.detach().double()
+    for block in range(3):
+        states, tokens = blocks.hidden[0, block, :, :H].double(), blocks.given[0, block].tolist()
+        for k, bias in enumerate(plainly(drafter, kind, states, tokens)):
+            expected = plain_target.head_weight.double() @ states[k] + bias
+            torch.testing.assert_close(logits[0, block, k].double(), expected, atol=TOLERANCE, rtol=TOLERANCE)
+        if drafter.confidence_head is None:
+            continue
+        proj = drafter.confidence_head.proj
+        read = torch.cat([states, w1[tokens]], -1)  # of the token itself, whatever the bias is made of
+        said = read @ proj.weight[0].detach().double() + proj.bias.detach().double()
+        found = drafter.confidence(blocks.hidden)[0, block].detach().double()
+        torch.testing.assert_close(found, said, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_a_block_is_drafted_as_it_is_trained(kind: Kind, plain_target: Target) -> None:
+    """Offset by offset, with what the confidence says of it; a copy goes its own way."""
+    drafter = random_dspark(plain_target, markov_head=kind)
+    blocks = Blocks(plain_target, drafter)
+    logits, confidence = blocks.head.logits(blocks.hidden), drafter.confidence(blocks.hidden)
+    with torch.no_grad():
+        drafting = drafter.drafting(blocks.context, blocks.given[..., 0], blocks.anchors, 5, blocks.head)
+        for k in range(4):
+            copy.copy(drafting).logits(blocks.given[..., k] + 1)
+            torch.testing.assert_close(drafting.logits(blocks.given[..., k]), logits[..., k, :], atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(drafting.confidence(), confidence[..., k], atol=2e-5, rtol=2e-5)
+
+
+def test_the_recurrent_head_has_seen_all_tokens_of_the_block() -> None:
+    head = markov_head("rnn", 50, 6, 8)
+    assert isinstance(head, RecurrentMarkovHead)
+    hidden, tokens = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([[3, 5, 7, 9]] * 2)
+    changed = tokens.clone()
+    changed[1, 0] = 40
+    apart = (head.along(head.read(tokens), hidden) - head.along(head.read(changed), hidden)).abs().amax(-1)
+    assert (apart[0] == 0).all() and (apart[1] > 0).all()
+
+
+def test_an_upgraded_drafter_proposes_what_it_did_and_learns(
+    kind: Kind, plain_target: Target, plain_drafter: DFlashDrafter
+) -> None:
+    shape = DSparkConfig(kind="dspark", markov_rank=6, markov_head=kind)
+    made, again = (upgraded(plain_drafter, shape, plain_target, seed=0) for _ in range(2))
+    assert isinstance(made, DSparkDrafter)
+    assert all(
+        torch.equal(a, b) for a, b in zip(made.parameters(), again.parameters(), strict=True)
+    )  # seeded, all of it
+    texts = random_target.trajectories(3, seed=2)
+    traces = replay_all(plain_target, {"before": plain_drafter, "after": made}, texts)
+    for before, after in zip(traces["before"], traces["after"], strict=True):
+        assert before.proposed.tolist() == after.proposed.tolist()
+    blocks = Blocks(plain_target, made)
+    hidden = made.block_hidden(blocks.context, blocks.given, blocks.anchors)
+    blocks.head.logits(hidden).logsumexp(-1).sum().backward()
+    assert float(made.markov_head.markov_w2.weight.grad.abs().max()) > 0  # type: ignore[union-attr]
+
+
+def test_the_kind_is_a_part_of_keys_only_where_it_is_set() -> None:
+    plain, gated = (
+        SftConfig(drafter=DSparkConfig(kind="dspark", markov_head=kind)).key_material()["drafter"]
+        for kind in ("vanilla", "gated")
+    )
+    assert gated == plain | {"markov_head": "gated"} and "markov_head" not in plain
