@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
         "--format",
         choices=["sglang", "speculators"],
         default="sglang",
-        help="speculators: what vLLM loads, with the target's embedding and head; DFlash and DFlash2",
+        help="speculators: what vLLM loads, with the target's embedding and head; no EAGLE-3",
     )
     export.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     export.set_defaults(does="export")

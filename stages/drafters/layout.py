@@ -56,6 +56,11 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
+def of_speculators(folder: Path) -> bool:
+    """Is a checkpoint, whose config.json could be read, in the layout of speculators?"""
+    return speculators.KIND in json.loads((folder / CONFIG_FILE).read_text())
+
+
 def parse_config(raw: Mapping[str, Any], kind: type[Any], architecture: str, path: Path) -> Any:
     """`raw` as a config class of transformers."""
     try:

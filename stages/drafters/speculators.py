@@ -1,7 +1,10 @@
-"""The layout of the speculators library, which vLLM loads, for DFlash and DFlash2: the same weights, another config.
+"""The layout of the speculators library, which vLLM loads, for DFlash, DFlash2 and DSpark: the same weights, another
+config.
 
-Source: github.com/vllm-project/speculators, 0.9.0 (`models/dflash/`, `models/dflash2/`, `convert/dflash/`). A layer id
-there counts the embedding as 0: it is one more than here. A checkpoint holds the target's embedding and head too.
+Source: github.com/vllm-project/speculators, 0.9.0 (`models/dflash/`, `models/dflash2/`, `models/dspark/`,
+`convert/dflash/`). A layer id there counts the embedding as 0: it is one more than here. `block_size` counts a block's
+queries: as many as proposals where the anchor's own is the one of offset 1, else one more. A checkpoint holds the
+target's embedding and head too.
 """
 
 from __future__ import annotations
@@ -17,17 +20,34 @@ KIND = "speculators_model_type"  # the field that tells such a config
 VERSION = "0.9.0"
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 OF_THE_TARGET = (EMBEDDING, HEAD, "verifier_lm_head.weight", "verifier_norm.weight")
-_KINDS = {"DFlashDraftModel": "dflash", "DFlash2DraftModel": "dflash2"}
+_KINDS = {"DFlashDraftModel": "dflash", "DFlash2DraftModel": "dflash2", "DSparkDraftModel": "dspark"}
+_ALSO = {"Qwen3DSparkModel": "DSparkDraftModel"}  # SGLang's name of it
 _SIZES = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
-_NOT_OF_THE_LAYERS = ("architectures", "auto_map", "block_size", "dflash_config", "is_causal")
+_HEADS: dict[str, Any] = {  # of a DSpark, with what the library takes where a config does not say
+    "markov_rank": 256,
+    "markov_head_type": "vanilla",
+    "enable_confidence_head": True,
+    "confidence_head_with_markov": True,
+}
+_FROM_ANCHOR = "sample_from_anchor"
+_NOT_OF_THE_LAYERS = (
+    "architectures",
+    "auto_map",
+    "block_size",
+    "dflash_config",
+    "is_causal",
+    _FROM_ANCHOR,
+    *_HEADS,
+)
 
 
 def to_speculators(raw: Mapping[str, Any], target: str, target_architectures: list[str]) -> dict[str, Any]:
-    """config.json of a DFlash or DFlash2 checkpoint, as it is written here → that of speculators.
+    """config.json of a checkpoint of these kinds, as it is written here → that of speculators.
 
     target: where an engine finds the target. Raises DraftsmithError for a drafter that the library has no form for.
     """
     architecture, dflash = raw["architectures"][0], raw.get("dflash_config", {})
+    architecture = _ALSO.get(architecture, architecture)
     if architecture not in _KINDS:
         raise DraftsmithError(
             f"drafter: speculators' layout has no form for {architecture}; export it without --format"
@@ -38,25 +58,30 @@ def to_speculators(raw: Mapping[str, Any], target: str, target_architectures: li
     kind = _KINDS[architecture]
     if kind == "dflash2" and not dflash.get("conv_kernel_size"):
         raise DraftsmithError("drafter: it has no convolutions, without which speculators has no DFlash2")
+    of_kind: dict[str, Any] = {name: dflash[name] for name in _SIZES} if kind == "dflash2" else {}
+    proposals, from_anchor = raw["block_size"] - 1, False
+    if kind == "dspark":
+        of_kind = {name: raw[name] for name in _HEADS}
+        proposals, from_anchor = raw["block_size"], raw[_FROM_ANCHOR]
     return {
         "architectures": [architecture],
         KIND: kind,
         "speculators_version": VERSION,
         "speculators_config": {
             "algorithm": kind,
-            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": raw["block_size"] - 1}],
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": proposals}],
             "default_proposal_method": "greedy",
             "verifier": {"name_or_path": target, "architectures": target_architectures},
         },
         "transformer_layer_config": {name: value for name, value in raw.items() if name not in _NOT_OF_THE_LAYERS},
         "draft_vocab_size": raw["vocab_size"],
-        "block_size": raw["block_size"],
+        "block_size": proposals if from_anchor else proposals + 1,
         "aux_hidden_state_layer_ids": [layer + 1 for layer in dflash["target_layer_ids"]],
         "mask_token_id": dflash["mask_token_id"],
         "sliding_window_non_causal": sliding and causal is False,
-        "sample_from_anchor": False,
+        _FROM_ANCHOR: from_anchor,
         "tie_word_embeddings": False,
-        **({name: dflash[name] for name in _SIZES} if kind == "dflash2" else {}),
+        **of_kind,
     }
 
 
@@ -66,20 +91,25 @@ def from_speculators(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     architecture = next((name for name, known in _KINDS.items() if known == kind), None)
     if architecture is None or not isinstance(layers, dict):
         raise DraftsmithError(f"drafter {where}: {KIND} is {kind!r}, supported is {' or '.join(_KINDS.values())}")
+    from_anchor = raw.get(_FROM_ANCHOR, kind == "dspark")
     for field, value, computed in (
-        ("sample_from_anchor", raw.get("sample_from_anchor") or False, False),
+        (_FROM_ANCHOR, from_anchor or False, from_anchor if kind == "dspark" else False),
         ("draft_vocab_size", raw.get("draft_vocab_size", layers.get("vocab_size")), layers.get("vocab_size")),
     ):
         if value != computed:
             raise DraftsmithError(f"drafter {where}: {field} is {value!r}, and only {computed!r} is computed here")
-    ids = raw.get("aux_hidden_state_layer_ids")
+    ids, block = raw.get("aux_hidden_state_layer_ids"), raw.get("block_size")
+    if kind == "dspark" and block is not None and not from_anchor:
+        block -= 1  # a DSpark's counts proposals here
     dflash = {
         "mask_token_id": raw.get("mask_token_id"),
         "target_layer_ids": None if ids is None else [layer - 1 for layer in ids],
-        "block_size": raw.get("block_size"),
+        "block_size": block,
         **({name: raw.get(name) for name in _SIZES} if kind == "dflash2" else {}),
     }
-    made = {**layers, "architectures": [architecture], "block_size": raw.get("block_size"), "dflash_config": dflash}
+    made = {**layers, "architectures": [architecture], "block_size": block, "dflash_config": dflash}
+    if kind == "dspark":
+        made |= {name: raw.get(name, usual) for name, usual in _HEADS.items()} | {_FROM_ANCHOR: from_anchor}
     sliding = "sliding_attention" in (layers.get("layer_types") or ())
     if sliding:
         made["use_sliding_window"] = True  # speculators reads sliding_window either way

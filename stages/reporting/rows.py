@@ -84,6 +84,7 @@ TAU = Column("tau [95 %]", _tau)
 TOKENS_PER_S = _of_speed("tokens/s", "tokens_per_s", ".1f")
 SPEEDUP = Column("speed-up [95 %]", _speedup)
 BLOCK = Column("block", lambda arm: number(arm.speed.get("block_size", arm.drafter.get("block_size")), "d"))
+VERIFIED = Column("verified a step", lambda arm: number(arm.drafter.get("verified_per_step"), ".2f"))
 TAU_SERVED = _of_speed("tau served", "tau_served", ".2f")
 SHARES = Column("draft/verify", _shares)
 DRAFT_MS = _of_speed("draft ms a step", "draft_ms_per_step", ".1f")
@@ -122,7 +123,8 @@ def headline(evaluation: Mapping[str, Any]) -> Table | None:
     if not arms:
         return None
     others = dict.fromkeys(other for arm in arms for other in arm.drafter.get("differences") or {})
-    columns = [DECODING, TAU, *map(minus, others), TOKENS_PER_S, SPEEDUP, BLOCK, TAU_SERVED, SHARES, IDENTICAL]
+    cut = [VERIFIED] if any("verified_per_step" in arm.drafter for arm in arms) else []
+    columns = [DECODING, TAU, *map(minus, others), TOKENS_PER_S, SPEEDUP, BLOCK, *cut, TAU_SERVED, SHARES, IDENTICAL]
     return arms_table(evaluation, columns, title="Held-out prompts", caption=intervals(evaluation))
 
 

@@ -14,7 +14,7 @@ import torch
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.drafters import layout
+from draftsmith.stages.drafters import layout, speculators
 from draftsmith.stages.drafters.config import DSparkConfig
 from draftsmith.stages.drafters.dflash import checkpoint as dflash
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
@@ -155,9 +155,12 @@ def load(folder: Path, target: Target, dtype: torch.dtype) -> DSparkDrafter:
     config = read_config(folder)
     check_fits(config, target.config, str(folder))
     drafter = DSparkDrafter(config, target.embedding)
+    found = layout.read_tensors(folder)
+    if layout.of_speculators(folder):
+        found = speculators.own_tensors(found, target.embedding, target.head_weight, str(folder))
     tensors = {
         name.removeprefix("model."): tensor
-        for name, tensor in layout.read_tensors(folder).items()
+        for name, tensor in found.items()
         if not name.removeprefix("model.").startswith(_SHARED)
     }
     expected = {name: tuple(p.shape) for name, p in drafter.named_parameters()}

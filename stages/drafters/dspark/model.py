@@ -116,17 +116,15 @@ class DSparkDrafter(DFlashDrafter):
     ) -> Proposals:
         drafting = self.drafting(context, anchor_tokens, anchors, block_size, head)
         steps: list[Proposals] = []
-        said = []
+        states = []
         for _ in range(block_size - 1):
-            before = steps[-1].tokens if steps else anchor_tokens
-            steps.append(best_of(drafting.step(before), head, with_logprobs))
-            if self.has_confidence:
-                said.append(drafting.confidence())
+            states.append(drafting.step(steps[-1].tokens if steps else anchor_tokens))
+            steps.append(best_of(states[-1], head, with_logprobs))
         logprobs = [step.logprobs for step in steps if step.logprobs is not None]
         return Proposals(
             torch.stack([step.tokens for step in steps], -1),
             torch.stack(logprobs, -1) if with_logprobs else None,
-            torch.stack(said, -1) if said else None,
+            self.confidence(torch.stack(states, -2)) if self.has_confidence else None,
         )
 
     @property

@@ -173,6 +173,31 @@ def test_every_node_is_held_against_the_drafter_that_it_reads(tiny_drafter: Draf
         check_target(nodes("small", 4, tree), tiny_drafter.target)
 
 
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ({"kind": "dspark"}, None),
+        ({"kind": "dspark", "confidence_head": False}, "this drafter has no confidence head"),
+        ({"kind": "dflash"}, "dflash has no confidence head"),
+    ],
+)
+def test_blocks_are_cut_by_drafters_that_have_a_confidence_alone(
+    shape: dict[str, Any], said: str | None, tiny_drafter: DrafterArtifacts
+) -> None:
+    start = {"mask_token": MASK, "num_layers": 1, "target_layer_ids": [0, 2], "block_size": 4}
+    sft = Node("sft", "draftsmith.stages.sft", SftConfig.model_validate({"drafter": shape | start}), {"target": "t"})
+    mining = MiningConfig.model_validate({"drafting": {"confidence": 0.5}})
+    for node, field in (
+        (Node("mining", "draftsmith.stages.mining", mining, {"target": "t", "drafter": "sft"}), "drafting.confidence"),
+        (Node("speed", "draftsmith.stages.evaluation", EvaluationConfig(confidence=0.5), {"sft": "sft"}), "confidence"),
+    ):
+        found = Findings()
+        check_drafters(found, [sft, node], tiny_drafter.target, whole=True)
+        errors = [line.text for line in found.lines if line.level is Level.ERROR]
+        assert len(errors) == bool(said)
+        assert not said or errors[0].startswith(f"{field}: {said}: leave it out")
+
+
 def test_sampling_with_a_drafter_on_a_cpus_servers_is_an_error_before_anything_runs() -> None:
     engine = {"kind": "sglang", "python": "python", "launch": {"options": {"device": "cpu"}}}
     config = EvaluationConfig.model_validate({"engine": engine, "temperatures": [0, 1]})

@@ -31,7 +31,7 @@ def plainly(logits: list[float], threshold: float) -> int:
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 def test_a_block_is_cut_where_it_is_no_longer_probable_that_all_is_kept(threshold: float) -> None:
     expected = [plainly(row, threshold) for row in SAID.tolist()]
-    assert len(set(expected)) > 3
+    assert len(set(expected)) > 2
     assert verified(SAID, threshold).tolist() == expected
     reach = Reach(threshold)
     by_offset = torch.stack([reach.take(SAID[:, k]) for k in range(SAID.shape[1])], 1)

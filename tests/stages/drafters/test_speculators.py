@@ -21,6 +21,7 @@ from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.info import model_path
 from tests.stages.drafters.edits import Edit, edit_config, edit_tensors
 from tests.testbed.dflash2 import random_dflash2
+from tests.testbed.dspark import random_dspark
 from tests.testbed.eagle3 import random_eagle3
 from tests.testbed.random_target import random_drafter
 
@@ -30,6 +31,8 @@ FORMS: dict[str, Any] = {
     "dflash, windows read both ways": lambda t: random_drafter(t, sliding_window=6, is_causal=False),
     "dflash2": random_dflash2,
     "dflash2, windows": lambda t: random_dflash2(t, sliding_window=6),
+    "dspark": lambda t: random_dspark(t, markov_head="gated"),
+    "dspark, upgraded": lambda t: random_dspark(t, from_anchor=False, confidence_head=False),
 }
 
 
@@ -83,6 +86,35 @@ def test_the_fields_are_those_of_the_library(plain_target: Target, plain_artifac
         "embed_tokens.weight",
         "lm_head.weight",
     }
+
+
+@pytest.mark.parametrize("from_anchor", [True, False])
+def test_the_fields_of_a_dspark_are_those_of_the_library(
+    from_anchor: bool, plain_target: Target, plain_artifact: Path, tmp_path: Path
+) -> None:
+    folder = exported(random_dspark(plain_target, from_anchor=from_anchor), plain_artifact, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["DSparkDraftModel"]
+    assert config["speculators_model_type"] == config["speculators_config"]["algorithm"] == "dspark"
+    assert config["speculators_config"]["proposal_methods"] == [{"proposal_type": "greedy", "speculative_tokens": 4}]
+    assert (config["sample_from_anchor"], config["block_size"]) == (from_anchor, 4 if from_anchor else 5)
+    assert (config["markov_rank"], config["markov_head_type"]) == (6, "vanilla")
+    assert config["enable_confidence_head"] and config["confidence_head_with_markov"]
+    layers = config["transformer_layer_config"]
+    assert not {"markov_rank", "sample_from_anchor", "dflash_config", "block_size"} & layers.keys()
+
+    for field in ("sample_from_anchor", "markov_head_type", "enable_confidence_head"):  # what the library takes then
+        config.pop(field)
+    if from_anchor:
+        (folder / "config.json").write_text(json.dumps(config))
+        assert load_drafter(folder, plain_target).block_size == 5
+
+
+def test_another_targets_dspark_is_refused(plain_target: Target, plain_artifact: Path, tmp_path: Path) -> None:
+    folder = exported(random_dspark(plain_target), plain_artifact, tmp_path)
+    edit_tensors(lambda t: t["embed_tokens.weight"].add_(1))(folder)
+    with pytest.raises(DraftsmithError, match=r"embed_tokens\.weight is not the target's"):
+        load_drafter(folder, plain_target)
 
 
 TRAPS: dict[str, tuple[Edit, str]] = {

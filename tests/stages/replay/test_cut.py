@@ -149,7 +149,7 @@ def expected(plain: Plainly, anchor: int) -> float:
 
 
 def test_accepted_lengths_have_the_law_of_sampled_decoding_with_the_cut(drafter: Drafter, plain_target: Target) -> None:
-    cut = DraftingConfig(confidence=0.7)
+    cut = DraftingConfig(confidence=0.85)
     served = [a for a in decoded(plain_target, drafter, 10_000, drafting=cut) if len(a.response_ids) == LENGTH]
     plain = [trajectory_of(a) for a in decoded(plain_target, None, 0) if len(a.response_ids) == LENGTH]
     counts = first_steps([trajectory_of(a) for a in served], [a.steps[0].accepted for a in served])
