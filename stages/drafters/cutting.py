@@ -1,6 +1,6 @@
 """Blocks that are cut before verification, by the drafter's own confidence in its proposals.
 
-Source: arXiv 2607.05147, and SGLang 0.5.23 (srt/speculative/dspark_components/dspark_planner.py). With c_j the
+Source: arXiv 2607.05147, and SGLang 0.5.20 (srt/speculative/dspark_components/dspark_planner.py). With c_j the
 probability that proposal j is kept if those before it are, Π_{j≤k} c_j is that of k being reached and kept. A block is
 cut in front of the first proposal for which it is below a threshold. What is said of a proposal depends on those before
 it and on nothing else, so whether it is verified does not depend on what it is, nor on the target: what is committed

@@ -1,6 +1,6 @@
 """The heads that read the token before an offset and bias the offset's logits: `W2 u`, of low rank.
 
-Source: SGLang 0.5.23 (srt/models/dspark.py). Of the token's own row of W1, e, and the backbone's hidden state h:
+Source: SGLang 0.5.20 (srt/models/dspark.py). Of the token's own row of W1, e, and the backbone's hidden state h:
 
 - `vanilla`: u = e.
 - `gated`: u = sigmoid(G [h, e]) * e.
