@@ -136,6 +136,10 @@ class Parallel(Protocol):
     def nodes(self) -> int: ...
 
     @property
+    def target_parallel(self) -> int:
+        """That share one copy of the target."""
+
+    @property
     def world(self) -> int:
         """In all."""
 

@@ -24,9 +24,9 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
     from draftsmith.stages.training.on_policy.mined import load_mined
     from draftsmith.stages.training.on_policy.training import OpdTraining
 
-    ranks = Ranks.here()
+    ranks = Ranks.here(config.parallel.target_parallel)
     stored = load_trajectories(ctx.inputs["trajectories"])
-    target = Target.load(ctx.inputs["target"])
+    target = Target.load(ctx.inputs["target"], ranks=ranks)
     folder = ctx.inputs["drafter"] / DRAFTER_FOLDER
     drafter = load_drafter(folder, target, torch.float32)
     mined = load_mined(ctx.inputs["mined"], stored.trajectories, drafter.block_size)

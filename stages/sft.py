@@ -92,10 +92,10 @@ def run(ctx: StageContext, config: SftConfig) -> None:
     from draftsmith.stages.training.loop import MicroBatches, train
     from draftsmith.stages.training.supervised import SftTraining
 
-    ranks = Ranks.here()
+    ranks = Ranks.here(config.parallel.target_parallel)
     start = _start(ctx, config)
     stored = load_trajectories(ctx.inputs["trajectories"])
-    target = Target.load(ctx.inputs["target"])
+    target = Target.load(ctx.inputs["target"], ranks=ranks)
     counts = token_counts(stored.trajectories, target.info.vocab_size)
     if start is not None:
         drafter = load_drafter(start, target, torch.float32, of_any_target=config.adopt)

@@ -18,7 +18,7 @@ from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.checks.engines import check_engines
 from draftsmith.flows.checks.findings import Findings, FirstError
 from draftsmith.flows.checks.models import check_drafters, check_nodes, check_target, resolve_metadata
-from draftsmith.flows.checks.parallel import check_parallel
+from draftsmith.flows.checks.parallel import check_parallel, check_shared_target
 from draftsmith.flows.checks.prompts import check_lengths, check_logs, check_longest, check_sources, check_supplies
 from draftsmith.flows.checks.resources import check_resources
 from draftsmith.flows.pipeline import prefect_server
@@ -77,6 +77,7 @@ def _with_target(
     plans = check_drafters(found, nodes, artifact, whole=whole)
     check_longest(found, to_make, read_target_info(artifact).max_positions)
     check_nodes(found, to_make, artifact, whole=whole)
+    check_shared_target(found, to_make, artifact)
     check_logs(found, to_make, artifact)
     with found.part("sizes"):
         check_resources(found, nodes, artifact, plans, home)
@@ -113,4 +114,5 @@ def check_alone(node: Node, inputs: Mapping[str, Path]) -> list[str]:
     check_parallel(found, [node])
     if "target" in inputs:
         check_nodes(found, [node], inputs["target"], whole=True)
+        check_shared_target(found, [node], inputs["target"])
     return found.warnings

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.flows.pipeline.machine import gpus
+
+
+def check_shared_target(found: Findings, nodes: Sequence[Node], artifact: Path) -> None:
+    """A target that processes are to share can be divided among them. artifact: of the target."""
+    from draftsmith.stages.targets.info import model_path
+    from draftsmith.stages.targets.split import check_divides
+
+    for node in nodes:
+        parallel = node.stage.parallel(node.config) if node.stage.parallel is not None else None
+        if parallel is None or parallel.target_parallel == 1:
+            continue
+        check = f"{node.name}: target"
+        with found.part(check):
+            check_divides(model_path(artifact), parallel.target_parallel)
+            found.ok(check, f"{parallel.target_parallel} processes share a copy")
 
 
 def check_parallel(found: Findings, nodes: Sequence[Node]) -> None:

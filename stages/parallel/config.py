@@ -25,6 +25,14 @@ class ParallelConfig(Config):
             description=f"HOST:PORT of the node that runs the flow; left out: ${RENDEZVOUS}",
         ),
     ] = None
+    target_parallel: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="processes of a node that share one copy of the target, each with a part of every layer; for a "
+            "target that leaves a GPU too little room beside it",
+        ),
+    ] = 1
     shard_optimiser: Annotated[
         bool, Field(description="AdamW's two moments, 8 bytes a parameter, are split over the processes")
     ] = False
@@ -33,6 +41,15 @@ class ParallelConfig(Config):
     def _nodes_meet_somewhere(self) -> ParallelConfig:
         if self.rendezvous is not None and self.nodes == 1:
             raise ValueError("rendezvous: is where several nodes meet; raise nodes, or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _copies_of_the_target_are_whole(self) -> ParallelConfig:
+        if self.processes % self.target_parallel:
+            raise ValueError(
+                f"target_parallel: {self.processes} processes are no whole number of groups of {self.target_parallel}: "
+                "give a number that divides processes"
+            )
         return self
 
     @property

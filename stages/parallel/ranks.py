@@ -22,28 +22,41 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
+    sharing: int = 1  # neighbours that hold one copy of the target together
 
     @classmethod
-    def here(cls) -> Ranks:
-        """As the process was started."""
-        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
+    def here(cls, sharing: int = 1) -> Ranks:
+        """As the process was started. sharing: as the config of its training says, where it is one of several."""
+        return cls(dist.get_rank(), dist.get_world_size(), sharing) if dist.is_initialized() else cls()
 
     @property
     def first(self) -> bool:
         """The one that writes what there is once: checkpoints, metrics, the artifact."""
         return self.rank == 0
 
-    def rows(self, lengths: Sequence[int]) -> list[int]:
-        """Which rows of a step are this rank's, in order: dealt by their lengths, there and back, longest first.
+    @property
+    def place(self) -> int:
+        """This one's among those with which it shares the target."""
+        return self.rank % self.sharing
+
+    @property
+    def sharers(self) -> range:
+        """The ranks that hold this one's copy of the target, itself included."""
+        first = self.rank - self.place
+        return range(first, first + self.sharing)
+
+    def rows(self, lengths: Sequence[int], rank: int | None = None) -> list[int]:
+        """Which rows of a step are this rank's, or another's, in order: dealt by their lengths, there and back, longest
+        first.
 
         Every row is somebody's, and their numbers differ by one at most. Raises ValueError if a rank would have none.
         """
         if len(lengths) < self.world:
             raise ValueError(f"{len(lengths)} rows for {self.world} ranks")
-        dealt = []
+        rank, dealt = self.rank if rank is None else rank, []
         for place, row in enumerate(sorted(range(len(lengths)), key=lambda row: -lengths[row])):
             turn, at = divmod(place, self.world)
-            if (at if turn % 2 == 0 else self.world - 1 - at) == self.rank:
+            if (at if turn % 2 == 0 else self.world - 1 - at) == rank:
                 dealt.append(row)
         return sorted(dealt)
 
@@ -54,6 +67,13 @@ class Ranks:
         said: list[T] = [mine] * self.world
         dist.all_gather_object(said, mine)
         return said
+
+    def gather_from_sharers(self, mine: T) -> list[T]:
+        """What every rank says with which this one shares the target, in their order."""
+        if self.sharing == 1:
+            return [mine]
+        said = self.gather(mine)
+        return [said[rank] for rank in self.sharers]
 
     def wait(self) -> None:
         """Until all are here."""

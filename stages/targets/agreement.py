@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.parallel.ranks import ALONE, Ranks
 
 _TOKENS, _READ, _KEPT = 12, 7, 2  # of the text, those that are read at first, and of the block behind them kept
 # Of a vector, relative, the median over positions: experts may be chosen otherwise at a near-tie of a coarse dtype.
@@ -19,8 +20,9 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
 @torch.no_grad()
-def check_agreement(target: Any, where: str) -> None:
-    """target: a `Target`. Raises DraftsmithError if logits, cached forwards or a tree are not a plain forward's."""
+def check_agreement(target: Any, where: str, ranks: Ranks = ALONE) -> None:
+    """target: a `Target`. Raises DraftsmithError if logits, cached forwards or a tree are not a plain forward's, or if
+    ranks that share it have others."""
     device, vocabulary = target.device, target.embedding.shape[0]
     ids = (torch.arange(_TOKENS, device=device) * 7 + 3).remainder(vocabulary)[None]
     plain = target.read(ids).hidden
@@ -31,6 +33,8 @@ def check_agreement(target: Any, where: str) -> None:
     }
     if target.layers.tree_forward:
         found["forwards over a tree"] = _branches(target, ids, plain)
+    if ranks.sharing > 1:
+        found["hidden states of a part"] = (plain.cpu(), ranks.gather_from_sharers(plain.cpu())[0])
     for what, (ours, theirs) in found.items():
         off = ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).median()
         if not off <= _TOLERANCE[target.dtype]:  # NaN too

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.parallel.ranks import ALONE, Ranks
 from draftsmith.stages.targets.agreement import check_agreement
 from draftsmith.stages.targets.attention import register
 from draftsmith.stages.targets.capabilities import Layers, model_class
@@ -22,6 +23,7 @@ from draftsmith.stages.targets.embedding import scale_of
 from draftsmith.stages.targets.info import TargetInfo, model_path, read_target_info
 from draftsmith.stages.targets.packed import PackedLinear, can_pack, pack
 from draftsmith.stages.targets.slots import Address, Rows, SlotCache
+from draftsmith.stages.targets.split import load_part
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,9 @@ class _DeepEnoughError(Exception):
 class Target:
     """The target `p`. Everything is computed without gradient; the parameters are frozen."""
 
-    def __init__(self, model: Any, tokenizer: Any, info: TargetInfo):
+    def __init__(self, model: Any, tokenizer: Any, info: TargetInfo, ranks: int = 1):
+        """ranks: that hold the model together, each the whole embedding and head."""
+        self.ranks = ranks
         self.model, self.tokenizer, self.info = model.eval().requires_grad_(False), tokenizer, info
         self.decoder = model.get_decoder()
         self.config = model.config.get_text_config()
@@ -57,10 +61,11 @@ class Target:
             layer.register_forward_hook(self._hook(index))
 
     @classmethod
-    def load(cls, folder: Path, dtype: str | None = None, device: str | None = None) -> Target:
+    def load(cls, folder: Path, dtype: str | None = None, device: str | None = None, ranks: Ranks = ALONE) -> Target:
         """Load the target that an artifact of the `target` stage describes.
 
-        `dtype` overrides the serving dtype (e.g. float32 for exactness checks).
+        `dtype` overrides the serving dtype (e.g. float32 for exactness checks). ranks: those that share it, each of
+        which must call everything that computes hidden states, with the same tokens.
         Raises DraftsmithError if the weights cannot be loaded, or if forwards here differ from the model's own.
         """
         from transformers import AutoConfig, AutoTokenizer
@@ -68,16 +73,19 @@ class Target:
         info, path = read_target_info(folder), model_path(folder)
         device = device or default_device()
         try:
-            loader = model_class(AutoConfig.from_pretrained(path, local_files_only=True))
-            model = loader.from_pretrained(
-                path, dtype=getattr(torch, dtype or info.dtype), attn_implementation=register(), local_files_only=True
-            ).to(device)
+            loaded: dict[str, Any] = {"dtype": getattr(torch, dtype or info.dtype), "attn_implementation": register()}
+            if ranks.sharing > 1:
+                model = load_part(path, ranks, device, **loaded)
+            else:
+                loader = model_class(AutoConfig.from_pretrained(path, local_files_only=True))
+                model = loader.from_pretrained(path, local_files_only=True, **loaded).to(device)
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, ImportError) as error:
             raise DraftsmithError(f"target {path}: cannot be loaded ({error}); rerun stage 'target'") from error
-        pack(model.get_decoder())
-        target = cls(model, tokenizer, info)
-        check_agreement(target, str(path))
+        if ranks.sharing == 1:
+            pack(model.get_decoder())
+        target = cls(model, tokenizer, info, ranks.sharing)
+        check_agreement(target, str(path), ranks)
         return target
 
     @classmethod

@@ -36,9 +36,10 @@ class ModelSize:
     head_dim: int
     vocabulary: int
     windows: tuple[int, ...] = ()  # positions, of every layer that slides
+    divided: int = 0  # of the parameters, those that ranks divide which share the model
 
     @classmethod
-    def of(cls, config: Any, parameters: int) -> ModelSize:
+    def of(cls, config: Any, parameters: int, divided: int = 0) -> ModelSize:
         heads = config.num_attention_heads
         sliding = [kind for kind in getattr(config, "layer_types", None) or () if kind == "sliding_attention"]
         window = getattr(config, "sliding_window", None)
@@ -52,6 +53,7 @@ class ModelSize:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             vocabulary=getattr(config, "draft_vocab_size", None) or config.vocab_size,
             windows=(window,) * len(sliding) if window else (),
+            divided=divided,
         )
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
@@ -84,9 +86,10 @@ class Sizes:
         """(K + 1) · H · s for one position: the layers that the drafter reads, and the last hidden state."""
         return (self.features + 1) * self.target.hidden * self.itemsize
 
-    def weights(self, model: ModelSize, itemsize: int | None = None) -> float:
-        """P · s, in the serving dtype unless given."""
-        return float(model.parameters * (itemsize or self.itemsize))
+    def weights(self, model: ModelSize, itemsize: int | None = None, sharing: int = 1) -> float:
+        """P · s, in the serving dtype unless given; of one of several ranks that share the model, its part."""
+        parameters = model.parameters - model.divided * (1 - 1 / sharing)
+        return parameters * (itemsize or self.itemsize)
 
     def reduced_head(self, tokens: int | None) -> tuple[int, float]:
         """(rows of the head, bytes of its copy: none for the whole vocabulary)."""
@@ -162,8 +165,10 @@ def target_size(folder: Path) -> ModelSize:
     from transformers import AutoConfig
 
     from draftsmith.stages.targets.capabilities import model_class
+    from draftsmith.stages.targets.split import divided_parameters
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         model = model_class(config).from_config(config)
-    return ModelSize.of(config.get_text_config(), sum(p.numel() for p in model.parameters()))  # tied ones once
+    parameters = sum(p.numel() for p in model.parameters())  # tied ones once
+    return ModelSize.of(config.get_text_config(), parameters, divided_parameters(model))

@@ -9,7 +9,7 @@ the batch alone, not on whether training was interrupted, nor on whether they we
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -109,13 +109,20 @@ class FeatureSource:
         self._group_of = {index: g for g, group in enumerate(self._groups) for index in group}
         self._cache: dict[int, dict[int, _Read]] = {}
         on_cuda = target.device.type == "cuda"
-        self._reads_ahead = not self._kept and (on_cuda if ahead is None else ahead)
+        # not of a shared target, whose parts would talk beside the gradients: two kinds of messages in any order
+        self._reads_ahead = not self._kept and target.ranks == 1 and (on_cuda if ahead is None else ahead)
         self._stream = torch.cuda.Stream(target.device) if self._reads_ahead and on_cuda else None
         self._ahead: tuple[tuple[int, ...], dict[int, _Read]] | None = None
 
     def own(self, indices: Sequence[int], ranks: Ranks) -> list[int]:
         """Those of a step's trajectories that this rank trains."""
         return [indices[row] for row in ranks.rows(self._lengths[list(indices)].tolist())]
+
+    def shared(self, indices: Sequence[int], ranks: Ranks) -> list[int]:
+        """Those of a step's trajectories that any rank trains which shares the target with this one."""
+        lengths = self._lengths[list(indices)].tolist()
+        rows = sorted(row for rank in ranks.sharers for row in ranks.rows(lengths, rank))
+        return [indices[row] for row in rows]
 
     def prefetch(self, indices: Sequence[int]) -> None:
         """Begin to read what the next `batch` will ask for: on CUDA in a stream of its own, beside what is queued from
@@ -129,11 +136,11 @@ class FeatureSource:
         with beside:
             self._ahead = tuple(indices), self._all_of(indices)
 
-    def _found(self, indices: Sequence[int]) -> dict[int, _Read]:
-        """What was read ahead, if that was for these; else read here."""
+    def _found(self, indices: Sequence[int], shared: Sequence[int]) -> dict[int, _Read]:
+        """What was read ahead, if that was for these; else read here, with all that is `shared`."""
         ahead, self._ahead = self._ahead, None
         if ahead is None or ahead[0] != tuple(indices):
-            return self._all_of(indices)
+            return self._all_of(shared, wanted=set(indices))
         if self._stream is not None:
             here = torch.cuda.current_stream(self.target.device)
             here.wait_stream(self._stream)
@@ -142,8 +149,8 @@ class FeatureSource:
                     part.record_stream(here)  # made in the other stream, which must not have its memory back too early
         return ahead[1]
 
-    def _all_of(self, indices: Sequence[int]) -> dict[int, _Read]:
-        """What the target says of these trajectories."""
+    def _all_of(self, indices: Sequence[int], wanted: Set[int] | None = None) -> dict[int, _Read]:
+        """What the target says of these trajectories, or of those of them that are wanted."""
         found: dict[int, _Read] = {}
         if self._kept:
             for g in dict.fromkeys(self._group_of[i] for i in indices):
@@ -155,7 +162,8 @@ class FeatureSource:
         groups = [[drawn[place] for place in g] for g in groups_by_length(self._lengths[drawn], self._tokens_per_group)]
         tokens = [self._tokens_of(group) for group in groups]  # all first: a copy would wait for the forward before it
         for group, ids in zip(groups, tokens, strict=True):
-            found |= self._of_group(group, ids)
+            read = self._of_group(group, ids)
+            found |= read if wanted is None else {i: read[i] for i in group if i in wanted}
         return found
 
     def _tokens_of(self, members: Sequence[int]) -> torch.Tensor:
@@ -178,10 +186,11 @@ class FeatureSource:
         assert out.features is not None
         return out.features, out.hidden
 
-    def batch(self, indices: Sequence[int]) -> Batch:
-        """The trajectories at `indices`, with their features."""
+    def batch(self, indices: Sequence[int], shared: Sequence[int] | None = None) -> Batch:
+        """The trajectories at `indices`, with their features. shared: with those of other ranks, which read them now
+        too, by parts of the target that need each other; left out: these alone."""
         trajectories = [self.trajectories[i] for i in indices]
-        found = self._found(indices)
+        found = self._found(indices, indices if shared is None else shared)
         parts = [found[i] for i in indices]
         features, *hidden = (
             torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True) for rows in zip(*parts, strict=True)

@@ -28,11 +28,12 @@ def training_estimate(config: TrainingConfig, use: Use, *, mines: bool = False, 
 
     Of several processes each needs this, with B the answers of a step that it trains.
 
-    P · s, and 16 · P_d: float32 weights, gradients and the two moments of AdamW (8 of them, which may be split over the
-    processes); under autocast a copy, 2 · P_d.
+    P · s, the layers of which are divided by the processes that share a target; and 16 · P_d: float32 weights,
+    gradients and the two moments of AdamW (8 of them, which may be split over the processes); under autocast a copy,
+    2 · P_d.
     Features kept: feature_memory_mb at most, and none where it does not hold those of all answers; of the step's batch:
     B · T · (K + 1) · H · s, twice while they are made of what the target's forwards gave; on a GPU also those of the
-    next batch, which is read meanwhile.
+    next batch, which is read meanwhile unless the target is shared.
     Activations: what the drafter keeps of the tokens of a micro-batch, trajectories and blocks
     (`stages/drafters/estimate.py`), and of each position with a loss its state and its gradient.
     Logits: a tile of the chunk; of a head that is trained 3 · positions_per_chunk · V · 4, and its gradient of a chunk.
@@ -59,13 +60,13 @@ def training_estimate(config: TrainingConfig, use: Use, *, mines: bool = False, 
         logits += (a + 4) * drafter.vocabulary * drafter.hidden
     fixed = {
         "process": PROCESS,
-        "target": sizes.weights(sizes.target),
+        "target": sizes.weights(sizes.target, sharing=config.parallel.target_parallel),
         "drafter with AdamW": ((8.0 if a == 4 else 10.0) + moments) * drafter.parameters,
         "features": kept + float(B * longest * sizes.feature_bytes),
         "head": head,
         "logits": float(logits),
     }
-    if sizes.accelerated and not kept:
+    if sizes.accelerated and not kept and config.parallel.target_parallel == 1:
         fixed["next batch"] = float(B * longest * sizes.feature_bytes)
     of_row = row_bytes(config, sizes, longest)
     at_once = min(B, rows_at_once(config, sizes, longest, sum(fixed.values())))
@@ -132,8 +133,12 @@ def micro_batch_tokens(config: TrainingConfig, target: Target, drafter: Drafter,
 
 def loaded_sizes(target: Target, drafter: Drafter, longest: int) -> Sizes:
     """Of models that are there, on the target's device. longest: trajectory."""
+    from draftsmith.stages.targets.split import divided_parameters
+
     return Sizes(
-        ModelSize.of(target.config, sum(p.numel() for p in target.model.parameters())),
+        ModelSize.of(
+            target.config, sum(p.numel() for p in target.model.parameters()), divided_parameters(target.model)
+        ),
         ModelSize.of(drafter.config, sum(p.numel() for p in drafter.parameters())),
         features=len(drafter.target_layer_ids),
         block_size=drafter.block_size,

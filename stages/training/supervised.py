@@ -103,7 +103,8 @@ class SftTraining:
         chosen = self._chosen(step)
         trajectories = [self._trajectories[i] for i in chosen]
         portion = Portion.of_rank(trajectories, self.ranks, self.target.device)
-        batch = self._features.batch([chosen[row] for row in portion.rows])
+        own = [chosen[row] for row in portion.rows]
+        batch = self._features.batch(own, self._features.shared(chosen, self.ranks))
         if step + 1 < self.config.steps:
             self._features.prefetch(self._features.own(self._chosen(step + 1), self.ranks))
         anchors = position_anchors(trajectories, self.config.anchors_per_sequence, rng, self.target.device)

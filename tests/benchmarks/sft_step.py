@@ -162,7 +162,6 @@ class Step:
         remining = Remining(
             self.world.table,
             self.drafter,
-            self.world.target,
             every=config.oldest_trace,
             scored=objective.needs_scores,
         )

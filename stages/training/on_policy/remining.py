@@ -17,11 +17,8 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.parallel.ranks import Ranks
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.trace import Trace, Trajectory
-from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.training.batches import Batch
-from draftsmith.stages.training.blocks import Anchors, Share, View
+from draftsmith.stages.training.blocks import Share, View
 from draftsmith.stages.training.on_policy.mined import MinedTable, TrajectorySteps
-from draftsmith.stages.training.on_policy.verify_steps import VerifySteps, with_scores
 
 # Of the trace as it was mined before the training, for each chain: with fewer, chains draft much in vain; with more,
 # rounds are many and small.
@@ -35,18 +32,12 @@ class Remining:
         self,
         mined: MinedTable,
         drafter: Drafter,
-        target: Target,
         *,
         every: int,
         scored: bool,
-        tokens_per_forward: int = 2048,
     ):
-        """scored: ask the target about the proposals of fresh steps that are drawn, for a loss with a rejected stream.
-
-        tokens_per_forward: of trajectories, that the target reads at once for it.
-        """
-        self.tokens_per_forward = tokens_per_forward
-        self.mined, self.drafter, self.target, self.every, self.scored = mined, drafter, target, every, scored
+        """scored: the target is asked about the proposals of drawn steps, for a loss with a rejected stream."""
+        self.mined, self.drafter, self.every, self.scored = mined, drafter, every, scored
         self._fresh: dict[int, TrajectorySteps] = {}
         self.current = MinedTable(_Renewed(mined.steps, self._fresh), mined.proposals)
         self._mined_at: dict[int, int] = {}  # trajectory -> optimiser step of its fresh trace
@@ -105,15 +96,12 @@ class Remining:
             with_logprobs=False,
         )
 
-    def with_scores(self, indices: Sequence[int], batch: Batch, anchors: Anchors, steps: VerifySteps) -> VerifySteps:
-        """Drawn steps of the trajectories `indices`, those of fresh traces with what the target says of them.
+    def unscored(self, indices: Sequence[int]) -> list[int]:
+        """Rows of the trajectories `indices` of whose steps the target is yet to be asked: those of fresh traces.
 
-        A trace has many times the steps that are trained of it: only these are scored.
+        A trace has many times the steps that are trained of it: only those that are drawn are scored.
         """
-        rows = [row for row, i in enumerate(indices) if i in self._mined_at]
-        if not self.scored or not rows:
-            return steps
-        return with_scores(steps, self.target, batch, anchors, self.mined.proposals, self.tokens_per_forward, rows)
+        return [row for row, i in enumerate(indices) if i in self._mined_at] if self.scored else []
 
     def _padded(self, trace: Trace) -> TrajectorySteps:
         """A trace as wide as the trained block. Proposals that no loss reads are left out: checkpoints stay small."""

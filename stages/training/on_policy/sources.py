@@ -30,6 +30,7 @@ class Drawn:
     steps: VerifySteps | None  # None: judged on the blocks that the step drafts, so always current
     figures: dict[str, float] = field(default_factory=dict)
     judged: VerifySteps | None = None  # on these blocks, where the step had to know before it trains them
+    unscored: Sequence[int] = ()  # rows of whose steps a loss wants to know what the target says
 
 
 class AnchorSource(Protocol):
@@ -62,7 +63,7 @@ class TableAnchors:
         anchors, steps = self.remining.current.draw(
             indices, self.kind, self.per_sequence, phases[:, 0], view.batch.tokens.device
         )
-        return Drawn(anchors, self.remining.with_scores(indices, view.batch, anchors, steps), figures)
+        return Drawn(anchors, steps, figures, unscored=self.remining.unscored(indices))
 
     def share(self, ranks: Ranks) -> None:
         self.remining.share(ranks)

@@ -12,8 +12,10 @@ import torch
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.drafters.law import GREEDY, Law
+from draftsmith.stages.parallel.ranks import Ranks
 from draftsmith.stages.replay.chains import committed_tokens, draft
 from draftsmith.stages.replay.drawn import SampledText
+from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.batches import Batch, Portion
 from draftsmith.stages.training.blocks import (
@@ -29,7 +31,7 @@ from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.on_policy.loss import opd_loss, stream_weights
 from draftsmith.stages.training.on_policy.sources import AnchorSource, Drawn
-from draftsmith.stages.training.on_policy.verify_steps import VerifySteps, judge, with_scores
+from draftsmith.stages.training.on_policy.verify_steps import Unscored, VerifySteps, all_scored, judge, with_scores
 from draftsmith.stages.training.vocabulary import Heads, HeadSource
 
 
@@ -90,9 +92,11 @@ class OpdStep:
                 if not alone and found.steps is None and self.objective.needs_scores:
                     hidden = block_hidden(self.drafter, context, rows, found.anchors)
                     judged = self._judged(hidden, context, rows, found.anchors, heads, clock, text)
-                    found = replace(found, judged=judged)
+                    found = replace(found, judged=judged, unscored=range(len(rows.trajectories)))
             drawn.append(found)
         self.source.share(portion.ranks)
+        if self.objective.needs_scores:
+            drawn = self._scored(drawn, [batch.trajectories[part] for part in parts], portion.ranks)
         whole = None
         if not alone:
             context = None
@@ -111,6 +115,23 @@ class OpdStep:
             report.alone, report.whole = alone, whole
             report.seconds = clock.take()
             yield report
+
+    def _scored(
+        self, drawn: Sequence[Drawn], trajectories: Sequence[Sequence[Trajectory]], ranks: Ranks
+    ) -> list[Drawn]:
+        """What was drawn of these trajectories, with what the target says of its steps where that is not known yet."""
+        asked = [
+            Unscored(_steps_of(found), of_part, found.anchors, found.unscored)
+            for found, of_part in zip(drawn, trajectories, strict=True)
+            if found.steps is not None or found.judged is not None
+        ]
+        if not asked:  # of one batch alone, whose blocks are judged where they are trained
+            return list(drawn)
+        scored = all_scored(asked, self.target, self.proposals, self.config.tokens_per_target_forward, ranks)
+        return [
+            replace(found, steps=steps) if found.judged is None else replace(found, judged=steps)
+            for found, steps in zip(drawn, scored, strict=True)
+        ]
 
     def _with_rejected(self, rng: np.random.Generator, drawn: Sequence[Drawn], portion: Portion) -> Heads:
         """The heads of a step that also hold what any rank's verify steps rejected."""
@@ -140,6 +161,10 @@ class OpdStep:
         # else the loss finds what was accepted: argmaxes that are the text's
         if steps is None and (self.objective.reads_steps or not self.law.greedy):
             steps = self._judged(hidden, context, batch, drawn.anchors, heads, clock, self._text(batch, step))
+            if self.objective.needs_scores:
+                tokens = self.config.tokens_per_target_forward
+                steps = with_scores(steps, self.target, batch, drawn.anchors, self.proposals, tokens)
+                clock.spent("mining")
         on_proposals = None
         if self.drafter.autoregressive and self.objective.needs_scores:
             assert steps is not None
@@ -178,7 +203,7 @@ class OpdStep:
         clock: _Clock,
         text: SampledText | None,
     ) -> VerifySteps:
-        """The verify steps of blocks with hidden states [B, A, K, H], scored where a rejected stream reads it."""
+        """The verify steps of blocks with hidden states [B, A, K, H]; the target has not scored them."""
         own_chains = (self.drafter.autoregressive or text is not None) and self.objective.needs_scores
         proposed = self._propose(context, batch, anchors, heads.drafter, text) if own_chains else None
         steps = judge(
@@ -192,10 +217,6 @@ class OpdStep:
             text=text,
         )
         clock.spent("drafter")
-        if self.objective.needs_scores:
-            tokens = self.config.tokens_per_target_forward
-            steps = with_scores(steps, self.target, batch, anchors, self.proposals, tokens)
-        clock.spent("mining")
         return steps
 
     def _propose(

@@ -55,14 +55,7 @@ class OpdTraining:
                 "opd.loss.response.positions: a rejected stream needs weights that are known before the loss, which "
                 "d_pace's are not; use uniform, exponential or power weights"
             )
-        remining = Remining(
-            mined,
-            drafter,
-            target,
-            every=config.oldest_trace,
-            scored=self.objective.needs_scores,
-            tokens_per_forward=config.tokens_per_target_forward,
-        )
+        remining = Remining(mined, drafter, every=config.oldest_trace, scored=self.objective.needs_scores)
         self.source = anchor_source(config, remining)
         law = Law(temperature, top_p) if self.sampled and drafter.draws else GREEDY
         self._features = FeatureSource(
@@ -90,7 +83,7 @@ class OpdTraining:
         chosen = self._chosen(step)
         portion = Portion.of_rank([self._trajectories[i] for i in chosen], self.ranks, self._device)
         own = [chosen[row] for row in portion.rows]
-        batch = self._features.batch(own)
+        batch = self._features.batch(own, self._features.shared(chosen, self.ranks))
         if step + 1 < self.config.steps:
             self._features.prefetch(self._features.own(self._chosen(step + 1), self.ranks))
         parts = parts_of(batch, self.config.anchors_per_sequence * self._block_size, limit)

@@ -11,9 +11,10 @@ import torch
 from draftsmith.stages.drafters.base import Drafter, best_of
 from draftsmith.stages.drafters.drawing import probabilities
 from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.parallel.ranks import ALONE, Ranks
 from draftsmith.stages.replay.corpus import score
 from draftsmith.stages.replay.drawn import SampledText
-from draftsmith.stages.replay.trace import Trace
+from draftsmith.stages.replay.trace import Trace, Trajectory
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.batches import Batch
 from draftsmith.stages.training.blocks import Anchors, labels_of, tokens_at
@@ -28,6 +29,16 @@ class VerifySteps:
     rejected_offset: torch.Tensor  # [B, A] 0 = nothing rejected
     proposed: torch.Tensor  # [B, A, K]
     target_logprobs: torch.Tensor  # [B, A, K] on the draft-induced prefix, NaN where not judged or not scored
+
+
+@dataclass(frozen=True)
+class Unscored:
+    """Verify steps at the anchors of some trajectories; the target is to score what it rejected in some rows."""
+
+    steps: VerifySteps
+    trajectories: Sequence[Trajectory]  # B
+    anchors: Anchors  # [B, A]
+    rows: Sequence[int]
 
 
 @torch.no_grad()
@@ -106,32 +117,55 @@ def with_scores(
     anchors: Anchors,
     proposals: int,
     tokens_per_forward: int = 2048,
-    rows: Sequence[int] | None = None,
 ) -> VerifySteps:
-    """The same with the target's log-probs of the rejected proposals, as `score` has them, in some rows of the batch.
+    """The same with the target's log-probs of the rejected proposals, as `score` has them, in all rows of the batch."""
+    unscored = Unscored(steps, batch.trajectories, anchors, range(len(batch.trajectories)))
+    (scored,) = all_scored([unscored], target, proposals, tokens_per_forward)
+    return scored
+
+
+def all_scored(
+    parts: Sequence[Unscored], target: Target, proposals: int, tokens_per_forward: int = 2048, ranks: Ranks = ALONE
+) -> list[VerifySteps]:
+    """The same of several batches, in some rows of each. Ranks that share the target ask it for all of theirs at once.
 
     A step that was drawn more than once is scored once.
     """
-    rows = range(len(batch.trajectories)) if rows is None else rows
-    traces, places = [], []
-    for row in rows:
-        positions, first, place = np.unique(
-            anchors.positions[row].cpu().numpy(), return_index=True, return_inverse=True
-        )
-        proposed = steps.proposed[row, :, :proposals].cpu().numpy()[first]
-        traces.append(
-            Trace(
-                len(batch.trajectories[row].tokens),
-                positions,
-                steps.accepted[row].cpu().numpy()[first],
-                proposed,
-                np.full(proposed.shape, np.nan, dtype=np.float32),
-                len(proposed),
-            )
-        )
-        places.append(place)
-    scores = score(target, [batch.trajectories[row] for row in rows], traces, tokens_per_forward)
-    logprobs = steps.target_logprobs.clone()
-    for row, place, of_row in zip(rows, places, scores, strict=True):
-        logprobs[row, :, :proposals] = torch.from_numpy(of_row.target_logprobs[place]).to(logprobs.device)
-    return replace(steps, target_logprobs=logprobs)
+    asked, places = [], []
+    for part in parts:
+        for row in part.rows:
+            trajectory, trace, place = _asked(part, row, proposals)
+            asked.append((trajectory, trace))
+            places.append(place)
+    of_ranks = ranks.gather_from_sharers(asked)
+    everything = [each for of_rank in of_ranks for each in of_rank]
+    texts, traces = [text for text, _ in everything], [trace for _, trace in everything]
+    scores = score(target, texts, traces, tokens_per_forward) if everything else []
+    before = sum(map(len, of_ranks[: ranks.place]))
+    mine = iter(zip(scores[before : before + len(asked)], places, strict=True))
+    found = []
+    for part in parts:
+        logprobs = part.steps.target_logprobs.clone()
+        for row in part.rows:
+            of_row, place = next(mine)
+            logprobs[row, :, :proposals] = torch.from_numpy(of_row.target_logprobs[place]).to(logprobs.device)
+        found.append(replace(part.steps, target_logprobs=logprobs))
+    return found
+
+
+def _asked(part: Unscored, row: int, proposals: int) -> tuple[Trajectory, Trace, np.ndarray]:
+    """A trajectory, its steps, each once, and which of these the steps of the row are."""
+    steps, trajectory = part.steps, part.trajectories[row]
+    positions, first, place = np.unique(
+        part.anchors.positions[row].cpu().numpy(), return_index=True, return_inverse=True
+    )
+    proposed = steps.proposed[row, :, :proposals].cpu().numpy()[first]
+    trace = Trace(
+        len(trajectory.tokens),
+        positions,
+        steps.accepted[row].cpu().numpy()[first],
+        proposed,
+        np.full(proposed.shape, np.nan, dtype=np.float32),
+        len(proposed),
+    )
+    return trajectory, trace, place

@@ -81,7 +81,7 @@ class World:
         return View(batch, context_of(drafter, batch), self.head_of(drafter))
 
     def remining(self, every: int = 10, *, scored: bool = False, drafter: Drafter | None = None) -> Remining:
-        return Remining(self.table, drafter or self.moved, self.target, every=every, scored=scored)
+        return Remining(self.table, drafter or self.moved, every=every, scored=scored)
 
     def source(
         self,

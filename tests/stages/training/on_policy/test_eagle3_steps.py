@@ -103,7 +103,7 @@ def test_a_step_has_the_loss_of_the_chains_that_mining_finds(world: World) -> No
         def draw(self, *arguments: Any) -> Any:
             return replace(super().draw(*arguments), anchors=anchors)
 
-    remining = Remining(fresh, drafter, world.target, every=0, scored=True)
+    remining = Remining(fresh, drafter, every=0, scored=True)
     mined = world.source("errors", many, remining)
     for source in (There(many), mined):
         report = world.step(source, objective).loss(5, INDICES, batch, step_rng(0, 5))

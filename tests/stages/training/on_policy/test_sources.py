@@ -130,7 +130,7 @@ def test_an_empty_memory_survives_a_checkpoint(world: World) -> None:
 def test_fresh_steps_fit_a_smaller_served_block(world: World) -> None:
     """A table that was mined with a smaller block is mined again with that block, padded to the trained one."""
     table = MinedTable(world.table.steps, 3)
-    remining = Remining(table, world.moved, world.target, every=1, scored=True)
+    remining = Remining(table, world.moved, every=1, scored=True)
     remining.refresh(1, [0], world.view([0]))
     fresh, trace = remining.current.steps[0], world.traces(world.moved, 4)[0]
     np.testing.assert_array_equal(fresh.accepted, trace.accepted)

@@ -1,0 +1,115 @@
+"""A target of which each of several ranks holds a part, as its family's tensor-parallel plan in transformers says.
+
+Of every layer a rank has some of the heads and some of the columns between the two maps of the MLP; sums over the ranks
+make each rank's hidden states whole. Embedding and head stay whole, which drafters and losses read as weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.parallel.ranks import Ranks
+from draftsmith.stages.targets.capabilities import model_class
+
+_FIELD = "parallel.target_parallel"
+_DIVIDING = ("colwise", "rowwise", "packed_")  # begin the names of the styles that divide a weight
+_HEADS = ("num_attention_heads", "num_key_value_heads")
+
+
+def divided_parameters(model: Any) -> int:
+    """How many of a model's parameters ranks would divide among them. model: of transformers, on any device."""
+    plan = _plan_of(model)
+    return sum(p.numel() for name, p in model.named_parameters() if _style(plan, name).startswith(_DIVIDING))
+
+
+def check_divides(folder: Path, sharing: int) -> None:
+    """Raises DraftsmithError if the model in `folder` cannot be divided among so many ranks. Of its config alone."""
+    from transformers import AutoConfig
+
+    if sharing == 1:
+        return
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        model = model_class(config).from_config(config)
+    name = type(model).__name__
+    if getattr(config, "quantization_config", None):
+        raise DraftsmithError(f"{_FIELD}: {name} in {folder} is quantised, which is not divided here: set it to 1")
+    if not divided_parameters(model):
+        raise DraftsmithError(f"{_FIELD}: transformers has no plan to divide {name} by: set it to 1")
+    for heads in _HEADS:
+        count = getattr(config.get_text_config(), heads, None) or sharing
+        if count % sharing:
+            raise DraftsmithError(
+                f"{_FIELD}: {sharing} does not divide the {heads} of the target, {count}: give a number that does, or 1"
+            )
+
+
+def load_part(folder: Path, ranks: Ranks, device: str, **arguments: Any) -> Any:
+    """This rank's part of the model in `folder`, of which the others load theirs now; no more of the file is read.
+
+    arguments: of `from_pretrained`. Raises DraftsmithError as `check_divides`, and whatever transformers raises.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from transformers import AutoConfig
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    try:
+        from transformers.distributed import DistributedConfig
+        from transformers.distributed.mixin import DistributedMixin
+    except ImportError as error:
+        raise DraftsmithError(
+            f"{_FIELD}: this transformers is too old for it ({error}): update it, or set it to 1"
+        ) from error
+
+    check_divides(folder, ranks.sharing)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    kind = _get_model_class(config, model_class(config)._model_mapping)
+    assert issubclass(kind, DistributedMixin)
+    where = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+    mesh = init_device_mesh(
+        where.type, (ranks.world // ranks.sharing, ranks.sharing), mesh_dim_names=("data", "target")
+    )
+
+    class Part(kind):  # type: ignore[misc, valid-type]
+        """transformers would divide a model among all ranks there are, and embedding and head with it."""
+
+        @classmethod
+        def prepare_distribute_model(cls, asked: Any, device_map: Any = None) -> tuple[Any, torch.device, _Mesh]:  # noqa: ARG003
+            return asked, where, _Mesh(mesh["target"])
+
+        def init_parallel_plans(self) -> None:
+            super().init_parallel_plans()
+            self._tp_plan = _plan_of(self)
+
+    Part.__name__, Part.__qualname__, Part.__module__ = kind.__name__, kind.__qualname__, kind.__module__
+    return Part.from_pretrained(
+        folder, local_files_only=True, distributed_config=DistributedConfig(tp_size=ranks.sharing), **arguments
+    )
+
+
+@dataclass(frozen=True)
+class _Mesh:
+    """What transformers asks for its kinds of parallelism: there is one."""
+
+    target: Any  # DeviceMesh
+
+    def get_mesh(self, dims: Any) -> Any:  # noqa: ARG002
+        return self.target
+
+
+def _plan_of(model: Any) -> dict[str, str]:
+    """Styles by name of module or weight, with `*` for numbers of layers; none for embedding and head."""
+    whole = {model.get_input_embeddings(), model.get_output_embeddings()}
+    left_out = {name for name, module in model.named_modules() if module in whole}
+    return {name: style for name, style in (model.tp_plan or {}).items() if name not in left_out}
+
+
+def _style(plan: dict[str, str], name: str) -> str:
+    """Of a weight: its own, or its module's."""
+    parts = ["*" if part.isdecimal() else part for part in name.split(".")]
+    return plan.get(".".join(parts)) or plan.get(".".join(parts[:-1]), "")
