@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from draftsmith.stages.estimates import of_sft
 from draftsmith.stages.parallel.config import RENDEZVOUS
 from draftsmith.stages.targets.estimate import Answers, Use
 from draftsmith.stages.training.config import SftConfig
+from draftsmith.stages.training.on_policy.config import OpdConfig
 from tests.flows.checks.test_check import qwen_sizes
 
 
@@ -51,6 +53,19 @@ def test_nodes_without_a_rendezvous_are_an_error(monkeypatch: pytest.MonkeyPatch
 
 def test_a_drafter_that_is_taken_as_it_is_needs_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert line({"processes": 8}, 4, monkeypatch, steps=0, init_from="somewhere") is None
+
+
+@pytest.mark.parametrize(
+    ("sharing", "said"),
+    [(1, []), (2, ["ok 2 processes share a copy"]), (4, ["error parallel.target_parallel: 4 does not divide the"])],
+)
+def test_a_target_that_processes_share_is_checked(sharing: int, said: list[str], plain_artifact: Path) -> None:
+    fields = {"processes": 4, "target_parallel": sharing}
+    node = Node("opd", "draftsmith.stages.opd", OpdConfig.model_validate({"parallel": fields}))
+    found = Findings()
+    parallel.check_shared_target(found, [node], plain_artifact)
+    lines = [f"{line.level.value} {line.text}" for line in found.lines]
+    assert len(lines) == len(said) and all(line.startswith(begin) for line, begin in zip(lines, said, strict=True))
 
 
 @pytest.mark.parametrize("gpus", [0, 2])

@@ -105,11 +105,12 @@ def one(tmp_path_factory: pytest.TempPathFactory, trainings: list[Training]) -> 
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory, trainings: list[Training]) -> Path:
-    """Three processes to the middle, with AdamW split over them, and two from there, with AdamW whole."""
+    """Three processes to the middle, with AdamW split over them, and two from there, with AdamW whole, which share a
+    target."""
     folder = tmp_path_factory.mktemp("several")
     with pytest.raises(StageInterrupted):
         start(folder, trainings, 3, MIDDLE, {"parallel": {"processes": 3, "shard_optimiser": True}})
-    start(folder, trainings, 2, None, {})
+    start(folder, trainings, 2, None, {"parallel": {"processes": 2, "target_parallel": 2}})
     return folder
 
 

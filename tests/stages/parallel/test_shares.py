@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,16 @@ def test_every_answer_of_a_step_is_one_ranks(count: int, world: int) -> None:
     assert ALONE.rows(lengths) == list(range(len(lengths)))
 
 
+def test_ranks_that_share_a_target_know_each_other_and_their_answers() -> None:
+    lengths = [7, 5, 9, 4, 6, 8, 3]
+    for rank in range(6):
+        ranks = Ranks(rank, 6, 3)
+        assert list(ranks.sharers) == [0, 1, 2] if rank < 3 else [3, 4, 5]
+        assert ranks.sharers[ranks.place] == rank
+        for other in ranks.sharers:
+            assert ranks.rows(lengths, other) == Ranks(other, 6).rows(lengths)
+
+
 def test_long_answers_are_spread_over_the_ranks() -> None:
     lengths = [100, 4000, 200, 3900, 300, 3800]
     tokens = [sum(lengths[row] for row in Ranks(rank, 3).rows(lengths)) for rank in range(3)]
@@ -59,6 +70,8 @@ def test_the_control_is_trained_by_as_many_as_opd() -> None:
         ({"parallel": {"processes": 2, "rendezvous": "host:1"}}, "is where several nodes meet"),
         ({"parallel": {"nodes": 2, "rendezvous": "host"}}, "rendezvous"),
         ({"parallel": {"processes": 0}}, "processes"),
+        ({"parallel": {"processes": 8, "target_parallel": 3}}, "8 processes are no whole number of groups of 3"),
+        ({"parallel": {"nodes": 2, "target_parallel": 2}}, "1 processes are no whole number of groups of 2"),
     ],
 )
 def test_what_cannot_be_split_is_refused(fields: dict[str, Any], said: str) -> None:
@@ -79,6 +92,8 @@ def test_nodes_meet_where_the_config_or_the_environment_says(monkeypatch: pytest
 def test_a_process_needs_memory_for_its_share_of_a_step() -> None:
     """Of 21 answers over 8 processes 3; AdamW's moments, 8 of 18 bytes a parameter under autocast, split or not."""
     sizes, answers = qwen_sizes(), Answers(longest=4608)
+    layers = sizes.target.parameters - sizes.target.vocabulary * sizes.target.hidden
+    sizes = replace(sizes, target=replace(sizes.target, divided=layers))
 
     def parts(**parallel: Any) -> dict[str, float]:
         config = SftConfig.model_validate({"sequences_per_step": 21, "parallel": parallel})
@@ -91,3 +106,6 @@ def test_a_process_needs_memory_for_its_share_of_a_step() -> None:
     assert alone["drafter with AdamW"] == shared["drafter with AdamW"] == 18 * sizes.drafter.parameters
     assert sharded["drafter with AdamW"] == 11 * sizes.drafter.parameters
     assert sharded["target"] == alone["target"]
+    halves = parts(processes=8, target_parallel=2)
+    assert halves["target"] == alone["target"] - layers  # bfloat16: two bytes each, of half of them
+    assert "next batch" not in halves  # nor is it read

@@ -82,18 +82,19 @@ def world(bench: Bench) -> World:
     return make_world(bench, moved_by=0.15)
 
 
-@pytest.mark.parametrize("ranks", [ALONE, Ranks(1, 2)])
+@pytest.mark.parametrize("ranks", [ALONE, Ranks(1, 2), Ranks(1, 4, 2)])
 @pytest.mark.parametrize("kind", ["sft", "opd"])
 def test_a_step_asks_for_the_next_ones_batch(
     kind: str, ranks: Ranks, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of its own rank; behind the last step there is none."""
-    asked: dict[str, list[Any]] = {"batch": [], "prefetch": []}
+    """Of its own rank; behind the last step there is none. Ranks that share a target read for each other."""
+    asked: dict[str, list[Any]] = {"batch": [], "shared": [], "prefetch": []}
     batch = FeatureSource.batch
 
-    def noted(self: FeatureSource, indices: Any) -> Batch:
+    def noted(self: FeatureSource, indices: Any, shared: Any) -> Batch:
         asked["batch"].append(list(indices))
-        return batch(self, indices)
+        asked["shared"].append(list(shared))
+        return batch(self, indices, shared)
 
     monkeypatch.setattr(FeatureSource, "batch", noted)
     monkeypatch.setattr(FeatureSource, "prefetch", lambda _, indices: asked["prefetch"].append(list(indices)))
@@ -111,3 +112,5 @@ def test_a_step_asks_for_the_next_ones_batch(
         next(iter(training.micro_batches(step, limit=None)))
     assert [len(indices) for indices in asked["batch"]] == [4 // ranks.world] * 3
     assert asked["prefetch"] == asked["batch"][1:]
+    for own, shared in zip(asked["batch"], asked["shared"], strict=True):
+        assert len(shared) == len(own) * ranks.sharing and set(own) <= set(shared)
