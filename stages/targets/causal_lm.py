@@ -41,9 +41,9 @@ class _DeepEnoughError(Exception):
 class Target:
     """The target `p`. Everything is computed without gradient; the parameters are frozen."""
 
-    def __init__(self, model: Any, tokenizer: Any, info: TargetInfo, ranks: int = 1):
-        """ranks: that hold the model together, each the whole embedding and head."""
-        self.ranks = ranks
+    def __init__(self, model: Any, tokenizer: Any, info: TargetInfo, sharing: int = 1):
+        """sharing: ranks that hold the model together, each the whole embedding and head."""
+        self.sharing = sharing
         self.model, self.tokenizer, self.info = model.eval().requires_grad_(False), tokenizer, info
         self.decoder = model.get_decoder()
         self.config = model.config.get_text_config()

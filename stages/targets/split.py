@@ -29,10 +29,16 @@ def divided_parameters(model: Any) -> int:
 
 def check_divides(folder: Path, sharing: int) -> None:
     """Raises DraftsmithError if the model in `folder` cannot be divided among so many ranks. Of its config alone."""
-    from transformers import AutoConfig
-
     if sharing == 1:
         return
+    import transformers
+    from transformers import AutoConfig
+
+    if not hasattr(transformers.PreTrainedModel, "prepare_distribute_model"):
+        raise DraftsmithError(
+            f"{_FIELD}: transformers {transformers.__version__} cannot divide a model as is needed here; it is known "
+            "that 5.24 can: install that, or set it to 1"
+        )
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         model = model_class(config).from_config(config)
@@ -58,18 +64,11 @@ def load_part(folder: Path, ranks: Ranks, device: str, **arguments: Any) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.auto_factory import _get_model_class
 
-    try:
-        from transformers.distributed import DistributedConfig
-        from transformers.distributed.mixin import DistributedMixin
-    except ImportError as error:
-        raise DraftsmithError(
-            f"{_FIELD}: this transformers is too old for it ({error}): update it, or set it to 1"
-        ) from error
-
     check_divides(folder, ranks.sharing)
+    from transformers.distributed import DistributedConfig
+
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     kind = _get_model_class(config, model_class(config)._model_mapping)
-    assert issubclass(kind, DistributedMixin)
     where = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
     mesh = init_device_mesh(
         where.type, (ranks.world // ranks.sharing, ranks.sharing), mesh_dim_names=("data", "target")

@@ -110,7 +110,7 @@ class FeatureSource:
         self._cache: dict[int, dict[int, _Read]] = {}
         on_cuda = target.device.type == "cuda"
         # not of a shared target, whose parts would talk beside the gradients: two kinds of messages in any order
-        self._reads_ahead = not self._kept and target.ranks == 1 and (on_cuda if ahead is None else ahead)
+        self._reads_ahead = not self._kept and target.sharing == 1 and (on_cuda if ahead is None else ahead)
         self._stream = torch.cuda.Stream(target.device) if self._reads_ahead and on_cuda else None
         self._ahead: tuple[tuple[int, ...], dict[int, _Read]] | None = None
 
