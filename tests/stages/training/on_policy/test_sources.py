@@ -19,7 +19,7 @@ from draftsmith.stages.training.on_policy import step as opd_step
 from draftsmith.stages.training.on_policy import verify_steps
 from draftsmith.stages.training.on_policy.mined import MinedTable
 from draftsmith.stages.training.on_policy.remining import Remining
-from draftsmith.stages.training.on_policy.verify_steps import judge, with_scores
+from draftsmith.stages.training.on_policy.verify_steps import Unscored, all_scored, judge, with_scores
 from tests.stages.bench import Bench
 from tests.stages.training.world import COUNT, INDICES, KINDS, PER_SEQUENCE, World, make_world, phases, without_errors
 
@@ -68,14 +68,16 @@ def test_only_the_steps_that_are_drawn_are_scored(world: World, monkeypatch: pyt
     remining.refresh(10, INDICES[:2], world.view(INDICES[:2]))  # the third keeps its trace
     source = world.source("visited", remining=remining)
     drawn = source.draw(9, INDICES, world.view(), phases(0, 1))  # too early for the third
-    assert drawn.steps is not None
+    assert drawn.steps is not None and list(drawn.unscored) == [0, 1]
+    unscored = Unscored(drawn.steps, world.batch.trajectories, drawn.anchors, drawn.unscored)
+    (steps,) = all_scored([unscored], world.target, 7)
     fresh = world.mined_by(world.moved)
     for row, i in enumerate(INDICES):
         table = fresh.steps[i] if row < 2 else world.table.steps[i]
         for a, anchor in enumerate(drawn.anchors.positions[row].tolist()):
             place = table.anchors.tolist().index(anchor)
             expected = table.target_logprobs[place]
-            np.testing.assert_allclose(drawn.steps.target_logprobs[row, a].numpy(), expected, atol=1e-4)
+            np.testing.assert_allclose(steps.target_logprobs[row, a].numpy(), expected, atol=1e-4)
             accepted = table.accepted[place]
             assert np.isnan(expected[:accepted]).all()
             assert np.isfinite(expected[accepted : accepted + 1]).all() or not table.rejected_offset[place]
