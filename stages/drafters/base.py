@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from draftsmith.stages.drafters.drawing import argmax
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.targets.logits import PLAIN, LogitMap
+from draftsmith.stages.targets.packed import packed_copy
 from draftsmith.stages.targets.slots import Rows
 
 LOGITS_AT_ONCE = 2**26  # 256 MB in float32
@@ -114,6 +116,7 @@ class Drafter(nn.Module, ABC):
     corrects_head: ClassVar[bool] = False  # does it add trained terms of its own to the target's head?
     draws: ClassVar[bool] = False  # are proposals of sampled requests drawn from its own q, and verified with it?
     recipe: ClassVar[TrainingRecipe]
+    layer_names: ClassVar[tuple[str, ...]]  # children whose linear maps read hidden states of the context or a block
 
     @abstractmethod
     def encode(self, features: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> Context:
@@ -172,6 +175,10 @@ class Drafter(nn.Module, ABC):
             return self.head_over(target_head, None)
         return self.head_over(target_head, self.frequent_tokens[:head_tokens])
 
+    def for_decoding(self) -> Drafter:
+        """The same with packed weights (`targets/packed.py`), copies, where there can be any; not to be trained."""
+        return packed_copy(self, self.layer_names, (("k_proj", "v_proj"), ("gate_proj", "up_proj")))
+
     @property
     def has_confidence(self) -> bool:
         """Does it say how probable it is that its proposals are kept?"""
@@ -227,9 +234,9 @@ class Drafter(nn.Module, ABC):
         raise NotImplementedError
 
 
-def as_input(features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The target's features as a product with `weight` takes them; autocast takes them as they are, without a copy."""
-    return features if torch.is_autocast_enabled(features.device.type) else features.to(weight.dtype)
+def as_input(features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The target's features as a product in `dtype` takes them; autocast takes them as they are, without a copy."""
+    return features if torch.is_autocast_enabled(features.device.type) else features.to(dtype)
 
 
 def best_of(hidden: torch.Tensor, head: Head, with_logprobs: bool) -> Proposals:
@@ -246,7 +253,8 @@ def best_of(hidden: torch.Tensor, head: Head, with_logprobs: bool) -> Proposals:
 def _best(hidden: torch.Tensor, head: Head, with_logprobs: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """hidden: [N, H] → token ids [N], and log-probs [N] if asked (else the logits)."""
     raw = head.raw_logits(hidden)
-    best, columns = raw.max(-1)
+    columns = argmax(raw)
+    best = raw.gather(-1, columns[:, None])[:, 0]
     if with_logprobs:
         best = head.logit_map(best.float()) - head.logit_map(raw.float()).logsumexp(-1)
     return head.to_tokens(columns), best

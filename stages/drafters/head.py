@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
 
 from draftsmith.stages.targets.logits import PLAIN, LogitMap
+from draftsmith.stages.targets.packed import PackedLinear, can_pack
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from draftsmith.stages.targets.causal_lm import Target
 
 
 def flat_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -22,12 +30,14 @@ def flat_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 class Head:
     """weight: [V', H], frozen. token_ids: [V'] sorted ids of the target's vocabulary, or None for all of it.
 
-    logit_map: from products with `weight` to logits.
+    logit_map: from products with `weight` to logits. product: the same product made by another form of the weight,
+    without gradient; None: by the weight as it is.
     """
 
     weight: torch.Tensor
     token_ids: torch.Tensor | None = None
     logit_map: LogitMap = PLAIN
+    product: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @classmethod
     def over(cls, weight: torch.Tensor, token_ids: torch.Tensor | None, logit_map: LogitMap = PLAIN) -> Head:
@@ -39,13 +49,21 @@ class Head:
             return cls(weight, None, logit_map)
         return cls(weight[ids].contiguous(), ids, logit_map)
 
+    def for_decoding(self, target: Target) -> Self:
+        """The same over packed weights (`targets/packed.py`) where there can be any: the target's own, or a copy."""
+        if not can_pack(self.weight):
+            return self
+        own = self.weight is target.head_weight
+        return replace(self, product=target.head if own else PackedLinear(self.weight))
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., H] → float32 logits [..., V']."""
         return self.logit_map(self.raw_logits(hidden).float())
 
     def raw_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The products that logits are made of, in the same order, in the weight's dtype."""
-        return flat_linear(hidden.to(self.weight.dtype), self.weight)
+        hidden = hidden.to(self.weight.dtype)
+        return flat_linear(hidden, self.weight) if self.product is None else self.product(hidden)
 
     def to_tokens(self, index: torch.Tensor) -> torch.Tensor:
         """Columns of the logits → token ids."""

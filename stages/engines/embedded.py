@@ -96,7 +96,8 @@ class EmbeddedEngine:
                 raise DraftsmithError(
                     f"drafting.block_size: {self.block_size} is larger than the trained {drafter.block_size}; lower it"
                 )
-            self.head = drafter.drafting_head(target.head_weight, drafting.head_tokens)
+            self.head = drafter.drafting_head(target.head_weight, drafting.head_tokens).for_decoding(target)
+            self.drafter = drafter.for_decoding()
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answers in the order in which they finish. Closing the iterator drops what is in flight."""

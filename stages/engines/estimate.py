@@ -29,13 +29,17 @@ def decoding(
 def embedded_memory(
     engine: EmbeddedEngineConfig, longest: int, drafter: bool, head_tokens: int | None, sizes: Sizes
 ) -> dict[str, float]:
-    """P · s + P_d · s + key/value memory of all slots + logits of one step; on a CPU a packed head, V · H · s."""
+    """P · s + P_d · s + key/value memory of all slots + logits of one step; packed on a CPU are a head, V · H · s, and
+    copies of the drafter and of its part of the head."""
     parts = {"process": PROCESS, "target": sizes.weights(sizes.target)}
-    if sizes.itemsize == 2 and not sizes.accelerated:  # see `targets/packed.py`; the decoder's weights are replaced
+    packed = sizes.itemsize == 2 and not sizes.accelerated  # see `targets/packed.py`; the decoder's are replaced
+    if packed:
         parts["packed head"] = float(sizes.target.vocabulary * sizes.target.hidden * sizes.itemsize)
     if drafter:
         parts["drafter"] = sizes.weights(sizes.drafter)
         parts["head"] = sizes.reduced_head(head_tokens)[1]
+        if packed:
+            parts["packed drafter"] = parts["drafter"] + parts["head"]
     return parts | decoding(engine.slots, longest, drafter, sizes.itemsize, sizes, rings=True)
 
 

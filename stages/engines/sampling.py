@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from draftsmith.stages.drafters.drawing import pick, probabilities, uniform
+from draftsmith.stages.drafters.drawing import argmax, pick, probabilities, uniform
 from draftsmith.stages.engines.base import SamplingParams
 
 
@@ -19,7 +19,7 @@ def draw(
     logits: torch.Tensor, positions: torch.Tensor, sampling: Sequence[SamplingParams], seeds: Sequence[int]
 ) -> torch.Tensor:
     """The target's tokens for several rows: logits [n, T, V]; positions [n, T] of the tokens drawn. Returns [n, T]."""
-    tokens = logits.argmax(-1)
+    tokens = argmax(logits)
     for row, params in enumerate(sampling):
         if not params.greedy:
             p = probabilities(logits[row], params.temperature, params.top_p)

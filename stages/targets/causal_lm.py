@@ -21,6 +21,7 @@ from draftsmith.stages.targets.capabilities import Layers, model_class
 from draftsmith.stages.targets.config import Dtype
 from draftsmith.stages.targets.embedding import scale_of
 from draftsmith.stages.targets.info import TargetInfo, model_path, read_target_info
+from draftsmith.stages.targets.lean import LeanDecoder
 from draftsmith.stages.targets.packed import PackedLinear, can_pack, pack
 from draftsmith.stages.targets.slots import Address, Rows, SlotCache
 from draftsmith.stages.targets.split import load_part
@@ -184,14 +185,12 @@ class Target:
         entry_positions = torch.arange(length, device=ids.device).expand(len(ids), -1)
         if write_at is not positions:
             entry_positions = entry_positions.scatter(1, write_at, positions)
+        masks = self.layers.masks(visible, positions, entry_positions, self.dtype)
+        if self._lean is not None and not torch.is_autocast_enabled(ids.device.type):
+            return TargetOutput(*self._lean(ids, positions, masks, cache, layer_ids))
         arguments = {self._cache_argument: cache}
         return self._forward(
-            layer_ids,
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=self.layers.masks(visible, positions, entry_positions, self.dtype),
-            use_cache=True,
-            **arguments,
+            layer_ids, input_ids=ids, position_ids=positions, attention_mask=masks, use_cache=True, **arguments
         )
 
     def commit(
@@ -212,11 +211,16 @@ class Target:
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., H] → float32 logits [..., V]."""
-        return self.logit_map(self._head(hidden).float())
+        return self.logit_map(self.head(hidden).float())
 
     @cached_property
-    def _head(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Of whoever decodes; the weight as it is stays, which embeds tokens too and which losses read."""
+    def _lean(self) -> LeanDecoder | None:
+        return LeanDecoder.of(self.decoder, self.layers.kinds)
+
+    @cached_property
+    def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """hidden [..., H] → products [..., V], for whoever decodes; the weight as it is stays, which embeds tokens too
+        and which losses read."""
         if can_pack(self.head_weight):
             return PackedLinear(self.head_weight)
         return lambda hidden: F.linear(hidden, self.head_weight)

@@ -111,8 +111,12 @@ class SlotCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: object, **_kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """key_states, value_states: [n, kv_heads, T, head_dim]."""
-        slots = self.slots[layer_idx]
-        slots.write(self._row_index, self._at.write_at, key_states.transpose(1, 2), value_states.transpose(1, 2))
+        return self.extended(layer_idx, key_states.transpose(1, 2), value_states.transpose(1, 2))
+
+    def extended(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the new entries [n, T, kv_heads, head_dim] of a layer; all that are attended to."""
+        slots = self.slots[layer]
+        slots.write(self._row_index, self._at.write_at, keys, values)
         return slots.read(self._at.rows, self._at.length)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002  (the signature is transformers')

@@ -128,11 +128,13 @@ def measure(target: Target, model: Any, prompts: Sequence[list[int]], new_tokens
 def main() -> None:
     options = harness.parser(__doc__)
     harness.add_target(options)
+    harness.add_clock(options)
     options.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16])
     options.add_argument("--new-tokens", type=int, default=33)
     options.add_argument("--prompt-tokens", type=int, nargs=2, default=[64, 128], metavar=("SHORTEST", "LONGEST"))
     chosen = options.parse_args()
     harness.set_threads(chosen.threads)
+    harness.set_clock(chosen.cpu_time)
     target, model = load_models(chosen.target or harness.smollm2_folder())
     rows = []
     for batch in chosen.batches:

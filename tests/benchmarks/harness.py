@@ -40,6 +40,17 @@ def add_target(options: argparse.ArgumentParser) -> None:
     )
 
 
+def add_clock(options: argparse.ArgumentParser) -> None:
+    """The option that counts CPU time in place of seconds."""
+    options.add_argument("--cpu-time", action="store_true", help="of the process, for a machine that is shared")
+
+
+def set_clock(cpu_time: bool) -> None:
+    """Also for what a stage or an engine measures itself. Of one thread, else the threads' times are added up."""
+    if cpu_time:
+        time.perf_counter = time.process_time
+
+
 def set_threads(threads: int | None) -> None:
     """Take the number of threads; without one, leave torch's."""
     if threads is not None:

@@ -283,7 +283,7 @@ def parse() -> argparse.Namespace:
     options.add_argument("--anchors", type=int, default=16, help="a sequence")
     options.add_argument("--head-tokens", type=int, default=4096, help="size of the reduced head")
     options.add_argument("--arms", nargs="+", help="beginnings of the names of those to measure; left out: all")
-    options.add_argument("--cpu-time", action="store_true", help="of the process, for a machine that is shared")
+    harness.add_clock(options)
     options.add_argument("--tau", type=float, default=1.8, help="of made-up verify steps")
     return options.parse_args()
 
@@ -308,8 +308,7 @@ def world_of(options: argparse.Namespace) -> World:
 def main() -> None:
     options = parse()
     harness.set_threads(options.threads)
-    if options.cpu_time:
-        time.perf_counter = time.process_time  # the stages' clocks, too
+    harness.set_clock(options.cpu_time)
     world = world_of(options)
     wanted = tuple(options.arms or ARMS)
     arms = {

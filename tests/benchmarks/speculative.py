@@ -54,7 +54,8 @@ class Decoding:
 
 
 def parts(target: Target, drafter: Drafter, rows: int, seen: int, block_size: int) -> dict[str, Callable[[], None]]:
-    """One call of each part of a step, for so many requests behind `seen` positions."""
+    """One call of each part of a step as the engine makes it, for so many requests behind `seen` positions."""
+    drafter, head = drafter.for_decoding(), drafter.drafting_head(target.head_weight, None).for_decoding(target)
     layer_ids = tuple(drafter.target_layer_ids)
     cache, context = target.new_cache(rows, seen + block_size), drafter.new_context(rows, seen + block_size)
     ids = torch.randint(0, target.info.vocab_size, (rows, seen + block_size), device=target.device)
@@ -64,7 +65,6 @@ def parts(target: Target, drafter: Drafter, rows: int, seen: int, block_size: in
     assert out.features is not None
     with torch.no_grad():
         drafter.extend(context, every, out.features, ids[:, :seen], positions[:, :seen])
-    head = drafter.drafting_head(target.head_weight, None)
     prefix = drafter.select(context, every, seen)
 
     def forward(width: int) -> Callable[[], None]:
@@ -125,6 +125,7 @@ def measure(
 def parse() -> argparse.Namespace:
     options = harness.parser(__doc__)
     harness.add_target(options)
+    harness.add_clock(options)
     options.add_argument("--drafter", type=Path, help="artifact of stage `sft` or `opd`")
     options.add_argument("--trajectories", type=Path, help="artifact of stage `rollout`, whose prompts are answered")
     options.add_argument("--testbed", action="store_true", help="the small target made here and its drafter")
@@ -137,6 +138,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     harness.set_threads(options.threads)
+    harness.set_clock(options.cpu_time)
     if options.testbed:
         from tests.testbed.drafter import drafter_artifacts
         from tests.testbed.target import prompts_file, target_folder

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from draftsmith.stages.process import EventStream, ProcessContext, collect_seldom
 from tests.flows.pipeline.processes import ROOT, alive, pid_in, wait_until
 from tests.flows.pipeline.toy import COLLECT
 
@@ -67,6 +70,22 @@ def test_a_stage_reports_its_work_and_leaves_its_output(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "numbers.json").read_text()) == [7, 8]
     metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert metrics == [{"step": 1, "value": 7.0}, {"step": 2, "value": 8.0}]
+
+
+def test_garbage_is_collected_seldom_until_work_is_reported(tmp_path: Path) -> None:
+    usual, heard = gc.get_threshold(), os.open(os.devnull, os.O_WRONLY)
+    context = ProcessContext(
+        out=tmp_path, work=tmp_path, inputs={}, seed=0, events=EventStream(heard), stop=threading.Event()
+    )
+    try:
+        collect_seldom()
+        context.log("libraries are being imported")
+        assert gc.get_threshold()[0] > 10 * usual[0]
+        context.progress(1, 2, "numbers")
+        assert gc.get_threshold() == usual
+    finally:
+        gc.set_threshold(*usual)
+        os.close(heard)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tests.testbed.random_target import HIDDEN_SIZE, VOCAB_SIZE, fill, save
 
 WINDOW = 6  # positions that a sliding layer reads
 WORDS = VOCAB_SIZE - 4  # of the tokenizer, to which that of some families adds one
-_SHAPE: dict[str, Any] = {
+SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": HIDDEN_SIZE,
     "intermediate_size": 48,
@@ -27,7 +27,7 @@ _SHAPE: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-_ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 _DELTA = {  # gated delta rule
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -46,21 +46,21 @@ def _transformers(name: str, /, **fields: Any) -> Any:
 
 
 def _qwen3_moe() -> Any:
-    return _transformers("Qwen3Moe", **_SHAPE, **_EXPERTS, decoder_sparse_step=1, norm_topk_prob=True)
+    return _transformers("Qwen3Moe", **SHAPE, **_EXPERTS, decoder_sparse_step=1, norm_topk_prob=True)
 
 
 def _gpt_oss() -> Any:
     yarn = {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 4.0, "original_max_position_embeddings": 64}
     return _transformers(
-        "GptOss", **_SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW,
-        layer_types=_ALTERNATING, rope_parameters=yarn,
+        "GptOss", **SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW,
+        layer_types=ALTERNATING, rope_parameters=yarn,
     )  # fmt: skip
 
 
 def _gemma2() -> Any:
-    shape = _SHAPE | {"tie_word_embeddings": True}
+    shape = SHAPE | {"tie_word_embeddings": True}
     return _transformers(
-        "Gemma2", **shape, sliding_window=WINDOW, layer_types=_ALTERNATING, query_pre_attn_scalar=8,
+        "Gemma2", **shape, sliding_window=WINDOW, layer_types=ALTERNATING, query_pre_attn_scalar=8,
         final_logit_softcapping=3.0, attn_logit_softcapping=2.0,
     )  # fmt: skip
 
@@ -72,22 +72,22 @@ _BY_LAYER = {
 
 
 def _gemma3() -> Any:
-    text = _SHAPE | {"tie_word_embeddings": True, "sliding_window": WINDOW, "layer_types": _ALTERNATING}
+    text = SHAPE | {"tie_word_embeddings": True, "sliding_window": WINDOW, "layer_types": ALTERNATING}
     text |= {"query_pre_attn_scalar": 8, "rope_parameters": _BY_LAYER, "final_logit_softcapping": None}
     vision = _VISION | {"num_hidden_layers": 1, "image_size": 8, "vision_use_head": False}
     return _transformers("Gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
 
 
 def _mistral() -> Any:
-    return _transformers("Mistral", **_SHAPE, sliding_window=WINDOW)
+    return _transformers("Mistral", **SHAPE, sliding_window=WINDOW)
 
 
 def _cohere2() -> Any:
-    return _transformers("Cohere2", **_SHAPE, sliding_window=WINDOW, layer_types=_ALTERNATING, logit_scale=0.25)
+    return _transformers("Cohere2", **SHAPE, sliding_window=WINDOW, layer_types=ALTERNATING, logit_scale=0.25)
 
 
 def _qwen3_next() -> Any:
-    return _transformers("Qwen3Next", **_SHAPE, **_EXPERTS, **_DELTA, shared_expert_intermediate_size=24)
+    return _transformers("Qwen3Next", **SHAPE, **_EXPERTS, **_DELTA, shared_expert_intermediate_size=24)
 
 
 _QWEN3_5_ROPE = {
@@ -99,18 +99,18 @@ _QWEN3_5_ROPE = {
 
 
 def _qwen3_5() -> Any:
-    text = _SHAPE | _DELTA | {"rope_parameters": _QWEN3_5_ROPE}
+    text = SHAPE | _DELTA | {"rope_parameters": _QWEN3_5_ROPE}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": HIDDEN_SIZE}
     return _transformers("Qwen3_5", text_config=text, vision_config=vision | {"patch_size": 4})
 
 
 def _lfm2() -> Any:
     kinds = ["conv", "full_attention", "conv"]
-    return _transformers("Lfm2", **_SHAPE, layer_types=kinds, conv_L_cache=3, block_auto_adjust_ff_dim=False)
+    return _transformers("Lfm2", **SHAPE, layer_types=kinds, conv_L_cache=3, block_auto_adjust_ff_dim=False)
 
 
 def _granite() -> Any:
-    return _transformers("Granite", **_SHAPE, logits_scaling=4.0, embedding_multiplier=2.0)
+    return _transformers("Granite", **SHAPE, logits_scaling=4.0, embedding_multiplier=2.0)
 
 
 FAMILIES: dict[str, Callable[[], Any]] = {

@@ -129,6 +129,7 @@ class DFlashDrafter(Drafter):
 
     kind, autoregressive, has_own_head = "dflash", False, False
     recipe = TrainingRecipe(loss="cross_entropy", gamma=7.0)
+    layer_names = ("fc", "layers")
 
     def __init__(self, config: Qwen3Config, embedding: torch.Tensor):
         """config: Qwen3 fields plus `block_size` and `dflash_config` (FORMATS: z-lab layout). embedding: [V, H]."""
@@ -168,7 +169,7 @@ class DFlashDrafter(Drafter):
         return self.rotary(like, position_ids=positions)
 
     def encode(self, features: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> FeatureContext:  # noqa: ARG002
-        x = self.hidden_norm(self.fc(as_input(features, self.fc.weight)))
+        x = self.hidden_norm(self.fc(as_input(features, self.norm.weight.dtype)))
         rope = self._rope(positions, x)
         return FeatureContext([layer.keys_values(x, rope) for layer in self._layers()])
 
@@ -187,7 +188,7 @@ class DFlashDrafter(Drafter):
         block = anchor_tokens.new_full((B, A, queries), self.mask_token_id)
         block[..., 0] = anchor_tokens
         positions = (anchors[..., None] + torch.arange(queries, device=anchors.device)).flatten(1)
-        x = F.embedding(block.flatten(1), self._embedding[0]).to(self.fc.weight.dtype) * self.embedding_scale
+        x = F.embedding(block.flatten(1), self._embedding[0]).to(self.norm.weight.dtype) * self.embedding_scale
         first = None if context.window is None else anchors - context.window
         reaches = {
             sight: Reach(anchors, first, sight.window, sight.causal, context.rings and sight.window is not None)

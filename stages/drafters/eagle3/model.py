@@ -146,6 +146,7 @@ class Eagle3Drafter(Drafter):
 
     kind, autoregressive, has_own_head = "eagle3", True, True
     recipe = TrainingRecipe(loss="forward_kl", gamma=-1 / math.log(0.8))  # 0.8 a step
+    layer_names = ("fc", "midlayer")
 
     def __init__(self, config: LlamaConfig, embedding: torch.Tensor, draft_tokens: torch.Tensor):
         """config: Llama fields plus `block_size`, `draft_vocab_size` and `eagle_config`; embedding: [V, H];
@@ -180,7 +181,7 @@ class Eagle3Drafter(Drafter):
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """[...] → [..., H]."""
-        return F.embedding(tokens, self._embedding[0]).to(self.fc.weight.dtype)
+        return F.embedding(tokens, self._embedding[0]).to(self.norm.weight.dtype)
 
     def rope(self, positions: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines at positions [B, N]."""
@@ -188,7 +189,7 @@ class Eagle3Drafter(Drafter):
         return rope
 
     def encode(self, features: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> PrefixContext:
-        fused = self.fc(as_input(features, self.fc.weight))
+        fused = self.fc(as_input(features, self.norm.weight.dtype))
         # the last entry's token is not known yet; the block of the anchor behind it makes that entry itself
         following = torch.cat([tokens[:, 1:], tokens[:, -1:]], 1)
         keys, values = self._entries(following, fused, positions)
@@ -281,7 +282,7 @@ class Eagle3Drafter(Drafter):
         if isinstance(rows, slice):
             rows = torch.arange(rows.start, rows.stop, device=positions.device)
         row_index = rows[:, None]
-        fused = self.fc(as_input(features, self.fc.weight))
+        fused = self.fc(as_input(features, self.norm.weight.dtype))
         if context.features is None:
             context.features = fused.new_zeros(context.rows, context.capacity + 1, fused.shape[-1])
         before = context.features[row_index, positions[:, :1]]  # index p holds position p - 1

@@ -341,10 +341,11 @@ def qwen_sizes() -> Sizes:
     )
 
 
-def test_a_head_that_is_packed_on_a_cpu_is_counted() -> None:
+def test_what_is_packed_on_a_cpu_is_counted() -> None:
     engine, sizes = EmbeddedEngineConfig(), qwen_sizes()
-    on_cpu = embedded_memory(engine, 512, False, None, replace(sizes, accelerated=False))
+    on_cpu = embedded_memory(engine, 512, True, 32000, replace(sizes, accelerated=False))
     assert on_cpu["packed head"] == 2 * 151936 * 2560
+    assert on_cpu["packed drafter"] == on_cpu["drafter"] + 2 * 32000 * 2560
     assert "packed head" not in embedded_memory(engine, 512, False, None, sizes)
     assert "packed head" not in embedded_memory(engine, 512, False, None, replace(sizes, accelerated=False, itemsize=4))
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from draftsmith.stages.drafters.drawing import probabilities, uniform
+from draftsmith.stages.drafters.drawing import argmax, probabilities, uniform
 from draftsmith.stages.engines.base import SamplingParams
 from draftsmith.stages.engines.sampling import draw
 
@@ -20,6 +20,15 @@ def test_uniform_numbers_depend_on_seed_and_position_and_are_uniform() -> None:
     assert stats.kstest(numbers, "uniform").pvalue > 1e-3
     first, second = np.array([[uniform(seed, 1), uniform(seed, 2)] for seed in range(3000)]).T
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.07
+
+
+def test_the_best_token_is_the_first_of_equal_ones_however_a_vocabulary_divides() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for vocabulary in (1, 97, 96, 1024, 3 * 512):
+        for scores in (torch.randn(3, 2, vocabulary, generator=generator), torch.full((3, 2, vocabulary), -torch.inf)):
+            rounded = (scores * 2).round()  # many equal ones
+            for each in (scores, rounded, rounded.bfloat16(), rounded[0, 0]):
+                assert torch.equal(argmax(each), each.argmax(-1))
 
 
 def kept_by_hand(p: list[float], top_p: float) -> set[int]:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.targets.packed import PackedLinear, can_pack, pack
+from draftsmith.stages.targets.packed import PackedLinear, PackedPart, PackedTogether, can_pack, pack, packed_copy
 
 SEEN = can_pack(torch.empty(1, dtype=torch.bfloat16))
 needs_bfloat16 = pytest.mark.skipif(not SEEN, reason="this processor does not multiply in bfloat16")
@@ -42,17 +42,58 @@ def test_only_frozen_bfloat16_maps_on_a_cpu_are_packed() -> None:
     assert isinstance(model[1][0], PackedLinear) == SEEN  # type: ignore[index]
 
 
+class Two(nn.Module):
+    """Two maps of one input, and one of another."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (
+            nn.Linear(32, 48, bias),
+            nn.Linear(32, 16, bias),
+            nn.Linear(48, 8),
+        )
+        self.bfloat16().requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.gate_proj(x), self.up_proj(x)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("bias", [False, True])
+def test_maps_of_one_input_are_one_product_and_in_parts_the_same(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Two(bias)
+    packed = packed_copy(plain, ("gate_proj",), ())
+    assert type(packed.gate_proj) is PackedLinear and packed.up_proj is plain.up_proj
+    assert type(plain.gate_proj) is nn.Linear
+    apart, made = nn.Sequential(plain), nn.Sequential(Two(bias))
+    made.load_state_dict(apart.state_dict())
+    pack(made), pack(apart, together=())
+    products = []
+    whole = made[0].gate_proj.whole  # type: ignore[union-attr]
+    assert isinstance(whole, PackedTogether) and made[0].up_proj.whole is whole  # type: ignore[union-attr]
+    monkeypatch.setattr(whole, "forward", lambda x: products.append(x) or PackedLinear.forward(whole, x))
+    x, other = torch.randn(2, 5, 32).bfloat16(), torch.randn(3, 32).bfloat16()
+    for given in (x, other, x):
+        for found, expected in zip(made(given), apart(given), strict=True):
+            assert torch.equal(found, expected)
+    assert len(products) == 3
+    assert torch.equal(made[0].up_proj(x), apart[0].up_proj(x))  # alone, and behind another's first part
+    made[0].gate_proj(other)
+    assert torch.equal(made[0].up_proj(x), apart[0].up_proj(x))
+    assert torch.equal(made[0].up_proj.weight, apart[0].up_proj.weight)
+
+
 @needs_bfloat16
 def test_a_target_decodes_with_packed_maps_and_reads_its_head_so(plain_artifact: Path) -> None:
     target = Target.load(plain_artifact, dtype="bfloat16")
-    assert sum(isinstance(module, PackedLinear) for module in target.decoder.modules()) == 7 * len(
+    assert sum(isinstance(module, PackedLinear) for module in target.decoder.modules()) == 4 * len(
         target.decoder.layers
-    )
+    )  # queries, keys and values are one map, and so are the MLP's two
     assert target.head_weight.layout == torch.strided
     plain = Target.load(plain_artifact, dtype="bfloat16")
     for module in plain.decoder.modules():
         for name, child in list(module.named_children()):
-            if isinstance(child, PackedLinear):
+            if isinstance(child, PackedLinear | PackedPart):
                 linear = nn.Linear(child.in_features, child.out_features, bias=False)
                 linear.weight = nn.Parameter(child.weight, requires_grad=False)
                 setattr(module, name, linear)
