@@ -50,8 +50,8 @@ class PackedTogether(PackedLinear):
 
     def rows(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """[..., start:stop] of the product; it is kept until its last rows are taken."""
-        of_x = self._made is not None and self._made[0] is x
-        product = self._made[1] if of_x and self._made is not None else self(x)
+        made = self._made
+        product = made[1] if made is not None and made[0] is x else self(x)
         self._made = None if stop == self.out_features else (x, product)
         return product[..., start:stop]
 
@@ -106,7 +106,7 @@ def _join(module: nn.Module, names: Names) -> None:
     biases = [each.bias for each in linear if each.bias is not None]
     if len(linear) < len(names) or len(biases) not in (0, len(names)) or len({m.in_features for m in linear}) > 1:
         return
-    whole = PackedTogether(torch.cat([m.weight.detach() for m in linear]), torch.cat(biases) if biases else None)
+    whole = PackedTogether(torch.cat([m.weight.detach() for m in linear]), torch.cat(tuple(biases)) if biases else None)
     start = 0
     for name, each in zip(names, linear, strict=True):
         setattr(module, name, PackedPart(whole, start, start + each.out_features))

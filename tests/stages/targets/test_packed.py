@@ -69,8 +69,8 @@ def test_maps_of_one_input_are_one_product_and_in_parts_the_same(bias: bool, mon
     made.load_state_dict(apart.state_dict())
     pack(made), pack(apart, together=())
     products = []
-    whole = made[0].gate_proj.whole  # type: ignore[union-attr]
-    assert isinstance(whole, PackedTogether) and made[0].up_proj.whole is whole  # type: ignore[union-attr]
+    whole = made[0].gate_proj.whole
+    assert isinstance(whole, PackedTogether) and made[0].up_proj.whole is whole
     monkeypatch.setattr(whole, "forward", lambda x: products.append(x) or PackedLinear.forward(whole, x))
     x, other = torch.randn(2, 5, 32).bfloat16(), torch.randn(3, 32).bfloat16()
     for given in (x, other, x):
