@@ -215,7 +215,8 @@ class Target:
 
     @cached_property
     def _lean(self) -> LeanDecoder | None:
-        return LeanDecoder.of(self.decoder, self.layers.kinds)
+        # of a model that is held together each rank's maps give a part, which hooks put together
+        return LeanDecoder.of(self.decoder, self.layers.kinds) if self.sharing == 1 else None
 
     @cached_property
     def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
