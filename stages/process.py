@@ -219,13 +219,15 @@ def run_rank(request: Mapping[str, Any], events_path: str) -> int:
 
 
 def _fail(events: EventStream, error: DraftsmithError) -> int:
-    _print_traceback()  # to the log file: the event carries the one line for the person
+    _print_traceback()  # the event carries the one line for the person
     events.send("error", kind=type(error).__name__, message=str(error), exit_code=error.exit_code)
     return error.exit_code
 
 
 def _print_traceback() -> None:
-    print(redacted(traceback.format_exc()), end="", file=sys.stderr)
+    """To the log file. Where its disk is full, what is to be said of that is said without it."""
+    with contextlib.suppress(OSError):
+        os.write(sys.stderr.fileno(), redacted(traceback.format_exc()).encode("utf-8", "replace"))
 
 
 def _crash(events: EventStream, error: BaseException) -> int:

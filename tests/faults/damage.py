@@ -53,7 +53,7 @@ def artifact_file(suffix: str, damage: Damage) -> Play:
         reader = READER.get(scene.node)
         home = scene.undisturbed.without(*([reader] if reader else []))
         folder = home.folder_of(scene.artifact)
-        path = scene.chance.choice(sorted(p for p in folder.rglob(f"*{suffix}") if p.is_file()))
+        path = scene.chance.choice(sorted(p for p in folder.rglob(f"*{suffix}") if p.is_file() and p.stat().st_size))
         damage(path, scene.chance)
         scene.point = str(path.relative_to(folder))
         scene.told(home.refresh(*scene.arguments), [2], path.name)

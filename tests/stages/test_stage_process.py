@@ -29,7 +29,9 @@ def start(
     inputs: dict[str, str] | None = None,
     threads: int | None = None,
     lifeline: int | None = None,
+    log: Path | None = None,
 ) -> subprocess.Popen[bytes]:
+    """log: what stderr goes to in place of a pipe."""
     request = {
         "stage": module.rpartition(".")[2],
         "module": module,
@@ -43,20 +45,21 @@ def start(
     path = folder / "request.json"
     path.write_text(json.dumps(request))
     extra = [] if lifeline is None else ["--lifeline", str(lifeline)]
-    return subprocess.Popen(
-        [sys.executable, "-m", "draftsmith.stages", str(path), *extra],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        pass_fds=() if lifeline is None else (lifeline,),
-    )
+    with (log or Path(os.devnull)).open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "draftsmith.stages", str(path), *extra],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=file if log else subprocess.PIPE,
+            start_new_session=True,
+            pass_fds=() if lifeline is None else (lifeline,),
+        )
 
 
 def finish(process: subprocess.Popen[bytes]) -> tuple[int, list[dict[str, Any]], str]:
     """(exit code, events, stderr); a line on stdout that is no event fails the test."""
     out, err = process.communicate(timeout=60)
-    return process.returncode, [json.loads(line) for line in out.splitlines()], err.decode()
+    return process.returncode, [json.loads(line) for line in out.splitlines()], (err or b"").decode()
 
 
 def test_a_stage_reports_its_work_and_leaves_its_output(tmp_path: Path) -> None:
@@ -107,6 +110,12 @@ def test_a_failed_stage_ends_with_one_error_event_and_its_traceback_in_the_log(
     assert message in events[-1]["message"]
     assert "\n" not in events[-1]["message"]
     assert "Traceback" in log
+
+
+@pytest.mark.parametrize(("way", "code"), [("full-disk", 2), ("raise", 1)])
+def test_a_log_on_a_full_disk_takes_nothing_from_the_error(tmp_path: Path, way: str, code: int) -> None:
+    returned, events, _ = finish(start(tmp_path, MISBEHAVE, {"way": way}, log=Path("/dev/full")))
+    assert (returned, [event["event"] for event in events].count("error")) == (code, 1)
 
 
 def test_a_lost_engine_has_the_exit_code_of_a_retry(tmp_path: Path) -> None:
