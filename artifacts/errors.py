@@ -55,13 +55,19 @@ def disk_error_of(error: BaseException) -> OSError | None:
     seen: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in seen:
-        if isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full_disk(link):
+            assert isinstance(link, OSError)
             return link
         if "os error 28" in str(link):  # safetensors, which is written in Rust
             return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         seen.append(link)
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
     return None
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Or a quota that is used up."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 _DISK_ADVICE = {

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError, is_full_disk
 from draftsmith.stages.parallel.ranks import ALONE, Ranks
 from draftsmith.stages.targets.agreement import check_agreement
 from draftsmith.stages.targets.attention import register
@@ -82,6 +82,8 @@ class Target:
                 model = loader.from_pretrained(path, local_files_only=True, **loaded).to(device)
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, ImportError) as error:
+            if is_full_disk(error):  # which a progress bar of the loader met in the stage's log
+                raise
             raise DraftsmithError(f"target {path}: cannot be loaded ({error}); rerun stage 'target'") from error
         if ranks.sharing == 1:
             pack(model.get_decoder())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
 import json
+import os
 import shutil
 import struct
 import sys
@@ -15,6 +18,7 @@ from pydantic import ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.target import STAGE, TargetConfig
+from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.info import TargetInfo, model_path, read_target_info
 from draftsmith.stages.targets.resolve import resolve_target
 from tests.testbed.context import RecordingContext
@@ -372,3 +376,15 @@ def test_what_a_config_says_of_its_logits_counts_where_the_model_reads_it(copied
     path.write_text(json.dumps(json.loads(path.read_text()) | {"logits_scaling": 8.0, "final_logit_softcapping": 30.0}))
     info = resolve(copied, tmp_path / "out")
     assert (info.logit_scale, info.logit_softcap) == (1.0, None)  # Qwen3's head reads neither
+
+
+def test_a_full_disk_under_the_log_is_not_the_targets_fault(
+    plain_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loader's progress bar is what meets it."""
+    log = os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb", buffering=0)
+    with io.TextIOWrapper(log, write_through=True) as full, monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", full)
+        with pytest.raises(OSError) as refused:
+            Target.load(plain_artifact)
+    assert refused.value.errno == errno.ENOSPC
