@@ -197,7 +197,8 @@ def parity(
 
 
 def _drafting(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {settings[name]}" for name in DraftingConfig.model_fields)
+    found = {name: settings[name] for name in DraftingConfig.model_fields}
+    return ", ".join(f"{name} {value}" for name, value in found.items() if value is not None)
 
 
 STAGE = Stage(

@@ -235,8 +235,8 @@ class Fleet:
         self._log(f"SGLang server {server.url} {how}; the end of {process.log_path}:\n{process.tail()}")
         while self._restarts_left > 0:
             self._restarts_left -= 1
-            await asyncio.to_thread(process.stop, 0)
             self._log(f"starting it again ({self._restarts_left} restarts left)")
+            await asyncio.to_thread(process.stop, 0)
             try:
                 if server.behind:
                     await self._start_router(1)
