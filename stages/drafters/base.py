@@ -84,7 +84,8 @@ class Drafting(ABC):
         """
 
     def confidence(self) -> torch.Tensor:
-        """[B, A] as `Drafter.confidence`, of the offset whose logits were asked for last: whatever is drawn there."""
+        """[B, A] as `Drafter.confidence`, of the offset whose logits were asked for last: whatever is drawn there.
+        Of a drafter that `has_confidence`."""
         raise NotImplementedError
 
 

@@ -57,7 +57,8 @@ class MicroBatches:
         for want of memory left what fits."""
         self._make, self._least, self._log, self._noted = make, least, log, work / _FITTING
         self.limit = limit
-        if self._noted.exists() and (fitting := int(self._noted.read_text("utf-8"))) < limit:
+        noted = self._noted.read_text("utf-8", "replace") if self._noted.exists() else ""
+        if noted.isdecimal() and 0 < (fitting := int(noted)) < limit:  # what is damaged is found out once more
             log(f"micro-batches of {fitting} tokens: an attempt before had no memory for those of {2 * fitting}")
             self.limit = fitting
 

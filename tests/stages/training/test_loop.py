@@ -170,3 +170,11 @@ def test_a_step_that_the_memory_does_not_hold_is_made_again_in_halves(tmp_path: 
     assert (len(nothing), len(said)) == (0, 2) and said[0].endswith(f"once more with {whole // 2}")
     with pytest.raises(torch.OutOfMemoryError):
         trained("never", whole, 0)
+
+
+@pytest.mark.parametrize(("left", "limit"), [("20", 20), ("200", 80), ("", 80), ("2\0", 80)])
+def test_what_fits_is_taken_from_the_attempt_before_and_damage_to_it_disturbs_nothing(
+    tmp_path: Path, left: str, limit: int
+) -> None:
+    (tmp_path / "micro_batch_tokens").write_text(left)
+    assert MicroBatches(lambda _step, _limit: [], 80, 10, lambda _line: None, tmp_path).limit == limit
