@@ -20,6 +20,7 @@ from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.targets.logits import LogitMap
 
 TOKENS_PER_TILE = 4096  # times a chunk's positions: 4 MB of bfloat16 logits for 512, which a cache holds
+RUN = 64  # columns among which the greatest is looked for at once
 ON_ACCELERATORS = 4  # times as many of both: kernels must be worth launching
 
 
@@ -49,8 +50,34 @@ def forward_kl(
     return Judged(*_ForwardKl.apply(hidden, target_hidden, *heads, temperature, positions_per_chunk))
 
 
+class _Memory:
+    """A tile's products, its logits, and what the logits become, [n, tile] each: the same pages for every tile of every
+    chunk. New ones would cost as much as what is computed in them."""
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, positions_per_chunk: int):
+        size = min(len(hidden), positions_per_chunk) * min(TOKENS_PER_TILE * _scale(weight), len(weight))
+        self.products = hidden.new_empty(size)
+        self.logits, self.parts = (torch.empty(size, device=hidden.device) for _ in range(2))
+
+    def product(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """[n, tile] of hidden [n, H] with rows of a head [tile, H], all of one dtype."""
+        return torch.mm(hidden, rows.T, out=_view(self.products, hidden, rows))
+
+    def float32(self, products: torch.Tensor, logit_map: LogitMap) -> torch.Tensor:
+        """The logits of products [n, tile], float32."""
+        return logit_map(_view(self.logits, products, products.T).copy_(products))
+
+    def rounded(self, values: torch.Tensor) -> torch.Tensor:
+        """float32 [n, tile] in the dtype of products, in whose place they are."""
+        return _view(self.products, values, values.T).copy_(values)
+
+
+def _view(memory: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    return memory[: len(rows) * len(columns)].view(len(rows), len(columns))
+
+
 class _Softmax:
-    """A softmax over the tiles that it has seen, of n positions: its sum, and the expectation of what it is given."""
+    """A softmax over the tiles that it has seen, of n positions: its sum, and where it is greatest."""
 
     def __init__(self, like: torch.Tensor):
         """like: [n, …], of the device."""
@@ -58,14 +85,14 @@ class _Softmax:
         self.best = torch.zeros(len(like), dtype=torch.long, device=like.device)
         self.sum = torch.zeros_like(self.most)  # of exp(logit - most)
 
-    def take(self, logits: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """logits: float32 [n, tile] of the tokens from `first` on, overwritten. Returns exp(logits - most) [n, tile],
-        and what all that was summed before must be multiplied with [n, 1]."""
-        top, column = logits.max(-1)
+    def take(self, logits: torch.Tensor, first: int, parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """logits: float32 [n, tile] of the tokens from `first` on. parts: as long as they are, overwritten. Returns
+        exp(logits - most) [n, tile], and what all that was summed before must be multiplied with [n, 1]."""
+        top, column = _greatest(logits)
         most = torch.maximum(self.most, top)
         self.best = torch.where(top > self.most, column + first, self.best)
         shrunk = (self.most - most).exp()
-        parts = logits.sub_(most[:, None]).exp_()
+        parts = torch.sub(logits, most[:, None], out=_view(parts, logits, logits.T)).exp_()
         self.sum = self.sum * shrunk + parts.sum(-1)
         self.most = most
         return parts, shrunk[:, None]
@@ -73,6 +100,19 @@ class _Softmax:
     @property
     def logsumexp(self) -> torch.Tensor:
         return self.most + self.sum.log()
+
+
+def _greatest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each row of [n, tile] the maximum and its first column. Looking for both at once is slow on a CPU: the maxima
+    of short runs first, then the column in one of them."""
+    n, size = logits.shape
+    if logits.device.type != "cpu" or size % RUN:
+        top, column = logits.max(-1)
+        return top, column
+    runs = logits.view(n, size // RUN, RUN)
+    top, run = runs.amax(-1).max(-1)
+    within = runs[torch.arange(n), run].argmax(-1)
+    return top, run * RUN + within
 
 
 def _tiles(weight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
@@ -91,6 +131,12 @@ def _scale(x: torch.Tensor) -> int:
     return 1 if x.device.type == "cpu" else ON_ACCELERATORS
 
 
+def _dtype_of_products(weight: torch.Tensor) -> torch.dtype:
+    """Of a training loop: its autocast's where it has one."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -101,22 +147,24 @@ class _TokenLogprobs(torch.autograd.Function):
         columns: torch.Tensor,
         positions_per_chunk: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        h = hidden.to(weight.dtype)
+        h = hidden.to(_dtype_of_products(weight))
         values = torch.zeros(len(h), device=h.device)
         best = torch.empty_like(columns)
         slopes = torch.empty_like(h) if ctx.needs_input_grad[0] else None  # of the values
+        memory = _Memory(h, weight, positions_per_chunk * _scale(h))
         for part in _chunks(h, positions_per_chunk):
             softmax, expected = _Softmax(h[part]), torch.zeros(h[part].shape, device=h.device)
             for first, rows in _tiles(weight):
-                logits = logit_map((h[part] @ rows.T).float())
+                rows = rows.to(h.dtype)
+                logits = memory.float32(memory.product(h[part], rows), logit_map)
                 place = columns[part] - first
                 inside = (place >= 0) & (place < len(rows))
                 here = logits.gather(1, place.clamp(0, len(rows) - 1)[:, None])[:, 0]
                 values[part] = torch.where(inside, here, values[part])
-                slope = 1.0 if logit_map.plain else logit_map.slope(logits)
-                parts, shrunk = softmax.take(logits, first)
+                parts, shrunk = softmax.take(logits, first, memory.parts)
                 if slopes is not None:
-                    expected.mul_(shrunk).add_((parts if logit_map.plain else parts * slope).to(rows.dtype) @ rows)
+                    steep = parts if logit_map.plain else parts * logit_map.slope(logits)
+                    expected.mul_(shrunk).add_(memory.rounded(steep) @ rows)
             best[part] = softmax.best
             if slopes is not None:
                 own = weight[columns[part]]
@@ -144,33 +192,39 @@ class _ForwardKl(torch.autograd.Function):
         temperature: float,
         positions_per_chunk: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        h, t = hidden.to(weight.dtype), target_hidden.to(target_weight.dtype)
+        h = hidden.to(_dtype_of_products(weight))
+        t = target_hidden.to(target_weight.dtype)  # the training loop's autocast is for the drafter alone
         values = torch.zeros(len(h), device=h.device)
         best = torch.empty(len(h), dtype=torch.long, device=h.device)
         slopes = torch.empty_like(h) if ctx.needs_input_grad[0] else None
+        memory, theirs_memory = _Memory(h, weight, positions_per_chunk), _Memory(t, target_weight, positions_per_chunk)
+        kept = h.new_empty(min(len(h), positions_per_chunk) * len(weight))
+        kept_theirs = t.new_empty(len(kept))
         for start in range(0, len(h), positions_per_chunk):
             part = slice(start, start + positions_per_chunk)
+            n = len(h[part])
             q, p = _Softmax(h[part]), _Softmax(h[part])
-            kept = []
+            products = []
             for (first, rows), (_, target_rows) in zip(_tiles(weight), _tiles(target_weight), strict=True):
-                ours = h[part] @ rows.T
-                with torch.autocast(h.device.type, enabled=False):  # the training loop's is for the drafter alone
-                    theirs = t[part] @ target_rows.T
-                q.take(logit_map(ours.to(torch.float32, copy=True)), first)
-                p.take(target_map(theirs.to(torch.float32, copy=True)).div_(temperature), first)
-                kept.append((rows, ours, theirs))
+                at = slice(n * first, n * (first + len(rows)))
+                rows = rows.to(h.dtype)
+                ours = torch.mm(h[part], rows.T, out=kept[at].view(n, -1))
+                theirs = torch.mm(t[part], target_rows.T, out=kept_theirs[at].view(n, -1))
+                q.take(memory.float32(ours, logit_map), first, memory.parts)
+                p.take(_cooled(theirs_memory.float32(theirs, target_map), temperature), first, memory.parts)
+                products.append((rows, ours, theirs))
             best[part], total_q, total_p = q.best, q.logsumexp[:, None], p.logsumexp[:, None]
             slope = torch.zeros(h[part].shape, device=h.device)
-            for rows, ours, theirs in kept:
-                log_q = logit_map(ours.to(torch.float32, copy=True))
+            for rows, ours, theirs in products:
+                log_q = memory.float32(ours, logit_map)
                 factor = 1.0 if logit_map.plain else logit_map.slope(log_q)
                 log_q.sub_(total_q)
-                log_p = target_map(theirs.to(torch.float32, copy=True)).div_(temperature).sub_(total_p)
-                probability = log_p.exp()
+                log_p = _cooled(theirs_memory.float32(theirs, target_map), temperature).sub_(total_p)
+                probability = torch.exp(log_p, out=_view(memory.parts, log_p, log_p.T))
                 values[part] += log_p.sub_(log_q).mul_(probability).sum(-1)
                 if slopes is not None:
                     pull = log_q.exp_().sub_(probability)
-                    slope += (pull if logit_map.plain else pull.mul_(factor)).to(rows.dtype) @ rows
+                    slope += memory.rounded(pull if logit_map.plain else pull.mul_(factor)) @ rows
             if slopes is not None:
                 slopes[part] = slope.to(slopes.dtype)
         return _known(ctx, values, best, slopes)
@@ -178,6 +232,10 @@ class _ForwardKl(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         return _scaled(ctx, grad_outputs[0]), *[None] * 7
+
+
+def _cooled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    return logits if temperature == 1 else logits.div_(temperature)
 
 
 def _known(

@@ -13,10 +13,10 @@ every (trajectories / sequences_per_step) steps, so `remine_every: N` mines one 
 `SFT, dense` is the same step as other trainers have it: attention under one mask over all blocks, all logits in
 float32, torch's cross-entropy on them.
 
-Operations are those of all matrix products as counted by torch's FlopCounterMode, attention kernels included; the share
-is of the measured bfloat16 matrix product rate of `machine`. Positions are block positions with a loss. Seconds are the
-process's CPU time where `--cpu-time` is given: with one thread on a machine that others use, too, it is the time that
-the step would take alone, but for caches and memory that are shared.
+Operations are those of all matrix products as counted by torch's FlopCounterMode, the target's and attention included;
+the share is of the measured bfloat16 matrix product rate of `machine`. Positions are block positions with a loss.
+Seconds are the process's CPU time where `--cpu-time` is given: with one thread on a machine that others use, too, it is
+the time that the step would take alone, but for caches and memory that are shared.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ from draftsmith.stages.training.on_policy.training import anchor_source
 from draftsmith.stages.training.supervised import sft_loss
 from draftsmith.stages.training.vocabulary import HeadSource
 from tests.benchmarks import harness, machine
-from tests.stages.attention_flops import ATTENTION_FLOPS
 from tests.stages.drafters.dense import dense_attention
+from tests.stages.kernel_flops import KERNEL_FLOPS
 
 GAMMA = 2.0
 DENSE = "SFT, dense"
@@ -234,7 +234,7 @@ class Step:
 
 def operations(work: Callable[[], Any]) -> float:
     """Operations of all matrix products of a call."""
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=KERNEL_FLOPS) as counter:
         work()
     return float(counter.get_total_flops())
 

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from draftsmith.stages.drafters import attention
 from draftsmith.stages.drafters.attention import Reach, block_attention
-from tests.stages.attention_flops import ATTENTION_FLOPS
 from tests.stages.drafters.dense import block_mask, dense_attention
+from tests.stages.kernel_flops import KERNEL_FLOPS
 
 FLOAT32 = 1e-5  # sums in another order, on values of order one
 BFLOAT16 = 0.02  # of the largest value: two roundings to 8 bits more or less
@@ -157,7 +157,7 @@ def test_operations_grow_linearly_with_the_blocks_and_end_where_they_see() -> No
     def counted(A: int, seen: int) -> int:
         case = make_case(1, (1, 2), T, A, S, S, 8)
         case.reach = Reach(torch.full((1, A), seen))
-        with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
+        with FlopCounterMode(display=False, custom_mapping=KERNEL_FLOPS) as counter:
             case.gradients("parts")
         return int(counter.get_total_flops())
 
@@ -173,7 +173,7 @@ def test_operations_and_what_is_read_are_bound_by_a_window() -> None:
     def counted(T: int) -> int:
         case = make_case(2, (1, 2), T, A, S, S, 8, window=W, causal=True)
         case.reach = Reach(torch.stack([torch.linspace(W, T, A).long(), torch.linspace(T // 2, T, A).long()]), None, W)
-        with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
+        with FlopCounterMode(display=False, custom_mapping=KERNEL_FLOPS) as counter:
             case.gradients("parts")
         return int(counter.get_total_flops())
 

@@ -15,7 +15,7 @@ from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.config import SftConfig, TrainingConfig
 from draftsmith.stages.training.supervised import sft_loss
 from draftsmith.stages.training.vocabulary import HeadSource
-from tests.stages.attention_flops import ATTENTION_FLOPS
+from tests.stages.kernel_flops import KERNEL_FLOPS
 from tests.testbed import random_target
 from tests.testbed.architectures import RANDOM
 
@@ -54,6 +54,6 @@ def test_the_formula_is_what_torch_counts(
         any_drafter.zero_grad(set_to_none=True)
         return report
 
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=KERNEL_FLOPS) as counter:
         report = step()
     assert counter.get_total_flops() == pytest.approx(report.operations, rel=TOLERANCE)

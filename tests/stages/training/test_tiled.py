@@ -12,13 +12,14 @@ from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.targets.logits import LogitMap
 from draftsmith.stages.training import losses, tiled
 
-N, H, V, CHUNK, TILE = 23, 16, 50, 7, 12  # the last chunk and the last tile are smaller
+N, H, V, CHUNK, TILE, RUN = 23, 16, 50, 7, 12, 4  # the last chunk, tile and run of columns are smaller
 FLOAT32 = 1e-5  # sums in another order
 
 
 @pytest.fixture(autouse=True)
 def _many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiled, "TOKENS_PER_TILE", TILE)
+    monkeypatch.setattr(tiled, "RUN", RUN)
 
 
 def drawn(*shape: int, seed: int) -> torch.Tensor:
@@ -103,6 +104,16 @@ def written(products: torch.Tensor, logit_map: LogitMap) -> torch.Tensor:
 
 
 @BOTH
+def test_under_autocast_products_are_made_in_its_dtype(in_tiles: Loss, in_rows: Loss) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = with_gradient(in_tiles, torch.float32), with_gradient(in_rows, torch.float32)
+    exact = with_gradient(in_rows, torch.float32)
+    for one, other, rounded in zip(found, exact, expected, strict=True):
+        torch.testing.assert_close(one, rounded, atol=0.1, rtol=0.05)
+        assert float((one - other).abs().max()) > 10 * FLOAT32
+
+
+@BOTH
 def test_in_bfloat16_they_are_as_close_to_float32_as_whole_rows(in_tiles: Loss, in_rows: Loss) -> None:
     exact = with_gradient(in_rows, torch.float32)
     tiles, rows = (with_gradient(loss, torch.bfloat16) for loss in (in_tiles, in_rows))
@@ -117,6 +128,15 @@ def test_a_probability_is_at_most_one_and_the_best_token_is_told() -> None:
     assert torch.equal(tiled.token_logprobs(HIDDEN, Head(HEAD), COLUMNS, CHUNK).best, (HIDDEN @ HEAD.T).argmax(-1))
     kl = tiled.forward_kl(HIDDEN, Head(HEAD), TARGET_HIDDEN, Head(TARGET_HEAD), 1.0, CHUNK)
     assert torch.equal(kl.best, (HIDDEN @ HEAD.T).argmax(-1))
+
+
+def test_of_equal_logits_the_first_is_the_best() -> None:
+    twice = HEAD.clone()
+    twice[[3, 17, 18, 49]] = 5 * HIDDEN[0]  # in the first tile, the second and the last, whose columns are no whole run
+    judged = tiled.token_logprobs(HIDDEN[:1], Head(twice), COLUMNS[:1], CHUNK)
+    assert judged.best.tolist() == [3]
+    twice[3] = 0
+    assert tiled.token_logprobs(HIDDEN[:1], Head(twice), COLUMNS[:1], CHUNK).best.tolist() == [17]
 
 
 @pytest.mark.parametrize(("loss", "products"), [(of_tokens, 2), (divergence, 3)])

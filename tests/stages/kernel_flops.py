@@ -1,6 +1,8 @@
-"""Operations of the CPU's attention kernels, which torch's counter does not know by itself."""
+"""Operations of the CPU's kernels for attention and for packed weights, which torch's counter does not know."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
@@ -18,8 +20,14 @@ def _of_backward(
     return int(sdpa_backward_flop_count(grad, q, k, v))
 
 
+def _of_packed(x: torch.Size, weight: torch.Size, *_args: object, **_kwargs: object) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
 # as FlopCounterMode takes them in `custom_mapping`
-ATTENTION_FLOPS = {
+KERNEL_FLOPS = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _of_forward,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _of_backward,
 }
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    KERNEL_FLOPS[torch.ops.mkldnn._linear_pointwise] = _of_packed
