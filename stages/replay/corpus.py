@@ -14,6 +14,7 @@ from draftsmith.stages.contract import WHOLE, Shard
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.drafters.cutting import check_confidence
+from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.drafters.law import GREEDY, Law
 from draftsmith.stages.memory import in_halves
 from draftsmith.stages.replay.chains import replay_chains
@@ -141,6 +142,7 @@ def replay_groups(
     for drafter in drafters.values():
         check_confidence(drafter, drafting)
     layer_ids = sorted({layer for d in drafters.values() for layer in d.target_layer_ids})
+    ready = {name: _Ready.of(target, drafter, drafting) for name, drafter in drafters.items()}
 
     def replay(group: Group) -> list[dict[str, Trace]]:
         if any(draws(drafter, law) for drafter in drafters.values()):
@@ -151,9 +153,9 @@ def replay_groups(
             features, hidden = target.features(group.ids, layer_ids), None
         by_layer = dict(zip(layer_ids, features.chunk(len(layer_ids), -1), strict=True))
         found = {}
-        for name, drafter in drafters.items():
-            context = context_of(drafter, torch.cat([by_layer[k] for k in drafter.target_layer_ids], -1), group)
-            found[name] = _replay(target, drafter, context, group, drafting, chains, hidden, law, with_logprobs=False)
+        for name, each in ready.items():
+            features = torch.cat([by_layer[k] for k in each.drafter.target_layer_ids], -1)
+            found[name] = each.replay(target, features, group, chains, hidden, law, with_logprobs=False)
         return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
 
     yield from traces_of(
@@ -242,13 +244,13 @@ def mine(
     """
     drafting = drafting or DraftingConfig()
     check_confidence(drafter, drafting)
+    ready = _Ready.of(target, drafter, drafting)
     tree_tokens = max(tree_tokens, drafting.block_size or drafter.block_size)
 
     def replay(group: Group) -> list[tuple[Trace, StepScores]]:
         out, cache = read(target, group, tree_tokens, drafter.target_layer_ids)
         assert out.features is not None
-        context = context_of(drafter, out.features, group)
-        traces = _replay(target, drafter, context, group, drafting, chains, out.hidden, law, with_logprobs=True)
+        traces = ready.replay(target, out.features, group, chains, out.hidden, law, with_logprobs=True)
         scores = score_traces(target, cache, out.hidden, traces, ids=group.ids, top_k=top_k, tree_tokens=tree_tokens)
         return list(zip(traces, scores, strict=True))
 
@@ -301,32 +303,45 @@ def draws(drafter: Drafter, law: Law) -> bool:
     return drafter.draws and not law.greedy
 
 
-def _replay(
-    target: Target,
-    drafter: Drafter,
-    context: Context,
-    group: Group,
-    drafting: DraftingConfig,
-    chains: int | None,
-    hidden: torch.Tensor | None,
-    law: Law,
-    *,
-    with_logprobs: bool,
-) -> list[Trace]:
-    head = drafter.drafting_head(target.head_weight, drafting.head_tokens)
-    block_size = drafting.block_size or drafter.block_size
-    text = None
-    if draws(drafter, law):
-        assert hidden is not None
-        text = SampledText.of(target, hidden, group.trajectories, law, block_size - 1)
-    return replay_chains(
-        drafter,
-        context,
-        group.trajectories,
-        block_size,
-        head,
-        chains,
-        text=text,
-        confidence=drafting.confidence,
-        with_logprobs=with_logprobs,
-    )
+@dataclass(frozen=True)
+class _Ready:
+    """A drafter as it is replayed."""
+
+    drafter: Drafter  # with packed weights, where there can be any
+    head: Head
+    block_size: int
+    confidence: float | None
+
+    @classmethod
+    def of(cls, target: Target, drafter: Drafter, drafting: DraftingConfig) -> _Ready:
+        """To be made once for all groups: weights are packed here."""
+        head = drafter.drafting_head(target.head_weight, drafting.head_tokens).for_decoding(target)
+        return cls(drafter.for_decoding(), head, drafting.block_size or drafter.block_size, drafting.confidence)
+
+    def replay(
+        self,
+        target: Target,
+        features: torch.Tensor,
+        group: Group,
+        chains: int | None,
+        hidden: torch.Tensor | None,
+        law: Law,
+        *,
+        with_logprobs: bool,
+    ) -> list[Trace]:
+        """Traces of a group from the target's features [B, T, K*H] and, where proposals are drawn, hidden states."""
+        text = None
+        if draws(self.drafter, law):
+            assert hidden is not None
+            text = SampledText.of(target, hidden, group.trajectories, law, self.block_size - 1)
+        return replay_chains(
+            self.drafter,
+            context_of(self.drafter, features, group),
+            group.trajectories,
+            self.block_size,
+            self.head,
+            chains,
+            text=text,
+            confidence=self.confidence,
+            with_logprobs=with_logprobs,
+        )

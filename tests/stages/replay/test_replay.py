@@ -10,12 +10,18 @@ import pytest
 import torch
 
 from draftsmith.stages.drafters.base import Proposals
+from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.engines.base import Completion, SamplingParams
 from draftsmith.stages.replay.board import start_anchors
 from draftsmith.stages.replay.chains import replay_chains, successors
+from draftsmith.stages.replay.corpus import mine
 from draftsmith.stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens, tau
+from draftsmith.stages.stored import DRAFTER_FOLDER
+from draftsmith.stages.targets.causal_lm import Target
 from tests.stages.bench import GREEDY, Bench, trajectory_of
+from tests.testbed.drafter import DrafterArtifacts
 
 SAMPLED = SamplingParams(48, temperature=1.0, top_p=0.9)
 
@@ -290,3 +296,22 @@ def test_the_default_drafting_is_the_trained_block_and_full_head(bench: Bench) -
     assert DraftingConfig() == DraftingConfig(block_size=None, head_tokens=None)
     drafter = bench.drafters["trained"]
     assert drafter.drafting_head(bench.target.head_weight, None).token_ids is None
+
+
+def test_packed_weights_change_no_bit_of_a_trace(
+    tiny_drafter: DrafterArtifacts, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16; on a processor without its products nothing is packed."""
+    target = Target.load(tiny_drafter.target, dtype="bfloat16")
+    drafter = load_drafter(tiny_drafter.drafter / DRAFTER_FOLDER, target, torch.bfloat16)
+    texts = [Trajectory(p.prompt_id, p.token_ids + bench.greedy[p.prompt_id], len(p.token_ids)) for p in bench.prompts]
+
+    def traces() -> list[Trace]:
+        return [trace for group in mine(target, drafter, texts[:6]) for trace in group.traces]
+
+    packed = traces()
+    monkeypatch.setattr(Head, "for_decoding", lambda head, _target: head)
+    monkeypatch.setattr(type(drafter), "for_decoding", lambda drafter: drafter)
+    for trace, expected in zip(packed, traces(), strict=True):
+        for part in ("anchors", "accepted", "proposed", "drafter_logprobs"):
+            np.testing.assert_array_equal(getattr(trace, part), getattr(expected, part))
