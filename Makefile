@@ -81,7 +81,7 @@ lint: $(INSTALLED)
 
 # all with their defaults, and what got slower than this machine's first run; `BENCH="--threads 1"`
 bench: $(INSTALLED)
-	for each in machine decode sft_step replay; do $(BIN)/python -m tests.benchmarks.$$each $(BENCH) --json build/bench/$$each.json || exit; done
+	for each in machine startup decode speculative sft_step replay; do $(BIN)/python -m tests.benchmarks.$$each $(BENCH) --json build/bench/$$each.json || exit; done
 	$(BIN)/python -m tests.benchmarks.compare build/bench
 
 # the tests marked gpu and what training takes on this machine's GPU, in at most 8 minutes; `GPU_CHECK="--no-tests"`

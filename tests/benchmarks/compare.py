@@ -35,6 +35,10 @@ def _decode(figures: Mapping[str, Any]) -> Ratios:
     return found
 
 
+def _speculative(figures: Mapping[str, Any]) -> Ratios:
+    return {f"batch {row['batch']}: share of what its parts allow": row["of_bound"] for row in figures["rows"]}
+
+
 def _sft_step(figures: Mapping[str, Any]) -> Ratios:
     found: Ratios = {}
     for row in figures["rows"]:
@@ -49,6 +53,7 @@ def _replay(figures: Mapping[str, Any]) -> Ratios:
 
 RATIOS: dict[str, Callable[[Mapping[str, Any]], Ratios]] = {
     "decode": _decode,
+    "speculative": _speculative,
     "sft_step": _sft_step,
     "replay": _replay,
 }
@@ -76,7 +81,7 @@ def slower(now: Ratios, before: Ratios, tolerance: float) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path, help="of the JSON files of `machine`, `decode`, `sft_step`, `replay`")
+    parser.add_argument("folder", type=Path, help="of the JSON files that `make bench` writes")
     parser.add_argument("--baseline", type=Path, help="left out: DRAFTSMITH_HOME/benchmarks/baseline/ratios.json")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="what a ratio may lose")
     parser.add_argument("--keep", action="store_true", help="make these the baseline in place of what is there")

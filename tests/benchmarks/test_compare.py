@@ -19,6 +19,7 @@ def written(folder: Path, decode_speed: float) -> Path:
     ours = {**theirs, "decode_tokens_per_s": decode_speed}
     figures = {
         "decode": [{"arm": OURS, **ours}, {"arm": THEIRS, **theirs}],
+        "speculative": [{"batch": 1, "of_bound": 0.9}],
         "sft_step": [{"step": "SFT, head full", "times_sft": 1.0, "matmul_share": 0.6}],
         "replay": [{"method": "sequential replay", "times_one_request": 5.0}],
     }
@@ -39,7 +40,7 @@ def test_it_names_what_got_slower(
         return capsys.readouterr().out
 
     before = written(tmp_path / "before", decode_speed=75.0)
-    assert "6 ratios kept" in run(before)
+    assert "7 ratios kept" in run(before)
     assert json.loads(baseline.read_text())["ratios"]["decode: decode, batch 8: times generate"] == 1.5
     with pytest.raises(SystemExit, match="0"):
         run(before)
