@@ -15,7 +15,7 @@ from draftsmith.stages.training.on_policy.config import OpdConfig
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "experiments"
 SHARED = ("base", "sampled", "worked")  # what others extend
-ARCHITECTURES = ("architectures", "hybrid-target")
+ARCHITECTURES = ("architectures", "hybrid-target", "worked-architectures")
 RUNNABLE = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem not in SHARED + ARCHITECTURES)
 
 
