@@ -35,15 +35,21 @@ TOLERANCE = 3e-5  # float32, on values of order one to ten
 PROMPTS = 12
 
 
-@pytest.mark.parametrize(("from_anchor", "markov_head"), [(True, "vanilla"), (False, "gated"), (True, "rnn")])
+@pytest.mark.parametrize(
+    ("from_anchor", "markov_head", "reads_token"),
+    [(True, "vanilla", True), (False, "gated", False), (True, "rnn", True)],
+)
 def test_sglang_computes_what_is_computed_here(
     from_anchor: bool,
     markov_head: Literal["vanilla", "gated", "rnn"],
+    reads_token: bool,
     sglang_env: Path,
     plain_target: Target,
     tmp_path: Path,
 ) -> None:
-    drafter = random_dspark(plain_target, from_anchor=from_anchor, markov_head=markov_head)
+    drafter = random_dspark(
+        plain_target, from_anchor=from_anchor, markov_head=markov_head, confidence_reads_token=reads_token
+    )
     save_drafter(drafter, tmp_path / "drafter", torch.float32)
     texts = random_target.trajectories(3, seed=4)
     tokens = pad_tokens(texts, plain_target.device)

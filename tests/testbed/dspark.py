@@ -15,6 +15,7 @@ def random_dspark(
     *,
     from_anchor: bool = True,
     confidence_head: bool = True,
+    confidence_reads_token: bool = True,
     markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla",
 ) -> DSparkDrafter:
     """2 layers, block 5, layers 2 and 0, a bias of rank 6. Weights so large that every part matters."""
@@ -34,7 +35,7 @@ def random_dspark(
         markov_head=markov_head,
     )
     config = checkpoint.new_config(shape, target.model.config, lambda: target.tokenizer)
-    config.sample_from_anchor = from_anchor
+    config.sample_from_anchor, config.confidence_head_with_markov = from_anchor, confidence_reads_token
     drafter = checkpoint.create(config, target, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():

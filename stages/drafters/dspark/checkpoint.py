@@ -27,10 +27,9 @@ OTHER_NAMES = ("DSparkDraftModel", "LingDSparkModel")  # of the same model
 check_fits, target_layer_ids = dflash.check_fits, dflash.target_layer_ids
 # SGLang shares the target's, and reads none of these from a drafter (srt/models/dspark.py).
 _SHARED = ("embed_tokens.", "lm_head.", "rotary_emb.")
-# What SGLang reads from a config and is not computed here, with the value that changes nothing.
-_COMPUTED = {"confidence_head_with_markov": True}
 # Fields that stand at the top of some checkpoints and in one of these objects of others.
 _NESTED = ("dflash_config", "dspark_config")
+_FLAGS = ("enable_confidence_head", "confidence_head_with_markov", "sample_from_anchor")  # true where left out
 _EITHER = ("block_size", "mask_token_id", "target_layer_ids", "markov_rank", "markov_head_type")
 
 
@@ -96,14 +95,13 @@ def _parsed(path: Path, raw: dict[str, Any]) -> Qwen3Config:
         if name.startswith("dspark_") and name != "dspark_config" and value is not None:
             raise DraftsmithError(f"drafter {path}: {name} is of a drafter inside its target; give one of its own")
     fields = {name: _either(path, raw, name) for name in _EITHER}
-    layout.refuse_other_models(path, raw | fields, _COMPUTED)
     layout.require_fields(path, [(name, fields[name]) for name in ("block_size", "markov_rank", "markov_head_type")])
     proposals, rank, kind = (fields[name] for name in ("block_size", "markov_rank", "markov_head_type"))
     if kind not in KINDS:
         raise DraftsmithError(
             f"drafter {path}: markov_head_type is {kind!r}: supported are {', '.join(KINDS)}; give a drafter with one"
         )
-    flags = {name: raw.get(name, True) for name in ("enable_confidence_head", "sample_from_anchor")}
+    flags = {name: raw.get(name, True) for name in _FLAGS}
     layout.require_kinds(
         path,
         [
@@ -112,15 +110,15 @@ def _parsed(path: Path, raw: dict[str, Any]) -> Qwen3Config:
             *((name, value, isinstance(value, bool)) for name, value in flags.items()),
         ],
     )
-    own = {name: raw[name] for name in raw.keys() - {*_EITHER, *_NESTED, *flags, *_COMPUTED}}
+    own = {name: raw[name] for name in raw.keys() - {*_EITHER, *_NESTED, *flags}}
     shared = {"mask_token_id": fields["mask_token_id"], "target_layer_ids": fields["target_layer_ids"]}
     nested = {name: value for within in _NESTED for name, value in (raw.get(within) or {}).items()}
     shared |= {"block_size": proposals + 1}
     as_dflash = own | {"block_size": proposals + 1, "dflash_config": nested | shared}
     config = dflash.parsed(path, as_dflash | {"architectures": [ARCHITECTURE]}, ARCHITECTURE)
     config.markov_rank, config.markov_head_type = rank, kind
-    config.enable_confidence_head, config.sample_from_anchor = flags.values()
-    config.confidence_head_with_markov = True
+    for name, value in flags.items():
+        setattr(config, name, value)
     return config
 
 

@@ -3,7 +3,7 @@
 Source: arXiv 2607.05147, and SGLang 0.5.23 (srt/models/dspark.py, srt/speculative/dspark_components). The backbone is
 DFlash's. The logits of an offset are the target's head of its hidden state plus a bias of low rank of the token before
 it (`markov.py`), so a block is drawn offset by offset, and q is a law of its own for each. A linear head says of hidden
-state and token how probable it is that the proposal is kept, given that those before it are.
+state and token, or of the state alone, how probable it is that the proposal is kept, given that those before it are.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class BiasedHead(Head):
 
 
 class ConfidenceHead(nn.Module):
-    """A logit of hidden state and the token before it."""
+    """A logit of hidden state and, unless a config says otherwise, the token before it."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -49,19 +49,21 @@ class DSparkDrafter(DFlashDrafter):
     """Parameter names are SGLang's: those of DFlash, `markov_head.…`, `confidence_head.proj.…`.
 
     Hidden states of an offset are H + r wide: the backbone's, and what the bias is made of. Behind them stands what was
-    read of the token before, r wide, where that is another thing and the confidence reads it.
+    read of the token before, r wide, where that is another thing and the confidence reads it, as most do.
     """
 
     kind, autoregressive, draws, corrects_head = "dspark", True, True, True
     recipe = TrainingRecipe(loss="ce_l1", gamma=4.0)
 
     def __init__(self, config: Qwen3Config, embedding: torch.Tensor):
-        """config: as of DFlash, with `markov_rank`, `enable_confidence_head` and `sample_from_anchor`."""
+        """config: as of DFlash, with `markov_rank`, `enable_confidence_head`, `confidence_head_with_markov` and
+        `sample_from_anchor`."""
         super().__init__(config, embedding)
         self.from_anchor: bool = config.sample_from_anchor  # is the anchor's own query the one of offset 1?
         sizes = config.vocab_size, config.markov_rank, config.hidden_size
         self.markov_head = markov_head(config.markov_head_type, *sizes)
-        width = config.hidden_size + config.markov_rank
+        self.confidence_reads_token: bool = config.confidence_head_with_markov
+        width = config.hidden_size + (config.markov_rank if self.confidence_reads_token else 0)
         self.confidence_head = ConfidenceHead(width) if config.enable_confidence_head else None
 
     def initialise(self, generator: torch.Generator, head_weight: torch.Tensor) -> None:
@@ -82,7 +84,7 @@ class DSparkDrafter(DFlashDrafter):
     @property
     def _apart(self) -> bool:
         """Are bias and confidence made of different things beside the hidden state?"""
-        return self.has_confidence and bool(self.markov_head.projections())
+        return self.has_confidence and self.confidence_reads_token and bool(self.markov_head.projections())
 
     def backbone(self, context: Context, anchor_tokens: torch.Tensor, anchors: torch.Tensor, K: int) -> torch.Tensor:
         """Hidden states [B, A, K, H] of the offsets, which no proposal changes. anchor_tokens, anchors: [B, A]."""
@@ -134,7 +136,9 @@ class DSparkDrafter(DFlashDrafter):
     def confidence(self, hidden: torch.Tensor) -> torch.Tensor:
         assert self.confidence_head is not None
         proj, rank = self.confidence_head.proj, self.markov_head.rank
-        if self._apart:
+        if not self.confidence_reads_token:
+            hidden = hidden[..., : self.config.hidden_size]
+        elif self._apart:
             hidden = torch.cat([hidden[..., : -2 * rank], hidden[..., -rank:]], -1)
         logits: torch.Tensor = proj(hidden.to(proj.weight.dtype))
         return logits[..., 0].float()

@@ -32,6 +32,7 @@ FORMS: dict[str, Any] = {
     "dflash2": random_dflash2,
     "dflash2, windows": lambda t: random_dflash2(t, sliding_window=6),
     "dspark": lambda t: random_dspark(t, markov_head="gated"),
+    "dspark, confidence of states": lambda t: random_dspark(t, confidence_reads_token=False),
     "dspark, upgraded": lambda t: random_dspark(t, from_anchor=False, confidence_head=False),
 }
 

@@ -40,16 +40,24 @@ def same(a: DSparkDrafter, b: Any) -> bool:
 
 
 @pytest.mark.parametrize("from_anchor", [True, False])
-@pytest.mark.parametrize(("confidence_head", "markov_head"), [(True, "vanilla"), (False, "vanilla"), (True, "rnn")])
+@pytest.mark.parametrize(
+    ("confidence_head", "reads_token", "markov_head"),
+    [(True, True, "vanilla"), (True, False, "vanilla"), (False, True, "vanilla"), (True, True, "rnn")],
+)
 def test_the_round_trip(
     from_anchor: bool,
     confidence_head: bool,
+    reads_token: bool,
     markov_head: Literal["vanilla", "rnn"],
     plain_target: Target,
     tmp_path: Path,
 ) -> None:
     drafter = random_dspark(
-        plain_target, from_anchor=from_anchor, confidence_head=confidence_head, markov_head=markov_head
+        plain_target,
+        from_anchor=from_anchor,
+        confidence_head=confidence_head,
+        confidence_reads_token=reads_token,
+        markov_head=markov_head,
     )
     save_drafter(drafter, tmp_path / "first", torch.float32)
     loaded = load_drafter(tmp_path / "first", plain_target)
@@ -115,7 +123,14 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda raw: raw.update(markov_head_type="lstm"),
         "markov_head_type is 'lstm': supported",
     ),
-    "a confidence of its own": (lambda raw: raw.update(confidence_head_with_markov=False), "confidence_head_with"),
+    "a confidence without its width": (
+        lambda raw: raw.update(confidence_head_with_markov=False),
+        r"has the wrong shape for confidence_head\.proj\.weight",
+    ),
+    "no word of a confidence": (
+        lambda raw: raw.update(confidence_head_with_markov=None),
+        "confidence_head_with_markov is",
+    ),
     "two block sizes": (lambda raw: raw.update(block_size=7), "block_size is given as 7 and as 4"),
     "no proposals": (lambda raw: (raw.update(block_size=0), raw["dflash_config"].pop("block_size")), "block_size is 0"),
     "inside its target": (lambda raw: raw.update(dspark_markov_rank=6), "dspark_markov_rank is of a drafter inside"),

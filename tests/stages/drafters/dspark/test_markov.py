@@ -64,11 +64,13 @@ def plainly(drafter: DSparkDrafter, kind: Kind, states: torch.Tensor, tokens: li
     return biases
 
 
-@pytest.mark.parametrize("confidence_head", [True, False])
+@pytest.mark.parametrize(("confidence_head", "reads_token"), [(True, True), (True, False), (False, True)])
 def test_logits_and_confidence_equal_the_plain_reference(
-    confidence_head: bool, kind: Kind, plain_target: Target
+    confidence_head: bool, reads_token: bool, kind: Kind, plain_target: Target
 ) -> None:
-    drafter = random_dspark(plain_target, confidence_head=confidence_head, markov_head=kind)
+    drafter = random_dspark(
+        plain_target, confidence_head=confidence_head, confidence_reads_token=reads_token, markov_head=kind
+    )
     blocks, H = Blocks(plain_target, drafter), drafter.config.hidden_size
     logits = blocks.head.logits(blocks.hidden)
     w1 = drafter.markov_head.markov_w1.weight.detach().double()
@@ -80,15 +82,17 @@ def test_logits_and_confidence_equal_the_plain_reference(
         if drafter.confidence_head is None:
             continue
         proj = drafter.confidence_head.proj
-        read = torch.cat([states, w1[tokens]], -1)  # of the token itself, whatever the bias is made of
+        # of the token itself, whatever the bias is made of
+        read = torch.cat([states, w1[tokens]], -1) if reads_token else states
         said = read @ proj.weight[0].detach().double() + proj.bias.detach().double()
         found = drafter.confidence(blocks.hidden)[0, block].detach().double()
         torch.testing.assert_close(found, said, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_a_block_is_drafted_as_it_is_trained(kind: Kind, plain_target: Target) -> None:
+@pytest.mark.parametrize("reads_token", [True, False])
+def test_a_block_is_drafted_as_it_is_trained(reads_token: bool, kind: Kind, plain_target: Target) -> None:
     """Offset by offset, with what the confidence says of it; a copy goes its own way."""
-    drafter = random_dspark(plain_target, markov_head=kind)
+    drafter = random_dspark(plain_target, confidence_reads_token=reads_token, markov_head=kind)
     blocks = Blocks(plain_target, drafter)
     logits, confidence = blocks.head.logits(blocks.hidden), drafter.confidence(blocks.hidden)
     with torch.no_grad():

@@ -125,10 +125,10 @@ def loss_of(drafter: DSparkDrafter, target: Target, **fields: str) -> tuple[Loss
     return report, anchors, source
 
 
-@pytest.mark.parametrize("confidence_head", [True, False])
-def test_the_loss_is_the_authors(confidence_head: bool, plain_target: Target) -> None:
+@pytest.mark.parametrize(("confidence_head", "reads_token"), [(True, True), (True, False), (False, True)])
+def test_the_loss_is_the_authors(confidence_head: bool, reads_token: bool, plain_target: Target) -> None:
     """Value and gradient against the formula in float64, over whole rows of logits and without a chunk."""
-    drafter = random_dspark(plain_target, confidence_head=confidence_head)
+    drafter = random_dspark(plain_target, confidence_head=confidence_head, confidence_reads_token=reads_token)
     report, anchors, source = loss_of(drafter, plain_target)
     report.loss.backward()
     found = {name: p.grad for name, p in drafter.named_parameters()}
@@ -147,7 +147,8 @@ def test_the_loss_is_the_authors(confidence_head: bool, plain_target: Target) ->
     l1 = (p - q).abs().sum(-1)
     terms = 0.1 * F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none").view_as(l1) + 0.9 * l1
     if confidence_head:
-        said = drafter.confidence(hidden.detach()).double()
+        proj = drafter.confidence_head.proj  # type: ignore[union-attr]
+        said = proj((hidden if reads_token else state).detach())[..., 0].double()
         terms = terms + F.binary_cross_entropy_with_logits(said, (1 - l1 / 2).detach(), reduction="none")
     expected = (weights * terms).sum() / weights.sum()
     assert float(report.loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
