@@ -18,11 +18,19 @@ from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.chunked import chunked_values
 
-# of q's logits, the token's place among the candidates [n], and the target's log-probs of the candidates [n, k]
-_DISTRIBUTION_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "forward_kl": losses.forward_kl,  # of the law given that a candidate is committed
-    "tv": lambda logits, log_p: 1 - torch.minimum(log_p.exp(), logits.softmax(-1)).sum(-1),
-    "lk": lambda logits, log_p: -torch.minimum(log_p, torch.log_softmax(logits, -1)).logsumexp(-1),
+
+def _rejected(logits: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+    """[n] the probability that what is drawn is rejected, which is half of what all tokens differ by."""
+    return 1 - torch.minimum(log_p.exp(), logits.softmax(-1)).sum(-1)
+
+
+# of q's logits [n, k], the token's place among the candidates [n], and the target's log-probs of the candidates [n, k]
+_DISTRIBUTION_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    # of the law given that a candidate is committed
+    "forward_kl": lambda logits, _at, log_p: losses.forward_kl(logits, log_p),
+    "tv": lambda logits, _at, log_p: _rejected(logits, log_p),
+    "lk": lambda logits, _at, log_p: -torch.minimum(log_p, torch.log_softmax(logits, -1)).logsumexp(-1),
+    "ce_l1": lambda logits, at, log_p: 0.1 * losses.cross_entropy(logits, at) + 0.9 * 2 * _rejected(logits, log_p),
 }
 
 
@@ -70,7 +78,7 @@ def chosen(
             return losses.bernoulli_forward_kl(of_token, token_logprob(part))
         with torch.no_grad():
             log_p = torch.log_softmax(target_logits(part), -1).gather(-1, among[part])
-        return _DISTRIBUTION_LOSSES[loss](logits, log_p)
+        return _DISTRIBUTION_LOSSES[loss](logits, at, log_p)
 
     terms = chunked_values(hidden, positions_per_chunk, values, trained_head=True)
     return Chosen(terms, correct, log_q)

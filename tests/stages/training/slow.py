@@ -40,6 +40,8 @@ class Choice:
         if loss == "forward_kl":
             return PLAIN[loss](self.log_q, self.place, (p / p.sum()).log(), of_token)
         kept = torch.minimum(p, self.log_q.exp()).sum()
+        if loss == "ce_l1":
+            return 0.1 * -self.log_q[self.place] + 0.9 * 2 * (1 - kept)
         return 1 - kept if loss == "tv" else -kept.log()
 
 
@@ -157,6 +159,7 @@ PLAIN: dict[str, Plain] = {
     "forward_kl": lambda log_q, _c, log_p, _t: (log_p.exp() * (log_p.clamp(min=-1e6) - log_q)).sum(),
     "tv": lambda log_q, _c, log_p, _t: (log_p.exp() - log_q.exp()).abs().sum() / 2,
     "lk": lambda log_q, _c, log_p, _t: -torch.minimum(log_p.exp(), log_q.exp()).sum().log(),
+    "ce_l1": lambda log_q, column, log_p, _t: 0.1 * -log_q[column] + 0.9 * (log_p.exp() - log_q.exp()).abs().sum(),
 }
 
 

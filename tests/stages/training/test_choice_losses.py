@@ -36,7 +36,14 @@ def choice_case(plain_target: Target) -> Case:
 
 @pytest.mark.parametrize(
     ("loss", "part"),
-    [("cross_entropy", False), ("forward_kl", False), ("forward_kl", True), ("tv", True), ("lk", False)],
+    [
+        ("cross_entropy", False),
+        ("forward_kl", False),
+        ("forward_kl", True),
+        ("tv", True),
+        ("lk", False),
+        ("ce_l1", True),
+    ],
 )
 def test_sft_trains_the_head_and_the_choice(
     loss: Any, part: bool, choice_case: Case, chooser: DFlash2Drafter, plain_target: Target
