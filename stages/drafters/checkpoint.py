@@ -99,7 +99,9 @@ def plan_of_checkpoint(
     config = architecture.read_config(folder)
     architecture.check_fits(config, target_config, where)
     if shape is not None and (upgrade := UPGRADES.get((kind_of(architecture), shape.kind))):
-        return _plan(upgrade, upgrade.upgraded_config(config, shape), tokenizer)
+        config = upgrade.upgraded_config(config, shape)
+        upgrade.check_fits(config, target_config, where)
+        return _plan(upgrade, config, tokenizer)
     return _plan(architecture, config, tokenizer)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,6 +130,11 @@ def refuse_other_models(path: Path, fields: Mapping[str, Any], computed: Mapping
                 f"drafter {path}: {within}{name} is {json.dumps(value)[:60]}: to an engine that is another model than "
                 f"the one computed here ({json.dumps(neutral)}); give a drafter without it"
             )
+
+
+def is_number(value: Any) -> bool:
+    """One of JSON, and finite."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_integer(value: Any) -> bool:

@@ -23,6 +23,7 @@ OF_THE_TARGET = (EMBEDDING, HEAD, "verifier_lm_head.weight", "verifier_norm.weig
 _KINDS = {"DFlashDraftModel": "dflash", "DFlash2DraftModel": "dflash2", "DSparkDraftModel": "dspark"}
 _ALSO = {"Qwen3DSparkModel": "DSparkDraftModel"}  # SGLang's name of it
 _SIZES = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
+_UNARY = {"output_multiplier": 1, "final_logit_softcapping": 0}  # of a DFlash2, with what changes nothing
 _HEADS: dict[str, Any] = {  # of a DSpark, with what the library takes where a config does not say
     "markov_rank": 256,
     "markov_head_type": "vanilla",
@@ -58,6 +59,11 @@ def to_speculators(raw: Mapping[str, Any], target: str, target_architectures: li
     kind = _KINDS[architecture]
     if kind == "dflash2" and not dflash.get("conv_kernel_size"):
         raise DraftsmithError("drafter: it has no convolutions, without which speculators has no DFlash2")
+    if mapped := [name for name, neutral in _UNARY.items() if (dflash.get(name) or neutral) != neutral]:
+        raise DraftsmithError(
+            f"drafter: dflash_config.{mapped[0]} is {dflash[mapped[0]]}, and speculators has no such field: export it "
+            "without --format"
+        )
     of_kind: dict[str, Any] = {name: dflash[name] for name in _SIZES} if kind == "dflash2" else {}
     proposals, from_anchor = raw["block_size"] - 1, False
     if kind == "dspark":

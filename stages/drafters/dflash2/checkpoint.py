@@ -19,7 +19,9 @@ from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.targets.causal_lm import Target
 
 ARCHITECTURE = "DFlash2DraftModel"
-_SIZES = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")  # of `dflash_config`
+# Of `dflash_config`:
+_SIZES = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
+_MULTIPLIER, _SOFTCAP = "output_multiplier", "final_logit_softcapping"  # from the head's products to unary scores
 check_fits, save, target_layer_ids = dflash.check_fits, dflash.save, dflash.target_layer_ids
 
 
@@ -36,11 +38,29 @@ def _with_sizes(config: Qwen3Config, shape: DFlash2Config) -> Qwen3Config:
     return made
 
 
+def _with_logits_of(target: Target, config: Qwen3Config) -> Qwen3Config:
+    """With unary scores that are logits as the target has them; an engine reads that from the drafter's config."""
+    if target.logit_map.plain:
+        return config
+    made = copy.deepcopy(config)
+    of_head = {_MULTIPLIER: target.logit_map.scale, _SOFTCAP: target.logit_map.softcap or 0}
+    made.dflash_config = {**config.dflash_config, **of_head}
+    return made
+
+
 def _check_sizes(where: str, config: Qwen3Config) -> None:
     sizes = {name: config.dflash_config.get(name) or 0 for name in _SIZES}
     layout.require_kinds(
         Path(where),
         [(f"dflash_config.{name}", value, layout.is_integer(value) and value >= 0) for name, value in sizes.items()],
+    )
+    multiplier, softcap = config.dflash_config.get(_MULTIPLIER, 1), config.dflash_config.get(_SOFTCAP) or 0
+    layout.require_kinds(
+        Path(where),
+        [
+            (f"dflash_config.{_MULTIPLIER}", multiplier, layout.is_number(multiplier) and multiplier > 0),
+            (f"dflash_config.{_SOFTCAP}", softcap, layout.is_number(softcap) and softcap >= 0),
+        ],
     )
     taps, group_size, rank, top_k = sizes.values()
     if not (rank and top_k):
@@ -55,7 +75,7 @@ def _check_sizes(where: str, config: Qwen3Config) -> None:
 
 def create(config: Qwen3Config, target: Target, seed: int, frequent: torch.Tensor | None = None) -> DFlash2Drafter:  # noqa: ARG001
     """A drafter with random weights for this target, float32, seeded."""
-    drafter = DFlash2Drafter(config, target.embedding)
+    drafter = DFlash2Drafter(_with_logits_of(target, config), target.embedding)
     drafter.initialise(torch.Generator().manual_seed(seed), target.head_weight)
     return drafter.to(target.device)
 
@@ -78,7 +98,7 @@ def description(config: Qwen3Config, tokenizer: Callable[[], Any]) -> str:
 
 def read_config(folder: Path) -> Qwen3Config:
     """config.json of a checkpoint, with what engines would guess made explicit or refused."""
-    config = dflash.read_config(folder, ARCHITECTURE, computed=_SIZES)
+    config = dflash.read_config(folder, ARCHITECTURE, computed=(*_SIZES, _MULTIPLIER, _SOFTCAP))
     _check_sizes(str(folder / layout.CONFIG_FILE), config)
     return config
 
@@ -97,8 +117,9 @@ def upgraded_config(config: Qwen3Config, shape: DFlash2Config) -> Qwen3Config:
 
 def upgraded(drafter: DFlashDrafter, shape: DFlash2Config, target: Target, seed: int) -> DFlash2Drafter:
     """A DFlash2 drafter that proposes what a DFlash drafter does, until it is trained."""
-    made = DFlash2Drafter(upgraded_config(drafter.config, shape), target.embedding)
+    made = DFlash2Drafter(_with_logits_of(target, upgraded_config(drafter.config, shape)), target.embedding)
     made.initialise_additions(torch.Generator().manual_seed(seed))
     made.load_state_dict(drafter.state_dict(), strict=False)
+    layout.cast(made, drafter.fc.weight.dtype)
     made.frequent_tokens, made.info = drafter.frequent_tokens, drafter.info
     return made.to(target.device)

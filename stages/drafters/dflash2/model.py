@@ -16,6 +16,7 @@ from draftsmith.stages.drafters.dflash.model import DFlashDrafter, DFlashLayer
 from draftsmith.stages.drafters.dflash2.convolution import BlockConvolution
 from draftsmith.stages.drafters.dflash2.selector import CandidateSelector, Walk
 from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.targets.logits import LogitMap
 
 
 class DFlash2Layer(DFlashLayer):
@@ -45,11 +46,16 @@ class DFlash2Drafter(DFlashDrafter):
     recipe = TrainingRecipe(loss="cross_entropy", gamma=7.0)
 
     def __init__(self, config: Qwen3Config, embedding: torch.Tensor):
-        """config: as of DFlash, with the sizes of convolutions and selector in `dflash_config`."""
+        """config: as of DFlash, with the sizes of convolutions and selector in `dflash_config`, and what makes unary
+        scores of the head's products."""
         super().__init__(config, embedding)
         sizes = config.dflash_config
         self.candidate_selector = CandidateSelector(
-            config.hidden_size, config.vocab_size, sizes["selector_rank"], sizes["selector_top_k"]
+            config.hidden_size,
+            config.vocab_size,
+            sizes["selector_rank"],
+            sizes["selector_top_k"],
+            LogitMap(sizes.get("output_multiplier", 1.0), sizes.get("final_logit_softcapping") or None),
         )
 
     def _layer(self, config: Qwen3Config) -> DFlashLayer:
@@ -102,7 +108,9 @@ class DFlash2Drafter(DFlashDrafter):
     def choices(self, hidden: torch.Tensor, previous: torch.Tensor, columns: torch.Tensor, head: Head) -> torch.Tensor:
         rows = head.weight[columns].to(hidden.dtype)
         unary = (rows @ hidden[..., None])[..., 0].float()
-        return unary + self.candidate_selector.pairs(hidden, previous, head.to_tokens(columns))
+        return self.candidate_selector.unary_map(unary) + self.candidate_selector.pairs(
+            hidden, previous, head.to_tokens(columns)
+        )
 
     def training_operations(self, shape: StepShape) -> float:
         """As of DFlash, and: the projections of the kernels, H · 2·taps·groups twice a layer and token, in 3 passes; of

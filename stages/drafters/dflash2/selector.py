@@ -1,9 +1,10 @@
 """The selector: of every offset the top candidates of the head, scored by the token before them.
 
 Source: SGLang's `CandidateSelector` (srt/models/dflash.py, 0.5.20 and 0.5.23). Candidate c behind token p has the score
-unary[c] + <A[p] ⊙ W h, B[c]>, with the head's logit as its unary score; the token before the first offset is the
-anchor's. The softmax over the candidates is the law q of an offset. Greedily the best candidate is taken offset by
-offset, each behind the one before it.
+unary[c] + <A[p] ⊙ W h, B[c]>. Its unary score is the head's logit: the head's product, by the scale and the soft cap in
+the checkpoint's config, which are the target's. The token before the first offset is the anchor's. The softmax over the
+candidates is the law q of an offset. Greedily the best candidate is taken offset by offset, each behind the one before
+it.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from torch.nn import functional as F
 
 from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, Drafting
 from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.targets.logits import LogitMap
 
 
 class CandidateSelector(nn.Module):
     """Parameter names are SGLang's: A `predecessor_codebook`, B `successor_codebook` [V, r], W `hidden_projection`."""
 
-    def __init__(self, hidden_size: int, vocab_size: int, rank: int, top_k: int):
+    def __init__(self, hidden_size: int, vocab_size: int, rank: int, top_k: int, unary_map: LogitMap):
         super().__init__()
-        self.top_k = top_k
+        self.top_k, self.unary_map = top_k, unary_map
         self.predecessor_codebook = nn.Parameter(torch.zeros(vocab_size, rank))
         self.successor_codebook = nn.Parameter(torch.zeros(vocab_size, rank))
         self.hidden_projection = nn.Linear(hidden_size, rank, bias=False)
@@ -36,14 +38,14 @@ class CandidateSelector(nn.Module):
 
     @torch.no_grad()
     def candidates(self, hidden: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden [..., H] → columns [..., k] of the head's best tokens, best first, and their float32 logits."""
+        """hidden [..., H] → columns [..., k] of the head's best tokens, best first, and their unary scores."""
         flat, k = hidden.flatten(0, -2), min(self.top_k, head.weight.shape[0])
         parts = [
             head.raw_logits(part).topk(k, -1) for part in flat.split(max(1, LOGITS_AT_ONCE // head.weight.shape[0]))
         ]
         shape = (*hidden.shape[:-1], k)
         columns = torch.cat([part.indices for part in parts]).view(shape)
-        return columns, torch.cat([part.values for part in parts]).float().view(shape)
+        return columns, self.unary_map(torch.cat([part.values for part in parts]).float()).view(shape)
 
     def pairs(self, hidden: torch.Tensor, previous: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """float32 [..., k]: the scores of candidate tokens [..., k] behind tokens [...] at hidden states [..., H]."""

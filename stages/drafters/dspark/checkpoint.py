@@ -24,7 +24,7 @@ from draftsmith.stages.targets.causal_lm import Target
 
 ARCHITECTURE = "Qwen3DSparkModel"
 OTHER_NAMES = ("DSparkDraftModel", "LingDSparkModel")  # of the same model
-check_fits, target_layer_ids = dflash.check_fits, dflash.target_layer_ids
+target_layer_ids = dflash.target_layer_ids
 # SGLang shares the target's, and reads none of these from a drafter (srt/models/dspark.py).
 _SHARED = ("embed_tokens.", "lm_head.", "rotary_emb.")
 # Fields that stand at the top of some checkpoints and in one of these objects of others.
@@ -52,6 +52,16 @@ def _with_additions(config: Qwen3Config, shape: DSparkConfig, *, from_anchor: bo
     return made
 
 
+def check_fits(drafter: Qwen3Config, target: Any, where: str) -> None:
+    """As of DFlash; and refuse targets for which SGLang divides a DSpark's states. Configs only, no weights."""
+    dflash.check_fits(drafter, target, where)
+    if (divisor := getattr(target, "logits_mup_width_multiplier", None)) not in (None, 1):
+        raise DraftsmithError(
+            f"drafter {where}: the target's logits_mup_width_multiplier is {divisor}, and SGLang divides a DSpark's "
+            "states by it, which is not computed here: use kind dflash or dflash2"
+        )
+
+
 def create(config: Qwen3Config, target: Target, seed: int, frequent: torch.Tensor | None = None) -> DSparkDrafter:  # noqa: ARG001
     """A drafter with random weights for this target, float32, seeded."""
     drafter = DSparkDrafter(config, target.embedding)
@@ -61,12 +71,23 @@ def create(config: Qwen3Config, target: Target, seed: int, frequent: torch.Tenso
 
 def upgraded(drafter: DFlashDrafter, shape: DSparkConfig, target: Target, seed: int) -> DSparkDrafter:
     """A DFlash drafter as one of DSpark that proposes the same: the same backbone, a bias of nothing."""
-    made = DSparkDrafter(upgraded_config(drafter.config, shape), target.embedding)
+    config = upgraded_config(drafter.config, shape)
+    check_fits(config, target.config, "sft.drafter")
+    made = DSparkDrafter(config, target.embedding)
     made.load_state_dict(drafter.state_dict(), strict=False)
     made.initialise_additions(torch.Generator().manual_seed(seed))
-    layout.cast(made, drafter.fc.weight.dtype)
+    with torch.no_grad():
+        made.norm.weight.mul_(target.logit_map.scale)  # its products are the logits: see `DSparkDrafter`
+    _cast(made, drafter.fc.weight.dtype)
     made.info, made.frequent_tokens = drafter.info, drafter.frequent_tokens
     return made.to(target.device)
+
+
+def _cast(drafter: DSparkDrafter, dtype: torch.dtype) -> None:
+    """Weights to `dtype`, in place; SGLang computes the confidence in float32."""
+    layout.cast(drafter, dtype)
+    if drafter.confidence_head is not None:
+        drafter.confidence_head.float()
 
 
 def skeleton(config: Qwen3Config) -> DSparkDrafter:
@@ -141,7 +162,6 @@ def save(drafter: DSparkDrafter, folder: Path, dtype: torch.dtype) -> None:
         **layout.serving_fields(config, dtype),
     }
     tensors = {
-        # SGLang computes the confidence in float32
         name: p.detach().to("cpu", torch.float32 if name.startswith("confidence_head.") else dtype).contiguous()
         for name, p in drafter.named_parameters()
     }
@@ -164,7 +184,5 @@ def load(folder: Path, target: Target, dtype: torch.dtype) -> DSparkDrafter:
     expected = {name: tuple(p.shape) for name, p in drafter.named_parameters()}
     layout.check_tensors(folder, tensors, expected, "SGLang's layout of DSpark")
     drafter.load_state_dict(tensors, strict=False)
-    layout.cast(drafter, dtype)
-    if drafter.confidence_head is not None:
-        drafter.confidence_head.float()
+    _cast(drafter, dtype)
     return drafter.to(target.device)

@@ -24,6 +24,8 @@ from draftsmith.stages.drafters.head import Head, flat_linear
 class BiasedHead(Head):
     """The target's head over hidden states, plus `bias` [V, r] over what was read of the token before them.
 
+    What comes out are the logits, whatever scale or soft cap the target's own have: SGLang draws from that softmax
+    (srt/models/dspark.py, `compute_base_logits`), and it is what losses hold against the target's law.
     Takes both next to each other, [..., H + r], and does not look behind them. The bias is of all tokens: its rows are
     read at every use, so that several graphs with a gradient of their own may hang on one head.
     """

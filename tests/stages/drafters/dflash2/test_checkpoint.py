@@ -61,10 +61,15 @@ TRAPS: dict[str, tuple[Edit, str]] = {
         edit_tensors(lambda t: t.pop("candidate_selector.successor_codebook")),
         "lacks tensor candidate_selector",
     ),
-    "logits that are capped": (
-        edit_config(lambda c: c["dflash_config"].update(final_logit_softcapping=30.0)),
-        "final_logit_softcapping",
+    "a cap that is none": (
+        edit_config(lambda c: c["dflash_config"].update(final_logit_softcapping=-3)),
+        r"dflash_config\.final_logit_softcapping is -3",
     ),
+    "a scale that is none": (
+        edit_config(lambda c: c["dflash_config"].update(output_multiplier=0)),
+        "output_multiplier is",
+    ),
+    "a sink": (edit_config(lambda c: c["dflash_config"].update(attention_sink_bias=True)), "attention_sink_bias"),
     "another model that chooses": (
         edit_config(lambda c: c.update(architectures=["DFlash2BeamDraftModel"])),
         "not DFlash",
