@@ -86,6 +86,7 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
     from draftsmith.artifacts.schemas import ACCEPTANCE
     from draftsmith.stages.drafters.checkpoint import load_drafter
     from draftsmith.stages.measure.acceptance import ceiling_of
+    from draftsmith.stages.replay.corpus import draws
     from draftsmith.stages.replay.tally import tally_all
     from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
     from draftsmith.stages.targets.causal_lm import Target
@@ -98,11 +99,12 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
     for split in config.splits:
         stored = load_trajectories(ctx.inputs["trajectories"], [split])
         sums: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        longest_block = 0
+        longest_block, drawn = 0, False
         kept = ctx.work / "replayed" / split
         for turn, together in enumerate(in_memory(entries)):  # the target reads the trajectories once for all of them
             drafters = {name: load_drafter(entries[name].folder / DRAFTER_FOLDER, target) for name in together}
             longest_block = max(longest_block, *(drafter.block_size for drafter in drafters.values()))
+            drawn = drawn or any(draws(drafter, stored.law) for drafter in drafters.values())
             found = tally_all(
                 target,
                 drafters,
@@ -119,7 +121,12 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
                 ctx.log(f"{split}: {entries[name]}: tau {tally.tau:.3f}")
             del drafters, found, tally  # before the next ones are loaded
         ceiling = ceiling_of(
-            target, stored.trajectories, longest_block, progress=follow(ctx, "ceilings"), kept=kept / "ceiling"
+            target,
+            stored.trajectories,
+            longest_block,
+            drawn=drawn,
+            progress=follow(ctx, "ceilings"),
+            kept=kept / "ceiling",
         )
         results[split] = {
             "trajectories": len(stored.trajectories),

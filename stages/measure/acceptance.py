@@ -21,11 +21,16 @@ _CEILING = "ceiling"
 _MULTIPLIER = np.uint64(6364136223846793005)  # odd; products wrap
 
 
-def ceiling_of(target: Target, trajectories: Sequence[Trajectory], block_size: int, **settings: Any) -> Tally:
-    """Of a perfect drafter: its tau is what no drafter can pass. settings: progress and kept, as of `replay_groups`."""
+def ceiling_of(
+    target: Target, trajectories: Sequence[Trajectory], block_size: int, *, drawn: bool = False, **settings: Any
+) -> Tally:
+    """Of a perfect drafter: its tau is what no drafter can pass. drawn: nor one that draws its proposals.
+
+    settings: progress and kept, as of `replay_groups`.
+    """
 
     def make(group: Group) -> list[dict[str, Trace]]:
-        return [{_CEILING: ceiling_trace(target, trajectory, block_size)} for trajectory in group.trajectories]
+        return [{_CEILING: ceiling_trace(target, trajectory, block_size, drawn)} for trajectory in group.trajectories]
 
     tally = Tally(len(trajectories))
     for places, found in traces_of(trajectories, [_CEILING], make, 1, target.device, **settings):
@@ -33,15 +38,18 @@ def ceiling_of(target: Target, trajectories: Sequence[Trajectory], block_size: i
     return tally
 
 
-def ceiling_trace(target: Target, trajectory: Trajectory, block_size: int) -> Trace:
-    """Every proposal is the target's own best token.
+def ceiling_trace(target: Target, trajectory: Trajectory, block_size: int, drawn: bool = False) -> Trace:
+    """Every proposal is the target's own best token; drawn: it is drawn from the target's own law, and so is kept.
 
     In greedy trajectories everything is accepted, so only blocks that are cut by the end keep tau below `block_size`.
     """
     K = block_size - 1
     tokens = torch.tensor([trajectory.tokens], device=target.device)
-    hidden = target.read(tokens).hidden[0, trajectory.first_anchor : -1]
-    best = np.concatenate([target.logits(part).argmax(-1).cpu().numpy() for part in hidden.split(1024)])
+    if drawn:
+        best = tokens[0, trajectory.first_anchor + 1 :].cpu().numpy()
+    else:
+        hidden = target.read(tokens).hidden[0, trajectory.first_anchor : -1]
+        best = np.concatenate([target.logits(part).argmax(-1).cpu().numpy() for part in hidden.split(1024)])
     anchors, accepted, proposed = [], [], []
     anchor = trajectory.first_anchor
     while anchor <= trajectory.last_anchor:

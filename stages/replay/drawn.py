@@ -84,7 +84,8 @@ class SampledText:
         """[R, A, V] float64: what the target draws behind positions [R, A]; behind the last one's too."""
         at = positions.clamp(max=self.hidden.shape[1] - 1)
         hidden = self.hidden.gather(1, at[..., None].expand(-1, -1, self.hidden.shape[-1]))
-        return probabilities(self.logits(hidden), self.law.temperature, self.law.top_p)
+        with torch.autocast(hidden.device.type, enabled=False):  # a training loop's is for the drafter alone
+            return probabilities(self.logits(hidden), self.law.temperature, self.law.top_p)
 
 
 def kept_by(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:

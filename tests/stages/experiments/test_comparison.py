@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from draftsmith.artifacts.errors import StageInterrupted
 from draftsmith.artifacts.store import Claim, Store
+from draftsmith.stages.drafters.checkpoint import save_drafter
 from draftsmith.stages.experiments.comparison import (
     BASE,
     STAGE,
@@ -20,9 +23,13 @@ from draftsmith.stages.experiments.comparison import (
     cost_to_reach,
     figures,
 )
+from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.stored import DRAFTER_FOLDER
+from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed.context import RecordingContext, StoppingContext
 from tests.testbed.drafter import DrafterArtifacts
+from tests.testbed.dspark import random_dspark
+from tests.testbed.random_target import write_trajectories
 
 COST = {"positions": 700.0, "blocks": 100.0, "seconds": 2.0}
 
@@ -135,8 +142,6 @@ def test_seeds_that_ended_alike_are_drawn_without_a_bar() -> None:
 def test_an_interrupted_comparison_goes_on_with_what_is_missing(
     unit: str, stop_after: int, tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from draftsmith.stages.targets.causal_lm import Target
-
     with Store(tmp_path / "store").claim("sft", "ab" * 32) as claim:
         assert isinstance(claim, Claim)
         shutil.copytree(tiny_drafter.drafter / DRAFTER_FOLDER, claim.out / DRAFTER_FOLDER)
@@ -174,3 +179,27 @@ def test_an_interrupted_comparison_goes_on_with_what_is_missing(
     assert sum(read) == all_read  # nothing was read twice
     for name in ("results.json", "acceptance.parquet"):
         assert (again.out / name).read_bytes() == (whole.out / name).read_bytes()
+
+
+@pytest.mark.parametrize(("temperature", "ceiling"), [(1.0, 4.0), (0.0, 1.0)])
+def test_no_drafter_passes_the_ceiling_also_where_proposals_are_drawn(
+    temperature: float, ceiling: float, tmp_path: Path, plain_artifact: Path, plain_target: Target
+) -> None:
+    """Whatever is drawn from the target's own law is kept; a best token is not, if another one was drawn."""
+    with Store(tmp_path / "store").claim("sft", "ab" * 32) as claim:
+        assert isinstance(claim, Claim)
+        save_drafter(random_dspark(plain_target), claim.out / DRAFTER_FOLDER, torch.float32)
+        made = Store(tmp_path / "store").commit(claim, config={}, inputs={}, code_digest="c", seed=0)
+    unlikely = []
+    for place in range(3):
+        tokens = [3, 1, 4, place]
+        for _ in range(16):  # 4 blocks of 5
+            tokens.append(int(plain_target.logits(plain_target.read(torch.tensor([tokens])).hidden[0, -1]).argmin()))
+        unlikely.append(Trajectory(f"p{place}/0", tokens, 3))
+    answers = write_trajectories(tmp_path / "answers", unlikely, temperature, "heldout")
+    inputs = {"target": plain_artifact, "trajectories": answers, "drafter:base:0:0": made.path}
+    context = RecordingContext.under(tmp_path, inputs)
+    STAGE.run(context, ComparisonConfig(control="sft", splits=("heldout",)))
+    figures = json.loads((context.out / "results.json").read_text())["heldout"]
+    assert figures["ceiling"] == ceiling
+    assert figures["arms"][0]["tau"] <= ceiling

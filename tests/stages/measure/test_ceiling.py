@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.drafters.law import Law
 from draftsmith.stages.measure.acceptance import ceiling_trace
+from draftsmith.stages.replay.chains import committed_tokens
+from draftsmith.stages.replay.drawn import SampledText
 from draftsmith.stages.replay.trace import Trajectory, tau
 from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed import random_target
@@ -36,3 +40,20 @@ def test_every_step_keeps_what_the_target_would_have_said_itself(plain_target: T
             anchor += kept + 1
         assert anchor > trajectory.last_anchor
     assert 1 < tau(traces) < 5
+
+
+def test_what_is_drawn_from_the_targets_own_law_is_kept(plain_target: Target) -> None:
+    """By the rule of replay, at every anchor; its ceiling is above that of best tokens."""
+    law, trajectories = Law(1.3, 0.95), random_target.trajectories(3, seed=1)
+    for trajectory in trajectories:
+        trace = ceiling_trace(plain_target, trajectory, 5, drawn=True)
+        assert tau([trace]) > tau([ceiling_trace(plain_target, trajectory, 5)])
+        tokens, anchors = committed_tokens([trajectory], 4, plain_target.device), torch.tensor(trace.anchors)[None]
+        hidden = plain_target.read(tokens[:, :-4]).hidden
+        text = SampledText.of(plain_target, hidden, [trajectory], law, 4)
+        found = text.expectation(anchors)
+        for k in range(1, 5):
+            p = text.law_behind(anchors + k - 1).clamp(min=1e-12)  # what top-p leaves out of these texts is in them
+            found.take(p, p, tokens.gather(1, anchors + k), Head(plain_target.head_weight))
+        assert found.accepted[0].tolist() == trace.accepted.tolist()
+        assert found.committed[0].tolist() == trace.committed.tolist()

@@ -277,6 +277,15 @@ def test_a_wrong_rule_is_seen(
     assert same_law(served, replay_counts(plain_target, drafter, texts)) < ALARM
 
 
+def test_the_targets_law_is_not_in_the_training_loops_dtype(texts: list[Trajectory], plain_target: Target) -> None:
+    hidden = plain_target.read(torch.tensor([texts[0].tokens])).hidden
+    text = drawn.SampledText.of(plain_target, hidden, texts[:1], LAW, 4)
+    at = torch.arange(len(texts[0].tokens))[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = text.law_behind(at)
+    assert torch.equal(found, text.law_behind(at))
+
+
 def test_greedy_texts_and_other_drafters_are_verified_by_equality(plain_target: Target) -> None:
     texts = random_target.trajectories(4)
     drawing, plain = drawing_dflash(plain_target), random_target.random_drafter(plain_target)
