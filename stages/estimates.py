@@ -70,7 +70,12 @@ def of_logs(config: LogsConfig, use: Use) -> Estimate:
 
 
 def of_sft(config: SftConfig, use: Use) -> Estimate:
-    return training_estimate(config, use)
+    """Without steps P · s and 4 · P_d in one process, which reads the drafter and writes it, P_d · s."""
+    if config.steps:
+        return training_estimate(config, use)
+    target, drafter = use.sizes.target, use.sizes.drafter
+    memory = {"process": PROCESS, "target": use.sizes.weights(target), "drafter": use.sizes.weights(drafter, 4)}
+    return Estimate(memory=memory, host=tables_of(use.answers), files={"drafters": use.sizes.weights(drafter)})
 
 
 def of_mining(config: MiningConfig, use: Use) -> Estimate:

@@ -9,7 +9,8 @@ from draftsmith.artifacts.machine_memory import memory_bytes
 from draftsmith.stages.drafters.estimate import kept_by_block_token, kept_by_context_token
 from draftsmith.stages.replay.estimate import cached_read, scoring_logits
 from draftsmith.stages.targets.estimate import DTYPE_BYTES, PROCESS, Answers, Estimate, ModelSize, Sizes, Use, tables_of
-from draftsmith.stages.training.config import TrainingConfig
+from draftsmith.stages.training.config import SftConfig, TrainingConfig
+from draftsmith.stages.training.on_policy.config import OpdConfig
 
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.base import Drafter
@@ -19,6 +20,7 @@ LOGIT_COPIES = 3  # float32 logits, their softmax and its gradient
 USABLE = 0.85  # of a device's memory: the rest is for what the allocator leaves unused
 _TILE = 4096  # tokens of a tile of logits
 _TRAINED_HEADS = ("eagle3", "dspark")  # behind which rows of logits are whole
+_WHOLE_ROWS = {"tv": 5, "lk": 6, "ce_l1": 5}  # copies of a chunk's float32 logits that losses of no tiles keep
 # the rest comes and goes
 _ALWAYS = ("process", "target", "drafter with AdamW", "features", "next batch", "head", "logits")
 
@@ -36,7 +38,9 @@ def training_estimate(config: TrainingConfig, use: Use, *, mines: bool = False, 
     next batch, which is read meanwhile unless the target is shared.
     Activations: what the drafter keeps of the tokens of a micro-batch, trajectories and blocks
     (`stages/drafters/estimate.py`), and of each position with a loss its state and its gradient.
-    Logits: a tile of the chunk; of a head that is trained 3 · positions_per_chunk · V · 4, and its gradient of a chunk.
+    Logits: a tile of the chunk, and for forward KL the products of a chunk, 2 · positions_per_chunk · V · s; of other
+    distribution losses 5 or 6 · positions_per_chunk · V · 4; of a head that is trained 3 of these, and its gradient of
+    a chunk.
     mines: traces again while training, the logits of mining. scores: the target judges rejected proposals, the read of
     mining. Either is done before the graph of a micro-batch is made.
 
@@ -50,21 +54,17 @@ def training_estimate(config: TrainingConfig, use: Use, *, mines: bool = False, 
     if config.head_tokens is not None:
         of_batch = config.sequences_per_step * 64  # tokens of the batch that are new
         tokens = config.head_tokens + config.head_negatives + of_batch
-    _, head = sizes.reduced_head(tokens)
+    rows_of_head, head = sizes.reduced_head(tokens)
     count = use.answers.count if use.answers is not None else float("inf")
     all_features = count * longest * sizes.feature_bytes
     kept = all_features if all_features <= config.feature_memory_mb * 2**20 else 0.0
-    whole_rows = sizes.kind in _TRAINED_HEADS
-    logits = LOGIT_COPIES * config.positions_per_chunk * (drafter.vocabulary if whole_rows else _TILE) * 4
-    if sizes.kind == "eagle3":  # the head's own gradient of a chunk
-        logits += (a + 4) * drafter.vocabulary * drafter.hidden
     fixed = {
         "process": PROCESS,
         "target": sizes.weights(sizes.target, sharing=config.parallel.target_parallel),
         "drafter with AdamW": ((8.0 if a == 4 else 10.0) + moments) * drafter.parameters,
         "features": kept + float(B * longest * sizes.feature_bytes),
         "head": head,
-        "logits": float(logits),
+        "logits": _logits(config, sizes, rows_of_head),
     }
     if sizes.accelerated and not kept and config.parallel.target_parallel == 1:
         fixed["next batch"] = float(B * longest * sizes.feature_bytes)
@@ -86,6 +86,28 @@ def training_estimate(config: TrainingConfig, use: Use, *, mines: bool = False, 
         files={"drafters": sizes.weights(drafter)},
         passing={"training checkpoint": 2 * 12.0 * drafter.parameters},
     )
+
+
+def _logits(config: TrainingConfig, sizes: Sizes, rows_of_head: int) -> float:
+    a, chunk, loss = DTYPE_BYTES[config.compute_dtype], config.positions_per_chunk, _loss(config)
+    if sizes.kind in _TRAINED_HEADS:
+        own = sizes.drafter.vocabulary
+        of_head = (a + 4) * own * sizes.drafter.hidden if sizes.kind == "eagle3" else 0  # its gradient of a chunk
+        return float(LOGIT_COPIES * chunk * own * 4 + of_head)
+    if loss in _WHOLE_ROWS:
+        return float(_WHOLE_ROWS[loss] * chunk * rows_of_head * 4)
+    products = (a + sizes.itemsize) * chunk * rows_of_head if loss == "forward_kl" else 0
+    return float(LOGIT_COPIES * chunk * _TILE * 4 + products)
+
+
+def _loss(config: TrainingConfig) -> str:
+    """Of the response, behind a frozen head; where it is decided by the answers, the one that needs more."""
+    if isinstance(config, SftConfig):
+        return "cross_entropy" if config.loss == "auto" else config.loss
+    assert isinstance(config, OpdConfig)
+    if config.loss.response.loss != "auto":
+        return config.loss.response.loss
+    return "cross_entropy" if config.verification == "greedy" else "forward_kl"
 
 
 def row_bytes(config: TrainingConfig, sizes: Sizes, longest: int) -> float:

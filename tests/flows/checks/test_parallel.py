@@ -18,11 +18,13 @@ from draftsmith.stages.training.on_policy.config import OpdConfig
 from tests.flows.checks.test_check import qwen_sizes
 
 
-def line(fields: dict[str, Any], gpus: int, monkeypatch: pytest.MonkeyPatch, **config: Any) -> str | None:
+def line(
+    fields: dict[str, Any], gpus: int, monkeypatch: pytest.MonkeyPatch, name: str = "sft", **config: Any
+) -> str | None:
     """What is said of a training, with so many GPUs here."""
     monkeypatch.setattr(parallel, "gpus", lambda: (80e9,) * gpus)
     monkeypatch.setattr(parallel.os, "cpu_count", lambda: 4)
-    node = Node("sft", "draftsmith.stages.sft", SftConfig.model_validate({"parallel": fields, **config}))
+    node = Node(name, "draftsmith.stages.sft", SftConfig.model_validate({"parallel": fields, **config}))
     found = Findings()
     parallel.check_parallel(found, [node])
     return f"{found.lines[0].level.value} {found.lines[0].text}" if found.lines else None
@@ -43,6 +45,21 @@ def test_processes_are_checked(
     fields: dict[str, Any], gpus: int, said: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert line(fields, gpus, monkeypatch) == said
+
+
+@pytest.mark.parametrize(
+    ("name", "sharing", "said"),
+    [
+        ("control", 1, "--set opd.parallel.processes=3"),
+        ("opd-1", 2, "--set opd.parallel.processes=2"),
+        ("control-1", 4, "--set opd.parallel.processes=3 --set opd.parallel.target_parallel=3"),
+        ("an arm", 1, "lower parallel.processes to 3"),
+    ],
+)
+def test_what_is_advised_can_be_done(name: str, sharing: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sections of a config are named, which a node may share with others; and processes that share a target."""
+    advised = line({"processes": 8, "target_parallel": sharing}, 3, monkeypatch, name)
+    assert advised == f"error 8 need a GPU each, 3 are here: {said}"
 
 
 def test_nodes_without_a_rendezvous_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

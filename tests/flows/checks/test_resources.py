@@ -6,11 +6,13 @@ import pytest
 
 from draftsmith.flows.checks import resources
 from draftsmith.flows.checks.findings import Findings
-from draftsmith.stages.estimates import of_logs, of_mining, of_sft
+from draftsmith.stages.estimates import of_logs, of_mining, of_opd, of_sft
 from draftsmith.stages.mining import MiningConfig
+from draftsmith.stages.parallel.config import ParallelConfig
 from draftsmith.stages.prompting.logs_config import LogsConfig
 from draftsmith.stages.targets.estimate import ANSWER_BYTES, PROCESS, TABLES, Answers, Estimate, Use
 from draftsmith.stages.training.config import SftConfig
+from draftsmith.stages.training.on_policy.config import OpdConfig
 from tests.flows.checks.test_check import qwen_sizes
 
 ANSWERS = Answers(longest=4608, count=100_000)
@@ -54,3 +56,29 @@ def test_tables_of_a_stage_without_models_are_counted(monkeypatch: pytest.Monkey
     assert not estimate.memory and estimate.host == {"tables": TABLES}
     assert lines(monkeypatch, estimate, (141e9,), 0.5e9)["sft: host memory"].startswith("error")
     assert lines(monkeypatch, estimate, (), 8e9)["sft: memory"].startswith("ok")
+
+
+@pytest.mark.parametrize(
+    ("config", "more"),
+    [
+        (OpdConfig(verification="greedy"), 0),
+        (OpdConfig(), 2 + 2),  # forward KL, if the answers were sampled: products of drafter and target in bfloat16
+        (SftConfig(loss="forward_kl", compute_dtype="float32"), 4 + 2),
+    ],
+)
+def test_products_that_a_loss_keeps_are_counted(config: SftConfig | OpdConfig, more: int) -> None:
+    use = Use(qwen_sizes(), answers=ANSWERS)
+    needed = of_opd(config, use) if isinstance(config, OpdConfig) else of_sft(config, use)
+    assert needed.memory["logits"] == of_sft(SftConfig(), use).memory["logits"] + more * 512 * 151936
+
+
+def test_a_drafter_that_is_taken_as_it_is_needs_no_training() -> None:
+    """However many processes the section names."""
+    sizes = qwen_sizes()
+    parallel = ParallelConfig(processes=8)
+    config = SftConfig(steps=0, init_from="z-lab/Qwen3-4B-DFlash-b16", sequences_per_step=8, parallel=parallel)
+    needed = of_sft(config, Use(sizes, answers=ANSWERS))
+    of_drafter = {"drafter": 4.0 * sizes.drafter.parameters}
+    assert needed.memory == {"process": PROCESS, "target": 2.0 * sizes.target.parameters} | of_drafter
+    assert (needed.processes, needed.passing) == (1, {})
+    assert needed.files == {"drafters": 2.0 * sizes.drafter.parameters}

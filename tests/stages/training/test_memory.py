@@ -21,6 +21,9 @@ STEPS = {
     "0.6B, DFlash, SFT": FakeStep("Qwen3-0.6B", SftConfig.model_validate(SMALL), DFLASH, 1024),
     "0.6B, EAGLE-3, SFT": FakeStep("Qwen3-0.6B", SftConfig.model_validate(SMALL), EAGLE3, 1024),
     "0.6B, DFlash2, SFT": FakeStep("Qwen3-0.6B", SftConfig.model_validate(SMALL), DFLASH2, 1024),
+    "0.6B, DFlash, total variation": FakeStep(
+        "Qwen3-0.6B", SftConfig.model_validate(SMALL | {"loss": "tv"}), DFLASH, 1024
+    ),
     "4B, DFlash, OPD": FakeStep("Qwen3-4B", OpdConfig.model_validate(SMALL | {"loss": "paper"}), DFLASH, 1024),
 }
 WITHIN = 0.15
