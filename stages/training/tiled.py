@@ -82,12 +82,14 @@ class _Kept(threading.local):
 
     def take(self, name: str, size: int, like: torch.Tensor) -> torch.Tensor:
         """[size], of the dtype and device of `like`; what was taken under the name before is overwritten."""
-        if like.device.type != "cpu" or type(like) is not torch.Tensor:  # fake ones are not for others
-            return like.new_empty(size)
-        held = self.held.get((name, like.dtype))
-        if held is None or len(held) < size:
-            held = self.held[name, like.dtype] = like.new_empty(size)
-        return held[:size]
+        plain = like.device.type == "cpu" and type(like) is torch.Tensor
+        held = self.held.get((name, like.dtype)) if plain else None
+        if held is not None and len(held) >= size:
+            return held[:size]
+        made = like.new_empty(size)
+        if plain and type(made) is torch.Tensor and not made.is_inference():  # such ones, and fake ones, are no others'
+            self.held[name, like.dtype] = made
+        return made
 
 
 _KEPT = _Kept()

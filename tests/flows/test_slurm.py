@@ -1,4 +1,4 @@
-"""The template of a batch job on several nodes, with commands in place of Slurm's and the flow's that note their call."""
+"""The template of a batch job on several nodes, with commands in place of Slurm's and the flow's that note a call."""
 
 from __future__ import annotations
 

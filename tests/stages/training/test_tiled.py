@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from draftsmith.stages.drafters.head import Head
@@ -150,3 +151,29 @@ def test_nothing_to_judge_is_no_error() -> None:
     hidden = HIDDEN[:0].clone().requires_grad_()
     tiled.token_logprobs(hidden, Head(HEAD), COLUMNS[:0], CHUNK).values.sum().backward()
     assert hidden.grad is not None
+
+
+@pytest.mark.parametrize("again", ["a larger loss behind it", "a checkpoint", "inference before it"])
+def test_memory_that_is_kept_for_the_next_call_is_nobodys(again: str) -> None:
+    """What a loss returned and keeps for its backward is not in it; nor is it of a mode that others cannot write in."""
+
+    def of(hidden: torch.Tensor) -> torch.Tensor:
+        theirs = TARGET_HIDDEN.repeat(2, 1)[: len(hidden)]
+        return tiled.forward_kl(hidden, Head(HEAD), theirs, Head(TARGET_HEAD), 0.7, 2 * N).values
+
+    def gradient(hidden: torch.Tensor, between: Callable[[], object] = lambda: None) -> torch.Tensor:
+        leaf = hidden.clone().requires_grad_()
+        values = checkpoint(of, leaf, use_reentrant=False) if again == "a checkpoint" else of(leaf)
+        said = values.detach().clone()
+        between()
+        assert torch.equal(values.detach(), said)
+        (values * WEIGHTS[: len(hidden)]).sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    tiled._KEPT.held.clear()
+    if again == "inference before it":
+        with torch.inference_mode():
+            of(HIDDEN)
+    alone = gradient(HIDDEN[:5])
+    assert torch.equal(gradient(HIDDEN[:5], lambda: of(torch.cat([HIDDEN, -HIDDEN]))), alone)
