@@ -45,7 +45,7 @@ def join(host: str, port: int, stop: threading.Event) -> None:
 
 
 def _asked(host: str, port: int, done: str) -> dict[str, Any] | None:
-    """What the first node asks for, with the number of this one; None: nothing that was not done."""
+    """What the first node asks for, with the number of this one; None: nothing that was not done, or by enough."""
     from torch.distributed import DistError, TCPStore
 
     try:
@@ -54,7 +54,8 @@ def _asked(host: str, port: int, done: str) -> dict[str, Any] | None:
         asked: dict[str, Any] = json.loads(store.get(ASKED))
         if asked["run_id"] == done:
             return None
-        return {**asked, "node": store.add(f"{NODES}/{asked['run_id']}", 1)}
+        node = store.add(f"{NODES}/{asked['run_id']}", 1)
+        return {**asked, "node": node} if node < asked["nodes"] else None  # others were here first
     except (OSError, DistError):
         return None
 

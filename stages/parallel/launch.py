@@ -28,6 +28,7 @@ from draftsmith.stages.contract import Parallel
 _NOTES = "ranks"  # folder in `work`
 _POLL_S = 0.1
 _ECHO_S = 3.0
+_OTHERS_S = 15.0  # for other nodes' word: one that lost a rank ends its others first, which wait for their echo
 _NEEDED = ["torch.distributed", "transformers.modeling_utils", "draftsmith.stages.parallel.group"]
 _KINDS = {kind.exit_code: kind for kind in (DraftsmithError, RetryableError, StageInterrupted)}
 
@@ -135,9 +136,35 @@ def launch(
             if not alone and not told and not multiprocessing.active_children():
                 raise StageInterrupted("the stage was asked to stop while it waited for its other nodes")
     if "codes" not in ended:
-        raise _cause(work, ended["error"], parallel.world, stopped=stop.is_set())
+        cause = _cause(work, ended["error"], parallel.world, stopped=stop.is_set())
+        if meeting.node:
+            _tell_first(work, meeting, cause)
+        elif isinstance(cause, RankFailedError) and not alone:  # perhaps the echo of what ended another node's rank
+            cause = _told_by_others(work, meeting, parallel.nodes) or cause
+        raise cause
     if EXIT_INTERRUPTED in ended["codes"].values():
         raise StageInterrupted("the stage was asked to stop: run the same command to continue from what it saved")
+
+
+def _tell_first(work: Path, meeting: Meeting, cause: DraftsmithError) -> None:
+    """What ended the ranks of this node, for the first one."""
+    note = work / _NOTES / f"{meeting.run_id}.{meeting.node}"
+    written = note.with_suffix(".tmp")
+    written.write_text(json.dumps({"message": str(cause), "exit_code": cause.exit_code}), "utf-8")
+    written.rename(note)
+
+
+def _told_by_others(work: Path, meeting: Meeting, nodes: int) -> DraftsmithError | None:
+    """The error that a node names as what ended its ranks, if it is no echo; waits for all, or for a while."""
+    deadline = time.monotonic() + _OTHERS_S
+    while True:
+        notes = [path for path in (work / _NOTES).glob(f"{meeting.run_id}.*") if path.suffix != ".tmp"]
+        for told in (json.loads(path.read_text("utf-8")) for path in notes):
+            if told["exit_code"] in _KINDS:
+                return _KINDS[told["exit_code"]](told["message"])
+        if len(notes) == nodes - 1 or time.monotonic() > deadline:
+            return None
+        time.sleep(_POLL_S)
 
 
 def _cause(work: Path, error: BaseException, world: int, *, stopped: bool) -> DraftsmithError:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 
 from draftsmith.artifacts.errors import StageInterrupted
 from draftsmith.stages import join
@@ -24,6 +25,7 @@ from draftsmith.stages.drafters.config import Eagle3Config
 from draftsmith.stages.mining import STAGE as MINING
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.parallel.config import RENDEZVOUS, ParallelConfig
+from draftsmith.stages.parallel.head import ASKED
 from draftsmith.stages.parallel.launch import Meeting, clear, launch
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.targets.causal_lm import Target
@@ -186,10 +188,11 @@ def test_a_lost_rank_ends_all_with_one_error(tmp_path: Path, inputs: dict[str, s
     assert [line["step"] for line in lines] == list(range(LONG))
 
 
-def test_two_nodes_train_together_until_one_is_asked_to_stop(
+def test_two_nodes_train_together_until_a_rank_is_lost_or_one_is_asked_to_stop(
     tmp_path: Path, inputs: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two launchers of this machine stand for them. All save and end at the same step."""
+    """Two launchers of this machine stand for them. What ended a rank is said where the flow runs, on whichever node it
+    was, and the next attempt finds the other node waiting. All save and end at the same step."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -198,9 +201,15 @@ def test_two_nodes_train_together_until_one_is_asked_to_stop(
     joining = threading.Thread(target=join.join, args=("localhost", port, end))
     joining.start()
     try:
+        lost = Attempt(tmp_path, inputs, parallel={"nodes": 2})
+        lost.wait_for_step(3)
+        ranks = ranks_of(tmp_path)
+        assert ranks.keys() == {0, 1}
+        os.kill(ranks[1], signal.SIGKILL)
+        code, events = lost.ended()
+        assert code == 75 and "rank 1 of 2 was lost, with exit code -9" in events[-1]["message"]
         stopped = Attempt(tmp_path, inputs, parallel={"nodes": 2})
-        stopped.wait_for_step(3)
-        assert ranks_of(tmp_path).keys() == {0, 1}
+        stopped.wait_for_step(newest(tmp_path) + 2)
         stopped.stop.set()
         code, events = stopped.ended()
     finally:
@@ -210,6 +219,13 @@ def test_two_nodes_train_together_until_one_is_asked_to_stop(
     assert (code, events[-1]["kind"]) == (130, "StageInterrupted")
     done = [event["done"] for event in events if event["event"] == "progress"]
     assert newest(tmp_path) == done[-1], "what was asked to stop saved where it was"
+
+
+def test_a_node_more_than_are_wanted_waits_for_another_training() -> None:
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    store.set(ASKED, json.dumps({"run_id": "a", "nodes": 2}))
+    joined = [join._asked("localhost", store.port, "") for _ in range(2)]
+    assert joined == [{"run_id": "a", "nodes": 2, "node": 1}, None]
 
 
 def test_bad_input_is_one_error_however_many_read_it(tmp_path: Path, inputs: dict[str, str]) -> None:
