@@ -12,6 +12,7 @@ from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.checks.models import Plans
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.flows.pipeline.machine import free_disk_bytes, gpus
+from draftsmith.stages.checkpoints import GENERATIONS
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.targets.estimate import DTYPE_BYTES, PROCESS, Estimate, ModelSize, Servers, Sizes, target_size
@@ -68,6 +69,8 @@ def _compare_memory(found: Findings, node: str, estimate: Estimate, *, elsewhere
         _compare(found, f"{node}: memory", Parts(estimate.memory), gpus()[0], "GPU memory", elsewhere=elsewhere)
     if estimate.host:
         passing = {name: share * estimate.memory.get(name, 0.0) for name, share in _THROUGH_HOST.items()}
+        checkpoint = estimate.passing.get("training checkpoint", 0.0) / GENERATIONS
+        passing["drafter with AdamW"] = max(passing["drafter with AdamW"], checkpoint)  # also where moments are split
         parts = Parts({"process": PROCESS, **estimate.host, **passing})
         _compare(found, f"{node}: host memory", parts, host, each, elsewhere=elsewhere)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from draftsmith.artifacts.atomic import disk_errors
 from draftsmith.artifacts.locks import Holder, LockTimeoutError, holder_of, locked
-from draftsmith.flows.pipeline.machine import gpu_names
+from draftsmith.flows.pipeline.machine import gpu_names, plain
 from draftsmith.stages.contract import Compute
 
 FOLDER = "DRAFTSMITH_DEVICE_LOCKS"  # of the environment: where the locks lie, for all users of the machine
@@ -111,7 +111,7 @@ def devices_of(
 
 
 def _lock_of(name: str) -> Path:
-    return _folder() / f"{name}.lock"
+    return _folder() / f"{plain(name)}.lock"
 
 
 def _folder() -> Path:

@@ -51,7 +51,7 @@ def gpu_names() -> list[str]:
     visible = _visible()
     if not known or visible is None:
         return sorted(known.values())
-    return sorted({_whole(each, known).replace("/", "_") for each in visible})
+    return sorted({_whole(each, known) for each in visible})
 
 
 def _whole(named: str, known: Mapping[str, str]) -> str:
@@ -63,7 +63,12 @@ def _whole(named: str, known: Mapping[str, str]) -> str:
 
 def accelerators() -> list[str]:
     """What work on this machine's accelerators is told apart by: `gpu_names`, or the machine's name without any."""
-    return gpu_names() or [f"{platform.node()}.cpu"]
+    return [plain(name) for name in gpu_names()] or [f"{platform.node()}.cpu"]
+
+
+def plain(name: str) -> str:
+    """Of a GPU or a part of one, as a file may be called."""
+    return name.replace("/", "_")
 
 
 def free_disk_bytes(folder: Path) -> float:

@@ -41,6 +41,14 @@ def test_beside_a_gpu_the_host_must_hold_tables_and_what_passes_through_it(monke
     assert lines(monkeypatch, estimate, (141e9,), 8e9)["sft: host memory"].startswith("error")
 
 
+def test_a_process_reads_whole_checkpoints_where_moments_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = qwen_sizes()
+    split = {"processes": 8, "shard_optimiser": True}
+    estimate = of_sft(SftConfig.model_validate({"parallel": split}), Use(sizes, answers=ANSWERS))
+    said = lines(monkeypatch, estimate, (141e9,) * 8, 512e9)["sft: host memory"]
+    assert f"drafter with AdamW {12 * sizes.drafter.parameters / 1e9:.1f} GB" in said
+
+
 def test_without_a_gpu_tables_count_beside_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
     estimate = of_mining(MiningConfig(), Use(qwen_sizes(), answers=ANSWERS))
     found = lines(monkeypatch, estimate, (), 64e9)

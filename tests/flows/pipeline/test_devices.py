@@ -92,6 +92,13 @@ def test_a_lock_is_open_to_all_users(folder: Path) -> None:
         assert (folder / f"{ONE}.lock").stat().st_mode & 0o777 == 0o666
 
 
+def test_a_part_of_a_gpu_is_visible_by_its_own_name(folder: Path) -> None:
+    part = "MIG-7f/1/0"
+    with devices.device_of(Compute.HEAVY, run="", limit_s=1, waiting=lambda *_: None, gpus=lambda: [part]) as device:
+        assert device.environment == {"CUDA_VISIBLE_DEVICES": part}
+        assert (folder / "MIG-7f_1_0.lock").exists()
+
+
 @pytest.mark.parametrize(
     ("visible", "names"),
     [
@@ -99,7 +106,7 @@ def test_a_lock_is_open_to_all_users(folder: Path) -> None:
         ("1", [OTHER]),
         ("1,0", [ONE, OTHER]),
         ("GPU-2222", [OTHER]),
-        ("MIG-7f/1/0", ["MIG-7f_1_0"]),
+        ("MIG-7f/1/0", ["MIG-7f/1/0"]),
         ("", []),
     ],
 )

@@ -33,6 +33,7 @@ def test_a_home_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
         (None, ["GPU-a1", "GPU-b2"]),
         ("1", ["GPU-b2"]),
         ("GPU-a1,GPU-b2", ["GPU-a1", "GPU-b2"]),
+        ("MIG-7f/1/0", ["MIG-7f_1_0"]),
         ("", [f"{platform.node()}.cpu"]),
     ],
 )
