@@ -11,13 +11,14 @@ with its slope.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.memory import out_of_memory, release_memory
 from draftsmith.stages.targets.logits import LogitMap
 
 TOKENS_PER_TILE = 4096  # times a chunk's positions: 4 MB of bfloat16 logits for 512, which a cache holds
@@ -35,7 +36,10 @@ class Judged:
 
 def token_logprobs(hidden: torch.Tensor, head: Head, columns: torch.Tensor, positions_per_chunk: int) -> Judged:
     """log q of one token a position. hidden: [N, H]; columns: [N] of the tokens in the head, which gets no gradient."""
-    return Judged(*_TokenLogprobs.apply(hidden, head.weight, head.logit_map, columns, positions_per_chunk))
+    return _of_chunks(
+        lambda size: _TokenLogprobs.apply(hidden, head.weight, head.logit_map, columns, size),
+        min(positions_per_chunk * _scale(hidden), len(hidden)),
+    )
 
 
 def forward_kl(
@@ -48,7 +52,23 @@ def forward_kl(
 ) -> Judged:
     """KL(p || q) of two heads over the same tokens, p at a temperature above 0. hidden, target_hidden: [N, H]."""
     heads = (head.weight, head.logit_map, target_head.weight, target_head.logit_map)
-    return Judged(*_ForwardKl.apply(hidden, target_hidden, *heads, temperature, positions_per_chunk))
+    return _of_chunks(
+        lambda size: _ForwardKl.apply(hidden, target_hidden, *heads, temperature, size),
+        min(positions_per_chunk, len(hidden)),
+    )
+
+
+def _of_chunks(judged: Callable[[int], tuple[torch.Tensor, torch.Tensor]], size: int) -> Judged:
+    """Of chunks of so many positions; of half as many where the memory does not hold these."""
+    size = max(size, 1)
+    try:
+        return Judged(*judged(size))
+    except Exception as error:
+        if not out_of_memory(error) or size < 2:
+            raise
+    _KEPT.held.clear()
+    release_memory()  # not above: the error's frames hold what is to be given back
+    return Judged(*judged(size // 2))
 
 
 class _Memory:
@@ -144,8 +164,8 @@ def _tiles(weight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         yield first, weight[first : first + size]
 
 
-def _chunks(hidden: torch.Tensor, positions_per_chunk: int) -> Iterator[slice]:
-    count, size = len(hidden), positions_per_chunk * _scale(hidden)
+def _chunks(hidden: torch.Tensor, size: int) -> Iterator[slice]:
+    count = len(hidden)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
@@ -174,7 +194,7 @@ class _TokenLogprobs(torch.autograd.Function):
         values = torch.zeros(len(h), device=h.device)
         best = torch.empty_like(columns)
         slopes = torch.empty_like(h) if ctx.needs_input_grad[0] else None  # of the values
-        memory = _Memory(h, weight, positions_per_chunk * _scale(h))
+        memory = _Memory(h, weight, positions_per_chunk)
         for part in _chunks(h, positions_per_chunk):
             softmax, expected = _Softmax(h[part]), torch.zeros(h[part].shape, device=h.device)
             for first, rows in _tiles(weight):
@@ -223,8 +243,7 @@ class _ForwardKl(torch.autograd.Function):
         memory, theirs_memory = _Memory(h, weight, positions_per_chunk), _Memory(t, target_weight, positions_per_chunk)
         size = min(len(h), positions_per_chunk) * len(weight)
         kept, kept_theirs = _KEPT.take("ours", size, h), _KEPT.take("theirs", size, t)
-        for start in range(0, len(h), positions_per_chunk):
-            part = slice(start, start + positions_per_chunk)
+        for part in _chunks(h, positions_per_chunk):
             n = len(h[part])
             q, p = _Softmax(h[part]), _Softmax(h[part])
             products = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -177,3 +177,29 @@ def test_memory_that_is_kept_for_the_next_call_is_nobodys(again: str) -> None:
             of(HIDDEN)
     alone = gradient(HIDDEN[:5])
     assert torch.equal(gradient(HIDDEN[:5], lambda: of(torch.cat([HIDDEN, -HIDDEN]))), alone)
+
+
+@BOTH
+def test_a_chunk_that_the_memory_does_not_hold_is_halved_once(
+    in_tiles: Loss, in_rows: Loss, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of losses that read whole rows."""
+    asked: list[int] = []
+
+    def short_of_memory(largest: int) -> None:
+        def chunks(_hidden: torch.Tensor, size: int) -> Iterator[slice]:
+            asked.append(size)
+            if size > largest:
+                raise torch.OutOfMemoryError("of the test")
+            yield from (slice(start, min(start + size, N)) for start in range(0, N, size))
+
+        monkeypatch.setattr(tiled, "_chunks", chunks)
+
+    short_of_memory(CHUNK // 2)
+    found, expected = with_gradient(in_tiles, torch.float32), with_gradient(in_rows, torch.float32)
+    assert asked == [CHUNK, CHUNK // 2]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=FLOAT32, rtol=FLOAT32)
+    short_of_memory(CHUNK // 2 - 1)
+    with pytest.raises(torch.OutOfMemoryError):
+        in_tiles(HIDDEN, torch.float32)
