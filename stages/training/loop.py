@@ -209,11 +209,19 @@ def _restore(
     memory: Resumable | None,
     ranks: Ranks,
 ) -> tuple[int, dict[str, float]]:
-    """The step to go on with, and the totals so far. The checkpoint may be of another kind or number of devices."""
+    """The step to go on with, and the totals so far. The checkpoint may be of another kind or number of devices.
+
+    Raises RetryableError if ranks see others: the disk of a node may lag behind.
+    """
     found = load_checkpoint(ctx.work, ctx.log) if ranks.first else None
     ranks.wait()  # what is damaged has been set aside
     if not ranks.first:
         found = load_checkpoint(ctx.work, ctx.log)
+    seen = ranks.gather(0 if found is None else found[0])
+    if len(set(seen)) > 1:
+        raise RetryableError(
+            f"{ctx.work}: ranks see checkpoints of the steps {sorted(set(seen))}: all nodes must see the same files"
+        )
     if found is None:
         ranks.same_weights(drafter.parameters())
         return 0, {}

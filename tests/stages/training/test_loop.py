@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.checkpoints import checkpoints
+from draftsmith.stages.parallel.ranks import Ranks
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.config import OptimiserConfig, SftConfig
@@ -170,6 +172,16 @@ def test_a_step_that_the_memory_does_not_hold_is_made_again_in_halves(tmp_path: 
     assert (len(nothing), len(said)) == (0, 2) and said[0].endswith(f"once more with {whole // 2}")
     with pytest.raises(torch.OutOfMemoryError):
         trained("never", whole, 0)
+
+
+def test_ranks_that_see_other_checkpoints_do_not_train_together(tmp_path: Path, plain_target: Target) -> None:
+    class Two(Ranks):
+        def gather(self, mine: Any) -> list[Any]:
+            return [mine, 5 if mine == 0 else mine]
+
+    drafter = random_target.random_drafter(plain_target)
+    with pytest.raises(RetryableError, match=r"checkpoints of the steps \[0, 5\]: all nodes must see the same files"):
+        train(RecordingContext.under(tmp_path), drafter, OptimiserConfig(steps=5), lambda _: [], ranks=Two(0, 2))
 
 
 @pytest.mark.parametrize(("left", "limit"), [("20", 20), ("200", 80), ("", 80), ("2\0", 80)])
