@@ -20,6 +20,7 @@ LOGIT_COPIES = 3  # float32 logits, their softmax and its gradient
 USABLE = 0.85  # of a device's memory: the rest is for what the allocator leaves unused
 _TILE = 4096  # tokens of a tile of logits
 _TRAINED_HEADS = ("eagle3", "dspark")  # behind which rows of logits are whole
+_DSPARK_COPIES = 8  # the same behind its head: of its own loss and of its confidence's
 _WHOLE_ROWS = {"tv": 5, "lk": 6, "ce_l1": 5}  # copies of a chunk's float32 logits that losses of no tiles keep
 # the rest comes and goes
 _ALWAYS = ("process", "target", "drafter with AdamW", "features", "next batch", "head", "logits")
@@ -39,8 +40,8 @@ def training_estimate(config: TrainingConfig, use: Use, *, mines: bool = False, 
     Activations: what the drafter keeps of the tokens of a micro-batch, trajectories and blocks
     (`stages/drafters/estimate.py`), and of each position with a loss its state and its gradient.
     Logits: a tile of the chunk, and for forward KL the products of a chunk, 2 · positions_per_chunk · V · s; of other
-    distribution losses 5 or 6 · positions_per_chunk · V · 4; of a head that is trained 3 of these, and its gradient of
-    a chunk.
+    distribution losses 5 or 6 · positions_per_chunk · V · 4; of a DSpark 8 of these; of an EAGLE-3's head 3, and its
+    gradient of a chunk.
     mines: traces again while training, the logits of mining. scores: the target judges rejected proposals, the read of
     mining. Either is done before the graph of a micro-batch is made.
 
@@ -93,7 +94,8 @@ def _logits(config: TrainingConfig, sizes: Sizes, rows_of_head: int) -> float:
     if sizes.kind in _TRAINED_HEADS:
         own = sizes.drafter.vocabulary
         of_head = (a + 4) * own * sizes.drafter.hidden if sizes.kind == "eagle3" else 0  # its gradient of a chunk
-        return float(LOGIT_COPIES * chunk * own * 4 + of_head)
+        copies = LOGIT_COPIES if sizes.kind == "eagle3" else _DSPARK_COPIES
+        return float(copies * chunk * own * 4 + of_head)
     if loss in _WHOLE_ROWS:
         return float(_WHOLE_ROWS[loss] * chunk * rows_of_head * 4)
     products = (a + sizes.itemsize) * chunk * rows_of_head if loss == "forward_kl" else 0

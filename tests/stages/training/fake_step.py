@@ -22,9 +22,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from draftsmith.stages.drafters import attention
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import plan_of_new
-from draftsmith.stages.drafters.config import DFlash2Config, DFlashConfig, Eagle3Config
+from draftsmith.stages.drafters.config import DFlashConfig, Eagle3Config
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
+from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.estimate import ModelSize, Sizes
@@ -40,6 +41,7 @@ from draftsmith.stages.training.on_policy.verify_steps import VerifySteps
 from draftsmith.stages.training.supervised import sft_loss
 from draftsmith.stages.training.vocabulary import HeadSource
 
+_OF_KIND = {"dflash": DFlashDrafter, "dflash2": DFlash2Drafter, "dspark": DSparkDrafter}
 _SHARED = {"vocab_size": 151936, "head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 8}
 TARGETS = {
     "Qwen3-0.6B": _SHARED
@@ -100,8 +102,7 @@ class FakeStep:
             if isinstance(self.drafter, Eagle3Config):
                 drafter: Drafter = Eagle3Drafter(plan.config, embedding, torch.empty(0))
             else:
-                of_kind = DFlash2Drafter if isinstance(self.drafter, DFlash2Config) else DFlashDrafter
-                drafter = of_kind(plan.config, embedding)
+                drafter = _OF_KIND[plan.kind](plan.config, embedding)
             gradients = [torch.empty_like(p) for p in drafter.parameters()]
             moments = [torch.empty_like(p) for p in drafter.parameters() for _ in range(2)]
         if isinstance(drafter, Eagle3Drafter):

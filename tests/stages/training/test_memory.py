@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from draftsmith.stages.drafters import attention
-from draftsmith.stages.drafters.config import DFlash2Config, DFlashConfig, Eagle3Config
+from draftsmith.stages.drafters.config import DFlash2Config, DFlashConfig, DSparkConfig, Eagle3Config
 from draftsmith.stages.targets.estimate import PROCESS, Answers, Use
 from draftsmith.stages.training.config import SftConfig, TrainingConfig
 from draftsmith.stages.training.estimate import row_bytes, training_estimate
@@ -14,6 +14,7 @@ from tests.stages.training.fake_step import FakeStep
 
 DFLASH = DFlashConfig(mask_token=151669)
 DFLASH2 = DFlash2Config(kind="dflash2", mask_token=151669)
+DSPARK = DSparkConfig(kind="dspark", mask_token=151669, block_size=16)
 EAGLE3 = Eagle3Config(kind="eagle3", draft_vocab_size=32000)
 SMALL = {"sequences_per_step": 3, "anchors_per_sequence": 32, "micro_batch_tokens": 1}
 # all ten: python -m tests.benchmarks.memory
@@ -24,6 +25,7 @@ STEPS = {
     "0.6B, DFlash, total variation": FakeStep(
         "Qwen3-0.6B", SftConfig.model_validate(SMALL | {"loss": "tv"}), DFLASH, 1024
     ),
+    "0.6B, DSpark, SFT": FakeStep("Qwen3-0.6B", SftConfig.model_validate(SMALL), DSPARK, 1024),
     "4B, DFlash, OPD": FakeStep("Qwen3-4B", OpdConfig.model_validate(SMALL | {"loss": "paper"}), DFLASH, 1024),
 }
 WITHIN = 0.15
