@@ -15,6 +15,7 @@ from pathlib import Path
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.tracking import Tracking
+from draftsmith.flows.checks.duration import check_duration
 from draftsmith.flows.checks.engines import check_engines
 from draftsmith.flows.checks.findings import Findings, FirstError
 from draftsmith.flows.checks.models import check_drafters, check_nodes, check_target, resolve_metadata
@@ -26,6 +27,7 @@ from draftsmith.flows.pipeline.graph import Node, Pipeline, PlannedNode, Status,
 from draftsmith.flows.pipeline.machine import check_home, free_disk_bytes
 from draftsmith.flows.pipeline.options import RunOptions, check_runner
 from draftsmith.stages.prompts import PromptsConfig
+from draftsmith.stages.targets.estimate import Estimate
 from draftsmith.stages.targets.info import read_target_info
 
 
@@ -48,13 +50,18 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
     with found.part("graph"):
         nodes = in_order(pipeline.nodes(config))
         found.ok("graph", f"{len(nodes)} nodes: {', '.join(node.name for node in nodes)}")
+    to_make = nodes
     with found.part("plan"):
-        states = [item.status.value for item in plan(config, store_of(home), pipeline)]
+        planned = plan(config, store_of(home), pipeline)
+        to_make = [item.node for item in planned if item.status is not Status.HIT]
+        states = [item.status.value for item in planned]
         found.ok("plan", ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)))
     _without_target(found, nodes, nodes)
     with tempfile.TemporaryDirectory(prefix="draftsmith-check-") as scratch:
         if resolve_metadata(found, nodes, Path(scratch)):
-            _with_target(found, nodes, nodes, Path(scratch), home, whole=False)
+            needed = _with_target(found, nodes, nodes, Path(scratch), home, whole=False)
+            with found.part("time"):
+                check_duration(found, nodes, to_make, needed, home, config.stages)
         else:
             check_logs(found, nodes, None)
     return found
@@ -70,8 +77,8 @@ def _without_target(found: Findings, nodes: Sequence[Node], to_make: Sequence[No
 
 def _with_target(
     found: Findings, nodes: Sequence[Node], to_make: Sequence[Node], artifact: Path, home: Path, *, whole: bool
-) -> None:
-    """What target and drafters say. artifact: of the target; whole: with its weights."""
+) -> Mapping[str, Estimate]:
+    """What target and drafters say. artifact: of the target; whole: with its weights. Returns what nodes need."""
     with found.part("target"):
         check_target(found, to_make, artifact)
     plans = check_drafters(found, nodes, artifact, whole=whole)
@@ -80,7 +87,8 @@ def _with_target(
     check_shared_target(found, to_make, artifact)
     check_logs(found, to_make, artifact)
     with found.part("sizes"):
-        check_resources(found, nodes, artifact, plans, home)
+        return check_resources(found, nodes, artifact, plans, home)
+    return {}
 
 
 class RunChecks:

@@ -25,13 +25,16 @@ _SGLANG_FRACTION = 0.85  # of a GPU's memory that SGLang takes by itself, about
 _THROUGH_HOST = {"target": 1.0, "drafter": 1.0, "drafter with AdamW": 12 / 16}
 
 
-def check_resources(found: Findings, nodes: Sequence[Node], artifact: Path, plans: Plans, home: Path) -> None:
-    """One line a node, and one for the disk. artifact: of the target; plans: of the drafters that are trained anew."""
+def check_resources(
+    found: Findings, nodes: Sequence[Node], artifact: Path, plans: Plans, home: Path
+) -> dict[str, Estimate]:
+    """One line a node, and one for the disk. artifact: of the target; plans: of the drafters that are trained anew.
+    Returns what each node needs, as far as it is known."""
     prompts = next((node.config for node in nodes if isinstance(node.config, PromptsConfig)), None)
     plan = max(plans.values(), key=lambda plan: plan.parameters, default=None)
     if prompts is None or plan is None:
         found.warn("memory", "not estimated: the drafter's shape is not known here")
-        return
+        return {}
     info = read_target_info(artifact)
     sizes = Sizes(
         target=target_size(model_path(artifact)),
@@ -54,6 +57,7 @@ def check_resources(found: Findings, nodes: Sequence[Node], artifact: Path, plan
         if estimate is not None and estimate.servers is not None:
             _compare_servers(found, estimate.servers, node, elsewhere=elsewhere)
     _compare_disk(found, disk(needed), home)
+    return needed
 
 
 def _compare_memory(found: Findings, node: str, estimate: Estimate, *, elsewhere: bool) -> None:

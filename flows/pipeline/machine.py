@@ -44,6 +44,20 @@ def gpus() -> tuple[float, ...]:
     return sizes if visible is None else sizes[: len(visible)]
 
 
+# TFLOP/s of dense products in bfloat16, as data sheets have it
+NOMINAL_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "A100": 312, "L40S": 362}
+
+
+def nominal_tflops(name: str) -> float | None:
+    """Of a GPU by its name; None: of an unknown one."""
+    return next((float(rate) for known, rate in NOMINAL_TFLOPS.items() if known in name), None)
+
+
+def gpu_model() -> str | None:
+    """The name of the first GPU."""
+    return next((row[0] for row in _query("name")), None)
+
+
 def gpu_names() -> list[str]:
     """What visible GPUs are told apart by: their UUIDs, the same for all users (numbers count in the order of
     nvidia-smi, and a UUID may be given by its beginning); a part of a GPU (MIG) by the name that it is given by."""

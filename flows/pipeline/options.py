@@ -64,6 +64,8 @@ class StageOptions(Config):
     shards alone."""
     min_free_gb: float = Field(default=2, ge=0)
     """Free disk space (10^9 bytes) that must be there before a run starts."""
+    price_per_hour: float | None = Field(default=None, ge=0)
+    """Of a GPU, or of the machine where it has none: `draftsmith check` says what a run costs."""
 
     def time_limit(self, node: str) -> TimeLimit:
         """Of one attempt at a node."""

@@ -151,6 +151,8 @@ class Estimate:
     files: Mapping[str, float] = field(default_factory=dict)  # other files of the artifact, by what they are
     passing: Mapping[str, float] = field(default_factory=dict)  # on disk only while it runs
     makes: Answers | None = None
+    operations: float = 0.0  # floating-point, of all processes; 0: not counted
+    devices: int = 1  # GPUs that it holds while it runs, where there are any
 
 
 def tables_of(answers: Answers | None) -> dict[str, float]:

@@ -84,9 +84,30 @@ def training_estimate(config: TrainingConfig, use: Use, *, mines: bool = False, 
         memory=memory,
         host=tables_of(use.answers),
         processes=config.parallel.processes,
+        operations=_operations(config, use, rows_of_head, kept=bool(kept)),
+        devices=config.parallel.world,
         files={"drafters": sizes.weights(drafter)},
         passing={"training checkpoint": 2 * 12.0 * drafter.parameters},
     )
+
+
+def _operations(config: TrainingConfig, use: Use, rows_of_head: int, *, kept: bool) -> float:
+    """Of all steps, on answers of the longest kind, as `DFlashDrafter.training_operations` counts them, anchors in the
+    middle on average; a third of it again where OPD drafts as many blocks to find its anchors; and the target's 2 · P a
+    token, which is read once where features are kept."""
+    sizes, T = use.sizes, use.longest
+    target, d = sizes.target, sizes.drafter
+    q, k = d.heads * d.head_dim, d.kv_heads * d.head_dim
+    N, blocks = config.sequences_per_step * T, config.sequences_per_step * config.anchors_per_sequence
+    tokens, positions = blocks * sizes.block_size, blocks * (sizes.block_size - 1)
+    fc = N * sizes.features * d.hidden**2
+    layer = N * 2 * d.hidden * k + tokens * (2 * d.hidden * (q + k) + 3 * d.hidden * d.intermediate)
+    attention = tokens * q * (T / 2 + sizes.block_size)
+    step = 2.0 * (2 * fc + d.layers * (3 * layer + 7 * attention) + 2 * positions * rows_of_head * d.hidden)
+    drafts = isinstance(config, OpdConfig) and config.anchors != "random"
+    count = use.answers.count if use.answers is not None else float("inf")
+    read = min(count, config.sequences_per_step * config.steps) if kept else config.sequences_per_step * config.steps
+    return config.steps * step * (4 / 3 if drafts else 1) + 2.0 * target.parameters * read * T
 
 
 def _logits(config: TrainingConfig, sizes: Sizes, rows_of_head: int) -> float:

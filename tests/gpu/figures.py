@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from draftsmith.flows.pipeline.machine import nominal_tflops
 from draftsmith.stages.targets.estimate import PROCESS, Answers, Use
 from draftsmith.stages.training.estimate import loaded_sizes, micro_batch_tokens, row_tokens, training_estimate
 from draftsmith.stages.training.loop import MicroBatches, train
@@ -27,8 +28,6 @@ from tests.gpu.watch import Profile, Timed, watched
 from tests.gpu.world import Scale, make_drafter, make_target, make_trajectories
 
 WARM = 2  # steps that are not measured: kernels are compiled, and memory is taken
-# TFLOP/s of dense products in bfloat16, as data sheets have it
-NOMINAL = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "A100": 312, "L40S": 362}
 KERNELS = 12  # of a training that are printed
 
 
@@ -44,8 +43,7 @@ class Rates:
         if device == "cpu":
             return cls(machine.peak_rate(torch.bfloat16) / 1e3, None)
         found = torch.cuda.get_device_name()
-        nominal = next((float(rate) for name, rate in NOMINAL.items() if name in found), None)
-        return cls(machine.matmul_rate(8192, 8192, 8192, torch.bfloat16, 5) / 1e3, nominal)
+        return cls(machine.matmul_rate(8192, 8192, 8192, torch.bfloat16, 5) / 1e3, nominal_tflops(found))
 
 
 def measure(
