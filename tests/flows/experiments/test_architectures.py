@@ -21,10 +21,15 @@ from draftsmith.stages.training.on_policy.config import OpdConfig
 CONFIG = Path(__file__).parents[3] / "configs" / "experiments" / "architectures.yaml"
 
 
-def test_the_hybrid_target_is_compared_as_the_other_is() -> None:
-    hybrid = read_config(CONFIG.with_name("hybrid-target.yaml"), [], ARCHITECTURES.config)
-    names = [node.name for node in in_order(architectures_nodes(hybrid))]  # type: ignore[arg-type]
-    assert names == [node.name for node in in_order(architectures_nodes(read()))]
+@pytest.mark.parametrize(
+    ("name", "drafters"), [("hybrid-target", ["dflash"]), ("worked-architectures", ["dflash", "dflash2", "dspark"])]
+)
+def test_the_other_targets_are_compared_in_the_same_graph(name: str, drafters: list[str]) -> None:
+    other = read_config(CONFIG.with_name(f"{name}.yaml"), [], ARCHITECTURES.config)
+    assert isinstance(other, ArchitecturesConfig) and list(other.drafters) == drafters
+    trained = {drafter: read().drafters["dflash"] for drafter in drafters}
+    same = architectures_nodes(read().model_copy(update={"drafters": trained}))
+    assert [node.name for node in in_order(architectures_nodes(other))] == [node.name for node in in_order(same)]
 
 
 def read(*overrides: str) -> ArchitecturesConfig:
