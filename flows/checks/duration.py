@@ -47,7 +47,8 @@ def check_duration(
         return
     longest_first = sorted(seconds.items(), key=lambda item: -item[1][0])
     parts = ", ".join(f"{name} {duration(value)}{how}" for name, (value, how) in longest_first if value >= 1)
-    assumed = f"; operations at {ASSUMED_SHARE:.0%} of {rate:.0f} TFLOP/s a GPU" if rate else ""
+    counted = any(how for _, how in seconds.values())
+    assumed = f"; operations at {ASSUMED_SHARE:.0%} of {rate:.0f} TFLOP/s a GPU" if counted else ""
     left_out = f"; not known: {', '.join(unknown)}" if unknown else ""
     total = sum(value for value, _ in seconds.values())
     known = " of what is known" if unknown else ""

@@ -84,6 +84,7 @@ def test_a_training_that_never_ran_here_is_counted_on_known_gpus(monkeypatch: py
     seconds = operations / (0.4 * 989e12)
     assert f"({operations:.1e} operations)" in said["time"] and "at 40% of 989 TFLOP/s a GPU" in said["time"]
     assert said["cost"] == f"about {(210 + seconds) / 3600:.2g} GPU hours"
+    assert "TFLOP/s" not in lines(monkeypatch, HERE, gpus=1)["time"]
 
 
 def test_processes_share_the_operations_of_a_training() -> None:
