@@ -109,8 +109,8 @@ def _kinds(inputs: Iterable[str]) -> set[str]:
     return {name.partition(":")[0] for name in inputs}
 
 
-def _model(target: Mapping[str, Any]) -> Any:
-    """What a target's config says of its size and speed; None for one of another stage."""
+def _model(target: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a target's config says of its size and speed; nothing where it is no target's."""
     return target.get("source"), target.get("dtype"), target.get("shape")
 
 
