@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -246,16 +246,36 @@ def best_of(hidden: torch.Tensor, head: Head, with_logprobs: bool) -> Proposals:
     Logits are there for `LOGITS_AT_ONCE` at a time.
     """
     flat = hidden.flatten(0, -2)
-    parts = [_best(part, head, with_logprobs) for part in flat.split(max(1, LOGITS_AT_ONCE // head.weight.shape[0]))]
+    at_once = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+    parts = [best_among(head.raw_logits(part), head, with_logprobs) for part in flat.split(at_once)]
     tokens, logprobs = (torch.cat(found).view(hidden.shape[:-1]) for found in zip(*parts, strict=True))
     return Proposals(tokens, logprobs if with_logprobs else None)
 
 
-def _best(hidden: torch.Tensor, head: Head, with_logprobs: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """hidden: [N, H] → token ids [N], and log-probs [N] if asked (else the logits)."""
-    raw = head.raw_logits(hidden)
+def best_among(raw: torch.Tensor, head: Head, with_logprobs: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """raw: [..., V'] the head's products → token ids [...], and log-probs [...] if asked (else the products)."""
     columns = argmax(raw)
-    best = raw.gather(-1, columns[:, None])[:, 0]
+    best = raw.gather(-1, columns[..., None])[..., 0]
     if with_logprobs:
         best = head.logit_map(best.float()) - head.logit_map(raw.float()).logsumexp(-1)
     return head.to_tokens(columns), best
+
+
+def in_parts(
+    propose: Callable[[torch.Tensor, torch.Tensor], Proposals],
+    hidden: torch.Tensor,
+    anchor_tokens: torch.Tensor,
+    numbers: int,
+) -> Proposals:
+    """Of hidden states [B, A, K, H] behind tokens [B, A], what `propose` makes of some blocks at a time, [1, n, K, H]
+    and [1, n]: as many as have `LOGITS_AT_ONCE` numbers, so many each."""
+    B, A, count = *anchor_tokens.shape, max(1, LOGITS_AT_ONCE // numbers)
+    blocks = (x.flatten(0, 1)[None].split(count, 1) for x in (hidden, anchor_tokens))
+    parts = [propose(*of_blocks) for of_blocks in zip(*blocks, strict=True)]
+
+    def whole(of: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+        there = [part for part in of if part is not None]
+        return torch.cat(there, 1).view(B, A, -1) if there else None
+
+    tokens = torch.cat([part.tokens for part in parts], 1).view(B, A, -1)
+    return Proposals(tokens, whole([part.logprobs for part in parts]), whole([part.confidence for part in parts]))

@@ -90,17 +90,12 @@ class DFlash2Drafter(DFlashDrafter):
         with_logprobs: bool = True,
     ) -> Proposals:
         tokens = anchor_tokens[..., None].expand(-1, -1, block_size - 1)
-        chosen = self.choose(self.block_hidden(context, tokens, anchors), anchor_tokens, head)
-        return chosen if with_logprobs else Proposals(chosen.tokens, None)
+        hidden = self.block_hidden(context, tokens, anchors)
+        return self.candidate_selector.best(hidden, anchor_tokens, head, with_logprobs)
 
     @torch.no_grad()
     def choose(self, hidden: torch.Tensor, anchor_tokens: torch.Tensor, head: Head) -> Proposals:
-        walk, tokens, logprobs = Walk(self.candidate_selector, hidden, head), [anchor_tokens], []
-        for _ in range(hidden.shape[2]):
-            best, of_best = walk.best(tokens[-1])
-            tokens.append(best)
-            logprobs.append(of_best)
-        return Proposals(torch.stack(tokens[1:], -1), torch.stack(logprobs, -1))
+        return self.candidate_selector.best(hidden, anchor_tokens, head, with_logprobs=True)
 
     def candidates(self, hidden: torch.Tensor, head: Head) -> torch.Tensor:
         return self.candidate_selector.candidates(hidden, head)[0]
@@ -108,9 +103,9 @@ class DFlash2Drafter(DFlashDrafter):
     def choices(self, hidden: torch.Tensor, previous: torch.Tensor, columns: torch.Tensor, head: Head) -> torch.Tensor:
         rows = head.weight[columns].to(hidden.dtype)
         unary = (rows @ hidden[..., None])[..., 0].float()
-        return self.candidate_selector.unary_map(unary) + self.candidate_selector.pairs(
-            hidden, previous, head.to_tokens(columns)
-        )
+        selector = self.candidate_selector
+        pairs = selector.pairs(selector.gates(hidden), previous[..., None], head.to_tokens(columns))
+        return selector.unary_map(unary) + pairs[..., 0, :]
 
     def training_operations(self, shape: StepShape) -> float:
         """As of DFlash, and: the projections of the kernels, H · 2·taps·groups twice a layer and token, in 3 passes; of

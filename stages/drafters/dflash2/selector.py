@@ -4,7 +4,8 @@ Source: SGLang's `CandidateSelector` (srt/models/dflash.py, 0.5.20 and 0.5.23). 
 unary[c] + <A[p] ⊙ W h, B[c]>. Its unary score is the head's logit: the head's product, by the scale and the soft cap in
 the checkpoint's config, which are the target's. The token before the first offset is the anchor's. The softmax over the
 candidates is the law q of an offset. Greedily the best candidate is taken offset by offset, each behind the one before
-it.
+it: what stands before an offset is a candidate too, so the scores of all pairs are made at once, and only the way
+through them is walked.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, Drafting
+from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, Drafting, Proposals, in_parts
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.targets.logits import LogitMap
 
@@ -47,36 +48,59 @@ class CandidateSelector(nn.Module):
         columns = torch.cat([part.indices for part in parts]).view(shape)
         return columns, self.unary_map(torch.cat([part.values for part in parts]).float()).view(shape)
 
-    def pairs(self, hidden: torch.Tensor, previous: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """float32 [..., k]: the scores of candidate tokens [..., k] behind tokens [...] at hidden states [..., H]."""
-        gate = F.embedding(previous, self.predecessor_codebook) * self.hidden_projection(hidden)
+    def gates(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [..., H] → W h [..., r]."""
+        projected: torch.Tensor = self.hidden_projection(hidden)
+        return projected
+
+    def pairs(self, gates: torch.Tensor, previous: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """float32 [..., p, k]: the scores of candidate tokens [..., k] behind each of the tokens [..., p], at hidden
+        states with the gates [..., r]."""
+        before = F.embedding(previous, self.predecessor_codebook) * gates[..., None, :]
         keys = F.embedding(tokens, self.successor_codebook)
-        return (keys @ gate.to(keys.dtype)[..., None])[..., 0].float()
+        return (before.to(keys.dtype) @ keys.mT).float()
+
+    def best(self, hidden: torch.Tensor, anchor_tokens: torch.Tensor, head: Head, with_logprobs: bool) -> Proposals:
+        """hidden: [B, A, K, H]; anchor_tokens: [B, A] → the best way [B, A, K] through the candidates."""
+
+        def propose(hidden: torch.Tensor, anchor_tokens: torch.Tensor) -> Proposals:
+            return self._best(hidden, anchor_tokens, head, with_logprobs)
+
+        of_block = hidden.shape[2] * self.top_k * self.successor_codebook.shape[1]
+        return in_parts(propose, hidden, anchor_tokens, of_block)
+
+    def _best(self, hidden: torch.Tensor, anchor_tokens: torch.Tensor, head: Head, with_logprobs: bool) -> Proposals:
+        columns, unary = self.candidates(hidden, head)
+        tokens = head.to_tokens(columns)
+        first = anchor_tokens[..., None, None].expand_as(tokens[..., :1, :])
+        pairs = self.pairs(self.gates(hidden), torch.cat([first, tokens[..., :-1, :]], -2), tokens)
+        scores = unary[..., None, :] + pairs  # [B, A, K, k before it, k]
+        best, places = scores.argmax(-1), [torch.zeros_like(anchor_tokens)[..., None]]
+        for k in range(hidden.shape[-2]):
+            places.append(best[..., k, :].gather(-1, places[-1]))
+        taken = torch.cat(places[1:], -1)[..., None]
+        logprobs = None
+        if with_logprobs:
+            before = torch.cat(places[:-1], -1)[..., None, None].expand(*scores.shape[:-2], 1, scores.shape[-1])
+            behind = scores.gather(-2, before)[..., 0, :].log_softmax(-1)
+            logprobs = behind.gather(-1, taken)[..., 0]
+        return Proposals(tokens.gather(-1, taken)[..., 0], logprobs)
 
 
 class Walk(Drafting):
-    """Through the candidates of blocks, offset by offset."""
+    """Through the candidates of blocks, offset by offset, behind whatever token is drawn."""
 
     def __init__(self, selector: CandidateSelector, hidden: torch.Tensor, head: Head):
         """hidden: [B, A, K, H]."""
-        self._selector, self._hidden, self._head, self._drafted = selector, hidden, head, 0
+        self._selector, self._head, self._drafted = selector, head, 0
         self._columns, self._unary = selector.candidates(hidden, head)
-        self._tokens = head.to_tokens(self._columns)
-
-    def scores(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Columns [B, A, k] of the next offset's candidates, and their scores behind tokens [B, A]."""
-        k = self._drafted
-        self._drafted += 1
-        pairs = self._selector.pairs(self._hidden[:, :, k], tokens, self._tokens[:, :, k])
-        return self._columns[:, :, k], self._unary[:, :, k] + pairs
+        self._tokens, self._gates = head.to_tokens(self._columns), selector.gates(hidden)
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        columns, scores = self.scores(tokens)
+        k = self._drafted
+        self._drafted += 1
+        columns = self._columns[:, :, k]
+        pairs = self._selector.pairs(self._gates[:, :, k], tokens[..., None], self._tokens[:, :, k])
+        scores = self._unary[:, :, k] + pairs[..., 0, :]
         everywhere = scores.new_full((*columns.shape[:-1], self._head.weight.shape[0]), -torch.inf)
         return everywhere.scatter(-1, columns, scores)
-
-    def best(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best tokens [B, A] of the next offset behind tokens [B, A], and their log-probs under q."""
-        columns, scores = self.scores(tokens)
-        most, place = scores.max(-1)
-        return self._head.to_tokens(columns.gather(-1, place[..., None])[..., 0]), most - scores.logsumexp(-1)

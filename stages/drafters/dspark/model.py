@@ -9,12 +9,22 @@ state and token, or of the state alone, how probable it is that the proposal is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
-from draftsmith.stages.drafters.base import Context, Drafting, Proposals, StepShape, TrainingRecipe, best_of
+from draftsmith.stages.drafters.base import (
+    LOGITS_AT_ONCE,
+    Context,
+    Drafting,
+    Proposals,
+    StepShape,
+    TrainingRecipe,
+    best_among,
+    in_parts,
+)
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.dspark.markov import markov_head
 from draftsmith.stages.drafters.head import Head, flat_linear
@@ -33,10 +43,18 @@ class BiasedHead(Head):
     bias: torch.Tensor | None = None
 
     def raw_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        rank = 0 if self.bias is None else self.bias.shape[1]
+        return self.unbiased(hidden) + self.biases(hidden[..., self.weight.shape[1] :][..., :rank])
+
+    def unbiased(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of the hidden states alone [..., H or more], which no proposal changes."""
+        return super().raw_logits(hidden[..., : self.weight.shape[1]])
+
+    def biases(self, of_bias: torch.Tensor) -> torch.Tensor:
+        """What is added to them, [..., V'], of what it is made of [..., r]."""
         assert self.bias is not None
-        bias, width = self.bias if self.token_ids is None else self.bias[self.token_ids], self.weight.shape[1]
-        state, before = hidden[..., :width], hidden[..., width : width + bias.shape[1]]
-        return super().raw_logits(state) + flat_linear(before.to(bias.dtype), bias)
+        bias = self.bias if self.token_ids is None else self.bias[self.token_ids]
+        return flat_linear(of_bias.to(bias.dtype), bias)
 
 
 class ConfidenceHead(nn.Module):
@@ -118,18 +136,12 @@ class DSparkDrafter(DFlashDrafter):
         *,
         with_logprobs: bool = True,
     ) -> Proposals:
-        drafting = self.drafting(context, anchor_tokens, anchors, block_size, head)
-        steps: list[Proposals] = []
-        states = []
-        for _ in range(block_size - 1):
-            states.append(drafting.step(steps[-1].tokens if steps else anchor_tokens))
-            steps.append(best_of(states[-1], head, with_logprobs))
-        logprobs = [step.logprobs for step in steps if step.logprobs is not None]
-        return Proposals(
-            torch.stack([step.tokens for step in steps], -1),
-            torch.stack(logprobs, -1) if with_logprobs else None,
-            self.confidence(torch.stack(states, -2)) if self.has_confidence else None,
-        )
+        hidden = self.backbone(context, anchor_tokens, anchors, block_size - 1)
+
+        def propose(hidden: torch.Tensor, anchor_tokens: torch.Tensor) -> Proposals:
+            return MarkovDrafting(self, hidden, head).best(anchor_tokens, with_logprobs)
+
+        return in_parts(propose, hidden, anchor_tokens, (block_size - 1) * head.weight.shape[0])
 
     @property
     def has_confidence(self) -> bool:
@@ -160,24 +172,48 @@ class DSparkDrafter(DFlashDrafter):
 
 
 class MarkovDrafting(Drafting):
-    """Blocks behind one backbone forward."""
+    """Blocks behind one backbone forward. Where `LOGITS_AT_ONCE` suffice, the head is read once for all offsets."""
 
     def __init__(self, drafter: DSparkDrafter, hidden: torch.Tensor, head: Head):
         """hidden: [B, A, K, H]."""
-        self._drafter, self._hidden, self._head, self._drafted = drafter, hidden, head, 0
-        self._here, self._state = hidden[:, :, 0], None  # of the offset that was drafted last
+        assert isinstance(head, BiasedHead)
+        self._drafter, self._hidden, self._head = drafter, hidden, head
+        self._read: tuple[torch.Tensor, ...] = ()  # of the tokens before the offsets drafted so far, [B, A, r] each
+        self._of_bias: tuple[torch.Tensor, ...] = ()
+        self._state: Any = None
+        count = hidden[..., 0].numel() * head.weight.shape[0]
+        self._unbiased = head.unbiased(hidden) if count <= LOGITS_AT_ONCE else None
 
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens: [B, A] before the next offset → what the heads take there [B, A, H + r or H + 2r]."""
-        markov, hidden = self._drafter.markov_head, self._hidden[:, :, self._drafted]
+    def _raw_logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Of the next offset [B, A, V'], as those of the head. tokens: [B, A] before it."""
+        markov, k = self._drafter.markov_head, len(self._read)
         read = markov.read(tokens)
-        of_bias, self._state = markov.step(read, hidden, self._state)
-        self._here = self._drafter.with_bias(hidden, of_bias, read)
-        self._drafted += 1
-        return self._here
+        of_bias, self._state = markov.step(read, self._hidden[:, :, k], self._state)
+        self._read, self._of_bias = (*self._read, read), (*self._of_bias, of_bias)
+        unbiased = self._head.unbiased(self._hidden[:, :, k]) if self._unbiased is None else self._unbiased[:, :, k]
+        return unbiased + self._head.biases(of_bias)
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self._head.logits(self.step(tokens))
+        return self._head.logit_map(self._raw_logits(tokens).float())
+
+    def best(self, anchor_tokens: torch.Tensor, with_logprobs: bool) -> Proposals:
+        """Of all offsets, each behind the best token before it. anchor_tokens: [B, A]."""
+        tokens, logprobs = [anchor_tokens], []
+        for _ in range(self._hidden.shape[2]):
+            best, log_q = best_among(self._raw_logits(tokens[-1]), self._head, with_logprobs)
+            tokens.append(best)
+            logprobs.append(log_q)
+        return Proposals(
+            torch.stack(tokens[1:], -1),
+            torch.stack(logprobs, -1) if with_logprobs else None,
+            self._confidence(slice(None)) if self._drafter.has_confidence else None,
+        )
 
     def confidence(self) -> torch.Tensor:
-        return self._drafter.confidence(self._here)
+        return self._confidence(slice(len(self._read) - 1, None))[..., 0]
+
+    def _confidence(self, offsets: slice) -> torch.Tensor:
+        """[B, A, K'] of some of the offsets drafted so far."""
+        drafted = self._hidden[:, :, : len(self._read)]
+        of_bias, read = (torch.stack(of[offsets], 2) for of in (self._of_bias, self._read))
+        return self._drafter.confidence(self._drafter.with_bias(drafted[:, :, offsets], of_bias, read))

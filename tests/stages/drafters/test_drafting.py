@@ -7,7 +7,9 @@ import copy
 import pytest
 import torch
 
+from draftsmith.stages.drafters import base
 from draftsmith.stages.drafters.base import Context, Drafter
+from draftsmith.stages.drafters.dspark import model
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.replay.trace import pad_tokens
 from draftsmith.stages.targets.causal_lm import Target
@@ -54,6 +56,23 @@ def test_the_best_of_every_offset_is_what_a_block_proposes(drafter: Drafter, pla
         tokens = blocks.head.to_tokens(columns)
         assert torch.equal(tokens, block.tokens[..., k])
         assert torch.allclose(best, block.logprobs[..., k], atol=TOLERANCE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("numbers", [1, 3000])
+def test_blocks_in_parts_are_those_of_all_at_once(
+    drafter: Drafter, plain_target: Target, numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = Blocks(plain_target, drafter)
+    whole = drafter.propose(*blocks.arguments, drafter.block_size, blocks.head)
+    for module in (base, model):
+        monkeypatch.setattr(module, "LOGITS_AT_ONCE", numbers)
+    parts = drafter.propose(*blocks.arguments, drafter.block_size, blocks.head)
+    assert torch.equal(parts.tokens, whole.tokens)
+    for part, of_whole in ((parts.logprobs, whole.logprobs), (parts.confidence, whole.confidence)):
+        assert (part is None) == (of_whole is None)
+        if part is not None and of_whole is not None:
+            assert torch.allclose(part, of_whole, atol=TOLERANCE)
 
 
 @torch.no_grad()
