@@ -12,7 +12,7 @@ from pathlib import Path
 
 from draftsmith.artifacts.redaction import redact_logs
 from draftsmith.stages.lifeline import die_with_parent
-from draftsmith.stages.process import collect_seldom, event_stream, run_request, stop_when_asked
+from draftsmith.stages.process import collect_seldom, event_stream, keep_freed_memory, run_request, stop_when_asked
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     redact_logs()
     collect_seldom()
+    keep_freed_memory()
     stop = stop_when_asked()
     return run_request(json.loads(options.request.read_text("utf-8")), event_stream(), stop)
 

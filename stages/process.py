@@ -8,6 +8,7 @@ expected.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -28,6 +29,7 @@ from draftsmith.stages.contract import Config, Shard, Stage
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 METRICS_FILE = "metrics.jsonl"
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 # How many new objects Python collects garbage after. While libraries are imported nearly all of them stay, and looking
 # through them over and over would be a fifth of what a stage's start takes.
@@ -37,6 +39,19 @@ _USUAL, _AT_START = gc.get_threshold(), (50_000, 20, 20)
 def collect_seldom() -> None:
     """From here to the first progress that a stage reports."""
     gc.set_threshold(*_AT_START)
+
+
+def keep_freed_memory() -> None:
+    """From here on the process keeps what it frees, and uses it again.
+
+    glibc gives back what is large and what is last in its heap, so that tensors of the next layer, or step, are made of
+    pages that the kernel clears anew: up to a third of a forward's time on a CPU. Both bounds move with what was freed
+    before; set, they stay. 32 MB is the most that glibc itself would come to. Elsewhere than on glibc nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 class EventStream:
@@ -194,6 +209,7 @@ def run_rank(request: Mapping[str, Any], events_path: str) -> int:
 
     redact_logs()
     collect_seldom()
+    keep_freed_memory()
     stop = stop_when_asked()
     rank, work = int(os.environ["RANK"]), Path(request["work"])
     note_start(work, rank)

@@ -16,8 +16,11 @@ def make_optimiser(
 ) -> torch.optim.Optimizer:
     """Split if the config says so: every rank then moves its part of the weights and sends it to the others."""
     settings: dict[str, Any] = {
-        "lr": config.learning_rate, "betas": (0.9, 0.95), "weight_decay": config.weight_decay,
-    }  # fmt: skip
+        "lr": config.learning_rate,
+        "betas": (0.9, 0.95),
+        "weight_decay": config.weight_decay,
+        "fused": True,  # one pass over weights, gradients and moments
+    }
     if ranks.world > 1 and config.parallel.shard_optimiser:
         from torch.distributed.optim import ZeroRedundancyOptimizer
 

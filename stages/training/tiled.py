@@ -132,8 +132,12 @@ class _Softmax:
         """logits: float32 [n, tile] of the tokens from `first` on. parts: as long as they are, overwritten. Returns
         exp(logits - most) [n, tile], and what all that was summed before must be multiplied with [n, 1]."""
         top, column = _greatest(logits)
-        most = torch.maximum(self.most, top)
         self.best = torch.where(top > self.most, column + first, self.best)
+        return self.add(logits, top, parts)
+
+    def add(self, logits: torch.Tensor, top: torch.Tensor, parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same where it does not matter which is the greatest. top: [n] maxima of the logits."""
+        most = torch.maximum(self.most, top)
         shrunk = (self.most - most).exp()
         parts = torch.sub(logits, most[:, None], out=_view(parts, logits, logits.T)).exp_()
         self.sum = self.sum * shrunk + parts.sum(-1)
@@ -253,7 +257,8 @@ class _ForwardKl(torch.autograd.Function):
                 ours = torch.mm(h[part], rows.T, out=kept[at].view(n, -1))
                 theirs = torch.mm(t[part], target_rows.T, out=kept_theirs[at].view(n, -1))
                 q.take(memory.float32(ours, logit_map), first, memory.parts)
-                p.take(_cooled(theirs_memory.float32(theirs, target_map), temperature), first, memory.parts)
+                cooled = _cooled(theirs_memory.float32(theirs, target_map), temperature)
+                p.add(cooled, cooled.amax(-1), memory.parts)
                 products.append((rows, ours, theirs))
             best[part], total_q, total_p = q.best, q.logsumexp[:, None], p.logsumexp[:, None]
             slope = torch.zeros(h[part].shape, device=h.device)

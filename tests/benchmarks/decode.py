@@ -133,7 +133,7 @@ def main() -> None:
     options.add_argument("--new-tokens", type=int, default=33)
     options.add_argument("--prompt-tokens", type=int, nargs=2, default=[64, 128], metavar=("SHORTEST", "LONGEST"))
     chosen = options.parse_args()
-    harness.set_threads(chosen.threads)
+    harness.set_process(chosen)
     harness.set_clock(chosen.cpu_time)
     target, model = load_models(chosen.target or harness.smollm2_folder())
     rows = []

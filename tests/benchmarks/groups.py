@@ -34,7 +34,7 @@ def main() -> None:
     options.add_argument("--longest", type=int, default=128, help="tokens of the longest answer")
     options.add_argument("--per-slot", type=int, nargs="+", default=[4, 8, 16], help="answers of a group, a slot")
     chosen = options.parse_args()
-    harness.set_threads(chosen.threads)
+    harness.set_process(chosen)
     target = harness.load_target(chosen.target)
 
     lengths = np.random.default_rng(0).lognormal(np.log(chosen.longest / 3), 0.7, chosen.answers)

@@ -17,6 +17,7 @@ import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
+from draftsmith.stages.process import keep_freed_memory
 
 if TYPE_CHECKING:
     from draftsmith.stages.targets.causal_lm import Target
@@ -30,6 +31,9 @@ def parser(description: str | None, repetitions: int = 3) -> argparse.ArgumentPa
     options.add_argument("--threads", type=int, help="torch threads; left out: torch's own choice")
     options.add_argument("--repetitions", type=int, default=repetitions, help="medians are over these")
     options.add_argument("--json", type=Path, help="write the figures there as well")
+    options.add_argument(
+        "--usual-malloc", action="store_true", help="leave glibc's bounds alone, unlike the process of a stage"
+    )
     return options
 
 
@@ -51,10 +55,12 @@ def set_clock(cpu_time: bool) -> None:
         time.perf_counter = time.process_time
 
 
-def set_threads(threads: int | None) -> None:
-    """Take the number of threads; without one, leave torch's."""
-    if threads is not None:
-        torch.set_num_threads(threads)
+def set_process(options: argparse.Namespace) -> None:
+    """Take the number of threads, without one leave torch's; memory is kept as in the process of a stage."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if not options.usual_malloc:
+        keep_freed_memory()
 
 
 def load_target(folder: Path | None) -> Target:

@@ -44,7 +44,7 @@ def peak_rate(dtype: torch.dtype, repetitions: int = 5) -> float:
 
 def main() -> None:
     options = harness.parser(__doc__, repetitions=5).parse_args()
-    harness.set_threads(options.threads)
+    harness.set_process(options)
     figures = []
     for name, (k, n) in MAPS.items():
         for rows in ROWS:

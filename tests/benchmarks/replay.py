@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument("--decode", type=int, default=4, help="prompts decoded one at a time, for the first line")
     parser.add_argument("--chains", type=int, default=16)
     options = parser.parse_args()
-    harness.set_threads(options.threads)
+    harness.set_process(options)
     target_folder, drafter_folder, trajectories = artifacts(options)
     stored = load_trajectories(trajectories)
     target = Target.load(target_folder)

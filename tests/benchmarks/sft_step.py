@@ -54,6 +54,7 @@ from draftsmith.stages.training.on_policy.mined import MinedTable, TrajectorySte
 from draftsmith.stages.training.on_policy.remining import Remining
 from draftsmith.stages.training.on_policy.step import OpdStep
 from draftsmith.stages.training.on_policy.training import anchor_source
+from draftsmith.stages.training.optimiser import make_optimiser
 from draftsmith.stages.training.supervised import sft_loss
 from draftsmith.stages.training.vocabulary import HeadSource
 from tests.benchmarks import harness, machine
@@ -149,7 +150,7 @@ class Step:
         counts = token_counts(world.trajectories, world.target.info.vocab_size)
         self.drafter.frequent_tokens = frequent_tokens(counts).to(world.target.device)
         self.drafter.train()
-        self.optimiser = torch.optim.AdamW(self.drafter.parameters(), lr=1e-6, betas=(0.9, 0.95))
+        self.optimiser = make_optimiser(self.drafter.parameters(), config)
         self.heads = HeadSource(self.drafter, world.target.head_weight, config)
         self.dense = name.startswith(DENSE)
         sft = fields if name.startswith("SFT") else None
@@ -307,7 +308,7 @@ def world_of(options: argparse.Namespace) -> World:
 
 def main() -> None:
     options = parse()
-    harness.set_threads(options.threads)
+    harness.set_process(options)
     harness.set_clock(options.cpu_time)
     world = world_of(options)
     wanted = tuple(options.arms or ARMS)
@@ -321,7 +322,10 @@ def main() -> None:
         if head_tokens and head_tokens >= world.target.info.vocab_size:
             continue
         config = TrainingConfig(
-            sequences_per_step=options.sequences, anchors_per_sequence=options.anchors, head_tokens=head_tokens
+            sequences_per_step=options.sequences,
+            anchors_per_sequence=options.anchors,
+            head_tokens=head_tokens,
+            learning_rate=1e-6,
         )
         for name, fields in arms.items():
             if name == DENSE and head_tokens:

@@ -137,7 +137,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    harness.set_threads(options.threads)
+    harness.set_process(options)
     harness.set_clock(options.cpu_time)
     if options.testbed:
         from tests.testbed.drafter import drafter_artifacts

@@ -42,7 +42,7 @@ def main() -> None:
     )
     options.add_argument("--folder", type=Path, help="where data are made; left out: a temporary folder")
     chosen = options.parse_args()
-    harness.set_threads(chosen.threads)
+    harness.set_process(chosen)
     rows: dict[str, list[object]] = {part: [part] for part in chosen.parts}
     figures = []
     for answers in chosen.answers:

@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from draftsmith.stages.process import keep_freed_memory
 from tests.benchmarks.scale.recorded import TOP_K, Recorded
 from tests.testbed.context import RecordingContext
 
@@ -142,6 +143,7 @@ def main() -> None:
 
     import_module("draftsmith.stages.estimates")  # what any stage imports
     torch.set_num_threads(1)
+    keep_freed_memory()
     part, folder, recorded = sys.argv[1], Path(sys.argv[2]), Recorded(int(sys.argv[3]), int(sys.argv[4]))
     started, used = time.perf_counter(), time.process_time()
     PARTS[part](folder, recorded)
