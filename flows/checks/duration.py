@@ -35,7 +35,7 @@ def check_duration(
     for node in to_make:
         estimate = needed.get(node.name, Estimate())
         if (last := history.last(node)) is not None:
-            seconds[node.name] = last.duration_s * _times(node, estimate, last), ""
+            seconds[node.name] = _seconds(last) * _times(node, estimate, last), ""
         elif rate and estimate.operations:
             share = ASSUMED_SHARE * rate * estimate.devices
             seconds[node.name] = estimate.operations / (share * 1e12), f" ({estimate.operations:.1e} operations)"
@@ -118,12 +118,17 @@ def _drafter(config: Mapping[str, Any]) -> Any:
     return (config.get("drafter") or {}).get("kind") if isinstance(config.get("drafter"), dict) else None
 
 
+def _seconds(last: Manifest) -> float:
+    """That it took, over all attempts where it counted them: the record has those of the one that ended it."""
+    return max(last.duration_s, last.metrics.get("seconds", 0.0))
+
+
 def _times(node: Node, estimate: Estimate, last: Manifest) -> float:
     """How much more the node has to do than the last one of its kind; 1 where nothing says."""
     measures: dict[str, Callable[[], float]] = {
         "rollout": lambda: (estimate.makes.count if estimate.makes else 0.0) / last.metrics["answers"],
-        "sft": lambda: _blocks(node.config.model_dump()) / _blocks(last.config),
-        "opd": lambda: _blocks(node.config.model_dump()) / _blocks(last.config),
+        "sft": lambda: _blocks_each(node.config.model_dump()) / _blocks_each(last.config),
+        "opd": lambda: _blocks_each(node.config.model_dump()) / _blocks_each(last.config),
     }
     try:
         times = measures.get(node.stage.name, lambda: 1.0)()
@@ -132,6 +137,8 @@ def _times(node: Node, estimate: Estimate, last: Manifest) -> float:
     return times if 0 < times < float("inf") else 1.0
 
 
-def _blocks(config: Mapping[str, Any]) -> float:
+def _blocks_each(config: Mapping[str, Any]) -> float:
+    """That each of a training's processes has."""
     steps, sequences, anchors = (float(config[name]) for name in _BLOCKS)
-    return steps * sequences * anchors
+    parallel = config.get("parallel") or {}
+    return steps * sequences * anchors / (parallel.get("processes", 1) * parallel.get("nodes", 1))

@@ -56,7 +56,7 @@ def _check_gpus(found: Findings, nodes: Sequence[Node]) -> None:
             found.error(
                 f"{node.name}: GPUs",
                 f"{servers} servers of {launch.gpus} GPUs need {wanted}, {here} are here: --set "
-                f"{node.name}.engine.launch.{lower}",
+                f"{node.name.partition('-')[0]}.engine.launch.{lower}",  # without the number of an iteration
             )
     if runs_elsewhere(nodes):
         found.warn("GPUs", "none is visible here: memory is not compared; check again on the machine that will run it")

@@ -78,6 +78,19 @@ def test_what_is_done_and_what_another_target_took_does_not_count(monkeypatch: p
     assert lines(monkeypatch, HERE[:2])["time"].endswith("; not known: sft")
 
 
+def test_of_a_training_that_was_resumed_all_attempts_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    resumed = made("sft", SftConfig(steps=50), 20, ("target", "trajectories"))
+    resumed.metrics["seconds"] = 95.0  # of its steps, which its checkpoint counts on
+    said = lines(monkeypatch, [*HERE[:2], resumed], nodes=NODES[2:])
+    assert said["time"] == "about 6 min 20 s: sft 6 min 20 s"
+
+
+def test_a_training_that_ran_on_several_processes_is_longer_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = SftConfig(steps=50, parallel=ParallelConfig(processes=4))
+    said = lines(monkeypatch, [*HERE[:2], made("sft", many, 100, ("target", "trajectories"))], nodes=NODES[2:])
+    assert said["time"] == "about 26 min 40 s: sft 26 min 40 s"
+
+
 def test_a_training_that_never_ran_here_is_counted_on_known_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     said = lines(monkeypatch, HERE[:2], gpus=1)
     operations = NEEDED["sft"].operations

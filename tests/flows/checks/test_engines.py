@@ -1,0 +1,33 @@
+"""Servers that need more GPUs than there are."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+
+from draftsmith.flows.checks import engines
+from draftsmith.flows.checks.findings import Findings
+from draftsmith.flows.pipeline.graph import Node
+from draftsmith.stages.rollout import RolloutConfig
+
+
+@pytest.mark.parametrize(
+    ("launch", "advice"),
+    [
+        ({"servers": 4}, "4 servers of 1 GPUs need 4, 2 are here: --set assisted.engine.launch.servers=2"),
+        ({"servers": 2, "tensor_parallel": 2}, "--set assisted.engine.launch.servers=1"),
+        ({"data_parallel": 4}, "--set assisted.engine.launch.data_parallel=2"),
+        ({"tensor_parallel": 4}, "--set assisted.engine.launch.tensor_parallel=2"),
+    ],
+)
+def test_the_advice_names_what_a_config_has(
+    launch: dict[str, Any], advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "gpus", lambda: (80e9,) * 2)
+    config = RolloutConfig.model_validate({"engine": {"kind": "sglang", "python": sys.executable, "launch": launch}})
+    found = Findings()
+    engines._check_gpus(found, [Node("assisted-1", "draftsmith.stages.rollout", config)])  # of the second iteration
+    (line,) = [line for line in found.lines if line.check == "assisted-1: GPUs"]
+    assert line.text.endswith(advice)
