@@ -55,8 +55,8 @@ class ResponseStream(Config):
         Literal["auto"] | TokenLoss | DistributionLoss,
         Field(
             description="auto follows the verification rule: cross_entropy if greedy, forward_kl if sampled (EAGLE-3 "
-            "always: forward_kl, as its SFT); cross_entropy and bernoulli_kl read the committed token, the others the "
-            "target's whole distribution (ce_l1 both: DSpark's 0.1 cross-entropy + 0.9 L1)"
+            "and DSpark always as in SFT: forward_kl, ce_l1); cross_entropy and bernoulli_kl read the committed token, "
+            "the others the target's whole distribution (ce_l1 both: 0.1 cross-entropy + 0.9 L1)"
         ),
     ] = "auto"
     weight: Annotated[float, Field(ge=0, description="λ_acc")] = 1.0
@@ -72,8 +72,8 @@ class ResponseStream(Config):
         Literal["auto", "committed", "block"],
         Field(
             description="committed: accepted prefix and correction, what verification reaches, and what follows with "
-            "falling weight (`beyond`); block: all offsets, as SFT does; auto: committed (EAGLE-3: block, unless "
-            "`beyond` is given)"
+            "falling weight (`beyond`); block: all offsets, as SFT does; auto: committed (EAGLE-3 and DSpark: "
+            "block, unless `beyond` is given)"
         ),
     ] = "auto"
     beyond: Annotated[
@@ -175,9 +175,10 @@ class LossConfig(Config):
         weights, where left open. Evidence: `configs/experiments/README.md`."""
         loss, scope = self.response.loss, self.response.scope
         beyond, positions = self.response.beyond, self.response.positions
-        as_in_sft = recipe.loss == "forward_kl"  # SFT on the target's distribution goes on with it
+        as_in_sft = recipe.loss in get_args(DistributionLoss)  # SFT on the target's distribution goes on with it
         if loss == "auto":
-            loss = "forward_kl" if sampled or as_in_sft else "cross_entropy"
+            of_rule = "forward_kl" if sampled else "cross_entropy"
+            loss = recipe.loss if as_in_sft else of_rule  # type: ignore[assignment]
         if scope == "auto":
             scope = "block" if as_in_sft and beyond is None else "committed"
         if beyond is None:

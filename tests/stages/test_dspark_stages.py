@@ -116,12 +116,20 @@ def test_mining_draws_what_fits_the_answers(made: Made) -> None:
         assert np.isfinite(step["target_logprobs"][: step["rejected_offset"]]).all()
 
 
-@pytest.mark.parametrize("anchors", ["successors", "visited"])
-def test_opd_trains_on_sampled_verification(anchors: str, made: Made, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("anchors", "response", "said"),
+    [
+        ("successors", {}, "ce_l1 on block"),
+        ("visited", {"loss": "forward_kl", "scope": "committed"}, "forward_kl on committed"),
+    ],
+)
+def test_opd_trains_on_sampled_verification(
+    anchors: str, response: dict[str, Any], said: str, made: Made, tmp_path: Path
+) -> None:
     ctx = RecordingContext.under(tmp_path, made.inputs("target", "drafter", "trajectories", "mined"))
-    loss = {"rejected": {"loss": "k3", "weight": 0.3}}
+    loss = {"response": response, "rejected": {"loss": "k3", "weight": 0.3}}
     OPD.run(ctx, OpdConfig.model_validate({**TRAINING, "steps": 6, "anchors": anchors, "loss": loss}))
-    assert any("verification sampled: forward_kl on committed" in line for line in ctx.logs)
+    assert any(f"verification sampled: {said}" in line for line in ctx.logs)
     for _, values in ctx.measured:
         assert values["loss"] == pytest.approx(values["loss_response"] + 0.3 * values["loss_rejected"], rel=1e-5)
         assert values["loss_rejected"] > 0

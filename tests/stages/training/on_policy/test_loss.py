@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.targets.causal_lm import Target
@@ -108,9 +109,12 @@ def test_the_default_follows_the_verification_rule() -> None:
     assert objective({"response": {"beyond": 0}}).response.beyond == 0.0
     block = objective({"response": {"scope": "block"}}).response
     assert (block.weights(), block.beyond) == (PositionWeights(kind="exponential", gamma=7.0), 0.0)  # as in SFT
-    for rule in (True, False):  # EAGLE-3 as in its SFT
+    for rule in (True, False):  # what reads the distribution in SFT goes on as there
         stream = LossConfig().resolved(Eagle3Drafter.recipe, rule, float(rule)).response
         assert (stream.loss, stream.scope) == ("forward_kl", "block")
+        stream = LossConfig().resolved(DSparkDrafter.recipe, rule, float(rule)).response
+        assert (stream.loss, stream.scope) == ("ce_l1", "block")
+        assert stream.weights() == PositionWeights(kind="exponential", gamma=4.0)
     asked = LossConfig.model_validate({"response": {"beyond": 0}}).resolved(Eagle3Drafter.recipe, False, 0.0).response
     assert (asked.scope, asked.beyond) == ("committed", 0.0)
     assert objective(sampled=True, temperature=0.0).temperature == 1.0  # greedy text, to be served sampled
