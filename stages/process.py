@@ -46,7 +46,7 @@ def keep_freed_memory() -> None:
 
     glibc gives back what is large and what is last in its heap, so that tensors of the next layer, or step, are made of
     pages that the kernel clears anew: up to a third of a forward's time on a CPU. Both bounds move with what was freed
-    before; set, they stay. 32 MB is the most that glibc itself would come to. Elsewhere than on glibc nothing happens.
+    before, up to 32 MB; set, they stay, and hold for a chunk's logits too. Elsewhere than on glibc nothing happens.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
