@@ -1,5 +1,6 @@
 """Worked answers in five families: columns of additions, sorting, traces of a loop, tables with a running total,
-spelling backwards. Every answer follows from its prompt, step by step.
+spelling backwards; and sheets of four of them, whose answers are several hundred tokens long. Every answer follows from
+its prompt, step by step.
 
 A target that has learned them is nearly certain of every token, as a large model is of its reasoning, while a small
 drafter, which proposes many tokens at once, has to work out the steps between them: the regime in which a drafter is
@@ -89,10 +90,20 @@ def _listed(numbers: list[int]) -> str:
     return " ".join(map(str, numbers))
 
 
-WORKED = {
+_EXERCISES = {
     "addition": _addition,
     "sorting": _sorting,
     "trace": _trace,
     "table": _table,
     "spelling": _spelling,
 }
+
+
+def _sheet(r: random.Random) -> Example:
+    parts = [(number, _EXERCISES[family](r)) for number, family in enumerate(r.sample(sorted(_EXERCISES), 4), start=1)]
+    prompt = "\n".join(f"{number}) {part.prompt}" for number, part in parts)
+    answer = "\n\n".join(f"{number}) {part.family}\n{part.answer}" for number, part in parts)
+    return Example("sheet", prompt, answer)
+
+
+WORKED = {**_EXERCISES, "sheet": _sheet}

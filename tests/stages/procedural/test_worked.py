@@ -71,3 +71,19 @@ def test_words_are_spelled_backwards() -> None:
         words = example.prompt.removeprefix("Spell ").removesuffix(" backwards.").split(", ")
         assert lines == [f"{word}: {' '.join(word)}, backwards {' '.join(word[::-1])}" for word in words]
         assert result.removesuffix(".").split(": ")[1].split(", ") == sorted(words)
+
+
+def test_a_sheet_answers_its_exercises_in_turn() -> None:
+    alone = {example.prompt: example for family in ("sorting", "trace", "spelling") for example in _of(family)}
+    for example in _of("sheet"):
+        asked = re.split(r"^\d\) ", example.prompt, flags=re.MULTILINE)[1:]
+        answers = re.split(r"^\d\) ", example.answer, flags=re.MULTILINE)[1:]
+        families = [answer.splitlines()[0] for answer in answers]
+        assert len(asked) == len(answers) == len(set(families)) == 4
+        for prompt, family, answer in zip(asked, families, answers, strict=True):
+            assert {"addition": "Add", "sorting": "Sort", "trace": "Trace", "table": "Make", "spelling": "Spell"}[
+                family
+            ] == prompt.split()[0]
+            if family == "sorting":
+                assert _numbers(answer.splitlines()[-1] if answer.strip() else "") == sorted(_numbers(prompt))
+    assert alone
