@@ -70,6 +70,7 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
     (ctx.out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     ctx.summary(
         **{k: summary[k] for k in ("tau", "steps", "error_positions", "evaluated_blocks_per_step")},
+        **({} if (share := summary["certain_errors"]["share"]) is None else {"certain_error_share": share}),
         **{
             f"parity_{name.removesuffix('_share')}": value
             for name, value in (summary["parity"] or {}).items()

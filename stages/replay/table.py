@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from draftsmith.artifacts.parquet import ordered, padded, to_table
 from draftsmith.artifacts.schemas import VERIFY_STEPS
@@ -59,12 +60,15 @@ def _lists(values: np.ndarray, kind: pa.DataType, where: np.ndarray | None = Non
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(kept.reshape(-1)).cast(kind))
 
 
+CERTAIN = 0.9  # the target's probability of its best token
+
+
 class MinedFigures:
     """Figures of a trace, from its rows of VERIFY_STEPS in any parts. Sums are divided once, at the end."""
 
     def __init__(self, block_size: int):
         self.block_size = block_size
-        self.steps = self._committed = self._errors = 0
+        self.steps = self._committed = self._errors = self._certain = 0
         self._judged, self._kept = np.zeros((2, block_size - 1), dtype=np.int64)
         self._accepted = np.zeros(block_size, dtype=np.int64)
         self._rejected, self._corrections = Frequent(), Frequent()
@@ -79,6 +83,8 @@ class MinedFigures:
         self.steps += table.num_rows
         self._committed += int(table["committed"].to_numpy().sum())
         self._errors += len(wrong)
+        best = pc.list_element(table["top_logprobs"].take(wrong), 0).to_numpy()
+        self._certain += int((np.exp(best) >= CERTAIN).sum())
         self._judged += judged.sum(0)
         self._kept += (judged & (np.arange(K) < accepted[:, None])).sum(0)
         self._accepted += np.bincount(accepted, minlength=K + 1)
@@ -93,6 +99,10 @@ class MinedFigures:
             "tau": self._committed / self.steps,
             "steps": self.steps,
             "error_positions": self._errors,
+            "certain_errors": {  # at the others the target was in doubt itself
+                "at_least": CERTAIN,
+                "share": self._certain / self._errors if self._errors else None,
+            },
             "block_size": self.block_size,
             "acceptance_by_offset": [
                 kept / judged if judged else None

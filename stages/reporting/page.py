@@ -127,7 +127,7 @@ def _sections(data: ReportData) -> list[tuple[str, str]]:
         "Gate": [paragraph(rows.chosen(evaluation)), table(rows.gate(data.decision))] if data.decision else [],
         "The line over time": [_line(data.history)],
         f"Worst contexts{_of_arm(data)}": [contexts(data.contexts)],
-        "Training": [_training(data), _most_rejected(data.mining.get("most_rejected") or [], data.rejected_rows)],
+        "Training": [_training(data), _most_rejected(data.mining, data.rejected_rows)],
         "Data": [
             paragraph(tables.logs_said(data.logs)),
             table(tables.prompts_table(data.prompts)),
@@ -181,13 +181,18 @@ def _training(data: ReportData) -> str:
     return made
 
 
-def _most_rejected(tokens: Sequence[Mapping[str, Any]], count: int) -> str:
+def _most_rejected(mining: Mapping[str, Any], count: int) -> str:
+    tokens: Sequence[Mapping[str, Any]] = mining.get("most_rejected") or []
     if not tokens:
         return ""
+    note = "Proposals that the target rejected first in a step of mining."
+    certain = mining.get("certain_errors") or {}
+    if (share := certain.get("share")) is not None:
+        note += f" Its own token had a probability of at least {certain['at_least']} at {share:.0%} of all of them."
     columns = list(tokens[0])
     cells = [[_cell(token.get(column)) for column in columns] for token in tokens[:count]]
     head = [column.replace("_", " ") for column in columns]
-    shown = Table(head, cells, "Most rejected tokens", "Proposals that the target rejected first in a step of mining.")
+    shown = Table(head, cells, "Most rejected tokens", note)
     return part("Most rejected tokens", table(shown))
 
 

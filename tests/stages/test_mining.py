@@ -105,6 +105,10 @@ def test_the_summary_is_what_the_table_says(mined: RecordingContext, bench: Benc
     assert "(+1)" in found["definition_of_tau"]
     errors = [row for row in rows if row["rejected_offset"]]
     assert found["error_positions"] == len(errors)
+    certain = sum(np.exp(row["top_logprobs"][0]) >= 0.9 for row in errors)
+    assert 0 < certain < len(errors)
+    assert found["certain_errors"] == {"at_least": 0.9, "share": pytest.approx(certain / len(errors))}
+    assert mined.summaries["certain_error_share"] == found["certain_errors"]["share"]
     histogram = Counter(row["accepted"] for row in rows)
     assert found["accepted_histogram"] == [histogram[n] for n in range(8)]
     for k in range(1, 8):
