@@ -18,6 +18,7 @@ from draftsmith.stages.parallel.launch import Meeting, clear, launch
 # keys at the rendezvous
 ASKED = "draftsmith/asked"  # the request, and the run of the launcher
 NODES = "draftsmith/nodes"  # how many have joined a run
+REFUSED = "draftsmith/refused"  # why a node cannot join a run
 
 
 def run_ranks(
@@ -31,20 +32,21 @@ def run_ranks(
 
     Raises as `launch` does, and DraftsmithError where a device is missing.
     """
-    _check_devices(parallel)
+    check_devices(parallel.processes)
     work = Path(request["work"])
     clear(work)
     with _meeting(parallel, request) as meeting:
         launch(parallel, entry, (dict(request), events), work=work, meeting=meeting, stop=stop)
 
 
-def _check_devices(parallel: Parallel) -> None:
+def check_devices(processes: int) -> None:
+    """Raises DraftsmithError where this node has GPUs, and fewer than processes."""
     import torch
 
     devices = torch.cuda.device_count()
-    if 0 < devices < parallel.processes:
+    if 0 < devices < processes:
         raise DraftsmithError(
-            f"parallel.processes: {parallel.processes} need a GPU each, and {devices} are here: lower it, or make more "
+            f"parallel.processes: {processes} need a GPU each, and {devices} are here: lower it, or make more "
             "visible (CUDA_VISIBLE_DEVICES)"
         )
 
@@ -75,5 +77,8 @@ def _meeting(parallel: Parallel, request: Mapping[str, Any]) -> Iterator[Meeting
         "request": dict(request),
     }
     store.set(ASKED, json.dumps(asked))
-    yield Meeting(run_id, endpoint)
-    del store
+    key = f"{REFUSED}/{run_id}"
+    try:
+        yield Meeting(run_id, endpoint, refusal=lambda: store.get(key).decode() if store.check([key]) else None)
+    finally:
+        del store  # of the meeting's too: its port is free for the next attempt

@@ -28,6 +28,7 @@ from draftsmith.stages.contract import Parallel
 _NOTES = "ranks"  # folder in `work`
 _POLL_S = 0.1
 _ECHO_S = 3.0
+_FITTING_S = 15.0  # for a node that can take part, where another one cannot
 _OTHERS_S = 15.0  # for other nodes' word: one that lost a rank ends its others first, which wait for their echo
 _NEEDED = ["torch.distributed", "transformers.modeling_utils", "draftsmith.stages.parallel.group"]
 _KINDS = {kind.exit_code: kind for kind in (DraftsmithError, RetryableError, StageInterrupted)}
@@ -46,6 +47,7 @@ class Meeting:
     run_id: str
     endpoint: str = "localhost:0"  # HOST:PORT of the first node; 0: any, where there is no other
     node: int = 0  # which of them this is
+    refusal: Callable[[], str | None] = lambda: None  # why a node cannot take part, where one said so
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def launch(
 
     entry: of a module that the ranks can import; calls `note_start`, and returns an exit code when it ended as its
     stage foresees. work: of the stage. stop: set when the stage is asked to stop, which the ranks then are too.
-    Raises StageInterrupted if they were, and else the error of the rank that ended the others, which names it.
+    Raises StageInterrupted if they were, and else the error of the rank that ended the others, which names it, or of a
+    node that cannot take part, where no other one came in its place.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -126,15 +129,21 @@ def launch(
     thread = threading.Thread(target=agent, name="ranks", daemon=True)
     thread.start()
     told: set[int] = set()
+    refused_at: float | None = None
     while thread.is_alive():
         thread.join(_POLL_S)
+        waits = not alone and not told and not multiprocessing.active_children()  # for other nodes
         if stop.is_set():
             for pid in _started(work).keys() - told:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)
                 told.add(pid)
-            if not alone and not told and not multiprocessing.active_children():
+            if waits and not told:
                 raise StageInterrupted("the stage was asked to stop while it waited for its other nodes")
+        elif waits and (why := meeting.refusal()):
+            refused_at = refused_at or time.monotonic()
+            if time.monotonic() - refused_at > _FITTING_S:
+                raise DraftsmithError(f"parallel.nodes: {why}")
     if "codes" not in ended:
         cause = _cause(work, ended["error"], parallel.world, stopped=stop.is_set())
         if meeting.node:

@@ -25,7 +25,7 @@ from draftsmith.stages.drafters.config import Eagle3Config
 from draftsmith.stages.mining import STAGE as MINING
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.parallel.config import RENDEZVOUS, ParallelConfig
-from draftsmith.stages.parallel.head import ASKED
+from draftsmith.stages.parallel.head import ASKED, NODES, REFUSED
 from draftsmith.stages.parallel.launch import Meeting, clear, launch
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.targets.causal_lm import Target
@@ -221,11 +221,46 @@ def test_two_nodes_train_together_until_a_rank_is_lost_or_one_is_asked_to_stop(
     assert newest(tmp_path) == done[-1], "what was asked to stop saved where it was"
 
 
-def test_a_node_more_than_are_wanted_waits_for_another_training() -> None:
+def test_a_node_more_than_are_wanted_waits_for_another_training(tmp_path: Path) -> None:
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    store.set(ASKED, json.dumps({"run_id": "a", "nodes": 2}))
+    asked = {"run_id": "a", "nodes": 2, "processes": 1, "request": {"work": str(tmp_path)}}
+    store.set(ASKED, json.dumps(asked))
     joined = [join._asked("localhost", store.port, "") for _ in range(2)]
-    assert joined == [{"run_id": "a", "nodes": 2, "node": 1}, None]
+    assert joined == [{**asked, "node": 1}, None]
+
+
+def test_a_node_that_cannot_take_part_says_so_where_the_flow_runs(
+    tmp_path: Path, inputs: dict[str, str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It takes no place, so that another one may; where none comes the stage ends, in place of waiting for it."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv(RENDEZVOUS, f"localhost:{port}")
+    monkeypatch.setattr("draftsmith.stages.parallel.launch._FITTING_S", 1.0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0 if threading.current_thread() is not joining else 1)
+    end = threading.Event()
+    joining = threading.Thread(target=join.join, args=("localhost", port, end))
+    joining.start()
+    try:
+        code, events = Attempt(tmp_path, inputs, parallel={"nodes": 2, "processes": 2}).ended()
+    finally:
+        end.set()
+        joining.join(60)
+    assert code == 2
+    said = "parallel.processes: 2 need a GPU each, and 1 are here"
+    assert f"parallel.nodes: {socket.gethostname()} cannot join: {said}" in events[-1]["message"]
+    assert said in capfd.readouterr().err
+
+
+def test_a_node_that_does_not_see_the_stage_takes_no_place(tmp_path: Path) -> None:
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    asked = {"run_id": "a", "nodes": 2, "processes": 1, "request": {"work": str(tmp_path / "elsewhere")}}
+    store.set(ASKED, json.dumps(asked))
+    refused = join._asked("localhost", store.port, "")
+    assert refused is not None and "all nodes must see DRAFTSMITH_HOME" in str(refused["refusal"])
+    assert store.get(f"{REFUSED}/a").decode().startswith(f"{socket.gethostname()} cannot join: {tmp_path}")
+    assert not store.check([f"{NODES}/a"])
 
 
 def test_bad_input_is_one_error_however_many_read_it(tmp_path: Path, inputs: dict[str, str]) -> None:
