@@ -61,7 +61,7 @@ def _meeting(parallel: Parallel, request: Mapping[str, Any]) -> Iterator[Meeting
 
     host, port = parallel.endpoint()
     try:
-        store = TCPStore(host, port, is_master=True, wait_for_workers=False)
+        store = [TCPStore(host, port, is_master=True, wait_for_workers=False)]  # a list: to let go of it
     except DistNetworkError as error:
         raise DraftsmithError(
             f"parallel.rendezvous: {host}:{port} cannot be opened here ({error}): name this machine and a free port"
@@ -76,9 +76,9 @@ def _meeting(parallel: Parallel, request: Mapping[str, Any]) -> Iterator[Meeting
         "nodes": parallel.nodes,
         "request": dict(request),
     }
-    store.set(ASKED, json.dumps(asked))
+    store[0].set(ASKED, json.dumps(asked))
     key = f"{REFUSED}/{run_id}"
     try:
-        yield Meeting(run_id, endpoint, refusal=lambda: store.get(key).decode() if store.check([key]) else None)
+        yield Meeting(run_id, endpoint, refusal=lambda: store[0].get(key).decode() if store[0].check([key]) else None)
     finally:
-        del store  # of the meeting's too: its port is free for the next attempt
+        store.clear()  # its port is free for the next attempt
