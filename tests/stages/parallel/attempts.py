@@ -50,7 +50,7 @@ class Attempt:
         """Until a checkpoint behind it is there."""
 
         def there() -> bool:
-            assert self._runner.is_alive(), "it ended"
+            assert self._runner.is_alive(), f"it ended: {self._lines[-1:]}"
             return any(int(path.name[11:19]) > step for path in checkpoints(self.folder / "work"))
 
         wait_until(there, f"a checkpoint behind step {step}", limit_s=180)
