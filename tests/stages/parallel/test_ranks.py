@@ -238,9 +238,9 @@ def test_a_node_that_cannot_take_part_says_so_where_the_flow_runs(
         port = probe.getsockname()[1]
     monkeypatch.setenv(RENDEZVOUS, f"localhost:{port}")
     monkeypatch.setattr("draftsmith.stages.parallel.launch._FITTING_S", 1.0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0 if threading.current_thread() is not joining else 1)
     end = threading.Event()
-    joining = threading.Thread(target=join.join, args=("localhost", port, end))
+    joining = threading.Thread(target=join.join, args=("localhost", port, end), name="joining")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(threading.current_thread().name == "joining"))
     joining.start()
     try:
         code, events = Attempt(tmp_path, inputs, parallel={"nodes": 2, "processes": 2}).ended()
