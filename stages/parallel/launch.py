@@ -25,7 +25,7 @@ from typing import Any
 from draftsmith.artifacts.errors import EXIT_INTERRUPTED, DraftsmithError, RetryableError, StageInterrupted
 from draftsmith.stages.contract import Parallel
 
-_NOTES = "ranks"  # folder in `work`
+_NOTES = "ranks"  # folder in `work`, with one for each launch: what of an earlier one still ends writes into its own
 _POLL_S = 0.1
 _ECHO_S = 3.0
 _FITTING_S = 15.0  # for a node that can take part, where another one cannot
@@ -61,26 +61,31 @@ class RankReport:
 
     def write(self, work: Path) -> None:
         """For the process that started it."""
-        (work / _NOTES / f"{self.rank}.json").write_text(json.dumps(asdict(self)), "utf-8")
+        with suppress(FileNotFoundError):  # the next attempt has begun
+            (_notes(work) / f"{self.rank}.json").write_text(json.dumps(asdict(self)), "utf-8")
         if self.exit_code not in _KINDS:
             time.sleep(_ECHO_S)  # it may be the echo of another one's end, which the launcher is to see first
 
 
+def _notes(work: Path, run_id: str | None = None) -> Path:
+    """run_id: of the launch; left out, of the one that this process is a rank of."""
+    return work / _NOTES / (run_id or os.environ["TORCHELASTIC_RUN_ID"])
+
+
 def note_start(work: Path, rank: int) -> None:
     """Which rank this process is, and that it hears signals: what is killed cannot say it."""
-    (work / _NOTES / f"{socket.gethostname()}.{os.getpid()}").write_text(str(rank), "utf-8")
+    (_notes(work) / f"{socket.gethostname()}.{os.getpid()}").write_text(str(rank), "utf-8")
 
 
-def _started(work: Path) -> dict[int, str]:
+def _started(notes: Path) -> dict[int, str]:
     """Process id -> rank, of this machine."""
-    found = (work / _NOTES).glob(f"{socket.gethostname()}.*")
+    found = notes.glob(f"{socket.gethostname()}.*")
     return {int(path.name.rpartition(".")[2]): path.read_text("utf-8") for path in found}
 
 
 def clear(work: Path) -> None:
-    """Forget what ranks of an earlier launch said."""
+    """Forget what ranks of earlier launches said."""
     shutil.rmtree(work / _NOTES, ignore_errors=True)
-    (work / _NOTES).mkdir(parents=True)
 
 
 def launch(
@@ -102,7 +107,8 @@ def launch(
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    alone = parallel.nodes == 1
+    alone, notes = parallel.nodes == 1, _notes(work, meeting.run_id)
+    notes.mkdir(parents=True, exist_ok=True)
     config = LaunchConfig(
         min_nodes=parallel.nodes,
         max_nodes=parallel.nodes,
@@ -114,7 +120,7 @@ def launch(
         local_addr="localhost" if alone else None,
         max_restarts=0,
         start_method="forkserver",
-        logs_specs=DefaultLogsSpecs(log_dir=str(work / _NOTES / "elastic")),
+        logs_specs=DefaultLogsSpecs(log_dir=str(notes / "elastic")),
     )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)  # what ended how is said below
     multiprocessing.set_forkserver_preload(_NEEDED)
@@ -134,7 +140,7 @@ def launch(
         thread.join(_POLL_S)
         waits = not alone and not told and not multiprocessing.active_children()  # for other nodes
         if stop.is_set():
-            for pid in _started(work).keys() - told:
+            for pid in _started(notes).keys() - told:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)
                 told.add(pid)
@@ -145,42 +151,43 @@ def launch(
             if time.monotonic() - refused_at > _FITTING_S:
                 raise DraftsmithError(f"parallel.nodes: {why}")
     if "codes" not in ended:
-        cause = _cause(work, ended["error"], parallel.world, stopped=stop.is_set())
+        cause = _cause(notes, ended["error"], parallel.world, stopped=stop.is_set())
         if meeting.node:
-            _tell_first(work, meeting, cause)
+            _tell_first(notes, meeting.node, cause)
         elif isinstance(cause, RankFailedError) and not alone:  # perhaps the echo of what ended another node's rank
-            cause = _told_by_others(work, meeting, parallel.nodes) or cause
+            cause = _told_by_others(notes, parallel.nodes) or cause
         raise cause
     if EXIT_INTERRUPTED in ended["codes"].values():
         raise StageInterrupted("the stage was asked to stop: run the same command to continue from what it saved")
 
 
-def _tell_first(work: Path, meeting: Meeting, cause: DraftsmithError) -> None:
+def _tell_first(notes: Path, node: int, cause: DraftsmithError) -> None:
     """What ended the ranks of this node, for the first one."""
-    note = work / _NOTES / f"{meeting.run_id}.{meeting.node}"
+    note = notes / f"{node}.node"
     written = note.with_suffix(".tmp")
-    written.write_text(json.dumps({"message": str(cause), "exit_code": cause.exit_code}), "utf-8")
-    written.rename(note)
+    with suppress(FileNotFoundError):  # the next attempt has begun
+        written.write_text(json.dumps({"message": str(cause), "exit_code": cause.exit_code}), "utf-8")
+        written.rename(note)
 
 
-def _told_by_others(work: Path, meeting: Meeting, nodes: int) -> DraftsmithError | None:
+def _told_by_others(notes: Path, nodes: int) -> DraftsmithError | None:
     """The error that a node names as what ended its ranks, if it is no echo; waits for all, or for a while."""
     deadline = time.monotonic() + _OTHERS_S
     while True:
-        notes = [path for path in (work / _NOTES).glob(f"{meeting.run_id}.*") if path.suffix != ".tmp"]
-        for told in (json.loads(path.read_text("utf-8")) for path in notes):
+        found = [json.loads(path.read_text("utf-8")) for path in notes.glob("*.node")]
+        for told in found:
             if told["exit_code"] in _KINDS:
                 return _KINDS[told["exit_code"]](told["message"])
-        if len(notes) == nodes - 1 or time.monotonic() > deadline:
+        if len(found) == nodes - 1 or time.monotonic() > deadline:
             return None
         time.sleep(_POLL_S)
 
 
-def _cause(work: Path, error: BaseException, world: int, *, stopped: bool) -> DraftsmithError:
+def _cause(notes: Path, error: BaseException, world: int, *, stopped: bool) -> DraftsmithError:
     """The one error that ended all ranks. Those that lose another one report that they did, which is no cause."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    reports = [RankReport(**json.loads(path.read_text("utf-8"))) for path in (work / _NOTES).glob("*.json")]
+    reports = [RankReport(**json.loads(path.read_text("utf-8"))) for path in notes.glob("*.json")]
     reports.sort(key=lambda report: report.at)
     for report in reports:
         if report.exit_code in _KINDS:
@@ -189,7 +196,7 @@ def _cause(work: Path, error: BaseException, world: int, *, stopped: bool) -> Dr
         return StageInterrupted("the stage was asked to stop: run the same command to continue from its checkpoint")
     if isinstance(error, ChildFailedError):
         failure = next(iter(error.failures.values()))
-        rank = _started(work).get(failure.pid, f"{failure.local_rank}, which had not begun,")
+        rank = _started(notes).get(failure.pid, f"{failure.local_rank}, which had not begun,")
         if failure.exitcode < 0 or rank not in [str(report.rank) for report in reports]:
             why = "; memory that ran out is what most often kills: lower micro_batch_tokens" * (failure.exitcode == -9)
             return RetryableError(

@@ -64,7 +64,7 @@ class Attempt:
 
 def ranks_of(folder: Path) -> dict[int, int]:
     """Rank -> process id."""
-    found = (folder / "work" / "ranks").glob(f"{socket.gethostname()}.*")
+    found = (folder / "work" / "ranks").glob(f"*/{socket.gethostname()}.*")
     return {int(path.read_text()): int(path.name.rpartition(".")[2]) for path in found if path.read_text()}
 
 

@@ -26,7 +26,7 @@ from draftsmith.stages.mining import STAGE as MINING
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.parallel.config import RENDEZVOUS, ParallelConfig
 from draftsmith.stages.parallel.head import ASKED, NODES, REFUSED
-from draftsmith.stages.parallel.launch import Meeting, clear, launch
+from draftsmith.stages.parallel.launch import Meeting, RankReport, _cause, clear, launch
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.targets.causal_lm import Target
 from tests.flows.pipeline.processes import assert_gone, wait_until
@@ -261,6 +261,20 @@ def test_a_node_that_does_not_see_the_stage_takes_no_place(tmp_path: Path) -> No
     assert refused is not None and "all nodes must see DRAFTSMITH_HOME" in str(refused["refusal"])
     assert store.get(f"{REFUSED}/a").decode().startswith(f"{socket.gethostname()} cannot join: {tmp_path}")
     assert not store.check([f"{NODES}/a"])
+
+
+def test_what_still_ends_of_an_earlier_launch_says_nothing_of_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "earlier")
+    (tmp_path / "ranks" / "earlier").mkdir(parents=True)
+    RankReport(0, "the disk is full", 2).write(tmp_path)
+    later = tmp_path / "ranks" / "later"
+    later.mkdir()
+    assert "could not be run: OSError: gone" in str(_cause(later, OSError("gone"), 2, stopped=False))
+    clear(tmp_path)
+    RankReport(1, "the disk is full", 2).write(tmp_path)  # nobody waits for it
+    assert not (tmp_path / "ranks").exists()
 
 
 def test_bad_input_is_one_error_however_many_read_it(tmp_path: Path, inputs: dict[str, str]) -> None:
