@@ -77,8 +77,15 @@ def _meeting(parallel: Parallel, request: Mapping[str, Any]) -> Iterator[Meeting
         "request": dict(request),
     }
     store[0].set(ASKED, json.dumps(asked))
-    key = f"{REFUSED}/{run_id}"
     try:
-        yield Meeting(run_id, endpoint, refusal=lambda: store[0].get(key).decode() if store[0].check([key]) else None)
+        yield Meeting(run_id, endpoint, refusal=lambda: _refusal(store[0], run_id, parallel.nodes))
     finally:
         store.clear()  # its port is free for the next attempt
+
+
+def _refusal(store: Any, run_id: str, nodes: int) -> str | None:
+    """Why a node cannot join, as long as too few others have."""
+    if store.add(f"{NODES}/{run_id}", 0) >= nodes - 1 or not store.check([f"{REFUSED}/{run_id}"]):
+        return None
+    why: str = store.get(f"{REFUSED}/{run_id}").decode()
+    return why

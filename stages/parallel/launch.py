@@ -47,7 +47,7 @@ class Meeting:
     run_id: str
     endpoint: str = "localhost:0"  # HOST:PORT of the first node; 0: any, where there is no other
     node: int = 0  # which of them this is
-    refusal: Callable[[], str | None] = lambda: None  # why a node cannot take part, where one said so
+    refusal: Callable[[], str | None] = lambda: None  # why a node cannot take part, while others are missing
 
 
 @dataclass(frozen=True)
@@ -138,15 +138,14 @@ def launch(
     refused_at: float | None = None
     while thread.is_alive():
         thread.join(_POLL_S)
-        waits = not alone and not told and not multiprocessing.active_children()  # for other nodes
         if stop.is_set():
             for pid in _started(notes).keys() - told:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)
                 told.add(pid)
-            if waits and not told:
+            if not alone and not told and not multiprocessing.active_children():
                 raise StageInterrupted("the stage was asked to stop while it waited for its other nodes")
-        elif waits and (why := meeting.refusal()):
+        elif why := meeting.refusal():
             refused_at = refused_at or time.monotonic()
             if time.monotonic() - refused_at > _FITTING_S:
                 raise DraftsmithError(f"parallel.nodes: {why}")

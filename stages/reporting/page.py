@@ -188,7 +188,7 @@ def _most_rejected(mining: Mapping[str, Any], count: int) -> str:
     note = "Proposals that the target rejected first in a step of mining."
     certain = mining.get("certain_errors") or {}
     if (share := certain.get("share")) is not None:
-        note += f" Its own token had a probability of at least {certain['at_least']} at {share:.0%} of all of them."
+        note += f" In {share:.0%} of all cases its best token had a probability of at least {certain['at_least']}."
     columns = list(tokens[0])
     cells = [[_cell(token.get(column)) for column in columns] for token in tokens[:count]]
     head = [column.replace("_", " ") for column in columns]

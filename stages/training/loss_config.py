@@ -14,7 +14,7 @@ from draftsmith.stages.contract import Config
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.base import TrainingRecipe
 
-BEYOND = 1.0  # why: "The target changed" in `configs/experiments/results.md`
+BEYOND = 1.0  # why: "Which offsets are trained" in `configs/experiments/results.md`
 
 TokenLoss = Literal["cross_entropy", "bernoulli_kl"]
 DistributionLoss = Literal["forward_kl", "tv", "lk", "ce_l1"]

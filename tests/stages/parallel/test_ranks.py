@@ -25,7 +25,7 @@ from draftsmith.stages.drafters.config import Eagle3Config
 from draftsmith.stages.mining import STAGE as MINING
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.parallel.config import RENDEZVOUS, ParallelConfig
-from draftsmith.stages.parallel.head import ASKED, NODES, REFUSED
+from draftsmith.stages.parallel.head import ASKED, NODES, REFUSED, _refusal
 from draftsmith.stages.parallel.launch import Meeting, RankReport, _cause, clear, launch
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.targets.causal_lm import Target
@@ -260,7 +260,10 @@ def test_a_node_that_does_not_see_the_stage_takes_no_place(tmp_path: Path) -> No
     refused = join._asked("localhost", store.port, "")
     assert refused is not None and "all nodes must see DRAFTSMITH_HOME" in str(refused["refusal"])
     assert store.get(f"{REFUSED}/a").decode().startswith(f"{socket.gethostname()} cannot join: {tmp_path}")
-    assert not store.check([f"{NODES}/a"])
+    assert store.add(f"{NODES}/a", 0) == 0
+    assert _refusal(store, "a", 2) == store.get(f"{REFUSED}/a").decode()
+    store.add(f"{NODES}/a", 1)  # another one has come
+    assert _refusal(store, "a", 2) is None
 
 
 def test_what_still_ends_of_an_earlier_launch_says_nothing_of_the_next_one(

@@ -151,11 +151,10 @@ def test_unset_figures_are_shown_as_absent(tmp_path: Path) -> None:
 
 def test_how_certain_the_target_was_where_it_rejected_is_said(tmp_path: Path) -> None:
     mining = {"most_rejected": [{"token": "a", "count": 3}], "certain_errors": {"at_least": 0.9, "share": 0.576}}
-    assert (
-        "a probability of at least 0.9 at 58% of all of them" in render(tmp_path, ReportData("R", mining=mining)).text
-    )
+    said = "In 58% of all cases its best token had a probability of at least 0.9."
+    assert said in render(tmp_path, ReportData("R", mining=mining)).text
     mining["certain_errors"] = {"at_least": 0.9, "share": None}  # nothing was rejected
-    assert "of all of them" not in render(tmp_path, ReportData("R", mining=mining)).text
+    assert "of all cases" not in render(tmp_path, ReportData("R", mining=mining)).text
 
 
 def test_text_is_escaped(tmp_path: Path) -> None:
