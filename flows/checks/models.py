@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.checks.drafters import drafters_of, drafts_on_sglang, sglang_engine, trains_anew
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.pipeline.graph import Node
@@ -132,12 +133,14 @@ def _check_drafter(
         plan_of_checkpoint,
         plan_of_new,
     )
+    from draftsmith.stages.drafters.dflash.checkpoint import NoMaskTokenError
     from draftsmith.stages.drafters.layout import unservable_layers
-    from draftsmith.stages.targets.info import model_path
+    from draftsmith.stages.engines.sglang.families import undrafted
+    from draftsmith.stages.targets.info import model_path, read_target_info
     from draftsmith.stages.targets.metadata import UnreachableError
     from draftsmith.stages.targets.resolve import load_tokenizer
 
-    name, folder = f"{node}: drafter", model_path(artifact)
+    name, folder, info = f"{node}: drafter", model_path(artifact), read_target_info(artifact)
     target_config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
 
     def tokenizer() -> Any:
@@ -158,7 +161,12 @@ def _check_drafter(
         if source == Path(config.init_from).expanduser() and not (source / "model.safetensors").is_file():
             found.error(name, f"{source} has no model.safetensors: give the folder of a whole checkpoint")
     else:
-        plan, where = plan_of_new(config.drafter, target_config, tokenizer), "new"
+        try:
+            plan, where = plan_of_new(config.drafter, target_config, tokenizer), "new"
+        except NoMaskTokenError as error:
+            raise DraftsmithError(f"{error}: {', '.join(map(str, info.mask_candidates[:4]))}, …") from error
+    if reason := undrafted(info.architecture, plan.kind):
+        found.warn(name, f"{reason}: ask the release that serves, or go on in the embedded engine alone")
     if reason := unservable_layers(plan.target_layer_ids, target_config.num_hidden_layers):
         if served:
             there = f"and SGLang is to draft with it in {', '.join(served)}: change drafter.target_layer_ids"
@@ -210,7 +218,10 @@ def _check_drafting(found: Findings, node: Node, plan: DrafterPlan) -> None:
     engine = sglang_engine(node)
     if engine is not None and engine.launch is not None and engine.launch.tree is not None and plan.kind != "eagle3":
         found.error(node.name, f"engine.launch.tree: {plan.kind} drafts blocks, no trees: leave it out")
-    if over := [size for size in getattr(node.config, "block_sizes", None) or () if size > plan.block_size]:
+    sizes = getattr(node.config, "block_sizes", None)
+    if sizes and max(sizes) < plan.block_size:
+        found.warn(node.name, f"block_sizes: {list(sizes)} leave out {plan.block_size}, as it is trained")
+    if over := [size for size in sizes or () if size > plan.block_size]:
         found.warn(
             node.name, f"block_sizes {over} are larger than the trained {plan.block_size}, which is taken instead"
         )

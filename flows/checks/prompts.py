@@ -32,6 +32,7 @@ from draftsmith.stages.stored import Prompt, positions_needed
 _TRIED = 1000  # prompts of a task until one of the held-out class must have come
 _COUNTED_BYTES = 1 << 28  # larger files are only looked into
 _LOG_ROWS, _LOG_SECONDS = 20_000, 20.0  # of a log, whichever is reached first
+_MUCH_UNUSED = 0.5  # of the training prompts
 _MUCH_SET_ASIDE = 0.2  # of the rows of a log
 
 
@@ -48,12 +49,30 @@ def check_sources(found: Findings, nodes: Sequence[Node]) -> None:
 def check_supplies(found: Findings, nodes: Sequence[Node]) -> None:
     """Every rollout finds the prompts that it asks for."""
     by_name = {node.name: node for node in nodes}
+    answered: dict[str, list[RolloutConfig]] = {}
     for node in nodes:
         if not isinstance(node.config, RolloutConfig):
             continue
         prompts = by_name[node.inputs["prompts"]].config
-        if isinstance(prompts, PromptsConfig) and (problem := _short_supply(node.config, prompts)):
-            found.error(node.name, problem)
+        if isinstance(prompts, PromptsConfig):
+            answered.setdefault(node.inputs["prompts"], []).append(node.config)
+            if problem := _short_supply(node.config, prompts):
+                found.error(node.name, problem)
+    for name, rollouts in answered.items():
+        prompts = by_name[name].config
+        assert isinstance(prompts, PromptsConfig)
+        wanted, used = prompts.wanted("train"), _answered(rollouts, prompts.wanted("train"))
+        if 0 < used < _MUCH_UNUSED * wanted:
+            found.warn(
+                name,
+                f"train: {used} of {wanted} prompts are answered: raise the rollouts' prompts, or lower {name}.train",
+            )
+
+
+def _answered(rollouts: Sequence[RolloutConfig], available: int) -> int:
+    """How many of so many training prompts are answered by at least one of them."""
+    parts = [(each.skip, each.counts({"train": available})["train"]) for each in rollouts]
+    return len({row for start, count in parts for row in range(start, start + count)})
 
 
 def _short_supply(config: RolloutConfig, prompts: PromptsConfig) -> str | None:

@@ -118,6 +118,8 @@ class RefreshConfig(RunOptions):
     def _a_champion_is_of_a_line(self) -> RefreshConfig:
         if self.registry is None and self.sft.init_from == CHAMPION:
             raise ValueError("sft.init_from: `champion` needs section registry, which names the line")
+        if self.registry is not None and self.registry.restart and self.sft.init_from == CHAMPION:
+            raise ValueError("registry.restart: sft.init_from says `champion`; leave one of the two out")
         return self
 
     @model_validator(mode="after")
@@ -183,18 +185,18 @@ def prompts_since(prompts: PromptsConfig, read_until: str | None) -> PromptsConf
     return prompts.model_copy(update={"sources": sources})
 
 
-CHAMPION = "champion"  # of `sft.init_from`: that of the registry, as it is where nothing is said
+CHAMPION = "champion"  # of `sft.init_from`: that of the registry, and random weights where there is none
 
 
 def starts_from_champion(config: RefreshConfig) -> bool:
-    """Whether SFT goes on from the champion: unless `sft.init_from` names another drafter."""
-    return config.champion is not None and config.sft.init_from in (None, CHAMPION)
+    """Whether SFT goes on from the champion; `sft.init_from` is where a line begins, and begins again if asked to."""
+    return config.registry is not None and config.champion is not None and not config.registry.restart
 
 
 def sft_config(config: RefreshConfig) -> SftConfig:
     """Of the warm-start: what `init_from: champion` means is the graph's business."""
     if config.sft.init_from != CHAMPION and not starts_from_champion(config):
-        return config.sft
+        return config.sft  # where the line begins
     start = {"init_from": None, "init_revision": None, "adopt": config.sft.steps == 0}
     return config.sft.model_copy(update=start)
 

@@ -42,6 +42,13 @@ class RegistryConfig(Config):
     upload: Annotated[
         bool, Field(description="copy weights into MLflow's artifact store too, for machines without the store")
     ] = False
+    restart: Annotated[
+        bool,
+        Field(
+            description="begin as section `sft` says, although there is a champion, which must still be beaten; for "
+            "one refresh: --set registry.restart=true"
+        ),
+    ] = False
     champion: Annotated[
         ChampionConfig | None, Field(description="filled in when the plan is made: who serves then")
     ] = None
@@ -113,7 +120,7 @@ def as_it_stands(line: RegistryConfig) -> RegistryConfig:
     """With who serves now, and what was read and learned for it."""
     known = registry()
     version = known.champion(line.name)
-    found = RegistryConfig(name=line.name, upload=line.upload)
+    found = RegistryConfig(name=line.name, upload=line.upload, restart=line.restart)
     if version is None:
         return found
     answers = version.tags.get("answers")

@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters import layout, speculators
 from draftsmith.stages.drafters.checkpoint import TOKENS_FILE, read_info, write_info
+from draftsmith.stages.targets.capabilities import model_class
+from draftsmith.stages.targets.embedding import scale_of
 
 
 def export_speculators(source: Path, target_model: Path, target: str, folder: Path) -> None:
@@ -23,7 +25,12 @@ def export_speculators(source: Path, target_model: Path, target: str, folder: Pa
     architectures = json.loads((target_model / layout.CONFIG_FILE).read_text()).get("architectures") or []
     config = speculators.to_speculators(raw, target, architectures)
     tensors = layout.read_tensors(source)
-    dtype = next(iter(tensors.values())).dtype
+    dtype = tensors["fc.weight"].dtype  # a confidence head is float32 whatever the others are
+    if (scale := _embedding_scale(target_model)) != 1:
+        raise DraftsmithError(
+            f"target {target_model}: multiplies its embedding by {scale:g}, and speculators' drafters read it as it "
+            "is: export the drafter without --format"
+        )
     embedding, head = _embedding_and_head(target_model)
     folder.mkdir(parents=True, exist_ok=True)
     of_target = {speculators.EMBEDDING: embedding.to(dtype), speculators.HEAD: head.to(dtype)}
@@ -31,6 +38,16 @@ def export_speculators(source: Path, target_model: Path, target: str, folder: Pa
     if (source / TOKENS_FILE).exists():
         shutil.copyfile(source / TOKENS_FILE, folder / TOKENS_FILE)
     write_info(folder, read_info(source))
+
+
+def _embedding_scale(model: Path) -> float:
+    """What its first layer reads, as a multiple of the table; no weights are read."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model, local_files_only=True)
+    with init_empty_weights(include_buffers=False):
+        return scale_of(model_class(config).from_config(config).get_input_embeddings())
 
 
 def _embedding_and_head(model: Path) -> tuple[torch.Tensor, torch.Tensor]:

@@ -92,6 +92,7 @@ def rope_checks(drafter: Any, target: Any) -> list[tuple[str, Any, Any]]:
     """The rotary settings of two configs, as `check_equal` takes them; none where one of them does not say, or where
     the target's differ by layer: a drafter may then have either."""
     ours, theirs = (getattr(config, "rope_parameters", None) or {} for config in (drafter, target))
+    theirs = _rotation(theirs)
     if not (ours.get("rope_theta") and theirs.get("rope_theta")):
         return []
     usual = (("rope_type", "default"), ("factor", 1.0))
@@ -101,10 +102,31 @@ def rope_checks(drafter: Any, target: Any) -> list[tuple[str, Any, Any]]:
     ]
 
 
-def refuse_partial_rotation(path: Path, raw: Mapping[str, Any]) -> None:
-    """Only drafters whose whole heads rotate are supported. raw: a config.json that has rope_parameters."""
+def refuse_other_rotations(path: Path, raw: Mapping[str, Any]) -> None:
+    """Only drafters whose whole heads rotate are supported, and by the angles that engines compute too. raw: a
+    config.json that has rope_parameters."""
     if (raw["rope_parameters"] | raw).get(_PARTIAL) not in (None, 1):
         raise DraftsmithError(f"drafter {path}: {_PARTIAL} is set: only whole heads that rotate are supported")
+    if reason := _rotated_otherwise(raw["rope_parameters"]):
+        raise DraftsmithError(
+            f"drafter {path}: rope_parameters has {reason}, which SGLang computes otherwise than transformers: give a "
+            "drafter without it"
+        )
+
+
+def _rotated_otherwise(rope: Mapping[str, Any]) -> str | None:
+    """The setting by which SGLang's angles or their scale differ from those of transformers; None if they are equal."""
+    if rope.get("rope_type") == "dynamic":
+        return "rope_type dynamic"
+    return "attention_factor" if rope.get("attention_factor") is not None else None
+
+
+def _rotation(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a drafter whose target has these: the same, but plain angles where engines do not agree. Whole heads
+    rotate, whatever the target's do: engines would read another part than the models here."""
+    if _rotated_otherwise(rope):
+        return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    return {name: value for name, value in rope.items() if name != _PARTIAL}
 
 
 # What every architecture here computes, whatever a config calls it: other values are another model to an engine.
@@ -250,8 +272,7 @@ def target_fields(target_config: Any) -> dict[str, Any]:
         "head_dim": getattr(target_config, "head_dim", None) or target_config.hidden_size // heads,
         "max_position_embeddings": target_config.max_position_embeddings,
         "rms_norm_eps": next((value for value in eps if value), 1e-6),
-        # whole heads rotate, whatever the target's do: engines would read another part than the models here
-        "rope_parameters": {name: value for name, value in rope.items() if name != _PARTIAL},
+        "rope_parameters": _rotation(rope),
         "attention_bias": False,
         "tie_word_embeddings": False,
     }

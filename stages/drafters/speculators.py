@@ -53,10 +53,7 @@ def to_speculators(raw: Mapping[str, Any], target: str, target_architectures: li
         raise DraftsmithError(
             f"drafter: speculators' layout has no form for {architecture}; export it without --format"
         )
-    causal, sliding = raw.get("is_causal"), "sliding_attention" in (raw.get("layer_types") or ())
-    if causal:
-        raise DraftsmithError("drafter: is_causal is true, and speculators reads full layers in both directions")
-    kind = _KINDS[architecture]
+    kind, both_ways = _KINDS[architecture], _both_ways(raw)
     if kind == "dflash2" and not dflash.get("conv_kernel_size"):
         raise DraftsmithError("drafter: it has no convolutions, without which speculators has no DFlash2")
     if mapped := [name for name, neutral in _UNARY.items() if (dflash.get(name) or neutral) != neutral]:
@@ -67,6 +64,8 @@ def to_speculators(raw: Mapping[str, Any], target: str, target_architectures: li
     of_kind: dict[str, Any] = {name: dflash[name] for name in _SIZES} if kind == "dflash2" else {}
     proposals, from_anchor = raw["block_size"] - 1, False
     if kind == "dspark":
+        if (head := raw["markov_head_type"]) != "vanilla":
+            raise DraftsmithError(f"drafter: markov_head is {head}, and vLLM computes vanilla only: give it to SGLang")
         of_kind = {name: raw[name] for name in _HEADS}
         proposals, from_anchor = raw["block_size"], raw[_FROM_ANCHOR]
     return {
@@ -84,11 +83,29 @@ def to_speculators(raw: Mapping[str, Any], target: str, target_architectures: li
         "block_size": proposals if from_anchor else proposals + 1,
         "aux_hidden_state_layer_ids": [layer + 1 for layer in dflash["target_layer_ids"]],
         "mask_token_id": dflash["mask_token_id"],
-        "sliding_window_non_causal": sliding and causal is False,
+        "sliding_window_non_causal": both_ways,
         _FROM_ANCHOR: from_anchor,
         "tie_word_embeddings": False,
         **of_kind,
     }
+
+
+def _both_ways(raw: Mapping[str, Any]) -> bool:
+    """Do its layers read a block in both directions? Raises DraftsmithError where they differ, or full ones do not.
+
+    The library asks that of sliding layers alone; vLLM takes the answer for all of them (vllm-project/vllm#56692).
+    """
+    causal, layers = raw.get("is_causal"), set(raw.get("layer_types") or ())
+    if causal:
+        raise DraftsmithError("drafter: is_causal is true, and speculators reads full layers in both directions")
+    if "sliding_attention" not in layers or causal is False:
+        return True
+    if "full_attention" in layers:
+        raise DraftsmithError(
+            "drafter: its sliding layers read the block backwards only and its full ones do not, and vLLM would read "
+            "all of them backwards: give it to SGLang, or train it with is_causal: false or one kind of layer"
+        )
+    return False
 
 
 def from_speculators(raw: Mapping[str, Any], where: str) -> dict[str, Any]:

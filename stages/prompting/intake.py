@@ -17,7 +17,7 @@ from draftsmith.stages.prompting.files import BadRow, Row
 from draftsmith.stages.prompting.held_out import HeldOut, digest
 from draftsmith.stages.prompting.logged import LoggedRow, Reader, SetAside, logged_ids, logged_text
 from draftsmith.stages.prompting.logs_config import LogsConfig
-from draftsmith.stages.prompting.times import row_time
+from draftsmith.stages.prompting.times import TIME_FIELDS, row_time
 from draftsmith.stages.prompting.tokenised import Tokenised
 from draftsmith.stages.prompting.unrendered import Unrendered
 from draftsmith.stages.targets.info import model_path, read_target_info
@@ -98,7 +98,8 @@ class Sieve(ABC, Generic[T]):
         if not self._config.needs_time:
             return True
         if time is None:
-            raise SetAside("no time that can be read")
+            fields = self._config.time_field or f"{', '.join(TIME_FIELDS)} (logs.time_field names another)"
+            raise SetAside(f"no time that can be read in {fields}")
         if future:
             raise SetAside("time in the future")
         return self._config.holds(time)

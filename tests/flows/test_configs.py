@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,20 @@ def test_a_config_loads_and_its_graph_is_in_order(path: Path) -> None:
     assert RefreshConfig.model_validate(config.model_dump(mode="json")) == config
     control = control_config(config)
     assert SftConfig.model_validate(control.model_dump(mode="json")) == control
+
+
+_YAML = re.compile(r"^```yaml\n# (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(("name", "text"), _YAML.findall((CONFIGS.parent / "README.md").read_text("utf-8")))
+def test_the_readmes_configs_load_and_begin_at_the_drafter_that_serves(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text.replace("extends: ", f"extends: {CONFIGS.parent}/"))
+    config = load_config(tmp_path / name)
+    nodes = {node.name: node for node in refresh_nodes(config)}
+    assert (config.name, config.sft.steps, config.opd.learning_rate) == (Path(name).stem, 0, 3e-4)
+    assert ("logs" in nodes) == (name == "my-logs.yaml") and config.prompts.too_long == "skip"
+    if config.assisted is not None:
+        assert config.assisted.prompts == config.prompts.train == config.opd.steps * config.opd.sequences_per_step
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

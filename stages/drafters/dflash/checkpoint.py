@@ -40,6 +40,10 @@ MASK_ADVICE = (
 )
 
 
+class NoMaskTokenError(DraftsmithError):
+    """A new drafter has no mask token."""
+
+
 def default_layer_ids(num_target_layers: int, count: int) -> list[int]:
     """DFlash's default choice of target layers (METHOD: after layer k)."""
     if count == 1:
@@ -56,10 +60,10 @@ def mask_token_id(tokenizer: Any, wanted: str | int | None) -> int:
         return wanted
     token = wanted if wanted is not None else tokenizer.mask_token
     if token is None:
-        raise DraftsmithError(f"sft.drafter.mask_token: the target's tokenizer has no mask token; {MASK_ADVICE}")
+        raise NoMaskTokenError(f"sft.drafter.mask_token: the target's tokenizer has no mask token; {MASK_ADVICE}")
     index = tokenizer.convert_tokens_to_ids(token)
     if index is None or index == tokenizer.unk_token_id or tokenizer.convert_ids_to_tokens(index) != token:
-        raise DraftsmithError(f"sft.drafter.mask_token: {token!r} is not a token of the target; {MASK_ADVICE}")
+        raise NoMaskTokenError(f"sft.drafter.mask_token: {token!r} is not a token of the target; {MASK_ADVICE}")
     return int(index)
 
 
@@ -164,7 +168,7 @@ def parsed(
             ("dflash_config.mask_token_id", mask_id, layout.is_integer(mask_id)),
         ],
     )
-    layout.refuse_partial_rotation(path, raw)
+    layout.refuse_other_rotations(path, raw)
     config: Qwen3Config = layout.parse_config(raw | {"block_size": block_size}, Qwen3Config, architecture, path)
     _check_windows(path, raw, config)
     return config

@@ -126,7 +126,7 @@ def _read_config(folder: Path) -> LlamaConfig:
     )
     if raw.get("tie_word_embeddings"):
         raise DraftsmithError(f"drafter {path}: tie_word_embeddings is true: EAGLE-3 has a head of its own; set false")
-    layout.refuse_partial_rotation(path, raw)
+    layout.refuse_other_rotations(path, raw)
     raw |= {
         "num_hidden_layers": 1,
         "block_size": raw.get("block_size") or USUAL_BLOCK_SIZE,

@@ -143,6 +143,7 @@ def test_all_checks_run_and_each_failure_says_what_to_do(
     ("change", "said"),
     [
         ({"mask_token": "<never>"}, "'<never>' is not a token of the target"),
+        ({"mask_token": "<never>"}, "(ids: mask_candidates in the target's target.json): "),
         ({"target_layer_ids": [1, 1]}, "name a layer twice"),
     ],
 )
@@ -220,10 +221,16 @@ def test_doubtful_settings_are_warnings(
 ) -> None:
     config["prompts"]["chat_template_kwargs"] = {"enable_thinking": False}
     config["evaluation"]["block_sizes"] = [4, 12]
+    config["rollout"]["prompts"], config["assisted"]["prompts"] = 4, 2
+    config["assisted"]["skip"] = 3
     assert run(tmp_path, config) == 0
     out = capsys.readouterr().out
     assert "it does not read enable_thinking" in out
     assert "block_sizes [12] are larger than the trained 6" in out
+    assert "train: 5 of 16 prompts are answered: raise the rollouts' prompts, or lower prompts.train" in out
+    config["evaluation"]["block_sizes"] = [3, 4]
+    assert run(tmp_path, config) == 0
+    assert "block_sizes: [3, 4] leave out 6, as it is trained" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("home")

@@ -66,12 +66,21 @@ def test_the_champion_is_its_content_wherever_it_lies() -> None:
     assert here.model_copy(update={"content_id": "e" * 64}).key_material() != here.key_material()
 
 
-def test_another_start_than_the_champion_is_one_that_is_named(tmp_path: Path) -> None:
+def test_a_line_begins_at_a_checkpoint_and_goes_on_from_its_champion(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
-    named = of_line(f"sft.init_from={tmp_path / 'mine'}", champion=True)
-    nodes = {node.name: node for node in refresh_nodes(named)}
-    assert "drafter" not in nodes["sft"].inputs
-    assert nodes["evaluation"].inputs["champion"] == "champion", "it is still what must be beaten"
+    begins = f"sft.init_from={tmp_path / 'mine'}"
+    for champion, options in ((False, []), (True, ["registry.restart=true"])):
+        nodes = {node.name: node for node in refresh_nodes(of_line(begins, *options, champion=champion))}
+        assert "drafter" not in nodes["sft"].inputs
+        assert nodes["sft"].config.model_dump()["init_from"] == str(tmp_path / "mine")
+        assert nodes["evaluation"].inputs.get("champion") == ("champion" if champion else None), "what must be beaten"
+    (sft,) = [node for node in refresh_nodes(of_line(begins, champion=True)) if node.name == "sft"]
+    assert sft.inputs["drafter"] == "champion" and sft.config.model_dump()["init_from"] is None
+    with pytest.raises(DraftsmithError, match=r"registry\.restart: sft\.init_from says `champion`"):
+        of_line("sft.init_from=champion", "registry.restart=true", champion=True)
+
+
+def test_a_start_from_the_champion_can_be_asked_for() -> None:
     for champion, start in ((True, {"drafter"}), (False, set())):
         asked = of_line("sft.init_from=champion", champion=champion)
         (sft,) = [node for node in refresh_nodes(asked) if node.name == "sft"]

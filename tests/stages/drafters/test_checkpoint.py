@@ -152,6 +152,18 @@ TRAPS: dict[str, tuple[Edit, str]] = {
         edit_config(lambda c: c["rope_parameters"].update(partial_rotary_factor=0.5)),
         "rope|rotary",
     ),
+    "angles that an engine computes otherwise": (
+        edit_config(lambda c: c["rope_parameters"].update(rope_type="dynamic", factor=2.0)),
+        "rope_parameters has rope_type dynamic, which SGLang computes otherwise",
+    ),
+    "a scale of angles that an engine does not read": (
+        edit_config(
+            lambda c: c["rope_parameters"].update(
+                rope_type="yarn", factor=4.0, original_max_position_embeddings=64, attention_factor=1.0
+            )
+        ),
+        "rope_parameters has attention_factor",
+    ),
     "windows that an engine leaves out": (
         edit_config(lambda c: c.update(layer_types=["sliding_attention"] * 2, sliding_window=4)),
         "use_sliding_window is not true",

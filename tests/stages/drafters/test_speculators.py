@@ -23,6 +23,7 @@ from tests.stages.drafters.edits import Edit, edit_config, edit_tensors
 from tests.testbed.dflash2 import random_dflash2
 from tests.testbed.dspark import random_dspark
 from tests.testbed.eagle3 import random_eagle3
+from tests.testbed.families import write_family
 from tests.testbed.random_target import random_drafter
 
 FORMS: dict[str, Any] = {
@@ -31,7 +32,7 @@ FORMS: dict[str, Any] = {
     "dflash, windows read both ways": lambda t: random_drafter(t, sliding_window=6, is_causal=False),
     "dflash2": random_dflash2,
     "dflash2, windows": lambda t: random_dflash2(t, sliding_window=6),
-    "dspark": lambda t: random_dspark(t, markov_head="gated"),
+    "dspark": random_dspark,
     "dspark, confidence of states": lambda t: random_dspark(t, confidence_reads_token=False),
     "dspark, upgraded": lambda t: random_dspark(t, from_anchor=False, confidence_head=False),
 }
@@ -61,7 +62,7 @@ def test_what_is_read_back_is_the_drafter(
 
 
 def test_the_fields_are_those_of_the_library(plain_target: Target, plain_artifact: Path, tmp_path: Path) -> None:
-    drafter = random_dflash2(plain_target, sliding_window=6, layer_types=("sliding_attention", "full_attention"))
+    drafter = random_dflash2(plain_target, sliding_window=6)
     folder = exported(drafter, plain_artifact, tmp_path)
     config = json.loads((folder / "config.json").read_text())
     assert config["speculators_model_type"] == config["speculators_config"]["algorithm"] == "dflash2"
@@ -144,6 +145,11 @@ def test_what_is_not_computed_here_is_refused(
         (random_eagle3, "no form for LlamaForCausalLMEagle3"),
         (lambda t: random_drafter(t, is_causal=True), "is_causal is true"),
         (lambda t: random_dflash2(t, conv_kernel_size=0, conv_group_size=0), "has no convolutions"),
+        (lambda t: random_dspark(t, markov_head="gated"), "markov_head is gated, and vLLM computes vanilla"),
+        (
+            lambda t: random_dflash2(t, sliding_window=6, layer_types=("sliding_attention", "full_attention")),
+            "vLLM would read all of them backwards",
+        ),
     ],
 )
 def test_a_drafter_that_the_library_has_no_form_for_is_not_written(
@@ -152,3 +158,34 @@ def test_a_drafter_that_the_library_has_no_form_for_is_not_written(
     with pytest.raises(DraftsmithError, match=message):
         exported(make(plain_target), plain_artifact, tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("form", "both_ways"),
+    [("dflash", True), ("dflash, windows", False), ("dflash, windows read both ways", True), ("dspark", True)],
+)
+def test_every_layer_reads_a_block_as_it_does_here_where_one_field_says_it_of_all(
+    form: str, both_ways: bool, plain_target: Target, plain_artifact: Path, tmp_path: Path
+) -> None:
+    """vLLM makes `causal` of the field's opposite, of full layers too (vllm-project/vllm#56692)."""
+    drafter = FORMS[form](plain_target)
+    config = json.loads((exported(drafter, plain_artifact, tmp_path) / "config.json").read_text())
+    assert config["sliding_window_non_causal"] is both_ways
+    assert {sight.causal for sight in drafter.sights} == {not both_ways}
+
+
+def test_embedding_and_head_are_stored_as_the_backbone_is(
+    plain_target: Target, plain_artifact: Path, tmp_path: Path
+) -> None:
+    save_drafter(random_dspark(plain_target), tmp_path / "own", torch.bfloat16)
+    export_speculators(tmp_path / "own", model_path(plain_artifact), "someone/target", tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensors[name].dtype for name in ("embed_tokens.weight", "lm_head.weight", "fc.weight")} == {torch.bfloat16}
+    assert tensors["confidence_head.proj.weight"].dtype == torch.float32
+
+
+def test_a_target_that_scales_its_embedding_has_no_such_export(plain_target: Target, tmp_path: Path) -> None:
+    write_family(tmp_path / "gemma", "Gemma 2")
+    save_drafter(random_drafter(plain_target), tmp_path / "own", torch.float32)
+    with pytest.raises(DraftsmithError, match="multiplies its embedding by 5"):
+        export_speculators(tmp_path / "own", tmp_path / "gemma", "someone/target", tmp_path / "out")

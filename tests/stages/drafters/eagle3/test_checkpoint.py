@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from draftsmith.stages.drafters.checkpoint import (
     save_drafter,
 )
 from draftsmith.stages.drafters.config import DFlashConfig, Eagle3Config
+from draftsmith.stages.drafters.dflash.checkpoint import check_fits
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.eagle3.checkpoint import USUAL_BLOCK_SIZE, default_layer_ids
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
@@ -269,12 +271,22 @@ def test_a_target_too_shallow_for_three_layers_is_refused() -> None:
         plan_of_new(Eagle3Config(kind="eagle3"), LlamaConfig(num_hidden_layers=3), lambda: None)
 
 
-def test_a_drafter_of_a_target_that_rotates_a_part_of_each_head_rotates_whole_heads() -> None:
-    """It has rotary settings of its own; engines would read another part of the head than the model here."""
-    target = LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 3e4, "partial_rotary_factor": 0.5})
-    plan = plan_of_new(Eagle3Config(kind="eagle3"), target, lambda: None)
-    assert plan.config.rope_parameters["rope_theta"] == 3e4
-    assert plan.config.rope_parameters.get("partial_rotary_factor", 1) == 1
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "partial_rotary_factor": 0.5},  # engines would read another part of the head
+        {"rope_type": "dynamic", "factor": 2.0},  # SGLang's angles are others
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "attention_factor": 1.0},
+    ],
+)
+def test_a_drafter_of_a_target_whose_rotation_engines_read_otherwise_has_a_plain_one(rope: dict[str, Any]) -> None:
+    target = LlamaConfig(rope_parameters={"rope_theta": 3e4, **rope})
+    tokenizer = SimpleNamespace(convert_ids_to_tokens=lambda _: None)  # the mask token is an unused row
+    for shape in (Eagle3Config(kind="eagle3"), DFlashConfig(mask_token=5)):
+        config = plan_of_new(shape, target, lambda: tokenizer).config
+        assert (config.rope_parameters["rope_theta"], config.rope_parameters["rope_type"]) == (3e4, "default")
+        assert config.rope_parameters.get("partial_rotary_factor", 1) == 1
+    check_fits(config, target, "its own")
 
 
 @pytest.mark.parametrize("fields", [{"target_layer_ids": (0, 1)}, {"draft_vocab_size": 1}, {"mask_token": 3}])

@@ -1,0 +1,42 @@
+"""The targets that SGLang drafts for: its class of the model must hand over the hidden states of chosen layers.
+
+Source: SGLang 0.5.20, the classes with `set_dflash_layers_to_capture` (DFLASH and DSPARK) and
+`set_eagle3_layers_to_capture`; held against its registry by `make test-sglang`.
+"""
+
+from __future__ import annotations
+
+RELEASE = "0.5.20"
+
+_BOTH = {
+    *("Cosmos3ForConditionalGeneration", "DeepseekV2ForCausalLM", "DeepseekV32ForCausalLM", "DeepseekV3ForCausalLM"),
+    *("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration", "Gemma4UnifiedForConditionalGeneration"),
+    *("Glm4MoeLiteForCausalLM", "Glm5NextForConditionalGeneration", "GlmMoeDsaForCausalLM", "GptOssForCausalLM"),
+    *("IQuestCoderForCausalLM", "InternLM3ForCausalLM", "InternS1ProForConditionalGeneration"),
+    *("KimiK25ForConditionalGeneration", "Llama4ForCausalLM", "LlamaForCausalLM", "MellumForCausalLM"),
+    *("Ministral3ForCausalLM", "MistralForCausalLM", "MistralLarge3ForCausalLM", "Phi3ForCausalLM"),
+    *("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Qwen3NextForCausalLM", "Qwen3VLForConditionalGeneration"),
+    *("Qwen3VLMoeForConditionalGeneration", "Qwen3_5ForConditionalGeneration", "TeleFLMForCausalLM"),
+    "Qwen3_5MoeForConditionalGeneration",
+}
+BLOCKS = _BOTH | {
+    *("LagunaForCausalLM", "Lfm2ForCausalLM", "Lfm2MoeForCausalLM", "MiMoV2FlashForCausalLM", "MiMoV2ForCausalLM"),
+    *("MuseGlimmerForCausalLM", "MuseGlimmerForConditionalGeneration", "NanbeigeForCausalLM"),
+    *("NemotronHForCausalLM", "NemotronHPuzzleForCausalLM", "NemotronH_Nano_Omni_Reasoning_V3"),
+    *("NemotronH_Nano_VL_V2", "NemotronH_Omni_Reasoning_V3", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"),
+}
+CHAINS = _BOTH | {
+    *("ApertusForCausalLM", "BailingMoEForCausalLM", "BailingMoeForCausalLM", "BailingMoeV2ForCausalLM"),
+    *("ExaoneMoEForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "Glm4MoeForCausalLM"),
+    *("Llama4ForConditionalGeneration", "LongcatFlashForCausalLM", "MindSporeForCausalLM", "MiniMaxM2ForCausalLM"),
+    *("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration", "Qwen2ForCausalLM"),
+    *("Qwen2MoeForCausalLM", "Qwen2_5_VLForConditionalGeneration", "SarvamMoEForCausalLM"),
+}
+
+
+def undrafted(architecture: str, kind: str) -> str | None:
+    """Why SGLang does not draft for a target of this architecture with a drafter of this kind; None where it does."""
+    if architecture in (CHAINS if kind == "eagle3" else BLOCKS):
+        return None
+    other = "eagle3" if kind != "eagle3" and architecture in CHAINS else None
+    return f"SGLang {RELEASE} has no {kind} for {architecture}" + (f", but {other}" if other else "")
