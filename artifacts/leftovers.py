@@ -16,6 +16,7 @@ from draftsmith.artifacts.remote_store import RemoteStore
 from draftsmith.artifacts.store import PARTIAL, REPLACED, SHARD
 
 _LOGS = ("*.log", "*.request.json")
+REPLACED_ARTIFACT = "replaced artifact"  # of a store on this machine
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def leftovers(home: Path, before: float) -> list[Leftover]:
             found.append(_described("unfinished attempt", folder, lock))
     for folder in root.glob(f"*{SHARD}/[!.]*/"):  # of a node that is made, or that was given up
         found.append(_described("shard", folder, folder.with_name(f".lock-{folder.name}")))
-    found += [_described("replaced artifact", folder) for folder in root.glob(f"*/{REPLACED}*")]
+    found += [_described(REPLACED_ARTIFACT, folder) for folder in root.glob(f"*/{REPLACED}*")]
     if isinstance(store, RemoteStore):
         found += [_remote(store, folder, objects) for folder, objects in store.unnamed(before)]
     return sorted((each for each in found if each.touched < before), key=lambda each: -each.bytes)

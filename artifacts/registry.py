@@ -34,6 +34,8 @@ _TAG, _EVENT, _DRIFT = "draftsmith.", "draftsmith.event.", "draftsmith.drift."
 _IDENTITY = ("stage", "key", "content_id")
 _DRAFTER = "drafter"  # the folder of a version's artifact that servers load, and of its copy in MLflow
 _STALE_S = 60.0
+_OUR_FAULT = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "PERMISSION_DENIED", "UNAUTHENTICATED")
+ROLLED_BACK = "rolled back to"  # of an event
 
 
 class ChampionMovedError(DraftsmithError):
@@ -81,7 +83,7 @@ class LineEvent:
 
     at: str  # ISO 8601, UTC
     by: str  # user@host
-    what: str  # promoted, rolled back
+    what: str  # promoted, rolled back to
     version: int
     before: int | None  # the champion until then
     why: str
@@ -125,6 +127,16 @@ class Registry:
             found = client.search_model_versions(f"name = '{line}'", max_results=10_000)
             return [self._version(client, line, number) for number in sorted(int(each.version) for each in found)]
 
+    def content_ids(self) -> set[str]:
+        """Of every version of every line."""
+        with self._client() as client:
+            tag, token, found = f"{_TAG}content_id", None, set()
+            while True:
+                page = client.search_model_versions("", max_results=1000, page_token=token)
+                found |= {each.tags[tag] for each in page if tag in each.tags}
+                if not (token := page.token):
+                    return found
+
     def events(self, line: str) -> list[LineEvent]:
         """Oldest first."""
         with self._client() as client:
@@ -163,21 +175,13 @@ class Registry:
         artifact store (of the run `run_id`), for machines that do not share the store: `download` fetches it there.
         """
         self._tracking.must_write()
-        known = next((each for each in reversed(self.versions(line)) if each.content_id == ref.content_id), None)
         identity = {name: str(getattr(ref, name)) for name in _IDENTITY}
         with self._client() as client:
-            if known is None:
-                if self._model(client, line) is None:
-                    client.create_registered_model(line, description="A line of drafters, kept by Draftsmith.")
-                # a server refuses paths of files that are not its own
-                elsewhere = self._tracking.uri.startswith(("http://", "https://"))
-                source = f"draftsmith-store:{ref.path}" if elsewhere else ref.uri
-                # with its identity at once: a version that a killed run left without would be registered again
-                known_by = {f"{_TAG}{name}": value for name, value in identity.items()}
-                made = client.create_model_version(line, source=source, run_id=run_id, tags=known_by)
-                number = int(made.version)
-            else:
-                number = known.number
+            with self._one_at_a_time(client, line, "registering"):
+                known = next(
+                    (each for each in reversed(self.versions(line)) if each.content_id == ref.content_id), None
+                )
+                number = self._create(client, line, ref, run_id, identity) if known is None else known.number
             if upload and run_id is not None and (known is None or not known.uploaded):
                 client.log_artifacts(run_id, str(ref.path / _DRAFTER), _DRAFTER)
                 identity["uploaded"] = f"runs:/{run_id}/{_DRAFTER}"
@@ -187,6 +191,18 @@ class Registry:
                 client.update_model_version(line, str(number), description=tags["decision"])
             client.set_registered_model_alias(line, CHALLENGER, str(number))
             return self._version(client, line, number)
+
+    def _create(
+        self, client: MlflowClient, line: str, ref: ArtifactRef, run_id: str | None, identity: Mapping[str, str]
+    ) -> int:
+        """A new version, with its identity at once: one that a killed run left without would be registered again."""
+        if self._model(client, line) is None:
+            client.create_registered_model(line, description="A line of drafters, kept by Draftsmith.")
+        # a server refuses paths of files that are not its own
+        elsewhere = self._tracking.uri.startswith(("http://", "https://"))
+        source = f"draftsmith-store:{ref.path}" if elsewhere else ref.uri
+        known_by = {f"{_TAG}{name}": value for name, value in identity.items()}
+        return int(client.create_model_version(line, source=source, run_id=run_id, tags=known_by).version)
 
     def download(self, version: Version, folder: Path) -> None:
         """The drafter that was uploaded with a version, as `folder`, which appears whole or not at all."""
@@ -204,36 +220,54 @@ class Registry:
         """Make a version the champion, and the champion the previous one.
 
         expected: the champion that the decision was made against. Raises ChampionMovedError if it is another one by
-        now: of two refreshes that promote at once, the second has to decide again.
+        now: of two refreshes that promote at once, the second has to decide again. MLflow may be lost at any moment, so
+        the event comes first and `previous` last: the same call again, or `complete`, goes on where it was lost.
         """
         self._tracking.must_write()
-        lock = self._tracking.folder / "registry" / f".lock-{version.line}"
-        with locked(lock, run=f"promotion of {version}"), self._client() as client, self._alone(client, version.line):
+        with self._client() as client, self._one_at_a_time(client, version.line, f"promotion of {version}"):
             model = self._model(client, version.line)
             now = None if model is None else model.aliases.get(CHAMPION)
             before = None if now is None else int(now)
-            if before != (None if expected is None else expected.number):
+            since = None if expected is None else expected.number
+            tags = model.tags if model is not None else {}
+            last = max((name for name in tags if name.startswith(_EVENT)), default=None)
+            known = None if last is None else LineEvent(**json.loads(tags[last]))
+            begun = known is not None and (known.version, known.before, known.what) == (version.number, since, what)
+            if before != since and not (begun and before == version.number):
                 raise ChampionMovedError(
                     f"{version.line}: version {before} is the champion by now, the decision was made against "
                     f"{'none' if expected is None else f'version {expected.number}'}: decide again"
                 )
-            if before is not None and before != version.number:
-                client.set_registered_model_alias(version.line, PREVIOUS, str(before))
+            at = datetime.now(UTC).isoformat(timespec="seconds")
+            if not begun:
+                by = f"{_user()}@{platform.node()}"
+                event = LineEvent(at=at, by=by, what=what, version=version.number, before=since, why=why[:1000])
+                count = sum(name.startswith(_EVENT) for name in tags)
+                client.set_registered_model_tag(version.line, f"{_EVENT}{count:06d}", json.dumps(asdict(event)))
             client.set_registered_model_alias(version.line, CHAMPION, str(version.number))
             if CHALLENGER in (model.aliases if model is not None else {}):
                 client.delete_registered_model_alias(version.line, CHALLENGER)
-            at = datetime.now(UTC).isoformat(timespec="seconds")
             client.set_model_version_tag(version.line, str(version.number), f"{_TAG}promoted_at", at)
-            event = LineEvent(
-                at=at,
-                by=f"{_user()}@{platform.node()}",
-                what=what,
-                version=version.number,
-                before=before,
-                why=why[:1000],
-            )
-            count = sum(name.startswith(_EVENT) for name in (model.tags if model is not None else {}))
-            client.set_registered_model_tag(version.line, f"{_EVENT}{count:06d}", json.dumps(asdict(event)))
+            if since is not None and since != version.number:
+                client.set_registered_model_alias(version.line, PREVIOUS, str(since))
+
+    def complete(self, line: str) -> LineEvent | None:
+        """End a promotion whose MLflow was lost between `champion` and `previous`; None if there is none."""
+        events, champion, previous = self.events(line), self.champion(line), self.alias(line, PREVIOUS)
+        if not events or champion is None:
+            return None
+        last = events[-1]
+        ended = previous is not None and previous.number == last.before
+        if ended or champion.number != last.version or last.before in (None, last.version):
+            return None
+        self.promote(champion, expected=self.version(line, last.before), why=last.why, what=last.what)
+        return last
+
+    def rolled_back(self, version: Version) -> LineEvent | None:
+        """The event by which a version was taken out of service, unless it was made the champion since."""
+        about = [each for each in self.events(version.line) if version.number in (each.version, each.before)]
+        last = about[-1] if about else None
+        return last if last is not None and (last.what, last.before) == (ROLLED_BACK, version.number) else None
 
     def tag(self, version: Version, tags: Mapping[str, str]) -> None:
         self._tracking.must_write()
@@ -254,19 +288,36 @@ class Registry:
 
     @contextmanager
     def _client(self) -> Iterator[MlflowClient]:
-        """Errors of MLflow are one clear error: worth a retry, since nothing of a promotion is half done."""
+        """Errors of MLflow are one clear error: worth a retry where a server may come back."""
         try:
             client, _ = self._tracking.connect()
             yield client
         except DraftsmithError:
             raise
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-            raise RetryableError(f"MLflow's model registry failed ({reason}): see that MLflow is there") from error
+            raise self._said(error) from error
+
+    def _said(self, error: Exception) -> DraftsmithError:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        if getattr(error, "error_code", None) in _OUR_FAULT:
+            return DraftsmithError(f"MLflow's model registry refused this: {reason}: correct the name or the value")
+        if self._tracking.uri == self._tracking.default_uri and "database is locked" not in reason:
+            database = self._tracking.folder / "mlflow.db"
+            return DraftsmithError(
+                f"MLflow's database {database}: {reason}; make it writable, or move it away to start a new one"
+            )
+        return RetryableError(f"MLflow's model registry failed ({reason}): see that MLflow is there")
+
+    @contextmanager
+    def _one_at_a_time(self, client: MlflowClient, line: str, what: str) -> Iterator[None]:
+        """Of a line, in this home and over all homes that use this MLflow."""
+        lock = self._tracking.folder / "registry" / f".lock-{line}"
+        with locked(lock, run=what), self._alone(client, line):
+            yield
 
     @contextmanager
     def _alone(self, client: MlflowClient, line: str) -> Iterator[None]:
-        """One promotion of a line at a time over all homes that use this MLflow, whose database alone they share.
+        """One change of a line at a time over all homes that use this MLflow, whose database alone they share.
 
         Held is a registered model of a name of its own: a name is there once, whoever asks. What a killed process left
         behind is taken away when it was there for longer than any promotion takes.
@@ -279,7 +330,7 @@ class Registry:
         name, seen, since = f"{line}.promotion", None, time.monotonic()
         while True:
             try:
-                client.create_registered_model(name, description="Held for the second that a promotion takes.")
+                client.create_registered_model(name, description="Held for the second that a change of the line takes.")
                 break
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":

@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
     diagnose.add_argument("--url", required=True, help="of the SGLang server, such as http://localhost:30000")
     diagnose.add_argument("--api-key-env", metavar="NAME", help="variable of the environment with the server's API key")
     diagnose.add_argument("--drafter", required=True, help="what it should serve: a folder, or NAME@champion")
-    diagnose.add_argument("--prompts", type=int, help="how many it is asked (default: 16)")
+    diagnose.add_argument("--prompts", type=_positive, help="how many it is asked (default: 16)")
     _add_run_options(diagnose)
     diagnose.set_defaults(does="diagnose")
 
@@ -134,6 +134,13 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "--until", action="append", default=[], metavar="NODE", help="make only this node and what it needs"
     )
     parser.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1 is wanted")
+    return number
 
 
 def _add_config(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:

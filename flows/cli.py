@@ -111,7 +111,7 @@ def _pipeline(options: argparse.Namespace) -> Pipeline:
 
 def _run(options: argparse.Namespace, pipeline: Pipeline) -> None:
     """Run the config's flow and print what it found, or only print the plan."""
-    _run_config(options, pipeline, _read(options, pipeline))
+    _run_config(options, pipeline, _read(options, pipeline, patient=not options.plan))
 
 
 def _evaluate(options: argparse.Namespace, pipeline: Pipeline) -> None:
@@ -344,12 +344,17 @@ def _prune(options: argparse.Namespace, _pipeline: Pipeline) -> None:
     inspection.prune(Display(), options.days, delete=options.delete)
 
 
-def _read(options: argparse.Namespace, pipeline: Pipeline) -> RunOptions:
-    """The config, with what only the outside knows."""
+def _read(options: argparse.Namespace, pipeline: Pipeline, *, patient: bool = False) -> RunOptions:
+    """The config, with what only the outside knows. patient: ask again for minutes, as everything of a run is."""
     from draftsmith.flows.pipeline.config_file import read_config
+    from draftsmith.flows.pipeline.display import Display
     from draftsmith.flows.pipeline.graph import resolved
+    from draftsmith.flows.pipeline.patience import patiently
 
-    return resolved(read_config(options.config, options.overrides, pipeline.config), pipeline)
+    config = read_config(options.config, options.overrides, pipeline.config)
+    if not patient:
+        return resolved(config, pipeline)
+    return patiently(lambda: resolved(config, pipeline), config.stages, Display().line)
 
 
 _COMMANDS = {

@@ -27,7 +27,7 @@ class OnlyIfSet:
 class Config(BaseModel):
     """Base of every config section: frozen, and an unknown field is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
 
     def key_material(self) -> dict[str, Any]:
         """What of this config decides the result, as JSON values."""

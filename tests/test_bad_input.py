@@ -134,6 +134,13 @@ CONFIG = {
     "wrong type": Bad("sft.steps: expected an integer, got 'many'", {"sft.steps": "many"}),
     "out of range": Bad("sft.steps", {"sft.steps": -1}),
     "not a finite number": Bad("sft.learning_rate", {"sft.learning_rate": float("nan")}),
+    "no bound at all": Bad("sft.clip_norm", {"sft.clip_norm": float("inf")}),
+    "a bound of the gate that nothing passes": Bad("gate.min_tau_gain", {"gate": {"min_tau_gain": float("inf")}}),
+    "a prompt set that is called as all are": Bad(
+        "`all` means the prompts of all", {"prompts.sources": [{"kind": "jsonl", "path": "{here}/all"}]}
+    ),
+    "a home that is no address": Bad("set DRAFTSMITH_HOME", environment={"DRAFTSMITH_HOME": "a?b"}),
+    "a home of nobody": Bad("DRAFTSMITH_HOME", environment={"DRAFTSMITH_HOME": "~nobody-at-all/home"}),
     "a number too large": Bad("sft.steps", {"sft.steps": float("inf")}),
     "unknown choice": Bad("target.dtype", {"target.dtype": "float8"}),
     "no name": Bad("name", {"name": ""}),

@@ -127,7 +127,7 @@ def _parse(text: str, where: str) -> Any:
         mark = error.problem_mark
         line = f", line {mark.line + 1}, column {mark.column + 1}" if mark and where != OVERRIDE else ""
         raise DraftsmithError(f"{where}{line}: not valid YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         raise DraftsmithError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 

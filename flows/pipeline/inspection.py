@@ -11,11 +11,14 @@ from typing import Any
 from rich.table import Table
 from rich.tree import Tree
 
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
-from draftsmith.artifacts.leftovers import leftovers
-from draftsmith.artifacts.manifest import InputEntry, Manifest, local_time
+from draftsmith.artifacts.leftovers import REPLACED_ARTIFACT, Leftover, leftovers
+from draftsmith.artifacts.manifest import MANIFEST, InputEntry, Manifest, local_time, read_manifest
 from draftsmith.artifacts.open_store import store_of
+from draftsmith.artifacts.registry import Registry
 from draftsmith.artifacts.store import PARTIAL, Store
+from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline.display import Display, duration, escape
 from draftsmith.flows.pipeline.failures import last_failure
 from draftsmith.flows.pipeline.graph import Pipeline, PlannedNode, Status, has_partial, plan
@@ -83,6 +86,7 @@ def status_of_store(display: Display) -> None:
 def prune(display: Display, days: float, *, delete: bool) -> None:
     """What was left behind and not touched for so many days; deletes it if asked to."""
     found = leftovers(home(), time.time() - days * 86400)
+    found = [each for each in found if each.what != REPLACED_ARTIFACT] + _of_no_line(display, found)
     if not found:
         display.line(f"nothing in {home()} was left behind and not touched for {days:g} days")
         return
@@ -101,6 +105,26 @@ def prune(display: Display, days: float, *, delete: bool) -> None:
     kept = ", ".join(each.path.name for each in found if each not in removed)
     total = _size(sum(each.bytes for each in removed))
     display.line(f"removed {total}" + (f", but for what a run has taken up: {kept}" if kept else ""))
+
+
+def _of_no_line(display: Display, found: list[Leftover]) -> list[Leftover]:
+    """Replaced artifacts that no version of a drafter line is: a champion that was made again has no other copy."""
+    replaced = [each for each in found if each.what == REPLACED_ARTIFACT]
+    if not replaced:
+        return []
+    try:
+        named = Registry(Tracking(home())).content_ids()
+    except DraftsmithError as error:
+        display.line(f"replaced artifacts are kept, as nobody can say whether a drafter line needs them: {error}")
+        return []
+    return [each for each in replaced if _content_id(each.path) not in named]
+
+
+def _content_id(folder: Path) -> str | None:
+    try:
+        return read_manifest(folder).content_id if (folder / MANIFEST).is_file() else None
+    except DraftsmithError:
+        return None
 
 
 def show(display: Display, text: str, *, verify: bool = False) -> None:
@@ -169,6 +193,14 @@ def _grow(tree: Tree, store: Store, inputs: dict[str, InputEntry], seen: set[str
 
 
 def _head(display: Display, path: Path) -> None:
+    try:
+        _shown(display, path)
+    except (OSError, ValueError) as error:  # pyarrow's, and JSON's, are ValueErrors
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DraftsmithError(f"{path}: cannot be read ({reason}); `--verify` says whether it is damaged") from error
+
+
+def _shown(display: Display, path: Path) -> None:
     if path.suffix == ".parquet":
         _parquet_head(display, path)
     elif path.suffix == ".json":

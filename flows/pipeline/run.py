@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from draftsmith.flows.pipeline.record import RunRecord
 from draftsmith.flows.pipeline.task import run_node
 
 MLFLOW_NOTE = "mlflow.note.content"  # the tag that MLflow shows as a run's description
+OUTCOME = "draftsmith.outcome"  # the tag of what a run came to
 _PLANS = 3  # of one run: what it was planned from may change so often before it gives up
 
 
@@ -116,7 +118,7 @@ def _run_once(
         lambda: part.plan(config, workshop.store, pipeline, force), config.stages, workshop.display.line
     )
     nodes = [item.node for item in planned]
-    whole = len(nodes) == len(pipeline.nodes(config))
+    whole = not part.until  # also where every node is needed for it: who stops at the report looks before promoting
     checks = pipeline.checks() if pipeline.checks is not None else None
     course = pipeline.course(config, force) if pipeline.course is not None and whole else None
     _warn(workshop, checks.before(planned) if checks is not None else [])
@@ -130,7 +132,9 @@ def _run_once(
         conclusion = _make_all(workshop, nodes, forced_nodes(nodes, force), made, checks, course)
         run_id = record.settle(_refs(made))
         if conclusion is None and course is not None:
-            conclusion = course.finish(Refs(workshop.store, _refs(made)), run_id)
+            conclusion = patiently(
+                lambda: course.finish(Refs(workshop.store, _refs(made)), run_id), config.stages, workshop.display.line
+            )
         status = "FINISHED"
     except StageInterrupted:
         raise
@@ -170,8 +174,10 @@ def _make_all(
         folders = Folders(workshop.store, _refs(made))
         if checks is not None:
             _warn(workshop, checks.after(node, folders))
-        if course is not None and (conclusion := course.stop(node, folders)) is not None:
-            return conclusion
+        if course is not None:
+            conclusion = patiently(partial(course.stop, node, folders), workshop.config.stages, workshop.display.line)
+            if conclusion is not None:
+                return conclusion
     return None
 
 
@@ -200,6 +206,8 @@ def _reviewed(
     if review is not None:
         figures |= review.figures
         tags = {**review.tags, MLFLOW_NOTE: review.description}
+        if conclusion is None:
+            tags.pop(OUTCOME, None)  # what the gate decided and nothing has followed from
     if conclusion is not None:
         figures |= conclusion.figures
         tags |= conclusion.tags

@@ -10,7 +10,7 @@ from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import MANIFEST, read_manifest
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.private import for_users
-from draftsmith.artifacts.registry import PREVIOUS, Registry, Version
+from draftsmith.artifacts.registry import PREVIOUS, ROLLED_BACK, Registry, Version
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.refresh.line import folder_of, registry, uploaded_copy
 from draftsmith.stages.stored import DRAFTER_FOLDER
@@ -59,8 +59,12 @@ def promote(display: Display, text: str, why: str, *, dry_run: bool) -> None:
 def rollback(display: Display, line: str, why: str, *, dry_run: bool) -> None:
     """The previous champion serves again."""
     lines = registry()
+    lost = None if dry_run else lines.complete(line)
+    if lost is not None and lost.what == ROLLED_BACK:  # the same command, when MLflow was lost in the midst of it
+        display.line(f"{line} version {lost.version} is the champion now, in place of version {lost.before}")
+        return
     version = lines.resolve(f"{line}@{PREVIOUS}")
-    _move(display, lines, version, why or "by hand", "rolled back to", dry_run=dry_run)
+    _move(display, lines, version, why or "by hand", ROLLED_BACK, dry_run=dry_run)
 
 
 def _move(display: Display, lines: Registry, version: Version, why: str, what: str, *, dry_run: bool) -> None:

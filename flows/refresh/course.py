@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +22,9 @@ from draftsmith.stages.gate import DECISION
 from draftsmith.stages.measure.drift import fallen
 from draftsmith.stages.prompting.times import LAST
 
+log = logging.getLogger(__name__)
+_HOOK, _DUE = "on_promote", "due"  # a version's tag: whether its promotion was told
+
 
 class RefreshCourse:
     """Of one refresh of a line of drafters."""
@@ -37,6 +41,7 @@ class RefreshCourse:
         """Behind the drift check: the refresh ends if the champion is current."""
         if node.name != "drift" or self.line.champion is None:
             return None
+        self._call_what_is_due()
         drift = json.loads((made["drift"] / "drift.json").read_text("utf-8"))
         reasons = self._reasons(drift, json.loads((made["champion"] / RECORD).read_text("utf-8")))
         self._drift = {
@@ -75,10 +80,13 @@ class RefreshCourse:
         line, ref = registry(), made[decision["challenger"]]
         tags = version_tags(evaluation, decision, ref, self.config.prompts)
         tags |= log_tags(made["logs"]) if "logs" in made else {}
-        before = line.champion(self.line.name)
-        expected = self.line.champion
-        if (None if before is None else before.number) != (None if expected is None else expected.version):
-            raise PlanAgain(f"{self.line.name}: another refresh has promoted version {before.number if before else 0}")
+        now = line.champion(self.line.name)
+        expected = None if self.line.champion is None else line.version(self.line.name, self.line.champion.version)
+        moved = (None if now is None else now.number) != (None if expected is None else expected.number)
+        if moved and (now is None or now.content_id != ref.content_id):  # else it is ours: MLflow was lost behind it
+            raise PlanAgain(f"{self.line.name}: another refresh has promoted version {now.number if now else 0}")
+        if decision["promote"] and self.config.on_promote is not None:
+            tags |= {_HOOK: _DUE}
         version = line.register(self.line.name, ref, tags, run_id=run_id, upload=self.line.upload)
         if not decision["promote"]:
             said = f"{version} is not promoted: {decision['sentence']}"
@@ -86,16 +94,37 @@ class RefreshCourse:
             return self._conclusion(
                 "Undecided" if undecided else "Refused", said, decision, version, RefusedError(said)
             )
+        if (undone := line.rolled_back(version)) is not None:  # the same inputs have made it again
+            said = (
+                f"{version} is not promoted: {undone.by} rolled it back at {undone.at} ({undone.why}), and nothing "
+                f"that makes it has changed since; to serve it: `draftsmith promote {version.line}@{version.number}`"
+            )
+            return self._conclusion("Refused", said, decision, version, RefusedError(said))
         try:
-            line.promote(version, expected=before, why=decision["sentence"])
+            line.promote(version, expected=expected, why=decision["sentence"])
         except ChampionMovedError as error:
             raise PlanAgain(str(error)) from error
         said = f"{version} is the champion: {decision['sentence']}"
         if self.config.on_promote is not None:
-            told = {"line": self.line.name, "version": version.number, "source": version.source, **decision}
-            problem = hook.call(self.config.on_promote, told)
+            problem = self._call(version, decision)
             said += f"; on_promote failed: {problem}" if problem else "; on_promote was called"
         return self._conclusion("Promoted", said, decision, version)
+
+    def _call(self, version: Version, decision: Mapping[str, Any]) -> str | None:
+        """Why the hook failed; None if it did not."""
+        assert self.config.on_promote is not None
+        told = {"line": version.line, "version": version.number, "source": version.source, **decision}
+        problem = hook.call(self.config.on_promote, told)
+        registry().tag(version, {_HOOK: f"failed: {problem}"[:1000] if problem else "called"})
+        return problem
+
+    def _call_what_is_due(self) -> None:
+        """The hook of a promotion whose run ended before it could be called."""
+        champion = registry().champion(self.line.name) if self.config.on_promote is not None else None
+        if champion is not None and champion.tags.get(_HOOK) == _DUE:
+            decision = {"promote": True, "sentence": champion.tags.get("decision", "")}
+            problem = self._call(champion, decision)
+            log.info("on_promote of %s %s", champion, f"failed: {problem}" if problem else "was called late")
 
     def _conclusion(
         self,
@@ -105,9 +134,11 @@ class RefreshCourse:
         version: Version,
         error: RefusedError | None = None,
     ) -> Conclusion:
-        figures = {"promoted": float(decision["promote"]), **self._drift.get("figures", {})}
+        figures = {"promoted": float(name == "Promoted"), **self._drift.get("figures", {})}
+        overruled = decision["promote"] and name != "Promoted"
         tags = {
-            "draftsmith.decision": decision["sentence"][:4000],
+            "draftsmith.outcome": name.lower(),
+            "draftsmith.decision": (message if overruled else decision["sentence"])[:4000],
             "draftsmith.version": str(version.number),
             "draftsmith.line": version.line,
             **self._drift.get("tags", {}),

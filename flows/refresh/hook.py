@@ -43,15 +43,24 @@ def call(hook: HookConfig, decision: dict[str, Any]) -> str | None:
         answer = httpx.post(
             str(hook.url), content=body, headers={"content-type": "application/json"}, timeout=hook.timeout_s
         )
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except Exception as error:  # a name that cannot be encoded, among others
         return f"{hook.url}: {type(error).__name__} {error}".strip()
     return None if answer.is_success else f"{hook.url}: HTTP {answer.status_code}"
 
 
 def _run(command: tuple[str, ...], body: str, timeout_s: float) -> str | None:
     try:
-        done = subprocess.run(command, input=body, text=True, capture_output=True, timeout=timeout_s, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        done = subprocess.run(
+            command,
+            input=body,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            capture_output=True,
+            timeout=timeout_s,
+            check=False,
+        )
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         return f"{command[0]}: {error}"
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]

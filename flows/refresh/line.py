@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.manifest import ArtifactRef, sha256_file
+from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef, read_manifest, sha256_file
 from draftsmith.artifacts.registry import Version
+from draftsmith.artifacts.store import REPLACED
 from draftsmith.stages.champion import ChampionConfig
 from draftsmith.stages.contract import Config
 from draftsmith.stages.earlier import TABLE, EarlierConfig
@@ -28,6 +29,7 @@ from draftsmith.stages.stored import DRAFTER_FOLDER
 
 if TYPE_CHECKING:
     from draftsmith.artifacts.registry import Registry
+    from draftsmith.artifacts.store import Store
 
 _MOST_POINTS = 300  # of a line's history
 _MOST_SETS = 24  # of a version's figures: a tag holds 5,000 characters
@@ -80,7 +82,18 @@ def folder_of(version: Version) -> Path:
     from draftsmith.artifacts.home import home
     from draftsmith.artifacts.open_store import store_of
 
-    return store_of(home()).here(version.path)
+    store = store_of(home())
+    return _in_this_home(version, store) or store.here(version.path)
+
+
+def _in_this_home(version: Version, store: Store) -> Path | None:
+    """Its artifact where a version does not say it is: in a home that was moved or is a copy, or set aside when the
+    same key was made again."""
+    folder = store.path(version.stage, version.key)
+    for place in (folder, *folder.parent.glob(f"{REPLACED}{folder.name}-*")):
+        if (place / MANIFEST).is_file() and read_manifest(place).content_id == version.content_id:
+            return place
+    return None
 
 
 def checkpoint_of(version: Version) -> Path:
@@ -88,10 +101,13 @@ def checkpoint_of(version: Version) -> Path:
     from draftsmith.artifacts.home import home
     from draftsmith.artifacts.open_store import store_of
 
+    store = store_of(home())
+    if (folder := _in_this_home(version, store)) is not None:
+        return folder / DRAFTER_FOLDER
     checkpoint = version.path / DRAFTER_FOLDER
     if not version.uploaded or checkpoint.is_dir():
         return checkpoint
-    if store_of(home()).manifest_at(version.stage, version.key) is not None:  # in a bucket, or of the same key here
+    if store.manifest_at(version.stage, version.key) is not None:  # in a bucket, or of the same key here
         return folder_of(version) / DRAFTER_FOLDER
     return uploaded_copy(version)
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Config
@@ -68,6 +68,21 @@ class _RowSource(_SourceBase):
         default={}, description="only rows whose fields have this value or one of these, e.g. {source: olympiads}"
     )
 
+    @property
+    def set_name(self) -> str:
+        """What its prompts are called in the tables."""
+        return self.label or self._usual_name
+
+    @property
+    def _usual_name(self) -> str:
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _is_not_called_all(self) -> Self:
+        if self.set_name == "all":
+            raise ValueError("label: `all` means the prompts of all sources in the tables; give another one")
+        return self
+
     def keeps(self, row: Mapping[str, Any], where: str) -> bool:
         """Whether `filter` lets the row through; `where` names the row in the error for a field that it lacks."""
         for name, wanted in self.filter.items():
@@ -106,6 +121,10 @@ class JsonlSource(_RowSource):
     time_field: str | None = Field(default=None, description="field with a row's time, as in section logs")
 
     @property
+    def _usual_name(self) -> str:
+        return Path(self.path).name
+
+    @property
     def since_time(self) -> datetime | None:
         """None too where `last` means nothing yet."""
         return None if self.since is None else as_time(self.since)
@@ -122,6 +141,10 @@ class HuggingFaceSource(_RowSource):
         default=None,
         description="commit, branch or tag; a branch means the commit that the hub's cache has, else the hub's newest",
     )
+
+    @property
+    def _usual_name(self) -> str:
+        return self.id
 
     @property
     def of_hub(self) -> bool:

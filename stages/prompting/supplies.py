@@ -194,7 +194,7 @@ def _file_candidates(
     source: JsonlSource, finish: Finish, common: Supplying, aside: Aside, *, as_they_are: bool
 ) -> list[Candidate]:
     """as_they_are: nothing is added to a prompt, so that its token ids stay what they are."""
-    label, seed = source.label or Path(source.path).name, common.seed
+    label, seed = source.set_name, common.seed
     candidates: list[tuple[tuple[float, ...], Candidate]] = []
     for row, messages, ids in file_rows(source, aside, common.read_ids):
         if ids is not None and as_they_are:
@@ -241,7 +241,7 @@ def _dataset_candidates(source: HuggingFaceSource, finish: Finish, seed: int, as
             except DraftsmithError as error:
                 aside.unreadable(BadRow(name, index + 1, str(error).removeprefix(f"{where}: ")))
                 continue
-            yield finish(source.label or source.id, messages, where)
+            yield finish(source.set_name, messages, where)
 
     return draw()
 

@@ -1,4 +1,4 @@
-"""A run that is killed while it registers a version."""
+"""A run that is killed, or loses MLflow, while it registers a version, promotes one or rolls one back."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.registry import Registry
 from draftsmith.artifacts.tracking import Tracking
+from draftsmith.flows.pipeline.display import Display
+from draftsmith.flows.refresh import commands
 from tests.artifacts.test_registry import ref
 
 LINE = "tiny-dflash"
@@ -32,3 +35,93 @@ def test_the_same_command_registers_no_second_version(tmp_path: Path, monkeypatc
     registry.register(LINE, made, {"tau": "2.5"})
     (version,) = registry.versions(LINE)
     assert (version.number, version.content_id, version.tags["tau"]) == (1, made.content_id, "2.5")
+
+
+WRITES = (
+    "set_registered_model_tag",
+    "set_registered_model_alias",
+    "set_model_version_tag",
+    "delete_registered_model_alias",
+)
+
+
+class Losing:
+    """MLflow's client, which is killed behind its n-th write."""
+
+    def __init__(self, patched: pytest.MonkeyPatch, last: int) -> None:
+        self.left = last
+        for name in WRITES:
+            patched.setattr(MlflowClient, name, self._counted(getattr(MlflowClient, name)))
+
+    def _counted(self, call: Any) -> Any:
+        def counted(*arguments: Any, **options: Any) -> Any:
+            made = call(*arguments, **options)
+            self.left -= 1
+            if self.left == 0:
+                raise Killed
+            return made
+
+        return counted
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    folder = tmp_path_factory.mktemp("served")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("MLFLOW_TRACKING_URI", raising=False)
+        return Registry(Tracking(folder / "home"))
+
+
+@pytest.mark.parametrize("writes", [1, 2, 3, 4])
+def test_a_promotion_is_completed_by_the_same_call(
+    writes: int, served: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = f"promoted-{writes}"
+    first, second = (served.register(line, ref(tmp_path, name), {}) for name in "ab")
+    served.promote(first, expected=None, why="the first one")
+    third = served.register(line, ref(tmp_path, "c"), {})
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        Losing(patched, writes)
+        served.promote(third, expected=first, why="better")
+    served.promote(third, expected=first, why="better")
+    assert [(each.version, each.before) for each in served.events(line)] == [(1, None), (3, 1)]
+    assert [(each.number, each.aliases) for each in served.versions(line)] == [
+        (first.number, ("previous",)),
+        (second.number, ()),
+        (third.number, ("champion",)),
+    ]
+
+
+@pytest.mark.parametrize("writes", [1, 2, 3])
+def test_a_rollback_that_is_repeated_swaps_nothing_back(
+    writes: int, served: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = f"rolled-back-{writes}"
+    monkeypatch.setattr(commands, "registry", lambda: served)
+    monkeypatch.setattr(commands, "verified", lambda _version: None)
+    good, bad = (served.register(line, ref(tmp_path, name), {}) for name in "ab")
+    served.promote(good, expected=None, why="the first one")
+    served.promote(bad, expected=good, why="better")
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        Losing(patched, writes)
+        commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
+    commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
+    champion, previous = served.champion(line), served.alias(line, "previous")
+    assert champion is not None and previous is not None
+    assert (champion.number, previous.number) == (1, 2)
+    assert [each.what for each in served.events(line)] == ["promoted", "promoted", "rolled back to"]
+    undone = served.rolled_back(bad)
+    assert undone is not None and undone.why == "it accepts nothing" and served.rolled_back(good) is None
+    served.promote(bad, expected=champion, why="by hand")
+    assert served.rolled_back(bad) is None
+
+
+def test_what_a_retry_does_not_mend_is_no_lost_server(served: Registry, tmp_path: Path) -> None:
+    with pytest.raises(DraftsmithError, match="refused this") as refused:
+        served.register("a:b", ref(tmp_path, "a"), {})
+    assert not isinstance(refused.value, RetryableError)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "mlflow.db").write_text("no database at all, for 16 bytes and more")
+    with pytest.raises(DraftsmithError, match=r"mlflow\.db: .*make it writable, or move it away") as damaged:
+        Registry(Tracking(tmp_path / "home")).champion("line")
+    assert not isinstance(damaged.value, RetryableError)

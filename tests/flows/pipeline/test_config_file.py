@@ -109,6 +109,7 @@ def test_a_bad_override_is_named_with_what_to_do(file: Path, override: str, expe
             "name: a\nsft: {loss: ce}\n",
             "sft.loss: expected one of 'auto', 'paper', 'matched', got 'ce': change the value",
         ),
+        ("name: 2026-13-45\n", "not valid YAML: month must be in 1..12"),
         ("- name\n", "expected a mapping of fields such as 'name: my-run', got ['name']"),
         ("", "expected a mapping of fields such as 'name: my-run', got nothing"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,3 +44,22 @@ def test_what_a_run_is_planned_from_is_looked_up_again(moves: int, monkeypatch: 
         ):
             run._run(*arguments)
     assert planned == [(1, ["target"]), (2, []), (3, [])][: moves + 1]
+
+
+@pytest.mark.parametrize(("until", "concludes"), [((), True), (("total",), False)])
+def test_a_part_concludes_nothing_even_if_it_needs_every_node(
+    until: tuple[str, ...], concludes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who stops at the last node looks at it before anything follows from it."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
+    nodes: list[list[str]] = []
+
+    def made(_workshop: object, named: Any, *_rest: object) -> None:
+        nodes.append([node.name for node in named])
+
+    monkeypatch.setattr(run, "_make_all", made)
+    monkeypatch.setattr(run.RunRecord, "settle", lambda *_: None)
+    _, conclusion = run._run_once(ToyConfig(name="t", verdict="promoted"), TOY, (), Part(until=until), Cancellation())
+    assert len(nodes[0]) == 4
+    assert (conclusion is not None) == concludes

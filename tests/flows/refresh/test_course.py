@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import shutil
 import sys
@@ -14,18 +15,20 @@ import pytest
 import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.leftovers import leftovers
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.registry import PREVIOUS
-from draftsmith.artifacts.store import Claim, Store
+from draftsmith.artifacts.store import REPLACED, Claim, Store
 from draftsmith.artifacts.tracking import Tracking
+from draftsmith.flows.pipeline import inspection
 from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.pipeline.graph import PlanAgain
+from draftsmith.flows.pipeline.graph import Node, PlanAgain
 from draftsmith.flows.refresh import commands
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.course import RefreshCourse, resolve
 from draftsmith.flows.refresh.evaluate import evaluate_config, evaluate_nodes
 from draftsmith.flows.refresh.graph import refresh_nodes
-from draftsmith.flows.refresh.line import registry
+from draftsmith.flows.refresh.line import checkpoint_of, folder_of, registry
 from draftsmith.stages.champion import STAGE as CHAMPION
 from draftsmith.stages.drafters.checkpoint import save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
@@ -171,23 +174,66 @@ def test_the_loser_of_two_refreshes_is_planned_again_against_the_new_champion(
     assert [(event.version, event.before) for event in registry().events(line)] == [(1, None), (2, 1)]
 
 
+def test_what_was_rolled_back_is_not_promoted_again_by_itself(
+    line: str, home: Path, drafters: list[ArtifactRef]
+) -> None:
+    """Nothing has changed since: the plan has the same keys, and all of it is reused."""
+    store, config = Store(home / "store"), config_of(line)
+    RefreshCourse(resolve(config), ()).finish(gated(store, drafters[0]), None)
+    second = gated(store, drafters[1])
+    RefreshCourse(resolve(config), ()).finish(second, None)
+    commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
+    ended = RefreshCourse(resolve(config), ()).finish(second, None)
+    assert ended is not None and ended.name == "Refused" and ended.error is not None
+    assert "rolled it back" in ended.message and "(it accepts nothing)" in ended.message
+    assert f"`draftsmith promote {line}@2`" in ended.message
+    assert (ended.figures["promoted"], ended.tags["draftsmith.outcome"]) == (0.0, "refused")
+    champion = registry().champion(line)
+    assert champion is not None and champion.number == 1
+
+
+def test_a_hook_that_a_lost_run_owes_is_called_by_the_next(
+    line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "told.json"
+    config = config_of(line, on_promote={"command": [sys.executable, "-c", NOTE, str(told)]})
+    made = gated(Store(home / "store"), drafters[0])
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("draftsmith.flows.refresh.hook.call", interrupted)
+        RefreshCourse(resolve(config), ()).finish(made, None)
+    assert registry().champion(line) is not None and not told.exists()
+    assert RefreshCourse(resolve(config), ()).stop(*checked(resolve(config), home)) is not None
+    assert json.loads(told.read_text())["version"] == 1
+    told.unlink()
+    assert RefreshCourse(resolve(config), ()).stop(*checked(resolve(config), home)) is not None
+    assert not told.exists(), "once"
+
+
+def interrupted(*_arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
+def checked(config: RefreshConfig, home: Path) -> tuple[Node, dict[str, Path]]:
+    """The node of the drift check, and what it and the champion's stage made: nothing has changed."""
+    made = {name: home / "store" / name for name in ("drift", "champion")}
+    for name, file, content in (
+        ("drift", "drift.json", {"all": {"tau": 2.5, "low": 2.4, "high": 2.6, "prompts": 40}}),
+        ("champion", "champion.json", {"target_changed": False}),
+    ):
+        made[name].mkdir(exist_ok=True)
+        (made[name] / file).write_text(json.dumps(content))
+    return next(node for node in refresh_nodes(config) if node.name == "drift"), made
+
+
 def test_a_line_is_refreshed_when_its_last_refresh_is_too_old(
     line: str, home: Path, drafters: list[ArtifactRef]
 ) -> None:
     store = Store(home / "store")
     RefreshCourse(resolve(config_of(line)), ()).finish(gated(store, drafters[0]), None)
-    made = {name: store.root / name for name in ("drift", "champion")}
-    for name, file, content in (
-        ("drift", "drift.json", {"all": {"tau": 2.5, "low": 2.4, "high": 2.6, "prompts": 40}}),
-        ("champion", "champion.json", {"target_changed": False}),
-    ):
-        made[name].mkdir()
-        (made[name] / file).write_text(json.dumps(content))
 
     def stops(**drift: float) -> str | None:
         config = resolve(config_of(line, drift=drift))
-        node = next(node for node in refresh_nodes(config) if node.name == "drift")
-        ended = RefreshCourse(config, ()).stop(node, made)
+        ended = RefreshCourse(config, ()).stop(*checked(config, home))
         return None if ended is None else ended.name
 
     (version,) = registry().versions(line)
@@ -250,3 +296,22 @@ def test_drafters_are_compared_by_folder_id_and_version(line: str, home: Path, d
         evaluate_config(resolve(config_of(line)), [f"{line}@1"])
     with pytest.raises(DraftsmithError, match=r"\./nowhere: no such folder"):
         evaluate_config(resolve(config_of(line)), ["./nowhere"])
+
+
+def test_a_version_is_found_in_a_home_that_was_moved_and_where_its_key_was_made_again(
+    line: str, home: Path, drafters: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    RefreshCourse(resolve(config_of(line)), ()).finish(gated(Store(home / "store"), drafters[0]), None)
+    moved = home.rename(home.with_name("elsewhere"))
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(moved))
+    version = registry().resolve(line)
+    place = Store(moved / "store").path(version.stage, version.key)
+    assert folder_of(version) == place and checkpoint_of(version) == place / DRAFTER_FOLDER
+    assert commands.verified(version) == place / DRAFTER_FOLDER
+    aside = place.rename(place.with_name(f"{REPLACED}{place.name}-1"))
+    assert folder_of(version) == aside
+    os.utime(aside, (0, 0))
+    for path in aside.rglob("*"):
+        os.utime(path, (0, 0))
+    assert [each.path for each in leftovers(moved, 1.0)] == [aside]
+    assert inspection._of_no_line(Display(), leftovers(moved, 1.0)) == [], "the champion's only copy"

@@ -29,6 +29,7 @@ def test_a_command_reads_the_decision(tmp_path: Path) -> None:
         (("no-such-command",), "no-such-command: "),
         ((sys.executable, "-c", "raise SystemExit('no server')"), "ended with code 1 (no server)"),
         ((sys.executable, "-c", "import time; time.sleep(9)"), "timed out"),
+        (("sh", "-c", "printf '\\351t\\351' >&2; exit 3"), "ended with code 3 (\ufffdt\ufffd)"),  # Latin-1
     ],
 )
 def test_a_command_that_fails_says_why(command: tuple[str, ...], said: str) -> None:
