@@ -105,7 +105,14 @@ def run(ctx: StageContext, config: SftConfig) -> None:
     if drafter.frequent_tokens is None:
         drafter.frequent_tokens = frequent_tokens(counts).to(target.device)
     training = SftTraining(
-        drafter, target, stored.trajectories, config, temperature=stored.temperature, seed=ctx.seed, ranks=ranks
+        drafter,
+        target,
+        stored.trajectories,
+        config,
+        temperature=stored.law.temperature,
+        top_p=stored.law.top_p,
+        seed=ctx.seed,
+        ranks=ranks,
     )
     covered = drafter.head_over(target.head_weight, None).token_ids
     coverage = 1.0 if covered is None else float(counts[covered.cpu()].sum() / counts.sum())

@@ -61,11 +61,16 @@ def probabilities(logits: torch.Tensor, temperature: float | torch.Tensor, top_p
     """
     p = torch.softmax(logits.double() / temperature, -1)
     if top_p < 1.0:
-        ordered, order = p.sort(-1, descending=True)
-        dropped = ordered.cumsum(-1) - ordered >= top_p  # the mass before this token already suffices
-        p = p.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), 0.0)
+        p = p.masked_fill(outside(p, top_p), 0.0)
         p = p / p.sum(-1, keepdim=True)
     return p
+
+
+def outside(p: torch.Tensor, top_p: float) -> torch.Tensor:
+    """bool [..., V], what top-p drops of a distribution [..., V]."""
+    ordered, order = p.sort(-1, descending=True)
+    dropped = ordered.cumsum(-1) - ordered >= top_p  # the mass before this token already suffices
+    return torch.zeros_like(dropped).scatter(-1, order, dropped)
 
 
 def pick(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:

@@ -49,6 +49,10 @@ class Head:
             return cls(weight, None, logit_map)
         return cls(weight[ids].contiguous(), ids, logit_map)
 
+    def at(self, temperature: float) -> Self:
+        """The same whose softmax is the law that is drawn from at a temperature above 0."""
+        return self if temperature == 1.0 else replace(self, logit_map=self.logit_map.at(temperature))
+
     def for_decoding(self, target: Target) -> Self:
         """The same over packed weights (`targets/packed.py`) where there can be any: the target's own, or a copy."""
         if not can_pack(self.weight):

@@ -121,8 +121,11 @@ def decide(
     if config.judge_speed:
         rules += _speed(evaluation, challenger, config)
     elif CHAMPION not in evaluation["drafters"]:
-        tau = evaluation["drafters"][challenger]["tau"]
-        rules.append(Rule("tau", tau > 1, f"{tau:.3f}, above 1 wanted", {"value": tau, "wanted": 1.0}))
+        measured = evaluation["drafters"][challenger]
+        tau, low = measured["tau"], measured["tau_low"]
+        said = f"{tau:.3f}{'' if low is None else f', at least {low:.3f}'}; above 1.000 wanted"
+        figures = {"value": tau, "end": low, "wanted": 1.0}
+        rules.append(Rule("tau", low is not None and low > 1, said, figures))
     return Decision(challenger, champion, tuple(rules))
 
 

@@ -49,6 +49,7 @@ class SampledText:
     lengths: torch.Tensor  # [R] tokens
     law: Law
     logits: Callable[[torch.Tensor], torch.Tensor]  # of hidden states [..., H]: [..., V]
+    vocabulary: int  # V
 
     @classmethod
     def of(
@@ -65,7 +66,7 @@ class SampledText:
         drawn = [np.random.default_rng(seed_of(t.trajectory_id, salt)).random(shape) for t in trajectories]
         numbers = torch.from_numpy(np.stack(drawn)).to(hidden.device)
         lengths = torch.tensor([len(t.tokens) for t in trajectories], device=hidden.device)
-        return cls(hidden, numbers, lengths, law, target.logits)
+        return cls(hidden, numbers, lengths, law, target.logits, len(target.head_weight))
 
     def select(self, rows: Rows) -> SampledText:
         """Some of the trajectories."""
@@ -74,6 +75,11 @@ class SampledText:
     def expectation(self, anchors: torch.Tensor) -> Expectation:
         """Of blocks behind anchors [R, A]."""
         return Expectation(self, anchors)
+
+    @property
+    def anchors_at_once(self) -> int:
+        """Of each trajectory: laws are float64, over all tokens."""
+        return max(1, LOGITS_AT_ONCE // (2 * len(self.lengths) * self.vocabulary))
 
     def numbers_at(self, positions: torch.Tensor, purpose: Purpose) -> torch.Tensor:
         """[R, A] of positions [R, A]."""
@@ -158,10 +164,9 @@ def draft_drawn(
 
     tokens: [R, T + K] of the text, -1 behind its end. Log-probs are under the drafter's softmax, at temperature 1.
     """
-    at_once = max(1, LOGITS_AT_ONCE // (2 * len(anchors) * head.weight.shape[0]))  # in float64
     parts = [
         _drawn(drafter, context, text, tokens, part, block_size, head, confidence, with_logprobs)
-        for part in anchors.split(at_once, 1)
+        for part in anchors.split(text.anchors_at_once, 1)
     ]
     ids, logprobs, accepted, expected, most = (torch.cat(found, 1) for found in zip(*parts, strict=True))
     proposals = Proposals(ids, logprobs if with_logprobs else None)

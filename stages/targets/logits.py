@@ -1,8 +1,8 @@
-"""From the products of a target's head to its logits: scaled, then soft-capped."""
+"""From the products of a target's head to its logits: scaled, soft-capped, and at a temperature."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,24 +11,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LogitMap:
-    """logit = cap · tanh(scale · x / cap) of a product x of the head with a hidden state; scale · x without a cap."""
+    """logit = cap · tanh(scale · x / cap) of a product x of the head with a hidden state; scale · x without a cap. A
+    temperature divides what comes out."""
 
     scale: float = 1.0
     softcap: float | None = None
+    temperature: float = 1.0
 
     @property
     def plain(self) -> bool:
         """Are the products the logits?"""
-        return self.scale == 1.0 and self.softcap is None
+        return self.scale == self.temperature == 1.0 and self.softcap is None
+
+    def at(self, temperature: float) -> LogitMap:
+        """The logits of the law that is drawn from at a temperature above 0."""
+        return replace(self, temperature=self.temperature * temperature)
 
     def __call__(self, products: torch.Tensor) -> torch.Tensor:
         """Any shape → the same; a new tensor unless nothing is to be done."""
         scaled = products if self.scale == 1.0 else products * self.scale
-        return scaled if self.softcap is None else (scaled / self.softcap).tanh() * self.softcap
+        logits = scaled if self.softcap is None else (scaled / self.softcap).tanh() * self.softcap
+        return logits if self.temperature == 1.0 else logits / self.temperature
 
     def slope(self, logits: torch.Tensor) -> torch.Tensor | float:
         """d logit / d product, from the logits."""
-        return self.scale if self.softcap is None else (1 - (logits / self.softcap).square()) * self.scale
+        steepest = self.scale / self.temperature
+        if self.softcap is None:
+            return steepest
+        return (1 - (logits * (self.temperature / self.softcap)).square()) * steepest
 
 
 PLAIN = LogitMap()

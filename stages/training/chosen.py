@@ -52,12 +52,14 @@ def chosen(
     loss: str,
     positions_per_chunk: int,
     *,
+    temperature: float = 1.0,
     token_logprob: Callable[[slice], torch.Tensor],
     target_logits: Callable[[slice], torch.Tensor],
 ) -> Chosen:
     """hidden: [N, H]; previous: [N] tokens before these positions; columns: [N] of the committed tokens in the head.
 
-    token_logprob, target_logits: of a chunk, log p [n] of the committed tokens and logits [n, V'] over the head's.
+    temperature: that the choice is drawn at. token_logprob, target_logits: of a chunk, log p [n] of the committed
+    tokens and logits [n, V'] over the head's.
     """
     with torch.no_grad():
         among = drafter.candidates(hidden, head)
@@ -68,6 +70,7 @@ def chosen(
 
     def values(h: torch.Tensor, part: slice) -> torch.Tensor:
         logits, at, inside = drafter.choices(h, previous[part], among[part], head), place[part], present[part]
+        logits = losses.at_temperature(logits, temperature)
         of_token = -losses.cross_entropy(logits, at)
         with torch.no_grad():
             correct[part] = inside & (logits.argmax(-1) == at)

@@ -3,17 +3,22 @@
 A loss is a function of the drafter's logits and of `Feedback`, which computes on demand what the target says at these
 positions. Under a reduced head both distributions are taken over its tokens; the probability of one committed token,
 which the Bernoulli form reads, is the target's over all tokens.
+
+Proposals that are drawn, at a temperature and against the target's law with its top-p, are compared in those laws.
+Where proposals are argmaxes the drafter's logits stay as they are: only their order counts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
+from draftsmith.stages.drafters.drawing import outside
 from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.drafters.law import GREEDY, Law
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.batches import Batch
 from draftsmith.stages.training.blocks import Anchors, Share, Weighted, labels_of, tokens_at
@@ -36,21 +41,25 @@ class Feedback:
     head: Head  # the target's over the tokens of the training step
     target_head: torch.Tensor  # [V, H]
     temperature: float
+    law: Law = GREEDY  # that proposals are drawn and verified under; greedy: they are argmaxes
 
     def logits(self) -> torch.Tensor:
-        """[N, V'] of its distribution over the tokens of the training head, at the temperature."""
+        """[N, V'] of its distribution over the tokens of the training head, at the temperature, with top-p."""
         return self._logits
 
     @cached_property
     def _logits(self) -> torch.Tensor:
-        return losses.at_temperature(self._under(self.head), self.temperature)
+        logits = losses.at_temperature(self._under(self.head), self.temperature)
+        if self.law.top_p == 1:
+            return logits
+        return logits.masked_fill(outside(logits.softmax(-1), self.law.top_p), losses.NOTHING)
 
     @torch.no_grad()
     def token_logprob(self, positions_per_chunk: int = 512) -> torch.Tensor:
-        """[N] log p of the committed tokens, under the full head at temperature 1."""
+        """[N] log p of the committed tokens under the full head, at temperature 1 unless proposals are drawn."""
         assert self.hidden is not None, NO_HIDDEN
         with torch.autocast(self.hidden.device.type, enabled=False):
-            whole = Head(self.target_head, logit_map=self.head.logit_map)
+            whole = Head(self.target_head, logit_map=self.head.logit_map).at(drawn_at(self.law))
             return token_logprobs(self.hidden, whole, self.tokens, positions_per_chunk).values
 
     @torch.no_grad()
@@ -62,7 +71,12 @@ class Feedback:
     def of(self, part: slice) -> Feedback:
         """A chunk of the positions."""
         hidden = None if self.hidden is None else self.hidden[part]
-        return Feedback(self.tokens[part], self.columns[part], hidden, self.head, self.target_head, self.temperature)
+        return replace(self, tokens=self.tokens[part], columns=self.columns[part], hidden=hidden)
+
+
+def drawn_at(law: Law) -> float:
+    """What divides the drafter's logits where proposals are drawn under a law."""
+    return 1.0 if law.greedy else law.temperature
 
 
 RESPONSE_LOSSES: dict[str, Callable[[torch.Tensor, Feedback], torch.Tensor]] = {
@@ -100,11 +114,14 @@ def response_stream(
     config: ResponseStream,
     *,
     temperature: float,
+    law: Law = GREEDY,
     committed: torch.Tensor | None = None,
     proposals: int | None = None,
     positions_per_chunk: int,
 ) -> Stream:
     """Sums of the loss over the stream's positions.
+
+    temperature: of the target's distribution. law: that proposals are drawn and verified under.
 
     hidden: [B, A, K, H] of blocks drafted on the trajectory's own tokens. config: resolved. target_head: [V, H], the
     target's own. The scope `committed` reads committed, [B, A] tokens that the verify step committed; left out where
@@ -122,7 +139,7 @@ def response_stream(
     at = (anchors.positions[..., None] + offsets - 1).clamp(max=batch.tokens.shape[1] - 1)
     rows = torch.arange(at.shape[0], device=at.device)[:, None, None].expand_as(at)
     predicted_by = None if batch.hidden is None else batch.hidden[rows[where], at[where]]
-    feedback = Feedback(labels[where], columns[where], predicted_by, heads.target, target_head, temperature)
+    feedback = Feedback(labels[where], columns[where], predicted_by, heads.target, target_head, temperature, law)
     judged = _judged(hidden[places], feedback, heads, config, positions_per_chunk)
     if heads.chooser is not None:
         before = tokens_at(batch, anchors, 0, K)[where]
@@ -152,24 +169,26 @@ def _judged(
     """hidden: [N, H]. Behind a frozen head the losses of every SFT and OPD read tiles of logits; others, and heads that
     are trained, whole rows of them."""
     by_confidence = config.weights().kind == "d_pace"
+    head = heads.drafter.at(drawn_at(feedback.law))
     unread = torch.zeros(len(hidden), device=hidden.device)
     if not heads.trained and config.loss in ("cross_entropy", "bernoulli_kl"):
-        judged = token_logprobs(hidden, heads.drafter, feedback.columns, positions_per_chunk)
+        judged = token_logprobs(hidden, head, feedback.columns, positions_per_chunk)
         terms = -judged.values
         if config.loss == "bernoulli_kl":
             terms = losses.bernoulli_forward_kl(judged.values, feedback.token_logprob(positions_per_chunk))
         return _Judged(terms, judged.best == feedback.columns, judged.values.detach())
-    if not heads.trained and config.loss == "forward_kl" and feedback.temperature > 0 and not by_confidence:
+    whole_law = feedback.temperature > 0 and feedback.law.top_p == 1
+    if not heads.trained and config.loss == "forward_kl" and whole_law and not by_confidence:
         assert feedback.hidden is not None, NO_HIDDEN
         asked = (feedback.hidden, feedback.head, feedback.temperature)
-        judged = forward_kl(hidden, heads.drafter, *asked, positions_per_chunk)
+        judged = forward_kl(hidden, head, *asked, positions_per_chunk)
         return _Judged(judged.values, judged.best == feedback.columns, unread)
 
     loss_of = RESPONSE_LOSSES[config.loss]
     correct = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
 
     def values(h: torch.Tensor, part: slice) -> torch.Tensor:
-        logits, here = heads.drafter.logits(h), feedback.of(part)
+        logits, here = head.logits(h), feedback.of(part)
         with torch.no_grad():
             correct[part] = logits.argmax(-1) == here.columns
             if by_confidence:
@@ -202,6 +221,7 @@ def _with_choice(
         heads.drafter,
         config.loss,
         positions_per_chunk,
+        temperature=drawn_at(feedback.law),
         token_logprob=lambda part: feedback.of(part).token_logprob(positions_per_chunk),
         target_logits=lambda part: feedback.of(part).logits(),
     )

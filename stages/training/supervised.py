@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.law import GREEDY, Law
 from draftsmith.stages.parallel.ranks import ALONE, Ranks
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.causal_lm import Target
@@ -33,9 +34,13 @@ def sft_loss(
     stream: ResponseStream,
     *,
     temperature: float,
+    law: Law = GREEDY,
     positions_per_chunk: int,
 ) -> LossReport:
-    """Weighted mean over all offsets inside the trajectory. stream: resolved, of scope `block`; target_head: [V, H]."""
+    """Weighted mean over all offsets inside the trajectory. stream: resolved, of scope `block`; target_head: [V, H].
+
+    temperature: of the target's distribution. law: that proposals are drawn under.
+    """
     started = time.perf_counter()
     hidden = block_hidden(drafter, context_of(drafter, batch), batch, anchors)
     drafted = time.perf_counter()
@@ -47,6 +52,7 @@ def sft_loss(
         target_head,
         stream,
         temperature=temperature,
+        law=law,
         positions_per_chunk=positions_per_chunk,
     )
     positions = int(response.positions.sum())
@@ -72,14 +78,17 @@ class SftTraining:
         config: SftConfig,
         *,
         temperature: float = 0.0,
+        top_p: float = 1.0,
         seed: int = 0,
         ranks: Ranks = ALONE,
     ):
-        """drafter: float32 weights that are to be trained. temperature: of the trajectories, 0 = greedy."""
+        """drafter: float32 weights that are to be trained. temperature, top_p: that the trajectories were drawn
+        at, 0 = greedy; a drafter that draws its proposals is trained for the law that it will draw them under."""
         self.drafter, self.target, self.config, self.seed, self.ranks = drafter, target, config, seed, ranks
         self._trajectories = trajectories
         self.stream = config.stream(drafter.recipe)
         self._temperature = temperature or 1.0
+        self._law = Law(temperature, top_p) if drafter.draws else GREEDY
         self._heads = HeadSource(drafter, target.head_weight, config)
         self._features = FeatureSource(
             target,
@@ -120,6 +129,7 @@ class SftTraining:
                 self.target.head_weight,
                 self.stream,
                 temperature=self._temperature,
+                law=self._law,
                 positions_per_chunk=self.config.positions_per_chunk,
             )
             report.alone = len(parts) == self.ranks.world == 1

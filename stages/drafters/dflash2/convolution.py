@@ -45,7 +45,7 @@ class BlockConvolution(nn.Module):
         grouped = x.unflatten(-1, (self.groups, -1))
         base = self.base_kernel[side].unflatten(-1, (self.groups, -1))  # [taps, groups, H / groups]
         out = (base[0] + kernels[..., 0, :, None]) * grouped
-        for tap in range(1, self.taps):
+        for tap in range(1, min(self.taps, x.shape[-2])):  # what lies in front of the block counts for nothing
             shifted = F.pad(grouped[..., :-tap, :, :], (0, 0, 0, 0, tap, 0))
             out = out + (base[tap] + kernels[..., tap, :, None]) * shifted
         return out.flatten(-2)

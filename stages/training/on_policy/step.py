@@ -180,6 +180,7 @@ class OpdStep:
             heads,
             self.target.head_weight,
             self.objective,
+            law=self.law,
             on_proposals=on_proposals,
             proposals=self.proposals,
             positions_per_chunk=self.config.positions_per_chunk,

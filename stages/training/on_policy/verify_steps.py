@@ -98,16 +98,21 @@ def _drawn(
 ) -> torch.Tensor:
     """[B, A] proposals kept, as the text's numbers decide. before, on_text: [B, A, K] tokens of the text in front of
     each offset and at it, -1 behind the end."""
-    found = text.expectation(anchors.positions)
-    for k in range(hidden.shape[2]):
-        logits = head.logits(hidden[:, :, k])
-        if chooser is not None:
-            columns = chooser.candidates(hidden[:, :, k], head)
-            choices = chooser.choices(hidden[:, :, k], before[..., k], columns, head)
-            logits = torch.full_like(logits, -torch.inf).scatter(-1, columns, choices)
-        q = probabilities(logits, text.law.temperature)
-        found.take(q, text.law_behind(anchors.positions + k), on_text[..., k], head)
-    return found.accepted
+    accepted = []
+    for positions, own, tokens, previous in zip(
+        *(each.split(text.anchors_at_once, 1) for each in (anchors.positions, hidden, on_text, before)), strict=True
+    ):
+        found = text.expectation(positions)
+        for k in range(hidden.shape[2]):
+            logits = head.logits(own[:, :, k])
+            if chooser is not None:
+                columns = chooser.candidates(own[:, :, k], head)
+                choices = chooser.choices(own[:, :, k], previous[..., k], columns, head)
+                logits = torch.full_like(logits, -torch.inf).scatter(-1, columns, choices)
+            q = probabilities(logits, text.law.temperature)
+            found.take(q, text.law_behind(positions + k), tokens[..., k], head)
+        accepted.append(found.accepted)
+    return torch.cat(accepted, 1)
 
 
 def with_scores(

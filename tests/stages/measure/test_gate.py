@@ -104,7 +104,7 @@ def over_plain(arm: str, factor: float) -> dict[str, Any]:
 
 def test_without_a_champion_plain_decoding_is_what_must_be_beaten() -> None:
     found = {
-        "drafters": {"sft": {"tau": 1.1}, "opd": {"tau": 1.3}},
+        "drafters": {"sft": {"tau": 1.1, "tau_low": 1.05}, "opd": {"tau": 1.3, "tau_low": 1.2}},
         "compared": [over_plain("sft", 0.9), over_plain("opd", 1.2)],
         "exactness": EXACT,
     }
@@ -115,6 +115,9 @@ def test_without_a_champion_plain_decoding_is_what_must_be_beaten() -> None:
     assert decision.challenger == "sft"
     assert not decision.promote and "speed-up: 0.900 times, at least 0." in decision.sentence()
     assert decide(chosen, GateConfig(judge_speed=False), None).promote
+    for low in (0.99, None):
+        unsure = chosen | {"drafters": {"sft": {"tau": 1.1, "tau_low": low}}}
+        assert not decide(unsure, GateConfig(judge_speed=False), None).promote, "better needs evidence"
 
 
 @pytest.mark.parametrize("arm", ARMS)

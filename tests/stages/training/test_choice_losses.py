@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.drafters.law import GREEDY, Law
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.blocks import Anchors, LossReport, block_hidden, context_of
 from draftsmith.stages.training.config import SftConfig
@@ -34,21 +36,28 @@ def choice_case(plain_target: Target) -> Case:
     return make_case(plain_target, (2, 0))
 
 
+DRAWN = Law(0.8, 0.9)
+
+
 @pytest.mark.parametrize(
-    ("loss", "part"),
+    ("loss", "part", "law"),
     [
-        ("cross_entropy", False),
-        ("forward_kl", False),
-        ("forward_kl", True),
-        ("tv", True),
-        ("lk", False),
-        ("ce_l1", True),
+        ("cross_entropy", False, GREEDY),
+        ("cross_entropy", True, DRAWN),
+        ("forward_kl", False, GREEDY),
+        ("forward_kl", False, Law(0.8)),
+        ("forward_kl", True, DRAWN),
+        ("bernoulli_kl", False, Law(0.8)),
+        ("tv", True, DRAWN),
+        ("lk", False, DRAWN),
+        ("ce_l1", True, GREEDY),
+        ("ce_l1", False, DRAWN),
     ],
 )
 def test_sft_trains_the_head_and_the_choice(
-    loss: Any, part: bool, choice_case: Case, chooser: DFlash2Drafter, plain_target: Target
+    loss: Any, part: bool, law: Law, choice_case: Case, chooser: DFlash2Drafter, plain_target: Target
 ) -> None:
-    """part: softmaxes over every other token alone."""
+    """part: softmaxes over every other token alone. law: that proposals are drawn under, by both softmaxes."""
     tokens = list(range(0, 64, 2)) if part else list(range(64))
     head = Head.over(plain_target.head_weight, torch.tensor(tokens))
     report = sft_loss(
@@ -59,9 +68,10 @@ def test_sft_trains_the_head_and_the_choice(
         plain_target.head_weight,
         SftConfig(gamma=3.0, loss=loss).stream(chooser.recipe),
         temperature=0.8,
+        law=law,
         positions_per_chunk=CHUNK,
     )
-    slow = Slow.borrowing(choice_case, chooser, plain_target.head_weight, tokens)
+    slow = replace(Slow.borrowing(choice_case, chooser, plain_target.head_weight, tokens), law=law)
     expected, positions, accuracy = slow_sft(slow, loss, float(torch.tensor(-1 / 3.0).exp()), 0.8)
     assert_equal(report, expected, chooser)
     assert report.positions == positions

@@ -77,7 +77,14 @@ def test_tiles_give_the_values_and_gradients_of_whole_rows(in_tiles: Loss, in_ro
 
 
 @pytest.mark.parametrize(
-    ("logit_map", "theirs"), [(CAPPED, CAPPED), (LogitMap(), CAPPED), (SCALED, LogitMap(1.0, 5.0))]
+    ("logit_map", "theirs"),
+    [
+        (CAPPED, CAPPED),
+        (LogitMap(), CAPPED),
+        (SCALED, LogitMap(1.0, 5.0)),
+        (CAPPED.at(0.6), SCALED),
+        (LogitMap().at(2.0), CAPPED),
+    ],
 )
 def test_logits_that_are_a_function_of_the_products_have_their_slopes(logit_map: LogitMap, theirs: LogitMap) -> None:
     head, target = Head(HEAD, logit_map=logit_map), Head(TARGET_HEAD, logit_map=theirs)
@@ -101,7 +108,8 @@ def test_logits_that_are_a_function_of_the_products_have_their_slopes(logit_map:
 def written(products: torch.Tensor, logit_map: LogitMap) -> torch.Tensor:
     """The function as papers have it."""
     scaled = products * logit_map.scale
-    return scaled if logit_map.softcap is None else logit_map.softcap * torch.tanh(scaled / logit_map.softcap)
+    capped = scaled if logit_map.softcap is None else logit_map.softcap * torch.tanh(scaled / logit_map.softcap)
+    return capped / logit_map.temperature
 
 
 @BOTH

@@ -70,6 +70,17 @@ def test_a_fresh_convolution_is_the_identity_and_can_learn() -> None:
     assert all(p.grad is not None and p.grad.abs().sum() for p in convolution.parameters())
 
 
+def test_a_convolution_reaches_no_further_than_the_block() -> None:
+    """What lies in front of it counts as zero, as in a longer block whose first positions are."""
+    convolution = BlockConvolution(16, 5, 4)
+    with torch.no_grad():
+        for parameter in convolution.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    x = torch.randn(3, 2, 16, generator=torch.Generator().manual_seed(2))
+    short, longer = (convolution.before(each)[0] for each in (x, torch.cat([torch.zeros(3, 4, 16), x], 1)))
+    torch.testing.assert_close(short, longer[:, 4:])
+
+
 def test_a_fresh_selector_takes_the_heads_best_and_can_learn(plain_target: Target) -> None:
     drafter = create_drafter(
         DFlash2Config(kind="dflash2", num_layers=1, target_layer_ids=(1,), **SIZES), plain_target, 0
