@@ -7,6 +7,8 @@ from pathlib import Path
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import MANIFEST, Manifest, content_id, read_manifest
 
+SHARD = ".shard"  # end of the name of a stage whose artifacts are parts of another's
+
 
 def whole_manifest(folder: Path, stage: str) -> Manifest:
     """The manifest of a folder, whose files are those that its content id is of. Raises DraftsmithError."""
@@ -25,7 +27,7 @@ def check_content(manifest: Manifest, where: Path | str) -> None:
 
 
 def remedy(stage: str) -> str:
-    return f"make it again: add `--force {stage}` to the command"
+    return f"make it again: add `--force {stage.removesuffix(SHARD)}` to the command"
 
 
 def damaged(where: Path | str, stage: str, what: str) -> DraftsmithError:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from draftsmith.artifacts.atomic import disk_errors
 from draftsmith.artifacts.bucket import Stored
+from draftsmith.artifacts.damage import SHARD
 from draftsmith.artifacts.locks import is_locked, locked
 from draftsmith.artifacts.manifest import MANIFEST
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.remote_store import RemoteStore
-from draftsmith.artifacts.store import PARTIAL, REPLACED, SHARD
+from draftsmith.artifacts.store import PARTIAL, REPLACED
 
 _LOGS = ("*.log", "*.request.json")
 REPLACED_ARTIFACT = "replaced artifact"  # of a store on this machine

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError, from_os_error
 from draftsmith.artifacts.locks import locked
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.tracking import Tracking
@@ -34,8 +34,9 @@ _TAG, _EVENT, _DRIFT = "draftsmith.", "draftsmith.event.", "draftsmith.drift."
 _IDENTITY = ("stage", "key", "content_id")
 _DRAFTER = "drafter"  # the folder of a version's artifact that servers load, and of its copy in MLflow
 _STALE_S = 60.0
-_OUR_FAULT = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "PERMISSION_DENIED", "UNAUTHENTICATED")
-ROLLED_BACK = "rolled back to"  # of an event
+_OUR_FAULT = ("INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "UNAUTHENTICATED")
+_OF_THE_DATABASE = ("not a database", "malformed", "readonly", "unable to open database")  # which no retry mends
+BY_HAND, ROLLED_BACK = "promoted by hand", "rolled back to"  # of an event, beside "promoted"
 
 
 class ChampionMovedError(DraftsmithError):
@@ -83,7 +84,7 @@ class LineEvent:
 
     at: str  # ISO 8601, UTC
     by: str  # user@host
-    what: str  # promoted, rolled back to
+    what: str  # promoted, promoted by hand, rolled back to
     version: int
     before: int | None  # the champion until then
     why: str
@@ -189,7 +190,8 @@ class Registry:
                 client.set_model_version_tag(line, str(number), f"{_TAG}{name}", value)
             if "decision" in tags:
                 client.update_model_version(line, str(number), description=tags["decision"])
-            client.set_registered_model_alias(line, CHALLENGER, str(number))
+            with self._one_at_a_time(client, line, "registering"):
+                client.set_registered_model_alias(line, CHALLENGER, str(number))
             return self._version(client, line, number)
 
     def _create(
@@ -264,10 +266,11 @@ class Registry:
         return last
 
     def rolled_back(self, version: Version) -> LineEvent | None:
-        """The event by which a version was taken out of service, unless it was made the champion since."""
+        """The event by which somebody took a version out of service, unless it was made the champion since."""
         about = [each for each in self.events(version.line) if version.number in (each.version, each.before)]
-        last = about[-1] if about else None
-        return last if last is not None and (last.what, last.before) == (ROLLED_BACK, version.number) else None
+        if not about or about[-1].what not in (BY_HAND, ROLLED_BACK) or about[-1].version == version.number:
+            return None
+        return about[-1]
 
     def tag(self, version: Version, tags: Mapping[str, str]) -> None:
         self._tracking.must_write()
@@ -301,7 +304,9 @@ class Registry:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         if getattr(error, "error_code", None) in _OUR_FAULT:
             return DraftsmithError(f"MLflow's model registry refused this: {reason}: correct the name or the value")
-        if self._tracking.uri == self._tracking.default_uri and "database is locked" not in reason:
+        if isinstance(error, OSError):
+            return from_os_error(error, "MLflow's model registry:")
+        if any(known in reason for known in _OF_THE_DATABASE) and self._tracking.uri == self._tracking.default_uri:
             database = self._tracking.folder / "mlflow.db"
             return DraftsmithError(
                 f"MLflow's database {database}: {reason}; make it writable, or move it away to start a new one"

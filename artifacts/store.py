@@ -44,7 +44,6 @@ from draftsmith.artifacts.pending import PENDING, Pending, overwrite, read_pendi
 
 log = logging.getLogger(__name__)
 SHORT = 16  # hex digits of a key in a folder's name
-SHARD = ".shard"  # end of the name of a stage whose artifacts are parts of another's
 PARTIAL, REPLACED = ".partial-", ".replaced-"  # beginnings of the names of what is no artifact, or none any more
 
 

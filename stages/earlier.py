@@ -32,7 +32,10 @@ def run(ctx: StageContext, config: EarlierConfig) -> None:
     from draftsmith.artifacts.manifest import sha256_file
     from draftsmith.artifacts.open_store import store_of
 
-    source = store_of(home()).here(Path(config.folder)) / TABLE
+    store, folder = store_of(home()), Path(config.folder)
+    source = store.here(folder) / TABLE
+    if not source.is_file():  # of a home that was moved, or is a copy; its checksum says whether it is the one
+        source = store.root / folder.parent.name / folder.name / TABLE
     advice = "restore it, or set logs.replay_share to 0"
     if not source.is_file():
         raise DraftsmithError(f"{source}: the answers of the champion's refresh are not here: {advice}")

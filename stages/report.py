@@ -43,8 +43,8 @@ def run(ctx: StageContext, config: ReportConfig) -> None:
     decision = _read_json(ctx.inputs["gate"] / "decision.json") if "gate" in ctx.inputs else {}
     lineage = list(_lineage(ctx))
     artifacts = [{"name": name} | manifest.model_dump() for name, manifest, _ in lineage]
-    folders = {manifest.stage: folder for _, manifest, folder in lineage}
-    prompts, logs = _told(folders, "prompts", "prompts.json"), _told(folders, "logs", "logs.json")
+    made = {manifest.stage: (manifest, folder) for _, manifest, folder in lineage}
+    prompts, logs = _told(made, "prompts", "prompts.json"), _told(made, "logs", "logs.json")
     configs = {f"{name} ({manifest.stage}/{manifest.key[:8]})": manifest.config for name, manifest, _ in lineage}
     data = ReportData(
         title=config.title,
@@ -92,9 +92,18 @@ def _compared(manifest: Manifest) -> dict[str, Any]:
     return {name: config.get(name) for name in ("line", "version")} if manifest.stage == CHAMPION else config
 
 
-def _told(folders: Mapping[str, Path], stage: str, file: str) -> dict[str, Any]:
-    """What a stage behind the report says of its data; nothing of one that is not behind it."""
-    return _read_json(folders[stage] / file) if stage in folders and (folders[stage] / file).is_file() else {}
+def _told(made: Mapping[str, tuple[Manifest, Path]], stage: str, file: str) -> dict[str, Any]:
+    """What a stage behind the report says of its data, from the store's bucket where it was made on another host;
+    nothing of one that is not behind it."""
+    if stage not in made:
+        return {}
+    manifest, folder = made[stage]
+    if not (folder / file).is_file() and file in manifest.files:
+        from draftsmith.artifacts.home import home
+        from draftsmith.artifacts.open_store import store_of
+
+        store_of(home()).fetch(manifest.ref(folder), [file])
+    return _read_json(folder / file) if (folder / file).is_file() else {}
 
 
 def _contexts(path: Path, evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:

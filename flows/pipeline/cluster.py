@@ -31,7 +31,10 @@ from draftsmith.flows.pipeline.options import StageOptions
 from draftsmith.flows.pipeline.shards import Make, Order, at_once, make_shard
 
 _POLL_S = 0.5
-_PLACES = ("DRAFTSMITH_HOME", STORE)
+_HOME = "DRAFTSMITH_HOME"
+_OWN = {
+    name: os.environ[name] for name in (_HOME, STORE) if name in os.environ
+}  # of this host, whoever's run it serves
 
 
 def mapped(
@@ -40,7 +43,8 @@ def mapped(
     """A `shards.Pool`: a task a shard, on the config's runner."""
     options = orders[0].config.stages
     runner, resources = _runner(options, orders)
-    places = {"DRAFTSMITH_HOME": str(home())} | {name: os.environ[name] for name in _PLACES if name in os.environ}
+    places = {STORE: os.environ[STORE]} if STORE in os.environ else {}
+    places |= {_HOME: str(home())}
     if options.runner != "local":
         make = _Alone(places)
     with runner:
@@ -95,7 +99,12 @@ class _Alone:
         self._places = places
 
     def __call__(self, order: Order) -> ArtifactRef:
-        os.environ.update({name: place for name, place in self._places.items() if name not in os.environ})
+        for name in (_HOME, STORE):  # a worker outlives a run: what the one before has set is no host's own
+            place = _OWN.get(name, self._places.get(name))
+            if place is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = place
         protect(home(), group_may_read=order.config.stages.group_may_read)
         # several shards share a host's cores as any programs do; a GPU is one shard's
         hold = held(lambda message: log.info("%s: %s", order, message)) if gpu_names() else nullcontext()

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from draftsmith.artifacts.checksums import Checksums
 from draftsmith.artifacts.code_digest import code_digest, code_modules
-from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.store import Store
@@ -55,6 +55,7 @@ class Conclusion:
     error: DraftsmithError | None = None  # what the run ends with, after everything was kept and told
     figures: Mapping[str, float] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
+    overrules: bool = False  # what the review says
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ class Review:
 
 class Course(Protocol):
     """What decides how far a run goes, and what follows from it."""
+
+    @property
+    def decisive(self) -> Collection[str]:
+        """Forced names that decide how far it goes: the same command needs them again."""
 
     def stop(self, node: Node, made: Mapping[str, Path]) -> Conclusion | None:
         """After a node: why the run may end here, or None to go on."""
@@ -256,6 +261,8 @@ def _plan_node(
         return PlannedNode(node, Status.FORCED, key)
     try:
         ref = find(store, node, key)
+    except RetryableError:
+        raise
     except DraftsmithError as damage:
         return PlannedNode(node, Status.DAMAGED, key, damage=damage)
     if ref is not None and not outdated(store, node, ref, inputs):
@@ -273,6 +280,8 @@ def find(store: Store, node: Node, key: str, *, verify: bool = False) -> Artifac
         if ref is not None and verify:
             store.verify_once(ref, and_elsewhere=False)
         return ref
+    except RetryableError:  # no damage: the store does not answer
+        raise
     except DraftsmithError as error:
         if node.name == node.stage.name:
             raise

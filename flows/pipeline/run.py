@@ -120,7 +120,8 @@ def _run_once(
     nodes = [item.node for item in planned]
     whole = not part.until  # also where every node is needed for it: who stops at the report looks before promoting
     checks = pipeline.checks() if pipeline.checks is not None else None
-    course = pipeline.course(config, force) if pipeline.course is not None and whole else None
+    concluding = pipeline.course(config, force) if pipeline.course is not None else None
+    course = concluding if whole else None
     _warn(workshop, checks.before(planned) if checks is not None else [])
     reused = {f"draftsmith.reused.{p.node.name}": p.ref.uri for p in planned if p.status is Planned.HIT and p.ref}
     record = RunRecord(workshop.tracking, config.name, config.model_dump(mode="json"), reused)
@@ -142,9 +143,10 @@ def _run_once(
         status = "FAILED"
         raise
     finally:
-        figures, tags = _reviewed(workshop, made, conclusion)
+        figures, tags = _reviewed(workshop, made, conclusion, concludes=concluding is not None)
         record.close(status, _refs(made), figures, _report(workshop, made), tags, pipeline.data)
-        if status != "FINISHED" and (told := _still_forced(forced_nodes(nodes, force), made)):
+        kept = course.decisive if course is not None else ()
+        if status != "FINISHED" and (told := _still_forced(forced_nodes(nodes, force), made, kept)):
             workshop.display.line(told)
     if conclusion is not None:
         workshop.display.line(conclusion.message)
@@ -181,9 +183,10 @@ def _make_all(
     return None
 
 
-def _still_forced(forced: Collection[str], made: Mapping[str, Made]) -> str | None:
-    """What to force in the next run, where some of it is done: else it would be made once more."""
-    done = sorted(name for name in forced if name in made and not made[name].reused)
+def _still_forced(forced: Collection[str], made: Mapping[str, Made], kept: Collection[str]) -> str | None:
+    """What to force in the next run, where some of it is done: else it would be made once more. kept: names that decide
+    how far the next one goes."""
+    done = sorted(name for name in forced if name in made and not made[name].reused and name not in kept)
     rest = "".join(f" --force {name}" for name in sorted(set(forced) - set(done)))
     if not done:
         return None
@@ -195,9 +198,10 @@ def _refs(made: Mapping[str, Made]) -> dict[str, ArtifactRef]:
 
 
 def _reviewed(
-    workshop: Workshop, made: Mapping[str, Made], conclusion: Conclusion | None
+    workshop: Workshop, made: Mapping[str, Made], conclusion: Conclusion | None, *, concludes: bool
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Figures and tags of the run: of the headline's node, of the review, and what the run came to."""
+    """Figures and tags of the run: of the headline's node, of the review, and what the run came to. concludes: whether
+    something follows from what was made, if it comes so far."""
     node, figures, tags = made.get(workshop.pipeline.headline), {}, {}
     if node is not None:
         figures = dict(workshop.store.manifest(node.ref).metrics)
@@ -206,12 +210,13 @@ def _reviewed(
     if review is not None:
         figures |= review.figures
         tags = {**review.tags, MLFLOW_NOTE: review.description}
-        if conclusion is None:
-            tags.pop(OUTCOME, None)  # what the gate decided and nothing has followed from
+        if concludes and conclusion is None:
+            tags.pop(OUTCOME, None)
+            tags[MLFLOW_NOTE] = f"**Nothing has followed from this yet.**\n\n{review.description}"
     if conclusion is not None:
         figures |= conclusion.figures
         tags |= conclusion.tags
-        if MLFLOW_NOTE not in tags:
+        if MLFLOW_NOTE not in tags or conclusion.overrules:
             tags[MLFLOW_NOTE] = f"**{conclusion.name}.** {conclusion.message}"
     return figures, tags
 

@@ -18,9 +18,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from draftsmith.artifacts.atomic import write_text
+from draftsmith.artifacts.damage import SHARD
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.open_store import store_of
-from draftsmith.artifacts.store import SHARD, Claim
+from draftsmith.artifacts.store import Claim
 from draftsmith.flows.pipeline.devices import Waiting, device_of
 from draftsmith.flows.pipeline.display import StageDisplay
 from draftsmith.flows.pipeline.failures import forget_failure, note_failure

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.flows.pipeline.graph import Node, external_digests
@@ -21,7 +21,10 @@ def unchanged(
     try:
         yield
     except Exception:
-        with _discarding(store, claim):
+        with (
+            suppress(RetryableError),
+            _discarding(store, claim),
+        ):  # what cannot be asked now hides no error of the stage
             _check(store, node, inputs, external)
         raise
     with _discarding(store, claim):
@@ -32,6 +35,8 @@ def unchanged(
 def _discarding(store: Store, claim: Claim) -> Iterator[None]:
     try:
         yield
+    except RetryableError:  # a bucket that does not answer says nothing of what was read: the attempt is kept
+        raise
     except DraftsmithError:
         store.discard(claim)
         raise

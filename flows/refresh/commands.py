@@ -10,7 +10,7 @@ from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import MANIFEST, read_manifest
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.private import for_users
-from draftsmith.artifacts.registry import PREVIOUS, ROLLED_BACK, Registry, Version
+from draftsmith.artifacts.registry import BY_HAND, PREVIOUS, ROLLED_BACK, Registry, Version
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.refresh.line import folder_of, registry, uploaded_copy
 from draftsmith.stages.stored import DRAFTER_FOLDER
@@ -53,7 +53,9 @@ def promote(display: Display, text: str, why: str, *, dry_run: bool) -> None:
     """`LINE@VERSION` becomes the champion, after its files were compared with their checksums."""
     lines = registry()
     version = lines.resolve(text)
-    _move(display, lines, version, why or "by hand", "promoted", dry_run=dry_run)
+    if not dry_run:
+        lines.complete(version.line)
+    _move(display, lines, version, why or "by hand", BY_HAND, dry_run=dry_run)
 
 
 def rollback(display: Display, line: str, why: str, *, dry_run: bool) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.refreshes import folders_of
@@ -104,6 +104,8 @@ def report_of_text(name: str) -> Reported:
         ref = store.resolve(name)
         store.fetch(ref)
         return _checked(name, ref.path)
+    except RetryableError:
+        raise
     except DraftsmithError as error:
         raise DraftsmithError(
             f"{name}: neither a config file, nor a refresh's run in MLflow with a report, nor an artifact ({error})"

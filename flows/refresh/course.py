@@ -15,7 +15,15 @@ from draftsmith.artifacts.registry import ChampionMovedError, Version
 from draftsmith.flows.pipeline.graph import Conclusion, Node, PlanAgain
 from draftsmith.flows.refresh import hook
 from draftsmith.flows.refresh.config import RefreshConfig, prompts_since
-from draftsmith.flows.refresh.line import age_days, as_it_stands, check_held_out, log_tags, registry, version_tags
+from draftsmith.flows.refresh.line import (
+    age_days,
+    as_it_stands,
+    check_held_out,
+    ended_tags,
+    log_tags,
+    registry,
+    version_tags,
+)
 from draftsmith.stages.champion import RECORD
 from draftsmith.stages.contract import Config
 from draftsmith.stages.gate import DECISION
@@ -23,6 +31,7 @@ from draftsmith.stages.measure.drift import fallen
 from draftsmith.stages.prompting.times import LAST
 
 log = logging.getLogger(__name__)
+_IN_FRONT = ("target", "prompts", "heldout", "champion")  # nodes of the drift check's own
 _HOOK, _DUE = "on_promote", "due"  # a version's tag: whether its promotion was told
 
 
@@ -34,6 +43,12 @@ class RefreshCourse:
         assert config.registry is not None
         self.config, self.line, self.force = config, config.registry, frozenset(force)
         self._drift: dict[str, Any] = {}
+        self._told: dict[int, str | None] = {}  # versions whose hook was called, and why it failed
+
+    @property
+    def decisive(self) -> frozenset[str]:
+        """Forced names that a run which goes on needs again."""
+        return self.force & {"drift"}
 
     # -- drift ---------------------------------------------------------------------------------------------------
 
@@ -64,7 +79,10 @@ class RefreshCourse:
         """Why the refresh goes on; empty if nothing speaks for it."""
         champion, config = self.line.champion, self.config.drift
         assert champion is not None
-        reasons = ["drift is forced"] if "drift" in self.force else []
+        forced = sorted(self.force - set(_IN_FRONT))
+        reasons = [f"{' and '.join(forced)} forced"] if forced else []
+        if self.line.restart:
+            reasons.append("the line begins again (registry.restart)")
         if record["target_changed"]:
             reasons.append("the target has changed since its promotion")
         if (days := age_days(self.line.refreshed_at)) > config.max_age_days:
@@ -83,14 +101,14 @@ class RefreshCourse:
         now = line.champion(self.line.name)
         expected = None if self.line.champion is None else line.version(self.line.name, self.line.champion.version)
         moved = (None if now is None else now.number) != (None if expected is None else expected.number)
-        if moved and (now is None or now.content_id != ref.content_id):  # else it is ours: MLflow was lost behind it
+        ours = decision["promote"] and now is not None and now.content_id == ref.content_id  # MLflow was lost behind it
+        if moved and not ours:
             raise PlanAgain(f"{self.line.name}: another refresh has promoted version {now.number if now else 0}")
-        if decision["promote"] and self.config.on_promote is not None:
-            tags |= {_HOOK: _DUE}
         version = line.register(self.line.name, ref, tags, run_id=run_id, upload=self.line.upload)
         if not decision["promote"]:
             said = f"{version} is not promoted: {decision['sentence']}"
             undecided = decision.get("outcome") == "undecided"
+            line.tag(version, ended_tags())
             return self._conclusion(
                 "Undecided" if undecided else "Refused", said, decision, version, RefusedError(said)
             )
@@ -99,11 +117,18 @@ class RefreshCourse:
                 f"{version} is not promoted: {undone.by} rolled it back at {undone.at} ({undone.why}), and nothing "
                 f"that makes it has changed since; to serve it: `draftsmith promote {version.line}@{version.number}`"
             )
+            line.tag(version, ended_tags())
             return self._conclusion("Refused", said, decision, version, RefusedError(said))
+        hook_due = self.config.on_promote is not None and version.number not in self._told
+        if hook_due:
+            line.tag(version, {_HOOK: _DUE})
         try:
             line.promote(version, expected=expected, why=decision["sentence"])
         except ChampionMovedError as error:
+            if hook_due:
+                line.tag(version, {_HOOK: ""})
             raise PlanAgain(str(error)) from error
+        line.tag(version, ended_tags())
         said = f"{version} is the champion: {decision['sentence']}"
         if self.config.on_promote is not None:
             problem = self._call(version, decision)
@@ -111,10 +136,12 @@ class RefreshCourse:
         return self._conclusion("Promoted", said, decision, version)
 
     def _call(self, version: Version, decision: Mapping[str, Any]) -> str | None:
-        """Why the hook failed; None if it did not."""
+        """Why the hook failed; None if it did not. It is called once, though MLflow may be lost behind it."""
         assert self.config.on_promote is not None
-        told = {"line": version.line, "version": version.number, "source": version.source, **decision}
-        problem = hook.call(self.config.on_promote, told)
+        if version.number not in self._told:
+            told = {"line": version.line, "version": version.number, "source": version.source, **decision}
+            self._told[version.number] = hook.call(self.config.on_promote, told)
+        problem = self._told[version.number]
         registry().tag(version, {_HOOK: f"failed: {problem}"[:1000] if problem else "called"})
         return problem
 
@@ -143,7 +170,7 @@ class RefreshCourse:
             "draftsmith.line": version.line,
             **self._drift.get("tags", {}),
         }
-        return Conclusion(name, message, error, figures, tags)
+        return Conclusion(name, message, error, figures, tags, overrules=overruled)
 
 
 def resolve(config: RefreshConfig) -> RefreshConfig:

@@ -145,7 +145,10 @@ def as_it_stands(line: RegistryConfig) -> RegistryConfig:
             "champion": champion_config(version),
             "answers": EarlierConfig.model_validate_json(answers) if answers else None,
             "history": tuple(history(line.name)),
-            "refreshed_at": max(each.tags.get(REFRESHED_AT) or each.created_at for each in known.versions(line.name)),
+            "refreshed_at": max(
+                (at for each in known.versions(line.name) if (at := each.tags.get(REFRESHED_AT))),
+                default=version.tags.get("promoted_at") or version.created_at,
+            ),
             "read_until": version.tags.get("read_until") or None,
         }
     )
@@ -242,8 +245,12 @@ def version_tags(
         "figures": json.dumps(figures_of(evaluation, arm)),
         "decision": decision["sentence"][:4000],
         _SHARES: json.dumps(held_out_shares(prompts)),
-        REFRESHED_AT: datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def ended_tags() -> dict[str, str]:
+    """What a version says when a refresh has come to its end with it: one that was lost before goes on."""
+    return {REFRESHED_AT: datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def log_tags(logs: ArtifactRef) -> dict[str, str]:

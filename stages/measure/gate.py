@@ -125,7 +125,7 @@ def decide(
         tau, low = measured["tau"], measured["tau_low"]
         said = f"{tau:.3f}{'' if low is None else f', at least {low:.3f}'}; above 1.000 wanted"
         figures = {"value": tau, "end": low, "wanted": 1.0}
-        rules.append(Rule("tau", low is not None and low > 1, said, figures))
+        rules.append(Rule("tau", low is not None and low > 1, said, figures, judged=low is not None))
     return Decision(challenger, champion, tuple(rules))
 
 

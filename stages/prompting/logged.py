@@ -6,6 +6,7 @@ if tokenising it again gives the same text and the same cut between prompt and a
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,14 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.prompting.files import Row
 from draftsmith.stages.prompting.rows import PROMPT_IDS, Message, is_unicode, row_ids, row_messages
 from draftsmith.stages.prompting.sources import Candidate
-from draftsmith.stages.prompting.template import token_ids
+from draftsmith.stages.prompting.template import rendered, token_ids
 from draftsmith.stages.prompting.tokenised import Made, Tokenised
 
 SHAPES = (
     '{"messages": [{"role", "content"}], "completion": text} or '
     '{"prompt_token_ids": [...], "completion_token_ids": [...]}'
 )
+_ANSWER = "<<an answer>>"
 _HOTTEST = 1e6  # no sampling temperature is above
 _TOKEN_FIELDS = (PROMPT_IDS, "completion_token_ids")
 
@@ -77,11 +79,38 @@ def logged_text(row: LoggedRow) -> tuple[list[Message], str]:
     if not isinstance(completion, str) or row.fields.get("messages") is None:
         known = ", ".join(sorted(row.fields)) or "nothing"
         raise DraftsmithError(f"{row.where}: none of the shapes {SHAPES}; it has {known}: correct the row")
+    if _calls_tools(row.fields):
+        raise SetAside("tools, which a prompt made of its messages would lack")
     messages = row_messages(row.fields, "messages", row.where)
     given = row.fields["messages"]
     if isinstance(given, list) and len(messages) != len(given):  # the prompt reader drops answers at the end
         raise DraftsmithError(f"{row.where}: messages end with an answer: it belongs into 'completion' alone")
     return messages, completion
+
+
+def _calls_tools(fields: Mapping[str, Any]) -> bool:
+    """The target was told of tools, called one, or read what it returned."""
+    messages = fields["messages"] if isinstance(fields["messages"], list) else []
+    return any(fields.get(name) for name in ("tools", "functions")) or any(
+        isinstance(each, dict)
+        and (each.get("tool_calls") or each.get("function_call") or each.get("role") in ("tool", "function"))
+        for each in messages
+    )
+
+
+def ends_turns(tokenizer: Any, eos_ids: Sequence[int], template_kwargs: dict[str, Any]) -> int:
+    """The token that ends an answer: of those that may, the one that the chat template has behind one."""
+    own = tokenizer.eos_token_id
+    usual = own if own in eos_ids or not eos_ids else eos_ids[0]
+    if not tokenizer.chat_template:
+        return int(usual)
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        _, _, behind = rendered(tokenizer, Candidate("", turns, "chat template"), template_kwargs).partition(_ANSWER)
+    except DraftsmithError:  # it refuses such a conversation
+        return int(usual)
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    return int(next((each for each in ids if each in eos_ids), usual))
 
 
 class Reader:
@@ -103,8 +132,7 @@ class Reader:
         self.max_prompt_tokens = max_prompt_tokens
         self.tokenizer, self.template_kwargs = tokenizer, template_kwargs
         self.vocab_size, self.eos_ids, self.max_tokens = vocab_size, frozenset(eos_ids), max_tokens
-        own = tokenizer.eos_token_id
-        self.stop_id = own if own in self.eos_ids or not eos_ids else eos_ids[0]
+        self.stop_id = ends_turns(tokenizer, eos_ids, template_kwargs)
 
     def read(self, row: LoggedRow) -> Answer:
         """Raises SetAside for a row that cannot be used, DraftsmithError for one that is malformed."""

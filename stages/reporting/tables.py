@@ -94,7 +94,7 @@ def cost(artifacts: Sequence[Mapping[str, Any]]) -> Table | None:
         shown,
         "Cost",
         "Wall time of the attempt that finished. Device time: the same for each device that its config asks for, one a "
-        "training process or as many as its servers take.",
+        "training process or as many as its servers take; shards are counted as one.",
     )
 
 
@@ -106,10 +106,11 @@ def device_seconds(artifacts: Sequence[Mapping[str, Any]]) -> float:
 def _devices(config: Mapping[str, Any]) -> int:
     parallel = config.get("parallel") or {}
     launch = (config.get("engine") or {}).get("launch") or {}
+    servers = 1 if "rounds" in config else launch.get("servers", 1)  # an evaluation runs one at a time
     return int(
         parallel.get("processes", 1) * parallel.get("nodes", 1)
         if parallel
-        else launch.get("servers", 1) * launch.get("tensor_parallel", 1)
+        else servers * launch.get("tensor_parallel", 1) * launch.get("data_parallel", 1)
     )
 
 

@@ -22,6 +22,8 @@ from tests.stages.logs_run import Row, as_ids, counts, run, set_aside, table, wr
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 
+NO_TOOLS = "tools, which a prompt made of its messages would lack"
+
 
 @pytest.fixture(scope="module")
 def answers(logged_answers: list[Row]) -> list[Row]:
@@ -123,6 +125,11 @@ def test_every_row_that_is_not_used_is_counted_and_listed_with_its_reason(
         ({"messages": messages, "completion": ""}, "answer shorter than two tokens"),
         ({"messages": messages, "completion": "cut in two: \ud83d"}, "text is not valid Unicode"),
         ({"messages": [{"role": "user", "content": "\udc00"}], "completion": "yes"}, "text is not valid Unicode"),
+        ({"messages": messages, "completion": "yes", "tools": [{"type": "function"}]}, NO_TOOLS),
+        (
+            {"messages": [*messages, {"role": "assistant", "content": None, "tool_calls": [{}]}], "completion": "yes"},
+            NO_TOOLS,
+        ),
     ]
     path = write(tmp_path / "log.jsonl", [row | {"id": f"r{i}"} for i, (row, _) in enumerate(rows)])
     ctx = run(tmp_path, tiny_drafter, path, max_tokens=200)
@@ -137,6 +144,22 @@ def test_every_row_that_is_not_used_is_counted_and_listed_with_its_reason(
     assert (found["rows_in_files"], found["rows_read"], found["used"]) == (len(rows), len(rows), 2)
     assert sum(found["set_aside"].values()) == len(expected)
     assert found["set_aside"]["answer shorter than two tokens"] == 3
+
+
+def test_a_stopped_answer_ends_with_the_token_that_the_template_ends_turns_with(
+    tiny_drafter: DrafterArtifacts, answers: list[Row], eos: int
+) -> None:
+    """Not with the tokenizer's own, where that ends documents alone."""
+    other = load_tokenizer(model_path(tiny_drafter.target))
+    assert other.convert_ids_to_tokens(eos) in other.chat_template
+    ends_documents = next(i for i in other.all_special_ids + list(range(len(other))) if i != eos)
+    other.eos_token = other.convert_ids_to_tokens(ends_documents)
+    reader = Reader(other, vocab_size=len(other), eos_ids=[ends_documents, eos], max_tokens=500, template_kwargs={})
+    row = {"messages": answers[0]["messages"], "completion": "yes, it is", "finish_reason": "stop"}
+    assert reader.read(LoggedRow("log", 1, row)).response_ids[-1] == eos
+    other.chat_template = None
+    reader = Reader(other, vocab_size=len(other), eos_ids=[ends_documents, eos], max_tokens=500, template_kwargs={})
+    assert reader.stop_id == ends_documents, "nothing else is known"
 
 
 def test_text_that_the_tokenizer_changes_is_set_aside(tiny_drafter: DrafterArtifacts, answers: list[Row]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from draftsmith.artifacts.checksums import Checksums
-from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.manifest import ELSEWHERE, ArtifactRef, sha256_file
 from draftsmith.artifacts.store import Claim
 from draftsmith.artifacts.tracking import Tracking
@@ -20,6 +20,7 @@ from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.graph import Node, Status, find, key_of, plan
 from draftsmith.flows.pipeline.node import Workshop, make
 from draftsmith.flows.pipeline.process import StageOutcome, run_stage
+from draftsmith.flows.pipeline.unchanged import unchanged
 from tests.flows.pipeline.toy import TOY, ToyConfig, toy_nodes
 from tests.flows.pipeline.toy_stages.combine import CombineConfig
 
@@ -186,3 +187,39 @@ def test_files_elsewhere_that_an_input_names_are_those_that_it_found(toy: Toy, t
     weights.unlink()
     with pytest.raises(DraftsmithError, match=r"weights: is not what stage collect found there"):
         toy.make(toy.left(CombineConfig(factor=3)))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_store_that_does_not_answer_takes_no_work_away(
+    fails: bool, toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And hides no error of the stage: a bucket that is away says nothing of what was read."""
+    store, left = toy.workshop.store, toy.left()
+
+    def away(*_: object) -> None:
+        raise RetryableError("s3: does not answer")
+
+    with store.claim("combine", "b" * 64) as claim:
+        assert isinstance(claim, Claim)
+        with (
+            pytest.raises(DraftsmithError, match="its own error" if fails else "does not answer"),
+            unchanged(store, left, {"first": toy.target}, claim, {}),
+        ):
+            (claim.work / "checkpoint.pt").write_text("hours")
+            monkeypatch.setattr(store, "fetch", away)
+            if fails:
+                raise DraftsmithError("its own error")
+        assert (claim.work / "checkpoint.pt").exists()
+
+
+def test_a_store_that_does_not_answer_is_no_damage(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: object) -> None:
+        raise RetryableError("s3: does not answer")
+
+    store = toy.workshop.store
+    monkeypatch.setattr(store, "find", away)
+    for name in ("left", "target"):
+        with pytest.raises(RetryableError, match=r"^s3: does not answer$"):
+            find(store, toy.nodes[name], "k" * 64)
+    with pytest.raises(RetryableError):
+        plan(toy.workshop.config, store, TOY)

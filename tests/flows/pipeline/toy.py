@@ -35,6 +35,7 @@ class ToyConfig(RunOptions):
 @dataclass(frozen=True)
 class ToyCourse:
     verdict: str
+    decisive: Collection[str] = ()
 
     def stop(self, _node: Node, _made: Mapping[str, Path]) -> Conclusion | None:
         return None

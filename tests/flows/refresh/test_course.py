@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.leftovers import leftovers
 from draftsmith.artifacts.manifest import ArtifactRef
-from draftsmith.artifacts.registry import PREVIOUS
+from draftsmith.artifacts.registry import PREVIOUS, Registry, Version
 from draftsmith.artifacts.store import REPLACED, Claim, Store
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline import inspection
@@ -192,6 +192,59 @@ def test_what_was_rolled_back_is_not_promoted_again_by_itself(
     assert champion is not None and champion.number == 1
 
 
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_hook_is_called_once_though_mlflow_is_lost_behind_it(
+    lost: int, line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = tmp_path / "calls"
+    config = config_of(line, on_promote={"command": ["sh", "-c", f"echo >> {calls}"]})
+    course, made = RefreshCourse(resolve(config), ()), gated(Store(home / "store"), drafters[0])
+    tag, times = Registry.tag, 0
+
+    def losing(self: Registry, version: Version, tags: dict[str, str]) -> None:
+        nonlocal times
+        if tags.get("on_promote") == "called":
+            times += 1
+            if times <= lost:
+                raise RetryableError("MLflow is away")
+        tag(self, version, tags)
+
+    monkeypatch.setattr(Registry, "tag", losing)
+    for _ in range(lost):
+        with pytest.raises(RetryableError):
+            course.finish(made, None)
+    ended = course.finish(made, None)
+    assert ended is not None and ended.message.endswith("on_promote was called")
+    assert calls.read_text() == "\n"
+    assert registry().versions(line)[0].tags["on_promote"] == "called"
+
+
+def test_an_older_version_that_was_promoted_by_hand_stays(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
+    store, config = Store(home / "store"), config_of(line)
+    RefreshCourse(resolve(config), ()).finish(gated(store, drafters[0]), None)
+    second = gated(store, drafters[1])
+    RefreshCourse(resolve(config), ()).finish(second, None)
+    commands.promote(Display(), f"{line}@1", "accepts nothing", dry_run=False)
+    ended = RefreshCourse(resolve(config), ()).finish(second, None)
+    assert ended is not None and ended.name == "Refused" and ended.overrules
+    commands.promote(Display(), f"{line}@2", "it was the server", dry_run=False)
+    ended = RefreshCourse(resolve(config), ()).finish(second, None)
+    assert ended is not None and ended.name == "Promoted"
+
+
+def test_a_refusal_of_what_another_refresh_promoted_leaves_its_record(
+    line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path
+) -> None:
+    """Two homes have made the same drafter, and measured it each for itself."""
+    slow = RefreshCourse(resolve(config_of(line)), ())
+    RefreshCourse(resolve(config_of(line)), ()).finish(gated(Store(home / "store"), drafters[0]), None)
+    other = gated(Store(tmp_path / "other" / "store"), drafters[0], "refused")
+    with pytest.raises(PlanAgain):
+        slow.finish(other, None)
+    (version,) = registry().versions(line)
+    assert version.tags["decision"] == "promoted: why" and version.aliases == ("champion",)
+
+
 def test_a_hook_that_a_lost_run_owes_is_called_by_the_next(
     line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,13 +284,16 @@ def test_a_line_is_refreshed_when_its_last_refresh_is_too_old(
     store = Store(home / "store")
     RefreshCourse(resolve(config_of(line)), ()).finish(gated(store, drafters[0]), None)
 
-    def stops(**drift: float) -> str | None:
-        config = resolve(config_of(line, drift=drift))
-        ended = RefreshCourse(config, ()).stop(*checked(config, home))
+    def stops(force: tuple[str, ...] = (), restart: bool = False, **drift: float) -> str | None:
+        config = resolve(config_of(line, drift=drift, registry={"name": line, "restart": restart}))
+        ended = RefreshCourse(config, force).stop(*checked(config, home))
         return None if ended is None else ended.name
 
     (version,) = registry().versions(line)
     assert stops() == "Current"
+    assert stops(force=("target",)) == "Current", "a new revision is looked for, not assumed"
+    assert stops(force=("drift",)) is None and stops(force=("evaluation",)) is None and stops(restart=True) is None
+    assert registry().drift(line)[-1]["decision"] == "the line begins again (registry.restart)"
     registry().tag(version, {"promoted_at": "2020-01-01T00:00:00+00:00"})
     assert stops() == "Current", "what counts is the last refresh"
     registry().tag(version, {"refreshed_at": "2020-01-01T00:00:00+00:00"})
