@@ -58,7 +58,7 @@ def chosen(
 ) -> Chosen:
     """hidden: [N, H]; previous: [N] tokens before these positions; columns: [N] of the committed tokens in the head.
 
-    temperature: that the choice is drawn at. token_logprob, target_logits: of a chunk, log p [n] of the committed
+    temperature: at which the choice is compared. token_logprob, target_logits: of a chunk, log p [n] of the committed
     tokens and logits [n, V'] over the head's.
     """
     with torch.no_grad():

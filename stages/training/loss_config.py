@@ -130,7 +130,7 @@ class LossConfig(Config):
         Field(
             ge=0,
             description="of the target's distribution in forward_kl, tv, lk and ce_l1; 0 = its argmax alone; "
-            "left out: that of the trajectories, 1 if they are greedy",
+            "left out: that of the trajectories, 1 if they are greedy or the drafter draws its proposals",
         ),
     ] = None
 

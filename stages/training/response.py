@@ -4,8 +4,10 @@ A loss is a function of the drafter's logits and of `Feedback`, which computes o
 positions. Under a reduced head both distributions are taken over its tokens; the probability of one committed token,
 which the Bernoulli form reads, is the target's over all tokens.
 
-Proposals that are drawn, at a temperature and against the target's law with its top-p, are compared in those laws.
-Where proposals are argmaxes the drafter's logits stay as they are: only their order counts.
+Proposals that are drawn (`Drafter.draws`) follow the drafter's own law at the request's temperature, and so does the
+target: logits that are the target's draw as it does at any. Distributions are therefore compared at temperature 1. Only
+what is known of one temperature is held against the drafter at that: the tokens that were drawn at it, and whether a
+proposal would be kept. Where proposals are argmaxes the order of the drafter's logits alone counts.
 """
 
 from __future__ import annotations
@@ -41,25 +43,31 @@ class Feedback:
     head: Head  # the target's over the tokens of the training step
     target_head: torch.Tensor  # [V, H]
     temperature: float
-    law: Law = GREEDY  # that proposals are drawn and verified under; greedy: they are argmaxes
+    law: Law = GREEDY  # that tokens and proposals are drawn under; greedy: proposals are argmaxes
 
     def logits(self) -> torch.Tensor:
-        """[N, V'] of its distribution over the tokens of the training head, at the temperature, with top-p."""
-        return self._logits
+        """[N, V'] of its distribution over the tokens of the training head, at the temperature."""
+        return losses.at_temperature(self._products, self.temperature)
 
-    @cached_property
-    def _logits(self) -> torch.Tensor:
-        logits = losses.at_temperature(self._under(self.head), self.temperature)
+    def verifying_logits(self) -> torch.Tensor:
+        """[N, V'] of the law that verifies proposals: at its temperature, with its top-p."""
+        if self.law.greedy:
+            return self.logits()
+        logits = self._products / self.law.temperature
         if self.law.top_p == 1:
             return logits
         return logits.masked_fill(outside(logits.softmax(-1), self.law.top_p), losses.NOTHING)
 
+    @cached_property
+    def _products(self) -> torch.Tensor:
+        return self._under(self.head)
+
     @torch.no_grad()
     def token_logprob(self, positions_per_chunk: int = 512) -> torch.Tensor:
-        """[N] log p of the committed tokens under the full head, at temperature 1 unless proposals are drawn."""
+        """[N] log p of the committed tokens, under the full head at temperature 1."""
         assert self.hidden is not None, NO_HIDDEN
         with torch.autocast(self.hidden.device.type, enabled=False):
-            whole = Head(self.target_head, logit_map=self.head.logit_map).at(drawn_at(self.law))
+            whole = Head(self.target_head, logit_map=self.head.logit_map)
             return token_logprobs(self.hidden, whole, self.tokens, positions_per_chunk).values
 
     @torch.no_grad()
@@ -75,7 +83,7 @@ class Feedback:
 
 
 def drawn_at(law: Law) -> float:
-    """What divides the drafter's logits where proposals are drawn under a law."""
+    """What divides the drafter's logits where tokens and proposals are drawn under a law."""
     return 1.0 if law.greedy else law.temperature
 
 
@@ -121,7 +129,7 @@ def response_stream(
 ) -> Stream:
     """Sums of the loss over the stream's positions.
 
-    temperature: of the target's distribution. law: that proposals are drawn and verified under.
+    temperature: of the target's distribution. law: that tokens and proposals are drawn under.
 
     hidden: [B, A, K, H] of blocks drafted on the trajectory's own tokens. config: resolved. target_head: [V, H], the
     target's own. The scope `committed` reads committed, [B, A] tokens that the verify step committed; left out where
@@ -169,7 +177,8 @@ def _judged(
     """hidden: [N, H]. Behind a frozen head the losses of every SFT and OPD read tiles of logits; others, and heads that
     are trained, whole rows of them."""
     by_confidence = config.weights().kind == "d_pace"
-    head = heads.drafter.at(drawn_at(feedback.law))
+    cooled = heads.drafter.at(drawn_at(feedback.law))
+    head = cooled if config.loss == "cross_entropy" else heads.drafter
     unread = torch.zeros(len(hidden), device=hidden.device)
     if not heads.trained and config.loss in ("cross_entropy", "bernoulli_kl"):
         judged = token_logprobs(hidden, head, feedback.columns, positions_per_chunk)
@@ -177,8 +186,7 @@ def _judged(
         if config.loss == "bernoulli_kl":
             terms = losses.bernoulli_forward_kl(judged.values, feedback.token_logprob(positions_per_chunk))
         return _Judged(terms, judged.best == feedback.columns, judged.values.detach())
-    whole_law = feedback.temperature > 0 and feedback.law.top_p == 1
-    if not heads.trained and config.loss == "forward_kl" and whole_law and not by_confidence:
+    if not heads.trained and config.loss == "forward_kl" and feedback.temperature > 0 and not by_confidence:
         assert feedback.hidden is not None, NO_HIDDEN
         asked = (feedback.hidden, feedback.head, feedback.temperature)
         judged = forward_kl(hidden, head, *asked, positions_per_chunk)
@@ -195,7 +203,8 @@ def _judged(
                 unread[part] = -losses.cross_entropy(logits, here.columns)
         terms = loss_of(logits, here)
         if heads.confidence is not None:  # detached: what is said of the proposals is not to change them
-            terms = terms + losses.confidence(heads.confidence(h.detach()), logits.detach(), here.logits())
+            drawn = cooled.logits(h.detach()) if cooled is not head else logits
+            terms = terms + losses.confidence(heads.confidence(h.detach()), drawn.detach(), here.verifying_logits())
         return terms
 
     terms = chunked_values(hidden, positions_per_chunk, values, trained_head=heads.trained)
@@ -221,7 +230,7 @@ def _with_choice(
         heads.drafter,
         config.loss,
         positions_per_chunk,
-        temperature=drawn_at(feedback.law),
+        temperature=drawn_at(feedback.law) if config.loss == "cross_entropy" else 1.0,
         token_logprob=lambda part: feedback.of(part).token_logprob(positions_per_chunk),
         target_logits=lambda part: feedback.of(part).logits(),
     )

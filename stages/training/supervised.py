@@ -39,7 +39,7 @@ def sft_loss(
 ) -> LossReport:
     """Weighted mean over all offsets inside the trajectory. stream: resolved, of scope `block`; target_head: [V, H].
 
-    temperature: of the target's distribution. law: that proposals are drawn under.
+    temperature: of the target's distribution. law: that tokens and proposals are drawn under.
     """
     started = time.perf_counter()
     hidden = block_hidden(drafter, context_of(drafter, batch), batch, anchors)
@@ -83,12 +83,12 @@ class SftTraining:
         ranks: Ranks = ALONE,
     ):
         """drafter: float32 weights that are to be trained. temperature, top_p: that the trajectories were drawn
-        at, 0 = greedy; a drafter that draws its proposals is trained for the law that it will draw them under."""
+        at, 0 = greedy: see `response.py` for what they are to a drafter that draws its proposals."""
         self.drafter, self.target, self.config, self.seed, self.ranks = drafter, target, config, seed, ranks
         self._trajectories = trajectories
         self.stream = config.stream(drafter.recipe)
-        self._temperature = temperature or 1.0
-        self._law = Law(temperature, top_p) if drafter.draws else GREEDY
+        self._law = Law(temperature, top_p) if drafter.draws and temperature > 0 else GREEDY
+        self._temperature = (temperature or 1.0) if self._law.greedy else 1.0
         self._heads = HeadSource(drafter, target.head_weight, config)
         self._features = FeatureSource(
             target,

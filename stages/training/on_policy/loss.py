@@ -37,10 +37,10 @@ def opd_loss(
 ) -> LossReport:
     """λ_acc · weighted mean(response stream) + λ_rej · weighted mean(rejected stream).
 
-    hidden: [B, A, K, H] of the blocks on the trajectories' tokens. law: that proposals are drawn under. steps: may be
-    None unless `objective.reads_steps`. on_proposals: [B, A, K, H] on the drafter's own proposals, where that is
-    not the same (autoregressive drafters). proposals: of a served block (left out: K). objective: resolved.
-    target_head: [V, H]. The report's operations are left to who drafted the blocks.
+    hidden: [B, A, K, H] of the blocks on the trajectories' tokens. law: that tokens and proposals are drawn under.
+    steps: may be None unless `objective.reads_steps`. on_proposals: [B, A, K, H] on the drafter's own proposals,
+    where that is not the same (autoregressive drafters). proposals: of a served block (left out: K). objective:
+    resolved. target_head: [V, H]. The report's operations are left to who drafted the blocks.
     """
     started = time.perf_counter()
     assert objective.temperature is not None, "resolve the objective first"

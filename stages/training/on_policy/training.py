@@ -49,7 +49,8 @@ class OpdTraining:
         self.kind: Kind = "errors" if config.anchors == "errors" else "visited"
         self.usable = mined.trajectories_with(self.kind)
         self.sampled = config.verification == "sampled" or (config.verification == "auto" and temperature > 0)
-        self.objective = config.loss.resolved(drafter.recipe, self.sampled, temperature)
+        law = Law(temperature, top_p) if self.sampled and drafter.draws and temperature > 0 else GREEDY
+        self.objective = config.loss.resolved(drafter.recipe, self.sampled, temperature if law.greedy else 1.0)
         if self.objective.needs_scores and self.objective.response.weights().kind == "d_pace":
             raise DraftsmithError(
                 "opd.loss.response.positions: a rejected stream needs weights that are known before the loss, which "
@@ -57,7 +58,6 @@ class OpdTraining:
             )
         remining = Remining(mined, drafter, every=config.oldest_trace, scored=self.objective.needs_scores)
         self.source = anchor_source(config, remining)
-        law = Law(temperature, top_p) if self.sampled and drafter.draws else GREEDY
         self._features = FeatureSource(
             target,
             drafter.target_layer_ids,

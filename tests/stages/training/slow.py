@@ -15,7 +15,6 @@ import torch
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
-from draftsmith.stages.drafters.law import GREEDY, Law
 from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.loss_config import LossConfig, PositionWeights
 from tests.stages.training.case import Case, K, hidden_of
@@ -55,7 +54,7 @@ class Slow:
     target_head: torch.Tensor  # [V, H]
     head: torch.Tensor  # [V', H] what the drafter proposes with
     tokens: list[int]  # [V'] ids of the head's rows
-    law: Law = GREEDY  # that proposals are drawn and verified under
+    cooled: float = 1.0  # what divides the drafter's logits
     _hidden: dict[tuple[int, int, tuple[int, ...]], torch.Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -77,10 +76,6 @@ class Slow:
         following: the tokens behind the anchor that an autoregressive drafter reads; a parallel one reads the anchor's.
         """
         return torch.log_softmax((self.hidden(row, anchor, following) @ self.head.T).double() / self.cooled, -1)
-
-    @property
-    def cooled(self) -> float:
-        return self.law.temperature or 1.0
 
     def hidden(self, row: int, anchor: int, following: Sequence[int] = ()) -> torch.Tensor:
         """[K, H]"""
@@ -121,18 +116,11 @@ class Slow:
         logits = self._target_logits(row, position)[self.tokens]
         if temperature == 0:
             return torch.where(torch.arange(len(logits)) == logits.argmax(), 0.0, -math.inf).double()
-        log_p = torch.log_softmax(logits / temperature, -1)
-        dropped, mass = [], 0.0
-        for column in sorted(range(len(log_p)), key=lambda c: -float(log_p[c])):
-            if mass >= self.law.top_p:
-                dropped.append(column)
-            mass += math.exp(float(log_p[column]))
-        log_p[dropped] = -math.inf
-        return torch.log_softmax(log_p, -1)
+        return torch.log_softmax(logits / temperature, -1)
 
     def token_log_p(self, row: int, position: int, token: int) -> float:
         """Over all tokens."""
-        return float(torch.log_softmax(self._target_logits(row, position) / self.cooled, -1)[token])
+        return float(torch.log_softmax(self._target_logits(row, position), -1)[token])
 
     def _target_logits(self, row: int, position: int) -> torch.Tensor:
         """[V] read off the position before."""

@@ -1,4 +1,4 @@
-"""A drafter that draws its proposals is trained for the law that it draws them under: temperature and top-p."""
+"""A drafter that draws its proposals: what it is compared with, whatever temperature and top-p answers have."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.drawing import probabilities
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.drafters.law import Law
@@ -24,7 +23,7 @@ from draftsmith.stages.training.loss_config import PositionWeights, ResponseStre
 from draftsmith.stages.training.on_policy.config import OpdConfig
 from draftsmith.stages.training.on_policy.training import OpdTraining
 from draftsmith.stages.training.on_policy.verify_steps import judge
-from draftsmith.stages.training.response import Feedback, _judged, drawn_at
+from draftsmith.stages.training.response import Feedback, _judged
 from draftsmith.stages.training.supervised import SftTraining
 from draftsmith.stages.training.vocabulary import Heads, HeadSource
 from tests.stages.training.test_accumulation import mined
@@ -37,55 +36,77 @@ N, H, V = 6, 8, 40
 LAWS = [Law(0.6), Law(1.5), Law(0.7, 0.8)]
 
 
-@pytest.mark.parametrize("law", LAWS, ids=str)
-@pytest.mark.parametrize("loss", ["forward_kl", "tv", "lk", "ce_l1"])
-@pytest.mark.parametrize("trained", [False, True])
-def test_a_drafter_that_says_what_the_target_says_has_the_least_loss(loss: Any, trained: bool, law: Law) -> None:
-    """Its logits are the target's: what it draws at the temperature is kept, but for what top-p drops."""
-    draw = torch.Generator().manual_seed(0)
-    weight, hidden = torch.randn(V, H, generator=draw), torch.randn(N, H, generator=draw)
-    heads, p = Heads(Head(weight), Head(weight), trained=trained), probabilities(hidden @ weight.T, law.temperature)
-    tokens = p.argmax(-1)
-    feedback = Feedback(tokens, tokens, hidden, Head(weight), weight, law.temperature, law)
+def judged_at(law: Law, loss: Any, tokens: torch.Tensor, hidden: torch.Tensor, heads: Heads) -> torch.Tensor:
+    """[N] losses, as the trainings ask for them. hidden: the drafter's, with gradient; the target's are the same."""
+    target = hidden.detach()
+    feedback = Feedback(tokens, tokens, target, Head(heads.target.weight), heads.target.weight, 1.0, law)
     stream = ResponseStream(loss=loss, scope="block", beyond=0, positions=PositionWeights(kind="uniform"))
-    own = hidden.clone().requires_grad_()
-    terms = _judged(own, feedback, heads, stream, positions_per_chunk=4).terms
-    kept = probabilities(hidden @ weight.T, law.temperature, law.top_p)
-    missed = 1 - torch.minimum(kept, p).sum(-1).float()
-    least = {
-        "forward_kl": -(1 - missed).log(),  # all of the mass that top-p leaves is as much larger
-        "tv": missed,
-        "lk": -(1 - missed).log(),
-        "ce_l1": -0.1 * p.amax(-1).log().float() + 0.9 * 2 * missed,
-    }[loss]
-    torch.testing.assert_close(terms.detach(), least, atol=1e-5, rtol=1e-4)
-    if law.top_p == 1 and loss == "forward_kl":
+    return _judged(hidden, feedback, heads, stream, positions_per_chunk=4).terms
+
+
+def a_head() -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(V, H, generator=draw), torch.randn(N, H, generator=draw)
+
+
+@pytest.mark.parametrize("law", LAWS, ids=str)
+@pytest.mark.parametrize("loss", ["forward_kl", "tv", "lk"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_targets_own_logits_have_no_loss_at_any_temperature(loss: Any, trained: bool, law: Law) -> None:
+    weight, hidden = a_head()
+    own = hidden.requires_grad_()
+    terms = judged_at(law, loss, torch.zeros(N, dtype=torch.long), own, Heads(Head(weight), Head(weight), trained))
+    torch.testing.assert_close(terms.detach(), torch.zeros(N), atol=1e-6, rtol=0)
+    if loss == "forward_kl":
         (slope,) = torch.autograd.grad(terms.sum(), own)
         assert float(slope.abs().max()) < 1e-5
-    assert drawn_at(law) == law.temperature
 
 
-def trained_for(drafter: Drafter, target: Target, law: Law, stage: str) -> float:
-    """The loss of the first step."""
-    texts = random_target.trajectories(4, seed=2)
-    fields = {"steps": 4, "sequences_per_step": 4, "anchors_per_sequence": 4, "compute_dtype": "float32"}
-    said: Any = {"temperature": law.temperature, "top_p": law.top_p}
-    if stage == "sft":
-        sft = SftConfig.model_validate({**fields, "loss": "ce_l1"})
-        return float(SftTraining(drafter, target, texts, sft, **said).loss(0).loss.detach())
-    whole = {"loss": "forward_kl", "scope": "block", "beyond": 0, "positions": {"kind": "uniform"}}
-    opd = OpdConfig.model_validate({**fields, "anchors": "random", "loss": {"response": whole}})
-    table = mined(texts, drafter.block_size - 1)
-    return float(OpdTraining(drafter, target, texts, table, opd, **said).loss(0).loss.detach())
+@pytest.mark.parametrize("law", [Law(0.6), Law(1.5)], ids=str)
+@pytest.mark.parametrize("trained", [False, True])
+def test_nor_do_tokens_that_were_drawn_at_a_temperature_move_them(trained: bool, law: Law) -> None:
+    """On average over what the target draws there, the slope of cross-entropy is zero, and at no other temperature."""
+    weight, hidden = a_head()
+    p = probabilities(hidden[0] @ weight.T, law.temperature).float()
+    slopes = {}
+    for asked in (law, Law(1.0)):
+        own = hidden[:1].expand(V, H).clone().requires_grad_()
+        heads = Heads(Head(weight), Head(weight), trained)
+        terms = judged_at(asked, "cross_entropy", torch.arange(V), own, heads)
+        (slope,) = torch.autograd.grad((terms * p).sum(), own)
+        slopes[asked.temperature] = float(slope.sum(0).abs().max())
+    assert slopes[law.temperature] < 1e-5 < 1e-2 < slopes[1.0]
 
 
-@pytest.mark.parametrize("stage", ["sft", "opd"])
-def test_both_trainings_ask_for_the_law_where_proposals_are_drawn(stage: str, plain_target: Target) -> None:
-    drawing, greedy = random_dspark(plain_target), random_drafter(plain_target)
-    warm, nucleus = (trained_for(drawing, plain_target, law, stage) for law in (Law(0.7), Law(0.7, 0.5)))
-    assert warm != pytest.approx(nucleus, rel=1e-4), "top-p counts"
-    one, other = (trained_for(greedy, plain_target, law, stage) for law in (Law(0.7), Law(0.7, 0.5)))
-    assert one == pytest.approx(other, rel=1e-6), "argmaxes are what they are"
+@pytest.mark.parametrize("law", LAWS, ids=str)
+def test_the_confidence_is_of_what_is_kept_under_the_law(law: Law) -> None:
+    weight, hidden = a_head()
+    own = Head(weight * 0.7)  # another law than the target's
+    said = 2.0
+    heads = Heads(own, Head(weight), trained=True, confidence=lambda h: torch.full(h.shape[:1], said))
+    plain = judged_at(law, "forward_kl", torch.zeros(N, dtype=torch.long), hidden, Heads(own, Head(weight), True))
+    terms = judged_at(law, "forward_kl", torch.zeros(N, dtype=torch.long), hidden, heads) - plain
+    kept = 1 - (terms - np.log1p(np.exp(-said))) / said  # binary cross-entropy is linear in what it is held against
+    q = probabilities(hidden @ own.weight.T, law.temperature)
+    p = probabilities(hidden @ weight.T, law.temperature, law.top_p)
+    expected = torch.minimum(p, q).sum(-1).float()
+    torch.testing.assert_close(kept.detach(), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("temperature", "drawn"), [(0.0, False), (0.7, True)])
+def test_trainings_compare_a_drawing_drafter_at_temperature_1(
+    temperature: float, drawn: bool, plain_target: Target
+) -> None:
+    """Of greedy answers neither temperature nor top-p says anything."""
+    texts, said = random_target.trajectories(4, seed=2), {"temperature": temperature, "top_p": 0.5}
+    for drafter, draws in ((random_dspark(plain_target), drawn), (random_drafter(plain_target), False)):
+        sft = SftTraining(drafter, plain_target, texts, SftConfig(loss="ce_l1"), **said)  # type: ignore[arg-type]
+        table = mined(texts, drafter.block_size - 1)
+        opd = OpdTraining(drafter, plain_target, texts, table, OpdConfig(), **said)  # type: ignore[arg-type]
+        law = Law(0.7, 0.5) if draws else Law()
+        assert (sft._law, opd._step.law) == (law, law)
+        of_target = 1.0 if draws else temperature or 1.0
+        assert sft._temperature == opd.objective.temperature == of_target
 
 
 @pytest.mark.parametrize("make", [random_dspark, random_dflash2])
