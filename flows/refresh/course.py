@@ -80,7 +80,7 @@ class RefreshCourse:
         champion, config = self.line.champion, self.config.drift
         assert champion is not None
         forced = sorted(self.force - set(_IN_FRONT))
-        reasons = [f"{' and '.join(forced)} forced"] if forced else []
+        reasons = [f"{each} is forced" for each in forced]
         if self.line.restart:
             reasons.append("the line begins again (registry.restart)")
         if record["target_changed"]:
