@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 _MOST_POINTS = 300  # of a line's history
 _MOST_SETS = 24  # of a version's figures: a tag holds 5,000 characters
-_SHARES = "heldout_shares"
+_SHARES, _SUFFIXES = "heldout_shares", "suffixes"
 REFRESHED_AT = "refreshed_at"  # a version's tag: when a refresh came to it last
 
 
@@ -155,8 +156,9 @@ def as_it_stands(line: RegistryConfig) -> RegistryConfig:
 
 
 def check_held_out(line: str, prompts: PromptsConfig) -> None:
-    """A smaller held-out class than a refresh of the line measured with would train on what was measured then."""
-    asked = held_out_shares(prompts)
+    """A smaller held-out class than a refresh of the line measured with, or another suffix, which is a part of the text
+    that decides the class, would train on what was measured then."""
+    asked, suffixes = held_out_shares(prompts), _suffixes(prompts)
     for version in registry().versions(line):
         for source, share in json.loads(version.tags.get(_SHARES) or "{}").items():
             now = asked.get(source, asked[""])
@@ -166,12 +168,23 @@ def check_held_out(line: str, prompts: PromptsConfig) -> None:
                     f"measured with {share:g}: prompts that measured it would be trained on. Set it back, or begin "
                     "another line (`registry.name`)"
                 )
+        for source, digest in json.loads(version.tags.get(_SUFFIXES) or "{}").items():
+            if source in suffixes and suffixes[source] != digest:
+                raise DraftsmithError(
+                    f"prompts, source {source}: its suffix is not the one that {version} was measured with: prompts that "
+                    "measured it would be trained on. Set it back, or begin another line (`registry.name`)"
+                )
 
 
 def held_out_shares(prompts: PromptsConfig) -> dict[str, float]:
     """heldout_share by source; that of the section, which holds for all others, under the empty name."""
     own = {_source_name(each): each.heldout_share for each in prompts.sources if each.heldout_share is not None}
     return {"": prompts.heldout_share, **own}
+
+
+def _suffixes(prompts: PromptsConfig) -> dict[str, str]:
+    """A digest of each source's suffix."""
+    return {_source_name(each): hashlib.sha256(each.suffix.encode()).hexdigest()[:12] for each in prompts.sources}
 
 
 def _source_name(source: PromptSource) -> str:
@@ -244,8 +257,13 @@ def version_tags(
         "speedup_interval": json.dumps([speed.get("speedup_low"), speed.get("speedup_high")]),
         "figures": json.dumps(figures_of(evaluation, arm)),
         "decision": decision["sentence"][:4000],
-        _SHARES: json.dumps(held_out_shares(prompts)),
+        **prompt_tags(prompts),
     }
+
+
+def prompt_tags(prompts: PromptsConfig) -> dict[str, str]:
+    """Which prompts measure: a later refresh must not train on them."""
+    return {_SHARES: json.dumps(held_out_shares(prompts)), _SUFFIXES: json.dumps(_suffixes(prompts))}
 
 
 def ended_tags() -> dict[str, str]:

@@ -13,7 +13,7 @@ from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.course import resolve
 from draftsmith.flows.refresh.graph import refresh_nodes
-from draftsmith.flows.refresh.line import held_out_shares, log_tags, registry
+from draftsmith.flows.refresh.line import log_tags, prompt_tags, registry
 from draftsmith.stages.earlier import STAGE, EarlierConfig
 from draftsmith.stages.logs import STAGE as LOGS
 from draftsmith.stages.logs import LogsConfig
@@ -104,14 +104,14 @@ def test_prompts_that_measured_a_version_stay_out_of_training(tmp_path: Path, mo
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
     log = tmp_path / "log.jsonl"
 
-    def asking(share: float, of_source: float | None) -> RefreshConfig:
+    def asking(share: float, of_source: float | None, suffix: str = " Think.") -> RefreshConfig:
         given = config_of(log).model_dump(mode="json")
         given["prompts"]["heldout_share"] = share
-        given["prompts"]["sources"][0]["heldout_share"] = of_source
+        given["prompts"]["sources"][0] |= {"heldout_share": of_source, "suffix": suffix}
         return RefreshConfig.model_validate(given)
 
     measured = asking(0.2, 1.0)
-    tags = {"heldout_shares": json.dumps(held_out_shares(measured.prompts))}
+    tags = prompt_tags(measured.prompts)
     registry().register(LINE, ArtifactRef("opd", "key", "content", tmp_path), tags)
     assert resolve(measured).registry is not None
     assert resolve(asking(0.3, 1.0)).registry is not None
@@ -119,3 +119,5 @@ def test_prompts_that_measured_a_version_stay_out_of_training(tmp_path: Path, mo
         resolve(asking(0.1, 1.0))
     with pytest.raises(DraftsmithError, match=rf"source {log}: heldout_share is 0\.2, and tiny version 1 .* with 1:"):
         resolve(asking(0.2, None))
+    with pytest.raises(DraftsmithError, match=rf"source {log}: its suffix is not the one that tiny version 1 was"):
+        resolve(asking(0.2, 1.0, suffix=" Think twice."))
