@@ -171,8 +171,8 @@ def check_held_out(line: str, prompts: PromptsConfig) -> None:
         for source, digest in json.loads(version.tags.get(_SUFFIXES) or "{}").items():
             if source in suffixes and suffixes[source] != digest:
                 raise DraftsmithError(
-                    f"prompts, source {source}: its suffix is not the one that {version} was measured with: prompts that "
-                    "measured it would be trained on. Set it back, or begin another line (`registry.name`)"
+                    f"prompts, source {source}: its suffix is not the one that {version} was measured with: prompts "
+                    "that measured it would be trained on. Set it back, or begin another line (`registry.name`)"
                 )
 
 
