@@ -103,7 +103,8 @@ class SftConfig(TrainingConfig):
         Literal["auto"] | TokenLoss | DistributionLoss,
         Field(
             description="auto is what the architecture's authors train with: cross_entropy on the committed token for "
-            "DFlash, ce_l1 for DSpark, forward_kl to the target's distribution for EAGLE-3"
+            "DFlash and DFlash2 (of sampled answers ce_l1 for DFlash2), ce_l1 for DSpark, forward_kl to the target's "
+            "distribution for EAGLE-3"
         ),
     ] = "auto"
     gamma: Annotated[
@@ -143,10 +144,10 @@ class SftConfig(TrainingConfig):
                 raise ValueError(f"{name} is about the drafter of init_from: name it there, or leave {name} out")
         return self
 
-    def stream(self, recipe: TrainingRecipe) -> ResponseStream:
-        """What is trained, with the architecture's own recipe where fields are left open."""
+    def stream(self, recipe: TrainingRecipe, *, sampled: bool = False) -> ResponseStream:
+        """What is trained, with the architecture's own recipe where fields are left open. sampled: the answers are."""
         return ResponseStream(
-            loss=recipe.loss if self.loss == "auto" else self.loss,  # type: ignore[arg-type]
+            loss=recipe.loss_on(sampled=sampled) if self.loss == "auto" else self.loss,  # type: ignore[arg-type]
             scope="block",
             positions=PositionWeights(kind=self.weights, gamma=self.gamma or recipe.gamma),
         )

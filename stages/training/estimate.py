@@ -111,7 +111,7 @@ def _operations(config: TrainingConfig, use: Use, rows_of_head: int, *, kept: bo
 
 
 def _logits(config: TrainingConfig, sizes: Sizes, rows_of_head: int) -> float:
-    a, chunk, loss = DTYPE_BYTES[config.compute_dtype], config.positions_per_chunk, _loss(config)
+    a, chunk, loss = DTYPE_BYTES[config.compute_dtype], config.positions_per_chunk, _loss(config, sizes.kind)
     if sizes.kind in _TRAINED_HEADS:
         own = sizes.drafter.vocabulary
         of_head = (a + 4) * own * sizes.drafter.hidden if sizes.kind == "eagle3" else 0  # its gradient of a chunk
@@ -123,10 +123,11 @@ def _logits(config: TrainingConfig, sizes: Sizes, rows_of_head: int) -> float:
     return float(LOGIT_COPIES * chunk * _TILE * 4 + products)
 
 
-def _loss(config: TrainingConfig) -> str:
+def _loss(config: TrainingConfig, kind: str) -> str:
     """Of the response, behind a frozen head; where it is decided by the answers, the one that needs more."""
     if isinstance(config, SftConfig):
-        return "cross_entropy" if config.loss == "auto" else config.loss
+        usual = "ce_l1" if kind == "dflash2" else "cross_entropy"
+        return usual if config.loss == "auto" else config.loss
     assert isinstance(config, OpdConfig)
     if config.loss.response.loss != "auto":
         return config.loss.response.loss

@@ -86,7 +86,7 @@ class SftTraining:
         at, 0 = greedy: see `response.py` for what they are to a drafter that draws its proposals."""
         self.drafter, self.target, self.config, self.seed, self.ranks = drafter, target, config, seed, ranks
         self._trajectories = trajectories
-        self.stream = config.stream(drafter.recipe)
+        self.stream = config.stream(drafter.recipe, sampled=temperature > 0)
         self._law = Law(temperature, top_p) if drafter.draws and temperature > 0 else GREEDY
         self._temperature = (temperature or 1.0) if self._law.greedy else 1.0
         self._heads = HeadSource(drafter, target.head_weight, config)

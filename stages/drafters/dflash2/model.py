@@ -43,7 +43,8 @@ class DFlash2Drafter(DFlashDrafter):
     """Parameter names are SGLang's: those of DFlash, the convolutions', and `candidate_selector.…`."""
 
     kind, draws, chooses = "dflash2", True, True
-    recipe = TrainingRecipe(loss="cross_entropy", gamma=7.0)
+    # of sampled answers the target's distribution: `configs/experiments/README.md`
+    recipe = TrainingRecipe(loss="cross_entropy", gamma=7.0, sampled_loss="ce_l1")
 
     def __init__(self, config: Qwen3Config, embedding: torch.Tensor):
         """config: as of DFlash, with the sizes of convolutions and selector in `dflash_config`, and what makes unary

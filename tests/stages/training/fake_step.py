@@ -145,7 +145,7 @@ class FakeStep:
                 anchors.rows(part),
                 heads,
                 head,
-                config.stream(drafter.recipe),
+                config.stream(drafter.recipe, sampled=True),
                 temperature=1.0,
                 positions_per_chunk=config.positions_per_chunk,
             )

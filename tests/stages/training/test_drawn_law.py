@@ -109,6 +109,17 @@ def test_trainings_compare_a_drawing_drafter_at_temperature_1(
         assert sft._temperature == opd.objective.temperature == of_target
 
 
+@pytest.mark.parametrize(("temperature", "losses"), [(0.0, ("cross_entropy",) * 2), (0.7, ("cross_entropy", "ce_l1"))])
+def test_sft_of_sampled_answers_reads_the_distribution_where_that_was_better(
+    temperature: float, losses: tuple[str, ...], plain_target: Target
+) -> None:
+    texts, drafters = random_target.trajectories(2), (random_drafter(plain_target), random_dflash2(plain_target))
+    trainings = [SftTraining(each, plain_target, texts, SftConfig(), temperature=temperature) for each in drafters]
+    assert tuple(each.stream.loss for each in trainings) == losses
+    asked = SftTraining(drafters[1], plain_target, texts, SftConfig(loss="cross_entropy"), temperature=temperature)
+    assert asked.stream.loss == "cross_entropy", "what is asked for is done"
+
+
 @pytest.mark.parametrize("make", [random_dspark, random_dflash2])
 def test_blocks_are_judged_alike_however_many_laws_fit_into_memory(
     make: Any, plain_target: Target, monkeypatch: pytest.MonkeyPatch
