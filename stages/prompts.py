@@ -83,6 +83,13 @@ class PromptsConfig(Config):
             raise ValueError(f"the sources have counts: leave out {', '.join(both)}")
         return self
 
+    @model_validator(mode="after")
+    def _no_set_is_called_all(self) -> PromptsConfig:
+        for index, source in enumerate(self.sources):
+            if isinstance(source, JsonlSource | HuggingFaceSource) and source.set_name == "all":
+                raise ValueError(f"sources.{index}.label: `all` means the prompts of all sources; give another one")
+        return self
+
     def wanted(self, split: Split) -> int:
         """Prompts of a split, over all sources."""
         if self.sources[0].counts is None:

@@ -137,7 +137,8 @@ CONFIG = {
     "no bound at all": Bad("sft.clip_norm", {"sft.clip_norm": float("inf")}),
     "a bound of the gate that nothing passes": Bad("gate.min_tau_gain", {"gate": {"min_tau_gain": float("inf")}}),
     "a prompt set that is called as all are": Bad(
-        "`all` means the prompts of all", {"prompts.sources": [{"kind": "jsonl", "path": "{here}/all"}]}
+        "sources.0.label: `all` means the prompts of all",
+        {"prompts.sources": [{"kind": "jsonl", "path": "{here}/all"}]},
     ),
     "a home that is no address": Bad("set DRAFTSMITH_HOME", environment={"DRAFTSMITH_HOME": "a?b"}),
     "a home of nobody": Bad("DRAFTSMITH_HOME", environment={"DRAFTSMITH_HOME": "~nobody-at-all/home"}),

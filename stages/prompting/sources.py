@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Config
@@ -68,21 +68,6 @@ class _RowSource(_SourceBase):
         default={}, description="only rows whose fields have this value or one of these, e.g. {source: olympiads}"
     )
 
-    @property
-    def set_name(self) -> str:
-        """What its prompts are called in the tables."""
-        return self.label or self._usual_name
-
-    @property
-    def _usual_name(self) -> str:
-        raise NotImplementedError
-
-    @model_validator(mode="after")
-    def _is_not_called_all(self) -> Self:
-        if self.set_name == "all":
-            raise ValueError("label: `all` means the prompts of all sources in the tables; give another one")
-        return self
-
     def keeps(self, row: Mapping[str, Any], where: str) -> bool:
         """Whether `filter` lets the row through; `where` names the row in the error for a field that it lacks."""
         for name, wanted in self.filter.items():
@@ -121,8 +106,9 @@ class JsonlSource(_RowSource):
     time_field: str | None = Field(default=None, description="field with a row's time, as in section logs")
 
     @property
-    def _usual_name(self) -> str:
-        return Path(self.path).name
+    def set_name(self) -> str:
+        """What its prompts are called in the tables."""
+        return self.label or Path(self.path).name
 
     @property
     def since_time(self) -> datetime | None:
@@ -143,8 +129,9 @@ class HuggingFaceSource(_RowSource):
     )
 
     @property
-    def _usual_name(self) -> str:
-        return self.id
+    def set_name(self) -> str:
+        """What its prompts are called in the tables."""
+        return self.label or self.id
 
     @property
     def of_hub(self) -> bool:

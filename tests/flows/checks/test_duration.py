@@ -22,7 +22,7 @@ from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.targets.estimate import Answers, Estimate, Use
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.on_policy.config import OpdConfig
-from tests.flows.checks.test_check import qwen_sizes
+from tests.flows.checks.test_estimates import qwen_sizes
 
 TARGET, OTHER = TargetConfig(source="/models/one"), TargetConfig(source="/models/other")
 SFT = SftConfig(steps=200)

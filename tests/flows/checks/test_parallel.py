@@ -15,7 +15,7 @@ from draftsmith.stages.parallel.config import RENDEZVOUS
 from draftsmith.stages.targets.estimate import Answers, Use
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.on_policy.config import OpdConfig
-from tests.flows.checks.test_check import qwen_sizes
+from tests.flows.checks.test_estimates import qwen_sizes
 
 
 def line(

@@ -13,7 +13,7 @@ from draftsmith.stages.prompting.logs_config import LogsConfig
 from draftsmith.stages.targets.estimate import ANSWER_BYTES, PROCESS, TABLES, Answers, Estimate, Use
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.on_policy.config import OpdConfig
-from tests.flows.checks.test_check import qwen_sizes
+from tests.flows.checks.test_estimates import qwen_sizes
 
 ANSWERS = Answers(longest=4608, count=100_000)
 

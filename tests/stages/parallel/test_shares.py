@@ -16,7 +16,7 @@ from draftsmith.stages.targets.estimate import Answers, Use
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.estimate import row_bytes, training_estimate
 from draftsmith.stages.training.on_policy.config import OpdConfig
-from tests.flows.checks.test_check import qwen_sizes
+from tests.flows.checks.test_estimates import qwen_sizes
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8, 21])
