@@ -47,19 +47,19 @@ class Feedback:
 
     def logits(self) -> torch.Tensor:
         """[N, V'] of its distribution over the tokens of the training head, at the temperature."""
-        return losses.at_temperature(self._products, self.temperature)
+        return self._logits if self.temperature == 1 else losses.at_temperature(self._logits, self.temperature)
 
     def verifying_logits(self) -> torch.Tensor:
         """[N, V'] of the law that verifies proposals: at its temperature, with its top-p."""
         if self.law.greedy:
             return self.logits()
-        logits = self._products / self.law.temperature
+        logits = self._logits / self.law.temperature
         if self.law.top_p == 1:
             return logits
         return logits.masked_fill(outside(logits.softmax(-1), self.law.top_p), losses.NOTHING)
 
     @cached_property
-    def _products(self) -> torch.Tensor:
+    def _logits(self) -> torch.Tensor:
         return self._under(self.head)
 
     @torch.no_grad()
