@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from draftsmith.artifacts.errors import DraftsmithError, RetryableError, from_os_error
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError, disk_error_of, from_os_error
 from draftsmith.artifacts.locks import locked
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.tracking import Tracking
@@ -304,8 +304,8 @@ class Registry:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         if getattr(error, "error_code", None) in _OUR_FAULT:
             return DraftsmithError(f"MLflow's model registry refused this: {reason}: correct the name or the value")
-        if isinstance(error, OSError):
-            return from_os_error(error, "MLflow's model registry:")
+        if (refused := disk_error_of(error)) is not None:  # a connection's errors are OSErrors too
+            return from_os_error(refused, "MLflow's model registry:")
         if any(known in reason for known in _OF_THE_DATABASE) and self._tracking.uri == self._tracking.default_uri:
             database = self._tracking.folder / "mlflow.db"
             return DraftsmithError(

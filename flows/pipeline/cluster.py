@@ -32,9 +32,8 @@ from draftsmith.flows.pipeline.shards import Make, Order, at_once, make_shard
 
 _POLL_S = 0.5
 _HOME = "DRAFTSMITH_HOME"
-_OWN = {
-    name: os.environ[name] for name in (_HOME, STORE) if name in os.environ
-}  # of this host, whoever's run it serves
+# of this host, whoever's run it serves
+_OWN = {name: os.environ[name] for name in (_HOME, STORE) if name in os.environ}
 
 
 def mapped(

@@ -21,10 +21,8 @@ def unchanged(
     try:
         yield
     except Exception:
-        with (
-            suppress(RetryableError),
-            _discarding(store, claim),
-        ):  # what cannot be asked now hides no error of the stage
+        # what cannot be asked now hides no error of the stage
+        with suppress(RetryableError), _discarding(store, claim):
             _check(store, node, inputs, external)
         raise
     with _discarding(store, claim):

@@ -39,7 +39,8 @@ class RefreshCourse:
     """Of one refresh of a line of drafters."""
 
     def __init__(self, config: RefreshConfig, force: Collection[str]) -> None:
-        """config: resolved, with a registry. force: `drift` among it makes the refresh go on whatever is seen."""
+        """config: resolved, with a registry. force: `drift` among it, or a node behind it, makes the refresh go on
+        whatever is seen."""
         assert config.registry is not None
         self.config, self.line, self.force = config, config.registry, frozenset(force)
         self._drift: dict[str, Any] = {}
@@ -114,8 +115,9 @@ class RefreshCourse:
             )
         if (undone := line.rolled_back(version)) is not None:  # the same inputs have made it again
             said = (
-                f"{version} is not promoted: {undone.by} rolled it back at {undone.at} ({undone.why}), and nothing "
-                f"that makes it has changed since; to serve it: `draftsmith promote {version.line}@{version.number}`"
+                f"{version} is not promoted: {undone.by} took it out of service at {undone.at} ({undone.why}), and "
+                "nothing that makes it has changed since; to serve it: "
+                f"`draftsmith promote {version.line}@{version.number}`"
             )
             line.tag(version, ended_tags())
             return self._conclusion("Refused", said, decision, version, RefusedError(said))

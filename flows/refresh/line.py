@@ -84,7 +84,7 @@ def folder_of(version: Version) -> Path:
     from draftsmith.artifacts.open_store import store_of
 
     store = store_of(home())
-    return _in_this_home(version, store) or store.here(version.path)
+    return store.here(_in_this_home(version, store) or version.path)
 
 
 def _in_this_home(version: Version, store: Store) -> Path | None:

@@ -17,6 +17,7 @@ import torch
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.leftovers import leftovers
 from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.open_store import STORE, store_of
 from draftsmith.artifacts.registry import PREVIOUS, Registry, Version
 from draftsmith.artifacts.store import REPLACED, Claim, Store
 from draftsmith.artifacts.tracking import Tracking
@@ -185,7 +186,7 @@ def test_what_was_rolled_back_is_not_promoted_again_by_itself(
     commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
     ended = RefreshCourse(resolve(config), ()).finish(second, None)
     assert ended is not None and ended.name == "Refused" and ended.error is not None
-    assert "rolled it back" in ended.message and "(it accepts nothing)" in ended.message
+    assert "took it out of service" in ended.message and "(it accepts nothing)" in ended.message
     assert f"`draftsmith promote {line}@2`" in ended.message
     assert (ended.figures["promoted"], ended.tags["draftsmith.outcome"]) == (0.0, "refused")
     champion = registry().champion(line)
@@ -371,3 +372,18 @@ def test_a_version_is_found_in_a_home_that_was_moved_and_where_its_key_was_made_
         os.utime(path, (0, 0))
     assert [each.path for each in leftovers(moved, 1.0)] == [aside]
     assert inspection._of_no_line(Display(), leftovers(moved, 1.0)) == [], "the champion's only copy"
+
+
+def test_a_version_of_a_bucket_is_fetched_where_its_manifest_alone_is_known(
+    line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(STORE, f"file://{tmp_path}/bucket")
+    made = committed(store_of(home), "opd", "c", lambda out: shutil.copytree(drafters[0].path, out, dirs_exist_ok=True))
+    registry().register(line, made, {})
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "other"))
+    other = store_of(tmp_path / "other")
+    assert other.find("opd", made.key) is not None, "which keeps the manifest"
+    assert not (other.path("opd", made.key) / DRAFTER_FOLDER).exists()
+    (version,) = registry().versions(line)
+    assert (folder_of(version) / DRAFTER_FOLDER / "config.json").is_file()
+    assert commands.verified(version) == other.path("opd", made.key) / DRAFTER_FOLDER
