@@ -10,14 +10,15 @@ from pathlib import Path
 from draftsmith.artifacts.atomic import disk_errors
 from draftsmith.artifacts.bucket import Stored
 from draftsmith.artifacts.damage import SHARD
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.locks import is_locked, locked
-from draftsmith.artifacts.manifest import MANIFEST
+from draftsmith.artifacts.manifest import MANIFEST, read_manifest
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.remote_store import RemoteStore
 from draftsmith.artifacts.store import PARTIAL, REPLACED
 
 _LOGS = ("*.log", "*.request.json")
-REPLACED_ARTIFACT = "replaced artifact"  # of a store on this machine
+REPLACED_ARTIFACTS = ("replaced artifact", "replaced artifact, or unfinished upload")  # on this machine, in a bucket
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,14 @@ class Leftover:
         """Where it is, for a person."""
         return str(self.path.relative_to(home))
 
+    @property
+    def content(self) -> str | None:
+        """The beginning of the content id of what it once was; None if it was no artifact, or nobody can say."""
+        try:
+            return read_manifest(self.path).content_id if (self.path / MANIFEST).is_file() else None
+        except DraftsmithError:
+            return None
+
 
 @dataclass(frozen=True)
 class RemoteLeftover(Leftover):
@@ -53,6 +62,10 @@ class RemoteLeftover(Leftover):
 
     store: RemoteStore | None = None
     objects: Mapping[str, Stored] = field(default_factory=dict)
+
+    @property
+    def content(self) -> str | None:
+        return self.path.name.partition("-")[0]  # `remote_store.py` names folders so
 
     def remove(self) -> bool:
         assert self.store is not None
@@ -76,7 +89,7 @@ def leftovers(home: Path, before: float) -> list[Leftover]:
             found.append(_described("unfinished attempt", folder, lock))
     for folder in root.glob(f"*{SHARD}/[!.]*/"):  # of a node that is made, or that was given up
         found.append(_described("shard", folder, folder.with_name(f".lock-{folder.name}")))
-    found += [_described(REPLACED_ARTIFACT, folder) for folder in root.glob(f"*/{REPLACED}*")]
+    found += [_described(REPLACED_ARTIFACTS[0], folder) for folder in root.glob(f"*/{REPLACED}*")]
     if isinstance(store, RemoteStore):
         found += [_remote(store, folder, objects) for folder, objects in store.unnamed(before)]
     return sorted((each for each in found if each.touched < before), key=lambda each: -each.bytes)
@@ -95,8 +108,7 @@ def _described(what: str, path: Path, lock: Path | None = None) -> Leftover:
 
 def _remote(store: RemoteStore, folder: str, objects: Mapping[str, Stored]) -> RemoteLeftover:
     sizes, times = [each.bytes for each in objects.values()], [each.modified for each in objects.values()]
-    what = "replaced artifact, or unfinished upload"
-    return RemoteLeftover(what, Path(folder), sum(sizes), max(times), store=store, objects=objects)
+    return RemoteLeftover(REPLACED_ARTIFACTS[1], Path(folder), sum(sizes), max(times), store=store, objects=objects)
 
 
 def _delete(path: Path) -> None:

@@ -262,6 +262,8 @@ class Registry:
         ended = previous is not None and previous.number == last.before
         if ended or champion.number != last.version or last.before in (None, last.version):
             return None
+        if last.before not in {each.number for each in self.versions(line)}:  # deleted in MLflow since, its alias too
+            return None
         self.promote(champion, expected=self.version(line, last.before), why=last.why, what=last.what)
         return last
 

@@ -13,8 +13,8 @@ from rich.tree import Tree
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
-from draftsmith.artifacts.leftovers import REPLACED_ARTIFACT, Leftover, leftovers
-from draftsmith.artifacts.manifest import MANIFEST, InputEntry, Manifest, local_time, read_manifest
+from draftsmith.artifacts.leftovers import REPLACED_ARTIFACTS, Leftover, leftovers
+from draftsmith.artifacts.manifest import InputEntry, Manifest, local_time
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.registry import Registry
 from draftsmith.artifacts.store import PARTIAL, Store
@@ -86,7 +86,7 @@ def status_of_store(display: Display) -> None:
 def prune(display: Display, days: float, *, delete: bool) -> None:
     """What was left behind and not touched for so many days; deletes it if asked to."""
     found = leftovers(home(), time.time() - days * 86400)
-    found = [each for each in found if each.what != REPLACED_ARTIFACT] + _of_no_line(display, found)
+    found = [each for each in found if each.what not in REPLACED_ARTIFACTS] + _of_no_line(display, found)
     if not found:
         display.line(f"nothing in {home()} was left behind and not touched for {days:g} days")
         return
@@ -109,7 +109,7 @@ def prune(display: Display, days: float, *, delete: bool) -> None:
 
 def _of_no_line(display: Display, found: list[Leftover]) -> list[Leftover]:
     """Replaced artifacts that no version of a drafter line is: a champion that was made again has no other copy."""
-    replaced = [each for each in found if each.what == REPLACED_ARTIFACT]
+    replaced = [each for each in found if each.what in REPLACED_ARTIFACTS]
     if not replaced:
         return []
     try:
@@ -117,14 +117,7 @@ def _of_no_line(display: Display, found: list[Leftover]) -> list[Leftover]:
     except DraftsmithError as error:
         display.line(f"replaced artifacts are kept, as nobody can say whether a drafter line needs them: {error}")
         return []
-    return [each for each in replaced if _content_id(each.path) not in named]
-
-
-def _content_id(folder: Path) -> str | None:
-    try:
-        return read_manifest(folder).content_id if (folder / MANIFEST).is_file() else None
-    except DraftsmithError:
-        return None
+    return [each for each in replaced if each.content is None or not any(id.startswith(each.content) for id in named)]
 
 
 def show(display: Display, text: str, *, verify: bool = False) -> None:

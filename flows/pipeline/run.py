@@ -93,10 +93,12 @@ def _run(
     config: RunOptions, pipeline: Pipeline, force: Collection[str], part: Part, cancellation: Cancellation
 ) -> tuple[dict[str, dict[str, Any]], Conclusion | None]:
     for attempt in range(1, _PLANS + 1):
+        found = patiently(lambda: resolved(config, pipeline), config.stages, Display().line)
         try:
-            found = patiently(lambda: resolved(config, pipeline), config.stages, Display().line)
-            return _run_once(found, pipeline, force if attempt == 1 else (), part, cancellation)
+            return _run_once(found, pipeline, force, part, cancellation)
         except PlanAgain as changed:
+            course = pipeline.course(found, force) if pipeline.course is not None else None
+            force = course.decisive if course is not None else ()
             if attempt == _PLANS:
                 raise DraftsmithError(f"{changed}; planned {_PLANS} times: run the same command again") from changed
             Display().line(f"{changed}: planned again, what is done is reused")
@@ -187,7 +189,7 @@ def _still_forced(forced: Collection[str], made: Mapping[str, Made], kept: Colle
     """What to force in the next run, where some of it is done: else it would be made once more. kept: names that decide
     how far the next one goes."""
     done = sorted(name for name in forced if name in made and not made[name].reused and name not in kept)
-    rest = "".join(f" --force {name}" for name in sorted(set(forced) - set(done)))
+    rest = "".join(f" --force {name}" for name in sorted(set(forced) - set(done) | set(kept)))
     if not done:
         return None
     return f"{', '.join(done)}: made again and complete; go on{f' with{rest} only' if rest else ' without --force'}"

@@ -33,6 +33,7 @@ from draftsmith.stages.prompting.times import LAST
 log = logging.getLogger(__name__)
 _IN_FRONT = ("target", "prompts", "heldout", "champion")  # nodes of the drift check's own
 _HOOK, _DUE = "on_promote", "due"  # a version's tag: whether its promotion was told
+_TOLD, _MOST = "on_promote.decision", 4900  # another: what is told; MLflow keeps 5,000 characters of a tag
 
 
 class RefreshCourse:
@@ -48,8 +49,8 @@ class RefreshCourse:
 
     @property
     def decisive(self) -> frozenset[str]:
-        """Forced names that a run which goes on needs again."""
-        return self.force & {"drift"}
+        """What a run that goes on must force: what was made again is no reason for its drift check any more."""
+        return frozenset({"drift"} if self.force - set(_IN_FRONT) else ())
 
     # -- drift ---------------------------------------------------------------------------------------------------
 
@@ -123,7 +124,7 @@ class RefreshCourse:
             return self._conclusion("Refused", said, decision, version, RefusedError(said))
         hook_due = self.config.on_promote is not None and version.number not in self._told
         if hook_due:
-            line.tag(version, {_HOOK: _DUE})
+            line.tag(version, {_HOOK: _DUE, _TOLD: _short(decision)})
         try:
             line.promote(version, expected=expected, why=decision["sentence"])
         except ChampionMovedError as error:
@@ -151,7 +152,8 @@ class RefreshCourse:
         """The hook of a promotion whose run ended before it could be called."""
         champion = registry().champion(self.line.name) if self.config.on_promote is not None else None
         if champion is not None and champion.tags.get(_HOOK) == _DUE:
-            decision = {"promote": True, "sentence": champion.tags.get("decision", "")}
+            known = champion.tags.get(_TOLD)
+            decision = json.loads(known) if known else {"promote": True, "sentence": champion.tags.get("decision", "")}
             problem = self._call(champion, decision)
             log.info("on_promote of %s %s", champion, f"failed: {problem}" if problem else "was called late")
 
@@ -173,6 +175,14 @@ class RefreshCourse:
             **self._drift.get("tags", {}),
         }
         return Conclusion(name, message, error, figures, tags, overrules=overruled)
+
+
+def _short(decision: Mapping[str, Any]) -> str:
+    """As JSON, without its rules where they are too long for a tag."""
+    said = json.dumps(decision)
+    return (
+        said if len(said) <= _MOST else json.dumps({**decision, "rules": [], "sentence": decision["sentence"][:2000]})
+    )
 
 
 def resolve(config: RefreshConfig) -> RefreshConfig:

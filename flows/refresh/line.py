@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -92,8 +94,9 @@ def _in_this_home(version: Version, store: Store) -> Path | None:
     same key was made again."""
     folder = store.path(version.stage, version.key)
     for place in (folder, *folder.parent.glob(f"{REPLACED}{folder.name}-*")):
-        if (place / MANIFEST).is_file() and read_manifest(place).content_id == version.content_id:
-            return place
+        with suppress(DraftsmithError):  # a damaged one is none: there may be another, or what was uploaded
+            if (place / MANIFEST).is_file() and read_manifest(place).content_id == version.content_id:
+                return place
     return None
 
 
@@ -168,10 +171,10 @@ def check_held_out(line: str, prompts: PromptsConfig) -> None:
                     f"measured with {share:g}: prompts that measured it would be trained on. Set it back, or begin "
                     "another line (`registry.name`)"
                 )
-        for source, digest in json.loads(version.tags.get(_SUFFIXES) or "{}").items():
-            if source in suffixes and suffixes[source] != digest:
+        for source, known in json.loads(version.tags.get(_SUFFIXES) or "{}").items():
+            if not suffixes.get(source, set()) <= ({known} if isinstance(known, str) else set(known)):
                 raise DraftsmithError(
-                    f"prompts, source {source}: its suffix is not the one that {version} was measured with: prompts "
+                    f"prompts, source {source}: it has a suffix that {version} was not measured with: prompts "
                     "that measured it would be trained on. Set it back, or begin another line (`registry.name`)"
                 )
 
@@ -182,9 +185,14 @@ def held_out_shares(prompts: PromptsConfig) -> dict[str, float]:
     return {"": prompts.heldout_share, **own}
 
 
-def _suffixes(prompts: PromptsConfig) -> dict[str, str]:
-    """A digest of each source's suffix."""
-    return {_source_name(each): hashlib.sha256(each.suffix.encode()).hexdigest()[:12] for each in prompts.sources}
+def _suffixes(prompts: PromptsConfig) -> dict[str, set[str]]:
+    """Digests of the suffixes by source, which may be there several times. Blank space counts as little as it does for
+    the class (`prompting/held_out.py`)."""
+    found: dict[str, set[str]] = {}
+    for each in prompts.sources:
+        text = re.sub(r"\s+", " ", each.suffix).rstrip()
+        found.setdefault(_source_name(each), set()).add(hashlib.sha256(text.encode()).hexdigest()[:12])
+    return found
 
 
 def _source_name(source: PromptSource) -> str:
@@ -263,7 +271,7 @@ def version_tags(
 
 def prompt_tags(prompts: PromptsConfig) -> dict[str, str]:
     """Which prompts measure: a later refresh must not train on them."""
-    return {_SHARES: json.dumps(held_out_shares(prompts)), _SUFFIXES: json.dumps(_suffixes(prompts))}
+    return {_SHARES: json.dumps(held_out_shares(prompts)), _SUFFIXES: json.dumps(_suffixes(prompts), default=sorted)}
 
 
 def ended_tags() -> dict[str, str]:

@@ -24,13 +24,14 @@ def _rejected(logits: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
     return 1 - torch.minimum(log_p.exp(), logits.softmax(-1)).sum(-1)
 
 
-# of q's logits [n, k], the token's place among the candidates [n], and the target's log-probs of the candidates [n, k]
+# of q's logits [n, k], the token's -log q at the temperature that it was drawn at [n], and the target's log-probs of
+# the candidates [n, k]
 _DISTRIBUTION_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
     # of the law given that a candidate is committed
-    "forward_kl": lambda logits, _at, log_p: losses.forward_kl(logits, log_p),
-    "tv": lambda logits, _at, log_p: _rejected(logits, log_p),
-    "lk": lambda logits, _at, log_p: -torch.minimum(log_p, torch.log_softmax(logits, -1)).logsumexp(-1),
-    "ce_l1": lambda logits, at, log_p: 0.1 * losses.cross_entropy(logits, at) + 0.9 * 2 * _rejected(logits, log_p),
+    "forward_kl": lambda logits, _token, log_p: losses.forward_kl(logits, log_p),
+    "tv": lambda logits, _token, log_p: _rejected(logits, log_p),
+    "lk": lambda logits, _token, log_p: -torch.minimum(log_p, torch.log_softmax(logits, -1)).logsumexp(-1),
+    "ce_l1": lambda logits, token, log_p: 0.1 * token + 0.9 * 2 * _rejected(logits, log_p),
 }
 
 
@@ -58,7 +59,7 @@ def chosen(
 ) -> Chosen:
     """hidden: [N, H]; previous: [N] tokens before these positions; columns: [N] of the committed tokens in the head.
 
-    temperature: at which the choice is compared. token_logprob, target_logits: of a chunk, log p [n] of the committed
+    temperature: that the tokens were drawn at. token_logprob, target_logits: of a chunk, log p [n] of the committed
     tokens and logits [n, V'] over the head's.
     """
     with torch.no_grad():
@@ -70,18 +71,17 @@ def chosen(
 
     def values(h: torch.Tensor, part: slice) -> torch.Tensor:
         logits, at, inside = drafter.choices(h, previous[part], among[part], head), place[part], present[part]
-        logits = losses.at_temperature(logits, temperature)
-        of_token = -losses.cross_entropy(logits, at)
+        of_token = losses.cross_entropy(losses.at_temperature(logits, temperature), at)
         with torch.no_grad():
             correct[part] = inside & (logits.argmax(-1) == at)
-            log_q[part] = torch.where(inside, of_token, -torch.inf)
+            log_q[part] = torch.where(inside, -of_token, -torch.inf)
         if loss == "cross_entropy":
-            return -of_token
+            return of_token
         if loss == "bernoulli_kl":
-            return losses.bernoulli_forward_kl(of_token, token_logprob(part))
+            return losses.bernoulli_forward_kl(-losses.cross_entropy(logits, at), token_logprob(part))
         with torch.no_grad():
             log_p = torch.log_softmax(target_logits(part), -1).gather(-1, among[part])
-        return _DISTRIBUTION_LOSSES[loss](logits, at, log_p)
+        return _DISTRIBUTION_LOSSES[loss](logits, of_token, log_p)
 
     terms = chunked_values(hidden, positions_per_chunk, values, trained_head=True)
     return Chosen(terms, correct, log_q)

@@ -20,7 +20,7 @@ LOGIT_COPIES = 3  # float32 logits, their softmax and its gradient
 USABLE = 0.85  # of a device's memory: the rest is for what the allocator leaves unused
 _TILE = 4096  # tokens of a tile of logits
 _TRAINED_HEADS = ("eagle3", "dspark")  # behind which rows of logits are whole
-_DSPARK_COPIES = 8  # the same behind its head: of its own loss and of its confidence's
+_DSPARK_COPIES = 8  # the same behind its head: of its own loss and of its confidence's; top-p sorts two more
 _WHOLE_ROWS = {"tv": 5, "lk": 6, "ce_l1": 5}  # copies of a chunk's float32 logits that losses of no tiles keep
 # the rest comes and goes
 _ALWAYS = ("process", "target", "drafter with AdamW", "features", "next batch", "head", "logits")

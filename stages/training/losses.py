@@ -40,9 +40,15 @@ def lk(logits_q: torch.Tensor, logits_p: torch.Tensor) -> torch.Tensor:
     return -torch.minimum(torch.log_softmax(logits_p, -1), torch.log_softmax(logits_q, -1)).logsumexp(-1)
 
 
-def ce_l1(logits_q: torch.Tensor, logits_p: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-    """0.1 · cross-entropy + 0.9 · Σ |p - q|: DSpark's (arXiv 2607.05147). logits [N, V] each, column [N] → [N]."""
-    return 0.1 * cross_entropy(logits_q, column) + 0.9 * 2 * total_variation(logits_q, logits_p)
+def ce_l1(
+    logits_q: torch.Tensor, logits_p: torch.Tensor, column: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """0.1 · cross-entropy + 0.9 · Σ |p - q|: DSpark's (arXiv 2607.05147). logits [N, V] each, column [N] → [N].
+
+    temperature: that the tokens were drawn at.
+    """
+    of_token = cross_entropy(at_temperature(logits_q, temperature), column)
+    return 0.1 * of_token + 0.9 * 2 * total_variation(logits_q, logits_p)
 
 
 def confidence(logit: torch.Tensor, logits_q: torch.Tensor, logits_p: torch.Tensor) -> torch.Tensor:
@@ -55,7 +61,7 @@ def confidence(logit: torch.Tensor, logits_q: torch.Tensor, logits_p: torch.Tens
 def at_temperature(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """Logits [N, V] of the distribution at a temperature; 0 puts everything on the argmax."""
     if temperature > 0:
-        return logits / temperature
+        return logits if temperature == 1 else logits / temperature
     return torch.full_like(logits, NOTHING).scatter_(-1, logits.argmax(-1, keepdim=True), 0.0)
 
 

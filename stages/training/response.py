@@ -47,7 +47,7 @@ class Feedback:
 
     def logits(self) -> torch.Tensor:
         """[N, V'] of its distribution over the tokens of the training head, at the temperature."""
-        return self._logits if self.temperature == 1 else losses.at_temperature(self._logits, self.temperature)
+        return losses.at_temperature(self._logits, self.temperature)
 
     def verifying_logits(self) -> torch.Tensor:
         """[N, V'] of the law that verifies proposals: at its temperature, with its top-p."""
@@ -95,7 +95,7 @@ RESPONSE_LOSSES: dict[str, Callable[[torch.Tensor, Feedback], torch.Tensor]] = {
     "forward_kl": lambda logits, p: losses.forward_kl(logits, p.logits()),
     "tv": lambda logits, p: losses.total_variation(logits, p.logits()),
     "lk": lambda logits, p: losses.lk(logits, p.logits()),
-    "ce_l1": lambda logits, p: losses.ce_l1(logits, p.logits(), p.columns),
+    "ce_l1": lambda logits, p: losses.ce_l1(logits, p.logits(), p.columns, drawn_at(p.law)),
 }
 
 
@@ -230,7 +230,7 @@ def _with_choice(
         heads.drafter,
         config.loss,
         positions_per_chunk,
-        temperature=drawn_at(feedback.law) if config.loss == "cross_entropy" else 1.0,
+        temperature=drawn_at(feedback.law),
         token_logprob=lambda part: feedback.of(part).token_logprob(positions_per_chunk),
         target_logits=lambda part: feedback.of(part).logits(),
     )

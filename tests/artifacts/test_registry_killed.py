@@ -92,6 +92,21 @@ def test_a_promotion_is_completed_by_the_same_call(
     ]
 
 
+def test_a_previous_version_that_was_deleted_in_mlflow_is_no_lost_promotion(
+    served: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "registry", lambda: served)
+    monkeypatch.setattr(commands, "verified", lambda _version: None)
+    first, second, third = (served.register("cleaned", ref(tmp_path, name), {}) for name in "abc")
+    served.promote(first, expected=None, why="the first one")
+    served.promote(second, expected=first, why="better")
+    served._tracking.connect()[0].delete_model_version("cleaned", str(first.number))
+    commands.promote(Display(), f"cleaned@{third.number}", "by hand", dry_run=False)
+    champion, previous = served.champion("cleaned"), served.alias("cleaned", "previous")
+    assert champion is not None and previous is not None
+    assert (champion.number, previous.number) == (third.number, second.number)
+
+
 @pytest.mark.parametrize("writes", [1, 2, 3])
 def test_a_rollback_that_is_repeated_swaps_nothing_back(
     writes: int, served: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

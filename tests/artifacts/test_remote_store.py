@@ -191,6 +191,8 @@ def test_force_replaces_for_all_and_readers_of_the_old_one_keep_it(
     assert len(files_of("data.txt")) == 2
     monkeypatch.setattr(remote_store, "FRESH_S", -1.0)
     found_left = [each for each in leftovers(tmp_path / "b", time.time() + 1) if "s3" in each.shown(tmp_path / "b")]
+    (left,) = (each.content for each in found_left)
+    assert left and old.content_id.startswith(left), "which prune holds against the lines of drafters"
     assert [each.remove() for each in found_left] == [True]
     assert len(files_of("data.txt")) == 1
     b.verify(found)

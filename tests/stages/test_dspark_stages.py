@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from draftsmith.artifacts.parquet import read_table
-from draftsmith.artifacts.schemas import VERIFY_STEPS
+from draftsmith.artifacts.schemas import TRAJECTORIES, VERIFY_STEPS
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.config import DraftingConfig, DSparkConfig
 from draftsmith.stages.drift import STAGE as DRIFT
@@ -83,6 +85,36 @@ def test_sft_goes_on_from_dflash_as_dspark(made: Made, tiny_drafter: DrafterArti
     texts = load_trajectories(tiny_drafter.heldout, ["validation"]).trajectories
     traces = replay_all(target, {"before": before, "after": drafter}, texts)
     assert tau(traces["after"]) > 0.8 * tau(traces["before"]) > 1.6
+
+
+@pytest.mark.parametrize("stage", [SFT, OPD])
+def test_trainings_are_told_what_the_answers_were_drawn_with(
+    stage: Any, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """temperature and top-p of the rollout's own rows."""
+    table = read_table(made.rollout / "trajectories.parquet", TRAJECTORIES)
+    rollout = tmp_path / "rollout"
+    rollout.mkdir()
+    at = table.schema.get_field_index("top_p")
+    table = table.set_column(at, table.schema.field(at), pa.array([0.9] * len(table), table.schema.field(at).type))
+    pq.write_table(table, rollout / "trajectories.parquet")
+    said: list[tuple[float, float]] = []
+
+    class Told(Exception):
+        pass
+
+    def training(*_arguments: Any, temperature: float, top_p: float, **_rest: Any) -> None:
+        said.append((temperature, top_p))
+        raise Told
+
+    place = "supervised.SftTraining" if stage is SFT else "on_policy.training.OpdTraining"
+    monkeypatch.setattr(f"draftsmith.stages.training.{place}", training)
+    inputs = {**made.inputs("target", "drafter", "trajectories", "mined"), "trajectories": rollout}
+    ctx = RecordingContext.under(tmp_path / "out", inputs)
+    config: Any = SftConfig if stage is SFT else OpdConfig
+    with pytest.raises(Told):
+        stage.run(ctx, config.model_validate({**TRAINING, "steps": 2}))
+    assert said == [(1.0, pytest.approx(0.9))]
 
 
 def test_a_drafter_taken_as_it_is_has_the_same_tau(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from draftsmith.flows.pipeline import run
 from draftsmith.flows.pipeline.cancellation import Cancellation
 from draftsmith.flows.pipeline.graph import Conclusion, PlanAgain
 from draftsmith.flows.pipeline.part import Part
-from tests.flows.pipeline.toy import TOY, ToyConfig
+from tests.flows.pipeline.toy import TOY, ToyConfig, ToyCourse
 
 
 @pytest.mark.parametrize("moves", [0, 1, 2, 9])
@@ -44,6 +45,26 @@ def test_what_a_run_is_planned_from_is_looked_up_again(moves: int, monkeypatch: 
         ):
             run._run(*arguments)
     assert planned == [(1, ["target"]), (2, []), (3, [])][: moves + 1]
+
+
+def test_what_decides_how_far_it_goes_is_forced_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    forced: list[list[str]] = []
+
+    def once(_config: object, _pipeline: object, force: Any, *_rest: object) -> tuple[dict[str, Any], None]:
+        forced.append(list(force))
+        if len(forced) == 1:
+            raise PlanAgain("another one was faster")
+        return {}, None
+
+    monkeypatch.setattr(run, "_run_once", once)
+    pipeline = dataclasses.replace(TOY, course=lambda _config, _force: ToyCourse("promoted", ("left",)))
+    run._run(ToyConfig(name="t"), pipeline, ["target"], Part(), Cancellation())
+    assert forced == [["target"], ["left"]]
+    made: Any = {name: SimpleNamespace(reused=False) for name in ("target", "right")}
+    assert run._still_forced({"target"}, made, ()) == "target: made again and complete; go on without --force"
+    said = run._still_forced({"target", "total"}, made, {"left"})
+    assert said == "target: made again and complete; go on with --force left --force total only"
+    assert run._still_forced({"total"}, made, {"left"}) is None, "nothing is done: the same command goes on"
 
 
 @pytest.mark.parametrize(("until", "concludes"), [((), True), (("total",), False)])

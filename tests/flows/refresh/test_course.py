@@ -16,7 +16,7 @@ import torch
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.leftovers import leftovers
-from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
 from draftsmith.artifacts.open_store import STORE, store_of
 from draftsmith.artifacts.registry import PREVIOUS, Registry, Version
 from draftsmith.artifacts.store import REPLACED, Claim, Store
@@ -33,6 +33,7 @@ from draftsmith.flows.refresh.line import checkpoint_of, folder_of, registry
 from draftsmith.stages.champion import STAGE as CHAMPION
 from draftsmith.stages.drafters.checkpoint import save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.gate import DECISION
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed.context import RecordingContext
@@ -257,7 +258,8 @@ def test_a_hook_that_a_lost_run_owes_is_called_by_the_next(
         RefreshCourse(resolve(config), ()).finish(made, None)
     assert registry().champion(line) is not None and not told.exists()
     assert RefreshCourse(resolve(config), ()).stop(*checked(resolve(config), home)) is not None
-    assert json.loads(told.read_text())["version"] == 1
+    decision = json.loads((made["gate"].path / DECISION).read_text())
+    assert json.loads(told.read_text()).items() >= {**decision, "line": line, "version": 1}.items()
     told.unlink()
     assert RefreshCourse(resolve(config), ()).stop(*checked(resolve(config), home)) is not None
     assert not told.exists(), "once"
@@ -294,6 +296,9 @@ def test_a_line_is_refreshed_when_its_last_refresh_is_too_old(
     assert stops() == "Current"
     assert stops(force=("target",)) == "Current", "a new revision is looked for, not assumed"
     assert stops(force=("drift",)) is None and stops(force=("evaluation",)) is None and stops(restart=True) is None
+    resolved = resolve(config_of(line))
+    for force, kept in (("drift", {"drift"}), ("evaluation", {"drift"}), ("target", set())):
+        assert RefreshCourse(resolved, (force,)).decisive == kept, "else the next one would find no reason to go on"
     assert registry().drift(line)[-1]["decision"] == "the line begins again (registry.restart)"
     registry().tag(version, {"promoted_at": "2020-01-01T00:00:00+00:00"})
     assert stops() == "Current", "what counts is the last refresh"
@@ -372,6 +377,10 @@ def test_a_version_is_found_in_a_home_that_was_moved_and_where_its_key_was_made_
         os.utime(path, (0, 0))
     assert [each.path for each in leftovers(moved, 1.0)] == [aside]
     assert inspection._of_no_line(Display(), leftovers(moved, 1.0)) == [], "the champion's only copy"
+    shutil.copytree(aside, place)
+    (place / MANIFEST).chmod(0o600)
+    (place / MANIFEST).write_text("{")
+    assert folder_of(version) == aside and resolve(config_of(line)).registry is not None, "a damaged one is none"
 
 
 def test_a_version_of_a_bucket_is_fetched_where_its_manifest_alone_is_known(

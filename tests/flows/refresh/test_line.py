@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.course import resolve
 from draftsmith.flows.refresh.graph import refresh_nodes
-from draftsmith.flows.refresh.line import log_tags, prompt_tags, registry
+from draftsmith.flows.refresh.line import RegistryConfig, log_tags, prompt_tags, registry
 from draftsmith.stages.earlier import STAGE, EarlierConfig
 from draftsmith.stages.logs import STAGE as LOGS
 from draftsmith.stages.logs import LogsConfig
@@ -119,5 +120,28 @@ def test_prompts_that_measured_a_version_stay_out_of_training(tmp_path: Path, mo
         resolve(asking(0.1, 1.0))
     with pytest.raises(DraftsmithError, match=rf"source {log}: heldout_share is 0\.2, and tiny version 1 .* with 1:"):
         resolve(asking(0.2, None))
-    with pytest.raises(DraftsmithError, match=rf"source {log}: its suffix is not the one that tiny version 1 was"):
+    with pytest.raises(DraftsmithError, match=rf"source {log}: it has a suffix that tiny version 1 was not"):
         resolve(asking(0.2, 1.0, suffix=" Think twice."))
+    assert resolve(asking(0.2, 1.0, suffix="\nThink.\n")).registry is not None, "blank space does not count"
+
+
+def test_one_file_may_be_asked_with_several_suffixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
+
+    def asking(*suffixes: str) -> RefreshConfig:
+        given = config_of(tmp_path / "log.jsonl").model_dump(mode="json")
+        source = given["prompts"]["sources"][0]
+        given["prompts"]["sources"] = [source | {"suffix": each} for each in suffixes]
+        return RefreshConfig.model_validate(given)
+
+    measured = asking(" /think", " /no_think")
+    registry().register(LINE, ArtifactRef("opd", "key", "content", tmp_path), prompt_tags(measured.prompts))
+    for same in (measured, asking(" /no_think", " /think"), asking(" /think")):
+        assert resolve(same).registry is not None
+    of_old = json.dumps({str(tmp_path / "log.jsonl"): hashlib.sha256(b" /think").hexdigest()[:12]})
+    registry().register("old", ArtifactRef("opd", "key", "content", tmp_path), {"suffixes": of_old})
+    for_old = asking(" /think").model_copy(update={"registry": RegistryConfig(name="old")})
+    assert resolve(for_old).registry is not None, "one suffix a source, as versions said it before"
+    with pytest.raises(DraftsmithError, match="a suffix that tiny version 1 was not measured with"):
+        resolve(asking(" /think hard", " /no_think"))

@@ -31,6 +31,7 @@ class Choice:
     place: int  # of the token
     present: bool  # is it a candidate by itself?
     taken: bool  # is it what would be chosen?
+    drawn: float = 1.0  # as of `Slow`
 
     def term(self, loss: str, log_p: torch.Tensor, of_token: float) -> torch.Tensor:
         """log_p: [V'] of the target over the head's tokens; of_token: over all tokens."""
@@ -41,7 +42,7 @@ class Choice:
             return PLAIN[loss](self.log_q, self.place, (p / p.sum()).log(), of_token)
         kept = torch.minimum(p, self.log_q.exp()).sum()
         if loss == "ce_l1":
-            return 0.1 * -self.log_q[self.place] + 0.9 * 2 * (1 - kept)
+            return 0.1 * -at_temperature(self.log_q, self.drawn)[self.place] + 0.9 * 2 * (1 - kept)
         return 1 - kept if loss == "tv" else -kept.log()
 
 
@@ -55,6 +56,7 @@ class Slow:
     head: torch.Tensor  # [V', H] what the drafter proposes with
     tokens: list[int]  # [V'] ids of the head's rows
     cooled: float = 1.0  # what divides the drafter's logits
+    drawn: float = 1.0  # what divides them where ce_l1 reads a token that was drawn so
     _hidden: dict[tuple[int, int, tuple[int, ...]], torch.Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -109,7 +111,13 @@ class Slow:
         else:
             among = [*ranked[:-1], column]
         law = torch.log_softmax(torch.stack([score(c) for c in among]) / self.cooled, -1)
-        return Choice(among, law, among.index(column), present, best == column)
+        return Choice(among, law, among.index(column), present, best == column, self.drawn)
+
+    def term(self, loss: str, log_q: torch.Tensor, column: int, log_p: torch.Tensor, of_token: float) -> torch.Tensor:
+        """One of `PLAIN`."""
+        if loss == "ce_l1":
+            return 0.1 * -at_temperature(log_q, self.drawn)[column] + 0.9 * (log_p.exp() - log_q.exp()).abs().sum()
+        return PLAIN[loss](log_q, column, log_p, of_token)
 
     def log_p(self, row: int, position: int, temperature: float = 1.0) -> torch.Tensor:
         """[V'] the target's law of the token at `position` over the head's tokens; at 0 all is on the argmax."""
@@ -128,6 +136,10 @@ class Slow:
 
 
 # ---- the formulas of losses of one position
+
+
+def at_temperature(log_q: torch.Tensor, temperature: float) -> torch.Tensor:
+    return torch.log_softmax(log_q / temperature, -1)
 
 
 def plain_bernoulli(log_q: float, log_p: float) -> float:
@@ -160,7 +172,6 @@ PLAIN: dict[str, Plain] = {
     "forward_kl": lambda log_q, _c, log_p, _t: (log_p.exp() * (log_p.clamp(min=-1e6) - log_q)).sum(),
     "tv": lambda log_q, _c, log_p, _t: (log_p.exp() - log_q.exp()).abs().sum() / 2,
     "lk": lambda log_q, _c, log_p, _t: -torch.minimum(log_p.exp(), log_q.exp()).sum().log(),
-    "ce_l1": lambda log_q, column, log_p, _t: 0.1 * -log_q[column] + 0.9 * (log_p.exp() - log_q.exp()).abs().sum(),
 }
 
 
@@ -193,7 +204,7 @@ def slow_sft(slow: Slow, loss: str, decay: float, temperature: float = 1.0) -> t
                 continue
             column, weight = slow.tokens.index(label), decay ** (k - 1)
             log_p, of_token = slow.log_p(row, anchor + k, temperature), slow.token_log_p(row, anchor + k, label)
-            term, right = PLAIN[loss](log_q[k - 1], column, log_p, of_token), int(log_q[k - 1].argmax()) == column
+            term, right = slow.term(loss, log_q[k - 1], column, log_p, of_token), int(log_q[k - 1].argmax()) == column
             if slow.drafter.chooses:
                 choice = slow.choice(row, anchor, sequence[anchor + 1 :], k, column)
                 term, right = term + choice.term(loss, log_p, of_token), choice.taken
@@ -234,7 +245,7 @@ def slow_opd(slow: Slow, objective: LossConfig) -> tuple[torch.Tensor, int]:
                 weight *= math.exp(-(k - committed) / beyond)
             log_p = slow.log_p(row, anchor + k, objective.temperature)
             of_token = slow.token_log_p(row, anchor + k, label)
-            term = PLAIN[objective.response.loss](log_q[k - 1], tokens.index(label), log_p, of_token)
+            term = slow.term(objective.response.loss, log_q[k - 1], tokens.index(label), log_p, of_token)
             if choices:
                 term = term + objective.response.choice * choices[k].term(objective.response.loss, log_p, of_token)
             response = response + weight * term

@@ -72,6 +72,8 @@ def test_sft_trains_the_head_and_the_choice(
     slow = Slow.borrowing(choice_case, chooser, plain_target.head_weight, tokens)
     if loss == "cross_entropy":
         slow = replace(slow, cooled=law.temperature or 1.0)
+    if loss == "ce_l1":
+        slow = replace(slow, drawn=law.temperature or 1.0)
     expected, positions, accuracy = slow_sft(slow, loss, float(torch.tensor(-1 / 3.0).exp()), 0.8)
     assert_equal(report, expected, chooser)
     assert report.positions == positions

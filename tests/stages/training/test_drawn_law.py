@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.drawing import probabilities
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.drafters.law import Law
@@ -64,7 +65,10 @@ def test_the_targets_own_logits_have_no_loss_at_any_temperature(loss: Any, train
 
 @pytest.mark.parametrize("law", [Law(0.6), Law(1.5)], ids=str)
 @pytest.mark.parametrize("trained", [False, True])
-def test_nor_do_tokens_that_were_drawn_at_a_temperature_move_them(trained: bool, law: Law) -> None:
+@pytest.mark.parametrize(("loss", "share"), [("cross_entropy", 1.0), ("ce_l1", 0.1)])
+def test_nor_do_tokens_that_were_drawn_at_a_temperature_move_them(
+    loss: Any, share: float, trained: bool, law: Law
+) -> None:
     """On average over what the target draws there, the slope of cross-entropy is zero, and at no other temperature."""
     weight, hidden = a_head()
     p = probabilities(hidden[0] @ weight.T, law.temperature).float()
@@ -72,10 +76,10 @@ def test_nor_do_tokens_that_were_drawn_at_a_temperature_move_them(trained: bool,
     for asked in (law, Law(1.0)):
         own = hidden[:1].expand(V, H).clone().requires_grad_()
         heads = Heads(Head(weight), Head(weight), trained)
-        terms = judged_at(asked, "cross_entropy", torch.arange(V), own, heads)
+        terms = judged_at(asked, loss, torch.arange(V), own, heads)
         (slope,) = torch.autograd.grad((terms * p).sum(), own)
         slopes[asked.temperature] = float(slope.sum(0).abs().max())
-    assert slopes[law.temperature] < 1e-5 < 1e-2 < slopes[1.0]
+    assert slopes[law.temperature] < 1e-5 < 1e-2 * share < slopes[1.0]
 
 
 @pytest.mark.parametrize("law", LAWS, ids=str)
@@ -107,6 +111,31 @@ def test_trainings_compare_a_drawing_drafter_at_temperature_1(
         assert (sft._law, opd._step.law) == (law, law)
         of_target = 1.0 if draws else temperature or 1.0
         assert sft._temperature == opd.objective.temperature == of_target
+
+
+WHOLE: dict[str, Any] = {"scope": "block", "beyond": 0, "positions": {"kind": "uniform"}}
+
+
+@pytest.mark.parametrize("kind", ["sft", "opd"])
+def test_trainings_hold_tokens_and_confidence_against_the_answers_law(kind: str, plain_target: Target) -> None:
+    texts = random_target.trajectories(4, seed=2)
+
+    def loss(drafter: Drafter, of: str, **said: float) -> float:
+        if kind == "sft":
+            training: Any = SftTraining(drafter, plain_target, texts, SftConfig(loss=of), **said)  # type: ignore[arg-type]
+        else:
+            table = mined(texts, drafter.block_size - 1)
+            config = OpdConfig.model_validate({"anchors": "random", "loss": {"response": {"loss": of, **WHOLE}}})
+            training = OpdTraining(drafter, plain_target, texts, table, config, **said)  # type: ignore[arg-type]
+        return float(training.loss(0).loss.detach())
+
+    choosing, biased = random_dflash2(plain_target), random_dspark(plain_target)
+    same = pytest.approx(loss(choosing, "forward_kl", temperature=1.0), rel=1e-6)
+    assert loss(choosing, "forward_kl", temperature=0.7) == same, "distributions are compared at temperature 1"
+    for of in ("cross_entropy", "ce_l1"):
+        assert loss(choosing, of, temperature=0.7) != pytest.approx(loss(choosing, of, temperature=1.0), rel=1e-4), of
+    plain, nucleus = (loss(biased, "forward_kl", temperature=0.7, top_p=top_p) for top_p in (1.0, 0.5))
+    assert nucleus != pytest.approx(plain, rel=1e-4), "confidence"
 
 
 @pytest.mark.parametrize(("temperature", "losses"), [(0.0, ("cross_entropy",) * 2), (0.7, ("cross_entropy", "ce_l1"))])
