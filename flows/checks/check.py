@@ -21,7 +21,7 @@ from draftsmith.flows.checks.findings import Findings, FirstError
 from draftsmith.flows.checks.models import check_drafters, check_nodes, check_target, resolve_metadata
 from draftsmith.flows.checks.parallel import check_parallel, check_shared_target
 from draftsmith.flows.checks.prompts import check_lengths, check_logs, check_longest, check_sources, check_supplies
-from draftsmith.flows.checks.resources import check_resources
+from draftsmith.flows.checks.resources import check_accelerators, check_resources
 from draftsmith.flows.pipeline import prefect_server
 from draftsmith.flows.pipeline.graph import Node, Pipeline, PlannedNode, Status, in_order, plan
 from draftsmith.flows.pipeline.machine import check_home, free_disk_bytes
@@ -86,6 +86,8 @@ def _with_target(
     check_nodes(found, to_make, artifact, whole=whole)
     check_shared_target(found, to_make, artifact)
     check_logs(found, to_make, artifact)
+    with found.part("GPUs"):
+        check_accelerators(found)
     with found.part("sizes"):
         return check_resources(found, nodes, artifact, plans, home)
     return {}

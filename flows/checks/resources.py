@@ -11,7 +11,7 @@ from draftsmith.flows.checks.estimates import Parts, disk, estimates, gigabytes
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.checks.models import Plans
 from draftsmith.flows.pipeline.graph import Node
-from draftsmith.flows.pipeline.machine import free_disk_bytes, gpus
+from draftsmith.flows.pipeline.machine import free_disk_bytes, gpu_names, gpus
 from draftsmith.stages.checkpoints import GENERATIONS
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.prompts import PromptsConfig
@@ -23,6 +23,20 @@ _SGLANG_FRACTION = 0.85  # of a GPU's memory that SGLang takes by itself, about
 # Loaded into the host's memory before they go to a GPU: weights, and of 16 or 18 bytes a trained parameter the 12 that
 # a checkpoint holds.
 _THROUGH_HOST = {"target": 1.0, "drafter": 1.0, "drafter with AdamW": 12 / 16}
+
+
+def check_accelerators(found: Findings) -> None:
+    """Whether torch computes on the GPUs that this machine has."""
+    if not (names := gpu_names()):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        found.warn(
+            "GPUs",
+            f"{', '.join(names)}: torch {torch.__version__} can use none, so stages compute on the CPU: install a "
+            "build for CUDA, or a newer driver; CUDA_VISIBLE_DEVICES= (empty) says that this is wanted",
+        )
 
 
 def check_resources(

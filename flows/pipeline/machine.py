@@ -8,6 +8,7 @@ import platform
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError, from_os_error
@@ -37,11 +38,28 @@ def _visible() -> list[str] | None:
     return None if named is None else [each.strip() for each in named.split(",") if each.strip() not in ("", "-1")]
 
 
+@dataclass(frozen=True)
+class _Gpu:
+    uuid: str
+    memory: float  # bytes
+    model: str
+
+
+def _seen() -> list[_Gpu]:
+    """Every visible NVIDIA GPU, in the order of CUDA_VISIBLE_DEVICES. A part of one (MIG) is described as the first."""
+    rows = [row for row in _query("index,uuid,memory.total,name") if len(row) == 4 and row[2].isdecimal()]
+    known = {uuid: _Gpu(uuid, float(memory) * 2**20, model) for _, uuid, memory, model in rows}
+    visible = _visible()
+    if not known or visible is None:
+        return list(known.values())
+    first = next(iter(known.values()))
+    numbers = {row[0]: row[1] for row in rows}
+    return [known.get(_whole(each, numbers), first) for each in visible]
+
+
 def gpus() -> tuple[float, ...]:
     """Bytes of memory of every visible NVIDIA GPU."""
-    sizes = tuple(float(row[0]) * 2**20 for row in _query("memory.total") if row[0].isdecimal())
-    visible = _visible()
-    return sizes if visible is None else sizes[: len(visible)]
+    return tuple(each.memory for each in _seen())
 
 
 # TFLOP/s of dense products in bfloat16, as data sheets have it
@@ -54,8 +72,8 @@ def nominal_tflops(name: str) -> float | None:
 
 
 def gpu_model() -> str | None:
-    """The name of the first GPU."""
-    return next((row[0] for row in _query("name")), None)
+    """The name of the first visible GPU."""
+    return next((each.model for each in _seen()), None)
 
 
 def gpu_names() -> list[str]:

@@ -301,10 +301,16 @@ class _Flex:
     mask: Any
 
 
+_MOST_GRAPHS = 64
+
+
 @cache
 def _flex(compiled: bool = True) -> _Flex:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if not compiled:
         return _Flex(flex_attention, create_block_mask)
+    # a graph for each of: gradients or none, one row or several, one block of queries or of keys or several, and sizes
+    # that are equal by chance. Behind the limit (8) attention would run unfused, with all its scores in memory
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
     return _Flex(torch.compile(flex_attention, dynamic=True), torch.compile(create_block_mask, dynamic=True))

@@ -20,10 +20,9 @@ def draw(
 ) -> torch.Tensor:
     """The target's tokens for several rows: logits [n, T, V]; positions [n, T] of the tokens drawn. Returns [n, T]."""
     tokens = argmax(logits)
-    for row, params in enumerate(sampling):
-        if not params.greedy:
-            p = probabilities(logits[row], params.temperature, params.top_p)
-            tokens[row] = pick(
-                p, torch.tensor([uniform(seeds[row], int(at)) for at in positions[row].tolist()]).double()
-            )
+    sampled = [row for row, params in enumerate(sampling) if not params.greedy]
+    at = positions.tolist() if sampled else []
+    for row in sampled:
+        p = probabilities(logits[row], sampling[row].temperature, sampling[row].top_p)
+        tokens[row] = pick(p, torch.tensor([uniform(seeds[row], each) for each in at[row]]).double())
     return tokens

@@ -66,11 +66,9 @@ def draft(
         return Drafted(block.tokens[:, 0], verified=verified(block.confidence[:, 0], confidence).tolist())
     drafting = drafter.drafting(context, anchor_tokens, anchors, block_size, head)
     temperatures = torch.tensor([sampling[row].temperature for row in sampled], device=anchors.device)[:, None]
+    at = anchors[:, 0].tolist()  # once: each would wait for the device
     numbers = torch.tensor(
-        [
-            [uniform(seeds[row], int(anchors[row, 0]) + k, Purpose.PROPOSAL) for k in range(1, block_size)]
-            for row in sampled
-        ],
+        [[uniform(seeds[row], at[row] + k, Purpose.PROPOSAL) for k in range(1, block_size)] for row in sampled],
         dtype=torch.float64,
         device=anchors.device,
     )
@@ -112,10 +110,11 @@ def verify(
         tokens[point] = drawn
         for row, count in zip(point, equal, strict=True):
             accepted[row] = min(count, most[row])
+    first = positions[:, 0].tolist()
     for row, q in drafted.laws.items():
         K = most[row]
         p = probabilities(logits[row, : K + 1], sampling[row].temperature, sampling[row].top_p)
-        kept, behind = _by_ratio(drafted.tokens[row, :K], p, q[:K], int(positions[row, 0]), seeds[row])
+        kept, behind = _by_ratio(drafted.tokens[row, :K], p, q[:K], first[row], seeds[row])
         tokens[row, :kept], tokens[row, kept], accepted[row] = drafted.tokens[row, :kept], behind, kept
     return Verified(tokens, accepted)
 

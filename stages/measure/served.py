@@ -44,6 +44,7 @@ from draftsmith.stages.replay.parity import Gate, check_steps, check_tau, trace_
 from draftsmith.stages.stored import Prompt
 
 if TYPE_CHECKING:
+    from draftsmith.stages.drafters.base import Drafter
     from draftsmith.stages.engines.sglang.engine import SGLangEngine
     from draftsmith.stages.measure.config import EvaluationConfig
 
@@ -215,6 +216,7 @@ def _check_parity(served: Served, sizes: Mapping[str, int], heldout: Sequence[Pr
     target = Target.load(served.ctx.inputs["target"], dtype=dtype)
     law = Law(served.settings[0].temperature, config.sampling.top_p)
     parity: dict[str, dict[str, Any]] = {}
+    drafter: dict[str, Drafter] = {}
     for arm, checkpoint in served.drafters.items():
         folder = served.ctx.work / "traced"
         answers = read_table(folder / f"{arm}-answers.parquet", REQUESTS).to_pylist()
@@ -257,7 +259,7 @@ def _check_parity(served: Served, sizes: Mapping[str, int], heldout: Sequence[Pr
             np.array([answer["verify_steps"] for answer in answers]),
             np.array([len(trace.anchors) for trace in found]),
         )
-    del target
+    del target, drafter  # the servers of the next rounds get all memory, as those of the first one had it
     release_memory()
     return parity
 

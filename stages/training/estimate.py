@@ -207,5 +207,6 @@ def _device_memory(target: Target) -> float:
     if target.device.type == "cuda":
         import torch
 
-        return float(torch.cuda.mem_get_info(target.device)[1])
+        free, _ = torch.cuda.mem_get_info(target.device)  # a server may have the rest
+        return float(free + torch.cuda.memory_reserved(target.device))
     return memory_bytes()

@@ -19,7 +19,7 @@ from draftsmith.stages.parallel.ranks import ALONE, Ranks
 from draftsmith.stages.training.accumulation import Accumulation
 from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.config import OptimiserConfig
-from draftsmith.stages.training.optimiser import make_optimiser, whole_state
+from draftsmith.stages.training.optimiser import make_optimiser, restore, whole_state
 
 
 def cosine(step: int, config: OptimiserConfig) -> float:
@@ -227,7 +227,7 @@ def _restore(
         return 0, {}
     step, state = found
     drafter.load_state_dict(state["drafter"])
-    optimiser.load_state_dict(state["optimiser"])
+    restore(optimiser, state["optimiser"])
     if memory is not None:
         memory.load_state_dict(state["memory"])
     return step, state["totals"]

@@ -28,6 +28,15 @@ def make_optimiser(
     return torch.optim.AdamW(parameters, **settings)
 
 
+def restore(optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """From `whole_state`. Moments that are split are taken with their counts of steps on the CPU, where the fused step
+    on a GPU does not look for them (pytorch/pytorch#124133)."""
+    optimiser.load_state_dict(state)
+    own = getattr(optimiser, "optim", optimiser)
+    for parameter, values in own.state.items():
+        values["step"] = values["step"].to(parameter.device)
+
+
 def whole_state(optimiser: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Any] | None:
     """AdamW's own state dict on the first rank, None on others. All call it."""
     consolidate = getattr(optimiser, "consolidate_state_dict", None)

@@ -14,7 +14,7 @@ from draftsmith.stages.parallel.config import ParallelConfig
 from draftsmith.stages.parallel.group import process_group
 from draftsmith.stages.parallel.ranks import Ranks
 from draftsmith.stages.training.config import TrainingConfig
-from draftsmith.stages.training.optimiser import make_optimiser, whole_state
+from draftsmith.stages.training.optimiser import make_optimiser, restore, whole_state
 
 # It sends as one of two does, and hears itself alone: sums are of one.
 SENDING = Ranks(0, 2)
@@ -55,6 +55,11 @@ def test_an_optimiser_that_is_split_moves_weights_as_a_whole_one(group: str) -> 
     split = copy.deepcopy(whole)
     optimisers = [make_optimiser(whole.parameters(), config), make_optimiser(split.parameters(), config, SENDING)]
     for step in range(3):
+        if step == 2:  # and goes on from its state
+            state = whole_state(optimisers[1], SENDING)
+            assert state is not None
+            optimisers[1] = make_optimiser(split.parameters(), config, SENDING)
+            restore(optimisers[1], copy.deepcopy(state))
         for model, optimiser in zip((whole, split), optimisers, strict=True):
             model(torch.ones(2, 4, device=group) * step).square().sum().backward()
             optimiser.step()

@@ -41,6 +41,16 @@ def test_beside_a_gpu_the_host_must_hold_tables_and_what_passes_through_it(monke
     assert lines(monkeypatch, estimate, (141e9,), 8e9)["sft: host memory"].startswith("error")
 
 
+def test_gpus_that_torch_cannot_use_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for names, count in ([], 0), (["GPU-a1"], 1):
+        monkeypatch.setattr(resources, "gpu_names", lambda names=names: names)
+        found = Findings()
+        resources.check_accelerators(found)
+        assert len(found.lines) == count
+        assert all("GPU-a1: torch" in line.text and "compute on the CPU" in line.text for line in found.lines)
+
+
 def test_a_process_reads_whole_checkpoints_where_moments_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = qwen_sizes()
     split = {"processes": 8, "shard_optimiser": True}

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.flows.pipeline.machine import _query, accelerators, check_home, gpus
+from draftsmith.flows.pipeline.machine import _query, accelerators, check_home, gpu_model, gpus
 from draftsmith.flows.pipeline.options import StageOptions
 from tests.flows.pipeline.toy import ToyConfig
+
+GPUS = [("GPU-a1", 24, "RTX 4090"), ("GPU-b2", 80, "H100")]
 
 
 def test_too_little_disk_is_an_error_that_names_the_field(tmp_path: Path) -> None:
@@ -28,22 +30,28 @@ def test_a_home_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("visible", "seen"),
+    ("visible", "seen", "memory", "model"),
     [
-        (None, ["GPU-a1", "GPU-b2"]),
-        ("1", ["GPU-b2"]),
-        ("GPU-a1,GPU-b2", ["GPU-a1", "GPU-b2"]),
-        ("MIG-7f/1/0", ["MIG-7f_1_0"]),
-        ("", [f"{platform.node()}.cpu"]),
+        (None, ["GPU-a1", "GPU-b2"], [24, 80], "RTX 4090"),
+        ("1", ["GPU-b2"], [80], "H100"),
+        ("GPU-b2,0", ["GPU-a1", "GPU-b2"], [80, 24], "H100"),
+        ("MIG-7f/1/0", ["MIG-7f_1_0"], [24], "RTX 4090"),
+        ("", [f"{platform.node()}.cpu"], [], None),
     ],
 )
 def test_accelerators_are_told_apart_by_what_no_other_machine_has(
-    visible: str | None, seen: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    visible: str | None,
+    seen: list[str],
+    memory: list[int],
+    model: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """And described as what they are, on a machine with several kinds."""
     tool = tmp_path / "nvidia-smi"
-    tool.write_text(
-        "#!/bin/sh\ncase $1 in *uuid) echo '0, GPU-a1'; echo '1, GPU-b2';; *) echo 81559; echo 81559;; esac\n"
-    )
+    rows = (f"{i}, {uuid}, {gib * 1024}, {name}" for i, (uuid, gib, name) in enumerate(GPUS))
+    cut = "case $1 in *uuid) cut -d, -f1,2;; *) cat;; esac"
+    tool.write_text(f"#!/bin/sh\n{cut} <<'END'\n" + "\n".join(rows) + "\nEND\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -52,6 +60,7 @@ def test_accelerators_are_told_apart_by_what_no_other_machine_has(
     _query.cache_clear()
     try:
         assert accelerators() == seen
-        assert gpus() == (81559 * 2**20,) * (0 if seen[0].endswith(".cpu") else len(seen))
+        assert gpus() == tuple(gib * 2**30 for gib in memory)
+        assert gpu_model() == model
     finally:
         _query.cache_clear()
