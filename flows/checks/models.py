@@ -12,6 +12,7 @@ from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.stages.champion import ChampionConfig, checkpoint_of
 from draftsmith.stages.drafters.config import no_confidence
+from draftsmith.stages.drafters.kinds import KINDS
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.targets.config import TargetConfig
@@ -133,8 +134,7 @@ def _check_drafter(
         plan_of_checkpoint,
         plan_of_new,
     )
-    from draftsmith.stages.drafters.dflash.checkpoint import NoMaskTokenError
-    from draftsmith.stages.drafters.layout import unservable_layers
+    from draftsmith.stages.drafters.layout import NoMaskTokenError, unservable_layers
     from draftsmith.stages.engines.sglang.families import undrafted
     from draftsmith.stages.targets.info import model_path, read_target_info
     from draftsmith.stages.targets.metadata import UnreachableError
@@ -216,7 +216,8 @@ def _check_drafting(found: Findings, node: Node, plan: DrafterPlan) -> None:
     if not plan.has_confidence and (field := _cut_by(node)):
         found.error(node.name, no_confidence(plan.kind, field))
     engine = sglang_engine(node)
-    if engine is not None and engine.launch is not None and engine.launch.tree is not None and plan.kind != "eagle3":
+    trees = engine is not None and engine.launch is not None and engine.launch.tree is not None
+    if trees and not KINDS[plan.kind].TRAITS.chains:
         found.error(node.name, f"engine.launch.tree: {plan.kind} drafts blocks, no trees: leave it out")
     sizes = getattr(node.config, "block_sizes", None)
     if sizes and max(sizes) < plan.block_size:

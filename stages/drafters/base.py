@@ -12,6 +12,7 @@ from torch import nn
 
 from draftsmith.stages.drafters.drawing import argmax
 from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.drafters.traits import TrainingRecipe
 from draftsmith.stages.targets.logits import PLAIN, LogitMap
 from draftsmith.stages.targets.packed import packed_copy
 from draftsmith.stages.targets.slots import Rows
@@ -36,19 +37,6 @@ class DrafterInfo:
     target_source: str = ""
     parents: tuple[str, ...] = ()  # content ids of the artifacts that it was trained from
     training: dict[str, Any] = field(default_factory=dict)  # stage, steps, trained positions
-
-
-@dataclass(frozen=True)
-class TrainingRecipe:
-    """How an architecture's authors train it on the target's answers, but where something else was found better."""
-
-    loss: str  # of a position, by its name in `stages/training/losses.py`
-    gamma: float  # offset k has the weight exp(-(k-1)/gamma)
-    sampled_loss: str | None = None  # on answers that were sampled, if another one
-
-    def loss_on(self, *, sampled: bool) -> str:
-        """On answers that were sampled, or are greedy."""
-        return self.sampled_loss or self.loss if sampled else self.loss
 
 
 @dataclass(frozen=True)
@@ -115,7 +103,7 @@ class Drafter(nn.Module, ABC):
     info: DrafterInfo
     logit_map: LogitMap = PLAIN  # the target's, which holds for every head that is made of its own
     embedding_scale: float = 1.0  # the target's: of what its first layer reads
-    kind: ClassVar[str]  # as in `drafter.kind` of a config
+    kind: ClassVar[str]  # this and `recipe`: of its `Traits`
     autoregressive: ClassVar[bool]  # do the hidden states of an offset depend on the tokens at the offsets before it?
     has_own_head: ClassVar[bool]  # is the head over the draft vocabulary a part of the drafter, and trained with it?
     chooses: ClassVar[bool] = False  # is a proposal chosen among the head's best by the token before it? See `choices`

@@ -21,6 +21,10 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _PARTIAL = "partial_rotary_factor"
 
 
+class NoMaskTokenError(DraftsmithError):
+    """A new drafter has no mask token."""
+
+
 @contextmanager
 def config_errors(where: str) -> Iterator[None]:
     """Values of a kind that the reader does not expect become one clear error."""

@@ -77,7 +77,7 @@ class Sizes:
     itemsize: int  # s
     longest_prompt: int
     positions: int  # the target's context
-    kind: str = "dflash"  # of the drafter
+    kind: str  # of the drafter
     device_memory: float = math.inf  # bytes of the device that trains: a step is split until it fits
     accelerated: bool = False  # each process has such a device; else they share the machine's memory
 

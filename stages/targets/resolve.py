@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from draftsmith.stages.targets.capabilities import Layers
     from draftsmith.stages.targets.logits import LogitMap
 
-DRAFTER_ARCHITECTURES = ("DFlashDraftModel", "LlamaForCausalLMEagle3")
-
 
 def resolve_target(
     config: TargetConfig,
@@ -216,16 +214,15 @@ def _read_config(folder: Path) -> tuple[str, PretrainedConfig]:
         raise DraftsmithError(f"{path}: not a JSON object: copy or download the model again")
     model_type = raw.get("model_type")
     architecture = (raw.get("architectures") or [CAUSAL.get(model_type, "")])[0]
-    if architecture in DRAFTER_ARCHITECTURES:
-        raise DraftsmithError(
-            f"{folder} is a drafter ({architecture}): target.source wants the model that it drafts for"
-        )
     entries = [*CAUSAL.values(), *WITH_IMAGES.values()]  # of the latter the text part is used
     known = {name for entry in entries for name in ([entry] if isinstance(entry, str) else entry)}
     if architecture not in known:
         what = architecture or f"model_type {model_type}"
         advice = "models that bring their own code are not run" if "auto_map" in raw else "give a causal language model"
-        raise DraftsmithError(f"{folder}: {what} is not a causal language model that transformers knows: {advice}")
+        raise DraftsmithError(
+            f"{folder}: {what} is not a causal language model that transformers knows: {advice}; if it is a drafter, "
+            "target.source wants the model that it drafts for"
+        )
     try:
         return architecture, AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # configs check themselves with error classes of their own

@@ -13,7 +13,7 @@ from draftsmith.stages.parallel.config import ParallelConfig
 from draftsmith.stages.training.loss_config import DistributionLoss, PositionWeights, ResponseStream, TokenLoss
 
 if TYPE_CHECKING:
-    from draftsmith.stages.drafters.base import TrainingRecipe
+    from draftsmith.stages.drafters.traits import TrainingRecipe
 
 
 class OptimiserConfig(Config):

@@ -6,7 +6,8 @@ import math
 from typing import TYPE_CHECKING
 
 from draftsmith.artifacts.machine_memory import memory_bytes
-from draftsmith.stages.drafters.estimate import kept_by_block_token, kept_by_context_token
+from draftsmith.stages.drafters.estimate import LOGIT_COPIES
+from draftsmith.stages.drafters.kinds import KINDS
 from draftsmith.stages.replay.estimate import cached_read, scoring_logits
 from draftsmith.stages.targets.estimate import DTYPE_BYTES, PROCESS, Answers, Estimate, ModelSize, Sizes, Use, tables_of
 from draftsmith.stages.training.config import SftConfig, TrainingConfig
@@ -16,11 +17,8 @@ if TYPE_CHECKING:
     from draftsmith.stages.drafters.base import Drafter
     from draftsmith.stages.targets.causal_lm import Target
 
-LOGIT_COPIES = 3  # float32 logits, their softmax and its gradient
 USABLE = 0.85  # of a device's memory: the rest is for what the allocator leaves unused
 _TILE = 4096  # tokens of a tile of logits
-_TRAINED_HEADS = ("eagle3", "dspark")  # behind which rows of logits are whole
-_DSPARK_COPIES = 8  # the same behind its head: of its own loss and of its confidence's; top-p sorts two more
 _WHOLE_ROWS = {"tv": 5, "lk": 6, "ce_l1": 5}  # copies of a chunk's float32 logits that losses of no tiles keep
 # the rest comes and goes
 _ALWAYS = ("process", "target", "drafter with AdamW", "features", "next batch", "head", "logits")
@@ -38,10 +36,10 @@ def training_estimate(config: TrainingConfig, use: Use, *, mines: bool = False, 
     B · T · (K + 1) · H · s, twice while they are made of what the target's forwards gave; on a GPU also those of the
     next batch, which is read meanwhile unless the target is shared.
     Activations: what the drafter keeps of the tokens of a micro-batch, trajectories and blocks
-    (`stages/drafters/estimate.py`), and of each position with a loss its state and its gradient.
+    (`stages/drafters/<kind>/planning.py`), and of each position with a loss its state and its gradient.
     Logits: a tile of the chunk, and for forward KL the products of a chunk, 2 · positions_per_chunk · V · s; of other
-    distribution losses 5 or 6 · positions_per_chunk · V · 4; of a DSpark 8 of these; of an EAGLE-3's head 3, and its
-    gradient of a chunk.
+    distribution losses 5 or 6 · positions_per_chunk · V · 4; of a head with weights of the drafter's more of these, as
+    its architecture says (`planning.py` too).
     mines: traces again while training, the logits of mining. scores: the target judges rejected proposals, the read of
     mining. Either is done before the graph of a micro-batch is made.
 
@@ -112,11 +110,8 @@ def _operations(config: TrainingConfig, use: Use, rows_of_head: int, *, kept: bo
 
 def _logits(config: TrainingConfig, sizes: Sizes, rows_of_head: int) -> float:
     a, chunk, loss = DTYPE_BYTES[config.compute_dtype], config.positions_per_chunk, _loss(config, sizes.kind)
-    if sizes.kind in _TRAINED_HEADS:
-        own = sizes.drafter.vocabulary
-        of_head = (a + 4) * own * sizes.drafter.hidden if sizes.kind == "eagle3" else 0  # its gradient of a chunk
-        copies = LOGIT_COPIES if sizes.kind == "eagle3" else _DSPARK_COPIES
-        return float(copies * chunk * own * 4 + of_head)
+    if (own := KINDS[sizes.kind].kept_by_own_logits(sizes.drafter, chunk, a)) is not None:
+        return own
     if loss in _WHOLE_ROWS:
         return float(_WHOLE_ROWS[loss] * chunk * rows_of_head * 4)
     products = (a + sizes.itemsize) * chunk * rows_of_head if loss == "forward_kl" else 0
@@ -126,8 +121,7 @@ def _logits(config: TrainingConfig, sizes: Sizes, rows_of_head: int) -> float:
 def _loss(config: TrainingConfig, kind: str) -> str:
     """Of the response, behind a frozen head; where it is decided by the answers, the one that needs more."""
     if isinstance(config, SftConfig):
-        usual = "ce_l1" if kind == "dflash2" else "cross_entropy"
-        return usual if config.loss == "auto" else config.loss
+        return KINDS[kind].TRAITS.recipe.loss_on(sampled=True) if config.loss == "auto" else config.loss
     assert isinstance(config, OpdConfig)
     if config.loss.response.loss != "auto":
         return config.loss.response.loss
@@ -137,9 +131,9 @@ def _loss(config: TrainingConfig, kind: str) -> str:
 def row_bytes(config: TrainingConfig, sizes: Sizes, longest: int) -> float:
     """What the drafter keeps for backward of one trajectory with its blocks."""
     a, K, A = DTYPE_BYTES[config.compute_dtype], sizes.block_size - 1, config.anchors_per_sequence
-    tokens = A * (K if sizes.kind == "eagle3" else sizes.block_size)
-    of_blocks = tokens * kept_by_block_token(sizes.kind, sizes.drafter, sizes.block_size, a)
-    of_context = longest * kept_by_context_token(sizes.kind, sizes.drafter, a)
+    kind = KINDS[sizes.kind]
+    of_blocks = A * kind.kept_by_block(sizes.drafter, sizes.block_size, a)
+    of_context = longest * kind.kept_by_context_token(sizes.drafter, a)
     of_positions = A * K * sizes.drafter.hidden * (4 + 2 * sizes.itemsize)
     return float(of_blocks + of_context + of_positions)
 

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from draftsmith.stages.contract import Config
 
 if TYPE_CHECKING:
-    from draftsmith.stages.drafters.base import TrainingRecipe
+    from draftsmith.stages.drafters.traits import TrainingRecipe
 
 BEYOND = 1.0  # why: "Which offsets are trained" in `configs/experiments/results.md`
 

@@ -17,6 +17,7 @@ import pytest
 from pydantic import ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.drafters.checkpoint import ARCHITECTURES
 from draftsmith.stages.target import STAGE, TargetConfig
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.info import TargetInfo, model_path, read_target_info
@@ -170,7 +171,7 @@ def forget_the_end(folder: Path) -> None:
         (write("tokenizer.json", "{"), "the tokenizer cannot be read"),
         (edit_config(architectures=["BertForMaskedLM"], model_type="bert"), "BertForMaskedLM is not a causal language"),
         (edit_config(architectures=["NewForCausalLM"], auto_map={"AutoModel": "x.Y"}), "own code are not run"),
-        (edit_config(architectures=["DFlashDraftModel"]), "is a drafter"),
+        *((edit_config(architectures=[known.ARCHITECTURE]), "is a drafter") for known in ARCHITECTURES.values()),
         (edit_config(hidden_size="wide"), "transformers cannot read it"),
         (edit_config(vocab_size=500), "the tokenizer has 900 tokens and the model's vocabulary 500"),
         (forget_the_end, "names an end token"),

@@ -40,10 +40,6 @@ MASK_ADVICE = (
 )
 
 
-class NoMaskTokenError(DraftsmithError):
-    """A new drafter has no mask token."""
-
-
 def default_layer_ids(num_target_layers: int, count: int) -> list[int]:
     """DFlash's default choice of target layers (METHOD: after layer k)."""
     if count == 1:
@@ -60,10 +56,12 @@ def mask_token_id(tokenizer: Any, wanted: str | int | None) -> int:
         return wanted
     token = wanted if wanted is not None else tokenizer.mask_token
     if token is None:
-        raise NoMaskTokenError(f"sft.drafter.mask_token: the target's tokenizer has no mask token; {MASK_ADVICE}")
+        raise layout.NoMaskTokenError(
+            f"sft.drafter.mask_token: the target's tokenizer has no mask token; {MASK_ADVICE}"
+        )
     index = tokenizer.convert_tokens_to_ids(token)
     if index is None or index == tokenizer.unk_token_id or tokenizer.convert_ids_to_tokens(index) != token:
-        raise NoMaskTokenError(f"sft.drafter.mask_token: {token!r} is not a token of the target; {MASK_ADVICE}")
+        raise layout.NoMaskTokenError(f"sft.drafter.mask_token: {token!r} is not a token of the target; {MASK_ADVICE}")
     return int(index)
 
 

@@ -24,10 +24,10 @@ from draftsmith.stages.drafters.base import (
     DrafterInfo,
     Proposals,
     StepShape,
-    TrainingRecipe,
     as_input,
     best_of,
 )
+from draftsmith.stages.drafters.dflash.traits import TRAITS
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.targets.slots import KeyValueSlots, Rows
 
@@ -127,8 +127,8 @@ class DFlashLayer(nn.Module):
 class DFlashDrafter(Drafter):
     """Parameter names are z-lab's: `fc`, `hidden_norm`, `norm`, `layers.{i}.…`. Embedding and head are the target's."""
 
-    kind, autoregressive, has_own_head = "dflash", False, False
-    recipe = TrainingRecipe(loss="cross_entropy", gamma=7.0)
+    kind, recipe = TRAITS.kind, TRAITS.recipe
+    autoregressive, has_own_head = False, False
     layer_names = ("fc", "layers")
 
     def __init__(self, config: Qwen3Config, embedding: torch.Tensor):

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
-from draftsmith.stages.drafters.base import Context, Drafting, Proposals, StepShape, TrainingRecipe
+from draftsmith.stages.drafters.base import Context, Drafting, Proposals, StepShape
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, DFlashLayer
 from draftsmith.stages.drafters.dflash2.convolution import BlockConvolution
 from draftsmith.stages.drafters.dflash2.selector import CandidateSelector, Walk
+from draftsmith.stages.drafters.dflash2.traits import TRAITS
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.targets.logits import LogitMap
 
@@ -42,9 +43,8 @@ class DFlash2Layer(DFlashLayer):
 class DFlash2Drafter(DFlashDrafter):
     """Parameter names are SGLang's: those of DFlash, the convolutions', and `candidate_selector.…`."""
 
-    kind, draws, chooses = "dflash2", True, True
-    # of sampled answers the target's distribution: `configs/experiments/README.md`
-    recipe = TrainingRecipe(loss="cross_entropy", gamma=7.0, sampled_loss="ce_l1")
+    kind, recipe = TRAITS.kind, TRAITS.recipe
+    draws, chooses = True, True
 
     def __init__(self, config: Qwen3Config, embedding: torch.Tensor):
         """config: as of DFlash, with the sizes of convolutions and selector in `dflash_config`, and what makes unary

@@ -21,12 +21,12 @@ from draftsmith.stages.drafters.base import (
     Drafting,
     Proposals,
     StepShape,
-    TrainingRecipe,
     best_among,
     in_parts,
 )
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.dspark.markov import markov_head
+from draftsmith.stages.drafters.dspark.traits import TRAITS
 from draftsmith.stages.drafters.head import Head, flat_linear
 
 
@@ -72,8 +72,8 @@ class DSparkDrafter(DFlashDrafter):
     read of the token before, r wide, where that is another thing and the confidence reads it, as most do.
     """
 
-    kind, autoregressive, draws, corrects_head = "dspark", True, True, True
-    recipe = TrainingRecipe(loss="ce_l1", gamma=4.0)
+    kind, recipe = TRAITS.kind, TRAITS.recipe
+    autoregressive, draws, corrects_head = True, True, True
 
     def __init__(self, config: Qwen3Config, embedding: torch.Tensor):
         """config: as of DFlash, with `markov_rank`, `enable_confidence_head`, `confidence_head_with_markov` and

@@ -11,7 +11,6 @@ chain on the trajectory's tokens is the training-time test of the paper; on its 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -29,10 +28,10 @@ from draftsmith.stages.drafters.base import (
     Drafting,
     Proposals,
     StepShape,
-    TrainingRecipe,
     as_input,
     best_of,
 )
+from draftsmith.stages.drafters.eagle3.traits import TRAITS
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.targets.slots import KeyValueSlots, Rows
 
@@ -144,8 +143,8 @@ class _Chain(Drafting):
 class Eagle3Drafter(Drafter):
     """Parameter names are those of public checkpoints: `fc`, `midlayer.…`, `norm`, `lm_head`."""
 
-    kind, autoregressive, has_own_head = "eagle3", True, True
-    recipe = TrainingRecipe(loss="forward_kl", gamma=-1 / math.log(0.8))  # 0.8 a step
+    kind, recipe = TRAITS.kind, TRAITS.recipe
+    autoregressive, has_own_head = True, True
     layer_names = ("fc", "midlayer")
 
     def __init__(self, config: LlamaConfig, embedding: torch.Tensor, draft_tokens: torch.Tensor):

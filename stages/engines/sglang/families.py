@@ -6,6 +6,8 @@ Source: SGLang 0.5.20, the classes with `set_dflash_layers_to_capture` (DFLASH a
 
 from __future__ import annotations
 
+from draftsmith.stages.drafters.kinds import KINDS
+
 RELEASE = "0.5.20"
 
 _BOTH = {
@@ -36,7 +38,9 @@ CHAINS = _BOTH | {
 
 def undrafted(architecture: str, kind: str) -> str | None:
     """Why SGLang does not draft for a target of this architecture with a drafter of this kind; None where it does."""
-    if architecture in (CHAINS if kind == "eagle3" else BLOCKS):
+    chains = KINDS[kind].TRAITS.chains
+    if architecture in (CHAINS if chains else BLOCKS):
         return None
-    other = "eagle3" if kind != "eagle3" and architecture in CHAINS else None
-    return f"SGLang {RELEASE} has no {kind} for {architecture}" + (f", but {other}" if other else "")
+    others = [other for other, known in KINDS.items() if known.TRAITS.chains] if not chains else []
+    there = f", but {' or '.join(others)}" if others and architecture in CHAINS else ""
+    return f"SGLang {RELEASE} has no {kind} for {architecture}{there}"

@@ -34,6 +34,7 @@ def qwen_sizes() -> Sizes:
         itemsize=2,
         longest_prompt=512,
         positions=40960,
+        kind=drafter.kind,
         device_memory=80e9,
         accelerated=True,
     )

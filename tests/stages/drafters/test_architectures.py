@@ -5,6 +5,7 @@ Drafting offset by offset is held against blocks in `test_drafting.py`, training
 
 from __future__ import annotations
 
+import ast
 from itertools import product
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import torch
 from torch.nn import functional as F
 
 from draftsmith.stages.drafters.base import Context, Drafter
-from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
+from draftsmith.stages.drafters.checkpoint import ARCHITECTURES, load_drafter, save_drafter
 from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.drafters.kinds import KINDS
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.chains import replay_chains
@@ -25,6 +27,8 @@ from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed import random_target, ties
 from tests.testbed.architectures import RANDOM
 
+ROOT = Path(__file__).parents[3]
+MAY_NAME_KINDS = {"flows/pipeline/config_file.py"}  # what a section means that leaves its kind out
 TOLERANCE = 3e-5  # float32, the same sums in another order, on values of order one to ten
 
 
@@ -232,3 +236,26 @@ def test_the_target_is_no_part_of_it_and_gets_no_gradient(texts: Texts, plain_ta
     drafter.block_hidden(context, chains, anchors).square().sum().backward()
     assert plain_target.embedding.grad is None and plain_target.head_weight.grad is None
     assert not any("embed" in name for name in drafter.state_dict())
+
+
+# ---- where it is known
+
+
+def test_it_is_registered_under_its_own_kind(drafter: Drafter) -> None:
+    traits = KINDS[drafter.kind].TRAITS
+    assert (traits.kind, traits.recipe) == (drafter.kind, drafter.recipe)
+    assert KINDS.keys() == ARCHITECTURES.keys()
+
+
+def test_no_module_asks_for_a_kind_by_its_name() -> None:
+    """Outside of `stages/drafters`: whatever depends on the architecture is asked of it."""
+    modules = [path for room in ("artifacts", "flows", "stages") for path in sorted((ROOT / room).rglob("*.py"))]
+    outside = [path for path in modules if not path.is_relative_to(ROOT / "stages" / "drafters")]
+    assert 100 < len(outside) < len(modules)
+    assert {str(path.relative_to(ROOT)) for path in outside if names(path) & KINDS.keys()} == MAY_NAME_KINDS
+
+
+def names(module: Path) -> set[str]:
+    """The string literals of a module: no comment, and no docstring of more than a word, is one."""
+    nodes = ast.walk(ast.parse(module.read_text(encoding="utf-8")))
+    return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}

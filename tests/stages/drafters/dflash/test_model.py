@@ -253,7 +253,9 @@ def test_the_estimate_of_decoding_is_what_the_slots_hold(plain_target: Target) -
     drafter = random_target.random_drafter(plain_target, sliding_window=20, layer_types=(SLIDING, FULL))
     size = ModelSize.of(drafter.config, 0)
     target = ModelSize.of(plain_target.model.config, 0)
-    sizes = Sizes(target, size, features=2, block_size=5, itemsize=4, longest_prompt=100, positions=256)
+    sizes = Sizes(
+        target, size, features=2, block_size=5, itemsize=4, longest_prompt=100, positions=256, kind=drafter.kind
+    )
     estimated = decoding(slots, longest, True, 4, sizes, rings=True)["key/value memory"]
     context = drafter.new_context(slots, longest + 5)
     read = torch.zeros(slots, 4, 2 * random_target.HIDDEN_SIZE), torch.zeros(slots, 4, dtype=torch.long)

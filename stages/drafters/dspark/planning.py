@@ -1,0 +1,17 @@
+"""What a training of a DSpark keeps for its backward: a DFlash's, and whole rows of logits."""
+
+from __future__ import annotations
+
+from draftsmith.stages.drafters.dflash import planning as dflash
+from draftsmith.stages.drafters.dspark.traits import TRAITS
+from draftsmith.stages.targets.estimate import ModelSize
+
+__all__ = ["TRAITS", "kept_by_block", "kept_by_context_token", "kept_by_own_logits"]
+
+LOGIT_COPIES = 8  # of its own loss and of its confidence's; top-p sorts two more
+kept_by_block, kept_by_context_token = dflash.kept_by_block, dflash.kept_by_context_token
+
+
+def kept_by_own_logits(size: ModelSize, positions: int, compute_bytes: int) -> float:  # noqa: ARG001
+    """Its bias is added to all of the target's: float32."""
+    return float(LOGIT_COPIES * positions * size.vocabulary * 4)
