@@ -111,6 +111,7 @@ def _group(
             start_new_session=True,
             pass_fds=(lifeline, *pass_fds),
             env={
+                "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # numbers are nvidia-smi's, as those of locks and checks
                 **os.environ,
                 **environment,
                 "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
