@@ -92,7 +92,9 @@ class RefreshConfig(RunOptions):
         for section, fields in left_out.items():
             given = data.get(section, {})
             if isinstance(given, dict):
-                made[section] = {**fields, "sampling": sampled, **given}
+                own = given.get("sampling", {})
+                sampling = {**sampled, **own} if isinstance(own, dict) else own
+                made[section] = {**fields, **given, "sampling": sampling}
         return made
 
     @model_validator(mode="after")

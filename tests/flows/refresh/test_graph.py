@@ -241,3 +241,11 @@ def test_logs_alone_make_a_refresh(tmp_path: Path) -> None:
     path.write_text(text + "evaluation: {rounds: 7}\n")
     evaluation = load_config(path).evaluation
     assert (evaluation.rounds, evaluation.sampling.temperature) == (7, 0.7)
+    path.write_text(text.replace("temperature: 0.7", "temperature: 0.7, top_p: 0.9"))
+    longer = load_config(path, [f"{section}.sampling.max_new_tokens=4096" for section in ("heldout", "evaluation")])
+    for sampling in (longer.heldout.sampling, longer.evaluation.sampling):
+        assert (sampling.max_new_tokens, sampling.temperature, sampling.top_p) == (4096, 0.7, 0.9)
+    greedy = load_config(path, ["evaluation.sampling.temperature=0"]).evaluation.sampling
+    assert (greedy.temperature, greedy.top_p) == (0, 0.9)
+    with pytest.raises(DraftsmithError, match=r"heldout\.sampling: expected a mapping of fields, got 5"):
+        load_config(path, ["heldout.sampling=5"])
