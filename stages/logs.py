@@ -48,10 +48,11 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
     from draftsmith.artifacts.errors import DraftsmithError
     from draftsmith.stages.prompting.answers import TrajectoryTable, WaitingAnswers
     from draftsmith.stages.prompting.aside import Aside
-    from draftsmith.stages.prompting.earlier import read_earlier
+    from draftsmith.stages.prompting.earlier import made_otherwise, read_earlier
     from draftsmith.stages.prompting.held_out import read_held_out
     from draftsmith.stages.prompting.intake import Intake
     from draftsmith.stages.prompting.tokenised import Tokenised
+    from draftsmith.stages.targets.info import read_target_info
 
     preflight(config, ctx.inputs["target"])
     held_out = read_held_out(ctx.inputs.get("prompts"))
@@ -62,9 +63,15 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
     ):
         aside = Aside("logs.max_bad_share", config.max_bad_share, lines)
         intake = Intake(config, ctx.inputs["target"], held_out, aside, kept)
-        earlier = None
+        earlier, changed, info = None, None, read_target_info(ctx.inputs["target"])
         if config.replay_share and "earlier" in ctx.inputs:
-            earlier = read_earlier(ctx.inputs["earlier"], intake, config.temperature)
+            changed = made_otherwise(ctx.inputs["earlier"], info)
+            if changed is None:
+                earlier = read_earlier(ctx.inputs["earlier"], intake, config.temperature)
+            else:
+                ctx.log(
+                    f"warning: no answers of the earlier refresh are mixed in: {changed} changed since they were given"
+                )
         wanted = _wanted(config, earlier)
         with WaitingAnswers(ctx.work / "answers.parquet") as waiting:
             candidates = _Candidates(config, ctx.seed)
@@ -98,6 +105,7 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
         "rows_read": aside.rows,
         "used": int(used.sum()),
         "replayed": replayed,
+        "replay_left_out": changed,
         "set_aside": dict(aside.reasons.most_common()),
         "outside_window": intake.outside_window,
         "not_drawn": len(used) - int(used.sum()),
@@ -107,6 +115,7 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
         "improbable": dict(Counter(improbable).most_common()),
         "heldout_share": held_out.share,
         "window": _window(config, intake),
+        "given_by": {"target_digest": info.digest, "tokenizer_digest": info.tokenizer_digest},
     }
     write_text(ctx.out / "logs.json", json.dumps(counts, indent=2, ensure_ascii=True) + "\n")
     ctx.summary(
@@ -114,6 +123,8 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
         response_tokens=table.response_tokens,
         rows_set_aside=sum(aside.reasons.values()),
         improbable=len(improbable),
+        replayed=replayed,
+        replay_left_out=float(changed is not None),
     )
 
 

@@ -20,6 +20,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.parquet import read_table, write_table
 from draftsmith.artifacts.schemas import TRAJECTORIES
 from draftsmith.stages.logs import LogsConfig
+from draftsmith.stages.prompting.earlier import ORIGIN
 from draftsmith.stages.prompting.held_out import HeldOut
 from tests.stages.logs_run import Row, as_ids, counts, run, set_aside, table, write
 from tests.stages.prompting import row_files
@@ -255,6 +256,35 @@ def test_a_share_of_the_answers_is_of_an_earlier_refresh(
     assert (found["used"], found["replayed"]) == (40, 60)  # all that there are
     none, found = mixed("none")
     assert len(none) == 40 and found["replayed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("digests", "changed"),
+    [
+        ({"target_digest": "t"}, "the target"),
+        ({"target_digest": "t", "tokenizer_digest": "t"}, "the tokenizer and the target"),
+        ({"target_digest": "", "tokenizer_digest": ""}, None),
+        ("its own", None),
+    ],
+)
+def test_answers_of_another_target_are_not_mixed_in(
+    digests: dict[str, str] | str,
+    changed: str | None,
+    tmp_path: Path,
+    tiny_drafter: DrafterArtifacts,
+    logged_answers: list[Row],
+    earlier: Path,
+) -> None:
+    path = write(tmp_path / "log.jsonl", [as_ids(row) for row in logged_answers[:40]])
+    if digests == "its own":
+        digests = counts(run(tmp_path / "first", tiny_drafter, path))["given_by"]
+    (earlier / ORIGIN).write_text(json.dumps(digests))
+    ctx = run(tmp_path, tiny_drafter, path, prompts=True, inputs={"earlier": earlier}, rows=40, replay_share=0.2)
+    found = counts(ctx)
+    assert (found["used"], found["replayed"]) == ((40, 0) if changed else (32, 8))
+    assert found["replay_left_out"] == changed and ctx.summaries["replay_left_out"] == float(changed is not None)
+    said = [line for line in ctx.logs if "no answers of the earlier refresh are mixed in" in line]
+    assert len(said) == (changed is not None) and all(f": {changed} changed" in line for line in said)
 
 
 def test_answers_of_this_log_are_not_mixed_in_again(
