@@ -208,10 +208,13 @@ def _read(
 ) -> int | None:
     """All rows, or as many as are needed. Returns how many there are in the files, None if some are far away."""
     from draftsmith.stages.prompting.files import count_rows, is_remote, matched, read_rows
+    from draftsmith.stages.prompting.times import LAST
 
     files = matched(config.paths, "logs.paths")
     total = None if any(is_remote(file) for file in files) else count_rows(files)
-    enough = wanted if config.sample == "first" and not config.quotas else None
+    # the next window begins behind the newest row read: of this one, none may be left unread, in whatever file
+    consecutive = config.since == LAST or config.after is not None
+    enough = wanted if config.sample == "first" and not config.quotas and not consecutive else None
     for read, row in enumerate(read_rows(files), start=1):
         answer = intake.take(row)
         if answer is not None:

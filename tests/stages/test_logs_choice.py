@@ -112,6 +112,24 @@ def test_a_clock_that_is_wrong_hides_nothing_from_the_next_refresh(
     assert counts(ctx)["set_aside"] == {"time in the future": 1}
 
 
+def test_a_window_that_another_follows_is_read_whole_whatever_its_files_are_called(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
+) -> None:
+    """Two hosts serve all day; the rows of both are chosen from in one order, and none is left for nobody."""
+    for host, rows in (("a", logged_answers[:10]), ("b", logged_answers[10:20])):
+        served = [timed(row, f"2026-03-05T{hour:02}:00:00Z") for hour, row in enumerate(rows)]
+        (tmp_path / "logs").mkdir(exist_ok=True)
+        write(tmp_path / "logs" / f"host-{host}.jsonl", served)
+    for name, window in (("first", {}), ("second", {"after": "2026-03-05T01:00:00Z"})):
+        ctx = run(tmp_path / name, tiny_drafter, tmp_path / "logs", since="last", rows=4, **window)
+        found, begin = counts(ctx), 2 if window else 0
+        assert responses(table(ctx)) == responses(logged_answers[begin : begin + 4])
+        assert (found["rows_read"], found["not_drawn"]) == (20, 20 - 2 * begin - 4)
+        assert found["window"]["newest"] == "2026-03-05T09:00:00Z"
+    alone = run(tmp_path / "alone", tiny_drafter, tmp_path / "logs", since="2026-03-05", rows=4)
+    assert counts(alone)["rows_read"] == 4, "no window follows this one"
+
+
 def test_a_relative_window_is_absolute_once_the_config_is_read() -> None:
     config = LogsConfig.model_validate({"paths": "a", "temperature": 0, "since": "7d"})
     assert config.since is not None and config.since.endswith("T00:00:00Z")
