@@ -86,7 +86,7 @@ class RefreshConfig(RunOptions):
             read = {name: logs[name] for name in _READ_ALIKE if logs.get(name) is not None}
             each = [paths] if isinstance(paths, str) else paths
             sources = [{"kind": "jsonl", "path": path, **when} for path in each]
-            made["prompts"] = {"sources": sources, **_OF_LOGS, **read}
+            made["prompts"] = {"sources": sources, **_OF_LOGS, **read, "of_logs": True}
         sampled = {"temperature": logs.get("temperature", 0), "top_p": logs.get("top_p", 1)}
         left_out: dict[str, Any] = {"heldout": {"splits": ["validation", "heldout"]}, "evaluation": {}}
         for section, fields in left_out.items():
