@@ -251,8 +251,10 @@ def _nothing_usable(config: LogsConfig, intake: Intake, candidates: int) -> str:
             "than 1: raise them, or leave a source unbounded"
         )
     if rows and intake.outside_window == rows:
-        beginning = " and ".join(each for each in (config.since, config.after) if each)
-        return f"logs: none of {rows} rows of {where} is from {beginning} or later: give newer files or an earlier time"
+        since = f"from {config.since} or later" if config.since_time is not None else ""
+        after = f"later than {config.after}" if config.after is not None else ""
+        beginning = " and ".join(each for each in (since, after) if each)
+        return f"logs: none of {rows} rows of {where} is {beginning}: give newer files or an earlier time"
     outside = [f"{intake.outside_window} outside the window"] if intake.outside_window else []
     said = ", ".join([part for part in (intake.aside.said(), *outside) if part]) or "no rows"
     return (

@@ -99,6 +99,8 @@ def test_rows_outside_a_window_are_passed_over_and_rows_without_a_time_set_aside
     assert len(table(everything)) == 4 and counts(everything)["window"]["newest"] == "2026-03-05T13:00:00Z"
     with pytest.raises(DraftsmithError, match=r"none of 3 rows .* is from 2026-04-01T00:00:00Z or later"):
         run(tmp_path / "4", tiny_drafter, write(tmp_path / "old.jsonl", rows[:3]), since="2026-04-01")
+    with pytest.raises(DraftsmithError, match=r"none of 3 rows of \S+ is later than 2026-04-01T00:00:00Z: give newer"):
+        run(tmp_path / "5", tiny_drafter, tmp_path / "old.jsonl", since="last", after="2026-04-01")
 
 
 def test_a_clock_that_is_wrong_hides_nothing_from_the_next_refresh(
