@@ -58,6 +58,8 @@ def _code_of(options: argparse.Namespace, pipeline: Pipeline | None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `draftsmith status | head`
         return 0
+    except RefusedError as error:  # a decision, no fault
+        return _fail(str(error), error.exit_code, error, what="")
     except DraftsmithError as error:
         return _fail(str(error), error.exit_code, error)
     except OSError as error:
@@ -70,12 +72,12 @@ def _code_of(options: argparse.Namespace, pipeline: Pipeline | None) -> int:
     return 0
 
 
-def _fail(message: str, code: int, error: BaseException | None = None) -> int:
+def _fail(message: str, code: int, error: BaseException | None = None, what: str = "error: ") -> int:
     if error is not None and os.environ.get("DRAFTSMITH_DEBUG") == "1":
         import traceback
 
         print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr)
-    print(f"draftsmith: error: {printable(' '.join(redacted(message).split()))}", file=sys.stderr)
+    print(f"draftsmith: {what}{printable(' '.join(redacted(message).split()))}", file=sys.stderr)
     return code
 
 

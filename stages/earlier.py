@@ -1,6 +1,7 @@
 """Stage `earlier`: the logged answers that the champion was trained on, taken into the next refresh of its line.
 
-Its key is their content alone, wherever the file lies. Stage `logs` mixes a share of them in (`logs.replay_share`).
+Its key is their content and whose they are, wherever the file lies. Stage `logs` mixes a share of them in
+(`logs.replay_share`) if the target and the tokenizer are still those that gave them.
 """
 
 from __future__ import annotations
@@ -21,16 +22,21 @@ class EarlierConfig(Config):
     """Of the artifact that holds them."""
     sha256: str
     """Of their table."""
+    target_digest: str = ""
+    """Of the target that gave them; empty where nobody knows."""
+    tokenizer_digest: str = ""
+    """Of its tokenizer; empty where nobody knows, as of versions that did not say it."""
 
 
 def run(ctx: StageContext, config: EarlierConfig) -> None:
-    """Copy the table, verified. Raises DraftsmithError if it is gone or is another one."""
+    """Copy the table, verified, and write whose answers they are. Raises DraftsmithError if it is gone or another."""
     import shutil
 
-    from draftsmith.artifacts.atomic import atomic_path
+    from draftsmith.artifacts.atomic import atomic_path, write_text
     from draftsmith.artifacts.home import home
     from draftsmith.artifacts.manifest import sha256_file
     from draftsmith.artifacts.open_store import store_of
+    from draftsmith.stages.prompting.earlier import ORIGIN
 
     store, folder = store_of(home()), Path(config.folder)
     source = store.here(folder) / TABLE
@@ -43,6 +49,7 @@ def run(ctx: StageContext, config: EarlierConfig) -> None:
         shutil.copyfile(source, path)
         if sha256_file(path) != config.sha256:
             raise DraftsmithError(f"{source}: has changed since the champion was trained on it: {advice}")
+    write_text(ctx.out / ORIGIN, config.model_dump_json(include={"target_digest", "tokenizer_digest"}) + "\n")
 
 
 STAGE = Stage(name="earlier", config=EarlierConfig, inputs=(), run=run)

@@ -48,10 +48,11 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
     from draftsmith.artifacts.errors import DraftsmithError
     from draftsmith.stages.prompting.answers import TrajectoryTable, WaitingAnswers
     from draftsmith.stages.prompting.aside import Aside
-    from draftsmith.stages.prompting.earlier import read_earlier
+    from draftsmith.stages.prompting.earlier import made_otherwise, read_earlier
     from draftsmith.stages.prompting.held_out import read_held_out
     from draftsmith.stages.prompting.intake import Intake
     from draftsmith.stages.prompting.tokenised import Tokenised
+    from draftsmith.stages.targets.info import read_target_info
 
     preflight(config, ctx.inputs["target"])
     held_out = read_held_out(ctx.inputs.get("prompts"))
@@ -62,9 +63,15 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
     ):
         aside = Aside("logs.max_bad_share", config.max_bad_share, lines)
         intake = Intake(config, ctx.inputs["target"], held_out, aside, kept)
-        earlier = None
+        earlier, changed, info = None, None, read_target_info(ctx.inputs["target"])
         if config.replay_share and "earlier" in ctx.inputs:
-            earlier = read_earlier(ctx.inputs["earlier"], intake, config.temperature)
+            changed = made_otherwise(ctx.inputs["earlier"], info)
+            if changed is None:
+                earlier = read_earlier(ctx.inputs["earlier"], intake, config.temperature)
+            else:
+                ctx.log(
+                    f"warning: no answers of the earlier refresh are mixed in: {changed} changed since they were given"
+                )
         wanted = _wanted(config, earlier)
         with WaitingAnswers(ctx.work / "answers.parquet") as waiting:
             candidates = _Candidates(config, ctx.seed)
@@ -98,6 +105,7 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
         "rows_read": aside.rows,
         "used": int(used.sum()),
         "replayed": replayed,
+        "replay_left_out": changed,
         "set_aside": dict(aside.reasons.most_common()),
         "outside_window": intake.outside_window,
         "not_drawn": len(used) - int(used.sum()),
@@ -107,6 +115,7 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
         "improbable": dict(Counter(improbable).most_common()),
         "heldout_share": held_out.share,
         "window": _window(config, intake),
+        "given_by": {"target_digest": info.digest, "tokenizer_digest": info.tokenizer_digest},
     }
     write_text(ctx.out / "logs.json", json.dumps(counts, indent=2, ensure_ascii=True) + "\n")
     ctx.summary(
@@ -114,6 +123,8 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
         response_tokens=table.response_tokens,
         rows_set_aside=sum(aside.reasons.values()),
         improbable=len(improbable),
+        replayed=replayed,
+        replay_left_out=float(changed is not None),
     )
 
 
@@ -197,10 +208,13 @@ def _read(
 ) -> int | None:
     """All rows, or as many as are needed. Returns how many there are in the files, None if some are far away."""
     from draftsmith.stages.prompting.files import count_rows, is_remote, matched, read_rows
+    from draftsmith.stages.prompting.times import LAST
 
     files = matched(config.paths, "logs.paths")
     total = None if any(is_remote(file) for file in files) else count_rows(files)
-    enough = wanted if config.sample == "first" and not config.quotas else None
+    # the next window begins behind the newest row read: of this one, none may be left unread, in whatever file
+    consecutive = config.since == LAST or config.after is not None
+    enough = wanted if config.sample == "first" and not config.quotas and not consecutive else None
     for read, row in enumerate(read_rows(files), start=1):
         answer = intake.take(row)
         if answer is not None:
@@ -237,8 +251,10 @@ def _nothing_usable(config: LogsConfig, intake: Intake, candidates: int) -> str:
             "than 1: raise them, or leave a source unbounded"
         )
     if rows and intake.outside_window == rows:
-        beginning = " and ".join(each for each in (config.since, config.after) if each)
-        return f"logs: none of {rows} rows of {where} is from {beginning} or later: give newer files or an earlier time"
+        since = f"from {config.since} or later" if config.since_time is not None else ""
+        after = f"later than {config.after}" if config.after is not None else ""
+        beginning = " and ".join(each for each in (since, after) if each)
+        return f"logs: none of {rows} rows of {where} is {beginning}: give newer files or an earlier time"
     outside = [f"{intake.outside_window} outside the window"] if intake.outside_window else []
     said = ", ".join([part for part in (intake.aside.said(), *outside) if part]) or "no rows"
     return (

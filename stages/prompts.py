@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from draftsmith.artifacts.atomic import atomic_path, write_text
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.contract import NOT_FETCHED, Config, Stage, StageContext
+from draftsmith.stages.contract import NOT_FETCHED, Config, Operational, Stage, StageContext
 from draftsmith.stages.prompting.files import local_files, remote_versions
 from draftsmith.stages.prompting.held_out import HELDOUT_SHARE
 from draftsmith.stages.prompting.rows import Message
@@ -34,6 +34,7 @@ from draftsmith.stages.prompting.template import token_ids
 __all__ = ["STAGE", "PromptsConfig"]
 
 _REPORT_EVERY = 64
+OF_MORE_LOGS = "give more logs, or a section prompts with lower counts"  # where prompts are rows of the logs
 
 
 class PromptsConfig(Config):
@@ -68,6 +69,9 @@ class PromptsConfig(Config):
         default={}, description="passed to the chat template, e.g. enable_thinking: false"
     )
     seed: int = Field(default=0, ge=0)
+    of_logs: Annotated[bool, Operational()] = Field(
+        default=False, description="filled in where the section is left out beside `logs`, whose rows it then names"
+    )
 
     @model_validator(mode="after")
     def _counted_once(self) -> PromptsConfig:
@@ -90,6 +94,16 @@ class PromptsConfig(Config):
                 raise ValueError(f"sources.{index}.label: `all` means the prompts of all sources; give another one")
         return self
 
+    @property
+    def section(self) -> str:
+        """The section of the file that this is made of: what errors name."""
+        return "logs" if self.of_logs else "prompts"
+
+    @property
+    def of_paths(self) -> str:
+        """The field that names files."""
+        return "logs.paths" if self.of_logs else "prompts.sources"
+
     def wanted(self, split: Split) -> int:
         """Prompts of a split, over all sources."""
         if self.sources[0].counts is None:
@@ -104,7 +118,7 @@ class PromptsConfig(Config):
         found: list[Path] = []
         for source in self.sources:
             if isinstance(source, JsonlSource):
-                found += local_files([source.path], "prompts.sources")
+                found += local_files([source.path], self.of_paths)
             elif isinstance(source, HuggingFaceSource) and not source.of_hub:
                 found += [path for path in Path(source.id).absolute().rglob("*") if path.is_file()]
         return sorted(set(found))
@@ -114,7 +128,7 @@ class PromptsConfig(Config):
         paths = [source.path for source in self.sources if isinstance(source, JsonlSource)]
         sets = [source for source in self.sources if isinstance(source, HuggingFaceSource) and source.of_hub]
         commits = {f"datasets/{source.id}": source.commit or NOT_FETCHED for source in sets}
-        return remote_versions(paths, "prompts.sources") | commits
+        return remote_versions(paths, self.of_paths) | commits
 
 
 def preflight(config: PromptsConfig, target: Path) -> None:
@@ -125,7 +139,7 @@ def preflight(config: PromptsConfig, target: Path) -> None:
     context_tokens = read_target_info(target).max_positions
     if config.max_prompt_tokens >= context_tokens:
         raise DraftsmithError(
-            f"prompts.max_prompt_tokens {config.max_prompt_tokens} leaves no room in the target's context of "
+            f"{config.section}.max_prompt_tokens {config.max_prompt_tokens} leaves no room in the target's context of "
             f"{context_tokens} tokens: lower it"
         )
 
@@ -294,10 +308,12 @@ def _ran_out(supply: Supply, split: Split, drawn: _Drawn, config: PromptsConfig)
     held_out = split != "train"
     remedy = "lower the counts, add a source"
     of_class = f"{supply.of_class[held_out]} of its {supply.of_class.total()} are of the"
-    if held_out and supply.heldout_share < 1:
+    if config.of_logs:
+        remedy = OF_MORE_LOGS
+    elif held_out and supply.heldout_share < 1:
         remedy += ", or raise heldout_share of section prompts or of the source (a larger share contains the smaller)"
     return (
-        f"prompts.sources: {supply.label} ran out of different prompts in split {split} "
+        f"{config.of_paths}: {supply.label} ran out of different prompts in split {split} "
         f"(asked for in all: {', '.join(f'{config.wanted(each)} {each}' for each in reversed(SPLITS))}; so far "
         f"{drawn.taken} taken, {drawn.duplicates} duplicates, {drawn.too_long} too long; "
         f"{of_class} {'held-out' if held_out else 'training'} class, heldout_share {supply.heldout_share:g}): {remedy}"

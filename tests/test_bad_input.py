@@ -125,7 +125,9 @@ CONFIG = {
     "a field that is a mapping": Bad("a field's name must be a text", text="name: a\n{b: c}: d"),
     "an alias inside itself": Bad("alias", text="name: a\ntarget: &a\n  source: *a"),
     "extends itself": Bad("the files extend each other", text="extends: run.yaml"),
-    "extends nothing": Bad("no such config file", text="extends: absent.yaml"),
+    "extends nothing": Bad(
+        "absent.yaml does not exist (the path is relative to this file)", text="extends: absent.yaml"
+    ),
     "extends a number": Bad("extends: expected the name of a YAML file", text="extends: 3"),
     "unknown kind": Bad("use experiment or architectures", {"kind": "exepriment"}),
     "unknown section": Bad("rolout: unknown field, did you mean rollout?", {"rolout": {}}),

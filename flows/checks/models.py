@@ -11,7 +11,7 @@ from draftsmith.flows.checks.drafters import drafters_of, drafts_on_sglang, sgla
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.stages.champion import ChampionConfig, checkpoint_of
-from draftsmith.stages.drafters.config import no_confidence
+from draftsmith.stages.drafters.config import DrafterConfig, no_confidence
 from draftsmith.stages.drafters.kinds import KINDS
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.prompts import PromptsConfig
@@ -102,6 +102,7 @@ def check_nodes(found: Findings, nodes: Sequence[Node], artifact: Path, *, whole
 def check_drafters(found: Findings, nodes: Sequence[Node], artifact: Path, *, whole: bool) -> Plans:
     """Every drafter that a run begins with, and what is asked of it where it drafts. artifact, whole: as above."""
     plans: dict[str, DrafterPlan] = {}
+    serving: dict[str, DrafterPlan] = {}  # champions, before they become anything else
     served = [node.name for node in nodes if drafts_on_sglang(node)]
     for node in nodes:
         if isinstance(node.config, SftConfig) and trains_anew(node):
@@ -110,12 +111,20 @@ def check_drafters(found: Findings, nodes: Sequence[Node], artifact: Path, *, wh
                     plans[node.name] = plan
         elif isinstance(node.config, ChampionConfig):
             with found.part(node.name):
-                plans[node.name] = _check_champion(found, node.name, node.config, artifact)
+                goes_on = [each for each in nodes if each.inputs.get("drafter") == node.name]
+                sft = next((each.config for each in goes_on if isinstance(each.config, SftConfig)), None)
+                serving[node.name], plans[node.name] = _check_champion(found, node.name, node.config, artifact, sft)
     by_name = {node.name: node for node in nodes}
     for node in nodes:
-        for plan in (plans[origin.name] for origin in drafters_of(node, by_name) if origin.name in plans):
+        # who reads a champion itself has it as it serves, not as what it is trained on as
+        known = plans if isinstance(node.config, SftConfig) else {**plans, **_read_by(node, serving)}
+        for plan in (known[origin.name] for origin in drafters_of(node, by_name) if origin.name in known):
             _check_drafting(found, node, plan)
     return plans
+
+
+def _read_by(node: Node, plans: Plans) -> Plans:
+    return {source: plans[source] for source in node.inputs.values() if source in plans}
 
 
 def _check_drafter(
@@ -177,19 +186,54 @@ def _check_drafter(
     return plan
 
 
-def _check_champion(found: Findings, node: str, config: ChampionConfig, artifact: Path) -> DrafterPlan:
-    """That its checkpoint is there and fits the target."""
+def _check_champion(
+    found: Findings, node: str, config: ChampionConfig, artifact: Path, sft: SftConfig | None
+) -> tuple[DrafterPlan, DrafterPlan]:
+    """That its checkpoint is there and fits the target. As it serves, and as it is trained on.
+
+    sft: of what goes on with it, if anything does.
+    """
     from transformers import AutoConfig
 
-    from draftsmith.stages.drafters.checkpoint import plan_of_checkpoint
+    from draftsmith.stages.drafters.checkpoint import kind_after, plan_of_checkpoint
     from draftsmith.stages.targets.info import model_path
     from draftsmith.stages.targets.resolve import load_tokenizer
 
     where, folder = f"{config.line} version {config.version}", model_path(artifact)
     target_config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-    plan = plan_of_checkpoint(checkpoint_of(config), target_config, where, lambda: load_tokenizer(folder))
-    found.ok(node, f"{where}: {plan.description}, {plan.parameters / 1e6:,.1f}M parameters")
-    return plan
+    checkpoint, shape = checkpoint_of(config), sft.drafter if sft is not None else None
+
+    def planned(shape: DrafterConfig | None) -> DrafterPlan:
+        return plan_of_checkpoint(checkpoint, target_config, where, lambda: load_tokenizer(folder), shape)
+
+    serves = planned(None)
+    found.ok(node, f"{where}: {serves.description}, {serves.parameters / 1e6:,.1f}M parameters")
+    trained = serves if shape is None or kind_after(serves.kind, shape) == serves.kind else planned(shape)
+    if trained is not serves:
+        found.ok(node, f"it goes on as: {trained.description}, {trained.parameters / 1e6:,.1f}M parameters")
+    if shape is not None and (ignored := _not_as_said(shape, trained)):
+        found.warn(
+            node,
+            f"sft.drafter: {', '.join(ignored)}: not used, as the line goes on from its champion and keeps its "
+            "shape; take it out, or begin again as the section says: --set registry.restart=true",
+        )
+    return serves, trained
+
+
+def _not_as_said(shape: DrafterConfig, plan: DrafterPlan) -> list[str]:
+    """What a section says of a drafter that this one is not."""
+    if shape == SftConfig.model_fields["drafter"].default:
+        return []
+    fields, given = type(shape).model_fields, shape.model_fields_set
+    whole = given == fields.keys()  # one that was sent: nobody knows what its file says
+    sizes = {"num_layers": plan.config.num_hidden_layers, "block_size": plan.block_size}
+    said = {"kind": shape.kind} | {
+        name: getattr(shape, name)
+        for name in sizes
+        if name in fields and (getattr(shape, name) != fields[name].default if whole else name in given)
+    }
+    is_now = {"kind": plan.kind, **sizes}
+    return [f"{name} {value} (the champion: {is_now[name]})" for name, value in said.items() if value != is_now[name]]
 
 
 def _drafter_metadata(source: str, revision: str | None) -> Path:

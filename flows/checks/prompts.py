@@ -25,7 +25,7 @@ from draftsmith.stages.prompting.sources import (
     Split,
 )
 from draftsmith.stages.prompting.supplies import Supply, Supplying, file_rows, load_rows, supplies
-from draftsmith.stages.prompts import PromptsConfig
+from draftsmith.stages.prompts import OF_MORE_LOGS, PromptsConfig
 from draftsmith.stages.rollout import RolloutConfig, prompts_to_answer
 from draftsmith.stages.stored import Prompt, positions_needed
 
@@ -41,7 +41,7 @@ def check_sources(found: Findings, nodes: Sequence[Node]) -> None:
     for node in nodes:
         if isinstance(node.config, PromptsConfig):
             for index, source in enumerate(node.config.sources):
-                name = f"{node.name}.sources.{index}"
+                name = node.config.section if node.config.of_logs else f"{node.name}.sources.{index}"
                 with found.part(name):
                     _check_source(found, name, source, node.config)
 
@@ -185,11 +185,11 @@ def _tried(source: ReasoningGymSource | ProceduralSource) -> list[Supply]:
 
 
 def _check_files(found: Findings, name: str, source: JsonlSource, config: PromptsConfig) -> None:
-    files = matched([source.path], "prompts.sources")
+    files = matched([source.path], config.of_paths)
     known = [Path(file).stat().st_size for file in files if not is_remote(file)]
     whole = len(known) == len(files) and sum(known) <= _COUNTED_BYTES
     share = source.heldout_share or config.heldout_share
-    aside = Aside("prompts.max_bad_share", config.max_bad_share)
+    aside = Aside(f"{config.section}.max_bad_share", config.max_bad_share)
     rows = held_out = unread = 0
     for _, messages, ids in file_rows(source, aside):
         rows += 1
@@ -200,15 +200,20 @@ def _check_files(found: Findings, name: str, source: JsonlSource, config: Prompt
             return
     if aside.bad:
         found.warn(name, f"{source.path}: {aside.bad} of {aside.rows} rows cannot be read and will be set aside")
-    _enough(found, name, source.path, rows, _share(config, source), filtered=False)
+    wanted = _share(config, source)
+    if config.of_logs and rows < wanted:
+        raise DraftsmithError(
+            f"{rows} row(s) of {source.path}, {wanted} held-out and validation prompts wanted: {OF_MORE_LOGS}"
+        )
+    _enough(found, name, source.path, rows, wanted, filtered=False)
     if source.suffix or unread:
         return  # the class is that of the text with its suffix, or of decoded token ids: the stage counts
     measured = _share(config, source, ("heldout", "validation"))
     if held_out < measured:
+        remedy = "lower the counts, or raise heldout_share (a larger share contains the smaller)"
         raise DraftsmithError(
             f"{source.path}: {held_out} of {rows} rows are of the held-out class (heldout_share {share:g}), {measured} "
-            "held-out and validation prompts wanted: lower the counts, or raise heldout_share (a larger share contains "
-            "the smaller)"
+            f"held-out and validation prompts wanted: {OF_MORE_LOGS if config.of_logs else remedy}"
         )
 
 

@@ -14,6 +14,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.pipeline.config_errors import OVERRIDE, PathKey, describe, short
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+OF_FILE = {"of_file": True}  # context of what a person wrote: fields that a run fills in are no part of it
 _DEFAULT_KINDS = {
     "drafter": "dflash",
     "engine": "embedded",
@@ -59,7 +60,7 @@ def read_config(path: Path | str, overrides: Sequence[str], model: type[ModelT])
     data = _read_yaml(path)
     changed = [_apply_override(data, override) for override in overrides]
     try:
-        return model.model_validate(data)
+        return model.model_validate(data, context=OF_FILE)
     except ValidationError as error:
         raise DraftsmithError(describe(error, path, changed, model)) from None
 
@@ -73,10 +74,14 @@ def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     """`base` with the fields of `change`: mappings field by field, everything else replaced.
 
     A mapping that is given another `kind`, or a `preset`, is replaced as a whole: fields of the old one would not fit.
+    In place of a mapping, null takes it out: what it has by default holds again.
     """
     result = dict(base)
     for name, value in change.items():
         known = result.get(name)
+        if isinstance(known, dict) and value is None:
+            del result[name]
+            continue
         if isinstance(known, dict) and isinstance(value, dict) and "preset" not in value:
             kind = known.get("kind", _DEFAULT_KINDS.get(name))
             value = merged(known, value) if value.get("kind", kind) == kind else value
@@ -93,7 +98,11 @@ def _read_yaml(path: Path, beneath: tuple[Path, ...] = ()) -> dict[str, Any]:
         return data
     if not isinstance(other, str):
         raise DraftsmithError(f"{path}: extends: expected the name of a YAML file, got {short(other)}")
-    return merged(_read_yaml(path.parent / other, (*beneath, path)), data)
+    if not (parent := path.parent / other).exists():
+        raise DraftsmithError(
+            f"{path}: extends: {parent} does not exist (the path is relative to this file): correct it"
+        )
+    return merged(_read_yaml(parent, (*beneath, path)), data)
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
@@ -158,7 +167,9 @@ def _apply_override(data: dict[str, Any], override: str) -> PathKey:
         else:
             raise DraftsmithError(f"{OVERRIDE} {override}: {shown} is {short(here)} in the file, it has no fields")
         path.append(key)
-        if last:
+        if last and value is None and isinstance(here, dict) and isinstance(here.get(key), dict):
+            del here[key]  # as `merged` does
+        elif last:
             here[key] = value
         else:
             here = here[key]

@@ -17,8 +17,10 @@ from draftsmith.artifacts.leftovers import REPLACED_ARTIFACTS, Leftover, leftove
 from draftsmith.artifacts.manifest import InputEntry, Manifest, local_time
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.registry import Registry
+from draftsmith.artifacts.remote_store import RemoteStore
 from draftsmith.artifacts.store import PARTIAL, Store
 from draftsmith.artifacts.tracking import Tracking
+from draftsmith.flows.pipeline import registered
 from draftsmith.flows.pipeline.display import Display, duration, escape
 from draftsmith.flows.pipeline.failures import last_failure
 from draftsmith.flows.pipeline.graph import Pipeline, PlannedNode, Status, has_partial, plan
@@ -41,16 +43,18 @@ def status_of_config(display: Display, config: RunOptions, pipeline: Pipeline) -
 def _state(item: PlannedNode, store: Store) -> str:
     if item.status is Status.AFTER or item.key is None:
         return f"[dim]waits for {', '.join(item.after)}[/dim]"
-    stage = item.node.stage.name
-    if item.damage is not None and not store.is_claimed(stage, item.key):
-        return f"[red]damaged[/red]: {escape(str(item.damage))}"
-    return _state_of(store, stage, item.key, done=item.ref is not None, partial=has_partial(store, item.node, item.key))
+    stage, partial = item.node.stage.name, has_partial(store, item.node, item.key)
+    return _state_of(store, stage, item.key, done=item.ref is not None, partial=partial, damage=item.damage)
 
 
-def _state_of(store: Store, stage: str, key: str, *, done: bool, partial: bool) -> str:
+def _state_of(
+    store: Store, stage: str, key: str, *, done: bool, partial: bool, damage: DraftsmithError | None = None
+) -> str:
     if store.is_claimed(stage, key):
         who = who_runs(home() / "logs", stage, key)
         return "[cyan]running[/cyan]" + (f": {escape(str(who))}" if who is not None else "")
+    if damage is not None:
+        return f"[red]damaged[/red]: {escape(str(damage))}"
     failure = last_failure(home() / "logs", stage, key)
     if failure is not None:
         rest = ", goes on from what it saved" if partial else ""
@@ -68,7 +72,7 @@ def status_of_store(display: Display) -> None:
         table.add_row(
             escape(manifest.stage),
             escape(manifest.key[:16]),
-            _state_of(store, manifest.stage, manifest.key, done=True, partial=False),
+            _state_of(store, manifest.stage, manifest.key, done=True, partial=False, damage=_damage(store, manifest)),
             local_time(datetime.fromisoformat(manifest.created_at)),
             duration(manifest.duration_s),
             _size(sum(entry.bytes for entry in manifest.files.values())),
@@ -81,6 +85,17 @@ def status_of_store(display: Display) -> None:
         display.console.print(table)
     else:
         display.line(f"nothing in {store.where} yet: start with `draftsmith run CONFIG`")
+
+
+def _damage(store: Store, manifest: Manifest) -> DraftsmithError | None:
+    """What is wrong with an artifact, as far as a look at its files says: none is read. Of a bucket nothing is."""
+    if isinstance(store, RemoteStore):
+        return None
+    try:
+        store.find(manifest.stage, manifest.key)
+    except DraftsmithError as damage:
+        return damage
+    return None
 
 
 def prune(display: Display, days: float, *, delete: bool) -> None:
@@ -112,8 +127,12 @@ def _of_no_line(display: Display, found: list[Leftover]) -> list[Leftover]:
     replaced = [each for each in found if each.what in REPLACED_ARTIFACTS]
     if not replaced:
         return []
+    tracking = Tracking(home())
+    if (why := registered.elsewhere(tracking)) is not None:
+        display.line(f"replaced artifacts are kept: {why}; set MLFLOW_TRACKING_URI as the runs have it")
+        return []
     try:
-        named = Registry(Tracking(home())).content_ids()
+        named = Registry(tracking).content_ids()
     except DraftsmithError as error:
         display.line(f"replaced artifacts are kept, as nobody can say whether a drafter line needs them: {error}")
         return []

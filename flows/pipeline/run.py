@@ -18,6 +18,7 @@ from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.redaction import redact_logs
 from draftsmith.artifacts.tracking import Status, Tracking
+from draftsmith.flows.pipeline import registered
 from draftsmith.flows.pipeline.cancellation import Cancellation, CancelledError
 from draftsmith.flows.pipeline.delivery import body
 from draftsmith.flows.pipeline.display import Display
@@ -135,6 +136,7 @@ def _run_once(
         conclusion = _make_all(workshop, nodes, forced_nodes(nodes, force), made, checks, course)
         run_id = record.settle(_refs(made))
         if conclusion is None and course is not None:
+            registered.note(tracking)
             conclusion = patiently(
                 lambda: course.finish(Refs(workshop.store, _refs(made)), run_id), config.stages, workshop.display.line
             )

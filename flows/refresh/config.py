@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from draftsmith.flows.checks.measurable import require_measurable
-from draftsmith.flows.pipeline.config_file import read_config
+from draftsmith.flows.pipeline.config_file import OF_FILE, read_config
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.flows.refresh.hook import HookConfig
 from draftsmith.flows.refresh.line import RegistryConfig
@@ -31,6 +31,10 @@ from draftsmith.stages.training.on_policy.config import OpdConfig
 
 # held-out prompts of a refresh from logs alone: enough for an interval of a few percent
 _OF_LOGS = {"train": 0, "validation": 16, "heldout": 128, "max_prompt_tokens": 2048, "too_long": "skip"}
+_FILLED_IN = {
+    "registry": ("champion", "answers", "history", "refreshed_at", "read_until"),
+    "prompts": ("of_logs",),
+}
 _READ_ALIKE = ("max_prompt_tokens", "max_bad_share", "chat_template_kwargs")  # a prompt is the same in both sections
 
 
@@ -74,9 +78,11 @@ class RefreshConfig(RunOptions):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_logs_alone(cls, data: Any) -> Any:
+    def _from_logs_alone(cls, data: Any, info: ValidationInfo) -> Any:
         """What is left out beside logs: held-out prompts are rows of the logs, new ones first, sampled as the answers
         were."""
+        if info.context == OF_FILE and isinstance(data, dict):
+            _refuse_what_is_filled_in(data)
         if not isinstance(data, dict) or not isinstance(data.get("logs"), dict):
             return data
         logs, made = data["logs"], dict(data)
@@ -86,13 +92,15 @@ class RefreshConfig(RunOptions):
             read = {name: logs[name] for name in _READ_ALIKE if logs.get(name) is not None}
             each = [paths] if isinstance(paths, str) else paths
             sources = [{"kind": "jsonl", "path": path, **when} for path in each]
-            made["prompts"] = {"sources": sources, **_OF_LOGS, **read}
+            made["prompts"] = {"sources": sources, **_OF_LOGS, **read, "of_logs": True}
         sampled = {"temperature": logs.get("temperature", 0), "top_p": logs.get("top_p", 1)}
         left_out: dict[str, Any] = {"heldout": {"splits": ["validation", "heldout"]}, "evaluation": {}}
         for section, fields in left_out.items():
             given = data.get(section, {})
             if isinstance(given, dict):
-                made[section] = {**fields, "sampling": sampled, **given}
+                own = given.get("sampling", {})
+                sampling = {**sampled, **own} if isinstance(own, dict) else own
+                made[section] = {**fields, **given, "sampling": sampling}
         return made
 
     @model_validator(mode="after")
@@ -168,6 +176,17 @@ class RefreshConfig(RunOptions):
             if name not in known:
                 raise ValueError(f"stages.time_limits.{name}: no such node, use one of: {', '.join(sorted(known))}")
         return self
+
+
+def _refuse_what_is_filled_in(data: dict[str, Any]) -> None:
+    """Fields that a run looks up would be replaced without a word."""
+    for section, names in _FILLED_IN.items():
+        given = data.get(section)
+        if isinstance(given, dict) and (found := [name for name in names if name in given]):
+            raise ValueError(f"{section}.{found[0]} is filled in by the run: remove it")
+    logs = data.get("logs")
+    if isinstance(logs, dict) and logs.get("since") == LAST and "after" in logs:
+        raise ValueError("logs.after is filled in by the run where logs.since is `last`: remove one of the two")
 
 
 def _since_last(prompts: PromptsConfig) -> bool:

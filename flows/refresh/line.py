@@ -143,11 +143,10 @@ def as_it_stands(line: RegistryConfig) -> RegistryConfig:
     found = RegistryConfig(name=line.name, upload=line.upload, restart=line.restart)
     if version is None:
         return found
-    answers = version.tags.get("answers")
     return found.model_copy(
         update={
             "champion": champion_config(version),
-            "answers": EarlierConfig.model_validate_json(answers) if answers else None,
+            "answers": _answers_of(version),
             "history": tuple(history(line.name)),
             "refreshed_at": max(
                 (at for each in known.versions(line.name) if (at := each.tags.get(REFRESHED_AT))),
@@ -156,6 +155,15 @@ def as_it_stands(line: RegistryConfig) -> RegistryConfig:
             "read_until": version.tags.get("read_until") or None,
         }
     )
+
+
+def _answers_of(version: Version) -> EarlierConfig | None:
+    """The logged answers that it was trained on; None if there were none."""
+    if not (said := version.tags.get("answers")):
+        return None
+    answers = EarlierConfig.model_validate_json(said)
+    of_drafter = {"target_digest": version.tags.get("target_digest", "")}  # a tag of before says no digest of its own
+    return answers if answers.target_digest else answers.model_copy(update=of_drafter)
 
 
 def check_held_out(line: str, prompts: PromptsConfig) -> None:
@@ -281,9 +289,9 @@ def ended_tags() -> dict[str, str]:
 
 def log_tags(logs: ArtifactRef) -> dict[str, str]:
     """Which logged answers a version was trained on, and where the next refresh's `since: last` begins."""
-    answers = EarlierConfig(folder=str(logs.path), sha256=sha256_file(logs.path / TABLE))
-    window = json.loads((logs.path / "logs.json").read_text("utf-8"))["window"]
-    return {"answers": answers.model_dump_json(), "read_until": window["newest"] or ""}
+    said = json.loads((logs.path / "logs.json").read_text("utf-8"))
+    answers = EarlierConfig(folder=str(logs.path), sha256=sha256_file(logs.path / TABLE), **said.get("given_by", {}))
+    return {"answers": answers.model_dump_json(), "read_until": said["window"]["newest"] or ""}
 
 
 def figures_of(evaluation: Mapping[str, Any], arm: str) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ from draftsmith.artifacts.schemas import TRAJECTORIES
 from draftsmith.stages.prompting.answers import chosen_rows, parts
 from draftsmith.stages.prompting.intake import Intake, content, prompt_id
 from draftsmith.stages.prompting.selection import lot
+from draftsmith.stages.targets.info import TargetInfo
 
+ORIGIN = "earlier.json"  # beside the table: whose answers they are
 _COLUMNS = ["split", "temperature", "prompt_ids", "response_ids"]
 
 
@@ -42,6 +45,18 @@ class Earlier:
             ids = [prompt_id(row.values.to_numpy()) for row in part["prompt_ids"]]
             place = part.column_names.index("prompt_id")
             yield part.set_column(place, "prompt_id", pa.array(ids, pa.string()))
+
+
+def made_otherwise(folder: Path, info: TargetInfo) -> str | None:
+    """What has changed since the answers of an earlier artifact were given: nothing, or nothing that is known, is None.
+
+    Of another target they are answers that this one would not give, of another tokenizer their ids mean other text.
+    """
+    path = folder / ORIGIN
+    known = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    now = {"tokenizer": info.tokenizer_digest, "target": info.digest}
+    changed = [f"the {what}" for what, digest in now.items() if (known.get(f"{what}_digest") or digest) != digest]
+    return " and ".join(changed) or None
 
 
 def read_earlier(folder: Path, intake: Intake, temperature: float) -> Earlier:

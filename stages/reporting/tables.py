@@ -162,6 +162,10 @@ def logs_said(logs: Mapping[str, Any]) -> list[str]:
     ]
     if logs.get("replayed"):
         sentences.append(f"{logs['replayed']} answers of the earlier refresh are mixed in.")
+    if logs.get("replay_left_out"):
+        sentences.append(
+            f"None of the earlier refresh are mixed in: {logs['replay_left_out']} changed since they were given."
+        )
     if window.get("newest"):
         sentences.append(f"The newest row is of {window['newest']}.")
     return sentences

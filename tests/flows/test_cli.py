@@ -158,6 +158,9 @@ def test_a_damaged_artifact_is_shown_and_made_again_alone(
         assert main(["status", config], TOY) == 0
         shown = " ".join(capsys.readouterr().out.split())
         assert "damaged: " in shown and "--force left" in shown
+        assert main(["status"], TOY) == 0
+        of_store = " ".join(capsys.readouterr().out.split())
+        assert ("damaged: " in of_store) == (file == "numbers.json"), "one without a manifest is not listed"
         assert main(["stage", "total", config], TOY) == 2
         assert str(left) in capsys.readouterr().err
         assert main(["stage", "left", config], TOY) == 2

@@ -46,6 +46,18 @@ def test_the_readmes_configs_load_and_begin_at_the_drafter_that_serves(name: str
         assert config.assisted.prompts == config.prompts.train == config.opd.steps * config.opd.sequences_per_step
 
 
+def test_the_weekly_refresh_begins_at_a_public_drafter_or_at_a_new_one(tmp_path: Path) -> None:
+    config = load_config(CONFIGS / "weekly.yaml")
+    assert (config.sft.init_from, config.sft.steps) == ("z-lab/Qwen3-4B-DFlash-b16", 0)
+    assert config.sft.drafter == SftConfig().drafter, "nothing is said of what a checkpoint has itself"
+    text = (CONFIGS / "weekly.yaml").read_text("utf-8")
+    path = tmp_path / "weekly.yaml"
+    begins, instead, rate = [line for line in text.splitlines(keepends=True) if re.match(r"(# )?(sft|opd):", line)]
+    path.write_text(text.replace(begins + instead + rate, instead.removeprefix("# ")))
+    new = load_config(path)
+    assert new.sft.init_from is None and new.sft.steps > 0 and new.sft.drafter.mask_token == 151669  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_an_evaluation_has_turns_enough_to_judge_speed(path: Path) -> None:
     assert load_config(path).evaluation.rounds >= FEWEST_TURNS

@@ -20,6 +20,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.parquet import read_table, write_table
 from draftsmith.artifacts.schemas import TRAJECTORIES
 from draftsmith.stages.logs import LogsConfig
+from draftsmith.stages.prompting.earlier import ORIGIN
 from draftsmith.stages.prompting.held_out import HeldOut
 from tests.stages.logs_run import Row, as_ids, counts, run, set_aside, table, write
 from tests.stages.prompting import row_files
@@ -98,6 +99,8 @@ def test_rows_outside_a_window_are_passed_over_and_rows_without_a_time_set_aside
     assert len(table(everything)) == 4 and counts(everything)["window"]["newest"] == "2026-03-05T13:00:00Z"
     with pytest.raises(DraftsmithError, match=r"none of 3 rows .* is from 2026-04-01T00:00:00Z or later"):
         run(tmp_path / "4", tiny_drafter, write(tmp_path / "old.jsonl", rows[:3]), since="2026-04-01")
+    with pytest.raises(DraftsmithError, match=r"none of 3 rows of \S+ is later than 2026-04-01T00:00:00Z: give newer"):
+        run(tmp_path / "5", tiny_drafter, tmp_path / "old.jsonl", since="last", after="2026-04-01")
 
 
 def test_a_clock_that_is_wrong_hides_nothing_from_the_next_refresh(
@@ -109,6 +112,24 @@ def test_a_clock_that_is_wrong_hides_nothing_from_the_next_refresh(
     ctx = run(tmp_path, tiny_drafter, path, since="2026-03-01")
     assert counts(ctx)["window"]["newest"] == "2026-03-05T00:00:00Z"
     assert counts(ctx)["set_aside"] == {"time in the future": 1}
+
+
+def test_a_window_that_another_follows_is_read_whole_whatever_its_files_are_called(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
+) -> None:
+    """Two hosts serve all day; the rows of both are chosen from in one order, and none is left for nobody."""
+    for host, rows in (("a", logged_answers[:10]), ("b", logged_answers[10:20])):
+        served = [timed(row, f"2026-03-05T{hour:02}:00:00Z") for hour, row in enumerate(rows)]
+        (tmp_path / "logs").mkdir(exist_ok=True)
+        write(tmp_path / "logs" / f"host-{host}.jsonl", served)
+    for begin, after in ((0, None), (2, "2026-03-05T01:00:00Z")):
+        ctx = run(tmp_path / str(begin), tiny_drafter, tmp_path / "logs", since="last", rows=4, after=after)
+        found = counts(ctx)
+        assert responses(table(ctx)) == responses(logged_answers[begin : begin + 4])
+        assert (found["rows_read"], found["not_drawn"]) == (20, 20 - 2 * begin - 4)
+        assert found["window"]["newest"] == "2026-03-05T09:00:00Z"
+    alone = run(tmp_path / "alone", tiny_drafter, tmp_path / "logs", since="2026-03-05", rows=4)
+    assert counts(alone)["rows_read"] == 4, "no window follows this one"
 
 
 def test_a_relative_window_is_absolute_once_the_config_is_read() -> None:
@@ -255,6 +276,35 @@ def test_a_share_of_the_answers_is_of_an_earlier_refresh(
     assert (found["used"], found["replayed"]) == (40, 60)  # all that there are
     none, found = mixed("none")
     assert len(none) == 40 and found["replayed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("digests", "changed"),
+    [
+        ({"target_digest": "t"}, "the target"),
+        ({"target_digest": "t", "tokenizer_digest": "t"}, "the tokenizer and the target"),
+        ({"target_digest": "", "tokenizer_digest": ""}, None),
+        ("its own", None),
+    ],
+)
+def test_answers_of_another_target_are_not_mixed_in(
+    digests: dict[str, str] | str,
+    changed: str | None,
+    tmp_path: Path,
+    tiny_drafter: DrafterArtifacts,
+    logged_answers: list[Row],
+    earlier: Path,
+) -> None:
+    path = write(tmp_path / "log.jsonl", [as_ids(row) for row in logged_answers[:40]])
+    if digests == "its own":
+        digests = counts(run(tmp_path / "first", tiny_drafter, path))["given_by"]
+    (earlier / ORIGIN).write_text(json.dumps(digests))
+    ctx = run(tmp_path, tiny_drafter, path, prompts=True, inputs={"earlier": earlier}, rows=40, replay_share=0.2)
+    found = counts(ctx)
+    assert (found["used"], found["replayed"]) == ((40, 0) if changed else (32, 8))
+    assert found["replay_left_out"] == changed and ctx.summaries["replay_left_out"] == float(changed is not None)
+    said = [line for line in ctx.logs if "no answers of the earlier refresh are mixed in" in line]
+    assert len(said) == (changed is not None) and all(f": {changed} changed" in line for line in said)
 
 
 def test_answers_of_this_log_are_not_mixed_in_again(

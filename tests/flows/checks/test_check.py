@@ -249,6 +249,28 @@ def test_logs_are_read_with_the_tokenizer(
 
 
 @pytest.mark.usefixtures("home")
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (1, "1 row(s) of {log}, 144 held-out and validation prompts wanted: give more logs, or a section prompts with"),
+        (200, "{log}: 18 of 200 rows are of the held-out class (heldout_share 0.1), 144 held-out and validation"),
+    ],
+)
+def test_what_is_wanted_of_logs_names_no_section_that_is_not_there(
+    rows: int, said: str, tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "log.jsonl"
+    asked = [[{"role": "user", "content": f"tell story {row} ."}] for row in range(rows)]
+    log.write_text("".join(json.dumps({"messages": each, "completion": "once ."}) + "\n" for each in asked))
+    config["logs"] = {"paths": str(log), "temperature": 0}
+    for section in ("rollout", "assisted", "prompts"):
+        del config[section]
+    assert run(tmp_path, config) == 2
+    out = " ".join(capsys.readouterr().out.split())
+    assert said.format(log=log) in out and "prompts.sources" not in out and "give more logs" in out
+
+
+@pytest.mark.usefixtures("home")
 def test_a_file_with_too_few_prompts_to_measure_on_is_told(
     tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

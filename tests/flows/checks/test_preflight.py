@@ -16,6 +16,7 @@ from draftsmith.flows.checks.models import Plans, check_drafters, check_nodes
 from draftsmith.flows.checks.prompts import check_lengths, check_supplies
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.stages.champion import ChampionConfig
+from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.prompts import PromptsConfig
@@ -260,6 +261,43 @@ def test_the_champion_is_a_drafter_whose_shape_is_known(tiny_drafter: DrafterArt
         plans_of(checkpoint, block_size=99)
     with pytest.raises(DraftsmithError, match=r"line version 3: its folder .*gone is not here: mount the store"):
         plans_of(checkpoint / "gone")
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({}, None),
+        ({"mask_token": MASK}, None),
+        ({"block_size": 99}, "block_size 99 (the champion: {block})"),
+        ({"kind": "eagle3"}, "kind eagle3 (the champion: dflash)"),
+        ({"kind": "dspark", "num_layers": 7}, "num_layers 7 (the champion: {layers})"),
+        ({"kind": "dspark"}, None),
+    ],
+)
+def test_a_shape_that_the_line_does_not_take_is_told(
+    section: dict[str, Any], said: str | None, tiny_drafter: DrafterArtifacts
+) -> None:
+    folder = tiny_drafter.drafter / DRAFTER_FOLDER
+    serves = ChampionConfig(line="line", version=3, folder=str(folder), content_id="c", drafter_digest="d")
+    sft = SftConfig.model_validate({"drafter": section} if section else {})
+    nodes = [
+        Node("champion", "draftsmith.stages.champion", serves, {"target": "target"}),
+        Node("sft", "draftsmith.stages.sft", sft, {"target": "target", "drafter": "champion"}),
+        *(
+            Node(name, "draftsmith.stages.mining", MiningConfig(drafting=DraftingConfig(confidence=0.5)), inputs)
+            for name, inputs in (("mining", {"drafter": "sft"}), ("drift", {"champion": "champion"}))
+        ),
+    ]
+    found = Findings()
+    (plan,) = check_drafters(found, nodes, tiny_drafter.target, whole=True).values()
+    now = json.loads((folder / "config.json").read_text())
+    told = [line.text for line in found.lines if line.level is Level.WARNING]
+    expected = said and said.format(block=now["block_size"], layers=now["num_hidden_layers"])
+    assert [text.split("sft.drafter: ")[1].split(": not used")[0] for text in told] == ([expected] if expected else [])
+    becomes = section.get("kind") == "dspark"
+    assert plan.kind == ("dspark" if becomes else "dflash") and plan.has_confidence == becomes
+    cut = [line.check for line in found.lines if line.level is Level.ERROR]
+    assert cut == (["drift"] if becomes else ["mining", "drift"]), "what is mined is what is trained"
 
 
 def test_the_check_of_a_stage_that_is_run_alone_names_its_nodes_engine(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.flows.pipeline import run
+from draftsmith.flows.pipeline import registered, run
 from draftsmith.flows.pipeline.cancellation import Cancellation
 from draftsmith.flows.pipeline.graph import Conclusion, PlanAgain
 from draftsmith.flows.pipeline.part import Part
@@ -84,3 +84,4 @@ def test_a_part_concludes_nothing_even_if_it_needs_every_node(
     _, conclusion = run._run_once(ToyConfig(name="t", verdict="promoted"), TOY, (), Part(until=until), Cancellation())
     assert len(nodes[0]) == 4
     assert (conclusion is not None) == concludes
+    assert (tmp_path / "home" / registered.NOTE).is_file() == concludes, "where versions are registered is known later"

@@ -151,7 +151,7 @@ def test_shards_are_made_by_a_ray_cluster(story: dict[str, Any]) -> None:
 
 def test_a_refused_run_ends_with_its_results_and_a_code_of_its_own(story: dict[str, Any]) -> None:
     assert story["changed"].returncode == RefusedError.exit_code
-    assert story["changed"].stderr.strip() == 'draftsmith: error: the sum is "refused"'
+    assert story["changed"].stderr.strip() == 'draftsmith: the sum is "refused"'
     assert "4 nodes; MLflow: " in story["changed"].stdout
 
 

@@ -241,3 +241,33 @@ def test_logs_alone_make_a_refresh(tmp_path: Path) -> None:
     path.write_text(text + "evaluation: {rounds: 7}\n")
     evaluation = load_config(path).evaluation
     assert (evaluation.rounds, evaluation.sampling.temperature) == (7, 0.7)
+    path.write_text(text.replace("temperature: 0.7", "temperature: 0.7, top_p: 0.9"))
+    longer = load_config(path, [f"{section}.sampling.max_new_tokens=4096" for section in ("heldout", "evaluation")])
+    for sampling in (longer.heldout.sampling, longer.evaluation.sampling):
+        assert (sampling.max_new_tokens, sampling.temperature, sampling.top_p) == (4096, 0.7, 0.9)
+    greedy = load_config(path, ["evaluation.sampling.temperature=0"]).evaluation.sampling
+    assert (greedy.temperature, greedy.top_p) == (0, 0.9)
+    with pytest.raises(DraftsmithError, match=r"heldout\.sampling: expected a mapping of fields, got 5"):
+        load_config(path, ["heldout.sampling=5"])
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        *(
+            (f"registry.{name}=null", rf"registry\.{name} is filled in by the run: remove it")
+            for name in ("champion", "answers", "history", "refreshed_at", "read_until")
+        ),
+        ("prompts.of_logs=true", r"prompts\.of_logs is filled in"),
+        (
+            "logs={paths: [a.jsonl], temperature: 0, since: last, after: 2026-03-01}",
+            r"logs\.after is filled in by the run where logs\.since is `last`: remove one of the two",
+        ),
+    ],
+)
+def test_what_a_run_fills_in_is_not_written_by_hand(override: str, said: str) -> None:
+    with pytest.raises(DraftsmithError, match=rf"quickstart\.yaml: {said}"):
+        load_config(QUICKSTART, [override])
+    sent = of_line(champion=True)
+    assert RefreshConfig.model_validate(sent.model_dump(mode="json")) == sent, "what a stage or a worker is sent has it"
+    load_config(QUICKSTART, ["logs={paths: [a.jsonl], temperature: 0, after: 2026-03-01}"])

@@ -14,10 +14,11 @@ from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.course import resolve
 from draftsmith.flows.refresh.graph import refresh_nodes
-from draftsmith.flows.refresh.line import RegistryConfig, log_tags, prompt_tags, registry
+from draftsmith.flows.refresh.line import RegistryConfig, as_it_stands, log_tags, prompt_tags, registry
 from draftsmith.stages.earlier import STAGE, EarlierConfig
 from draftsmith.stages.logs import STAGE as LOGS
 from draftsmith.stages.logs import LogsConfig
+from draftsmith.stages.targets.info import read_target_info
 from tests.stages.logs_run import as_ids, counts, run, table, write
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
@@ -71,12 +72,24 @@ def test_the_next_refresh_reads_what_is_new_and_mixes_in_what_the_champion_has_l
     old = {tuple(row["response_ids"]) for row in table(read)}
     assert {tuple(row["response_ids"]) for row in table(again)[6:]} <= old
 
+    info = read_target_info(tiny_drafter.target)
+    assert (earlier.target_digest, earlier.tokenizer_digest) == (info.digest, info.tokenizer_digest)
+    line.tag(version, {"answers": _of_before(version.tags["answers"]), "target_digest": "another"})
+    known = as_it_stands(RegistryConfig(name=LINE)).answers
+    assert known is not None and (known.target_digest, known.tokenizer_digest) == ("another", "")
+    assert known.sha256 == earlier.sha256
+
     (read.out / "trajectories.parquet").write_bytes(b"other")
     with pytest.raises(DraftsmithError, match=r"has changed since the champion was trained on it.*replay_share"):
         STAGE.run(replace(taken, out=tmp_path), earlier)
     (read.out / "trajectories.parquet").unlink()
     with pytest.raises(DraftsmithError, match="are not here"):
         STAGE.run(replace(taken, out=tmp_path), earlier)
+
+
+def _of_before(answers: str) -> str:
+    """A tag as it was before it said whose answers they are."""
+    return json.dumps({name: json.loads(answers)[name] for name in ("folder", "sha256")})
 
 
 def _answers(folder: Path, made: DrafterArtifacts) -> Path:
