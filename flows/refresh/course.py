@@ -11,7 +11,7 @@ from typing import Any
 
 from draftsmith.artifacts.errors import RefusedError
 from draftsmith.artifacts.manifest import ArtifactRef
-from draftsmith.artifacts.registry import ChampionMovedError, Version
+from draftsmith.artifacts.registry import CHAMPION, RECORD, ChampionMovedError, Version
 from draftsmith.flows.pipeline.graph import Conclusion, Node, PlanAgain
 from draftsmith.flows.refresh import hook
 from draftsmith.flows.refresh.config import RefreshConfig, prompts_since
@@ -24,7 +24,7 @@ from draftsmith.flows.refresh.line import (
     registry,
     version_tags,
 )
-from draftsmith.stages.champion import RECORD
+from draftsmith.stages.champion import RECORD as TARGET_RECORD
 from draftsmith.stages.contract import Config
 from draftsmith.stages.gate import DECISION
 from draftsmith.stages.measure.drift import fallen
@@ -60,7 +60,7 @@ class RefreshCourse:
             return None
         self._call_what_is_due()
         drift = json.loads((made["drift"] / "drift.json").read_text("utf-8"))
-        reasons = self._reasons(drift, json.loads((made["champion"] / RECORD).read_text("utf-8")))
+        reasons = self._reasons(drift, json.loads((made["champion"] / TARGET_RECORD).read_text("utf-8")))
         self._drift = {
             "figures": {f"drift.{name}.tau": figures["tau"] for name, figures in drift.items()},
             "tags": {"draftsmith.drift": "; ".join(reasons)[:4000] or "none"},
@@ -122,6 +122,8 @@ class RefreshCourse:
             )
             line.tag(version, ended_tags())
             return self._conclusion("Refused", said, decision, version, RefusedError(said))
+        if "promoted_at" in version.tags and CHAMPION not in version.aliases:  # it comes back: what it is worth today
+            line.tag(version, {name: tags[name] for name in RECORD if name in tags})
         hook_due = self.config.on_promote is not None and version.number not in self._told
         if hook_due:
             line.tag(version, {_HOOK: _DUE, _TOLD: _short(decision)})
