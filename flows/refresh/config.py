@@ -15,6 +15,7 @@ from draftsmith.flows.refresh.hook import HookConfig
 from draftsmith.flows.refresh.line import RegistryConfig
 from draftsmith.stages.champion import ChampionConfig
 from draftsmith.stages.contract import Config
+from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.logs import LogsConfig
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.measure.drift import DriftConfig
@@ -207,6 +208,16 @@ def drift_config(config: RefreshConfig) -> DriftConfig:
     fields = [name for name in ("head_tokens", "confidence") if getattr(drafting, name) is None]
     drafting = drafting.model_copy(update={name: getattr(measured, name) for name in fields})
     return config.drift.model_copy(update={"drafting": drafting})
+
+
+def measured_with(config: RefreshConfig, drafting: DraftingConfig) -> dict[str, Any]:
+    """The settings that tau depends on, beside drafter, target and prompts, by field."""
+    sections = {"heldout.sampling": config.heldout.sampling, "drafting": drafting}
+    return {
+        f"{section}.{name}": value
+        for section, given in sections.items()
+        for name, value in given.model_dump(mode="json").items()
+    }
 
 
 def report_config(config: RefreshConfig) -> ReportConfig:

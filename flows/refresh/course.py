@@ -14,20 +14,22 @@ from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.registry import CHAMPION, RECORD, ChampionMovedError, Version
 from draftsmith.flows.pipeline.graph import Conclusion, Node, PlanAgain
 from draftsmith.flows.refresh import hook
-from draftsmith.flows.refresh.config import RefreshConfig, prompts_since
+from draftsmith.flows.refresh.config import RefreshConfig, drift_config, measured_with, prompts_since
 from draftsmith.flows.refresh.line import (
+    AHEAD_DAYS,
+    BLOCK_SIZE,
     age_days,
     as_it_stands,
     check_held_out,
-    ended_tags,
     log_tags,
     registry,
+    tag_ended,
     version_tags,
 )
 from draftsmith.stages.champion import RECORD as TARGET_RECORD
 from draftsmith.stages.contract import Config
 from draftsmith.stages.gate import DECISION
-from draftsmith.stages.measure.drift import fallen
+from draftsmith.stages.measure.drift import fallen, unjudged
 from draftsmith.stages.prompting.times import LAST
 
 log = logging.getLogger(__name__)
@@ -70,10 +72,16 @@ class RefreshCourse:
         registry().add_drift(self.line.name, {"at": datetime.now(UTC).isoformat(timespec="seconds"), **seen})
         if reasons:
             return None
+        before = (champion.figures.get("all") or {}).get("tau")
+        said = [
+            f"no set fell measurably by more than {self.config.drift.threshold:.1%}",
+            *unjudged(drift, champion.figures),
+            "nothing was trained (`--force drift` refreshes anyway)",
+        ]
         message = (
             f"{self.line.name}: the champion (version {champion.version}) is current: tau {tau:.3f} on "
-            f"{drift['all']['prompts']} prompts, no set fell by more than {self.config.drift.threshold:.1%}; nothing "
-            "was trained (`--force drift` refreshes anyway)"
+            f"{drift['all']['prompts']} prompts, {'unknown' if before is None else format(before, '.3f')} at its "
+            f"promotion; {'; '.join(said)}"
         )
         return Conclusion("Current", message, **self._drift)
 
@@ -89,7 +97,21 @@ class RefreshCourse:
             reasons.append("the target has changed since its promotion")
         if (days := age_days(self.line.refreshed_at)) > config.max_age_days:
             reasons.append(f"the last refresh was {days:.0f} days ago, more than {config.max_age_days:g}")
+        if days < -AHEAD_DAYS:
+            reasons.append(f"the last refresh was at {self.line.refreshed_at}, which is ahead of this machine's clock")
+        if differently := self._measured_differently():  # unlike figures say nothing of drift
+            return [*reasons, f"measured differently since its promotion: {', '.join(differently)}"]
         return reasons + fallen(drift, champion.figures, config.threshold)
+
+    def _measured_differently(self) -> list[str]:
+        """The settings that were others when the champion's figures were taken, in words; a version of before they
+        were kept says none."""
+        now = measured_with(self.config, drift_config(self.config).drafting)
+        return [
+            f"{name} {_said(now[name])}, was {_said(was)}"
+            for name, was in self.line.measured_with.items()
+            if now.get(name, was) != was and (name, now[name]) != (BLOCK_SIZE, None)  # the trained one, which it was
+        ]
 
     # -- promotion -----------------------------------------------------------------------------------------------
 
@@ -98,7 +120,8 @@ class RefreshCourse:
         decision = json.loads((made["gate"].path / DECISION).read_text("utf-8"))
         evaluation = json.loads((made["evaluation"].path / "evaluation.json").read_text("utf-8"))
         line, ref = registry(), made[decision["challenger"]]
-        tags = version_tags(evaluation, decision, ref, self.config.prompts)
+        settings = measured_with(self.config, self.config.evaluation.drafted())
+        tags = version_tags(evaluation, decision, ref, self.config.prompts, settings)
         tags |= log_tags(made["logs"]) if "logs" in made else {}
         now = line.champion(self.line.name)
         expected = None if self.line.champion is None else line.version(self.line.name, self.line.champion.version)
@@ -110,7 +133,7 @@ class RefreshCourse:
         if not decision["promote"]:
             said = f"{version} is not promoted: {decision['sentence']}"
             undecided = decision.get("outcome") == "undecided"
-            line.tag(version, ended_tags())
+            tag_ended(version)
             return self._conclusion(
                 "Undecided" if undecided else "Refused", said, decision, version, RefusedError(said)
             )
@@ -120,7 +143,7 @@ class RefreshCourse:
                 "nothing that makes it has changed since; to serve it: "
                 f"`draftsmith promote {version.line}@{version.number}`"
             )
-            line.tag(version, ended_tags())
+            tag_ended(version)
             return self._conclusion("Refused", said, decision, version, RefusedError(said))
         if "promoted_at" in version.tags and CHAMPION not in version.aliases:  # it comes back: what it is worth today
             line.tag(version, {name: tags[name] for name in RECORD if name in tags})
@@ -133,7 +156,7 @@ class RefreshCourse:
             if hook_due:
                 line.tag(version, {_HOOK: ""})
             raise PlanAgain(str(error)) from error
-        line.tag(version, ended_tags())
+        tag_ended(version)
         said = f"{version} is the champion: {decision['sentence']}"
         if self.config.on_promote is not None:
             problem = self._call(version, decision)
@@ -177,6 +200,10 @@ class RefreshCourse:
             **self._drift.get("tags", {}),
         }
         return Conclusion(name, message, error, figures, tags, overrules=overruled)
+
+
+def _said(value: Any) -> str:
+    return "left out" if value is None else f"{value}"
 
 
 def _short(decision: Mapping[str, Any]) -> str:

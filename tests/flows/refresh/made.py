@@ -29,7 +29,7 @@ def committed(store: Store, stage: str, key: str, fill: Callable[[Path], object]
 
 def gated(store: Store, drafter: ArtifactRef, outcome: str = "promoted", tau: float = 2.5) -> dict[str, ArtifactRef]:
     """What a refresh has made when its gate has decided."""
-    taus = {"tau": tau, "tau_low": 2.4, "tau_high": 2.6, "prompts": 40}
+    taus = {"tau": tau, "tau_low": 2.4, "tau_high": 2.6, "prompts": 40, "block_size": 4}
     chat = {
         "tau": 2.5,
         "low": 2.4,
@@ -56,11 +56,11 @@ def gated(store: Store, drafter: ArtifactRef, outcome: str = "promoted", tau: fl
     return {"opd": drafter, "evaluation": measured, "gate": of_stage("gate", "decision.json", decision)}
 
 
-def checked(config: RefreshConfig, home: Path) -> tuple[Node, dict[str, Path]]:
+def checked(config: RefreshConfig, home: Path, **sets: Any) -> tuple[Node, dict[str, Path]]:
     """The node of the drift check, and what it and the champion's stage made: nothing has changed."""
     made = {name: home / "store" / name for name in ("drift", "champion")}
     for name, file, content in (
-        ("drift", "drift.json", {"all": {"tau": 2.5, "low": 2.4, "high": 2.6, "prompts": 40}}),
+        ("drift", "drift.json", {"all": {"tau": 2.5, "low": 2.4, "high": 2.6, "prompts": 40}, **sets}),
         ("champion", "champion.json", {"target_changed": False}),
     ):
         made[name].mkdir(exist_ok=True)
