@@ -221,10 +221,11 @@ def measured_with(config: RefreshConfig, drafting: DraftingConfig) -> dict[str, 
 
 
 def report_config(config: RefreshConfig) -> ReportConfig:
-    """With what the line's champions were worth until now."""
-    if config.registry is None or not config.registry.history:
+    """With who serves, and what the line's champions were worth until now."""
+    if config.registry is None:
         return config.report
-    return config.report.model_copy(update={"history": config.registry.history})
+    serves = (config.champion.line, config.champion.version) if config.champion is not None else None
+    return config.report.model_copy(update={"champion": serves, "history": config.registry.history})
 
 
 def control_config(config: RefreshConfig) -> SftConfig:

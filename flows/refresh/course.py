@@ -30,6 +30,7 @@ from draftsmith.stages.champion import RECORD as TARGET_RECORD
 from draftsmith.stages.contract import Config
 from draftsmith.stages.gate import DECISION
 from draftsmith.stages.measure.drift import fallen, unjudged
+from draftsmith.stages.measure.gate import with_version
 from draftsmith.stages.prompting.times import LAST
 
 log = logging.getLogger(__name__)
@@ -118,6 +119,8 @@ class RefreshCourse:
     def finish(self, made: Mapping[str, ArtifactRef], run_id: str | None) -> Conclusion | None:
         """The challenger as a version of the line, and the champion if the gate says so."""
         decision = json.loads((made["gate"].path / DECISION).read_text("utf-8"))
+        if self.line.champion is not None:
+            decision = with_version(decision, self.line.champion.version)
         evaluation = json.loads((made["evaluation"].path / "evaluation.json").read_text("utf-8"))
         line, ref = registry(), made[decision["challenger"]]
         settings = measured_with(self.config, self.config.evaluation.drafted())

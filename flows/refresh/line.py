@@ -218,7 +218,8 @@ def _source_name(source: PromptSource) -> str:
 def history(line: str) -> list[dict[str, Any]]:
     """tau of the line's drafters on all prompts: at each promotion, each refusal, and each drift check since. Oldest
     first."""
-    known, first = registry(), {}
+    known = registry()
+    first: dict[int, str] = {}
     for event in known.events(line):
         first.setdefault(event.version, event.at)  # not the rollback to it, which took no figures
     promoted = [

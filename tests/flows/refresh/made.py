@@ -27,8 +27,10 @@ def committed(store: Store, stage: str, key: str, fill: Callable[[Path], object]
         return store.commit(claim, config={}, inputs={}, code_digest="", seed=0)
 
 
-def gated(store: Store, drafter: ArtifactRef, outcome: str = "promoted", tau: float = 2.5) -> dict[str, ArtifactRef]:
-    """What a refresh has made when its gate has decided."""
+def gated(
+    store: Store, drafter: ArtifactRef, outcome: str = "promoted", tau: float = 2.5, champion: str | None = None
+) -> dict[str, ArtifactRef]:
+    """What a refresh has made when its gate has decided. champion: as the gate names what it compared with."""
     taus = {"tau": tau, "tau_low": 2.4, "tau_high": 2.6, "prompts": 40, "block_size": 4}
     chat = {
         "tau": 2.5,
@@ -45,7 +47,8 @@ def gated(store: Store, drafter: ArtifactRef, outcome: str = "promoted", tau: fl
         "challenger": "opd",
         "promote": outcome == "promoted",
         "outcome": outcome,
-        "sentence": f"{outcome}: why",
+        "champion": champion,
+        "sentence": f"{outcome}: why" if champion is None else f"{outcome}: opd beats the champion",
     }
 
     def of_stage(stage: str, file: str, content: dict[str, Any]) -> ArtifactRef:

@@ -96,6 +96,27 @@ def test_the_loser_of_two_refreshes_is_planned_again_against_the_new_champion(
     assert [(event.version, event.before) for event in registry().events(line)] == [(1, None), (2, 1)]
 
 
+def test_the_champion_has_the_number_of_its_own_line(
+    line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path
+) -> None:
+    """Two lines serve the same drafter: its artifact, and what was measured against it, are the same."""
+    store, told = Store(home / "store"), tmp_path / "told.json"
+    registry().register(line, gated(store, drafters[1])["gate"], {})
+    config = config_of(line, on_promote={"command": [sys.executable, "-c", NOTE, str(told)]})
+    RefreshCourse(resolve(config), ()).finish(gated(store, drafters[0]), None)
+    resolved = resolve(config)
+    (report,) = (node for node in refresh_nodes(resolved) if node.name == "report")
+    assert report.config.key_material()["champion"] == [line, 2]
+    third = gated(Store(tmp_path / "other" / "store"), drafters[1], champion="champion")
+    ended = RefreshCourse(resolved, ()).finish(third, None)
+    assert ended is not None and ended.message.startswith(
+        f"{line} version 3 is the champion: promoted: opd beats version 2"
+    )
+    assert ended.tags["draftsmith.decision"] == "promoted: opd beats version 2"
+    assert json.loads(told.read_text())["champion"] == "2"
+    assert registry().version(line, 3).tags["decision"] == "promoted: opd beats version 2"
+
+
 def test_what_was_rolled_back_is_not_promoted_again_by_itself(
     line: str, home: Path, drafters: list[ArtifactRef]
 ) -> None:
