@@ -17,6 +17,7 @@ from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.redaction import redact_logs
+from draftsmith.artifacts.refreshes import OUTCOME
 from draftsmith.artifacts.tracking import Status, Tracking
 from draftsmith.flows.pipeline.cancellation import Cancellation, CancelledError
 from draftsmith.flows.pipeline.delivery import body
@@ -42,7 +43,6 @@ from draftsmith.flows.pipeline.record import RunRecord
 from draftsmith.flows.pipeline.task import run_node
 
 MLFLOW_NOTE = "mlflow.note.content"  # the tag that MLflow shows as a run's description
-OUTCOME = "draftsmith.outcome"  # the tag of what a run came to
 _PLANS = 3  # of one run: what it was planned from may change so often before it gives up
 
 
@@ -146,7 +146,15 @@ def _run_once(
         raise
     finally:
         figures, tags = _reviewed(workshop, made, conclusion, concludes=concluding is not None)
-        record.close(status, _refs(made), figures, _report(workshop, made), tags, pipeline.data)
+        record.close(
+            status,
+            _refs(made),
+            figures,
+            _report(workshop, made),
+            tags,
+            pipeline.data,
+            concluded=conclusion is not None,
+        )
         kept = course.decisive if course is not None else ()
         if status != "FINISHED" and (told := _still_forced(forced_nodes(nodes, force), made, kept)):
             workshop.display.line(told)
