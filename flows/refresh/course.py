@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from draftsmith.artifacts.errors import RefusedError
+from draftsmith.artifacts.home import home
+from draftsmith.artifacts.locks import OTHERS_LIMIT_S, Lock, locked
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.registry import CHAMPION, RECORD, ChampionMovedError, Version
 from draftsmith.flows.pipeline.graph import Conclusion, Node, PlanAgain
@@ -35,7 +38,8 @@ from draftsmith.stages.prompting.times import LAST
 
 log = logging.getLogger(__name__)
 _IN_FRONT = ("target", "prompts", "heldout", "champion")  # nodes of the drift check's own
-_HOOK, _DUE = "on_promote", "due"  # a version's tag: whether its promotion was told
+_HOOK = "on_promote"  # a version's tag: whether its promotion was told
+_DUE, _CALLED, _FAILED = "due", "called", "failed"
 _TOLD, _MOST = "on_promote.decision", 4900  # another: what is told; MLflow keeps 5,000 characters of a tag
 
 
@@ -148,8 +152,18 @@ class RefreshCourse:
             )
             tag_ended(version)
             return self._conclusion("Refused", said, decision, version, RefusedError(said))
-        if "promoted_at" in version.tags and CHAMPION not in version.aliases:  # it comes back: what it is worth today
+        with self._alone():
+            return self._promote(line.version(version.line, version.number), expected, decision, tags)
+
+    def _promote(
+        self, version: Version, expected: Version | None, decision: Mapping[str, Any], tags: Mapping[str, str]
+    ) -> Conclusion:
+        line, serves = registry(), CHAMPION in version.aliases
+        if "promoted_at" in version.tags and not serves:  # it comes back: what it is worth today
             line.tag(version, {name: tags[name] for name in RECORD if name in tags})
+        known, _, problem = version.tags.get(_HOOK, "").partition(": ")
+        if serves and known in (_CALLED, _FAILED):  # another launcher of the same config was faster
+            self._told.setdefault(version.number, problem or None)
         hook_due = self.config.on_promote is not None and version.number not in self._told
         if hook_due:
             line.tag(version, {_HOOK: _DUE, _TOLD: _short(decision)})
@@ -173,17 +187,26 @@ class RefreshCourse:
             told = {"line": version.line, "version": version.number, "source": version.source, **decision}
             self._told[version.number] = hook.call(self.config.on_promote, told)
         problem = self._told[version.number]
-        registry().tag(version, {_HOOK: f"failed: {problem}"[:1000] if problem else "called"})
+        registry().tag(version, {_HOOK: f"{_FAILED}: {problem}"[:1000] if problem else _CALLED})
         return problem
 
     def _call_what_is_due(self) -> None:
         """The hook of a promotion whose run ended before it could be called."""
-        champion = registry().champion(self.line.name) if self.config.on_promote is not None else None
-        if champion is not None and champion.tags.get(_HOOK) == _DUE:
-            known = champion.tags.get(_TOLD)
-            decision = json.loads(known) if known else {"promote": True, "sentence": champion.tags.get("decision", "")}
-            problem = self._call(champion, decision)
-            log.info("on_promote of %s %s", champion, f"failed: {problem}" if problem else "was called late")
+        if self.config.on_promote is None:
+            return
+        with self._alone():
+            champion = registry().champion(self.line.name)
+            if champion is not None and champion.tags.get(_HOOK) == _DUE:
+                known = champion.tags.get(_TOLD)
+                said = champion.tags.get("decision", "")
+                problem = self._call(champion, json.loads(known) if known else {"promote": True, "sentence": said})
+                log.info("on_promote of %s %s", champion, f"failed: {problem}" if problem else "was called late")
+
+    def _alone(self) -> AbstractContextManager[Lock]:
+        """Of the runs of this home: one that is calling the hook has not said so yet."""
+        lock = home() / "registry" / f".lock-{self.line.name}.on_promote"
+        patience = OTHERS_LIMIT_S + (self.config.on_promote.timeout_s if self.config.on_promote is not None else 0)
+        return locked(lock, run=f"promotion of {self.line.name}", limit_s=patience)
 
     def _conclusion(
         self,

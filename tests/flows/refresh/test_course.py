@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from draftsmith.artifacts.store import REPLACED, Store
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline import inspection
 from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.pipeline.graph import PlanAgain
+from draftsmith.flows.pipeline.graph import Conclusion, PlanAgain
 from draftsmith.flows.refresh import commands
 from draftsmith.flows.refresh.course import RefreshCourse, resolve
 from draftsmith.flows.refresh.evaluate import evaluate_config, evaluate_nodes
@@ -160,6 +161,29 @@ def test_a_hook_is_called_once_though_mlflow_is_lost_behind_it(
     assert ended is not None and ended.message.endswith("on_promote was called")
     assert calls.read_text() == "\n"
     assert registry().versions(line)[0].tags["on_promote"] == "called"
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_hook_is_called_once_by_two_launchers_of_one_config(
+    code: int, line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path
+) -> None:
+    """The second comes to its promotion while the first one's hook is at work."""
+    calls = tmp_path / "calls"
+    config = config_of(line, on_promote={"command": ["sh", "-c", f"sleep 1; echo >> {calls}; exit {code}"]})
+    made, courses = gated(Store(home / "store"), drafters[0]), [RefreshCourse(resolve(config), ()) for _ in range(3)]
+    ended: list[Conclusion | None] = []
+    both = [
+        threading.Thread(target=lambda course=each: ended.append(course.finish(made, None))) for each in courses[:2]
+    ]
+    for each in both:
+        each.start()
+    for each in both:
+        each.join()
+    ended.append(courses[2].finish(made, None))  # one that was slower yet
+    told = {each.message.rpartition("; ")[2] for each in ended if each is not None}
+    assert (len(ended), calls.read_text()) == (3, "\n")
+    assert told == {"on_promote was called" if code == 0 else "on_promote failed: sh: ended with code 1 (no message)"}
+    assert registry().versions(line)[0].tags["on_promote"].startswith("failed: sh" if code else "called")
 
 
 def test_an_older_version_that_was_promoted_by_hand_stays(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
