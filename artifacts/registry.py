@@ -317,11 +317,9 @@ class Registry:
             return DraftsmithError(f"MLflow's model registry refused this: {reason}: correct the name or the value")
         if (refused := disk_error_of(error)) is not None:  # a connection's errors are OSErrors too
             return from_os_error(refused, "MLflow's model registry:")
-        if any(known in reason for known in _OF_THE_DATABASE) and self._tracking.uri == self._tracking.default_uri:
-            database = self._tracking.folder / "mlflow.db"
-            return DraftsmithError(
-                f"MLflow's database {database}: {reason}; make it writable, or move it away to start a new one"
-            )
+        if self._tracking.uri != self._tracking.default_uri or any(known in reason for known in _OF_THE_DATABASE):
+            kind = DraftsmithError if self._tracking.uri == self._tracking.default_uri else RetryableError
+            return kind(self._tracking.unusable(reason))
         return RetryableError(f"MLflow's model registry failed ({reason}): see that MLflow is there")
 
     @contextmanager

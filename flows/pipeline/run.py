@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from prefect.states import Cancelled, Completed, Failed
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.mlflow_files import misplaced
 from draftsmith.artifacts.redaction import redact_logs
 from draftsmith.artifacts.refreshes import OUTCOME
 from draftsmith.artifacts.tracking import Status, Tracking
@@ -115,6 +116,7 @@ def _run_once(
     check_home(workshop.home, config)
     check_runner(config.stages)
     patiently(workshop.tracking.check, config.stages, workshop.display.line)
+    _warn(workshop, filter(None, [misplaced(tracking)]))
     workshop.tracking.close_dead_runs(workshop.store)
     planned = patiently(
         lambda: part.plan(config, workshop.store, pipeline, force), config.stages, workshop.display.line
@@ -163,7 +165,7 @@ def _run_once(
     return {name: _described(each) for name, each in made.items()}, conclusion
 
 
-def _warn(workshop: Workshop, warnings: Sequence[str]) -> None:
+def _warn(workshop: Workshop, warnings: Iterable[str]) -> None:
     for warning in warnings:
         workshop.display.line(f"warning: {warning}")
 

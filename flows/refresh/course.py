@@ -161,9 +161,9 @@ class RefreshCourse:
         line, serves = registry(), CHAMPION in version.aliases
         if "promoted_at" in version.tags and not serves:  # it comes back: what it is worth today
             line.tag(version, {name: tags[name] for name in RECORD if name in tags})
-        known, _, problem = version.tags.get(_HOOK, "").partition(": ")
+        known, _, reason = version.tags.get(_HOOK, "").partition(": ")
         if serves and known in (_CALLED, _FAILED):  # another launcher of the same config was faster
-            self._told.setdefault(version.number, problem or None)
+            self._told.setdefault(version.number, reason or None)
         hook_due = self.config.on_promote is not None and version.number not in self._told
         if hook_due:
             line.tag(version, {_HOOK: _DUE, _TOLD: _short(decision)})

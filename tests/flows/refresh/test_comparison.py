@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,19 @@ def test_runs_of_mlflow_and_artifacts_are_found_and_compared(
     assert [line.split() for line in out.splitlines() if line.startswith("sft.steps")] == [["sft.steps", "3", "5"]]
     assert main(["report", str(second.path)]) == 0
     assert capsys.readouterr().out.strip() == str(second.path / "report.html")
+
+
+def test_a_report_is_found_in_a_home_that_was_moved(
+    store: Store, home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first = made(store, "moved")
+    record = RunRecord(Tracking(home, "a-line"), "moved", {}, {})
+    record.open()
+    record.close("FINISHED", {"report": first}, {}, [], {})
+    moved = shutil.copytree(home, tmp_path / "elsewhere")
+    shutil.rmtree(first.path)
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(moved))
+    assert report_of_text("moved").page == moved / "store" / "report" / first.key[:16] / "report.html"
 
 
 def test_what_is_no_refresh_is_one_error(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
