@@ -64,16 +64,16 @@ def conclude(
             client.set_tag(run_id, name, text)
 
 
-def folders_of(tracking: Tracking, name: str) -> dict[str, str]:
-    """Folder of each artifact of a refresh, by node; name: its run's id, or its name: the last one then. Empty if there
-    is none."""
+def folders_of(tracking: Tracking, name: str, node: str) -> dict[str, str]:
+    """Folder of each artifact of a refresh, by node; name: its run's id, or its name: the last one then that has made
+    `node`, which not every refresh comes to. Empty if there is none."""
     client, _ = tracking.connect()
     every = [each.experiment_id for each in client.search_experiments()]
     chosen = f"attributes.run_id = '{name}'" if re.fullmatch("[0-9a-f]{32}", name) else _named(name)
     for run in client.search_runs(every, f"{chosen} and {_A_REFRESH}", max_results=100):
         tags = run.data.tags.items()
         found = {n.removeprefix(_ARTIFACT): value.rsplit("#", 1)[0] for n, value in tags if n.startswith(_ARTIFACT)}
-        if found:
+        if node in found:
             return found
     return {}
 

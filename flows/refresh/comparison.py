@@ -84,7 +84,7 @@ def report_of_config(name: str, config: RunOptions, pipeline: Pipeline) -> Repor
         if planned.node.name == node and planned.ref is not None:
             store.fetch(planned.ref)
             return Reported(name, planned.ref.path)
-    last = folders_of(Tracking(home(), config.experiment), config.name).get(node)
+    last = folders_of(Tracking(home(), config.experiment), config.name, node).get(node)
     if last is not None:
         return _checked(name, _here(store, Path(last)))
     raise DraftsmithError(
@@ -98,7 +98,7 @@ def report_of_text(name: str) -> Reported:
     store = store_of(home())
     if Path(name).expanduser().is_dir():
         return _checked(name, Path(name).expanduser().resolve())
-    found = folders_of(Tracking(home()), name)
+    found = folders_of(Tracking(home()), name, "report")
     if "report" in found:
         return _checked(name, _here(store, Path(found["report"])))
     try:

@@ -52,6 +52,10 @@ def test_runs_of_mlflow_and_artifacts_are_found_and_compared(
     assert shown is not None and run_id is not None
     record.close("FINISHED", {"report": first}, shown.figures, [], {"mlflow.note.content": shown.description})
     assert report_of_text("weekly's").folder == report_of_text(run_id).folder == first.path
+    later = RunRecord(Tracking(home, "a-line"), "weekly's", {}, {})
+    later.open()
+    later.close("FINISHED", {"drift": second}, {}, [], {})
+    assert report_of_text("weekly's").folder == first.path, "the last that came to its report"
     assert "**Not promoted.** week 1 stays." in shown.description
     assert "- tau: too low" in shown.description and "- the clock changed" in shown.description
 
