@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 _TAG, _EVENT, _DRIFT = "draftsmith.", "draftsmith.event.", "draftsmith.drift."
 _IDENTITY = ("stage", "key", "content_id")
+# tags of what a version was worth when it was promoted: drift checks compare with that
+RECORD = ("figures", "measured_with", "tau", "tau_interval", "speedup", "speedup_interval", "decision")
 _DRAFTER = "drafter"  # the folder of a version's artifact that servers load, and of its copy in MLflow
 _STALE_S = 60.0
 _OUR_FAULT = ("INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "UNAUTHENTICATED")
@@ -172,8 +174,9 @@ class Registry:
     ) -> Version:
         """The artifact as a version of the line, which is made if need be; the same content is registered once.
 
-        Tags of a version that is there already are brought up to date. upload: its drafter also goes into MLflow's
-        artifact store (of the run `run_id`), for machines that do not share the store: `download` fetches it there.
+        Tags of a version that is there already are brought up to date, without `RECORD` where it was promoted. upload:
+        its drafter also goes into MLflow's artifact store (of the run `run_id`), for machines that do not share the
+        store: `download` fetches it there.
         """
         self._tracking.must_write()
         identity = {name: str(getattr(ref, name)) for name in _IDENTITY}
@@ -186,12 +189,12 @@ class Registry:
             if upload and run_id is not None and (known is None or not known.uploaded):
                 client.log_artifacts(run_id, str(ref.path / _DRAFTER), _DRAFTER)
                 identity["uploaded"] = f"runs:/{run_id}/{_DRAFTER}"
-            for name, value in {**identity, **tags}.items():
-                client.set_model_version_tag(line, str(number), f"{_TAG}{name}", value)
-            if "decision" in tags:
-                client.update_model_version(line, str(number), description=tags["decision"])
+            kept = RECORD if known is not None and "promoted_at" in known.tags else ()
+            self._tag(client, line, number, {**identity, **{n: value for n, value in tags.items() if n not in kept}})
             with self._one_at_a_time(client, line, "registering"):
-                client.set_registered_model_alias(line, CHALLENGER, str(number))
+                model = self._model(client, line)
+                if model is None or int(model.aliases.get(CHAMPION, 0)) != number:
+                    client.set_registered_model_alias(line, CHALLENGER, str(number))
             return self._version(client, line, number)
 
     def _create(
@@ -275,10 +278,10 @@ class Registry:
         return about[-1]
 
     def tag(self, version: Version, tags: Mapping[str, str]) -> None:
+        """A `decision` among the tags is the version's description too."""
         self._tracking.must_write()
         with self._client() as client:
-            for name, value in tags.items():
-                client.set_model_version_tag(version.line, str(version.number), f"{_TAG}{name}", value)
+            self._tag(client, version.line, version.number, tags)
 
     def add_drift(self, line: str, seen: Mapping[str, Any]) -> None:
         """Keep what a drift check saw, unless it is the last one again."""
@@ -290,6 +293,12 @@ class Registry:
             client.set_registered_model_tag(line, f"{_DRIFT}{len(known):06d}", json.dumps(dict(seen)))
 
     # -- inside --------------------------------------------------------------------------------------------------
+
+    def _tag(self, client: MlflowClient, line: str, number: int, tags: Mapping[str, str]) -> None:
+        for name, value in tags.items():
+            client.set_model_version_tag(line, str(number), f"{_TAG}{name}", value)
+        if "decision" in tags:
+            client.update_model_version(line, str(number), description=tags["decision"])
 
     @contextmanager
     def _client(self) -> Iterator[MlflowClient]:
@@ -308,11 +317,9 @@ class Registry:
             return DraftsmithError(f"MLflow's model registry refused this: {reason}: correct the name or the value")
         if (refused := disk_error_of(error)) is not None:  # a connection's errors are OSErrors too
             return from_os_error(refused, "MLflow's model registry:")
-        if any(known in reason for known in _OF_THE_DATABASE) and self._tracking.uri == self._tracking.default_uri:
-            database = self._tracking.folder / "mlflow.db"
-            return DraftsmithError(
-                f"MLflow's database {database}: {reason}; make it writable, or move it away to start a new one"
-            )
+        if self._tracking.uri != self._tracking.default_uri or any(known in reason for known in _OF_THE_DATABASE):
+            kind = DraftsmithError if self._tracking.uri == self._tracking.default_uri else RetryableError
+            return kind(self._tracking.unusable(reason))
         return RetryableError(f"MLflow's model registry failed ({reason}): see that MLflow is there")
 
     @contextmanager

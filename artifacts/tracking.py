@@ -82,11 +82,19 @@ class Tracking:
         except DraftsmithError:
             raise
         except Exception as error:
-            what, fix = "MLflow's database", "make it writable, or move it away to start a new one"
-            if self.uri != self.default_uri:
-                what, fix = "MLFLOW_TRACKING_URI", "start the server, correct the variable, or unset it to use SQLite"
             kind = RetryableError if self.uri.startswith(_HTTP) else DraftsmithError  # a server may come back
-            raise kind(f"{what} {redacted(self.uri)}: {_first_line(error)}; {fix}") from error
+            raise kind(self.unusable(_first_line(error))) from error
+
+    def unusable(self, reason: str) -> str:
+        """That MLflow cannot be used, why, and what to do."""
+        what, fix = "MLFLOW_TRACKING_URI", "start the server, correct the variable, or unset it to use SQLite"
+        if self.uri == self.default_uri:
+            what, fix = (
+                "MLflow's database",
+                "make it writable, or restore it from a backup (moved away, it starts anew: ",
+            )
+            fix += "lines, champions and runs are lost, artifacts stay)"
+        return f"{what} {redacted(self.uri)}: {reason}; {fix}"
 
     def open_refresh(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> str | None:
         """Start the run of a refresh; None if MLflow failed. It counts as alive as long as this process lives."""

@@ -18,19 +18,14 @@ def run(ctx: StageContext, config: GateConfig) -> None:
 
     evaluation = json.loads((ctx.inputs["evaluation"] / "evaluation.json").read_text("utf-8"))
     challenger = challenger_of(evaluation)
-    champion = None
-    if CHAMPION in ctx.inputs:
-        from draftsmith.artifacts.manifest import read_manifest
-
-        champion = str(read_manifest(ctx.inputs[CHAMPION]).config.get("version", "?"))
     problems = [
         problem
         for arm in (challenger, CHAMPION)
         if arm in ctx.inputs and (problem := _damage(ctx.inputs[arm])) is not None
     ]
-    decision = decide(evaluation, config, champion, problems)
+    decision = decide(evaluation, config, problems)
     (ctx.out / DECISION).write_text(json.dumps(decision.as_json(), indent=2) + "\n")
-    verdict = {"promote": decision.promote, "challenger": challenger, "champion": champion}
+    verdict = {"promote": decision.promote, "challenger": challenger, "champion": CHAMPION in ctx.inputs}
     verdict["rules"] = {rule.name: rule.passed for rule in decision.rules}
     (ctx.out / VERDICT).write_text(json.dumps(verdict, indent=2) + "\n")
     for rule in decision.rules:

@@ -13,8 +13,8 @@ from pydantic import Field
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import MANIFEST, InputEntry, Manifest, read_manifest
-from draftsmith.stages.contract import Config, Operational, Stage, StageContext
-from draftsmith.stages.measure.gate import CHAMPION, challenger_of
+from draftsmith.stages.contract import Config, OnlyIfSet, Operational, Stage, StageContext
+from draftsmith.stages.measure.gate import CHAMPION, challenger_of, with_version
 from draftsmith.stages.reporting import rows
 from draftsmith.stages.reporting.figures import figures as figures_of
 from draftsmith.stages.reporting.outcome import outcome
@@ -31,6 +31,11 @@ HEADLINE = ("tau", "tau_low", "tau_high", "differences")
 class ReportConfig(Config):
     title: str = Field(default="Draft model refresh", min_length=1, description="Heading of the page.")
     rejected_rows: int = Field(default=20, ge=0, description="Rows of the table of most rejected tokens.")
+    champion: Annotated[
+        tuple[str, int] | None,
+        Field(description="filled in when the plan is made: line and version of the drafter that serves"),
+        OnlyIfSet(),
+    ] = None
     history: Annotated[tuple[dict[str, Any], ...], Operational()] = Field(
         default=(), description="filled in when the plan is made: what the line's drafters were worth, and when"
     )
@@ -41,7 +46,9 @@ def run(ctx: StageContext, config: ReportConfig) -> None:
     all of them, the verdict and the configs: what MLflow is told, and what two refreshes are compared by."""
     evaluation = _read_json(ctx.inputs["evaluation"] / "evaluation.json")
     decision = _read_json(ctx.inputs["gate"] / "decision.json") if "gate" in ctx.inputs else {}
-    lineage = list(_lineage(ctx))
+    if config.champion is not None:
+        decision = with_version(decision, config.champion[1])
+    lineage = [(name, _of_its_line(manifest, config), folder) for name, manifest, folder in _lineage(ctx)]
     artifacts = [{"name": name} | manifest.model_dump() for name, manifest, _ in lineage]
     made = {manifest.stage: (manifest, folder) for _, manifest, folder in lineage}
     prompts, logs = _told(made, "prompts", "prompts.json"), _told(made, "logs", "logs.json")
@@ -84,6 +91,14 @@ def run(ctx: StageContext, config: ReportConfig) -> None:
     for sentence in findings(evaluation):
         ctx.log(sentence)
     ctx.summary(**{f"tau_{arm}": figures["tau"] for arm, figures in drafters.items() if figures.get("tau") is not None})
+
+
+def _of_its_line(manifest: Manifest, config: ReportConfig) -> Manifest:
+    """A champion's artifact is of its content: it names the line that made it first."""
+    if manifest.stage != CHAMPION or config.champion is None:
+        return manifest
+    line, version = config.champion
+    return manifest.model_copy(update={"config": {**manifest.config, "line": line, "version": version}})
 
 
 def _compared(manifest: Manifest) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.artifacts.manifest import ArtifactRef
-from draftsmith.artifacts.refreshes import artifact_tags, find_refresh, tag_again
+from draftsmith.artifacts.refreshes import artifact_tags, conclude, find_refresh, tag_again
 from draftsmith.artifacts.tracking import Status, Tracking
 
 
@@ -48,12 +48,17 @@ class RunRecord:
         files: Iterable[Path],
         tags: Mapping[str, str],
         data: Iterable[str] = (),
+        *,
+        concluded: bool = False,
     ) -> None:
-        """End the run; an earlier one is only tagged. A run that failed before any stage was begun leaves none.
+        """End the run; an earlier one is only tagged, unless it had only looked (`--until`) and something follows now
+        (`concluded`). A run that failed before any stage was begun leaves none.
 
         data: the nodes of `made` that are its data sets.
         """
         if self._earlier is not None:
+            if concluded:
+                conclude(self.tracking, self._earlier, made, figures, tags)
             tag_again(self.tracking, self._earlier)
         elif self._opened:
             inputs = {name: made[name] for name in data if name in made}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from prefect.states import Cancelled, Completed, Failed
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.mlflow_files import misplaced
 from draftsmith.artifacts.redaction import redact_logs
+from draftsmith.artifacts.refreshes import OUTCOME
 from draftsmith.artifacts.tracking import Status, Tracking
 from draftsmith.flows.pipeline import registered
 from draftsmith.flows.pipeline.cancellation import Cancellation, CancelledError
@@ -43,7 +45,6 @@ from draftsmith.flows.pipeline.record import RunRecord
 from draftsmith.flows.pipeline.task import run_node
 
 MLFLOW_NOTE = "mlflow.note.content"  # the tag that MLflow shows as a run's description
-OUTCOME = "draftsmith.outcome"  # the tag of what a run came to
 _PLANS = 3  # of one run: what it was planned from may change so often before it gives up
 
 
@@ -116,6 +117,7 @@ def _run_once(
     check_home(workshop.home, config)
     check_runner(config.stages)
     patiently(workshop.tracking.check, config.stages, workshop.display.line)
+    _warn(workshop, filter(None, [misplaced(tracking)]))
     workshop.tracking.close_dead_runs(workshop.store)
     planned = patiently(
         lambda: part.plan(config, workshop.store, pipeline, force), config.stages, workshop.display.line
@@ -148,7 +150,15 @@ def _run_once(
         raise
     finally:
         figures, tags = _reviewed(workshop, made, conclusion, concludes=concluding is not None)
-        record.close(status, _refs(made), figures, _report(workshop, made), tags, pipeline.data)
+        record.close(
+            status,
+            _refs(made),
+            figures,
+            _report(workshop, made),
+            tags,
+            pipeline.data,
+            concluded=conclusion is not None,
+        )
         kept = course.decisive if course is not None else ()
         if status != "FINISHED" and (told := _still_forced(forced_nodes(nodes, force), made, kept)):
             workshop.display.line(told)
@@ -157,7 +167,7 @@ def _run_once(
     return {name: _described(each) for name, each in made.items()}, conclusion
 
 
-def _warn(workshop: Workshop, warnings: Sequence[str]) -> None:
+def _warn(workshop: Workshop, warnings: Iterable[str]) -> None:
     for warning in warnings:
         workshop.display.line(f"warning: {warning}")
 

@@ -13,6 +13,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.refreshes import folders_of
+from draftsmith.artifacts.store import Store
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline.config_file import read_config
 from draftsmith.flows.pipeline.display import Display
@@ -83,9 +84,9 @@ def report_of_config(name: str, config: RunOptions, pipeline: Pipeline) -> Repor
         if planned.node.name == node and planned.ref is not None:
             store.fetch(planned.ref)
             return Reported(name, planned.ref.path)
-    last = folders_of(Tracking(home(), config.experiment), config.name).get(node)
+    last = folders_of(Tracking(home(), config.experiment), config.name, node).get(node)
     if last is not None:
-        return _checked(name, store.here(Path(last)))
+        return _checked(name, _here(store, Path(last)))
     raise DraftsmithError(
         f"{name}: its refresh has no report yet: run `draftsmith run {name}`, or name a run of MLflow"
     )
@@ -97,9 +98,9 @@ def report_of_text(name: str) -> Reported:
     store = store_of(home())
     if Path(name).expanduser().is_dir():
         return _checked(name, Path(name).expanduser().resolve())
-    found = folders_of(Tracking(home()), name)
+    found = folders_of(Tracking(home()), name, "report")
     if "report" in found:
-        return _checked(name, store.here(Path(found["report"])))
+        return _checked(name, _here(store, Path(found["report"])))
     try:
         ref = store.resolve(name)
         store.fetch(ref)
@@ -110,6 +111,12 @@ def report_of_text(name: str) -> Reported:
         raise DraftsmithError(
             f"{name}: neither a config file, nor a refresh's run in MLflow with a report, nor an artifact ({error})"
         ) from error
+
+
+def _here(store: Store, folder: Path) -> Path:
+    """The artifact that a run kept as this folder: in a home that was moved since, by its stage and key."""
+    kept, own = store.here(folder), store.path(folder.parent.name, folder.name)
+    return own if own.is_dir() and not kept.is_dir() else kept
 
 
 def _checked(name: str, folder: Path) -> Reported:

@@ -15,6 +15,7 @@ from draftsmith.flows.refresh.hook import HookConfig
 from draftsmith.flows.refresh.line import RegistryConfig
 from draftsmith.stages.champion import ChampionConfig
 from draftsmith.stages.contract import Config
+from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.logs import LogsConfig
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.measure.drift import DriftConfig
@@ -228,11 +229,22 @@ def drift_config(config: RefreshConfig) -> DriftConfig:
     return config.drift.model_copy(update={"drafting": drafting})
 
 
+def measured_with(config: RefreshConfig, drafting: DraftingConfig) -> dict[str, Any]:
+    """The settings that tau depends on, beside drafter, target and prompts, by field."""
+    sections = {"heldout.sampling": config.heldout.sampling, "drafting": drafting}
+    return {
+        f"{section}.{name}": value
+        for section, given in sections.items()
+        for name, value in given.model_dump(mode="json").items()
+    }
+
+
 def report_config(config: RefreshConfig) -> ReportConfig:
-    """With what the line's champions were worth until now."""
-    if config.registry is None or not config.registry.history:
+    """With who serves, and what the line's champions were worth until now."""
+    if config.registry is None:
         return config.report
-    return config.report.model_copy(update={"history": config.registry.history})
+    serves = (config.champion.line, config.champion.version) if config.champion is not None else None
+    return config.report.model_copy(update={"champion": serves, "history": config.registry.history})
 
 
 def control_config(config: RefreshConfig) -> SftConfig:

@@ -5,34 +5,41 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from draftsmith.artifacts.errors import RefusedError
+from draftsmith.artifacts.home import home
+from draftsmith.artifacts.locks import OTHERS_LIMIT_S, Lock, locked
 from draftsmith.artifacts.manifest import ArtifactRef
-from draftsmith.artifacts.registry import ChampionMovedError, Version
+from draftsmith.artifacts.registry import CHAMPION, RECORD, ChampionMovedError, Version
 from draftsmith.flows.pipeline.graph import Conclusion, Node, PlanAgain
 from draftsmith.flows.refresh import hook
-from draftsmith.flows.refresh.config import RefreshConfig, prompts_since
+from draftsmith.flows.refresh.config import RefreshConfig, drift_config, measured_with, prompts_since
 from draftsmith.flows.refresh.line import (
+    AHEAD_DAYS,
+    BLOCK_SIZE,
     age_days,
     as_it_stands,
     check_held_out,
-    ended_tags,
     log_tags,
     registry,
+    tag_ended,
     version_tags,
 )
-from draftsmith.stages.champion import RECORD
+from draftsmith.stages.champion import RECORD as TARGET_RECORD
 from draftsmith.stages.contract import Config
 from draftsmith.stages.gate import DECISION
-from draftsmith.stages.measure.drift import fallen
+from draftsmith.stages.measure.drift import fallen, unjudged
+from draftsmith.stages.measure.gate import with_version
 from draftsmith.stages.prompting.times import LAST
 
 log = logging.getLogger(__name__)
 _IN_FRONT = ("target", "prompts", "heldout", "champion")  # nodes of the drift check's own
-_HOOK, _DUE = "on_promote", "due"  # a version's tag: whether its promotion was told
+_HOOK = "on_promote"  # a version's tag: whether its promotion was told
+_DUE, _CALLED, _FAILED = "due", "called", "failed"
 _TOLD, _MOST = "on_promote.decision", 4900  # another: what is told; MLflow keeps 5,000 characters of a tag
 
 
@@ -60,7 +67,7 @@ class RefreshCourse:
             return None
         self._call_what_is_due()
         drift = json.loads((made["drift"] / "drift.json").read_text("utf-8"))
-        reasons = self._reasons(drift, json.loads((made["champion"] / RECORD).read_text("utf-8")))
+        reasons = self._reasons(drift, json.loads((made["champion"] / TARGET_RECORD).read_text("utf-8")))
         self._drift = {
             "figures": {f"drift.{name}.tau": figures["tau"] for name, figures in drift.items()},
             "tags": {"draftsmith.drift": "; ".join(reasons)[:4000] or "none"},
@@ -70,10 +77,16 @@ class RefreshCourse:
         registry().add_drift(self.line.name, {"at": datetime.now(UTC).isoformat(timespec="seconds"), **seen})
         if reasons:
             return None
+        before = (champion.figures.get("all") or {}).get("tau")
+        said = [
+            f"no set fell measurably by more than {self.config.drift.threshold:.1%}",
+            *unjudged(drift, champion.figures),
+            "nothing was trained (`--force drift` refreshes anyway)",
+        ]
         message = (
             f"{self.line.name}: the champion (version {champion.version}) is current: tau {tau:.3f} on "
-            f"{drift['all']['prompts']} prompts, no set fell by more than {self.config.drift.threshold:.1%}; nothing "
-            "was trained (`--force drift` refreshes anyway)"
+            f"{drift['all']['prompts']} prompts, {'unknown' if before is None else format(before, '.3f')} at its "
+            f"promotion; {'; '.join(said)}"
         )
         return Conclusion("Current", message, **self._drift)
 
@@ -89,16 +102,33 @@ class RefreshCourse:
             reasons.append("the target has changed since its promotion")
         if (days := age_days(self.line.refreshed_at)) > config.max_age_days:
             reasons.append(f"the last refresh was {days:.0f} days ago, more than {config.max_age_days:g}")
+        if days < -AHEAD_DAYS:
+            reasons.append(f"the last refresh was at {self.line.refreshed_at}, which is ahead of this machine's clock")
+        if differently := self._measured_differently():  # unlike figures say nothing of drift
+            return [*reasons, f"measured differently since its promotion: {', '.join(differently)}"]
         return reasons + fallen(drift, champion.figures, config.threshold)
+
+    def _measured_differently(self) -> list[str]:
+        """The settings that were others when the champion's figures were taken, in words; a version of before they
+        were kept says none."""
+        now = measured_with(self.config, drift_config(self.config).drafting)
+        return [
+            f"{name} {_said(now[name])}, was {_said(was)}"
+            for name, was in self.line.measured_with.items()
+            if now.get(name, was) != was and (name, now[name]) != (BLOCK_SIZE, None)  # the trained one, which it was
+        ]
 
     # -- promotion -----------------------------------------------------------------------------------------------
 
     def finish(self, made: Mapping[str, ArtifactRef], run_id: str | None) -> Conclusion | None:
         """The challenger as a version of the line, and the champion if the gate says so."""
         decision = json.loads((made["gate"].path / DECISION).read_text("utf-8"))
+        if self.line.champion is not None:
+            decision = with_version(decision, self.line.champion.version)
         evaluation = json.loads((made["evaluation"].path / "evaluation.json").read_text("utf-8"))
         line, ref = registry(), made[decision["challenger"]]
-        tags = version_tags(evaluation, decision, ref, self.config.prompts)
+        settings = measured_with(self.config, self.config.evaluation.drafted())
+        tags = version_tags(evaluation, decision, ref, self.config.prompts, settings)
         tags |= log_tags(made["logs"]) if "logs" in made else {}
         now = line.champion(self.line.name)
         expected = None if self.line.champion is None else line.version(self.line.name, self.line.champion.version)
@@ -110,7 +140,7 @@ class RefreshCourse:
         if not decision["promote"]:
             said = f"{version} is not promoted: {decision['sentence']}"
             undecided = decision.get("outcome") == "undecided"
-            line.tag(version, ended_tags())
+            tag_ended(version)
             return self._conclusion(
                 "Undecided" if undecided else "Refused", said, decision, version, RefusedError(said)
             )
@@ -120,8 +150,20 @@ class RefreshCourse:
                 "nothing that makes it has changed since; to serve it: "
                 f"`draftsmith promote {version.line}@{version.number}`"
             )
-            line.tag(version, ended_tags())
+            tag_ended(version)
             return self._conclusion("Refused", said, decision, version, RefusedError(said))
+        with self._alone():
+            return self._promote(line.version(version.line, version.number), expected, decision, tags)
+
+    def _promote(
+        self, version: Version, expected: Version | None, decision: Mapping[str, Any], tags: Mapping[str, str]
+    ) -> Conclusion:
+        line, serves = registry(), CHAMPION in version.aliases
+        if "promoted_at" in version.tags and not serves:  # it comes back: what it is worth today
+            line.tag(version, {name: tags[name] for name in RECORD if name in tags})
+        known, _, reason = version.tags.get(_HOOK, "").partition(": ")
+        if serves and known in (_CALLED, _FAILED):  # another launcher of the same config was faster
+            self._told.setdefault(version.number, reason or None)
         hook_due = self.config.on_promote is not None and version.number not in self._told
         if hook_due:
             line.tag(version, {_HOOK: _DUE, _TOLD: _short(decision)})
@@ -131,7 +173,7 @@ class RefreshCourse:
             if hook_due:
                 line.tag(version, {_HOOK: ""})
             raise PlanAgain(str(error)) from error
-        line.tag(version, ended_tags())
+        tag_ended(version)
         said = f"{version} is the champion: {decision['sentence']}"
         if self.config.on_promote is not None:
             problem = self._call(version, decision)
@@ -145,17 +187,26 @@ class RefreshCourse:
             told = {"line": version.line, "version": version.number, "source": version.source, **decision}
             self._told[version.number] = hook.call(self.config.on_promote, told)
         problem = self._told[version.number]
-        registry().tag(version, {_HOOK: f"failed: {problem}"[:1000] if problem else "called"})
+        registry().tag(version, {_HOOK: f"{_FAILED}: {problem}"[:1000] if problem else _CALLED})
         return problem
 
     def _call_what_is_due(self) -> None:
         """The hook of a promotion whose run ended before it could be called."""
-        champion = registry().champion(self.line.name) if self.config.on_promote is not None else None
-        if champion is not None and champion.tags.get(_HOOK) == _DUE:
-            known = champion.tags.get(_TOLD)
-            decision = json.loads(known) if known else {"promote": True, "sentence": champion.tags.get("decision", "")}
-            problem = self._call(champion, decision)
-            log.info("on_promote of %s %s", champion, f"failed: {problem}" if problem else "was called late")
+        if self.config.on_promote is None:
+            return
+        with self._alone():
+            champion = registry().champion(self.line.name)
+            if champion is not None and champion.tags.get(_HOOK) == _DUE:
+                known = champion.tags.get(_TOLD)
+                said = champion.tags.get("decision", "")
+                problem = self._call(champion, json.loads(known) if known else {"promote": True, "sentence": said})
+                log.info("on_promote of %s %s", champion, f"failed: {problem}" if problem else "was called late")
+
+    def _alone(self) -> AbstractContextManager[Lock]:
+        """Of the runs of this home: one that is calling the hook has not said so yet."""
+        lock = home() / "registry" / f".lock-{self.line.name}.on_promote"
+        patience = OTHERS_LIMIT_S + (self.config.on_promote.timeout_s if self.config.on_promote is not None else 0)
+        return locked(lock, run=f"promotion of {self.line.name}", limit_s=patience)
 
     def _conclusion(
         self,
@@ -175,6 +226,10 @@ class RefreshCourse:
             **self._drift.get("tags", {}),
         }
         return Conclusion(name, message, error, figures, tags, overrules=overruled)
+
+
+def _said(value: Any) -> str:
+    return "left out" if value is None else f"{value}"
 
 
 def _short(decision: Mapping[str, Any]) -> str:

@@ -35,9 +35,13 @@ if TYPE_CHECKING:
     from draftsmith.artifacts.store import Store
 
 _MOST_POINTS = 300  # of a line's history
-_MOST_SETS = 24  # of a version's figures: a tag holds 5,000 characters
+_MOST_CHARACTERS = 4900  # of a version's figures: MLflow keeps 5,000 of a tag
+_OF_A_SET = ("tau", "low", "high")  # what is kept where there are many
+_MEASURED_WITH = "measured_with"
+BLOCK_SIZE = "drafting.block_size"  # among the settings that figures were taken with
 _SHARES, _SUFFIXES = "heldout_shares", "suffixes"
 REFRESHED_AT = "refreshed_at"  # a version's tag: when a refresh came to it last
+AHEAD_DAYS = 1 / 24  # by which the clocks of two hosts may differ
 
 
 class RegistryConfig(Config):
@@ -66,6 +70,9 @@ class RegistryConfig(Config):
     refreshed_at: Annotated[
         str | None, Field(description="filled in too: when a refresh of the line came to its gate last")
     ] = None
+    measured_with: dict[str, Any] = Field(
+        default={}, description="filled in too: settings that the champion's figures were taken with"
+    )
     read_until: Annotated[
         str | None, Field(description="filled in too: time of the newest logged row that its refresh has read")
     ] = None
@@ -152,6 +159,7 @@ def as_it_stands(line: RegistryConfig) -> RegistryConfig:
                 (at for each in known.versions(line.name) if (at := each.tags.get(REFRESHED_AT))),
                 default=version.tags.get("promoted_at") or version.created_at,
             ),
+            "measured_with": json.loads(version.tags.get(_MEASURED_WITH) or "{}"),
             "read_until": version.tags.get("read_until") or None,
         }
     )
@@ -219,9 +227,12 @@ def history(line: str) -> list[dict[str, Any]]:
     """tau of the line's drafters on all prompts: at each promotion, each refusal, and each drift check since. Oldest
     first."""
     known = registry()
+    first: dict[int, str] = {}
+    for event in known.events(line):
+        first.setdefault(event.version, event.at)  # not the rollback to it, which took no figures
     promoted = [
         {
-            "at": each.tags.get("promoted_at") or each.created_at,
+            "at": first.get(each.number) or each.created_at,
             "version": each.number,
             "what": "promoted" if each.tags.get("promoted_at") else "refused",
             **each.figures()["all"],
@@ -246,16 +257,21 @@ def champion_config(version: Version) -> ChampionConfig:
 
 
 def age_days(refreshed_at: str | None, now: datetime | None = None) -> float:
-    """Since a refresh; 0 if there was none."""
+    """Since a refresh; 0 if there was none, less than `-AHEAD_DAYS` if the clock of its host was wrong, or is here."""
     if refreshed_at is None:
         return 0.0
     return ((now or datetime.now(UTC)) - datetime.fromisoformat(refreshed_at)).total_seconds() / 86400
 
 
 def version_tags(
-    evaluation: Mapping[str, Any], decision: Mapping[str, Any], ref: ArtifactRef, prompts: PromptsConfig
+    evaluation: Mapping[str, Any],
+    decision: Mapping[str, Any],
+    ref: ArtifactRef,
+    prompts: PromptsConfig,
+    settings: Mapping[str, Any],
 ) -> dict[str, str]:
-    """What a version says of itself: what it was worth, for which target, where it comes from, what was decided."""
+    """What a version says of itself: what it was worth, for which target, where it comes from, what was decided.
+    settings: what its tau depends on (`measured_with`)."""
     from draftsmith.stages.drafters.checkpoint import read_info
     from draftsmith.stages.drafters.digest import drafter_digest
 
@@ -272,6 +288,7 @@ def version_tags(
         "speedup": f"{speed['speedup']:.4f}" if "speedup" in speed else "",
         "speedup_interval": json.dumps([speed.get("speedup_low"), speed.get("speedup_high")]),
         "figures": json.dumps(figures_of(evaluation, arm)),
+        _MEASURED_WITH: json.dumps({**settings, BLOCK_SIZE: drafter.get("block_size")}),
         "decision": decision["sentence"][:4000],
         **prompt_tags(prompts),
     }
@@ -282,9 +299,14 @@ def prompt_tags(prompts: PromptsConfig) -> dict[str, str]:
     return {_SHARES: json.dumps(held_out_shares(prompts)), _SUFFIXES: json.dumps(_suffixes(prompts), default=sorted)}
 
 
-def ended_tags() -> dict[str, str]:
-    """What a version says when a refresh has come to its end with it: one that was lost before goes on."""
-    return {REFRESHED_AT: datetime.now(UTC).isoformat(timespec="seconds")}
+def tag_ended(version: Version) -> None:
+    """A refresh has come to its end with this version: one that was lost before goes on. What a clock said that was
+    ahead counts no more."""
+    lines = registry()
+    for each in lines.versions(version.line):
+        if age_days(each.tags.get(REFRESHED_AT) or None) < -AHEAD_DAYS:
+            lines.tag(each, {REFRESHED_AT: ""})
+    lines.tag(version, {REFRESHED_AT: datetime.now(UTC).isoformat(timespec="seconds")})
 
 
 def log_tags(logs: ArtifactRef) -> dict[str, str]:
@@ -295,13 +317,19 @@ def log_tags(logs: ArtifactRef) -> dict[str, str]:
 
 
 def figures_of(evaluation: Mapping[str, Any], arm: str) -> dict[str, dict[str, Any]]:
-    """tau and speed-up with their intervals, of all prompts and of each set: a drift check compares with tau later."""
+    """tau and speed-up with their intervals, of all prompts and of as many sets as a tag can say: a drift check
+    compares with tau later."""
     drafter, speed = evaluation["drafters"][arm], (evaluation.get("speed") or {}).get(arm) or {}
     overall = {"tau": drafter["tau"], "low": drafter["tau_low"], "high": drafter["tau_high"]}
     overall |= {name: speed[name] for name in ("speedup", "speedup_low", "speedup_high") if name in speed}
-    found = {"all": {**overall, "prompts": drafter["prompts"]}}
-    for name, arms in list((evaluation.get("sets") or {}).items())[:_MOST_SETS]:
-        found[name] = arms[arm]
-    return {
-        name: {k: round(v, 4) if isinstance(v, float) else v for k, v in each.items()} for name, each in found.items()
-    }
+    overall = _rounded({**overall, "prompts": drafter["prompts"]})
+    sets = {name: _rounded(arms[arm]) for name, arms in (evaluation.get("sets") or {}).items()}
+    if len(json.dumps({"all": overall, **sets})) > _MOST_CHARACTERS:
+        sets = {name: {key: each[key] for key in _OF_A_SET if key in each} for name, each in sets.items()}
+    while len(json.dumps({"all": overall, **sets})) > _MOST_CHARACTERS:
+        sets.popitem()
+    return {"all": overall, **sets}
+
+
+def _rounded(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in figures.items()}

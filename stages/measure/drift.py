@@ -10,6 +10,8 @@ from pydantic import Field
 from draftsmith.stages.contract import Config, Operational
 from draftsmith.stages.drafters.config import DraftingConfig
 
+_MOST_NAMES = 5  # of prompt sets in a sentence
+
 
 class DriftConfig(Config):
     """When a refresh goes on."""
@@ -41,3 +43,15 @@ def fallen(drift: Mapping[str, Any], reference: Mapping[str, Any], threshold: fl
         if now["high"] < limit:
             said.append(f"{name}: tau {now['tau']:.3f} (at most {now['high']:.3f}), {before:.3f} at its promotion")
     return said
+
+
+def unjudged(drift: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]:
+    """The sets of which `fallen` says nothing, whatever became of them, in words, by the reason."""
+    unknown = [name for name in drift if (reference.get(name) or {}).get("tau") is None]
+    few = [name for name, now in drift.items() if now["high"] is None and name not in unknown]
+    return [
+        f"not judged, {why}: {len(names)} set{'s' * (len(names) != 1)} ({', '.join(names[:_MOST_NAMES])}"
+        f"{', …' * (len(names) > _MOST_NAMES)})"
+        for why, names in (("for want of a figure at its promotion", unknown), ("for want of prompts", few))
+        if names
+    ]

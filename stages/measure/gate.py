@@ -21,6 +21,7 @@ from draftsmith.stages.measure.verdicts import FEWEST_TURNS
 from draftsmith.stages.statistics import CONFIDENCE, Estimate
 
 CHAMPION, PLAIN = "champion", "plain"
+_THE_CHAMPION = "the champion"  # in a sentence: its number is the line's, not of what was measured
 
 
 class GateConfig(Config):
@@ -66,7 +67,7 @@ class Decision:
     """What the gate says of a challenger."""
 
     challenger: str  # the arm
-    champion: str | None  # what it was compared with: None: plain decoding alone
+    champion: bool  # whether it was compared with one, or with plain decoding alone
     rules: tuple[Rule, ...]
 
     @property
@@ -82,7 +83,7 @@ class Decision:
 
     def sentence(self) -> str:
         """One sentence for the terminal."""
-        against = f"version {self.champion}" if self.champion else "plain decoding"
+        against = _THE_CHAMPION if self.champion else "plain decoding"
         if self.promote:
             tau = next((rule.said for rule in self.rules if rule.name in ("tau", "speed-up")), "")
             return f"promoted: {self.challenger} beats {against} ({tau})"
@@ -95,7 +96,7 @@ class Decision:
             "promote": self.promote,
             "outcome": self.outcome,
             "challenger": self.challenger,
-            "champion": self.champion,
+            "champion": CHAMPION if self.champion else None,
             "sentence": self.sentence(),
             "rules": [asdict(rule) for rule in self.rules],
         }
@@ -110,10 +111,16 @@ def challenger_of(evaluation: Mapping[str, Any]) -> str:
     return "opd" if "opd" in arms else arms[-1]
 
 
-def decide(
-    evaluation: Mapping[str, Any], config: GateConfig, champion: str | None, checksums: Sequence[str] = ()
-) -> Decision:
-    """champion: its version, None where there is none. checksums: what is wrong with the files of either."""
+def with_version(decision: Mapping[str, Any], version: int) -> dict[str, Any]:
+    """A decision as JSON, of the line in which the champion has this number: two lines may serve the same drafter."""
+    if not decision.get("champion"):
+        return dict(decision)
+    named = decision["sentence"].replace(_THE_CHAMPION, f"version {version}", 1)
+    return {**decision, "champion": str(version), "sentence": named}
+
+
+def decide(evaluation: Mapping[str, Any], config: GateConfig, checksums: Sequence[str] = ()) -> Decision:
+    """checksums: what is wrong with the files of challenger or champion."""
     challenger = challenger_of(evaluation)
     rules = [_checksums(checksums), *_lossless(evaluation, config), *_parity(evaluation, challenger)]
     if CHAMPION in evaluation["drafters"]:
@@ -126,7 +133,7 @@ def decide(
         said = f"{tau:.3f}{'' if low is None else f', at least {low:.3f}'}; above 1.000 wanted"
         figures = {"value": tau, "end": low, "wanted": 1.0}
         rules.append(Rule("tau", low is not None and low > 1, said, figures, judged=low is not None))
-    return Decision(challenger, champion, tuple(rules))
+    return Decision(challenger, CHAMPION in evaluation["drafters"], tuple(rules))
 
 
 def _checksums(problems: Sequence[str]) -> Rule:

@@ -58,7 +58,7 @@ def outcome(evaluation: Mapping[str, Any], decision: Mapping[str, Any]) -> Outco
     rules = decision["rules"]
     failed = [rule for rule in rules if not rule["passed"]]
     name = name_of(decision["challenger"])
-    champion = f"version {decision['champion']}" if decision["champion"] else None
+    champion = _champion(decision["champion"])
     against = f" (tau {_taus(evaluation, decision['challenger'])})" if champion else ""
     if kind == "promoted":
         sentence = f"{name} takes the place of {champion}" if champion else f"{name} is the line's first champion"
@@ -66,13 +66,18 @@ def outcome(evaluation: Mapping[str, Any], decision: Mapping[str, Any]) -> Outco
     elif kind == "refused":
         broken = [rule for rule in failed if rule.get("judged", True)]
         why = " and ".join(dict.fromkeys(_broken(rule["name"]) for rule in broken))
-        stays = f"V{champion[1:]} stays: " if champion else ""
+        stays = f"{champion[0].upper()}{champion[1:]} stays: " if champion else ""
         sentence, shown = f"{stays}{name} {why}", failed
     else:
         than = champion or "plain decoding"
         sentence = f"What was measured does not say whether {name} is better than {than}"
         shown = failed
     return Outcome(kind, f"{sentence}{against}.", [f"{rule['name']}: {rule['said']}" for rule in shown])
+
+
+def _champion(known: str | None) -> str | None:
+    """As a sentence says it: by its number, where the line is known."""
+    return known and (name_of(CHAMPION) if known == CHAMPION else f"version {known}")
 
 
 def _broken(rule: str) -> str:

@@ -137,6 +137,16 @@ def test_what_a_retry_does_not_mend_is_no_lost_server(served: Registry, tmp_path
     assert not isinstance(refused.value, RetryableError)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "mlflow.db").write_text("no database at all, for 16 bytes and more")
-    with pytest.raises(DraftsmithError, match=r"mlflow\.db: .*make it writable, or move it away") as damaged:
+    with pytest.raises(DraftsmithError, match=r"mlflow\.db: .*restore it from a backup .*lines, champions") as damaged:
         Registry(Tracking(tmp_path / "home")).champion("line")
     assert not isinstance(damaged.value, RetryableError)
+
+
+def test_a_server_that_is_lost_is_said_with_its_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = "http://user:secret@127.0.0.1:9"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    wanted = r"MLFLOW_TRACKING_URI http://.*127\.0\.0\.1:9: .*; start the server, correct the variable, or unset it"
+    with pytest.raises(RetryableError, match=wanted) as lost:
+        Registry(Tracking(tmp_path)).champion("line")
+    assert "secret" not in str(lost.value)

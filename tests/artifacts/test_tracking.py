@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import logging
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
+from draftsmith.artifacts.mlflow_files import misplaced
 from draftsmith.artifacts.mlflow_terms import flatten
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.artifacts.tracking import Tracking
@@ -255,8 +257,18 @@ def test_a_silent_server_is_given_up_within_seconds(tmp_path: Path, monkeypatch:
 
 def test_a_damaged_database_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("this is no database" * 100)
-    with pytest.raises(DraftsmithError, match=r"MLflow's database sqlite:.*not a database.*move it away"):
+    with pytest.raises(DraftsmithError, match=r"MLflow's database sqlite:.*not a database.*restore it from a backup"):
         Tracking(tmp_path).check()
+
+
+def test_files_of_runs_that_would_lie_in_the_home_of_before_are_warned_of(migrated: Path, tmp_path: Path) -> None:
+    assert misplaced(Tracking(migrated)) is None
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    shutil.copy(migrated / "mlflow.db", moved)
+    said = misplaced(Tracking(moved))
+    assert said is not None and f"into {(migrated / 'mlartifacts' / 'draftsmith').as_uri()}, outside of" in said
+    assert misplaced(Tracking(moved, "a-new-one")) is None
 
 
 def test_a_failure_during_the_work_is_one_warning_and_loses_nothing(

@@ -13,7 +13,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.stages.report import STAGE, ReportConfig
-from tests.stages.reporting.sample_report import CONTEXTS, DECISION, EVALUATION
+from tests.stages.reporting.sample_report import CONTEXTS, DECISION, EVALUATION, OF_A_LINE
 
 
 @dataclass
@@ -140,3 +140,20 @@ def test_the_review_holds_every_figure_the_verdict_and_the_configs(tmp_path: Pat
     assert figures["tau_minus.sft.challenger"] == 0.131
     assert set(review["config"]) >= {"target", "sft", "opd", "evaluation"}
     assert "Worst contexts of SFT + OPD" in (ctx.out / "report.html").read_text()
+
+
+def test_the_champion_has_the_number_of_the_reports_own_line(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    """Its artifact, and all that was measured against it, may be of another line that serves the same drafter."""
+    store = Store(tmp_path / "store")
+    champion = put(store, "champion", {"champion.json": "{}"}, {})
+    evaluation = put(store, "evaluation", {"evaluation.json": json.dumps(OF_A_LINE)}, {"champion": champion})
+    gate = put(
+        store, "gate", {"decision.json": json.dumps(DECISION | {"champion": "champion"})}, {"champion": champion}
+    )
+    measured = inputs | {"evaluation": evaluation.path, "gate": gate.path}
+    ctx = Context(tmp_path / "out", tmp_path / "work", measured)
+    STAGE.run(ctx, ReportConfig(champion=("mine", 7)))
+    review = json.loads((ctx.out / "review.json").read_text())
+    assert "is better than version 7 (tau" in review["outcome"]["sentence"]
+    assert review["config"]["champion"] == {"line": "mine", "version": 7}
+    assert "mine version 7" in (ctx.out / "report.html").read_text()

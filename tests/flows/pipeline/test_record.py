@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.manifest import ArtifactRef
-from draftsmith.artifacts.refreshes import REUSED_TIMES
+from draftsmith.artifacts.refreshes import OUTCOME, REUSED_TIMES
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline.record import RunRecord
 
@@ -65,6 +65,33 @@ def test_the_same_artifacts_are_the_same_run_and_others_are_not(tracking: Tracki
         assert record.settle(others) not in (None, run_id)
         record.close("FINISHED", others, {}, [], {})
     assert len(client.search_runs([experiment])) == 3
+
+
+def test_what_follows_from_what_an_earlier_run_had_only_looked_at_is_told_by_its_run(
+    tracking: Tracking, tmp_path: Path
+) -> None:
+    """`--until report`, and then the whole: every artifact is there."""
+    client, _ = tracking.connect()
+    made = artifacts(tmp_path)
+    looked = RunRecord(tracking, "weekly", {}, {})
+    run_id = looked.open()
+    assert run_id is not None
+    looked.close("FINISHED", made, {"tau.opd": 2.5}, [], {"mlflow.note.content": "**Nothing has followed yet.**"})
+
+    def again(of: dict[str, ArtifactRef], outcome: str, note: str) -> dict[str, str]:
+        record = RunRecord(tracking, "weekly", {}, {})
+        assert record.settle(of) == run_id
+        record.close(
+            "FINISHED", of, {"promoted": 1.0}, [], {OUTCOME: outcome, "mlflow.note.content": note}, concluded=True
+        )
+        return dict(client.get_run(run_id).data.tags)
+
+    part = again({"prompts": made["prompts"]}, "current", "**Current.**")
+    assert OUTCOME not in part and "Nothing has followed" in part["mlflow.note.content"], "it has made more than this"
+    whole = again(made, "promoted", "**Promoted.**")
+    assert (whole[OUTCOME], whole["mlflow.note.content"], whole[REUSED_TIMES]) == ("promoted", "**Promoted.**", "2")
+    assert client.get_run(run_id).data.metrics == {"tau.opd": 2.5, "promoted": 1.0}
+    assert again(made, "refused", "**Refused.**")[OUTCOME] == "promoted", "what it came to stays"
 
 
 def test_a_run_that_fails_before_its_first_stage_leaves_none_and_a_failed_one_is_not_reused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,10 @@ def test_runs_of_mlflow_and_artifacts_are_found_and_compared(
     assert shown is not None and run_id is not None
     record.close("FINISHED", {"report": first}, shown.figures, [], {"mlflow.note.content": shown.description})
     assert report_of_text("weekly's").folder == report_of_text(run_id).folder == first.path
+    later = RunRecord(Tracking(home, "a-line"), "weekly's", {}, {})
+    later.open()
+    later.close("FINISHED", {"drift": second}, {}, [], {})
+    assert report_of_text("weekly's").folder == first.path, "the last that came to its report"
     assert "**Not promoted.** week 1 stays." in shown.description
     assert "- tau: too low" in shown.description and "- the clock changed" in shown.description
 
@@ -61,6 +66,19 @@ def test_runs_of_mlflow_and_artifacts_are_found_and_compared(
     assert [line.split() for line in out.splitlines() if line.startswith("sft.steps")] == [["sft.steps", "3", "5"]]
     assert main(["report", str(second.path)]) == 0
     assert capsys.readouterr().out.strip() == str(second.path / "report.html")
+
+
+def test_a_report_is_found_in_a_home_that_was_moved(
+    store: Store, home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first = made(store, "moved")
+    record = RunRecord(Tracking(home, "a-line"), "moved", {}, {})
+    record.open()
+    record.close("FINISHED", {"report": first}, {}, [], {})
+    moved = shutil.copytree(home, tmp_path / "elsewhere")
+    shutil.rmtree(first.path)
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(moved))
+    assert report_of_text("moved").page == moved / "store" / "report" / first.key[:16] / "report.html"
 
 
 def test_what_is_no_refresh_is_one_error(store: Store, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,116 +4,37 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 import sys
-from collections.abc import Callable
+import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.leftovers import leftovers
 from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
 from draftsmith.artifacts.open_store import STORE, store_of
 from draftsmith.artifacts.registry import PREVIOUS, Registry, Version
-from draftsmith.artifacts.store import REPLACED, Claim, Store
+from draftsmith.artifacts.store import REPLACED, Store
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline import inspection
 from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.pipeline.graph import Node, PlanAgain
+from draftsmith.flows.pipeline.graph import Conclusion, PlanAgain
 from draftsmith.flows.refresh import commands
-from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.course import RefreshCourse, resolve
 from draftsmith.flows.refresh.evaluate import evaluate_config, evaluate_nodes
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.flows.refresh.line import checkpoint_of, folder_of, registry
 from draftsmith.stages.champion import STAGE as CHAMPION
-from draftsmith.stages.drafters.checkpoint import save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.gate import DECISION
 from draftsmith.stages.stored import DRAFTER_FOLDER
-from draftsmith.stages.targets.causal_lm import Target
+from tests.flows.refresh.made import checked, committed, config_of, gated
 from tests.testbed.context import RecordingContext
-from tests.testbed.random_target import random_drafter
 
 NOTE = "import sys; open(sys.argv[1], 'w').write(sys.stdin.read())"
 FAILS = "raise SystemExit('the server is away')"
-
-
-@pytest.fixture(scope="module")
-def mlflow(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One database for all tests: to make one takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
-
-
-@pytest.fixture
-def home(mlflow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow)
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def line() -> str:
-    """A line of the test's own."""
-    return f"line-{secrets.token_hex(4)}"
-
-
-def config_of(line: str, **sections: Any) -> RefreshConfig:
-    logs = {"paths": ["answers.jsonl"], "temperature": 0}
-    given = {"name": "weekly", "registry": {"name": line}, "target": {"source": "nowhere"}, "logs": logs}
-    return RefreshConfig.model_validate(given | sections)
-
-
-def committed(store: Store, stage: str, key: str, fill: Callable[[Path], object]) -> ArtifactRef:
-    with store.claim(stage, key * 64) as claim:
-        assert isinstance(claim, Claim)
-        fill(claim.out)
-        return store.commit(claim, config={}, inputs={}, code_digest="", seed=0)
-
-
-@pytest.fixture
-def drafters(home: Path, plain_target: Target) -> list[ArtifactRef]:
-    """Two artifacts of trainings."""
-    store = Store(home / "store")
-
-    def training(seed: int) -> ArtifactRef:
-        made = random_drafter(plain_target, seed)
-        return committed(store, "opd", "ab"[seed], lambda out: save_drafter(made, out / DRAFTER_FOLDER, torch.float32))
-
-    return [training(seed) for seed in range(2)]
-
-
-def gated(store: Store, drafter: ArtifactRef, outcome: str = "promoted") -> dict[str, ArtifactRef]:
-    """What a refresh has made when its gate has decided."""
-    taus = {"tau": 2.5, "tau_low": 2.4, "tau_high": 2.6, "prompts": 40}
-    chat = {
-        "tau": 2.5,
-        "low": 2.4,
-        "high": 2.6,
-        "prompts": 40,
-        "speedup": 1.25,
-        "speedup_low": 1.2,
-        "speedup_high": 1.3,
-    }
-    speed = {"speedup": 1.2, "speedup_low": 1.15, "speedup_high": 1.25}
-    evaluation = {"drafters": {"opd": taus}, "speed": {"opd": speed}, "sets": {"chat": {"opd": chat}}}
-    decision = {
-        "challenger": "opd",
-        "promote": outcome == "promoted",
-        "outcome": outcome,
-        "sentence": f"{outcome}: why",
-    }
-
-    def of_stage(stage: str, file: str, content: dict[str, Any]) -> ArtifactRef:
-        key = {"a": "1", "b": "2"}[drafter.key[0]]
-        return committed(store, stage, key, lambda out: (out / file).write_text(json.dumps(content)))
-
-    measured = of_stage("evaluation", "evaluation.json", evaluation)
-    return {"opd": drafter, "evaluation": measured, "gate": of_stage("gate", "decision.json", decision)}
 
 
 def test_a_promotion_moves_the_alias_and_calls_the_hook(
@@ -176,6 +97,27 @@ def test_the_loser_of_two_refreshes_is_planned_again_against_the_new_champion(
     assert [(event.version, event.before) for event in registry().events(line)] == [(1, None), (2, 1)]
 
 
+def test_the_champion_has_the_number_of_its_own_line(
+    line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path
+) -> None:
+    """Two lines serve the same drafter: its artifact, and what was measured against it, are the same."""
+    store, told = Store(home / "store"), tmp_path / "told.json"
+    registry().register(line, gated(store, drafters[1])["gate"], {})
+    config = config_of(line, on_promote={"command": [sys.executable, "-c", NOTE, str(told)]})
+    RefreshCourse(resolve(config), ()).finish(gated(store, drafters[0]), None)
+    resolved = resolve(config)
+    (report,) = (node for node in refresh_nodes(resolved) if node.name == "report")
+    assert report.config.key_material()["champion"] == [line, 2]
+    third = gated(Store(tmp_path / "other" / "store"), drafters[1], champion="champion")
+    ended = RefreshCourse(resolved, ()).finish(third, None)
+    assert ended is not None and ended.message.startswith(
+        f"{line} version 3 is the champion: promoted: opd beats version 2"
+    )
+    assert ended.tags["draftsmith.decision"] == "promoted: opd beats version 2"
+    assert json.loads(told.read_text())["champion"] == "2"
+    assert registry().version(line, 3).tags["decision"] == "promoted: opd beats version 2"
+
+
 def test_what_was_rolled_back_is_not_promoted_again_by_itself(
     line: str, home: Path, drafters: list[ArtifactRef]
 ) -> None:
@@ -221,6 +163,29 @@ def test_a_hook_is_called_once_though_mlflow_is_lost_behind_it(
     assert registry().versions(line)[0].tags["on_promote"] == "called"
 
 
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_hook_is_called_once_by_two_launchers_of_one_config(
+    code: int, line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path
+) -> None:
+    """The second comes to its promotion while the first one's hook is at work."""
+    calls = tmp_path / "calls"
+    config = config_of(line, on_promote={"command": ["sh", "-c", f"sleep 1; echo >> {calls}; exit {code}"]})
+    made, courses = gated(Store(home / "store"), drafters[0]), [RefreshCourse(resolve(config), ()) for _ in range(3)]
+    ended: list[Conclusion | None] = []
+    both = [
+        threading.Thread(target=lambda course=each: ended.append(course.finish(made, None))) for each in courses[:2]
+    ]
+    for each in both:
+        each.start()
+    for each in both:
+        each.join()
+    ended.append(courses[2].finish(made, None))  # one that was slower yet
+    told = {each.message.rpartition("; ")[2] for each in ended if each is not None}
+    assert (len(ended), calls.read_text()) == (3, "\n")
+    assert told == {"on_promote was called" if code == 0 else "on_promote failed: sh: ended with code 1 (no message)"}
+    assert registry().versions(line)[0].tags["on_promote"].startswith("failed: sh" if code else "called")
+
+
 def test_an_older_version_that_was_promoted_by_hand_stays(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
     store, config = Store(home / "store"), config_of(line)
     RefreshCourse(resolve(config), ()).finish(gated(store, drafters[0]), None)
@@ -247,6 +212,29 @@ def test_a_refusal_of_what_another_refresh_promoted_leaves_its_record(
     assert version.tags["decision"] == "promoted: why" and version.aliases == ("champion",)
 
 
+def test_a_refusal_of_the_champions_own_content_leaves_its_record(
+    line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path
+) -> None:
+    """`registry.restart` has made it again: it is measured against itself."""
+    store, config = Store(home / "store"), config_of(line)
+    RefreshCourse(resolve(config), ()).finish(gated(store, drafters[0]), None)
+    again = gated(Store(tmp_path / "other" / "store"), drafters[0], "refused", tau=1.5)
+    ended = RefreshCourse(resolve(config), ()).finish(again, None)
+    assert ended is not None and ended.name == "Refused"
+    (version,) = registry().versions(line)
+    assert (version.tags["decision"], version.tags["tau"]) == ("promoted: why", "2.5000")
+    assert version.figures()["all"]["tau"] == 2.5 and version.aliases == ("champion",)
+    client, _ = Tracking(home).connect()
+    assert client.get_model_version(line, "1").description == "promoted: why"
+
+    RefreshCourse(resolve(config), ()).finish(gated(store, drafters[1]), None)
+    back = gated(Store(tmp_path / "third" / "store"), drafters[0], tau=3.5)
+    RefreshCourse(resolve(config), ()).finish(back, None)
+    champion = registry().champion(line)
+    assert champion is not None
+    assert (champion.number, champion.tags["tau"]) == (1, "3.5000"), "promoted once more: what it is worth by now"
+
+
 def test_a_hook_that_a_lost_run_owes_is_called_by_the_next(
     line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,47 +255,6 @@ def test_a_hook_that_a_lost_run_owes_is_called_by_the_next(
 
 def interrupted(*_arguments: object) -> None:
     raise KeyboardInterrupt
-
-
-def checked(config: RefreshConfig, home: Path) -> tuple[Node, dict[str, Path]]:
-    """The node of the drift check, and what it and the champion's stage made: nothing has changed."""
-    made = {name: home / "store" / name for name in ("drift", "champion")}
-    for name, file, content in (
-        ("drift", "drift.json", {"all": {"tau": 2.5, "low": 2.4, "high": 2.6, "prompts": 40}}),
-        ("champion", "champion.json", {"target_changed": False}),
-    ):
-        made[name].mkdir(exist_ok=True)
-        (made[name] / file).write_text(json.dumps(content))
-    return next(node for node in refresh_nodes(config) if node.name == "drift"), made
-
-
-def test_a_line_is_refreshed_when_its_last_refresh_is_too_old(
-    line: str, home: Path, drafters: list[ArtifactRef]
-) -> None:
-    store = Store(home / "store")
-    RefreshCourse(resolve(config_of(line)), ()).finish(gated(store, drafters[0]), None)
-
-    def stops(force: tuple[str, ...] = (), restart: bool = False, **drift: float) -> str | None:
-        config = resolve(config_of(line, drift=drift, registry={"name": line, "restart": restart}))
-        ended = RefreshCourse(config, force).stop(*checked(config, home))
-        return None if ended is None else ended.name
-
-    (version,) = registry().versions(line)
-    assert stops() == "Current"
-    assert stops(force=("target",)) == "Current", "a new revision is looked for, not assumed"
-    assert stops(force=("drift",)) is None and stops(force=("evaluation",)) is None and stops(restart=True) is None
-    resolved = resolve(config_of(line))
-    for force, kept in (("drift", {"drift"}), ("evaluation", {"drift"}), ("target", set())):
-        assert RefreshCourse(resolved, (force,)).decisive == kept, "else the next one would find no reason to go on"
-    assert registry().drift(line)[-1]["decision"] == "the line begins again (registry.restart)"
-    registry().tag(version, {"promoted_at": "2020-01-01T00:00:00+00:00"})
-    assert stops() == "Current", "what counts is the last refresh"
-    registry().tag(version, {"refreshed_at": "2020-01-01T00:00:00+00:00"})
-    assert stops() is None
-    assert "the last refresh was" in registry().drift(line)[-1]["decision"]
-    assert stops(max_age_days=36500) == "Current"
-    RefreshCourse(resolve(config_of(line)), ()).finish(gated(store, drafters[1], "refused"), None)
-    assert stops() == "Current", "a refresh that was refused is one"
 
 
 def test_an_uploaded_champion_serves_where_the_store_is_not(

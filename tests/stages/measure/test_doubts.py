@@ -60,7 +60,7 @@ def evaluation(turns: list[Turn]) -> dict[str, Any]:
 
 
 def gate(turns: list[Turn], **config: Any) -> Decision:
-    return decide(evaluation(turns), GateConfig(**config), "3")
+    return decide(evaluation(turns), GateConfig(**config))
 
 
 def changed(turns: list[Turn], **by_arm: Any) -> list[Turn]:
@@ -133,7 +133,7 @@ def test_too_few_prompts_or_turns_are_not_decided_on() -> None:
     assert short.outcome == "undecided" and "4 turns, 5 are needed" in short.sentence()
     found = evaluation(measured())
     units = [each | ({"units": 3} if each["kind"] == "tau" else {}) for each in found["compared"]]
-    decision = decide(found | {"compared": units}, GateConfig(), "3")
+    decision = decide(found | {"compared": units}, GateConfig())
     assert (decision.outcome, unjudged(decision)) == ("undecided", ["tau"])
     assert "3 prompts cannot tell" in decision.sentence()
 
@@ -141,7 +141,7 @@ def test_too_few_prompts_or_turns_are_not_decided_on() -> None:
 def test_what_is_broken_beside_it_is_refused_all_the_same() -> None:
     found = evaluation(changed(measured(), plain=lambda _: 2.0))
     lossy = found | {"exactness": {"fp32_prompts": 4, "fp32_identical": 3}}
-    assert decide(lossy, GateConfig(), "3").outcome == "refused"
+    assert decide(lossy, GateConfig()).outcome == "refused"
 
 
 def test_the_report_names_them_and_says_nothing_of_the_speeds() -> None:
@@ -149,7 +149,7 @@ def test_the_report_names_them_and_says_nothing_of_the_speeds() -> None:
     assert any("The speed-up of opd was measured as" in line for line in reported.doubts(found))
     (speed,) = [line for line in findings(found) if "times its speed" in line]
     assert "which is not judged" in speed and "faster" not in speed
-    table = reported.gate(decide(found, GateConfig(), "3").as_json())
+    table = reported.gate(decide(found, GateConfig()).as_json())
     assert table is not None
     assert {row[1] for row in table.rows if row[0].startswith("speed")} == {"not judged"}
 

@@ -10,7 +10,7 @@ import pytest
 
 from draftsmith.stages.measure.acceptance import acceptance_table, taus_compared
 from draftsmith.stages.measure.doubts import doubts
-from draftsmith.stages.measure.gate import CHAMPION, PLAIN, GateConfig, challenger_of, compared, decide
+from draftsmith.stages.measure.gate import CHAMPION, PLAIN, GateConfig, challenger_of, compared, decide, with_version
 from draftsmith.stages.measure.requests import Setting
 from draftsmith.stages.measure.speed import log_ratios
 from draftsmith.stages.statistics import Estimate
@@ -39,22 +39,20 @@ def evaluation(rng: np.random.Generator, gain: float, prompts: int = 200, rounds
 
 
 def broken(found: dict[str, Any], config: GateConfig | None = None, **checks: Any) -> list[str]:
-    return [rule.name for rule in decide(found, config or GateConfig(), "3", **checks).rules if not rule.passed]
+    return [rule.name for rule in decide(found, config or GateConfig(), **checks).rules if not rule.passed]
 
 
 def test_a_champion_as_its_own_challenger_is_seldom_promoted() -> None:
     rng = np.random.default_rng(0)
     repetitions = 400
-    promoted = sum(decide(evaluation(rng, 0.0, prompts=60), GateConfig(), "3").promote for _ in range(repetitions))
+    promoted = sum(decide(evaluation(rng, 0.0, prompts=60), GateConfig()).promote for _ in range(repetitions))
     assert 0 < promoted / repetitions <= allowed(repetitions)
 
 
 def test_a_challenger_that_is_5_percent_better_is_promoted_nearly_always() -> None:
     rng = np.random.default_rng(1)
     repetitions = 100
-    assert (
-        sum(decide(evaluation(rng, 0.05), GateConfig(), "3").promote for _ in range(repetitions)) >= 0.9 * repetitions
-    )
+    assert sum(decide(evaluation(rng, 0.05), GateConfig()).promote for _ in range(repetitions)) >= 0.9 * repetitions
 
 
 def test_the_very_same_drafter_is_not_promoted() -> None:
@@ -67,8 +65,11 @@ def test_a_promotion_needs_the_gain_that_is_asked_for() -> None:
     found = evaluation(np.random.default_rng(3), 0.2)
     assert broken(found) == []
     assert broken(found, GateConfig(min_tau_gain=0.5)) == ["tau"]
-    decision = decide(found, GateConfig(), "3")
-    assert decision.promote and decision.sentence().startswith("promoted: opd beats version 3 (+")
+    decision = decide(found, GateConfig())
+    assert decision.promote and decision.sentence().startswith("promoted: opd beats the champion (+")
+    named = with_version(decision.as_json(), 3)
+    assert named["champion"] == "3" and named["sentence"].startswith("promoted: opd beats version 3 (+")
+    assert "of the champion's, at least" in named["sentence"]
 
 
 def test_every_rule_is_broken_by_what_it_is_about() -> None:
@@ -109,15 +110,16 @@ def test_without_a_champion_plain_decoding_is_what_must_be_beaten() -> None:
         "exactness": EXACT,
     }
     assert challenger_of(found) == "opd"
-    assert decide(found, GateConfig(), None).promote
+    first = decide(found, GateConfig())
+    assert first.promote and with_version(first.as_json(), 3) == first.as_json(), "against plain decoding"
     chosen = found | {"validation_tau": {"sft": 1.4, "opd": 1.2}}  # the choice is the validation split's
-    decision = decide(chosen, GateConfig(), None)
+    decision = decide(chosen, GateConfig())
     assert decision.challenger == "sft"
     assert not decision.promote and "speed-up: 0.900 times, at least 0." in decision.sentence()
-    assert decide(chosen, GateConfig(judge_speed=False), None).promote
+    assert decide(chosen, GateConfig(judge_speed=False)).promote
     for low, outcome in ((0.99, "refused"), (None, "undecided")):
         unsure = chosen | {"drafters": {"sft": {"tau": 1.1, "tau_low": low}}}
-        assert decide(unsure, GateConfig(judge_speed=False), None).outcome == outcome, "better needs evidence"
+        assert decide(unsure, GateConfig(judge_speed=False)).outcome == outcome, "better needs evidence"
 
 
 @pytest.mark.parametrize("arm", ARMS)

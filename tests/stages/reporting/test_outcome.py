@@ -41,6 +41,11 @@ def decided(outcome: str, *rules: tuple[str, bool], champion: str | None = "3") 
             "SFT + OPD changes what the target says.",
         ),
         (
+            decided("refused", ("lossless", False), champion="champion"),
+            "Not promoted",
+            "The champion stays: SFT + OPD changes what the target says (tau 3.54 against 3.30).",
+        ),
+        (
             {},
             "Measured, nothing to decide",
             "SFT + OPD has a measurably higher tau than SFT: 3.54 against 3.41.",

@@ -1,0 +1,71 @@
+"""What a refresh of a line has made when its drift check, or its gate, is over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.store import Claim, Store
+from draftsmith.flows.pipeline.graph import Node
+from draftsmith.flows.refresh.config import RefreshConfig
+from draftsmith.flows.refresh.graph import refresh_nodes
+
+
+def config_of(line: str, **sections: Any) -> RefreshConfig:
+    logs = {"paths": ["answers.jsonl"], "temperature": 0}
+    given = {"name": "weekly", "registry": {"name": line}, "target": {"source": "nowhere"}, "logs": logs}
+    return RefreshConfig.model_validate(given | sections)
+
+
+def committed(store: Store, stage: str, key: str, fill: Callable[[Path], object]) -> ArtifactRef:
+    with store.claim(stage, key * 64) as claim:
+        assert isinstance(claim, Claim)
+        fill(claim.out)
+        return store.commit(claim, config={}, inputs={}, code_digest="", seed=0)
+
+
+def gated(
+    store: Store, drafter: ArtifactRef, outcome: str = "promoted", tau: float = 2.5, champion: str | None = None
+) -> dict[str, ArtifactRef]:
+    """What a refresh has made when its gate has decided. champion: as the gate names what it compared with."""
+    taus = {"tau": tau, "tau_low": 2.4, "tau_high": 2.6, "prompts": 40, "block_size": 4}
+    chat = {
+        "tau": 2.5,
+        "low": 2.4,
+        "high": 2.6,
+        "prompts": 40,
+        "speedup": 1.25,
+        "speedup_low": 1.2,
+        "speedup_high": 1.3,
+    }
+    speed = {"speedup": 1.2, "speedup_low": 1.15, "speedup_high": 1.25}
+    evaluation = {"drafters": {"opd": taus}, "speed": {"opd": speed}, "sets": {"chat": {"opd": chat}}}
+    decision = {
+        "challenger": "opd",
+        "promote": outcome == "promoted",
+        "outcome": outcome,
+        "champion": champion,
+        "sentence": f"{outcome}: why" if champion is None else f"{outcome}: opd beats the champion",
+    }
+
+    def of_stage(stage: str, file: str, content: dict[str, Any]) -> ArtifactRef:
+        key = {"a": "1", "b": "2"}[drafter.key[0]]
+        return committed(store, stage, key, lambda out: (out / file).write_text(json.dumps(content)))
+
+    measured = of_stage("evaluation", "evaluation.json", evaluation)
+    return {"opd": drafter, "evaluation": measured, "gate": of_stage("gate", "decision.json", decision)}
+
+
+def checked(config: RefreshConfig, home: Path, **sets: Any) -> tuple[Node, dict[str, Path]]:
+    """The node of the drift check, and what it and the champion's stage made: nothing has changed."""
+    made = {name: home / "store" / name for name in ("drift", "champion")}
+    for name, file, content in (
+        ("drift", "drift.json", {"all": {"tau": 2.5, "low": 2.4, "high": 2.6, "prompts": 40}, **sets}),
+        ("champion", "champion.json", {"target_changed": False}),
+    ):
+        made[name].mkdir(exist_ok=True)
+        (made[name] / file).write_text(json.dumps(content))
+    return next(node for node in refresh_nodes(config) if node.name == "drift"), made

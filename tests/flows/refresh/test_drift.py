@@ -1,0 +1,104 @@
+"""Behind the drift check: whether a refresh of a line goes on, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.store import Store
+from draftsmith.flows.refresh.course import RefreshCourse, resolve
+from draftsmith.flows.refresh.line import figures_of, history, registry
+from tests.flows.refresh.made import checked, config_of, gated
+
+
+def test_a_line_is_refreshed_when_its_last_refresh_is_too_old(
+    line: str, home: Path, drafters: list[ArtifactRef]
+) -> None:
+    store = Store(home / "store")
+    RefreshCourse(resolve(config_of(line)), ()).finish(gated(store, drafters[0]), None)
+
+    def stops(force: tuple[str, ...] = (), restart: bool = False, **drift: float) -> str | None:
+        config = resolve(config_of(line, drift=drift, registry={"name": line, "restart": restart}))
+        ended = RefreshCourse(config, force).stop(*checked(config, home))
+        return None if ended is None else ended.name
+
+    (version,) = registry().versions(line)
+    assert stops() == "Current"
+    assert stops(force=("target",)) == "Current", "a new revision is looked for, not assumed"
+    assert stops(force=("drift",)) is None and stops(force=("evaluation",)) is None and stops(restart=True) is None
+    resolved = resolve(config_of(line))
+    for force, kept in (("drift", {"drift"}), ("evaluation", {"drift"}), ("target", set())):
+        assert RefreshCourse(resolved, (force,)).decisive == kept, "else the next one would find no reason to go on"
+    assert registry().drift(line)[-1]["decision"] == "the line begins again (registry.restart)"
+    registry().tag(version, {"promoted_at": "2020-01-01T00:00:00+00:00"})
+    assert stops() == "Current", "what counts is the last refresh"
+    registry().tag(version, {"refreshed_at": "2020-01-01T00:00:00+00:00"})
+    assert stops() is None
+    assert "the last refresh was" in registry().drift(line)[-1]["decision"]
+    assert stops(max_age_days=36500) == "Current"
+    registry().tag(version, {"refreshed_at": "2120-01-01T00:00:00+00:00"})
+    assert stops() is None, "the clock of a host was wrong, or is"
+    assert "2120-01-01T00:00:00+00:00, which is ahead of" in registry().drift(line)[-1]["decision"]
+    RefreshCourse(resolve(config_of(line)), ()).finish(gated(store, drafters[1], "refused"), None)
+    assert stops() == "Current", "a refresh that was refused is one, and ends what a wrong clock said"
+
+
+def test_a_champion_that_is_current_is_said_with_what_it_was_and_what_is_not_known(
+    line: str, home: Path, drafters: list[ArtifactRef]
+) -> None:
+    RefreshCourse(resolve(config_of(line)), ()).finish(gated(Store(home / "store"), drafters[0], tau=2.55), None)
+    config = resolve(config_of(line))
+    few = {"tau": 1.0, "low": None, "high": None, "prompts": 1}
+    ended = RefreshCourse(config, ()).stop(*checked(config, home, chat=few, story=few))
+    assert ended is not None and ended.message.startswith(
+        f"{line}: the champion (version 1) is current: tau 2.500 on 40 prompts, 2.550 at its promotion; "
+        "no set fell measurably by more than 3.0%; not judged, for want of a figure at its promotion: 1 set (story); "
+        "not judged, for want of prompts: 1 set (chat); nothing was trained (`--force drift`"
+    )
+
+
+def test_figures_of_other_settings_are_not_compared(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
+    RefreshCourse(resolve(config_of(line)), ()).finish(gated(Store(home / "store"), drafters[0]), None)
+    low = {"tau": 1.0, "low": 0.9, "high": 1.1, "prompts": 40}
+
+    def decided(**sections: Any) -> str:
+        config = resolve(config_of(line, **sections))
+        RefreshCourse(config, ()).stop(*checked(config, home, all=low))
+        return str(registry().drift(line)[-1]["decision"])
+
+    assert decided().startswith("all: tau 1.000"), "the same settings: a fall is one"
+    shorter = {"splits": ["validation", "heldout"], "sampling": {"max_new_tokens": 256}}
+    otherwise = "measured differently since its promotion: "
+    assert decided(heldout=shorter) == f"{otherwise}heldout.sampling.max_new_tokens 256, was 512"
+    assert decided(evaluation={"head_tokens": 64}) == f"{otherwise}drafting.head_tokens 64, was left out"
+    assert decided(drift={"drafting": {"block_size": 4}}).startswith("all: "), "the one that it was measured with"
+    assert decided(drift={"drafting": {"block_size": 8}}) == f"{otherwise}drafting.block_size 8, was 4"
+    (version,) = registry().versions(line)
+    registry().tag(version, {"measured_with": ""})
+    assert decided(heldout=shorter).startswith("all: tau 1.000"), "a version of before they were kept"
+
+
+def test_as_many_sets_have_a_baseline_as_a_tag_holds() -> None:
+    taus = {"tau": 3.0, "tau_low": 2.9, "tau_high": 3.1, "prompts": 300}
+    of_a_set = {"tau": 3.0, "low": 2.9, "high": 3.1, "prompts": 10, "speedup": 1.25}
+
+    def kept(sets: int) -> dict[str, dict[str, Any]]:
+        named = {f"task{n}": {"opd": of_a_set} for n in range(sets)}
+        found = figures_of({"drafters": {"opd": taus}, "sets": named}, "opd")
+        assert len(json.dumps(found)) < 5000
+        return found
+
+    assert kept(30)["task29"] == of_a_set
+    assert kept(70)["task69"] == {"tau": 3.0, "low": 2.9, "high": 3.1}, "without what no drift check reads"
+    assert 70 < len(kept(500)) < 500
+
+
+def test_a_rollback_does_not_move_what_a_version_was_worth(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
+    for drafter in drafters:
+        RefreshCourse(resolve(config_of(line)), ()).finish(gated(Store(home / "store"), drafter), None)
+    before = history(line)
+    for version in registry().versions(line):
+        registry().tag(version, {"promoted_at": "2120-01-01T00:00:00+00:00"})
+    assert [point["what"] for point in before] == ["promoted", "promoted"] and history(line) == before
