@@ -191,9 +191,11 @@ class Target:
         if self._lean is not None and not torch.is_autocast_enabled(ids.device.type):
             return TargetOutput(*self._lean(ids, positions, masks, cache, layer_ids))
         arguments = {self._cache_argument: cache}
-        return self._forward(
+        out = self._forward(
             layer_ids, input_ids=ids, position_ids=positions, attention_mask=masks, use_cache=True, **arguments
         )
+        cache.settle()
+        return out
 
     def commit(
         self, ids: torch.Tensor, positions: torch.Tensor, cache: SlotCache, first_row: int, kept: Sequence[int]

@@ -113,6 +113,16 @@ def _granite() -> Any:
     return _transformers("Granite", **SHAPE, logits_scaling=4.0, embedding_multiplier=2.0)
 
 
+def _granite4() -> Any:
+    shape = {name: value for name, value in SHAPE.items() if name != "head_dim"}
+    mamba = {"n_heads": 4, "d_head": 16, "d_state": 8, "n_groups": 1, "chunk_size": 8}
+    return _transformers(
+        "GraniteMoeHybrid", **shape, **{f"mamba_{name}": value for name, value in mamba.items()},
+        layer_types=["mamba", "attention", "mamba"], num_local_experts=4, num_experts_per_tok=2,
+        shared_intermediate_size=24, logits_scaling=4.0,
+    )  # fmt: skip
+
+
 FAMILIES: dict[str, Callable[[], Any]] = {
     "Qwen3-MoE": _qwen3_moe,
     "gpt-oss": _gpt_oss,
@@ -124,8 +134,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "Qwen3-Next": _qwen3_next,
     "Qwen3.5 with images": _qwen3_5,
     "LFM2": _lfm2,
+    "Granite 4 hybrid": _granite4,
 }
-RECURRENT = ("Qwen3-Next", "Qwen3.5 with images", "LFM2")
+RECURRENT = ("Qwen3-Next", "Qwen3.5 with images", "LFM2", "Granite 4 hybrid")
 
 
 def write_family(folder: Path, family: str, seed: int = 0) -> None:

@@ -36,6 +36,7 @@ from draftsmith.stages.targets.attention import scored_attention
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.info import TargetInfo, read_target_info, write_target_info
 from draftsmith.stages.targets.logits import LogitMap
+from draftsmith.stages.targets.slots import SlotCache
 from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.on_policy.training import OpdConfig, OpdTraining
 from draftsmith.stages.training.response import Feedback
@@ -164,7 +165,7 @@ def test_what_can_be_done_is_known_without_weights(case: Case) -> None:
     recurrent = case.family in RECURRENT
     assert (info.rewindable, info.tree_forward) == (not recurrent, not recurrent)
     scales = {"Gemma 2": LogitMap(1.0, 3.0), "Command R7B": LogitMap(0.25), "Granite": LogitMap(0.25)}
-    assert info.logit_map == scales.get(case.family, LogitMap())
+    assert info.logit_map == scales.get(case.family.removesuffix(" 4 hybrid"), LogitMap())
     assert case.target.embedding_scale == pytest.approx(32**0.5 if "Gemma" in case.family else 1.0)
 
 
@@ -278,7 +279,12 @@ def test_logits_that_are_not_the_models_own_are_one_clear_error(capped: Path, tm
 
 @pytest.mark.parametrize(
     ("family", "broken", "said"),
-    [("gpt-oss", "masks", "cached forwards differ"), ("LFM2", "commit", "cached forwards differ")],
+    [
+        ("gpt-oss", "masks", "cached forwards differ"),
+        ("LFM2", "commit", "cached forwards differ"),
+        ("Granite 4 hybrid", "settle", "cached forwards of one token differ"),
+        ("Granite 4 hybrid", "copy", "cached forwards of one token differ"),
+    ],
 )
 def test_forwards_that_are_not_the_models_own_are_one_clear_error(
     family: str, broken: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -288,8 +294,12 @@ def test_forwards_that_are_not_the_models_own_are_one_clear_error(
     check_agreement(target, "it")
     if broken == "masks":
         monkeypatch.setattr(capabilities.Layers, "masks", lambda _self, visible, *_: 0.0 * visible[:, None])
-    else:
+    elif broken == "commit":
         monkeypatch.setattr(Target, "commit", lambda *_: None)
+    elif broken == "settle":
+        monkeypatch.setattr(SlotCache, "settle", lambda _self: None)
+    else:  # the state itself, which a step of one token overwrites
+        monkeypatch.setattr(torch.Tensor, "clone", lambda self: self)
     with pytest.raises(DraftsmithError, match=said):
         check_agreement(target, "it")
 
