@@ -88,3 +88,9 @@ def model_class(config: Any) -> Any:
 
     known = type(config) in AutoModelForCausalLM._model_mapping
     return AutoModelForCausalLM if known else AutoModelForImageTextToText
+
+
+def decoder_of(model: Any) -> Any:
+    """The part of a causal LM that makes hidden states of text."""
+    decoder = model.get_decoder()
+    return model.model if decoder is model else decoder  # Llama 4 names its decoder otherwise than its class says

@@ -13,15 +13,18 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from draftsmith.artifacts.errors import DraftsmithError, is_full_disk
+from draftsmith.artifacts.errors import DraftsmithError, disk_error_of, is_full_disk
+from draftsmith.stages.memory import out_of_memory
 from draftsmith.stages.parallel.ranks import ALONE, Ranks
 from draftsmith.stages.targets.agreement import check_agreement
 from draftsmith.stages.targets.attention import register
-from draftsmith.stages.targets.capabilities import Layers, model_class
+from draftsmith.stages.targets.capabilities import Layers, decoder_of, model_class
 from draftsmith.stages.targets.config import Dtype
 from draftsmith.stages.targets.embedding import scale_of
+from draftsmith.stages.targets.hub import one_line
 from draftsmith.stages.targets.info import TargetInfo, model_path, read_target_info
 from draftsmith.stages.targets.lean import LeanDecoder
+from draftsmith.stages.targets.loading import load_weights
 from draftsmith.stages.targets.packed import PackedLinear, can_pack, pack
 from draftsmith.stages.targets.slots import Address, Rows, SlotCache
 from draftsmith.stages.targets.split import load_part
@@ -46,7 +49,7 @@ class Target:
         """sharing: ranks that hold the model together, each the whole embedding and head."""
         self.sharing = sharing
         self.model, self.tokenizer, self.info = model.eval().requires_grad_(False), tokenizer, info
-        self.decoder = model.get_decoder()
+        self.decoder = decoder_of(model)
         self.config = model.config.get_text_config()
         self.layers = Layers.of(self.config)
         self.logit_map = info.logit_map
@@ -67,29 +70,44 @@ class Target:
 
         `dtype` overrides the serving dtype (e.g. float32 for exactness checks). ranks: those that share it, each of
         which must call everything that computes hidden states, with the same tokens.
-        Raises DraftsmithError if the weights cannot be loaded, or if forwards here differ from the model's own.
+        Raises DraftsmithError if the weights cannot be loaded or are not all there, or if forwards here fail or differ
+        from the model's own.
         """
+        info, path = read_target_info(folder), model_path(folder)
+        try:
+            target = cls._read(info, path, dtype or info.dtype, device or default_device(), ranks)
+            check_agreement(target, str(path), ranks)
+        except DraftsmithError:
+            raise
+        except Exception as error:  # classes of models raise of every kind where they meet what is not theirs
+            if ranks.sharing > 1 or disk_error_of(error) or out_of_memory(error) or "CUDA error" in str(error):
+                raise
+            raise DraftsmithError(
+                f"target {path}: {info.architecture} cannot be read part by part as it is done here "
+                f"({type(error).__name__}: {one_line(error)[:200]}): give another target"
+            ) from error
+        return target
+
+    @classmethod
+    def _read(cls, info: TargetInfo, path: Path, dtype: str, device: str, ranks: Ranks) -> Target:
+        """The same, not yet compared with the model's own forwards."""
         from transformers import AutoConfig, AutoTokenizer
 
-        info, path = read_target_info(folder), model_path(folder)
-        device = device or default_device()
         try:
-            loaded: dict[str, Any] = {"dtype": getattr(torch, dtype or info.dtype), "attn_implementation": register()}
+            loaded: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": register()}
             if ranks.sharing > 1:
                 model = load_part(path, ranks, device, **loaded)
             else:
-                loader = model_class(AutoConfig.from_pretrained(path, local_files_only=True))
-                model = loader.from_pretrained(path, local_files_only=True, **loaded).to(device)
+                kind = model_class(AutoConfig.from_pretrained(path, local_files_only=True))
+                model = load_weights(kind, path, **loaded).to(device)
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, ImportError) as error:
             if is_full_disk(error):  # which a progress bar of the loader met in the stage's log
                 raise
             raise DraftsmithError(f"target {path}: cannot be loaded ({error}); rerun stage 'target'") from error
         if ranks.sharing == 1:
-            pack(model.get_decoder())
-        target = cls(model, tokenizer, info, ranks.sharing)
-        check_agreement(target, str(path), ranks)
-        return target
+            pack(decoder_of(model))
+        return cls(model, tokenizer, info, ranks.sharing)
 
     @classmethod
     def of(cls, source: str | Path, dtype: Dtype = "bfloat16", device: str | None = None) -> Target:

@@ -111,6 +111,8 @@ def _dequantise(source: Path, folder: Path, dtype: Dtype, log: Callable[[str], N
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from draftsmith.stages.targets.loading import load_weights
+
     parameters = count_gguf_parameters(source)
     torch_dtype = getattr(torch, dtype)
     partial = folder.with_name(f"{TMP_PREFIX}{folder.name}")  # never part of an artifact
@@ -125,12 +127,13 @@ def _dequantise(source: Path, folder: Path, dtype: Dtype, log: Callable[[str], N
     log(f"dequantising {source.name} ({parameters / 1e6:.0f}M parameters) to {dtype}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
+        model = load_weights(
+            AutoModelForCausalLM,
             source.parent,
+            source,
             gguf_file=source.name,
             quantization_config=GgufConfig(dequantize=True),  # or the result cannot be saved
             dtype=torch_dtype,
-            local_files_only=True,
         )
     except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
         raise DraftsmithError(

@@ -15,6 +15,7 @@ import torch
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.parallel.ranks import Ranks
 from draftsmith.stages.targets.capabilities import model_class
+from draftsmith.stages.targets.loading import load_weights
 
 _FIELD = "parallel.target_parallel"
 _DIVIDING = ("colwise", "rowwise", "packed_")  # begin the names of the styles that divide a weight
@@ -58,7 +59,8 @@ def check_divides(folder: Path, sharing: int) -> None:
 def load_part(folder: Path, ranks: Ranks, device: str, **arguments: Any) -> Any:
     """This rank's part of the model in `folder`, of which the others load theirs now; no more of the file is read.
 
-    arguments: of `from_pretrained`. Raises DraftsmithError as `check_divides`, and whatever transformers raises.
+    arguments: of `from_pretrained`. Raises DraftsmithError as `check_divides` and `load_weights`, and whatever
+    transformers raises.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from transformers import AutoConfig
@@ -86,9 +88,7 @@ def load_part(folder: Path, ranks: Ranks, device: str, **arguments: Any) -> Any:
             self._tp_plan = _plan_of(self)
 
     Part.__name__, Part.__qualname__, Part.__module__ = kind.__name__, kind.__qualname__, kind.__module__
-    return Part.from_pretrained(
-        folder, local_files_only=True, distributed_config=DistributedConfig(tp_size=ranks.sharing), **arguments
-    )
+    return load_weights(Part, folder, distributed_config=DistributedConfig(tp_size=ranks.sharing), **arguments)
 
 
 @dataclass(frozen=True)
