@@ -116,8 +116,8 @@ def refuse_other_rotations(path: Path, raw: Mapping[str, Any]) -> None:
 
 def _rotated_otherwise(rope: Mapping[str, Any]) -> str | None:
     """The setting by which SGLang's angles or their scale differ from those of transformers; None if they are equal."""
-    if rope.get("rope_type") == "dynamic":
-        return "rope_type dynamic"
+    if (kind := rope.get("rope_type")) in ("dynamic", "longrope"):  # chosen by what else a forward reads
+        return f"rope_type {kind}"
     return "attention_factor" if rope.get("attention_factor") is not None else None
 
 

@@ -82,6 +82,22 @@ class Layers:
         return attending[0] if len(attending) == 1 else found
 
 
+def steady_positions(text_config: Any) -> int | None:
+    """Positions within which a token's rotation does not depend on the furthest one of its forward; None: all.
+
+    With `longrope` and `dynamic` transformers chooses the angles of all tokens by that: beyond, entries of a cache are
+    turned by other angles than the tokens that read them.
+    """
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    each = [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]
+    limits = {
+        "longrope": lambda part: part["original_max_position_embeddings"],
+        "dynamic": lambda _part: text_config.max_position_embeddings,
+    }
+    found = [int(limits[part["rope_type"]](part)) for part in each if part.get("rope_type") in limits]
+    return min(found) if found else None
+
+
 def model_class(config: Any) -> Any:
     """The auto class of transformers that loads the causal LM of a checkpoint: of one with images, its text part's."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText

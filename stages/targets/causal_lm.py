@@ -18,7 +18,7 @@ from draftsmith.stages.memory import out_of_memory
 from draftsmith.stages.parallel.ranks import ALONE, Ranks
 from draftsmith.stages.targets.agreement import check_agreement
 from draftsmith.stages.targets.attention import register
-from draftsmith.stages.targets.capabilities import Layers, decoder_of, model_class
+from draftsmith.stages.targets.capabilities import Layers, decoder_of, model_class, steady_positions
 from draftsmith.stages.targets.config import Dtype
 from draftsmith.stages.targets.embedding import scale_of
 from draftsmith.stages.targets.hub import one_line
@@ -52,6 +52,7 @@ class Target:
         self.decoder = decoder_of(model)
         self.config = model.config.get_text_config()
         self.layers = Layers.of(self.config)
+        self._steady = steady_positions(self.config)
         self.logit_map = info.logit_map
         self.head_weight: torch.Tensor = model.get_output_embeddings().weight  # [V, H]
         self.embedding: torch.Tensor = model.get_input_embeddings().weight  # [V, H]
@@ -152,20 +153,32 @@ class Target:
             self._captured = None
         return TargetOutput(hidden, features)
 
+    def _turned(self, positions: torch.Tensor) -> torch.Tensor:
+        """Positions to rotate by. Where angles depend on the furthest one, what lies beyond the context (padding,
+        proposals behind an answer's end) turns as its last token, so that others keep their angles."""
+        return positions if self._steady is None else positions.clamp(max=self._steady - 1)
+
+    def _whole(self, ids: torch.Tensor) -> dict[str, Any]:
+        """Arguments of a forward over whole sequences."""
+        if self._steady is None or ids.shape[1] <= self._steady:
+            return {"input_ids": ids, "use_cache": False}
+        positions = self._turned(torch.arange(ids.shape[1], device=ids.device)[None])
+        return {"input_ids": ids, "use_cache": False, "position_ids": positions}
+
     @torch.no_grad()
     def read(self, ids: torch.Tensor, layer_ids: Sequence[int] = ()) -> TargetOutput:
         """Whole sequences, ids [B, T] padded on the right: causal attention keeps padding out of the real positions.
 
         layer_ids: layer k means the hidden state AFTER decoder layer k, concatenated in this order into `features`.
         """
-        return self._forward(layer_ids, input_ids=ids, use_cache=False)
+        return self._forward(layer_ids, **self._whole(ids))
 
     @torch.no_grad()
     def features(self, ids: torch.Tensor, layer_ids: Sequence[int]) -> torch.Tensor:
         """Features [B, T, K*H] of whole sequences alone: layers behind the deepest of `layer_ids` are not run."""
         self._captured, self._deepest = {layer: torch.empty(0) for layer in layer_ids}, max(layer_ids)
         try:
-            self.decoder(input_ids=ids, use_cache=False)
+            self.decoder(**self._whole(ids))
         except _DeepEnoughError:
             return torch.cat([self._captured[layer] for layer in layer_ids], -1)
         finally:
@@ -207,11 +220,9 @@ class Target:
             entry_positions = entry_positions.scatter(1, write_at, positions)
         masks = self.layers.masks(visible, positions, entry_positions, self.dtype)
         if self._lean is not None and not torch.is_autocast_enabled(ids.device.type):
-            return TargetOutput(*self._lean(ids, positions, masks, cache, layer_ids))
-        arguments = {self._cache_argument: cache}
-        out = self._forward(
-            layer_ids, input_ids=ids, position_ids=positions, attention_mask=masks, use_cache=True, **arguments
-        )
+            return TargetOutput(*self._lean(ids, self._turned(positions), masks, cache, layer_ids))
+        arguments = {self._cache_argument: cache, "position_ids": self._turned(positions), "attention_mask": masks}
+        out = self._forward(layer_ids, input_ids=ids, use_cache=True, **arguments)
         cache.settle()
         return out
 

@@ -71,6 +71,12 @@ def resolve_target(
     if [_touched(path) for path in files] != before:
         raise DraftsmithError(f"{folder}: somebody writes to the model while it is read: run the same command again")
     write_target_info(info, out)
+    whole = _read_config(folder)[1].get_text_config().max_position_embeddings
+    if info.max_positions < whole:
+        log(
+            f"{info.max_positions} of {whole} positions are used: beyond them the model turns all of a text by other "
+            "angles (longrope), so prompts with their answers are kept within"
+        )
     return info
 
 
@@ -160,6 +166,8 @@ def describe_metadata(
     folder: Path, config: TargetConfig, *, kind: Kind, location: str, revision: str | None
 ) -> TargetInfo:
     """The same from config and tokenizer alone; the digest, which is over the weights too, is left empty."""
+    from draftsmith.stages.targets.capabilities import steady_positions
+
     architecture, settings = _read_config(folder)
     tokenizer = load_tokenizer(folder)
     text = settings.get_text_config()
@@ -188,7 +196,7 @@ def describe_metadata(
         vocab_size=text.vocab_size,
         hidden_size=text.hidden_size,
         num_layers=text.num_hidden_layers,
-        max_positions=text.max_position_embeddings,
+        max_positions=min(text.max_position_embeddings, steady_positions(text) or text.max_position_embeddings),
         eos_ids=eos_ids,
         mask_candidates=_mask_candidates(tokenizer, text.vocab_size, eos_ids),
         chat_template=bool(tokenizer.chat_template),
