@@ -212,6 +212,7 @@ def describe_metadata(
 
 def _read_config(folder: Path) -> tuple[str, PretrainedConfig]:
     """The architecture's name and transformers' config object of a causal LM."""
+    import transformers
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as WITH_IMAGES
@@ -232,8 +233,10 @@ def _read_config(folder: Path) -> tuple[str, PretrainedConfig]:
             f"{folder} is a drafter ({architecture}): target.source wants the model that it drafts for"
         )
     entries = [*CAUSAL.values(), *WITH_IMAGES.values()]  # of the latter the text part is used
-    known = {name for entry in entries for name in ([entry] if isinstance(entry, str) else entry)}
-    if architecture not in known:
+    known = {_plain(name) for entry in entries for name in ([entry] if isinstance(entry, str) else entry)}
+    # a name that says nothing to transformers is no other kind of model: it loads what the config's type stands for
+    named = "auto_map" in raw or hasattr(transformers, architecture) or model_type not in {*CAUSAL, *WITH_IMAGES}
+    if _plain(architecture) not in known and named:
         what = architecture or f"model_type {model_type}"
         advice = "models that bring their own code are not run" if "auto_map" in raw else "give a causal language model"
         raise DraftsmithError(f"{folder}: {what} is not a causal language model that transformers knows: {advice}")
@@ -241,6 +244,11 @@ def _read_config(folder: Path) -> tuple[str, PretrainedConfig]:
         return architecture, AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # configs check themselves with error classes of their own
         raise DraftsmithError(f"{path}: transformers cannot read it ({one_line(error)}): correct it") from error
+
+
+def _plain(name: str) -> str:
+    """Of a class: repositories write some otherwise than transformers, which loads them all the same."""
+    return name.replace("_", "").lower()
 
 
 _TAKEN_OVER = ("hidden_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")

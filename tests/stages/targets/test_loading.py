@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed.families import write_family
-from tests.testbed.random_target import write_artifact
+from tests.testbed.random_target import write_artifact, write_model
 
 WEIGHTS = "model.safetensors"
 
@@ -92,3 +93,22 @@ def test_what_the_machine_refuses_is_not_the_models_fault(
     monkeypatch.setattr("draftsmith.stages.targets.causal_lm.check_agreement", refuse)
     with pytest.raises(type(error)):
         Target.load(artifact, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("fields", "known"),
+    [
+        ({"architectures": ["Qwen_3ForCausalLM"], "auto_map": {"AutoConfig": "its.Own"}}, True),
+        ({"architectures": ["OurFineTune"]}, True),
+        ({"architectures": ["OurFineTune"], "auto_map": {"AutoConfig": "its.Own"}}, False),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, False),
+    ],
+)
+def test_the_configs_type_counts_where_the_architecture_has_another_name(
+    fields: dict[str, object], known: bool, tmp_path: Path
+) -> None:
+    write_model(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with nullcontext() if known else pytest.raises(DraftsmithError, match="is not a causal language model"):
+        Target.of(tmp_path, dtype="float32", device="cpu")

@@ -9,6 +9,7 @@ import torch
 
 from draftsmith.stages.drafters.checkpoint import create_drafter
 from draftsmith.stages.drafters.config import DFlashConfig
+from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.target import STAGE, TargetConfig
 from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed.context import RecordingContext
@@ -77,6 +78,7 @@ def test_padding_and_proposals_behind_the_end_change_no_angles(
 
 def test_a_drafter_turns_plainly(target: Target) -> None:
     drafter = create_drafter(DFlashConfig(num_layers=1, block_size=BLOCK, target_layer_ids=(0, 1)), target, seed=0)
+    assert isinstance(drafter, DFlashDrafter)
     assert drafter.config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
 
 
