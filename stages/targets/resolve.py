@@ -74,8 +74,8 @@ def resolve_target(
     whole = _read_config(folder)[1].get_text_config().max_position_embeddings
     if info.max_positions < whole:
         log(
-            f"{info.max_positions} of {whole} positions are used: beyond them the model turns all of a text by other "
-            "angles (longrope), so prompts with their answers are kept within"
+            f"{info.max_positions} of {whole} positions are used: beyond, angles (longrope) or scales (Llama 4) of all "
+            "of a text depend on how long it is, so prompts with their answers are kept within"
         )
     return info
 

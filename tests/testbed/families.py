@@ -123,6 +123,25 @@ def _granite4() -> Any:
     )  # fmt: skip
 
 
+def _nemotron_h() -> Any:
+    """Mamba-2, attention, experts and an MLP, each a layer of its own."""
+    shape = {name: value for name, value in SHAPE.items() if name != "num_hidden_layers"}
+    mamba = {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1, "expand": 2}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    return _transformers(
+        "NemotronH", **shape, **mamba, **experts, chunk_size=8, moe_shared_expert_intermediate_size=24,
+        layers_block_type=["linear_attention", "moe", "full_attention", "mlp"],
+    )  # fmt: skip
+
+
+def _llama4() -> Any:
+    return _transformers(
+        "Llama4Text", **SHAPE, layer_types=["chunked_attention", "full_attention", "chunked_attention"],
+        attention_chunk_size=WINDOW, intermediate_size_mlp=48, num_local_experts=4, moe_layers=[1],
+        no_rope_layers=[1, 0, 1],
+    )  # fmt: skip
+
+
 FAMILIES: dict[str, Callable[[], Any]] = {
     "Qwen3-MoE": _qwen3_moe,
     "gpt-oss": _gpt_oss,
@@ -135,8 +154,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "Qwen3.5 with images": _qwen3_5,
     "LFM2": _lfm2,
     "Granite 4 hybrid": _granite4,
+    "Nemotron-H": _nemotron_h,
+    "Llama 4": _llama4,
 }
-RECURRENT = ("Qwen3-Next", "Qwen3.5 with images", "LFM2", "Granite 4 hybrid")
+RECURRENT = ("Qwen3-Next", "Qwen3.5 with images", "LFM2", "Granite 4 hybrid", "Nemotron-H")
 
 
 def write_family(folder: Path, family: str, seed: int = 0) -> None:
