@@ -43,7 +43,8 @@ class Layers:
             get_layer_types_and_kwargs,
         )
 
-        if getattr(text_config, "use_bidirectional_attention", None) or not getattr(text_config, "is_causal", True):
+        both_ways = getattr(text_config, "use_bidirectional_attention", None)  # "vision": within an image alone
+        if both_ways not in (None, False, "vision") or not getattr(text_config, "is_causal", True):
             raise UnknownLayersError("attention in both directions")
         kinds, settings = get_layer_types_and_kwargs(text_config)
         entries = (DynamicLayer, DynamicSlidingWindowLayer)

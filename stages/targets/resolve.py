@@ -15,6 +15,7 @@ from draftsmith.artifacts.manifest import ELSEWHERE
 from draftsmith.stages.targets.config import Dtype, TargetConfig
 from draftsmith.stages.targets.hub import check_snapshot, hub_answered, hub_reason, one_line
 from draftsmith.stages.targets.info import TargetInfo, model_digest, tokenizer_digest, write_target_info
+from draftsmith.stages.targets.shape import usual_layer
 from draftsmith.stages.targets.source import (
     TOKENIZER_FILES,
     Kind,
@@ -260,7 +261,8 @@ def _capabilities(folder: Path, config: PretrainedConfig) -> tuple[Layers, Logit
     from draftsmith.stages.targets.capabilities import Layers, UnknownLayersError
 
     text = config.get_text_config()
-    if missing := [name for name in _TAKEN_OVER if getattr(text, name, None) is None]:
+    usual = usual_layer(text)
+    if missing := [name for name in _TAKEN_OVER if getattr(usual, name, None) is None]:
         raise DraftsmithError(
             f"{folder}: {text.model_type} has no config field {missing[0]}: a drafter takes its shape over from a "
             "target with grouped heads; give another target"

@@ -6,6 +6,7 @@ make each rank's hidden states whole. Embedding and head stay whole, which draft
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.parallel.ranks import Ranks
 from draftsmith.stages.targets.capabilities import model_class
 from draftsmith.stages.targets.loading import load_weights
+from draftsmith.stages.targets.shape import layer_configs
 
 _FIELD = "parallel.target_parallel"
 _DIVIDING = ("colwise", "rowwise", "packed_")  # begin the names of the styles that divide a weight
@@ -48,8 +50,8 @@ def check_divides(folder: Path, sharing: int) -> None:
         raise DraftsmithError(f"{_FIELD}: {name} in {folder} is quantised, which is not divided here: set it to 1")
     if not divided_parameters(model):
         raise DraftsmithError(f"{_FIELD}: transformers has no plan to divide {name} by: set it to 1")
-    for heads in _HEADS:
-        count = getattr(config.get_text_config(), heads, None) or sharing
+    for layer, heads in itertools.product(layer_configs(config.get_text_config()), _HEADS):
+        count = getattr(layer, heads, None) or sharing
         if count % sharing:
             raise DraftsmithError(
                 f"{_FIELD}: {sharing} does not divide the {heads} of the target, {count}: give a number that does, or 1"

@@ -142,6 +142,15 @@ def _llama4() -> Any:
     )  # fmt: skip
 
 
+def _gemma4() -> Any:
+    shape = SHAPE | {"tie_word_embeddings": True, "sliding_window": WINDOW, "use_bidirectional_attention": "vision"}
+    return _transformers(
+        "Gemma4Text", **shape, layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        attention_k_eq_v=True, global_head_dim=16, num_global_key_value_heads=1, hidden_size_per_layer_input=0,
+        final_logit_softcapping=3.0,
+    )  # fmt: skip
+
+
 FAMILIES: dict[str, Callable[[], Any]] = {
     "Qwen3-MoE": _qwen3_moe,
     "gpt-oss": _gpt_oss,
@@ -156,6 +165,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "Granite 4 hybrid": _granite4,
     "Nemotron-H": _nemotron_h,
     "Llama 4": _llama4,
+    "Gemma 4": _gemma4,
 }
 RECURRENT = ("Qwen3-Next", "Qwen3.5 with images", "LFM2", "Granite 4 hybrid", "Nemotron-H")
 
