@@ -16,6 +16,7 @@ from torch import nn
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters import speculators
+from draftsmith.stages.targets.shape import usual_layer
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _PARTIAL = "partial_rotary_factor"
@@ -120,8 +121,8 @@ def refuse_other_rotations(path: Path, raw: Mapping[str, Any]) -> None:
 
 def _rotated_otherwise(rope: Mapping[str, Any]) -> str | None:
     """The setting by which SGLang's angles or their scale differ from those of transformers; None if they are equal."""
-    if rope.get("rope_type") == "dynamic":
-        return "rope_type dynamic"
+    if (kind := rope.get("rope_type")) in ("dynamic", "longrope"):  # chosen by what else a forward reads
+        return f"rope_type {kind}"
     return "attention_factor" if rope.get("attention_factor") is not None else None
 
 
@@ -258,12 +259,13 @@ def serving_fields(config: Any, dtype: torch.dtype) -> dict[str, Any]:
 
 def intermediate_size(target_config: Any) -> int:
     """Of a new drafter's MLPs: the target's, or the usual three times its width where it has none of its own."""
-    return getattr(target_config, "intermediate_size", None) or 3 * int(target_config.hidden_size)
+    return getattr(usual_layer(target_config), "intermediate_size", None) or 3 * int(target_config.hidden_size)
 
 
 def target_fields(target_config: Any) -> dict[str, Any]:
     """Widths, heads and rotary settings of the target, which a new drafter takes over."""
-    heads = target_config.num_attention_heads
+    usual = usual_layer(target_config)
+    heads = usual.num_attention_heads
     rope = getattr(target_config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0}
     # by kind of layer, where these differ: a drafter reads the whole prefix
     rope = rope.get("full_attention") or rope
@@ -272,8 +274,8 @@ def target_fields(target_config: Any) -> dict[str, Any]:
         "vocab_size": target_config.vocab_size,
         "hidden_size": target_config.hidden_size,
         "num_attention_heads": heads,
-        "num_key_value_heads": target_config.num_key_value_heads,
-        "head_dim": getattr(target_config, "head_dim", None) or target_config.hidden_size // heads,
+        "num_key_value_heads": usual.num_key_value_heads,
+        "head_dim": getattr(usual, "head_dim", None) or target_config.hidden_size // heads,
         "max_position_embeddings": target_config.max_position_embeddings,
         "rms_norm_eps": next((value for value in eps if value), 1e-6),
         "rope_parameters": _rotation(rope),

@@ -247,6 +247,8 @@ def train_target(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from draftsmith.stages.targets.loading import load_weights
+
     taught = training_examples(config)
     if parent is None:
         corpus = ["".join(_document(example)) for example in taught[:_VOCABULARY_DOCUMENTS]]
@@ -256,7 +258,7 @@ def train_target(
         tokenizer = AutoTokenizer.from_pretrained(parent, local_files_only=True)
         if tokenizer.eos_token is None:  # answers are taught with it at their end
             raise DraftsmithError(f"{parent}: the tokenizer names no end token: set eos_token in tokenizer_config.json")
-        model = AutoModelForCausalLM.from_pretrained(parent, local_files_only=True, dtype="float32")
+        model = load_weights(AutoModelForCausalLM, parent, dtype="float32")
     ids, labels = _packed_rows(taught, tokenizer, config)
     loss = _train(model, ids, labels, config, getattr(torch, dtype), on_step, kept)
     model.to(getattr(torch, dtype)).save_pretrained(folder)

@@ -29,8 +29,10 @@ def check_agreement(target: Any, where: str, ranks: Ranks = ALONE) -> None:
     logits = target.logit_map(F.linear(plain, target.head_weight).float())  # not `logits`: who trains packs no head
     found = {
         "logits": (logits, target.model(input_ids=ids, use_cache=False).logits.float()),
-        "cached forwards": (_in_parts(target, ids), plain[:, _READ:]),
+        "cached forwards": (_in_parts(target, ids, _KEPT), plain[:, _READ:]),
     }
+    if not target.layers.rewindable:  # some layers compute one token by a path of its own
+        found["cached forwards of one token"] = (_in_parts(target, ids, 1), plain[:, _READ:])
     if target.layers.tree_forward:
         found["forwards over a tree"] = _branches(target, ids, plain)
     if ranks.sharing > 1:
@@ -44,17 +46,23 @@ def check_agreement(target: Any, where: str, ranks: Ranks = ALONE) -> None:
             )
 
 
-def _in_parts(target: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Hidden states behind the first tokens: of a block, of which a part is kept, and of what follows it."""
+def _in_parts(target: Any, ids: torch.Tensor, kept: int) -> torch.Tensor:
+    """Hidden states behind the first tokens: of a block, of which `kept` tokens are, and of what follows it. A block of
+    one token alone is read before it, and forgotten."""
     cache = target.new_cache(1, _TOKENS)
     positions = torch.arange(_TOKENS, device=ids.device)[None]
-    target.step(ids[:, :_READ], positions[:, :_READ], cache, slice(0, 1))
-    block = slice(_READ, _TOKENS)
-    first = target.step(ids[:, block], positions[:, block], cache, slice(0, 1), advance=False)
-    target.commit(ids[:, block], positions[:, block], cache, 0, [_KEPT])
-    rest = slice(_READ + _KEPT, _TOKENS)
-    behind = target.step(ids[:, rest], positions[:, rest], cache, slice(0, 1))
-    return torch.cat([first.hidden[:, :_KEPT], behind.hidden], 1)
+
+    def step(begin: int, end: int, advance: bool = True) -> torch.Tensor:
+        at = slice(begin, end)
+        hidden: torch.Tensor = target.step(ids[:, at], positions[:, at], cache, slice(0, 1), advance=advance).hidden
+        return hidden
+
+    step(0, _READ)
+    if kept == 1:
+        step(_READ, _READ + 1, advance=False)
+    first = step(_READ, _TOKENS, advance=False)
+    target.commit(ids[:, _READ:], positions[:, _READ:], cache, 0, [kept])
+    return torch.cat([first[:, :kept], step(_READ + kept, _TOKENS)], 1)
 
 
 def _branches(target: Any, ids: torch.Tensor, plain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

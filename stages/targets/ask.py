@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from draftsmith.stages.targets.capabilities import model_class
+from draftsmith.stages.targets.capabilities import decoder_of, model_class
 from draftsmith.stages.targets.logits import LogitMap
 
 _ASKED = (1e-3, 0.1, 0.5, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e6)  # products of a head, of both signs
@@ -38,7 +38,8 @@ def ask_model(config: Any) -> LogitMap:
     identity = nn.Linear(len(asked), len(asked), bias=False)
     identity.weight.data = torch.eye(len(asked))
     model.set_output_embeddings(identity)
-    model.base_model.forward = lambda *_args, **_kwargs: _Hidden(asked[None, None])
+    whole = model.base_model if model.base_model is not model else decoder_of(model)
+    whole.forward = lambda *_args, **_kwargs: _Hidden(asked[None, None])
     try:
         with torch.no_grad():
             logits = model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False).logits[0, 0].float()

@@ -38,7 +38,8 @@ def grouped_attention(
         return scored_attention(query, key, value, attention_mask, scaling, softcap, s_aux), None
     if attention_mask is None or query.shape[1] == key.shape[1] or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    return folded_attention(query, key, value, fold(attention_mask, query.shape[1] // key.shape[1]), scaling), None
+    mask = fold(attention_mask, query.shape[1] // key.shape[1])
+    return folded_attention(query, key, value, mask, scaling).contiguous(), None  # some models take a view of it
 
 
 def fold(mask: torch.Tensor, groups: int) -> torch.Tensor:

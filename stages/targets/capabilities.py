@@ -15,6 +15,11 @@ _REACH = {
 }
 
 
+_NOTHING = (
+    "dummy"  # transformers' word for a layer without a cache: an MLP or experts alone, or one that reads another's
+)
+
+
 class UnknownLayersError(ValueError):
     """Layers whose cache is neither keys and values of each position nor a state that a forward leaves behind."""
 
@@ -38,15 +43,22 @@ class Layers:
             get_layer_types_and_kwargs,
         )
 
-        if getattr(text_config, "use_bidirectional_attention", None) or not getattr(text_config, "is_causal", True):
+        both_ways = getattr(text_config, "use_bidirectional_attention", None)  # "vision": within an image alone
+        if both_ways not in (None, False, "vision") or not getattr(text_config, "is_causal", True):
             raise UnknownLayersError("attention in both directions")
         kinds, settings = get_layer_types_and_kwargs(text_config)
         entries = (DynamicLayer, DynamicSlidingWindowLayer)
+        reading_others = getattr(text_config, "kv_sharing_modes", None)
         for kind, layer in zip(kinds, DynamicCache(config=text_config).layers, strict=True):
             holds_state = isinstance(layer, LinearAttentionCacheLayerMixin)
-            if not (holds_state or (type(layer) in entries and kind in _REACH)):
+            keeps_nothing = kind == _NOTHING and not reading_others
+            if not (holds_state or keeps_nothing or (type(layer) in entries and kind in _REACH)):
                 raise UnknownLayersError(kind)
-        recurrent = any(kind not in _REACH for kind in kinds)
+        recurrent = any(kind not in _REACH and kind != _NOTHING for kind in kinds)
+        if _NOTHING in kinds:
+            kinds = [
+                own if kind == _NOTHING else kind for kind, own in zip(kinds, text_config.layer_types, strict=True)
+            ]
         return cls(tuple(kinds), tuple(each.get("sliding_window") for each in settings), recurrent)
 
     @property
@@ -82,9 +94,34 @@ class Layers:
         return attending[0] if len(attending) == 1 else found
 
 
+def steady_positions(text_config: Any) -> int | None:
+    """Positions within which what a token computes of its own does not depend on the other tokens' ones; None: all.
+
+    With `longrope` and `dynamic` transformers chooses the angles of all tokens by the furthest position of a forward:
+    beyond, entries of a cache are turned by other angles than the tokens that read them. Llama 4 scales queries by how
+    full the cache is, from `floor_scale` on.
+    """
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    each = [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]
+    limits = {
+        "longrope": lambda part: part["original_max_position_embeddings"],
+        "dynamic": lambda _part: text_config.max_position_embeddings,
+    }
+    found = [int(limits[part["rope_type"]](part)) for part in each if part.get("rope_type") in limits]
+    if getattr(text_config, "attn_temperature_tuning", False):
+        found.append(int(text_config.floor_scale) - 1)
+    return min(found) if found else None
+
+
 def model_class(config: Any) -> Any:
     """The auto class of transformers that loads the causal LM of a checkpoint: of one with images, its text part's."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     known = type(config) in AutoModelForCausalLM._model_mapping
     return AutoModelForCausalLM if known else AutoModelForImageTextToText
+
+
+def decoder_of(model: Any) -> Any:
+    """The part of a causal LM that makes hidden states of text."""
+    decoder = model.get_decoder()
+    return model.model if decoder is model else decoder  # Llama 4 names its decoder otherwise than its class says

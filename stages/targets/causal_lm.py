@@ -13,15 +13,18 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from draftsmith.artifacts.errors import DraftsmithError, is_full_disk
+from draftsmith.artifacts.errors import DraftsmithError, disk_error_of, is_full_disk
+from draftsmith.stages.memory import out_of_memory
 from draftsmith.stages.parallel.ranks import ALONE, Ranks
 from draftsmith.stages.targets.agreement import check_agreement
 from draftsmith.stages.targets.attention import register
-from draftsmith.stages.targets.capabilities import Layers, model_class
+from draftsmith.stages.targets.capabilities import Layers, decoder_of, model_class, steady_positions
 from draftsmith.stages.targets.config import Dtype
 from draftsmith.stages.targets.embedding import scale_of
+from draftsmith.stages.targets.hub import one_line
 from draftsmith.stages.targets.info import TargetInfo, model_path, read_target_info
 from draftsmith.stages.targets.lean import LeanDecoder
+from draftsmith.stages.targets.loading import load_weights
 from draftsmith.stages.targets.packed import PackedLinear, can_pack, pack
 from draftsmith.stages.targets.slots import Address, Rows, SlotCache
 from draftsmith.stages.targets.split import load_part
@@ -46,9 +49,10 @@ class Target:
         """sharing: ranks that hold the model together, each the whole embedding and head."""
         self.sharing = sharing
         self.model, self.tokenizer, self.info = model.eval().requires_grad_(False), tokenizer, info
-        self.decoder = model.get_decoder()
+        self.decoder = decoder_of(model)
         self.config = model.config.get_text_config()
         self.layers = Layers.of(self.config)
+        self._steady = steady_positions(self.config)
         self.logit_map = info.logit_map
         self.head_weight: torch.Tensor = model.get_output_embeddings().weight  # [V, H]
         self.embedding: torch.Tensor = model.get_input_embeddings().weight  # [V, H]
@@ -58,6 +62,11 @@ class Target:
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self._captured: dict[int, torch.Tensor] | None = None
         self._deepest: int | None = None  # the layer behind which nothing is wanted
+        for module in self.decoder.modules():
+            if getattr(
+                module, "attn_temperature_tuning", False
+            ):  # by the length of the cache; 1 within steady positions
+                module.attn_temperature_tuning = False
         for index, layer in enumerate(self.decoder.layers):
             layer.register_forward_hook(self._hook(index))
 
@@ -67,29 +76,44 @@ class Target:
 
         `dtype` overrides the serving dtype (e.g. float32 for exactness checks). ranks: those that share it, each of
         which must call everything that computes hidden states, with the same tokens.
-        Raises DraftsmithError if the weights cannot be loaded, or if forwards here differ from the model's own.
+        Raises DraftsmithError if the weights cannot be loaded or are not all there, or if forwards here fail or differ
+        from the model's own.
         """
+        info, path = read_target_info(folder), model_path(folder)
+        try:
+            target = cls._read(info, path, dtype or info.dtype, device or default_device(), ranks)
+            check_agreement(target, str(path), ranks)
+        except DraftsmithError:
+            raise
+        except Exception as error:  # classes of models raise of every kind where they meet what is not theirs
+            if ranks.sharing > 1 or disk_error_of(error) or out_of_memory(error) or "CUDA error" in str(error):
+                raise
+            raise DraftsmithError(
+                f"target {path}: {info.architecture} cannot be read part by part as it is done here "
+                f"({type(error).__name__}: {one_line(error)[:200]}): give another target"
+            ) from error
+        return target
+
+    @classmethod
+    def _read(cls, info: TargetInfo, path: Path, dtype: str, device: str, ranks: Ranks) -> Target:
+        """The same, not yet compared with the model's own forwards."""
         from transformers import AutoConfig, AutoTokenizer
 
-        info, path = read_target_info(folder), model_path(folder)
-        device = device or default_device()
         try:
-            loaded: dict[str, Any] = {"dtype": getattr(torch, dtype or info.dtype), "attn_implementation": register()}
+            loaded: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": register()}
             if ranks.sharing > 1:
                 model = load_part(path, ranks, device, **loaded)
             else:
-                loader = model_class(AutoConfig.from_pretrained(path, local_files_only=True))
-                model = loader.from_pretrained(path, local_files_only=True, **loaded).to(device)
+                kind = model_class(AutoConfig.from_pretrained(path, local_files_only=True))
+                model = load_weights(kind, path, **loaded).to(device)
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, ImportError) as error:
             if is_full_disk(error):  # which a progress bar of the loader met in the stage's log
                 raise
             raise DraftsmithError(f"target {path}: cannot be loaded ({error}); rerun stage 'target'") from error
         if ranks.sharing == 1:
-            pack(model.get_decoder())
-        target = cls(model, tokenizer, info, ranks.sharing)
-        check_agreement(target, str(path), ranks)
-        return target
+            pack(decoder_of(model))
+        return cls(model, tokenizer, info, ranks.sharing)
 
     @classmethod
     def of(cls, source: str | Path, dtype: Dtype = "bfloat16", device: str | None = None) -> Target:
@@ -134,20 +158,32 @@ class Target:
             self._captured = None
         return TargetOutput(hidden, features)
 
+    def _turned(self, positions: torch.Tensor) -> torch.Tensor:
+        """Positions to rotate by. Where angles depend on the furthest one, what lies beyond the context (padding,
+        proposals behind an answer's end) turns as its last token, so that others keep their angles."""
+        return positions if self._steady is None else positions.clamp(max=self._steady - 1)
+
+    def _whole(self, ids: torch.Tensor) -> dict[str, Any]:
+        """Arguments of a forward over whole sequences."""
+        if self._steady is None or ids.shape[1] <= self._steady:
+            return {"input_ids": ids, "use_cache": False}
+        positions = self._turned(torch.arange(ids.shape[1], device=ids.device)[None])
+        return {"input_ids": ids, "use_cache": False, "position_ids": positions}
+
     @torch.no_grad()
     def read(self, ids: torch.Tensor, layer_ids: Sequence[int] = ()) -> TargetOutput:
         """Whole sequences, ids [B, T] padded on the right: causal attention keeps padding out of the real positions.
 
         layer_ids: layer k means the hidden state AFTER decoder layer k, concatenated in this order into `features`.
         """
-        return self._forward(layer_ids, input_ids=ids, use_cache=False)
+        return self._forward(layer_ids, **self._whole(ids))
 
     @torch.no_grad()
     def features(self, ids: torch.Tensor, layer_ids: Sequence[int]) -> torch.Tensor:
         """Features [B, T, K*H] of whole sequences alone: layers behind the deepest of `layer_ids` are not run."""
         self._captured, self._deepest = {layer: torch.empty(0) for layer in layer_ids}, max(layer_ids)
         try:
-            self.decoder(input_ids=ids, use_cache=False)
+            self.decoder(**self._whole(ids))
         except _DeepEnoughError:
             return torch.cat([self._captured[layer] for layer in layer_ids], -1)
         finally:
@@ -189,11 +225,11 @@ class Target:
             entry_positions = entry_positions.scatter(1, write_at, positions)
         masks = self.layers.masks(visible, positions, entry_positions, self.dtype)
         if self._lean is not None and not torch.is_autocast_enabled(ids.device.type):
-            return TargetOutput(*self._lean(ids, positions, masks, cache, layer_ids))
-        arguments = {self._cache_argument: cache}
-        return self._forward(
-            layer_ids, input_ids=ids, position_ids=positions, attention_mask=masks, use_cache=True, **arguments
-        )
+            return TargetOutput(*self._lean(ids, self._turned(positions), masks, cache, layer_ids))
+        arguments = {self._cache_argument: cache, "position_ids": self._turned(positions), "attention_mask": masks}
+        out = self._forward(layer_ids, input_ids=ids, use_cache=True, **arguments)
+        cache.settle()
+        return out
 
     def commit(
         self, ids: torch.Tensor, positions: torch.Tensor, cache: SlotCache, first_row: int, kept: Sequence[int]

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from draftsmith.stages.targets.shape import usual_layer
+
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROCESS = 600e6  # Python with torch and transformers imported; on a GPU about as much for its context
 TABLES = 150e6  # decoded row groups of the tables that a stage reads and writes, whatever their length
@@ -40,17 +42,18 @@ class ModelSize:
 
     @classmethod
     def of(cls, config: Any, parameters: int, divided: int = 0) -> ModelSize:
-        heads = config.num_attention_heads
+        usual = usual_layer(config)
+        heads = usual.num_attention_heads
         sliding = [kind for kind in getattr(config, "layer_types", None) or () if kind == "sliding_attention"]
-        window = getattr(config, "sliding_window", None)
+        window = getattr(usual, "sliding_window", None)
         return cls(
             parameters=parameters,
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
-            intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+            intermediate=getattr(usual, "intermediate_size", None) or 4 * config.hidden_size,
             heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            kv_heads=getattr(usual, "num_key_value_heads", None) or heads,
+            head_dim=getattr(usual, "head_dim", None) or config.hidden_size // heads,
             vocabulary=getattr(config, "draft_vocab_size", None) or config.vocab_size,
             windows=(window,) * len(sliding) if window else (),
             divided=divided,

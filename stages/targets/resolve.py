@@ -15,6 +15,7 @@ from draftsmith.artifacts.manifest import ELSEWHERE
 from draftsmith.stages.targets.config import Dtype, TargetConfig
 from draftsmith.stages.targets.hub import check_snapshot, hub_answered, hub_reason, one_line
 from draftsmith.stages.targets.info import TargetInfo, model_digest, tokenizer_digest, write_target_info
+from draftsmith.stages.targets.shape import usual_layer
 from draftsmith.stages.targets.source import (
     TOKENIZER_FILES,
     Kind,
@@ -69,6 +70,12 @@ def resolve_target(
     if [_touched(path) for path in files] != before:
         raise DraftsmithError(f"{folder}: somebody writes to the model while it is read: run the same command again")
     write_target_info(info, out)
+    whole = _read_config(folder)[1].get_text_config().max_position_embeddings
+    if info.max_positions < whole:
+        log(
+            f"{info.max_positions} of {whole} positions are used: beyond, angles (longrope) or scales (Llama 4) of all "
+            "of a text depend on how long it is, so prompts with their answers are kept within"
+        )
     return info
 
 
@@ -109,6 +116,8 @@ def _dequantise(source: Path, folder: Path, dtype: Dtype, log: Callable[[str], N
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from draftsmith.stages.targets.loading import load_weights
+
     parameters = count_gguf_parameters(source)
     torch_dtype = getattr(torch, dtype)
     partial = folder.with_name(f"{TMP_PREFIX}{folder.name}")  # never part of an artifact
@@ -123,12 +132,13 @@ def _dequantise(source: Path, folder: Path, dtype: Dtype, log: Callable[[str], N
     log(f"dequantising {source.name} ({parameters / 1e6:.0f}M parameters) to {dtype}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
+        model = load_weights(
+            AutoModelForCausalLM,
             source.parent,
+            source,
             gguf_file=source.name,
             quantization_config=GgufConfig(dequantize=True),  # or the result cannot be saved
             dtype=torch_dtype,
-            local_files_only=True,
         )
     except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
         raise DraftsmithError(
@@ -155,6 +165,8 @@ def describe_metadata(
     folder: Path, config: TargetConfig, *, kind: Kind, location: str, revision: str | None
 ) -> TargetInfo:
     """The same from config and tokenizer alone; the digest, which is over the weights too, is left empty."""
+    from draftsmith.stages.targets.capabilities import steady_positions
+
     architecture, settings = _read_config(folder)
     tokenizer = load_tokenizer(folder)
     text = settings.get_text_config()
@@ -183,7 +195,7 @@ def describe_metadata(
         vocab_size=text.vocab_size,
         hidden_size=text.hidden_size,
         num_layers=text.num_hidden_layers,
-        max_positions=text.max_position_embeddings,
+        max_positions=min(text.max_position_embeddings, steady_positions(text) or text.max_position_embeddings),
         eos_ids=eos_ids,
         mask_candidates=_mask_candidates(tokenizer, text.vocab_size, eos_ids),
         chat_template=bool(tokenizer.chat_template),
@@ -199,6 +211,7 @@ def describe_metadata(
 
 def _read_config(folder: Path) -> tuple[str, PretrainedConfig]:
     """The architecture's name and transformers' config object of a causal LM."""
+    import transformers
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as WITH_IMAGES
@@ -215,8 +228,10 @@ def _read_config(folder: Path) -> tuple[str, PretrainedConfig]:
     model_type = raw.get("model_type")
     architecture = (raw.get("architectures") or [CAUSAL.get(model_type, "")])[0]
     entries = [*CAUSAL.values(), *WITH_IMAGES.values()]  # of the latter the text part is used
-    known = {name for entry in entries for name in ([entry] if isinstance(entry, str) else entry)}
-    if architecture not in known:
+    known = {_plain(name) for entry in entries for name in ([entry] if isinstance(entry, str) else entry)}
+    # a name that says nothing to transformers is no other kind of model: it loads what the config's type stands for
+    named = "auto_map" in raw or hasattr(transformers, architecture) or model_type not in {*CAUSAL, *WITH_IMAGES}
+    if _plain(architecture) not in known and named:
         what = architecture or f"model_type {model_type}"
         advice = "models that bring their own code are not run" if "auto_map" in raw else "give a causal language model"
         raise DraftsmithError(
@@ -229,6 +244,11 @@ def _read_config(folder: Path) -> tuple[str, PretrainedConfig]:
         raise DraftsmithError(f"{path}: transformers cannot read it ({one_line(error)}): correct it") from error
 
 
+def _plain(name: str) -> str:
+    """Of a class: repositories write some otherwise than transformers, which loads them all the same."""
+    return name.replace("_", "").lower()
+
+
 _TAKEN_OVER = ("hidden_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
 
 
@@ -238,7 +258,8 @@ def _capabilities(folder: Path, config: PretrainedConfig) -> tuple[Layers, Logit
     from draftsmith.stages.targets.capabilities import Layers, UnknownLayersError
 
     text = config.get_text_config()
-    if missing := [name for name in _TAKEN_OVER if getattr(text, name, None) is None]:
+    usual = usual_layer(text)
+    if missing := [name for name in _TAKEN_OVER if getattr(usual, name, None) is None]:
         raise DraftsmithError(
             f"{folder}: {text.model_type} has no config field {missing[0]}: a drafter takes its shape over from a "
             "target with grouped heads; give another target"

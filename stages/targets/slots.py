@@ -96,6 +96,7 @@ class SlotCache(Cache):
         self.rows, self.capacity = rows, capacity
         self._at = Address(slice(0, rows), torch.empty(0), 0)
         self._row_index = torch.empty(0)
+        self._lent: dict[tuple[int, int], torch.Tensor] = {}  # states that layers were given, until they give others
 
     def address(self, at: Address) -> None:
         """What the next forward reads and writes."""
@@ -104,6 +105,13 @@ class SlotCache(Cache):
         else:
             row_index = at.rows
         self._at, self._row_index = at, row_index[:, None]
+        self._lent.clear()
+
+    def settle(self) -> None:
+        """Call it behind each forward: states that layers moved on in place, without a word, are written back."""
+        for (layer, index), state in self._lent.items():
+            self._advance("recurrent", layer, index, state)
+        self._lent.clear()
 
     # ---- called by the model's attention
 
@@ -125,7 +133,7 @@ class SlotCache(Cache):
     # ---- called by its recurrent layers
 
     def is_recording_past(self, layer_idx: int) -> bool:  # noqa: ARG002
-        """True: layers then hand over all their inputs, and none overwrites a state in place."""
+        """True: layers then hand over all their inputs, and none overwrites the state of a convolution in place."""
         return True
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:  # noqa: ARG002
@@ -135,7 +143,14 @@ class SlotCache(Cache):
         return self._state("conv", layer_idx, state_idx)
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        return self._state("recurrent", layer_idx, state_idx)
+        """A copy: Mamba-2's step of one token moves it on in place, and calls `update_recurrent_state` of no cache."""
+        state = self._state("recurrent", layer_idx, state_idx)
+        if state is None:
+            return None
+        if isinstance(self._at.rows, slice):
+            state = state.clone()
+        self._lent[layer_idx, state_idx] = state
+        return state
 
     def _state(self, which: str, layer: int, index: int) -> torch.Tensor | None:
         return None if self._at.fresh else self.states[which, layer, index].read(self._at.rows)
@@ -160,6 +175,7 @@ class SlotCache(Cache):
         self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_kwargs: object
     ) -> torch.Tensor:
         """recurrent_states: [n, …] behind the tokens of this forward."""
+        self._lent.pop((layer_idx, state_idx), None)
         self._advance("recurrent", layer_idx, state_idx, recurrent_states)
         return recurrent_states
 

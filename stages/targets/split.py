@@ -6,6 +6,7 @@ make each rank's hidden states whole. Embedding and head stay whole, which draft
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.parallel.ranks import Ranks
 from draftsmith.stages.targets.capabilities import model_class
+from draftsmith.stages.targets.loading import load_weights
+from draftsmith.stages.targets.shape import layer_configs
 
 _FIELD = "parallel.target_parallel"
 _DIVIDING = ("colwise", "rowwise", "packed_")  # begin the names of the styles that divide a weight
@@ -47,8 +50,8 @@ def check_divides(folder: Path, sharing: int) -> None:
         raise DraftsmithError(f"{_FIELD}: {name} in {folder} is quantised, which is not divided here: set it to 1")
     if not divided_parameters(model):
         raise DraftsmithError(f"{_FIELD}: transformers has no plan to divide {name} by: set it to 1")
-    for heads in _HEADS:
-        count = getattr(config.get_text_config(), heads, None) or sharing
+    for layer, heads in itertools.product(layer_configs(config.get_text_config()), _HEADS):
+        count = getattr(layer, heads, None) or sharing
         if count % sharing:
             raise DraftsmithError(
                 f"{_FIELD}: {sharing} does not divide the {heads} of the target, {count}: give a number that does, or 1"
@@ -58,7 +61,8 @@ def check_divides(folder: Path, sharing: int) -> None:
 def load_part(folder: Path, ranks: Ranks, device: str, **arguments: Any) -> Any:
     """This rank's part of the model in `folder`, of which the others load theirs now; no more of the file is read.
 
-    arguments: of `from_pretrained`. Raises DraftsmithError as `check_divides`, and whatever transformers raises.
+    arguments: of `from_pretrained`. Raises DraftsmithError as `check_divides` and `load_weights`, and whatever
+    transformers raises.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from transformers import AutoConfig
@@ -86,9 +90,7 @@ def load_part(folder: Path, ranks: Ranks, device: str, **arguments: Any) -> Any:
             self._tp_plan = _plan_of(self)
 
     Part.__name__, Part.__qualname__, Part.__module__ = kind.__name__, kind.__qualname__, kind.__module__
-    return Part.from_pretrained(
-        folder, local_files_only=True, distributed_config=DistributedConfig(tp_size=ranks.sharing), **arguments
-    )
+    return load_weights(Part, folder, distributed_config=DistributedConfig(tp_size=ranks.sharing), **arguments)
 
 
 @dataclass(frozen=True)

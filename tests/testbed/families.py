@@ -113,6 +113,44 @@ def _granite() -> Any:
     return _transformers("Granite", **SHAPE, logits_scaling=4.0, embedding_multiplier=2.0)
 
 
+def _granite4() -> Any:
+    shape = {name: value for name, value in SHAPE.items() if name != "head_dim"}
+    mamba = {"n_heads": 4, "d_head": 16, "d_state": 8, "n_groups": 1, "chunk_size": 8}
+    return _transformers(
+        "GraniteMoeHybrid", **shape, **{f"mamba_{name}": value for name, value in mamba.items()},
+        layer_types=["mamba", "attention", "mamba"], num_local_experts=4, num_experts_per_tok=2,
+        shared_intermediate_size=24, logits_scaling=4.0,
+    )  # fmt: skip
+
+
+def _nemotron_h() -> Any:
+    """Mamba-2, attention, experts and an MLP, each a layer of its own."""
+    shape = {name: value for name, value in SHAPE.items() if name != "num_hidden_layers"}
+    mamba = {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1, "expand": 2}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    return _transformers(
+        "NemotronH", **shape, **mamba, **experts, chunk_size=8, moe_shared_expert_intermediate_size=24,
+        layers_block_type=["linear_attention", "moe", "full_attention", "mlp"],
+    )  # fmt: skip
+
+
+def _llama4() -> Any:
+    return _transformers(
+        "Llama4Text", **SHAPE, layer_types=["chunked_attention", "full_attention", "chunked_attention"],
+        attention_chunk_size=WINDOW, intermediate_size_mlp=48, num_local_experts=4, moe_layers=[1],
+        no_rope_layers=[1, 0, 1],
+    )  # fmt: skip
+
+
+def _gemma4() -> Any:
+    shape = SHAPE | {"tie_word_embeddings": True, "sliding_window": WINDOW, "use_bidirectional_attention": "vision"}
+    return _transformers(
+        "Gemma4Text", **shape, layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        attention_k_eq_v=True, global_head_dim=16, num_global_key_value_heads=1, hidden_size_per_layer_input=0,
+        final_logit_softcapping=3.0,
+    )  # fmt: skip
+
+
 FAMILIES: dict[str, Callable[[], Any]] = {
     "Qwen3-MoE": _qwen3_moe,
     "gpt-oss": _gpt_oss,
@@ -124,8 +162,12 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "Qwen3-Next": _qwen3_next,
     "Qwen3.5 with images": _qwen3_5,
     "LFM2": _lfm2,
+    "Granite 4 hybrid": _granite4,
+    "Nemotron-H": _nemotron_h,
+    "Llama 4": _llama4,
+    "Gemma 4": _gemma4,
 }
-RECURRENT = ("Qwen3-Next", "Qwen3.5 with images", "LFM2")
+RECURRENT = ("Qwen3-Next", "Qwen3.5 with images", "LFM2", "Granite 4 hybrid", "Nemotron-H")
 
 
 def write_family(folder: Path, family: str, seed: int = 0) -> None:

@@ -73,6 +73,7 @@ def test_parts_say_what_the_whole_target_says(family: str, artifacts: dict[str, 
         ("LFM2", 2, {}, "transformers has no plan to divide Lfm2ForCausalLM by: set it to 1"),
         ("Mistral", 3, {}, "3 does not divide the num_attention_heads of the target, 4"),
         ("Mistral", 4, {}, "4 does not divide the num_key_value_heads of the target, 2"),
+        ("Gemma 4", 2, {}, "2 does not divide the num_key_value_heads of the target, 1"),  # of one layer
         ("Mistral", 2, {"quantization_config": {"quant_method": "fp8"}}, "is quantised, which is not divided here"),
     ],
 )

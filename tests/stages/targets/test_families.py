@@ -34,13 +34,15 @@ from draftsmith.stages.targets import capabilities
 from draftsmith.stages.targets.agreement import check_agreement
 from draftsmith.stages.targets.attention import scored_attention
 from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.estimate import target_size
 from draftsmith.stages.targets.info import TargetInfo, read_target_info, write_target_info
 from draftsmith.stages.targets.logits import LogitMap
+from draftsmith.stages.targets.slots import SlotCache
 from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.on_policy.training import OpdConfig, OpdTraining
 from draftsmith.stages.training.response import Feedback
 from draftsmith.stages.training.vocabulary import HeadSource
-from tests.testbed.families import FAMILIES, RECURRENT, WINDOW, write_family
+from tests.testbed.families import FAMILIES, RECURRENT, SHAPE, WINDOW, write_family
 from tests.testbed.random_target import write_model
 
 TOLERANCE = 2e-4  # of hidden states and nats, float32: attention and states are computed in other orders
@@ -163,8 +165,11 @@ def test_what_can_be_done_is_known_without_weights(case: Case) -> None:
     info = case.target.info
     recurrent = case.family in RECURRENT
     assert (info.rewindable, info.tree_forward) == (not recurrent, not recurrent)
-    scales = {"Gemma 2": LogitMap(1.0, 3.0), "Command R7B": LogitMap(0.25), "Granite": LogitMap(0.25)}
-    assert info.logit_map == scales.get(case.family, LogitMap())
+    scaled, capped = LogitMap(0.25), LogitMap(1.0, 3.0)
+    maps = {"Gemma 2": capped, "Gemma 4": capped, "Command R7B": scaled, "Granite": scaled, "Granite 4 hybrid": scaled}
+    assert info.logit_map == maps.get(case.family, LogitMap())
+    size = target_size(case.folder)
+    assert (size.kv_heads, size.head_dim) == (SHAPE["num_key_value_heads"], SHAPE["head_dim"])
     assert case.target.embedding_scale == pytest.approx(32**0.5 if "Gemma" in case.family else 1.0)
 
 
@@ -278,7 +283,12 @@ def test_logits_that_are_not_the_models_own_are_one_clear_error(capped: Path, tm
 
 @pytest.mark.parametrize(
     ("family", "broken", "said"),
-    [("gpt-oss", "masks", "cached forwards differ"), ("LFM2", "commit", "cached forwards differ")],
+    [
+        ("gpt-oss", "masks", "cached forwards differ"),
+        ("LFM2", "commit", "cached forwards differ"),
+        ("Granite 4 hybrid", "settle", "cached forwards of one token differ"),
+        ("Granite 4 hybrid", "copy", "cached forwards of one token differ"),
+    ],
 )
 def test_forwards_that_are_not_the_models_own_are_one_clear_error(
     family: str, broken: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -288,8 +298,12 @@ def test_forwards_that_are_not_the_models_own_are_one_clear_error(
     check_agreement(target, "it")
     if broken == "masks":
         monkeypatch.setattr(capabilities.Layers, "masks", lambda _self, visible, *_: 0.0 * visible[:, None])
-    else:
+    elif broken == "commit":
         monkeypatch.setattr(Target, "commit", lambda *_: None)
+    elif broken == "settle":
+        monkeypatch.setattr(SlotCache, "settle", lambda _self: None)
+    else:  # the state itself, which a step of one token overwrites
+        monkeypatch.setattr(torch.Tensor, "clone", lambda self: self)
     with pytest.raises(DraftsmithError, match=said):
         check_agreement(target, "it")
 

@@ -202,6 +202,7 @@ def test_grouped_attention_equals_repeated_keys(heads: int, kv_heads: int, dtype
     module = torch.nn.Module()
     module.num_key_value_groups = heads // kv_heads  # type: ignore[assignment]
     out, _ = grouped_attention(module, query, key, value, mask, scaling=0.3)
+    assert out.is_contiguous()  # of which AFMoE takes a view
     keys, values = (repeat_kv(x, heads // kv_heads) for x in (key, value))
     expected = torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=0.3)
     assert_close(out, expected.transpose(1, 2), 1e-5 if dtype == torch.float32 else 2e-2)

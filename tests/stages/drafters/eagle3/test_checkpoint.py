@@ -276,6 +276,8 @@ def test_a_target_too_shallow_for_three_layers_is_refused() -> None:
     [
         {"rope_type": "default", "partial_rotary_factor": 0.5},  # engines would read another part of the head
         {"rope_type": "dynamic", "factor": 2.0},  # SGLang's angles are others
+        {"rope_type": "longrope", "original_max_position_embeddings": 64, "factor": 2.0}
+        | {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64},
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "attention_factor": 1.0},
     ],
 )

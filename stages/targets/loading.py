@@ -1,0 +1,48 @@
+"""Weights of a checkpoint into a model of transformers, which would fill what is missing with random numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.targets.capabilities import decoder_of
+from draftsmith.stages.targets.source import weight_files
+
+
+def load_weights(kind: Any, folder: Path, file: Path | None = None, **arguments: Any) -> Any:
+    """`kind.from_pretrained(folder, …)`. file: what holds the weights, where these are not safetensors.
+
+    Raises DraftsmithError if the checkpoint lacks a tensor of the text model, or has one of another shape. Of tied ones
+    one is enough.
+    """
+    model, found = kind.from_pretrained(
+        folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+    )
+    used, where = _names(model), file or _place(folder)
+    lacking = sorted(name for name in found["missing_keys"] if name.startswith(used))
+    if getattr(model.config, "quantization_config", None):  # beside weights: what a method may have defaults for
+        lacking = [name for name in lacking if name.endswith(".weight")]
+    if lacking:
+        raise DraftsmithError(
+            f"{where}: the weights lack {lacking[0]} ({len(lacking)} tensors in all), for which "
+            f"{type(model).__name__} would get random numbers: copy or download the model again"
+        )
+    for name, has, needs in sorted(found["mismatched_keys"]):
+        if name.startswith(used):
+            raise DraftsmithError(
+                f"{where}: {name} has shape {list(has)}, and by config.json {list(needs)}: config and weights "
+                "do not belong together; copy or download the model again"
+            )
+    return model
+
+
+def _place(folder: Path) -> Path:
+    files = weight_files(folder)
+    return files[0] if len(files) == 1 else folder
+
+
+def _names(model: Any) -> tuple[str, ...]:
+    """What names of tensors begin with that forwards over text read: a checkpoint may lack its part for images."""
+    read = (decoder_of(model), model.get_input_embeddings(), model.get_output_embeddings())
+    return tuple(f"{name}." for name, module in model.named_modules() if any(module is each for each in read))

@@ -1,0 +1,114 @@
+"""A checkpoint that is not whole, or whose class fails, is one clear error and no target of random weights."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.targets.causal_lm import Target
+from tests.testbed.families import write_family
+from tests.testbed.random_target import write_artifact, write_model
+
+WEIGHTS = "model.safetensors"
+
+
+def change(model: Path, name: str, weight: torch.Tensor | None) -> None:
+    tensors = load_file(model / WEIGHTS)
+    del tensors[name]
+    save_file(tensors if weight is None else tensors | {name: weight}, model / WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "said"),
+    [
+        ("model.layers.1.self_attn.o_proj.weight", None, r"lack model.layers.1.self_attn.o_proj.weight \(1 tensors"),
+        ("lm_head.weight", None, "lack lm_head.weight"),
+        ("model.embed_tokens.weight", None, "lack model.embed_tokens.weight"),
+        ("model.norm.weight", torch.ones(8), r"model.norm.weight has shape \[8\], and by config.json \[32\]"),
+    ],
+)
+def test_weights_that_are_not_whole_are_refused(
+    name: str, weight: torch.Tensor | None, said: str, tmp_path: Path
+) -> None:
+    artifact = write_artifact(tmp_path)
+    change(tmp_path / "model", name, weight)
+    with pytest.raises(DraftsmithError, match=rf"model/{WEIGHTS}: .*{said}"):
+        Target.load(artifact, device="cpu")
+
+
+def test_of_tied_weights_one_is_enough_and_the_part_for_images_is_not_read(tmp_path: Path) -> None:
+    write_family(tmp_path, "Gemma 3 with images")
+    tensors = load_file(tmp_path / WEIGHTS)
+    text = {name: weight for name, weight in tensors.items() if "vision" not in name}
+    assert len(text) < len(tensors) and not any("lm_head" in name for name in text)
+    save_file(text, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    Target.of(tmp_path, dtype="float32", device="cpu")
+
+
+def test_of_quantised_weights_too(tmp_path: Path) -> None:
+    artifact = write_artifact(tmp_path)
+    model = tmp_path / "model"
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8", "activation_scheme": "dynamic", "modules_to_not_convert": ["layers"],
+    }  # fmt: skip
+    (model / "config.json").write_text(json.dumps(config))
+    Target.load(artifact, device="cpu")
+    change(model, "model.layers.1.mlp.up_proj.weight", None)
+    with pytest.raises(DraftsmithError, match=r"lack model.layers.1.mlp.up_proj.weight"):
+        Target.load(artifact, device="cpu")
+
+
+@pytest.mark.parametrize("failing", ["model.model.forward", "model.get_output_embeddings"])
+def test_a_class_that_fails_is_named(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = write_artifact(tmp_path)
+    from transformers import Qwen3ForCausalLM, Qwen3Model
+
+    def fail(*_args: object, **_kwargs: object) -> None:
+        raise KeyError("full_attention")
+
+    owner = Qwen3Model if failing == "model.model.forward" else Qwen3ForCausalLM
+    monkeypatch.setattr(owner, failing.split(".")[-1], fail)
+    with pytest.raises(DraftsmithError, match=r"Qwen3ForCausalLM cannot be read .*KeyError: 'full_attention'"):
+        Target.load(artifact, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OSError(28, "No space left on device"), RuntimeError("CUDA error: 2")]
+)
+def test_what_the_machine_refuses_is_not_the_models_fault(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = write_artifact(tmp_path)
+
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr("draftsmith.stages.targets.causal_lm.check_agreement", refuse)
+    with pytest.raises(type(error)):
+        Target.load(artifact, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("fields", "known"),
+    [
+        ({"architectures": ["Qwen_3ForCausalLM"], "auto_map": {"AutoConfig": "its.Own"}}, True),
+        ({"architectures": ["OurFineTune"]}, True),
+        ({"architectures": ["OurFineTune"], "auto_map": {"AutoConfig": "its.Own"}}, False),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, False),
+    ],
+)
+def test_the_configs_type_counts_where_the_architecture_has_another_name(
+    fields: dict[str, object], known: bool, tmp_path: Path
+) -> None:
+    write_model(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with nullcontext() if known else pytest.raises(DraftsmithError, match="is not a causal language model"):
+        Target.of(tmp_path, dtype="float32", device="cpu")
