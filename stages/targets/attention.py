@@ -17,6 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "draftsmith_grouped"
 _SCORES = 2**24  # that are there at once: queries are read in parts
+_MASK_ENTRIES = 2**31  # of one call: a kernel of torch's counts them in 32 bits (pytorch/pytorch#187227)
 
 
 def grouped_attention(
@@ -58,7 +59,14 @@ def folded_attention(
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2)
     queries = query.reshape(n, key.shape[1], heads // key.shape[1] * T, D)
-    out = F.scaled_dot_product_attention(queries, key, value, attn_mask=mask, scale=scaling)
+    rows = max(1, _MASK_ENTRIES // (n * mask.shape[-1]))
+    if mask.shape[2] <= rows:
+        out = F.scaled_dot_product_attention(queries, key, value, attn_mask=mask, scale=scaling)
+    else:
+        parts = zip(queries.split(rows, 2), mask.split(rows, 2), strict=True)
+        out = torch.cat(
+            [F.scaled_dot_product_attention(q, key, value, attn_mask=m, scale=scaling) for q, m in parts], 2
+        )
     return out.reshape(n, heads, T, out.shape[-1]).transpose(1, 2)
 
 

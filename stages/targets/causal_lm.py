@@ -86,6 +86,11 @@ class Target:
         except DraftsmithError:
             raise
         except Exception as error:  # classes of models raise of every kind where they meet what is not theirs
+            if isinstance(error, torch.OutOfMemoryError):
+                raise DraftsmithError(
+                    f"target {path}: does not fit into the GPU's free memory ({one_line(error)[:200]}): see what else "
+                    "holds it, or choose a device by CUDA_VISIBLE_DEVICES (empty: the CPU)"
+                ) from error
             if ranks.sharing > 1 or disk_error_of(error) or out_of_memory(error) or "CUDA error" in str(error):
                 raise
             raise DraftsmithError(
@@ -99,6 +104,8 @@ class Target:
         """The same, not yet compared with the model's own forwards."""
         from transformers import AutoConfig, AutoTokenizer
 
+        if dtype == "float32":
+            torch.backends.cudnn.allow_tf32 = False  # convolutions of recurrent layers too are float32
         try:
             loaded: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": register()}
             if ranks.sharing > 1:

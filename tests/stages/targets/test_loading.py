@@ -93,6 +93,9 @@ def test_what_the_machine_refuses_is_not_the_models_fault(
     monkeypatch.setattr("draftsmith.stages.targets.causal_lm.check_agreement", refuse)
     with pytest.raises(type(error)):
         Target.load(artifact, device="cpu")
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    with pytest.raises(DraftsmithError, match=r"the GPU's free memory \(CUDA out of memory.*CUDA_VISIBLE_DEVICES"):
+        Target.load(artifact, device="cpu")
 
 
 @pytest.mark.parametrize(

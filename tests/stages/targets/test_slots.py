@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import repeat_kv
 
+from draftsmith.stages.targets import attention
 from draftsmith.stages.targets.attention import grouped_attention
 from draftsmith.stages.targets.info import model_path
 from draftsmith.stages.targets.slots import KeyValueSlots
@@ -191,7 +192,12 @@ def test_the_target_is_frozen(bench: Bench) -> None:
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 1), (4, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_grouped_attention_equals_repeated_keys(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("entries", [2**31, 60])
+def test_grouped_attention_equals_repeated_keys(
+    heads: int, kv_heads: int, dtype: torch.dtype, entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """entries: of a mask, in one call."""
+    monkeypatch.setattr(attention, "_MASK_ENTRIES", entries)
     n, T, L, D = 2, 5, 9, 8
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(n, heads, T, D, generator=generator).to(dtype)
