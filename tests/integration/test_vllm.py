@@ -114,12 +114,11 @@ def test_greedy_answers_and_verify_steps(
     assert make is dflash or steps["it"] != steps["trained"], "what it has more than DFlash shows"
 
 
-@pytest.mark.parametrize("make", [dflash2, dspark])
-def test_sampled_verify_steps_follow_the_law_of_replay(
-    make: Callable[[Bench], Drafter], python: Path, bench: Bench, tiny_drafter: DrafterArtifacts, tmp_path: Path
+def test_sampled_verify_steps_of_a_dspark_follow_the_law_of_replay(
+    python: Path, bench: Bench, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
     """Proposals drawn from the drafter's own law: on the answers that were given, as many steps as replay takes."""
-    target, folder, drafter = exported(make(bench), tiny_drafter, bench, tmp_path)
+    target, folder, drafter = exported(dspark(bench), tiny_drafter, bench, tmp_path)
     prompts = [p.token_ids for p in bench.prompts[:SAMPLED]]
     sampling = [{"temperature": 1.0, "max_tokens": 48, "seed": i} for i in range(len(prompts))]
     speculative = {"model": str(folder), "num_speculative_tokens": 7, "draft_sample_method": "probabilistic"}
@@ -134,4 +133,4 @@ def test_sampled_verify_steps_follow_the_law_of_replay(
         return float(difference.mean() / (difference.std(ddof=1) / np.sqrt(len(steps))))
 
     assert abs(distance(Law(1.0))) < 4
-    assert abs(distance(Law())) > 6, "that of argmaxes would be seen"
+    assert abs(distance(Law(2.0))) > 6, "that of another temperature would be seen"
