@@ -229,8 +229,10 @@ def _read_config(folder: Path) -> tuple[str, PretrainedConfig]:
     architecture = (raw.get("architectures") or [CAUSAL.get(model_type, "")])[0]
     entries = [*CAUSAL.values(), *WITH_IMAGES.values()]  # of the latter the text part is used
     known = {_plain(name) for entry in entries for name in ([entry] if isinstance(entry, str) else entry)}
-    # a name that says nothing to transformers is no other kind of model: it loads what the config's type stands for
-    named = "auto_map" in raw or hasattr(transformers, architecture) or model_type not in {*CAUSAL, *WITH_IMAGES}
+    # a name of this kind that says nothing to transformers stands for what the config's type does; others are drafters,
+    # classifiers, …
+    other = "auto_map" in raw or hasattr(transformers, architecture) or not architecture.endswith(_WHOLE)
+    named = other or model_type not in {*CAUSAL, *WITH_IMAGES}
     if _plain(architecture) not in known and named:
         what = architecture or f"model_type {model_type}"
         advice = "models that bring their own code are not run" if "auto_map" in raw else "give a causal language model"
@@ -242,6 +244,9 @@ def _read_config(folder: Path) -> tuple[str, PretrainedConfig]:
         return architecture, AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # configs check themselves with error classes of their own
         raise DraftsmithError(f"{path}: transformers cannot read it ({one_line(error)}): correct it") from error
+
+
+_WHOLE = ("ForCausalLM", "ForConditionalGeneration")  # what classes of whole models are called
 
 
 def _plain(name: str) -> str:

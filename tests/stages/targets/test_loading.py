@@ -102,8 +102,9 @@ def test_what_the_machine_refuses_is_not_the_models_fault(
     ("fields", "known"),
     [
         ({"architectures": ["Qwen_3ForCausalLM"], "auto_map": {"AutoConfig": "its.Own"}}, True),
-        ({"architectures": ["OurFineTune"]}, True),
-        ({"architectures": ["OurFineTune"], "auto_map": {"AutoConfig": "its.Own"}}, False),
+        ({"architectures": ["OurFineTuneForCausalLM"]}, True),
+        ({"architectures": ["OurFineTuneForCausalLM"], "auto_map": {"AutoConfig": "its.Own"}}, False),
+        ({"architectures": ["OurFineTune"]}, False),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, False),
     ],
 )
