@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import itertools
 import json
 import os
@@ -133,10 +134,9 @@ def browser(profile: Path, limit_s: float = 60) -> Iterator[Browser]:
     from_read, from_write = os.pipe()
 
     def pipes() -> None:  # Chromium reads file 3 and writes file 4, which may be ends of the pipes themselves
-        os.dup2(to_read, 63)
-        os.dup2(from_write, 62)
-        os.dup2(63, 3)
-        os.dup2(62, 4)
+        reads, writes = (fcntl.fcntl(end, fcntl.F_DUPFD, 5) for end in (to_read, from_write))  # numbers nobody has
+        os.dup2(reads, 3)
+        os.dup2(writes, 4)
 
     process = subprocess.Popen(
         [PROGRAM, f"--user-data-dir={profile}", *_FLAGS],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,16 @@ def sizes(page: Browser, selector: str) -> list[list[float]]:
         f"[...document.querySelectorAll({selector!r})].map(e => [e.scrollWidth, e.clientWidth])"
     )
     return found
+
+
+@pytest.mark.parametrize("first", [60, 61])
+def test_a_browser_starts_whatever_numbers_its_pipes_have(first: int, tmp_path: Path) -> None:
+    with ExitStack() as opened:
+        while (number := os.open(os.devnull, os.O_RDONLY)) < first - 1:
+            opened.callback(os.close, number)
+        opened.callback(os.close, number)
+        with browser(tmp_path) as page:
+            assert page.call("Browser.getVersion")["product"]
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
