@@ -33,7 +33,7 @@ from draftsmith.stages.training.on_policy.config import OpdConfig
 # held-out prompts of a refresh from logs alone: enough for an interval of a few percent
 _OF_LOGS = {"train": 0, "validation": 16, "heldout": 128, "max_prompt_tokens": 2048, "too_long": "skip"}
 _FILLED_IN = {
-    "registry": ("champion", "answers", "history", "refreshed_at", "read_until"),
+    "registry": ("champion", "answers", "history", "refreshed_at", "read_until", "measured_with"),
     "prompts": ("of_logs",),
 }
 _READ_ALIKE = ("max_prompt_tokens", "max_bad_share", "chat_template_kwargs")  # a prompt is the same in both sections

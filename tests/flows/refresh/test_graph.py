@@ -13,6 +13,7 @@ from draftsmith.flows.pipeline.graph import Status, external_digests, in_order, 
 from draftsmith.flows.pipeline.options import TimeLimit
 from draftsmith.flows.refresh.config import RefreshConfig, control_config, load_config, prompts_since
 from draftsmith.flows.refresh.graph import REFRESH, refresh_nodes
+from draftsmith.flows.refresh.line import RegistryConfig
 from draftsmith.stages.champion import ChampionConfig
 from tests.flows.pipeline.processes import ROOT
 
@@ -256,7 +257,8 @@ def test_logs_alone_make_a_refresh(tmp_path: Path) -> None:
     [
         *(
             (f"registry.{name}=null", rf"registry\.{name} is filled in by the run: remove it")
-            for name in ("champion", "answers", "history", "refreshed_at", "read_until")
+            for name, field in RegistryConfig.model_fields.items()
+            if (field.description or "").startswith("filled in")
         ),
         ("prompts.of_logs=true", r"prompts\.of_logs is filled in"),
         (
