@@ -22,17 +22,20 @@ from tests.stages.bench import GREEDY_TOKENS, Bench, build_bench
 from tests.testbed.drafter import DrafterArtifacts
 from tests.vllm_cpu.engine import ask, vllm_python
 
-pytestmark = [pytest.mark.vllm, pytest.mark.integration]
+PYTHON = vllm_python()
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.integration,
+    pytest.mark.skipif(isinstance(PYTHON, str), reason=str(PYTHON)),
+]
 
 PROMPTS, SAMPLED = 12, 40
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def python() -> Path:
-    found = vllm_python()
-    if isinstance(found, str):
-        pytest.skip(found)
-    return found
+    assert isinstance(PYTHON, Path)
+    return PYTHON
 
 
 @pytest.fixture(scope="module")
