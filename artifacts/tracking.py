@@ -87,14 +87,15 @@ class Tracking:
 
     def unusable(self, reason: str) -> str:
         """That MLflow cannot be used, why, and what to do."""
-        what, fix = "MLFLOW_TRACKING_URI", "start the server, correct the variable, or unset it to use SQLite"
         if self.uri == self.default_uri:
-            what, fix = (
-                "MLflow's database",
-                "make it writable, or restore it from a backup (moved away, it starts anew: ",
+            return (
+                f"MLflow's database {redacted(self.uri)}: {reason}; make it writable, or restore it from a backup "
+                "(moved away, it starts anew: lines, champions and runs are lost, artifacts stay)"
             )
-            fix += "lines, champions and runs are lost, artifacts stay)"
-        return f"{what} {redacted(self.uri)}: {reason}; {fix}"
+        return (
+            f"MLFLOW_TRACKING_URI {redacted(self.uri)}: {reason}; start the server, correct the variable, or unset it "
+            "to use SQLite"
+        )
 
     def open_refresh(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> str | None:
         """Start the run of a refresh; None if MLflow failed. It counts as alive as long as this process lives."""

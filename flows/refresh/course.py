@@ -235,9 +235,9 @@ def _said(value: Any) -> str:
 def _short(decision: Mapping[str, Any]) -> str:
     """As JSON, without its rules where they are too long for a tag."""
     said = json.dumps(decision)
-    return (
-        said if len(said) <= _MOST else json.dumps({**decision, "rules": [], "sentence": decision["sentence"][:2000]})
-    )
+    if len(said) > _MOST:
+        said = json.dumps({**decision, "rules": [], "sentence": decision["sentence"][:2000]})
+    return said
 
 
 def resolve(config: RefreshConfig) -> RefreshConfig:

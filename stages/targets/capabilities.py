@@ -15,9 +15,8 @@ _REACH = {
 }
 
 
-_NOTHING = (
-    "dummy"  # transformers' word for a layer without a cache: an MLP or experts alone, or one that reads another's
-)
+# transformers' word for a layer without a cache: an MLP or experts alone, or one that reads another's
+_NOTHING = "dummy"
 
 
 class UnknownLayersError(ValueError):

@@ -62,10 +62,8 @@ class Target:
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self._captured: dict[int, torch.Tensor] | None = None
         self._deepest: int | None = None  # the layer behind which nothing is wanted
-        for module in self.decoder.modules():
-            if getattr(
-                module, "attn_temperature_tuning", False
-            ):  # by the length of the cache; 1 within steady positions
+        for module in self.decoder.modules():  # by the length of the cache; 1 within steady positions
+            if getattr(module, "attn_temperature_tuning", False):
                 module.attn_temperature_tuning = False
         for index, layer in enumerate(self.decoder.layers):
             layer.register_forward_hook(self._hook(index))

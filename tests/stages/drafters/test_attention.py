@@ -194,3 +194,12 @@ def test_a_ring_is_read_as_the_prefix_that_it_was_written_from(window: int) -> N
     ring = Reach(case.reach.seen, None, window, True, ring=True)
     found = block_attention(case.queries, (keys, values), case.own, ring)
     torch.testing.assert_close(found, case.dense(), atol=FLOAT32, rtol=FLOAT32)
+
+
+def test_compiled_flex_attention_may_have_a_graph_for_every_kind_of_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training that mines has more kinds than the eight that torch compiles before it runs unfused."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    attention._flex.cache_clear()
+    attention._flex()
+    attention._flex.cache_clear()
+    assert torch._dynamo.config.recompile_limit >= 32
