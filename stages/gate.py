@@ -31,7 +31,9 @@ def run(ctx: StageContext, config: GateConfig) -> None:
     for rule in decision.rules:
         ctx.log(f"{'passed' if rule.passed else 'BROKEN' if rule.judged else 'unjudged'}  {rule.name}: {rule.said}")
     ctx.log(decision.sentence())
-    ctx.summary(promote=float(decision.promote), rules_broken=sum(not rule.passed for rule in decision.rules))
+    failed = [rule for rule in decision.rules if not rule.passed]
+    broken = sum(rule.judged for rule in failed)
+    ctx.summary(promote=float(decision.promote), rules_broken=broken, rules_unjudged=len(failed) - broken)
 
 
 def _damage(folder: Path) -> str | None:

@@ -28,16 +28,19 @@ def show_results(display: Display, made: Mapping[str, Path], mlflow: str) -> Non
         if "gate" in made:
             for line in rows.chosen(evaluation):
                 display.line(line)
+    challenger = None
     if "gate" in made and (made["gate"] / DECISION).is_file():
         decision = json.loads((made["gate"] / DECISION).read_text("utf-8"))
         if (table := rows.gate(decision)) is not None:
             display.table(**vars(table))
         display.line(decision["sentence"])
+        challenger = decision["challenger"]
     display.line("")
     display.line("Where to look next")
     if "report" in made:
         display.line(f"  report:   {made['report'] / 'report.html'}")
     for name, folder in made.items():
         if (folder / DRAFTER_FOLDER).is_dir():
-            display.line(f"  drafter:  {folder / DRAFTER_FOLDER}  ({name})")
+            marked = f"{name}, the challenger" if name == challenger else name
+            display.line(f"  drafter:  {folder / DRAFTER_FOLDER}  ({marked})")
     display.line(f"  MLflow:   {mlflow}")

@@ -209,15 +209,17 @@ def _speed_rule(
     """doubts: why the figures say nothing, if they do not."""
     estimate, wanted = _estimate(found), math.exp(bound)
     value = math.exp(estimate.value)
+    times = "times" if better else "times the champion's"
     if not doubts and estimate.units < FEWEST_TURNS:
         doubts = [few_turns(estimate.units)]
     if doubts:
-        said = f"{value:.3f} times, not judged: {'; '.join(doubts)}"
+        said = f"{value:.3f} {times}, not judged: {'; '.join(doubts)}"
         return Rule(name, False, said, {"value": value, "wanted": wanted}, judged=False)
     level = 1 - (1 - CONFIDENCE) / of
     end = math.exp(estimate.upper(1 - level) if better else estimate.upper(level))
     passed = end > wanted if better else end >= wanted
-    said = f"{value:.3f} times, {'at least' if better else 'at most'} {end:.3f} at {level:.3g}; {wanted:.3f} wanted"
+    said = f"{value:.3f} {times}, {'at least' if better else 'at most'} {end:.3f} at {100 * level:.3g} %"
+    said += f"; {'above' if better else 'at least'} {wanted:.3f} wanted"
     return Rule(name, passed, said, {"value": value, "end": end, "wanted": wanted})
 
 

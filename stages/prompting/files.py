@@ -20,7 +20,6 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 
 KINDS = ".jsonl or .parquet, the first also with .gz or .zst"
 _ROW_SUFFIXES = (".jsonl", ".parquet")  # what is taken out of a folder
-_COMPRESSED = (".gz", ".zst")
 _CHUNK = 1 << 18  # bytes
 _PARQUET_ROWS = 256  # Python objects of so many rows at a time
 

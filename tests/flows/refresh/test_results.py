@@ -44,6 +44,15 @@ def test_the_results_say_what_was_found_with_intervals_and_where_to_look(tmp_pat
     assert "Speed by setting" not in lines
 
 
+def test_the_challenger_is_named_among_the_drafters(tmp_path: Path) -> None:
+    for name in ("sft", "opd"):
+        (tmp_path / name / "drafter").mkdir(parents=True)
+    (tmp_path / "decision.json").write_text(json.dumps({"challenger": "opd", "sentence": "promoted", "rules": []}))
+    made = {"sft": tmp_path / "sft", "opd": tmp_path / "opd", "gate": tmp_path}
+    lines = [line for line in shown(tmp_path, OF_A_LINE, **made) if line.startswith("drafter:")]
+    assert [line.partition("drafter (")[2] for line in lines] == ["sft)", "opd, the challenger)"]
+
+
 def test_several_settings_have_a_table_of_their_own(tmp_path: Path) -> None:
     lines = shown(tmp_path, SERVED)
     assert "Speed by setting" in lines

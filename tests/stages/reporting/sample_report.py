@@ -210,7 +210,7 @@ DECISION: dict[str, Any] = {
             "name": "speed at temperature 0, 16 in flight",
             "passed": True,
             "judged": True,
-            "said": "1.031 times, at most 1.052 at 0.95; 0.980 wanted",
+            "said": "1.031 times the champion's, at most 1.052 at 95 %; at least 0.980 wanted",
             "figures": {"value": 1.031, "end": 1.052, "wanted": 0.98},
         },
         {"name": "speed-up", "passed": False, "judged": False, "said": "1.496 times, not judged: load", "figures": {}},

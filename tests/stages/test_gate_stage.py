@@ -1,0 +1,43 @@
+"""Stage `gate`: what it writes, logs and counts; the rules themselves are held by `measure/test_gate.py`."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from draftsmith.stages.gate import DECISION, VERDICT, run
+from draftsmith.stages.measure.gate import PLAIN, GateConfig, compared
+from draftsmith.stages.statistics import Estimate
+from tests.testbed.context import RecordingContext
+
+EXACT = {"fp32_prompts": 4, "fp32_identical": 4, "identical_share": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("factor", "turns", "said", "broken", "unjudged"),
+    [
+        (1.2, 6, "passed  speed-up: 1.200 times, at least 1.176 at 95 %; above 1.000 wanted", 0, 0),
+        (0.9, 6, "BROKEN  speed-up: 0.900 times, at least 0.882 at 95 %; above 1.000 wanted", 1, 0),
+        (1.2, 1, "unjudged  speed-up: 1.200 times, not judged", 0, 1),
+    ],
+)
+def test_broken_rules_and_those_that_nothing_is_known_of_are_counted_apart(
+    tmp_path: Path, factor: float, turns: int, said: str, broken: int, unjudged: int
+) -> None:
+    speed = Estimate(math.log(factor), 0.01, turns, 5.0)
+    found = {
+        "drafters": {"opd": {"tau": 1.3}},
+        "compared": [compared("speed", "opd", PLAIN, speed, temperature=0.0, concurrency=1)],
+        "exactness": EXACT,
+    }
+    (tmp_path / "evaluation.json").write_text(json.dumps(found))
+    ctx = RecordingContext.under(tmp_path, {"evaluation": tmp_path})
+    run(ctx, GateConfig())
+    promoted = not broken and not unjudged
+    assert any(line.startswith(said) for line in ctx.logs), ctx.logs
+    assert ctx.summaries == {"promote": promoted, "rules_broken": broken, "rules_unjudged": unjudged}
+    for file in (DECISION, VERDICT):
+        assert json.loads((ctx.out / file).read_text())["promote"] is promoted
