@@ -66,10 +66,10 @@ class StageDisplay:
         rate, left = self._rate.update(done, total, unit, now)
         parts = [f"{done}/{total} {unit}"]
         if rate is not None:
-            parts.append(f"{_number(rate)} {unit}/s")
+            parts.append(f"{figure(rate)} {unit}/s")
         if left is not None and done < total:
             parts.append(f"{duration(left)} left")
-        parts += [f"{name}={_number(value)}" for name, value in figures.items()]
+        parts += [f"{name}={figure(value)}" for name, value in figures.items()]
         text = "  ".join(parts)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, total=total, text=escape(text))
@@ -115,7 +115,7 @@ class Display:
             yield StageDisplay(self, name, bar)
 
     def finished(self, name: str, seconds: float, summary: Mapping[str, float]) -> None:
-        figures = "  ".join(f"{key}={_number(value)}" for key, value in summary.items())
+        figures = "  ".join(f"{key}={figure(value)}" for key, value in summary.items())
         self.line(f"{name}: done in {duration(seconds)}" + (f"  {figures}" if figures else ""))
 
     def reused(self, name: str) -> None:
@@ -146,7 +146,8 @@ def escape(text: str) -> str:
     return markup.escape(printable(text))
 
 
-def _number(value: float) -> str:
+def figure(value: float) -> str:
+    """Four digits at least, never an exponent for what is counted."""
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 

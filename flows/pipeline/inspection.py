@@ -21,7 +21,7 @@ from draftsmith.artifacts.remote_store import RemoteStore
 from draftsmith.artifacts.store import PARTIAL, Store
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline import registered
-from draftsmith.flows.pipeline.display import Display, duration, escape
+from draftsmith.flows.pipeline.display import Display, duration, escape, figure
 from draftsmith.flows.pipeline.failures import last_failure
 from draftsmith.flows.pipeline.graph import Pipeline, PlannedNode, Status, has_partial, plan
 from draftsmith.flows.pipeline.options import RunOptions
@@ -237,7 +237,7 @@ def _parquet_head(display: Display, path: Path) -> None:
 
 
 def _figures(manifest: Manifest, limit: int | None = 4) -> str:
-    return "  ".join(f"{name}={value:.4g}" for name, value in list(manifest.metrics.items())[:limit])
+    return "  ".join(f"{name}={figure(value)}" for name, value in list(manifest.metrics.items())[:limit])
 
 
 def _table(*columns: str) -> Table:

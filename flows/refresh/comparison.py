@@ -16,12 +16,11 @@ from draftsmith.artifacts.refreshes import folders_of
 from draftsmith.artifacts.store import Store
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline.config_file import read_config
-from draftsmith.flows.pipeline.display import Display
+from draftsmith.flows.pipeline.display import Display, figure
 from draftsmith.flows.pipeline.graph import Pipeline, plan, resolved
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.stages.report import REVIEW
 from draftsmith.stages.reporting.names import ABSENT
-from draftsmith.stages.reporting.rows import number
 
 _PAGE = "report.html"
 _ABSENT_FIELD = "(not there)"
@@ -151,8 +150,8 @@ def figure_rows(one: Mapping[str, float], other: Mapping[str, float]) -> list[li
         difference = ABSENT
         if values[0] is not None and values[1] is not None:
             change = values[1] - values[0]
-            difference = "=" if math.isclose(values[0], values[1], rel_tol=1e-12) else f"{change:+.4g}"
-        rows.append([name, *(number(value, ".4g") for value in values), difference])
+            difference = "=" if math.isclose(values[0], values[1], rel_tol=1e-12) else f"{'+' * (change > 0)}{figure(change)}"
+        rows.append([name, *(ABSENT if value is None or not math.isfinite(value) else figure(value) for value in values), difference])
     return rows
 
 

@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.skipif(isinstance(PYTHON, str), reason=str(PYTHON)),
 ]
 
-PROMPTS, SAMPLED = 12, 40
+PROMPTS, SAMPLED = 12, 24
 
 
 @pytest.fixture
@@ -117,15 +117,25 @@ def test_greedy_answers_and_verify_steps(
     assert make is dflash or steps["it"] != steps["trained"], "what it has more than DFlash shows"
 
 
-def test_sampled_verify_steps_of_a_dspark_follow_the_law_of_replay(
-    python: Path, bench: Bench, tiny_drafter: DrafterArtifacts, tmp_path: Path
+@pytest.mark.parametrize(("make", "method", "other"), [(dflash2, "dflash", 4.0), (dspark, "dspark", 2.0)])
+def test_sampled_verify_steps_follow_the_law_of_replay(
+    make: Callable[[Bench], Drafter],
+    method: str,
+    other: float,
+    python: Path,
+    bench: Bench,
+    tiny_drafter: DrafterArtifacts,
+    tmp_path: Path,
 ) -> None:
-    """Proposals drawn from the drafter's own law: on the answers that were given, as many steps as replay takes."""
-    target, folder, drafter = exported(dspark(bench), tiny_drafter, bench, tmp_path)
+    """Proposals drawn from the drafter's own law: on the answers that were given, as many steps as replay takes.
+    other: a temperature at which it takes clearly others."""
+    target, folder, drafter = exported(make(bench), tiny_drafter, bench, tmp_path)
     prompts = [p.token_ids for p in bench.prompts[:SAMPLED]]
     sampling = [{"temperature": 1.0, "max_tokens": 48, "seed": i} for i in range(len(prompts))]
-    speculative = {"model": str(folder), "num_speculative_tokens": 7, "draft_sample_method": "probabilistic"}
-    answers = ask(python, tmp_path / "vllm", prompts, sampling, model=str(target), speculative_config=speculative)
+    # without `method` it is guessed from the folder's name, and what has no known name is run as a model of its own
+    config = {"model": str(folder), "method": method, "draft_sample_method": "probabilistic"}
+    engine: dict[str, Any] = {"model": str(target), "speculative_config": {**config, "num_speculative_tokens": 7}}
+    answers = ask(python, tmp_path / "vllm", prompts, sampling, **engine)
     texts = trajectories(bench, [each.tokens for each in answers])
     steps = np.array([each.steps for each in answers])
 
@@ -136,4 +146,4 @@ def test_sampled_verify_steps_of_a_dspark_follow_the_law_of_replay(
         return float(difference.mean() / (difference.std(ddof=1) / np.sqrt(len(steps))))
 
     assert abs(distance(Law(1.0))) < 4
-    assert abs(distance(Law(2.0))) > 6, "that of another temperature would be seen"
+    assert abs(distance(Law(other))) > 5, "that of another temperature would be seen"

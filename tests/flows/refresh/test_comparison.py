@@ -93,6 +93,7 @@ def test_what_is_no_refresh_is_one_error(store: Store, capsys: pytest.CaptureFix
 
 
 def test_rows_say_what_differs_and_what_only_one_has() -> None:
+    assert figure_rows({"positions": 345049.0}, {"positions": 345960.0}) == [["positions", "345049", "345960", "+911"]]
     assert figure_rows({"a": 1.0, "b": 2.0}, {"a": 1.0, "c": 3.0}) == [
         ["a", "1", "1", "="], ["b", "2", "—", "—"], ["c", "—", "3", "—"],
     ]  # fmt: skip
