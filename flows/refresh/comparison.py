@@ -147,11 +147,12 @@ def figure_rows(one: Mapping[str, float], other: Mapping[str, float]) -> list[li
     rows = []
     for name in sorted({*one, *other}):
         values = one.get(name), other.get(name)
+        known = [value for value in values if value is not None and math.isfinite(value)]
         difference = ABSENT
-        if values[0] is not None and values[1] is not None:
-            change = values[1] - values[0]
-            difference = "=" if math.isclose(values[0], values[1], rel_tol=1e-12) else f"{'+' * (change > 0)}{figure(change)}"
-        rows.append([name, *(ABSENT if value is None or not math.isfinite(value) else figure(value) for value in values), difference])
+        if len(known) == len(values):
+            change = known[1] - known[0]
+            difference = "=" if math.isclose(*known, rel_tol=1e-12) else f"{'+' * (change > 0)}{figure(change)}"
+        rows.append([name, *(figure(value) if value in known else ABSENT for value in values), difference])
     return rows
 
 
