@@ -18,14 +18,6 @@ from tests.flows.pipeline.processes import ROOT, assert_gone, pid_in, processes_
 from tests.flows.pipeline.toy import TOY, write_config
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "home"
-    monkeypatch.setenv("DRAFTSMITH_HOME", str(folder))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return folder
-
-
 def saved_numbers(home: Path) -> int:
     files = list(home.glob("store/collect/.partial-*/work/saved.json"))
     return len(json.loads(files[0].read_text() or "[]")) if files else 0

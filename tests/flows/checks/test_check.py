@@ -33,13 +33,6 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "home"
-    monkeypatch.setenv("DRAFTSMITH_HOME", str(folder))
-    return folder
-
-
-@pytest.fixture
 def config(tiny_target: Path, tiny_prompts: Path) -> dict[str, Any]:
     """A refresh of the tiny target."""
     sampling = {"max_new_tokens": 32}

@@ -15,14 +15,6 @@ from draftsmith.flows.pipeline import registered
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "home"
-    monkeypatch.setenv("DRAFTSMITH_HOME", str(folder))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return folder
-
-
-@pytest.fixture
 def replaced(home: Path) -> Path:
     """An artifact that was made again since, long ago."""
     with (store := Store(home / "store")).claim("opd", "ab" * 32) as claim:

@@ -14,13 +14,6 @@ from draftsmith.flows.pipeline.history import made_before, note_made
 from tests.flows.pipeline.toy import TOY, write_config
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return tmp_path / "home"
-
-
 def test_fields_seeds_inputs_files_code_and_versions_are_told(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

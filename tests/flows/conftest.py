@@ -1,0 +1,16 @@
+"""What tests of the flows have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home, with no MLflow server beside it."""
+    folder = tmp_path / "home"
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(folder))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return folder
