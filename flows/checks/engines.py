@@ -50,6 +50,8 @@ def _check_gpus(found: Findings, nodes: Sequence[Node]) -> None:
         if here < wanted:
             launch, fit = engine.launch, here // engine.launch.gpus
             lower = f"servers={fit}"
+            if fit == 1 and launch.router is not None:  # which one server does not need
+                lower += f" --set {node.name.partition('-')[0]}.engine.launch.router=null"
             if not fit:
                 replicas = here // launch.tensor_parallel
                 lower = f"data_parallel={replicas}" if replicas else f"tensor_parallel={here}"

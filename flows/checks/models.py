@@ -178,8 +178,10 @@ def _check_drafter(
         found.warn(name, f"{reason}: ask the release that serves, or go on in the embedded engine alone")
     if reason := unservable_layers(plan.target_layer_ids, target_config.num_hidden_layers):
         if served:
-            there = f"and SGLang is to draft with it in {', '.join(served)}: change drafter.target_layer_ids"
-            found.error(name, f"{reason}, {there}")
+            what = f"change {node}.drafter.target_layer_ids"
+            if config.init_from:  # its layers are what it was trained on
+                what = "take another drafter, or the embedded engine there"
+            found.error(name, f"{reason}, and SGLang is to draft with it in {', '.join(served)}: {what}")
         else:
             found.warn(name, f"{reason}: this drafter will work in the embedded engine only")
     found.ok(name, f"{where}: {plan.description}, {plan.parameters / 1e6:,.1f}M parameters")

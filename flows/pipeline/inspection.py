@@ -113,7 +113,7 @@ def prune(display: Display, days: float, *, delete: bool) -> None:
     if not delete:
         total = _size(sum(each.bytes for each in found))
         display.line(
-            f"{total} in all; `draftsmith prune --days {days:g} --delete` removes it. Artifacts are not touched."
+            f"{total} in all; `draftsmith prune --days {days:g} --delete` removes it. All other artifacts stay."
         )
         return
     removed = [each for each in found if each.remove()]

@@ -103,7 +103,7 @@ def _both_ways(raw: Mapping[str, Any]) -> bool:
     if "full_attention" in layers:
         raise DraftsmithError(
             "drafter: its sliding layers read the block backwards only and its full ones do not, and vLLM would read "
-            "all of them backwards: give it to SGLang, or train it with is_causal: false or one kind of layer"
+            "all of them backwards: give it to SGLang, or train one whose layers are all of one kind"
         )
     return False
 

@@ -52,8 +52,8 @@ def test_the_weekly_refresh_begins_at_a_public_drafter_or_at_a_new_one(tmp_path:
     assert config.sft.drafter == SftConfig().drafter, "nothing is said of what a checkpoint has itself"
     text = (CONFIGS / "weekly.yaml").read_text("utf-8")
     path = tmp_path / "weekly.yaml"
-    begins, instead, rate = [line for line in text.splitlines(keepends=True) if re.match(r"(# )?(sft|opd):", line)]
-    path.write_text(text.replace(begins + instead + rate, instead.removeprefix("# ")))
+    begins, instead = [line for line in text.splitlines(keepends=True) if re.match(r"(# )?sft:", line)]
+    path.write_text(text.replace(begins + instead, instead.removeprefix("# ")))
     new = load_config(path)
     assert new.sft.init_from is None and new.sft.steps > 0 and new.sft.drafter.mask_token == 151669  # type: ignore[union-attr]
 

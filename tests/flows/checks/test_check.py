@@ -15,6 +15,7 @@ import yaml
 
 from draftsmith.flows.cli import main
 from tests.flows.pipeline.processes import ROOT
+from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.target import MASK
 
 QWEN3_4B = {
@@ -141,7 +142,7 @@ def test_a_drafter_that_does_not_fit_is_an_error(
 
 @pytest.mark.usefixtures("home")
 def test_layers_that_sglang_does_not_hand_over_are_an_error_where_it_is_to_draft(
-    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str], tiny_drafter: DrafterArtifacts
 ) -> None:
     config["sft"]["drafter"]["target_layer_ids"] = [0, 3]
     assert run(tmp_path, config) == 0
@@ -149,7 +150,13 @@ def test_layers_that_sglang_does_not_hand_over_are_an_error_where_it_is_to_draft
     told = "name the last layer, behind which SGLang takes nothing, and SGLang is to draft with it in"
     config["assisted"]["engine"] = {"kind": "sglang", "urls": ["http://127.0.0.1:9"]}
     assert run(tmp_path, config) == 2
-    assert f"{told} assisted:" in capsys.readouterr().out
+    assert f"{told} assisted: change sft.drafter.target_layer_ids" in capsys.readouterr().out
+    begun = Path(shutil.copytree(tiny_drafter.drafter / "drafter", tmp_path / "begun"))
+    shape = json.loads((begun / "config.json").read_text())
+    shape["dflash_config"]["target_layer_ids"] = [0, 1, 3]
+    (begun / "config.json").write_text(json.dumps(shape))
+    assert run(tmp_path, config | {"sft": {"init_from": str(begun)}}) == 2
+    assert f"{told} assisted: take another drafter" in capsys.readouterr().out
     del config["assisted"]["engine"]
     config["evaluation"]["engine"] = {"kind": "sglang", "python": sys.executable, "launch": {}}
     assert run(tmp_path, config) == 2

@@ -18,6 +18,10 @@ from draftsmith.stages.rollout import RolloutConfig
     [
         ({"servers": 4}, "4 servers of 1 GPUs need 4, 2 are here: --set assisted.engine.launch.servers=2"),
         ({"servers": 2, "tensor_parallel": 2}, "--set assisted.engine.launch.servers=1"),
+        (
+            {"servers": 2, "tensor_parallel": 2, "router": "cache_aware"},
+            "--set assisted.engine.launch.servers=1 --set assisted.engine.launch.router=null",
+        ),
         ({"data_parallel": 4}, "--set assisted.engine.launch.data_parallel=2"),
         ({"tensor_parallel": 4}, "--set assisted.engine.launch.tensor_parallel=2"),
     ],
