@@ -65,8 +65,8 @@ def check_supplies(found: Findings, nodes: Sequence[Node]) -> None:
         if 0 < used < _MUCH_UNUSED * wanted:
             found.warn(
                 name,
-                f"train: {used} of {wanted} prompts are answered: raise the rollouts' prompts, or lower {name}.train (with "
-                "counts: those of its sources)",
+                f"train: {used} of {wanted} prompts are answered: raise the rollouts' prompts, or lower {name}.train "
+                "(with counts: those of its sources)",
             )
 
 
