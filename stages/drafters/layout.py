@@ -115,7 +115,7 @@ def refuse_other_rotations(path: Path, raw: Mapping[str, Any]) -> None:
     if reason := _rotated_otherwise(raw["rope_parameters"]):
         raise DraftsmithError(
             f"drafter {path}: rope_parameters has {reason}, which SGLang computes otherwise than transformers: give a "
-            "drafter without it"
+            "drafter without it (if it is a line's champion: begin another line, registry.name)"
         )
 
 

@@ -16,13 +16,22 @@ def load_weights(kind: Any, folder: Path, file: Path | None = None, **arguments:
     Raises DraftsmithError if the checkpoint lacks a tensor of the text model, or has one of another shape. Of tied ones
     one is enough.
     """
-    model, found = kind.from_pretrained(
-        folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
-    )
-    used, where = _names(model), file or _place(folder)
+    where = file or _place(folder)
+    try:
+        model, found = kind.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+        )
+    except RuntimeError as error:
+        if "automatic conversion" not in str(error):
+            raise
+        raise DraftsmithError(  # of single experts into one tensor, which transformers does not name
+            f"{where}: the weights of some layer cannot be put together, as if some of its tensors were lacking: "
+            "copy or download the model again"
+        ) from error
+    used = _names(model)
     lacking = sorted(name for name in found["missing_keys"] if name.startswith(used))
-    if getattr(model.config, "quantization_config", None):  # beside weights: what a method may have defaults for
-        lacking = [name for name in lacking if name.endswith(".weight")]
+    if getattr(model.config, "quantization_config", None):  # `check_weights` asks for those of weights
+        lacking = [name for name in lacking if not any(part in name.rpartition(".")[2] for part in _HAS_DEFAULT)]
     if lacking:
         raise DraftsmithError(
             f"{where}: the weights lack {lacking[0]} ({len(lacking)} tensors in all), for which "
@@ -35,6 +44,9 @@ def load_weights(kind: Any, folder: Path, file: Path | None = None, **arguments:
                 "do not belong together; copy or download the model again"
             )
     return model
+
+
+_HAS_DEFAULT = ("scale", "zero_point", "g_idx")  # in the names of what a quantisation may leave out
 
 
 def _place(folder: Path) -> Path:

@@ -11,7 +11,7 @@ from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.targets.hub import hub_answered, hub_reason
 from draftsmith.stages.targets.info import TargetInfo, write_target_info
 from draftsmith.stages.targets.resolve import describe_metadata
-from draftsmith.stages.targets.source import check_safetensors, gguf_file, model_folder, source_kind, weight_files
+from draftsmith.stages.targets.source import check_weights, gguf_file, model_folder, source_kind
 
 
 class UnreachableError(DraftsmithError):
@@ -50,8 +50,7 @@ def metadata_artifact(config: TargetConfig, out: Path) -> TargetInfo:
     elif kind == "folder":
         folder = model_folder(config.source)
         location = os.fspath(folder)
-        for path in weight_files(folder):
-            check_safetensors(path)
+        check_weights(folder)
     else:
         folder, location = out / "model", "model"
         _extract_gguf(gguf_file(config.source), folder)

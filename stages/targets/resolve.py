@@ -19,13 +19,12 @@ from draftsmith.stages.targets.shape import usual_layer
 from draftsmith.stages.targets.source import (
     TOKENIZER_FILES,
     Kind,
-    check_safetensors,
+    check_weights,
     count_gguf_parameters,
     gguf_file,
     model_folder,
     source_files,
     source_kind,
-    weight_files,
 )
 
 if TYPE_CHECKING:
@@ -154,9 +153,7 @@ def _dequantise(source: Path, folder: Path, dtype: Dtype, log: Callable[[str], N
 def describe(folder: Path, config: TargetConfig, *, kind: Kind, location: str, revision: str | None) -> TargetInfo:
     """Check a model folder (whole weights, causal LM, tokenizer) and say what it is; no weights are loaded."""
     _read_config(folder)  # before the weights: says what a folder without a causal LM is
-    weights = weight_files(folder)
-    for path in weights:
-        check_safetensors(path)
+    weights = check_weights(folder)
     info = describe_metadata(folder, config, kind=kind, location=location, revision=revision)
     return info.model_copy(update={"digest": model_digest(folder, weights)})
 
@@ -225,15 +222,16 @@ def _read_config(folder: Path) -> tuple[str, PretrainedConfig]:
         raise DraftsmithError(f"{path}: not JSON ({error}): copy or download the model again") from error
     if not isinstance(raw, dict):
         raise DraftsmithError(f"{path}: not a JSON object: copy or download the model again")
-    model_type = raw.get("model_type")
-    architecture = (raw.get("architectures") or [CAUSAL.get(model_type, "")])[0]
+    model_type, named = str(raw.get("model_type")), raw.get("architectures")
+    first = named[0] if isinstance(named, list) and named else CAUSAL.get(model_type, "")
+    architecture = first if isinstance(first, str) else ""
     entries = [*CAUSAL.values(), *WITH_IMAGES.values()]  # of the latter the text part is used
     known = {_plain(name) for entry in entries for name in ([entry] if isinstance(entry, str) else entry)}
     # a name of this kind that says nothing to transformers stands for what the config's type does; others are drafters,
     # classifiers, …
-    other = "auto_map" in raw or hasattr(transformers, architecture) or not architecture.endswith(_WHOLE)
-    named = other or model_type not in {*CAUSAL, *WITH_IMAGES}
-    if _plain(architecture) not in known and named:
+    drafts = any(word in _plain(architecture) for word in _DRAFTERS)
+    other = drafts or "auto_map" in raw or hasattr(transformers, architecture) or not architecture.endswith(_WHOLE)
+    if _plain(architecture) not in known and (other or model_type not in {*CAUSAL, *WITH_IMAGES}):
         what = architecture or f"model_type {model_type}"
         advice = "models that bring their own code are not run" if "auto_map" in raw else "give a causal language model"
         raise DraftsmithError(
@@ -246,6 +244,7 @@ def _read_config(folder: Path) -> tuple[str, PretrainedConfig]:
         raise DraftsmithError(f"{path}: transformers cannot read it ({one_line(error)}): correct it") from error
 
 
+_DRAFTERS = ("eagle", "dflash", "dspark", "medusa")
 _WHOLE = ("ForCausalLM", "ForConditionalGeneration")  # what classes of whole models are called
 
 

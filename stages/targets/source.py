@@ -141,8 +141,23 @@ def weight_files(folder: Path) -> list[Path]:
     raise DraftsmithError(f"{folder}: no model.safetensors: copy or download the whole model")
 
 
-def check_safetensors(path: Path) -> None:
-    """Raise if the file is shorter or longer than its header says; reads the header only."""
+def check_weights(folder: Path) -> list[Path]:
+    """The same, each as long as its header says, and every float8 tensor with its scale; reads the headers only."""
+    files = weight_files(folder)
+    dtypes = {name: dtype for path in files for name, dtype in _checked_header(path).items()}
+    eighths = [name for name, dtype in dtypes.items() if dtype.startswith("F8_")]
+    # whatever a method calls it: X_scale, X_scale_inv
+    without = [name for name in eighths if not any(f"{name}_{kind}" in dtypes for kind in ("scale", "scale_inv"))]
+    if len(without) < len(eighths) and without:  # transformers would take the bare numbers
+        raise DraftsmithError(
+            f"{folder}: {min(without)} is of 8 bits and has no scale, as {len(eighths) - len(without)} others have: "
+            "copy or download the model again"
+        )
+    return files
+
+
+def _checked_header(path: Path) -> dict[str, str]:
+    """Tensor -> dtype. Raises DraftsmithError if the file is shorter or longer than its header says."""
     advice = "copy or download the model again"
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -152,12 +167,15 @@ def check_safetensors(path: Path) -> None:
             raise DraftsmithError(f"{path}: not a safetensors file, or cut off in its header ({size} bytes): {advice}")
         try:
             header = json.loads(file.read(length))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+            dtypes = {name: str(entry["dtype"]) for name, entry in tensors.items()}
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise DraftsmithError(f"{path}: the safetensors header cannot be read ({error}): {advice}") from error
     expected = 8 + length + end
     if size != expected:
         raise DraftsmithError(f"{path}: truncated or damaged, {size} bytes where its header says {expected}: {advice}")
+    return dtypes
 
 
 def count_gguf_parameters(path: Path) -> int:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.loading import load_weights
+from draftsmith.stages.targets.source import check_weights
 from tests.testbed.families import write_family
 from tests.testbed.random_target import write_artifact, write_model
 
@@ -63,6 +67,61 @@ def test_of_quantised_weights_too(tmp_path: Path) -> None:
     change(model, "model.layers.1.mlp.up_proj.weight", None)
     with pytest.raises(DraftsmithError, match=r"lack model.layers.1.mlp.up_proj.weight"):
         Target.load(artifact, device="cpu")
+
+
+def as_float8(model: Path) -> list[str]:
+    """Every matrix of a layer in 8 bits with a scale, as DeepSeek's and Qwen's checkpoints have them; their names."""
+    tensors, made = load_file(model / WEIGHTS), []
+    for name, weight in list(tensors.items()):
+        if "proj" in name and weight.dim() == 2:
+            scale = weight.abs().max() / 448
+            tensors[name] = (weight / scale).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = scale.view(1, 1)
+            made.append(name)
+    save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
+    return made
+
+
+def test_weights_of_8_bits_have_their_scales(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    names = as_float8(tmp_path)
+    assert check_weights(tmp_path) == [tmp_path / WEIGHTS]
+    change(tmp_path, f"{names[3]}_scale_inv", None)
+    with pytest.raises(DraftsmithError, match=rf"{names[3]} is of 8 bits and has no scale, as {len(names) - 1} others"):
+        check_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "part"),
+    [("Qwen3-MoE", "layers.1.mlp.experts"), ("gpt-oss", "layers.1.mlp.experts.gate_up_proj_bias")],
+)
+def test_a_quantised_model_lacks_no_experts_and_no_biases(
+    family: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_family(tmp_path, family)
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file(
+        {name: weight for name, weight in tensors.items() if part not in name},
+        tmp_path / WEIGHTS,
+        metadata={"format": "pt"},
+    )
+    read = AutoModelForCausalLM.from_pretrained
+
+    def quantised(*arguments: Any, **named: Any) -> Any:  # as a model whose weights stay in 8 bits
+        model, found = read(*arguments, **named)
+        model.config.quantization_config = {"quant_method": "fp8"}
+        return model, found
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", quantised)
+    with pytest.raises(DraftsmithError, match=rf"the weights lack model\.{part}"):
+        load_weights(AutoModelForCausalLM, tmp_path)
+
+
+def test_a_layer_that_lacks_one_of_its_experts_is_named_as_damaged(tmp_path: Path) -> None:
+    write_family(tmp_path, "Qwen3-MoE")
+    change(tmp_path, "model.layers.1.mlp.experts.3.up_proj.weight", None)
+    with pytest.raises(DraftsmithError, match=rf"{WEIGHTS}: the weights of some layer cannot be put together"):
+        Target.of(tmp_path, dtype="float32", device="cpu")
 
 
 @pytest.mark.parametrize("failing", ["model.model.forward", "model.get_output_embeddings"])

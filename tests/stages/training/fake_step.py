@@ -27,6 +27,7 @@ from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
+from draftsmith.stages.drafters.law import GREEDY, Law
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.estimate import ModelSize, Sizes
 from draftsmith.stages.training.accumulation import Accumulation
@@ -60,6 +61,7 @@ class FakeStep:
     drafter: DFlashConfig | Eagle3Config
     longest: int
     prompt: int = 512
+    law: Law = GREEDY  # of SFT's answers
 
     def sizes(self, device_memory: float) -> Sizes:
         """As `draftsmith check` has them."""
@@ -147,6 +149,7 @@ class FakeStep:
                 head,
                 config.stream(drafter.recipe, sampled=True),
                 temperature=1.0,
+                law=self.law,
                 positions_per_chunk=config.positions_per_chunk,
             )
             report.alone = len(parts) == 1
