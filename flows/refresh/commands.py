@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.private import for_users
 from draftsmith.artifacts.registry import BY_HAND, PREVIOUS, ROLLED_BACK, Registry, Version
 from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.refresh.line import folder_of, registry, uploaded_copy
+from draftsmith.flows.refresh.line import FASTEST_BLOCK, folder_of, registry, uploaded_copy
 from draftsmith.stages.stored import DRAFTER_FOLDER
 
 
@@ -96,8 +98,11 @@ def export(display: Display, text: str, folder: Path, layout: str = "sglang", *,
     if layout == "speculators":
         _export_speculators(version, source, folder)
         display.line(f"{version}: in speculators' layout, with the target's embedding and head, in {folder}")
+        display.line(f"  for vLLM: vllm serve {shlex.quote(os.fspath(folder.absolute()))}")
         return
+    from draftsmith.stages.drafters.config import DraftingConfig
     from draftsmith.stages.drafters.digest import drafter_digest
+    from draftsmith.stages.engines.sglang.server import algorithm_of, block_size_of, drafting_options
 
     try:
         shutil.copytree(source, folder, dirs_exist_ok=True)
@@ -107,6 +112,10 @@ def export(display: Display, text: str, folder: Path, layout: str = "sglang", *,
     if drafter_digest(folder) != version.tags.get("drafter_digest", drafter_digest(source)):
         raise DraftsmithError(f"{folder}: the copy differs from what was registered: try again, or another disk")
     display.line(f"{version}: {size / 1e6:.1f} MB in {folder}")
+    algorithm = algorithm_of(folder, None)
+    fastest = version.tags.get(FASTEST_BLOCK)  # older versions have none
+    block = int(fastest) if fastest else block_size_of(folder, DraftingConfig(), algorithm)
+    display.line(f"  for SGLang: {shlex.join(drafting_options(folder, algorithm, block))}")
 
 
 def _export_speculators(version: Version, source: Path, folder: Path) -> None:

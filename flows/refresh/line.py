@@ -38,6 +38,7 @@ _MOST_POINTS = 300  # of a line's history
 _MOST_CHARACTERS = 4900  # of a version's figures: MLflow keeps 5,000 of a tag
 _OF_A_SET = ("tau", "low", "high")  # what is kept where there are many
 _MEASURED_WITH = "measured_with"
+FASTEST_BLOCK = "fastest_block"  # what decoded fastest, the anchor included
 BLOCK_SIZE = "drafting.block_size"  # among the settings that figures were taken with
 _SHARES, _SUFFIXES = "heldout_shares", "suffixes"
 REFRESHED_AT = "refreshed_at"  # a version's tag: when a refresh came to it last
@@ -286,6 +287,7 @@ def version_tags(
         "tau": f"{drafter['tau']:.4f}",
         "tau_interval": json.dumps([drafter["tau_low"], drafter["tau_high"]]),
         "speedup": f"{speed['speedup']:.4f}" if "speedup" in speed else "",
+        FASTEST_BLOCK: str(speed.get("block_size") or ""),
         "speedup_interval": json.dumps([speed.get("speedup_low"), speed.get("speedup_high")]),
         "figures": json.dumps(figures_of(evaluation, arm)),
         _MEASURED_WITH: json.dumps({**settings, BLOCK_SIZE: drafter.get("block_size")}),

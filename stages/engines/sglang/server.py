@@ -21,7 +21,7 @@ from draftsmith.artifacts.private import private
 from draftsmith.artifacts.redaction import MASK
 from draftsmith.stages import lifeline
 from draftsmith.stages.drafters.config import DraftingConfig
-from draftsmith.stages.engines.config import LaunchConfig, OptionValue, SGLangEngineConfig, option_name
+from draftsmith.stages.engines.config import LaunchConfig, OptionValue, SGLangEngineConfig, TreeConfig, option_name
 
 _STOP_GRACE_S = 20.0  # SGLang looks for SIGTERM every 5 s, then frees its memory itself
 _LAST_WAIT_S = 5.0  # for killed processes to be gone; zombies that nobody collects stay
@@ -96,20 +96,21 @@ def command(
     if launch.memory_fraction is not None:
         parts += ["--mem-fraction-static", str(launch.memory_fraction)]
     if drafter_folder is not None and algorithm is not None and block_size is not None:
-        parts += ["--speculative-algorithm", algorithm]
-        parts += ["--speculative-draft-model-path", os.fspath(drafter_folder.absolute())]
-        tree = launch.tree
-        if algorithm == "EAGLE3":  # a chain has one branch
-            branches = tree.branches if tree else 1
-            parts += ["--speculative-num-steps", str(block_size - 1), "--speculative-eagle-topk", str(branches)]
-        elif tree is not None:
-            raise DraftsmithError(
-                f"engine.launch.tree: {algorithm} drafts blocks, only EAGLE3 drafts trees; leave it out"
-            )
-        if algorithm == "DSPARK":  # it takes its checkpoint's size, and refuses another one beside it
-            parts += ["--speculative-dspark-block-size", str(block_size - 1)]
-        parts += ["--speculative-num-draft-tokens", str(tree.draft_tokens if tree else block_size)]
+        parts += drafting_options(drafter_folder, algorithm, block_size, launch.tree)
     return parts + _options(launch.options)
+
+
+def drafting_options(folder: Path, algorithm: str, block_size: int, tree: TreeConfig | None = None) -> list[str]:
+    """By which a server drafts with this checkpoint, `block_size - 1` tokens a step."""
+    parts = ["--speculative-algorithm", algorithm, "--speculative-draft-model-path", os.fspath(folder.absolute())]
+    if algorithm == "EAGLE3":  # a chain has one branch
+        branches = tree.branches if tree else 1
+        parts += ["--speculative-num-steps", str(block_size - 1), "--speculative-eagle-topk", str(branches)]
+    elif tree is not None:
+        raise DraftsmithError(f"engine.launch.tree: {algorithm} drafts blocks, only EAGLE3 drafts trees; leave it out")
+    if algorithm == "DSPARK":  # it takes its checkpoint's size, and refuses another one beside it
+        parts += ["--speculative-dspark-block-size", str(block_size - 1)]
+    return [*parts, "--speculative-num-draft-tokens", str(tree.draft_tokens if tree else block_size)]
 
 
 def _options(options: Mapping[str, OptionValue | tuple[OptionValue, ...]]) -> list[str]:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from draftsmith.artifacts.registry import Version
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.refresh import commands
+from draftsmith.flows.refresh.line import FASTEST_BLOCK
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.stored import DRAFTER_FOLDER
@@ -42,6 +44,24 @@ def version(plain_target: Target, plain_artifact: Path, tmp_path: Path, monkeypa
     found = Version("line", 1, ref.uri, ref.stage, ref.key, ref.content_id)
     monkeypatch.setattr(commands, "registry", lambda: SimpleNamespace(resolve=lambda _text: found))
     return found
+
+
+def test_how_a_server_drafts_with_it_is_said(
+    version: Version, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands.export(Display(), "line", tmp_path / "trained", dry_run=False)
+    by = f"--speculative-algorithm DFLASH --speculative-draft-model-path {tmp_path}/"
+    block = json.loads((tmp_path / "trained" / "config.json").read_text())["block_size"]
+    assert f"for SGLang: {by}trained --speculative-num-draft-tokens {block}" in told(capsys)
+    cast("dict[str, str]", version.tags)[FASTEST_BLOCK] = "3"
+    commands.export(Display(), "line", tmp_path / "fastest", dry_run=False)
+    assert block != 3 and f"{by}fastest --speculative-num-draft-tokens 3" in told(capsys)
+    commands.export(Display(), "line", tmp_path / "vllm", "speculators", dry_run=False)
+    assert f"for vLLM: vllm serve {tmp_path}/vllm" in told(capsys)
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().out.split())
 
 
 def test_each_layout_holds_the_drafter(version: Version, plain_target: Target, tmp_path: Path) -> None:
