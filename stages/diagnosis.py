@@ -61,13 +61,14 @@ def run(ctx: StageContext, config: DiagnosisConfig) -> None:
     prompts = load_prompts(ctx.inputs["prompts"], ("validation", "heldout"))[: config.prompts]
     params = SamplingParams(**config.sampling.model_dump())
     block = said.get("speculative_num_draft_tokens")
+    longest = positions_needed(prompts, params.max_new_tokens, info.max_positions)
     try:
         with open_sglang(
             engine,
             target_folder=ctx.inputs["target"],
             drafter_folder=folder,
             drafting=DraftingConfig(block_size=block),
-            longest=positions_needed(prompts, params.max_new_tokens, info.max_positions),
+            longest=longest,
             work=ctx.work,
             log=ctx.log,
             check=ctx.check_interrupted,
@@ -128,6 +129,8 @@ def _server_info(url: str, headers: dict[str, str]) -> dict[str, Any]:
             response = httpx.get(f"{url}/{name}", timeout=_TIMEOUT_S, headers=headers)
             if response.status_code == 200:
                 return dict(response.json())
+    except httpx.InvalidURL as error:
+        raise DraftsmithError(f"{url}: no address of a server ({error}): give one such as http://host:30000") from error
     except (httpx.HTTPError, ValueError, TypeError) as error:
         raise RetryableError(f"{url} cannot be reached ({type(error).__name__} {error}): is the server up?") from error
     raise DraftsmithError(f"{url} has no /server_info: is it a SGLang server of a supported release?")

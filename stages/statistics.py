@@ -87,6 +87,13 @@ def ratio_difference(
     return numerator / denominator - other_numerator / other_denominator
 
 
+def ratio_gain(
+    numerator: np.ndarray, denominator: np.ndarray, other_numerator: np.ndarray, other_denominator: np.ndarray
+) -> np.ndarray:
+    """Their difference as a share of the second."""
+    return numerator / denominator / (other_numerator / other_denominator) - 1
+
+
 def simultaneous(count: int) -> float:
     """Level of each of `count` intervals that hold together at `CONFIDENCE` (Bonferroni: whatever their dependence)."""
     return 1 - (1 - CONFIDENCE) / max(1, count)

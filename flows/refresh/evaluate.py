@@ -12,7 +12,7 @@ from draftsmith.flows.checks.check import RunChecks
 from draftsmith.flows.pipeline.graph import Node, Pipeline
 from draftsmith.flows.pipeline.options import PlainName, RunOptions
 from draftsmith.flows.refresh.config import RefreshConfig
-from draftsmith.stages.measure.config import PREFIX, EvaluationConfig
+from draftsmith.stages.measure.config import DRAFTERS, PREFIX, EvaluationConfig
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.rollout import RolloutConfig
 from draftsmith.stages.targets.config import TargetConfig
@@ -57,12 +57,15 @@ EVALUATE = Pipeline(
 )
 
 
+_TAKEN = {"target", "prompts", "heldout", "evaluation", "plain", *DRAFTERS}  # nodes, and arms of a refresh
+
+
 def evaluate_config(refresh: RefreshConfig, drafters: list[str]) -> EvaluateConfig:
     """Of the drafters that a command names: folders, hub ids, or `LINE@alias` of the registry."""
     named: dict[str, str] = {}
     for text in drafters:
         name, source = named_drafter(text)
-        if name in ("target", "prompts", "heldout", "evaluation", "plain") or name in named:
+        if name in _TAKEN or name in named:
             name = f"{name}-{len(named) + 1}"
         named[name] = source
     measured = {

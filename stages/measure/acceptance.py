@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from draftsmith.stages.measure.gate import CHAMPION, compared
+from draftsmith.stages.measure.gate import CHAMPION, as_figures, compared
 from draftsmith.stages.measure.verdicts import Pair, pairs
 from draftsmith.stages.replay.corpus import Group, traces_of
 from draftsmith.stages.replay.tally import Tally
 from draftsmith.stages.replay.trace import Trace, Trajectory
-from draftsmith.stages.statistics import Estimate, jackknife, ratio, ratio_difference, sums_of
+from draftsmith.stages.statistics import Estimate, jackknife, ratio, ratio_difference, ratio_gain, sums_of
 from draftsmith.stages.targets.causal_lm import Target
 
 _CEILING = "ceiling"
@@ -155,7 +155,8 @@ def taus_compared(tallies: Mapping[str, Tally], prompts: Sequence[str], sets: Se
         for arm, tally in tallies.items():
             if arm != CHAMPION:
                 difference = jackknife(ratio_difference, *_by_prompt(tally, prompts, places), *champion)
-                found.append(compared("tau", arm, CHAMPION, difference, set=name, base=base))
+                gain = jackknife(ratio_gain, *_by_prompt(tally, prompts, places), *champion)
+                found.append(compared("tau", arm, CHAMPION, difference, set=name, base=base, gain=as_figures(gain)))
     return found
 
 

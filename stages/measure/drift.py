@@ -49,9 +49,14 @@ def unjudged(drift: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str
     """The sets of which `fallen` says nothing, whatever became of them, in words, by the reason."""
     unknown = [name for name in drift if (reference.get(name) or {}).get("tau") is None]
     few = [name for name, now in drift.items() if now["high"] is None and name not in unknown]
+    gone = [name for name in reference if name not in drift]
     return [
         f"not judged, {why}: {len(names)} set{'s' * (len(names) != 1)} ({', '.join(names[:_MOST_NAMES])}"
         f"{', …' * (len(names) > _MOST_NAMES)})"
-        for why, names in (("for want of a figure at its promotion", unknown), ("for want of prompts", few))
+        for why, names in (
+            ("for want of a figure at its promotion", unknown),
+            ("for want of prompts", few),
+            ("no longer asked", gone),
+        )
         if names
     ]

@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.parquet import read_table, write_table
 from draftsmith.artifacts.schemas import REQUESTS, TURNS
@@ -20,6 +18,7 @@ from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.engines.base import Completion
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.measure.load import LoadMeter
+from draftsmith.stages.measure.margins import add_margins
 from draftsmith.stages.measure.requests import (
     PLAIN,
     Measured,
@@ -67,7 +66,7 @@ def measure_embedded(
         drafter.draws for drafter in drafters.values()
     )  # then sampled answers are plain decoding's in law alone
     compare_with_plain(rows, sampled=not drawn)
-    test.add_margins(rows, heldout)
+    add_margins(target, rows, heldout)
     exactness = {"serving_dtype": target.info.dtype, **equality(rows)}
     first_of_kind: dict[str, str] = {}
     for name, drafter in drafters.items():
@@ -160,20 +159,6 @@ class SpeedTest:
             rows += [row_of(ENGINE, round, arm, size, setting, answer) for answer in answers]
             self.ctx.check_interrupted()
         return rows, turns
-
-    def add_margins(self, rows: Sequence[Row], prompts: Sequence[Prompt]) -> None:
-        """The target's logit margin (best minus second) where greedy outputs part: small = a near-tie of the dtype."""
-        prompt_ids = {prompt.prompt_id: prompt.token_ids for prompt in prompts}
-        known: dict[tuple[int, ...], float] = {}  # every round parts at the same places
-        for row in rows:
-            difference = row["first_difference"]
-            if row["temperature"] == 0 and difference >= 0:  # up to there the answer is the one of plain decoding
-                tokens = (*prompt_ids[row["prompt_id"]], *row["response_ids"][:difference])
-                if tokens not in known:
-                    out = self.target.read(torch.tensor([tokens], device=self.target.device))
-                    best = self.target.logits(out.hidden[0, -1]).topk(2).values
-                    known[tokens] = float(best[0] - best[1])
-                row["margin"] = known[tokens]
 
 
 def choose_block_sizes(

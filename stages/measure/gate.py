@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -21,6 +21,7 @@ from draftsmith.stages.measure.verdicts import FEWEST_TURNS
 from draftsmith.stages.statistics import CONFIDENCE, Estimate
 
 CHAMPION, PLAIN = "champion", "plain"
+_TIE_OF_FLOAT32 = 0.01  # logits that two orders of the same sums differ by at most
 _THE_CHAMPION = "the champion"  # in a sentence: its number is the line's, not of what was measured
 
 
@@ -86,10 +87,17 @@ class Decision:
         against = _THE_CHAMPION if self.champion else "plain decoding"
         if self.promote:
             tau = next((rule.said for rule in self.rules if rule.name in ("tau", "speed-up")), "")
-            return f"promoted: {self.challenger} beats {against} ({tau})"
+            passed = "beats" if self._above else "passes against"
+            return f"promoted: {self.challenger} {passed} {against} ({tau})"
         broken = "; ".join(f"{rule.name}: {rule.said}" for rule in self.rules if not rule.passed)
         told = "refused by the gate" if self.outcome == "refused" else "the gate cannot decide"
         return f"{told}: {self.challenger} against {against}: {broken}"
+
+    @property
+    def _above(self) -> bool:
+        """Whether passing the first comparison means being better: a threshold may be lower."""
+        speed = next((rule.figures.get("wanted") for rule in self.rules if rule.name == "speed-up"), None)
+        return self.champion or speed is None or speed >= 1
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -149,16 +157,26 @@ def _lossless(evaluation: Mapping[str, Any], config: GateConfig) -> Iterator[Rul
         yield Rule("lossless", identical == prompts, said, {"value": identical, "wanted": prompts})
     margin = exact.get("median_margin")
     if margin is not None:
-        said = f"outputs part at a median margin of {margin:.3g} logits, at most {config.max_margin:g} is a near-tie"
-        yield Rule("near-ties", margin <= config.max_margin, said, {"value": margin, "wanted": config.max_margin})
-    if not prompts and margin is None and exact.get("identical_share") is None:
-        sampled = bool(evaluation.get("temperature"))  # on servers: the law is the same, the numbers drawn are not
-        said = (
-            "sampled outputs cannot be compared token for token"
-            if sampled
-            else ("no output was compared with plain decoding: set evaluation.exactness_prompts")
-        )
-        yield Rule("lossless", sampled, said)
+        tie = min(config.max_margin, _TIE_OF_FLOAT32) if exact.get("serving_dtype") == "float32" else config.max_margin
+        said = f"outputs part at a median margin of {margin:.3g} logits, at most {tie:g} is a near-tie"
+        yield Rule("near-ties", margin <= tie, said, {"value": margin, "wanted": tie})
+    if not prompts and margin is None:
+        yield _lossless_as_served(exact, sampled=bool(evaluation.get("temperature")))
+
+
+def _lossless_as_served(exact: Mapping[str, Any], *, sampled: bool) -> Rule:
+    """By outputs in the serving dtype alone, of which it is not known how sure the target was where they part."""
+    share, dtype = exact.get("identical_share"), exact.get("serving_dtype")
+    if share is None and sampled:  # on servers: the law is the same, the numbers drawn are not
+        return Rule("lossless", True, "sampled outputs cannot be compared token for token")
+    if share is None:
+        said = "no output was compared with plain decoding: set evaluation.exactness_prompts"
+        return Rule("lossless", False, said)
+    said = f"{share:.1%} of the outputs in {dtype} equal plain decoding"
+    if share == 1 or dtype == "float32":
+        return Rule("lossless", share == 1, said, {"value": share, "wanted": 1.0})
+    said += ", and none was compared in float32: set evaluation.exactness_prompts"
+    return Rule("lossless", False, said, {"value": share, "wanted": 1.0}, judged=False)
 
 
 def _parity(evaluation: Mapping[str, Any], challenger: str) -> Iterator[Rule]:
@@ -166,7 +184,16 @@ def _parity(evaluation: Mapping[str, Any], challenger: str) -> Iterator[Rule]:
     figures = (evaluation.get("parity") or {}).get(challenger)
     if figures:
         known = {name: value for name, value in figures.items() if isinstance(value, int | float)}
-        yield Rule("parity", True, "served as replay computes it", known)
+        yield Rule("parity", True, _parity_said(known), known)
+
+
+def _parity_said(figures: Mapping[str, float]) -> str:
+    said = []
+    if "mismatch_share" in figures:
+        said.append(f"{figures['mismatch_share']:.1%} of the served verify steps differ from replay's")
+    if {"served_tau", "replayed_tau"} <= figures.keys():
+        said.append(f"tau {figures['served_tau']:.3f}, by replay {figures['replayed_tau']:.3f}")
+    return "; ".join(said) or "served as replay computes it"
 
 
 def _tau(evaluation: Mapping[str, Any], challenger: str, config: GateConfig) -> Rule:
@@ -185,29 +212,31 @@ def _sets(evaluation: Mapping[str, Any], challenger: str, config: GateConfig) ->
     found = [each for each in _compared(evaluation, "tau", challenger, CHAMPION) if each["set"] is not None]
     for each in found:
         gain, high = _relative(each, 1 - (1 - CONFIDENCE) / len(found))
-        worse = high is not None and high < -config.max_set_loss
-        said = f"{gain:+.1%}{'' if high is None else f', at most {high:+.1%}'}; not below {-config.max_set_loss:+.1%}"
-        figures = {"value": gain, "end": high, "wanted": -config.max_set_loss}
-        yield Rule(f"tau of {each['set']}", not worse, said, figures)
+        name, figures = f"tau of {each['set']}", {"value": gain, "end": high, "wanted": -config.max_set_loss}
+        if high is None:  # of one prompt: no evidence against it, and none for it
+            yield Rule(name, True, f"{gain:+.1%}, not judged: one prompt cannot tell", figures, judged=False)
+            continue
+        said = f"{gain:+.1%}, at most {high:+.1%}; not below {-config.max_set_loss:+.1%}"
+        yield Rule(name, high >= -config.max_set_loss, said, figures)
 
 
 def _speed(evaluation: Mapping[str, Any], challenger: str, config: GateConfig) -> Iterator[Rule]:
     """Above plain decoding at the first setting, and not measurably slower than the champion at any."""
     over_plain, *_ = _compared(evaluation, "speed", challenger, PLAIN)
     doubts = doubts_about(evaluation, over_plain, challenger, PLAIN)
-    yield _speed_rule("speed-up", over_plain, math.log(config.min_speedup), doubts, better=True, of=1)
+    yield _speed_rule("speed-up", over_plain, config.min_speedup, doubts, better=True, of=1)
     found = list(_compared(evaluation, "speed", challenger, CHAMPION))
     for each in found:
         name = f"speed at temperature {each['temperature']:g}, {each['concurrency']} in flight"
         doubts = doubts_about(evaluation, each, challenger, CHAMPION)
-        yield _speed_rule(name, each, math.log(1 - config.max_speed_loss), doubts, better=False, of=len(found))
+        yield _speed_rule(name, each, 1 - config.max_speed_loss, doubts, better=False, of=len(found))
 
 
 def _speed_rule(
-    name: str, found: Mapping[str, Any], bound: float, doubts: Sequence[str], *, better: bool, of: int
+    name: str, found: Mapping[str, Any], wanted: float, doubts: Sequence[str], *, better: bool, of: int
 ) -> Rule:
     """doubts: why the figures say nothing, if they do not."""
-    estimate, wanted = _estimate(found), math.exp(bound)
+    estimate = _estimate(found)
     value = math.exp(estimate.value)
     times = "times" if better else "times the champion's"
     if not doubts and estimate.units < FEWEST_TURNS:
@@ -234,9 +263,16 @@ def _compared(
 
 def _relative(found: Mapping[str, Any], level: float) -> tuple[float, float | None]:
     """Difference of tau as a share of the other's, and the end of its one-sided interval at `level`."""
-    estimate, base = _estimate(found), found["base"]
-    end = estimate.upper(level) if estimate.units >= 2 else None
-    return estimate.value / base, None if end is None else end / base
+    estimate = gain_of(found)
+    return estimate.value, estimate.upper(level) if estimate.units >= 2 else None
+
+
+def gain_of(found: Mapping[str, Any]) -> Estimate:
+    """Of an entry on tau: the difference as a share of the other's tau, which has an error of its own."""
+    if "gain" in found:
+        return _estimate(found["gain"])
+    estimate, base = _estimate(found), found["base"]  # of before this was measured
+    return replace(estimate, value=estimate.value / base, error=estimate.error / base)
 
 
 def _estimate(found: Mapping[str, Any]) -> Estimate:
@@ -251,6 +287,10 @@ def interval_of(found: Mapping[str, Any]) -> tuple[float, float] | None:
 
 def compared(kind: str, arm: str, other: str, estimate: Estimate, **fields: Any) -> dict[str, Any]:
     """An entry of `evaluation["compared"]`, ready for JSON: what the gate reads."""
+    return {"kind": kind, "arm": arm, "other": other, **as_figures(estimate), **fields}
+
+
+def as_figures(estimate: Estimate) -> dict[str, Any]:
+    """Ready for JSON, which has no NaN."""
     error = None if math.isnan(estimate.error) else estimate.error
-    found = {"kind": kind, "arm": arm, "other": other, "value": estimate.value, "error": error}
-    return found | {"units": estimate.units, "degrees": estimate.degrees} | fields
+    return {"value": estimate.value, "error": error, "units": estimate.units, "degrees": estimate.degrees}

@@ -129,14 +129,15 @@ def compare_with_plain(rows: Sequence[Row], sampled: bool) -> None:
     sampled: whether answers drawn at a temperature are the same ones with and without a drafter (they follow the same
     law on any engine, but only the embedded one draws the same numbers for both).
     """
-    plain = {_place(row): row for row in rows if row["arm"] == PLAIN}
+    plain = {place_of(row): row for row in rows if row["arm"] == PLAIN}
     for row in rows:
         if row["arm"] != PLAIN and (sampled or row["temperature"] == 0):
-            difference = first_difference(row["response_ids"], plain[_place(row)]["response_ids"])
+            difference = first_difference(row["response_ids"], plain[place_of(row)]["response_ids"])
             row["identical"], row["first_difference"] = difference < 0, difference
 
 
-def _place(row: Row) -> tuple[Any, ...]:
+def place_of(row: Row) -> tuple[Any, ...]:
+    """What an answer and that of plain decoding beside it have in common."""
     return row["round"], row["temperature"], row["concurrency"], row["prompt_id"]
 
 

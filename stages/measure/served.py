@@ -7,6 +7,7 @@ slows down does so for all. What a turn measured is kept, so an interrupted eval
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.parquet import read_table, to_table, write_table
 from draftsmith.artifacts.schemas import REQUESTS, TRACE, TURNS
 from draftsmith.stages.contract import StageContext, follow
@@ -150,8 +152,20 @@ def measure_served(served: Served, heldout: Sequence[Prompt], validation: Sequen
         if round == 0 and served.drafts_chains:
             parity = _check_parity(served, sizes, heldout)
     compare_with_plain(rows, sampled=False)
+    _add_margins(served, rows, heldout)
     exactness = {"serving_dtype": served_dtype(served.engine, served.target_dtype), **equality(rows)}
     return Measured(rows[0]["engine"], rows, turns, candidates, len(validation), exactness, parity)
+
+
+def _add_margins(served: Served, rows: Sequence[Row], heldout: Sequence[Prompt]) -> None:
+    """What servers said otherwise with a drafter than without is held against the target in this process."""
+    from draftsmith.stages.measure.margins import add_margins
+    from draftsmith.stages.targets.causal_lm import Target
+
+    if parting := sum(row["first_difference"] >= 0 for row in rows):
+        served.ctx.log(f"{parting} answers part from plain decoding's: was the target sure there?")
+        target = Target.load(served.ctx.inputs["target"], dtype=served_dtype(served.engine, served.target_dtype))
+        add_margins(target, rows, heldout, served.ctx.check_interrupted)
 
 
 def _turn(
@@ -217,10 +231,11 @@ def _check_parity(served: Served, sizes: Mapping[str, int], heldout: Sequence[Pr
     law = Law(served.settings[0].temperature, config.sampling.top_p)
     parity: dict[str, dict[str, Any]] = {}
     drafter: dict[str, Drafter] = {}
+    work = served.ctx.work
     for arm, checkpoint in served.drafters.items():
-        folder = served.ctx.work / "traced"
-        answers = read_table(folder / f"{arm}-answers.parquet", REQUESTS).to_pylist()
-        steps = read_table(folder / f"{arm}-steps.parquet", TRACE)
+        traced = {name: work / "traced" / f"{arm}-{name}.parquet" for name in ("answers", "steps")}
+        answers = read_table(traced["answers"], REQUESTS).to_pylist()
+        steps = read_table(traced["steps"], TRACE)
         answers = [answer for answer in answers if answer["tokens"] >= 2]  # in shorter ones nothing is drafted
         if not answers:
             continue
@@ -239,7 +254,7 @@ def _check_parity(served: Served, sizes: Mapping[str, int], heldout: Sequence[Pr
             chains=config.chains,
             tokens_per_group=config.tokens_per_target_forward,
             progress=follow(served.ctx, "trajectories"),
-            kept=served.ctx.work / "replayed" / "parity" / arm,
+            kept=work / "replayed" / "parity" / arm,
             log=served.ctx.log,
         )[arm]
         replayed = trace_rows(trajectories, found)
@@ -251,14 +266,19 @@ def _check_parity(served: Served, sizes: Mapping[str, int], heldout: Sequence[Pr
             subject=f"drafter {arm}: ",
         )
         parity[arm] = {}
-        if steps.num_rows and not draws(drafter[arm], law):  # drawn steps are replay's in law, not one by one
-            parity[arm] = check_steps(gate, steps, to_table(TRACE, replayed))
-        parity[arm] |= check_tau(
-            gate,
-            np.array([answer["tokens"] - 1 for answer in answers]),
-            np.array([answer["verify_steps"] for answer in answers]),
-            np.array([len(trace.anchors) for trace in found]),
-        )
+        try:
+            if steps.num_rows and not draws(drafter[arm], law):  # drawn steps are replay's in law, not one by one
+                parity[arm] = check_steps(gate, steps, to_table(TRACE, replayed))
+            parity[arm] |= check_tau(
+                gate,
+                np.array([answer["tokens"] - 1 for answer in answers]),
+                np.array([answer["verify_steps"] for answer in answers]),
+                np.array([len(trace.anchors) for trace in found]),
+            )
+        except DraftsmithError:  # servers that were put right are asked anew
+            for stale in ("round-0", "block-sizes", "replayed/parity"):
+                shutil.rmtree(work / stale, ignore_errors=True)
+            raise
     del target, drafter  # the servers of the next rounds get all memory, as those of the first one had it
     release_memory()
     return parity

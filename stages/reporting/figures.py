@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from draftsmith.stages.measure.gate import CHAMPION, challenger_of, interval_of
+from draftsmith.stages.measure.gate import CHAMPION, challenger_of, gain_of, interval_of
 from draftsmith.stages.reporting.tables import device_seconds
 
 CHALLENGER = "challenger"
@@ -106,9 +106,10 @@ def _gains(evaluation: Mapping[str, Any], challenger: str) -> Iterator[tuple[str
             continue
         if found["kind"] == "tau" and found["base"]:
             where = "" if found["set"] is None else f"/{found['set']}"
-            yield f"tau_gain{where}", found["value"] / found["base"]
-            for suffix, end in zip(("low", "high"), interval_of(found) or (), strict=False):
-                yield f"tau_gain{where}.{suffix}", end / found["base"]
+            gain = gain_of(found)
+            yield f"tau_gain{where}", gain.value
+            for suffix, end in zip(("low", "high"), gain.interval() or (), strict=False):
+                yield f"tau_gain{where}.{suffix}", end
         elif found["kind"] == "speed":
             yield f"speed_over_champion.{point_name(found)}", math.exp(found["value"])
             for suffix, end in zip(("low", "high"), interval_of(found) or (), strict=False):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from draftsmith.stages.measure.doubts import doubts_about
-from draftsmith.stages.measure.gate import CHAMPION, PLAIN, challenger_of, interval_of
+from draftsmith.stages.measure.gate import CHAMPION, PLAIN, challenger_of, gain_of
 from draftsmith.stages.reporting.names import ABSENT, name_of
 from draftsmith.stages.reporting.rows import number
 
@@ -65,7 +65,7 @@ def outcome(evaluation: Mapping[str, Any], decision: Mapping[str, Any]) -> Outco
         shown = [rule for rule in rules if rule["name"] == "tau" or rule["name"].startswith("speed")]
     elif kind == "refused":
         broken = [rule for rule in failed if rule.get("judged", True)]
-        why = " and ".join(dict.fromkeys(_broken(rule["name"]) for rule in broken))
+        why = " and ".join(dict.fromkeys(_broken(rule) for rule in broken))
         stays = f"{champion[0].upper()}{champion[1:]} stays: " if champion else ""
         sentence, shown = f"{stays}{name} {why}", failed
     else:
@@ -80,12 +80,18 @@ def _champion(known: str | None) -> str | None:
     return known and (name_of(CHAMPION) if known == CHAMPION else f"version {known}")
 
 
-def _broken(rule: str) -> str:
+def _broken(broken: Mapping[str, Any]) -> str:
+    rule, wanted = broken["name"], (broken.get("figures") or {}).get("wanted")
+    if rule in _USUAL and wanted is not None and wanted != _USUAL[rule]:
+        return f"has not measurably the {'gain in tau' if rule == 'tau' else rule} that is asked for"
     if rule.startswith("tau of "):
         return f"is measurably worse on {rule.removeprefix('tau of ')}"
     if rule.startswith("speed at "):
         return f"is measurably slower at {rule.removeprefix('speed at ')}"
     return _BROKEN.get(rule, f"breaks the rule {rule}")
+
+
+_USUAL = {"tau": 0.0, "speed-up": 1.0}  # thresholds at which a rule asks for better, no more
 
 
 def _measured(evaluation: Mapping[str, Any]) -> Outcome:
@@ -96,7 +102,9 @@ def _measured(evaluation: Mapping[str, Any]) -> Outcome:
         return Outcome("measured", f"{name_of(arm)} has a tau of {number(_tau(evaluation, arm), '.3f')}.", [])
     verdict = taus[0]
     other = name_of(verdict["other"])
-    if verdict["different"]:
+    if verdict["different"] is None:
+        said = f"{name_of(arm)} cannot be judged against {other} by {verdict['prompts']} held-out prompt"
+    elif verdict["different"]:
         said = f"{name_of(arm)} has a measurably {'higher' if verdict['value'] > 0 else 'lower'} tau than {other}"
     else:
         said = f"{name_of(arm)} does not differ measurably in tau from {other}"
@@ -155,10 +163,10 @@ def _gain(evaluation: Mapping[str, Any], arm: str) -> list[Tile]:
 
 
 def _reach(found: Mapping[str, Any]) -> str:
-    ends = interval_of(found)
+    ends = gain_of(found).interval()
     if ends is None:
         return f"{found['units']} prompt"
-    return f"95 %: {ends[0] / found['base']:+.1%} to {ends[1] / found['base']:+.1%}"
+    return f"95 %: {ends[0]:+.1%} to {ends[1]:+.1%}"
 
 
 def duration(seconds: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from draftsmith.stages.measure.gate import CHAMPION, challenger_of, interval_of
+from draftsmith.stages.measure.gate import CHAMPION, challenger_of, gain_of
 from draftsmith.stages.reporting import rows
 from draftsmith.stages.reporting.names import ABSENT, name_of
 from draftsmith.stages.reporting.outcome import duration
@@ -70,9 +70,9 @@ def _beside_champion(evaluation: Mapping[str, Any], arm: str, name: str | None) 
     wanted = {"kind": "tau", "arm": arm, "other": CHAMPION, "set": name}
     for found in evaluation.get("compared") or ():
         if all(found.get(key) == value for key, value in wanted.items()) and found["base"]:
-            base, ends = found["base"], interval_of(found)
-            low, high = (None, None) if ends is None else (ends[0] / base, ends[1] / base)
-            return interval(found["value"] / base, low, high, "+.1%")
+            gain = gain_of(found)
+            low, high = gain.interval() or (None, None)
+            return interval(gain.value, low, high, "+.1%")
     return ABSENT
 
 

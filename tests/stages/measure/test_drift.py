@@ -30,8 +30,10 @@ def test_the_threshold_is_a_share_of_what_it_was() -> None:
 
 def test_what_cannot_be_judged_is_named() -> None:
     few = {"tau": 1.0, "low": None, "high": None}
-    assert unjudged({"all": now(3.5, 0.6), "chat": now(1.0, 0.1)}, BEFORE) == []
+    gone = "not judged, no longer asked: 1 set (code)"
+    assert unjudged({"all": now(3.5, 0.6), "chat": now(1.0, 0.1)}, BEFORE) == [gone]
     assert unjudged({"all": now(4.0, 0.1), "chat": few, **{f"task{n}": few for n in range(7)}}, BEFORE) == [
         "not judged, for want of a figure at its promotion: 7 sets (task0, task1, task2, task3, task4, …)",
         "not judged, for want of prompts: 1 set (chat)",
+        gone,
     ]

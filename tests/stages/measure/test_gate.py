@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,8 @@ def test_every_rule_is_broken_by_what_it_is_about() -> None:
         ]
         return found | {"compared": entries}
 
-    assert broken(with_entry("tau", CHAMPION, value=-0.5, error=0.01)) == ["tau of chat", "tau of code"]
+    worse = {"value": -0.2, "error": 0.004, "units": 200, "degrees": 150.0}
+    assert broken(with_entry("tau", CHAMPION, gain=worse)) == ["tau of chat", "tau of code"]
     slower = [
         each | {"value": math.log(0.8), "error": 0.005}
         if (each["kind"], each["other"]) == ("speed", CHAMPION)
@@ -112,6 +114,8 @@ def test_without_a_champion_plain_decoding_is_what_must_be_beaten() -> None:
     assert challenger_of(found) == "opd"
     first = decide(found, GateConfig())
     assert first.promote and with_version(first.as_json(), 3) == first.as_json(), "against plain decoding"
+    low = decide(found | {"compared": [over_plain("opd", 0.9)]}, GateConfig(min_speedup=0.8))
+    assert low.sentence().startswith("promoted: opd passes against plain decoding"), "0.9 times is not better"
     chosen = found | {"validation_tau": {"sft": 1.4, "opd": 1.2}}  # the choice is the validation split's
     decision = decide(chosen, GateConfig())
     assert decision.challenger == "sft"
@@ -120,6 +124,62 @@ def test_without_a_champion_plain_decoding_is_what_must_be_beaten() -> None:
     for low, outcome in ((0.99, "refused"), (None, "undecided")):
         unsure = chosen | {"drafters": {"sft": {"tau": 1.1, "tau_low": low}}}
         assert decide(unsure, GateConfig(judge_speed=False)).outcome == outcome, "better needs evidence"
+
+
+def test_rules_can_be_switched_off_by_their_thresholds() -> None:
+    found = evaluation(np.random.default_rng(3), -0.3)
+    found["compared"] = [each for each in found["compared"] if each["kind"] == "speed" or each["set"] is None]
+    slower = broken(found, GateConfig(min_speedup=0, max_speed_loss=1))
+    assert slower == ["tau"] and "speed-up" in broken(found, GateConfig(min_speedup=3.0))
+
+
+def test_a_set_of_one_prompt_is_not_judged_and_stops_nothing() -> None:
+    found = evaluation(np.random.default_rng(1), 0.05)
+    for each in found["compared"]:
+        if each["kind"] == "tau" and each["set"] == "code":
+            each |= {"units": 1, "error": None, "value": -3.0, "gain": {**each["gain"], "units": 1, "value": -0.6}}
+    decision = decide(found, GateConfig())
+    (rule,) = [rule for rule in decision.rules if rule.name == "tau of code"]
+    assert decision.promote and rule.said == "-60.0%, not judged: one prompt cannot tell" and not rule.judged
+
+
+@pytest.mark.parametrize(
+    ("exact", "outcome"),
+    [
+        ({"identical_share": 1.0, "serving_dtype": "bfloat16"}, "promoted"),
+        ({"identical_share": 0.1, "serving_dtype": "bfloat16"}, "undecided"),
+        ({"identical_share": 0.1, "serving_dtype": "float32"}, "refused"),
+        ({"identical_share": 0.1, "serving_dtype": "bfloat16", "median_margin": 0.1}, "promoted"),
+        ({"identical_share": 0.1, "serving_dtype": "bfloat16", "median_margin": 2.0}, "refused"),
+        ({"identical_share": 0.1, "serving_dtype": "float32", "median_margin": 0.1}, "refused"),
+    ],
+)
+def test_outputs_that_part_need_a_reason(exact: dict[str, Any], outcome: str) -> None:
+    found = evaluation(np.random.default_rng(1), 0.05) | {"exactness": exact}
+    assert decide(found, GateConfig()).outcome == outcome
+
+
+def test_figures_of_parity_are_said() -> None:
+    found = evaluation(np.random.default_rng(1), 0.05)
+    figures = {"mismatch_share": 0.9, "served_tau": 1.1, "replayed_tau": 3.0}
+    (rule,) = [r for r in decide(found | {"parity": {"opd": figures}}, GateConfig()).rules if r.name == "parity"]
+    assert rule.said == "90.0% of the served verify steps differ from replay's; tau 1.100, by replay 3.000"
+
+
+def test_a_gain_that_is_asked_for_is_promoted_no_oftener_than_said() -> None:
+    """The champion's tau has an error too: at a true gain of just what is asked for."""
+    rng, repetitions = np.random.default_rng(5), 600
+    config, promoted = GateConfig(min_tau_gain=0.1, judge_speed=False), 0
+    for _ in range(repetitions):
+        steps = rng.integers(20, 60, 40).astype(float)
+        committed = steps * np.clip(rng.normal(3.0, 0.8, 40), 1.2, None)
+        better = committed * 1.1 * (1 + rng.normal(0, 0.03, 40))
+        arms = {"opd": (better, steps), CHAMPION: (committed, steps)}
+        tallies: Any = {arm: SimpleNamespace(committed=c, steps=s) for arm, (c, s) in arms.items()}
+        found = taus_compared(tallies, [str(i) for i in range(40)], ["all of one"] * 40)
+        decision = decide({"drafters": {"opd": {}, CHAMPION: {}}, "compared": found, "exactness": EXACT}, config)
+        promoted += next(rule.passed for rule in decision.rules if rule.name == "tau")
+    assert promoted / repetitions <= allowed(repetitions)
 
 
 @pytest.mark.parametrize("arm", ARMS)

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.engines import embedded
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.measure.config import EvaluationConfig, prompts_to_decode
+from draftsmith.stages.measure.gate import GateConfig, decide
 from draftsmith.stages.measure.requests import Measured
 from draftsmith.stages.measure.served import Served, measure_served
 from draftsmith.stages.measure.speed import speed_by_setting
@@ -136,3 +139,31 @@ def test_an_engine_that_needs_more_steps_than_replay_is_refused_without_a_trace(
     with pytest.raises(DraftsmithError, match=r"evaluation: drafter wide: tau is .* lower by .* \(2% is allowed"):
         measure(wasteful, tiny_drafter)
     assert [arm for arm, _ in wasteful.started] == ["plain", "wide", "narrow"]
+    repaired = served(ctx, tiny_drafter, config=config, engine=launch)
+    found = measure(repaired, tiny_drafter)
+    assert [arm for arm, _ in repaired.started][:3] == ["plain", "wide", "narrow"], "what was refused is not kept"
+    assert found.parity is not None and found.parity["wide"]["tau_difference"] == 0
+
+
+def test_a_server_that_keeps_wrong_proposals_is_seen_by_how_sure_the_target_was(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its steps are those of replay, which rebuilds them from the answers that it gave."""
+    right = embedded.verify
+
+    def keep_all(drafted: Any, logits: torch.Tensor, *settings: Any) -> Any:
+        found = right(drafted, logits, *settings)
+        if K := drafted.tokens.shape[1]:
+            tokens = torch.cat([drafted.tokens, logits[:, K:].argmax(-1)], 1)
+            found = replace(found, accepted=[K] * len(found.accepted), tokens=tokens)
+        return found
+
+    monkeypatch.setattr(embedded, "verify", keep_all)
+    ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target})
+    config = CONFIG.model_copy(update={"block_sizes": None, "concurrency": (1,), "rounds": 1})
+    found = measure(served(ctx, tiny_drafter, config=config), tiny_drafter)
+    assert found.parity is not None and found.parity["wide"]["different_steps"] == 0
+    assert found.exactness["identical_share"] < 1 and found.exactness["median_margin"] > 0.1
+    told = {"drafters": {"wide": {"tau": 3.0, "tau_low": 2.9}}, "exactness": found.exactness}
+    decision = decide(told, GateConfig(judge_speed=False))
+    assert not decision.promote and [rule.name for rule in decision.rules if not rule.passed] == ["near-ties"]

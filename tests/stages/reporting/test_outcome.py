@@ -58,6 +58,20 @@ def test_an_outcome_is_one_sentence(decision: dict[str, Any], label: str, senten
     assert (found.label, found.sentence) == (label, sentence)
 
 
+def test_a_threshold_beyond_better_is_not_called_worse() -> None:
+    for rule, wanted, said in (("tau", 0.15, "gain in tau"), ("speed-up", 1.5, "speed-up")):
+        decision = decided("refused", (rule, False), champion=None)
+        decision["rules"][0]["figures"] = {"value": 1.35, "wanted": wanted}
+        found = outcome(OF_A_LINE, decision)
+        assert found is not None and found.sentence == f"SFT + OPD has not measurably the {said} that is asked for."
+
+
+def test_one_prompt_is_said_to_judge_nothing() -> None:
+    verdicts = [{**OF_A_LINE["verdicts"][0], "different": None, "prompts": 1}]
+    found = outcome({**OF_A_LINE, "verdicts": verdicts}, {})
+    assert found is not None and "cannot be judged against SFT by 1 held-out prompt" in found.sentence
+
+
 def test_nothing_that_was_measured_has_no_verdict() -> None:
     assert outcome({}, {}) is None
     assert tiles({}, 3.0) == []
