@@ -85,7 +85,7 @@ def run(ctx: StageContext, config: SftConfig) -> None:
         upgraded,
     )
     from draftsmith.stages.parallel.ranks import Ranks
-    from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
+    from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories, splits_of
     from draftsmith.stages.targets.causal_lm import Target
     from draftsmith.stages.training.batches import frequent_tokens, token_counts
     from draftsmith.stages.training.estimate import micro_batch_tokens
@@ -102,7 +102,7 @@ def run(ctx: StageContext, config: SftConfig) -> None:
         drafter = upgraded(drafter, config.drafter, target, ctx.seed)
     else:
         drafter = create_drafter(config.drafter, target, ctx.seed, frequent_tokens(counts))
-    if drafter.frequent_tokens is None:
+    if drafter.frequent_tokens is None and "train" in splits_of(ctx.inputs["trajectories"]):  # never from what measures
         drafter.frequent_tokens = frequent_tokens(counts).to(target.device)
     training = SftTraining(
         drafter,

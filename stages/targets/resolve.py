@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -229,7 +230,7 @@ def _read_config(folder: Path) -> tuple[str, PretrainedConfig]:
     known = {_plain(name) for entry in entries for name in ([entry] if isinstance(entry, str) else entry)}
     # a name of this kind that says nothing to transformers stands for what the config's type does; others are drafters,
     # classifiers, …
-    drafts = any(word in _plain(architecture) for word in _DRAFTERS)
+    drafts = bool(_DRAFTER.search(_plain(architecture)))
     other = drafts or "auto_map" in raw or hasattr(transformers, architecture) or not architecture.endswith(_WHOLE)
     if _plain(architecture) not in known and (other or model_type not in {*CAUSAL, *WITH_IMAGES}):
         what = architecture or f"model_type {model_type}"
@@ -244,7 +245,7 @@ def _read_config(folder: Path) -> tuple[str, PretrainedConfig]:
         raise DraftsmithError(f"{path}: transformers cannot read it ({one_line(error)}): correct it") from error
 
 
-_DRAFTERS = ("eagle", "dflash", "dspark", "medusa")
+_DRAFTER = re.compile("eagle|medusa|dflash|dspark")  # by whatever class name
 _WHOLE = ("ForCausalLM", "ForConditionalGeneration")  # what classes of whole models are called
 
 

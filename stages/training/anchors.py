@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.training.blocks import Anchors
 
@@ -19,7 +20,11 @@ def position_anchors(
 
 
 def anchor_positions(trajectory: Trajectory) -> np.ndarray:
-    """Every position of the response with a token behind it."""
+    """Every position of the response with a token behind it. Raises DraftsmithError if there is none."""
+    if trajectory.last_anchor < trajectory.first_anchor:
+        raise DraftsmithError(
+            f"trajectory {trajectory.trajectory_id}: an answer of one token trains nothing: leave it out"
+        )
     return np.arange(trajectory.first_anchor, trajectory.last_anchor + 1)
 
 

@@ -51,11 +51,15 @@ def ce_l1(
     return 0.1 * of_token + 0.9 * 2 * total_variation(logits_q, logits_p)
 
 
-def confidence(logit: torch.Tensor, logits_q: torch.Tensor, logits_p: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy of a predicted probability of acceptance, its logit [N], against Σ min(p, q) → [N]."""
-    with torch.no_grad():
-        kept = (1 - total_variation(logits_q, logits_p)).clamp(0, 1)
+def confidence(logit: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of a predicted probability that a proposal is kept, its logit [N], against it [N] → [N]."""
     return functional.binary_cross_entropy_with_logits(logit, kept, reduction="none")
+
+
+@torch.no_grad()
+def acceptance(logits_q: torch.Tensor, logits_p: torch.Tensor) -> torch.Tensor:
+    """Σ min(p, q): the probability [N] that a proposal drawn from q is kept."""
+    return (1 - total_variation(logits_q, logits_p)).clamp(0, 1)
 
 
 def at_temperature(logits: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -101,12 +105,18 @@ def power_weights(offsets: torch.Tensor, delta: float) -> torch.Tensor:
     return delta ** (offsets.float() - 1)
 
 
-def d_pace_weights(log_q: torch.Tensor, inside: torch.Tensor, alpha: float) -> torch.Tensor:
+def d_pace_weights(
+    log_q: torch.Tensor, inside: torch.Tensor, alpha: float, absent: torch.Tensor | None = None
+) -> torch.Tensor:
     """D-PACE (arXiv 2605.18810): how much offset k matters to the expected accepted length, Σ_{i≥k} Π_{j≤i} q̃_j.
 
     q̃ = (1 - α) q + α is the drafter's smoothed confidence in the committed token, without gradient. log_q: [..., K] of
-    these tokens; inside: bool [..., K], the offsets that count → [..., K].
+    these tokens; inside: bool [..., K], the offsets that count → [..., K]. absent: those of the text that cannot be
+    proposed, which have no weight and a q of 0.
     """
+    counted = inside if absent is None else inside | absent
     smoothed = torch.where(inside, (1 - alpha) * log_q.exp() + alpha, 1.0)
-    reached = smoothed.cumprod(-1) * inside
+    if absent is not None:
+        smoothed = smoothed.masked_fill(absent, alpha)
+    reached = smoothed.cumprod(-1) * counted
     return reached.flip(-1).cumsum(-1).flip(-1) * inside

@@ -7,7 +7,8 @@ which the Bernoulli form reads, is the target's over all tokens.
 Proposals that are drawn (`Drafter.draws`) follow the drafter's own law at the request's temperature, and so does the
 target: logits that are the target's draw as it does at any. Distributions are therefore compared at temperature 1. Only
 what is known of one temperature is held against the drafter at that: the tokens that were drawn at it, and whether a
-proposal would be kept. Where proposals are argmaxes the order of the drafter's logits alone counts.
+proposal would be kept. Where proposals are argmaxes the order of the drafter's logits alone counts, and what is kept
+is what the text has.
 """
 
 from __future__ import annotations
@@ -51,8 +52,6 @@ class Feedback:
 
     def verifying_logits(self) -> torch.Tensor:
         """[N, V'] of the law that verifies proposals: at its temperature, with its top-p."""
-        if self.law.greedy:
-            return self.logits()
         logits = self._logits / self.law.temperature
         if self.law.top_p == 1:
             return logits
@@ -140,7 +139,7 @@ def response_stream(
     assert config.scope != "auto", "resolve the loss first"
     K = hidden.shape[2]
     offsets = torch.arange(1, K + 1, device=hidden.device)
-    labels, columns, where = _places(batch, anchors, K, heads.drafter, config, committed)
+    labels, columns, where, absent = _places(batch, anchors, K, heads.drafter, config, committed)
 
     places = where.nonzero(as_tuple=True)  # a mask as an index would be looked through at every use
     # the target's hidden state that predicts offset k lies at position anchor + k - 1
@@ -154,7 +153,7 @@ def response_stream(
         judged = _with_choice(judged, hidden[places], before, feedback, heads, config, positions_per_chunk)
     correct_at = torch.zeros_like(where)
     correct_at[places] = judged.correct
-    weights = position_weights(config.weights(), offsets, where, judged.log_q)
+    weights = position_weights(config.weights(), offsets, where, judged.log_q, absent)
     if config.scope == "committed" and config.beyond:
         if committed is None:
             committed = correct_at.long().cumprod(-1).sum(-1).clamp(max=K if proposals is None else proposals) + 1
@@ -203,8 +202,11 @@ def _judged(
                 unread[part] = -losses.cross_entropy(logits, here.columns)
         terms = loss_of(logits, here)
         if heads.confidence is not None:  # detached: what is said of the proposals is not to change them
-            drawn = cooled.logits(h.detach()) if cooled is not head else logits
-            terms = terms + losses.confidence(heads.confidence(h.detach()), drawn.detach(), here.verifying_logits())
+            kept = correct[part].float()
+            if not here.law.greedy:
+                drawn = cooled.logits(h.detach()) if cooled is not head else logits
+                kept = losses.acceptance(drawn.detach(), here.verifying_logits())
+            terms = terms + losses.confidence(heads.confidence(h.detach()), kept)
         return terms
 
     terms = chunked_values(hidden, positions_per_chunk, values, trained_head=heads.trained)
@@ -242,7 +244,7 @@ def response_weight(
 ) -> float:
     """The sum of the stream's weights, where verify steps are known and no weight depends on the drafter."""
     offsets = torch.arange(1, K + 1, device=committed.device)
-    _, _, where = _places(batch, anchors, K, head, config, committed)
+    _, _, where, _ = _places(batch, anchors, K, head, config, committed)
     weights = position_weights(config.weights(), offsets, where, torch.empty(0))
     if config.scope == "committed" and config.beyond:
         weights = weights * _reached(offsets, committed, config.beyond)
@@ -251,15 +253,15 @@ def response_weight(
 
 def _places(
     batch: Batch, anchors: Anchors, K: int, head: Head, config: ResponseStream, committed: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Committed tokens, their columns in the head, and where the stream has positions, each [B, A, K]."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Committed tokens, their columns in the head, where the stream has positions, and where it has none for want of
+    the token in the head, each [B, A, K]."""
     labels, inside = labels_of(batch, anchors, K)
     columns, present = head.to_columns(labels)
-    where = inside & present
     if config.scope == "committed" and not config.beyond:
         assert committed is not None, "this scope needs verify steps"
-        where = where & (torch.arange(1, K + 1, device=labels.device) <= committed[..., None])
-    return labels, columns, where
+        inside = inside & (torch.arange(1, K + 1, device=labels.device) <= committed[..., None])
+    return labels, columns, inside & present, inside & ~present
 
 
 def _reached(offsets: torch.Tensor, committed: torch.Tensor, beyond: float) -> torch.Tensor:
@@ -268,13 +270,18 @@ def _reached(offsets: torch.Tensor, committed: torch.Tensor, beyond: float) -> t
 
 
 def position_weights(
-    config: PositionWeights, offsets: torch.Tensor, where: torch.Tensor, log_q: torch.Tensor
+    config: PositionWeights,
+    offsets: torch.Tensor,
+    where: torch.Tensor,
+    log_q: torch.Tensor,
+    absent: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[B, A, K] weights; where: bool [B, A, K] the stream's positions; log_q: [N] of the committed tokens there."""
+    """[B, A, K] weights; where: bool [B, A, K] the stream's positions; log_q: [N] of the committed tokens there;
+    absent: as `_places` has them."""
     if config.kind == "d_pace":
         judged = log_q.new_zeros(where.shape)
         judged[where] = log_q
-        return losses.d_pace_weights(judged, where, config.alpha)
+        return losses.d_pace_weights(judged, where, config.alpha, absent)
     of_offset = {
         "uniform": lambda: torch.ones_like(offsets, dtype=torch.float32),
         "exponential": lambda: losses.decay_weights(offsets, config.gamma),

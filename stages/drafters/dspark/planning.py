@@ -8,7 +8,7 @@ from draftsmith.stages.targets.estimate import ModelSize
 
 __all__ = ["TRAITS", "kept_by_block", "kept_by_context_token", "kept_by_own_logits"]
 
-LOGIT_COPIES = 9  # of its own loss and of its confidence's: 6 greedy, 9 sampled, 12 with top-p
+LOGIT_COPIES = 9  # of its own loss and of its confidence's, for sampled answers; with top-p 12, greedy 4
 kept_by_block, kept_by_context_token = dflash.kept_by_block, dflash.kept_by_context_token
 
 

@@ -162,7 +162,10 @@ def _check_mined(counts: np.ndarray, ids: pa.Array, where: str) -> None:
     """counts: [N] steps of each trajectory."""
     if not counts.all():
         name = ids[int(counts.argmin())].as_py()
-        raise DraftsmithError(f"{where}: trajectory {name} was not mined; rerun stage 'mining'")
+        raise DraftsmithError(
+            f"{where}: trajectory {name} was not mined; rerun stage 'mining' (an answer of one token has no step: "
+            "leave it out)"
+        )
 
 
 def _check_length(longest: int, block_size: int, where: str) -> None:

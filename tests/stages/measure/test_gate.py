@@ -114,8 +114,8 @@ def test_without_a_champion_plain_decoding_is_what_must_be_beaten() -> None:
     assert challenger_of(found) == "opd"
     first = decide(found, GateConfig())
     assert first.promote and with_version(first.as_json(), 3) == first.as_json(), "against plain decoding"
-    low = decide(found | {"compared": [over_plain("opd", 0.9)]}, GateConfig(min_speedup=0.8))
-    assert low.sentence().startswith("promoted: opd passes against plain decoding"), "0.9 times is not better"
+    slow = decide(found | {"compared": [over_plain("opd", 0.9)]}, GateConfig(min_speedup=0.8))
+    assert slow.sentence().startswith("promoted: opd passes against plain decoding"), "0.9 times is not better"
     chosen = found | {"validation_tau": {"sft": 1.4, "opd": 1.2}}  # the choice is the validation split's
     decision = decide(chosen, GateConfig())
     assert decision.challenger == "sft"

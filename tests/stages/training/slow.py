@@ -176,7 +176,7 @@ PLAIN: dict[str, Plain] = {
 
 
 def plain_weight(config: PositionWeights, k: int, log_q: dict[int, float]) -> float:
-    """log_q: of the committed tokens at the stream's offsets."""
+    """log_q: of the committed tokens at the stream's offsets, and at those whose token the head does not have."""
     if config.kind == "exponential":
         return math.exp(-(k - 1) / config.gamma)
     if config.kind == "power":
@@ -229,6 +229,7 @@ def slow_opd(slow: Slow, objective: LossConfig) -> tuple[torch.Tensor, int]:
         if objective.response.scope == "committed":
             committed = int(case.steps.committed[row, index])
             labels = {k: label for k, label in labels.items() if beyond or k <= committed}
+        never = dict.fromkeys((k for k, label in labels.items() if label not in tokens), -math.inf)
         labels = {k: label for k, label in labels.items() if label in tokens}
         of_labels = {k: float(log_q[k - 1, tokens.index(label)].detach()) for k, label in labels.items()}
         choices = {}
@@ -240,7 +241,7 @@ def slow_opd(slow: Slow, objective: LossConfig) -> tuple[torch.Tensor, int]:
             of_labels = {k: float(c.log_q[c.place].detach()) if c.present else -math.inf for k, c in choices.items()}
         for k, label in labels.items():
             assert objective.temperature is not None
-            weight = plain_weight(objective.response.weights(), k, of_labels)
+            weight = plain_weight(objective.response.weights(), k, of_labels | never)
             if k > committed:
                 weight *= math.exp(-(k - committed) / beyond)
             log_p = slow.log_p(row, anchor + k, objective.temperature)

@@ -97,6 +97,17 @@ def test_the_confidence_is_of_what_is_kept_under_the_law(law: Law) -> None:
     torch.testing.assert_close(kept.detach(), expected, atol=1e-4, rtol=0)
 
 
+def test_of_greedy_answers_it_is_whether_the_argmax_is_kept() -> None:
+    weight, hidden = a_head()
+    own, said, K = Head(weight * 0.7), 2.0, torch.arange(N)
+    text = (hidden @ weight.T).argmax(-1)
+    text[::2] = (hidden @ own.weight.T).argmin(-1)[::2]  # where another token stands
+    plain = judged_at(Law(), "forward_kl", text, hidden, Heads(own, Head(weight), True))
+    heads = Heads(own, Head(weight), trained=True, confidence=lambda h: torch.full(h.shape[:1], said))
+    kept = 1 - (judged_at(Law(), "forward_kl", text, hidden, heads) - plain - np.log1p(np.exp(-said))) / said
+    torch.testing.assert_close(kept.detach(), (K % 2).float(), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize(("temperature", "drawn"), [(0.0, False), (0.7, True)])
 def test_trainings_compare_a_drawing_drafter_at_temperature_1(
     temperature: float, drawn: bool, plain_target: Target

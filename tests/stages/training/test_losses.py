@@ -185,6 +185,13 @@ def test_weights_start_at_one_and_decay_as_the_papers_say() -> None:
     assert losses.power_weights(offsets, 0.8).tolist() == pytest.approx([1, 0.8, 0.64, 0.512])
 
 
+def test_d_pace_counts_a_token_that_cannot_be_proposed_as_never_kept() -> None:
+    inside, absent = torch.tensor([True, False, True]), torch.tensor([False, True, False])
+    log_q = torch.tensor([0.9, 1.0, 0.9]).log()
+    weights = losses.d_pace_weights(log_q, inside, 0.5, absent)
+    torch.testing.assert_close(weights, torch.tensor([0.95 * (1 + 0.5 + 0.5 * 0.95), 0.0, 0.95 * 0.5 * 0.95]))
+
+
 @given(st.lists(st.floats(-6, 0), min_size=4, max_size=4), st.integers(1, 4), st.floats(0.01, 1))
 @settings(deadline=None)
 def test_d_pace_weights_are_what_an_offset_adds_to_the_expected_length(

@@ -26,8 +26,8 @@ STEPS = {
     "0.6B, DFlash, total variation": FakeStep(
         "Qwen3-0.6B", SftConfig.model_validate(SMALL | {"loss": "tv"}), DFLASH, 1024
     ),
-    "0.6B, DSpark, SFT": FakeStep("Qwen3-0.6B", SftConfig.model_validate(SMALL), DSPARK, 1024),
-    "0.6B, DSpark, SFT of sampled answers": FakeStep(
+    "0.6B, DSpark, SFT": FakeStep("Qwen3-0.6B", SftConfig.model_validate(SMALL), DSPARK, 1024, law=Law(0.7)),
+    "0.6B, DSpark, SFT, top-p": FakeStep(
         "Qwen3-0.6B", SftConfig.model_validate(SMALL), DSPARK, 1024, law=Law(0.7, 0.9)
     ),
     "4B, DFlash, OPD": FakeStep("Qwen3-4B", OpdConfig.model_validate(SMALL | {"loss": "paper"}), DFLASH, 1024),

@@ -10,6 +10,7 @@ from draftsmith.stages.drafters.checkpoint import upgraded
 from draftsmith.stages.drafters.config import DFlashConfig, DSparkConfig
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
+from draftsmith.stages.drafters.law import GREEDY, Law
 from draftsmith.stages.replay.corpus import replay_all
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.anchors import position_anchors
@@ -111,7 +112,9 @@ def test_it_learns_from_the_token_before_it(plain_target: Target, plain_drafter:
 # ---- the authors' loss
 
 
-def loss_of(drafter: DSparkDrafter, target: Target, **fields: str) -> tuple[LossReport, Anchors, FeatureSource]:
+def loss_of(
+    drafter: DSparkDrafter, target: Target, law: Law = GREEDY, **fields: str
+) -> tuple[LossReport, Anchors, FeatureSource]:
     texts = random_target.trajectories(3, seed=5)
     source = FeatureSource(target, drafter.target_layer_ids, texts)
     batch = source.batch([0, 1, 2])
@@ -120,16 +123,17 @@ def loss_of(drafter: DSparkDrafter, target: Target, **fields: str) -> tuple[Loss
     stream = SftConfig.model_validate(fields).stream(drafter.recipe)
     assert target.head_weight is heads.target.weight
     report = sft_loss(
-        drafter, batch, anchors, heads, target.head_weight, stream, temperature=1.0, positions_per_chunk=7
+        drafter, batch, anchors, heads, target.head_weight, stream, temperature=1.0, law=law, positions_per_chunk=7
     )
     return report, anchors, source
 
 
 @pytest.mark.parametrize(("confidence_head", "reads_token"), [(True, True), (True, False), (False, True)])
 def test_the_loss_is_the_authors(confidence_head: bool, reads_token: bool, plain_target: Target) -> None:
-    """Value and gradient against the formula in float64, over whole rows of logits and without a chunk."""
+    """Value and gradient against the formula in float64, over whole rows of logits and without a chunk. Theirs holds
+    the confidence against what is kept of drawn proposals; of greedy answers see `test_drawn_law.py`."""
     drafter = random_dspark(plain_target, confidence_head=confidence_head, confidence_reads_token=reads_token)
-    report, anchors, source = loss_of(drafter, plain_target)
+    report, anchors, source = loss_of(drafter, plain_target, Law(1.0))
     report.loss.backward()
     found = {name: p.grad for name, p in drafter.named_parameters()}
     drafter.zero_grad(set_to_none=True)
