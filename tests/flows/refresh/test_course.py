@@ -235,6 +235,26 @@ def test_a_refusal_of_the_champions_own_content_leaves_its_record(
     assert (champion.number, champion.tags["tau"]) == (1, "3.5000"), "promoted once more: what it is worth by now"
 
 
+def test_a_version_that_does_not_come_back_after_all_keeps_its_record(
+    line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, config = Store(home / "store"), config_of(line, on_promote={"command": ["true"]})
+    for drafter in drafters:
+        RefreshCourse(resolve(config), ()).finish(gated(store, drafter), None)
+    slow, ask = RefreshCourse(resolve(config), ()), Registry.rolled_back
+
+    def moved(self: Registry, version: Version) -> object:
+        other = self.register(line, committed(store, "opd", "c", lambda out: (out / "x").write_text("x")), {})
+        self.promote(other, expected=self.champion(line), why="another was faster")
+        return ask(self, version)
+
+    monkeypatch.setattr(Registry, "rolled_back", moved)
+    with pytest.raises(PlanAgain, match="version 3 is the champion by now"):
+        slow.finish(gated(Store(tmp_path / "other" / "store"), drafters[0], tau=3.5), None)
+    tags = registry().version(line, 1).tags
+    assert (tags["tau"], tags["on_promote"]) == ("2.5000", "called"), "those of its promotion"
+
+
 def test_a_hook_that_a_lost_run_owes_is_called_by_the_next(
     line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
