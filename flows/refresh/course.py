@@ -10,7 +10,7 @@ from typing import Any
 
 from draftsmith.artifacts.errors import RefusedError
 from draftsmith.artifacts.manifest import ArtifactRef
-from draftsmith.artifacts.registry import CHAMPION, RECORD, ChampionMovedError, Version
+from draftsmith.artifacts.registry import CHAMPION, PROMOTED, RECORD, ChampionMovedError, Version
 from draftsmith.flows.pipeline.graph import Conclusion, Node, PlanAgain
 from draftsmith.flows.refresh.config import RefreshConfig, drift_config, measured_with, prompts_since
 from draftsmith.flows.refresh.line import (
@@ -39,17 +39,18 @@ class RefreshCourse:
     """Of one refresh of a line of drafters."""
 
     def __init__(self, config: RefreshConfig, force: Collection[str]) -> None:
-        """config: resolved, with a registry. force: `drift` among it, or a node behind it, makes the refresh go on
-        whatever is seen."""
+        """config: resolved, with a registry. force: nodes; `drift` among them, or one behind it, makes the refresh go
+        on whatever is seen."""
         assert config.registry is not None
-        self.config, self.line, self.force = config, config.registry, frozenset(force)
+        self.config, self.line = config, config.registry
+        self._forced = sorted(set(force) - set(_IN_FRONT))
         self._drift: dict[str, Any] = {}
         self._telling = Telling(self.line.name, config.on_promote)
 
     @property
     def decisive(self) -> frozenset[str]:
         """What a run that goes on must force: what was made again is no reason for its drift check any more."""
-        return frozenset({"drift"} if self.force - set(_IN_FRONT) else ())
+        return frozenset({"drift"} if self._forced and self.line.champion is not None else ())
 
     # -- drift ---------------------------------------------------------------------------------------------------
 
@@ -86,8 +87,7 @@ class RefreshCourse:
         """Why the refresh goes on; empty if nothing speaks for it."""
         champion, config = self.line.champion, self.config.drift
         assert champion is not None
-        forced = sorted(self.force - set(_IN_FRONT))
-        reasons = [f"{each} is forced" for each in forced]
+        reasons = [f"{each} is forced" for each in self._forced]
         if self.line.restart:
             reasons.append("the line begins again (registry.restart)")
         if record["target_changed"]:
@@ -127,7 +127,8 @@ class RefreshCourse:
         moved = (None if now is None else now.number) != (None if expected is None else expected.number)
         ours = decision["promote"] and now is not None and now.content_id == ref.content_id  # MLflow was lost behind it
         if moved and not ours:
-            raise PlanAgain(f"{self.line.name}: another refresh has promoted version {now.number if now else 0}")
+            serves = "nobody" if now is None else f"version {now.number}"
+            raise self._plan_again(f"{self.line.name}: {serves} is the champion by now")
         version = line.register(self.line.name, ref, tags, run_id=run_id, upload=self.line.upload)
         if not decision["promote"]:
             said = f"{version} is not promoted: {decision['sentence']}"
@@ -158,12 +159,19 @@ class RefreshCourse:
         try:
             registry().promote(version, expected=expected, why=decision["sentence"], tags=says)
         except ChampionMovedError as error:
-            raise PlanAgain(str(error)) from error
+            raise self._plan_again(str(error)) from error
         tag_ended(version)
         said = f"{version} is the champion: {decision['sentence']}"
         if became := self._telling.tell(version, decision):
             said += f"; {became}"
         return self._conclusion("Promoted", said, decision, version)
+
+    def _plan_again(self, why: str) -> PlanAgain:
+        """What makes this run go on holds for the new plan, unless a refresh has promoted who serves now: that was what
+        was asked for."""
+        champion, events = registry().champion(self.line.name), registry().events(self.line.name)
+        by_hand = champion is not None and events and events[-1].what != PROMOTED
+        return PlanAgain(why, ("drift",) if self._forced and by_hand else ())
 
     def _conclusion(
         self,

@@ -84,7 +84,7 @@ def test_the_loser_of_two_refreshes_is_planned_again_against_the_new_champion(
     slow, fast = (RefreshCourse(resolve(config), ()) for _ in range(2))
     fast.finish(gated(store, drafters[0]), None)
     made = gated(store, drafters[1])
-    with pytest.raises(PlanAgain, match="another refresh has promoted version 1"):
+    with pytest.raises(PlanAgain, match="version 1 is the champion by now"):
         slow.finish(made, None)
     assert [version.number for version in registry().versions(line)] == [1], "nothing of it was registered"
 

@@ -6,8 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.registry import CHAMPION
 from draftsmith.artifacts.store import Store
+from draftsmith.artifacts.tracking import Tracking
+from draftsmith.flows.pipeline.display import Display
+from draftsmith.flows.pipeline.graph import PlanAgain
+from draftsmith.flows.refresh import commands
 from draftsmith.flows.refresh.course import RefreshCourse, resolve
 from draftsmith.flows.refresh.line import figures_of, history, registry
 from tests.flows.refresh.made import checked, config_of, gated
@@ -43,6 +50,31 @@ def test_a_line_is_refreshed_when_its_last_refresh_is_too_old(
     assert "2120-01-01T00:00:00+00:00, which is ahead of" in registry().drift(line)[-1]["decision"]
     RefreshCourse(resolve(config_of(line)), ()).finish(gated(store, drafters[1], "refused"), None)
     assert stops() == "Current", "a refresh that was refused is one, and ends what a wrong clock said"
+
+
+def test_what_was_forced_is_done_where_another_refresh_has_promoted(
+    line: str, home: Path, drafters: list[ArtifactRef]
+) -> None:
+    """Of logs since the last refresh, that one has read all; who was promoted by hand has read less."""
+    store, first = Store(home / "store"), RefreshCourse(resolve(config_of(line)), ("sft",))
+    assert first.decisive == set(), "a line without a champion has no drift check: none could be forced"
+    made, other = (gated(store, drafter) for drafter in drafters)
+    RefreshCourse(resolve(config_of(line)), ()).finish(made, None)
+    slow = RefreshCourse(resolve(config_of(line)), ("sft",))
+    RefreshCourse(resolve(config_of(line)), ()).finish(other, None)
+    with pytest.raises(PlanAgain, match="version 2 is the champion by now") as again:
+        slow.finish(made, None)
+    assert again.value.force == ()
+
+    slow = RefreshCourse(resolve(config_of(line)), ("sft",))
+    commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
+    with pytest.raises(PlanAgain, match="version 1 is the champion by now") as again:
+        slow.finish(other, None)
+    assert again.value.force == ("drift",)
+    Tracking(home).connect()[0].delete_registered_model_alias(line, CHAMPION)
+    with pytest.raises(PlanAgain, match="nobody is the champion by now") as again:
+        slow.finish(other, None)
+    assert again.value.force == (), "no drift check again"
 
 
 def test_a_champion_that_is_current_is_said_with_what_it_was_and_what_is_not_known(
