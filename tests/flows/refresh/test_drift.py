@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from draftsmith.artifacts.manifest import ArtifactRef
-from draftsmith.artifacts.registry import CHAMPION
+from draftsmith.artifacts.registry import CHAMPION, Registry
 from draftsmith.artifacts.store import Store
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline.display import Display
@@ -134,3 +135,16 @@ def test_a_rollback_does_not_move_what_a_version_was_worth(line: str, home: Path
     for version in registry().versions(line):
         registry().tag(version, {"promoted_at": "2120-01-01T00:00:00+00:00"})
     assert [point["what"] for point in before] == ["promoted", "promoted"] and history(line) == before
+
+
+def test_a_version_that_comes_back_stands_where_its_figures_were_taken(
+    line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = gated(Store(tmp_path / "other" / "store"), drafters[0], tau=3.5)
+    for made in (*(gated(Store(home / "store"), drafter) for drafter in drafters), again):
+        RefreshCourse(resolve(config_of(line)), ()).finish(made, None)
+    commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
+    days = [replace(event, at=f"2120-01-0{day}") for day, event in enumerate(registry().events(line), 1)]
+    monkeypatch.setattr(Registry, "events", lambda _self, _line: days)
+    told = [(point["at"], point["version"], point["tau"]) for point in history(line)]
+    assert told == [("2120-01-02", 2, 2.5), ("2120-01-03", 1, 3.5)], "not where a person had it serve"
