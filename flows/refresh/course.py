@@ -12,7 +12,7 @@ from draftsmith.artifacts.errors import RefusedError
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.registry import CHAMPION, PROMOTED, RECORD, ChampionMovedError, Version
 from draftsmith.flows.pipeline.graph import Conclusion, Node, PlanAgain
-from draftsmith.flows.refresh.config import RefreshConfig, drift_config, measured_with, prompts_since
+from draftsmith.flows.refresh.config import RefreshConfig, measured_with, prompts_since
 from draftsmith.flows.refresh.line import (
     AHEAD_DAYS,
     BLOCK_SIZE,
@@ -103,11 +103,11 @@ class RefreshCourse:
     def _measured_differently(self) -> list[str]:
         """The settings that were others when the champion's figures were taken, in words; a version of before they
         were kept says none."""
-        now = measured_with(self.config, drift_config(self.config).drafting)
+        now = measured_with(self.config)
         return [
             f"{name} {_said(now[name])}, was {_said(was)}"
             for name, was in self.line.measured_with.items()
-            if now.get(name, was) != was and (name, now[name]) != (BLOCK_SIZE, None)  # the trained one, which it was
+            if now.get(name, was) != was and name != BLOCK_SIZE  # the trained one, now as then
         ]
 
     # -- promotion -----------------------------------------------------------------------------------------------
@@ -119,8 +119,7 @@ class RefreshCourse:
             decision = with_version(decision, self.line.champion.version)
         evaluation = json.loads((made["evaluation"].path / "evaluation.json").read_text("utf-8"))
         line, ref = registry(), made[decision["challenger"]]
-        settings = measured_with(self.config, self.config.evaluation.drafted())
-        tags = version_tags(evaluation, decision, ref, self.config.prompts, settings)
+        tags = version_tags(evaluation, decision, ref, self.config.prompts, measured_with(self.config))
         tags |= log_tags(made["logs"]) if "logs" in made else {}
         now = line.champion(self.line.name)
         expected = None if self.line.champion is None else line.version(self.line.name, self.line.champion.version)
