@@ -306,6 +306,26 @@ def test_an_uploaded_champion_serves_where_the_store_is_not(
     commands.export(Display(), line, tmp_path / "again", dry_run=False)
 
 
+@pytest.mark.parametrize("upload", [True, False])
+def test_a_damaged_manifest_is_no_obstacle_where_there_is_a_copy(
+    upload: bool, line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path
+) -> None:
+    tracking = Tracking(home)
+    config = config_of(line, registry={"name": line, "upload": upload})
+    made = gated(Store(home / "store"), drafters[0])
+    RefreshCourse(resolve(config), ()).finish(made, tracking.open_refresh("week 1", {}))
+    tracking.close_refresh("FINISHED")
+    manifest = drafters[0].path / MANIFEST
+    manifest.chmod(0o600)
+    manifest.write_text("{")
+    if upload:
+        commands.export(Display(), line, tmp_path / "copy", dry_run=False)
+        assert drafter_digest(tmp_path / "copy") == drafter_digest(drafters[0].path / DRAFTER_FOLDER)
+    for layout in ("speculators",) if upload else ("sglang", "speculators"):
+        with pytest.raises(DraftsmithError, match=r"version 1: .*manifest\.json: not a readable .*: restore it from"):
+            commands.export(Display(), line, tmp_path / layout, layout, dry_run=False)
+
+
 def test_drafters_are_compared_by_folder_id_and_version(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
     RefreshCourse(resolve(config_of(line)), ()).finish(gated(Store(home / "store"), drafters[0]), None)
     named = [str(drafters[1].path), f"{line}@champion", "z-lab/Qwen3-4B-DFlash-b16"]
