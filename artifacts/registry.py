@@ -14,7 +14,7 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -38,7 +38,7 @@ _DRAFTER = "drafter"  # the folder of a version's artifact that servers load, an
 _STALE_S = 60.0
 _OUR_FAULT = ("INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "UNAUTHENTICATED")
 _OF_THE_DATABASE = ("not a database", "malformed", "readonly", "unable to open database")  # which no retry mends
-BY_HAND, ROLLED_BACK = "promoted by hand", "rolled back to"  # of an event, beside "promoted"
+PROMOTED, BY_HAND, ROLLED_BACK = "promoted", "promoted by hand", "rolled back to"  # of an event
 
 
 class ChampionMovedError(DraftsmithError):
@@ -112,13 +112,13 @@ class Registry:
 
     def version(self, line: str, number: int) -> Version:
         with self._client() as client:
-            if self._model(client, line) is not None:
-                from mlflow.exceptions import MlflowException
+            from mlflow.exceptions import MlflowException
 
-                try:
-                    return self._version(client, line, number)
-                except MlflowException:
-                    pass
+            try:
+                return self._version(client, line, number)
+            except MlflowException as error:
+                if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    raise
         known = ", ".join(str(each.number) for each in self.versions(line)) or "none"
         raise DraftsmithError(f"{line} has no version {number}: it has {known} (`draftsmith champions {line}`)")
 
@@ -221,12 +221,21 @@ class Registry:
             if not folder.is_dir():
                 raise DraftsmithError(f"{folder}: cannot be written: see that the disk is there")
 
-    def promote(self, version: Version, *, expected: Version | None, why: str, what: str = "promoted") -> None:
+    def promote(
+        self,
+        version: Version,
+        *,
+        expected: Version | None,
+        why: str,
+        what: str = PROMOTED,
+        tags: Mapping[str, str] = {},
+    ) -> None:
         """Make a version the champion, and the champion the previous one.
 
         expected: the champion that the decision was made against. Raises ChampionMovedError if it is another one by
-        now: of two refreshes that promote at once, the second has to decide again. MLflow may be lost at any moment, so
-        the event comes first and `previous` last: the same call again, or `complete`, goes on where it was lost.
+        now: of two refreshes that promote at once, the second has to decide again. tags: of the version, which say
+        nothing of a promotion that comes to nothing. MLflow may be lost at any moment, so they and the event come first
+        and `previous` last: the same call again, or `complete`, goes on where it was lost.
         """
         self._tracking.must_write()
         with self._client() as client, self._one_at_a_time(client, version.line, f"promotion of {version}"):
@@ -234,9 +243,8 @@ class Registry:
             now = None if model is None else model.aliases.get(CHAMPION)
             before = None if now is None else int(now)
             since = None if expected is None else expected.number
-            tags = model.tags if model is not None else {}
-            last = max((name for name in tags if name.startswith(_EVENT)), default=None)
-            known = None if last is None else LineEvent(**json.loads(tags[last]))
+            events = {n: text for n, text in (model.tags if model else {}).items() if n.startswith(_EVENT)}
+            known = LineEvent(**json.loads(events[max(events)])) if events else None
             begun = known is not None and (known.version, known.before, known.what) == (version.number, since, what)
             if before != since and not (begun and before == version.number):
                 raise ChampionMovedError(
@@ -247,8 +255,8 @@ class Registry:
             if not begun:
                 by = f"{_user()}@{platform.node()}"
                 event = LineEvent(at=at, by=by, what=what, version=version.number, before=since, why=why[:1000])
-                count = sum(name.startswith(_EVENT) for name in tags)
-                client.set_registered_model_tag(version.line, f"{_EVENT}{count:06d}", json.dumps(asdict(event)))
+                self._tag(client, version.line, version.number, tags)
+                client.set_registered_model_tag(version.line, f"{_EVENT}{len(events):06d}", json.dumps(asdict(event)))
             client.set_registered_model_alias(version.line, CHAMPION, str(version.number))
             if CHALLENGER in (model.aliases if model is not None else {}):
                 client.delete_registered_model_alias(version.line, CHALLENGER)
@@ -282,6 +290,16 @@ class Registry:
         self._tracking.must_write()
         with self._client() as client:
             self._tag(client, version.line, version.number, tags)
+
+    def exchange(self, version: Version, name: str, change: Callable[[str], str]) -> str:
+        """Change a tag from what it says now, empty if it is not there, to what it is to say, which is returned: of all
+        that do so at once, over all homes that use this MLflow, each sees what the one before has written."""
+        self._tracking.must_write()
+        with self._client() as client, self._one_at_a_time(client, version.line, f"tag {name} of {version}"):
+            known = self._version(client, version.line, version.number).tags.get(name, "")
+            if (says := change(known)) != known:
+                self._tag(client, version.line, version.number, {name: says})
+            return says
 
     def add_drift(self, line: str, seen: Mapping[str, Any]) -> None:
         """Keep what a drift check saw, unless it is the last one again."""

@@ -72,7 +72,7 @@ class Course(Protocol):
 
     @property
     def decisive(self) -> Collection[str]:
-        """Forced names that decide how far it goes: the same command needs them again."""
+        """Names to force that decide how far it goes: the same command needs them again."""
 
     def stop(self, node: Node, made: Mapping[str, Path]) -> Conclusion | None:
         """After a node: why the run may end here, or None to go on."""
@@ -83,6 +83,11 @@ class Course(Protocol):
 
 class PlanAgain(Exception):
     """The run is planned anew: what is done is reused, the rest is made for what is there now."""
+
+    def __init__(self, why: str, force: Collection[str] = ()) -> None:
+        """force: names that the new plan forces; what was forced before is done."""
+        super().__init__(why)
+        self.force = force
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class Pipeline:
     code_digest: Callable[[str], str] = code_digest  # of a stage's module
     checks: Callable[[], Checks] | None = None  # for one run
     resolve: Callable[[Any], Any] | None = None  # a config with what only the outside knows, when the plan is made
-    course: Callable[[Any, Collection[str]], Course | None] | None = None  # of a resolved config and what is forced
+    course: Callable[[Any, Collection[str]], Course | None] | None = None  # of a resolved config and the forced nodes
     results: str = ""  # "module:function", given display, the nodes' folders, and how to open MLflow
     headline: str = ""  # the node whose figures are the run's in MLflow
     review: Callable[[Mapping[str, Path]], Review | None] | None = None  # of the nodes' folders: what MLflow shows too

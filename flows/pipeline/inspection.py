@@ -129,7 +129,7 @@ def _of_no_line(display: Display, found: list[Leftover]) -> list[Leftover]:
         return []
     tracking = Tracking(home())
     if (why := registered.elsewhere(tracking)) is not None:
-        display.line(f"replaced artifacts are kept: {why}; set MLFLOW_TRACKING_URI as the runs have it")
+        display.line(f"replaced artifacts are kept: {why}")
         return []
     try:
         named = Registry(tracking).content_ids()

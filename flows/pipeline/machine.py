@@ -32,10 +32,21 @@ def _query(fields: str) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(cell.strip() for cell in line.split(",")) for line in done.stdout.splitlines() if line.strip())
 
 
-def _visible() -> list[str] | None:
-    """What CUDA_VISIBLE_DEVICES names: numbers or UUIDs; None if it is not set, and all are visible."""
+def _visible(known: Mapping[str, str]) -> list[str]:
+    """UUIDs of what CUDA_VISIBLE_DEVICES names by number or UUID, or all if it is not set; a part of a GPU (MIG) by the
+    name that it is given by. Nothing behind a name that is not there, as CUDA reads it.
+
+    known: UUIDs by number.
+    """
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return None if named is None else [each.strip() for each in named.split(",") if each.strip() not in ("", "-1")]
+    if not known or named is None:
+        return list(known.values())
+    found = []
+    for each in filter(None, (name.strip() for name in named.split(","))):
+        if (name := _whole(each, known)) is None:
+            break
+        found.append(name)
+    return found
 
 
 @dataclass(frozen=True)
@@ -49,12 +60,9 @@ def _seen() -> list[_Gpu]:
     """Every visible NVIDIA GPU, in the order of CUDA_VISIBLE_DEVICES. A part of one (MIG) is described as the first."""
     rows = [row for row in _query("index,uuid,memory.total,name") if len(row) == 4 and row[2].isdecimal()]
     known = {uuid: _Gpu(uuid, float(memory) * 2**20, model) for _, uuid, memory, model in rows}
-    visible = _visible()
-    if not known or visible is None:
-        return list(known.values())
-    first = next(iter(known.values()))
-    numbers = {row[0]: row[1] for row in rows}
-    return [known.get(_whole(each, numbers), first) for each in visible]
+    first = next(iter(known.values()), None)
+    found = (known.get(name, first) for name in _visible({row[0]: row[1] for row in rows}))
+    return [gpu for gpu in found if gpu is not None]
 
 
 def gpus() -> tuple[float, ...]:
@@ -79,18 +87,16 @@ def gpu_model() -> str | None:
 def gpu_names() -> list[str]:
     """What visible GPUs are told apart by: their UUIDs, the same for all users (numbers count in the order of
     nvidia-smi, and a UUID may be given by its beginning); a part of a GPU (MIG) by the name that it is given by."""
-    known = {row[0]: row[1] for row in _query("index,uuid") if len(row) == 2}
-    visible = _visible()
-    if not known or visible is None:
-        return sorted(known.values())
-    return sorted({_whole(each, known) for each in visible})
+    return sorted(set(_visible({row[0]: row[1] for row in _query("index,uuid") if len(row) == 2})))
 
 
-def _whole(named: str, known: Mapping[str, str]) -> str:
+def _whole(named: str, known: Mapping[str, str]) -> str | None:
     if named in known:
         return known[named]
+    if named.startswith("MIG-"):
+        return named
     begun = [uuid for uuid in known.values() if uuid.startswith(named)] if named.startswith("GPU-") else []
-    return begun[0] if len(begun) == 1 else named
+    return begun[0] if len(begun) == 1 else None
 
 
 def accelerators() -> list[str]:

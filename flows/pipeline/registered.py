@@ -1,34 +1,45 @@
-"""Which MLflow a home's runs registered versions in last: it knows which artifacts their drafter lines need."""
+"""In which MLflows a home's runs registered versions: all of them together know which artifacts drafter lines need."""
 
 from __future__ import annotations
 
-from draftsmith.artifacts.atomic import write_text
+from draftsmith.artifacts.atomic import disk_errors
 from draftsmith.artifacts.redaction import redacted
 from draftsmith.artifacts.sqlite import sqlite_file
 from draftsmith.artifacts.tracking import Tracking
 
-NOTE = "registered-in"  # file in the home
+NOTE = "registered-in"  # file in the home, a line for each
+OWN = "mlflow.db"  # the home's own database, which moves with it
+_AS_THE_RUNS = "set MLFLOW_TRACKING_URI as the runs have it"
 
 
 def note(tracking: Tracking) -> None:
-    """Write that versions are registered there."""
-    write_text(tracking.folder / NOTE, _name(tracking) + "\n")
+    """Write that versions are registered there, before any is."""
+    if _name(tracking) not in _noted(tracking):
+        doing = disk_errors("noting where versions are registered:")
+        with doing, (tracking.folder / NOTE).open("a", encoding="utf-8") as file:
+            file.write(_name(tracking) + "\n")
 
 
 def elsewhere(tracking: Tracking) -> str | None:
-    """Why this MLflow cannot say what the lines of its home need; None if it can. Connects to none."""
-    path = tracking.folder / NOTE
-    if path.is_file():
-        last = path.read_text("utf-8").strip()
-        if last == _name(tracking):
-            return None
-        return f"versions were last registered in {last or tracking.default_uri}, not in {redacted(tracking.uri)}"
+    """Why this MLflow cannot say what the lines of its home need, and what to do; None if it can. Connects to none."""
+    noted, here = _noted(tracking), _name(tracking)
+    if others := sorted(noted - {here}):
+        if here in noted:
+            advice = f"remove from {tracking.folder / NOTE} those whose lines are given up"
+        else:
+            advice = _AS_THE_RUNS if others != [OWN] else "unset MLFLOW_TRACKING_URI"
+        return f"versions were registered in {', '.join(others)}, which {here} does not know of; {advice}"
     database = sqlite_file(tracking.uri)
-    if database is not None and not database.is_file():  # of a home that is older than the note
-        return f"{database} does not exist: runs of this home were tracked elsewhere"
+    if not noted and database is not None and not database.is_file():  # of a home that is older than the note
+        return f"{database} does not exist: runs of this home were tracked elsewhere; {_AS_THE_RUNS}"
     return None
 
 
+def _noted(tracking: Tracking) -> set[str]:
+    path = tracking.folder / NOTE
+    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    return {line.strip() or OWN for line in lines}  # a home of before left it empty
+
+
 def _name(tracking: Tracking) -> str:
-    """Empty for the home's own database, which moves with it."""
-    return "" if tracking.uri == tracking.default_uri else redacted(tracking.uri)
+    return OWN if tracking.uri == tracking.default_uri else redacted(tracking.uri)

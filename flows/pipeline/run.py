@@ -99,8 +99,7 @@ def _run(
         try:
             return _run_once(found, pipeline, force, part, cancellation)
         except PlanAgain as changed:
-            course = pipeline.course(found, force) if pipeline.course is not None else None
-            force = course.decisive if course is not None else ()
+            force = changed.force
             if attempt == _PLANS:
                 raise DraftsmithError(f"{changed}; planned {_PLANS} times: run the same command again") from changed
             Display().line(f"{changed}: planned again, what is done is reused")
@@ -125,7 +124,8 @@ def _run_once(
     nodes = [item.node for item in planned]
     whole = not part.until  # also where every node is needed for it: who stops at the report looks before promoting
     checks = pipeline.checks() if pipeline.checks is not None else None
-    concluding = pipeline.course(config, force) if pipeline.course is not None else None
+    forced = forced_nodes(nodes, force)
+    concluding = pipeline.course(config, forced) if pipeline.course is not None else None
     course = concluding if whole else None
     _warn(workshop, checks.before(planned) if checks is not None else [])
     reused = {f"draftsmith.reused.{p.node.name}": p.ref.uri for p in planned if p.status is Planned.HIT and p.ref}
@@ -135,7 +135,7 @@ def _run_once(
     status: Status = "KILLED"
     conclusion: Conclusion | None = None
     try:
-        conclusion = _make_all(workshop, nodes, forced_nodes(nodes, force), made, checks, course)
+        conclusion = _make_all(workshop, nodes, forced, made, checks, course)
         run_id = record.settle(_refs(made))
         if conclusion is None and course is not None:
             registered.note(tracking)
@@ -160,7 +160,7 @@ def _run_once(
             concluded=conclusion is not None,
         )
         kept = course.decisive if course is not None else ()
-        if status != "FINISHED" and (told := _still_forced(forced_nodes(nodes, force), made, kept)):
+        if status != "FINISHED" and (told := _still_forced(forced, made, kept)):
             workshop.display.line(told)
     if conclusion is not None:
         workshop.display.line(conclusion.message)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError, from_os_error
 from draftsmith.artifacts.home import home
-from draftsmith.artifacts.manifest import MANIFEST, read_manifest
+from draftsmith.artifacts.manifest import MANIFEST, Manifest, read_manifest
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.private import for_users
 from draftsmith.artifacts.registry import BY_HAND, PREVIOUS, ROLLED_BACK, Registry, Version
@@ -124,7 +124,7 @@ def _export_speculators(version: Version, source: Path, folder: Path) -> None:
 
     if not (folder_of(version) / MANIFEST).is_file():
         raise DraftsmithError(f"{version}: its artifact, which names the target, is not here: mount the store")
-    store, made_from = store_of(home()), read_manifest(folder_of(version)).inputs["target"]
+    store, made_from = store_of(home()), _manifest(version, folder_of(version)).inputs["target"]
     target = store.here(store.path(made_from.stage, made_from.key))
     info = read_target_info(target)
     try:
@@ -136,7 +136,7 @@ def _export_speculators(version: Version, source: Path, folder: Path) -> None:
 
 def verified(version: Version) -> Path:
     """Its checkpoint on this machine, after every file of its artifact was compared with what was written; of a version
-    that was uploaded, where the store is not here, the copy. Raises DraftsmithError."""
+    that was uploaded, where the store is not here or its manifest is damaged, the copy. Raises DraftsmithError."""
     folder = folder_of(version)
     if not (folder / MANIFEST).is_file():
         if version.uploaded:
@@ -145,10 +145,24 @@ def verified(version: Version) -> Path:
             f"{version}: its artifact {folder} is not here: mount the store that it lies in (`registry.upload` copies "
             "later versions into MLflow)"
         )
-    ref = read_manifest(folder).ref(folder)
+    try:
+        ref = _manifest(version, folder).ref(folder)
+    except DraftsmithError:
+        if version.uploaded:
+            return uploaded_copy(version)
+        raise
     if ref.content_id != version.content_id:
         raise DraftsmithError(
             f"{version}: {folder} holds other content by now (made again with --force): register it by a refresh"
         )
     store_of(home()).verify(ref)
     return folder / DRAFTER_FOLDER
+
+
+def _manifest(version: Version, folder: Path) -> Manifest:
+    try:
+        return read_manifest(folder)
+    except DraftsmithError as error:
+        raise DraftsmithError(
+            f"{version}: {error}: restore it from a backup, or have another version serve (`draftsmith promote`)"
+        ) from error

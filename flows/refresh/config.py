@@ -15,7 +15,6 @@ from draftsmith.flows.refresh.hook import HookConfig
 from draftsmith.flows.refresh.line import RegistryConfig
 from draftsmith.stages.champion import ChampionConfig
 from draftsmith.stages.contract import Config
-from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.logs import LogsConfig
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.measure.drift import DriftConfig
@@ -132,6 +131,19 @@ class RefreshConfig(RunOptions):
         return self
 
     @model_validator(mode="after")
+    def _a_champion_drafts_as_it_was_measured(self) -> RefreshConfig:
+        for name, measured in self.evaluation.drafted():
+            asked = getattr(self.drift.drafting, name)
+            if asked not in (None, measured):
+                evaluated = f"with evaluation.{name} {'left out' if measured is None else measured}"
+                evaluated = "as they were trained" if name == "block_size" else evaluated
+                raise ValueError(
+                    f"drift.drafting.{name}: {asked}, and drafters are evaluated {evaluated}: the figures could not be "
+                    "compared, and no champion were current; leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _what_was_read_is_known(self) -> RefreshConfig:
         if self.registry is None:
             needs = "`last` needs section registry, whose champion says what was read"
@@ -222,16 +234,13 @@ def sft_config(config: RefreshConfig) -> SftConfig:
 
 
 def drift_config(config: RefreshConfig) -> DriftConfig:
-    """The champion drafts as it did when its figures were taken, unless the section says otherwise."""
-    drafting, measured = config.drift.drafting, config.evaluation.drafted()
-    fields = [name for name in ("head_tokens", "confidence") if getattr(drafting, name) is None]
-    drafting = drafting.model_copy(update={name: getattr(measured, name) for name in fields})
-    return config.drift.model_copy(update={"drafting": drafting})
+    """The champion drafts as drafters do when their figures are taken."""
+    return config.drift.model_copy(update={"drafting": config.evaluation.drafted()})
 
 
-def measured_with(config: RefreshConfig, drafting: DraftingConfig) -> dict[str, Any]:
+def measured_with(config: RefreshConfig) -> dict[str, Any]:
     """The settings that tau depends on, beside drafter, target and prompts, by field."""
-    sections = {"heldout.sampling": config.heldout.sampling, "drafting": drafting}
+    sections = {"heldout.sampling": config.heldout.sampling, "drafting": config.evaluation.drafted()}
     return {
         f"{section}.{name}": value
         for section, given in sections.items()

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from draftsmith.artifacts.errors import RefusedError
-from draftsmith.artifacts.home import home
-from draftsmith.artifacts.locks import OTHERS_LIMIT_S, Lock, locked
 from draftsmith.artifacts.manifest import ArtifactRef
-from draftsmith.artifacts.registry import CHAMPION, RECORD, ChampionMovedError, Version
+from draftsmith.artifacts.registry import CHAMPION, PROMOTED, RECORD, ChampionMovedError, Version
 from draftsmith.flows.pipeline.graph import Conclusion, Node, PlanAgain
-from draftsmith.flows.refresh import hook
-from draftsmith.flows.refresh.config import RefreshConfig, drift_config, measured_with, prompts_since
+from draftsmith.flows.refresh.config import RefreshConfig, measured_with, prompts_since
 from draftsmith.flows.refresh.line import (
     AHEAD_DAYS,
     BLOCK_SIZE,
@@ -29,6 +24,7 @@ from draftsmith.flows.refresh.line import (
     tag_ended,
     version_tags,
 )
+from draftsmith.flows.refresh.telling import Telling
 from draftsmith.stages.champion import RECORD as TARGET_RECORD
 from draftsmith.stages.contract import Config
 from draftsmith.stages.gate import DECISION
@@ -36,28 +32,25 @@ from draftsmith.stages.measure.drift import fallen, unjudged
 from draftsmith.stages.measure.gate import with_version
 from draftsmith.stages.prompting.times import LAST
 
-log = logging.getLogger(__name__)
 _IN_FRONT = ("target", "prompts", "heldout", "champion")  # nodes of the drift check's own
-_HOOK = "on_promote"  # a version's tag: whether its promotion was told
-_DUE, _CALLED, _FAILED = "due", "called", "failed"
-_TOLD, _MOST = "on_promote.decision", 4900  # another: what is told; MLflow keeps 5,000 characters of a tag
 
 
 class RefreshCourse:
     """Of one refresh of a line of drafters."""
 
     def __init__(self, config: RefreshConfig, force: Collection[str]) -> None:
-        """config: resolved, with a registry. force: `drift` among it, or a node behind it, makes the refresh go on
-        whatever is seen."""
+        """config: resolved, with a registry. force: nodes; `drift` among them, or one behind it, makes the refresh go
+        on whatever is seen."""
         assert config.registry is not None
-        self.config, self.line, self.force = config, config.registry, frozenset(force)
+        self.config, self.line = config, config.registry
+        self._forced = sorted(set(force) - set(_IN_FRONT))
         self._drift: dict[str, Any] = {}
-        self._told: dict[int, str | None] = {}  # versions whose hook was called, and why it failed
+        self._telling = Telling(self.line.name, config.on_promote)
 
     @property
     def decisive(self) -> frozenset[str]:
         """What a run that goes on must force: what was made again is no reason for its drift check any more."""
-        return frozenset({"drift"} if self.force - set(_IN_FRONT) else ())
+        return frozenset({"drift"} if self._forced and self.line.champion is not None else ())
 
     # -- drift ---------------------------------------------------------------------------------------------------
 
@@ -65,7 +58,7 @@ class RefreshCourse:
         """Behind the drift check: the refresh ends if the champion is current."""
         if node.name != "drift" or self.line.champion is None:
             return None
-        self._call_what_is_due()
+        self._telling.tell_what_is_due()
         drift = json.loads((made["drift"] / "drift.json").read_text("utf-8"))
         reasons = self._reasons(drift, json.loads((made["champion"] / TARGET_RECORD).read_text("utf-8")))
         self._drift = {
@@ -94,8 +87,7 @@ class RefreshCourse:
         """Why the refresh goes on; empty if nothing speaks for it."""
         champion, config = self.line.champion, self.config.drift
         assert champion is not None
-        forced = sorted(self.force - set(_IN_FRONT))
-        reasons = [f"{each} is forced" for each in forced]
+        reasons = [f"{each} is forced" for each in self._forced]
         if self.line.restart:
             reasons.append("the line begins again (registry.restart)")
         if record["target_changed"]:
@@ -111,11 +103,11 @@ class RefreshCourse:
     def _measured_differently(self) -> list[str]:
         """The settings that were others when the champion's figures were taken, in words; a version of before they
         were kept says none."""
-        now = measured_with(self.config, drift_config(self.config).drafting)
+        now = measured_with(self.config)
         return [
             f"{name} {_said(now[name])}, was {_said(was)}"
             for name, was in self.line.measured_with.items()
-            if now.get(name, was) != was and (name, now[name]) != (BLOCK_SIZE, None)  # the trained one, which it was
+            if now.get(name, was) != was and name != BLOCK_SIZE  # the trained one, now as then
         ]
 
     # -- promotion -----------------------------------------------------------------------------------------------
@@ -127,15 +119,15 @@ class RefreshCourse:
             decision = with_version(decision, self.line.champion.version)
         evaluation = json.loads((made["evaluation"].path / "evaluation.json").read_text("utf-8"))
         line, ref = registry(), made[decision["challenger"]]
-        settings = measured_with(self.config, self.config.evaluation.drafted())
-        tags = version_tags(evaluation, decision, ref, self.config.prompts, settings)
+        tags = version_tags(evaluation, decision, ref, self.config.prompts, measured_with(self.config))
         tags |= log_tags(made["logs"]) if "logs" in made else {}
         now = line.champion(self.line.name)
         expected = None if self.line.champion is None else line.version(self.line.name, self.line.champion.version)
         moved = (None if now is None else now.number) != (None if expected is None else expected.number)
         ours = decision["promote"] and now is not None and now.content_id == ref.content_id  # MLflow was lost behind it
         if moved and not ours:
-            raise PlanAgain(f"{self.line.name}: another refresh has promoted version {now.number if now else 0}")
+            serves = "nobody" if now is None else f"version {now.number}"
+            raise self._plan_again(f"{self.line.name}: {serves} is the champion by now")
         version = line.register(self.line.name, ref, tags, run_id=run_id, upload=self.line.upload)
         if not decision["promote"]:
             said = f"{version} is not promoted: {decision['sentence']}"
@@ -144,69 +136,41 @@ class RefreshCourse:
             return self._conclusion(
                 "Undecided" if undecided else "Refused", said, decision, version, RefusedError(said)
             )
-        if (undone := line.rolled_back(version)) is not None:  # the same inputs have made it again
-            said = (
-                f"{version} is not promoted: {undone.by} took it out of service at {undone.at} ({undone.why}), and "
-                "nothing that makes it has changed since; to serve it: "
-                f"`draftsmith promote {version.line}@{version.number}`"
-            )
-            tag_ended(version)
-            return self._conclusion("Refused", said, decision, version, RefusedError(said))
-        with self._alone():
-            return self._promote(line.version(version.line, version.number), expected, decision, tags)
+        with self._telling.alone():
+            version = line.version(version.line, version.number)
+            if (undone := line.rolled_back(version)) is None:  # asked now: another's hook may have undone it
+                return self._promote(version, expected, decision, tags)
+        said = (  # the same inputs have made it again
+            f"{version} is not promoted: {undone.by} took it out of service at {undone.at} ({undone.why}), and nothing "
+            f"that makes it has changed since; to serve it: `draftsmith promote {version.line}@{version.number}`"
+        )
+        tag_ended(version)
+        return self._conclusion("Refused", said, decision, version, RefusedError(said))
 
     def _promote(
         self, version: Version, expected: Version | None, decision: Mapping[str, Any], tags: Mapping[str, str]
     ) -> Conclusion:
-        line, serves = registry(), CHAMPION in version.aliases
-        if "promoted_at" in version.tags and not serves:  # it comes back: what it is worth today
-            line.tag(version, {name: tags[name] for name in RECORD if name in tags})
-        known, _, reason = version.tags.get(_HOOK, "").partition(": ")
-        if serves and known in (_CALLED, _FAILED):  # another launcher of the same config was faster
-            self._told.setdefault(version.number, reason or None)
-        hook_due = self.config.on_promote is not None and version.number not in self._told
-        if hook_due:
-            line.tag(version, {_HOOK: _DUE, _TOLD: _short(decision)})
+        says = self._telling.owed(decision)
+        if "promoted_at" in version.tags:  # it comes back: what it is worth today
+            says |= {name: tags[name] for name in RECORD if name in tags}
+        if CHAMPION in version.aliases:  # another launcher of the same config was faster
+            says = {}
         try:
-            line.promote(version, expected=expected, why=decision["sentence"])
+            registry().promote(version, expected=expected, why=decision["sentence"], tags=says)
         except ChampionMovedError as error:
-            if hook_due:
-                line.tag(version, {_HOOK: ""})
-            raise PlanAgain(str(error)) from error
+            raise self._plan_again(str(error)) from error
         tag_ended(version)
         said = f"{version} is the champion: {decision['sentence']}"
-        if self.config.on_promote is not None:
-            problem = self._call(version, decision)
-            said += f"; on_promote failed: {problem}" if problem else "; on_promote was called"
+        if became := self._telling.tell(version, decision):
+            said += f"; {became}"
         return self._conclusion("Promoted", said, decision, version)
 
-    def _call(self, version: Version, decision: Mapping[str, Any]) -> str | None:
-        """Why the hook failed; None if it did not. It is called once, though MLflow may be lost behind it."""
-        assert self.config.on_promote is not None
-        if version.number not in self._told:
-            told = {"line": version.line, "version": version.number, "source": version.source, **decision}
-            self._told[version.number] = hook.call(self.config.on_promote, told)
-        problem = self._told[version.number]
-        registry().tag(version, {_HOOK: f"{_FAILED}: {problem}"[:1000] if problem else _CALLED})
-        return problem
-
-    def _call_what_is_due(self) -> None:
-        """The hook of a promotion whose run ended before it could be called."""
-        if self.config.on_promote is None:
-            return
-        with self._alone():
-            champion = registry().champion(self.line.name)
-            if champion is not None and champion.tags.get(_HOOK) == _DUE:
-                known = champion.tags.get(_TOLD)
-                said = champion.tags.get("decision", "")
-                problem = self._call(champion, json.loads(known) if known else {"promote": True, "sentence": said})
-                log.info("on_promote of %s %s", champion, f"failed: {problem}" if problem else "was called late")
-
-    def _alone(self) -> AbstractContextManager[Lock]:
-        """Of the runs of this home: one that is calling the hook has not said so yet."""
-        lock = home() / "registry" / f".lock-{self.line.name}.on_promote"
-        patience = OTHERS_LIMIT_S + (self.config.on_promote.timeout_s if self.config.on_promote is not None else 0)
-        return locked(lock, run=f"promotion of {self.line.name}", limit_s=patience)
+    def _plan_again(self, why: str) -> PlanAgain:
+        """What makes this run go on holds for the new plan, unless a refresh has promoted who serves now: that was what
+        was asked for."""
+        champion, events = registry().champion(self.line.name), registry().events(self.line.name)
+        by_hand = champion is not None and events and events[-1].what != PROMOTED
+        return PlanAgain(why, ("drift",) if self._forced and by_hand else ())
 
     def _conclusion(
         self,
@@ -230,14 +194,6 @@ class RefreshCourse:
 
 def _said(value: Any) -> str:
     return "left out" if value is None else f"{value}"
-
-
-def _short(decision: Mapping[str, Any]) -> str:
-    """As JSON, without its rules where they are too long for a tag."""
-    said = json.dumps(decision)
-    if len(said) > _MOST:
-        said = json.dumps({**decision, "rules": [], "sentence": decision["sentence"][:2000]})
-    return said
 
 
 def resolve(config: RefreshConfig) -> RefreshConfig:

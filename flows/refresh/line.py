@@ -15,7 +15,7 @@ from pydantic import Field
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef, read_manifest, sha256_file
-from draftsmith.artifacts.registry import Version
+from draftsmith.artifacts.registry import PROMOTED, Version
 from draftsmith.artifacts.store import REPLACED
 from draftsmith.stages.champion import ChampionConfig
 from draftsmith.stages.contract import Config
@@ -178,7 +178,7 @@ def _answers_of(version: Version) -> EarlierConfig | None:
 def check_held_out(line: str, prompts: PromptsConfig) -> None:
     """A smaller held-out class than a refresh of the line measured with, or another suffix, which is a part of the text
     that decides the class, would train on what was measured then."""
-    asked, suffixes = held_out_shares(prompts), _suffixes(prompts)
+    asked, suffixes, as_given = held_out_shares(prompts), _suffixes(prompts), _suffixes(prompts, as_given=True)
     for version in registry().versions(line):
         for source, share in json.loads(version.tags.get(_SHARES) or "{}").items():
             now = asked.get(source, asked[""])
@@ -189,7 +189,12 @@ def check_held_out(line: str, prompts: PromptsConfig) -> None:
                     "another line (`registry.name`)"
                 )
         for source, known in json.loads(version.tags.get(_SUFFIXES) or "{}").items():
-            if not suffixes.get(source, set()) <= ({known} if isinstance(known, str) else set(known)):
+            asks = suffixes.get(source, set())
+            if isinstance(known, str):  # a version of before: the last of a source's suffixes, and blank space counted
+                same = not asks or known in asks | as_given[source]
+            else:
+                same = asks <= set(known)
+            if not same:
                 raise DraftsmithError(
                     f"prompts, source {source}: it has a suffix that {version} was not measured with: prompts "
                     "that measured it would be trained on. Set it back, or begin another line (`registry.name`)"
@@ -202,12 +207,12 @@ def held_out_shares(prompts: PromptsConfig) -> dict[str, float]:
     return {"": prompts.heldout_share, **own}
 
 
-def _suffixes(prompts: PromptsConfig) -> dict[str, set[str]]:
+def _suffixes(prompts: PromptsConfig, *, as_given: bool = False) -> dict[str, set[str]]:
     """Digests of the suffixes by source, which may be there several times. Blank space counts as little as it does for
-    the class (`prompting/held_out.py`)."""
+    the class (`prompting/held_out.py`), unless they are taken as given."""
     found: dict[str, set[str]] = {}
     for each in prompts.sources:
-        text = re.sub(r"\s+", " ", each.suffix).rstrip()
+        text = each.suffix if as_given else re.sub(r"\s+", " ", each.suffix).rstrip()
         found.setdefault(_source_name(each), set()).add(hashlib.sha256(text.encode()).hexdigest()[:12])
     return found
 
@@ -228,12 +233,11 @@ def history(line: str) -> list[dict[str, Any]]:
     """tau of the line's drafters on all prompts: at each promotion, each refusal, and each drift check since. Oldest
     first."""
     known = registry()
-    first: dict[int, str] = {}
-    for event in known.events(line):
-        first.setdefault(event.version, event.at)  # not the rollback to it, which took no figures
+    # what a person did took no figures; what was promoted once more has those of then
+    measured_at = {event.version: event.at for event in known.events(line) if event.what == PROMOTED}
     promoted = [
         {
-            "at": first.get(each.number) or each.created_at,
+            "at": measured_at.get(each.number) or each.created_at,
             "version": each.number,
             "what": "promoted" if each.tags.get("promoted_at") else "refused",
             **each.figures()["all"],

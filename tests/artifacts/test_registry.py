@@ -8,8 +8,11 @@ import threading
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
 
-from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.registry import CHALLENGER, PREVIOUS, ChampionMovedError, Registry
 from draftsmith.artifacts.tracking import Tracking
@@ -119,6 +122,28 @@ def test_a_name_resolves_to_a_version_or_says_what_there_is(line: str, registry:
     ):
         with pytest.raises(DraftsmithError, match=said):
             registry.resolve(text)
+
+
+def test_a_version_that_mlflow_did_not_say_is_not_taken_for_one_that_is_not_there(
+    line: str, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.register(line, ref(tmp_path, "a"), {})
+    ask, asked = MlflowClient.get_model_version, list[str]()
+
+    def lost_once(self: MlflowClient, name: str, version: str) -> ModelVersion:
+        asked.append(version)
+        if len(asked) == 1:
+            raise MlflowException("API request to http://mlflow failed: 503")
+        return ask(self, name, version)
+
+    monkeypatch.setattr(MlflowClient, "get_model_version", lost_once)
+    with pytest.raises(RetryableError, match="503"):
+        registry.version(line, 1)
+    assert registry.version(line, 1).number == 1
+    with pytest.raises(DraftsmithError, match="has no version 7: it has 1"):
+        registry.version(line, 7)
+    with pytest.raises(DraftsmithError, match="nobody has no version 1: it has none"):
+        registry.version("nobody", 1)
 
 
 def test_weights_are_uploaded_and_fetched_where_the_store_is_not(line: str, registry: Registry, tmp_path: Path) -> None:

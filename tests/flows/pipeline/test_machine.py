@@ -36,6 +36,8 @@ def test_a_home_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
         ("1", ["GPU-b2"], [80], "H100"),
         ("GPU-b2,0", ["GPU-a1", "GPU-b2"], [80, 24], "H100"),
         ("MIG-7f/1/0", ["MIG-7f_1_0"], [24], "RTX 4090"),
+        ("1,2,0", ["GPU-b2"], [80], "H100"),
+        ("GPU-c3", [f"{platform.node()}.cpu"], [], None),
         ("", [f"{platform.node()}.cpu"], [], None),
     ],
 )
@@ -47,7 +49,7 @@ def test_accelerators_are_told_apart_by_what_no_other_machine_has(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And described as what they are, on a machine with several kinds."""
+    """And described as what they are, on a machine with several kinds; those that are not there are not counted."""
     tool = tmp_path / "nvidia-smi"
     rows = (f"{i}, {uuid}, {gib * 1024}, {name}" for i, (uuid, gib, name) in enumerate(GPUS))
     cut = "case $1 in *uuid) cut -d, -f1,2;; *) cat;; esac"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from draftsmith.flows.pipeline import registered, run
 from draftsmith.flows.pipeline.cancellation import Cancellation
 from draftsmith.flows.pipeline.graph import Conclusion, PlanAgain
 from draftsmith.flows.pipeline.part import Part
-from tests.flows.pipeline.toy import TOY, ToyConfig, ToyCourse
+from tests.flows.pipeline.toy import TOY, ToyConfig, ToyCourse, toy_course
 
 
 @pytest.mark.parametrize("moves", [0, 1, 2, 9])
@@ -53,12 +54,11 @@ def test_what_decides_how_far_it_goes_is_forced_again(monkeypatch: pytest.Monkey
     def once(_config: object, _pipeline: object, force: Any, *_rest: object) -> tuple[dict[str, Any], None]:
         forced.append(list(force))
         if len(forced) == 1:
-            raise PlanAgain("another one was faster")
+            raise PlanAgain("another one was faster", ("left",))
         return {}, None
 
     monkeypatch.setattr(run, "_run_once", once)
-    pipeline = dataclasses.replace(TOY, course=lambda _config, _force: ToyCourse("promoted", ("left",)))
-    run._run(ToyConfig(name="t"), pipeline, ["target"], Part(), Cancellation())
+    run._run(ToyConfig(name="t"), TOY, ["target"], Part(), Cancellation())
     assert forced == [["target"], ["left"]]
     made: Any = {name: SimpleNamespace(reused=False) for name in ("target", "right")}
     assert run._still_forced({"target"}, made, ()) == "target: made again and complete; go on without --force"
@@ -79,9 +79,14 @@ def test_a_part_concludes_nothing_even_if_it_needs_every_node(
     def made(_workshop: object, named: Any, *_rest: object) -> None:
         nodes.append([node.name for node in named])
 
+    def course(config: ToyConfig, force: Collection[str]) -> ToyCourse | None:
+        assert set(force) == {"left", "right", "total"}, "nodes, by whatever name they were forced"
+        return toy_course(config, force)
+
     monkeypatch.setattr(run, "_make_all", made)
     monkeypatch.setattr(run.RunRecord, "settle", lambda *_: None)
-    _, conclusion = run._run_once(ToyConfig(name="t", verdict="promoted"), TOY, (), Part(until=until), Cancellation())
+    pipeline, config = dataclasses.replace(TOY, course=course), ToyConfig(name="t", verdict="promoted")
+    _, conclusion = run._run_once(config, pipeline, ("combine",), Part(until=until), Cancellation())
     assert len(nodes[0]) == 4
     assert (conclusion is not None) == concludes
     assert (tmp_path / "home" / registered.NOTE).is_file() == concludes, "where versions are registered is known later"

@@ -41,12 +41,28 @@ def test_what_is_replaced_stays_where_another_mlflow_has_the_lines(
     assert "hidden" not in (home / registered.NOTE).read_text()
     said = pruned(capsys)
     assert replaced.exists() and not (home / "mlflow.db").exists(), "none is asked, or made"
-    assert re.search(r"replaced artifacts are kept: versions were last registered in http://\S+@mlflow\.example", said)
+    assert re.search(r"replaced artifacts are kept: versions were registered in http://\S+@mlflow\.example", said)
     assert "set MLFLOW_TRACKING_URI" in said
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/runs.db")
-    registered.note(Tracking(home))
+    for _ in range(2):
+        registered.note(Tracking(home))
+    said = pruned(capsys)
+    assert replaced.exists(), "it may be who serves there"
+    assert re.search(rf"in http\S+, which sqlite\S+ does not know of; remove from {home}/{registered.NOTE} those", said)
+    (home / registered.NOTE).write_text(f"sqlite:///{tmp_path}/runs.db\n")
     assert "removed" in pruned(capsys) and not replaced.exists()
+
+
+@pytest.mark.parametrize("noted", ["mlflow.db\n", "\n"])
+def test_the_homes_own_database_is_where_no_address_is_set(
+    noted: str, home: Path, replaced: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As homes of before note it, too."""
+    (home / registered.NOTE).write_text(noted)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
+    said = "versions were registered in mlflow.db, which http://mlflow.example:5000 does not know of; unset MLFLOW_"
+    assert said in pruned(capsys) and replaced.exists()
 
 
 def test_the_homes_own_database_is_its_own_wherever_the_home_lies(

@@ -84,7 +84,7 @@ def test_the_loser_of_two_refreshes_is_planned_again_against_the_new_champion(
     slow, fast = (RefreshCourse(resolve(config), ()) for _ in range(2))
     fast.finish(gated(store, drafters[0]), None)
     made = gated(store, drafters[1])
-    with pytest.raises(PlanAgain, match="another refresh has promoted version 1"):
+    with pytest.raises(PlanAgain, match="version 1 is the champion by now"):
         slow.finish(made, None)
     assert [version.number for version in registry().versions(line)] == [1], "nothing of it was registered"
 
@@ -235,6 +235,26 @@ def test_a_refusal_of_the_champions_own_content_leaves_its_record(
     assert (champion.number, champion.tags["tau"]) == (1, "3.5000"), "promoted once more: what it is worth by now"
 
 
+def test_a_version_that_does_not_come_back_after_all_keeps_its_record(
+    line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, config = Store(home / "store"), config_of(line, on_promote={"command": ["true"]})
+    for drafter in drafters:
+        RefreshCourse(resolve(config), ()).finish(gated(store, drafter), None)
+    slow, ask = RefreshCourse(resolve(config), ()), Registry.rolled_back
+
+    def moved(self: Registry, version: Version) -> object:
+        other = self.register(line, committed(store, "opd", "c", lambda out: (out / "x").write_text("x")), {})
+        self.promote(other, expected=self.champion(line), why="another was faster")
+        return ask(self, version)
+
+    monkeypatch.setattr(Registry, "rolled_back", moved)
+    with pytest.raises(PlanAgain, match="version 3 is the champion by now"):
+        slow.finish(gated(Store(tmp_path / "other" / "store"), drafters[0], tau=3.5), None)
+    tags = registry().version(line, 1).tags
+    assert (tags["tau"], tags["on_promote"]) == ("2.5000", "called"), "those of its promotion"
+
+
 def test_a_hook_that_a_lost_run_owes_is_called_by_the_next(
     line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,6 +304,26 @@ def test_an_uploaded_champion_serves_where_the_store_is_not(
     with pytest.raises(DraftsmithError, match="is not what was registered: run the same command again"):
         commands.export(Display(), line, tmp_path / "again", dry_run=False)
     commands.export(Display(), line, tmp_path / "again", dry_run=False)
+
+
+@pytest.mark.parametrize("upload", [True, False])
+def test_a_damaged_manifest_is_no_obstacle_where_there_is_a_copy(
+    upload: bool, line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path
+) -> None:
+    tracking = Tracking(home)
+    config = config_of(line, registry={"name": line, "upload": upload})
+    made = gated(Store(home / "store"), drafters[0])
+    RefreshCourse(resolve(config), ()).finish(made, tracking.open_refresh("week 1", {}))
+    tracking.close_refresh("FINISHED")
+    manifest = drafters[0].path / MANIFEST
+    manifest.chmod(0o600)
+    manifest.write_text("{")
+    if upload:
+        commands.export(Display(), line, tmp_path / "copy", dry_run=False)
+        assert drafter_digest(tmp_path / "copy") == drafter_digest(drafters[0].path / DRAFTER_FOLDER)
+    for layout in ("speculators",) if upload else ("sglang", "speculators"):
+        with pytest.raises(DraftsmithError, match=r"version 1: .*manifest\.json: not a readable .*: restore it from"):
+            commands.export(Display(), line, tmp_path / layout, layout, dry_run=False)
 
 
 def test_drafters_are_compared_by_folder_id_and_version(line: str, home: Path, drafters: list[ArtifactRef]) -> None:

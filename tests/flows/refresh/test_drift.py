@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.registry import CHAMPION, Registry
 from draftsmith.artifacts.store import Store
+from draftsmith.artifacts.tracking import Tracking
+from draftsmith.flows.pipeline.display import Display
+from draftsmith.flows.pipeline.graph import PlanAgain
+from draftsmith.flows.refresh import commands
+from draftsmith.flows.refresh.config import drift_config
 from draftsmith.flows.refresh.course import RefreshCourse, resolve
 from draftsmith.flows.refresh.line import figures_of, history, registry
 from tests.flows.refresh.made import checked, config_of, gated
@@ -45,6 +54,31 @@ def test_a_line_is_refreshed_when_its_last_refresh_is_too_old(
     assert stops() == "Current", "a refresh that was refused is one, and ends what a wrong clock said"
 
 
+def test_what_was_forced_is_done_where_another_refresh_has_promoted(
+    line: str, home: Path, drafters: list[ArtifactRef]
+) -> None:
+    """Of logs since the last refresh, that one has read all; who was promoted by hand has read less."""
+    store, first = Store(home / "store"), RefreshCourse(resolve(config_of(line)), ("sft",))
+    assert first.decisive == set(), "a line without a champion has no drift check: none could be forced"
+    made, other = (gated(store, drafter) for drafter in drafters)
+    RefreshCourse(resolve(config_of(line)), ()).finish(made, None)
+    slow = RefreshCourse(resolve(config_of(line)), ("sft",))
+    RefreshCourse(resolve(config_of(line)), ()).finish(other, None)
+    with pytest.raises(PlanAgain, match="version 2 is the champion by now") as again:
+        slow.finish(made, None)
+    assert again.value.force == ()
+
+    slow = RefreshCourse(resolve(config_of(line)), ("sft",))
+    commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
+    with pytest.raises(PlanAgain, match="version 1 is the champion by now") as again:
+        slow.finish(other, None)
+    assert again.value.force == ("drift",)
+    Tracking(home).connect()[0].delete_registered_model_alias(line, CHAMPION)
+    with pytest.raises(PlanAgain, match="nobody is the champion by now") as again:
+        slow.finish(other, None)
+    assert again.value.force == (), "no drift check again"
+
+
 def test_a_champion_that_is_current_is_said_with_what_it_was_and_what_is_not_known(
     line: str, home: Path, drafters: list[ArtifactRef]
 ) -> None:
@@ -73,11 +107,22 @@ def test_figures_of_other_settings_are_not_compared(line: str, home: Path, draft
     otherwise = "measured differently since its promotion: "
     assert decided(heldout=shorter) == f"{otherwise}heldout.sampling.max_new_tokens 256, was 512"
     assert decided(evaluation={"head_tokens": 64}) == f"{otherwise}drafting.head_tokens 64, was left out"
-    assert decided(drift={"drafting": {"block_size": 4}}).startswith("all: "), "the one that it was measured with"
-    assert decided(drift={"drafting": {"block_size": 8}}) == f"{otherwise}drafting.block_size 8, was 4"
     (version,) = registry().versions(line)
     registry().tag(version, {"measured_with": ""})
     assert decided(heldout=shorter).startswith("all: tau 1.000"), "a version of before they were kept"
+
+
+@pytest.mark.parametrize(
+    ("drafting", "evaluated"),
+    [({"head_tokens": 64}, "with evaluation.head_tokens left out"), ({"block_size": 4}, "as they were trained")],
+)
+def test_a_drift_check_drafts_as_the_evaluation_does(drafting: dict[str, int], evaluated: str) -> None:
+    """Else no champion could be current."""
+    (field,) = drafting
+    with pytest.raises(ValueError, match=rf"drift\.drafting\.{field}: \d+, and drafters are evaluated {evaluated}: "):
+        config_of("a-line", drift={"drafting": drafting})
+    both = config_of("a-line", drift={"drafting": {"head_tokens": 64}}, evaluation={"head_tokens": 64})
+    assert drift_config(both).drafting.head_tokens == 64
 
 
 def test_as_many_sets_have_a_baseline_as_a_tag_holds() -> None:
@@ -102,3 +147,16 @@ def test_a_rollback_does_not_move_what_a_version_was_worth(line: str, home: Path
     for version in registry().versions(line):
         registry().tag(version, {"promoted_at": "2120-01-01T00:00:00+00:00"})
     assert [point["what"] for point in before] == ["promoted", "promoted"] and history(line) == before
+
+
+def test_a_version_that_comes_back_stands_where_its_figures_were_taken(
+    line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = gated(Store(tmp_path / "other" / "store"), drafters[0], tau=3.5)
+    for made in (*(gated(Store(home / "store"), drafter) for drafter in drafters), again):
+        RefreshCourse(resolve(config_of(line)), ()).finish(made, None)
+    commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
+    days = [replace(event, at=f"2120-01-0{day}") for day, event in enumerate(registry().events(line), 1)]
+    monkeypatch.setattr(Registry, "events", lambda _self, _line: days)
+    told = [(point["at"], point["version"], point["tau"]) for point in history(line)]
+    assert told == [("2120-01-02", 2, 2.5), ("2120-01-03", 1, 3.5)], "not where a person had it serve"

@@ -152,9 +152,12 @@ def test_one_file_may_be_asked_with_several_suffixes(tmp_path: Path, monkeypatch
     registry().register(LINE, ArtifactRef("opd", "key", "content", tmp_path), prompt_tags(measured.prompts))
     for same in (measured, asking(" /no_think", " /think"), asking(" /think")):
         assert resolve(same).registry is not None
-    of_old = json.dumps({str(tmp_path / "log.jsonl"): hashlib.sha256(b" /think").hexdigest()[:12]})
+    of_old = json.dumps({str(tmp_path / "log.jsonl"): hashlib.sha256(b"\nThink.\n").hexdigest()[:12]})
     registry().register("old", ArtifactRef("opd", "key", "content", tmp_path), {"suffixes": of_old})
-    for_old = asking(" /think").model_copy(update={"registry": RegistryConfig(name="old")})
-    assert resolve(for_old).registry is not None, "one suffix a source, as versions said it before"
+    old = {"registry": RegistryConfig(name="old")}
+    for same in (asking("\nThink.\n"), asking(" /no_think", "\nThink.\n")):
+        assert resolve(same.model_copy(update=old)).registry is not None, "the last suffix of a source, as it was given"
+    with pytest.raises(DraftsmithError, match="a suffix that old version 1 was not measured with"):
+        resolve(asking(" /think").model_copy(update=old))
     with pytest.raises(DraftsmithError, match="a suffix that tiny version 1 was not measured with"):
         resolve(asking(" /think hard", " /no_think"))
