@@ -132,6 +132,8 @@ def _measure(ctx: StageContext, config: EvaluationConfig) -> tuple[Measured, dic
     if not folders:
         raise DraftsmithError(f"evaluation: needs a drafter as an input: {', '.join(DRAFTERS)} or {PREFIX}NAME")
     drafters = {name: load_drafter(folder, target) for name, folder in folders.items()}
+    for name in [name for name, drafter in drafters.items() if config.head_tokens and drafter.frequent_tokens is None]:
+        ctx.log(f"{name}: says nothing of which tokens are frequent, so it drafts from all")
     heldout, validation = prompts_to_decode(config, ctx.inputs["prompts"])
     if not heldout or (not validation and config.block_sizes):
         raise DraftsmithError("evaluation: needs held-out and validation prompts; raise the counts in section prompts")
