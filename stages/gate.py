@@ -29,11 +29,11 @@ def run(ctx: StageContext, config: GateConfig) -> None:
     verdict["rules"] = {rule.name: rule.passed for rule in decision.rules}
     (ctx.out / VERDICT).write_text(json.dumps(verdict, indent=2) + "\n")
     for rule in decision.rules:
-        ctx.log(f"{'passed' if rule.passed else 'BROKEN' if rule.judged else 'unjudged'}  {rule.name}: {rule.said}")
+        ctx.log(f"{'unjudged' if not rule.judged else 'passed' if rule.passed else 'BROKEN'}  {rule.name}: {rule.said}")
     ctx.log(decision.sentence())
-    failed = [rule for rule in decision.rules if not rule.passed]
-    broken = sum(rule.judged for rule in failed)
-    ctx.summary(promote=float(decision.promote), rules_broken=broken, rules_unjudged=len(failed) - broken)
+    unjudged = sum(not rule.judged for rule in decision.rules)
+    broken = sum(rule.judged and not rule.passed for rule in decision.rules)
+    ctx.summary(promote=float(decision.promote), rules_broken=broken, rules_unjudged=unjudged)
 
 
 def _damage(folder: Path) -> str | None:

@@ -238,9 +238,9 @@ def chosen(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def _became(rule: Mapping[str, Any]) -> str:
-    if rule["passed"]:
-        return "passed"
-    return "BROKEN" if rule.get("judged", True) else "not judged"
+    if not rule.get("judged", True):
+        return "not judged"
+    return "passed" if rule["passed"] else "BROKEN"
 
 
 def doubts(evaluation: Mapping[str, Any]) -> list[str]:
