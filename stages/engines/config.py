@@ -28,6 +28,7 @@ OptionValue = str | int | float | bool
 
 # Set by the stage from other fields: given twice, the two could contradict each other.
 _HTTP_ONLY = "nothing: launched servers are asked over HTTP, which the API key guards"
+_LOSSLESS = "nothing: below 1 the answers are not the target's"
 _OWN_OPTIONS = {
     "model-path": "the section target",
     "model": "the section target",
@@ -49,6 +50,8 @@ _OWN_OPTIONS = {
     "speculative-dspark-block-size": "drafting.block_size",
     "speculative-num-steps": "drafting.block_size",
     "speculative-eagle-topk": "engine.launch.tree",
+    "speculative-accept-threshold-single": _LOSSLESS,
+    "speculative-accept-threshold-acc": _LOSSLESS,
     "config": "nothing: a file of options could set any of them; write them here",
     "tokenizer-worker-num": "nothing: with several SGLang takes no API key, and launched servers have one",
     "grpc-mode": _HTTP_ONLY,

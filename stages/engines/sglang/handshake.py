@@ -243,6 +243,10 @@ async def _check_logprobs(
 def _check_drafter(url: str, server: dict[str, Any], expected: Expected) -> list[str]:
     """Does it speculate with this drafter? Returns what could not be checked."""
     algorithm, path = server.get("speculative_algorithm"), server.get("speculative_draft_model_path")
+    for name in ("speculative_accept_threshold_single", "speculative_accept_threshold_acc"):
+        if algorithm and (least := server.get(name)) not in (None, 1):
+            option = name.replace("_", "-")
+            raise _wrong(url, f"keeps proposals that the target would not (--{option} {least}); start it without")
     if expected.drafter_folder is None:
         if algorithm:
             return [f"{url} drafts with {algorithm}: answers are the target's all the same, verification is lossless"]

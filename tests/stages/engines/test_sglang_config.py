@@ -135,7 +135,10 @@ def test_the_config_may_name_the_algorithm(tmp_path: Path) -> None:
     assert server.algorithm_of(folder, LaunchConfig.model_validate({})) == "DFLASH"
 
 
-@pytest.mark.parametrize("option", ["model-path", "--port", "speculative_num_draft_tokens", "dtype", "tp"])
+@pytest.mark.parametrize(
+    "option",
+    ["model-path", "--port", "speculative_num_draft_tokens", "dtype", "tp", "speculative-accept-threshold-single"],
+)
 def test_an_option_that_has_a_field_of_its_own_is_refused(option: str) -> None:
     with pytest.raises(ValidationError, match=rf"{option}: is set by"):
         config(options={option: "1"})

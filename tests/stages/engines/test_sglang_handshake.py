@@ -137,6 +137,12 @@ def test_a_speculating_server_may_roll_out_plainly(plain: Expected, assisted: Ex
     with server_of(plain, server=good_server(assisted), generate=speculating) as server:
         facts = shake(server, plain)
     assert ["lossless" in remark for remark in facts.remarks] == [True]
+    lossy = good_server(assisted) | {"speculative_accept_threshold_single": 0.9}
+    with (
+        server_of(plain, server=lossy, generate=speculating) as server,
+        pytest.raises(DraftsmithError, match=r"keeps proposals that the target would not \(--speculative-accept"),
+    ):
+        shake(server, plain)
 
 
 def test_what_cannot_be_compared_is_said(plain: Expected) -> None:
