@@ -24,7 +24,7 @@ class Load:
     others_share: float = math.nan  # of the CPU time of all cores: processes that are not ours
     stolen_share: float = math.nan  # of the same: what the host of a virtual machine gave to others
     cpu_mhz: float = math.nan  # of the fastest core, at the end
-    gpu_mhz: float = math.nan  # of the fastest GPU, at the end
+    gpu_mhz: float = math.nan  # of the fastest visible GPU, at the end
 
 
 class LoadMeter:
@@ -98,7 +98,20 @@ def _gpu_mhz() -> float:
     try:
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        clocks = [float(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)) for handle in handles]
+        names = [(str(index), str(pynvml.nvmlDeviceGetUUID(handle))) for index, handle in enumerate(handles)]
+        ours = [handle for handle, name in zip(handles, names, strict=True) if _is_visible(*name)]
+        clocks = [float(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)) for handle in ours]
     except pynvml.NVMLError:
         return math.nan
     return max(clocks, default=math.nan)
+
+
+def _is_visible(index: str, uuid: str) -> bool:
+    """A part of a GPU (MIG) does not say which GPU's it is: then all are looked at."""
+    if (listed := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
+        return True
+    named = [name.strip() for name in listed.split(",") if name.strip()]
+    return any(
+        name == index or name.startswith("MIG-") or (name.startswith("GPU-") and uuid.startswith(name))
+        for name in named
+    )

@@ -9,7 +9,10 @@ import sys
 import time
 
 import psutil
+import pynvml
+import pytest
 
+from draftsmith.stages.measure import load
 from draftsmith.stages.measure.load import SHORTEST_S, LoadMeter, machine, own_seconds
 
 BURN = "import time\nend = time.process_time() + 1.0\nwhile time.process_time() < end: pass"
@@ -46,3 +49,26 @@ def test_the_machine_is_named() -> None:
     assert found["cores"] == psutil.cpu_count() and found["memory_gb"] >= 1
     assert isinstance(found["cpu"], str) and found["cpu"]
     assert all(isinstance(name, str) for name in found["gpus"])
+
+
+@pytest.mark.parametrize(
+    ("visible", "mhz"),
+    [(None, 1900.0), ("1", 300.0), ("GPU-a", 1900.0), ("GPU-b", 300.0), ("MIG-x", 1900.0), ("", math.nan)],
+)
+def test_the_clock_is_that_of_gpus_that_are_used(
+    visible: str | None, mhz: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what NVIDIA's library says of two GPUs, of which the first is another's and busy."""
+    said = {
+        "nvmlInit": lambda: None,
+        "nvmlDeviceGetCount": lambda: 2,
+        "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetUUID": lambda handle: f"GPU-{'ab'[handle]}123",
+        "nvmlDeviceGetClockInfo": lambda handle, _: (1900, 300)[handle],
+    }
+    for name, function in said.items():
+        monkeypatch.setattr(pynvml, name, function)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert load._gpu_mhz() == pytest.approx(mhz, nan_ok=True)
