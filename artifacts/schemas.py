@@ -132,7 +132,7 @@ REQUESTS = _table(  # what evaluation decoded
     verify_seconds=pa.float64(),
     identical=pa.bool_(),  # to plain decoding of the same prompt; null where that does not apply
     first_difference=pa.int32(),  # position in the response; -1 = none
-    margin=pa.float32(),  # the target's logit margin there; NaN = none, or not known
+    margin=pa.float32(),  # logits of the worse token there below the target's best; NaN = none, or not known
 )
 
 TURNS = _table(  # how long evaluation took: an arm decodes all prompts of a setting, timed as a whole

@@ -191,7 +191,7 @@ def exactness(evaluation: Mapping[str, Any]) -> list[str]:
         where = found.get("serving_dtype") or "the serving dtype"
         sentences.append(f"In {where}, {share} of the outputs of speculative decoding equal plain decoding.")
     if margin != ABSENT:
-        sentences.append(f"At the first difference the target's median logit margin is {margin}.")
+        sentences.append(f"Where they part, the worse token lies {margin} logits below the target's best (median).")
     for arm, figures in (evaluation.get("parity") or {}).items():
         if "served_steps" in figures:
             sentences.append(

@@ -69,7 +69,7 @@ def test_sentences_on_exactness_and_parity() -> None:
     assert rows.exactness(EVALUATION) == [
         "In fp32, 50 of 50 outputs of speculative decoding equal plain decoding, token for token.",
         "In bfloat16, 98.0% of the outputs of speculative decoding equal plain decoding.",
-        "At the first difference the target's median logit margin is 0.031.",
+        "Where they part, the worse token lies 0.031 logits below the target's best (median).",
     ]
     assert rows.exactness(SERVED)[1:] == [
         "SFT: 3 of 52 verify steps that the engine served differ from replay.",
