@@ -145,7 +145,8 @@ def check_weights(folder: Path) -> list[Path]:
     """The same, each as long as its header says, and every float8 tensor with its scale; reads the headers only."""
     files = weight_files(folder)
     dtypes = {name: dtype for path in files for name, dtype in _checked_header(path).items()}
-    eighths = [name for name, dtype in dtypes.items() if dtype.startswith("F8_")]
+    # scales of four-bit weights are of 8 bits themselves
+    eighths = [n for n, dtype in dtypes.items() if dtype.startswith("F8_") and "scale" not in n.rpartition(".")[2]]
     # whatever a method calls it: X_scale, X_scale_inv
     without = [name for name in eighths if not any(f"{name}_{kind}" in dtypes for kind in ("scale", "scale_inv"))]
     if len(without) < len(eighths) and without:  # transformers would take the bare numbers

@@ -86,6 +86,10 @@ def test_weights_of_8_bits_have_their_scales(tmp_path: Path) -> None:
     write_model(tmp_path)
     names = as_float8(tmp_path)
     assert check_weights(tmp_path) == [tmp_path / WEIGHTS]
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors["model.layers.0.of_four_bits.weight_scale"] = torch.ones(2, 2).to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    assert check_weights(tmp_path) == [tmp_path / WEIGHTS]
     change(tmp_path, f"{names[3]}_scale_inv", None)
     with pytest.raises(DraftsmithError, match=rf"{names[3]} is of 8 bits and has no scale, as {len(names) - 1} others"):
         check_weights(tmp_path)
