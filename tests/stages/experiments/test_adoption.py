@@ -62,3 +62,18 @@ def test_nothing_to_take_over_is_an_error(tmp_path: Path, tiny_drafter: DrafterA
     ctx = RecordingContext(tmp_path / "out", tmp_path / "work", inputs, 0)
     with pytest.raises(DraftsmithError, match="name it in init_from"):
         STAGE.run(ctx, ADOPTED)
+
+
+@pytest.mark.parametrize("measures", [False, True])
+def test_what_measures_says_nothing_of_frequent_tokens(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, measures: bool
+) -> None:
+    """A head of frequent tokens that is taken from held-out answers would fit them."""
+    public = tmp_path / "public" / "drafter"
+    shutil.copytree(tiny_drafter.drafter / "drafter", public)
+    (public / "frequent_tokens.npy").unlink()
+    answers = tiny_drafter.heldout if measures else tiny_drafter.rollout
+    inputs = {"target": tiny_drafter.target, "drafter": public.parent, "trajectories": answers}
+    ctx = RecordingContext(tmp_path / "out", tmp_path / "work", inputs, 0)
+    STAGE.run(ctx, ADOPTED)
+    assert (ctx.out / "drafter" / "frequent_tokens.npy").is_file() is not measures
