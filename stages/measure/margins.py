@@ -21,16 +21,17 @@ def add_margins(
     """
     prompt_ids = {prompt.prompt_id: prompt.token_ids for prompt in prompts}
     plain = {place_of(row): row for row in rows if row["arm"] == PLAIN}
-    known: dict[tuple[int, ...], torch.Tensor] = {}  # every round parts at the same places
+    known: dict[tuple[tuple[int, ...], frozenset[int]], float] = {}  # every round parts at the same places
     for row in rows:
         difference = row["first_difference"]
         if row["temperature"] == 0 and difference >= 0:  # up to there the answer is the one of plain decoding
             tokens = (*prompt_ids[row["prompt_id"]], *row["response_ids"][:difference])
-            if tokens not in known:
+            beside = plain[place_of(row)]["response_ids"][difference : difference + 1]  # none where it has ended
+            said = frozenset([*row["response_ids"][difference : difference + 1], *beside])
+            if (tokens, said) not in known:
                 out = target.read(torch.tensor([tokens], device=target.device))
-                known[tokens] = target.logits(out.hidden[0, -1]).float().cpu()
+                logits = target.logits(out.hidden[0, -1]).float()
+                known[tokens, said] = float(logits.max() - logits[list(said)].min())
                 if check is not None:
                     check()
-            said = [each["response_ids"][difference : difference + 1] for each in (row, plain[place_of(row)])]
-            logits = known[tokens]
-            row["margin"] = max(float(logits.max() - logits[token]) for one in said for token in one)
+            row["margin"] = known[tokens, said]
