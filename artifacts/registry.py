@@ -13,15 +13,15 @@ import getpass
 import json
 import platform
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, disk_error_of, from_os_error
+from draftsmith.artifacts.line_turns import turn_of
 from draftsmith.artifacts.locks import locked
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.tracking import Tracking
@@ -35,7 +35,6 @@ _IDENTITY = ("stage", "key", "content_id")
 # tags of what a version was worth when it was promoted: drift checks compare with that
 RECORD = ("figures", "measured_with", "tau", "tau_interval", "speedup", "speedup_interval", "decision")
 _DRAFTER = "drafter"  # the folder of a version's artifact that servers load, and of its copy in MLflow
-_STALE_S = 60.0
 _OUR_FAULT = ("INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "UNAUTHENTICATED")
 _OF_THE_DATABASE = ("not a database", "malformed", "readonly", "unable to open database")  # which no retry mends
 PROMOTED, BY_HAND, ROLLED_BACK = "promoted", "promoted by hand", "rolled back to"  # of an event
@@ -304,10 +303,10 @@ class Registry:
     def add_drift(self, line: str, seen: Mapping[str, Any]) -> None:
         """Keep what a drift check saw, unless it is the last one again."""
         self._tracking.must_write()
-        known = self.drift(line)
-        if known and {**known[-1], "at": None} == {**seen, "at": None}:
-            return
-        with self._client() as client:
+        with self._client() as client, self._one_at_a_time(client, line, f"drift check of {line}"):
+            known = self.drift(line)
+            if known and {**known[-1], "at": None} == {**seen, "at": None}:
+                return
             client.set_registered_model_tag(line, f"{_DRIFT}{len(known):06d}", json.dumps(dict(seen)))
 
     # -- inside --------------------------------------------------------------------------------------------------
@@ -344,41 +343,9 @@ class Registry:
     def _one_at_a_time(self, client: MlflowClient, line: str, what: str) -> Iterator[None]:
         """Of a line, in this home and over all homes that use this MLflow."""
         lock = self._tracking.folder / "registry" / f".lock-{line}"
-        with locked(lock, run=what), self._alone(client, line):
+        shared = self._tracking.uri != self._tracking.default_uri  # the default one is of this home alone
+        with locked(lock, run=what), turn_of(client, line) if shared else nullcontext():
             yield
-
-    @contextmanager
-    def _alone(self, client: MlflowClient, line: str) -> Iterator[None]:
-        """One change of a line at a time over all homes that use this MLflow, whose database alone they share.
-
-        Held is a registered model of a name of its own: a name is there once, whoever asks. What a killed process left
-        behind is taken away when it was there for longer than any promotion takes.
-        """
-        from mlflow.exceptions import MlflowException
-
-        if self._tracking.uri == self._tracking.default_uri:  # of this home alone, whose lock is held
-            yield
-            return
-        name, seen, since = f"{line}.promotion", None, time.monotonic()
-        while True:
-            try:
-                client.create_registered_model(name, description="Held for the second that a change of the line takes.")
-                break
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-            held = self._model(client, name)
-            if held is not None and held.creation_timestamp != seen:  # the clocks of two hosts are not compared
-                seen, since = held.creation_timestamp, time.monotonic()
-            elif time.monotonic() - since > _STALE_S:
-                with suppress(MlflowException):  # another one that waits was faster
-                    client.delete_registered_model(name)
-            time.sleep(0.1)
-        try:
-            yield
-        finally:
-            with suppress(MlflowException):
-                client.delete_registered_model(name)
 
     def _model(self, client: MlflowClient, line: str) -> Any:
         """The registered model with aliases and tags; None if there is none."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import secrets
 import shutil
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -192,11 +194,35 @@ def test_homes_that_share_mlflow_alone_promote_one_after_the_other(
     )
 
 
+def test_drift_checks_of_two_homes_at_once_are_both_kept(
+    line: str, shared: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", shared)
+    homes = [Registry(Tracking(tmp_path / name)) for name in ("here", "there")]
+    homes[0].register(line, ref(tmp_path, "a"), {})
+    drift = Registry.drift
+
+    def slowly(registry: Registry, line: str) -> list[dict[str, Any]]:
+        known = drift(registry, line)
+        time.sleep(0.5)
+        return known
+
+    monkeypatch.setattr(Registry, "drift", slowly)
+    threads = [
+        threading.Thread(target=home.add_drift, args=[line, {"tau": 2.0 + place}]) for place, home in enumerate(homes)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(seen["tau"] for seen in homes[0].drift(line)) == [2.0, 3.0]
+
+
 def test_what_a_killed_promotion_held_is_taken_away(
     line: str, shared: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", shared)
-    monkeypatch.setattr("draftsmith.artifacts.registry._STALE_S", 0.3)
+    monkeypatch.setattr("draftsmith.artifacts.line_turns._STALE_S", 0.3)
     registry = Registry(Tracking(tmp_path / "home"))
     first = registry.register(line, ref(tmp_path, "a"), {})
     registry._tracking.connect()[0].create_registered_model(f"{line}.promotion")
