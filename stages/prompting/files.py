@@ -18,8 +18,8 @@ from typing import IO, Any
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 
-KINDS = ".jsonl or .parquet, the first also with .gz or .zst"
-_ROW_SUFFIXES = (".jsonl", ".parquet")  # what is taken out of a folder
+KINDS = ".jsonl, .ndjson or .json with an object a line, also with .gz or .zst, or .parquet"
+_ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")  # what is taken out of a folder
 _CHUNK = 1 << 18  # bytes
 _PARQUET_ROWS = 256  # Python objects of so many rows at a time
 
