@@ -213,6 +213,9 @@ def run(context: StageContext, config: PromptsConfig) -> None:
             if supply.aside is not None:
                 supply.aside.check()
                 drawn.set_aside += supply.aside.reasons
+    if drawn.set_aside:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in drawn.set_aside.most_common())
+        context.log(f"{drawn.set_aside.total()} rows set aside: {reasons}")
     if kept.kept:
         context.log(f"{kept.kept} prompts were tokenised by an earlier attempt")
     write_text(context.out / "prompts.json", json.dumps(_summary(drawn, config), indent=2) + "\n")
@@ -231,12 +234,12 @@ def _reader_of_ids(tokenizer: Any, vocab_size: int, config: PromptsConfig) -> Re
 
     unrendered = Unrendered(tokenizer, config.chat_template_kwargs)
 
-    def read(ids: list[int]) -> list[Message]:
+    def read(ids: list[int], known: list[Message] | None) -> list[Message]:
         if max(ids) >= vocab_size:
             raise DraftsmithError(
                 f"token id {max(ids)} outside the target's vocabulary of {vocab_size}: is it another model's log?"
             )
-        return unrendered.messages(ids)
+        return unrendered.messages(ids) if known is None else known
 
     return read
 
@@ -307,6 +310,7 @@ def _draw_one(
 def _ran_out(supply: Supply, split: Split, drawn: _Drawn, config: PromptsConfig) -> str:
     held_out = split != "train"
     remedy = "lower the counts, add a source"
+    left_out = f"; left out: {supply.aside.said()}" if supply.aside is not None and supply.aside.reasons else ""
     of_class = f"{supply.of_class[held_out]} of its {supply.of_class.total()} are of the"
     if config.of_logs:
         remedy = OF_MORE_LOGS
@@ -316,7 +320,8 @@ def _ran_out(supply: Supply, split: Split, drawn: _Drawn, config: PromptsConfig)
         f"{config.of_paths}: {supply.label} ran out of different prompts in split {split} "
         f"(asked for in all: {', '.join(f'{config.wanted(each)} {each}' for each in reversed(SPLITS))}; so far "
         f"{drawn.taken} taken, {drawn.duplicates} duplicates, {drawn.too_long} too long; "
-        f"{of_class} {'held-out' if held_out else 'training'} class, heldout_share {supply.heldout_share:g}): {remedy}"
+        f"{of_class} {'held-out' if held_out else 'training'} class, heldout_share {supply.heldout_share:g}"
+        f"{left_out}): {remedy}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.stages.measure.config import EvaluationConfig, prompts_to_decode
-from draftsmith.stages.prompting.aside import Aside
+from draftsmith.stages.prompting.aside import UNREADABLE, Aside
 from draftsmith.stages.prompting.files import is_remote, matched, read_rows
 from draftsmith.stages.prompting.held_out import HeldOut, identity, place
 from draftsmith.stages.prompting.intake import Intake, ShapeSieve
@@ -33,7 +34,7 @@ _TRIED = 1000  # prompts of a task until one of the held-out class must have com
 _COUNTED_BYTES = 1 << 28  # larger files are only looked into
 _LOG_ROWS, _LOG_SECONDS = 20_000, 20.0  # of a log, whichever is reached first
 _MUCH_UNUSED = 0.5  # of the training prompts
-_MUCH_SET_ASIDE = 0.2  # of the rows of a log
+_MUCH_SET_ASIDE = 0.2  # of the rows of a log or a source
 
 
 def check_sources(found: Findings, nodes: Sequence[Node]) -> None:
@@ -192,15 +193,20 @@ def _check_files(found: Findings, name: str, source: JsonlSource, config: Prompt
     share = source.heldout_share or config.heldout_share
     aside = Aside(f"{config.section}.max_bad_share", config.max_bad_share)
     rows = held_out = unread = 0
-    for _, messages, ids in file_rows(source, aside):
+    as_they_are = not (source.suffix or source.system or config.system)
+    for _, messages, _ in file_rows(source, aside, as_they_are=as_they_are):
         rows += 1
-        unread += ids is not None
+        unread += not messages  # token ids alone: the stage decodes them
         held_out += place(identity(messages)) < share
         if not whole:
             found.ok(name, f"{source.path} can be read; too large to count here")
             return
     if aside.bad:
         found.warn(name, f"{source.path}: {aside.bad} of {aside.rows} rows cannot be read and will be set aside")
+    if unusable := aside.reasons - Counter({UNREADABLE: aside.bad}):
+        said = ", ".join(f"{count} {reason}" for reason, count in unusable.most_common())
+        say = found.warn if unusable.total() > _MUCH_SET_ASIDE * aside.rows else found.ok
+        say(name, f"{source.path}: {unusable.total()} of {aside.rows} rows cannot be prompts: {said}")
     wanted = _share(config, source)
     if config.of_logs and rows < wanted:
         raise DraftsmithError(

@@ -15,8 +15,9 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.prompting.aside import Aside
 from draftsmith.stages.prompting.files import BadRow, Row
 from draftsmith.stages.prompting.held_out import HeldOut, digest
-from draftsmith.stages.prompting.logged import LoggedRow, Reader, SetAside, logged_ids, logged_text
+from draftsmith.stages.prompting.logged import LoggedRow, Reader, logged_ids, logged_text
 from draftsmith.stages.prompting.logs_config import LogsConfig
+from draftsmith.stages.prompting.rows import SetAside, messages_beside_ids
 from draftsmith.stages.prompting.times import TIME_FIELDS, row_time
 from draftsmith.stages.prompting.tokenised import Tokenised
 from draftsmith.stages.prompting.unrendered import Unrendered
@@ -111,6 +112,8 @@ class ShapeSieve(Sieve[bool]):
     def _made(self, row: LoggedRow, time: datetime | None) -> bool:  # noqa: ARG002
         if logged_ids(row) is None:
             logged_text(row)
+        else:
+            messages_beside_ids(row.fields)
         return True
 
 

@@ -90,7 +90,8 @@ class JsonlSource(_RowSource):
     """Files of rows: JSON Lines, plain or compressed, or Parquet. Each row goes into at most one split.
 
     Their order is by a hash of seed and text: a file that grows goes on giving what it has given. Rows of
-    `prompt_token_ids` alone are prompts as they are.
+    `prompt_token_ids` are prompts as they are, whatever text is beside them; rows of text alone that call tools or hold
+    images are left out.
     """
 
     kind: Literal["jsonl"] = "jsonl"
@@ -157,7 +158,7 @@ class Candidate:
     source: str
     messages: list[Message]
     where: str
-    token_ids: list[int] | None = None  # of a log that has them in place of text
+    token_ids: list[int] | None = None  # of a log that has them
 
     @property
     def text_hash(self) -> str:

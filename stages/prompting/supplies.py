@@ -15,7 +15,14 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.prompting.aside import Aside
 from draftsmith.stages.prompting.files import BadRow, Row, matched, read_rows
 from draftsmith.stages.prompting.held_out import HELDOUT_SHARE, place
-from draftsmith.stages.prompting.rows import Message, is_unicode, prompt_ids, row_messages
+from draftsmith.stages.prompting.rows import (
+    Message,
+    SetAside,
+    is_unicode,
+    messages_beside_ids,
+    prompt_ids,
+    row_messages,
+)
 from draftsmith.stages.prompting.sources import (
     SPLITS,
     Candidate,
@@ -34,7 +41,8 @@ _SEEDS_PER_SPLIT = 1_000_000  # a procedural task takes its item i from seed + i
 
 Draw: TypeAlias = Callable[[Split], Iterator[Candidate]]
 Finish: TypeAlias = Callable[[str, list[Message], str], Candidate]
-ReadIds: TypeAlias = Callable[[list[int]], list[Message]]  # a prompt's messages; raises DraftsmithError
+# A prompt's ids, and its messages where a row has them → its messages. Raises DraftsmithError for another target's ids.
+ReadIds: TypeAlias = Callable[[list[int], list[Message] | None], list[Message]]
 
 
 class Supply:
@@ -164,10 +172,14 @@ def _family_draw(family: str, source: ProceduralSource, finish: Finish, seed: in
 
 
 def file_rows(
-    source: JsonlSource, aside: Aside, read_ids: ReadIds | None = None
+    source: JsonlSource, aside: Aside, read_ids: ReadIds | None = None, *, as_they_are: bool = True
 ) -> Iterator[tuple[Row, list[Message], list[int] | None]]:
-    """Rows that the filter lets through, with their prompts, and these as token ids where a row has no text; the others
-    are counted in `aside`, which is checked. Without `read_ids` prompts of token ids have no messages."""
+    """Rows that the filter lets through, with their prompts, and these as token ids where a row has them; the others
+    are counted in `aside`, which is checked. Without `read_ids` prompts of token ids alone have no messages.
+
+    as_they_are: nothing will be added to a prompt; else one of token ids is made anew of its messages too, and tools
+    are lost.
+    """
     for row in read_rows(matched([source.path], "prompts.sources")):
         aside.rows += 1
         if isinstance(row, BadRow):
@@ -177,9 +189,13 @@ def file_rows(
             kept = source.keeps(row.fields, row.where)
             ids = prompt_ids(row.fields, source.field, row.where) if kept else None
             if ids is not None:
-                messages = read_ids(ids) if read_ids is not None else []
+                known = messages_beside_ids(row.fields, tools=as_they_are)
+                messages = read_ids(ids, known) if read_ids is not None else known or []
             else:
                 messages = row_messages(row.fields, source.field, row.where) if kept else []
+        except SetAside as reason:
+            aside.unusable(row.file, row.number, None, str(reason))
+            continue
         except DraftsmithError as error:
             aside.unreadable(BadRow(row.file, row.number, str(error).removeprefix(f"{row.where}: ")))
             continue
@@ -196,12 +212,17 @@ def _file_candidates(
     """as_they_are: nothing is added to a prompt, so that its token ids stay what they are."""
     label, seed = source.set_name, common.seed
     candidates: list[tuple[tuple[float, ...], Candidate]] = []
-    for row, messages, ids in file_rows(source, aside, common.read_ids):
+    for row, messages, ids in file_rows(source, aside, common.read_ids, as_they_are=as_they_are):
         if ids is not None and as_they_are:
             candidate = Candidate(label, messages, row.where, ids)
         else:
             candidate = finish(label, messages, row.where)
         candidates.append((_age(source, row), candidate))
+    if not candidates and aside.reasons:
+        passed = "; the filter lets no other through" if source.filter else ""
+        raise DraftsmithError(
+            f"{source.path}: none of {aside.rows} rows can be a prompt ({aside.said()}{passed}): give other rows"
+        )
     if not candidates and source.filter:
         raise DraftsmithError(f"{source.path}: no row passes the filter {source.filter}: correct it")
     if not candidates:
@@ -238,6 +259,9 @@ def _dataset_candidates(source: HuggingFaceSource, finish: Finish, seed: int, as
             aside.rows += 1
             try:
                 messages = row_messages(rows[index], source.field, where)
+            except SetAside as reason:
+                aside.unusable(name, index + 1, None, str(reason))
+                continue
             except DraftsmithError as error:
                 aside.unreadable(BadRow(name, index + 1, str(error).removeprefix(f"{where}: ")))
                 continue

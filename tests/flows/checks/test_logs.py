@@ -12,6 +12,7 @@ from draftsmith.flows.checks import prompts as checks
 from draftsmith.flows.checks.findings import Findings, Level
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.stages.logs import LogsConfig
+from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.targets.metadata import metadata_artifact
 
@@ -51,6 +52,27 @@ def test_much_that_is_set_aside_is_a_warning(metadata: Path, tmp_path: Path) -> 
     rows = [answer(number, temperature=number % 2) for number in range(10)]
     level, text = found(metadata, tmp_path / "a.jsonl", rows)
     assert level is Level.WARNING and "5 of all 10 rows can be used; not used: 5 another temperature" in text
+
+
+def test_images_are_told_without_the_tokenizer_too(tmp_path: Path) -> None:
+    seen = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}
+    ids = {"prompt_token_ids": [5, 6], "completion_token_ids": [7, 8]}
+    _, text = found(None, tmp_path / "a.jsonl", [ids, ids | seen, GOOD | seen])
+    assert "1 of all 3 rows can be used; not used: 2 images or other parts of messages that are not text" in text
+
+
+@pytest.mark.parametrize(("count", "level"), [(1, Level.OK), (9, Level.WARNING)])
+def test_rows_that_cannot_be_prompts_are_told(count: int, level: Level, tmp_path: Path) -> None:
+    rows: list[Any] = [{"messages": GOOD["messages"], "tools": [{"type": "function"}]} for _ in range(count)]
+    rows += [{"prompt_token_ids": [5, 6, number], "messages": GOOD["messages"]} for number in range(9)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = {"sources": [{"kind": "jsonl", "path": str(path)}], "train": 4, "heldout": 0}
+    findings = Findings()
+    checks.check_sources(findings, [Node("prompts", "draftsmith.stages.prompts", PromptsConfig.model_validate(asked))])
+    told, enough = findings.lines
+    assert f"{count} of {count + 9} rows cannot be prompts: {count} tools" in told.text and told.level is level
+    assert "9 rows for 4 prompts" in enough.text
 
 
 @pytest.mark.parametrize(
