@@ -314,7 +314,7 @@ async def _check_generation(client: httpx.AsyncClient, url: str, server: dict[st
         body,
         eos_ids=expected.target.eos_ids,
         vocab_size=expected.target.vocab_size,
-        with_records=digest is not None,
+        records_of=digest,
     )
     if server.get("speculative_algorithm") and not meta.get("spec_verify_ct"):
         raise _wrong(url, "does not say how many verify steps a request took (spec_verify_ct): use a supported release")
