@@ -61,8 +61,9 @@ class LogsConfig(Config):
         ge=0,
         le=24 * 366,
         description="of `since: last`: how much older than the newest row that was read a row may be that comes later "
-        "(of the same second, in a file that is uploaded late, with the time of its request). The window begins so "
-        "much earlier, and what the champion's refresh has used of it is not used again. 0: it begins behind that row",
+        "(of the same second, in a file that is uploaded late, with the time of its request): of several hosts, at "
+        "least the time that one file spans. The window begins so much earlier, and what the champion's refresh has "
+        "used of it is not used again. 0: it begins behind that row",
     )
     time_field: str | None = Field(
         default=None,

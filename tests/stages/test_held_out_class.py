@@ -59,9 +59,7 @@ def test_a_benchmark_takes_nothing_from_the_logs() -> None:
 
 
 @pytest.mark.parametrize("by", ["prompt", "conversation"])
-def test_the_turns_of_a_conversation_may_be_of_one_class(
-    by: str, tmp_path: Path, tiny_drafter: DrafterArtifacts
-) -> None:
+def test_turns_of_a_measured_conversation_may_stay_out(by: str, tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
     rows: list[Row] = []
     for number in range(150):
         turns = [f"tell story {number} of the cat", "tell more", "tell the end"]
