@@ -14,7 +14,6 @@ from pydantic import Field
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Config
-from draftsmith.stages.prompting.held_out import identity
 from draftsmith.stages.prompting.rows import Message
 from draftsmith.stages.prompting.times import Since, as_time
 
@@ -165,8 +164,3 @@ class Candidate:
         """16 digits of sha256 over roles and texts, blank space aside: equal prompts have equal hashes."""
         plain = [(message["role"], " ".join(message["content"].split())) for message in self.messages]
         return hashlib.sha256(json.dumps(plain, ensure_ascii=False).encode()).hexdigest()[:16]
-
-    @property
-    def identity(self) -> bytes:
-        """What decides its class (`held_out.py`): equal whatever the system prompt."""
-        return identity(self.messages)

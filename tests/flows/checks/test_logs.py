@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def metadata(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def found(metadata: Path | None, path: Path, rows: list[Any], **config: Any) -> tuple[Level, str]:
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    os.utime(path, (0, 0))
     node = Node("logs", "draftsmith.stages.logs", LogsConfig(paths=[str(path)], temperature=0, **config))
     findings = Findings()
     checks.check_logs(findings, [node], metadata)
@@ -67,6 +69,7 @@ def test_rows_that_cannot_be_prompts_are_told(count: int, level: Level, tmp_path
     rows += [{"prompt_token_ids": [5, 6, number], "messages": GOOD["messages"]} for number in range(9)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.utime(path, (0, 0))
     asked = {"sources": [{"kind": "jsonl", "path": str(path)}], "train": 4, "heldout": 0}
     findings = Findings()
     checks.check_sources(findings, [Node("prompts", "draftsmith.stages.prompts", PromptsConfig.model_validate(asked))])
@@ -112,3 +115,37 @@ def test_without_a_tokenizer_shape_temperature_and_time_are_judged(tmp_path: Pat
         "8 of all 10 rows can be used; not used: 1 another temperature, 1 cannot be read "
         "(seen without the target's tokenizer)"
     )
+
+
+@pytest.mark.parametrize("of_logs", [True, False])
+def test_a_file_that_may_still_be_written_is_named(of_logs: bool, tmp_path: Path) -> None:
+    """A stage that reads it would fail at its end."""
+    for name in ("old", "a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(answer(number)) + "\n" for number in range(40)))
+    os.utime(tmp_path / "old.jsonl", (0, 0))
+    sources = [{"kind": "jsonl", "path": str(tmp_path)}]
+    prompts = PromptsConfig.model_validate({"sources": sources, "train": 0, "heldout": 1, "heldout_share": 1})
+    logs = LogsConfig(paths=[str(tmp_path)], temperature=0)
+    findings = Findings()
+    if of_logs:
+        checks.check_logs(findings, [Node("logs", "draftsmith.stages.logs", logs)], None)
+    else:
+        checks.check_sources(findings, [Node("prompts", "draftsmith.stages.prompts", prompts)])
+    (said,) = findings.warnings
+    assert f"{tmp_path}/a.jsonl and 1 more: written to within the last 30 s. A file that grows while a stage" in said
+
+
+def test_what_was_read_before_is_nothing_new(tmp_path: Path) -> None:
+    """A window of `since: last` reaches back behind the newest row that was read."""
+    rows = [answer(number, time=f"2026-03-01T{number:02}:30:00Z") for number in range(1, 10)]
+    window: dict[str, Any] = {"since": "last", "after": rows[-1]["time"]}
+    level, text = found(None, tmp_path / "a.jsonl", rows, **window)
+    assert level is Level.WARNING and "no row is later than 2026-03-01T09:30:00Z: without new ones, only a" in text
+    level, text = found(None, tmp_path / "a.jsonl", [*rows, answer(10, time="2026-03-01T09:30:01Z")], **window)
+    assert level is Level.OK and text.startswith("2 of all 10 rows can be used; not used: 8 outside the window")
+
+
+def test_a_bad_row_is_a_part_of_its_window(tmp_path: Path) -> None:
+    rows: list[Any] = [answer(1, time="2026-03-01")] * 90 + [answer(1, time="2026-03-08")] * 8
+    level, text = found(None, tmp_path / "a.jsonl", [*rows, *["{", "{"]], since="2026-03-08", max_bad_share=0.1)
+    assert level is Level.ERROR and "(2 of 10 rows inside the window cannot be read, over logs.max_bad_s" in text

@@ -43,6 +43,15 @@ def test_case_turns_and_roles_count() -> None:
     assert len({identity(messages) for messages in texts}) == 4
 
 
+def test_the_turns_of_a_conversation_may_be_of_one_class() -> None:
+    """That of its first turn, whatever decides."""
+    turns = [said("hello", system="Be kind."), said("hello", "yes?", "what?"), said(" hello", "no.", "why?")]
+    assert {identity(messages, "conversation") for messages in turns} == {identity(said("hello"))}
+    assert len({identity(messages) for messages in turns}) == 3
+    greeted: list[Message] = [{"role": "assistant", "content": "How can I help?"}, *said("hello")]
+    assert identity(greeted, "conversation") == identity(said("hello")) != identity(greeted)
+
+
 @given(st.text(), st.floats(0.01, 1), st.floats(0.01, 1))
 def test_a_larger_share_contains_the_smaller(text: str, one: float, other: float) -> None:
     small, large = sorted((one, other))
