@@ -332,7 +332,10 @@ def _ran_out(supply: Supply, split: Split, drawn: _Drawn, config: PromptsConfig)
     if config.of_logs:
         remedy = OF_MORE_LOGS
     elif held_out and supply.heldout_share < 1:
-        remedy += ", or raise heldout_share of section prompts or of the source (a larger share contains the smaller)"
+        remedy += (
+            ", or raise heldout_share of section prompts or of the source (a larger share contains the smaller; the "
+            "drafters of a line may have been trained on what it adds)"
+        )
     return (
         f"{config.of_paths}: {supply.label} ran out of different prompts in split {split} "
         f"(asked for in all: {', '.join(f'{config.wanted(each)} {each}' for each in reversed(SPLITS))}; so far "
