@@ -9,8 +9,6 @@ import re
 import secrets
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +18,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.locks import is_locked, locked
 from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
+from draftsmith.artifacts.mlflow_client import configure, reach
 from draftsmith.artifacts.mlflow_terms import METRICS_PER_BATCH, log_datasets, log_metrics, log_params, upgrade_database
 from draftsmith.artifacts.redaction import redacted
 from draftsmith.artifacts.sqlite import copy_to_read, refuse_shared_database, sqlite_file
@@ -77,7 +76,7 @@ class Tracking:
         try:
             self.must_write()
             if self.uri.startswith(_HTTP):
-                _reach(self.uri)
+                reach(self.uri)
             self.connect()
         except DraftsmithError:
             raise
@@ -201,9 +200,7 @@ class Tracking:
         """
         if self._connected is None:
             self.check_place()
-            os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read while mlflow is imported
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+            configure()
             if self.read_only:
                 self._connected = self._open(f"sqlite:///{copy_to_read(self.uri)}")
             else:
@@ -375,14 +372,6 @@ def _made_by(run_id: str, store: Store, stage: str, key: str) -> ArtifactRef | N
 def _review_files(folder: Path) -> list[Path]:
     found = [path for pattern in REVIEW_FILES for path in sorted(folder.glob(pattern))]
     return [path for path in found if path.stat().st_size <= REVIEW_BYTES]
-
-
-def _reach(uri: str, timeout_s: float = 5.0) -> None:
-    """Any HTTP answer will do, whatever its status: MLflow's client then says what it thinks of it."""
-    try:
-        urllib.request.urlopen(uri, timeout=timeout_s).close()
-    except urllib.error.HTTPError:
-        return
 
 
 def _is_db(uri: str) -> bool:
