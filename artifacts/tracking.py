@@ -77,7 +77,7 @@ class Tracking:
             self.must_write()
             if self.uri.startswith(_HTTP):
                 reach(self.uri)
-            self.connect()
+            self._must_take_runs()
         except DraftsmithError:
             raise
         except Exception as error:
@@ -244,6 +244,18 @@ class Tracking:
             location = (self.folder / "mlartifacts" / name).as_uri() if _is_db(self.uri) else None
             return client.create_experiment(name, artifact_location=location)
         return found.experiment_id
+
+    def _must_take_runs(self) -> None:
+        """Raise DraftsmithError if the experiment was deleted: MLflow finds it still, and refuses runs in it."""
+        client, experiment = self.connect()
+        if client.get_experiment(experiment).lifecycle_stage == "deleted":
+            restore = (
+                f"MLFLOW_TRACKING_URI={redacted(self.uri)} mlflow experiments restore --experiment-id {experiment}"
+            )
+            raise DraftsmithError(
+                f"MLflow's experiment {self.experiment} is deleted and takes no runs: restore it (`{restore}`), or set "
+                "MLFLOW_EXPERIMENT_NAME to another name"
+            )
 
     def _tags(self, stage: str, key: str) -> dict[str, str]:
         return {
