@@ -176,7 +176,7 @@ class Registry:
 
         Tags of a version that is there already are brought up to date, without `RECORD` where it was promoted. upload:
         its drafter also goes into MLflow's artifact store (of the run `run_id`), for machines that do not share the
-        store: `download` fetches it there.
+        store: `download` fetches it there. Raises RetryableError if there is no run for it.
         """
         self._tracking.must_write()
         identity = {name: str(getattr(ref, name)) for name in _IDENTITY}
@@ -185,8 +185,12 @@ class Registry:
                 known = next(
                     (each for each in reversed(self.versions(line)) if each.content_id == ref.content_id), None
                 )
+                wanted = upload and (known is None or not known.uploaded)
+                if wanted and run_id is None:
+                    said = "MLflow has no run of this refresh, into which its drafter is to be uploaded"
+                    raise RetryableError(f"{line}: {said}: see that MLflow is there")
                 number = self._create(client, line, ref, run_id, identity) if known is None else known.number
-            if upload and run_id is not None and (known is None or not known.uploaded):
+            if wanted:
                 with waiting_for_weights():
                     client.log_artifacts(run_id, str(ref.path / _DRAFTER), _DRAFTER)
                 identity["uploaded"] = f"runs:/{run_id}/{_DRAFTER}"
