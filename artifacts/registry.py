@@ -24,6 +24,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError, disk_er
 from draftsmith.artifacts.line_turns import turn_of
 from draftsmith.artifacts.locks import locked
 from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.mlflow_client import waiting_for_weights
 from draftsmith.artifacts.tracking import Tracking
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ class Registry:
 
         Tags of a version that is there already are brought up to date, without `RECORD` where it was promoted. upload:
         its drafter also goes into MLflow's artifact store (of the run `run_id`), for machines that do not share the
-        store: `download` fetches it there.
+        store: `download` fetches it there. Raises RetryableError if there is no run for it.
         """
         self._tracking.must_write()
         identity = {name: str(getattr(ref, name)) for name in _IDENTITY}
@@ -184,9 +185,14 @@ class Registry:
                 known = next(
                     (each for each in reversed(self.versions(line)) if each.content_id == ref.content_id), None
                 )
+                wanted = upload and (known is None or not known.uploaded)
+                if wanted and run_id is None:
+                    said = "MLflow has no run of this refresh, into which its drafter is to be uploaded"
+                    raise RetryableError(f"{line}: {said}: see that MLflow is there")
                 number = self._create(client, line, ref, run_id, identity) if known is None else known.number
-            if upload and run_id is not None and (known is None or not known.uploaded):
-                client.log_artifacts(run_id, str(ref.path / _DRAFTER), _DRAFTER)
+            if wanted:
+                with waiting_for_weights():
+                    client.log_artifacts(run_id, str(ref.path / _DRAFTER), _DRAFTER)
                 identity["uploaded"] = f"runs:/{run_id}/{_DRAFTER}"
             kept = RECORD if known is not None and "promoted_at" in known.tags else ()
             self._tag(client, line, number, {**identity, **{n: value for n, value in tags.items() if n not in kept}})
@@ -214,7 +220,8 @@ class Registry:
         run_id, _, name = place.partition("/")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with self._client() as client, tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as scratch:
-            copied = Path(client.download_artifacts(run_id, name, scratch))
+            with waiting_for_weights():
+                copied = Path(client.download_artifacts(run_id, name, scratch))
             with suppress(OSError):  # another process was faster
                 copied.rename(folder)
             if not folder.is_dir():

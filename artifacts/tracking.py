@@ -9,8 +9,6 @@ import re
 import secrets
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +18,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.locks import is_locked, locked
 from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
+from draftsmith.artifacts.mlflow_client import configure, reach
 from draftsmith.artifacts.mlflow_terms import METRICS_PER_BATCH, log_datasets, log_metrics, log_params, upgrade_database
 from draftsmith.artifacts.redaction import redacted
 from draftsmith.artifacts.sqlite import copy_to_read, refuse_shared_database, sqlite_file
@@ -77,8 +76,8 @@ class Tracking:
         try:
             self.must_write()
             if self.uri.startswith(_HTTP):
-                _reach(self.uri)
-            self.connect()
+                reach(self.uri)
+            self._must_take_runs()
         except DraftsmithError:
             raise
         except Exception as error:
@@ -201,9 +200,7 @@ class Tracking:
         """
         if self._connected is None:
             self.check_place()
-            os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read while mlflow is imported
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+            configure()
             if self.read_only:
                 self._connected = self._open(f"sqlite:///{copy_to_read(self.uri)}")
             else:
@@ -247,6 +244,18 @@ class Tracking:
             location = (self.folder / "mlartifacts" / name).as_uri() if _is_db(self.uri) else None
             return client.create_experiment(name, artifact_location=location)
         return found.experiment_id
+
+    def _must_take_runs(self) -> None:
+        """Raise DraftsmithError if the experiment was deleted: MLflow finds it still, and refuses runs in it."""
+        client, experiment = self.connect()
+        if client.get_experiment(experiment).lifecycle_stage == "deleted":
+            restore = (
+                f"MLFLOW_TRACKING_URI={redacted(self.uri)} mlflow experiments restore --experiment-id {experiment}"
+            )
+            raise DraftsmithError(
+                f"MLflow's experiment {self.experiment} is deleted and takes no runs: restore it (`{restore}`), or set "
+                "MLFLOW_EXPERIMENT_NAME to another name"
+            )
 
     def _tags(self, stage: str, key: str) -> dict[str, str]:
         return {
@@ -375,14 +384,6 @@ def _made_by(run_id: str, store: Store, stage: str, key: str) -> ArtifactRef | N
 def _review_files(folder: Path) -> list[Path]:
     found = [path for pattern in REVIEW_FILES for path in sorted(folder.glob(pattern))]
     return [path for path in found if path.stat().st_size <= REVIEW_BYTES]
-
-
-def _reach(uri: str, timeout_s: float = 5.0) -> None:
-    """Any HTTP answer will do, whatever its status: MLflow's client then says what it thinks of it."""
-    try:
-        urllib.request.urlopen(uri, timeout=timeout_s).close()
-    except urllib.error.HTTPError:
-        return
 
 
 def _is_db(uri: str) -> bool:

@@ -22,23 +22,27 @@ class RunRecord:
     params: Mapping[str, Any]
     tags: Mapping[str, str]
     _id: str | None = None
-    _opened: bool = False
+    _begun: bool = False  # a stage is made, or was: no earlier run has the same artifacts
     _earlier: str | None = None  # the finished run that has made the same artifacts
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def open(self) -> str | None:
-        """MLflow's id of the run; None if MLflow failed."""
-        with self._lock:
-            if not self._opened:
-                self._opened = True
-                self._id = self.tracking.open_refresh(self.name, self.params, self.tags)
-            return self._id
+        """For a stage that is to be made: MLflow's id of the run; None if MLflow failed: the next call tries again."""
+        self._begun = True
+        return self._open()
 
     def settle(self, made: Mapping[str, ArtifactRef]) -> str | None:
-        """When all nodes are there: the id of this run, or of the earlier one that has the very same artifacts."""
-        if not self._opened:
+        """When all nodes are there: the id of this run, or of the earlier one that has the very same artifacts; None if
+        MLflow failed: the next call tries again."""
+        if not self._begun and self._id is None and self._earlier is None:
             self._earlier = find_refresh(self.tracking, self.name, made)
-        return self._earlier or self.open()
+        return self._earlier or self._open()
+
+    def _open(self) -> str | None:
+        with self._lock:
+            if self._id is None:
+                self._id = self.tracking.open_refresh(self.name, self.params, self.tags)
+            return self._id
 
     def close(
         self,
@@ -60,6 +64,6 @@ class RunRecord:
             if concluded:
                 conclude(self.tracking, self._earlier, made, figures, tags)
             tag_again(self.tracking, self._earlier)
-        elif self._opened:
+        else:
             inputs = {name: made[name] for name in data if name in made}
             self.tracking.close_refresh(status, figures, files, {**tags, **artifact_tags(made)}, inputs)

@@ -24,10 +24,11 @@ def elsewhere(tracking: Tracking) -> str | None:
     """Why this MLflow cannot say what the lines of its home need, and what to do; None if it can. Connects to none."""
     noted, here = _noted(tracking), _name(tracking)
     if others := sorted(noted - {here}):
+        given_up = f"remove from {tracking.folder / NOTE} those that are gone for good or whose lines are given up"
         if here in noted:
-            advice = f"remove from {tracking.folder / NOTE} those whose lines are given up"
+            advice = given_up
         else:
-            advice = _AS_THE_RUNS if others != [OWN] else "unset MLFLOW_TRACKING_URI"
+            advice = f"{_AS_THE_RUNS if others != [OWN] else 'unset MLFLOW_TRACKING_URI'}, or {given_up}"
         return f"versions were registered in {', '.join(others)}, which {here} does not know of; {advice}"
     database = sqlite_file(tracking.uri)
     if not noted and database is not None and not database.is_file():  # of a home that is older than the note

@@ -136,11 +136,14 @@ def _run_once(
     conclusion: Conclusion | None = None
     try:
         conclusion = _make_all(workshop, nodes, forced, made, checks, course)
-        run_id = record.settle(_refs(made))
+        refs = _refs(made)
+        record.settle(refs)
         if conclusion is None and course is not None:
             registered.note(tracking)
             conclusion = patiently(
-                lambda: course.finish(Refs(workshop.store, _refs(made)), run_id), config.stages, workshop.display.line
+                lambda: course.finish(Refs(workshop.store, refs), record.settle(refs)),
+                config.stages,
+                workshop.display.line,
             )
         status = "FINISHED"
     except StageInterrupted:

@@ -152,6 +152,8 @@ def test_weights_are_uploaded_and_fetched_where_the_store_is_not(line: str, regi
     tracking = registry._tracking
     run_id = tracking.open_refresh("week-1", {})
     made = ref(tmp_path, "a")
+    with pytest.raises(RetryableError, match="has no run of this refresh"):
+        registry.register(line, made, {}, upload=True)
     assert registry.register(line, made, {}, run_id=run_id).uploaded == ""
     version = registry.register(line, made, {}, run_id=run_id, upload=True)  # of a version that is there already, too
     tracking.close_refresh("FINISHED")

@@ -261,6 +261,17 @@ def test_a_damaged_database_is_one_clear_error(tmp_path: Path) -> None:
         Tracking(tmp_path).check()
 
 
+def test_an_experiment_that_was_deleted_takes_no_runs_and_is_told_before_the_work(tracking: Tracking) -> None:
+    client, experiment = tracking.connect()
+    client.delete_experiment(experiment)
+    restore = rf"MLFLOW_TRACKING_URI=sqlite\S+ mlflow experiments restore --experiment-id {experiment}`"
+    with pytest.raises(DraftsmithError, match=f"{tracking.experiment} is deleted.*{restore}"):
+        Tracking(tracking.folder).check()
+    assert Tracking(tracking.folder).connect()[1] == experiment, "lines are read and rolled back as ever"
+    client.restore_experiment(experiment)
+    Tracking(tracking.folder).check()
+
+
 def test_files_of_runs_that_would_lie_in_the_home_of_before_are_warned_of(migrated: Path, tmp_path: Path) -> None:
     assert misplaced(Tracking(migrated)) is None
     moved = tmp_path / "moved"

@@ -23,6 +23,10 @@ from draftsmith.stages import lifeline
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.config import LaunchConfig, OptionValue, SGLangEngineConfig, TreeConfig, option_name
 
+# What runs inside the servers (pyproject's entry point). Answers' records are its work: named here, it counts in the
+# code's digest of every stage that asks servers.
+PLUGIN = "draftsmith.stages.engines.sglang.plugin:activate"
+
 _STOP_GRACE_S = 20.0  # SGLang looks for SIGTERM every 5 s, then frees its memory itself
 _LAST_WAIT_S = 5.0  # for killed processes to be gone; zombies that nobody collects stay
 _TAIL_LINES = 15

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
-from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.flows.pipeline import registered, run
 from draftsmith.flows.pipeline.cancellation import Cancellation
 from draftsmith.flows.pipeline.graph import Conclusion, PlanAgain
+from draftsmith.flows.pipeline.options import StageOptions
 from draftsmith.flows.pipeline.part import Part
 from tests.flows.pipeline.toy import TOY, ToyConfig, ToyCourse, toy_course
 
@@ -90,3 +93,31 @@ def test_a_part_concludes_nothing_even_if_it_needs_every_node(
     assert len(nodes[0]) == 4
     assert (conclusion is not None) == concludes
     assert (tmp_path / "home" / registered.NOTE).is_file() == concludes, "where versions are registered is known later"
+
+
+def test_what_follows_from_a_run_waits_until_mlflow_has_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A drafter is uploaded into it."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
+    create, asked = MlflowClient.create_run, list[bool]()
+
+    def lost_twice(client: MlflowClient, *arguments: Any, **named: Any) -> Any:
+        asked.append(True)
+        if len(asked) <= 2:
+            raise ConnectionError("connection refused")
+        return create(client, *arguments, **named)
+
+    class Uploads(ToyCourse):
+        def finish(self, made: Mapping[str, ArtifactRef], run_id: str | None) -> Conclusion:
+            if run_id is None:
+                raise RetryableError("MLflow has no run")
+            return super().finish(made, run_id)
+
+    monkeypatch.setattr(MlflowClient, "create_run", lost_twice)
+    monkeypatch.setattr(run, "_make_all", lambda *_: None)
+    pipeline = dataclasses.replace(TOY, course=lambda *_: Uploads("promoted"))
+    config = ToyConfig(name="t", stages=StageOptions(retries=1, retry_delay_seconds=0))
+    _, conclusion = run._run_once(config, pipeline, (), Part(), Cancellation())
+    assert conclusion is not None and conclusion.name == "Promoted"

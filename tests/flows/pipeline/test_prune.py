@@ -42,7 +42,7 @@ def test_what_is_replaced_stays_where_another_mlflow_has_the_lines(
     said = pruned(capsys)
     assert replaced.exists() and not (home / "mlflow.db").exists(), "none is asked, or made"
     assert re.search(r"replaced artifacts are kept: versions were registered in http://\S+@mlflow\.example", said)
-    assert "set MLFLOW_TRACKING_URI" in said
+    assert f"set MLFLOW_TRACKING_URI as the runs have it, or remove from {home}/{registered.NOTE} those" in said
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/runs.db")
     for _ in range(2):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +93,32 @@ def test_what_follows_from_what_an_earlier_run_had_only_looked_at_is_told_by_its
     assert (whole[OUTCOME], whole["mlflow.note.content"], whole[REUSED_TIMES]) == ("promoted", "**Promoted.**", "2")
     assert client.get_run(run_id).data.metrics == {"tau.opd": 2.5, "promoted": 1.0}
     assert again(made, "refused", "**Refused.**")[OUTCOME] == "promoted", "what it came to stays"
+
+
+def test_a_run_that_mlflow_was_lost_for_is_opened_by_the_next_who_asks(
+    tracking: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, experiment = tracking.connect()
+    create, left = client.create_run, [2]
+
+    def lost_twice(*arguments: Any, **named: Any) -> Any:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise ConnectionError("connection refused")
+        return create(*arguments, **named)
+
+    monkeypatch.setattr(client, "create_run", lost_twice)
+    record = RunRecord(tracking, "weekly", {"seed": 0}, {})
+    assert [record.open() is None for _ in range(3)] == [True, True, False]
+    assert record.settle(artifacts(tmp_path)) == record.open()
+    record.close("FINISHED", artifacts(tmp_path), {"tau.opd": 2.5}, [], {})
+    left[0] = 1
+    again = RunRecord(tracking, "weekly", {"seed": 1}, {})
+    others = artifacts(tmp_path, "d" * 64)
+    assert [again.settle(others) is None for _ in range(2)] == [True, False]
+    again.close("FINISHED", others, {}, [], {})
+    assert [run.info.status for run in client.search_runs([experiment])] == ["FINISHED", "FINISHED"]
+    assert not list((tracking.folder / "refreshes").iterdir()), "nor is one held to be alive"
 
 
 def test_a_run_that_fails_before_its_first_stage_leaves_none_and_a_failed_one_is_not_reused(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from draftsmith.artifacts.code_digest import code_digest
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.engines.sglang import plugin, plugin_hooks
+from draftsmith.stages.engines.sglang import plugin, plugin_hooks, server
+from draftsmith.stages.engines.sglang.environment import PLUGIN_GROUP
 from draftsmith.stages.engines.sglang.plugin_hooks import (
     Recorder,
     Trace,
@@ -247,3 +251,19 @@ def test_a_server_does_not_start_with_a_release_that_is_refused(monkeypatch: pyt
 def test_an_untested_release_with_all_hooks_is_named(other_release: str, caplog: pytest.LogCaptureFixture) -> None:
     plugin.check_release({f"{other_release}.verify": ("block",)})
     assert "0.9.1" in caplog.text and plugin.SUPPORTED in caplog.text
+
+
+def test_what_runs_inside_the_servers_counts_as_code_of_the_stages_that_ask_them(tmp_path: Path) -> None:
+    """Its records are theirs: a repaired acceptance makes new answers."""
+    project = Path(__file__).parents[3]
+    entry = tomllib.loads((project / "pyproject.toml").read_text())["project"]["entry-points"][PLUGIN_GROUP]
+    assert entry == {"draftsmith": server.PLUGIN}
+    for room in ("artifacts", "stages"):
+        shutil.copytree(project / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__", "*.md"))
+    stages = {name: f"draftsmith.stages.{name}" for name in ("rollout", "evaluation", "diagnosis", "gate", "sft")}
+    for module in ("plugin", "plugin_hooks"):
+        before = {name: code_digest(stage, tmp_path) for name, stage in stages.items()}
+        with (tmp_path / f"stages/engines/sglang/{module}.py").open("a") as source:
+            source.write("\n\nREPAIRED = True\n")
+        changed = {name for name, stage in stages.items() if code_digest(stage, tmp_path) != before[name]}
+        assert changed == {"rollout", "evaluation", "diagnosis"}

@@ -1,0 +1,195 @@
+"""MLflow's client against real HTTP servers: one that answers late, one that wants a password."""
+
+from __future__ import annotations
+
+import base64
+import ipaddress
+import json
+import os
+import shutil
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+
+from draftsmith.artifacts.errors import RetryableError
+from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.mlflow_client import waiting_for_weights
+from draftsmith.artifacts.registry import Registry
+from draftsmith.artifacts.tracking import Tracking
+
+pytestmark = pytest.mark.integration
+TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+ARTIFACTS = "/api/2.0/mlflow-artifacts/artifacts"
+EXPERIMENT = {"experiment": {"experiment_id": "1", "name": "draftsmith", "lifecycle_stage": "active"}}
+LATE_S = 2.0  # longer than the client waits otherwise
+
+
+@contextmanager
+def serving(
+    answer: Callable[[BaseHTTPRequestHandler], tuple[int, bytes]], certificate: Path | None = None
+) -> Iterator[str]:
+    """A server's address; `answer` gives status and body of every request. certificate: with its key, for HTTPS."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, body = answer(self)
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_PUT(self) -> None:
+            self.do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield f"{'http' if certificate is None else 'https'}://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_weights_reach_a_server_that_copies_them_to_its_bucket_before_it_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    monkeypatch.setenv(TIMEOUT, "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    bucket: dict[str, bytes] = {}
+
+    def copies(request: BaseHTTPRequestHandler) -> tuple[int, bytes]:
+        place = urlsplit(request.path)
+        name = place.path.removeprefix(ARTIFACTS).strip("/")
+        if request.command == "PUT":
+            bucket[name] = request.rfile.read(int(request.headers["Content-Length"]))
+            time.sleep(LATE_S)
+            return 200, b"{}"
+        if name:
+            time.sleep(LATE_S)
+            return 200, bucket[name]
+        (folder,) = parse_qs(place.query)["path"]
+        inside = [each.removeprefix(f"{folder}/") for each in bucket if each.startswith(f"{folder}/")]
+        return 200, json.dumps({"files": [{"path": each, "is_dir": False} for each in inside]}).encode()
+
+    made = ArtifactRef("opd", "key", "content", tmp_path / "made")
+    (made.path / "drafter").mkdir(parents=True)
+    (made.path / "drafter" / "model.safetensors").write_bytes(b"weights" * 1000)
+    tracking = Tracking(tmp_path / "home", "weekly")
+    with serving(copies) as address:
+        client, _ = Tracking(tmp_path / "home", "another").connect()
+        client.create_experiment("weekly", artifact_location=f"{address}{ARTIFACTS}/1")
+        registry = Registry(tracking)
+        version = registry.register("a-line", made, {}, run_id=tracking.open_refresh("night", {}), upload=True)
+        shutil.rmtree(made.path)
+        registry.download(version, tmp_path / "fetched" / "drafter")
+        tracking.close_refresh("FINISHED")
+    assert (tmp_path / "fetched" / "drafter" / "model.safetensors").read_bytes() == b"weights" * 1000
+    assert os.environ[TIMEOUT] == "1", "for nothing else"
+
+
+def test_of_two_that_wait_for_weights_at_once_neither_leaves_its_patience_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for mine, patience in (("15", "1800"), ("7200", "7200"), (None, "1800")):
+        monkeypatch.delenv(TIMEOUT, raising=False) if mine is None else monkeypatch.setenv(TIMEOUT, mine)
+        inside, leave = threading.Event(), threading.Event()
+
+        def second(inside: threading.Event = inside, leave: threading.Event = leave) -> None:
+            with waiting_for_weights():
+                inside.set()
+                leave.wait(5)
+
+        other = threading.Thread(target=second)
+        with waiting_for_weights():
+            assert os.environ[TIMEOUT] == patience
+            other.start()
+            inside.wait(0.2)
+        leave.set()
+        other.join()
+        assert os.environ.get(TIMEOUT) == mine
+
+
+@pytest.fixture
+def behind_a_password() -> Iterator[str]:
+    """MLflow's server, as far as a check asks it, for one user. The address's host and port."""
+    shown = "Basic " + base64.b64encode(b"team:hunter/2").decode()
+
+    def answer(request: BaseHTTPRequestHandler) -> tuple[int, bytes]:
+        if request.headers["Authorization"] != shown:
+            return 401, b"who are you?"
+        return 200, json.dumps(EXPERIMENT).encode() if "/experiments/" in request.path else b"{}"
+
+    with serving(answer) as address:
+        yield address.removeprefix("http://")
+
+
+def test_user_and_password_of_the_address_are_shown_to_the_server_and_to_nobody_else(
+    behind_a_password: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://team:hunter%2F2@{behind_a_password}")
+    Tracking(tmp_path).check()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://team:hunter3@{behind_a_password}")
+    with pytest.raises(RetryableError, match=r"MLFLOW_TRACKING_URI http://\*\*\*@127.*401.*who are you") as refused:
+        Tracking(tmp_path).check()
+    assert "hunter" not in str(refused.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://team:hunter3@127.0.0.1:1")
+    with pytest.raises(RetryableError, match=r"MLFLOW_TRACKING_URI http://\*\*\*@127\S+: \[Errno 111\] Conn") as absent:
+        Tracking(tmp_path).check()
+    assert "hunter" not in str(absent.value)
+
+
+@pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
+def test_a_server_whose_certificate_mlflow_knows_is_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a company's own authority, which requests is told of, or of none, which MLflow is told not to mind."""
+    certificate = self_signed(tmp_path)
+
+    def answer(_: BaseHTTPRequestHandler) -> tuple[int, bytes]:
+        return 200, json.dumps(EXPERIMENT).encode()
+
+    with serving(answer, certificate) as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "MLFLOW_TRACKING_INSECURE_TLS"):
+            monkeypatch.delenv(name, raising=False)
+        with pytest.raises(RetryableError, match="CERTIFICATE_VERIFY_FAILED"):
+            Tracking(tmp_path).check()
+        for name, value in (("REQUESTS_CA_BUNDLE", str(certificate)), ("MLFLOW_TRACKING_INSECURE_TLS", "true")):
+            with monkeypatch.context() as told:
+                told.setenv(name, value)
+                Tracking(tmp_path).check()
+
+
+def self_signed(folder: Path) -> Path:
+    """Key and certificate of 127.0.0.1, in one file."""
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
+    now = datetime.now(UTC)
+    here = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(1))
+        .add_extension(here, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    form = (Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    path = folder / "server.pem"
+    path.write_bytes(key.private_bytes(*form) + certificate.public_bytes(Encoding.PEM))
+    return path
