@@ -14,6 +14,8 @@ from draftsmith.artifacts.redaction import secret_in
 
 _MODIFIED = ("LastModified", "updated", "last_modified", "mtime", "created")  # as S3, GCS, Azure and disks call it
 _OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_PROBE = ".written-once"  # an object of the check
+_WRITTEN = "written"
 _ADVICE = "check the address, the credentials and the network"
 
 Found = TypeVar("Found")
@@ -36,7 +38,7 @@ class Bucket:
 
     def __init__(self, address: str, field: str) -> None:
         """field: what names the address in errors."""
-        self.address = address.rstrip("/")
+        self.address, self._field = address.rstrip("/"), field
         if "://" not in address:
             raise DraftsmithError(f"{field}: {address}: give an address such as s3://bucket/prefix")
         if (secret := secret_in(address)) is not None:
@@ -59,6 +61,16 @@ class Bucket:
 
     def address_of(self, name: str) -> str:
         return f"{self.address}/{name}"
+
+    def check(self) -> None:
+        """Write a small object, twice: raises DraftsmithError where there is no such bucket, or where the second one
+        replaces the first."""
+        self.create(_PROBE, b"")
+        if self.create(_PROBE, b""):
+            raise DraftsmithError(
+                f"{self._field}: {self.address}: a write on the condition that there is none replaced an object, so of "
+                "two hosts the second would overwrite the first: use a store that keeps the condition, such as S3"
+            )
 
     def read(self, name: str) -> bytes | None:
         """The object's content; None if there is none."""
@@ -93,15 +105,15 @@ class Bucket:
                 raise
             return True
 
-        return self._do(name, "written", write)
+        return self._do(name, _WRITTEN, write)
 
     def replace(self, name: str, content: bytes) -> None:
         """Write the object, in place of another if there is one."""
-        self._do(name, "written", lambda: self._system.pipe_file(self._path(name), content))
+        self._do(name, _WRITTEN, lambda: self._system.pipe_file(self._path(name), content))
 
     def upload(self, path: Path, name: str) -> None:
         """A file's content as an object; it is there when it is whole."""
-        self._do(name, "written", lambda: self._system.put_file(str(path), self._path(name)))
+        self._do(name, _WRITTEN, lambda: self._system.put_file(str(path), self._path(name)))
 
     def download(self, name: str, path: Path) -> bool:
         """The object's content into a file; False if there is none."""
@@ -142,6 +154,11 @@ class Bucket:
         except Exception as error:  # of whichever package: no credentials, no such bucket, no network
             if isinstance(error, OSError) and (error.filename or error.errno in _OF_A_DISK):
                 raise  # of this machine's: an object store's errors name no file
+            if isinstance(error, FileNotFoundError) and doing == _WRITTEN:
+                raise DraftsmithError(
+                    f"{self._field}: {self.address}: there is no such bucket ({_one_line(error)}): correct the "
+                    "address, or make it"
+                ) from error
             raise self._lost(name, doing, error) from error
 
     def _lost(self, name: str, doing: str, error: BaseException) -> RetryableError:

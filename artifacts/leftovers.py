@@ -30,10 +30,13 @@ class Leftover:
     bytes: int
     touched: float  # seconds since the epoch: the latest of its files
     lock: Path | None = None  # who works on it holds this
+    joined_in: Path | None = None  # of a shard: the stage's folder, where it is taken up by an attempt at a node
 
     def remove(self) -> bool:
         """Delete it, unless a run has taken it up since."""
         with disk_errors(f"removing {self.path}"):
+            if self.joined_in is not None and _attempts(self.joined_in):
+                return False
             if self.lock is None:
                 _delete(self.path)
                 return True
@@ -87,8 +90,12 @@ def leftovers(home: Path, before: float) -> list[Leftover]:
         complete = (folder / "out" / MANIFEST).exists()  # killed between two renames: the next run ends it
         if not complete and not is_locked(lock):
             found.append(_described("unfinished attempt", folder, lock))
-    for folder in root.glob(f"*{SHARD}/[!.]*/"):  # of a node that is made, or that was given up
-        found.append(_described("shard", folder, folder.with_name(f".lock-{folder.name}")))
+    for stage in root.glob(f"*{SHARD}"):
+        node = stage.with_name(stage.name.removesuffix(SHARD))
+        if _attempts(node):  # which may go on with any of them; a shard does not say of which node it is
+            continue
+        for folder in stage.glob("[!.]*/"):  # of a node that is made, or that was given up
+            found.append(_described("shard", folder, folder.with_name(f".lock-{folder.name}"), node))
     found += [_described(REPLACED_ARTIFACTS[0], folder) for folder in root.glob(f"*/{REPLACED}*")]
     if isinstance(store, RemoteStore):
         found += [_remote(store, folder, objects) for folder, objects in store.unnamed(before)]
@@ -101,9 +108,14 @@ def _logs(folder: Path) -> Iterator[Leftover]:
             yield _described("log", path)
 
 
-def _described(what: str, path: Path, lock: Path | None = None) -> Leftover:
+def _attempts(stage: Path) -> bool:
+    """Whether a node of a stage is being made, or was begun and is not finished."""
+    return any(stage.glob(f"{PARTIAL}*"))
+
+
+def _described(what: str, path: Path, lock: Path | None = None, joined_in: Path | None = None) -> Leftover:
     stats = [each.lstat() for each in [path, *path.rglob("*")]]
-    return Leftover(what, path, sum(s.st_size for s in stats), max(s.st_mtime for s in stats), lock)
+    return Leftover(what, path, sum(s.st_size for s in stats), max(s.st_mtime for s in stats), lock, joined_in)
 
 
 def _remote(store: RemoteStore, folder: str, objects: Mapping[str, Stored]) -> RemoteLeftover:

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import secrets
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -94,17 +95,21 @@ def locked(
     limit_s: float = OTHERS_LIMIT_S,
     limit_field: str = "",
     shared: bool = False,
-    mode: int = 0o600,
+    mode: int | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Iterator[Lock]:
     """Hold the lock file's lock, after waiting for its holder.
 
     There is no unlocking: the lock goes when the last process that has the descriptor closes it or dies, so a child
     that inherits it keeps the lock as long as it lives. `waiting` is called once if another process holds the lock,
     with who that is. `run` is told to those who wait for us. Raises LockTimeoutError after `limit_s`, which the field
-    `limit_field` of the config says. `shared`: others may hold it too, unless one holds it
-    alone. `mode`: of the file, whatever the umask.
+    `limit_field` of the config says, and what `check` raises, which is called while it waits. `shared`: others may hold
+    it too, unless one holds it alone. `mode`: of the file, whatever the umask; left out, the folder's group may read
+    it, to see that it is held, if it may read the folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if mode is None:
+        mode = 0o600 | (path.parent.stat().st_mode & stat.S_IRGRP)
     began = time.monotonic()
     while True:
         fd = _open(path, mode)
@@ -115,6 +120,7 @@ def locked(
                     tell(holder_of(path))
                 if time.monotonic() - began > limit_s:
                     raise _waited(path, limit_s, limit_field)
+                check()
                 time.sleep(_POLL_S)
             if not _is(fd, path):  # removed while we waited: the lock is another file's
                 continue
@@ -127,11 +133,16 @@ def locked(
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a living process holds the lock. Changes nothing, so it may be asked of a store that we only read."""
+    """Whether a living process holds the lock, as far as we can see: one that we may not read counts as held.
+
+    Changes nothing, so it may be asked of a store that we only read.
+    """
     try:
         fd = os.open(path, os.O_RDONLY)
-    except (FileNotFoundError, PermissionError):
+    except FileNotFoundError:
         return False
+    except PermissionError:
+        return True
     try:
         return not _try_lock(fd, shared=True)
     finally:
@@ -148,10 +159,11 @@ def holder_of(path: Path) -> Holder | None:
 
 def _open(path: Path, mode: int) -> int:
     """A link is not followed: the folder may be open to all."""
-    with suppress(FileNotFoundError):  # where /tmp is protected, O_CREAT of another user's file is refused
-        return os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, mode)
-    with suppress(OSError):
+    try:  # where /tmp is protected, O_CREAT of another user's file is refused
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, mode)
+    with suppress(OSError):  # another user's
         os.fchmod(fd, mode)
     return fd
 

@@ -11,7 +11,7 @@ from datetime import datetime
 from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
@@ -69,6 +69,10 @@ class InputEntry(_Frozen):
     key: _Inside
     content_id: str
     volatile_id: str = ""
+
+    @classmethod
+    def of(cls, ref: ArtifactRef) -> Self:
+        return cls(stage=ref.stage, key=ref.key, content_id=ref.content_id, volatile_id=ref.volatile_id)
 
 
 class Manifest(_Frozen):

@@ -18,7 +18,7 @@ import os
 import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from draftsmith.artifacts.atomic import TMP_PREFIX, atomic_path, disk_errors, write_text
@@ -57,6 +57,9 @@ class RemoteStore(Store):
     @property
     def where(self) -> str:
         return self._bucket.address
+
+    def check(self) -> None:
+        self._bucket.check()
 
     # -- finding -------------------------------------------------------------------------------------------------
 
@@ -102,6 +105,17 @@ class RemoteStore(Store):
     def _to_verify(self, ref: ArtifactRef, manifest: Manifest) -> Mapping[str, FileEntry]:
         return {name: entry for name, entry in manifest.files.items() if (ref.path / name).exists()}
 
+    def _mend(self, ref: ArtifactRef, name: str, what: str) -> None:
+        """The copy here is damaged: fetched once more. Raises DraftsmithError if the bucket's is too."""
+        path, manifest = ref.path / name, read_manifest(ref.path)
+        with self._fetching(ref):
+            if path.is_file() and sha256_file(path) == manifest.files[name].sha256:
+                return  # another process was faster
+            if path.exists():
+                path.rename(aside := _aside(ref.path))
+                log.warning("%s: %s: fetched again; the damaged copy is %s", path, what, aside)
+            self._fetch_file(manifest, name, path)
+
     def _set_aside(self, folder: Path) -> str:
         """Which host made it is not known: what others read there was whole."""
         return f"make it again (`--force {folder.parent.name}`) if this host made it"
@@ -117,14 +131,22 @@ class RemoteStore(Store):
         wanted = {name: entry for name, entry in manifest.files.items() if files is None or name in files}
         if not _missing(ref.path, wanted):
             return
-        with disk_errors(f"fetching {ref.stage}"):
+        with self._fetching(ref):
             self._keep(manifest)
-            lock = self.root / ref.stage / f".lock-fetch-{ref.key[:SHORT]}"
-            with locked(lock, run=f"fetching {ref.stage}", limit_s=_FETCH_LIMIT_S):
-                for leftover in ref.path.rglob(f"{TMP_PREFIX}*"):
-                    leftover.unlink()
-                for name in _missing(ref.path, wanted):
-                    self._fetch_file(manifest, name, ref.path / name)
+            for leftover in ref.path.rglob(f"{TMP_PREFIX}*"):
+                leftover.unlink()
+            for name in _missing(ref.path, wanted):
+                self._fetch_file(manifest, name, ref.path / name)
+
+    @contextmanager
+    def _fetching(self, ref: ArtifactRef) -> Iterator[None]:
+        """One process of this home at a time writes an artifact's copy."""
+        lock = self.root / ref.stage / f".lock-fetch-{ref.key[:SHORT]}"
+        with (
+            disk_errors(f"fetching {ref.stage}"),
+            locked(lock, run=f"fetching {ref.stage}", limit_s=_FETCH_LIMIT_S),
+        ):
+            yield
 
     def here(self, folder: Path) -> Path:
         for place in (folder, folder.parent):  # of an artifact, or a folder in it
@@ -172,7 +194,7 @@ class RemoteStore(Store):
                 return
         if folder.exists():
             with suppress(FileNotFoundError):  # another process was faster
-                folder.rename(aside := folder.with_name(f"{REPLACED}{folder.name}-{time.time_ns()}"))
+                folder.rename(aside := _aside(folder))
                 os.utime(aside)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / MANIFEST, manifest_text(manifest))
@@ -259,6 +281,10 @@ class RemoteStore(Store):
 
     def _address(self, stage: str, key: str) -> str:
         return self._bucket.address_of(f"{stage}/{key[:SHORT]}/{MANIFEST}")
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f"{REPLACED}{path.name}-{time.time_ns()}")
 
 
 def _files_of(manifest: Manifest) -> str:

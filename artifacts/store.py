@@ -44,6 +44,7 @@ from draftsmith.artifacts.pending import PENDING, Pending, overwrite, read_pendi
 
 log = logging.getLogger(__name__)
 SHORT = 16  # hex digits of a key in a folder's name
+_WAIT_FIELD = "stages.lock_wait_minutes"
 PARTIAL, REPLACED = ".partial-", ".replaced-"  # beginnings of the names of what is no artifact, or none any more
 
 
@@ -101,6 +102,9 @@ class Store:
         """Where an unfinished attempt keeps `out` and `work`."""
         return self.root / stage / f"{PARTIAL}{key[:SHORT]}"
 
+    def check(self) -> None:
+        """For who is about to work for hours: raises DraftsmithError where artifacts cannot be kept."""
+
     # -- finding -------------------------------------------------------------------------------------------------
 
     def find(self, stage: str, key: str) -> ArtifactRef | None:
@@ -155,7 +159,7 @@ class Store:
             if not (ref.path / name).is_file():
                 raise damaged(ref.path / name, ref.stage, "is missing")
             if sha256_file(ref.path / name) != entry.sha256:
-                raise damaged(ref.path / name, ref.stage, "has changed since it was written")
+                self._mend(ref, name, "has changed since it was written")
 
     def verify_once(self, ref: ArtifactRef, *, and_elsewhere: bool = True) -> None:
         """Check the checksum of every file that was touched since it was last checked here, and of those that the
@@ -171,10 +175,11 @@ class Store:
             try:
                 sha256 = self._checksums.of(path)
             except OSError as error:
-                raise damaged(path, ref.stage, f"cannot be read ({error.strerror})") from error
+                self._mend(ref, name, f"cannot be read ({error.strerror})")
+                continue
             if sha256 != entry.sha256:
                 self._set_doubtful_aside(ref, path, before)
-                raise damaged(path, ref.stage, "has changed since it was written: its checksum is another")
+                self._mend(ref, name, "has changed since it was written: its checksum is another")
         for name, sha256 in elsewhere(ref.path).items() if and_elsewhere else ():
             try:
                 same = self._checksums.of(Path(name)) == sha256
@@ -189,6 +194,10 @@ class Store:
     def _to_verify(self, _ref: ArtifactRef, manifest: Manifest) -> Mapping[str, FileEntry]:
         """The files that are there, or ought to be."""
         return manifest.files
+
+    def _mend(self, ref: ArtifactRef, name: str, what: str) -> None:
+        """A file of an artifact is not as it was written; what: how. Raises DraftsmithError: it has no other copy."""
+        raise damaged(ref.path / name, ref.stage, what)
 
     def _set_doubtful_aside(self, ref: ArtifactRef, path: Path, known: Known | None) -> None:
         """What was made from an artifact since one of its files was last whole. known: of that time."""
@@ -221,6 +230,7 @@ class Store:
         waiting: Callable[[Holder | None], None] | None = None,
         run: str = "",
         limit_s: float = math.inf,
+        check: Callable[[], None] = lambda: None,
     ) -> Iterator[Claim | ArtifactRef]:
         """Take the key's lock (waiting for its holder) and yield a `Claim`, or the artifact if it is finished by then.
 
@@ -228,19 +238,14 @@ class Store:
         on from what an earlier forced attempt saved, and logs where that lies. What an earlier attempt made but could
         not commit is committed here.
         `waiting` is called once if another process holds the lock, with who that is; `run` tells it who we are. Raises
-        LockTimeoutError after `limit_s`. The kernel drops the lock of a dead process.
+        LockTimeoutError after `limit_s`, and what `check` raises, which is called while it waits. The kernel drops the
+        lock of a dead process.
         """
         with ExitStack() as stack:
             with disk_errors(f"claiming {stage}"):
-                lock = stack.enter_context(
-                    locked(
-                        self._lock(stage, key),
-                        waiting,
-                        run=run,
-                        limit_s=limit_s,
-                        limit_field="stages.lock_wait_minutes",
-                    )
-                )
+                place = self._lock(stage, key)
+                held = locked(place, waiting, run=run, limit_s=limit_s, limit_field=_WAIT_FIELD, check=check)
+                lock = stack.enter_context(held)
                 partial = self.partial(stage, key)
                 forced_before = (partial / "forced").exists()
                 finished = self._finish_interrupted_commit(stage, key)
@@ -306,7 +311,7 @@ class Store:
                 content_id="",
                 created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
                 config=dict(config),
-                inputs={name: _entry(ref) for name, ref in inputs.items()},
+                inputs={name: InputEntry.of(ref) for name, ref in inputs.items()},
                 code_digest=code_digest,
                 seed=seed,
                 files={},
@@ -383,10 +388,6 @@ class Store:
 
     def _lock(self, stage: str, key: str) -> Path:
         return self.root / stage / f".lock-{key[:SHORT]}"
-
-
-def _entry(ref: ArtifactRef) -> InputEntry:
-    return InputEntry(stage=ref.stage, key=ref.key, content_id=ref.content_id, volatile_id=ref.volatile_id)
 
 
 def _holds_other_content(folder: Path, content: str) -> bool:

@@ -235,7 +235,8 @@ def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
     display, tracking = Display(), Tracking(home(), config.experiment)
     for warning in check_alone(node, Folders(store, inputs)):
         display.line(f"warning: {warning}")
-    patiently(tracking.check, config.stages, display.line)
+    for check in (store.check, tracking.check):
+        patiently(check, config.stages, display.line)
     workshop = Workshop(home(), config, pipeline, display, tracking)
     made = patiently(lambda: make(workshop, node, inputs, force=options.force), config.stages, display.line)
     display.line(f"{node.name}: {made.ref.path}")

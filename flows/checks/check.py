@@ -32,7 +32,8 @@ from draftsmith.stages.targets.info import read_target_info
 
 
 def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
-    """All checks of a config that fits its schema, without loading weights; leaves nothing behind."""
+    """All checks of a config that fits its schema, without loading weights; leaves nothing behind, but for an empty
+    object in the bucket of a store."""
     found = Findings()
     found.ok("schema", f"{config.name}: every field is known and in range")
     with found.part("home"):
@@ -40,6 +41,7 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
         check_home(home, config)
         if new:
             home.rmdir()
+        store_of(home).check()
         found.ok("home", f"{home} can be written, {free_disk_bytes(home) / 1e9:.0f} GB free")
     with found.part("databases"):
         Tracking(home).check_place()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import httpx
@@ -18,10 +19,15 @@ from draftsmith.flows.pipeline.prefect_server import is_temporary
 _PREFIX = "accelerator."
 
 
+_POLL_S = 2.0
+_RACE_S = 20.0  # for a slot that was free a moment ago: Prefect's own wait for it hears no `check`
+
+
 @contextlib.contextmanager
-def held(say: Callable[[str], None]) -> Iterator[None]:
+def held(say: Callable[[str], None], check: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold every accelerator that this process sees, after waiting for its holder: what another run does on it would
-    change what is measured. Nothing to hold on a temporary server, which no other run knows.
+    change what is measured. Nothing to hold on a temporary server, which no other run knows. `check` is called while it
+    waits; what it raises ends that.
 
     The limit is made on first use, with one slot. Strict: an error if it is gone, and the end of the stage if it can
     no longer be held. Of a holder that was killed, the server takes the slot back after its lease (five minutes).
@@ -30,21 +36,37 @@ def held(say: Callable[[str], None]) -> Iterator[None]:
         yield
         return
     names = [f"{_PREFIX}{each}" for each in accelerators()]
-    if taken := _taken(names):
-        free = "; ".join(f"prefect gcl update {name} --active-slots 0" for name in taken)
-        say(
-            f"waits for {', '.join(taken)}, which another run holds (if none does, since Prefect's server was started "
-            f"again and has forgotten its holder: {free})"
-        )
     worked = False
     try:
-        with concurrency(names, strict=True):
+        with contextlib.ExitStack() as stack:
+            _take(stack, names, say, check)
             yield
             worked = True
     except httpx.TransportError as error:
         if not worked:
             raise RetryableError(f"Prefect's server was lost ({error}): start it again, or run again later") from error
         say(f"Prefect's server is lost, and does not know yet that {', '.join(names)} is free")
+
+
+def _take(
+    stack: contextlib.ExitStack, names: Sequence[str], say: Callable[[str], None], check: Callable[[], None]
+) -> None:
+    """Wait for a slot of every limit, and hold them as long as the stack."""
+    told = False
+    while True:
+        if not (taken := _taken(names)):
+            with contextlib.suppress(TimeoutError):  # another run was faster
+                stack.enter_context(concurrency(list(names), strict=True, timeout_seconds=_RACE_S))
+                return
+        elif not told:
+            told = True
+            free = "; ".join(f"prefect gcl update {name} --active-slots 0" for name in taken)
+            say(
+                f"waits for {', '.join(taken)}, which another run holds (if none does, since Prefect's server was "
+                f"started again and has forgotten its holder: {free})"
+            )
+        check()
+        time.sleep(_POLL_S)
 
 
 def _taken(names: Sequence[str]) -> list[str]:

@@ -45,12 +45,13 @@ def device_of(
     run: str,
     limit_s: float,
     waiting: Waiting,
+    check: Callable[[], None] = lambda: None,
     gpus: Callable[[], Sequence[str]] | None = None,
 ) -> Iterator[Device]:
     """As `devices_of`, of one GPU: the first that is free, and that alone is visible to the process."""
     names = sorted(set((gpus or gpu_names)()))
     if compute is Compute.LIGHT or not names:
-        with devices_of(compute, run=run, limit_s=limit_s, waiting=waiting, gpus=lambda: ()) as locks:
+        with devices_of(compute, run=run, limit_s=limit_s, waiting=waiting, check=check, gpus=lambda: ()) as locks:
             yield Device(locks)
         return
     began, told = time.monotonic(), False
@@ -72,6 +73,7 @@ def device_of(
         if not told:
             told = True
             waiting(", ".join(names), holder_of(_lock_of(names[0])))
+        check()
         time.sleep(_POLL_S)
 
 
@@ -82,11 +84,13 @@ def devices_of(
     run: str,
     limit_s: float,
     waiting: Waiting,
+    check: Callable[[], None] = lambda: None,
     gpus: Callable[[], Sequence[str]] | None = None,
 ) -> Iterator[tuple[int, ...]]:
     """Hold the locks of the devices that a stage computes on; yields their descriptors, which its process inherits.
 
-    `waiting` is called with the device and its holder where the stage has to wait; LockTimeoutError after `limit_s`.
+    `waiting` is called with the device and its holder where the stage has to wait, `check` while it does, and what that
+    raises ends it; LockTimeoutError after `limit_s`.
     """
     if compute is Compute.LIGHT:
         yield ()
@@ -105,6 +109,7 @@ def devices_of(
                     limit_field="stages.lock_wait_minutes",
                     shared=name == CPU and compute is not Compute.TIMED,
                     mode=0o666,
+                    check=check,
                 )
                 held.append(stack.enter_context(lock).fd)
         yield tuple(held)

@@ -50,7 +50,7 @@ def _state(item: PlannedNode, store: Store) -> str:
 def _state_of(
     store: Store, stage: str, key: str, *, done: bool, partial: bool, damage: DraftsmithError | None = None
 ) -> str:
-    if store.is_claimed(stage, key):
+    if store.partial(stage, key).exists() and store.is_claimed(stage, key):
         who = who_runs(home() / "logs", stage, key)
         return "[cyan]running[/cyan]" + (f": {escape(str(who))}" if who is not None else "")
     if damage is not None:

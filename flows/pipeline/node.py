@@ -31,7 +31,8 @@ from draftsmith.stages.contract import Compute
 
 log = logging.getLogger("draftsmith.stages")  # Prefect shows it in the run
 
-Hold = Callable[[Callable[[str], None]], AbstractContextManager[None]]  # given who tells that it waits
+# Given who tells that it waits, and what is called while it waits.
+Hold = Callable[[Callable[[str], None], Callable[[], None]], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Workshop:
     display: Display
     tracking: Tracking
     refresh_run: Callable[[], str | None] = lambda: None  # MLflow's id of the run that the stages' runs are nested in
-    check: Callable[[], None] = lambda: None  # called while a stage runs; what it raises stops it
-    hold: Hold = lambda _say: contextlib.nullcontext()  # what a stage on the accelerator holds
+    check: Callable[[], None] = lambda: None  # called while a stage waits or runs; what it raises stops it
+    hold: Hold = lambda _say, _check: contextlib.nullcontext()  # what a stage on the accelerator holds
     pool: Pool = side_by_side  # who makes the shards of a node
 
     @property
@@ -75,9 +76,9 @@ def make(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], *, f
     key = key_of(node, inputs, seed_of(node, workshop.config), workshop.pipeline, external)
     stage = node.stage.name
     ref = None if force else find(workshop.store, node, key, verify=True)
-    if ref is not None and outdated(workshop.store, node, ref, inputs):
-        ref, force = None, True
-    if ref is None:
+    reused = True
+    while ref is None or outdated(workshop.store, node, ref, inputs):  # also what an attempt left, or another run made
+        force = force or ref is not None
         with workshop.store.claim(
             stage,
             key,
@@ -85,16 +86,15 @@ def make(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], *, f
             waiting=_say_waiting(workshop, node),
             run=workshop.config.name,
             limit_s=60 * workshop.config.stages.lock_wait_minutes,
+            check=workshop.check,
         ) as claim:
-            if isinstance(claim, Claim):
-                made = Made(node.name, _run(workshop, node, inputs, claim, external, force=force), reused=False)
-                note_made(workshop.home, workshop.config.name, node.name, made.ref)
-                return made
-            ref = claim
-    forget_failure(workshop.logs, stage, key)
+            reused = not isinstance(claim, Claim)
+            ref = _run(workshop, node, inputs, claim, external, force=force) if isinstance(claim, Claim) else claim
     note_made(workshop.home, workshop.config.name, node.name, ref)
-    workshop.display.reused(node.name)
-    return Made(node.name, ref, reused=True)
+    if reused:
+        forget_failure(workshop.logs, stage, key)
+        workshop.display.reused(node.name)
+    return Made(node.name, ref, reused)
 
 
 def _say_waiting(workshop: Workshop, node: Node) -> Callable[[Holder | None], None]:
@@ -108,7 +108,8 @@ def _say_waiting(workshop: Workshop, node: Node) -> Callable[[Holder | None], No
 def _devices(workshop: Workshop, node: Node, compute: Compute) -> AbstractContextManager[tuple[int, ...]]:
     options = workshop.config.stages
     limit_s = 60 * options.lock_wait_minutes
-    return devices_of(compute, run=workshop.config.name, limit_s=limit_s, waiting=_say_in_use(workshop, node))
+    waiting = _say_in_use(workshop, node)
+    return devices_of(compute, run=workshop.config.name, limit_s=limit_s, waiting=waiting, check=workshop.check)
 
 
 def _say_in_use(workshop: Workshop, node: Node) -> Waiting:
@@ -214,7 +215,7 @@ def _shards(
 def _accelerator(workshop: Workshop, node: Node, compute: Compute) -> AbstractContextManager[None]:
     if compute is Compute.LIGHT:
         return contextlib.nullcontext()
-    return workshop.hold(lambda message: workshop.display.line(f"{node.name}: {message}"))
+    return workshop.hold(lambda message: workshop.display.line(f"{node.name}: {message}"), workshop.check)
 
 
 def _run_process(

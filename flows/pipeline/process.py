@@ -77,11 +77,12 @@ def run_stage(
     """Run the stage to its end and hand every event to `on_event` as it comes.
 
     Whatever ends the wait (the time limit, Ctrl-C, SIGTERM turned into an exception, an error in `on_event` or in
-    `check`, which is called while it waits), the stage is asked to stop, has `grace_s` to save, and then its whole
-    group is killed. If we are killed meanwhile, it still has them. `pass_fds` are kept open in the stage's process (the
-    lock of what it writes); `environment` is added to ours. Raises `DraftsmithError` with the stage's own line and the
-    path of its log.
+    `check`, which is called before it starts and while it runs), the stage is asked to stop, has `grace_s` to save, and
+    then its whole group is killed. If we are killed meanwhile, it still has them. `pass_fds` are kept open in the
+    stage's process (the lock of what it writes); `environment` is added to ours. Raises `DraftsmithError` with the
+    stage's own line and the path of its log.
     """
+    check()
     log_path.parent.mkdir(parents=True, exist_ok=True)
     request_path = log_path.with_suffix(".request.json")
     request_path.write_text(json.dumps(asdict(request), indent=2), "utf-8")

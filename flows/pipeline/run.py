@@ -115,7 +115,8 @@ def _run_once(
     workshop = Workshop(home(), config, pipeline, Display(), tracking, check=cancellation.check)
     check_home(workshop.home, config)
     check_runner(config.stages)
-    patiently(workshop.tracking.check, config.stages, workshop.display.line)
+    for check in (workshop.store.check, workshop.tracking.check):
+        patiently(check, config.stages, workshop.display.line)
     _warn(workshop, filter(None, [misplaced(tracking)]))
     workshop.tracking.close_dead_runs(workshop.store)
     planned = patiently(

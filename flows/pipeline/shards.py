@@ -96,7 +96,7 @@ def make_shard(
         store.verify_once(ref, and_elsewhere=False)
         return ref
     run, logs = order.config.name, home / "logs"
-    with store.claim(order.stage, order.key, run=run, limit_s=limit_s) as claim:
+    with store.claim(order.stage, order.key, run=run, limit_s=limit_s, check=check) as claim:
         if not isinstance(claim, Claim):
             return claim
         config = node.config.model_dump(mode="json")
@@ -107,7 +107,9 @@ def make_shard(
 
         try:
             with (
-                device_of(node.stage.computes(node.config), run=run, limit_s=limit_s, waiting=waiting) as device,
+                device_of(
+                    node.stage.computes(node.config), run=run, limit_s=limit_s, waiting=waiting, check=check
+                ) as device,
                 unchanged(store, node, inputs, claim, external),
             ):
                 request = StageRequest(

@@ -11,12 +11,13 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,7 +32,13 @@ _ECHO_S = 3.0
 _FITTING_S = 15.0  # for a node that can take part, where another one cannot
 _OTHERS_S = 15.0  # for other nodes' word: one that lost a rank ends its others first, which wait for their echo
 _NEEDED = ["torch.distributed", "transformers.modeling_utils", "draftsmith.stages.parallel.group"]
+# gloo between processes, the watchdog of NCCL, and the store behind both: another rank did not come in time
+_WAITED = re.compile(r"gloo.*timed out|collective operation timeout|DistStoreError.*(timed out|timeout)", re.IGNORECASE)
 _KINDS = {kind.exit_code: kind for kind in (DraftsmithError, RetryableError, StageInterrupted)}
+_WHY_LOST = {
+    -signal.SIGKILL: "; memory that ran out is what most often kills: lower micro_batch_tokens",
+    -signal.SIGABRT: "; NCCL ends a rank so that waited too long for another one, which may hang",
+}
 
 
 class RankFailedError(DraftsmithError):
@@ -193,11 +200,17 @@ def _cause(notes: Path, error: BaseException, world: int, *, stopped: bool) -> D
             return _KINDS[report.exit_code](report.message)
     if stopped:
         return StageInterrupted("the stage was asked to stop: run the same command to continue from its checkpoint")
+    if reports and _WAITED.search(reports[0].message) and (silent := _silent(reports, world)):
+        who = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))}"
+        return RetryableError(
+            f"{who} of {world} did not answer: rank {reports[0].rank} waited in vain ({reports[0].message}), and all "
+            "were ended: the same command continues from the checkpoint"
+        )
     if isinstance(error, ChildFailedError):
         failure = next(iter(error.failures.values()))
         rank = _started(notes).get(failure.pid, f"{failure.local_rank}, which had not begun,")
         if failure.exitcode < 0 or rank not in [str(report.rank) for report in reports]:
-            why = "; memory that ran out is what most often kills: lower micro_batch_tokens" * (failure.exitcode == -9)
+            why = _WHY_LOST.get(failure.exitcode, "")
             return RetryableError(
                 f"rank {rank} of {world} was lost, with exit code {failure.exitcode}, and the others were ended: the "
                 f"same command continues from the checkpoint{why}"
@@ -205,3 +218,8 @@ def _cause(notes: Path, error: BaseException, world: int, *, stopped: bool) -> D
     if reports:
         return RankFailedError(f"rank {reports[0].rank} of {world}: {reports[0].message}")
     return RankFailedError(f"the ranks could not be run: {type(error).__name__}: {error}")
+
+
+def _silent(reports: Sequence[RankReport], world: int) -> list[int]:
+    """Ranks that had nothing to report when the others ended: none that waits for others stays so."""
+    return sorted(set(range(world)) - {report.rank for report in reports})

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.bucket import Bucket
-from draftsmith.artifacts.errors import RetryableError
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from tests.testbed.s3 import bucket
 
 
@@ -43,6 +43,30 @@ def test_objects_are_written_once_replaced_read_listed_and_deleted(store: Bucket
     assert (tmp_path / "copy").read_bytes() == b"x" * 1000
     store.delete(["a/b c/deep.bin"])
     assert list(store.listed()) == ["a/one.json"]
+
+
+def test_the_check_writes_one_object(store: Bucket) -> None:
+    for _ in range(2):
+        store.check()
+    assert store.listed()[".written-once"].bytes == 0
+
+
+def test_a_bucket_that_is_not_there_is_told_by_its_address() -> None:
+    with (
+        bucket("things"),
+        pytest.raises(DraftsmithError, match=r"^DRAFTSMITH_STORE: s3://thinsg/x: there is no such b"),
+    ):
+        Bucket("s3://thinsg/x", "DRAFTSMITH_STORE").check()
+
+
+def test_a_client_that_overwrites_whatever_the_condition_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Bucket(f"memory://{tmp_path.name}", "DRAFTSMITH_STORE")
+    write = type(store._system).pipe_file
+    monkeypatch.setattr(type(store._system), "pipe_file", lambda self, path, value, **_mode: write(self, path, value))
+    with pytest.raises(DraftsmithError, match=r"^DRAFTSMITH_STORE: memory://.* the second would overwrite the first"):
+        store.check()
 
 
 def test_a_full_disk_of_this_machine_is_not_the_network(store: Bucket) -> None:

@@ -47,6 +47,27 @@ def test_old_shards_go(tmp_path: Path) -> None:
     assert found.what == "shard" and found.remove() and not made.exists()
 
 
+def test_shards_stay_as_long_as_a_node_of_their_stage_may_join_them(tmp_path: Path, store: Store) -> None:
+    def made() -> Path:
+        with store.claim("mining.shard", KEY) as claim:
+            assert isinstance(claim, Claim)
+            (claim.out / "x").write_text("rows")
+            return store.commit(claim, config={}, inputs={}, code_digest="c", seed=0).path
+
+    shard = made()
+    (old,) = leftovers(tmp_path, time.time() + 1)
+    with store.claim("mining", OLD) as node:
+        assert isinstance(node, Claim)
+        assert leftovers(tmp_path, time.time() + 1) == [] and not old.remove()
+    assert [each.what for each in leftovers(tmp_path, time.time() + 1)] == ["unfinished attempt"] and not old.remove()
+    with store.claim("mining", OLD) as node:
+        assert isinstance(node, Claim)
+        (node.out / "x").write_text("rows")
+        store.commit(node, config={}, inputs={}, code_digest="c", seed=0)
+    (old,) = leftovers(tmp_path, time.time() + 1)
+    assert old.path == shard and old.remove() and not shard.exists()
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")

@@ -210,17 +210,29 @@ def test_what_a_home_had_before_is_uploaded_and_not_made_again(a: Store, b: Stor
         assert isinstance(claim, Claim)  # not what was written: made anew
 
 
-def test_a_copy_that_the_disk_has_damaged_is_refused(a: Store, b: Store) -> None:
-    make(a)
+@pytest.mark.parametrize("verify", ["verify_once", "verify"])
+def test_a_copy_that_the_disk_has_damaged_is_fetched_again(
+    verify: str, a: Store, b: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = make(a).path / "data.txt"
     found = b.find("rollout", KEY)
     assert found is not None
     b.fetch(found)
-    (found.path / "data.txt").write_text("anSwer")
-    with pytest.raises(DraftsmithError, match=r"data\.txt: has changed since it was written"):
-        b.verify_once(found)
-    (found.path / "data.txt").write_text("cut")  # a size that is wrong is not there
+    copy = found.path / "data.txt"
+    copy.write_text("anSwer")
+    getattr(b, verify)(found)
+    assert copy.read_text() == made.read_text()
+    (aside,) = (b.root / "rollout").glob(".replaced-*")
+    assert aside.read_text() == "anSwer" and f"{copy}: has changed since it was written" in caplog.text
+    copy.write_text("cut")  # a size that is wrong is not there
     b.fetch(found)
     b.verify(found)
+
+    (name,) = files_of("data.txt")
+    flip(name)
+    copy.write_text("anSwer")
+    with pytest.raises(DraftsmithError, match=rf"^{ADDRESS}/{name}: has changed since it was uploaded"):
+        getattr(b, verify)(found)
 
 
 def test_a_home_that_may_only_be_read_sees_the_store(a: Store, tmp_path: Path) -> None:

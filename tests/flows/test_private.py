@@ -103,6 +103,28 @@ def as_reader(home: Path, commands: list[list[str]]) -> list[str]:
     return [out + err for out, err in zip(*said, strict=True)]
 
 
+def give_away(home: Path) -> None:
+    """Everything becomes another user's, where that may be, and can only be read."""
+    for path in (home, *home.rglob("*")):
+        if os.geteuid() == 0:
+            os.chown(path, NOBODY, os.getgid())
+        path.chmod(path.stat().st_mode & ~0o222)
+
+
+@pytest.mark.integration
+def test_who_may_only_read_sees_what_is_running(home: Path) -> None:
+    """And takes no attempt for unfinished whose lock it may not read."""
+    with private_files(home):
+        protect(home, group_may_read=True)
+        with (store := Store(home / "store")).claim("opd", "ab" * 32):
+            give_away(home)
+            (readable,) = as_reader(home, [["status"]])
+            store._lock("opd", "ab" * 32).chmod(0)
+            (hidden,) = as_reader(home, [["status"]])
+    for said in (readable, hidden):
+        assert "abababababababab  running" in said and "unfinished" not in said
+
+
 @pytest.mark.integration
 def test_who_may_only_read_can_look_and_changes_nothing(home: Path, tmp_path: Path) -> None:
     stages = {"min_free_gb": 0.01, "group_may_read": True}
@@ -113,10 +135,7 @@ def test_who_may_only_read_can_look_and_changes_nothing(home: Path, tmp_path: Pa
         assert isinstance(claim, Claim)
         (claim.out / "report.html").write_text("<p>")
         reported = store.commit(claim, config={}, inputs={}, code_digest="c", seed=0)
-    for path in (home, *home.rglob("*")):
-        if os.geteuid() == 0:
-            os.chown(path, NOBODY, os.getgid())
-        path.chmod(path.stat().st_mode & ~0o222)
+    give_away(home)
     before = tree(home)
     expected = {
         ("status",): (0, "done"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,16 @@ from draftsmith.artifacts.store import Claim, Store
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.cli import main
 from draftsmith.flows.pipeline import devices
+from draftsmith.flows.pipeline.cancellation import CancelledError
 from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.pipeline.graph import key_of
+from draftsmith.flows.pipeline.graph import key_of, outdated
 from draftsmith.flows.pipeline.node import Workshop, make
 from draftsmith.flows.pipeline.options import StageOptions, check_runner
 from draftsmith.flows.pipeline.process import StageFailedError, StageOutcome, run_stage
 from draftsmith.flows.pipeline.shards import Make, Order, side_by_side
+from draftsmith.stages.contract import Compute
 from tests.flows.pipeline.toy import TOY, ToyConfig, toy_nodes, write_config
+from tests.flows.pipeline.toy_stages.collect import CollectConfig
 from tests.flows.pipeline.toy_stages.squares import SquaresConfig
 from tests.testbed.s3 import SECRET, bucket
 
@@ -55,6 +60,30 @@ def test_an_input_that_another_run_makes_again_is_not_filed_under_the_old_key(
     with pytest.raises(DraftsmithError, match=r"left: its input first .* was made again by another run"):
         make(workshop, nodes["left"], {"first": target})
     assert workshop.store.find("combine", key_of(nodes["left"], {"first": target}, config.seed, TOY)) is None
+
+
+@pytest.mark.parametrize("waits_for", ["the artifact", "the CPU", "nothing"])
+def test_a_run_that_is_cancelled_while_it_waits_starts_nothing(
+    waits_for: str, tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(devices.FOLDER, str(tmp_path / "devices"))
+    monkeypatch.setattr("draftsmith.flows.pipeline.devices.gpu_names", list)
+    target = CollectConfig(note_start=tmp_path / "started")
+    config = ToyConfig(name="t", target=target, stages=StageOptions(lock_wait_minutes=0.5))
+    node = next(node for node in toy_nodes(config) if node.name == "target")
+
+    def cancelled() -> None:
+        raise CancelledError("cancelled in Prefect")
+
+    workshop = Workshop(tmp_path / "home", config, TOY, Display(), tracking, check=cancelled)
+    with ExitStack() as others:
+        if waits_for == "the artifact":
+            others.enter_context(workshop.store.claim("collect", key_of(node, {}, config.seed, TOY)))
+        elif waits_for == "the CPU":
+            others.enter_context(devices.devices_of(Compute.TIMED, run="", limit_s=1, waiting=lambda *_: None))
+        with pytest.raises(CancelledError):
+            make(workshop, node, {})
+    assert not (tmp_path / "started").exists() and not list(workshop.logs.glob("*.request.json"))
 
 
 def squares(
@@ -171,6 +200,36 @@ def test_what_one_host_has_made_another_goes_on_from(
     assert "nothing in" in at(b, "prune")
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes()
+
+
+def test_what_another_host_was_first_to_make_of_an_earlier_measurement_is_not_taken(
+    homes: tuple[Path, Path], tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ToyConfig(name="t")
+    nodes = {node.name: node for node in toy_nodes(config)}
+    ours, theirs = (Workshop(home, config, TOY, Display(), tracking) for home in homes)
+    target = make(ours, nodes["target"], {}).ref
+    measured = {"first": replace(target, volatile_id="measured anew")}
+
+    def run_and_be_overtaken(*arguments: Any, **keywords: Any) -> StageOutcome:
+        monkeypatch.setattr("draftsmith.flows.pipeline.node.run_stage", run_stage)
+        make(theirs, nodes["left"], {"first": replace(target, path=theirs.store.path(target.stage, target.key))})
+        return run_stage(*arguments, **keywords)
+
+    monkeypatch.setattr("draftsmith.flows.pipeline.node.run_stage", run_and_be_overtaken)
+    made = make(ours, nodes["left"], measured)
+    assert not made.reused and not outdated(theirs.store, nodes["left"], made.ref, measured)
+
+
+def test_a_bucket_that_is_not_there_is_told_before_a_stage_runs(
+    homes: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(write_config(tmp_path / "toy.yaml", target={"note_start": str(tmp_path / "started")}))
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(homes[0]))
+    monkeypatch.setenv(STORE, "s3://taems/line")
+    assert main(["stage", "target", config], TOY) == 2
+    assert "DRAFTSMITH_STORE: s3://taems/line: there is no such bucket" in capsys.readouterr().err
+    assert not (tmp_path / "started").exists()
 
 
 def test_a_flipped_bit_stops_the_stage_that_would_read_it(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,10 @@ import pytest
 from draftsmith.artifacts.checksums import Checksums
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.manifest import ELSEWHERE, ArtifactRef, sha256_file
-from draftsmith.artifacts.store import Claim
+from draftsmith.artifacts.store import Claim, Store
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.pipeline.graph import Node, Status, find, key_of, plan
+from draftsmith.flows.pipeline.graph import Node, Status, find, key_of, outdated, plan
 from draftsmith.flows.pipeline.node import Workshop, make
 from draftsmith.flows.pipeline.process import StageOutcome, run_stage
 from draftsmith.flows.pipeline.unchanged import unchanged
@@ -45,6 +46,18 @@ class Toy:
     def found(self, node: Node) -> ArtifactRef | None:
         key = key_of(node, {"first": self.target}, self.workshop.config.seed, TOY)
         return find(self.workshop.store, node, key)
+
+    def measure(self, figures: str) -> None:
+        """The first artifact again, with the same content and other volatile files."""
+        numbers = self.numbers.read_bytes()
+        with self.workshop.store.claim("collect", self.target.key, force=True) as claim:
+            assert isinstance(claim, Claim)
+            (claim.out / "numbers.json").write_bytes(numbers)
+            (claim.out / "metrics.jsonl").write_text(figures)
+            fields: dict[str, Any] = {"config": {}, "inputs": {}, "code_digest": "c", "seed": 0}
+            measured = self.workshop.store.commit(claim, **fields, volatile=("metrics.jsonl",))
+        assert (measured.key, measured.content_id) == (self.target.key, self.target.content_id)
+        self.target = measured
 
 
 @pytest.fixture
@@ -156,19 +169,56 @@ def test_a_file_that_changes_while_it_is_read_leaves_nothing_under_the_old_key(
 def test_what_shows_measurements_is_made_again_when_they_were_under_the_same_key(toy: Toy) -> None:
     first = make(toy.workshop, toy.left(), {"first": toy.target})
     assert make(toy.workshop, toy.left(), {"first": toy.target}).reused
-    numbers = toy.numbers.read_bytes()
-    with toy.workshop.store.claim("collect", toy.target.key, force=True) as claim:
-        assert isinstance(claim, Claim)
-        (claim.out / "numbers.json").write_bytes(numbers)
-        (claim.out / "metrics.jsonl").write_text("measured anew")
-        fields: dict[str, Any] = {"config": {}, "inputs": {}, "code_digest": "c", "seed": 0}
-        measured = toy.workshop.store.commit(claim, **fields, volatile=("metrics.jsonl",))
-    assert (measured.key, measured.content_id) == (toy.target.key, toy.target.content_id)
+    toy.measure("anew")
     planned = {item.node.name: item.status for item in plan(toy.workshop.config, toy.workshop.store, TOY)}
     assert (planned["target"], planned["left"]) == (Status.HIT, Status.RUN)
-    again = make(toy.workshop, toy.left(), {"first": measured})
+    again = make(toy.workshop, toy.left(), {"first": toy.target})
     assert not again.reused and again.ref == first.ref
-    assert make(toy.workshop, toy.left(), {"first": measured}).reused
+    assert make(toy.workshop, toy.left(), {"first": toy.target}).reused
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_was_made_of_an_earlier_measurement_and_not_committed_is_not_taken(
+    force: bool, toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise DraftsmithError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "_complete", full)
+        with pytest.raises(DraftsmithError, match="the disk is full"):
+            make(toy.workshop, toy.left(), {"first": toy.target}, force=force)
+    toy.measure("anew")
+    made = make(toy.workshop, toy.left(), {"first": toy.target}, force=force)
+    assert not made.reused and not outdated(toy.workshop.store, toy.left(), made.ref, {"first": toy.target})
+    assert not list(toy.workshop.store.root.glob("combine/.partial-*"))
+
+
+def test_what_another_run_makes_of_an_earlier_measurement_is_not_taken(toy: Toy) -> None:
+    """It holds the key while this run measures and then waits for it."""
+    store, key = toy.workshop.store, key_of(toy.left(), {"first": toy.target}, toy.workshop.config.seed, TOY)
+    held, waits = threading.Event(), threading.Event()
+
+    def other(first: ArtifactRef) -> None:
+        with store.claim("combine", key) as claim:
+            assert isinstance(claim, Claim)
+            held.set()
+            assert waits.wait(60)
+            (claim.out / "numbers.json").write_text("[10]")
+            store.commit(claim, config={}, inputs={"first": first}, code_digest="c", seed=0)
+
+    class Told(Display):
+        def line(self, text: str) -> None:
+            if "waiting for it" in text:
+                waits.set()
+
+    another = threading.Thread(target=other, args=(toy.target,))
+    another.start()
+    assert held.wait(60)
+    toy.measure("anew")
+    made = make(replace(toy.workshop, display=Told()), toy.left(), {"first": toy.target})
+    another.join()
+    assert not made.reused and not outdated(store, toy.left(), made.ref, {"first": toy.target})
 
 
 def test_files_elsewhere_that_an_input_names_are_those_that_it_found(toy: Toy, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from draftsmith.stages.parallel.launch import Meeting, RankReport, _cause, clear
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.targets.causal_lm import Target
 from tests.flows.pipeline.processes import assert_gone, wait_until
-from tests.stages.parallel import short_of_memory
+from tests.stages.parallel import short_of_memory, silent
 from tests.stages.parallel.attempts import CONFIG, LONG, TWO, Attempt, newest, ranks_of
 from tests.stages.parallel.trainings import AGAIN, IN_PARTS, MIDDLE, REDUCED, STEPS, Training, run_all
 from tests.stages.test_stage_process import finish
@@ -278,6 +278,13 @@ def test_what_still_ends_of_an_earlier_launch_says_nothing_of_the_next_one(
     clear(tmp_path)
     RankReport(1, "the disk is full", 2).write(tmp_path)  # nobody waits for it
     assert not (tmp_path / "ranks").exists()
+
+
+def test_a_rank_that_hangs_is_named_and_the_same_command_goes_on(tmp_path: Path, inputs: dict[str, str]) -> None:
+    code, events = Attempt(tmp_path, inputs, module=silent.__name__, **TWO).ended()
+    errors = [event for event in events if event["event"] == "error"]
+    assert (code, len(errors)) == (75, 1)
+    assert "rank 1 of 2 did not answer: rank 0 waited in vain (" in errors[0]["message"]
 
 
 def test_bad_input_is_one_error_however_many_read_it(tmp_path: Path, inputs: dict[str, str]) -> None:

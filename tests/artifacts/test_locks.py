@@ -1,0 +1,40 @@
+"""File locks: who may see that they are held, and waits that are called off."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from draftsmith.artifacts.locks import is_locked, locked
+
+
+class CalledOff(Exception):
+    pass
+
+
+def call_off() -> None:
+    raise CalledOff
+
+
+def test_a_wait_is_called_off_by_its_check(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    with locked(lock, check=call_off), pytest.raises(CalledOff), locked(lock, limit_s=30, check=call_off):
+        pass
+    assert not is_locked(lock)
+
+
+@pytest.mark.parametrize(("folder", "mode"), [(0o700, 0o600), (0o750, 0o640)])
+def test_who_may_read_the_folder_may_see_that_a_lock_is_held(folder: int, mode: int, tmp_path: Path) -> None:
+    """Also one whose file is from before."""
+    tmp_path.chmod(folder)
+    before = os.umask(0o077)
+    try:
+        for lock in (tmp_path / "new", tmp_path / "old"):
+            if lock.name == "old":
+                lock.touch()
+            with locked(lock):
+                assert lock.stat().st_mode & 0o777 == mode
+    finally:
+        os.umask(before)
