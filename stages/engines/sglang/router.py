@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.sglang.server import free_port
 
 if TYPE_CHECKING:
     import httpx
@@ -26,14 +25,14 @@ _TIMEOUT_S = 10.0
 _POLL_S = 0.5
 
 
-def router_command(config: SGLangEngineConfig, workers: Sequence[str]) -> list[str]:
+def router_command(config: SGLangEngineConfig, workers: Sequence[str], metrics_port: int) -> list[str]:
     """Of a router that spreads over launched servers; without its port."""
     assert config.launch is not None and config.launch.router is not None and config.python is not None
     return [
         os.fspath(config.python.expanduser().absolute()),
         os.fspath(_SCRIPT),
         *("--host", "127.0.0.1", "--policy", config.launch.router, "--worker-urls", *workers),
-        *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())),
+        *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)),
         # a server that is started again is asked again soon
         *("--worker-startup-check-interval", "1", "--health-check-interval-secs", "2"),
         *("--health-success-threshold", "1", "--cb-timeout-duration-secs", "5"),
