@@ -209,9 +209,9 @@ def _without_answers(errors: dict[str, DraftsmithError]) -> DraftsmithError:
     stopped = "; so many that nothing more was sent" if len(names) >= _MOST_UNANSWERED else ""
     kind = RetryableError if all(isinstance(error, RetryableError) for error in errors.values()) else UnansweredError
     return kind(
-        f"engine: {many} no answer{stopped}: {first}; all other answers are kept, and the same command asks only for "
-        "those that are missing: mend the cause, or take these prompts (prompt_id/sample, as prompts.parquet has them) "
-        "out of prompts.sources, which makes a new rollout"
+        f"engine: {many} no answer{stopped}: {first}; a rollout keeps all other answers, and the same command asks "
+        "only for what is missing: mend the cause, or take these prompts (named by prompt_id of prompts.parquet, and "
+        "sample) out of prompts.sources, with which all answers are made again"
     )
 
 

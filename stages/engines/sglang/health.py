@@ -44,7 +44,7 @@ class Server:
     launched: bool = False  # by this process: nobody else starts it again
     attempts: set[asyncio.Task[Answer]] = field(default_factory=set)
     answered_at: float = -math.inf  # when it last answered a request
-    heard_at: float = -math.inf  # that, or a probe
+    heard_at: float = field(default_factory=time.monotonic)  # that, or a probe or handshake
     down_at: float = -math.inf
     unreached: bool = False  # since it was checked: it may have been started again, as another one
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _SCRIPT = Path(__file__).with_name("routed.py")
 _TIMEOUT_S = 10.0
 _POLL_S = 0.5
+_PATIENCE_S = 60
 
 
 def router_command(config: SGLangEngineConfig, workers: Sequence[str], metrics_port: int) -> list[str]:
@@ -36,7 +37,8 @@ def router_command(config: SGLangEngineConfig, workers: Sequence[str], metrics_p
         # a server that is started again is asked again soon
         *("--worker-startup-check-interval", "1", "--health-check-interval-secs", "2"),
         *("--health-success-threshold", "1", "--cb-timeout-duration-secs", "5"),
-        *("--request-timeout-secs", str(round(config.request_timeout_s)), "--log-level", "warn"),
+        # longer than ours, for its own is an error 5xx, which would be repeated
+        *("--request-timeout-secs", str(round(config.request_timeout_s) + _PATIENCE_S), "--log-level", "warn"),
     ]
 
 
