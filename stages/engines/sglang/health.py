@@ -122,8 +122,9 @@ class Health:
                 await asyncio.sleep(pause(tries, self._backoff_s))
             try:
                 await self.probe(server)
-                # Where a request is still in flight, its connection is that of the server that was checked.
-                if server.unreached and not server.attempts and self._check is not None:
+                # A connection that still holds a request, or has just answered one, is of the server that was checked.
+                same = server.attempts or server.answered_at > since
+                if server.unreached and not same and self._check is not None:
                     await self._check(server)
                 self._up(server)
                 return

@@ -24,7 +24,7 @@ async def never(_: Server) -> bool:
 
 
 def test_a_server_whose_queue_is_long_is_alive() -> None:
-    """Nothing that is asked for now is answered before the probe has been."""
+    """No request is answered before the probe has been."""
     probed, first = threading.Event(), [True]
 
     def generate(p: dict[str, Any]) -> dict[str, Any]:
