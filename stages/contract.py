@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PrivateAttr
 
 NOT_FETCHED = "not fetched"  # the version of something on the hub that could not be asked for its commit yet
 
@@ -28,6 +28,19 @@ class Config(BaseModel):
     """Base of every config section: frozen, and an unknown field is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
+    _listed: frozenset[str] | None = PrivateAttr(default=None)
+
+    def reading(self, files: Collection[str]) -> Self:
+        """As the stage gets it, whose key was made of these files outside the store: where files of rows are listed by
+        folder or pattern, it reads no others of them, though more have come meanwhile."""
+        pinned = self.model_copy()
+        pinned._listed = frozenset(files)
+        return pinned
+
+    @property
+    def listed_files(self) -> frozenset[str] | None:
+        """What `reading` was given; None: all files that are there."""
+        return self._listed
 
     def key_material(self) -> dict[str, Any]:
         """What of this config decides the result, as JSON values."""

@@ -1,7 +1,8 @@
 """Stage `earlier`: the logged answers that the champion was trained on, taken into the next refresh of its line.
 
 Its key is their content and whose they are, wherever the file lies. Stage `logs` mixes a share of them in
-(`logs.replay_share`) if the target and the tokenizer are still those that gave them.
+(`logs.replay_share`) if the target and the tokenizer are still those that gave them, and uses none of them again where
+its window reaches back behind them (`logs.lateness_hours`).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def run(ctx: StageContext, config: EarlierConfig) -> None:
     source = store.here(folder) / TABLE
     if not source.is_file():  # of a home that was moved, or is a copy; its checksum says whether it is the one
         source = store.root / folder.parent.name / folder.name / TABLE
-    advice = "restore it, or set logs.replay_share to 0"
+    advice = "restore it, or set logs.replay_share and logs.lateness_hours to 0"
     if not source.is_file():
         raise DraftsmithError(f"{source}: the answers of the champion's refresh are not here: {advice}")
     with atomic_path(ctx.out / TABLE) as path:

@@ -48,13 +48,15 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
     from draftsmith.artifacts.errors import DraftsmithError
     from draftsmith.stages.prompting.answers import TrajectoryTable, WaitingAnswers
     from draftsmith.stages.prompting.aside import Aside
-    from draftsmith.stages.prompting.earlier import made_otherwise, read_earlier
+    from draftsmith.stages.prompting.earlier import contents, made_otherwise, read_earlier
     from draftsmith.stages.prompting.held_out import read_held_out
     from draftsmith.stages.prompting.intake import Intake
     from draftsmith.stages.prompting.tokenised import Tokenised
     from draftsmith.stages.targets.info import read_target_info
 
     preflight(config, ctx.inputs["target"])
+    if config.overlaps and "earlier" not in ctx.inputs:  # nobody knows what was used of the overlap
+        config = config.model_copy(update={"lateness_hours": 0.0})
     held_out = read_held_out(ctx.inputs.get("prompts"))
     with (
         atomic_path(ctx.out / "set_aside.jsonl") as listed,
@@ -62,7 +64,8 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
         Tokenised(ctx.work / "tokenised") as kept,
     ):
         aside = Aside("logs.max_bad_share", config.max_bad_share, lines)
-        intake = Intake(config, ctx.inputs["target"], held_out, aside, kept)
+        used_before = contents(ctx.inputs["earlier"]) if config.overlaps else frozenset()
+        intake = Intake(config, ctx.inputs["target"], held_out, aside, kept, used_before)
         earlier, changed, info = None, None, read_target_info(ctx.inputs["target"])
         if config.replay_share and "earlier" in ctx.inputs:
             changed = made_otherwise(ctx.inputs["earlier"], info)
@@ -206,15 +209,17 @@ def _read(
     candidates: _Candidates,
     wanted: int | None,
 ) -> int | None:
-    """All rows, or as many as are needed. Returns how many there are in the files, None if some are far away."""
-    from draftsmith.stages.prompting.files import count_rows, is_remote, matched, read_rows
+    """All rows, or as many as are needed. Returns how many there are in the files, None where not all are
+    read or some are far away."""
+    from draftsmith.stages.prompting.files import count_rows, is_remote, read_rows
     from draftsmith.stages.prompting.times import LAST
 
-    files = matched(config.paths, "logs.paths")
-    total = None if any(is_remote(file) for file in files) else count_rows(files)
+    files = config.files()
     # the next window begins behind the newest row read: of this one, none may be left unread, in whatever file
     consecutive = config.since == LAST or config.after is not None
     enough = wanted if config.sample == "first" and not config.quotas and not consecutive else None
+    uncounted = enough is not None or any(is_remote(file) for file in files)
+    total = None if uncounted else count_rows(files)
     for read, row in enumerate(read_rows(files), start=1):
         answer = intake.take(row)
         if answer is not None:
@@ -242,6 +247,7 @@ def _replayed(config: LogsConfig, new: int) -> int:
 
 
 def _nothing_usable(config: LogsConfig, intake: Intake, candidates: int) -> str:
+    from draftsmith.stages.prompting.intake import USED_BEFORE
     from draftsmith.stages.prompting.logged import SHAPES
 
     rows, where = intake.aside.rows, ", ".join(config.paths)
@@ -250,7 +256,7 @@ def _nothing_usable(config: LogsConfig, intake: Intake, candidates: int) -> str:
             f"logs.quotas: nothing of {candidates} usable answers is left: shares of all their sources add up to less "
             "than 1: raise them, or leave a source unbounded"
         )
-    if rows and intake.outside_window == rows:
+    if rows and intake.outside_window + intake.aside.reasons[USED_BEFORE] == rows:
         since = f"from {config.since} or later" if config.since_time is not None else ""
         after = f"later than {config.after}" if config.after is not None else ""
         beginning = " and ".join(each for each in (since, after) if each)

@@ -188,6 +188,8 @@ def _asked(
     """The stage of a request, its config and its context."""
     stage: Stage = importlib.import_module(request["module"]).STAGE
     config = stage.config.model_validate(request["config"])
+    if request.get("files") is not None:
+        config = config.reading(request["files"])
     out, work = Path(request["out"]), Path(request["work"])
     out.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)

@@ -18,11 +18,12 @@ from draftsmith.artifacts.atomic import atomic_path, write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import NOT_FETCHED, Config, Operational, Stage, StageContext
 from draftsmith.stages.prompting.files import local_files, remote_versions
-from draftsmith.stages.prompting.held_out import HELDOUT_SHARE
+from draftsmith.stages.prompting.held_out import HELDOUT_SHARE, HeldOutBy, identity
 from draftsmith.stages.prompting.rows import Message
 from draftsmith.stages.prompting.sources import (
     SPLITS,
     Candidate,
+    Counts,
     HuggingFaceSource,
     JsonlSource,
     PromptSource,
@@ -53,6 +54,12 @@ class PromptsConfig(Config):
         description="share of all prompts that may be held out or validate, by a hash of their text; they are never "
         "trained on, in this refresh or another, and the others never measured on. A larger share contains the "
         "smaller; lowering it gives prompts to training that may have measured before",
+    )
+    heldout_by: HeldOutBy = Field(
+        default="prompt",
+        description="what decides the class: `prompt`, its whole text, so that a conversation's turns, rows of their "
+        "own, may fall into both classes; `conversation`, the user's first message, which all its turns share. A line "
+        "of drafters keeps to one of them",
     )
     max_bad_share: float = Field(
         default=0.01,
@@ -104,6 +111,13 @@ class PromptsConfig(Config):
         """The field that names files."""
         return "logs.paths" if self.of_logs else "prompts.sources"
 
+    @property
+    def share_elsewhere(self) -> float:
+        """heldout_share of prompts that come from elsewhere, as those of logs: any source may measure on them, but for
+        a benchmark (1), so that the largest holds."""
+        own = [each.heldout_share for each in self.sources if each.heldout_share is not None]
+        return max([self.heldout_share, *(share for share in own if share < 1)])
+
     def wanted(self, split: Split) -> int:
         """Prompts of a split, over all sources."""
         if self.sources[0].counts is None:
@@ -118,7 +132,7 @@ class PromptsConfig(Config):
         found: list[Path] = []
         for source in self.sources:
             if isinstance(source, JsonlSource):
-                found += local_files([source.path], self.of_paths)
+                found += local_files([source.path], self.of_paths, self.listed_files)
             elif isinstance(source, HuggingFaceSource) and not source.of_hub:
                 found += [path for path in Path(source.id).absolute().rglob("*") if path.is_file()]
         return sorted(set(found))
@@ -128,7 +142,7 @@ class PromptsConfig(Config):
         paths = [source.path for source in self.sources if isinstance(source, JsonlSource)]
         sets = [source for source in self.sources if isinstance(source, HuggingFaceSource) and source.of_hub]
         commits = {f"datasets/{source.id}": source.commit or NOT_FETCHED for source in sets}
-        return remote_versions(paths, self.of_paths) | commits
+        return remote_versions(paths, self.of_paths, self.listed_files) | commits
 
 
 def preflight(config: PromptsConfig, target: Path) -> None:
@@ -152,7 +166,7 @@ class _Drawn:
     tokens: dict[str, array[int]] = field(default_factory=lambda: defaultdict(lambda: array("q")))  # split -> of each
     counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # source -> split -> rows
     seen: set[str] = field(default_factory=set)  # hashes of texts, over all splits
-    measured: set[bytes] = field(default_factory=set)  # identities of held-out prompts: another system prompt is no way
+    measured: set[bytes] = field(default_factory=set)  # identities of what is held out: another system prompt is no way
     set_aside: Counter[str] = field(default_factory=Counter)  # reason -> rows
     wrong_class: int = 0  # made by a task for a split that they may not serve
     duplicates: int = 0
@@ -190,13 +204,16 @@ def run(context: StageContext, config: PromptsConfig) -> None:
             return ids
 
         common = Supplying(
-            config.system,
-            config.seed,
-            _looked_at(config),
-            config.heldout_share,
-            config.max_bad_share,
-            listed,
-            _reader_of_ids(tokenizer, read_target_info(context.inputs["target"]).vocab_size, config),
+            system=config.system,
+            seed=config.seed,
+            limit=_looked_at(config),
+            heldout_share=config.heldout_share,
+            heldout_by=config.heldout_by,
+            wanted=Counts(**{split: config.wanted(split) for split in SPLITS}),
+            only=config.listed_files,
+            max_bad_share=config.max_bad_share,
+            listed=listed,
+            read_ids=_reader_of_ids(tokenizer, read_target_info(context.inputs["target"]).vocab_size, config),
         )
         taken = [supplies(source, common) for source in config.sources]
         rows: list[dict[str, Any]] = []
@@ -213,6 +230,9 @@ def run(context: StageContext, config: PromptsConfig) -> None:
             if supply.aside is not None:
                 supply.aside.check()
                 drawn.set_aside += supply.aside.reasons
+    if drawn.set_aside:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in drawn.set_aside.most_common())
+        context.log(f"{drawn.set_aside.total()} rows set aside: {reasons}")
     if kept.kept:
         context.log(f"{kept.kept} prompts were tokenised by an earlier attempt")
     write_text(context.out / "prompts.json", json.dumps(_summary(drawn, config), indent=2) + "\n")
@@ -231,12 +251,12 @@ def _reader_of_ids(tokenizer: Any, vocab_size: int, config: PromptsConfig) -> Re
 
     unrendered = Unrendered(tokenizer, config.chat_template_kwargs)
 
-    def read(ids: list[int]) -> list[Message]:
+    def read(ids: list[int], known: list[Message] | None) -> list[Message]:
         if max(ids) >= vocab_size:
             raise DraftsmithError(
                 f"token id {max(ids)} outside the target's vocabulary of {vocab_size}: is it another model's log?"
             )
-        return unrendered.messages(ids)
+        return unrendered.messages(ids) if known is None else known
 
     return read
 
@@ -273,8 +293,8 @@ def _draw_one(
 ) -> dict[str, Any]:
     """The next row of this split that is new and short enough."""
     while (candidate := supply.next(split)) is not None:
-        prompt_id = candidate.text_hash
-        if prompt_id in drawn.seen or (split == "train" and candidate.identity in drawn.measured):
+        prompt_id, group = candidate.text_hash, identity(candidate.messages, config.heldout_by)
+        if prompt_id in drawn.seen or (split == "train" and group in drawn.measured):
             drawn.duplicates += 1
             continue
         drawn.seen.add(prompt_id)
@@ -291,7 +311,7 @@ def _draw_one(
         drawn.tokens[split].append(len(ids))
         drawn.counts[candidate.source][split] += 1
         if split != "train":
-            drawn.measured.add(candidate.identity)
+            drawn.measured.add(group)
         return {
             "prompt_id": prompt_id,
             "source": candidate.source,
@@ -307,16 +327,21 @@ def _draw_one(
 def _ran_out(supply: Supply, split: Split, drawn: _Drawn, config: PromptsConfig) -> str:
     held_out = split != "train"
     remedy = "lower the counts, add a source"
+    left_out = f"; left out: {supply.aside.said()}" if supply.aside is not None and supply.aside.reasons else ""
     of_class = f"{supply.of_class[held_out]} of its {supply.of_class.total()} are of the"
     if config.of_logs:
         remedy = OF_MORE_LOGS
     elif held_out and supply.heldout_share < 1:
-        remedy += ", or raise heldout_share of section prompts or of the source (a larger share contains the smaller)"
+        remedy += (
+            ", or raise heldout_share of section prompts or of the source (a larger share contains the smaller; the "
+            "drafters of a line may have been trained on what it adds)"
+        )
     return (
         f"{config.of_paths}: {supply.label} ran out of different prompts in split {split} "
         f"(asked for in all: {', '.join(f'{config.wanted(each)} {each}' for each in reversed(SPLITS))}; so far "
         f"{drawn.taken} taken, {drawn.duplicates} duplicates, {drawn.too_long} too long; "
-        f"{of_class} {'held-out' if held_out else 'training'} class, heldout_share {supply.heldout_share:g}): {remedy}"
+        f"{of_class} {'held-out' if held_out else 'training'} class, heldout_share {supply.heldout_share:g}"
+        f"{left_out}): {remedy}"
     )
 
 
@@ -334,7 +359,8 @@ def _summary(drawn: _Drawn, config: PromptsConfig) -> dict[str, Any]:
         "prompt_tokens": {split: _quantiles(sorted(values)) for split, values in sorted(drawn.tokens.items())},
         "duplicates_removed": drawn.duplicates,
         "too_long_skipped": drawn.too_long,
-        "heldout_share": config.heldout_share,  # the stage `logs` reads it
+        "heldout_share": config.share_elsewhere,  # the stage `logs` reads both
+        "heldout_by": config.heldout_by,
         "wrong_class_passed_over": drawn.wrong_class,
         "set_aside": dict(drawn.set_aside.most_common()),
     }

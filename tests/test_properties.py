@@ -25,7 +25,7 @@ from draftsmith.flows.pipeline.config_file import read_config
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.stages.prompting.files import BadRow, read_rows
 from draftsmith.stages.prompting.logged import LoggedRow, logged_ids, logged_text
-from draftsmith.stages.prompting.rows import row_messages
+from draftsmith.stages.prompting.rows import SetAside, row_messages
 from draftsmith.stages.prompting.times import row_time
 from tests.test_bad_input import base
 
@@ -44,9 +44,11 @@ ROW = st.dictionaries(
 
 @contextmanager
 def ours() -> Iterator[None]:
-    """Nothing but our own error, in one line, may come out."""
+    """Nothing but our own error, in one line, or the reason why a row is set aside may come out."""
     try:
         yield
+    except SetAside as reason:
+        assert "\n" not in str(reason)
     except DraftsmithError as error:
         assert str(error) and "\n" not in str(error).strip()
 

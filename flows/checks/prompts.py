@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.stages.measure.config import EvaluationConfig, prompts_to_decode
-from draftsmith.stages.prompting.aside import Aside
+from draftsmith.stages.prompting.aside import UNREADABLE, Aside
+from draftsmith.stages.prompting.file_prompts import file_rows
 from draftsmith.stages.prompting.files import is_remote, matched, read_rows
 from draftsmith.stages.prompting.held_out import HeldOut, identity, place
 from draftsmith.stages.prompting.intake import Intake, ShapeSieve
@@ -24,7 +26,7 @@ from draftsmith.stages.prompting.sources import (
     ReasoningGymSource,
     Split,
 )
-from draftsmith.stages.prompting.supplies import Supply, Supplying, file_rows, load_rows, supplies
+from draftsmith.stages.prompting.supplies import Supply, Supplying, load_rows, supplies
 from draftsmith.stages.prompts import OF_MORE_LOGS, PromptsConfig
 from draftsmith.stages.rollout import RolloutConfig, prompts_to_answer
 from draftsmith.stages.stored import Prompt, positions_needed
@@ -32,8 +34,9 @@ from draftsmith.stages.stored import Prompt, positions_needed
 _TRIED = 1000  # prompts of a task until one of the held-out class must have come
 _COUNTED_BYTES = 1 << 28  # larger files are only looked into
 _LOG_ROWS, _LOG_SECONDS = 20_000, 20.0  # of a log, whichever is reached first
+_STILL_WRITTEN_S = 30.0
 _MUCH_UNUSED = 0.5  # of the training prompts
-_MUCH_SET_ASIDE = 0.2  # of the rows of a log
+_MUCH_SET_ASIDE = 0.2  # of the rows of a log or a source
 
 
 def check_sources(found: Findings, nodes: Sequence[Node]) -> None:
@@ -187,20 +190,27 @@ def _tried(source: ReasoningGymSource | ProceduralSource) -> list[Supply]:
 
 def _check_files(found: Findings, name: str, source: JsonlSource, config: PromptsConfig) -> None:
     files = matched([source.path], config.of_paths)
+    if not config.of_logs:
+        _may_grow(found, name, files)
     known = [Path(file).stat().st_size for file in files if not is_remote(file)]
     whole = len(known) == len(files) and sum(known) <= _COUNTED_BYTES
     share = source.heldout_share or config.heldout_share
     aside = Aside(f"{config.section}.max_bad_share", config.max_bad_share)
     rows = held_out = unread = 0
-    for _, messages, ids in file_rows(source, aside):
+    as_they_are = not (source.suffix or source.system or config.system)
+    for _, messages, _ in file_rows(source, aside, as_they_are=as_they_are):
         rows += 1
-        unread += ids is not None
-        held_out += place(identity(messages)) < share
+        unread += not messages  # token ids alone: the stage decodes them
+        held_out += place(identity(messages, config.heldout_by)) < share
         if not whole:
             found.ok(name, f"{source.path} can be read; too large to count here")
             return
     if aside.bad:
         found.warn(name, f"{source.path}: {aside.bad} of {aside.rows} rows cannot be read and will be set aside")
+    if unusable := aside.reasons - Counter({UNREADABLE: aside.bad}):
+        said = ", ".join(f"{count} {reason}" for reason, count in unusable.most_common())
+        say = found.warn if unusable.total() > _MUCH_SET_ASIDE * aside.rows else found.ok
+        say(name, f"{source.path}: {unusable.total()} of {aside.rows} rows cannot be prompts: {said}")
     wanted = _share(config, source)
     if config.of_logs and rows < wanted:
         raise DraftsmithError(
@@ -215,6 +225,20 @@ def _check_files(found: Findings, name: str, source: JsonlSource, config: Prompt
         raise DraftsmithError(
             f"{source.path}: {held_out} of {rows} rows are of the held-out class (heldout_share {share:g}), {measured} "
             f"held-out and validation prompts wanted: {OF_MORE_LOGS if config.of_logs else remedy}"
+        )
+
+
+def _may_grow(found: Findings, name: str, files: Sequence[str]) -> None:
+    """What is appended to while a stage reads it fails the stage."""
+    newest = {file: Path(file).stat().st_mtime for file in files if not is_remote(file)}
+    fresh = [file for file, written in newest.items() if time.time() - written < _STILL_WRITTEN_S]
+    if fresh:
+        more = f" and {len(fresh) - 1} more" if len(fresh) > 1 else ""
+        found.warn(
+            name,
+            f"{fresh[0]}{more}: written to within the last {_STILL_WRITTEN_S:.0f} s. A file that grows while a stage "
+            "reads it fails the stage: if it is still written, give whole files alone (a pattern that it does not "
+            "match until then)",
         )
 
 
@@ -237,7 +261,9 @@ def check_logs(found: Findings, nodes: Sequence[Node], target: Path | None) -> N
         if isinstance(node.config, LogsConfig):
             asked = next((other.config for other in nodes if other.name == node.inputs.get("prompts")), None)
             # the prompts themselves may not be made yet
-            held_out = HeldOut(asked.heldout_share) if isinstance(asked, PromptsConfig) else HeldOut()
+            held_out = HeldOut()
+            if isinstance(asked, PromptsConfig):
+                held_out = HeldOut(asked.share_elsewhere, by=asked.heldout_by)
             with found.part(node.name):
                 _check_log(found, node.name, node.config, target, held_out)
 
@@ -248,7 +274,9 @@ def _check_log(found: Findings, name: str, config: LogsConfig, target: Path | No
     if target is not None:
         sieve = Intake(config, target, held_out, aside)
     used, whole, end = 0, True, time.monotonic() + _LOG_SECONDS
-    for row in read_rows(matched(config.paths, f"{name}.paths")):
+    files = config.files()
+    _may_grow(found, name, files)
+    for row in read_rows(files):
         if aside.rows >= _LOG_ROWS or time.monotonic() > end:
             whole = False
             break
@@ -260,7 +288,7 @@ def _check_log(found: Findings, name: str, config: LogsConfig, target: Path | No
     if target is None:
         line += " (seen without the target's tokenizer)"
     aside.check()
-    if not used and config.after is not None and sieve.outside_window == aside.rows:
+    if config.after is not None and sieve.outside_window + sieve.overlap == aside.rows:
         found.warn(name, f"no row is later than {config.after}: without new ones, only a drift check can be made")
         return
     if not used and whole:

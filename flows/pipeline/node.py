@@ -145,7 +145,7 @@ def _run(
             unchanged(workshop.store, node, inputs, claim, external),
             tracked.system_metrics(),
         ):
-            outcome = _run_process(workshop, node, inputs, claim, tracked, devices, shards)
+            outcome = _run_process(workshop, node, inputs, claim, external, tracked, devices, shards)
             outcome.duration_s = round(outcome.duration_s + spent, 3)
         ref = workshop.store.commit(
             claim,
@@ -222,6 +222,7 @@ def _run_process(
     node: Node,
     inputs: Mapping[str, ArtifactRef],
     claim: Claim,
+    external: Mapping[str, str],
     tracked: StageRun,
     devices: tuple[int, ...],
     shards: Sequence[ArtifactRef],
@@ -236,6 +237,7 @@ def _run_process(
         work=str(claim.work),
         seed=seed_of(node, workshop.config),
         threads=options.threads,
+        files=sorted(external),
         shards=[str(ref.path) for ref in shards],
     )
     log_path = workshop.logs / f"{claim.stage}-{claim.key[:16]}-{time.strftime('%Y%m%d-%H%M%S')}.log"

@@ -119,6 +119,7 @@ def make_shard(
                     work=str(claim.work),
                     seed=seed_of(node, order.config),
                     threads=options.threads,
+                    files=sorted(external),
                     shard=asdict(order.shard),
                 )
                 outcome = run_stage(

@@ -53,7 +53,7 @@ def _check(store: Store, node: Node, inputs: Mapping[str, ArtifactRef], external
             store.verify_once(ref)
         except DraftsmithError as error:
             raise type(error)(f"{node.name}: its input {name}: {error}{_node(node, name, ref)}") from error
-    found = external_digests(node.config)
+    found = external_digests(node.config.reading(external))  # what has come meanwhile is not read
     if changed := [path for path in sorted({*found, *external}) if found.get(path) != external.get(path)]:
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise DraftsmithError(

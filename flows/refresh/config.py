@@ -79,20 +79,20 @@ class RefreshConfig(RunOptions):
     @model_validator(mode="before")
     @classmethod
     def _from_logs_alone(cls, data: Any, info: ValidationInfo) -> Any:
-        """What is left out beside logs: held-out prompts are rows of the logs, new ones first, sampled as the answers
-        were."""
+        """What is left out beside logs: without sources held-out prompts are rows of the logs, new ones first, sampled
+        as the answers were."""
         if info.context == OF_FILE and isinstance(data, dict):
             _refuse_what_is_filled_in(data)
         if not isinstance(data, dict) or not isinstance(data.get("logs"), dict):
             return data
         logs, made = data["logs"], dict(data)
-        paths = logs.get("paths")
-        if "prompts" not in data and paths:
+        paths, given = logs.get("paths"), data.get("prompts", {})
+        if paths and isinstance(given, dict) and "sources" not in given:
             when = {name: logs[name] for name in ("since", "time_field") if logs.get(name) is not None}
             read = {name: logs[name] for name in _READ_ALIKE if logs.get(name) is not None}
             each = [paths] if isinstance(paths, str) else paths
             sources = [{"kind": "jsonl", "path": path, **when} for path in each]
-            made["prompts"] = {"sources": sources, **_OF_LOGS, **read, "of_logs": True}
+            made["prompts"] = {"sources": sources, **_OF_LOGS, **read, **given, "of_logs": True}
         sampled = {"temperature": logs.get("temperature", 0), "top_p": logs.get("top_p", 1)}
         left_out: dict[str, Any] = {"heldout": {"splits": ["validation", "heldout"]}, "evaluation": {}}
         for section, fields in left_out.items():
@@ -109,6 +109,17 @@ class RefreshConfig(RunOptions):
             for name in ("rollout", "assisted"):
                 if getattr(self, name) is None:
                     raise ValueError(f"{name} is required: give this section, or logs with answers of the target")
+        return self
+
+    @model_validator(mode="after")
+    def _logs_are_no_benchmark(self) -> RefreshConfig:
+        read = self.logs.paths if self.logs is not None else []
+        for index, source in enumerate(self.prompts.sources):
+            if source.heldout_share == 1 and isinstance(source, JsonlSource) and source.path in read:
+                raise ValueError(
+                    f"prompts.sources.{index}.heldout_share: 1 holds out every row of {source.path}, which section "
+                    "logs trains on: give a share below 1"
+                )
         return self
 
     @model_validator(mode="after")

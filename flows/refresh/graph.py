@@ -39,9 +39,10 @@ def refresh_nodes(config: RefreshConfig) -> list[Node]:
         nodes.append(Node("drift", "draftsmith.stages.drift", drift_config(config), seen))
     if config.logs is not None:
         answers, earlier = "logs", {}
-        if config.logs.replay_share and config.registry is not None and config.registry.answers is not None:
+        known = config.registry.answers if config.registry is not None else None
+        if known is not None and (config.logs.replay_share or config.logs.overlaps):
             earlier = {"earlier": "earlier"}
-            nodes.append(Node("earlier", "draftsmith.stages.earlier", config.registry.answers))
+            nodes.append(Node("earlier", "draftsmith.stages.earlier", known))
         nodes.append(Node(answers, "draftsmith.stages.logs", config.logs, asked | earlier))
     else:
         assert config.rollout is not None  # RefreshConfig has checked it

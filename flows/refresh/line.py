@@ -40,7 +40,7 @@ _OF_A_SET = ("tau", "low", "high")  # what is kept where there are many
 _MEASURED_WITH = "measured_with"
 FASTEST_BLOCK = "fastest_block"  # what decoded fastest, the anchor included
 BLOCK_SIZE = "drafting.block_size"  # among the settings that figures were taken with
-_SHARES, _SUFFIXES = "heldout_shares", "suffixes"
+_SHARES, _BY, _SUFFIXES = "heldout_shares", "heldout_by", "suffixes"
 REFRESHED_AT = "refreshed_at"  # a version's tag: when a refresh came to it last
 AHEAD_DAYS = 1 / 24  # by which the clocks of two hosts may differ
 
@@ -176,10 +176,16 @@ def _answers_of(version: Version) -> EarlierConfig | None:
 
 
 def check_held_out(line: str, prompts: PromptsConfig) -> None:
-    """A smaller held-out class than a refresh of the line measured with, or another suffix, which is a part of the text
-    that decides the class, would train on what was measured then."""
+    """A smaller held-out class than a refresh of the line measured with, or one that is decided by another text (a
+    suffix is a part of it), would train on what was measured then."""
     asked, suffixes, as_given = held_out_shares(prompts), _suffixes(prompts), _suffixes(prompts, as_given=True)
     for version in registry().versions(line):
+        by = version.tags.get(_BY) or "prompt"
+        if _SHARES in version.tags and by != prompts.heldout_by:
+            raise DraftsmithError(
+                f"prompts: heldout_by is {prompts.heldout_by}, and {version} was measured with {by}: prompts that "
+                "measured it would be trained on. Set it back, or begin another line (`registry.name`)"
+            )
         for source, share in json.loads(version.tags.get(_SHARES) or "{}").items():
             now = asked.get(source, asked[""])
             if now < share:
@@ -302,7 +308,11 @@ def version_tags(
 
 def prompt_tags(prompts: PromptsConfig) -> dict[str, str]:
     """Which prompts measure: a later refresh must not train on them."""
-    return {_SHARES: json.dumps(held_out_shares(prompts)), _SUFFIXES: json.dumps(_suffixes(prompts), default=sorted)}
+    return {
+        _SHARES: json.dumps(held_out_shares(prompts)),
+        _BY: prompts.heldout_by,
+        _SUFFIXES: json.dumps(_suffixes(prompts), default=sorted),
+    }
 
 
 def tag_ended(version: Version) -> None:

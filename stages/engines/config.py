@@ -21,14 +21,17 @@ NO_CUTTING = (
     "embedded"
 )
 GREEDY_ONLY = (  # behind the name of the field
-    "SGLang on a CPU verifies greedily, so a drafter would change sampled answers; set it to 0, roll out without a "
-    "drafter, or use a GPU"
+    "SGLang verifies greedily on this device, as on every CPU, so a drafter would change sampled answers; set it to 0, "
+    "roll out without a drafter, or use an NVIDIA GPU"
 )
 OptionValue = str | int | float | bool
 
 # Set by the stage from other fields: given twice, the two could contradict each other.
 _HTTP_ONLY = "nothing: launched servers are asked over HTTP, which the API key guards"
 _LOSSLESS = "nothing: below 1 the answers are not the target's"
+_NO_PIPELINES = (
+    "nothing: a server gets tensor_parallel * data_parallel GPUs, and DFLASH and DSPARK draft with no pipeline"
+)
 _OWN_OPTIONS = {
     "model-path": "the section target",
     "model": "the section target",
@@ -41,6 +44,9 @@ _OWN_OPTIONS = {
     "dp": "engine.launch.data_parallel",
     "dp-size": "engine.launch.data_parallel",
     "data-parallel-size": "engine.launch.data_parallel",
+    "pp-size": _NO_PIPELINES,
+    "pipeline-parallel-size": _NO_PIPELINES,
+    "nnodes": "nothing: a launched server is on this machine alone",
     "mem-fraction-static": "engine.launch.memory_fraction",
     "speculative-algorithm": "engine.launch.algorithm",
     "speculative-draft-model-path": "the drafter of the refresh",
@@ -52,12 +58,15 @@ _OWN_OPTIONS = {
     "speculative-eagle-topk": "engine.launch.tree",
     "speculative-accept-threshold-single": _LOSSLESS,
     "speculative-accept-threshold-acc": _LOSSLESS,
+    "preferred-sampling-params": "the section sampling",
+    "json-model-override-args": "the target's config.json: servers compute by it",
     "config": "nothing: a file of options could set any of them; write them here",
     "tokenizer-worker-num": "nothing: with several SGLang takes no API key, and launched servers have one",
     "grpc-mode": _HTTP_ONLY,
     "smg-grpc-mode": _HTTP_ONLY,
     "grpc-port": _HTTP_ONLY,
 }
+_RANDOM_WEIGHTS = {("load-format", "dummy"), ("speculative-draft-load-format", "dummy")}
 _OPTION_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _NUMBER = re.compile(r"-\d+(\.\d+)?(e-?\d+)?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -103,6 +112,8 @@ def _not_our_own(options: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{key}: is no name of an option; write the name alone, and its value behind the colon")
         if meant := next((own for own in _OWN_OPTIONS if own.startswith(name)), None):
             raise ValueError(f"{key}: SGLang would read it as --{meant}, which is set by {_OWN_OPTIONS[meant]}")
+        if (name, value) in _RANDOM_WEIGHTS:
+            raise ValueError(f"{key}: {value} serves random weights; leave it out here")
         for item in value if isinstance(value, list | tuple) else (value,):
             if str(item).startswith("-") and not _NUMBER.fullmatch(str(item)):
                 raise ValueError(f"{key}: SGLang would read its value {item!r} as another option; correct it")

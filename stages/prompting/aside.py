@@ -20,7 +20,9 @@ class Aside:
         self._field, self._most, self._listed = field, max_bad_share, listed
         self.reasons: Counter[str] = Counter()
         self.rows = 0  # read so far
+        self.outside = 0  # of them, those outside a window: no part of what the share is of
         self._first: BadRow | None = None
+        self._counted = 0  # of the bad rows, those that are
 
     @property
     def bad(self) -> int:
@@ -30,20 +32,26 @@ class Aside:
         self.reasons[reason] += 1
         self._list(file, number, log_id, reason)
 
-    def unreadable(self, row: BadRow, log_id: str | None = None) -> None:
-        """Raises DraftsmithError at once where no bad row is allowed."""
-        self._first = self._first or row
+    def unreadable(self, row: BadRow, log_id: str | None = None, *, outside: bool = False) -> None:
+        """Raises DraftsmithError at once where no bad row is allowed. outside: of the window, as far as one can say."""
         self.reasons[UNREADABLE] += 1
+        if outside:
+            self.outside += 1
+        else:
+            self._first = self._first or row
+            self._counted += 1
         self._list(row.file, row.number, log_id, f"{UNREADABLE}: {row.reason}")
         if self._most == 0:
             raise DraftsmithError(f"{row.where}: {row.reason}")
 
     def check(self) -> None:
         """Raises DraftsmithError if more of the rows read were bad than is allowed."""
-        if self._first is not None and self.bad > self._most * max(self.rows, 1):
+        rows = self.rows - self.outside
+        if self._first is not None and self._counted > self._most * max(rows, 1):
+            window = " inside the window" if self.outside else ""
             raise DraftsmithError(
-                f"{self._first.where}: {self._first.reason} ({self.bad} of {self.rows} rows cannot be read, over "
-                f"{self._field} {self._most:g})"
+                f"{self._first.where}: {self._first.reason} ({self._counted} of {rows} rows{window} cannot be read, "
+                f"over {self._field} {self._most:g})"
             )
 
     def said(self) -> str:

@@ -76,6 +76,17 @@ def read_earlier(folder: Path, intake: Intake, temperature: float) -> Earlier:
     return Earlier(path, contents)
 
 
+def contents(folder: Path) -> frozenset[bytes]:
+    """`Taken.content` of all answers of an artifact. Raises DraftsmithError if it is damaged or of another version."""
+    path = folder / "trajectories.parquet"
+    read_table(path, TRAJECTORIES, columns=["sample"])  # whole, and of this version
+    return frozenset(
+        content(prompt.values.to_numpy(), response.values.to_numpy())
+        for part in parts(path, ["prompt_ids", "response_ids"])
+        for prompt, response in zip(part["prompt_ids"], part["response_ids"], strict=True)
+    )
+
+
 def _content(prompt: np.ndarray, response: np.ndarray, intake: Intake) -> bytes | None:
     """None for an answer that the intake would not take."""
     limits = intake.reader

@@ -10,7 +10,7 @@ import glob
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,8 @@ from typing import IO, Any
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 
-KINDS = ".jsonl or .parquet, the first also with .gz or .zst"
-_ROW_SUFFIXES = (".jsonl", ".parquet")  # what is taken out of a folder
+KINDS = ".jsonl, .ndjson or .json with an object a line, also with .gz or .zst, or .parquet"
+_ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")  # what is taken out of a folder
 _CHUNK = 1 << 18  # bytes
 _PARQUET_ROWS = 256  # Python objects of so many rows at a time
 
@@ -55,23 +55,28 @@ def is_remote(pattern: str) -> bool:
     return "://" in pattern and not pattern.startswith("file://")
 
 
-def matched(patterns: Sequence[str], field: str) -> list[str]:
+def matched(patterns: Sequence[str], field: str, only: Collection[str] | None = None) -> list[str]:
     """The files that paths, folders and globs name: pattern by pattern, sorted within each, every file once.
 
-    field: names the config's field in errors. Raises DraftsmithError for a pattern that matches nothing.
+    field: names the config's field in errors. only: of those, as `local_files` and `remote_versions` named them before;
+    what has come since is left out. Raises DraftsmithError for a pattern that matches nothing.
     """
     found: dict[str, None] = {}
     for pattern in patterns:
         found |= dict.fromkeys(_remote(pattern, field) if is_remote(pattern) else _local(pattern, field))
-    return list(found)
+    return [name for name in found if only is None or _listed_as(name) in only]
 
 
-def local_files(patterns: Sequence[str], field: str) -> list[Path]:
+def _listed_as(name: str) -> str:
+    return name if is_remote(name) else str(Path(name).absolute())
+
+
+def local_files(patterns: Sequence[str], field: str, only: Collection[str] | None = None) -> list[Path]:
     """Those of `matched` that are on this machine, absolute."""
-    return [Path(name).absolute() for name in matched([each for each in patterns if not is_remote(each)], field)]
+    return [Path(name).absolute() for name in matched([each for each in patterns if not is_remote(each)], field, only)]
 
 
-def remote_versions(patterns: Sequence[str], field: str) -> dict[str, str]:
+def remote_versions(patterns: Sequence[str], field: str, only: Collection[str] | None = None) -> dict[str, str]:
     """Address → size and tag of every matched file that is not on this machine: other content, another text.
 
     The tag is the store's own (ETag, MD5), else fsspec's checksum of what the store tells about the file.
@@ -80,6 +85,8 @@ def remote_versions(patterns: Sequence[str], field: str) -> dict[str, str]:
     for pattern in patterns:
         if is_remote(pattern):
             for name, info in _remote(pattern, field).items():
+                if only is not None and name not in only:
+                    continue
                 tag = next((info[key] for key in ("ETag", "etag", "md5Hash") if info.get(key)), None)
                 versions[name] = f"{info.get('size')}/{tag if tag is not None else _checksum(name, field)}"
     return versions

@@ -1,9 +1,9 @@
 """Which prompts are only ever measured on: decided by a hash of the prompt, so that no refresh can train on another's.
 
-A prompt's place is a number in [0, 1) that depends on its text alone. Below `heldout_share` it may be held-out or
-validation material and is never trained on; above, the other way round. A larger share contains the smaller one:
-raising it takes prompts out of training; lowering it would give prompts to training that may have measured before, so
-a line of drafters refuses that (`flows/refresh/line.py`).
+A prompt's place is a number in [0, 1) that depends on its text alone (`heldout_by: conversation`: on that of the user's
+first message). Below `heldout_share` it may be held-out or validation material and is never trained on; above, the
+other way round. A larger share contains the smaller one: raising it takes prompts out of training; lowering it would
+give prompts to training that may have measured before, so a line of drafters refuses that (`flows/refresh/line.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
 import pyarrow.compute as pc
@@ -23,11 +24,15 @@ from draftsmith.artifacts.schemas import PROMPTS
 from draftsmith.stages.prompting.rows import Message
 
 HELDOUT_SHARE = 0.1  # of all prompts, where a config does not say
+HeldOutBy: TypeAlias = Literal["prompt", "conversation"]
 
 
-def identity(messages: Sequence[Message]) -> bytes:
-    """16 bytes that equal prompts share, whatever their system prompt and blank space; upper case counts."""
+def identity(messages: Sequence[Message], by: HeldOutBy = "prompt") -> bytes:
+    """16 bytes that equal prompts share, whatever their system prompt and blank space; upper case counts. By
+    conversation: that all share which begin with the same message of the user."""
     said = [(each["role"], " ".join(each["content"].split())) for each in messages if each["role"] != "system"]
+    if by == "conversation":
+        said = [each for each in said if each[0] == "user"][:1]
     text = json.dumps(said, ensure_ascii=True)  # half a surrogate pair is no UTF-8, but has an escape
     return hashlib.sha256(f"prompt {text}".encode()).digest()[:16]
 
@@ -49,10 +54,11 @@ class HeldOut:
     share: float = HELDOUT_SHARE
     identities: frozenset[bytes] = field(default=frozenset())
     token_digests: frozenset[bytes] = field(default=frozenset())
+    by: HeldOutBy = "prompt"
 
     def holds(self, messages: Sequence[Message], ids: Sequence[int] | np.ndarray) -> bool:
         """May this prompt not be trained on? messages: as far as they are known, ids: its tokens."""
-        prompt = identity(messages)
+        prompt = identity(messages, self.by)
         return place(prompt) < self.share or prompt in self.identities or digest(ids) in self.token_digests
 
 
@@ -60,19 +66,22 @@ def read_held_out(prompts: Path | None) -> HeldOut:
     """Of an artifact of `prompts`; without one, the class alone with its usual share."""
     if prompts is None:
         return HeldOut()
+    share, by = _class(prompts / "prompts.json")
     identities, digests = set(), set()
     for part in RowReader(prompts / "prompts.parquet", PROMPTS).parts(["split", "messages", "token_ids"]):
         for row in part.filter(pc.not_equal(part["split"], "train")).to_pylist():
-            identities.add(identity(row["messages"]))
+            identities.add(identity(row["messages"], by))
             digests.add(digest(row["token_ids"]))
-    return HeldOut(_share(prompts / "prompts.json"), frozenset(identities), frozenset(digests))
+    return HeldOut(share, frozenset(identities), frozenset(digests), by)
 
 
-def _share(summary: Path) -> float:
+def _class(summary: Path) -> tuple[float, HeldOutBy]:
+    """Share of the held-out class, and what decides it."""
     try:
-        return float(json.loads(summary.read_text(encoding="utf-8")).get("heldout_share", HELDOUT_SHARE))
+        said = json.loads(summary.read_text(encoding="utf-8"))
+        return float(said.get("heldout_share", HELDOUT_SHARE)), said.get("heldout_by", "prompt")
     except FileNotFoundError:
-        return HELDOUT_SHARE
+        return HELDOUT_SHARE, "prompt"
     except (ValueError, TypeError, AttributeError) as error:
         raise DraftsmithError(
             f"{summary}: not readable ({error}): make the prompts again with `--force prompts`"

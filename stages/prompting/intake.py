@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Set
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,8 +16,9 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.prompting.aside import Aside
 from draftsmith.stages.prompting.files import BadRow, Row
 from draftsmith.stages.prompting.held_out import HeldOut, digest
-from draftsmith.stages.prompting.logged import LoggedRow, Reader, SetAside, logged_ids, logged_text
+from draftsmith.stages.prompting.logged import LoggedRow, Reader, logged_ids, logged_text
 from draftsmith.stages.prompting.logs_config import LogsConfig
+from draftsmith.stages.prompting.rows import SetAside, messages_beside_ids
 from draftsmith.stages.prompting.times import TIME_FIELDS, row_time
 from draftsmith.stages.prompting.tokenised import Tokenised
 from draftsmith.stages.prompting.unrendered import Unrendered
@@ -25,6 +27,7 @@ from draftsmith.stages.targets.resolve import load_tokenizer
 
 HELD_OUT = "prompt of the validation or held-out split"
 DUPLICATE = "duplicate of an earlier row"
+USED_BEFORE = "used by the champion's refresh"
 T = TypeVar("T")
 
 
@@ -60,6 +63,8 @@ class Sieve(ABC, Generic[T]):
     def __init__(self, config: LogsConfig, aside: Aside):
         self.aside, self._config = aside, config
         self.outside_window = 0
+        self.overlap = 0  # rows inside the window that a refresh before may have read
+        self._outside: tuple[str, bool] = "", False  # the file of the row before, and whether that was
         self.newest: datetime | None = None  # of all rows read
         # a row of a clock that is wrong must not hide the rows of days to come from `since: last`
         self._latest = datetime.now(UTC) + timedelta(days=1)
@@ -72,14 +77,19 @@ class Sieve(ABC, Generic[T]):
         """None for a row that is not used. Raises DraftsmithError where no bad row is allowed."""
         self.aside.rows += 1
         if isinstance(row, BadRow):
-            self.aside.unreadable(row)
+            # nobody can say when it was logged: about when the row before it was
+            self.aside.unreadable(row, outside=self._outside == (row.file, True))
             return None
         logged = LoggedRow(row.file, row.number, row.fields)
         try:
             time = row_time(row.fields, self._config.time_field)
-            if not self._in_window(time):
+            inside = self._in_window(time)
+            self._outside = row.file, not inside
+            if not inside:
                 self.outside_window += 1
+                self.aside.outside += 1
                 return None
+            self.overlap += self._config.read_before(time)
             said = logged.temperature  # a Parquet file may have it as float32
             if said is not None and not math.isclose(said, self._config.temperature, rel_tol=1e-6):
                 raise SetAside("another temperature")
@@ -111,6 +121,8 @@ class ShapeSieve(Sieve[bool]):
     def _made(self, row: LoggedRow, time: datetime | None) -> bool:  # noqa: ARG002
         if logged_ids(row) is None:
             logged_text(row)
+        else:
+            messages_beside_ids(row.fields)
         return True
 
 
@@ -118,10 +130,18 @@ class Intake(Sieve[Taken]):
     """Rows → answers, each at most once."""
 
     def __init__(
-        self, config: LogsConfig, target: Path, held_out: HeldOut, aside: Aside, kept: Tokenised | None = None
+        self,
+        config: LogsConfig,
+        target: Path,
+        held_out: HeldOut,
+        aside: Aside,
+        kept: Tokenised | None = None,
+        used_before: Set[bytes] = frozenset(),
     ):
-        """target: its artifact, of which only the small files are read. kept: what an earlier attempt tokenised."""
+        """target: its artifact, of which only the small files are read. kept: what an earlier attempt tokenised.
+        used_before: `Taken.content` of the answers that the champion's refresh has used."""
         super().__init__(config, aside)
+        self._used_before = used_before
         info = read_target_info(target)
         self.reader = Reader(
             load_tokenizer(model_path(target)),
@@ -146,6 +166,8 @@ class Intake(Sieve[Taken]):
         both = content(prompt_ids, response_ids)
         if both in self._seen:
             raise SetAside(DUPLICATE)
+        if both in self._used_before and self._config.read_before(time):
+            raise SetAside(USED_BEFORE)
         self._seen.add(both)
         stopped = answer.response_ids[-1] in self.reader.eos_ids
         return Taken(prompt_ids, response_ids, "stop" if stopped else "length", self._source(row), time, both)

@@ -6,13 +6,21 @@ if tokenising it again gives the same text and the same cut between prompt and a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.prompting.files import Row
-from draftsmith.stages.prompting.rows import PROMPT_IDS, Message, is_unicode, row_ids, row_messages
+from draftsmith.stages.prompting.rows import (
+    PROMPT_IDS,
+    Message,
+    SetAside,
+    is_unicode,
+    messages_beside_ids,
+    row_ids,
+    row_messages,
+)
 from draftsmith.stages.prompting.sources import Candidate
 from draftsmith.stages.prompting.template import rendered, token_ids
 from draftsmith.stages.prompting.tokenised import Made, Tokenised
@@ -61,10 +69,6 @@ class Answer:
     messages: list[Message] | None = None  # of the prompt, if the row has them
 
 
-class SetAside(Exception):
-    """This row cannot be used; the message is the reason, as it is counted."""
-
-
 def logged_ids(row: LoggedRow) -> tuple[list[int], list[int]] | None:
     """Prompt and answer of a row of token ids, None for one of text. Raises DraftsmithError for another shape."""
     if not any(row.fields.get(name) is not None for name in _TOKEN_FIELDS):
@@ -74,28 +78,12 @@ def logged_ids(row: LoggedRow) -> tuple[list[int], list[int]] | None:
 
 
 def logged_text(row: LoggedRow) -> tuple[list[Message], str]:
-    """Prompt and answer of a row of text. Raises DraftsmithError for another shape."""
+    """Prompt and answer of a row of text. Raises SetAside, and DraftsmithError for another shape."""
     completion = row.fields.get("completion")
     if not isinstance(completion, str) or row.fields.get("messages") is None:
         known = ", ".join(sorted(row.fields)) or "nothing"
         raise DraftsmithError(f"{row.where}: none of the shapes {SHAPES}; it has {known}: correct the row")
-    if _calls_tools(row.fields):
-        raise SetAside("tools, which a prompt made of its messages would lack")
-    messages = row_messages(row.fields, "messages", row.where)
-    given = row.fields["messages"]
-    if isinstance(given, list) and len(messages) != len(given):  # the prompt reader drops answers at the end
-        raise DraftsmithError(f"{row.where}: messages end with an answer: it belongs into 'completion' alone")
-    return messages, completion
-
-
-def _calls_tools(fields: Mapping[str, Any]) -> bool:
-    """The target was told of tools, called one, or read what it returned."""
-    messages = fields["messages"] if isinstance(fields["messages"], list) else []
-    return any(fields.get(name) for name in ("tools", "functions")) or any(
-        isinstance(each, dict)
-        and (each.get("tool_calls") or each.get("function_call") or each.get("role") in ("tool", "function"))
-        for each in messages
-    )
+    return row_messages(row.fields, "messages", row.where, answered=False), completion
 
 
 def ends_turns(tokenizer: Any, eos_ids: Sequence[int], template_kwargs: dict[str, Any]) -> int:
@@ -137,7 +125,7 @@ class Reader:
     def read(self, row: LoggedRow) -> Answer:
         """Raises SetAside for a row that cannot be used, DraftsmithError for one that is malformed."""
         ids = logged_ids(row)
-        answer = self._from_text(row) if ids is None else self._from_ids(*ids)
+        answer = self._from_text(row) if ids is None else self._from_ids(row, *ids)
         if len(answer.response_ids) < 2:
             raise SetAside("answer shorter than two tokens")
         if self.eos_ids.intersection(answer.response_ids[:-1]):
@@ -148,19 +136,17 @@ class Reader:
             raise SetAside("prompt too long")
         return answer
 
-    def _from_ids(self, prompt: list[int], response: list[int]) -> Answer:
+    def _from_ids(self, row: LoggedRow, prompt: list[int], response: list[int]) -> Answer:
         if not prompt:
             raise SetAside("empty prompt")
         if max(prompt + response) >= self.vocab_size:
             raise SetAside("token id outside the target's vocabulary")
-        return Answer(prompt, response)
+        return Answer(prompt, response, messages_beside_ids(row.fields))
 
     def _from_text(self, row: LoggedRow) -> Answer:
         messages, completion = logged_text(row)
         if not completion:
             raise SetAside("answer shorter than two tokens")
-        if not is_unicode(completion, *(message["content"] for message in messages)):
-            raise SetAside("text is not valid Unicode")
         prompt, response, reason = (
             self._tokenised(row, messages, completion)
             if self._kept is None
@@ -173,6 +159,8 @@ class Reader:
         return Answer(prompt, response, messages)
 
     def _tokenised(self, row: LoggedRow, messages: list[Message], completion: str) -> Made:
+        if not is_unicode(completion, *(message["content"] for message in messages)):
+            return [], [], "text is not valid Unicode"
         prompt = token_ids(self.tokenizer, Candidate("logs", messages, row.where), self.template_kwargs)
         response = self._encode(completion)
         if self._decode(response) != completion:

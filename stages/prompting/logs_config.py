@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from draftsmith.stages.contract import Config
-from draftsmith.stages.prompting.files import local_files, remote_versions
-from draftsmith.stages.prompting.times import Since, as_text, as_time, iso
+from draftsmith.stages.prompting.files import local_files, matched, remote_versions
+from draftsmith.stages.prompting.times import LAST, Since, as_text, as_time, iso
 
 _PATHS = "logs.paths"
 
@@ -48,13 +48,22 @@ class LogsConfig(Config):
     top_p: float = Field(default=1.0, gt=0, le=1, description="of the answers; written down, not checked")
     since: Since | None = Field(
         default=None,
-        description="only rows from this time on: 7d, 12h, an ISO date or time, or `last`: behind what the champion's "
-        "refresh has read (all of them where there is no champion yet). 7d and 12h become the time that they mean when "
+        description="only rows from this time on: 7d, 12h, an ISO date or time, or `last`: what the champion's refresh "
+        "has not read yet (all of them where there is no champion yet). 7d and 12h become the time that they mean when "
         "the config is read, of a deployment in every run: a midnight for days, a full hour for hours (UTC), so that a "
         "run that is planned again on that day or in that hour is the same run",
     )
     after: Annotated[str, BeforeValidator(as_text)] | None = Field(
         default=None, description="only rows later than this ISO time; what `since: last` becomes when the plan is made"
+    )
+    lateness_hours: float = Field(
+        default=1.0,
+        ge=0,
+        le=24 * 366,
+        description="of `since: last`: how much older than the newest row that was read a row may be that comes later "
+        "(of the same second, in a file that is uploaded late, with the time of its request): of several hosts, at "
+        "least the time that one file spans. The window begins so much earlier, and what the champion's refresh has "
+        "used of it is not used again. 0: it begins behind that row",
     )
     time_field: str | None = Field(
         default=None,
@@ -99,7 +108,11 @@ class LogsConfig(Config):
         "at this temperature; those that are not are counted and listed in improbable.jsonl",
     )
     max_improbable_share: float = Field(
-        default=1.0, gt=0, le=1, description="share of those that may be improbable; above it the stage fails"
+        default=1.0,
+        gt=0,
+        le=1,
+        description="share of those that may be improbable; above it the stage fails. 1: however many there are, they "
+        "are only warned of",
     )
     chat_template_kwargs: dict[str, bool | int | float | str | None] = Field(
         default={}, description="passed to the chat template for rows of text: what the service passed"
@@ -135,12 +148,31 @@ class LogsConfig(Config):
     def holds(self, time: datetime) -> bool:
         """Is this time inside the window?"""
         since, after = self.since_time, None if self.after is None else as_time(self.after)
-        return (since is None or time >= since) and (after is None or time > after)
+        return (since is None or time >= since) and (after is None or time > after - self._lateness)
+
+    def read_before(self, time: datetime | None) -> bool:
+        """Is this time so early that a refresh before may have read its row, which came late otherwise?"""
+        end = None if self.after is None else as_time(self.after)
+        return self.overlaps and end is not None and time is not None and time <= end
+
+    @property
+    def overlaps(self) -> bool:
+        """Does the window begin earlier than what was read ends?"""
+        return self.after is not None and self._lateness > timedelta(0)
+
+    @property
+    def _lateness(self) -> timedelta:
+        return timedelta(hours=self.lateness_hours if self.since == LAST else 0)
+
+    def files(self) -> list[str]:
+        """The logs, in the order in which they are read. Raises DraftsmithError for a path, folder or glob without
+        any."""
+        return matched(self.paths, _PATHS, self.listed_files)
 
     def external_files(self) -> list[Path]:
         """The logs on this machine. Raises DraftsmithError for a path, folder or glob without any."""
-        return local_files(self.paths, _PATHS)
+        return local_files(self.paths, _PATHS, self.listed_files)
 
     def external_versions(self) -> dict[str, str]:
         """The logs elsewhere, with their versions."""
-        return remote_versions(self.paths, _PATHS)
+        return remote_versions(self.paths, _PATHS, self.listed_files)

@@ -1,7 +1,12 @@
-"""The shapes in which a row holds a prompt."""
+"""The shapes in which a row holds a prompt.
+
+Both stages that read rows, `prompts` and `logs`, read a prompt here: of token ids and text in one row the ids are the
+prompt and its messages say whose class it is (`held_out.py`), and what text alone cannot ask again is set aside.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -24,23 +29,55 @@ _ROLES = {
     "function": "tool",
 }
 PROMPT_IDS = "prompt_token_ids"
-_TEXTS = ("messages", "conversations", "prompt")
+_CHATS = ("messages", "conversations")  # lists of messages, maybe as JSON text
+_TEXTS = (*_CHATS, "prompt")
 _SHAPES = '{"messages": [{"role", "content"}]}, {"conversations": [{"from", "value"}]} or {"prompt": text or messages}'
+TOOLS = "tools, which a prompt made of its messages would lack"
+NOT_TEXT = "images or other parts of messages that are not text"
+
+
+class SetAside(Exception):
+    """This row can be read, but not used; the message is the reason, as it is counted."""
 
 
 def prompt_ids(row: Mapping[str, Any], field: str | None, where: str) -> list[int] | None:
-    """The prompt of a row that has it as token ids alone, as logs may; None for one of text."""
-    if field is not None or row.get(PROMPT_IDS) is None or any(row.get(name) is not None for name in _TEXTS):
+    """The prompt of a row that has it as token ids, as logs may, whatever text is beside them; else None.
+
+    field: the one that a config names in place of all these.
+    """
+    if field is not None or row.get(PROMPT_IDS) is None:
         return None
     if not (ids := row_ids(row, PROMPT_IDS, where)):
         raise DraftsmithError(f"{where}: {PROMPT_IDS} is empty: remove the row")
     return ids
 
 
-def row_messages(row: Mapping[str, Any], field: str | None, where: str) -> list[Message]:
+def messages_beside_ids(row: Mapping[str, Any], *, tools: bool = True) -> list[Message] | None:
+    """The prompt of a row of token ids as messages; None where the ids alone say it. A `prompt` beside them does not
+    count: it is often what the chat template has made already.
+
+    tools: as in `row_messages`. Raises SetAside.
+    """
+    name = next((name for name in _CHATS if row.get(name) is not None), None)
+    if name is None:
+        if not tools and _calls_tools(row, ()):
+            raise SetAside(TOOLS)
+        return None
+    try:
+        messages = row_messages(row, name, "", tools=tools)
+    except DraftsmithError:  # not in our words: the ids are readable all the same
+        return None
+    return messages if is_unicode(*(message["content"] for message in messages)) else None
+
+
+def row_messages(
+    row: Mapping[str, Any], field: str | None, where: str, *, tools: bool = False, answered: bool = True
+) -> list[Message]:
     """The prompt of a row as messages that end before an answer; `where` names the row in errors.
 
     Answers at the end of a conversation (and a `completion` beside it) are left out: the target will give its own.
+    tools: whether a row that calls tools is read too, without its calls. answered: whether it may end with an answer.
+    Raises SetAside for what messages of text do not hold, DraftsmithError for a row of another shape.
     """
     if field is not None:
         if row.get(field) is None:
@@ -52,8 +89,14 @@ def row_messages(row: Mapping[str, Any], field: str | None, where: str) -> list[
             known = ", ".join(sorted(row)) or "nothing"
             raise DraftsmithError(f"{where}: none of the shapes {_SHAPES}; it has {known}: set the source's field")
         name = found[0]
-    messages = _messages(row[name], f"{where}: {name}")
+    value = _unpacked(row[name], f"{where}: {name}") if name in _CHATS else row[name]
+    # a field of another name is asked as it is, whatever tools stand beside it
+    if not tools and _calls_tools(row if name in _TEXTS else {}, value):
+        raise SetAside(TOOLS)
+    messages = _messages(value, f"{where}: {name}")
     while messages and messages[-1]["role"] == "assistant":
+        if not answered:
+            raise DraftsmithError(f"{where}: {name} end with an answer: it belongs into 'completion' alone")
         messages.pop()
     if not any(message["role"] == "user" for message in messages):
         raise DraftsmithError(f"{where}: {name} has no user message: remove the row or add one")
@@ -75,7 +118,45 @@ def row_ids(row: Mapping[str, Any], name: str, where: str) -> list[int]:
 
 def is_unicode(*texts: str) -> bool:
     """Half a surrogate pair, which JSON can hold (an emoji cut in two), is no text that a tokenizer takes."""
-    return not any("\ud800" <= character <= "\udfff" for text in texts for character in text)
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _calls_tools(row: Mapping[str, Any], messages: Any) -> bool:
+    """The target was told of tools, called one, or read what it returned."""
+    return any(_given(row.get(name)) for name in ("tools", "functions")) or (
+        isinstance(messages, list | tuple)
+        and any(
+            isinstance(each, dict) and (_calls(each) or each.get("role", each.get("from")) in ("tool", "function"))
+            for each in messages
+        )
+    )
+
+
+def _calls(message: Mapping[str, Any]) -> bool:
+    return bool(message.get("tool_calls") or message.get("function_call"))
+
+
+def _given(value: Any) -> bool:
+    """Is it more than nothing? A column of JSON text says so as text."""
+    return bool(value) and not (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null"))
+
+
+def _unpacked(value: Any, where: str) -> Any:
+    """Messages that an export has written as JSON text; other text there would be taken for a user's words."""
+    if not isinstance(value, str):
+        return value
+    try:
+        parsed = json.loads(value)
+    except (ValueError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, list) or not all(isinstance(each, dict) for each in parsed):
+        raise DraftsmithError(f"{where} is text, but no JSON list of messages: give a list, or text in `prompt`")
+    return parsed
 
 
 def _messages(value: Any, where: str) -> list[Message]:
@@ -95,8 +176,12 @@ def _messages(value: Any, where: str) -> list[Message]:
         role, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
         if not isinstance(role, str) or role.lower() not in _ROLES:
             raise DraftsmithError(f"{place}: role {role!r} is not one of {', '.join(_ROLES)}: correct the row")
-        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") for part in content):
+            if any(part["type"] != "text" for part in content):
+                raise SetAside(NOT_TEXT)
             content = "".join(str(part.get("text", "")) for part in content)
+        if content is None and _calls(entry):
+            content = ""
         if not isinstance(content, str):
             raise DraftsmithError(f"{place}: content is a JSON {kind_of(content)}: it must be text")
         messages.append({"role": _ROLES[role.lower()], "content": content})

@@ -14,7 +14,6 @@ from pydantic import Field
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Config
-from draftsmith.stages.prompting.held_out import identity
 from draftsmith.stages.prompting.rows import Message
 from draftsmith.stages.prompting.times import Since, as_time
 
@@ -90,7 +89,8 @@ class JsonlSource(_RowSource):
     """Files of rows: JSON Lines, plain or compressed, or Parquet. Each row goes into at most one split.
 
     Their order is by a hash of seed and text: a file that grows goes on giving what it has given. Rows of
-    `prompt_token_ids` alone are prompts as they are.
+    `prompt_token_ids` are prompts as they are, whatever text is beside them; rows of text alone that call tools or hold
+    images are left out.
     """
 
     kind: Literal["jsonl"] = "jsonl"
@@ -157,15 +157,10 @@ class Candidate:
     source: str
     messages: list[Message]
     where: str
-    token_ids: list[int] | None = None  # of a log that has them in place of text
+    token_ids: list[int] | None = None  # of a log that has them
 
     @property
     def text_hash(self) -> str:
         """16 digits of sha256 over roles and texts, blank space aside: equal prompts have equal hashes."""
         plain = [(message["role"], " ".join(message["content"].split())) for message in self.messages]
         return hashlib.sha256(json.dumps(plain, ensure_ascii=False).encode()).hexdigest()[:16]
-
-    @property
-    def identity(self) -> bytes:
-        """What decides its class (`held_out.py`): equal whatever the system prompt."""
-        return identity(self.messages)

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.prompting.aside import Aside
-from draftsmith.stages.prompting.files import BadRow, Row, matched, read_rows
-from draftsmith.stages.prompting.held_out import HELDOUT_SHARE, place
-from draftsmith.stages.prompting.rows import Message, is_unicode, prompt_ids, row_messages
+from draftsmith.stages.prompting.file_prompts import (
+    Finish,
+    Placed,
+    ReadIds,
+    file_rows,
+    in_order,
+    nearest_first,
+    placed_rows,
+)
+from draftsmith.stages.prompting.files import BadRow
+from draftsmith.stages.prompting.held_out import HELDOUT_SHARE, HeldOutBy, identity, place
+from draftsmith.stages.prompting.rows import Message, SetAside, row_messages
 from draftsmith.stages.prompting.sources import (
     SPLITS,
     Candidate,
+    Counts,
     HuggingFaceSource,
     JsonlSource,
     ProceduralSource,
@@ -26,15 +35,13 @@ from draftsmith.stages.prompting.sources import (
     ReasoningGymSource,
     Split,
 )
-from draftsmith.stages.prompting.times import row_time
 from draftsmith.stages.targets.hub import hub_answered, hub_reason
 
 _PROCEDURAL_SEED = 1_000  # behind the seeds of the text that targets are trained on
+_KEPT, _KEPT_TIMES = 256, 4  # of a file that is only measured on: candidates at least, and for each that is asked for
 _SEEDS_PER_SPLIT = 1_000_000  # a procedural task takes its item i from seed + i: splits own separate ranges of seeds
 
 Draw: TypeAlias = Callable[[Split], Iterator[Candidate]]
-Finish: TypeAlias = Callable[[str, list[Message], str], Candidate]
-ReadIds: TypeAlias = Callable[[list[int]], list[Message]]  # a prompt's messages; raises DraftsmithError
 
 
 class Supply:
@@ -45,13 +52,23 @@ class Supply:
     """
 
     def __init__(
-        self, label: str, draw: Draw, heldout_share: float, *, one_stream: bool = False, aside: Aside | None = None
+        self,
+        label: str,
+        draw: Draw,
+        heldout_share: float,
+        heldout_by: HeldOutBy = "prompt",
+        *,
+        one_stream: bool = False,
+        aside: Aside | None = None,
+        of_class: Counter[bool] | None = None,
     ):
+        """of_class: has what was looked at already."""
         self.label, self.heldout_share, self.aside = label, heldout_share, aside
-        self._draw, self._one_stream = draw, one_stream
+        self._draw, self._one_stream, self._by = draw, one_stream, heldout_by
         self._open: dict[str, Iterator[Candidate]] = {}
         self._waiting: dict[bool, deque[Candidate]] = {True: deque(), False: deque()}
-        self.of_class: Counter[bool] = Counter()  # candidates looked at; True: of the held-out class
+        # candidates looked at; True: of the held-out class
+        self.of_class: Counter[bool] = Counter() if of_class is None else of_class
         self.passed_over = 0  # for good: of a task, and of the wrong class
 
     def next(self, split: Split) -> Candidate | None:
@@ -63,7 +80,7 @@ class Supply:
         if stream not in self._open:
             self._open[stream] = self._draw(split)
         for candidate in self._open[stream]:
-            of_class = place(candidate.identity) < self.heldout_share
+            of_class = place(identity(candidate.messages, self._by)) < self.heldout_share
             self.of_class[of_class] += 1
             if of_class == held_out:
                 return candidate
@@ -82,6 +99,9 @@ class Supplying:
     seed: int = 0
     limit: int = 1  # items that are looked at for one split of a procedural task (some have few different ones)
     heldout_share: float = HELDOUT_SHARE
+    heldout_by: HeldOutBy = "prompt"
+    wanted: Counts | None = None  # of all sources together; None: nobody knows
+    only: Collection[str] | None = None  # of the files of rows (`files.matched`)
     max_bad_share: float = 0.0
     listed: TextIO | None = None  # takes the rows that were set aside
     read_ids: ReadIds | None = None  # without it, rows of token ids have no messages
@@ -91,6 +111,7 @@ def supplies(source: PromptSource, common: Supplying) -> list[Supply]:
     """The supplies of a source, which share its counts: one a procedural task, one for its files or its data set."""
     system = source.system if source.system is not None else common.system
     share = source.heldout_share if source.heldout_share is not None else common.heldout_share
+    by = common.heldout_by
 
     def finish(label: str, messages: list[Message], where: str) -> Candidate:
         if source.suffix:
@@ -104,18 +125,16 @@ def supplies(source: PromptSource, common: Supplying) -> list[Supply]:
     match source:
         case ReasoningGymSource():
             draws = [(task, _task_draw(task, source, finish, common.seed, common.limit)) for task in source.tasks]
-            return [Supply(label, draw, share) for label, draw in draws]
+            return [Supply(label, draw, share, by) for label, draw in draws]
         case ProceduralSource():
             draws = [(each, _family_draw(each, source, finish, common.seed, common.limit)) for each in source.families]
-            return [Supply(label, draw, share) for label, draw in draws]
+            return [Supply(label, draw, share, by) for label, draw in draws]
         case JsonlSource():
-            aside = Aside("prompts.max_bad_share", common.max_bad_share, common.listed)
-            rows = iter(_file_candidates(source, finish, common, aside, as_they_are=not (source.suffix or system)))
-            return [Supply(source.path, lambda _split: rows, share, one_stream=True, aside=aside)]
+            return [_file_supply(source, finish, common, share, as_they_are=not (source.suffix or system))]
         case HuggingFaceSource():
             aside = Aside("prompts.max_bad_share", common.max_bad_share, common.listed)
             rows = _dataset_candidates(source, finish, common.seed, aside)
-            return [Supply(source.id, lambda _split: rows, share, one_stream=True, aside=aside)]
+            return [Supply(source.id, lambda _split: rows, share, by, one_stream=True, aside=aside)]
 
 
 def _task_draw(task: str, source: ReasoningGymSource, finish: Finish, seed: int, limit: int) -> Draw:
@@ -163,65 +182,33 @@ def _family_draw(family: str, source: ProceduralSource, finish: Finish, seed: in
     return draw
 
 
-def file_rows(
-    source: JsonlSource, aside: Aside, read_ids: ReadIds | None = None
-) -> Iterator[tuple[Row, list[Message], list[int] | None]]:
-    """Rows that the filter lets through, with their prompts, and these as token ids where a row has no text; the others
-    are counted in `aside`, which is checked. Without `read_ids` prompts of token ids have no messages."""
-    for row in read_rows(matched([source.path], "prompts.sources")):
-        aside.rows += 1
-        if isinstance(row, BadRow):
-            aside.unreadable(row)
-            continue
-        try:
-            kept = source.keeps(row.fields, row.where)
-            ids = prompt_ids(row.fields, source.field, row.where) if kept else None
-            if ids is not None:
-                messages = read_ids(ids) if read_ids is not None else []
-            else:
-                messages = row_messages(row.fields, source.field, row.where) if kept else []
-        except DraftsmithError as error:
-            aside.unreadable(BadRow(row.file, row.number, str(error).removeprefix(f"{row.where}: ")))
-            continue
-        if not is_unicode(*(message["content"] for message in messages)):
-            aside.unreadable(BadRow(row.file, row.number, "not valid Unicode (half a surrogate pair): correct the row"))
-        elif kept:
-            yield row, messages, ids
-    aside.check()
+def _file_supply(source: JsonlSource, finish: Finish, common: Supplying, share: float, *, as_they_are: bool) -> Supply:
+    """Where none of it is trained on, it gives the held-out class alone, and keeps no more than it may be asked for.
 
+    as_they_are: nothing is added to a prompt, so that its token ids stay what they are.
+    """
+    aside = Aside("prompts.max_bad_share", common.max_bad_share, common.listed)
+    of_class: Counter[bool] = Counter()
+    wanted, by = source.counts or common.wanted, common.heldout_by
 
-def _file_candidates(
-    source: JsonlSource, finish: Finish, common: Supplying, aside: Aside, *, as_they_are: bool
-) -> list[Candidate]:
-    """as_they_are: nothing is added to a prompt, so that its token ids stay what they are."""
-    label, seed = source.set_name, common.seed
-    candidates: list[tuple[tuple[float, ...], Candidate]] = []
-    for row, messages, ids in file_rows(source, aside, common.read_ids):
-        if ids is not None and as_they_are:
-            candidate = Candidate(label, messages, row.where, ids)
-        else:
-            candidate = finish(label, messages, row.where)
-        candidates.append((_age(source, row), candidate))
-    if not candidates and source.filter:
-        raise DraftsmithError(f"{source.path}: no row passes the filter {source.filter}: correct it")
-    if not candidates:
-        raise DraftsmithError(f"{source.path}: the file is empty: give a JSON Lines file with one prompt a line")
-    drawn = f"{seed} {source.seed}"
+    def placed(aside: Aside) -> Iterator[Placed]:
+        rows = file_rows(source, aside, common.read_ids, common.only, as_they_are=as_they_are)
+        return placed_rows(source, rows, finish, common.seed, aside)
 
-    def order(each: tuple[tuple[float, ...], Candidate]) -> tuple[tuple[float, ...], bytes]:
-        return each[0], hashlib.sha256(f"{drawn} {each[1].text_hash}".encode()).digest()
+    def measured_on() -> Iterator[Placed]:
+        first = aside.rows == 0  # what is read once more is counted and listed once
+        for at, candidate in placed(aside if first else Aside("prompts.max_bad_share", common.max_bad_share)):
+            if place(identity(candidate.messages, by)) < share:
+                yield at, candidate
+            elif first:
+                of_class[False] += 1
 
-    return [candidate for _, candidate in sorted(candidates, key=order)]
-
-
-def _age(source: JsonlSource, row: Row) -> tuple[float, ...]:
-    """Its place by time: those inside the window are equal, behind them the newest is first, and last those without."""
-    if (since := source.since_time) is None:
-        return ()
-    time = row_time(row.fields, source.time_field)
-    if time is None:
-        return (2.0,)
-    return (0.0,) if time >= since else (1.0, -time.timestamp())
+    if wanted is None or wanted.train:
+        candidates = in_order(placed(aside))
+    else:
+        asked = wanted.validation + wanted.heldout
+        candidates = nearest_first(measured_on, max(_KEPT, _KEPT_TIMES * asked))
+    return Supply(source.path, lambda _split: candidates, share, by, one_stream=True, aside=aside, of_class=of_class)
 
 
 def _dataset_candidates(source: HuggingFaceSource, finish: Finish, seed: int, aside: Aside) -> Iterator[Candidate]:
@@ -238,6 +225,9 @@ def _dataset_candidates(source: HuggingFaceSource, finish: Finish, seed: int, as
             aside.rows += 1
             try:
                 messages = row_messages(rows[index], source.field, where)
+            except SetAside as reason:
+                aside.unusable(name, index + 1, None, str(reason))
+                continue
             except DraftsmithError as error:
                 aside.unreadable(BadRow(name, index + 1, str(error).removeprefix(f"{where}: ")))
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -21,12 +22,16 @@ from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.sglang.engine import open_sglang
-from draftsmith.stages.engines.sglang.handshake import Expected, _check_weights
+from draftsmith.stages.engines.sglang.greedy import verifies_greedily
+from draftsmith.stages.engines.sglang.handshake import Expected
+from draftsmith.stages.engines.sglang.weights import check_weights
 from draftsmith.stages.rollout import STAGE, RolloutConfig
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_prompts
 from draftsmith.stages.targets.config import TargetConfig
-from draftsmith.stages.targets.info import model_path, write_target_info
+from draftsmith.stages.targets.info import model_path, read_target_info, write_target_info
 from draftsmith.stages.targets.resolve import describe
+from tests.sglang_cpu.fixtures import ServingTarget
+from tests.sglang_cpu.server import running_server
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -174,9 +179,35 @@ def test_sampling_with_a_drafter_on_a_cpu_is_refused(
 ) -> None:
     with (
         open_with(dflash_url, tiny_drafter, tmp_path, drafter=tiny_drafter.drafter / DRAFTER_FOLDER) as engine,
-        pytest.raises(DraftsmithError, match=r"sampling\.temperature: SGLang on a CPU verifies greedily"),
+        pytest.raises(DraftsmithError, match=r"sampling\.temperature: SGLang verifies greedily on this device"),
     ):
         list(engine.generate(requests(tiny_drafter, 2, temperature=1.0)))
+
+
+def test_greedy_verification_is_found_by_its_tokens_alone(
+    tiny_drafter: DrafterArtifacts, dflash_url: str, plain_url: str
+) -> None:
+    """The question that devices other than a CPU are asked: with a drafter this one verifies greedily."""
+    target = read_target_info(tiny_drafter.target)
+
+    async def ask(url: str) -> bool:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            return await verifies_greedily(client, url, target, [5, 6, 7])
+
+    assert asyncio.run(ask(dflash_url))
+    assert not asyncio.run(ask(plain_url))
+
+
+def test_what_a_server_prefers_changes_no_answer(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, sglang_env: Path, serving_target: ServingTarget
+) -> None:
+    preferred = {"repetition_penalty": 1.9, "presence_penalty": 2.0, "top_k": 3}
+    options = {"preferred-sampling-params": json.dumps(preferred)}
+    ours = roll_out(tmp_path / "embedded", tiny_drafter, {"kind": "embedded"}, drafter=False)
+    with running_server(sglang_env, serving_target.model, log=tmp_path / "server.log", options=options) as url:
+        theirs = roll_out(tmp_path / "sglang", tiny_drafter, served(url), drafter=False)
+    answers = [rows(each, "trajectories", TRAJECTORIES, "engine") for each in (ours, theirs)]
+    assert answers[0] == answers[1]
 
 
 def test_a_server_is_known_by_the_log_probs_of_fixed_tokens(
@@ -204,7 +235,7 @@ def test_a_server_is_known_by_the_log_probs_of_fixed_tokens(
         async with httpx.AsyncClient(trust_env=False) as client:
             server = (await client.get(f"{plain_url}/server_info")).json()
             other = replace(expected, target_folder=target_folder)
-            return await _check_weights(client, plain_url, "org/model", server, other)
+            return await check_weights(client, plain_url, "org/model", server, other, here=False)
 
     (said,) = asyncio.run(check(tiny_drafter.target))
     assert float(said.split(" nats")[0].split()[-1]) < 1e-5

@@ -15,14 +15,13 @@ from draftsmith.artifacts.schemas import TRAJECTORIES, VERIFY_STEPS
 from draftsmith.stages.logs import STAGE, LogsConfig
 from draftsmith.stages.mining import STAGE as MINING
 from draftsmith.stages.mining import MiningConfig
-from draftsmith.stages.prompting.logged import LoggedRow, Reader, SetAside
+from draftsmith.stages.prompting.logged import LoggedRow, Reader
+from draftsmith.stages.prompting.rows import TOOLS, SetAside
 from draftsmith.stages.targets.info import model_path, read_target_info
 from draftsmith.stages.targets.resolve import load_tokenizer
 from tests.stages.logs_run import Row, as_ids, counts, run, set_aside, table, write
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
-
-NO_TOOLS = "tools, which a prompt made of its messages would lack"
 
 
 @pytest.fixture(scope="module")
@@ -125,10 +124,10 @@ def test_every_row_that_is_not_used_is_counted_and_listed_with_its_reason(
         ({"messages": messages, "completion": ""}, "answer shorter than two tokens"),
         ({"messages": messages, "completion": "cut in two: \ud83d"}, "text is not valid Unicode"),
         ({"messages": [{"role": "user", "content": "\udc00"}], "completion": "yes"}, "text is not valid Unicode"),
-        ({"messages": messages, "completion": "yes", "tools": [{"type": "function"}]}, NO_TOOLS),
+        ({"messages": messages, "completion": "yes", "tools": [{"type": "function"}]}, TOOLS),
         (
             {"messages": [*messages, {"role": "assistant", "content": None, "tool_calls": [{}]}], "completion": "yes"},
-            NO_TOOLS,
+            TOOLS,
         ),
     ]
     path = write(tmp_path / "log.jsonl", [row | {"id": f"r{i}"} for i, (row, _) in enumerate(rows)])

@@ -130,6 +130,7 @@ def test_a_window_that_another_follows_is_read_whole_whatever_its_files_are_call
         assert found["window"]["newest"] == "2026-03-05T09:00:00Z"
     alone = run(tmp_path / "alone", tiny_drafter, tmp_path / "logs", since="2026-03-05", rows=4)
     assert counts(alone)["rows_read"] == 4, "no window follows this one"
+    assert counts(alone)["rows_in_files"] is None, "nor were they all looked at to count them"
 
 
 def test_a_relative_window_is_absolute_once_the_config_is_read() -> None:

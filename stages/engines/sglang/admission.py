@@ -104,7 +104,7 @@ class Admission:
         elif self.records_trace and not found.records_trace:
             unlike = "does not record verify steps (no plug-in)"
         elif found.greedy_only and not self.greedy_only:
-            unlike = "drafts on a CPU, which verifies greedily"
+            unlike = "verifies greedily"
         if unlike:
             raise DraftsmithError(
                 f"engine: the server {server.url} {unlike}, unlike those that this stage has asked; start it as these"

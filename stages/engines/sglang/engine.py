@@ -184,7 +184,7 @@ class SGLangEngine:
             answer.body,
             eos_ids=self._expected.target.eos_ids,
             vocab_size=self._expected.target.vocab_size,
-            with_records=with_records,
+            records_of=self._expected.drafter_digest if with_records else None,
             seconds=answer.seconds,
             first_token_seconds=answer.first_token_seconds,
         )

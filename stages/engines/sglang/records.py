@@ -9,11 +9,31 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.base import Completion, Request, VerifyStep
 from draftsmith.stages.engines.sglang.protocol import KEY, PROTOCOL
 
+# SGLang fills up what a request leaves out with the server's `--preferred-sampling-params`: nothing is left out.
+_NUMBERS = {
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "min_new_tokens": 0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "repetition_penalty": 1.0,
+}
+_NULLS = dict.fromkeys(("stop", "stop_regex", "logit_bias", "json_schema", "regex", "ebnf", "structural_tag"))
+# What a server may prefer without any effect: requests say it themselves, or it is about text.
+SETTLED = {
+    *_NUMBERS,
+    *("temperature", "max_new_tokens", "stop_token_ids", "ignore_eos", "sampling_seed", "n"),
+    *("skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim", "stream_interval"),
+}
+
 
 def generate_payload(request: Request, eos_ids: Sequence[int], traced: bool) -> dict[str, Any]:
     """The body of /generate for a request."""
     sampling = request.sampling
     params: dict[str, Any] = {
+        **_NUMBERS,
+        **_NULLS,
         "temperature": sampling.temperature,
         "max_new_tokens": sampling.max_new_tokens,
         "stop_token_ids": list(eos_ids),
@@ -57,11 +77,15 @@ def completion_of(
     *,
     eos_ids: Collection[int],
     vocab_size: int,
-    with_records: bool,
+    records_of: str | None = None,
     seconds: float = 0.0,
     first_token_seconds: float = float("nan"),
 ) -> Completion:
-    """Read a finished /generate answer. Raises BadAnswerError, naming the request, if it is not what was asked for."""
+    """Read a finished /generate answer.
+
+    records_of: digest of the drafter whose verify steps are read; None: they are not wanted.
+    Raises BadAnswerError, naming the request, if it is not what was asked for.
+    """
     try:
         meta = body["meta_info"]
         tokens, reason = [int(token) for token in body["output_ids"]], str(meta["finish_reason"]["type"])
@@ -72,7 +96,15 @@ def completion_of(
             f"request {request.request_id}: the server's answer has no {error}; is this a supported SGLang release?"
         ) from error
     _check_tokens(request, tokens, reason, meta, eos_ids, vocab_size)
-    steps = read_steps(request, tokens, meta) if with_records else []
+    steps = []
+    if records_of is not None:
+        drafter = trace_identity(request.request_id, meta)
+        if drafter not in (None, records_of):
+            raise BadAnswerError(
+                f"request {request.request_id}: its verify steps are of the drafter "
+                f"{drafter[:12] or 'without a digest'}, not of {records_of[:12]}: start the server with that one again"
+            )
+        steps = read_steps(request, tokens, meta)
     return Completion(
         request,
         tokens,
@@ -88,7 +120,7 @@ def completion_of(
 def _check_tokens(
     request: Request, tokens: list[int], reason: str, meta: dict[str, Any], eos_ids: Collection[int], vocab_size: int
 ) -> None:
-    wrong = None
+    wrong, matched = None, meta["finish_reason"].get("matched")
     if not tokens:
         wrong = "is empty"
     elif not all(0 <= token < vocab_size for token in tokens):
@@ -97,6 +129,9 @@ def _check_tokens(
         wrong = f"is to {meta['prompt_tokens']} prompt tokens, {len(request.prompt_ids)} were sent"
     elif reason == "stop" and tokens[-1] not in eos_ids:
         wrong = f"ends at token {tokens[-1]}, which is no end token of the target: the server has other stop tokens"
+    elif reason == "stop" and matched not in (None, tokens[-1]):
+        # SGLang puts an end token over one that is outside the vocabulary, and says so here alone.
+        wrong = f"was ended by {matched!r}, not by its last token: by a stop string, or by an error of the server"
     elif reason == "length" and len(tokens) < request.sampling.max_new_tokens:
         wrong = (
             f"was cut after {len(tokens)} of {request.sampling.max_new_tokens} tokens: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from draftsmith.flows.checks import prompts as checks
 from draftsmith.flows.checks.findings import Findings, Level
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.stages.logs import LogsConfig
+from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.targets.metadata import metadata_artifact
 
@@ -28,6 +30,7 @@ def metadata(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def found(metadata: Path | None, path: Path, rows: list[Any], **config: Any) -> tuple[Level, str]:
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    os.utime(path, (0, 0))
     node = Node("logs", "draftsmith.stages.logs", LogsConfig(paths=[str(path)], temperature=0, **config))
     findings = Findings()
     checks.check_logs(findings, [node], metadata)
@@ -51,6 +54,28 @@ def test_much_that_is_set_aside_is_a_warning(metadata: Path, tmp_path: Path) -> 
     rows = [answer(number, temperature=number % 2) for number in range(10)]
     level, text = found(metadata, tmp_path / "a.jsonl", rows)
     assert level is Level.WARNING and "5 of all 10 rows can be used; not used: 5 another temperature" in text
+
+
+def test_images_are_told_without_the_tokenizer_too(tmp_path: Path) -> None:
+    seen = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}
+    ids = {"prompt_token_ids": [5, 6], "completion_token_ids": [7, 8]}
+    _, text = found(None, tmp_path / "a.jsonl", [ids, ids | seen, GOOD | seen])
+    assert "1 of all 3 rows can be used; not used: 2 images or other parts of messages that are not text" in text
+
+
+@pytest.mark.parametrize(("count", "level"), [(1, Level.OK), (9, Level.WARNING)])
+def test_rows_that_cannot_be_prompts_are_told(count: int, level: Level, tmp_path: Path) -> None:
+    rows: list[Any] = [{"messages": GOOD["messages"], "tools": [{"type": "function"}]} for _ in range(count)]
+    rows += [{"prompt_token_ids": [5, 6, number], "messages": GOOD["messages"]} for number in range(9)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.utime(path, (0, 0))
+    asked = {"sources": [{"kind": "jsonl", "path": str(path)}], "train": 4, "heldout": 0}
+    findings = Findings()
+    checks.check_sources(findings, [Node("prompts", "draftsmith.stages.prompts", PromptsConfig.model_validate(asked))])
+    told, enough = findings.lines
+    assert f"{count} of {count + 9} rows cannot be prompts: {count} tools" in told.text and told.level is level
+    assert "9 rows for 4 prompts" in enough.text
 
 
 @pytest.mark.parametrize(
@@ -90,3 +115,37 @@ def test_without_a_tokenizer_shape_temperature_and_time_are_judged(tmp_path: Pat
         "8 of all 10 rows can be used; not used: 1 another temperature, 1 cannot be read "
         "(seen without the target's tokenizer)"
     )
+
+
+@pytest.mark.parametrize("of_logs", [True, False])
+def test_a_file_that_may_still_be_written_is_named(of_logs: bool, tmp_path: Path) -> None:
+    """A stage that reads it would fail at its end."""
+    for name in ("old", "a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(answer(number)) + "\n" for number in range(40)))
+    os.utime(tmp_path / "old.jsonl", (0, 0))
+    sources = [{"kind": "jsonl", "path": str(tmp_path)}]
+    prompts = PromptsConfig.model_validate({"sources": sources, "train": 0, "heldout": 1, "heldout_share": 1})
+    logs = LogsConfig(paths=[str(tmp_path)], temperature=0)
+    findings = Findings()
+    if of_logs:
+        checks.check_logs(findings, [Node("logs", "draftsmith.stages.logs", logs)], None)
+    else:
+        checks.check_sources(findings, [Node("prompts", "draftsmith.stages.prompts", prompts)])
+    (said,) = findings.warnings
+    assert f"{tmp_path}/a.jsonl and 1 more: written to within the last 30 s. A file that grows while a stage" in said
+
+
+def test_what_was_read_before_is_nothing_new(tmp_path: Path) -> None:
+    """A window of `since: last` reaches back behind the newest row that was read."""
+    rows = [answer(number, time=f"2026-03-01T{number:02}:30:00Z") for number in range(1, 10)]
+    window: dict[str, Any] = {"since": "last", "after": rows[-1]["time"]}
+    level, text = found(None, tmp_path / "a.jsonl", rows, **window)
+    assert level is Level.WARNING and "no row is later than 2026-03-01T09:30:00Z: without new ones, only a" in text
+    level, text = found(None, tmp_path / "a.jsonl", [*rows, answer(10, time="2026-03-01T09:30:01Z")], **window)
+    assert level is Level.OK and text.startswith("2 of all 10 rows can be used; not used: 8 outside the window")
+
+
+def test_a_bad_row_is_a_part_of_its_window(tmp_path: Path) -> None:
+    rows: list[Any] = [answer(1, time="2026-03-01")] * 90 + [answer(1, time="2026-03-08")] * 8
+    level, text = found(None, tmp_path / "a.jsonl", [*rows, *["{", "{"]], since="2026-03-08", max_bad_share=0.1)
+    assert level is Level.ERROR and "(2 of 10 rows inside the window cannot be read, over logs.max_bad_s" in text

@@ -202,7 +202,7 @@ def test_blocks_are_cut_by_drafters_that_have_a_confidence_alone(
 def test_sampling_with_a_drafter_on_a_cpus_servers_is_an_error_before_anything_runs() -> None:
     engine = {"kind": "sglang", "python": "python", "launch": {"options": {"device": "cpu"}}}
     config = EvaluationConfig.model_validate({"engine": engine, "temperatures": [0, 1]})
-    with pytest.raises(DraftsmithError, match=r"speed: temperatures: SGLang on a CPU verifies greedily"):
+    with pytest.raises(DraftsmithError, match=r"speed: temperatures: SGLang verifies greedily on this device"):
         check_engines(FirstError(), [Node("speed", "draftsmith.stages.evaluation", config, {"sft": "sft"})])
     rollout = RolloutConfig.model_validate({"engine": engine, "sampling": {"temperature": 1}})
     with pytest.raises(DraftsmithError, match=r"assisted: sampling\.temperature"):

@@ -239,6 +239,12 @@ def test_logs_alone_make_a_refresh(tmp_path: Path) -> None:
     path.write_text(text.replace("temperature: 0.7", "temperature: 0.7, since: last"))
     (source,) = prompts_since(load_config(path).prompts, "2026-03-05T00:00:00Z").sources
     assert source.model_dump()["since"] == "2026-03-05T00:00:00Z"
+    path.write_text(text + "prompts: {heldout_by: conversation, heldout: 300}\n")
+    some = load_config(path).prompts
+    assert (some.heldout_by, some.wanted("heldout"), some.wanted("validation"), some.of_logs) == (
+        *("conversation", 300, prompts.wanted("validation"), True),
+    )
+    assert [source.model_dump()["path"] for source in some.sources] == [str(log)]
     path.write_text(text + "evaluation: {rounds: 7}\n")
     evaluation = load_config(path).evaluation
     assert (evaluation.rounds, evaluation.sampling.temperature) == (7, 0.7)

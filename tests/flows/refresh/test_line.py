@@ -68,7 +68,12 @@ def test_the_next_refresh_reads_what_is_new_and_mixes_in_what_the_champion_has_l
     again = RecordingContext.under(tmp_path / "second", {"target": tiny_drafter.target, "earlier": taken.out})
     LOGS.run(again, LogsConfig.model_validate(second.logs.model_dump()))
     found = counts(again)
-    assert (found["used"], found["replayed"], found["outside_window"]) == (6, 2, 20)
+    assert (found["used"], found["replayed"], found["outside_window"]) == (6, 2, 19)
+    assert found["set_aside"] == {"used by the champion's refresh": 1}, "the newest one that was read"
+    for lateness, wired in ((1.0, True), (0.0, False)):
+        logs_alone = second.logs.model_copy(update={"replay_share": 0.0, "lateness_hours": lateness})
+        names = {node.name for node in refresh_nodes(second.model_copy(update={"logs": logs_alone}))}
+        assert ("earlier" in names) is wired
     old = {tuple(row["response_ids"]) for row in table(read)}
     assert {tuple(row["response_ids"]) for row in table(again)[6:]} <= old
 
@@ -124,18 +129,23 @@ def test_prompts_that_measured_a_version_stay_out_of_training(tmp_path: Path, mo
         given["prompts"]["sources"][0] |= {"heldout_share": of_source, "suffix": suffix}
         return RefreshConfig.model_validate(given)
 
-    measured = asking(0.2, 1.0)
+    measured = asking(0.2, 0.4)
     tags = prompt_tags(measured.prompts)
     registry().register(LINE, ArtifactRef("opd", "key", "content", tmp_path), tags)
     assert resolve(measured).registry is not None
-    assert resolve(asking(0.3, 1.0)).registry is not None
+    assert resolve(asking(0.3, 0.4)).registry is not None
     with pytest.raises(DraftsmithError, match=r"heldout_share is 0\.1, and tiny version 1 was measured with 0\.2"):
-        resolve(asking(0.1, 1.0))
-    with pytest.raises(DraftsmithError, match=rf"source {log}: heldout_share is 0\.2, and tiny version 1 .* with 1:"):
+        resolve(asking(0.1, 0.4))
+    with pytest.raises(DraftsmithError, match=rf"source {log}: heldout_share is 0\.2, and tiny .* with 0\.4:"):
         resolve(asking(0.2, None))
     with pytest.raises(DraftsmithError, match=rf"source {log}: it has a suffix that tiny version 1 was not"):
-        resolve(asking(0.2, 1.0, suffix=" Think twice."))
-    assert resolve(asking(0.2, 1.0, suffix="\nThink.\n")).registry is not None, "blank space does not count"
+        resolve(asking(0.2, 0.4, suffix=" Think twice."))
+    assert resolve(asking(0.2, 0.4, suffix="\nThink.\n")).registry is not None, "blank space does not count"
+    by_conversation = measured.prompts.model_copy(update={"heldout_by": "conversation"})
+    with pytest.raises(DraftsmithError, match="heldout_by is conversation, and tiny version 1 was measured with p"):
+        resolve(measured.model_copy(update={"prompts": by_conversation}))
+    with pytest.raises(ValueError, match=rf"sources\.0\.heldout_share: 1 holds out every row of {log}, which"):
+        asking(0.2, 1.0)
 
 
 def test_one_file_may_be_asked_with_several_suffixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,10 @@ def test_the_config_may_name_the_algorithm(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "option",
-    ["model-path", "--port", "speculative_num_draft_tokens", "dtype", "tp", "speculative-accept-threshold-single"],
+    [
+        *("model-path", "--port", "speculative_num_draft_tokens", "dtype", "tp", "speculative-accept-threshold-single"),
+        *("preferred-sampling-params", "json_model_override_args", "pp-size", "pipeline-parallel-size", "nnodes"),
+    ],
 )
 def test_an_option_that_has_a_field_of_its_own_is_refused(option: str) -> None:
     with pytest.raises(ValidationError, match=rf"{option}: is set by"):
@@ -163,6 +166,13 @@ def test_an_option_that_has_a_field_of_its_own_is_refused(option: str) -> None:
 def test_options_cannot_override_what_the_stage_sets(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=r"leave it out here|would read|no name of an option"):
         config(options=options)
+
+
+@pytest.mark.parametrize("option", ["load-format", "--speculative_draft_load_format"])
+def test_random_weights_are_not_launched(option: str) -> None:
+    with pytest.raises(ValidationError, match=rf"{option}: dummy serves random weights"):
+        config(options={option: "dummy"})
+    assert config(options={option: "safetensors"}).launch is not None
 
 
 def test_ordinary_options_pass() -> None:

@@ -123,7 +123,7 @@ def test_a_server_that_was_not_there_at_the_start_is_let_in_later(
     [
         ({"server": {"speculative_algorithm": "EAGLE3"}}, "speculates by EAGLE3, not by DFLASH"),
         ({"generate": speculating}, "does not record verify steps"),
-        ({"server": {"device": "cpu"}}, "drafts on a CPU"),
+        ({"server": {"device": "cpu"}}, "verifies greedily"),
     ],
 )
 def test_what_comes_back_must_be_like_those_that_were_asked(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
+import json
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,18 +13,12 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig, TreeConfig
 from draftsmith.stages.engines.sglang.handshake import Expected, Facts, shake_hands
-from draftsmith.stages.engines.sglang.probe import own_logprobs
 from draftsmith.stages.stored import DRAFTER_FOLDER
-from draftsmith.stages.targets.config import TargetConfig
-from draftsmith.stages.targets.info import model_path, write_target_info
-from draftsmith.stages.targets.resolve import describe
 from tests.stages.engines.http_server import HttpServer, Refusal, answer, serving
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -71,13 +66,17 @@ def good_server(expected: Expected) -> dict[str, Any]:
 
 
 def speculating(payload: dict[str, Any], digest: str | None = None) -> dict[str, Any]:
-    """The probe's eight tokens after one step of seven accepted proposals."""
+    """One step whose proposals were all accepted: of the tokens that `answer` counts, or drawn from [20, 800)."""
     done = answer(payload, spec_verify_ct=1)
+    sampling = payload["sampling_params"]
+    if sampling["temperature"] > 0:
+        drawn = random.Random(sampling["sampling_seed"])
+        done["output_ids"] = [drawn.randrange(20, 800) for _ in done["output_ids"]]
     tokens, prompt = done["output_ids"], len(payload["input_ids"])
-    if digest is not None and payload["sampling_params"].get("custom_params"):
+    if digest is not None and sampling.get("custom_params"):
         identity = {"v": "1", "drafter": digest}
-        step = identity | {"anchor": prompt, "block": tokens[1:], "accepted": 7, "bonus": 5}
-        done["meta_info"]["draftsmith_trace"] = [identity, step, *[None] * 6]
+        step = identity | {"anchor": prompt, "block": tokens[1:], "accepted": len(tokens) - 1, "bonus": 5}
+        done["meta_info"]["draftsmith_trace"] = [identity, step, *[None] * (len(tokens) - 2)]
     return done
 
 
@@ -104,10 +103,24 @@ def server_of(
         yield running
 
 
-def shake(server: HttpServer, expected: Expected) -> Facts:
+class Led(httpx.AsyncHTTPTransport):
+    """The network where another machine's address leads to a server of this test."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self._leads_to = httpx.URL(url)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        request.url = request.url.copy_with(host=self._leads_to.host, port=self._leads_to.port)
+        return await super().handle_async_request(request)
+
+
+def shake(server: HttpServer, expected: Expected, under: str | None = None) -> Facts:
+    """under: the server's address, which leads to it."""
+
     async def run() -> Facts:
-        async with httpx.AsyncClient(trust_env=False) as client:
-            return await shake_hands(client, server.url, expected)
+        async with httpx.AsyncClient(trust_env=False, transport=Led(server.url)) as client:
+            return await shake_hands(client, under or server.url, expected)
 
     return asyncio.run(run())
 
@@ -204,80 +217,6 @@ def test_another_model_on_this_machine_is_found_by_its_weights(plain: Expected, 
             shake(server, plain)
 
 
-COMMIT, OTHER = "a1" * 20, "b2" * 20
-
-
-def of_hub(expected: Expected) -> Expected:
-    return replace(expected, target=expected.target.model_copy(update={"source": "org/model", "revision": COMMIT}))
-
-
-def scoring(logprobs: list[float]) -> Any:
-    """A server that says this of the fixed tokens behind the first."""
-
-    def generate(payload: dict[str, Any]) -> dict[str, Any]:
-        done = answer(payload)
-        if payload.get("return_logprob"):
-            tokens = payload["input_ids"]
-            scored = [[value, token, None] for value, token in zip([None, *logprobs], tokens, strict=True)]
-            done["meta_info"]["input_token_logprobs"] = scored
-        return done
-
-    return generate
-
-
-@pytest.fixture(scope="module")
-def other_revision(tiny_drafter: DrafterArtifacts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The artifact of the tiny target after one small step of training: same config, tokenizer and shapes."""
-    folder = tmp_path_factory.mktemp("other-revision")
-    source = model_path(tiny_drafter.target)
-    shutil.copytree(source, folder / "model")
-    weights = load_file(source / "model.safetensors")
-    generator = torch.Generator().manual_seed(0)
-    moved = {name: w + 1e-3 * torch.randn(w.shape, generator=generator) for name, w in weights.items()}
-    save_file(moved, folder / "model" / "model.safetensors", metadata={"format": "pt"})
-    config = TargetConfig(source="org/model", dtype="float32")
-    write_target_info(describe(folder / "model", config, kind="folder", location="model", revision=None), folder)
-    return folder
-
-
-def test_a_server_of_the_same_commit_of_the_hub_is_accepted_and_of_another_refused(plain: Expected) -> None:
-    expected = of_hub(plain)
-    with server_of(expected, model={"model_path": "org/model"}, server={"revision": COMMIT}) as server:
-        assert shake(server, expected).remarks == []
-        assert not any("return_logprob" in payload for _, payload in server.asked)
-    with (
-        server_of(expected, model={"model_path": "org/model"}, server={"revision": OTHER}) as server,
-        pytest.raises(DraftsmithError, match=f"of revision {OTHER}, .*start it with --revision {COMMIT}"),
-    ):
-        shake(server, expected)
-
-
-@pytest.mark.parametrize("revision", [None, "main"])
-@pytest.mark.parametrize("path", ["org/model", "/on/another/machine"])
-def test_without_files_or_a_commit_a_server_is_known_by_what_it_computes(
-    plain: Expected, other_revision: Path, path: str, revision: str | None
-) -> None:
-    expected = of_hub(plain)
-    ours, others = (own_logprobs(folder, plain.scored_ids) for folder in (plain.target_folder, other_revision))
-    assert len(ours) > 80
-    says: dict[str, Any] = {"model": {"model_path": path}, "server": {"revision": revision, "dtype": "float32"}}
-    with server_of(expected, **says, generate=scoring([value + 9e-4 for value in ours])) as server:
-        (remark,) = shake(server, expected).remarks
-    assert f"serves {path}: log-probs of {len(ours)} fixed tokens are 0.0009 nats from the target's" in remark
-    with (
-        server_of(expected, **says, generate=scoring(others)) as server,
-        pytest.raises(DraftsmithError, match=rf"nats from those of the target org/model .*serve revision {COMMIT}"),
-    ):
-        shake(server, expected)
-
-
-def test_quantised_weights_are_not_compared_and_that_is_said(plain: Expected) -> None:
-    expected = of_hub(plain)
-    says: dict[str, Any] = {"model": {"model_path": "org/model"}, "server": {"quantization": "fp8"}}
-    with server_of(expected, **says) as server:
-        assert ["quantised (fp8)" in remark for remark in shake(server, expected).remarks] == [True]
-
-
 def test_another_drafter_on_this_machine_is_found_by_its_weights(assisted: Expected, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     elsewhere = {"speculative_draft_model_path": str(tmp_path)}
@@ -288,11 +227,32 @@ def test_another_drafter_on_this_machine_is_found_by_its_weights(assisted: Expec
         shake(server, assisted)
 
 
-def test_on_a_cpu_a_speculating_server_is_greedy_only(assisted: Expected, plain: Expected) -> None:
-    with server_of(assisted, server={"device": "cpu"}) as server:
-        assert shake(server, assisted).greedy_only
-    with server_of(plain, server={"device": "cpu"}) as server:
-        assert not shake(server, plain).greedy_only
+def test_a_folder_of_another_machine_is_not_looked_for_here(
+    assisted: Expected, plain: Expected, tmp_path: Path
+) -> None:
+    """gpu2 has a drafter and a model under the same paths: whichever lie here say nothing of them."""
+    (tmp_path / "config.json").write_text("{}")
+    drafts = {"speculative_draft_model_path": str(tmp_path)}
+    with server_of(assisted, server=drafts, digest=assisted.drafter_digest) as server:
+        facts = shake(server, assisted, "http://gpu2.invalid:30000")
+        assert facts.records_trace
+    assert any(f"drafts with {tmp_path}, which is not on this machine" in remark for remark in facts.remarks)
+    with server_of(plain) as server:
+        (remark,) = shake(server, plain, "http://gpu2.invalid:30000").remarks
+    assert "could not be compared with the target's" in remark
+
+
+@pytest.mark.parametrize("given", [dict, json.dumps])
+def test_what_a_server_prefers_must_be_what_requests_can_settle(given: Any, plain: Expected) -> None:
+    settled = {"top_k": 20, "repetition_penalty": 1.05, "presence_penalty": 1.5, "regex": None, "stop": None}
+    with server_of(plain, model={"preferred_sampling_params": given(settled)}) as server:
+        assert shake(server, plain).remarks == []
+    for name, value in {"stop": ["END"], "logit_bias": {"5": -1.0}, "beam_width": 4, "custom_params": {"a": 1}}.items():
+        with (
+            server_of(plain, model={"preferred_sampling_params": given(settled | {name: value})}) as server,
+            pytest.raises(DraftsmithError, match=rf"\({name}\); start it without --preferred-sampling-params"),
+        ):
+            shake(server, plain)
 
 
 def test_a_server_in_trouble_may_be_asked_again_later(plain: Expected) -> None:

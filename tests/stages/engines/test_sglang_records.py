@@ -10,6 +10,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams
 from draftsmith.stages.engines.sglang.records import (
+    BadAnswerError,
     IncompleteRecordsError,
     completion_of,
     generate_payload,
@@ -27,14 +28,17 @@ def record(anchor: int, block: list[int], accepted: int, bonus: int, **more: Any
     return {"v": "1", "drafter": "d", "anchor": anchor, "block": block, "accepted": accepted, "bonus": bonus, **more}
 
 
-def body(tokens: list[int], records: list[Any] | None = None, reason: str = "length", **meta: Any) -> dict[str, Any]:
+def body(
+    tokens: list[int], records: list[Any] | None = None, reason: str = "length", matched: Any = None, **meta: Any
+) -> dict[str, Any]:
     traced = {} if records is None else {"draftsmith_trace": records}
-    found = {"finish_reason": {"type": reason}, "prompt_tokens": 3, "spec_verify_ct": 2, **traced, **meta}
+    finish = {"type": reason} | ({} if matched is None else {"matched": matched})
+    found = {"finish_reason": finish, "prompt_tokens": 3, "spec_verify_ct": 2, **traced, **meta}
     return {"output_ids": tokens, "meta_info": found}
 
 
 def read(answer: dict[str, Any], request: Request = REQUEST, with_records: bool = True) -> Completion:
-    return completion_of(request, answer, eos_ids=EOS, vocab_size=900, with_records=with_records)
+    return completion_of(request, answer, eos_ids=EOS, vocab_size=900, records_of="d" if with_records else None)
 
 
 GOOD = [None, record(3, [21, 22, 99], 2, 23), None, None, record(6, [24, 25, 26], 3, 27), None]
@@ -125,6 +129,9 @@ def test_records_that_do_not_cover_the_answer_are_one_clear_error(records: list[
         (body([20, 900, 1, 1, 1, 1]), "another model"),
         (body([20, 21, 22, 23, 24, 25], prompt_tokens=2), "2 prompt tokens, 3 were sent"),
         (body([20, 21], reason="stop"), "no end token"),
+        (body([20, 2], reason="stop", matched="NaN happened"), "ended by 'NaN happened', not by its last token"),
+        (body([20, 2], reason="stop", matched="2"), "ended by '2', not by its last token"),
+        (body([20, 2], reason="stop", matched=0), "ended by 0, not by its last token"),
         (body([20, 21]), "cut after 2 of 6"),
         (body([20, 2], reason="abort"), "abort"),
         ({"output_ids": [1]}, "meta_info"),
@@ -146,13 +153,54 @@ def test_the_plug_in_says_version_and_drafter() -> None:
 
 def test_payloads_say_how_to_draw_and_whether_to_record() -> None:
     sampled = replace(REQUEST, sampling=SamplingParams(6, 0.7, 0.9), seed=2**62 + 1)
-    assert generate_payload(REQUEST, EOS, traced=False) == {
-        "input_ids": [10, 11, 12],
-        "sampling_params": {"temperature": 0.0, "max_new_tokens": 6, "stop_token_ids": [2, 0], "ignore_eos": False},
-    }
+    greedy = generate_payload(REQUEST, EOS, traced=False)
+    assert greedy["input_ids"] == [10, 11, 12]
+    asked = {"temperature": 0.0, "max_new_tokens": 6, "stop_token_ids": [2, 0], "ignore_eos": False}
+    assert asked.items() <= greedy["sampling_params"].items()
+    assert not {"custom_params", "sampling_seed"} & greedy["sampling_params"].keys()
     params = generate_payload(sampled, EOS, traced=True)["sampling_params"]
     assert (params["temperature"], params["top_p"], params["sampling_seed"]) == (0.7, 0.9, 2**62 + 1)
     assert params["custom_params"] == {"draftsmith_trace": True}
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(6), SamplingParams(6, 0.7, 0.9)], ids=["greedy", "sampled"])
+def test_what_a_server_prefers_decides_nothing(sampling: SamplingParams) -> None:
+    """SGLang draws by {**preferred, **asked}, and makes its SamplingParams of that."""
+    preferred = {
+        "top_p": 0.5,
+        "top_k": 20,
+        "min_p": 0.1,
+        "min_new_tokens": 3,
+        "temperature": 0.3,
+        "ignore_eos": True,
+        "frequency_penalty": 1.0,
+        "presence_penalty": 1.5,
+        "repetition_penalty": 1.05,
+        "logit_bias": {"5": 1.0},
+        "stop": ["a"],
+        "stop_regex": ["a"],
+        "regex": "a",
+        "ebnf": "a",
+        "json_schema": "{}",
+        "structural_tag": "a",
+    }
+    asked = generate_payload(replace(REQUEST, sampling=sampling), EOS, traced=False)["sampling_params"]
+    assert {**preferred, **asked} == asked
+    assert (asked["top_p"], asked["top_k"], asked["repetition_penalty"]) == (sampling.top_p, -1, 1.0)
+    assert asked["stop"] is None
+
+
+def test_records_of_another_drafter_are_a_bad_answer() -> None:
+    answer = body([20, 21, 2], [{"v": "1", "drafter": "e" * 64}, record(3, [21, 2, 23], 3, 24), None], "stop")
+    with pytest.raises(
+        BadAnswerError, match=r"request p/0: its verify steps are of the drafter eeeeeeeeeeee, not of d"
+    ):
+        read(answer)
+    assert read(answer, with_records=False).steps == []
+
+
+def test_an_end_that_says_which_token_matched_is_taken() -> None:
+    assert read(body([20, 2], reason="stop", matched=2), with_records=False).finish_reason == "stop"
 
 
 def test_without_records_the_servers_own_counts_are_kept() -> None:

@@ -14,21 +14,21 @@ import pyarrow.parquet as pq
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 
-def content(rows: Sequence[Any], suffix: str) -> bytes:
-    """The rows as the bytes of a file of this kind; texts are lines as they are."""
-    if suffix == ".parquet":
+def content(rows: Sequence[Any], name: str) -> bytes:
+    """The rows as the bytes of a file whose name ends so; texts are lines as they are."""
+    if name.endswith(".parquet"):
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(list(rows)), sink)
         return bytes(sink.getvalue().to_pybytes())
     lines = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows).encode()
-    return packed(lines, suffix)
+    return packed(lines, name)
 
 
-def packed(data: bytes, suffix: str) -> bytes:
+def packed(data: bytes, name: str) -> bytes:
     """Compressed as the name says."""
-    if suffix.endswith(".gz"):
+    if name.endswith(".gz"):
         return gzip.compress(data)
-    if suffix.endswith(".zst"):
+    if name.endswith(".zst"):
         sink = pa.BufferOutputStream()
         with pa.CompressedOutputStream(sink, "zstd") as stream:
             stream.write(data)
@@ -39,6 +39,5 @@ def packed(data: bytes, suffix: str) -> bytes:
 def write(path: Path, rows: Sequence[Any]) -> Path:
     """In the format that its name says."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    suffix = next(each for each in sorted(SUFFIXES, key=len, reverse=True) if path.name.endswith(each))
-    path.write_bytes(content(rows, suffix))
+    path.write_bytes(content(rows, path.name))
     return path

@@ -63,13 +63,30 @@ def test_a_bucket_gives_what_the_disk_gives(suffix: str, bucket: str) -> None:
 
 
 def test_a_folder_is_its_files_of_rows_in_order(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.parquet", "2026/09/z.jsonl.gz", "2026/08/z.jsonl.zst"):
+    for name in (
+        "b.jsonl",
+        "a.parquet",
+        "2026/09/z.jsonl.gz",
+        "2026/08/z.jsonl.zst",
+        "c.ndjson",
+        "d.json.gz",
+        "e.json",
+    ):
         write(tmp_path / name, [{"n": name}])
     for name in ("notes.txt", "_SUCCESS", ".hidden.jsonl", "_tmp/x.jsonl", "c.jsonl.part"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text('{"n": "not a log"}\n')
     found = [Path(name).relative_to(tmp_path).as_posix() for name in matched([str(tmp_path)], "logs.paths")]
-    assert found == ["2026/08/z.jsonl.zst", "2026/09/z.jsonl.gz", "a.parquet", "b.jsonl"]
+    assert found == [
+        "2026/08/z.jsonl.zst",
+        "2026/09/z.jsonl.gz",
+        "a.parquet",
+        "b.jsonl",
+        "c.ndjson",
+        "d.json.gz",
+        "e.json",
+    ]
+    assert {row["n"] for row in fields(matched([str(tmp_path)], "logs.paths"))} == set(found)
 
 
 def test_patterns_stand_as_given_and_no_file_comes_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +114,7 @@ def test_a_bracket_in_a_name_is_no_glob(tmp_path: Path) -> None:
     [
         ("none.jsonl", "none.jsonl is not an existing file: correct the path"),
         ("*.jsonl", "matches no file: correct the pattern"),
-        ("empty", r"empty has no file of rows \(.jsonl or .parquet"),
+        ("empty", r"empty has no file of rows \(.jsonl, .ndjson or .json with"),
         ("memory://bucket/none.jsonl", "memory://bucket/none.jsonl matches no file"),
         ("memory://bucket/*.jsonl", "matches no file"),
         ("warp://bucket/a.jsonl", "warp://bucket/a.jsonl: .*warp"),

@@ -15,6 +15,7 @@ from draftsmith.stages.prompting.template import token_ids
 from draftsmith.stages.prompting.unrendered import Unrendered
 from draftsmith.stages.targets.info import model_path
 from draftsmith.stages.targets.resolve import load_tokenizer
+from tests.stages.prompting.templates import DEEPSEEK, GPT_OSS, LLAMA
 from tests.testbed.drafter import DrafterArtifacts
 
 
@@ -40,6 +41,15 @@ def test_system_prompt_and_blank_space_are_no_way_out(text: str, blank: str, sys
 def test_case_turns_and_roles_count() -> None:
     texts = [said("hello"), said("Hello"), said("hello", "yes", "hello"), said("hello hello")]
     assert len({identity(messages) for messages in texts}) == 4
+
+
+def test_the_turns_of_a_conversation_may_be_of_one_class() -> None:
+    """That of its first turn, whatever decides."""
+    turns = [said("hello", system="Be kind."), said("hello", "yes?", "what?"), said(" hello", "no.", "why?")]
+    assert {identity(messages, "conversation") for messages in turns} == {identity(said("hello"))}
+    assert len({identity(messages) for messages in turns}) == 3
+    greeted: list[Message] = [{"role": "assistant", "content": "How can I help?"}, *said("hello")]
+    assert identity(greeted, "conversation") == identity(said("hello")) != identity(greeted)
 
 
 @given(st.text(), st.floats(0.01, 1), st.floats(0.01, 1))
@@ -71,14 +81,7 @@ def tokenizer(tiny_drafter: DrafterArtifacts) -> Any:
     return load_tokenizer(model_path(tiny_drafter.target))
 
 
-LLAMA = (
-    "{{ '<s>' }}{% if messages[0].role != 'system' %}{{ '[sys]Today is ' ~ today ~ '[end]' }}{% endif %}"
-    "{% for m in messages %}{{ '[' ~ m.role ~ ']' ~ (m.content | trim) ~ '[end]' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '[assistant]' }}{% if quiet %}{{ '<think></think>' }}{% endif %}{% endif %}"
-)
-
-
-@pytest.mark.parametrize("template", [None, LLAMA])
+@pytest.mark.parametrize("template", [None, LLAMA, GPT_OSS, DEEPSEEK])
 @pytest.mark.parametrize(
     "messages",
     [
@@ -95,7 +98,8 @@ def test_token_ids_are_of_the_class_of_their_text(
     tokenizer = load_tokenizer(model_path(tiny_drafter.target))
     if template is not None:
         tokenizer.chat_template = template
-    ids = token_ids(tokenizer, Candidate("test", messages, "row 1"), {"today": "Monday", "quiet": quiet})
+    sent = {"today": "Monday", "quiet": quiet, "thinking": quiet}
+    ids = token_ids(tokenizer, Candidate("test", messages, "row 1"), sent)
     read = Unrendered(tokenizer, {"today": "Friday"}).messages(ids)
     assert identity(read) == identity(messages)
 

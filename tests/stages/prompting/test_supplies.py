@@ -46,7 +46,7 @@ def test_no_refresh_trains_on_what_another_measured(target: Path, tmp_path: Path
 def test_a_task_passes_over_what_its_split_may_not_have() -> None:
     (supply,) = supplies(ReasoningGymSource(tasks=["chain_sum"]), Supplying(limit=4000))
     for split in SPLITS:
-        places = [place(candidate.identity) for _ in range(20) if (candidate := supply.next(split))]
+        places = [place(identity(candidate.messages)) for _ in range(20) if (candidate := supply.next(split))]
         assert len(places) == 20
         assert all((each < HELDOUT_SHARE) is (split != "train") for each in places)
     assert supply.passed_over == supply.of_class.total() - 60 > 150

@@ -64,7 +64,7 @@ def test_answers_that_were_tokenised_are_read_back_bad_rows_among_them(
         for number in range(600)
     ]
     rows[5] = {"messages": "no", "completion": "x"}
-    rows[300]["completion"] = "\ud800"
+    rows[7]["completion"] = rows[300]["completion"] = "\ud800"
     rows[400] = {"prompt_token_ids": [5, 6, 7], "completion_token_ids": [8, 9, 10]}
     file = write(tmp_path / "logs.jsonl", rows)
     config = logs.LogsConfig.model_validate({"paths": [str(file)], "temperature": 0, "scored": 0, "max_bad_share": 0.1})
@@ -82,6 +82,7 @@ def test_answers_that_were_tokenised_are_read_back_bad_rows_among_them(
     assert 250 < first <= 256
     again = run("cut", None)
     assert len(seen) == len(set(seen)) > 590
+    assert f"{file}, row 8" in seen, "what is no text is looked at once too"
     assert f"{first} answers were tokenised by an earlier attempt" in again.logs
     whole = run("whole", None)
     for name in ("trajectories.parquet", "logs.json", "set_aside.jsonl"):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Config, Stage, StageContext
+from draftsmith.stages.prompting.files import local_files
 
 
 class CombineConfig(Config):
@@ -14,9 +15,11 @@ class CombineConfig(Config):
     note_start: Path | None = None
     allow: Path | None = None  # a user's error unless this file exists
     addend: Path | None = None  # a file outside the store with a number
+    addends: str | None = None  # a pattern of such files
 
     def external_files(self) -> list[Path]:
-        return [self.addend] if self.addend is not None else []
+        several = local_files([self.addends], "addends", self.listed_files) if self.addends is not None else []
+        return several if self.addend is None else [self.addend, *several]
 
 
 def run(context: StageContext, config: CombineConfig) -> None:
@@ -26,8 +29,8 @@ def run(context: StageContext, config: CombineConfig) -> None:
     if config.allow is not None and not config.allow.exists():
         raise DraftsmithError(f"{config.allow} is missing: make it")
     total = sum(sum(json.loads((folder / "numbers.json").read_text())) for folder in context.inputs.values())
-    if config.addend is not None:
-        total += int(config.addend.read_text())
+    for path in config.external_files():
+        total += int(path.read_text())
         (context.work / "total").write_text(str(total))
     (context.out / "numbers.json").write_text(json.dumps([config.factor * total]))
     context.summary(total=config.factor * total)

@@ -1,0 +1,176 @@
+"""What a server computes: its weights, by files, commit or log-probs, its config and its number formats."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.engines.sglang.asking import is_here
+from draftsmith.stages.engines.sglang.handshake import Expected
+from draftsmith.stages.engines.sglang.probe import own_logprobs
+from draftsmith.stages.targets.config import TargetConfig
+from draftsmith.stages.targets.info import model_path, write_target_info
+from draftsmith.stages.targets.resolve import describe
+from tests.stages.engines.http_server import answer
+from tests.stages.engines.test_sglang_handshake import expected_of, server_of, shake
+from tests.testbed.drafter import DrafterArtifacts
+
+
+@pytest.fixture
+def plain(tiny_drafter: DrafterArtifacts) -> Expected:
+    return expected_of(tiny_drafter, None)
+
+
+COMMIT, OTHER = "a1" * 20, "b2" * 20
+
+
+def of_hub(expected: Expected) -> Expected:
+    return replace(expected, target=expected.target.model_copy(update={"source": "org/model", "revision": COMMIT}))
+
+
+def scoring(logprobs: list[float]) -> Any:
+    """A server that says this of the fixed tokens behind the first."""
+
+    def generate(payload: dict[str, Any]) -> dict[str, Any]:
+        done = answer(payload)
+        if payload.get("return_logprob"):
+            tokens = payload["input_ids"]
+            scored = [[value, token, None] for value, token in zip([None, *logprobs], tokens, strict=True)]
+            done["meta_info"]["input_token_logprobs"] = scored
+        return done
+
+    return generate
+
+
+@pytest.fixture(scope="module")
+def other_revision(tiny_drafter: DrafterArtifacts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifact of the tiny target after one small step of training: same config, tokenizer and shapes."""
+    folder = tmp_path_factory.mktemp("other-revision")
+    source = model_path(tiny_drafter.target)
+    shutil.copytree(source, folder / "model")
+    weights = load_file(source / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    moved = {name: w + 1e-3 * torch.randn(w.shape, generator=generator) for name, w in weights.items()}
+    save_file(moved, folder / "model" / "model.safetensors", metadata={"format": "pt"})
+    config = TargetConfig(source="org/model", dtype="float32")
+    write_target_info(describe(folder / "model", config, kind="folder", location="model", revision=None), folder)
+    return folder
+
+
+def test_a_server_of_the_same_commit_of_the_hub_is_accepted_and_of_another_refused(plain: Expected) -> None:
+    expected = of_hub(plain)
+    with server_of(expected, model={"model_path": "org/model"}, server={"revision": COMMIT}) as server:
+        assert shake(server, expected).remarks == []
+        assert not any("return_logprob" in payload for _, payload in server.asked)
+    with (
+        server_of(expected, model={"model_path": "org/model"}, server={"revision": OTHER}) as server,
+        pytest.raises(DraftsmithError, match=f"of revision {OTHER}, .*start it with --revision {COMMIT}"),
+    ):
+        shake(server, expected)
+
+
+@pytest.mark.parametrize("revision", [None, "main"])
+@pytest.mark.parametrize("path", ["org/model", "/on/another/machine"])
+def test_without_files_or_a_commit_a_server_is_known_by_what_it_computes(
+    plain: Expected, other_revision: Path, path: str, revision: str | None
+) -> None:
+    expected = of_hub(plain)
+    ours, others = (own_logprobs(folder, plain.scored_ids) for folder in (plain.target_folder, other_revision))
+    assert len(ours) > 80
+    says: dict[str, Any] = {"model": {"model_path": path}, "server": {"revision": revision, "dtype": "float32"}}
+    with server_of(expected, **says, generate=scoring([value + 9e-4 for value in ours])) as server:
+        (remark,) = shake(server, expected).remarks
+    assert f"serves {path}: log-probs of {len(ours)} fixed tokens are 0.0009 nats from the target's" in remark
+    with (
+        server_of(expected, **says, generate=scoring(others)) as server,
+        pytest.raises(DraftsmithError, match=rf"nats from those of the target org/model .*serve revision {COMMIT}"),
+    ):
+        shake(server, expected)
+
+
+def test_quantised_weights_are_not_compared_and_that_is_said(plain: Expected) -> None:
+    expected = of_hub(plain)
+    says: dict[str, Any] = {"model": {"model_path": "org/model"}, "server": {"quantization": "fp8"}}
+    with server_of(expected, **says) as server:
+        formats, weights = shake(server, expected).remarks
+    assert "computes with quantization fp8" in formats
+    assert "quantised (fp8): its weights could not be compared" in weights
+
+
+YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+
+
+@pytest.mark.parametrize(
+    ("says", "what"),
+    [
+        ({"model": {"load_format": "dummy"}}, "random weights; start it without --load-format dummy"),
+        ({"server": {"load_format": "dummy"}}, "random weights"),
+        ({"server": {"speculative_draft_load_format": "dummy"}}, "without --speculative-draft-load-format dummy"),
+        ({"server": {"json_model_override_args": json.dumps(YARN)}}, r"\(rope_scaling of --json-model-override-args\)"),
+        ({"server": {"json_model_override_args": YARN | {"num_hidden_layers": 1}}}, "rope_scaling, num_hidden_layers"),
+    ],
+)
+def test_the_right_files_do_not_make_up_for_options_that_compute_something_else(
+    says: dict[str, Any], what: str, plain: Expected
+) -> None:
+    with server_of(plain, **says) as server, pytest.raises(DraftsmithError, match=what):
+        shake(server, plain)
+
+
+def test_an_override_that_says_what_the_config_says_changes_nothing(plain: Expected) -> None:
+    config = json.loads((plain.model_folder / "config.json").read_text())
+    same = json.dumps({"model_type": config["model_type"]})
+    for override in (same, "{}", None):
+        with server_of(plain, server={"json_model_override_args": override, "load_format": "auto"}) as server:
+            assert shake(server, plain).remarks == []
+
+
+@pytest.mark.parametrize(
+    ("says", "formats"),
+    [
+        ({"quantization": "fp8"}, "quantization fp8"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "kv_cache_dtype fp8_e4m3"),
+        ({"kv_cache_dtype": "bf16", "dtype": "bfloat16"}, "dtype bfloat16, kv_cache_dtype bf16"),
+        ({"dtype": "auto"}, "dtype float16"),  # SGLang's for a checkpoint in float32
+        ({"dtype": "half"}, "dtype float16"),
+        ({"dtype": "float32", "kv_cache_dtype": "auto"}, None),
+    ],
+)
+def test_number_formats_other_than_the_targets_are_said(
+    says: dict[str, Any], formats: str | None, plain: Expected
+) -> None:
+    assert plain.target.dtype == "float32"
+    for expected, model in ((plain, {}), (of_hub(plain), {"model_path": "org/model"})):  # by files, by the commit
+        with server_of(expected, model=model, server={"revision": COMMIT, **says}) as server:
+            remarks = shake(server, expected).remarks
+        if formats is None:
+            assert remarks == []
+        else:
+            assert remarks == [
+                f"{server.url} computes with {formats}, the target in float32: answers may differ from its own"
+            ]
+
+
+def test_a_quantised_target_is_served_quantised(plain: Expected) -> None:
+    quantised = replace(plain, target=plain.target.model_copy(update={"quantisation": "fp8"}))
+    with server_of(quantised, server={"quantization": "fp8"}) as server:
+        assert shake(server, quantised).remarks == []
+
+
+def test_only_own_addresses_are_here() -> None:
+    for own in ("http://localhost:1", "http://127.0.0.1:30000", "http://127.8.9.1:1/", "http://[::1]:1"):
+        assert is_here(own), own
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # of documentation; nothing is sent
+        assert is_here(f"http://{probe.getsockname()[0]}:30000")
+    for other in ("http://192.0.2.1:30000", "http://gpu2.invalid:30000", "http://[2001:db8::1]:30000"):
+        assert not is_here(other), other

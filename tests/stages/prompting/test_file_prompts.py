@@ -1,0 +1,86 @@
+"""Prompts of files that are only measured on: the same as if every row were held, with few of them in memory."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from draftsmith.stages.prompting import file_prompts
+from draftsmith.stages.prompting import supplies as supplies_module
+from draftsmith.stages.prompting.sources import Candidate, Counts, JsonlSource
+from draftsmith.stages.prompting.supplies import Supply, Supplying, supplies
+from tests.stages.prompts_run import Row, error, questions, run, run_with_context, write_rows
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    """Rows of four weeks, some of them several times and on several days, some without a day."""
+    draw = random.Random(0)
+    rows: list[Row] = []
+    for number in range(400):
+        days = [f"2026-03-{draw.randrange(1, 29):02}" for _ in range(draw.choice((1, 1, 1, 2, 9)))]
+        rows += [{"prompt": f"Question {number}?", "time": day} for day in days]
+        rows += [{"prompt": f"Question {number}?"}] * (number % 10 == 0)
+    draw.shuffle(rows)
+    return write_rows(tmp_path / "log.jsonl", rows)
+
+
+def drawn(source: JsonlSource, common: Supplying) -> tuple[list[tuple[str, str]], Supply]:
+    (supply,) = supplies(source, common)
+    found = []
+    while (candidate := supply.next("heldout")) is not None:
+        found.append((candidate.text_hash, json.dumps(candidate.messages)))
+    return found, supply
+
+
+@pytest.mark.parametrize("since", [None, "2026-03-20"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("kept", [1, 7, 256])
+def test_they_are_those_of_the_plain_way(
+    kept: int, share: float, since: str | None, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is kept at a time, to the last one, duplicates among them, and with the same counts of both classes."""
+    monkeypatch.setattr(supplies_module, "_KEPT", kept)
+    source = JsonlSource.model_validate({"path": str(log), "since": since, "seed": 3})
+    plain, held = drawn(source, Supplying(heldout_share=share))
+    few, supply = drawn(source, Supplying(heldout_share=share, wanted=Counts(heldout=1)))
+    assert few == plain and len(plain) > 50
+    assert supply.of_class == held.of_class
+    assert supply.aside is not None and held.aside is not None and supply.aside.rows == held.aside.rows
+
+
+def test_no_more_are_held_than_may_be_asked_for(
+    target: Path, tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supplies_module, "_KEPT", 8)
+    most = 0
+    cut = file_prompts._cut
+
+    def watched(kept: dict[Any, Candidate], *rest: Any) -> Any:
+        nonlocal most
+        most = max(most, len(kept))
+        return cut(kept, *rest)
+
+    monkeypatch.setattr(file_prompts, "_cut", watched)
+    bounded = run(target, tmp_path / "1", log, train=0, heldout=12, validation=4, heldout_share=0.5)
+    assert 64 < most <= 129, "four times what is asked for, and as many again until they are sorted out"
+    most = 0
+    with_training = run(target, tmp_path / "2", log, train=1, heldout=12, validation=4, heldout_share=0.5)
+    assert most == 0 and bounded == [row for row in with_training if row["split"] != "train"]
+
+
+def test_what_is_read_again_is_listed_once(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supplies_module, "_KEPT", 1)
+    monkeypatch.setattr(supplies_module, "_KEPT_TIMES", 0)
+    path = questions(tmp_path / "a.jsonl", 100)
+    with path.open("a") as file:
+        file.write('{"prompt": "half')
+    settings: dict[str, Any] = {"train": 0, "heldout_share": 0.5, "max_bad_share": 0.02}
+    rows, context = run_with_context(target, tmp_path / "1", path, heldout=20, **settings)
+    assert len(rows) == 20 and context.summaries["rows_set_aside"] == 1
+    assert len((tmp_path / "1" / "out" / "set_aside.jsonl").read_text().splitlines()) == 1
+    assert "of its 100 are of the held-out class" in error(target, tmp_path / "2", path, heldout=90, **settings)
