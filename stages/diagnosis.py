@@ -121,16 +121,22 @@ def _write(ctx: StageContext, found: dict[str, Any]) -> None:
 
 
 def _server_info(url: str, headers: dict[str, str]) -> dict[str, Any]:
-    """What a SGLang server says of itself. Raises RetryableError if it does not answer."""
+    """What a SGLang server says of itself. Raises RetryableError if it does not answer, DraftsmithError if it is
+    none or refuses the key."""
     import httpx
+
+    from draftsmith.stages.engines.sglang.client import LostError, check_status
 
     try:
         for name in ("server_info", "get_server_info"):
             response = httpx.get(f"{url}/{name}", timeout=_TIMEOUT_S, headers=headers)
-            if response.status_code == 200:
+            if response.status_code != 404:
+                check_status(name, url, response.status_code, response.text)
                 return dict(response.json())
     except httpx.InvalidURL as error:
         raise DraftsmithError(f"{url}: no address of a server ({error}): give one such as http://host:30000") from error
+    except LostError as error:
+        raise RetryableError(f"{url} {error}: is the server up?") from error
     except (httpx.HTTPError, ValueError, TypeError) as error:
         raise RetryableError(f"{url} cannot be reached ({type(error).__name__} {error}): is the server up?") from error
     raise DraftsmithError(f"{url} has no /server_info: is it a SGLang server of a supported release?")

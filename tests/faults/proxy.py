@@ -15,7 +15,7 @@ _IDS = re.compile(rb'"output_ids":\s*\[[0-9, ]*\]')
 
 
 class Mood(Enum):
-    """What is done to answers of /generate."""
+    """What is done to answers of /generate; where nothing comes, to all."""
 
     WELL = "well"
     SLOW = "slow"
@@ -70,7 +70,7 @@ class _Connection:
         with suppress(OSError):
             while piece := self._server.recv(_CHUNK):
                 mood = self._proxy.mood
-                if mood is Mood.WELL or not (self._generates or mood is Mood.GONE):
+                if mood is Mood.WELL or not (self._generates or mood in (Mood.GONE, Mood.SILENT)):
                     self._client.sendall(piece)
                     continue
                 self._proxy.spoiled += 1

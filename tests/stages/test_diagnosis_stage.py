@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages import diagnosis
 from draftsmith.stages.diagnosis import STAGE, DiagnosisConfig
+from tests.stages.engines.http_server import Refusal, serving
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -33,3 +35,24 @@ def test_an_address_that_is_none_is_bad_input(tmp_path: Path, tiny_drafter: Draf
     ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target, "prompts": tiny_drafter.prompts})
     with pytest.raises(DraftsmithError, match="http://localhost:abc: no address of a server"):
         STAGE.run(ctx, asked(tiny_drafter, url="http://localhost:abc"))
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "told"),
+    [
+        (401, DraftsmithError, r"refuses .* with status 401: .*holds its API key in .*api_key_env"),
+        (403, DraftsmithError, r"refuses .* with status 403: .*holds its API key in .*api_key_env"),
+        (404, DraftsmithError, "has no /server_info"),
+        (503, RetryableError, "answered with status 503"),
+    ],
+)
+def test_what_a_server_says_instead_of_what_it_is(
+    status: int, kind: type[DraftsmithError], told: str, tmp_path: Path, tiny_drafter: DrafterArtifacts
+) -> None:
+    def refuses(_: dict[str, Any]) -> dict[str, Any]:
+        raise Refusal(status)
+
+    ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target, "prompts": tiny_drafter.prompts})
+    with serving(refuses, server_info=refuses) as server, pytest.raises(DraftsmithError, match=told) as caught:
+        STAGE.run(ctx, asked(tiny_drafter, url=server.url))
+    assert type(caught.value) is kind

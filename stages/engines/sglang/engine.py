@@ -11,20 +11,29 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import GREEDY_ONLY, SGLangEngineConfig
+from draftsmith.stages.engines.sglang.client import RefusedRequestError
+from draftsmith.stages.engines.sglang.pool import LostTooOftenError, NotSentError, TimedOutError
 from draftsmith.stages.engines.sglang.records import BadAnswerError, completion_of, generate_payload
 
 if TYPE_CHECKING:
-    from draftsmith.stages.engines.sglang.client import Answer, ServerPool
+    from draftsmith.stages.engines.sglang.client import Answer
     from draftsmith.stages.engines.sglang.fleet import Fleet
     from draftsmith.stages.engines.sglang.handshake import Expected
+    from draftsmith.stages.engines.sglang.pool import ServerPool
 
 T = TypeVar("T")
 _CHECK_S = 0.5  # between two looks at whether the stage was asked to stop, while it waits for servers
 _ASKED_AGAIN = 2  # times, after a bad answer
+_MOST_UNANSWERED = 20  # requests; then the cause is not the prompt
+_OF_ONE_REQUEST = (RefusedRequestError, TimedOutError, LostTooOftenError, BadAnswerError)  # others may fare better
+
+
+class UnansweredError(DraftsmithError):
+    """Some requests have no answer, and would have none the next time."""
 
 
 def _go_on() -> None:
@@ -97,34 +106,52 @@ class SGLangEngine:
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answers in the order in which they finish. Closing the iterator aborts what is in flight.
 
-        When a request fails for good, completions that have finished come first, then its error. An answer that is not
-        what was asked for is set aside and asked for again, elsewhere if there is another server.
+        A request that fails does not end the others: when all are through, one error names those without an answer.
+        After `_MOST_UNANSWERED` of them nothing more is sent, and what is in flight is waited for. Where no request
+        can succeed (no server is left, the API key is refused), completions that have finished come first, then its
+        error. An answer that is not what was asked for is set aside and asked for again, elsewhere if there is another
+        server.
         """
-        pending: set[Future[Completion]] = set()
+        pending: dict[Future[Completion], str] = {}
         finished: queue.SimpleQueue[Future[Completion]] = queue.SimpleQueue()
         queued = iter(requests)
+        unanswered: dict[str, DraftsmithError] = {}
+        self._loop.call(lambda: self._pool.hold(False))
         try:
             while True:
                 # Twice as many as can be in flight, so that servers stay full while the caller writes.
-                while len(pending) < 2 * self._pool.places and (request := next(queued, None)) is not None:
+                while (
+                    len(unanswered) < _MOST_UNANSWERED
+                    and len(pending) < 2 * self._pool.places
+                    and (request := next(queued, None)) is not None
+                ):
                     future = self._loop.submit(self._answer(request))
-                    pending.add(future)
+                    pending[future] = request.request_id
                     future.add_done_callback(finished.put)
                 if not pending:
-                    return
+                    break
                 try:
                     done = finished.get(timeout=_CHECK_S)
                 except queue.Empty:
                     self._check()
                     continue
-                pending.discard(done)
-                if error := done.exception():
+                name = pending.pop(done)
+                error = done.exception()
+                if error is None:
+                    yield done.result()
+                elif isinstance(error, _OF_ONE_REQUEST):
+                    unanswered[name] = error
+                    self._log(f"left without an answer: {error}")
+                    if len(unanswered) == _MOST_UNANSWERED:
+                        self._loop.call(lambda: self._pool.hold(True))
+                elif not isinstance(error, NotSentError):
                     yield from _completions(finished)
                     raise error
-                yield done.result()
         finally:
             for future in pending:
                 future.cancel()
+        if unanswered:
+            raise _without_answers(unanswered)
 
     async def _answer(self, request: Request) -> Completion:
         if self._fleet.greedy_only and not request.sampling.greedy:
@@ -173,6 +200,19 @@ class SGLangEngine:
 
 def _retractions(answer: Answer) -> int:
     return int(answer.body.get("meta_info", {}).get("num_retractions") or 0)
+
+
+def _without_answers(errors: dict[str, DraftsmithError]) -> DraftsmithError:
+    """One error for the requests that failed, by their names."""
+    names, first = list(errors), next(iter(errors.values()))
+    many = f"{len(names)} requests ({', '.join(names)}) have" if len(names) > 1 else "one request has"
+    stopped = "; so many that nothing more was sent" if len(names) >= _MOST_UNANSWERED else ""
+    kind = RetryableError if all(isinstance(error, RetryableError) for error in errors.values()) else UnansweredError
+    return kind(
+        f"engine: {many} no answer{stopped}: {first}; a rollout keeps all other answers, and the same command asks "
+        "only for what is missing: mend the cause, or take these prompts (named by prompt_id of prompts.parquet, and "
+        "sample) out of prompts.sources, with which all answers are made again"
+    )
 
 
 def _completions(finished: queue.SimpleQueue[Future[Completion]]) -> Iterator[Completion]:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.sglang.client import Server, ServerPool, State, key_header
-from draftsmith.stages.engines.sglang.handshake import Expected, Facts, records_through, shake_hands
+from draftsmith.stages.engines.sglang.admission import Admission
+from draftsmith.stages.engines.sglang.client import key_header
+from draftsmith.stages.engines.sglang.handshake import Expected
+from draftsmith.stages.engines.sglang.health import Server, State
+from draftsmith.stages.engines.sglang.pool import ServerPool
 from draftsmith.stages.engines.sglang.protocol import ENVIRONMENT
-from draftsmith.stages.engines.sglang.router import router_command, wait_for_workers, workers_behind
-from draftsmith.stages.engines.sglang.server import ServerProcess, command, server_processes
+from draftsmith.stages.engines.sglang.router import router_command, wait_for_workers
+from draftsmith.stages.engines.sglang.server import ServerProcess, command, free_port, server_processes
 
 if TYPE_CHECKING:
     import httpx
@@ -42,26 +45,26 @@ class Fleet:
         self._config, self._expected, self._log = config, expected, log
         self._processes = processes
         self._process_of: dict[Server, ServerProcess] = {}
-        self._facts: dict[str, Facts] = {}
-        self._routers: dict[str, bool] = {}  # address -> whether verify steps come through it
+        self._ports: set[int] = set()  # given to processes, which bind them when their models are loaded
         self._router: ServerProcess | None = None
         self._watching: asyncio.Task[None] | None = None
         self._restarts_left = config.restarts
         self._client: httpx.AsyncClient | None = None
+        self._admission: Admission | None = None
         self._pool: ServerPool | None = None
 
     @property
     def name(self) -> str:
         """sglang and the version, or versions, of the servers."""
-        return "sglang " + ", ".join(sorted({facts.version for facts in self._facts.values()}))
+        return "sglang " + ", ".join(sorted({facts.version for facts in self._admitted.facts.values()}))
 
     @property
     def records_trace(self) -> bool:
-        return all(facts.records_trace for facts in self._facts.values()) and all(self._routers.values())
+        return self._admitted.records_trace
 
     @property
     def greedy_only(self) -> bool:
-        return any(facts.greedy_only for facts in self._facts.values())
+        return self._admitted.greedy_only
 
     async def start(self) -> ServerPool:
         """Start what is to be started, check every server. Raises DraftsmithError if one is wrong."""
@@ -73,68 +76,43 @@ class Fleet:
             limits=httpx.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE_S),
             trust_env=not self._processes,  # no proxy between this machine and itself
         )
+        self._admission = Admission(client, self._expected, self._log)
         if self._processes:
             started = time.monotonic()
             self._log(f"starting {len(self._processes)} SGLang server(s), logs in {self._processes[0].log_path.parent}")
-            await asyncio.gather(*(self._launch(process) for process in self._processes))
+            await self._launch_all()
             self._log(f"SGLang answers after {time.monotonic() - started:.0f} s")
-            servers = [Server(process.url) for process in self._processes]
+            servers = [Server(process.url, launched=True) for process in self._processes]
             self._process_of = dict(zip(servers, self._processes, strict=True))
-            present = self._admit(servers, await self._checked([server.url for server in servers]))
+            servers = await self._admitted.admit(servers)
             if self._config.launch is not None and self._config.launch.router is not None:
-                present = [await self._launch_router(present)]
+                servers = [await self._launch_router(servers)]
         else:
-            present = await self._given([url.rstrip("/") for url in dict.fromkeys(self._config.urls)])
+            servers = [Server(url) for url in dict.fromkeys(url.rstrip("/") for url in self._config.urls)]
+            await self._admitted.admit(servers)
         self._say_whether_traced()
         self._pool = ServerPool(
             client,
-            present,
+            servers,
             concurrency=self._config.concurrency,
             timeout_s=self._config.request_timeout_s,
             retries=self._config.retries,
             log=self._log,
             revive=self._revive,
+            check=self._admitted.check,
             stream=self._expected.stream,
         )
         return self._pool
-
-    async def _checked(self, urls: Sequence[str]) -> list[Facts | BaseException]:
-        hands = (shake_hands(self._client_here, url, self._expected) for url in urls)
-        return await asyncio.gather(*hands, return_exceptions=True)
-
-    async def _given(self, urls: list[str]) -> list[Server]:
-        """Running servers, and routers: all servers behind these are checked, for any of them may answer."""
-        behind = await asyncio.gather(*(workers_behind(self._client_here, url) for url in urls))
-        routers = {url: workers for url, workers in zip(urls, behind, strict=True) if workers is not None}
-        servers = [Server(url) for url in urls if url not in routers]
-        present = self._admit(servers, await self._checked([server.url for server in servers])) if servers else []
-        for url, workers in routers.items():
-            if not workers:
-                raise RetryableError(f"engine.urls: the router {url} has no healthy server; start them, then run again")
-            each = [Server(worker) for worker in workers]
-            found = await self._checked(workers)
-            for error in found:
-                if isinstance(error, BaseException):
-                    raise error
-            self._admit(each, found)
-            present.append(await self._through(url, each))
-        return present
-
-    async def _through(self, url: str, workers: Sequence[Server]) -> Server:
-        """A router in front of servers that were checked."""
-        self._routers[url] = await records_through(self._client_here, url, self._expected)
-        replicas = sum(worker.replicas for worker in workers)
-        self._log(f"{url} routes to {len(workers)} servers")
-        return Server(url, replicas=replicas, behind=tuple(worker.url for worker in workers))
 
     async def _launch_router(self, workers: list[Server]) -> Server:
         """In front of launched servers, which keep their ports from here on."""
         assert self._config.launch is not None
         folder = self._processes[0].log_path.parent
-        line = router_command(self._config, [worker.url for worker in workers])
+        line = router_command(self._config, [worker.url for worker in workers], self._free_port())
         self._router = ServerProcess(line, self._config.launch.environment, folder / "router.log", self._api_key)
         await self._start_router(len(workers))
-        router = await self._through(self._router.url, workers)
+        router = Server(self._router.url, launched=True)
+        await self._admitted.admit_router(router, workers)
         self._process_of[router] = self._router
         self._watching = asyncio.create_task(self._watch(workers))
         return router
@@ -161,35 +139,37 @@ class Fleet:
         self._restarts_left = 0
         await asyncio.to_thread(self._router.stop, 0)
 
-    def _admit(self, servers: list[Server], found: list[Facts | BaseException]) -> list[Server]:
-        """Servers that passed. One that does not answer is left out while there are others; a wrong one is an error."""
-        present, absent = [], []
-        for server, facts in zip(servers, found, strict=True):
-            if isinstance(facts, RetryableError):
-                absent.append(facts)
-            elif isinstance(facts, BaseException):
-                raise facts
-            else:
-                self._facts[server.url] = facts
-                server.replicas = facts.replicas
-                present.append(server)
-                for remark in facts.remarks:
-                    self._log(remark)
-        if not present:
-            raise absent[0]
-        for error in absent:
-            self._log(f"left out: {error}")
-        algorithms = {facts.algorithm for facts in self._facts.values()}
-        if len(algorithms) > 1:
-            each = ", ".join(f"{url}: {facts.algorithm or 'none'}" for url, facts in self._facts.items())
-            raise DraftsmithError(
-                f"engine.urls: the servers speculate differently ({each}); give servers that are alike"
-            )
-        return present
-
     def _say_whether_traced(self) -> None:
         if self._expected.trace and self._expected.drafter_folder and not self.records_trace:
             self._log("no plug-in on the servers: verify steps are not recorded, mining replays them")
+
+    def _free_port(self) -> int:
+        """One that no process of this fleet has: they bind theirs when their models are loaded."""
+        while (port := free_port()) in self._ports:
+            pass
+        self._ports.add(port)
+        return port
+
+    async def _launch_all(self) -> None:
+        launches = [asyncio.create_task(self._launch_among(process)) for process in self._processes]
+        try:
+            await asyncio.gather(*launches)
+        finally:
+            for launch in launches:
+                launch.cancel()
+
+    async def _launch_among(self, process: ServerProcess) -> None:
+        """One of several may fail for a reason of its own: it is started again, as often as `restarts` allows. A single
+        one would fail again."""
+        while True:
+            try:
+                return await self._launch(process)
+            except RetryableError as error:
+                if len(self._processes) == 1 or self._restarts_left == 0:
+                    raise
+                self._restarts_left -= 1
+                self._log(f"{error}; starting it again ({self._restarts_left} restarts left)")
+                await asyncio.to_thread(process.stop, 0)
 
     async def _launch(self, process: ServerProcess, port: int | None = None) -> None:
         """Start a server and wait until it is healthy. Raises RetryableError with its log if that does not happen."""
@@ -198,7 +178,7 @@ class Fleet:
         assert self._client is not None and self._config.launch is not None
         limit = self._config.launch.start_timeout_s
         deadline = time.monotonic() + limit
-        process.start(port)
+        process.start(port or self._free_port())
         while True:
             if ended := process.ended():
                 lost = self._not_started(process, ended)
@@ -243,14 +223,20 @@ class Fleet:
                 else:
                     port = urlsplit(server.url).port if self._router is not None else None  # as the router knows it
                     await self._launch(process, port)
-                    await shake_hands(self._client_here, process.url, self._expected)
+                server.url = process.url
+                if not server.behind:
+                    await self._admitted.check(server)
             except RetryableError as error:
                 server.reason = str(error)
                 continue
-            server.url = process.url
             return True
         server.reason += f"; engine.restarts: {self._config.restarts} used up"
         return False
+
+    @property
+    def _admitted(self) -> Admission:
+        assert self._admission is not None
+        return self._admission
 
     @property
     def _client_here(self) -> httpx.AsyncClient:

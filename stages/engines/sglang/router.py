@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.sglang.server import free_port
 
 if TYPE_CHECKING:
     import httpx
@@ -24,20 +23,22 @@ if TYPE_CHECKING:
 _SCRIPT = Path(__file__).with_name("routed.py")
 _TIMEOUT_S = 10.0
 _POLL_S = 0.5
+_PATIENCE_S = 60
 
 
-def router_command(config: SGLangEngineConfig, workers: Sequence[str]) -> list[str]:
+def router_command(config: SGLangEngineConfig, workers: Sequence[str], metrics_port: int) -> list[str]:
     """Of a router that spreads over launched servers; without its port."""
     assert config.launch is not None and config.launch.router is not None and config.python is not None
     return [
         os.fspath(config.python.expanduser().absolute()),
         os.fspath(_SCRIPT),
         *("--host", "127.0.0.1", "--policy", config.launch.router, "--worker-urls", *workers),
-        *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())),
+        *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)),
         # a server that is started again is asked again soon
         *("--worker-startup-check-interval", "1", "--health-check-interval-secs", "2"),
         *("--health-success-threshold", "1", "--cb-timeout-duration-secs", "5"),
-        *("--request-timeout-secs", str(round(config.request_timeout_s)), "--log-level", "warn"),
+        # longer than ours, for its own is an error 5xx, which would be repeated
+        *("--request-timeout-secs", str(round(config.request_timeout_s) + _PATIENCE_S), "--log-level", "warn"),
     ]
 
 

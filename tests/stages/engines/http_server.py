@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import urlsplit
 
 Reply = Callable[[dict[str, Any]], dict[str, Any] | None]  # payload -> body; None: the connection is closed
 
@@ -17,9 +18,10 @@ Reply = Callable[[dict[str, Any]], dict[str, Any] | None]  # payload -> body; No
 class Refusal(Exception):
     """Answer with this status."""
 
-    def __init__(self, status: int, text: str = "told to") -> None:
+    def __init__(self, status: int, text: str = "told to", **headers: str) -> None:
         super().__init__(text)
         self.status = status
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
 @dataclass
@@ -39,6 +41,7 @@ class HttpServer:
             return sum(asked == path for asked, _ in self.asked)
 
     def start(self) -> None:
+        """On a free port; after `stop` on the same one."""
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -49,12 +52,13 @@ class HttpServer:
                     server.asked.append((self.path, payload))
                     server.at_once += 1
                     server.most_at_once = max(server.most_at_once, server.at_once)
+                headers: dict[str, str] = {}
                 try:
                     status, body = 200, server.replies[self.path](payload) if self.path in server.replies else {}
                     if self.path not in server.replies:
                         status = 404
                 except Refusal as refusal:
-                    status, body = refusal.status, {"error": {"message": str(refusal)}}
+                    status, body, headers = refusal.status, {"error": {"message": str(refusal)}}, refusal.headers
                 finally:
                     with server.lock:
                         server.at_once -= 1
@@ -68,7 +72,8 @@ class HttpServer:
                     data = f"data: {json.dumps(first)}\n\ndata: {json.dumps(body)}\n\ndata: [DONE]\n\n".encode()
                     kind = "text/event-stream"
                 self.send_response(status)
-                self.send_header("Content-Type", kind)
+                for name, value in {"Content-Type": kind, **headers}.items():
+                    self.send_header(name, value)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
@@ -91,9 +96,13 @@ class HttpServer:
             block_on_close = False
             request_queue_size = 64
 
-        self._http = Http(("127.0.0.1", 0), Handler)
+        self._http = Http(("127.0.0.1", urlsplit(self.url).port or 0), Handler)
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
+
+    @property
+    def running(self) -> bool:
+        return self._http is not None
 
     def stop(self) -> None:
         """No new connections from now on: to a client this is a dead machine."""

@@ -15,9 +15,8 @@ from draftsmith.artifacts.errors import StageInterrupted
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.config import SGLangEngineConfig
-from draftsmith.stages.engines.sglang.engine import open_sglang
+from draftsmith.stages.engines.sglang.engine import UnansweredError, open_sglang
 from draftsmith.stages.engines.sglang.handshake import Expected
-from draftsmith.stages.engines.sglang.records import BadAnswerError
 from tests.stages.engines.http_server import answer, is_probe
 from tests.stages.engines.test_sglang_handshake import expected_of, server_of
 from tests.testbed.drafter import DrafterArtifacts
@@ -95,7 +94,7 @@ def test_the_only_server_is_asked_twice_more_before_a_bad_answer_ends_a_rollout(
             opened(tiny_drafter, tmp_path, {"urls": [server.url]}, log=logs.append) as engine,
         ):
             if ends:
-                with pytest.raises(BadAnswerError, match="request r1: the server's answer was cut after 1 of 3"):
+                with pytest.raises(UnansweredError, match="request r1: the server's answer was cut after 1 of 3"):
                     list(engine.generate(REQUESTS))
             else:
                 assert len(list(engine.generate(REQUESTS))) == 4

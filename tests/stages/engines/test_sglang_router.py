@@ -18,9 +18,10 @@ from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.config import LaunchConfig, SGLangEngineConfig
 from draftsmith.stages.engines.sglang import environment, router, server
-from draftsmith.stages.engines.sglang.client import Server, ServerPool
 from draftsmith.stages.engines.sglang.engine import SGLangEngine, open_sglang
 from draftsmith.stages.engines.sglang.handshake import Expected
+from draftsmith.stages.engines.sglang.health import Server
+from draftsmith.stages.engines.sglang.pool import ServerPool
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.rollout import RolloutConfig
 from draftsmith.stages.stored import DRAFTER_FOLDER
@@ -164,9 +165,10 @@ def test_a_router_is_for_a_rollout_on_several_servers() -> None:
     with pytest.raises(ValidationError, match="router: one server needs none; raise servers"):
         config(router="cache_aware", data_parallel=2)
     routed = config(servers=2, router="round_robin")
-    words = router.router_command(routed, ["http://127.0.0.1:1", "http://127.0.0.1:2"])
+    words = router.router_command(routed, ["http://127.0.0.1:1", "http://127.0.0.1:2"], 3)
     assert (words[0], after(words, "--policy")) == (sys.executable, "round_robin")
     assert words[words.index("--worker-urls") + 1 :][:2] == ["http://127.0.0.1:1", "http://127.0.0.1:2"]
+    assert float(after(words, "--request-timeout-secs")) > routed.request_timeout_s
     plain = config(servers=2)
     assert RolloutConfig(engine=routed).key_material() == RolloutConfig(engine=plain).key_material()
     with pytest.raises(ValidationError, match=r"engine\.launch\.router: an evaluation asks one server at a time"):

@@ -32,6 +32,13 @@ def main() -> None:
         sys.exit(2)  # as argparse does
     if mode == "fail":
         sys.exit("no CUDA device here")
+    if mode == "fail once":  # the first of all that are started in this folder
+        try:
+            Path("failed").touch(exist_ok=False)
+        except FileExistsError:
+            pass
+        else:
+            sys.exit("the port is taken")
     if mode == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if mode == "polite":

@@ -1,0 +1,133 @@
+"""Which servers are asked: those that passed the handshake and are alike, at the start and whenever one returns."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.stages.engines.sglang.handshake import Expected, Facts, records_through, shake_hands
+from draftsmith.stages.engines.sglang.health import Server, State
+from draftsmith.stages.engines.sglang.router import workers_behind
+
+if TYPE_CHECKING:
+    import httpx
+
+
+@dataclass(frozen=True)
+class Found:
+    """What answers at an address: a server, or a router and the servers behind it."""
+
+    facts: dict[str, Facts]  # by address
+    through: bool | None = None  # of a router: do records of verify steps come through it?
+
+    @property
+    def replicas(self) -> int:
+        return sum(facts.replicas for facts in self.facts.values())
+
+    @property
+    def behind(self) -> tuple[str, ...]:
+        return () if self.through is None else tuple(self.facts)
+
+    @property
+    def records_trace(self) -> bool:
+        return self.through is not False and all(facts.records_trace for facts in self.facts.values())
+
+    @property
+    def greedy_only(self) -> bool:
+        return any(facts.greedy_only for facts in self.facts.values())
+
+
+class Admission:
+    """What the servers of a stage have in common, and who is let in beside them."""
+
+    def __init__(self, client: httpx.AsyncClient, expected: Expected, log: Callable[[str], None]):
+        self._client, self._expected, self._log = client, expected, log
+        self._found: dict[Server, Found] = {}
+
+    @property
+    def facts(self) -> dict[str, Facts]:
+        return {url: facts for found in self._found.values() for url, facts in found.facts.items()}
+
+    @property
+    def records_trace(self) -> bool:
+        return all(found.records_trace for found in self._found.values())
+
+    @property
+    def greedy_only(self) -> bool:
+        return any(found.greedy_only for found in self._found.values())
+
+    async def admit(self, servers: Sequence[Server]) -> list[Server]:
+        """Those that passed. One that does not answer is DOWN while there are others, a wrong one is an error."""
+        looks = (self._look(server.url) for server in servers)
+        each = await asyncio.gather(*looks, return_exceptions=True)
+        absent: list[RetryableError] = []
+        for server, found in zip(servers, each, strict=True):
+            if isinstance(found, RetryableError):
+                server.state, server.reason = State.DOWN, str(found)
+                absent.append(found)
+            elif isinstance(found, BaseException):
+                raise found
+            else:
+                self._take(server, found)
+                for facts in found.facts.values():
+                    for remark in facts.remarks:
+                        self._log(remark)
+        if len(absent) == len(servers):
+            raise absent[0]
+        for error in absent:
+            self._log(f"left out: {error}")
+        if len(self._algorithms) > 1:
+            told = ", ".join(f"{url}: {facts.algorithm or 'none'}" for url, facts in self.facts.items())
+            raise DraftsmithError(
+                f"engine.urls: the servers speculate differently ({told}); give servers that are alike"
+            )
+        return [server for server in servers if server.state is State.UP]
+
+    async def admit_router(self, router: Server, workers: Sequence[Server]) -> None:
+        """In front of servers that have passed."""
+        facts = {url: each for worker in workers for url, each in self._found[worker].facts.items()}
+        self._take(router, Found(facts, await records_through(self._client, router.url, self._expected)))
+
+    async def check(self, server: Server) -> None:
+        """Whether a server that was away may be asked: it may have been started again, as another one.
+
+        Raises DraftsmithError if not, RetryableError if it does not answer.
+        """
+        found = await self._look(server.url)
+        unlike = ""
+        if (algorithms := {facts.algorithm for facts in found.facts.values()}) - self._algorithms:
+            served, asked = (", ".join(sorted(a or "none" for a in each)) for each in (algorithms, self._algorithms))
+            unlike = f"speculates by {served}, not by {asked}"
+        elif self.records_trace and not found.records_trace:
+            unlike = "does not record verify steps (no plug-in)"
+        elif found.greedy_only and not self.greedy_only:
+            unlike = "verifies greedily"
+        if unlike:
+            raise DraftsmithError(
+                f"engine: the server {server.url} {unlike}, unlike those that this stage has asked; start it as these"
+            )
+        self._take(server, found)
+
+    @property
+    def _algorithms(self) -> set[str | None]:
+        return {facts.algorithm for facts in self.facts.values()}
+
+    async def _look(self, url: str) -> Found:
+        """Check whatever answers there; all servers behind a router, for any of them may answer."""
+        workers = await workers_behind(self._client, url)
+        if workers is None:
+            return Found({url: await shake_hands(self._client, url, self._expected)})
+        if not workers:
+            raise RetryableError(f"engine.urls: the router {url} has no healthy server; start them, then run again")
+        each = await asyncio.gather(*(shake_hands(self._client, worker, self._expected) for worker in workers))
+        through = await records_through(self._client, url, self._expected)
+        return Found(dict(zip(workers, each, strict=True)), through)
+
+    def _take(self, server: Server, found: Found) -> None:
+        self._found[server] = found
+        server.replicas, server.behind = found.replicas, found.behind
+        if found.behind:
+            self._log(f"{server.url} routes to {len(found.behind)} servers")

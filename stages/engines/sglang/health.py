@@ -1,0 +1,187 @@
+"""Which servers answer: a probe settles doubts, the lost are revived or awaited, and checked when they return."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.stages.engines.sglang.client import Answer, BusyError, LostError, UnreachedError, probe
+
+if TYPE_CHECKING:
+    import httpx
+
+_BEAT_S = 60.0  # a server that says nothing for so long while it has requests is probed
+_PROBES = 4  # failed ones before a server counts as dead
+_SILENT_S = 900.0  # of a server that is there and computes nothing; SGLang's watchdog ends a hung one after 300
+_LONGEST_PAUSE_S = 30.0
+_RETURN_S, _LONGEST_RETURN_S = 5.0, 60.0  # between two looks for a server that is down
+
+
+class State(Enum):
+    UP = "up"
+    CHECKED = "checked"  # something went wrong: no new requests until a probe has settled it
+    DOWN = "down"
+
+
+@dataclass(eq=False)
+class Server:
+    """A server as the client sees it. Times are of the monotonic clock."""
+
+    url: str
+    state: State = State.UP
+    reason: str = ""  # of its last failure
+    in_flight: int = 0
+    replicas: int = 1  # of the model, which share its requests
+    behind: tuple[str, ...] = ()  # of a router: the servers that it asks
+    launched: bool = False  # by this process: nobody else starts it again
+    attempts: set[asyncio.Task[Answer]] = field(default_factory=set)
+    answered_at: float = -math.inf  # when it last answered a request
+    heard_at: float = field(default_factory=time.monotonic)  # that, or a probe or handshake
+    down_at: float = -math.inf
+    unreached: bool = False  # since it was checked: it may have been started again, as another one
+
+    def answered(self) -> None:
+        self.answered_at = self.heard_at = time.monotonic()
+
+
+def pause(tries: int, first_s: float, longest_s: float = _LONGEST_PAUSE_S) -> float:
+    """Seconds before a repetition: doubling, with jitter, so that requests lost together do not return together."""
+    return min(longest_s, first_s * 2.0 ** (tries - 1)) * random.uniform(0.5, 1.5)
+
+
+class Health:
+    """Keeps the states of servers; to be used inside one event loop.
+
+    revive: asked when a server is dead; returns whether it is back (under a `url` that may be new). check: whether a
+    server is still the right one; raises DraftsmithError if not, RetryableError if it does not answer. spawn: runs
+    something in the background. changed: called when a state has changed.
+    """
+
+    def __init__(
+        self,
+        client: httpx.AsyncClient,
+        *,
+        log: Callable[[str], None],
+        revive: Callable[[Server], Awaitable[bool]] | None,
+        check: Callable[[Server], Awaitable[None]] | None,
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
+        changed: Callable[[], None],
+        backoff_s: float,
+    ):
+        self._client, self._log, self._revive, self._check = client, log, revive, check
+        self._spawn, self._changed, self._backoff_s = spawn, changed, backoff_s
+
+    async def probe(self, server: Server) -> None:
+        """Does it compute? Of a router: is it there, and does one of its servers? Raises LostError."""
+        await probe(self._client, server.url)
+        if server.behind:
+            each = await asyncio.gather(*(probe(self._client, url) for url in server.behind), return_exceptions=True)
+            errors = [error for error in each if error is not None]
+            if len(errors) == len(each):
+                raise errors[0]
+        server.heard_at = time.monotonic()
+
+    async def computes(self, server: Server) -> None:
+        """The same, without a probe where it has just answered a request."""
+        if time.monotonic() - server.answered_at > _BEAT_S:
+            await self.probe(server)
+
+    def beat(self, server: Server) -> None:
+        """To be called now and then while a request waits: a server that went dark breaks no connection."""
+        if server.state is State.UP and time.monotonic() - server.heard_at > _BEAT_S:
+            server.heard_at = time.monotonic()
+            self._spawn(self._beat(server))
+
+    async def _beat(self, server: Server) -> None:
+        try:
+            await self.probe(server)
+        except LostError as error:
+            self.suspect(server, error)
+
+    def suspect(self, server: Server, error: LostError) -> None:
+        """No new requests until a probe has shown that the server computes."""
+        server.reason = str(error)
+        server.unreached |= isinstance(error, UnreachedError)
+        if server.state is State.UP:
+            server.state = State.CHECKED
+            self._spawn(self._examine(server))
+
+    async def _examine(self, server: Server) -> None:
+        """Decide whether a server is alive, and still the same one."""
+        since, failures = time.monotonic(), 0
+        for tries in count():
+            if tries:
+                await asyncio.sleep(pause(tries, self._backoff_s))
+            try:
+                await self.probe(server)
+                # A connection that still holds a request, or has just answered one, is of the server that was checked.
+                same = server.attempts or server.answered_at > since
+                if server.unreached and not same and self._check is not None:
+                    await self._check(server)
+                self._up(server)
+                return
+            except BusyError as error:
+                server.reason = str(error)
+                if server.answered_at > since:
+                    self._up(server)
+                    return
+                if time.monotonic() - since > _SILENT_S:
+                    break
+            except (LostError, RetryableError) as error:
+                server.reason, failures = str(error), failures + 1
+                server.unreached |= isinstance(error, UnreachedError)
+                if failures == _PROBES:
+                    break
+            except DraftsmithError as error:
+                server.reason = str(error)
+                break
+        await self._lose(server)
+
+    def _up(self, server: Server) -> None:
+        server.state, server.unreached = State.UP, False
+        server.heard_at = time.monotonic()
+        self._changed()
+
+    async def _lose(self, server: Server) -> None:
+        """It gives up its requests, and is revived if that is possible."""
+        self._log(f"SGLang server {server.url} is lost: {server.reason}")
+        for attempt in list(server.attempts):
+            attempt.cancel()
+        try:
+            if self._revive is not None and await self._revive(server):
+                self._up(server)
+                return
+        except Exception as error:  # whatever it was, waiting requests must hear that nobody comes
+            server.reason = str(error)
+        server.state, server.down_at = State.DOWN, time.monotonic()
+        self._changed()
+        if self.may_return(server):
+            await self.await_return(server)
+
+    def may_return(self, server: Server) -> bool:
+        """May somebody start it again?"""
+        return self._check is not None and not server.launched
+
+    async def await_return(self, server: Server) -> None:
+        """Look for a server that is down about once a minute, and check it as it was checked the first time."""
+        assert self._check is not None
+        for tries in count(1):
+            await asyncio.sleep(pause(tries, _RETURN_S, _LONGEST_RETURN_S))
+            try:
+                await self._check(server)
+            except Exception as error:  # whatever it was, the others go on
+                if not isinstance(error, RetryableError) and str(error) != server.reason:
+                    self._log(f"left out: {error}")
+                server.reason = str(error)
+                continue
+            self._log(f"SGLang server {server.url} is there again")
+            self._up(server)
+            return

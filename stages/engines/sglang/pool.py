@@ -1,0 +1,286 @@
+"""Requests to several servers: bounded, spread, repeated when something is lost, moved away from a server that died."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.stages.engines.sglang.client import Answer, BusyError, LostError, UnreachedError, generate
+from draftsmith.stages.engines.sglang.health import Health, Server, State, pause
+
+if TYPE_CHECKING:
+    import httpx
+
+_LOOK_S = 10.0  # between two looks at a server that has not answered yet
+_ABORT_TIMEOUT_S = 5.0
+_ALL_DOWN_S = 120.0  # so long a request waits for a server to return
+_PATIENCE_S = 3600.0  # with a server that takes no request and answers none
+_LONGEST_REST_S = 600.0
+
+
+class LostTooOftenError(RetryableError):
+    """A request was lost once more than it is repeated, on servers that are alive."""
+
+
+class TimedOutError(DraftsmithError):
+    """A request was not finished in time by a server that computes."""
+
+
+class NotSentError(Exception):
+    """Nothing is sent any more."""
+
+
+@dataclass
+class _Load:
+    """What a server takes, as far as it has shown."""
+
+    bound: float = math.inf  # requests at once, after a refusal; one more with every answer
+    limit: float = math.inf  # requests at once, after one that was not finished in time
+    limited_at: float = -math.inf
+    last_s: float = math.inf  # that its last answer took
+    refusals: int = 0  # in a row
+    refused_since: float | None = None  # its last answer
+    rests_until: float = -math.inf
+    told: bool = False
+
+
+class ServerPool:
+    """Spreads requests over servers; to be used inside one event loop.
+
+    concurrency: requests in flight, a replica. retries: of one request. revive, check: as `Health` takes them.
+    stream: measure the first token's time. backoff_s: the first pause before a repetition; it doubles.
+    """
+
+    def __init__(
+        self,
+        client: httpx.AsyncClient,
+        servers: list[Server],
+        *,
+        concurrency: int,
+        timeout_s: float,
+        retries: int,
+        log: Callable[[str], None],
+        revive: Callable[[Server], Awaitable[bool]] | None = None,
+        check: Callable[[Server], Awaitable[None]] | None = None,
+        stream: bool = False,
+        backoff_s: float = 0.5,
+    ):
+        self.servers = servers
+        self._client, self._stream, self._timeout_s = client, stream, timeout_s
+        self._concurrency, self._retries, self._backoff_s, self._log = concurrency, retries, backoff_s, log
+        self._total: int | None = None
+        self._load = {server: _Load() for server in servers}
+        self._holding = False
+        self._waiters: list[asyncio.Future[None]] = []
+        self._asking: set[asyncio.Task[Any]] = set()
+        self._aborting: set[asyncio.Task[None]] = set()
+        self._watching: set[asyncio.Task[None]] = set()
+        self.health = Health(
+            client, log=log, revive=revive, check=check, spawn=self._watch, changed=self._wake, backoff_s=backoff_s
+        )
+        for server in servers:
+            if server.state is State.DOWN and self.health.may_return(server):
+                self._watch(self.health.await_return(server))
+
+    @property
+    def places(self) -> int:
+        """Requests that are in flight while every server is up."""
+        return self._total or sum(self._concurrency * server.replicas for server in self.servers)
+
+    def set_concurrency(self, total: int | None) -> None:
+        """Bound the requests in flight on all servers together; None: back to the bound of every server."""
+        self._total = total
+        self._wake()
+
+    def hold(self, holding: bool) -> None:
+        """Send nothing any more: what waits to be sent ends with NotSentError, what is in flight goes on."""
+        self._holding = holding
+        self._wake()
+
+    async def ask(self, name: str, payload: dict[str, Any], avoid: str = "") -> Answer:
+        """POST /generate to the least loaded server until it is answered. avoid: the url of one to ask last.
+
+        Raises RefusedRequestError if a server does not take the request, TimedOutError if it was not finished in time
+        twice, LostTooOftenError if it was lost once more than `retries`, RetryableError if no server is left.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        self._asking.add(task)
+        try:
+            return await self._ask(name, payload, next((each for each in self.servers if each.url == avoid), None))
+        finally:
+            self._asking.discard(task)
+
+    async def _ask(self, name: str, payload: dict[str, Any], avoid: Server | None) -> Answer:
+        failures, timed_out = 0, False
+        while True:
+            server = await self._place(name, avoid)
+            try:
+                return await self._attempt(server, name, payload)
+            except TimedOutError:
+                if timed_out:
+                    raise
+                timed_out = True
+            except LostError as error:
+                if not (isinstance(error, BusyError) and self._rest(server, error)):
+                    failures += 1
+                    self.health.suspect(server, error)
+            finally:
+                server.in_flight -= 1
+                self._wake()
+            avoid = server
+            if failures > self._retries:
+                raise LostTooOftenError(
+                    f"request {name}: failed {failures} times, the last time on {server.url} {server.reason}; look at "
+                    "the server's log"
+                )
+            if failures:
+                await asyncio.sleep(pause(failures, self._backoff_s))
+
+    async def _place(self, name: str, avoid: Server | None) -> Server:
+        """Wait for a server with room; not the one that has just failed, if there is another."""
+        while not self._holding:
+            now = time.monotonic()
+            up = [server for server in self.servers if server.state is State.UP]
+            ready = [server for server in up if self._load[server].rests_until <= now]
+            if self._total is None:
+                free = [server for server in ready if server.in_flight < self._room(server)]
+            else:
+                free = ready if sum(server.in_flight for server in self.servers) < self._total else []
+            if free:
+                server = min(free, key=lambda server: (server is avoid, server.in_flight / server.replicas))
+                server.in_flight += 1
+                return server
+            longest = self._longest_wait(name)
+            self._waiters.append(waiter := asyncio.get_running_loop().create_future())
+            with suppress(TimeoutError):
+                async with asyncio.timeout(longest):
+                    await waiter
+        raise NotSentError
+
+    def _room(self, server: Server) -> float:
+        return min(self._concurrency * server.replicas, self._load[server].bound, self._load[server].limit)
+
+    def _longest_wait(self, name: str) -> float | None:
+        """Seconds until all servers have been down for too long; None: one is there. Raises RetryableError then."""
+        if any(server.state is not State.DOWN for server in self.servers):
+            return None
+        left = max(server.down_at for server in self.servers) + _ALL_DOWN_S - time.monotonic()
+        if left > 0 and any(map(self.health.may_return, self.servers)):
+            return left
+        gone = "; ".join(f"{server.url} {server.reason}" for server in self.servers)
+        raise RetryableError(
+            f"request {name}: no SGLang server is left: {gone}; start them again and run the same command "
+            "(finished answers are kept)"
+        )
+
+    def _wake(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _rest(self, server: Server, error: BusyError) -> bool:
+        """A server takes no more at the moment: it is asked for what it has, and later. Whether to be patient."""
+        load, now = self._load[server], time.monotonic()
+        load.bound = max(1, min(load.bound, server.in_flight - 1))
+        load.refused_since = load.refused_since or now
+        if not load.told:
+            load.told = True
+            self._log(f"SGLang server {server.url} is full: it {error}; requests wait (lower engine.concurrency)")
+        if now >= load.rests_until:  # not for each of those that were refused together
+            load.refusals += 1
+            rest_s = min(_LONGEST_REST_S, max(error.wait_s, pause(load.refusals, self._backoff_s)))
+            load.rests_until = now + rest_s
+            asyncio.get_running_loop().call_later(rest_s, self._wake)
+        return now - load.refused_since < _PATIENCE_S
+
+    def _answered(self, server: Server, answer: Answer) -> None:
+        server.answered()
+        load = self._load[server]
+        load.bound, load.refusals, load.refused_since, load.last_s = load.bound + 1, 0, None, answer.seconds
+
+    def _relieve(self, server: Server, sent: float) -> None:
+        """A request was not finished in time: if others take long too, they wait for each other."""
+        load = self._load[server]
+        if server.in_flight > 1 and load.last_s > self._timeout_s / 2 and sent > load.limited_at:
+            load.limit, load.limited_at = server.in_flight // 2, time.monotonic()
+            self._log(
+                f"SGLang server {server.url} did not finish a request in {self._timeout_s:g} s with {server.in_flight} "
+                f"in flight: it gets {load.limit} at once from here on (lower engine.concurrency, or raise "
+                "engine.request_timeout_s)"
+            )
+
+    async def _attempt(self, server: Server, name: str, payload: dict[str, Any]) -> Answer:
+        """One POST, as a task of its own: a server that is found dead gives up its requests at once."""
+        rid, sent = uuid.uuid4().hex, time.monotonic()
+        post = generate(self._client, server.url, name, {**payload, "rid": rid}, stream=self._stream)
+        attempt = asyncio.create_task(post)
+        server.attempts.add(attempt)
+        try:
+            while (left := sent + self._timeout_s - time.monotonic()) > 0:
+                if (await asyncio.wait({attempt}, timeout=min(left, _LOOK_S)))[0]:
+                    if attempt.cancelled():
+                        raise LostError(server.reason)
+                    answer = attempt.result()
+                    self._answered(server, answer)
+                    return answer
+                self.health.beat(server)
+        except asyncio.CancelledError:
+            _start(self._abort(server, rid), self._aborting)  # nobody waits for the answer
+            raise
+        finally:
+            attempt.cancel()
+            server.attempts.discard(attempt)
+        _start(self._abort(server, rid), self._aborting)
+        error = await self._timed_out(server, name, payload)
+        if isinstance(error, TimedOutError):
+            self._relieve(server, sent)
+        raise error
+
+    async def _timed_out(self, server: Server, name: str, payload: dict[str, Any]) -> Exception:
+        """The error of a request that was not answered in time: is it the server, or the request?"""
+        limit = f"{self._timeout_s:g} s (engine.request_timeout_s)"
+        try:
+            await self.health.computes(server)
+        except LostError as error:
+            kind = UnreachedError if isinstance(error, UnreachedError) else LostError
+            return kind(f"gave no answer in {limit}, and {error}")
+        return TimedOutError(
+            f"request {name}: {server.url} computes, but did not finish it in {limit}, the second time too; it had up "
+            f"to {payload['sampling_params']['max_new_tokens']} tokens to write: raise engine.request_timeout_s, or "
+            "lower engine.concurrency (requests wait for each other) or sampling.max_new_tokens"
+        )
+
+    async def _abort(self, server: Server, rid: str) -> None:
+        for url in server.behind or (server.url,):
+            with suppress(Exception):
+                await self._client.post(f"{url}/abort_request", json={"rid": rid}, timeout=_ABORT_TIMEOUT_S)
+
+    def _watch(self, work: Coroutine[Any, Any, None]) -> None:
+        _start(work, self._watching)
+
+    async def close(self) -> None:
+        """Abort what is in flight; end everything else."""
+        ending = [*self._asking, *self._watching]
+        for task in ending:
+            task.cancel()
+        await asyncio.gather(*ending, return_exceptions=True)
+        if self._aborting:
+            _, late = await asyncio.wait(self._aborting, timeout=_ABORT_TIMEOUT_S)
+            for task in late:
+                task.cancel()
+
+
+def _start(work: Coroutine[Any, Any, None], running: set[asyncio.Task[None]]) -> None:
+    """In the background; `running` keeps it, for the event loop does not."""
+    task = asyncio.get_running_loop().create_task(work)
+    running.add(task)
+    task.add_done_callback(running.discard)

@@ -1,0 +1,190 @@
+"""The servers of a stage: which come back and as what, and how several are started."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.stages.engines.base import Request, SamplingParams
+from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.stages.engines.sglang import fleet as fleets
+from draftsmith.stages.engines.sglang import health
+from draftsmith.stages.engines.sglang.fleet import Fleet
+from draftsmith.stages.engines.sglang.handshake import Expected
+from draftsmith.stages.stored import DRAFTER_FOLDER
+from tests.stages.engines.http_server import HttpServer, answer
+from tests.stages.engines.test_sglang_engine import STAND_IN, opened
+from tests.stages.engines.test_sglang_handshake import expected_of, good_server, server_of, speculating
+from tests.testbed.drafter import DrafterArtifacts
+
+REQUESTS = [Request(f"r{i}", [10 * i + 5], SamplingParams(3)) for i in range(12)]
+RIGHT = {f"r{i}": [10 * i + 6, 10 * i + 7, 10 * i + 8] for i in range(12)}
+
+
+@pytest.fixture
+def plain(tiny_drafter: DrafterArtifacts) -> Expected:
+    return expected_of(tiny_drafter, None)
+
+
+@pytest.fixture(autouse=True)
+def looked_for_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "_RETURN_S", 0.05)
+
+
+def away_after(server: HttpServer, answers: int) -> None:
+    """After so many answers the server breaks off a connection and takes no new one."""
+
+    def generate(payload: dict[str, Any]) -> dict[str, Any] | None:
+        if "rid" in payload and (left := left_of.pop("answers", None)) is not None:
+            if left == 0:
+                server.stop()
+                return None
+            left_of["answers"] = left - 1
+        return answer(payload) if server.running else None
+
+    left_of = {"answers": answers}
+    server.replies["/generate"] = generate
+
+
+def answers_of(engine: Any, requests: list[Request] = REQUESTS) -> Iterator[tuple[str, list[int]]]:
+    for each in engine.generate(requests):
+        yield each.request.request_id, each.response_ids
+
+
+def test_the_only_server_may_be_started_again_and_is_checked_as_at_the_start(
+    plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    logs: list[str] = []
+
+    def told(line: str) -> None:
+        logs.append(line)
+        if "is lost" in line:
+            server.start()
+
+    with (
+        server_of(plain) as server,
+        opened(tiny_drafter, tmp_path, {"urls": [server.url], "concurrency": 1}, log=told) as engine,
+    ):
+        away_after(server, 3)
+        assert dict(answers_of(engine)) == RIGHT
+        assert server.count("/server_info") == 2
+    assert f"SGLang server {server.url} is there again" in logs
+
+
+def test_a_server_that_comes_back_as_another_is_left_out(
+    plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    logs: list[str] = []
+
+    def told(line: str) -> None:
+        logs.append(line)
+        if "is lost" in line:
+            first.replies["/model_info"] = lambda _: {"model_path": "/other", "model_type": "llama"}
+            first.start()
+
+    with (
+        server_of(plain) as first,
+        server_of(plain) as second,
+        opened(tiny_drafter, tmp_path, {"urls": [first.url, second.url], "concurrency": 1}, log=told) as engine,
+    ):
+        away_after(first, 1)
+        asked_before = first.count("/generate")
+        assert dict(answers_of(engine)) == RIGHT
+        while not any(line.startswith(f"left out: engine: the server {first.url} serves /other") for line in logs):
+            dict(answers_of(engine, REQUESTS[:1]))
+        assert first.count("/generate") == asked_before + 2
+    assert f"SGLang server {first.url} is there again" not in logs
+
+
+def test_a_server_that_was_not_there_at_the_start_is_let_in_later(
+    plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    logs: list[str] = []
+    with server_of(plain) as late, server_of(plain) as here:
+        late.stop()
+        with opened(tiny_drafter, tmp_path, {"urls": [late.url, here.url]}, log=logs.append) as engine:
+            assert any(line.startswith(f"left out: engine: {late.url} cannot be reached") for line in logs)
+            late.start()
+            while f"SGLang server {late.url} is there again" not in logs:
+                assert dict(answers_of(engine)) == RIGHT
+            late.asked.clear()
+            assert dict(answers_of(engine)) == RIGHT
+            assert late.count("/generate") > 0
+
+
+@pytest.mark.parametrize(
+    ("unlike", "what"),
+    [
+        ({"server": {"speculative_algorithm": "EAGLE3"}}, "speculates by EAGLE3, not by DFLASH"),
+        ({"generate": speculating}, "does not record verify steps"),
+        ({"server": {"device": "cpu"}}, "verifies greedily"),
+    ],
+)
+def test_what_comes_back_must_be_like_those_that_were_asked(
+    unlike: dict[str, Any], what: str, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    """Answers of one stage are of one kind: the engine has said what they come with."""
+    from draftsmith.stages.drafters.config import DraftingConfig
+    from draftsmith.stages.engines.sglang.engine import open_sglang
+
+    assisted = expected_of(tiny_drafter, tiny_drafter.drafter / DRAFTER_FOLDER)
+    with ExitStack() as stack:
+        good = stack.enter_context(server_of(assisted, digest=assisted.drafter_digest))
+        other = stack.enter_context(server_of(assisted, **{"digest": assisted.drafter_digest, **unlike}))
+        other.stop()
+        logs: list[str] = []
+        engine = stack.enter_context(
+            open_sglang(
+                SGLangEngineConfig.model_validate({"kind": "sglang", "urls": [other.url, good.url]}),
+                target_folder=tiny_drafter.target,
+                drafter_folder=tiny_drafter.drafter / DRAFTER_FOLDER,
+                drafting=DraftingConfig(),
+                longest=100,
+                work=tmp_path,
+                log=logs.append,
+            )
+        )
+        assert engine.records_trace
+        other.start()
+        while not any(f"left out: engine: the server {other.url} {what}" in line for line in logs):
+            list(answers_of(engine, [Request("r", [5], SamplingParams(8))]))
+        assert good_server(assisted)["speculative_algorithm"] == "DFLASH"
+
+
+def test_no_two_processes_of_a_fleet_get_the_same_port(plain: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = iter([20_001, 20_001, 20_001, 20_002, 20_001, 20_003])
+    monkeypatch.setattr(fleets, "free_port", lambda: next(drawn))
+    config = SGLangEngineConfig.model_validate({"kind": "sglang", "urls": ["http://a"]})
+    fleet = Fleet(config, plain, [], print)
+    assert [fleet._free_port() for _ in range(3)] == [20_001, 20_002, 20_003]
+
+
+@pytest.mark.parametrize(
+    ("servers", "restarts", "started", "ends"),
+    [
+        (2, 1, 3, "is it a SGLang server"),  # all have started
+        (2, 0, 2, "ended with code 1 while it started"),
+        (1, 1, 1, "ended with code 1 while it started"),
+    ],
+)
+def test_one_of_several_servers_that_fails_is_started_again(
+    servers: int, restarts: int, started: int, ends: str, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    environment = {"PYTHONPATH": str(STAND_IN), "STAND_IN": "fail once"}
+    config = {"launch": {"servers": servers, "environment": environment, "options": {"device": "cpu"}}}
+    logs: list[str] = []
+    with (
+        pytest.raises(DraftsmithError, match=ends) as caught,
+        opened(tiny_drafter, tmp_path, {**config, "python": sys.executable, "restarts": restarts}, log=logs.append),
+    ):
+        raise AssertionError("it must not open")
+    assert isinstance(caught.value, RetryableError) == (started < 3)
+    starts = [log.read_text().count("launch_server") for log in (tmp_path / "servers").glob("sglang-*.log")]
+    assert sum(starts) == started
+    assert any("starting it again (0 restarts left)" in line for line in logs) == (started == 3)
