@@ -67,7 +67,12 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
         if config.replay_share and "earlier" in ctx.inputs:
             changed = made_otherwise(ctx.inputs["earlier"], info)
             if changed is None:
-                earlier = read_earlier(ctx.inputs["earlier"], intake, config.temperature)
+                earlier = read_earlier(ctx.inputs["earlier"], intake, config.temperature, config.top_p)
+                if earlier.of_other_laws:
+                    ctx.log(
+                        f"{earlier.of_other_laws} answers of the earlier refresh are left out: they were drawn at "
+                        "another temperature or top_p"
+                    )
             else:
                 ctx.log(
                     f"warning: no answers of the earlier refresh are mixed in: {changed} changed since they were given"
