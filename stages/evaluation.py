@@ -162,6 +162,7 @@ def _acceptance(
         taus_compared,
     )
     from draftsmith.stages.measure.contexts import WorstContexts
+    from draftsmith.stages.replay.nucleus import doubt
     from draftsmith.stages.replay.tally import tally_all
     from draftsmith.stages.stored import load_trajectories, sets_of
 
@@ -186,6 +187,11 @@ def _acceptance(
             log=ctx.log,
         )
     table = acceptance_table(tallies["trained"], stored.prompts, looping)
+    # of the answers, so the same for all drafters that draw
+    shares = [found.outside_nucleus_share for found in tallies["trained"].values()]
+    outside = next((share for share in shares if share is not None), None)
+    if said := doubt(outside, stored.law):
+        ctx.log(said)
     sets = sets_of(ctx.inputs["prompts"], stored.prompts)
     decode = target.tokenizer.decode
     contexts = {arm: found.told(stored.trajectories, sets, decode) for arm, found in worst.items()}
@@ -198,6 +204,7 @@ def _acceptance(
         table[name]["verified_per_step_whole_blocks"] = found.judged_per_step
     figures = {
         "heldout_trajectories": len(stored.trajectories),
+        "outside_nucleus_share": outside,
         "drafters": table,
         "loop_share": sum(looping) / len(looping),
         "tau_without_loops": {name: each["tau_without_loops"] for name, each in table.items()},

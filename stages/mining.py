@@ -14,6 +14,8 @@ from draftsmith.stages.replay.parity import MaxParityMismatch
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
+
     from draftsmith.stages.replay.shards import MinedShards
     from draftsmith.stages.replay.trajectories import TrajectoryRows
     from draftsmith.stages.stored import StoredTrajectories
@@ -42,14 +44,15 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
     from draftsmith.stages.drafters.checkpoint import block_size_of, skeleton_of
     from draftsmith.stages.drafters.digest import drafter_digest
     from draftsmith.stages.replay.corpus import draws
+    from draftsmith.stages.replay.nucleus import doubt
     from draftsmith.stages.replay.table import MinedFigures
     from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
     from draftsmith.stages.targets.info import model_path, read_target_info
 
     stored = load_trajectories(ctx.inputs["trajectories"])
     trajectories = stored.trajectories
-    shards = mine_shard(ctx, config, stored, ctx.work)
     drafter_folder = ctx.inputs["drafter"] / DRAFTER_FOLDER
+    shards = mine_shard(ctx, config, stored, ctx.work)
     trained = block_size_of(drafter_folder)
     tokenizer = AutoTokenizer.from_pretrained(model_path(ctx.inputs["target"]), local_files_only=True)
 
@@ -66,11 +69,16 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
     drafted_as = {"drafter_digest": drafter_digest(drafter_folder), **config.drafting.model_dump()}
     dtype = read_target_info(ctx.inputs["target"]).dtype
     drawn = draws(skeleton_of(drafter_folder), stored.law)
+    outside = shards.outside_nucleus(trajectories.ids) / int(_committed(trajectories).sum()) if drawn else None
+    summary["outside_nucleus_share"] = outside
+    if said := doubt(outside, stored.law):
+        ctx.log(said)
     summary["parity"] = parity(ctx, trajectories, trained, drafted_as, dtype, config, drawn=drawn)
     (ctx.out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     ctx.summary(
         **{k: summary[k] for k in ("tau", "steps", "error_positions", "evaluated_blocks_per_step")},
         **({} if (share := summary["certain_errors"]["share"]) is None else {"certain_error_share": share}),
+        **({} if outside is None else {"outside_nucleus_share": outside}),
         **{
             f"parity_{name.removesuffix('_share')}": value
             for name, value in (summary["parity"] or {}).items()
@@ -192,9 +200,12 @@ def parity(
     place = places(timings, "trajectory_id", ids)
     served = np.zeros(len(ids), dtype=np.int64)
     served[place[place >= 0]] = timings["verify_steps"].to_numpy()[place >= 0]
-    # the prefill's token is committed before any verify step
-    committed = trajectories.lengths - trajectories.prompt_lengths - 1
-    return figures | check_tau(gate, committed, served, replayed.counts)
+    return figures | check_tau(gate, _committed(trajectories), served, replayed.counts)
+
+
+def _committed(trajectories: TrajectoryRows) -> np.ndarray:
+    """[N] tokens of verify steps: the prefill's is committed before any."""
+    return trajectories.lengths - trajectories.prompt_lengths - 1
 
 
 def _drafting(settings: dict[str, Any]) -> str:
