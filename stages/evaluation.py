@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftsmith.stages.contract import Compute, Shard, Stage, StageContext, follow
-from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.drafters.config import NO_FREQUENT_TOKENS, DraftingConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.measure.config import DRAFTERS, PREFIX, EvaluationConfig, prompts_to_decode
 
@@ -133,7 +133,7 @@ def _measure(ctx: StageContext, config: EvaluationConfig) -> tuple[Measured, dic
         raise DraftsmithError(f"evaluation: needs a drafter as an input: {', '.join(DRAFTERS)} or {PREFIX}NAME")
     drafters = {name: load_drafter(folder, target) for name, folder in folders.items()}
     for name in [name for name, drafter in drafters.items() if config.head_tokens and drafter.frequent_tokens is None]:
-        ctx.log(f"{name}: says nothing of which tokens are frequent, so it drafts from all")
+        ctx.log(f"{name}: {NO_FREQUENT_TOKENS}")
     heldout, validation = prompts_to_decode(config, ctx.inputs["prompts"])
     if not heldout or (not validation and config.block_sizes):
         raise DraftsmithError("evaluation: needs held-out and validation prompts; raise the counts in section prompts")
