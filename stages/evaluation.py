@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftsmith.stages.contract import Compute, Shard, Stage, StageContext, follow
-from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.drafters.config import NO_FREQUENT_TOKENS, DraftingConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.measure.config import DRAFTERS, PREFIX, EvaluationConfig, prompts_to_decode
 
@@ -133,7 +133,7 @@ def _measure(ctx: StageContext, config: EvaluationConfig) -> tuple[Measured, dic
         raise DraftsmithError(f"evaluation: needs a drafter as an input: {', '.join(DRAFTERS)} or {PREFIX}NAME")
     drafters = {name: load_drafter(folder, target) for name, folder in folders.items()}
     for name in [name for name, drafter in drafters.items() if config.head_tokens and drafter.frequent_tokens is None]:
-        ctx.log(f"{name}: says nothing of which tokens are frequent, so it drafts from all")
+        ctx.log(f"{name}: {NO_FREQUENT_TOKENS}")
     heldout, validation = prompts_to_decode(config, ctx.inputs["prompts"])
     if not heldout or (not validation and config.block_sizes):
         raise DraftsmithError("evaluation: needs held-out and validation prompts; raise the counts in section prompts")
@@ -162,6 +162,7 @@ def _acceptance(
         taus_compared,
     )
     from draftsmith.stages.measure.contexts import WorstContexts
+    from draftsmith.stages.replay.nucleus import doubt
     from draftsmith.stages.replay.tally import tally_all
     from draftsmith.stages.stored import load_trajectories, sets_of
 
@@ -186,6 +187,11 @@ def _acceptance(
             log=ctx.log,
         )
     table = acceptance_table(tallies["trained"], stored.prompts, looping)
+    # of the answers, so the same for all drafters that draw
+    shares = [found.outside_nucleus_share for found in tallies["trained"].values()]
+    outside = next((share for share in shares if share is not None), None)
+    if said := doubt(outside, stored.law):
+        ctx.log(said)
     sets = sets_of(ctx.inputs["prompts"], stored.prompts)
     decode = target.tokenizer.decode
     contexts = {arm: found.told(stored.trajectories, sets, decode) for arm, found in worst.items()}
@@ -198,6 +204,7 @@ def _acceptance(
         table[name]["verified_per_step_whole_blocks"] = found.judged_per_step
     figures = {
         "heldout_trajectories": len(stored.trajectories),
+        "outside_nucleus_share": outside,
         "drafters": table,
         "loop_share": sum(looping) / len(looping),
         "tau_without_loops": {name: each["tau_without_loops"] for name, each in table.items()},

@@ -70,7 +70,12 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
         if config.replay_share and "earlier" in ctx.inputs:
             changed = made_otherwise(ctx.inputs["earlier"], info)
             if changed is None:
-                earlier = read_earlier(ctx.inputs["earlier"], intake, config.temperature)
+                earlier = read_earlier(ctx.inputs["earlier"], intake, config.temperature, config.top_p)
+                if earlier.of_other_laws:
+                    ctx.log(
+                        f"{earlier.of_other_laws} answers of the earlier refresh are left out: they were drawn at "
+                        "another temperature or top_p"
+                    )
             else:
                 ctx.log(
                     f"warning: no answers of the earlier refresh are mixed in: {changed} changed since they were given"
@@ -138,7 +143,7 @@ def _judge(ctx: StageContext, config: LogsConfig, rows: int) -> list[str]:
     from draftsmith.artifacts.atomic import write_text
     from draftsmith.artifacts.errors import DraftsmithError
     from draftsmith.stages.prompting.answers import chosen_rows
-    from draftsmith.stages.prompting.probable import judge
+    from draftsmith.stages.prompting.probable import OUTSIDE, judge
     from draftsmith.stages.targets.causal_lm import Target
 
     count = min(config.scored, rows)
@@ -157,11 +162,18 @@ def _judge(ctx: StageContext, config: LogsConfig, rows: int) -> list[str]:
             ctx.check_interrupted()
     write_text(ctx.out / "improbable.jsonl", "".join(json.dumps(each) + "\n" for each in found))
     if found:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(each["reason"] for each in found).most_common())
+        by_reason = Counter(each["reason"] for each in found)
+        reasons = ", ".join(f"{n} {reason}" for reason, n in by_reason.most_common())
+        law = f"temperature {config.temperature:g}" + (f" and top_p {config.top_p:g}" if config.temperature else "")
         said = (
-            f"{len(found)} of {count} answers are not what this target gives at temperature {config.temperature:g} "
+            f"{len(found)} of {count} answers are not what this target gives at {law} "
             f"({reasons}; improbable.jsonl): sampled otherwise, another model's, or a part was cut out?"
         )
+        if by_reason[OUTSIDE]:
+            said += (
+                " Correct logs.top_p; top_k, min_p and penalties cannot be stated, so log answers without them, or "
+                "greedy ones."
+            )
         if len(found) > config.max_improbable_share * count:
             raise DraftsmithError(f"logs: {said} logs.max_improbable_share allows {config.max_improbable_share:.0%}")
         ctx.log(f"warning: {said}")

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from draftsmith.stages.contract import WHOLE, Compute, Config, Shard, Stage, StageContext
-from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.drafters.config import NO_FREQUENT_TOKENS, DraftingConfig
 from draftsmith.stages.replay.parity import MaxParityMismatch
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import numpy as np
 
     from draftsmith.stages.replay.shards import MinedShards
     from draftsmith.stages.replay.trajectories import TrajectoryRows
@@ -39,17 +41,21 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
 
     from draftsmith.artifacts.parquet import TableWriter
     from draftsmith.artifacts.schemas import VERIFY_STEPS
-    from draftsmith.stages.drafters.checkpoint import block_size_of, skeleton_of
+    from draftsmith.stages.drafters.checkpoint import TOKENS_FILE, block_size_of, skeleton_of
     from draftsmith.stages.drafters.digest import drafter_digest
     from draftsmith.stages.replay.corpus import draws
+    from draftsmith.stages.replay.nucleus import doubt
     from draftsmith.stages.replay.table import MinedFigures
     from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
     from draftsmith.stages.targets.info import model_path, read_target_info
 
     stored = load_trajectories(ctx.inputs["trajectories"])
     trajectories = stored.trajectories
-    shards = mine_shard(ctx, config, stored, ctx.work)
     drafter_folder = ctx.inputs["drafter"] / DRAFTER_FOLDER
+    says_frequent = (drafter_folder / TOKENS_FILE).is_file()
+    if config.drafting.head_tokens and not says_frequent:
+        ctx.log(f"drafter: {NO_FREQUENT_TOKENS}")
+    shards = mine_shard(ctx, config, stored, ctx.work)
     trained = block_size_of(drafter_folder)
     tokenizer = AutoTokenizer.from_pretrained(model_path(ctx.inputs["target"]), local_files_only=True)
 
@@ -66,11 +72,18 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
     drafted_as = {"drafter_digest": drafter_digest(drafter_folder), **config.drafting.model_dump()}
     dtype = read_target_info(ctx.inputs["target"]).dtype
     drawn = draws(skeleton_of(drafter_folder), stored.law)
-    summary["parity"] = parity(ctx, trajectories, trained, drafted_as, dtype, config, drawn=drawn)
+    outside = shards.outside_nucleus(trajectories.ids) / int(_committed(trajectories).sum()) if drawn else None
+    summary["outside_nucleus_share"] = outside
+    if said := doubt(outside, stored.law):
+        ctx.log(said)
+    summary["parity"] = parity(
+        ctx, trajectories, trained, drafted_as, dtype, config, drawn=drawn, says_frequent=says_frequent
+    )
     (ctx.out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     ctx.summary(
         **{k: summary[k] for k in ("tau", "steps", "error_positions", "evaluated_blocks_per_step")},
         **({} if (share := summary["certain_errors"]["share"]) is None else {"certain_error_share": share}),
+        **({} if outside is None else {"outside_nucleus_share": outside}),
         **{
             f"parity_{name.removesuffix('_share')}": value
             for name, value in (summary["parity"] or {}).items()
@@ -142,13 +155,15 @@ def parity(
     config: MiningConfig,
     *,
     drawn: bool,
+    says_frequent: bool,
 ) -> dict[str, Any] | None:
     """Compare what the engine recorded while it served with replay: its steps, and how many it counted.
 
     trained: the drafter's block size; drafted_as: its digest and how it drafts here; dtype: of this replay. drawn: are
-    proposals drawn, so that steps are replay's in law, and only their number can be compared? None unless the same
-    drafter served with the same settings. Raises DraftsmithError if they differ in more steps than allowed: the drafter
-    that was served is then not this one.
+    proposals drawn, so that steps are replay's in law, and only their number can be compared? says_frequent: does the
+    drafter name the frequent tokens? Where it does not, head_tokens decided nothing. None unless the same drafter
+    served with the same settings. Raises DraftsmithError if they differ in more steps than allowed: the drafter that
+    was served is then not this one.
     """
     import numpy as np
 
@@ -166,6 +181,7 @@ def parity(
     served_as = {name: told.get(name) for name in drafted_as}
     for settings in (served_as, drafted_as):
         settings["block_size"] = settings["block_size"] or trained  # left out: as it was trained
+        settings["head_tokens"] = settings["head_tokens"] if says_frequent else None
     if served_as != drafted_as:
         if served_as["drafter_digest"] == drafted_as["drafter_digest"]:
             ctx.log(
@@ -192,9 +208,12 @@ def parity(
     place = places(timings, "trajectory_id", ids)
     served = np.zeros(len(ids), dtype=np.int64)
     served[place[place >= 0]] = timings["verify_steps"].to_numpy()[place >= 0]
-    # the prefill's token is committed before any verify step
-    committed = trajectories.lengths - trajectories.prompt_lengths - 1
-    return figures | check_tau(gate, committed, served, replayed.counts)
+    return figures | check_tau(gate, _committed(trajectories), served, replayed.counts)
+
+
+def _committed(trajectories: TrajectoryRows) -> np.ndarray:
+    """[N] tokens of verify steps: the prefill's is committed before any."""
+    return trajectories.lengths - trajectories.prompt_lengths - 1
 
 
 def _drafting(settings: dict[str, Any]) -> str:

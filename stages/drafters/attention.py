@@ -258,7 +258,8 @@ def _mask(sees: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
     each = _each_query(sees, q)
     if each is None:
         return None
-    added = torch.zeros(each.shape, dtype=q.dtype, device=q.device).masked_fill_(~each, _HIDDEN)
+    hidden = max(_HIDDEN, torch.finfo(q.dtype).min)  # float16 ends at -65504, which is far enough from any score
+    added = torch.zeros(each.shape, dtype=q.dtype, device=q.device).masked_fill_(~each, hidden)
     return added[None, None] if added.dim() == 2 else added.flatten(1, 2)[:, None]
 
 

@@ -142,6 +142,9 @@ DrafterConfig = Annotated[
 ]
 
 
+NO_FREQUENT_TOKENS = "says nothing of which tokens are frequent, so it drafts from all"  # what head_tokens then does
+
+
 class DraftingConfig(Config):
     """How a drafter drafts. Part of every trace: other settings propose other tokens."""
 

@@ -59,7 +59,11 @@ def probabilities(logits: torch.Tensor, temperature: float | torch.Tensor, top_p
 
     top-p keeps the smallest set of most likely tokens whose probability reaches `top_p`.
     """
-    p = torch.softmax(logits.double() / temperature, -1)
+    return nucleus(torch.softmax(logits.double() / temperature, -1), top_p)
+
+
+def nucleus(p: torch.Tensor, top_p: float) -> torch.Tensor:
+    """What top-p leaves of a distribution [..., V], normalised."""
     if top_p < 1.0:
         p = p.masked_fill(outside(p, top_p), 0.0)
         p = p / p.sum(-1, keepdim=True)
@@ -71,6 +75,13 @@ def outside(p: torch.Tensor, top_p: float) -> torch.Tensor:
     ordered, order = p.sort(-1, descending=True)
     dropped = ordered.cumsum(-1) - ordered >= top_p  # the mass before this token already suffices
     return torch.zeros_like(dropped).scatter(-1, order, dropped)
+
+
+def is_outside(p: torch.Tensor, tokens: torch.Tensor, top_p: float) -> torch.Tensor:
+    """bool [...], which of tokens [...] top-p drops of distributions [..., V]; without an order of the vocabulary, so
+    of equally likely tokens it drops none or all."""
+    likelier = p > p.gather(-1, tokens[..., None])
+    return (p * likelier).sum(-1) >= top_p
 
 
 def pick(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:

@@ -18,15 +18,16 @@ from draftsmith.stages.prompting.selection import lot
 from draftsmith.stages.targets.info import TargetInfo
 
 ORIGIN = "earlier.json"  # beside the table: whose answers they are
-_COLUMNS = ["split", "temperature", "prompt_ids", "response_ids"]
+_COLUMNS = ["split", "temperature", "top_p", "prompt_ids", "response_ids"]
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """What of an earlier artifact may be trained on: answers at the same temperature that fit the intake's limits."""
+    """What of an earlier artifact may be trained on: answers of the same law that fit the intake's limits."""
 
     path: Path
     contents: list[bytes | None]  # of every row; None: not to be used
+    of_other_laws: int = 0  # rows that are not used because they were drawn otherwise
 
     def choose(self, count: int, seed: int, but: set[bytes]) -> np.ndarray:
         """[rows] bool: `count` of them drawn by seed, or as many as there are, none whose content is in `but`."""
@@ -59,21 +60,33 @@ def made_otherwise(folder: Path, info: TargetInfo) -> str | None:
     return " and ".join(changed) or None
 
 
-def read_earlier(folder: Path, intake: Intake, temperature: float) -> Earlier:
-    """Of an artifact with `trajectories.parquet`. Raises DraftsmithError if it is damaged or of another version."""
+def read_earlier(folder: Path, intake: Intake, temperature: float, top_p: float) -> Earlier:
+    """Of an artifact with `trajectories.parquet`. temperature, top_p: that the new answers were drawn at.
+
+    Raises DraftsmithError if it is damaged or of another version.
+    """
     path = folder / "trajectories.parquet"
     read_table(path, TRAJECTORIES, columns=["sample"])  # whole, and of this version
     contents: list[bytes | None] = []
     seen: set[bytes] = set()
+    stated = _law(temperature, top_p)
+    of_other_laws = 0
     for part in parts(path, _COLUMNS):
-        for split, at, prompt, response in zip(*(part[name] for name in _COLUMNS), strict=True):
-            both = None
-            if split.as_py() == "train" and np.float32(at.as_py()) == np.float32(temperature):
+        for split, at, within, prompt, response in zip(*(part[name] for name in _COLUMNS), strict=True):
+            both, train = None, split.as_py() == "train"
+            if train and _law(at.as_py(), within.as_py()) == stated:
                 both = _content(prompt.values.to_numpy(), response.values.to_numpy(), intake)
+            elif train:
+                of_other_laws += 1
             contents.append(None if both in seen else both)
             if both is not None:
                 seen.add(both)
-    return Earlier(path, contents)
+    return Earlier(path, contents, of_other_laws)
+
+
+def _law(temperature: float, top_p: float) -> tuple[float, float]:
+    """As answers are stored, in single precision. Greedy ones have no top-p."""
+    return float(np.float32(temperature)), float(np.float32(top_p)) if temperature > 0 else 1.0
 
 
 def contents(folder: Path) -> frozenset[bytes]:

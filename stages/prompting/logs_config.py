@@ -45,7 +45,7 @@ class LogsConfig(Config):
         description="sampling temperature of the answers; a row that says another one is set aside, one that says none "
         "is taken to have this one. 0 = greedy",
     )
-    top_p: float = Field(default=1.0, gt=0, le=1, description="of the answers; written down, not checked")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="that the answers were sampled with")
     since: Since | None = Field(
         default=None,
         description="only rows from this time on: 7d, 12h, an ISO date or time, or `last`: what the champion's refresh "
@@ -105,7 +105,7 @@ class LogsConfig(Config):
         default=64,
         ge=0,
         description="so many of the used answers are read by the target, whose log-probs say whether they are its own "
-        "at this temperature; those that are not are counted and listed in improbable.jsonl",
+        "at this temperature and top_p; those that are not are counted and listed in improbable.jsonl",
     )
     max_improbable_share: float = Field(
         default=1.0,

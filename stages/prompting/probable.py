@@ -2,8 +2,9 @@
 
 Greedy answers hold no token that the target clearly would not have chosen. Of sampled ones the log-prob is what the
 law expects of itself: minus the entropy at every position, give or take its standard deviation (a sum over hundreds of
-tokens is normal enough). Found so: sampled rows among greedy ones and the other way round, another model's text, an
-answer whose beginning (the reasoning) was cut out. Retokenised text and near-ties of other kernels are not.
+tokens is normal enough), and none is what top-p leaves out. Found so: sampled rows among greedy ones and the other way
+round, rows of a wider top-p, another model's text, an answer whose beginning (the reasoning) was cut out. Retokenised
+text and near-ties of other kernels are not.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ GAP = 1.0  # nats below the best token: no near-tie of another kernel or dtype
 UNCHOSEN_SHARE, UNCHOSEN_LEAST = 0.03, 2  # tokens of a greedy answer that may be farther below: seams of tokens
 DEVIATIONS = 6.0  # of a sampled answer's log-prob from what is expected of it
 BEGINNING = 8  # tokens that are also judged alone
+OUTSIDE_SHARE, OUTSIDE_LEAST = 0.01, 2  # tokens of a sampled answer that top-p may leave out,
+EDGE = 0.25  # with this part of what it leaves out added to it: another kernel's edge is not quite ours
 _POSITIONS = 512  # whose logits are in memory at once
 
 LIKELY, UNLIKELY, OTHER_BEGINNING, TOO_LIKELY = "", "improbable", "improbable beginning", "more probable than sampled"
+OUTSIDE = "outside top_p"
 
 
 @torch.no_grad()
@@ -31,7 +35,7 @@ def judge(target: Target, prompt: Sequence[int], response: Sequence[int], temper
     ids = torch.tensor([[*prompt, *response]], device=target.device)
     hidden = target.read(ids).hidden[0, len(prompt) - 1 : -1]  # of the positions before each token of the answer
     tokens = ids[0, len(prompt) :]
-    gaps, surprises, variances = [], [], []
+    gaps, surprises, variances, likelier = [], [], [], []
     for start in range(0, len(tokens), _POSITIONS):
         logits = target.logits(hidden[start : start + _POSITIONS])
         chosen = tokens[start : start + _POSITIONS, None]
@@ -44,9 +48,11 @@ def judge(target: Target, prompt: Sequence[int], response: Sequence[int], temper
         entropy = -(probs * known).sum(-1)
         surprises.append(-logprobs.gather(-1, chosen)[:, 0] - entropy)  # zero on average
         variances.append((probs * known.square()).sum(-1) - entropy.square())
+        likelier.append((probs * (probs > probs.gather(-1, chosen))).sum(-1))
     if temperature == 0:
         return _of_greedy(torch.cat(gaps))
-    return _of_sampled(torch.cat(surprises), torch.cat(variances), top_p)
+    said = _of_sampled(torch.cat(surprises), torch.cat(variances), top_p)
+    return said or _of_nucleus(torch.cat(likelier), top_p)
 
 
 def _of_greedy(gaps: torch.Tensor) -> str:
@@ -65,3 +71,10 @@ def _of_sampled(surprises: torch.Tensor, variances: torch.Tensor, top_p: float) 
         return TOO_LIKELY
     beginning = surprises[:BEGINNING].sum() / (variances[:BEGINNING].sum() + 1.0).sqrt()
     return OTHER_BEGINNING if beginning > DEVIATIONS else LIKELY
+
+
+def _of_nucleus(likelier: torch.Tensor, top_p: float) -> str:
+    """likelier: how probable, at each position, anything better than its token is."""
+    outside = likelier >= top_p + EDGE * (1 - top_p)
+    left_out = top_p < 1 and int(outside.sum()) >= max(OUTSIDE_LEAST, OUTSIDE_SHARE * len(outside))
+    return OUTSIDE if left_out else LIKELY

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -20,6 +20,7 @@ from draftsmith.stages.memory import in_halves
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.drawn import SampledText
 from draftsmith.stages.replay.kept import KeptTraces
+from draftsmith.stages.replay.nucleus import outside_nucleus
 from draftsmith.stages.replay.portions import TREE_TOKENS
 from draftsmith.stages.replay.scoring import StepScores, score_traces
 from draftsmith.stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens
@@ -145,17 +146,20 @@ def replay_groups(
     ready = {name: _Ready.of(target, drafter, drafting) for name, drafter in drafters.items()}
 
     def replay(group: Group) -> list[dict[str, Trace]]:
+        hidden, outside = None, [0] * len(group.trajectories)
         if any(draws(drafter, law) for drafter in drafters.values()):
             out = target.read(group.ids, layer_ids)
             features, hidden = out.features, out.hidden
+            outside = outside_nucleus(target, hidden, group.trajectories, law)
             assert features is not None
         else:
-            features, hidden = target.features(group.ids, layer_ids), None
+            features = target.features(group.ids, layer_ids)
         by_layer = dict(zip(layer_ids, features.chunk(len(layer_ids), -1), strict=True))
         found = {}
         for name, each in ready.items():
             features = torch.cat([by_layer[k] for k in each.drafter.target_layer_ids], -1)
-            found[name] = each.replay(target, features, group, chains, hidden, law, with_logprobs=False)
+            traces = each.replay(target, features, group, chains, hidden, law, with_logprobs=False)
+            found[name] = _with_outside(traces, outside)
         return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
 
     yield from traces_of(
@@ -251,6 +255,8 @@ def mine(
         out, cache = read(target, group, tree_tokens, drafter.target_layer_ids)
         assert out.features is not None
         traces = ready.replay(target, out.features, group, chains, out.hidden, law, with_logprobs=True)
+        if draws(drafter, law):
+            traces = _with_outside(traces, outside_nucleus(target, out.hidden, group.trajectories, law))
         scores = score_traces(target, cache, out.hidden, traces, ids=group.ids, top_k=top_k, tree_tokens=tree_tokens)
         return list(zip(traces, scores, strict=True))
 
@@ -301,6 +307,11 @@ def context_of(drafter: Drafter, features: torch.Tensor, group: Group) -> Contex
 def draws(drafter: Drafter, law: Law) -> bool:
     """Are its proposals for requests of this law drawn from its q, and verified with it? Else they are argmaxes."""
     return drafter.draws and not law.greedy
+
+
+def _with_outside(traces: Sequence[Trace], outside: Sequence[int]) -> list[Trace]:
+    """The same with the number of tokens outside the nucleus."""
+    return [replace(trace, outside_nucleus=count) for trace, count in zip(traces, outside, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,10 @@ proposal, and kept, with probability min(1, q(y) / p(y)). Otherwise the step end
 law max(q - p, 0), normalised, and the rest of the block was drawn from q behind it. As long as everything is kept, the
 tokens that the drafter sees are the text's. A proposal that is an argmax is the case q(y) = 1: kept iff it is y, on
 average over p.
+
+A committed token that the stated law cannot draw (top-p leaves it out, p(y) = 0) contradicts the law. It has no such
+probability, and is judged by the law before truncation: min(1, q(y) / p(y)) with the p that top-p had not cut yet.
+How many there are is counted (`nucleus.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import torch
 
 from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, Context, Drafter, Proposals
 from draftsmith.stages.drafters.cutting import Reach
-from draftsmith.stages.drafters.drawing import Purpose, pick, probabilities, seed_of
+from draftsmith.stages.drafters.drawing import Purpose, nucleus, pick, probabilities, seed_of
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.drafters.law import Law
 from draftsmith.stages.replay.trace import Trajectory
@@ -86,12 +90,19 @@ class SampledText:
         return self.numbers[..., purpose].gather(1, positions)
 
     @torch.no_grad()
-    def law_behind(self, positions: torch.Tensor) -> torch.Tensor:
-        """[R, A, V] float64: what the target draws behind positions [R, A]; behind the last one's too."""
+    def law_behind(self, positions: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """float64 [R, A, V], what the target draws behind positions [R, A], behind the last one's too; and [R, A], what
+        it says of `tokens` there: of those that top-p leaves out, what it said before.
+
+        tokens: [R, A], anything behind the text's end.
+        """
         at = positions.clamp(max=self.hidden.shape[1] - 1)
         hidden = self.hidden.gather(1, at[..., None].expand(-1, -1, self.hidden.shape[-1]))
         with torch.autocast(hidden.device.type, enabled=False):  # a training loop's is for the drafter alone
-            return probabilities(self.logits(hidden), self.law.temperature, self.law.top_p)
+            whole = probabilities(self.logits(hidden), self.law.temperature)
+        p, y = nucleus(whole, self.law.top_p), tokens.clamp(min=0)[..., None]
+        of_tokens, before = p.gather(-1, y)[..., 0], whole.gather(-1, y)[..., 0]
+        return p, torch.where(of_tokens > 0, of_tokens, before)
 
 
 def kept_by(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
@@ -116,23 +127,21 @@ class Expectation:
     def take(
         self,
         q: torch.Tensor,
-        p: torch.Tensor,
+        of_p: torch.Tensor,
         tokens: torch.Tensor,
         head: Head,
         verified: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The next offset of all blocks. Returns where the step ends there with a rejected proposal, bool [R, A].
 
-        q: [R, A, V'] of the drafter on the text, over the head's tokens; p: [R, A, V]; tokens: [R, A] of the text, -1
-        behind its end. verified: bool [R, A]; where a block is cut in front of the offset the step ends with a token of
-        the target alone.
+        q: [R, A, V'] of the drafter on the text, over the head's tokens; tokens: [R, A] of the text, -1 behind its end;
+        of_p: [R, A], what the target says of them (`law_behind`). verified: bool [R, A]; where a block is cut in front
+        of the offset the step ends with a token of the target alone.
         """
         self.offset += 1
-        known = tokens.clamp(min=0)
-        columns, present = head.to_columns(known)
+        columns, present = head.to_columns(tokens.clamp(min=0))
         of_q = q.gather(-1, columns[..., None])[..., 0] * (present & (tokens >= 0))
-        of_p = p.gather(-1, known[..., None])[..., 0].clamp(min=torch.finfo(p.dtype).tiny)
-        chance = kept_by(of_q, of_p).clamp(max=1)
+        chance = kept_by(of_q, of_p.clamp(min=torch.finfo(of_p.dtype).tiny)).clamp(max=1)
         judged = tokens >= 0
         if verified is not None:
             chance, judged = chance * verified, judged & verified
@@ -195,12 +204,12 @@ def _drawn(
     for k in range(1, block_size):
         y = tokens.gather(1, anchors + k)
         on_text_logits, own_logits = on_text.logits(before), own.logits(own_before)
-        p = text.law_behind(anchors + k - 1)
+        p, of_y = text.law_behind(anchors + k - 1, y)
         going = found.going
         if reaches is not None:
             verified = reaches[0].take(on_text.confidence())
             most = most + reaches[1].take(own.confidence())
-        ends = found.take(probabilities(on_text_logits, text.law.temperature), p, y, head, verified)
+        ends = found.take(probabilities(on_text_logits, text.law.temperature), of_y, y, head, verified)
         weights = probabilities(own_logits, text.law.temperature)
         surplus = (weights - (p if head.token_ids is None else p[..., head.token_ids])).clamp(min=0)
         weights = torch.where(ends[..., None], surplus, weights)

@@ -9,6 +9,7 @@ import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from draftsmith.stages.replay.trace import Trace
 WRITTEN_EVERY_S = 30.0
 _STEPS = ("anchors", "accepted", "proposed", "drafter_logprobs")  # arrays of a row a step
 _SOMETIMES = ("expected", "verified")  # others, of all traces or none
+_NUMBERS = ("length", "evaluated_blocks", "outside_nucleus")  # one a trace
 
 
 class KeptTraces:
@@ -60,7 +62,7 @@ def _arrays(traces: Mapping[int, Mapping[str, Trace]], drafters: Sequence[str]) 
     for d, name in enumerate(drafters):
         of_drafter = [each[name] for each in traces.values()]
         arrays[f"{d}.steps"] = np.array([len(trace.anchors) for trace in of_drafter])
-        for field in ("length", "evaluated_blocks"):
+        for field in _NUMBERS:
             arrays[f"{d}.{field}"] = np.array([getattr(trace, field) for trace in of_drafter])
         for field in _STEPS:
             joined = np.concatenate([getattr(trace, field) for trace in of_drafter])
@@ -86,14 +88,12 @@ def _read(path: Path, drafters: Sequence[str]) -> dict[int, dict[str, Trace]]:
                     for field in (*_STEPS, *_SOMETIMES)
                     if f"{d}.{field}" in arrays
                 }
-                length, blocks = arrays[f"{d}.length"], arrays[f"{d}.evaluated_blocks"]
+                numbers = {field: arrays[f"{d}.{field}"] for field in _NUMBERS}
                 for row, place in enumerate(traces):
-                    steps = {field: values[row] for field, values in columns.items()}
-                    unknown = np.full(steps["proposed"].shape, np.nan, dtype=np.float32)
-                    logprobs = steps.pop("drafter_logprobs", unknown)
-                    traces[place][name] = Trace(
-                        int(length[row]), **steps, drafter_logprobs=logprobs, evaluated_blocks=int(blocks[row])
-                    )
+                    steps: dict[str, Any] = {field: values[row] for field, values in columns.items()}
+                    steps.setdefault("drafter_logprobs", np.full(steps["proposed"].shape, np.nan, dtype=np.float32))
+                    steps |= {field: int(values[row]) for field, values in numbers.items()}
+                    traces[place][name] = Trace(**steps)
             return traces
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return {}

@@ -29,6 +29,7 @@ class Tally:
         self.steps = np.zeros(trajectories)  # [N] verify steps
         self.accepted = np.zeros(0, dtype=np.int64)  # [K + 1] steps by proposals kept
         self.judged = np.zeros(0, dtype=np.int64)  # [K + 1] steps by proposals that lie inside the trajectory
+        self._drawn = self._outside = 0  # tokens that drawn steps committed, and those outside the nucleus
 
     def add(self, indices: Iterable[int], traces: Iterable[Trace]) -> None:
         """Take the traces of the trajectories `indices`, each of them once."""
@@ -36,6 +37,9 @@ class Tally:
             size = trace.proposed.shape[1] + 1
             self.committed[index], self.steps[index] = trace.expected_committed.sum(), len(trace.anchors)
             accepted, judged = (np.bincount(each, minlength=size) for each in (trace.accepted, trace.judged))
+            if trace.expected is not None:
+                self._drawn += int(trace.committed.sum())
+                self._outside += trace.outside_nucleus
             first = len(self.accepted) == 0
             self.accepted, self.judged = (
                 (accepted, judged) if first else (self.accepted + accepted, self.judged + judged)
@@ -63,6 +67,11 @@ class Tally:
         """Committed tokens per verify step ("+1"); NaN without any step."""
         steps = float(self.steps.sum())
         return float(self.committed.sum()) / steps if steps else float("nan")
+
+    @property
+    def outside_nucleus_share(self) -> float | None:
+        """Of the committed tokens; None where nothing is drawn."""
+        return self._outside / self._drawn if self._drawn else None
 
 
 def tally_all(

@@ -49,6 +49,7 @@ class Trace:
         None  # [S] float64 tokens committed, on average over the draws; None: nothing is drawn
     )
     verified: np.ndarray | None = None  # [S] int, proposals in front of the cut; None: no block is cut
+    outside_nucleus: int = 0  # tokens that verify steps committed and the stated law cannot draw; where it decides
 
     @property
     def judged(self) -> np.ndarray:

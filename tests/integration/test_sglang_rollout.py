@@ -22,8 +22,8 @@ from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.sglang.engine import open_sglang
+from draftsmith.stages.engines.sglang.expected import Expected
 from draftsmith.stages.engines.sglang.greedy import verifies_greedily
-from draftsmith.stages.engines.sglang.handshake import Expected
 from draftsmith.stages.engines.sglang.weights import check_weights
 from draftsmith.stages.rollout import STAGE, RolloutConfig
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_prompts

@@ -87,17 +87,22 @@ def test_sft_goes_on_from_dflash_as_dspark(made: Made, tiny_drafter: DrafterArti
     assert tau(traces["after"]) > 0.8 * tau(traces["before"]) > 1.6
 
 
+def restated(made: Made, folder: Path, top_p: float) -> Path:
+    """The answers of the rollout in `folder`, as if drawn with another top-p."""
+    folder.mkdir()
+    table = read_table(made.rollout / "trajectories.parquet", TRAJECTORIES)
+    at = table.schema.get_field_index("top_p")
+    table = table.set_column(at, table.schema.field(at), pa.array([top_p] * len(table), table.schema.field(at).type))
+    pq.write_table(table, folder / "trajectories.parquet")
+    return folder
+
+
 @pytest.mark.parametrize("stage", [SFT, OPD])
 def test_trainings_are_told_what_the_answers_were_drawn_with(
     stage: Any, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """temperature and top-p of the rollout's own rows."""
-    table = read_table(made.rollout / "trajectories.parquet", TRAJECTORIES)
-    rollout = tmp_path / "rollout"
-    rollout.mkdir()
-    at = table.schema.get_field_index("top_p")
-    table = table.set_column(at, table.schema.field(at), pa.array([0.9] * len(table), table.schema.field(at).type))
-    pq.write_table(table, rollout / "trajectories.parquet")
+    rollout = restated(made, tmp_path / "rollout", 0.9)
     said: list[tuple[float, float]] = []
 
     class Told(Exception):
@@ -146,6 +151,24 @@ def test_mining_draws_what_fits_the_answers(made: Made) -> None:
         # a rejected proposal may be the committed token only where it is not: max(q - p, 0) has none of it
         assert step["proposed_ids"][step["accepted"]] != step["committed_id"]
         assert np.isfinite(step["target_logprobs"][: step["rejected_offset"]]).all()
+
+
+def test_answers_that_the_stated_top_p_does_not_draw_are_counted_and_said(made: Made, tmp_path: Path) -> None:
+    assert json.loads((made.mining / "summary.json").read_text())["outside_nucleus_share"] == 0  # of top_p 1
+    inputs = {**made.inputs("target", "drafter"), "trajectories": restated(made, tmp_path / "rollout", 0.8)}
+    mining = RecordingContext.under(tmp_path / "mining", inputs)
+    MINING.run(mining, MiningConfig(max_parity_mismatch=1))
+    share = json.loads((mining.out / "summary.json").read_text())["outside_nucleus_share"]
+    assert share == mining.summaries["outside_nucleus_share"] > 0.01
+
+    inputs = {**inputs, "prompts": made.prompts, "sft": made.sft}
+    del inputs["drafter"]
+    evaluation = RecordingContext.under(tmp_path / "evaluation", inputs)
+    config: dict[str, Any] = {"sampling": SAMPLING, "speed_prompts": 1, "exactness_prompts": 0, "rounds": 1}
+    EVALUATION.run(evaluation, EvaluationConfig.model_validate(config))
+    assert json.loads((evaluation.out / "acceptance.json").read_text())["outside_nucleus_share"] == share
+    for ctx in (mining, evaluation):
+        assert len([line for line in ctx.logs if f"warning: {share:.1%}" in line and "logs.top_p" in line]) == 1
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,14 @@ from pydantic import ValidationError
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.parquet import read_table, write_table
 from draftsmith.artifacts.schemas import TRAJECTORIES
+from draftsmith.stages.drafters.law import Law
 from draftsmith.stages.logs import LogsConfig
 from draftsmith.stages.prompting.earlier import ORIGIN
 from draftsmith.stages.prompting.held_out import HeldOut
+from draftsmith.stages.stored import load_trajectories
 from tests.stages.logs_run import Row, as_ids, counts, run, set_aside, table, write
 from tests.stages.prompting import row_files
+from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 
 
@@ -277,6 +280,30 @@ def test_a_share_of_the_answers_is_of_an_earlier_refresh(
     assert (found["used"], found["replayed"]) == (40, 60)  # all that there are
     none, found = mixed("none")
     assert len(none) == 40 and found["replayed"] == 0
+
+
+def test_earlier_answers_of_another_top_p_are_left_out(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
+) -> None:
+    """What is written can be trained on; greedy answers have no top-p."""
+    path = write(tmp_path / "log.jsonl", [as_ids(row) for row in logged_answers[:40]])
+    rows = read_table(tiny_drafter.rollout / "trajectories.parquet", TRAJECTORIES).to_pylist()[60:90]
+    folder = tmp_path / "earlier"
+
+    def mixed(name: str, temperature: float) -> tuple[RecordingContext, Law]:
+        laws = [{"temperature": temperature, "top_p": 0.8 if number < 25 else 0.95} for number in range(30)]
+        made = [row | law for row, law in zip(rows, laws, strict=True)]
+        write_table(folder / "trajectories.parquet", TRAJECTORIES, made)
+        config: Row = {"temperature": temperature, "top_p": 0.95, "scored": 0, "replay_share": 0.5}
+        ctx = run(tmp_path / name, tiny_drafter, path, inputs={"earlier": folder}, **config)
+        return ctx, load_trajectories(ctx.out).law
+
+    ctx, law = mixed("sampled", 0.7)
+    assert counts(ctx)["replayed"] == 5 and (law.temperature, law.top_p) == pytest.approx((0.7, 0.95))
+    assert any(line.startswith("25 answers of the earlier refresh are left out") for line in ctx.logs)
+    ctx, law = mixed("greedy", 0.0)
+    assert counts(ctx)["replayed"] == 30 and law.greedy
+    assert not any("left out" in line for line in ctx.logs)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.parquet import read_table, write_table
 from draftsmith.artifacts.schemas import TIMINGS, TRACE, VERIFY_STEPS
 from draftsmith.stages.contract import Shard
-from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
+from draftsmith.stages.drafters.checkpoint import TOKENS_FILE, load_drafter, save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.mining import STAGE, MiningConfig
 from draftsmith.stages.rollout import STAGE as ROLLOUT
@@ -297,6 +297,20 @@ def test_the_trained_block_size_may_be_written_out_on_one_side(
     assert summary(ctx)["parity"]["different_steps"] == 0
     trace = read_table(assisted / "trace.parquet", TRACE).to_pylist()
     ctx = mine(tmp_path / "other", tiny_drafter, retold(trace, block_size=8))
+    assert summary(ctx)["parity"]["different_steps"] == 0
+
+
+def test_a_reduced_head_that_the_drafter_cannot_have_is_said_and_compared_as_none(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, mined: RecordingContext, retold: Callable[..., Path]
+) -> None:
+    """Without the file that names the frequent tokens it drafts from all, whatever `head_tokens` says."""
+    drafter = Path(shutil.copytree(tiny_drafter.drafter, tmp_path / "drafter"))
+    (drafter / DRAFTER_FOLDER / TOKENS_FILE).unlink()
+    trace = read_table(assisted / "trace.parquet", TRACE).to_pylist()
+    served = retold(trace, drafter_digest=drafter_digest(drafter / DRAFTER_FOLDER))
+    ctx = mine(tmp_path / "mined", tiny_drafter, served, drafter=drafter, drafting={"head_tokens": 5})
+    assert any("drafter: says nothing of which tokens are frequent" in line for line in ctx.logs)
+    assert (ctx.out / "verify_steps.parquet").read_bytes() == (mined.out / "verify_steps.parquet").read_bytes()
     assert summary(ctx)["parity"]["different_steps"] == 0
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.stages.engines.sglang.handshake import Expected, Facts, records_through, shake_hands
+from draftsmith.stages.engines.sglang.expected import Expected
+from draftsmith.stages.engines.sglang.handshake import Facts, records_through, shake_hands
 from draftsmith.stages.engines.sglang.health import Server, State
 from draftsmith.stages.engines.sglang.router import workers_behind
 

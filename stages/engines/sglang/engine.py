@@ -21,8 +21,8 @@ from draftsmith.stages.engines.sglang.records import BadAnswerError, completion_
 
 if TYPE_CHECKING:
     from draftsmith.stages.engines.sglang.client import Answer
+    from draftsmith.stages.engines.sglang.expected import Expected
     from draftsmith.stages.engines.sglang.fleet import Fleet
-    from draftsmith.stages.engines.sglang.handshake import Expected
     from draftsmith.stages.engines.sglang.pool import ServerPool
 
 T = TypeVar("T")
@@ -243,8 +243,8 @@ def open_sglang(
     while it waits for servers; what it raises ends the wait.
     Raises DraftsmithError for a config, server or drafter that does not fit, RetryableError if no server answers.
     """
+    from draftsmith.stages.engines.sglang.expected import Expected
     from draftsmith.stages.engines.sglang.fleet import open_fleet
-    from draftsmith.stages.engines.sglang.handshake import Expected
 
     expected = Expected.of(
         config,

@@ -14,7 +14,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.sglang.admission import Admission
 from draftsmith.stages.engines.sglang.client import key_header
-from draftsmith.stages.engines.sglang.handshake import Expected
+from draftsmith.stages.engines.sglang.expected import Expected
 from draftsmith.stages.engines.sglang.health import Server, State
 from draftsmith.stages.engines.sglang.pool import ServerPool
 from draftsmith.stages.engines.sglang.protocol import ENVIRONMENT

@@ -15,7 +15,7 @@ from draftsmith.stages.engines.sglang.client import check_status
 if TYPE_CHECKING:
     import httpx
 
-    from draftsmith.stages.engines.sglang.handshake import Expected
+    from draftsmith.stages.engines.sglang.expected import Expected
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NAMES = {"half": "float16", "float": "float32", "bf16": "bfloat16"}  # SGLang's other ones

@@ -110,7 +110,8 @@ def _drawn(
                 choices = chooser.choices(own[:, :, k], previous[..., k], columns, head)
                 logits = torch.full_like(logits, -torch.inf).scatter(-1, columns, choices)
             q = probabilities(logits, text.law.temperature)
-            found.take(q, text.law_behind(positions + k), tokens[..., k], head)
+            _, p = text.law_behind(positions + k, tokens[..., k])
+            found.take(q, p, tokens[..., k], head)
         accepted.append(found.accepted)
     return torch.cat(accepted, 1)
 

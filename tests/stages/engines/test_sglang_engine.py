@@ -16,7 +16,7 @@ from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.sglang.engine import UnansweredError, open_sglang
-from draftsmith.stages.engines.sglang.handshake import Expected
+from draftsmith.stages.engines.sglang.expected import Expected
 from tests.stages.engines.http_server import answer, is_probe
 from tests.stages.engines.test_sglang_handshake import expected_of, server_of
 from tests.testbed.drafter import DrafterArtifacts

@@ -15,8 +15,8 @@ from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.sglang import fleet as fleets
 from draftsmith.stages.engines.sglang import health
+from draftsmith.stages.engines.sglang.expected import Expected
 from draftsmith.stages.engines.sglang.fleet import Fleet
-from draftsmith.stages.engines.sglang.handshake import Expected
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from tests.stages.engines.http_server import HttpServer, answer
 from tests.stages.engines.test_sglang_engine import STAND_IN, opened

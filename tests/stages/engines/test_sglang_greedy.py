@@ -12,7 +12,7 @@ from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.sglang.engine import open_sglang
-from draftsmith.stages.engines.sglang.handshake import Expected
+from draftsmith.stages.engines.sglang.expected import Expected
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from tests.stages.engines.http_server import answer
 from tests.stages.engines.test_sglang_handshake import expected_of, server_of, shake, speculating

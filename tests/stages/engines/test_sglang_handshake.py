@@ -17,7 +17,8 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig, TreeConfig
-from draftsmith.stages.engines.sglang.handshake import Expected, Facts, shake_hands
+from draftsmith.stages.engines.sglang.expected import Expected
+from draftsmith.stages.engines.sglang.handshake import Facts, shake_hands
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from tests.stages.engines.http_server import HttpServer, Refusal, answer, serving
 from tests.testbed.drafter import DrafterArtifacts

@@ -19,7 +19,7 @@ from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.config import LaunchConfig, SGLangEngineConfig
 from draftsmith.stages.engines.sglang import environment, router, server
 from draftsmith.stages.engines.sglang.engine import SGLangEngine, open_sglang
-from draftsmith.stages.engines.sglang.handshake import Expected
+from draftsmith.stages.engines.sglang.expected import Expected
 from draftsmith.stages.engines.sglang.health import Server
 from draftsmith.stages.engines.sglang.pool import ServerPool
 from draftsmith.stages.measure.config import EvaluationConfig

@@ -14,7 +14,7 @@ from draftsmith.artifacts.parquet import read_table
 from draftsmith.artifacts.schemas import TRAJECTORIES
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.sglang.engine import _MOST_UNANSWERED, UnansweredError
-from draftsmith.stages.engines.sglang.handshake import Expected
+from draftsmith.stages.engines.sglang.expected import Expected
 from draftsmith.stages.rollout import STAGE, RolloutConfig
 from draftsmith.stages.stored import load_prompts
 from tests.stages.engines.http_server import HttpServer, Refusal, answer, is_probe

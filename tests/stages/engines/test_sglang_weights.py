@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.sglang.asking import is_here
-from draftsmith.stages.engines.sglang.handshake import Expected
+from draftsmith.stages.engines.sglang.expected import Expected
 from draftsmith.stages.engines.sglang.probe import own_logprobs
 from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.targets.info import model_path, write_target_info

@@ -53,7 +53,10 @@ def test_what_is_drawn_from_the_targets_own_law_is_kept(plain_target: Target) ->
         text = SampledText.of(plain_target, hidden, [trajectory], law, 4)
         found = text.expectation(anchors)
         for k in range(1, 5):
-            p = text.law_behind(anchors + k - 1).clamp(min=1e-12)  # what top-p leaves out of these texts is in them
-            found.take(p, p, tokens.gather(1, anchors + k), Head(plain_target.head_weight))
+            ahead = tokens.gather(1, anchors + k)
+            p, of_tokens = text.law_behind(anchors + k - 1, ahead)
+            # what top-p leaves out of these texts is in them
+            p = p.scatter(-1, ahead.clamp(min=0)[..., None], of_tokens[..., None])
+            found.take(p, of_tokens, ahead, Head(plain_target.head_weight))
         assert found.accepted[0].tolist() == trace.accepted.tolist()
         assert found.committed[0].tolist() == trace.committed.tolist()

@@ -16,8 +16,8 @@ COUNT = 40
 Answers = list[tuple[list[int], list[int]]]  # prompt and response
 
 
-def answers(bench: Bench, temperature: float) -> Answers:
-    params = SamplingParams(GREEDY_TOKENS, temperature=temperature)
+def answers(bench: Bench, temperature: float, top_p: float = 1.0) -> Answers:
+    params = SamplingParams(GREEDY_TOKENS, temperature=temperature, top_p=top_p)
     found = bench.answers(bench.requests(COUNT, params)).values()
     return [(each.request.prompt_ids, each.response_ids) for each in found if len(each.response_ids) > 8]
 
@@ -46,6 +46,14 @@ def test_another_temperature_is_seen(bench: Bench, sampled: Answers) -> None:
     assert among_greedy[""] < 2 * len(sampled) / 3, among_greedy
     hot = judged(bench, answers(bench, 3.0), 1.0)
     assert hot["improbable"] > COUNT / 2, hot
+
+
+def test_a_wider_top_p_than_is_stated_is_seen(bench: Bench) -> None:
+    """In answers of some dozen tokens that leave something to draw, which those at 1 hardly do."""
+    narrow, wide = answers(bench, 1.5, 0.9), answers(bench, 1.5)
+    assert judged(bench, narrow, 1.5, 0.9) == {"": len(narrow)}
+    found = judged(bench, wide, 1.5, 0.9)
+    assert found["outside top_p"] > len(wide) / 2, found
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

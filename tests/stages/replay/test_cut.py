@@ -143,7 +143,7 @@ def expected(plain: Plainly, anchor: int) -> float:
         confident *= plain.kept(anchor, chain, k)
         if at >= len(tokens) - 1 or confident < THRESHOLD:
             break
-        kept *= min(1.0, plain.q(anchor, chain, k)[tokens[at]] / max(plain.p[at - 1][tokens[at]], 1e-300))
+        kept *= min(1.0, plain.q(anchor, chain, k)[tokens[at]] / plain.of_text(at))
         total += kept
     return total
 

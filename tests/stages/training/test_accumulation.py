@@ -11,6 +11,7 @@ import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.law import GREEDY, Law
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.accumulation import Accumulation
@@ -30,7 +31,7 @@ STEP = {"sequences_per_step": COUNT, "anchors_per_sequence": 3}
 Training = SftTraining | OpdTraining
 
 
-@pytest.fixture(params=["dflash", "dflash2", "eagle3"])
+@pytest.fixture(params=["dflash", "dflash2", "dspark", "eagle3"])
 def drafter(request: pytest.FixtureRequest, plain_target: Target) -> Drafter:
     return RANDOM[request.param](plain_target)
 
@@ -84,15 +85,30 @@ CASES: dict[str, dict[str, Any] | None] = {
 def test_micro_batches_are_one_batch(
     name: str, drafter: Drafter, plain_target: Target, trajectories: list[Trajectory]
 ) -> None:
-    fields = CASES[name]
+    assert_one_batch(name, drafter, plain_target, trajectories, GREEDY)
+
+
+@pytest.mark.parametrize("name", ["SFT", "successors", "errors, paper, reduced head", "visited, paper, mined again"])
+def test_micro_batches_of_sampled_answers_are_one_batch(
+    name: str, drafter: Drafter, plain_target: Target, trajectories: list[Trajectory]
+) -> None:
+    """Where proposals are drawn, by the numbers of the answers: the same in any micro-batch."""
+    assert_one_batch(name, drafter, plain_target, trajectories, Law(0.8, 0.9))
+
+
+def assert_one_batch(
+    name: str, drafter: Drafter, plain_target: Target, trajectories: list[Trajectory], law: Law
+) -> None:
+    fields, temperature, top_p = CASES[name], law.temperature, law.top_p
     drafter.frequent_tokens = torch.arange(random_target.VOCAB_SIZE)
 
     def make() -> Training:
         if name.startswith("SFT"):
-            return SftTraining(drafter, plain_target, trajectories, SftConfig.model_validate(STEP | (fields or {})))
+            sft = SftConfig.model_validate(STEP | (fields or {}))
+            return SftTraining(drafter, plain_target, trajectories, sft, temperature=temperature, top_p=top_p)
         config = OpdConfig.model_validate({**STEP, **(fields or {}), "head_negatives": 3})
         table = mined(trajectories, drafter.block_size - 1)
-        return OpdTraining(drafter, plain_target, trajectories, table, config)
+        return OpdTraining(drafter, plain_target, trajectories, table, config, temperature=temperature, top_p=top_p)
 
     whole, expected, one = trained(make, drafter, None)
     per_row = 3 * drafter.block_size

@@ -1,0 +1,110 @@
+"""Texts replayed under a top-p that did not draw them: counted, said, and judged by the law before truncation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.drafters.drawing import is_outside, outside, probabilities
+from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.drafters.law import Law
+from draftsmith.stages.engines.base import Request, SamplingParams
+from draftsmith.stages.engines.embedded import EmbeddedEngine
+from draftsmith.stages.replay.corpus import mine
+from draftsmith.stages.replay.drawn import SampledText
+from draftsmith.stages.replay.nucleus import doubt
+from draftsmith.stages.replay.tally import Tally, tally_all
+from draftsmith.stages.replay.trace import Trajectory
+from draftsmith.stages.targets.causal_lm import Target
+from tests.stages.bench import trajectory_of
+from tests.testbed.dspark import random_dspark
+from tests.testbed.random_target import random_drafter
+
+WIDE, NARROW = Law(1.0), Law(1.0, 0.9)
+COUNT, LENGTH = 60, 24
+
+
+def drawn(target: Target, law: Law) -> list[Trajectory]:
+    params = SamplingParams(LENGTH, law.temperature, law.top_p)
+    requests = [Request(str(i), [5, 3, 9, 1], params, i) for i in range(COUNT)]
+    answers = EmbeddedEngine(target, slots=COUNT, capacity=LENGTH + 8).generate(requests)
+    return [trajectory_of(answer) for answer in answers if len(answer.response_ids) > 1]  # as they are loaded
+
+
+@pytest.fixture(scope="module")
+def wide(plain_target: Target) -> list[Trajectory]:
+    return drawn(plain_target, WIDE)
+
+
+def laws(target: Target, text: Trajectory) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n, V] before top-p, and [n] the tokens, of the positions that verify steps commit."""
+    logits = target.logits(target.read(torch.tensor([text.tokens])).hidden[0, text.first_anchor : -1])
+    return probabilities(logits, 1.0), torch.tensor(text.tokens[text.first_anchor + 1 :])
+
+
+def test_the_share_outside_the_nucleus_is_counted_and_said(
+    wide: list[Trajectory], plain_target: Target, tmp_path: Path
+) -> None:
+    drafters: dict[str, Drafter] = {"draws": random_dspark(plain_target), "argmax": random_drafter(plain_target)}
+
+    def replayed(texts: list[Trajectory], law: Law) -> dict[str, Tally]:
+        return tally_all(plain_target, drafters, texts, law=law, kept=tmp_path / f"{law.top_p}{len(texts)}")
+
+    count = total = 0
+    for text in wide:
+        whole, tokens = laws(plain_target, text)
+        count += int(outside(whole, NARROW.top_p).gather(1, tokens[:, None]).sum())
+        total += len(tokens)
+    for _ in range(2):  # the second time as they were kept
+        found = replayed(wide, NARROW)
+        assert found["draws"].outside_nucleus_share == count / total > 0.05
+        assert found["argmax"].outside_nucleus_share is None
+    said = doubt(found["draws"].outside_nucleus_share, NARROW)
+    assert said is not None and "logs.top_p" in said and f"{count / total:.1%}" in said
+
+    assert replayed(wide, WIDE)["draws"].outside_nucleus_share == 0
+    own = replayed(drawn(plain_target, NARROW)[1:], NARROW)["draws"].outside_nucleus_share  # in a folder of its own
+    assert own == 0 and doubt(own, NARROW) is None and doubt(None, NARROW) is None
+
+    traces = [t for group in mine(plain_target, drafters["draws"], wide, law=NARROW) for t in group.traces]
+    assert sum(trace.outside_nucleus for trace in traces) == count
+
+
+def test_a_token_outside_is_judged_by_the_law_before_truncation(wide: list[Trajectory], plain_target: Target) -> None:
+    """q/p with the p that top-p had not cut: not certainly kept, as q over nothing would be."""
+    for number, text in enumerate(wide):
+        whole, tokens = laws(plain_target, text)
+        places = torch.nonzero(is_outside(whole, tokens, NARROW.top_p))[:, 0]
+        hidden = plain_target.read(torch.tensor([text.tokens])).hidden
+        sampled = SampledText.of(plain_target, hidden, [text], NARROW, 4)
+        for place in places[places < len(tokens) - 1].tolist():
+            anchor, y = torch.tensor([[text.first_anchor + place]]), tokens[place]
+            p, of_y = sampled.law_behind(anchor, y[None, None])
+            assert p[0, 0, y] == 0
+            q = torch.zeros_like(p)
+            q[..., y] = 0.4 * whole[place, y]
+            found = sampled.expectation(anchor)
+            found.take(q, of_y, y[None, None], Head(plain_target.head_weight))
+            assert float(found.committed) == pytest.approx(1.4)
+        if number >= 10:
+            break
+
+
+def test_tau_is_about_that_of_the_law_that_drew_the_texts(wide: list[Trajectory], plain_target: Target) -> None:
+    """A fifth of the tokens are outside: were each of them kept, tau would be a tenth higher."""
+    drafter = {"it": random_dspark(plain_target)}
+    true, stated = (tally_all(plain_target, drafter, wide, law=law)["it"].tau for law in (WIDE, Law(1.0, 0.8)))
+    assert stated == pytest.approx(true, rel=0.05)
+
+
+def test_outside_without_an_order_is_that_with_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    p = torch.softmax(3 * torch.randn(50, 40, generator=generator, dtype=torch.float64), -1)
+    for top_p in (0.3, 0.9, 0.99):
+        expected = outside(p, top_p)
+        found = torch.stack([is_outside(p, torch.full((50,), token), top_p) for token in range(40)], -1)
+        assert np.array_equal(found.numpy(), expected.numpy()) and expected.any()
