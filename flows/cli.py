@@ -218,7 +218,8 @@ def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
     config = _read(options, pipeline)
     # a damaged artifact is no matter unless it is needed: it may be the one that is to be made again
     store = store_of(home())
-    items = plan(config, store, pipeline, stop_at_damage=False)
+    forced = [options.name] if options.force else []
+    items = plan(config, store, pipeline, forced, stop_at_damage=False, again=True)
     planned = {item.node.name: item for item in items}
     if options.name not in planned:
         raise DraftsmithError(f"no node {options.name!r}: use one of {', '.join(planned)}")

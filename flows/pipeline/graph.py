@@ -5,17 +5,16 @@ from __future__ import annotations
 import importlib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
-from draftsmith.artifacts.checksums import Checksums
 from draftsmith.artifacts.code_digest import code_digest, code_modules
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.store import Store
+from draftsmith.flows.pipeline.external import as_begun, external_digests
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.stages.contract import Config, Stage
 
@@ -191,12 +190,6 @@ def key_of(
     )
 
 
-def external_digests(config: Config) -> dict[str, str]:
-    """What a config's files outside the store hold: path -> sha256, or a version of what is far away."""
-    checksums = Checksums(home())
-    return {str(path): checksums.of(path) for path in config.external_files()} | config.external_versions()
-
-
 def resolved(config: RunOptions, pipeline: Pipeline) -> RunOptions:
     """The config that a plan is made of."""
     found: RunOptions = config if pipeline.resolve is None else pipeline.resolve(config)
@@ -210,13 +203,15 @@ def plan(
     force: Collection[str] = (),
     *,
     stop_at_damage: bool = True,
+    again: bool = False,
 ) -> list[PlannedNode]:
     """What a run would do now, in the order in which it would do it. Reads the store, changes nothing.
 
     stop_at_damage: a damaged artifact is an error, as it is for a run; else it is a node like one that is not made.
+    again: only some nodes are wanted again, so files outside the store that came since the last run are not read.
     """
     nodes = in_order(pipeline.nodes(config))
-    return plan_nodes(nodes, config, store, pipeline, force, stop_at_damage=stop_at_damage)
+    return plan_nodes(nodes, config, store, pipeline, force, stop_at_damage=stop_at_damage, again=again)
 
 
 def plan_nodes(
@@ -227,10 +222,18 @@ def plan_nodes(
     force: Collection[str] = (),
     *,
     stop_at_damage: bool = True,
+    again: bool = False,
 ) -> list[PlannedNode]:
     """The same for some of a graph's nodes, which are in order and need no others."""
     _check_external_files(nodes)
     forced = forced_nodes(nodes, force)
+    ended = again or bool(forced)
+    nodes = [
+        each
+        if each.name in forced
+        else replace(each, config=as_begun(config.name, each.name, each.config, ended=ended))
+        for each in nodes
+    ]
     planned: dict[str, PlannedNode] = {}
     for node in nodes:
         planned[node.name] = _plan_node(node, planned, seed_of(node, config), store, pipeline, node.name in forced)

@@ -19,8 +19,9 @@ from draftsmith.artifacts.store import Claim, Store
 from draftsmith.artifacts.tracking import StageRun, Tracking
 from draftsmith.flows.pipeline.devices import Waiting, devices_of
 from draftsmith.flows.pipeline.display import Display, StageDisplay
+from draftsmith.flows.pipeline.external import external_digests, note_begun
 from draftsmith.flows.pipeline.failures import forget_failure, note_failure
-from draftsmith.flows.pipeline.graph import Node, Pipeline, external_digests, find, key_of, outdated, seed_of
+from draftsmith.flows.pipeline.graph import Node, Pipeline, find, key_of, outdated, seed_of
 from draftsmith.flows.pipeline.history import note_made
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.flows.pipeline.process import Event, StageOutcome, StageRequest, run_stage
@@ -73,6 +74,7 @@ def make(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], *, f
     Raises the stage's own `DraftsmithError`; what the stage saved is kept for the next attempt.
     """
     external = external_digests(node.config)
+    note_begun(workshop.config.name, node.name, node.config, external)
     key = key_of(node, inputs, seed_of(node, workshop.config), workshop.pipeline, external)
     stage = node.stage.name
     ref = None if force else find(workshop.store, node, key, verify=True)

@@ -47,7 +47,7 @@ class Part:
     ) -> list[PlannedNode]:
         """What a run of this part would do now. Raises DraftsmithError if `start` needs what is not there."""
         nodes = self.nodes(pipeline.nodes(config))
-        planned = plan_nodes(nodes, config, store, pipeline, force)
+        planned = plan_nodes(nodes, config, store, pipeline, force, again=bool(self.start))
         if self.start:
             self._starts_from_the_store(planned, forced_nodes(nodes, force))
         return planned

@@ -24,6 +24,7 @@ from draftsmith.flows.pipeline import registered
 from draftsmith.flows.pipeline.cancellation import Cancellation, CancelledError
 from draftsmith.flows.pipeline.delivery import body
 from draftsmith.flows.pipeline.display import Display
+from draftsmith.flows.pipeline.external import note_ended
 from draftsmith.flows.pipeline.fetched import Folders, Refs
 from draftsmith.flows.pipeline.graph import (
     Checks,
@@ -128,6 +129,12 @@ def _run_once(
     forced = forced_nodes(nodes, force)
     concluding = pipeline.course(config, forced) if pipeline.course is not None else None
     course = concluding if whole else None
+    for node in nodes:
+        if (begun := node.config.listed_files) is not None:
+            workshop.display.line(
+                f"{node.name}: goes on with the files that the last run began with ({len(begun)}); those that came "
+                f"since are for the next one (`--force {node.name}` reads them now)"
+            )
     _warn(workshop, checks.before(planned) if checks is not None else [])
     reused = {f"draftsmith.reused.{p.node.name}": p.ref.uri for p in planned if p.status is Planned.HIT and p.ref}
     record = RunRecord(workshop.tracking, config.name, config.model_dump(mode="json"), reused)
@@ -147,6 +154,8 @@ def _run_once(
                 workshop.display.line,
             )
         status = "FINISHED"
+        if whole:
+            note_ended(config.name)
     except StageInterrupted:
         raise
     except Exception:

@@ -24,8 +24,9 @@ from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.store import Claim
 from draftsmith.flows.pipeline.devices import Waiting, device_of
 from draftsmith.flows.pipeline.display import StageDisplay
+from draftsmith.flows.pipeline.external import external_digests
 from draftsmith.flows.pipeline.failures import forget_failure, note_failure
-from draftsmith.flows.pipeline.graph import Node, Pipeline, external_digests, seed_of
+from draftsmith.flows.pipeline.graph import Node, Pipeline, seed_of
 from draftsmith.flows.pipeline.machine import gpu_names
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.flows.pipeline.process import Event, StageRequest, run_stage

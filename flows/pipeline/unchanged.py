@@ -8,7 +8,8 @@ from contextlib import contextmanager, suppress
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.store import Claim, Store
-from draftsmith.flows.pipeline.graph import Node, external_digests
+from draftsmith.flows.pipeline.external import external_digests
+from draftsmith.flows.pipeline.graph import Node
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from draftsmith.artifacts.manifest import ArtifactRef, InputEntry, Manifest, loc
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.store import Store
 from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.pipeline.graph import Node, Pipeline, PlannedNode, Status, external_digests, plan, seed_of
+from draftsmith.flows.pipeline.external import external_digests
+from draftsmith.flows.pipeline.graph import Node, Pipeline, PlannedNode, Status, plan, seed_of
 from draftsmith.flows.pipeline.history import made_before
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.stages.contract import Config

@@ -79,7 +79,7 @@ def report_of_config(name: str, config: RunOptions, pipeline: Pipeline) -> Repor
     from another champion by now. Raises DraftsmithError if there is none."""
     node, _ = pipeline.report
     store = store_of(home())
-    for planned in plan(resolved(config, pipeline), store, pipeline):
+    for planned in plan(resolved(config, pipeline), store, pipeline, again=True):
         if planned.node.name == node and planned.ref is not None:
             store.fetch(planned.ref)
             return Reported(name, planned.ref.path)

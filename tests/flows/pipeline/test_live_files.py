@@ -14,7 +14,8 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.pipeline.graph import Node, external_digests
+from draftsmith.flows.pipeline.external import external_digests
+from draftsmith.flows.pipeline.graph import Node
 from draftsmith.flows.pipeline.node import Workshop, make
 from draftsmith.flows.pipeline.process import StageOutcome, run_stage
 from draftsmith.flows.pipeline.unchanged import unchanged

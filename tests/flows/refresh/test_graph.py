@@ -9,7 +9,8 @@ import yaml
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store import Store
-from draftsmith.flows.pipeline.graph import Status, external_digests, in_order, plan
+from draftsmith.flows.pipeline.external import external_digests
+from draftsmith.flows.pipeline.graph import Status, in_order, plan
 from draftsmith.flows.pipeline.options import TimeLimit
 from draftsmith.flows.refresh.config import RefreshConfig, control_config, load_config, prompts_since
 from draftsmith.flows.refresh.graph import REFRESH, refresh_nodes

@@ -12,7 +12,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import ELSEWHERE, sha256_file
-from draftsmith.flows.pipeline.graph import external_digests
+from draftsmith.flows.pipeline.external import external_digests
 from draftsmith.stages.contract import NOT_FETCHED
 from draftsmith.stages.drafters.checkpoint import drafter_source
 from draftsmith.stages.prompting.sources import HuggingFaceSource
