@@ -49,6 +49,7 @@ class Workshop:
     check: Callable[[], None] = lambda: None  # called while a stage waits or runs; what it raises stops it
     hold: Hold = lambda _say, _check: contextlib.nullcontext()  # what a stage on the accelerator holds
     pool: Pool = side_by_side  # who makes the shards of a node
+    of_a_run: bool = False  # which another one goes on with, should it not come to its end; a stage alone is none
 
     @property
     def store(self) -> Store:
@@ -74,7 +75,8 @@ def make(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], *, f
     Raises the stage's own `DraftsmithError`; what the stage saved is kept for the next attempt.
     """
     external = external_digests(node.config)
-    note_begun(workshop.config.name, node.name, node.config, external)
+    if workshop.of_a_run:
+        note_begun(workshop.config.name, node.name, node.config, external)
     key = key_of(node, inputs, seed_of(node, workshop.config), workshop.pipeline, external)
     stage = node.stage.name
     ref = None if force else find(workshop.store, node, key, verify=True)

@@ -138,7 +138,7 @@ def _run_once(
     _warn(workshop, checks.before(planned) if checks is not None else [])
     reused = {f"draftsmith.reused.{p.node.name}": p.ref.uri for p in planned if p.status is Planned.HIT and p.ref}
     record = RunRecord(workshop.tracking, config.name, config.model_dump(mode="json"), reused)
-    workshop = dataclasses.replace(workshop, refresh_run=record.open)
+    workshop = dataclasses.replace(workshop, refresh_run=record.open, of_a_run=True)
     made: dict[str, Made] = {}
     status: Status = "KILLED"
     conclusion: Conclusion | None = None

@@ -120,5 +120,7 @@ def test_what_was_made_before_a_failure_is_reused_though_files_came(
     assert "left: reused" in went_on.stdout
     of_total = run_toy(home, "refresh", config, "--force", "total")
     assert "left: reused" in of_total.stdout and "total: done in" in of_total.stdout
+    alone = run_toy(home, "stage", "left", config)
+    assert "left: reused" in alone.stdout, alone.stderr
     anew = run_toy(home, "refresh", config)
     assert "left: reused" not in anew.stdout and "left: done in" in anew.stdout
