@@ -34,10 +34,11 @@ season: $(INSTALLED)
 faults: $(INSTALLED)
 	$(BIN)/python -m tests.faults.run $(FAULTS)
 
-# workers with one thread each: torch processes that share cores slow each other down; one more than two cores, since
-# tests of processes wait for each other; a file's tests run in one of them, so that its fixtures (a whole refresh, a
-# season, servers) are made once
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+# workers with one thread each: torch processes that share cores slow each other down; two more than two cores, since
+# tests of processes wait for each other; which tests share a worker: tests/conftest.py; hundreds of processes start, so
+# compiled modules are kept whatever the environment says
+TESTING := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PYTEST := $(TESTING) -n 4 --dist loadfile --no-loadscope-reorder
 
 test: $(INSTALLED) sglang-cpu
 	$(PYTEST) $(PYTEST_ARGS)
@@ -46,11 +47,11 @@ test-core: $(INSTALLED)
 	$(PYTEST) -m "not sglang" $(PYTEST_ARGS)
 
 test-sglang: $(INSTALLED) sglang-cpu
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m sglang $(PYTEST_ARGS)
+	$(TESTING) -m sglang $(PYTEST_ARGS)
 
 # exported drafters, served by vLLM on a CPU; `make test` skips them unless their environment is there
 test-vllm: $(INSTALLED) vllm-cpu
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm $(PYTEST_ARGS)
+	$(TESTING) -m vllm $(PYTEST_ARGS)
 
 # prints the interpreter for engine.python
 sglang-cpu: $(SGLANG_CPU)/.plugins-$(SGLANG_VERSION)

@@ -8,8 +8,14 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from dataclasses import dataclass
-from functools import lru_cache
+import importlib.util
+import json
+import os
+import platform
+import sys
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError
@@ -49,7 +55,7 @@ def _closure(module: str, root: Path) -> dict[str, _Source]:
         name = waiting.pop()
         if name not in sources and (path := _file(name, root)) is not None:
             package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-            sources[name] = _read(path.read_text(encoding="utf-8"), package)
+            sources[name] = _source(path.read_text(encoding="utf-8"), package, path)
             waiting += [parent for target, _ in sources[name].imports for parent in _with_parents(target)]
     return sources
 
@@ -77,6 +83,34 @@ def _with_parents(name: str) -> list[str]:
 
 
 @lru_cache(maxsize=1024)
+def _source(text: str, package: str, path: Path) -> _Source:
+    """Of the text in this file. What was read once lies beside Python's compiled modules, where those are kept: parsing
+    200 modules takes seconds."""
+    try:
+        memory = Path(importlib.util.cache_from_source(str(path))).with_suffix(".draftsmith.json")
+    except NotImplementedError:  # a Python that compiles nothing to a file
+        return _read(text, package)
+    stamp = hashlib.sha256("\0".join([_reading(), package, text]).encode()).hexdigest()
+    with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged: it is read again
+        known = json.loads(memory.read_bytes())
+        if known["stamp"] == stamp:
+            return _Source(known["identity"], tuple((target, what) for target, what in known["imports"]))
+    source = _read(text, package)
+    if not sys.dont_write_bytecode:
+        with suppress(OSError):
+            memory.parent.mkdir(exist_ok=True)
+            partial = memory.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps({"stamp": stamp, **asdict(source)}), "utf-8")
+            partial.replace(memory)
+    return source
+
+
+@cache
+def _reading() -> str:
+    """What the reading of a source depends on beside the source: this module, and Python's grammar."""
+    return f"{platform.python_version()} {Path(__file__).read_text(encoding='utf-8')}"
+
+
 def _read(text: str, package: str) -> _Source:
     bare = _Bare(package)
     tree = bare.visit(ast.parse(text))

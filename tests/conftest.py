@@ -9,12 +9,13 @@ from pathlib import Path
 # Before torch is imported: test workers that take all cores each are several times slower than with one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.testbed import target
+from tests.testbed.databases import given_to_new_homes
 from tests.testbed.drafter import DrafterArtifacts, drafter_artifacts
 
 # Of properties: a few examples that are the same every time, many by HYPOTHESIS_PROFILE=thorough.
@@ -28,17 +29,44 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 os.environ.setdefault("DRAFTSMITH_DEVICE_LOCKS", tempfile.mkdtemp(prefix="draftsmith-test-devices-"))
 
 if TYPE_CHECKING:  # most rooms need neither
+    from collections.abc import Iterator
+
     from draftsmith.stages.drafters.dflash.model import DFlashDrafter
     from draftsmith.stages.drafters.dspark.model import DSparkDrafter
     from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
     from draftsmith.stages.targets.causal_lm import Target
 
 
+# Two SGLang servers are there for all of these, if one worker runs them.
+_SHARE_SERVERS = {f"tests/integration/test_sglang_{name}.py" for name in ("rollout", "plugin", "serving", "failures")}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """By file, whose fixtures are then made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    scheduling = LoadFileScheduling(config, log)
+    of_file = scheduling._split_scope
+
+    def scope(nodeid: str) -> str:
+        file: str = of_file(nodeid)
+        return "servers" if file in _SHARE_SERVERS else file
+
+    scheduling._split_scope = scope
+    return scheduling
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files start first, so that no worker ends alone. One worker runs a whole file (`--dist loadfile`),
-    whose fixtures are then made once."""
+    """The longest files start first, so that no worker ends alone."""
     items.sort(key=lambda item: (item.get_closest_marker("sglang") is None, "integration" not in item.path.parts))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _databases() -> Iterator[None]:
+    with given_to_new_homes():
+        yield
 
 
 @pytest.fixture(scope="session")

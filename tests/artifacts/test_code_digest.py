@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from draftsmith.artifacts import code_digest as code_digest_module
 from draftsmith.artifacts.code_digest import code_digest
 from draftsmith.artifacts.errors import DraftsmithError
 
@@ -108,3 +109,29 @@ def test_an_unknown_module_is_an_error(project: Path) -> None:
 
 def test_modules_of_the_project_have_digests_of_their_own() -> None:
     assert code_digest("draftsmith.stages.contract") != code_digest("draftsmith.artifacts.store")
+
+
+def test_what_was_read_once_is_kept_beside_the_compiled_modules_and_read_again_when_it_is_damaged(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def digest() -> str:
+        code_digest_module._source.cache_clear()  # as another process
+        return code_digest("draftsmith.stages.rollout", project)
+
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    plain = digest()
+    assert not list(project.rglob("*.json"))
+    monkeypatch.setattr("sys.dont_write_bytecode", False)
+    assert digest() == plain
+    (kept,) = (project / "stages" / "__pycache__").glob("sampling.*.json")
+    with monkeypatch.context() as unread:
+        unread.setattr(code_digest_module, "_read", pytest.fail)
+        assert digest() == plain
+    for damage in ("{", "[]", kept.read_text().replace('"stamp": "', '"stamp": "0'), "{}"):
+        kept.write_text(damage)
+        assert digest() == plain
+    (project / "stages/sampling.py").write_text(SOURCES["stages/sampling.py"].replace("x + 1", "x + 2"))
+    changed = digest()
+    assert changed != plain
+    kept.write_text(kept.read_text().replace('"identity": "', '"identity": "0'))
+    assert digest() != changed, "it is what is read"

@@ -177,7 +177,7 @@ def test_runs_of_another_machine_are_left_alone(tracking: Tracking, monkeypatch:
     assert run_of(other, run.run_id).info.status == "RUNNING"
 
 
-def test_four_processes_on_a_fresh_database_all_live(tmp_path: Path) -> None:
+def test_two_processes_on_a_fresh_database_both_live(tmp_path: Path) -> None:
     script = """
         import sys
         from pathlib import Path
@@ -192,12 +192,12 @@ def test_four_processes_on_a_fresh_database_all_live(tmp_path: Path) -> None:
         tracking.close_refresh("FINISHED")
         assert not tracking._warned
         """
-    commands = [[sys.executable, "-c", textwrap.dedent(script), str(tmp_path), name] for name in "abcd"]
+    commands = [[sys.executable, "-c", textwrap.dedent(script), str(tmp_path), name] for name in "ab"]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) for command in commands]
     errors = [process.communicate(timeout=180)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0, 0], errors
+    assert [process.returncode for process in processes] == [0, 0], errors
     runs = all_runs(Tracking(tmp_path))
-    assert len(runs) == 8
+    assert len(runs) == 4
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert not (tmp_path / "mlruns").exists()
 

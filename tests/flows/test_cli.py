@@ -231,11 +231,8 @@ def test_an_unexpected_error_is_one_line_and_a_traceback_only_on_request(
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize(
-    ("number", "code", "saves"),
-    [(signal.SIGTERM, 143, True), (signal.SIGKILL, -9, False)],  # SIGINT: of a whole run, in pipeline/test_run.py
-)
-def test_no_process_outlives_the_command(tmp_path: Path, number: signal.Signals, code: int, saves: bool) -> None:
+def test_no_process_outlives_the_command(tmp_path: Path) -> None:
+    """Asked to stop. SIGINT and SIGKILL, of a whole run: `pipeline/test_run.py`."""
     home, worker_file = tmp_path / "home", tmp_path / "worker"
     target = {"count": 80, "seconds_each": 0.05, "worker": str(worker_file)}
     config = write_config(tmp_path / "toy.yaml", target=target)
@@ -244,16 +241,15 @@ def test_no_process_outlives_the_command(tmp_path: Path, number: signal.Signals,
     wait_until(lambda: saved_numbers(home) > 3, "some numbers are saved")
     (note,) = home.glob("logs/collect-*.running.json")
     assert json.loads(note.read_text())["pid"] == command.pid
-    os.kill(command.pid, number)
+    os.kill(command.pid, signal.SIGTERM)
     _, err = command.communicate(timeout=30)
-    assert command.returncode == code
+    assert command.returncode == 143
     assert_gone(worker)
     wait_until(lambda: not processes_of(home), "no process of this home is left", limit_s=5)
     logs = "".join(path.read_text() for path in (home / "logs").glob("*.log"))
-    if saves:
-        assert "run the same command again to continue" in err
-        assert "StageInterrupted" in logs
-    assert note.exists() is not saves
+    assert "run the same command again to continue" in err
+    assert "StageInterrupted" in logs
+    assert not note.exists()
 
     saved = saved_numbers(home)
     again = run_toy(home, "stage", "target", config)

@@ -15,7 +15,7 @@ from draftsmith.artifacts.store import Store
 from tests.flows.pipeline.processes import processes_of
 from tests.integration.test_refresh import NODES, Home, config_of, done, reused
 from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
-from tests.testbed.prefect_database import give_database
+from tests.testbed.databases import give_databases
 
 LIMIT_S = 2400  # four servers, one after the other: half a minute each on a quiet machine
 SERVED = ("assisted", "evaluation")
@@ -38,7 +38,7 @@ def served_config(target: Path, prompts: Path, python: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path, tiny_prompts: Path, sglang_env: Path) -> Home:
     made = Home(tmp_path_factory.mktemp("sglang-refresh"), limit_s=LIMIT_S)
-    give_database(made.path)
+    give_databases(made.path)
     made.config.write_text(yaml.safe_dump(served_config(tiny_target, tiny_prompts, sglang_env)))
     return made
 

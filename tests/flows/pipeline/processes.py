@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.testbed.prefect_database import give_database
+from tests.testbed.databases import give_databases
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -61,7 +61,7 @@ def toy_command(home: Path, *arguments: str | Path, **variables: str) -> subproc
 
     variables: added to its environment.
     """
-    give_database(home)
+    give_databases(home)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
     return subprocess.Popen(
         [sys.executable, "-m", "tests.flows.pipeline.toy_command", *map(str, arguments)],

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.flows.pipeline.processes import ROOT
-from tests.testbed.prefect_database import give_database
+from tests.testbed.databases import give_databases
 
 # The server ends with its process; to those who hold something at it, it is like one that stays.
 PROGRAM = textwrap.dedent(
@@ -49,7 +49,7 @@ PROGRAM = textwrap.dedent(
 @pytest.mark.integration
 def test_a_wait_is_called_off_by_its_check(tmp_path: Path) -> None:
     home = tmp_path / "home"
-    give_database(home)
+    give_databases(home)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     ended = subprocess.run(
         [sys.executable, "-c", PROGRAM],

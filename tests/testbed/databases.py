@@ -1,0 +1,74 @@
+"""Empty databases of Prefect and MLflow, made once by their own migrations, which take seven and five seconds of CPU in
+every new home. That they work is seen where a test begins with no home (`tests/integration/test_refresh.py`)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.testbed.cache import cached
+
+_PREFECT = Path("prefect", "prefect.db")
+_MLFLOW = Path("mlflow.db")
+_START_PREFECT = (
+    "import sys; from pathlib import Path; "
+    "from draftsmith.flows.pipeline.prefect_server import start_prefect_server; "
+    "start_prefect_server(Path(sys.argv[1])).wait()"
+)
+_OPEN_MLFLOW = "import sys; from mlflow import MlflowClient; MlflowClient(f'sqlite:///{sys.argv[1]}/mlflow.db').search_experiments()"
+
+
+def give_databases(home: Path) -> None:
+    """A home that is not there yet gets one with both. Others stay as they are."""
+    if home.exists():
+        return
+    home.mkdir(mode=0o700, parents=True)
+    (home / _PREFECT).parent.mkdir(mode=0o700)
+    shutil.copy(_made("prefect", _START_PREFECT, _PREFECT), home / _PREFECT)
+    shutil.copy(_made("mlflow", _OPEN_MLFLOW, _MLFLOW), home / _MLFLOW)
+
+
+@contextmanager
+def given_to_new_homes() -> Iterator[None]:
+    """Inside, this process opens a copy wherever MLflow's database would be a new file."""
+    from draftsmith.artifacts.sqlite import sqlite_file
+    from draftsmith.artifacts.tracking import Tracking
+
+    open_ = Tracking._open
+
+    def opened(self: Tracking, uri: str) -> Any:
+        database = sqlite_file(uri)
+        if database is not None and database.parent.is_dir() and not database.exists():
+            shutil.copy(_made("mlflow", _OPEN_MLFLOW, _MLFLOW), database)
+        return open_(self, uri)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tracking, "_open", opened)
+        yield
+
+
+def _made(package: str, program: str, place: Path) -> Path:
+    """The database that this program leaves in the home which is its argument."""
+
+    def build(folder: Path) -> None:
+        home = folder / "home"
+        home.mkdir()
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "DRAFTSMITH_"))}
+        subprocess.run([sys.executable, "-c", program, str(home)], env=environment, check=True, timeout=300, cwd=home)
+        database = folder / place.name
+        with closing(sqlite3.connect(home / place)) as source, closing(sqlite3.connect(database)) as copy:
+            source.backup(copy)
+        database.chmod(0o600)
+        shutil.rmtree(home)
+
+    return cached(f"{package}-database", build, extra=version(package) + program) / place.name
