@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.engines.sglang.client import Answer, BusyError, LostError, UnreachedError, probe
+from draftsmith.stages.engines.sglang.suspects import Asked
 
 if TYPE_CHECKING:
     import httpx
@@ -38,7 +39,9 @@ class Server:
     url: str
     state: State = State.UP
     reason: str = ""  # of its last failure
-    in_flight: int = 0
+    requests: set[Asked] = field(default_factory=set)  # in flight
+    lost: set[Asked] = field(default_factory=set)  # of those, since it was last known to be well
+    bad: set[str] = field(default_factory=set)  # names of requests whose answers were bad, since its last good one
     replicas: int = 1  # of the model, which share its requests
     behind: tuple[str, ...] = ()  # of a router: the servers that it asks
     launched: bool = False  # by this process: nobody else starts it again
@@ -47,6 +50,10 @@ class Server:
     heard_at: float = field(default_factory=time.monotonic)  # that, or a probe or handshake
     down_at: float = -math.inf
     unreached: bool = False  # since it was checked: it may have been started again, as another one
+
+    @property
+    def in_flight(self) -> int:
+        return len(self.requests)
 
     def answered(self) -> None:
         self.answered_at = self.heard_at = time.monotonic()
@@ -114,6 +121,12 @@ class Health:
             server.state = State.CHECKED
             self._spawn(self._examine(server))
 
+    def distrust(self, server: Server, reason: str) -> None:
+        """It computes, but what it answers is no use."""
+        if server.state is State.UP:
+            server.state, server.reason = State.CHECKED, reason
+            self._spawn(self._lose(server))
+
     async def _examine(self, server: Server) -> None:
         """Decide whether a server is alive, and still the same one."""
         since, failures = time.monotonic(), 0
@@ -143,10 +156,14 @@ class Health:
             except DraftsmithError as error:
                 server.reason = str(error)
                 break
+        for asked in server.requests | server.lost:
+            asked.died.append(server.url)
         await self._lose(server)
 
     def _up(self, server: Server) -> None:
         server.state, server.unreached = State.UP, False
+        server.lost.clear()
+        server.bad.clear()
         server.heard_at = time.monotonic()
         self._changed()
 
@@ -155,6 +172,8 @@ class Health:
         self._log(f"SGLang server {server.url} is lost: {server.reason}")
         for attempt in list(server.attempts):
             attempt.cancel()
+        server.lost.clear()
+        self._changed()
         try:
             if self._revive is not None and await self._revive(server):
                 self._up(server)

@@ -22,6 +22,7 @@ from draftsmith.stages.engines.sglang.engine import SGLangEngine, open_sglang
 from draftsmith.stages.engines.sglang.expected import Expected
 from draftsmith.stages.engines.sglang.health import Server
 from draftsmith.stages.engines.sglang.pool import ServerPool
+from draftsmith.stages.engines.sglang.suspects import Asked
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.rollout import RolloutConfig
 from draftsmith.stages.stored import DRAFTER_FOLDER
@@ -141,9 +142,9 @@ def test_replicas_take_requests_by_their_number() -> None:
             pool = ServerPool(client, servers, concurrency=2, timeout_s=1, retries=0, log=print)
             assert pool.places == 8
             for _ in range(8):
-                await asyncio.wait_for(pool._place("r", None), 1)
+                await asyncio.wait_for(pool._place(Asked("r"), None), 1)
             with pytest.raises(TimeoutError):
-                await asyncio.wait_for(pool._place("r", None), 0.05)
+                await asyncio.wait_for(pool._place(Asked("r"), None), 0.05)
             return [each.in_flight for each in servers]
 
     assert asyncio.run(run()) == [2, 6]
