@@ -60,7 +60,7 @@ class _Load:
 class ServerPool:
     """Spreads requests over servers; to be used inside one event loop.
 
-    concurrency: requests in flight, a replica. retries: of one request. revive, check: as `Health` takes them.
+    concurrency: requests in flight, a replica. retries: of one request. revive, check, follow: as `Health` takes them.
     stream: measure the first token's time. backoff_s: the first pause before a repetition; it doubles.
     """
 
@@ -75,6 +75,7 @@ class ServerPool:
         log: Callable[[str], None],
         revive: Callable[[Server], Awaitable[bool]] | None = None,
         check: Callable[[Server], Awaitable[None]] | None = None,
+        follow: Callable[[Server], Awaitable[None]] | None = None,
         stream: bool = False,
         backoff_s: float = 0.5,
     ):
@@ -89,11 +90,17 @@ class ServerPool:
         self._aborting: set[asyncio.Task[None]] = set()
         self._watching: set[asyncio.Task[None]] = set()
         self.health = Health(
-            client, log=log, revive=revive, check=check, spawn=self._watch, changed=self._wake, backoff_s=backoff_s
+            client,
+            servers,
+            log=log,
+            revive=revive,
+            check=check,
+            follow=follow,
+            spawn=self._watch,
+            changed=self._wake,
+            backoff_s=backoff_s,
         )
-        for server in servers:
-            if server.state is State.DOWN and self.health.may_return(server):
-                self._watch(self.health.await_return(server))
+        self.health.start()
 
     @property
     def places(self) -> int:
@@ -211,8 +218,9 @@ class ServerPool:
         return min(self._concurrency * server.replicas, self._load[server].bound, self._load[server].limit)
 
     def _longest_wait(self, name: str) -> float | None:
-        """Seconds until all servers have been down for too long; None: one is there. Raises RetryableError then."""
-        if any(server.state is not State.DOWN for server in self.servers):
+        """Seconds until all servers have been down for too long; None: one is there, or may be. Raises RetryableError
+        then."""
+        if any(server.state is not State.DOWN or server.looked_at for server in self.servers):
             return None
         left = max(server.down_at for server in self.servers) + _ALL_DOWN_S - time.monotonic()
         if left > 0 and any(map(self.health.may_return, self.servers)):
