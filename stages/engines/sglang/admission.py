@@ -109,7 +109,7 @@ class Admission:
         if not workers or set(workers) == set(known.facts):
             return  # without any it is the requests that hear of it
         joined = [worker for worker in workers if worker not in known.facts]
-        hands = (shake_hands(self._client, worker, self._expected) for worker in joined)
+        hands = (shake_hands(self._client, worker, self._expected, self._log) for worker in joined)
         each = await asyncio.gather(*hands, return_exceptions=True)
         if wrong := [
             error for error in each if isinstance(error, BaseException) and not isinstance(error, RetryableError)
@@ -147,10 +147,12 @@ class Admission:
         """Check whatever answers there; all servers behind a router, for any of them may answer."""
         workers = await workers_behind(self._client, url)
         if workers is None:
-            return Found({url: await shake_hands(self._client, url, self._expected)})
+            return Found({url: await shake_hands(self._client, url, self._expected, self._log)})
         if not workers:
             raise RetryableError(f"engine.urls: the router {url} has no healthy server; start them, then run again")
-        each = await asyncio.gather(*(shake_hands(self._client, worker, self._expected) for worker in workers))
+        each = await asyncio.gather(
+            *(shake_hands(self._client, worker, self._expected, self._log) for worker in workers)
+        )
         through = await records_through(self._client, url, self._expected)
         return Found(dict(zip(workers, each, strict=True)), through)
 
