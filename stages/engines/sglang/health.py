@@ -27,6 +27,7 @@ _LONGEST_PAUSE_S = 30.0
 _RETURN_S, _LONGEST_RETURN_S = 5.0, 60.0  # between two looks for a server that is down
 _ALL_DOWN_RETURN_S = 15.0  # the same while all are down, for they have not long
 _TICK_S = 1.0  # between two looks at whether they are
+_LATER = 5  # the look that is the first one at a server that is there, but whose answers are no use
 _FOLLOW_S = 60.0  # between two looks at what stands behind a router
 
 
@@ -144,7 +145,7 @@ class Health:
         """It computes, but what it answers is no use."""
         if server.state is State.UP:
             server.state, server.reason = State.CHECKED, reason
-            self._spawn(self._lose(server))
+            self._spawn(self._lose(server, looks=_LATER))
 
     async def _examine(self, server: Server) -> None:
         """Decide whether a server is alive, and still the same one."""
@@ -186,8 +187,8 @@ class Health:
         server.heard_at = time.monotonic()
         self._changed()
 
-    async def _lose(self, server: Server) -> None:
-        """It gives up its requests, and is revived if that is possible."""
+    async def _lose(self, server: Server, looks: int = 1) -> None:
+        """It gives up its requests, and is revived if that is possible. looks: as of `_await_return`."""
         self._log(f"SGLang server {server.url} is lost: {server.reason}")
         for attempt in list(server.attempts):
             attempt.cancel()
@@ -202,16 +203,17 @@ class Health:
         server.state, server.down_at = State.DOWN, time.monotonic()
         self._changed()
         if self.may_return(server):
-            await self._await_return(server)
+            await self._await_return(server, looks)
 
     def may_return(self, server: Server) -> bool:
         """May somebody start it again?"""
         return self._check is not None and not server.launched
 
-    async def _await_return(self, server: Server) -> None:
-        """Look for a server that is down about once a minute, and check it as it was checked the first time."""
+    async def _await_return(self, server: Server, looks: int = 1) -> None:
+        """Look for a server that is down about once a minute, and check it as it was checked the first time. looks: the
+        number that the first one counts as, for the pause before it."""
         assert self._check is not None
-        for tries in count(1):
+        for tries in count(looks):
             await self._rest(pause(tries, _RETURN_S, _LONGEST_RETURN_S))
             server.looked_at = True
             try:
