@@ -153,28 +153,28 @@ class ServerPool:
         return next((each for each in self.servers if each.url == url), None)
 
     async def _ask(self, asked: Asked, payload: dict[str, Any], avoid: Server | None) -> Answer:
-        failures, timed_out, full = 0, False, False
+        failures, timed_out = 0, False
+        full: Server | None = None
         while True:
-            server = await self._place(asked, avoid, strictly=not full)
-            full = False
+            server = await self._place(asked, avoid, full)
             try:
                 return await self._attempt(server, asked.name, payload)
             except TimedOutError:
                 if timed_out:
                     raise
-                timed_out = True
+                timed_out, avoid = True, server
             except _GivenUpError:
-                failures += 1
+                failures, avoid = failures + 1, server
             except LostError as error:
-                full = isinstance(error, BusyError) and self._rest(server, error)
-                if not full:
-                    failures += 1
+                if isinstance(error, BusyError) and self._rest(server, error):
+                    full = server
+                else:
+                    failures, avoid = failures + 1, server
                     server.lost.add(asked)
                     self.health.suspect(server, error)
             finally:
                 server.requests.discard(asked)
                 self._wake()
-            avoid = server
             if failures > self._retries:
                 raise LostTooOftenError(
                     f"request {asked.name}: failed {failures} times, the last time on {server.url} {server.reason}; "
@@ -183,13 +183,13 @@ class ServerPool:
             if failures:
                 await asyncio.sleep(pause(failures, self._backoff_s))
 
-    async def _place(self, asked: Asked, avoid: Server | None, *, strictly: bool = True) -> Server:
-        """Wait for a server with room. avoid: where the request has just failed, which comes last. strictly: also
-        behind others that are full, while they are up."""
+    async def _place(self, asked: Asked, avoid: Server | None, full: Server | None = None) -> Server:
+        """Wait for a server with room. avoid: where the request has failed, which is asked only where no other is up,
+        however full. full: one that has just not taken it, which comes last."""
         while not self._holding:
             asked.check()
-            if free := self._free(asked, avoid if strictly else None):
-                server = min(free, key=lambda server: (server is avoid, server.in_flight / server.replicas))
+            if free := self._free(asked, avoid):
+                server = min(free, key=lambda server: (server is full, server.in_flight / server.replicas))
                 server.requests.add(asked)
                 return server
             longest = self._longest_wait(asked.name)
