@@ -7,7 +7,6 @@ count: what a killed attempt left of an unfinished part is written over by the n
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -50,21 +49,22 @@ class AnswerParts:
         self._next += 1
 
     def finished(self, *, with_trace: bool) -> set[str]:
-        """Ids of the answers that are there; `with_trace`, of those whose verify steps are there too."""
+        """Ids of the answers that are there; `with_trace`, of those whose verify steps are there too, as far as there
+        are any: an engine that records steps wrote all answers of a part, and gives one without steps only where these
+        cannot be told (retracted by its server)."""
         answers, parts = self._read("trajectories", ["trajectory_id"])
         ids = answers["trajectory_id"].to_pylist()
         if not with_trace:
             return set(ids)
         latest = dict(zip(ids, parts.tolist(), strict=True))
         timings, timed_in = self._read("timings", ["trajectory_id", "verify_steps"])
-        recorded: Counter[tuple[str, int]] = Counter()
-        for number in self._numbers:  # an answer has thousands of steps
-            steps = read_table(self._path("trace", number), TRACE, ["trajectory_id"])["trajectory_id"].value_counts()
-            recorded.update({(each["values"].as_py(), number): each["counts"].as_py() for each in steps})
+        traced = {
+            number for number in self._numbers if read_table(self._path("trace", number), TRACE, ["step"]).num_rows
+        }
         return {
             row["trajectory_id"]
             for row, part in zip(timings.to_pylist(), timed_in.tolist(), strict=True)
-            if latest[row["trajectory_id"]] == part and recorded[row["trajectory_id"], part] >= row["verify_steps"]
+            if latest[row["trajectory_id"]] == part and (part in traced or row["verify_steps"] == 0)
         }
 
     def rows(self, answers: list[str]) -> dict[str, KeyedRows]:

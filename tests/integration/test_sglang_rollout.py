@@ -235,7 +235,7 @@ def test_a_server_is_known_by_the_log_probs_of_fixed_tokens(
         async with httpx.AsyncClient(trust_env=False) as client:
             server = (await client.get(f"{plain_url}/server_info")).json()
             other = replace(expected, target_folder=target_folder)
-            return await check_weights(client, plain_url, "org/model", server, other, here=False)
+            return await check_weights(client, plain_url, "org/model", server, other, print, here=False)
 
     (said,) = asyncio.run(check(tiny_drafter.target))
     assert float(said.split(" nats")[0].split()[-1]) < 1e-5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
@@ -98,6 +98,34 @@ class Admission:
         Raises DraftsmithError if not, RetryableError if it does not answer.
         """
         found = await self._look(server.url)
+        self._compare(server, found)
+        self._take(server, found)
+
+    async def follow(self, router: Server) -> None:
+        """Check what has joined a router since the last look, and forget what has left it. What does not answer counts
+        when it does. Raises as `check` does."""
+        known = self._found[router]
+        workers = await workers_behind(self._client, router.url)
+        if not workers or set(workers) == set(known.facts):
+            return  # without any it is the requests that hear of it
+        joined = [worker for worker in workers if worker not in known.facts]
+        hands = (shake_hands(self._client, worker, self._expected, self._log) for worker in joined)
+        each = await asyncio.gather(*hands, return_exceptions=True)
+        if wrong := [
+            error for error in each if isinstance(error, BaseException) and not isinstance(error, RetryableError)
+        ]:
+            raise wrong[0]
+        facts = known.facts | {worker: f for worker, f in zip(joined, each, strict=True) if isinstance(f, Facts)}
+        if not (kept := {worker: facts[worker] for worker in workers if worker in facts}):
+            return
+        found = Found(kept, known.through)
+        if joined:
+            found = replace(found, through=await records_through(self._client, router.url, self._expected))
+            self._compare(router, found)
+        self._take(router, found)
+
+    def _compare(self, server: Server, found: Found) -> None:
+        """Answers of one stage are of one kind. Raises DraftsmithError for what would give others."""
         unlike = ""
         if (algorithms := {facts.algorithm for facts in found.facts.values()}) - self._algorithms:
             served, asked = (", ".join(sorted(a or "none" for a in each)) for each in (algorithms, self._algorithms))
@@ -110,7 +138,6 @@ class Admission:
             raise DraftsmithError(
                 f"engine: the server {server.url} {unlike}, unlike those that this stage has asked; start it as these"
             )
-        self._take(server, found)
 
     @property
     def _algorithms(self) -> set[str | None]:
@@ -120,10 +147,12 @@ class Admission:
         """Check whatever answers there; all servers behind a router, for any of them may answer."""
         workers = await workers_behind(self._client, url)
         if workers is None:
-            return Found({url: await shake_hands(self._client, url, self._expected)})
+            return Found({url: await shake_hands(self._client, url, self._expected, self._log)})
         if not workers:
             raise RetryableError(f"engine.urls: the router {url} has no healthy server; start them, then run again")
-        each = await asyncio.gather(*(shake_hands(self._client, worker, self._expected) for worker in workers))
+        each = await asyncio.gather(
+            *(shake_hands(self._client, worker, self._expected, self._log) for worker in workers)
+        )
         through = await records_through(self._client, url, self._expected)
         return Found(dict(zip(workers, each, strict=True)), through)
 

@@ -18,6 +18,7 @@ from draftsmith.stages.engines.config import GREEDY_ONLY, SGLangEngineConfig
 from draftsmith.stages.engines.sglang.client import RefusedRequestError
 from draftsmith.stages.engines.sglang.pool import LostTooOftenError, NotSentError, TimedOutError
 from draftsmith.stages.engines.sglang.records import BadAnswerError, completion_of, generate_payload
+from draftsmith.stages.engines.sglang.suspects import DeadlyRequestError
 
 if TYPE_CHECKING:
     from draftsmith.stages.engines.sglang.client import Answer
@@ -29,7 +30,8 @@ T = TypeVar("T")
 _CHECK_S = 0.5  # between two looks at whether the stage was asked to stop, while it waits for servers
 _ASKED_AGAIN = 2  # times, after a bad answer
 _MOST_UNANSWERED = 20  # requests; then the cause is not the prompt
-_OF_ONE_REQUEST = (RefusedRequestError, TimedOutError, LostTooOftenError, BadAnswerError)  # others may fare better
+# Others may fare better.
+_OF_ONE_REQUEST = (RefusedRequestError, TimedOutError, LostTooOftenError, DeadlyRequestError, BadAnswerError)
 
 
 class UnansweredError(DraftsmithError):
@@ -163,12 +165,16 @@ class SGLangEngine:
             # full server. It was asked for once more, and is now taken without its steps, which mining replays.
             with_records = self.records_trace and not _retractions(answer)
             try:
-                return self._completion(request, answer, with_records=with_records)
+                completion = self._completion(request, answer, with_records=with_records)
             except BadAnswerError as error:
+                self._pool.reject(answer.url, request.request_id, str(error))
                 if again == _ASKED_AGAIN:
                     raise
                 self._log(f"set aside and asked for again: {error} ({answer.url})")
                 avoid = answer.url
+            else:
+                self._pool.accept(answer.url)
+                return completion
         raise AssertionError
 
     async def _ask(self, request: Request, avoid: str) -> Answer:

@@ -84,7 +84,7 @@ class Fleet:
             self._log(f"SGLang answers after {time.monotonic() - started:.0f} s")
             servers = [Server(process.url, launched=True) for process in self._processes]
             self._process_of = dict(zip(servers, self._processes, strict=True))
-            servers = await self._admitted.admit(servers)
+            servers = await self._admit_launched(servers)
             if self._config.launch is not None and self._config.launch.router is not None:
                 servers = [await self._launch_router(servers)]
         else:
@@ -100,9 +100,23 @@ class Fleet:
             log=self._log,
             revive=self._revive,
             check=self._admitted.check,
+            follow=self._admitted.follow,
             stream=self._expected.stream,
         )
         return self._pool
+
+    async def _admit_launched(self, servers: list[Server]) -> list[Server]:
+        """Those that pass the handshake; one of several that does not answer it is started again, as if it had died."""
+        passed = await self._admitted.admit(servers)
+        for server in servers:
+            if server.state is State.DOWN:
+                if await self._revive(server):
+                    server.state = State.UP
+                    passed.append(server)
+                else:
+                    self._log(f"SGLang server {server.url} is left out: {server.reason}")
+                    await asyncio.to_thread(self._process_of[server].stop, 0)  # others may need its GPU
+        return passed
 
     async def _launch_router(self, workers: list[Server]) -> Server:
         """In front of launched servers, which keep their ports from here on."""
@@ -132,7 +146,7 @@ class Fleet:
                 if worker.state is State.UP and self._process_of[worker].ended():
                     try:
                         worker.state = State.UP if await self._revive(worker) else State.DOWN
-                    except DraftsmithError as error:
+                    except Exception as error:  # whatever it was, the others go on
                         worker.state, worker.reason = State.DOWN, str(error)
                     if worker.state is State.DOWN:
                         self._log(f"SGLang server {worker.url} is lost: {worker.reason}")
@@ -210,9 +224,9 @@ class Fleet:
         process = self._process_of.get(server)
         if process is None:
             return False
-        how = process.ended() or "does not answer"
+        how = process.ended() or server.reason or "does not answer"
         server.reason = f"{how} (log: {process.log_path})"
-        self._log(f"SGLang server {server.url} {how}; the end of {process.log_path}:\n{process.tail()}")
+        self._log(f"SGLang server {server.url}: {how}; the end of {process.log_path}:\n{process.tail()}")
         while self._restarts_left > 0:
             self._restarts_left -= 1
             self._log(f"starting it again ({self._restarts_left} restarts left)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ class Facts:
     remarks: list[str] = field(default_factory=list)  # what could not be checked, or is worth knowing
 
 
-async def shake_hands(client: httpx.AsyncClient, url: str, expected: Expected) -> Facts:
+async def shake_hands(client: httpx.AsyncClient, url: str, expected: Expected, log: Callable[[str], None]) -> Facts:
     """Check one server. Raises RetryableError if it does not answer, DraftsmithError if it is the wrong one."""
     try:
         model = await get(client, url, "model_info", "get_model_info")
@@ -49,8 +50,8 @@ async def shake_hands(client: httpx.AsyncClient, url: str, expected: Expected) -
         remarks = await _check_model(client, url, model, expected)
         _check_preferred(url, model)
         remarks += check_settings(url, model, server, expected)
-        remarks += await check_weights(client, url, str(model.get("model_path")), server, expected, here=here)
-        remarks += _check_drafter(url, server, expected, here=here)
+        remarks += await check_weights(client, url, str(model.get("model_path")), server, expected, log, here=here)
+        remarks += await _check_drafter(url, server, expected, here=here)
         _check_room(url, server, expected)
         if expected.stream and server.get("incremental_streaming_output"):
             raise wrong(url, "streams increments; start it without --incremental-streaming-output")
@@ -111,7 +112,7 @@ def _check_preferred(url: str, model: dict[str, Any]) -> None:
         )
 
 
-def _check_drafter(url: str, server: dict[str, Any], expected: Expected, *, here: bool) -> list[str]:
+async def _check_drafter(url: str, server: dict[str, Any], expected: Expected, *, here: bool) -> list[str]:
     """Does it speculate with this drafter? Returns what could not be checked."""
     algorithm, path = server.get("speculative_algorithm"), server.get("speculative_draft_model_path")
     for name in ("speculative_accept_threshold_single", "speculative_accept_threshold_acc"):
@@ -137,11 +138,15 @@ def _check_drafter(url: str, server: dict[str, Any], expected: Expected, *, here
         )
     if (branches := server.get("speculative_eagle_topk") or 1) != wanted:
         raise wrong(url, f"drafts with --speculative-eagle-topk {branches}; start it with {wanted}")
-    if not here or not Path(path).is_dir():
-        return [f"{url} drafts with {path}, which is not on this machine: only the plug-in can tell whether it is ours"]
-    from draftsmith.stages.drafters.digest import drafter_digest
+    from draftsmith.stages.engines.sglang.digests import served_drafter_digest
 
-    if drafter_digest(Path(path)) != expected.drafter_digest:
+    digest = await asyncio.to_thread(served_drafter_digest, Path(path)) if here else None
+    if digest is None:
+        return [
+            f"{url} drafts with {path}, which cannot be read on this machine: only the plug-in can tell whether it is "
+            "ours"
+        ]
+    if digest != expected.drafter_digest:
         raise wrong(url, f"drafts with {path}, which is not the drafter {expected.drafter_folder}")
     return []
 

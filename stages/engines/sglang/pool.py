@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.engines.sglang.client import Answer, BusyError, LostError, UnreachedError, generate
 from draftsmith.stages.engines.sglang.health import Health, Server, State, pause
+from draftsmith.stages.engines.sglang.suspects import Asked, named
 
 if TYPE_CHECKING:
     import httpx
@@ -23,6 +24,7 @@ _ABORT_TIMEOUT_S = 5.0
 _ALL_DOWN_S = 120.0  # so long a request waits for a server to return
 _PATIENCE_S = 3600.0  # with a server that takes no request and answers none
 _LONGEST_REST_S = 600.0
+_BAD_IN_A_ROW = 5  # requests whose answers are bad, before their server is asked no more
 
 
 class LostTooOftenError(RetryableError):
@@ -35,6 +37,10 @@ class TimedOutError(DraftsmithError):
 
 class NotSentError(Exception):
     """Nothing is sent any more."""
+
+
+class _GivenUpError(LostError):
+    """The server was lost while it had the request."""
 
 
 @dataclass
@@ -54,7 +60,7 @@ class _Load:
 class ServerPool:
     """Spreads requests over servers; to be used inside one event loop.
 
-    concurrency: requests in flight, a replica. retries: of one request. revive, check: as `Health` takes them.
+    concurrency: requests in flight, a replica. retries: of one request. revive, check, follow: as `Health` takes them.
     stream: measure the first token's time. backoff_s: the first pause before a repetition; it doubles.
     """
 
@@ -69,6 +75,7 @@ class ServerPool:
         log: Callable[[str], None],
         revive: Callable[[Server], Awaitable[bool]] | None = None,
         check: Callable[[Server], Awaitable[None]] | None = None,
+        follow: Callable[[Server], Awaitable[None]] | None = None,
         stream: bool = False,
         backoff_s: float = 0.5,
     ):
@@ -79,15 +86,21 @@ class ServerPool:
         self._load = {server: _Load() for server in servers}
         self._holding = False
         self._waiters: list[asyncio.Future[None]] = []
-        self._asking: set[asyncio.Task[Any]] = set()
+        self._asking: dict[asyncio.Task[Any], Asked] = {}
         self._aborting: set[asyncio.Task[None]] = set()
         self._watching: set[asyncio.Task[None]] = set()
         self.health = Health(
-            client, log=log, revive=revive, check=check, spawn=self._watch, changed=self._wake, backoff_s=backoff_s
+            client,
+            servers,
+            log=log,
+            revive=revive,
+            check=check,
+            follow=follow,
+            spawn=self._watch,
+            changed=self._wake,
+            backoff_s=backoff_s,
         )
-        for server in servers:
-            if server.state is State.DOWN and self.health.may_return(server):
-                self._watch(self.health.await_return(server))
+        self.health.start()
 
     @property
     def places(self) -> int:
@@ -105,72 +118,109 @@ class ServerPool:
         self._wake()
 
     async def ask(self, name: str, payload: dict[str, Any], avoid: str = "") -> Answer:
-        """POST /generate to the least loaded server until it is answered. avoid: the url of one to ask last.
+        """POST /generate to the least loaded server until it is answered. avoid: the url of one that is asked only
+        where no other is up.
 
         Raises RefusedRequestError if a server does not take the request, TimedOutError if it was not finished in time
-        twice, LostTooOftenError if it was lost once more than `retries`, RetryableError if no server is left.
+        twice, LostTooOftenError if it was lost once more than `retries`, DeadlyRequestError if servers died with it,
+        RetryableError if no server is left.
         """
         task = asyncio.current_task()
         assert task is not None
-        self._asking.add(task)
+        self._asking[task] = asked = Asked(name)
         try:
-            return await self._ask(name, payload, next((each for each in self.servers if each.url == avoid), None))
+            return await self._ask(asked, payload, self._server_at(avoid))
         finally:
-            self._asking.discard(task)
+            del self._asking[task]
 
-    async def _ask(self, name: str, payload: dict[str, Any], avoid: Server | None) -> Answer:
+    def accept(self, url: str) -> None:
+        """An answer of this server is what was asked for."""
+        if (server := self._server_at(url)) is not None:
+            server.bad.clear()
+
+    def reject(self, url: str, name: str, reason: str) -> None:
+        """An answer to this request is not what was asked for. A server that gives no other is lost, unless it is the
+        last one: then the requests may be the cause."""
+        server = self._server_at(url)
+        if server is None:
+            return
+        server.bad.add(name)
+        others = any(each is not server and each.state is State.UP for each in self.servers)
+        if others and len(server.bad) >= _BAD_IN_A_ROW:
+            self.health.distrust(server, f"gave bad answers to {len(server.bad)} requests in a row, the last: {reason}")
+
+    def _server_at(self, url: str) -> Server | None:
+        return next((each for each in self.servers if each.url == url), None)
+
+    async def _ask(self, asked: Asked, payload: dict[str, Any], avoid: Server | None) -> Answer:
         failures, timed_out = 0, False
+        full: Server | None = None
         while True:
-            server = await self._place(name, avoid)
+            server = await self._place(asked, avoid, full)
             try:
-                return await self._attempt(server, name, payload)
+                return await self._attempt(server, asked.name, payload)
             except TimedOutError:
                 if timed_out:
                     raise
-                timed_out = True
+                timed_out, avoid = True, server
+            except _GivenUpError:
+                failures, avoid = failures + 1, server
             except LostError as error:
-                if not (isinstance(error, BusyError) and self._rest(server, error)):
-                    failures += 1
+                if isinstance(error, BusyError) and self._rest(server, error):
+                    full = server
+                else:
+                    failures, avoid = failures + 1, server
+                    server.lost.add(asked)
                     self.health.suspect(server, error)
             finally:
-                server.in_flight -= 1
+                server.requests.discard(asked)
                 self._wake()
-            avoid = server
             if failures > self._retries:
                 raise LostTooOftenError(
-                    f"request {name}: failed {failures} times, the last time on {server.url} {server.reason}; look at "
-                    "the server's log"
+                    f"request {asked.name}: failed {failures} times, the last time on {server.url} {server.reason}; "
+                    "look at the server's log"
                 )
             if failures:
                 await asyncio.sleep(pause(failures, self._backoff_s))
 
-    async def _place(self, name: str, avoid: Server | None) -> Server:
-        """Wait for a server with room; not the one that has just failed, if there is another."""
+    async def _place(self, asked: Asked, avoid: Server | None, full: Server | None = None) -> Server:
+        """Wait for a server with room. avoid: where the request has failed, which is asked only where no other is up,
+        however full. full: one that has just not taken it, which comes last."""
         while not self._holding:
-            now = time.monotonic()
-            up = [server for server in self.servers if server.state is State.UP]
-            ready = [server for server in up if self._load[server].rests_until <= now]
-            if self._total is None:
-                free = [server for server in ready if server.in_flight < self._room(server)]
-            else:
-                free = ready if sum(server.in_flight for server in self.servers) < self._total else []
-            if free:
-                server = min(free, key=lambda server: (server is avoid, server.in_flight / server.replicas))
-                server.in_flight += 1
+            asked.check()
+            if free := self._free(asked, avoid):
+                server = min(free, key=lambda server: (server is full, server.in_flight / server.replicas))
+                server.requests.add(asked)
                 return server
-            longest = self._longest_wait(name)
+            longest = self._longest_wait(asked.name)
             self._waiters.append(waiter := asyncio.get_running_loop().create_future())
             with suppress(TimeoutError):
                 async with asyncio.timeout(longest):
                     await waiter
         raise NotSentError
 
+    def _free(self, asked: Asked, avoid: Server | None) -> list[Server]:
+        """Servers that may be asked for this now."""
+        examined = [server for server in self.servers if server.state is State.CHECKED]
+        if asked.waits(sum(asked in server.lost for server in examined)):
+            return []
+        up = [server for server in self.servers if server.state is State.UP]
+        others = [server for server in up if server is not avoid]
+        now = time.monotonic()
+        ready = [server for server in others or up if self._load[server].rests_until <= now]
+        if self._total is None:
+            free = [server for server in ready if server.in_flight < self._room(server)]
+        else:
+            free = ready if sum(server.in_flight for server in self.servers) < self._total else []
+        return [server for server in free if asked.fits(server.requests)]
+
     def _room(self, server: Server) -> float:
         return min(self._concurrency * server.replicas, self._load[server].bound, self._load[server].limit)
 
     def _longest_wait(self, name: str) -> float | None:
-        """Seconds until all servers have been down for too long; None: one is there. Raises RetryableError then."""
-        if any(server.state is not State.DOWN for server in self.servers):
+        """Seconds until all servers have been down for too long; None: one is there, or may be. Raises RetryableError
+        then."""
+        if any(server.state is not State.DOWN or server.looked_at for server in self.servers):
             return None
         left = max(server.down_at for server in self.servers) + _ALL_DOWN_S - time.monotonic()
         if left > 0 and any(map(self.health.may_return, self.servers)):
@@ -178,7 +228,7 @@ class ServerPool:
         gone = "; ".join(f"{server.url} {server.reason}" for server in self.servers)
         raise RetryableError(
             f"request {name}: no SGLang server is left: {gone}; start them again and run the same command "
-            "(finished answers are kept)"
+            f"(finished answers are kept){named(self._asking.values())}"
         )
 
     def _wake(self) -> None:
@@ -228,7 +278,7 @@ class ServerPool:
             while (left := sent + self._timeout_s - time.monotonic()) > 0:
                 if (await asyncio.wait({attempt}, timeout=min(left, _LOOK_S)))[0]:
                     if attempt.cancelled():
-                        raise LostError(server.reason)
+                        raise _GivenUpError(server.reason)
                     answer = attempt.result()
                     self._answered(server, answer)
                     return answer

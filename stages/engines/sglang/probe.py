@@ -7,10 +7,9 @@ they lie on a GPU (merged, sharded, by a Triton kernel), and fails on a CPU.
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +21,39 @@ TEXT = (
 )
 TOLERANCE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}  # nats, of the mean; the coarser of the two dtypes'
 _LOCK = threading.Lock()
+_KNOWN: dict[tuple[Path | int, ...], list[float]] = {}  # by a target's folder and the tokens
 
 
-def own_logprobs(target_folder: Path, tokens: Sequence[int]) -> list[float]:
-    """The target's log-probs (nats) of `tokens` behind the first, in its own dtype on the CPU; computed once."""
+class NoRoomError(Exception):
+    """The target does not fit into this machine's memory."""
+
+
+def own_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str], None]) -> list[float]:
+    """The target's log-probs (nats) of `tokens` behind the first, in its own dtype on the CPU; computed once.
+
+    Raises NoRoomError instead of loading what the memory does not hold.
+    """
     with _LOCK:  # of several servers that ask at once, one loads the weights
-        return _own_logprobs(target_folder, tuple(tokens))
+        if (known := _KNOWN.get((target_folder, *tokens))) is None:
+            known = _KNOWN[target_folder, *tokens] = _own_logprobs(target_folder, tokens, log)
+        return known
 
 
-@functools.cache
-def _own_logprobs(target_folder: Path, tokens: tuple[int, ...]) -> list[float]:
+def _own_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str], None]) -> list[float]:
+    import psutil
     import torch
 
     from draftsmith.stages.targets.causal_lm import Target
+    from draftsmith.stages.targets.estimate import DTYPE_BYTES, target_size
+    from draftsmith.stages.targets.info import model_path, read_target_info
 
+    size = target_size(model_path(target_folder)).parameters * DTYPE_BYTES[read_target_info(target_folder).dtype]
+    needed, free = f"{size / 1e9:.1f} GB", psutil.virtual_memory().available
+    if size > free:
+        raise NoRoomError(f"which takes {needed} of memory where {free / 1e9:.1f} GB are free")
+    log(f"the target is loaded on the CPU, {needed}: its log-probs are compared with a server's")
     target = Target.load(target_folder, device="cpu")
-    hidden = target.read(torch.tensor([tokens])).hidden[0, :-1]
+    hidden = target.read(torch.tensor([list(tokens)])).hidden[0, :-1]
     logprobs = target.logits(hidden).float().log_softmax(-1)
     return logprobs.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
 

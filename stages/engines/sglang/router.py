@@ -11,17 +11,19 @@ import asyncio
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.stages.engines.sglang.client import LostError, RefusedRequestError, check_status
 
 if TYPE_CHECKING:
     import httpx
 
 _SCRIPT = Path(__file__).with_name("routed.py")
-_TIMEOUT_S = 10.0
+_TIMEOUT_S = 30.0
 _POLL_S = 0.5
 _PATIENCE_S = 60
 
@@ -43,9 +45,9 @@ def router_command(config: SGLangEngineConfig, workers: Sequence[str], metrics_p
 
 
 async def workers_behind(client: httpx.AsyncClient, url: str) -> list[str] | None:
-    """The addresses of a router's servers that are well; None: it is no router, or does not answer.
+    """The addresses of a router's servers that are well; None: it is no router.
 
-    Raises DraftsmithError for a router that does not say.
+    Raises RetryableError if it does not answer or cannot say, DraftsmithError for one that wants a key.
     """
     import httpx
 
@@ -56,17 +58,30 @@ async def workers_behind(client: httpx.AsyncClient, url: str) -> list[str] | Non
                 f"engine.urls: {url} does not say which servers it routes to: name the variable of the environment "
                 "that holds its API key in engine.api_key_env"
             )
-        workers = response.json()["workers"] if response.status_code == 200 else None
-        return None if workers is None else [str(each["url"]) for each in workers if each.get("is_healthy")]
-    except (httpx.HTTPError, ValueError, KeyError, TypeError):
-        return None  # whatever it is, the handshake says what is wrong with it
+        if response.status_code == 501:
+            return None  # of a gateway that knows no such path
+        if response.status_code != 200:
+            check_status("of the handshake", url, response.status_code, response.text)
+        return [str(each["url"]) for each in response.json()["workers"] if each.get("is_healthy")]
+    except httpx.HTTPError as error:
+        raise _away(url, f"cannot be reached ({type(error).__name__} {error})") from error
+    except LostError as error:
+        raise _away(url, f"/workers: {error}") from error
+    except (RefusedRequestError, ValueError, KeyError, TypeError):
+        return None  # a server, or a gateway in front of one, which the handshake checks
+
+
+def _away(url: str, what: str) -> RetryableError:
+    return RetryableError(f"engine: {url} {what}; see that the server runs, then run the same command")
 
 
 async def wait_for_workers(client: httpx.AsyncClient, url: str, count: int, limit_s: float) -> None:
     """Until a router has found so many servers well. Raises RetryableError."""
     deadline = time.monotonic() + limit_s
     while True:
-        found = await workers_behind(client, url) or []
+        found: list[str] = []
+        with suppress(RetryableError):
+            found = await workers_behind(client, url) or []
         if len(found) >= count:
             return
         if time.monotonic() > deadline:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,23 +68,31 @@ def _dtype(name: str | None, config: dict[str, Any]) -> str | None:
 
 
 async def check_weights(
-    client: httpx.AsyncClient, url: str, path: str, server: dict[str, Any], expected: Expected, *, here: bool
+    client: httpx.AsyncClient,
+    url: str,
+    path: str,
+    server: dict[str, Any],
+    expected: Expected,
+    log: Callable[[str], None],
+    *,
+    here: bool,
 ) -> list[str]:
     """Are they the target's? By the files where they lie here, else by the hub's commit, else by what it computes.
 
     here: whether the server is on this machine, and `path` its own folder. Returns what could not be checked.
     """
     target, folder = expected.target, Path(path)
-    if here and folder.is_dir():
-        if folder.resolve() != expected.model_folder.resolve():
-            from draftsmith.stages.targets.info import model_digest
-            from draftsmith.stages.targets.source import weight_files
+    if here:
+        from draftsmith.stages.engines.sglang.digests import served_model_digest
 
-            if await asyncio.to_thread(model_digest, folder, weight_files(folder)) != target.digest:
+        if folder.resolve() == expected.model_folder.resolve():
+            return []
+        if (digest := await asyncio.to_thread(served_model_digest, folder)) is not None:
+            if digest != target.digest:
                 raise wrong(
                     url, f"serves {path}, whose config or weights differ from the target {expected.model_folder}"
                 )
-        return []
+            return []
     revision = str(server.get("revision") or "")
     if path == target.source and _COMMIT.fullmatch(revision) and target.revision is not None:
         if revision != target.revision:
@@ -92,11 +101,16 @@ async def check_weights(
                 f"--revision {target.revision}, or set target.revision"
             )  # fmt: skip
         return []
-    return await _check_logprobs(client, url, path, server, expected)
+    return await _check_logprobs(client, url, path, server, expected, log)
 
 
 async def _check_logprobs(
-    client: httpx.AsyncClient, url: str, path: str, server: dict[str, Any], expected: Expected
+    client: httpx.AsyncClient,
+    url: str,
+    path: str,
+    server: dict[str, Any],
+    expected: Expected,
+    log: Callable[[str], None],
 ) -> list[str]:
     """Does it say of fixed tokens what the target says of them? Returns what could not be checked."""
     target, tokens = expected.target, expected.scored_ids
@@ -107,7 +121,13 @@ async def _check_logprobs(
     theirs = probe.served_logprobs(json_object(response), tokens)
     if theirs is None:
         return [f"{url} gives no log-probs of a prompt: the weights of {path} could not be compared with the target's"]
-    ours = await asyncio.to_thread(probe.own_logprobs, expected.target_folder, tokens)
+    try:
+        ours = await asyncio.to_thread(probe.own_logprobs, expected.target_folder, tokens, log)
+    except probe.NoRoomError as error:
+        return [
+            f"{url} serves {path}: its weights could not be compared with the target's, {error}; start the server with "
+            "--revision and its commit, which is compared instead"
+        ]
     difference = probe.mean_difference(ours, theirs)
     allowed = probe.tolerance(target.dtype, server.get("dtype"))
     if difference > allowed:

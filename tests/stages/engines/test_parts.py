@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -65,6 +66,13 @@ def test_an_answer_made_again_for_its_trace_has_the_rows_of_its_last_part(tmp_pa
     parts.append([answer("a/0", [4, 5], [1])], SPLITS, "second")
     assert parts.finished(with_trace=True) == {"a/0"}
     assert contents(parts, ["a/0", "b/0"]) == [("a/0", [4, 5], [1]), ("b/0", [6, 7], [])]
+
+
+def test_an_answer_that_a_recording_engine_gave_without_its_steps_is_not_made_again(tmp_path: Path) -> None:
+    parts = AnswerParts(tmp_path)
+    retracted = replace(answer("b/0", [6, 7]), verify_steps=2)
+    parts.append([answer("a/0", [3, 4], [1]), retracted], SPLITS, "e")
+    assert AnswerParts(tmp_path).finished(with_trace=True) == {"a/0", "b/0"}
 
 
 @pytest.mark.parametrize("table", ["timings", "trace", "trajectories"])

@@ -44,6 +44,21 @@ def test_requests_wait_for_a_full_server_and_no_refusal_is_a_failure(status: int
     assert told.startswith(f"SGLang server {server.url} is full: it answered with status {status}")
 
 
+def test_a_server_whose_answer_was_bad_is_not_asked_because_another_is_full() -> None:
+    left = [3]
+
+    def full_at_first(p: dict[str, Any]) -> dict[str, Any]:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise Refusal(429)
+        return answer(p)
+
+    with serving(answer) as bad, serving(full_at_first) as good:
+        found, _ = with_pool([bad, good], lambda pool: pool.ask("r0", payload(0), avoid=bad.url), retries=0)
+        assert found.body["output_ids"] == EXPECTED[0]
+        assert (bad.count("/generate"), good.count("/generate")) == (0, 4)
+
+
 def test_an_abort_for_a_full_queue_is_a_refusal_too() -> None:
     full = {"output_ids": [], "meta_info": {"finish_reason": {"type": "abort", "status_code": 503, "message": "full"}}}
     left = [3]

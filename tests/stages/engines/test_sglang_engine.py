@@ -15,6 +15,7 @@ from draftsmith.artifacts.errors import StageInterrupted
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.stages.engines.sglang import health
 from draftsmith.stages.engines.sglang.engine import UnansweredError, open_sglang
 from draftsmith.stages.engines.sglang.expected import Expected
 from tests.stages.engines.http_server import answer, is_probe
@@ -82,6 +83,44 @@ def test_a_bad_answer_is_set_aside_and_asked_for_again_at_another_server(
     assert answers == {f"r{i}": [10 * i + 6, 10 * i + 7, 10 * i + 8] for i in range(4)}
     told = [line for line in logs if line.startswith("set aside and asked for again: request r")]
     assert 1 <= len(told) <= 4 and all(bad.url in line for line in told)
+
+
+MANY = [Request(f"r{i}", [i + 5], SamplingParams(3)) for i in range(100)]
+
+
+def useless(payload: dict[str, Any]) -> dict[str, Any]:
+    """Bad answers to all but the handshake."""
+    return answer(payload) | ({} if is_probe(payload) else {"output_ids": [1]})
+
+
+def test_a_bad_answer_is_asked_for_elsewhere_though_the_others_are_full_and_its_server_is_left(
+    plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "_RETURN_S", 600.0)
+    logs: list[str] = []
+    with (
+        server_of(plain, generate=useless) as bad,
+        server_of(plain, generate=lambda p: answer(p, delay_s=0.01)) as good,
+        opened(tiny_drafter, tmp_path, {"urls": [bad.url, good.url], "concurrency": 1}, log=logs.append) as engine,
+    ):
+        assert len(list(engine.generate(MANY))) == 100
+        asked = sum(path == "/generate" and not is_probe(p) for path, p in bad.asked)
+    assert asked == 5
+    assert any(
+        f"{bad.url} is lost: gave bad answers to 5 requests in a row, the last: request r" in line for line in logs
+    )
+
+
+def test_where_every_server_gives_bad_answers_the_last_one_stays_and_the_error_is_of_the_requests(
+    plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    with (
+        server_of(plain, generate=useless) as one,
+        server_of(plain, generate=useless) as other,
+        opened(tiny_drafter, tmp_path, {"urls": [one.url, other.url], "concurrency": 1}) as engine,
+        pytest.raises(UnansweredError, match=r"20 requests .* was cut after 1 of 3"),
+    ):
+        list(engine.generate(MANY))
 
 
 def test_the_only_server_is_asked_twice_more_before_a_bad_answer_ends_a_rollout(

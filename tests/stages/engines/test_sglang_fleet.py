@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
@@ -17,10 +21,12 @@ from draftsmith.stages.engines.sglang import fleet as fleets
 from draftsmith.stages.engines.sglang import health
 from draftsmith.stages.engines.sglang.expected import Expected
 from draftsmith.stages.engines.sglang.fleet import Fleet
+from draftsmith.stages.engines.sglang.health import Server, State
+from draftsmith.stages.engines.sglang.server import ServerProcess
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from tests.stages.engines.http_server import HttpServer, answer
 from tests.stages.engines.test_sglang_engine import STAND_IN, opened
-from tests.stages.engines.test_sglang_handshake import expected_of, good_server, server_of, speculating
+from tests.stages.engines.test_sglang_handshake import expected_of, good_model, good_server, server_of, speculating
 from tests.testbed.drafter import DrafterArtifacts
 
 REQUESTS = [Request(f"r{i}", [10 * i + 5], SamplingParams(3)) for i in range(12)]
@@ -163,6 +169,54 @@ def test_no_two_processes_of_a_fleet_get_the_same_port(plain: Expected, monkeypa
     config = SGLangEngineConfig.model_validate({"kind": "sglang", "urls": ["http://a"]})
     fleet = Fleet(config, plain, [], print)
     assert [fleet._free_port() for _ in range(3)] == [20_001, 20_002, 20_003]
+
+
+@pytest.mark.parametrize("restarts", [1, 0])
+def test_a_launched_server_that_does_not_answer_the_handshake_is_started_again(
+    restarts: int, plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    replies = {
+        "/model_info": good_model(plain),
+        "/server_info": good_server(plain),
+        "/tokenize": {"tokens": plain.probe_ids},
+    }
+    told = {"STAND_IN": "silent once", "STAND_IN_REPLIES": json.dumps(replies), "PYTHONPATH": str(STAND_IN)}
+    launch = {"servers": 2, "environment": told, "options": {"device": "cpu"}}
+    config = {"launch": launch, "python": sys.executable, "restarts": restarts, "concurrency": 4}
+    with opened(tiny_drafter, tmp_path, config) as engine:
+        assert engine._pool.places == 4 * (1 + restarts)
+        running = [process.ended() is None for process in engine._fleet._processes]
+        assert sum(running) == 1 + restarts
+        assert dict(answers_of(engine)) == RIGHT
+
+
+def test_whatever_happens_while_a_server_behind_a_router_is_started_again_the_others_hear_of_it(
+    plain: Expected, tmp_path: Path
+) -> None:
+    folder, logs = tmp_path / "servers", list[str]()
+    config = SGLangEngineConfig.model_validate({"kind": "sglang", "python": sys.executable, "launch": {"servers": 2}})
+
+    async def run() -> Server:
+        process = ServerProcess([sys.executable, "-c", ""], {}, folder / "server.log")
+        fleet = Fleet(config, plain, [process], logs.append)
+        router = fleet._router = ServerProcess(["sleep", "600"], {}, tmp_path / "router.log")
+        fleet._client = httpx.AsyncClient()
+        process.start()
+        router.start()
+        while process.ended() is None:
+            await asyncio.sleep(0.02)
+        shutil.rmtree(folder)
+        folder.touch()  # no server can be started there
+        worker = Server(process.url, launched=True)
+        fleet._process_of[worker] = process
+        await asyncio.wait_for(fleet._watch([worker]), 30)
+        assert router.ended() is not None
+        await fleet.stop()
+        return worker
+
+    worker = asyncio.run(run())
+    assert worker.state is State.DOWN
+    assert any(f"{worker.url} is lost: " in line and "Not a directory" in line for line in logs)
 
 
 @pytest.mark.parametrize(

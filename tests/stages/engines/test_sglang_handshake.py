@@ -116,12 +116,12 @@ class Led(httpx.AsyncHTTPTransport):
         return await super().handle_async_request(request)
 
 
-def shake(server: HttpServer, expected: Expected, under: str | None = None) -> Facts:
+def shake(server: HttpServer, expected: Expected, under: str | None = None, logs: list[str] | None = None) -> Facts:
     """under: the server's address, which leads to it."""
 
     async def run() -> Facts:
         async with httpx.AsyncClient(trust_env=False, transport=Led(server.url)) as client:
-            return await shake_hands(client, under or server.url, expected)
+            return await shake_hands(client, under or server.url, expected, (logs if logs is not None else []).append)
 
     return asyncio.run(run())
 
@@ -237,7 +237,7 @@ def test_a_folder_of_another_machine_is_not_looked_for_here(
     with server_of(assisted, server=drafts, digest=assisted.drafter_digest) as server:
         facts = shake(server, assisted, "http://gpu2.invalid:30000")
         assert facts.records_trace
-    assert any(f"drafts with {tmp_path}, which is not on this machine" in remark for remark in facts.remarks)
+    assert any(f"drafts with {tmp_path}, which cannot be read on this machine" in remark for remark in facts.remarks)
     with server_of(plain) as server:
         (remark,) = shake(server, plain, "http://gpu2.invalid:30000").remarks
     assert "could not be compared with the target's" in remark

@@ -192,6 +192,32 @@ def test_a_server_that_still_holds_a_request_is_the_same_one() -> None:
     assert check.count == 0
 
 
+def test_a_check_that_fails_in_a_way_of_its_own_loses_the_server_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "_RETURN_S", 0.05)
+    check = Checks(OSError(116, "Stale file handle"))
+    with serving(broken_once(None), health_generate=lambda _: {}) as server:
+
+        async def run(pool: ServerPool) -> Any:
+            return await asyncio.wait_for(ask_many(pool, 1), 30)
+
+        found, logs = with_pool([server], run, check=check)
+        assert ids(found) == EXPECTED[:1]
+    assert check.count == 2
+    assert logs[0] == f"SGLang server {server.url} is lost: OSError: [Errno 116] Stale file handle"
+
+
+def test_a_probe_that_fails_in_a_way_of_its_own_loses_the_server() -> None:
+    with serving(answer) as server:
+
+        async def run(pool: ServerPool) -> None:
+            pool.servers[0].url = "http://127.0.0.1:99999"  # no port, which is no error of HTTP
+            await pool.health._beat(pool.servers[0])
+            await asyncio.wait_for(until_down(pool), 30)
+
+        _, (told,) = with_pool([server], run)
+    assert "is lost: " in told and "99999" in told
+
+
 async def until_down(pool: ServerPool) -> None:
     while pool.servers[0].state is not State.DOWN:
         await asyncio.sleep(0.01)
@@ -216,6 +242,43 @@ def test_a_server_that_is_down_is_looked_for_and_comes_back(monkeypatch: pytest.
         "left out: serves another model",
         "is there again",
     ]
+
+
+def test_while_all_servers_are_down_they_are_looked_for_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "_RETURN_S", 600.0)
+    monkeypatch.setattr(health, "_LONGEST_RETURN_S", 600.0)
+    monkeypatch.setattr(health, "_ALL_DOWN_RETURN_S", 0.05)
+    with serving(answer) as server:
+
+        async def run(pool: ServerPool) -> Any:
+            asking = asyncio.create_task(ask_many(pool, 1))
+            await until_down(pool)
+            server.start()
+            return ids(await asyncio.wait_for(asking, 30))
+
+        server.stop()
+        found, _ = with_pool([server], run, check=Checks())
+        assert found == EXPECTED[:1]
+
+
+def test_a_check_that_is_under_way_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "_RETURN_S", 0.05)
+    monkeypatch.setattr(pooling, "_ALL_DOWN_S", 0.5)
+
+    async def takes_long(_: Server) -> None:
+        await asyncio.sleep(2.0)
+
+    with serving(answer) as server:
+
+        async def run(pool: ServerPool) -> Any:
+            asking = asyncio.create_task(ask_many(pool, 1))
+            await until_down(pool)
+            server.start()
+            return ids(await asyncio.wait_for(asking, 30))
+
+        server.stop()
+        found, _ = with_pool([server], run, check=takes_long)
+        assert found == EXPECTED[:1]
 
 
 @pytest.mark.parametrize("launched", [False, True])

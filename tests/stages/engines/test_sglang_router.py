@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.config import LaunchConfig, SGLangEngineConfig
-from draftsmith.stages.engines.sglang import environment, router, server
+from draftsmith.stages.engines.sglang import environment, health, router, server
 from draftsmith.stages.engines.sglang.engine import SGLangEngine, open_sglang
 from draftsmith.stages.engines.sglang.expected import Expected
 from draftsmith.stages.engines.sglang.health import Server
 from draftsmith.stages.engines.sglang.pool import ServerPool
+from draftsmith.stages.engines.sglang.suspects import Asked
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.rollout import RolloutConfig
 from draftsmith.stages.stored import DRAFTER_FOLDER
@@ -115,6 +117,61 @@ def test_a_wrong_server_behind_a_router_is_refused(
             pass
 
 
+def listing(*workers: HttpServer) -> Reply:
+    return lambda _: {"workers": [{"url": each.url, "is_healthy": True} for each in workers]}
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_servers_that_join_a_router_are_checked_and_counted(
+    assisted: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "_FOLLOW_S", 0.05)
+    monkeypatch.setattr(health, "_RETURN_S", 0.05)
+    logs: list[str] = []
+    with (
+        server_of(assisted) as first,
+        server_of(assisted, server={"dp_size": 3}) as second,
+        server_of(assisted, server={"speculative_num_draft_tokens": 4}) as wrong,
+        router_of(first) as front,
+        opened(tiny_drafter, tmp_path, front.url, logs=logs) as engine,
+    ):
+        assert engine._pool.places == 2
+        front.replies["/workers"] = listing(first, second)
+        wait_until(lambda: engine._pool.places == 2 * 4)
+        front.replies["/workers"] = listing(second)
+        wait_until(lambda: engine._pool.places == 2 * 3)
+        assert [each.count("/server_info") for each in (first, second)] == [1, 1]
+        front.replies["/workers"] = listing(second, wrong)
+        lost = f"SGLang server {front.url} is lost: engine: the server {wrong.url} drafts blocks of 4"
+        wait_until(lambda: any(line.startswith(lost) for line in logs))
+        front.replies["/workers"] = listing(second)
+        assert len(list(engine.generate(REQUESTS))) == len(REQUESTS)
+
+
+def test_a_server_that_joins_a_router_and_does_not_answer_counts_when_it_does(
+    assisted: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "_FOLLOW_S", 0.05)
+    with (
+        server_of(assisted) as first,
+        server_of(assisted) as second,
+        server_of(assisted) as silent,
+        router_of(first) as front,
+        opened(tiny_drafter, tmp_path, front.url) as engine,
+    ):
+        silent.stop()
+        front.replies["/workers"] = listing(first, second, silent)
+        wait_until(lambda: engine._pool.places == 2 * 2)
+        silent.start()
+        wait_until(lambda: engine._pool.places == 2 * 3)
+
+
 def test_a_router_that_wants_a_key_is_told_from_a_server() -> None:
     def behind(reply: Reply | None) -> list[str] | None:
         async def ask(url: str) -> list[str] | None:
@@ -132,6 +189,17 @@ def test_a_router_that_wants_a_key_is_told_from_a_server() -> None:
     assert behind(lambda _: {"workers": [{"url": "http://a", "is_healthy": True}]}) == ["http://a"]
     with pytest.raises(DraftsmithError, match=r"does not say which servers it routes to: .*api_key_env"):
         behind(closed)
+    for away in (refusing(503), refusing(500), lambda _: None):
+        with pytest.raises(RetryableError, match="see that the server runs"):
+            behind(away)
+    assert behind(refusing(405)) is None and behind(refusing(501)) is None
+
+
+def refusing(status: int) -> Reply:
+    def reply(_: dict[str, Any]) -> dict[str, Any]:
+        raise Refusal(status, "told to")
+
+    return reply
 
 
 def test_replicas_take_requests_by_their_number() -> None:
@@ -141,9 +209,9 @@ def test_replicas_take_requests_by_their_number() -> None:
             pool = ServerPool(client, servers, concurrency=2, timeout_s=1, retries=0, log=print)
             assert pool.places == 8
             for _ in range(8):
-                await asyncio.wait_for(pool._place("r", None), 1)
+                await asyncio.wait_for(pool._place(Asked("r"), None), 1)
             with pytest.raises(TimeoutError):
-                await asyncio.wait_for(pool._place("r", None), 0.05)
+                await asyncio.wait_for(pool._place(Asked("r"), None), 0.05)
             return [each.in_flight for each in servers]
 
     assert asyncio.run(run()) == [2, 6]

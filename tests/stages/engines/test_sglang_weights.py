@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 from dataclasses import replace
@@ -15,8 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.sglang.asking import is_here
+from draftsmith.stages.engines.sglang.digests import served_model_digest
 from draftsmith.stages.engines.sglang.expected import Expected
 from draftsmith.stages.engines.sglang.probe import own_logprobs
+from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.targets.info import model_path, write_target_info
 from draftsmith.stages.targets.resolve import describe
@@ -28,6 +31,11 @@ from tests.testbed.drafter import DrafterArtifacts
 @pytest.fixture
 def plain(tiny_drafter: DrafterArtifacts) -> Expected:
     return expected_of(tiny_drafter, None)
+
+
+@pytest.fixture
+def assisted(tiny_drafter: DrafterArtifacts) -> Expected:
+    return expected_of(tiny_drafter, tiny_drafter.drafter / DRAFTER_FOLDER)
 
 
 COMMIT, OTHER = "a1" * 20, "b2" * 20
@@ -84,7 +92,7 @@ def test_without_files_or_a_commit_a_server_is_known_by_what_it_computes(
     plain: Expected, other_revision: Path, path: str, revision: str | None
 ) -> None:
     expected = of_hub(plain)
-    ours, others = (own_logprobs(folder, plain.scored_ids) for folder in (plain.target_folder, other_revision))
+    ours, others = (own_logprobs(folder, plain.scored_ids, print) for folder in (plain.target_folder, other_revision))
     assert len(ours) > 80
     says: dict[str, Any] = {"model": {"model_path": path}, "server": {"revision": revision, "dtype": "float32"}}
     with server_of(expected, **says, generate=scoring([value + 9e-4 for value in ours])) as server:
@@ -95,6 +103,58 @@ def test_without_files_or_a_commit_a_server_is_known_by_what_it_computes(
         pytest.raises(DraftsmithError, match=rf"nats from those of the target org/model .*serve revision {COMMIT}"),
     ):
         shake(server, expected)
+
+
+def test_a_target_that_does_not_fit_into_the_memory_is_not_loaded_for_the_comparison(
+    plain: Expected, tmp_path: Path
+) -> None:
+    shutil.copytree(plain.model_folder, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"intermediate_size": 10**11}))
+    write_target_info(plain.target.model_copy(update={"kind": "package", "location": "model"}), tmp_path)
+    expected = replace(of_hub(plain), target_folder=tmp_path)
+    logs: list[str] = []
+    scores = scoring([0.0] * (len(plain.scored_ids) - 1))
+    with server_of(expected, model={"model_path": "org/model"}, generate=scores) as server:
+        (remark,) = shake(server, expected, logs=logs).remarks
+    assert "could not be compared with the target's, which takes " in remark
+    assert not logs
+
+
+def test_it_is_said_before_the_target_is_loaded(plain: Expected, other_revision: Path) -> None:
+    shutil.copytree(other_revision, again := other_revision.with_name("again"))
+    expected, logs = replace(of_hub(plain), target_folder=again), list[str]()
+    scores = scoring(own_logprobs(other_revision, plain.scored_ids, print))
+    with server_of(expected, model={"model_path": "org/model"}, generate=scores) as server:
+        for _ in range(2):
+            shake(server, expected, logs=logs)
+    (told,) = logs
+    assert told.startswith("the target is loaded on the CPU, 0.0 GB: ")
+
+
+def test_a_folder_that_cannot_be_read_here_counts_as_another_machines(assisted: Expected) -> None:
+    unreadable = "/" + "a" * 300  # no name of a file: an error of the system, as a folder of another user is
+    expected = of_hub(assisted)
+    says: dict[str, Any] = {"model": {"model_path": unreadable}, "server": {"speculative_draft_model_path": unreadable}}
+    with server_of(expected, **says) as server:
+        remarks = shake(server, expected).remarks
+    assert any("gives no log-probs of a prompt" in each for each in remarks)
+    assert any("cannot be read on this machine: only the plug-in can tell" in each for each in remarks)
+
+
+def test_a_digest_is_computed_again_only_where_the_files_have_changed(plain: Expected, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(plain.model_folder, folder)
+    weights = folder / "model.safetensors"
+    state = weights.stat()
+    assert served_model_digest(folder) == plain.target.digest
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert served_model_digest(folder) == plain.target.digest  # what tells that it is not read
+    os.utime(weights)
+    assert served_model_digest(folder) not in (None, plain.target.digest)
 
 
 def test_quantised_weights_are_not_compared_and_that_is_said(plain: Expected) -> None:
