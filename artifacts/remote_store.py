@@ -23,6 +23,7 @@ from pathlib import Path
 
 from draftsmith.artifacts.atomic import TMP_PREFIX, atomic_path, disk_errors, write_text
 from draftsmith.artifacts.bucket import Bucket, Stored
+from draftsmith.artifacts.checksums import Known
 from draftsmith.artifacts.damage import check_content, damaged
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.locks import locked
@@ -105,9 +106,12 @@ class RemoteStore(Store):
     def _to_verify(self, ref: ArtifactRef, manifest: Manifest) -> Mapping[str, FileEntry]:
         return {name: entry for name, entry in manifest.files.items() if (ref.path / name).exists()}
 
-    def _mend(self, ref: ArtifactRef, name: str, what: str) -> None:
-        """The copy here is damaged: fetched once more. Raises DraftsmithError if the bucket's is too."""
+    def _mend(self, ref: ArtifactRef, name: str, what: str, *, read: bool = False) -> None:
+        """The copy here is damaged: fetched once more, unless it was `read`. Raises DraftsmithError then, and if the
+        bucket's is damaged too."""
         path, manifest = ref.path / name, read_manifest(ref.path)
+        if read:
+            raise DraftsmithError(f"{path}: {what}; run the same command again, which fetches it again")
         with self._fetching(ref):
             if path.is_file() and sha256_file(path) == manifest.files[name].sha256:
                 return  # another process was faster
@@ -115,6 +119,10 @@ class RemoteStore(Store):
                 path.rename(aside := _aside(ref.path))
                 log.warning("%s: %s: fetched again; the damaged copy is %s", path, what, aside)
             self._fetch_file(manifest, name, path)
+
+    def _set_doubtful_aside(self, ref: ArtifactRef, path: Path, known: Known | None) -> None:
+        with suppress(RetryableError):  # a bucket that does not answer hides no damage
+            super()._set_doubtful_aside(ref, path, known)
 
     def _set_aside(self, folder: Path) -> str:
         """Which host made it is not known: what others read there was whole."""

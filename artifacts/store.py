@@ -161,25 +161,25 @@ class Store:
             if sha256_file(ref.path / name) != entry.sha256:
                 self._mend(ref, name, "has changed since it was written")
 
-    def verify_once(self, ref: ArtifactRef, *, and_elsewhere: bool = True) -> None:
+    def verify_once(self, ref: ArtifactRef, *, and_elsewhere: bool = True, read: bool = False) -> None:
         """Check the checksum of every file that was touched since it was last checked here, and of those that the
         artifact names elsewhere (`ELSEWHERE`), which only its readers need.
 
-        For whoever is about to read them. What was made from a damaged artifact since it was last found whole is set
-        aside, with a log line: it is no artifact any more.
+        For whoever is about to read them, or has (`read`): what was read is not mended. What was made from a damaged
+        artifact since it was last found whole is set aside, with a log line: it is no artifact any more.
         """
         manifest = whole_manifest(ref.path, ref.stage)
-        for name, entry in self._to_verify(ref, manifest).items():
+        for name, entry in (manifest.files if read else self._to_verify(ref, manifest)).items():
             path = ref.path / name
             before = self._checksums.recorded(path)
             try:
                 sha256 = self._checksums.of(path)
             except OSError as error:
-                self._mend(ref, name, f"cannot be read ({error.strerror})")
+                self._mend(ref, name, f"cannot be read ({error.strerror})", read=read)
                 continue
             if sha256 != entry.sha256:
                 self._set_doubtful_aside(ref, path, before)
-                self._mend(ref, name, "has changed since it was written: its checksum is another")
+                self._mend(ref, name, "has changed since it was written: its checksum is another", read=read)
         for name, sha256 in elsewhere(ref.path).items() if and_elsewhere else ():
             try:
                 same = self._checksums.of(Path(name)) == sha256
@@ -195,7 +195,7 @@ class Store:
         """The files that are there, or ought to be."""
         return manifest.files
 
-    def _mend(self, ref: ArtifactRef, name: str, what: str) -> None:
+    def _mend(self, ref: ArtifactRef, name: str, what: str, *, read: bool = False) -> None:  # noqa: ARG002
         """A file of an artifact is not as it was written; what: how. Raises DraftsmithError: it has no other copy."""
         raise damaged(ref.path / name, ref.stage, what)
 

@@ -2,16 +2,19 @@
 
 Its key is their content and whose they are, wherever the file lies. Stage `logs` mixes a share of them in
 (`logs.replay_share`) if the target and the tokenizer are still those that gave them, and uses none of them again where
-its window reaches back behind them (`logs.lateness_hours`).
+its window reaches back behind them (`logs.lateness_hours`): for that it needs no more than their digests.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Config, Operational, Stage, StageContext
+
+if TYPE_CHECKING:
+    from draftsmith.artifacts.store import Store
 
 TABLE = "trajectories.parquet"
 
@@ -27,29 +30,58 @@ class EarlierConfig(Config):
     """Of the target that gave them; empty where nobody knows."""
     tokenizer_digest: str = ""
     """Of its tokenizer; empty where nobody knows, as of versions that did not say it."""
+    replayed: bool = True
+    """Whether they may be mixed in: then the artifact has the answers themselves, else their digests alone."""
+
+
+def is_here(config: EarlierConfig) -> bool:
+    """Whether this machine or the store's bucket has the answers. Fetches nothing; raises RetryableError if the bucket
+    does not answer."""
+    from draftsmith.artifacts.home import home
+    from draftsmith.artifacts.open_store import store_of
+
+    store, folder = store_of(home()), Path(config.folder)
+    if any((place / TABLE).is_file() for place in (folder, _in_this_home(store, folder))):
+        return True
+    stored = store.manifest_at(folder.parent.name, folder.name)
+    return stored is not None and TABLE in stored.files
+
+
+def _in_this_home(store: Store, folder: Path) -> Path:
+    """Where the artifact of a home that was moved, or of one that this is a copy of, would be."""
+    return store.root / folder.parent.name / folder.name
 
 
 def run(ctx: StageContext, config: EarlierConfig) -> None:
-    """Copy the table, verified, and write whose answers they are. Raises DraftsmithError if it is gone or another."""
+    """Write the digests of the answers, whose they are and, to be replayed, a copy of their table, all of it verified.
+    Raises DraftsmithError if the table is gone or another."""
     import shutil
 
     from draftsmith.artifacts.atomic import atomic_path, write_text
     from draftsmith.artifacts.home import home
     from draftsmith.artifacts.manifest import sha256_file
     from draftsmith.artifacts.open_store import store_of
-    from draftsmith.stages.prompting.earlier import ORIGIN
+    from draftsmith.stages.prompting.earlier import ORIGIN, write_contents
 
     store, folder = store_of(home()), Path(config.folder)
     source = store.here(folder) / TABLE
-    if not source.is_file():  # of a home that was moved, or is a copy; its checksum says whether it is the one
-        source = store.root / folder.parent.name / folder.name / TABLE
+    if not source.is_file():  # its checksum says whether it is the one
+        source = _in_this_home(store, folder) / TABLE
     advice = "restore it, or set logs.replay_share and logs.lateness_hours to 0"
     if not source.is_file():
         raise DraftsmithError(f"{source}: the answers of the champion's refresh are not here: {advice}")
-    with atomic_path(ctx.out / TABLE) as path:
-        shutil.copyfile(source, path)
+
+    def check(path: Path) -> None:
         if sha256_file(path) != config.sha256:
             raise DraftsmithError(f"{source}: has changed since the champion was trained on it: {advice}")
+
+    if config.replayed:
+        with atomic_path(ctx.out / TABLE) as path:
+            shutil.copyfile(source, path)
+            check(path)
+    else:
+        check(source)
+    write_contents(ctx.out, ctx.out / TABLE if config.replayed else source)
     write_text(ctx.out / ORIGIN, config.model_dump_json(include={"target_digest", "tokenizer_digest"}) + "\n")
 
 

@@ -48,14 +48,18 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
     from draftsmith.artifacts.errors import DraftsmithError
     from draftsmith.stages.prompting.answers import TrajectoryTable, WaitingAnswers
     from draftsmith.stages.prompting.aside import Aside
-    from draftsmith.stages.prompting.earlier import contents, made_otherwise, read_earlier
+    from draftsmith.stages.prompting.earlier import made_otherwise, read_contents, read_earlier
     from draftsmith.stages.prompting.held_out import read_held_out
     from draftsmith.stages.prompting.intake import Intake
     from draftsmith.stages.prompting.tokenised import Tokenised
     from draftsmith.stages.targets.info import read_target_info
 
     preflight(config, ctx.inputs["target"])
-    if config.overlaps and "earlier" not in ctx.inputs:  # nobody knows what was used of the overlap
+    if config.overlaps and "earlier" not in ctx.inputs:
+        ctx.log(
+            f"the window begins behind {config.after}, without logs.lateness_hours: which rows before it were used by "
+            "the champion's refresh is not known here"
+        )
         config = config.model_copy(update={"lateness_hours": 0.0})
     held_out = read_held_out(ctx.inputs.get("prompts"))
     with (
@@ -64,7 +68,7 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
         Tokenised(ctx.work / "tokenised") as kept,
     ):
         aside = Aside("logs.max_bad_share", config.max_bad_share, lines)
-        used_before = contents(ctx.inputs["earlier"]) if config.overlaps else frozenset()
+        used_before = read_contents(ctx.inputs["earlier"]) if config.overlaps else frozenset()
         intake = Intake(config, ctx.inputs["target"], held_out, aside, kept, used_before)
         earlier, changed, info = None, None, read_target_info(ctx.inputs["target"])
         if config.replay_share and "earlier" in ctx.inputs:

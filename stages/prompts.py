@@ -18,7 +18,7 @@ from draftsmith.artifacts.atomic import atomic_path, write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import NOT_FETCHED, Config, Operational, Stage, StageContext
 from draftsmith.stages.prompting.files import local_files, remote_versions
-from draftsmith.stages.prompting.held_out import HELDOUT_SHARE, HeldOutBy, identity
+from draftsmith.stages.prompting.held_out import HELDOUT_SHARE, HeldOutBy
 from draftsmith.stages.prompting.rows import Message
 from draftsmith.stages.prompting.sources import (
     SPLITS,
@@ -293,7 +293,7 @@ def _draw_one(
 ) -> dict[str, Any]:
     """The next row of this split that is new and short enough."""
     while (candidate := supply.next(split)) is not None:
-        prompt_id, group = candidate.text_hash, identity(candidate.messages, config.heldout_by)
+        prompt_id, group = candidate.text_hash, candidate.group
         if prompt_id in drawn.seen or (split == "train" and group in drawn.measured):
             drawn.duplicates += 1
             continue

@@ -189,7 +189,7 @@ def _curve(folder: Path, name: str) -> list[tuple[int, float]]:
 def _lineage(ctx: StageContext) -> Iterator[tuple[str, Manifest, Path]]:
     """Every artifact behind the inputs, sources first, under the name that this stage or its reader gives it."""
     roots = {name: folder for name, folder in ctx.inputs.items() if (folder / MANIFEST).is_file()}
-    names = {read_manifest(folder).key: name for name, folder in roots.items()}
+    names = _names(roots)
     seen: set[str] = set()
 
     def visit(name: str, folder: Path) -> Iterator[tuple[str, Manifest, Path]]:
@@ -206,6 +206,25 @@ def _lineage(ctx: StageContext) -> Iterator[tuple[str, Manifest, Path]]:
 
     for name, folder in roots.items():
         yield from visit(name, folder)
+
+
+def _names(roots: Mapping[str, Path]) -> dict[str, str]:
+    """By key: the inputs as this stage calls them, and what earlier iterations made as their nodes are called: `opd-1`,
+    `mining-1`, `control-1`."""
+    names = {read_manifest(folder).key: name for name, folder in roots.items()}
+    for arm in ("opd", "control"):
+        chain: list[Manifest] = []  # the newest first
+        folder = roots.get(arm)
+        while folder is not None and (entry := read_manifest(folder).inputs.get("drafter")) is not None:
+            folder = _sibling(folder, entry)
+            if entry.key in names or not (folder / MANIFEST).is_file():
+                break
+            chain.append(read_manifest(folder))
+        for number, made in enumerate(reversed(chain), start=1):
+            names[made.key] = f"{arm}-{number}"
+            if "mined" in made.inputs:
+                names[made.inputs["mined"].key] = f"mining-{number}"
+    return names
 
 
 def _sibling(folder: Path, entry: InputEntry) -> Path:

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.tracking import Tracking
@@ -26,6 +27,7 @@ from draftsmith.flows.pipeline import prefect_server
 from draftsmith.flows.pipeline.graph import Node, Pipeline, PlannedNode, Status, in_order, plan
 from draftsmith.flows.pipeline.machine import check_home, free_disk_bytes
 from draftsmith.flows.pipeline.options import RunOptions, check_runner
+from draftsmith.stages.earlier import EarlierConfig, is_here
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.targets.estimate import Estimate
 from draftsmith.stages.targets.info import read_target_info
@@ -71,10 +73,22 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
 
 def _without_target(found: Findings, nodes: Sequence[Node], to_make: Sequence[Node]) -> None:
     """What the config alone says. to_make: the nodes that are not done."""
+    _check_earlier(found, to_make)
     check_supplies(found, nodes)
     check_sources(found, to_make)
     check_engines(found, to_make)
     check_parallel(found, to_make)
+
+
+def _check_earlier(found: Findings, to_make: Sequence[Node]) -> None:
+    """The answers that a line's champion was trained on: asked for before held-out prompts are answered."""
+    for node in to_make:
+        with found.part(node.name):
+            if isinstance(node.config, EarlierConfig) and not is_here(node.config):
+                raise DraftsmithError(
+                    f"{node.config.folder}: the answers of the champion's refresh are not here: restore them, or set "
+                    "logs.replay_share to 0"
+                )
 
 
 def _with_target(

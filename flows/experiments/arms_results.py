@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.flows.pipeline.display import Display
-from draftsmith.stages.experiments.comparison import BASE, cost_to_reach
+from draftsmith.stages.experiments.comparison import BASE, Spent, cost_to_reach
 from draftsmith.stages.reporting.rows import Table, number
 
 
@@ -30,19 +30,22 @@ def show_results(display: Display, made: Mapping[str, Path], _mlflow: str = "") 
 
 
 def _regained(before: float, rows: list[dict[str, Any]]) -> tuple[Table, list[str]]:
-    """What each arm had spent, seed by seed, when its tau was back; and the arms of which no seed got there."""
+    """What each arm had spent, seed by seed (at most, where its smallest budget was more than enough), when its tau was
+    back; and the arms of which no seed got there."""
     lines = []
     never = []
     for arm in dict.fromkeys(row["arm"] for row in rows if row["arm"] != BASE):
         of_arm = [row for row in rows if row["arm"] == arm]
         spent = [cost_to_reach(of_arm, before, cost) for cost in ("positions", "seconds")]
         if any(value is not None for value in spent[0]):
-            lines.append(
-                [arm, *(" ".join("never" if value is None else f"{value:,.0f}" for value in each) for each in spent)]
-            )
+            lines.append([arm, *(" ".join(map(_said, each)) for each in spent)])
         else:
             never.append(arm)
     return Table(["arm", "positions", "seconds"], lines, title=f"tau {before:.3f} again at"), never
+
+
+def _said(spent: Spent | None) -> str:
+    return "never" if spent is None else f"{'≤' if spent.at_most else ''}{spent.cost:,.0f}"
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -18,16 +18,17 @@ def unchanged(
 ) -> Iterator[None]:
     """Around a stage. Raises DraftsmithError before the body if an input is damaged or a file is not that of the key
     (`external`), and after it, however it ended, if one has become so: then what the attempt left is discarded too."""
-    _check(store, node, inputs, external)
+    _check_current(store, node, inputs, external)
+    _check_whole(store, node, inputs, read=False)
     try:
         yield
     except Exception:
         # what cannot be asked now hides no error of the stage
         with suppress(RetryableError), _discarding(store, claim):
-            _check(store, node, inputs, external)
+            _check_read(store, node, inputs, external)
         raise
     with _discarding(store, claim):
-        _check(store, node, inputs, external)
+        _check_read(store, node, inputs, external)
 
 
 @contextmanager
@@ -41,7 +42,13 @@ def _discarding(store: Store, claim: Claim) -> Iterator[None]:
         raise
 
 
-def _check(store: Store, node: Node, inputs: Mapping[str, ArtifactRef], external: Mapping[str, str]) -> None:
+def _check_read(store: Store, node: Node, inputs: Mapping[str, ArtifactRef], external: Mapping[str, str]) -> None:
+    _check_whole(store, node, inputs, read=True)  # first: it asks nobody
+    _check_current(store, node, inputs, external)
+
+
+def _check_current(store: Store, node: Node, inputs: Mapping[str, ArtifactRef], external: Mapping[str, str]) -> None:
+    """Inputs and files are those of the key."""
     for name, ref in inputs.items():
         now = store.manifest_at(ref.stage, ref.key)
         if now is not None and now.content_id != ref.content_id:  # another run made it again, with `--force`
@@ -49,11 +56,6 @@ def _check(store: Store, node: Node, inputs: Mapping[str, ArtifactRef], external
                 f"{node.name}: its input {name} ({ref.path}) was made again by another run, with other content: run "
                 "the same command again, which then starts from the new one"
             )
-        try:
-            store.fetch(ref)
-            store.verify_once(ref)
-        except DraftsmithError as error:
-            raise type(error)(f"{node.name}: its input {name}: {error}{_node(node, name, ref)}") from error
     found = external_digests(node.config.reading(external))  # what has come meanwhile is not read
     if changed := [path for path in sorted({*found, *external}) if found.get(path) != external.get(path)]:
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
@@ -61,6 +63,18 @@ def _check(store: Store, node: Node, inputs: Mapping[str, ArtifactRef], external
             f"{node.name}: {changed[0]}{more} changed while it was read: nothing of it was kept; run the same command "
             "again, which then starts from what is there"
         )
+
+
+def _check_whole(store: Store, node: Node, inputs: Mapping[str, ArtifactRef], *, read: bool) -> None:
+    """Inputs are as they were written. read: by the stage, so that a copy which is damaged is none to mend."""
+    for name, ref in inputs.items():
+        try:
+            if not read:
+                store.fetch(ref)
+            store.verify_once(ref, read=read)
+        except DraftsmithError as error:
+            hint = _node(node, name, ref) if "--force" in str(error) else ""
+            raise type(error)(f"{node.name}: its input {name}: {error}{hint}") from error
 
 
 def _node(node: Node, name: str, ref: ArtifactRef) -> str:

@@ -27,6 +27,7 @@ from draftsmith.flows.refresh.line import (
 from draftsmith.flows.refresh.telling import Telling
 from draftsmith.stages.champion import RECORD as TARGET_RECORD
 from draftsmith.stages.contract import Config
+from draftsmith.stages.earlier import is_here
 from draftsmith.stages.gate import DECISION
 from draftsmith.stages.measure.drift import fallen, unjudged
 from draftsmith.stages.measure.gate import with_version
@@ -205,6 +206,9 @@ def resolve(config: RefreshConfig) -> RefreshConfig:
     found: dict[str, Config] = {"registry": line, "prompts": prompts_since(config.prompts, line.read_until)}
     if config.logs is not None and config.logs.since == LAST:
         found["logs"] = config.logs.model_copy(update={"after": line.read_until})
+    if config.logs is not None and not config.logs.replay_share and line.answers and not is_here(line.answers):
+        # on a machine without the store: rows that come late are lost rather than the refresh
+        found["registry"] = line.model_copy(update={"answers": None})
     return config.model_copy(update=found)
 
 

@@ -42,7 +42,8 @@ def refresh_nodes(config: RefreshConfig) -> list[Node]:
         known = config.registry.answers if config.registry is not None else None
         if known is not None and (config.logs.replay_share or config.logs.overlaps):
             earlier = {"earlier": "earlier"}
-            nodes.append(Node("earlier", "draftsmith.stages.earlier", known))
+            taken = known.model_copy(update={"replayed": config.logs.replay_share > 0})
+            nodes.append(Node("earlier", "draftsmith.stages.earlier", taken))
         nodes.append(Node(answers, "draftsmith.stages.logs", config.logs, asked | earlier))
     else:
         assert config.rollout is not None  # RefreshConfig has checked it

@@ -219,6 +219,7 @@ def arm_table(
             "tau": float(taus.mean()),
             "tau_of_seeds": taus.tolist(),
             **{cost: float(np.mean([costs[name][cost] for name in names])) for cost in COSTS},
+            **{f"{cost}_of_seeds": [costs[name][cost] for name in names] for cost in COSTS},
         }
         others = groups.get((control, steps), [])
         if arm not in (BASE, control) and len(others) == len(names):
@@ -238,24 +239,32 @@ def arm_table(
     return table
 
 
-def cost_to_reach(rows: Sequence[Mapping[str, Any]], level: float, cost: str) -> list[float | None]:
+@dataclass(frozen=True)
+class Spent:
+    """What a training had cost when it came to some level."""
+
+    cost: float
+    at_most: bool = False  # the smallest budget was more than enough
+
+
+def cost_to_reach(rows: Sequence[Mapping[str, Any]], level: float, cost: str) -> list[Spent | None]:
     """What each seed of an arm had spent when its tau passed `level`, read off the line between two budgets.
 
     rows: the arm's rows of `arm_table`, one a budget; every budget is a training of its own. None where the largest is
-    not enough; where the smallest is more than enough, what that one cost.
+    not enough.
     """
     ordered = sorted(rows, key=lambda row: row[cost])
-    found: list[float | None] = []
+    found: list[Spent | None] = []
     for seed in range(len(ordered[0]["tau_of_seeds"])):
-        points = [(row[cost], row["tau_of_seeds"][seed]) for row in ordered]
+        points = [(row[f"{cost}_of_seeds"][seed], row["tau_of_seeds"][seed]) for row in ordered]
         above = next((i for i, (_, tau) in enumerate(points) if tau >= level), None)
         if above is None:
             found.append(None)
         elif above == 0:
-            found.append(points[0][0])
+            found.append(Spent(points[0][0], at_most=points[0][1] > level))
         else:
             (spent, tau), (more, higher) = points[above - 1], points[above]
-            found.append(spent + (level - tau) / (higher - tau) * (more - spent))
+            found.append(Spent(spent + (level - tau) / (higher - tau) * (more - spent)))
     return found
 
 

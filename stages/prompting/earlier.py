@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from draftsmith.artifacts.atomic import atomic_path
 from draftsmith.artifacts.parquet import read_table
 from draftsmith.artifacts.schemas import TRAJECTORIES
 from draftsmith.stages.prompting.answers import chosen_rows, parts
@@ -17,7 +18,8 @@ from draftsmith.stages.prompting.intake import Intake, content, prompt_id
 from draftsmith.stages.prompting.selection import lot
 from draftsmith.stages.targets.info import TargetInfo
 
-ORIGIN = "earlier.json"  # beside the table: whose answers they are
+ORIGIN, CONTENTS = "earlier.json", "contents.npy"  # whose answers they are, and their digests
+_DIGEST_BYTES = 16
 _COLUMNS = ["split", "temperature", "top_p", "prompt_ids", "response_ids"]
 
 
@@ -89,15 +91,22 @@ def _law(temperature: float, top_p: float) -> tuple[float, float]:
     return float(np.float32(temperature)), float(np.float32(top_p)) if temperature > 0 else 1.0
 
 
-def contents(folder: Path) -> frozenset[bytes]:
-    """`Taken.content` of all answers of an artifact. Raises DraftsmithError if it is damaged or of another version."""
-    path = folder / "trajectories.parquet"
-    read_table(path, TRAJECTORIES, columns=["sample"])  # whole, and of this version
-    return frozenset(
+def write_contents(folder: Path, table: Path) -> None:
+    """`CONTENTS` of a table of answers: [different answers, 16] uint8, `Taken.content` of each. Raises DraftsmithError
+    for a table that is damaged or of another version."""
+    read_table(table, TRAJECTORIES, columns=["sample"])  # whole, and of this version
+    different = {
         content(prompt.values.to_numpy(), response.values.to_numpy())
-        for part in parts(path, ["prompt_ids", "response_ids"])
+        for part in parts(table, ["prompt_ids", "response_ids"])
         for prompt, response in zip(part["prompt_ids"], part["response_ids"], strict=True)
-    )
+    }
+    with atomic_path(folder / CONTENTS) as path, path.open("wb") as file:
+        np.save(file, np.frombuffer(b"".join(sorted(different)), np.uint8).reshape(-1, _DIGEST_BYTES))
+
+
+def read_contents(folder: Path) -> frozenset[bytes]:
+    """`Taken.content` of all answers of an earlier artifact."""
+    return frozenset(each.tobytes() for each in np.load(folder / CONTENTS))
 
 
 def _content(prompt: np.ndarray, response: np.ndarray, intake: Intake) -> bytes | None:

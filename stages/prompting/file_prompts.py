@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import replace
 from typing import TypeAlias
 
 from draftsmith.artifacts.errors import DraftsmithError
@@ -84,7 +85,7 @@ def placed_rows(
     for row, messages, ids in rows:
         empty, candidate = False, finish(source.set_name, messages, row.where)
         if ids is not None and candidate.messages == messages:  # nothing was added: its tokens are known
-            candidate = Candidate(source.set_name, messages, row.where, ids)
+            candidate = replace(candidate, token_ids=ids)
         lot = hashlib.sha256(f"{drawn} {candidate.text_hash}".encode()).digest()
         yield (_age(source, row), lot), candidate
     if empty and aside.reasons:

@@ -1,9 +1,10 @@
 """Which prompts are only ever measured on: decided by a hash of the prompt, so that no refresh can train on another's.
 
 A prompt's place is a number in [0, 1) that depends on its text alone (`heldout_by: conversation`: on that of the user's
-first message). Below `heldout_share` it may be held-out or validation material and is never trained on; above, the
-other way round. A larger share contains the smaller one: raising it takes prompts out of training; lowering it would
-give prompts to training that may have measured before, so a line of drafters refuses that (`flows/refresh/line.py`).
+first message, without a source's `suffix`). Below `heldout_share` it may be held-out or validation material and is
+never trained on; above, the other way round. A larger share contains the smaller one: raising it takes prompts out of
+training; lowering it would give prompts to training that may have measured before, so a line of drafters refuses that
+(`flows/refresh/line.py`).
 """
 
 from __future__ import annotations

@@ -157,6 +157,7 @@ class Candidate:
     source: str
     messages: list[Message]
     where: str
+    group: bytes = b""  # of a prompt that is drawn: what its held-out class is decided by (`held_out.identity`)
     token_ids: list[int] | None = None  # of a log that has them
 
     @property

@@ -56,7 +56,6 @@ class Supply:
         label: str,
         draw: Draw,
         heldout_share: float,
-        heldout_by: HeldOutBy = "prompt",
         *,
         one_stream: bool = False,
         aside: Aside | None = None,
@@ -64,7 +63,7 @@ class Supply:
     ):
         """of_class: has what was looked at already."""
         self.label, self.heldout_share, self.aside = label, heldout_share, aside
-        self._draw, self._one_stream, self._by = draw, one_stream, heldout_by
+        self._draw, self._one_stream = draw, one_stream
         self._open: dict[str, Iterator[Candidate]] = {}
         self._waiting: dict[bool, deque[Candidate]] = {True: deque(), False: deque()}
         # candidates looked at; True: of the held-out class
@@ -80,7 +79,7 @@ class Supply:
         if stream not in self._open:
             self._open[stream] = self._draw(split)
         for candidate in self._open[stream]:
-            of_class = place(identity(candidate.messages, self._by)) < self.heldout_share
+            of_class = place(candidate.group) < self.heldout_share
             self.of_class[of_class] += 1
             if of_class == held_out:
                 return candidate
@@ -111,30 +110,32 @@ def supplies(source: PromptSource, common: Supplying) -> list[Supply]:
     """The supplies of a source, which share its counts: one a procedural task, one for its files or its data set."""
     system = source.system if source.system is not None else common.system
     share = source.heldout_share if source.heldout_share is not None else common.heldout_share
-    by = common.heldout_by
 
     def finish(label: str, messages: list[Message], where: str) -> Candidate:
+        given = messages
         if source.suffix:
             last = max(index for index, message in enumerate(messages) if message["role"] == "user")
             messages = [dict(message) for message in messages]
             messages[last]["content"] += source.suffix
         if system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
-        return Candidate(label, messages, where)
+        # the turns of a conversation begin alike without the suffix, which each has in another message
+        decides = given if common.heldout_by == "conversation" else messages
+        return Candidate(label, messages, where, identity(decides, common.heldout_by))
 
     match source:
         case ReasoningGymSource():
             draws = [(task, _task_draw(task, source, finish, common.seed, common.limit)) for task in source.tasks]
-            return [Supply(label, draw, share, by) for label, draw in draws]
+            return [Supply(label, draw, share) for label, draw in draws]
         case ProceduralSource():
             draws = [(each, _family_draw(each, source, finish, common.seed, common.limit)) for each in source.families]
-            return [Supply(label, draw, share, by) for label, draw in draws]
+            return [Supply(label, draw, share) for label, draw in draws]
         case JsonlSource():
             return [_file_supply(source, finish, common, share, as_they_are=not (source.suffix or system))]
         case HuggingFaceSource():
             aside = Aside("prompts.max_bad_share", common.max_bad_share, common.listed)
             rows = _dataset_candidates(source, finish, common.seed, aside)
-            return [Supply(source.id, lambda _split: rows, share, by, one_stream=True, aside=aside)]
+            return [Supply(source.id, lambda _split: rows, share, one_stream=True, aside=aside)]
 
 
 def _task_draw(task: str, source: ReasoningGymSource, finish: Finish, seed: int, limit: int) -> Draw:
@@ -189,7 +190,7 @@ def _file_supply(source: JsonlSource, finish: Finish, common: Supplying, share: 
     """
     aside = Aside("prompts.max_bad_share", common.max_bad_share, common.listed)
     of_class: Counter[bool] = Counter()
-    wanted, by = source.counts or common.wanted, common.heldout_by
+    wanted = source.counts or common.wanted
 
     def placed(aside: Aside) -> Iterator[Placed]:
         rows = file_rows(source, aside, common.read_ids, common.only, as_they_are=as_they_are)
@@ -198,7 +199,7 @@ def _file_supply(source: JsonlSource, finish: Finish, common: Supplying, share: 
     def measured_on() -> Iterator[Placed]:
         first = aside.rows == 0  # what is read once more is counted and listed once
         for at, candidate in placed(aside if first else Aside("prompts.max_bad_share", common.max_bad_share)):
-            if place(identity(candidate.messages, by)) < share:
+            if place(candidate.group) < share:
                 yield at, candidate
             elif first:
                 of_class[False] += 1
@@ -208,7 +209,7 @@ def _file_supply(source: JsonlSource, finish: Finish, common: Supplying, share: 
     else:
         asked = wanted.validation + wanted.heldout
         candidates = nearest_first(measured_on, max(_KEPT, _KEPT_TIMES * asked))
-    return Supply(source.path, lambda _split: candidates, share, by, one_stream=True, aside=aside, of_class=of_class)
+    return Supply(source.path, lambda _split: candidates, share, one_stream=True, aside=aside, of_class=of_class)
 
 
 def _dataset_candidates(source: HuggingFaceSource, finish: Finish, seed: int, aside: Aside) -> Iterator[Candidate]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from draftsmith.stages.measure.gate import CHAMPION, challenger_of, gain_of, interval_of
-from draftsmith.stages.reporting.tables import device_seconds
+from draftsmith.stages.reporting.tables import counted, device_seconds
 
 CHALLENGER = "challenger"
 _ENDS = {"tau": ("tau", "low", "high"), "speedup": ("speedup", "speedup_low", "speedup_high")}  # of a set's figures
@@ -73,7 +73,7 @@ def _all(
     for each in artifacts:
         yield f"cost.wall_s.{each['name']}", each.get("duration_s")
     for name, key in (("tokens", "response_tokens"), ("positions", "positions"), ("tflop", "tflop")):
-        yield f"cost.{name}", sum((each.get("metrics") or {}).get(key, 0.0) for each in artifacts)
+        yield f"cost.{name}", sum(counted(each, key) or 0.0 for each in artifacts)
     for name, value in data.items():
         yield f"data.{name}", value
 

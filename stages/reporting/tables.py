@@ -11,8 +11,8 @@ from draftsmith.stages.reporting.names import ABSENT, name_of
 from draftsmith.stages.reporting.outcome import duration
 from draftsmith.stages.reporting.rows import Table, interval, number
 
-_GENERATED = ("response_tokens",)  # figures of a stage that count tokens
-_TRAINED = ("positions",)
+_COUNTED = ("response_tokens", "positions", "tflop")  # what stages say that they made
+_GIVEN = ("logs",)  # stages whose answers were there before
 
 
 def acceptance(evaluation: Mapping[str, Any]) -> Table | None:
@@ -116,11 +116,19 @@ def _devices(config: Mapping[str, Any]) -> int:
 
 def _counts(artifacts: Sequence[Mapping[str, Any]]) -> list[str]:
     found = []
-    for names in (_GENERATED, _TRAINED, ("tflop",)):
-        values = [each["metrics"][n] for each in artifacts for n in names if n in (each.get("metrics") or {})]
+    for figure in _COUNTED:
+        values = [value for each in artifacts if (value := counted(each, figure)) is not None]
         total = sum(values)
         found.append(ABSENT if not values else f"{total:,.0f}" if total >= 100 else f"{total:.3g}")
     return found
+
+
+def counted(artifact: Mapping[str, Any], figure: str) -> float | None:
+    """What its stage has generated or trained: `response_tokens`, `positions` or `tflop`. None where it says nothing,
+    and for tokens that production had generated."""
+    if figure == "response_tokens" and artifact.get("stage") in _GIVEN:
+        return None
+    return (artifact.get("metrics") or {}).get(figure)
 
 
 def prompts_table(prompts: Mapping[str, Any]) -> Table | None:

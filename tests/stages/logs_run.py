@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from draftsmith.artifacts.manifest import sha256_file
 from draftsmith.artifacts.parquet import read_table
 from draftsmith.artifacts.schemas import TRAJECTORIES
+from draftsmith.stages.earlier import STAGE as EARLIER
+from draftsmith.stages.earlier import TABLE, EarlierConfig
 from draftsmith.stages.logs import STAGE, LogsConfig
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
@@ -36,6 +39,14 @@ def run(
     ctx.stop = stop
     STAGE.run(ctx, LogsConfig.model_validate({"paths": [str(p) for p in paths], "temperature": 0, **config}))
     return ctx
+
+
+def earlier(folder: Path, before: RecordingContext) -> Path:
+    """Of stage `earlier`: what the refresh before has used."""
+    ctx = RecordingContext.under(folder / "earlier", {})
+    sha256 = sha256_file(before.out / TABLE)
+    EARLIER.run(ctx, EarlierConfig(folder=str(before.out), sha256=sha256, replayed=False))
+    return ctx.out
 
 
 def table(ctx: RecordingContext) -> list[Row]:

@@ -58,16 +58,19 @@ def test_a_benchmark_takes_nothing_from_the_logs() -> None:
     assert share(0.1, None, 0.3, 0.2, 1) == 0.3 and share(1, None) == 1
 
 
-@pytest.mark.parametrize("by", ["prompt", "conversation"])
-def test_turns_of_a_measured_conversation_may_stay_out(by: str, tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+@pytest.mark.parametrize(("by", "suffix"), [("prompt", ""), ("conversation", ""), ("conversation", " in the end")])
+def test_turns_of_a_measured_conversation_may_stay_out(
+    by: str, suffix: str, tmp_path: Path, tiny_drafter: DrafterArtifacts
+) -> None:
     rows: list[Row] = []
     for number in range(150):
         turns = [f"tell story {number} of the cat", "tell more", "tell the end"]
         rows += [asked(turn, *turns[:index]) for index, turn in enumerate(turns)]
-    measured, _ = a_week(tmp_path / "1", tiny_drafter, rows, heldout_by=by)
+    measured, _ = a_week(tmp_path / "1", tiny_drafter, rows, heldout_by=by, source={"suffix": suffix})
+    assert all(row["messages"][-1]["content"].endswith(suffix) for row in measured)
     kept = json.loads((tmp_path / "1" / "prompts" / "out" / "prompts.json").read_text())
     assert kept["heldout_by"] == by
-    begun = {row["messages"][0]["content"] for row in measured}
+    begun = {row["messages"][0]["content"].removesuffix(suffix) for row in measured}
     log = write(tmp_path / "of-these.jsonl", [row for row in rows if row["messages"][0]["content"] in begun])
     again: dict[str, Any] = {"inputs": {"prompts": tmp_path / "1" / "prompts" / "out"}, "scored": 0}
     if by == "conversation":

@@ -9,7 +9,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.prompting.times import as_time
-from tests.stages.logs_run import Row, as_ids, counts, run, set_aside, table, write
+from tests.stages.logs_run import Row, as_ids, counts, earlier, run, set_aside, table, write
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -32,7 +32,8 @@ def following(
 ) -> RecordingContext:
     """The refresh behind one that promoted."""
     newest = counts(before)["window"]["newest"]
-    return run(folder, made, *paths, inputs={"earlier": before.out}, since="last", after=newest, **config)
+    inputs = {"earlier": earlier(folder, before)}
+    return run(folder, made, *paths, inputs=inputs, since="last", after=newest, **config)
 
 
 def test_rows_that_come_late_are_read_once(
@@ -62,7 +63,7 @@ def test_without_lateness_or_the_answers_of_before_a_window_begins_behind_what_w
     log = write(tmp_path / "a.jsonl", [at(logged_answers[n], minutes) for n, minutes in enumerate((-5, 0, 5))])
     first = run(tmp_path / "first", tiny_drafter, log, since="last")
     settings: Row = {"since": "last", "after": NOON}
-    for name, inputs, hours in (("none", {"earlier": first.out}, 0), ("unknown", {}, 1)):
+    for name, inputs, hours in (("none", {"earlier": earlier(tmp_path, first)}, 0), ("unknown", {}, 1)):
         ctx = run(tmp_path / name, tiny_drafter, log, inputs=inputs, lateness_hours=hours, **settings)
         assert responses(ctx) == [logged_answers[2]["response_ids"]]
         assert counts(ctx)["outside_window"] == 2

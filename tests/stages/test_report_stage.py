@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.manifest import ArtifactRef, read_manifest
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.stages.report import STAGE, ReportConfig
 from tests.stages.reporting.sample_report import CONTEXTS, DECISION, EVALUATION, OF_A_LINE
@@ -157,3 +157,35 @@ def test_the_champion_has_the_number_of_the_reports_own_line(tmp_path: Path, inp
     assert "is better than version 7 (tau" in review["outcome"]["sentence"]
     assert review["config"]["champion"] == {"line": "mine", "version": 7}
     assert "mine version 7" in (ctx.out / "report.html").read_text()
+
+
+@pytest.mark.parametrize("iterations", [2, 3])
+def test_every_artifact_of_several_iterations_has_a_name_of_its_own(iterations: int, tmp_path: Path) -> None:
+    """That of its node, so that costs, configs and two reports can be told apart by it."""
+    store = Store(tmp_path / "store")
+    sft = put(store, "sft", {"model": "a"}, {"target": put(store, "target", {"target.json": "{}"}, {})})
+    opd = control = sft
+    for number in range(1, iterations + 1):
+        answers = put(store, "rollout", {"answers": str(number)}, {"drafter": opd})
+        learned = {"trajectories": answers, "drafter": opd}
+        mining = put(store, "mining", {"summary.json": "{}"}, learned)
+        control = put(store, "sft", {"model": f"c{number}"}, {"trajectories": answers, "drafter": control})
+        opd = put(store, "opd", {"model": f"o{number}"}, {**learned, "mined": mining})
+    drafters = {"sft": sft, "opd": opd, "control": control}
+    evaluation = put(store, "evaluation", {"evaluation.json": json.dumps(EVALUATION)}, drafters)
+    refs = {"mining": mining, "evaluation": evaluation} | drafters
+    ctx = run(tmp_path, {name: ref.path for name, ref in refs.items()})
+
+    review = json.loads((ctx.out / "review.json").read_text())
+    stages = ("opd", "control", "mining")
+    earlier = {f"{stage}-{number}" for stage in stages for number in range(1, iterations)}
+    own = {"target", "sft", "evaluation", *stages, *earlier}
+    answered = {"mining.trajectories", *(f"opd-{number}.trajectories" for number in range(1, iterations))}
+    assert review["artifacts"].keys() == own | answered
+    assert len({*review["artifacts"].values()}) == 3 + 4 * iterations
+    assert review["artifacts"][f"control-{iterations - 1}"] == f"sft/{_drafter_of(control)[:16]}"
+    assert {f"cost.wall_s.{name}" for name in own} <= review["figures"].keys()
+
+
+def _drafter_of(ref: ArtifactRef) -> str:
+    return read_manifest(ref.path).inputs["drafter"].key

@@ -149,3 +149,15 @@ def test_a_bad_row_is_a_part_of_its_window(tmp_path: Path) -> None:
     rows: list[Any] = [answer(1, time="2026-03-01")] * 90 + [answer(1, time="2026-03-08")] * 8
     level, text = found(None, tmp_path / "a.jsonl", [*rows, *["{", "{"]], since="2026-03-08", max_bad_share=0.1)
     assert level is Level.ERROR and "(2 of 10 rows inside the window cannot be read, over logs.max_bad_s" in text
+
+
+@pytest.mark.parametrize("window", [{"since": "2026-03-02"}, {"since": "last", "after": "2026-03-01T09:30:00Z"}])
+def test_later_rows_may_follow_those_that_are_looked_at(
+    window: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A log that is appended to begins with its oldest rows."""
+    monkeypatch.setattr(checks, "_LOG_ROWS", 5)
+    old, new = ([answer(number, time=f"2026-03-0{day}") for number in range(6)] for day in (1, 2))
+    level, text = found(None, tmp_path / "a.jsonl", [*old, *new], **window)
+    assert level is Level.OK and text.startswith("0 of the first 5 rows can be used; not used: 5 outside the window")
+    assert text.endswith("; rows of the window may follow")

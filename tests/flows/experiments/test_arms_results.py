@@ -13,8 +13,10 @@ from draftsmith.flows.pipeline.display import Display
 
 
 def row(arm: str, steps: int, taus: list[float], **difference: float) -> dict[str, Any]:
+    costs = {"positions": 1000.0 * steps, "seconds": 2.0 * steps}
+    of_seeds = {f"{cost}_of_seeds": [value] * len(taus) for cost, value in costs.items()}
     return {
-        "arm": arm, "steps": steps, "positions": 1000.0 * steps, "seconds": 2.0 * steps,
+        "arm": arm, "steps": steps, **costs, **of_seeds,
         "tau": sum(taus) / len(taus), "tau_of_seeds": taus, **difference,
     }  # fmt: skip
 
@@ -33,7 +35,7 @@ def test_what_won_the_old_tau_back_is_told_seed_by_seed(tmp_path: Path, capsys: 
         row("base", 0, [1.0]),
         row("opd", 10, [3.0, 3.5]), row("opd", 20, [5.0, 4.5], **compared),
         row("sft", 10, [2.0, 2.5]), row("sft", 20, [4.25, 3.75]),
-        row("scratch", 20, [1.5]),
+        row("scratch", 20, [1.5]), row("long", 20, [4.5, 3.0]),
     ]  # fmt: skip
     made = {
         "comparison": write(tmp_path / "after", arms),
@@ -51,4 +53,5 @@ def test_what_won_the_old_tau_back_is_told_seed_by_seed(tmp_path: Path, capsys: 
     assert "before the change, heldout: tau 4.000" in out
     assert lines["opd"] == ["opd", "15,000", "15,000", "30", "30"]  # halfway between the budgets, each seed
     assert lines["sft"] == ["sft", "18,889", "never", "38", "never"]
+    assert lines["long"] == ["long", "≤20,000", "never", "≤40", "never"]
     assert "never within its steps: scratch" in out

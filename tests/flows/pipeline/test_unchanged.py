@@ -15,6 +15,7 @@ import pytest
 from draftsmith.artifacts.checksums import Checksums
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.manifest import ELSEWHERE, ArtifactRef, sha256_file
+from draftsmith.artifacts.open_store import STORE
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline.display import Display
@@ -103,13 +104,30 @@ def test_a_flipped_bit_in_an_artifact_that_nobody_reads_is_no_hit(toy: Toy) -> N
     assert make(toy.workshop, toy.left(), {"first": toy.target}, force=True).ref == made
 
 
-def test_what_was_made_while_an_input_broke_is_not_kept(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    meanwhile(monkeypatch, lambda: flip(toy.numbers))
-    node = toy.left()
-    with pytest.raises(DraftsmithError, match=r"numbers\.json: has changed since it was written"):
-        toy.make(node)
-    partial = toy.workshop.store.partial("combine", key_of(node, {"first": toy.target}, 0, TOY))
+@pytest.mark.parametrize("in_bucket", [False, True])
+@pytest.mark.parametrize("how", ["flipped", "gone"])
+def test_what_was_made_while_an_input_broke_is_not_kept(
+    how: str, in_bucket: bool, tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a bucket has another copy: the stage has read the damaged one."""
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
+    if in_bucket:
+        (tmp_path / "bucket").mkdir()
+        monkeypatch.setenv(STORE, f"file://{tmp_path / 'bucket'}")
+    toy = Toy(tmp_path / "home", tracking)
+    node, store = toy.left(), toy.workshop.store
+    with monkeypatch.context() as patch:
+        meanwhile(patch, lambda: flip(toy.numbers) if how == "flipped" else toy.numbers.unlink())
+        said = "has changed since it was written" if how == "flipped" else "cannot be read"
+        with pytest.raises(DraftsmithError, match=rf"numbers\.json: {said}") as refused:
+            toy.make(node)
+    assert ("run the same command again, which fetches it again" in str(refused.value)) is in_bucket
+    assert ("--force" in str(refused.value)) is not in_bucket
+    partial = store.partial("combine", key_of(node, {"first": toy.target}, 0, TOY))
     assert not [path for path in partial.rglob("*") if path.is_file() and path.name == "numbers.json"]
+    assert toy.found(node) is None
+    if in_bucket:
+        assert json.loads((toy.make(node).path / "numbers.json").read_text()) == [0 + 1 + 2 + 3 + 4]
 
 
 def test_what_was_made_from_a_damaged_input_does_not_stay_a_hit(
@@ -256,7 +274,7 @@ def test_a_store_that_does_not_answer_takes_no_work_away(
             unchanged(store, left, {"first": toy.target}, claim, {}),
         ):
             (claim.work / "checkpoint.pt").write_text("hours")
-            monkeypatch.setattr(store, "fetch", away)
+            monkeypatch.setattr(store, "manifest_at", away)
             if fails:
                 raise DraftsmithError("its own error")
         assert (claim.work / "checkpoint.pt").exists()

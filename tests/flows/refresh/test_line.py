@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.open_store import STORE, store_of
+from draftsmith.artifacts.registry import Version
+from draftsmith.artifacts.store import Claim
+from draftsmith.flows.checks.check import RunChecks
+from draftsmith.flows.pipeline.graph import PlannedNode, Status
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.course import resolve
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.flows.refresh.line import RegistryConfig, as_it_stands, log_tags, prompt_tags, registry
-from draftsmith.stages.earlier import STAGE, EarlierConfig
+from draftsmith.stages.earlier import STAGE, TABLE, EarlierConfig, is_here
 from draftsmith.stages.logs import STAGE as LOGS
 from draftsmith.stages.logs import LogsConfig
 from draftsmith.stages.targets.info import read_target_info
@@ -26,30 +34,55 @@ from tests.testbed.drafter import DrafterArtifacts
 LINE = "tiny"
 
 
-def config_of(log: Path, *, line: str | None = LINE) -> RefreshConfig:
+def config_of(log: Path, *, line: str | None = LINE, **logs: Any) -> RefreshConfig:
     return RefreshConfig.model_validate(
         {
             "name": "weekly",
             "registry": None if line is None else {"name": line},
             "target": {"source": "nowhere"},
-            "logs": {"paths": [str(log)], "temperature": 0, "since": "last", "replay_share": 0.25},
+            "logs": {"paths": [str(log)], "temperature": 0, "since": "last", **logs},
         }
     )
 
 
-def test_the_next_refresh_reads_what_is_new_and_mixes_in_what_the_champion_has_learned(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@dataclass(frozen=True)
+class Promoted:
+    """A line whose champion was trained on 20 logged answers, and a log with 6 later ones."""
+
+    target: Path
+    log: Path
+    read: RecordingContext  # of stage `logs`
+    version: Version
+
+    def next(self, **logs: Any) -> RefreshConfig:
+        return resolve(config_of(self.log, **logs))
+
+    def run(self, config: RefreshConfig, folder: Path) -> tuple[RecordingContext, RecordingContext | None]:
+        """Stage `logs` of a refresh, and stage `earlier` where it has that."""
+        nodes = {node.name: node for node in refresh_nodes(config)}
+        inputs, taken = {"target": self.target}, None
+        if "earlier" in nodes:
+            assert nodes["logs"].inputs["earlier"] == "earlier"
+            taken = RecordingContext.under(folder / "earlier", {})
+            STAGE.run(taken, nodes["earlier"].config)
+            inputs["earlier"] = taken.out
+        again = RecordingContext.under(folder / "logs", inputs)
+        assert config.logs is not None
+        LOGS.run(again, LogsConfig.model_validate(config.logs.model_dump()))
+        return again, taken
+
+
+@pytest.fixture
+def promoted(tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch) -> Promoted:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
     rows = [json.loads(line) for line in _answers(tmp_path, tiny_drafter).read_text().splitlines()]
     log = write(tmp_path / "log.jsonl", rows[:20])
-    first = resolve(config_of(log))
+    first = resolve(config_of(log, replay_share=0.25))
     assert first.logs is not None and first.logs.after is None
     assert "earlier" not in {node.name for node in refresh_nodes(first)}
     read = run(tmp_path / "first", tiny_drafter, log, since="last")
     assert counts(read)["used"] == 20
-
     line = registry()
     drafter = tmp_path / "opd"
     (drafter / "drafter").mkdir(parents=True)
@@ -57,39 +90,90 @@ def test_the_next_refresh_reads_what_is_new_and_mixes_in_what_the_champion_has_l
     version = line.register(LINE, ArtifactRef("opd", "key", "content", drafter), log_tags(logs))
     line.promote(version, expected=None, why="the first one")
     write(log, rows[:26])
-    second = resolve(config_of(log))
-    assert second.logs is not None and second.logs.after == counts(read)["window"]["newest"]
-    nodes = {node.name: node for node in refresh_nodes(second)}
-    assert nodes["logs"].inputs["earlier"] == "earlier"
-    earlier = nodes["earlier"].config
-    assert isinstance(earlier, EarlierConfig)
-    taken = RecordingContext.under(tmp_path / "earlier", {})
-    STAGE.run(taken, earlier)
-    again = RecordingContext.under(tmp_path / "second", {"target": tiny_drafter.target, "earlier": taken.out})
-    LOGS.run(again, LogsConfig.model_validate(second.logs.model_dump()))
+    return Promoted(tiny_drafter.target, log, read, version)
+
+
+def test_the_next_refresh_reads_what_is_new_and_mixes_in_what_the_champion_has_learned(
+    promoted: Promoted, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    second = promoted.next(replay_share=0.25)
+    assert second.logs is not None and second.logs.after == counts(promoted.read)["window"]["newest"]
+    again, taken = promoted.run(second, tmp_path / "second")
     found = counts(again)
     assert (found["used"], found["replayed"], found["outside_window"]) == (6, 2, 19)
     assert found["set_aside"] == {"used by the champion's refresh": 1}, "the newest one that was read"
-    for lateness, wired in ((1.0, True), (0.0, False)):
-        logs_alone = second.logs.model_copy(update={"replay_share": 0.0, "lateness_hours": lateness})
-        names = {node.name for node in refresh_nodes(second.model_copy(update={"logs": logs_alone}))}
-        assert ("earlier" in names) is wired
-    old = {tuple(row["response_ids"]) for row in table(read)}
+    old = {tuple(row["response_ids"]) for row in table(promoted.read)}
     assert {tuple(row["response_ids"]) for row in table(again)[6:]} <= old
 
-    info = read_target_info(tiny_drafter.target)
+    assert second.registry is not None
+    earlier, info = second.registry.answers, read_target_info(tiny_drafter.target)
+    assert taken is not None and earlier is not None
     assert (earlier.target_digest, earlier.tokenizer_digest) == (info.digest, info.tokenizer_digest)
-    line.tag(version, {"answers": _of_before(version.tags["answers"]), "target_digest": "another"})
+    registry().tag(
+        promoted.version, {"answers": _of_before(promoted.version.tags["answers"]), "target_digest": "another"}
+    )
     known = as_it_stands(RegistryConfig(name=LINE)).answers
     assert known is not None and (known.target_digest, known.tokenizer_digest) == ("another", "")
     assert known.sha256 == earlier.sha256
 
-    (read.out / "trajectories.parquet").write_bytes(b"other")
-    with pytest.raises(DraftsmithError, match=r"has changed since the champion was trained on it.*replay_share"):
-        STAGE.run(replace(taken, out=tmp_path), earlier)
-    (read.out / "trajectories.parquet").unlink()
+    answers = promoted.read.out / "trajectories.parquet"
+    answers.write_bytes(b"other")
+    for replayed in (True, False):
+        with pytest.raises(DraftsmithError, match=r"has changed since the champion was trained on it.*replay_share"):
+            STAGE.run(replace(taken, out=tmp_path), earlier.model_copy(update={"replayed": replayed}))
+    answers.unlink()
     with pytest.raises(DraftsmithError, match="are not here"):
         STAGE.run(replace(taken, out=tmp_path), earlier)
+
+
+def test_answers_that_are_not_replayed_are_kept_as_digests(promoted: Promoted, tmp_path: Path) -> None:
+    again, taken = promoted.run(promoted.next(), tmp_path / "second")
+    assert taken is not None and {path.name for path in taken.out.iterdir()} == {"contents.npy", "earlier.json"}
+    assert counts(again)["set_aside"] == {"used by the champion's refresh": 1} and counts(again)["used"] == 6
+    _, nothing = promoted.run(promoted.next(lateness_hours=0), tmp_path / "exact")
+    assert nothing is None
+
+
+def test_a_machine_without_the_champions_answers_reads_what_is_new(promoted: Promoted, tmp_path: Path) -> None:
+    shutil.move(promoted.read.out, tmp_path / "elsewhere")
+    again, taken = promoted.run(promoted.next(), tmp_path / "second")
+    assert taken is None
+    assert (counts(again)["used"], counts(again)["outside_window"]) == (6, 20)
+    assert any("without logs.lateness_hours" in line for line in again.logs)
+    with pytest.raises(DraftsmithError, match=r"^earlier: .*are not here: restore them, or set logs.replay_share to 0"):
+        planned_checks(promoted.next(replay_share=0.25))
+
+
+def test_the_champions_answers_are_found_in_a_bucket_and_in_a_home_that_was_moved(
+    promoted: Promoted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bucket").mkdir()
+    answers = EarlierConfig.model_validate_json(promoted.version.tags["answers"])
+
+    def committed() -> EarlierConfig:
+        with store_of(home()).claim("logs", "a" * 64) as claim:
+            assert isinstance(claim, Claim)
+            shutil.copy(promoted.read.out / TABLE, claim.out)
+            ref = store_of(home()).commit(claim, config={}, inputs={}, code_digest="c", seed=0)
+        return answers.model_copy(update={"folder": f"/gone/{ref.stage}/{ref.path.name}"})
+
+    moved = committed()
+    assert is_here(moved)
+    STAGE.run(RecordingContext.under(tmp_path / "moved", {}), moved)
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "another"))
+    assert not is_here(moved)
+    monkeypatch.setenv(STORE, f"file://{tmp_path / 'bucket'}")
+    assert not is_here(moved)
+    stored = committed()
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "a-third"))
+    assert is_here(stored) and not list((tmp_path / "a-third").rglob(TABLE))
+    STAGE.run(RecordingContext.under(tmp_path / "fetched", {}), stored)
+
+
+def planned_checks(config: RefreshConfig) -> list[str]:
+    """What a run checks before its first stage."""
+    nodes = refresh_nodes(config)
+    return RunChecks().before([PlannedNode(node, Status.RUN) for node in nodes])
 
 
 def _of_before(answers: str) -> str:

@@ -19,6 +19,7 @@ from draftsmith.stages.experiments.comparison import (
     STAGE,
     ComparisonConfig,
     Entry,
+    Spent,
     arm_table,
     cost_to_reach,
     figures,
@@ -110,11 +111,11 @@ def test_arms_with_other_steps_than_the_control_are_not_compared() -> None:
 
 def test_the_cost_of_a_level_is_read_off_the_line_between_two_budgets() -> None:
     rows = [
-        {"positions": 100.0, "tau_of_seeds": [2.0, 3.5, 1.0]},
-        {"positions": 300.0, "tau_of_seeds": [4.0, 5.0, 2.0]},
+        {"seconds": 100.0, "seconds_of_seeds": [90.0, 100.0, 110.0], "tau_of_seeds": [2.0, 3.5, 1.0]},
+        {"seconds": 300.0, "seconds_of_seeds": [310.0, 290.0, 300.0], "tau_of_seeds": [4.0, 5.0, 2.0]},
     ]
-    assert cost_to_reach(rows, 3.0, "positions") == [200.0, 100.0, None]
-    assert cost_to_reach(rows[::-1], 3.5, "positions") == [250.0, 100.0, None]
+    assert cost_to_reach(rows, 3.0, "seconds") == [Spent(200.0), Spent(100.0, at_most=True), None]
+    assert cost_to_reach(rows[::-1], 3.5, "seconds") == [Spent(255.0), Spent(100.0), None]
 
 
 def test_curves_are_drawn_for_several_budgets_and_differences_for_each() -> None:

@@ -14,11 +14,13 @@ from draftsmith.artifacts.schemas import TRACE
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, FeatureContext
+from draftsmith.stages.engines.base import SamplingParams
 from draftsmith.stages.measure.diagnosis import Diagnosis, Served, diagnose
 from tests.stages.bench import Bench, trajectory_of
 
 ALLOWED = 0.1
 WINDOW, BLOCK = 16, 4
+PROMPTS, TOKENS = 5, 40  # windows are replayed block by block: no more than tells the changes apart
 
 
 class Forgetful(DFlashDrafter):
@@ -54,9 +56,10 @@ def forgetful(drafter: Drafter) -> Drafter:
     return other
 
 
-def serve(bench: Bench, drafter: Drafter, *, recorded: bool = True, prompts: int = 12, **drafting: int) -> Served:
+def serve(bench: Bench, drafter: Drafter, *, recorded: bool = True, **drafting: int) -> Served:
     wrong = Bench(bench.target, {"wrong": drafter}, bench.prompts, bench.greedy)
-    answers = list(wrong.answers(wrong.requests(prompts), "wrong", slots=1, **drafting).values())
+    requests = wrong.requests(PROMPTS, SamplingParams(TOKENS))
+    answers = list(wrong.answers(requests, "wrong", slots=1, **drafting).values())
     answers = [answer for answer in answers if len(answer.response_ids) > 1]
     rows: Sequence[Any] = [row for answer in answers for row in answer.trace_rows()]
     steps = to_table(TRACE, rows) if recorded else None

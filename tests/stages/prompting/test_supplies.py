@@ -52,6 +52,22 @@ def test_a_task_passes_over_what_its_split_may_not_have() -> None:
     assert supply.passed_over == supply.of_class.total() - 60 > 150
 
 
+@pytest.mark.parametrize("suffix", ["", " Think step by step."])
+def test_a_suffix_does_not_part_a_conversation(suffix: str, tmp_path: Path) -> None:
+    """It is added to the last message, and the first one decides."""
+    first = [{"role": "user", "content": f"question {number}"} for number in range(200)]
+    more = [{"role": "assistant", "content": "so"}, {"role": "user", "content": "and more?"}]
+    path = write_rows(tmp_path / "c.jsonl", [{"messages": [each, *then]} for each in first for then in ([], more)])
+    common = Supplying(heldout_by="conversation", heldout_share=0.3)
+    (supply,) = supplies(JsonlSource(path=str(path), suffix=suffix), common)
+    begun: dict[str, set[str]] = {"heldout": set(), "train": set()}
+    for split in SPLITS[::2]:
+        while (candidate := supply.next(split)) is not None:
+            assert candidate.messages[-1]["content"].endswith(suffix)
+            begun[split].add(candidate.messages[0]["content"].removesuffix(suffix))
+    assert len(begun["train"]) + len(begun["heldout"]) == 200 and len(begun["heldout"]) > 30
+
+
 def test_what_one_class_passes_over_serves_the_other(tmp_path: Path) -> None:
     path = questions(tmp_path / "a.jsonl", 200)
     (supply,) = supplies(JsonlSource(path=str(path)), Supplying())

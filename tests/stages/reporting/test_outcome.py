@@ -8,6 +8,7 @@ import pytest
 
 from draftsmith.stages.reporting.figures import figures
 from draftsmith.stages.reporting.outcome import duration, outcome, tiles
+from draftsmith.stages.reporting.tables import cost
 from tests.stages.reporting.sample_report import DECISION, EVALUATION, OF_A_LINE
 
 
@@ -81,6 +82,16 @@ def test_doubted_speeds_say_so_where_they_are_read_first() -> None:
     assert [tile.beside for tile in tiles(OF_A_LINE, 0) if tile.label.startswith("speed")] == ["not to be relied on"]
     calm = OF_A_LINE | {"doubts": []}
     assert [tile.beside for tile in tiles(calm, 0) if tile.label.startswith("speed")] == ["95 %: 1.46 to 1.55"]
+
+
+def test_answers_of_production_were_not_generated_by_the_refresh() -> None:
+    artifacts = [
+        {"name": "mining.trajectories", "stage": "logs", "duration_s": 60.0, "metrics": {"response_tokens": 98_000}},
+        {"name": "evaluation.trajectories", "stage": "rollout", "duration_s": 6.0, "metrics": {"response_tokens": 300}},
+    ]
+    shown = cost(artifacts)
+    assert shown is not None and [row[4] for row in shown.rows] == ["—", "300", "300"]
+    assert figures({}, {}, artifacts)["cost.tokens"] == 300
 
 
 def test_figures_have_the_same_names_in_every_refresh() -> None:
