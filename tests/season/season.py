@@ -122,16 +122,17 @@ def play(folder: Path, size: Size) -> Iterator[Week]:
     config.write_text(yaml.safe_dump(config_of(size)))
     if size is SHORT:
         give_databases(home)
+    broken = ["sft.learning_rate=0.5", "opd.learning_rate=0.5"]
     other = ["prompts.sources.0.filter={family: story}", "prompts.sources.0.label=story"]
     weeks: list[tuple[str, str, list[str]]] = [
         ("week 1: no champion", "promoted", []),
         ("week 2: nothing changed", "skipped", []),
         ("week 3: other traffic", "promoted", other),
-        ("week 4: a broken refresh", "refused", [*other, "sft.learning_rate=0.5", "opd.learning_rate=0.5"]),
+        ("week 4: a broken refresh", "refused", [*other, *broken]),
         ("week 5: the target has a new revision", "promoted", [*other, f"target.source={revision()}"]),
     ]
-    if size is SHORT:
-        del weeks[2]  # week 5 takes the champion's place too
+    if size is SHORT:  # the other traffic comes with the other target
+        weeks[2:4] = [("week 4: a broken refresh", "refused", broken)]
     for name, expected, changed in weeks:
         force = ["--force", "drift"] if expected == "refused" else []
         begun = time.monotonic()
