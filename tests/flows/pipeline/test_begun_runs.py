@@ -20,6 +20,7 @@ from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.cli import main
 from draftsmith.flows.pipeline import node as nodes
 from draftsmith.flows.pipeline import run
+from draftsmith.flows.pipeline.begun import notes
 from draftsmith.flows.pipeline.cancellation import Cancellation
 from draftsmith.flows.pipeline.graph import Node, PlannedNode
 from draftsmith.flows.pipeline.node import Made, Workshop, make
@@ -176,6 +177,16 @@ def test_a_stage_reads_what_the_one_before_it_was_made_of(home: Home, capsys: py
     home.come("c")
     assert home.number(stage("total")) == 30 + 2000
     assert home.reads() == "abc"
+
+
+def test_a_stage_that_fails_alone_for_its_files_reads_more_when_they_have_come(home: Home) -> None:
+    words = [str(home.file), "--set", f"left.allow={home.path / 'enough'}"]
+    assert main(["stage", "target", *words], TOY) == 0
+    assert main(["stage", "left", *words], TOY) == 2
+    home.come("b")
+    (home.path / "enough").touch()
+    assert main(["stage", "left", *words], TOY) == 0
+    assert len(notes("toy")["left"].files) == 2
 
 
 @pytest.mark.integration
