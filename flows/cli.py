@@ -154,6 +154,7 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
     planned = patiently(lambda: part.plan(config, store, pipeline, options.force), config.stages, display.line)
     display.plan(planned)
     if options.plan:
+        display.left_over(planned)  # a run says it where it begins
         return
     check_home(home(), config)
     server = start_prefect_server(home())
@@ -208,6 +209,7 @@ def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
     from draftsmith.artifacts.open_store import store_of
     from draftsmith.artifacts.tracking import Tracking
     from draftsmith.flows.checks.check import check_alone
+    from draftsmith.flows.pipeline.begun import note_begun, note_failed
     from draftsmith.flows.pipeline.display import Display
     from draftsmith.flows.pipeline.fetched import Folders
     from draftsmith.flows.pipeline.graph import plan
@@ -234,12 +236,19 @@ def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
         inputs[name] = ref
     check_home(home(), config)
     display, tracking = Display(), Tracking(home(), config.experiment)
+    display.left_over(items)
     for warning in check_alone(node, Folders(store, inputs)):
         display.line(f"warning: {warning}")
     for check in (store.check, tracking.check):
         patiently(check, config.stages, display.line)
     workshop = Workshop(home(), config, pipeline, display, tracking)
-    made = patiently(lambda: make(workshop, node, inputs, force=options.force), config.stages, display.line)
+    if (begun := planned[node.name].begun) is not None:
+        note_begun(config.name, {node.name: begun}, alone=True)
+    try:
+        made = patiently(lambda: make(workshop, node, inputs, force=options.force), config.stages, display.line)
+    except DraftsmithError as error:
+        note_failed(config.name, error, [node.name])
+        raise
     display.line(f"{node.name}: {made.ref.path}")
 
 

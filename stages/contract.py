@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr
 
+AS_WRITTEN = "as_written"  # in the context of a dump: windows such as `7d` as they were written, not the time they mean
+READ_AT = (
+    "read_at"  # in the context of a validation: when the config was read, which such windows are counted back from
+)
 NOT_FETCHED = "not fetched"  # the version of something on the hub that could not be asked for its commit yet
 
 
@@ -41,6 +46,16 @@ class Config(BaseModel):
     def listed_files(self) -> frozenset[str] | None:
         """What `reading` was given; None: all files that are there."""
         return self._listed
+
+    def listing(self) -> list[str]:
+        """Files of rows that are found by folder or pattern, each once, as `reading` takes them. Raises DraftsmithError
+        for a pattern that matches nothing."""
+        return []
+
+    def read_at(self, time: datetime) -> Self:
+        """As it is where its file is read then: windows such as `7d` begin so long before that time. No `reading`."""
+        said = self.model_dump(mode="json", context={AS_WRITTEN: True})
+        return type(self).model_validate(said, context={READ_AT: time})
 
     def key_material(self) -> dict[str, Any]:
         """What of this config decides the result, as JSON values."""

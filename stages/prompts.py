@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from draftsmith.artifacts.atomic import atomic_path, write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import NOT_FETCHED, Config, Operational, Stage, StageContext
-from draftsmith.stages.prompting.files import local_files, remote_versions
+from draftsmith.stages.prompting.files import listed, local_files, remote_versions
 from draftsmith.stages.prompting.held_out import HELDOUT_SHARE, HeldOutBy
 from draftsmith.stages.prompting.rows import Message
 from draftsmith.stages.prompting.sources import (
@@ -124,6 +124,14 @@ class PromptsConfig(Config):
             return getattr(self, split) or 0
         return sum(getattr(source.counts, split) for source in self.sources)
 
+    def listing(self) -> list[str]:
+        """Files of rows, on this machine or elsewhere."""
+        return sorted(set(listed(self._paths, self.of_paths)))
+
+    @property
+    def _paths(self) -> list[str]:
+        return [source.path for source in self.sources if isinstance(source, JsonlSource)]
+
     def external_files(self) -> list[Path]:
         """Files outside the store that this config reads; their content belongs into the stage's key.
 
@@ -139,10 +147,9 @@ class PromptsConfig(Config):
 
     def external_versions(self) -> dict[str, str]:
         """Files of rows elsewhere, with their versions, and data sets of the hub, with their commits."""
-        paths = [source.path for source in self.sources if isinstance(source, JsonlSource)]
         sets = [source for source in self.sources if isinstance(source, HuggingFaceSource) and source.of_hub]
         commits = {f"datasets/{source.id}": source.commit or NOT_FETCHED for source in sets}
-        return remote_versions(paths, self.of_paths, self.listed_files) | commits
+        return remote_versions(self._paths, self.of_paths, self.listed_files) | commits
 
 
 def preflight(config: PromptsConfig, target: Path) -> None:

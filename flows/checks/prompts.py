@@ -189,7 +189,7 @@ def _tried(source: ReasoningGymSource | ProceduralSource) -> list[Supply]:
 
 
 def _check_files(found: Findings, name: str, source: JsonlSource, config: PromptsConfig) -> None:
-    files = matched([source.path], config.of_paths)
+    files = matched([source.path], config.of_paths, config.listed_files)
     if not config.of_logs:
         _may_grow(found, name, files)
     known = [Path(file).stat().st_size for file in files if not is_remote(file)]
@@ -198,7 +198,7 @@ def _check_files(found: Findings, name: str, source: JsonlSource, config: Prompt
     aside = Aside(f"{config.section}.max_bad_share", config.max_bad_share)
     rows = held_out = unread = 0
     as_they_are = not (source.suffix or source.system or config.system)
-    for _, messages, _ in file_rows(source, aside, as_they_are=as_they_are):
+    for _, messages, _ in file_rows(source, aside, only=config.listed_files, as_they_are=as_they_are):
         rows += 1
         unread += not messages  # token ids alone: the stage decodes them
         held_out += place(identity(messages, config.heldout_by)) < share

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,8 @@ from draftsmith.artifacts.code_digest import code_digest, code_modules
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.store import Store
-from draftsmith.flows.pipeline.external import as_begun, external_digests
+from draftsmith.flows.pipeline.begun import Begun, begin, notes
+from draftsmith.flows.pipeline.external import external_digests
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.stages.contract import Config, Stage
 
@@ -127,6 +129,17 @@ class PlannedNode:
     ref: ArtifactRef | None = None  # of a hit
     after: tuple[str, ...] = ()  # nodes that must be made before the key is known
     damage: DraftsmithError | None = None  # what is wrong with an artifact that is there, and what to do
+    begun: Begun | None = None  # the files of rows that it reads, where it lists any
+
+    @property
+    def left_over(self) -> str | None:
+        """Of a node that goes on with what an earlier run began with: which files it does not read, and what would."""
+        if self.begun is None or not self.begun.newer:
+            return None
+        return (
+            f"{self.node.name}: goes on with the files that the last run began with ({len(self.begun.files)}); those "
+            f"that came since ({self.begun.newer}) are for the next one (`--force {self.node.name}` reads them now)"
+        )
 
 
 def in_order(nodes: Sequence[Node]) -> list[Node]:
@@ -208,7 +221,8 @@ def plan(
     """What a run would do now, in the order in which it would do it. Reads the store, changes nothing.
 
     stop_at_damage: a damaged artifact is an error, as it is for a run; else it is a node like one that is not made.
-    again: only some nodes are wanted again, so files outside the store that came since the last run are not read.
+    again: only some nodes are wanted again: what is neither forced nor behind a forced one reads no files that came
+    since the last run began, though that has ended.
     """
     nodes = in_order(pipeline.nodes(config))
     return plan_nodes(nodes, config, store, pipeline, force, stop_at_damage=stop_at_damage, again=again)
@@ -225,30 +239,37 @@ def plan_nodes(
     again: bool = False,
 ) -> list[PlannedNode]:
     """The same for some of a graph's nodes, which are in order and need no others."""
-    _check_external_files(nodes)
     forced = forced_nodes(nodes, force)
-    ended = again or bool(forced)
-    nodes = [
-        each
-        if each.name in forced
-        else replace(each, config=as_begun(config.name, each.name, each.config, ended=ended))
-        for each in nodes
-    ]
+    begun = _begun(config.name, nodes, forced, again=again)
     planned: dict[str, PlannedNode] = {}
     for node in nodes:
-        planned[node.name] = _plan_node(node, planned, seed_of(node, config), store, pipeline, node.name in forced)
-        if stop_at_damage and (damage := planned[node.name].damage) is not None:
-            raise damage
+        listed = begun.get(node.name)
+        if listed is not None:
+            node = replace(node, config=listed.read_by(node.config))
+        item = _plan_node(node, planned, seed_of(node, config), store, pipeline, node.name in forced)
+        if stop_at_damage and item.damage is not None:
+            raise item.damage
+        planned[node.name] = replace(item, begun=listed)
     return list(planned.values())
 
 
-def _check_external_files(nodes: Sequence[Node]) -> None:
-    """Every file that a stage will read is there: said before anything runs, not when its turn comes."""
+def _begun(run: str, nodes: Sequence[Node], forced: Collection[str], *, again: bool) -> dict[str, Begun]:
+    """The files of rows that every node reads. All that a stage will read is there: said before anything runs, not when
+    its turn comes."""
+    known, now = notes(run), time.time()
+    anew, found = set(forced), {}
     for node in nodes:
+        if anew & set(node.inputs.values()):
+            anew.add(node.name)
         try:
             node.config.external_files()
+            note = known.get(node.name) if node.name not in forced else None
+            begun = begin(node.config, note, now, ended=again and node.name not in anew)
         except DraftsmithError as error:
             raise type(error)(f"{node.name}: {error}") from error
+        if begun is not None:
+            found[node.name] = begun
+    return found
 
 
 def _plan_node(

@@ -35,9 +35,11 @@ def status_of_config(display: Display, config: RunOptions, pipeline: Pipeline) -
     """One line a node of the config: done, running, unfinished, failed (with its last error), damaged, or waiting."""
     store = store_of(home())
     table = _table("node", "stage", "key", "state")
-    for item in plan(config, store, pipeline, stop_at_damage=False):
+    planned = plan(config, store, pipeline, stop_at_damage=False)
+    for item in planned:
         table.add_row(item.node.name, item.node.stage.name, (item.key or "-")[:16], _state(item, store))
     display.console.print(table)
+    display.left_over(planned)
 
 
 def _state(item: PlannedNode, store: Store) -> str:

@@ -19,7 +19,7 @@ from draftsmith.artifacts.store import Claim, Store
 from draftsmith.artifacts.tracking import StageRun, Tracking
 from draftsmith.flows.pipeline.devices import Waiting, devices_of
 from draftsmith.flows.pipeline.display import Display, StageDisplay
-from draftsmith.flows.pipeline.external import external_digests, note_begun
+from draftsmith.flows.pipeline.external import external_digests
 from draftsmith.flows.pipeline.failures import forget_failure, note_failure
 from draftsmith.flows.pipeline.graph import Node, Pipeline, find, key_of, outdated, seed_of
 from draftsmith.flows.pipeline.history import note_made
@@ -49,7 +49,6 @@ class Workshop:
     check: Callable[[], None] = lambda: None  # called while a stage waits or runs; what it raises stops it
     hold: Hold = lambda _say, _check: contextlib.nullcontext()  # what a stage on the accelerator holds
     pool: Pool = side_by_side  # who makes the shards of a node
-    of_a_run: bool = False  # which another one goes on with, should it not come to its end; a stage alone is none
 
     @property
     def store(self) -> Store:
@@ -75,8 +74,6 @@ def make(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], *, f
     Raises the stage's own `DraftsmithError`; what the stage saved is kept for the next attempt.
     """
     external = external_digests(node.config)
-    if workshop.of_a_run:
-        note_begun(workshop.config.name, node.name, node.config, external)
     key = key_of(node, inputs, seed_of(node, workshop.config), workshop.pipeline, external)
     stage = node.stage.name
     ref = None if force else find(workshop.store, node, key, verify=True)

@@ -43,11 +43,21 @@ class Part:
         return [node for node in ordered if node.name in wanted]
 
     def plan(
-        self, config: RunOptions, store: Store, pipeline: Pipeline, force: Collection[str] = ()
+        self,
+        config: RunOptions,
+        store: Store,
+        pipeline: Pipeline,
+        force: Collection[str] = (),
+        *,
+        deployed: bool = False,
     ) -> list[PlannedNode]:
-        """What a run of this part would do now. Raises DraftsmithError if `start` needs what is not there."""
+        """What a run of this part would do now. Raises DraftsmithError if `start` needs what is not there.
+
+        deployed: `force` is of every run, and so says nothing of which nodes are wanted again.
+        """
         nodes = self.nodes(pipeline.nodes(config))
-        planned = plan_nodes(nodes, config, store, pipeline, force, again=bool(self.start))
+        again = bool(self.start) or (bool(force) and not deployed)
+        planned = plan_nodes(nodes, config, store, pipeline, force, again=again)
         if self.start:
             self._starts_from_the_store(planned, forced_nodes(nodes, force))
         return planned

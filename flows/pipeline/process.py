@@ -38,6 +38,10 @@ class StageFailedError(DraftsmithError):
     exit_code = 1
 
 
+class PastLimitError(DraftsmithError):
+    """The stage ran past its time limit. It goes on from what it saved."""
+
+
 @dataclass(frozen=True)
 class StageRequest:
     """What `python -m draftsmith.stages` is asked to do."""
@@ -159,12 +163,12 @@ class _RunningStage:
         self._done = False
 
     def wait(self, limit: TimeLimit, check: Callable[[], None]) -> None:
-        """Until the process has ended. Raises `DraftsmithError` at the time limit, and what `check` raises."""
+        """Until the process has ended. Raises `PastLimitError` at the time limit, and what `check` raises."""
         deadline = self._started + limit.seconds
         while self._process.poll() is None:
             check()
             if time.monotonic() > deadline:
-                raise DraftsmithError(
+                raise PastLimitError(
                     f"stage {self._name} ran past its limit of {limit.seconds / 60:g} minutes and was stopped: raise "
                     f"{limit.field} and run the same command again, which goes on from what it saved "
                     f"(log: {self._log_path})"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect.client.schemas.objects import State
+from prefect.context import FlowRunContext
 from prefect.events import emit_event
 from prefect.states import Cancelled, Completed, Failed
 
@@ -21,10 +22,10 @@ from draftsmith.artifacts.redaction import redact_logs
 from draftsmith.artifacts.refreshes import OUTCOME
 from draftsmith.artifacts.tracking import Status, Tracking
 from draftsmith.flows.pipeline import registered
+from draftsmith.flows.pipeline.begun import note_begun, note_ended, note_failed
 from draftsmith.flows.pipeline.cancellation import Cancellation, CancelledError
 from draftsmith.flows.pipeline.delivery import body
 from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.pipeline.external import note_ended
 from draftsmith.flows.pipeline.fetched import Folders, Refs
 from draftsmith.flows.pipeline.graph import (
     Checks,
@@ -121,7 +122,9 @@ def _run_once(
     _warn(workshop, filter(None, [misplaced(tracking)]))
     workshop.tracking.close_dead_runs(workshop.store)
     planned = patiently(
-        lambda: part.plan(config, workshop.store, pipeline, force), config.stages, workshop.display.line
+        lambda: part.plan(config, workshop.store, pipeline, force, deployed=_deployed()),
+        config.stages,
+        workshop.display.line,
     )
     nodes = [item.node for item in planned]
     whole = not part.until  # also where every node is needed for it: who stops at the report looks before promoting
@@ -129,16 +132,12 @@ def _run_once(
     forced = forced_nodes(nodes, force)
     concluding = pipeline.course(config, forced) if pipeline.course is not None else None
     course = concluding if whole else None
-    for node in nodes:
-        if (begun := node.config.listed_files) is not None:
-            workshop.display.line(
-                f"{node.name}: goes on with the files that the last run began with ({len(begun)}); those that came "
-                f"since are for the next one (`--force {node.name}` reads them now)"
-            )
+    workshop.display.left_over(planned)
     _warn(workshop, checks.before(planned) if checks is not None else [])
     reused = {f"draftsmith.reused.{p.node.name}": p.ref.uri for p in planned if p.status is Planned.HIT and p.ref}
     record = RunRecord(workshop.tracking, config.name, config.model_dump(mode="json"), reused)
-    workshop = dataclasses.replace(workshop, refresh_run=record.open, of_a_run=True)
+    workshop = dataclasses.replace(workshop, refresh_run=record.open)
+    note_begun(config.name, {item.node.name: item.begun for item in planned if item.begun is not None})
     made: dict[str, Made] = {}
     status: Status = "KILLED"
     conclusion: Conclusion | None = None
@@ -158,8 +157,9 @@ def _run_once(
             note_ended(config.name)
     except StageInterrupted:
         raise
-    except Exception:
+    except Exception as error:
         status = "FAILED"
+        note_failed(config.name, error, [node.name for node in nodes if node.name not in made])
         raise
     finally:
         figures, tags = _reviewed(workshop, made, conclusion, concludes=concluding is not None)
@@ -178,6 +178,12 @@ def _run_once(
     if conclusion is not None:
         workshop.display.line(conclusion.message)
     return {name: _described(each) for name, each in made.items()}, conclusion
+
+
+def _deployed() -> bool:
+    """Whether a deployment runs it: on a schedule, or because somebody asks for one more of its runs."""
+    context = FlowRunContext.get()
+    return context is not None and context.flow_run is not None and context.flow_run.deployment_id is not None
 
 
 def _warn(workshop: Workshop, warnings: Iterable[str]) -> None:

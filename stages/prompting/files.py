@@ -67,6 +67,11 @@ def matched(patterns: Sequence[str], field: str, only: Collection[str] | None = 
     return [name for name in found if only is None or _listed_as(name) in only]
 
 
+def listed(patterns: Sequence[str], field: str) -> list[str]:
+    """All of `matched`, as its `only` takes them: absolute."""
+    return [_listed_as(name) for name in matched(patterns, field)]
+
+
 def _listed_as(name: str) -> str:
     return name if is_remote(name) else str(Path(name).absolute())
 

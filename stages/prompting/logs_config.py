@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from draftsmith.stages.contract import Config
-from draftsmith.stages.prompting.files import local_files, matched, remote_versions
+from draftsmith.stages.prompting.files import listed, local_files, matched, remote_versions
 from draftsmith.stages.prompting.times import LAST, Since, as_text, as_time, iso
 
 _PATHS = "logs.paths"
@@ -50,8 +50,8 @@ class LogsConfig(Config):
         default=None,
         description="only rows from this time on: 7d, 12h, an ISO date or time, or `last`: what the champion's refresh "
         "has not read yet (all of them where there is no champion yet). 7d and 12h become the time that they mean when "
-        "the config is read, of a deployment in every run: a midnight for days, a full hour for hours (UTC), so that a "
-        "run that is planned again on that day or in that hour is the same run",
+        "the run begins, of a deployment in every run: a midnight for days, a full hour for hours (UTC), so that one "
+        "that begins again on that day or in that hour is the same run",
     )
     after: Annotated[str, BeforeValidator(as_text)] | None = Field(
         default=None, description="only rows later than this ISO time; what `since: last` becomes when the plan is made"
@@ -168,6 +168,10 @@ class LogsConfig(Config):
         """The logs, in the order in which they are read. Raises DraftsmithError for a path, folder or glob without
         any."""
         return matched(self.paths, _PATHS, self.listed_files)
+
+    def listing(self) -> list[str]:
+        """All logs that are there, on this machine or elsewhere."""
+        return listed(self.paths, _PATHS)
 
     def external_files(self) -> list[Path]:
         """The logs on this machine. Raises DraftsmithError for a path, folder or glob without any."""

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BeforeValidator, PlainSerializer, SerializationInfo
+from pydantic import AfterValidator, BeforeValidator, PlainSerializer, SerializationInfo, ValidationInfo
+
+from draftsmith.stages.contract import AS_WRITTEN, READ_AT
 
 TIME_FIELDS = ("timestamp", "created", "created_at", "time")
 LAST = "last"  # a window that begins behind what an earlier refresh has read: whoever runs refreshes says where
@@ -85,16 +87,20 @@ class Beginning(str):
 
 def _dumped(window: str, info: SerializationInfo) -> str:
     """As a config is dumped: the time that it meant; what was written in the context `as_written`, for runs to come."""
-    if isinstance(window, Beginning) and (info.context or {}).get("as_written"):
+    if isinstance(window, Beginning) and (info.context or {}).get(AS_WRITTEN):
         return window.written
     return str(window)
+
+
+def _read(window: str, info: ValidationInfo) -> Beginning:
+    return Beginning.of(window, (info.context or {}).get(READ_AT) or datetime.now(UTC))
 
 
 # of a field: where a window begins, absolute from the moment when the config is read
 Since = Annotated[
     str,
     BeforeValidator(as_text),
-    AfterValidator(lambda window: Beginning.of(window, datetime.now(UTC))),
+    AfterValidator(_read),
     PlainSerializer(_dumped),
 ]
 

@@ -78,6 +78,18 @@ def test_rows_that_cannot_be_prompts_are_told(count: int, level: Level, tmp_path
     assert "9 rows for 4 prompts" in enough.text
 
 
+def test_only_the_files_that_a_run_reads_are_counted(tmp_path: Path) -> None:
+    for name in "ab":
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(answer(number)) + "\n" for number in range(5)))
+        os.utime(path, (0, 0))
+    asked = {"sources": [{"kind": "jsonl", "path": str(tmp_path)}], "train": 4, "heldout": 0}
+    config, findings = PromptsConfig.model_validate(asked).reading([str(tmp_path / "a.jsonl")]), Findings()
+    checks.check_sources(findings, [Node("prompts", "draftsmith.stages.prompts", config)])
+    (enough,) = findings.lines
+    assert "5 rows for 4 prompts" in enough.text
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Config, Stage, StageContext
-from draftsmith.stages.prompting.files import local_files
+from draftsmith.stages.prompting.files import listed, local_files
 
 
 class CombineConfig(Config):
@@ -16,6 +16,9 @@ class CombineConfig(Config):
     allow: Path | None = None  # a user's error unless this file exists
     addend: Path | None = None  # a file outside the store with a number
     addends: str | None = None  # a pattern of such files
+
+    def listing(self) -> list[str]:
+        return listed([self.addends], "addends") if self.addends is not None else []
 
     def external_files(self) -> list[Path]:
         several = local_files([self.addends], "addends", self.listed_files) if self.addends is not None else []
