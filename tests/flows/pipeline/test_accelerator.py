@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
-from tests.flows.pipeline.processes import ROOT
-from tests.testbed.prefect_database import give_database
+from tests.flows.pipeline.processes import beside_server
 
-# The server ends with its process; to those who hold something at it, it is like one that stays.
-PROGRAM = textwrap.dedent(
-    """
-    import os
-    from pathlib import Path
-    from draftsmith.flows.pipeline import prefect_server
-
-    server = prefect_server.start_prefect_server(Path(os.environ["DRAFTSMITH_HOME"]))
-    server.wait()
-    prefect_server._temporary.clear()
-    from draftsmith.flows.pipeline.accelerator import held
-
-    """
-)
+IMPORTS = "from draftsmith.flows.pipeline.accelerator import held\n"
 WAITS = textwrap.dedent(
     """
     said, checks = [], []
@@ -89,19 +72,7 @@ pytestmark = pytest.mark.integration
 
 
 def said(folder: Path, program: str, **variables: str) -> list[str]:
-    """The lines that the program says beside a server of its own."""
-    home = folder / "home"
-    give_database(home)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    ended = subprocess.run(
-        [sys.executable, "-c", PROGRAM + program],
-        cwd=ROOT,
-        env={**environment, "DRAFTSMITH_HOME": str(home), **variables},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    ended = beside_server(folder / "home", IMPORTS + program, **variables)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout.splitlines()
 
