@@ -106,7 +106,9 @@ def parser() -> argparse.ArgumentParser:
         "--force", action="append", default=[], metavar="NODE", help="every run makes this node again, such as target"
     )
     deploy.add_argument(
-        "--webhook", metavar="URL", help="called when a run fails, crashes, promotes, is refused or undecided"
+        "--webhook",
+        metavar="URL",
+        help="called when a run fails, crashes, promotes, is refused or undecided; left out: the one it has, if any",
     )
     deploy.set_defaults(does="deploy")
 

@@ -347,7 +347,11 @@ def _deploy(options: argparse.Namespace, pipeline: Pipeline) -> None:
         folder=Path.cwd(),
     )
     when = f"{options.cron} ({options.timezone})" if options.cron else "when it is asked to"
-    Display().line(f"{made.name}: in work pool {options.pool}, {when}: {made.url}")
+    became = "created" if made.created else "changed"
+    told = "with its webhook" if made.webhook else "without a webhook"
+    if made.webhook and options.webhook is None:
+        told = "with the webhook that it had"
+    Display().line(f"{made.name}: {became}, in work pool {options.pool}, {when}, {told}: {made.url}")
 
 
 def _prune(options: argparse.Namespace, _pipeline: Pipeline) -> None:

@@ -65,6 +65,11 @@ class ArchitecturesConfig(RunOptions):
         require_measurable(self.heldout, self.prompts, evaluation=self.evaluation)
         return self
 
+    @model_validator(mode="after")
+    def _time_limits_name_nodes(self) -> ArchitecturesConfig:
+        self.stages.require_nodes([node.name for node in architectures_nodes(self)])
+        return self
+
 
 def arm(training: str, name: str) -> str:
     """The evaluation's name of a drafter."""

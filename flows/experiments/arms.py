@@ -13,6 +13,7 @@ The graph of an experiment (in brackets: only where its config has the section):
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -108,7 +109,7 @@ class ExperimentConfig(RunOptions):
         for name, arm in self.arms.items():
             if name == BASE:
                 raise ValueError(f"arms.{name}: choose another name than {BASE!r}")
-            if arm.iterations > (least := min(arm.budgets or self.budgets)):
+            if arm.iterations > (least := min(self.budgets_of(name))):
                 raise ValueError(f"arms.{name}: {least} steps cannot be trained in {arm.iterations} iterations")
             try:
                 self.arm_config(arm, self.budgets[0])
@@ -126,15 +127,40 @@ class ExperimentConfig(RunOptions):
         return self
 
     @model_validator(mode="after")
+    def _something_is_compared(self) -> ExperimentConfig:
+        control = self.comparison.control
+        own, others = set(self.budgets_of(control)), [name for name in self.arms if name != control]
+        if others and own.isdisjoint(steps for name in others for steps in self.budgets_of(name)):
+            trained = f"arms.{control}.budgets" if self.arms[control].budgets else "budgets"
+            raise ValueError(
+                f"{trained}: no other arm is trained for the {_listed(own)} steps of the control {control}, so that "
+                "nothing is compared: give them a number of steps in common"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _time_limits_name_nodes(self) -> ExperimentConfig:
+        self.stages.require_nodes([node.name for node in experiment_nodes(self)])
+        return self
+
+    @model_validator(mode="after")
     def _what_is_compared_is_there(self) -> ExperimentConfig:
         for prompts in (self.prompts, self.fresh_prompts or self.prompts):
             require_measurable(self.heldout, prompts, answered=self.comparison.splits)
         return self
 
+    def budgets_of(self, arm: str) -> tuple[int, ...]:
+        """Optimiser steps of its trainings."""
+        return self.arms[arm].budgets or self.budgets
+
     def arm_config(self, arm: ArmConfig, steps: int) -> SftConfig | OpdConfig:
         """The stage's config of an arm: what SFT and OPD have in common is OPD's for every arm."""
         config = self.opd if arm.stage == "opd" else self.sft.continued(self.opd)
         return type(config).model_validate(merged(config.model_dump() | {"steps": steps}, arm.change))
+
+
+def _listed(budgets: Iterable[int]) -> str:
+    return " and ".join(map(str, sorted(budgets)))
 
 
 def experiment_nodes(config: ExperimentConfig) -> list[Node]:
@@ -171,7 +197,7 @@ def experiment_nodes(config: ExperimentConfig) -> list[Node]:
     ]
     drafters = {f"{PREFIX}{BASE}:0:0": base}
     for name, arm in config.arms.items():
-        for steps in arm.budgets or config.budgets:
+        for steps in config.budgets_of(name):
             for seed in config.seeds:
                 made = _arm_nodes(f"{name}-{steps}-s{seed}", config, arm, steps, current, base, seed)
                 nodes += made

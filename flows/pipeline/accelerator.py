@@ -13,6 +13,7 @@ from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from draftsmith.artifacts.errors import RetryableError
+from draftsmith.flows.pipeline.delivery import is_loss
 from draftsmith.flows.pipeline.machine import accelerators
 from draftsmith.flows.pipeline.prefect_server import is_temporary
 
@@ -29,8 +30,10 @@ def held(say: Callable[[str], None], check: Callable[[], None] = lambda: None) -
     change what is measured. Nothing to hold on a temporary server, which no other run knows. `check` is called while it
     waits; what it raises ends that.
 
-    The limit is made on first use, with one slot. Strict: an error if it is gone, and the end of the stage if it can
-    no longer be held. Of a holder that was killed, the server takes the slot back after its lease (five minutes).
+    The limit is made on first use, with one slot; strict: an error if it is gone. Of a holder that was killed, the
+    server takes the slot back after its lease (five minutes). A lease that cannot be renewed stops no stage, for what
+    it has computed would be worth less than the turn; Prefect warns in the run's log, and on one machine the locks of
+    the devices (`pipeline.devices`) still keep stages apart.
     """
     if is_temporary():
         yield
@@ -42,7 +45,9 @@ def held(say: Callable[[str], None], check: Callable[[], None] = lambda: None) -
             _take(stack, names, say, check)
             yield
             worked = True
-    except httpx.TransportError as error:
+    except httpx.HTTPError as error:
+        if not is_loss(error):
+            raise
         if not worked:
             raise RetryableError(f"Prefect's server was lost ({error}): start it again, or run again later") from error
         say(f"Prefect's server is lost, and does not know yet that {', '.join(names)} is free")
@@ -56,7 +61,10 @@ def _take(
     while True:
         if not (taken := _taken(names)):
             with contextlib.suppress(TimeoutError):  # another run was faster
-                stack.enter_context(concurrency(list(names), strict=True, timeout_seconds=_RACE_S))
+                slots = concurrency(
+                    list(names), strict=True, timeout_seconds=_RACE_S, raise_on_lease_renewal_failure=False
+                )
+                stack.enter_context(slots)
                 return
         elif not told:
             told = True

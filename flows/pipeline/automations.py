@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import timedelta
 from uuid import UUID
 
@@ -11,6 +12,8 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import StateType
 from prefect.events.actions import CallWebhook, ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
+
+from draftsmith.artifacts.errors import DraftsmithError
 
 _LOST = "its host or its process sends nothing more"
 _MISSED = 4  # heartbeats in a row, then a run is taken for crashed
@@ -27,6 +30,20 @@ _PAYLOAD = """{"cause": "%s", "deployment": {{ deployment.name | tojson }}, "flo
  "url": {{ flow_run | ui_url | tojson }}}"""
 
 
+def check_address(url: str) -> None:
+    """Raises DraftsmithError for what nothing could be sent to."""
+    if not re.match(r"https?://[^/\s]", url):
+        raise DraftsmithError(
+            f"--webhook {url!r}: an address begins with https:// or http:// and a host, such as "
+            "https://hooks.example/draftsmith"
+        )
+
+
+def has_webhook(client: SyncPrefectClient, name: str) -> bool:
+    """Whether `call_webhook` was called for the deployment of this name."""
+    return bool(client.read_automations_by_name(_name(name, next(iter(CAUSES)))))
+
+
 def call_webhook(client: SyncPrefectClient, url: str, deployment: UUID, name: str, *, heartbeat_s: float) -> None:
     """One automation a cause, and one that calls a run crashed whose host no longer sends heartbeats. The URL is kept
     in a block, encrypted. Calling it again changes them."""
@@ -39,7 +56,7 @@ def call_webhook(client: SyncPrefectClient, url: str, deployment: UUID, name: st
     }
     wanted = [
         AutomationCore(
-            name=f"{name}: {cause}",
+            name=_name(name, cause),
             description=f"Calls the webhook of deployment {name}.",
             trigger=EventTrigger(
                 expect=events, match_related=related, posture=Posture.Reactive, threshold=1, within=timedelta(0)
@@ -50,7 +67,7 @@ def call_webhook(client: SyncPrefectClient, url: str, deployment: UUID, name: st
     ]
     wanted.append(
         AutomationCore(
-            name=f"{name}: lost",
+            name=_name(name, "lost"),
             description="A run that sends no heartbeat has crashed: its host or its process is gone.",
             trigger=EventTrigger(
                 after={"prefect.flow-run.heartbeat"},
@@ -71,3 +88,8 @@ def call_webhook(client: SyncPrefectClient, url: str, deployment: UUID, name: st
             client.update_automation(known[0].id, automation)
         else:
             client.create_automation(automation)
+
+
+def _name(deployment: str, cause: str) -> str:
+    """Of an automation."""
+    return f"{deployment}: {cause}"

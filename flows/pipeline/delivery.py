@@ -54,18 +54,18 @@ def run_flow(flow: Any, config: Any, lost: Callable[[str], None], **options: Any
         raise
     except BaseException as error:
         if not current.ended:
-            if not _is_loss(error):
+            if not is_loss(error):
                 raise
             raise RetryableError(
                 f"Prefect's API was lost before the run began ({_said(error)}); run it again"
             ) from error
-        if current.error is not None and current.error is not error and _is_loss(error):
+        if current.error is not None and current.error is not error and is_loss(error):
             lost(f"Prefect could not be told how the run ended ({_said(error)})")
         elif current.error is None:
             lost(f"Prefect could not be told that the run ended well ({_said(error)}); its artifacts are complete")
     finally:
         _BODY.reset(token)
-    if current.error is not None and _is_loss(current.error):
+    if current.error is not None and is_loss(current.error):
         raise RetryableError(
             f"Prefect's API was lost during the run ({_said(current.error)}): start its server again, then run the "
             "same command; what is finished is kept"
@@ -75,7 +75,7 @@ def run_flow(flow: Any, config: Any, lost: Callable[[str], None], **options: Any
     return current.made
 
 
-def _is_loss(error: BaseException) -> bool:
+def is_loss(error: BaseException) -> bool:
     """Of the API: not there, or ill."""
     if isinstance(error, httpx.HTTPStatusError):
         return error.response.status_code >= 500

@@ -19,7 +19,7 @@ from prefect.flows import Flow
 from pydantic import ValidationError
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.flows.pipeline.automations import call_webhook
+from draftsmith.flows.pipeline.automations import call_webhook, check_address, has_webhook
 from draftsmith.flows.pipeline.graph import Pipeline
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.stages.contract import AS_WRITTEN
@@ -39,6 +39,8 @@ class Deployed:
     id: UUID
     name: str  # FLOW/NAME
     url: str
+    created: bool  # else it was there, and is changed
+    webhook: bool  # whether one is told of its runs: the one that was given, or that it has kept
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,13 @@ def deploy(
     """Create the deployment of the config's flow under the config's name, or change it if it is there.
 
     api: URL of Prefect's server. pool: a work pool that exists. force: nodes that every run makes again, such as
-    `target`. webhook: told of failures, crashes, promotions and refusals (`pipeline.automations`). folder: what
-    relative paths in the config are relative to; where runs of a process pool work. Raises DraftsmithError.
+    `target`. webhook: told of failures, crashes, promotions and refusals (`pipeline.automations`); None leaves the one
+    that the deployment has. folder: what relative paths in the config are relative to; where runs of a process pool
+    work. Raises DraftsmithError, also for a deployment of this name that is of another line of drafters.
     """
     crons = schedule.checked()
+    if webhook is not None:
+        check_address(webhook)
     with get_client(sync_client=True) as client:
         found = _pool(client, pool)
         module, _, attribute = pipeline.flow.partition(":")
@@ -92,12 +97,14 @@ def deploy(
             job_variables=_job_variables(found, folder),
             entrypoint_type=EntrypointType.MODULE_PATH,  # wherever Draftsmith is installed
         )
+        created = _is_new(client, deployment.full_name, config)
         made = deployment.apply(work_pool_name=pool)
         assert isinstance(made, UUID)
         if webhook is not None:
             call_webhook(client, webhook, made, deployment.name, heartbeat_s=HEARTBEAT_S)
+        told = has_webhook(client, deployment.name)
     ui = api.rstrip("/").removesuffix("/api")
-    return Deployed(made, f"{flow.name}/{deployment.name}", f"{ui}/deployments/deployment/{made}")
+    return Deployed(made, deployment.full_name, f"{ui}/deployments/deployment/{made}", created, told)
 
 
 def parameters(config: RunOptions, force: Sequence[str]) -> dict[str, Any]:
@@ -105,6 +112,23 @@ def parameters(config: RunOptions, force: Sequence[str]) -> dict[str, Any]:
     one: every run means its own time by it."""
     said = config.model_dump(mode="json", exclude_unset=True, context={AS_WRITTEN: True})
     return {"config": said, "force": list(force)}
+
+
+def _is_new(client: SyncPrefectClient, name: str, config: RunOptions) -> bool:
+    """Whether there is no deployment of this name (FLOW/NAME). Raises DraftsmithError for one of another line: it would
+    be lost to a copied file that kept its name."""
+    try:
+        known = client.read_deployment_by_name(name)
+    except ObjectNotFound:
+        return True
+    registered = (known.parameters.get("config") or {}).get("registry") or {}
+    line, own = registered.get("name"), config.experiment
+    if line and own and line != own:
+        raise DraftsmithError(
+            f"name: the deployment {name} is of the line {line}, and this config is of {own}: give it another name, or "
+            f"take that one away first with `prefect deployment delete {name}`"
+        )
+    return False
 
 
 def _pool(client: SyncPrefectClient, name: str) -> WorkPool:

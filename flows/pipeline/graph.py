@@ -65,6 +65,7 @@ class Review:
 
     figures: Mapping[str, float]
     description: str  # Markdown, what matters first
+    concluded: str  # the same, of a run that came to the conclusion which the review expects
     tags: Mapping[str, str] = field(default_factory=dict)
 
 

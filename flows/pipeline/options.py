@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -73,6 +74,13 @@ class StageOptions(Config):
             if name in self.time_limits:
                 return TimeLimit(60 * self.time_limits[name], f"stages.time_limits.{name}")
         return TimeLimit(60 * self.time_limit_minutes, "stages.time_limit_minutes")
+
+    def require_nodes(self, nodes: Collection[str]) -> None:
+        """Raises ValueError (for validators of configs) for a limit of none of these nodes."""
+        known = {node.partition("-")[0] for node in nodes}
+        for name in self.time_limits:
+            if name not in known and name not in nodes:
+                raise ValueError(f"stages.time_limits.{name}: no such node, use one of: {', '.join(sorted(known))}")
 
 
 class RunOptions(Config):

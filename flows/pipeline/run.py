@@ -242,7 +242,7 @@ def _reviewed(
     review = workshop.pipeline.review(folders) if workshop.pipeline.review is not None else None
     if review is not None:
         figures |= review.figures
-        tags = {**review.tags, MLFLOW_NOTE: review.description}
+        tags = {**review.tags, MLFLOW_NOTE: review.description if conclusion is None else review.concluded}
         if concludes and conclusion is None:
             tags.pop(OUTCOME, None)
             tags[MLFLOW_NOTE] = f"**Nothing has followed from this yet.**\n\n{review.description}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -48,7 +49,12 @@ def run_node(
 @task(cache_policy=NO_CACHE, persist_result=False)
 def stage_task(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], force: bool) -> State[Any]:
     """The state says by its name what happened: Completed, or Reused."""
-    made = make(replace(workshop, hold=held, pool=mapped), node, inputs, force=force)
+    try:
+        made = make(replace(workshop, hold=held, pool=mapped), node, inputs, force=force)
+    except asyncio.CancelledError as error:  # Prefect throws it into the thread of a flow with a lease
+        raise RetryableError(
+            "Prefect's server no longer keeps the slot of this run's deployment: the run goes on without it"
+        ) from error
     where = f"{made.ref.stage}/{made.ref.key[:16]}, content {made.ref.content_id[:16]}"
     return Completed(name="Reused" if made.reused else "Completed", message=where, data=made)
 

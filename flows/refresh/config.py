@@ -195,10 +195,7 @@ class RefreshConfig(RunOptions):
 
     @model_validator(mode="after")
     def _time_limits_name_nodes(self) -> RefreshConfig:
-        known = {*type(self).model_fields, "control"} - {*RunOptions.model_fields, "refresh"}
-        for name in self.stages.time_limits:
-            if name not in known:
-                raise ValueError(f"stages.time_limits.{name}: no such node, use one of: {', '.join(sorted(known))}")
+        self.stages.require_nodes({*type(self).model_fields, "control"} - {*RunOptions.model_fields, "refresh"})
         return self
 
 

@@ -17,13 +17,17 @@ def review(made: Mapping[str, Path]) -> Review | None:
     if path is None or not path.is_file():
         return None
     told = json.loads(path.read_text("utf-8"))
-    return Review(told["figures"], _description(told, path.parent), _tags(told))
+    verdict = told["outcome"] or {}
+    followed = verdict.get("followed")
+    act = {**verdict, "label": "Promoted", "sentence": followed} if followed else verdict
+    description, concluded = (_description(told, found, path.parent) for found in (verdict, act))
+    return Review(told["figures"], description, concluded, _tags(told))
 
 
-def _description(told: Mapping[str, Any], folder: Path) -> str:
-    """The verdict, why, and where the report is; in Markdown."""
-    found, lines = told["outcome"], []
-    if found is not None:
+def _description(told: Mapping[str, Any], found: Mapping[str, Any], folder: Path) -> str:
+    """The verdict or what was done, why, and where the report is; in Markdown."""
+    lines = []
+    if found:
         lines += [f"**{found['label']}.** {_plain(found['sentence'])}", ""]
         lines += [f"- {_plain(reason)}" for reason in found["reasons"]]
     if told["doubts"]:

@@ -32,7 +32,7 @@ class ComparisonConfig(Config):
     """How drafters are compared."""
 
     control: Annotated[str, Field(description="the arm that the others are compared with, at equal steps and seed")]
-    splits: tuple[str, ...] = ("validation", "heldout")
+    splits: Annotated[tuple[str, ...], Field(min_length=1)] = ("validation", "heldout")
     tokens_per_target_forward: Annotated[int, Field(ge=1)] = 4096
 
 

@@ -1,4 +1,8 @@
-"""What a refresh came to, so that it is understood in five seconds: one sentence, why, and the figures behind it."""
+"""What a refresh came to, so that it is understood in five seconds: one sentence, why, and the figures behind it.
+
+A report is written before anything follows from it, and stays whatever does: it says what the gate says, not what was
+done.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from draftsmith.stages.reporting.names import ABSENT, name_of
 from draftsmith.stages.reporting.rows import number
 
 LABELS = {
-    "promoted": "Promoted",
+    "promoted": "The gate says: promote",
     "refused": "Not promoted",
     "undecided": "Undecided: not promoted",
     "measured": "Measured, nothing to decide",
@@ -33,6 +37,7 @@ class Outcome:
     kind: str  # promoted, refused, undecided, measured (where no gate was asked)
     sentence: str
     reasons: Sequence[str]
+    followed: str | None = None  # the sentence of a promotion, once it is done
 
     @property
     def label(self) -> str:
@@ -60,8 +65,11 @@ def outcome(evaluation: Mapping[str, Any], decision: Mapping[str, Any]) -> Outco
     name = name_of(decision["challenger"])
     champion = _champion(decision["champion"])
     against = f" (tau {_taus(evaluation, decision['challenger'])})" if champion else ""
+    followed = None
     if kind == "promoted":
-        sentence = f"{name} takes the place of {champion}" if champion else f"{name} is the line's first champion"
+        is_to, does = ("take", "takes") if champion else ("be", "is")
+        what = f"the place of {champion}" if champion else "the line's first champion"
+        sentence, followed = f"{name} is to {is_to} {what}", f"{name} {does} {what}{against}."
         shown = [rule for rule in rules if rule["name"] == "tau" or rule["name"].startswith("speed")]
     elif kind == "refused":
         broken = [rule for rule in failed if rule.get("judged", True)]
@@ -72,7 +80,7 @@ def outcome(evaluation: Mapping[str, Any], decision: Mapping[str, Any]) -> Outco
         than = champion or "plain decoding"
         sentence = f"What was measured does not say whether {name} is better than {than}"
         shown = failed
-    return Outcome(kind, f"{sentence}{against}.", [f"{rule['name']}: {rule['said']}" for rule in shown])
+    return Outcome(kind, f"{sentence}{against}.", [f"{rule['name']}: {rule['said']}" for rule in shown], followed)
 
 
 def _champion(known: str | None) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from draftsmith.artifacts.errors import DraftsmithError, RefusedError
 from draftsmith.stages.parallel.config import ParallelConfig
 from tests.flows.pipeline.processes import ROOT
 
@@ -29,19 +30,48 @@ def test_the_rendezvous_is_the_first_pod_by_the_name_that_the_service_gives_it(m
     assert {each["name"] for each in CONTAINER["volumeMounts"]} == claimed
 
 
+def pod(number: str, programs: Path, does: str) -> subprocess.Popen[str]:
+    """What the pod of this number runs. does: what its program does after it has said its name and arguments."""
+    for name in ("draftsmith", "python"):
+        (programs / name).write_text(f'#!/bin/bash\necho {name} "$@"\n{does}\n')
+        (programs / name).chmod(0o755)
+    path = f"{programs}:{os.environ['PATH']}"
+    return subprocess.Popen(
+        CONTAINER["command"],
+        env={**os.environ, **ENVIRONMENT, "PATH": path, "CONFIG": "my.yaml", "JOB_COMPLETION_INDEX": number},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
 @pytest.mark.parametrize(
     ("number", "does"), [("0", "draftsmith run my.yaml"), ("3", "python -m draftsmith.stages.join")]
 )
-def test_the_first_pod_runs_the_flow_and_the_others_join_it(number: str, does: str, tmp_path: Path) -> None:
-    for name in ("draftsmith", "python"):
-        (tmp_path / name).write_text(f'#!/bin/bash\necho {name} "$@"\nexit 7\n')
-        (tmp_path / name).chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    done = subprocess.run(
-        CONTAINER["command"],
-        env={**os.environ, **ENVIRONMENT, "PATH": path, "CONFIG": "my.yaml", "JOB_COMPLETION_INDEX": number},
-        capture_output=True,
-        text=True,
-        check=False,
+@pytest.mark.parametrize("code", [0, 1, 2, 75])
+def test_the_first_pod_runs_the_flow_and_the_others_join_it(number: str, does: str, code: int, tmp_path: Path) -> None:
+    with pod(number, tmp_path, f"exit {code}") as process:
+        said, _ = process.communicate(timeout=60)
+    assert (said, process.returncode) == (f"{does}\n", code)
+
+
+def test_a_refusal_is_no_failure_and_bad_input_fails_the_job_at_once(tmp_path: Path) -> None:
+    with pod("0", tmp_path, f"exit {RefusedError.exit_code}") as process:
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+    (rule,) = JOB["spec"]["podFailurePolicy"]["rules"]
+    assert (rule["action"], rule["onExitCodes"]) == (
+        "FailJob",
+        {"operator": "In", "values": [DraftsmithError.exit_code]},
     )
-    assert (done.stdout, done.returncode) == (f"{does}\n", 7)
+    assert POD["restartPolicy"] == "Never", "Kubernetes takes a podFailurePolicy with this alone"
+
+
+@pytest.mark.parametrize("number", ["0", "3"])
+def test_a_pod_that_is_to_end_lets_its_program_save(number: str, tmp_path: Path) -> None:
+    saves = "trap 'echo saved; exit 143' TERM\necho works\nwhile true; do sleep 0.05; done"
+    with pod(number, tmp_path, saves) as process:
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(2)][1] == "works\n"
+        process.terminate()
+        said, _ = process.communicate(timeout=60)
+    assert (said, process.returncode) == ("saved\n", 143)

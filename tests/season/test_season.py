@@ -92,7 +92,8 @@ def test_reports_of_promoted_and_refused_refreshes_in_a_browser(
             assert page.evaluate("document.querySelectorAll('.context del').length") > 10
             assert page.evaluate("document.querySelectorAll('.context .chosen').length") > 10
             assert page.evaluate("[...document.querySelectorAll('svg')].every(e => e.querySelector('path'))")
-    assert badges == ["Promoted", "Not promoted", "Promoted"]
+    promoted = "The gate says: promote"
+    assert badges == [promoted, "Not promoted", promoted]
 
 
 def test_the_line_tells_its_history_and_rolls_back(weeks: list[Week], folder: Path) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.flows.checks.comparisons import check_budgets
+from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.experiments.arms import EXPERIMENT, ExperimentConfig, experiment_nodes
 from draftsmith.flows.pipeline.config_file import read_config
 from draftsmith.flows.pipeline.graph import in_order, key_of, seed_of
@@ -137,6 +139,12 @@ def test_a_seed_of_a_node_is_part_of_its_key() -> None:
         ("seeds=[0, 1, 0]", "seeds: 0 stands twice"),
         ("arms.opd.budgets=[200, 200]", "arms.opd.budgets: 200 stands twice"),
         ("arms.opd.iterations=1000", "steps cannot be trained in 1000 iterations"),
+        ("comparison.splits=[]", "comparison.splits:"),
+        ("arms.sft.budgets=[600]", "arms.sft.budgets: no other arm is trained for the 600 steps of the control sft"),
+        (
+            "stages.time_limits={comparision: 5}",
+            "stages.time_limits.comparision: no such node, use one of: ",
+        ),
     ],
 )
 def test_a_bad_experiment_is_one_clear_error(override: str, expected: str) -> None:
@@ -144,3 +152,19 @@ def test_a_bad_experiment_is_one_clear_error(override: str, expected: str) -> No
         load("plateau-greedy", override)
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_limit_of_time_is_of_a_training_or_of_all_of_an_arm() -> None:
+    stages = load("plateau-greedy", "stages.time_limits={opd: 5, opd-400-s1: 7}").stages
+    assert [stages.time_limit(f"opd-400-s{seed}").seconds for seed in (0, 1)] == [300, 420]
+
+
+def test_steps_that_the_control_is_not_trained_for_are_a_warning() -> None:
+    def warnings(*overrides: str) -> list[str]:
+        found = Findings()
+        check_budgets(found, experiment_nodes(load("plateau-greedy", *overrides)))
+        return found.warnings
+
+    assert warnings() == warnings("arms.sft.budgets=[400, 800]") == []
+    (warning,) = warnings("arms.opd.budgets=[200, 400]")
+    assert warning.startswith("comparison: opd with 200 steps: nothing to compare with, since the control sft is not")

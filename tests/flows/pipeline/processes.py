@@ -81,3 +81,30 @@ def run_toy(home: Path, *arguments: str | Path, **variables: str) -> subprocess.
     with toy_command(home, *arguments, **variables) as process:
         out, err = process.communicate(timeout=240)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+# The server ends with its process; to those who hold something at it, it is like one that stays.
+_SERVER = """
+import os
+from pathlib import Path
+from draftsmith.flows.pipeline import prefect_server
+
+server = prefect_server.start_prefect_server(Path(os.environ["DRAFTSMITH_HOME"]))
+server.wait()
+prefect_server._temporary.clear()
+"""
+
+
+def beside_server(home: Path, program: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of Python that has a Prefect server of its own (`server`). variables: added to its environment."""
+    give_databases(home)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    return subprocess.run(
+        [sys.executable, "-c", _SERVER + program],
+        cwd=ROOT,
+        env={**environment, "DRAFTSMITH_HOME": str(home), **variables},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )

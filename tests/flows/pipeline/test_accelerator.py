@@ -1,29 +1,17 @@
-"""A run that waits for an accelerator which another one holds at Prefect's server, and is cancelled meanwhile."""
+"""Accelerators that are held at Prefect's server: a wait that is called off, a server that is lost, a lease that is."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
-from tests.flows.pipeline.processes import ROOT
-from tests.testbed.databases import give_databases
+from tests.flows.pipeline.processes import beside_server
 
-# The server ends with its process; to those who hold something at it, it is like one that stays.
-PROGRAM = textwrap.dedent(
+IMPORTS = "from draftsmith.flows.pipeline.accelerator import held\n"
+WAITS = textwrap.dedent(
     """
-    import os
-    from pathlib import Path
-    from draftsmith.flows.pipeline import prefect_server
-
-    prefect_server.start_prefect_server(Path(os.environ["DRAFTSMITH_HOME"])).wait()
-    prefect_server._temporary.clear()
-    from draftsmith.flows.pipeline.accelerator import held
-
     said, checks = [], []
 
     class CalledOff(Exception):
@@ -44,22 +32,59 @@ PROGRAM = textwrap.dedent(
         print("held by the next")
     """
 )
+# In the place of the server that was lost something answers that is ill, as a proxy in front of it does.
+LOSES = textwrap.dedent(
+    """
+    import atexit, http.server, threading, urllib.parse
+    from prefect.concurrency import _leases
+
+    _leases._RENEWAL_FRACTION = _leases._RENEWAL_RETRY_BASE_DELAY = 0.001  # of five minutes; of a second
+
+    class Ill(http.server.BaseHTTPRequestHandler):
+        def answer(self):
+            self.send_error(502)
+
+        do_GET = do_POST = answer
+
+        def log_message(self, *_):
+            pass
+
+    with held(print):
+        atexit.unregister(server._stop)
+        server._stop()
+        for thread in threading.enumerate():
+            if thread.name.startswith("concurrency-lease-renewal"):
+                thread.join()
+        ill = http.server.ThreadingHTTPServer(("127.0.0.1", urllib.parse.urlsplit(server.url).port), Ill)
+        threading.Thread(target=ill.serve_forever, daemon=True).start()
+        print("worked to its end")
+    try:
+        with held(print):
+            pass
+    except Exception as error:
+        print(type(error).__name__, error, sep=": ")
+    server.leave(0)
+    """
+)
 
 
-@pytest.mark.integration
-def test_a_wait_is_called_off_by_its_check(tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    give_databases(home)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    ended = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        cwd=ROOT,
-        env={**environment, "DRAFTSMITH_HOME": str(home)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+pytestmark = pytest.mark.integration
+
+
+def said(folder: Path, program: str, **variables: str) -> list[str]:
+    ended = beside_server(folder / "home", IMPORTS + program, **variables)
     assert ended.returncode == 0, ended.stderr
-    called_off, held = ended.stdout.splitlines()
+    return ended.stdout.splitlines()
+
+
+def test_a_wait_is_called_off_by_its_check(tmp_path: Path) -> None:
+    called_off, held = said(tmp_path, WAITS)
     assert called_off.startswith("called off: waits for accelerator.") and called_off.count("waits for") == 1
     assert held == "held by the next"
+
+
+def test_a_stage_ends_as_it_does_though_its_lease_cannot_be_renewed(tmp_path: Path) -> None:
+    worked, released, next_one = said(tmp_path, LOSES, PREFECT_CLIENT_MAX_RETRIES="0")
+    assert worked == "worked to its end"
+    assert released.startswith("Prefect's server is lost, and does not know yet that accelerator.")
+    assert next_one.startswith("RetryableError: Prefect's server was lost (")

@@ -43,6 +43,15 @@ def test_what_is_no_schedule_is_one_clear_error(cron: str, timezone: str) -> Non
     assert good.timezone == "Europe/Berlin"
 
 
+@pytest.mark.parametrize("url", ["hooks.example/x", "htps://hooks.example/x", "https://", "ftp://hooks.example", ""])
+def test_a_webhook_that_nothing_can_be_sent_to_is_one_clear_error(url: str) -> None:
+    from draftsmith.flows.pipeline.automations import check_address
+
+    with pytest.raises(DraftsmithError, match=r"--webhook '.*': an address begins with https:// or http://"):
+        check_address(url)
+    check_address("http://10.0.0.7:8080/draftsmith?key=1")
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_server_accepts_every_config_as_the_parameters_of_its_flow(path: Path) -> None:
     from prefect.utilities.callables import parameter_schema

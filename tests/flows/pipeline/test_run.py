@@ -266,6 +266,19 @@ def test_prefect_lost_on_the_way_does_not_turn_success_into_failure(tmp_path: Pa
     wait_until(lambda: not processes_of(home), "nothing is left", limit_s=10)
 
 
+def test_a_stage_that_prefect_interrupts_for_a_lost_lease_goes_on(tmp_path: Path) -> None:
+    home, starts = tmp_path / "home", tmp_path / "starts"
+    target = {"count": 60, "seconds_each": 0.1, "note_start": str(starts)}
+    config = write_config(tmp_path / "toy.yaml", target=target)
+    ended = run_toy(home, "run", config, TOY_FLOW="tests.flows.pipeline.leased_flow:leased_toy")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "no longer keeps the slot of this run's deployment: the run goes on without it; trying again" in ended.stderr
+    assert starts.read_text() == "started\n" * 2
+    begun, continued = (line for line in ended.stdout.splitlines() if line.startswith("target: going on from "))
+    assert begun.endswith(" 0") and not continued.endswith(" 0")
+    assert names(ended.stdout, "done in") == ["target", "left", "right", "total"]
+
+
 def test_a_run_that_is_cancelled_in_prefect_lets_its_stage_save(tmp_path: Path) -> None:
     import httpx
 

@@ -1,11 +1,16 @@
-"""The `draftsmith` command with the toy pipeline: `python -m tests.flows.pipeline.toy_command refresh CONFIG`."""
+"""The `draftsmith` command with the toy pipeline: `python -m tests.flows.pipeline.toy_command refresh CONFIG`.
+
+TOY_FLOW in its environment names another flow of it.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
+from dataclasses import replace
 
 from draftsmith.flows.cli import main
 from tests.flows.pipeline.toy import TOY
 
 if __name__ == "__main__":
-    sys.exit(main(pipeline=TOY))
+    sys.exit(main(pipeline=replace(TOY, flow=os.environ.get("TOY_FLOW", TOY.flow))))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from draftsmith.artifacts.store import Claim, Store
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.graph import refresh_nodes
+from draftsmith.stages.gate import DECISION
+from draftsmith.stages.reporting.page import ReportData, render_report
 
 
 def config_of(line: str, **sections: Any) -> RefreshConfig:
@@ -48,6 +50,7 @@ def gated(
         "promote": outcome == "promoted",
         "outcome": outcome,
         "champion": champion,
+        "rules": [],
         "sentence": f"{outcome}: why" if champion is None else f"{outcome}: opd beats the champion",
     }
 
@@ -57,6 +60,14 @@ def gated(
 
     measured = of_stage("evaluation", "evaluation.json", evaluation)
     return {"opd": drafter, "evaluation": measured, "gate": of_stage("gate", "decision.json", decision)}
+
+
+def page_of(made: Mapping[str, ArtifactRef]) -> str:
+    """The report, which is written before anything follows from it."""
+    evaluation = json.loads((made["evaluation"].path / "evaluation.json").read_text())
+    page = made["gate"].path.parent / "report.html"
+    render_report(page, ReportData("a report", evaluation, json.loads((made["gate"].path / DECISION).read_text())))
+    return page.read_text()
 
 
 def checked(config: RefreshConfig, home: Path, **sets: Any) -> tuple[Node, dict[str, Path]]:

@@ -30,7 +30,7 @@ from draftsmith.stages.champion import STAGE as CHAMPION
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.gate import DECISION
 from draftsmith.stages.stored import DRAFTER_FOLDER
-from tests.flows.refresh.made import checked, committed, config_of, gated
+from tests.flows.refresh.made import checked, committed, config_of, gated, page_of
 from tests.testbed.context import RecordingContext
 
 NOTE = "import sys; open(sys.argv[1], 'w').write(sys.stdin.read())"
@@ -131,6 +131,9 @@ def test_what_was_rolled_back_is_not_promoted_again_by_itself(
     assert ended is not None and ended.name == "Refused" and ended.error is not None
     assert "took it out of service" in ended.message and "(it accepts nothing)" in ended.message
     assert f"`draftsmith promote {line}@2`" in ended.message
+    page = page_of(second)
+    assert '<p class="badge">The gate says: promote</p>' in page and "SFT + OPD is to be the line" in page
+    assert "Promoted" not in page, "what somebody may have undone"
     assert (ended.figures["promoted"], ended.tags["draftsmith.outcome"]) == (0.0, "refused")
     champion = registry().champion(line)
     assert champion is not None and champion.number == 1

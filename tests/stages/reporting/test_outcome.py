@@ -22,13 +22,13 @@ def decided(outcome: str, *rules: tuple[str, bool], champion: str | None = "3") 
     [
         (
             decided("promoted", ("tau", True)),
-            "Promoted",
-            "SFT + OPD takes the place of version 3 (tau 3.54 against 3.30).",
+            "The gate says: promote",
+            "SFT + OPD is to take the place of version 3 (tau 3.54 against 3.30).",
         ),
         (
             decided("promoted", ("speed-up", True), champion=None),
-            "Promoted",
-            "SFT + OPD is the line's first champion.",
+            "The gate says: promote",
+            "SFT + OPD is to be the line's first champion.",
         ),
         (
             decided("refused", ("tau", False), ("tau of code", False)),

@@ -1,0 +1,48 @@
+"""What MLflow says of a refresh: that it promoted only where it did."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from draftsmith.artifacts.errors import RefusedError
+from draftsmith.artifacts.store import Store
+from draftsmith.artifacts.tracking import Tracking
+from draftsmith.flows.pipeline.display import Display
+from draftsmith.flows.pipeline.graph import Conclusion
+from draftsmith.flows.pipeline.node import Made, Workshop
+from draftsmith.flows.pipeline.run import MLFLOW_NOTE, _reviewed
+from draftsmith.flows.refresh.graph import REFRESH
+from draftsmith.stages.reporting.outcome import outcome
+from tests.flows.refresh.made import committed, config_of
+
+DECISION = {"promote": True, "challenger": "opd", "champion": "3", "rules": []}
+EVALUATION = {"drafters": {"opd": {"tau": 3.5}, "champion": {"tau": 3.0}}}
+OVERRULED = Conclusion("Refused", "version 4 is not promoted: somebody took it out", RefusedError("no"), overrules=True)
+
+
+@pytest.mark.parametrize(
+    ("conclusion", "said"),
+    [
+        (Conclusion("Promoted", "it is"), ["**Promoted.** SFT + OPD takes the place of version 3 (tau 3.50 against"]),
+        (OVERRULED, ["**Refused.** version 4 is not promoted: somebody took it out"]),
+        (
+            None,
+            ["**Nothing has followed from this yet.**", "**The gate says: promote.** SFT + OPD is to take the place"],
+        ),
+    ],
+    ids=["followed", "overruled", "only looked"],
+)
+def test_the_note_of_a_run_says_what_followed(conclusion: Conclusion | None, said: list[str], home: Path) -> None:
+    found = outcome(EVALUATION, DECISION)
+    assert found is not None
+    told = {"outcome": {**asdict(found), "label": found.label}, "doubts": [], "figures": {}}
+    store = Store(home / "store")
+    report = committed(store, "report", "a", lambda out: (out / "review.json").write_text(json.dumps(told)))
+    workshop = Workshop(home, config_of("a-line"), REFRESH, Display(), Tracking(home))
+    _, tags = _reviewed(workshop, {"report": Made("report", report, reused=True)}, conclusion, concludes=True)
+    bold = [line for line in tags[MLFLOW_NOTE].splitlines() if line.startswith("**")]
+    assert len(bold) == len(said) and all(map(str.startswith, bold, said)), tags[MLFLOW_NOTE]
