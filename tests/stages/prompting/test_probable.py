@@ -12,7 +12,7 @@ from draftsmith.stages.engines.base import SamplingParams
 from draftsmith.stages.prompting.probable import judge
 from tests.stages.bench import GREEDY_TOKENS, Bench
 
-COUNT = 24
+COUNT = 40
 Answers = list[tuple[list[int], list[int]]]  # prompt and response
 
 
