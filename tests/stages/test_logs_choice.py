@@ -350,7 +350,7 @@ def test_long_logs_do_not_pile_up_in_memory(tmp_path: Path, tiny_drafter: Drafte
     with (tmp_path / "log.jsonl").open("w") as file:
         for number in range(6000):
             prompt = [5 + number % 800, 5 + number // 800]
-            answer = [made.randrange(5, 800) for _ in range(1000)]
+            answer = made.choices(range(5, 800), k=1000)
             file.write(json.dumps({"prompt_token_ids": prompt, "completion_token_ids": answer}) + "\n")
     script = (
         "import resource, sys; from pathlib import Path; from tests.stages.logs_run import run, table;"
@@ -358,9 +358,9 @@ def test_long_logs_do_not_pile_up_in_memory(tmp_path: Path, tiny_drafter: Drafte
         "made = DrafterArtifacts(Path(sys.argv[2]));"
         "import json; (folder / 'one.jsonl').write_text(json.dumps("
         "{'prompt_token_ids': [5, 6], 'completion_token_ids': [7, 8, 9]}) + '\\n');"
-        "run(folder / 'small', made, folder / 'one.jsonl');"
+        "run(folder / 'small', made, folder / 'one.jsonl', scored=0);"
         "start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-        "ctx = run(folder, made, folder / 'log.jsonl'); assert ctx.summaries['answers'] > 5000;"
+        "ctx = run(folder, made, folder / 'log.jsonl', scored=0); assert ctx.summaries['answers'] > 5000;"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start)"
     )
     arguments = [sys.executable, "-c", script, str(tmp_path), str(tiny_drafter.root)]

@@ -84,19 +84,21 @@ def train(
 
 @torch.no_grad()
 def committed_nll(bench: Bench, drafter: Drafter, answers: Answers) -> float:
-    """Mean -log q of the tokens that the mined steps committed, block by block."""
+    """Mean -log q of the tokens that the mined steps committed."""
     trajectories = load_trajectories(answers.trajectories).trajectories
     table = load_mined(answers.steps, trajectories, drafter.block_size)
     total, count = 0.0, 0
     for trajectory, steps in zip(trajectories, table.steps, strict=True):
         _, context = bench.read([trajectory], drafter)
-        for anchor, committed in zip(steps.anchors.tolist(), steps.committed.tolist(), strict=True):
-            tokens = torch.full((1, 1, drafter.block_size - 1), trajectory.tokens[anchor])
-            hidden = drafter.block_hidden(context, tokens, torch.tensor([[anchor]]))[0, 0]
-            law = torch.log_softmax(bench.target.logits(hidden), -1)
-            for k in range(min(committed, len(law))):
-                total -= float(law[k, trajectory.tokens[anchor + 1 + k]])
-                count += 1
+        tokens = torch.tensor(trajectory.tokens)
+        anchors, committed = (torch.as_tensor(each).long() for each in (steps.anchors, steps.committed))
+        blocks = tokens[anchors][None, :, None].expand(-1, -1, drafter.block_size - 1)
+        hidden = drafter.block_hidden(context, blocks, anchors[None])[0]
+        law = torch.log_softmax(bench.target.logits(hidden), -1)  # [steps, block_size - 1, vocabulary]
+        for k in range(law.shape[1]):
+            kept = committed > k
+            total -= float(law[kept, k, tokens[anchors[kept] + 1 + k]].sum())
+            count += int(kept.sum())
     return total / count
 
 

@@ -18,7 +18,7 @@ Answers = list[tuple[list[int], list[int]]]  # prompt and response
 
 def answers(bench: Bench, temperature: float, top_p: float = 1.0) -> Answers:
     params = SamplingParams(GREEDY_TOKENS, temperature=temperature, top_p=top_p)
-    found = bench.answers(bench.requests(COUNT, params)).values()
+    found = bench.answers(bench.requests(COUNT, params), slots=COUNT).values()
     return [(each.request.prompt_ids, each.response_ids) for each in found if len(each.response_ids) > 8]
 
 
