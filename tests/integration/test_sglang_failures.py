@@ -1,4 +1,7 @@
-"""Real SGLang servers and stages that are killed in the middle of a rollout: nothing is lost, repeated or left over."""
+"""Real SGLang servers and stages that are killed in the middle of a rollout: nothing is lost, repeated or left over.
+
+One that is started again: `test_sglang_router.py`.
+"""
 
 from __future__ import annotations
 
@@ -82,18 +85,6 @@ def expected(tiny_drafter: DrafterArtifacts, tmp_path_factory: pytest.TempPathFa
 def generated(log: Path) -> int:
     """Requests that a server has answered, by its access log."""
     return log.read_text(errors="replace").count('"POST /generate HTTP/1.1" 200')
-
-
-def test_a_killed_server_is_started_again_and_the_rollout_finishes(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, sglang_env: Path, expected: list[list[dict[str, Any]]]
-) -> None:
-    servers = tmp_path / "work" / "servers"
-    ctx = context(tmp_path, tiny_drafter, lambda: kill_leader(servers))
-    STAGE.run(ctx, RolloutConfig.model_validate(settings(launched(sglang_env, restarts=1))))
-    assert result(ctx.out) == expected
-    assert any("was killed (SIGKILL)" in line and "the end of" in line for line in ctx.logs)
-    assert any("starting it again (0 restarts left)" in line for line in ctx.logs)
-    assert not living(servers)
 
 
 def test_without_restarts_it_is_one_error_and_a_rerun_asks_only_for_what_is_missing(
