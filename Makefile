@@ -34,11 +34,11 @@ season: $(INSTALLED)
 faults: $(INSTALLED)
 	$(BIN)/python -m tests.faults.run $(FAULTS)
 
-# workers with one thread each: torch processes that share cores slow each other down; two more than two cores, since
+# workers with one thread each: torch processes that share cores slow each other down; one more than two cores, since
 # tests of processes wait for each other; which tests share a worker: tests/conftest.py; hundreds of processes start, so
 # compiled modules are kept whatever the environment says
 TESTING := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-PYTEST := $(TESTING) -n 4 --dist loadfile --no-loadscope-reorder
+PYTEST := $(TESTING) -n 3 --dist loadfile --no-loadscope-reorder
 
 test: $(INSTALLED) sglang-cpu
 	$(PYTEST) $(PYTEST_ARGS)

@@ -15,7 +15,7 @@ from draftsmith.artifacts.store import Store
 from tests.integration.test_refresh import Home
 from tests.testbed.databases import give_databases
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 
 SHAPE = {"hidden_size": 64, "layers": 4, "heads": 2, "kv_heads": 1, "intermediate_size": 128}
 TAUGHT = {"documents": 300, "rows_per_step": 4, "learning_rate": 8.0e-3}
@@ -50,7 +50,7 @@ CONFIG: dict[str, Any] = {
 
 
 def test_an_experiment_compares_its_arms_on_identical_trajectories(tmp_path: Path) -> None:
-    home = Home(tmp_path)
+    home = Home(tmp_path, limit_s=1500)
     give_databases(home.path)
     home.config.write_text(yaml.safe_dump(CONFIG))
 

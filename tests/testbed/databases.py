@@ -49,7 +49,9 @@ def given_to_new_homes() -> Iterator[None]:
     def opened(self: Tracking, uri: str) -> Any:
         database = sqlite_file(uri)
         if database is not None and database.parent.is_dir() and not database.exists():
-            shutil.copy(_made("mlflow", _OPEN_MLFLOW, _MLFLOW), database)
+            made = _made("mlflow", _OPEN_MLFLOW, _MLFLOW)
+            database.touch(mode=0o644)  # as SQLite: who may read it is what the umask leaves of this
+            shutil.copyfile(made, database)
         return open_(self, uri)
 
     with pytest.MonkeyPatch.context() as patch:
