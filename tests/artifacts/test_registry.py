@@ -202,6 +202,7 @@ def test_drift_checks_of_two_homes_at_once_are_both_kept(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", shared)
     homes = [Registry(Tracking(tmp_path / name)) for name in ("here", "there")]
     homes[0].register(line, ref(tmp_path, "a"), {})
+    assert [home.drift(line) for home in homes] == [[], []]  # both are connected
     drift = Registry.drift
 
     def slowly(registry: Registry, line: str) -> list[dict[str, Any]]:
