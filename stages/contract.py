@@ -12,9 +12,7 @@ from typing import Any, Protocol, Self
 from pydantic import BaseModel, ConfigDict, PrivateAttr
 
 AS_WRITTEN = "as_written"  # in the context of a dump: windows such as `7d` as they were written, not the time they mean
-READ_AT = (
-    "read_at"  # in the context of a validation: when the config was read, which such windows are counted back from
-)
+READ_AT = "read_at"  # in the context of a validation: when the config was read; such windows count back from then
 NOT_FETCHED = "not fetched"  # the version of something on the hub that could not be asked for its commit yet
 
 
