@@ -27,7 +27,8 @@ def turn_of(client: MlflowClient, line: str) -> Iterator[None]:
             client.create_registered_model(name, description="Held for the second that a change of the line takes.")
             break
         except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            # the second: given back between MLflow's insertion, which the name refused, and its look at what has it
+            if error.error_code not in ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"):
                 raise
         held = _created(client, name)
         if held is not None and held != seen:  # the clocks of two hosts are not compared

@@ -15,6 +15,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.line_turns import turn_of
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.registry import CHALLENGER, PREVIOUS, ChampionMovedError, Registry
 from draftsmith.artifacts.tracking import Tracking
@@ -219,6 +220,28 @@ def test_drift_checks_of_two_homes_at_once_are_both_kept(
     for thread in threads:
         thread.join()
     assert sorted(seen["tau"] for seen in homes[0].drift(line)) == [2.0, 3.0]
+
+
+def test_a_turn_that_is_given_back_while_mlflow_refuses_it_is_had(
+    line: str, shared: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", shared)
+    client, _ = Tracking(tmp_path / "home").connect()
+    client.create_registered_model(f"{line}.promotion")
+    store = client._get_registry_client().store
+    look, looked = store.get_registered_model, []
+
+    def given_back(name: str) -> Any:
+        if not looked:
+            store.delete_registered_model(name)
+        looked.append(name)
+        return look(name)
+
+    monkeypatch.setattr(store, "get_registered_model", given_back)
+    with turn_of(client, line):
+        assert looked
+        with pytest.raises(MlflowException, match="already exists"):
+            client.create_registered_model(f"{line}.promotion")
 
 
 def test_what_a_killed_promotion_held_is_taken_away(

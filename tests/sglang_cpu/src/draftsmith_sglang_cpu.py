@@ -6,6 +6,7 @@ place of SGLang 0.5.20 … 0.5.23 it answers, and why a CPU stumbles there.
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ def activate() -> None:
     allow_draft_backend()
     ignore_streams()
     name_chain_topk()
+    fork_processes()
     hooks: list[tuple[str, Callable[..., Any], HookType]] = [
         ("arg_groups.speculative_hook._handle_dflash", let_drafter_pass, HookType.AROUND),
         ("arg_groups.speculative_hook._handle_dspark", let_drafter_pass, HookType.AROUND),
@@ -32,6 +34,16 @@ def activate() -> None:
     ]
     for place, hook, kind in hooks:
         HookRegistry.register(f"sglang.srt.{place}", hook, kind)
+
+
+def fork_processes() -> None:
+    """entrypoints/engine.py spawns its processes, as CUDA needs it: each imports everything again, 14 s of CPU."""
+    start_method = multiprocessing.set_start_method
+
+    def forked(method: str | None, force: bool = False) -> None:
+        start_method("fork" if method == "spawn" else method, force)
+
+    multiprocessing.set_start_method = forked
 
 
 def allow_draft_backend() -> None:
