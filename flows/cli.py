@@ -20,6 +20,7 @@ from draftsmith.artifacts.printable import printable
 from draftsmith.artifacts.private import private_files
 from draftsmith.artifacts.redaction import redact_logs, redacted
 from draftsmith.flows.arguments import parser
+from draftsmith.stages.garbage import collect_as_usual, collect_seldom
 
 if TYPE_CHECKING:
     from draftsmith.flows.pipeline.graph import Pipeline, PlannedNode
@@ -32,6 +33,7 @@ _EXIT_TERMINATED = 128 + signal.SIGTERM
 def main(arguments: Sequence[str] | None = None, pipeline: Pipeline | None = None) -> int:
     """Run the command and return its exit code. `pipeline` is the refresh unless given."""
     options = parser().parse_args(arguments)
+    collect_seldom()
     code = _code_of(options, pipeline)
     if (server := getattr(options, "lost_prefect", None)) is not None:
         server.leave(code)
@@ -167,6 +169,7 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
         display.line(f"warning: {what}")
         options.lost_prefect = server
 
+    collect_as_usual()
     refused: RefusedError | None = None
     try:
         made = run_flow(flow, config, lost, force=options.force, start=options.start, until=options.until)

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 from draftsmith.artifacts.redaction import redact_logs
+from draftsmith.stages.garbage import collect_seldom
 from draftsmith.stages.lifeline import die_with_parent
-from draftsmith.stages.process import collect_seldom, event_stream, keep_freed_memory, run_request, stop_when_asked
+from draftsmith.stages.process import event_stream, keep_freed_memory, run_request, stop_when_asked
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import importlib
 import json
 import os
@@ -26,19 +25,11 @@ from typing import Any
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted, disk_error_of, from_os_error
 from draftsmith.artifacts.redaction import redact_logs, redacted
 from draftsmith.stages.contract import Config, Shard, Stage
+from draftsmith.stages.garbage import collect_as_usual, collect_seldom
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 METRICS_FILE = "metrics.jsonl"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-
-# How many new objects Python collects garbage after. While libraries are imported nearly all of them stay, and looking
-# through them over and over would be a fifth of what a stage's start takes.
-_USUAL, _AT_START = gc.get_threshold(), (50_000, 20, 20)
-
-
-def collect_seldom() -> None:
-    """From here to the first progress that a stage reports."""
-    gc.set_threshold(*_AT_START)
 
 
 def keep_freed_memory() -> None:
@@ -100,7 +91,7 @@ class ProcessContext:
         self._events.send("log", message=message)
 
     def progress(self, done: int, total: int, unit: str, **figures: float) -> None:
-        gc.set_threshold(*_USUAL)
+        collect_as_usual()
         self._events.send("progress", done=done, total=total, unit=unit, figures=figures)
 
     def metrics(self, step: int, **values: float) -> None:

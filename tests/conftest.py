@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -25,8 +26,9 @@ settings.register_profile(
 settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=2000, derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# Tests run beside each other, and beside real runs: their devices are those of nobody else.
-os.environ.setdefault("DRAFTSMITH_DEVICE_LOCKS", tempfile.mkdtemp(prefix="draftsmith-test-devices-"))
+# Workers run beside each other, and beside real runs: their devices are those of nobody else. A measurement of one
+# would wait for the stages of all.
+os.environ["DRAFTSMITH_DEVICE_LOCKS"] = tempfile.mkdtemp(prefix="draftsmith-test-devices-")
 
 if TYPE_CHECKING:  # most rooms need neither
     from collections.abc import Iterator
@@ -61,6 +63,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files start first, so that no worker ends alone."""
     items.sort(key=lambda item: (item.get_closest_marker("sglang") is None, "integration" not in item.path.parts))
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays: modules and tests are no longer looked through."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,6 +23,11 @@ from draftsmith.artifacts.sqlite import refuse_shared_database, sqlite_file
 
 _START_LIMIT_S = 180.0  # 3 s on a used home, 8 to 12 s on a new one, more on a busy machine
 _STOP_LIMIT_S = 5.0
+# uvicorn, with less of a start: it imports Prefect's server, and waits
+_UVICORN = (
+    "import runpy; from draftsmith.stages.garbage import collect_seldom; collect_seldom(); "
+    "runpy.run_module('uvicorn', run_name='__main__', alter_sys=True)"
+)
 _temporary: list[str] = []  # URL of the server that this process has started
 
 
@@ -163,7 +168,7 @@ def _start(port: int, lifeline: int, log: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [
             *(sys.executable, "-P", "-m", "draftsmith.stages.lifeline", str(lifeline)),
-            *(sys.executable, "-P", "-m", "uvicorn", *uvicorn, "--log-level", "error", "--lifespan", "on"),
+            *(sys.executable, "-P", "-c", _UVICORN, *uvicorn, "--log-level", "error", "--lifespan", "on"),
         ],
         stdin=subprocess.DEVNULL,
         stdout=log,

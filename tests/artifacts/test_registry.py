@@ -229,7 +229,8 @@ def test_a_turn_that_is_given_back_while_mlflow_refuses_it_is_had(
     client, _ = Tracking(tmp_path / "home").connect()
     client.create_registered_model(f"{line}.promotion")
     store = client._get_registry_client().store
-    look, looked = store.get_registered_model, []
+    looked: list[str] = []
+    look = store.get_registered_model
 
     def given_back(name: str) -> Any:
         if not looked:

