@@ -244,7 +244,8 @@ class Registry:
         and `previous` last: the same call again, or `complete`, goes on where it was lost.
         """
         self._tracking.must_write()
-        with self._client() as client, self._one_at_a_time(client, version.line, f"promotion of {version}"):
+        promotion = f"promotion of {version}"
+        with self._client() as client, self._one_at_a_time(client, version.line, promotion) as still_ours:
             model = self._model(client, version.line)
             now = None if model is None else model.aliases.get(CHAMPION)
             before = None if now is None else int(now)
@@ -263,6 +264,7 @@ class Registry:
                 event = LineEvent(at=at, by=by, what=what, version=version.number, before=since, why=why[:1000])
                 self._tag(client, version.line, version.number, tags)
                 client.set_registered_model_tag(version.line, f"{_EVENT}{len(events):06d}", json.dumps(asdict(event)))
+            still_ours()
             client.set_registered_model_alias(version.line, CHAMPION, str(version.number))
             if CHALLENGER in (model.aliases if model is not None else {}):
                 client.delete_registered_model_alias(version.line, CHALLENGER)
@@ -347,12 +349,12 @@ class Registry:
         return RetryableError(f"MLflow's model registry failed ({reason}): see that MLflow is there")
 
     @contextmanager
-    def _one_at_a_time(self, client: MlflowClient, line: str, what: str) -> Iterator[None]:
-        """Of a line, in this home and over all homes that use this MLflow."""
+    def _one_at_a_time(self, client: MlflowClient, line: str, what: str) -> Iterator[Callable[[], None]]:
+        """Of a line, in this home and over all homes that use this MLflow. Yields `turn_of`'s check."""
         lock = self._tracking.folder / "registry" / f".lock-{line}"
         shared = self._tracking.uri != self._tracking.default_uri  # the default one is of this home alone
-        with locked(lock, run=what), turn_of(client, line) if shared else nullcontext():
-            yield
+        with locked(lock, run=what), turn_of(client, line) if shared else nullcontext(lambda: None) as still_ours:
+            yield still_ours
 
     def _model(self, client: MlflowClient, line: str) -> Any:
         """The registered model with aliases and tags; None if there is none."""

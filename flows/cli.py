@@ -250,7 +250,7 @@ def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
     try:
         made = patiently(lambda: make(workshop, node, inputs, force=options.force), config.stages, display.line)
     except DraftsmithError as error:
-        note_failed(config.name, error, [node.name])
+        note_failed(config.name, error, node.name)
         raise
     display.line(f"{node.name}: {made.ref.path}")
 

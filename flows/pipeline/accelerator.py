@@ -40,17 +40,24 @@ def held(say: Callable[[str], None], check: Callable[[], None] = lambda: None) -
         return
     names = [f"{_PREFIX}{each}" for each in accelerators()]
     worked = False
+    ended: BaseException | None = None
     try:
         with contextlib.ExitStack() as stack:
             _take(stack, names, say, check)
-            yield
+            try:
+                yield
+            except BaseException as error:
+                ended = error
+                raise
             worked = True
     except httpx.HTTPError as error:
         if not is_loss(error):
             raise
-        if not worked:
+        if error is ended or not (worked or ended):
             raise RetryableError(f"Prefect's server was lost ({error}): start it again, or run again later") from error
         say(f"Prefect's server is lost, and does not know yet that {', '.join(names)} is free")
+    if ended is not None:  # giving back failed behind it
+        raise ended
 
 
 def _take(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -92,16 +92,15 @@ def note_ended(run: str) -> None:
     _write(run, {node: replace(note, ended=True) for node, note in notes(run).items()})
 
 
-def note_failed(run: str, error: BaseException, nodes: Iterable[str]) -> None:
-    """These were not made. Where the error says that the input was bad, the next run reads what is there: other files
-    may be the remedy. After any other it goes on."""
+def note_failed(run: str, error: BaseException, node: str) -> None:
+    """It was not made. Where the error says that the input was bad, the next run reads what is there: other files may
+    be the remedy. After any other it goes on."""
     if (
         isinstance(error, DraftsmithError)
         and error.exit_code == EXIT_USER_ERROR
         and not isinstance(error, PastLimitError)
     ):
-        left = set(nodes)
-        _write(run, {node: note for node, note in notes(run).items() if node not in left})
+        _write(run, {name: note for name, note in notes(run).items() if name != node})
 
 
 def _path(run: str) -> Path:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from draftsmith.artifacts.errors import StageInterrupted
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.locks import Holder
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.open_store import store_of
@@ -74,6 +74,11 @@ def make(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], *, f
     Raises the stage's own `DraftsmithError`; what the stage saved is kept for the next attempt.
     """
     external = external_digests(node.config)
+    if gone := sorted((node.config.listed_files or frozenset()) - external.keys()):
+        raise DraftsmithError(
+            f"{node.name}: {', '.join(gone[:3])} (of {len(gone)}) was there when the run began and is gone: put it "
+            "back, or run the same command again, which then reads what is there"
+        )
     key = key_of(node, inputs, seed_of(node, workshop.config), workshop.pipeline, external)
     stage = node.stage.name
     ref = None if force else find(workshop.store, node, key, verify=True)

@@ -157,9 +157,8 @@ def _run_once(
             note_ended(config.name)
     except StageInterrupted:
         raise
-    except Exception as error:
+    except Exception:
         status = "FAILED"
-        note_failed(config.name, error, [node.name for node in nodes if node.name not in made])
         raise
     finally:
         figures, tags = _reviewed(workshop, made, conclusion, concludes=concluding is not None)
@@ -205,7 +204,11 @@ def _make_all(
         workshop.check()
         inputs: dict[str, ArtifactRef] = {name: made[source].ref for name, source in node.inputs.items()}
         upstream = [states[source] for source in dict.fromkeys(node.inputs.values())]
-        made[node.name], states[node.name] = run_node(workshop, node, inputs, upstream, force=node.name in forced)
+        try:
+            made[node.name], states[node.name] = run_node(workshop, node, inputs, upstream, force=node.name in forced)
+        except DraftsmithError as error:
+            note_failed(workshop.config.name, error, node.name)
+            raise
         folders = Folders(workshop.store, _refs(made))
         if checks is not None:
             _warn(workshop, checks.after(node, folders))

@@ -245,6 +245,37 @@ def test_a_turn_that_is_given_back_while_mlflow_refuses_it_is_had(
             client.create_registered_model(f"{line}.promotion")
 
 
+def test_a_promotion_that_took_too_long_changes_nothing_beside_the_next(
+    line: str, shared: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", shared)
+    client, _ = Tracking(tmp_path / "home").connect()
+    name = f"{line}.promotion"
+    with turn_of(client, line) as still_ours:
+        still_ours()
+        client.delete_registered_model(name)  # as one does that has waited for a minute
+        time.sleep(0.002)  # MLflow's clock counts milliseconds
+        with turn_of(client, line) as of_the_next:
+            with pytest.raises(RetryableError, match="another one began"):
+                still_ours()
+            of_the_next()
+        time.sleep(0.002)
+        client.create_registered_model(name)
+    assert client.get_registered_model(name), "a turn gives back its own alone"
+
+
+def test_a_turn_that_nobody_may_take_away_is_named(
+    line: str, shared: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", shared)
+    monkeypatch.setattr("draftsmith.artifacts.line_turns.OTHERS_LIMIT_S", 0.5)
+    client, _ = Tracking(tmp_path / "home").connect()
+    client.create_registered_model(f"{line}.promotion")
+    held = rf"registered model {line}\.promotion all the time: .* delete"
+    with pytest.raises(RetryableError, match=held), turn_of(client, line):
+        pass
+
+
 def test_what_a_killed_promotion_held_is_taken_away(
     line: str, shared: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

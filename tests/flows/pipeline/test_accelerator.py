@@ -9,7 +9,11 @@ import pytest
 
 from tests.flows.pipeline.processes import beside_server
 
-IMPORTS = "from draftsmith.flows.pipeline.accelerator import held\n"
+IMPORTS = """
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.flows.pipeline import accelerator
+from draftsmith.flows.pipeline.accelerator import held
+"""
 WAITS = textwrap.dedent(
     """
     said, checks = [], []
@@ -49,7 +53,7 @@ LOSES = textwrap.dedent(
         def log_message(self, *_):
             pass
 
-    with held(print):
+    def lose():
         atexit.unregister(server._stop)
         server._stop()
         for thread in threading.enumerate():
@@ -57,6 +61,29 @@ LOSES = textwrap.dedent(
                 thread.join()
         ill = http.server.ThreadingHTTPServer(("127.0.0.1", urllib.parse.urlsplit(server.url).port), Ill)
         threading.Thread(target=ill.serve_forever, daemon=True).start()
+
+    def ends(error):
+        # a stage on another accelerator
+        accelerator.accelerators = lambda: [type(error).__name__]
+        try:
+            with held(said.append):
+                yield
+                raise error
+        except BaseException as ended:
+            print(type(ended).__name__, ended, *said, sep=": ")
+        said.clear()
+        yield
+
+    said, own = [], accelerator.accelerators
+    errors = DraftsmithError("row 3"), KeyboardInterrupt("stop"), SystemExit(143)
+    others = [ends(error) for error in errors]
+    for other in others:
+        next(other)
+    accelerator.accelerators = own
+    with held(print):
+        lose()
+        for other in others:
+            next(other)
         print("worked to its end")
     try:
         with held(print):
@@ -84,7 +111,11 @@ def test_a_wait_is_called_off_by_its_check(tmp_path: Path) -> None:
 
 
 def test_a_stage_ends_as_it_does_though_its_lease_cannot_be_renewed(tmp_path: Path) -> None:
-    worked, released, next_one = said(tmp_path, LOSES, PREFECT_CLIENT_MAX_RETRIES="0")
+    *ended, worked, released, next_one = said(tmp_path, LOSES, PREFECT_CLIENT_MAX_RETRIES="0")
+    lost = "Prefect's server is lost, and does not know yet that accelerator."
+    errors = ["DraftsmithError: row 3", "KeyboardInterrupt: stop", "SystemExit: 143"]
+    for error, line in zip(errors, ended, strict=True):
+        assert line.startswith(f"{error}: {lost}{error.partition(':')[0]} is free")
     assert worked == "worked to its end"
-    assert released.startswith("Prefect's server is lost, and does not know yet that accelerator.")
+    assert released.startswith(lost)
     assert next_one.startswith("RetryableError: Prefect's server was lost (")

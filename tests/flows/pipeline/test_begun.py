@@ -104,9 +104,9 @@ def test_a_run_that_reads_what_is_there_begins_then_though_it_is_the_same(folder
     ids=["its input", "lost outside", "interrupted", "time limit", "killed", "unforeseen"],
 )
 def test_what_failed_for_its_input_reads_what_is_there_next_time(error: Exception, reads: str, folder: Path) -> None:
-    note_failed("weekly", error, ["prompts"])
+    note_failed("weekly", error, "prompts")
     assert read(logs(folder)) == "ab", "it was made"
-    note_failed("weekly", error, ["logs"])
+    note_failed("weekly", error, "logs")
     assert read(logs(folder)) == reads
 
 

@@ -43,6 +43,7 @@ class Home:
         self.config = ToyConfig.model_validate({"name": "toy", "left": left, "total": total})
         self.lost: list[str] = []  # stages of which one attempt is lost when it has saved something
         self.saved: list[Path] = []  # what an attempt found
+        self.goes: Path | None = None  # while the first stage works
 
     def come(self, name: str) -> None:
         (self.numbers / name).write_text("1000")
@@ -75,6 +76,9 @@ class Home:
         return made, None
 
     def stage(self, request: StageRequest, **_: Any) -> StageOutcome:
+        if self.goes is not None:
+            self.goes.unlink()
+            self.goes = None
         stage = importlib.import_module(request.module).STAGE
         inputs = {name: Path(path) for name, path in request.inputs.items()}
         context = RecordingContext(Path(request.out), Path(request.work), inputs, request.seed)
@@ -105,6 +109,28 @@ def test_what_was_made_before_a_failure_is_reused_though_files_came(home: Home) 
     home.allow.touch()
     assert home.run() == 30 + 1000
     assert home.reads() == "ab", "it has come to its end"
+
+
+def test_what_was_made_is_reused_after_a_failure_before_it(home: Home) -> None:
+    with pytest.raises(DraftsmithError, match="allow is missing"):
+        home.run()
+    home.come("b")
+    known = home.config
+    home.config = known.model_copy(update={"target": known.target.model_copy(update={"fail_at": 1})})
+    with pytest.raises(DraftsmithError, match="number 1 is bad"):
+        home.run()
+    home.config = known
+    home.allow.touch()
+    assert home.run() == 30 + 1000
+
+
+def test_a_file_that_goes_while_the_run_makes_what_is_before_it_is_told(home: Home) -> None:
+    home.come("b")
+    home.allow.touch()
+    home.goes = home.numbers / "b"
+    with pytest.raises(DraftsmithError, match=r"left: \S+/numbers/b \(of 1\) was there when the run began and is gone"):
+        home.run()
+    assert home.run() == 30 + 1000
 
 
 def test_a_run_that_fails_for_its_files_reads_more_when_they_have_come(home: Home) -> None:
