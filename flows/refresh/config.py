@@ -195,7 +195,11 @@ class RefreshConfig(RunOptions):
 
     @model_validator(mode="after")
     def _time_limits_name_nodes(self) -> RefreshConfig:
-        self.stages.require_nodes({*type(self).model_fields, "control"} - {*RunOptions.model_fields, "refresh"})
+        no_nodes = {*RunOptions.model_fields, "refresh", "registry", "on_promote"}
+        nodes = {*type(self).model_fields, "champion", "control", "earlier"} - no_nodes
+        iterated = ("assisted", "mining", "opd", "control", "evaluation", "report")
+        before_last = {f"{name}-{i}" for name in iterated for i in range(1, self.refresh.iterations)}
+        self.stages.require_nodes(nodes | before_last)
         return self
 
 

@@ -168,7 +168,7 @@ def test_a_split_that_is_measured_must_be_answered() -> None:
 
 def test_a_time_limit_for_an_unknown_node_is_refused() -> None:
     with pytest.raises(
-        DraftsmithError, match=r"stages\.time_limits\.stf: no such node, use one of: assisted, control,"
+        DraftsmithError, match=r"stages\.time_limits\.stf: no such node, use one of: assisted, champion, control,"
     ):
         load_config(ROOT / "configs" / "quickstart.yaml", ["stages.time_limits.stf=5"])
     limits = load_config(ROOT / "configs" / "quickstart.yaml", ["stages.time_limits.control=5"]).stages
@@ -203,6 +203,11 @@ def test_more_iterations_reuse_those_that_were_made() -> None:
         assert twice[f"{name}-1"].config == once[name].config
     of_all_iterations = load_config(QUICKSTART, ["stages.time_limits={opd: 5}"]).stages
     assert of_all_iterations.time_limit("opd-1") == TimeLimit(300, "stages.time_limits.opd")
+    named = "stages.time_limits={opd-1: 5, champion: 5, earlier: 5}"
+    load_config(QUICKSTART, ["assisted.prompts=20", "refresh.iterations=2", named])
+    for name in ("opd-2", "on_promote"):
+        with pytest.raises(DraftsmithError, match=f"{name}: no such node"):
+            load_config(QUICKSTART, [f"stages.time_limits={{{name}: 5}}"])
 
 
 def test_iterations_without_enough_prompts_are_refused() -> None:
