@@ -13,7 +13,7 @@ from draftsmith.artifacts.parquet import read_table
 from draftsmith.artifacts.schemas import TRACE, TRAJECTORIES
 from draftsmith.artifacts.store import Store
 from tests.flows.pipeline.processes import processes_of
-from tests.integration.test_refresh import NODES, Home, config_of, done, reused
+from tests.integration.test_refresh import NODES, Home, config_of, done
 from tests.sglang_cpu.options import CPU_ENVIRONMENT, CPU_OPTIONS
 from tests.testbed.databases import give_databases
 
@@ -89,9 +89,3 @@ def test_a_refresh_on_sglang_is_exact_and_passes_the_gate(home: Home) -> None:
     steps = evaluation["parity"]["opd"]["served_steps"]
     assert f"SFT + OPD: 0 of {steps} verify steps that the engine served differ from replay" in told
     assert "Speed by setting" in (home.folder_of("report") / "report.html").read_text()
-
-    # ---- how the servers are reached and how patient the client is makes nothing again
-    settings = [word for section in SERVED for word in ("--set", f"{section}.engine.retries=9")]
-    again = home.refresh(*settings)
-    assert again.returncode == 0, again.stderr
-    assert reused(again) == ALONE

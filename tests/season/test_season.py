@@ -9,8 +9,9 @@ import pytest
 from safetensors.torch import load_file
 
 from draftsmith.artifacts.tracking import Tracking
+from draftsmith.flows.cli import main
 from draftsmith.stages.drafters.digest import drafter_digest
-from tests.season.season import LINE, SHORT, Week, draftsmith, play
+from tests.season.season import LINE, SHORT, Week, play
 from tests.testbed.chromium import ABSENT, PROGRAM, browser
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
@@ -96,33 +97,39 @@ def test_reports_of_promoted_and_refused_refreshes_in_a_browser(
     assert badges == [promoted, "Not promoted", promoted]
 
 
-def test_the_line_tells_its_history_and_rolls_back(weeks: list[Week], folder: Path) -> None:
+def test_the_line_tells_its_history_and_rolls_back(
+    weeks: list[Week], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert len(weeks) == 4
-    home = folder / "home"
-    told = draftsmith(home, "champions", LINE).stdout
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(folder / "home"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+    def said(*words: str | Path, code: int = 0) -> str:
+        """In this process, which has MLflow already."""
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == code
+        return "".join(capsys.readouterr())
+
+    told = said("champions", LINE)
     events = [line for line in told.splitlines() if " promoted (before: " in line]
     assert [event.split()[1:3] for event in events] == [["version", "1"], ["version", "3"]]
     checked = [line.split()[2] for line in told.splitlines() if " checked: tau " in line]
     assert checked == ["1", "1", "1"], "weeks 2, 4 and 5"
-    dry = draftsmith(home, "rollback", LINE, "--dry-run")
-    assert "version 1 would become the champion in place of version 3 (nothing was changed)" in dry.stdout
-    assert "version 1 is the champion now" in draftsmith(home, "rollback", LINE, "--why", "latency").stdout
-    assert "rolled back to (before: version 3)" in draftsmith(home, "champions", LINE).stdout
-    assert "is the champion already" in draftsmith(home, "promote", f"{LINE}@1").stdout
+    dry = said("rollback", LINE, "--dry-run")
+    assert "version 1 would become the champion in place of version 3 (nothing was changed)" in dry
+    assert "version 1 is the champion now" in said("rollback", LINE, "--why", "latency")
+    assert "rolled back to (before: version 3)" in said("champions", LINE)
+    assert "is the champion already" in said("promote", f"{LINE}@1")
 
     out = folder / "exported"
-    exported = draftsmith(home, "export", f"{LINE}@champion", out)
-    assert exported.returncode == 0, exported.stderr
+    said("export", f"{LINE}@champion", out)
     assert (out / "config.json").is_file() and (out / "model.safetensors").is_file()
     digest = json.loads((out / "drafter.json").read_text())["digest"]
     assert digest == drafter_digest(out)
-    for_vllm = draftsmith(home, "export", f"{LINE}@champion", folder / "for-vllm", "--format", "speculators")
-    assert for_vllm.returncode == 0, for_vllm.stderr
+    said("export", f"{LINE}@champion", folder / "for-vllm", "--format", "speculators")
     config = json.loads((folder / "for-vllm" / "config.json").read_text())
     assert config["speculators_model_type"] == "dflash"
     assert config["speculators_config"]["verifier"]["name_or_path"]
     assert {"lm_head.weight", "embed_tokens.weight"} <= load_file(folder / "for-vllm" / "model.safetensors").keys()
-    again = draftsmith(home, "export", LINE, out)
-    assert (again.returncode, "is not empty" in again.stderr) == (2, True)
-    unknown = draftsmith(home, "promote", f"{LINE}@9")
-    assert (unknown.returncode, "has no version 9" in unknown.stderr) == (2, True)
+    assert "is not empty" in said("export", LINE, out, code=2)
+    assert "has no version 9" in said("promote", f"{LINE}@9", code=2)

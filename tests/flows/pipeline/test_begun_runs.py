@@ -26,7 +26,6 @@ from draftsmith.flows.pipeline.graph import Node, PlannedNode
 from draftsmith.flows.pipeline.node import Made, Workshop, make
 from draftsmith.flows.pipeline.part import Part
 from draftsmith.flows.pipeline.process import StageOutcome, StageRequest
-from tests.flows.pipeline.processes import run_toy
 from tests.flows.pipeline.toy import TOY, ToyConfig, write_config
 from tests.testbed.context import RecordingContext
 
@@ -213,16 +212,3 @@ def test_a_stage_that_fails_alone_for_its_files_reads_more_when_they_have_come(h
     (home.path / "enough").touch()
     assert main(["stage", "left", *words], TOY) == 0
     assert len(notes("toy")["left"].files) == 2
-
-
-@pytest.mark.integration
-def test_the_same_command_goes_on(tmp_path: Path) -> None:
-    """In processes of its own, through Prefect."""
-    made = Home(tmp_path)
-    assert run_toy(made.path, "run", made.file).returncode == 2
-    made.come("b")
-    made.allow.touch()
-    went_on = run_toy(made.path, "run", made.file)
-    assert went_on.returncode == 0, went_on.stderr
-    assert "left: goes on with the files that the last run began with (1)" in went_on.stdout
-    assert "left: reused" in went_on.stdout and "total=1030" in went_on.stdout
