@@ -144,6 +144,11 @@ def test_an_upload_that_was_cut_off_counts_for_nothing_and_is_repeated(
     assert left.shown(tmp_path).startswith(f"{ADDRESS}/rollout/{KEY_16}/") and left.bytes == 3
     monkeypatch.undo()
     monkeypatch.setenv(STORE, ADDRESS)  # undone too
+    (tmp_path / "more").write_text("more")
+    bucket, more = Bucket(ADDRESS, STORE), f"{left.path.as_posix()}/more"
+    bucket.upload(tmp_path / "more", more)
+    assert left.remove() is False and len(objects()) == 2  # that host is there again, and goes on
+    bucket.delete([more])
 
     def noted(self: Bucket, path: Path, name: str) -> None:
         sent.append(name)
