@@ -270,8 +270,8 @@ class RemoteStore(Store):
                 yield folder, objects
 
     def delete_unnamed(self, folder: str, objects: Mapping[str, Stored]) -> bool:
-        """Delete what `unnamed` found, unless a manifest names it by now."""
-        if self._names(folder):
+        """Delete what `unnamed` found, unless a manifest names it by now, or somebody goes on with the upload."""
+        if self._names(folder) or self._bucket.listed(folder) != objects:
             return False
         self._bucket.delete(objects)
         return True
