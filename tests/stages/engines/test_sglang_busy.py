@@ -100,7 +100,7 @@ def test_what_the_server_says_of_later_is_heeded() -> None:
 
     async def run(pool: ServerPool) -> float:
         asking = asyncio.create_task(pool.ask("r0", payload()))
-        load = pool._load[pool.servers[0]]
+        load = pool.servers[0].load
         while not load.refusals:
             await asyncio.sleep(0.01)
         asking.cancel()

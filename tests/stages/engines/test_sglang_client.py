@@ -288,3 +288,7 @@ def test_lost_requests_do_not_return_together() -> None:
     for typical, drawn in zip((0.5, 1.0, 2.0, 30.0), pauses, strict=True):
         assert typical / 2 <= min(drawn) < max(drawn) <= typical * 1.5
         assert len(set(drawn)) > 40
+
+
+def test_a_pause_after_any_number_of_tries_is_one() -> None:
+    assert 30 <= pause(2000, 5.0, 60.0) <= 90

@@ -237,6 +237,7 @@ def test_a_router_is_for_a_rollout_on_several_servers() -> None:
     assert (words[0], after(words, "--policy")) == (sys.executable, "round_robin")
     assert words[words.index("--worker-urls") + 1 :][:2] == ["http://127.0.0.1:1", "http://127.0.0.1:2"]
     assert float(after(words, "--request-timeout-secs")) > routed.request_timeout_s
+    assert "--disable-retries" in words
     plain = config(servers=2)
     assert RolloutConfig(engine=routed).key_material() == RolloutConfig(engine=plain).key_material()
     with pytest.raises(ValidationError, match=r"engine\.launch\.router: an evaluation asks one server at a time"):
