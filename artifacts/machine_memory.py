@@ -1,4 +1,4 @@
-"""How much memory this machine has."""
+"""How much memory this machine has, and how much of it is free."""
 
 from __future__ import annotations
 
@@ -19,3 +19,11 @@ def memory_bytes() -> float:
         if text.isdecimal():
             return min(physical, float(text))
     return physical
+
+
+def free_memory_bytes() -> float:
+    """What this process may still take: of the machine's free memory, and of the container that this runs in."""
+    import psutil
+
+    left = memory_bytes() - psutil.Process().memory_info().rss
+    return max(0.0, min(float(psutil.virtual_memory().available), left))

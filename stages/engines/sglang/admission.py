@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.engines.sglang.expected import Expected
-from draftsmith.stages.engines.sglang.handshake import Facts, records_through, shake_hands
+from draftsmith.stages.engines.sglang.handshake import Facts, records_through, shake_hands, started_again
 from draftsmith.stages.engines.sglang.health import Server, State
 from draftsmith.stages.engines.sglang.router import workers_behind
 
@@ -102,13 +102,16 @@ class Admission:
         self._take(server, found)
 
     async def follow(self, router: Server) -> None:
-        """Check what has joined a router since the last look, and forget what has left it. What does not answer counts
-        when it does. Raises as `check` does."""
+        """Check what has joined a router since the last look, or was started again behind it, and forget what has left
+        it. What does not answer counts when it does. Raises as `check` does."""
         known = self._found[router]
-        workers = await workers_behind(self._client, router.url)
-        if not workers or set(workers) == set(known.facts):
+        workers = await workers_behind(self._client, router.url) or []
+        stayed = [worker for worker in workers if worker in known.facts]
+        again = await asyncio.gather(*(started_again(self._client, url, known.facts[url]) for url in stayed))
+        same = {worker for worker, other in zip(stayed, again, strict=True) if not other}
+        joined = [worker for worker in workers if worker not in same]
+        if not workers or (not joined and same == set(known.facts)):
             return  # without any it is the requests that hear of it
-        joined = [worker for worker in workers if worker not in known.facts]
         hands = (shake_hands(self._client, worker, self._expected, self._log) for worker in joined)
         each = await asyncio.gather(*hands, return_exceptions=True)
         if wrong := [

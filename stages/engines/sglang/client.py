@@ -19,6 +19,9 @@ _CONNECT_TIMEOUT_S = 10.0
 _PROBE_TIMEOUT_S = 60.0
 _BUSY = frozenset({408, 425, 429, 503})  # 408 and 429: a router's queue; 503: SGLang's, or a server that starts
 _UNREACHED = frozenset({502, 504})  # whoever answers did not reach the server
+_GONE = frozenset({404, 405, 410})  # a gateway's answers for a server that it routes to no more
+_AT_ONCE_S = 5.0  # a 503 that comes later is a gateway's, of a server that it has lost, if it is not SGLang's own
+_OWN_503 = ("queue", "timeout reached", "higher priority")  # words of SGLang's
 _KEY_ASKED_FOR = frozenset({401, 403})
 _RAN_TOO_LONG = "running timeout"  # SGLANG_REQ_RUNNING_TIMEOUT: a 503 that waiting does not cure
 _ONE_PIECE = 1 << 30  # as stream_interval: the first token at once, all others together
@@ -66,15 +69,15 @@ async def generate(
     try:
         if not stream:
             response = await client.post(f"{url}/generate", json=payload)
-            check_status(name, url, response.status_code, response.text, response.headers.get("Retry-After"))
+            _check_reply(name, url, response, started)
             body = response.json()
         else:
             sampling = {**payload["sampling_params"], "stream_interval": _ONE_PIECE}
             payload = {**payload, "sampling_params": sampling, "stream": True}
             async with client.stream("POST", f"{url}/generate", json=payload) as response:
                 if response.status_code != 200:
-                    text, later = (await response.aread()).decode(), response.headers.get("Retry-After")
-                    check_status(name, url, response.status_code, text, later)
+                    await response.aread()
+                    _check_reply(name, url, response, started)
                 async for line in response.aiter_lines():
                     if not line.startswith("data: {"):
                         continue  # blank, or the closing [DONE]
@@ -130,6 +133,15 @@ def key_header(api_key: str | None) -> dict[str, str]:
     return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
 
 
+def _check_reply(name: str, url: str, response: httpx.Response, started: float) -> None:
+    """As `check_status`, of a server that has answered before. started: when it was asked, by `perf_counter`."""
+    status, text, later = response.status_code, response.text, response.headers.get("Retry-After")
+    late = status == 503 and time.perf_counter() - started > _AT_ONCE_S
+    if status in _GONE or (late and later is None and not any(words in text.lower() for words in _OWN_503)):
+        raise UnreachedError(f"answered with {_what(status, text)}")
+    check_status(name, url, status, text, later)
+
+
 def check_status(name: str, url: str, status: int, text: str, retry_after: str | None = None) -> None:
     """Raise LostError for an answer that may be another next time, DraftsmithError for one that says no.
 
@@ -137,7 +149,7 @@ def check_status(name: str, url: str, status: int, text: str, retry_after: str |
     """
     if status == 200:
         return
-    what = f"status {status}: {' '.join(text.split())[:300]}"
+    what = _what(status, text)
     if _means_busy(status, what):
         raise BusyError(f"answered with {what}", _seconds(retry_after))
     if status >= 500 or status in _BUSY:
@@ -148,6 +160,10 @@ def check_status(name: str, url: str, status: int, text: str, retry_after: str |
             "key in engine.api_key_env"
         )
     raise RefusedRequestError(f"request {name}: {url} refuses it with {what}")
+
+
+def _what(status: int, text: str) -> str:
+    return f"status {status}: {' '.join(text.split())[:300]}"
 
 
 def _means_busy(status: int, what: str) -> bool:

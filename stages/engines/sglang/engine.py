@@ -181,7 +181,8 @@ class SGLangEngine:
         payload = generate_payload(request, self._expected.target.eos_ids, self.records_trace)
         answer = await self._pool.ask(request.request_id, payload, avoid)
         if self.records_trace and _retractions(answer):
-            answer = await self._pool.ask(request.request_id, payload, avoid)
+            with suppress(DraftsmithError, NotSentError):  # the first one is an answer, only without its steps
+                answer = await self._pool.ask(request.request_id, payload, avoid)
         return answer
 
     def _completion(self, request: Request, answer: Answer, *, with_records: bool) -> Completion:

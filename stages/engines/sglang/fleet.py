@@ -150,6 +150,8 @@ class Fleet:
                         worker.state, worker.reason = State.DOWN, str(error)
                     if worker.state is State.DOWN:
                         self._log(f"SGLang server {worker.url} is lost: {worker.reason}")
+                        # It may answer all the same, and the router would ask it.
+                        await asyncio.to_thread(self._process_of[worker].stop, 0)
         self._restarts_left = 0
         await asyncio.to_thread(self._router.stop, 0)
 

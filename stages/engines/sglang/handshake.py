@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from draftsmith.artifacts.errors import RetryableError
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.sglang.asking import generate, get, is_here, json_object, send, wrong
 from draftsmith.stages.engines.sglang.client import LostError
@@ -38,6 +38,7 @@ class Facts:
     records_trace: bool
     greedy_only: bool = False  # it drafts and verifies greedily: sampled answers would follow another law
     replicas: int = 1  # of the model
+    start: str = ""  # what differs from one start of the server to the next
     remarks: list[str] = field(default_factory=list)  # what could not be checked, or is worth knowing
 
 
@@ -66,8 +67,23 @@ async def shake_hands(client: httpx.AsyncClient, url: str, expected: Expected, l
         records,
         greedy_only,
         replicas=int(server.get("dp_size") or 1),
+        start=_start(server),
         remarks=remarks,
     )
+
+
+async def started_again(client: httpx.AsyncClient, url: str, facts: Facts) -> bool:
+    """Is a server another process than the one that was checked? Not known, and False, of one that does not say."""
+    try:
+        return _start(await get(client, url, "server_info", "get_server_info")) != facts.start
+    except (LostError, DraftsmithError):
+        return False
+
+
+def _start(server: dict[str, Any]) -> str:
+    """How long a server took to start, in parts, and the seed that it drew."""
+    said = {name: server[name] for name in ("startup_time", "random_seed") if server.get(name) is not None}
+    return json.dumps(said, sort_keys=True) if said else ""
 
 
 async def records_through(client: httpx.AsyncClient, url: str, expected: Expected) -> bool:

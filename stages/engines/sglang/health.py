@@ -27,8 +27,23 @@ _LONGEST_PAUSE_S = 30.0
 _RETURN_S, _LONGEST_RETURN_S = 5.0, 60.0  # between two looks for a server that is down
 _ALL_DOWN_RETURN_S = 15.0  # the same while all are down, for they have not long
 _TICK_S = 1.0  # between two looks at whether they are
+_DOUBLINGS = 60  # of a pause, which is at its longest by then; 2.0 ** 1024 is no float
 _LATER = 5  # the look that is the first one at a server that is there, but whose answers are no use
 _FOLLOW_S = 60.0  # between two looks at what stands behind a router
+
+
+@dataclass
+class Load:
+    """What a server takes, as far as it has shown."""
+
+    bound: float = math.inf  # requests at once, after a refusal; one more with every answer
+    limit: float = math.inf  # requests at once, after one that was not finished in time
+    limited_at: float = -math.inf
+    last_s: float = math.inf  # that its last answer took
+    refusals: int = 0  # in a row
+    refused_since: float | None = None  # its last answer
+    rests_until: float = -math.inf
+    told: bool = False
 
 
 class State(Enum):
@@ -50,6 +65,7 @@ class Server:
     replicas: int = 1  # of the model, which share its requests
     behind: tuple[str, ...] = ()  # of a router: the servers that it asks
     launched: bool = False  # by this process: nobody else starts it again
+    load: Load = field(default_factory=Load)
     attempts: set[asyncio.Task[Answer]] = field(default_factory=set)
     answered_at: float = -math.inf  # when it last answered a request
     heard_at: float = field(default_factory=time.monotonic)  # that, or a probe or handshake
@@ -67,7 +83,7 @@ class Server:
 
 def pause(tries: int, first_s: float, longest_s: float = _LONGEST_PAUSE_S) -> float:
     """Seconds before a repetition: doubling, with jitter, so that requests lost together do not return together."""
-    return min(longest_s, first_s * 2.0 ** (tries - 1)) * random.uniform(0.5, 1.5)
+    return min(longest_s, first_s * 2.0 ** min(tries - 1, _DOUBLINGS)) * random.uniform(0.5, 1.5)
 
 
 class Health:
@@ -106,12 +122,18 @@ class Health:
 
     async def probe(self, server: Server) -> None:
         """Does it compute? Of a router: is it there, and does one of its servers? Raises LostError."""
-        await probe(self._client, server.url)
+        failed: LostError | None = None
+        try:
+            await probe(self._client, server.url)
+        except LostError as error:
+            if not server.behind or isinstance(error, UnreachedError):
+                raise
+            failed = error  # a router asks one of its servers, which may be the one that is lost
         if server.behind:
             each = await asyncio.gather(*(probe(self._client, url) for url in server.behind), return_exceptions=True)
             errors = [error for error in each if error is not None]
             if len(errors) == len(each):
-                raise errors[0]
+                raise failed or errors[0]
         server.heard_at = time.monotonic()
 
     async def computes(self, server: Server) -> None:
@@ -187,6 +209,10 @@ class Health:
         server.heard_at = time.monotonic()
         self._changed()
 
+    def _returned(self, server: Server) -> None:
+        server.load = Load()  # it may have been started again, by other options or on another machine
+        self._up(server)
+
     async def _lose(self, server: Server, looks: int = 1) -> None:
         """It gives up its requests, and is revived if that is possible. looks: as of `_await_return`."""
         self._log(f"SGLang server {server.url} is lost: {server.reason}")
@@ -196,7 +222,7 @@ class Health:
         self._changed()
         try:
             if self._revive is not None and await self._revive(server):
-                self._up(server)
+                self._returned(server)
                 return
         except Exception as error:  # whatever it was, waiting requests must hear that nobody comes
             server.reason = _told(error)
@@ -227,7 +253,7 @@ class Health:
                 server.looked_at = False
                 self._changed()
             self._log(f"SGLang server {server.url} is there again")
-            self._up(server)
+            self._returned(server)
             return
 
     async def _rest(self, seconds: float) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
@@ -43,20 +41,6 @@ class _GivenUpError(LostError):
     """The server was lost while it had the request."""
 
 
-@dataclass
-class _Load:
-    """What a server takes, as far as it has shown."""
-
-    bound: float = math.inf  # requests at once, after a refusal; one more with every answer
-    limit: float = math.inf  # requests at once, after one that was not finished in time
-    limited_at: float = -math.inf
-    last_s: float = math.inf  # that its last answer took
-    refusals: int = 0  # in a row
-    refused_since: float | None = None  # its last answer
-    rests_until: float = -math.inf
-    told: bool = False
-
-
 class ServerPool:
     """Spreads requests over servers; to be used inside one event loop.
 
@@ -83,7 +67,6 @@ class ServerPool:
         self._client, self._stream, self._timeout_s = client, stream, timeout_s
         self._concurrency, self._retries, self._backoff_s, self._log = concurrency, retries, backoff_s, log
         self._total: int | None = None
-        self._load = {server: _Load() for server in servers}
         self._holding = False
         self._waiters: list[asyncio.Future[None]] = []
         self._asking: dict[asyncio.Task[Any], Asked] = {}
@@ -207,7 +190,7 @@ class ServerPool:
         up = [server for server in self.servers if server.state is State.UP]
         others = [server for server in up if server is not avoid]
         now = time.monotonic()
-        ready = [server for server in others or up if self._load[server].rests_until <= now]
+        ready = [server for server in others or up if server.load.rests_until <= now]
         if self._total is None:
             free = [server for server in ready if server.in_flight < self._room(server)]
         else:
@@ -215,7 +198,7 @@ class ServerPool:
         return [server for server in free if asked.fits(server.requests)]
 
     def _room(self, server: Server) -> float:
-        return min(self._concurrency * server.replicas, self._load[server].bound, self._load[server].limit)
+        return min(self._concurrency * server.replicas, server.load.bound, server.load.limit)
 
     def _longest_wait(self, name: str) -> float | None:
         """Seconds until all servers have been down for too long; None: one is there, or may be. Raises RetryableError
@@ -239,7 +222,7 @@ class ServerPool:
 
     def _rest(self, server: Server, error: BusyError) -> bool:
         """A server takes no more at the moment: it is asked for what it has, and later. Whether to be patient."""
-        load, now = self._load[server], time.monotonic()
+        load, now = server.load, time.monotonic()
         load.bound = max(1, min(load.bound, server.in_flight - 1))
         load.refused_since = load.refused_since or now
         if not load.told:
@@ -254,12 +237,12 @@ class ServerPool:
 
     def _answered(self, server: Server, answer: Answer) -> None:
         server.answered()
-        load = self._load[server]
+        load = server.load
         load.bound, load.refusals, load.refused_since, load.last_s = load.bound + 1, 0, None, answer.seconds
 
     def _relieve(self, server: Server, sent: float) -> None:
         """A request was not finished in time: if others take long too, they wait for each other."""
-        load = self._load[server]
+        load = server.load
         if server.in_flight > 1 and load.last_s > self._timeout_s / 2 and sent > load.limited_at:
             load.limit, load.limited_at = server.in_flight // 2, time.monotonic()
             self._log(

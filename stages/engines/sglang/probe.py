@@ -40,15 +40,15 @@ def own_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str]
 
 
 def _own_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str], None]) -> list[float]:
-    import psutil
     import torch
 
+    from draftsmith.artifacts.machine_memory import free_memory_bytes
     from draftsmith.stages.targets.causal_lm import Target
     from draftsmith.stages.targets.estimate import DTYPE_BYTES, target_size
     from draftsmith.stages.targets.info import model_path, read_target_info
 
     size = target_size(model_path(target_folder)).parameters * DTYPE_BYTES[read_target_info(target_folder).dtype]
-    needed, free = f"{size / 1e9:.1f} GB", psutil.virtual_memory().available
+    needed, free = f"{size / 1e9:.1f} GB", free_memory_bytes()
     if size > free:
         raise NoRoomError(f"which takes {needed} of memory where {free / 1e9:.1f} GB are free")
     log(f"the target is loaded on the CPU, {needed}: its log-probs are compared with a server's")

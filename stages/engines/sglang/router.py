@@ -39,6 +39,9 @@ def router_command(config: SGLangEngineConfig, workers: Sequence[str], metrics_p
         # a server that is started again is asked again soon
         *("--worker-startup-check-interval", "1", "--health-check-interval-secs", "2"),
         *("--health-success-threshold", "1", "--cb-timeout-duration-secs", "5"),
+        # A request that ends servers would end one a try of the router's, unseen: it is repeated here. Until a dead
+        # server is left, it costs every request that the router gives it a try.
+        *("--disable-retries", "--cb-failure-threshold", "2"),
         # longer than ours, for its own is an error 5xx, which would be repeated
         *("--request-timeout-secs", str(round(config.request_timeout_s) + _PATIENCE_S), "--log-level", "warn"),
     ]

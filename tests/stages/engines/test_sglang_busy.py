@@ -12,8 +12,9 @@ import httpx
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.stages.engines.sglang import client
 from draftsmith.stages.engines.sglang import pool as pooling
-from draftsmith.stages.engines.sglang.client import BusyError, LostError, check_status, generate
+from draftsmith.stages.engines.sglang.client import BusyError, LostError, UnreachedError, check_status, generate
 from draftsmith.stages.engines.sglang.pool import LostTooOftenError, ServerPool, TimedOutError
 from tests.stages.engines.http_server import Refusal, Reply, answer, is_probe, serving
 from tests.stages.engines.test_sglang_client import EXPECTED, ask_many, ids, payload, with_pool
@@ -100,7 +101,7 @@ def test_what_the_server_says_of_later_is_heeded() -> None:
 
     async def run(pool: ServerPool) -> float:
         asking = asyncio.create_task(pool.ask("r0", payload()))
-        load = pool._load[pool.servers[0]]
+        load = pool.servers[0].load
         while not load.refusals:
             await asyncio.sleep(0.01)
         asking.cancel()
@@ -140,6 +141,54 @@ def test_a_server_that_ends_what_runs_too_long_is_not_waited_for() -> None:
     with pytest.raises(LostError) as caught:
         check_status("r", "http://a", 503, "Request running timeout reached.")
     assert not isinstance(caught.value, BusyError)
+
+
+@pytest.mark.parametrize(
+    ("late", "text", "said", "kind"),
+    [
+        (True, "upstream connect error or disconnect/reset before headers", {}, UnreachedError),
+        (False, "upstream connect error or disconnect/reset before headers", {}, BusyError),
+        (True, "come back", {"Retry_After": "5"}, BusyError),
+        (True, "The request queue is full.", {}, BusyError),
+        (True, "Request waiting timeout reached.", {}, BusyError),
+        (True, "The request is aborted by a higher priority request.", {}, BusyError),
+        (True, "Request running timeout reached.", {}, LostError),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_503_long_after_sending_is_of_a_server_that_a_gateway_has_lost(
+    late: bool,
+    text: str,
+    said: dict[str, str],
+    kind: type[LostError],
+    stream: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client, "_AT_ONCE_S", -1.0 if late else 600.0)
+
+    def refuses(_: dict[str, Any]) -> dict[str, Any]:
+        raise Refusal(503, text, **said)
+
+    async def ask() -> None:
+        async with httpx.AsyncClient(trust_env=False) as http:
+            await generate(http, server.url, "r0", payload(), stream=stream)
+
+    with serving(refuses) as server, pytest.raises(LostError) as caught:
+        asyncio.run(ask())
+    assert type(caught.value) is kind
+
+
+def test_a_request_that_a_server_behind_a_gateway_died_with_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not asked for hour after hour, as of a server that is full."""
+    monkeypatch.setattr(client, "_AT_ONCE_S", -1.0)
+
+    def refuses(_: dict[str, Any]) -> dict[str, Any]:
+        raise Refusal(503, "no healthy upstream")
+
+    with serving(refuses, health_generate=lambda _: {}) as server:
+        with pytest.raises(LostTooOftenError, match=r"request r0: failed 3 times.*no healthy upstream"):
+            with_pool([server], lambda pool: pool.ask("r0", payload()), retries=2)
+        assert server.count("/generate") == 3
 
 
 def hanging(release: threading.Event) -> Reply:

@@ -14,7 +14,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.engines.sglang.client import Answer, LostError
-from draftsmith.stages.engines.sglang.health import Server, pause
+from draftsmith.stages.engines.sglang.health import Server, State, pause
 from draftsmith.stages.engines.sglang.pool import ServerPool
 from tests.stages.engines.http_server import HttpServer, Refusal, answer, is_probe, serving
 
@@ -157,6 +157,26 @@ def test_a_refused_request_is_not_repeated() -> None:
         assert server.count("/generate") == 1
 
 
+@pytest.mark.parametrize("status", [404, 405, 410])
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_a_gateway_does_not_route_to_a_server_any_more_is_asked_elsewhere(status: int, stream: bool) -> None:
+    def gone(_: dict[str, Any]) -> dict[str, Any]:
+        raise Refusal(status, "no route")
+
+    async def run(pool: ServerPool) -> list[Answer]:
+        found = await ask_many(pool, 12)
+        async with asyncio.timeout(30):
+            while pool.servers[0].state is not State.DOWN:
+                await asyncio.sleep(0.01)
+        return found
+
+    with serving(gone, health_generate=gone) as drained, serving(answer) as healthy:
+        found, logs = with_pool([drained, healthy], run, retries=1, stream=stream)
+        assert ids(found) == EXPECTED[:12]
+        assert 1 <= sum("rid" in p for _, p in drained.asked) <= 4
+    assert any(f"{drained.url} is lost: answered with status {status}" in line for line in logs)
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -288,3 +308,7 @@ def test_lost_requests_do_not_return_together() -> None:
     for typical, drawn in zip((0.5, 1.0, 2.0, 30.0), pauses, strict=True):
         assert typical / 2 <= min(drawn) < max(drawn) <= typical * 1.5
         assert len(set(drawn)) > 40
+
+
+def test_a_pause_after_any_number_of_tries_is_one() -> None:
+    assert 30 <= pause(2000, 5.0, 60.0) <= 90

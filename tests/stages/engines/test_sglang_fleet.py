@@ -19,12 +19,14 @@ from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.sglang import fleet as fleets
 from draftsmith.stages.engines.sglang import health
+from draftsmith.stages.engines.sglang.admission import Admission
 from draftsmith.stages.engines.sglang.expected import Expected
 from draftsmith.stages.engines.sglang.fleet import Fleet
 from draftsmith.stages.engines.sglang.health import Server, State
 from draftsmith.stages.engines.sglang.server import ServerProcess
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from tests.stages.engines.http_server import HttpServer, answer
+from tests.stages.engines.server_processes import living
 from tests.stages.engines.test_sglang_engine import STAND_IN, opened
 from tests.stages.engines.test_sglang_handshake import expected_of, good_model, good_server, server_of, speculating
 from tests.testbed.drafter import DrafterArtifacts
@@ -217,6 +219,36 @@ def test_whatever_happens_while_a_server_behind_a_router_is_started_again_the_ot
     worker = asyncio.run(run())
     assert worker.state is State.DOWN
     assert any(f"{worker.url} is lost: " in line and "Not a directory" in line for line in logs)
+
+
+def test_a_server_behind_a_router_that_comes_back_as_another_is_stopped(plain: Expected, tmp_path: Path) -> None:
+    folder, logs = tmp_path / "servers", list[str]()
+    config = SGLangEngineConfig.model_validate({"kind": "sglang", "python": sys.executable, "launch": {"servers": 2}})
+
+    async def run() -> Server:
+        line, told = [sys.executable, "-m", "sglang.launch_server"], {"PYTHONPATH": str(STAND_IN)}
+        process = ServerProcess(line, {**told, "STAND_IN": "fail once"}, folder / "server.log")
+        fleet = Fleet(config, plain, [process], logs.append)
+        router = fleet._router = ServerProcess(["sleep", "600"], {}, tmp_path / "router.log")
+        fleet._client = httpx.AsyncClient(trust_env=False)
+        fleet._admission = Admission(fleet._client, plain, logs.append)
+        process.start()
+        router.start()
+        while process.ended() is None:
+            await asyncio.sleep(0.02)
+        worker = Server(process.url, launched=True)
+        fleet._process_of[worker] = process
+        try:
+            await asyncio.wait_for(fleet._watch([worker]), 60)
+            assert living(folder) == []
+        finally:
+            await fleet.stop()
+        return worker
+
+    worker = asyncio.run(run())
+    assert worker.state is State.DOWN
+    assert (folder / "server.log").read_text().count("launch_server") == 2
+    assert any(f"{worker.url} is lost: engine: {worker.url}/model_info gives no JSON object" in line for line in logs)
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,31 @@ def test_a_router_is_well_while_one_of_its_servers_is() -> None:
         with_pool([front], run)
 
 
+def test_a_router_is_not_lost_because_the_server_that_it_asks_for_its_health_is() -> None:
+    def refuses(_: dict[str, Any]) -> dict[str, Any]:
+        raise Refusal(500, "error sending request")
+
+    with (
+        serving(broken_once(500), health_generate=refuses) as front,
+        serving(answer, health_generate=lambda _: {}) as good,
+        serving(answer) as gone,
+    ):
+        gone.stop()
+
+        async def run(pool: ServerPool) -> Any:
+            router = pool.servers[0]
+            router.behind = (gone.url, good.url)
+            found = await ask_many(pool, 4)
+            router.behind = (gone.url,)
+            with pytest.raises(LostError, match=r"status 500.*error sending request"):
+                await pool.health.probe(router)
+            return found
+
+        found, logs = with_pool([front], run, revive=never)
+        assert ids(found) == EXPECTED[:4]
+    assert not logs
+
+
 def test_a_server_that_goes_dark_is_found_long_before_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pooling, "_LOOK_S", 0.1)
     monkeypatch.setattr(health, "_BEAT_S", 0.2)
@@ -242,6 +267,36 @@ def test_a_server_that_is_down_is_looked_for_and_comes_back(monkeypatch: pytest.
         "left out: serves another model",
         "is there again",
     ]
+
+
+def test_a_server_that_was_full_and_returns_gets_as_many_requests_as_at_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(health, "_RETURN_S", 0.05)
+    left, together = [4], threading.Barrier(4)  # nothing is answered before four requests are there
+
+    def full_then_gone(_: dict[str, Any]) -> dict[str, Any] | None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise Refusal(429)
+        server.stop()
+        return None
+
+    def well(p: dict[str, Any]) -> dict[str, Any]:
+        together.wait(20)
+        return answer(p)
+
+    with serving(full_then_gone) as server:
+
+        async def run(pool: ServerPool) -> Any:
+            asking = asyncio.gather(*(pool.ask(f"r{i}", payload(i)) for i in range(4)))
+            await until_down(pool)
+            server.replies["/generate"] = well
+            server.start()
+            return ids(await asyncio.wait_for(asking, 30))
+
+        found, _ = with_pool([server], run, check=Checks())
+        assert found == EXPECTED[:4]
 
 
 def test_while_all_servers_are_down_they_are_looked_for_more_often(monkeypatch: pytest.MonkeyPatch) -> None:

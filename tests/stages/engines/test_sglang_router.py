@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -146,12 +147,34 @@ def test_servers_that_join_a_router_are_checked_and_counted(
         wait_until(lambda: engine._pool.places == 2 * 4)
         front.replies["/workers"] = listing(second)
         wait_until(lambda: engine._pool.places == 2 * 3)
-        assert [each.count("/server_info") for each in (first, second)] == [1, 1]
+        assert [each.count("/model_info") for each in (first, second)] == [1, 1]
         front.replies["/workers"] = listing(second, wrong)
         lost = f"SGLang server {front.url} is lost: engine: the server {wrong.url} drafts blocks of 4"
         wait_until(lambda: any(line.startswith(lost) for line in logs))
         front.replies["/workers"] = listing(second)
         assert len(list(engine.generate(REQUESTS))) == len(REQUESTS)
+
+
+def test_a_server_that_was_started_again_behind_a_router_is_checked_again(
+    assisted: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "_FOLLOW_S", 0.05)
+    logs: list[str] = []
+    says = {"startup_time": {"load_weight": 1.25}, "random_seed": 1}
+    with (
+        server_of(assisted, server=says) as first,
+        server_of(assisted, server=says) as second,
+        router_of(first, second) as front,
+        opened(tiny_drafter, tmp_path, front.url, logs=logs) as engine,
+    ):
+        wait_until(lambda: first.count("/server_info") >= 3)
+        assert second.count("/model_info") == 1
+        says |= {"startup_time": {"load_weight": 1.26}, "random_seed": 2, "dp_size": 2}
+        wait_until(lambda: engine._pool.places == 2 * 4)
+        assert second.count("/model_info") == 2
+        says |= {"random_seed": 3, "speculative_num_draft_tokens": 4}
+        lost = rf"SGLang server {front.url} is lost: engine: the server http\S+ drafts blocks of 4"
+        wait_until(lambda: any(re.match(lost, line) for line in logs))
 
 
 def test_a_server_that_joins_a_router_and_does_not_answer_counts_when_it_does(
@@ -237,6 +260,7 @@ def test_a_router_is_for_a_rollout_on_several_servers() -> None:
     assert (words[0], after(words, "--policy")) == (sys.executable, "round_robin")
     assert words[words.index("--worker-urls") + 1 :][:2] == ["http://127.0.0.1:1", "http://127.0.0.1:2"]
     assert float(after(words, "--request-timeout-secs")) > routed.request_timeout_s
+    assert "--disable-retries" in words
     plain = config(servers=2)
     assert RolloutConfig(engine=routed).key_material() == RolloutConfig(engine=plain).key_material()
     with pytest.raises(ValidationError, match=r"engine\.launch\.router: an evaluation asks one server at a time"):

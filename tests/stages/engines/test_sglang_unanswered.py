@@ -16,10 +16,11 @@ from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.sglang.engine import _MOST_UNANSWERED, UnansweredError
 from draftsmith.stages.engines.sglang.expected import Expected
 from draftsmith.stages.rollout import STAGE, RolloutConfig
-from draftsmith.stages.stored import load_prompts
+from draftsmith.stages.stored import DRAFTER_FOLDER, load_prompts
 from tests.stages.engines.http_server import HttpServer, Refusal, answer, is_probe
 from tests.stages.engines.test_sglang_engine import opened
-from tests.stages.engines.test_sglang_handshake import expected_of, server_of
+from tests.stages.engines.test_sglang_handshake import expected_of, server_of, speculating
+from tests.stages.engines.test_sglang_router import opened as opened_with_drafter
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -98,6 +99,35 @@ def test_where_nothing_is_answered_it_stops_early_and_lets_what_is_in_flight_fin
         assert _MOST_UNANSWERED < len(asked_for(server)) < len(REQUESTS)
         server.replies["/generate"] = answer
         assert len(list(engine.generate(REQUESTS))) == len(REQUESTS)
+
+
+@pytest.mark.parametrize(("fails", "asked"), [("refused", 2), ("not sent", 1)])
+def test_an_answer_that_was_retracted_is_kept_where_asking_once_more_fails(
+    fails: str, asked: int, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    """Without its steps: the tokens of a retracted answer are right, its records have gaps."""
+    assisted = expected_of(tiny_drafter, tiny_drafter.drafter / DRAFTER_FOLDER)
+
+    def generate(payload: dict[str, Any]) -> dict[str, Any]:
+        done = speculating(payload, assisted.drafter_digest)
+        if is_probe(payload):
+            return done
+        if len(asked_for(server)) > 1:
+            raise Refusal(400, "not a second time")
+        if fails == "not sent":
+            engine._loop.call(lambda: engine._pool.hold(True))
+        done["meta_info"]["num_retractions"] = 1
+        return done
+
+    with (
+        server_of(assisted, generate=generate) as server,
+        opened_with_drafter(tiny_drafter, tmp_path, server.url) as engine,
+    ):
+        assert engine.records_trace
+        (found,) = engine.generate([Request("r", [5], SamplingParams(8))])
+        assert len(asked_for(server)) == asked
+    assert found.response_ids == list(range(6, 14))
+    assert (found.verify_steps, len(found.steps)) == (1, 0)
 
 
 def test_a_refused_key_ends_it_at_once(plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from draftsmith.artifacts import machine_memory
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.sglang.asking import is_here
 from draftsmith.stages.engines.sglang.digests import served_model_digest
@@ -118,6 +119,21 @@ def test_a_target_that_does_not_fit_into_the_memory_is_not_loaded_for_the_compar
     with server_of(expected, model={"model_path": "org/model"}, generate=scores) as server:
         (remark,) = shake(server, expected, logs=logs).remarks
     assert "could not be compared with the target's, which takes " in remark
+    assert not logs
+
+
+def test_a_target_is_not_loaded_where_the_container_has_less_memory_than_the_machine(
+    plain: Expected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "memory.max").write_text("1000000\n")
+    monkeypatch.setattr(machine_memory, "_CGROUP_LIMITS", (str(tmp_path / "memory.max"),))
+    shutil.copytree(plain.target_folder, folder := tmp_path / "target")
+    expected, logs = replace(of_hub(plain), target_folder=folder), list[str]()
+    scores = scoring([0.0] * (len(plain.scored_ids) - 1))
+    with server_of(expected, model={"model_path": "org/model"}, generate=scores) as server:
+        (remark,) = shake(server, expected, logs=logs).remarks
+    assert "could not be compared with the target's, which takes " in remark
+    assert "where 0.0 GB are free" in remark
     assert not logs
 
 
