@@ -260,6 +260,7 @@ class Registry:
                 )
             at = datetime.now(UTC).isoformat(timespec="seconds")
             if not begun:
+                still_ours()  # an event that comes to nothing would say a promotion
                 by = f"{_user()}@{platform.node()}"
                 event = LineEvent(at=at, by=by, what=what, version=version.number, before=since, why=why[:1000])
                 self._tag(client, version.line, version.number, tags)

@@ -37,7 +37,7 @@ def activate() -> None:
 
 
 def fork_processes() -> None:
-    """entrypoints/engine.py spawns its processes, as CUDA needs it: each imports everything again, 14 s of CPU."""
+    """entrypoints/engine.py spawns its processes, as CUDA needs it: each imports everything again."""
     start_method = multiprocessing.set_start_method
 
     def forked(method: str | None, force: bool = False) -> None:
