@@ -161,12 +161,12 @@ TURNS = _table(  # how long evaluation took: an arm decodes all prompts of a set
 
 ACCEPTANCE = _table(  # of an experiment's drafters, a row a held-out trajectory
     "acceptance",
-    1,
+    2,
     arm=pa.string(),
     steps=pa.int32(),  # optimiser steps of its training
     seed=pa.int64(),
     split=pa.string(),
     trajectory_id=pa.string(),
-    committed=pa.int32(),
+    committed=pa.float64(),  # by verify steps; on average where proposals are drawn
     verify_steps=pa.int32(),
 )

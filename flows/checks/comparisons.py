@@ -1,4 +1,4 @@
-"""Checks of a comparison of arms: what has nothing to be compared with."""
+"""Checks of what is compared: arms that have nothing to be compared with, and laws that are not one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from pathlib import Path
 
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.pipeline.graph import Node
+from draftsmith.stages.drafters.law import GREEDY, Law
 from draftsmith.stages.experiments.comparison import BASE, PREFIX, ComparisonConfig, Entry
+from draftsmith.stages.measure.config import EvaluationConfig
+from draftsmith.stages.measure.requests import settings_of
+from draftsmith.stages.prompting.logs_config import LogsConfig
+from draftsmith.stages.rollout import RolloutConfig
+from draftsmith.stages.training.on_policy.config import OpdConfig
 
 
 def check_budgets(found: Findings, nodes: Sequence[Node]) -> None:
@@ -27,3 +33,47 @@ def check_budgets(found: Findings, nodes: Sequence[Node]) -> None:
                     f"{', '.join(dict.fromkeys(trained))} with {steps} steps: nothing to compare with, since the "
                     f"control {control} is not trained for as many: add them to its budgets (arms.{control}.budgets)",
                 )
+
+
+def check_laws(found: Findings, nodes: Sequence[Node]) -> None:
+    """A warning where tau is measured on answers of another law than those that OPD learns from to serve under it, or
+    than speed is measured under first."""
+    configs = {node.name: node.config for node in nodes}
+    learned = {
+        node.inputs["trajectories"]
+        for node in nodes
+        if isinstance(node.config, OpdConfig) and node.config.verification == "auto"
+    }
+    told = set()
+    for node in nodes:
+        if not isinstance(node.config, EvaluationConfig | ComparisonConfig):
+            continue
+        others = {name: _law_of(configs[name]) for name in sorted(learned)}
+        if isinstance(node.config, EvaluationConfig):
+            first = settings_of(node.config)[0]
+            others["the first speed"] = _law(first.temperature, node.config.sampling.top_p)
+        law = _law_of(configs[node.inputs["trajectories"]])
+        unlike = ", ".join(f"{name} is {_said(other)}" for name, other in others.items() if other != law)
+        if unlike and (law, unlike) not in told:
+            told.add((law, unlike))
+            found.warn(
+                node.name,
+                f"not of one law: tau is of answers that are {_said(law)} (heldout.sampling), {unlike}: say in every "
+                "`sampling` how the drafter will serve",
+            )
+
+
+def _law_of(config: object) -> Law:
+    """That the answers of a node are drawn by."""
+    if isinstance(config, LogsConfig):
+        return _law(config.temperature, config.top_p)
+    assert isinstance(config, RolloutConfig)
+    return _law(config.sampling.temperature, config.sampling.top_p)
+
+
+def _law(temperature: float, top_p: float) -> Law:
+    return Law(temperature, top_p) if temperature else GREEDY
+
+
+def _said(law: Law) -> str:
+    return "greedy" if law.greedy else f"sampled at {law.temperature:g}, top_p {law.top_p:g}"

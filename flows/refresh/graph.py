@@ -65,14 +65,15 @@ def _iteration(
     """Rollout with the drafter `opd`, mining, OPD and evaluation; `control` is the one whose SFT goes on beside it."""
     target = {"target": "target"}
     nodes = []
-    seed = None
     if config.logs is not None:
-        answers, seed = "logs", config.seed + 1000 * iteration  # the same answers: other batches than SFT and before
+        answers, the_same = "logs", True
     else:
-        assert config.assisted is not None  # RefreshConfig has checked it
+        assert config.assisted is not None and config.rollout is not None  # RefreshConfig has checked it
         answers = f"assisted{suffix}"
+        the_same = config.sft.steps > 0 and iteration == 1 and config.assisted.skip == config.rollout.skip
         inputs = {**target, "prompts": "prompts", "drafter": opd}
         nodes.append(Node(answers, "draftsmith.stages.rollout", assisted_config(config, iteration), inputs))
+    seed = config.seed + 1000 * iteration if the_same else None  # other batches of the same answers than before
     learned = {**target, "trajectories": answers}
     drafters = {"sft": "sft", "opd": f"opd{suffix}"}
     nodes += [

@@ -29,6 +29,7 @@ OptionValue = str | int | float | bool
 # Set by the stage from other fields: given twice, the two could contradict each other.
 _HTTP_ONLY = "nothing: launched servers are asked over HTTP, which the API key guards"
 _LOSSLESS = "nothing: below 1 the answers are not the target's"
+_OTHER_RULES = "nothing: in replay EAGLE-3 proposes argmaxes, and every proposal is judged by itself"
 _NO_PIPELINES = (
     "nothing: a server gets tensor_parallel * data_parallel GPUs, and DFLASH and DSPARK draft with no pipeline"
 )
@@ -58,6 +59,8 @@ _OWN_OPTIONS = {
     "speculative-eagle-topk": "engine.launch.tree",
     "speculative-accept-threshold-single": _LOSSLESS,
     "speculative-accept-threshold-acc": _LOSSLESS,
+    "speculative-use-rejection-sampling": _OTHER_RULES,
+    "speculative-use-block-verification": _OTHER_RULES,
     "preferred-sampling-params": "the section sampling",
     "json-model-override-args": "the target's config.json: servers compute by it",
     "config": "nothing: a file of options could set any of them; write them here",

@@ -67,7 +67,7 @@ class Entry:
         count = len(trajectory_ids)
         same = {name: pa.repeat(value, count) for name, value in (("arm", self.arm), ("split", split))}
         same |= {name: pa.repeat(value, count) for name, value in (("steps", self.steps), ("seed", self.seed))}
-        columns = {"committed": tally.committed.astype(np.int64), "verify_steps": tally.steps.astype(np.int64)}
+        columns = {"committed": tally.committed, "verify_steps": tally.steps.astype(np.int64)}
         return pa.table(same | {"trajectory_id": trajectory_ids} | columns).select(ACCEPTANCE.columns.names)
 
     def cost(self) -> dict[str, float]:

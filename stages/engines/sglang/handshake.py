@@ -156,15 +156,22 @@ async def _check_drafter(url: str, server: dict[str, Any], expected: Expected, *
         raise wrong(url, f"drafts with --speculative-eagle-topk {branches}; start it with {wanted}")
     from draftsmith.stages.engines.sglang.digests import served_drafter_digest
 
+    remarks = [
+        f"{url} runs with --{name.replace('_', '-')}: sampled answers take other verify steps than replay says, greedy "
+        "ones do not"
+        for name in ("speculative_use_rejection_sampling", "speculative_use_block_verification")
+        if server.get(name)
+    ]
     digest = await asyncio.to_thread(served_drafter_digest, Path(path)) if here else None
     if digest is None:
         return [
+            *remarks,
             f"{url} drafts with {path}, which cannot be read on this machine: only the plug-in can tell whether it is "
-            "ours"
+            "ours",
         ]
     if digest != expected.drafter_digest:
         raise wrong(url, f"drafts with {path}, which is not the drafter {expected.drafter_folder}")
-    return []
+    return remarks
 
 
 def _verified(expected: Expected) -> int:

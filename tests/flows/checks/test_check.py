@@ -214,9 +214,11 @@ def test_doubtful_settings_are_warnings(
     config["evaluation"]["block_sizes"] = [4, 12]
     config["rollout"]["prompts"], config["assisted"]["prompts"] = 4, 2
     config["assisted"]["skip"] = 3
+    config["heldout"]["sampling"] = {"max_new_tokens": 32, "temperature": 0.7}
     assert run(tmp_path, config) == 0
     out = capsys.readouterr().out
     assert "it does not read enable_thinking" in out
+    assert "tau is of answers that are sampled at 0.7" in out
     assert "block_sizes [12] are larger than the trained 6" in out
     assert "train: 5 of 16 prompts are answered: raise the rollouts' prompts, or lower prompts.train" in out
     config["evaluation"]["block_sizes"] = [3, 4]

@@ -140,6 +140,21 @@ def test_logged_answers_take_the_place_of_both_rollouts(tmp_path: Path) -> None:
         load_config(path)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "seed"),
+    [
+        ([], None),
+        (["assisted.skip=0"], 1005),
+        (["assisted.skip=0", "sft.steps=0", "sft.init_from=x"], None),
+    ],
+    ids=["other prompts", "the prompts of SFT", "the prompts of an SFT without steps"],
+)
+def test_on_prompts_of_sft_trainings_draw_batches_of_their_own(overrides: list[str], seed: int | None) -> None:
+    """With SFT's seed the control would begin with SFT's own steps again, block by block."""
+    nodes = {node.name: node for node in refresh_nodes(load_config(QUICKSTART, ["seed=5", *overrides]))}
+    assert [nodes[name].seed for name in ("sft", "opd", "control")] == [None, seed, seed]
+
+
 def test_the_control_trains_as_long_as_opd_and_is_sft_in_all_else(config: RefreshConfig) -> None:
     control = control_config(config)
     assert control.steps == config.opd.steps != config.sft.steps

@@ -140,6 +140,7 @@ def test_the_config_may_name_the_algorithm(tmp_path: Path) -> None:
     [
         *("model-path", "--port", "speculative_num_draft_tokens", "dtype", "tp", "speculative-accept-threshold-single"),
         *("preferred-sampling-params", "json_model_override_args", "pp-size", "pipeline-parallel-size", "nnodes"),
+        *("speculative-use-rejection-sampling", "speculative_use_block_verification"),
     ],
 )
 def test_an_option_that_has_a_field_of_its_own_is_refused(option: str) -> None:

@@ -159,6 +159,14 @@ def test_a_speculating_server_may_roll_out_plainly(plain: Expected, assisted: Ex
         shake(server, plain)
 
 
+@pytest.mark.parametrize("option", ["speculative_use_rejection_sampling", "speculative_use_block_verification"])
+def test_a_server_whose_sampled_steps_are_not_replays_says_so(option: str, assisted: Expected) -> None:
+    for given in (True, False):
+        with server_of(assisted, server={option: given}) as server:
+            remarks = shake(server, assisted).remarks
+        assert [f"--{option.replace('_', '-')}: sampled answers" in remark for remark in remarks] == [True] * given
+
+
 def test_what_cannot_be_compared_is_said(plain: Expected) -> None:
     with server_of(plain, model={"model_path": "/on/another/machine"}) as server:
         remarks = shake(server, plain).remarks

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from draftsmith.artifacts.errors import StageInterrupted
+from draftsmith.artifacts.parquet import read_table
+from draftsmith.artifacts.schemas import ACCEPTANCE
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.stages.drafters.checkpoint import save_drafter
 from draftsmith.stages.experiments.comparison import (
@@ -30,7 +32,7 @@ from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed.context import RecordingContext, StoppingContext
 from tests.testbed.drafter import DrafterArtifacts
 from tests.testbed.dspark import random_dspark
-from tests.testbed.random_target import write_trajectories
+from tests.testbed.random_target import trajectories, write_trajectories
 
 COST = {"positions": 700.0, "blocks": 100.0, "seconds": 2.0}
 
@@ -182,25 +184,41 @@ def test_an_interrupted_comparison_goes_on_with_what_is_missing(
         assert (again.out / name).read_bytes() == (whole.out / name).read_bytes()
 
 
+def compared(folder: Path, artifact: Path, target: Target, answers: list[Trajectory], temperature: float) -> Path:
+    """What the stage writes of a drafter that draws its proposals, on these answers."""
+    with Store(folder / "store").claim("sft", "ab" * 32) as claim:
+        assert isinstance(claim, Claim)
+        save_drafter(random_dspark(target), claim.out / DRAFTER_FOLDER, torch.float32)
+        made = Store(folder / "store").commit(claim, config={}, inputs={}, code_digest="c", seed=0)
+    written = write_trajectories(folder / "answers", answers, temperature, "heldout")
+    inputs = {"target": artifact, "trajectories": written, "drafter:base:0:0": made.path}
+    context = RecordingContext.under(folder, inputs)
+    STAGE.run(context, ComparisonConfig(control="sft", splits=("heldout",)))
+    return context.out
+
+
 @pytest.mark.parametrize(("temperature", "ceiling"), [(1.0, 4.0), (0.0, 1.0)])
 def test_no_drafter_passes_the_ceiling_also_where_proposals_are_drawn(
     temperature: float, ceiling: float, tmp_path: Path, plain_artifact: Path, plain_target: Target
 ) -> None:
     """Whatever is drawn from the target's own law is kept; a best token is not, if another one was drawn."""
-    with Store(tmp_path / "store").claim("sft", "ab" * 32) as claim:
-        assert isinstance(claim, Claim)
-        save_drafter(random_dspark(plain_target), claim.out / DRAFTER_FOLDER, torch.float32)
-        made = Store(tmp_path / "store").commit(claim, config={}, inputs={}, code_digest="c", seed=0)
     unlikely = []
     for place in range(3):
         tokens = [3, 1, 4, place]
         for _ in range(16):  # 4 blocks of 5
             tokens.append(int(plain_target.logits(plain_target.read(torch.tensor([tokens])).hidden[0, -1]).argmin()))
         unlikely.append(Trajectory(f"p{place}/0", tokens, 3))
-    answers = write_trajectories(tmp_path / "answers", unlikely, temperature, "heldout")
-    inputs = {"target": plain_artifact, "trajectories": answers, "drafter:base:0:0": made.path}
-    context = RecordingContext.under(tmp_path, inputs)
-    STAGE.run(context, ComparisonConfig(control="sft", splits=("heldout",)))
-    figures = json.loads((context.out / "results.json").read_text())["heldout"]
+    out = compared(tmp_path, plain_artifact, plain_target, unlikely, temperature)
+    figures = json.loads((out / "results.json").read_text())["heldout"]
     assert figures["ceiling"] == ceiling
     assert figures["arms"][0]["tau"] <= ceiling
+
+
+def test_the_rows_of_drawn_proposals_add_up_to_their_tau(
+    tmp_path: Path, plain_artifact: Path, plain_target: Target
+) -> None:
+    """What they commit on average is no whole number."""
+    out = compared(tmp_path, plain_artifact, plain_target, trajectories(6), 1.5)
+    (arm,) = json.loads((out / "results.json").read_text())["heldout"]["arms"]
+    rows = read_table(out / "acceptance.parquet", ACCEPTANCE).to_pandas()
+    assert rows.committed.sum() / rows.verify_steps.sum() == pytest.approx(arm["tau"])

@@ -1,0 +1,63 @@
+"""What is compared is of one law, or `check` says that it is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from draftsmith.flows.checks.comparisons import check_laws
+from draftsmith.flows.checks.findings import Findings
+from draftsmith.flows.experiments.arms import ExperimentConfig, experiment_nodes
+from draftsmith.flows.pipeline.config_file import read_config
+from draftsmith.flows.pipeline.graph import Node
+from draftsmith.flows.refresh.config import load_config
+from draftsmith.flows.refresh.graph import refresh_nodes
+from tests.flows.pipeline.processes import ROOT
+
+SAMPLED = "sampling={max_new_tokens: 32, temperature: 0.7, top_p: 0.9}"
+
+
+def warnings(nodes: list[Node]) -> list[str]:
+    found = Findings()
+    check_laws(found, nodes)
+    return found.warnings
+
+
+def refreshed(*overrides: str) -> list[str]:
+    return warnings(refresh_nodes(load_config(ROOT / "configs" / "quickstart.yaml", list(overrides))))
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ("assisted", "greedy (heldout.sampling), assisted is sampled at 0.7, top_p 0.9: say"),
+        ("evaluation", "greedy (heldout.sampling), the first speed is sampled at 0.7, top_p 0.9: say"),
+        ("heldout", "sampled at 0.7, top_p 0.9 (heldout.sampling), assisted is greedy, the first speed is greedy: say"),
+    ],
+)
+def test_tau_of_another_law_than_what_is_learned_or_timed_is_a_warning(section: str, said: str) -> None:
+    (warning,) = refreshed(f"{section}.{SAMPLED}")
+    assert warning.startswith(f"evaluation: not of one law: tau is of answers that are {said}")
+
+
+def test_one_law_is_no_warning_whatever_it_is(tmp_path: Path) -> None:
+    everywhere = [f"{section}.{SAMPLED}" for section in ("rollout", "assisted", "heldout", "evaluation")]
+    assert refreshed() == refreshed(*everywhere) == []
+    assert refreshed("evaluation.temperatures=[0, 1]") == [], "of several settings the first is the headline"
+    assert refreshed("heldout.sampling.top_p=0.5") == [], "greedy answers have none"
+    assert refreshed(f"assisted.{SAMPLED}", "opd.verification=greedy") == [], "it is said how the drafter will serve"
+    (log := tmp_path / "log.jsonl").write_text("{}\n")
+    logs = f"logs={{paths: {log}, temperature: 0.7}}"
+    assert len(refreshed(logs)) == 1
+    assert refreshed(logs, "heldout.sampling.temperature=0.7", "evaluation.sampling.temperature=0.7") == []
+
+
+def test_experiments_are_told_once() -> None:
+    def told(*overrides: str) -> list[str]:
+        path = ROOT / "configs" / "experiments" / "target-changed-sampled.yaml"
+        return warnings(experiment_nodes(read_config(path, list(overrides), ExperimentConfig)))
+
+    assert told() == []
+    (warning,) = told("heldout.sampling.temperature=0")
+    assert "greedy (heldout.sampling), fresh is sampled at 1, top_p 1: say" in warning
