@@ -58,7 +58,6 @@ class Version:
     tags: Mapping[str, str] = field(default_factory=dict)  # without our prefix
     aliases: tuple[str, ...] = ()
     created_at: str = ""  # ISO 8601, UTC
-    run_id: str | None = None  # of MLflow
 
     def __str__(self) -> str:
         return f"{self.line} version {self.number}"
@@ -76,7 +75,7 @@ class Version:
         return self.tags.get("uploaded", "")
 
     def figures(self) -> dict[str, Any]:
-        """What it was worth at its promotion (`tag figures`), empty where nothing was measured."""
+        """What it was worth at its promotion (tag `figures`), empty where nothing was measured."""
         return dict(json.loads(self.tags.get("figures", "{}")))
 
 
@@ -374,9 +373,7 @@ class Registry:
         stage, key, content_id = (tags.pop(name, "") for name in _IDENTITY)
         created = datetime.fromtimestamp(found.creation_timestamp / 1000, UTC).isoformat(timespec="seconds")
         source = str(found.source).replace("draftsmith-store:", "file://")
-        return Version(
-            line, number, source, stage, key, content_id, tags, tuple(found.aliases), created, found.run_id or None
-        )
+        return Version(line, number, source, stage, key, content_id, tags, tuple(found.aliases), created)
 
 
 def _user() -> str:

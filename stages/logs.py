@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from draftsmith.stages.prompting.earlier import Earlier
     from draftsmith.stages.prompting.intake import Intake
 
-__all__ = ["STAGE", "LogsConfig", "preflight"]
-
 _REPORT_EVERY = 256
 
 

@@ -32,8 +32,6 @@ from draftsmith.stages.prompting.sources import (
 from draftsmith.stages.prompting.supplies import ReadIds, Supply, Supplying, supplies
 from draftsmith.stages.prompting.template import token_ids
 
-__all__ = ["STAGE", "PromptsConfig"]
-
 _REPORT_EVERY = 64
 OF_MORE_LOGS = "give more logs, or a section prompts with lower counts"  # where prompts are rows of the logs
 
