@@ -9,7 +9,6 @@ is none.
 
 from __future__ import annotations
 
-import getpass
 import json
 import platform
 import tempfile
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, disk_error_of, from_os_error
 from draftsmith.artifacts.line_turns import turn_of
-from draftsmith.artifacts.locks import locked
+from draftsmith.artifacts.locks import locked, user_name
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.mlflow_client import waiting_for_weights
 from draftsmith.artifacts.tracking import Tracking
@@ -260,7 +259,7 @@ class Registry:
             at = datetime.now(UTC).isoformat(timespec="seconds")
             if not begun:
                 still_ours()  # an event that comes to nothing would say a promotion
-                by = f"{_user()}@{platform.node()}"
+                by = f"{user_name()}@{platform.node()}"
                 event = LineEvent(at=at, by=by, what=what, version=version.number, before=since, why=why[:1000])
                 self._tag(client, version.line, version.number, tags)
                 client.set_registered_model_tag(version.line, f"{_EVENT}{len(events):06d}", json.dumps(asdict(event)))
@@ -374,10 +373,3 @@ class Registry:
         created = datetime.fromtimestamp(found.creation_timestamp / 1000, UTC).isoformat(timespec="seconds")
         source = str(found.source).replace("draftsmith-store:", "file://")
         return Version(line, number, source, stage, key, content_id, tags, tuple(found.aliases), created)
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container without a name for the user
-        return "unknown"

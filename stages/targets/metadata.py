@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from draftsmith.artifacts.errors import DraftsmithError, disk_error_of
+from draftsmith.artifacts.errors import DraftsmithError, disk_error_of, one_line
 from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.targets.hub import hub_answered, hub_reason
 from draftsmith.stages.targets.info import TargetInfo, write_target_info
@@ -66,9 +66,9 @@ def _extract_gguf(source: Path, folder: Path) -> None:
         try:
             return load(source.parent, gguf_file=source.name, local_files_only=True)
         except Exception as error:  # of gguf, transformers and tokenizers
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise DraftsmithError(
-                f"{source}: transformers cannot read this GGUF model ({reason}): give the model's folder instead"
+                f"{source}: transformers cannot read this GGUF model ({one_line(error)}): give the model's folder "
+                "instead"
             ) from error
 
     for part in (read(AutoConfig.from_pretrained), read(AutoTokenizer.from_pretrained)):
