@@ -140,17 +140,11 @@ class Registry:
 
     def events(self, line: str) -> list[LineEvent]:
         """Oldest first."""
-        with self._client() as client:
-            found = self._model(client, line)
-            tags = {} if found is None else found.tags
-            return [LineEvent(**json.loads(tags[name])) for name in sorted(tags) if name.startswith(_EVENT)]
+        return [LineEvent(**event) for event in self._told(line, _EVENT)]
 
     def drift(self, line: str) -> list[dict[str, Any]]:
         """What drift checks of a line's champions saw, oldest first."""
-        with self._client() as client:
-            found = self._model(client, line)
-            tags = {} if found is None else found.tags
-            return [json.loads(tags[name]) for name in sorted(tags) if name.startswith(_DRIFT)]
+        return self._told(line, _DRIFT)
 
     def resolve(self, text: str) -> Version:
         """`LINE@champion`, `LINE@previous`, `LINE@3`, or `LINE` for its champion. Raises DraftsmithError."""
@@ -354,6 +348,13 @@ class Registry:
         shared = self._tracking.uri != self._tracking.default_uri  # the default one is of this home alone
         with locked(lock, run=what), turn_of(client, line) if shared else nullcontext(lambda: None) as still_ours:
             yield still_ours
+
+    def _told(self, line: str, prefix: str) -> list[dict[str, Any]]:
+        """What the tags of a line hold that begin so, oldest first."""
+        with self._client() as client:
+            found = self._model(client, line)
+            tags = {} if found is None else found.tags
+            return [json.loads(tags[name]) for name in sorted(tags) if name.startswith(prefix)]
 
     def _model(self, client: MlflowClient, line: str) -> Any:
         """The registered model with aliases and tags; None if there is none."""

@@ -44,7 +44,7 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
     """
     from draftsmith.artifacts.atomic import atomic_path, write_text
     from draftsmith.artifacts.errors import DraftsmithError
-    from draftsmith.stages.prompting.answers import TrajectoryTable, WaitingAnswers
+    from draftsmith.stages.prompting.answers import TrajectoryTable, WaitingAnswers, chosen_rows
     from draftsmith.stages.prompting.aside import Aside
     from draftsmith.stages.prompting.earlier import made_otherwise, read_contents, read_earlier
     from draftsmith.stages.prompting.held_out import read_held_out
@@ -99,7 +99,7 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
     replayed = 0
     with TrajectoryTable(ctx.out / "trajectories.parquet") as table:
         said = {"temperature": config.temperature, "top_p": config.top_p}
-        for part in waiting.chosen(used):
+        for part in chosen_rows(waiting.path, used):
             table.append(part, **said, seed=0, engine="logs")  # their seed is not known
             ctx.check_interrupted()
         if earlier is not None:
