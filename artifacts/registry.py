@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlparse
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, disk_error_of, from_os_error
 from draftsmith.artifacts.line_turns import turn_of
@@ -64,8 +65,6 @@ class Version:
     @property
     def path(self) -> Path:
         """The artifact's folder, on a machine that shares the store."""
-        from urllib.parse import unquote, urlparse
-
         return Path(unquote(urlparse(self.source).path))
 
     @property

@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -76,8 +77,6 @@ def _code_of(options: argparse.Namespace, pipeline: Pipeline | None) -> int:
 
 def _fail(message: str, code: int, error: BaseException | None = None, what: str = "error: ") -> int:
     if error is not None and os.environ.get("DRAFTSMITH_DEBUG") == "1":
-        import traceback
-
         print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     print(f"draftsmith: {what}{printable(' '.join(redacted(message).split()))}", file=sys.stderr)
     return code
@@ -327,7 +326,6 @@ def _export(options: argparse.Namespace, _pipeline: Pipeline) -> None:
 
 
 def _deploy(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    from draftsmith.artifacts.home import home
     from draftsmith.flows.pipeline.config_file import read_config
     from draftsmith.flows.pipeline.display import Display
     from draftsmith.flows.pipeline.graph import forced_nodes

@@ -14,8 +14,11 @@ from draftsmith.stages.champion import ChampionConfig, checkpoint_of
 from draftsmith.stages.drafters.config import DrafterConfig, no_confidence
 from draftsmith.stages.drafters.kinds import KINDS
 from draftsmith.stages.measure.config import EvaluationConfig
+from draftsmith.stages.prompting.sources import Candidate
+from draftsmith.stages.prompting.template import token_ids
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.targets.config import TargetConfig
+from draftsmith.stages.targets.estimate import target_size
 from draftsmith.stages.training.config import SftConfig
 
 if TYPE_CHECKING:
@@ -43,7 +46,6 @@ def resolve_metadata(found: Findings, nodes: Sequence[Node], artifact: Path) -> 
 
 def check_target(found: Findings, nodes: Sequence[Node], artifact: Path) -> None:
     """What the target is, and that its chat template takes what the prompts give it. artifact: of the target."""
-    from draftsmith.stages.targets.estimate import target_size
     from draftsmith.stages.targets.info import model_path, read_target_info
 
     info, size = read_target_info(artifact), target_size(model_path(artifact))
@@ -63,8 +65,6 @@ def check_target(found: Findings, nodes: Sequence[Node], artifact: Path) -> None
 
 def _check_template(found: Findings, config: PromptsConfig, folder: Path) -> None:
     """The template takes a system prompt and the kwargs; a kwarg that changes nothing is told."""
-    from draftsmith.stages.prompting.sources import Candidate
-    from draftsmith.stages.prompting.template import token_ids
     from draftsmith.stages.targets.resolve import load_tokenizer
 
     tokenizer = load_tokenizer(folder)

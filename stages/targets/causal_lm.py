@@ -19,7 +19,7 @@ from draftsmith.stages.parallel.ranks import ALONE, Ranks
 from draftsmith.stages.targets.agreement import check_agreement
 from draftsmith.stages.targets.attention import register
 from draftsmith.stages.targets.capabilities import Layers, decoder_of, model_class, steady_positions
-from draftsmith.stages.targets.config import Dtype
+from draftsmith.stages.targets.config import Dtype, TargetConfig
 from draftsmith.stages.targets.embedding import scale_of
 from draftsmith.stages.targets.info import TargetInfo, model_path, read_target_info
 from draftsmith.stages.targets.lean import LeanDecoder
@@ -125,7 +125,6 @@ class Target:
 
         Raises DraftsmithError as the stage `target` does.
         """
-        from draftsmith.stages.targets.config import TargetConfig
         from draftsmith.stages.targets.resolve import resolve_target
 
         with tempfile.TemporaryDirectory(prefix="draftsmith-target-") as artifact:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -80,8 +81,6 @@ def _extract_gguf(source: Path, folder: Path) -> None:
 
 def _name_architecture(path: Path) -> None:
     """What the file does not say: the causal LM of its model type."""
-    import json
-
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     raw = json.loads(path.read_text(encoding="utf-8"))
