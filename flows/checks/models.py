@@ -134,14 +134,13 @@ def _check_drafter(
 
     served: nodes in which SGLang drafts with it.
     """
-    from transformers import AutoConfig
-
     from draftsmith.stages.drafters.checkpoint import (
         architecture_of,
         drafter_source,
         kind_of,
         plan_of_checkpoint,
         plan_of_new,
+        read_target_config,
     )
     from draftsmith.stages.drafters.layout import NoMaskTokenError, unservable_layers
     from draftsmith.stages.engines.sglang.families import undrafted
@@ -150,7 +149,7 @@ def _check_drafter(
     from draftsmith.stages.targets.resolve import load_tokenizer
 
     name, folder, info = f"{node}: drafter", model_path(artifact), read_target_info(artifact)
-    target_config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    target_config = read_target_config(folder)
 
     def tokenizer() -> Any:
         return load_tokenizer(folder)
@@ -195,14 +194,12 @@ def _check_champion(
 
     sft: of what goes on with it, if anything does.
     """
-    from transformers import AutoConfig
-
-    from draftsmith.stages.drafters.checkpoint import kind_after, plan_of_checkpoint
+    from draftsmith.stages.drafters.checkpoint import kind_after, plan_of_checkpoint, read_target_config
     from draftsmith.stages.targets.info import model_path
     from draftsmith.stages.targets.resolve import load_tokenizer
 
     where, folder = f"{config.line} version {config.version}", model_path(artifact)
-    target_config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    target_config = read_target_config(folder)
     checkpoint, shape = checkpoint_of(config), sft.drafter if sft is not None else None
 
     def planned(shape: DrafterConfig | None) -> DrafterPlan:
