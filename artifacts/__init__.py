@@ -1,1 +1,1 @@
-"""What passes between stages: schemas, manifests, the content-addressed store, tracking and the report."""
+"""What passes between stages: schemas, manifests, the content-addressed store and MLflow tracking."""

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError, one_line
 from draftsmith.artifacts.redaction import secret_in
 
 _MODIFIED = ("LastModified", "updated", "last_modified", "mtime", "created")  # as S3, GCS, Azure and disks call it
@@ -57,7 +57,7 @@ class Bucket:
             ValueError,
             TypeError,
         ) as error:  # no such protocol, or its package is missing
-            raise DraftsmithError(f"{field}: {address}: {_one_line(error)}") from error
+            raise DraftsmithError(f"{field}: {address}: {one_line(error)}") from error
 
     def address_of(self, name: str) -> str:
         return f"{self.address}/{name}"
@@ -156,13 +156,13 @@ class Bucket:
                 raise  # of this machine's: an object store's errors name no file
             if isinstance(error, FileNotFoundError) and doing == _WRITTEN:
                 raise DraftsmithError(
-                    f"{self._field}: {self.address}: there is no such bucket ({_one_line(error)}): correct the "
+                    f"{self._field}: {self.address}: there is no such bucket ({one_line(error)}): correct the "
                     "address, or make it"
                 ) from error
             raise self._lost(name, doing, error) from error
 
     def _lost(self, name: str, doing: str, error: BaseException) -> RetryableError:
-        return RetryableError(f"{self.address_of(name)}: cannot be {doing} ({_one_line(error)}): {_ADVICE}")
+        return RetryableError(f"{self.address_of(name)}: cannot be {doing} ({one_line(error)}): {_ADVICE}")
 
 
 def _is_folder(address: str) -> bool:
@@ -182,7 +182,3 @@ def _modified(info: Mapping[str, Any]) -> float:
     if isinstance(found, datetime):
         return (found if found.tzinfo is not None else found.replace(tzinfo=UTC)).timestamp()
     return float(found)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -44,6 +44,11 @@ class StageInterrupted(DraftsmithError):
     exit_code = EXIT_INTERRUPTED
 
 
+def one_line(error: BaseException) -> str:
+    """What it says, without ends of lines; its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def disk_error_of(error: BaseException) -> OSError | None:
     """The disk's refusal that an error is; for a full disk also that it comes from.
 

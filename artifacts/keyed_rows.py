@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from draftsmith.artifacts.row_reader import RowReader
 
 PART_ROWS = 1 << 15
+_KEY = "trajectory_id"  # the column of the keys
 
 
 class KeyedRows:
@@ -19,15 +20,15 @@ class KeyedRows:
     Sixteen bytes a key stay in memory. A run begins where the column `counter` is 0; without one every row is a run.
     """
 
-    def __init__(self, reader: RowReader, keys: pa.Array, column: str = "trajectory_id", counter: str | None = "step"):
-        """keys: [N] strings; rows of others are left out."""
+    def __init__(self, reader: RowReader, keys: pa.Array, counter: str | None = "step"):
+        """keys: [N] strings, each a `trajectory_id`; rows of others are left out."""
         self._reader = reader
         begins, names = [np.zeros(0, dtype=np.int64)], [pa.array([], pa.string())]
         row = 0
-        for part in reader.parts([column] if counter is None else [column, counter]):
+        for part in reader.parts([_KEY] if counter is None else [_KEY, counter]):
             first = np.arange(part.num_rows) if counter is None else np.flatnonzero(part[counter].to_numpy() == 0)
             begins.append(row + first)
-            names += part[column].take(pa.array(first)).chunks
+            names += part[_KEY].take(pa.array(first)).chunks
             row += part.num_rows
         starts = np.concatenate(begins)
         stops = np.append(starts[1:], row)

@@ -125,7 +125,7 @@ def locked(
             if not _is(fd, path):  # removed while we waited: the lock is another file's
                 continue
             token = "" if shared else secrets.token_hex(8)
-            _write_holder(fd, Holder(token, platform.node(), os.getpid(), _user(), run, _now()))
+            _write_holder(fd, Holder(token, platform.node(), os.getpid(), user_name(), run, _now()))
             yield Lock(path, fd, token)
             return
         finally:
@@ -206,7 +206,8 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _user() -> str:
+def user_name() -> str:
+    """Of whoever runs this process."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a container whose user has no name

@@ -221,13 +221,10 @@ class ShardWriter:
         return path
 
 
-def read_shards(folder: Path, schema: TableSchema, columns: list[str] | None = None) -> pa.Table:
+def read_shards(folder: Path, schema: TableSchema) -> pa.Table:
     """All shards of a folder in order as one table; an absent or empty folder is an empty table."""
-    tables = [read_table(path, schema, columns) for path in shard_paths(folder)]
-    if not tables:
-        empty = schema.with_metadata.empty_table()
-        return empty if columns is None else empty.select(columns)
-    return pa.concat_tables(tables)
+    tables = [read_table(path, schema) for path in shard_paths(folder)]
+    return pa.concat_tables(tables) if tables else schema.with_metadata.empty_table()
 
 
 def set_aside_truncated(folder: Path, schema: TableSchema) -> None:

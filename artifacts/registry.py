@@ -9,7 +9,6 @@ is none.
 
 from __future__ import annotations
 
-import getpass
 import json
 import platform
 import tempfile
@@ -19,10 +18,11 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlparse
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, disk_error_of, from_os_error
 from draftsmith.artifacts.line_turns import turn_of
-from draftsmith.artifacts.locks import locked
+from draftsmith.artifacts.locks import locked, user_name
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.mlflow_client import waiting_for_weights
 from draftsmith.artifacts.tracking import Tracking
@@ -58,7 +58,6 @@ class Version:
     tags: Mapping[str, str] = field(default_factory=dict)  # without our prefix
     aliases: tuple[str, ...] = ()
     created_at: str = ""  # ISO 8601, UTC
-    run_id: str | None = None  # of MLflow
 
     def __str__(self) -> str:
         return f"{self.line} version {self.number}"
@@ -66,8 +65,6 @@ class Version:
     @property
     def path(self) -> Path:
         """The artifact's folder, on a machine that shares the store."""
-        from urllib.parse import unquote, urlparse
-
         return Path(unquote(urlparse(self.source).path))
 
     @property
@@ -76,7 +73,7 @@ class Version:
         return self.tags.get("uploaded", "")
 
     def figures(self) -> dict[str, Any]:
-        """What it was worth at its promotion (`tag figures`), empty where nothing was measured."""
+        """What it was worth at its promotion (tag `figures`), empty where nothing was measured."""
         return dict(json.loads(self.tags.get("figures", "{}")))
 
 
@@ -142,17 +139,11 @@ class Registry:
 
     def events(self, line: str) -> list[LineEvent]:
         """Oldest first."""
-        with self._client() as client:
-            found = self._model(client, line)
-            tags = {} if found is None else found.tags
-            return [LineEvent(**json.loads(tags[name])) for name in sorted(tags) if name.startswith(_EVENT)]
+        return [LineEvent(**event) for event in self._told(line, _EVENT)]
 
     def drift(self, line: str) -> list[dict[str, Any]]:
         """What drift checks of a line's champions saw, oldest first."""
-        with self._client() as client:
-            found = self._model(client, line)
-            tags = {} if found is None else found.tags
-            return [json.loads(tags[name]) for name in sorted(tags) if name.startswith(_DRIFT)]
+        return self._told(line, _DRIFT)
 
     def resolve(self, text: str) -> Version:
         """`LINE@champion`, `LINE@previous`, `LINE@3`, or `LINE` for its champion. Raises DraftsmithError."""
@@ -261,7 +252,7 @@ class Registry:
             at = datetime.now(UTC).isoformat(timespec="seconds")
             if not begun:
                 still_ours()  # an event that comes to nothing would say a promotion
-                by = f"{_user()}@{platform.node()}"
+                by = f"{user_name()}@{platform.node()}"
                 event = LineEvent(at=at, by=by, what=what, version=version.number, before=since, why=why[:1000])
                 self._tag(client, version.line, version.number, tags)
                 client.set_registered_model_tag(version.line, f"{_EVENT}{len(events):06d}", json.dumps(asdict(event)))
@@ -357,6 +348,13 @@ class Registry:
         with locked(lock, run=what), turn_of(client, line) if shared else nullcontext(lambda: None) as still_ours:
             yield still_ours
 
+    def _told(self, line: str, prefix: str) -> list[dict[str, Any]]:
+        """What the tags of a line hold that begin so, oldest first."""
+        with self._client() as client:
+            found = self._model(client, line)
+            tags = {} if found is None else found.tags
+            return [json.loads(tags[name]) for name in sorted(tags) if name.startswith(prefix)]
+
     def _model(self, client: MlflowClient, line: str) -> Any:
         """The registered model with aliases and tags; None if there is none."""
         from mlflow.exceptions import MlflowException
@@ -374,13 +372,4 @@ class Registry:
         stage, key, content_id = (tags.pop(name, "") for name in _IDENTITY)
         created = datetime.fromtimestamp(found.creation_timestamp / 1000, UTC).isoformat(timespec="seconds")
         source = str(found.source).replace("draftsmith-store:", "file://")
-        return Version(
-            line, number, source, stage, key, content_id, tags, tuple(found.aliases), created, found.run_id or None
-        )
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container without a name for the user
-        return "unknown"
+        return Version(line, number, source, stage, key, content_id, tags, tuple(found.aliases), created)

@@ -139,17 +139,16 @@ class Tracking:
         name: str | None = None,
         params: Mapping[str, Any] | None = None,
         inputs: Mapping[str, ArtifactRef] | None = None,
-        existing_run_id: str | None = None,
     ) -> StageRun:
         """The nested run of a stage, with its config and its data sets. Call it with the key's lock held.
 
-        An unfinished run of the same key (or `existing_run_id`) is resumed by its id. `name` defaults to the stage's.
+        An unfinished run of the same key is resumed by its id. `name` defaults to the stage's.
         """
         run = StageRun(self)
         with self.tolerant(run):
             client, experiment = self.connect()
             tags = self._tags(stage, key) | ({"mlflow.parentRunId": parent_run_id} if parent_run_id else {})
-            old = self._unfinished(key) if existing_run_id is None else client.get_run(existing_run_id)
+            old = self._unfinished(key)
             if old is None:
                 run.run_id = client.create_run(experiment, run_name=name or stage, tags=tags).info.run_id
             else:

@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -23,8 +24,10 @@ from draftsmith.flows.arguments import parser
 from draftsmith.stages.garbage import collect_as_usual, collect_seldom
 
 if TYPE_CHECKING:
+    from draftsmith.flows.pipeline.display import Display
     from draftsmith.flows.pipeline.graph import Pipeline, PlannedNode
     from draftsmith.flows.pipeline.options import RunOptions
+    from draftsmith.flows.refresh.config import RefreshConfig
 
 _EXIT_UNEXPECTED = 1
 _EXIT_TERMINATED = 128 + signal.SIGTERM
@@ -76,8 +79,6 @@ def _code_of(options: argparse.Namespace, pipeline: Pipeline | None) -> int:
 
 def _fail(message: str, code: int, error: BaseException | None = None, what: str = "error: ") -> int:
     if error is not None and os.environ.get("DRAFTSMITH_DEBUG") == "1":
-        import traceback
-
         print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     print(f"draftsmith: {what}{printable(' '.join(redacted(message).split()))}", file=sys.stderr)
     return code
@@ -119,22 +120,15 @@ def _run(options: argparse.Namespace, pipeline: Pipeline) -> None:
 
 
 def _evaluate(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    from draftsmith.flows.refresh.config import RefreshConfig
     from draftsmith.flows.refresh.evaluate import EVALUATE, evaluate_config
 
-    config = _read(options, pipeline)
-    if not isinstance(config, RefreshConfig):
-        raise DraftsmithError(f"{options.config} describes an experiment: give the config of a refresh")
-    _run_config(options, EVALUATE, evaluate_config(config, options.drafters))
+    _run_config(options, EVALUATE, evaluate_config(_read_refresh(options, pipeline), options.drafters))
 
 
 def _diagnose(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    from draftsmith.flows.refresh.config import RefreshConfig
     from draftsmith.flows.refresh.diagnose import DIAGNOSE, NODE, diagnose_config
 
-    config = _read(options, pipeline)
-    if not isinstance(config, RefreshConfig):
-        raise DraftsmithError(f"{options.config} describes an experiment: give the config of a refresh")
+    config = _read_refresh(options, pipeline)
     options.force = [*options.force, NODE]  # what a server does is not known from before
     asked = diagnose_config(config, options.url, options.drafter, options.prompts, options.api_key_env)
     _run_config(options, DIAGNOSE, asked)
@@ -144,14 +138,13 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
     from draftsmith.artifacts.manifest import ArtifactRef
     from draftsmith.artifacts.open_store import store_of
     from draftsmith.artifacts.tracking import Tracking
-    from draftsmith.flows.pipeline.display import Display
     from draftsmith.flows.pipeline.fetched import Folders
     from draftsmith.flows.pipeline.machine import check_home
     from draftsmith.flows.pipeline.part import Part
     from draftsmith.flows.pipeline.patience import patiently
     from draftsmith.flows.pipeline.prefect_server import start_prefect_server
 
-    display, tracking = Display(), Tracking(home(), config.experiment)
+    display, tracking = _display(), Tracking(home(), config.experiment)
     store, part = store_of(home()), Part.of(options.start, options.until)
     planned = patiently(lambda: part.plan(config, store, pipeline, options.force), config.stages, display.line)
     display.plan(planned)
@@ -197,11 +190,10 @@ def _check(options: argparse.Namespace, pipeline: Pipeline) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from draftsmith.flows.checks.check import check
     from draftsmith.flows.checks.findings import show
-    from draftsmith.flows.pipeline.display import Display
 
     config = _read(options, pipeline)
     found = check(config, pipeline, home())
-    show(Display(), found.lines)
+    show(_display(), found.lines)
     if found.errors:
         raise DraftsmithError(
             f"{found.errors} of {len(found.lines)} checks failed: {options.config} cannot run like this"
@@ -213,7 +205,6 @@ def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
     from draftsmith.artifacts.tracking import Tracking
     from draftsmith.flows.checks.check import check_alone
     from draftsmith.flows.pipeline.begun import note_begun, note_failed
-    from draftsmith.flows.pipeline.display import Display
     from draftsmith.flows.pipeline.fetched import Folders
     from draftsmith.flows.pipeline.graph import plan
     from draftsmith.flows.pipeline.machine import check_home
@@ -238,7 +229,7 @@ def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
             raise DraftsmithError(_missing_input(options, name, planned[source]))
         inputs[name] = ref
     check_home(home(), config)
-    display, tracking = Display(), Tracking(home(), config.experiment)
+    display, tracking = _display(), Tracking(home(), config.experiment)
     display.left_over(items)
     for warning in check_alone(node, Folders(store, inputs)):
         display.line(f"warning: {warning}")
@@ -268,68 +259,58 @@ def _missing_input(options: argparse.Namespace, name: str, source: PlannedNode) 
 
 
 def _why(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    from draftsmith.flows.pipeline.display import Display
     from draftsmith.flows.pipeline.why import why
 
-    why(Display(), _read(options, pipeline), pipeline, options.name)
+    why(_display(), _read(options, pipeline), pipeline, options.name)
 
 
 def _status(options: argparse.Namespace, pipeline: Pipeline) -> None:
     from draftsmith.flows.pipeline import inspection
-    from draftsmith.flows.pipeline.display import Display
 
     if options.config is None:
-        inspection.status_of_store(Display())
+        inspection.status_of_store(_display())
     else:
-        inspection.status_of_config(Display(), _read(options, pipeline), pipeline)
+        inspection.status_of_config(_display(), _read(options, pipeline), pipeline)
 
 
 def _show(options: argparse.Namespace, _pipeline: Pipeline) -> None:
     from draftsmith.flows.pipeline import inspection
-    from draftsmith.flows.pipeline.display import Display
 
-    inspection.show(Display(), options.artifact, verify=options.verify)
+    inspection.show(_display(), options.artifact, verify=options.verify)
 
 
 def _report(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    from draftsmith.flows.pipeline.display import Display
     from draftsmith.flows.refresh import comparison
 
-    comparison.report(Display(), options.refreshes, pipeline, in_browser=options.open)
+    comparison.report(_display(), options.refreshes, pipeline, in_browser=options.open)
 
 
 def _champions(options: argparse.Namespace, _pipeline: Pipeline) -> None:
-    from draftsmith.flows.pipeline.display import Display
     from draftsmith.flows.refresh import commands
 
-    commands.champions(Display(), options.line)
+    commands.champions(_display(), options.line)
 
 
 def _promote(options: argparse.Namespace, _pipeline: Pipeline) -> None:
-    from draftsmith.flows.pipeline.display import Display
     from draftsmith.flows.refresh import commands
 
-    commands.promote(Display(), options.version, options.why, dry_run=options.dry_run)
+    commands.promote(_display(), options.version, options.why, dry_run=options.dry_run)
 
 
 def _rollback(options: argparse.Namespace, _pipeline: Pipeline) -> None:
-    from draftsmith.flows.pipeline.display import Display
     from draftsmith.flows.refresh import commands
 
-    commands.rollback(Display(), options.line, options.why, dry_run=options.dry_run)
+    commands.rollback(_display(), options.line, options.why, dry_run=options.dry_run)
 
 
 def _export(options: argparse.Namespace, _pipeline: Pipeline) -> None:
-    from draftsmith.flows.pipeline.display import Display
     from draftsmith.flows.refresh import commands
 
-    commands.export(Display(), options.version, options.folder, options.format, dry_run=options.dry_run)
+    commands.export(_display(), options.version, options.folder, options.format, dry_run=options.dry_run)
 
 
 def _deploy(options: argparse.Namespace, pipeline: Pipeline) -> None:
-    from draftsmith.artifacts.home import home
     from draftsmith.flows.pipeline.config_file import read_config
-    from draftsmith.flows.pipeline.display import Display
     from draftsmith.flows.pipeline.graph import forced_nodes
     from draftsmith.flows.pipeline.prefect_server import lasting_server
 
@@ -354,27 +335,40 @@ def _deploy(options: argparse.Namespace, pipeline: Pipeline) -> None:
     told = "with its webhook" if made.webhook else "without a webhook"
     if made.webhook and options.webhook is None:
         told = "with the webhook that it had"
-    Display().line(f"{made.name}: {became}, in work pool {options.pool}, {when}, {told}: {made.url}")
+    _display().line(f"{made.name}: {became}, in work pool {options.pool}, {when}, {told}: {made.url}")
 
 
 def _prune(options: argparse.Namespace, _pipeline: Pipeline) -> None:
     from draftsmith.flows.pipeline import inspection
-    from draftsmith.flows.pipeline.display import Display
 
-    inspection.prune(Display(), options.days, delete=options.delete)
+    inspection.prune(_display(), options.days, delete=options.delete)
 
 
 def _read(options: argparse.Namespace, pipeline: Pipeline, *, patient: bool = False) -> RunOptions:
     """The config, with what only the outside knows. patient: ask again for minutes, as everything of a run is."""
     from draftsmith.flows.pipeline.config_file import read_config
-    from draftsmith.flows.pipeline.display import Display
     from draftsmith.flows.pipeline.graph import resolved
     from draftsmith.flows.pipeline.patience import patiently
 
     config = read_config(options.config, options.overrides, pipeline.config)
     if not patient:
         return resolved(config, pipeline)
-    return patiently(lambda: resolved(config, pipeline), config.stages, Display().line)
+    return patiently(lambda: resolved(config, pipeline), config.stages, _display().line)
+
+
+def _read_refresh(options: argparse.Namespace, pipeline: Pipeline) -> RefreshConfig:
+    from draftsmith.flows.refresh.config import RefreshConfig
+
+    config = _read(options, pipeline)
+    if not isinstance(config, RefreshConfig):
+        raise DraftsmithError(f"{options.config} describes an experiment: give the config of a refresh")
+    return config
+
+
+def _display() -> Display:
+    from draftsmith.flows.pipeline.display import Display
+
+    return Display()
 
 
 _COMMANDS = {

@@ -6,7 +6,9 @@ changed since, it is taken over for the new one, as what the refresh starts from
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,9 +36,6 @@ class ChampionConfig(Config):
 
 def run(ctx: StageContext, config: ChampionConfig) -> None:
     """Copy the checkpoint, verified by its digest, and write for which target it was promoted."""
-    import dataclasses
-    import shutil
-
     from draftsmith.stages.drafters.checkpoint import check_shape, descends_from, read_info, write_info
     from draftsmith.stages.drafters.digest import drafter_digest
     from draftsmith.stages.stored import DRAFTER_FOLDER

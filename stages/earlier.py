@@ -7,6 +7,7 @@ its window reaches back behind them (`logs.lateness_hours`): for that it needs n
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,8 +56,6 @@ def _in_this_home(store: Store, folder: Path) -> Path:
 def run(ctx: StageContext, config: EarlierConfig) -> None:
     """Write the digests of the answers, whose they are and, to be replayed, a copy of their table, all of it verified.
     Raises DraftsmithError if the table is gone or another."""
-    import shutil
-
     from draftsmith.artifacts.atomic import atomic_path, write_text
     from draftsmith.artifacts.home import home
     from draftsmith.artifacts.manifest import sha256_file

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Compute, Shard, Stage, StageContext, follow
 from draftsmith.stages.drafters.config import NO_FREQUENT_TOKENS, DraftingConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig
@@ -119,7 +120,6 @@ def _training_seed(folder: Path) -> int | None:
 def _measure(ctx: StageContext, config: EvaluationConfig) -> tuple[Measured, dict[str, Any], Mapping[Pair, Estimate]]:
     """Speed; acceptance, as figures and as differences. The target of the replay is gone from memory before servers
     start."""
-    from draftsmith.artifacts.errors import DraftsmithError
     from draftsmith.stages.drafters.checkpoint import load_drafter
     from draftsmith.stages.measure.embedded import measure_embedded
     from draftsmith.stages.measure.served import Served, measure_served

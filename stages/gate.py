@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Stage, StageContext
-from draftsmith.stages.measure.gate import CHAMPION, GateConfig
+from draftsmith.stages.measure.gate import CHAMPION, GateConfig, challenger_of, decide
 
 DECISION = "decision.json"
 VERDICT = "verdict.json"  # of it, what was decided: measured figures are no content
@@ -14,8 +15,6 @@ VERDICT = "verdict.json"  # of it, what was decided: measured figures are no con
 
 def run(ctx: StageContext, config: GateConfig) -> None:
     """Write `decision.json` and `verdict.json`. A challenger that is refused is no error of the stage."""
-    from draftsmith.stages.measure.gate import challenger_of, decide
-
     evaluation = json.loads((ctx.inputs["evaluation"] / "evaluation.json").read_text("utf-8"))
     challenger = challenger_of(evaluation)
     problems = [
@@ -38,7 +37,6 @@ def run(ctx: StageContext, config: GateConfig) -> None:
 
 def _damage(folder: Path) -> str | None:
     """The first file of an artifact that is not what its manifest says; None if all are."""
-    from draftsmith.artifacts.errors import DraftsmithError
     from draftsmith.artifacts.manifest import read_manifest
     from draftsmith.artifacts.store import Store
 

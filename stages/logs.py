@@ -13,8 +13,11 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Compute, Stage, StageContext
+from draftsmith.stages.prompting.files import count_rows, is_remote, read_rows
 from draftsmith.stages.prompting.logs_config import LogsConfig
+from draftsmith.stages.prompting.times import LAST, iso
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,14 +26,11 @@ if TYPE_CHECKING:
     from draftsmith.stages.prompting.earlier import Earlier
     from draftsmith.stages.prompting.intake import Intake
 
-__all__ = ["STAGE", "LogsConfig", "preflight"]
-
 _REPORT_EVERY = 256
 
 
 def preflight(config: LogsConfig, target: Path) -> None:
     """The files are there, and rows of the allowed length fit into the target's context."""
-    from draftsmith.artifacts.errors import DraftsmithError
     from draftsmith.stages.targets.info import read_target_info
 
     config.external_files()
@@ -45,8 +45,7 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
     Kept between attempts is what takes the time of reading: the texts as token ids.
     """
     from draftsmith.artifacts.atomic import atomic_path, write_text
-    from draftsmith.artifacts.errors import DraftsmithError
-    from draftsmith.stages.prompting.answers import TrajectoryTable, WaitingAnswers
+    from draftsmith.stages.prompting.answers import TrajectoryTable, WaitingAnswers, chosen_rows
     from draftsmith.stages.prompting.aside import Aside
     from draftsmith.stages.prompting.earlier import made_otherwise, read_contents, read_earlier
     from draftsmith.stages.prompting.held_out import read_held_out
@@ -101,7 +100,7 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
     replayed = 0
     with TrajectoryTable(ctx.out / "trajectories.parquet") as table:
         said = {"temperature": config.temperature, "top_p": config.top_p}
-        for part in waiting.chosen(used):
+        for part in chosen_rows(waiting.path, used):
             table.append(part, **said, seed=0, engine="logs")  # their seed is not known
             ctx.check_interrupted()
         if earlier is not None:
@@ -145,7 +144,6 @@ def _judge(ctx: StageContext, config: LogsConfig, rows: int) -> list[str]:
     import numpy as np
 
     from draftsmith.artifacts.atomic import write_text
-    from draftsmith.artifacts.errors import DraftsmithError
     from draftsmith.stages.prompting.answers import chosen_rows
     from draftsmith.stages.prompting.probable import OUTSIDE, judge
     from draftsmith.stages.targets.causal_lm import Target
@@ -227,9 +225,6 @@ def _read(
 ) -> int | None:
     """All rows, or as many as are needed. Returns how many there are in the files, None where not all are
     read or some are far away."""
-    from draftsmith.stages.prompting.files import count_rows, is_remote, read_rows
-    from draftsmith.stages.prompting.times import LAST
-
     files = config.files()
     # the next window begins behind the newest row read: of this one, none may be left unread, in whatever file
     consecutive = config.since == LAST or config.after is not None
@@ -287,8 +282,6 @@ def _nothing_usable(config: LogsConfig, intake: Intake, candidates: int) -> str:
 
 def _window(config: LogsConfig, intake: Intake) -> dict[str, str | None]:
     """In absolute time. newest: of all rows read, whether used or not; what the next `since: last` begins behind."""
-    from draftsmith.stages.prompting.times import iso
-
     return {
         "since": None if config.since_time is None else config.since,
         "after": config.after,

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import WHOLE, Compute, Config, Shard, Stage, StageContext
 from draftsmith.stages.drafters.config import NO_FREQUENT_TOKENS, DraftingConfig
-from draftsmith.stages.replay.parity import MaxParityMismatch
+from draftsmith.stages.replay.parity import COMPARED, Gate, MaxParityMismatch, StepComparison, check_tau
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import numpy as np
 
     from draftsmith.stages.replay.shards import MinedShards
@@ -109,7 +109,6 @@ def mine_shard(
     ctx: StageContext, config: MiningConfig, stored: StoredTrajectories, folder: Path, part: Shard = WHOLE
 ) -> MinedShards:
     """Replay and score the groups of a shard that are not in `folder` yet; where all shards are given, take these."""
-    from draftsmith.artifacts.errors import DraftsmithError
     from draftsmith.stages.drafters.checkpoint import load_drafter
     from draftsmith.stages.replay.corpus import count_in, mine
     from draftsmith.stages.replay.shards import MinedShards
@@ -171,7 +170,6 @@ def parity(
     from draftsmith.artifacts.parquet import places, read_table
     from draftsmith.artifacts.row_reader import RowReader
     from draftsmith.artifacts.schemas import TIMINGS, TRACE, VERIFY_STEPS
-    from draftsmith.stages.replay.parity import COMPARED, Gate, StepComparison, check_tau
 
     folder = ctx.inputs["trajectories"]
     path = folder / "trace.json"

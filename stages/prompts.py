@@ -16,6 +16,8 @@ from pydantic import Field, model_validator
 
 from draftsmith.artifacts.atomic import atomic_path, write_text
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.parquet import TableWriter
+from draftsmith.artifacts.schemas import PROMPTS
 from draftsmith.stages.contract import NOT_FETCHED, Config, Operational, Stage, StageContext
 from draftsmith.stages.prompting.files import listed, local_files, remote_versions
 from draftsmith.stages.prompting.held_out import HELDOUT_SHARE, HeldOutBy
@@ -31,8 +33,6 @@ from draftsmith.stages.prompting.sources import (
 )
 from draftsmith.stages.prompting.supplies import ReadIds, Supply, Supplying, supplies
 from draftsmith.stages.prompting.template import token_ids
-
-__all__ = ["STAGE", "PromptsConfig"]
 
 _REPORT_EVERY = 64
 OF_MORE_LOGS = "give more logs, or a section prompts with lower counts"  # where prompts are rows of the logs
@@ -182,8 +182,6 @@ class _Drawn:
 
 def run(context: StageContext, config: PromptsConfig) -> None:
     """Write `prompts.parquet` and `prompts.json`."""
-    from draftsmith.artifacts.parquet import TableWriter
-    from draftsmith.artifacts.schemas import PROMPTS
     from draftsmith.stages.prompting.tokenised import Tokenised
     from draftsmith.stages.targets.info import model_path, read_target_info
     from draftsmith.stages.targets.resolve import load_tokenizer

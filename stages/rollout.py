@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Compute, Config, Stage, StageContext
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.config import (
@@ -20,6 +21,7 @@ from draftsmith.stages.engines.config import (
     EngineConfig,
     SamplingConfig,
     SGLangEngineConfig,
+    served_dtype,
 )
 from draftsmith.stages.engines.sglang.environment import programs_of
 
@@ -93,12 +95,10 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
     """Answer the prompts that have no answer yet, part by part; put the parts together in prompt order."""
     import pyarrow.compute as pc
 
-    from draftsmith.artifacts.errors import DraftsmithError
     from draftsmith.artifacts.keyed_rows import PART_ROWS
     from draftsmith.artifacts.parquet import TableWriter
     from draftsmith.stages.drafters.digest import drafter_digest
     from draftsmith.stages.engines.base import SamplingParams
-    from draftsmith.stages.engines.config import served_dtype
     from draftsmith.stages.engines.parts import SCHEMAS, AnswerParts
     from draftsmith.stages.stored import DRAFTER_FOLDER
     from draftsmith.stages.targets.info import read_target_info

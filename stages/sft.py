@@ -6,7 +6,6 @@ Also the control of a refresh: with a drafter as input it continues SFT from the
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Compute, Stage, StageContext
@@ -18,7 +17,7 @@ _TRAINED = ("blocks", "positions")
 
 def preflight(config: SftConfig, target: Path) -> None:
     """A drafter to start from must fit the target, before anything long runs."""
-    from draftsmith.stages.drafters.checkpoint import check_drafter, check_shape, drafter_source
+    from draftsmith.stages.drafters.checkpoint import check_drafter, check_new, check_shape, drafter_source
     from draftsmith.stages.drafters.layout import check_weights
     from draftsmith.stages.targets.info import model_path, read_target_info
 
@@ -30,46 +29,7 @@ def preflight(config: SftConfig, target: Path) -> None:
         check_shape(folder, model_path(target))
         check_weights(folder)
     else:
-        from draftsmith.stages.drafters.checkpoint import check_new
-
         check_new(config.drafter, model_path(target))
-
-
-def trained_shape(config: SftConfig) -> tuple[str, int]:
-    """Kind, and tokens of a block, the anchor included, of what is trained here from random weights or `init_from`."""
-    from draftsmith.stages.drafters.checkpoint import architecture_of, drafter_source, kind_after, kind_of
-
-    if not config.init_from:
-        return config.drafter.kind, config.drafter.block_size
-    source = drafter_source(config.init_from, config.init_revision)
-    architecture = architecture_of(source)
-    return kind_after(kind_of(architecture), config.drafter), int(architecture.read_config(source).block_size)
-
-
-def unservable(config: SftConfig, target: Path) -> str | None:
-    """Why SGLang could not draft with what is trained here from random weights or `init_from`; None if it can.
-
-    target: a resolved target. Small files only.
-    """
-    from transformers import AutoConfig
-
-    from draftsmith.stages.drafters.checkpoint import drafter_source, plan_of_checkpoint, plan_of_new
-    from draftsmith.stages.drafters.layout import unservable_layers
-    from draftsmith.stages.targets.info import model_path
-    from draftsmith.stages.targets.resolve import load_tokenizer
-
-    folder = model_path(target)
-    target_config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-
-    def tokenizer() -> Any:
-        return load_tokenizer(folder)
-
-    if config.init_from:
-        source = drafter_source(config.init_from, config.init_revision)
-        plan = plan_of_checkpoint(source, target_config, config.init_from, tokenizer, config.drafter)
-    else:
-        plan = plan_of_new(config.drafter, target_config, tokenizer)
-    return unservable_layers(plan.target_layer_ids, target_config.num_hidden_layers)
 
 
 def run(ctx: StageContext, config: SftConfig) -> None:

@@ -34,11 +34,6 @@ class StoredTrajectories:
     too_short: int  # answers of one token: nothing is drafted there
 
     @property
-    def temperature(self) -> float:
-        """0 = greedy."""
-        return self.law.temperature
-
-    @property
     def prompts(self) -> list[str]:
         """The prompt of each: answers to the same one are no independent observations."""
         names: list[str] = self.prompt_ids.to_pylist()

@@ -5,8 +5,6 @@ from __future__ import annotations
 from draftsmith.stages.contract import Stage, StageContext
 from draftsmith.stages.targets.config import TargetConfig
 
-__all__ = ["STAGE", "TargetConfig"]
-
 
 def run(context: StageContext, config: TargetConfig) -> None:
     """Write `target.json` and `origin.json`, and for a GGUF source the dequantised model into `model/`."""

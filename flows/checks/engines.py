@@ -9,14 +9,13 @@ from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.flows.pipeline.machine import gpus
 from draftsmith.stages.engines.config import GREEDY_ONLY
+from draftsmith.stages.engines.sglang import environment
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.rollout import RolloutConfig
 
 
 def check_engines(found: Findings, nodes: Sequence[Node]) -> None:
     """Interpreters, servers that should be running, and what launched servers cannot do here."""
-    from draftsmith.stages.engines.sglang import environment
-
     for node in nodes:
         if problem := cannot_sample(node):
             found.error(node.name, problem)

@@ -14,8 +14,11 @@ from draftsmith.stages.champion import ChampionConfig, checkpoint_of
 from draftsmith.stages.drafters.config import DrafterConfig, no_confidence
 from draftsmith.stages.drafters.kinds import KINDS
 from draftsmith.stages.measure.config import EvaluationConfig
+from draftsmith.stages.prompting.sources import Candidate
+from draftsmith.stages.prompting.template import token_ids
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.targets.config import TargetConfig
+from draftsmith.stages.targets.estimate import target_size
 from draftsmith.stages.training.config import SftConfig
 
 if TYPE_CHECKING:
@@ -43,7 +46,6 @@ def resolve_metadata(found: Findings, nodes: Sequence[Node], artifact: Path) -> 
 
 def check_target(found: Findings, nodes: Sequence[Node], artifact: Path) -> None:
     """What the target is, and that its chat template takes what the prompts give it. artifact: of the target."""
-    from draftsmith.stages.targets.estimate import target_size
     from draftsmith.stages.targets.info import model_path, read_target_info
 
     info, size = read_target_info(artifact), target_size(model_path(artifact))
@@ -63,8 +65,6 @@ def check_target(found: Findings, nodes: Sequence[Node], artifact: Path) -> None
 
 def _check_template(found: Findings, config: PromptsConfig, folder: Path) -> None:
     """The template takes a system prompt and the kwargs; a kwarg that changes nothing is told."""
-    from draftsmith.stages.prompting.sources import Candidate
-    from draftsmith.stages.prompting.template import token_ids
     from draftsmith.stages.targets.resolve import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
@@ -134,14 +134,13 @@ def _check_drafter(
 
     served: nodes in which SGLang drafts with it.
     """
-    from transformers import AutoConfig
-
     from draftsmith.stages.drafters.checkpoint import (
         architecture_of,
         drafter_source,
         kind_of,
         plan_of_checkpoint,
         plan_of_new,
+        read_target_config,
     )
     from draftsmith.stages.drafters.layout import NoMaskTokenError, unservable_layers
     from draftsmith.stages.engines.sglang.families import undrafted
@@ -150,7 +149,7 @@ def _check_drafter(
     from draftsmith.stages.targets.resolve import load_tokenizer
 
     name, folder, info = f"{node}: drafter", model_path(artifact), read_target_info(artifact)
-    target_config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    target_config = read_target_config(folder)
 
     def tokenizer() -> Any:
         return load_tokenizer(folder)
@@ -195,14 +194,12 @@ def _check_champion(
 
     sft: of what goes on with it, if anything does.
     """
-    from transformers import AutoConfig
-
-    from draftsmith.stages.drafters.checkpoint import kind_after, plan_of_checkpoint
+    from draftsmith.stages.drafters.checkpoint import kind_after, plan_of_checkpoint, read_target_config
     from draftsmith.stages.targets.info import model_path
     from draftsmith.stages.targets.resolve import load_tokenizer
 
     where, folder = f"{config.line} version {config.version}", model_path(artifact)
-    target_config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    target_config = read_target_config(folder)
     checkpoint, shape = checkpoint_of(config), sft.drafter if sft is not None else None
 
     def planned(shape: DrafterConfig | None) -> DrafterPlan:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError, one_line
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.stages.measure.config import EvaluationConfig, prompts_to_decode
@@ -174,8 +174,8 @@ def _check_hub(found: Findings, name: str, source: HuggingFaceSource, wanted: in
     except RevisionNotFoundError:
         found.error(name, f"data set {source.id}: the hub has no revision {source.revision}: correct it")
     except Exception as error:  # the hub's library raises its HTTP client's own errors too
-        reason = " ".join(str(error).split())[:80] or type(error).__name__
-        found.warn(name, f"data set {source.id}: the hub cannot be asked ({reason}); {wanted} prompts are not certain")
+        said = f"the hub cannot be asked ({one_line(error)[:80]}); {wanted} prompts are not certain"
+        found.warn(name, f"data set {source.id}: {said}")
     else:
         found.ok(name, f"data set {source.id} is on the hub; whether it has {wanted} rows is not checked")
 

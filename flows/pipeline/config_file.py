@@ -174,6 +174,3 @@ def _apply_override(data: dict[str, Any], override: str) -> PathKey:
         else:
             here = here[key]
     return tuple(path)
-
-
-# -- errors ----------------------------------------------------------------------------------------------------------

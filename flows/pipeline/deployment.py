@@ -36,7 +36,6 @@ _ENVIRONMENT = {
 class Deployed:
     """A deployment as the server knows it."""
 
-    id: UUID
     name: str  # FLOW/NAME
     url: str
     created: bool  # else it was there, and is changed
@@ -104,7 +103,7 @@ def deploy(
             call_webhook(client, webhook, made, deployment.name, heartbeat_s=HEARTBEAT_S)
         told = has_webhook(client, deployment.name)
     ui = api.rstrip("/").removesuffix("/api")
-    return Deployed(made, deployment.full_name, f"{ui}/deployments/deployment/{made}", created, told)
+    return Deployed(deployment.full_name, f"{ui}/deployments/deployment/{made}", created, told)
 
 
 def parameters(config: RunOptions, force: Sequence[str]) -> dict[str, Any]:

@@ -51,7 +51,6 @@ def _visible(known: Mapping[str, str]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Gpu:
-    uuid: str
     memory: float  # bytes
     model: str
 
@@ -59,7 +58,7 @@ class _Gpu:
 def _seen() -> list[_Gpu]:
     """Every visible NVIDIA GPU, in the order of CUDA_VISIBLE_DEVICES. A part of one (MIG) is described as the first."""
     rows = [row for row in _query("index,uuid,memory.total,name") if len(row) == 4 and row[2].isdecimal()]
-    known = {uuid: _Gpu(uuid, float(memory) * 2**20, model) for _, uuid, memory, model in rows}
+    known = {uuid: _Gpu(float(memory) * 2**20, model) for _, uuid, memory, model in rows}
     first = next(iter(known.values()), None)
     found = (known.get(name, first) for name in _visible({row[0]: row[1] for row in rows}))
     return [gpu for gpu in found if gpu is not None]

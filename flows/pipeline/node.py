@@ -63,7 +63,6 @@ class Workshop:
 class Made:
     """A node's artifact, and whether it was there already."""
 
-    node: str
     ref: ArtifactRef
     reused: bool
 
@@ -100,7 +99,7 @@ def make(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], *, f
     if reused:
         forget_failure(workshop.logs, stage, key)
         workshop.display.reused(node.name)
-    return Made(node.name, ref, reused)
+    return Made(ref, reused)
 
 
 def _say_waiting(workshop: Workshop, node: Node) -> Callable[[Holder | None], None]:

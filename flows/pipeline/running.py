@@ -6,7 +6,6 @@ The lock of the key says whether somebody does; the note of a process that was k
 from __future__ import annotations
 
 import contextlib
-import getpass
 import json
 import os
 import platform
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.locks import user_name
 from draftsmith.artifacts.manifest import local_time
 from draftsmith.flows.pipeline.display import Rate, duration
 
@@ -54,7 +54,7 @@ class RunningNote:
     def __init__(self, logs: Path, stage: str, key: str, run: str, node: str) -> None:
         self._path, self._rate, self._written = _path(logs, stage, key), Rate(), 0.0
         now = time.time()
-        self._note = Running(run, node, platform.node(), os.getpid(), _user(), since=now, at=now)
+        self._note = Running(run, node, platform.node(), os.getpid(), user_name(), since=now, at=now)
         self._write()
 
     def progress(self, done: int, total: int, unit: str) -> None:
@@ -83,10 +83,3 @@ def who_runs(logs: Path, stage: str, key: str) -> Running | None:
 
 def _path(logs: Path, stage: str, key: str) -> Path:
     return logs / f"{stage}-{key[:16]}.running.json"
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container whose user has no name
-        return str(os.getuid())

@@ -16,6 +16,7 @@ from draftsmith.artifacts.registry import BY_HAND, PREVIOUS, ROLLED_BACK, Regist
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.refresh.line import FASTEST_BLOCK, folder_of, registry, uploaded_copy
 from draftsmith.stages.stored import DRAFTER_FOLDER
+from draftsmith.stages.targets.info import model_path, read_target_info
 
 
 def champions(display: Display, line: str) -> None:
@@ -120,7 +121,6 @@ def export(display: Display, text: str, folder: Path, layout: str = "sglang", *,
 
 def _export_speculators(version: Version, source: Path, folder: Path) -> None:
     from draftsmith.stages.drafters.export import export_speculators
-    from draftsmith.stages.targets.info import model_path, read_target_info
 
     if not (folder_of(version) / MANIFEST).is_file():
         raise DraftsmithError(f"{version}: its artifact, which names the target, is not here: mount the store")

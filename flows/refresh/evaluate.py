@@ -12,6 +12,7 @@ from draftsmith.flows.checks.check import RunChecks
 from draftsmith.flows.pipeline.graph import Node, Pipeline
 from draftsmith.flows.pipeline.options import PlainName, RunOptions
 from draftsmith.flows.refresh.config import RefreshConfig
+from draftsmith.flows.refresh.line import registry
 from draftsmith.stages.measure.config import DRAFTERS, PREFIX, EvaluationConfig
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.rollout import RolloutConfig
@@ -83,7 +84,6 @@ def named_drafter(text: str) -> tuple[str, str]:
         return _plain((folder.parent if folder.name == "drafter" else folder).name), str(folder)
     if "@" in text:
         from draftsmith.flows.refresh.commands import verified
-        from draftsmith.flows.refresh.line import registry
 
         return _plain(text), str(verified(registry().resolve(text)))
     if text.startswith((".", "/", "~")):

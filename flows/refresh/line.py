@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef, read_manifest, sha256_file
-from draftsmith.artifacts.registry import PROMOTED, Version
-from draftsmith.artifacts.store import REPLACED
+from draftsmith.artifacts.registry import PROMOTED, Registry, Version
+from draftsmith.artifacts.store import REPLACED, Store
+from draftsmith.artifacts.tracking import Tracking
 from draftsmith.stages.champion import ChampionConfig
 from draftsmith.stages.contract import Config
 from draftsmith.stages.earlier import TABLE, EarlierConfig
@@ -29,10 +32,6 @@ from draftsmith.stages.prompting.sources import (
 )
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.stored import DRAFTER_FOLDER
-
-if TYPE_CHECKING:
-    from draftsmith.artifacts.registry import Registry
-    from draftsmith.artifacts.store import Store
 
 _MOST_POINTS = 300  # of a line's history
 _MOST_CHARACTERS = 4900  # of a version's figures: MLflow keeps 5,000 of a tag
@@ -81,16 +80,11 @@ class RegistryConfig(Config):
 
 def registry() -> Registry:
     """That of this home's MLflow, or of `MLFLOW_TRACKING_URI`."""
-    from draftsmith.artifacts.home import home
-    from draftsmith.artifacts.registry import Registry
-    from draftsmith.artifacts.tracking import Tracking
-
     return Registry(Tracking(home()))
 
 
 def folder_of(version: Version) -> Path:
     """Its artifact, on this machine: fetched if the store is a bucket."""
-    from draftsmith.artifacts.home import home
     from draftsmith.artifacts.open_store import store_of
 
     store = store_of(home())
@@ -110,7 +104,6 @@ def _in_this_home(version: Version, store: Store) -> Path | None:
 
 def checkpoint_of(version: Version) -> Path:
     """Its drafter: in the store where that is here, else a copy of what was uploaded with it. Not verified."""
-    from draftsmith.artifacts.home import home
     from draftsmith.artifacts.open_store import store_of
 
     store = store_of(home())
@@ -126,9 +119,6 @@ def checkpoint_of(version: Version) -> Path:
 
 def uploaded_copy(version: Version) -> Path:
     """What was uploaded with a version, in this home. Raises DraftsmithError if it is not what was registered."""
-    import shutil
-
-    from draftsmith.artifacts.home import home
     from draftsmith.stages.drafters.digest import drafter_digest
 
     wanted = version.tags.get("drafter_digest", "")

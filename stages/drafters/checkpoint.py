@@ -266,7 +266,7 @@ def drafter_source(source: str, revision: str | None = None) -> Path:
 def check_shape(folder: Path, target_model: Path) -> None:
     """Refuse a drafter whose config does not fit the target's. Configs only."""
     architecture = architecture_of(folder)
-    architecture.check_fits(architecture.read_config(folder), _target_config(target_model), str(folder))
+    architecture.check_fits(architecture.read_config(folder), read_target_config(target_model), str(folder))
 
 
 def check_new(shape: DrafterConfig, target_model: Path) -> None:
@@ -275,12 +275,13 @@ def check_new(shape: DrafterConfig, target_model: Path) -> None:
 
     plan_of_new(
         shape,
-        _target_config(target_model),
+        read_target_config(target_model),
         lambda: AutoTokenizer.from_pretrained(target_model, local_files_only=True),
     )
 
 
-def _target_config(target_model: Path) -> Any:
+def read_target_config(target_model: Path) -> Any:
+    """Of a target's folder, its text part, as drafters are planned with it."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(target_model, local_files_only=True).get_text_config()

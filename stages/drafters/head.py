@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch.nn import functional as F
@@ -13,8 +13,6 @@ from draftsmith.stages.targets.logits import PLAIN, LogitMap
 from draftsmith.stages.targets.packed import PackedLinear, can_pack
 
 if TYPE_CHECKING:
-    from typing import Self
-
     from draftsmith.stages.targets.causal_lm import Target
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError, one_line
 from draftsmith.stages.drafters import speculators
 from draftsmith.stages.targets.shape import usual_layer
 
@@ -34,9 +34,8 @@ def config_errors(where: str) -> Iterator[None]:
     except DraftsmithError:
         raise
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise DraftsmithError(
-            f"drafter {where}: a field is not what it should be ({reason[:200]}); export the checkpoint again"
+            f"drafter {where}: a field is not what it should be ({one_line(error)[:200]}); export the checkpoint again"
         ) from error
 
 
@@ -72,8 +71,9 @@ def parse_config(raw: Mapping[str, Any], kind: type[Any], architecture: str, pat
     try:
         return kind(**{**raw, "architectures": [architecture]})
     except Exception as error:  # transformers checks fields with error classes of its own
-        reason = " ".join(str(error).split())
-        raise DraftsmithError(f"drafter {path}: cannot be read ({reason}); give the folder of a drafter") from error
+        raise DraftsmithError(
+            f"drafter {path}: cannot be read ({one_line(error)}); give the folder of a drafter"
+        ) from error
 
 
 def require_fields(path: Path, fields: Iterable[tuple[str, Any]]) -> None:

@@ -21,14 +21,12 @@ def open_engine(
     longest: int,
     work: Path,
     log: Callable[[str], None],
-    measure_first_token: bool = False,
     check: Callable[[], None] = lambda: None,
 ) -> Iterator[Engine]:
     """An engine for one target artifact and, if given, one drafter checkpoint; closed (servers stopped) on exit.
 
     longest: positions of the longest request, prompt and response. work: where the logs of launched servers go.
-    measure_first_token: served engines only; it costs a streamed answer. check: called while servers are waited for;
-    what it raises (the stage was asked to stop) ends the wait.
+    check: called while servers are waited for; what it raises (the stage was asked to stop) ends the wait.
     Raises DraftsmithError if the engine cannot serve this target or drafter, RetryableError if it is not there.
     """
     if isinstance(config, SGLangEngineConfig):
@@ -42,7 +40,6 @@ def open_engine(
             longest=longest,
             work=work,
             log=log,
-            measure_first_token=measure_first_token,
             check=check,
         ) as engine:
             yield engine

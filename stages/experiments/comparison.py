@@ -144,8 +144,8 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
     ctx.summary(**{f"tau_{row['arm']}_{row['steps']}": row["tau"] for row in last})
 
 
-def in_memory(entries: Mapping[str, Entry], limit: int = _RESIDENT_BYTES) -> Iterator[list[str]]:
-    """The drafters in turns, of as many as hold within `limit` bytes of weights (at least one)."""
+def in_memory(entries: Mapping[str, Entry]) -> Iterator[list[str]]:
+    """The drafters in turns, of as many as hold within `_RESIDENT_BYTES` of weights (at least one)."""
     from draftsmith.stages.drafters.layout import WEIGHTS_FILE
     from draftsmith.stages.stored import DRAFTER_FOLDER
 
@@ -153,7 +153,7 @@ def in_memory(entries: Mapping[str, Entry], limit: int = _RESIDENT_BYTES) -> Ite
     held = 0
     for name, entry in entries.items():
         size = (entry.folder / DRAFTER_FOLDER / WEIGHTS_FILE).stat().st_size
-        if turn and held + size > limit:
+        if turn and held + size > _RESIDENT_BYTES:
             yield turn
             turn, held = [], 0
         turn.append(name)

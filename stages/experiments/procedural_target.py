@@ -10,7 +10,7 @@ from typing import Literal
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Compute, Stage, StageContext
-from draftsmith.stages.procedural.training import ShapeConfig, TrainingTextConfig
+from draftsmith.stages.procedural.training import Kept, ShapeConfig, TrainingTextConfig, train_target
 from draftsmith.stages.targets.config import Dtype, TargetConfig
 
 _MODEL = "model"
@@ -35,7 +35,6 @@ def preflight(_config: ProceduralTargetConfig, target: Path) -> None:
 
 def run(ctx: StageContext, config: ProceduralTargetConfig) -> None:
     """Train it, then describe it as stage `target` does. An interrupted training goes on from its last checkpoint."""
-    from draftsmith.stages.procedural.training import Kept, train_target
     from draftsmith.stages.targets.info import model_path, read_target_info, write_target_info
     from draftsmith.stages.targets.resolve import describe
 

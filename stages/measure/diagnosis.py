@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,7 @@ import torch
 from draftsmith.artifacts.parquet import to_table
 from draftsmith.artifacts.schemas import TRACE
 from draftsmith.stages.drafters.base import Context, Drafter, Proposals
+from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, FeatureContext
 from draftsmith.stages.drafters.law import GREEDY, Law
 from draftsmith.stages.replay.corpus import draws, replay_all
@@ -26,9 +27,6 @@ from draftsmith.stages.replay.parity import Gate, check_steps, trace_rows
 from draftsmith.stages.replay.sequential import replay_sequentially
 from draftsmith.stages.replay.trace import Trace, Trajectory
 from draftsmith.stages.targets.causal_lm import Target
-
-if TYPE_CHECKING:
-    from draftsmith.stages.drafters.config import DraftingConfig
 
 THETAS = (10_000.0, 500_000.0, 1_000_000.0, 5_000_000.0)  # of public models; the first is what libraries fall back to
 SHORTEST_WINDOW = 8

@@ -43,6 +43,7 @@ from draftsmith.stages.measure.requests import (
 )
 from draftsmith.stages.memory import release_memory
 from draftsmith.stages.replay.parity import Gate, check_steps, check_tau, trace_rows
+from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.stored import Prompt
 
 if TYPE_CHECKING:
@@ -222,7 +223,6 @@ def _check_parity(served: Served, sizes: Mapping[str, int], heldout: Sequence[Pr
     """
     from draftsmith.stages.drafters.checkpoint import load_drafter
     from draftsmith.stages.replay.corpus import draws, replay_all
-    from draftsmith.stages.replay.trace import Trajectory
     from draftsmith.stages.targets.causal_lm import Target
 
     config, dtype = served.config, served_dtype(served.engine, served.target_dtype)

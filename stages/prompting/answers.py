@@ -63,10 +63,6 @@ class WaitingAnswers:
             self._writer.write_table(pa.table(columns, schema=_WAITING))
         self._rows, self._tokens = [], 0
 
-    def chosen(self, mask: np.ndarray) -> Iterator[pa.Table]:
-        """The answers whose place in the mask ([answers] bool) is set, part by part, as they were appended."""
-        yield from chosen_rows(self.path, mask)
-
 
 def parts(path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
     """A Parquet file, some rows of about a row group's bytes at a time, whoever wrote it."""

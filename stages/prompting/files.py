@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError, one_line
 
 KINDS = ".jsonl, .ndjson or .json with an object a line, also with .gz or .zst, or .parquet"
 _ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")  # what is taken out of a folder
@@ -138,7 +138,7 @@ def _file_system(address: str, field: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(address)
     except (ImportError, ValueError) as error:  # the package for this protocol is not installed, or there is none
-        raise DraftsmithError(f"{field}: {address}: {_one_line(error)}") from error
+        raise DraftsmithError(f"{field}: {address}: {one_line(error)}") from error
 
 
 def _remote(pattern: str, field: str) -> dict[str, dict[str, Any]]:
@@ -157,7 +157,7 @@ def _remote(pattern: str, field: str) -> dict[str, dict[str, Any]]:
             found = {path: system.info(path)} if system.isfile(path) else {}
     except Exception as error:  # of whichever package: no credentials, no such bucket, no network
         raise RetryableError(
-            f"{field}: {pattern}: cannot be listed ({_one_line(error)}): check the address, the credentials and the "
+            f"{field}: {pattern}: cannot be listed ({one_line(error)}): check the address, the credentials and the "
             "network"
         ) from error
     if not found:
@@ -190,10 +190,10 @@ def read_rows(files: Sequence[str]) -> Iterator[Row | BadRow]:
             raise
         except Exception as error:
             if is_remote(file):
-                raise RetryableError(f"{file}: cannot be read ({_one_line(error)}): check the network") from error
+                raise RetryableError(f"{file}: cannot be read ({one_line(error)}): check the network") from error
             if isinstance(error, OSError):
                 raise DraftsmithError(
-                    f"{file}: cannot be read ({_one_line(error)}): make it readable, or leave it out"
+                    f"{file}: cannot be read ({one_line(error)}): make it readable, or leave it out"
                 ) from error
             raise
 
@@ -270,7 +270,7 @@ def _chunk(read: Any, packed: str) -> bytes:
     except (EOFError, zlib.error, OSError) as error:
         if not packed or (isinstance(error, OSError) and error.errno is not None):  # the disk's or the net's refusal
             raise
-        raise _DamagedError(f"damaged or cut off {packed} ({_one_line(error)}): copy or download it again") from error
+        raise _DamagedError(f"damaged or cut off {packed} ({one_line(error)}): copy or download it again") from error
 
 
 def _parsed(line: bytes) -> dict[str, Any] | str:
@@ -280,7 +280,7 @@ def _parsed(line: bytes) -> dict[str, Any] | str:
     except UnicodeDecodeError as error:
         return f"not UTF-8 text ({error.reason}): convert the file, or name it .gz or .zst if compressed"
     except (ValueError, RecursionError) as error:
-        return f"not JSON ({_one_line(error)}): every line must be one JSON object"
+        return f"not JSON ({one_line(error)}): every line must be one JSON object"
     if not isinstance(row, dict):
         return f"a JSON {kind_of(row)}, not an object: every line must be one JSON object"
     return row
@@ -299,7 +299,7 @@ def _parquet_rows(file: str, raw: IO[bytes]) -> Iterator[Row | BadRow]:
     except (pa.ArrowException, OSError, EOFError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        reason = f"not a whole Parquet file ({_one_line(error)[:200]}): copy or download it again"
+        reason = f"not a whole Parquet file ({one_line(error)[:200]}): copy or download it again"
         yield BadRow(file, number + 1, reason)
 
 
@@ -314,14 +314,10 @@ def _python_rows(batch: Any) -> Iterator[dict[str, Any] | str]:
         try:
             yield from batch.slice(index, 1).to_pylist()
         except (ValueError, OverflowError) as error:
-            yield f"a value that cannot be read ({_one_line(error)}): correct the row"
+            yield f"a value that cannot be read ({one_line(error)}): correct the row"
 
 
 def kind_of(value: Any) -> str:
     """What JSON calls it."""
     names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
     return names.get(type(value), "null")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -143,16 +143,16 @@ class LogsConfig(Config):
     @property
     def since_time(self) -> datetime | None:
         """Rows from here on, if `since` says a time."""
-        return None if self.since is None else as_time(self.since)
+        return as_time(self.since)
 
     def holds(self, time: datetime) -> bool:
         """Is this time inside the window?"""
-        since, after = self.since_time, None if self.after is None else as_time(self.after)
+        since, after = self.since_time, as_time(self.after)
         return (since is None or time >= since) and (after is None or time > after - self._lateness)
 
     def read_before(self, time: datetime | None) -> bool:
         """Is this time so early that a refresh before may have read its row, which came late otherwise?"""
-        end = None if self.after is None else as_time(self.after)
+        end = as_time(self.after)
         return self.overlaps and end is not None and time is not None and time <= end
 
     @property

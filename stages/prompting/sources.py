@@ -113,7 +113,7 @@ class JsonlSource(_RowSource):
     @property
     def since_time(self) -> datetime | None:
         """None too where `last` means nothing yet."""
-        return None if self.since is None else as_time(self.since)
+        return as_time(self.since)
 
 
 class HuggingFaceSource(_RowSource):

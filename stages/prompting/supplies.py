@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
-from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError, one_line
 from draftsmith.stages.prompting.aside import Aside
 from draftsmith.stages.prompting.file_prompts import (
     Finish,
@@ -157,7 +157,7 @@ def _task_draw(task: str, source: ReasoningGymSource, finish: Finish, seed: int,
         try:
             items = reasoning_gym.create_dataset(task, **{**source.options, "size": limit, "seed": first})
         except (TypeError, ValueError, AssertionError) as error:
-            reason = _one_line(error)
+            reason = one_line(error)
             raise DraftsmithError(
                 f"prompts.sources: options of reasoning_gym task {task}: {reason}: correct them"
             ) from error
@@ -264,10 +264,10 @@ def load_rows(source: HuggingFaceSource) -> Any:
     try:
         return datasets.load_dataset(source.id, source.name, split=source.split, revision=revision)
     except datasets.exceptions.DatasetGenerationError as error:
-        reason, cause = f"cannot be read ({_one_line(error.__cause__ or error)}): repair its files", error
+        reason, cause = f"cannot be read ({one_line(error.__cause__ or error)}): repair its files", error
     except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
         if Path(source.id).is_dir():
-            reason, cause = f"no data files found ({_one_line(error)}): put Parquet or JSON files there", error
+            reason, cause = f"no data files found ({one_line(error)}): put Parquet or JSON files there", error
         else:
             reason = (
                 "no such folder here, and not to be had from the hub: check the id and the network, or give a folder"
@@ -281,9 +281,5 @@ def load_rows(source: HuggingFaceSource) -> Any:
         kind = DraftsmithError if hub_answered(error) else RetryableError
         raise kind(f"prompts.sources: data set {source.id}: {hub_reason(error, revision)}") from error
     except ValueError as error:  # unknown split or configuration: the message lists the known ones
-        reason, cause = f"{_one_line(error)}: correct name or split", error
+        reason, cause = f"{one_line(error)}: correct name or split", error
     raise DraftsmithError(f"prompts.sources: data set {source.id}: {reason}") from cause
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import pyarrow.parquet as pq
+
 from draftsmith.artifacts.parquet import ShardWriter, shard_paths
 from draftsmith.artifacts.schemas import TOKENISED
 
@@ -63,8 +65,6 @@ class Tokenised:
 
 
 def _rows(paths: list[Path]) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
     for path in paths:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=_BATCH):

@@ -6,6 +6,7 @@ answers, because verification is lossless: only the steps tell.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,8 +37,6 @@ FEWEST_ANSWERS = 5  # with fewer their spread is a guess; max_parity_mismatch ho
 _CAUSE = "the engine did not serve this drafter, or computes it differently; check rotary settings, layer ids and dtype"
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import numpy as np
     import pyarrow as pa
 

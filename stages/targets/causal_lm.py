@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from draftsmith.artifacts.errors import DraftsmithError, disk_error_of, is_full_disk
+from draftsmith.artifacts.errors import DraftsmithError, disk_error_of, is_full_disk, one_line
 from draftsmith.stages.memory import out_of_memory
 from draftsmith.stages.parallel.ranks import ALONE, Ranks
 from draftsmith.stages.targets.agreement import check_agreement
 from draftsmith.stages.targets.attention import register
 from draftsmith.stages.targets.capabilities import Layers, decoder_of, model_class, steady_positions
-from draftsmith.stages.targets.config import Dtype
+from draftsmith.stages.targets.config import Dtype, TargetConfig
 from draftsmith.stages.targets.embedding import scale_of
-from draftsmith.stages.targets.hub import one_line
 from draftsmith.stages.targets.info import TargetInfo, model_path, read_target_info
 from draftsmith.stages.targets.lean import LeanDecoder
 from draftsmith.stages.targets.loading import load_weights
@@ -126,7 +125,6 @@ class Target:
 
         Raises DraftsmithError as the stage `target` does.
         """
-        from draftsmith.stages.targets.config import TargetConfig
         from draftsmith.stages.targets.resolve import resolve_target
 
         with tempfile.TemporaryDirectory(prefix="draftsmith-target-") as artifact:

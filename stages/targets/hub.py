@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from draftsmith.artifacts.atomic import write_text
-from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError, one_line
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ASK_TIMEOUT_S = 10.0
@@ -48,10 +48,6 @@ def hub_reason(error: Exception, revision: str | None) -> str:
             "or give a local folder"
         )
     return f"the hub answered: {one_line(error)}: try again, or give a local folder"
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def hub_commit(repo: str, revision: str | None, kind: Literal["model", "dataset"] = "model") -> str | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-from draftsmith.artifacts.errors import DraftsmithError, disk_error_of
+from draftsmith.artifacts.errors import DraftsmithError, disk_error_of, one_line
 from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.targets.hub import hub_answered, hub_reason
 from draftsmith.stages.targets.info import TargetInfo, write_target_info
@@ -66,9 +67,9 @@ def _extract_gguf(source: Path, folder: Path) -> None:
         try:
             return load(source.parent, gguf_file=source.name, local_files_only=True)
         except Exception as error:  # of gguf, transformers and tokenizers
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise DraftsmithError(
-                f"{source}: transformers cannot read this GGUF model ({reason}): give the model's folder instead"
+                f"{source}: transformers cannot read this GGUF model ({one_line(error)}): give the model's folder "
+                "instead"
             ) from error
 
     for part in (read(AutoConfig.from_pretrained), read(AutoTokenizer.from_pretrained)):
@@ -80,8 +81,6 @@ def _extract_gguf(source: Path, folder: Path) -> None:
 
 def _name_architecture(path: Path) -> None:
     """What the file does not say: the causal LM of its model type."""
-    import json
-
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     raw = json.loads(path.read_text(encoding="utf-8"))

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftsmith.artifacts.atomic import TMP_PREFIX, fsync, write_text
-from draftsmith.artifacts.errors import DraftsmithError, RetryableError, disk_error_of
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError, disk_error_of, one_line
 from draftsmith.artifacts.manifest import ELSEWHERE
 from draftsmith.stages.targets.config import Dtype, TargetConfig
-from draftsmith.stages.targets.hub import check_snapshot, hub_answered, hub_reason, one_line
+from draftsmith.stages.targets.hub import check_snapshot, hub_answered, hub_reason
 from draftsmith.stages.targets.info import TargetInfo, model_digest, tokenizer_digest, write_target_info
+from draftsmith.stages.targets.logits import LogitMap
 from draftsmith.stages.targets.shape import usual_layer
 from draftsmith.stages.targets.source import (
     TOKENIZER_FILES,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from draftsmith.stages.targets.capabilities import Layers
-    from draftsmith.stages.targets.logits import LogitMap
 
 
 def resolve_target(

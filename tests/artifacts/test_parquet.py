@@ -170,12 +170,12 @@ def test_a_column_of_another_type_is_refused(tmp_path: Path) -> None:
 
 
 def test_shards_are_read_in_order_and_a_new_writer_goes_on_behind_them(tmp_path: Path) -> None:
-    assert read_shards(tmp_path / "shards", TRACE, ["step"]).num_rows == 0
+    assert read_shards(tmp_path / "shards", TRACE).num_rows == 0
     writer = ShardWriter(tmp_path / "shards", TRACE)
     writer.append([trace_row(0), trace_row(1)])
     assert writer.append([]) is None
     assert ShardWriter(tmp_path / "shards", TRACE).append([trace_row(2)]) == tmp_path / "shards" / "shard-00001.parquet"
-    assert read_shards(tmp_path / "shards", TRACE, ["step"]).to_pydict() == {"step": [0, 1, 2]}
+    assert read_shards(tmp_path / "shards", TRACE)["step"].to_pylist() == [0, 1, 2]
 
 
 def test_a_truncated_last_shard_is_set_aside_and_its_number_is_used_again(
@@ -189,9 +189,9 @@ def test_a_truncated_last_shard_is_set_aside_and_its_number_is_used_again(
     with caplog.at_level(logging.WARNING):
         writer = ShardWriter(tmp_path, TRACE)
     assert "shard-00001.parquet was cut short by an interruption" in caplog.text
-    assert read_shards(tmp_path, TRACE, ["step"]).to_pydict() == {"step": [0]}
+    assert read_shards(tmp_path, TRACE)["step"].to_pylist() == [0]
     assert writer.append([trace_row(9)]) == last
-    assert read_shards(tmp_path, TRACE, ["step"]).to_pydict() == {"step": [0, 9]}
+    assert read_shards(tmp_path, TRACE)["step"].to_pylist() == [0, 9]
 
 
 def test_a_damaged_earlier_shard_is_an_error_not_a_loss(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     write_table(tmp_path / "t.parquet", TRACE, [trace_row(0)])
     with pytest.raises(DraftsmithError):
         write_table(tmp_path / "t.parquet", TRACE, [trace_row(step="x")])
-    assert read_table(tmp_path / "t.parquet", TRACE, ["step"]).to_pydict() == {"step": [0]}
+    assert read_table(tmp_path / "t.parquet", TRACE)["step"].to_pylist() == [0]
     assert [path.name for path in tmp_path.iterdir()] == ["t.parquet"]
 
 

@@ -132,9 +132,6 @@ def test_a_finished_run_or_another_key_is_not_resumed(tracking: Tracking) -> Non
     assert again.run_id not in (finished.run_id, failed.run_id)
     again.close("KILLED")
     assert run_of(tracking, again.run_id).info.status == "KILLED"
-    by_id = tracking.stage_run(None, "sft", KEY, existing_run_id=failed.run_id)
-    assert by_id.run_id == failed.run_id
-    by_id.close("FINISHED")
 
 
 def test_a_killed_process_leaves_runs_that_close_and_a_living_one_does_not(tracking: Tracking) -> None:

@@ -284,7 +284,7 @@ def main() -> None:
     stored = load_trajectories(trajectories)
     target = Target.load(target_folder)
     bench = Bench(
-        target, drafter_folder / DRAFTER_FOLDER, list(stored.trajectories[: options.count]), stored.temperature
+        target, drafter_folder / DRAFTER_FOLDER, list(stored.trajectories[: options.count]), stored.law.temperature
     )
     rows = measure(bench, options.chains, options.decode, options.repetitions)
     harness.print_table(

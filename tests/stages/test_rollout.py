@@ -151,7 +151,7 @@ def test_samples_of_a_prompt_differ_and_the_seed_of_the_run_decides_them(
     different = [len({tuple(answer) for answer in runs[0][3 * i : 3 * i + 3]}) for i in range(4)]
     assert sum(different) > 8, "of three samples of each of four prompts, short ones may coincide"
     stored = load_trajectories(tmp_path / "a" / "out")
-    assert stored.temperature == pytest.approx(1.2)
+    assert stored.law.temperature == pytest.approx(1.2)
     assert len(stored.trajectories) == 12
 
 

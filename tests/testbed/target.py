@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from draftsmith.stages.procedural import text, training
@@ -35,7 +36,9 @@ def prompts_file() -> Path:
             json.dumps({"messages": [{"role": "user", "content": example.prompt}], "family": example.family}) + "\n"
             for example in fresh_prompts(600)
         )
-        (folder / "prompts.jsonl").write_text("".join(rows), encoding="utf-8")
+        path = folder / "prompts.jsonl"
+        path.write_text("".join(rows), encoding="utf-8")
+        os.utime(path, (0, 0))  # checks warn of a file that may still be written to
 
     return cache.cached("prompts-tiny", build, code=(text,), extra=f"{TAUGHT}") / "prompts.jsonl"
 

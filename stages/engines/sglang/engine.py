@@ -15,16 +15,14 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import GREEDY_ONLY, SGLangEngineConfig
-from draftsmith.stages.engines.sglang.client import RefusedRequestError
-from draftsmith.stages.engines.sglang.pool import LostTooOftenError, NotSentError, TimedOutError
+from draftsmith.stages.engines.sglang.client import Answer, RefusedRequestError
+from draftsmith.stages.engines.sglang.pool import LostTooOftenError, NotSentError, ServerPool, TimedOutError
 from draftsmith.stages.engines.sglang.records import BadAnswerError, completion_of, generate_payload
 from draftsmith.stages.engines.sglang.suspects import DeadlyRequestError
 
 if TYPE_CHECKING:
-    from draftsmith.stages.engines.sglang.client import Answer
     from draftsmith.stages.engines.sglang.expected import Expected
     from draftsmith.stages.engines.sglang.fleet import Fleet
-    from draftsmith.stages.engines.sglang.pool import ServerPool
 
 T = TypeVar("T")
 _CHECK_S = 0.5  # between two looks at whether the stage was asked to stop, while it waits for servers

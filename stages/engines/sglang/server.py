@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -175,11 +175,6 @@ class ServerProcess:
         self._our_end = -1
         self.url = ""
 
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
     def start(self, port: int | None = None) -> None:
         """Start the server on a free port or on this one, its output appended to the log. `url` is where it will
         answer."""
@@ -289,14 +284,10 @@ def free_port() -> int:
 
 
 def server_processes(
-    launch: LaunchConfig,
-    command: Sequence[str],
-    folder: Path,
-    api_key: str | None = None,
-    gpus: Callable[[], Sequence[str]] = visible_gpus,
+    launch: LaunchConfig, command: Sequence[str], folder: Path, api_key: str | None
 ) -> list[ServerProcess]:
     """The servers of a config, not started yet; their logs in `folder`."""
-    shares = share_gpus(launch, () if launch.on_cpu else gpus())
+    shares = share_gpus(launch, () if launch.on_cpu else visible_gpus())
     return [
         ServerProcess(
             command,

@@ -141,9 +141,7 @@ def load_mined(folder: Path, trajectories: Sequence[Trajectory], block_size: int
     return MinedTable(StoredSteps(rows, errors, block_size - 1), longest)
 
 
-def match_steps(
-    table: pa.Table, trajectories: Sequence[Trajectory], block_size: int, where: str = "mined steps"
-) -> MinedTable:
+def match_steps(table: pa.Table, trajectories: Sequence[Trajectory], block_size: int) -> MinedTable:
     """VERIFY_STEPS in memory, by trajectory in the order of the trajectories. block_size: of the trained drafter.
 
     Raises DraftsmithError if a trajectory was not mined, or the table's proposals are longer than the drafter's block.
@@ -151,9 +149,9 @@ def match_steps(
     ids = ids_of(trajectories)
     table = ordered(table, "trajectory_id", ids)
     bounds = np.searchsorted(places(table, "trajectory_id", ids), np.arange(len(ids) + 1))
-    _check_mined(np.diff(bounds), ids, where)
+    _check_mined(np.diff(bounds), ids, "mined steps")
     longest = int(pc.max(pc.list_value_length(table["proposed_ids"])).as_py())
-    _check_length(longest, block_size, where)
+    _check_length(longest, block_size, "mined steps")
     parts = (table.slice(start, stop - start) for start, stop in itertools.pairwise(bounds.tolist()))
     return MinedTable([_steps(part, block_size - 1) for part in parts], longest)
 

@@ -43,6 +43,6 @@ def test_the_note_of_a_run_says_what_followed(conclusion: Conclusion | None, sai
     store = Store(home / "store")
     report = committed(store, "report", "a", lambda out: (out / "review.json").write_text(json.dumps(told)))
     workshop = Workshop(home, config_of("a-line"), REFRESH, Display(), Tracking(home))
-    _, tags = _reviewed(workshop, {"report": Made("report", report, reused=True)}, conclusion, concludes=True)
+    _, tags = _reviewed(workshop, {"report": Made(report, reused=True)}, conclusion, concludes=True)
     bold = [line for line in tags[MLFLOW_NOTE].splitlines() if line.startswith("**")]
     assert len(bold) == len(said) and all(map(str.startswith, bold, said)), tags[MLFLOW_NOTE]
