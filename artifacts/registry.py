@@ -154,9 +154,17 @@ class Registry:
         found = self.alias(line, which)
         if found is None:
             known = ", ".join(f"@{each.number}" for each in self.versions(line))
-            advice = f"its versions are {known}" if known else "no refresh has registered a drafter under this name"
-            raise DraftsmithError(f"{text}: {line} has no {which}: {advice}")
+            if not known:
+                raise self.unknown(line)
+            raise DraftsmithError(f"{text}: {line} has no {which}: its versions are {known}")
         return found
+
+    def unknown(self, line: str) -> DraftsmithError:
+        """Of a line that is not there."""
+        with self._client() as client:
+            names = sorted(each.name for each in client.search_registered_models())
+        there = f"{self._tracking.uri} has {', '.join(names)}" if names else f"{self._tracking.uri} has no line yet"
+        return DraftsmithError(f"{line}: no refresh has registered a drafter under this name (registry.name): {there}")
 
     # -- writing -------------------------------------------------------------------------------------------------
 

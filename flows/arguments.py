@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     check.set_defaults(does="check")
 
     stage = commands.add_parser("stage", help="run one node of the graph, with its inputs taken from the store")
-    stage.add_argument("name", metavar="NAME", help="the node, as in `draftsmith run --plan`")
+    stage.add_argument("name", metavar="NODE", help="the node, as in `draftsmith run --plan`")
     _add_config(stage)
     stage.add_argument("--force", action="store_true", help="make it again although it is there")
     stage.set_defaults(does="stage")
@@ -130,7 +130,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         dest="start",
         metavar="NODE",
-        help="begin at this node: all but it and what is behind it must be in the store",
+        help="make this node and what follows from it; all else must be in the store",
     )
     parser.add_argument(
         "--until", action="append", default=[], metavar="NODE", help="make only this node and what it needs"

@@ -147,7 +147,11 @@ CONFIG = {
     "a number too large": Bad("sft.steps", {"sft.steps": float("inf")}),
     "unknown choice": Bad("target.dtype", {"target.dtype": "float8"}),
     "no name": Bad("name", {"name": ""}),
-    "name of the line": Bad("registry.name", {"registry": {"name": "../../etc"}}),
+    "name of the line": Bad("registry.name: expected a text that matches", {"registry": {"name": "../../etc"}}),
+    "a number of tokens, misspelt": Bad(
+        "did you mean heldout.sampling.max_new_tokens?", {"heldout.sampling": {"max_new_token": 8}}
+    ),
+    "a pattern without quotes": Bad("put a text that begins with * in quotes", text="logs: {paths: [*.jsonl]}"),
     "two kinds of hook": Bad("give command or url", {"on_promote": {"url": "http://h", "command": ["a"]}}),
     "a limit of no node": Bad("no such node", {"stages": {"time_limits": {"oops": 3}}}),
     "a line without validation": Bad("add validation", {"registry": {"name": "a"}, "heldout": {"splits": ["heldout"]}}),
@@ -182,6 +186,15 @@ SECRETS = {
     ),
 }
 SERVER = {
+    "a drafter without fields": Bad(
+        "sft.drafter: expected a mapping of fields, got 'eagle3'", {"sft.drafter": "eagle3"}
+    ),
+    "no such engine": Bad(
+        "rollout.engine: kind is 'vllm': use one of 'embedded', 'sglang'", {"rollout.engine": {"kind": "vllm"}}
+    ),
+    "an engine without fields": Bad(
+        "rollout.engine: expected a mapping of fields, got 'sglang'", {"rollout.engine": "sglang"}
+    ),
     "no scheme": Bad("write http://gpu1:30000", {"rollout.engine": {"kind": "sglang", "urls": ["gpu1:30000"]}}),
     "neither urls nor launch": Bad("give urls", {"rollout.engine": {"kind": "sglang"}}),
     "launch without python": Bad("python: needed to launch", {"rollout.engine": {"kind": "sglang", "launch": {}}}),
@@ -272,7 +285,7 @@ DISK = {
     "a manifest of the future": Bad(
         "no artifact matches", arguments=SHOW, prepare=edited_manifest(lambda data: data.update(schema_version=99))
     ),
-    "no such line": Bad("no refresh has registered", arguments=("champions", "absent")),
+    "no such line": Bad("mlflow.db has no line yet", arguments=("champions", "absent")),
     "no such version": Bad("has no version 3", arguments=("promote", "absent@3")),
 }  # fmt: skip
 TABLES = {"config": CONFIG, "secret": SECRETS, "server": SERVER, "checkpoint": CHECKPOINT, "data": DATA, "disk": DISK}

@@ -39,7 +39,10 @@ class Findings:
         self.lines.append(Finding(Level.WARNING, check, text))
 
     def error(self, check: str, text: str) -> None:
-        self.lines.append(Finding(Level.ERROR, check, text))
+        """Told once: a plan that cannot be made meets the errors of single checks before them."""
+        found = Finding(Level.ERROR, check, text)
+        if not any(line == found or line.text.endswith(f": {text}") for line in self.lines):
+            self.lines.append(found)
 
     @contextmanager
     def part(self, check: str) -> Iterator[None]:

@@ -79,7 +79,8 @@ def _check_template(found: Findings, config: PromptsConfig, folder: Path) -> Non
     for name in config.chat_template_kwargs:
         if name not in str(tokenizer.chat_template):
             found.warn(
-                "chat template", f"it does not read {name}: correct prompts.chat_template_kwargs or leave it out"
+                "chat template",
+                f"it does not read {name}: correct {config.section}.chat_template_kwargs or leave it out",
             )
     given = ", ".join(f"{name}={value}" for name, value in config.chat_template_kwargs.items())
     found.ok("chat template", f"works{f' with {given}' if given else ''}: {len(ids)} tokens around one word")
@@ -142,7 +143,7 @@ def _check_drafter(
         plan_of_new,
         read_target_config,
     )
-    from draftsmith.stages.drafters.layout import NoMaskTokenError, unservable_layers
+    from draftsmith.stages.drafters.layout import NoMaskTokenError, check_weights, unservable_layers
     from draftsmith.stages.engines.sglang.families import undrafted
     from draftsmith.stages.targets.info import model_path, read_target_info
     from draftsmith.stages.targets.metadata import UnreachableError
@@ -166,8 +167,8 @@ def _check_drafter(
         kept = plan.kind == kind_of(architecture_of(source))  # else it becomes what the section says
         if kept and config.drafter != SftConfig.model_fields["drafter"].default:
             found.warn(name, f"section drafter is not used: {where} has its own shape; remove the section")
-        if source == Path(config.init_from).expanduser() and not (source / "model.safetensors").is_file():
-            found.error(name, f"{source} has no model.safetensors: give the folder of a whole checkpoint")
+        if source == Path(config.init_from).expanduser():  # of the hub's only small files are here
+            check_weights(source)
     else:
         try:
             plan, where = plan_of_new(config.drafter, target_config, tokenizer), "new"

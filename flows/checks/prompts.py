@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 
 from draftsmith.artifacts.errors import DraftsmithError, one_line
 from draftsmith.flows.checks.findings import Findings
@@ -155,7 +156,7 @@ def _check_source(found: Findings, name: str, source: PromptSource, config: Prom
         case JsonlSource():
             _check_files(found, name, source, config)
         case HuggingFaceSource() if Path(source.id).is_dir():
-            _enough(found, name, source.id, len(load_rows(source)), wanted, filtered=bool(source.filter))
+            _enough(found, name, source, source.id, len(load_rows(source)), wanted, filtered=bool(source.filter))
         case HuggingFaceSource():
             _check_hub(found, name, source, wanted)
 
@@ -174,8 +175,8 @@ def _check_hub(found: Findings, name: str, source: HuggingFaceSource, wanted: in
     except RevisionNotFoundError:
         found.error(name, f"data set {source.id}: the hub has no revision {source.revision}: correct it")
     except Exception as error:  # the hub's library raises its HTTP client's own errors too
-        said = f"the hub cannot be asked ({one_line(error)[:80]}); {wanted} prompts are not certain"
-        found.warn(name, f"data set {source.id}: {said}")
+        reason = shorten(one_line(error), 80, placeholder=" …")
+        found.warn(name, f"data set {source.id}: the hub cannot be asked ({reason}); {wanted} prompts are not certain")
     else:
         found.ok(name, f"data set {source.id} is on the hub; whether it has {wanted} rows is not checked")
 
@@ -216,12 +217,18 @@ def _check_files(found: Findings, name: str, source: JsonlSource, config: Prompt
         raise DraftsmithError(
             f"{rows} row(s) of {source.path}, {wanted} held-out and validation prompts wanted: {OF_MORE_LOGS}"
         )
-    _enough(found, name, source.path, rows, wanted, filtered=False)
+    _enough(found, name, source, source.path, rows, wanted, filtered=False)
     if source.suffix or unread:
         return  # the class is that of the text with its suffix, or of decoded token ids: the stage counts
-    measured = _share(config, source, ("heldout", "validation"))
+    trained, measured = _share(config, source, ("train",)), _share(config, source, ("heldout", "validation"))
+    if rows - held_out < trained:
+        raise DraftsmithError(
+            f"{source.path}: {rows - held_out} of {rows} rows are of the training class (heldout_share {share:g}), "
+            f"{trained} training prompts wanted: lower {_counts(source, ('train',))}, or add rows or a source"
+        )
     if held_out < measured:
-        remedy = "lower the counts, or raise heldout_share (a larger share contains the smaller)"
+        lower = _counts(source, ("heldout", "validation"))
+        remedy = f"lower {lower}, or raise heldout_share (a larger share contains the smaller)"
         raise DraftsmithError(
             f"{source.path}: {held_out} of {rows} rows are of the held-out class (heldout_share {share:g}), {measured} "
             f"held-out and validation prompts wanted: {OF_MORE_LOGS if config.of_logs else remedy}"
@@ -242,11 +249,19 @@ def _may_grow(found: Findings, name: str, files: Sequence[str]) -> None:
         )
 
 
-def _enough(found: Findings, name: str, label: str, rows: int, wanted: int, *, filtered: bool) -> None:
+def _counts(source: PromptSource, splits: Sequence[Split] = SPLITS) -> str:
+    """The fields that say how many prompts are wanted of it."""
+    return "its counts" if source.counts is not None else f"prompts.{', prompts.'.join(splits)}"
+
+
+def _enough(
+    found: Findings, name: str, source: PromptSource, label: str, rows: int, wanted: int, *, filtered: bool
+) -> None:
     behind = " before its filter" if filtered else ""
     if rows < wanted:
         raise DraftsmithError(
-            f"{label}: {rows} rows{behind}, {wanted} prompts wanted: lower the counts or add a source"
+            f"{label}: {rows} rows{behind}, {wanted} prompts wanted of it: lower {_counts(source)}, or add rows or a "
+            "source"
         )
     found.ok(name, f"{label}: {rows} rows{behind} for {wanted} prompts")
 

@@ -37,18 +37,22 @@ _EXPECTED = {
 }
 
 
-def describe(error: ValidationError, path: Path, changed: list[PathKey], model: type[BaseModel]) -> str:
+def describe(
+    error: ValidationError, path: Path, changed: list[PathKey], model: type[BaseModel], written: dict[str, Any]
+) -> str:
     """All errors in one line: the file, then each field with its problem; misspelt fields first.
 
-    changed: the fields that overrides have set.
+    changed: the fields that overrides have set. written: the config before anything is filled in; what is wrong with a
+    field that was filled in is told where nothing else is wrong.
     """
     details = error.errors(include_url=False)
+    details = [each for each in details if each["type"] == "missing" or _is_in(written, each, model)] or details
     # A misspelt field often makes another one "missing": the misspelling is the cause.
     details.sort(key=lambda detail: detail["type"] != "extra_forbidden")
     told: list[str] = []
     while details:
         first, *details = _choices_of_all_members(details, model)
-        location = _path_of(first["loc"], model, keep_last=first["type"] == "extra_forbidden")
+        location = _location(first, model)
         field = ".".join(str(part) for part in location)
         overridden = any(change[: len(location)] == location or location[: len(change)] == change for change in changed)
         by_override = overridden and field and first["type"] != "missing"
@@ -58,6 +62,19 @@ def describe(error: ValidationError, path: Path, changed: list[PathKey], model: 
             problem if by_override or any(line.startswith(f"{path}: ") for line in told) else f"{path}: {problem}"
         )
     return "; ".join(dict.fromkeys(told))
+
+
+def _location(detail: Any, model: type[BaseModel]) -> PathKey:
+    return _path_of(detail["loc"], model, keep_last=detail["type"] == "extra_forbidden")
+
+
+def _is_in(written: Any, detail: Any, model: type[BaseModel]) -> bool:
+    for part in _location(detail, model):
+        try:
+            written = written[part]
+        except (LookupError, TypeError):
+            return False
+    return True
 
 
 def _choices_of_all_members(details: list[Any], model: type[BaseModel]) -> list[Any]:
@@ -81,10 +98,14 @@ def _problem(detail: Any, location: PathKey, field: str, model: type[BaseModel])
         return _unknown_field(location, model)
     if kind == "missing":
         return f"this field is required: add it to the file or pass {OVERRIDE} {field}=VALUE"
+    if not isinstance(value, dict) and kind not in _EXPECTED and kind != "value_error" and _sections(model, location):
+        kind = "model_type"  # of a section that comes in several kinds
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         return _unknown_kind(detail)
     if kind in _EXPECTED:
         return f"expected {_EXPECTED[kind]}, got {short(value)}: change the value"
+    if kind == "string_pattern_mismatch":
+        return f"expected a text that matches {detail['ctx']['pattern']}, got {short(value)}: change the value"
     message = " ".join(detail["msg"].split()).removeprefix("Value error, ").removeprefix("Assertion failed, ")
     message = message.removeprefix("Input should be ")
     if message != detail["msg"] and detail["msg"].startswith("Input should be "):
@@ -96,6 +117,8 @@ def _unknown_kind(detail: Any) -> str:
     """Of a section that comes in several kinds."""
     named, value = str(detail["ctx"]["discriminator"]).strip("'"), detail.get("input")
     choices = detail["ctx"].get("expected_tags", "")
+    if named.endswith("()"):  # a function says which, of sections that may leave `kind` out
+        named = "kind"
     if isinstance(value, dict) and named in value:
         return f"{named} is {short(value[named])}: use one of {choices}"
     return f"a field {named} is needed here, which says how the others are read: add it"
@@ -110,7 +133,7 @@ def _unknown_field(location: PathKey, model: type[BaseModel]) -> str:
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
     if close:
         return f"unknown field, did you mean {'.'.join([*prefix, close[0]])}?"
-    elsewhere = [path for path in _field_paths(model) if path.rpartition(".")[2] == name]
+    elsewhere = [path for path in field_paths(model) if path.rpartition(".")[2] == name]
     if elsewhere:
         return f"unknown field here, did you mean {' or '.join(elsewhere[:3])}?"
     return f"unknown field, remove it or use one of: {', '.join(siblings)}"
@@ -171,13 +194,14 @@ def _members(annotation: Any) -> Iterator[Any]:
         yield annotation
 
 
-def _field_paths(model: type[BaseModel], prefix: str = "", depth: int = 0) -> Iterator[str]:
+def field_paths(model: type[BaseModel], prefix: str = "", depth: int = 0) -> Iterator[str]:
+    """All fields of a config, with the sections before them."""
     for name, field in model.model_fields.items():
         yield prefix + name
         if depth < 4:
             for member in _members(field.annotation):
                 if isinstance(member, type) and issubclass(member, BaseModel):
-                    yield from _field_paths(member, f"{prefix}{name}.", depth + 1)
+                    yield from field_paths(member, f"{prefix}{name}.", depth + 1)
 
 
 def short(value: Any) -> str:

@@ -62,7 +62,7 @@ def read_config(path: Path | str, overrides: Sequence[str], model: type[ModelT])
     try:
         return model.model_validate(data, context=OF_FILE)
     except ValidationError as error:
-        raise DraftsmithError(describe(error, path, changed, model)) from None
+        raise DraftsmithError(describe(error, path, changed, model, data)) from None
 
 
 def kind_of(path: Path | str) -> Any:
@@ -135,7 +135,10 @@ def _parse(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f", line {mark.line + 1}, column {mark.column + 1}" if mark and where != OVERRIDE else ""
-        raise DraftsmithError(f"{where}{line}: not valid YAML: {error.problem or error.context}") from None
+        problem = error.problem or error.context
+        if error.context == "while scanning an alias":  # as which YAML reads what begins with a `*`
+            problem = f"{problem}: put a text that begins with * in quotes"
+        raise DraftsmithError(f"{where}{line}: not valid YAML: {problem}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         raise DraftsmithError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -119,7 +120,8 @@ def _devices(workshop: Workshop, node: Node, compute: Compute) -> AbstractContex
 
 def _say_in_use(workshop: Workshop, node: Node) -> Waiting:
     def say(device: str, holder: Holder | None) -> None:
-        who = f" ({holder})" if holder is not None else ""
+        # of those who share it the last one left its name, which may be this run
+        who = f" ({holder})" if holder is not None and holder.pid != os.getpid() else " by another run"
         workshop.display.line(f"{node.name}: waits for the device {device}, which is in use{who}")
 
     return say

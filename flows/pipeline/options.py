@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.redaction import secrets_of
+from draftsmith.flows.pipeline.config_errors import field_paths
 from draftsmith.stages.contract import Config
 
 RETRY_JITTER = 0.5  # of a delay, at most, beside it: what was lost together does not return together
@@ -101,7 +102,10 @@ class RunOptions(Config):
     @classmethod
     def _without_secrets(cls, data: Any) -> Any:
         """A config is written to manifests, to MLflow, to Prefect's database and to the report."""
+        numbers = {path.rpartition(".")[2] for path in field_paths(cls) if path.endswith("_tokens")}
         for field, why in secrets_of(data):
+            if f"{field.rpartition('.')[2]}s" in numbers:  # misspelt, which the schema says
+                continue
             raise ValueError(
                 f"{field}: {why}, and a config is shown in MLflow and in the report: take it out, and give it in the "
                 "environment of the command (in a deployment: a variable of the work pool, from a Prefect Secret block)"

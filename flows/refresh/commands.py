@@ -25,7 +25,7 @@ def champions(display: Display, line: str) -> None:
     lines = registry()
     versions = lines.versions(line)
     if not versions:
-        raise DraftsmithError(f"{line}: no refresh has registered a drafter under this name")
+        raise lines.unknown(line)
     rows = [
         [
             str(each.number),

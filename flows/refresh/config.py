@@ -31,6 +31,7 @@ from draftsmith.stages.training.on_policy.config import OpdConfig
 
 # held-out prompts of a refresh from logs alone: enough for an interval of a few percent
 _OF_LOGS = {"train": 0, "validation": 16, "heldout": 128, "max_prompt_tokens": 2048, "too_long": "skip"}
+_MEASURED = ("validation", "heldout")  # the splits that drafters are measured on, and chosen
 _FILLED_IN = {
     "registry": ("champion", "answers", "history", "refreshed_at", "read_until", "measured_with"),
     "prompts": ("of_logs",),
@@ -65,7 +66,7 @@ class RefreshConfig(RunOptions):
     """Rollout with the SFT drafter in the loop: the trajectories that are mined and that OPD is trained on."""
     mining: MiningConfig = MiningConfig()
     opd: OpdConfig = OpdConfig()
-    heldout: RolloutConfig = RolloutConfig(splits=("validation", "heldout"))
+    heldout: RolloutConfig = RolloutConfig(splits=_MEASURED)
     """The target's answers to held-out prompts, which drafters are compared on."""
     evaluation: EvaluationConfig = EvaluationConfig()
     report: ReportConfig = ReportConfig()
@@ -78,14 +79,19 @@ class RefreshConfig(RunOptions):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_logs_alone(cls, data: Any, info: ValidationInfo) -> Any:
-        """What is left out beside logs: without sources held-out prompts are rows of the logs, new ones first, sampled
-        as the answers were."""
+    def _left_out(cls, data: Any, info: ValidationInfo) -> Any:
+        """What is left out of `heldout`; and beside logs: without sources held-out prompts are rows of the logs, new
+        ones first, sampled as the answers were."""
         if info.context == OF_FILE and isinstance(data, dict):
             _refuse_what_is_filled_in(data)
-        if not isinstance(data, dict) or not isinstance(data.get("logs"), dict):
+        if not isinstance(data, dict):
             return data
-        logs, made = data["logs"], dict(data)
+        made = dict(data)
+        if isinstance(data.get("heldout"), dict):
+            made["heldout"] = {"splits": _MEASURED, **data["heldout"]}
+        if not isinstance(data.get("logs"), dict):
+            return made
+        logs = data["logs"]
         paths, given = logs.get("paths"), data.get("prompts", {})
         if paths and isinstance(given, dict) and "sources" not in given:
             when = {name: logs[name] for name in ("since", "time_field") if logs.get(name) is not None}
@@ -94,8 +100,7 @@ class RefreshConfig(RunOptions):
             sources = [{"kind": "jsonl", "path": path, **when} for path in each]
             made["prompts"] = {"sources": sources, **_OF_LOGS, **read, **given, "of_logs": True}
         sampled = {"temperature": logs.get("temperature", 0), "top_p": logs.get("top_p", 1)}
-        left_out: dict[str, Any] = {"heldout": {"splits": ["validation", "heldout"]}, "evaluation": {}}
-        for section, fields in left_out.items():
+        for section, fields in {"heldout": {"splits": _MEASURED}, "evaluation": {}}.items():
             given = data.get(section, {})
             if isinstance(given, dict):
                 own = given.get("sampling", {})

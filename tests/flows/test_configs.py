@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.pipeline.graph import in_order
 from draftsmith.flows.refresh.config import RefreshConfig, control_config, load_config
 from draftsmith.flows.refresh.graph import refresh_nodes
@@ -119,3 +120,22 @@ def test_one_gpu_is_four_overrides_as_the_recipe_says() -> None:
         assert getattr(config, section).engine.launch.servers == 1
         same = getattr(config, section).key_material() == getattr(full, section).key_material()
         assert same is (section != "evaluation")  # other servers give the same answers, but another speed
+
+
+@pytest.mark.parametrize(
+    ("field", "told"),
+    [("since: soon", "logs.since: 'soon' is no window"), ("temperature: hot", "logs.temperature: expected a number")],
+)
+def test_what_is_wrong_is_told_of_the_field_that_was_written(field: str, told: str, tmp_path: Path) -> None:
+    """Other sections take their settings over from that of the logs."""
+    path = tmp_path / "logs.yaml"
+    path.write_text("name: a\ntarget: {source: b}\nlogs: {temperature: 0, paths: c.jsonl}\n")
+    name, _, value = field.partition(": ")
+    with pytest.raises(DraftsmithError) as caught:
+        load_config(path, [f"logs.{name}={value}"])
+    assert told in str(caught.value) and len(re.findall(r"[\w.]+: (?:expected|')", str(caught.value))) == 1
+
+
+def test_a_section_heldout_need_not_say_its_splits() -> None:
+    config = load_config(CONFIGS / "model.yaml", ["heldout={sampling: {max_new_tokens: 8}}"])
+    assert config.heldout.splits == RefreshConfig.model_fields["heldout"].default.splits

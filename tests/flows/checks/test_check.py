@@ -120,6 +120,7 @@ def test_all_checks_run_and_each_failure_says_what_to_do(
     ):
         assert said in captured.out, captured.out
     assert levels(captured.out)["target"] == ["ok"]
+    assert captured.out.count("gone.jsonl") == 1, "an error that several checks meet is told once"
     assert captured.err.count("\n") == 1 and "checks failed" in captured.err
 
 
@@ -264,12 +265,13 @@ def test_what_is_wanted_of_logs_names_no_section_that_is_not_there(
     log = tmp_path / "log.jsonl"
     asked = [[{"role": "user", "content": f"tell story {row} ."}] for row in range(rows)]
     log.write_text("".join(json.dumps({"messages": each, "completion": "once ."}) + "\n" for each in asked))
-    config["logs"] = {"paths": str(log), "temperature": 0}
+    config["logs"] = {"paths": str(log), "temperature": 0, "chat_template_kwargs": {"enable_thinking": False}}
     for section in ("rollout", "assisted", "prompts"):
         del config[section]
     assert run(tmp_path, config) == 2
     out = " ".join(capsys.readouterr().out.split())
     assert said.format(log=log) in out and "prompts.sources" not in out and "give more logs" in out
+    assert "enable_thinking: correct logs.chat_template_kwargs" in out
 
 
 @pytest.mark.usefixtures("home")
@@ -282,6 +284,19 @@ def test_a_file_with_too_few_prompts_to_measure_on_is_told(
     config["prompts"] |= {"heldout": 20, "train": 16}
     assert run(tmp_path, config) == 2
     assert "of 40 rows are of the held-out class (heldout_share 0.1), 22 held-out" in capsys.readouterr().out
+    config["prompts"] |= {"heldout": 2, "validation": 0, "train": 38, "heldout_share": 0.5}  # as many as there are rows
+    assert run(tmp_path, config) == 2
+    assert "of 40 rows are of the training class (heldout_share 0.5), 38 training" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("home")
+def test_a_drafter_to_start_from_is_whole(
+    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str], tiny_drafter: DrafterArtifacts
+) -> None:
+    begun = Path(shutil.copytree(tiny_drafter.drafter / "drafter", tmp_path / "begun"))
+    os.truncate(begun / "model.safetensors", 1000)
+    assert run(tmp_path, config | {"sft": {"init_from": str(begun)}}) == 2
+    assert "model.safetensors: cannot be read" in capsys.readouterr().out
 
 
 def hub_cache(folder: Path, tokenizer: Path) -> Path:

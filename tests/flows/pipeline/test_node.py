@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.artifacts.locks import Holder
 from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
 from draftsmith.artifacts.open_store import STORE
 from draftsmith.artifacts.store import Claim, Store
@@ -22,7 +25,7 @@ from draftsmith.flows.pipeline import devices
 from draftsmith.flows.pipeline.cancellation import CancelledError
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.graph import key_of, outdated
-from draftsmith.flows.pipeline.node import Workshop, make
+from draftsmith.flows.pipeline.node import Workshop, _say_in_use, make
 from draftsmith.flows.pipeline.options import StageOptions, check_runner
 from draftsmith.flows.pipeline.process import StageFailedError, StageOutcome, run_stage
 from draftsmith.flows.pipeline.shards import Make, Order, side_by_side
@@ -248,3 +251,13 @@ def test_a_flipped_bit_stops_the_stage_that_would_read_it(
     said = capsys.readouterr().err
     assert f"left: its input first: s3://teams/{key}: has changed since it was uploaded" in said
     assert "--force" in said
+
+
+def test_a_run_that_waits_for_a_shared_device_does_not_name_itself() -> None:
+    said: list[str] = []
+    workshop, waits = SimpleNamespace(display=SimpleNamespace(line=said.append)), SimpleNamespace(name="evaluation")
+    for pid in (os.getpid(), os.getppid()):
+        holder = Holder("", "host", pid, "user", "run", "2026-01-31T12:00:00+00:00")
+        _say_in_use(workshop, waits)("cpu", holder)  # type: ignore[arg-type]
+    assert said[0] == "evaluation: waits for the device cpu, which is in use by another run"
+    assert f"pid {os.getppid()} of user" in said[1]
