@@ -142,7 +142,8 @@ def test_an_engine_that_needs_more_steps_than_replay_is_refused_without_a_trace(
     repaired = served(ctx, tiny_drafter, config=config, engine=launch)
     found = measure(repaired, tiny_drafter)
     assert [arm for arm, _ in repaired.started][:3] == ["plain", "wide", "narrow"], "what was refused is not kept"
-    assert found.parity is not None and found.parity["wide"]["tau_difference"] == 0
+    assert found.parity is not None
+    assert found.parity["wide"]["tau_difference"] < 0.05, "near-ties of bfloat16; a fifth is ten times as much"
 
 
 def test_a_server_that_keeps_wrong_proposals_is_seen_by_how_sure_the_target_was(
