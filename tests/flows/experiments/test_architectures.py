@@ -22,9 +22,14 @@ CONFIG = Path(__file__).parents[3] / "configs" / "experiments" / "architectures.
 
 
 @pytest.mark.parametrize(
-    ("name", "drafters"), [("hybrid-target", ["dflash"]), ("worked-architectures", ["dflash", "dflash2", "dspark"])]
+    ("name", "drafters"),
+    [
+        ("hybrid-target", ["dflash"]),
+        ("worked-architectures", ["dflash", "dflash2", "dspark"]),
+        ("architectures-sampled", ["dflash", "dflash2", "dspark"]),
+    ],
 )
-def test_the_other_targets_are_compared_in_the_same_graph(name: str, drafters: list[str]) -> None:
+def test_the_other_files_are_compared_in_the_same_graph(name: str, drafters: list[str]) -> None:
     other = read_config(CONFIG.with_name(f"{name}.yaml"), [], ARCHITECTURES.config)
     assert isinstance(other, ArchitecturesConfig) and list(other.drafters) == drafters
     trained = {drafter: read().drafters["dflash"] for drafter in drafters}

@@ -17,7 +17,7 @@ from draftsmith.stages.training.on_policy.config import OpdConfig
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "experiments"
 SHARED = ("base", "sampled", "worked")  # what others extend
-ARCHITECTURES = ("architectures", "hybrid-target", "worked-architectures")
+ARCHITECTURES = ("architectures", "architectures-sampled", "hybrid-target", "worked-architectures")
 RUNNABLE = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem not in SHARED + ARCHITECTURES)
 
 
