@@ -11,8 +11,11 @@ SGLANG_GPU := .venv-sglang
 # so does vLLM, which drafters are exported for
 VLLM_VERSION ?= 0.32.0
 VLLM_CPU := .venv-vllm-cpu
+# and the library whose layout that is
+SPECULATORS_VERSION ?= 0.9.0
+SPECULATORS := .venv-speculators
 
-.PHONY: install quickstart season faults test test-core test-sglang test-vllm sglang-cpu sglang-gpu vllm-cpu lint bench gpu-check clean
+.PHONY: install quickstart season faults test test-core test-sglang test-vllm test-speculators sglang-cpu sglang-gpu vllm-cpu speculators lint bench gpu-check clean
 
 install: $(INSTALLED)
 
@@ -53,6 +56,10 @@ test-sglang: $(INSTALLED) sglang-cpu
 test-vllm: $(INSTALLED) vllm-cpu
 	$(TESTING) -m vllm $(PYTEST_ARGS)
 
+# the same checkpoints, read by the library whose layout they are in
+test-speculators: $(INSTALLED) speculators
+	$(TESTING) tests/integration/test_speculators.py $(PYTEST_ARGS)
+
 # prints the interpreter for engine.python
 sglang-cpu: $(SGLANG_CPU)/.plugins-$(SGLANG_VERSION)
 	@echo $(abspath $(SGLANG_CPU)/bin/python)
@@ -90,6 +97,14 @@ $(VLLM_CPU)/.vllm-$(VLLM_VERSION):
 	$(VLLM_CPU)/bin/pip uninstall --quiet --yes torchaudio torchcodec
 	@touch $@
 
+speculators: $(SPECULATORS)/.speculators-$(SPECULATORS_VERSION)
+	@echo $(abspath $(SPECULATORS)/bin/python)
+
+$(SPECULATORS)/.speculators-$(SPECULATORS_VERSION):
+	$(PYTHON) -m venv --clear $(SPECULATORS)
+	$(SPECULATORS)/bin/pip install --quiet $(PIP_ARGS) speculators==$(SPECULATORS_VERSION)
+	@touch $@
+
 lint: $(INSTALLED)
 	@mkdir -p build/mypy/draftsmith && for room in flows stages artifacts; do ln -sfn ../../../$$room build/mypy/draftsmith/$$room; done
 	$(BIN)/ruff check .
@@ -107,4 +122,4 @@ gpu-check: $(INSTALLED)
 	$(BIN)/python -m tests.gpu.check $(GPU_CHECK)
 
 clean:
-	rm -rf $(VENV) $(SGLANG_CPU) $(SGLANG_GPU) $(VLLM_CPU) .pytest_cache .mypy_cache .ruff_cache tests/.cache
+	rm -rf $(VENV) $(SGLANG_CPU) $(SGLANG_GPU) $(VLLM_CPU) $(SPECULATORS) .pytest_cache .mypy_cache .ruff_cache tests/.cache

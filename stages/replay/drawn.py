@@ -110,6 +110,12 @@ def kept_by(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     return q / p
 
 
+def rejected_by(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """From the laws of an offset [..., V]: weights that a proposal was drawn by of which it is known that it was
+    rejected."""
+    return (q - p).clamp(min=0)
+
+
 class Expectation:
     """How far blocks are kept, offset after offset: as it was drawn, and on average.
 
@@ -211,8 +217,8 @@ def _drawn(
             most = most + reaches[1].take(own.confidence())
         ends = found.take(probabilities(on_text_logits, text.law.temperature), of_y, y, head, verified)
         weights = probabilities(own_logits, text.law.temperature)
-        surplus = (weights - (p if head.token_ids is None else p[..., head.token_ids])).clamp(min=0)
-        weights = torch.where(ends[..., None], surplus, weights)
+        of_rejected = rejected_by(weights, p if head.token_ids is None else p[..., head.token_ids])
+        weights = torch.where(ends[..., None], of_rejected, weights)
         columns = pick(weights, text.numbers_at(anchors + k, Purpose.PROPOSAL))
         before = y.clamp(min=0)
         kept = going & found.going

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 from itertools import product
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ import torch
 from torch.nn import functional as F
 
 from draftsmith.stages.drafters.base import Context, Drafter
-from draftsmith.stages.drafters.checkpoint import ARCHITECTURES, load_drafter, save_drafter
+from draftsmith.stages.drafters.checkpoint import ARCHITECTURES, UPGRADES, load_drafter, save_drafter
+from draftsmith.stages.drafters.config import DrafterConfig
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.drafters.kinds import KINDS
 from draftsmith.stages.engines.base import Request, SamplingParams
@@ -245,6 +247,14 @@ def test_it_is_registered_under_its_own_kind(drafter: Drafter) -> None:
     traits = KINDS[drafter.kind].TRAITS
     assert (traits.kind, traits.recipe) == (drafter.kind, drafter.recipe)
     assert KINDS.keys() == ARCHITECTURES.keys()
+
+
+def test_every_kind_can_be_asked_for_and_is_checked(plain_target: Target) -> None:
+    """A kind that is known and has no line in the union of configs, or in the test bed, would go unnoticed."""
+    shapes = get_args(get_args(DrafterConfig)[0])
+    assert {get_args(shape.__origin__.model_fields["kind"].annotation)[0] for shape in shapes} == KINDS.keys()
+    assert {make(plain_target).kind for make in RANDOM.values()} == KINDS.keys()
+    assert {kind for pair in UPGRADES for kind in pair} <= KINDS.keys()
 
 
 def test_no_module_asks_for_a_kind_by_its_name() -> None:

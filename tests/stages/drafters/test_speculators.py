@@ -1,6 +1,6 @@
 """The layout of the speculators library, written and read back: what vLLM loads is the drafter that was trained here.
 
-The library's own reader was asked about such checkpoints in an environment of its own; here its fields are held.
+Its fields are held here; `tests/integration/test_speculators.py` has them read by the library itself.
 """
 
 from __future__ import annotations

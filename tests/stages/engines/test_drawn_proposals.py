@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from draftsmith.stages.engines.base import Completion, Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed import random_target
+from tests.testbed.dflash2 import random_dflash2
 from tests.testbed.drawing import drawing_dflash, drawing_eagle3
 from tests.testbed.dspark import random_dspark
 
@@ -69,7 +71,11 @@ def p_value(found: list[Completion], law: np.ndarray) -> float:
     return float(stats.chisquare(counts.ravel(), (law * counts.sum()).ravel()).pvalue)
 
 
-@pytest.fixture(scope="module", params=[random_dspark, drawing_eagle3])
+@pytest.fixture(
+    scope="module",
+    params=[partial(random_dflash2, selector_top_k=40), random_dspark, drawing_eagle3],
+    ids=["dflash2", "dspark", "eagle3"],
+)
 def drafter(request: pytest.FixtureRequest, plain_target: Target) -> Drafter:
     made: Drafter = request.param(plain_target)
     return made

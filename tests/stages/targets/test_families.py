@@ -5,7 +5,6 @@ Texts are several windows long, so that what a window forgets, and what a state 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from draftsmith.artifacts.errors import DraftsmithError
@@ -43,7 +41,6 @@ from draftsmith.stages.training.on_policy.training import OpdConfig, OpdTraining
 from draftsmith.stages.training.response import Feedback
 from draftsmith.stages.training.vocabulary import HeadSource
 from tests.testbed.families import FAMILIES, RECURRENT, SHAPE, WINDOW, write_family
-from tests.testbed.random_target import write_model
 
 TOLERANCE = 2e-4  # of hidden states and nats, float32: attention and states are computed in other orders
 CLEAR = 2e-3  # nats between the best two tokens: no order of computing turns it round
@@ -306,41 +303,6 @@ def test_forwards_that_are_not_the_models_own_are_one_clear_error(
         monkeypatch.setattr(torch.Tensor, "clone", lambda self: self)
     with pytest.raises(DraftsmithError, match=said):
         check_agreement(target, "it")
-
-
-# ---- quantised checkpoints
-
-
-def test_fp8_weights_are_loaded_by_transformers_and_named(tmp_path: Path) -> None:
-    """Without a GPU it dequantises them: one scale for each block of 128 x 128, which a tiny matrix is a part of."""
-    write_model(tmp_path)
-    weights, expected = {}, {}
-    for name, weight in load_file(tmp_path / "model.safetensors").items():
-        weights[name] = weight
-        if weight.dim() == 2 and "layers" in name:
-            scale = weight.abs().max() / 448
-            weights[name] = (weight / scale).to(torch.float8_e4m3fn)
-            weights[name.replace("weight", "weight_scale_inv")] = scale.view(1, 1)
-            expected[name] = weights[name].float() * scale
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    target = Target.of(tmp_path, dtype="float32", device="cpu")
-    assert target.info.quantisation == "fp8"
-    loaded = dict(target.model.named_parameters())
-    assert len(expected) == 28 and all(torch.equal(loaded[name], weight) for name, weight in expected.items())
-
-
-def test_a_quantisation_whose_package_is_not_here_is_one_clear_error(tmp_path: Path) -> None:
-    write_model(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "aqlm"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(DraftsmithError, match=r"quantised weights cannot be loaded here .*aqlm"):
-        Target.of(tmp_path, device="cpu")
 
 
 # ---- attention that no fused kernel computes

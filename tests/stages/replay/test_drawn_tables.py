@@ -1,0 +1,161 @@
+"""The rules of sampled replay on laws that are tables, against plain speculative sampling: all that happens in a step.
+
+Steps are so cheap here that a wrong law of what was rejected, and of what follows it, is seen too.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from draftsmith.stages.drafters.base import Drafter, Drafting
+from draftsmith.stages.drafters.drawing import Purpose
+from draftsmith.stages.drafters.head import Head
+from draftsmith.stages.drafters.law import Law
+from draftsmith.stages.replay import drawn
+from draftsmith.stages.replay.drawn import SampledText
+
+V, DRAWS = 4, 20_000
+ALARM = 1e-6  # p-value, of fixed seeds
+LAWS = [Law(1.0), Law(0.6), Law(1.4, 0.85)]
+
+Step = tuple[int, ...]  # the text's first two tokens, proposals kept, and both proposals
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Logits [V, V] of the target at the text's offsets 1, 2, 3 and of the drafter at 1, 2, behind each token."""
+
+    p: np.ndarray  # [3, V, V]
+    q: np.ndarray  # [2, V, V]
+
+    @classmethod
+    def made(cls) -> Tables:
+        p, q = np.log(np.random.default_rng(3).dirichlet(np.full(V, 0.8), (2, 3, V)))
+        return cls(p, q[:2])
+
+    def laws(self, law: Law) -> tuple[np.ndarray, np.ndarray]:
+        """What is drawn by: top-p is the target's alone."""
+        p, q = (np.exp(x / law.temperature) for x in (self.p, self.q))
+        p, q = (x / x.sum(-1, keepdims=True) for x in (p, q))
+        for row in p.reshape(-1, V):
+            order = np.argsort(-row)
+            row[order[np.concatenate([[0.0], row[order].cumsum()[:-1]]) >= law.top_p]] = 0
+        return p / p.sum(-1, keepdims=True), q
+
+
+TABLES = Tables.made()
+ANCHOR = 1  # the token, at position 0
+
+
+def pick(rng: random.Random, weights: np.ndarray) -> int:
+    return rng.choices(range(V), weights.tolist())[0]
+
+
+@cache
+def decoded(law: Law) -> Counter[Step]:
+    """Plain speculative sampling, one request after the other; what a step leaves open is drawn from the target."""
+    (p, q), rng, found = TABLES.laws(law), random.Random(0), Counter[Step]()
+    for _ in range(DRAWS):
+        proposed = [pick(rng, q[0, ANCHOR])]
+        proposed.append(pick(rng, q[1, proposed[0]]))
+        text, kept, before = [], 0, ANCHOR
+        for k, x in enumerate(proposed):
+            if rng.random() < p[k, before, x] / q[k, before, x]:
+                text.append(x)
+                kept, before = kept + 1, x
+            else:
+                text.append(pick(rng, np.maximum(p[k, before] - q[k, before], 0)))
+                break
+        while len(text) < 2:
+            text.append(pick(rng, p[len(text), text[-1]]))
+        found[(*text, kept, *proposed)] += 1
+    return found
+
+
+class Walk(Drafting):
+    """The drafter's table."""
+
+    offset = 0
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.offset += 1
+        return torch.from_numpy(TABLES.q[self.offset - 1]).float()[tokens]
+
+
+@cache
+def texts(law: Law) -> torch.Tensor:
+    """[DRAWS, 4] of the target alone: the anchor, and what is drawn behind it."""
+    p, rng, found = TABLES.laws(law)[0], random.Random(1), []
+    for _ in range(DRAWS):
+        text = [ANCHOR]
+        for k in range(3):
+            text.append(pick(rng, p[k, text[-1]]))
+        found.append(text)
+    return torch.tensor(found)
+
+
+def replayed(law: Law) -> Counter[Step]:
+    """The steps that replay finds for these texts."""
+    tokens, numbers = texts(law), np.random.default_rng(2).random((DRAWS, 6, len(Purpose)))
+    places = torch.stack([torch.arange(4).expand(DRAWS, -1).clamp(max=2), tokens], -1).float()  # as hidden states
+    text = SampledText(
+        places,
+        torch.from_numpy(numbers),
+        torch.full((DRAWS,), 4),
+        law,
+        lambda hidden: torch.from_numpy(TABLES.p).float()[hidden[..., 0].long(), hidden[..., 1].long()],
+        V,
+    )
+    drafter = cast("Drafter", SimpleNamespace(drafting=lambda *_: Walk()))
+    padded, context = torch.nn.functional.pad(tokens, (0, 2), value=-1), cast("Any", None)
+    anchors, head = torch.zeros(DRAWS, 1, dtype=torch.long), Head(torch.eye(V))
+    found = drawn.draft_drawn(drafter, context, text, padded, anchors, 3, head, with_logprobs=False)
+    assert found.expected is not None
+    off = found.accepted + 1 - found.expected
+    assert abs(float(off.mean())) < 5 * float(off.std()) / DRAWS**0.5, "what is expected is what drawing comes to"
+    rows = torch.cat([tokens[:, 1:3], found.accepted, found.proposals.tokens[:, 0]], 1)
+    return Counter(map(tuple, rows.tolist()))
+
+
+def same_law(a: Counter[Step], b: Counter[Step]) -> float:
+    """p-value of two samples being of one law; what seldom came is pooled."""
+    common = [key for key in a | b if a[key] + b[key] >= 10]
+    table = np.array([[counts[key] for key in common] for counts in (a, b)])
+    rest = np.array([[counts.total() - row.sum()] for counts, row in zip((a, b), table, strict=True)])
+    return float(stats.chi2_contingency(np.hstack([table, rest]) if rest.sum() >= 10 else table).pvalue)
+
+
+@pytest.mark.parametrize("law", LAWS, ids=str)
+def test_steps_have_the_law_of_speculative_sampling(law: Law) -> None:
+    found = replayed(law)
+    assert {key[2] for key in found} == {0, 1, 2} and len(found) > 40
+    assert same_law(decoded(law), found) > ALARM
+
+
+Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+WRONG: dict[str, tuple[str, Rule]] = {
+    "kept by p / q": ("kept_by", lambda q, p: p / q),
+    "kept by p": ("kept_by", lambda _q, p: p),
+    "rejected from all of q": ("rejected_by", lambda q, _p: q),
+    "rejected from p": ("rejected_by", lambda _q, p: p),
+    "rejected where p has more": ("rejected_by", lambda q, p: (p - q).clamp(min=0)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_rules_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, rule = WRONG[name]
+    right = decoded(LAWS[2])
+    monkeypatch.setattr(drawn, where, rule)
+    assert same_law(right, replayed(LAWS[2])) < ALARM
