@@ -47,6 +47,9 @@ def test_a_line_is_refreshed_when_its_last_refresh_is_too_old(
     assert stops() is None
     assert "the last refresh was" in registry().drift(line)[-1]["decision"]
     assert stops(max_age_days=36500) == "Current"
+    node, made = checked(config := resolve(config_of(line, drift={"max_age_days": 36500})), home, target_changed=True)
+    assert RefreshCourse(config, ()).stop(node, made) is None, "whatever tau is"
+    assert registry().drift(line)[-1]["decision"] == "the target has changed since its promotion"
     registry().tag(version, {"refreshed_at": "2120-01-01T00:00:00+00:00"})
     assert stops() is None, "the clock of a host was wrong, or is"
     assert "2120-01-01T00:00:00+00:00, which is ahead of" in registry().drift(line)[-1]["decision"]
