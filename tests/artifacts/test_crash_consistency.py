@@ -9,6 +9,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.store import Claim, Store
+from draftsmith.stages.checkpoints import load_checkpoint, save_checkpoint
 from tests.artifacts.forgetful_disk import NAMES_AHEAD, SYNCED, Crash, ForgetfulDisk
 from tests.artifacts.test_store import KEY, commit
 
@@ -79,3 +80,20 @@ def test_without_any_one_of_its_fsyncs_a_commit_is_lost_or_damaged(
     for number, site in enumerate(sorted(sites)):
         losses, _ = crashed_everywhere(tmp_path / str(number), monkeypatch, ignored=site)
         assert losses, f"{site}: nothing is lost without this fsync"
+
+
+def test_a_crash_anywhere_leaves_the_training_the_checkpoint_before_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    save_checkpoint(work, 1, {"reached": 1})
+    disk = ForgetfulDisk(work)
+    with monkeypatch.context() as patched, disk.watching(patched.setattr):
+        save_checkpoint(work, 2, {"reached": 2})
+    for number, crash in enumerate(disk.crashes):
+        for extreme in (SYNCED, NAMES_AHEAD):
+            crash.leaves(left := tmp_path / f"{number} {extreme}", extreme)
+            found = load_checkpoint(left, lambda _line: None)
+            assert found is not None and found[1] == {"reached": found[0]}, crash.after
+            assert found[0] in ((2,) if crash is disk.crashes[-1] else (1, 2)), "what was saved stays"

@@ -13,6 +13,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
+from draftsmith.artifacts.locks import LockLostError
 from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef, content_id, describe_files
 from draftsmith.artifacts.store import Claim, Store
 
@@ -188,6 +189,25 @@ def test_files_that_changed_behind_a_failed_commit_are_made_again(
     file.write_text("other answers") if change == "grown" else file.unlink()
     with store.claim("rollout", KEY) as claim:
         assert isinstance(claim, Claim)
+
+
+def test_a_lock_that_is_lost_while_checksums_are_made_makes_nothing_final(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large artifact they take minutes: another may have begun meanwhile."""
+    with store.claim("rollout", KEY) as claim:
+        assert isinstance(claim, Claim)
+        (claim.out / "data.txt").write_text("late")
+        lock = claim.lock.path
+
+        def taken_over(*arguments: Any) -> Any:
+            lock.unlink()
+            return describe_files(*arguments)
+
+        monkeypatch.setattr("draftsmith.artifacts.store.describe_files", taken_over)
+        with pytest.raises(LockLostError):
+            commit(store, claim)
+    assert not store.path("rollout", KEY).exists()
 
 
 def test_a_stage_that_wrote_nothing_is_an_error(store: Store) -> None:

@@ -240,6 +240,9 @@ def test_mining_and_evaluation_follow_the_cut(made: Made, tmp_path: Path) -> Non
     figures = found["drafters"]["sft"]
     assert figures["tau"] < figures["tau_whole_blocks"]
     assert figures["verified_per_step"] < 0.7 * figures["verified_per_step_whole_blocks"]
+    drift = RecordingContext.under(tmp_path / "drift", inputs | {"champion": made.sft})
+    DRIFT.run(drift, DriftConfig(drafting=DraftingConfig(confidence=0.3)))
+    assert json.loads((drift.out / "drift.json").read_text())["all"]["tau"] == pytest.approx(figures["tau"])
     table = headline(found)
     assert table is not None
     assert table.rows[1][table.head.index("verified a step")] == f"{figures['verified_per_step']:.2f}"

@@ -21,6 +21,7 @@ from draftsmith.stages.measure.embedded import SpeedTest
 from draftsmith.stages.replay.trace import tau
 from draftsmith.stages.sft import STAGE as SFT
 from draftsmith.stages.stored import load_trajectories
+from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.config import SftConfig
 from tests.stages.bench import Bench
 from tests.testbed.context import RecordingContext, StoppingContext
@@ -265,12 +266,22 @@ def test_an_interrupted_evaluation_goes_on_with_the_next_round(tmp_path: Path, t
     assert speed == []  # a single drafter is compared with nothing
 
 
-def test_what_was_replayed_and_decoded_in_float32_is_kept(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+def test_what_was_replayed_and_decoded_in_float32_is_kept(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Seen by changing it: what is there is not made again."""
+    load, asked = Target.load, []
+
+    def loaded(folder: Path, *, dtype: str | None = None, **named: Any) -> Target:
+        asked.append(dtype)
+        return load(folder, dtype=dtype, **named)
+
+    monkeypatch.setattr(Target, "load", loaded)
     config = EvaluationConfig.model_validate({**CONFIG, "rounds": 1, "speed_prompts": 1, "block_sizes": None})
     first = RecordingContext.under(tmp_path, inputs(tiny_drafter))
     STAGE.run(first, config)
     assert figures(first)["exactness"]["fp32_identical"] == 4
+    assert asked == [None, "float32"], "whatever dtype is served"
     kept = json.loads((first.work / "exactness.json").read_text())
     assert [len(answers) for answers in kept.values()] == [4, 4]
     kept["1"][2] = [0]
@@ -347,6 +358,9 @@ def test_several_settings(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> Non
     assert places == [(0, 1), (0, 3), (1, 1), (1, 3)]
     assert found["speed"] == found["speed_by_setting"][0]["arms"]
     assert (found["temperature"], found["concurrency"]) == (0, 1)
+    speedups = {(e["temperature"], e["concurrency"]): np.exp(e["value"]) for e in found["compared"] if "set" not in e}
+    of_settings = [s["arms"]["sft"]["speedup"] for s in found["speed_by_setting"]]
+    assert [speedups[place] for place in places] == pytest.approx(of_settings), "what the gate reads"
     assert found["exactness"]["identical_share"] == 1 and found["exactness"]["compared_outputs"] == 2 * 4 * 3
     assert ctx.summaries["speedup_sft"] == found["speed"]["sft"]["speedup"]
     assert ctx.summaries["speedup_sft.t1.c3"] == found["speed_by_setting"][3]["arms"]["sft"]["speedup"]

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from draftsmith.artifacts.store import Claim, Store
 from draftsmith.stages.gate import DECISION, VERDICT, run
-from draftsmith.stages.measure.gate import PLAIN, GateConfig, compared
+from draftsmith.stages.measure.gate import CHAMPION, PLAIN, GateConfig, compared
 from draftsmith.stages.statistics import Estimate
 from tests.testbed.context import RecordingContext
 
@@ -41,3 +42,22 @@ def test_broken_rules_and_those_that_nothing_is_known_of_are_counted_apart(
     assert ctx.summaries == {"promote": promoted, "rules_broken": broken, "rules_unjudged": unjudged}
     for file in (DECISION, VERDICT):
         assert json.loads((ctx.out / file).read_text())["promote"] is promoted
+
+
+@pytest.mark.parametrize("damaged", [None, "opd", CHAMPION])
+def test_a_damaged_drafter_of_either_side_is_a_broken_rule(damaged: str | None, tmp_path: Path) -> None:
+    store, inputs = Store(tmp_path / "store"), {"evaluation": tmp_path}
+    for arm, key in (("opd", "a"), (CHAMPION, "b")):
+        with store.claim("opd", key * 64) as claim:
+            assert isinstance(claim, Claim)
+            (claim.out / "model.safetensors").write_text(arm)
+            inputs[arm] = store.commit(claim, config={}, inputs={}, code_digest="", seed=0).path
+    found = {"drafters": {"opd": {"tau": 1.3, "tau_low": 1.2}}, "exactness": EXACT}
+    (tmp_path / "evaluation.json").write_text(json.dumps(found))
+    if damaged is not None:
+        (inputs[damaged] / "model.safetensors").write_text("x")
+    ctx = RecordingContext.under(tmp_path / "gate", inputs)
+    run(ctx, GateConfig(judge_speed=False))
+    verdict = json.loads((ctx.out / VERDICT).read_text())
+    assert verdict["champion"] and verdict["promote"] is (damaged is None)
+    assert [name for name, passed in verdict["rules"].items() if not passed] == ["checksums"] * (damaged is not None)

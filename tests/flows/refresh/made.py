@@ -70,12 +70,14 @@ def page_of(made: Mapping[str, ArtifactRef]) -> str:
     return page.read_text()
 
 
-def checked(config: RefreshConfig, home: Path, **sets: Any) -> tuple[Node, dict[str, Path]]:
-    """The node of the drift check, and what it and the champion's stage made: nothing has changed."""
+def checked(
+    config: RefreshConfig, home: Path, *, target_changed: bool = False, **sets: Any
+) -> tuple[Node, dict[str, Path]]:
+    """The node of the drift check, and what it and the champion's stage made: tau is what it was."""
     made = {name: home / "store" / name for name in ("drift", "champion")}
     for name, file, content in (
         ("drift", "drift.json", {"all": {"tau": 2.5, "low": 2.4, "high": 2.6, "prompts": 40}, **sets}),
-        ("champion", "champion.json", {"target_changed": False}),
+        ("champion", "champion.json", {"target_changed": target_changed}),
     ):
         made[name].mkdir(exist_ok=True)
         (made[name] / file).write_text(json.dumps(content))

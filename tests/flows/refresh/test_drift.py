@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from draftsmith.flows.pipeline.graph import PlanAgain
 from draftsmith.flows.refresh import commands
 from draftsmith.flows.refresh.config import drift_config
 from draftsmith.flows.refresh.course import RefreshCourse, resolve
-from draftsmith.flows.refresh.line import figures_of, history, registry
+from draftsmith.flows.refresh.line import age_days, figures_of, history, registry
 from tests.flows.refresh.made import checked, config_of, gated
 
 
@@ -47,11 +48,20 @@ def test_a_line_is_refreshed_when_its_last_refresh_is_too_old(
     assert stops() is None
     assert "the last refresh was" in registry().drift(line)[-1]["decision"]
     assert stops(max_age_days=36500) == "Current"
+    node, made = checked(config := resolve(config_of(line, drift={"max_age_days": 36500})), home, target_changed=True)
+    assert RefreshCourse(config, ()).stop(node, made) is None, "whatever tau is"
+    assert registry().drift(line)[-1]["decision"] == "the target has changed since its promotion"
     registry().tag(version, {"refreshed_at": "2120-01-01T00:00:00+00:00"})
     assert stops() is None, "the clock of a host was wrong, or is"
     assert "2120-01-01T00:00:00+00:00, which is ahead of" in registry().drift(line)[-1]["decision"]
     RefreshCourse(resolve(config_of(line)), ()).finish(gated(store, drafters[1], "refused"), None)
     assert stops() == "Current", "a refresh that was refused is one, and ends what a wrong clock said"
+
+
+def test_an_age_is_in_days() -> None:
+    now = datetime(2026, 3, 4, 12, tzinfo=UTC)
+    assert age_days("2026-03-02T00:00:00+00:00", now) == 2.5 and age_days("2026-03-05T12:00:00+00:00", now) == -1
+    assert age_days(None, now) == 0
 
 
 def test_what_was_forced_is_done_where_another_refresh_has_promoted(

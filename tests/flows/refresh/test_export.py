@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.registry import Version
 from draftsmith.artifacts.store import Claim, Store
@@ -77,3 +78,36 @@ def test_each_layout_holds_the_drafter(version: Version, plain_target: Target, t
     assert all(tensor.equal(kept.state_dict()[name]) for name, tensor in drafter.state_dict().items())
     commands.export(Display(), "line", tmp_path / "dry", "speculators", dry_run=True)
     assert not (tmp_path / "dry").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [("a changed file", "has changed since it was written"), ("made again", "holds other content by now")],
+)
+def test_what_is_not_what_was_registered_is_neither_copied_out_nor_made_the_champion(
+    damage: str, said: str, version: Version, plain_target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if damage == "a changed file":
+        weights = version.path / DRAFTER_FOLDER / "model.safetensors"
+        content = weights.read_bytes()
+        weights.chmod(0o600)
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        shutil.rmtree(version.path)
+        save_drafter(random_drafter(plain_target, 1), tmp_path / "other" / DRAFTER_FOLDER, torch.float32)
+        committed(Store(tmp_path / "home" / "store"), "opd", tmp_path / "other", {})
+    moved: list[Version] = []
+    line = SimpleNamespace(
+        resolve=lambda _text: version,
+        complete=lambda _line: None,
+        champion=lambda _line: None,
+        promote=lambda promoted, **_fields: moved.append(promoted),
+    )
+    monkeypatch.setattr(commands, "registry", lambda: line)
+    with pytest.raises(DraftsmithError, match=said):
+        commands.export(Display(), "line", tmp_path / "copy", dry_run=False)
+    with pytest.raises(DraftsmithError, match=said):
+        commands.promote(Display(), "line@1", "", dry_run=False)
+    with pytest.raises(DraftsmithError, match=said):
+        commands.rollback(Display(), "line", "", dry_run=False)
+    assert moved == [] and not (tmp_path / "copy").exists()

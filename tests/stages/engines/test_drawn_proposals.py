@@ -102,7 +102,10 @@ DRAWS, TOKENS, OFFSETS = 3000, 5, 2
 TABLES = np.random.default_rng(0).dirichlet(np.full(TOKENS, 0.7), (2, OFFSETS + 1))  # p and q of each offset
 
 
-def committed() -> list[list[int]]:
+ALL = SamplingParams(9, temperature=1.0)
+
+
+def committed(params: SamplingParams) -> list[list[int]]:
     """The tokens of one step of each of many requests; p and q do not depend on what came before."""
     p, q = (torch.from_numpy(table) for table in TABLES)
     q = q[:-1]
@@ -116,18 +119,21 @@ def committed() -> list[list[int]]:
         verification.Drafted(proposed, dict.fromkeys(range(DRAWS), q)),
         p.log().expand(DRAWS, -1, -1),
         torch.arange(1, OFFSETS + 2).expand(DRAWS, -1),
-        [SamplingParams(9, temperature=1.0)] * DRAWS,
+        [params] * DRAWS,
         list(range(DRAWS)),
     )
     return [row[: kept + 1] for row, kept in zip(found.tokens.tolist(), found.accepted, strict=True)]
 
 
-def least_p_value() -> float:
+def least_p_value(params: SamplingParams = ALL) -> float:
     """Over the places of a step: of the tokens there, whenever it was committed, against the target's law."""
-    values, steps = [], committed()
-    for place in range(OFFSETS + 1):
+    values, steps = [], committed(params)
+    laws = probabilities(torch.from_numpy(TABLES[0]).log(), params.temperature, params.top_p).numpy()
+    for place, law in enumerate(laws):
         counts = np.bincount([step[place] for step in steps if len(step) > place], minlength=TOKENS)
-        values.append(stats.chisquare(counts, TABLES[0, place] * counts.sum()).pvalue)
+        if counts[law == 0].any():
+            return 0.0
+        values.append(stats.chisquare(counts[law > 0], law[law > 0] * counts.sum()).pvalue)
     return float(min(values))
 
 
@@ -159,8 +165,9 @@ WRONG: dict[str, Rule] = {
 }
 
 
-def test_every_token_of_a_step_follows_the_target() -> None:
-    assert least_p_value() > ALARM
+@pytest.mark.parametrize("params", [ALL, SamplingParams(9, temperature=1.3, top_p=0.9)], ids=str)
+def test_every_token_of_a_step_follows_the_target(params: SamplingParams) -> None:
+    assert least_p_value(params) > ALARM
 
 
 @pytest.mark.parametrize("rule", WRONG)

@@ -177,6 +177,7 @@ def test_steps_describe_what_was_committed(bench: Bench) -> None:
             anchor += step.accepted + 1
         assert anchor >= len(tokens) - 1
         assert completion.steps[-1].anchor < len(tokens) - 1
+        assert completion.verify_steps == len(completion.steps)
 
 
 def test_an_engine_generates_twice_and_an_abandoned_answer_leaves_nothing(bench: Bench) -> None:

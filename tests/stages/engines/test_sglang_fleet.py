@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -171,6 +172,32 @@ def test_no_two_processes_of_a_fleet_get_the_same_port(plain: Expected, monkeypa
     config = SGLangEngineConfig.model_validate({"kind": "sglang", "urls": ["http://a"]})
     fleet = Fleet(config, plain, [], print)
     assert [fleet._free_port() for _ in range(3)] == [20_001, 20_002, 20_003]
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_a_server_is_started_again_as_often_as_the_config_says_and_checked_each_time(
+    routed: bool, plain: Expected, tmp_path: Path
+) -> None:
+    """Behind a router at the address that the router knows."""
+    ports: list[int | None] = []
+    checked: list[Server] = []
+
+    async def launch(_process: ServerProcess, port: int | None) -> None:
+        ports.append(port)
+
+    async def check(server: Server) -> None:
+        checked.append(server)
+
+    config = {"kind": "sglang", "python": sys.executable, "launch": {}, "restarts": 2}
+    process = ServerProcess([sys.executable, "-c", ""], {}, tmp_path / "server.log")
+    process.url = "http://a:30001"
+    fleet: Any = Fleet(SGLangEngineConfig.model_validate(config), plain, [process], print)
+    fleet._launch, fleet._admission, fleet._router = launch, SimpleNamespace(check=check), process if routed else None
+    server = Server(process.url, launched=True)
+    fleet._process_of[server] = process
+    assert [asyncio.run(fleet._revive(server)) for _ in range(3)] == [True, True, False]
+    assert server.reason.endswith("engine.restarts: 2 used up")
+    assert ports == [30_001 if routed else None] * 2 and checked == [server] * 2
 
 
 @pytest.mark.parametrize("restarts", [1, 0])

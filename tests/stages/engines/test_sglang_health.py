@@ -45,13 +45,15 @@ def test_a_server_whose_queue_is_long_is_alive() -> None:
     assert not logs
 
 
-def test_a_server_that_is_there_but_computes_nothing_for_a_while_is_waited_for() -> None:
-    left, broken = [2 * health._PROBES], [True]
+@pytest.mark.parametrize(("status", "times"), [(503, 2 * health._PROBES), (500, health._PROBES - 1)])
+def test_a_server_that_is_there_but_computes_nothing_for_a_while_is_waited_for(status: int, times: int) -> None:
+    """As is one whose probes fail, if fewer do than of a dead one."""
+    left, broken = [times], [True]
 
     def at_first_silent(_: dict[str, Any]) -> dict[str, Any]:
         left[0] -= 1
         if left[0] >= 0:
-            raise Refusal(503)
+            raise Refusal(status)
         return {}
 
     def generate(p: dict[str, Any]) -> dict[str, Any] | None:

@@ -218,6 +218,24 @@ def test_a_router_that_wants_a_key_is_told_from_a_server() -> None:
     assert behind(refusing(405)) is None and behind(refusing(501)) is None
 
 
+def test_a_router_is_asked_when_it_has_found_all_of_its_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[list[str] | None] = [None, ["a"], ["a", "b"]]
+
+    async def behind(_client: httpx.AsyncClient, _url: str) -> list[str] | None:
+        return found.pop(0) if len(found) > 1 else found[0]
+
+    async def waits(count: int, limit_s: float) -> None:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            await router.wait_for_workers(client, "http://a-router", count, limit_s)
+
+    monkeypatch.setattr(router, "workers_behind", behind)
+    monkeypatch.setattr(router, "_POLL_S", 0.0)
+    asyncio.run(waits(2, 60))
+    assert found == [["a", "b"]]
+    with pytest.raises(RetryableError, match="it found 2 of 3 servers in 0 s"):
+        asyncio.run(waits(3, 0))
+
+
 def refusing(status: int) -> Reply:
     def reply(_: dict[str, Any]) -> dict[str, Any]:
         raise Refusal(status, "told to")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from draftsmith.stages.measure.acceptance import acceptance_table, has_loop, tau_differences
+from draftsmith.stages.measure.acceptance import acceptance_table, has_loop, tau_by_set, tau_differences, taus_compared
 from draftsmith.stages.replay.tally import Tally
 from draftsmith.stages.replay.trace import Trace
 
@@ -51,6 +51,24 @@ def test_answers_to_one_prompt_are_one_observation() -> None:
     alone = tau_differences(tallies(sft=theirs * 4, opd=ours * 4), list("abcdefgh"))["opd", "sft"]
     assert (again.value, again.error, again.units) == (pytest.approx(once.value), pytest.approx(once.error), 2)
     assert alone.error < again.error / 1.5
+
+
+def test_figures_of_a_set_are_of_its_own_answers_and_prompts() -> None:
+    ours = [trace(13, [4, 8], [3, 3]), trace(8, [4], [3]), trace(13, [4, 8], [3, 3])]
+    theirs = [trace(13, [4, 6, 10, 11], [1, 3, 0, 1]), trace(8, [4, 5, 6], [0, 0, 0]), trace(13, [4, 8], [3, 3])]
+    found, prompts, sets = tallies(champion=theirs, opd=ours), ["a", "b", "b"], ["chat", "code", "code"]
+    by_set = tau_by_set(found, prompts, sets)
+    assert {name: {arm: (f["tau"], f["prompts"]) for arm, f in arms.items()} for name, arms in by_set.items()} == {
+        "chat": {"champion": (2.0, 1), "opd": (4.0, 1)},
+        "code": {"champion": (11 / 5, 1), "opd": (11 / 3, 1)},
+    }
+    compared = {each["set"]: each for each in taus_compared(found, prompts, sets)}
+    assert {name: (e["value"], e["base"], e["gain"]["value"], e["units"]) for name, e in compared.items()} == {
+        None: pytest.approx((19 / 5 - 19 / 9, 19 / 9, 9 / 5 - 1, 2)),
+        "chat": pytest.approx((2.0, 2.0, 1.0, 1)),
+        "code": pytest.approx((11 / 3 - 11 / 5, 11 / 5, 5 / 3 - 1, 1)),
+    }
+    assert taus_compared(tallies(sft=theirs, opd=ours), prompts, sets) == [], "without a champion"
 
 
 def test_one_prompt_has_no_interval() -> None:

@@ -126,6 +126,21 @@ def test_a_machine_whose_load_changed_is_not_decided_on(fact: str, quiet: float,
     assert gate(steady).outcome == "promoted", "a load that stays is the same for all arms"
 
 
+def test_a_doubt_is_of_its_arms_and_its_setting() -> None:
+    """Of another drafter's speed, or of another load, the gate thinks nothing."""
+    found = evaluation(measured())
+    doubt = {"kind": "tau", "said": "it cannot be", "arms": ("opd",), **WHERE}
+    for changed_to, doubted in (
+        ({}, SPEEDS),
+        ({"arms": (CHAMPION,)}, SPEEDS[1:]),
+        ({"arms": ()}, SPEEDS),
+        ({"arms": ("control",)}, []),
+        ({"concurrency": 8}, []),
+        ({"temperature": 0.7}, []),
+    ):
+        assert unjudged(decide(found | {"doubts": [doubt | changed_to]}, GateConfig())) == doubted, changed_to
+
+
 def test_too_few_prompts_or_turns_are_not_decided_on() -> None:
     few = gate(measured(prompts=FEWEST_PROMPTS - 1))
     assert few.outcome == "undecided" and "3 prompts a turn say little of others" in few.sentence()

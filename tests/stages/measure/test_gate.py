@@ -101,6 +101,28 @@ def test_every_rule_is_broken_by_what_it_is_about() -> None:
     assert broken(found | {"compared": few}, GateConfig(judge_speed=False)) == []
 
 
+def test_what_may_be_lost_is_lost_by_evidence_and_the_rules_of_one_kind_share_their_error() -> None:
+    """2.18 % are lost with an error of 0.1 %: of a single rule evidence for more than 2 %, of one of two none."""
+    found = evaluation(np.random.default_rng(4), 0.2)
+
+    def losing(loss: float, sets: int, settings: int) -> dict[str, Any]:
+        figures = {"error": 0.001, "units": 200, "degrees": 1e6}
+        kept = [e for e in found["compared"] if e.get("set") is None and (e["kind"], e["other"]) != ("speed", CHAMPION)]
+        tau, speed = {"value": -loss, **figures}, {"value": math.log(1 - loss), **figures}
+        kept += [compared("tau", "opd", CHAMPION, Estimate(0, 0, 9, 9), set=s, base=1, gain=tau) for s in SETS[:sets]]
+        for each in range(settings):
+            entry = compared("speed", "opd", CHAMPION, Estimate(0, 0, 9, 9), temperature=0.0, concurrency=each)
+            kept.append(entry | speed)
+        return found | {"compared": kept}
+
+    slower = "speed at temperature 0, 0 in flight"
+    assert broken(losing(0.0218, 1, 1)) == ["tau of chat", slower]
+    assert broken(losing(0.0218, 2, 2)) == []
+    assert broken(losing(0.0218, 1, 1), GateConfig(max_set_loss=0.03)) == [slower]
+    assert broken(losing(0.0218, 1, 1), GateConfig(max_speed_loss=0.03)) == ["tau of chat"]
+    assert broken(losing(0.01, 1, 1)) == [], "measurable, and allowed"
+
+
 def over_plain(arm: str, factor: float) -> dict[str, Any]:
     return compared("speed", arm, PLAIN, Estimate(math.log(factor), 0.01, 6, 5.0), temperature=0.0, concurrency=1)
 

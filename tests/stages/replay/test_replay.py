@@ -114,7 +114,9 @@ def test_a_successor_is_where_a_block_of_its_own_leads(drafter: str, bench: Benc
     trajectories = [
         Trajectory(p.prompt_id, p.token_ids + bench.greedy[p.prompt_id], len(p.token_ids)) for p in bench.prompts[:6]
     ]
-    positions = np.stack([np.linspace(t.first_anchor, t.last_anchor, 9).astype(int) for t in trajectories])
+    positions = np.stack(  # in front of the last anchor too, to which a rejection there leads
+        [np.append(t.last_anchor - 1, np.linspace(t.first_anchor, t.last_anchor, 8).astype(int)) for t in trajectories]
+    )
     _, context = bench.read(trajectories, model)
     behind = successors(model, context, trajectories, torch.from_numpy(positions), model.block_size, head)
     assert behind.shape == positions.shape

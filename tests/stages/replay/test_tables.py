@@ -128,6 +128,7 @@ def test_a_tally_says_what_the_traces_say() -> None:
     for histogram, name in ((tally.accepted, "accepted"), (tally.judged, "judged")):
         values = np.concatenate([getattr(trace, name) for trace in traces])
         assert histogram.tolist() == np.bincount(values, minlength=K + 1).tolist()
+    assert tally.judged_per_step == pytest.approx(np.concatenate([trace.judged for trace in traces]).mean())
     assert tally.block_size == K + 1
     assert np.isnan(Tally(0).tau)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,19 @@ def test_trainings_compare_a_drawing_drafter_at_temperature_1(
         assert (sft._law, opd._step.law) == (law, law)
         of_target = 1.0 if draws else temperature or 1.0
         assert sft._temperature == opd.objective.temperature == of_target
+
+
+def test_every_step_of_opd_draws_its_proposals_by_numbers_of_its_own(plain_target: Target) -> None:
+    """Neither those of the step before nor those of mining: what was rejected then may be kept now."""
+    texts, drafter = random_target.trajectories(2, seed=2), random_dspark(plain_target)
+    table = mined(texts, drafter.block_size - 1)
+    training = OpdTraining(drafter, plain_target, texts, table, OpdConfig(), temperature=0.7)
+    batch = FeatureSource(plain_target, drafter.target_layer_ids, texts).batch([0, 1])
+    assert batch.hidden is not None
+    of_mining = SampledText.of(plain_target, batch.hidden, texts, Law(0.7), drafter.block_size - 1)
+    of_steps = [training._step._text(batch, step) for step in (0, 1, 1)]
+    numbers = [text.numbers for text in (of_mining, *of_steps) if text is not None]
+    assert [torch.equal(a, b) for a, b in itertools.pairwise(numbers)] == [False, False, True]
 
 
 WHOLE: dict[str, Any] = {"scope": "block", "beyond": 0, "positions": {"kind": "uniform"}}

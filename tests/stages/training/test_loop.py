@@ -30,6 +30,39 @@ def test_the_learning_rate_warms_up_and_falls_to_zero_as_a_cosine() -> None:
     assert 0 < factors[-1] < 1e-3
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_is_adamws_with_the_rate_clipping_decay_and_dtype_of_the_config(
+    dtype: Any, tmp_path: Path, plain_target: Target
+) -> None:
+    """By its formula, on gradients of which the first two are clipped."""
+    drafter, context = random_target.random_drafter(plain_target), RecordingContext.under(tmp_path)
+    config = OptimiserConfig(
+        steps=4, learning_rate=0.1, warmup_fraction=0.5, weight_decay=0.3, clip_norm=0.25, compute_dtype=dtype
+    )
+    weight = next(drafter.parameters())
+    plain = weight.detach().clone()
+    slope = torch.randn(plain.shape, generator=torch.Generator().manual_seed(0))
+    autocast = []
+
+    def micro_batches(step: int) -> Iterator[LossReport]:
+        autocast.append(torch.is_autocast_enabled("cpu"))
+        yield LossReport((weight.float() * slope / slope.norm() * 10.0 ** (1 - step)).sum(), 1, 1)
+
+    train(context, drafter, config, micro_batches)
+    first, second = torch.zeros_like(plain), torch.zeros_like(plain)
+    for step in range(4):
+        gradient = slope / slope.norm() * min(0.25, 10.0 ** (1 - step))
+        first, second = 0.9 * first + 0.1 * gradient, 0.95 * second + 0.05 * gradient**2
+        moved = first / (1 - 0.9 ** (step + 1)) / ((second / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8)
+        rate = 0.1 * (0.5, 1.0, 1.0, 0.5)[step]
+        plain = plain * (1 - rate * 0.3) - rate * moved
+    torch.testing.assert_close(weight.detach(), plain, atol=1e-5, rtol=1e-4)
+    told = [(values["learning_rate"], values["grad_norm"]) for _, values in context.measured]
+    assert [rate for rate, _ in told] == pytest.approx([0.05, 0.1, 0.1, 0.05])
+    assert [norm for _, norm in told] == pytest.approx([10.0, 1.0, 0.1, 0.01], rel=1e-4)
+    assert autocast == [dtype == "bfloat16"] * 4
+
+
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_even_the_shortest_schedule_moves_the_weights(steps: int) -> None:
     factors = [cosine(step, OptimiserConfig(steps=steps)) for step in range(steps)]

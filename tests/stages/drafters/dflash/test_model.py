@@ -47,6 +47,7 @@ FORMS: dict[str, tuple[dict[str, Any], list[int | None], list[bool]]] = {  # wha
 def test_block_hidden_equals_the_plain_float64_reference(form: str, plain_target: Target) -> None:
     fields, windows, causal = FORMS[form]
     plain_drafter = random_target.random_drafter(plain_target, **fields)
+    plain_drafter.embedding_scale = 2.5  # as of a target that scales what its first layer reads
     trajectory = random_target.trajectories(1, seed=3)[0]
     tokens = torch.tensor([trajectory.tokens])
     read = plain_target.read(tokens, plain_drafter.target_layer_ids)
@@ -63,7 +64,7 @@ def test_block_hidden_equals_the_plain_float64_reference(form: str, plain_target
     for index, anchor in enumerate(anchors):
         expected = reference.block_hidden(
             dict(plain_drafter.named_parameters()),
-            plain_target.embedding,
+            2.5 * plain_target.embedding,
             read.features[0],
             trajectory.tokens[anchor],
             anchor,
