@@ -11,6 +11,7 @@ from typing import Any
 from draftsmith.artifacts.errors import RefusedError
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.registry import CHAMPION, PROMOTED, RECORD, ChampionMovedError, Version
+from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.graph import Conclusion, Node, PlanAgain
 from draftsmith.flows.refresh.config import RefreshConfig, measured_with, prompts_since
 from draftsmith.flows.refresh.line import (
@@ -70,6 +71,9 @@ class RefreshCourse:
         seen = {"version": champion.version, **drift["all"], "decision": "; ".join(reasons)[:1000] or "current"}
         registry().add_drift(self.line.name, {"at": datetime.now(UTC).isoformat(timespec="seconds"), **seen})
         if reasons:
+            Display().line(
+                f"drift: the refresh goes on, with version {champion.version} as champion: {'; '.join(reasons)}"
+            )
             return None
         before = (champion.figures.get("all") or {}).get("tau")
         said = [

@@ -103,6 +103,19 @@ def test_a_champion_that_is_current_is_said_with_what_it_was_and_what_is_not_kno
     )
 
 
+def test_why_a_refresh_goes_on_is_said(
+    line: str, home: Path, drafters: list[ArtifactRef], capsys: pytest.CaptureFixture[str]
+) -> None:
+    RefreshCourse(resolve(config_of(line)), ()).finish(gated(Store(home / "store"), drafters[0]), None)
+    config = resolve(config_of(line))
+    low = {"tau": 1.0, "low": 0.9, "high": 1.1, "prompts": 40}
+    assert RefreshCourse(config, ("drift",)).stop(*checked(config, home, all=low)) is None
+    told = capsys.readouterr().out
+    assert told.startswith("drift: the refresh goes on, with version 1 as champion: drift is forced; all: tau 1.000"), (
+        told
+    )
+
+
 def test_figures_of_other_settings_are_not_compared(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
     RefreshCourse(resolve(config_of(line)), ()).finish(gated(Store(home / "store"), drafters[0]), None)
     low = {"tau": 1.0, "low": 0.9, "high": 1.1, "prompts": 40}
