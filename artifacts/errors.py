@@ -44,9 +44,12 @@ class StageInterrupted(DraftsmithError):
     exit_code = EXIT_INTERRUPTED
 
 
-def one_line(error: BaseException) -> str:
-    """What it says, without ends of lines; its kind where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
+def one_line(error: BaseException, most: int | None = None) -> str:
+    """What it says, without ends of lines; its kind where it says nothing. most: characters, cut between words."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    if most is None or len(said) <= most:
+        return said
+    return f"{said[:most].rpartition(' ')[0] or said[:most]} …"
 
 
 def disk_error_of(error: BaseException) -> OSError | None:

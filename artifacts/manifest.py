@@ -68,7 +68,7 @@ class InputEntry(_Frozen):
     stage: _Inside
     key: _Inside
     content_id: str
-    volatile_id: str = ""
+    volatile_id: str
 
     @classmethod
     def of(cls, ref: ArtifactRef) -> Self:
@@ -90,8 +90,8 @@ class Manifest(_Frozen):
     mlflow_run_id: str | None
     duration_s: float  # of the attempt that completed it
     versions: dict[str, str]
-    modules: dict[str, str] = {}  # of the code, each with the start of its source's digest; older manifests have none
-    external: dict[str, str] = {}  # files outside the store that the key holds, with their digests
+    modules: dict[str, str]  # of the code, each with the start of its source's digest; none of a shard
+    external: dict[str, str]  # files outside the store that the key holds, with their digests
 
     def ref(self, path: Path) -> ArtifactRef:
         return ArtifactRef(self.stage, self.key, self.content_id, path, content_id(self.files, volatile=True))
@@ -169,8 +169,7 @@ def parse_manifest(content: bytes, where: Path | str) -> Manifest:
         found = data.get("schema_version")
         if found != SCHEMA_VERSION:
             raise DraftsmithError(f"{where}: schema version {found}, this Draftsmith reads {SCHEMA_VERSION}")
-        checksum = data.pop(_CHECKSUM, None)  # artifacts of earlier versions have none
-        if checksum is not None and checksum != _checksum(data):
+        if data.pop(_CHECKSUM, None) != _checksum(data):
             raise DraftsmithError(f"{where}: has changed since it was written: its checksum is another")
         return Manifest.model_validate(data)
     except (ValueError, AttributeError, RecursionError, ValidationError) as error:

@@ -27,10 +27,10 @@ class EarlierConfig(Config):
     """Of the artifact that holds them."""
     sha256: str
     """Of their table."""
-    target_digest: str = ""
-    """Of the target that gave them; empty where nobody knows."""
-    tokenizer_digest: str = ""
-    """Of its tokenizer; empty where nobody knows, as of versions that did not say it."""
+    target_digest: str
+    """Of the target that gave them."""
+    tokenizer_digest: str
+    """Of its tokenizer."""
     replayed: bool = True
     """Whether they may be mixed in: then the artifact has the answers themselves, else their digests alone."""
 

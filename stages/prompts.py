@@ -180,24 +180,24 @@ class _Drawn:
     too_long: int = 0
 
 
-def run(context: StageContext, config: PromptsConfig) -> None:
+def run(ctx: StageContext, config: PromptsConfig) -> None:
     """Write `prompts.parquet` and `prompts.json`."""
     from draftsmith.stages.prompting.tokenised import Tokenised
     from draftsmith.stages.targets.info import model_path, read_target_info
     from draftsmith.stages.targets.resolve import load_tokenizer
 
-    preflight(config, context.inputs["target"])
-    tokenizer = load_tokenizer(model_path(context.inputs["target"]))
+    preflight(config, ctx.inputs["target"])
+    tokenizer = load_tokenizer(model_path(ctx.inputs["target"]))
     if not tokenizer.chat_template:
         ignored = " and chat_template_kwargs are ignored" if config.chat_template_kwargs else ""
-        context.log(f"warning: the target has no chat template: prompts are plain text{ignored}")
+        ctx.log(f"warning: the target has no chat template: prompts are plain text{ignored}")
     drawn = _Drawn()
     total = sum(config.wanted(split) for split in SPLITS)
     with (
-        atomic_path(context.out / "set_aside.jsonl") as path,
+        atomic_path(ctx.out / "set_aside.jsonl") as path,
         path.open("w", encoding="utf-8") as listed,
-        Tokenised(context.work / "tokenised") as kept,
-        TableWriter(context.out / "prompts.parquet", PROMPTS) as table,
+        Tokenised(ctx.work / "tokenised") as kept,
+        TableWriter(ctx.out / "prompts.parquet", PROMPTS) as table,
     ):
 
         def ids_of(candidate: Candidate) -> list[int]:
@@ -218,7 +218,7 @@ def run(context: StageContext, config: PromptsConfig) -> None:
             only=config.listed_files,
             max_bad_share=config.max_bad_share,
             listed=listed,
-            read_ids=_reader_of_ids(tokenizer, read_target_info(context.inputs["target"]).vocab_size, config),
+            read_ids=_reader_of_ids(tokenizer, read_target_info(ctx.inputs["target"]).vocab_size, config),
         )
         taken = [supplies(source, common) for source in config.sources]
         rows: list[dict[str, Any]] = []
@@ -226,8 +226,8 @@ def run(context: StageContext, config: PromptsConfig) -> None:
             for supply in _mixed(_shares(taken, split, config)):
                 rows.append(_draw_one(supply, split, drawn, ids_of, config))
                 if drawn.taken % _REPORT_EVERY == 0 or drawn.taken == total:
-                    context.check_interrupted()
-                    context.progress(drawn.taken, total, "prompts")
+                    ctx.check_interrupted()
+                    ctx.progress(drawn.taken, total, "prompts")
                     table.append(rows)
                     rows = []
         for supply in (supply for each in taken for supply in each):
@@ -237,11 +237,11 @@ def run(context: StageContext, config: PromptsConfig) -> None:
                 drawn.set_aside += supply.aside.reasons
     if drawn.set_aside:
         reasons = ", ".join(f"{count} {reason}" for reason, count in drawn.set_aside.most_common())
-        context.log(f"{drawn.set_aside.total()} rows set aside: {reasons}")
+        ctx.log(f"{drawn.set_aside.total()} rows set aside: {reasons}")
     if kept.kept:
-        context.log(f"{kept.kept} prompts were tokenised by an earlier attempt")
-    write_text(context.out / "prompts.json", json.dumps(_summary(drawn, config), indent=2) + "\n")
-    context.summary(
+        ctx.log(f"{kept.kept} prompts were tokenised by an earlier attempt")
+    write_text(ctx.out / "prompts.json", json.dumps(_summary(drawn, config), indent=2) + "\n")
+    ctx.summary(
         train=config.wanted("train"),
         validation=config.wanted("validation"),
         heldout=config.wanted("heldout"),

@@ -6,21 +6,21 @@ from draftsmith.stages.contract import Stage, StageContext
 from draftsmith.stages.targets.config import TargetConfig
 
 
-def run(context: StageContext, config: TargetConfig) -> None:
+def run(ctx: StageContext, config: TargetConfig) -> None:
     """Write `target.json` and `origin.json`, and for a GGUF source the dequantised model into `model/`."""
     from draftsmith.artifacts.checksums import Checksums
     from draftsmith.artifacts.home import home
     from draftsmith.stages.targets.resolve import resolve_target
 
-    info = resolve_target(config, context.out, context.log, Checksums(home()).of)
-    context.log(
+    info = resolve_target(config, ctx.out, ctx.log, Checksums(home()).of)
+    ctx.log(
         f"target {info.source}: {info.architecture}, {info.num_layers} layers, hidden {info.hidden_size}, "
         f"vocabulary {info.vocab_size}, {info.dtype}"
         + ("" if info.quantisation is None else f", loaded from {info.quantisation} weights")
         + ("" if info.rewindable else "; recurrent layers: what a verify step committed is read twice")
         + ("" if info.chat_template else "; no chat template, prompts will be plain text")
     )
-    context.summary(
+    ctx.summary(
         layers=info.num_layers,
         hidden_size=info.hidden_size,
         vocab_size=info.vocab_size,

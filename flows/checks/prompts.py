@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from textwrap import shorten
 
 from draftsmith.artifacts.errors import DraftsmithError, one_line
 from draftsmith.flows.checks.findings import Findings
@@ -175,8 +174,10 @@ def _check_hub(found: Findings, name: str, source: HuggingFaceSource, wanted: in
     except RevisionNotFoundError:
         found.error(name, f"data set {source.id}: the hub has no revision {source.revision}: correct it")
     except Exception as error:  # the hub's library raises its HTTP client's own errors too
-        reason = shorten(one_line(error), 80, placeholder=" …")
-        found.warn(name, f"data set {source.id}: the hub cannot be asked ({reason}); {wanted} prompts are not certain")
+        found.warn(
+            name,
+            f"data set {source.id}: the hub cannot be asked ({one_line(error, 80)}); {wanted} prompts are not certain",
+        )
     else:
         found.ok(name, f"data set {source.id} is on the hub; whether it has {wanted} rows is not checked")
 

@@ -8,8 +8,8 @@ from draftsmith.artifacts.sqlite import sqlite_file
 from draftsmith.artifacts.tracking import Tracking
 
 NOTE = "registered-in"  # file in the home, a line for each
-OWN = "mlflow.db"  # the home's own database, which moves with it
 _AS_THE_RUNS = "set MLFLOW_TRACKING_URI as the runs have it"
+OWN = "mlflow.db"  # the home's own database, which moves with it
 
 
 def note(tracking: Tracking) -> None:
@@ -31,15 +31,14 @@ def elsewhere(tracking: Tracking) -> str | None:
             advice = f"{_AS_THE_RUNS if others != [OWN] else 'unset MLFLOW_TRACKING_URI'}, or {given_up}"
         return f"versions were registered in {', '.join(others)}, which {here} does not know of; {advice}"
     database = sqlite_file(tracking.uri)
-    if not noted and database is not None and not database.is_file():  # of a home that is older than the note
+    if not noted and database is not None and not database.is_file():  # another host's, with the same bucket
         return f"{database} does not exist: runs of this home were tracked elsewhere; {_AS_THE_RUNS}"
     return None
 
 
 def _noted(tracking: Tracking) -> set[str]:
     path = tracking.folder / NOTE
-    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-    return {line.strip() or OWN for line in lines}  # a home of before left it empty
+    return set(path.read_text("utf-8").splitlines()) if path.is_file() else set()
 
 
 def _name(tracking: Tracking) -> str:

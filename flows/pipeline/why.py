@@ -162,9 +162,6 @@ def _files(old: InputEntry, now: ArtifactRef, store: Store) -> str:
 def _code(old: Manifest, node: Node, pipeline: Pipeline) -> Iterator[str]:
     if pipeline.code_digest(node.module) == old.code_digest:
         return
-    if not old.modules:
-        yield "code     changed; the old manifest does not say in which modules"
-        return
     found = False
     for module, before, now in _changed(old.modules, pipeline.code_modules(node.module)):
         found = True

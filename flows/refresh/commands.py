@@ -120,7 +120,7 @@ def export(display: Display, text: str, folder: Path, layout: str = "sglang", *,
         raise DraftsmithError(f"{folder}: the copy differs from what was registered: try again, or another disk")
     display.line(f"{version}: {size / 1e6:.1f} MB in {folder}")
     algorithm = algorithm_of(folder, None)
-    fastest = version.tags.get(FASTEST_BLOCK)  # older versions have none
+    fastest = version.tags.get(FASTEST_BLOCK)  # empty where no speed was measured
     block = int(fastest) if fastest else block_size_of(folder, DraftingConfig(), algorithm)
     display.line(f"  for SGLang: {shlex.join(drafting_options(folder, algorithm, block))}")
 

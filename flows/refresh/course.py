@@ -106,8 +106,7 @@ class RefreshCourse:
         return reasons + fallen(drift, champion.figures, config.threshold)
 
     def _measured_differently(self) -> list[str]:
-        """The settings that were others when the champion's figures were taken, in words; a version of before they
-        were kept says none."""
+        """The settings that were others when the champion's figures were taken, in words."""
         now = measured_with(self.config)
         return [
             f"{name} {_said(now[name])}, was {_said(was)}"
@@ -136,7 +135,7 @@ class RefreshCourse:
         version = line.register(self.line.name, ref, tags, run_id=run_id, upload=self.line.upload)
         if not decision["promote"]:
             said = f"{version} is not promoted: {decision['sentence']}"
-            undecided = decision.get("outcome") == "undecided"
+            undecided = decision["outcome"] == "undecided"
             tag_ended(version)
             return self._conclusion(
                 "Undecided" if undecided else "Refused", said, decision, version, RefusedError(said)

@@ -158,20 +158,17 @@ def as_it_stands(line: RegistryConfig) -> RegistryConfig:
 
 def _answers_of(version: Version) -> EarlierConfig | None:
     """The logged answers that it was trained on; None if there were none."""
-    if not (said := version.tags.get("answers")):
-        return None
-    answers = EarlierConfig.model_validate_json(said)
-    of_drafter = {"target_digest": version.tags.get("target_digest", "")}  # a tag of before says no digest of its own
-    return answers if answers.target_digest else answers.model_copy(update=of_drafter)
+    said = version.tags.get("answers")
+    return EarlierConfig.model_validate_json(said) if said else None
 
 
 def check_held_out(line: str, prompts: PromptsConfig) -> None:
     """A smaller held-out class than a refresh of the line measured with, or one that is decided by another text (a
     suffix is a part of it), would train on what was measured then."""
-    asked, suffixes, as_given = held_out_shares(prompts), _suffixes(prompts), _suffixes(prompts, as_given=True)
+    asked, suffixes = held_out_shares(prompts), _suffixes(prompts)
     for version in registry().versions(line):
-        by = version.tags.get(_BY) or "prompt"
-        if _SHARES in version.tags and by != prompts.heldout_by:
+        by = version.tags.get(_BY, prompts.heldout_by)  # of one that a killed run left without them
+        if by != prompts.heldout_by:
             raise DraftsmithError(
                 f"prompts: heldout_by is {prompts.heldout_by}, and {version} was measured with {by}: prompts that "
                 "measured it would be trained on. Set it back, or begin another line (`registry.name`)"
@@ -185,12 +182,7 @@ def check_held_out(line: str, prompts: PromptsConfig) -> None:
                     "another line (`registry.name`)"
                 )
         for source, known in json.loads(version.tags.get(_SUFFIXES) or "{}").items():
-            asks = suffixes.get(source, set())
-            if isinstance(known, str):  # a version of before: the last of a source's suffixes, and blank space counted
-                same = not asks or known in asks | as_given[source]
-            else:
-                same = asks <= set(known)
-            if not same:
+            if not suffixes.get(source, set()) <= set(known):
                 raise DraftsmithError(
                     f"prompts, source {source}: it has a suffix that {version} was not measured with: prompts "
                     "that measured it would be trained on. Set it back, or begin another line (`registry.name`)"
@@ -203,12 +195,12 @@ def held_out_shares(prompts: PromptsConfig) -> dict[str, float]:
     return {"": prompts.heldout_share, **own}
 
 
-def _suffixes(prompts: PromptsConfig, *, as_given: bool = False) -> dict[str, set[str]]:
+def _suffixes(prompts: PromptsConfig) -> dict[str, set[str]]:
     """Digests of the suffixes by source, which may be there several times. Blank space counts as little as it does for
-    the class (`prompting/held_out.py`), unless they are taken as given."""
+    the class (`prompting/held_out.py`)."""
     found: dict[str, set[str]] = {}
     for each in prompts.sources:
-        text = each.suffix if as_given else re.sub(r"\s+", " ", each.suffix).rstrip()
+        text = re.sub(r"\s+", " ", each.suffix).rstrip()
         found.setdefault(_source_name(each), set()).add(hashlib.sha256(text.encode()).hexdigest()[:12])
     return found
 
@@ -318,7 +310,7 @@ def tag_ended(version: Version) -> None:
 def log_tags(logs: ArtifactRef) -> dict[str, str]:
     """Which logged answers a version was trained on, and where the next refresh's `since: last` begins."""
     said = json.loads((logs.path / "logs.json").read_text("utf-8"))
-    answers = EarlierConfig(folder=str(logs.path), sha256=sha256_file(logs.path / TABLE), **said.get("given_by", {}))
+    answers = EarlierConfig(folder=str(logs.path), sha256=sha256_file(logs.path / TABLE), **said["given_by"])
     return {"answers": answers.model_dump_json(), "read_until": said["window"]["newest"] or ""}
 
 

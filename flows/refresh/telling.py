@@ -66,9 +66,7 @@ class Telling:
         with self.alone():
             champion = registry().champion(self._line)
             if champion is not None and champion.tags.get(_HOOK, "").startswith((_DUE, _CALLING)):
-                known = champion.tags.get(_TOLD)
-                said = champion.tags.get("decision", "")
-                became = self.tell(champion, json.loads(known) if known else {"promote": True, "sentence": said})
+                became = self.tell(champion, json.loads(champion.tags[_TOLD]))
                 log.info("%s, which its run owed: %s", champion, became)
 
     def _is_ours(self, said: str) -> bool:

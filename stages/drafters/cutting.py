@@ -17,7 +17,7 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.config import DraftingConfig, no_confidence
 
 
-class Reach:
+class KeptSoFar:
     """The probability that a block is kept so far, offset after offset."""
 
     def __init__(self, threshold: float):

@@ -35,7 +35,7 @@ def config_errors(where: str) -> Iterator[None]:
         raise
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         raise DraftsmithError(
-            f"drafter {where}: a field is not what it should be ({one_line(error)[:200]}); export the checkpoint again"
+            f"drafter {where}: a field is not what it should be ({one_line(error, 200)}); export the checkpoint again"
         ) from error
 
 
@@ -186,7 +186,10 @@ def check_layer_ids(where: str, ids: Sequence[int], layers: int, *, ask_for: str
     if len(set(ids)) < len(ids):
         raise DraftsmithError(f"drafter {where}: target_layer_ids {list(ids)} name a layer twice; {ask_for}")
     if not ids or min(ids) < 0 or max(ids) >= layers:
-        raise DraftsmithError(f"drafter {where}: target_layer_ids {list(ids)} do not fit layers 0 … {layers - 1}")
+        raise DraftsmithError(
+            f"drafter {where}: target_layer_ids {list(ids)} do not fit layers 0 … {layers - 1} of the target; "
+            "name layers of it, or give a drafter that was made for it"
+        )
 
 
 def unservable_layers(ids: Sequence[int], layers: int) -> str | None:

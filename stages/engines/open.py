@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.drafters.config import NO_FREQUENT_TOKENS, DraftingConfig
 from draftsmith.stages.engines.base import Engine
 from draftsmith.stages.engines.config import EmbeddedEngineConfig, SGLangEngineConfig
 
@@ -51,5 +51,7 @@ def open_engine(
 
     target = Target.load(target_folder)
     drafter = load_drafter(drafter_folder, target) if drafter_folder else None
+    if drafter and drafting.head_tokens and drafter.frequent_tokens is None:
+        log(f"drafter: {NO_FREQUENT_TOKENS}")
     block = (drafting.block_size or drafter.block_size) if drafter else 1
     yield EmbeddedEngine(target, drafter, slots=config.slots, capacity=longest + block, drafting=drafting)

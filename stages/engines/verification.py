@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from draftsmith.stages.drafters.base import Context, Drafter
-from draftsmith.stages.drafters.cutting import Reach, verified
+from draftsmith.stages.drafters.cutting import KeptSoFar, verified
 from draftsmith.stages.drafters.drawing import Purpose, pick, probabilities, scattered, uniform
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.engines.base import SamplingParams
@@ -73,19 +73,19 @@ def draft(
         device=anchors.device,
     )
     tokens, laws = [anchor_tokens], []
-    reach = None if confidence is None else Reach(confidence)
+    kept_so_far = None if confidence is None else KeptSoFar(confidence)
     most = torch.zeros_like(anchors[:, 0])
     for k in range(block_size - 1):
         logits = drafting.logits(tokens[-1])[:, 0]
-        if reach is not None:
-            most = most + reach.take(drafting.confidence())[:, 0]
+        if kept_so_far is not None:
+            most = most + kept_so_far.take(drafting.confidence())[:, 0]
         columns = logits.argmax(-1)
         q = probabilities(logits[sampled], temperatures)
         columns[sampled] = pick(q, numbers[:, k])
         laws.append(scattered(q, head.token_ids, vocabulary))
         tokens.append(head.to_tokens(columns)[:, None])
     of_rows = torch.stack(laws, 1)  # [sampled, K, V]
-    in_front = None if reach is None else most.tolist()
+    in_front = None if kept_so_far is None else most.tolist()
     return Drafted(torch.cat(tokens[1:], 1), dict(zip(sampled, of_rows, strict=True)), in_front)
 
 

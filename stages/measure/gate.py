@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -269,10 +269,7 @@ def _relative(found: Mapping[str, Any], level: float) -> tuple[float, float | No
 
 def gain_of(found: Mapping[str, Any]) -> Estimate:
     """Of an entry on tau: the difference as a share of the other's tau, which has an error of its own."""
-    if "gain" in found:
-        return _estimate(found["gain"])
-    estimate, base = _estimate(found), found["base"]  # of before this was measured
-    return replace(estimate, value=estimate.value / base, error=estimate.error / base)
+    return _estimate(found["gain"])
 
 
 def _estimate(found: Mapping[str, Any]) -> Estimate:

@@ -51,14 +51,13 @@ class Earlier:
 
 
 def made_otherwise(folder: Path, info: TargetInfo) -> str | None:
-    """What has changed since the answers of an earlier artifact were given: nothing, or nothing that is known, is None.
+    """What has changed since the answers of an earlier artifact were given; None: nothing has.
 
     Of another target they are answers that this one would not give, of another tokenizer their ids mean other text.
     """
-    path = folder / ORIGIN
-    known = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    known = json.loads((folder / ORIGIN).read_text("utf-8"))
     now = {"tokenizer": info.tokenizer_digest, "target": info.digest}
-    changed = [f"the {what}" for what, digest in now.items() if (known.get(f"{what}_digest") or digest) != digest]
+    changed = [f"the {what}" for what, digest in now.items() if known[f"{what}_digest"] != digest]
     return " and ".join(changed) or None
 
 

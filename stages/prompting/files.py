@@ -301,7 +301,7 @@ def _parquet_rows(file: str, raw: IO[bytes]) -> Iterator[Row | BadRow]:
     except (pa.ArrowException, OSError, EOFError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        reason = f"not a whole Parquet file ({one_line(error)[:200]}): copy or download it again"
+        reason = f"not a whole Parquet file ({one_line(error, 200)}): copy or download it again"
         yield BadRow(file, number + 1, reason)
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.prompting.sources import (
-    Candidate,
-)
+from draftsmith.stages.prompting.sources import Candidate
 
 
 def rendered(tokenizer: Any, candidate: Candidate, template_kwargs: dict[str, Any]) -> str:

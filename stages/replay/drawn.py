@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, Context, Drafter, Proposals
-from draftsmith.stages.drafters.cutting import Reach
+from draftsmith.stages.drafters.cutting import KeptSoFar
 from draftsmith.stages.drafters.drawing import Purpose, nucleus, pick, probabilities, seed_of
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.drafters.law import Law
@@ -76,10 +76,6 @@ class SampledText:
         """Some of the trajectories."""
         return replace(self, hidden=self.hidden[rows], numbers=self.numbers[rows], lengths=self.lengths[rows])
 
-    def expectation(self, anchors: torch.Tensor) -> Expectation:
-        """Of blocks behind anchors [R, A]."""
-        return Expectation(self, anchors)
-
     @property
     def anchors_at_once(self) -> int:
         """Of each trajectory: laws are float64, over all tokens."""
@@ -105,11 +101,6 @@ class SampledText:
         return p, torch.where(of_tokens > 0, of_tokens, before)
 
 
-def kept_by(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """From the laws of a committed token: how probable it is, up to 1, that it was the proposal, and kept."""
-    return q / p
-
-
 def rejected_by(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """From the laws of an offset [..., V]: weights that a proposal was drawn by of which it is known that it was
     rejected."""
@@ -123,6 +114,7 @@ class Expectation:
     """
 
     def __init__(self, text: SampledText, anchors: torch.Tensor):
+        """anchors: [R, A] that the blocks are behind."""
         self.text, self.anchors = text, anchors
         self.offset = 0
         self.going = torch.ones_like(anchors, dtype=torch.bool)  # everything was kept so far
@@ -147,7 +139,8 @@ class Expectation:
         self.offset += 1
         columns, present = head.to_columns(tokens.clamp(min=0))
         of_q = q.gather(-1, columns[..., None])[..., 0] * (present & (tokens >= 0))
-        chance = kept_by(of_q, of_p.clamp(min=torch.finfo(of_p.dtype).tiny)).clamp(max=1)
+        # that the committed token was the proposal, and kept
+        chance = (of_q / of_p.clamp(min=torch.finfo(of_p.dtype).tiny)).clamp(max=1)
         judged = tokens >= 0
         if verified is not None:
             chance, judged = chance * verified, judged & verified
@@ -202,9 +195,9 @@ def _drawn(
     before = tokens.gather(1, anchors).clamp(min=0)
     on_text = drafter.drafting(context, before, anchors, block_size, head)
     own, own_before = copy.copy(on_text), before
-    found = text.expectation(anchors)
+    found = Expectation(text, anchors)
     # of the text, and of what is proposed: the same up to the first rejection
-    reaches = None if confidence is None else (Reach(confidence), Reach(confidence))
+    kept_so_far = None if confidence is None else (KeptSoFar(confidence), KeptSoFar(confidence))
     verified, most = None, torch.zeros_like(anchors)
     ids, logprobs = [], []
     for k in range(1, block_size):
@@ -212,9 +205,9 @@ def _drawn(
         on_text_logits, own_logits = on_text.logits(before), own.logits(own_before)
         p, of_y = text.law_behind(anchors + k - 1, y)
         going = found.going
-        if reaches is not None:
-            verified = reaches[0].take(on_text.confidence())
-            most = most + reaches[1].take(own.confidence())
+        if kept_so_far is not None:
+            verified = kept_so_far[0].take(on_text.confidence())
+            most = most + kept_so_far[1].take(own.confidence())
         ends = found.take(probabilities(on_text_logits, text.law.temperature), of_y, y, head, verified)
         weights = probabilities(own_logits, text.law.temperature)
         of_rejected = rejected_by(weights, p if head.token_ids is None else p[..., head.token_ids])

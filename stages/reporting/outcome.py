@@ -59,8 +59,7 @@ def outcome(evaluation: Mapping[str, Any], decision: Mapping[str, Any]) -> Outco
         return None
     if not decision:
         return _measured(evaluation)
-    kind = decision.get("outcome") or ("promoted" if decision["promote"] else "refused")
-    rules = decision["rules"]
+    kind, rules = decision["outcome"], decision["rules"]
     failed = [rule for rule in rules if not rule["passed"]]
     name = name_of(decision["challenger"])
     champion = _champion(decision["champion"])
@@ -72,7 +71,7 @@ def outcome(evaluation: Mapping[str, Any], decision: Mapping[str, Any]) -> Outco
         sentence, followed = f"{name} is to {is_to} {what}", f"{name} {does} {what}{against}."
         shown = [rule for rule in rules if rule["name"] == "tau" or rule["name"].startswith("speed")]
     elif kind == "refused":
-        broken = [rule for rule in failed if rule.get("judged", True)]
+        broken = [rule for rule in failed if rule["judged"]]
         why = " and ".join(dict.fromkeys(_broken(rule) for rule in broken))
         stays = f"{champion[0].upper()}{champion[1:]} stays: " if champion else ""
         sentence, shown = f"{stays}{name} {why}", failed

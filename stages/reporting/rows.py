@@ -238,7 +238,7 @@ def chosen(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def _became(rule: Mapping[str, Any]) -> str:
-    if not rule.get("judged", True):
+    if not rule["judged"]:
         return "not judged"
     return "passed" if rule["passed"] else "BROKEN"
 

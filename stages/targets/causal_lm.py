@@ -85,14 +85,14 @@ class Target:
         except Exception as error:  # classes of models raise of every kind where they meet what is not theirs
             if isinstance(error, torch.OutOfMemoryError):
                 raise DraftsmithError(
-                    f"target {path}: does not fit into the GPU's free memory ({one_line(error)[:200]}): see what else "
+                    f"target {path}: does not fit into the GPU's free memory ({one_line(error, 200)}): see what else "
                     "holds it, or choose a device by CUDA_VISIBLE_DEVICES (empty: the CPU)"
                 ) from error
             if ranks.sharing > 1 or disk_error_of(error) or out_of_memory(error) or "CUDA error" in str(error):
                 raise
             raise DraftsmithError(
                 f"target {path}: {info.architecture} cannot be read part by part as it is done here "
-                f"({type(error).__name__}: {one_line(error)[:200]}): give another target"
+                f"({type(error).__name__}: {one_line(error, 200)}): give another target"
             ) from error
         return target
 

@@ -44,7 +44,7 @@ def hub_reason(error: Exception, revision: str | None) -> str:
         return "neither an existing folder nor a hub id: check the name"
     if not hub_answered(error):
         return (
-            f"not a folder here, not in the hub's cache, and no network to the hub ({one_line(error)[:99]}): connect, "
+            f"not a folder here, not in the hub's cache, and no network to the hub ({one_line(error, 99)}): connect, "
             "or give a local folder"
         )
     return f"the hub answered: {one_line(error)}: try again, or give a local folder"

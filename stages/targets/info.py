@@ -9,13 +9,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.targets.config import Dtype
 from draftsmith.stages.targets.logits import LogitMap
-from draftsmith.stages.targets.source import (
-    TOKENIZER_PARTS,
-    Kind,
-)
+from draftsmith.stages.targets.source import TOKENIZER_PARTS, Kind
 
 INFO_FILE = "target.json"
 # Where the model is and came from: no part of the artifact's content, so that a model that moves makes nothing anew.
@@ -80,13 +78,8 @@ def read_target_info(folder: Path) -> TargetInfo:
 
 def write_target_info(info: TargetInfo, out: Path) -> None:
     """Write `target.json`, last, and `origin.json`."""
-    for name, text in (
-        (ORIGIN_FILE, info.model_dump_json(indent=2, include=_ORIGIN)),
-        (INFO_FILE, info.model_dump_json(indent=2, exclude=_ORIGIN)),
-    ):
-        partial = out / f".{name}"
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(out / name)
+    write_text(out / ORIGIN_FILE, info.model_dump_json(indent=2, include=_ORIGIN) + "\n")
+    write_text(out / INFO_FILE, info.model_dump_json(indent=2, exclude=_ORIGIN) + "\n")
 
 
 def model_path(folder: Path) -> Path:

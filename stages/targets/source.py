@@ -10,7 +10,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Literal
 
-from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError, one_line
 
 Kind = Literal["hub", "folder", "gguf", "package"]
 
@@ -187,8 +187,7 @@ def count_gguf_parameters(path: Path) -> int:
     try:
         reader = GGUFReader(os.fspath(path))  # memory-mapped: reads the header, and views every tensor
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DraftsmithError(f"{path}: not a GGUF file, or cut off ({reason}): {advice}") from error
+        raise DraftsmithError(f"{path}: not a GGUF file, or cut off ({one_line(error, 200)}): {advice}") from error
     if not reader.tensors:
         raise DraftsmithError(f"{path}: holds no tensors: {advice}")
     end = max(int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors)

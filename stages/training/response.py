@@ -178,7 +178,7 @@ def _judged(
     by_confidence = config.weights().kind == "d_pace"
     cooled = heads.drafter.at(drawn_at(feedback.law))
     head = cooled if config.loss == "cross_entropy" else heads.drafter
-    unread = torch.zeros(len(hidden), device=hidden.device)
+    log_q = torch.zeros(len(hidden), device=hidden.device)
     if not heads.trained and config.loss in ("cross_entropy", "bernoulli_kl"):
         judged = token_logprobs(hidden, head, feedback.columns, positions_per_chunk)
         terms = -judged.values
@@ -189,7 +189,7 @@ def _judged(
         assert feedback.hidden is not None, NO_HIDDEN
         asked = (feedback.hidden, feedback.head, feedback.temperature)
         judged = forward_kl(hidden, head, *asked, positions_per_chunk)
-        return _Judged(judged.values, judged.best == feedback.columns, unread)
+        return _Judged(judged.values, judged.best == feedback.columns, log_q)
 
     loss_of = RESPONSE_LOSSES[config.loss]
     correct = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
@@ -199,7 +199,7 @@ def _judged(
         with torch.no_grad():
             correct[part] = logits.argmax(-1) == here.columns
             if by_confidence:
-                unread[part] = -losses.cross_entropy(logits, here.columns)
+                log_q[part] = -losses.cross_entropy(logits, here.columns)
         terms = loss_of(logits, here)
         if heads.confidence is not None:  # detached: what is said of the proposals is not to change them
             kept = correct[part].float()
@@ -210,7 +210,7 @@ def _judged(
         return terms
 
     terms = chunked_values(hidden, positions_per_chunk, values, trained_head=heads.trained)
-    return _Judged(terms, correct, unread)
+    return _Judged(terms, correct, log_q)
 
 
 def _with_choice(

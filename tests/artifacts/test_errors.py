@@ -1,4 +1,4 @@
-"""Which errors are the disk's, and which only passed by one."""
+"""Which errors are the disk's, which only passed by one, and what is said of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import errno
 import pytest
 from safetensors import SafetensorError
 
-from draftsmith.artifacts.errors import disk_error_of
+from draftsmith.artifacts.errors import disk_error_of, one_line
 
 FULL, REFUSED = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EACCES, "Permission denied")
 
@@ -54,3 +54,16 @@ def test_errors_that_lead_to_each_other_end() -> None:
     first, second = ValueError("first"), ValueError("second")
     first.__context__, second.__cause__ = second, first
     assert disk_error_of(first) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("no\n  route", "no route"),
+        ("", "OSError"),
+        ("no route to the host", "no route to …"),
+        ("x" * 20, f"{'x' * 12} …"),
+    ],
+)
+def test_what_an_error_says_is_one_line_cut_between_words(said: str, shown: str) -> None:
+    assert one_line(OSError(said), 12) == shown

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from pathlib import Path
 from random import Random
@@ -14,7 +13,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.locks import LockLostError
-from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef, content_id, describe_files
+from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef, content_id, describe_files, manifest_text
 from draftsmith.artifacts.store import Claim, Store
 
 KEY = "ab" * 32
@@ -260,10 +259,10 @@ def test_verify_finds_a_flipped_byte_and_an_added_file(store: Store) -> None:
 
 def test_verify_finds_a_manifest_whose_checksums_were_edited(store: Store) -> None:
     ref = make(store)
-    manifest = json.loads((ref.path / MANIFEST).read_text())
-    manifest["files"]["data.txt"]["sha256"] = "0" * 64
-    del manifest["checksum"]
-    (ref.path / MANIFEST).write_text(json.dumps(manifest))
+    manifest = store.manifest(ref)
+    edited = manifest.files["data.txt"].model_copy(update={"sha256": "0" * 64})
+    forged = manifest.model_copy(update={"files": {**manifest.files, "data.txt": edited}})
+    (ref.path / MANIFEST).write_text(manifest_text(forged))
     with pytest.raises(DraftsmithError, match="content id does not follow"):
         store.verify(ref)
 

@@ -13,6 +13,7 @@ from draftsmith.artifacts.schemas import TRAJECTORIES
 from draftsmith.stages.earlier import STAGE as EARLIER
 from draftsmith.stages.earlier import TABLE, EarlierConfig
 from draftsmith.stages.logs import STAGE, LogsConfig
+from draftsmith.stages.targets.info import read_target_info
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -41,11 +42,19 @@ def run(
     return ctx
 
 
+def given_by(target: Path) -> dict[str, str]:
+    """Digests of the target that gave answers, and of its tokenizer."""
+    info = read_target_info(target)
+    return {"target_digest": info.digest, "tokenizer_digest": info.tokenizer_digest}
+
+
 def earlier(folder: Path, before: RecordingContext) -> Path:
     """Of stage `earlier`: what the refresh before has used."""
     ctx = RecordingContext.under(folder / "earlier", {})
     sha256 = sha256_file(before.out / TABLE)
-    EARLIER.run(ctx, EarlierConfig(folder=str(before.out), sha256=sha256, replayed=False))
+    EARLIER.run(
+        ctx, EarlierConfig(folder=str(before.out), sha256=sha256, replayed=False, **given_by(before.inputs["target"]))
+    )
     return ctx.out
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.parquet import read_table
 from draftsmith.artifacts.schemas import TIMINGS, TRACE, TRAJECTORIES
+from draftsmith.stages.drafters.checkpoint import TOKENS_FILE
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.rollout import STAGE, RolloutConfig, preflight
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_prompts, load_trajectories
@@ -135,6 +138,15 @@ def test_an_assisted_rollout_gives_the_same_text_and_records_its_trace(
     drafted = sum(len(row["response_ids"]) - 1 for row in by_answer.values())
     assert assisted.summaries["tau"] == pytest.approx(drafted / len(trace))
     assert assisted.summaries["tau"] > 2
+
+
+def test_a_reduced_head_that_the_drafter_cannot_have_is_said(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+    drafter = Path(shutil.copytree(tiny_drafter.drafter, tmp_path / "drafter"))
+    (drafter / DRAFTER_FOLDER / TOKENS_FILE).unlink()
+    ctx = context(tmp_path, tiny_drafter, drafter=True)
+    ctx = replace(ctx, inputs={**ctx.inputs, "drafter": drafter})
+    STAGE.run(ctx, config(drafting={"head_tokens": 5}))
+    assert any("drafter: says nothing of which tokens are frequent" in line for line in ctx.logs)
 
 
 def test_samples_of_a_prompt_differ_and_the_seed_of_the_run_decides_them(

@@ -13,7 +13,7 @@ from draftsmith.stages.drafters.drawing import probabilities
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.parallel.ranks import ALONE, Ranks
 from draftsmith.stages.replay.corpus import score
-from draftsmith.stages.replay.drawn import SampledText
+from draftsmith.stages.replay.drawn import Expectation, SampledText
 from draftsmith.stages.replay.trace import Trace, Trajectory
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.batches import Batch
@@ -102,7 +102,7 @@ def _drawn(
     for positions, own, tokens, previous in zip(
         *(each.split(text.anchors_at_once, 1) for each in (anchors.positions, hidden, on_text, before)), strict=True
     ):
-        found = text.expectation(positions)
+        found = Expectation(text, positions)
         for k in range(hidden.shape[2]):
             logits = head.logits(own[:, :, k])
             if chooser is not None:

@@ -37,11 +37,11 @@ NEEDED = {"rollout": Estimate(makes=Answers(100, count=300)), "sft": of_sft(SFT,
 def made(stage: str, config: Config, seconds: float, inputs: tuple[str, ...] = (), **metrics: float) -> Manifest:
     """An artifact of the target with key `one`, or of another where its config says so."""
     key = "one" if config != OTHER else "other"
-    entries = {name: InputEntry(stage=name, key="one", content_id="c") for name in inputs}
+    entries = {name: InputEntry(stage=name, key="one", content_id="c", volatile_id="") for name in inputs}
     return Manifest(
         schema_version=1, stage=stage, key=key, content_id="c", created_at="", config=config.model_dump(mode="json"),
-        inputs=entries, code_digest="", seed=0, files={}, metrics=metrics, mlflow_run_id=None, duration_s=seconds,
-        versions={},
+        inputs=entries, external={}, code_digest="", modules={}, seed=0, files={}, metrics=metrics,
+        mlflow_run_id=None, duration_s=seconds, versions={},
     )  # fmt: skip
 
 

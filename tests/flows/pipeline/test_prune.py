@@ -54,12 +54,10 @@ def test_what_is_replaced_stays_where_another_mlflow_has_the_lines(
     assert "removed" in pruned(capsys) and not replaced.exists()
 
 
-@pytest.mark.parametrize("noted", ["mlflow.db\n", "\n"])
 def test_the_homes_own_database_is_where_no_address_is_set(
-    noted: str, home: Path, replaced: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    home: Path, replaced: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As homes of before note it, too."""
-    (home / registered.NOTE).write_text(noted)
+    (home / registered.NOTE).write_text("mlflow.db\n")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
     said = "versions were registered in mlflow.db, which http://mlflow.example:5000 does not know of; unset MLFLOW_"
     assert said in pruned(capsys) and replaced.exists()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
 
-from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.manifest import ArtifactRef, manifest_text, read_manifest
 from draftsmith.flows.cli import main
 from draftsmith.flows.pipeline.history import made_before, note_made
 from tests.flows.pipeline.toy import TOY, write_config
@@ -50,9 +49,9 @@ def test_fields_seeds_inputs_files_code_and_versions_are_told(
     assert "code     tests.flows.pipeline.toy_stages.combine: changed\n" in told("left", pipeline=edited)
 
     (manifest,) = home.glob("store/collect/*/manifest.json")
-    data = json.loads(manifest.read_text())
-    del data["checksum"]
-    manifest.write_text(json.dumps({**data, "versions": {**data["versions"], "numpy": "1.0", "sglang": "0.5.20"}}))
+    made = read_manifest(manifest.parent)
+    versions = {**made.versions, "numpy": "1.0", "sglang": "0.5.20"}
+    manifest.write_text(manifest_text(made.model_copy(update={"versions": versions})))
     older = told("target", "--set", "target.count=4")
     assert "version  numpy: 1.0 -> " in older
     assert "version  sglang: 0.5.20 -> not known before the stage runs (no part of the key)\n" in older

@@ -132,7 +132,7 @@ def test_figures_of_other_settings_are_not_compared(line: str, home: Path, draft
     assert decided(evaluation={"head_tokens": 64}) == f"{otherwise}drafting.head_tokens 64, was left out"
     (version,) = registry().versions(line)
     registry().tag(version, {"measured_with": ""})
-    assert decided(heldout=shorter).startswith("all: tau 1.000"), "a version of before they were kept"
+    assert decided(heldout=shorter).startswith("all: tau 1.000"), "a version that does not say them"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from draftsmith.flows.pipeline.graph import PlannedNode, Status
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.course import resolve
 from draftsmith.flows.refresh.graph import refresh_nodes
-from draftsmith.flows.refresh.line import RegistryConfig, as_it_stands, log_tags, prompt_tags, registry
+from draftsmith.flows.refresh.line import log_tags, prompt_tags, registry
 from draftsmith.stages.earlier import STAGE, TABLE, EarlierConfig, is_here
 from draftsmith.stages.logs import STAGE as LOGS
 from draftsmith.stages.logs import LogsConfig
@@ -109,12 +108,6 @@ def test_the_next_refresh_reads_what_is_new_and_mixes_in_what_the_champion_has_l
     earlier, info = second.registry.answers, read_target_info(tiny_drafter.target)
     assert taken is not None and earlier is not None
     assert (earlier.target_digest, earlier.tokenizer_digest) == (info.digest, info.tokenizer_digest)
-    registry().tag(
-        promoted.version, {"answers": _of_before(promoted.version.tags["answers"]), "target_digest": "another"}
-    )
-    known = as_it_stands(RegistryConfig(name=LINE)).answers
-    assert known is not None and (known.target_digest, known.tokenizer_digest) == ("another", "")
-    assert known.sha256 == earlier.sha256
 
     answers = promoted.read.out / "trajectories.parquet"
     answers.write_bytes(b"other")
@@ -174,11 +167,6 @@ def planned_checks(config: RefreshConfig) -> list[str]:
     """What a run checks before its first stage."""
     nodes = refresh_nodes(config)
     return RunChecks().before([PlannedNode(node, Status.RUN) for node in nodes])
-
-
-def _of_before(answers: str) -> str:
-    """A tag as it was before it said whose answers they are."""
-    return json.dumps({name: json.loads(answers)[name] for name in ("folder", "sha256")})
 
 
 def _answers(folder: Path, made: DrafterArtifacts) -> Path:
@@ -246,12 +234,5 @@ def test_one_file_may_be_asked_with_several_suffixes(tmp_path: Path, monkeypatch
     registry().register(LINE, ArtifactRef("opd", "key", "content", tmp_path), prompt_tags(measured.prompts))
     for same in (measured, asking(" /no_think", " /think"), asking(" /think")):
         assert resolve(same).registry is not None
-    of_old = json.dumps({str(tmp_path / "log.jsonl"): hashlib.sha256(b"\nThink.\n").hexdigest()[:12]})
-    registry().register("old", ArtifactRef("opd", "key", "content", tmp_path), {"suffixes": of_old})
-    old = {"registry": RegistryConfig(name="old")}
-    for same in (asking("\nThink.\n"), asking(" /no_think", "\nThink.\n")):
-        assert resolve(same.model_copy(update=old)).registry is not None, "the last suffix of a source, as it was given"
-    with pytest.raises(DraftsmithError, match="a suffix that old version 1 was not measured with"):
-        resolve(asking(" /think").model_copy(update=old))
     with pytest.raises(DraftsmithError, match="a suffix that tiny version 1 was not measured with"):
         resolve(asking(" /think hard", " /no_think"))

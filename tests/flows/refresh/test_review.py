@@ -19,7 +19,7 @@ from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.stages.reporting.outcome import outcome
 from tests.flows.refresh.made import committed, config_of
 
-DECISION = {"promote": True, "challenger": "opd", "champion": "3", "rules": []}
+DECISION = {"outcome": "promoted", "promote": True, "challenger": "opd", "champion": "3", "rules": []}
 EVALUATION = {"drafters": {"opd": {"tau": 3.5}, "champion": {"tau": 3.0}}}
 OVERRULED = Conclusion("Refused", "version 4 is not promoted: somebody took it out", RefusedError("no"), overrules=True)
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from draftsmith.stages.drafters.config import DraftingConfig
-from draftsmith.stages.drafters.cutting import Reach, verified
+from draftsmith.stages.drafters.cutting import KeptSoFar, verified
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.measure.drift import DriftConfig
 from draftsmith.stages.mining import MiningConfig
@@ -33,8 +33,8 @@ def test_a_block_is_cut_where_it_is_no_longer_probable_that_all_is_kept(threshol
     expected = [plainly(row, threshold) for row in SAID.tolist()]
     assert len(set(expected)) > 2
     assert verified(SAID, threshold).tolist() == expected
-    reach = Reach(threshold)
-    by_offset = torch.stack([reach.take(SAID[:, k]) for k in range(SAID.shape[1])], 1)
+    kept = KeptSoFar(threshold)
+    by_offset = torch.stack([kept.take(SAID[:, k]) for k in range(SAID.shape[1])], 1)
     assert by_offset.sum(1).tolist() == expected
     assert torch.equal(by_offset, by_offset.long().cumprod(1).bool())  # nothing behind the cut
 

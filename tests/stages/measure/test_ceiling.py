@@ -8,7 +8,7 @@ from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.drafters.law import Law
 from draftsmith.stages.measure.acceptance import ceiling_trace
 from draftsmith.stages.replay.chains import committed_tokens
-from draftsmith.stages.replay.drawn import SampledText
+from draftsmith.stages.replay.drawn import Expectation, SampledText
 from draftsmith.stages.replay.trace import Trajectory, tau
 from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed import random_target
@@ -51,7 +51,7 @@ def test_what_is_drawn_from_the_targets_own_law_is_kept(plain_target: Target) ->
         tokens, anchors = committed_tokens([trajectory], 4, plain_target.device), torch.tensor(trace.anchors)[None]
         hidden = plain_target.read(tokens[:, :-4]).hidden
         text = SampledText.of(plain_target, hidden, [trajectory], law, 4)
-        found = text.expectation(anchors)
+        found = Expectation(text, anchors)
         for k in range(1, 5):
             ahead = tokens.gather(1, anchors + k)
             p, of_tokens = text.law_behind(anchors + k - 1, ahead)

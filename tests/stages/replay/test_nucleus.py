@@ -15,7 +15,7 @@ from draftsmith.stages.drafters.law import Law
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.corpus import mine
-from draftsmith.stages.replay.drawn import SampledText
+from draftsmith.stages.replay.drawn import Expectation, SampledText
 from draftsmith.stages.replay.nucleus import doubt
 from draftsmith.stages.replay.tally import Tally, tally_all
 from draftsmith.stages.replay.trace import Trajectory
@@ -87,7 +87,7 @@ def test_a_token_outside_is_judged_by_the_law_before_truncation(wide: list[Traje
             assert p[0, 0, y] == 0
             q = torch.zeros_like(p)
             q[..., y] = 0.4 * whole[place, y]
-            found = sampled.expectation(anchor)
+            found = Expectation(sampled, anchor)
             found.take(q, of_y, y[None, None], Head(plain_target.head_weight))
             assert float(found.committed) == pytest.approx(1.4)
         if number >= 10:

@@ -155,7 +155,10 @@ HOSTILE = '</span><script>console.error("acted")</script><img src="x" onerror="c
 
 
 def _compared(kind: str, other: str, value: float, error: float, **fields: Any) -> dict[str, Any]:
-    found = {"kind": kind, "arm": "opd", "other": other, "value": value, "error": error, "units": 40, "degrees": 39.0}
+    spread = {"units": 40, "degrees": 39.0}
+    found = {"kind": kind, "arm": "opd", "other": other, "value": value, "error": error, **spread}
+    if base := fields.get("base"):
+        found["gain"] = {"value": value / base, "error": error / base, **spread}
     return found | fields
 
 
