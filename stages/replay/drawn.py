@@ -101,6 +101,11 @@ class SampledText:
         return p, torch.where(of_tokens > 0, of_tokens, before)
 
 
+def kept_by(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """From the laws of a committed token: how probable it is, up to 1, that it was the proposal, and kept."""
+    return q / p
+
+
 def rejected_by(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """From the laws of an offset [..., V]: weights that a proposal was drawn by of which it is known that it was
     rejected."""
@@ -139,8 +144,7 @@ class Expectation:
         self.offset += 1
         columns, present = head.to_columns(tokens.clamp(min=0))
         of_q = q.gather(-1, columns[..., None])[..., 0] * (present & (tokens >= 0))
-        # that the committed token was the proposal, and kept
-        chance = (of_q / of_p.clamp(min=torch.finfo(of_p.dtype).tiny)).clamp(max=1)
+        chance = kept_by(of_q, of_p.clamp(min=torch.finfo(of_p.dtype).tiny)).clamp(max=1)
         judged = tokens >= 0
         if verified is not None:
             chance, judged = chance * verified, judged & verified
