@@ -88,6 +88,8 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
             candidates = _Candidates(config, ctx.seed)
             total = _read(ctx, config, intake, waiting, candidates, wanted)
         aside.check()
+    for doubt in intake.doubts():
+        ctx.log(f"warning: {doubt}")
     if kept.kept:
         ctx.log(f"{kept.kept} answers were tokenised by an earlier attempt")
     if config.source_field is not None and intake.without_source == len(candidates.sources) > 0:
@@ -119,6 +121,7 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
         "replay_left_out": changed,
         "set_aside": dict(aside.reasons.most_common()),
         "outside_window": intake.outside_window,
+        "filtered": intake.filtered,
         "not_drawn": len(used) - int(used.sum()),
         "sources": dict(sorted(sources.items())) if config.source_field is not None else {},
         "response_tokens": table.response_tokens,
@@ -272,8 +275,7 @@ def _nothing_usable(config: LogsConfig, intake: Intake, candidates: int) -> str:
         after = f"later than {config.after}" if config.after is not None else ""
         beginning = " and ".join(each for each in (since, after) if each)
         return f"logs: none of {rows} rows of {where} is {beginning}: give newer files or an earlier time"
-    outside = [f"{intake.outside_window} outside the window"] if intake.outside_window else []
-    said = ", ".join([part for part in (intake.aside.said(), *outside) if part]) or "no rows"
+    said = ", ".join([part for part in (intake.aside.said(), intake.not_meant) if part]) or "no rows"
     return (
         f"logs: none of {rows} rows of {where} can be used ({said}): give rows of the shapes {SHAPES}, token ids if "
         "text does not survive"

@@ -143,7 +143,7 @@ def _counts(prompts: Mapping[str, Any], logs: Mapping[str, Any]) -> dict[str, fl
             reasons = told.get("set_aside") or {}
             found[f"{name}.set_aside"] = sum(reasons.values())
             found |= {f"{name}.set_aside.{reason}": count for reason, count in reasons.items()}
-    of_logs = ("rows_read", "used", "replayed", "outside_window", "not_drawn", "response_tokens", "scored")
+    of_logs = ("rows_read", "used", "replayed", "outside_window", "filtered", "not_drawn", "response_tokens", "scored")
     found |= {f"logs.improbable.{reason}": count for reason, count in (logs.get("improbable") or {}).items()}
     return found | {f"logs.{name}": logs[name] for name in of_logs if name in logs}
 

@@ -16,7 +16,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.tracking import Tracking
-from draftsmith.flows.checks.comparisons import check_budgets, check_laws
+from draftsmith.flows.checks.comparisons import check_budgets, check_gate, check_laws
 from draftsmith.flows.checks.duration import check_duration
 from draftsmith.flows.checks.engines import check_engines
 from draftsmith.flows.checks.findings import Findings, FirstError
@@ -80,6 +80,7 @@ def _without_target(found: Findings, nodes: Sequence[Node], to_make: Sequence[No
     _check_earlier(found, to_make)
     check_budgets(found, nodes)
     check_laws(found, nodes)
+    check_gate(found, nodes)
     check_supplies(found, nodes)
     check_sources(found, to_make)
     check_engines(found, to_make)

@@ -10,7 +10,10 @@ from draftsmith.flows.pipeline.graph import Node
 from draftsmith.stages.drafters.law import GREEDY, Law
 from draftsmith.stages.experiments.comparison import BASE, PREFIX, ComparisonConfig, Entry
 from draftsmith.stages.measure.config import EvaluationConfig
+from draftsmith.stages.measure.doubts import FEWEST_PROMPTS
+from draftsmith.stages.measure.gate import GateConfig
 from draftsmith.stages.measure.requests import settings_of
+from draftsmith.stages.measure.verdicts import FEWEST_TURNS
 from draftsmith.stages.prompting.logs_config import LogsConfig
 from draftsmith.stages.rollout import RolloutConfig
 from draftsmith.stages.training.on_policy.config import OpdConfig
@@ -33,6 +36,28 @@ def check_budgets(found: Findings, nodes: Sequence[Node]) -> None:
                     f"{', '.join(dict.fromkeys(trained))} with {steps} steps: nothing to compare with, since the "
                     f"control {control} is not trained for as many: add them to its budgets (arms.{control}.budgets)",
                 )
+
+
+def check_gate(found: Findings, nodes: Sequence[Node]) -> None:
+    """A warning where speed is measured so seldom that the gate will not judge it, and so promote nothing."""
+    configs = {node.name: node.config for node in nodes}
+    for node in nodes:
+        if not isinstance(node.config, GateConfig) or not node.config.judge_speed:
+            continue
+        measured = configs[node.inputs["evaluation"]]
+        assert isinstance(measured, EvaluationConfig)
+        needed = {"rounds": FEWEST_TURNS, "speed_prompts": FEWEST_PROMPTS}
+        too_low = [
+            f"evaluation.{name} {getattr(measured, name)} (from {least} on)"
+            for name, least in needed.items()
+            if getattr(measured, name) < least
+        ]
+        if too_low:
+            found.warn(
+                node.name,
+                f"will promote nothing, as it judges no speed by {', '.join(too_low)}: raise it, or let tau alone "
+                "decide (gate.judge_speed: false)",
+            )
 
 
 def check_laws(found: Findings, nodes: Sequence[Node]) -> None:

@@ -297,12 +297,13 @@ def _check_log(found: Findings, name: str, config: LogsConfig, target: Path | No
             break
         used += sieve.take(row) is not None
     read = "all" if whole else "the first"
-    others = [f"{sieve.outside_window} outside the window"] if sieve.outside_window else []
-    said = ", ".join([part for part in (aside.said(), *others) if part])
+    said = ", ".join([part for part in (aside.said(), sieve.not_meant) if part])
     line = f"{used} of {read} {aside.rows} rows can be used{f'; not used: {said}' if said else ''}"
     if target is None:
         line += " (seen without the target's tokenizer)"
     aside.check()
+    for doubt in sieve.doubts():
+        found.warn(name, doubt)
     if sieve.outside_window + sieve.overlap == aside.rows and not whole:
         found.ok(name, f"{line}; rows of the window may follow")
         return
@@ -311,7 +312,8 @@ def _check_log(found: Findings, name: str, config: LogsConfig, target: Path | No
         return
     if not used and whole:
         raise DraftsmithError(f"{', '.join(config.paths)}: {line}: give other files or correct section {name}")
-    if not used or sum(aside.reasons.values()) > _MUCH_SET_ASIDE * (aside.rows - sieve.outside_window):
+    meant = aside.rows - sieve.outside_window - sieve.filtered
+    if not used or sum(aside.reasons.values()) > _MUCH_SET_ASIDE * meant:
         found.warn(name, f"{line}: see whether these are this target's answers, and the settings their own")
     else:
         found.ok(name, line)

@@ -68,7 +68,7 @@ class PrefectServer:
         self._wait, self._stop = wait, stop
 
     def wait(self) -> None:
-        """Until the server answers. Raises `DraftsmithError` if it does not."""
+        """Until the server answers. Raises `DraftsmithError` if it does not, RetryableError if it may yet."""
         if self._wait is not None:
             self._wait()
 
@@ -196,7 +196,7 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log_path: Pa
         with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
             return
         time.sleep(0.1)
-    raise DraftsmithError(
+    raise RetryableError(  # a machine that is busy
         f"Prefect's temporary server did not start within {_START_LIMIT_S:.0f} s (log: {log_path}): run "
         "`prefect server start` in another terminal and set PREFECT_API_URL"
     )

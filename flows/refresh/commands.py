@@ -62,13 +62,19 @@ def promote(display: Display, text: str, why: str, *, dry_run: bool) -> None:
 
 
 def rollback(display: Display, line: str, why: str, *, dry_run: bool) -> None:
-    """The previous champion serves again."""
+    """The previous champion serves again, unless that is the one that a rollback has just taken out of service."""
     lines = registry()
     lost = None if dry_run else lines.complete(line)
     if lost is not None and lost.what == ROLLED_BACK:  # the same command, when MLflow was lost in the midst of it
         display.line(f"{line} version {lost.version} is the champion now, in place of version {lost.before}")
         return
     version = lines.resolve(f"{line}@{PREVIOUS}")
+    undone = lines.rolled_back(version)
+    if undone is not None and undone.what == ROLLED_BACK:
+        raise DraftsmithError(
+            f"{version} served before, and {undone.by} rolled it back at {undone.at} ({undone.why}): to have it or "
+            f"another one serve, `draftsmith promote {line}@VERSION` (`draftsmith champions {line}` lists them)"
+        )
     _move(display, lines, version, why or "by hand", ROLLED_BACK, dry_run=dry_run)
 
 

@@ -94,7 +94,7 @@ class RefreshConfig(RunOptions):
         logs = data["logs"]
         paths, given = logs.get("paths"), data.get("prompts", {})
         if paths and isinstance(given, dict) and "sources" not in given:
-            when = {name: logs[name] for name in ("since", "time_field") if logs.get(name) is not None}
+            when = {name: logs[name] for name in ("since", "time_field", "filter") if logs.get(name) is not None}
             read = {name: logs[name] for name in _READ_ALIKE if logs.get(name) is not None}
             each = [paths] if isinstance(paths, str) else paths
             sources = [{"kind": "jsonl", "path": path, **when} for path in each]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -19,7 +20,8 @@ from typing import IO, Any
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, one_line
 
 KINDS = ".jsonl, .ndjson or .json with an object a line, also with .gz or .zst, or .parquet"
-_ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")  # what is taken out of a folder
+# what is taken out of a folder; behind the suffix a number or a date, as logrotate writes them
+_OF_ROWS = re.compile(r".*(\.(jsonl|ndjson|json)([.-]\d[\d.T_-]*)?(\.gz|\.zst)?|\.parquet(\.gz|\.zst)?)")
 _CHUNK = 1 << 18  # bytes
 _PARQUET_ROWS = 256  # Python objects of so many rows at a time
 
@@ -124,7 +126,7 @@ def _in_folder(folder: Path) -> list[str]:
 def _holds_rows(name: str) -> bool:
     """By its name below a folder; what begins with a dot or an underscore is somebody's bookkeeping."""
     parts = name.split("/")
-    return _inner(parts[-1]).endswith(_ROW_SUFFIXES) and not any(part.startswith((".", "_")) for part in parts)
+    return _OF_ROWS.fullmatch(parts[-1]) is not None and not any(part.startswith((".", "_")) for part in parts)
 
 
 def _inner(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Set
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -18,7 +19,7 @@ from draftsmith.stages.prompting.files import BadRow, Row
 from draftsmith.stages.prompting.held_out import HeldOut, digest
 from draftsmith.stages.prompting.logged import LoggedRow, Reader, logged_ids, logged_text
 from draftsmith.stages.prompting.logs_config import LogsConfig
-from draftsmith.stages.prompting.rows import SetAside, messages_beside_ids
+from draftsmith.stages.prompting.rows import SetAside, messages_beside_ids, passes
 from draftsmith.stages.prompting.times import TIME_FIELDS, row_time
 from draftsmith.stages.prompting.tokenised import Tokenised
 from draftsmith.stages.prompting.unrendered import Unrendered
@@ -28,6 +29,9 @@ from draftsmith.stages.targets.resolve import load_tokenizer
 HELD_OUT = "prompt of the validation or held-out split"
 DUPLICATE = "duplicate of an earlier row"
 USED_BEFORE = "used by the champion's refresh"
+_MODEL = "model"  # the field in which services write whose answer it is
+_MOST_MODELS = 5  # that are named
+_MUCH = 0.5  # of the rows taken
 T = TypeVar("T")
 
 
@@ -63,11 +67,35 @@ class Sieve(ABC, Generic[T]):
     def __init__(self, config: LogsConfig, aside: Aside):
         self.aside, self._config = aside, config
         self.outside_window = 0
+        self.filtered = 0  # rows inside the window that `filter` does not let through
+        self._models: Counter[str] = Counter()  # of the rows taken, where they say one
+        self._taken = self._endless = 0  # rows taken, and of these, of text, those that do not say how they ended
         self.overlap = 0  # rows inside the window that a refresh before may have read
         self._outside: tuple[str, bool] = "", False  # the file of the row before, and whether that was
         self.newest: datetime | None = None  # of all rows read
         # a row of a clock that is wrong must not hide the rows of days to come from `since: last`
         self._latest = datetime.now(UTC) + timedelta(days=1)
+
+    @property
+    def not_meant(self) -> str:
+        """How many rows were not asked for, in words; empty where all were."""
+        counts = {"outside the window": self.outside_window, "not let through by filter": self.filtered}
+        return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+
+    def doubts(self) -> list[str]:
+        """What is doubtful about the rows that were taken, and what to do."""
+        found = []
+        if len(self._models) > 1 and _MODEL not in self._config.filter:
+            named = ", ".join(f"{count} of {name}" for name, count in self._models.most_common(_MOST_MODELS))
+            found.append(
+                f"the rows name {len(self._models)} models ({named}): `logs.filter: {{{_MODEL}: …}}` takes those of one"
+            )
+        if self._endless > _MUCH * self._taken:
+            found.append(
+                f"{self._endless} of {self._taken} rows are text without a finish_reason: only where that is `stop` is "
+                "the stop token known to follow, and drafters learn where answers end"
+            )
+        return found
 
     @abstractmethod
     def _made(self, row: LoggedRow, time: datetime | None) -> T:
@@ -90,10 +118,18 @@ class Sieve(ABC, Generic[T]):
                 self.aside.outside += 1
                 return None
             self.overlap += self._config.read_before(time)
+            if not passes(self._config.filter, row.fields, row.where):
+                self.filtered += 1
+                return None
             said = logged.temperature  # a Parquet file may have it as float32
             if said is not None and not math.isclose(said, self._config.temperature, rel_tol=1e-6):
                 raise SetAside("another temperature")
-            return self._made(logged, time)
+            made = self._made(logged, time)
+            self._taken += 1
+            self._endless += logged.endless
+            if isinstance(model := row.fields.get(_MODEL), str):
+                self._models[model] += 1
+            return made
         except SetAside as reason:
             self.aside.unusable(row.file, row.number, logged.log_id, str(reason))
         except DraftsmithError as error:

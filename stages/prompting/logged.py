@@ -59,6 +59,11 @@ class LoggedRow(Row):
         """Did the target end the answer itself? Text does not show its stop token: the row has to say it."""
         return self.fields.get("finish_reason") == "stop"
 
+    @property
+    def endless(self) -> bool:
+        """Is it text that does not say how it ended?"""
+        return self.fields.get("completion_token_ids") is None and self.fields.get("finish_reason") is None
+
 
 @dataclass(frozen=True)
 class Answer:

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from draftsmith.stages.contract import Config
 from draftsmith.stages.prompting.files import listed, local_files, matched, remote_versions
+from draftsmith.stages.prompting.rows import Filter
 from draftsmith.stages.prompting.times import LAST, Since, as_text, as_time, iso
 
 _PATHS = "logs.paths"
@@ -40,6 +41,11 @@ class LogsConfig(Config):
             "s3://bucket/logs/*.jsonl.zst; JSON Lines (plain, .gz, .zst) or .parquet",
         ),
     ]
+    filter: Filter = Field(
+        default={},
+        description="only rows whose fields have this value or one of these, e.g. {model: my-target} where a log holds "
+        "the answers of several models",
+    )
     temperature: float = Field(
         ge=0,
         description="sampling temperature of the answers; a row that says another one is set aside, one that says none "

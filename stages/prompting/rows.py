@@ -14,6 +14,8 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.prompting.files import kind_of
 
 Message: TypeAlias = dict[str, str]  # role, content
+Value: TypeAlias = str | int | float | bool
+Filter: TypeAlias = dict[str, Value | list[Value]]  # of a config: field -> what it may be
 
 _ROLES = {
     "system": "system",
@@ -38,6 +40,17 @@ NOT_TEXT = "images or other parts of messages that are not text"
 
 class SetAside(Exception):
     """This row can be read, but not used; the message is the reason, as it is counted."""
+
+
+def passes(wanted: Filter, row: Mapping[str, Any], where: str) -> bool:
+    """Whether a filter lets the row through; `where` names the row in the error for a field that it lacks."""
+    for name, values in wanted.items():
+        if name not in row:
+            known = ", ".join(sorted(row)) or "none"
+            raise DraftsmithError(f"{where}: no field {name} to filter by: correct filter, its fields are {known}")
+        if row[name] not in (values if isinstance(values, list) else [values]):
+            return False
+    return True
 
 
 def prompt_ids(row: Mapping[str, Any], field: str | None, where: str) -> list[int] | None:

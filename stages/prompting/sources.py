@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Config
-from draftsmith.stages.prompting.rows import Message
+from draftsmith.stages.prompting.rows import Filter, Message, passes
 from draftsmith.stages.prompting.times import Since, as_time
 
 Split = Literal["train", "validation", "heldout"]
@@ -55,27 +54,18 @@ class ReasoningGymSource(_SourceBase):
     )
 
 
-Value: TypeAlias = str | int | float | bool
-
-
 class _RowSource(_SourceBase):
     """What files and data sets have in common: rows with fields."""
 
     label: str | None = Field(default=None, description="name in the tables; left out: the file's name or the id")
     field: str | None = Field(default=None, description="the field with the text or messages, e.g. question")
-    filter: dict[str, Value | list[Value]] = Field(
+    filter: Filter = Field(
         default={}, description="only rows whose fields have this value or one of these, e.g. {source: olympiads}"
     )
 
     def keeps(self, row: Mapping[str, Any], where: str) -> bool:
-        """Whether `filter` lets the row through; `where` names the row in the error for a field that it lacks."""
-        for name, wanted in self.filter.items():
-            if name not in row:
-                known = ", ".join(sorted(row)) or "none"
-                raise DraftsmithError(f"{where}: no field {name} to filter by: correct filter, its fields are {known}")
-            if row[name] not in (wanted if isinstance(wanted, list) else [wanted]):
-                return False
-        return True
+        """Whether `filter` lets the row through, as `passes` says."""
+        return passes(self.filter, row, where)
 
 
 class ProceduralSource(_SourceBase):

@@ -150,7 +150,12 @@ def set_aside(prompts: Mapping[str, Any], logs: Mapping[str, Any]) -> Table | No
         shown.append(["prompts", "too long", str(prompts["too_long_skipped"])])
     for name, told in (("prompts", prompts), ("logs", logs)):
         shown += [[name, reason, str(count)] for reason, count in (told.get("set_aside") or {}).items()]
-    for field, reason in (("outside_window", "outside the window"), ("not_drawn", "not drawn")):
+    not_meant = {
+        "outside_window": "outside the window",
+        "filtered": "not let through by logs.filter",
+        "not_drawn": "not drawn",
+    }
+    for field, reason in not_meant.items():
         if logs.get(field):
             shown.append(["logs", reason, str(logs[field])])
     for reason, count in (logs.get("improbable") or {}).items():

@@ -131,6 +131,27 @@ def test_a_rollback_that_is_repeated_swaps_nothing_back(
     assert served.rolled_back(bad) is None
 
 
+def test_a_second_rollback_does_not_bring_back_what_the_first_took_out(
+    served: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = "rolled-back-twice"
+    monkeypatch.setattr(commands, "registry", lambda: served)
+    monkeypatch.setattr(commands, "verified", lambda _version: None)
+    good, bad = (served.register(line, ref(tmp_path, name), {}) for name in "ab")
+    served.promote(good, expected=None, why="the first one")
+    served.promote(bad, expected=good, why="better")
+    commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
+    for dry_run in (True, False):
+        with pytest.raises(DraftsmithError, match=rf"version 2 .*it accepts nothing.*promote {line}@VERSION"):
+            commands.rollback(Display(), line, "", dry_run=dry_run)
+    champion = served.champion(line)
+    assert champion is not None and champion.number == good.number
+    commands.promote(Display(), f"{line}@2", "mended", dry_run=False)
+    commands.rollback(Display(), line, "", dry_run=False)  # what a hand has promoted goes back
+    champion = served.champion(line)
+    assert champion is not None and champion.number == good.number
+
+
 def test_what_a_retry_does_not_mend_is_no_lost_server(served: Registry, tmp_path: Path) -> None:
     with pytest.raises(DraftsmithError, match="refused this") as refused:
         served.register("a:b", ref(tmp_path, "a"), {})

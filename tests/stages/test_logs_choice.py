@@ -79,6 +79,22 @@ def test_bad_rows_are_set_aside_up_to_a_share(
     assert not list((tmp_path / "3" / "run" / "out").iterdir())
 
 
+def test_answers_of_another_model_are_passed_over_by_a_filter(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
+) -> None:
+    models = ["ours", "theirs", "ours-v2"]
+    rows = [as_ids(row) | {"model": models[n % 3]} for n, row in enumerate(logged_answers[:9])]
+    path = write(tmp_path / "log.jsonl", rows)
+    ctx = run(tmp_path, tiny_drafter, path, filter={"model": ["ours", "ours-v2"]})
+    assert responses(table(ctx)) == responses([row for n, row in enumerate(logged_answers[:9]) if n % 3 != 1])
+    assert (counts(ctx)["filtered"], counts(ctx)["set_aside"]) == (3, {})
+    assert not [line for line in ctx.logs if "models" in line]
+    mixed = run(tmp_path / "2", tiny_drafter, path)
+    assert [line for line in mixed.logs if "the rows name 3 models" in line]
+    with pytest.raises(DraftsmithError, match=r"none of 9 rows .* \(9 not let through by filter\)"):
+        run(tmp_path / "3", tiny_drafter, path, filter={"model": "nobody's"})
+
+
 def test_rows_outside_a_window_are_passed_over_and_rows_without_a_time_set_aside(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
 ) -> None:

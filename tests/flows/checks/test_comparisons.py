@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.flows.checks.comparisons import check_laws
+from draftsmith.flows.checks.comparisons import check_gate, check_laws
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.experiments.arms import ExperimentConfig, experiment_nodes
 from draftsmith.flows.pipeline.config_file import read_config
@@ -51,6 +51,18 @@ def test_one_law_is_no_warning_whatever_it_is(tmp_path: Path) -> None:
     logs = f"logs={{paths: {log}, temperature: 0.7}}"
     assert len(refreshed(logs)) == 1
     assert refreshed(logs, "heldout.sampling.temperature=0.7", "evaluation.sampling.temperature=0.7") == []
+
+
+def test_a_gate_that_can_promote_nothing_is_told_before_anything_is_spent() -> None:
+    def told(*overrides: str) -> list[str]:
+        found = Findings()
+        check_gate(found, refresh_nodes(load_config(ROOT / "configs" / "quickstart.yaml", list(overrides))))
+        return found.warnings
+
+    (warning,) = told("evaluation.rounds=2", "evaluation.speed_prompts=3")
+    low = "evaluation.rounds 2 (from 5 on), evaluation.speed_prompts 3 (from 4 on)"
+    assert warning.startswith(f"gate: will promote nothing, as it judges no speed by {low}: raise it")
+    assert told() == told("evaluation.rounds=2", "gate.judge_speed=false") == told("registry=null") == []
 
 
 def test_experiments_are_told_once() -> None:

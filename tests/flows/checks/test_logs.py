@@ -17,7 +17,11 @@ from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.targets.metadata import metadata_artifact
 
-GOOD = {"messages": [{"role": "user", "content": "tell a story"}], "completion": "once upon a time ."}
+GOOD = {
+    "messages": [{"role": "user", "content": "tell a story"}],
+    "completion": "once upon a time .",
+    "finish_reason": "stop",
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +33,18 @@ def metadata(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def found(metadata: Path | None, path: Path, rows: list[Any], **config: Any) -> tuple[Level, str]:
+    (line,) = all_found(metadata, path, rows, **config).lines
+    assert line.check == "logs"
+    return line.level, line.text
+
+
+def all_found(metadata: Path | None, path: Path, rows: list[Any], **config: Any) -> Findings:
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     os.utime(path, (0, 0))
     node = Node("logs", "draftsmith.stages.logs", LogsConfig(paths=[str(path)], temperature=0, **config))
     findings = Findings()
     checks.check_logs(findings, [node], metadata)
-    (line,) = findings.lines
-    assert line.check == "logs"
-    return line.level, line.text
+    return findings
 
 
 def answer(number: int, **more: Any) -> dict[str, Any]:
@@ -107,6 +115,28 @@ def test_a_window_is_no_fault_of_its_rows(metadata: Path, tmp_path: Path) -> Non
     rows = [answer(number, time=f"2026-03-0{number}") for number in range(1, 10)]
     level, text = found(metadata, tmp_path / "a.jsonl", rows, since="2026-03-08")
     assert level is Level.OK and text == "2 of all 9 rows can be used; not used: 7 outside the window"
+
+
+def test_rows_of_another_model_are_told_and_left_out_by_a_filter(metadata: Path, tmp_path: Path) -> None:
+    rows = [answer(number, model="ours" if number % 3 else "theirs") for number in range(9)]
+    path = tmp_path / "a.jsonl"
+    findings = all_found(metadata, path, rows)
+    told, counted = findings.lines
+    assert told.level is Level.WARNING and "2 models (6 of ours, 3 of theirs): `logs.filter: {model: …}`" in told.text
+    assert counted.text == "9 of all 9 rows can be used"
+    level, text = found(metadata, path, rows, filter={"model": "ours"})
+    assert level is Level.OK and text == "6 of all 9 rows can be used; not used: 3 not let through by filter"
+    level, text = found(metadata, path, rows, filter={"modell": "ours"})
+    assert level is Level.ERROR and "no field modell to filter by: correct filter, its fields are completion," in text
+
+
+def test_text_that_does_not_say_how_it_ended_is_told(metadata: Path, tmp_path: Path) -> None:
+    rows = [answer(number, finish_reason=None if number < 5 else "length") for number in range(9)]
+    told, counted = all_found(metadata, tmp_path / "a.jsonl", rows).lines
+    assert told.level is Level.WARNING and told.text.startswith("5 of 9 rows are text without a finish_reason")
+    assert counted.text == "9 of all 9 rows can be used"
+    ids = [{"prompt_token_ids": [5, number], "completion_token_ids": [7, 8]} for number in range(9)]
+    assert found(metadata, tmp_path / "a.jsonl", ids)[0] is Level.OK
 
 
 def test_only_the_first_rows_of_a_long_log_are_read(

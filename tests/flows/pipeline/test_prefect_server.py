@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 import urllib.request
 from pathlib import Path
 
 import pytest
 
+from draftsmith.artifacts.errors import EXIT_RETRYABLE, RetryableError
+from draftsmith.flows.pipeline import prefect_server
 from draftsmith.flows.pipeline.prefect_server import _reach_ourselves_directly
 from tests.flows.pipeline.processes import processes_of, run_toy
 from tests.flows.pipeline.toy import write_config
@@ -39,3 +42,14 @@ def test_a_damaged_database_is_one_error_that_says_what_to_move_away(tmp_path: P
     assert ended.returncode == 2, ended.stderr
     assert f"move {database} away" in ended.stderr
     assert not processes_of(home)
+
+
+def test_a_server_that_a_busy_machine_starts_slowly_is_worth_a_retry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefect_server, "_START_LIMIT_S", 0.0)
+    with subprocess.Popen(["sleep", "60"]) as slow:
+        with pytest.raises(RetryableError, match="did not start within") as caught:
+            prefect_server._wait_until_healthy(slow, "http://127.0.0.1:9/api", tmp_path / "server.log")
+        slow.kill()
+    assert caught.value.exit_code == EXIT_RETRYABLE

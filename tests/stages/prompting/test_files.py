@@ -89,6 +89,15 @@ def test_a_folder_is_its_files_of_rows_in_order(tmp_path: Path) -> None:
     assert {row["n"] for row in fields(matched([str(tmp_path)], "logs.paths"))} == set(found)
 
 
+def test_a_folder_has_the_files_that_logrotate_has_renamed(tmp_path: Path) -> None:
+    rotated = ("a.jsonl", "a.jsonl-20261121.gz", "a.jsonl.1", "a.jsonl.2.gz", "b.json.2026-11-21T03.zst")
+    for name in rotated:
+        (tmp_path / name).write_bytes(content([{"n": name}], name))
+    for name in ("a.jsonl.part", "a.jsonl.1.tmp", "a.jsonl~"):
+        (tmp_path / name).write_text('{"n": "not a log"}\n')
+    assert [row["n"] for row in fields(matched([str(tmp_path)], "logs.paths"))] == list(rotated)
+
+
 def test_patterns_stand_as_given_and_no_file_comes_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("logs/b.jsonl", "logs/a.jsonl", "logs/day/c.jsonl", "other.jsonl"):
