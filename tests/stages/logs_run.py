@@ -41,11 +41,11 @@ def run(
     return ctx
 
 
-def earlier(folder: Path, before: RecordingContext) -> Path:
+def earlier(folder: Path, before: RecordingContext, *, replayed: bool = False) -> Path:
     """Of stage `earlier`: what the refresh before has used."""
     ctx = RecordingContext.under(folder / "earlier", {})
     sha256 = sha256_file(before.out / TABLE)
-    EARLIER.run(ctx, EarlierConfig(folder=str(before.out), sha256=sha256, replayed=False))
+    EARLIER.run(ctx, EarlierConfig(folder=str(before.out), sha256=sha256, replayed=replayed))
     return ctx.out
 
 
