@@ -12,7 +12,7 @@ from draftsmith.artifacts.errors import RefusedError
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.registry import CHAMPION, PROMOTED, RECORD, ChampionMovedError, Version
 from draftsmith.flows.pipeline.graph import Conclusion, Node, PlanAgain
-from draftsmith.flows.refresh.config import RefreshConfig, measured_with, prompts_since
+from draftsmith.flows.refresh.config import DEFAULT_SAMPLING, RefreshConfig, measured_with, prompts_since
 from draftsmith.flows.refresh.line import (
     AHEAD_DAYS,
     BLOCK_SIZE,
@@ -104,10 +104,10 @@ class RefreshCourse:
     def _measured_differently(self) -> list[str]:
         """The settings that were others when the champion's figures were taken, in words; a version of before they
         were kept says none."""
-        now = measured_with(self.config)
+        now, kept = measured_with(self.config), self.line.measured_with
         return [
             f"{name} {_said(now[name])}, was {_said(was)}"
-            for name, was in self.line.measured_with.items()
+            for name, was in (DEFAULT_SAMPLING | kept if kept else kept).items()
             if now.get(name, was) != was and name != BLOCK_SIZE  # the trained one, now as then
         ]
 
