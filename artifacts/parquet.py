@@ -121,6 +121,13 @@ def read_table(path: Path, schema: TableSchema, columns: list[str] | None = None
         return file.read(columns)
 
 
+def is_of_this_version(path: Path, schema: TableSchema) -> bool:
+    """Whether a table is of this schema's very version. Raises DraftsmithError for a file that is damaged."""
+    with reading(path, schema.name):
+        metadata = pq.read_schema(path).metadata or {}
+    return metadata.get(b"draftsmith.version") == str(schema.version).encode()
+
+
 def open_table(path: Path, schema: TableSchema) -> pq.ParquetFile:
     """The file of a table of exactly this schema and version. Raises DraftsmithError; reads need `reading` around."""
     if path.is_dir():

@@ -49,7 +49,7 @@ TOKENISED = _table(  # of an unfinished attempt
 
 TRAJECTORIES = _table(
     "trajectories",
-    1,
+    2,
     trajectory_id=pa.string(),  # "<prompt_id>/<sample>"
     prompt_id=pa.string(),
     split=pa.string(),
@@ -59,6 +59,7 @@ TRAJECTORIES = _table(
     finish_reason=pa.string(),  # stop | length
     temperature=pa.float32(),  # 0 = greedy
     top_p=pa.float32(),
+    top_k=pa.int32(),  # 0 = all
     seed=pa.int64(),
     engine=pa.string(),
 )

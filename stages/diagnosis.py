@@ -46,7 +46,6 @@ def run(ctx: StageContext, config: DiagnosisConfig) -> None:
     from draftsmith.artifacts.schemas import TRACE
     from draftsmith.stages.drafters.checkpoint import load_drafter
     from draftsmith.stages.drafters.config import DraftingConfig
-    from draftsmith.stages.drafters.law import Law
     from draftsmith.stages.engines.base import Request, SamplingParams
     from draftsmith.stages.engines.sglang.client import key_header
     from draftsmith.stages.engines.sglang.engine import open_sglang
@@ -95,7 +94,7 @@ def run(ctx: StageContext, config: DiagnosisConfig) -> None:
             [trajectory_of(answer) for answer in answers],
             [answer.verify_steps for answer in answers],
             to_table(TRACE, [row for answer in answers for row in answer.trace_rows()]),
-            Law(params.temperature, params.top_p),
+            params.law,
         ),
         DraftingConfig(),
         allowed=config.max_parity_mismatch,

@@ -73,11 +73,11 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
         if config.replay_share and "earlier" in ctx.inputs:
             changed = made_otherwise(ctx.inputs["earlier"], info)
             if changed is None:
-                earlier = read_earlier(ctx.inputs["earlier"], intake, config.temperature, config.top_p)
+                earlier = read_earlier(ctx.inputs["earlier"], intake, config.law)
                 if earlier.of_other_laws:
                     ctx.log(
                         f"{earlier.of_other_laws} answers of the earlier refresh are left out: they were drawn at "
-                        "another temperature or top_p"
+                        "another temperature, top_p or top_k"
                     )
             else:
                 ctx.log(
@@ -101,7 +101,7 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
         ctx.log(f"{used.sum()} rows used, {sum(aside.reasons.values())} set aside: {aside.said()}")
     replayed = 0
     with TrajectoryTable(ctx.out / "trajectories.parquet") as table:
-        said = {"temperature": config.temperature, "top_p": config.top_p}
+        said = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
         for part in chosen_rows(waiting.path, used):
             table.append(part, **said, seed=0, engine="logs")  # their seed is not known
             ctx.check_interrupted()
@@ -159,7 +159,7 @@ def _judge(ctx: StageContext, config: LogsConfig, rows: int) -> list[str]:
     target, found, done = Target.load(ctx.inputs["target"]), [], 0
     for part in chosen_rows(ctx.out / "trajectories.parquet", mask):
         for row in part.select(["trajectory_id", "prompt_ids", "response_ids"]).to_pylist():
-            reason = judge(target, row["prompt_ids"], row["response_ids"], config.temperature, config.top_p)
+            reason = judge(target, row["prompt_ids"], row["response_ids"], config.law)
             if reason:
                 found.append({"trajectory_id": row["trajectory_id"], "reason": reason})
             done += 1
@@ -169,15 +169,15 @@ def _judge(ctx: StageContext, config: LogsConfig, rows: int) -> list[str]:
     if found:
         by_reason = Counter(each["reason"] for each in found)
         reasons = ", ".join(f"{n} {reason}" for reason, n in by_reason.most_common())
-        law = f"temperature {config.temperature:g}" + (f" and top_p {config.top_p:g}" if config.temperature else "")
+        law = f"temperature {config.temperature:g}" + (f", {config.law.truncation}" if config.temperature else "")
         said = (
             f"{len(found)} of {count} answers are not what this target gives at {law} "
             f"({reasons}; improbable.jsonl): sampled otherwise, another model's, or a part was cut out?"
         )
         if by_reason[OUTSIDE]:
             said += (
-                " Correct logs.top_p; top_k, min_p and penalties cannot be stated, so log answers without them, or "
-                "greedy ones."
+                " Correct logs.top_p and logs.top_k; min_p and penalties cannot be stated, so log answers without "
+                "them, or greedy ones."
             )
         if len(found) > config.max_improbable_share * count:
             raise DraftsmithError(f"logs: {said} logs.max_improbable_share allows {config.max_improbable_share:.0%}")

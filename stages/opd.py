@@ -36,8 +36,7 @@ def run(ctx: StageContext, config: OpdConfig) -> None:
         stored.trajectories,
         mined,
         config,
-        temperature=stored.law.temperature,
-        top_p=stored.law.top_p,
+        law=stored.law,
         seed=ctx.seed,
         ranks=ranks,
     )

@@ -69,8 +69,7 @@ def run(ctx: StageContext, config: SftConfig) -> None:
         target,
         stored.trajectories,
         config,
-        temperature=stored.law.temperature,
-        top_p=stored.law.top_p,
+        law=stored.law,
         seed=ctx.seed,
         ranks=ranks,
     )

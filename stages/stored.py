@@ -17,11 +17,12 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.parquet import read_table
 from draftsmith.artifacts.row_reader import RowReader
 from draftsmith.artifacts.schemas import PROMPTS, TRAJECTORIES
-from draftsmith.stages.drafters.law import Law
+from draftsmith.stages.law import Law
 from draftsmith.stages.replay.trajectories import TrajectoryRows
 from draftsmith.stages.targets.info import read_target_info
 
 DRAFTER_FOLDER = "drafter"  # inside the artifact of a training stage
+_LAW = ("temperature", "top_p", "top_k")  # columns
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,11 @@ class StoredTrajectories:
 def load_trajectories(folder: Path, splits: Collection[str] | None = None) -> StoredTrajectories:
     """trajectories.parquet of an artifact, restricted to some splits.
 
-    Raises DraftsmithError if nothing of these splits, nothing usable, or a mix of temperatures (or of top_p) is there.
+    Raises DraftsmithError if nothing of these splits, nothing usable, or a mix of temperatures (top_p, top_k) is there.
     """
     path = folder / "trajectories.parquet"
     reader = RowReader(path, TRAJECTORIES)
-    table = read_table(path, TRAJECTORIES, ["trajectory_id", "prompt_id", "split", "temperature", "top_p"])
+    table = read_table(path, TRAJECTORIES, ["trajectory_id", "prompt_id", "split", *_LAW])
     prompts, responses = _lengths(reader)
     wanted = np.ones(table.num_rows, dtype=bool)
     if splits is not None:
@@ -61,15 +62,14 @@ def load_trajectories(folder: Path, splits: Collection[str] | None = None) -> St
     places = np.flatnonzero(wanted & (responses >= 2))
     if not len(places):
         raise DraftsmithError(f"{path}: no answer of two or more tokens; check the prompts and max_new_tokens")
-    temperatures, top_ps = (sorted(table[name].take(places).unique().to_pylist()) for name in ("temperature", "top_p"))
-    if len(temperatures) > 1:
-        raise DraftsmithError(f"{path}: temperatures {temperatures} are mixed; roll out with one of them")
-    if len(top_ps) > 1 and temperatures[0] > 0:
-        raise DraftsmithError(f"{path}: values {top_ps} of top_p are mixed; roll out with one of them")
+    of_law = {name: sorted(table[name].take(places).unique().to_pylist()) for name in _LAW}
+    for name, values in of_law.items():
+        if len(values) > 1 and of_law["temperature"] != [0]:
+            raise DraftsmithError(f"{path}: values {values} of {name} are mixed; roll out with one of them")
     ids, prompt_ids = (table[name].take(places).combine_chunks() for name in ("trajectory_id", "prompt_id"))
     lengths = prompts[places] + responses[places]
     rows = TrajectoryRows(reader, places, ids, lengths, prompts[places])
-    law = Law(float(temperatures[0]), float(top_ps[0]))
+    law = Law.of(*(values[0] for values in of_law.values()))
     return StoredTrajectories(rows, prompt_ids, law, int(wanted.sum()) - len(places))
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.pipeline.graph import Node
-from draftsmith.stages.drafters.law import GREEDY, Law
 from draftsmith.stages.experiments.comparison import BASE, PREFIX, ComparisonConfig, Entry
+from draftsmith.stages.law import Law
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.measure.doubts import FEWEST_PROMPTS
 from draftsmith.stages.measure.gate import GateConfig
@@ -76,7 +76,7 @@ def check_laws(found: Findings, nodes: Sequence[Node]) -> None:
         others = {name: _law_of(configs[name]) for name in sorted(learned)}
         if isinstance(node.config, EvaluationConfig):
             first = settings_of(node.config)[0]
-            others["the first speed"] = _law(first.temperature, node.config.sampling.top_p)
+            others["the first speed"] = node.config.sampling.law(first.temperature)
         law = _law_of(configs[node.inputs["trajectories"]])
         unlike = ", ".join(f"{name} is {_said(other)}" for name, other in others.items() if other != law)
         if unlike and (law, unlike) not in told:
@@ -91,14 +91,10 @@ def check_laws(found: Findings, nodes: Sequence[Node]) -> None:
 def _law_of(config: object) -> Law:
     """That the answers of a node are drawn by."""
     if isinstance(config, LogsConfig):
-        return _law(config.temperature, config.top_p)
+        return config.law
     assert isinstance(config, RolloutConfig)
-    return _law(config.sampling.temperature, config.sampling.top_p)
-
-
-def _law(temperature: float, top_p: float) -> Law:
-    return Law(temperature, top_p) if temperature else GREEDY
+    return config.sampling.law()
 
 
 def _said(law: Law) -> str:
-    return "greedy" if law.greedy else f"sampled at {law.temperature:g}, top_p {law.top_p:g}"
+    return "greedy" if law.greedy else f"sampled at {law.temperature:g}, {law.truncation}"

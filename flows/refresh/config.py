@@ -15,6 +15,7 @@ from draftsmith.flows.refresh.hook import HookConfig
 from draftsmith.flows.refresh.line import RegistryConfig
 from draftsmith.stages.champion import ChampionConfig
 from draftsmith.stages.contract import Config
+from draftsmith.stages.engines.config import SamplingConfig
 from draftsmith.stages.logs import LogsConfig
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.measure.drift import DriftConfig
@@ -99,7 +100,11 @@ class RefreshConfig(RunOptions):
             each = [paths] if isinstance(paths, str) else paths
             sources = [{"kind": "jsonl", "path": path, **when} for path in each]
             made["prompts"] = {"sources": sources, **_OF_LOGS, **read, **given, "of_logs": True}
-        sampled = {"temperature": logs.get("temperature", 0), "top_p": logs.get("top_p", 1)}
+        sampled = {
+            "temperature": logs.get("temperature", 0),
+            "top_p": logs.get("top_p", 1),
+            "top_k": logs.get("top_k", 0),
+        }
         for section, fields in {"heldout": {"splits": _MEASURED}, "evaluation": {}}.items():
             given = data.get(section, {})
             if isinstance(given, dict):
@@ -253,6 +258,12 @@ def sft_config(config: RefreshConfig) -> SftConfig:
 def drift_config(config: RefreshConfig) -> DriftConfig:
     """The champion drafts as drafters do when their figures are taken."""
     return config.drift.model_copy(update={"drafting": config.evaluation.drafted()})
+
+
+# of `measured_with`: what a version was measured with whose settings were kept before a field was added
+DEFAULT_SAMPLING = {
+    f"heldout.sampling.{name}": value for name, value in SamplingConfig().model_dump(mode="json").items()
+}
 
 
 def measured_with(config: RefreshConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.registry import CHAMPION, PROMOTED, RECORD, ChampionMovedError, Version
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.graph import Conclusion, Node, PlanAgain
-from draftsmith.flows.refresh.config import RefreshConfig, measured_with, prompts_since
+from draftsmith.flows.refresh.config import DEFAULT_SAMPLING, RefreshConfig, measured_with, prompts_since
 from draftsmith.flows.refresh.line import (
     AHEAD_DAYS,
     BLOCK_SIZE,
@@ -110,7 +110,7 @@ class RefreshCourse:
         now = measured_with(self.config)
         return [
             f"{name} {_said(now[name])}, was {_said(was)}"
-            for name, was in self.line.measured_with.items()
+            for name, was in (DEFAULT_SAMPLING | self.line.measured_with).items()
             if now.get(name, was) != was and name != BLOCK_SIZE  # the trained one, now as then
         ]
 

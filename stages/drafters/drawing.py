@@ -1,4 +1,4 @@
-"""Drawing tokens: temperature and top-p, with uniform numbers of a (seed, position).
+"""Drawing tokens: temperature, top-k and top-p, with uniform numbers of a (seed, position).
 
 The numbers depend on nothing else, so a request draws the same tokens in any batch. A position has one for each
 purpose, independent of the others: which of them decides a position's token is decided before it is read.
@@ -12,6 +12,8 @@ from enum import IntEnum
 
 import numpy as np
 import torch
+
+from draftsmith.stages.law import Law
 
 _PART, _SMALLEST_PART = 512, 32  # scores of a part; powers of two that divide the size of a vocabulary
 
@@ -54,34 +56,60 @@ def argmax(scores: torch.Tensor) -> torch.Tensor:
     return which[..., 0] * part + within
 
 
-def probabilities(logits: torch.Tensor, temperature: float | torch.Tensor, top_p: float = 1.0) -> torch.Tensor:
-    """float32 logits [..., V] → the distribution that is sampled, float64 [..., V]. temperature: above 0.
+def probabilities(logits: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
+    """float32 logits [..., V] → their distribution, float64 [..., V]. temperature: above 0."""
+    return torch.softmax(logits.double() / temperature, -1)
 
-    top-p keeps the smallest set of most likely tokens whose probability reaches `top_p`.
+
+def sampled(logits: torch.Tensor, law: Law) -> torch.Tensor:
+    """float32 logits [..., V] → the distribution that is drawn from, float64 [..., V]. law: not greedy."""
+    return truncated(probabilities(logits, law.temperature), law)
+
+
+def truncated(p: torch.Tensor, law: Law) -> torch.Tensor:
+    """What top-k, then top-p leave of a distribution [..., V], normalised.
+
+    top-k keeps all tokens that are as likely as the k-th: more than k where they tie there. top-p keeps the smallest
+    set of most likely tokens whose probability reaches it, among those that top-k keeps.
     """
-    return nucleus(torch.softmax(logits.double() / temperature, -1), top_p)
+    if law.top_k:
+        p = _without(p, _behind(p, law.top_k))
+    return _without(p, _late(p, law.top_p)) if law.top_p < 1 else p
 
 
-def nucleus(p: torch.Tensor, top_p: float) -> torch.Tensor:
-    """What top-p leaves of a distribution [..., V], normalised."""
-    if top_p < 1.0:
-        p = p.masked_fill(outside(p, top_p), 0.0)
-        p = p / p.sum(-1, keepdim=True)
-    return p
+def outside(p: torch.Tensor, law: Law) -> torch.Tensor:
+    """bool [..., V], what these drop of a distribution [..., V]. law: that leaves tokens out."""
+    if not law.top_k:
+        return _late(p, law.top_p)
+    behind = _behind(p, law.top_k)
+    if law.top_p == 1:
+        return behind
+    p = _without(p, behind)  # in the place of the whole one: sorting takes memory enough
+    return behind | _late(p, law.top_p)
 
 
-def outside(p: torch.Tensor, top_p: float) -> torch.Tensor:
-    """bool [..., V], what top-p drops of a distribution [..., V]."""
+def is_outside(p: torch.Tensor, tokens: torch.Tensor, law: Law) -> torch.Tensor:
+    """bool [...], which of tokens [...] these drop of distributions [..., V]; without an order of the vocabulary, so of
+    equally likely tokens top-p, too, drops none or all."""
+    if law.top_k:
+        p = _without(p, _behind(p, law.top_k))
+    own = p.gather(-1, tokens[..., None])
+    return (own[..., 0] == 0) | ((p * (p > own)).sum(-1) >= law.top_p if law.top_p < 1 else False)
+
+
+def _without(p: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
+    p = p.masked_fill(dropped, 0.0)
+    return p / p.sum(-1, keepdim=True)
+
+
+def _behind(p: torch.Tensor, top_k: int) -> torch.Tensor:
+    return p < p.topk(min(top_k, p.shape[-1])).values[..., -1:]
+
+
+def _late(p: torch.Tensor, top_p: float) -> torch.Tensor:
     ordered, order = p.sort(-1, descending=True)
     dropped = ordered.cumsum(-1) - ordered >= top_p  # the mass before this token already suffices
     return torch.zeros_like(dropped).scatter(-1, order, dropped)
-
-
-def is_outside(p: torch.Tensor, tokens: torch.Tensor, top_p: float) -> torch.Tensor:
-    """bool [...], which of tokens [...] top-p drops of distributions [..., V]; without an order of the vocabulary, so
-    of equally likely tokens it drops none or all."""
-    likelier = p > p.gather(-1, tokens[..., None])
-    return (p * likelier).sum(-1) >= top_p
 
 
 def pick(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from draftsmith.stages.law import Law
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -14,10 +16,15 @@ class SamplingParams:
     max_new_tokens: int
     temperature: float = 0.0  # 0 = greedy
     top_p: float = 1.0
+    top_k: int = 0  # 0 = all
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def law(self) -> Law:
+        return Law.of(self.temperature, self.top_p, self.top_k)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.redaction import secret_in, secrets_of
 from draftsmith.stages.contract import Config, Operational
+from draftsmith.stages.law import Law, TopK
 
 NO_REDUCED_HEAD = (
     "only the embedded engine drafts from a part of the vocabulary; leave it out, or set engine.kind: embedded"
@@ -286,6 +287,11 @@ class SamplingConfig(Config):
     max_new_tokens: Annotated[int, Field(ge=2)] = 512
     temperature: Annotated[float, Field(ge=0, description="0 = greedy")] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: TopK = 0
+
+    def law(self, temperature: float | None = None) -> Law:
+        """That is drawn from, at its temperature or another."""
+        return Law.of(self.temperature if temperature is None else temperature, self.top_p, self.top_k)
 
 
 def served_dtype(engine: EmbeddedEngineConfig | SGLangEngineConfig, target_dtype: str) -> str | None:

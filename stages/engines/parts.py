@@ -127,6 +127,7 @@ def _trajectory(completion: Completion, splits: Mapping[str, str], engine: str) 
         "finish_reason": completion.finish_reason,
         "temperature": request.sampling.temperature,
         "top_p": request.sampling.top_p,
+        "top_k": request.sampling.top_k,
         "seed": request.seed,
         "engine": engine,
     }

@@ -15,7 +15,7 @@ import torch
 
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.cutting import KeptSoFar, verified
-from draftsmith.stages.drafters.drawing import Purpose, pick, probabilities, scattered, uniform
+from draftsmith.stages.drafters.drawing import Purpose, pick, probabilities, sampled, scattered, uniform
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.engines.base import SamplingParams
 from draftsmith.stages.engines.sampling import draw
@@ -57,18 +57,18 @@ def draft(
     confidence: float | None = None,
 ) -> Drafted:
     """A block behind the anchor of each row. anchor_tokens, anchors: [n, 1]. confidence: what it is cut by."""
-    sampled = [row for row, params in enumerate(sampling) if drafter.draws and not params.greedy]
-    if not sampled:  # argmaxes, also where the drafter could draw
+    rows = [row for row, params in enumerate(sampling) if drafter.draws and not params.greedy]
+    if not rows:  # argmaxes, also where the drafter could draw
         block = drafter.propose(context, anchor_tokens, anchors, block_size, head, with_logprobs=False)
         if confidence is None:
             return Drafted(block.tokens[:, 0])
         assert block.confidence is not None
         return Drafted(block.tokens[:, 0], verified=verified(block.confidence[:, 0], confidence).tolist())
     drafting = drafter.drafting(context, anchor_tokens, anchors, block_size, head)
-    temperatures = torch.tensor([sampling[row].temperature for row in sampled], device=anchors.device)[:, None]
+    temperatures = torch.tensor([sampling[row].temperature for row in rows], device=anchors.device)[:, None]
     at = anchors[:, 0].tolist()  # once: each would wait for the device
     numbers = torch.tensor(
-        [[uniform(seeds[row], at[row] + k, Purpose.PROPOSAL) for k in range(1, block_size)] for row in sampled],
+        [[uniform(seeds[row], at[row] + k, Purpose.PROPOSAL) for k in range(1, block_size)] for row in rows],
         dtype=torch.float64,
         device=anchors.device,
     )
@@ -80,13 +80,13 @@ def draft(
         if kept_so_far is not None:
             most = most + kept_so_far.take(drafting.confidence())[:, 0]
         columns = logits.argmax(-1)
-        q = probabilities(logits[sampled], temperatures)
-        columns[sampled] = pick(q, numbers[:, k])
+        q = probabilities(logits[rows], temperatures)
+        columns[rows] = pick(q, numbers[:, k])
         laws.append(scattered(q, head.token_ids, vocabulary))
         tokens.append(head.to_tokens(columns)[:, None])
-    of_rows = torch.stack(laws, 1)  # [sampled, K, V]
+    of_rows = torch.stack(laws, 1)  # [rows, K, V]
     in_front = None if kept_so_far is None else most.tolist()
-    return Drafted(torch.cat(tokens[1:], 1), dict(zip(sampled, of_rows, strict=True)), in_front)
+    return Drafted(torch.cat(tokens[1:], 1), dict(zip(rows, of_rows, strict=True)), in_front)
 
 
 def verify(
@@ -113,7 +113,7 @@ def verify(
     first = positions[:, 0].tolist()
     for row, q in drafted.laws.items():
         K = most[row]
-        p = probabilities(logits[row, : K + 1], sampling[row].temperature, sampling[row].top_p)
+        p = sampled(logits[row, : K + 1], sampling[row].law)
         kept, behind = _by_ratio(drafted.tokens[row, :K], p, q[:K], first[row], seeds[row])
         tokens[row, :kept], tokens[row, kept], accepted[row] = drafted.tokens[row, :kept], behind, kept
     return Verified(tokens, accepted)

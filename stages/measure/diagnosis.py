@@ -21,7 +21,7 @@ from draftsmith.artifacts.schemas import TRACE
 from draftsmith.stages.drafters.base import Context, Drafter, Proposals
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, FeatureContext
-from draftsmith.stages.drafters.law import GREEDY, Law
+from draftsmith.stages.law import GREEDY, Law
 from draftsmith.stages.replay.corpus import draws, replay_all
 from draftsmith.stages.replay.parity import Gate, check_steps, trace_rows
 from draftsmith.stages.replay.sequential import replay_sequentially

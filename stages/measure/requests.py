@@ -51,9 +51,8 @@ def requests_for(
 ) -> list[Request]:
     """One request a prompt; every arm gets the same ones."""
     sampling = config.sampling
-    params = SamplingParams(
-        min(max_new or sampling.max_new_tokens, sampling.max_new_tokens), setting.temperature, sampling.top_p
-    )
+    most = min(max_new or sampling.max_new_tokens, sampling.max_new_tokens)
+    params = SamplingParams(most, setting.temperature, sampling.top_p, sampling.top_k)
     return [Request(p.prompt_id, p.token_ids, params, request_seed(seed, p.prompt_id, 0)) for p in prompts]
 
 

@@ -22,7 +22,6 @@ from draftsmith.artifacts.parquet import read_table, to_table, write_table
 from draftsmith.artifacts.schemas import REQUESTS, TRACE, TURNS
 from draftsmith.stages.contract import StageContext, follow
 from draftsmith.stages.drafters.config import DraftingConfig
-from draftsmith.stages.drafters.law import Law
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import SGLangEngineConfig, served_dtype
 from draftsmith.stages.measure.load import LoadMeter
@@ -228,7 +227,7 @@ def _check_parity(served: Served, sizes: Mapping[str, int], heldout: Sequence[Pr
     config, dtype = served.config, served_dtype(served.engine, served.target_dtype)
     prompt_ids = {prompt.prompt_id: prompt.token_ids for prompt in heldout}
     target = Target.load(served.ctx.inputs["target"], dtype=dtype)
-    law = Law(served.settings[0].temperature, config.sampling.top_p)
+    law = config.sampling.law(served.settings[0].temperature)
     parity: dict[str, dict[str, Any]] = {}
     drafter: dict[str, Drafter] = {}
     work = served.ctx.work

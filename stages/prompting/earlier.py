@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from draftsmith.artifacts.atomic import atomic_path
-from draftsmith.artifacts.parquet import read_table
+from draftsmith.artifacts.parquet import is_of_this_version, read_table, reading
 from draftsmith.artifacts.schemas import TRAJECTORIES
+from draftsmith.stages.law import Law
 from draftsmith.stages.prompting.answers import chosen_rows, parts
 from draftsmith.stages.prompting.intake import Intake, content, prompt_id
 from draftsmith.stages.prompting.selection import lot
@@ -20,7 +21,7 @@ from draftsmith.stages.targets.info import TargetInfo
 
 ORIGIN, CONTENTS = "earlier.json", "contents.npy"  # whose answers they are, and their digests
 _DIGEST_BYTES = 16
-_COLUMNS = ["split", "temperature", "top_p", "prompt_ids", "response_ids"]
+_COLUMNS = ["split", "temperature", "top_p", "top_k", "prompt_ids", "response_ids"]
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,19 @@ class Earlier:
 def made_otherwise(folder: Path, info: TargetInfo) -> str | None:
     """What has changed since the answers of an earlier artifact were given; None: nothing has.
 
-    Of another target they are answers that this one would not give, of another tokenizer their ids mean other text.
+    Of another target they are answers that this one would not give, of another tokenizer their ids mean other text, and
+    tables of another version do not say the law that they were drawn by as it is said now.
     """
     known = json.loads((folder / ORIGIN).read_text("utf-8"))
     now = {"tokenizer": info.tokenizer_digest, "target": info.digest}
     changed = [f"the {what}" for what, digest in now.items() if known[f"{what}_digest"] != digest]
+    if not is_of_this_version(folder / "trajectories.parquet", TRAJECTORIES):
+        changed.append("what is stored of answers")
     return " and ".join(changed) or None
 
 
-def read_earlier(folder: Path, intake: Intake, temperature: float, top_p: float) -> Earlier:
-    """Of an artifact with `trajectories.parquet`. temperature, top_p: that the new answers were drawn at.
+def read_earlier(folder: Path, intake: Intake, law: Law) -> Earlier:
+    """Of an artifact with `trajectories.parquet`. law: that the new answers were drawn by.
 
     Raises DraftsmithError if it is damaged or of another version.
     """
@@ -70,12 +74,12 @@ def read_earlier(folder: Path, intake: Intake, temperature: float, top_p: float)
     read_table(path, TRAJECTORIES, columns=["sample"])  # whole, and of this version
     contents: list[bytes | None] = []
     seen: set[bytes] = set()
-    stated = _law(temperature, top_p)
+    stated = Law(float(np.float32(law.temperature)), float(np.float32(law.top_p)), law.top_k)  # as it is stored
     of_other_laws = 0
     for part in parts(path, _COLUMNS):
-        for split, at, within, prompt, response in zip(*(part[name] for name in _COLUMNS), strict=True):
+        for split, *drawn, prompt, response in zip(*(part[name] for name in _COLUMNS), strict=True):
             both, train = None, split.as_py() == "train"
-            if train and _law(at.as_py(), within.as_py()) == stated:
+            if train and Law.of(*(each.as_py() for each in drawn)) == stated:
                 both = _content(prompt.values.to_numpy(), response.values.to_numpy(), intake)
             elif train:
                 of_other_laws += 1
@@ -85,20 +89,15 @@ def read_earlier(folder: Path, intake: Intake, temperature: float, top_p: float)
     return Earlier(path, contents, of_other_laws)
 
 
-def _law(temperature: float, top_p: float) -> tuple[float, float]:
-    """As answers are stored, in single precision. Greedy ones have no top-p."""
-    return float(np.float32(temperature)), float(np.float32(top_p)) if temperature > 0 else 1.0
-
-
 def write_contents(folder: Path, table: Path) -> None:
     """`CONTENTS` of a table of answers: [different answers, 16] uint8, `Taken.content` of each. Raises DraftsmithError
-    for a table that is damaged or of another version."""
-    read_table(table, TRAJECTORIES, columns=["sample"])  # whole, and of this version
-    different = {
-        content(prompt.values.to_numpy(), response.values.to_numpy())
-        for part in parts(table, ["prompt_ids", "response_ids"])
-        for prompt, response in zip(part["prompt_ids"], part["response_ids"], strict=True)
-    }
+    for a table that is damaged; what is read has been in it from the first version on."""
+    with reading(table, TRAJECTORIES.name):
+        different = {
+            content(prompt.values.to_numpy(), response.values.to_numpy())
+            for part in parts(table, ["prompt_ids", "response_ids"])
+            for prompt, response in zip(part["prompt_ids"], part["response_ids"], strict=True)
+        }
     with atomic_path(folder / CONTENTS) as path, path.open("wb") as file:
         np.save(file, np.frombuffer(b"".join(sorted(different)), np.uint8).reshape(-1, _DIGEST_BYTES))
 

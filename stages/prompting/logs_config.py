@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from draftsmith.stages.contract import Config
+from draftsmith.stages.law import Law, TopK
 from draftsmith.stages.prompting.files import listed, local_files, matched, remote_versions
 from draftsmith.stages.prompting.rows import Filter
 from draftsmith.stages.prompting.times import LAST, Since, as_text, as_time, iso
@@ -52,6 +53,7 @@ class LogsConfig(Config):
         "is taken to have this one. 0 = greedy",
     )
     top_p: float = Field(default=1.0, gt=0, le=1, description="that the answers were sampled with")
+    top_k: TopK = Field(default=0, description="that the answers were sampled with; 0 = none")
     since: Since | None = Field(
         default=None,
         description="only rows from this time on: 7d, 12h, an ISO date or time, or `last`: what the champion's refresh "
@@ -111,7 +113,7 @@ class LogsConfig(Config):
         default=64,
         ge=0,
         description="so many of the used answers are read by the target, whose log-probs say whether they are its own "
-        "at this temperature and top_p; those that are not are counted and listed in improbable.jsonl",
+        "at this temperature, top_p and top_k; those that are not are counted and listed in improbable.jsonl",
     )
     max_improbable_share: float = Field(
         default=1.0,
@@ -139,6 +141,11 @@ class LogsConfig(Config):
         if self.quotas and self.source_field is None:
             raise ValueError("quotas: say in source_field which field holds a row's source")
         return self
+
+    @property
+    def law(self) -> Law:
+        """That the answers were drawn by."""
+        return Law.of(self.temperature, self.top_p, self.top_k)
 
     @property
     def needs_time(self) -> bool:

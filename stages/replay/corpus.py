@@ -15,7 +15,7 @@ from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.drafters.cutting import check_confidence
 from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.drafters.law import GREEDY, Law
+from draftsmith.stages.law import GREEDY, Law
 from draftsmith.stages.memory import in_halves
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.drawn import SampledText

@@ -6,9 +6,9 @@ law max(q - p, 0), normalised, and the rest of the block was drawn from q behind
 tokens that the drafter sees are the text's. A proposal that is an argmax is the case q(y) = 1: kept iff it is y, on
 average over p.
 
-A committed token that the stated law cannot draw (top-p leaves it out, p(y) = 0) contradicts the law. It has no such
-probability, and is judged by the law before truncation: min(1, q(y) / p(y)) with the p that top-p had not cut yet.
-How many there are is counted (`nucleus.py`).
+A committed token that the stated law cannot draw (top-k or top-p leave it out, p(y) = 0) contradicts the law. It has
+no such probability, and is judged by the law before truncation: min(1, q(y) / p(y)) with the p that they had not cut
+yet. How many there are is counted (`nucleus.py`).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import torch
 
 from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, Context, Drafter, Proposals
 from draftsmith.stages.drafters.cutting import KeptSoFar
-from draftsmith.stages.drafters.drawing import Purpose, nucleus, pick, probabilities, seed_of
+from draftsmith.stages.drafters.drawing import Purpose, pick, probabilities, seed_of, truncated
 from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.drafters.law import Law
+from draftsmith.stages.law import Law
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.slots import Rows
@@ -88,7 +88,7 @@ class SampledText:
     @torch.no_grad()
     def law_behind(self, positions: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """float64 [R, A, V], what the target draws behind positions [R, A], behind the last one's too; and [R, A], what
-        it says of `tokens` there: of those that top-p leaves out, what it said before.
+        it says of `tokens` there: of those that the law leaves out, what it said before.
 
         tokens: [R, A], anything behind the text's end.
         """
@@ -96,7 +96,7 @@ class SampledText:
         hidden = self.hidden.gather(1, at[..., None].expand(-1, -1, self.hidden.shape[-1]))
         with torch.autocast(hidden.device.type, enabled=False):  # a training loop's is for the drafter alone
             whole = probabilities(self.logits(hidden), self.law.temperature)
-        p, y = nucleus(whole, self.law.top_p), tokens.clamp(min=0)[..., None]
+        p, y = truncated(whole, self.law), tokens.clamp(min=0)[..., None]
         of_tokens, before = p.gather(-1, y)[..., 0], whole.gather(-1, y)[..., 0]
         return p, torch.where(of_tokens > 0, of_tokens, before)
 

@@ -21,7 +21,7 @@ import torch
 
 from draftsmith.stages.drafters.drawing import outside
 from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.drafters.law import GREEDY, Law
+from draftsmith.stages.law import GREEDY, Law
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.batches import Batch
 from draftsmith.stages.training.blocks import Anchors, Share, Weighted, labels_of, tokens_at
@@ -51,11 +51,11 @@ class Feedback:
         return losses.at_temperature(self._logits, self.temperature)
 
     def verifying_logits(self) -> torch.Tensor:
-        """[N, V'] of the law that verifies proposals: at its temperature, with its top-p."""
+        """[N, V'] of the law that verifies proposals: at its temperature, with its top-k and top-p."""
         logits = self._logits / self.law.temperature
-        if self.law.top_p == 1:
+        if not self.law.truncates:
             return logits
-        return logits.masked_fill(outside(logits.softmax(-1), self.law.top_p), losses.NOTHING)
+        return logits.masked_fill(outside(logits.softmax(-1), self.law), losses.NOTHING)
 
     @cached_property
     def _logits(self) -> torch.Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.law import GREEDY, Law
+from draftsmith.stages.law import GREEDY, Law
 from draftsmith.stages.parallel.ranks import ALONE, Ranks
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.causal_lm import Target
@@ -77,18 +77,17 @@ class SftTraining:
         trajectories: Sequence[Trajectory],
         config: SftConfig,
         *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
+        law: Law = GREEDY,
         seed: int = 0,
         ranks: Ranks = ALONE,
     ):
-        """drafter: float32 weights that are to be trained. temperature, top_p: that the trajectories were drawn
-        at, 0 = greedy: see `response.py` for what they are to a drafter that draws its proposals."""
+        """drafter: float32 weights that are to be trained. law: that the trajectories were drawn by: see
+        `response.py` for what it is to a drafter that draws its proposals."""
         self.drafter, self.target, self.config, self.seed, self.ranks = drafter, target, config, seed, ranks
         self._trajectories = trajectories
-        self.stream = config.stream(drafter.recipe, sampled=temperature > 0)
-        self._law = Law(temperature, top_p) if drafter.draws and temperature > 0 else GREEDY
-        self._temperature = (temperature or 1.0) if self._law.greedy else 1.0
+        self.stream = config.stream(drafter.recipe, sampled=not law.greedy)
+        self._law = law if drafter.draws else GREEDY
+        self._temperature = (law.temperature or 1.0) if self._law.greedy else 1.0
         self._heads = HeadSource(drafter, target.head_weight, config)
         self._features = FeatureSource(
             target,

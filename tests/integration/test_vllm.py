@@ -14,7 +14,7 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter, upgraded
 from draftsmith.stages.drafters.config import DFlash2Config, DSparkConfig
 from draftsmith.stages.drafters.export import export_speculators
-from draftsmith.stages.drafters.law import Law
+from draftsmith.stages.law import Law
 from draftsmith.stages.replay.corpus import replay_all
 from draftsmith.stages.replay.trace import Trajectory, tau
 from draftsmith.stages.targets.info import model_path

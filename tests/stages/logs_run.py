@@ -48,13 +48,12 @@ def given_by(target: Path) -> dict[str, str]:
     return {"target_digest": info.digest, "tokenizer_digest": info.tokenizer_digest}
 
 
-def earlier(folder: Path, before: RecordingContext) -> Path:
+def earlier(folder: Path, before: RecordingContext, *, replayed: bool = False) -> Path:
     """Of stage `earlier`: what the refresh before has used."""
     ctx = RecordingContext.under(folder / "earlier", {})
     sha256 = sha256_file(before.out / TABLE)
-    EARLIER.run(
-        ctx, EarlierConfig(folder=str(before.out), sha256=sha256, replayed=False, **given_by(before.inputs["target"]))
-    )
+    of = given_by(before.inputs["target"])
+    EARLIER.run(ctx, EarlierConfig(folder=str(before.out), sha256=sha256, replayed=replayed, **of))
     return ctx.out
 
 

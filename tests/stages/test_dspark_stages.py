@@ -18,6 +18,7 @@ from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.config import DraftingConfig, DSparkConfig
 from draftsmith.stages.drift import STAGE as DRIFT
 from draftsmith.stages.evaluation import STAGE as EVALUATION
+from draftsmith.stages.law import Law
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.measure.drift import DriftConfig
 from draftsmith.stages.mining import STAGE as MINING
@@ -87,12 +88,14 @@ def test_sft_goes_on_from_dflash_as_dspark(made: Made, tiny_drafter: DrafterArti
     assert tau(traces["after"]) > 0.8 * tau(traces["before"]) > 1.6
 
 
-def restated(made: Made, folder: Path, top_p: float) -> Path:
-    """The answers of the rollout in `folder`, as if drawn with another top-p."""
+def restated(made: Made, folder: Path, **law: float) -> Path:
+    """The answers of the rollout in `folder`, as if drawn with another top-p or top-k."""
     folder.mkdir()
     table = read_table(made.rollout / "trajectories.parquet", TRAJECTORIES)
-    at = table.schema.get_field_index("top_p")
-    table = table.set_column(at, table.schema.field(at), pa.array([top_p] * len(table), table.schema.field(at).type))
+    for name, value in law.items():
+        at = table.schema.get_field_index(name)
+        field = table.schema.field(at)
+        table = table.set_column(at, field, pa.array([value] * len(table), field.type))
     pq.write_table(table, folder / "trajectories.parquet")
     return folder
 
@@ -101,15 +104,15 @@ def restated(made: Made, folder: Path, top_p: float) -> Path:
 def test_trainings_are_told_what_the_answers_were_drawn_with(
     stage: Any, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """temperature and top-p of the rollout's own rows."""
-    rollout = restated(made, tmp_path / "rollout", 0.9)
-    said: list[tuple[float, float]] = []
+    """That of the rollout's own rows."""
+    rollout = restated(made, tmp_path / "rollout", top_p=0.75, top_k=20)
+    said: list[Law] = []
 
     class Told(Exception):
         pass
 
-    def training(*_arguments: Any, temperature: float, top_p: float, **_rest: Any) -> None:
-        said.append((temperature, top_p))
+    def training(*_arguments: Any, law: Law, **_rest: Any) -> None:
+        said.append(law)
         raise Told
 
     place = "supervised.SftTraining" if stage is SFT else "on_policy.training.OpdTraining"
@@ -119,7 +122,7 @@ def test_trainings_are_told_what_the_answers_were_drawn_with(
     config: Any = SftConfig if stage is SFT else OpdConfig
     with pytest.raises(Told):
         stage.run(ctx, config.model_validate({**TRAINING, "steps": 2}))
-    assert said == [(1.0, pytest.approx(0.9))]
+    assert said == [Law(1.0, 0.75, 20)]
 
 
 def test_a_drafter_taken_as_it_is_has_the_same_tau(
@@ -153,9 +156,12 @@ def test_mining_draws_what_fits_the_answers(made: Made) -> None:
         assert np.isfinite(step["target_logprobs"][: step["rejected_offset"]]).all()
 
 
-def test_answers_that_the_stated_top_p_does_not_draw_are_counted_and_said(made: Made, tmp_path: Path) -> None:
-    assert json.loads((made.mining / "summary.json").read_text())["outside_nucleus_share"] == 0  # of top_p 1
-    inputs = {**made.inputs("target", "drafter"), "trajectories": restated(made, tmp_path / "rollout", 0.8)}
+@pytest.mark.parametrize("law", [{"top_p": 0.8}, {"top_k": 4}], ids=str)
+def test_answers_that_the_stated_law_does_not_draw_are_counted_and_said(
+    law: dict[str, float], made: Made, tmp_path: Path
+) -> None:
+    assert json.loads((made.mining / "summary.json").read_text())["outside_nucleus_share"] == 0  # of all tokens
+    inputs = {**made.inputs("target", "drafter"), "trajectories": restated(made, tmp_path / "rollout", **law)}
     mining = RecordingContext.under(tmp_path / "mining", inputs)
     MINING.run(mining, MiningConfig(max_parity_mismatch=1))
     share = json.loads((mining.out / "summary.json").read_text())["outside_nucleus_share"]

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.parquet import read_table, write_table
 from draftsmith.artifacts.schemas import TRAJECTORIES
-from draftsmith.stages.drafters.law import Law
+from draftsmith.stages.law import Law
 from draftsmith.stages.logs import LogsConfig
 from draftsmith.stages.prompting.earlier import ORIGIN
 from draftsmith.stages.prompting.held_out import HeldOut
@@ -300,25 +300,27 @@ def test_a_share_of_the_answers_is_of_an_earlier_refresh(
     assert len(none) == 40 and found["replayed"] == 0
 
 
-def test_earlier_answers_of_another_top_p_are_left_out(
+def test_earlier_answers_of_another_law_are_left_out(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
 ) -> None:
-    """What is written can be trained on; greedy answers have no top-p."""
+    """What is written can be trained on; greedy answers have no top-p and no top-k."""
     path = write(tmp_path / "log.jsonl", [as_ids(row) for row in logged_answers[:40]])
     rows = read_table(tiny_drafter.rollout / "trajectories.parquet", TRAJECTORIES).to_pylist()[60:90]
     folder = tmp_path / "earlier"
 
     def mixed(name: str, temperature: float) -> tuple[RecordingContext, Law]:
-        laws = [{"temperature": temperature, "top_p": 0.8 if number < 25 else 0.95} for number in range(30)]
-        made = [row | law for row, law in zip(rows, laws, strict=True)]
+        others = [{"top_p": 0.8}] * 15 + [{"top_k": 0}] * 5 + [{"top_k": 40}] * 5 + [{}] * 5
+        law = {"temperature": temperature, "top_p": 0.95, "top_k": 20}
+        made = [row | law | other for row, other in zip(rows, others, strict=True)]
         write_table(folder / "trajectories.parquet", TRAJECTORIES, made)
         (folder / ORIGIN).write_text(json.dumps(given_by(tiny_drafter.target)))
-        config: Row = {"temperature": temperature, "top_p": 0.95, "scored": 0, "replay_share": 0.5}
+        config: Row = {**law, "scored": 0, "replay_share": 0.5}
         ctx = run(tmp_path / name, tiny_drafter, path, inputs={"earlier": folder}, **config)
         return ctx, load_trajectories(ctx.out).law
 
     ctx, law = mixed("sampled", 0.7)
-    assert counts(ctx)["replayed"] == 5 and (law.temperature, law.top_p) == pytest.approx((0.7, 0.95))
+    assert counts(ctx)["replayed"] == 5
+    assert (law.temperature, law.top_p, law.top_k) == pytest.approx((0.7, 0.95, 20))
     assert any(line.startswith("25 answers of the earlier refresh are left out") for line in ctx.logs)
     ctx, law = mixed("greedy", 0.0)
     assert counts(ctx)["replayed"] == 30 and law.greedy

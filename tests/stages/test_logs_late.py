@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
@@ -67,6 +68,23 @@ def test_without_lateness_or_the_answers_of_before_a_window_begins_behind_what_w
         ctx = run(tmp_path / name, tiny_drafter, log, inputs=inputs, lateness_hours=hours, **settings)
         assert responses(ctx) == [logged_answers[2]["response_ids"]]
         assert counts(ctx)["outside_window"] == 2
+
+
+def test_answers_of_a_version_before_are_not_used_twice_and_not_mixed_in(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
+) -> None:
+    """An upgrade that changes what a table says of answers ends no line."""
+    rows = [at(logged_answers[n], minutes) for n, minutes in enumerate((-5, 0))]
+    log = write(tmp_path / "a.jsonl", rows)
+    first = run(tmp_path / "first", tiny_drafter, log, since="last")
+    path = first.out / "trajectories.parquet"
+    before = pq.read_table(path).drop_columns(["top_k"])
+    pq.write_table(before.replace_schema_metadata({**before.schema.metadata, b"draftsmith.version": b"1"}), path)
+    write(log, [*rows, at(logged_answers[2], 5)])
+    inputs = {"earlier": earlier(tmp_path, first, replayed=True)}
+    ctx = run(tmp_path / "second", tiny_drafter, log, inputs=inputs, since="last", after=NOON, replay_share=0.5)
+    assert responses(ctx) == [logged_answers[2]["response_ids"]]
+    assert counts(ctx)["replay_left_out"] == "what is stored of answers"
 
 
 def test_nothing_but_what_was_used_is_nothing_new(

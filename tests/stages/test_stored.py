@@ -10,17 +10,29 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.parquet import write_table
 from draftsmith.artifacts.schemas import TRAJECTORIES
+from draftsmith.stages.law import Law
 from draftsmith.stages.stored import load_trajectories
 
 
 def write(folder: Path, *changes: dict[str, Any]) -> Path:
     row: dict[str, Any] = {
         "trajectory_id": "p/0", "prompt_id": "p", "split": "train", "sample": 0, "prompt_ids": [1, 2],
-        "response_ids": [3, 4, 5], "finish_reason": "stop", "temperature": 0.0, "top_p": 1.0, "seed": 0, "engine": "e",
+        "response_ids": [3, 4, 5], "finish_reason": "stop", "temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0,
+        "engine": "e",
     }  # fmt: skip
     rows = [row | {"trajectory_id": f"p/{i}"} | change for i, change in enumerate(changes)]
     write_table(folder / "trajectories.parquet", TRAJECTORIES, rows)
     return folder
+
+
+SAMPLED = {"split": "heldout", "temperature": 0.5}
+
+
+def test_the_law_is_that_of_the_rows(tmp_path: Path) -> None:
+    """Greedy answers have no top-p and no top-k, whatever was said beside."""
+    both = {"top_p": 0.75, "top_k": 20}
+    assert load_trajectories(write(tmp_path, SAMPLED | both)).law == Law(0.5, 0.75, 20)
+    assert load_trajectories(write(tmp_path, both, {})).law == Law()
 
 
 def test_answers_of_one_token_are_counted_and_left_out(tmp_path: Path) -> None:
@@ -35,7 +47,9 @@ def test_answers_of_one_token_are_counted_and_left_out(tmp_path: Path) -> None:
     [
         ([{}, {"split": "validation"}], "no answer of split heldout, only of train, validation; change fields"),
         ([{"split": "heldout", "response_ids": [3]}], "no answer of two or more tokens"),
-        ([{"split": "heldout"}, {"split": "heldout", "temperature": 1.0}], r"temperatures \[0.0, 1.0\] are mixed"),
+        ([{"split": "heldout"}, {"split": "heldout", "temperature": 1.0}], r"values \[0.0, 1.0\] of temperature are"),
+        ([SAMPLED, {**SAMPLED, "top_p": 0.5}], r"values \[0.5, 1.0\] of top_p are mixed"),
+        ([SAMPLED, {**SAMPLED, "top_k": 20}], r"values \[0, 20\] of top_k are mixed"),
     ],
 )
 def test_what_cannot_be_used_is_one_clear_error(tmp_path: Path, rows: list[dict[str, Any]], expected: str) -> None:

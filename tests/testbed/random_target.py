@@ -114,6 +114,7 @@ def write_trajectories(folder: Path, made: list[Trajectory], temperature: float 
             "finish_reason": "length",
             "temperature": temperature,
             "top_p": 1.0,
+            "top_k": 0,
             "seed": 0,
             "engine": "embedded",
         }

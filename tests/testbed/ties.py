@@ -6,6 +6,7 @@ two programs against each other token by token leave out the answers whose margi
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,17 +68,21 @@ def cut_margin(target: Target, drafter: Drafter, trajectory: Trajectory, thresho
 
 
 def draw_margin(target: Target, trajectory: Trajectory, params: SamplingParams, seed: int) -> float:
-    """The smallest distance of a sampled response's drawn numbers from the next token's, and of top-p from its cut."""
-    from draftsmith.stages.drafters.drawing import probabilities, uniform
+    """The smallest distance of a sampled response's drawn numbers from the next token's, and of top-p from its cut;
+    of top-k, the distance of the last token that it keeps from the next."""
+    from draftsmith.stages.drafters.drawing import sampled, uniform
 
     logits = target.logits(
         target.read(torch.tensor([trajectory.tokens[:-1]])).hidden[0, trajectory.prompt_length - 1 :]
     )
-    p = probabilities(logits, params.temperature, params.top_p)
+    p = sampled(logits, params.law)
     drawn = torch.tensor([[uniform(seed, at)] for at in range(trajectory.prompt_length, len(trajectory.tokens))])
     apart = (drawn - p.cumsum(-1)).abs().min()
+    if params.top_k:
+        at_the_edge = logits.topk(params.top_k + 1).values[..., -2:]
+        apart = torch.minimum(apart, (at_the_edge[..., 0] - at_the_edge[..., 1]).min().double())
     if params.top_p < 1:
-        whole = torch.softmax(logits.double() / params.temperature, -1).sort(-1, descending=True).values
+        whole = sampled(logits, replace(params.law, top_p=1.0)).sort(-1, descending=True).values
         apart = torch.minimum(apart, (whole.cumsum(-1) - params.top_p).abs().min())
     return float(apart)
 

@@ -40,7 +40,7 @@ def generate_payload(request: Request, eos_ids: Sequence[int], traced: bool) -> 
         "ignore_eos": False,
     }
     if not sampling.greedy:
-        params["top_p"] = sampling.top_p
+        params["top_p"], params["top_k"] = sampling.top_p, sampling.top_k or -1
         params["sampling_seed"] = request.seed  # heeded with --enable-deterministic-inference
     if traced:
         params["custom_params"] = {KEY: True}

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from draftsmith.stages.drafters.law import GREEDY, Law
+from draftsmith.stages.law import GREEDY, Law
 from draftsmith.stages.training import losses
 from draftsmith.stages.training.batches import Batch
 from draftsmith.stages.training.blocks import Anchors, LossReport, Share, Weighted, tokens_at

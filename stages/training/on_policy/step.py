@@ -11,7 +11,7 @@ import torch
 
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.drafters.law import GREEDY, Law
+from draftsmith.stages.law import GREEDY, Law
 from draftsmith.stages.parallel.ranks import Ranks
 from draftsmith.stages.replay.chains import committed_tokens, draft
 from draftsmith.stages.replay.drawn import SampledText

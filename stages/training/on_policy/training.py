@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.law import GREEDY, Law
+from draftsmith.stages.law import GREEDY, Law
 from draftsmith.stages.parallel.ranks import ALONE, Ranks
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.causal_lm import Target
@@ -32,14 +32,13 @@ class OpdTraining:
         mined: MinedTable | pa.Table,
         config: OpdConfig,
         *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
+        law: Law = GREEDY,
         seed: int = 0,
         ranks: Ranks = ALONE,
     ):
         """drafter: float32 weights that are to be trained. mined: its steps on these trajectories (VERIFY_STEPS).
 
-        temperature, top_p: that the trajectories were drawn at, 0 = greedy. Raises DraftsmithError if nothing of the
+        law: that the trajectories were drawn by. Raises DraftsmithError if nothing of the
         config's kind was mined.
         """
         if isinstance(mined, pa.Table):
@@ -48,9 +47,9 @@ class OpdTraining:
         self.ranks, self._trajectories, self._device = ranks, trajectories, target.device
         self.kind: Kind = "errors" if config.anchors == "errors" else "visited"
         self.usable = mined.trajectories_with(self.kind)
-        self.sampled = config.verification == "sampled" or (config.verification == "auto" and temperature > 0)
-        law = Law(temperature, top_p) if self.sampled and drafter.draws and temperature > 0 else GREEDY
-        self.objective = config.loss.resolved(drafter.recipe, self.sampled, temperature if law.greedy else 1.0)
+        self.sampled = config.verification == "sampled" or (config.verification == "auto" and not law.greedy)
+        drawn = law if self.sampled and drafter.draws else GREEDY
+        self.objective = config.loss.resolved(drafter.recipe, self.sampled, law.temperature if drawn.greedy else 1.0)
         if self.objective.needs_scores and self.objective.response.weights().kind == "d_pace":
             raise DraftsmithError(
                 "opd.loss.response.positions: a rejected stream needs weights that are known before the loss, which "
@@ -64,9 +63,9 @@ class OpdTraining:
             trajectories,
             tokens_per_group=config.tokens_per_target_forward,
             memory_mb=config.feature_memory_mb,
-            with_hidden=self.objective.response.asks_target or drafter.has_confidence or not law.greedy,
+            with_hidden=self.objective.response.asks_target or drafter.has_confidence or not drawn.greedy,
         )
-        self._step = OpdStep(drafter, target, self.source, self.objective, config, mined.proposals, law)
+        self._step = OpdStep(drafter, target, self.source, self.objective, config, mined.proposals, drawn)
 
     @property
     def passes(self) -> float:

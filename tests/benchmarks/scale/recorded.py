@@ -167,7 +167,7 @@ def _lists(values: np.ndarray) -> pa.Array:
 def _answer(each: Trajectory) -> dict[str, Any]:
     ids = np.array(each.tokens, dtype=np.int32)
     row = {"trajectory_id": each.trajectory_id, "prompt_id": each.trajectory_id[:-2], "split": "train", "sample": 0}
-    said = {"finish_reason": "length", "temperature": 0.0, "top_p": 1.0, "seed": 0, "engine": "made"}
+    said = {"finish_reason": "length", "temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0, "engine": "made"}
     return row | said | {"prompt_ids": ids[:PROMPT], "response_ids": ids[PROMPT:]}
 
 

@@ -45,7 +45,11 @@ def test_one_law_is_no_warning_whatever_it_is(tmp_path: Path) -> None:
     everywhere = [f"{section}.{SAMPLED}" for section in ("rollout", "assisted", "heldout", "evaluation")]
     assert refreshed() == refreshed(*everywhere) == []
     assert refreshed("evaluation.temperatures=[0, 1]") == [], "of several settings the first is the headline"
-    assert refreshed("heldout.sampling.top_p=0.5") == [], "greedy answers have none"
+    assert refreshed("heldout.sampling={top_p: 0.5, top_k: 20}") == [], "greedy answers have none"
+    of_some = [f"{section}.sampling.top_k=20" for section in ("heldout", "evaluation", "assisted")]
+    (warning,) = refreshed(*everywhere, *of_some[:2])
+    assert "sampled at 0.7, top_p 0.9, top_k 20 (heldout.sampling), assisted is sampled at 0.7, top_p 0.9:" in warning
+    assert refreshed(*everywhere, *of_some) == []
     assert refreshed(f"assisted.{SAMPLED}", "opd.verification=greedy") == [], "it is said how the drafter will serve"
     (log := tmp_path / "log.jsonl").write_text("{}\n")
     logs = f"logs={{paths: {log}, temperature: 0.7}}"

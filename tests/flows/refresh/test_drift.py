@@ -131,6 +131,12 @@ def test_figures_of_other_settings_are_not_compared(line: str, home: Path, draft
     assert decided(heldout=shorter) == f"{otherwise}heldout.sampling.max_new_tokens 256, was 512"
     assert decided(evaluation={"head_tokens": 64}) == f"{otherwise}drafting.head_tokens 64, was left out"
     (version,) = registry().versions(line)
+    known = json.loads(version.tags["measured_with"])
+    assert known.pop("heldout.sampling.top_k") == 0
+    registry().tag(version, {"measured_with": json.dumps(known)})
+    assert decided().startswith("all: tau 1.000"), "a version of before top_k was a setting"
+    some = {**shorter, "sampling": {"top_k": 20}}
+    assert decided(heldout=some) == f"{otherwise}heldout.sampling.top_k 20, was 0"
     registry().tag(version, {"measured_with": ""})
     assert decided(heldout=shorter).startswith("all: tau 1.000"), "a version that does not say them"
 

@@ -16,6 +16,7 @@ from draftsmith.flows.refresh.config import RefreshConfig, control_config, load_
 from draftsmith.flows.refresh.graph import REFRESH, refresh_nodes
 from draftsmith.flows.refresh.line import RegistryConfig
 from draftsmith.stages.champion import ChampionConfig
+from draftsmith.stages.law import GREEDY, Law
 from tests.flows.pipeline.processes import ROOT
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -271,12 +272,15 @@ def test_logs_alone_make_a_refresh(tmp_path: Path) -> None:
     path.write_text(text + "evaluation: {rounds: 7}\n")
     evaluation = load_config(path).evaluation
     assert (evaluation.rounds, evaluation.sampling.temperature) == (7, 0.7)
-    path.write_text(text.replace("temperature: 0.7", "temperature: 0.7, top_p: 0.9"))
+    path.write_text(text.replace("temperature: 0.7", "temperature: 0.7, top_p: 0.9, top_k: 20"))
     longer = load_config(path, [f"{section}.sampling.max_new_tokens=4096" for section in ("heldout", "evaluation")])
     for sampling in (longer.heldout.sampling, longer.evaluation.sampling):
-        assert (sampling.max_new_tokens, sampling.temperature, sampling.top_p) == (4096, 0.7, 0.9)
+        assert (sampling.max_new_tokens, sampling.law()) == (4096, Law(0.7, 0.9, 20))
     greedy = load_config(path, ["evaluation.sampling.temperature=0"]).evaluation.sampling
-    assert (greedy.temperature, greedy.top_p) == (0, 0.9)
+    assert (greedy.temperature, greedy.top_p, greedy.law()) == (0, 0.9, GREEDY)
+    for section in ("logs", "heldout.sampling"):
+        with pytest.raises(DraftsmithError, match=rf"{section}\.top_k: .*is greedy decoding: say temperature 0"):
+            load_config(path, [f"{section}.top_k=1"])
     with pytest.raises(DraftsmithError, match=r"heldout\.sampling: expected a mapping of fields, got 5"):
         load_config(path, ["heldout.sampling=5"])
 

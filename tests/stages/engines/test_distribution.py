@@ -51,7 +51,7 @@ class Laws:
             target, drafter = self.bench.target, self.bench.drafters["trained"]
             tokens = torch.tensor([[*self.prompt, *prefix]])
             out = target.read(tokens, drafter.target_layer_ids)
-            law = probabilities(target.logits(out.hidden[0, -1]), 1.0, 1.0).numpy()
+            law = probabilities(target.logits(out.hidden[0, -1]), 1.0).numpy()
             assert out.features is not None
             context = drafter.encode(out.features, tokens, torch.arange(tokens.shape[1])[None])
             anchor = torch.tensor([[tokens.shape[1] - 1]])

@@ -12,7 +12,7 @@ from scipy import stats
 
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.config import DraftingConfig
-from draftsmith.stages.drafters.drawing import Purpose, pick, probabilities, uniform
+from draftsmith.stages.drafters.drawing import Purpose, pick, sampled, uniform
 from draftsmith.stages.engines import verification
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
@@ -23,7 +23,7 @@ from tests.testbed.drawing import drawing_dflash, drawing_eagle3
 from tests.testbed.dspark import random_dspark
 
 PROMPT = [5, 3, 9, 1]
-PARAMS = SamplingParams(3, temperature=1.5, top_p=0.95)  # the prefill's token, and two that a block proposed
+PARAMS = SamplingParams(3, 1.5, top_p=0.95, top_k=40)  # the prefill's token, and two that a block proposed
 ANSWERS = 800
 CLASSES = 6  # of tokens: counts of single pairs would be too small
 ALARM = 1e-6  # p-value, of fixed seeds
@@ -48,7 +48,7 @@ def law(plain_target: Target) -> np.ndarray:
 
     def behind(texts: torch.Tensor) -> torch.Tensor:
         logits = plain_target.logits(plain_target.read(texts).hidden[:, -1])
-        return probabilities(logits, PARAMS.temperature, PARAMS.top_p)
+        return sampled(logits, PARAMS.law)
 
     prompt = torch.tensor([PROMPT])
     tokens = torch.arange(end)
@@ -128,7 +128,7 @@ def committed(params: SamplingParams) -> list[list[int]]:
 def least_p_value(params: SamplingParams = ALL) -> float:
     """Over the places of a step: of the tokens there, whenever it was committed, against the target's law."""
     values, steps = [], committed(params)
-    laws = probabilities(torch.from_numpy(TABLES[0]).log(), params.temperature, params.top_p).numpy()
+    laws = sampled(torch.from_numpy(TABLES[0]).log(), params.law).numpy()
     for place, law in enumerate(laws):
         counts = np.bincount([step[place] for step in steps if len(step) > place], minlength=TOKENS)
         if counts[law == 0].any():

@@ -10,14 +10,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.drafters.drawing import probabilities, uniform
+from draftsmith.stages.drafters.drawing import sampled as distribution
+from draftsmith.stages.drafters.drawing import uniform
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.targets.info import model_path
 from tests.stages.bench import CAPACITY, GREEDY_TOKENS, Bench
 from tests.testbed.drafter import DrafterArtifacts
 
-SAMPLED = SamplingParams(max_new_tokens=32, temperature=1.0, top_p=0.95)
+SAMPLED = SamplingParams(max_new_tokens=32, temperature=1.0, top_p=0.95, top_k=20)
 
 
 def tokens_of(answers: dict[str, Completion]) -> dict[str, list[int]]:
@@ -128,7 +129,7 @@ def test_every_sampled_token_inverts_the_targets_law_at_its_own_position(bench: 
     for request in sampled.requests[:10]:
         answer, start = sampled.answers[request.request_id], len(request.prompt_ids)
         hidden = bench.target.read(torch.tensor([request.prompt_ids + answer])).hidden[0, start - 1 : -1]
-        law = probabilities(bench.target.logits(hidden), SAMPLED.temperature, SAMPLED.top_p)
+        law = distribution(bench.target.logits(hidden), SAMPLED.law)
         for j, token in enumerate(answer):
             u = uniform(request.seed, start + j)
             assert float(law[j, :token].sum()) - 1e-5 <= u <= float(law[j, : token + 1].sum()) + 1e-5

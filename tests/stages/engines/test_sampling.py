@@ -1,16 +1,19 @@
-"""How a token is drawn: the kept set of top-p, the inverse of the cumulative law, one number a seed and position."""
+"""How a token is drawn: what top-k and top-p keep, the cumulative law inverted, one number a seed and position."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from draftsmith.stages.drafters.drawing import argmax, probabilities, uniform
+from draftsmith.stages.drafters.drawing import argmax, outside, sampled, uniform
 from draftsmith.stages.engines.base import SamplingParams
 from draftsmith.stages.engines.sampling import draw
+from draftsmith.stages.law import Law
 
 
 def test_uniform_numbers_depend_on_seed_and_position_and_are_uniform() -> None:
@@ -31,12 +34,13 @@ def test_the_best_token_is_the_first_of_equal_ones_however_a_vocabulary_divides(
                 assert torch.equal(argmax(each), each.argmax(-1))
 
 
-def kept_by_hand(p: list[float], top_p: float) -> set[int]:
-    """The plain definition: most likely tokens until their probability reaches top_p."""
+def kept_by_hand(p: list[float], top_p: float, top_k: int) -> set[int]:
+    """The plain definition: most likely tokens until their probability, among the k most likely ones, reaches top_p."""
     kept, mass = set(), 0.0
-    for token in sorted(range(len(p)), key=lambda token: -p[token]):
+    best = sorted(range(len(p)), key=lambda token: -p[token])[: top_k or len(p)]
+    for token in best:
         kept.add(token)
-        mass += p[token]
+        mass += p[token] / sum(p[each] for each in best)
         if mass >= top_p:
             break
     return kept
@@ -47,34 +51,59 @@ def kept_by_hand(p: list[float], top_p: float) -> set[int]:
     st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=12, unique=True),
     st.floats(0.2, 3),
     st.floats(0.01, 0.999),
+    st.integers(0, 14),
 )
-def test_top_p_keeps_the_smallest_sufficient_set(logits: list[float], temperature: float, top_p: float) -> None:
+def test_top_p_keeps_the_smallest_sufficient_set_of_what_top_k_keeps(
+    logits: list[float], temperature: float, top_p: float, top_k: int
+) -> None:
     whole = torch.softmax(torch.tensor(logits).double() / temperature, -1).tolist()
-    ordered = np.cumsum(sorted(whole, reverse=True))
-    if np.abs(ordered - top_p).min() < 1e-9 or len(set(whole)) < len(whole):
+    ordered = np.cumsum(sorted(whole, reverse=True)[: top_k or len(whole)])
+    if np.abs(ordered / ordered[-1] - top_p).min() < 1e-9 or len(set(whole)) < len(whole):
         return  # the definition itself rests on rounding
-    p = probabilities(torch.tensor(logits), temperature, top_p).tolist()
-    assert {token for token, value in enumerate(p) if value > 0} == kept_by_hand(whole, top_p)
+    p = sampled(torch.tensor(logits), Law(temperature, top_p, top_k)).tolist()
+    assert {token for token, value in enumerate(p) if value > 0} == kept_by_hand(whole, top_p, top_k)
     assert abs(sum(p) - 1) < 1e-12
     kept = [whole[token] for token, value in enumerate(p) if value > 0]
     assert np.allclose([value for value in p if value > 0], np.array(kept) / sum(kept))
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.4])
+@pytest.mark.parametrize("top_k", [0, 2, 20, 500])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_law_is_that_of_transformers_warpers(top_p: float, top_k: int, tied: bool) -> None:
+    """Temperature, top-k, top-p in this order; of tokens that tie at the k-th place top-k keeps all."""
+    logits = 2 * torch.randn(64, 200, generator=torch.Generator().manual_seed(top_k)).double()
+    if tied:  # as logits of half precision do; top-p is left out, for which of equal tokens it keeps is the sort's
+        logits, top_p = (2 * logits).round() / 2, 1.0
+    warped = TemperatureLogitsWarper(0.7)(None, logits)
+    warped = TopKLogitsWarper(top_k)(None, warped) if top_k else warped
+    warped = TopPLogitsWarper(top_p)(None, warped) if top_p < 1 else warped
+    law = Law(0.7, top_p, top_k)
+    found = sampled(logits, law)
+    assert torch.equal(found == 0, warped.isinf())
+    torch.testing.assert_close(found, torch.softmax(warped, -1), rtol=1e-12, atol=0)
+    if law.truncates:
+        assert torch.equal(outside(torch.softmax(logits / 0.7, -1), law), warped.isinf())
+    if tied and top_k == 20:
+        assert ((found > 0).sum(-1) > 20).any()
+
+
 def test_a_tiny_top_p_is_greedy_and_top_p_one_keeps_all() -> None:
     logits = torch.tensor([0.1, 2.0, -1.0, 1.9])
-    assert probabilities(logits, 1.0, 1e-6).tolist() == [0, 1, 0, 0]
-    assert torch.equal(probabilities(logits, 0.7, 1.0), torch.softmax(logits.double() / 0.7, -1))
+    assert sampled(logits, Law(1.0, 1e-6)).tolist() == [0, 1, 0, 0]
+    assert torch.equal(sampled(logits, Law(0.7)), torch.softmax(logits.double() / 0.7, -1))
+    assert sampled(logits, Law(1.0, top_k=2)).count_nonzero() == 2
 
 
 def test_draw_inverts_the_cumulative_law_of_each_row() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 5, 17, generator=generator) * 2
     positions = torch.arange(5) + torch.tensor([[10], [20], [30]])
-    params = [SamplingParams(1, 0.8), SamplingParams(1), SamplingParams(1, 1.3, 0.7)]
+    params = [SamplingParams(1, 0.8, top_k=6), SamplingParams(1), SamplingParams(1, 1.3, 0.7)]
     tokens = draw(logits, positions, params, [4, 5, 6])
     assert torch.equal(tokens[1], logits[1].argmax(-1))
     for row, seed in ((0, 4), (2, 6)):
-        p = probabilities(logits[row], params[row].temperature, params[row].top_p).numpy()
+        p = sampled(logits[row], params[row].law).numpy()
         for t in range(5):
             u, at = uniform(seed, int(positions[row, t])), int(tokens[row, t])
             assert p[t, at] > 0
@@ -85,6 +114,6 @@ def test_drawn_tokens_follow_the_law() -> None:
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5])
     count = 6000
     tokens = draw(logits.expand(1, count, -1), torch.arange(count)[None], [SamplingParams(1, 1.5)], [11])
-    expected = probabilities(logits, 1.5, 1.0).numpy() * count
+    expected = sampled(logits, Law(1.5)).numpy() * count
     observed = np.bincount(tokens[0].numpy(), minlength=5)
     assert stats.chisquare(observed, expected).pvalue > 1e-3

@@ -152,19 +152,31 @@ def test_the_plug_in_says_version_and_drafter() -> None:
 
 
 def test_payloads_say_how_to_draw_and_whether_to_record() -> None:
-    sampled = replace(REQUEST, sampling=SamplingParams(6, 0.7, 0.9), seed=2**62 + 1)
+    sampled = replace(REQUEST, sampling=SamplingParams(6, 0.7, 0.9, 20), seed=2**62 + 1)
     greedy = generate_payload(REQUEST, EOS, traced=False)
     assert greedy["input_ids"] == [10, 11, 12]
-    asked = {"temperature": 0.0, "max_new_tokens": 6, "stop_token_ids": [2, 0], "ignore_eos": False}
+    asked = {
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": -1,
+        "max_new_tokens": 6,
+        "stop_token_ids": [2, 0],
+        "ignore_eos": False,
+    }
     assert asked.items() <= greedy["sampling_params"].items()
     assert not {"custom_params", "sampling_seed"} & greedy["sampling_params"].keys()
     params = generate_payload(sampled, EOS, traced=True)["sampling_params"]
-    assert (params["temperature"], params["top_p"], params["sampling_seed"]) == (0.7, 0.9, 2**62 + 1)
+    assert (params["temperature"], params["top_p"], params["top_k"]) == (0.7, 0.9, 20)
+    assert params["sampling_seed"] == 2**62 + 1
     assert params["custom_params"] == {"draftsmith_trace": True}
 
 
-@pytest.mark.parametrize("sampling", [SamplingParams(6), SamplingParams(6, 0.7, 0.9)], ids=["greedy", "sampled"])
-def test_what_a_server_prefers_decides_nothing(sampling: SamplingParams) -> None:
+@pytest.mark.parametrize(
+    ("sampling", "top_k"),
+    [(SamplingParams(6), -1), (SamplingParams(6, 0.7, 0.9), -1), (SamplingParams(6, 0.7, 0.9, 30), 30)],
+    ids=["greedy", "sampled", "of some"],
+)
+def test_what_a_server_prefers_decides_nothing(sampling: SamplingParams, top_k: int) -> None:
     """SGLang draws by {**preferred, **asked}, and makes its SamplingParams of that."""
     preferred = {
         "top_p": 0.5,
@@ -186,7 +198,7 @@ def test_what_a_server_prefers_decides_nothing(sampling: SamplingParams) -> None
     }
     asked = generate_payload(replace(REQUEST, sampling=sampling), EOS, traced=False)["sampling_params"]
     assert {**preferred, **asked} == asked
-    assert (asked["top_p"], asked["top_k"], asked["repetition_penalty"]) == (sampling.top_p, -1, 1.0)
+    assert (asked["top_p"], asked["top_k"], asked["repetition_penalty"]) == (sampling.top_p, top_k, 1.0)
     assert asked["stop"] is None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.drafters.law import Law
+from draftsmith.stages.law import Law
 from draftsmith.stages.measure.acceptance import ceiling_trace
 from draftsmith.stages.replay.chains import committed_tokens
 from draftsmith.stages.replay.drawn import Expectation, SampledText

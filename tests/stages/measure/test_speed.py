@@ -169,14 +169,14 @@ def test_first_difference() -> None:
 
 def test_every_arm_gets_the_same_requests_at_every_setting() -> None:
     config = EvaluationConfig.model_validate(
-        {"concurrency": [1, 16], "temperatures": [0, 0.7], "sampling": {"max_new_tokens": 9, "top_p": 0.9}}
+        {"concurrency": [1, 16], "temperatures": [0, 0.7], "sampling": {"max_new_tokens": 9, "top_p": 0.9, "top_k": 20}}
     )
     settings = settings_of(config)
     assert settings == [Setting(0, 1), Setting(0, 16), Setting(0.7, 1), Setting(0.7, 16)]
     prompts = [Prompt("a", "heldout", [1, 2]), Prompt("b", "heldout", [3])]
     (a, b), (_, hot) = requests_for(prompts, config, settings[0], 5), requests_for(prompts, config, settings[2], 5)
-    assert (a.prompt_ids, a.sampling) == ([1, 2], SamplingParams(9, 0.0, 0.9))
-    assert hot == Request("b", [3], SamplingParams(9, 0.7, 0.9), b.seed) and a.seed != b.seed
+    assert (a.prompt_ids, a.sampling) == ([1, 2], SamplingParams(9, 0.0, 0.9, 20))
+    assert hot == Request("b", [3], SamplingParams(9, 0.7, 0.9, 20), b.seed) and a.seed != b.seed
     assert requests_for(prompts, config, settings[0], 5, max_new=4)[0].sampling.max_new_tokens == 4
     assert settings_of(EvaluationConfig()) == [Setting(0.0, 1)]
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from draftsmith.stages.engines.base import SamplingParams
+from draftsmith.stages.law import Law
 from draftsmith.stages.prompting.probable import judge
 from tests.stages.bench import GREEDY_TOKENS, Bench
 
@@ -16,8 +17,8 @@ COUNT = 40
 Answers = list[tuple[list[int], list[int]]]  # prompt and response
 
 
-def answers(bench: Bench, temperature: float, top_p: float = 1.0) -> Answers:
-    params = SamplingParams(GREEDY_TOKENS, temperature=temperature, top_p=top_p)
+def answers(bench: Bench, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Answers:
+    params = SamplingParams(GREEDY_TOKENS, temperature=temperature, top_p=top_p, top_k=top_k)
     found = bench.answers(bench.requests(COUNT, params), slots=COUNT).values()
     return [(each.request.prompt_ids, each.response_ids) for each in found if len(each.response_ids) > 8]
 
@@ -32,8 +33,8 @@ def sampled(bench: Bench) -> Answers:
     return answers(bench, 1.0)
 
 
-def judged(bench: Bench, rows: Answers, temperature: float, top_p: float = 1.0) -> Counter[str]:
-    return Counter(judge(bench.target, *row, temperature, top_p) for row in rows)
+def judged(bench: Bench, rows: Answers, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Counter[str]:
+    return Counter(judge(bench.target, *row, Law.of(temperature, top_p, top_k)) for row in rows)
 
 
 def test_its_own_answers_are_not_flagged(bench: Bench, greedy: Answers, sampled: Answers) -> None:
@@ -53,7 +54,16 @@ def test_a_wider_top_p_than_is_stated_is_seen(bench: Bench) -> None:
     narrow, wide = answers(bench, 1.5, 0.9), answers(bench, 1.5)
     assert judged(bench, narrow, 1.5, 0.9) == {"": len(narrow)}
     found = judged(bench, wide, 1.5, 0.9)
-    assert found["outside top_p"] > len(wide) / 2, found
+    assert found["outside top_p or top_k"] > len(wide) / 2, found
+
+
+def test_a_wider_top_k_than_is_stated_is_seen(bench: Bench) -> None:
+    narrow, wide = answers(bench, 1.5, top_k=5), answers(bench, 1.5)
+    assert judged(bench, narrow, 1.5, top_k=5) == {"": len(narrow)}
+    found = judged(bench, wide, 1.5, top_k=5)
+    assert found["outside top_p or top_k"] > len(wide) / 2, found
+    both = answers(bench, 1.5, 0.9, 5)
+    assert judged(bench, both, 1.5, 0.9, 5) == {"": len(both)}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -79,4 +89,4 @@ def test_a_seam_of_tokens_is_no_other_model(bench: Bench, greedy: Answers) -> No
     assert long
     prompt, response = long[0]
     last = [*response[:-1], (response[-1] + 7) % bench.target.info.vocab_size]
-    assert judge(bench.target, prompt, last, 0.0, 1.0) == ""
+    assert judge(bench.target, prompt, last, Law()) == ""

@@ -11,7 +11,7 @@ import torch
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.config import DraftingConfig
-from draftsmith.stages.drafters.law import GREEDY, Law
+from draftsmith.stages.law import GREEDY, Law
 from draftsmith.stages.replay.corpus import context_of, groups_of, mine, replay_all
 from draftsmith.stages.replay.kept import KeptTraces
 from draftsmith.stages.replay.sequential import replay_sequentially

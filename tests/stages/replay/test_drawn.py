@@ -15,9 +15,9 @@ from scipy import stats
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.drafters.drawing import Purpose, seed_of
-from draftsmith.stages.drafters.law import Law
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
+from draftsmith.stages.law import Law
 from draftsmith.stages.replay import drawn
 from draftsmith.stages.replay.corpus import replay_all
 from draftsmith.stages.replay.trace import Trace, Trajectory, tau
@@ -34,7 +34,7 @@ DRAFTERS: dict[str, Callable[[Target], Drafter]] = {
     "dspark": random_dspark,
     "eagle3": drawing_eagle3,
 }
-LAW = Law(temperature=1.5, top_p=0.95)
+LAW = Law(temperature=1.5, top_p=0.95, top_k=40)
 PROMPT = [5, 3, 9, 1]
 ANSWERS, LENGTH = 500, 6
 ALARM = 1e-5  # p-value, of fixed seeds
@@ -48,7 +48,7 @@ def drafter(request: pytest.FixtureRequest, plain_target: Target) -> Drafter:
 def decoded(
     target: Target, drafter: Drafter | None, first_seed: int, law: Law = LAW, drafting: DraftingConfig | None = None
 ) -> list[Completion]:
-    params = SamplingParams(LENGTH, law.temperature, law.top_p)
+    params = SamplingParams(LENGTH, law.temperature, law.top_p, law.top_k)
     engine = EmbeddedEngine(target, drafter, slots=100, capacity=len(PROMPT) + LENGTH + 8, drafting=drafting)
     return list(engine.generate([Request(str(i), PROMPT, params, i) for i in range(first_seed, first_seed + ANSWERS)]))
 
@@ -161,9 +161,11 @@ class Plainly:
 
 def _law(logits: torch.Tensor, law: Law) -> np.ndarray:
     p = torch.softmax(logits.double() / law.temperature, -1).numpy()
-    if law.top_p < 1:
+    if law.top_p < 1 or law.top_k:
         for row in p.reshape(-1, p.shape[-1]):
             order = np.argsort(-row)
+            row[order[law.top_k or len(row) :]] = 0
+            row /= row.sum()
             row[order[np.concatenate([[0.0], row[order].cumsum()[:-1]]) >= law.top_p]] = 0
         p = p / p.sum(-1, keepdims=True)
     return p
@@ -172,7 +174,7 @@ def _law(logits: torch.Tensor, law: Law) -> np.ndarray:
 def test_parallel_replay_equals_the_plain_reference(
     drafter: Drafter, texts: list[Trajectory], plain_target: Target
 ) -> None:
-    some = [*texts[:4], *random_target.trajectories(2)]  # also what top-p leaves out
+    some = [*texts[:4], *random_target.trajectories(2)]  # also what top-k and top-p leave out
     expected = [Plainly(plain_target, drafter, text).trace() for text in some]
     for chains in (1, 3, None):
         traces = replayed(plain_target, drafter, some, chains=chains)
@@ -184,8 +186,8 @@ def test_parallel_replay_equals_the_plain_reference(
 
 
 def test_what_is_expected_is_what_drawing_comes_to(drafter: Drafter, plain_target: Target) -> None:
-    params = SamplingParams(20, LAW.temperature, LAW.top_p)
-    (answer,) = EmbeddedEngine(plain_target, capacity=32).generate([Request("", PROMPT, params, 1)])
+    params = SamplingParams(20, LAW.temperature, LAW.top_p, LAW.top_k)
+    (answer,) = EmbeddedEngine(plain_target, capacity=32).generate([Request("", PROMPT, params, 2)])
     text = trajectory_of(answer)
     assert text.response_length == 20
     copies = [Trajectory(str(i), text.tokens, text.prompt_length) for i in range(500)]  # each with its own numbers
@@ -210,7 +212,7 @@ def test_what_is_expected_is_what_drawing_comes_to(drafter: Drafter, plain_targe
 
 def test_tau_of_averages_varies_less_than_that_of_drawn_traces(plain_target: Target) -> None:
     """Over a corpus; a single short text may be an exception."""
-    params, draws = SamplingParams(30, LAW.temperature, LAW.top_p), 40
+    params, draws = SamplingParams(30, LAW.temperature, LAW.top_p, LAW.top_k), 40
     engine = EmbeddedEngine(plain_target, capacity=48)
     texts = [
         trajectory_of(answer) for answer in engine.generate([Request(str(i), PROMPT, params, i) for i in range(8)])

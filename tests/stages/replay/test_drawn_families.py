@@ -32,7 +32,7 @@ def drafter(target: Target) -> Drafter:
 @pytest.fixture(scope="module")
 def texts(target: Target, drafter: Drafter) -> list[Trajectory]:
     """Answers that were decoded with the drafter, in rows that others take over."""
-    params = SamplingParams(12, LAW.temperature, LAW.top_p)
+    params = SamplingParams(12, LAW.temperature, LAW.top_p, LAW.top_k)
     requests = [Request(str(i), [5 + i, 3, 9, 1][: 3 + i % 2], params, i) for i in range(6)]
     answers = EmbeddedEngine(target, drafter, slots=2, capacity=32).generate(requests)
     return [trajectory_of(answer) for answer in answers if len(answer.response_ids) > 4][:3]

@@ -21,13 +21,13 @@ from scipy import stats
 from draftsmith.stages.drafters.base import Drafter, Drafting
 from draftsmith.stages.drafters.drawing import Purpose
 from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.drafters.law import Law
+from draftsmith.stages.law import Law
 from draftsmith.stages.replay import drawn
 from draftsmith.stages.replay.drawn import SampledText
 
 V, DRAWS = 4, 20_000
 ALARM = 1e-6  # p-value, of fixed seeds
-LAWS = [Law(1.0), Law(0.6), Law(1.4, 0.85)]
+LAWS = [Law(1.0), Law(0.6), Law(1.4, 0.85), Law(1.2, 0.9, 3)]
 
 Step = tuple[int, ...]  # the text's first two tokens, proposals kept, and both proposals
 
@@ -45,11 +45,13 @@ class Tables:
         return cls(p, q[:2])
 
     def laws(self, law: Law) -> tuple[np.ndarray, np.ndarray]:
-        """What is drawn by: top-p is the target's alone."""
+        """What is drawn by: top-k and top-p are the target's alone."""
         p, q = (np.exp(x / law.temperature) for x in (self.p, self.q))
         p, q = (x / x.sum(-1, keepdims=True) for x in (p, q))
         for row in p.reshape(-1, V):
             order = np.argsort(-row)
+            row[order[law.top_k or V :]] = 0
+            row /= row.sum()
             row[order[np.concatenate([[0.0], row[order].cumsum()[:-1]]) >= law.top_p]] = 0
         return p / p.sum(-1, keepdims=True), q
 

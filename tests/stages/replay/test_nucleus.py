@@ -1,4 +1,4 @@
-"""Texts replayed under a top-p that did not draw them: counted, said, and judged by the law before truncation."""
+"""Texts replayed under a top-p or top-k that did not draw them: counted, said, judged by the law before truncation."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.drawing import is_outside, outside, probabilities
 from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.drafters.law import Law
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
+from draftsmith.stages.law import Law
 from draftsmith.stages.replay.corpus import mine
 from draftsmith.stages.replay.drawn import Expectation, SampledText
 from draftsmith.stages.replay.nucleus import doubt
@@ -25,11 +25,12 @@ from tests.testbed.dspark import random_dspark
 from tests.testbed.random_target import random_drafter
 
 WIDE, NARROW = Law(1.0), Law(1.0, 0.9)
+NARROWER = [NARROW, Law(1.0, 0.95, 12)]
 COUNT, LENGTH = 60, 24
 
 
 def drawn(target: Target, law: Law) -> list[Trajectory]:
-    params = SamplingParams(LENGTH, law.temperature, law.top_p)
+    params = SamplingParams(LENGTH, law.temperature, law.top_p, law.top_k)
     requests = [Request(str(i), [5, 3, 9, 1], params, i) for i in range(COUNT)]
     answers = EmbeddedEngine(target, slots=COUNT, capacity=LENGTH + 8).generate(requests)
     return [trajectory_of(answer) for answer in answers if len(answer.response_ids) > 1]  # as they are loaded
@@ -41,46 +42,50 @@ def wide(plain_target: Target) -> list[Trajectory]:
 
 
 def laws(target: Target, text: Trajectory) -> tuple[torch.Tensor, torch.Tensor]:
-    """[n, V] before top-p, and [n] the tokens, of the positions that verify steps commit."""
+    """[n, V] before truncation, and [n] the tokens, of the positions that verify steps commit."""
     logits = target.logits(target.read(torch.tensor([text.tokens])).hidden[0, text.first_anchor : -1])
     return probabilities(logits, 1.0), torch.tensor(text.tokens[text.first_anchor + 1 :])
 
 
+@pytest.mark.parametrize("narrow", NARROWER, ids=str)
 def test_the_share_outside_the_nucleus_is_counted_and_said(
-    wide: list[Trajectory], plain_target: Target, tmp_path: Path
+    narrow: Law, wide: list[Trajectory], plain_target: Target, tmp_path: Path
 ) -> None:
     drafters: dict[str, Drafter] = {"draws": random_dspark(plain_target), "argmax": random_drafter(plain_target)}
 
     def replayed(texts: list[Trajectory], law: Law) -> dict[str, Tally]:
-        return tally_all(plain_target, drafters, texts, law=law, kept=tmp_path / f"{law.top_p}{len(texts)}")
+        return tally_all(plain_target, drafters, texts, law=law, kept=tmp_path / f"{law.truncates}{texts is wide}")
 
     count = total = 0
     for text in wide:
         whole, tokens = laws(plain_target, text)
-        count += int(outside(whole, NARROW.top_p).gather(1, tokens[:, None]).sum())
+        count += int(outside(whole, narrow).gather(1, tokens[:, None]).sum())
         total += len(tokens)
     for _ in range(2):  # the second time as they were kept
-        found = replayed(wide, NARROW)
+        found = replayed(wide, narrow)
         assert found["draws"].outside_nucleus_share == count / total > 0.05
         assert found["argmax"].outside_nucleus_share is None
-    said = doubt(found["draws"].outside_nucleus_share, NARROW)
-    assert said is not None and "logs.top_p" in said and f"{count / total:.1%}" in said
+    said = doubt(found["draws"].outside_nucleus_share, narrow)
+    assert said is not None and narrow.truncation in said and f"{count / total:.1%}" in said
 
     assert replayed(wide, WIDE)["draws"].outside_nucleus_share == 0
-    own = replayed(drawn(plain_target, NARROW)[1:], NARROW)["draws"].outside_nucleus_share  # in a folder of its own
-    assert own == 0 and doubt(own, NARROW) is None and doubt(None, NARROW) is None
+    own = replayed(drawn(plain_target, narrow), narrow)["draws"].outside_nucleus_share
+    assert own == 0 and doubt(own, narrow) is None and doubt(None, narrow) is None
 
-    traces = [t for group in mine(plain_target, drafters["draws"], wide, law=NARROW) for t in group.traces]
+    traces = [t for group in mine(plain_target, drafters["draws"], wide, law=narrow) for t in group.traces]
     assert sum(trace.outside_nucleus for trace in traces) == count
 
 
-def test_a_token_outside_is_judged_by_the_law_before_truncation(wide: list[Trajectory], plain_target: Target) -> None:
-    """q/p with the p that top-p had not cut: not certainly kept, as q over nothing would be."""
+@pytest.mark.parametrize("narrow", NARROWER, ids=str)
+def test_a_token_outside_is_judged_by_the_law_before_truncation(
+    narrow: Law, wide: list[Trajectory], plain_target: Target
+) -> None:
+    """q/p with the p that had not been cut: not certainly kept, as q over nothing would be."""
     for number, text in enumerate(wide):
         whole, tokens = laws(plain_target, text)
-        places = torch.nonzero(is_outside(whole, tokens, NARROW.top_p))[:, 0]
+        places = torch.nonzero(is_outside(whole, tokens, narrow))[:, 0]
         hidden = plain_target.read(torch.tensor([text.tokens])).hidden
-        sampled = SampledText.of(plain_target, hidden, [text], NARROW, 4)
+        sampled = SampledText.of(plain_target, hidden, [text], narrow, 4)
         for place in places[places < len(tokens) - 1].tolist():
             anchor, y = torch.tensor([[text.first_anchor + place]]), tokens[place]
             p, of_y = sampled.law_behind(anchor, y[None, None])
@@ -104,7 +109,7 @@ def test_tau_is_about_that_of_the_law_that_drew_the_texts(wide: list[Trajectory]
 def test_outside_without_an_order_is_that_with_one() -> None:
     generator = torch.Generator().manual_seed(0)
     p = torch.softmax(3 * torch.randn(50, 40, generator=generator, dtype=torch.float64), -1)
-    for top_p in (0.3, 0.9, 0.99):
-        expected = outside(p, top_p)
-        found = torch.stack([is_outside(p, torch.full((50,), token), top_p) for token in range(40)], -1)
+    for law in [*(Law(1.0, top_p, top_k) for top_p in (0.3, 0.9, 0.99) for top_k in (0, 5)), Law(1.0, top_k=5)]:
+        expected = outside(p, law)
+        found = torch.stack([is_outside(p, torch.full((50,), token), law) for token in range(40)], -1)
         assert np.array_equal(found.numpy(), expected.numpy()) and expected.any()

@@ -11,7 +11,7 @@ import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.law import GREEDY, Law
+from draftsmith.stages.law import GREEDY, Law
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.accumulation import Accumulation
@@ -93,22 +93,22 @@ def test_micro_batches_of_sampled_answers_are_one_batch(
     name: str, drafter: Drafter, plain_target: Target, trajectories: list[Trajectory]
 ) -> None:
     """Where proposals are drawn, by the numbers of the answers: the same in any micro-batch."""
-    assert_one_batch(name, drafter, plain_target, trajectories, Law(0.8, 0.9))
+    assert_one_batch(name, drafter, plain_target, trajectories, Law(0.8, 0.9, 40))
 
 
 def assert_one_batch(
     name: str, drafter: Drafter, plain_target: Target, trajectories: list[Trajectory], law: Law
 ) -> None:
-    fields, temperature, top_p = CASES[name], law.temperature, law.top_p
+    fields = CASES[name]
     drafter.frequent_tokens = torch.arange(random_target.VOCAB_SIZE)
 
     def make() -> Training:
         if name.startswith("SFT"):
             sft = SftConfig.model_validate(STEP | (fields or {}))
-            return SftTraining(drafter, plain_target, trajectories, sft, temperature=temperature, top_p=top_p)
+            return SftTraining(drafter, plain_target, trajectories, sft, law=law)
         config = OpdConfig.model_validate({**STEP, **(fields or {}), "head_negatives": 3})
         table = mined(trajectories, drafter.block_size - 1)
-        return OpdTraining(drafter, plain_target, trajectories, table, config, temperature=temperature, top_p=top_p)
+        return OpdTraining(drafter, plain_target, trajectories, table, config, law=law)
 
     whole, expected, one = trained(make, drafter, None)
     per_row = 3 * drafter.block_size

@@ -10,7 +10,7 @@ import torch
 
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.drafters.law import GREEDY, Law
+from draftsmith.stages.law import GREEDY, Law
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.blocks import Anchors, LossReport, block_hidden, context_of
 from draftsmith.stages.training.config import SftConfig

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.drawing import probabilities
+from draftsmith.stages.drafters.drawing import probabilities, sampled
 from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.drafters.law import Law
+from draftsmith.stages.law import Law
 from draftsmith.stages.replay import drawn
 from draftsmith.stages.replay.corpus import replay_all
 from draftsmith.stages.replay.drawn import SampledText
@@ -35,7 +35,7 @@ from tests.testbed.dspark import random_dspark
 from tests.testbed.random_target import random_drafter
 
 N, H, V = 6, 8, 40
-LAWS = [Law(0.6), Law(1.5), Law(0.7, 0.8)]
+LAWS = [Law(0.6), Law(1.5), Law(0.7, 0.8), Law(0.7, 0.8, 4), Law(0.7, top_k=4)]
 
 
 def judged_at(law: Law, loss: Any, tokens: torch.Tensor, hidden: torch.Tensor, heads: Heads) -> torch.Tensor:
@@ -93,7 +93,7 @@ def test_the_confidence_is_of_what_is_kept_under_the_law(law: Law) -> None:
     terms = judged_at(law, "forward_kl", torch.zeros(N, dtype=torch.long), hidden, heads) - plain
     kept = 1 - (terms - np.log1p(np.exp(-said))) / said  # binary cross-entropy is linear in what it is held against
     q = probabilities(hidden @ own.weight.T, law.temperature)
-    p = probabilities(hidden @ weight.T, law.temperature, law.top_p)
+    p = sampled(hidden @ weight.T, law)
     expected = torch.minimum(p, q).sum(-1).float()
     torch.testing.assert_close(kept.detach(), expected, atol=1e-4, rtol=0)
 
@@ -113,14 +113,14 @@ def test_of_greedy_answers_it_is_whether_the_argmax_is_kept() -> None:
 def test_trainings_compare_a_drawing_drafter_at_temperature_1(
     temperature: float, drawn: bool, plain_target: Target
 ) -> None:
-    """Of greedy answers neither temperature nor top-p says anything."""
-    texts, said = random_target.trajectories(4, seed=2), {"temperature": temperature, "top_p": 0.5}
+    """Of greedy answers no temperature says anything."""
+    texts, law = random_target.trajectories(4, seed=2), Law.of(temperature, 0.5, 20)
     for drafter, draws in ((random_dspark(plain_target), drawn), (random_drafter(plain_target), False)):
-        sft = SftTraining(drafter, plain_target, texts, SftConfig(loss="ce_l1"), **said)  # type: ignore[arg-type]
+        sft = SftTraining(drafter, plain_target, texts, SftConfig(loss="ce_l1"), law=law)
         table = mined(texts, drafter.block_size - 1)
-        opd = OpdTraining(drafter, plain_target, texts, table, OpdConfig(), **said)  # type: ignore[arg-type]
-        law = Law(0.7, 0.5) if draws else Law()
-        assert (sft._law, opd._step.law) == (law, law)
+        opd = OpdTraining(drafter, plain_target, texts, table, OpdConfig(), law=law)
+        of_proposals = Law(0.7, 0.5, 20) if draws else Law()
+        assert (sft._law, opd._step.law) == (of_proposals, of_proposals)
         of_target = 1.0 if draws else temperature or 1.0
         assert sft._temperature == opd.objective.temperature == of_target
 
@@ -129,7 +129,7 @@ def test_every_step_of_opd_draws_its_proposals_by_numbers_of_its_own(plain_targe
     """Neither those of the step before nor those of mining: what was rejected then may be kept now."""
     texts, drafter = random_target.trajectories(2, seed=2), random_dspark(plain_target)
     table = mined(texts, drafter.block_size - 1)
-    training = OpdTraining(drafter, plain_target, texts, table, OpdConfig(), temperature=0.7)
+    training = OpdTraining(drafter, plain_target, texts, table, OpdConfig(), law=Law(0.7))
     batch = FeatureSource(plain_target, drafter.target_layer_ids, texts).batch([0, 1])
     assert batch.hidden is not None
     of_mining = SampledText.of(plain_target, batch.hidden, texts, Law(0.7), drafter.block_size - 1)
@@ -145,22 +145,23 @@ WHOLE: dict[str, Any] = {"scope": "block", "beyond": 0, "positions": {"kind": "u
 def test_trainings_hold_tokens_and_confidence_against_the_answers_law(kind: str, plain_target: Target) -> None:
     texts = random_target.trajectories(4, seed=2)
 
-    def loss(drafter: Drafter, of: str, **said: float) -> float:
+    def loss(drafter: Drafter, of: str, law: Law) -> float:
         if kind == "sft":
-            training: Any = SftTraining(drafter, plain_target, texts, SftConfig(loss=of), **said)  # type: ignore[arg-type]
+            training: Any = SftTraining(drafter, plain_target, texts, SftConfig.model_validate({"loss": of}), law=law)
         else:
             table = mined(texts, drafter.block_size - 1)
             config = OpdConfig.model_validate({"anchors": "random", "loss": {"response": {"loss": of, **WHOLE}}})
-            training = OpdTraining(drafter, plain_target, texts, table, config, **said)  # type: ignore[arg-type]
+            training = OpdTraining(drafter, plain_target, texts, table, config, law=law)
         return float(training.loss(0).loss.detach())
 
     choosing, biased = random_dflash2(plain_target), random_dspark(plain_target)
-    same = pytest.approx(loss(choosing, "forward_kl", temperature=1.0), rel=1e-6)
-    assert loss(choosing, "forward_kl", temperature=0.7) == same, "distributions are compared at temperature 1"
+    same = pytest.approx(loss(choosing, "forward_kl", Law(1.0)), rel=1e-6)
+    assert loss(choosing, "forward_kl", Law(0.7)) == same, "distributions are compared at temperature 1"
     for of in ("cross_entropy", "ce_l1"):
-        assert loss(choosing, of, temperature=0.7) != pytest.approx(loss(choosing, of, temperature=1.0), rel=1e-4), of
-    plain, nucleus = (loss(biased, "forward_kl", temperature=0.7, top_p=top_p) for top_p in (1.0, 0.5))
-    assert nucleus != pytest.approx(plain, rel=1e-4), "confidence"
+        assert loss(choosing, of, Law(0.7)) != pytest.approx(loss(choosing, of, Law(1.0)), rel=1e-4), of
+    plain = loss(biased, "forward_kl", Law(0.7))
+    for law in (Law(0.7, 0.5), Law(0.7, top_k=3)):
+        assert loss(biased, "forward_kl", law) != pytest.approx(plain, rel=1e-4), "confidence"
 
 
 @pytest.mark.parametrize(("temperature", "losses"), [(0.0, ("cross_entropy",) * 2), (0.7, ("cross_entropy", "ce_l1"))])
@@ -168,9 +169,9 @@ def test_sft_of_sampled_answers_reads_the_distribution_where_that_was_better(
     temperature: float, losses: tuple[str, ...], plain_target: Target
 ) -> None:
     texts, drafters = random_target.trajectories(2), (random_drafter(plain_target), random_dflash2(plain_target))
-    trainings = [SftTraining(each, plain_target, texts, SftConfig(), temperature=temperature) for each in drafters]
+    trainings = [SftTraining(each, plain_target, texts, SftConfig(), law=Law(temperature)) for each in drafters]
     assert tuple(each.stream.loss for each in trainings) == losses
-    asked = SftTraining(drafters[1], plain_target, texts, SftConfig(loss="cross_entropy"), temperature=temperature)
+    asked = SftTraining(drafters[1], plain_target, texts, SftConfig(loss="cross_entropy"), law=Law(temperature))
     assert asked.stream.loss == "cross_entropy", "what is asked for is done"
 
 
@@ -178,7 +179,7 @@ def test_sft_of_sampled_answers_reads_the_distribution_where_that_was_better(
 def test_blocks_are_judged_alike_however_many_laws_fit_into_memory(
     make: Any, plain_target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drafter, texts, law = make(plain_target), random_target.trajectories(3, seed=5), Law(0.8, 0.9)
+    drafter, texts, law = make(plain_target), random_target.trajectories(3, seed=5), Law(0.8, 0.9, 30)
     batch = FeatureSource(plain_target, drafter.target_layer_ids, texts, with_hidden=True).batch([0, 1, 2])
     anchors = position_anchors(texts, 5, step_rng(0, 0), torch.device("cpu"))
     heads = HeadSource(drafter, plain_target.head_weight, TrainingConfig()).draw(step_rng(0, 0), [batch.tokens])

@@ -6,7 +6,7 @@ import pytest
 
 from draftsmith.stages.drafters import attention
 from draftsmith.stages.drafters.config import DFlash2Config, DFlashConfig, DSparkConfig, Eagle3Config
-from draftsmith.stages.drafters.law import Law
+from draftsmith.stages.law import Law
 from draftsmith.stages.targets.estimate import PROCESS, Answers, Use
 from draftsmith.stages.training.config import SftConfig, TrainingConfig
 from draftsmith.stages.training.estimate import row_bytes, training_estimate
@@ -29,6 +29,9 @@ STEPS = {
     "0.6B, DSpark, SFT": FakeStep("Qwen3-0.6B", SftConfig.model_validate(SMALL), DSPARK, 1024, law=Law(0.7)),
     "0.6B, DSpark, SFT, top-p": FakeStep(
         "Qwen3-0.6B", SftConfig.model_validate(SMALL), DSPARK, 1024, law=Law(0.7, 0.9)
+    ),
+    "0.6B, DSpark, SFT, top-k and top-p": FakeStep(
+        "Qwen3-0.6B", SftConfig.model_validate(SMALL), DSPARK, 1024, law=Law(0.7, 0.9, 20)
     ),
     "4B, DFlash, OPD": FakeStep("Qwen3-4B", OpdConfig.model_validate(SMALL | {"loss": "paper"}), DFLASH, 1024),
 }

@@ -10,7 +10,7 @@ from draftsmith.stages.drafters.checkpoint import upgraded
 from draftsmith.stages.drafters.config import DFlashConfig, DSparkConfig
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
-from draftsmith.stages.drafters.law import GREEDY, Law
+from draftsmith.stages.law import GREEDY, Law
 from draftsmith.stages.replay.corpus import replay_all
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.anchors import position_anchors
