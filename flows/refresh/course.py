@@ -106,11 +106,12 @@ class RefreshCourse:
         return reasons + fallen(drift, champion.figures, config.threshold)
 
     def _measured_differently(self) -> list[str]:
-        """The settings that were others when the champion's figures were taken, in words."""
-        now = measured_with(self.config)
+        """The settings that were others when the champion's figures were taken, in words; a version that does not say
+        them has none."""
+        now, kept = measured_with(self.config), self.line.measured_with
         return [
             f"{name} {_said(now[name])}, was {_said(was)}"
-            for name, was in (DEFAULT_SAMPLING | self.line.measured_with).items()
+            for name, was in (DEFAULT_SAMPLING | kept if kept else {}).items()
             if now.get(name, was) != was and name != BLOCK_SIZE  # the trained one, now as then
         ]
 

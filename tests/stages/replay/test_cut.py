@@ -149,12 +149,12 @@ def expected(plain: Plainly, anchor: int) -> float:
 
 
 def test_accepted_lengths_have_the_law_of_sampled_decoding_with_the_cut(drafter: Drafter, plain_target: Target) -> None:
-    cut = DraftingConfig(confidence=0.85)
-    served = [a for a in decoded(plain_target, drafter, 10_000, drafting=cut) if len(a.response_ids) == LENGTH]
-    plain = [trajectory_of(a) for a in decoded(plain_target, None, 0) if len(a.response_ids) == LENGTH]
+    cut, law = DraftingConfig(confidence=0.85), Law(1.5, 0.95)
+    served = [a for a in decoded(plain_target, drafter, 10_000, law, cut) if len(a.response_ids) == LENGTH]
+    plain = [trajectory_of(a) for a in decoded(plain_target, None, 0, law) if len(a.response_ids) == LENGTH]
     counts = first_steps([trajectory_of(a) for a in served], [a.steps[0].accepted for a in served])
     of_replay, of_whole_blocks = (
-        first_steps(plain, [int(trace.accepted[0]) for trace in replayed(plain_target, drafter, each, plain, LAW)])
+        first_steps(plain, [int(trace.accepted[0]) for trace in replayed(plain_target, drafter, each, plain, law)])
         for each in (cut, DraftingConfig())
     )
     assert same_law(counts, of_replay) > ALARM > same_law(counts, of_whole_blocks)
