@@ -98,6 +98,7 @@ def test_what_is_not_what_was_registered_is_neither_copied_out_nor_made_the_cham
         committed(Store(tmp_path / "home" / "store"), "opd", tmp_path / "other", {})
     moved: list[Version] = []
     line = SimpleNamespace(
+        rolled_back=lambda _version: None,
         resolve=lambda _text: version,
         complete=lambda _line: None,
         champion=lambda _line: None,
