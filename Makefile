@@ -100,9 +100,11 @@ $(VLLM_CPU)/.vllm-$(VLLM_VERSION):
 speculators: $(SPECULATORS)/.speculators-$(SPECULATORS_VERSION)
 	@echo $(abspath $(SPECULATORS)/bin/python)
 
+# without torchaudio and torchvision as above
 $(SPECULATORS)/.speculators-$(SPECULATORS_VERSION):
 	$(PYTHON) -m venv --clear $(SPECULATORS)
 	$(SPECULATORS)/bin/pip install --quiet $(PIP_ARGS) speculators==$(SPECULATORS_VERSION)
+	$(SPECULATORS)/bin/pip uninstall --quiet --yes torchaudio torchvision
 	@touch $@
 
 lint: $(INSTALLED)
