@@ -48,10 +48,11 @@ def evaluation(turns: list[Turn]) -> dict[str, Any]:
     ratios = log_ratios(turns, [("opd", PLAIN), ("opd", CHAMPION)])
     speeds = [compared("speed", arm, other, found, **WHERE) for (arm, other), found in ratios.items()]
     better = {"kind": "tau", "arm": "opd", "other": CHAMPION, "value": 0.4, "error": 0.01, "units": 40, "degrees": 39.0}
+    gain = {"value": 0.2, "error": 0.005, "units": 40, "degrees": 39.0}
     return {
         **WHERE,
         "drafters": {CHAMPION: {"tau": 2.0}, "opd": {"tau": 2.4}},
-        "compared": [*speeds, {**better, "set": None, "base": 2.0}],
+        "compared": [*speeds, {**better, "set": None, "base": 2.0, "gain": gain}],
         "exactness": {"fp32_prompts": 4, "fp32_identical": 4},
         "verdicts": verdicts({}, {("opd", CHAMPION): ratios["opd", CHAMPION]}, turns[0]["prompts"]),
         "speed": speed_table(turns, []),
