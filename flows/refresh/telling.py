@@ -37,8 +37,9 @@ class Telling:
         return locked(lock, run=f"promotion of {self._line}", limit_s=patience)
 
     def owed(self, decision: Mapping[str, Any]) -> dict[str, str]:
-        """Tags of a version that is about to be promoted: who finds them calls the hook, if this run is killed."""
-        return {} if self._config is None else {_HOOK: _DUE, _TOLD: _short(decision)}
+        """Tags of a version that is about to be promoted: who finds them calls the hook, if this run is killed. In this
+        order: what is due can be told."""
+        return {} if self._config is None else {_TOLD: _short(decision), _HOOK: _DUE}
 
     def tell(self, version: Version, decision: Mapping[str, Any]) -> str:
         """Call the hook, while `alone`, unless it was called; returns what became of it, empty if there is none."""
