@@ -1,4 +1,4 @@
-"""What nobody goes on with: old unfinished attempts and shards, replaced artifacts, logs. No other artifact ever is."""
+"""What nobody goes on with: old unfinished attempts and shards, replaced artifacts, logs. No complete artifact is."""
 
 from __future__ import annotations
 

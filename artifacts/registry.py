@@ -137,6 +137,19 @@ class Registry:
                 if not (token := page.token):
                     return found
 
+    def aliased_content_ids(self) -> set[str]:
+        """Of every version of every line that serves, has served before, or has another alias."""
+        found: set[str] = set()
+        with self._client() as client:
+            token = None
+            while True:
+                page = client.search_registered_models(max_results=100, page_token=token)
+                for model in page:
+                    numbers = {int(number) for number in model.aliases.values()}
+                    found |= {self._version(client, model.name, number).content_id for number in numbers}
+                if not (token := page.token):
+                    return found
+
     def events(self, line: str) -> list[LineEvent]:
         """Oldest first."""
         return [LineEvent(**event) for event in self._told(line, _EVENT)]

@@ -114,6 +114,9 @@ def parser() -> argparse.ArgumentParser:
 
     prune = commands.add_parser("prune", help="what was left behind: old unfinished attempts, replaced artifacts, logs")
     prune.add_argument("--days", type=float, default=30, help="only what was not touched for so long (default: 30)")
+    prune.add_argument(
+        "--artifacts", action="store_true", help="complete artifacts too that no run has used and no line needs"
+    )
     prune.add_argument("--delete", action="store_true", help="delete it; without, it is only listed")
     prune.set_defaults(does="prune")
     return whole

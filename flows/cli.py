@@ -339,9 +339,9 @@ def _deploy(options: argparse.Namespace, pipeline: Pipeline) -> None:
 
 
 def _prune(options: argparse.Namespace, _pipeline: Pipeline) -> None:
-    from draftsmith.flows.pipeline import inspection
+    from draftsmith.flows.pipeline.pruning import prune
 
-    inspection.prune(_display(), options.days, delete=options.delete)
+    prune(_display(), options.days, artifacts=options.artifacts, delete=options.delete)
 
 
 def _read(options: argparse.Namespace, pipeline: Pipeline, *, patient: bool = False) -> RunOptions:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,11 @@ from rich.tree import Tree
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
-from draftsmith.artifacts.leftovers import REPLACED_ARTIFACTS, Leftover, leftovers
 from draftsmith.artifacts.manifest import InputEntry, Manifest, local_time
 from draftsmith.artifacts.open_store import store_of
-from draftsmith.artifacts.registry import Registry
 from draftsmith.artifacts.remote_store import RemoteStore
 from draftsmith.artifacts.store import PARTIAL, Store
-from draftsmith.artifacts.tracking import Tracking
-from draftsmith.flows.pipeline import registered
-from draftsmith.flows.pipeline.display import Display, duration, escape, figure
+from draftsmith.flows.pipeline.display import Display, duration, escape, figure, folded_table, size
 from draftsmith.flows.pipeline.failures import last_failure
 from draftsmith.flows.pipeline.graph import Pipeline, PlannedNode, Status, has_partial, plan
 from draftsmith.flows.pipeline.options import RunOptions
@@ -34,7 +29,7 @@ _MOST_BYTES = 50_000_000  # of a file that is fetched for a look at it
 def status_of_config(display: Display, config: RunOptions, pipeline: Pipeline) -> None:
     """One line a node of the config: done, running, unfinished, failed (with its last error), damaged, or waiting."""
     store = store_of(home())
-    table = _table("node", "stage", "key", "state")
+    table = folded_table("node", "stage", "key", "state")
     planned = plan(config, store, pipeline, stop_at_damage=False)
     for item in planned:
         table.add_row(item.node.name, item.node.stage.name, (item.key or "-")[:16], _state(item, store))
@@ -69,7 +64,7 @@ def _state_of(
 def status_of_store(display: Display) -> None:
     """All artifacts, oldest first, then what is running or unfinished."""
     store = store_of(home())
-    table = _table("stage", "key", "state", "made at", "took", "size", "figures")
+    table = folded_table("stage", "key", "state", "made at", "took", "size", "figures")
     for manifest in store.list():
         table.add_row(
             escape(manifest.stage),
@@ -77,7 +72,7 @@ def status_of_store(display: Display) -> None:
             _state_of(store, manifest.stage, manifest.key, done=True, partial=False, damage=_damage(store, manifest)),
             local_time(datetime.fromisoformat(manifest.created_at)),
             duration(manifest.duration_s),
-            _size(sum(entry.bytes for entry in manifest.files.values())),
+            size(sum(entry.bytes for entry in manifest.files.values())),
             escape(_figures(manifest)),
         )
     for folder in sorted(store.root.glob(f"*/{PARTIAL}*")):
@@ -98,47 +93,6 @@ def _damage(store: Store, manifest: Manifest) -> DraftsmithError | None:
     except DraftsmithError as damage:
         return damage
     return None
-
-
-def prune(display: Display, days: float, *, delete: bool) -> None:
-    """What was left behind and not touched for so many days; deletes it if asked to."""
-    found = leftovers(home(), time.time() - days * 86400)
-    found = [each for each in found if each.what not in REPLACED_ARTIFACTS] + _of_no_line(display, found)
-    if not found:
-        display.line(f"nothing in {home()} was left behind and not touched for {days:g} days")
-        return
-    table = _table("what", "path", "size", "last touched")
-    for each in found:
-        touched = local_time(datetime.fromtimestamp(each.touched, UTC))
-        table.add_row(each.what, each.shown(home()), _size(each.bytes), touched)
-    display.console.print(table)
-    if not delete:
-        total = _size(sum(each.bytes for each in found))
-        display.line(
-            f"{total} in all; `draftsmith prune --days {days:g} --delete` removes it. All other artifacts stay."
-        )
-        return
-    removed = [each for each in found if each.remove()]
-    kept = ", ".join(each.path.name for each in found if each not in removed)
-    total = _size(sum(each.bytes for each in removed))
-    display.line(f"removed {total}" + (f", but for what a run has taken up: {kept}" if kept else ""))
-
-
-def _of_no_line(display: Display, found: list[Leftover]) -> list[Leftover]:
-    """Replaced artifacts that no version of a drafter line is: a champion that was made again has no other copy."""
-    replaced = [each for each in found if each.what in REPLACED_ARTIFACTS]
-    if not replaced:
-        return []
-    tracking = Tracking(home())
-    if (why := registered.elsewhere(tracking)) is not None:
-        display.line(f"replaced artifacts are kept: {why}")
-        return []
-    try:
-        named = Registry(tracking).content_ids()
-    except DraftsmithError as error:
-        display.line(f"replaced artifacts are kept, as nobody can say whether a drafter line needs them: {error}")
-        return []
-    return [each for each in replaced if each.content is None or not any(id.startswith(each.content) for id in named)]
 
 
 def show(display: Display, text: str, *, verify: bool = False) -> None:
@@ -179,9 +133,9 @@ def _has_head(name: str) -> bool:
 
 
 def _files(manifest: Manifest) -> Table:
-    table = _table("file", "size", "sha256", "")
+    table = folded_table("file", "size", "sha256", "")
     for name, entry in sorted(manifest.files.items()):
-        table.add_row(escape(name), _size(entry.bytes), entry.sha256[:16], "volatile" if entry.volatile else "")
+        table.add_row(escape(name), size(entry.bytes), entry.sha256[:16], "volatile" if entry.volatile else "")
     return table
 
 
@@ -242,20 +196,5 @@ def _figures(manifest: Manifest, limit: int | None = 4) -> str:
     return "  ".join(f"{name}={figure(value)}" for name, value in list(manifest.metrics.items())[:limit])
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
 def _cut(text: str) -> str:
     return text if len(text) <= _CELL else f"{text[: _CELL - 3]}..."
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"

@@ -1,17 +1,23 @@
-"""Replaced artifacts are deleted only where the MLflow that is asked knows what this home's drafter lines need."""
+"""Artifacts are deleted only where the MLflow that is asked knows what this home's drafter lines need."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from draftsmith.artifacts.locks import locked
+from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.registry import Registry
 from draftsmith.artifacts.store import REPLACED, Claim, Store
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.cli import main
 from draftsmith.flows.pipeline import registered
+from draftsmith.flows.pipeline.history import note_made
 
 
 @pytest.fixture
@@ -73,3 +79,68 @@ def test_the_homes_own_database_is_its_own_wherever_the_home_lies(
     moved = home.rename(tmp_path / "moved")
     monkeypatch.setenv("DRAFTSMITH_HOME", str(moved))
     assert "removed" in pruned(capsys) and not list(moved.glob(f"store/opd/{REPLACED}*"))
+
+
+def artifact(store: Store, stage: str, content: str, inputs: dict[str, ArtifactRef] | None = None) -> ArtifactRef:
+    with store.claim(stage, hashlib.sha256(f"{stage} {content}".encode()).hexdigest()) as claim:
+        assert isinstance(claim, Claim)
+        (claim.out / "x").write_text(content)
+        return store.commit(claim, config={}, inputs=inputs or {}, code_digest="", seed=0)
+
+
+def test_a_line_keeps_who_serves_who_served_and_what_they_were_made_from(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Four drafters of a line: the first served before the second, the third was refused and the fourth just now."""
+    store, lines = Store(home / "store"), Registry(Tracking(home))
+    Tracking(home).connect()
+    registered.note(Tracking(home))
+    answers = [artifact(store, "rollout", f"answers {week}") for week in range(4)]
+    drafters = [artifact(store, "opd", f"drafter {week}", {"answers": each}) for week, each in enumerate(answers)]
+    champion = None
+    for week, ref in enumerate(drafters):
+        version = lines.register("line", ref, {})
+        if week < 2:
+            lines.promote(version, expected=champion, why="it is faster")
+            champion = version
+    for _ in range(2):
+        assert main(["prune", "--artifacts", "--days", "0"]) == 0, "it only lists"
+    said = " ".join(capsys.readouterr().out.split())
+    assert "`draftsmith prune --artifacts --days 0 --delete` removes it" in said
+    assert main(["prune", "--artifacts", "--delete"]) == 0 and all(each.path.exists() for each in drafters), "young"
+    assert main(["prune", "--days", "0", "--delete"]) == 0 and all(each.path.exists() for each in drafters)
+    assert main(["prune", "--artifacts", "--days", "0", "--delete"]) == 0
+    assert [each.path.exists() for each in drafters] == [each.path.exists() for each in answers]
+    assert [each.path.exists() for each in drafters] == [True, True, False, True]
+
+
+def test_what_a_run_has_used_lately_stays(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Tracking(home).connect()
+    used, other = (artifact(Store(home / "store"), "rollout", text) for text in ("used", "other"))
+    note_made(home, "weekly", "rollout", used)
+    (history,) = (home / "history").glob("*.jsonl")
+    with history.open("a") as file:
+        file.write('{"at": 1, "node": "rollout"}\n"what a\nfull disk left"')
+    history.write_text(history.read_text().replace(f"{datetime.now(UTC):%Y-}", "2999-"))
+    assert main(["prune", "--artifacts", "--days", "0", "--delete"]) == 0
+    assert used.path.exists() and not other.path.exists() and "removed 5 B" in capsys.readouterr().out
+
+
+def test_nothing_that_a_living_run_may_read_goes(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Tracking(home).connect()
+    kept = artifact(Store(home / "store"), "rollout", "text")
+    for lock in (home / "refreshes" / ".lock-abc", home / "store" / "sft" / ".lock-def"):
+        with locked(lock):
+            assert main(["prune", "--artifacts", "--days", "0", "--delete"]) == 2
+            assert f"is alive (it holds {lock})" in " ".join(capsys.readouterr().err.split())
+            assert main(["prune", "--artifacts", "--days", "0"]) == 0 and kept.path.exists()
+
+
+def test_complete_artifacts_stay_where_another_mlflow_has_the_lines(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = artifact(Store(home / "store"), "rollout", "text")
+    (home / registered.NOTE).write_text("http://mlflow.example:5000\n")
+    assert main(["prune", "--artifacts", "--days", "0", "--delete"]) == 0
+    assert "complete artifacts are kept: versions were registered in http://mlflow" in capsys.readouterr().out
+    assert kept.path.exists()

@@ -1,0 +1,96 @@
+"""`draftsmith prune`: what was left behind, and asked to, complete artifacts that nothing needs any more."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.home import home
+from draftsmith.artifacts.leftovers import REPLACED_ARTIFACTS, Leftover, leftovers
+from draftsmith.artifacts.locks import is_locked
+from draftsmith.artifacts.manifest import local_time
+from draftsmith.artifacts.open_store import store_of
+from draftsmith.artifacts.registry import Registry
+from draftsmith.artifacts.tracking import Tracking
+from draftsmith.artifacts.unused import unused
+from draftsmith.flows.pipeline import registered
+from draftsmith.flows.pipeline.display import Display, folded_table, size
+from draftsmith.flows.pipeline.history import last_used
+
+
+def prune(display: Display, days: float, *, artifacts: bool, delete: bool) -> None:
+    """What was left behind and not touched for so many days; deletes it if asked to.
+
+    artifacts: complete artifacts too that no run has used for so long, but for those that drafter lines need. Raises
+    DraftsmithError for their deletion while a run of this home is alive.
+    """
+    before = time.time() - days * 86400
+    found = leftovers(home(), before)
+    replaced = [each for each in found if each.what in REPLACED_ARTIFACTS]
+    found = [each for each in found if each not in replaced]
+    if replaced and (named := _known(display, "replaced artifacts", Registry.content_ids)) is not None:
+        found += [each for each in replaced if not _is_named(each, named)]
+    if artifacts and (needed := _known(display, "complete artifacts", Registry.aliased_content_ids)) is not None:
+        if delete:
+            _check_nothing_runs()
+        found += unused(store_of(home()).root, before, last_used(home()), needed)
+    if not found:
+        display.line(f"nothing in {home()} was left behind and not touched for {days:g} days")
+    elif delete:
+        _delete(display, found)
+    else:
+        _list(display, found, f"draftsmith prune {'--artifacts ' if artifacts else ''}--days {days:g} --delete")
+
+
+def _known(display: Display, what: str, ask: Callable[[Registry], set[str]]) -> set[str] | None:
+    """Content ids that drafter lines need, by `ask`: a champion that was deleted has no other copy. None, and a line
+    that says why, if nobody can say."""
+    tracking = Tracking(home())
+    if (why := registered.elsewhere(tracking)) is not None:
+        display.line(f"{what} are kept: {why}")
+        return None
+    try:
+        return ask(Registry(tracking))
+    except DraftsmithError as error:
+        display.line(f"{what} are kept, as nobody can say whether a drafter line needs them: {error}")
+        return None
+
+
+def _is_named(replaced: Leftover, named: set[str]) -> bool:
+    return replaced.content is not None and any(each.startswith(replaced.content) for each in named)
+
+
+def _check_nothing_runs() -> None:
+    """A run looks for what is there when it begins, and reads it hours later."""
+    held = next((path for path in _locks() if is_locked(path)), None)
+    if held is not None:
+        raise DraftsmithError(
+            f"a run of {home()} is alive (it holds {held}): what it is going to read must stay; prune artifacts when "
+            "it has ended (`draftsmith status` shows it)"
+        )
+
+
+def _locks() -> Sequence[Path]:
+    return [*(home() / "refreshes").glob(".lock-*"), *(home() / "store").glob("*/.lock-*")]
+
+
+def _list(display: Display, found: Sequence[Leftover], command: str) -> None:
+    table = folded_table("what", "path", "size", "last touched")
+    for each in found:
+        touched = local_time(datetime.fromtimestamp(each.touched, UTC))
+        table.add_row(each.what, each.shown(home()), size(each.bytes), touched)
+    display.console.print(table)
+    display.line(f"{_total(found)} in all; `{command}` removes it. All other artifacts stay.")
+
+
+def _delete(display: Display, found: Sequence[Leftover]) -> None:
+    removed = [each for each in found if each.remove()]
+    kept = ", ".join(each.path.name for each in found if each not in removed)
+    display.line(f"removed {_total(removed)}" + (f", but for what a run has taken up: {kept}" if kept else ""))
+
+
+def _total(found: Sequence[Leftover]) -> str:
+    return size(sum(each.bytes for each in found))

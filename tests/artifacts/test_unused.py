@@ -1,0 +1,91 @@
+"""Which complete artifacts may go: never what was used, is needed, or is what such a one was made from."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from draftsmith.artifacts.locks import locked
+from draftsmith.artifacts.manifest import ELSEWHERE, MANIFEST, ArtifactRef
+from draftsmith.artifacts.store import REPLACED, SHORT, Claim, Store
+from draftsmith.artifacts.unused import unused
+
+LATER = time.time() + 1000  # everything that a test makes is older
+
+
+def made(store: Store, stage: str, inputs: dict[str, ArtifactRef] | None = None) -> ArtifactRef:
+    with store.claim(stage, (f"{stage:x<4}".encode().hex() * 8)[:64]) as claim:
+        assert isinstance(claim, Claim)
+        (claim.out / "x").write_text(stage)
+        return store.commit(claim, config={}, inputs=inputs or {}, code_digest="c", seed=0)
+
+
+def place(ref: ArtifactRef) -> tuple[str, str]:
+    return ref.stage, ref.key[:SHORT]
+
+
+def stages(store: Store, *, used: dict[tuple[str, str], float] | None = None, needed: tuple[str, ...] = ()) -> set[str]:
+    """Of what may go."""
+    return {each.path.parent.name for each in unused(store.root, LATER, used or {}, needed)}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def chain(store: Store) -> list[ArtifactRef]:
+    """Target, answers of it, and two drafters that learned them."""
+    target = made(store, "target")
+    answers = made(store, "rollout", {"target": target})
+    return [target, answers, *(made(store, name, {"answers": answers}) for name in ("sft", "opd"))]
+
+
+def test_what_was_used_stays_with_what_it_was_made_from(store: Store, chain: list[ArtifactRef]) -> None:
+    _, answers, sft, _ = chain
+    assert unused(store.root, time.time() - 1000, {}, ()) == [], "all of it is young"
+    assert stages(store) == {"target", "rollout", "sft", "opd"}
+    assert stages(store, used={place(sft): LATER - 1}) == {"target", "rollout", "sft", "opd"}
+    assert stages(store, used={place(sft): LATER}) == {"opd"}
+    assert stages(store, used={place(answers): LATER}) == {"sft", "opd"}
+    assert stages(store, needed=(chain[3].content_id,)) == {"sft"}
+
+
+def test_what_was_read_by_its_path_stays(store: Store) -> None:
+    """A config may name an artifact's folder, as a model or as a file; a stage may say what it reads there."""
+    target, other, elsewhere = made(store, "target"), made(store, "other"), made(store, "model")
+    named = {str(target.path / "x"): "digest", "/srv/elsewhere": "digest", "s3://bucket/a.jsonl": "digest"}
+    with store.claim("sft", "ab" * 32) as claim:
+        assert isinstance(claim, Claim)
+        (claim.out / ELSEWHERE).write_text(f'{{"{elsewhere.path}/x": "digest"}}')
+        sft = store.commit(claim, config={}, inputs={}, code_digest="c", seed=0, external=named)
+    assert stages(store, needed=(sft.content_id,)) == {other.stage}
+
+
+def test_what_is_no_whole_artifact_is_none_of_these(store: Store, chain: list[ArtifactRef]) -> None:
+    (chain[2].path / MANIFEST).write_text("{")
+    made(store, "mining.shard")
+    with store.claim("prompts", "cd" * 32):
+        assert stages(store) == {"target", "rollout", "opd"}
+
+
+def test_it_goes_unless_a_run_holds_it_and_never_by_halves(
+    store: Store, chain: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (found,) = unused(store.root, LATER, {place(chain[2]): LATER}, ())
+    assert found.path == chain[3].path and found.bytes == len("opd") and found.lock is not None
+    with locked(found.lock):
+        assert not found.remove() and store.find("opd", chain[3].key) is not None
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            found.remove()
+    assert store.find("opd", chain[3].key) is None, "not damaged: not there"
+    (aside,) = Path(store.root / "opd").glob(f"{REPLACED}*")
+    assert (aside / MANIFEST).is_file()
+    (sft,) = unused(store.root, LATER, {place(chain[1]): LATER}, ())
+    assert sft.remove() and not list((store.root / "sft").glob("[!.l]*")) and not list((store.root / "sft").glob(".r*"))
