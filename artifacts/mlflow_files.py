@@ -11,7 +11,7 @@ from draftsmith.artifacts.tracking import Tracking
 def misplaced(tracking: Tracking) -> str | None:
     """Of a home that was moved or is a copy: where runs would put files, in words; None if that is in the home, or is
     a server's business."""
-    if tracking.uri != tracking.default_uri:
+    if not tracking.is_own:
         return None
     with tracking.tolerant():
         client, experiment = tracking.connect()

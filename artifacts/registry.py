@@ -356,8 +356,8 @@ class Registry:
             return DraftsmithError(f"MLflow's model registry refused this: {reason}: correct the name or the value")
         if (refused := disk_error_of(error)) is not None:  # a connection's errors are OSErrors too
             return from_os_error(refused, "MLflow's model registry:")
-        if self._tracking.uri != self._tracking.default_uri or any(known in reason for known in _OF_THE_DATABASE):
-            kind = DraftsmithError if self._tracking.uri == self._tracking.default_uri else RetryableError
+        if not self._tracking.is_own or any(known in reason for known in _OF_THE_DATABASE):
+            kind = DraftsmithError if self._tracking.is_own else RetryableError
             return kind(self._tracking.unusable(reason))
         return RetryableError(f"MLflow's model registry failed ({reason}): see that MLflow is there")
 
@@ -365,8 +365,8 @@ class Registry:
     def _one_at_a_time(self, client: MlflowClient, line: str, what: str) -> Iterator[Callable[[], None]]:
         """Of a line, in this home and over all homes that use this MLflow. Yields `turn_of`'s check."""
         lock = self._tracking.folder / "registry" / f".lock-{line}"
-        shared = self._tracking.uri != self._tracking.default_uri  # the default one is of this home alone
-        with locked(lock, run=what), turn_of(client, line) if shared else nullcontext(lambda: None) as still_ours:
+        alone = self._tracking.is_own
+        with locked(lock, run=what), nullcontext(lambda: None) if alone else turn_of(client, line) as still_ours:
             yield still_ours
 
     def _told(self, line: str, prefix: str) -> list[dict[str, Any]]:

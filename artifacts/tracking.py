@@ -60,6 +60,7 @@ class Tracking:
         self.experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment or EXPERIMENT
         self.default_uri = f"sqlite:///{self.folder / 'mlflow.db'}"
         self.uri = os.environ.get("MLFLOW_TRACKING_URI") or self.default_uri
+        self.is_own = self.uri == self.default_uri  # of this home alone: nobody else's, and no server's
         self._connected: tuple[MlflowClient, str] | None = None
         self._warned = False
         self._refresh: str | None = None
@@ -86,7 +87,7 @@ class Tracking:
 
     def unusable(self, reason: str) -> str:
         """That MLflow cannot be used, why, and what to do."""
-        if self.uri == self.default_uri:
+        if self.is_own:
             return (
                 f"MLflow's database {redacted(self.uri)}: {reason}; make it writable, or restore it from a backup "
                 "(moved away, it starts anew: lines, champions and runs are lost, artifacts stay)"
@@ -230,7 +231,7 @@ class Tracking:
         try:
             return client, self._experiment(client)
         except Exception as error:
-            if uri != self.default_uri or "out-of-date database schema" not in str(error):
+            if not self.is_own or "out-of-date database schema" not in str(error):
                 raise
             upgrade_database(uri)
             return client, self._experiment(client)

@@ -157,12 +157,9 @@ def run_request(request: Mapping[str, Any], events: EventStream, stop: threading
             run_ranks(parallel, run_rank, request, events.path, stop)
         else:
             stage.run(context, config)
-    except DraftsmithError as error:
-        return _fail(events, error)
     except BaseException as error:
-        if refused := disk_error_of(error):
-            return _fail(events, from_os_error(refused, f"stage {request['stage']}: writing"))
-        return _crash(events, error)
+        known = _known(error, request)
+        return _crash(events, error) if known is None else _fail(events, known)
     events.send("done")
     return 0
 
@@ -215,16 +212,21 @@ def run_rank(request: Mapping[str, Any], events_path: str) -> int:
     except StageInterrupted as error:
         return error.exit_code
     except BaseException as error:
-        refused = disk_error_of(error)
-        if refused and not isinstance(error, DraftsmithError):
-            error = from_os_error(refused, f"stage {request['stage']}: writing")
-        known = isinstance(error, DraftsmithError)
-        message = str(error) if known else traceback.format_exception_only(error)[-1].strip().replace("\n", " ")
-        code = error.exit_code if isinstance(error, DraftsmithError) else 1
+        known = _known(error, request)
+        message = str(known or traceback.format_exception_only(error)[-1].strip().replace("\n", " "))
+        code = 1 if known is None else known.exit_code
         _print_traceback()
         RankReport(rank, redacted(message), code, time.time()).write(work)
         raise SystemExit(code) from error
     return 0
+
+
+def _known(error: BaseException, request: Mapping[str, Any]) -> DraftsmithError | None:
+    """What a person is told of it: our own error, or that the disk refused something; None for anything unforeseen."""
+    if isinstance(error, DraftsmithError):
+        return error
+    refused = disk_error_of(error)
+    return from_os_error(refused, f"stage {request['stage']}: writing") if refused else None
 
 
 def _fail(events: EventStream, error: DraftsmithError) -> int:

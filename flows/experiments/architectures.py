@@ -15,11 +15,10 @@ from pydantic import Field, model_validator
 
 from draftsmith.flows.checks.check import RunChecks
 from draftsmith.flows.checks.measurable import require_measurable
-from draftsmith.flows.experiments.arms import AnyTarget
+from draftsmith.flows.experiments.arms import AnyTarget, target_node
 from draftsmith.flows.pipeline.graph import Node, Pipeline
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.stages.contract import Config
-from draftsmith.stages.experiments.procedural_target import ProceduralTargetConfig
 from draftsmith.stages.measure.config import PREFIX, EvaluationConfig
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.prompts import PromptsConfig
@@ -80,13 +79,8 @@ def architectures_nodes(config: ArchitecturesConfig) -> list[Node]:
     """All nodes of the comparison."""
     target = {"target": "target"}
     asked = {**target, "prompts": "prompts"}
-    procedural = isinstance(config.target, ProceduralTargetConfig)
     nodes = [
-        Node(
-            "target",
-            "draftsmith.stages.experiments.procedural_target" if procedural else "draftsmith.stages.target",
-            config.target,
-        ),
+        target_node(config.target),
         Node("prompts", "draftsmith.stages.prompts", config.prompts, target),
         Node("rollout", "draftsmith.stages.rollout", config.rollout, asked),
         Node("fresh", "draftsmith.stages.rollout", config.fresh, asked),

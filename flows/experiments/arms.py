@@ -45,6 +45,13 @@ AnyTarget = Annotated[
 ]
 
 
+def target_node(config: TargetConfig | ProceduralTargetConfig) -> Node:
+    """What an experiment's drafters are for."""
+    procedural = isinstance(config, ProceduralTargetConfig)
+    stage = "experiments.procedural_target" if procedural else "target"
+    return Node("target", f"draftsmith.stages.{stage}", config)
+
+
 class ArmConfig(Config):
     """One way to train on."""
 
@@ -165,15 +172,10 @@ def _listed(budgets: Iterable[int]) -> str:
 
 def experiment_nodes(config: ExperimentConfig) -> list[Node]:
     """All nodes of an experiment."""
-    procedural = isinstance(config.target, ProceduralTargetConfig)
     current, base, prompts = {"target": "target"}, "sft", "prompts"
     old = dict(current)
     nodes = [
-        Node(
-            "target",
-            "draftsmith.stages.experiments.procedural_target" if procedural else "draftsmith.stages.target",
-            config.target,
-        ),
+        target_node(config.target),
         Node("prompts", "draftsmith.stages.prompts", config.prompts, old),
         Node("rollout", "draftsmith.stages.rollout", config.rollout, {**old, "prompts": "prompts"}),
         Node("sft", "draftsmith.stages.sft", config.sft, {**old, "trajectories": "rollout"}),

@@ -42,4 +42,4 @@ def _noted(tracking: Tracking) -> set[str]:
 
 
 def _name(tracking: Tracking) -> str:
-    return OWN if tracking.uri == tracking.default_uri else redacted(tracking.uri)
+    return OWN if tracking.is_own else redacted(tracking.uri)
