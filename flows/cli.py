@@ -155,7 +155,7 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
     server = start_prefect_server(home())
     patiently(tracking.check, config.stages, display.line)  # while the server starts
     flow = _named(pipeline.flow)
-    patiently(server.wait, config.stages, display.line)
+    patiently(lambda: server.wait(display.line), config.stages, display.line)
     from draftsmith.flows.pipeline.delivery import run_flow  # imports httpx, as the flow does
 
     def lost(what: str) -> None:

@@ -22,12 +22,14 @@ from draftsmith.artifacts.locks import locked
 from draftsmith.artifacts.sqlite import refuse_shared_database, sqlite_file
 
 _START_LIMIT_S = 180.0  # 3 s on a used home, 8 to 12 s on a new one, more on a busy machine
+_SAID_AFTER_S = 4.0  # that it is waited for
 _STOP_LIMIT_S = 5.0
 # uvicorn, with less of a start: it imports Prefect's server, and waits
 _UVICORN = (
     "import runpy; from draftsmith.stages.garbage import collect_seldom; collect_seldom(); "
     "runpy.run_module('uvicorn', run_name='__main__', alter_sys=True)"
 )
+Say = Callable[[str], None]
 _temporary: list[str] = []  # URL of the server that this process has started
 
 
@@ -62,15 +64,18 @@ class PrefectServer:
     """The API that a flow reports to. A temporary one starts in the background: `wait` before the flow runs."""
 
     def __init__(
-        self, url: str, wait: Callable[[], None] | None = None, stop: Callable[[], None] = lambda: None
+        self, url: str, wait: Callable[[Say], None] | None = None, stop: Callable[[], None] = lambda: None
     ) -> None:
         self.url = url
         self._wait, self._stop = wait, stop
 
-    def wait(self) -> None:
-        """Until the server answers. Raises `DraftsmithError` if it does not, RetryableError if it may yet."""
+    def wait(self, say: Say = lambda _line: None) -> None:
+        """Until the server answers; `say` is told if that takes a while.
+
+        Raises `DraftsmithError` if it does not answer, RetryableError if it may yet.
+        """
         if self._wait is not None:
-            self._wait()
+            self._wait(say)
 
     def leave(self, code: int) -> NoReturn:
         """End this process although Prefect still has events for a server that is gone, which takes it minutes."""
@@ -89,7 +94,7 @@ def start_prefect_server(home: Path) -> PrefectServer:
     prepare(home)
     existing = os.environ.get("PREFECT_API_URL")
     if existing:
-        return PrefectServer(existing, lambda: _must_answer(existing))
+        return PrefectServer(existing, lambda _say: _must_answer(existing))
     folder, log_path = home / "prefect", home / "logs" / "prefect-server.log"
     check_place(home)
     with contextlib.ExitStack() as starting:
@@ -111,9 +116,9 @@ def start_prefect_server(home: Path) -> PrefectServer:
     _temporary.append(url)
     _reach_ourselves_directly()
 
-    def wait() -> None:
+    def wait(say: Say) -> None:
         with until_healthy:
-            _wait_until_healthy(process, url, log_path)
+            _wait_until_healthy(process, url, log_path, say)
 
     return PrefectServer(url, wait, stop)
 
@@ -185,9 +190,12 @@ def _start(port: int, lifeline: int, log: int) -> subprocess.Popen[bytes]:
     )
 
 
-def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log_path: Path) -> None:
-    deadline = time.monotonic() + _START_LIMIT_S
-    while time.monotonic() < deadline:
+def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log_path: Path, say: Say) -> None:
+    began, told = time.monotonic(), False
+    while (waited := time.monotonic() - began) < _START_LIMIT_S:
+        if waited >= _SAID_AFTER_S and not told:
+            say(f"waiting for Prefect's server, for {_START_LIMIT_S:.0f} s at most (log: {log_path})")
+            told = True
         if process.poll() is not None:
             raise DraftsmithError(
                 f"Prefect's temporary server ended at once: the reason is in {log_path}; if its database is damaged, "

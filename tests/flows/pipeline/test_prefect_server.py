@@ -47,9 +47,12 @@ def test_a_damaged_database_is_one_error_that_says_what_to_move_away(tmp_path: P
 def test_a_server_that_a_busy_machine_starts_slowly_is_worth_a_retry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefect_server, "_START_LIMIT_S", 0.0)
+    monkeypatch.setattr(prefect_server, "_START_LIMIT_S", 0.5)
+    monkeypatch.setattr(prefect_server, "_SAID_AFTER_S", 0.2)
+    said: list[str] = []
     with subprocess.Popen(["sleep", "60"]) as slow:
         with pytest.raises(RetryableError, match="did not start within") as caught:
-            prefect_server._wait_until_healthy(slow, "http://127.0.0.1:9/api", tmp_path / "server.log")
+            prefect_server._wait_until_healthy(slow, "http://127.0.0.1:9/api", tmp_path / "server.log", said.append)
         slow.kill()
+    assert len(said) == 1 and said[0].startswith("waiting for Prefect's server")
     assert caught.value.exit_code == EXIT_RETRYABLE
