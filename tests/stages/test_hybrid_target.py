@@ -6,18 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from draftsmith.stages.drafters.checkpoint import load_drafter
-from draftsmith.stages.procedural import text, training
-from draftsmith.stages.procedural.training import ShapeConfig, TrainingTextConfig, train_target
+from draftsmith.stages.procedural.training import ShapeConfig, TrainingTextConfig
 from draftsmith.stages.replay.corpus import replay_all
 from draftsmith.stages.replay.trace import tau
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_prompts
 from draftsmith.stages.targets.causal_lm import Target
 from tests.stages.bench import Bench, trajectory_of
-from tests.testbed import cache
 from tests.testbed.drafter import DrafterArtifacts, DrafterRecipe, drafter_artifacts
+from tests.testbed.target import target_folder
 
 SHAPE = ShapeConfig(hidden_size=96, layers=3, heads=3, kv_heads=1, intermediate_size=192, full_attention_every=3)
 TAUGHT = TrainingTextConfig(documents=2000, steps=300, rows_per_step=5, learning_rate=8e-3)
@@ -26,16 +24,7 @@ RECIPE = DrafterRecipe(name="hybrid", answers=96, validation=2, heldout=10, spar
 
 @pytest.fixture(scope="module")
 def made(tiny_prompts: Path) -> DrafterArtifacts:
-    def build(folder: Path) -> None:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            train_target(folder, TAUGHT, SHAPE)
-        finally:
-            torch.set_num_threads(threads)
-
-    model = cache.cached("target-hybrid", build, code=(text, training), extra=f"{SHAPE} {TAUGHT}")
-    return drafter_artifacts(model, tiny_prompts, RECIPE)
+    return drafter_artifacts(target_folder("target-hybrid", TAUGHT, SHAPE), tiny_prompts, RECIPE)
 
 
 @pytest.fixture(scope="module")

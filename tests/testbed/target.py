@@ -43,16 +43,16 @@ def prompts_file() -> Path:
     return cache.cached("prompts-tiny", build, code=(text,), extra=f"{TAUGHT}") / "prompts.jsonl"
 
 
-def target_folder() -> Path:
-    """The trained target as an ordinary Hugging Face folder, from the cache or built now, with one thread."""
+def target_folder(name: str = "target-tiny", taught: TrainingTextConfig = TAUGHT, shape: ShapeConfig = SHAPE) -> Path:
+    """The trained target, or another one, as an ordinary Hugging Face folder, from the cache or built with one thread."""
     import torch
 
     def build(folder: Path) -> None:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            train_target(folder, TAUGHT, SHAPE)
+            train_target(folder, taught, shape)
         finally:
             torch.set_num_threads(threads)
 
-    return cache.cached("target-tiny", build, code=(text, training), extra=f"{SHAPE} {TAUGHT}")
+    return cache.cached(name, build, code=(text, training), extra=f"{shape} {taught}")
