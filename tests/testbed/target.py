@@ -44,7 +44,7 @@ def prompts_file() -> Path:
 
 
 def target_folder(name: str = "target-tiny", taught: TrainingTextConfig = TAUGHT, shape: ShapeConfig = SHAPE) -> Path:
-    """The trained target, or another one, as an ordinary Hugging Face folder, from the cache or built with one thread."""
+    """The trained target, or another one, as an ordinary Hugging Face folder: cached, or built with one thread."""
     import torch
 
     def build(folder: Path) -> None:
