@@ -43,6 +43,8 @@ def prune(display: Display, days: float, *, artifacts: bool, delete: bool) -> No
         _delete(display, found)
     else:
         _list(display, found, f"draftsmith prune {'--artifacts ' if artifacts else ''}--days {days:g} --delete")
+    if not artifacts:
+        display.line("complete artifacts stay; `--artifacts` also takes those that nothing needs any more")
 
 
 def _known(display: Display, what: str, ask: Callable[[Registry], set[str]]) -> set[str] | None:
@@ -83,7 +85,7 @@ def _list(display: Display, found: Sequence[Leftover], command: str) -> None:
         touched = local_time(datetime.fromtimestamp(each.touched, UTC))
         table.add_row(each.what, each.shown(home()), size(each.bytes), touched)
     display.console.print(table)
-    display.line(f"{_total(found)} in all; `{command}` removes it. All other artifacts stay.")
+    display.line(f"{_total(found)} in all; `{command}` removes it")
 
 
 def _delete(display: Display, found: Sequence[Leftover]) -> None:
