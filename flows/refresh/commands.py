@@ -148,8 +148,8 @@ def verified(version: Version) -> Path:
         if version.uploaded:
             return uploaded_copy(version)
         raise DraftsmithError(
-            f"{version}: its artifact {folder} is not here: mount the store that it lies in (`registry.upload` copies "
-            "later versions into MLflow)"
+            f"{version}: its artifact {folder} is not here: mount the store that it lies in; if it was pruned, choose "
+            "another version (`registry.upload` copies later ones into MLflow)"
         )
     try:
         ref = _manifest(version, folder).ref(folder)

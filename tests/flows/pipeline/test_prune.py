@@ -112,6 +112,9 @@ def test_a_line_keeps_who_serves_who_served_and_what_they_were_made_from(
     assert main(["prune", "--artifacts", "--days", "0", "--delete"]) == 0
     assert [each.path.exists() for each in drafters] == [each.path.exists() for each in answers]
     assert [each.path.exists() for each in drafters] == [True, True, False, True]
+    capsys.readouterr()
+    assert main(["promote", "line@3"]) == 2
+    assert "is not here: mount the store that it lies in; if it was pruned, choose another" in capsys.readouterr().err
 
 
 def test_what_a_run_has_used_lately_stays(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
