@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from draftsmith.artifacts.manifest import ArtifactRef
@@ -80,3 +80,13 @@ def upgrade_database(uri: str) -> None:
     from mlflow.db import upgrade
 
     upgrade.callback(uri)
+
+
+def every(search: Callable[..., Any]) -> Iterator[Any]:
+    """What a search of MLflow's client finds, page by page."""
+    token = None
+    while True:
+        page = search(page_token=token)
+        yield from page
+        if not (token := page.token):
+            return

@@ -25,6 +25,7 @@ from draftsmith.artifacts.line_turns import turn_of
 from draftsmith.artifacts.locks import locked, user_name
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.mlflow_client import waiting_for_weights
+from draftsmith.artifacts.mlflow_terms import every
 from draftsmith.artifacts.tracking import Tracking
 
 if TYPE_CHECKING:
@@ -129,26 +130,14 @@ class Registry:
 
     def content_ids(self) -> set[str]:
         """Of every version of every line."""
-        with self._client() as client:
-            tag, token, found = f"{_TAG}content_id", None, set()
-            while True:
-                page = client.search_model_versions("", max_results=1000, page_token=token)
-                found |= {each.tags[tag] for each in page if tag in each.tags}
-                if not (token := page.token):
-                    return found
+        return set(self._contents().values())
 
-    def aliased_content_ids(self) -> set[str]:
+    def needed_content_ids(self) -> set[str]:
         """Of every version of every line that serves, has served before, or has another alias."""
-        found: set[str] = set()
         with self._client() as client:
-            token = None
-            while True:
-                page = client.search_registered_models(max_results=100, page_token=token)
-                for model in page:
-                    numbers = {int(number) for number in model.aliases.values()}
-                    found |= {self._version(client, model.name, number).content_id for number in numbers}
-                if not (token := page.token):
-                    return found
+            models = every(client.search_registered_models)
+            named = {(model.name, number) for model in models for number in _named_versions(model)}
+        return {content for version, content in self._contents().items() if version in named}
 
     def events(self, line: str) -> list[LineEvent]:
         """Oldest first."""
@@ -333,6 +322,13 @@ class Registry:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
+    def _contents(self) -> dict[tuple[str, int], str]:
+        """Content ids by line and version."""
+        tag = f"{_TAG}content_id"
+        with self._client() as client:
+            found = every(client.search_model_versions)
+            return {(each.name, int(each.version)): each.tags[tag] for each in found if tag in each.tags}
+
     def _tag(self, client: MlflowClient, line: str, number: int, tags: Mapping[str, str]) -> None:
         for name, value in tags.items():
             client.set_model_version_tag(line, str(number), f"{_TAG}{name}", value)
@@ -394,3 +390,10 @@ class Registry:
         created = datetime.fromtimestamp(found.creation_timestamp / 1000, UTC).isoformat(timespec="seconds")
         source = str(found.source).replace("draftsmith-store:", "file://")
         return Version(line, number, source, stage, key, content_id, tags, tuple(found.aliases), created)
+
+
+def _named_versions(model: Any) -> set[int]:
+    """By an alias, or by the last event: one that was cut off has yet to make the champion before it `previous`."""
+    events = sorted(name for name in model.tags if name.startswith(_EVENT))
+    last = json.loads(model.tags[events[-1]]) if events else {}
+    return {int(number) for number in (*model.aliases.values(), last.get("version"), last.get("before")) if number}

@@ -201,6 +201,14 @@ def _check(options: argparse.Namespace, pipeline: Pipeline) -> None:
 
 
 def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
+    from draftsmith.artifacts.unused import in_use
+
+    config = _read(options, pipeline)
+    with in_use(home(), config.name, _display().line):
+        _make_alone(options, pipeline, config)
+
+
+def _make_alone(options: argparse.Namespace, pipeline: Pipeline, config: RunOptions) -> None:
     from draftsmith.artifacts.open_store import store_of
     from draftsmith.artifacts.tracking import Tracking
     from draftsmith.flows.checks.check import check_alone
@@ -211,10 +219,8 @@ def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
     from draftsmith.flows.pipeline.node import Workshop, make
     from draftsmith.flows.pipeline.patience import patiently
 
-    config = _read(options, pipeline)
     # a damaged artifact is no matter unless it is needed: it may be the one that is to be made again
-    store = store_of(home())
-    forced = [options.name] if options.force else []
+    store, forced = store_of(home()), [options.name] if options.force else []
     items = plan(config, store, pipeline, forced, stop_at_damage=False, again=True)
     planned = {item.node.name: item for item in items}
     if options.name not in planned:
@@ -222,10 +228,9 @@ def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
     node = planned[options.name].node
     inputs = {}
     for name, source in node.inputs.items():
-        ref = planned[source].ref
         if (damage := planned[source].damage) is not None:
             raise damage
-        if ref is None:
+        if (ref := planned[source].ref) is None:
             raise DraftsmithError(_missing_input(options, name, planned[source]))
         inputs[name] = ref
     check_home(home(), config)

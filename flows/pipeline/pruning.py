@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
-from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.leftovers import REPLACED_ARTIFACTS, Leftover, leftovers
-from draftsmith.artifacts.locks import is_locked
 from draftsmith.artifacts.manifest import local_time
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.registry import Registry
 from draftsmith.artifacts.tracking import Tracking
-from draftsmith.artifacts.unused import unused
+from draftsmith.artifacts.unused import nobody_reads, unused
 from draftsmith.flows.pipeline import registered
 from draftsmith.flows.pipeline.display import Display, folded_table, size
 from draftsmith.flows.pipeline.history import last_used
@@ -27,15 +26,18 @@ def prune(display: Display, days: float, *, artifacts: bool, delete: bool) -> No
     artifacts: complete artifacts too that no run has used for so long, but for those that drafter lines need. Raises
     DraftsmithError for their deletion while a run of this home is alive.
     """
+    with nobody_reads(home()) if artifacts and delete else nullcontext():
+        _prune(display, days, artifacts=artifacts, delete=delete)
+
+
+def _prune(display: Display, days: float, *, artifacts: bool, delete: bool) -> None:
     before = time.time() - days * 86400
     found = leftovers(home(), before)
     replaced = [each for each in found if each.what in REPLACED_ARTIFACTS]
     found = [each for each in found if each not in replaced]
     if replaced and (named := _known(display, "replaced artifacts", Registry.content_ids)) is not None:
         found += [each for each in replaced if not _is_named(each, named)]
-    if artifacts and (needed := _known(display, "complete artifacts", Registry.aliased_content_ids)) is not None:
-        if delete:
-            _check_nothing_runs()
+    if artifacts and (needed := _known(display, "complete artifacts", Registry.needed_content_ids)) is not None:
         found += unused(store_of(home()).root, before, last_used(home()), needed)
     if not found:
         display.line(f"nothing in {home()} was left behind and not touched for {days:g} days")
@@ -63,20 +65,6 @@ def _known(display: Display, what: str, ask: Callable[[Registry], set[str]]) -> 
 
 def _is_named(replaced: Leftover, named: set[str]) -> bool:
     return replaced.content is not None and any(each.startswith(replaced.content) for each in named)
-
-
-def _check_nothing_runs() -> None:
-    """A run looks for what is there when it begins, and reads it hours later."""
-    held = next((path for path in _locks() if is_locked(path)), None)
-    if held is not None:
-        raise DraftsmithError(
-            f"a run of {home()} is alive (it holds {held}): what it is going to read must stay; prune artifacts when "
-            "it has ended (`draftsmith status` shows it)"
-        )
-
-
-def _locks() -> Sequence[Path]:
-    return [*(home() / "refreshes").glob(".lock-*"), *(home() / "store").glob("*/.lock-*")]
 
 
 def _list(display: Display, found: Sequence[Leftover], command: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from draftsmith.artifacts.mlflow_files import misplaced
 from draftsmith.artifacts.redaction import redact_logs
 from draftsmith.artifacts.refreshes import OUTCOME
 from draftsmith.artifacts.tracking import Status, Tracking
+from draftsmith.artifacts.unused import in_use
 from draftsmith.flows.pipeline import registered
 from draftsmith.flows.pipeline.begun import note_begun, note_ended, note_failed
 from draftsmith.flows.pipeline.cancellation import Cancellation, CancelledError
@@ -67,7 +69,7 @@ def run_graph(
     """
     conclusion: Conclusion | None = None
     try:
-        with body() as said, Cancellation() as cancellation:
+        with body() as said, Cancellation() as cancellation, _reading(config, cancellation):
             made, conclusion = _run(config, pipeline, force or (), Part.of(start, until), cancellation)
             if conclusion is not None:
                 _tell(config, conclusion)
@@ -83,6 +85,11 @@ def run_graph(
         # a state of its own name: a refusal is no failure of the run, and automations tell the two apart
         return Failed(name=conclusion.name, message=conclusion.message, data=error)
     return made if conclusion is None else Completed(name=conclusion.name, message=conclusion.message, data=made)
+
+
+def _reading(config: RunOptions, cancellation: Cancellation) -> AbstractContextManager[None]:
+    limit_s = 60 * config.stages.lock_wait_minutes
+    return in_use(home(), config.name, Display().line, limit_s=limit_s, check=cancellation.check)
 
 
 def _tell(config: RunOptions, conclusion: Conclusion) -> None:

@@ -13,6 +13,7 @@ from draftsmith.artifacts.manifest import MANIFEST, Manifest, read_manifest
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.private import for_users
 from draftsmith.artifacts.registry import BY_HAND, PREVIOUS, ROLLED_BACK, Registry, Version
+from draftsmith.artifacts.unused import in_use
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.refresh.line import FASTEST_BLOCK, folder_of, registry, uploaded_copy
 from draftsmith.stages.stored import DRAFTER_FOLDER
@@ -83,12 +84,14 @@ def _move(display: Display, lines: Registry, version: Version, why: str, what: s
     if now is not None and now.number == version.number:
         display.line(f"{version} is the champion already")
         return
-    verified(version)
     from_what = "nobody" if now is None else f"version {now.number}"
     if dry_run:
+        verified(version)
         display.line(f"{version} would become the champion in place of {from_what} (nothing was changed)")
         return
-    lines.promote(version, expected=now, why=why, what=what)
+    with in_use(home(), f"promotion of {version}", display.line):  # until an alias says that it is needed
+        verified(version)
+        lines.promote(version, expected=now, why=why, what=what)
     display.line(f"{version} is the champion now, in place of {from_what}; restart or reload the servers that draft")
 
 

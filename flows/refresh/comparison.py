@@ -120,7 +120,9 @@ def _here(store: Store, folder: Path) -> Path:
 
 def _checked(name: str, folder: Path) -> Reported:
     if not (folder / _PAGE).is_file():
-        raise DraftsmithError(f"{name}: {folder} holds no {_PAGE}: give a report's artifact")
+        raise DraftsmithError(
+            f"{name}: {folder} holds no {_PAGE}: give a report's artifact; if it was pruned, its run in MLflow has that"
+        )
     return Reported(name, folder)
 
 

@@ -171,3 +171,20 @@ def test_a_server_that_is_lost_is_said_with_its_variable(tmp_path: Path, monkeyp
     with pytest.raises(RetryableError, match=wanted) as lost:
         Registry(Tracking(tmp_path)).champion("line")
     assert "secret" not in str(lost.value)
+
+
+@pytest.mark.parametrize("writes", [1, 2, 3, 4])
+def test_of_a_promotion_that_was_cut_off_both_drafters_are_needed(
+    writes: int, served: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = f"needed-{writes}"
+    old, first, second = (served.register(line, ref(tmp_path, f"{writes}{name}"), {}) for name in "abc")
+    served.promote(old, expected=None, why="the first one")
+    served.promote(first, expected=old, why="faster")
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        Losing(patched, writes)
+        served.promote(second, expected=first, why="faster")
+        raise Killed
+    assert {first.content_id, second.content_id} <= served.needed_content_ids()
+    MlflowClient(served._tracking.uri, registry_uri=served._tracking.uri).delete_model_version(line, str(first.number))
+    assert second.content_id in served.needed_content_ids(), "what was deleted in MLflow needs nothing"

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.artifacts.locks import locked
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.locks import LockTimeoutError, locked
 from draftsmith.artifacts.manifest import ELSEWHERE, MANIFEST, ArtifactRef
 from draftsmith.artifacts.store import REPLACED, SHORT, Claim, Store
-from draftsmith.artifacts.unused import unused
+from draftsmith.artifacts.unused import in_use, nobody_reads, unused
 
 LATER = time.time() + 1000  # everything that a test makes is older
 
@@ -86,6 +87,40 @@ def test_it_goes_unless_a_run_holds_it_and_never_by_halves(
             found.remove()
     assert store.find("opd", chain[3].key) is None, "not damaged: not there"
     (aside,) = Path(store.root / "opd").glob(f"{REPLACED}*")
-    assert (aside / MANIFEST).is_file()
+    assert (aside / "x").is_file() and not (aside / MANIFEST).exists(), "no version's drafter: it is a leftover"
     (sft,) = unused(store.root, LATER, {place(chain[1]): LATER}, ())
     assert sft.remove() and not list((store.root / "sft").glob("[!.l]*")) and not list((store.root / "sft").glob(".r*"))
+
+
+def test_what_a_drafter_of_a_line_was_made_from_stays_also_where_its_key_was_made_again(
+    store: Store, chain: list[ArtifactRef]
+) -> None:
+    opd = chain[3]
+    opd.path.rename(opd.path.with_name(f"{REPLACED}{opd.path.name}-1"))
+    assert stages(store, needed=(opd.content_id,)) == {"sft"}
+
+
+def test_a_path_into_the_store_may_lead_over_a_link(store: Store, tmp_path: Path) -> None:
+    target = made(store, "target")
+    (tmp_path / "models").symlink_to(target.path)
+    with store.claim("sft", "ab" * 32) as claim:
+        assert isinstance(claim, Claim)
+        (claim.out / "x").write_text("sft")
+        external = {str(tmp_path / "models" / "x"): "digest"}
+        sft = store.commit(claim, config={}, inputs={}, code_digest="c", seed=0, external=external)
+    assert stages(store, needed=(sft.content_id,)) == set()
+
+
+def test_what_was_not_fetched_has_no_size(store: Store, chain: list[ArtifactRef]) -> None:
+    (chain[3].path / "x").unlink()
+    assert [each.bytes for each in unused(store.root, LATER, {place(chain[2]): LATER}, ())] == [0]
+
+
+def test_who_removes_is_alone_and_who_reads_waits_for_that(tmp_path: Path) -> None:
+    alive = pytest.raises(DraftsmithError, match=r"is alive \(it holds .*lock-artifacts: run another, pid")
+    with in_use(tmp_path, "one"), in_use(tmp_path, "another"), alive, nobody_reads(tmp_path):  # runs beside each other
+        pass
+    said: list[str] = []
+    with nobody_reads(tmp_path), pytest.raises(LockTimeoutError), in_use(tmp_path, "one", said.append, limit_s=0):
+        pass
+    assert len(said) == 1 and "waiting for that (run prune --artifacts, pid" in said[0]

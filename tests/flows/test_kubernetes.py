@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,10 @@ def test_the_rendezvous_is_the_first_pod_by_the_name_that_the_service_gives_it(m
     assert {each["name"] for each in CONTAINER["volumeMounts"]} == claimed
 
 
-def pod(number: str, programs: Path, does: str, pause_s: float = 0.0) -> subprocess.Popen[str]:
+def pod(number: str, programs: Path, does: str, shell_begins: str = "") -> subprocess.Popen[str]:
     """What the pod of this number runs.
 
-    does: what its program does after it has said its name and arguments. pause_s: before each command of its shell.
+    does: what its program does after it has said its name and arguments.
     """
     for name in ("draftsmith", "python"):
         (programs / name).write_text(f'#!/bin/bash\necho {name} "$@"\n{does}\n')
@@ -41,7 +42,7 @@ def pod(number: str, programs: Path, does: str, pause_s: float = 0.0) -> subproc
     path = f"{programs}:{os.environ['PATH']}"
     shell, option, script = CONTAINER["command"]
     return subprocess.Popen(
-        [shell, option, f"trap 'sleep {pause_s}' DEBUG\n{script}"],
+        [shell, option, f"{shell_begins}\n{script}"],
         env={**os.environ, **ENVIRONMENT, "PATH": path, "CONFIG": "my.yaml", "JOB_COMPLETION_INDEX": number},
         stdout=subprocess.PIPE,
         text=True,
@@ -74,9 +75,19 @@ def test_a_refusal_is_no_failure_and_bad_input_fails_the_job_at_once(tmp_path: P
 @pytest.mark.parametrize("pause_s", [0.0, 0.2], ids=["at work", "told before its shell goes on"])
 def test_a_pod_that_is_to_end_lets_its_program_save(number: str, pause_s: float, tmp_path: Path) -> None:
     saves = "trap 'echo saved; exit 143' TERM\necho works\nwhile true; do sleep 0.05; done"
-    with pod(number, tmp_path, saves, pause_s) as process:
+    with pod(number, tmp_path, saves, f"trap 'sleep {pause_s}' DEBUG") as process:
         assert process.stdout is not None
         assert [process.stdout.readline() for _ in range(2)][1] == "works\n"
         process.terminate()
         said, _ = process.communicate(timeout=60)
     assert (said, process.returncode) == ("saved\n", 143)
+
+
+def test_a_pod_that_is_to_end_when_its_flow_has_just_ended_well_has_ended_well(tmp_path: Path) -> None:
+    ends = "trap 'exit 0' TERM\necho works\nwhile true; do sleep 0.05; done"
+    with pod("0", tmp_path, ends, 'kill() { builtin kill "$@"; local code=$?; sleep 0.5; return "$code"; }') as process:
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(2)][1] == "works\n"
+        time.sleep(1)  # it waits
+        process.terminate()
+        assert process.wait(60) == 0

@@ -24,8 +24,9 @@ for _ in $(seq 600); do sleep 0.05; done
 """
 
 
-def submitted(folder: Path) -> subprocess.Popen[bytes]:
-    """The job on its first node, of four with 64 cores, whose host has a longer name than Slurm gives it."""
+def submitted(folder: Path, *, slow: str = "") -> subprocess.Popen[bytes]:
+    """The job on its first node, of four with 64 cores, whose host has a longer name than Slurm gives it. slow: what
+    its shell does before the flow."""
     commands = folder / ".venv" / "bin"
     commands.mkdir(parents=True)
     programs = {"draftsmith": FLOW, "srun": JOINING, "hostname": "#!/bin/sh\necho node1.of.the.cluster\n"}
@@ -34,7 +35,9 @@ def submitted(folder: Path) -> subprocess.Popen[bytes]:
         (commands / name).chmod(0o755)
     (commands / "activate").write_text(f'PATH="{commands}:$PATH"\n')
     slurm = {"SLURM_NNODES": "4", "SLURM_CPUS_PER_TASK": "64", "SLURMD_NODENAME": "node1"}
-    return subprocess.Popen(["bash", str(SCRIPT), "a.yaml"], cwd=folder, env={**os.environ, **slurm})
+    script = folder / SCRIPT.name
+    script.write_text(SCRIPT.read_text().replace("\ndraftsmith run", f"\n{slow}\ndraftsmith run"))
+    return subprocess.Popen(["bash", str(script), "a.yaml"], cwd=folder, env={**os.environ, **slurm})
 
 
 @pytest.mark.parametrize("asked_to_stop", [False, True])
@@ -53,5 +56,15 @@ def test_a_job_runs_the_flow_on_its_first_node_and_joins_it_on_the_others(asked_
         assert job.wait(30) == (143 if asked_to_stop else 3)
         assert (tmp_path / "saved").exists() == asked_to_stop
         wait_until(lambda: (tmp_path / "ended").exists(), "the end of those that joined")
+    finally:
+        job.kill()
+
+
+def test_a_job_that_is_to_end_before_its_flow_begins_begins_none(tmp_path: Path) -> None:
+    job = submitted(tmp_path, slow="touch slow; sleep 1")
+    try:
+        wait_until(lambda: (tmp_path / "slow").exists() and (tmp_path / "joining").exists(), "the others")
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(30) == 143 and not (tmp_path / "flow").exists()
     finally:
         job.kill()

@@ -7,6 +7,7 @@ import os
 import re
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,8 +17,11 @@ from draftsmith.artifacts.registry import Registry
 from draftsmith.artifacts.store import REPLACED, Claim, Store
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.cli import main
-from draftsmith.flows.pipeline import registered
+from draftsmith.flows.pipeline import registered, run
+from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.history import note_made
+from draftsmith.flows.refresh import commands
+from tests.flows.pipeline.toy import TOY, ToyConfig
 
 
 @pytest.fixture
@@ -135,8 +139,26 @@ def test_nothing_that_a_living_run_may_read_goes(home: Path, capsys: pytest.Capt
     for lock in (home / "refreshes" / ".lock-abc", home / "store" / "sft" / ".lock-def"):
         with locked(lock):
             assert main(["prune", "--artifacts", "--days", "0", "--delete"]) == 2
-            assert f"is alive (it holds {lock})" in " ".join(capsys.readouterr().err.split())
+            assert f"is alive (it holds {lock}" in " ".join(capsys.readouterr().err.split())
             assert main(["prune", "--artifacts", "--days", "0"]) == 0 and kept.path.exists()
+
+
+def test_a_run_is_alive_from_before_its_plan_and_a_promotion_until_an_alias_names_the_version(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = artifact(Store(home / "store"), "opd", "text")
+    version = Registry(Tracking(home)).register("line", made, {})
+    pruned: list[int] = []
+
+    def prune(*_: object, **__: object) -> tuple[dict[str, Any], None]:
+        pruned.append(main(["prune", "--artifacts", "--days", "0", "--delete"]))
+        return {}, None
+
+    monkeypatch.setattr(run, "_run", prune)
+    run.run_graph(ToyConfig(name="toy"), TOY)
+    monkeypatch.setattr(commands, "verified", prune)
+    commands.promote(Display(), f"line@{version.number}", "", dry_run=False)
+    assert pruned == [2, 2]
 
 
 def test_complete_artifacts_stay_where_another_mlflow_has_the_lines(
