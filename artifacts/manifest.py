@@ -177,9 +177,15 @@ def parse_manifest(content: bytes, where: Path | str) -> Manifest:
 
 
 def elsewhere(folder: Path) -> dict[str, str]:
-    """What an artifact says of files elsewhere that belong to it: path -> sha256; nothing for one that says nothing."""
+    """What an artifact says of files elsewhere that belong to it: path -> sha256; nothing for one that says nothing.
+
+    Raises `DraftsmithError` if it is damaged.
+    """
     path = folder / ELSEWHERE
-    return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+    try:
+        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+    except ValueError as error:
+        raise DraftsmithError(f"{path}: cannot be read (truncated or edited): make the artifact again") from error
 
 
 def note_versions(folder: Path, **found: str) -> None:

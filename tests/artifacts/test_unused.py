@@ -67,6 +67,12 @@ def test_what_was_read_by_its_path_stays(store: Store) -> None:
     assert stages(store, needed=(sft.content_id,)) == {other.stage}
 
 
+def test_nothing_goes_while_nobody_can_say_what_an_artifact_reads(store: Store, chain: list[ArtifactRef]) -> None:
+    (chain[0].path / ELSEWHERE).write_text("{")
+    with pytest.raises(DraftsmithError, match=rf"{ELSEWHERE}: cannot be read \(truncated or edited\)"):
+        stages(store, used={place(chain[0]): LATER})
+
+
 def test_what_is_no_whole_artifact_is_none_of_these(store: Store, chain: list[ArtifactRef]) -> None:
     (chain[2].path / MANIFEST).write_text("{")
     made(store, "mining.shard")

@@ -3,7 +3,8 @@
 `python dspark_model.py CASE CHECKPOINT OUT`: the case has the target's embedding and head, tokens [B, T], features
 [B, T, F·H] and anchors [B, A]; written are the hidden states, step logits and confidences of every block, and its
 proposals. All is SGLang's program, on the paths that are torch; attention over context and block, which its kernels
-read from a server's memory pool, is torch's here.
+read from a server's memory pool, is torch's here. With `SGLANG_RAGGED_VERIFY_MODE=compact`: the static one leaves the
+confidence head out.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
-
-os.environ["SGLANG_RAGGED_VERIFY_MODE"] = "compact"  # the static one leaves the confidence head out
 
 import torch
 from safetensors.torch import load_file, save_file
