@@ -133,7 +133,7 @@ class Registry:
         return set(self._contents().values())
 
     def needed_content_ids(self) -> set[str]:
-        """Of every version of every line that serves, has served before, or has another alias."""
+        """Of every version of every line that an alias names, or the last event: who serves, and who served before."""
         with self._client() as client:
             models = every(client.search_registered_models)
             named = {(model.name, number) for model in models for number in _named_versions(model)}

@@ -44,7 +44,7 @@ def in_use(
         )
         stack.enter_context(waiting)
         held = stack.pop_all()
-    with held:
+    with held:  # the disk's errors from here on are the run's own
         yield
 
 
@@ -53,10 +53,11 @@ def nobody_reads(home: Path) -> Iterator[None]:
     """For who removes artifacts. Raises DraftsmithError while a run is alive: it looks for what is there when it
     begins, and reads it hours later."""
     with ExitStack() as stack:
-        places = [home / _LOCK, *(home / "refreshes").glob(".lock-*"), *(home / "store").glob("*/.lock-*")]
+        of_runs = [*(home / "refreshes").glob(".lock-*"), *(home / "store").glob("*/.lock-*")]
         try:
-            stack.enter_context(locked(home / _LOCK, run="prune --artifacts", limit_s=0))
-            held = next((path for path in places[1:] if is_locked(path)), None)
+            with disk_errors("removing artifacts:"):
+                stack.enter_context(locked(home / _LOCK, run="prune --artifacts", limit_s=0))
+            held = next((path for path in of_runs if is_locked(path)), None)
         except LockTimeoutError:
             held = home / _LOCK
         if held is not None:
