@@ -27,6 +27,7 @@ def run(ctx: StageContext, config: DriftConfig) -> None:
         stored.trajectories,
         config.drafting,
         law=stored.law,
+        with_proposals=False,
         tokens_per_group=config.tokens_per_target_forward,
         progress=follow(ctx, "trajectories"),
         kept=ctx.work / "replayed",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 CONTEXTS = "contexts.json"  # arm -> where it is worst
 REPLAYED = "replayed"  # traces by replay, of an unfinished attempt or a shard
 VALIDATION = "validation"
+TOLD = "trained"  # the drafting whose worst contexts are told, with what was proposed there
 
 
 def run(ctx: StageContext, config: EvaluationConfig) -> None:
@@ -177,9 +178,10 @@ def _acceptance(
             drafters,
             stored.trajectories,
             drafting,
-            also=worst if setting == "trained" else {},
+            also=worst if setting == TOLD else {},
             chains=config.chains,
             law=stored.law,
+            with_proposals=setting == TOLD,
             tokens_per_group=config.tokens_per_target_forward,
             progress=follow(ctx, "trajectories"),
             kept=ctx.work / REPLAYED / setting,
@@ -250,6 +252,7 @@ def shard(ctx: StageContext, config: EvaluationConfig, part: Shard) -> None:
                 drafting,
                 law=stored.law,
                 chains=config.chains,
+                with_proposals=name == TOLD,
                 tokens_per_group=config.tokens_per_target_forward,
                 progress=follow(ctx, "trajectories"),
                 kept=ctx.out / REPLAYED / name,
@@ -278,6 +281,7 @@ def _validation_tau(
         config.drafted(),
         chains=config.chains,
         law=stored.law,
+        with_proposals=False,
         tokens_per_group=config.tokens_per_target_forward,
         progress=follow(ctx, "trajectories"),
         kept=ctx.work / REPLAYED / VALIDATION,

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from draftsmith.stages.drafters.drawing import argmax
+from draftsmith.stages.drafters.drawing import argmax, probability_of
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.drafters.traits import TrainingRecipe
 from draftsmith.stages.targets.logits import PLAIN, LogitMap
@@ -69,12 +69,20 @@ class Drafting(ABC):
     The softmax of the logits, at a temperature, is the law q that a proposal is drawn from and verified with.
     """
 
+    head: Head
+
     @abstractmethod
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """float32 [B, A, V'] over the head's tokens, of the next offset; -inf for what cannot be proposed there.
 
         tokens: [B, A] at the offset before it, at first the anchors' own.
         """
+
+    def probability(self, tokens: torch.Tensor, following: torch.Tensor, temperature: float) -> torch.Tensor:
+        """float64 [B, A]: q of the tokens `following` [B, A] (-1: of none, 0) at the next offset; it goes further as
+        `logits` does."""
+        columns, present = self.head.to_columns(following.clamp(min=0))
+        return probability_of(self.logits(tokens), columns, temperature) * (present & (following >= 0))
 
     def confidence(self) -> torch.Tensor:
         """[B, A] as `Drafter.confidence`, of the offset whose logits were asked for last: whatever is drawn there.
@@ -87,11 +95,11 @@ class Parallel(Drafting):
 
     def __init__(self, hidden: torch.Tensor, head: Head):
         """hidden: [B, A, K, H], as `block_hidden` has it."""
-        self._hidden, self._head, self._drafted = hidden, head, 0
+        self._hidden, self.head, self._drafted = hidden, head, 0
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         self._drafted += 1
-        return self._head.logits(self._hidden[:, :, self._drafted - 1])
+        return self.head.logits(self._hidden[:, :, self._drafted - 1])
 
 
 class Drafter(nn.Module, ABC):

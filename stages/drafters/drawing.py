@@ -61,6 +61,21 @@ def probabilities(logits: torch.Tensor, temperature: float | torch.Tensor) -> to
     return torch.softmax(logits.double() / temperature, -1)
 
 
+def probability_of(logits: torch.Tensor, columns: torch.Tensor, temperature: float) -> torch.Tensor:
+    """float64 [...]: `probabilities` of float32 logits [..., V] at columns [...], to float32's precision: without a
+    distribution in float64."""
+    relative = (logits - logits.amax(-1, keepdim=True)) / temperature
+    own = relative.gather(-1, columns[..., None])[..., 0].double().exp()
+    return own / relative.exp_().sum(-1).double()
+
+
+def probability_among(
+    scores: torch.Tensor, candidates: torch.Tensor, tokens: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """float64 [...] of tokens [...] that are drawn among candidates [..., k] by their scores; 0 of what is none."""
+    return (probabilities(scores, temperature) * (candidates == tokens[..., None])).sum(-1)
+
+
 def sampled(logits: torch.Tensor, law: Law) -> torch.Tensor:
     """float32 logits [..., V] → the distribution that is drawn from, float64 [..., V]. law: not greedy."""
     return truncated(probabilities(logits, law.temperature), law)

@@ -110,6 +110,7 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
                 drafters,
                 stored.trajectories,
                 law=stored.law,
+                with_proposals=False,
                 tokens_per_group=config.tokens_per_target_forward,
                 progress=follow(ctx, "trajectories"),
                 kept=kept / str(turn),

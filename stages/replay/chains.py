@@ -38,6 +38,7 @@ def replay_chains(
     *,
     text: SampledText | None = None,
     confidence: float | None = None,
+    with_proposals: bool = True,
     with_logprobs: bool = True,
     blocks_per_round: int = BLOCKS_PER_ROUND,
 ) -> list[Trace]:
@@ -48,7 +49,8 @@ def replay_chains(
 
     chains: starts in each trajectory, spread evenly. None: one, and more while a round holds fewer than
     `blocks_per_round` blocks and the text ahead of a chain is long enough for two to meet.
-    Without log-probs, which are a pass over the logits, those of the traces are NaN.
+    with_proposals: else those that are drawn are zeros, as far as they are not kept: they cost about as much as all the
+    rest. Without log-probs, which are a pass over the logits, those of the traces are NaN.
     """
     device = head.weight.device
     K = block_size - 1
@@ -81,6 +83,7 @@ def replay_chains(
             head,
             text=text,
             confidence=confidence,
+            with_proposals=with_proposals,
             with_logprobs=with_logprobs,
         )
         kept, proposed = found.accepted.cpu().numpy(), found.proposals.tokens.cpu().numpy()
@@ -112,7 +115,9 @@ def successors(
         torch.tensor(ends, device=anchors.device)[:, None]
         for ends in zip(*((t.first_anchor, t.last_anchor) for t in trajectories), strict=True)
     )
-    found = draft(drafter, context, tokens, anchors, block_size, head, text=text, with_logprobs=False)
+    found = draft(
+        drafter, context, tokens, anchors, block_size, head, text=text, with_proposals=False, with_logprobs=False
+    )
     following = anchors + found.accepted + 1
     return torch.where(following > last, first, following)
 
@@ -133,11 +138,12 @@ def draft(
     *,
     text: SampledText | None = None,
     confidence: float | None = None,
+    with_proposals: bool = True,
     with_logprobs: bool,
 ) -> Judged:
     """A block behind every anchor [R, A], and how many of its proposals the committed `tokens` keep.
 
-    confidence: what it is cut by.
+    confidence: what it is cut by. with_proposals: as in `draft_drawn`.
     """
     if text is not None:
         return draft_drawn(
@@ -149,6 +155,7 @@ def draft(
             block_size,
             head,
             confidence=confidence,
+            with_proposals=with_proposals,
             with_logprobs=with_logprobs,
         )
     block = drafter.propose(

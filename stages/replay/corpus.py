@@ -126,6 +126,7 @@ def replay_groups(
     *,
     law: Law = GREEDY,
     chains: int | None = None,
+    with_proposals: bool = True,
     tokens_per_group: int = 4096,
     progress: Progress = quietly,
     kept: Path | None = None,
@@ -136,8 +137,9 @@ def replay_groups(
     """Traces of every drafter, some trajectories at a time. The target reads each trajectory once.
 
     drafting: left out, as each drafter was trained. law: that the texts were drawn with; it decides about the proposals
-    of drafters that draw them (`Drafter.draws`). chains: as in `replay_chains`. kept: a folder of this replay alone,
-    in which an interrupted one finds what it has done. done: such folders of others, with shards of the same.
+    of drafters that draw them (`Drafter.draws`). chains, with_proposals: as in `replay_chains`. kept: a folder of this
+    replay alone, in which an interrupted one finds what it has done. done: such folders of others, with shards of the
+    same.
     """
     drafting = drafting or DraftingConfig()
     for drafter in drafters.values():
@@ -158,7 +160,9 @@ def replay_groups(
         found = {}
         for name, each in ready.items():
             features = torch.cat([by_layer[k] for k in each.drafter.target_layer_ids], -1)
-            traces = each.replay(target, features, group, chains, hidden, law, with_logprobs=False)
+            traces = each.replay(
+                target, features, group, chains, hidden, law, with_proposals=with_proposals, with_logprobs=False
+            )
             found[name] = _with_outside(traces, outside)
         return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
 
@@ -254,7 +258,9 @@ def mine(
     def replay(group: Group) -> list[tuple[Trace, StepScores]]:
         out, cache = read(target, group, tree_tokens, drafter.target_layer_ids)
         assert out.features is not None
-        traces = ready.replay(target, out.features, group, chains, out.hidden, law, with_logprobs=True)
+        traces = ready.replay(
+            target, out.features, group, chains, out.hidden, law, with_proposals=True, with_logprobs=True
+        )
         if draws(drafter, law):
             traces = _with_outside(traces, outside_nucleus(target, out.hidden, group.trajectories, law))
         scores = score_traces(target, cache, out.hidden, traces, ids=group.ids, top_k=top_k, tree_tokens=tree_tokens)
@@ -338,6 +344,7 @@ class _Ready:
         hidden: torch.Tensor | None,
         law: Law,
         *,
+        with_proposals: bool,
         with_logprobs: bool,
     ) -> list[Trace]:
         """Traces of a group from the target's features [B, T, K*H] and, where proposals are drawn, hidden states."""
@@ -354,5 +361,6 @@ class _Ready:
             chains,
             text=text,
             confidence=self.confidence,
+            with_proposals=with_proposals,
             with_logprobs=with_logprobs,
         )

@@ -20,9 +20,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, Context, Drafter, Proposals
+from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, Context, Drafter, Drafting, Proposals
 from draftsmith.stages.drafters.cutting import KeptSoFar
-from draftsmith.stages.drafters.drawing import Purpose, pick, probabilities, seed_of, truncated
+from draftsmith.stages.drafters.drawing import (
+    Purpose,
+    pick,
+    probabilities,
+    probability_of,
+    sampled,
+    seed_of,
+    truncated,
+)
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.law import Law
 from draftsmith.stages.replay.trace import Trajectory
@@ -54,6 +62,7 @@ class SampledText:
     law: Law
     logits: Callable[[torch.Tensor], torch.Tensor]  # of hidden states [..., H]: [..., V]
     vocabulary: int  # V
+    said: torch.Tensor | None = None  # [R, T] float64, filled as it is asked for: what `of_text` has found, else NaN
 
     @classmethod
     def of(
@@ -70,35 +79,61 @@ class SampledText:
         drawn = [np.random.default_rng(seed_of(t.trajectory_id, salt)).random(shape) for t in trajectories]
         numbers = torch.from_numpy(np.stack(drawn)).to(hidden.device)
         lengths = torch.tensor([len(t.tokens) for t in trajectories], device=hidden.device)
-        return cls(hidden, numbers, lengths, law, target.logits, len(target.head_weight))
+        said = torch.full(hidden.shape[:2], torch.nan, dtype=torch.float64, device=hidden.device)
+        return cls(hidden, numbers, lengths, law, target.logits, len(target.head_weight), said)
 
     def select(self, rows: Rows) -> SampledText:
         """Some of the trajectories."""
-        return replace(self, hidden=self.hidden[rows], numbers=self.numbers[rows], lengths=self.lengths[rows])
+        said = None if self.said is None else self.said[rows]
+        return replace(
+            self, hidden=self.hidden[rows], numbers=self.numbers[rows], lengths=self.lengths[rows], said=said
+        )
+
+    @property
+    def laws_at_once(self) -> int:
+        """In float64, over all tokens."""
+        return max(1, LOGITS_AT_ONCE // (2 * self.vocabulary))
 
     @property
     def anchors_at_once(self) -> int:
-        """Of each trajectory: laws are float64, over all tokens."""
-        return max(1, LOGITS_AT_ONCE // (2 * len(self.lengths) * self.vocabulary))
+        """Of each trajectory."""
+        return max(1, self.laws_at_once // len(self.lengths))
 
     def numbers_at(self, positions: torch.Tensor, purpose: Purpose) -> torch.Tensor:
         """[R, A] of positions [R, A]."""
         return self.numbers[..., purpose].gather(1, positions)
 
     @torch.no_grad()
-    def law_behind(self, positions: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """float64 [R, A, V], what the target draws behind positions [R, A], behind the last one's too; and [R, A], what
-        it says of `tokens` there: of those that the law leaves out, what it said before.
-
-        tokens: [R, A], anything behind the text's end.
-        """
+    def of_text(self, positions: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+        """float64 [R, N]: what the law says of the text's own tokens `following` [R, N] behind positions [R, N]; 1
+        where there is none (-1). Of tokens that the law leaves out, what it said before. Every position is computed
+        once."""
         at = positions.clamp(max=self.hidden.shape[1] - 1)
-        hidden = self.hidden.gather(1, at[..., None].expand(-1, -1, self.hidden.shape[-1]))
+        said = torch.full_like(self.hidden[..., 0], torch.nan, dtype=torch.float64) if self.said is None else self.said
+        tokens = torch.full_like(said, -1, dtype=torch.int64).scatter_(1, at, following)
+        rows, places = torch.nonzero((tokens >= 0) & said.isnan(), as_tuple=True)
+        for row, place in zip(rows.split(self.laws_at_once), places.split(self.laws_at_once), strict=True):
+            said[row, place] = self._of_tokens(row, place, tokens[row, place])
+        return torch.where(following >= 0, said.gather(1, at), 1.0)
+
+    def _of_tokens(self, rows: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Of each [n]; they fit into memory."""
+        if not self.law.truncates:
+            return probability_of(self._logits(rows, positions), tokens, self.law.temperature)
+        whole = probabilities(self._logits(rows, positions), self.law.temperature)
+        own, before = (p.gather(-1, tokens[:, None])[:, 0] for p in (truncated(whole, self.law), whole))
+        return torch.where(own > 0, own, before)
+
+    @torch.no_grad()
+    def law_at(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """float64 [n, V]: what the target draws in rows [n] behind positions [n], behind the last one's too."""
+        positions = positions.clamp(max=self.hidden.shape[1] - 1)
+        return sampled(self._logits(rows, positions), self.law)
+
+    def _logits(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        hidden = self.hidden[rows, positions]
         with torch.autocast(hidden.device.type, enabled=False):  # a training loop's is for the drafter alone
-            whole = probabilities(self.logits(hidden), self.law.temperature)
-        p, y = truncated(whole, self.law), tokens.clamp(min=0)[..., None]
-        of_tokens, before = p.gather(-1, y)[..., 0], whole.gather(-1, y)[..., 0]
-        return p, torch.where(of_tokens > 0, of_tokens, before)
+            return self.logits(hidden).float()
 
 
 def kept_by(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
@@ -128,24 +163,17 @@ class Expectation:
         self._reached = self.committed.clone()
 
     def take(
-        self,
-        q: torch.Tensor,
-        of_p: torch.Tensor,
-        tokens: torch.Tensor,
-        head: Head,
-        verified: torch.Tensor | None = None,
+        self, q: torch.Tensor, p: torch.Tensor, tokens: torch.Tensor, verified: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The next offset of all blocks. Returns where the step ends there with a rejected proposal, bool [R, A].
 
-        q: [R, A, V'] of the drafter on the text, over the head's tokens; tokens: [R, A] of the text, -1 behind its end;
-        of_p: [R, A], what the target says of them (`law_behind`). verified: bool [R, A]; where a block is cut in front
-        of the offset the step ends with a token of the target alone.
+        q, p: float64 [R, A], what drafter and target (`of_text`) say of the text's own tokens [R, A], -1 behind its
+        end. verified: bool [R, A]; where a block is cut in front of the offset the step ends with a token of the
+        target alone.
         """
         self.offset += 1
-        columns, present = head.to_columns(tokens.clamp(min=0))
-        of_q = q.gather(-1, columns[..., None])[..., 0] * (present & (tokens >= 0))
-        chance = kept_by(of_q, of_p.clamp(min=torch.finfo(of_p.dtype).tiny)).clamp(max=1)
         judged = tokens >= 0
+        chance = kept_by(q, p.clamp(min=torch.finfo(p.dtype).tiny)).clamp(max=1) * judged
         if verified is not None:
             chance, judged = chance * verified, judged & verified
         self._reached = self._reached * chance
@@ -170,14 +198,16 @@ def draft_drawn(
     head: Head,
     *,
     confidence: float | None = None,
+    with_proposals: bool = True,
     with_logprobs: bool,
 ) -> Judged:
     """What `draft` does for argmaxes: a block behind every anchor [R, A], drawn so that it fits the text.
 
     tokens: [R, T + K] of the text, -1 behind its end. Log-probs are under the drafter's softmax, at temperature 1.
+    with_proposals: else they are zeros; how far blocks are kept is known without them.
     """
     parts = [
-        _drawn(drafter, context, text, tokens, part, block_size, head, confidence, with_logprobs)
+        _drawn(drafter, context, text, tokens, part, block_size, head, confidence, with_proposals, with_logprobs)
         for part in anchors.split(text.anchors_at_once, 1)
     ]
     ids, logprobs, accepted, expected, most = (torch.cat(found, 1) for found in zip(*parts, strict=True))
@@ -194,36 +224,67 @@ def _drawn(
     block_size: int,
     head: Head,
     confidence: float | None,
+    with_proposals: bool,
     with_logprobs: bool,
 ) -> tuple[torch.Tensor, ...]:
+    temperature = text.law.temperature
     before = tokens.gather(1, anchors).clamp(min=0)
+    ahead = anchors[..., None] + torch.arange(block_size - 1, device=anchors.device)  # behind which an offset stands
+    following = tokens.gather(1, (ahead + 1).flatten(1))
+    said = text.of_text(ahead.flatten(1), following).view_as(ahead)
     on_text = drafter.drafting(context, before, anchors, block_size, head)
-    own, own_before = copy.copy(on_text), before
+    own = None
+    if with_proposals or confidence is not None:  # where a block is cut depends on what is proposed
+        own = _Own(text, copy.copy(on_text), anchors, before, with_logprobs)
     found = Expectation(text, anchors)
     # of the text, and of what is proposed: the same up to the first rejection
     kept_so_far = None if confidence is None else (KeptSoFar(confidence), KeptSoFar(confidence))
     verified, most = None, torch.zeros_like(anchors)
-    ids, logprobs = [], []
-    for k in range(1, block_size):
-        y = tokens.gather(1, anchors + k)
-        on_text_logits, own_logits = on_text.logits(before), own.logits(own_before)
-        p, of_y = text.law_behind(anchors + k - 1, y)
-        going = found.going
-        if kept_so_far is not None:
+    for k, y in enumerate(following.view_as(ahead).unbind(-1)):
+        q = on_text.probability(before, y, temperature)
+        own_logits = None if own is None else own.logits()
+        if kept_so_far is not None and own is not None:
             verified = kept_so_far[0].take(on_text.confidence())
-            most = most + kept_so_far[1].take(own.confidence())
-        ends = found.take(probabilities(on_text_logits, text.law.temperature), of_y, y, head, verified)
-        weights = probabilities(own_logits, text.law.temperature)
-        of_rejected = rejected_by(weights, p if head.token_ids is None else p[..., head.token_ids])
-        weights = torch.where(ends[..., None], of_rejected, weights)
-        columns = pick(weights, text.numbers_at(anchors + k, Purpose.PROPOSAL))
+            most = most + kept_so_far[1].take(own.drafting.confidence())
+        ends = found.take(q, said[..., k], y, verified)
         before = y.clamp(min=0)
-        kept = going & found.going
-        own_before = torch.where(kept, before, head.to_tokens(columns))
-        ids.append(own_before)
-        if with_logprobs:
-            columns = torch.where(kept, head.to_columns(before)[0], columns)
-            logprobs.append(own_logits.log_softmax(-1).gather(-1, columns[..., None])[..., 0])
-        else:
-            logprobs.append(own_before.float())
-    return torch.stack(ids, -1), torch.stack(logprobs, -1), found.accepted, found.committed, most
+        if own is not None and own_logits is not None:
+            own.take(own_logits, found.going, ends, before)
+    if own is None:
+        nothing = torch.zeros_like(ahead)
+        return nothing, nothing.float(), found.accepted, found.committed, most
+    return torch.stack(own.ids, -1), torch.stack(own.logprobs, -1), found.accepted, found.committed, most
+
+
+class _Own:
+    """What is proposed behind anchors [R, A]: the text's tokens as long as they are kept, what was drawn behind."""
+
+    def __init__(
+        self, text: SampledText, drafting: Drafting, anchors: torch.Tensor, before: torch.Tensor, with_logprobs: bool
+    ):
+        """before: [R, A] the anchors' tokens."""
+        self.text, self.drafting, self.anchors, self.before = text, drafting, anchors, before
+        self.with_logprobs = with_logprobs
+        self.ids: list[torch.Tensor] = []
+        self.logprobs: list[torch.Tensor] = []
+
+    def logits(self) -> torch.Tensor:
+        """[R, A, V'] of the next offset."""
+        return self.drafting.logits(self.before)
+
+    def take(self, logits: torch.Tensor, kept: torch.Tensor, ends: torch.Tensor, y: torch.Tensor) -> None:
+        """The proposals of an offset with these logits. kept: bool [R, A], they are the text's tokens y [R, A]; ends:
+        the step ends here with a rejected one."""
+        head, away, behind = self.drafting.head, ~kept, self.anchors + len(self.ids)
+        weights, at_end = probabilities(logits[away], self.text.law.temperature), ends[away]
+        if at_end.any():
+            p = self.text.law_at(torch.nonzero(ends)[:, 0], behind[ends])
+            weights[at_end] = rejected_by(weights[at_end], p if head.token_ids is None else p[..., head.token_ids])
+        numbers = self.text.numbers_at(behind + 1, Purpose.PROPOSAL)
+        columns, _ = head.to_columns(y)
+        columns = columns.masked_scatter(away, pick(weights, numbers[away]))
+        self.before = torch.where(kept, y, head.to_tokens(columns))
+        self.ids.append(self.before)
+        self.logprobs.append(
+            logits.log_softmax(-1).gather(-1, columns[..., None])[..., 0] if self.with_logprobs else y.float()
+        )

@@ -170,6 +170,11 @@ class LossConfig(Config):
         """Must verify steps be known before the loss is taken? Where all offsets are trained, the loss finds them."""
         return self.needs_scores or (self.response.scope == "committed" and not self.response.beyond)
 
+    @property
+    def reads_committed(self) -> bool:
+        """Does it depend on what a verify step commits at all?"""
+        return self.needs_scores or self.response.scope == "committed"
+
     def resolved(self, recipe: TrainingRecipe, sampled: bool, temperature: float) -> LossConfig:
         """With the loss and scope that fit architecture and verification rule, the temperature of that sampling, and
         weights, where left open. Evidence: `configs/experiments/README.md`."""

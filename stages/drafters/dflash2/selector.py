@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, Drafting, Proposals, in_parts
+from draftsmith.stages.drafters.drawing import probability_among
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.targets.logits import LogitMap
 
@@ -92,15 +93,22 @@ class Walk(Drafting):
 
     def __init__(self, selector: CandidateSelector, hidden: torch.Tensor, head: Head):
         """hidden: [B, A, K, H]."""
-        self._selector, self._head, self._drafted = selector, head, 0
+        self._selector, self.head, self._drafted = selector, head, 0
         self._columns, self._unary = selector.candidates(hidden, head)
         self._tokens, self._gates = head.to_tokens(self._columns), selector.gates(hidden)
 
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _scores(self, tokens: torch.Tensor) -> tuple[int, torch.Tensor]:
+        """The next offset, and [B, A, k] of its candidates."""
         k = self._drafted
         self._drafted += 1
-        columns = self._columns[:, :, k]
         pairs = self._selector.pairs(self._gates[:, :, k], tokens[..., None], self._tokens[:, :, k])
-        scores = self._unary[:, :, k] + pairs[..., 0, :]
-        everywhere = scores.new_full((*columns.shape[:-1], self._head.weight.shape[0]), -torch.inf)
-        return everywhere.scatter(-1, columns, scores)
+        return k, self._unary[:, :, k] + pairs[..., 0, :]
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        k, scores = self._scores(tokens)
+        everywhere = scores.new_full((*scores.shape[:-1], self.head.weight.shape[0]), -torch.inf)
+        return everywhere.scatter(-1, self._columns[:, :, k], scores)
+
+    def probability(self, tokens: torch.Tensor, following: torch.Tensor, temperature: float) -> torch.Tensor:
+        k, scores = self._scores(tokens)
+        return probability_among(scores, self._tokens[:, :, k], following, temperature)

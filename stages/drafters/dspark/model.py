@@ -174,10 +174,12 @@ class DSparkDrafter(DFlashDrafter):
 class MarkovDrafting(Drafting):
     """Blocks behind one backbone forward. Where `LOGITS_AT_ONCE` suffice, the head is read once for all offsets."""
 
+    head: BiasedHead
+
     def __init__(self, drafter: DSparkDrafter, hidden: torch.Tensor, head: Head):
         """hidden: [B, A, K, H]."""
         assert isinstance(head, BiasedHead)
-        self._drafter, self._hidden, self._head = drafter, hidden, head
+        self._drafter, self._hidden, self.head = drafter, hidden, head
         self._read: tuple[torch.Tensor, ...] = ()  # of the tokens before the offsets drafted so far, [B, A, r] each
         self._of_bias: tuple[torch.Tensor, ...] = ()
         self._state: Any = None
@@ -190,17 +192,17 @@ class MarkovDrafting(Drafting):
         read = markov.read(tokens)
         of_bias, self._state = markov.step(read, self._hidden[:, :, k], self._state)
         self._read, self._of_bias = (*self._read, read), (*self._of_bias, of_bias)
-        unbiased = self._head.unbiased(self._hidden[:, :, k]) if self._unbiased is None else self._unbiased[:, :, k]
-        return unbiased + self._head.biases(of_bias)
+        unbiased = self.head.unbiased(self._hidden[:, :, k]) if self._unbiased is None else self._unbiased[:, :, k]
+        return unbiased + self.head.biases(of_bias)
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self._head.logit_map(self._raw_logits(tokens).float())
+        return self.head.logit_map(self._raw_logits(tokens).float())
 
     def best(self, anchor_tokens: torch.Tensor, with_logprobs: bool) -> Proposals:
         """Of all offsets, each behind the best token before it. anchor_tokens: [B, A]."""
         tokens, logprobs = [anchor_tokens], []
         for _ in range(self._hidden.shape[2]):
-            best, log_q = best_among(self._raw_logits(tokens[-1]), self._head, with_logprobs)
+            best, log_q = best_among(self._raw_logits(tokens[-1]), self.head, with_logprobs)
             tokens.append(best)
             logprobs.append(log_q)
         return Proposals(

@@ -113,7 +113,9 @@ class _Chain(Drafting):
     """A chains a row in the making: each call takes the next token of every chain."""
 
     def __init__(self, drafter: Eagle3Drafter, context: PrefixContext, anchors: torch.Tensor, head: Head | None = None):
-        self.drafter, self.context, self.head = drafter, context, head
+        self.drafter, self.context = drafter, context
+        if head is not None:  # else hidden states alone are asked for
+            self.head = head
         self.positions = (anchors - 1).clamp(min=0)  # of the entry that holds the anchor's token
         self.features = context.features.gather(
             1, self.positions[..., None].expand(-1, -1, context.features.shape[-1])
@@ -136,7 +138,6 @@ class _Chain(Drafting):
         return self.drafter.norm(self.features)
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        assert self.head is not None
         return self.head.logits(self.step(tokens))
 
 

@@ -93,6 +93,7 @@ class Remining:
             view.head,
             chains,
             text=None if view.text is None else view.text.select(chosen),
+            with_proposals=self.scored,
             with_logprobs=False,
         )
 

@@ -159,7 +159,8 @@ class OpdStep:
         clock.spent("drafter")
         steps = drawn.steps or drawn.judged
         # else the loss finds what was accepted: argmaxes that are the text's
-        if steps is None and (self.objective.reads_steps or not self.law.greedy):
+        judges = self.objective.reads_steps if self.law.greedy else self.objective.reads_committed
+        if steps is None and judges:
             steps = self._judged(hidden, context, batch, drawn.anchors, heads, clock, self._text(batch, step))
             if self.objective.needs_scores:
                 tokens = self.config.tokens_per_target_forward

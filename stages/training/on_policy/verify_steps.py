@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
 from draftsmith.stages.drafters.base import Drafter, best_of
-from draftsmith.stages.drafters.drawing import probabilities
+from draftsmith.stages.drafters.drawing import probability_among, probability_of
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.parallel.ranks import ALONE, Ranks
 from draftsmith.stages.replay.corpus import score
@@ -61,59 +62,67 @@ def judge(
     (replay drafts the smaller block itself). proposed: [B, A, K] of an autoregressive drafter, whose proposals behind a
     rejection depend on it; without them those are not its own. chooser: a drafter that chooses among the head's
     candidates, by the trajectory's tokens where that decides what is accepted, and by its own for what it proposes.
+    text: proposals are drawn; without `proposed` those of the steps are zeros.
     """
     K = hidden.shape[2]
     labels, inside = labels_of(batch, anchors, K)
     inside = inside & (torch.arange(1, K + 1, device=hidden.device) <= proposals)
-    before = tokens_at(batch, anchors, 0, K)
-    if chooser is None:
-        best = best_of(hidden, head, with_logprobs=False).tokens
-    else:
+    on_text, before = torch.where(inside, labels, -1), tokens_at(batch, anchors, 0, K)
+    choice = None
+    if chooser is not None:
         columns = chooser.candidates(hidden, head)
-        place = chooser.choices(hidden, before, columns, head).argmax(-1, keepdim=True)
-        best = head.to_tokens(columns.gather(-1, place)[..., 0])
-        if proposed is None:
-            proposed = chooser.choose(hidden, before[..., 0], head).tokens
+        choice = chooser.choices(hidden, before, columns, head), head.to_tokens(columns)
     if text is None:
+        best = _best(hidden, head, choice)
         accepted = ((best == labels) & inside).long().cumprod(-1).sum(-1)
+        if chooser is not None and proposed is None:
+            proposed = chooser.choose(hidden, before[..., 0], head).tokens
+        proposed = best if proposed is None else proposed
     else:
-        on_text = torch.where(inside, labels, -1)
-        accepted = torch.minimum(_drawn(hidden, before, on_text, anchors, head, chooser, text), inside.long().sum(-1))
+        accepted = _drawn(hidden, on_text, anchors, head, choice, text)
+        proposed = torch.zeros_like(labels) if proposed is None else proposed
     judged = inside.long().sum(-1)
     lengths = torch.tensor([len(t.tokens) for t in batch.trajectories], device=hidden.device)
     committed = torch.minimum(accepted + 1, lengths[:, None] - 1 - anchors.positions)
     rejected_offset = torch.where(accepted < judged, accepted + 1, 0)
-    unscored = torch.full(best.shape, torch.nan, device=hidden.device)
-    return VerifySteps(accepted, committed, rejected_offset, best if proposed is None else proposed, unscored)
+    unscored = torch.full(labels.shape, torch.nan, device=hidden.device)
+    return VerifySteps(accepted, committed, rejected_offset, proposed, unscored)
+
+
+Choice: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # scores and token ids of candidates [..., k]
+
+
+def _best(hidden: torch.Tensor, head: Head, choice: Choice | None) -> torch.Tensor:
+    """[B, A, K] behind the tokens of the text."""
+    if choice is None:
+        return best_of(hidden, head, with_logprobs=False).tokens
+    scores, candidates = choice
+    return candidates.gather(-1, scores.argmax(-1, keepdim=True))[..., 0]
 
 
 def _drawn(
     hidden: torch.Tensor,
-    before: torch.Tensor,
     on_text: torch.Tensor,
     anchors: Anchors,
     head: Head,
-    chooser: Drafter | None,
+    choice: Choice | None,
     text: SampledText,
 ) -> torch.Tensor:
-    """[B, A] proposals kept, as the text's numbers decide. before, on_text: [B, A, K] tokens of the text in front of
-    each offset and at it, -1 behind the end."""
-    accepted = []
-    for positions, own, tokens, previous in zip(
-        *(each.split(text.anchors_at_once, 1) for each in (anchors.positions, hidden, on_text, before)), strict=True
-    ):
-        found = Expectation(text, positions)
-        for k in range(hidden.shape[2]):
-            logits = head.logits(own[:, :, k])
-            if chooser is not None:
-                columns = chooser.candidates(own[:, :, k], head)
-                choices = chooser.choices(own[:, :, k], previous[..., k], columns, head)
-                logits = torch.full_like(logits, -torch.inf).scatter(-1, columns, choices)
-            q = probabilities(logits, text.law.temperature)
-            _, p = text.law_behind(positions + k, tokens[..., k])
-            found.take(q, p, tokens[..., k], head)
-        accepted.append(found.accepted)
-    return torch.cat(accepted, 1)
+    """[B, A] proposals kept, as the text's numbers decide. on_text: [B, A, K] tokens of the text, -1 behind the end."""
+    temperature = text.law.temperature
+    if choice is not None:
+        q = probability_among(*choice, on_text, temperature)
+    else:
+        columns, present = head.to_columns(on_text.clamp(min=0))
+        flat = (x.flatten(0, 2).split(2 * text.laws_at_once) for x in (hidden, columns))
+        parts = [probability_of(head.logits(own), of_own, temperature) for own, of_own in zip(*flat, strict=True)]
+        q = torch.cat(parts).view_as(on_text) * (present & (on_text >= 0))
+    behind = anchors.positions[..., None] + torch.arange(hidden.shape[2], device=hidden.device)
+    p = text.of_text(behind.flatten(1), on_text.flatten(1)).view_as(q)
+    found = Expectation(text, anchors.positions)
+    for of_q, of_p, tokens in zip(q.unbind(-1), p.unbind(-1), on_text.unbind(-1), strict=True):
+        found.take(of_q, of_p, tokens)
+    return found.accepted
 
 
 def with_scores(

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from scipy import stats
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from draftsmith.stages.drafters.drawing import argmax, outside, sampled, uniform
+from draftsmith.stages.drafters.drawing import (
+    argmax,
+    outside,
+    probabilities,
+    probability_among,
+    probability_of,
+    sampled,
+    uniform,
+)
 from draftsmith.stages.engines.base import SamplingParams
 from draftsmith.stages.engines.sampling import draw
 from draftsmith.stages.law import Law
@@ -93,6 +101,22 @@ def test_a_tiny_top_p_is_greedy_and_top_p_one_keeps_all() -> None:
     assert sampled(logits, Law(1.0, 1e-6)).tolist() == [0, 1, 0, 0]
     assert torch.equal(sampled(logits, Law(0.7)), torch.softmax(logits.double() / 0.7, -1))
     assert sampled(logits, Law(1.0, top_k=2)).count_nonzero() == 2
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.7, 1.0, 3.0])
+def test_of_single_tokens_a_law_is_what_it_is_of_all(temperature: float) -> None:
+    logits = 20 * torch.randn(50, 3, 4000, generator=torch.Generator().manual_seed(0)) + 200
+    columns = logits.argsort(-1)[..., -3].clone()
+    columns[:10] = 7
+    whole = probabilities(logits, temperature)
+    found = probability_of(logits, columns, temperature)
+    torch.testing.assert_close(found, whole.gather(-1, columns[..., None])[..., 0], rtol=2e-5, atol=0)
+
+    scores, candidates = logits[..., :16], torch.arange(100, 116).expand(50, 3, 16)
+    tokens = torch.arange(90, 140)[:, None].expand(50, 3)
+    expected = torch.zeros(50, 3, dtype=torch.float64)
+    expected[10:26] = probabilities(scores, temperature)[torch.arange(10, 26), :, torch.arange(16)]
+    assert torch.equal(probability_among(scores, candidates, tokens, temperature), expected)
 
 
 def test_draw_inverts_the_cumulative_law_of_each_row() -> None:

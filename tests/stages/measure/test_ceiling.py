@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.law import Law
 from draftsmith.stages.measure.acceptance import ceiling_trace
 from draftsmith.stages.replay.chains import committed_tokens
@@ -54,9 +53,7 @@ def test_what_is_drawn_from_the_targets_own_law_is_kept(plain_target: Target) ->
         found = Expectation(text, anchors)
         for k in range(1, 5):
             ahead = tokens.gather(1, anchors + k)
-            p, of_tokens = text.law_behind(anchors + k - 1, ahead)
-            # what top-p leaves out of these texts is in them
-            p = p.scatter(-1, ahead.clamp(min=0)[..., None], of_tokens[..., None])
-            found.take(p, of_tokens, ahead, Head(plain_target.head_weight))
+            p = text.of_text(anchors + k - 1, ahead)  # of what top-p leaves out of these texts, what was said before
+            found.take(p, p, ahead)
         assert found.accepted[0].tolist() == trace.accepted.tolist()
         assert found.committed[0].tolist() == trace.committed.tolist()

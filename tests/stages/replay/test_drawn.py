@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -14,7 +14,7 @@ from scipy import stats
 
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.config import DraftingConfig
-from draftsmith.stages.drafters.drawing import Purpose, seed_of
+from draftsmith.stages.drafters.drawing import Purpose, probabilities, seed_of, truncated
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.law import Law
@@ -288,10 +288,54 @@ def test_a_wrong_rule_is_seen(
 def test_the_targets_law_is_not_in_the_training_loops_dtype(texts: list[Trajectory], plain_target: Target) -> None:
     hidden = plain_target.read(torch.tensor([texts[0].tokens])).hidden
     text = drawn.SampledText.of(plain_target, hidden, texts[:1], LAW, 4)
-    at = torch.arange(len(texts[0].tokens))[None]
+    at = torch.arange(len(texts[0].tokens))
     with torch.autocast("cpu", torch.bfloat16):
-        found = text.law_behind(at, at)
-    assert all(torch.equal(a, b) for a, b in zip(found, text.law_behind(at, at), strict=True))
+        found = text.law_at(torch.zeros_like(at), at), text.of_text(at[None], at[None])
+    assert torch.equal(found[0], text.law_at(torch.zeros_like(at), at))
+    assert torch.equal(found[1], replace(text, said=None).of_text(at[None], at[None]))
+
+
+def test_how_far_blocks_are_kept_is_known_without_their_proposals(
+    drafter: Drafter, texts: list[Trajectory], plain_target: Target
+) -> None:
+    whole = replay_all(plain_target, {"it": drafter}, texts, law=LAW)["it"]
+    without = replay_all(plain_target, {"it": drafter}, texts, law=LAW, with_proposals=False)["it"]
+    assert any(trace.proposed.any() for trace in whole) and not any(trace.proposed.any() for trace in without)
+    for one, other in zip(whole, without, strict=True):
+        assert one.expected is not None and other.expected is not None
+        assert np.array_equal(one.anchors, other.anchors) and np.array_equal(one.accepted, other.accepted)
+        assert np.array_equal(one.expected, other.expected)
+
+
+@pytest.mark.parametrize("law", [LAW, Law(0.7)], ids=str)
+def test_what_the_target_says_of_a_text_is_computed_once(
+    law: Law, texts: list[Trajectory], plain_target: Target
+) -> None:
+    some = texts[:4]
+    tokens = torch.tensor([text.tokens for text in some])
+    asked: list[int] = []
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        asked.append(len(hidden))
+        return plain_target.logits(hidden)
+
+    text = drawn.SampledText.of(plain_target, plain_target.read(tokens).hidden, some, law, 4)
+    text = replace(text, logits=logits)
+    following = torch.nn.functional.pad(tokens[:, 1:], (0, 3), value=-1)  # what blocks ask for reaches behind the end
+    at = torch.arange(following.shape[1]).expand_as(following)
+    part = slice(2, 7)
+    early, late = text.of_text(at[:, part], following[:, part]), text.of_text(at, following)
+    assert torch.equal(early, late[:, part]) and sum(asked) == tokens[:, 1:].numel()
+    assert (late[:, tokens.shape[1] - 1 :] == 1).all()
+    for row, one in enumerate(some):
+        whole = probabilities(plain_target.logits(text.hidden[row]), law.temperature)
+        p, y = truncated(whole, law), torch.tensor(one.tokens[1:])[:, None]
+        own, before = p[:-1].gather(1, y)[:, 0], whole[:-1].gather(1, y)[:, 0]
+        expected = torch.where(own > 0, own, before)
+        torch.testing.assert_close(late[row, : len(expected)], expected, rtol=1e-5, atol=0)
+        chosen = text.select(torch.tensor([row]))
+        assert torch.equal(chosen.of_text(at[:1], following[row][None])[0], late[row])
+    assert sum(asked) == tokens[:, 1:].numel()
 
 
 def test_greedy_texts_and_other_drafters_are_verified_by_equality(plain_target: Target) -> None:

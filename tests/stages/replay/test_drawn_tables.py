@@ -88,7 +88,7 @@ def decoded(law: Law) -> Counter[Step]:
 class Walk(Drafting):
     """The drafter's table."""
 
-    offset = 0
+    offset, head = 0, Head(torch.eye(V))
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         self.offset += 1
@@ -121,8 +121,8 @@ def replayed(law: Law) -> Counter[Step]:
     )
     drafter = cast("Drafter", SimpleNamespace(drafting=lambda *_: Walk()))
     padded, context = torch.nn.functional.pad(tokens, (0, 2), value=-1), cast("Any", None)
-    anchors, head = torch.zeros(DRAWS, 1, dtype=torch.long), Head(torch.eye(V))
-    found = drawn.draft_drawn(drafter, context, text, padded, anchors, 3, head, with_logprobs=False)
+    anchors = torch.zeros(DRAWS, 1, dtype=torch.long)
+    found = drawn.draft_drawn(drafter, context, text, padded, anchors, 3, Walk.head, with_logprobs=False)
     assert found.expected is not None
     off = found.accepted + 1 - found.expected
     assert abs(float(off.mean())) < 5 * float(off.std()) / DRAWS**0.5, "what is expected is what drawing comes to"

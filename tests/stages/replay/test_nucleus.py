@@ -10,7 +10,6 @@ import torch
 
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.drawing import is_outside, outside, probabilities
-from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.law import Law
@@ -88,12 +87,9 @@ def test_a_token_outside_is_judged_by_the_law_before_truncation(
         sampled = SampledText.of(plain_target, hidden, [text], narrow, 4)
         for place in places[places < len(tokens) - 1].tolist():
             anchor, y = torch.tensor([[text.first_anchor + place]]), tokens[place]
-            p, of_y = sampled.law_behind(anchor, y[None, None])
-            assert p[0, 0, y] == 0
-            q = torch.zeros_like(p)
-            q[..., y] = 0.4 * whole[place, y]
+            assert sampled.law_at(torch.tensor([0]), anchor[0])[0, y] == 0
             found = Expectation(sampled, anchor)
-            found.take(q, of_y, y[None, None], Head(plain_target.head_weight))
+            found.take(0.4 * whole[place, y][None, None], sampled.of_text(anchor, y[None, None]), y[None, None])
             assert float(found.committed) == pytest.approx(1.4)
         if number >= 10:
             break
