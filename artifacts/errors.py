@@ -55,8 +55,8 @@ def one_line(error: BaseException, most: int | None = None) -> str:
 def disk_error_of(error: BaseException) -> OSError | None:
     """The disk's refusal that an error is; for a full disk also that it comes from.
 
-    torch and safetensors raise classes of their own where a disk is full. Other refusals behind an error may have been
-    dealt with before it, such as a cache that could not be written.
+    torch, safetensors and shutil raise classes of their own where a disk is full. Other refusals behind an error may
+    have been dealt with before it, such as a cache that could not be written.
     """
     if isinstance(error, OSError) and error.errno in _DISK_ADVICE:
         return error
@@ -66,7 +66,7 @@ def disk_error_of(error: BaseException) -> OSError | None:
         if is_full_disk(link):
             assert isinstance(link, OSError)
             return link
-        if "os error 28" in str(link):  # safetensors, which is written in Rust
+        if re.search(r"os error 28\b|\[Errno 28\]", str(link)):  # safetensors, which is written in Rust; shutil
             return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         seen.append(link)
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)

@@ -50,8 +50,13 @@ def protect(home: Path, *, group_may_read: bool) -> None:
             home.chmod(wanted)
 
 
+def users_umask() -> int:
+    """For what is none of the home's: files that are copied out of it, and what a command of the user makes."""
+    return 0o022 if _user is None else _user
+
+
 def for_users(folder: Path) -> None:
     """What was copied out of the home gets the modes that its user gives to new files."""
-    umask = 0o022 if _user is None else _user
+    umask = users_umask()
     for path in (folder, *folder.rglob("*")):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)

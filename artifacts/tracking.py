@@ -82,8 +82,11 @@ class Tracking:
         except DraftsmithError:
             raise
         except Exception as error:
+            reason = _first_line(error)
+            if "database is locked" in reason:  # SQLite, by another program
+                raise RetryableError(f"MLflow's database {redacted(self.uri)} is locked: end what holds it") from error
             kind = RetryableError if self.uri.startswith(_HTTP) else DraftsmithError  # a server may come back
-            raise kind(self.unusable(_first_line(error))) from error
+            raise kind(self.unusable(reason)) from error
 
     def unusable(self, reason: str) -> str:
         """That MLflow cannot be used, why, and what to do."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from draftsmith.artifacts.errors import DraftsmithError, from_os_error
+from draftsmith.artifacts.errors import DraftsmithError, disk_error_of, from_os_error
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import MANIFEST, Manifest, read_manifest
 from draftsmith.artifacts.open_store import store_of
@@ -15,7 +17,7 @@ from draftsmith.artifacts.private import for_users
 from draftsmith.artifacts.registry import BY_HAND, PREVIOUS, ROLLED_BACK, Registry, Version
 from draftsmith.artifacts.unused import in_use
 from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.refresh.line import FASTEST_BLOCK, folder_of, registry, uploaded_copy
+from draftsmith.flows.refresh.line import FASTEST_BLOCK, folder_of, in_this_home, registry, uploaded_copy
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.targets.info import model_path, read_target_info
 
@@ -106,7 +108,8 @@ def export(display: Display, text: str, folder: Path, layout: str = "sglang", *,
         display.line(f"{version}: {size / 1e6:.1f} MB would be copied from {source} to {folder}")
         return
     if layout == "speculators":
-        _export_speculators(version, source, folder)
+        with _whole(folder):
+            _export_speculators(version, source, folder)
         display.line(f"{version}: in speculators' layout, with the target's embedding and head, in {folder}")
         display.line(f"  for vLLM: vllm serve {shlex.quote(os.fspath(folder.absolute()))}")
         return
@@ -114,18 +117,29 @@ def export(display: Display, text: str, folder: Path, layout: str = "sglang", *,
     from draftsmith.stages.drafters.digest import drafter_digest
     from draftsmith.stages.engines.sglang.server import algorithm_of, block_size_of, drafting_options
 
-    try:
+    with _whole(folder):
         shutil.copytree(source, folder, dirs_exist_ok=True)
         for_users(folder)
-    except OSError as error:
-        raise from_os_error(error, f"exporting to {folder}:") from error
-    if drafter_digest(folder) != version.tags.get("drafter_digest", drafter_digest(source)):
-        raise DraftsmithError(f"{folder}: the copy differs from what was registered: try again, or another disk")
+        if drafter_digest(folder) != version.tags.get("drafter_digest", drafter_digest(source)):
+            raise DraftsmithError(f"{folder}: the copy differs from what was registered: try again, or another disk")
     display.line(f"{version}: {size / 1e6:.1f} MB in {folder}")
     algorithm = algorithm_of(folder, None)
     fastest = version.tags.get(FASTEST_BLOCK)  # empty where no speed was measured
     block = int(fastest) if fastest else block_size_of(folder, DraftingConfig(), algorithm)
     display.line(f"  for SGLang: {shlex.join(drafting_options(folder, algorithm, block))}")
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[None]:
+    """What is copied to a new folder is there when the block ends, or nothing of it: the same command may try again."""
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        disk = disk_error_of(error) or error
+        if isinstance(disk, OSError):
+            raise from_os_error(disk, f"exporting to {folder}{':' * bool(disk.filename)}") from error
+        raise
 
 
 def _export_speculators(version: Version, source: Path, folder: Path) -> None:
@@ -134,13 +148,17 @@ def _export_speculators(version: Version, source: Path, folder: Path) -> None:
     if not (folder_of(version) / MANIFEST).is_file():
         raise DraftsmithError(f"{version}: its artifact, which names the target, is not here: mount the store")
     store, made_from = store_of(home()), _manifest(version, folder_of(version)).inputs["target"]
-    target = store.here(store.path(made_from.stage, made_from.key))
+    store.here(store.path(made_from.stage, made_from.key))  # fetched, if the store is a bucket
+    if (target := in_this_home(made_from, store)) is None:  # whose table and head are copied
+        raise DraftsmithError(
+            f"{version}: the target that it was made for ({made_from.stage}/{made_from.key[:16]}, content "
+            f"{made_from.content_id[:16]}) is not in the store any more, or was made again and is another: export the "
+            "drafter without --format"
+        )
+    store.verify_once(read_manifest(target).ref(target))  # and the model, where that stays elsewhere
     info = read_target_info(target)
-    try:
-        export_speculators(source, model_path(target), info.source, folder)
-        for_users(folder)
-    except OSError as error:
-        raise from_os_error(error, f"exporting to {folder}:") from error
+    export_speculators(source, model_path(target), info.source, folder)
+    for_users(folder)
 
 
 def verified(version: Version) -> Path:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tempfile
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from draftsmith.artifacts.private import users_umask
 from draftsmith.stages.contract import Config
 
 
@@ -49,20 +51,22 @@ def call(hook: HookConfig, decision: dict[str, Any]) -> str | None:
 
 
 def _run(command: tuple[str, ...], body: str, timeout_s: float) -> str | None:
-    try:
-        done = subprocess.run(
-            command,
-            input=body,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            capture_output=True,
-            timeout=timeout_s,
-            check=False,
-        )
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
-        return f"{command[0]}: {error}"
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return f"{command[0]}: ended with code {done.returncode} ({last})"
+    """What it prints goes to a file: a server that it leaves in the background would hold a pipe open."""
+    with tempfile.TemporaryFile() as said:
+        try:
+            done = subprocess.run(
+                command,
+                input=body.encode(),
+                stdout=subprocess.DEVNULL,
+                stderr=said,
+                timeout=timeout_s,
+                check=False,
+                umask=users_umask(),
+            )
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            return f"{command[0]}: {error}"
+        if done.returncode:
+            said.seek(0)
+            last = (said.read().decode("utf-8", "replace").strip().splitlines() or ["no message"])[-1]
+            return f"{command[0]}: ended with code {done.returncode} ({last})"
     return None

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +16,7 @@ from pydantic import Field
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
-from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef, read_manifest, sha256_file
+from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef, InputEntry, read_manifest, sha256_file
 from draftsmith.artifacts.registry import PROMOTED, Registry, Version
 from draftsmith.artifacts.store import REPLACED, Store
 from draftsmith.artifacts.tracking import Tracking
@@ -88,12 +88,12 @@ def folder_of(version: Version) -> Path:
     from draftsmith.artifacts.open_store import store_of
 
     store = store_of(home())
-    return store.here(_in_this_home(version, store) or version.path)
+    return store.here(in_this_home(version, store) or version.path)
 
 
-def _in_this_home(version: Version, store: Store) -> Path | None:
+def in_this_home(version: Version | InputEntry, store: Store) -> Path | None:
     """Its artifact where a version does not say it is: in a home that was moved or is a copy, or set aside when the
-    same key was made again."""
+    same key was made again. None too if the key has other content now."""
     folder = store.path(version.stage, version.key)
     for place in (folder, *folder.parent.glob(f"{REPLACED}{folder.name}-*")):
         with suppress(DraftsmithError):  # a damaged one is none: there may be another, or what was uploaded
@@ -107,7 +107,7 @@ def checkpoint_of(version: Version) -> Path:
     from draftsmith.artifacts.open_store import store_of
 
     store = store_of(home())
-    if (folder := _in_this_home(version, store)) is not None:
+    if (folder := in_this_home(version, store)) is not None:
         return folder / DRAFTER_FOLDER
     checkpoint = version.path / DRAFTER_FOLDER
     if not version.uploaded or checkpoint.is_dir():
@@ -140,6 +140,8 @@ def as_it_stands(line: RegistryConfig) -> RegistryConfig:
     version = known.champion(line.name)
     found = RegistryConfig(name=line.name, upload=line.upload, restart=line.restart)
     if version is None:
+        if not line.restart:
+            _check_begins(known.versions(line.name))
         return found
     return found.model_copy(
         update={
@@ -154,6 +156,18 @@ def as_it_stands(line: RegistryConfig) -> RegistryConfig:
             "read_until": version.tags.get("read_until") or None,
         }
     )
+
+
+def _check_begins(versions: Sequence[Version]) -> None:
+    """Of a line without a champion: what serves now would be replaced by whatever beats plain decoding."""
+    served = [each for each in versions if "promoted_at" in each.tags]
+    if served:
+        last = max(served, key=lambda each: each.tags["promoted_at"])
+        raise DraftsmithError(
+            f"{last.line}: it has no champion, and {last} has been one: the alias, or the version that had it, was "
+            f"deleted in MLflow: have one serve (`draftsmith promote {last.line}@{last.number}`), or begin again "
+            "without one (`--set registry.restart=true`)"
+        )
 
 
 def _answers_of(version: Version) -> EarlierConfig | None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
 from draftsmith.artifacts.mlflow_files import misplaced
 from draftsmith.artifacts.mlflow_terms import flatten
@@ -256,6 +256,20 @@ def test_a_damaged_database_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("this is no database" * 100)
     with pytest.raises(DraftsmithError, match=r"MLflow's database sqlite:.*not a database.*restore it from a backup"):
         Tracking(tmp_path).check()
+
+
+def test_a_database_that_another_program_has_locked_is_asked_again(
+    tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    def locked(_self: object, _name: str) -> None:  # what a client says after its 20 s
+        raise MlflowException("(sqlite3.OperationalError) database is locked")
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", locked)
+    with pytest.raises(RetryableError, match=r"MLflow's database sqlite:.* is locked: end what holds it"):
+        tracking.check()
 
 
 def test_an_experiment_that_was_deleted_takes_no_runs_and_is_told_before_the_work(tracking: Tracking) -> None:

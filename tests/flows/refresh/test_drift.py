@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.registry import CHAMPION, Registry
 from draftsmith.artifacts.store import Store
@@ -87,6 +88,28 @@ def test_what_was_forced_is_done_where_another_refresh_has_promoted(
     with pytest.raises(PlanAgain, match="nobody is the champion by now") as again:
         slow.finish(other, None)
     assert again.value.force == (), "no drift check again"
+
+
+@pytest.mark.parametrize("lost", ["the alias", "the version"])
+def test_a_line_whose_champion_was_deleted_in_mlflow_does_not_begin_again_by_itself(
+    lost: str, line: str, home: Path, drafters: list[ArtifactRef]
+) -> None:
+    """What beats plain decoding alone would take the place of what serves."""
+    for drafter in drafters:
+        RefreshCourse(resolve(config_of(line)), ()).finish(gated(Store(home / "store"), drafter), None)
+    client, _ = Tracking(home).connect()
+    if lost == "the alias":
+        client.delete_registered_model_alias(line, CHAMPION)
+    else:
+        client.delete_model_version(line, "2")
+    last = 2 if lost == "the alias" else 1
+    with pytest.raises(DraftsmithError, match=f"{line}: it has no champion.*`draftsmith promote {line}@{last}`"):
+        resolve(config_of(line))
+    again = resolve(config_of(line, registry={"name": line, "restart": True}))
+    assert again.registry is not None and again.registry.champion is None
+    commands.promote(Display(), f"{line}@{last}", "", dry_run=False)
+    assert (found := resolve(config_of(line)).registry) is not None and found.champion is not None
+    assert found.champion.version == last
 
 
 def test_a_champion_that_is_current_is_said_with_what_it_was_and_what_is_not_known(

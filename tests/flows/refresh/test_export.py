@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -24,11 +26,13 @@ from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.targets.causal_lm import Target
-from tests.testbed.random_target import random_drafter
+from tests.testbed.random_target import random_drafter, write_artifact, write_model
 
 
-def committed(store: Store, stage: str, fill: Path, inputs: Mapping[str, ArtifactRef]) -> ArtifactRef:
-    with store.claim(stage, "a" * 64) as claim:
+def committed(
+    store: Store, stage: str, fill: Path, inputs: Mapping[str, ArtifactRef], *, force: bool = False
+) -> ArtifactRef:
+    with store.claim(stage, "a" * 64, force=force) as claim:
         assert isinstance(claim, Claim)
         shutil.copytree(fill, claim.out, dirs_exist_ok=True)
         return store.commit(claim, config={}, inputs=inputs, code_digest="", seed=0)
@@ -78,6 +82,51 @@ def test_each_layout_holds_the_drafter(version: Version, plain_target: Target, t
     assert all(tensor.equal(kept.state_dict()[name]) for name, tensor in drafter.state_dict().items())
     commands.export(Display(), "line", tmp_path / "dry", "speculators", dry_run=True)
     assert not (tmp_path / "dry").exists()
+
+
+@pytest.mark.usefixtures("version")
+def test_a_target_that_was_made_again_gives_no_table_to_a_drafter_of_the_one_before(
+    plain_target: Target, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "home" / "store")
+    committed(store, "target", write_artifact(tmp_path / "revised", seed=1), {}, force=True)
+    commands.export(Display(), "line", tmp_path / "vllm", "speculators", dry_run=False)
+    assert load_file(tmp_path / "vllm" / "model.safetensors")["lm_head.weight"].equal(plain_target.head_weight)
+    (replaced,) = (store.root / "target").glob(".replaced-*")
+    shutil.rmtree(replaced)
+    with pytest.raises(DraftsmithError, match=r"the target that it was made for .* was made again and is another"):
+        commands.export(Display(), "line", tmp_path / "none", "speculators", dry_run=False)
+
+
+def test_a_target_whose_files_were_overwritten_gives_no_table_either(version: Version, tmp_path: Path) -> None:
+    shutil.rmtree(version.path.parents[1])
+    artifact = write_artifact(tmp_path / "own")
+    store = Store(tmp_path / "home" / "store")
+    committed(store, "opd", tmp_path / "made", {"target": committed(store, "target", artifact, {})})
+    write_model(tmp_path / "own" / "model", seed=1)
+    with pytest.raises(DraftsmithError, match=r"model\.safetensors: is not what stage target found there"):
+        commands.export(Display(), "line", tmp_path / "vllm", "speculators", dry_run=False)
+    assert not (tmp_path / "vllm").exists()
+
+
+def test_a_full_disk_leaves_no_half_of_a_drafter_and_the_same_command_works_when_it_has_space(
+    version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copyfile
+
+    def full(source: Any, target: Any, **options: Any) -> Any:
+        if str(target).endswith("model.safetensors"):
+            Path(target).write_bytes(b"a half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return copy(source, target, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copyfile", full)
+        with pytest.raises(DraftsmithError, match=r"exporting to .*/copy: the disk is full: free some space"):
+            commands.export(Display(), "line", tmp_path / "copy", dry_run=False)
+    assert not (tmp_path / "copy").exists()
+    commands.export(Display(), "line", tmp_path / "copy", dry_run=False)
+    assert drafter_digest(tmp_path / "copy") == drafter_digest(version.path / DRAFTER_FOLDER)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import re
+import stat
 import sys
 import threading
 from contextlib import AbstractContextManager
@@ -16,6 +18,7 @@ from pydantic import ValidationError
 
 from draftsmith.artifacts.locks import Lock
 from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.private import private_files
 from draftsmith.artifacts.store import Store
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.graph import Conclusion
@@ -46,6 +49,21 @@ def test_a_command_reads_the_decision(tmp_path: Path) -> None:
 )
 def test_a_command_that_fails_says_why(command: tuple[str, ...], said: str) -> None:
     assert said in str(call(HookConfig(command=command, timeout_s=1), DECISION))
+
+
+def test_a_command_may_leave_a_server_in_the_background() -> None:
+    assert call(HookConfig(command=("sh", "-c", "sleep 9 & exit 0"), timeout_s=2), DECISION) is None
+
+
+def test_what_a_command_makes_has_the_modes_that_its_user_gives(tmp_path: Path) -> None:
+    """The home's files are for its owner alone; a drafter that a hook copies to a server is not."""
+    before = os.umask(0o022)
+    try:
+        with private_files(tmp_path / "home"):
+            assert call(HookConfig(command=("touch", str(tmp_path / "copied"))), DECISION) is None
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "copied").stat().st_mode) == 0o644
 
 
 def test_a_url_is_posted_the_decision() -> None:
