@@ -62,6 +62,9 @@ def anchors(path: Path) -> set[str]:
     return set(found)
 
 
+_PATH = re.compile(r"(?:flows|stages|artifacts|configs|tests)/[\w./-]+\.(?:py|yaml|json|md)")
+
+
 COMMANDS = sorted({(name_of(f), s) for f in FILES for s in snippets(f) if re.match(r"draftsmith [a-z]", s)})
 BENCHMARKS = sorted({(name_of(f), s) for f in FILES for s in snippets(f) if _BENCHMARK.search(s)})
 
@@ -81,6 +84,19 @@ def test_every_link_leads_somewhere(path: Path) -> None:
         if not target.exists() or (anchor and anchor not in anchors(target)):
             broken.append(link)
     assert not broken
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_every_file_that_is_named_from_the_top_is_there(path: Path) -> None:
+    assert not [code for code in snippets(path) if _PATH.fullmatch(code) and not (ROOT / code).is_file()]
+
+
+@pytest.mark.parametrize("room", ["flows", "stages"])
+def test_a_readme_names_every_module_and_room_beside_it(room: str) -> None:
+    said = (ROOT / room / "README.md").read_text("utf-8")
+    beside = [path for path in (ROOT / room).iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
+    names = [f"{path.name}{'/' * path.is_dir()}`" for path in beside if not path.name.startswith("__")]
+    assert names and not [name for name in names if name not in said]
 
 
 def test_commands_are_found() -> None:

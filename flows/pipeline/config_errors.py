@@ -35,6 +35,7 @@ _EXPECTED = {
     "path_type": "a path",
     "none_required": "nothing (null)",
 }
+_LENGTH = {"too_short": "a list", "string_too_short": "a text"}
 
 
 def describe(
@@ -104,6 +105,9 @@ def _problem(detail: Any, location: PathKey, field: str, model: type[BaseModel])
         return _unknown_kind(detail)
     if kind in _EXPECTED:
         return f"expected {_EXPECTED[kind]}, got {short(value)}: change the value"
+    if kind in _LENGTH:
+        fewest = detail["ctx"]["min_length"]
+        return f"expected {_LENGTH[kind]} of length {fewest} or more, got {short(value)}: change the value"
     if kind == "string_pattern_mismatch":
         return f"expected a text that matches {detail['ctx']['pattern']}, got {short(value)}: change the value"
     message = " ".join(detail["msg"].split()).removeprefix("Value error, ").removeprefix("Assertion failed, ")

@@ -25,6 +25,8 @@ class Greedy(Config):
 
 class Source(Config):
     count: int = Field(default=1, ge=1)
+    splits: tuple[str, ...] = Field(default=("train",), min_length=1)
+    label: str = Field(default="own", min_length=1)
     path: Path | None = None
 
 
@@ -79,6 +81,8 @@ def test_overrides_are_yaml_and_reach_into_lists_and_new_sections(file: Path) ->
         ("sft.steps=", "--set sft.steps: expected an integer, got nothing: change the value"),
         ("sft.loss=peper", "--set sft.loss: expected one of 'auto', 'paper', 'matched', got 'peper': change the value"),
         ("sft.sources.0.count=0", "--set sft.sources.0.count: expected greater than or equal to 1, got 0"),
+        ("sft.sources.0.splits=[]", "--set sft.sources.0.splits: expected a list of length 1 or more, got []: change"),
+        ("sft.sources.0.label=''", "--set sft.sources.0.label: expected a text of length 1 or more, got '': change"),
         ("sft.steps=3", "--set sft: steps must be even: add one"),
         ("sft=5", "--set sft: expected a mapping of fields, got 5"),
         ("sft.sources.7.count=2", "sft.sources is a list of 2 in the file: use an index from 0 to 1"),
