@@ -190,7 +190,7 @@ class Registry:
                 if wanted and run_id is None:
                     said = "MLflow has no run of this refresh, into which its drafter is to be uploaded"
                     raise RetryableError(f"{line}: {said}: see that MLflow is there")
-                number = self._create(client, line, ref, run_id, identity) if known is None else known.number
+                number = self._create(client, line, ref, run_id, {**identity, **tags}) if known is None else known.number
             if wanted:
                 with waiting_for_weights():
                     client.log_artifacts(run_id, str(ref.path / _DRAFTER), _DRAFTER)
@@ -204,16 +204,16 @@ class Registry:
             return self._version(client, line, number)
 
     def _create(
-        self, client: MlflowClient, line: str, ref: ArtifactRef, run_id: str | None, identity: Mapping[str, str]
+        self, client: MlflowClient, line: str, ref: ArtifactRef, run_id: str | None, tags: Mapping[str, str]
     ) -> int:
-        """A new version, with its identity at once: one that a killed run left without would be registered again."""
+        """A new version, with its tags at once: a killed run leaves none without, which would be registered again."""
         if self._model(client, line) is None:
             client.create_registered_model(line, description="A line of drafters, kept by Draftsmith.")
         # a server refuses paths of files that are not its own
         elsewhere = self._tracking.uri.startswith(("http://", "https://"))
         source = f"draftsmith-store:{ref.path}" if elsewhere else ref.uri
-        known_by = {f"{_TAG}{name}": value for name, value in identity.items()}
-        return int(client.create_model_version(line, source=source, run_id=run_id, tags=known_by).version)
+        named = {f"{_TAG}{name}": value for name, value in tags.items()}
+        return int(client.create_model_version(line, source=source, run_id=run_id, tags=named).version)
 
     def download(self, version: Version, folder: Path) -> None:
         """The drafter that was uploaded with a version, as `folder`, which appears whole or not at all."""

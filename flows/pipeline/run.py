@@ -147,6 +147,7 @@ def _run_once(
     note_begun(config.name, {item.node.name: item.begun for item in planned if item.begun is not None})
     made: dict[str, Made] = {}
     status: Status = "KILLED"
+    again = False
     conclusion: Conclusion | None = None
     try:
         conclusion = _make_all(workshop, nodes, forced, made, checks, course)
@@ -164,6 +165,9 @@ def _run_once(
             note_ended(config.name)
     except StageInterrupted:
         raise
+    except PlanAgain:  # nothing went wrong, and what was forced is not left out by whoever goes on: this very command
+        again = True
+        raise
     except Exception:
         status = "FAILED"
         raise
@@ -179,7 +183,7 @@ def _run_once(
             concluded=conclusion is not None,
         )
         kept = course.decisive if course is not None else ()
-        if status != "FINISHED" and (told := _still_forced(forced, made, kept)):
+        if status != "FINISHED" and not again and (told := _still_forced(forced, made, kept)):
             workshop.display.line(told)
     if conclusion is not None:
         workshop.display.line(conclusion.message)

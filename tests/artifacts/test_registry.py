@@ -90,6 +90,22 @@ def test_the_same_content_is_registered_once(line: str, registry: Registry, tmp_
     assert version.tags["tau"] == "2.6"
 
 
+def test_a_version_that_a_killed_run_left_has_its_tags(
+    line: str, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    made = ref(tmp_path, "a")
+    with monkeypatch.context() as at_first:
+        at_first.setattr(Registry, "_tag", killed)
+        with pytest.raises(KeyboardInterrupt):
+            registry.register(line, made, {"drafter_digest": "d" * 64})
+    (version,) = registry.versions(line)
+    assert version.tags["drafter_digest"] == "d" * 64
+    assert registry.register(line, made, {}).number == version.number
+
+
 def test_of_two_refreshes_that_promote_at_once_the_second_decides_again(
     line: str, registry: Registry, tmp_path: Path
 ) -> None:

@@ -95,6 +95,32 @@ def test_a_part_concludes_nothing_even_if_it_needs_every_node(
     assert (tmp_path / "home" / registered.NOTE).is_file() == concludes, "where versions are registered is known later"
 
 
+def test_a_run_that_is_planned_again_has_not_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
+    closed: list[str] = []
+
+    class Late(ToyCourse):
+        def finish(self, made: Mapping[str, ArtifactRef], run_id: str | None) -> Conclusion:
+            raise PlanAgain("another one was faster")
+
+    def made_left(_workshop: object, _nodes: object, _forced: object, made: dict[str, Any], *_rest: object) -> None:
+        made["left"] = SimpleNamespace(reused=False, ref=None)
+
+    monkeypatch.setattr(run, "_make_all", made_left)
+    monkeypatch.setattr(run, "_reviewed", lambda *_, **__: ({}, {}))
+    monkeypatch.setattr(run, "_report", lambda *_: None)
+    monkeypatch.setattr(run.RunRecord, "settle", lambda *_: None)
+    monkeypatch.setattr(run.RunRecord, "close", lambda _, status, *__, **___: closed.append(status))
+    pipeline = dataclasses.replace(TOY, course=lambda *_: Late("promoted"))
+    with pytest.raises(PlanAgain):
+        run._run_once(ToyConfig(name="t"), pipeline, ("left",), Part(), Cancellation())
+    assert closed == ["KILLED"]
+    assert "without --force" not in capsys.readouterr().out
+
+
 def test_what_follows_from_a_run_waits_until_mlflow_has_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
