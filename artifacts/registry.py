@@ -183,14 +183,14 @@ class Registry:
         identity = {name: str(getattr(ref, name)) for name in _IDENTITY}
         with self._client() as client:
             with self._one_at_a_time(client, line, "registering"):
-                known = next(
-                    (each for each in reversed(self.versions(line)) if each.content_id == ref.content_id), None
-                )
+                found = [each for each in self.versions(line) if each.content_id == ref.content_id]
+                known = found[-1] if found else None
                 wanted = upload and (known is None or not known.uploaded)
                 if wanted and run_id is None:
                     said = "MLflow has no run of this refresh, into which its drafter is to be uploaded"
                     raise RetryableError(f"{line}: {said}: see that MLflow is there")
-                number = self._create(client, line, ref, run_id, {**identity, **tags}) if known is None else known.number
+                tagged = {**identity, **tags}
+                number = self._create(client, line, ref, run_id, tagged) if known is None else known.number
             if wanted:
                 with waiting_for_weights():
                     client.log_artifacts(run_id, str(ref.path / _DRAFTER), _DRAFTER)

@@ -103,7 +103,7 @@ def test_a_run_that_is_planned_again_has_not_failed(
     closed: list[str] = []
 
     class Late(ToyCourse):
-        def finish(self, made: Mapping[str, ArtifactRef], run_id: str | None) -> Conclusion:
+        def finish(self, *_: object) -> Conclusion:
             raise PlanAgain("another one was faster")
 
     def made_left(_workshop: object, _nodes: object, _forced: object, made: dict[str, Any], *_rest: object) -> None:
