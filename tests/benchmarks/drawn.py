@@ -1,0 +1,99 @@
+"""Replay of drawn proposals: what it adds to the target's forward, without and with the proposals, and mining.
+
+Random text and drafters of random weights, which keep few of their proposals: nearly every token has a verify step, so
+the shares of drafting and drawing are larger than those of a trained drafter, and what is drawn is all that is drawn
+anywhere. `argmaxes` is the same drafter replayed as for greedy answers; `of a step` divides what is beyond the target's
+forward by the verify steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from draftsmith.stages.drafters.checkpoint import create_drafter
+from draftsmith.stages.drafters.config import DFlash2Config, DFlashConfig, DSparkConfig
+from draftsmith.stages.law import GREEDY, Law
+from draftsmith.stages.replay.corpus import groups_of, mine, replay_all
+from draftsmith.stages.replay.trace import Trajectory
+from draftsmith.stages.targets.causal_lm import Target
+from tests.benchmarks import harness
+
+SHAPES: dict[str, Callable[..., DFlashConfig]] = {
+    "DFlash2": partial(DFlash2Config, kind="dflash2"),
+    "DSpark": partial(DSparkConfig, kind="dspark"),
+}
+LAWS = (Law(1.0), Law(1.0, 0.95))
+
+
+def make_trajectories(count: int, tokens: int, vocabulary: int) -> list[Trajectory]:
+    rng = np.random.default_rng(0)
+    return [Trajectory(str(i), rng.integers(0, vocabulary, tokens).tolist(), tokens // 4) for i in range(count)]
+
+
+def measure(
+    name: str, target: Target, trajectories: list[Trajectory], law: Law, block_size: int, repetitions: int
+) -> dict[str, Any]:
+    """A row of figures for one architecture."""
+    mask = target.tokenizer.convert_ids_to_tokens(target.info.mask_candidates[0])
+    shape = SHAPES[name](num_layers=2, block_size=block_size, num_target_features=5, mask_token=mask)
+    drafter = create_drafter(shape, target, seed=0).to(target.dtype).eval()
+
+    def forward() -> None:
+        for group in groups_of(trajectories, 4096, target.device):
+            target.read(group.ids, drafter.target_layer_ids)
+
+    def replayed(law: Law, with_proposals: bool) -> Callable[[], Any]:
+        return lambda: replay_all(target, {"it": drafter}, trajectories, law=law, with_proposals=with_proposals)
+
+    arms = {
+        "forward": forward,
+        "argmaxes": replayed(GREEDY, True),
+        "without": replayed(law, False),
+        "with": replayed(law, True),
+        "mining": lambda: list(mine(target, drafter, trajectories, law=law)),
+    }
+    seconds = {arm: harness.median(each) for arm, each in harness.alternate(arms, repetitions).items()}
+    steps = sum(len(trace.anchors) for trace in replay_all(target, {"it": drafter}, trajectories, law=law)["it"])
+    return {
+        "drafter": name,
+        "law": law.truncation or "whole",
+        "steps": steps,
+        **{f"{arm}_s": value for arm, value in seconds.items()},
+        "without_ms_of_a_step": 1e3 * (seconds["without"] - seconds["forward"]) / steps,
+        "with_ms_of_a_step": 1e3 * (seconds["with"] - seconds["forward"]) / steps,
+    }
+
+
+def parse() -> argparse.Namespace:
+    options = harness.parser(__doc__)
+    harness.add_target(options)
+    harness.add_clock(options)
+    options.add_argument("--trajectories", type=int, default=8, help="how many")
+    options.add_argument("--tokens", type=int, default=128, help="of each")
+    options.add_argument("--block-size", type=int, default=8)
+    return options.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    harness.set_process(options)
+    harness.set_clock(options.cpu_time)
+    target = harness.load_target(options.target)
+    texts = make_trajectories(options.trajectories, options.tokens, target.info.vocab_size)
+    rows = [
+        measure(name, target, texts, law, options.block_size, options.repetitions) for name in SHAPES for law in LAWS
+    ]
+    vocabulary = len(target.head_weight)
+    harness.print_table(
+        f"{target.info.source}, {vocabulary} tokens", list(rows[0]), [list(row.values()) for row in rows]
+    )
+    harness.report("drawn", {"vocabulary": vocabulary, "rows": rows}, options)
+
+
+if __name__ == "__main__":
+    harness.run(main)
