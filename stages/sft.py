@@ -62,8 +62,10 @@ def run(ctx: StageContext, config: SftConfig) -> None:
         drafter = upgraded(drafter, config.drafter, target, ctx.seed)
     else:
         drafter = create_drafter(config.drafter, target, ctx.seed, frequent_tokens(counts))
-    if drafter.frequent_tokens is None and "train" in splits_of(ctx.inputs["trajectories"]):  # never from what measures
-        drafter.frequent_tokens = frequent_tokens(counts).to(target.device)
+    known = drafter.frequent_tokens  # of the answers that it was trained on before; taken as it is, it keeps them
+    if (known is None or config.steps) and "train" in splits_of(ctx.inputs["trajectories"]):  # never what measures
+        before = None if known is None else known.cpu()
+        drafter.frequent_tokens = frequent_tokens(counts, before).to(target.device)
     training = SftTraining(
         drafter,
         target,

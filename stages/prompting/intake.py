@@ -124,6 +124,8 @@ class Sieve(ABC, Generic[T]):
             said = logged.temperature  # a Parquet file may have it as float32
             if said is not None and not math.isclose(said, self._config.temperature, rel_tol=1e-6):
                 raise SetAside("another temperature")
+            if (other := logged.drawn_otherwise(self._config.law)) is not None:
+                raise SetAside(other)
             made = self._made(logged, time)
             self._taken += 1
             self._endless += logged.endless

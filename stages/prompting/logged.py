@@ -6,11 +6,13 @@ if tokenising it again gives the same text and the same cut between prompt and a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.law import Law
 from draftsmith.stages.prompting.files import Row
 from draftsmith.stages.prompting.rows import (
     PROMPT_IDS,
@@ -32,6 +34,9 @@ SHAPES = (
 _ANSWER = "<<an answer>>"
 _HOTTEST = 1e6  # no sampling temperature is above
 _TOKEN_FIELDS = (PROMPT_IDS, "completion_token_ids")
+# Of a request, with the value that changes nothing: whatever the temperature, they move the target's best token too.
+_PENALTIES = {"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1}
+_ALL_TOKENS = 1 << 20  # a top_k that leaves nothing out; engines write -1, 0 or some large number for none
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,26 @@ class LoggedRow(Row):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _HOTTEST:
             raise DraftsmithError(f"{self.where}: temperature {value!r} is not a number of 0 or more: correct the row")
         return float(value)
+
+    def drawn_otherwise(self, law: Law) -> str | None:
+        """Which of its own settings say that the answer was drawn by another law than the one that is stated for all;
+        None where none does, or it says nothing."""
+        if any(self._number(name, neutral) != neutral for name, neutral in _PENALTIES.items()):
+            return "drawn with penalties"
+        if law.greedy:
+            return None
+        if self._number("min_p", 0) != 0:
+            return "drawn with min_p"
+        top_p = self._number("top_p", law.top_p)  # a Parquet file may have it as float32
+        if not 0 <= top_p <= 1 or not math.isclose(top_p, law.top_p, rel_tol=1e-6):
+            return "another top_p"
+        said, stated = (k if 0 < k < _ALL_TOKENS else 0 for k in (self._number("top_k", law.top_k), law.top_k))
+        return "another top_k" if said != stated else None
+
+    def _number(self, name: str, usual: float) -> float:
+        """A field; what is usual where it holds no number."""
+        value = self.fields.get(name)
+        return value if isinstance(value, int | float) and not isinstance(value, bool) else usual
 
     @property
     def stopped(self) -> bool:

@@ -227,6 +227,8 @@ def token_counts(trajectories: Sequence[Trajectory], vocab_size: int) -> torch.T
     return torch.from_numpy(counts)
 
 
-def frequent_tokens(counts: torch.Tensor) -> torch.Tensor:
-    """All token ids [V], most frequent first, ties by id."""
-    return counts.argsort(descending=True, stable=True)
+def frequent_tokens(counts: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
+    """All token ids [V], most frequent first; ties by id, or in the order that they had `before` [V]."""
+    if before is None:
+        return counts.argsort(descending=True, stable=True)
+    return before[counts[before].argsort(descending=True, stable=True)]

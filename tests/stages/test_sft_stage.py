@@ -17,7 +17,8 @@ from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.replay.corpus import replay_all
 from draftsmith.stages.replay.trace import Trajectory, tau
 from draftsmith.stages.sft import STAGE, preflight
-from draftsmith.stages.stored import DRAFTER_FOLDER
+from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
+from draftsmith.stages.training.batches import token_counts
 from draftsmith.stages.training.config import SftConfig
 from tests.stages.bench import Bench
 from tests.testbed.context import RecordingContext, StoppingContext
@@ -111,6 +112,23 @@ def test_control_continues_from_a_drafter_at_its_loss(tmp_path: Path, tiny_draft
     parents = (drafter_digest(tiny_drafter.drafter / DRAFTER_FOLDER),)
     for made in (continued, from_folder):
         assert read_info(made.out / DRAFTER_FOLDER).parents == parents
+
+
+def test_frequent_tokens_are_those_of_the_answers_that_were_trained_on_last(
+    tmp_path: Path, bench: Bench, tiny_drafter: DrafterArtifacts
+) -> None:
+    """A line goes on from its champion week after week, while the traffic changes."""
+    champion = Path(shutil.copytree(tiny_drafter.drafter, tmp_path / "champion"))
+    file = champion / DRAFTER_FOLDER / "frequent_tokens.npy"
+    ours = np.load(file)  # of the very answers that are trained on below
+    np.save(file, np.flip(ours))
+    taken, trained = (
+        train(tmp_path / str(steps), tiny_drafter, drafter=champion, steps=steps, adopt=not steps) for steps in (0, 2)
+    )
+    assert np.load(taken.out / DRAFTER_FOLDER / "frequent_tokens.npy").tolist() == np.flip(ours).tolist()
+    counts = token_counts(load_trajectories(tiny_drafter.rollout).trajectories, bench.target.info.vocab_size).numpy()
+    found = np.load(trained.out / DRAFTER_FOLDER / "frequent_tokens.npy")
+    assert counts[found].tolist() == counts[ours].tolist() == sorted(counts, reverse=True)
 
 
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:

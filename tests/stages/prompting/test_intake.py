@@ -6,6 +6,7 @@ import io
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -34,6 +35,9 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "prompt_token_ids": st.one_of(IDS, JSON),
     "completion_token_ids": st.one_of(IDS, JSON),
     "temperature": JSON,
+    "top_p": JSON,
+    "top_k": JSON,
+    "repetition_penalty": JSON,
     "finish_reason": JSON,
     "timestamp": JSON,
     "id": JSON,
@@ -73,3 +77,35 @@ def test_no_row_breaks_its_judge_without_a_tokenizer(fields: dict[str, Any]) -> 
     sieve = ShapeSieve(config, Aside("logs.max_bad_share", 1))
     taken = sieve.take(Row("log.jsonl", 1, fields))
     assert (taken is None) is (sieve.outside_window + sum(sieve.aside.reasons.values()) == 1)
+
+
+SAMPLED = {"temperature": 0.7, "top_p": 0.9, "top_k": 20}
+
+
+@pytest.mark.parametrize(
+    ("stated", "said", "reason"),
+    [
+        ({}, {"top_p": 0.9, "top_k": 20, "min_p": 0.1}, None),  # greedy decoding reads none of them
+        ({}, {"repetition_penalty": 1.05}, "drawn with penalties"),
+        ({}, {"repetition_penalty": 1.0, "frequency_penalty": 0, "presence_penalty": None}, None),
+        (SAMPLED, {}, None),
+        (SAMPLED, {"top_p": float(np.float32(0.9)), "top_k": 20, "min_p": 0.0}, None),
+        (SAMPLED, {"top_p": 1.0}, "another top_p"),
+        (SAMPLED, {"top_p": 10**400}, "another top_p"),
+        (SAMPLED, {"top_k": -1}, "another top_k"),
+        (SAMPLED, {"min_p": 0.05}, "drawn with min_p"),
+        (SAMPLED, {"presence_penalty": 0.5}, "drawn with penalties"),
+        (SAMPLED, {"top_p": "0.9 of them", "top_k": {"documents": 3}}, None),  # somebody else's fields
+        ({"temperature": 1}, {"top_k": -1}, None),
+        ({"temperature": 1}, {"top_k": 1 << 30}, None),
+        ({"temperature": 1}, {"top_k": 50}, "another top_k"),
+    ],
+)
+def test_a_row_that_says_another_law_than_the_stated_one_is_set_aside(
+    stated: dict[str, Any], said: dict[str, Any], reason: str | None
+) -> None:
+    aside = Aside("logs.max_bad_share", 0)
+    sieve = ShapeSieve(LogsConfig(paths=["a"], **({"temperature": 0} | stated)), aside)
+    row = {"prompt_token_ids": [1, 2], "completion_token_ids": [3, 4], **said}
+    assert sieve.take(Row("log.jsonl", 1, row)) is (True if reason is None else None)
+    assert dict(aside.reasons) == ({} if reason is None else {reason: 1})

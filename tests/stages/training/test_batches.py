@@ -135,6 +135,11 @@ def test_frequent_tokens_are_ordered_by_their_count_in_the_responses() -> None:
     assert order[3:] == [0, 1, 3, 6, 7, 8, 9, 10]  # never answered: by id; prompts do not count
 
 
+def test_tokens_that_are_equally_frequent_keep_the_order_that_they_had() -> None:
+    counts = torch.tensor([0, 2, 0, 5, 2])
+    assert frequent_tokens(counts, torch.tensor([4, 2, 3, 1, 0])).tolist() == [3, 4, 1, 2, 0]
+
+
 def test_anchors_are_different_positions_with_a_token_behind_them() -> None:
     """Where a response is too short for that, its positions are taken several times: steps have equally many blocks."""
     short, long = Trajectory("a", list(range(7)), 4), Trajectory("b", list(range(30)), 4)
