@@ -49,8 +49,8 @@ def replay_chains(
 
     chains: starts in each trajectory, spread evenly. None: one, and more while a round holds fewer than
     `blocks_per_round` blocks and the text ahead of a chain is long enough for two to meet.
-    with_proposals: else those that are drawn are zeros, as far as they are not kept: they cost about as much as all the
-    rest. Without log-probs, which are a pass over the logits, those of the traces are NaN.
+    with_proposals: else those that are drawn are left zero: drawing them is dear. Without log-probs, which are a pass
+    over the logits, those of the traces are NaN.
     """
     device = head.weight.device
     K = block_size - 1

@@ -114,7 +114,7 @@ def _drawn(
         q = probability_among(*choice, on_text, temperature)
     else:
         columns, present = head.to_columns(on_text.clamp(min=0))
-        flat = (x.flatten(0, 2).split(2 * text.laws_at_once) for x in (hidden, columns))
+        flat = (x.flatten(0, 2).split(text.laws_at_once) for x in (hidden, columns))
         parts = [probability_of(head.logits(own), of_own, temperature) for own, of_own in zip(*flat, strict=True)]
         q = torch.cat(parts).view_as(on_text) * (present & (on_text >= 0))
     behind = anchors.positions[..., None] + torch.arange(hidden.shape[2], device=hidden.device)
