@@ -28,7 +28,7 @@ from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.flows.pipeline.process import Event, StageOutcome, StageRequest, run_stage
 from draftsmith.flows.pipeline.running import RunningNote
 from draftsmith.flows.pipeline.shards import Order, Pool, Together, make_shard, orders_of, side_by_side
-from draftsmith.flows.pipeline.unchanged import unchanged
+from draftsmith.flows.pipeline.unchanged import code_of, unchanged
 from draftsmith.stages.contract import Compute
 
 log = logging.getLogger("draftsmith.stages")  # Prefect shows it in the run
@@ -153,19 +153,21 @@ def _run(
             unchanged(workshop.store, node, inputs, claim, external),
             tracked.system_metrics(),
         ):
+            seed = seed_of(node, workshop.config)
+            code = code_of(node, inputs, seed, workshop.pipeline, external, claim.key)
             outcome = _run_process(workshop, node, inputs, claim, external, tracked, devices, shards)
             outcome.duration_s = round(outcome.duration_s + spent, 3)
         ref = workshop.store.commit(
             claim,
             config=config,
             inputs=inputs,
-            code_digest=workshop.pipeline.code_digest(node.module),
-            seed=seed_of(node, workshop.config),
+            code_digest=code.digest,
+            seed=seed,
             metrics=outcome.summary,
             volatile=node.stage.volatile,
             mlflow_run_id=tracked.run_id,
             duration_s=outcome.duration_s,
-            modules=workshop.pipeline.code_modules(node.module),
+            modules=code.modules,
             external=external,
         )
     except BaseException as error:
