@@ -177,7 +177,7 @@ class Tracking:
             for run in self._search("attributes.status = 'RUNNING'", every):
                 stage, key = run.data.tags["draftsmith.stage"], run.data.tags["draftsmith.key"]
                 held = is_locked(self._refresh_file(key)) if stage == "refresh" else store.is_claimed(stage, key)
-                if held:
+                if held or client.get_run(run.info.run_id).info.status != "RUNNING":  # it has ended since the search
                     continue
                 client.set_tag(run.info.run_id, "draftsmith.closed", "its process was gone")
                 ref = None if stage == "refresh" else _made_by(run.info.run_id, store, stage, key)
