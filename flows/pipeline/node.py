@@ -95,7 +95,11 @@ def make(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], *, f
             check=workshop.check,
         ) as claim:
             reused = not isinstance(claim, Claim)
-            ref = _run(workshop, node, inputs, claim, external, force=force) if isinstance(claim, Claim) else claim
+            if isinstance(claim, Claim):
+                ref = _run(workshop, node, inputs, claim, external, force=force)
+            else:  # another run has made it, or the commit of an earlier attempt was still to be made
+                ref = claim
+                workshop.tracking.complete(workshop.store.manifest(ref), ref.path)
     note_made(workshop.home, workshop.config.name, node.name, ref)
     if reused:
         forget_failure(workshop.logs, stage, key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -70,11 +71,11 @@ def test_code_that_is_edited_meanwhile_makes_nothing_of_the_old_key(
     when: str, tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = ["old"]
-    code = {"code_digest": lambda _module: source[0], "code_modules": lambda module: {module: source[0]}}
+    pipeline = replace(TOY, code_digest=lambda _module: source[0], code_modules=lambda module: {module: source[0]})
     options = StageOptions(shards=2 if when == "before its shards" else 1)
     config = ToyConfig(name="t", squares=SquaresConfig(), stages=options)
     node = {node.name: node for node in toy_nodes(config)}["squares"]
-    workshop = Workshop(tmp_path, config, replace(TOY, **code), Display(), tracking)
+    workshop = Workshop(tmp_path, config, pipeline, Display(), tracking)
     target = make(workshop, toy_nodes(config)[-1], {}).ref
 
     def edited(act: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,8 +88,7 @@ def test_code_that_is_edited_meanwhile_makes_nothing_of_the_old_key(
     if when == "before its shards":
         workshop = replace(workshop, pool=edited(side_by_side))
     else:
-        place = "_devices" if when == "before" else "run_stage"
-        act = {"_devices": _devices, "run_stage": run_stage}[place]
+        place, act = ("_devices", _devices) if when == "before" else ("run_stage", run_stage)
         monkeypatch.setattr(f"draftsmith.flows.pipeline.node.{place}", edited(act))
     if when == "while the stage runs":  # it was begun with the old one
         manifest = workshop.store.manifest(make(workshop, node, {"first": target}).ref)
@@ -98,6 +98,25 @@ def test_code_that_is_edited_meanwhile_makes_nothing_of_the_old_key(
         make(workshop, node, {"first": target})
     assert [each.stage for each in workshop.store.list()] == ["collect"]
     assert workshop.store.manifest(make(workshop, node, {"first": target}).ref).code_digest == "new"
+
+
+def test_a_run_whose_commit_was_cut_off_has_its_figures_when_the_next_one_makes_it(
+    tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ToyConfig(name="t")
+    workshop = Workshop(tmp_path, config, TOY, Display(), tracking)
+
+    def full(path: Path, _text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patched, pytest.raises(DraftsmithError, match="the disk is full"):
+        patched.setattr("draftsmith.artifacts.store.write_text", full)
+        make(workshop, toy_nodes(config)[-1], {})
+    manifest = workshop.store.manifest(make(workshop, toy_nodes(config)[-1], {}).ref)
+    client, _ = tracking.connect()
+    run = client.get_run(str(manifest.mlflow_run_id))
+    assert run.info.status == "FINISHED" and manifest.metrics.items() <= run.data.metrics.items() and manifest.metrics
+    assert MANIFEST in [each.path for each in client.list_artifacts(run.info.run_id)]
 
 
 @pytest.mark.parametrize("waits_for", ["the artifact", "the CPU", "nothing"])
