@@ -1,4 +1,4 @@
-"""Names: how a person names an artifact (its stage, the start of its key or content id), and files called after a run."""
+"""How a person names an artifact (stage, start of key or content id), and how files are called after a run."""
 
 from __future__ import annotations
 
