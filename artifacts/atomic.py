@@ -45,6 +45,12 @@ def write_text(path: Path, text: str) -> None:
         tmp.write_text(text, encoding="utf-8")
 
 
+def remove_temporary(folder: Path) -> None:
+    """What processes that were killed have left in a folder."""
+    for leftover in folder.rglob(f"{TMP_PREFIX}*"):
+        leftover.unlink()
+
+
 def fsync(path: Path) -> None:
     """Bring a file's content, or a folder's entries, to the disk."""
     fd = os.open(path, os.O_RDONLY)

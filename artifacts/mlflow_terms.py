@@ -6,17 +6,32 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
 from draftsmith.artifacts.redaction import redacted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
 METRICS_PER_BATCH = 1000
 PARAMS_PER_BATCH = 100
 PARAM_KEY_CHARS, PARAM_VALUE_CHARS, DIGEST_CHARS = 250, 6000, 36
+
+REVIEW_FILES = (
+    MANIFEST,
+    "summary.json",
+    "evaluation.json",
+    "decision.json",
+    "drafter.json",
+    "report.html",
+    "*.svg",
+    "*.png",
+)
+REVIEW_BYTES = 20_000_000  # anything larger is no review file
 
 
 def allowed(name: str) -> str:
@@ -52,6 +67,18 @@ def log_metrics(client: MlflowClient, run_id: str, points: list[tuple[str, float
     metrics = [Metric(allowed(name), value, now, step) for name, value, step in points]
     for start in range(0, len(metrics), METRICS_PER_BATCH):
         client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
+
+
+def end_run(
+    client: MlflowClient, run_id: str, status: Status, figures: Mapping[str, float], folder: Path | None
+) -> None:
+    """With its final figures and the review files of the artifact's `folder`, never its weights."""
+    log_metrics(client, run_id, [(name, float(value), 0) for name, value in figures.items()])
+    found = [path for pattern in REVIEW_FILES for path in sorted(folder.glob(pattern))] if folder is not None else []
+    for path in found:
+        if path.stat().st_size <= REVIEW_BYTES:
+            client.log_artifact(run_id, str(path))
+    client.set_terminated(run_id, status)
 
 
 def log_datasets(client: MlflowClient, run_id: str, inputs: Mapping[str, ArtifactRef]) -> None:

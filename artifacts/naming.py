@@ -1,13 +1,24 @@
-"""How a person names an artifact: by its stage, or by the start of its key or content id."""
+"""How a person names an artifact (stage, start of key or content id), and how files are called after a run."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from urllib.parse import quote
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import Manifest
 
 _FEWEST = 4  # characters of a key or content id
+_LONGEST = 200  # bytes of a file's name, of 255 that file systems take: an ending comes, and a mark while it is written
+
+
+def file_name(name: str) -> str:
+    """What a file that belongs to a run of this name is called, without its ending: another name, another file."""
+    quoted = quote(name, safe="")
+    if len(quoted) <= _LONGEST:
+        return quoted
+    return f"{quoted[: _LONGEST - 33]}-{hashlib.sha256(name.encode()).hexdigest()[:32]}"
 
 
 def the_one_named(text: str, manifests: Sequence[Manifest], where: str) -> Manifest:

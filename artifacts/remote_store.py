@@ -21,7 +21,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from draftsmith.artifacts.atomic import TMP_PREFIX, atomic_path, disk_errors, write_text
+from draftsmith.artifacts.atomic import atomic_path, disk_errors, remove_temporary, write_text
 from draftsmith.artifacts.bucket import Bucket, Stored
 from draftsmith.artifacts.checksums import Known
 from draftsmith.artifacts.damage import check_content, damaged
@@ -141,8 +141,7 @@ class RemoteStore(Store):
             return
         with self._fetching(ref):
             self._keep(manifest)
-            for leftover in ref.path.rglob(f"{TMP_PREFIX}*"):
-                leftover.unlink()
+            remove_temporary(ref.path)
             for name in _missing(ref.path, wanted):
                 self._fetch_file(manifest, name, ref.path / name)
 
@@ -189,6 +188,15 @@ class RemoteStore(Store):
         check_content(manifest, address)
         self._seen[stage, short] = manifest
         return manifest
+
+    def _has(self, stage: str, short: str) -> bool:
+        """Whether a manifest is there, damaged or not."""
+        try:
+            return self._stored(stage, short) is not None
+        except RetryableError:
+            raise
+        except DraftsmithError:
+            return True
 
     def _keep(self, manifest: Manifest) -> None:
         """The folder of an artifact with its manifest. One of another content is moved aside: a stage may read it."""
@@ -244,7 +252,7 @@ class RemoteStore(Store):
         """Also: an artifact of this home that was made before the bucket was chosen is uploaded, not made again."""
         finished = super()._finish_interrupted_commit(stage, key)
         folder = self.path(stage, key)
-        if finished is not None or not folder.is_dir() or self._stored(stage, key[:SHORT]) is not None:
+        if finished is not None or not folder.is_dir() or self._has(stage, key[:SHORT]):
             return finished
         try:
             ref = self._check(folder, stage, key)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from draftsmith.artifacts.atomic import TMP_PREFIX, disk_errors, fsync, write_text
+from draftsmith.artifacts.atomic import disk_errors, fsync, remove_temporary, write_text
 from draftsmith.artifacts.checksums import Checksums, Known
 from draftsmith.artifacts.damage import damaged, whole_manifest
 from draftsmith.artifacts.errors import DraftsmithError
@@ -293,8 +293,7 @@ class Store:
         """
         claim.lock.check()
         with disk_errors(f"completing {claim.stage}"):
-            for leftover in claim.out.rglob(f"{TMP_PREFIX}*"):
-                leftover.unlink()
+            remove_temporary(claim.out)
             names = artifact_files(claim.out)
             if not names:
                 raise DraftsmithError(f"stage {claim.stage} wrote nothing to {claim.out}: there is no artifact to keep")
@@ -363,8 +362,10 @@ class Store:
                 return self._install(read_manifest(out))
             except DraftsmithError:
                 (out / MANIFEST).unlink()  # made again below, or an attempt like any other
-        pending = read_pending(out.with_name(PENDING))
-        return None if pending is None or pending.sizes != sizes_of(out) else self._complete(pending)
+        if (pending := read_pending(out.with_name(PENDING))) is None:
+            return None
+        remove_temporary(out)  # a manifest that was being written is none of the sizes
+        return None if pending.sizes != sizes_of(out) else self._complete(pending)
 
     def _check(self, folder: Path, stage: str, key: str) -> ArtifactRef:
         """Manifest present and readable, of this key, and every file there with its size."""

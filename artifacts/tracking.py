@@ -12,14 +12,22 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.locks import is_locked, locked
-from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
+from draftsmith.artifacts.manifest import ArtifactRef, Manifest
 from draftsmith.artifacts.mlflow_client import configure, reach
-from draftsmith.artifacts.mlflow_terms import METRICS_PER_BATCH, log_datasets, log_metrics, log_params, upgrade_database
+from draftsmith.artifacts.mlflow_terms import (
+    METRICS_PER_BATCH,
+    Status,
+    end_run,
+    log_datasets,
+    log_metrics,
+    log_params,
+    upgrade_database,
+)
 from draftsmith.artifacts.redaction import redacted
 from draftsmith.artifacts.sqlite import copy_to_read, refuse_shared_database, sqlite_file
 from draftsmith.artifacts.store import Store
@@ -31,20 +39,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
-
 EXPERIMENT = "draftsmith"
-REVIEW_FILES = (
-    MANIFEST,
-    "summary.json",
-    "evaluation.json",
-    "decision.json",
-    "drafter.json",
-    "report.html",
-    "*.svg",
-    "*.png",
-)
-REVIEW_BYTES = 20_000_000  # anything larger is no review file
 _HTTP = ("http://", "https://")
 _OF_A_DATABASE = re.compile(r"\([\w.]+\.\w+Error\) ")  # (sqlite3.OperationalError) …
 FLUSH_S = 5.0  # metrics reach MLflow at most this late
@@ -177,16 +172,25 @@ class Tracking:
             for run in self._search("attributes.status = 'RUNNING'", every):
                 stage, key = run.data.tags["draftsmith.stage"], run.data.tags["draftsmith.key"]
                 held = is_locked(self._refresh_file(key)) if stage == "refresh" else store.is_claimed(stage, key)
-                if held:
+                if held or client.get_run(run.info.run_id).info.status != "RUNNING":  # it has ended since the search
                     continue
                 client.set_tag(run.info.run_id, "draftsmith.closed", "its process was gone")
                 ref = None if stage == "refresh" else _made_by(run.info.run_id, store, stage, key)
-                if ref is not None:
-                    figures = store.manifest(ref).metrics
-                    log_metrics(client, run.info.run_id, [(name, value, 0) for name, value in figures.items()])
-                client.set_terminated(run.info.run_id, "KILLED" if ref is None else "FINISHED")
+                if ref is None:
+                    client.set_terminated(run.info.run_id, "KILLED")
+                else:
+                    end_run(client, run.info.run_id, "FINISHED", store.manifest(ref).metrics, ref.path)
                 closed.append(run.info.run_name)
         return closed
+
+    def complete(self, manifest: Manifest, folder: Path) -> None:
+        """Of an artifact that is there although its run has ended otherwise, when its commit was cut off."""
+        run_id = manifest.mlflow_run_id
+        if run_id is not None:
+            with self.tolerant():
+                client, _ = self.connect()
+                if client.get_run(run_id).info.status in ("FAILED", "KILLED"):
+                    end_run(client, run_id, "FINISHED", manifest.metrics, folder)
 
     def check_place(self) -> None:
         """Raise DraftsmithError if the database is SQLite on a network file system."""
@@ -352,14 +356,8 @@ class StageRun:
         """End the run with its final figures and the review files of the artifact's `folder`, never its weights."""
         self.flush()
 
-        def end(client: MlflowClient, run_id: str) -> None:
-            log_metrics(client, run_id, [(name, float(value), 0) for name, value in (metrics or {}).items()])
-            for path in _review_files(folder) if folder is not None else ():
-                client.log_artifact(run_id, str(path))
-            client.set_terminated(run_id, status)
-
         if not self._failures:  # else the next run ends it (`close_dead_runs`), and nobody waits here once more
-            self._do(end)
+            self._do(lambda client, run_id: end_run(client, run_id, status, metrics or {}, folder))
 
     def _do(self, act: Callable[[MlflowClient, str], None]) -> None:
         if self.run_id is not None:
@@ -382,11 +380,6 @@ def _made_by(run_id: str, store: Store, stage: str, key: str) -> ArtifactRef | N
         return ref if ref is not None and store.manifest(ref).mlflow_run_id == run_id else None
     except DraftsmithError:
         return None
-
-
-def _review_files(folder: Path) -> list[Path]:
-    found = [path for pattern in REVIEW_FILES for path in sorted(folder.glob(pattern))]
-    return [path for path in found if path.stat().st_size <= REVIEW_BYTES]
 
 
 def _is_db(uri: str) -> bool:

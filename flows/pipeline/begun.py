@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import quote
 
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import EXIT_USER_ERROR, DraftsmithError
 from draftsmith.artifacts.home import home
+from draftsmith.artifacts.naming import file_name
 from draftsmith.flows.pipeline.process import PastLimitError
 from draftsmith.stages.contract import Config
 
@@ -104,7 +104,7 @@ def note_failed(run: str, error: BaseException, node: str) -> None:
 
 
 def _path(run: str) -> Path:
-    return home() / "begun" / f"{quote(run, safe='')}.json"
+    return home() / "begun" / f"{file_name(run)}.json"
 
 
 def _write(run: str, known: Mapping[str, Begun]) -> None:

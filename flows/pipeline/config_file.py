@@ -91,9 +91,9 @@ def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 
 def _read_yaml(path: Path, beneath: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The fields of a file; `extends: other.yaml` lays them over those of another file, found beside this one."""
-    if path in beneath:
+    data, place = _read_mapping(path), path.resolve()
+    if place in beneath:
         raise DraftsmithError(f"{path}: extends: the files extend each other: remove one of the lines")
-    data = _read_mapping(path)
     if (other := data.pop("extends", None)) is None:
         return data
     if not isinstance(other, str):
@@ -102,7 +102,7 @@ def _read_yaml(path: Path, beneath: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise DraftsmithError(
             f"{path}: extends: {parent} does not exist (the path is relative to this file): correct it"
         )
-    return merged(_read_yaml(parent, (*beneath, path)), data)
+    return merged(_read_yaml(parent, (*beneath, place)), data)
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

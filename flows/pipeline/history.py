@@ -7,16 +7,16 @@ import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import quote
 
 from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.naming import file_name
 from draftsmith.artifacts.store import SHORT
 
 _FIELDS = ("at", "node", "stage", "key", "content_id")
 
 
 def _path(home: Path, run: str) -> Path:
-    return home / "history" / f"{quote(run, safe='')}.jsonl"
+    return home / "history" / f"{file_name(run)}.jsonl"
 
 
 def note_made(home: Path, run: str, node: str, ref: ArtifactRef) -> None:

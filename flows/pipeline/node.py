@@ -28,7 +28,7 @@ from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.flows.pipeline.process import Event, StageOutcome, StageRequest, run_stage
 from draftsmith.flows.pipeline.running import RunningNote
 from draftsmith.flows.pipeline.shards import Order, Pool, Together, make_shard, orders_of, side_by_side
-from draftsmith.flows.pipeline.unchanged import unchanged
+from draftsmith.flows.pipeline.unchanged import code_of, unchanged
 from draftsmith.stages.contract import Compute
 
 log = logging.getLogger("draftsmith.stages")  # Prefect shows it in the run
@@ -95,7 +95,11 @@ def make(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], *, f
             check=workshop.check,
         ) as claim:
             reused = not isinstance(claim, Claim)
-            ref = _run(workshop, node, inputs, claim, external, force=force) if isinstance(claim, Claim) else claim
+            if isinstance(claim, Claim):
+                ref = _run(workshop, node, inputs, claim, external, force=force)
+            else:  # another run has made it, or the commit of an earlier attempt was still to be made
+                ref = claim
+                workshop.tracking.complete(workshop.store.manifest(ref), ref.path)
     note_made(workshop.home, workshop.config.name, node.name, ref)
     if reused:
         forget_failure(workshop.logs, stage, key)
@@ -153,19 +157,21 @@ def _run(
             unchanged(workshop.store, node, inputs, claim, external),
             tracked.system_metrics(),
         ):
+            seed = seed_of(node, workshop.config)
+            code = code_of(node, inputs, seed, workshop.pipeline, external, claim.key)
             outcome = _run_process(workshop, node, inputs, claim, external, tracked, devices, shards)
             outcome.duration_s = round(outcome.duration_s + spent, 3)
         ref = workshop.store.commit(
             claim,
             config=config,
             inputs=inputs,
-            code_digest=workshop.pipeline.code_digest(node.module),
-            seed=seed_of(node, workshop.config),
+            code_digest=code.digest,
+            seed=seed,
             metrics=outcome.summary,
             volatile=node.stage.volatile,
             mlflow_run_id=tracked.run_id,
             duration_s=outcome.duration_s,
-            modules=workshop.pipeline.code_modules(node.module),
+            modules=code.modules,
             external=external,
         )
     except BaseException as error:

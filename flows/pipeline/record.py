@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.mlflow_terms import Status
 from draftsmith.artifacts.refreshes import artifact_tags, conclude, find_refresh, tag_again
-from draftsmith.artifacts.tracking import Status, Tracking
+from draftsmith.artifacts.tracking import Tracking
 
 
 @dataclass

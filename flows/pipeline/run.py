@@ -19,9 +19,10 @@ from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.mlflow_files import misplaced
+from draftsmith.artifacts.mlflow_terms import Status
 from draftsmith.artifacts.redaction import redact_logs
 from draftsmith.artifacts.refreshes import OUTCOME
-from draftsmith.artifacts.tracking import Status, Tracking
+from draftsmith.artifacts.tracking import Tracking
 from draftsmith.artifacts.unused import in_use
 from draftsmith.flows.pipeline import registered
 from draftsmith.flows.pipeline.begun import note_begun, note_ended, note_failed

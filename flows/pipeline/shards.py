@@ -30,7 +30,7 @@ from draftsmith.flows.pipeline.graph import Node, Pipeline, seed_of
 from draftsmith.flows.pipeline.machine import gpu_names
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.flows.pipeline.process import Event, StageRequest, run_stage
-from draftsmith.flows.pipeline.unchanged import unchanged
+from draftsmith.flows.pipeline.unchanged import code_of, unchanged
 from draftsmith.stages.contract import Shard
 
 
@@ -113,6 +113,8 @@ def make_shard(
                 ) as device,
                 unchanged(store, node, inputs, claim, external),
             ):
+                seed = seed_of(node, order.config)
+                code = code_of(node, inputs, seed, order.pipeline, external, order.whole)
                 request = StageRequest(
                     stage=order.stage,
                     module=node.module,
@@ -120,7 +122,7 @@ def make_shard(
                     inputs={name: str(ref.path) for name, ref in inputs.items()},
                     out=str(claim.out),
                     work=str(claim.work),
-                    seed=seed_of(node, order.config),
+                    seed=seed,
                     threads=options.threads,
                     files=sorted(external),
                     shard=asdict(order.shard),
@@ -139,8 +141,8 @@ def make_shard(
                 claim,
                 config=config,
                 inputs=inputs,
-                code_digest=order.pipeline.code_digest(node.module),
-                seed=seed_of(node, order.config),
+                code_digest=code.digest,
+                seed=seed,
                 metrics=outcome.summary,
                 volatile=node.stage.volatile,
                 duration_s=outcome.duration_s,

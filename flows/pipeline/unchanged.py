@@ -4,12 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.flows.pipeline.external import external_digests
-from draftsmith.flows.pipeline.graph import Node
+from draftsmith.flows.pipeline.graph import Node, Pipeline, key_of
+
+
+@dataclass(frozen=True)
+class Code:
+    """What a stage is run with, for its manifest: that of a moment, while its source may be edited any time."""
+
+    digest: str
+    modules: Mapping[str, str]
+
+
+def code_of(
+    node: Node,
+    inputs: Mapping[str, ArtifactRef],
+    seed: int,
+    pipeline: Pipeline,
+    external: Mapping[str, str],
+    key: str,
+) -> Code:
+    """Of a stage that begins now. Raises RetryableError if it is not the code that the key was made of: a stage may
+    wait for its turn for hours, and a shard be made on another host."""
+    code = Code(pipeline.code_digest(node.module), pipeline.code_modules(node.module))
+    if key_of(node, inputs, seed, pipeline, external) != key:
+        raise RetryableError(
+            f"{node.name}: the code here (or a file that it reads) is not that of its key: it was changed while the "
+            "stage waited for its turn, or this host has another version: run the same command again, with the same "
+            "version everywhere"
+        )
+    return code
 
 
 @contextmanager

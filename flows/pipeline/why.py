@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
+from pydantic import BaseModel
+
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import ArtifactRef, InputEntry, Manifest, local_time, versions
@@ -17,7 +19,7 @@ from draftsmith.flows.pipeline.external import external_digests
 from draftsmith.flows.pipeline.graph import Node, Pipeline, PlannedNode, Status, plan, seed_of
 from draftsmith.flows.pipeline.history import made_before
 from draftsmith.flows.pipeline.options import RunOptions
-from draftsmith.stages.contract import Config
+from draftsmith.stages.contract import Config, OnlyIfSet, Operational
 
 _ABSENT = "nothing"
 _SHOWN = 60  # characters of a value
@@ -88,7 +90,7 @@ def _differences(
     store: Store,
 ) -> Iterator[str]:
     node = item.node
-    for field, before, now in _changed(_decisive(old.config, node.config), _flat(node.config.key_material())):
+    for field, before, now in _changed(*_decisive(old.config, node.config)):
         yield f"config   {field}: {_short(before)} -> {_short(now)}"
     if (seed := seed_of(node, config)) != old.seed:
         yield f"seed     {old.seed} -> {seed}"
@@ -105,10 +107,22 @@ def _differences(
         yield f"version  {package}: {old.versions[package]} -> not known before the stage runs (no part of the key)"
 
 
-def _decisive(old: Mapping[str, Any], now: Config) -> dict[str, Any]:
-    """The old config's fields without those that are no part of a key now."""
-    operational = _flat(now.model_dump(mode="json")).keys() - _flat(now.key_material()).keys()
-    return {field: value for field, value in _flat(old).items() if field not in operational}
+def _decisive(old: Mapping[str, Any], now: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of the old config and of this one that are a part of their keys."""
+    dumped, after, unset = _flat(now.model_dump(mode="json")), _flat(now.key_material()), set(_unset(now))
+    operational = dumped.keys() - after.keys() - unset
+    before = {field: value for field, value in _flat(old).items() if field not in operational}
+    return before, after | {field: dumped[field] for field in unset & before.keys() & dumped.keys()}
+
+
+def _unset(config: BaseModel, prefix: str = "") -> Iterator[str]:
+    """Fields that are a part of the key only where they are set, and are not set."""
+    for name, info in type(config).model_fields.items():
+        value = getattr(config, name)
+        if any(isinstance(mark, OnlyIfSet) for mark in info.metadata) and value == info.default:
+            yield f"{prefix}{name}"
+        elif isinstance(value, BaseModel) and not any(isinstance(mark, Operational) for mark in info.metadata):
+            yield from _unset(value, f"{prefix}{name}.")
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

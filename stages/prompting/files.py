@@ -61,11 +61,15 @@ def matched(patterns: Sequence[str], field: str, only: Collection[str] | None = 
     """The files that paths, folders and globs name: pattern by pattern, sorted within each, every file once.
 
     field: names the config's field in errors. only: of those, as `local_files` and `remote_versions` named them before;
-    what has come since is left out. Raises DraftsmithError for a pattern that matches nothing.
+    what has come since is left out. Raises DraftsmithError for a pattern that matches nothing, and for a name that no
+    manifest could hold.
     """
     found: dict[str, None] = {}
     for pattern in patterns:
         found |= dict.fromkeys(_remote(pattern, field) if is_remote(pattern) else _local(pattern, field))
+    for name in found:
+        if (shown := name.encode("utf-8", "backslashreplace").decode()) != name:
+            raise DraftsmithError(f"{field}: {shown}: its name is not UTF-8 text: rename the file")
     return [name for name in found if only is None or _listed_as(name) in only]
 
 

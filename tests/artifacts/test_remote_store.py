@@ -118,6 +118,9 @@ def test_a_flipped_bit_is_refused_by_name_and_mended_by_force(a: Store, b: Store
     flip(f"rollout/{KEY_16}/{MANIFEST}")
     with pytest.raises(DraftsmithError, match=rf"{ADDRESS}/rollout/{KEY_16}/{MANIFEST}: .*not a readable manifest"):
         b.find("rollout", KEY)
+    assert a.path("rollout", KEY).is_dir()
+    two_files(a, force=True)  # by the home that has a copy too
+    assert b.find("rollout", KEY) is not None
 
 
 def test_an_upload_that_was_cut_off_counts_for_nothing_and_is_repeated(

@@ -165,6 +165,15 @@ def test_a_killed_process_leaves_runs_that_close_and_a_living_one_does_not(track
     assert run_of(tracking, stage_id).info.status == "KILLED"
 
 
+def test_a_run_that_ends_while_others_look_for_dead_ones_stays(
+    tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, run = Tracking(tracking.folder), tracking.stage_run(None, "sft", KEY)
+    monkeypatch.setattr(Store, "is_claimed", lambda *_: run.close("FAILED"))
+    assert other.close_dead_runs(Store(tracking.folder / "store")) == []
+    assert run_of(tracking, run.run_id).info.status == "FAILED"
+
+
 def test_runs_of_another_machine_are_left_alone(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.node", lambda: "elsewhere")
     run = tracking.stage_run(None, "sft", KEY)

@@ -197,6 +197,9 @@ def test_files_that_extend_each_other_or_nothing_are_named(tmp_path: Path) -> No
     second.write_text("extends: first.yaml\n")
     with pytest.raises(DraftsmithError, match=r"first.yaml: extends: the files extend each other"):
         read_config(first, [], Example)
+    second.write_text(f"extends: ../{tmp_path.name}/first.yaml\n")
+    with pytest.raises(DraftsmithError, match=r"first.yaml: extends: the files extend each other"):
+        read_config(first, [], Example)
     second.write_text("extends: third.yaml\n")
     with pytest.raises(
         DraftsmithError, match=r"second.yaml: extends: .*/third.yaml does not exist \(the path is relat"

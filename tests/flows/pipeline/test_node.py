@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import boto3
 import pytest
 
-from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
 from draftsmith.artifacts.locks import Holder
 from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
 from draftsmith.artifacts.open_store import STORE
@@ -25,7 +26,7 @@ from draftsmith.flows.pipeline import devices
 from draftsmith.flows.pipeline.cancellation import CancelledError
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.graph import key_of, outdated
-from draftsmith.flows.pipeline.node import Workshop, _say_in_use, make
+from draftsmith.flows.pipeline.node import Workshop, _devices, _say_in_use, make
 from draftsmith.flows.pipeline.options import StageOptions, check_runner
 from draftsmith.flows.pipeline.process import StageFailedError, StageOutcome, run_stage
 from draftsmith.flows.pipeline.shards import Make, Order, side_by_side
@@ -63,6 +64,59 @@ def test_an_input_that_another_run_makes_again_is_not_filed_under_the_old_key(
     with pytest.raises(DraftsmithError, match=r"left: its input first .* was made again by another run"):
         make(workshop, nodes["left"], {"first": target})
     assert workshop.store.find("combine", key_of(nodes["left"], {"first": target}, config.seed, TOY)) is None
+
+
+@pytest.mark.parametrize("when", ["before", "while the stage runs", "before its shards"])
+def test_code_that_is_edited_meanwhile_makes_nothing_of_the_old_key(
+    when: str, tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = ["old"]
+    pipeline = replace(TOY, code_digest=lambda _module: source[0], code_modules=lambda module: {module: source[0]})
+    options = StageOptions(shards=2 if when == "before its shards" else 1)
+    config = ToyConfig(name="t", squares=SquaresConfig(), stages=options)
+    node = {node.name: node for node in toy_nodes(config)}["squares"]
+    workshop = Workshop(tmp_path, config, pipeline, Display(), tracking)
+    target = make(workshop, toy_nodes(config)[-1], {}).ref
+
+    def edited(act: Callable[..., Any]) -> Callable[..., Any]:
+        def edits(*arguments: Any, **keywords: Any) -> Any:
+            source[0] = "new"
+            return act(*arguments, **keywords)
+
+        return edits
+
+    if when == "before its shards":
+        workshop = replace(workshop, pool=edited(side_by_side))
+    else:
+        place, act = ("_devices", _devices) if when == "before" else ("run_stage", run_stage)
+        monkeypatch.setattr(f"draftsmith.flows.pipeline.node.{place}", edited(act))
+    if when == "while the stage runs":  # it was begun with the old one
+        manifest = workshop.store.manifest(make(workshop, node, {"first": target}).ref)
+        assert (manifest.code_digest, manifest.modules) == ("old", {node.module: "old"})
+        return
+    with pytest.raises(RetryableError, match=r"squares: the code here .* is not that of its key"):
+        make(workshop, node, {"first": target})
+    assert [each.stage for each in workshop.store.list()] == ["collect"]
+    assert workshop.store.manifest(make(workshop, node, {"first": target}).ref).code_digest == "new"
+
+
+def test_a_run_whose_commit_was_cut_off_has_its_figures_when_the_next_one_makes_it(
+    tmp_path: Path, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ToyConfig(name="t")
+    workshop = Workshop(tmp_path, config, TOY, Display(), tracking)
+
+    def full(path: Path, _text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patched, pytest.raises(DraftsmithError, match="the disk is full"):
+        patched.setattr("draftsmith.artifacts.store.write_text", full)
+        make(workshop, toy_nodes(config)[-1], {})
+    manifest = workshop.store.manifest(make(workshop, toy_nodes(config)[-1], {}).ref)
+    client, _ = tracking.connect()
+    run = client.get_run(str(manifest.mlflow_run_id))
+    assert run.info.status == "FINISHED" and manifest.metrics.items() <= run.data.metrics.items() and manifest.metrics
+    assert MANIFEST in [each.path for each in client.list_artifacts(run.info.run_id)]
 
 
 @pytest.mark.parametrize("waits_for", ["the artifact", "the CPU", "nothing"])

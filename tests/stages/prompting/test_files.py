@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,6 +138,15 @@ def test_what_matches_nothing_is_an_error(
     with pytest.raises(DraftsmithError, match=f"^logs.paths: .*{said}") as caught:
         matched([pattern], "logs.paths")
     assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_is_no_text_is_one_clear_error(tmp_path: Path) -> None:
+    """Of an archive from a machine with another encoding, say: neither a key nor a manifest can hold it."""
+    (tmp_path / os.fsdecode(b"caf\xe9.jsonl")).touch()
+    with pytest.raises(
+        DraftsmithError, match=r"^logs\.paths: .*/caf\\udce9\.jsonl: its name is not UTF-8 text: rename"
+    ):
+        local_files([str(tmp_path)], "logs.paths")
 
 
 def test_folders_and_globs_of_a_bucket(bucket: str) -> None:
