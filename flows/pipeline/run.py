@@ -166,7 +166,7 @@ def _run_once(
             note_ended(config.name)
     except StageInterrupted:
         raise
-    except PlanAgain:  # nothing went wrong, and what was forced is not left out by whoever goes on: this very command
+    except PlanAgain:  # nothing went wrong: this very command goes on, and knows what it has to force
         again = True
         raise
     except Exception:

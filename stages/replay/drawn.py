@@ -110,7 +110,8 @@ class SampledText:
         once."""
         at = positions.clamp(max=self.hidden.shape[1] - 1)
         said = torch.full_like(self.hidden[..., 0], torch.nan, dtype=torch.float64) if self.said is None else self.said
-        tokens = torch.full_like(said, -1, dtype=torch.int64).scatter_(1, at, following)
+        # of a position that is asked for more than once, the text's token: another block may not reach it (-1)
+        tokens = torch.full_like(said, -1, dtype=torch.int64).scatter_reduce_(1, at, following, "amax")
         rows, places = torch.nonzero((tokens >= 0) & said.isnan(), as_tuple=True)
         for row, place in zip(rows.split(self.laws_at_once), places.split(self.laws_at_once), strict=True):
             said[row, place] = self._of_tokens(row, place, tokens[row, place])

@@ -19,7 +19,7 @@ from draftsmith.stages.replay.drawn import SampledText
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.anchors import position_anchors
 from draftsmith.stages.training.batches import FeatureSource, step_rng
-from draftsmith.stages.training.blocks import block_hidden, context_of
+from draftsmith.stages.training.blocks import Anchors, block_hidden, context_of
 from draftsmith.stages.training.config import SftConfig, TrainingConfig
 from draftsmith.stages.training.loss_config import LossConfig, PositionWeights, ResponseStream
 from draftsmith.stages.training.on_policy import step
@@ -196,6 +196,26 @@ def test_whole_blocks_are_not_judged(
     training = OpdTraining(drafter, plain_target, texts, table, config, law=Law(0.8))
     report = training.loss(0)
     assert report.positions > 0 and calls == judged
+
+
+@pytest.mark.parametrize("make", [random_dspark, random_dflash2])
+def test_a_smaller_served_block_keeps_what_its_offsets_keep(make: Any, plain_target: Target) -> None:
+    """Blocks overlap: what one does not serve, another one serves."""
+    drafter, texts = make(plain_target), random_target.trajectories(2, seed=5)
+    batch = FeatureSource(plain_target, drafter.target_layer_ids, texts, with_hidden=True).batch([0, 1])
+    positions = torch.tensor([[t.first_anchor + i for i in (4, 3, 2, 1, 0)] for t in texts])
+    anchors = Anchors(positions, torch.ones_like(positions, dtype=torch.bool))
+    heads = HeadSource(drafter, plain_target.head_weight, TrainingConfig()).draw(step_rng(0, 0), [batch.tokens])
+    hidden = block_hidden(drafter, context_of(drafter, batch), batch, anchors)
+    assert batch.hidden is not None
+
+    def accepted(proposals: int, salt: int) -> torch.Tensor:
+        text = SampledText.of(plain_target, batch.hidden, texts, Law(1.5), drafter.block_size - 1, salt)
+        known: Any = {"proposals": proposals, "chooser": heads.chooser, "text": text}
+        return judge(hidden, batch, anchors, heads.drafter, **known).accepted
+
+    for salt in range(30):
+        assert torch.equal(accepted(1, salt), accepted(drafter.block_size - 1, salt).clamp(max=1))
 
 
 @pytest.mark.parametrize("make", [random_dspark, random_dflash2])
