@@ -52,8 +52,8 @@ def call(hook: HookConfig, decision: dict[str, Any]) -> str | None:
 
 def _run(command: tuple[str, ...], body: str, timeout_s: float) -> str | None:
     """What it prints goes to a file: a server that it leaves in the background would hold a pipe open."""
-    with tempfile.TemporaryFile() as said:
-        try:
+    try:
+        with tempfile.TemporaryFile() as said:
             done = subprocess.run(
                 command,
                 input=body.encode(),
@@ -63,10 +63,10 @@ def _run(command: tuple[str, ...], body: str, timeout_s: float) -> str | None:
                 check=False,
                 umask=users_umask(),
             )
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
-            return f"{command[0]}: {error}"
-        if done.returncode:
             said.seek(0)
-            last = (said.read().decode("utf-8", "replace").strip().splitlines() or ["no message"])[-1]
-            return f"{command[0]}: ended with code {done.returncode} ({last})"
+            printed = said.read().decode("utf-8", "replace").strip().splitlines()
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        return f"{command[0]}: {error}"
+    if done.returncode:
+        return f"{command[0]}: ended with code {done.returncode} ({(printed or ['no message'])[-1]})"
     return None

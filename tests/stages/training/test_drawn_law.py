@@ -206,11 +206,11 @@ def test_a_smaller_served_block_keeps_what_its_offsets_keep(make: Any, plain_tar
     positions = torch.tensor([[t.first_anchor + i for i in (4, 3, 2, 1, 0)] for t in texts])
     anchors = Anchors(positions, torch.ones_like(positions, dtype=torch.bool))
     heads = HeadSource(drafter, plain_target.head_weight, TrainingConfig()).draw(step_rng(0, 0), [batch.tokens])
-    hidden = block_hidden(drafter, context_of(drafter, batch), batch, anchors)
-    assert batch.hidden is not None
+    hidden, of_target = block_hidden(drafter, context_of(drafter, batch), batch, anchors), batch.hidden
+    assert of_target is not None
 
     def accepted(proposals: int, salt: int) -> torch.Tensor:
-        text = SampledText.of(plain_target, batch.hidden, texts, Law(1.5), drafter.block_size - 1, salt)
+        text = SampledText.of(plain_target, of_target, texts, Law(1.5), drafter.block_size - 1, salt)
         known: Any = {"proposals": proposals, "chooser": heads.chooser, "text": text}
         return judge(hidden, batch, anchors, heads.drafter, **known).accepted
 
