@@ -7,6 +7,8 @@ from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError
 
+UPLOADED = "uploaded"  # in it: copies of drafters that MLflow has, touched whenever one is used
+
 
 def home() -> Path:
     """The absolute folder of the store and of MLflow's database: `DRAFTSMITH_HOME`, or `.draftsmith` here.

@@ -1,4 +1,5 @@
-"""What nobody goes on with: old unfinished attempts and shards, replaced artifacts, logs. No complete artifact is."""
+"""What nobody goes on with: old unfinished attempts and shards, replaced artifacts, copies of drafters that MLflow has,
+logs. No complete artifact is."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from draftsmith.artifacts.atomic import disk_errors
 from draftsmith.artifacts.bucket import Stored
 from draftsmith.artifacts.damage import SHARD
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.home import UPLOADED
 from draftsmith.artifacts.locks import is_locked, locked
 from draftsmith.artifacts.manifest import MANIFEST, read_manifest
 from draftsmith.artifacts.open_store import store_of
@@ -96,6 +98,7 @@ def leftovers(home: Path, before: float) -> list[Leftover]:
             continue
         for folder in stage.glob("[!.]*/"):  # of a node that is made, or that was given up
             found.append(_described("shard", folder, folder.with_name(f".lock-{folder.name}"), node))
+    found += [_described("copy of an uploaded drafter", folder) for folder in (home / UPLOADED).glob("*/")]
     found += [_described(REPLACED_ARTIFACTS[0], folder) for folder in root.glob(f"*/{REPLACED}*")]
     if isinstance(store, RemoteStore):
         found += [_remote(store, folder, objects) for folder, objects in store.unnamed(before)]

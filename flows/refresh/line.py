@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.home import home
+from draftsmith.artifacts.home import UPLOADED, home
 from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef, InputEntry, read_manifest, sha256_file
 from draftsmith.artifacts.registry import PROMOTED, Registry, Version
 from draftsmith.artifacts.store import REPLACED, Store
@@ -122,7 +123,7 @@ def uploaded_copy(version: Version) -> Path:
     from draftsmith.stages.drafters.digest import drafter_digest
 
     wanted = version.tags.get("drafter_digest", "")
-    folder = home() / "uploaded" / (wanted or version.content_id)[:16] / DRAFTER_FOLDER
+    folder = home() / UPLOADED / (wanted or version.content_id)[:16] / DRAFTER_FOLDER
     if not folder.is_dir():
         registry().download(version, folder)
     if wanted and drafter_digest(folder) != wanted:
@@ -131,6 +132,8 @@ def uploaded_copy(version: Version) -> Path:
             f"{version}: the copy in MLflow's artifact store is not what was registered: run the same command again, "
             "or mount the store"
         )
+    with suppress(OSError):  # of a home that may only be read
+        os.utime(folder.parent)  # in use: `draftsmith prune` leaves it
     return folder
 
 

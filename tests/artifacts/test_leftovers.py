@@ -36,6 +36,18 @@ def artifact(store: Store, content: str, *, force: bool = False) -> Path:
         return store.commit(claim, config={}, inputs={}, code_digest="c", seed=0).path
 
 
+def test_copies_of_uploaded_drafters_that_nobody_uses_go(tmp_path: Path) -> None:
+    copy = tmp_path / "uploaded" / OLD[:16]
+    (copy / "drafter").mkdir(parents=True)
+    (copy / "drafter" / "model.safetensors").write_bytes(b"x" * 100)
+    age(copy, 40)
+    os.utime(copy)
+    assert leftovers(tmp_path, time.time() - 30 * DAY) == [], "used today"
+    age(copy, 40)
+    (found,) = leftovers(tmp_path, time.time() - 30 * DAY)
+    assert found.what == "copy of an uploaded drafter" and found.remove() and not copy.exists()
+
+
 def test_old_shards_go(tmp_path: Path) -> None:
     with (store := Store(tmp_path / "store")).claim("mining.shard", KEY) as claim:
         assert isinstance(claim, Claim)

@@ -293,6 +293,8 @@ def test_an_uploaded_champion_serves_where_the_store_is_not(
 
     champion = resolve(config).champion
     assert champion is not None and Path(champion.folder).is_relative_to(home / "uploaded")
+    os.utime(copy := Path(champion.folder).parent, (0, 0))
+    assert resolve(config).champion == champion and copy.stat().st_mtime > 0, "in use: `prune` leaves it"
     taken = RecordingContext.under(tmp_path / "taken", {"target": plain_artifact})
     CHAMPION.run(taken, champion)
     assert drafter_digest(taken.out / DRAFTER_FOLDER) == digest
