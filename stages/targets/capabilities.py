@@ -12,7 +12,10 @@ _REACH = {
     "full_attention": None,
     "sliding_attention": "sliding_window",
     "chunked_attention": "attention_chunk_size",
+    "hybrid": None,  # attention, and a state beside it
+    "hybrid_sliding": "sliding_window",
 }
+_SLIDING = ("sliding_attention", "hybrid_sliding")
 
 
 # transformers' word for a layer without a cache: an MLP or experts alone, or one that reads another's
@@ -46,14 +49,14 @@ class Layers:
         if both_ways not in (None, False, "vision") or not getattr(text_config, "is_causal", True):
             raise UnknownLayersError("attention in both directions")
         kinds, settings = get_layer_types_and_kwargs(text_config)
-        entries = (DynamicLayer, DynamicSlidingWindowLayer)
+        entries, recurrent = (DynamicLayer, DynamicSlidingWindowLayer), False
         reading_others = getattr(text_config, "kv_sharing_modes", None)
         for kind, layer in zip(kinds, DynamicCache(config=text_config).layers, strict=True):
             holds_state = isinstance(layer, LinearAttentionCacheLayerMixin)
+            recurrent = recurrent or holds_state
             keeps_nothing = kind == _NOTHING and not reading_others
             if not (holds_state or keeps_nothing or (type(layer) in entries and kind in _REACH)):
                 raise UnknownLayersError(kind)
-        recurrent = any(kind not in _REACH and kind != _NOTHING for kind in kinds)
         if _NOTHING in kinds:
             kinds = [
                 own if kind == _NOTHING else kind for kind, own in zip(kinds, text_config.layer_types, strict=True)
@@ -83,7 +86,7 @@ class Layers:
                 found[kind] = None
                 continue
             seen = visible
-            if kind == "sliding_attention" and reach is not None:
+            if kind in _SLIDING and reach is not None:
                 seen = visible & (positions[..., None] - entry_positions[:, None] < reach)
             elif kind == "chunked_attention" and reach is not None:
                 seen = visible & (positions[..., None] // reach == entry_positions[:, None] // reach)

@@ -163,10 +163,12 @@ def test_what_can_be_done_is_known_without_weights(case: Case) -> None:
     recurrent = case.family in RECURRENT
     assert (info.rewindable, info.tree_forward) == (not recurrent, not recurrent)
     scaled, capped = LogitMap(0.25), LogitMap(1.0, 3.0)
-    maps = {"Gemma 2": capped, "Gemma 4": capped, "Command R7B": scaled, "Granite": scaled, "Granite 4 hybrid": scaled}
+    maps = dict.fromkeys(("Gemma 2", "Gemma 4"), capped)
+    maps |= dict.fromkeys(("Command R7B", "Granite", "Granite 4 hybrid", "Falcon-H1"), scaled)
     assert info.logit_map == maps.get(case.family, LogitMap())
     size = target_size(case.folder)
-    assert (size.kv_heads, size.head_dim) == (SHAPE["num_key_value_heads"], SHAPE["head_dim"])
+    heads = (4, 4) if case.family == "Kimi Linear" else (SHAPE["num_key_value_heads"], SHAPE["head_dim"])
+    assert (size.kv_heads, size.head_dim) == heads
     assert case.target.embedding_scale == pytest.approx(32**0.5 if "Gemma" in case.family else 1.0)
 
 
@@ -285,6 +287,7 @@ def test_logits_that_are_not_the_models_own_are_one_clear_error(capped: Path, tm
         ("LFM2", "commit", "cached forwards differ"),
         ("Granite 4 hybrid", "settle", "cached forwards of one token differ"),
         ("Granite 4 hybrid", "copy", "cached forwards of one token differ"),
+        ("Kimi Linear", "copy", "cached forwards of one token differ"),
     ],
 )
 def test_forwards_that_are_not_the_models_own_are_one_clear_error(
