@@ -18,7 +18,7 @@ _REACH = {
 _SLIDING = ("sliding_attention", "hybrid_sliding")
 
 
-# transformers' word for a layer without a cache: an MLP or experts alone, or one that reads another's
+# transformers' word for a layer without a cache: an MLP or experts alone, or one that is handed an earlier one's
 _NOTHING = "dummy"
 
 
@@ -48,20 +48,21 @@ class Layers:
         both_ways = getattr(text_config, "use_bidirectional_attention", None)  # "vision": within an image alone
         if both_ways not in (None, False, "vision") or not getattr(text_config, "is_causal", True):
             raise UnknownLayersError("attention in both directions")
+        if getattr(text_config, "altup_num_inputs", 1) > 1:  # Gemma 3n
+            raise UnknownLayersError("several vectors a token")
         kinds, settings = get_layer_types_and_kwargs(text_config)
         entries, recurrent = (DynamicLayer, DynamicSlidingWindowLayer), False
-        reading_others = getattr(text_config, "kv_sharing_modes", None)
         for kind, layer in zip(kinds, DynamicCache(config=text_config).layers, strict=True):
             holds_state = isinstance(layer, LinearAttentionCacheLayerMixin)
             recurrent = recurrent or holds_state
-            keeps_nothing = kind == _NOTHING and not reading_others
-            if not (holds_state or keeps_nothing or (type(layer) in entries and kind in _REACH)):
+            if not (holds_state or kind == _NOTHING or (type(layer) in entries and kind in _REACH)):
                 raise UnknownLayersError(kind)
-        if _NOTHING in kinds:
+        reach = {kind: each.get("sliding_window") for kind, each in zip(kinds, settings, strict=True)}
+        if _NOTHING in kinds:  # one that is handed entries reads as far as those that keep them
             kinds = [
                 own if kind == _NOTHING else kind for kind, own in zip(kinds, text_config.layer_types, strict=True)
             ]
-        return cls(tuple(kinds), tuple(each.get("sliding_window") for each in settings), recurrent)
+        return cls(tuple(kinds), tuple(map(reach.get, kinds)), recurrent)
 
     @property
     def rewindable(self) -> bool:

@@ -273,8 +273,7 @@ def _capabilities(folder: Path, config: PretrainedConfig) -> tuple[Layers, Logit
         layers = Layers.of(text)
     except UnknownLayersError as error:
         raise DraftsmithError(
-            f"{folder}: layers of {text.model_type} with {error} are not supported: they keep neither keys and values "
-            "of the prefix nor a state; give another target"
+            f"{folder}: layers of {text.model_type} with {error} are not supported; give another target"
         ) from error
     try:
         return layers, ask_model(config)

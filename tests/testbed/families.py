@@ -178,6 +178,16 @@ def _gemma4() -> Any:
     )  # fmt: skip
 
 
+def _gemma4_small() -> Any:
+    """Its last layers read keys and values of earlier ones, and every layer an embedding of its own."""
+    shape = SHAPE | {"num_hidden_layers": 4, "tie_word_embeddings": True, "sliding_window": WINDOW}
+    return _transformers(
+        "Gemma4Text", **shape, layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2,
+        global_head_dim=16, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB_SIZE,
+        final_logit_softcapping=3.0,
+    )  # fmt: skip
+
+
 FAMILIES: dict[str, Callable[[], Any]] = {
     "Qwen3-MoE": _qwen3_moe,
     "gpt-oss": _gpt_oss,
@@ -196,6 +206,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "Kimi Linear": _kimi_linear,
     "Llama 4": _llama4,
     "Gemma 4": _gemma4,
+    "Gemma 4 E2B": _gemma4_small,
 }
 RECURRENT = ("Qwen3-Next", "Qwen3.5 with images", "LFM2", "Granite 4 hybrid", "Nemotron-H", "Falcon-H1", "ZAYA1", "Kimi Linear")
 
