@@ -21,8 +21,8 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 @torch.no_grad()
 def check_agreement(target: Any, where: str, ranks: Ranks = ALONE) -> None:
-    """target: a `Target`. Raises DraftsmithError if logits, cached forwards or a tree are not a plain forward's, if layers
-    leave no vector a token, or if ranks that share it have others."""
+    """target: a `Target`. Raises DraftsmithError if logits, cached forwards or a tree are not a plain forward's, if
+    layers leave no vector a token, or if ranks that share it have others."""
     device, vocabulary = target.device, target.embedding.shape[0]
     ids = (torch.arange(_TOKENS, device=device) * 7 + 3).remainder(vocabulary)[None]
     read = target.read(ids, (0,))

@@ -124,6 +124,11 @@ def model_class(config: Any) -> Any:
     return AutoModelForCausalLM if known else AutoModelForImageTextToText
 
 
+def causal_lm_of(model: Any) -> Any:
+    """The causal LM of a model that was loaded by `model_class`: some hold one whole, and have no head of their own."""
+    return model if model.get_output_embeddings() is not None else getattr(model, "language_model", model)
+
+
 def decoder_of(model: Any) -> Any:
     """The part of a causal LM that makes hidden states of text."""
     decoder = model.get_decoder()
