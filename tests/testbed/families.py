@@ -208,7 +208,16 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "Gemma 4": _gemma4,
     "Gemma 4 E2B": _gemma4_small,
 }
-RECURRENT = ("Qwen3-Next", "Qwen3.5 with images", "LFM2", "Granite 4 hybrid", "Nemotron-H", "Falcon-H1", "ZAYA1", "Kimi Linear")
+RECURRENT = (
+    "Qwen3-Next",
+    "Qwen3.5 with images",
+    "LFM2",
+    "Granite 4 hybrid",
+    "Nemotron-H",
+    "Falcon-H1",
+    "ZAYA1",
+    "Kimi Linear",
+)
 
 
 def write_family(folder: Path, family: str, seed: int = 0) -> None:
