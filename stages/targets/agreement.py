@@ -21,11 +21,17 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 @torch.no_grad()
 def check_agreement(target: Any, where: str, ranks: Ranks = ALONE) -> None:
-    """target: a `Target`. Raises DraftsmithError if logits, cached forwards or a tree are not a plain forward's, or if
-    ranks that share it have others."""
+    """target: a `Target`. Raises DraftsmithError if logits, cached forwards or a tree are not a plain forward's, if
+    layers leave no vector a token, or if ranks that share it have others."""
     device, vocabulary = target.device, target.embedding.shape[0]
     ids = (torch.arange(_TOKENS, device=device) * 7 + 3).remainder(vocabulary)[None]
-    plain = target.read(ids).hidden
+    read = target.read(ids, (0,))
+    plain = read.hidden
+    if read.features is None or read.features.shape != plain.shape:
+        raise DraftsmithError(
+            f"target {where}: layers of {target.info.architecture} do not leave one vector a token, which is what a "
+            "drafter reads; give another target"
+        )
     logits = target.logit_map(F.linear(plain, target.head_weight).float())  # not `logits`: who trains packs no head
     found = {
         "logits": (logits, target.model(input_ids=ids, use_cache=False).logits.float()),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from draftsmith.stages.targets.capabilities import decoder_of, model_class
+from draftsmith.stages.targets.capabilities import causal_lm_of, decoder_of, model_class
 from draftsmith.stages.targets.logits import LogitMap
 
 _ASKED = (1e-3, 0.1, 0.5, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e6)  # products of a head, of both signs
@@ -30,7 +30,7 @@ def ask_model(config: Any) -> LogitMap:
     Its decoder is replaced by given hidden states, and its head by the identity. Raises OtherHeadError.
     """
     with torch.device("meta"):
-        model = model_class(config).from_config(copy.deepcopy(config))
+        model = causal_lm_of(model_class(config).from_config(copy.deepcopy(config)))
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
         raise OtherHeadError(f"its head is {head}")

@@ -12,10 +12,13 @@ _REACH = {
     "full_attention": None,
     "sliding_attention": "sliding_window",
     "chunked_attention": "attention_chunk_size",
+    "hybrid": None,  # attention, and a state beside it
+    "hybrid_sliding": "sliding_window",
 }
+_SLIDING = ("sliding_attention", "hybrid_sliding")
 
 
-# transformers' word for a layer without a cache: an MLP or experts alone, or one that reads another's
+# transformers' word for a layer without a cache: an MLP or experts alone, or one that is handed an earlier one's
 _NOTHING = "dummy"
 
 
@@ -45,20 +48,21 @@ class Layers:
         both_ways = getattr(text_config, "use_bidirectional_attention", None)  # "vision": within an image alone
         if both_ways not in (None, False, "vision") or not getattr(text_config, "is_causal", True):
             raise UnknownLayersError("attention in both directions")
+        if getattr(text_config, "altup_num_inputs", 1) > 1:  # Gemma 3n
+            raise UnknownLayersError("several vectors a token")
         kinds, settings = get_layer_types_and_kwargs(text_config)
-        entries = (DynamicLayer, DynamicSlidingWindowLayer)
-        reading_others = getattr(text_config, "kv_sharing_modes", None)
+        entries, recurrent = (DynamicLayer, DynamicSlidingWindowLayer), False
         for kind, layer in zip(kinds, DynamicCache(config=text_config).layers, strict=True):
             holds_state = isinstance(layer, LinearAttentionCacheLayerMixin)
-            keeps_nothing = kind == _NOTHING and not reading_others
-            if not (holds_state or keeps_nothing or (type(layer) in entries and kind in _REACH)):
+            recurrent = recurrent or holds_state
+            if not (holds_state or kind == _NOTHING or (type(layer) in entries and kind in _REACH)):
                 raise UnknownLayersError(kind)
-        recurrent = any(kind not in _REACH and kind != _NOTHING for kind in kinds)
-        if _NOTHING in kinds:
+        reach = {kind: each.get("sliding_window") for kind, each in zip(kinds, settings, strict=True)}
+        if _NOTHING in kinds:  # one that is handed entries reads as far as those that keep them
             kinds = [
                 own if kind == _NOTHING else kind for kind, own in zip(kinds, text_config.layer_types, strict=True)
             ]
-        return cls(tuple(kinds), tuple(each.get("sliding_window") for each in settings), recurrent)
+        return cls(tuple(kinds), tuple(map(reach.get, kinds)), recurrent)
 
     @property
     def rewindable(self) -> bool:
@@ -83,7 +87,7 @@ class Layers:
                 found[kind] = None
                 continue
             seen = visible
-            if kind == "sliding_attention" and reach is not None:
+            if kind in _SLIDING and reach is not None:
                 seen = visible & (positions[..., None] - entry_positions[:, None] < reach)
             elif kind == "chunked_attention" and reach is not None:
                 seen = visible & (positions[..., None] // reach == entry_positions[:, None] // reach)
@@ -118,6 +122,11 @@ def model_class(config: Any) -> Any:
 
     known = type(config) in AutoModelForCausalLM._model_mapping
     return AutoModelForCausalLM if known else AutoModelForImageTextToText
+
+
+def causal_lm_of(model: Any) -> Any:
+    """The causal LM of a model that was loaded by `model_class`: some hold one whole, and have no head of their own."""
+    return model if model.get_output_embeddings() is not None else getattr(model, "language_model", model)
 
 
 def decoder_of(model: Any) -> Any:

@@ -18,7 +18,7 @@ from draftsmith.stages.memory import out_of_memory
 from draftsmith.stages.parallel.ranks import ALONE, Ranks
 from draftsmith.stages.targets.agreement import check_agreement
 from draftsmith.stages.targets.attention import register
-from draftsmith.stages.targets.capabilities import Layers, decoder_of, model_class, steady_positions
+from draftsmith.stages.targets.capabilities import Layers, causal_lm_of, decoder_of, model_class, steady_positions
 from draftsmith.stages.targets.config import Dtype, TargetConfig
 from draftsmith.stages.targets.embedding import scale_of
 from draftsmith.stages.targets.info import TargetInfo, model_path, read_target_info
@@ -115,6 +115,7 @@ class Target:
             if is_full_disk(error):  # which a progress bar of the loader met in the stage's log
                 raise
             raise DraftsmithError(f"target {path}: cannot be loaded ({error}); rerun stage 'target'") from error
+        model = causal_lm_of(model)
         if ranks.sharing == 1:
             pack(decoder_of(model))
         return cls(model, tokenizer, info, ranks.sharing)

@@ -197,7 +197,7 @@ def describe_metadata(
         eos_ids=eos_ids,
         mask_candidates=_mask_candidates(tokenizer, text.vocab_size, eos_ids),
         chat_template=bool(tokenizer.chat_template),
-        tied_embeddings=bool(text.tie_word_embeddings),
+        tied_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
         layer_kinds=sorted(set(layers.kinds)),
         rewindable=layers.rewindable,
         tree_forward=layers.tree_forward,
@@ -273,8 +273,7 @@ def _capabilities(folder: Path, config: PretrainedConfig) -> tuple[Layers, Logit
         layers = Layers.of(text)
     except UnknownLayersError as error:
         raise DraftsmithError(
-            f"{folder}: layers of {text.model_type} with {error} are not supported: they keep neither keys and values "
-            "of the prefix nor a state; give another target"
+            f"{folder}: layers of {text.model_type} with {error} are not supported; give another target"
         ) from error
     try:
         return layers, ask_model(config)
@@ -327,7 +326,8 @@ def _eos_ids(folder: Path, text: PretrainedConfig, tokenizer: Any) -> list[int]:
         generation = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
     except (ValueError, TypeError) as error:
         raise DraftsmithError(f"{path}: not a JSON object ({one_line(error)}): copy it again") from error
-    for value in (generation.get("eos_token_id"), text.eos_token_id, tokenizer.eos_token_id):
+    of_config = getattr(text, "eos_token_id", None)  # text parts of some models have no such field
+    for value in (generation.get("eos_token_id"), of_config, tokenizer.eos_token_id):
         found += value if isinstance(value, list) else [value] if value is not None else []
     return list(dict.fromkeys(found))
 

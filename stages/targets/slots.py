@@ -96,7 +96,8 @@ class SlotCache(Cache):
         self.rows, self.capacity = rows, capacity
         self._at = Address(slice(0, rows), torch.empty(0), 0)
         self._row_index = torch.empty(0)
-        self._lent: dict[tuple[int, int], torch.Tensor] = {}  # states that layers were given, until they give others
+        # states that layers were given, until they give others
+        self._lent: dict[tuple[str, int, int], torch.Tensor] = {}
 
     def address(self, at: Address) -> None:
         """What the next forward reads and writes."""
@@ -109,8 +110,8 @@ class SlotCache(Cache):
 
     def settle(self) -> None:
         """Call it behind each forward: states that layers moved on in place, without a word, are written back."""
-        for (layer, index), state in self._lent.items():
-            self._advance("recurrent", layer, index, state)
+        for (which, layer, index), state in self._lent.items():
+            self._advance(which, layer, index, state)
         self._lent.clear()
 
     # ---- called by the model's attention
@@ -140,16 +141,20 @@ class SlotCache(Cache):
         return not self._at.fresh
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        return self._state("conv", layer_idx, state_idx)
+        return self._lend("conv", layer_idx, state_idx)
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        """A copy: Mamba-2's step of one token moves it on in place, and calls `update_recurrent_state` of no cache."""
-        state = self._state("recurrent", layer_idx, state_idx)
+        return self._lend("recurrent", layer_idx, state_idx)
+
+    def _lend(self, which: str, layer: int, index: int) -> torch.Tensor | None:
+        """A copy: a step of one token moves Mamba-2's states, and Kimi Linear's of its convolutions, on in place, and
+        calls an update of no cache."""
+        state = self._state(which, layer, index)
         if state is None:
             return None
         if isinstance(self._at.rows, slice):
             state = state.clone()
-        self._lent[layer_idx, state_idx] = state
+        self._lent[which, layer, index] = state
         return state
 
     def _state(self, which: str, layer: int, index: int) -> torch.Tensor | None:
@@ -164,6 +169,7 @@ class SlotCache(Cache):
         **_kwargs: object,
     ) -> torch.Tensor:
         """conv_states: inputs [n, channels, T] of a causal convolution. Returns them behind those that came before."""
+        self._lent.pop(("conv", layer_idx, state_idx), None)
         before = self._state("conv", layer_idx, state_idx)
         inputs = conv_states if before is None else torch.cat([before, conv_states], -1)
         width = conv_kernel_size or conv_states.shape[-1]
@@ -175,7 +181,7 @@ class SlotCache(Cache):
         self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_kwargs: object
     ) -> torch.Tensor:
         """recurrent_states: [n, …] behind the tokens of this forward."""
-        self._lent.pop((layer_idx, state_idx), None)
+        self._lent.pop(("recurrent", layer_idx, state_idx), None)
         self._advance("recurrent", layer_idx, state_idx, recurrent_states)
         return recurrent_states
 

@@ -15,7 +15,7 @@ import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.parallel.ranks import Ranks
-from draftsmith.stages.targets.capabilities import model_class
+from draftsmith.stages.targets.capabilities import causal_lm_of, model_class
 from draftsmith.stages.targets.loading import load_weights
 from draftsmith.stages.targets.shape import layer_configs
 
@@ -105,7 +105,7 @@ class _Mesh:
 
 def _plan_of(model: Any) -> dict[str, str]:
     """Styles by name of module or weight, with `*` for numbers of layers; none for embedding and head."""
-    whole = {model.get_input_embeddings(), model.get_output_embeddings()}
+    whole = {model.get_input_embeddings(), causal_lm_of(model).get_output_embeddings()}
     left_out = {name for name, module in model.named_modules() if module in whole}
     return {name: style for name, style in (model.tp_plan or {}).items() if name not in left_out}
 

@@ -347,6 +347,19 @@ def test_a_model_that_would_be_computed_wrongly_is_refused(
     assert said in message(copied, tmp_path / "out")
 
 
+def test_a_text_part_without_fields_that_others_have_is_described(copied: Path, tmp_path: Path) -> None:
+    """transformers' class of Qwen3-VL's has no end token of its own."""
+    from transformers import Qwen3VLConfig
+
+    text = {"vocab_size": 1000, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+    config = Qwen3VLConfig(
+        text_config=text, vision_config={"depth": 1}, architectures=["Qwen3VLForConditionalGeneration"]
+    )
+    assert not hasattr(config.get_text_config(), "eos_token_id")
+    config.save_pretrained(copied)
+    assert resolve(copied, tmp_path / "out").eos_ids == [2, 0]  # of generation_config.json
+
+
 def test_what_a_config_says_of_its_logits_counts_where_the_model_reads_it(copied: Path, tmp_path: Path) -> None:
     path = copied / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"logits_scaling": 8.0, "final_logit_softcapping": 30.0}))

@@ -134,6 +134,33 @@ def _nemotron_h() -> Any:
     )  # fmt: skip
 
 
+def _falcon_h1() -> Any:
+    """Attention and Mamba-2 side by side in every layer."""
+    mamba = {"n_heads": 4, "d_head": 16, "d_ssm": 64, "d_state": 8, "n_groups": 1, "chunk_size": 8}
+    return _transformers(
+        "FalconH1", **SHAPE, **{f"mamba_{name}": value for name, value in mamba.items()}, lm_head_multiplier=0.25
+    )
+
+
+def _zaya() -> Any:
+    """Attention, of which some slides, behind a convolution in every layer."""
+    shape = {name: value for name, value in SHAPE.items() if name != "intermediate_size"}
+    return _transformers(
+        "Zaya", **shape, num_experts=4, moe_intermediate_size=24, router_hidden_size=16, sliding_window=WINDOW,
+        layer_types=["hybrid", "hybrid_sliding", "hybrid"],
+    )  # fmt: skip
+
+
+def _kimi_linear() -> Any:
+    """Keys and values of an attention of low rank, and states of a delta rule."""
+    shape = {name: value for name, value in SHAPE.items() if name not in ("head_dim", "num_key_value_heads")}
+    heads = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "kv_lora_rank": 16}
+    return _transformers(
+        "KimiLinear", **shape, **heads, num_key_value_heads=4, num_local_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=24, linear_num_heads=4, linear_head_dim=8, layer_types=_DELTA["layer_types"],
+    )  # fmt: skip
+
+
 def _llama4() -> Any:
     return _transformers(
         "Llama4Text", **SHAPE, layer_types=["chunked_attention", "full_attention", "chunked_attention"],
@@ -151,6 +178,16 @@ def _gemma4() -> Any:
     )  # fmt: skip
 
 
+def _gemma4_small() -> Any:
+    """Its last layers read keys and values of earlier ones, and every layer an embedding of its own."""
+    shape = SHAPE | {"num_hidden_layers": 4, "tie_word_embeddings": True, "sliding_window": WINDOW}
+    return _transformers(
+        "Gemma4Text", **shape, layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2,
+        global_head_dim=16, hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB_SIZE,
+        final_logit_softcapping=3.0,
+    )  # fmt: skip
+
+
 FAMILIES: dict[str, Callable[[], Any]] = {
     "Qwen3-MoE": _qwen3_moe,
     "gpt-oss": _gpt_oss,
@@ -164,10 +201,23 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "LFM2": _lfm2,
     "Granite 4 hybrid": _granite4,
     "Nemotron-H": _nemotron_h,
+    "Falcon-H1": _falcon_h1,
+    "ZAYA1": _zaya,
+    "Kimi Linear": _kimi_linear,
     "Llama 4": _llama4,
     "Gemma 4": _gemma4,
+    "Gemma 4 E2B": _gemma4_small,
 }
-RECURRENT = ("Qwen3-Next", "Qwen3.5 with images", "LFM2", "Granite 4 hybrid", "Nemotron-H")
+RECURRENT = (
+    "Qwen3-Next",
+    "Qwen3.5 with images",
+    "LFM2",
+    "Granite 4 hybrid",
+    "Nemotron-H",
+    "Falcon-H1",
+    "ZAYA1",
+    "Kimi Linear",
+)
 
 
 def write_family(folder: Path, family: str, seed: int = 0) -> None:
@@ -182,7 +232,9 @@ def write_family(folder: Path, family: str, seed: int = 0) -> None:
     with torch.no_grad():
         for label, parameter in model.named_parameters():
             if label.endswith("A_log"):  # decay of a state: what was read 10 positions ago should still count
-                parameter.copy_(torch.log(torch.linspace(0.05, 0.4, parameter.numel())))
+                parameter.copy_(torch.log(torch.linspace(0.05, 0.4, parameter.numel())).view_as(parameter))
+            if label.endswith(("residual_bias", "states_bias")):  # of a stream, whose states would else be alike
+                parameter.sub_(1)
             if "embed_tokens" in label and "Gemma" in name:  # which multiply it
                 parameter.mul_(HIDDEN_SIZE**-0.5)
     save(model, folder, WORDS)

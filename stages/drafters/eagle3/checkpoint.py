@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def new_config(shape: Eagle3Config, target_config: Any, tokenizer: Callable[[], 
         )
     return LlamaConfig(
         architectures=[ARCHITECTURE],
-        **layout.target_fields(target_config),
+        **_with_heads_that_divide(layout.target_fields(target_config)),
         intermediate_size=shape.intermediate_size or layout.intermediate_size(target_config),
         num_hidden_layers=1,
         hidden_act="silu",
@@ -61,6 +62,18 @@ def new_config(shape: Eagle3Config, target_config: Any, tokenizer: Callable[[], 
         draft_vocab_size=draft_vocab_size,
         eagle_config={_LAYER_IDS: ids, "use_aux_hidden_state": True},
     )
+
+
+def _with_heads_that_divide(fields: dict[str, Any]) -> dict[str, Any]:
+    """As a Llama's must divide its width, which those of some targets do not: as many as fill it."""
+    hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
+    if hidden % heads == 0:
+        return fields
+    heads = max(count for count in range(1, max(2, hidden // fields["head_dim"] + 1)) if hidden % count == 0)
+    return fields | {
+        "num_attention_heads": heads,
+        "num_key_value_heads": math.gcd(heads, fields["num_key_value_heads"]),
+    }
 
 
 def create(config: LlamaConfig, target: Target, seed: int, frequent: torch.Tensor | None = None) -> Eagle3Drafter:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import check_layers, load_drafter, save_drafter
-from draftsmith.stages.drafters.layout import unservable_layers
+from draftsmith.stages.drafters.layout import target_fields, unservable_layers
 from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed import random_target
 from tests.testbed.eagle3 import random_eagle3
@@ -37,6 +38,12 @@ def angles(drafter: Drafter, positions: torch.Tensor) -> tuple[torch.Tensor, tor
     assert isinstance(rotary, nn.Module)
     found: tuple[torch.Tensor, torch.Tensor] = rotary(torch.zeros(1), position_ids=positions)
     return found
+
+
+@pytest.mark.parametrize(("family", "theta"), [("Gemma3Text", 1e6), ("Zaya", 5e6)])
+def test_a_new_drafter_turns_as_the_targets_layers_that_read_the_whole_prefix(family: str, theta: float) -> None:
+    rope = target_fields(getattr(transformers, f"{family}Config")())["rope_parameters"]
+    assert rope == {"rope_type": "default", "rope_theta": theta}
 
 
 @pytest.mark.parametrize(

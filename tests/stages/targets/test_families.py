@@ -31,6 +31,7 @@ from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets import capabilities
 from draftsmith.stages.targets.agreement import check_agreement
 from draftsmith.stages.targets.attention import scored_attention
+from draftsmith.stages.targets.capabilities import Layers
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.estimate import target_size
 from draftsmith.stages.targets.info import TargetInfo, read_target_info, write_target_info
@@ -40,7 +41,8 @@ from draftsmith.stages.training.config import TrainingConfig
 from draftsmith.stages.training.on_policy.training import OpdConfig, OpdTraining
 from draftsmith.stages.training.response import Feedback
 from draftsmith.stages.training.vocabulary import HeadSource
-from tests.testbed.families import FAMILIES, RECURRENT, SHAPE, WINDOW, write_family
+from tests.testbed.families import ALTERNATING, FAMILIES, RECURRENT, SHAPE, WINDOW, WORDS, write_family
+from tests.testbed.random_target import VOCAB_SIZE, save
 
 TOLERANCE = 2e-4  # of hidden states and nats, float32: attention and states are computed in other orders
 CLEAR = 2e-3  # nats between the best two tokens: no order of computing turns it round
@@ -163,10 +165,12 @@ def test_what_can_be_done_is_known_without_weights(case: Case) -> None:
     recurrent = case.family in RECURRENT
     assert (info.rewindable, info.tree_forward) == (not recurrent, not recurrent)
     scaled, capped = LogitMap(0.25), LogitMap(1.0, 3.0)
-    maps = {"Gemma 2": capped, "Gemma 4": capped, "Command R7B": scaled, "Granite": scaled, "Granite 4 hybrid": scaled}
+    maps = dict.fromkeys(("Gemma 2", "Gemma 4", "Gemma 4 E2B"), capped)
+    maps |= dict.fromkeys(("Command R7B", "Granite", "Granite 4 hybrid", "Falcon-H1"), scaled)
     assert info.logit_map == maps.get(case.family, LogitMap())
     size = target_size(case.folder)
-    assert (size.kv_heads, size.head_dim) == (SHAPE["num_key_value_heads"], SHAPE["head_dim"])
+    heads = (4, 4) if case.family == "Kimi Linear" else (SHAPE["num_key_value_heads"], SHAPE["head_dim"])
+    assert (size.kv_heads, size.head_dim) == heads
     assert case.target.embedding_scale == pytest.approx(32**0.5 if "Gemma" in case.family else 1.0)
 
 
@@ -278,6 +282,26 @@ def test_logits_that_are_not_the_models_own_are_one_clear_error(capped: Path, tm
         Target.load(tmp_path, device="cpu")
 
 
+def test_layers_that_leave_several_vectors_a_token_are_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before weights are read where that is known, else before anything is trained."""
+    from transformers import Gemma2Config, Gemma3nForCausalLM, Gemma3nTextConfig
+
+    shape = SHAPE | {"tie_word_embeddings": True, "sliding_window": WINDOW}
+    config = Gemma3nTextConfig(
+        **shape, layer_types=ALTERNATING, activation_sparsity_pattern=[0.0] * 3, num_kv_shared_layers=1, laurel_rank=4,
+        hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB_SIZE,
+    )  # fmt: skip
+    save(Gemma3nForCausalLM(config), tmp_path, WORDS)
+    with pytest.raises(DraftsmithError, match="layers of gemma3n_text with several vectors a token"):
+        Target.of(tmp_path, dtype="float32", device="cpu")
+    unknown = Layers.of(Gemma2Config(**shape, layer_types=ALTERNATING))
+    monkeypatch.setattr(Layers, "of", lambda _config: unknown)
+    with pytest.raises(DraftsmithError, match="Gemma3nForCausalLM do not leave one vector a token"):
+        Target.of(tmp_path, dtype="float32", device="cpu")
+
+
 @pytest.mark.parametrize(
     ("family", "broken", "said"),
     [
@@ -285,6 +309,7 @@ def test_logits_that_are_not_the_models_own_are_one_clear_error(capped: Path, tm
         ("LFM2", "commit", "cached forwards differ"),
         ("Granite 4 hybrid", "settle", "cached forwards of one token differ"),
         ("Granite 4 hybrid", "copy", "cached forwards of one token differ"),
+        ("Kimi Linear", "copy", "cached forwards of one token differ"),
     ],
 )
 def test_forwards_that_are_not_the_models_own_are_one_clear_error(

@@ -16,8 +16,8 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.loading import load_weights
 from draftsmith.stages.targets.source import check_weights
-from tests.testbed.families import write_family
-from tests.testbed.random_target import write_artifact, write_model
+from tests.testbed.families import FAMILIES, WORDS, write_family
+from tests.testbed.random_target import fill, save, write_artifact, write_model
 
 WEIGHTS = "model.safetensors"
 
@@ -53,6 +53,33 @@ def test_of_tied_weights_one_is_enough_and_the_part_for_images_is_not_read(tmp_p
     assert len(text) < len(tensors) and not any("lm_head" in name for name in text)
     save_file(text, tmp_path / WEIGHTS, metadata={"format": "pt"})
     Target.of(tmp_path, dtype="float32", device="cpu")
+
+
+def test_a_model_that_holds_a_causal_lm_whole_is_that_one(tmp_path: Path) -> None:
+    """It has no head of its own."""
+    from transformers import NemotronH_Omni_Reasoning_V3, NemotronH_Omni_Reasoning_V3_Config
+
+    vision = {"model_type": "radio", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "patch_size": 4, "image_size": 16, "max_img_size": 64}
+    config = NemotronH_Omni_Reasoning_V3_Config(
+        text_config=FAMILIES["Nemotron-H"](), vision_config=vision | {"video_temporal_patch_size": 2},
+        projector_hidden_size=16, vision_hidden_size=16, image_token_id=0,
+    )  # fmt: skip
+    model = NemotronH_Omni_Reasoning_V3(config)
+    fill(model, 0)
+    save(model, tmp_path, WORDS)
+    target = Target.of(tmp_path, dtype="float32", device="cpu")
+    ids = torch.arange(1, 21)[None]
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(target.logits(target.read(ids).hidden), expected, atol=1e-4, rtol=1e-4)
+    (tmp_path / "cut").mkdir()
+    for path in tmp_path.glob("*.json"):
+        (tmp_path / "cut" / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file({n: t for n, t in tensors.items() if "lm_head" not in n}, tmp_path / "cut" / WEIGHTS, {"format": "pt"})
+    with pytest.raises(DraftsmithError, match=r"lack language_model\.lm_head\.weight"):
+        Target.of(tmp_path / "cut", dtype="float32", device="cpu")
 
 
 def test_of_quantised_weights_too(tmp_path: Path) -> None:

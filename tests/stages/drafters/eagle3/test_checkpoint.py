@@ -11,6 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from transformers import Glm4MoeConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from draftsmith.artifacts.errors import DraftsmithError
@@ -186,6 +187,12 @@ def test_a_drafting_head_holds_the_most_frequent_tokens_that_it_can_propose(save
     head = loaded.drafting_head(plain_target.head_weight, 9)  # by frequency the last ids come first here
     assert head.token_ids is not None
     assert head.token_ids.tolist() == [token for token in loaded.draft_tokens.tolist() if token >= V - 9]
+
+
+def test_heads_that_do_not_divide_the_targets_width_are_fewer() -> None:
+    """GLM-4.5: a Llama's must, to transformers and so to engines."""
+    made = plan_of_new(Eagle3Config(kind="eagle3"), Glm4MoeConfig(head_dim=128), lambda: None).config
+    assert (made.hidden_size, made.num_attention_heads, made.num_key_value_heads, made.head_dim) == (4096, 32, 8, 128)
 
 
 # ---- layers
