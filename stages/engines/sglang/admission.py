@@ -47,6 +47,7 @@ class Admission:
     def __init__(self, client: httpx.AsyncClient, expected: Expected, log: Callable[[str], None]):
         self._client, self._expected, self._log = client, expected, log
         self._found: dict[Server, Found] = {}
+        self._told: set[str] = set()
 
     @property
     def facts(self) -> dict[str, Facts]:
@@ -73,9 +74,6 @@ class Admission:
                 raise found
             else:
                 self._take(server, found)
-                for facts in found.facts.values():
-                    for remark in facts.remarks:
-                        self._log(remark)
         if len(absent) == len(servers):
             raise absent[0]
         for error in absent:
@@ -162,5 +160,10 @@ class Admission:
     def _take(self, server: Server, found: Found) -> None:
         self._found[server] = found
         server.replicas, server.behind = found.replicas, found.behind
+        for facts in found.facts.values():
+            for remark in facts.remarks:
+                if remark not in self._told:
+                    self._told.add(remark)
+                    self._log(remark)
         if found.behind:
             self._log(f"{server.url} routes to {len(found.behind)} servers")

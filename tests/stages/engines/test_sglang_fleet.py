@@ -115,7 +115,7 @@ def test_a_server_that_was_not_there_at_the_start_is_let_in_later(
     plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
     logs: list[str] = []
-    with server_of(plain) as late, server_of(plain) as here:
+    with server_of(plain, server={"kv_cache_dtype": "fp8_e5m2"}) as late, server_of(plain) as here:
         late.stop()
         with opened(tiny_drafter, tmp_path, {"urls": [late.url, here.url]}, log=logs.append) as engine:
             assert any(line.startswith(f"left out: engine: {late.url} cannot be reached") for line in logs)
@@ -125,6 +125,7 @@ def test_a_server_that_was_not_there_at_the_start_is_let_in_later(
             late.asked.clear()
             assert dict(answers_of(engine)) == RIGHT
             assert late.count("/generate") > 0
+    assert sum(f"{late.url} computes with kv_cache_dtype fp8_e5m2" in line for line in logs) == 1, "as at the start"
 
 
 @pytest.mark.parametrize(
