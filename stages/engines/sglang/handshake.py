@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     import httpx
 
 _PROBE_TOKENS = 8
+_SAMPLED_OTHERWISE = ("speculative_use_rejection_sampling", "speculative_use_block_verification")
+_DRAFTED_OTHERWISE = (  # than the checkpoint says, and so than replay drafts
+    "speculative_draft_window_size",
+    "speculative_token_map",
+    "speculative_adaptive",
+    "speculative_draft_model_quantization",
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ async def shake_hands(client: httpx.AsyncClient, url: str, expected: Expected, l
         server = await get(client, url, "server_info", "get_server_info")
         here = await asyncio.to_thread(is_here, url)
         remarks = await _check_model(client, url, model, expected)
-        _check_preferred(url, model)
+        _check_preferred(url, model, server)
         remarks += check_settings(url, model, server, expected)
         remarks += await check_weights(client, url, str(model.get("model_path")), server, expected, log, here=here)
         remarks += await _check_drafter(url, server, expected, here=here)
@@ -118,8 +125,13 @@ async def _check_model(client: httpx.AsyncClient, url: str, model: dict[str, Any
     return remarks
 
 
-def _check_preferred(url: str, model: dict[str, Any]) -> None:
-    """A server fills up what a request leaves out with preferences of its own, and a router passes on no nulls."""
+def _check_preferred(url: str, model: dict[str, Any], server: dict[str, Any]) -> None:
+    """A server fills up what a request leaves out with preferences of its own, and a router passes on no nulls. A
+    watermark's key stands for chance: prompts that end alike are answered alike."""
+    if on := [name for name in ("default_enabled", "enforce_all") if server.get(f"watermark_{name}")]:
+        raise wrong(
+            url, f"puts a watermark on sampled answers ({', '.join(on)} of --watermark-config); start it without"
+        )
     preferred = model.get("preferred_sampling_params") or {}
     preferred = json.loads(preferred) if isinstance(preferred, str) else preferred
     if others := [name for name, value in preferred.items() if value is not None and name not in SETTLED]:
@@ -159,7 +171,13 @@ async def _check_drafter(url: str, server: dict[str, Any], expected: Expected, *
     remarks = [
         f"{url} runs with --{name.replace('_', '-')}: sampled answers take other verify steps than replay says, greedy "
         "ones do not"
-        for name in ("speculative_use_rejection_sampling", "speculative_use_block_verification")
+        for name in _SAMPLED_OTHERWISE
+        if server.get(name)
+    ]
+    remarks += [
+        f"{url} drafts with --{name.replace('_', '-')} {server[name]}: its verify steps are not those of replay, which "
+        "knows nothing of that; where too many differ, mining refuses them"
+        for name in _DRAFTED_OTHERWISE
         if server.get(name)
     ]
     digest = await asyncio.to_thread(served_drafter_digest, Path(path)) if here else None

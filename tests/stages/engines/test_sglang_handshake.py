@@ -167,6 +167,23 @@ def test_a_server_whose_sampled_steps_are_not_replays_says_so(option: str, assis
         assert [f"--{option.replace('_', '-')}: sampled answers" in remark for remark in remarks] == [True] * given
 
 
+@pytest.mark.parametrize(
+    ("option", "given"),
+    [
+        ("draft_window_size", 512), ("token_map", "hot.pt"), ("adaptive", True), ("draft_model_quantization", "fp8"),
+    ],
+)  # fmt: skip
+def test_a_server_that_drafts_otherwise_than_the_checkpoint_says_so(
+    option: str, given: Any, assisted: Expected
+) -> None:
+    """Its digest, its block and its answers are right: without a word only mining would find it, after the rollout."""
+    for value in (given, None):
+        with server_of(assisted, server={f"speculative_{option}": value}) as server:
+            remarks = shake(server, assisted).remarks
+        told = f"drafts with --speculative-{option.replace('_', '-')} {given}: its verify steps are not those of replay"
+        assert [told in remark for remark in remarks] == [True] * (value is not None)
+
+
 def test_what_cannot_be_compared_is_said(plain: Expected) -> None:
     with server_of(plain, model={"model_path": "/on/another/machine"}) as server:
         remarks = shake(server, plain).remarks
@@ -262,6 +279,17 @@ def test_what_a_server_prefers_must_be_what_requests_can_settle(given: Any, plai
             pytest.raises(DraftsmithError, match=rf"\({name}\); start it without --preferred-sampling-params"),
         ):
             shake(server, plain)
+
+
+@pytest.mark.parametrize("option", ["default_enabled", "enforce_all"])
+def test_a_server_that_draws_by_a_watermarks_key_is_refused(option: str, plain: Expected) -> None:
+    with server_of(plain, server={"enable_watermark": True, "watermark_key": None}) as server:
+        shake(server, plain)  # requests do not ask for one
+    with (
+        server_of(plain, server={f"watermark_{option}": True}) as server,
+        pytest.raises(DraftsmithError, match=rf"a watermark on sampled answers \({option} of --watermark-config\)"),
+    ):
+        shake(server, plain)
 
 
 def test_a_server_in_trouble_may_be_asked_again_later(plain: Expected) -> None:
