@@ -45,7 +45,7 @@ class Facts:
     records_trace: bool
     greedy_only: bool = False  # it drafts and verifies greedily: sampled answers would follow another law
     replicas: int = 1  # of the model
-    start: str = ""  # what differs from one start of the server to the next
+    start: str = ""  # what differs from one start of the server, or one update of its weights, to the next
     remarks: list[str] = field(default_factory=list)  # what could not be checked, or is worth knowing
 
 
@@ -74,23 +74,26 @@ async def shake_hands(client: httpx.AsyncClient, url: str, expected: Expected, l
         records,
         greedy_only,
         replicas=int(server.get("dp_size") or 1),
-        start=_start(server),
+        start=_start(model, server),
         remarks=remarks,
     )
 
 
-async def started_again(client: httpx.AsyncClient, url: str, facts: Facts) -> bool:
-    """Is a server another process than the one that was checked? Not known, and False, of one that does not say."""
+async def is_another(client: httpx.AsyncClient, url: str, facts: Facts) -> bool:
+    """Is a server another process than the one that was checked, or has it got other weights since? Not known, and
+    False, of one that does not say."""
     try:
-        return _start(await get(client, url, "server_info", "get_server_info")) != facts.start
+        model = await get(client, url, "model_info", "get_model_info")
+        return _start(model, await get(client, url, "server_info", "get_server_info")) != facts.start
     except (LostError, DraftsmithError):
         return False
 
 
-def _start(server: dict[str, Any]) -> str:
-    """How long a server took to start, in parts, and the seed that it drew."""
-    said = {name: server[name] for name in ("startup_time", "random_seed") if server.get(name) is not None}
-    return json.dumps(said, sort_keys=True) if said else ""
+def _start(model: dict[str, Any], server: dict[str, Any]) -> str:
+    """How long a server took to start, in parts, the seed that it drew, and what an update of its weights changes."""
+    said = {name: server.get(name) for name in ("startup_time", "random_seed")}
+    said |= {name: model.get(name) for name in ("model_path", "weight_version")}
+    return json.dumps(said, sort_keys=True)
 
 
 async def records_through(client: httpx.AsyncClient, url: str, expected: Expected) -> bool:
