@@ -81,8 +81,11 @@ class LoggedRow(Row):
 
     @property
     def stopped(self) -> bool:
-        """Did the target end the answer itself? Text does not show its stop token: the row has to say it."""
-        return self.fields.get("finish_reason") == "stop"
+        """Did the target end the answer itself? Text does not show its stop token: the row has to say it, and nothing
+        of stop strings, which end answers for the same reason: the request's `stop`, the server's `matched_stop`."""
+        matched, strings = self.fields.get("matched_stop"), self.fields.get("stop")
+        by_string = isinstance(matched, str) or (matched is None and isinstance(strings, str | list) and bool(strings))
+        return self.fields.get("finish_reason") == "stop" and not by_string
 
     @property
     def endless(self) -> bool:
