@@ -19,6 +19,7 @@ from draftsmith.stages.engines.sglang.asking import generate, get, is_here, json
 from draftsmith.stages.engines.sglang.client import LostError
 from draftsmith.stages.engines.sglang.expected import PROBE_TEXT, Expected
 from draftsmith.stages.engines.sglang.greedy import verifies_greedily
+from draftsmith.stages.engines.sglang.protocol import SUPPORTED, supported
 from draftsmith.stages.engines.sglang.records import SETTLED, completion_of, trace_identity
 from draftsmith.stages.engines.sglang.weights import check_settings, check_weights
 
@@ -55,7 +56,9 @@ async def shake_hands(client: httpx.AsyncClient, url: str, expected: Expected, l
         model = await get(client, url, "model_info", "get_model_info")
         server = await get(client, url, "server_info", "get_server_info")
         here = await asyncio.to_thread(is_here, url)
-        remarks = await _check_model(client, url, model, expected)
+        version = str(server.get("version", "?"))
+        remarks = [] if supported(version) else [f"{url} is sglang {version}, outside the tested {SUPPORTED}"]
+        remarks += await _check_model(client, url, model, expected)
         _check_preferred(url, model, server)
         remarks += check_settings(url, model, server, expected)
         remarks += await check_weights(client, url, str(model.get("model_path")), server, expected, log, here=here)
@@ -68,7 +71,7 @@ async def shake_hands(client: httpx.AsyncClient, url: str, expected: Expected, l
     except LostError as error:
         raise RetryableError(f"engine: {url} {error}; see that the server runs, then run the same command") from error
     return Facts(
-        str(server.get("version", "?")),
+        version,
         server.get("speculative_algorithm") or None,
         str(server.get("device", "?")),
         records,

@@ -184,6 +184,13 @@ def test_a_server_that_drafts_otherwise_than_the_checkpoint_says_so(
         assert [told in remark for remark in remarks] == [True] * (value is not None)
 
 
+def test_a_release_that_was_never_tested_is_told_of_running_servers_too(plain: Expected) -> None:
+    for version, told in (("0.5.23", []), ("0.5.24.dev3", ["0.5.24.dev3"]), (None, ["None"])):
+        with server_of(plain, server={"version": version}) as server:
+            remarks = shake(server, plain).remarks
+        assert remarks == [f"{server.url} is sglang {it}, outside the tested >=0.5.20,<0.5.24" for it in told]
+
+
 def test_what_cannot_be_compared_is_said(plain: Expected) -> None:
     with server_of(plain, model={"model_path": "/on/another/machine"}) as server:
         remarks = shake(server, plain).remarks
