@@ -66,15 +66,11 @@ def few_turns(turns: int) -> str:
 
 def _few(turns: Sequence[Mapping[str, Any]], setting: Setting) -> Iterator[tuple[str, ...]]:
     prompts, rounds = turns[0]["prompts"], len({turn["round"] for turn in turns})
+    said, more = f"{prompts} prompt{'s' * (prompts != 1)} a turn", "raise evaluation.speed_prompts"
     if prompts < setting.concurrency:
-        few = f"{prompts} prompt{'s' * (prompts != 1)} a turn"
-        yield "prompts", f"{few} are never {setting.concurrency} in flight (raise evaluation.speed_prompts)"
+        yield "prompts", f"{said} are never {setting.concurrency} in flight ({more})"
     if prompts < FEWEST_PROMPTS:
-        yield (
-            "prompts",
-            f"{prompts} prompt{'s' * (prompts != 1)} a turn say little of others ({FEWEST_PROMPTS} are needed: raise "
-            "evaluation.speed_prompts)",
-        )
+        yield "prompts", f"{said} say little of others ({FEWEST_PROMPTS} are needed: {more})"
     if rounds < FEWEST_TURNS:
         yield "turns", few_turns(rounds)
 
