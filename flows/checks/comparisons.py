@@ -46,7 +46,7 @@ def check_gate(found: Findings, nodes: Sequence[Node]) -> None:
             continue
         measured = configs[node.inputs["evaluation"]]
         assert isinstance(measured, EvaluationConfig)
-        needed = {"rounds": FEWEST_TURNS, "speed_prompts": FEWEST_PROMPTS}
+        needed = {"rounds": FEWEST_TURNS, "speed_prompts": max(FEWEST_PROMPTS, *measured.concurrency)}
         too_low = [
             f"evaluation.{name} {getattr(measured, name)} (from {least} on)"
             for name, least in needed.items()

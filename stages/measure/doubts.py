@@ -43,7 +43,8 @@ def doubts(
     found = []
     for setting in settings:
         own, requests = at_setting(turns, setting), at_setting(rows, setting)
-        for kind, said, *arms in (*_few(own), *_above_tau(own, requests, setting), *_drifting(own), *_disturbed(own)):
+        of_speed = *_above_tau(own, requests, setting), *_drifting(own), *_disturbed(own)
+        for kind, said, *arms in (*_few(own, setting), *of_speed):
             found.append(asdict(Doubt(kind, said, setting.temperature, setting.concurrency, tuple(arms))))
     return found
 
@@ -63,14 +64,13 @@ def few_turns(turns: int) -> str:
     return f"{turns} turn{'s' * (turns != 1)}, {FEWEST_TURNS} are needed: raise evaluation.rounds"
 
 
-def _few(turns: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
+def _few(turns: Sequence[Mapping[str, Any]], setting: Setting) -> Iterator[tuple[str, ...]]:
     prompts, rounds = turns[0]["prompts"], len({turn["round"] for turn in turns})
+    said, more = f"{prompts} prompt{'s' * (prompts != 1)} a turn", "raise evaluation.speed_prompts"
+    if prompts < setting.concurrency:
+        yield "prompts", f"{said} are never {setting.concurrency} in flight ({more})"
     if prompts < FEWEST_PROMPTS:
-        yield (
-            "prompts",
-            f"{prompts} prompt{'s' * (prompts != 1)} a turn say little of others ({FEWEST_PROMPTS} are needed: raise "
-            "evaluation.speed_prompts)",
-        )
+        yield "prompts", f"{said} say little of others ({FEWEST_PROMPTS} are needed: {more})"
     if rounds < FEWEST_TURNS:
         yield "turns", few_turns(rounds)
 

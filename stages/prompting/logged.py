@@ -64,6 +64,11 @@ class LoggedRow(Row):
         None where none does, or it says nothing."""
         if any(self._number(name, neutral) != neutral for name, neutral in _PENALTIES.items()):
             return "drawn with penalties"
+        if _holds(self.fields.get("logit_bias")):
+            return "drawn with a logit bias"
+        form = self.fields.get("response_format")
+        if isinstance(form, dict) and form.get("type") not in (None, "text"):
+            return "drawn under a response_format"
         if law.greedy:
             return None
         if self._number("min_p", 0) != 0:
@@ -81,13 +86,21 @@ class LoggedRow(Row):
 
     @property
     def stopped(self) -> bool:
-        """Did the target end the answer itself? Text does not show its stop token: the row has to say it."""
-        return self.fields.get("finish_reason") == "stop"
+        """Did the target end the answer itself? Text does not show its stop token: the row has to say it, and nothing
+        of stop strings, which end answers for the same reason: the request's `stop`, the server's `matched_stop`."""
+        matched, strings = self.fields.get("matched_stop"), self.fields.get("stop")
+        by_string = isinstance(matched, str) or (matched is None and isinstance(strings, str | list) and bool(strings))
+        return self.fields.get("finish_reason") == "stop" and not by_string
 
     @property
     def endless(self) -> bool:
         """Is it text that does not say how it ended?"""
         return self.fields.get("completion_token_ids") is None and self.fields.get("finish_reason") is None
+
+
+def _holds(bias: Any) -> bool:
+    """Does a field of token → number move anything? Parquet rows have the tokens of all rows, most without a number."""
+    return isinstance(bias, dict) and any(isinstance(each, int | float) and each != 0 for each in bias.values())
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,12 @@ def test_a_stopped_answer_ends_with_the_token_that_the_template_ends_turns_with(
     reader = Reader(other, vocab_size=len(other), eos_ids=[ends_documents, eos], max_tokens=500, template_kwargs={})
     row = {"messages": answers[0]["messages"], "completion": "yes, it is", "finish_reason": "stop"}
     assert reader.read(LoggedRow("log", 1, row)).response_ids[-1] == eos
+    for said, ends in (  # a stop string ends an answer for the same reason, and no token follows the text
+        ({"stop": []}, True), ({"stop": None, "matched_stop": None}, True),
+        ({"stop": ["Q:"], "matched_stop": eos}, True), ({"stop": ["Q:"]}, False),
+        ({"stop": "Q:"}, False), ({"matched_stop": "Q:"}, False),
+    ):  # fmt: skip
+        assert (reader.read(LoggedRow("log", 1, row | said)).response_ids[-1] == eos) is ends, said
     other.chat_template = None
     reader = Reader(other, vocab_size=len(other), eos_ids=[ends_documents, eos], max_tokens=500, template_kwargs={})
     assert reader.stop_id == ends_documents, "nothing else is known"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.engines.sglang.expected import Expected
-from draftsmith.stages.engines.sglang.handshake import Facts, records_through, shake_hands, started_again
+from draftsmith.stages.engines.sglang.handshake import Facts, is_another, records_through, shake_hands
 from draftsmith.stages.engines.sglang.health import Server, State
 from draftsmith.stages.engines.sglang.router import workers_behind
 
@@ -47,6 +47,7 @@ class Admission:
     def __init__(self, client: httpx.AsyncClient, expected: Expected, log: Callable[[str], None]):
         self._client, self._expected, self._log = client, expected, log
         self._found: dict[Server, Found] = {}
+        self._told: set[str] = set()
 
     @property
     def facts(self) -> dict[str, Facts]:
@@ -73,9 +74,6 @@ class Admission:
                 raise found
             else:
                 self._take(server, found)
-                for facts in found.facts.values():
-                    for remark in facts.remarks:
-                        self._log(remark)
         if len(absent) == len(servers):
             raise absent[0]
         for error in absent:
@@ -101,13 +99,20 @@ class Admission:
         self._compare(server, found)
         self._take(server, found)
 
-    async def follow(self, router: Server) -> None:
-        """Check what has joined a router since the last look, or was started again behind it, and forget what has left
-        it. What does not answer counts when it does. Raises as `check` does."""
-        known = self._found[router]
+    async def follow(self, server: Server) -> None:
+        """Check a server that was started again since the last look, or has other weights. Raises as `check` does."""
+        known = self._found[server]
+        if known.through is not None:
+            await self._follow_router(server, known)
+        elif await is_another(self._client, server.url, known.facts[server.url]):
+            await self.check(server)
+
+    async def _follow_router(self, router: Server, known: Found) -> None:
+        """The same of all behind a router, and of what has joined it; what has left is forgotten. What does not answer
+        counts when it does."""
         workers = await workers_behind(self._client, router.url) or []
         stayed = [worker for worker in workers if worker in known.facts]
-        again = await asyncio.gather(*(started_again(self._client, url, known.facts[url]) for url in stayed))
+        again = await asyncio.gather(*(is_another(self._client, url, known.facts[url]) for url in stayed))
         same = {worker for worker, other in zip(stayed, again, strict=True) if not other}
         joined = [worker for worker in workers if worker not in same]
         if not workers or (not joined and same == set(known.facts)):
@@ -162,5 +167,10 @@ class Admission:
     def _take(self, server: Server, found: Found) -> None:
         self._found[server] = found
         server.replicas, server.behind = found.replicas, found.behind
+        for facts in found.facts.values():
+            for remark in facts.remarks:
+                if remark not in self._told:
+                    self._told.add(remark)
+                    self._log(remark)
         if found.behind:
             self._log(f"{server.url} routes to {len(found.behind)} servers")

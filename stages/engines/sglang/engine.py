@@ -65,7 +65,12 @@ class LoopThread:
             raise
 
     def call(self, function: Callable[[], None]) -> None:
-        self._loop.call_soon_threadsafe(function)
+        """In the loop, and done when this returns."""
+
+        async def called() -> None:
+            function()
+
+        self.run(called())
 
     def close(self) -> None:
         """End every task, then the thread."""

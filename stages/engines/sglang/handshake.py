@@ -19,6 +19,7 @@ from draftsmith.stages.engines.sglang.asking import generate, get, is_here, json
 from draftsmith.stages.engines.sglang.client import LostError
 from draftsmith.stages.engines.sglang.expected import PROBE_TEXT, Expected
 from draftsmith.stages.engines.sglang.greedy import verifies_greedily
+from draftsmith.stages.engines.sglang.protocol import SUPPORTED, supported
 from draftsmith.stages.engines.sglang.records import SETTLED, completion_of, trace_identity
 from draftsmith.stages.engines.sglang.weights import check_settings, check_weights
 
@@ -26,6 +27,13 @@ if TYPE_CHECKING:
     import httpx
 
 _PROBE_TOKENS = 8
+_SAMPLED_OTHERWISE = ("speculative_use_rejection_sampling", "speculative_use_block_verification")
+_DRAFTED_OTHERWISE = (  # than the checkpoint says, and so than replay drafts
+    "speculative_draft_window_size",
+    "speculative_token_map",
+    "speculative_adaptive",
+    "speculative_draft_model_quantization",
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Facts:
     records_trace: bool
     greedy_only: bool = False  # it drafts and verifies greedily: sampled answers would follow another law
     replicas: int = 1  # of the model
-    start: str = ""  # what differs from one start of the server to the next
+    start: str = ""  # what differs from one start of the server, or one update of its weights, to the next
     remarks: list[str] = field(default_factory=list)  # what could not be checked, or is worth knowing
 
 
@@ -48,8 +56,10 @@ async def shake_hands(client: httpx.AsyncClient, url: str, expected: Expected, l
         model = await get(client, url, "model_info", "get_model_info")
         server = await get(client, url, "server_info", "get_server_info")
         here = await asyncio.to_thread(is_here, url)
-        remarks = await _check_model(client, url, model, expected)
-        _check_preferred(url, model)
+        version = str(server.get("version", "?"))
+        remarks = [] if supported(version) else [f"{url} is sglang {version}, outside the tested {SUPPORTED}"]
+        remarks += await _check_model(client, url, model, expected)
+        _check_preferred(url, model, server)
         remarks += check_settings(url, model, server, expected)
         remarks += await check_weights(client, url, str(model.get("model_path")), server, expected, log, here=here)
         remarks += await _check_drafter(url, server, expected, here=here)
@@ -61,29 +71,32 @@ async def shake_hands(client: httpx.AsyncClient, url: str, expected: Expected, l
     except LostError as error:
         raise RetryableError(f"engine: {url} {error}; see that the server runs, then run the same command") from error
     return Facts(
-        str(server.get("version", "?")),
+        version,
         server.get("speculative_algorithm") or None,
         str(server.get("device", "?")),
         records,
         greedy_only,
         replicas=int(server.get("dp_size") or 1),
-        start=_start(server),
+        start=_start(model, server),
         remarks=remarks,
     )
 
 
-async def started_again(client: httpx.AsyncClient, url: str, facts: Facts) -> bool:
-    """Is a server another process than the one that was checked? Not known, and False, of one that does not say."""
+async def is_another(client: httpx.AsyncClient, url: str, facts: Facts) -> bool:
+    """Is a server another process than the one that was checked, or has it got other weights since? Not known, and
+    False, of one that does not say."""
     try:
-        return _start(await get(client, url, "server_info", "get_server_info")) != facts.start
+        model = await get(client, url, "model_info", "get_model_info")
+        return _start(model, await get(client, url, "server_info", "get_server_info")) != facts.start
     except (LostError, DraftsmithError):
         return False
 
 
-def _start(server: dict[str, Any]) -> str:
-    """How long a server took to start, in parts, and the seed that it drew."""
-    said = {name: server[name] for name in ("startup_time", "random_seed") if server.get(name) is not None}
-    return json.dumps(said, sort_keys=True) if said else ""
+def _start(model: dict[str, Any], server: dict[str, Any]) -> str:
+    """How long a server took to start, in parts, the seed that it drew, and what an update of its weights changes."""
+    said = {name: server.get(name) for name in ("startup_time", "random_seed")}
+    said |= {name: model.get(name) for name in ("model_path", "weight_version")}
+    return json.dumps(said, sort_keys=True)
 
 
 async def records_through(client: httpx.AsyncClient, url: str, expected: Expected) -> bool:
@@ -118,8 +131,13 @@ async def _check_model(client: httpx.AsyncClient, url: str, model: dict[str, Any
     return remarks
 
 
-def _check_preferred(url: str, model: dict[str, Any]) -> None:
-    """A server fills up what a request leaves out with preferences of its own, and a router passes on no nulls."""
+def _check_preferred(url: str, model: dict[str, Any], server: dict[str, Any]) -> None:
+    """A server fills up what a request leaves out with preferences of its own, and a router passes on no nulls. A
+    watermark's key stands for chance: prompts that end alike are answered alike."""
+    if on := [name for name in ("default_enabled", "enforce_all") if server.get(f"watermark_{name}")]:
+        raise wrong(
+            url, f"puts a watermark on sampled answers ({', '.join(on)} of --watermark-config); start it without"
+        )
     preferred = model.get("preferred_sampling_params") or {}
     preferred = json.loads(preferred) if isinstance(preferred, str) else preferred
     if others := [name for name, value in preferred.items() if value is not None and name not in SETTLED]:
@@ -159,7 +177,13 @@ async def _check_drafter(url: str, server: dict[str, Any], expected: Expected, *
     remarks = [
         f"{url} runs with --{name.replace('_', '-')}: sampled answers take other verify steps than replay says, greedy "
         "ones do not"
-        for name in ("speculative_use_rejection_sampling", "speculative_use_block_verification")
+        for name in _SAMPLED_OTHERWISE
+        if server.get(name)
+    ]
+    remarks += [
+        f"{url} drafts with --{name.replace('_', '-')} {server[name]}: its verify steps are not those of replay, which "
+        "knows nothing of that; where too many differ, mining refuses them"
+        for name in _DRAFTED_OTHERWISE
         if server.get(name)
     ]
     digest = await asyncio.to_thread(served_drafter_digest, Path(path)) if here else None

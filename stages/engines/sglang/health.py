@@ -1,5 +1,5 @@
-"""Which servers answer: a probe settles doubts, the lost are revived or awaited and checked when they return, and what
-joins a router is checked as well."""
+"""Which servers answer: a probe settles doubts, the lost are revived or awaited and checked when they return, and so is
+what joins a router, or was started again without a request noticing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ALL_DOWN_RETURN_S = 15.0  # the same while all are down, for they have not long
 _TICK_S = 1.0  # between two looks at whether they are
 _DOUBLINGS = 60  # of a pause, which is at its longest by then; 2.0 ** 1024 is no float
 _LATER = 5  # the look that is the first one at a server that is there, but whose answers are no use
-_FOLLOW_S = 60.0  # between two looks at what stands behind a router
+_FOLLOW_S = 60.0  # between two looks at whether a server, or what stands behind a router, is what was checked
 
 
 @dataclass
@@ -91,8 +91,8 @@ class Health:
 
     revive: asked when a server is dead; returns whether it is back (under a `url` that may be new). check: whether a
     server is still the right one; raises DraftsmithError if not, RetryableError if it does not answer. follow: checks
-    what has joined a router, as `check` does. spawn: runs something in the background. changed: called when a state has
-    changed.
+    a server that is another one by now, and what has joined a router, as `check` does. spawn: runs something in the
+    background. changed: called when a state has changed.
     """
 
     def __init__(
@@ -113,12 +113,12 @@ class Health:
         self._spawn, self._changed, self._backoff_s = spawn, changed, backoff_s
 
     def start(self) -> None:
-        """Look for servers that are down from the beginning, and at those behind routers."""
+        """Look for servers that are down from the beginning, and at those that are not launched here."""
         for server in self._servers:
             if server.state is State.DOWN and self.may_return(server):
                 self._spawn(self._await_return(server))
         if self._follow is not None:
-            self._spawn(self._follow_routers(self._follow))
+            self._spawn(self._follow_given(self._follow))
 
     async def probe(self, server: Server) -> None:
         """Does it compute? Of a router: is it there, and does one of its servers? Raises LostError."""
@@ -266,12 +266,13 @@ class Health:
                 return
             await asyncio.sleep(min(left, _TICK_S))
 
-    async def _follow_routers(self, follow: Callable[[Server], Awaitable[None]]) -> None:
-        """What joins a router gets requests from it at once: a wrong one is a reason to ask the router no more."""
+    async def _follow_given(self, follow: Callable[[Server], Awaitable[None]]) -> None:
+        """What joins a router, or takes a server's place behind a gateway, gets requests at once: a wrong one is a
+        reason to ask there no more."""
         while True:
             await asyncio.sleep(_FOLLOW_S)
             for server in self._servers:
-                if server.behind and server.state is State.UP and not server.launched:
+                if server.state is State.UP and not server.launched:
                     try:
                         await follow(server)
                     except RetryableError:

@@ -140,6 +140,21 @@ def test_the_only_server_is_asked_twice_more_before_a_bad_answer_ends_a_rollout(
         assert sum("set aside and asked for again: request r1" in line for line in logs) == 2
 
 
+def test_a_new_bound_holds_from_the_first_request_on(
+    plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    """A turn of a speed measurement that began with the last one's requests in flight would measure that."""
+    with (
+        server_of(plain, generate=lambda p: answer(p, delay_s=0.0 if is_probe(p) else 0.3)) as server,
+        opened(tiny_drafter, tmp_path, {"urls": [server.url]}) as engine,
+    ):
+        for bound in (1, 8, 1, 8):
+            engine.set_concurrency(bound)
+            server.most_at_once = 0
+            assert len(list(engine.generate(MANY[:bound]))) == bound
+            assert server.most_at_once == bound
+
+
 def test_a_stage_that_waits_for_an_answer_reacts_to_a_stop_within_seconds(
     plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -111,11 +112,38 @@ def test_a_server_that_comes_back_as_another_is_left_out(
     assert f"SGLang server {first.url} is there again" not in logs
 
 
+@pytest.mark.parametrize("by", ["started again", "weights put in"])
+def test_a_server_that_becomes_another_without_a_request_noticing_is_asked_no_more(
+    by: str, plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gateway leads to the next process when the last one has finished its requests; answers go on."""
+    monkeypatch.setattr(health, "_FOLLOW_S", 0.05)
+    logs: list[str] = []
+    says = {"startup_time": {"load_weight": 1.25}, "random_seed": 1}
+    with (
+        server_of(plain, server=says) as server,
+        server_of(plain) as good,
+        opened(tiny_drafter, tmp_path, {"urls": [server.url, good.url]}, log=logs.append) as engine,
+    ):
+        if by == "started again":
+            says |= {"random_seed": 2, "max_req_input_len": 10}
+        else:
+            server.replies["/model_info"] = lambda _: good_model(plain) | {"model_path": "/new", "is_generation": False}
+        told = f"SGLang server {server.url} is lost: engine: the server {server.url} "
+        deadline = time.monotonic() + 20
+        while not any(line.startswith(told) for line in logs):
+            assert time.monotonic() < deadline
+            assert dict(answers_of(engine)) == RIGHT
+        server.asked.clear()
+        assert dict(answers_of(engine)) == RIGHT
+        assert not any("rid" in payload for _, payload in server.asked)
+
+
 def test_a_server_that_was_not_there_at_the_start_is_let_in_later(
     plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
     logs: list[str] = []
-    with server_of(plain) as late, server_of(plain) as here:
+    with server_of(plain, server={"kv_cache_dtype": "fp8_e5m2"}) as late, server_of(plain) as here:
         late.stop()
         with opened(tiny_drafter, tmp_path, {"urls": [late.url, here.url]}, log=logs.append) as engine:
             assert any(line.startswith(f"left out: engine: {late.url} cannot be reached") for line in logs)
@@ -125,6 +153,7 @@ def test_a_server_that_was_not_there_at_the_start_is_let_in_later(
             late.asked.clear()
             assert dict(answers_of(engine)) == RIGHT
             assert late.count("/generate") > 0
+    assert sum(f"{late.url} computes with kv_cache_dtype fp8_e5m2" in line for line in logs) == 1, "as at the start"
 
 
 @pytest.mark.parametrize(

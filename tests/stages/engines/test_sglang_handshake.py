@@ -130,7 +130,7 @@ def shake(server: HttpServer, expected: Expected, under: str | None = None, logs
 def test_the_right_server_is_accepted(names: tuple[str, str], plain: Expected) -> None:
     with server_of(plain, names=names) as server:
         facts = shake(server, plain)
-    assert facts == Facts("0.5.20", None, "cuda", records_trace=False, remarks=[])
+    assert facts == Facts("0.5.20", None, "cuda", records_trace=False, start=facts.start, remarks=[])
 
 
 def test_records_of_this_drafter_are_trusted(assisted: Expected) -> None:
@@ -165,6 +165,30 @@ def test_a_server_whose_sampled_steps_are_not_replays_says_so(option: str, assis
         with server_of(assisted, server={option: given}) as server:
             remarks = shake(server, assisted).remarks
         assert [f"--{option.replace('_', '-')}: sampled answers" in remark for remark in remarks] == [True] * given
+
+
+@pytest.mark.parametrize(
+    ("option", "given"),
+    [
+        ("draft_window_size", 512), ("token_map", "hot.pt"), ("adaptive", True), ("draft_model_quantization", "fp8"),
+    ],
+)  # fmt: skip
+def test_a_server_that_drafts_otherwise_than_the_checkpoint_says_so(
+    option: str, given: Any, assisted: Expected
+) -> None:
+    """Its digest, its block and its answers are right: without a word only mining would find it, after the rollout."""
+    for value in (given, None):
+        with server_of(assisted, server={f"speculative_{option}": value}) as server:
+            remarks = shake(server, assisted).remarks
+        told = f"drafts with --speculative-{option.replace('_', '-')} {given}: its verify steps are not those of replay"
+        assert [told in remark for remark in remarks] == [True] * (value is not None)
+
+
+def test_a_release_that_was_never_tested_is_told_of_running_servers_too(plain: Expected) -> None:
+    for version, told in (("0.5.23", []), ("0.5.24.dev3", ["0.5.24.dev3"]), (None, ["None"])):
+        with server_of(plain, server={"version": version}) as server:
+            remarks = shake(server, plain).remarks
+        assert remarks == [f"{server.url} is sglang {it}, outside the tested >=0.5.20,<0.5.24" for it in told]
 
 
 def test_what_cannot_be_compared_is_said(plain: Expected) -> None:
@@ -262,6 +286,17 @@ def test_what_a_server_prefers_must_be_what_requests_can_settle(given: Any, plai
             pytest.raises(DraftsmithError, match=rf"\({name}\); start it without --preferred-sampling-params"),
         ):
             shake(server, plain)
+
+
+@pytest.mark.parametrize("option", ["default_enabled", "enforce_all"])
+def test_a_server_that_draws_by_a_watermarks_key_is_refused(option: str, plain: Expected) -> None:
+    with server_of(plain, server={"enable_watermark": True, "watermark_key": None}) as server:
+        shake(server, plain)  # requests do not ask for one
+    with (
+        server_of(plain, server={f"watermark_{option}": True}) as server,
+        pytest.raises(DraftsmithError, match=rf"a watermark on sampled answers \({option} of --watermark-config\)"),
+    ):
+        shake(server, plain)
 
 
 def test_a_server_in_trouble_may_be_asked_again_later(plain: Expected) -> None:

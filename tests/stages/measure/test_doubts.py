@@ -154,6 +154,15 @@ def test_too_few_prompts_or_turns_are_not_decided_on() -> None:
     assert "3 prompts cannot tell" in decision.sentence()
 
 
+def test_turns_with_fewer_prompts_than_should_be_in_flight_say_so() -> None:
+    for in_flight, said in (
+        (8, []),
+        (16, ["8 prompts a turn are never 16 in flight (raise evaluation.speed_prompts)"]),
+    ):
+        turns = [turn | {"concurrency": in_flight} for turn in measured(prompts=8)]
+        assert [doubt["said"] for doubt in doubts(turns, [], [Setting(0.0, in_flight)])] == said
+
+
 def test_what_is_broken_beside_it_is_refused_all_the_same() -> None:
     found = evaluation(changed(measured(), plain=lambda _: 2.0))
     lossy = found | {"exactness": {"fp32_prompts": 4, "fp32_identical": 3}}
