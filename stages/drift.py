@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 
 from draftsmith.stages.contract import Compute, Stage, StageContext, follow
-from draftsmith.stages.measure.drift import DriftConfig
-
-ALL = "all"  # prompts, beside the single sets
+from draftsmith.stages.measure.drift import ALL, DriftConfig
 
 
 def run(ctx: StageContext, config: DriftConfig) -> None:
