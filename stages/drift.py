@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 
 from draftsmith.stages.contract import Compute, Stage, StageContext, follow
-from draftsmith.stages.measure.drift import DriftConfig
-
-ALL = "all"  # prompts, beside the single sets
+from draftsmith.stages.measure.drift import ALL, DriftConfig
 
 
 def run(ctx: StageContext, config: DriftConfig) -> None:
     """Write `drift.json`: tau with its 95 % interval over prompts, of all answers and of each prompt set."""
     from draftsmith.stages.drafters.checkpoint import load_drafter
     from draftsmith.stages.measure.acceptance import tau_by_set
+    from draftsmith.stages.prompting.held_out import units_of
     from draftsmith.stages.replay.tally import tally_all
     from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories, sets_of
     from draftsmith.stages.targets.causal_lm import Target
@@ -33,11 +32,11 @@ def run(ctx: StageContext, config: DriftConfig) -> None:
         kept=ctx.work / "replayed",
         log=ctx.log,
     )
-    sets = sets_of(ctx.inputs["prompts"], stored.prompts)
+    sets, units = sets_of(ctx.inputs["prompts"], stored.prompts), units_of(ctx.inputs["prompts"], stored.prompts)
     found = {
         name: figures["champion"]
         for of in ([ALL] * len(sets), sets)
-        for name, figures in tau_by_set(tallies, stored.prompts, of).items()
+        for name, figures in tau_by_set(tallies, units, of).items()
     }
     (ctx.out / "drift.json").write_text(json.dumps(found, indent=2) + "\n")
     ctx.log(", ".join(f"{name}: tau {figures['tau']:.3f}" for name, figures in found.items()))

@@ -64,7 +64,8 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
 
     evaluation = {
         "definition_of_tau": "committed tokens per verify step, the target's own token included (+1); held-out "
-        "trajectories, trained block size, ratio of sums over prompts, intervals by jackknife over prompts (paired)",
+        "trajectories, trained block size, ratio of sums over prompts, intervals by jackknife over prompts (paired; "
+        "turns of a conversation that is held out as a whole count as one)",
         "engine": measured.engine,
         "temperature": settings[0].temperature,
         "concurrency": settings[0].concurrency,
@@ -163,6 +164,7 @@ def _acceptance(
         taus_compared,
     )
     from draftsmith.stages.measure.contexts import WorstContexts
+    from draftsmith.stages.prompting.held_out import units_of
     from draftsmith.stages.replay.nucleus import doubt
     from draftsmith.stages.replay.tally import tally_all
     from draftsmith.stages.stored import load_trajectories, sets_of
@@ -188,7 +190,8 @@ def _acceptance(
             done=[folder / REPLAYED / setting for folder in ctx.shards],
             log=ctx.log,
         )
-    table = acceptance_table(tallies["trained"], stored.prompts, looping)
+    units = units_of(ctx.inputs["prompts"], stored.prompts)
+    table = acceptance_table(tallies["trained"], units, looping)
     # of the answers, so the same for all drafters that draw
     shares = [found.outside_nucleus_share for found in tallies["trained"].values()]
     outside = next((share for share in shares if share is not None), None)
@@ -210,11 +213,11 @@ def _acceptance(
         "drafters": table,
         "loop_share": sum(looping) / len(looping),
         "tau_without_loops": {name: each["tau_without_loops"] for name, each in table.items()},
-        "sets": tau_by_set(tallies["trained"], stored.prompts, sets),
-        "compared": taus_compared(tallies["trained"], stored.prompts, sets),
+        "sets": tau_by_set(tallies["trained"], units, sets),
+        "compared": taus_compared(tallies["trained"], units, sets),
         "validation_tau": _validation_tau(ctx, config, target, drafters),
     }
-    return figures, tau_differences(tallies["trained"], stored.prompts)
+    return figures, tau_differences(tallies["trained"], units)
 
 
 def _draftings(config: EvaluationConfig) -> dict[str, DraftingConfig]:

@@ -60,7 +60,14 @@ class EvaluationConfig(Config):
             "one of 10 %",
         ),
     ] = 5
-    speed_prompts: Annotated[int, Field(ge=1, description="held-out prompts decoded in every turn")] = 16
+    speed_prompts: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="held-out prompts decoded in every turn: speeds and their intervals are of these. Where tau "
+            "differs by 30 % from prompt to prompt, the speed-up of 16 is some 9 % off that of all, of 64 some 5 %",
+        ),
+    ] = 16
     validation_prompts: Annotated[
         int, Field(ge=1, description="validation prompts that each arm's block size is chosen on")
     ] = 4

@@ -91,12 +91,13 @@ class SpeedTest:
         prompts: Sequence[Prompt],
         setting: Setting,
         max_new: int | None = None,
+        round: int = 0,
     ) -> tuple[list[Completion], float]:
         """Answers in the order of the prompts, and the wall time in seconds."""
         capacity = max(len(p.token_ids) for p in prompts) + self.config.sampling.max_new_tokens + block_size
         drafting = self.config.drafted(block_size) if drafter else None
         engine = EmbeddedEngine(target, drafter, slots=setting.concurrency, capacity=capacity, drafting=drafting)
-        requests = requests_for(prompts, self.config, setting, self.seed, max_new)
+        requests = requests_for(prompts, self.config, setting, self.seed, max_new, round)
         started = time.perf_counter()
         done = {c.request.request_id: c for c in engine.generate(requests)}
         return [done[p.prompt_id] for p in prompts], time.perf_counter() - started
@@ -154,7 +155,7 @@ class SpeedTest:
         for order, (arm, drafter) in enumerate(arms[first:] + arms[:first]):
             size = sizes.get(arm, 1)
             meter = LoadMeter()
-            answers, wall = self.decode(self.target, drafter, size, prompts, setting)
+            answers, wall = self.decode(self.target, drafter, size, prompts, setting, round=round)
             turns.append(turn_of(ENGINE, round, order, arm, size, setting, answers, wall, meter.read()))
             rows += [row_of(ENGINE, round, arm, size, setting, answer) for answer in answers]
             self.ctx.check_interrupted()

@@ -47,13 +47,19 @@ def settings_of(config: EvaluationConfig) -> list[Setting]:
 
 
 def requests_for(
-    prompts: Sequence[Prompt], config: EvaluationConfig, setting: Setting, seed: int, max_new: int | None = None
+    prompts: Sequence[Prompt],
+    config: EvaluationConfig,
+    setting: Setting,
+    seed: int,
+    max_new: int | None = None,
+    round: int = 0,
 ) -> list[Request]:
-    """One request a prompt; every arm gets the same ones."""
+    """One request a prompt; every arm gets the same ones. round: each has numbers of its own, since what arms that draw
+    answer to the same ones differs too, by luck, which would be the same in every round and no error of any."""
     sampling = config.sampling
     most = min(max_new or sampling.max_new_tokens, sampling.max_new_tokens)
     params = SamplingParams(most, setting.temperature, sampling.top_p, sampling.top_k)
-    return [Request(p.prompt_id, p.token_ids, params, request_seed(seed, p.prompt_id, 0)) for p in prompts]
+    return [Request(p.prompt_id, p.token_ids, params, request_seed(seed, p.prompt_id, round)) for p in prompts]
 
 
 def accepted_lengths(answer: Completion) -> list[int]:

@@ -190,7 +190,7 @@ def _turn(
         if drafter and round == 0 and served.drafts_chains:
             _trace(served, engine, arm, block_size, heldout, can_trace)
         for setting in served.settings:
-            requests = requests_for(prompts, served.config, setting, served.ctx.seed)
+            requests = requests_for(prompts, served.config, setting, served.ctx.seed, round=round)
             meter = LoadMeter()
             answers, wall = served.decode(engine, requests, setting)
             load = meter.read()

@@ -2,7 +2,8 @@
 
 The unit of every interval is a turn: two arms that decode the same prompts in the same round are compared by the
 logarithm of the ratio of their tokens/s, and rounds are the repetitions. What a machine does to a whole round (heat,
-neighbours) cancels. The prompts are the same in every turn: an interval is of these prompts.
+neighbours) cancels. The prompts are the same in every turn: an interval is of these prompts. Sampled answers are drawn
+anew in every round.
 """
 
 from __future__ import annotations

@@ -76,6 +76,19 @@ def read_held_out(prompts: Path | None) -> HeldOut:
     return HeldOut(share, frozenset(identities), frozenset(digests), by)
 
 
+def units_of(prompts: Path, prompt_ids: Sequence[str]) -> list[str]:
+    """What each prompt's answers are observations of: the prompt, or the conversation that it is a turn of, where an
+    artifact of `prompts` holds conversations out as a whole."""
+    if _class(prompts / "prompts.json")[1] == "prompt":
+        return list(prompt_ids)
+    known = {}
+    for part in RowReader(prompts / "prompts.parquet", PROMPTS).parts(["prompt_id", "split", "messages"]):
+        for row in part.filter(pc.not_equal(part["split"], "train")).to_pylist():
+            if any(message["role"] == "user" for message in row["messages"]):  # else nothing is known of its beginning
+                known[row["prompt_id"]] = identity(row["messages"], "conversation").hex()
+    return [known.get(prompt_id, prompt_id) for prompt_id in prompt_ids]
+
+
 def _class(summary: Path) -> tuple[float, HeldOutBy]:
     """Share of the held-out class, and what decides it."""
     try:

@@ -135,7 +135,7 @@ def tau_by_set(sets: Mapping[str, Mapping[str, Mapping[str, Any]]], names: Mappi
     axes.invert_yaxis()
     axes.set(xlabel="tau (+1)")
     axes.grid(visible=False, axis="y")
-    axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    figure.legend(ncols=4, loc="outside upper center")  # of the figure: long names of sets leave the axes too narrow
     return _svg(figure, "sets", "Acceptance length by prompt set")
 
 
@@ -230,7 +230,7 @@ def tau_over_cost(arms: Mapping[str, Sequence[Mapping[str, Any]]], levels: Mappi
             axes.annotate(name, (0.01, level), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
         axes.set(xlabel=label, ylabel="tau" if index == 0 else "", xlim=(0, None))
         if index == 0:
-            axes.legend()
+            figure.legend(ncols=6, loc="outside upper center")  # beside the lines of many arms, not on them
     return _svg(figure, "cost", "Acceptance length over trained positions and over seconds of training")
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from draftsmith.artifacts.parquet import read_table
-from draftsmith.artifacts.schemas import TRAJECTORIES, VERIFY_STEPS
+from draftsmith.artifacts.schemas import REQUESTS, TRAJECTORIES, VERIFY_STEPS
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.config import DraftingConfig, DSparkConfig
 from draftsmith.stages.drift import STAGE as DRIFT
@@ -207,7 +207,7 @@ def test_an_evaluation_measures_it_beside_dflash(made: Made, tiny_drafter: Draft
         "sft": made.sft,
     }
     ctx = RecordingContext.under(tmp_path, inputs)
-    config: dict[str, Any] = {"sampling": SAMPLING, "speed_prompts": 3, "exactness_prompts": 2, "rounds": 1}
+    config: dict[str, Any] = {"sampling": SAMPLING, "speed_prompts": 3, "exactness_prompts": 2, "rounds": 2}
     EVALUATION.run(ctx, EvaluationConfig.model_validate(config))
     found = json.loads((ctx.out / "evaluation.json").read_text())
     assert (found["exactness"]["fp32_prompts"], found["exactness"]["fp32_identical"]) == (2, 2)  # greedy ones
@@ -219,6 +219,10 @@ def test_an_evaluation_measures_it_beside_dflash(made: Made, tiny_drafter: Draft
     assert figures["differences"]["champion"]["value"] != 0
 
     assert "verified_per_step" not in figures
+    answers = read_table(ctx.out / "requests.parquet", REQUESTS).to_pylist()
+    for arm in ("plain", "champion", "sft"):
+        first, second = ([a["response_ids"] for a in answers if (a["arm"], a["round"]) == (arm, n)] for n in (0, 1))
+        assert first != second, "what an arm draws by luck is an error of its speed only if it is not the same again"
     drift = RecordingContext.under(tmp_path / "drift", inputs | {"champion": made.sft})
     DRIFT.run(drift, DriftConfig())
     assert json.loads((drift.out / "drift.json").read_text())["all"]["tau"] == pytest.approx(figures["tau"])

@@ -365,10 +365,10 @@ def test_several_settings(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> Non
     assert ctx.summaries["speedup_sft"] == found["speed"]["sft"]["speedup"]
     assert ctx.summaries["speedup_sft.t1.c3"] == found["speed_by_setting"][3]["arms"]["sft"]["speedup"]
     rows = read_table(ctx.out / "requests.parquet", REQUESTS).to_pylist()
-    answers: dict[tuple[float, str], set[tuple[int, ...]]] = {}
+    answers: dict[tuple[float, int, str], set[tuple[int, ...]]] = {}
     for row in rows:
-        answers.setdefault((row["temperature"], row["prompt_id"]), set()).add(tuple(row["response_ids"]))
-    assert len(rows) == 2 * 4 * 2 * 3 and len(answers) == 6
+        answers.setdefault((row["temperature"], row["round"], row["prompt_id"]), set()).add(tuple(row["response_ids"]))
+    assert len(rows) == 2 * 4 * 2 * 3 and len(answers) == 12
     assert all(len(same) == 1 for same in answers.values())
 
 

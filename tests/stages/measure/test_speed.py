@@ -178,6 +178,8 @@ def test_every_arm_gets_the_same_requests_at_every_setting() -> None:
     assert (a.prompt_ids, a.sampling) == ([1, 2], SamplingParams(9, 0.0, 0.9, 20))
     assert hot == Request("b", [3], SamplingParams(9, 0.7, 0.9, 20), b.seed) and a.seed != b.seed
     assert requests_for(prompts, config, settings[0], 5, max_new=4)[0].sampling.max_new_tokens == 4
+    later, _ = requests_for(prompts, config, settings[2], 5, round=1)
+    assert later.seed != a.seed, "what arms draw by luck must not be the same in every round"
     assert settings_of(EvaluationConfig()) == [Setting(0.0, 1)]
 
 
