@@ -19,6 +19,7 @@ from draftsmith.artifacts.errors import EXIT_INTERRUPTED, DraftsmithError, Refus
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.printable import printable
 from draftsmith.artifacts.private import private_files
+from draftsmith.artifacts.proxies import reach_ourselves_directly
 from draftsmith.artifacts.redaction import redact_logs, redacted
 from draftsmith.flows.arguments import parser
 from draftsmith.stages.garbage import collect_as_usual, collect_seldom
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _EXIT_UNEXPECTED = 1
 _EXIT_TERMINATED = 128 + signal.SIGTERM
+_CONTINUE = "what was finished or saved is kept: run the same command again to continue"
 
 
 def main(arguments: Sequence[str] | None = None, pipeline: Pipeline | None = None) -> int:
@@ -46,20 +48,17 @@ def main(arguments: Sequence[str] | None = None, pipeline: Pipeline | None = Non
 def _code_of(options: argparse.Namespace, pipeline: Pipeline | None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     redact_logs()
+    reach_ourselves_directly()
     _show_warnings()
     try:
         with private_files(home()):
             _COMMANDS[options.does](options, pipeline or _pipeline(options))
     except KeyboardInterrupt:
-        return _fail(
-            "interrupted; what was finished or saved is kept: run the same command again to continue", EXIT_INTERRUPTED
-        )
+        return _fail(f"interrupted; {_CONTINUE}", EXIT_INTERRUPTED)
     except SystemExit as ended:
         if ended.code != _EXIT_TERMINATED:
             raise
-        return _fail(
-            "terminated; what was finished or saved is kept: run the same command again to continue", _EXIT_TERMINATED
-        )
+        return _fail(f"terminated; {_CONTINUE}", _EXIT_TERMINATED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `draftsmith status | head`
         return 0
