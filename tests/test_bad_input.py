@@ -123,6 +123,11 @@ CONFIG = {
     "a tag that makes objects": Bad("not valid YAML", text="name: !!python/object/apply:os.system [ls]"),
     "a field twice": Bad("field 'name' stands twice", text="name: a\nname: b"),
     "a field that is a mapping": Bad("a field's name must be a text", text="name: a\n{b: c}: d"),
+    "a field whose name YAML reads as true": Bad(
+        "line 2, column 10: not valid YAML: a field's name", text="name: a\nstages: {on: 3}"
+    ),
+    "a field whose name is a number": Bad('write "2024"', text="name: a\nlogs: {filter: {2024: x}}"),
+    "two documents": Bad("line 2, column 1: not valid YAML: a second document", text="name: a\n---\nname: b"),
     "an alias inside itself": Bad("alias", text="name: a\ntarget: &a\n  source: *a"),
     "extends itself": Bad("the files extend each other", text="extends: run.yaml"),
     "extends nothing": Bad(
