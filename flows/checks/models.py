@@ -75,7 +75,11 @@ def _check_template(found: Findings, config: PromptsConfig, folder: Path) -> Non
     if system := config.system or next((s.system for s in config.sources if s.system), None):
         messages = [{"role": "system", "content": system}, *messages]
     candidate = Candidate("check", messages, "chat template")
-    ids = token_ids(tokenizer, candidate, config.chat_template_kwargs)
+    try:
+        ids = token_ids(tokenizer, candidate, config.chat_template_kwargs)
+    except DraftsmithError as error:
+        system_too = f" behind a system prompt: leave out {config.section}.system" if system else ": correct it"
+        raise DraftsmithError(f"the target's refuses a question ({error.__cause__}){system_too}") from error
     for name in config.chat_template_kwargs:
         if name not in str(tokenizer.chat_template):
             found.warn(
