@@ -139,6 +139,11 @@ CONFIG = {
     "unknown field": Bad("did you mean sft.steps?", {"sft.stesp": 3}),
     "section missing": Bad("target: this field is required", {"target": None}),
     "wrong type": Bad("sft.steps: expected an integer, got 'many'", {"sft.steps": "many"}),
+    "a value of none of several types": Bad(
+        "logs.filter.model: expected a text (put it in quotes) or an integer or a number or true or false or a list, "
+        "got nothing: change the value",
+        logs(filter={"model": None}),
+    ),
     "out of range": Bad("sft.steps", {"sft.steps": -1}),
     "not a finite number": Bad("sft.learning_rate", {"sft.learning_rate": float("nan")}),
     "no bound at all": Bad("sft.clip_norm", {"sft.clip_norm": float("inf")}),
