@@ -12,10 +12,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from draftsmith.artifacts.errors import EXIT_INTERRUPTED, DraftsmithError, RefusedError, from_os_error
+from draftsmith.artifacts.errors import EXIT_INTERRUPTED, DraftsmithError, RefusedError, from_os_error, one_line
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.printable import printable
 from draftsmith.artifacts.private import private_files
@@ -70,20 +69,22 @@ def _code_of(options: argparse.Namespace, pipeline: Pipeline | None) -> int:
         disk = from_os_error(error, "working with")
         return _fail(str(disk), disk.exit_code, error)
     except Exception as error:
-        text = " ".join(str(error).split()) or "no message"
-        advice = "set DRAFTSMITH_DEBUG=1 for the traceback"
-        return _fail(f"unexpected {type(error).__name__}: {text} ({advice})", _EXIT_UNEXPECTED, error)
+        said = f"unexpected {type(error).__name__}: {one_line(error)}"
+        return _fail(f"{said} (set DRAFTSMITH_DEBUG=1 for the traceback)", _EXIT_UNEXPECTED, error)
     return 0
 
 
 def _fail(message: str, code: int, error: BaseException | None = None, what: str = "error: ") -> int:
+    if code in (EXIT_INTERRUPTED, _EXIT_TERMINATED):  # whoever asks again does not wait for what Prefect has to send
+        for again in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(again, lambda *_: os._exit(code))
     if error is not None and os.environ.get("DRAFTSMITH_DEBUG") == "1":
         print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     print(f"draftsmith: {what}{printable(' '.join(redacted(message).split()))}", file=sys.stderr)
     return code
 
 
-def _terminate(_signal: int, _frame: FrameType | None) -> None:
+def _terminate(*_: object) -> None:
     raise SystemExit(_EXIT_TERMINATED)
 
 
