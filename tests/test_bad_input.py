@@ -196,6 +196,9 @@ SECRETS = {
     ),
 }
 SERVER = {
+    "an address of diagnose without its scheme": Bad(
+        "--url: 'gpu1' is no address: write", arguments=("diagnose", "{config}", "--drafter", "{here}", "--url", "gpu1")
+    ),
     "a drafter without fields": Bad(
         "sft.drafter: expected a mapping of fields, got 'eagle3'", {"sft.drafter": "eagle3"}
     ),
