@@ -26,7 +26,7 @@ from draftsmith.artifacts.locks import locked, user_name
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.mlflow_client import waiting_for_weights
 from draftsmith.artifacts.mlflow_terms import every
-from draftsmith.artifacts.tracking import Tracking
+from draftsmith.artifacts.tracking import OTHER_SCHEMA, Tracking
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,7 +38,7 @@ _IDENTITY = ("stage", "key", "content_id")
 RECORD = ("figures", "measured_with", "tau", "tau_interval", "speedup", "speedup_interval", "decision")
 _DRAFTER = "drafter"  # the folder of a version's artifact that servers load, and of its copy in MLflow
 _OUR_FAULT = ("INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "UNAUTHENTICATED")
-_OF_THE_DATABASE = ("not a database", "malformed", "readonly", "unable to open database")  # which no retry mends
+_LASTING = ("not a database", "malformed", "readonly", "unable to open database", OTHER_SCHEMA)  # no retry mends
 PROMOTED, BY_HAND, ROLLED_BACK = "promoted", "promoted by hand", "rolled back to"  # of an event
 
 
@@ -352,8 +352,8 @@ class Registry:
             return DraftsmithError(f"MLflow's model registry refused this: {reason}: correct the name or the value")
         if (refused := disk_error_of(error)) is not None:  # a connection's errors are OSErrors too
             return from_os_error(refused, "MLflow's model registry:")
-        if not self._tracking.is_own or any(known in reason for known in _OF_THE_DATABASE):
-            kind = DraftsmithError if self._tracking.is_own else RetryableError
+        if not self._tracking.is_own or any(known in reason for known in _LASTING):
+            kind = DraftsmithError if self._tracking.is_own or OTHER_SCHEMA in reason else RetryableError
             return kind(self._tracking.unusable(reason))
         return RetryableError(f"MLflow's model registry failed ({reason}): see that MLflow is there")
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EXPERIMENT = "draftsmith"
+OTHER_SCHEMA = "out-of-date database schema"  # of a database: what MLflow says where another version made it
 _HTTP = ("http://", "https://")
 _OF_A_DATABASE = re.compile(r"\([\w.]+\.\w+Error\) ")  # (sqlite3.OperationalError) …
 FLUSH_S = 5.0  # metrics reach MLflow at most this late
@@ -85,6 +86,11 @@ class Tracking:
 
     def unusable(self, reason: str) -> str:
         """That MLflow cannot be used, why, and what to do."""
+        if OTHER_SCHEMA in reason:
+            return (
+                f"MLflow's database {redacted(self.uri)} is of another version of MLflow than is installed here: back "
+                f"it up and run `mlflow db upgrade {redacted(self.uri)}`, or install the version that it is of"
+            )
         if self.is_own:
             return (
                 f"MLflow's database {redacted(self.uri)}: {reason}; make it writable, or restore it from a backup "

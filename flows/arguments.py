@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 _DESCRIPTION = "Keep the draft model of speculative decoding matched to its target."
@@ -113,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
     deploy.set_defaults(does="deploy")
 
     prune = commands.add_parser("prune", help="what was left behind: old unfinished attempts, replaced artifacts, logs")
-    prune.add_argument("--days", type=float, default=30, help="only what was not touched for so long (default: 30)")
+    prune.add_argument("--days", type=_days, default=30, help="only what was not touched for so long (default: 30)")
     prune.add_argument(
         "--artifacts", action="store_true", help="complete artifacts too that no run has used and no line needs"
     )
@@ -142,10 +143,19 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: at least 1 is wanted")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number of 1 or more is wanted")
+    return int(text)
+
+
+def _days(text: str) -> float:
+    try:
+        days = float(text)
+    except ValueError:
+        days = math.nan
+    if not 0 <= days < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number of 0 or more is wanted")
+    return days
 
 
 def _add_config(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:

@@ -12,13 +12,13 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from draftsmith.artifacts.errors import EXIT_INTERRUPTED, DraftsmithError, RefusedError, from_os_error
+from draftsmith.artifacts.errors import EXIT_INTERRUPTED, DraftsmithError, RefusedError, from_os_error, one_line
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.printable import printable
 from draftsmith.artifacts.private import private_files
+from draftsmith.artifacts.proxies import reach_ourselves_directly
 from draftsmith.artifacts.redaction import redact_logs, redacted
 from draftsmith.flows.arguments import parser
 from draftsmith.stages.garbage import collect_as_usual, collect_seldom
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _EXIT_UNEXPECTED = 1
 _EXIT_TERMINATED = 128 + signal.SIGTERM
+_CONTINUE = "what was finished or saved is kept: run the same command again to continue"
 
 
 def main(arguments: Sequence[str] | None = None, pipeline: Pipeline | None = None) -> int:
@@ -46,20 +47,17 @@ def main(arguments: Sequence[str] | None = None, pipeline: Pipeline | None = Non
 def _code_of(options: argparse.Namespace, pipeline: Pipeline | None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     redact_logs()
+    reach_ourselves_directly()
     _show_warnings()
     try:
         with private_files(home()):
             _COMMANDS[options.does](options, pipeline or _pipeline(options))
     except KeyboardInterrupt:
-        return _fail(
-            "interrupted; what was finished or saved is kept: run the same command again to continue", EXIT_INTERRUPTED
-        )
+        return _fail(f"interrupted; {_CONTINUE}", EXIT_INTERRUPTED)
     except SystemExit as ended:
         if ended.code != _EXIT_TERMINATED:
             raise
-        return _fail(
-            "terminated; what was finished or saved is kept: run the same command again to continue", _EXIT_TERMINATED
-        )
+        return _fail(f"terminated; {_CONTINUE}", _EXIT_TERMINATED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `draftsmith status | head`
         return 0
@@ -71,20 +69,22 @@ def _code_of(options: argparse.Namespace, pipeline: Pipeline | None) -> int:
         disk = from_os_error(error, "working with")
         return _fail(str(disk), disk.exit_code, error)
     except Exception as error:
-        text = " ".join(str(error).split()) or "no message"
-        advice = "set DRAFTSMITH_DEBUG=1 for the traceback"
-        return _fail(f"unexpected {type(error).__name__}: {text} ({advice})", _EXIT_UNEXPECTED, error)
+        said = f"unexpected {type(error).__name__}: {one_line(error)}"
+        return _fail(f"{said} (set DRAFTSMITH_DEBUG=1 for the traceback)", _EXIT_UNEXPECTED, error)
     return 0
 
 
 def _fail(message: str, code: int, error: BaseException | None = None, what: str = "error: ") -> int:
+    if code in (EXIT_INTERRUPTED, _EXIT_TERMINATED):  # whoever asks again does not wait for what Prefect has to send
+        for again in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(again, lambda *_: os._exit(code))
     if error is not None and os.environ.get("DRAFTSMITH_DEBUG") == "1":
         print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     print(f"draftsmith: {what}{printable(' '.join(redacted(message).split()))}", file=sys.stderr)
     return code
 
 
-def _terminate(_signal: int, _frame: FrameType | None) -> None:
+def _terminate(*_: object) -> None:
     raise SystemExit(_EXIT_TERMINATED)
 
 

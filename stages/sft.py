@@ -17,8 +17,7 @@ _TRAINED = ("blocks", "positions")
 
 def preflight(config: SftConfig, target: Path) -> None:
     """A drafter to start from must fit the target, before anything long runs."""
-    from draftsmith.stages.drafters.checkpoint import check_drafter, check_new, check_shape, drafter_source
-    from draftsmith.stages.drafters.layout import check_weights
+    from draftsmith.stages.drafters.checkpoint import check_drafter, check_new, check_shape, check_whole, drafter_source
     from draftsmith.stages.targets.info import model_path, read_target_info
 
     check_start(config)
@@ -27,7 +26,7 @@ def preflight(config: SftConfig, target: Path) -> None:
         if not config.adopt:
             check_drafter(folder, read_target_info(target).digest)
         check_shape(folder, model_path(target))
-        check_weights(folder)
+        check_whole(folder)
     else:
         check_new(config.drafter, model_path(target))
 

@@ -123,6 +123,11 @@ CONFIG = {
     "a tag that makes objects": Bad("not valid YAML", text="name: !!python/object/apply:os.system [ls]"),
     "a field twice": Bad("field 'name' stands twice", text="name: a\nname: b"),
     "a field that is a mapping": Bad("a field's name must be a text", text="name: a\n{b: c}: d"),
+    "a field whose name YAML reads as true": Bad(
+        "line 2, column 10: not valid YAML: a field's name", text="name: a\nstages: {on: 3}"
+    ),
+    "a field whose name is a number": Bad('write "2024"', text="name: a\nlogs: {filter: {2024: x}}"),
+    "two documents": Bad("line 2, column 1: not valid YAML: a second document", text="name: a\n---\nname: b"),
     "an alias inside itself": Bad("alias", text="name: a\ntarget: &a\n  source: *a"),
     "extends itself": Bad("the files extend each other", text="extends: run.yaml"),
     "extends nothing": Bad(
@@ -134,6 +139,11 @@ CONFIG = {
     "unknown field": Bad("did you mean sft.steps?", {"sft.stesp": 3}),
     "section missing": Bad("target: this field is required", {"target": None}),
     "wrong type": Bad("sft.steps: expected an integer, got 'many'", {"sft.steps": "many"}),
+    "a value of none of several types": Bad(
+        "logs.filter.model: expected a text (put it in quotes) or an integer or a number or true or false or a list, "
+        "got nothing: change the value",
+        logs(filter={"model": None}),
+    ),
     "out of range": Bad("sft.steps", {"sft.steps": -1}),
     "not a finite number": Bad("sft.learning_rate", {"sft.learning_rate": float("nan")}),
     "no bound at all": Bad("sft.clip_norm", {"sft.clip_norm": float("inf")}),
@@ -186,6 +196,9 @@ SECRETS = {
     ),
 }
 SERVER = {
+    "an address of diagnose without its scheme": Bad(
+        "--url: 'gpu1' is no address: write", arguments=("diagnose", "{config}", "--drafter", "{here}", "--url", "gpu1")
+    ),
     "a drafter without fields": Bad(
         "sft.drafter: expected a mapping of fields, got 'eagle3'", {"sft.drafter": "eagle3"}
     ),

@@ -75,7 +75,11 @@ def _check_template(found: Findings, config: PromptsConfig, folder: Path) -> Non
     if system := config.system or next((s.system for s in config.sources if s.system), None):
         messages = [{"role": "system", "content": system}, *messages]
     candidate = Candidate("check", messages, "chat template")
-    ids = token_ids(tokenizer, candidate, config.chat_template_kwargs)
+    try:
+        ids = token_ids(tokenizer, candidate, config.chat_template_kwargs)
+    except DraftsmithError as error:
+        system_too = f" behind a system prompt: leave out {config.section}.system" if system else ": correct it"
+        raise DraftsmithError(f"the target's refuses a question ({error.__cause__}){system_too}") from error
     for name in config.chat_template_kwargs:
         if name not in str(tokenizer.chat_template):
             found.warn(
@@ -137,13 +141,14 @@ def _check_drafter(
     """
     from draftsmith.stages.drafters.checkpoint import (
         architecture_of,
+        check_whole,
         drafter_source,
         kind_of,
         plan_of_checkpoint,
         plan_of_new,
         read_target_config,
     )
-    from draftsmith.stages.drafters.layout import NoMaskTokenError, check_weights, unservable_layers
+    from draftsmith.stages.drafters.layout import NoMaskTokenError, unservable_layers
     from draftsmith.stages.engines.sglang.families import undrafted
     from draftsmith.stages.targets.info import model_path, read_target_info
     from draftsmith.stages.targets.metadata import UnreachableError
@@ -168,7 +173,7 @@ def _check_drafter(
         if kept and config.drafter != SftConfig.model_fields["drafter"].default:
             found.warn(name, f"section drafter is not used: {where} has its own shape; remove the section")
         if source == Path(config.init_from).expanduser():  # of the hub's only small files are here
-            check_weights(source)
+            check_whole(source)
     else:
         try:
             plan, where = plan_of_new(config.drafter, target_config, tokenizer), "new"

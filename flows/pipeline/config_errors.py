@@ -52,7 +52,7 @@ def describe(
     details.sort(key=lambda detail: detail["type"] != "extra_forbidden")
     told: list[str] = []
     while details:
-        first, *details = _choices_of_all_members(details, model)
+        first, *details = _types_of_all_members(_choices_of_all_members(details, model), model)
         location = _location(first, model)
         field = ".".join(str(part) for part in location)
         overridden = any(change[: len(location)] == location or location[: len(change)] == change for change in changed)
@@ -93,6 +93,16 @@ def _choices_of_all_members(details: list[Any], model: type[BaseModel]) -> list[
     return [merged_error, *(detail for detail in details if detail not in same)]
 
 
+def _types_of_all_members(details: list[Any], model: type[BaseModel]) -> list[Any]:
+    """The same for a union of types."""
+    first, place = details[0], _location(details[0], model)
+    if first["type"] not in _EXPECTED:
+        return details
+    same = [each for each in details if each["type"] in _EXPECTED and _location(each, model) == place]
+    wanted = " or ".join(dict.fromkeys(_EXPECTED[each["type"]] for each in same))
+    return [{**first, "wanted": wanted}, *(each for each in details if each not in same)]
+
+
 def _problem(detail: Any, location: PathKey, field: str, model: type[BaseModel]) -> str:
     kind, value = detail["type"], detail.get("input")
     if kind == "extra_forbidden":
@@ -104,7 +114,7 @@ def _problem(detail: Any, location: PathKey, field: str, model: type[BaseModel])
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         return _unknown_kind(detail)
     if kind in _EXPECTED:
-        return f"expected {_EXPECTED[kind]}, got {short(value)}: change the value"
+        return f"expected {detail.get('wanted', _EXPECTED[kind])}, got {short(value)}: change the value"
     if kind in _LENGTH:
         fewest = detail["ctx"]["min_length"]
         return f"expected {_LENGTH[kind]} of length {fewest} or more, got {short(value)}: change the value"

@@ -22,6 +22,9 @@ _DEFAULT_KINDS = {
 }  # of sections that may leave `kind` out
 
 
+_NAMES = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")  # tags of what a field may be called, and of `<<`
+
+
 class _Loader(yaml.SafeLoader):
     """YAML in which a field that stands twice is an error, and `1e-3` is a number as in YAML 1.2."""
 
@@ -36,6 +39,14 @@ class _Loader(yaml.SafeLoader):
                     key.start_mark,
                 )
             name = key.value
+            if key.tag not in _NAMES:  # `on`, `no` and the like, numbers, dates, nothing
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    f"a field's name must be a text, and YAML reads {name or 'nothing'} as another value: write "
+                    f'"{name}"',
+                    key.start_mark,
+                )
             if name in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"field {name!r} stands twice: keep one", key.start_mark
@@ -136,6 +147,8 @@ def _parse(text: str, where: str) -> Any:
         mark = error.problem_mark
         line = f", line {mark.line + 1}, column {mark.column + 1}" if mark and where != OVERRIDE else ""
         problem = error.problem or error.context
+        if problem.startswith("but found another document"):
+            problem = "a second document begins here: keep one in a file"
         if error.context == "while scanning an alias":  # as which YAML reads what begins with a `*`
             problem = f"{problem}: put a text that begins with * in quotes"
         raise DraftsmithError(f"{where}{line}: not valid YAML: {problem}") from None

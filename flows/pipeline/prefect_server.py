@@ -52,14 +52,6 @@ def prepare(home: Path) -> None:
         os.environ.setdefault(name, value)
 
 
-def _reach_ourselves_directly() -> None:
-    """A proxy that the environment names knows nothing of a server on this machine."""
-    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    if known.strip() != "*":  # libraries read one of the two names, or the first that is set
-        exclusions = ",".join(filter(None, [known, "127.0.0.1", "localhost"]))
-        os.environ["no_proxy"] = os.environ["NO_PROXY"] = exclusions
-
-
 class PrefectServer:
     """The API that a flow reports to. A temporary one starts in the background: `wait` before the flow runs."""
 
@@ -114,7 +106,6 @@ def start_prefect_server(home: Path) -> PrefectServer:
     url = f"http://127.0.0.1:{port}/api"
     os.environ["PREFECT_API_URL"] = url
     _temporary.append(url)
-    _reach_ourselves_directly()
 
     def wait(say: Say) -> None:
         with until_healthy:

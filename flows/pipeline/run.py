@@ -20,6 +20,7 @@ from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.mlflow_files import misplaced
 from draftsmith.artifacts.mlflow_terms import Status
+from draftsmith.artifacts.proxies import reach_ourselves_directly
 from draftsmith.artifacts.redaction import redact_logs
 from draftsmith.artifacts.refreshes import OUTCOME
 from draftsmith.artifacts.tracking import Tracking
@@ -120,6 +121,7 @@ def _run_once(
     config: RunOptions, pipeline: Pipeline, force: Collection[str], part: Part, cancellation: Cancellation
 ) -> tuple[dict[str, dict[str, Any]], Conclusion | None]:
     redact_logs()
+    reach_ourselves_directly()  # a deployment's run comes from no command
     logging.getLogger("draftsmith").setLevel(logging.INFO)  # without it Prefect does not show the stages' lines
     tracking = Tracking(home(), config.experiment)
     workshop = Workshop(home(), config, pipeline, Display(), tracking, check=cancellation.check)

@@ -101,8 +101,9 @@ def export(display: Display, text: str, folder: Path, layout: str = "sglang", *,
     """A verified copy of a version's checkpoint: as it is, which is what SGLang loads, or in vLLM's `speculators`."""
     version = registry().resolve(text)
     source = verified(version)
-    if folder.exists() and any(folder.iterdir()):
-        raise DraftsmithError(f"{folder} is not empty: give a new folder")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "not empty" if folder.is_dir() else "a file"
+        raise DraftsmithError(f"{folder} is {what}: give a new folder")
     size = sum(path.stat().st_size for path in source.iterdir())
     if dry_run:
         display.line(f"{version}: {size / 1e6:.1f} MB would be copied from {source} to {folder}")

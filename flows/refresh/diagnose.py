@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.redaction import secret_in
 from draftsmith.flows.checks.check import RunChecks
@@ -16,6 +18,7 @@ from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.flows.refresh.evaluate import named_drafter
 from draftsmith.stages.diagnosis import RESULT, DiagnosisConfig
+from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.targets.config import TargetConfig
 
@@ -72,6 +75,12 @@ def diagnose_config(
     _, source = named_drafter(drafter)
     if not Path(source).is_dir():
         raise DraftsmithError(f"{drafter}: give the folder of the checkpoint that the server loads, or NAME@champion")
+    try:
+        SGLangEngineConfig(kind="sglang", urls=(url,), api_key_env=api_key_env).api_key()
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "--api-key-env" if "api_key_env" in first["loc"] else "--url"
+        raise DraftsmithError(f"{option}: {first['msg'].removeprefix('Value error, ')}") from None
     asked: dict[str, Any] = {"api_key_env": api_key_env} | ({} if prompts is None else {"prompts": prompts})
     diagnosis = DiagnosisConfig(url=url.rstrip("/"), drafter=source, sampling=refresh.heldout.sampling, **asked)
     parts = {part: getattr(refresh, part) for part in ("target", "prompts", "stages", "seed")}

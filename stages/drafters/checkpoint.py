@@ -129,6 +129,13 @@ def skeleton_of(folder: Path) -> Drafter:
     return found
 
 
+def check_whole(folder: Path) -> None:
+    """A checkpoint's weights are all there, with the shapes that its config.json says; reads headers only."""
+    ours = not layout.of_speculators(folder)  # whose tensors have other names
+    expected = {name: tuple(each.shape) for name, each in skeleton_of(folder).named_parameters()} if ours else {}
+    layout.check_weights(folder, expected)
+
+
 def block_size_of(folder: Path) -> int:
     """That a checkpoint was trained with, from its config.json."""
     size: int = architecture_of(folder).read_config(folder).block_size

@@ -210,16 +210,19 @@ def write_checkpoint(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str,
     save_file(dict(tensors), folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def check_weights(folder: Path) -> None:
-    """model.safetensors is there and whole; reads its header only."""
+def check_weights(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """model.safetensors is there and whole, and has these tensors with these shapes; reads its header only."""
     path = folder / WEIGHTS_FILE
     try:
-        safe_open(path, framework="pt")
+        with safe_open(path, framework="pt") as file:
+            shapes = {name.removeprefix("model."): file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise DraftsmithError(
             f"drafter {path}: cannot be read ({error}); the file is missing or cut short: a drafter is one "
             f"{WEIGHTS_FILE}, export it as that"
         ) from error
+    found = {name: torch.empty(shapes[name], device="meta") for name in expected.keys() & shapes.keys()}
+    check_tensors(folder, found, expected, "those of its config.json")
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:

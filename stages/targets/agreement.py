@@ -33,8 +33,14 @@ def check_agreement(target: Any, where: str, ranks: Ranks = ALONE) -> None:
             "drafter reads; give another target"
         )
     logits = target.logit_map(F.linear(plain, target.head_weight).float())  # not `logits`: who trains packs no head
+    own = target.model(input_ids=ids, use_cache=False).logits.float()
+    if own.isnan().any():
+        raise DraftsmithError(
+            f"target {where}: its logits are no numbers in {str(target.dtype).removeprefix('torch.')}: the weights are "
+            "damaged (copy or download the model again), or too large for float16 (set target.dtype)"
+        )
     found = {
-        "logits": (logits, target.model(input_ids=ids, use_cache=False).logits.float()),
+        "logits": (logits, own),
         "cached forwards": (_in_parts(target, ids, _KEPT), plain[:, _READ:]),
     }
     if not target.layers.rewindable:  # some layers compute one token by a path of its own

@@ -53,8 +53,6 @@ def resolve_target(
             log(f"target.revision is not set: using {revision} until the node target is forced")
         location = os.fspath(folder)
     elif kind == "folder":
-        if config.revision is not None:
-            raise DraftsmithError("target.revision is for models of the hub: leave it out for a folder")
         folder = model_folder(config.source)
         location = os.fspath(folder)
     else:
@@ -165,6 +163,8 @@ def describe_metadata(
     """The same from config and tokenizer alone; the digest, which is over the weights too, is left empty."""
     from draftsmith.stages.targets.capabilities import steady_positions
 
+    if kind == "folder" and config.revision is not None:
+        raise DraftsmithError("target.revision is for models of the hub: leave it out for a folder")
     architecture, settings = _read_config(folder)
     tokenizer = load_tokenizer(folder)
     text = settings.get_text_config()
@@ -282,6 +282,11 @@ def _capabilities(folder: Path, config: PretrainedConfig) -> tuple[Layers, Logit
             f"{folder}: the logits of {text.model_type} are not those of a linear head, scaled or soft-capped "
             f"({one_line(error)}): give another target"
         ) from error
+    except Exception as error:  # classes of models raise of every kind where they meet what is not theirs
+        raise DraftsmithError(
+            f"{folder}: transformers cannot make a model of its config.json ({type(error).__name__}: "
+            f"{one_line(error)}): correct it, or install the transformers that it is for"
+        ) from error
 
 
 def _quantisation(folder: Path, config: PretrainedConfig) -> str | None:
@@ -329,6 +334,8 @@ def _eos_ids(folder: Path, text: PretrainedConfig, tokenizer: Any) -> list[int]:
     of_config = getattr(text, "eos_token_id", None)  # text parts of some models have no such field
     for value in (generation.get("eos_token_id"), of_config, tokenizer.eos_token_id):
         found += value if isinstance(value, list) else [value] if value is not None else []
+    if wrong := [each for each in found if type(each) is not int]:
+        raise DraftsmithError(f"{folder}: eos_token_id {wrong[0]!r} is no token id: correct generation_config.json")
     return list(dict.fromkeys(found))
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import sqlite3
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.errors import EXIT_USER_ERROR, DraftsmithError, RetryableError
 from draftsmith.artifacts.line_turns import turn_of
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.registry import CHALLENGER, PREVIOUS, ChampionMovedError, Registry
@@ -303,3 +305,23 @@ def test_what_a_killed_promotion_held_is_taken_away(
     registry.promote(first, expected=None, why="the first one")
     champion = registry.champion(line)
     assert champion is not None and champion.number == 1
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_database_of_another_version_of_mlflow_is_nothing_that_a_retry_mends(
+    own: bool, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.versions("none")  # makes the database
+    shutil.copy(registry._tracking.folder / "mlflow.db", tmp_path / "mlflow.db")
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = 'before'")
+    address = f"sqlite:///{tmp_path}/mlflow.db"
+    if not own:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    tracking = Tracking(tmp_path if own else tmp_path / "home")
+    for ask in (tracking.check, lambda: Registry(tracking).versions("none")):
+        with pytest.raises(
+            DraftsmithError, match=f"another version of MLflow .*run `mlflow db upgrade {address}`"
+        ) as told:
+            ask()
+        assert told.value.exit_code == EXIT_USER_ERROR

@@ -255,3 +255,25 @@ def test_no_process_outlives_the_command(tmp_path: Path) -> None:
     again = run_toy(home, "stage", "target", config)
     assert again.returncode == 0, again.stderr
     assert f"going on from {saved}" in again.stdout
+
+
+def test_a_second_interrupt_ends_at_once_and_in_silence(tmp_path: Path) -> None:
+    """While Prefect still sends what it has, at the interpreter's exit."""
+    code = (
+        "import atexit, sys, time; from draftsmith.flows import cli\n"
+        "def interrupted(*_): raise KeyboardInterrupt\n"
+        "cli._COMMANDS['status'] = interrupted\n"
+        "atexit.register(time.sleep, 60)\n"
+        "sys.exit(cli.main(['status']))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "DRAFTSMITH_HOME": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as command:
+        assert command.stderr is not None
+        assert command.stderr.readline().startswith("draftsmith: error: interrupted;")
+        command.send_signal(signal.SIGINT)
+        assert command.wait(20) == 130 and command.stderr.read() == ""

@@ -180,6 +180,22 @@ def test_a_target_of_another_family_is_one_finding_and_the_other_checks_go_on(
 
 
 @pytest.mark.usefixtures("home")
+def test_a_system_prompt_that_the_template_refuses_is_told_as_one(
+    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Gemma's does: no row is to blame."""
+    model = shutil.copytree(config["target"]["source"], tmp_path / "strict")
+    refusing = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages[0].content }}"
+    )
+    (model / "chat_template.jinja").write_text(refusing)
+    config["target"]["source"] = str(model)
+    config["prompts"]["system"] = "Be brief."
+    assert run(tmp_path, config) == 2
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the target's refuses a question (no system) behind a system prompt: leave out prompts.system" in said
+
+
 def test_trees_are_of_eagle3_drafters_only(
     tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

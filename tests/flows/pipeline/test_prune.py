@@ -42,6 +42,14 @@ def pruned(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("days", ["-1", "nan", "inf", "x"])
+def test_days_that_are_none_delete_nothing(replaced: Path, days: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["prune", "--days", days, "--delete"])
+    assert ended.value.code == 2 and f"'{days}': a number of 0 or more is wanted" in capsys.readouterr().err
+    assert replaced.exists()
+
+
 def test_what_is_replaced_stays_where_another_mlflow_has_the_lines(
     home: Path, replaced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -129,6 +129,17 @@ def test_a_full_disk_leaves_no_half_of_a_drafter_and_the_same_command_works_when
     assert drafter_digest(tmp_path / "copy") == drafter_digest(version.path / DRAFTER_FOLDER)
 
 
+@pytest.mark.usefixtures("version")
+def test_what_is_in_the_way_is_told_and_stays(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    for name, said in (("file", "is a file: give a new folder"), ("full", "is not empty: give a new folder")):
+        with pytest.raises(DraftsmithError, match=said):
+            commands.export(Display(), "line", tmp_path / name, dry_run=False)
+    assert (tmp_path / "file").read_text() == (tmp_path / "full" / "file").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [("a changed file", "has changed since it was written"), ("made again", "holds other content by now")],

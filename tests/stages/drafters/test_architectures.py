@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Context, Drafter
-from draftsmith.stages.drafters.checkpoint import ARCHITECTURES, UPGRADES, load_drafter, save_drafter
+from draftsmith.stages.drafters.checkpoint import ARCHITECTURES, UPGRADES, check_whole, load_drafter, save_drafter
 from draftsmith.stages.drafters.config import DrafterConfig
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.drafters.kinds import KINDS
@@ -26,6 +27,7 @@ from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.sequential import replay_sequentially
 from draftsmith.stages.replay.trace import Trajectory, pad_tokens
 from draftsmith.stages.targets.causal_lm import Target
+from tests.stages.drafters.edits import edit_tensors
 from tests.testbed import random_target, ties
 from tests.testbed.architectures import RANDOM
 
@@ -269,3 +271,19 @@ def names(module: Path) -> set[str]:
     """The string literals of a module: no comment, and no docstring of more than a word, is one."""
     nodes = ast.walk(ast.parse(module.read_text(encoding="utf-8")))
     return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
+def test_weights_that_are_not_those_of_its_config_are_told_before_it_is_loaded(
+    drafter: Drafter, tmp_path: Path
+) -> None:
+    """Rollouts of hours come before a drafter that a training begins with is loaded."""
+    save_drafter(drafter, tmp_path, torch.float32)
+    check_whole(tmp_path)
+    name = max(name for name, _ in drafter.named_parameters())
+    for edit, said in (
+        (lambda tensors: tensors.update({name: torch.zeros(3)}), "has the wrong shape for"),
+        (lambda tensors: tensors.pop(name), "lacks tensor"),
+    ):
+        edit_tensors(edit)(tmp_path)
+        with pytest.raises(DraftsmithError, match=f"{said} {name}"):
+            check_whole(tmp_path)

@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.targets.loading import load_weights
+from draftsmith.stages.targets.metadata import metadata_artifact
 from draftsmith.stages.targets.source import check_weights
 from tests.testbed.families import FAMILIES, WORDS, write_family
 from tests.testbed.random_target import fill, save, write_artifact, write_model
@@ -206,3 +208,39 @@ def test_the_configs_type_counts_where_the_architecture_has_another_name(
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     with nullcontext() if known else pytest.raises(DraftsmithError, match="is not a causal language model"):
         Target.of(tmp_path, dtype="float32", device="cpu")
+
+
+def test_weights_that_are_no_numbers_are_told_as_that(tmp_path: Path) -> None:
+    """Not as a model that computes something else: half of them overflow where float16 is too narrow."""
+    artifact = write_artifact(tmp_path)
+    change(tmp_path / "model", "model.norm.weight", torch.full((32,), torch.nan))
+    with pytest.raises(DraftsmithError, match="logits are no numbers in float32: the weights are damaged"):
+        Target.load(artifact, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "said"),
+    [
+        (
+            "config.json",
+            {"rope_parameters": {"rope_type": "own", "rope_theta": 1e4}},
+            r"cannot make a model of its config.json \(KeyError: 'own'\)",
+        ),
+        ("config.json", {"hidden_act": "own"}, r"cannot make a model of its config.json \(KeyError: 'own'\)"),
+        ("generation_config.json", {"eos_token_id": "<end>"}, "eos_token_id '<end>' is no token id"),
+    ],
+)
+def test_what_its_small_files_say_wrong_is_one_clear_error(
+    file: str, fields: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    write_model(tmp_path)
+    path = tmp_path / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(DraftsmithError, match=said):
+        metadata_artifact(TargetConfig(source=str(tmp_path)), tmp_path)
+
+
+def test_a_revision_of_a_folder_is_told_by_a_check_too(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    with pytest.raises(DraftsmithError, match="leave it out for a folder"):
+        metadata_artifact(TargetConfig(source=str(tmp_path), revision="main"), tmp_path)

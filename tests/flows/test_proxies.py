@@ -1,0 +1,41 @@
+"""A proxy in the environment, and servers of Prefect, MLflow and SGLang on this machine."""
+
+from __future__ import annotations
+
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from draftsmith.artifacts.proxies import reach_ourselves_directly
+from draftsmith.flows.cli import main
+
+
+@pytest.fixture(autouse=True)
+def _a_proxy_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    for each in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(each, "")  # put back after the test
+        monkeypatch.delenv(each)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("name", ["no_proxy", "NO_PROXY"])
+@pytest.mark.parametrize("known", ["corp.internal", "*", "localhost", None])
+def test_this_machine_is_reached_directly_and_exclusions_stay(
+    monkeypatch: pytest.MonkeyPatch, name: str, known: str | None
+) -> None:
+    if known is not None:
+        monkeypatch.setenv(name, known)
+    reach_ourselves_directly()
+    for host in ("127.0.0.1", "localhost", *([known] if known and known != "*" else [])):
+        assert urllib.request.proxy_bypass(host), host
+    assert bool(urllib.request.proxy_bypass("gpu1.elsewhere")) == (known == "*")
+
+
+def test_every_command_reaches_this_machine_directly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that starts no Prefect server of its own."""
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path))
+    assert not urllib.request.proxy_bypass("127.0.0.1")
+    assert main(["status"]) == 0
+    assert urllib.request.proxy_bypass("127.0.0.1")
+    assert not urllib.request.proxy_bypass("gpu1.elsewhere")
