@@ -27,6 +27,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
 
     partial = folder / f"{TMP_PREFIX}{os.getpid()}-checkpoint"
     with disk_errors(f"writing a checkpoint in {folder}"):
+        for left in folder.glob(f"{TMP_PREFIX}*-checkpoint"):  # by an attempt that was killed amid its own
+            left.unlink()
         try:
             with partial.open("wb") as file:  # of a path, torch does not say why it could not be written
                 torch.save(state, file)

@@ -202,10 +202,10 @@ def run_rank(request: Mapping[str, Any], events_path: str) -> int:
     keep_freed_memory()
     stop = stop_when_asked()
     rank, work = int(os.environ["RANK"]), Path(request["work"])
-    note_start(work, rank)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     events = EventStream(os.open(events_path if rank == 0 else os.devnull, os.O_WRONLY))
     try:
+        note_start(work, rank)
         stage, config, context = _asked(request, events, stop, ProcessContext if rank == 0 else SilentContext)
         with process_group():
             stage.run(context, config)

@@ -7,6 +7,7 @@ once, however many they are.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import multiprocessing
@@ -23,7 +24,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from draftsmith.artifacts.errors import EXIT_INTERRUPTED, DraftsmithError, RetryableError, StageInterrupted
+from draftsmith.artifacts.errors import (
+    EXIT_INTERRUPTED,
+    DraftsmithError,
+    RetryableError,
+    StageInterrupted,
+    from_os_error,
+)
 from draftsmith.stages.contract import Parallel
 
 _NOTES = "ranks"  # folder in `work`, with one for each launch: what of an earlier one still ends writes into its own
@@ -68,10 +75,20 @@ class RankReport:
 
     def write(self, work: Path) -> None:
         """For the process that started it."""
-        with suppress(FileNotFoundError):  # the next attempt has begun
+        with suppress(OSError):  # the next attempt has begun, or the disk has no room for more than the file's name
             (_notes(work) / f"{self.rank}.json").write_text(json.dumps(asdict(self)), "utf-8")
         if self.exit_code not in _KINDS:
             time.sleep(_ECHO_S)  # it may be the echo of another one's end, which the launcher is to see first
+
+    @classmethod
+    def read(cls, path: Path) -> RankReport:
+        """What was written; of one that is not whole, that the disk is full."""
+        try:
+            return cls(**json.loads(path.read_text("utf-8")))
+        except ValueError:
+            refused = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            error = from_os_error(refused, f"rank {path.stem}: writing what ended it,")
+            return cls(int(path.stem), str(error), error.exit_code, path.stat().st_mtime)
 
 
 def _notes(work: Path, run_id: str | None = None) -> Path:
@@ -171,7 +188,7 @@ def _tell_first(notes: Path, node: int, cause: DraftsmithError) -> None:
     """What ended the ranks of this node, for the first one."""
     note = notes / f"{node}.node"
     written = note.with_suffix(".tmp")
-    with suppress(FileNotFoundError):  # the next attempt has begun
+    with suppress(OSError):  # the next attempt has begun, or the disk is full
         written.write_text(json.dumps({"message": str(cause), "exit_code": cause.exit_code}), "utf-8")
         written.rename(note)
 
@@ -193,7 +210,7 @@ def _cause(notes: Path, error: BaseException, world: int, *, stopped: bool) -> D
     """The one error that ended all ranks. Those that lose another one report that they did, which is no cause."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    reports = [RankReport(**json.loads(path.read_text("utf-8"))) for path in notes.glob("*.json")]
+    reports = [RankReport.read(path) for path in notes.glob("*.json")]
     reports.sort(key=lambda report: report.at)
     for report in reports:
         if report.exit_code in _KINDS:

@@ -54,19 +54,24 @@ def chosen(
     positions_per_chunk: int,
     *,
     temperature: float = 1.0,
-    token_logprob: Callable[[slice], torch.Tensor],
-    target_logits: Callable[[slice], torch.Tensor],
+    token_logprob: torch.Tensor | None = None,
+    target_logits: Callable[[slice], torch.Tensor] | None = None,
 ) -> Chosen:
     """hidden: [N, H]; previous: [N] tokens before these positions; columns: [N] of the committed tokens in the head.
 
-    temperature: that the tokens were drawn at. token_logprob, target_logits: of a chunk, log p [n] of the committed
-    tokens and logits [n, V'] over the head's.
+    temperature: that the tokens were drawn at. token_logprob: log p [N] of the committed tokens, which Bernoulli's KL
+    reads. target_logits: of a chunk [n, V'] over the head's tokens, for the losses of distributions.
     """
     with torch.no_grad():
         among = drafter.candidates(hidden, head)
         present = (among == columns[:, None]).any(-1)
         among = torch.cat([among[:, :-1], torch.where(present, among[:, -1], columns)[:, None]], -1)
         place = (among == columns[:, None]).long().argmax(-1)
+        log_p = torch.zeros(among.shape, device=among.device)  # the target's, once: `values` is called again in backward
+        for start in range(0, len(among) if loss in _DISTRIBUTION_LOSSES else 0, positions_per_chunk):
+            assert target_logits is not None
+            part = slice(start, min(start + positions_per_chunk, len(among)))
+            log_p[part] = torch.log_softmax(target_logits(part), -1).gather(-1, among[part])
     correct, log_q = torch.zeros_like(present), torch.full_like(place, -torch.inf, dtype=torch.float32)
 
     def values(h: torch.Tensor, part: slice) -> torch.Tensor:
@@ -78,10 +83,9 @@ def chosen(
         if loss == "cross_entropy":
             return of_token
         if loss == "bernoulli_kl":
-            return losses.bernoulli_forward_kl(-losses.cross_entropy(logits, at), token_logprob(part))
-        with torch.no_grad():
-            log_p = torch.log_softmax(target_logits(part), -1).gather(-1, among[part])
-        return _DISTRIBUTION_LOSSES[loss](logits, of_token, log_p)
+            assert token_logprob is not None
+            return losses.bernoulli_forward_kl(-losses.cross_entropy(logits, at), token_logprob[part])
+        return _DISTRIBUTION_LOSSES[loss](logits, of_token, log_p[part])
 
     terms = chunked_values(hidden, positions_per_chunk, values, trained_head=True)
     return Chosen(terms, correct, log_q)
@@ -96,19 +100,5 @@ def choice_logprobs(
     positions_per_chunk: int,
 ) -> torch.Tensor:
     """[N] log q of tokens, arguments as of `chosen`; differentiable."""
-    found = chosen(
-        drafter,
-        hidden,
-        previous,
-        columns,
-        head,
-        "cross_entropy",
-        positions_per_chunk,
-        token_logprob=_unread,
-        target_logits=_unread,
-    )
+    found = chosen(drafter, hidden, previous, columns, head, "cross_entropy", positions_per_chunk)
     return -found.terms
-
-
-def _unread(_part: slice) -> torch.Tensor:
-    raise AssertionError("cross-entropy reads the committed token alone")

@@ -45,6 +45,7 @@ class Feedback:
     target_head: torch.Tensor  # [V, H]
     temperature: float
     law: Law = GREEDY  # that tokens and proposals are drawn under; greedy: proposals are argmaxes
+    said: torch.Tensor | None = None  # [N] log p of the committed tokens, under the full head at temperature 1
 
     def logits(self) -> torch.Tensor:
         """[N, V'] of its distribution over the tokens of the training head, at the temperature."""
@@ -62,12 +63,19 @@ class Feedback:
         return self._under(self.head)
 
     @torch.no_grad()
-    def token_logprob(self, positions_per_chunk: int = 512) -> torch.Tensor:
-        """[N] log p of the committed tokens, under the full head at temperature 1."""
+    def asked(self, positions_per_chunk: int = 512) -> Feedback:
+        """The same that knows `token_logprob`: losses read it more than once, some again in their backward."""
         assert self.hidden is not None, NO_HIDDEN
         with torch.autocast(self.hidden.device.type, enabled=False):
             whole = Head(self.target_head, logit_map=self.head.logit_map)
-            return token_logprobs(self.hidden, whole, self.tokens, positions_per_chunk).values
+            said = token_logprobs(self.hidden, whole, self.tokens, positions_per_chunk).values
+        return replace(self, said=said)
+
+    @property
+    def token_logprob(self) -> torch.Tensor:
+        """[N] `said`, once it was `asked`."""
+        assert self.said is not None
+        return self.said
 
     @torch.no_grad()
     def _under(self, head: Head) -> torch.Tensor:
@@ -77,8 +85,8 @@ class Feedback:
 
     def of(self, part: slice) -> Feedback:
         """A chunk of the positions."""
-        hidden = None if self.hidden is None else self.hidden[part]
-        return replace(self, tokens=self.tokens[part], columns=self.columns[part], hidden=hidden)
+        hidden, said = (None if x is None else x[part] for x in (self.hidden, self.said))
+        return replace(self, tokens=self.tokens[part], columns=self.columns[part], hidden=hidden, said=said)
 
 
 def drawn_at(law: Law) -> float:
@@ -89,7 +97,7 @@ def drawn_at(law: Law) -> float:
 RESPONSE_LOSSES: dict[str, Callable[[torch.Tensor, Feedback], torch.Tensor]] = {
     "cross_entropy": lambda logits, p: losses.cross_entropy(logits, p.columns),
     "bernoulli_kl": lambda logits, p: losses.bernoulli_forward_kl(
-        -losses.cross_entropy(logits, p.columns), p.token_logprob()
+        -losses.cross_entropy(logits, p.columns), p.token_logprob
     ),
     "forward_kl": lambda logits, p: losses.forward_kl(logits, p.logits()),
     "tv": lambda logits, p: losses.total_variation(logits, p.logits()),
@@ -147,6 +155,8 @@ def response_stream(
     rows = torch.arange(at.shape[0], device=at.device)[:, None, None].expand_as(at)
     predicted_by = None if batch.hidden is None else batch.hidden[rows[where], at[where]]
     feedback = Feedback(labels[where], columns[where], predicted_by, heads.target, target_head, temperature, law)
+    if config.loss == "bernoulli_kl":
+        feedback = feedback.asked(positions_per_chunk)
     judged = _judged(hidden[places], feedback, heads, config, positions_per_chunk)
     if heads.chooser is not None:
         before = tokens_at(batch, anchors, 0, K)[where]
@@ -183,7 +193,7 @@ def _judged(
         judged = token_logprobs(hidden, head, feedback.columns, positions_per_chunk)
         terms = -judged.values
         if config.loss == "bernoulli_kl":
-            terms = losses.bernoulli_forward_kl(judged.values, feedback.token_logprob(positions_per_chunk))
+            terms = losses.bernoulli_forward_kl(judged.values, feedback.token_logprob)
         return _Judged(terms, judged.best == feedback.columns, judged.values.detach())
     if not heads.trained and config.loss == "forward_kl" and feedback.temperature > 0 and not by_confidence:
         assert feedback.hidden is not None, NO_HIDDEN
@@ -233,7 +243,7 @@ def _with_choice(
         config.loss,
         positions_per_chunk,
         temperature=drawn_at(feedback.law),
-        token_logprob=lambda part: feedback.of(part).token_logprob(positions_per_chunk),
+        token_logprob=feedback.said,
         target_logits=lambda part: feedback.of(part).logits(),
     )
     return _Judged(judged.terms + config.choice * choice.terms, choice.correct, choice.log_q)

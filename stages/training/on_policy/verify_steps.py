@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from draftsmith.stages.drafters.base import Drafter, best_of
+from draftsmith.stages.drafters.base import LOGITS_AT_ONCE, Drafter, best_of
 from draftsmith.stages.drafters.drawing import probability_among, probability_of
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.parallel.ranks import ALONE, Ranks
@@ -68,10 +68,7 @@ def judge(
     labels, inside = labels_of(batch, anchors, K)
     inside = inside & (torch.arange(1, K + 1, device=hidden.device) <= proposals)
     on_text, before = torch.where(inside, labels, -1), tokens_at(batch, anchors, 0, K)
-    choice = None
-    if chooser is not None:
-        columns = chooser.candidates(hidden, head)
-        choice = chooser.choices(hidden, before, columns, head), head.to_tokens(columns)
+    choice = None if chooser is None else _choice(hidden, before, head, chooser)
     if text is None:
         best = _best(hidden, head, choice)
         accepted = ((best == labels) & inside).long().cumprod(-1).sum(-1)
@@ -90,6 +87,17 @@ def judge(
 
 
 Choice: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # scores and token ids of candidates [..., k]
+
+
+def _choice(hidden: torch.Tensor, before: torch.Tensor, head: Head, chooser: Drafter) -> Choice:
+    """Of the candidates at hidden states [..., H], behind tokens [...]. The head's rows of all of them, which are many
+    times the hidden states, are there for `LOGITS_AT_ONCE` numbers at a time."""
+    columns = chooser.candidates(hidden, head)
+    at_once = max(1, LOGITS_AT_ONCE // (columns.shape[-1] * hidden.shape[-1]))
+    flat = (hidden.flatten(0, -2), before.flatten(), columns.flatten(0, -2))
+    parts = zip(*(x.split(at_once) for x in flat), strict=True)
+    scores = torch.cat([chooser.choices(*part, head) for part in parts])
+    return scores.view(columns.shape), head.to_tokens(columns)
 
 
 def _best(hidden: torch.Tensor, head: Head, choice: Choice | None) -> torch.Tensor:

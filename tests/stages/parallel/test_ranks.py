@@ -3,6 +3,7 @@ leaves, signals, and a second node."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed import TCPStore
 
-from draftsmith.artifacts.errors import StageInterrupted
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.stages import join
 from draftsmith.stages.checkpoints import checkpoints
 from draftsmith.stages.drafters.base import Drafter, DrafterInfo
@@ -26,7 +27,7 @@ from draftsmith.stages.mining import STAGE as MINING
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.parallel.config import RENDEZVOUS, ParallelConfig
 from draftsmith.stages.parallel.head import ASKED, NODES, REFUSED, _refusal
-from draftsmith.stages.parallel.launch import Meeting, RankReport, _cause, clear, launch
+from draftsmith.stages.parallel.launch import Meeting, RankReport, _cause, _tell_first, clear, launch
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.targets.causal_lm import Target
 from tests.flows.pipeline.processes import assert_gone, wait_until
@@ -278,6 +279,23 @@ def test_what_still_ends_of_an_earlier_launch_says_nothing_of_the_next_one(
     clear(tmp_path)
     RankReport(1, "the disk is full", 2).write(tmp_path)  # nobody waits for it
     assert not (tmp_path / "ranks").exists()
+
+
+def test_a_rank_that_cannot_say_why_it_ended_for_want_of_room_says_that_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path, *_: Any) -> None:
+        path.touch()  # names still fit
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "full")
+    (notes := tmp_path / "ranks" / "full").mkdir(parents=True)
+    monkeypatch.setattr(Path, "write_text", refused)
+    RankReport(0, "writing metrics.jsonl: the disk is full", 2).write(tmp_path)
+    _tell_first(notes, 1, DraftsmithError("the disk is full"))
+    cause = _cause(notes, OSError("gone"), 2, stopped=False)
+    assert (type(cause), cause.exit_code) == (DraftsmithError, 2)
+    assert "rank 0: writing what ended it" in str(cause) and "the disk is full: free some space" in str(cause)
 
 
 def test_a_rank_that_hangs_is_named_and_the_same_command_goes_on(tmp_path: Path, inputs: dict[str, str]) -> None:

@@ -230,7 +230,7 @@ def test_losses_and_proposals_read_the_familys_own_law(case: Case) -> None:
     following = torch.tensor(tokens[1:])
     feedback = Feedback(following, following, hidden[:-1], heads.target, case.target.head_weight, temperature=1.0)
     close(feedback.logits().log_softmax(-1), law[:-1])
-    close(feedback.token_logprob(), law[:-1].gather(1, following[:, None])[:, 0])
+    close(feedback.asked().token_logprob, law[:-1].gather(1, following[:, None])[:, 0])
     close(heads.drafter.logits(hidden).log_softmax(-1), law)
     best = best_of(hidden, heads.drafter, with_logprobs=True)
     assert best.logprobs is not None

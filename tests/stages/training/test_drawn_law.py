@@ -22,7 +22,7 @@ from draftsmith.stages.training.batches import FeatureSource, step_rng
 from draftsmith.stages.training.blocks import Anchors, block_hidden, context_of
 from draftsmith.stages.training.config import SftConfig, TrainingConfig
 from draftsmith.stages.training.loss_config import LossConfig, PositionWeights, ResponseStream
-from draftsmith.stages.training.on_policy import step
+from draftsmith.stages.training.on_policy import step, verify_steps
 from draftsmith.stages.training.on_policy.config import OpdConfig
 from draftsmith.stages.training.on_policy.training import OpdTraining
 from draftsmith.stages.training.on_policy.verify_steps import VerifySteps, judge
@@ -237,5 +237,21 @@ def test_blocks_are_judged_alike_however_many_laws_fit_into_memory(
 
     whole = judged()
     monkeypatch.setattr(drawn, "LOGITS_AT_ONCE", 2 * len(texts) * V)  # fewer than one law a text
+    monkeypatch.setattr(verify_steps, "LOGITS_AT_ONCE", 7 * 7 * drafter.config.hidden_size)  # of 7 candidates
+    of_choices = note_choices(drafter, monkeypatch)
     assert text.anchors_at_once == 1
     assert all(np.array_equal(a, b) for a, b in zip(judged(), whole, strict=True))
+    assert all(count <= 7 for count in of_choices) and bool(of_choices) == drafter.chooses
+
+
+def note_choices(drafter: Drafter, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many positions are asked for together, from here on."""
+    noted: list[int] = []
+    choices = drafter.choices
+
+    def taken(hidden: torch.Tensor, *others: Any) -> torch.Tensor:
+        noted.append(hidden[..., 0].numel())
+        return choices(hidden, *others)
+
+    monkeypatch.setattr(drafter, "choices", taken)
+    return noted

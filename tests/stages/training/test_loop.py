@@ -134,6 +134,15 @@ def test_a_training_whose_checkpoints_are_all_damaged_begins_again(tmp_path: Pat
     assert context.logs[-1].endswith("going on from the beginning, there is none before it")
 
 
+def test_what_an_attempt_left_that_was_killed_amid_a_checkpoint_takes_no_room(
+    tmp_path: Path, plain_target: Target
+) -> None:
+    context = RecordingContext.under(tmp_path)
+    (context.work / ".tmp-77-checkpoint").write_bytes(b"the first half")
+    trained(context, plain_target, steps=3)
+    assert sorted(context.work.iterdir()) == sorted(checkpoints(context.work))
+
+
 def trained(context: RecordingContext, target: Target, steps: int) -> list[float]:
     """Weights after so many steps, a checkpoint behind each."""
     drafter = random_target.random_drafter(target)
