@@ -30,7 +30,6 @@ HEADLINE = ("tau", "tau_low", "tau_high", "differences")
 
 class ReportConfig(Config):
     title: str = Field(default="Draft model refresh", min_length=1, description="Heading of the page.")
-    rejected_rows: int = Field(default=20, ge=0, description="Rows of the table of most rejected tokens.")
     champion: Annotated[
         tuple[str, int] | None,
         Field(description="filled in when the plan is made: line and version of the drafter that serves"),
@@ -70,7 +69,6 @@ def run(ctx: StageContext, config: ReportConfig) -> None:
         logs=logs,
         lineage=artifacts,
         config=configs,
-        rejected_rows=config.rejected_rows,
     )
     render_report(ctx.out / "report.html", data)
     drafters = evaluation.get("drafters", {})

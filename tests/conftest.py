@@ -34,7 +34,6 @@ if TYPE_CHECKING:  # most rooms need neither
     from collections.abc import Iterator
 
     from draftsmith.stages.drafters.dflash.model import DFlashDrafter
-    from draftsmith.stages.drafters.dspark.model import DSparkDrafter
     from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
     from draftsmith.stages.targets.causal_lm import Target
 
@@ -117,14 +116,6 @@ def plain_drafter(plain_target: Target) -> DFlashDrafter:
     from tests.testbed import random_target
 
     return random_target.random_drafter(plain_target)
-
-
-@pytest.fixture(scope="session")
-def plain_dspark(plain_target: Target) -> DSparkDrafter:
-    """A random DSpark drafter for it, without a confidence head. Not to be changed."""
-    from tests.testbed.dspark import random_dspark
-
-    return random_dspark(plain_target, confidence_head=False)
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,7 @@ def evaluate_config(refresh: RefreshConfig, drafters: list[str]) -> EvaluateConf
     named: dict[str, str] = {}
     for text in drafters:
         name, source = named_drafter(text)
-        if name in _TAKEN or name in named:
+        while name in _TAKEN or name in named:
             name = f"{name}-{len(named) + 1}"
         named[name] = source
     measured = {

@@ -37,7 +37,6 @@ class ReportData:
     logs: Mapping[str, Any] = field(default_factory=dict)  # logs.json
     lineage: Sequence[Mapping[str, Any]] = ()  # name, stage, key, content_id, duration_s, metrics, created_at
     config: Mapping[str, Any] = field(default_factory=dict)  # artifact -> its stage's config
-    rejected_rows: int = 20  # rows of the table of most rejected tokens
 
 
 def render_report(path: Path, data: ReportData) -> None:
@@ -127,7 +126,7 @@ def _sections(data: ReportData) -> list[tuple[str, str]]:
         "Gate": [paragraph(rows.chosen(evaluation)), table(rows.gate(data.decision))] if data.decision else [],
         "The line over time": [_line(data.history)],
         f"Worst contexts{_of_arm(data)}": [contexts(data.contexts)],
-        "Training": [_training(data), _most_rejected(data.mining, data.rejected_rows)],
+        "Training": [_training(data), _most_rejected(data.mining)],
         "Data": [
             paragraph(tables.logs_said(data.logs)),
             table(tables.prompts_table(data.prompts)),
@@ -181,7 +180,7 @@ def _training(data: ReportData) -> str:
     return made
 
 
-def _most_rejected(mining: Mapping[str, Any], count: int) -> str:
+def _most_rejected(mining: Mapping[str, Any]) -> str:
     tokens: Sequence[Mapping[str, Any]] = mining.get("most_rejected") or []
     if not tokens:
         return ""
@@ -190,7 +189,7 @@ def _most_rejected(mining: Mapping[str, Any], count: int) -> str:
     if (share := certain.get("share")) is not None:
         note += f" In {share:.0%} of all cases its best token had a probability of at least {certain['at_least']}."
     columns = list(tokens[0])
-    cells = [[_cell(token.get(column)) for column in columns] for token in tokens[:count]]
+    cells = [[_cell(token.get(column)) for column in columns] for token in tokens]
     head = [column.replace("_", " ") for column in columns]
     shown = Table(head, cells, "Most rejected tokens", note)
     return part("Most rejected tokens", table(shown))

@@ -24,7 +24,6 @@ NODES = {
     LINE: ("champion", "drift", "earlier", "logs", "gate"),  # of its nodes, those that `plain` does not have
     SERVED: ("rollout",),
 }  # fmt: skip
-STAGE_OF = {"heldout": "rollout", "assisted": "rollout", "control": "sft"}  # where a node is not called like its stage
 CHECKPOINT_EVERY = 4  # steps
 ROWS_PER_SHARD = 2  # answers
 _SAMPLING = {"max_new_tokens": 24, "temperature": 0.0}

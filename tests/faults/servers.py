@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from tests.faults.scene import WORKING, Play, Scene, must
 from tests.faults.watch import until
+from tests.testbed.team import free_port
 
 _START_LIMIT_S = 120.0
 _BACK_S = (1.0, 10.0)  # how long it is away
@@ -57,15 +57,9 @@ class Server:
         return False
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def mlflow_server(folder: Path) -> Iterator[Server]:
-    port = _free_port()
+    port = free_port()
     stored = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/files"]
     command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", *stored]
     yield from _running(Server(command, port, "/health", folder))
@@ -73,7 +67,7 @@ def mlflow_server(folder: Path) -> Iterator[Server]:
 
 @contextmanager
 def prefect_server(folder: Path) -> Iterator[Server]:
-    port = _free_port()
+    port = free_port()
     command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui"]
     yield from _running(Server(command, port, "/api/health", folder))
 

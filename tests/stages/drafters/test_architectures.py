@@ -6,6 +6,7 @@ Drafting offset by offset is held against blocks in `test_drafting.py`, training
 from __future__ import annotations
 
 import ast
+import json
 from itertools import product
 from pathlib import Path
 from typing import get_args
@@ -16,9 +17,10 @@ import torch
 from torch.nn import functional as F
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.drafters.base import Context, Drafter
+from draftsmith.stages.drafters.base import Context, Drafter, DrafterInfo
 from draftsmith.stages.drafters.checkpoint import ARCHITECTURES, UPGRADES, check_whole, load_drafter, save_drafter
 from draftsmith.stages.drafters.config import DrafterConfig
+from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.drafters.kinds import KINDS
 from draftsmith.stages.engines.base import Request, SamplingParams
@@ -141,7 +143,7 @@ def test_drafting_from_slots_equals_the_whole_context_after_rejections(texts: Te
         at = anchors[:, None] + torch.arange(block)
         tokens = F.pad(texts.tokens, (0, block)).gather(1, at)
         features = torch.stack([F.pad(f, (0, 0, 0, block))[i] for f, i in zip(texts.features, at, strict=True)])
-        kept = 1 + (step + torch.arange(rows)) % 3
+        kept = 1 + (step + torch.arange(rows)) % block  # the anchor at least, the whole block at most
         rejected = torch.arange(block) >= kept[:, None]
         features[rejected] = 30 * torch.randn(features[rejected].shape, generator=generator)
         tokens[rejected] = torch.randint(0, 50, tokens[rejected].shape, generator=generator)
@@ -160,7 +162,24 @@ def test_a_moved_row_drafts_the_same(texts: Texts) -> None:
         context = texts.drafter.select(slots, torch.tensor([0]), anchor)
         at = torch.tensor([[anchor]])
         proposals = texts.drafter.propose(context, texts.tokens[2:3, anchor : anchor + 1], at, texts.block, texts.head)
+        # and it goes on from there: what the anchor's token completes may need the moved row's last feature
+        read = (x[2:3, anchor : anchor + 2] for x in (texts.features, texts.tokens, texts.positions))
+        texts.drafter.extend(slots, slice(0, 1), *read)
+        context, behind = texts.drafter.select(slots, slice(0, 1), anchor + 2), at + 2
+        hidden = texts.drafter.block_hidden(context, texts.chains(behind.expand(3, -1))[2:3], behind)
     assert proposals.tokens[0, 0].tolist() == texts.alone(2, anchor)[1]
+    torch.testing.assert_close(hidden[0, 0], texts.alone(2, anchor + 2)[0], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kept", [[2, 0], slice(1, 3)], ids=["some rows", "neighbours"])
+def test_a_context_of_some_rows_and_positions_drafts_the_same(texts: Texts, kept: list[int] | slice) -> None:
+    """Replay drops rows that are finished and never looks behind its furthest anchor."""
+    anchor, rows = 8, list(range(3))[kept] if isinstance(kept, slice) else kept
+    part = kept if isinstance(kept, slice) else torch.tensor(kept)
+    context = texts.drafter.select(texts.context(), part, anchor)
+    at, tokens = torch.full((2, 1), anchor), texts.tokens[rows, anchor : anchor + 1]
+    proposals = texts.drafter.propose(context, tokens, at, texts.block, texts.head)
+    assert proposals.tokens[:, 0].tolist() == [texts.alone(row, anchor)[1] for row in rows]
 
 
 # ---- replay and decoding
@@ -218,9 +237,14 @@ def test_decoding_is_lossless_and_its_steps_are_those_of_replay(texts: Texts, pl
 def test_the_round_trip_gives_the_same_drafter_and_the_same_bytes(
     texts: Texts, plain_target: Target, tmp_path: Path
 ) -> None:
+    texts.drafter.frequent_tokens = torch.arange(random_target.VOCAB_SIZE).flip(0)
+    texts.drafter.info = DrafterInfo(plain_target.info.digest, "here", ("a", "b"), {"stage": "sft", "steps": 3})
     save_drafter(texts.drafter, tmp_path / "first", torch.float32)
     loaded = load_drafter(tmp_path / "first", plain_target)
-    assert type(loaded) is type(texts.drafter)
+    assert type(loaded) is type(texts.drafter) and not loaded.training
+    assert loaded.info == texts.drafter.info
+    assert loaded.frequent_tokens is not None
+    assert loaded.frequent_tokens.tolist() == texts.drafter.frequent_tokens.tolist()
     state = texts.drafter.state_dict()
     assert loaded.state_dict().keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
@@ -232,12 +256,25 @@ def test_the_round_trip_gives_the_same_drafter_and_the_same_bytes(
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
 
-def test_the_target_is_no_part_of_it_and_gets_no_gradient(texts: Texts, plain_target: Target) -> None:
-    drafter = texts.drafter
-    anchors = torch.tensor([[9, 5]])
+def test_the_digest_tells_what_is_proposed(drafter: Drafter, tmp_path: Path) -> None:
+    save_drafter(drafter, tmp_path, torch.float32)
+    first = drafter_digest(tmp_path)
+    assert json.loads((tmp_path / "drafter.json").read_text())["digest"] == first
+    edit_tensors(lambda tensors: tensors["norm.weight"].add_(1))(tmp_path)
+    assert drafter_digest(tmp_path) != first
+
+
+def test_gradients_reach_every_parameter_and_not_the_target(texts: Texts, plain_target: Target) -> None:
+    drafter, anchors = texts.drafter, torch.tensor([[9, 5]])
     context = drafter.encode(texts.features[:1], texts.tokens[:1], texts.positions[:1])
     chains = texts.chains(anchors.expand(len(texts.tokens), -1))[:1]
-    drafter.block_hidden(context, chains, anchors).square().sum().backward()
+    hidden = drafter.block_hidden(context, chains, anchors)
+    said = texts.head.logits(hidden).square().sum()
+    if drafter.chooses:
+        columns = drafter.candidates(hidden, texts.head)
+        said = said + drafter.choices(hidden, chains, columns, texts.head).square().sum()
+    said.backward()
+    assert [name for name, p in drafter.named_parameters() if p.grad is None or not p.grad.abs().sum()] == []
     assert plain_target.embedding.grad is None and plain_target.head_weight.grad is None
     assert not any("embed" in name for name in drafter.state_dict())
 
