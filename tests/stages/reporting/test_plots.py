@@ -13,12 +13,17 @@ NAMES = {"champion": "the champion", "sft": "SFT", "control": "SFT continued", "
 
 def test_the_legend_of_sets_with_long_names_is_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr(plots, "_svg", lambda figure, *_: drawn.append(figure) or "")
+
+    def keep(figure: Any, *_: str) -> str:
+        drawn.append(figure)
+        return ""
+
+    monkeypatch.setattr(plots, "_svg", keep)
     taus = {arm: {"tau": 2.0, "low": 1.8, "high": 2.2} for arm in NAMES}
     plots.tau_by_set({"HuggingFaceH4/ultrachat_200k": taus, "openai/gsm8k": taus}, NAMES)
     (figure,) = drawn
     figure.draw_without_rendering()
-    (legend,) = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
+    (legend,) = figure.legends
     extent = legend.get_window_extent()
     assert extent.x0 >= 0 and extent.x1 <= figure.bbox.x1
     assert [text.get_text() for text in legend.get_texts()] == list(NAMES.values())
