@@ -25,7 +25,7 @@ def evaluation(rng: np.random.Generator, gain: float, prompts: int = 200, rounds
     """What the evaluation of a challenger says that is `gain` better than the champion, in tau and in speed."""
     simulated, of_prompt = simulated_tallies(rng, prompts, samples=1, gain=gain)
     renamed = {CHAMPION: simulated["sft"], "opd": simulated["opd"]}
-    turns = simulated_turns(rng, rounds, concurrency=16, gain=gain)
+    turns = simulated_turns(rng, rounds, concurrency=16, gain=gain, prompts=16)
     where: dict[str, Any] = {"temperature": 0.0, "concurrency": 16}
     turns = [turn | where | {"arm": CHAMPION if turn["arm"] == "sft" else turn["arm"]} for turn in turns]
     sets = [SETS[int(prompt) % 2] for prompt in of_prompt]
