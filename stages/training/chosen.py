@@ -67,7 +67,7 @@ def chosen(
         present = (among == columns[:, None]).any(-1)
         among = torch.cat([among[:, :-1], torch.where(present, among[:, -1], columns)[:, None]], -1)
         place = (among == columns[:, None]).long().argmax(-1)
-        log_p = torch.zeros(among.shape, device=among.device)  # the target's, once: `values` is called again in backward
+        log_p = torch.zeros(among.shape, device=among.device)  # the target's, once: backward calls `values` again
         for start in range(0, len(among) if loss in _DISTRIBUTION_LOSSES else 0, positions_per_chunk):
             assert target_logits is not None
             part = slice(start, min(start + positions_per_chunk, len(among)))

@@ -94,9 +94,8 @@ def _choice(hidden: torch.Tensor, before: torch.Tensor, head: Head, chooser: Dra
     times the hidden states, are there for `LOGITS_AT_ONCE` numbers at a time."""
     columns = chooser.candidates(hidden, head)
     at_once = max(1, LOGITS_AT_ONCE // (columns.shape[-1] * hidden.shape[-1]))
-    flat = (hidden.flatten(0, -2), before.flatten(), columns.flatten(0, -2))
-    parts = zip(*(x.split(at_once) for x in flat), strict=True)
-    scores = torch.cat([chooser.choices(*part, head) for part in parts])
+    flat = (x.split(at_once) for x in (hidden.flatten(0, -2), before.flatten(), columns.flatten(0, -2)))
+    scores = torch.cat([chooser.choices(own, tokens, among, head) for own, tokens, among in zip(*flat, strict=True)])
     return scores.view(columns.shape), head.to_tokens(columns)
 
 
