@@ -146,7 +146,7 @@ def _parse(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f", line {mark.line + 1}, column {mark.column + 1}" if mark and where != OVERRIDE else ""
-        problem = error.problem or error.context
+        problem = error.problem or error.context or ""
         if problem.startswith("but found another document"):
             problem = "a second document begins here: keep one in a file"
         if error.context == "while scanning an alias":  # as which YAML reads what begins with a `*`
