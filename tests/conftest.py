@@ -78,7 +78,7 @@ def _databases() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_target() -> Path:
-    """Folder of the trained 0.7M-parameter target: config, safetensors, tokenizer, chat template."""
+    """Folder of the trained 0.82M-parameter target: config, safetensors, tokenizer, chat template."""
     return target.target_folder()
 
 

@@ -57,10 +57,7 @@ class Traced:
     @property
     def trajectories(self) -> list[Trajectory]:
         """The embedded engine's plain greedy answers."""
-        return [
-            Trajectory(p.prompt_id, p.token_ids + self.bench.greedy[p.prompt_id], len(p.token_ids))
-            for p in self.bench.prompts[:PROMPTS]
-        ]
+        return self.bench.answered(PROMPTS)
 
     def replayed(self, drafter: DFlash2Drafter) -> list[Trace]:
         head = drafter.drafting_head(self.bench.target.head_weight, None)

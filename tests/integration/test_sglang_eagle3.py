@@ -18,7 +18,6 @@ import pytest
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.engines.sglang.protocol import KEY
-from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.trace import Trace, Trajectory, tau
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from tests.integration.recorded import Reference, asked_for_nothing, body
@@ -44,16 +43,10 @@ class Traced:
     @property
     def trajectories(self) -> list[Trajectory]:
         """The embedded engine's plain greedy answers."""
-        return [
-            Trajectory(p.prompt_id, p.token_ids + self.bench.greedy[p.prompt_id], len(p.token_ids))
-            for p in self.bench.prompts[:PROMPTS]
-        ]
+        return self.bench.answered(PROMPTS)
 
     def replayed(self, chains: int | None) -> list[Trace]:
-        drafter = self.bench.drafters["trained"]
-        head = drafter.drafting_head(self.bench.target.head_weight, None)
-        _, context = self.bench.read(self.trajectories, drafter)
-        return replay_chains(drafter, context, self.trajectories, drafter.block_size, head, chains)
+        return self.bench.replay(self.trajectories, "trained", chains)
 
 
 @pytest.fixture(scope="module")

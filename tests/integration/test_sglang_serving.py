@@ -80,14 +80,7 @@ def embedded(bench: Bench) -> list[Completion]:
 @pytest.fixture(scope="module")
 def replayed(bench: Bench) -> list[Trace]:
     """Of the embedded engine's plain answers, one block after the other."""
-    return bench.sequential_traces(trajectories(bench), "trained")
-
-
-def trajectories(bench: Bench) -> list[Trajectory]:
-    return [
-        Trajectory(p.prompt_id, p.token_ids + bench.greedy[p.prompt_id], len(p.token_ids))
-        for p in bench.prompts[:PROMPTS]
-    ]
+    return bench.sequential_traces(bench.answered(PROMPTS), "trained")
 
 
 def trace_of(trajectory: Trajectory, elements: list[Any]) -> Trace:
@@ -144,7 +137,7 @@ def test_the_servers_own_counts_are_those_of_replay(traced: Served, replayed: li
 def test_the_plugins_trace_equals_replay_and_the_embedded_engines(
     traced: Served, replayed: list[Trace], embedded: list[Completion], bench: Bench
 ) -> None:
-    known = trajectories(bench)
+    known = bench.answered(PROMPTS)
     drafter = bench.drafters["trained"]
     _, context = bench.read(known, drafter)
     head = drafter.drafting_head(bench.target.head_weight, None)
@@ -166,7 +159,7 @@ def test_the_plugins_trace_equals_replay_and_the_embedded_engines(
 def test_the_plugins_logprobs_are_the_targets_on_the_draft_induced_prefix(traced: Served, bench: Bench) -> None:
     """The reference is one plain forward over prefix and block."""
     compared = 0
-    for trajectory, elements in zip(trajectories(bench)[:8], traced.meta(KEY), strict=False):
+    for trajectory, elements in zip(bench.answered(PROMPTS)[:8], traced.meta(KEY), strict=False):
         for step in (element for element in elements if element and "anchor" in element):
             anchor, block = step["anchor"], step["block"]
             hidden = bench.target.read(torch.tensor([trajectory.tokens[: anchor + 1] + block])).hidden[0, anchor:-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from draftsmith.stages.drafters.base import Context, Drafter
@@ -12,6 +13,7 @@ from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter
 from draftsmith.stages.drafters.config import DFlashConfig, DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
+from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.sequential import replay_sequentially
 from draftsmith.stages.replay.trace import Trace, Trajectory, pad_tokens
 from draftsmith.stages.stored import DRAFTER_FOLDER, Prompt, load_prompts
@@ -23,6 +25,7 @@ from tests.testbed.target import MASK
 GREEDY_TOKENS = 80  # about half of the answers stop before, the others are cut
 GREEDY = SamplingParams(GREEDY_TOKENS)
 CAPACITY = 256
+LOGPROB_TOLERANCE = 2e-4  # nats, float32: other matrix shapes
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,13 @@ class Bench:
         done = self.engine(drafter, slots, **drafting).generate(requests)
         return {completion.request.request_id: completion for completion in done}
 
+    def answered(self, count: int | None = None) -> list[Trajectory]:
+        """The first `count` prompts with their plain greedy answers."""
+        return [
+            Trajectory(p.prompt_id, p.token_ids + self.greedy[p.prompt_id], len(p.token_ids))
+            for p in self.prompts[:count]
+        ]
+
     def read(self, trajectories: Sequence[Trajectory], drafter: Drafter) -> tuple[TargetOutput, Context]:
         """The target's forward over trajectories, padded on the right, and the drafter's context of it."""
         ids = pad_tokens(trajectories, self.target.device)
@@ -80,15 +90,27 @@ class Bench:
 
     def with_drafters(self, drafters: dict[str, Drafter]) -> Bench:
         """The same with other drafters, and only with prompts whose greedy answers hold no near-tie of theirs."""
-        answered = [
-            Trajectory(p.prompt_id, p.token_ids + self.greedy[p.prompt_id], len(p.token_ids)) for p in self.prompts
-        ]
+        answered = self.answered()
         for drafter in drafters.values():
             answered = self.clear(answered, drafter)
         kept = {trajectory.trajectory_id for trajectory in answered}
         prompts = [prompt for prompt in self.prompts if prompt.prompt_id in kept]
         greedy = {name: answer for name, answer in self.greedy.items() if name in kept}
         return replace(self, drafters=drafters, prompts=prompts, greedy=greedy)
+
+    def replay(
+        self,
+        trajectories: Sequence[Trajectory],
+        drafter: str,
+        chains: int | None,
+        block_size: int | None = None,
+        head_tokens: int | None = None,
+    ) -> list[Trace]:
+        """All trajectories in one batch."""
+        model = self.drafters[drafter]
+        head = model.drafting_head(self.target.head_weight, head_tokens)
+        context = self.read(trajectories, model)[1]
+        return replay_chains(model, context, trajectories, block_size or model.block_size, head, chains)
 
     def sequential_traces(
         self,
@@ -104,6 +126,23 @@ class Bench:
             replay_sequentially(model, self.read([t], model)[1], t, block_size or model.block_size, head)
             for t in trajectories
         ]
+
+
+def assert_same(ours: Sequence[Trace], reference: Sequence[Trace]) -> None:
+    for trace, expected in zip(ours, reference, strict=True):
+        assert trace.length == expected.length
+        np.testing.assert_array_equal(trace.anchors, expected.anchors)
+        np.testing.assert_array_equal(trace.accepted, expected.accepted)
+        np.testing.assert_array_equal(trace.proposed, expected.proposed)
+        np.testing.assert_allclose(trace.drafter_logprobs, expected.drafter_logprobs, atol=LOGPROB_TOLERANCE)
+
+
+def assert_recorded(traces: Sequence[Trace], completions: Sequence[Completion]) -> None:
+    """The traces are the verify steps that an engine recorded."""
+    for trace, completion in zip(traces, completions, strict=True):
+        assert [step.anchor for step in completion.steps] == trace.anchors.tolist()
+        assert [step.accepted for step in completion.steps] == trace.accepted.tolist()
+        assert [step.proposed for step in completion.steps] == trace.proposed.tolist()
 
 
 def trajectory_of(completion: Completion) -> Trajectory:

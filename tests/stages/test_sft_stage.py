@@ -15,7 +15,7 @@ from draftsmith.stages.drafters.checkpoint import load_drafter, read_info
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.replay.corpus import replay_all
-from draftsmith.stages.replay.trace import Trajectory, tau
+from draftsmith.stages.replay.trace import tau
 from draftsmith.stages.sft import STAGE, preflight
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.training.batches import token_counts
@@ -90,7 +90,7 @@ def test_a_dflash_drafter_goes_on_as_dflash2(tmp_path: Path, bench: Bench, tiny_
         fields: dict[str, Any] = {"init_from": source, "learning_rate": 1e-3, "steps": steps}
         ctx = train(tmp_path / str(steps), tiny_drafter, shape=shape, **fields)
         made[steps] = load_drafter(ctx.out / DRAFTER_FOLDER, bench.target)
-    texts = [Trajectory("", p.token_ids + bench.greedy[p.prompt_id], len(p.token_ids)) for p in bench.prompts[:8]]
+    texts = bench.answered(8)
     drafters = {"plain": bench.drafters["trained"], "taken": made[0], "trained": made[8]}
     found = replay_all(bench.target, drafters, texts)
     assert isinstance(made[0], DFlash2Drafter)

@@ -38,6 +38,18 @@ def test_time_of_other_processes_is_seen_and_our_own_is_not_theirs() -> None:
     assert theirs.load_average == os.getloadavg()[0]
 
 
+def test_shares_are_of_what_is_neither_idle_nor_ours_nor_a_guests_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 20 seconds: 7 of processes, 4 of these our own, and 1 that the host took."""
+    now = psutil.cpu_times()
+    passed = {"user": 6, "system": 1, "idle": 10, "iowait": 2, "steal": 1, "guest": 3}
+    later = now._replace(**{name: getattr(now, name) + seconds for name, seconds in passed.items()})
+    monkeypatch.setattr(load, "SHORTEST_S", 0.0)
+    monkeypatch.setattr(psutil, "cpu_times", iter([now, later]).__next__)
+    monkeypatch.setattr(load, "own_seconds", iter([100.0, 104.0]).__next__)
+    found = LoadMeter().read()
+    assert (found.others_share, found.stolen_share) == pytest.approx((3 / 20, 1 / 20))
+
+
 def test_of_a_turn_that_is_too_short_shares_are_not_known() -> None:
     load = LoadMeter().read()
     assert SHORTEST_S > 0.1

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -238,7 +239,7 @@ def first_steps(texts: Sequence[Trajectory], accepted: Sequence[int]) -> Counter
     return Counter((t.tokens[t.first_anchor + 1] % 4, n) for t, n in zip(texts, accepted, strict=True))
 
 
-def same_law(a: Counter[tuple[int, int]], b: Counter[tuple[int, int]]) -> float:
+def same_law(a: Counter[Any], b: Counter[Any]) -> float:
     """p-value of two samples being of one law; what seldom came is pooled."""
     common = [key for key in a | b if a[key] + b[key] >= 10]
     table = np.array([[counts[key] for key in common] for counts in (a, b)])

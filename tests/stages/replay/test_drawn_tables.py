@@ -16,7 +16,6 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from draftsmith.stages.drafters.base import Drafter, Drafting
 from draftsmith.stages.drafters.drawing import Purpose
@@ -24,6 +23,7 @@ from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.law import Law
 from draftsmith.stages.replay import drawn
 from draftsmith.stages.replay.drawn import SampledText
+from tests.stages.replay.test_drawn import same_law
 
 V, DRAWS = 4, 20_000
 ALARM = 1e-6  # p-value, of fixed seeds
@@ -128,14 +128,6 @@ def replayed(law: Law) -> Counter[Step]:
     assert abs(float(off.mean())) < 5 * float(off.std()) / DRAWS**0.5, "what is expected is what drawing comes to"
     rows = torch.cat([tokens[:, 1:3], found.accepted, found.proposals.tokens[:, 0]], 1)
     return Counter(map(tuple, rows.tolist()))
-
-
-def same_law(a: Counter[Step], b: Counter[Step]) -> float:
-    """p-value of two samples being of one law; what seldom came is pooled."""
-    common = [key for key in a | b if a[key] + b[key] >= 10]
-    table = np.array([[counts[key] for key in common] for counts in (a, b)])
-    rest = np.array([[counts.total() - row.sum()] for counts, row in zip((a, b), table, strict=True)])
-    return float(stats.chi2_contingency(np.hstack([table, rest]) if rest.sum() >= 10 else table).pvalue)
 
 
 @pytest.mark.parametrize("law", LAWS, ids=str)

@@ -6,60 +6,20 @@ be read, and a chain depends on the tokens that it proposed itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from draftsmith.stages.engines.base import Completion, Request, SamplingParams
+from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.scoring import score_traces
-from draftsmith.stages.replay.trace import Trace, Trajectory, pad_tokens, tau
-from tests.stages.bench import GREEDY, Bench, trajectory_of
+from draftsmith.stages.replay.trace import pad_tokens, tau
+from tests.stages.bench import GREEDY, Bench, assert_recorded, assert_same, trajectory_of
 
 SAMPLED = SamplingParams(48, temperature=1.0, top_p=0.9)
-LOGPROB_TOLERANCE = 2e-4  # nats, float32: other matrix shapes
 SCORE_TOLERANCE = 3e-4
-
-
-def replay(
-    bench: Bench,
-    trajectories: Sequence[Trajectory],
-    drafter: str,
-    chains: int | None,
-    block_size: int | None = None,
-    head_tokens: int | None = None,
-) -> list[Trace]:
-    model = bench.drafters[drafter]
-    _, context = bench.read(trajectories, model)
-    head = model.drafting_head(bench.target.head_weight, head_tokens)
-    return replay_chains(model, context, trajectories, block_size or model.block_size, head, chains)
-
-
-def assert_same(ours: Sequence[Trace], reference: Sequence[Trace]) -> None:
-    for trace, expected in zip(ours, reference, strict=True):
-        assert trace.length == expected.length
-        np.testing.assert_array_equal(trace.anchors, expected.anchors)
-        np.testing.assert_array_equal(trace.accepted, expected.accepted)
-        np.testing.assert_array_equal(trace.proposed, expected.proposed)
-        np.testing.assert_allclose(trace.drafter_logprobs, expected.drafter_logprobs, atol=LOGPROB_TOLERANCE)
-
-
-def assert_recorded(traces: Sequence[Trace], completions: Sequence[Completion]) -> None:
-    for trace, completion in zip(traces, completions, strict=True):
-        assert [step.anchor for step in completion.steps] == trace.anchors.tolist()
-        assert [step.accepted for step in completion.steps] == trace.accepted.tolist()
-        assert [step.proposed for step in completion.steps] == trace.proposed.tolist()
-
-
-def answered(bench: Bench, count: int | None = None) -> list[Trajectory]:
-    """The target's plain greedy answers."""
-    return [
-        Trajectory(p.prompt_id, p.token_ids + bench.greedy[p.prompt_id], len(p.token_ids))
-        for p in bench.prompts[:count]
-    ]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
@@ -79,13 +39,13 @@ def test_replay_equals_the_reference_and_what_the_engine_recorded(
     reference = eagle_bench.sequential_traces(trajectories, drafter, **drafting)
     assert_recorded(reference, served)
     for chains in (1, 16, None):
-        assert_same(replay(eagle_bench, trajectories, drafter, chains, **drafting), reference)
+        assert_same(eagle_bench.replay(trajectories, drafter, chains, **drafting), reference)
 
 
 def test_a_trace_does_not_depend_on_who_generated_the_text(eagle_bench: Bench) -> None:
     """Replayed on plain greedy text: what the engine records with that drafter in the loop."""
     served = eagle_bench.answers(eagle_bench.requests(), "trained")
-    traces = replay(eagle_bench, answered(eagle_bench), "trained", 7)
+    traces = eagle_bench.replay(eagle_bench.answered(), "trained", 7)
     assert_recorded(traces, [served[p.prompt_id] for p in eagle_bench.prompts])
     assert sum(len(trace.anchors) for trace in traces) > 1000
     kept = np.concatenate([trace.accepted for trace in traces])
@@ -138,24 +98,24 @@ def test_rows_that_finish_and_are_refilled_leave_nothing_behind(eagle_bench: Ben
     for i, request in enumerate(requests):
         assert answers[request.request_id].response_ids == eagle_bench.greedy[request.request_id][: 1 + i % 9]
     served = [answers[request.request_id] for i, request in enumerate(requests) if i % 9]
-    assert_recorded(replay(eagle_bench, [trajectory_of(c) for c in served], "trained", 4), served)
+    assert_recorded(eagle_bench.replay([trajectory_of(c) for c in served], "trained", 4), served)
 
 
 def test_the_trained_drafter_saves_steps_and_an_untrained_one_does_not(eagle_bench: Bench) -> None:
-    trajectories = answered(eagle_bench, 24)
-    trained, untrained = (tau(replay(eagle_bench, trajectories, name, None)) for name in ("trained", "untrained"))
+    trajectories = eagle_bench.answered(24)
+    trained, untrained = (tau(eagle_bench.replay(trajectories, name, None)) for name in ("trained", "untrained"))
     assert untrained < 1.3
     assert trained > 2.5
 
 
 def test_proposals_are_of_the_draft_vocabulary(eagle_bench: Bench) -> None:
     """Tokens of the answers lie outside it too, so that chains are cut there."""
-    trajectories = answered(eagle_bench)
+    trajectories = eagle_bench.answered()
     drafter = eagle_bench.drafters["trained"]
     vocabulary = drafter.head_over(eagle_bench.target.head_weight, None).token_ids
     assert vocabulary is not None and vocabulary.numel() < eagle_bench.target.info.vocab_size
     allowed = set(vocabulary.tolist())
-    for trace in replay(eagle_bench, trajectories, "trained", 4):
+    for trace in eagle_bench.replay(trajectories, "trained", 4):
         assert set(trace.proposed.flatten().tolist()) <= allowed
     assert any(set(t.tokens[t.prompt_length :]) - allowed for t in trajectories)
 
@@ -163,7 +123,7 @@ def test_proposals_are_of_the_draft_vocabulary(eagle_bench: Bench) -> None:
 def test_scores_equal_one_plain_forward_a_chain(eagle_bench: Bench) -> None:
     """Also behind a rejection, on the prefix that the drafter made for itself."""
     bench, drafter = eagle_bench, eagle_bench.drafters["trained"]
-    trajectories = answered(bench, 6)
+    trajectories = bench.answered(6)
     ids = pad_tokens(trajectories, bench.target.device)
     positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
     cache = bench.target.new_cache(len(ids), ids.shape[1] + 600)

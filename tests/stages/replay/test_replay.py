@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,45 +13,19 @@ from draftsmith.stages.drafters.base import Proposals
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.engines.base import Completion, Request, SamplingParams
+from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.board import start_anchors
-from draftsmith.stages.replay.chains import replay_chains, successors
+from draftsmith.stages.replay.chains import successors
 from draftsmith.stages.replay.corpus import mine, replay_all
 from draftsmith.stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens, tau
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.targets.causal_lm import Target
-from tests.stages.bench import GREEDY, Bench, trajectory_of
+from tests.stages.bench import GREEDY, Bench, assert_recorded, assert_same, trajectory_of
 from tests.testbed import random_target
 from tests.testbed.drafter import DrafterArtifacts
 
 SAMPLED = SamplingParams(48, temperature=1.0, top_p=0.9)
-
-
-def replay(
-    bench: Bench, trajectories: Sequence[Trajectory], drafter: str, chains: int, block_size: int | None = None,
-    head_tokens: int | None = None,
-) -> list[Trace]:  # fmt: skip
-    model = bench.drafters[drafter]
-    _, context = bench.read(trajectories, model)
-    head = model.drafting_head(bench.target.head_weight, head_tokens)
-    return replay_chains(model, context, trajectories, block_size or model.block_size, head, chains)
-
-
-def assert_same(ours: Sequence[Trace], reference: Sequence[Trace]) -> None:
-    for trace, expected in zip(ours, reference, strict=True):
-        assert trace.length == expected.length
-        np.testing.assert_array_equal(trace.anchors, expected.anchors)
-        np.testing.assert_array_equal(trace.accepted, expected.accepted)
-        np.testing.assert_array_equal(trace.proposed, expected.proposed)
-        np.testing.assert_allclose(trace.drafter_logprobs, expected.drafter_logprobs, atol=2e-4)
-
-
-def assert_recorded(traces: Sequence[Trace], completions: Sequence[Completion]) -> None:
-    for trace, completion in zip(traces, completions, strict=True):
-        assert [step.anchor for step in completion.steps] == trace.anchors.tolist()
-        assert [step.accepted for step in completion.steps] == trace.accepted.tolist()
-        assert [step.proposed for step in completion.steps] == trace.proposed.tolist()
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
@@ -77,16 +50,16 @@ def test_replay_equals_the_reference_and_what_the_engine_recorded(
     reference = bench.sequential_traces(trajectories, drafter, **drafting)
     assert_recorded(reference, served)
     for chains in (1, 16):
-        traces = replay(bench, trajectories, drafter, chains, **drafting)
+        traces = bench.replay(trajectories, drafter, chains, **drafting)
         assert_same(traces, reference)
         assert_recorded(traces, served)
 
 
 def test_a_trace_does_not_depend_on_who_generated_the_text(bench: Bench) -> None:
     """Replayed on plain greedy text: what the engine records with that drafter in the loop."""
-    plain = [Trajectory(p.prompt_id, p.token_ids + bench.greedy[p.prompt_id], len(p.token_ids)) for p in bench.prompts]
+    plain = bench.answered()
     served = bench.answers(bench.requests(), "trained")
-    assert_recorded(replay(bench, plain, "trained", 7), [served[p.prompt_id] for p in bench.prompts])
+    assert_recorded(bench.replay(plain, "trained", 7), [served[p.prompt_id] for p in bench.prompts])
 
 
 def test_sixteen_chains_do_little_more_than_one_block_a_step(bench: Bench) -> None:
@@ -98,7 +71,7 @@ def test_sixteen_chains_do_little_more_than_one_block_a_step(bench: Bench) -> No
     trajectories = [trajectory_of(completion) for completion in served if len(completion.response_ids) > 1]
     trajectories = bench.clear(trajectories, bench.drafters["trained"])
     assert len(trajectories) > 40
-    one, many = (replay(bench, trajectories, "trained", chains) for chains in (1, 16))
+    one, many = (bench.replay(trajectories, "trained", chains) for chains in (1, 16))
     assert_same(many, one)
     assert tau(many) > 1.5
     steps = sum(len(trace.anchors) for trace in one)
@@ -111,9 +84,7 @@ def test_a_successor_is_where_a_block_of_its_own_leads(drafter: str, bench: Benc
     """Each position alone, in a batch of one; behind the end of a text it is the first anchor."""
     model = bench.drafters[drafter]
     head = model.drafting_head(bench.target.head_weight, None)
-    trajectories = [
-        Trajectory(p.prompt_id, p.token_ids + bench.greedy[p.prompt_id], len(p.token_ids)) for p in bench.prompts[:6]
-    ]
+    trajectories = bench.answered(6)
     positions = np.stack(  # in front of the last anchor too, to which a rejection there leads
         [np.append(t.last_anchor - 1, np.linspace(t.first_anchor, t.last_anchor, 8).astype(int)) for t in trajectories]
     )
@@ -136,9 +107,8 @@ def test_a_successor_is_where_a_block_of_its_own_leads(drafter: str, bench: Benc
 
 def test_on_the_trace_the_successor_is_the_next_anchor(bench: Bench) -> None:
     model = bench.drafters["trained"]
-    p = bench.prompts[0]
-    trajectory = Trajectory(p.prompt_id, p.token_ids + bench.greedy[p.prompt_id], len(p.token_ids))
-    (trace,) = replay(bench, [trajectory], "trained", 1)
+    (trajectory,) = bench.answered(1)
+    (trace,) = bench.replay([trajectory], "trained", 1)
     _, context = bench.read([trajectory], model)
     anchors = torch.from_numpy(trace.anchors)[None]
     head = model.drafting_head(bench.target.head_weight, None)
@@ -156,13 +126,11 @@ def test_chains_shorten_the_rounds(bench: Bench, monkeypatch: pytest.MonkeyPatch
         return propose(*arguments, **settings)  # type: ignore[arg-type]
 
     monkeypatch.setattr(drafter, "propose", counted)
-    trajectories = [
-        Trajectory(p.prompt_id, p.token_ids + bench.greedy[p.prompt_id], len(p.token_ids)) for p in bench.prompts[:8]
-    ]
-    replay(bench, trajectories, "untrained", 1)
+    trajectories = bench.answered(8)
+    bench.replay(trajectories, "untrained", 1)
     one = len(rounds)
     rounds.clear()
-    replay(bench, trajectories, "untrained", 16)
+    bench.replay(trajectories, "untrained", 16)
     assert len(rounds) * 8 < one
 
 
@@ -192,7 +160,7 @@ def test_ends_are_neither_accepted_nor_rejected(bench: Bench) -> None:
         for n in range(2, min(30, len(bench.greedy[prompt.prompt_id])))
     ]
     kinds = set()
-    for trajectory, trace in zip(cut, replay(bench, cut, "trained", 3), strict=True):
+    for trajectory, trace in zip(cut, bench.replay(cut, "trained", 3), strict=True):
         assert trace.committed.sum() == trajectory.response_length - 1
         for s, anchor in enumerate(trace.anchors.tolist()):
             expected = rule_of_the_engine(anchor, trajectory.tokens, trace.proposed[s].tolist())
@@ -205,12 +173,12 @@ def test_ends_are_neither_accepted_nor_rejected(bench: Bench) -> None:
 @pytest.mark.parametrize("limit", [2, 3, 5, 9, 17])
 def test_a_length_limit_inside_a_block_leaves_the_same_trace(limit: int, bench: Bench) -> None:
     served = list(bench.answers(bench.requests(None, SamplingParams(limit)), "trained").values())
-    assert_recorded(replay(bench, [trajectory_of(c) for c in served], "trained", 4), served)
+    assert_recorded(bench.replay([trajectory_of(c) for c in served], "trained", 4), served)
 
 
 def test_a_stop_token_inside_a_block_ends_the_trace(bench: Bench) -> None:
     stopped = [c for c in bench.answers(bench.requests(), "trained").values() if c.finish_reason == "stop"]
-    traces = replay(bench, [trajectory_of(c) for c in stopped], "trained", 16)
+    traces = bench.replay([trajectory_of(c) for c in stopped], "trained", 16)
     assert_recorded(traces, stopped)
     ends = [(trace.accepted[-1], trace.judged[-1], trace.committed[-1]) for trace in traces]
     assert any(accepted == judged == committed < 7 for accepted, judged, committed in ends)
@@ -231,7 +199,7 @@ def test_padding_behind_a_shorter_trajectory_is_never_accepted(
     monkeypatch.setattr(drafter, "propose", propose)
     long = bench.prompts[0].token_ids * 2
     short = Trajectory("short", [5, 6, 7, fixed, fixed, fixed], 3)
-    traces = replay(bench, [Trajectory("long", long, 4), short], "trained", 16)
+    traces = bench.replay([Trajectory("long", long, 4), short], "trained", 16)
     assert traces[1].anchors.tolist() == [3]
     assert traces[1].accepted.tolist() == traces[1].committed.tolist() == [2]
 
@@ -240,8 +208,8 @@ def test_a_single_token_leaves_no_step_and_does_not_disturb_its_batch(bench: Ben
     prompt, other = bench.prompts[:2]
     short = Trajectory("short", prompt.token_ids + bench.greedy[prompt.prompt_id][:1], len(prompt.token_ids))
     long = Trajectory("long", other.token_ids + bench.greedy[other.prompt_id], len(other.token_ids))
-    alone = replay(bench, [long], "trained", 16)
-    both = replay(bench, [short, long], "trained", 16)
+    alone = bench.replay([long], "trained", 16)
+    both = bench.replay([short, long], "trained", 16)
     assert len(both[0].anchors) == 0
     assert_same(both[1:], alone)
     assert len(bench.sequential_traces([short], "trained")[0].anchors) == 0
@@ -309,7 +277,7 @@ def test_packed_weights_change_no_bit_of_a_trace(
     """In bfloat16; on a processor without its products nothing is packed."""
     target = Target.load(tiny_drafter.target, dtype="bfloat16")
     drafter = load_drafter(tiny_drafter.drafter / DRAFTER_FOLDER, target, torch.bfloat16)
-    texts = [Trajectory(p.prompt_id, p.token_ids + bench.greedy[p.prompt_id], len(p.token_ids)) for p in bench.prompts]
+    texts = bench.answered()
 
     def traces() -> list[Trace]:
         return [trace for group in mine(target, drafter, texts[:6]) for trace in group.traces]

@@ -121,10 +121,7 @@ def make_world(bench: Bench, moved_by: float) -> World:
     with torch.no_grad():
         for parameter in moved.parameters():
             parameter.add_(moved_by * parameter.std() * torch.randn(parameter.shape, generator=generator))
-    answered = [
-        Trajectory(p.prompt_id, p.token_ids + bench.greedy[p.prompt_id], len(p.token_ids)) for p in bench.prompts
-    ]
-    trajectories = bench.clear(answered, moved)[:COUNT]
+    trajectories = bench.clear(bench.answered(), moved)[:COUNT]
     features = FeatureSource(bench.target, moved.target_layer_ids, trajectories)
     unmined = World(bench, moved, trajectories, MinedTable([], moved.block_size - 1), features)
     return replace(unmined, table=unmined.mined_by(unmined.trained))
