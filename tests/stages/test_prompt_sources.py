@@ -11,7 +11,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.prompting.rows import row_messages
-from draftsmith.stages.prompting.sources import ReasoningGymSource
+from draftsmith.stages.prompting.sources import SPLITS, ReasoningGymSource
 from draftsmith.stages.prompting.supplies import Supplying, supplies
 from draftsmith.stages.prompts import PromptsConfig
 from tests.stages.prompts_run import Row, error, questions, run, run_with_context, texts, write_rows
@@ -105,11 +105,15 @@ def test_reasoning_gym_splits_have_different_prompts(target: Path, tmp_path: Pat
     assert context.summaries["duplicates_removed"] < 3  # each split has seeds of its own: nothing came up again
 
 
-def test_a_task_gives_as_many_prompts_as_its_seeds_allow() -> None:
-    """Of so many prompts that 20 candidates for each would leave the split's range of seeds."""
-    source = ReasoningGymSource(kind="reasoning_gym", tasks=["chain_sum"])
-    (supply,) = supplies(source, Supplying(limit=3 * 10**6))
-    assert supply.next("train") is not None
+def test_a_task_gives_as_many_prompts_as_its_seeds_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of so many prompts that the candidates of a split would leave its range of seeds, for that of the next split."""
+    monkeypatch.setattr("draftsmith.stages.prompting.supplies._SEEDS_PER_SPLIT", 50)
+    (supply,) = supplies(ReasoningGymSource(kind="reasoning_gym", tasks=["chain_sum"]), Supplying(limit=200))
+    given = 0
+    for split in SPLITS:
+        while supply.next(split) is not None:
+            given += 1
+    assert given > 0 and given + supply.passed_over == 50 * len(SPLITS)
 
 
 def test_a_local_folder_is_a_data_set(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
