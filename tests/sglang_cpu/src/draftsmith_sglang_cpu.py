@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -96,25 +98,18 @@ def leave_pipeline_out(run: Callable[..., Any], worker: Any, *args: Any, **kwarg
 def let_drafter_pass(handle: Callable[..., None], server_args: Any, *args: Any, **kwargs: Any) -> None:
     """arg_groups/speculative_hook.py lets drafters of blocks pass on named devices only. The CPU stands in for one.
 
-    0.5.23 asks the platform, which may be a foreign one that answers for itself; 0.5.20 compares the device's name,
-    which decides nothing else there (without data-parallel attention).
+    0.5.23 asks the platform, which may be a foreign one that answers for itself; for DSPARK, and 0.5.20 for DFLASH too,
+    the device's name is compared, which decides nothing else there (without data-parallel attention).
     """
     from sglang.srt.arg_groups import speculative_hook as module
 
-    name = "current_platform" if hasattr(module, "current_platform") else "resolving_view"
-    original = getattr(module, name)
-    if name == "current_platform":
-        replacement: Any = ForeignPlatform(original)
-    else:
-
-        def replacement(args: Any) -> CudaView:
-            return CudaView(original(args))
-
-    setattr(module, name, replacement)
-    try:
+    view, platform = module.resolving_view, getattr(module, "current_platform", None)
+    with ExitStack() as stack:
+        if platform is not None:
+            stack.enter_context(patch.object(module, "current_platform", ForeignPlatform(platform)))
+        if platform is None or handle.__name__ == "_handle_dspark":
+            stack.enter_context(patch.object(module, "resolving_view", lambda asked: CudaView(view(asked))))
         handle(server_args, *args, **kwargs)
-    finally:
-        setattr(module, name, original)
 
 
 class _Around:
