@@ -1,14 +1,14 @@
 """The targets that SGLang drafts for: its class of the model must hand over the hidden states of chosen layers.
 
-Source: SGLang 0.5.20, the classes with `set_dflash_layers_to_capture` (DFLASH and DSPARK) and
-`set_eagle3_layers_to_capture`; held against its registry by `make test-sglang`.
+Source: SGLang 0.5.20 and 0.5.23, the classes with `set_dflash_layers_to_capture` (DFLASH and DSPARK) and
+`set_eagle3_layers_to_capture`; held against the registry of either by `make test-sglang`.
 """
 
 from __future__ import annotations
 
 from draftsmith.stages.drafters.kinds import KINDS
 
-RELEASE = "0.5.20"
+FIRST, LATER = "0.5.20", "0.5.23"  # the releases that were asked
 
 _BOTH = {
     *("Cosmos3ForConditionalGeneration", "DeepseekV2ForCausalLM", "DeepseekV32ForCausalLM", "DeepseekV3ForCausalLM"),
@@ -34,6 +34,11 @@ CHAINS = _BOTH | {
     *("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration", "Qwen2ForCausalLM"),
     *("Qwen2MoeForCausalLM", "Qwen2_5_VLForConditionalGeneration", "SarvamMoEForCausalLM"),
 }
+LATER_BLOCKS = {
+    *("BeamForCausalLM", "KimiK3ForConditionalGeneration", "KimiK3LinearForCausalLM", "Lfm2VlForConditionalGeneration"),
+    *("MiniMaxM3SparseForConditionalGeneration", "MuseSparkForConditionalGeneration"),
+}
+LATER_CHAINS = {"ExaoneMoeForCausalLM"}
 
 
 def undrafted(architecture: str, kind: str) -> str | None:
@@ -41,6 +46,8 @@ def undrafted(architecture: str, kind: str) -> str | None:
     chains = KINDS[kind].TRAITS.chains
     if architecture in (CHAINS if chains else BLOCKS):
         return None
+    if architecture in (LATER_CHAINS if chains else LATER_BLOCKS):
+        return f"SGLang {FIRST} has no {kind} for {architecture}, {LATER} has"
     others = [other for other, known in KINDS.items() if known.TRAITS.chains] if not chains else []
     there = f", but {' or '.join(others)}" if others and architecture in CHAINS else ""
-    return f"SGLang {RELEASE} has no {kind} for {architecture}{there}"
+    return f"SGLang {FIRST} and {LATER} have no {kind} for {architecture}{there}"
