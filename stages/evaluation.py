@@ -8,7 +8,7 @@ equal settings. Choices (the block size that each drafter decodes with) are made
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.measure.config import DRAFTERS, PREFIX, EvaluationConfig, prompts_to_decode
 
 if TYPE_CHECKING:
-    from draftsmith.stages.measure.requests import Measured
+    from draftsmith.stages.measure.requests import Measured, Setting
     from draftsmith.stages.measure.verdicts import Pair
     from draftsmith.stages.statistics import Estimate
 
@@ -43,21 +43,24 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     from draftsmith.stages.measure.requests import settings_of
     from draftsmith.stages.measure.speed import at_setting, log_ratios, speed_by_set, speed_by_setting
     from draftsmith.stages.measure.verdicts import pairs, verdicts
+    from draftsmith.stages.prompting.held_out import units_of
     from draftsmith.stages.stored import sets_of
 
     measured, acceptance, tau_differences = _measure(ctx, config)
     write_text(ctx.out / "acceptance.json", json.dumps(acceptance, indent=2) + "\n")
     table = acceptance["drafters"]
     settings = settings_of(config)
-    by_setting = speed_by_setting(measured.turns, measured.rows, settings)
-    speed = by_setting[0]["arms"]
-    acceptance["compared"] += _speeds_compared(measured.turns, settings, list(table))  # not in its own file
     asked = list(dict.fromkeys(row["prompt_id"] for row in measured.rows))
+    units = dict(zip(asked, units_of(ctx.inputs["prompts"], asked), strict=True))
+    by_setting = speed_by_setting(measured.turns, measured.rows, settings, units)
+    speed = by_setting[0]["arms"]
+    acceptance["compared"] += _speeds_compared(measured, settings, list(table), units)  # not in its own file
+    turns, rows = (at_setting(each, settings[0]) for each in (measured.turns, measured.rows))
     of_prompt = dict(zip(asked, sets_of(ctx.inputs["prompts"], asked), strict=True))
-    for name, arms in speed_by_set(at_setting(measured.rows, settings[0]), of_prompt).items():
+    for name, arms in speed_by_set(rows, of_prompt, units).items():
         for arm, speedup in arms.items():
             acceptance["sets"].setdefault(name, {}).setdefault(arm, {}).update(speedup)
-    ratios = log_ratios(at_setting(measured.turns, settings[0]), pairs(list(table)))
+    ratios = log_ratios(turns, rows, pairs(list(table)), units)
     doubted = doubts(measured.turns, measured.rows, settings)
     for doubt in doubted:
         ctx.log(f"not to be relied on, {doubt['concurrency']} in flight: {doubt['said']}")
@@ -294,7 +297,9 @@ def _validation_tau(
     return {name: found.tau for name, found in tallies.items()}
 
 
-def _speeds_compared(turns: list[Any], settings: list[Any], arms: list[str]) -> list[dict[str, Any]]:
+def _speeds_compared(
+    measured: Measured, settings: Sequence[Setting], arms: Sequence[str], units: Mapping[str, str]
+) -> list[dict[str, Any]]:
     """Every drafter against plain decoding and the champion, at every setting."""
     from draftsmith.stages.measure.gate import CHAMPION, PLAIN, compared
     from draftsmith.stages.measure.speed import at_setting, log_ratios
@@ -304,7 +309,8 @@ def _speeds_compared(turns: list[Any], settings: list[Any], arms: list[str]) -> 
     found = []
     for setting in settings:
         where = {"temperature": setting.temperature, "concurrency": setting.concurrency}
-        for (arm, other), estimate in log_ratios(at_setting(turns, setting), wanted).items():
+        turns, rows = (at_setting(each, setting) for each in (measured.turns, measured.rows))
+        for (arm, other), estimate in log_ratios(turns, rows, wanted, units).items():
             found.append(compared("speed", arm, other, estimate, **where))
     return found
 

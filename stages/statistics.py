@@ -3,6 +3,7 @@
 A percentile bootstrap over few units is too narrow. The jackknife with Student's t keeps what it says with four prompts
 too, needs no seed, and gives the same interval every time. Its degrees of freedom are those of the effective number of
 units: with n - 1, long answers that outweigh short ones made it say "different" of equals in 6 to 7 % instead of 5 %.
+What was repeated on a sample of prompts has both errors (`together`).
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ class Estimate:
     degrees: float  # of freedom of the error
 
     def interval(self, level: float = CONFIDENCE) -> Interval | None:
-        """Two-sided; None of fewer than two units: nothing is known of their spread."""
-        if self.units < 2:
+        """Two-sided; None where nothing is known of the error: of fewer than two units."""
+        if math.isnan(self.error):
             return None
         reach = float(stdtrit(self.degrees, 0.5 + level / 2)) * self.error
         return self.value - reach, self.value + reach
 
     def upper(self, level: float = CONFIDENCE) -> float:
-        """End of the one-sided interval that has no lower end; infinite of fewer than two units."""
-        if self.units < 2:
+        """End of the one-sided interval that has no lower end; infinite where nothing is known of the error."""
+        if math.isnan(self.error):
             return math.inf
         return self.value + float(stdtrit(self.degrees, level)) * self.error
 
@@ -63,6 +64,21 @@ def mean(values: np.ndarray) -> Estimate:
     units = len(values)
     error = float(values.std(ddof=1)) / math.sqrt(units) if units > 1 else math.nan
     return Estimate(float(values.mean()), error, units, units - 1.0)
+
+
+def together(repeated: Estimate, sampled: Estimate) -> Estimate:
+    """The value of the first with the errors of both: of its repetitions, and of the sample that all of them used.
+
+    Welch and Satterthwaite's degrees of freedom. What varies from observation to observation is in both errors, so the
+    sum is rather too large than too small.
+    """
+    variances = repeated.error**2, sampled.error**2
+    error = math.sqrt(sum(variances))
+    if not error > 0:  # nothing varies, or nothing is known
+        return Estimate(repeated.value, error, repeated.units, repeated.degrees)
+    terms = zip(variances, (repeated.degrees, sampled.degrees), strict=True)
+    degrees = sum(variances) ** 2 / sum(variance**2 / of for variance, of in terms)
+    return Estimate(repeated.value, error, repeated.units, degrees)
 
 
 def sums_of(keys: Sequence[Hashable], values: np.ndarray) -> np.ndarray:

@@ -241,6 +241,8 @@ def _speed_rule(
     times = "times" if better else "times the champion's"
     if not doubts and estimate.units < FEWEST_TURNS:
         doubts = [few_turns(estimate.units)]
+    elif not doubts and math.isnan(estimate.error):
+        doubts = ["prompts of a single conversation cannot tell: raise evaluation.speed_prompts"]
     if doubts:
         said = f"{value:.3f} {times}, not judged: {'; '.join(doubts)}"
         return Rule(name, False, said, {"value": value, "wanted": wanted}, judged=False)

@@ -1,9 +1,9 @@
 """The speed table: tokens/s and speed-ups over turns, latencies, and what drafting gave.
 
-The unit of every interval is a turn: two arms that decode the same prompts in the same round are compared by the
-logarithm of the ratio of their tokens/s, and rounds are the repetitions. What a machine does to a whole round (heat,
-neighbours) cancels. The prompts are the same in every turn: an interval is of these prompts. Sampled answers are drawn
-anew in every round.
+Two arms that decode the same prompts in the same round are compared by the logarithm of the ratio of their tokens/s.
+An interval has two errors. Rounds are the repetitions: what a machine does to a whole round (heat, neighbours) cancels.
+The prompts are the same in every turn and a sample of those that are served, some of which a drafter guesses better:
+that error is the jackknife's over prompts. Sampled answers are drawn anew in every round.
 """
 
 from __future__ import annotations
@@ -16,16 +16,21 @@ import numpy as np
 
 from draftsmith.stages.measure.requests import PLAIN, Setting
 from draftsmith.stages.measure.verdicts import Pair, pairs
-from draftsmith.stages.statistics import Estimate, mean
+from draftsmith.stages.statistics import Estimate, jackknife, mean, sums_of, together
+
+Units = Mapping[str, str]  # what each prompt is an observation of, where that is not the prompt itself
 
 
 def speed_by_setting(
-    turns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], settings: Sequence[Setting]
+    turns: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
+    settings: Sequence[Setting],
+    units: Units | None = None,
 ) -> list[dict[str, Any]]:
     """`speed_table` of every setting, in their order."""
     found = []
     for setting in settings:
-        arms = speed_table(at_setting(turns, setting), at_setting(rows, setting))
+        arms = speed_table(at_setting(turns, setting), at_setting(rows, setting), units)
         found.append({"temperature": setting.temperature, "concurrency": setting.concurrency, "arms": arms})
     return found
 
@@ -35,15 +40,17 @@ def at_setting(rows: Sequence[Mapping[str, Any]], setting: Setting) -> list[Mapp
     return [r for r in rows if (r["temperature"], r["concurrency"]) == (setting.temperature, setting.concurrency)]
 
 
-def speed_table(turns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def speed_table(
+    turns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], units: Units | None = None
+) -> dict[str, dict[str, Any]]:
     """Figures of each arm at one setting; figures that no row has (latencies, accepted lengths) are left out.
 
     turns, rows: of the tables `turns` and `requests`. `speedup` is over plain decoding, `ratios` over other drafters;
-    both are geometric means over turns.
+    both are geometric means over turns, with 95 % intervals (`log_ratios`).
     """
     table: dict[str, dict[str, Any]] = {}
     drafters = [arm for arm in dict.fromkeys(turn["arm"] for turn in turns) if arm != PLAIN]
-    ratios = log_ratios(turns, pairs(drafters))
+    ratios = log_ratios(turns, rows, pairs(drafters), units)
     for arm in (PLAIN, *drafters):
         own = [turn for turn in turns if turn["arm"] == arm]
         requests = [row for row in rows if row["arm"] == arm]
@@ -60,7 +67,7 @@ def speed_table(turns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, 
         }
         if arm == PLAIN:
             continue
-        (over_plain,) = log_ratios(turns, [(arm, PLAIN)]).values()
+        (over_plain,) = log_ratios(turns, rows, [(arm, PLAIN)], units).values()
         speedup = _factor(over_plain)
         table[arm] |= {"speedup": speedup["value"], "speedup_low": speedup["low"], "speedup_high": speedup["high"]}
         table[arm]["ratios"] = {other: _factor(found) for (a, other), found in ratios.items() if a == arm}
@@ -82,9 +89,9 @@ def speed_table(turns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, 
 
 
 def speed_by_set(
-    rows: Sequence[Mapping[str, Any]], sets: Mapping[str, str]
+    rows: Sequence[Mapping[str, Any]], sets: Mapping[str, str], units: Units | None = None
 ) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Set -> drafter -> `speedup` over plain decoding as the set's requests saw it, with its 95 % interval over rounds.
+    """Set -> drafter -> `speedup` over plain decoding as the set's requests saw it, with its 95 % interval.
 
     rows: of the table `requests` at one setting. sets: the prompt set of each prompt. A request's speed is its tokens
     by its latency, which several at a time share with others.
@@ -92,35 +99,66 @@ def speed_by_set(
     found: dict[str, dict[str, dict[str, float | None]]] = {}
     for name in dict.fromkeys(sets.values()):
         sums: dict[tuple[str, int], list[float]] = {}  # tokens, seconds
-        for row in rows:
-            if sets.get(row["prompt_id"]) == name:
-                turn = sums.setdefault((row["arm"], row["round"]), [0.0, 0.0])
-                turn[0] += row["tokens"]
-                turn[1] += row["latency_seconds"]
+        own = [row for row in rows if sets.get(row["prompt_id"]) == name]
+        for row in own:
+            turn = sums.setdefault((row["arm"], row["round"]), [0.0, 0.0])
+            turn[0] += row["tokens"]
+            turn[1] += row["latency_seconds"]
         if any(seconds <= 0 for _, seconds in sums.values()):  # the engine does not say
             continue
         turns = [{"arm": arm, "round": n, "tokens": t, "wall_seconds": s} for (arm, n), (t, s) in sums.items()]
         arms = [arm for arm in dict.fromkeys(arm for arm, _ in sums) if arm != PLAIN]
-        for (arm, _), ratio in log_ratios(turns, [(arm, PLAIN) for arm in arms]).items():
+        for (arm, _), ratio in log_ratios(turns, own, [(arm, PLAIN) for arm in arms], units).items():
             factor = _factor(ratio)
             speedup = {"speedup": factor["value"], "speedup_low": factor["low"], "speedup_high": factor["high"]}
             found.setdefault(name, {})[arm] = speedup
     return found
 
 
-def log_ratios(turns: Sequence[Mapping[str, Any]], wanted: Sequence[Pair]) -> dict[Pair, Estimate]:
-    """Logarithm of how many times as fast the first arm of each pair is as the other one: the mean over rounds."""
+def log_ratios(
+    turns: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
+    wanted: Sequence[Pair],
+    units: Units | None = None,
+) -> dict[Pair, Estimate]:
+    """Logarithm of how many times as fast the first arm of each pair is as the other one: the mean over rounds.
+
+    Its error is of the rounds and of the prompts; of the rounds alone where no row says how long its request took. Its
+    units are rounds. Nothing is known of the error with a single round or a single prompt.
+    """
     speeds: dict[str, dict[int, float]] = {}
     for turn in turns:
         speeds.setdefault(turn["arm"], {})[turn["round"]] = turn["tokens"] / turn["wall_seconds"]
-    return {
-        (arm, other): mean(np.array([math.log(speeds[arm][n] / speeds[other][n]) for n in sorted(speeds[other])]))
-        for arm, other in wanted
-    }
+    found = {}
+    for arm, other in wanted:
+        ratio = mean(np.array([math.log(speeds[arm][n] / speeds[other][n]) for n in sorted(speeds[other])]))
+        over_prompts = _over_prompts(rows, (arm, other), units or {})
+        found[arm, other] = ratio if over_prompts is None else together(ratio, over_prompts)
+    return found
+
+
+def _over_prompts(rows: Sequence[Mapping[str, Any]], pair: Pair, units: Units) -> Estimate | None:
+    """The same logarithm as the requests of all rounds saw it, with its error over prompts."""
+    timed = [row for row in rows if row["arm"] in pair and row["latency_seconds"] > 0]
+    if {row["arm"] for row in timed} != set(pair):
+        return None
+    keys = [units.get(row["prompt_id"], row["prompt_id"]) for row in timed]
+    sums = [
+        sums_of(keys, np.array([row[name] * (row["arm"] == arm) for row in timed], dtype=np.float64))
+        for arm in pair
+        for name in ("tokens", "latency_seconds")
+    ]
+    return jackknife(_log_ratio_of_speeds, *sums)
+
+
+def _log_ratio_of_speeds(
+    tokens: np.ndarray, seconds: np.ndarray, other_tokens: np.ndarray, other_seconds: np.ndarray
+) -> np.ndarray:
+    return np.log(tokens / seconds) - np.log(other_tokens / other_seconds)
 
 
 def _factor(estimate: Estimate) -> dict[str, float | None]:
-    """With its 95 % interval; a single turn has none."""
+    """With its 95 % interval; a single turn, or a single prompt, has none."""
     low, high = estimate.interval() or (None, None)
     return {
         "value": math.exp(estimate.value),

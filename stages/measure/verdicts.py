@@ -29,13 +29,13 @@ def pairs(arms: Sequence[str]) -> list[Pair]:
 
 
 def verdicts(tau: Mapping[Pair, Estimate], speed: Mapping[Pair, Estimate], speed_prompts: int) -> list[dict[str, Any]]:
-    """One for each pair and kind (`tau`: a difference over prompts; `speed`: a factor over turns), ready for JSON.
+    """One for each pair and kind (`tau`: a difference; `speed`: a factor over turns of these prompts), ready for JSON.
 
     speed: of logarithms of the factor. `different` is true or false where enough was measured to judge, else null;
     intervals are of `level`, that of a single interval among as many as are judged (where nothing is judged: of one).
     """
     judged = [estimate.units >= 2 for estimate in tau.values()]
-    judged += [estimate.units >= FEWEST_TURNS for estimate in speed.values()]
+    judged += [_enough(estimate) for estimate in speed.values()]
     level = simultaneous(sum(judged))
     found = []
     for (arm, other), estimate in tau.items():
@@ -44,10 +44,14 @@ def verdicts(tau: Mapping[Pair, Estimate], speed: Mapping[Pair, Estimate], speed
     for (arm, other), estimate in speed.items():
         said = {"kind": "speed", "arm": arm, "other": other, "value": math.exp(estimate.value)}
         said |= {"prompts": speed_prompts, "turns": estimate.units, "turns_needed": FEWEST_TURNS}
-        judgement = _judged(estimate, level, estimate.units >= FEWEST_TURNS)
+        judgement = _judged(estimate, level, _enough(estimate))
         ends = {end: None if judgement[end] is None else math.exp(judgement[end]) for end in ("low", "high")}
         found.append(said | judgement | ends)
     return found
+
+
+def _enough(speed: Estimate) -> bool:
+    return speed.units >= FEWEST_TURNS and not math.isnan(speed.error)
 
 
 def _judged(estimate: Estimate, level: float, enough: bool) -> dict[str, Any]:

@@ -169,8 +169,8 @@ def by_setting(evaluation: Mapping[str, Any]) -> Table | None:
         ["temperature", "in flight", *(column.heading for column in columns)],
         rows,
         title="Speed by setting",
-        caption=f"Engine: {evaluation.get('engine', ABSENT)}. In brackets: single 95 % intervals over turns. Tokens/s "
-        "of a request and its first token: medians over requests.",
+        caption=f"Engine: {evaluation.get('engine', ABSENT)}. In brackets: single 95 % intervals over turns and "
+        "prompts. Tokens/s of a request and its first token: medians over requests.",
         text_columns=3,
     )
 

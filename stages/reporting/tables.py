@@ -54,7 +54,7 @@ def by_set(evaluation: Mapping[str, Any]) -> Table | None:
     head += [f"{name_of(challenger)} beside the champion"] * with_champion
     head += [f"speed-up of {name_of(challenger)}"] * with_speed
     note = "In brackets: single 95 % intervals over the prompts of a set"
-    note += ", of speed-ups over turns; they are those of its requests at the first setting." if with_speed else "."
+    note += "; speed-ups are those of its requests at the first setting, over turns and prompts." if with_speed else "."
     return Table(head, shown, "By prompt set", note)
 
 

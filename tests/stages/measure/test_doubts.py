@@ -45,7 +45,7 @@ def round_up(value: float) -> int:
 
 def evaluation(turns: list[Turn]) -> dict[str, Any]:
     """What an evaluation says of them, with a tau that is measurably better."""
-    ratios = log_ratios(turns, [("opd", PLAIN), ("opd", CHAMPION)])
+    ratios = log_ratios(turns, [], [("opd", PLAIN), ("opd", CHAMPION)])
     speeds = [compared("speed", arm, other, found, **WHERE) for (arm, other), found in ratios.items()]
     better = {"kind": "tau", "arm": "opd", "other": CHAMPION, "value": 0.4, "error": 0.01, "units": 40, "degrees": 39.0}
     gain = {"value": 0.2, "error": 0.005, "units": 40, "degrees": 39.0}

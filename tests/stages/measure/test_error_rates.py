@@ -21,42 +21,62 @@ from draftsmith.stages.statistics import Estimate
 
 ARMS = ("sft", "control", "opd")  # six verdicts
 NOISE = 0.03  # of an arm's turn, beside what its round has in common
+DIFFICULTY, TALENT = 0.25, 0.06  # standard deviations over prompts, in log tau: of all drafters, of a single one
 
 
 def allowed(repetitions: int, rate: float = 0.05) -> float:
     return rate + 3 * math.sqrt(rate * (1 - rate) / repetitions)
 
 
-def simulated_turns(
-    rng: np.random.Generator, rounds: int, concurrency: int, gain: float = 0.0, prompts: int = 6
-) -> list[dict[str, Any]]:
-    """Rows of the table `turns`; opd is `gain` faster than the other drafters, plain decoding is slower than all.
+def simulated_speeds(
+    rng: np.random.Generator,
+    rounds: int,
+    concurrency: int,
+    gain: float = 0.0,
+    prompts: int = 16,
+    speedup: float = 1.6,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of the tables `turns` and `requests`. Of all prompts there are, opd is `gain` faster than the other
+    drafters, which are `speedup` times as fast as plain decoding.
 
-    Answers differ in length and in tau, the same ones in every turn. The machine drifts by 5 % from round to round, and
-    0.5 % from turn to turn. One at a time, every request has noise of its own too.
+    Prompts differ in length and in tau, and each drafter is a little better on some and worse on others, the same ones
+    in every turn. The machine drifts by 5 % from round to round, and 0.5 % from turn to turn. One at a time, every
+    request has noise of its own too.
     """
     tokens = np.maximum(8, rng.lognormal(math.log(60), 0.4, prompts)).round()
-    steps = tokens / rng.normal(2.2, 0.3, prompts)
-    drift, rows = 0.0, []
+    difficulty = rng.normal(0, DIFFICULTY, prompts)
+    talent = {arm: rng.normal(0, TALENT, prompts) for arm in ARMS}
+    rising = math.exp((DIFFICULTY**2 + TALENT**2) / 2)  # mean of 1 / exp(difficulty + talent)
+    drift, turns, rows = 0.0, [], []
     for round in range(rounds):
         drift += rng.normal(0, 0.05)
         arms = [PLAIN, *ARMS]
         first = round % len(arms)
         for order, arm in enumerate(arms[first:] + arms[:first]):
             drift += rng.normal(0, 0.005)
-            step = 1.3 if arm != "opd" else 1.3 / (1 + gain)  # beside one of plain decoding: a block is verified
-            seconds = 0.04 * (tokens if arm == PLAIN else steps * step)
+            seconds, steps = 0.04 * tokens, np.zeros(prompts)
+            if arm != PLAIN:
+                faster = np.exp(difficulty + talent[arm]) * rising * (1 + gain * (arm == "opd"))
+                seconds, steps = seconds / (speedup * faster), (tokens / (1.3 * speedup * faster)).round()
             if concurrency == 1:
                 seconds = seconds * np.exp(rng.normal(0, NOISE, prompts))
-            wall = seconds.sum() / concurrency**0.7 * math.exp(drift + rng.normal(0, NOISE))
-            rows.append(
+            seconds = seconds * math.exp(drift + rng.normal(0, NOISE))
+            turns.append(
                 {
                     "round": round, "order": order, "arm": arm, "block_size": 4, "prompts": prompts,
-                    "tokens": int(tokens.sum()), "wall_seconds": wall, "draft_seconds": 0.0, "verify_seconds": 0.0,
-                    "verify_steps": 0 if arm == PLAIN else int(steps.sum()),
+                    "tokens": int(tokens.sum()), "wall_seconds": seconds.sum() / concurrency**0.7,
+                    "draft_seconds": 0.0, "verify_seconds": 0.0, "verify_steps": int(steps.sum()),
                 }
             )  # fmt: skip
-    return rows
+            rows += [
+                {
+                    "round": round, "arm": arm, "prompt_id": str(i), "tokens": int(tokens[i]), "identical": True,
+                    "latency_seconds": seconds[i], "first_token_seconds": math.nan, "verify_steps": int(steps[i]),
+                    "accepted": None,
+                }
+                for i in range(prompts)
+            ]  # fmt: skip
+    return turns, rows
 
 
 def simulated_tallies(
@@ -67,8 +87,8 @@ def simulated_tallies(
     Prompts differ in length and difficulty, each drafter is a little better on some and worse on others, and answers to
     one prompt have all that in common.
     """
-    difficulty = rng.normal(math.log(2.2), 0.25, prompts)
-    talent = {arm: rng.normal(0, 0.06, prompts) for arm in ARMS}
+    difficulty = rng.normal(math.log(2.2), DIFFICULTY, prompts)
+    talent = {arm: rng.normal(0, TALENT, prompts) for arm in ARMS}
     length = rng.lognormal(math.log(60), 0.5, prompts)
     tallies = {arm: Tally(samples * prompts) for arm in ARMS}
     for sample in range(samples):
@@ -88,35 +108,54 @@ def said(found: list[dict[str, Any]], arm: str, other: str) -> bool:
 
 
 @pytest.mark.parametrize("concurrency", [1, 16])
-def test_equal_drafters_are_seldom_called_of_different_speed(concurrency: int) -> None:
+@pytest.mark.parametrize("prompts", [6, 48])
+def test_equal_drafters_are_seldom_called_of_different_speed(concurrency: int, prompts: int) -> None:
     """Any of the three verdicts of a report is wrong in at most 5 %, each single interval of its tables too."""
     rng = np.random.default_rng(concurrency)
-    repetitions, wrong, outside = 1500, 0, 0
+    repetitions, wrong, outside = 400, 0, 0
     for _ in range(repetitions):
-        turns = simulated_turns(rng, FEWEST_TURNS, concurrency)
-        found = verdicts({}, log_ratios(turns, pairs(ARMS)), 6)
+        turns, rows = simulated_speeds(rng, FEWEST_TURNS, concurrency, prompts=prompts)
+        found = verdicts({}, log_ratios(turns, rows, pairs(ARMS)), prompts)
         assert len(found) == 3
         wrong += any(verdict["different"] for verdict in found)
-        single = speed_table([turn for turn in turns if turn["arm"] in (PLAIN, "sft", "opd")], [])
+        two = [[each for each in table if each["arm"] != "control"] for table in (turns, rows)]
+        single = speed_table(*two)
         outside += not single["opd"]["ratios"]["sft"]["low"] <= 1 <= single["opd"]["ratios"]["sft"]["high"]
     assert wrong / repetitions <= allowed(repetitions)
-    assert allowed(repetitions, 0.05) >= outside / repetitions >= 0.03  # and no wider than it must be
+    assert outside / repetitions <= allowed(repetitions)
+
+
+@pytest.mark.parametrize("prompts", [6, 16, 64])
+def test_a_drafter_as_fast_as_plain_decoding_is_seldom_called_faster(prompts: int) -> None:
+    """As fast over all prompts that are served: on the few that are decoded it may well be faster. By the turns alone,
+    which decode the same ones again, it would be called so in 17 % (64 prompts) to 41 % (4)."""
+    rng = np.random.default_rng(prompts)
+    repetitions, faster, by_turns_alone = 400, 0, 0
+    for _ in range(repetitions):
+        turns, rows = simulated_speeds(rng, FEWEST_TURNS, 1, prompts=prompts, speedup=1.0)
+        (found,) = log_ratios(turns, rows, [("sft", PLAIN)]).values()
+        faster += found.upper(0.05) > 0
+        (alone,) = log_ratios(turns, [], [("sft", PLAIN)]).values()
+        by_turns_alone += alone.upper(0.05) > 0
+    assert faster / repetitions <= allowed(repetitions)
+    assert by_turns_alone / repetitions > 0.1
 
 
 @pytest.mark.parametrize("concurrency", [1, 16])
 @pytest.mark.parametrize(("rounds", "gain"), [(12, 0.05), (FEWEST_TURNS, 0.12)])
 def test_a_real_difference_of_speed_is_found_in_most(concurrency: int, rounds: int, gain: float) -> None:
-    """In a report of six verdicts. Of 4,000 evaluations: 12 turns find 5 % in 65 (one at a time) and 74 % (16 at a
-    time), 5 turns find it in 12 and 14 % and 12 % in 68 and 76 %; single intervals find 5 % in 91 and 94 % (12 turns)
-    and in 43 and 49 % (5 turns)."""
+    """In a report of six verdicts, 64 prompts. Of 500 evaluations: 12 turns find 5 % in 47 (one at a time) and 54 %
+    (16 at a time), 5 turns find it in 19 and 20 % and 12 % in 84 and 85 %; single intervals find 5 % in 74 and 78 % (12
+    turns) and in 45 and 42 % (5 turns). With 16 prompts 12 turns find 5 % in 17 and 19 %."""
     rng = np.random.default_rng(concurrency)
     tau = {(f"{place}", "other"): Estimate(0.0, 0.1, 40, 39.0) for place in range(3)}
-    repetitions, seen = 400, 0
+    repetitions, seen = 200, 0
     for _ in range(repetitions):
-        found = verdicts(tau, log_ratios(simulated_turns(rng, rounds, concurrency, gain), pairs(ARMS)), 6)
+        turns, rows = simulated_speeds(rng, rounds, concurrency, gain, prompts=64)
+        found = verdicts(tau, log_ratios(turns, rows, pairs(ARMS)), 64)
         assert len(found) == 6
         seen += said(found, "opd", "sft")
-    assert seen / repetitions > 0.55
+    assert seen / repetitions > 0.38
 
 
 @pytest.mark.parametrize(("prompts", "samples"), [(6, 1), (24, 4)])
@@ -179,11 +218,11 @@ def test_a_share_of_one_timing_is_no_observation(prompts: int, wrong_at_least: f
 def test_too_few_turns_are_not_judged_and_do_not_widen_the_others() -> None:
     rng = np.random.default_rng(0)
     tallies, of_prompt = simulated_tallies(rng, 24, 1)
-    few = log_ratios(simulated_turns(rng, FEWEST_TURNS - 1, 1, gain=0.5), pairs(ARMS))
+    few = log_ratios(*simulated_speeds(rng, FEWEST_TURNS - 1, 1, gain=0.5), pairs(ARMS))
     found = verdicts(tau_differences(tallies, of_prompt), few, 6)
     assert [verdict["different"] for verdict in found if verdict["kind"] == "speed"] == [None] * 3
     assert all(verdict["level"] == pytest.approx(1 - 0.05 / 3) for verdict in found)
-    enough = log_ratios(simulated_turns(rng, FEWEST_TURNS, 1, gain=0.5), pairs(ARMS))
+    enough = log_ratios(*simulated_speeds(rng, FEWEST_TURNS, 1, gain=0.5), pairs(ARMS))
     both = verdicts(tau_differences(tallies, of_prompt), enough, 6)
     assert all(verdict["level"] == pytest.approx(1 - 0.05 / 6) for verdict in both)
     assert said([verdict for verdict in both if verdict["kind"] == "speed"], "opd", "sft")

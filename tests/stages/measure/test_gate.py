@@ -15,7 +15,7 @@ from draftsmith.stages.measure.gate import CHAMPION, PLAIN, GateConfig, challeng
 from draftsmith.stages.measure.requests import Setting
 from draftsmith.stages.measure.speed import log_ratios
 from draftsmith.stages.statistics import Estimate
-from tests.stages.measure.test_error_rates import ARMS, allowed, simulated_tallies, simulated_turns
+from tests.stages.measure.test_error_rates import ARMS, allowed, simulated_speeds, simulated_tallies
 
 EXACT = {"fp32_prompts": 4, "fp32_identical": 4, "identical_share": 1.0}
 SETS = ("chat", "code")
@@ -25,11 +25,13 @@ def evaluation(rng: np.random.Generator, gain: float, prompts: int = 200, rounds
     """What the evaluation of a challenger says that is `gain` better than the champion, in tau and in speed."""
     simulated, of_prompt = simulated_tallies(rng, prompts, samples=1, gain=gain)
     renamed = {CHAMPION: simulated["sft"], "opd": simulated["opd"]}
-    turns = simulated_turns(rng, rounds, concurrency=16, gain=gain, prompts=16)
     where: dict[str, Any] = {"temperature": 0.0, "concurrency": 16}
-    turns = [turn | where | {"arm": CHAMPION if turn["arm"] == "sft" else turn["arm"]} for turn in turns]
+    turns, rows = (
+        [each | where | {"arm": CHAMPION if each["arm"] == "sft" else each["arm"]} for each in table]
+        for table in simulated_speeds(rng, rounds, concurrency=16, gain=gain)
+    )
     sets = [SETS[int(prompt) % 2] for prompt in of_prompt]
-    speed = log_ratios(turns, [("opd", PLAIN), ("opd", CHAMPION)])
+    speed = log_ratios(turns, rows, [("opd", PLAIN), ("opd", CHAMPION)])
     return {
         "drafters": acceptance_table(renamed, of_prompt, [False] * len(of_prompt)),
         "compared": taus_compared(renamed, of_prompt, sets)
@@ -99,6 +101,9 @@ def test_every_rule_is_broken_by_what_it_is_about() -> None:
     few = [each | {"units": 2} if each["kind"] == "speed" else each for each in found["compared"]]
     assert broken(found | {"compared": few}) == ["speed-up", "speed at temperature 0, 16 in flight"]
     assert broken(found | {"compared": few}, GateConfig(judge_speed=False)) == []
+    of_one = [each | {"error": None} if each["kind"] == "speed" else each for each in found["compared"]]
+    decision = decide(found | {"compared": of_one}, GateConfig())
+    assert decision.outcome == "undecided" and "prompts of a single conversation" in decision.sentence()
 
 
 def test_what_may_be_lost_is_lost_by_evidence_and_the_rules_of_one_kind_share_their_error() -> None:

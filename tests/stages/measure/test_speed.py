@@ -23,7 +23,8 @@ from draftsmith.stages.measure.requests import (
     settings_of,
     turn_of,
 )
-from draftsmith.stages.measure.speed import speed_by_set, speed_by_setting, speed_table
+from draftsmith.stages.measure.speed import log_ratios, speed_by_set, speed_by_setting, speed_table
+from draftsmith.stages.measure.verdicts import verdicts
 from draftsmith.stages.stored import Prompt
 
 GREEDY = Setting(0.0, 2)
@@ -64,10 +65,10 @@ def test_speed_up_of_a_prompt_set_is_that_of_its_requests() -> None:
     ]
     found = speed_by_set(rows, {"a": "chat", "b": "code", "c": "chat"})
     assert found["chat"]["sft"]["speedup"] == pytest.approx(13 / 11)
-    assert found["chat"]["sft"]["speedup_low"] == pytest.approx(13 / 11), "all rounds are alike"
+    low, high = found["chat"]["sft"]["speedup_low"], found["chat"]["sft"]["speedup_high"]
+    assert low is not None and high is not None and low < 1 < high, "all rounds are alike, prompts are not"
     assert found["code"]["sft"]["speedup"] == pytest.approx((2 / 1 * 2 / 2 * 2 / 3) ** (1 / 3))
-    low, high = found["code"]["sft"]["speedup_low"], found["code"]["sft"]["speedup_high"]
-    assert low is not None and high is not None and low < 1 < high
+    assert found["code"]["sft"]["speedup_low"] is found["code"]["sft"]["speedup_high"] is None, "a single prompt"
     assert speed_by_set([row("plain", answer("a", 3, 0.0))], {"a": "chat"}) == {}, "an engine that does not say"
 
 
@@ -108,6 +109,39 @@ def test_turns_are_the_repetitions_and_paired_by_round() -> None:
     assert (found["sft"]["speedup_low"], found["sft"]["speedup_high"]) == pytest.approx((np.exp(low), np.exp(high)))
     assert found["opd"]["ratios"]["sft"] == pytest.approx({"value": 1.5, "low": 1.5, "high": 1.5})
     assert found["sft"]["turns"] == 4 and found["sft"]["tau_served"] == (4 * 60 - 4) / 80
+
+
+def test_an_interval_has_the_error_of_the_rounds_and_that_of_the_prompts() -> None:
+    """Beside scipy's, and numpy's over logarithms of sums with one prompt left out."""
+    seconds = {"plain": [4.0, 2.0, 9.0, 6.0], "sft": [2.0, 1.5, 3.0, 4.0]}
+    turns, rows = [], []
+    for round, slow in enumerate([1.0, 1.1, 0.9]):
+        for arm, of_prompts in seconds.items():
+            answers = [
+                answer(prompt, 12, s * slow if arm == "sft" else s)
+                for prompt, s in zip("abcd", of_prompts, strict=True)
+            ]
+            turns.append(turn(arm, answers, sum(each.seconds for each in answers), round))
+            rows += [row(arm, each, round) for each in answers]
+    (alone,) = log_ratios(turns, [], [("sft", "plain")]).values()
+    assert (alone.units, alone.degrees) == (3, 2)
+    assert alone.error == pytest.approx(stats.sem(np.log([1.0, 1.1, 0.9])))
+
+    def over(groups: list[list[int]]) -> float:
+        total = {arm: np.array(s) for arm, s in seconds.items()}
+        left = [np.log(np.delete(total["plain"], g).sum() / np.delete(total["sft"], g).sum()) for g in groups]
+        return float(np.sqrt((len(groups) - 1) / len(groups) * np.sum((np.array(left) - np.mean(left)) ** 2)))
+
+    (both,) = log_ratios(turns, rows, [("sft", "plain")]).values()
+    assert (both.value, both.units) == (alone.value, 3)
+    assert both.error == pytest.approx(np.hypot(alone.error, over([[0], [1], [2], [3]])))
+    assert both.degrees > 2
+    together = {"a": "first", "b": "first"}  # two turns of a conversation
+    (both,) = log_ratios(turns, rows, [("sft", "plain")], together).values()
+    assert both.error == pytest.approx(np.hypot(alone.error, over([[0, 1], [2], [3]])))
+    (single,) = log_ratios(turns, rows, [("sft", "plain")], dict.fromkeys("abcd", "one")).values()
+    assert single.interval() is None
+    assert verdicts({}, {("sft", "plain"): single}, 4)[0]["different"] is None
 
 
 def test_the_number_of_prompts_is_no_number_of_repetitions() -> None:
