@@ -118,8 +118,8 @@ def test_equal_drafters_are_seldom_called_of_different_speed(concurrency: int, p
         found = verdicts({}, log_ratios(turns, rows, pairs(ARMS)), prompts)
         assert len(found) == 3
         wrong += any(verdict["different"] for verdict in found)
-        two = [[each for each in table if each["arm"] != "control"] for table in (turns, rows)]
-        single = speed_table(*two)
+        of_two, by_request = ([each for each in table if each["arm"] != "control"] for table in (turns, rows))
+        single = speed_table(of_two, by_request)
         outside += not single["opd"]["ratios"]["sft"]["low"] <= 1 <= single["opd"]["ratios"]["sft"]["high"]
     assert wrong / repetitions <= allowed(repetitions)
     assert outside / repetitions <= allowed(repetitions)
