@@ -28,7 +28,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 # Workers run beside each other, and beside real runs: their devices are those of nobody else. A measurement of one
 # would wait for the stages of all.
-os.environ["DRAFTSMITH_DEVICE_LOCKS"] = tempfile.mkdtemp(prefix="draftsmith-test-devices-")
+_LOCKS = tempfile.TemporaryDirectory(prefix="draftsmith-test-devices-")  # gone with the worker
+os.environ["DRAFTSMITH_DEVICE_LOCKS"] = _LOCKS.name
 
 if TYPE_CHECKING:  # most rooms need neither
     from collections.abc import Iterator
