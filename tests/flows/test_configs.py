@@ -65,13 +65,13 @@ def test_an_evaluation_has_turns_enough_to_judge_speed(path: Path) -> None:
 
 
 def test_the_quickstart_decodes_for_minutes() -> None:
-    """Tokens of all turns and of the choice of block sizes, of plain decoding and three drafters, at 21 to 27 a second
-    on two cores: about three minutes."""
+    """Tokens of all turns and of the choice of block sizes, of plain decoding and three drafters, at 21 to 48 a second
+    on two cores: three to seven minutes."""
     evaluation = load_config(CONFIGS / "quickstart.yaml").evaluation
     assert evaluation.block_sizes is not None
     turns = 4 * evaluation.rounds * evaluation.speed_prompts
     choice = 3 * len(evaluation.block_sizes) * evaluation.validation_prompts
-    assert (turns + choice) * evaluation.sampling.max_new_tokens <= 4200
+    assert (turns + choice) * evaluation.sampling.max_new_tokens <= 8200
 
 
 @pytest.mark.parametrize("name", RECIPES)
