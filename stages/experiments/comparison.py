@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from draftsmith.stages.contract import Compute, Config, Stage, StageContext, follow
+from draftsmith.stages.replay.portions import TokensPerForward
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +34,7 @@ class ComparisonConfig(Config):
 
     control: Annotated[str, Field(description="the arm that the others are compared with, at equal steps and seed")]
     splits: Annotated[tuple[str, ...], Field(min_length=1)] = ("validation", "heldout")
-    tokens_per_target_forward: Annotated[int, Field(ge=1)] = 4096
+    tokens_per_target_forward: TokensPerForward = 4096
 
 
 @dataclass(frozen=True)
