@@ -87,6 +87,7 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
     from draftsmith.artifacts.schemas import ACCEPTANCE
     from draftsmith.stages.drafters.checkpoint import load_drafter
     from draftsmith.stages.measure.acceptance import ceiling_of
+    from draftsmith.stages.prompting.held_out import units_of
     from draftsmith.stages.replay.corpus import draws
     from draftsmith.stages.replay.tally import tally_all
     from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
@@ -99,6 +100,7 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
     rows: list[pa.Table] = []
     for split in config.splits:
         stored = load_trajectories(ctx.inputs["trajectories"], [split])
+        units = units_of(ctx.inputs["prompts"], stored.prompts)
         sums: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         longest_block, drawn = 0, False
         kept = ctx.work / "replayed" / split
@@ -132,9 +134,9 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
         )
         results[split] = {
             "trajectories": len(stored.trajectories),
-            "prompts": len(set(stored.prompts)),
+            "prompts": len(set(units)),
             "ceiling": ceiling.tau,
-            "arms": arm_table(entries, sums, stored.prompts, costs, config.control),
+            "arms": arm_table(entries, sums, units, costs, config.control),
         }
     for name, svg in figures(results[config.splits[-1]]["arms"], config.control).items():
         write_text(ctx.out / name, svg)
@@ -187,15 +189,16 @@ def figures(table: Sequence[Mapping[str, Any]], control: str) -> dict[str, str]:
 def arm_table(
     entries: Mapping[str, Entry],
     sums: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    prompts: Sequence[str],
+    units: Sequence[str],
     costs: Mapping[str, Mapping[str, float]],
     control: str,
 ) -> list[dict[str, Any]]:
     """A row for every (arm, steps): tau of each seed and in the mean, and the paired difference to the control.
 
-    sums: committed tokens and verify steps of each trajectory; costs: of the training; both by drafter. prompts: the
-    prompt of each trajectory. The 95 % interval of the difference is a jackknife over prompts of the mean over seeds
-    (a single prompt has none); it is of these trainings, and the single seeds' differences stand beside.
+    sums: committed tokens and verify steps of each trajectory; costs: of the training; both by drafter. units: what
+    each trajectory is an observation of, as of `units_of`. The 95 % interval of the difference is a jackknife over them
+    of the mean over seeds (a single one has none); it is of these trainings, and the single seeds' differences stand
+    beside.
     """
     import numpy as np
 
@@ -228,7 +231,7 @@ def arm_table(
             other_committed, other_verified = stacked(others)
             differences = taus - other_committed.sum(1) / other_verified.sum(1)
             parts = (part for group in (committed, verified, other_committed, other_verified) for part in group)
-            estimate = jackknife(_mean_difference, *(sums_of(prompts, part) for part in parts))
+            estimate = jackknife(_mean_difference, *(sums_of(units, part) for part in parts))
             low, high = estimate.interval() or (None, None)
             row |= {
                 "difference": float(differences.mean()),
@@ -286,7 +289,7 @@ def _mean_difference(*parts: np.ndarray) -> np.ndarray:
 STAGE = Stage(
     name="comparison",
     config=ComparisonConfig,
-    inputs=("target", "trajectories", f"{PREFIX}*", f"{EARLIER}*"),
+    inputs=("target", "prompts", "trajectories", f"{PREFIX}*", f"{EARLIER}*"),
     run=run,
     compute=Compute.HEAVY,
 )
