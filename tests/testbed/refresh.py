@@ -1,11 +1,14 @@
-"""The config of a small refresh with every stage of the method in it, which tests lay their own fields over."""
+"""The config of a small refresh with every stage of the method in it, which tests lay their own fields over; others, as
+a command reads them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from draftsmith.flows.pipeline.config_file import merged
+from draftsmith.flows.pipeline.config_file import merged, read_config
+from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.stages.procedural.training import MASK
 
 
@@ -28,3 +31,8 @@ def small_refresh(name: str, target: Path | str, prompts: Path | str, answer: in
         "evaluation": {"sampling": sampling, "validation_prompts": 2},
     }
     return merged(base, fields)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RefreshConfig:
+    """The config of a refresh from a YAML file, with overrides such as `opd.steps=200`."""
+    return read_config(path, overrides, RefreshConfig)
