@@ -12,6 +12,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import WHOLE, Compute, Config, Shard, Stage, StageContext
 from draftsmith.stages.drafters.config import NO_FREQUENT_TOKENS, DraftingConfig
 from draftsmith.stages.replay.parity import COMPARED, Gate, MaxParityMismatch, StepComparison, check_tau
+from draftsmith.stages.replay.portions import TREE_TOKENS, TokensPerForward
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,8 +28,15 @@ class MiningConfig(Config):
     drafting: DraftingConfig = DraftingConfig()
     chains: Annotated[int | None, Field(ge=1, description="parallel chains a trajectory; null: as many as pay")] = None
     top_k: Annotated[int, Field(ge=1, description="the target's best tokens kept at each rejection")] = 8
-    tokens_per_target_forward: Annotated[int, Field(ge=1)] = 8192
-    tree_tokens: Annotated[int, Field(ge=1, description="rejected proposals scored in one forward, a trajectory")] = 512
+    tokens_per_target_forward: TokensPerForward = 8192
+    tree_tokens: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="rejected proposals scored in one forward, a trajectory; keys and values have room for so many "
+            "behind each of a group: lower where memory is tight, which takes more forwards",
+        ),
+    ] = TREE_TOKENS
     max_parity_mismatch: MaxParityMismatch = 0.25
 
 

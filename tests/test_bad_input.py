@@ -21,6 +21,7 @@ from draftsmith.artifacts import file_system
 from draftsmith.artifacts.manifest import MANIFEST
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.flows.cli import main
+from tests.testbed.refresh import small_refresh
 
 KEY = "ab" * 32
 SECRET = "Zk9-marker-7Qx"
@@ -307,23 +308,7 @@ CASES = {f"{table}: {name}": bad for table, cases in TABLES.items() for name, ba
 
 def base() -> dict[str, Any]:
     """A refresh that would run."""
-    sampling = {"max_new_tokens": 8}
-    return {
-        "name": "bad",
-        "target": {"source": "{here}/model", "dtype": "float32"},
-        "prompts": {
-            "sources": [{"kind": "jsonl", "path": "{here}/rows.jsonl"}],
-            "train": 16,
-            "heldout": 4,
-            "validation": 2,
-            "max_prompt_tokens": 64,
-        },
-        "rollout": {"prompts": 8, "sampling": sampling},
-        "sft": {"drafter": {"num_layers": 1, "block_size": 6, "target_layer_ids": [0, 2]}},
-        "assisted": {"skip": 8, "sampling": sampling},
-        "heldout": {"splits": ["validation", "heldout"], "sampling": sampling},
-        "stages": {"min_free_gb": 0.01},
-    }
+    return small_refresh("bad", "{here}/model", "{here}/rows.jsonl", 8, prompts={"max_prompt_tokens": 64})
 
 
 def changed(config: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:

@@ -212,13 +212,14 @@ def experiment_nodes(config: ExperimentConfig) -> list[Node]:
             "comparison",
             "draftsmith.stages.experiments.comparison",
             config.comparison,
-            {**current, "trajectories": "heldout", **drafters},
+            {**asked, "trajectories": "heldout", **drafters},
         )
     )
     if current != old or prompts != "prompts":  # what the starting drafter was worth before the change
-        before = {**old, "trajectories": "heldout_before", f"{PREFIX}{BASE}:0:0": "sft"}
-        nodes.append(Node("heldout_before", "draftsmith.stages.rollout", config.heldout, {**old, "prompts": "prompts"}))
-        nodes.append(Node("before", "draftsmith.stages.experiments.comparison", config.comparison, before))
+        before = {**old, "prompts": "prompts"}
+        nodes.append(Node("heldout_before", "draftsmith.stages.rollout", config.heldout, before))
+        compared = {**before, "trajectories": "heldout_before", f"{PREFIX}{BASE}:0:0": "sft"}
+        nodes.append(Node("before", "draftsmith.stages.experiments.comparison", config.comparison, compared))
     return nodes
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationInfo, model_validator
 
 from draftsmith.flows.checks.measurable import require_measurable
-from draftsmith.flows.pipeline.config_file import OF_FILE, read_config
+from draftsmith.flows.pipeline.config_file import OF_FILE
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.flows.refresh.hook import HookConfig
 from draftsmith.flows.refresh.line import RegistryConfig
@@ -294,8 +292,3 @@ def assisted_config(config: RefreshConfig, iteration: int) -> RolloutConfig:
     assert config.assisted is not None
     behind = (iteration - 1) * (config.assisted.prompts or 0)
     return config.assisted.model_copy(update={"skip": config.assisted.skip + behind})
-
-
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RefreshConfig:
-    """The config of a refresh from a YAML file, with overrides such as `opd.steps=200`."""
-    return read_config(path, overrides, RefreshConfig)

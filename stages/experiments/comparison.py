@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from draftsmith.stages.contract import Compute, Config, Stage, StageContext, follow
+from draftsmith.stages.replay.portions import TokensPerForward
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +34,7 @@ class ComparisonConfig(Config):
 
     control: Annotated[str, Field(description="the arm that the others are compared with, at equal steps and seed")]
     splits: Annotated[tuple[str, ...], Field(min_length=1)] = ("validation", "heldout")
-    tokens_per_target_forward: Annotated[int, Field(ge=1)] = 4096
+    tokens_per_target_forward: TokensPerForward = 4096
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
     from draftsmith.artifacts.schemas import ACCEPTANCE
     from draftsmith.stages.drafters.checkpoint import load_drafter
     from draftsmith.stages.measure.acceptance import ceiling_of
+    from draftsmith.stages.prompting.held_out import units_of
     from draftsmith.stages.replay.corpus import draws
     from draftsmith.stages.replay.tally import tally_all
     from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
@@ -98,6 +100,7 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
     rows: list[pa.Table] = []
     for split in config.splits:
         stored = load_trajectories(ctx.inputs["trajectories"], [split])
+        units = units_of(ctx.inputs["prompts"], stored.prompts)
         sums: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         longest_block, drawn = 0, False
         kept = ctx.work / "replayed" / split
@@ -131,9 +134,9 @@ def run(ctx: StageContext, config: ComparisonConfig) -> None:
         )
         results[split] = {
             "trajectories": len(stored.trajectories),
-            "prompts": len(set(stored.prompts)),
+            "prompts": len(set(units)),
             "ceiling": ceiling.tau,
-            "arms": arm_table(entries, sums, stored.prompts, costs, config.control),
+            "arms": arm_table(entries, sums, units, costs, config.control),
         }
     for name, svg in figures(results[config.splits[-1]]["arms"], config.control).items():
         write_text(ctx.out / name, svg)
@@ -186,15 +189,16 @@ def figures(table: Sequence[Mapping[str, Any]], control: str) -> dict[str, str]:
 def arm_table(
     entries: Mapping[str, Entry],
     sums: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    prompts: Sequence[str],
+    units: Sequence[str],
     costs: Mapping[str, Mapping[str, float]],
     control: str,
 ) -> list[dict[str, Any]]:
     """A row for every (arm, steps): tau of each seed and in the mean, and the paired difference to the control.
 
-    sums: committed tokens and verify steps of each trajectory; costs: of the training; both by drafter. prompts: the
-    prompt of each trajectory. The 95 % interval of the difference is a jackknife over prompts of the mean over seeds
-    (a single prompt has none); it is of these trainings, and the single seeds' differences stand beside.
+    sums: committed tokens and verify steps of each trajectory; costs: of the training; both by drafter. units: what
+    each trajectory is an observation of, as of `units_of`. The 95 % interval of the difference is a jackknife over them
+    of the mean over seeds (a single one has none); it is of these trainings, and the single seeds' differences stand
+    beside.
     """
     import numpy as np
 
@@ -227,7 +231,7 @@ def arm_table(
             other_committed, other_verified = stacked(others)
             differences = taus - other_committed.sum(1) / other_verified.sum(1)
             parts = (part for group in (committed, verified, other_committed, other_verified) for part in group)
-            estimate = jackknife(_mean_difference, *(sums_of(prompts, part) for part in parts))
+            estimate = jackknife(_mean_difference, *(sums_of(units, part) for part in parts))
             low, high = estimate.interval() or (None, None)
             row |= {
                 "difference": float(differences.mean()),
@@ -285,7 +289,7 @@ def _mean_difference(*parts: np.ndarray) -> np.ndarray:
 STAGE = Stage(
     name="comparison",
     config=ComparisonConfig,
-    inputs=("target", "trajectories", f"{PREFIX}*", f"{EARLIER}*"),
+    inputs=("target", "prompts", "trajectories", f"{PREFIX}*", f"{EARLIER}*"),
     run=run,
     compute=Compute.HEAVY,
 )

@@ -20,6 +20,7 @@ from draftsmith.stages.engines.config import (
 )
 from draftsmith.stages.engines.sglang.environment import programs_of
 from draftsmith.stages.replay.parity import MaxParityMismatch
+from draftsmith.stages.replay.portions import TokensPerForward
 
 if TYPE_CHECKING:
     from draftsmith.stages.stored import Prompt
@@ -87,7 +88,7 @@ class EvaluationConfig(Config):
     ] = 8
     max_parity_mismatch: MaxParityMismatch = 0.25
     chains: Annotated[int | None, Field(ge=1)] = None
-    tokens_per_target_forward: Annotated[int, Field(ge=1)] = 2048
+    tokens_per_target_forward: TokensPerForward = 2048
 
     @model_validator(mode="after")
     def _servers_can_take_the_drafters(self) -> EvaluationConfig:

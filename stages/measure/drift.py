@@ -11,6 +11,7 @@ from scipy.special import stdtrit
 
 from draftsmith.stages.contract import Config, Operational
 from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.replay.portions import TokensPerForward
 from draftsmith.stages.statistics import CONFIDENCE, simultaneous
 
 ALL = "all"  # prompts, beside the single sets
@@ -29,7 +30,7 @@ class DriftConfig(Config):
         Operational(),
     ] = 90.0
     drafting: DraftingConfig = DraftingConfig()
-    tokens_per_target_forward: Annotated[int, Field(ge=1)] = 4096
+    tokens_per_target_forward: TokensPerForward = 4096
 
 
 def fallen(drift: Mapping[str, Any], reference: Mapping[str, Any], threshold: float) -> list[str]:

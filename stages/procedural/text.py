@@ -220,19 +220,18 @@ def examples(
     *,
     families: Sequence[str] = EASY,
     revision_2: float = 0.0,
-    reworded: Sequence[str] = EASY,
 ) -> Iterator[Example]:
     """At most `count` examples with different prompts, families in turn, none whose prompt is in `exclude`.
 
-    revision_2: the share of the answers in the families `reworded` that are worded as in revision 2. Ends early when a
-    family is exhausted.
+    revision_2: the share of the answers that are worded as in revision 2, in the families that have it. Ends early when
+    a family is exhausted.
     """
     r = random.Random(seed)
     seen = set(exclude)
     made, repeated = 0, 0
     while made < count:
         family = families[made % len(families)]
-        makers = REVISION_2 if revision_2 and r.random() < revision_2 and family in reworded else FAMILIES
+        makers = REVISION_2 if revision_2 and r.random() < revision_2 and family in REVISION_2 else FAMILIES
         example = makers[family](r)
         if example.prompt in seen:
             repeated += 1

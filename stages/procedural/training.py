@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.stages.checkpoints import load_checkpoint, save_checkpoint
 from draftsmith.stages.contract import Config, Operational
-from draftsmith.stages.procedural.text import EASY, FAMILIES, REVISION_2, Example, examples
+from draftsmith.stages.procedural.text import EASY, FAMILIES, Example, examples
 from draftsmith.stages.targets.config import Dtype
 from draftsmith.stages.targets.source import TOKENIZER_PARTS
 
@@ -59,9 +59,6 @@ class TrainingTextConfig(Config):
 
     families: Annotated[tuple[str, ...], Field(min_length=1)] = EASY
     revision_2: Annotated[float, Field(ge=0, le=1, description="share of answers worded as in revision 2")] = 0.0
-    reworded: Annotated[
-        tuple[str, ...], Field(description="the families whose answers may be worded as in revision 2")
-    ] = EASY
     documents: Annotated[int, Field(ge=1, description="different training examples")] = 20000
     steps: Annotated[int, Field(ge=1)] = 1500
     rows_per_step: Annotated[int, Field(ge=1, description="packed rows")] = 8
@@ -78,24 +75,11 @@ class TrainingTextConfig(Config):
             raise ValueError(f"no family {', '.join(unknown)}, use some of {', '.join(FAMILIES)}")
         return families
 
-    @field_validator("reworded")
-    @classmethod
-    def _families_have_another_wording(cls, reworded: tuple[str, ...]) -> tuple[str, ...]:
-        if unknown := sorted(set(reworded) - REVISION_2.keys()):
-            raise ValueError(f"{', '.join(unknown)} has no second wording, use some of {', '.join(REVISION_2)}")
-        return reworded
-
 
 def training_examples(config: TrainingTextConfig) -> list[Example]:
     """What the target is taught."""
-    made = examples(
-        TRAINING_TEXT_SEED,
-        config.documents,
-        families=config.families,
-        revision_2=config.revision_2,
-        reworded=config.reworded,
-    )
-    return list(made)
+    seed, count = TRAINING_TEXT_SEED, config.documents
+    return list(examples(seed, count, families=config.families, revision_2=config.revision_2))
 
 
 def build_tokenizer(vocab_size: int, corpus: Sequence[str]) -> Any:

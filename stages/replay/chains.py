@@ -104,11 +104,12 @@ def successors(
     anchors: torch.Tensor,
     block_size: int,
     head: Head,
-    text: SampledText | None = None,
+    text: SampledText | None,
 ) -> torch.Tensor:
     """The anchors [R, A] that a verify step at each of `anchors` [R, A] leads to.
 
-    context, text: of the same R trajectories. Behind an end it is the first anchor, which every drafter visits.
+    context, text: of the same R trajectories; None: proposals are argmaxes. Behind an end it is the first anchor, which
+    every drafter visits.
     """
     tokens = committed_tokens(trajectories, block_size - 1, anchors.device)
     first, last = (

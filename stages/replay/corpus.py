@@ -272,7 +272,7 @@ def mine(
 
 
 def score(
-    target: Target, trajectories: Sequence[Trajectory], traces: Sequence[Trace], tokens_per_group: int = 2048
+    target: Target, trajectories: Sequence[Trajectory], traces: Sequence[Trace], tokens_per_group: int
 ) -> list[StepScores]:
     """What the target says of the rejected proposals of some steps of each trajectory, in the trajectories' order."""
     scores: dict[int, StepScores] = {}

@@ -198,8 +198,8 @@ def draft_drawn(
     block_size: int,
     head: Head,
     *,
-    confidence: float | None = None,
-    with_proposals: bool = True,
+    confidence: float | None,
+    with_proposals: bool,
     with_logprobs: bool,
 ) -> Judged:
     """What `draft` does for argmaxes: a block behind every anchor [R, A], drawn so that it fits the text.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from draftsmith.stages.replay.portions import POSITIONS_PER_CHUNK
+from draftsmith.stages.replay.portions import POSITIONS_PER_CHUNK, TREE_TOKENS
 from draftsmith.stages.replay.trace import Trace
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.slots import Rows, SlotCache
@@ -43,7 +43,7 @@ def score_traces(
     *,
     ids: torch.Tensor | None = None,
     top_k: int = 8,
-    tree_tokens: int = 512,
+    tree_tokens: int = TREE_TOKENS,
     positions_per_chunk: int = POSITIONS_PER_CHUNK,
     rejected_only: bool = False,
 ) -> list[StepScores]:

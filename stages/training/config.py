@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from draftsmith.stages.contract import NOT_FETCHED, Config, Operational
 from draftsmith.stages.drafters.config import DFlashConfig, DrafterConfig
 from draftsmith.stages.parallel.config import ParallelConfig
+from draftsmith.stages.replay.portions import TokensPerForward
 from draftsmith.stages.training.loss_config import DistributionLoss, PositionWeights, ResponseStream, TokenLoss
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class TrainingConfig(OptimiserConfig):
         Field(gt=0, description="target features kept in memory; if it does not hold all, rounding differs"),
         Operational(),
     ] = 2048.0
-    tokens_per_target_forward: Annotated[int, Field(ge=1)] = 2048
+    tokens_per_target_forward: TokensPerForward = 2048
     micro_batch_tokens: Annotated[
         int | None,
         Field(

@@ -135,7 +135,7 @@ def replayed(target: Target, drafter_folder: Path, trajectories: list[Trajectory
     traces = replay_chains(drafter, context, trajectories, drafter.block_size, head)
     steps = [
         TrajectorySteps(t.anchors, t.accepted, t.committed, t.rejected_offset, t.proposed, s.target_logprobs)
-        for t, s in zip(traces, score(target, trajectories, traces), strict=True)
+        for t, s in zip(traces, score(target, trajectories, traces, 2048), strict=True)
     ]
     table = MinedTable(steps, drafter.block_size - 1)
     return World(target, trajectories, lambda: load_drafter(drafter_folder, target, torch.float32), table, True)

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from draftsmith.stages.procedural.training import MASK
 from tests.testbed import target
+from tests.testbed.refresh import small_refresh
 
 PLAIN, LINE, SERVED = "plain", "line", "served"
 NODES = {
@@ -26,43 +26,26 @@ NODES = {
 }  # fmt: skip
 CHECKPOINT_EVERY = 4  # steps
 ROWS_PER_SHARD = 2  # answers
-_SAMPLING = {"max_new_tokens": 24, "temperature": 0.0}
-_TRAINING = {
-    "sequences_per_step": 4, "anchors_per_sequence": 4, "compute_dtype": "float32",
-    "checkpoint_every": CHECKPOINT_EVERY,
-}  # fmt: skip
+_TRAINING = {"anchors_per_sequence": 4, "checkpoint_every": CHECKPOINT_EVERY}
+_ROLLOUT = {"engine": {"slots": 2}, "rows_per_shard": ROWS_PER_SHARD}
 
 
 def config_of(kind: str, folder: Path) -> dict[str, Any]:
     """The config; `folder` is where its files lie."""
-    config: dict[str, Any] = {
-        "name": kind,
-        "stages": {"threads": 1, "min_free_gb": 0.001, "grace_seconds": 3, "retry_delay_seconds": 1},
-        "target": {"source": str(target.target_folder()), "dtype": "float32"},
-        "prompts": {
-            "sources": [{"kind": "jsonl", "path": str(folder / "prompts.jsonl")}],
-            "train": 16, "validation": 2, "heldout": 4, "heldout_share": 0.3,
-        },
-        "rollout": {"prompts": 10, "sampling": _SAMPLING, "engine": {"slots": 2}, "rows_per_shard": ROWS_PER_SHARD},
-        "sft": {
-            **_TRAINING, "steps": 24, "learning_rate": 3e-3,
-            "drafter": {"num_layers": 1, "block_size": 4, "target_layer_ids": [0, 1, 2], "mask_token": MASK},
-        },
-        "assisted": {"skip": 10, "sampling": _SAMPLING, "engine": {"slots": 2}, "rows_per_shard": ROWS_PER_SHARD},
-        "mining": {},
-        "opd": {**_TRAINING, "steps": 12},
-        "heldout": {
-            "splits": ["validation", "heldout"], "sampling": _SAMPLING, "engine": {"slots": 2},
-            "rows_per_shard": ROWS_PER_SHARD,
-        },
-        "evaluation": {
-            "sampling": _SAMPLING, "speed_prompts": 2, "validation_prompts": 2, "block_sizes": [4],
-            "exactness_prompts": 1, "rounds": 2,
-        },
-    }  # fmt: skip
+    config = small_refresh(
+        kind, target.target_folder(), folder / "prompts.jsonl", 24,
+        stages={"min_free_gb": 0.001, "grace_seconds": 3, "retry_delay_seconds": 1},
+        prompts={"heldout_share": 0.3},
+        rollout={**_ROLLOUT, "prompts": 10},
+        sft={**_TRAINING, "steps": 24, "drafter": {"block_size": 4}},
+        assisted={**_ROLLOUT, "skip": 10},
+        opd={**_TRAINING, "steps": 12},
+        heldout=_ROLLOUT,
+        evaluation={"speed_prompts": 2, "block_sizes": [4], "exactness_prompts": 1, "rounds": 2},
+    )  # fmt: skip
     if kind == SERVED:
         engine = {"kind": "sglang", "concurrency": 2, "request_timeout_s": 10, "urls": ["http://127.0.0.1:1"]}
-        config["rollout"] |= {"engine": engine, "sampling": {**_SAMPLING, "max_new_tokens": 80}}
+        config["rollout"] |= {"engine": engine, "sampling": {"max_new_tokens": 80, "temperature": 0.0}}
     if kind == LINE:
         del config["rollout"], config["assisted"]
         config |= {

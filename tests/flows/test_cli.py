@@ -262,7 +262,7 @@ def test_a_second_interrupt_ends_at_once_and_in_silence(tmp_path: Path) -> None:
     code = (
         "import atexit, sys, time; from draftsmith.flows import cli\n"
         "def interrupted(*_): raise KeyboardInterrupt\n"
-        "cli._COMMANDS['status'] = interrupted\n"
+        "cli.COMMANDS['status'] = interrupted\n"
         "atexit.register(time.sleep, 60)\n"
         "sys.exit(cli.main(['status']))"
     )

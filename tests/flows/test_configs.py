@@ -9,12 +9,13 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.pipeline.graph import in_order
-from draftsmith.flows.refresh.config import RefreshConfig, control_config, load_config
+from draftsmith.flows.refresh.config import RefreshConfig, control_config
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.measure.verdicts import FEWEST_TURNS
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.loss_config import LossConfig
+from tests.testbed.refresh import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("scale/*.yaml")])

@@ -27,7 +27,7 @@ from tests.faults.scene import Scene, TooLate
 from tests.faults.signals import kill_stage
 from tests.faults.undisturbed import remembered
 from tests.flows.pipeline.processes import ROOT, processes_of
-from tests.testbed.target import MASK
+from tests.testbed.refresh import small_refresh
 
 pytestmark = pytest.mark.integration
 
@@ -37,29 +37,16 @@ NODES = [
 
 
 def config_of(target: Path, prompts: Path) -> dict[str, Any]:
-    sampling = {"max_new_tokens": 32, "temperature": 0.0}
-    training = {"sequences_per_step": 4, "anchors_per_sequence": 8, "compute_dtype": "float32"}
-    return {
-        "name": "tiny",
-        "stages": {"threads": 1, "min_free_gb": 0.01, "grace_seconds": 10, "retry_delay_seconds": 0},
-        "target": {"source": str(target), "dtype": "float32"},
-        "prompts": {
-            "sources": [{"kind": "jsonl", "path": str(prompts)}], "train": 40, "validation": 2, "heldout": 10,
-        },
-        "rollout": {"prompts": 30, "sampling": sampling, "engine": {"slots": 16}},
-        "sft": {
-            **training, "steps": 60, "learning_rate": 3e-3, "gamma": 4.0,
-            "drafter": {"num_layers": 1, "block_size": 6, "target_layer_ids": [0, 1, 2], "mask_token": MASK},
-        },
-        "assisted": {"skip": 30, "sampling": sampling, "engine": {"slots": 10}},
-        "mining": {},
-        "opd": {**training, "steps": 12},
-        "heldout": {"splits": ["validation", "heldout"], "sampling": sampling},
-        "evaluation": {
-            "sampling": sampling, "speed_prompts": 3, "validation_prompts": 2, "block_sizes": [3, 6],
-            "exactness_prompts": 3,
-        },
-    }  # fmt: skip
+    return small_refresh(
+        "tiny", target, prompts, 32,
+        stages={"grace_seconds": 10},
+        prompts={"train": 40, "heldout": 10},
+        rollout={"prompts": 30, "engine": {"slots": 16}},
+        sft={"steps": 60, "gamma": 4.0},
+        assisted={"skip": 30, "engine": {"slots": 10}},
+        opd={"steps": 12},
+        evaluation={"speed_prompts": 3, "block_sizes": [3, 6], "exactness_prompts": 3},
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

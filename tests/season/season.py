@@ -23,7 +23,8 @@ import yaml
 
 from tests.testbed import cache
 from tests.testbed.databases import give_databases
-from tests.testbed.target import MASK, SHAPE, TAUGHT, prompts_file, target_folder
+from tests.testbed.refresh import small_refresh
+from tests.testbed.target import SHAPE, TAUGHT, prompts_file, target_folder
 
 ROOT = Path(__file__).parents[2]
 LINE = "tiny-dflash"
@@ -71,36 +72,27 @@ class Week:
 
 def config_of(size: Size) -> dict[str, Any]:
     """The config of the first week."""
-    sampling = {"max_new_tokens": 40, "temperature": 0.0}
-    training = {"sequences_per_step": 6, "anchors_per_sequence": 8, "compute_dtype": "float32"}
-    return {
-        "name": "season",
-        "stages": {"threads": 1, "min_free_gb": 0.01, "retry_delay_seconds": 0},
-        "registry": {"name": LINE},
-        "target": {"source": str(target_folder()), "dtype": "float32"},
-        "prompts": {
-            "sources": [
-                {"kind": "jsonl", "path": str(prompts_file()), "label": "record", "filter": {"family": "record"}}
-            ],
-            "train": size.train, "validation": 8, "heldout": size.heldout,
+    records = {"kind": "jsonl", "path": str(prompts_file()), "label": "record", "filter": {"family": "record"}}
+    training = {"sequences_per_step": 6}
+    return small_refresh(
+        "season", target_folder(), prompts_file(), 40,
+        registry={"name": LINE},
+        prompts={
+            "sources": [records], "train": size.train, "validation": 8, "heldout": size.heldout,
             "heldout_share": 0.3,  # of 200 rows of a family
         },
-        "rollout": {"prompts": size.train - 16, "sampling": sampling, "engine": {"slots": 32}},
-        "sft": {
-            **training, "steps": size.sft_steps, "learning_rate": 3e-3, "gamma": 4.0,
-            "drafter": {"num_layers": 1, "block_size": 6, "target_layer_ids": [0, 1, 2], "mask_token": MASK},
+        rollout={"prompts": size.train - 16, "engine": {"slots": 32}},
+        sft={**training, "steps": size.sft_steps, "gamma": 4.0},
+        assisted={"skip": size.train - 16, "engine": {"slots": 16}},
+        opd={**training, "steps": size.opd_steps, "learning_rate": 1e-3},
+        heldout={"engine": {"slots": 16}},
+        evaluation={
+            "speed_prompts": 4, "validation_prompts": 4, "block_sizes": [6], "exactness_prompts": 4,
+            "rounds": size.rounds,
         },
-        "assisted": {"skip": size.train - 16, "sampling": sampling, "engine": {"slots": 16}},
-        "mining": {},
-        "opd": {**training, "steps": size.opd_steps, "learning_rate": 1e-3},
-        "heldout": {"splits": ["validation", "heldout"], "sampling": sampling, "engine": {"slots": 16}},
-        "evaluation": {
-            "sampling": sampling, "speed_prompts": 4, "validation_prompts": 4, "block_sizes": [6],
-            "exactness_prompts": 4, "rounds": size.rounds,
-        },
-        "gate": {"judge_speed": size.judge_speed},
-        "refresh": {"control": size.control},
-    }  # fmt: skip
+        gate={"judge_speed": size.judge_speed},
+        refresh={"control": size.control},
+    )  # fmt: skip
 
 
 def revision() -> Path:

@@ -138,7 +138,7 @@ def with_scores(
     batch: Batch,
     anchors: Anchors,
     proposals: int,
-    tokens_per_forward: int = 2048,
+    tokens_per_forward: int,
 ) -> VerifySteps:
     """The same with the target's log-probs of the rejected proposals, as `score` has them, in all rows of the batch."""
     unscored = Unscored(steps, batch.trajectories, anchors, range(len(batch.trajectories)))
@@ -147,7 +147,7 @@ def with_scores(
 
 
 def all_scored(
-    parts: Sequence[Unscored], target: Target, proposals: int, tokens_per_forward: int = 2048, ranks: Ranks = ALONE
+    parts: Sequence[Unscored], target: Target, proposals: int, tokens_per_forward: int, ranks: Ranks = ALONE
 ) -> list[VerifySteps]:
     """The same of several batches, in some rows of each. Ranks that share the target ask it for all of theirs at once.
 

@@ -16,7 +16,7 @@ import yaml
 from draftsmith.flows.cli import main
 from tests.flows.pipeline.processes import ROOT
 from tests.testbed.drafter import DrafterArtifacts
-from tests.testbed.target import MASK
+from tests.testbed.refresh import small_refresh
 
 QWEN3_4B = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728,
@@ -36,26 +36,7 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 @pytest.fixture
 def config(tiny_target: Path, tiny_prompts: Path) -> dict[str, Any]:
     """A refresh of the tiny target."""
-    sampling = {"max_new_tokens": 32}
-    return {
-        "name": "tiny",
-        "target": {"source": str(tiny_target), "dtype": "float32"},
-        "prompts": {
-            "sources": [{"kind": "jsonl", "path": str(tiny_prompts)}],
-            "train": 16,
-            "heldout": 4,
-            "validation": 2,
-            "max_prompt_tokens": 64,
-        },
-        "rollout": {"prompts": 8, "sampling": sampling},
-        "sft": {"drafter": {"num_layers": 1, "block_size": 6, "target_layer_ids": [0, 2], "mask_token": MASK}},
-        "assisted": {"skip": 8, "sampling": sampling},
-        "mining": {},
-        "opd": {},
-        "heldout": {"splits": ["validation", "heldout"], "sampling": sampling},
-        "evaluation": {"sampling": sampling},
-        "stages": {"min_free_gb": 0.01},
-    }
+    return small_refresh("tiny", tiny_target, tiny_prompts, 32, prompts={"max_prompt_tokens": 64})
 
 
 def run(tmp_path: Path, config: dict[str, Any], *arguments: str) -> int:

@@ -11,9 +11,9 @@ from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.experiments.arms import ExperimentConfig, experiment_nodes
 from draftsmith.flows.pipeline.config_file import read_config
 from draftsmith.flows.pipeline.graph import Node
-from draftsmith.flows.refresh.config import load_config
 from draftsmith.flows.refresh.graph import refresh_nodes
 from tests.flows.pipeline.processes import ROOT
+from tests.testbed.refresh import load_config
 
 SAMPLED = "sampling={max_new_tokens: 32, temperature: 0.7, top_p: 0.9}"
 

@@ -50,7 +50,7 @@ def test_what_is_packed_on_a_cpu_is_counted() -> None:
 
 
 def test_estimates_of_the_recipe_by_hand() -> None:
-    from draftsmith.flows.refresh.config import load_config
+    from tests.testbed.refresh import load_config
 
     config = load_config(ROOT / "configs" / "qwen3-4b-dflash.yaml")
     sizes = qwen_sizes()

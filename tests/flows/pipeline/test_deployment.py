@@ -58,8 +58,9 @@ def test_the_server_accepts_every_config_as_the_parameters_of_its_flow(path: Pat
     from prefect.utilities.schema_tools.validation import validate
 
     from draftsmith.flows.pipeline.deployment import parameters
-    from draftsmith.flows.refresh.config import RefreshConfig, load_config
+    from draftsmith.flows.refresh.config import RefreshConfig
     from draftsmith.flows.refresh.flow import refresh
+    from tests.testbed.refresh import load_config
 
     config = load_config(path)
     sent = parameters(config, ["target"])
@@ -69,7 +70,8 @@ def test_the_server_accepts_every_config_as_the_parameters_of_its_flow(path: Pat
 
 def test_a_window_of_days_is_one_of_every_run() -> None:
     from draftsmith.flows.pipeline.deployment import parameters
-    from draftsmith.flows.refresh.config import RefreshConfig, load_config
+    from draftsmith.flows.refresh.config import RefreshConfig
+    from tests.testbed.refresh import load_config
 
     config = load_config(ROOT / "configs" / "weekly.yaml")
     assert config.logs is not None and config.logs.since is not None and config.logs.since.endswith("T00:00:00Z")

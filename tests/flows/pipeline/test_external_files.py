@@ -10,12 +10,12 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store import Store
 from draftsmith.flows.pipeline.graph import external_digests, plan
-from draftsmith.flows.refresh.config import load_config
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.stages.logs import LogsConfig
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.training.config import SftConfig
+from tests.testbed.refresh import load_config
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 

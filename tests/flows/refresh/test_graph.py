@@ -12,12 +12,13 @@ from draftsmith.artifacts.store import Store
 from draftsmith.flows.pipeline.external import external_digests
 from draftsmith.flows.pipeline.graph import Status, in_order, plan
 from draftsmith.flows.pipeline.options import TimeLimit
-from draftsmith.flows.refresh.config import RefreshConfig, control_config, load_config, prompts_since
+from draftsmith.flows.refresh.config import RefreshConfig, control_config, prompts_since
 from draftsmith.flows.refresh.graph import REFRESH, refresh_nodes
 from draftsmith.flows.refresh.line import RegistryConfig
 from draftsmith.stages.champion import ChampionConfig
 from draftsmith.stages.law import GREEDY, Law
 from tests.flows.pipeline.processes import ROOT
+from tests.testbed.refresh import load_config
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 

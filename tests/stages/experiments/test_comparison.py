@@ -151,6 +151,7 @@ def test_an_interrupted_comparison_goes_on_with_what_is_missing(
         made = Store(tmp_path / "store").commit(claim, config={}, inputs={}, code_digest="c", seed=0)
     inputs = {
         "target": tiny_drafter.target,
+        "prompts": tiny_drafter.prompts,
         "trajectories": tiny_drafter.heldout,
         "drafter:base:0:0": made.path,
         "drafter:sft:5:0": made.path,
@@ -191,7 +192,8 @@ def compared(folder: Path, artifact: Path, target: Target, answers: list[Traject
         save_drafter(random_dspark(target), claim.out / DRAFTER_FOLDER, torch.float32)
         made = Store(folder / "store").commit(claim, config={}, inputs={}, code_digest="c", seed=0)
     written = write_trajectories(folder / "answers", answers, temperature, "heldout")
-    inputs = {"target": artifact, "trajectories": written, "drafter:base:0:0": made.path}
+    prompts = folder / "prompts"  # whose summary says nothing of conversations
+    inputs = {"target": artifact, "prompts": prompts, "trajectories": written, "drafter:base:0:0": made.path}
     context = RecordingContext.under(folder, inputs)
     STAGE.run(context, ComparisonConfig(control="sft", splits=("heldout",)))
     return context.out

@@ -122,7 +122,9 @@ def replayed(law: Law) -> Counter[Step]:
     drafter = cast("Drafter", SimpleNamespace(drafting=lambda *_: Walk()))
     padded, context = torch.nn.functional.pad(tokens, (0, 2), value=-1), cast("Any", None)
     anchors = torch.zeros(DRAWS, 1, dtype=torch.long)
-    found = drawn.draft_drawn(drafter, context, text, padded, anchors, 3, Walk.head, with_logprobs=False)
+    found = drawn.draft_drawn(
+        drafter, context, text, padded, anchors, 3, Walk.head, confidence=None, with_proposals=True, with_logprobs=False
+    )
     assert found.expected is not None
     off = found.accepted + 1 - found.expected
     assert abs(float(off.mean())) < 5 * float(off.std()) / DRAWS**0.5, "what is expected is what drawing comes to"

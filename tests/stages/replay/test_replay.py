@@ -89,7 +89,7 @@ def test_a_successor_is_where_a_block_of_its_own_leads(drafter: str, bench: Benc
         [np.append(t.last_anchor - 1, np.linspace(t.first_anchor, t.last_anchor, 8).astype(int)) for t in trajectories]
     )
     _, context = bench.read(trajectories, model)
-    behind = successors(model, context, trajectories, torch.from_numpy(positions), model.block_size, head)
+    behind = successors(model, context, trajectories, torch.from_numpy(positions), model.block_size, head, None)
     assert behind.shape == positions.shape
     for row, t in enumerate(trajectories):
         _, alone = bench.read([t], model)
@@ -112,7 +112,7 @@ def test_on_the_trace_the_successor_is_the_next_anchor(bench: Bench) -> None:
     _, context = bench.read([trajectory], model)
     anchors = torch.from_numpy(trace.anchors)[None]
     head = model.drafting_head(bench.target.head_weight, None)
-    behind = successors(model, context, [trajectory], anchors, model.block_size, head)
+    behind = successors(model, context, [trajectory], anchors, model.block_size, head, None)
     assert behind[0].tolist() == [*trace.anchors[1:].tolist(), trajectory.first_anchor]
 
 

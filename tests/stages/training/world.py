@@ -72,7 +72,7 @@ class World:
         traces = self.traces(drafter)
         steps = [
             TrajectorySteps(t.anchors, t.accepted, t.committed, t.rejected_offset, t.proposed, s.target_logprobs)
-            for t, s in zip(traces, score(self.target, self.trajectories, traces), strict=True)
+            for t, s in zip(traces, score(self.target, self.trajectories, traces, 2048), strict=True)
         ]
         return MinedTable(steps, drafter.block_size - 1)
 

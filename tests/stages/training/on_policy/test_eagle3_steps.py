@@ -40,7 +40,7 @@ def test_chains_of_the_training_are_judged_as_replay_judges_them(world: World) -
     steps = judge(hidden, batch, anchors, head, proposals=4, proposed=own)
     for name in ("accepted", "committed", "rejected_offset", "proposed"):
         assert torch.equal(getattr(steps, name), getattr(expected, name)), name
-    scored = with_scores(steps, world.target, batch, anchors, 4)
+    scored = with_scores(steps, world.target, batch, anchors, 4, 2048)
     torch.testing.assert_close(scored.target_logprobs, expected.target_logprobs, equal_nan=True, atol=3e-4, rtol=1e-4)
     without = judge(hidden, batch, anchors, head, proposals=4)
     for name in ("accepted", "committed", "rejected_offset"):

@@ -70,7 +70,7 @@ def test_only_the_steps_that_are_drawn_are_scored(world: World, monkeypatch: pyt
     drawn = source.draw(9, INDICES, world.view(), phases(0, 1))  # too early for the third
     assert drawn.steps is not None and list(drawn.unscored) == [0, 1]
     unscored = Unscored(drawn.steps, world.batch.trajectories, drawn.anchors, drawn.unscored)
-    (steps,) = all_scored([unscored], world.target, 7)
+    (steps,) = all_scored([unscored], world.target, 7, 2048)
     fresh = world.mined_by(world.moved)
     for row, i in enumerate(INDICES):
         table = fresh.steps[i] if row < 2 else world.table.steps[i]
@@ -151,13 +151,13 @@ def test_blocks_of_the_training_are_judged_as_replay_judges_them(world: World) -
     for name in ("accepted", "committed", "rejected_offset", "proposed"):
         assert torch.equal(getattr(steps, name), getattr(expected, name)), name
     assert steps.target_logprobs.isnan().all()
-    scored = with_scores(steps, world.target, batch, anchors, 7)
+    scored = with_scores(steps, world.target, batch, anchors, 7, 2048)
     torch.testing.assert_close(scored.target_logprobs, expected.target_logprobs, equal_nan=True, atol=1e-4, rtol=1e-4)
     small = judge(hidden, batch, anchors, head, proposals=2)
     assert torch.equal(small.accepted, steps.accepted.clamp(max=2))
     in_parts = with_scores(steps, world.target, batch, anchors, 7, tokens_per_forward=1)
     torch.testing.assert_close(in_parts.target_logprobs, scored.target_logprobs, atol=1e-5, rtol=1e-5, equal_nan=True)
-    assert with_scores(small, world.target, batch, anchors, 2).target_logprobs[..., 2:].isnan().all()
+    assert with_scores(small, world.target, batch, anchors, 2, 2048).target_logprobs[..., 2:].isnan().all()
 
 
 def test_successors_are_what_one_block_of_the_current_weights_leads_to(world: World) -> None:
@@ -174,7 +174,7 @@ def test_successors_are_what_one_block_of_the_current_weights_leads_to(world: Wo
         drawn_at = zip(positions, phases(step, 2)[:, 0], strict=True)
         before = np.stack([evenly(row, per_sequence, phase) for row, phase in drawn_at])
         behind = successors(
-            world.moved, view.context, view.batch.trajectories, torch.from_numpy(before), 8, view.head
+            world.moved, view.context, view.batch.trajectories, torch.from_numpy(before), 8, view.head, None
         ).numpy()
         off = 0
         for row, i in enumerate(INDICES):

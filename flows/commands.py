@@ -1,0 +1,320 @@
+"""What every command does, by its name in `arguments.py`. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from draftsmith.artifacts.errors import DraftsmithError, RefusedError
+from draftsmith.artifacts.home import home
+from draftsmith.stages.garbage import collect_as_usual
+
+if TYPE_CHECKING:
+    from draftsmith.flows.pipeline.display import Display
+    from draftsmith.flows.pipeline.graph import Pipeline, PlannedNode
+    from draftsmith.flows.pipeline.options import RunOptions
+    from draftsmith.flows.refresh.config import RefreshConfig
+
+
+def pipeline_of(options: argparse.Namespace) -> Pipeline:
+    """The kind of run that the command's config file describes: a refresh without a `kind`.
+
+    Raises DraftsmithError for a kind that does not exist.
+    """
+    from draftsmith.flows.experiments.architectures import ARCHITECTURES
+    from draftsmith.flows.experiments.arms import EXPERIMENT
+    from draftsmith.flows.pipeline.config_file import kind_of
+    from draftsmith.flows.refresh.graph import REFRESH
+
+    config = getattr(options, "config", None)
+    if config is None or (kind := kind_of(config)) is None:
+        return REFRESH
+    kinds = {"experiment": EXPERIMENT, "architectures": ARCHITECTURES}
+    if not isinstance(kind, str) or kind not in kinds:
+        raise DraftsmithError(f"{config}: kind is {kind!r}: use {' or '.join(kinds)}, or leave it out for a refresh")
+    return kinds[kind]
+
+
+def _run(options: argparse.Namespace, pipeline: Pipeline) -> None:
+    """Run the config's flow and print what it found, or only print the plan."""
+    _run_config(options, pipeline, _read(options, pipeline, patient=not options.plan))
+
+
+def _evaluate(options: argparse.Namespace, pipeline: Pipeline) -> None:
+    from draftsmith.flows.refresh.evaluate import EVALUATE, evaluate_config
+
+    _run_config(options, EVALUATE, evaluate_config(_read_refresh(options, pipeline), options.drafters))
+
+
+def _diagnose(options: argparse.Namespace, pipeline: Pipeline) -> None:
+    from draftsmith.flows.refresh.diagnose import DIAGNOSE, NODE, diagnose_config
+
+    config = _read_refresh(options, pipeline)
+    options.force = [*options.force, NODE]  # what a server does is not known from before
+    asked = diagnose_config(config, options.url, options.drafter, options.prompts, options.api_key_env)
+    _run_config(options, DIAGNOSE, asked)
+
+
+def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOptions) -> None:
+    from draftsmith.artifacts.manifest import ArtifactRef
+    from draftsmith.artifacts.open_store import store_of
+    from draftsmith.artifacts.tracking import Tracking
+    from draftsmith.flows.pipeline.fetched import Folders
+    from draftsmith.flows.pipeline.machine import check_home
+    from draftsmith.flows.pipeline.part import Part
+    from draftsmith.flows.pipeline.patience import patiently
+    from draftsmith.flows.pipeline.prefect_server import start_prefect_server
+
+    display, tracking = _display(), Tracking(home(), config.experiment)
+    store, part = store_of(home()), Part.of(options.start, options.until)
+    planned = patiently(lambda: part.plan(config, store, pipeline, options.force), config.stages, display.line)
+    display.plan(planned)
+    if options.plan:
+        display.left_over(planned)  # a run says it where it begins
+        return
+    check_home(home(), config)
+    server = start_prefect_server(home())
+    patiently(tracking.check, config.stages, display.line)  # while the server starts
+    flow = _named(pipeline.flow)
+    patiently(lambda: server.wait(display.line), config.stages, display.line)
+    from draftsmith.flows.pipeline.delivery import run_flow  # imports httpx, as the flow does
+
+    def lost(what: str) -> None:
+        display.line(f"warning: {what}")
+        options.lost_prefect = server
+
+    collect_as_usual()
+    refused: RefusedError | None = None
+    try:
+        made = run_flow(flow, config, lost, force=options.force, start=options.start, until=options.until)
+    except RefusedError as error:
+        refused, made = error, getattr(error, "made", {})
+    refs = {name: ArtifactRef(e["stage"], e["key"], e["content_id"], Path(e["path"])) for name, e in made.items()}
+    folders = Folders(store, refs)
+    if options.until:
+        for name, folder in folders.items():
+            display.line(f"{name}: {folder}")
+    elif made and pipeline.results:
+        _named(pipeline.results)(display, folders, tracking.ui_command)
+    if refused is not None:
+        raise refused
+
+
+def _named(text: str) -> Any:
+    """What `module:attribute` names."""
+    module, _, attribute = text.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _check(options: argparse.Namespace, pipeline: Pipeline) -> None:
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the library is imported
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from draftsmith.flows.checks.check import check
+    from draftsmith.flows.checks.findings import show
+
+    config = _read(options, pipeline)
+    found = check(config, pipeline, home())
+    show(_display(), found.lines)
+    if found.errors:
+        raise DraftsmithError(
+            f"{found.errors} of {len(found.lines)} checks failed: {options.config} cannot run like this"
+        )
+
+
+def _stage(options: argparse.Namespace, pipeline: Pipeline) -> None:
+    from draftsmith.artifacts.unused import in_use
+
+    config = _read(options, pipeline)
+    with in_use(home(), config.name, _display().line):
+        _make_alone(options, pipeline, config)
+
+
+def _make_alone(options: argparse.Namespace, pipeline: Pipeline, config: RunOptions) -> None:
+    from draftsmith.artifacts.open_store import store_of
+    from draftsmith.artifacts.tracking import Tracking
+    from draftsmith.flows.checks.check import check_alone
+    from draftsmith.flows.pipeline.begun import note_begun, note_failed
+    from draftsmith.flows.pipeline.fetched import Folders
+    from draftsmith.flows.pipeline.graph import plan
+    from draftsmith.flows.pipeline.machine import check_home
+    from draftsmith.flows.pipeline.node import Workshop, make
+    from draftsmith.flows.pipeline.patience import patiently
+
+    # a damaged artifact is no matter unless it is needed: it may be the one that is to be made again
+    store, forced = store_of(home()), [options.name] if options.force else []
+    items = plan(config, store, pipeline, forced, stop_at_damage=False, again=True)
+    planned = {item.node.name: item for item in items}
+    if options.name not in planned:
+        raise DraftsmithError(f"no node {options.name!r}: use one of {', '.join(planned)}")
+    node = planned[options.name].node
+    inputs = {}
+    for name, source in node.inputs.items():
+        if (damage := planned[source].damage) is not None:
+            raise damage
+        if (ref := planned[source].ref) is None:
+            raise DraftsmithError(_missing_input(options, name, planned[source]))
+        inputs[name] = ref
+    check_home(home(), config)
+    display, tracking = _display(), Tracking(home(), config.experiment)
+    display.left_over(items)
+    for warning in check_alone(node, Folders(store, inputs)):
+        display.line(f"warning: {warning}")
+    for check in (store.check, tracking.check):
+        patiently(check, config.stages, display.line)
+    workshop = Workshop(home(), config, pipeline, display, tracking)
+    if (begun := planned[node.name].begun) is not None:
+        note_begun(config.name, {node.name: begun}, alone=True)
+    try:
+        made = patiently(lambda: make(workshop, node, inputs, force=options.force), config.stages, display.line)
+    except DraftsmithError as error:
+        note_failed(config.name, error, node.name)
+        raise
+    display.line(f"{node.name}: {made.ref.path}")
+
+
+def _missing_input(options: argparse.Namespace, name: str, source: PlannedNode) -> str:
+    from draftsmith.flows.pipeline.graph import Status
+
+    rest = [str(options.config), *(word for override in options.overrides for word in ("--set", override))]
+    made_alone = source.status is not Status.AFTER  # else its own inputs are missing too
+    command = ["draftsmith", "stage", source.node.name, *rest] if made_alone else ["draftsmith", "run", *rest]
+    return (
+        f"stage {options.name}: its input {name!r} (node {source.node.name}) is not in the store: make it with "
+        f"`{shlex.join(command)}`"
+    )
+
+
+def _why(options: argparse.Namespace, pipeline: Pipeline) -> None:
+    from draftsmith.flows.pipeline.why import why
+
+    why(_display(), _read(options, pipeline), pipeline, options.name)
+
+
+def _status(options: argparse.Namespace, pipeline: Pipeline) -> None:
+    from draftsmith.flows.pipeline import inspection
+
+    if options.config is None:
+        inspection.status_of_store(_display())
+    else:
+        inspection.status_of_config(_display(), _read(options, pipeline), pipeline)
+
+
+def _show(options: argparse.Namespace, _pipeline: Pipeline) -> None:
+    from draftsmith.flows.pipeline import inspection
+
+    inspection.show(_display(), options.artifact, verify=options.verify)
+
+
+def _report(options: argparse.Namespace, pipeline: Pipeline) -> None:
+    from draftsmith.flows.refresh import comparison
+
+    comparison.report(_display(), options.refreshes, pipeline, in_browser=options.open)
+
+
+def _champions(options: argparse.Namespace, _pipeline: Pipeline) -> None:
+    from draftsmith.flows.refresh import commands
+
+    commands.champions(_display(), options.line)
+
+
+def _promote(options: argparse.Namespace, _pipeline: Pipeline) -> None:
+    from draftsmith.flows.refresh import commands
+
+    commands.promote(_display(), options.version, options.why, dry_run=options.dry_run)
+
+
+def _rollback(options: argparse.Namespace, _pipeline: Pipeline) -> None:
+    from draftsmith.flows.refresh import commands
+
+    commands.rollback(_display(), options.line, options.why, dry_run=options.dry_run)
+
+
+def _export(options: argparse.Namespace, _pipeline: Pipeline) -> None:
+    from draftsmith.flows.refresh import commands
+
+    commands.export(_display(), options.version, options.folder, options.format, dry_run=options.dry_run)
+
+
+def _deploy(options: argparse.Namespace, pipeline: Pipeline) -> None:
+    from draftsmith.flows.pipeline.config_file import read_config
+    from draftsmith.flows.pipeline.graph import forced_nodes
+    from draftsmith.flows.pipeline.prefect_server import lasting_server
+
+    config = read_config(options.config, options.overrides, pipeline.config)
+    forced_nodes(pipeline.nodes(config), options.force)  # said here, not when it runs at night
+    api = lasting_server(home())
+    from draftsmith.flows.pipeline.deployment import Schedule, deploy
+
+    schedule = Schedule(options.cron, options.timezone)
+    made = deploy(
+        config,
+        pipeline,
+        api,
+        pool=options.pool,
+        schedule=schedule,
+        force=options.force,
+        webhook=options.webhook,
+        folder=Path.cwd(),
+    )
+    when = f"{options.cron} ({options.timezone})" if options.cron else "when it is asked to"
+    became = "created" if made.created else "changed"
+    told = "with its webhook" if made.webhook else "without a webhook"
+    if made.webhook and options.webhook is None:
+        told = "with the webhook that it had"
+    _display().line(f"{made.name}: {became}, in work pool {options.pool}, {when}, {told}: {made.url}")
+
+
+def _prune(options: argparse.Namespace, _pipeline: Pipeline) -> None:
+    from draftsmith.flows.pipeline.pruning import prune
+
+    prune(_display(), options.days, artifacts=options.artifacts, delete=options.delete)
+
+
+def _read(options: argparse.Namespace, pipeline: Pipeline, *, patient: bool = False) -> RunOptions:
+    """The config, with what only the outside knows. patient: ask again for minutes, as everything of a run is."""
+    from draftsmith.flows.pipeline.config_file import read_config
+    from draftsmith.flows.pipeline.graph import resolved
+    from draftsmith.flows.pipeline.patience import patiently
+
+    config = read_config(options.config, options.overrides, pipeline.config)
+    if not patient:
+        return resolved(config, pipeline)
+    return patiently(lambda: resolved(config, pipeline), config.stages, _display().line)
+
+
+def _read_refresh(options: argparse.Namespace, pipeline: Pipeline) -> RefreshConfig:
+    from draftsmith.flows.refresh.config import RefreshConfig
+
+    config = _read(options, pipeline)
+    if not isinstance(config, RefreshConfig):
+        raise DraftsmithError(f"{options.config} describes an experiment: give the config of a refresh")
+    return config
+
+
+def _display() -> Display:
+    from draftsmith.flows.pipeline.display import Display
+
+    return Display()
+
+
+COMMANDS = {
+    "run": _run,
+    "check": _check,
+    "stage": _stage,
+    "why": _why,
+    "status": _status,
+    "show": _show,
+    "report": _report,
+    "champions": _champions,
+    "promote": _promote,
+    "rollback": _rollback,
+    "export": _export,
+    "evaluate": _evaluate,
+    "diagnose": _diagnose,
+    "deploy": _deploy,
+    "prune": _prune,
+}

@@ -1,0 +1,38 @@
+"""The config of a small refresh with every stage of the method in it, which tests lay their own fields over; others, as
+a command reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from draftsmith.flows.pipeline.config_file import merged, read_config
+from draftsmith.flows.refresh.config import RefreshConfig
+from draftsmith.stages.procedural.training import MASK
+
+
+def small_refresh(name: str, target: Path | str, prompts: Path | str, answer: int, /, **fields: Any) -> dict[str, Any]:
+    """Of greedy answers of at most `answer` tokens. fields: laid over it, as a file over the one that it extends."""
+    sampling = {"max_new_tokens": answer, "temperature": 0.0}
+    training = {"sequences_per_step": 4, "anchors_per_sequence": 8, "compute_dtype": "float32"}
+    drafter = {"num_layers": 1, "block_size": 6, "target_layer_ids": [0, 1, 2], "mask_token": MASK}
+    base = {
+        "name": name,
+        "stages": {"threads": 1, "min_free_gb": 0.01, "retry_delay_seconds": 0},
+        "target": {"source": str(target), "dtype": "float32"},
+        "prompts": {"sources": [{"kind": "jsonl", "path": str(prompts)}], "train": 16, "validation": 2, "heldout": 4},
+        "rollout": {"prompts": 8, "sampling": sampling},
+        "sft": {**training, "learning_rate": 3e-3, "drafter": drafter},
+        "assisted": {"skip": 8, "sampling": sampling},
+        "mining": {},
+        "opd": training,
+        "heldout": {"splits": ["validation", "heldout"], "sampling": sampling},
+        "evaluation": {"sampling": sampling, "validation_prompts": 2},
+    }
+    return merged(base, fields)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RefreshConfig:
+    """The config of a refresh from a YAML file, with overrides such as `opd.steps=200`."""
+    return read_config(path, overrides, RefreshConfig)
