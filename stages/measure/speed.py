@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,7 @@ def log_ratios(
     """Logarithm of how many times as fast the first arm of each pair is as the other one: the mean over rounds.
 
     Its error is of the rounds and of the prompts; of the rounds alone where no row says how long its request took. Its
-    units are rounds. Nothing is known of the error with a single round or a single prompt.
+    units are rounds. Nothing is known of the error with a single round, or where one prompt outweighs all others.
     """
     speeds: dict[str, dict[int, float]] = {}
     for turn in turns:
@@ -148,7 +149,8 @@ def _over_prompts(rows: Sequence[Mapping[str, Any]], pair: Pair, units: Units) -
         for arm in pair
         for name in ("tokens", "latency_seconds")
     ]
-    return jackknife(_log_ratio_of_speeds, *sums)
+    found = jackknife(_log_ratio_of_speeds, *sums)
+    return found if found.degrees >= 1 else replace(found, error=math.nan)  # fewer than two units in effect
 
 
 def _log_ratio_of_speeds(
@@ -158,7 +160,7 @@ def _log_ratio_of_speeds(
 
 
 def _factor(estimate: Estimate) -> dict[str, float | None]:
-    """With its 95 % interval; a single turn, or a single prompt, has none."""
+    """With its 95 % interval; where nothing is known of the error there is none."""
     low, high = estimate.interval() or (None, None)
     return {
         "value": math.exp(estimate.value),

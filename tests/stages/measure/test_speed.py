@@ -60,11 +60,11 @@ def test_speed_up_of_a_prompt_set_is_that_of_its_requests() -> None:
     rows = [
         row(arm, answer(prompt, 12, seconds), round)
         for round in range(3)
-        for arm, times in (("plain", (4.0, 2.0, 9.0)), ("sft", (2.0, 1.0 + round, 9.0)))
-        for prompt, seconds in zip("abc", times, strict=True)
+        for arm, times in (("plain", (4.0, 2.0, 9.0, 9.0)), ("sft", (2.0, 1.0 + round, 9.0, 9.0)))
+        for prompt, seconds in zip("abcd", times, strict=True)
     ]
-    found = speed_by_set(rows, {"a": "chat", "b": "code", "c": "chat"})
-    assert found["chat"]["sft"]["speedup"] == pytest.approx(13 / 11)
+    found = speed_by_set(rows, {"a": "chat", "b": "code", "c": "chat", "d": "chat"})
+    assert found["chat"]["sft"]["speedup"] == pytest.approx(22 / 20)
     low, high = found["chat"]["sft"]["speedup_low"], found["chat"]["sft"]["speedup_high"]
     assert low is not None and high is not None and low < 1 < high, "all rounds are alike, prompts are not"
     assert found["code"]["sft"]["speedup"] == pytest.approx((2 / 1 * 2 / 2 * 2 / 3) ** (1 / 3))
@@ -142,6 +142,24 @@ def test_an_interval_has_the_error_of_the_rounds_and_that_of_the_prompts() -> No
     (single,) = log_ratios(turns, rows, [("sft", "plain")], dict.fromkeys("abcd", "one")).values()
     assert single.interval() is None
     assert verdicts({}, {("sft", "plain"): single}, 4)[0]["different"] is None
+
+
+def test_a_prompt_that_outweighs_all_others_tells_nothing_of_them() -> None:
+    """An answer that runs on to its end beside short ones: by Student's t of half a degree of freedom the speed-up lies
+    between 1e-45 and 1e45, and that of a report of six verdicts beyond what a float holds."""
+    turns, rows = [], []
+    for round, slow in enumerate([1.0, 1.1, 0.9, 1.0, 1.0]):
+        for arm, of_prompts in {"plain": [80.0, 1.0], "sft": [20.0, 0.9], "opd": [16.0, 0.9]}.items():
+            answers = [
+                answer(prompt, tokens, seconds * (1 if arm == "plain" else slow))
+                for prompt, tokens, seconds in zip("ab", (4000, 50), of_prompts, strict=True)
+            ]
+            turns.append(turn(arm, answers, sum(each.seconds for each in answers), round))
+            rows += [row(arm, each, round) for each in answers]
+    found = log_ratios(turns, rows, [("sft", "plain"), ("opd", "sft")])
+    assert [each.interval() for each in found.values()] == [None, None]
+    assert [each["different"] for each in verdicts({}, found, 2)] == [None, None]
+    assert speed_table(turns, rows)["sft"]["speedup_high"] is None
 
 
 def test_the_number_of_prompts_is_no_number_of_repetitions() -> None:
