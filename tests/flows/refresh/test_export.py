@@ -74,7 +74,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.usefixtures("version")
 def test_nothing_is_pruned_while_it_is_copied(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def pruned_meanwhile(_folder: Path) -> None:
-        with pytest.raises(DraftsmithError, match="a run of .* is alive"), nobody_reads(tmp_path / "home"):
+        with pytest.raises(DraftsmithError, match=r"a run of .* is alive"), nobody_reads(tmp_path / "home"):
             pass
         seen.append(layout)
 
