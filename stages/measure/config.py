@@ -57,7 +57,7 @@ class EvaluationConfig(Config):
             ge=1,
             description="turns of every arm while speed is measured, the repetitions that intervals are drawn from: "
             "from 5 on speeds may be called different. With 3 % noise between turns and 64 prompts 12 "
-            "find a difference of two drafters of 5 %, and 5 one of 10 %",
+            "find a difference of two drafters of 5 %, and 5 one of 10 %; twice that with 16 in flight",
         ),
     ] = 5
     speed_prompts: Annotated[

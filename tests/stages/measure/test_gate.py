@@ -28,7 +28,7 @@ def evaluation(rng: np.random.Generator, gain: float, prompts: int = 200, rounds
     where: dict[str, Any] = {"temperature": 0.0, "concurrency": 16}
     turns, rows = (
         [each | where | {"arm": CHAMPION if each["arm"] == "sft" else each["arm"]} for each in table]
-        for table in simulated_speeds(rng, rounds, concurrency=16, gain=gain)
+        for table in simulated_speeds(rng, rounds, concurrency=16, gain=gain, prompts=64)
     )
     sets = [SETS[int(prompt) % 2] for prompt in of_prompt]
     speed = log_ratios(turns, rows, [("opd", PLAIN), ("opd", CHAMPION)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,7 @@ def test_turns_are_the_repetitions_and_paired_by_round() -> None:
 
 def test_an_interval_has_the_error_of_the_rounds_and_that_of_the_prompts() -> None:
     """Beside scipy's, and numpy's over logarithms of sums with one prompt left out."""
+    one = Setting(0.0, 1)  # in flight
     seconds = {"plain": [4.0, 2.0, 9.0, 6.0], "sft": [2.0, 1.5, 3.0, 4.0]}
     turns, rows = [], []
     for round, slow in enumerate([1.0, 1.1, 0.9]):
@@ -121,8 +123,8 @@ def test_an_interval_has_the_error_of_the_rounds_and_that_of_the_prompts() -> No
                 answer(prompt, 12, s * slow if arm == "sft" else s)
                 for prompt, s in zip("abcd", of_prompts, strict=True)
             ]
-            turns.append(turn(arm, answers, sum(each.seconds for each in answers), round))
-            rows += [row(arm, each, round) for each in answers]
+            turns.append(turn(arm, answers, sum(each.seconds for each in answers), round, one))
+            rows += [row(arm, each, round, one) for each in answers]
     (alone,) = log_ratios(turns, [], [("sft", "plain")]).values()
     assert (alone.units, alone.degrees) == (3, 2)
     assert alone.error == pytest.approx(stats.sem(np.log([1.0, 1.1, 0.9])))
@@ -142,6 +144,28 @@ def test_an_interval_has_the_error_of_the_rounds_and_that_of_the_prompts() -> No
     (single,) = log_ratios(turns, rows, [("sft", "plain")], dict.fromkeys("abcd", "one")).values()
     assert single.interval() is None
     assert verdicts({}, {("sft", "plain"): single}, 4)[0]["different"] is None
+
+
+def test_turns_with_several_in_flight_have_the_error_of_what_their_slowest_request_takes() -> None:
+    """Three of four short prompts are drafted twice as fast, the long one half as fast: by their sums it is one prompt
+    of four, but it alone decides how long a turn takes wherever it is drawn."""
+    errors = {}
+    for in_flight in (1, 4):
+        turns, rows, setting = [], [], Setting(0.0, in_flight)
+        for round in range(5):
+            for arm, of_prompts in {"plain": [1.0, 1.0, 1.0, 2.0], "sft": [0.5, 0.5, 0.5, 4.0]}.items():
+                answers = [answer(prompt, 12, each) for prompt, each in zip("abcd", of_prompts, strict=True)]
+                wall = sum(of_prompts) if in_flight == 1 else max(of_prompts)
+                turns.append(turn(arm, answers, wall, round, setting))
+                rows += [row(arm, each, round, setting) for each in answers]
+        (found,) = log_ratios(turns, rows, [("sft", "plain")]).values()
+        errors[in_flight] = found.error
+        (of_one,) = log_ratios(turns, rows, [("sft", "plain")], dict.fromkeys("abcd", "one")).values()
+        assert of_one.interval() is None
+    # drawn with a chance of 1 - (3/4)^4: the logarithm is -log 2 then, else log 2
+    chance = 1 - 0.75**4
+    assert errors[4] == pytest.approx(2 * math.log(2) * math.sqrt(chance * (1 - chance) * 4 / 3), rel=0.1)
+    assert errors[1] < errors[4]
 
 
 def test_a_prompt_that_outweighs_all_others_tells_nothing_of_them() -> None:
