@@ -69,7 +69,12 @@ class EvaluationConfig(Config):
         ),
     ] = 16
     validation_prompts: Annotated[
-        int, Field(ge=1, description="validation prompts that each arm's block size is chosen on")
+        int,
+        Field(
+            ge=1,
+            description="validation prompts that each arm's block size is chosen on; at least as many are taken as are "
+            "in flight at the first setting",
+        ),
     ] = 4
     block_sizes: Annotated[
         tuple[Annotated[int, Field(ge=2)], ...] | None,
@@ -124,4 +129,5 @@ def prompts_to_decode(config: EvaluationConfig, folder: Path) -> tuple[Sequence[
     """Held-out and validation prompts, of the artifact of stage `prompts` in `folder`."""
     from draftsmith.stages.stored import load_prompts
 
-    return load_prompts(folder, ["heldout"]), load_prompts(folder, ["validation"])[: config.validation_prompts]
+    choice = max(config.validation_prompts, config.concurrency[0])  # at the load that is measured
+    return load_prompts(folder, ["heldout"]), load_prompts(folder, ["validation"])[:choice]
