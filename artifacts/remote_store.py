@@ -13,6 +13,7 @@ one whose files were not read here yet has its manifest alone.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -70,8 +71,11 @@ class RemoteStore(Store):
             return None
         if manifest.key != key:
             raise damaged(self._address(stage, key), stage, f"is of another key, {manifest.key[:SHORT]}")
-        with suppress(PermissionError):  # a home that may only be read: the manifest is kept in memory
+        try:
             self._keep(manifest)
+        except OSError as error:  # a home that may only be read: the manifest is kept in memory
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
         return manifest.ref(self.path(stage, key))
 
     def manifest(self, ref: ArtifactRef) -> Manifest:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.home import home
-from draftsmith.artifacts.locks import is_locked, locked
+from draftsmith.artifacts.locks import locked
 from draftsmith.artifacts.manifest import ArtifactRef, Manifest
 from draftsmith.artifacts.mlflow_client import configure, reach
 from draftsmith.artifacts.mlflow_terms import (
@@ -30,7 +30,6 @@ from draftsmith.artifacts.mlflow_terms import (
 )
 from draftsmith.artifacts.redaction import redacted
 from draftsmith.artifacts.sqlite import copy_to_read, refuse_shared_database, sqlite_file
-from draftsmith.artifacts.store import Store
 from draftsmith.artifacts.system_metrics import sampled
 
 if TYPE_CHECKING:
@@ -106,8 +105,8 @@ class Tracking:
         key = secrets.token_hex(16)
         with self.tolerant():
             client, experiment = self.connect()
-            self._refresh_lock.enter_context(locked(self._refresh_file(key)))
-            self._refresh_lock.callback(self._refresh_file(key).unlink)
+            self._refresh_lock.enter_context(locked(self.refresh_file(key)))
+            self._refresh_lock.callback(self.refresh_file(key).unlink)
             mine = self._tags("refresh", key) | dict(tags or {})
             self._refresh = client.create_run(experiment, run_name=name, tags=mine).info.run_id
             log_params(client, self._refresh, params)
@@ -166,29 +165,6 @@ class Tracking:
             log_datasets(client, run.run_id, inputs or {})
         return run
 
-    def close_dead_runs(self, store: Store) -> list[str]:
-        """End the runs of this machine and home whose process is gone; their names are returned.
-
-        As FINISHED where the artifact is complete (MLflow was lost, or the process between the two), else as KILLED.
-        """
-        closed: list[str] = []
-        with self.tolerant():
-            client, _ = self.connect()
-            every = [each.experiment_id for each in client.search_experiments()]
-            for run in self._search("attributes.status = 'RUNNING'", every):
-                stage, key = run.data.tags["draftsmith.stage"], run.data.tags["draftsmith.key"]
-                held = is_locked(self._refresh_file(key)) if stage == "refresh" else store.is_claimed(stage, key)
-                if held or client.get_run(run.info.run_id).info.status != "RUNNING":  # it has ended since the search
-                    continue
-                client.set_tag(run.info.run_id, "draftsmith.closed", "its process was gone")
-                ref = None if stage == "refresh" else _made_by(run.info.run_id, store, stage, key)
-                if ref is None:
-                    client.set_terminated(run.info.run_id, "KILLED")
-                else:
-                    end_run(client, run.info.run_id, "FINISHED", store.manifest(ref).metrics, ref.path)
-                closed.append(run.info.run_name)
-        return closed
-
     def complete(self, manifest: Manifest, folder: Path) -> None:
         """Of an artifact that is there although its run has ended otherwise, when its commit was cut off."""
         run_id = manifest.mlflow_run_id
@@ -203,6 +179,18 @@ class Tracking:
         if (database := sqlite_file(self.uri)) is not None:
             advice = "start an MLflow server and set MLFLOW_TRACKING_URI to its address"
             refuse_shared_database(database, "MLflow's database", advice)
+
+    def runs_of_home(self, condition: str, experiments: Sequence[str] = (), *, of_host: bool = True) -> list[Run]:
+        """Of this home, and machine if so, in the own experiment or in others too."""
+        client, experiment = self.connect()
+        runs = client.search_runs([*experiments] or [experiment], condition, max_results=1000)
+        mine = self._tags("", "")
+        same = ("draftsmith.home", *(("draftsmith.host",) if of_host else ()))
+        return [run for run in runs if all(run.data.tags.get(tag) == mine[tag] for tag in same)]
+
+    def refresh_file(self, key: str) -> Path:
+        """The lock of a refresh, held as long as its process lives."""
+        return self.folder / "refreshes" / f".lock-{key[:16]}"
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -278,20 +266,9 @@ class Tracking:
             "draftsmith.home": str(self.folder),
         }
 
-    def _search(self, condition: str, experiments: Sequence[str] = ()) -> list[Run]:
-        """Of this machine and home, in the own experiment or in others too."""
-        client, experiment = self.connect()
-        runs = client.search_runs([*experiments] or [experiment], condition, max_results=1000)
-        mine = self._tags("", "")
-        same = ("draftsmith.host", "draftsmith.home")
-        return [run for run in runs if all(run.data.tags.get(tag) == mine[tag] for tag in same)]
-
     def _unfinished(self, key: str) -> Run | None:
-        runs = self._search(f"tags.`draftsmith.key` = '{key}' and attributes.status != 'FINISHED'")
+        runs = self.runs_of_home(f"tags.`draftsmith.key` = '{key}' and attributes.status != 'FINISHED'")
         return max(runs, key=lambda run: run.info.start_time, default=None)
-
-    def _refresh_file(self, key: str) -> Path:
-        return self.folder / "refreshes" / f".lock-{key[:16]}"
 
     @contextmanager
     def tolerant(self, run: StageRun | None = None) -> Iterator[None]:
@@ -362,7 +339,7 @@ class StageRun:
         """End the run with its final figures and the review files of the artifact's `folder`, never its weights."""
         self.flush()
 
-        if not self._failures:  # else the next run ends it (`close_dead_runs`), and nobody waits here once more
+        if not self._failures:  # else the next run ends it (`dead_runs.py`), and nobody waits here once more
             self._do(lambda client, run_id: end_run(client, run_id, status, metrics or {}, folder))
 
     def _do(self, act: Callable[[MlflowClient, str], None]) -> None:
@@ -377,15 +354,6 @@ class StageRun:
             history = client.get_metric_history(run_id, name)
             self._last_step[name] = max((metric.step for metric in history), default=-1)
         return self._last_step[name]
-
-
-def _made_by(run_id: str, store: Store, stage: str, key: str) -> ArtifactRef | None:
-    """The complete artifact of a key, if this run made it: a forced one that was killed leaves an older one there."""
-    try:
-        ref = store.find(stage, key)
-        return ref if ref is not None and store.manifest(ref).mlflow_run_id == run_id else None
-    except DraftsmithError:
-        return None
 
 
 def _is_db(uri: str) -> bool:

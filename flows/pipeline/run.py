@@ -15,6 +15,7 @@ from prefect.context import FlowRunContext
 from prefect.events import emit_event
 from prefect.states import Cancelled, Completed, Failed
 
+from draftsmith.artifacts.dead_runs import close_dead_runs
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import ArtifactRef
@@ -130,7 +131,7 @@ def _run_once(
     for check in (workshop.store.check, workshop.tracking.check):
         patiently(check, config.stages, workshop.display.line)
     _warn(workshop, filter(None, [misplaced(tracking)]))
-    workshop.tracking.close_dead_runs(workshop.store)
+    close_dead_runs(workshop.tracking, workshop.store)
     planned = patiently(
         lambda: part.plan(config, workshop.store, pipeline, force, deployed=_deployed()),
         config.stages,

@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from draftsmith.artifacts.errors import DraftsmithError, disk_error_of, from_os_error
@@ -100,6 +100,12 @@ def _move(display: Display, lines: Registry, version: Version, why: str, what: s
 def export(display: Display, text: str, folder: Path, layout: str = "sglang", *, dry_run: bool) -> None:
     """A verified copy of a version's checkpoint: as it is, which is what SGLang loads, or in vLLM's `speculators`."""
     version = registry().resolve(text)
+    writable = os.access(home(), os.W_OK)  # in a home that we only read, nobody sees that we do
+    with in_use(home(), f"export of {version}", display.line) if writable else nullcontext():
+        _export(display, version, folder, layout, dry_run=dry_run)
+
+
+def _export(display: Display, version: Version, folder: Path, layout: str, *, dry_run: bool) -> None:
     source = verified(version)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         what = "not empty" if folder.is_dir() else "a file"

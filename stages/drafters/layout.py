@@ -205,7 +205,8 @@ def unservable_layers(ids: Sequence[int], layers: int) -> str | None:
 
 
 def write_checkpoint(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write config.json and model.safetensors."""
+    """Write config.json and model.safetensors. Raises DraftsmithError for weights that are no numbers."""
+    _must_be_finite(folder, tensors)
     (folder / CONFIG_FILE).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
     save_file(dict(tensors), folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
@@ -226,13 +227,24 @@ def check_weights(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """model.safetensors. Raises DraftsmithError if it cannot be read."""
+    """model.safetensors. Raises DraftsmithError if it cannot be read, or holds weights that are no numbers."""
     path = folder / WEIGHTS_FILE
     try:
         tensors: dict[str, torch.Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise DraftsmithError(f"drafter {path}: cannot be read ({error}); the file is missing or cut short") from error
+    _must_be_finite(folder, tensors)
     return tensors
+
+
+def _must_be_finite(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Such a drafter would propose what is never taken, and its training fail as if it diverged."""
+    floats = {name: each for name, each in tensors.items() if each.is_floating_point() and each.itemsize > 1}
+    if names := [name for name, each in floats.items() if not bool(each.isfinite().all())]:
+        raise DraftsmithError(
+            f"drafter {folder / WEIGHTS_FILE}: {min(names)} holds NaN or infinite weights ({len(names)} in "
+            "all), of a training that diverged or a dtype that is too small: give another checkpoint"
+        )
 
 
 def check_tensors(

@@ -58,7 +58,7 @@ class EvaluationConfig(Config):
             ge=1,
             description="turns of every arm while speed is measured, the repetitions that intervals are drawn from: "
             "from 5 on speeds may be called different. With 3 % noise between turns and 64 prompts 12 "
-            "find a difference of two drafters of 5 %, and 5 one of 10 %",
+            "find a difference of two drafters of 5 %, and 5 one of 10 %; twice that with 16 in flight",
         ),
     ] = 5
     speed_prompts: Annotated[
@@ -70,7 +70,12 @@ class EvaluationConfig(Config):
         ),
     ] = 16
     validation_prompts: Annotated[
-        int, Field(ge=1, description="validation prompts that each arm's block size is chosen on")
+        int,
+        Field(
+            ge=1,
+            description="validation prompts that each arm's block size is chosen on; at least as many are taken as are "
+            "in flight at the first setting",
+        ),
     ] = 4
     block_sizes: Annotated[
         tuple[Annotated[int, Field(ge=2)], ...] | None,
@@ -125,4 +130,5 @@ def prompts_to_decode(config: EvaluationConfig, folder: Path) -> tuple[Sequence[
     """Held-out and validation prompts, of the artifact of stage `prompts` in `folder`."""
     from draftsmith.stages.stored import load_prompts
 
-    return load_prompts(folder, ["heldout"]), load_prompts(folder, ["validation"])[: config.validation_prompts]
+    choice = max(config.validation_prompts, config.concurrency[0])  # at the load that is measured
+    return load_prompts(folder, ["heldout"]), load_prompts(folder, ["validation"])[:choice]

@@ -242,7 +242,7 @@ def _speed_rule(
     if not doubts and estimate.units < FEWEST_TURNS:
         doubts = [few_turns(estimate.units)]
     elif not doubts and math.isnan(estimate.error):
-        doubts = ["prompts of a single conversation cannot tell: raise evaluation.speed_prompts"]
+        doubts = ["one conversation or prompt outweighs all others: raise evaluation.speed_prompts"]
     if doubts:
         said = f"{value:.3f} {times}, not judged: {'; '.join(doubts)}"
         return Rule(name, False, said, {"value": value, "wanted": wanted}, judged=False)

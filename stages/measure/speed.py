@@ -3,17 +3,20 @@
 Two arms that decode the same prompts in the same round are compared by the logarithm of the ratio of their tokens/s.
 An interval has two errors. Rounds are the repetitions: what a machine does to a whole round (heat, neighbours) cancels.
 The prompts are the same in every turn and a sample of those that are served, some of which a drafter guesses better:
-that error is the jackknife's over prompts. Sampled answers are drawn anew in every round.
+that error is the jackknife's over prompts, and where several are in flight a bootstrap's of what their turns take.
+Sampled answers are drawn anew in every round.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from draftsmith.stages.measure.in_flight import error_over_prompts
 from draftsmith.stages.measure.requests import PLAIN, Setting
 from draftsmith.stages.measure.verdicts import Pair, pairs
 from draftsmith.stages.statistics import Estimate, jackknife, mean, sums_of, together
@@ -124,7 +127,7 @@ def log_ratios(
     """Logarithm of how many times as fast the first arm of each pair is as the other one: the mean over rounds.
 
     Its error is of the rounds and of the prompts; of the rounds alone where no row says how long its request took. Its
-    units are rounds. Nothing is known of the error with a single round or a single prompt.
+    units are rounds. Nothing is known of the error with a single round, or where one prompt outweighs all others.
     """
     speeds: dict[str, dict[int, float]] = {}
     for turn in turns:
@@ -132,13 +135,14 @@ def log_ratios(
     found = {}
     for arm, other in wanted:
         ratio = mean(np.array([math.log(speeds[arm][n] / speeds[other][n]) for n in sorted(speeds[other])]))
-        over_prompts = _over_prompts(rows, (arm, other), units or {})
+        over_prompts = _over_prompts(rows, (arm, other), units or {}, turns[0].get("concurrency", 1))
         found[arm, other] = ratio if over_prompts is None else together(ratio, over_prompts)
     return found
 
 
-def _over_prompts(rows: Sequence[Mapping[str, Any]], pair: Pair, units: Units) -> Estimate | None:
-    """The same logarithm as the requests of all rounds saw it, with its error over prompts."""
+def _over_prompts(rows: Sequence[Mapping[str, Any]], pair: Pair, units: Units, in_flight: int) -> Estimate | None:
+    """The same logarithm as the requests of all rounds saw it, with its error over prompts; that of the turns' wall
+    time where several are in flight."""
     timed = [row for row in rows if row["arm"] in pair and row["latency_seconds"] > 0]
     if {row["arm"] for row in timed} != set(pair):
         return None
@@ -148,7 +152,10 @@ def _over_prompts(rows: Sequence[Mapping[str, Any]], pair: Pair, units: Units) -
         for arm in pair
         for name in ("tokens", "latency_seconds")
     ]
-    return jackknife(_log_ratio_of_speeds, *sums)
+    found = jackknife(_log_ratio_of_speeds, *sums)
+    if found.degrees < 1:  # fewer than two units in effect
+        return replace(found, error=math.nan)
+    return found if in_flight == 1 else replace(found, error=error_over_prompts(timed, pair, keys, in_flight))
 
 
 def _log_ratio_of_speeds(
@@ -158,7 +165,7 @@ def _log_ratio_of_speeds(
 
 
 def _factor(estimate: Estimate) -> dict[str, float | None]:
-    """With its 95 % interval; a single turn, or a single prompt, has none."""
+    """With its 95 % interval; where nothing is known of the error there is none."""
     low, high = estimate.interval() or (None, None)
     return {
         "value": math.exp(estimate.value),

@@ -72,7 +72,7 @@ def _speed(verdict: Mapping[str, Any], drafter: str) -> str:
     other, value = f"that of {name_of(verdict['other'])}", f"{verdict['value']:.3f} times its speed"
     turns = f"{verdict['turns']} turn{'s' if verdict['turns'] > 1 else ''} over the same {verdict['prompts']} prompts"
     if verdict["different"] is None and verdict["turns"] >= verdict["turns_needed"]:
-        return f"{drafter} and {other}: {value} in {turns}, of one conversation: it cannot tell whether they differ."
+        return f"{drafter} and {other}: {value} in {turns}, of which one outweighs all others: too little to tell."
     if verdict["different"] is None:
         return (
             f"{drafter} and {other}: {value} in {turns}, too few turns to tell whether they differ "

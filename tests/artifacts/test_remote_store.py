@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -253,6 +255,20 @@ def test_a_home_that_may_only_be_read_sees_the_store(a: Store, tmp_path: Path) -
         assert found is not None and reader.manifest(found).key == KEY
     finally:
         (tmp_path / "r").chmod(0o700)
+
+
+def test_a_home_on_a_file_system_that_is_read_only_sees_the_store_too(
+    a: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(a)
+    reader = store_of(tmp_path / "r")
+
+    def refused(*_: object, **_more: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    found = reader.find("rollout", KEY)
+    assert found is not None and reader.manifest(found).key == KEY
 
 
 @pytest.mark.usefixtures("a")

@@ -22,7 +22,6 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
 from draftsmith.artifacts.mlflow_files import misplaced
 from draftsmith.artifacts.mlflow_terms import flatten
-from draftsmith.artifacts.store import Claim, Store
 from draftsmith.artifacts.tracking import Tracking
 from tests.testbed.team import free_port
 
@@ -34,21 +33,6 @@ KEY = "ab" * 32
 def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
-
-
-@pytest.fixture(scope="module")
-def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with its tables: making them takes seconds."""
-    folder = tmp_path_factory.mktemp("migrated")
-    Tracking(folder).check()
-    return folder
-
-
-@pytest.fixture
-def tracking(migrated: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Tracking:
-    """An experiment of its own for every test, in the shared database."""
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", request.node.name)
-    return Tracking(migrated)
 
 
 def run_of(tracking: Tracking, run_id: str | None) -> Any:
@@ -133,55 +117,6 @@ def test_a_finished_run_or_another_key_is_not_resumed(tracking: Tracking) -> Non
     assert again.run_id not in (finished.run_id, failed.run_id)
     again.close("KILLED")
     assert run_of(tracking, again.run_id).info.status == "KILLED"
-
-
-def test_a_killed_process_leaves_runs_that_close_and_a_living_one_does_not(tracking: Tracking) -> None:
-    store = Store(tracking.folder / "store")
-    script = """
-        import sys, time
-        from pathlib import Path
-        from draftsmith.artifacts.store import Store
-        from draftsmith.artifacts.tracking import Tracking
-        tracking = Tracking(Path(sys.argv[1]))
-        parent = tracking.open_refresh("dying", {})
-        with Store(tracking.folder / "store").claim("sft", "ef" * 32):
-            print(tracking.stage_run(parent, "sft", "ef" * 32).run_id, flush=True)
-            time.sleep(60)
-        """
-    command = [sys.executable, "-c", textwrap.dedent(script), str(tracking.folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    stage_id = process.stdout.readline().strip()
-    assert tracking.close_dead_runs(store) == []
-    process.kill()
-    process.wait()
-    tracking.open_refresh("alive", {})
-    with store.claim("sft", KEY) as claim:
-        assert isinstance(claim, Claim)
-        alive = tracking.stage_run(None, "sft", KEY)
-        assert sorted(tracking.close_dead_runs(store)) == ["dying", "sft"]
-        assert run_of(tracking, alive.run_id).info.status == "RUNNING"
-        alive.close("FINISHED")
-    tracking.close_refresh("FINISHED")
-    assert run_of(tracking, stage_id).info.status == "KILLED"
-
-
-def test_a_run_that_ends_while_others_look_for_dead_ones_stays(
-    tracking: Tracking, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other, run = Tracking(tracking.folder), tracking.stage_run(None, "sft", KEY)
-    monkeypatch.setattr(Store, "is_claimed", lambda *_: run.close("FAILED"))
-    assert other.close_dead_runs(Store(tracking.folder / "store")) == []
-    assert run_of(tracking, run.run_id).info.status == "FAILED"
-
-
-def test_runs_of_another_machine_are_left_alone(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("platform.node", lambda: "elsewhere")
-    run = tracking.stage_run(None, "sft", KEY)
-    monkeypatch.undo()
-    other = Tracking(tracking.folder)
-    assert other.close_dead_runs(Store(tracking.folder / "store")) == []
-    assert run_of(other, run.run_id).info.status == "RUNNING"
 
 
 def test_two_processes_on_a_fresh_database_both_live(tmp_path: Path) -> None:
@@ -335,25 +270,6 @@ def test_metrics_of_a_time_without_mlflow_are_sent_when_it_is_back(
     run.close("FINISHED", {"tau": 2.5})
     assert [(m.step, m.value) for m in client.get_metric_history(str(run.run_id), "loss")] == [(0, 3), (1, 2), (2, 1)]
     assert run_of(tracking, run.run_id).info.status == "FINISHED"
-
-
-def test_a_dead_run_is_finished_if_it_made_the_artifact_and_killed_if_another_did(tracking: Tracking) -> None:
-    store = Store(tracking.folder / "store")
-    with store.claim("sft", KEY) as claim:
-        assert isinstance(claim, Claim)
-        run = tracking.stage_run(None, "sft", KEY)
-        (claim.out / "x").write_text("x")
-        store.commit(
-            claim, config={}, inputs={}, code_digest="c", seed=0, metrics={"tau": 2.0}, mlflow_run_id=run.run_id
-        )
-    assert tracking.close_dead_runs(store) == ["sft"]
-    ended = run_of(tracking, run.run_id)
-    assert (ended.info.status, ended.data.metrics["tau"]) == ("FINISHED", 2.0)
-    with store.claim("sft", KEY, force=True):
-        forced = tracking.stage_run(None, "sft", KEY)
-    assert forced.run_id != run.run_id
-    assert tracking.close_dead_runs(store) == ["sft"]
-    assert run_of(tracking, forced.run_id).info.status == "KILLED"
 
 
 def test_a_password_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.registry import Version
 from draftsmith.artifacts.store import Claim, Store
+from draftsmith.artifacts.unused import nobody_reads
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.refresh import commands
 from draftsmith.flows.refresh.line import FASTEST_BLOCK
@@ -67,6 +68,20 @@ def test_how_a_server_drafts_with_it_is_said(
 
 def told(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("layout", ["sglang", "speculators"])
+@pytest.mark.usefixtures("version")
+def test_nothing_is_pruned_while_it_is_copied(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pruned_meanwhile(_folder: Path) -> None:
+        with pytest.raises(DraftsmithError, match=r"a run of .* is alive"), nobody_reads(tmp_path / "home"):
+            pass
+        seen.append(layout)
+
+    seen: list[str] = []
+    monkeypatch.setattr(commands, "for_users", pruned_meanwhile)
+    commands.export(Display(), "line", tmp_path / "out", layout, dry_run=False)
+    assert seen == [layout]
 
 
 def test_each_layout_holds_the_drafter(version: Version, plain_target: Target, tmp_path: Path) -> None:

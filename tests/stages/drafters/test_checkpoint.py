@@ -70,6 +70,15 @@ def test_weights_are_stored_in_the_serving_dtype(plain_drafter: DFlashDrafter, t
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_weights_that_the_serving_dtype_does_not_hold_are_not_written(
+    plain_drafter: DFlashDrafter, tmp_path: Path
+) -> None:
+    torch.nn.init.constant_(plain_drafter.fc.weight, 1e5)  # float16 ends at 65504
+    with pytest.raises(DraftsmithError, match=r"fc\.weight holds NaN or infinite weights"):
+        save_drafter(plain_drafter, tmp_path, torch.float16)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 def test_default_layers_are_spread_as_the_paper_says() -> None:
     assert default_layer_ids(36, 5) == [1, 9, 17, 25, 33]  # z-lab's Qwen3-4B draft
     assert default_layer_ids(36, 1) == [18]
@@ -80,6 +89,10 @@ def _set_within(field: str, value: object, config: dict[str, Any]) -> None:
 
 
 TRAPS: dict[str, tuple[Edit, str]] = {
+    "a weight is no number": (
+        edit_tensors(lambda t: t["norm.weight"][:1].fill_(float("nan"))),
+        r"norm\.weight holds NaN or infinite weights \(1 in all\)",
+    ),
     "a tensor is missing": (edit_tensors(lambda t: t.pop("fc.weight")), r"lacks tensor fc\.weight"),
     "a tensor is unknown": (
         edit_tensors(lambda t: t.update({"model.fc.weight": torch.ones(1)})),

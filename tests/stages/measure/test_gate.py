@@ -28,7 +28,7 @@ def evaluation(rng: np.random.Generator, gain: float, prompts: int = 200, rounds
     where: dict[str, Any] = {"temperature": 0.0, "concurrency": 16}
     turns, rows = (
         [each | where | {"arm": CHAMPION if each["arm"] == "sft" else each["arm"]} for each in table]
-        for table in simulated_speeds(rng, rounds, concurrency=16, gain=gain)
+        for table in simulated_speeds(rng, rounds, concurrency=16, gain=gain, prompts=64)
     )
     sets = [SETS[int(prompt) % 2] for prompt in of_prompt]
     speed = log_ratios(turns, rows, [("opd", PLAIN), ("opd", CHAMPION)])
@@ -103,7 +103,7 @@ def test_every_rule_is_broken_by_what_it_is_about() -> None:
     assert broken(found | {"compared": few}, GateConfig(judge_speed=False)) == []
     of_one = [each | {"error": None} if each["kind"] == "speed" else each for each in found["compared"]]
     decision = decide(found | {"compared": of_one}, GateConfig())
-    assert decision.outcome == "undecided" and "prompts of a single conversation" in decision.sentence()
+    assert decision.outcome == "undecided" and "outweighs all others" in decision.sentence()
 
 
 def test_what_may_be_lost_is_lost_by_evidence_and_the_rules_of_one_kind_share_their_error() -> None:

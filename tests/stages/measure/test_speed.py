@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from draftsmith.stages import stored
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams, VerifyStep
-from draftsmith.stages.measure.config import EvaluationConfig
+from draftsmith.stages.measure.config import EvaluationConfig, prompts_to_decode
 from draftsmith.stages.measure.load import Load
 from draftsmith.stages.measure.requests import (
     Setting,
@@ -60,11 +63,11 @@ def test_speed_up_of_a_prompt_set_is_that_of_its_requests() -> None:
     rows = [
         row(arm, answer(prompt, 12, seconds), round)
         for round in range(3)
-        for arm, times in (("plain", (4.0, 2.0, 9.0)), ("sft", (2.0, 1.0 + round, 9.0)))
-        for prompt, seconds in zip("abc", times, strict=True)
+        for arm, times in (("plain", (4.0, 2.0, 9.0, 9.0)), ("sft", (2.0, 1.0 + round, 9.0, 9.0)))
+        for prompt, seconds in zip("abcd", times, strict=True)
     ]
-    found = speed_by_set(rows, {"a": "chat", "b": "code", "c": "chat"})
-    assert found["chat"]["sft"]["speedup"] == pytest.approx(13 / 11)
+    found = speed_by_set(rows, {"a": "chat", "b": "code", "c": "chat", "d": "chat"})
+    assert found["chat"]["sft"]["speedup"] == pytest.approx(22 / 20)
     low, high = found["chat"]["sft"]["speedup_low"], found["chat"]["sft"]["speedup_high"]
     assert low is not None and high is not None and low < 1 < high, "all rounds are alike, prompts are not"
     assert found["code"]["sft"]["speedup"] == pytest.approx((2 / 1 * 2 / 2 * 2 / 3) ** (1 / 3))
@@ -113,6 +116,7 @@ def test_turns_are_the_repetitions_and_paired_by_round() -> None:
 
 def test_an_interval_has_the_error_of_the_rounds_and_that_of_the_prompts() -> None:
     """Beside scipy's, and numpy's over logarithms of sums with one prompt left out."""
+    one = Setting(0.0, 1)  # in flight
     seconds = {"plain": [4.0, 2.0, 9.0, 6.0], "sft": [2.0, 1.5, 3.0, 4.0]}
     turns, rows = [], []
     for round, slow in enumerate([1.0, 1.1, 0.9]):
@@ -121,8 +125,8 @@ def test_an_interval_has_the_error_of_the_rounds_and_that_of_the_prompts() -> No
                 answer(prompt, 12, s * slow if arm == "sft" else s)
                 for prompt, s in zip("abcd", of_prompts, strict=True)
             ]
-            turns.append(turn(arm, answers, sum(each.seconds for each in answers), round))
-            rows += [row(arm, each, round) for each in answers]
+            turns.append(turn(arm, answers, sum(each.seconds for each in answers), round, one))
+            rows += [row(arm, each, round, one) for each in answers]
     (alone,) = log_ratios(turns, [], [("sft", "plain")]).values()
     assert (alone.units, alone.degrees) == (3, 2)
     assert alone.error == pytest.approx(stats.sem(np.log([1.0, 1.1, 0.9])))
@@ -142,6 +146,56 @@ def test_an_interval_has_the_error_of_the_rounds_and_that_of_the_prompts() -> No
     (single,) = log_ratios(turns, rows, [("sft", "plain")], dict.fromkeys("abcd", "one")).values()
     assert single.interval() is None
     assert verdicts({}, {("sft", "plain"): single}, 4)[0]["different"] is None
+
+
+def test_turns_with_several_in_flight_have_the_error_of_what_their_slowest_request_takes() -> None:
+    """Three of four short prompts are drafted twice as fast, the long one half as fast: by their sums it is one prompt
+    of four, but it alone decides how long a turn takes wherever it is drawn."""
+    errors = {}
+    for in_flight in (1, 4):
+        turns, rows, setting = [], [], Setting(0.0, in_flight)
+        for round in range(5):
+            for arm, of_prompts in {"plain": [1.0, 1.0, 1.0, 2.0], "sft": [0.5, 0.5, 0.5, 4.0]}.items():
+                answers = [answer(prompt, 12, each) for prompt, each in zip("abcd", of_prompts, strict=True)]
+                wall = sum(of_prompts) if in_flight == 1 else max(of_prompts)
+                turns.append(turn(arm, answers, wall, round, setting))
+                rows += [row(arm, each, round, setting) for each in answers]
+        (found,) = log_ratios(turns, rows, [("sft", "plain")]).values()
+        errors[in_flight] = found.error
+        (of_one,) = log_ratios(turns, rows, [("sft", "plain")], dict.fromkeys("abcd", "one")).values()
+        assert of_one.interval() is None
+    # drawn with a chance of 1 - (3/4)^4: the logarithm is -log 2 then, else log 2
+    chance = 1 - 0.75**4
+    assert errors[4] == pytest.approx(2 * math.log(2) * math.sqrt(chance * (1 - chance) * 4 / 3), rel=0.1)
+    assert errors[1] < errors[4]
+
+
+def test_a_prompt_that_outweighs_all_others_tells_nothing_of_them() -> None:
+    """An answer that runs on to its end beside short ones: by Student's t of half a degree of freedom the speed-up lies
+    between 1e-45 and 1e45, and that of a report of six verdicts beyond what a float holds."""
+    turns, rows = [], []
+    for round, slow in enumerate([1.0, 1.1, 0.9, 1.0, 1.0]):
+        for arm, of_prompts in {"plain": [80.0, 1.0], "sft": [20.0, 0.9], "opd": [16.0, 0.9]}.items():
+            answers = [
+                answer(prompt, tokens, seconds * (1 if arm == "plain" else slow))
+                for prompt, tokens, seconds in zip("ab", (4000, 50), of_prompts, strict=True)
+            ]
+            turns.append(turn(arm, answers, sum(each.seconds for each in answers), round))
+            rows += [row(arm, each, round) for each in answers]
+    found = log_ratios(turns, rows, [("sft", "plain"), ("opd", "sft")])
+    assert [each.interval() for each in found.values()] == [None, None]
+    assert [each["different"] for each in verdicts({}, found, 2)] == [None, None]
+    assert speed_table(turns, rows)["sft"]["speedup_high"] is None
+
+
+def test_block_sizes_are_chosen_with_as_many_in_flight_as_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored, "load_prompts", lambda _folder, splits: splits * 64)
+    for concurrency, taken in ((1, 4), ((1, 16), 4), ((16, 1), 16)):
+        config = EvaluationConfig.model_validate({"concurrency": concurrency, "validation_prompts": 4})
+        heldout, validation = prompts_to_decode(config, tmp_path)
+        assert list(heldout) == ["heldout"] * 64 and list(validation) == ["validation"] * taken
 
 
 def test_the_number_of_prompts_is_no_number_of_repetitions() -> None:

@@ -1,0 +1,99 @@
+"""Runs that MLflow shows as running after their process is gone."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from draftsmith.artifacts.dead_runs import close_dead_runs
+from draftsmith.artifacts.store import Claim, Store
+from draftsmith.artifacts.tracking import Tracking
+from tests.artifacts.test_tracking import KEY, run_of
+
+
+def test_a_killed_process_leaves_runs_that_close_and_a_living_one_does_not(tracking: Tracking) -> None:
+    store = Store(tracking.folder / "store")
+    script = """
+        import sys, time
+        from pathlib import Path
+        from draftsmith.artifacts.store import Store
+        from draftsmith.artifacts.tracking import Tracking
+        tracking = Tracking(Path(sys.argv[1]))
+        parent = tracking.open_refresh("dying", {})
+        with Store(tracking.folder / "store").claim("sft", "ef" * 32):
+            print(tracking.stage_run(parent, "sft", "ef" * 32).run_id, flush=True)
+            time.sleep(60)
+        """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tracking.folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    stage_id = process.stdout.readline().strip()
+    assert close_dead_runs(tracking, store) == []
+    process.kill()
+    process.wait()
+    tracking.open_refresh("alive", {})
+    with store.claim("sft", KEY) as claim:
+        assert isinstance(claim, Claim)
+        alive = tracking.stage_run(None, "sft", KEY)
+        assert sorted(close_dead_runs(tracking, store)) == ["dying", "sft"]
+        assert run_of(tracking, alive.run_id).info.status == "RUNNING"
+        alive.close("FINISHED")
+    tracking.close_refresh("FINISHED")
+    assert run_of(tracking, stage_id).info.status == "KILLED"
+
+
+def test_runs_of_a_container_that_is_gone_are_closed_by_the_next_one(
+    tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the same disk, under another host name. Its lock lies there, and nobody holds it."""
+    store, dead = Store(tracking.folder / "store"), Tracking(tracking.folder)
+    monkeypatch.setattr("platform.node", lambda: "pod-1")
+    parent = dead.open_refresh("monday", {})
+    run = dead.stage_run(parent, "sft", KEY)
+    monkeypatch.setattr("platform.node", lambda: "pod-2")
+    assert close_dead_runs(tracking, store) == [], "it lives"
+    dead._refresh_lock.pop_all()  # as a killed process leaves it: not removed
+    gc.collect()
+    assert close_dead_runs(tracking, store) == ["monday", "sft"]
+    assert {run_of(tracking, each).info.status for each in (parent, run.run_id)} == {"KILLED"}
+
+
+def test_runs_of_another_machine_are_left_alone(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.node", lambda: "elsewhere")
+    run = tracking.stage_run(None, "sft", KEY)
+    monkeypatch.undo()
+    other = Tracking(tracking.folder)
+    assert close_dead_runs(other, Store(tracking.folder / "store")) == []
+    assert run_of(other, run.run_id).info.status == "RUNNING"
+
+
+def test_a_run_that_ends_while_others_look_for_dead_ones_stays(
+    tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, run = Tracking(tracking.folder), tracking.stage_run(None, "sft", KEY)
+    monkeypatch.setattr(Store, "is_claimed", lambda *_: run.close("FAILED"))
+    assert close_dead_runs(other, Store(tracking.folder / "store")) == []
+    assert run_of(tracking, run.run_id).info.status == "FAILED"
+
+
+def test_a_dead_run_is_finished_if_it_made_the_artifact_and_killed_if_another_did(tracking: Tracking) -> None:
+    store = Store(tracking.folder / "store")
+    with store.claim("sft", KEY) as claim:
+        assert isinstance(claim, Claim)
+        run = tracking.stage_run(None, "sft", KEY)
+        (claim.out / "x").write_text("x")
+        store.commit(
+            claim, config={}, inputs={}, code_digest="c", seed=0, metrics={"tau": 2.0}, mlflow_run_id=run.run_id
+        )
+    assert close_dead_runs(tracking, store) == ["sft"]
+    ended = run_of(tracking, run.run_id)
+    assert (ended.info.status, ended.data.metrics["tau"]) == ("FINISHED", 2.0)
+    with store.claim("sft", KEY, force=True):
+        forced = tracking.stage_run(None, "sft", KEY)
+    assert forced.run_id != run.run_id
+    assert close_dead_runs(tracking, store) == ["sft"]
+    assert run_of(tracking, forced.run_id).info.status == "KILLED"
