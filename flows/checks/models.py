@@ -11,8 +11,8 @@ from draftsmith.flows.checks.drafters import drafters_of, drafts_on_sglang, sgla
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.stages.champion import ChampionConfig, checkpoint_of
-from draftsmith.stages.drafters.config import DrafterConfig, no_confidence
-from draftsmith.stages.drafters.kinds import KINDS
+from draftsmith.stages.drafters.config import no_confidence
+from draftsmith.stages.drafters.kinds import KINDS, DrafterConfig
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.prompting.sources import Candidate
 from draftsmith.stages.prompting.template import token_ids

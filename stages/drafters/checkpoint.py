@@ -6,44 +6,27 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, disk_error_of
 from draftsmith.stages.drafters import layout
+from draftsmith.stages.drafters.architecture import Architecture
 from draftsmith.stages.drafters.base import Drafter, DrafterInfo
-from draftsmith.stages.drafters.config import DrafterConfig
-from draftsmith.stages.drafters.dflash import checkpoint as dflash
-from draftsmith.stages.drafters.dflash2 import checkpoint as dflash2
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.drafters.dspark import checkpoint as dspark
-from draftsmith.stages.drafters.eagle3 import checkpoint as eagle3
+from draftsmith.stages.drafters.kinds import KINDS, DrafterConfig
 from draftsmith.stages.targets.causal_lm import Target
 
 INFO_FILE, TOKENS_FILE = "drafter.json", "frequent_tokens.npy"
 
 
-class Architecture(Protocol):
-    """What a module `draftsmith.stages.drafters.<kind>.checkpoint` offers; configs are those of transformers."""
-
-    ARCHITECTURE: str  # in `architectures` of config.json
-
-    def new_config(self, shape: Any, target_config: Any, tokenizer: Callable[[], Any]) -> Any: ...
-    def read_config(self, folder: Path) -> Any: ...
-    def check_fits(self, drafter: Any, target: Any, where: str) -> None: ...
-    def target_layer_ids(self, config: Any) -> list[int]: ...
-    def description(self, config: Any, tokenizer: Callable[[], Any]) -> str: ...
-    def skeleton(self, config: Any) -> Any: ...
-    def create(self, config: Any, target: Target, seed: int, frequent: torch.Tensor | None = None) -> Any: ...
-    def save(self, drafter: Any, folder: Path, dtype: torch.dtype) -> None: ...
-    def load(self, folder: Path, target: Target, dtype: torch.dtype) -> Any: ...
-
-
-ARCHITECTURES: dict[str, Architecture] = {"dflash": dflash, "dflash2": dflash2, "dspark": dspark, "eagle3": eagle3}
-# Kinds that take over the weights of another one: its module has `upgraded` and `upgraded_config`.
-UPGRADES: dict[tuple[str, str], Any] = {("dflash", "dflash2"): dflash2, ("dflash", "dspark"): dspark}
+ARCHITECTURES: dict[str, Architecture] = {kind: planning.architecture() for kind, planning in KINDS.items()}
+# Kinds that take over the weights of another one: their modules have `upgraded` and `upgraded_config`.
+UPGRADES: dict[tuple[str, str], Any] = {
+    (module.UPGRADES, kind): module for kind, module in ARCHITECTURES.items() if hasattr(module, "UPGRADES")
+}
 
 
 def architecture_of(folder: Path) -> Architecture:
@@ -55,7 +38,7 @@ def architecture_of(folder: Path) -> Architecture:
         if {architecture.ARCHITECTURE, *getattr(architecture, "OTHER_NAMES", ())} & set(map(str, names)):
             return architecture
     if "dflash_config" in raw:  # z-lab's first checkpoints name the class of their own code
-        return dflash
+        return ARCHITECTURES["dflash"]
     known = " or ".join(architecture.ARCHITECTURE for architecture in ARCHITECTURES.values())
     raise DraftsmithError(
         f"drafter {folder / layout.CONFIG_FILE}: architectures is {names}, supported is {known}; give such a checkpoint"

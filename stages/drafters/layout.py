@@ -285,8 +285,9 @@ def target_fields(target_config: Any) -> dict[str, Any]:
     usual = usual_layer(target_config)
     heads = usual.num_attention_heads
     rope = getattr(target_config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0}
-    # by kind of layer, where these differ: a drafter reads the whole prefix
-    rope = rope.get("full_attention") or rope.get("hybrid") or rope
+    # by kind of layer, where these differ: a drafter reads the whole prefix, unless the layers that do turn nothing
+    kinds = ("full_attention", "hybrid", "sliding_attention", "hybrid_sliding")
+    rope = next((rope[kind] for kind in kinds if rope.get(kind)), rope)
     eps = (getattr(target_config, name, None) for name in ("rms_norm_eps", "norm_eps", "layer_norm_eps"))
     return {
         "vocab_size": target_config.vocab_size,

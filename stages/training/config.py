@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from draftsmith.stages.contract import NOT_FETCHED, Config, Operational
-from draftsmith.stages.drafters.config import DFlashConfig, DrafterConfig
+from draftsmith.stages.drafters.dflash.shape import DFlashConfig
+from draftsmith.stages.drafters.kinds import DrafterConfig
 from draftsmith.stages.parallel.config import ParallelConfig
 from draftsmith.stages.replay.portions import TokensPerForward
 from draftsmith.stages.training.loss_config import DistributionLoss, PositionWeights, ResponseStream, TokenLoss

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from draftsmith.stages.drafters.checkpoint import create_drafter
-from draftsmith.stages.drafters.config import DFlash2Config, DFlashConfig, DSparkConfig
+from draftsmith.stages.drafters.dflash.shape import DFlashConfig
+from draftsmith.stages.drafters.dflash2.shape import DFlash2Config
+from draftsmith.stages.drafters.dspark.shape import DSparkConfig
 from draftsmith.stages.law import GREEDY, Law
 from draftsmith.stages.replay.corpus import groups_of, mine, replay_all
 from draftsmith.stages.replay.trace import Trajectory

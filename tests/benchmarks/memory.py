@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from draftsmith.stages.drafters.config import DFlashConfig, Eagle3Config
+from draftsmith.stages.drafters.dflash.shape import DFlashConfig
+from draftsmith.stages.drafters.eagle3.shape import Eagle3Config
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.on_policy.config import OpdConfig
 from tests.benchmarks import harness

@@ -37,8 +37,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter
-from draftsmith.stages.drafters.config import DFlashConfig
 from draftsmith.stages.drafters.dflash import model as dflash_model
+from draftsmith.stages.drafters.dflash.shape import DFlashConfig
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.corpus import score
 from draftsmith.stages.replay.trace import Trajectory

@@ -20,7 +20,8 @@ import torch
 
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter
-from draftsmith.stages.drafters.config import DFlashConfig, DraftingConfig
+from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.drafters.dflash.shape import DFlashConfig
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories

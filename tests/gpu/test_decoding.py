@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from draftsmith.stages.drafters.base import Context, Drafter
-from draftsmith.stages.drafters.config import DrafterConfig
+from draftsmith.stages.drafters.kinds import DrafterConfig
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.corpus import mine, replay_all

@@ -12,7 +12,7 @@ import torch
 
 from draftsmith.artifacts.errors import StageInterrupted
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.config import DrafterConfig
+from draftsmith.stages.drafters.kinds import DrafterConfig
 from draftsmith.stages.training.batches import FeatureSource
 from draftsmith.stages.training.loop import train
 from draftsmith.stages.training.on_policy.training import OpdTraining

@@ -11,7 +11,9 @@ import torch
 
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import create_drafter
-from draftsmith.stages.drafters.config import DFlashConfig, DrafterConfig, Eagle3Config
+from draftsmith.stages.drafters.dflash.shape import DFlashConfig
+from draftsmith.stages.drafters.eagle3.shape import Eagle3Config
+from draftsmith.stages.drafters.kinds import DrafterConfig
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.attention import register
 from draftsmith.stages.targets.causal_lm import Target

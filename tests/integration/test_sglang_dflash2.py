@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter, upgraded
-from draftsmith.stages.drafters.config import DFlash2Config
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
+from draftsmith.stages.drafters.dflash2.shape import DFlash2Config
 from draftsmith.stages.engines.sglang.protocol import KEY
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.trace import Trace, Trajectory, tau

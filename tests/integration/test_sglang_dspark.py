@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from draftsmith.stages.drafters.checkpoint import save_drafter, upgraded
-from draftsmith.stages.drafters.config import DSparkConfig
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
+from draftsmith.stages.drafters.dspark.shape import DSparkConfig
 from draftsmith.stages.engines.sglang.environment import RAGGED_VERIFY_MODE
 from draftsmith.stages.replay.corpus import replay_all
 from draftsmith.stages.replay.trace import Trajectory, pad_tokens, tau

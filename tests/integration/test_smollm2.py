@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from draftsmith.stages.drafters.checkpoint import create_drafter
-from draftsmith.stages.drafters.config import DFlashConfig
+from draftsmith.stages.drafters.dflash.shape import DFlashConfig
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.target import STAGE, TargetConfig

@@ -12,7 +12,8 @@ import torch
 
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter, upgraded
-from draftsmith.stages.drafters.config import DFlash2Config, DSparkConfig
+from draftsmith.stages.drafters.dflash2.shape import DFlash2Config
+from draftsmith.stages.drafters.dspark.shape import DSparkConfig
 from draftsmith.stages.drafters.export import export_speculators
 from draftsmith.stages.law import Law
 from draftsmith.stages.replay.corpus import replay_all

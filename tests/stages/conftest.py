@@ -10,7 +10,7 @@ import pytest
 from draftsmith.artifacts.parquet import read_table
 from draftsmith.artifacts.schemas import PROMPTS, TRAJECTORIES
 from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter
-from draftsmith.stages.drafters.config import Eagle3Config
+from draftsmith.stages.drafters.eagle3.shape import Eagle3Config
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
 from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.targets.resolve import resolve_target

@@ -15,7 +15,8 @@ import pytest
 from draftsmith.artifacts.parquet import read_table
 from draftsmith.artifacts.schemas import REQUESTS, TRAJECTORIES, VERIFY_STEPS
 from draftsmith.stages.drafters.checkpoint import load_drafter
-from draftsmith.stages.drafters.config import DraftingConfig, DSparkConfig
+from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.drafters.dspark.shape import DSparkConfig
 from draftsmith.stages.drift import STAGE as DRIFT
 from draftsmith.stages.evaluation import STAGE as EVALUATION
 from draftsmith.stages.law import Law

@@ -18,9 +18,9 @@ def random_dflash2(target: Target, seed: int = 0, **shape: Any) -> DFlash2Drafte
 
     shape: other fields of DFlash2Config.
     """
-    from draftsmith.stages.drafters.config import DFlash2Config
     from draftsmith.stages.drafters.dflash2 import checkpoint
     from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
+    from draftsmith.stages.drafters.dflash2.shape import DFlash2Config
 
     fields = {"num_layers": 2, "block_size": 5, "target_layer_ids": (2, 0), "intermediate_size": 40, **SIZES, **shape}
     config = checkpoint.new_config(

@@ -21,8 +21,8 @@ def random_dspark(
     """2 layers, block 5, layers 2 and 0, a bias of rank 6. Weights so large that every part matters."""
     import torch
 
-    from draftsmith.stages.drafters.config import DSparkConfig
     from draftsmith.stages.drafters.dspark import checkpoint
+    from draftsmith.stages.drafters.dspark.shape import DSparkConfig
 
     shape = DSparkConfig(
         kind="dspark",

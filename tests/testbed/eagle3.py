@@ -22,8 +22,8 @@ def random_eagle3(target: Target, seed: int = 0) -> Eagle3Drafter:
     import torch
 
     from draftsmith.stages.drafters.checkpoint import create_drafter
-    from draftsmith.stages.drafters.config import Eagle3Config
     from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
+    from draftsmith.stages.drafters.eagle3.shape import Eagle3Config
 
     shape = Eagle3Config(
         kind="eagle3",

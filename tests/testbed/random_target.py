@@ -130,8 +130,8 @@ def random_drafter(target: Target, seed: int = 0, *, is_causal: bool | None = No
 
     windows: fields of DFlashConfig; is_causal: of the checkpoint's config.
     """
-    from draftsmith.stages.drafters.config import DFlashConfig
     from draftsmith.stages.drafters.dflash import checkpoint
+    from draftsmith.stages.drafters.dflash.shape import DFlashConfig
 
     shape = DFlashConfig(num_layers=2, block_size=5, target_layer_ids=(2, 0), intermediate_size=40, **windows)
     config = checkpoint.new_config(shape, target.model.config, lambda: target.tokenizer)

@@ -11,8 +11,8 @@ from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters import layout, speculators
-from draftsmith.stages.drafters.config import DFlashConfig
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.drafters.dflash.shape import DFlashConfig
 from draftsmith.stages.targets.causal_lm import Target
 
 AnyDFlash = TypeVar("AnyDFlash", bound=DFlashDrafter)

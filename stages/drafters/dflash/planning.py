@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from draftsmith.stages.drafters.architecture import Architecture
 from draftsmith.stages.drafters.dflash.traits import TRAITS
 from draftsmith.stages.drafters.estimate import inputs, mlp, widths
 from draftsmith.stages.targets.estimate import ModelSize
 
-__all__ = ["TRAITS", "kept_by_block", "kept_by_context_token", "kept_by_own_logits"]
+__all__ = ["TRAITS", "architecture", "kept_by_block", "kept_by_context_token", "kept_by_own_logits"]
+
+
+def architecture() -> Architecture:
+    from draftsmith.stages.drafters.dflash import checkpoint
+
+    return checkpoint
 
 
 def kept_by_block(size: ModelSize, block_size: int, compute_bytes: int, around: int = 0) -> float:

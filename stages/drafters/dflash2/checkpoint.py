@@ -12,13 +12,14 @@ from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters import layout
-from draftsmith.stages.drafters.config import DFlash2Config
 from draftsmith.stages.drafters.dflash import checkpoint as dflash
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
+from draftsmith.stages.drafters.dflash2.shape import DFlash2Config
 from draftsmith.stages.targets.causal_lm import Target
 
 ARCHITECTURE = "DFlash2DraftModel"
+UPGRADES = "dflash"  # the kind whose weights it takes over
 # Of `dflash_config`:
 _SIZES = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
 _MULTIPLIER, _SOFTCAP = "output_multiplier", "final_logit_softcapping"  # from the head's products to unary scores

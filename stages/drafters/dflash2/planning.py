@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from draftsmith.stages.drafters.architecture import Architecture
 from draftsmith.stages.drafters.dflash import planning as dflash
 from draftsmith.stages.drafters.dflash2.traits import TRAITS
 from draftsmith.stages.targets.estimate import ModelSize
 
-__all__ = ["TRAITS", "kept_by_block", "kept_by_context_token", "kept_by_own_logits"]
+__all__ = ["TRAITS", "architecture", "kept_by_block", "kept_by_context_token", "kept_by_own_logits"]
 
 CONVOLUTION = 16  # bytes a channel and side of a sublayer: its input, what is shifted, and its kernels (two taps)
 kept_by_context_token, kept_by_own_logits = dflash.kept_by_context_token, dflash.kept_by_own_logits
+
+
+def architecture() -> Architecture:
+    from draftsmith.stages.drafters.dflash2 import checkpoint
+
+    return checkpoint
 
 
 def kept_by_block(size: ModelSize, block_size: int, compute_bytes: int) -> float:

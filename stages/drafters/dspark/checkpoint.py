@@ -15,14 +15,15 @@ from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters import layout, speculators
-from draftsmith.stages.drafters.config import DSparkConfig
 from draftsmith.stages.drafters.dflash import checkpoint as dflash
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.dspark.markov import KINDS
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
+from draftsmith.stages.drafters.dspark.shape import DSparkConfig
 from draftsmith.stages.targets.causal_lm import Target
 
 ARCHITECTURE = "Qwen3DSparkModel"
+UPGRADES = "dflash"  # the kind whose weights it takes over
 OTHER_NAMES = ("DSparkDraftModel", "LingDSparkModel")  # of the same model
 target_layer_ids = dflash.target_layer_ids
 # SGLang shares the target's, and reads none of these from a drafter (srt/models/dspark.py).

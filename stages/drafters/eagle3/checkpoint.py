@@ -12,8 +12,8 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters import layout
-from draftsmith.stages.drafters.config import Eagle3Config
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
+from draftsmith.stages.drafters.eagle3.shape import Eagle3Config
 from draftsmith.stages.targets.causal_lm import Target
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"

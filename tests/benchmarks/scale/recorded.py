@@ -20,7 +20,8 @@ import pyarrow as pa
 
 from draftsmith.artifacts.parquet import Rows, ShardWriter, TableWriter, to_table
 from draftsmith.artifacts.schemas import PROMPTS, TIMINGS, TRACE, TRAJECTORIES
-from draftsmith.stages.drafters.config import DFlashConfig, DraftingConfig
+from draftsmith.stages.drafters.config import DraftingConfig
+from draftsmith.stages.drafters.dflash.shape import DFlashConfig
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.replay.scoring import StepScores
 from draftsmith.stages.replay.trace import Trace, Trajectory

@@ -20,7 +20,7 @@ def qwen_sizes() -> Sizes:
     from transformers import Qwen3Config
 
     from draftsmith.stages.drafters.checkpoint import plan_of_new
-    from draftsmith.stages.drafters.config import DFlashConfig
+    from draftsmith.stages.drafters.dflash.shape import DFlashConfig
     from draftsmith.stages.targets.estimate import ModelSize
 
     target = Qwen3Config(**QWEN3_4B)

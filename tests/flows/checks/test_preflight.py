@@ -178,7 +178,7 @@ def test_every_node_is_held_against_the_drafter_that_it_reads(tiny_drafter: Draf
     ("shape", "said"),
     [
         ({"kind": "dspark"}, None),
-        ({"kind": "dspark", "confidence_head": False}, "this drafter has no confidence head"),
+        ({"kind": "dspark", "confidence_head": False}, "this dspark has no confidence head"),
         ({"kind": "dflash"}, "dflash has no confidence head"),
     ],
 )

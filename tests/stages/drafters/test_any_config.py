@@ -31,6 +31,16 @@ DFLASH2 = {
         "selector_rank": 8, "selector_top_k": 4,
     },
 }  # fmt: skip
+DSPARK = {
+    **DFLASH, "architectures": ["Qwen3DSparkModel"], "markov_rank": 8, "markov_head_type": "vanilla",
+    "enable_confidence_head": True, "confidence_head_with_markov": True, "sample_from_anchor": True,
+}  # fmt: skip
+SPECULATORS = {
+    "architectures": ["DSparkDraftModel"], "speculators_model_type": "dspark", "block_size": 7, "mask_token_id": 3,
+    "aux_hidden_state_layer_ids": [1, 3, 5], "draft_vocab_size": 500, "markov_rank": 8, "sample_from_anchor": True,
+    "sliding_window_non_causal": True,
+    "transformer_layer_config": {**SHAPE, "model_type": "qwen3", "num_hidden_layers": 1, "sliding_window": None},
+}  # fmt: skip
 EAGLE3 = {
     **SHAPE, "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "num_hidden_layers": 1,
     "draft_vocab_size": 100, "block_size": 5, "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]},
@@ -38,7 +48,10 @@ EAGLE3 = {
 TARGET = Qwen3Config(**{**SHAPE, "num_hidden_layers": 6, "layer_types": None})
 
 
-@given(st.one_of(changed(DFLASH), changed(WINDOWS), changed(DFLASH2), changed(EAGLE3)))
+CONFIGS = (DFLASH, WINDOWS, DFLASH2, DSPARK, SPECULATORS, EAGLE3)
+
+
+@given(st.one_of([changed(config) for config in CONFIGS]))
 def test_any_value_in_a_drafters_config(config: Any) -> None:
     def read(path: Path) -> None:
         architecture = architecture_of(path.parent)
@@ -59,7 +72,7 @@ def test_any_record_of_a_drafter(content: bytes) -> None:
 
 
 def test_the_configs_that_are_changed_are_right(tmp_path: Path) -> None:
-    for config in (DFLASH, WINDOWS, DFLASH2, EAGLE3):
+    for config in CONFIGS:
         (tmp_path / "config.json").write_text(json.dumps(config))
         architecture = architecture_of(tmp_path)
         architecture.check_fits(architecture.read_config(tmp_path), TARGET, "here")

@@ -19,10 +19,9 @@ from torch.nn import functional as F
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Context, Drafter, DrafterInfo
 from draftsmith.stages.drafters.checkpoint import ARCHITECTURES, UPGRADES, check_whole, load_drafter, save_drafter
-from draftsmith.stages.drafters.config import DrafterConfig
 from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.drafters.kinds import KINDS
+from draftsmith.stages.drafters.kinds import KINDS, DrafterConfig
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.replay.chains import replay_chains
@@ -34,7 +33,12 @@ from tests.testbed import random_target, ties
 from tests.testbed.architectures import RANDOM
 
 ROOT = Path(__file__).parents[3]
-MAY_NAME_KINDS = {"flows/pipeline/config_file.py"}  # what a section means that leaves its kind out
+MAY_NAME_KINDS = {
+    "flows/pipeline/config_file.py",  # what a section means that leaves its kind out
+    "stages/drafters/checkpoint.py",  # and a checkpoint that names the class of its authors' code
+    "stages/drafters/kinds.py",  # the list of them
+    "stages/drafters/speculators.py",  # the form that each has in another layout
+}
 TOLERANCE = 3e-5  # float32, the same sums in another order, on values of order one to ten
 
 
@@ -297,11 +301,28 @@ def test_every_kind_can_be_asked_for_and_is_checked(plain_target: Target) -> Non
 
 
 def test_no_module_asks_for_a_kind_by_its_name() -> None:
-    """Outside of `stages/drafters`: whatever depends on the architecture is asked of it."""
+    """Outside of their own folders: whatever depends on the architecture is asked of it."""
     modules = [path for room in ("artifacts", "flows", "stages") for path in sorted((ROOT / room).rglob("*.py"))]
-    outside = [path for path in modules if not path.is_relative_to(ROOT / "stages" / "drafters")]
+    outside = [path for path in modules if path.parent.name not in KINDS]
     assert 100 < len(outside) < len(modules)
     assert {str(path.relative_to(ROOT)) for path in outside if names(path) & KINDS.keys()} == MAY_NAME_KINDS
+
+
+def test_what_it_is_in_code_is_found_by_one_list() -> None:
+    """Their modules are imported by `kinds.py` and each other, for the shape that a config leaves out, and for what may
+    be wrong with a server's DFlash."""
+    found = set()
+    for path in sorted((ROOT / "stages").rglob("*.py")) + sorted((ROOT / "flows").rglob("*.py")):
+        imported = {module for kind in KINDS for module in modules_of(path) if f".drafters.{kind}." in f"{module}."}
+        if imported and path.parent.name not in KINDS:
+            found.add(str(path.relative_to(ROOT)))
+    assert found == {"stages/drafters/kinds.py", "stages/training/config.py", "stages/measure/diagnosis.py"}
+
+
+def modules_of(module: Path) -> set[str]:
+    """That it imports from."""
+    nodes = ast.walk(ast.parse(module.read_text(encoding="utf-8")))
+    return {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
 
 
 def names(module: Path) -> set[str]:

@@ -40,8 +40,9 @@ def angles(drafter: Drafter, positions: torch.Tensor) -> tuple[torch.Tensor, tor
     return found
 
 
-@pytest.mark.parametrize(("family", "theta"), [("Gemma3Text", 1e6), ("Zaya", 5e6)])
+@pytest.mark.parametrize(("family", "theta"), [("Gemma3Text", 1e6), ("Zaya", 5e6), ("Beam", 1e4)])
 def test_a_new_drafter_turns_as_the_targets_layers_that_read_the_whole_prefix(family: str, theta: float) -> None:
+    """Of one whose such layers have no positions (Beam), as the others."""
     rope = target_fields(getattr(transformers, f"{family}Config")())["rope_parameters"]
     assert rope == {"rope_type": "default", "rope_theta": theta}
 

@@ -13,10 +13,11 @@ import torch
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import create_drafter, load_drafter, save_drafter, upgraded
-from draftsmith.stages.drafters.config import DFlash2Config, DSparkConfig
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
+from draftsmith.stages.drafters.dflash2.shape import DFlash2Config
 from draftsmith.stages.drafters.dspark import checkpoint as dspark
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
+from draftsmith.stages.drafters.dspark.shape import DSparkConfig
 from draftsmith.stages.drafters.speculators import to_speculators
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.logits import LogitMap

@@ -11,8 +11,9 @@ import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.checkpoint import upgraded
-from draftsmith.stages.drafters.config import DraftingConfig, DSparkConfig
+from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
+from draftsmith.stages.drafters.dspark.shape import DSparkConfig
 from draftsmith.stages.engines import embedded, verification
 from draftsmith.stages.engines.base import SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
@@ -128,5 +129,5 @@ def test_greedy_and_sampled_requests_share_a_batch(plain_target: Target) -> None
 
 def test_a_drafter_without_a_confidence_is_refused(plain_target: Target) -> None:
     without = random_dspark(plain_target, confidence_head=False)
-    with pytest.raises(DraftsmithError, match=r"drafting\.confidence: this drafter has no confidence head"):
+    with pytest.raises(DraftsmithError, match=r"drafting\.confidence: this dspark has no confidence head"):
         EmbeddedEngine(plain_target, without, drafting=CUT)

@@ -22,7 +22,7 @@ from draftsmith.stages import join
 from draftsmith.stages.checkpoints import checkpoints
 from draftsmith.stages.drafters.base import Drafter, DrafterInfo
 from draftsmith.stages.drafters.checkpoint import create_drafter, save_drafter
-from draftsmith.stages.drafters.config import Eagle3Config
+from draftsmith.stages.drafters.eagle3.shape import Eagle3Config
 from draftsmith.stages.mining import STAGE as MINING
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.parallel.config import RENDEZVOUS, ParallelConfig

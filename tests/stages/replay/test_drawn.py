@@ -19,8 +19,11 @@ from draftsmith.stages.drafters.drawing import Purpose, probabilities, seed_of, 
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.law import Law
+from draftsmith.stages.measure.acceptance import tau_by_set, tau_difference, taus_compared
+from draftsmith.stages.measure.gate import CHAMPION
 from draftsmith.stages.replay import drawn
 from draftsmith.stages.replay.corpus import replay_all
+from draftsmith.stages.replay.tally import tally_all
 from draftsmith.stages.replay.trace import Trace, Trajectory, tau
 from draftsmith.stages.targets.causal_lm import Target
 from tests.stages.bench import trajectory_of
@@ -229,6 +232,24 @@ def test_tau_of_averages_varies_less_than_that_of_drawn_traces(plain_target: Tar
     drawn_tau, tau_of_averages = committed / steps, averaged / steps
     assert abs(drawn_tau.mean() - tau_of_averages.mean()) < 5 * drawn_tau.std() / draws**0.5
     assert tau_of_averages.std() < 0.8 * drawn_tau.std()
+
+
+def test_what_is_compared_watched_and_gated_are_averages(texts: list[Trajectory], plain_target: Target) -> None:
+    """Not the lengths that were drawn: neither in the comparison nor in a drift check, nor in what the gate reads."""
+    arms = {CHAMPION: random_dspark(plain_target), "opd": random_dflash2(plain_target, selector_top_k=40)}
+    some, averaged = texts[:30], {}
+    for arm, drafter in arms.items():
+        traces = replayed(plain_target, drafter, some)
+        sums = [sum(getattr(t, name).sum() for t in traces) for name in ("expected_committed", "committed")]
+        assert abs(sums[0] - sums[1]) > 1
+        averaged[arm] = sums[0] / sum(len(t.anchors) for t in traces)
+    tallies = tally_all(plain_target, arms, some, law=LAW, with_proposals=False)
+    prompts, sets = [text.trajectory_id for text in some], ["all"] * len(some)
+    difference = averaged["opd"] - averaged[CHAMPION]
+    assert tau_difference(tallies["opd"], tallies[CHAMPION]).value == pytest.approx(difference)
+    assert taus_compared(tallies, prompts, sets)[0]["value"] == pytest.approx(difference)
+    found = tau_by_set(tallies, prompts, sets)["all"]
+    assert {arm: figures["tau"] for arm, figures in found.items()} == pytest.approx(averaged)
 
 
 # ---- in law: texts of plain decoding, replayed, against decoding with the drafter

@@ -20,8 +20,8 @@ from transformers import AutoConfig
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Context, Proposals, best_of
 from draftsmith.stages.drafters.checkpoint import create_drafter
-from draftsmith.stages.drafters.config import DFlashConfig
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.drafters.dflash.shape import DFlashConfig
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine

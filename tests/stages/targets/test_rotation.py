@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from draftsmith.stages.drafters.checkpoint import create_drafter
-from draftsmith.stages.drafters.config import DFlashConfig
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.drafters.dflash.shape import DFlashConfig
 from draftsmith.stages.target import STAGE, TargetConfig
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.info import model_path

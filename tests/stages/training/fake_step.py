@@ -22,11 +22,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from draftsmith.stages.drafters import attention
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import plan_of_new
-from draftsmith.stages.drafters.config import DFlashConfig, Eagle3Config
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.drafters.dflash.shape import DFlashConfig
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
+from draftsmith.stages.drafters.eagle3.shape import Eagle3Config
 from draftsmith.stages.law import GREEDY, Law
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.estimate import ModelSize, Sizes

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 
 from draftsmith.stages.drafters import attention
-from draftsmith.stages.drafters.config import DFlash2Config, DFlashConfig, DSparkConfig, Eagle3Config
+from draftsmith.stages.drafters.dflash.shape import DFlashConfig
+from draftsmith.stages.drafters.dflash2.shape import DFlash2Config
+from draftsmith.stages.drafters.dspark.shape import DSparkConfig
+from draftsmith.stages.drafters.eagle3.shape import Eagle3Config
 from draftsmith.stages.law import Law
 from draftsmith.stages.targets.estimate import PROCESS, Answers, Use
 from draftsmith.stages.training.config import SftConfig, TrainingConfig

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from draftsmith.stages.drafters.checkpoint import create_drafter
-from draftsmith.stages.drafters.config import DFlashConfig
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, SlotContext
+from draftsmith.stages.drafters.dflash.shape import DFlashConfig
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.engines.estimate import decoding
 from draftsmith.stages.targets.causal_lm import Target

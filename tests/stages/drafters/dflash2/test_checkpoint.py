@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.checkpoint import load_drafter, plan_of_checkpoint, save_drafter
-from draftsmith.stages.drafters.config import DFlash2Config
+from draftsmith.stages.drafters.dflash2.shape import DFlash2Config
 from draftsmith.stages.targets.causal_lm import Target
 from tests.stages.drafters.edits import Edit, edit_config, edit_tensors
 from tests.testbed import random_target

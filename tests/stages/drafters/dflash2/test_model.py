@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from draftsmith.stages.drafters.checkpoint import create_drafter, upgraded
-from draftsmith.stages.drafters.config import DFlash2Config, DFlashConfig
+from draftsmith.stages.drafters.dflash.shape import DFlashConfig
 from draftsmith.stages.drafters.dflash2.convolution import BlockConvolution
 from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
+from draftsmith.stages.drafters.dflash2.shape import DFlash2Config
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.replay.chains import replay_chains
 from draftsmith.stages.replay.trace import tau

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from draftsmith.stages.drafters.checkpoint import upgraded
-from draftsmith.stages.drafters.config import DSparkConfig
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.dspark.markov import RecurrentMarkovHead, markov_head
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
+from draftsmith.stages.drafters.dspark.shape import DSparkConfig
 from draftsmith.stages.replay.corpus import replay_all
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.training.config import SftConfig

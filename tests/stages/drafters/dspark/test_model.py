@@ -7,9 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from draftsmith.stages.drafters.checkpoint import upgraded
-from draftsmith.stages.drafters.config import DFlashConfig, DSparkConfig
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.drafters.dflash.shape import DFlashConfig
 from draftsmith.stages.drafters.dspark.model import DSparkDrafter
+from draftsmith.stages.drafters.dspark.shape import DSparkConfig
 from draftsmith.stages.law import GREEDY, Law
 from draftsmith.stages.replay.corpus import replay_all
 from draftsmith.stages.targets.causal_lm import Target

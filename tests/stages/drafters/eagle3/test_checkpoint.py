@@ -22,10 +22,11 @@ from draftsmith.stages.drafters.checkpoint import (
     plan_of_new,
     save_drafter,
 )
-from draftsmith.stages.drafters.config import DFlashConfig, Eagle3Config
 from draftsmith.stages.drafters.dflash.checkpoint import check_fits
+from draftsmith.stages.drafters.dflash.shape import DFlashConfig
 from draftsmith.stages.drafters.eagle3.checkpoint import USUAL_BLOCK_SIZE, default_layer_ids
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter
+from draftsmith.stages.drafters.eagle3.shape import Eagle3Config
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.info import model_path
 from tests.sglang_cpu.eagle import write_eagle3

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from draftsmith.stages.drafters.checkpoint import create_drafter
-from draftsmith.stages.drafters.config import Eagle3Config
 from draftsmith.stages.drafters.eagle3.model import Eagle3Drafter, PrefixContext
+from draftsmith.stages.drafters.eagle3.shape import Eagle3Config
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.causal_lm import Target

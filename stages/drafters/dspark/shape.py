@@ -1,0 +1,27 @@
+"""What a new DSpark looks like."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from draftsmith.stages.contract import OnlyIfSet
+from draftsmith.stages.drafters.dflash.shape import DFlashConfig
+
+
+class DSparkConfig(DFlashConfig):
+    """Shape of a new DSpark drafter, or of what a DFlash drafter to go on from is given in addition."""
+
+    kind: Literal["dspark"]  # type: ignore[assignment]
+    block_size: Annotated[int, Field(ge=2, description="anchor + proposals")] = 8
+    markov_rank: Annotated[int, Field(ge=1, description="of the bias of the token before an offset")] = 256
+    markov_head: Annotated[
+        Literal["vanilla", "gated", "rnn"],
+        Field(description="the bias reads the token alone, or the offset's hidden state too, or all tokens before it"),
+        OnlyIfSet(),
+    ] = "vanilla"
+    confidence_head: Annotated[
+        bool,
+        Field(description="learn how probable it is that a proposal is kept: blocks may be cut by it (`confidence`)"),
+    ] = True
