@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -19,12 +19,9 @@ def packages() -> list[str]:
     return sorted("draftsmith." + ".".join(folder.relative_to(ROOT).parts) for folder in folders)
 
 
-def test_every_folder_is_a_package_of_the_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[str] = []
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("setuptools.setup", lambda packages: found.extend(packages))
-    runpy.run_path("setup.py")
-    assert sorted(found) == packages()
+def test_every_folder_is_a_package_of_the_distribution() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert sorted(project["tool"]["setuptools"]["packages"]) == packages()
 
 
 def test_nothing_but_our_own_name_is_installed() -> None:
