@@ -39,12 +39,15 @@ class Size:
     sft_steps: int = 300
     opd_steps: int = 60
     rounds: int = 6
+    speed_prompts: int = 20
     judge_speed: bool = True
     control: bool = True  # SFT continued as an arm
 
 
 FULL = Size()
-SHORT = Size(train=48, heldout=24, sft_steps=120, opd_steps=16, rounds=1, judge_speed=False, control=False)
+SHORT = Size(
+    train=48, heldout=24, sft_steps=120, opd_steps=16, rounds=1, speed_prompts=4, judge_speed=False, control=False
+)
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,11 @@ def config_of(size: Size) -> dict[str, Any]:
         opd={**training, "steps": size.opd_steps, "learning_rate": 1e-3},
         heldout={"engine": {"slots": 16}},
         evaluation={
-            "speed_prompts": 4, "validation_prompts": 4, "block_sizes": [6], "exactness_prompts": 4,
+            "speed_prompts": size.speed_prompts, "validation_prompts": 4, "block_sizes": [6], "exactness_prompts": 4,
             "rounds": size.rounds,
         },
-        gate={"judge_speed": size.judge_speed},
+        # of a target as small as this a draft takes as long as a step of plain decoding: tau 2.7 gains no time yet
+        gate={"judge_speed": size.judge_speed, "min_speedup": 0.8},
         refresh={"control": size.control},
     )  # fmt: skip
 
