@@ -179,7 +179,7 @@ def test_every_node_is_held_against_the_drafter_that_it_reads(tiny_drafter: Draf
     [
         ({"kind": "dspark"}, None),
         ({"kind": "dspark", "confidence_head": False}, "this dspark has no confidence head"),
-        ({"kind": "dflash"}, "dflash has no confidence head"),
+        ({"kind": "dflash"}, "this dflash has no confidence head"),
     ],
 )
 def test_blocks_are_cut_by_drafters_that_have_a_confidence_alone(

@@ -174,7 +174,7 @@ def test_what_is_kept_of_an_interrupted_replay_has_its_cuts(
 def test_a_drafter_without_a_confidence_is_refused(texts: list[Trajectory], plain_target: Target) -> None:
     for without, said in (
         (random_dspark(plain_target, confidence_head=False), "this dspark has no confidence head"),
-        (random_target.random_drafter(plain_target), "dflash has no confidence head"),
+        (random_target.random_drafter(plain_target), "this dflash has no confidence head"),
     ):
         with pytest.raises(DraftsmithError, match=f"drafting.confidence: {said}"):
             replayed(plain_target, without, CUT, texts)
