@@ -165,7 +165,7 @@ def _check_begins(versions: Sequence[Version]) -> None:
     """Of a line without a champion: what serves now would be replaced by whatever beats plain decoding."""
     served = [each for each in versions if "promoted_at" in each.tags]
     if served:
-        last = max(served, key=lambda each: each.tags["promoted_at"])
+        last = max(served, key=lambda each: (each.tags["promoted_at"], each.number))  # to the second
         raise DraftsmithError(
             f"{last.line}: it has no champion, and {last} has been one: the alias, or the version that had it, was "
             f"deleted in MLflow: have one serve (`draftsmith promote {last.line}@{last.number}`), or begin again "
