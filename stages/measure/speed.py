@@ -135,7 +135,8 @@ def log_ratios(
     found = {}
     for arm, other in wanted:
         ratio = mean(np.array([math.log(speeds[arm][n] / speeds[other][n]) for n in sorted(speeds[other])]))
-        over_prompts = _over_prompts(rows, (arm, other), units or {}, turns[0].get("concurrency", 1))
+        in_flight = turns[0].get("concurrency", 1)  # speeds of a set are of its single requests, and have none
+        over_prompts = _over_prompts(rows, (arm, other), units or {}, in_flight)
         found[arm, other] = ratio if over_prompts is None else together(ratio, over_prompts)
     return found
 
