@@ -10,7 +10,7 @@ from draftsmith.flows.pipeline.graph import Node
 from draftsmith.stages.experiments.comparison import BASE, PREFIX, ComparisonConfig, Entry
 from draftsmith.stages.law import Law
 from draftsmith.stages.measure.config import EvaluationConfig
-from draftsmith.stages.measure.doubts import FEWEST_PROMPTS
+from draftsmith.stages.measure.doubts import fewest_prompts
 from draftsmith.stages.measure.gate import GateConfig
 from draftsmith.stages.measure.requests import settings_of
 from draftsmith.stages.measure.verdicts import FEWEST_TURNS
@@ -46,7 +46,7 @@ def check_gate(found: Findings, nodes: Sequence[Node]) -> None:
             continue
         measured = configs[node.inputs["evaluation"]]
         assert isinstance(measured, EvaluationConfig)
-        needed = {"rounds": FEWEST_TURNS, "speed_prompts": max(FEWEST_PROMPTS, *measured.concurrency)}
+        needed = {"rounds": FEWEST_TURNS, "speed_prompts": fewest_prompts(max(measured.concurrency))}
         too_low = [
             f"evaluation.{name} {getattr(measured, name)} (from {least} on)"
             for name, least in needed.items()

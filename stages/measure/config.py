@@ -66,7 +66,8 @@ class EvaluationConfig(Config):
         Field(
             ge=1,
             description="held-out prompts decoded in every turn, a sample of all that are served: where a drafter's "
-            "speed differs by 30 % from prompt to prompt, 16 tell its speed-up within 16 %, 64 within 8 % (at 95 %)",
+            "speed differs by 30 % from prompt to prompt, 16 tell its speed-up within 16 %, 64 within 8 % (at 95 %); "
+            "with several in flight at least twice as many as are",
         ),
     ] = 16
     validation_prompts: Annotated[
@@ -76,7 +77,7 @@ class EvaluationConfig(Config):
             description="validation prompts that each arm's block size is chosen on; at least as many are taken as are "
             "in flight at the first setting",
         ),
-    ] = 4
+    ] = 8
     block_sizes: Annotated[
         tuple[Annotated[int, Field(ge=2)], ...] | None,
         Field(description="candidates to decode with; left out: the trained one"),

@@ -21,14 +21,14 @@ from draftsmith.stages.measure.requests import PLAIN, Setting
 from draftsmith.stages.measure.verdicts import Pair, pairs
 from draftsmith.stages.statistics import Estimate, jackknife, mean, sums_of, together
 
-Units = Mapping[str, str]  # what each prompt is an observation of, where that is not the prompt itself
+Units = Mapping[str, str]  # what each prompt is an observation of; a prompt that has none is one itself
 
 
 def speed_by_setting(
     turns: Sequence[Mapping[str, Any]],
     rows: Sequence[Mapping[str, Any]],
     settings: Sequence[Setting],
-    units: Units | None = None,
+    units: Units,
 ) -> list[dict[str, Any]]:
     """`speed_table` of every setting, in their order."""
     found = []
@@ -44,7 +44,7 @@ def at_setting(rows: Sequence[Mapping[str, Any]], setting: Setting) -> list[Mapp
 
 
 def speed_table(
-    turns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], units: Units | None = None
+    turns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], units: Units
 ) -> dict[str, dict[str, Any]]:
     """Figures of each arm at one setting; figures that no row has (latencies, accepted lengths) are left out.
 
@@ -92,7 +92,7 @@ def speed_table(
 
 
 def speed_by_set(
-    rows: Sequence[Mapping[str, Any]], sets: Mapping[str, str], units: Units | None = None
+    rows: Sequence[Mapping[str, Any]], sets: Mapping[str, str], units: Units
 ) -> dict[str, dict[str, dict[str, float | None]]]:
     """Set -> drafter -> `speedup` over plain decoding as the set's requests saw it, with its 95 % interval.
 
@@ -122,7 +122,7 @@ def log_ratios(
     turns: Sequence[Mapping[str, Any]],
     rows: Sequence[Mapping[str, Any]],
     wanted: Sequence[Pair],
-    units: Units | None = None,
+    units: Units,
 ) -> dict[Pair, Estimate]:
     """Logarithm of how many times as fast the first arm of each pair is as the other one: the mean over rounds.
 
@@ -136,7 +136,7 @@ def log_ratios(
     for arm, other in wanted:
         ratio = mean(np.array([math.log(speeds[arm][n] / speeds[other][n]) for n in sorted(speeds[other])]))
         in_flight = turns[0].get("concurrency", 1)  # speeds of a set are of its single requests, and have none
-        over_prompts = _over_prompts(rows, (arm, other), units or {}, in_flight)
+        over_prompts = _over_prompts(rows, (arm, other), units, in_flight)
         found[arm, other] = ratio if over_prompts is None else together(ratio, over_prompts)
     return found
 

@@ -67,8 +67,8 @@ def test_a_gate_that_can_promote_nothing_is_told_before_anything_is_spent() -> N
     low = "evaluation.rounds 2 (from 5 on), evaluation.speed_prompts 3 (from 4 on)"
     assert warning.startswith(f"gate: will promote nothing, as it judges no speed by {low}: raise it")
     (warning,) = told("evaluation.concurrency=[1, 16]")
-    low = "evaluation.speed_prompts 12 (from 16 on)"
-    assert f"as it judges no speed by {low}: raise it" in warning, "never 16 in flight"
+    low = "evaluation.speed_prompts 12 (from 32 on)"
+    assert f"as it judges no speed by {low}: raise it" in warning, "a turn of 16 in flight ends with its slowest"
     assert told() == told("evaluation.rounds=2", "gate.judge_speed=false") == told("registry=null") == []
 
 

@@ -45,7 +45,7 @@ def round_up(value: float) -> int:
 
 def evaluation(turns: list[Turn]) -> dict[str, Any]:
     """What an evaluation says of them, with a tau that is measurably better."""
-    ratios = log_ratios(turns, [], [("opd", PLAIN), ("opd", CHAMPION)])
+    ratios = log_ratios(turns, [], [("opd", PLAIN), ("opd", CHAMPION)], {})
     speeds = [compared("speed", arm, other, found, **WHERE) for (arm, other), found in ratios.items()]
     better = {"kind": "tau", "arm": "opd", "other": CHAMPION, "value": 0.4, "error": 0.01, "units": 40, "degrees": 39.0}
     gain = {"value": 0.2, "error": 0.005, "units": 40, "degrees": 39.0}
@@ -55,7 +55,7 @@ def evaluation(turns: list[Turn]) -> dict[str, Any]:
         "compared": [*speeds, {**better, "set": None, "base": 2.0, "gain": gain}],
         "exactness": {"fp32_prompts": 4, "fp32_identical": 4},
         "verdicts": verdicts({}, {("opd", CHAMPION): ratios["opd", CHAMPION]}, turns[0]["prompts"]),
-        "speed": speed_table(turns, []),
+        "speed": speed_table(turns, [], {}),
         "doubts": doubts(turns, [], [Setting(**WHERE)]),
     }
 
@@ -156,7 +156,8 @@ def test_too_few_prompts_or_turns_are_not_decided_on() -> None:
 
 def test_turns_with_fewer_prompts_than_should_be_in_flight_say_so() -> None:
     for in_flight, said in (
-        (8, []),
+        (4, []),
+        (5, ["8 prompts a turn, 5 in flight, say little of others (10 are needed: raise evaluation.speed_prompts)"]),
         (16, ["8 prompts a turn are never 16 in flight (raise evaluation.speed_prompts)"]),
     ):
         turns = [turn | {"concurrency": in_flight} for turn in measured(prompts=8)]
@@ -181,7 +182,7 @@ def test_the_report_names_them_and_says_nothing_of_the_speeds() -> None:
 
 def test_several_requests_at_a_time_are_bounded_by_the_best_of_them() -> None:
     """The longest answer decides when a turn ends, and its tau may be above the mean."""
-    turns = [turn | {"concurrency": 8} for turn in changed(measured(), plain=lambda _: 1.6)]
+    turns = [turn | {"concurrency": 8} for turn in changed(measured(prompts=16), plain=lambda _: 1.6)]
     best = {**WHERE, "concurrency": 8, "arm": "opd", "tokens": 61, "verify_steps": 20}
     setting = [Setting(0.0, 8)]
     assert [doubt["kind"] for doubt in doubts(turns, [], setting)] == ["tau", "tau"]

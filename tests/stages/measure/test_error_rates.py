@@ -124,11 +124,11 @@ def test_equal_drafters_are_seldom_called_of_different_speed(concurrency: int, p
     repetitions, wrong, outside = 400 if concurrency == 1 else 150, 0, 0
     for _ in range(repetitions):
         turns, rows = simulated_speeds(rng, FEWEST_TURNS, concurrency, prompts=prompts)
-        found = verdicts({}, log_ratios(turns, rows, pairs(ARMS)), prompts)
+        found = verdicts({}, log_ratios(turns, rows, pairs(ARMS), {}), prompts)
         assert len(found) == 3
         wrong += any(verdict["different"] for verdict in found)
         of_two, by_request = ([each for each in table if each["arm"] != "control"] for table in (turns, rows))
-        single = speed_table(of_two, by_request)
+        single = speed_table(of_two, by_request, {})
         outside += not single["opd"]["ratios"]["sft"]["low"] <= 1 <= single["opd"]["ratios"]["sft"]["high"]
     assert wrong / repetitions <= allowed(repetitions)
     assert outside / repetitions <= allowed(repetitions)
@@ -143,9 +143,9 @@ def test_a_drafter_as_fast_as_plain_decoding_is_seldom_called_faster(concurrency
     repetitions, faster, by_turns_alone = 400 if concurrency == 1 else 300, 0, 0
     for _ in range(repetitions):
         turns, rows = simulated_speeds(rng, FEWEST_TURNS, concurrency, prompts=prompts, speedup=1.0)
-        (found,) = log_ratios(turns, rows, [("sft", PLAIN)]).values()
+        (found,) = log_ratios(turns, rows, [("sft", PLAIN)], {}).values()
         faster += found.upper(0.05) > 0
-        (alone,) = log_ratios(turns, [], [("sft", PLAIN)]).values()
+        (alone,) = log_ratios(turns, [], [("sft", PLAIN)], {}).values()
         by_turns_alone += alone.upper(0.05) > 0
     assert faster / repetitions <= allowed(repetitions)
     assert by_turns_alone / repetitions > 0.1
@@ -164,7 +164,7 @@ def test_a_real_difference_of_speed_is_found_in_most(concurrency: int, rounds: i
     repetitions, seen = 200 if concurrency == 1 else 80, 0
     for _ in range(repetitions):
         turns, rows = simulated_speeds(rng, rounds, concurrency, gain, prompts=64)
-        found = verdicts(tau, log_ratios(turns, rows, pairs(ARMS)), 64)
+        found = verdicts(tau, log_ratios(turns, rows, pairs(ARMS), {}), 64)
         assert len(found) == 6
         seen += said(found, "opd", "sft")
     assert seen / repetitions > 0.38
@@ -230,11 +230,11 @@ def test_a_share_of_one_timing_is_no_observation(prompts: int, wrong_at_least: f
 def test_too_few_turns_are_not_judged_and_do_not_widen_the_others() -> None:
     rng = np.random.default_rng(0)
     tallies, of_prompt = simulated_tallies(rng, 24, 1)
-    few = log_ratios(*simulated_speeds(rng, FEWEST_TURNS - 1, 1, gain=0.5), pairs(ARMS))
+    few = log_ratios(*simulated_speeds(rng, FEWEST_TURNS - 1, 1, gain=0.5), pairs(ARMS), {})
     found = verdicts(tau_differences(tallies, of_prompt), few, 6)
     assert [verdict["different"] for verdict in found if verdict["kind"] == "speed"] == [None] * 3
     assert all(verdict["level"] == pytest.approx(1 - 0.05 / 3) for verdict in found)
-    enough = log_ratios(*simulated_speeds(rng, FEWEST_TURNS, 1, gain=0.5), pairs(ARMS))
+    enough = log_ratios(*simulated_speeds(rng, FEWEST_TURNS, 1, gain=0.5), pairs(ARMS), {})
     both = verdicts(tau_differences(tallies, of_prompt), enough, 6)
     assert all(verdict["level"] == pytest.approx(1 - 0.05 / 6) for verdict in both)
     assert said([verdict for verdict in both if verdict["kind"] == "speed"], "opd", "sft")

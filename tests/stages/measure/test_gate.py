@@ -31,7 +31,7 @@ def evaluation(rng: np.random.Generator, gain: float, prompts: int = 200, rounds
         for table in simulated_speeds(rng, rounds, concurrency=16, gain=gain, prompts=64)
     )
     sets = [SETS[int(prompt) % 2] for prompt in of_prompt]
-    speed = log_ratios(turns, rows, [("opd", PLAIN), ("opd", CHAMPION)])
+    speed = log_ratios(turns, rows, [("opd", PLAIN), ("opd", CHAMPION)], {})
     return {
         "drafters": acceptance_table(renamed, of_prompt, [False] * len(of_prompt)),
         "compared": taus_compared(renamed, of_prompt, sets)

@@ -124,7 +124,7 @@ def test_every_arm_has_its_block_and_its_turns_and_none_is_repeated(
     assert found.parity is not None
     for figures in found.parity.values():
         assert (figures["answers"], figures["different_steps"], figures["tau_difference"]) == (6, 0, 0)
-    one, two = speed_by_setting(found.turns, found.rows, after.settings)
+    one, two = speed_by_setting(found.turns, found.rows, after.settings, {})
     assert one["arms"]["wide"]["turns"] == two["arms"]["narrow"]["turns"] == 2
 
 

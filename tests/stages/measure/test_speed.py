@@ -66,13 +66,13 @@ def test_speed_up_of_a_prompt_set_is_that_of_its_requests() -> None:
         for arm, times in (("plain", (4.0, 2.0, 9.0, 9.0)), ("sft", (2.0, 1.0 + round, 9.0, 9.0)))
         for prompt, seconds in zip("abcd", times, strict=True)
     ]
-    found = speed_by_set(rows, {"a": "chat", "b": "code", "c": "chat", "d": "chat"})
+    found = speed_by_set(rows, {"a": "chat", "b": "code", "c": "chat", "d": "chat"}, {})
     assert found["chat"]["sft"]["speedup"] == pytest.approx(22 / 20)
     low, high = found["chat"]["sft"]["speedup_low"], found["chat"]["sft"]["speedup_high"]
     assert low is not None and high is not None and low < 1 < high, "all rounds are alike, prompts are not"
     assert found["code"]["sft"]["speedup"] == pytest.approx((2 / 1 * 2 / 2 * 2 / 3) ** (1 / 3))
     assert found["code"]["sft"]["speedup_low"] is found["code"]["sft"]["speedup_high"] is None, "a single prompt"
-    assert speed_by_set([row("plain", answer("a", 3, 0.0))], {"a": "chat"}) == {}, "an engine that does not say"
+    assert speed_by_set([row("plain", answer("a", 3, 0.0))], {"a": "chat"}, {}) == {}, "an engine that does not say"
 
 
 def test_speed_table_by_hand() -> None:
@@ -80,7 +80,7 @@ def test_speed_table_by_hand() -> None:
     sft = [answer("a", 11, 1.0, 2, accepted=[3, 3]), answer("b", 10, 1.0, 3, accepted=[1, 0, 3])]
     rows = [row(arm, given) for arm, answers in (("plain", plain), ("sft", sft)) for given in answers]
     compare_with_plain(rows, sampled=False)
-    table = speed_table([turn("plain", plain, 4.0), turn("sft", sft, 2.0)], rows)
+    table = speed_table([turn("plain", plain, 4.0), turn("sft", sft, 2.0)], rows, {})
     assert table["plain"] == {
         "tokens_per_s": 10.0, "turns": 1, "prompts": 2, "request_tokens_per_s_median": (2.5 + 7.5) / 2,
     }  # fmt: skip
@@ -105,7 +105,7 @@ def test_turns_are_the_repetitions_and_paired_by_round() -> None:
             turn("sft", [answer("a", 60, steps=20)], 6.0 * slow / factor, round),
             turn("opd", [answer("a", 60, steps=20)], 6.0 * slow / factor / 1.5, round),
         ]
-    found = speed_table(turns[::-1], [])  # in any order
+    found = speed_table(turns[::-1], [], {})  # in any order
     logs = np.log([2.0, 2.1, 1.9, 2.0])
     low, high = stats.t.interval(0.95, 3, loc=logs.mean(), scale=logs.std(ddof=1) / 2)
     assert found["sft"]["speedup"] == pytest.approx(np.exp(logs.mean()))
@@ -127,7 +127,7 @@ def test_an_interval_has_the_error_of_the_rounds_and_that_of_the_prompts() -> No
             ]
             turns.append(turn(arm, answers, sum(each.seconds for each in answers), round, one))
             rows += [row(arm, each, round, one) for each in answers]
-    (alone,) = log_ratios(turns, [], [("sft", "plain")]).values()
+    (alone,) = log_ratios(turns, [], [("sft", "plain")], {}).values()
     assert (alone.units, alone.degrees) == (3, 2)
     assert alone.error == pytest.approx(stats.sem(np.log([1.0, 1.1, 0.9])))
 
@@ -136,7 +136,7 @@ def test_an_interval_has_the_error_of_the_rounds_and_that_of_the_prompts() -> No
         left = [np.log(np.delete(total["plain"], g).sum() / np.delete(total["sft"], g).sum()) for g in groups]
         return float(np.sqrt((len(groups) - 1) / len(groups) * np.sum((np.array(left) - np.mean(left)) ** 2)))
 
-    (both,) = log_ratios(turns, rows, [("sft", "plain")]).values()
+    (both,) = log_ratios(turns, rows, [("sft", "plain")], {}).values()
     assert (both.value, both.units) == (alone.value, 3)
     assert both.error == pytest.approx(np.hypot(alone.error, over([[0], [1], [2], [3]])))
     assert both.degrees > 2
@@ -160,7 +160,7 @@ def test_turns_with_several_in_flight_have_the_error_of_what_their_slowest_reque
                 wall = sum(of_prompts) if in_flight == 1 else max(of_prompts)
                 turns.append(turn(arm, answers, wall, round, setting))
                 rows += [row(arm, each, round, setting) for each in answers]
-        (found,) = log_ratios(turns, rows, [("sft", "plain")]).values()
+        (found,) = log_ratios(turns, rows, [("sft", "plain")], {}).values()
         errors[in_flight] = found.error
         (of_one,) = log_ratios(turns, rows, [("sft", "plain")], dict.fromkeys("abcd", "one")).values()
         assert of_one.interval() is None
@@ -182,10 +182,10 @@ def test_a_prompt_that_outweighs_all_others_tells_nothing_of_them() -> None:
             ]
             turns.append(turn(arm, answers, sum(each.seconds for each in answers), round))
             rows += [row(arm, each, round) for each in answers]
-    found = log_ratios(turns, rows, [("sft", "plain"), ("opd", "sft")])
+    found = log_ratios(turns, rows, [("sft", "plain"), ("opd", "sft")], {})
     assert [each.interval() for each in found.values()] == [None, None]
     assert [each["different"] for each in verdicts({}, found, 2)] == [None, None]
-    assert speed_table(turns, rows)["sft"]["speedup_high"] is None
+    assert speed_table(turns, rows, {})["sft"]["speedup_high"] is None
 
 
 def test_block_sizes_are_chosen_with_as_many_in_flight_as_are_measured(
@@ -201,13 +201,13 @@ def test_block_sizes_are_chosen_with_as_many_in_flight_as_are_measured(
 def test_the_number_of_prompts_is_no_number_of_repetitions() -> None:
     """A hundred prompts in one turn are one observation of a machine's speed."""
     many = [answer(str(i), 10) for i in range(100)]
-    found = speed_table([turn("plain", many, 9.0), turn("sft", many, 8.0)], [])["sft"]
+    found = speed_table([turn("plain", many, 9.0), turn("sft", many, 8.0)], [], {})["sft"]
     assert (found["prompts"], found["speedup_low"]) == (100, None)
 
 
 def test_latencies_are_quantiles_over_requests() -> None:
     answers = [answer(str(i), 10, 2.0, first=0.1 * (i + 1)) for i in range(21)]
-    found = speed_table([turn("plain", answers, 9.0)], [row("plain", each) for each in answers])["plain"]
+    found = speed_table([turn("plain", answers, 9.0)], [row("plain", each) for each in answers], {})["plain"]
     assert found["first_token_s_median"] == pytest.approx(1.1)
     assert found["first_token_s_p95"] == pytest.approx(2.0)
     assert found["request_tokens_per_s_median"] == 5.0
@@ -221,7 +221,7 @@ def test_settings_do_not_mix() -> None:
         for arm, seconds in (("plain", 1.0), ("sft", 0.5 - 0.1 * i))
     ]
     rows = [row("sft", answer("a", 10, float(i + 1)), setting=setting) for i, setting in enumerate(settings)]
-    found = speed_by_setting(turns, rows, settings)
+    found = speed_by_setting(turns, rows, settings, {})
     assert [(f["temperature"], f["concurrency"]) for f in found] == [(0.0, 2), (0.7, 2), (0.7, 16)]
     assert [f["arms"]["plain"]["tokens_per_s"] for f in found] == pytest.approx([10, 20, 30])
     assert [f["arms"]["sft"]["speedup"] for f in found] == pytest.approx([2, 2.5, 10 / 3])
