@@ -211,7 +211,8 @@ def _trace(
     folder = served.ctx.work / "traced"
     steps = [row for answer in answers for row in answer.trace_rows()]
     write_table(folder / f"{arm}-steps.parquet", TRACE, steps)
-    rows = [row_of(engine.name, 0, arm, block_size, setting, answer) for answer in answers]
+    whole = [answer for answer in answers if not answer.retractions]  # the others' steps are not replay's
+    rows = [row_of(engine.name, 0, arm, block_size, setting, answer) for answer in whole]
     write_table(folder / f"{arm}-answers.parquet", REQUESTS, rows)
 
 

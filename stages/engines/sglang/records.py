@@ -90,6 +90,7 @@ def completion_of(
         meta = body["meta_info"]
         tokens, reason = [int(token) for token in body["output_ids"]], str(meta["finish_reason"]["type"])
         steps_counted = int(meta.get("spec_verify_ct") or 0)
+        retractions = int(meta.get("num_retractions") or 0)
         accepted_counts = [int(count) for count in meta.get("spec_correct_drafts_histogram") or ()]
     except (KeyError, TypeError, ValueError) as error:
         raise BadAnswerError(
@@ -111,6 +112,7 @@ def completion_of(
         reason,
         steps,
         verify_steps=len(steps) or steps_counted,
+        retractions=retractions,
         accepted_counts=accepted_counts,
         seconds=seconds,
         first_token_seconds=first_token_seconds,

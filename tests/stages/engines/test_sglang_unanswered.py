@@ -127,7 +127,7 @@ def test_an_answer_that_was_retracted_is_kept_where_asking_once_more_fails(
         (found,) = engine.generate([Request("r", [5], SamplingParams(8))])
         assert len(asked_for(server)) == asked
     assert found.response_ids == list(range(6, 14))
-    assert (found.verify_steps, len(found.steps)) == (1, 0)
+    assert (found.verify_steps, found.retractions, len(found.steps)) == (1, 1, 0)
 
 
 def test_a_refused_key_ends_it_at_once(plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path) -> None:
