@@ -18,6 +18,7 @@ from draftsmith.stages.engines import embedded
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.embedded import EmbeddedEngine
+from draftsmith.stages.measure import served as served_module
 from draftsmith.stages.measure.config import EvaluationConfig, prompts_to_decode
 from draftsmith.stages.measure.gate import GateConfig, decide
 from draftsmith.stages.measure.requests import Measured
@@ -131,6 +132,22 @@ def test_every_arm_has_its_block_and_its_turns_and_none_is_repeated(
         assert (figures["answers"], figures["different_steps"], figures["tau_difference"]) == (6, 0, 0)
     one, two = speed_by_setting(found.turns, found.rows, after.settings, {})
     assert one["arms"]["wide"]["turns"] == two["arms"]["narrow"]["turns"] == 2
+
+
+def test_a_round_that_another_machine_has_begun_is_measured_anew(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store on a shared disk, and a run that goes on elsewhere: its arms would be compared across machines."""
+    inputs = {"target": tiny_drafter.target}
+    config = CONFIG.model_copy(update={"block_sizes": None, "concurrency": (1,)})
+    first = StoppingContext.under(tmp_path, inputs, stop_after=4, unit="turns of servers")
+    with pytest.raises(StageInterrupted):
+        measure(served(first, tiny_drafter, config=config), tiny_drafter)
+    monkeypatch.setattr(served_module, "machine", lambda: {"cpu": "another"})
+    after = served(RecordingContext.under(tmp_path, inputs), tiny_drafter, config=config)
+    found = measure(after, tiny_drafter)
+    assert [arm for arm, _ in after.started] == ["wide", "narrow", "plain"]
+    assert [turn["round"] for turn in found.turns] == [0, 0, 0, 1, 1, 1]
 
 
 def test_an_engine_that_needs_more_steps_than_replay_is_refused_without_a_trace(
