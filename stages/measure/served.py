@@ -127,6 +127,12 @@ class Served:
             done[completion.request.request_id] = completion
             self.ctx.check_interrupted()  # a turn is repeated as a whole
         wall = time.perf_counter() - started
+        if engine.was_full:
+            raise DraftsmithError(
+                f"evaluation.concurrency: the server does not take {setting.concurrency} requests at once, so that the "
+                "pauses before it is asked again would be measured: lower it, or raise the server's limit "
+                "(max-queued-requests in evaluation.engine.launch.options)"
+            )
         return [done[request.request_id] for request in requests], wall
 
 

@@ -192,6 +192,11 @@ class SGLangEngine:
             first_token_seconds=answer.first_token_seconds,
         )
 
+    @property
+    def was_full(self) -> bool:
+        """Did a server not take as many requests at once as it was to get, so that they waited here?"""
+        return any(server.load.told for server in self._pool.servers)
+
     def set_concurrency(self, total: int | None) -> None:
         """Bound the requests in flight on all servers together; None: `engine.concurrency` a server again."""
         self._loop.call(lambda: self._pool.set_concurrency(total))

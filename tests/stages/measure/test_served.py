@@ -45,6 +45,7 @@ class Server:
     engine: EmbeddedEngine
     wasteful: bool = False
     retracts: bool = False
+    was_full: bool = False
     name: str = "stand-in 1.0"
     records_trace: bool = True
 
@@ -71,6 +72,7 @@ class StandIn(Served):
     started: list[tuple[str, int]] = field(default_factory=list)
     wasteful: bool = False
     retracts: bool = False
+    full: bool = False
 
     @contextmanager
     def server(self, drafter: Path | None, block_size: int, work: Path) -> Iterator[Any]:
@@ -78,7 +80,8 @@ class StandIn(Served):
         target = Target.load(self.ctx.inputs["target"])
         loaded = load_drafter(drafter, target) if drafter else None
         drafting = DraftingConfig(block_size=block_size) if drafter else None
-        yield Server(EmbeddedEngine(target, loaded, capacity=400, drafting=drafting), self.wasteful, self.retracts)
+        engine = EmbeddedEngine(target, loaded, capacity=400, drafting=drafting)
+        yield Server(engine, self.wasteful, self.retracts, self.full)
 
 
 def served(ctx: RecordingContext, made: DrafterArtifacts, **changes: Any) -> StandIn:
@@ -166,6 +169,17 @@ def test_an_engine_that_needs_more_steps_than_replay_is_refused_without_a_trace(
     assert [arm for arm, _ in repaired.started][:3] == ["plain", "wide", "narrow"], "what was refused is not kept"
     assert found.parity is not None
     assert found.parity["wide"]["tau_difference"] < 0.05, "near-ties of bfloat16; a fifth is ten times as much"
+
+
+def test_a_server_that_refuses_requests_measures_the_pauses_of_who_asks(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts
+) -> None:
+    ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target})
+    config = CONFIG.model_copy(update={"block_sizes": None, "concurrency": (2,)})
+    full = served(ctx, tiny_drafter, config=config, full=True)
+    with pytest.raises(DraftsmithError, match=r"evaluation\.concurrency: the server does not take 2 requests at once"):
+        measure(full, tiny_drafter)
+    assert [arm for arm, _ in full.started] == ["plain"], "while it warms up"
 
 
 def test_an_answer_that_was_retracted_says_nothing_of_the_drafter(
