@@ -66,11 +66,12 @@ TRAJECTORIES = _table(
 
 TIMINGS = _table(  # volatile: beside the trajectories, in a file of its own
     "timings",
-    2,
+    3,
     trajectory_id=pa.string(),
     seconds=pa.float64(),
     first_token_seconds=pa.float64(),  # NaN = not measured
     verify_steps=pa.int32(),  # 0 = plain decoding
+    retractions=pa.int32(),  # times that a server read it again: each made a token without a verify step
     draft_seconds=pa.float64(),
     verify_seconds=pa.float64(),
 )

@@ -210,11 +210,15 @@ def parity(
         comparison.add(recorded.of(traced, COMPARED), replayed.of(traced, COMPARED))
         ctx.check_interrupted()
     figures = comparison.check(gate) if recorded.counts.any() and not drawn else {}
-    timings = read_table(folder / "timings.parquet", TIMINGS, ["trajectory_id", "verify_steps"])
+    timings = read_table(folder / "timings.parquet", TIMINGS, ["trajectory_id", "verify_steps", "retractions"])
     place = places(timings, "trajectory_id", ids)
-    served = np.zeros(len(ids), dtype=np.int64)
-    served[place[place >= 0]] = timings["verify_steps"].to_numpy()[place >= 0]
-    return figures | check_tau(gate, _committed(trajectories), served, replayed.counts)
+    served, retractions = np.zeros((2, len(ids)), dtype=np.int64)
+    for counts, name in ((served, "verify_steps"), (retractions, "retractions")):
+        counts[place[place >= 0]] = timings[name].to_numpy()[place >= 0]
+    whole = retractions == 0  # the others' steps are not replay's: a token of theirs was made without one
+    if whole.any():
+        figures |= check_tau(gate, _committed(trajectories)[whole], served[whole], replayed.counts[whole])
+    return figures
 
 
 def _committed(trajectories: TrajectoryRows) -> np.ndarray:

@@ -61,6 +61,7 @@ class Completion:
     finish_reason: str = ""  # "stop" or "length"
     steps: list[VerifyStep] = field(default_factory=list)  # empty for plain decoding, or if no trace was recorded
     verify_steps: int = 0  # how many there were, recorded or not; 0 for plain decoding
+    retractions: int = 0  # times that a server read it again, which makes a token without a verify step
     accepted_counts: list[int] = field(default_factory=list)  # steps that kept 0, 1, … proposals, where only counted
     seconds: float = 0.0
     first_token_seconds: float = float("nan")  # from the request to its first token, where measured

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
@@ -81,6 +82,13 @@ def _http_address(url: str) -> str:
         raise ValueError(f"holds {why}: name the variable of the environment that has the key in api_key_env")
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"{url!r} is no address: write http://{url}")
+    try:
+        parts = urlsplit(url)
+        whole = bool(parts.hostname) and parts.port != 0 and not any(map(str.isspace, url))
+    except ValueError:  # of its port
+        whole = False
+    if not whole:
+        raise ValueError(f"{url!r} is no address of a server: write one such as http://host:30000")
     return url
 
 

@@ -109,6 +109,7 @@ def _timing(completion: Completion) -> dict[str, object]:
         "seconds": completion.seconds,
         "first_token_seconds": completion.first_token_seconds,
         "verify_steps": completion.verify_steps,
+        "retractions": completion.retractions,
         "draft_seconds": completion.draft_seconds,
         "verify_seconds": completion.verify_seconds,
     }

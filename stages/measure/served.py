@@ -2,11 +2,13 @@
 
 All servers have the same settings except for the drafter. In every round each arm's server is started, warmed up and
 measured at every setting, with an empty prefix cache; the order of the arms rotates by round, so that a machine that
-slows down does so for all. What a turn measured is kept, so an interrupted evaluation goes on with the next turn.
+slows down does so for all. What a turn measured is kept, so an interrupted evaluation goes on with the next turn; on
+another machine with the round, whose turns are compared with each other.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.parquet import read_table, to_table, write_table
 from draftsmith.artifacts.schemas import REQUESTS, TRACE, TURNS
@@ -24,7 +27,7 @@ from draftsmith.stages.contract import StageContext, follow
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import SGLangEngineConfig, served_dtype
-from draftsmith.stages.measure.load import LoadMeter
+from draftsmith.stages.measure.load import LoadMeter, machine
 from draftsmith.stages.measure.requests import (
     PLAIN,
     Measured,
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
     from draftsmith.stages.measure.config import EvaluationConfig
 
 WARM_UP_TOKENS = 16  # a prefill and some steps at every batch size
+_TURNS = "turns.parquet"
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,12 @@ class Served:
             done[completion.request.request_id] = completion
             self.ctx.check_interrupted()  # a turn is repeated as a whole
         wall = time.perf_counter() - started
+        if engine.was_full:
+            raise DraftsmithError(
+                f"evaluation.concurrency: the server does not take {setting.concurrency} requests at once, so that the "
+                "pauses before it is asked again would be measured: lower it, or raise the server's limit "
+                "(max-queued-requests in evaluation.engine.launch.options)"
+            )
         return [done[request.request_id] for request in requests], wall
 
 
@@ -141,6 +151,7 @@ def measure_served(served: Served, heldout: Sequence[Prompt], validation: Sequen
     turns: list[Row] = []
     parity: dict[str, dict[str, Any]] = {}
     for round in range(config.rounds):
+        _begin(ctx.work / f"round-{round}", arms)
         first = round % len(arms)
         for order, arm in enumerate(arms[first:] + arms[:first]):
             answered, timed = _turn(served, round, order, arm, sizes.get(arm, 1), heldout)
@@ -155,6 +166,16 @@ def measure_served(served: Served, heldout: Sequence[Prompt], validation: Sequen
     _add_margins(served, rows, heldout)
     exactness = {"serving_dtype": served_dtype(served.engine, served.target_dtype), **equality(rows)}
     return Measured(rows[0]["engine"], rows, turns, candidates, len(validation), exactness, parity)
+
+
+def _begin(folder: Path, arms: Sequence[str]) -> None:
+    """A round, in its folder: one that another machine has begun, and not finished, is measured anew."""
+    if all((folder / arm / _TURNS).exists() for arm in arms):
+        return
+    note, here = folder / "machine.json", json.dumps(machine())
+    if note.exists() and note.read_text(encoding="utf-8") != here:
+        shutil.rmtree(folder)
+    write_text(note, here)
 
 
 def _add_margins(served: Served, rows: Sequence[Row], heldout: Sequence[Prompt]) -> None:
@@ -176,7 +197,7 @@ def _turn(
     Returns rows of the tables `requests` and `turns`.
     """
     folder = served.ctx.work / f"round-{round}" / arm
-    requests_file, turns_file = folder / "requests.parquet", folder / "turns.parquet"
+    requests_file, turns_file = folder / "requests.parquet", folder / _TURNS
     if turns_file.exists():
         return read_table(requests_file, REQUESTS).to_pylist(), read_table(turns_file, TURNS).to_pylist()
     served.ctx.log(f"round {round + 1} of {served.config.rounds}: {arm}")
@@ -211,7 +232,8 @@ def _trace(
     folder = served.ctx.work / "traced"
     steps = [row for answer in answers for row in answer.trace_rows()]
     write_table(folder / f"{arm}-steps.parquet", TRACE, steps)
-    rows = [row_of(engine.name, 0, arm, block_size, setting, answer) for answer in answers]
+    whole = [answer for answer in answers if not answer.retractions]  # the others' steps are not replay's
+    rows = [row_of(engine.name, 0, arm, block_size, setting, answer) for answer in whole]
     write_table(folder / f"{arm}-answers.parquet", REQUESTS, rows)
 
 
@@ -302,7 +324,7 @@ def _choose_block_sizes(
 def _tokens_per_s(served: Served, arm: str, size: int, validation: Sequence[Prompt]) -> float:
     """Of an arm with blocks of `size`, at the first setting."""
     folder = served.ctx.work / "block-sizes" / arm / str(size)
-    table, setting = folder / "turns.parquet", served.settings[0]
+    table, setting = folder / _TURNS, served.settings[0]
     if not table.exists():
         served.ctx.log(f"{arm}: validation prompts with blocks of {size}")
         with served.server(served.drafters[arm], size, folder) as engine:

@@ -290,6 +290,27 @@ def test_without_a_trace_the_counted_steps_are_compared(
         mine(tmp_path / "none", tiny_drafter, retold([], steps=lambda _: 0, dtype="bfloat16"))
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_the_steps_of_a_retracted_answer_are_not_compared(
+    recorded: bool, tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, retold: Callable[..., Path]
+) -> None:
+    """Its server read it again, which made a token without a verify step: from there on its steps are others."""
+    trace = read_table(assisted / "trace.parquet", TRACE).to_pylist()
+    folder = retold([row for row in trace if recorded and row["trajectory_id"] != trace[0]["trajectory_id"]])
+    timings = read_table(folder / "timings.parquet", TIMINGS).to_pylist()
+    (row,) = (row for row in timings if row["trajectory_id"] == trace[0]["trajectory_id"])
+    row["verify_steps"] += 1
+    write_table(folder / "timings.parquet", TIMINGS, timings)
+    with pytest.raises(DraftsmithError, match=r"tau is .* in replay .*float32 with greedy decoding allows none"):
+        mine(tmp_path / "another", tiny_drafter, folder)
+    row["retractions"] = 1
+    write_table(folder / "timings.parquet", TIMINGS, timings)
+    ctx = mine(tmp_path / "retracted", tiny_drafter, folder)
+    assert summary(ctx)["parity"]["answers"] == len({step["trajectory_id"] for step in trace}) - 1
+    write_table(folder / "timings.parquet", TIMINGS, [{**each, "retractions": 1} for each in timings])
+    mine(tmp_path / "all", tiny_drafter, folder)
+
+
 def test_the_trained_block_size_may_be_written_out_on_one_side(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, retold: Callable[..., Path]
 ) -> None:

@@ -161,11 +161,12 @@ class SGLangEngine:
     async def _answer(self, request: Request) -> Completion:
         if self._fleet.greedy_only and not request.sampling.greedy:
             raise DraftsmithError(f"sampling.temperature: {GREEDY_ONLY}")
+        payload = generate_payload(request, self._expected.target.eos_ids, self.records_trace)
         avoid = ""
         for again in range(_ASKED_AGAIN + 1):
-            answer = await self._ask(request, avoid)
+            answer = await self._pool.ask(request.request_id, payload, avoid)
             # It lost its memory to others and was read again, which makes a token without a verify step: normal on a
-            # full server. It was asked for once more, and is now taken without its steps, which mining replays.
+            # full server. Its tokens are right; it is taken without its steps, which mining replays.
             with_records = self.records_trace and not _retractions(answer)
             try:
                 completion = self._completion(request, answer, with_records=with_records)
@@ -180,14 +181,6 @@ class SGLangEngine:
                 return completion
         raise AssertionError
 
-    async def _ask(self, request: Request, avoid: str) -> Answer:
-        payload = generate_payload(request, self._expected.target.eos_ids, self.records_trace)
-        answer = await self._pool.ask(request.request_id, payload, avoid)
-        if self.records_trace and _retractions(answer):
-            with suppress(DraftsmithError, NotSentError):  # the first one is an answer, only without its steps
-                answer = await self._pool.ask(request.request_id, payload, avoid)
-        return answer
-
     def _completion(self, request: Request, answer: Answer, *, with_records: bool) -> Completion:
         return completion_of(
             request,
@@ -198,6 +191,11 @@ class SGLangEngine:
             seconds=answer.seconds,
             first_token_seconds=answer.first_token_seconds,
         )
+
+    @property
+    def was_full(self) -> bool:
+        """Did a server not take as many requests at once as it was to get, so that they waited here?"""
+        return any(server.load.told for server in self._pool.servers)
 
     def set_concurrency(self, total: int | None) -> None:
         """Bound the requests in flight on all servers together; None: `engine.concurrency` a server again."""

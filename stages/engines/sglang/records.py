@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -90,6 +91,7 @@ def completion_of(
         meta = body["meta_info"]
         tokens, reason = [int(token) for token in body["output_ids"]], str(meta["finish_reason"]["type"])
         steps_counted = int(meta.get("spec_verify_ct") or 0)
+        retractions = int(meta.get("num_retractions") or 0)
         accepted_counts = [int(count) for count in meta.get("spec_correct_drafts_histogram") or ()]
     except (KeyError, TypeError, ValueError) as error:
         raise BadAnswerError(
@@ -111,6 +113,7 @@ def completion_of(
         reason,
         steps,
         verify_steps=len(steps) or steps_counted,
+        retractions=retractions,
         accepted_counts=accepted_counts,
         seconds=seconds,
         first_token_seconds=first_token_seconds,
@@ -147,7 +150,8 @@ def read_steps(request: Request, tokens: list[int], meta: dict[str, Any]) -> lis
     """The verify steps of an answer from the plug-in's records, one element an output token.
 
     The first token comes from reading the prompt; every other one must belong to exactly one step. A step that went
-    past the end of the answer is cut there, as the embedded engine does. Raises IncompleteRecordsError otherwise.
+    past the end of the answer is cut there, as the embedded engine does. Raises IncompleteRecordsError otherwise,
+    BadAnswerError for log-probs that are NaN.
     """
     records = meta.get(KEY) or []
     steps: list[VerifyStep] = []
@@ -166,12 +170,21 @@ def read_steps(request: Request, tokens: list[int], meta: dict[str, Any]) -> lis
         accepted = min(kept, committed)
         if [*block[:kept], record["bonus"]][:committed] != tokens[at : at + committed]:
             raise _incomplete(request, f"the step at token {at} says other tokens than the answer has")
-        logprobs = record.get("logprobs")
+        if (logprobs := record.get("logprobs")) is not None and not all(map(_is_number, logprobs)):
+            raise BadAnswerError(
+                f"request {request.request_id}: the server's log-probs at token {index} are no numbers, so that the "
+                "answer is no use: its logits are NaN; look for a dtype or a kernel that overflows"
+            )
         steps.append(VerifyStep(anchor, accepted, block, None if logprobs is None else [float(x) for x in logprobs]))
         at += committed
     if at != max(len(tokens), 1):
         raise _incomplete(request, f"they end at token {at} of {len(tokens)}")
     return steps
+
+
+def _is_number(value: float | None) -> bool:
+    """JSON has no NaN: SGLang writes null."""
+    return value is not None and math.isfinite(value)
 
 
 def _incomplete(request: Request, what: str) -> IncompleteRecordsError:

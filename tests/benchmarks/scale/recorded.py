@@ -137,7 +137,7 @@ def _scores(index: int, tokens: int) -> StepScores:
 
 def _timing(name: str, trace: Trace) -> dict[str, Any]:
     seconds = dict.fromkeys(("seconds", "first_token_seconds", "draft_seconds", "verify_seconds"), 1.0)
-    return {"trajectory_id": name, "verify_steps": len(trace.anchors), **seconds}
+    return {"trajectory_id": name, "verify_steps": len(trace.anchors), "retractions": 0, **seconds}
 
 
 def _steps(index: int, tokens: int) -> pa.Table:

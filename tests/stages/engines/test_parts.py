@@ -83,9 +83,8 @@ def test_a_damaged_part_is_left_out_wherever_it_stands(
     for name in IDS:
         parts.append([answer(name, [3, 4], [1])], SPLITS, "e")
     shard = tmp_path / table / "shard-00001.parquet"
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 3] ^= 1
-    shard.write_bytes(content)
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2])
     with caplog.at_level(logging.WARNING):
         again = AnswerParts(tmp_path)
     assert again.finished(with_trace=True) == {"a/0", "c/0"}

@@ -127,6 +127,11 @@ def test_a_rollout_on_sglang_drafts_from_the_whole_vocabulary() -> None:
 def test_an_address_needs_its_scheme() -> None:
     with pytest.raises(ValidationError, match="'gpu1:30000' is no address: write http://gpu1:30000"):
         SGLangEngineConfig.model_validate({"kind": "sglang", "urls": ["gpu1:30000"]})
+    for mistyped in ("http://gpu1:3000o", "http://gpu1:300000", "http://", "http://[::1:30000", "http://gpu1:30000 "):
+        with pytest.raises(ValidationError, match="is no address of a server: write one such as http://host:30000"):
+            SGLangEngineConfig.model_validate({"kind": "sglang", "urls": [mistyped]})
+    for well in ("http://gpu1", "https://gpu1:443/sglang/", "http://[::1]:30000"):
+        assert SGLangEngineConfig.model_validate({"kind": "sglang", "urls": [well]}).urls == (well,)
 
 
 def test_the_config_may_name_the_algorithm(tmp_path: Path) -> None:

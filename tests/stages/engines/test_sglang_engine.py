@@ -18,7 +18,7 @@ from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.sglang import health
 from draftsmith.stages.engines.sglang.engine import UnansweredError, open_sglang
 from draftsmith.stages.engines.sglang.expected import Expected
-from tests.stages.engines.http_server import answer, is_probe
+from tests.stages.engines.http_server import Refusal, answer, is_probe
 from tests.stages.engines.test_sglang_handshake import expected_of, server_of
 from tests.testbed.drafter import DrafterArtifacts
 
@@ -153,6 +153,27 @@ def test_a_new_bound_holds_from_the_first_request_on(
             server.most_at_once = 0
             assert len(list(engine.generate(MANY[:bound]))) == bound
             assert server.most_at_once == bound
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_the_engine_tells_that_a_server_was_full(
+    full: bool, plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    left = [1 if full else 0]
+
+    def generate(payload: dict[str, Any]) -> dict[str, Any]:
+        if not is_probe(payload) and left[0]:
+            left[0] -= 1
+            raise Refusal(503, "The request queue is full.")
+        return answer(payload)
+
+    with (
+        server_of(plain, generate=generate) as server,
+        opened(tiny_drafter, tmp_path, {"urls": [server.url]}) as engine,
+    ):
+        assert not engine.was_full
+        assert len(list(engine.generate(REQUESTS))) == 4
+        assert engine.was_full == full
 
 
 def test_a_stage_that_waits_for_an_answer_reacts_to_a_stop_within_seconds(

@@ -92,6 +92,15 @@ def test_log_probabilities_are_kept() -> None:
     assert done.steps[0].target_logprobs == [-0.5, -1.0, -2.0]
 
 
+@pytest.mark.parametrize("nan", [None, float("nan")])
+def test_an_answer_of_logits_that_are_nan_is_a_bad_one(nan: float | None) -> None:
+    """JSON has no NaN: SGLang writes null."""
+    answer = body([20, 21], [None, record(3, [21, 5, 6], 1, 7, logprobs=[-0.5, nan, -2])], "length")
+    with pytest.raises(BadAnswerError, match="request p/0: the server's log-probs at token 1 are no numbers"):
+        read(answer, _short(2))
+    assert read(answer, _short(2), with_records=False).response_ids == [20, 21]
+
+
 def _short(new: int) -> Request:
     return replace(REQUEST, sampling=SamplingParams(new))
 

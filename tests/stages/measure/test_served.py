@@ -18,6 +18,7 @@ from draftsmith.stages.engines import embedded
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.embedded import EmbeddedEngine
+from draftsmith.stages.measure import served as served_module
 from draftsmith.stages.measure.config import EvaluationConfig, prompts_to_decode
 from draftsmith.stages.measure.gate import GateConfig, decide
 from draftsmith.stages.measure.requests import Measured
@@ -38,10 +39,13 @@ CONFIG = EvaluationConfig.model_validate(
 
 @dataclass
 class Server:
-    """What an evaluation asks of a server. `wasteful`: it counts more verify steps than it needs, and records none."""
+    """What an evaluation asks of a server. `wasteful`: it counts more verify steps than it needs, and records none;
+    `retracts`: of the first answer alone, which it read again."""
 
     engine: EmbeddedEngine
     wasteful: bool = False
+    retracts: bool = False
+    was_full: bool = False
     name: str = "stand-in 1.0"
     records_trace: bool = True
 
@@ -51,10 +55,12 @@ class Server:
         self.engine.slots = requests
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        for answer in self.engine.generate(requests):
-            if self.wasteful or not self.records_trace:
+        for place, answer in enumerate(self.engine.generate(requests)):
+            if retracted := self.retracts and answer.verify_steps > 0 and place == 0:
+                answer.retractions = 1
+            if self.wasteful or retracted or not self.records_trace:
                 answer.steps = []
-            if self.wasteful:
+            if self.wasteful or retracted:
                 answer.verify_steps = round(1.25 * answer.verify_steps)
             yield answer
 
@@ -65,6 +71,8 @@ class StandIn(Served):
 
     started: list[tuple[str, int]] = field(default_factory=list)
     wasteful: bool = False
+    retracts: bool = False
+    full: bool = False
 
     @contextmanager
     def server(self, drafter: Path | None, block_size: int, work: Path) -> Iterator[Any]:
@@ -72,7 +80,8 @@ class StandIn(Served):
         target = Target.load(self.ctx.inputs["target"])
         loaded = load_drafter(drafter, target) if drafter else None
         drafting = DraftingConfig(block_size=block_size) if drafter else None
-        yield Server(EmbeddedEngine(target, loaded, capacity=400, drafting=drafting), self.wasteful)
+        engine = EmbeddedEngine(target, loaded, capacity=400, drafting=drafting)
+        yield Server(engine, self.wasteful, self.retracts, self.full)
 
 
 def served(ctx: RecordingContext, made: DrafterArtifacts, **changes: Any) -> StandIn:
@@ -128,6 +137,22 @@ def test_every_arm_has_its_block_and_its_turns_and_none_is_repeated(
     assert one["arms"]["wide"]["turns"] == two["arms"]["narrow"]["turns"] == 2
 
 
+def test_a_round_that_another_machine_has_begun_is_measured_anew(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store on a shared disk, and a run that goes on elsewhere: its arms would be compared across machines."""
+    inputs = {"target": tiny_drafter.target}
+    config = CONFIG.model_copy(update={"block_sizes": None, "concurrency": (1,)})
+    first = StoppingContext.under(tmp_path, inputs, stop_after=4, unit="turns of servers")
+    with pytest.raises(StageInterrupted):
+        measure(served(first, tiny_drafter, config=config), tiny_drafter)
+    monkeypatch.setattr(served_module, "machine", lambda: {"cpu": "another"})
+    after = served(RecordingContext.under(tmp_path, inputs), tiny_drafter, config=config)
+    found = measure(after, tiny_drafter)
+    assert [arm for arm, _ in after.started] == ["wide", "narrow", "plain"]
+    assert [turn["round"] for turn in found.turns] == [0, 0, 0, 1, 1, 1]
+
+
 def test_an_engine_that_needs_more_steps_than_replay_is_refused_without_a_trace(
     tmp_path: Path, tiny_drafter: DrafterArtifacts
 ) -> None:
@@ -144,6 +169,28 @@ def test_an_engine_that_needs_more_steps_than_replay_is_refused_without_a_trace(
     assert [arm for arm, _ in repaired.started][:3] == ["plain", "wide", "narrow"], "what was refused is not kept"
     assert found.parity is not None
     assert found.parity["wide"]["tau_difference"] < 0.05, "near-ties of bfloat16; a fifth is ten times as much"
+
+
+def test_a_server_that_refuses_requests_measures_the_pauses_of_who_asks(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts
+) -> None:
+    ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target})
+    config = CONFIG.model_copy(update={"block_sizes": None, "concurrency": (2,)})
+    full = served(ctx, tiny_drafter, config=config, full=True)
+    with pytest.raises(DraftsmithError, match=r"evaluation\.concurrency: the server does not take 2 requests at once"):
+        measure(full, tiny_drafter)
+    assert [arm for arm, _ in full.started] == ["plain"], "while it warms up"
+
+
+def test_an_answer_that_was_retracted_says_nothing_of_the_drafter(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts
+) -> None:
+    """Steps behind a token that no step made are not replay's, in float32 neither."""
+    ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target})
+    config = CONFIG.model_copy(update={"block_sizes": None, "concurrency": (1,), "rounds": 1})
+    found = measure(served(ctx, tiny_drafter, config=config, retracts=True), tiny_drafter)
+    assert found.parity is not None
+    assert {(each["answers"], each["tau_difference"]) for each in found.parity.values()} == {(5, 0.0)}
 
 
 def test_a_server_that_keeps_wrong_proposals_is_seen_by_how_sure_the_target_was(
