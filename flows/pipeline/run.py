@@ -189,6 +189,8 @@ def _run_once(
         kept = course.decisive if course is not None else ()
         if status != "FINISHED" and not again and (told := _still_forced(forced, made, kept)):
             workshop.display.line(told)
+        if tracking.missed and status != "KILLED":  # of stages that ended while it was away
+            close_dead_runs(tracking, workshop.store)
     if conclusion is not None:
         workshop.display.line(conclusion.message)
     return {name: _described(each) for name, each in made.items()}, conclusion

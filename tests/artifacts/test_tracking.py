@@ -302,3 +302,21 @@ def test_telemetry_is_off_and_the_import_is_lazy(tmp_path: Path) -> None:
         """
     (tmp_path / "home").mkdir()
     subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "home")], check=True, timeout=120)
+
+
+def test_files_that_mlflow_does_not_take_leave_no_run_running(
+    tracking: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a home that was moved to another host, or a server whose bucket is refused: the verdict is there."""
+    page = tmp_path / "report.html"
+    page.write_text("a page")
+    parent = tracking.open_refresh("weekly", {})
+    run = tracking.stage_run(parent, "sft", KEY)
+    client, _ = tracking.connect()
+    monkeypatch.setattr(client, "log_artifact", lambda *_: (_ for _ in ()).throw(PermissionError("/home/old")))
+    run.close("FINISHED", {"tau": 2.5}, artifact(tmp_path / "made").path)
+    tracking.close_refresh("FINISHED", {"tau": 2.5}, [page], {"draftsmith.outcome": "promoted"})
+    for each in (parent, run.run_id):
+        ended = run_of(tracking, each)
+        assert (ended.info.status, ended.data.metrics) == ("FINISHED", {"tau": 2.5})
+    assert run_of(tracking, parent).data.tags["draftsmith.outcome"] == "promoted"
