@@ -213,9 +213,11 @@ class Tracking:
 
     @property
     def read_only(self) -> bool:
-        """Whether the database is this home's and may only be read by this user."""
+        """Whether the database is a file that this user may only read: SQLite writes to its folder too."""
         database = sqlite_file(self.uri)
-        return database is not None and database.is_file() and not os.access(database.parent, os.W_OK)
+        if database is None or not database.is_file():
+            return False
+        return not all(os.access(path, os.W_OK) for path in (database, database.parent))
 
     def must_write(self) -> None:
         """Raise DraftsmithError where nothing can be written."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import logging
+import os
 import shutil
 import socket
 import sqlite3
@@ -234,6 +235,18 @@ def test_files_of_runs_that_would_lie_in_the_home_of_before_are_warned_of(migrat
 
 def test_a_failure_during_the_work_is_one_warning_and_loses_nothing(
     tmp_path: Path, migrated: Path, caplog: pytest.LogCaptureFixture
+def test_a_database_that_may_only_be_read_is_told_before_the_work(
+    tmp_path: Path, migrated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a folder that may be written: somebody else's file in it."""
+    shutil.copy(migrated / "mlflow.db", tmp_path)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "mlflow.db" and access(path, mode))
+    with pytest.raises(DraftsmithError, match=r"mlflow\.db: you may only read it: ask its owner"):
+        Tracking(tmp_path).check()
+    assert Tracking(tmp_path).connect()[0].search_registered_models() == []
+
+
 ) -> None:
     (tmp_path / "mlflow.db").write_bytes((migrated / "mlflow.db").read_bytes())
     broken = Tracking(tmp_path)
