@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 EXPERIMENT = "draftsmith"
 OTHER_SCHEMA = "out-of-date database schema"  # of a database: what MLflow says where another version made it
+LOCKED = "database is locked"  # what SQLite says of one that another program is writing to
 _HTTP = ("http://", "https://")
 _OF_A_DATABASE = re.compile(r"\([\w.]+\.\w+Error\) ")  # (sqlite3.OperationalError) …
 FLUSH_S = 5.0  # metrics reach MLflow at most this late
@@ -78,14 +79,20 @@ class Tracking:
         except DraftsmithError:
             raise
         except Exception as error:
-            reason = _first_line(error)
-            if "database is locked" in reason:  # SQLite, by another program
-                raise RetryableError(f"MLflow's database {redacted(self.uri)} is locked: end what holds it") from error
-            kind = RetryableError if self.uri.startswith(_HTTP) else DraftsmithError  # a server may come back
-            raise kind(self.unusable(reason)) from error
+            reason = first_line(error)
+            passes = not refuses_us(error) and (LOCKED in reason or self.uri.startswith(_HTTP))  # it may come back
+            raise (RetryableError if passes else DraftsmithError)(self.unusable(error)) from error
 
-    def unusable(self, reason: str) -> str:
+    def unusable(self, error: Exception) -> str:
         """That MLflow cannot be used, why, and what to do."""
+        reason = first_line(error)
+        if refuses_us(error):
+            return (
+                f"MLFLOW_TRACKING_URI {redacted(self.uri)}: {reason}; it refuses this user: correct user and password "
+                "(in the address, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD), or ask for the right"
+            )
+        if LOCKED in reason:
+            return f"MLflow's database {redacted(self.uri)} is locked: end what holds it"
         if OTHER_SCHEMA in reason:
             return (
                 f"MLflow's database {redacted(self.uri)} is of another version of MLflow than is installed here: back "
@@ -288,7 +295,7 @@ class Tracking:
                 log.warning(
                     "MLflow at %s failed (%s): results are kept in the store, MLflow may lack a part",
                     redacted(self.uri),
-                    _first_line(error),
+                    first_line(error),
                 )
             self._warned = True
 
@@ -370,7 +377,12 @@ def _is_db(uri: str) -> bool:
     return uri.startswith(("sqlite:", "postgresql", "mysql", "mssql"))
 
 
-def _first_line(error: BaseException) -> str:
+def refuses_us(error: Exception) -> bool:
+    """Whether a server knows better than to let this user do that: no retry helps."""
+    return getattr(error, "error_code", None) in ("PERMISSION_DENIED", "UNAUTHENTICATED")
+
+
+def first_line(error: BaseException) -> str:
     """The first line; of SQLAlchemy's, which says where it was, the one that says what: the database's own."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return redacted(next(filter(_OF_A_DATABASE.match, lines), lines[0]))[:300]

@@ -23,6 +23,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
 from draftsmith.artifacts.mlflow_files import misplaced
 from draftsmith.artifacts.mlflow_terms import flatten
+from draftsmith.artifacts.registry import Registry
 from draftsmith.artifacts.tracking import Tracking
 from tests.testbed.team import free_port
 
@@ -181,6 +182,28 @@ def test_an_unusable_tracking_uri_is_one_clear_error_within_seconds(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("code", ["UNAUTHENTICATED", "PERMISSION_DENIED"])
+def test_a_server_that_refuses_this_user_is_not_asked_again(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A password that has expired: before the work, and where a line is looked up."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos import databricks_pb2
+
+    def refused(_self: object, _name: str) -> None:
+        raise MlflowException("failed with error code 401", error_code=getattr(databricks_pb2, code))
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
+    monkeypatch.setattr("draftsmith.artifacts.tracking.reach", lambda _uri: None)
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", refused)
+    tracking = Tracking(tmp_path)
+    for ask in (tracking.check, lambda: Registry(tracking).champion("line")):
+        with pytest.raises(DraftsmithError, match=r"^MLFLOW_TRACKING_URI .* correct user and password") as said:
+            ask()
+        assert not isinstance(said.value, RetryableError) and "secret" not in str(said.value)
+
+
 def test_a_silent_server_is_given_up_within_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -212,6 +235,18 @@ def test_a_database_that_another_program_has_locked_is_asked_again(
         tracking.check()
 
 
+def test_a_database_that_may_only_be_read_is_told_before_the_work(
+    tmp_path: Path, migrated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a folder that may be written: somebody else's file in it."""
+    shutil.copy(migrated / "mlflow.db", tmp_path)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "mlflow.db" and access(path, mode))
+    with pytest.raises(DraftsmithError, match=r"mlflow\.db: you may only read it: ask its owner"):
+        Tracking(tmp_path).check()
+    assert Tracking(tmp_path).connect()[0].search_registered_models() == []
+
+
 def test_an_experiment_that_was_deleted_takes_no_runs_and_is_told_before_the_work(tracking: Tracking) -> None:
     client, experiment = tracking.connect()
     client.delete_experiment(experiment)
@@ -235,18 +270,6 @@ def test_files_of_runs_that_would_lie_in_the_home_of_before_are_warned_of(migrat
 
 def test_a_failure_during_the_work_is_one_warning_and_loses_nothing(
     tmp_path: Path, migrated: Path, caplog: pytest.LogCaptureFixture
-def test_a_database_that_may_only_be_read_is_told_before_the_work(
-    tmp_path: Path, migrated: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of a folder that may be written: somebody else's file in it."""
-    shutil.copy(migrated / "mlflow.db", tmp_path)
-    access = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "mlflow.db" and access(path, mode))
-    with pytest.raises(DraftsmithError, match=r"mlflow\.db: you may only read it: ask its owner"):
-        Tracking(tmp_path).check()
-    assert Tracking(tmp_path).connect()[0].search_registered_models() == []
-
-
 ) -> None:
     (tmp_path / "mlflow.db").write_bytes((migrated / "mlflow.db").read_bytes())
     broken = Tracking(tmp_path)
