@@ -331,6 +331,33 @@ def test_a_damaged_manifest_is_no_obstacle_where_there_is_a_copy(
             commands.export(Display(), line, tmp_path / layout, layout, dry_run=False)
 
 
+@pytest.mark.parametrize("upload", [True, False])
+def test_a_damaged_drafter_comes_back_where_there_is_a_copy_and_else_is_named(
+    upload: bool, line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path
+) -> None:
+    """By a rollback, which has no `--force` that would make it again."""
+    tracking = Tracking(home)
+    config = config_of(line, registry={"name": line, "upload": upload})
+    digest = drafter_digest(drafters[0].path / DRAFTER_FOLDER)
+    for drafter in drafters:
+        made = gated(Store(home / "store"), drafter)
+        RefreshCourse(resolve(config), ()).finish(made, tracking.open_refresh("weekly", {}))
+        tracking.close_refresh("FINISHED")
+    weights = drafters[0].path / DRAFTER_FOLDER / "model.safetensors"
+    weights.chmod(0o600)
+    weights.write_bytes(b"other")
+    if upload:
+        commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
+        commands.export(Display(), line, tmp_path / "copy", dry_run=False)
+        assert drafter_digest(tmp_path / "copy") == digest
+    else:
+        with pytest.raises(DraftsmithError, match=r"version 1: .*model\.safetensors: .*: restore it .*promote") as said:
+            commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
+        assert "--force" not in str(said.value)
+    champion = registry().champion(line)
+    assert champion is not None and champion.number == (1 if upload else 2)
+
+
 def test_drafters_are_compared_by_folder_id_and_version(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
     RefreshCourse(resolve(config_of(line)), ()).finish(gated(Store(home / "store"), drafters[0]), None)
     named = [str(drafters[1].path), f"{line}@champion", "z-lab/Qwen3-4B-DFlash-b16"]
