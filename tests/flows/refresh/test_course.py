@@ -18,6 +18,7 @@ from draftsmith.artifacts.open_store import STORE, store_of
 from draftsmith.artifacts.registry import PREVIOUS, Registry, Version
 from draftsmith.artifacts.store import REPLACED, Store
 from draftsmith.artifacts.tracking import Tracking
+from draftsmith.flows.pipeline import registered
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.graph import Conclusion, PlanAgain
 from draftsmith.flows.pipeline.pruning import prune
@@ -356,6 +357,22 @@ def test_a_damaged_drafter_comes_back_where_there_is_a_copy_and_else_is_named(
         assert "--force" not in str(said.value)
     champion = registry().champion(line)
     assert champion is not None and champion.number == (1 if upload else 2)
+
+
+def test_a_line_that_another_mlflow_has_does_not_begin_here_unasked(
+    line: str, home: Path, drafters: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command in a shell without the schedule's variables: its drafter would have no champion to beat."""
+    registered.note(Tracking(home))
+    RefreshCourse(resolve(config_of(line)), ()).finish(gated(Store(home / "store"), drafters[0]), None)
+    assert resolve(config_of("another")).champion is None, "a line may begin where others are"
+    with monkeypatch.context() as forgotten:
+        forgotten.delenv("MLFLOW_TRACKING_URI")
+        wanted = rf"^{line}: it has no version here; .* in sqlite:.*, none in mlflow\.db: set MLFLOW_TRACKING_URI as"
+        with pytest.raises(DraftsmithError, match=wanted):
+            resolve(config_of(line))
+        assert resolve(config_of(line, registry={"name": line, "restart": True})).champion is None
+    assert resolve(config_of(line)).champion is not None
 
 
 def test_drafters_are_compared_by_folder_id_and_version(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
