@@ -138,7 +138,7 @@ class Tracking:
                 log_datasets(client, run_id, inputs or {})
                 end_run(client, run_id, status, metrics or {}, files)
             for file in self._refresh_files:  # else the next run ends it, by the file maybe that of another host
-                file.unlink()
+                file.unlink(missing_ok=True)
             self._refresh_files.clear()
 
     def stage_run(

@@ -88,6 +88,12 @@ def _move(display: Display, lines: Registry, version: Version, why: str, what: s
         display.line(f"{version} is the champion already")
         return
     from_what = "nobody" if now is None else f"version {now.number}"
+    made_for = [each.tags.get("target_digest", "") for each in (version, now) if each is not None]
+    if len(set(made_for)) > 1 and all(made_for):
+        display.line(
+            f"warning: {version} was trained for target {made_for[0][:12]}, {from_what} for {made_for[1][:12]}: what "
+            "serves the latter accepts fewer of its drafts"
+        )
     if dry_run:
         verified(version)
         display.line(f"{version} would become the champion in place of {from_what} (nothing was changed)")

@@ -83,7 +83,8 @@ def test_runs_of_a_home_that_was_moved_are_closed_where_it_is_now(tracking: Trac
     run = dead.stage_run(dead.open_refresh("monday", {}), "sft", KEY)
     (folder / "refreshes").mkdir(parents=True)
     shutil.copy(tracking.folder / "mlflow.db", folder)
-    shutil.copy(*dead._refresh_files, folder / "refreshes")
+    (lock,) = dead._refresh_files
+    shutil.copy(lock, folder / "refreshes")
     assert close_dead_runs(Tracking(folder), Store(folder / "store")) == ["monday", "sft"]
     run.close("FINISHED")
     dead.close_refresh("FINISHED")

@@ -153,6 +153,26 @@ def test_a_second_rollback_does_not_bring_back_what_the_first_took_out(
     assert champion is not None and champion.number == good.number
 
 
+def test_a_rollback_says_that_the_target_was_another(
+    served: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "of-two-targets"
+    monkeypatch.setattr(commands, "registry", lambda: served)
+    monkeypatch.setattr(commands, "verified", lambda _version: None)
+    first, second, third = (
+        served.register(line, ref(tmp_path, n), {"target_digest": t * 64}) for n, t in ("aa", "bb", "cb")
+    )
+    served.promote(first, expected=None, why="the first one")
+    served.promote(second, expected=first, why="better")
+    served.promote(third, expected=second, why="better")
+    commands.rollback(Display(), line, "", dry_run=False)
+    assert "warning" not in capsys.readouterr().out
+    commands.promote(Display(), f"{line}@1", "", dry_run=True)
+    assert (
+        f"{line} version 1 was trained for target aaaaaaaaaaaa, version 2 for bbbbbbbbbbbb" in capsys.readouterr().out
+    )
+
+
 def test_what_a_retry_does_not_mend_is_no_lost_server(served: Registry, tmp_path: Path) -> None:
     with pytest.raises(DraftsmithError, match="refused this") as refused:
         served.register("a:b", ref(tmp_path, "a"), {})
