@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import platform
-
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.locks import is_locked
 from draftsmith.artifacts.manifest import ArtifactRef
-from draftsmith.artifacts.mlflow_terms import end_run
+from draftsmith.artifacts.mlflow_terms import end_run, review_files
 from draftsmith.artifacts.store import Store
 from draftsmith.artifacts.tracking import Tracking
 
@@ -16,19 +14,21 @@ def close_dead_runs(tracking: Tracking, store: Store) -> list[str]:
     """End the runs of this home whose process is gone; their names are returned.
 
     As FINISHED where the artifact is complete (MLflow was lost, or the process between the two), else as KILLED. Of
-    another host (a container that was replaced) those whose lock lies here, and their stages'.
+    another host or path (a container that was replaced, a home that was moved) those whose lock lies here, and their
+    stages'.
     """
     closed: list[str] = []
     with tracking.tolerant():
         client, _ = tracking.connect()
         every = [each.experiment_id for each in client.search_experiments()]
         gone: set[str] = set()  # refreshes
-        running = tracking.runs_of_home("attributes.status = 'RUNNING'", every, of_host=False)
-        for run in sorted(running, key=lambda run: run.data.tags["draftsmith.stage"] != "refresh"):
+        running = client.search_runs(every, "attributes.status = 'RUNNING'", max_results=1000)
+        ours = [run for run in running if "draftsmith.stage" in run.data.tags]
+        for run in sorted(ours, key=lambda run: run.data.tags["draftsmith.stage"] != "refresh"):
             tags, stage, key = run.data.tags, *(run.data.tags[f"draftsmith.{name}"] for name in ("stage", "key"))
             lock = tracking.refresh_file(key) if stage == "refresh" else None
             here = lock.exists() if lock is not None else tags.get("mlflow.parentRunId") in gone
-            if tags["draftsmith.host"] != platform.node() and not here:
+            if not here and not tracking.is_of_here(run):
                 continue
             held = is_locked(lock) if lock is not None else store.is_claimed(stage, key)
             if held or client.get_run(run.info.run_id).info.status != "RUNNING":  # it has ended since the search
@@ -38,7 +38,7 @@ def close_dead_runs(tracking: Tracking, store: Store) -> list[str]:
             if ref is None:
                 client.set_terminated(run.info.run_id, "KILLED")
             else:
-                end_run(client, run.info.run_id, "FINISHED", store.manifest(ref).metrics, ref.path)
+                end_run(client, run.info.run_id, "FINISHED", store.manifest(ref).metrics, review_files(ref.path))
             closed.append(run.info.run_name)
             gone.add(run.info.run_id)
     return closed

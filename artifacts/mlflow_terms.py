@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -70,15 +70,26 @@ def log_metrics(client: MlflowClient, run_id: str, points: list[tuple[str, float
 
 
 def end_run(
-    client: MlflowClient, run_id: str, status: Status, figures: Mapping[str, float], folder: Path | None
+    client: MlflowClient, run_id: str, status: Status, figures: Mapping[str, float], files: Iterable[Path] = ()
 ) -> None:
-    """With its final figures and the review files of the artifact's `folder`, never its weights."""
+    """With its final figures and files. Where the files are refused, as their place is another's or gone, the run has
+    ended all the same."""
     log_metrics(client, run_id, [(name, float(value), 0) for name, value in figures.items()])
-    found = [path for pattern in REVIEW_FILES for path in sorted(folder.glob(pattern))] if folder is not None else []
-    for path in found:
-        if path.stat().st_size <= REVIEW_BYTES:
+    refused: Exception | None = None
+    try:
+        for path in files:
             client.log_artifact(run_id, str(path))
+    except Exception as error:
+        refused = error
     client.set_terminated(run_id, status)
+    if refused is not None:
+        raise refused
+
+
+def review_files(folder: Path) -> list[Path]:
+    """Of an artifact, never its weights."""
+    found = [path for pattern in REVIEW_FILES for path in sorted(folder.glob(pattern))]
+    return [path for path in found if path.stat().st_size <= REVIEW_BYTES]
 
 
 def log_datasets(client: MlflowClient, run_id: str, inputs: Mapping[str, ArtifactRef]) -> None:

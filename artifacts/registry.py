@@ -26,7 +26,7 @@ from draftsmith.artifacts.locks import locked, user_name
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.mlflow_client import waiting_for_weights
 from draftsmith.artifacts.mlflow_terms import every
-from draftsmith.artifacts.tracking import OTHER_SCHEMA, Tracking
+from draftsmith.artifacts.tracking import LOCKED, OTHER_SCHEMA, Tracking, first_line, refuses_us
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -37,7 +37,6 @@ _IDENTITY = ("stage", "key", "content_id")
 # tags of what a version was worth when it was promoted: drift checks compare with that
 RECORD = ("figures", "measured_with", "tau", "tau_interval", "speedup", "speedup_interval", "decision")
 _DRAFTER = "drafter"  # the folder of a version's artifact that servers load, and of its copy in MLflow
-_OUR_FAULT = ("INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "UNAUTHENTICATED")
 _LASTING = ("not a database", "malformed", "readonly", "unable to open database", OTHER_SCHEMA)  # no retry mends
 PROMOTED, BY_HAND, ROLLED_BACK = "promoted", "promoted by hand", "rolled back to"  # of an event
 
@@ -347,14 +346,15 @@ class Registry:
             raise self._said(error) from error
 
     def _said(self, error: Exception) -> DraftsmithError:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        if getattr(error, "error_code", None) in _OUR_FAULT:
+        reason = first_line(error)
+        if getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE":
             return DraftsmithError(f"MLflow's model registry refused this: {reason}: correct the name or the value")
         if (refused := disk_error_of(error)) is not None:  # a connection's errors are OSErrors too
             return from_os_error(refused, "MLflow's model registry:")
-        if not self._tracking.is_own or any(known in reason for known in _LASTING):
-            kind = DraftsmithError if self._tracking.is_own or OTHER_SCHEMA in reason else RetryableError
-            return kind(self._tracking.unusable(reason))
+        if not self._tracking.is_own or any(known in reason for known in (LOCKED, *_LASTING)):
+            of_ours = self._tracking.is_own and LOCKED not in reason
+            lasts = of_ours or OTHER_SCHEMA in reason or refuses_us(error)
+            return (DraftsmithError if lasts else RetryableError)(self._tracking.unusable(error))
         return RetryableError(f"MLflow's model registry failed ({reason}): see that MLflow is there")
 
     @contextmanager

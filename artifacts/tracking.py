@@ -9,7 +9,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from draftsmith.artifacts.mlflow_terms import (
     log_datasets,
     log_metrics,
     log_params,
+    review_files,
     upgrade_database,
 )
 from draftsmith.artifacts.redaction import redacted
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 
 EXPERIMENT = "draftsmith"
 OTHER_SCHEMA = "out-of-date database schema"  # of a database: what MLflow says where another version made it
+LOCKED = "database is locked"  # what SQLite says of one that another program is writing to
 _HTTP = ("http://", "https://")
 _OF_A_DATABASE = re.compile(r"\([\w.]+\.\w+Error\) ")  # (sqlite3.OperationalError) …
 FLUSH_S = 5.0  # metrics reach MLflow at most this late
@@ -59,7 +61,7 @@ class Tracking:
         self._connected: tuple[MlflowClient, str] | None = None
         self._warned = False
         self._refresh: str | None = None
-        self._refresh_lock = ExitStack()
+        self._refresh_lock, self._refresh_files = ExitStack(), list[Path]()
 
     @property
     def ui_command(self) -> str:
@@ -77,14 +79,20 @@ class Tracking:
         except DraftsmithError:
             raise
         except Exception as error:
-            reason = _first_line(error)
-            if "database is locked" in reason:  # SQLite, by another program
-                raise RetryableError(f"MLflow's database {redacted(self.uri)} is locked: end what holds it") from error
-            kind = RetryableError if self.uri.startswith(_HTTP) else DraftsmithError  # a server may come back
-            raise kind(self.unusable(reason)) from error
+            reason = first_line(error)
+            passes = not refuses_us(error) and (LOCKED in reason or self.uri.startswith(_HTTP))  # it may come back
+            raise (RetryableError if passes else DraftsmithError)(self.unusable(error)) from error
 
-    def unusable(self, reason: str) -> str:
+    def unusable(self, error: Exception) -> str:
         """That MLflow cannot be used, why, and what to do."""
+        reason = first_line(error)
+        if refuses_us(error):
+            return (
+                f"MLFLOW_TRACKING_URI {redacted(self.uri)}: {reason}; it refuses this user: correct user and password "
+                "(in the address, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD), or ask for the right"
+            )
+        if LOCKED in reason:
+            return f"MLflow's database {redacted(self.uri)} is locked: end what holds it"
         if OTHER_SCHEMA in reason:
             return (
                 f"MLflow's database {redacted(self.uri)} is of another version of MLflow than is installed here: back "
@@ -106,7 +114,7 @@ class Tracking:
         with self.tolerant():
             client, experiment = self.connect()
             self._refresh_lock.enter_context(locked(self.refresh_file(key)))
-            self._refresh_lock.callback(self.refresh_file(key).unlink)
+            self._refresh_files.append(self.refresh_file(key))
             mine = self._tags("refresh", key) | dict(tags or {})
             self._refresh = client.create_run(experiment, run_name=name, tags=mine).info.run_id
             log_params(client, self._refresh, params)
@@ -122,17 +130,16 @@ class Tracking:
     ) -> None:
         """End the refresh's run with its headline metrics, files (the report), tags (what it came to) and data sets."""
         run_id, self._refresh = self._refresh, None
-        if run_id is not None:
-            with self.tolerant():
+        with self._refresh_lock.pop_all(), self.tolerant():
+            if run_id is not None:
                 client, _ = self.connect()
-                log_metrics(client, run_id, [(name, value, 0) for name, value in (metrics or {}).items()])
-                for file in files:
-                    client.log_artifact(run_id, str(file))
                 for tag, value in (tags or {}).items():
                     client.set_tag(run_id, tag, value)
                 log_datasets(client, run_id, inputs or {})
-                client.set_terminated(run_id, status)
-        self._refresh_lock.close()
+                end_run(client, run_id, status, metrics or {}, files)
+            for file in self._refresh_files:  # else the next run ends it, by the file maybe that of another host
+                file.unlink(missing_ok=True)
+            self._refresh_files.clear()
 
     def stage_run(
         self,
@@ -172,7 +179,7 @@ class Tracking:
             with self.tolerant():
                 client, _ = self.connect()
                 if client.get_run(run_id).info.status in ("FAILED", "KILLED"):
-                    end_run(client, run_id, "FINISHED", manifest.metrics, folder)
+                    end_run(client, run_id, "FINISHED", manifest.metrics, review_files(folder))
 
     def check_place(self) -> None:
         """Raise DraftsmithError if the database is SQLite on a network file system."""
@@ -180,13 +187,15 @@ class Tracking:
             advice = "start an MLflow server and set MLFLOW_TRACKING_URI to its address"
             refuse_shared_database(database, "MLflow's database", advice)
 
-    def runs_of_home(self, condition: str, experiments: Sequence[str] = (), *, of_host: bool = True) -> list[Run]:
-        """Of this home, and machine if so, in the own experiment or in others too."""
-        client, experiment = self.connect()
-        runs = client.search_runs([*experiments] or [experiment], condition, max_results=1000)
+    def is_of_here(self, run: Run) -> bool:
+        """Whether it is of this home, and machine."""
         mine = self._tags("", "")
-        same = ("draftsmith.home", *(("draftsmith.host",) if of_host else ()))
-        return [run for run in runs if all(run.data.tags.get(tag) == mine[tag] for tag in same)]
+        return all(run.data.tags.get(tag) == mine[tag] for tag in ("draftsmith.home", "draftsmith.host"))
+
+    @property
+    def missed(self) -> bool:
+        """Whether MLflow failed while something was told."""
+        return self._warned
 
     def refresh_file(self, key: str) -> Path:
         """The lock of a refresh, held as long as its process lives."""
@@ -211,9 +220,11 @@ class Tracking:
 
     @property
     def read_only(self) -> bool:
-        """Whether the database is this home's and may only be read by this user."""
+        """Whether the database is a file that this user may only read: SQLite writes to its folder too."""
         database = sqlite_file(self.uri)
-        return database is not None and database.is_file() and not os.access(database.parent, os.W_OK)
+        if database is None or not database.is_file():
+            return False
+        return not all(os.access(path, os.W_OK) for path in (database, database.parent))
 
     def must_write(self) -> None:
         """Raise DraftsmithError where nothing can be written."""
@@ -267,7 +278,9 @@ class Tracking:
         }
 
     def _unfinished(self, key: str) -> Run | None:
-        runs = self.runs_of_home(f"tags.`draftsmith.key` = '{key}' and attributes.status != 'FINISHED'")
+        client, experiment = self.connect()
+        wanted = f"tags.`draftsmith.key` = '{key}' and attributes.status != 'FINISHED'"
+        runs = filter(self.is_of_here, client.search_runs([experiment], wanted, max_results=1000))
         return max(runs, key=lambda run: run.info.start_time, default=None)
 
     @contextmanager
@@ -282,7 +295,7 @@ class Tracking:
                 log.warning(
                     "MLflow at %s failed (%s): results are kept in the store, MLflow may lack a part",
                     redacted(self.uri),
-                    _first_line(error),
+                    first_line(error),
                 )
             self._warned = True
 
@@ -339,8 +352,12 @@ class StageRun:
         """End the run with its final figures and the review files of the artifact's `folder`, never its weights."""
         self.flush()
 
-        if not self._failures:  # else the next run ends it (`dead_runs.py`), and nobody waits here once more
-            self._do(lambda client, run_id: end_run(client, run_id, status, metrics or {}, folder))
+        if not self._failures:  # else `dead_runs.py` ends it, and nobody waits here once more
+
+            def end(client: MlflowClient, run_id: str) -> None:
+                end_run(client, run_id, status, metrics or {}, review_files(folder) if folder is not None else ())
+
+            self._do(end)
 
     def _do(self, act: Callable[[MlflowClient, str], None]) -> None:
         if self.run_id is not None:
@@ -360,7 +377,12 @@ def _is_db(uri: str) -> bool:
     return uri.startswith(("sqlite:", "postgresql", "mysql", "mssql"))
 
 
-def _first_line(error: BaseException) -> str:
+def refuses_us(error: Exception) -> bool:
+    """Whether a server knows better than to let this user do that: no retry helps."""
+    return getattr(error, "error_code", None) in ("PERMISSION_DENIED", "UNAUTHENTICATED")
+
+
+def first_line(error: BaseException) -> str:
     """The first line; of SQLAlchemy's, which says where it was, the one that says what: the database's own."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return redacted(next(filter(_OF_A_DATABASE.match, lines), lines[0]))[:300]

@@ -25,15 +25,24 @@ def elsewhere(tracking: Tracking) -> str | None:
     noted, here = _noted(tracking), _name(tracking)
     if others := sorted(noted - {here}):
         given_up = f"remove from {tracking.folder / NOTE} those that are gone for good or whose lines are given up"
-        if here in noted:
-            advice = given_up
-        else:
-            advice = f"{_AS_THE_RUNS if others != [OWN] else 'unset MLFLOW_TRACKING_URI'}, or {given_up}"
+        advice = given_up if here in noted else f"{_to_others(noted)}, or {given_up}"
         return f"versions were registered in {', '.join(others)}, which {here} does not know of; {advice}"
     database = sqlite_file(tracking.uri)
     if not noted and database is not None and not database.is_file():  # another host's, with the same bucket
         return f"{database} does not exist: runs of this home were tracked elsewhere; {_AS_THE_RUNS}"
     return None
+
+
+def never_here(tracking: Tracking) -> str | None:
+    """Where versions of this home were registered, and what to do, if none was in this MLflow. Connects to none."""
+    noted, here = _noted(tracking), _name(tracking)
+    if not noted or here in noted:
+        return None
+    return f"versions of this home were registered in {', '.join(sorted(noted))}, none in {here}: {_to_others(noted)}"
+
+
+def _to_others(noted: set[str]) -> str:
+    return _AS_THE_RUNS if noted != {OWN} else "unset MLFLOW_TRACKING_URI"
 
 
 def _noted(tracking: Tracking) -> set[str]:

@@ -16,13 +16,13 @@ from prefect.events import emit_event
 from prefect.states import Cancelled, Completed, Failed
 
 from draftsmith.artifacts.dead_runs import close_dead_runs
-from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted, one_line
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.mlflow_files import misplaced
 from draftsmith.artifacts.mlflow_terms import Status
 from draftsmith.artifacts.proxies import reach_ourselves_directly
-from draftsmith.artifacts.redaction import redact_logs
+from draftsmith.artifacts.redaction import redact_logs, redacted
 from draftsmith.artifacts.refreshes import OUTCOME
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.artifacts.unused import in_use
@@ -151,6 +151,7 @@ def _run_once(
     note_begun(config.name, {item.node.name: item.begun for item in planned if item.begun is not None})
     made: dict[str, Made] = {}
     status: Status = "KILLED"
+    ended = "**Stopped.** The same command goes on."
     again = False
     conclusion: Conclusion | None = None
     try:
@@ -169,14 +170,16 @@ def _run_once(
             note_ended(config.name)
     except StageInterrupted:
         raise
-    except PlanAgain:  # nothing went wrong: this very command goes on, and knows what it has to force
-        again = True
+    except PlanAgain as changed:  # nothing went wrong: this very command goes on, and knows what it has to force
+        again, ended = True, f"**Planned again.** {changed}"
         raise
-    except Exception:
-        status = "FAILED"
+    except Exception as error:
+        status, ended = "FAILED", f"**Failed.** {redacted(one_line(error))}"
         raise
     finally:
         figures, tags = _reviewed(workshop, made, conclusion, concludes=concluding is not None)
+        if status != "FINISHED":
+            tags[MLFLOW_NOTE] = f"{ended}\n\n{tags.get(MLFLOW_NOTE, '')}".strip()
         record.close(
             status,
             _refs(made),
@@ -186,6 +189,8 @@ def _run_once(
             pipeline.data,
             concluded=conclusion is not None,
         )
+        if tracking.missed and status != "KILLED":  # of stages that ended while it was away
+            close_dead_runs(tracking, workshop.store)
         kept = course.decisive if course is not None else ()
         if status != "FINISHED" and not again and (told := _still_forced(forced, made, kept)):
             workshop.display.line(told)

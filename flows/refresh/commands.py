@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from draftsmith.artifacts.errors import DraftsmithError, disk_error_of, from_os_error
+from draftsmith.artifacts.damage import remedy
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError, disk_error_of, from_os_error
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import MANIFEST, Manifest, read_manifest
 from draftsmith.artifacts.open_store import store_of
@@ -87,6 +88,12 @@ def _move(display: Display, lines: Registry, version: Version, why: str, what: s
         display.line(f"{version} is the champion already")
         return
     from_what = "nobody" if now is None else f"version {now.number}"
+    made_for = [each.tags.get("target_digest", "") for each in (version, now) if each is not None]
+    if len(set(made_for)) > 1 and all(made_for):
+        display.line(
+            f"warning: {version} was trained for target {made_for[0][:12]}, {from_what} for {made_for[1][:12]}: what "
+            "serves the latter accepts fewer of its drafts"
+        )
     if dry_run:
         verified(version)
         display.line(f"{version} would become the champion in place of {from_what} (nothing was changed)")
@@ -170,33 +177,46 @@ def _export_speculators(version: Version, source: Path, folder: Path) -> None:
 
 def verified(version: Version) -> Path:
     """Its checkpoint on this machine, after every file of its artifact was compared with what was written; of a version
-    that was uploaded, where the store is not here or its manifest is damaged, the copy. Raises DraftsmithError."""
+    that was uploaded, where the artifact is not here or damaged, the copy. Raises DraftsmithError."""
     folder = folder_of(version)
-    if not (folder / MANIFEST).is_file():
-        if version.uploaded:
-            return uploaded_copy(version)
-        raise DraftsmithError(
-            f"{version}: its artifact {folder} is not here: mount the store that it lies in; if it was pruned, choose "
-            "another version (`registry.upload` copies later ones into MLflow)"
-        )
     try:
-        ref = _manifest(version, folder).ref(folder)
+        _verify(version, folder)
+    except RetryableError:
+        raise
     except DraftsmithError:
         if version.uploaded:
             return uploaded_copy(version)
         raise
+    return folder / DRAFTER_FOLDER
+
+
+def _verify(version: Version, folder: Path) -> None:
+    if not (folder / MANIFEST).is_file():
+        raise DraftsmithError(
+            f"{version}: its artifact {folder} is not here: mount the store that it lies in; if it was pruned, choose "
+            "another version (`registry.upload` copies later ones into MLflow)"
+        )
+    ref = _manifest(version, folder).ref(folder)
     if ref.content_id != version.content_id:
         raise DraftsmithError(
             f"{version}: {folder} holds other content by now (made again with --force): register it by a refresh"
         )
-    store_of(home()).verify(ref)
-    return folder / DRAFTER_FOLDER
+    try:
+        store_of(home()).verify(ref)
+    except RetryableError:
+        raise
+    except DraftsmithError as error:  # to make it again is no remedy here: that needs the refresh of then
+        raise _damaged(version, str(error).removesuffix(f"; {remedy(ref.stage)}")) from error
 
 
 def _manifest(version: Version, folder: Path) -> Manifest:
     try:
         return read_manifest(folder)
     except DraftsmithError as error:
-        raise DraftsmithError(
-            f"{version}: {error}: restore it from a backup, or have another version serve (`draftsmith promote`)"
-        ) from error
+        raise _damaged(version, str(error)) from error
+
+
+def _damaged(version: Version, what: str) -> DraftsmithError:
+    return DraftsmithError(
+        f"{version}: {what}: restore it from a backup, or have another version serve (`draftsmith promote`)"
+    )

@@ -10,6 +10,7 @@ from typing import Any
 
 from draftsmith.artifacts.errors import RefusedError
 from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.refreshes import OUTCOME
 from draftsmith.artifacts.registry import CHAMPION, PROMOTED, RECORD, ChampionMovedError, Version
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.graph import Conclusion, Node, PlanAgain
@@ -86,7 +87,8 @@ class RefreshCourse:
             f"{drift['all']['prompts']} prompts, {'unknown' if before is None else format(before, '.3f')} at its "
             f"promotion; {'; '.join(said)}"
         )
-        return Conclusion("Current", message, **self._drift)
+        tags = {OUTCOME: "current", **self._drift["tags"]}
+        return Conclusion("Current", message, figures=self._drift["figures"], tags=tags)
 
     def _reasons(self, drift: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
         """Why the refresh goes on; empty if nothing speaks for it."""
@@ -188,7 +190,7 @@ class RefreshCourse:
         figures = {"promoted": float(name == "Promoted"), **self._drift.get("figures", {})}
         overruled = decision["promote"] and name != "Promoted"
         tags = {
-            "draftsmith.outcome": name.lower(),
+            OUTCOME: name.lower(),
             "draftsmith.decision": (message if overruled else decision["sentence"])[:4000],
             "draftsmith.version": str(version.number),
             "draftsmith.line": version.line,

@@ -21,6 +21,7 @@ from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef, InputEntry, rea
 from draftsmith.artifacts.registry import PROMOTED, Registry, Version
 from draftsmith.artifacts.store import REPLACED, Store
 from draftsmith.artifacts.tracking import Tracking
+from draftsmith.flows.pipeline.registered import never_here
 from draftsmith.stages.champion import ChampionConfig
 from draftsmith.stages.contract import Config
 from draftsmith.stages.earlier import TABLE, EarlierConfig
@@ -144,7 +145,7 @@ def as_it_stands(line: RegistryConfig) -> RegistryConfig:
     found = RegistryConfig(name=line.name, upload=line.upload, restart=line.restart)
     if version is None:
         if not line.restart:
-            _check_begins(known.versions(line.name))
+            _check_begins(line.name, known.versions(line.name))
         return found
     return found.model_copy(
         update={
@@ -161,8 +162,12 @@ def as_it_stands(line: RegistryConfig) -> RegistryConfig:
     )
 
 
-def _check_begins(versions: Sequence[Version]) -> None:
+def _check_begins(line: str, versions: Sequence[Version]) -> None:
     """Of a line without a champion: what serves now would be replaced by whatever beats plain decoding."""
+    if not versions and (elsewhere := never_here(Tracking(home()))) is not None:  # who forgot a variable
+        raise DraftsmithError(
+            f"{line}: it has no version here; {elsewhere}, or begin the line here (`--set registry.restart=true`)"
+        )
     served = [each for each in versions if "promoted_at" in each.tags]
     if served:
         last = max(served, key=lambda each: (each.tags["promoted_at"], each.number))  # to the second

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,26 @@ def test_a_second_rollback_does_not_bring_back_what_the_first_took_out(
     assert champion is not None and champion.number == good.number
 
 
+def test_a_rollback_says_that_the_target_was_another(
+    served: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "of-two-targets"
+    monkeypatch.setattr(commands, "registry", lambda: served)
+    monkeypatch.setattr(commands, "verified", lambda _version: None)
+    first, second, third = (
+        served.register(line, ref(tmp_path, n), {"target_digest": t * 64}) for n, t in ("aa", "bb", "cb")
+    )
+    served.promote(first, expected=None, why="the first one")
+    served.promote(second, expected=first, why="better")
+    served.promote(third, expected=second, why="better")
+    commands.rollback(Display(), line, "", dry_run=False)
+    assert "warning" not in capsys.readouterr().out
+    commands.promote(Display(), f"{line}@1", "", dry_run=True)
+    assert (
+        f"{line} version 1 was trained for target aaaaaaaaaaaa, version 2 for bbbbbbbbbbbb" in capsys.readouterr().out
+    )
+
+
 def test_what_a_retry_does_not_mend_is_no_lost_server(served: Registry, tmp_path: Path) -> None:
     with pytest.raises(DraftsmithError, match="refused this") as refused:
         served.register("a:b", ref(tmp_path, "a"), {})
@@ -161,6 +182,23 @@ def test_what_a_retry_does_not_mend_is_no_lost_server(served: Registry, tmp_path
     with pytest.raises(DraftsmithError, match=r"mlflow\.db: .*restore it from a backup .*lines, champions") as damaged:
         Registry(Tracking(tmp_path / "home")).champion("line")
     assert not isinstance(damaged.value, RetryableError)
+
+
+@pytest.mark.parametrize(
+    ("cause", "again", "said"),
+    [
+        ("attempt to write a readonly database", False, r"readonly database; make it writable"),
+        ("database is locked", True, r"MLflow's database .*mlflow\.db is locked: end what holds it"),
+    ],
+)
+def test_what_the_database_itself_says_decides_whether_a_retry_helps(
+    cause: str, again: bool, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a version is registered, SQLAlchemy says first where it was."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    where = "(raised as a result of Query-invoked autoflush; consider using a session.no_autoflush block)"
+    error = Registry(Tracking(tmp_path))._said(Exception(f"{where}\n(sqlite3.OperationalError) {cause}\n[SQL: INSERT]"))
+    assert re.search(said, str(error)) and isinstance(error, RetryableError) == again
 
 
 def test_a_server_that_is_lost_is_said_with_its_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import logging
+import os
 import shutil
 import socket
 import sqlite3
@@ -22,6 +23,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
 from draftsmith.artifacts.mlflow_files import misplaced
 from draftsmith.artifacts.mlflow_terms import flatten
+from draftsmith.artifacts.registry import Registry
 from draftsmith.artifacts.tracking import Tracking
 from tests.testbed.team import free_port
 
@@ -180,6 +182,28 @@ def test_an_unusable_tracking_uri_is_one_clear_error_within_seconds(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("code", ["UNAUTHENTICATED", "PERMISSION_DENIED"])
+def test_a_server_that_refuses_this_user_is_not_asked_again(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A password that has expired: before the work, and where a line is looked up."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos import databricks_pb2
+
+    def refused(_self: object, _name: str) -> None:
+        raise MlflowException("failed with error code 401", error_code=getattr(databricks_pb2, code))
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
+    monkeypatch.setattr("draftsmith.artifacts.tracking.reach", lambda _uri: None)
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", refused)
+    tracking = Tracking(tmp_path)
+    for ask in (tracking.check, lambda: Registry(tracking).champion("line")):
+        with pytest.raises(DraftsmithError, match=r"^MLFLOW_TRACKING_URI .* correct user and password") as said:
+            ask()
+        assert not isinstance(said.value, RetryableError) and "secret" not in str(said.value)
+
+
 def test_a_silent_server_is_given_up_within_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -209,6 +233,18 @@ def test_a_database_that_another_program_has_locked_is_asked_again(
     monkeypatch.setattr(MlflowClient, "get_experiment_by_name", locked)
     with pytest.raises(RetryableError, match=r"MLflow's database sqlite:.* is locked: end what holds it"):
         tracking.check()
+
+
+def test_a_database_that_may_only_be_read_is_told_before_the_work(
+    tmp_path: Path, migrated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a folder that may be written: somebody else's file in it."""
+    shutil.copy(migrated / "mlflow.db", tmp_path)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "mlflow.db" and access(path, mode))
+    with pytest.raises(DraftsmithError, match=r"mlflow\.db: you may only read it: ask its owner"):
+        Tracking(tmp_path).check()
+    assert Tracking(tmp_path).connect()[0].search_registered_models() == []
 
 
 def test_an_experiment_that_was_deleted_takes_no_runs_and_is_told_before_the_work(tracking: Tracking) -> None:
@@ -302,3 +338,21 @@ def test_telemetry_is_off_and_the_import_is_lazy(tmp_path: Path) -> None:
         """
     (tmp_path / "home").mkdir()
     subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "home")], check=True, timeout=120)
+
+
+def test_files_that_mlflow_does_not_take_leave_no_run_running(
+    tracking: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a home that was moved to another host, or a server whose bucket is refused: the verdict is there."""
+    page = tmp_path / "report.html"
+    page.write_text("a page")
+    parent = tracking.open_refresh("weekly", {})
+    run = tracking.stage_run(parent, "sft", KEY)
+    client, _ = tracking.connect()
+    monkeypatch.setattr(client, "log_artifact", lambda *_: (_ for _ in ()).throw(PermissionError("/home/old")))
+    run.close("FINISHED", {"tau": 2.5}, artifact(tmp_path / "made").path)
+    tracking.close_refresh("FINISHED", {"tau": 2.5}, [page], {"draftsmith.outcome": "promoted"})
+    for each in (parent, run.run_id):
+        ended = run_of(tracking, each)
+        assert (ended.info.status, ended.data.metrics) == ("FINISHED", {"tau": 2.5})
+    assert run_of(tracking, parent).data.tags["draftsmith.outcome"] == "promoted"

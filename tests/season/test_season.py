@@ -46,8 +46,8 @@ def test_mlflow_is_the_review_desk(weeks: list[Week], folder: Path, monkeypatch:
     client, experiment = Tracking(folder / "home", LINE).connect()
     assert client.get_experiment(experiment).name == LINE
     refreshes = client.search_runs([experiment], "tags.`draftsmith.stage` = 'refresh'", order_by=["start_time"])
-    outcomes = [run.data.tags.get("draftsmith.outcome") or run.data.tags["draftsmith.drift"] for run in refreshes]
-    assert outcomes == ["promoted", "none", "refused", "promoted"]
+    outcomes = [run.data.tags["draftsmith.outcome"] for run in refreshes]
+    assert outcomes == ["promoted", "current", "refused", "promoted"]
     notes = [run.data.tags["mlflow.note.content"] for run in refreshes]
     assert "is the line's first champion" in notes[0] and "is current" in notes[1]
     assert notes[2].startswith("**Not promoted.** Version 1 stays: ")

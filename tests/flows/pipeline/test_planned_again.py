@@ -16,6 +16,7 @@ from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.flows.pipeline import registered, run
 from draftsmith.flows.pipeline.cancellation import Cancellation
 from draftsmith.flows.pipeline.graph import Conclusion, PlanAgain
+from draftsmith.flows.pipeline.node import Workshop
 from draftsmith.flows.pipeline.options import StageOptions
 from draftsmith.flows.pipeline.part import Part
 from tests.flows.pipeline.toy import TOY, ToyConfig, ToyCourse, toy_course
@@ -95,30 +96,69 @@ def test_a_part_concludes_nothing_even_if_it_needs_every_node(
     assert (tmp_path / "home" / registered.NOTE).is_file() == concludes, "where versions are registered is known later"
 
 
-def test_a_run_that_is_planned_again_has_not_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("raised", "status", "said"),
+    [
+        (PlanAgain("another one was faster"), "KILLED", "**Planned again.** another one was faster"),
+        (DraftsmithError("the disk is full"), "FAILED", "**Failed.** the disk is full"),
+        (SystemExit(143), "KILLED", "**Stopped.** The same command goes on."),
+    ],
+)
+def test_mlflow_says_why_a_run_has_ended_early(
+    raised: BaseException,
+    status: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """And one that is planned again has not failed."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
-    closed: list[str] = []
+    closed: list[tuple[str, str]] = []
 
     class Late(ToyCourse):
         def finish(self, *_: object) -> Conclusion:
-            raise PlanAgain("another one was faster")
+            raise raised
 
     def made_left(_workshop: object, _nodes: object, _forced: object, made: dict[str, Any], *_rest: object) -> None:
         made["left"] = SimpleNamespace(reused=False, ref=None)
 
+    def close(
+        _: object, status: str, _made: object, _figures: object, _files: object, tags: Any, *__: Any, **___: Any
+    ) -> None:
+        closed.append((status, tags[run.MLFLOW_NOTE]))
+
     monkeypatch.setattr(run, "_make_all", made_left)
-    monkeypatch.setattr(run, "_reviewed", lambda *_, **__: ({}, {}))
+    monkeypatch.setattr(run, "_reviewed", lambda *_, **__: ({}, {run.MLFLOW_NOTE: "what was measured"}))
     monkeypatch.setattr(run, "_report", lambda *_: None)
     monkeypatch.setattr(run.RunRecord, "settle", lambda *_: None)
-    monkeypatch.setattr(run.RunRecord, "close", lambda _, status, *__, **___: closed.append(status))
+    monkeypatch.setattr(run.RunRecord, "close", close)
     pipeline = dataclasses.replace(TOY, course=lambda *_: Late("promoted"))
-    with pytest.raises(PlanAgain):
+    with pytest.raises(type(raised)):
         run._run_once(ToyConfig(name="t"), pipeline, ("left",), Part(), Cancellation())
-    assert closed == ["KILLED"]
-    assert "without --force" not in capsys.readouterr().out
+    assert closed == [(status, f"{said}\n\nwhat was measured")]
+    assert ("without --force" in capsys.readouterr().out) == (not isinstance(raised, PlanAgain))
+
+
+def test_a_stage_that_ended_while_mlflow_was_away_is_ended_with_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was shown as running until the next run."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
+
+    def made(workshop: Workshop, *_: object) -> None:
+        tracked = workshop.tracking.stage_run(workshop.refresh_run(), "collect", "ab" * 32)
+        with monkeypatch.context() as lost:
+            lost.setattr(MlflowClient, "set_terminated", lambda *_: (_ for _ in ()).throw(ConnectionError("refused")))
+            tracked.close("FAILED")
+
+    monkeypatch.setattr(run, "_make_all", made)
+    run._run_once(ToyConfig(name="t"), TOY, (), Part(), Cancellation())
+    client = MlflowClient(f"sqlite:///{tmp_path}/home/mlflow.db")
+    found = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    assert {run.info.run_name: run.info.status for run in found} == {"t": "FINISHED", "collect": "KILLED"}
 
 
 def test_what_follows_from_a_run_waits_until_mlflow_has_the_run(

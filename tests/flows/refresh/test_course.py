@@ -26,12 +26,9 @@ from draftsmith.flows.refresh.course import RefreshCourse, resolve
 from draftsmith.flows.refresh.evaluate import evaluate_config, evaluate_nodes
 from draftsmith.flows.refresh.graph import refresh_nodes
 from draftsmith.flows.refresh.line import checkpoint_of, folder_of, registry
-from draftsmith.stages.champion import STAGE as CHAMPION
-from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.gate import DECISION
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from tests.flows.refresh.made import checked, committed, config_of, gated, page_of
-from tests.testbed.context import RecordingContext
 
 NOTE = "import sys; open(sys.argv[1], 'w').write(sys.stdin.read())"
 FAILS = "raise SystemExit('the server is away')"
@@ -278,57 +275,6 @@ def test_a_hook_that_a_lost_run_owes_is_called_by_the_next(
 
 def interrupted(*_arguments: object) -> None:
     raise KeyboardInterrupt
-
-
-def test_an_uploaded_champion_serves_where_the_store_is_not(
-    line: str, home: Path, drafters: list[ArtifactRef], plain_artifact: Path, tmp_path: Path
-) -> None:
-    tracking = Tracking(home)
-    run_id = tracking.open_refresh("week 1", {})
-    config = config_of(line, registry={"name": line, "upload": True})
-    RefreshCourse(resolve(config), ()).finish(gated(Store(home / "store"), drafters[0]), run_id)
-    tracking.close_refresh("FINISHED")
-    digest = drafter_digest(drafters[0].path / DRAFTER_FOLDER)
-    shutil.rmtree(home / "store")  # as on a machine that has MLflow alone
-
-    champion = resolve(config).champion
-    assert champion is not None and Path(champion.folder).is_relative_to(home / "uploaded")
-    os.utime(copy := Path(champion.folder).parent, (0, 0))
-    assert resolve(config).champion == champion and copy.stat().st_mtime > 0, "in use: `prune` leaves it"
-    taken = RecordingContext.under(tmp_path / "taken", {"target": plain_artifact})
-    CHAMPION.run(taken, champion)
-    assert drafter_digest(taken.out / DRAFTER_FOLDER) == digest
-    commands.export(Display(), line, tmp_path / "exported", dry_run=False)
-    assert drafter_digest(tmp_path / "exported") == digest
-    with pytest.raises(DraftsmithError, match="which names the target, is not here: mount the store"):
-        commands.export(Display(), line, tmp_path / "vllm", "speculators", dry_run=False)
-
-    weights = Path(champion.folder) / "model.safetensors"
-    weights.chmod(0o600)
-    weights.write_bytes(b"other")
-    with pytest.raises(DraftsmithError, match="is not what was registered: run the same command again"):
-        commands.export(Display(), line, tmp_path / "again", dry_run=False)
-    commands.export(Display(), line, tmp_path / "again", dry_run=False)
-
-
-@pytest.mark.parametrize("upload", [True, False])
-def test_a_damaged_manifest_is_no_obstacle_where_there_is_a_copy(
-    upload: bool, line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path
-) -> None:
-    tracking = Tracking(home)
-    config = config_of(line, registry={"name": line, "upload": upload})
-    made = gated(Store(home / "store"), drafters[0])
-    RefreshCourse(resolve(config), ()).finish(made, tracking.open_refresh("week 1", {}))
-    tracking.close_refresh("FINISHED")
-    manifest = drafters[0].path / MANIFEST
-    manifest.chmod(0o600)
-    manifest.write_text("{")
-    if upload:
-        commands.export(Display(), line, tmp_path / "copy", dry_run=False)
-        assert drafter_digest(tmp_path / "copy") == drafter_digest(drafters[0].path / DRAFTER_FOLDER)
-    for layout in ("speculators",) if upload else ("sglang", "speculators"):
-        with pytest.raises(DraftsmithError, match=r"version 1: .*manifest\.json: not a readable .*: restore it from"):
-            commands.export(Display(), line, tmp_path / layout, layout, dry_run=False)
 
 
 def test_drafters_are_compared_by_folder_id_and_version(line: str, home: Path, drafters: list[ArtifactRef]) -> None:

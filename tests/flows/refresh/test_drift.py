@@ -12,6 +12,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.refreshes import OUTCOME
 from draftsmith.artifacts.registry import CHAMPION, Registry
 from draftsmith.artifacts.store import Store
 from draftsmith.artifacts.tracking import Tracking
@@ -33,6 +34,7 @@ def test_a_line_is_refreshed_when_its_last_refresh_is_too_old(
     def stops(force: tuple[str, ...] = (), restart: bool = False, **drift: float) -> str | None:
         config = resolve(config_of(line, drift=drift, registry={"name": line, "restart": restart}))
         ended = RefreshCourse(config, force).stop(*checked(config, home))
+        assert ended is None or ended.tags[OUTCOME] == ended.name.lower(), "as MLflow shows it"
         return None if ended is None else ended.name
 
     (version,) = registry().versions(line)

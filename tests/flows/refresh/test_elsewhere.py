@@ -1,0 +1,118 @@
+"""A champion whose files are damaged or elsewhere: what serves then, and what is said where nothing can."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
+from draftsmith.artifacts.store import Store
+from draftsmith.artifacts.tracking import Tracking
+from draftsmith.flows.pipeline import registered
+from draftsmith.flows.pipeline.display import Display
+from draftsmith.flows.refresh import commands
+from draftsmith.flows.refresh.course import RefreshCourse, resolve
+from draftsmith.flows.refresh.line import registry
+from draftsmith.stages.champion import STAGE as CHAMPION
+from draftsmith.stages.drafters.digest import drafter_digest
+from draftsmith.stages.stored import DRAFTER_FOLDER
+from tests.flows.refresh.made import config_of, gated
+from tests.testbed.context import RecordingContext
+
+
+def test_an_uploaded_champion_serves_where_the_store_is_not(
+    line: str, home: Path, drafters: list[ArtifactRef], plain_artifact: Path, tmp_path: Path
+) -> None:
+    tracking = Tracking(home)
+    run_id = tracking.open_refresh("week 1", {})
+    config = config_of(line, registry={"name": line, "upload": True})
+    RefreshCourse(resolve(config), ()).finish(gated(Store(home / "store"), drafters[0]), run_id)
+    tracking.close_refresh("FINISHED")
+    digest = drafter_digest(drafters[0].path / DRAFTER_FOLDER)
+    shutil.rmtree(home / "store")  # as on a machine that has MLflow alone
+
+    champion = resolve(config).champion
+    assert champion is not None and Path(champion.folder).is_relative_to(home / "uploaded")
+    os.utime(copy := Path(champion.folder).parent, (0, 0))
+    assert resolve(config).champion == champion and copy.stat().st_mtime > 0, "in use: `prune` leaves it"
+    taken = RecordingContext.under(tmp_path / "taken", {"target": plain_artifact})
+    CHAMPION.run(taken, champion)
+    assert drafter_digest(taken.out / DRAFTER_FOLDER) == digest
+    commands.export(Display(), line, tmp_path / "exported", dry_run=False)
+    assert drafter_digest(tmp_path / "exported") == digest
+    with pytest.raises(DraftsmithError, match="which names the target, is not here: mount the store"):
+        commands.export(Display(), line, tmp_path / "vllm", "speculators", dry_run=False)
+
+    weights = Path(champion.folder) / "model.safetensors"
+    weights.chmod(0o600)
+    weights.write_bytes(b"other")
+    with pytest.raises(DraftsmithError, match="is not what was registered: run the same command again"):
+        commands.export(Display(), line, tmp_path / "again", dry_run=False)
+    commands.export(Display(), line, tmp_path / "again", dry_run=False)
+
+
+@pytest.mark.parametrize("upload", [True, False])
+def test_a_damaged_manifest_is_no_obstacle_where_there_is_a_copy(
+    upload: bool, line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path
+) -> None:
+    tracking = Tracking(home)
+    config = config_of(line, registry={"name": line, "upload": upload})
+    made = gated(Store(home / "store"), drafters[0])
+    RefreshCourse(resolve(config), ()).finish(made, tracking.open_refresh("week 1", {}))
+    tracking.close_refresh("FINISHED")
+    manifest = drafters[0].path / MANIFEST
+    manifest.chmod(0o600)
+    manifest.write_text("{")
+    if upload:
+        commands.export(Display(), line, tmp_path / "copy", dry_run=False)
+        assert drafter_digest(tmp_path / "copy") == drafter_digest(drafters[0].path / DRAFTER_FOLDER)
+    for layout in ("speculators",) if upload else ("sglang", "speculators"):
+        with pytest.raises(DraftsmithError, match=r"version 1: .*manifest\.json: not a readable .*: restore it from"):
+            commands.export(Display(), line, tmp_path / layout, layout, dry_run=False)
+
+
+@pytest.mark.parametrize("upload", [True, False])
+def test_a_damaged_drafter_comes_back_where_there_is_a_copy_and_else_is_named(
+    upload: bool, line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path
+) -> None:
+    """By a rollback, which has no `--force` that would make it again."""
+    tracking = Tracking(home)
+    config = config_of(line, registry={"name": line, "upload": upload})
+    digest = drafter_digest(drafters[0].path / DRAFTER_FOLDER)
+    for drafter in drafters:
+        made = gated(Store(home / "store"), drafter)
+        RefreshCourse(resolve(config), ()).finish(made, tracking.open_refresh("weekly", {}))
+        tracking.close_refresh("FINISHED")
+    weights = drafters[0].path / DRAFTER_FOLDER / "model.safetensors"
+    weights.chmod(0o600)
+    weights.write_bytes(b"other")
+    if upload:
+        commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
+        commands.export(Display(), line, tmp_path / "copy", dry_run=False)
+        assert drafter_digest(tmp_path / "copy") == digest
+    else:
+        with pytest.raises(DraftsmithError, match=r"version 1: .*model\.safetensors: .*: restore it .*promote") as said:
+            commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
+        assert "--force" not in str(said.value)
+    champion = registry().champion(line)
+    assert champion is not None and champion.number == (1 if upload else 2)
+
+
+def test_a_line_that_another_mlflow_has_does_not_begin_here_unasked(
+    line: str, home: Path, drafters: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command in a shell without the schedule's variables: its drafter would have no champion to beat."""
+    registered.note(Tracking(home))
+    RefreshCourse(resolve(config_of(line)), ()).finish(gated(Store(home / "store"), drafters[0]), None)
+    assert resolve(config_of("another")).champion is None, "a line may begin where others are"
+    with monkeypatch.context() as forgotten:
+        forgotten.delenv("MLFLOW_TRACKING_URI")
+        wanted = rf"^{line}: it has no version here; .* in sqlite:.*, none in mlflow\.db: set MLFLOW_TRACKING_URI as"
+        with pytest.raises(DraftsmithError, match=wanted):
+            resolve(config_of(line))
+        assert resolve(config_of(line, registry={"name": line, "restart": True})).champion is None
+    assert resolve(config_of(line)).champion is not None
