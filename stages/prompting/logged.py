@@ -36,6 +36,7 @@ _HOTTEST = 1e6  # no sampling temperature is above
 _TOKEN_FIELDS = (PROMPT_IDS, "completion_token_ids")
 # Of a request, with the value that changes nothing: whatever the temperature, they move the target's best token too.
 _PENALTIES = {"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1}
+_GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")  # what SGLang makes of a response_format
 _ALL_TOKENS = 1 << 20  # a top_k that leaves nothing out; engines write -1, 0 or some large number for none
 
 
@@ -69,6 +70,8 @@ class LoggedRow(Row):
         form = self.fields.get("response_format")
         if isinstance(form, dict) and form.get("type") not in (None, "text"):
             return "drawn under a response_format"
+        if any(isinstance(grammar := self.fields.get(name), str) and grammar for name in _GRAMMARS):
+            return "drawn under a grammar"
         if law.greedy:
             return None
         if self._number("min_p", 0) != 0:
