@@ -17,13 +17,14 @@ from draftsmith.stages.prompting.logs_config import LogsConfig
 
 README = Path(__file__).parents[3] / "configs" / "README.md"
 # Of SGLang 0.5.20 for a chat, shortened: fields that nothing reads are left out.
-PARAMS = {"temperature": 0.0, "max_new_tokens": 12, "stop": None, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "regex": None}
+PARAMS = {"temperature": 0.0, "max_new_tokens": 3, "stop": None, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
 PARAMS |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "logit_bias": None}
-OUT = {"text": " How are", "output_ids": [94, 352, 758], "meta_info": {"finish_reason": {"type": "length", "length": 3}}}
+OUT = {"text": " How are", "output_ids": [94, 352, 758], "meta_info": {"completion_tokens": 3}}
 
 
 def line(event: str, **fields: Any) -> str:
-    return f"[2026-11-29 11:43:28] {json.dumps({'timestamp': '2026-11-29T11:43:28.869656', 'event': event, **fields})}\n"
+    said = {"timestamp": "2026-11-29T11:43:28.869656", "event": event, **fields}
+    return f"[2026-11-29 11:43:28] {json.dumps(said)}\n"
 
 
 def asked(ids: list[int] | None, **params: Any) -> dict[str, Any]:
