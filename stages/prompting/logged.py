@@ -32,6 +32,7 @@ SHAPES = (
     '{"prompt_token_ids": [...], "completion_token_ids": [...]}'
 )
 _ANSWER = "<<an answer>>"
+_THOUGHT = "reasoning_content"  # where servers put what a reasoning parser takes out of an answer's text
 _HOTTEST = 1e6  # no sampling temperature is above
 _TOKEN_FIELDS = (PROMPT_IDS, "completion_token_ids")
 # Of a request, with the value that changes nothing: whatever the temperature, they move the target's best token too.
@@ -129,6 +130,8 @@ def logged_text(row: LoggedRow) -> tuple[list[Message], str]:
     if not isinstance(completion, str) or row.fields.get("messages") is None:
         known = ", ".join(sorted(row.fields)) or "nothing"
         raise DraftsmithError(f"{row.where}: none of the shapes {SHAPES}; it has {known}: correct the row")
+    if isinstance(thought := row.fields.get(_THOUGHT), str) and thought.strip():
+        raise SetAside("thinking that is not in the completion")
     return row_messages(row.fields, "messages", row.where, answered=False), completion
 
 
