@@ -35,8 +35,8 @@ from draftsmith.stages.targets.info import read_target_info
 
 
 def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
-    """All checks of a config that fits its schema, without loading weights; leaves nothing behind, but for an empty
-    object in the bucket of a store."""
+    """All checks of a config that fits its schema, without loading weights. They leave nothing behind, but for MLflow's
+    database, which is asked for the champion of a line, and an empty object in the bucket of a store."""
     found = Findings()
     found.ok("schema", f"{config.name}: every field is known and in range")
     with found.part("home"):

@@ -32,10 +32,12 @@ SHAPES = (
     '{"prompt_token_ids": [...], "completion_token_ids": [...]}'
 )
 _ANSWER = "<<an answer>>"
+_THOUGHT = "reasoning_content"  # where servers put what a reasoning parser takes out of an answer's text
 _HOTTEST = 1e6  # no sampling temperature is above
 _TOKEN_FIELDS = (PROMPT_IDS, "completion_token_ids")
 # Of a request, with the value that changes nothing: whatever the temperature, they move the target's best token too.
 _PENALTIES = {"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1}
+_GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")  # what SGLang makes of a response_format
 _ALL_TOKENS = 1 << 20  # a top_k that leaves nothing out; engines write -1, 0 or some large number for none
 
 
@@ -69,6 +71,8 @@ class LoggedRow(Row):
         form = self.fields.get("response_format")
         if isinstance(form, dict) and form.get("type") not in (None, "text"):
             return "drawn under a response_format"
+        if any(isinstance(grammar := self.fields.get(name), str) and grammar for name in _GRAMMARS):
+            return "drawn under a grammar"
         if law.greedy:
             return None
         if self._number("min_p", 0) != 0:
@@ -126,6 +130,8 @@ def logged_text(row: LoggedRow) -> tuple[list[Message], str]:
     if not isinstance(completion, str) or row.fields.get("messages") is None:
         known = ", ".join(sorted(row.fields)) or "nothing"
         raise DraftsmithError(f"{row.where}: none of the shapes {SHAPES}; it has {known}: correct the row")
+    if isinstance(thought := row.fields.get(_THOUGHT), str) and thought.strip():
+        raise SetAside("thinking that is not in the completion")
     return row_messages(row.fields, "messages", row.where, answered=False), completion
 
 

@@ -94,6 +94,24 @@ def test_a_hook_is_one_of_both() -> None:
             HookConfig.model_validate(fields)
 
 
+def test_a_hook_exports_the_drafter_that_it_is_called_for(
+    line: str, home: Path, drafters: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By its name alone, which is the champion's already, or by what it is told."""
+    config, told = config_of(line, on_promote={"command": ["true"]}), list[dict[str, Any]]()
+
+    def deployment(_hook: HookConfig, said: dict[str, Any]) -> None:
+        told.append(said)
+        commands.export(Display(), line, tmp_path / "exported", dry_run=False)
+
+    monkeypatch.setattr(hook, "call", deployment)
+    RefreshCourse(resolve(config), ()).finish(gated(Store(home / "store"), drafters[0]), None)
+    assert [(said["line"], said["version"], said["promote"]) for said in told] == [(line, 1, True)]
+    assert told[0]["source"] == drafters[0].uri and {"outcome", "challenger", "sentence", "rules"} <= told[0].keys()
+    for file in (drafters[0].path / "drafter").iterdir():
+        assert (tmp_path / "exported" / file.name).read_bytes() == file.read_bytes()
+
+
 def test_what_a_hook_rolls_back_is_not_promoted_by_a_launcher_that_waited_for_it(
     line: str, home: Path, drafters: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:

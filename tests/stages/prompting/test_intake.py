@@ -40,6 +40,8 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "repetition_penalty": JSON,
     "logit_bias": JSON,
     "response_format": JSON,
+    "json_schema": JSON,
+    "reasoning_content": JSON,
     "finish_reason": JSON,
     "timestamp": JSON,
     "id": JSON,
@@ -93,6 +95,8 @@ SAMPLED = {"temperature": 0.7, "top_p": 0.9, "top_k": 20}
         ({}, {"logit_bias": {"5": -100, "6": None}}, "drawn with a logit bias"),
         ({}, {"logit_bias": {"5": 0, "6": None}, "response_format": {"type": "text"}}, None),
         ({}, {"response_format": {"type": "json_object"}}, "drawn under a response_format"),
+        ({}, {"json_schema": '{"type": "object"}', "regex": None}, "drawn under a grammar"),
+        ({}, {"json_schema": None, "regex": None, "ebnf": "", "structural_tag": {"of": "somebody else"}}, None),
         (SAMPLED, {"logit_bias": {}, "response_format": {"type": None}}, None),
         (SAMPLED, {"logit_bias": "none", "response_format": "markdown"}, None),
         (SAMPLED, {}, None),
@@ -116,3 +120,13 @@ def test_a_row_that_says_another_law_than_the_stated_one_is_set_aside(
     row = {"prompt_token_ids": [1, 2], "completion_token_ids": [3, 4], **said}
     assert sieve.take(Row("log.jsonl", 1, row)) is (True if reason is None else None)
     assert dict(aside.reasons) == ({} if reason is None else {reason: 1})
+
+
+@pytest.mark.parametrize(("thought", "taken"), [("First I add 3 and 4.", None), (" ", True), (None, True), (7, True)])
+def test_text_that_a_reasoning_parser_has_cut_is_set_aside_and_ids_are_not(thought: Any, taken: bool | None) -> None:
+    aside = Aside("logs.max_bad_share", 0)
+    sieve = ShapeSieve(LogsConfig(paths=["a"], temperature=0), aside)
+    text = {"messages": [{"role": "user", "content": "3 + 4?"}], "completion": "7", "reasoning_content": thought}
+    assert sieve.take(Row("log.jsonl", 1, text)) is taken
+    assert dict(aside.reasons) == ({} if taken else {"thinking that is not in the completion": 1})
+    assert sieve.take(Row("log.jsonl", 2, text | {"prompt_token_ids": [1, 2], "completion_token_ids": [3, 4]})) is True
