@@ -24,7 +24,7 @@ LOGITS_AT_ONCE = 2**26  # 256 MB in float32
 class Proposals:
     """What a drafter proposes behind each anchor, offsets 1 … block_size-1."""
 
-    tokens: torch.Tensor  # [B, A, block_size-1] token ids, the argmax at every offset
+    tokens: torch.Tensor  # [B, A, block_size-1] token ids: argmaxes, or drawn from q (`replay/drawn.py`)
     logprobs: torch.Tensor | None  # [B, A, block_size-1] float32, under the drafter's own softmax over its head
     confidence: torch.Tensor | None = None  # [B, A, block_size-1] as `Drafter.confidence`, of a drafter that has one
 

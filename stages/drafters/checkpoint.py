@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from draftsmith.artifacts.errors import DraftsmithError, RetryableError, disk_error_of
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters import layout
 from draftsmith.stages.drafters.architecture import Architecture
 from draftsmith.stages.drafters.base import Drafter, DrafterInfo
@@ -235,20 +235,12 @@ def drafter_source(source: str, revision: str | None = None) -> Path:
         if revision is not None:
             raise DraftsmithError(f"sft.init_revision: {source} is a folder, only drafters of the hub have revisions")
         return folder
-    from huggingface_hub import constants, snapshot_download
-
     from draftsmith.artifacts.checksums import Checksums
     from draftsmith.artifacts.home import home
-    from draftsmith.stages.targets.hub import check_snapshot, hub_answered, hub_commit, hub_reason
+    from draftsmith.stages.targets.hub import check_snapshot, hub_commit, hub_snapshot
 
     commit = hub_commit(source, revision) or revision
-    try:
-        folder = Path(snapshot_download(source, revision=commit, allow_patterns=["*.json", "*.safetensors", "*.npy"]))
-    except Exception as error:  # the hub's library raises its HTTP client's own errors too
-        if disk_error_of(error) is not None:
-            raise
-        kind = DraftsmithError if hub_answered(error) or constants.HF_HUB_OFFLINE else RetryableError
-        raise kind(f"sft.init_from {source}: {hub_reason(error, revision)}") from error
+    folder = hub_snapshot("sft.init_from", source, commit, ["*.json", "*.safetensors", "*.npy"])
     check_snapshot(folder, Checksums(home()).of)
     return folder
 

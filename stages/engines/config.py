@@ -28,13 +28,13 @@ GREEDY_ONLY = (  # behind the name of the field
 )
 OptionValue = str | int | float | bool
 
-# Set by the stage from other fields: given twice, the two could contradict each other.
 _HTTP_ONLY = "nothing: launched servers are asked over HTTP, which the API key guards"
 _LOSSLESS = "nothing: below 1 the answers are not the target's"
 _OTHER_RULES = "nothing: in replay EAGLE-3 proposes argmaxes, and every proposal is judged by itself"
 _NO_PIPELINES = (
     "nothing: a server gets tensor_parallel * data_parallel GPUs, and DFLASH and DSPARK draft with no pipeline"
 )
+# Set by the stage from other fields: given twice, the two could contradict each other.
 _OWN_OPTIONS = {
     "model-path": "the section target",
     "model": "the section target",

@@ -120,7 +120,7 @@ class EmbeddedEngine:
     def _read_together(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Places of prompts that one forward reads. States would move on over padding: then they are equally long."""
         for group in groups_by_length(lengths, PREFILL_TOKENS):
-            if self.target.layers.rewindable:
+            if not self.target.layers.recurrent:
                 yield group
                 continue
             for length in sorted({lengths[i] for i in group}):

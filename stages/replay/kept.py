@@ -33,11 +33,9 @@ class KeptTraces:
         self._next = int(self._there[-1].stem.removeprefix("traces-")) + 1 if self._there else 0
 
     def read(self) -> Iterator[tuple[list[int], list[dict[str, Trace]]]]:
-        """What an earlier run has left, a shard at a time: places, and their traces by drafter; each place once."""
-        seen: set[int] = set()
+        """What an earlier run has left, a shard at a time: places, and their traces by drafter."""
         for path in self._there:
-            found = {place: each for place, each in _read(path, self.drafters).items() if place not in seen}
-            seen |= found.keys()
+            found = _read(path, self.drafters)
             yield list(found), list(found.values())
 
     def add(self, places: Sequence[int], found: Mapping[str, Sequence[Trace]]) -> None:

@@ -81,12 +81,12 @@ def score_traces(
         [np.maximum(t.rejected_offset - 1, 0) for t in traces],
         [np.where(t.rejected_offset > 0, t.judged - 1, 0) for t in traces],
     )
-    if target.layers.tree_forward:
-        for chunk in _leaf_chunks(leaves, tree_tokens):
-            _score_leaves(target, cache, T, chunk, traces, scores, positions_per_chunk)
-    else:
+    if target.layers.recurrent:
         assert ids is not None, "a recurrent target reads the trajectories again"
         _score_one_by_one(target, cache, ids, leaves, traces, scores)
+    else:
+        for chunk in _leaf_chunks(leaves, tree_tokens):
+            _score_leaves(target, cache, T, chunk, traces, scores, positions_per_chunk)
     return [StepScores(*parts) for parts in zip(scores, top_ids, top_logprobs, strict=True)]
 
 

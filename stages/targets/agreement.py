@@ -43,9 +43,9 @@ def check_agreement(target: Any, where: str, ranks: Ranks = ALONE) -> None:
         "logits": (logits, own),
         "cached forwards": (_in_parts(target, ids, _KEPT), plain[:, _READ:]),
     }
-    if not target.layers.rewindable:  # some layers compute one token by a path of its own
+    if target.layers.recurrent:  # some layers compute one token by a path of its own
         found["cached forwards of one token"] = (_in_parts(target, ids, 1), plain[:, _READ:])
-    if target.layers.tree_forward:
+    else:
         found["forwards over a tree"] = _branches(target, ids, plain)
     if ranks.sharing > 1:
         found["hidden states of a part"] = (plain.cpu(), ranks.gather_from_sharers(plain.cpu())[0])

@@ -32,7 +32,9 @@ class Layers:
 
     kinds: tuple[str, ...]  # of transformers' `layer_types`
     reach: tuple[int | None, ...]  # positions that a layer's attention reads, its own included; None: all
-    recurrent: bool  # does any layer keep a state in place of entries?
+    # Does any layer keep a state in place of entries? Entries are masked out, so a cache of them can forget its last
+    # positions, and one forward can follow several continuations; a state can neither be taken back nor masked.
+    recurrent: bool
 
     @classmethod
     def of(cls, text_config: Any) -> Layers:
@@ -63,16 +65,6 @@ class Layers:
                 own if kind == _NOTHING else kind for kind, own in zip(kinds, text_config.layer_types, strict=True)
             ]
         return cls(tuple(kinds), tuple(map(reach.get, kinds)), recurrent)
-
-    @property
-    def rewindable(self) -> bool:
-        """Can the cache forget its last positions? Entries are masked out; a state cannot be taken back."""
-        return not self.recurrent
-
-    @property
-    def tree_forward(self) -> bool:
-        """Can one forward follow several continuations? It takes a mask of entries, and a state has none."""
-        return not self.recurrent
 
     def masks(
         self, visible: torch.Tensor, positions: torch.Tensor, entry_positions: torch.Tensor, dtype: torch.dtype

@@ -216,7 +216,7 @@ class Target:
         have none. With `advance` they move on behind the last token, padding included; without, they stay, and
         `commit` follows.
         """
-        assert visible is None or self.layers.tree_forward, "a recurrent target has no forward over a tree"
+        assert visible is None or not self.layers.recurrent, "a recurrent target has no forward over a tree"
         if visible is None:
             length = int(positions.max()) + 1
             visible = torch.arange(length, device=ids.device) <= positions[..., None]
@@ -241,9 +241,9 @@ class Target:
         """Behind a `step` without `advance`: states move on over the first kept[i] of row i's tokens, read again.
 
         ids, positions: [n, T] of neighbouring rows. Rows that keep equally many are read together. Nothing is to be
-        done for a target whose cache rewinds.
+        done for a target without such states.
         """
-        if self.layers.rewindable:
+        if not self.layers.recurrent:
             return
         counts = torch.tensor(kept, device=ids.device)
         for count in sorted(set(kept) - {0}):

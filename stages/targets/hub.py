@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from draftsmith.artifacts.atomic import write_text
-from draftsmith.artifacts.errors import DraftsmithError, one_line
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError, disk_error_of, one_line
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ASK_TIMEOUT_S = 10.0
@@ -48,6 +48,31 @@ def hub_reason(error: Exception, revision: str | None) -> str:
             "or give a local folder"
         )
     return f"the hub answered: {one_line(error)}: try again, or give a local folder"
+
+
+def hub_snapshot(
+    field: str,
+    repo: str,
+    revision: str | None,
+    allow: list[str],
+    ignore: list[str] | None = None,
+    unreached: type[DraftsmithError] | None = None,
+) -> Path:
+    """Files of a hub repository by their patterns, in the hub's own cache; needs no network when the cache has them.
+
+    field: the config's, for the error. Raises DraftsmithError if the hub does not have it, `unreached` if it could not
+    be asked: left out, RetryableError, unless the environment says that there is no hub.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=allow, ignore_patterns=ignore))
+    except Exception as error:  # the hub's library raises its HTTP client's own errors too
+        if disk_error_of(error) is not None:
+            raise
+        unreached = unreached or (DraftsmithError if constants.HF_HUB_OFFLINE else RetryableError)
+        kind = DraftsmithError if hub_answered(error) else unreached
+        raise kind(f"{field} {repo}: {hub_reason(error, revision)}") from error
 
 
 def hub_commit(repo: str, revision: str | None, kind: Literal["model", "dataset"] = "model") -> str | None:

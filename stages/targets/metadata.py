@@ -7,9 +7,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from draftsmith.artifacts.errors import DraftsmithError, disk_error_of, one_line
+from draftsmith.artifacts.errors import DraftsmithError, one_line
 from draftsmith.stages.targets.config import TargetConfig
-from draftsmith.stages.targets.hub import hub_answered, hub_reason
+from draftsmith.stages.targets.hub import hub_snapshot
 from draftsmith.stages.targets.info import TargetInfo, write_target_info
 from draftsmith.stages.targets.resolve import describe_metadata
 from draftsmith.stages.targets.source import check_weights, gguf_file, model_folder, source_kind
@@ -25,17 +25,8 @@ def fetch_metadata(source: str, revision: str | None, field: str) -> Path:
     Raises UnreachableError without network and cache, DraftsmithError if the hub does not have it. `field`: the
     config's, for the error.
     """
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.jinja", "*.txt", "*.model"])
-        )
-    except Exception as error:  # the hub's library raises its HTTP client's own errors too
-        if disk_error_of(error) is not None:
-            raise
-        reason = hub_reason(error, revision)
-        raise (DraftsmithError if hub_answered(error) else UnreachableError)(f"{field} {source}: {reason}") from error
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model"]
+    return hub_snapshot(field, source, revision, patterns, unreached=UnreachableError)
 
 
 def metadata_artifact(config: TargetConfig, out: Path) -> TargetInfo:

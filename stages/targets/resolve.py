@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftsmith.artifacts.atomic import TMP_PREFIX, fsync, write_text
-from draftsmith.artifacts.errors import DraftsmithError, RetryableError, disk_error_of, one_line
+from draftsmith.artifacts.errors import DraftsmithError, one_line
 from draftsmith.artifacts.manifest import ELSEWHERE
 from draftsmith.stages.targets.config import Dtype, TargetConfig
-from draftsmith.stages.targets.hub import check_snapshot, hub_answered, hub_reason
+from draftsmith.stages.targets.hub import check_snapshot, hub_snapshot
 from draftsmith.stages.targets.info import TargetInfo, model_digest, tokenizer_digest, write_target_info
 from draftsmith.stages.targets.logits import LogitMap
 from draftsmith.stages.targets.shape import usual_layer
@@ -48,7 +48,10 @@ def resolve_target(
     kind = source_kind(config.source)
     revision = None
     if kind == "hub":
-        folder, revision = _download(config)
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+        others = ["consolidated*", "original/*", "onnx/*"]
+        folder = hub_snapshot("target.source", config.source, config.revision, patterns, others)
+        revision = folder.name  # the commit
         if config.revision is None:
             log(f"target.revision is not set: using {revision} until the node target is forced")
         location = os.fspath(folder)
@@ -80,27 +83,6 @@ def resolve_target(
 def _touched(path: Path) -> tuple[int, int, int]:
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_ctime_ns
-
-
-def _download(config: TargetConfig) -> tuple[Path, str]:
-    """The hub's snapshot in its own cache, and its commit; needs no network when the cache has it."""
-    from huggingface_hub import constants, snapshot_download
-
-    try:
-        path = Path(
-            snapshot_download(
-                config.source,
-                revision=config.revision,
-                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"],
-                ignore_patterns=["consolidated*", "original/*", "onnx/*"],
-            )
-        )
-    except Exception as error:  # the hub's library raises its HTTP client's own errors too
-        if disk_error_of(error) is not None:
-            raise
-        kind = DraftsmithError if hub_answered(error) or constants.HF_HUB_OFFLINE else RetryableError
-        raise kind(f"target.source {config.source}: {hub_reason(error, config.revision)}") from error
-    return path, path.name
 
 
 def _dequantise(source: Path, folder: Path, dtype: Dtype, log: Callable[[str], None]) -> None:
@@ -199,8 +181,8 @@ def describe_metadata(
         chat_template=bool(tokenizer.chat_template),
         tied_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
         layer_kinds=sorted(set(layers.kinds)),
-        rewindable=layers.rewindable,
-        tree_forward=layers.tree_forward,
+        rewindable=not layers.recurrent,
+        tree_forward=not layers.recurrent,
         logit_scale=logits.scale,
         logit_softcap=logits.softcap,
         quantisation=_quantisation(folder, settings),

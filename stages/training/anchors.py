@@ -16,30 +16,30 @@ def position_anchors(
     trajectories: Sequence[Trajectory], per_sequence: int, rng: np.random.Generator, device: torch.device
 ) -> Anchors:
     """`per_sequence` positions of each response, different ones where it is long enough."""
-    return pad_anchors([draw_evenly(anchor_positions(t), per_sequence, rng) for t in trajectories], device)
+    return pad_anchors(drawn_positions(trajectories, per_sequence, rng.random(len(trajectories))), device)
 
 
-def anchor_positions(trajectory: Trajectory) -> np.ndarray:
-    """Every position of the response with a token behind it. Raises DraftsmithError if there is none."""
-    if trajectory.last_anchor < trajectory.first_anchor:
-        raise DraftsmithError(
-            f"trajectory {trajectory.trajectory_id}: an answer of one token trains nothing: leave it out"
-        )
-    return np.arange(trajectory.first_anchor, trajectory.last_anchor + 1)
+def drawn_positions(trajectories: Sequence[Trajectory], per_sequence: int, phases: np.ndarray) -> list[np.ndarray]:
+    """The same as [per_sequence] of each, at its phase in [0, 1) of `phases` [B].
 
-
-def draw_evenly(candidates: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` of the candidates [N], in order: one of every N/count neighbours, all at one random phase.
-
-    Systematic sampling: each is as probable as if it were drawn alone, but the blocks behind them overlap little, and a
-    step sees the whole response. One is drawn again only where there are fewer, so that every step of training has the
-    same number of blocks whatever its anchors are.
+    Raises DraftsmithError for a response without a position that has a token behind it.
     """
-    return evenly(candidates, count, rng.random())
+    for t in trajectories:
+        if t.last_anchor < t.first_anchor:
+            raise DraftsmithError(f"trajectory {t.trajectory_id}: an answer of one token trains nothing: leave it out")
+    return [
+        evenly(np.arange(t.first_anchor, t.last_anchor + 1), per_sequence, phase)
+        for t, phase in zip(trajectories, phases, strict=True)
+    ]
 
 
 def evenly(candidates: np.ndarray, count: int, phase: float) -> np.ndarray:
-    """The same at a phase in [0, 1)."""
+    """`count` of the candidates [N], in order: one of every N/count neighbours, all at one phase in [0, 1).
+
+    Systematic sampling: at a random phase each is as probable as if it were drawn alone, but the blocks behind them
+    overlap little, and a step sees the whole response. One is drawn again only where there are fewer, so that every
+    step of training has the same number of blocks whatever its anchors are.
+    """
     places = ((np.arange(count) + phase) * len(candidates) / count).astype(np.int64)
     return candidates[np.minimum(places, len(candidates) - 1)]  # rounding
 

@@ -16,7 +16,7 @@ import torch
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.training import losses
-from draftsmith.stages.training.chunked import chunked_values
+from draftsmith.stages.training.chunked import chunked_values, slices
 
 
 def _rejected(logits: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
@@ -68,9 +68,8 @@ def chosen(
         among = torch.cat([among[:, :-1], torch.where(present, among[:, -1], columns)[:, None]], -1)
         place = (among == columns[:, None]).long().argmax(-1)
         log_p = torch.zeros(among.shape, device=among.device)  # the target's, once: backward calls `values` again
-        for start in range(0, len(among) if loss in _DISTRIBUTION_LOSSES else 0, positions_per_chunk):
+        for part in slices(len(among) if loss in _DISTRIBUTION_LOSSES else 0, positions_per_chunk):
             assert target_logits is not None
-            part = slice(start, min(start + positions_per_chunk, len(among)))
             log_p[part] = torch.log_softmax(target_logits(part), -1).gather(-1, among[part])
     correct, log_q = torch.zeros_like(present), torch.full_like(place, -torch.inf, dtype=torch.float32)
 

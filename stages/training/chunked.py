@@ -33,6 +33,11 @@ class _StoredGradient(torch.autograd.Function):
         return gradient * grad_outputs[0].to(gradient.dtype)[:, None], None, None
 
 
+def slices(count: int, size: int) -> list[slice]:
+    """Of `count` positions, at most `size` each."""
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
 def chunked_values(
     hidden: torch.Tensor, positions_per_chunk: int, values_of: Values, *, trained_head: bool = False
 ) -> torch.Tensor:
@@ -42,10 +47,7 @@ def chunked_values(
     in backward. Value i must not depend on another row of `hidden`: weigh and sum the result outside. That is why a
     chunk that the memory does not hold is computed once more in two halves (behind a frozen head).
     """
-    parts = [
-        slice(start, min(start + positions_per_chunk, hidden.shape[0]))
-        for start in range(0, hidden.shape[0], positions_per_chunk)
-    ]
+    parts = slices(hidden.shape[0], positions_per_chunk)
     with_gradient = torch.is_grad_enabled()
     if with_gradient and trained_head:
         chunks = [checkpoint(values_of, hidden[part], part, use_reentrant=False) for part in parts]

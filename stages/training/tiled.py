@@ -20,6 +20,7 @@ import torch
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.memory import out_of_memory, release_memory
 from draftsmith.stages.targets.logits import LogitMap
+from draftsmith.stages.training.chunked import slices
 
 TOKENS_PER_TILE = 4096  # times a chunk's positions: 4 MB of bfloat16 logits for 512, which a cache holds
 RUN = 64  # columns among which the greatest is looked for at once
@@ -168,12 +169,6 @@ def _tiles(weight: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         yield first, weight[first : first + size]
 
 
-def _chunks(hidden: torch.Tensor, size: int) -> Iterator[slice]:
-    count = len(hidden)
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
-
-
 def _scale(x: torch.Tensor) -> int:
     return 1 if x.device.type == "cpu" else ON_ACCELERATORS
 
@@ -199,7 +194,7 @@ class _TokenLogprobs(torch.autograd.Function):
         best = torch.empty_like(columns)
         slopes = torch.empty_like(h) if ctx.needs_input_grad[0] else None  # of the values
         memory = _Memory(h, weight, positions_per_chunk)
-        for part in _chunks(h, positions_per_chunk):
+        for part in slices(len(h), positions_per_chunk):
             softmax, expected = _Softmax(h[part]), torch.zeros(h[part].shape, device=h.device)
             for first, rows in _tiles(weight):
                 rows = rows.to(h.dtype)
@@ -247,7 +242,7 @@ class _ForwardKl(torch.autograd.Function):
         memory, theirs_memory = _Memory(h, weight, positions_per_chunk), _Memory(t, target_weight, positions_per_chunk)
         size = min(len(h), positions_per_chunk) * len(weight)
         kept, kept_theirs = _KEPT.take("ours", size, h), _KEPT.take("theirs", size, t)
-        for part in _chunks(h, positions_per_chunk):
+        for part in slices(len(h), positions_per_chunk):
             n = len(h[part])
             q, p = _Softmax(h[part]), _Softmax(h[part])
             products = []

@@ -51,7 +51,6 @@ from draftsmith.stages.training.blocks import Anchors, LossReport, block_hidden,
 from draftsmith.stages.training.config import SftConfig, TrainingConfig
 from draftsmith.stages.training.on_policy.config import OpdConfig
 from draftsmith.stages.training.on_policy.mined import MinedTable, TrajectorySteps
-from draftsmith.stages.training.on_policy.remining import Remining
 from draftsmith.stages.training.on_policy.step import OpdStep
 from draftsmith.stages.training.on_policy.training import anchor_source
 from draftsmith.stages.training.optimiser import make_optimiser
@@ -160,13 +159,7 @@ class Step:
     def _opd(self, fields: dict[str, Any]) -> OpdStep:
         config = OpdConfig.model_validate(self.config.model_dump() | fields)
         objective = config.loss.resolved(self.drafter.recipe, config.verification == "sampled", 0.0)
-        remining = Remining(
-            self.world.table,
-            self.drafter,
-            every=config.oldest_trace,
-            scored=objective.needs_scores,
-        )
-        source = anchor_source(config, remining)
+        source = anchor_source(config, self.world.table, self.drafter, scored=objective.needs_scores)
         return OpdStep(self.drafter, self.world.target, source, objective, config, self.world.table.proposals)
 
     def _loss(self, features: FeatureSource) -> LossReport:

@@ -41,7 +41,7 @@ MASK_ADVICE = (
 
 
 def default_layer_ids(num_target_layers: int, count: int) -> list[int]:
-    """DFlash's default choice of target layers (METHOD: after layer k)."""
+    """DFlash's default choice of target layers; layer k = the hidden state AFTER target layer k."""
     if count == 1:
         return [num_target_layers // 2]
     return [round(1 + i * (num_target_layers - 4) / (count - 1)) for i in range(count)]

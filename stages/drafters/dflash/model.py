@@ -132,7 +132,7 @@ class DFlashDrafter(Drafter):
     layer_names = ("fc", "layers")
 
     def __init__(self, config: Qwen3Config, embedding: torch.Tensor):
-        """config: Qwen3 fields plus `block_size` and `dflash_config` (FORMATS: z-lab layout). embedding: [V, H]."""
+        """config: Qwen3 fields plus `block_size` and `dflash_config`, as z-lab has them. embedding: [V, H]."""
         super().__init__()
         self.config = config
         self.block_size: int = config.block_size

@@ -42,7 +42,6 @@ class Facts:
 
     version: str
     algorithm: str | None  # of speculative decoding
-    device: str
     records_trace: bool
     greedy_only: bool = False  # it drafts and verifies greedily: sampled answers would follow another law
     replicas: int = 1  # of the model
@@ -73,7 +72,6 @@ async def shake_hands(client: httpx.AsyncClient, url: str, expected: Expected, l
     return Facts(
         version,
         server.get("speculative_algorithm") or None,
-        str(server.get("device", "?")),
         records,
         greedy_only,
         replicas=int(server.get("dp_size") or 1),

@@ -18,8 +18,6 @@ from draftsmith.stages.training.response import position_weights, response_strea
 from draftsmith.stages.training.tiled import token_logprobs
 from draftsmith.stages.training.vocabulary import Heads
 
-REJECTED_LOSSES = {"k3": losses.k3_reverse_kl}  # of the log-probs of one proposal, [N] each
-
 
 def opd_loss(
     hidden: torch.Tensor,
@@ -124,7 +122,7 @@ def _rejected(
         )
     else:
         log_q = token_logprobs(own, heads.drafter, taken, positions_per_chunk).values
-    terms = REJECTED_LOSSES[objective.rejected.loss](log_q, log_p)
+    terms = losses.k3_reverse_kl(log_q, log_p)
     weights = position_weights(objective.rejected.positions, offsets, where, log_p)
     return Weighted.of(terms, weights[where], objective.rejected.weight), where
 

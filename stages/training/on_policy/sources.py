@@ -15,7 +15,7 @@ import torch
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.parallel.ranks import Ranks
 from draftsmith.stages.replay.chains import successors
-from draftsmith.stages.training.anchors import anchor_positions, evenly, pad_anchors
+from draftsmith.stages.training.anchors import drawn_positions, evenly, pad_anchors
 from draftsmith.stages.training.blocks import Anchors, Share, View
 from draftsmith.stages.training.on_policy.mined import Kind, MinedTable
 from draftsmith.stages.training.on_policy.remining import Remining
@@ -97,10 +97,7 @@ class RandomAnchors(Forgetful):
         self.per_sequence = per_sequence
 
     def draw(self, step: int, indices: Sequence[int], view: View, phases: np.ndarray) -> Drawn:  # noqa: ARG002
-        chosen = [
-            evenly(anchor_positions(t), self.per_sequence, phase)
-            for t, phase in zip(view.batch.trajectories, phases[:, 0], strict=True)
-        ]
+        chosen = drawn_positions(view.batch.trajectories, self.per_sequence, phases[:, 0])
         return Drawn(pad_anchors(chosen, view.batch.tokens.device), None)
 
 
@@ -119,12 +116,7 @@ class SuccessorAnchors(Forgetful):
 
     def draw(self, step: int, indices: Sequence[int], view: View, phases: np.ndarray) -> Drawn:  # noqa: ARG002
         trajectories, device = view.batch.trajectories, view.batch.tokens.device
-        before = np.stack(
-            [
-                evenly(anchor_positions(t), self.per_sequence, phase)
-                for t, phase in zip(trajectories, phases[:, 0], strict=True)
-            ]
-        )
+        before = np.stack(drawn_positions(trajectories, self.per_sequence, phases[:, 0]))
         behind = successors(
             self.drafter,
             view.context,

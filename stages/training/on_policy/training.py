@@ -55,8 +55,7 @@ class OpdTraining:
                 "opd.loss.response.positions: a rejected stream needs weights that are known before the loss, which "
                 "d_pace's are not; use uniform, exponential or power weights"
             )
-        remining = Remining(mined, drafter, every=config.oldest_trace, scored=self.objective.needs_scores)
-        self.source = anchor_source(config, remining)
+        self.source = anchor_source(config, mined, drafter, scored=self.objective.needs_scores)
         self._features = FeatureSource(
             target,
             drafter.target_layer_ids,
@@ -105,11 +104,12 @@ class OpdTraining:
         )
 
 
-def anchor_source(config: OpdConfig, remining: Remining) -> AnchorSource:
-    """The source of anchors that a config asks for."""
+def anchor_source(config: OpdConfig, mined: MinedTable, drafter: Drafter, *, scored: bool) -> AnchorSource:
+    """The source of anchors that a config asks for. scored: as of `Remining`."""
     count = config.anchors_per_sequence
     if config.anchors == "random":
         return RandomAnchors(count)
     if config.anchors == "successors":
-        return SuccessorAnchors(remining.mined, remining.drafter, count)
+        return SuccessorAnchors(mined, drafter, count)
+    remining = Remining(mined, drafter, every=config.oldest_trace, scored=scored)
     return TableAnchors(remining, config.anchors, count)

@@ -130,7 +130,7 @@ def shake(server: HttpServer, expected: Expected, under: str | None = None, logs
 def test_the_right_server_is_accepted(names: tuple[str, str], plain: Expected) -> None:
     with server_of(plain, names=names) as server:
         facts = shake(server, plain)
-    assert facts == Facts("0.5.20", None, "cuda", records_trace=False, start=facts.start, remarks=[])
+    assert facts == Facts("0.5.20", None, records_trace=False, start=facts.start, remarks=[])
 
 
 def test_records_of_this_drafter_are_trusted(assisted: Expected) -> None:

@@ -1,6 +1,8 @@
-"""Anchors of answers that have none."""
+"""Anchors of a step: which positions are drawn, and of answers that have none."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -8,12 +10,59 @@ import torch
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.replay.trace import Trajectory
-from draftsmith.stages.training.anchors import position_anchors
+from draftsmith.stages.training.anchors import evenly, pad_anchors, position_anchors
+from draftsmith.stages.training.batches import step_rng
+
+CPU = torch.device("cpu")
 
 
 def test_an_answer_of_one_token_is_named() -> None:
     answers = [Trajectory("two", [1, 2, 3], 1), Trajectory("one", [1, 2], 1)]
-    anchors = position_anchors(answers[:1], 3, np.random.default_rng(0), torch.device("cpu"))
+    anchors = position_anchors(answers[:1], 3, np.random.default_rng(0), CPU)
     assert anchors.positions.tolist() == [[1, 1, 1]]
     with pytest.raises(DraftsmithError, match="trajectory one: an answer of one token trains nothing"):
-        position_anchors(answers, 3, np.random.default_rng(0), torch.device("cpu"))
+        position_anchors(answers, 3, np.random.default_rng(0), CPU)
+
+
+def test_anchors_are_different_positions_with_a_token_behind_them() -> None:
+    """Where a response is too short for that, its positions are taken several times: steps have equally many blocks."""
+    short, long = Trajectory("a", list(range(7)), 4), Trajectory("b", list(range(30)), 4)
+    seen: Counter[tuple[int, int]] = Counter()
+    for step in range(200):
+        anchors = position_anchors([short, long], 5, step_rng(0, step), CPU)
+        assert anchors.valid.all() and anchors.blocks == 10
+        assert len(set(anchors.positions[1].tolist())) == 5
+        seen.update((row, p) for row, positions in enumerate(anchors.positions.tolist()) for p in positions)
+    assert {p for row, p in seen if row == 0} == {4, 5}  # the first response token, and the last but one token
+    assert {p for row, p in seen if row == 1} == set(range(4, 29))
+
+
+def test_every_candidate_is_drawn_equally_often() -> None:
+    """So that a mean over steps weighs the positions alike: 5 of 23, 4,000 times, within 4 σ."""
+    candidates, rng, seen = np.arange(10, 33), step_rng(0, 0), Counter[int]()
+    for _ in range(4000):
+        drawn = evenly(candidates, 5, rng.random())
+        assert list(drawn) == sorted(set(drawn))
+        seen.update(drawn.tolist())
+    expected = 4000 * 5 / 23
+    assert set(seen) == set(candidates.tolist())
+    assert max(abs(count - expected) for count in seen.values()) < 4 * (expected * (1 - 5 / 23)) ** 0.5
+
+
+def test_even_draws_lie_one_share_of_the_candidates_apart() -> None:
+    gaps = [np.diff(evenly(np.arange(26), 8, step_rng(0, step).random())) for step in range(50)]
+    assert {3, 4} == {int(gap) for each in gaps for gap in each}
+
+
+def test_where_there_are_fewer_candidates_some_are_drawn_again() -> None:
+    drawn = evenly(np.array([4, 9, 11]), 7, step_rng(0, 0).random())
+    assert len(drawn) == 7
+    assert set(drawn.tolist()) <= {4, 9, 11}
+    assert list(drawn) == sorted(drawn)
+
+
+def test_padding_anchors_are_copies_that_do_not_count() -> None:
+    anchors = pad_anchors([np.array([3, 8]), np.array([5])], CPU)
+    assert anchors.positions.tolist() == [[3, 8], [5, 5]]
+    assert anchors.valid.tolist() == [[True, True], [True, False]]
+    assert anchors.blocks == 3

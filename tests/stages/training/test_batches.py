@@ -1,10 +1,7 @@
-"""Features, the order of training, anchors and the head that a step sees."""
+"""Features, the order of training and the head that a step sees."""
 
 from __future__ import annotations
 
-from collections import Counter
-
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +10,6 @@ from hypothesis import strategies as st
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.replay.trace import Trajectory
 from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.training.anchors import draw_evenly, pad_anchors, position_anchors
 from draftsmith.stages.training.batches import (
     FeatureSource,
     frequent_tokens,
@@ -28,7 +24,6 @@ from tests.testbed import random_target
 
 TRAJECTORIES = random_target.trajectories(12, seed=5)
 LAYERS = (2, 0)
-CPU = torch.device("cpu")
 
 
 @given(st.integers(1, 9), st.integers(1, 12), st.integers(0, 3))
@@ -138,50 +133,6 @@ def test_frequent_tokens_are_ordered_by_their_count_in_the_responses() -> None:
 def test_tokens_that_are_equally_frequent_keep_the_order_that_they_had() -> None:
     counts = torch.tensor([0, 2, 0, 5, 2])
     assert frequent_tokens(counts, torch.tensor([4, 2, 3, 1, 0])).tolist() == [3, 4, 1, 2, 0]
-
-
-def test_anchors_are_different_positions_with_a_token_behind_them() -> None:
-    """Where a response is too short for that, its positions are taken several times: steps have equally many blocks."""
-    short, long = Trajectory("a", list(range(7)), 4), Trajectory("b", list(range(30)), 4)
-    seen: Counter[tuple[int, int]] = Counter()
-    for step in range(200):
-        anchors = position_anchors([short, long], 5, step_rng(0, step), CPU)
-        assert anchors.valid.all() and anchors.blocks == 10
-        assert len(set(anchors.positions[1].tolist())) == 5
-        seen.update((row, p) for row, positions in enumerate(anchors.positions.tolist()) for p in positions)
-    assert {p for row, p in seen if row == 0} == {4, 5}  # the first response token, and the last but one token
-    assert {p for row, p in seen if row == 1} == set(range(4, 29))
-
-
-def test_every_candidate_is_drawn_equally_often() -> None:
-    """So that a mean over steps weighs the positions alike: 5 of 23, 4,000 times, within 4 σ."""
-    candidates, rng, seen = np.arange(10, 33), step_rng(0, 0), Counter[int]()
-    for _ in range(4000):
-        drawn = draw_evenly(candidates, 5, rng)
-        assert list(drawn) == sorted(set(drawn))
-        seen.update(drawn.tolist())
-    expected = 4000 * 5 / 23
-    assert set(seen) == set(candidates.tolist())
-    assert max(abs(count - expected) for count in seen.values()) < 4 * (expected * (1 - 5 / 23)) ** 0.5
-
-
-def test_even_draws_lie_one_share_of_the_candidates_apart() -> None:
-    gaps = [np.diff(draw_evenly(np.arange(26), 8, step_rng(0, step))) for step in range(50)]
-    assert {3, 4} == {int(gap) for each in gaps for gap in each}
-
-
-def test_where_there_are_fewer_candidates_some_are_drawn_again() -> None:
-    drawn = draw_evenly(np.array([4, 9, 11]), 7, step_rng(0, 0))
-    assert len(drawn) == 7
-    assert set(drawn.tolist()) <= {4, 9, 11}
-    assert list(drawn) == sorted(drawn)
-
-
-def test_padding_anchors_are_copies_that_do_not_count() -> None:
-    anchors = pad_anchors([np.array([3, 8]), np.array([5])], CPU)
-    assert anchors.positions.tolist() == [[3, 8], [5, 5]]
-    assert anchors.valid.tolist() == [[True, True], [True, False]]
-    assert anchors.blocks == 3
 
 
 def test_the_head_of_a_step_holds_what_the_step_needs() -> None:

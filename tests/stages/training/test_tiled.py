@@ -195,13 +195,13 @@ def test_a_chunk_that_the_memory_does_not_hold_is_halved_once(
     asked: list[int] = []
 
     def short_of_memory(largest: int) -> None:
-        def chunks(_hidden: torch.Tensor, size: int) -> Iterator[slice]:
+        def slices(_count: int, size: int) -> Iterator[slice]:
             asked.append(size)
             if size > largest:
                 raise torch.OutOfMemoryError("of the test")
             yield from (slice(start, min(start + size, N)) for start in range(0, N, size))
 
-        monkeypatch.setattr(tiled, "_chunks", chunks)
+        monkeypatch.setattr(tiled, "slices", slices)
 
     short_of_memory(CHUNK // 2)
     found, expected = with_gradient(in_tiles, torch.float32), with_gradient(in_rows, torch.float32)

@@ -11,7 +11,7 @@ import torch
 from draftsmith.stages.replay.chains import successors
 from draftsmith.stages.replay.corpus import score
 from draftsmith.stages.replay.trace import Trace
-from draftsmith.stages.training.anchors import anchor_positions, evenly
+from draftsmith.stages.training.anchors import drawn_positions
 from draftsmith.stages.training.batches import step_rng
 from draftsmith.stages.training.blocks import block_hidden, context_of
 from draftsmith.stages.training.loss_config import LossConfig
@@ -170,9 +170,7 @@ def test_successors_are_what_one_block_of_the_current_weights_leads_to(world: Wo
         drawn = source.draw(step, INDICES, view, phases(step, 2))
         assert drawn.steps is None  # judged on the blocks of the step itself
         assert drawn.anchors.blocks == len(INDICES) * per_sequence
-        positions = [anchor_positions(t) for t in view.batch.trajectories]
-        drawn_at = zip(positions, phases(step, 2)[:, 0], strict=True)
-        before = np.stack([evenly(row, per_sequence, phase) for row, phase in drawn_at])
+        before = np.stack(drawn_positions(view.batch.trajectories, per_sequence, phases(step, 2)[:, 0]))
         behind = successors(
             world.moved, view.context, view.batch.trajectories, torch.from_numpy(before), 8, view.head, None
         ).numpy()
