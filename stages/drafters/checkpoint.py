@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from draftsmith.artifacts.errors import DraftsmithError, RetryableError, disk_error_of
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError, disk_error_of, one_line
 from draftsmith.stages.drafters import layout
 from draftsmith.stages.drafters.architecture import Architecture
 from draftsmith.stages.drafters.base import Drafter, DrafterInfo
@@ -68,7 +68,7 @@ def plan_of_new(shape: DrafterConfig, target_config: Any, tokenizer: Callable[[]
     architecture = ARCHITECTURES[shape.kind]
     config = architecture.new_config(shape, target_config, tokenizer)
     architecture.check_fits(config, target_config, "sft.drafter")
-    return _plan(architecture, config, tokenizer)
+    return _plan(architecture, config, tokenizer, "sft.drafter")
 
 
 def plan_of_checkpoint(
@@ -84,8 +84,8 @@ def plan_of_checkpoint(
     if shape is not None and (upgrade := UPGRADES.get((kind_of(architecture), shape.kind))):
         config = upgrade.upgraded_config(config, shape)
         upgrade.check_fits(config, target_config, where)
-        return _plan(upgrade, config, tokenizer)
-    return _plan(architecture, config, tokenizer)
+        return _plan(upgrade, config, tokenizer, where)
+    return _plan(architecture, config, tokenizer, where)
 
 
 def upgraded(drafter: Drafter, shape: DrafterConfig, target: Target, seed: int) -> Drafter:
@@ -107,16 +107,24 @@ def kind_after(kind: str, shape: DrafterConfig) -> str:
 def skeleton_of(folder: Path) -> Drafter:
     """The drafter of a checkpoint without its weights, from its config.json."""
     architecture = architecture_of(folder)
-    with torch.device("meta"):
-        found: Drafter = architecture.skeleton(architecture.read_config(folder))
+    return _skeleton(architecture, architecture.read_config(folder), str(folder / layout.CONFIG_FILE))
+
+
+def _skeleton(architecture: Architecture, config: Any, where: str) -> Drafter:
+    try:
+        with torch.device("meta"):
+            found: Drafter = architecture.skeleton(config)
+    except Exception as error:  # torch and transformers raise of every kind where a size or an angle makes no sense
+        raise DraftsmithError(
+            f"drafter {where}: no model can be made of it ({one_line(error, 200)}); correct its fields"
+        ) from error
     return found
 
 
 def check_whole(folder: Path) -> None:
     """A checkpoint's weights are all there, with the shapes that its config.json says; reads headers only."""
-    ours = not layout.of_speculators(folder)  # whose tensors have other names
-    expected = {name: tuple(each.shape) for name, each in skeleton_of(folder).named_parameters()} if ours else {}
-    layout.check_weights(folder, expected)
+    expected = {name: tuple(each.shape) for name, each in skeleton_of(folder).named_parameters()}
+    layout.check_weights(folder, expected, architecture_of(folder).own_name)
 
 
 def block_size_of(folder: Path) -> int:
@@ -125,9 +133,8 @@ def block_size_of(folder: Path) -> int:
     return size
 
 
-def _plan(architecture: Architecture, config: Any, tokenizer: Callable[[], Any]) -> DrafterPlan:
-    with torch.device("meta"):
-        skeleton = architecture.skeleton(config)
+def _plan(architecture: Architecture, config: Any, tokenizer: Callable[[], Any], where: str) -> DrafterPlan:
+    skeleton = _skeleton(architecture, config, where)
     return DrafterPlan(
         kind_of(architecture),
         config,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -18,3 +18,12 @@ def usual_layer(text_config: Any) -> Any:
         return configs[0]
     kinds = getattr(text_config, "layer_types", None) or []
     return configs[kinds.index("sliding_attention") if "sliding_attention" in kinds else 0]
+
+
+_MOST = 2**24  # what no size of a model comes near
+
+
+def wrong_sizes(config: Any, names: Iterable[str]) -> list[tuple[str, Any]]:
+    """(field, value) of what a config says of a model, and none can have."""
+    said = [(name, getattr(config, name, None)) for name in names]
+    return [(name, size) for name, size in said if size is not None and not (type(size) is int and 0 < size <= _MOST)]
