@@ -16,7 +16,7 @@ from torch import nn
 
 from draftsmith.artifacts.errors import DraftsmithError, one_line
 from draftsmith.stages.drafters import speculators
-from draftsmith.stages.targets.shape import usual_layer, wrong_sizes
+from draftsmith.stages.targets.shape import usual_layer, wrong_numbers
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _PARTIAL = "partial_rotary_factor"
@@ -99,15 +99,7 @@ def parse_config(raw: Mapping[str, Any], kind: type[Any], architecture: str, pat
         raise DraftsmithError(
             f"drafter {path}: cannot be read ({one_line(error)}); give the folder of a drafter"
         ) from error
-    theta, eps = config.rope_parameters.get("rope_theta"), config.rms_norm_eps
-    require_kinds(
-        path,
-        [
-            *((name, value, False) for name, value in wrong_sizes(config, _SIZES)),
-            ("rms_norm_eps", eps, is_number(eps) and 0 < eps < 1),
-            ("rope_parameters.rope_theta", theta, is_number(theta) and theta > 0),
-        ],
-    )
+    require_kinds(path, [(name, value, False) for name, value in wrong_numbers(config, _SIZES)])
     return config
 
 

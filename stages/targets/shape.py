@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -23,7 +24,27 @@ def usual_layer(text_config: Any) -> Any:
 _MOST = 2**24  # what no size of a model comes near
 
 
-def wrong_sizes(config: Any, names: Iterable[str]) -> list[tuple[str, Any]]:
-    """(field, value) of what a config says of a model, and none can have."""
-    said = [(name, getattr(config, name, None)) for name in names]
-    return [(name, size) for name, size in said if size is not None and not (type(size) is int and 0 < size <= _MOST)]
+def wrong_numbers(config: Any, sizes: Iterable[str]) -> list[tuple[str, Any]]:
+    """(field, value) of what a config says of a model, and none can have. sizes: fields to look at too, if they are
+    there."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    rotations = {f"{kind}.": part for kind, part in rope.items() if isinstance(part, dict)} or {"": rope}
+    angles = {
+        f"rope_parameters.{kind}{name}": part.get(name)
+        for kind, part in rotations.items()
+        for name in ("rope_theta", "factor", "original_max_position_embeddings")
+    }
+    eps = {"rms_norm_eps": getattr(config, "rms_norm_eps", None)}
+    return [
+        *((name, size) for name in sizes if (size := getattr(config, name, None)) is not None and not _is_size(size)),
+        *((name, value) for name, value in angles.items() if value is not None and not _is_between(value, math.inf)),
+        *((name, value) for name, value in eps.items() if value is not None and not _is_between(value, 1)),
+    ]
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value <= _MOST
+
+
+def _is_between(value: Any, most: float) -> bool:
+    return type(value) in (int, float) and 0 < value < most
