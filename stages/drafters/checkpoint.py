@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, disk_error_of, one_line
 from draftsmith.stages.drafters import layout
@@ -19,6 +20,7 @@ from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.kinds import KINDS, DrafterConfig
 from draftsmith.stages.targets.causal_lm import Target
 
+_INFO = TypeAdapter(DrafterInfo)
 INFO_FILE, TOKENS_FILE = "drafter.json", "frequent_tokens.npy"
 
 
@@ -206,10 +208,11 @@ def read_info(folder: Path) -> DrafterInfo:
     try:
         raw = json.loads(path.read_text())
         raw.pop("digest", None)
-        return DrafterInfo(**{**raw, "parents": tuple(raw.get("parents", ()))})
+        return _INFO.validate_python(asdict(DrafterInfo(**{**raw, "parents": tuple(raw.get("parents", ()))})))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DraftsmithError(
-            f"drafter {path}: cannot be read ({error}); remove it to use the checkpoint without its record"
+            f"drafter {path}: cannot be read ({one_line(error, 200)}); remove it to use the checkpoint without its "
+            "record"
         ) from error
 
 
