@@ -118,7 +118,8 @@ def _skeleton(architecture: Architecture, config: Any, where: str) -> Drafter:
             found: Drafter = architecture.skeleton(config)
     except Exception as error:  # torch and transformers raise of every kind where a size or an angle makes no sense
         raise DraftsmithError(
-            f"drafter {where}: no model can be made of it ({one_line(error, 200)}); correct its fields"
+            f"drafter {where}: no model can be made of it ({type(error).__name__}: {one_line(error, 200)}); "
+            "correct its fields"
         ) from error
     return found
 

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from draftsmith.artifacts.errors import DraftsmithError, one_line
 from draftsmith.stages.drafters import speculators
@@ -99,7 +100,15 @@ def parse_config(raw: Mapping[str, Any], kind: type[Any], architecture: str, pat
         raise DraftsmithError(
             f"drafter {path}: cannot be read ({one_line(error)}); give the folder of a drafter"
         ) from error
-    require_kinds(path, [(name, value, False) for name, value in wrong_numbers(config, _SIZES)])
+    rotation = config.rope_parameters.get("rope_type")
+    known = isinstance(rotation, str) and rotation in ("default", *ROPE_INIT_FUNCTIONS)
+    require_kinds(
+        path,
+        [
+            *((name, value, False) for name, value in wrong_numbers(config, _SIZES)),
+            ("rope_parameters.rope_type", rotation, known),
+        ],
+    )
     return config
 
 

@@ -112,7 +112,11 @@ def from_speculators(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """config.json of speculators → as it is written here. Raises DraftsmithError for what is not computed here."""
     kind, layers = raw[KIND], raw.get("transformer_layer_config")
     architecture = next((name for name, known in _KINDS.items() if known == kind), None)
-    if architecture is None or not isinstance(layers, dict):
+    if not isinstance(layers, dict):
+        raise DraftsmithError(
+            f"drafter {where}: field transformer_layer_config is missing; export the checkpoint again"
+        )
+    if architecture is None:
         raise DraftsmithError(f"drafter {where}: {KIND} is {kind!r}, supported is {' or '.join(_KINDS.values())}")
     from_anchor = raw.get(_FROM_ANCHOR, kind == "dspark")
     for field, value, computed in (

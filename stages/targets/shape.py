@@ -28,7 +28,8 @@ def wrong_numbers(config: Any, sizes: Iterable[str]) -> list[tuple[str, Any]]:
     """(field, value) of what a config says of a model, and none can have. sizes: fields to look at too, if they are
     there."""
     rope = getattr(config, "rope_parameters", None) or {}
-    rotations = {f"{kind}.": part for kind, part in rope.items() if isinstance(part, dict)} or {"": rope}
+    by_kind = not {"rope_type", "rope_theta"} & rope.keys()
+    rotations = {f"{kind}.": part for kind, part in rope.items() if isinstance(part, dict)} if by_kind else {"": rope}
     angles = {
         f"rope_parameters.{kind}{name}": part.get(name)
         for kind, part in rotations.items()
@@ -36,13 +37,14 @@ def wrong_numbers(config: Any, sizes: Iterable[str]) -> list[tuple[str, Any]]:
     }
     eps = {"rms_norm_eps": getattr(config, "rms_norm_eps", None)}
     return [
-        *((name, size) for name in sizes if (size := getattr(config, name, None)) is not None and not _is_size(size)),
+        *((name, size) for name in sizes if (size := getattr(config, name, None)) is not None and not is_size(size)),
         *((name, value) for name, value in angles.items() if value is not None and not _is_between(value, math.inf)),
         *((name, value) for name, value in eps.items() if value is not None and not _is_between(value, 1)),
     ]
 
 
-def _is_size(value: Any) -> bool:
+def is_size(value: Any) -> bool:
+    """An integer that a size of a model may be."""
     return type(value) is int and 0 < value <= _MOST
 
 

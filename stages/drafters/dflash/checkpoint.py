@@ -14,6 +14,7 @@ from draftsmith.stages.drafters import layout, speculators
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.dflash.shape import DFlashConfig
 from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.shape import is_size
 
 AnyDFlash = TypeVar("AnyDFlash", bound=DFlashDrafter)
 
@@ -189,7 +190,7 @@ def _check_windows(path: Path, raw: Mapping[str, Any], config: Qwen3Config) -> N
             f"drafter {path}: use_sliding_window is not true, so that an engine leaves sliding_window out and fails; "
             "set it to true"
         )
-    layout.require_kinds(path, [("sliding_window", window, layout.is_integer(window) and window > 0)])
+    layout.require_kinds(path, [("sliding_window", window, is_size(window))])
     if causal is False and window < config.block_size:
         raise DraftsmithError(
             f"drafter {path}: sliding_window {window} is smaller than the block of {config.block_size}, which "

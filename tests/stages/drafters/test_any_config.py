@@ -56,6 +56,7 @@ EAGLE3 = {
     "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128},
     "draft_vocab_size": 100, "block_size": 5, "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]},
 }  # fmt: skip
+ROTATES = {"rope_scaling": None, "rope_parameters": ROTARY["rope_parameters"]}
 TARGET = Qwen3Config(**{**SHAPE, "num_hidden_layers": 6, "layer_types": None})
 
 
@@ -110,9 +111,11 @@ def test_a_wrong_value_in_any_place_of_a_drafters_config(config: Any, value: Any
         (DFLASH, "rms_norm_eps", [0, -1, 2, float("nan")]),
         *((DFLASH, name, [-1, 0, 10**30]) for name in SHAPE if name.startswith(("num_", "head_", "inter", "max_"))),
         (DSPARK, "dspark_config", [3, "x", [1]]),
-        (SPECULATORS, "transformer_layer_config", [3, "x", [1]]),
+        (SPECULATORS, "transformer_layer_config", [None, 3, "x", [1]]),
         (SPECULATORS, "aux_hidden_state_layer_ids", [3, ["1"], [1.5]]),
         (SPECULATORS, "block_size", ["7", [7], {}]),
+        (WINDOWS, "sliding_window", [0, -1, 10**30, "16"]),
+        (EAGLE3 | ROTATES, "rope_parameters.rope_type", ["own", 3]),
         (EAGLE3, "eagle_config", [3, "x", [1]]),
         (EAGLE3, "draft_vocab_size", [-1, 1, 10**30]),
     ],

@@ -134,7 +134,7 @@ TRAPS: dict[str, tuple[Edit, str]] = {
     "a reduced vocabulary": (edit_config(lambda c: c.update(draft_vocab_size=40)), "draft_vocab_size is 40"),
     "proposals from the anchor on": (edit_config(lambda c: c.update(sample_from_anchor=True)), "sample_from_anchor"),
     "no layer ids": (edit_config(lambda c: c.pop("aux_hidden_state_layer_ids")), "target_layer_ids is missing"),
-    "no layers": (edit_config(lambda c: c.pop("transformer_layer_config")), "speculators_model_type"),
+    "no layers": (edit_config(lambda c: c.pop("transformer_layer_config")), "transformer_layer_config is missing"),
     "another head": (edit_tensors(lambda t: t["lm_head.weight"].add_(1)), r"lm_head\.weight is not the target's"),
 }
 
