@@ -40,6 +40,17 @@ class DiagnosisConfig(Config):
         return sorted(path for path in folder.iterdir() if path.is_file())
 
 
+def preflight(config: DiagnosisConfig, target: Path) -> None:
+    """The drafter is whole and one of this target, before anything is asked."""
+    from draftsmith.stages.drafters.checkpoint import check_drafter, check_shape, check_whole
+    from draftsmith.stages.targets.info import model_path, read_target_info
+
+    folder = Path(config.drafter)
+    check_drafter(folder, read_target_info(target).digest)
+    check_shape(folder, model_path(target))
+    check_whole(folder)
+
+
 def run(ctx: StageContext, config: DiagnosisConfig) -> None:
     """Write `diagnosis.json`: a sentence, and what was tried."""
     from draftsmith.artifacts.parquet import to_table
@@ -141,4 +152,7 @@ def _server_info(url: str, headers: dict[str, str]) -> dict[str, Any]:
     raise DraftsmithError(f"{url} has no /server_info: is it a SGLang server of a supported release?")
 
 
-STAGE = Stage(name="diagnosis", config=DiagnosisConfig, inputs=("target", "prompts"), run=run, compute=Compute.HEAVY)
+STAGE = Stage(
+    name="diagnosis", config=DiagnosisConfig, inputs=("target", "prompts"), run=run, compute=Compute.HEAVY,
+    preflight=preflight,
+)  # fmt: skip

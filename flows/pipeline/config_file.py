@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,9 +71,29 @@ def read_config(path: Path | str, overrides: Sequence[str], model: type[ModelT])
     data = _read_yaml(path)
     changed = [_apply_override(data, override) for override in overrides]
     try:
-        return model.model_validate(data, context=OF_FILE)
+        config = model.model_validate(data, context=OF_FILE)
     except ValidationError as error:
         raise DraftsmithError(describe(error, path, changed, model, data)) from None
+    for place in _taken_as_numbers(data, config):
+        field = ".".join(map(str, place))
+        where = f"{OVERRIDE} {field}" if place in changed else f"{path}: {field}"
+        raise DraftsmithError(
+            f"{where}: expected a number, got true or false (as yes, no, on, off are): change the value"
+        )
+    return config
+
+
+def _taken_as_numbers(data: Any, value: Any, place: PathKey = ()) -> Iterator[PathKey]:
+    """Where a number was made of a truth value: 1 or 0. data: as it was written; value: what was made of it."""
+    if isinstance(data, bool) and type(value) in (int, float):
+        yield place
+    elif isinstance(data, dict):
+        fields = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+        for name, inner in data.items():
+            yield from _taken_as_numbers(inner, fields.get(name), (*place, name))
+    elif isinstance(data, list) and isinstance(value, list | tuple):
+        for index, (inner, made) in enumerate(zip(data, value, strict=False)):
+            yield from _taken_as_numbers(inner, made, (*place, index))
 
 
 def kind_of(path: Path | str) -> Any:

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 
-from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError, one_line
 from draftsmith.stages.drafters import layout
 from draftsmith.stages.drafters.architecture import Architecture
 from draftsmith.stages.drafters.base import Drafter, DrafterInfo
@@ -19,6 +20,7 @@ from draftsmith.stages.drafters.digest import drafter_digest
 from draftsmith.stages.drafters.kinds import KINDS, DrafterConfig
 from draftsmith.stages.targets.causal_lm import Target
 
+_INFO = TypeAdapter(DrafterInfo)
 INFO_FILE, TOKENS_FILE = "drafter.json", "frequent_tokens.npy"
 
 
@@ -68,7 +70,7 @@ def plan_of_new(shape: DrafterConfig, target_config: Any, tokenizer: Callable[[]
     architecture = ARCHITECTURES[shape.kind]
     config = architecture.new_config(shape, target_config, tokenizer)
     architecture.check_fits(config, target_config, "sft.drafter")
-    return _plan(architecture, config, tokenizer)
+    return _plan(architecture, config, tokenizer, "sft.drafter")
 
 
 def plan_of_checkpoint(
@@ -84,8 +86,8 @@ def plan_of_checkpoint(
     if shape is not None and (upgrade := UPGRADES.get((kind_of(architecture), shape.kind))):
         config = upgrade.upgraded_config(config, shape)
         upgrade.check_fits(config, target_config, where)
-        return _plan(upgrade, config, tokenizer)
-    return _plan(architecture, config, tokenizer)
+        return _plan(upgrade, config, tokenizer, where)
+    return _plan(architecture, config, tokenizer, where)
 
 
 def upgraded(drafter: Drafter, shape: DrafterConfig, target: Target, seed: int) -> Drafter:
@@ -107,16 +109,25 @@ def kind_after(kind: str, shape: DrafterConfig) -> str:
 def skeleton_of(folder: Path) -> Drafter:
     """The drafter of a checkpoint without its weights, from its config.json."""
     architecture = architecture_of(folder)
-    with torch.device("meta"):
-        found: Drafter = architecture.skeleton(architecture.read_config(folder))
+    return _skeleton(architecture, architecture.read_config(folder), str(folder / layout.CONFIG_FILE))
+
+
+def _skeleton(architecture: Architecture, config: Any, where: str) -> Drafter:
+    try:
+        with torch.device("meta"):
+            found: Drafter = architecture.skeleton(config)
+    except Exception as error:  # torch and transformers raise of every kind where a size or an angle makes no sense
+        raise DraftsmithError(
+            f"drafter {where}: no model can be made of it ({type(error).__name__}: {one_line(error, 200)}); "
+            "correct its fields"
+        ) from error
     return found
 
 
 def check_whole(folder: Path) -> None:
     """A checkpoint's weights are all there, with the shapes that its config.json says; reads headers only."""
-    ours = not layout.of_speculators(folder)  # whose tensors have other names
-    expected = {name: tuple(each.shape) for name, each in skeleton_of(folder).named_parameters()} if ours else {}
-    layout.check_weights(folder, expected)
+    expected = {name: tuple(each.shape) for name, each in skeleton_of(folder).named_parameters()}
+    layout.check_weights(folder, expected, architecture_of(folder).own_name)
 
 
 def block_size_of(folder: Path) -> int:
@@ -125,9 +136,8 @@ def block_size_of(folder: Path) -> int:
     return size
 
 
-def _plan(architecture: Architecture, config: Any, tokenizer: Callable[[], Any]) -> DrafterPlan:
-    with torch.device("meta"):
-        skeleton = architecture.skeleton(config)
+def _plan(architecture: Architecture, config: Any, tokenizer: Callable[[], Any], where: str) -> DrafterPlan:
+    skeleton = _skeleton(architecture, config, where)
     return DrafterPlan(
         kind_of(architecture),
         config,
@@ -199,10 +209,11 @@ def read_info(folder: Path) -> DrafterInfo:
     try:
         raw = json.loads(path.read_text())
         raw.pop("digest", None)
-        return DrafterInfo(**{**raw, "parents": tuple(raw.get("parents", ()))})
+        return _INFO.validate_python(asdict(DrafterInfo(**{**raw, "parents": tuple(raw.get("parents", ()))})))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DraftsmithError(
-            f"drafter {path}: cannot be read ({error}); remove it to use the checkpoint without its record"
+            f"drafter {path}: cannot be read ({one_line(error, 200)}); remove it to use the checkpoint without its "
+            "record"
         ) from error
 
 

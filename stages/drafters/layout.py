@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from draftsmith.artifacts.errors import DraftsmithError, one_line
 from draftsmith.stages.drafters import speculators
-from draftsmith.stages.targets.shape import usual_layer
+from draftsmith.stages.targets.shape import usual_layer, wrong_numbers
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _PARTIAL = "partial_rotary_factor"
@@ -52,13 +53,38 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise DraftsmithError(f"drafter {path}: is not a JSON object; give the folder of a drafter")
     with config_errors(str(path)):
+        for holder in (raw, raw.get("transformer_layer_config")):
+            require_kinds(path, _containers(holder or {}))
         if speculators.KIND in raw:
             raw = speculators.from_speculators(raw, str(path))
         if "rope_parameters" not in raw and "rope_theta" in raw:
             scaling = raw.pop("rope_scaling", None) or {}
             scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type", "default")
             raw["rope_parameters"] = {**scaling, "rope_theta": raw["rope_theta"]}
+        theta, older = (raw.get("rope_parameters") or {}).get("rope_theta"), raw.get("rope_theta")
+    if older is not None and theta not in (None, older):
+        raise DraftsmithError(
+            f"drafter {path}: rope_theta is {older!r} at the top and {theta!r} in rope_parameters (engines read "
+            "either); keep the trained one"
+        )
     return raw
+
+
+# Fields of a config.json that hold others; null and absence are for whoever reads them.
+_LISTS = {"architectures": str, "layer_types": str, "aux_hidden_state_layer_ids": int}
+_OBJECTS = (
+    *("dflash_config", "dspark_config", "eagle_config"),
+    *("rope_parameters", "rope_scaling", "transformer_layer_config"),
+)
+
+
+def _containers(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, bool]]:
+    """Whether each is of its kind, as `require_kinds` takes it."""
+    for name, kind in _LISTS.items():
+        value = raw.get(name)
+        yield name, value, value is None or (isinstance(value, list) and all(type(each) is kind for each in value))
+    for name in _OBJECTS:
+        yield name, raw.get(name), isinstance(raw.get(name), dict | None)
 
 
 def of_speculators(folder: Path) -> bool:
@@ -67,13 +93,30 @@ def of_speculators(folder: Path) -> bool:
 
 
 def parse_config(raw: Mapping[str, Any], kind: type[Any], architecture: str, path: Path) -> Any:
-    """`raw` as a config class of transformers."""
+    """`raw` as a config class of transformers, whose numbers are such as a model can be made of."""
     try:
-        return kind(**{**raw, "architectures": [architecture]})
+        config = kind(**{**raw, "architectures": [architecture]})
     except Exception as error:  # transformers checks fields with error classes of its own
         raise DraftsmithError(
             f"drafter {path}: cannot be read ({one_line(error)}); give the folder of a drafter"
         ) from error
+    rotation = config.rope_parameters.get("rope_type")
+    known = isinstance(rotation, str) and rotation in ("default", *ROPE_INIT_FUNCTIONS)
+    require_kinds(
+        path,
+        [
+            *((name, value, False) for name, value in wrong_numbers(config, _SIZES)),
+            ("rope_parameters.rope_type", rotation, known),
+        ],
+    )
+    return config
+
+
+_SIZES = (
+    *("vocab_size", "draft_vocab_size", "hidden_size", "intermediate_size", "head_dim", "block_size"),
+    *("num_hidden_layers", "num_target_layers", "num_attention_heads", "num_key_value_heads"),
+    "max_position_embeddings",
+)
 
 
 def require_fields(path: Path, fields: Iterable[tuple[str, Any]]) -> None:
@@ -211,18 +254,19 @@ def write_checkpoint(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str,
     save_file(dict(tensors), folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def check_weights(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """model.safetensors is there and whole, and has these tensors with these shapes; reads its header only."""
+def check_weights(folder: Path, expected: Mapping[str, tuple[int, ...]], own_name: Callable[[str], str | None]) -> None:
+    """model.safetensors is there and whole, and has these tensors with these shapes and no other; reads its header
+    only. own_name: of an architecture."""
     path = folder / WEIGHTS_FILE
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {name.removeprefix("model."): file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            names = {own: name for name in file.keys() if (own := own_name(name)) is not None}  # noqa: SIM118
+            found = {own: torch.empty(file.get_slice(name).get_shape(), device="meta") for own, name in names.items()}
     except (OSError, SafetensorError) as error:
         raise DraftsmithError(
             f"drafter {path}: cannot be read ({error}); the file is missing or cut short: a drafter is one "
             f"{WEIGHTS_FILE}, export it as that"
         ) from error
-    found = {name: torch.empty(shapes[name], device="meta") for name in expected.keys() & shapes.keys()}
     check_tensors(folder, found, expected, "those of its config.json")
 
 

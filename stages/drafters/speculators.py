@@ -112,7 +112,11 @@ def from_speculators(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """config.json of speculators → as it is written here. Raises DraftsmithError for what is not computed here."""
     kind, layers = raw[KIND], raw.get("transformer_layer_config")
     architecture = next((name for name, known in _KINDS.items() if known == kind), None)
-    if architecture is None or not isinstance(layers, dict):
+    if not isinstance(layers, dict):
+        raise DraftsmithError(
+            f"drafter {where}: field transformer_layer_config is missing; export the checkpoint again"
+        )
+    if architecture is None:
         raise DraftsmithError(f"drafter {where}: {KIND} is {kind!r}, supported is {' or '.join(_KINDS.values())}")
     from_anchor = raw.get(_FROM_ANCHOR, kind == "dspark")
     for field, value, computed in (
@@ -122,7 +126,7 @@ def from_speculators(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         if value != computed:
             raise DraftsmithError(f"drafter {where}: {field} is {value!r}, and only {computed!r} is computed here")
     ids, block = raw.get("aux_hidden_state_layer_ids"), raw.get("block_size")
-    if kind == "dspark" and block is not None and not from_anchor:
+    if kind == "dspark" and isinstance(block, int) and not from_anchor:
         block -= 1  # a DSpark's counts proposals here
     dflash = {
         "mask_token_id": raw.get("mask_token_id"),
@@ -149,7 +153,12 @@ def own_tensors(
         found = tensors.get(name)
         if found is not None and (found.shape != expected.shape or not _same(found, expected)):
             raise DraftsmithError(f"drafter {where}: its {name} is not the target's: it was made for another target")
-    return {name: tensor for name, tensor in tensors.items() if name not in OF_THE_TARGET}
+    return {name: tensor for name, tensor in tensors.items() if own_name(name) is not None}
+
+
+def own_name(name: str) -> str | None:
+    """Of a tensor in a file; None of one of the target."""
+    return None if name in OF_THE_TARGET else name
 
 
 def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -60,6 +60,8 @@ class Layers:
             if not (holds_state or kind == _NOTHING or (type(layer) in entries and kind in _REACH)):
                 raise UnknownLayersError(kind)
         reach = {kind: each.get("sliding_window") for kind, each in zip(kinds, settings, strict=True)}
+        if senseless := [kind for kind, window in reach.items() if window is not None and window < 1]:
+            raise UnknownLayersError(f"{senseless[0]} over {reach[senseless[0]]} positions")
         if _NOTHING in kinds:  # one that is handed entries reads as far as those that keep them
             kinds = [
                 own if kind == _NOTHING else kind for kind, own in zip(kinds, text_config.layer_types, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from draftsmith.stages.targets.source import weight_files
 def load_weights(kind: Any, folder: Path, file: Path | None = None, **arguments: Any) -> Any:
     """`kind.from_pretrained(folder, …)`. file: what holds the weights, where these are not safetensors.
 
-    Raises DraftsmithError if the checkpoint lacks a tensor of the text model, or has one of another shape. Of tied ones
-    one is enough.
+    Raises DraftsmithError if the checkpoint lacks a tensor of the text model, or has one of another shape, or a
+    bias that it has not. Of tied ones one is enough.
     """
     where = file or _place(folder)
     try:
@@ -43,7 +44,21 @@ def load_weights(kind: Any, folder: Path, file: Path | None = None, **arguments:
                 f"{where}: {name} has shape {list(has)}, and by config.json {list(needs)}: config and weights "
                 "do not belong together; copy or download the model again"
             )
+    if unread := _unread_biases(model, used, found["unexpected_keys"]):
+        raise DraftsmithError(
+            f"{where}: holds {unread[0]} ({len(unread)} biases in all), and by config.json there is none: config and "
+            "weights do not belong together; copy or download the model again"
+        )
     return model
+
+
+def _unread_biases(model: Any, used: tuple[str, ...], unread: Iterable[str]) -> list[str]:
+    """Of maps that the model has without one: what it computes is another model than the checkpoint's. Quantised
+    checkpoints have some of zeros."""
+    if getattr(model.config, "quantization_config", None):
+        return []
+    maps = {f"{name}.bias" for name, _ in model.named_modules() if name.startswith(used)}
+    return sorted(maps.intersection(unread))
 
 
 _HAS_DEFAULT = ("scale", "zero_point", "g_idx")  # in the names of what a quantisation may leave out

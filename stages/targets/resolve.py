@@ -17,7 +17,7 @@ from draftsmith.stages.targets.config import Dtype, TargetConfig
 from draftsmith.stages.targets.hub import check_snapshot, hub_snapshot
 from draftsmith.stages.targets.info import TargetInfo, model_digest, tokenizer_digest, write_target_info
 from draftsmith.stages.targets.logits import LogitMap
-from draftsmith.stages.targets.shape import usual_layer
+from draftsmith.stages.targets.shape import usual_layer, wrong_numbers
 from draftsmith.stages.targets.source import (
     TOKENIZER_FILES,
     Kind,
@@ -201,7 +201,7 @@ def _read_config(folder: Path) -> tuple[str, PretrainedConfig]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DraftsmithError(f"{folder} has no config.json: give the folder of a whole model") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DraftsmithError(f"{path}: not JSON ({error}): copy or download the model again") from error
     if not isinstance(raw, dict):
         raise DraftsmithError(f"{path}: not a JSON object: copy or download the model again")
@@ -236,6 +236,7 @@ def _plain(name: str) -> str:
     return name.replace("_", "").lower()
 
 
+_SIZES = ("vocab_size", "num_hidden_layers")
 _TAKEN_OVER = ("hidden_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
 
 
@@ -251,14 +252,14 @@ def _capabilities(folder: Path, config: PretrainedConfig) -> tuple[Layers, Logit
             f"{folder}: {text.model_type} has no config field {missing[0]}: a drafter takes its shape over from a "
             "target with grouped heads; give another target"
         )
+    if wrong := wrong_numbers(text, _SIZES) + wrong_numbers(usual, _TAKEN_OVER):
+        raise DraftsmithError(f"{folder / 'config.json'}: {wrong[0][0]} is {wrong[0][1]!r}: correct it")
     try:
-        layers = Layers.of(text)
+        return Layers.of(text), ask_model(config)
     except UnknownLayersError as error:
         raise DraftsmithError(
             f"{folder}: layers of {text.model_type} with {error} are not supported; give another target"
         ) from error
-    try:
-        return layers, ask_model(config)
     except OtherHeadError as error:
         raise DraftsmithError(
             f"{folder}: the logits of {text.model_type} are not those of a linear head, scaled or soft-capped "
@@ -307,18 +308,22 @@ def load_tokenizer(folder: Path) -> Any:
 
 def _eos_ids(folder: Path, text: PretrainedConfig, tokenizer: Any) -> list[int]:
     """Ids that end an answer: of generation config, config and tokenizer, as serving engines take them."""
+    from transformers import GenerationConfig
+
     found: list[int] = []
-    path = folder / "generation_config.json"
-    try:
-        generation = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise DraftsmithError(f"{path}: not a JSON object ({one_line(error)}): copy it again") from error
+    path, generation = folder / "generation_config.json", {}
+    if path.is_file():
+        try:
+            generation = json.loads(path.read_text(encoding="utf-8"))
+            GenerationConfig.from_dict(generation)  # which whoever loads the model reads too
+        except Exception as error:  # transformers compares fields of any type
+            raise DraftsmithError(f"{path}: cannot be read ({one_line(error)}): copy it again") from error
     of_config = getattr(text, "eos_token_id", None)  # text parts of some models have no such field
     for value in (generation.get("eos_token_id"), of_config, tokenizer.eos_token_id):
         found += value if isinstance(value, list) else [value] if value is not None else []
     if wrong := [each for each in found if type(each) is not int]:
         raise DraftsmithError(f"{folder}: eos_token_id {wrong[0]!r} is no token id: correct generation_config.json")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(index for index in found if 0 <= index < text.vocab_size))  # others end nothing
 
 
 def _mask_candidates(tokenizer: Any, vocab_size: int, eos_ids: list[int]) -> list[int]:

@@ -67,6 +67,8 @@ def model_folder(source: str) -> Path:
         hint = ""
         if ggufs := sorted(path.name for path in folder.glob("*.gguf")):
             hint = f" (it holds {', '.join(ggufs)}: name that file)"
+        elif (folder / "adapter_config.json").is_file():
+            hint = " (it holds an adapter: merge that into its model, peft's merge_and_unload)"
         raise DraftsmithError(f"target.source: {folder} has no config.json: give the folder of a whole model{hint}")
     return folder
 
@@ -112,17 +114,23 @@ def _package_folders(name: str) -> list[Path]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, sorted; all of an index's shards are there."""
-    index = folder / "model.safetensors.index.json"
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise DraftsmithError(
                 f"{index}: not a safetensors index ({error}): copy or download the model again"
             ) from error
         if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
             raise DraftsmithError(
                 f"{index}: names {outside[0]!r}, which is no file of this folder: copy or download the model again"
+            )
+        if not names:
+            raise DraftsmithError(f"{index}: names no weights: copy or download the model again")
+        if single.is_file() and single.name not in names:  # which transformers would load, and servers the shards
+            raise DraftsmithError(
+                f"{folder}: {index.name} names other files than {single.name}, which is there: remove one"
             )
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
@@ -131,7 +139,6 @@ def weight_files(folder: Path) -> list[Path]:
                 "copy or download the model again"
             )
         return [folder / name for name in names]
-    single = folder / "model.safetensors"
     if single.is_file():
         return [single]
     if any(folder.glob("pytorch_model*.bin")):
@@ -145,7 +152,15 @@ def weight_files(folder: Path) -> list[Path]:
 def check_weights(folder: Path) -> list[Path]:
     """The same, each as long as its header says, and every float8 tensor with its scale; reads the headers only."""
     files = weight_files(folder)
-    dtypes = {name: dtype for path in files for name, dtype in _checked_header(path).items()}
+    dtypes: dict[str, str] = {}
+    for path in files:
+        of_file = _checked_header(path)
+        if twice := sorted(dtypes.keys() & of_file.keys()):  # who loads them takes either
+            raise DraftsmithError(
+                f"{path}: {twice[0]} stands in an earlier file too ({len(twice)} tensors in all): copy or download the "
+                "model again"
+            )
+        dtypes |= of_file
     # scales of four-bit weights are of 8 bits themselves
     eighths = [n for n, dtype in dtypes.items() if dtype.startswith("F8_") and "scale" not in n.rpartition(".")[2]]
     # whatever a method calls it: X_scale, X_scale_inv

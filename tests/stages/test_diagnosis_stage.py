@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages import diagnosis
-from draftsmith.stages.diagnosis import STAGE, DiagnosisConfig
+from draftsmith.stages.diagnosis import STAGE, DiagnosisConfig, preflight
+from tests.stages.drafters.edits import cut, edit_config
 from tests.stages.engines.http_server import Refusal, serving
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
@@ -29,6 +31,22 @@ def test_an_answer_that_does_not_fit_is_not_told_by_the_server(
     with pytest.raises(DraftsmithError, match="max_new_tokens"):
         STAGE.run(ctx, asked(tiny_drafter, sampling={"max_new_tokens": 100_000}))
     assert not list(ctx.out.iterdir())
+
+
+def test_a_drafter_that_cannot_be_read_is_told_before_the_server_is_asked(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts
+) -> None:
+    preflight(asked(tiny_drafter), tiny_drafter.target)
+    shutil.copytree(tiny_drafter.drafter / "drafter", tmp_path / "drafter")
+    broken = asked(tiny_drafter, drafter=str(tmp_path / "drafter"))
+    for edit, told in (
+        (cut("model.safetensors"), r"model\.safetensors: cannot be read"),
+        (edit_config(lambda raw: raw.update(hidden_size=8)), r"hidden_size is 8"),
+        (edit_config(lambda raw: raw.update(block_size="x")), r"block_size is x"),
+    ):
+        edit(tmp_path / "drafter")
+        with pytest.raises(DraftsmithError, match=told):
+            preflight(broken, tiny_drafter.target)
 
 
 def test_an_address_that_is_none_is_bad_input(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:

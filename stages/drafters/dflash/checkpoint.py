@@ -14,6 +14,7 @@ from draftsmith.stages.drafters import layout, speculators
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
 from draftsmith.stages.drafters.dflash.shape import DFlashConfig
 from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.shape import is_size
 
 AnyDFlash = TypeVar("AnyDFlash", bound=DFlashDrafter)
 
@@ -34,6 +35,7 @@ _COMPUTED_WITHIN = {  # `dflash_config`
 _COMPUTED_EITHER = {"projector_type": None, "sample_from_anchor": True}  # at the top or within
 # Of the same config fields, for models that draft in another way.
 _OTHER_ARCHITECTURES = ("DFlash2", "DFlashLaguna", "DSpark")
+own_name = speculators.own_name
 MASK_ADVICE = (
     "set sft.drafter.mask_token to a special token that never occurs in text (ids: mask_candidates in the target's "
     "target.json)"
@@ -188,7 +190,7 @@ def _check_windows(path: Path, raw: Mapping[str, Any], config: Qwen3Config) -> N
             f"drafter {path}: use_sliding_window is not true, so that an engine leaves sliding_window out and fails; "
             "set it to true"
         )
-    layout.require_kinds(path, [("sliding_window", window, layout.is_integer(window) and window > 0)])
+    layout.require_kinds(path, [("sliding_window", window, is_size(window))])
     if causal is False and window < config.block_size:
         raise DraftsmithError(
             f"drafter {path}: sliding_window {window} is smaller than the block of {config.block_size}, which "
@@ -239,9 +241,8 @@ def load(folder: Path, target: Target, dtype: torch.dtype) -> DFlashDrafter:
 
 def with_weights(drafter: AnyDFlash, folder: Path, target: Target, dtype: torch.dtype) -> AnyDFlash:
     """A drafter of this layout with the weights of a checkpoint."""
-    tensors = layout.read_tensors(folder)
-    if speculators.EMBEDDING in tensors or speculators.HEAD in tensors:
-        tensors = speculators.own_tensors(tensors, target.embedding, target.head_weight, str(folder))
+    found = layout.read_tensors(folder)
+    tensors = speculators.own_tensors(found, target.embedding, target.head_weight, str(folder))
     expected = {name: tuple(p.shape) for name, p in drafter.named_parameters()}
     layout.check_tensors(folder, tensors, expected, "z-lab's layout")
     drafter.load_state_dict(tensors, strict=False)

@@ -29,7 +29,7 @@ class DFlashConfig(Config):
             "151669); left out: the tokenizer's mask token"
         ),
     ] = None
-    intermediate_size: int | None = None
+    intermediate_size: Annotated[int | None, Field(ge=1)] = None
     sliding_window: Annotated[
         int | None,
         Field(

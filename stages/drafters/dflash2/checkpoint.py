@@ -23,7 +23,7 @@ UPGRADES = "dflash"  # the kind whose weights it takes over
 # Of `dflash_config`:
 _SIZES = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
 _MULTIPLIER, _SOFTCAP = "output_multiplier", "final_logit_softcapping"  # from the head's products to unary scores
-check_fits, save, target_layer_ids = dflash.check_fits, dflash.save, dflash.target_layer_ids
+check_fits, save, target_layer_ids, own_name = dflash.check_fits, dflash.save, dflash.target_layer_ids, dflash.own_name
 
 
 def new_config(shape: DFlash2Config, target_config: Any, tokenizer: Callable[[], Any]) -> Qwen3Config:

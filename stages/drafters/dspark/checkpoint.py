@@ -169,6 +169,12 @@ def save(drafter: DSparkDrafter, folder: Path, dtype: torch.dtype) -> None:
     layout.write_checkpoint(folder, raw, tensors)
 
 
+def own_name(name: str) -> str | None:
+    """Of a tensor in a file, without the prefix that some write; None of one that the target has."""
+    name = name.removeprefix("model.")
+    return None if name.startswith(_SHARED) else speculators.own_name(name)
+
+
 def load(folder: Path, target: Target, dtype: torch.dtype) -> DSparkDrafter:
     """Load a checkpoint for this target. Every tensor must be there, with its shape, and no other but the target's."""
     config = read_config(folder)
@@ -177,11 +183,7 @@ def load(folder: Path, target: Target, dtype: torch.dtype) -> DSparkDrafter:
     found = layout.read_tensors(folder)
     if layout.of_speculators(folder):
         found = speculators.own_tensors(found, target.embedding, target.head_weight, str(folder))
-    tensors = {
-        name.removeprefix("model."): tensor
-        for name, tensor in found.items()
-        if not name.removeprefix("model.").startswith(_SHARED)
-    }
+    tensors = {name: tensor for each, tensor in found.items() if (name := own_name(each)) is not None}
     expected = {name: tuple(p.shape) for name, p in drafter.named_parameters()}
     layout.check_tensors(folder, tensors, expected, "SGLang's layout of DSpark")
     drafter.load_state_dict(tensors, strict=False)

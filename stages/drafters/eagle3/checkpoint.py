@@ -25,6 +25,7 @@ _UNSUPPORTED = (
     *("norm_output", "fc_norm", "use_aux_norm", "norm_before_fc", "target_hidden_size"),
     *("bias", "mlp_bias", "attention_bias"),
 )
+_EMBEDDING, _MAPS = "embed_tokens.weight", ("d2t", "t2d")
 _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 # From here on the three layers that SGLang captures by itself are three.
 _DEEP_ENOUGH = 7
@@ -123,8 +124,6 @@ def _read_config(folder: Path) -> LlamaConfig:
             f"drafter {path}: num_hidden_layers is {raw['num_hidden_layers']}, only one layer is supported"
         )
     eagle = raw.get("eagle_config") or {}
-    if not isinstance(eagle, dict):
-        raise DraftsmithError(f"drafter {path}: eagle_config is {eagle!r}, not an object; export the checkpoint again")
     for field in _UNSUPPORTED:
         if raw.get(field) or eagle.get(field):
             raise DraftsmithError(f"drafter {path}: {field} is set: this variant of EAGLE-3 is not supported")
@@ -211,6 +210,11 @@ def save(drafter: Eagle3Drafter, folder: Path, dtype: torch.dtype) -> None:
     layout.write_checkpoint(folder, raw, tensors)
 
 
+def own_name(name: str) -> str | None:
+    """Of a tensor in a file; None of the target's embedding and of maps, which are no weights."""
+    return None if name in (_EMBEDDING, *_MAPS) else name
+
+
 def load(folder: Path, target: Target, dtype: torch.dtype) -> Eagle3Drafter:
     """Load a checkpoint for this target. Every tensor must be there, with its shape, and no other."""
     config = read_config(folder)
@@ -232,7 +236,7 @@ def load(folder: Path, target: Target, dtype: torch.dtype) -> Eagle3Drafter:
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors without the target's embedding, which some checkpoints carry and engines replace."""
     tensors = layout.read_tensors(folder)
-    tensors.pop("embed_tokens.weight", None)
+    tensors.pop(_EMBEDDING, None)
     return tensors
 
 

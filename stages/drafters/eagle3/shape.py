@@ -24,4 +24,4 @@ class Eagle3Config(Config):
         int | None,
         Field(ge=2, description="propose only from this many most frequent tokens of the answers; left out: all"),
     ] = None
-    intermediate_size: int | None = None
+    intermediate_size: Annotated[int | None, Field(ge=1)] = None

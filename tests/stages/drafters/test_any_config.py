@@ -6,12 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Qwen3Config
 
-from draftsmith.stages.drafters.checkpoint import architecture_of, check_layers, read_info
-from tests.test_properties import changed, with_file
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.drafters.checkpoint import (
+    architecture_of,
+    check_layers,
+    plan_of_checkpoint,
+    read_info,
+    skeleton_of,
+)
+from tests.test_properties import changed, ours, places, replaced, with_file
 
 SHAPE = {
     "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
@@ -22,6 +30,8 @@ DFLASH = {
     **SHAPE, "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "num_hidden_layers": 1, "block_size": 8,
     "num_target_layers": 6, "dflash_config": {"mask_token_id": 3, "target_layer_ids": [0, 2, 4]},
 }  # fmt: skip
+ROTARY = {name: value for name, value in DFLASH.items() if not name.startswith("rope_")}
+ROTARY["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
 WINDOWS = {
     **DFLASH, "layer_types": ["sliding_attention"], "sliding_window": 16, "use_sliding_window": True, "is_causal": None,
 }  # fmt: skip
@@ -43,22 +53,78 @@ SPECULATORS = {
 }  # fmt: skip
 EAGLE3 = {
     **SHAPE, "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "num_hidden_layers": 1,
+    "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128},
     "draft_vocab_size": 100, "block_size": 5, "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]},
 }  # fmt: skip
+ROTATES = {"rope_scaling": None, "rope_parameters": ROTARY["rope_parameters"]}
 TARGET = Qwen3Config(**{**SHAPE, "num_hidden_layers": 6, "layer_types": None})
 
 
-CONFIGS = (DFLASH, WINDOWS, DFLASH2, DSPARK, SPECULATORS, EAGLE3)
+CONFIGS = (DFLASH, ROTARY, WINDOWS, DFLASH2, DSPARK, SPECULATORS, EAGLE3)
+
+
+def read(folder: Path) -> None:
+    """As checks and stages do before weights are read."""
+    plan_of_checkpoint(folder, TARGET, str(folder), lambda: Words)
+    check_layers(folder, 6)
+    skeleton_of(folder)
+
+
+class Words:
+    """In place of a tokenizer."""
+
+    @staticmethod
+    def convert_ids_to_tokens(index: int) -> str:
+        return str(index)
 
 
 @given(st.one_of([changed(config) for config in CONFIGS]))
 def test_any_value_in_a_drafters_config(config: Any) -> None:
-    def read(path: Path) -> None:
-        architecture = architecture_of(path.parent)
-        architecture.check_fits(architecture.read_config(path.parent), TARGET, str(path.parent))
-        check_layers(path.parent, 6)
+    with_file("config.json", json.dumps(config).encode(), lambda path: read(path.parent))
 
-    with_file("config.json", json.dumps(config).encode(), read)
+
+WRONG = [None, True, -1, 0, 1.5, 10**30, float("nan"), "x", "8", [], [1], [None], {}, {"a": 1}]
+
+
+@pytest.mark.parametrize(
+    "config", CONFIGS, ids=("dflash", "rotary", "windows", "dflash2", "dspark", "speculators", "eagle3")
+)
+@pytest.mark.parametrize("value", WRONG, ids=json.dumps)
+def test_a_wrong_value_in_any_place_of_a_drafters_config(config: Any, value: Any, tmp_path: Path) -> None:
+    """Each in turn, and left out."""
+    for place in filter(None, places(config)):
+        (tmp_path / "config.json").write_text(json.dumps(replaced(config, place, value)))
+        with ours():
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "values"),
+    [
+        (DFLASH, "architectures", [3, "DFlashDraftModel", [None]]),
+        (DFLASH, "dflash_config", [3, "x", [1]]),
+        (DFLASH, "layer_types", [3, [None]]),
+        (DFLASH, "rope_scaling", [3, "x", [1]]),
+        (DFLASH, "rope_theta", [[], {}, "", "1e4", -1, 0, True]),
+        (ROTARY, "rope_parameters", [3, "x", [1]]),
+        (ROTARY, "rope_parameters.rope_theta", [[], {}, "", "1e4", -1, 0]),
+        (DFLASH, "rms_norm_eps", [0, -1, 2, float("nan")]),
+        *((DFLASH, name, [-1, 0, 10**30]) for name in SHAPE if name.startswith(("num_", "head_", "inter", "max_"))),
+        (DSPARK, "dspark_config", [3, "x", [1]]),
+        (SPECULATORS, "transformer_layer_config", [None, 3, "x", [1]]),
+        (SPECULATORS, "aux_hidden_state_layer_ids", [3, ["1"], [1.5]]),
+        (SPECULATORS, "block_size", ["7", [7], {}]),
+        (WINDOWS, "sliding_window", [0, -1, 10**30, "16"]),
+        (EAGLE3 | ROTATES, "rope_parameters.rope_type", ["own", 3]),
+        (EAGLE3, "eagle_config", [3, "x", [1]]),
+        (EAGLE3, "draft_vocab_size", [-1, 1, 10**30]),
+    ],
+)
+def test_the_field_that_is_wrong_is_named(config: Any, field: str, values: list[Any], tmp_path: Path) -> None:
+    for value in values:
+        (tmp_path / "config.json").write_text(json.dumps(replaced(config, tuple(field.split(".")), value)))
+        with pytest.raises(DraftsmithError, match=rf"config\.json: .*\b{field.replace('.', '[.]')}\b"):
+            read(tmp_path)
 
 
 @given(

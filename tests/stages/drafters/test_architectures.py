@@ -338,6 +338,10 @@ def test_weights_that_are_not_those_of_its_config_are_told_before_it_is_loaded(
     save_drafter(drafter, tmp_path, torch.float32)
     check_whole(tmp_path)
     name = max(name for name, _ in drafter.named_parameters())
+    edit_tensors(lambda tensors: tensors.update({"layers.0.other": torch.zeros(3)}))(tmp_path)
+    with pytest.raises(DraftsmithError, match=r"has the unknown tensor layers\.0\.other"):
+        check_whole(tmp_path)
+    edit_tensors(lambda tensors: tensors.pop("layers.0.other"))(tmp_path)
     for edit, said in (
         (lambda tensors: tensors.update({name: torch.zeros(3)}), "has the wrong shape for"),
         (lambda tensors: tensors.pop(name), "lacks tensor"),

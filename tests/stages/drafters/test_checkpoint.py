@@ -211,6 +211,7 @@ TRAPS: dict[str, tuple[Edit, str]] = {
         "made for the target ffffffffffff",
     ),
     "a damaged record": (write("drafter.json", '{"target_'), r"drafter\.json"),
+    "a record of another kind": (write("drafter.json", '{"target_digest": 3}'), r"drafter\.json.*target_digest"),
     "a record with other fields": (write("drafter.json", '{"colour": 1}'), r"drafter\.json"),
     "frequent tokens cut short": (cut("frequent_tokens.npy"), r"frequent_tokens\.npy"),
 }

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.checkpoint import load_drafter, save_drafter
+from draftsmith.stages.drafters.checkpoint import check_whole, load_drafter, save_drafter
 from draftsmith.stages.drafters.export import export_speculators
 from draftsmith.stages.targets.causal_lm import Target
 from draftsmith.stages.targets.info import model_path
@@ -50,6 +50,7 @@ def test_what_is_read_back_is_the_drafter(
 ) -> None:
     drafter = FORMS[form](plain_target)
     folder = exported(drafter, plain_artifact, tmp_path)
+    check_whole(folder)
     loaded = load_drafter(folder, plain_target)
     assert type(loaded) is type(drafter)
     assert loaded.state_dict().keys() == drafter.state_dict().keys()
@@ -59,6 +60,15 @@ def test_what_is_read_back_is_the_drafter(
     save_drafter(loaded, tmp_path / "again", torch.float32)
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "own" / name).read_bytes(), name
+
+
+def test_weights_of_another_shape_are_told_before_it_is_loaded(
+    plain_target: Target, plain_artifact: Path, tmp_path: Path
+) -> None:
+    folder = exported(random_drafter(plain_target), plain_artifact, tmp_path)
+    edit_config(lambda config: config["aux_hidden_state_layer_ids"].pop())(folder)
+    with pytest.raises(DraftsmithError, match=r"has the wrong shape for fc\.weight"):
+        check_whole(folder)
 
 
 def test_the_fields_are_those_of_the_library(plain_target: Target, plain_artifact: Path, tmp_path: Path) -> None:
@@ -124,7 +134,7 @@ TRAPS: dict[str, tuple[Edit, str]] = {
     "a reduced vocabulary": (edit_config(lambda c: c.update(draft_vocab_size=40)), "draft_vocab_size is 40"),
     "proposals from the anchor on": (edit_config(lambda c: c.update(sample_from_anchor=True)), "sample_from_anchor"),
     "no layer ids": (edit_config(lambda c: c.pop("aux_hidden_state_layer_ids")), "target_layer_ids is missing"),
-    "no layers": (edit_config(lambda c: c.pop("transformer_layer_config")), "speculators_model_type"),
+    "no layers": (edit_config(lambda c: c.pop("transformer_layer_config")), "transformer_layer_config is missing"),
     "another head": (edit_tensors(lambda t: t["lm_head.weight"].add_(1)), r"lm_head\.weight is not the target's"),
 }
 

@@ -22,6 +22,7 @@ from tests.testbed.families import FAMILIES, WORDS, write_family
 from tests.testbed.random_target import fill, save, write_artifact, write_model
 
 WEIGHTS = "model.safetensors"
+SLIDING = {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 4}
 
 
 def change(model: Path, name: str, weight: torch.Tensor | None) -> None:
@@ -227,8 +228,25 @@ def test_weights_that_are_no_numbers_are_told_as_that(tmp_path: Path) -> None:
             r"cannot make a model of its config.json \(KeyError: 'own'\)",
         ),
         ("config.json", {"hidden_act": "own"}, r"cannot make a model of its config.json \(KeyError: 'own'\)"),
+        *(
+            ("config.json", {field: value}, rf"config\.json: .*\b{field}\b")
+            for field in ("hidden_size", "num_key_value_heads", "max_position_embeddings", "vocab_size", "rms_norm_eps")
+            for value in (-1, 0, 10**30, "8", [])
+        ),
+        *(
+            (
+                "config.json",
+                {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4} | {name: -1}},
+                name,
+            )
+            for name in ("rope_theta", "factor")
+        ),
+        ("config.json", SLIDING | {"sliding_window": None}, "cannot make a model of its config.json"),
+        ("config.json", SLIDING | {"sliding_window": 0}, "sliding_attention over 0 positions are not supported"),
         ("generation_config.json", {"eos_token_id": "<end>"}, "eos_token_id '<end>' is no token id"),
+        ("generation_config.json", {"max_new_tokens": "many"}, r"generation_config\.json: cannot be read"),
     ],
+    ids=str,
 )
 def test_what_its_small_files_say_wrong_is_one_clear_error(
     file: str, fields: dict[str, Any], said: str, tmp_path: Path
@@ -237,6 +255,93 @@ def test_what_its_small_files_say_wrong_is_one_clear_error(
     path = tmp_path / file
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     with pytest.raises(DraftsmithError, match=said):
+        metadata_artifact(TargetConfig(source=str(tmp_path)), tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", "{", "[" * 20_000])
+def test_a_generation_config_that_is_none_is_one_clear_error(content: str, tmp_path: Path) -> None:
+    """It was told as a model that cannot be read, when that was loaded."""
+    write_model(tmp_path)
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(DraftsmithError, match=r"generation_config\.json: cannot be read"):
+        metadata_artifact(TargetConfig(source=str(tmp_path)), tmp_path)
+
+
+def test_ids_that_no_token_has_end_no_answer(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [-1, 3, 64, 10**9]}))
+    assert metadata_artifact(TargetConfig(source=str(tmp_path)), tmp_path).eos_ids == [3, 63]
+
+
+def test_biases_that_its_config_does_not_say_are_one_clear_error(tmp_path: Path) -> None:
+    """They were left out: another model than the checkpoint's."""
+    artifact = write_artifact(tmp_path)
+    weights = tmp_path / "model" / WEIGHTS
+    bias = {"model.layers.0.self_attn.q_proj.bias": torch.ones(32), "model.of_images.bias": torch.ones(3)}
+    save_file(load_file(weights) | bias, weights, metadata={"format": "pt"})
+    with pytest.raises(DraftsmithError, match=r"holds model\.layers\.0\.self_attn\.q_proj\.bias \(1 biases in all"):
+        Target.load(artifact, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"dtype": "Q4"},
+        {"dtype": None},
+        {"shape": [-1, 32]},
+        {"shape": [1, 2]},
+        {"data_offsets": [3]},
+        {"data_offsets": [0, 128]},
+        {"data_offsets": [0.5, 1]},
+    ],
+    ids=str,
+)
+def test_a_header_that_contradicts_itself_is_told_before_it_is_loaded(field: dict[str, Any], tmp_path: Path) -> None:
+    write_model(tmp_path)
+    path = tmp_path / WEIGHTS
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["model.layers.1.mlp.up_proj.weight"].update(field)
+    made = json.dumps(header).encode()
+    path.write_bytes(len(made).to_bytes(8, "little") + made + content[8 + length :])
+    with pytest.raises(DraftsmithError, match=rf"{WEIGHTS}: the safetensors header cannot be read"):
+        metadata_artifact(TargetConfig(source=str(tmp_path)), tmp_path)
+
+
+def test_of_tensors_that_are_there_twice_none_is_taken(tmp_path: Path) -> None:
+    """transformers and servers take different ones."""
+    write_model(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    names = sorted(tensors)
+    halves = {"a.safetensors": names[:20], "b.safetensors": names[20:]}
+
+    def write_shards() -> None:
+        for file, half in halves.items():
+            save_file({name: tensors[name] for name in half}, tmp_path / file, metadata={"format": "pt"})
+
+    def described() -> object:
+        return metadata_artifact(TargetConfig(source=str(tmp_path)), tmp_path)
+
+    index = {"weight_map": {name: file for file, half in halves.items() for name in half}}
+    (tmp_path / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    write_shards()
+    with pytest.raises(DraftsmithError, match=rf"index\.json names other files than {WEIGHTS}, which is there"):
+        described()
+    (tmp_path / WEIGHTS).unlink()
+    described()
+    halves["b.safetensors"] = names[19:]
+    write_shards()
+    with pytest.raises(DraftsmithError, match=rf"b\.safetensors: {names[19]} stands in an earlier file too"):
+        described()
+    (tmp_path / f"{WEIGHTS}.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(DraftsmithError, match=r"index\.json: names no weights"):
+        described()
+
+
+def test_the_folder_of_an_adapter_is_told_as_that(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(DraftsmithError, match=r"has no config\.json.*it holds an adapter: merge that"):
         metadata_artifact(TargetConfig(source=str(tmp_path)), tmp_path)
 
 

@@ -202,6 +202,9 @@ def test_loading_fills_in_the_layers_for_whoever_reads_the_checkpoint_next(
 
 def test_another_rotary_base_than_the_targets_is_the_drafters_own(saved: Path, plain_target: Target) -> None:
     edit_config(lambda c: c["rope_parameters"].update(rope_theta=5e5))(saved)
+    with pytest.raises(DraftsmithError, match=r"rope_theta is 10000.0 at the top and 500000.0 in rope_parameters"):
+        load_drafter(saved, plain_target)
+    edit_config(lambda c: c.update(rope_theta=5e5))(saved)
     loaded = load_drafter(saved, plain_target)
     assert isinstance(loaded, Eagle3Drafter)
     assert loaded.config.rope_parameters["rope_theta"] == 5e5
