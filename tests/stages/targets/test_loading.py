@@ -219,6 +219,9 @@ def test_weights_that_are_no_numbers_are_told_as_that(tmp_path: Path) -> None:
         Target.load(artifact, device="cpu")
 
 
+WRONG_SIZES: list[Any] = [-1, 0, 10**30, "8", []]
+
+
 @pytest.mark.parametrize(
     ("file", "fields", "said"),
     [
@@ -231,7 +234,7 @@ def test_weights_that_are_no_numbers_are_told_as_that(tmp_path: Path) -> None:
         *(
             ("config.json", {field: value}, rf"config\.json: .*\b{field}\b")
             for field in ("hidden_size", "num_key_value_heads", "max_position_embeddings", "vocab_size", "rms_norm_eps")
-            for value in (-1, 0, 10**30, "8", [])
+            for value in WRONG_SIZES
         ),
         *(
             (
@@ -305,7 +308,7 @@ def test_a_header_that_contradicts_itself_is_told_before_it_is_loaded(field: dic
     header["model.layers.1.mlp.up_proj.weight"].update(field)
     made = json.dumps(header).encode()
     path.write_bytes(len(made).to_bytes(8, "little") + made + content[8 + length :])
-    with pytest.raises(DraftsmithError, match=rf"{WEIGHTS}: the safetensors header cannot be read"):
+    with pytest.raises(DraftsmithError, match=rf"{WEIGHTS}: truncated or damaged, "):
         metadata_artifact(TargetConfig(source=str(tmp_path)), tmp_path)
 
 
