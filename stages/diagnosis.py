@@ -143,8 +143,6 @@ def _server_info(url: str, headers: dict[str, str]) -> dict[str, Any]:
             if response.status_code != 404:
                 check_status(name, url, response.status_code, response.text)
                 return dict(response.json())
-    except httpx.InvalidURL as error:
-        raise DraftsmithError(f"{url}: no address of a server ({error}): give one such as http://host:30000") from error
     except LostError as error:
         raise RetryableError(f"{url} {error}: is the server up?") from error
     except (httpx.HTTPError, ValueError, TypeError) as error:

@@ -200,6 +200,10 @@ SERVER = {
     "an address of diagnose without its scheme": Bad(
         "--url: 'gpu1' is no address: write", arguments=("diagnose", "{config}", "--drafter", "{here}", "--url", "gpu1")
     ),
+    "an address of diagnose with a mistyped port": Bad(
+        "--url: 'http://gpu1:3000o' is no address of a server",
+        arguments=("diagnose", "{config}", "--drafter", "{here}", "--url", "http://gpu1:3000o"),
+    ),
     "a drafter without fields": Bad(
         "sft.drafter: expected a mapping of fields, got 'eagle3'", {"sft.drafter": "eagle3"}
     ),

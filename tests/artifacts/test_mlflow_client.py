@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from draftsmith.artifacts.errors import RetryableError
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.mlflow_client import waiting_for_weights
 from draftsmith.artifacts.registry import Registry
@@ -150,8 +150,10 @@ def test_user_and_password_of_the_address_are_shown_to_the_server_and_to_nobody_
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://team:hunter%2F2@{behind_a_password}")
     Tracking(tmp_path).check()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://team:hunter3@{behind_a_password}")
-    with pytest.raises(RetryableError, match=r"MLFLOW_TRACKING_URI http://\*\*\*@127.*401.*who are you") as refused:
+    told = r"MLFLOW_TRACKING_URI http://\*\*\*@127.*401.*who are you.*correct user and password"
+    with pytest.raises(DraftsmithError, match=told) as refused:
         Tracking(tmp_path).check()
+    assert not isinstance(refused.value, RetryableError)
     assert "hunter" not in str(refused.value)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://team:hunter3@127.0.0.1:1")
     with pytest.raises(RetryableError, match=r"MLFLOW_TRACKING_URI http://\*\*\*@127\S+: \[Errno 111\] Conn") as absent:

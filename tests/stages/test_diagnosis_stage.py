@@ -49,12 +49,6 @@ def test_a_drafter_that_cannot_be_read_is_told_before_the_server_is_asked(
             preflight(broken, tiny_drafter.target)
 
 
-def test_an_address_that_is_none_is_bad_input(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
-    ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target, "prompts": tiny_drafter.prompts})
-    with pytest.raises(DraftsmithError, match="http://localhost:abc: no address of a server"):
-        STAGE.run(ctx, asked(tiny_drafter, url="http://localhost:abc"))
-
-
 @pytest.mark.parametrize(
     ("status", "kind", "told"),
     [
