@@ -216,6 +216,10 @@ def parity(
     for counts, name in ((served, "verify_steps"), (retractions, "retractions")):
         counts[place[place >= 0]] = timings[name].to_numpy()[place >= 0]
     whole = retractions == 0  # the others' steps are not replay's: a token of theirs was made without one
+    if not whole.all():
+        ctx.log(
+            f"{(~whole).sum()} of {len(whole)} answers were retracted by a full server: their steps are not compared"
+        )
     if whole.any():
         figures |= check_tau(gate, _committed(trajectories)[whole], served[whole], replayed.counts[whole])
     return figures

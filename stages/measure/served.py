@@ -233,6 +233,11 @@ def _trace(
     steps = [row for answer in answers for row in answer.trace_rows()]
     write_table(folder / f"{arm}-steps.parquet", TRACE, steps)
     whole = [answer for answer in answers if not answer.retractions]  # the others' steps are not replay's
+    if len(whole) < len(answers):
+        served.ctx.log(
+            f"{arm}: {len(answers) - len(whole)} of {len(answers)} answers were retracted by a full server: their "
+            "steps are not compared with replay's"
+        )
     rows = [row_of(engine.name, 0, arm, block_size, setting, answer) for answer in whole]
     write_table(folder / f"{arm}-answers.parquet", REQUESTS, rows)
 

@@ -308,7 +308,8 @@ def test_the_steps_of_a_retracted_answer_are_not_compared(
     ctx = mine(tmp_path / "retracted", tiny_drafter, folder)
     assert summary(ctx)["parity"]["answers"] == len({step["trajectory_id"] for step in trace}) - 1
     write_table(folder / "timings.parquet", TIMINGS, [{**each, "retractions": 1} for each in timings])
-    mine(tmp_path / "all", tiny_drafter, folder)
+    ctx = mine(tmp_path / "all", tiny_drafter, folder)
+    assert any(f"{len(timings)} of {len(timings)} answers were retracted" in line for line in ctx.logs)
 
 
 def test_the_trained_block_size_may_be_written_out_on_one_side(

@@ -191,6 +191,7 @@ def test_an_answer_that_was_retracted_says_nothing_of_the_drafter(
     found = measure(served(ctx, tiny_drafter, config=config, retracts=True), tiny_drafter)
     assert found.parity is not None
     assert {(each["answers"], each["tau_difference"]) for each in found.parity.values()} == {(5, 0.0)}
+    assert sum("1 of 6 answers were retracted" in line for line in ctx.logs) == len(found.parity)
 
 
 def test_a_server_that_keeps_wrong_proposals_is_seen_by_how_sure_the_target_was(
