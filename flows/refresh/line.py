@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from draftsmith.artifacts.checksums import Checksums
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import UPLOADED, home
 from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef, InputEntry, read_manifest, sha256_file
@@ -34,6 +36,8 @@ from draftsmith.stages.prompting.sources import (
 )
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.stored import DRAFTER_FOLDER
+
+log = logging.getLogger(__name__)
 
 _MOST_POINTS = 300  # of a line's history
 _MOST_CHARACTERS = 4900  # of a version's figures: MLflow keeps 5,000 of a tag
@@ -105,11 +109,15 @@ def in_this_home(version: Version | InputEntry, store: Store) -> Path | None:
 
 
 def checkpoint_of(version: Version) -> Path:
-    """Its drafter: in the store where that is here, else a copy of what was uploaded with it. Not verified."""
+    """Its drafter: in the store where that is here and, of a version that was uploaded, whole; else a copy of what was
+    uploaded with it. Of another nothing is verified: there is no copy to take."""
     from draftsmith.artifacts.open_store import store_of
 
     store = store_of(home())
     if (folder := in_this_home(version, store)) is not None:
+        if version.uploaded and (damaged := _damaged_file(store.here(folder))) is not None:
+            log.warning("%s: %s is damaged: what was uploaded is taken", version, damaged)
+            return uploaded_copy(version)
         return folder / DRAFTER_FOLDER
     checkpoint = version.path / DRAFTER_FOLDER
     if not version.uploaded or checkpoint.is_dir():
@@ -117,6 +125,20 @@ def checkpoint_of(version: Version) -> Path:
     if store.manifest_at(version.stage, version.key) is not None:  # in a bucket, or of the same key here
         return folder_of(version) / DRAFTER_FOLDER
     return uploaded_copy(version)
+
+
+def _damaged_file(folder: Path) -> Path | None:
+    """Of an artifact's drafter, one that is not as it was written. What nobody touched is not read again."""
+    checksums = Checksums(home())
+    for name, entry in read_manifest(folder).files.items():
+        if name.startswith(f"{DRAFTER_FOLDER}/"):
+            try:
+                whole = checksums.of(folder / name) == entry.sha256
+            except OSError:
+                whole = False
+            if not whole:
+                return folder / name
+    return None
 
 
 def uploaded_copy(version: Version) -> Path:

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from draftsmith.artifacts.atomic import write_text
-from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.parquet import read_table, to_table, write_table
 from draftsmith.artifacts.schemas import REQUESTS, TRACE, TURNS
 from draftsmith.stages.contract import StageContext, follow
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import SGLangEngineConfig, served_dtype
-from draftsmith.stages.measure.load import LoadMeter, machine
+from draftsmith.stages.measure.load import Load, LoadMeter, machine
 from draftsmith.stages.measure.requests import (
     PLAIN,
     Measured,
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from draftsmith.stages.measure.config import EvaluationConfig
 
 WARM_UP_TOKENS = 16  # a prefill and some steps at every batch size
+_TRIES = 3  # at a turn in which no request is lost
 _TURNS = "turns.parquet"
 
 
@@ -113,27 +114,35 @@ class Served:
 
     def decode(
         self, engine: SGLangEngine, requests: Sequence[Request], setting: Setting, *, trace: bool = False
-    ) -> tuple[list[Completion], float]:
-        """Answers in the order of the requests, and the wall time in seconds; nothing is cached before.
+    ) -> tuple[list[Completion], float, Load]:
+        """Answers in the order of the requests, the wall time in seconds, and the machine's load; nothing is cached
+        before. A request that was lost and repeated would be in the time: then all are given again.
 
-        trace: ask for the verify steps, which costs a little time.
+        trace: ask for the verify steps, which costs a little time. Raises RetryableError if some are lost each time.
         """
-        engine.flush_cache()
         engine.set_concurrency(setting.concurrency)
         engine.records_trace = trace
-        done: dict[str, Completion] = {}
-        started = time.perf_counter()
-        for completion in engine.generate(requests):
-            done[completion.request.request_id] = completion
-            self.ctx.check_interrupted()  # a turn is repeated as a whole
-        wall = time.perf_counter() - started
-        if engine.was_full:
-            raise DraftsmithError(
-                f"evaluation.concurrency: the server does not take {setting.concurrency} requests at once, so that the "
-                "pauses before it is asked again would be measured: lower it, or raise the server's limit "
-                "(max-queued-requests in evaluation.engine.launch.options)"
-            )
-        return [done[request.request_id] for request in requests], wall
+        for _ in range(_TRIES):
+            engine.flush_cache()
+            done: dict[str, Completion] = {}
+            meter, repeated, started = LoadMeter(), engine.repeated, time.perf_counter()
+            for completion in engine.generate(requests):
+                done[completion.request.request_id] = completion
+                self.ctx.check_interrupted()  # a turn is repeated as a whole
+            wall, load = time.perf_counter() - started, meter.read()
+            if engine.was_full:
+                raise DraftsmithError(
+                    f"evaluation.concurrency: the server does not take {setting.concurrency} requests at once, so that "
+                    "the pauses before it is asked again would be measured: lower it, or raise the server's limit "
+                    "(max-queued-requests in evaluation.engine.launch.options)"
+                )
+            if engine.repeated == repeated:
+                return [done[request.request_id] for request in requests], wall, load
+            self.ctx.log(f"requests were lost ({engine.repeated - repeated}), which took time: the turn is given again")
+        raise RetryableError(
+            f"evaluation: requests were lost in each of {_TRIES} attempts at one turn, so that no speed is measured: "
+            "look at the server's log"
+        )
 
 
 def measure_served(served: Served, heldout: Sequence[Prompt], validation: Sequence[Prompt]) -> Measured:
@@ -212,9 +221,7 @@ def _turn(
             _trace(served, engine, arm, block_size, heldout, can_trace)
         for setting in served.settings:
             requests = requests_for(prompts, served.config, setting, served.ctx.seed, round=round)
-            meter = LoadMeter()
-            answers, wall = served.decode(engine, requests, setting)
-            load = meter.read()
+            answers, wall, load = served.decode(engine, requests, setting)
             rows += [row_of(engine.name, round, arm, block_size, setting, answer) for answer in answers]
             turns.append(turn_of(engine.name, round, order, arm, block_size, setting, answers, wall, load))
     write_table(requests_file, REQUESTS, rows)
@@ -228,7 +235,7 @@ def _trace(
     """Decode, not timed, the answers that parity is checked on, with their steps where the server records them."""
     setting = served.settings[0]
     requests = requests_for(heldout[: served.config.parity_prompts], served.config, setting, served.ctx.seed)
-    answers, _ = served.decode(engine, requests, setting, trace=can_trace)
+    answers, *_ = served.decode(engine, requests, setting, trace=can_trace)
     folder = served.ctx.work / "traced"
     steps = [row for answer in answers for row in answer.trace_rows()]
     write_table(folder / f"{arm}-steps.parquet", TRACE, steps)
@@ -335,9 +342,7 @@ def _tokens_per_s(served: Served, arm: str, size: int, validation: Sequence[Prom
         with served.server(served.drafters[arm], size, folder) as engine:
             served.warm_up(engine, validation)
             requests = requests_for(validation, served.config, setting, served.ctx.seed)
-            meter = LoadMeter()
-            answers, wall = served.decode(engine, requests, setting)
-            load = meter.read()
+            answers, wall, load = served.decode(engine, requests, setting)
         write_table(table, TURNS, [turn_of(engine.name, 0, 0, arm, size, setting, answers, wall, load)])
     (turn,) = read_table(table, TURNS).to_pylist()
     return float(turn["tokens"] / turn["wall_seconds"])

@@ -197,6 +197,11 @@ class SGLangEngine:
         """Did a server not take as many requests at once as it was to get, so that they waited here?"""
         return any(server.load.told for server in self._pool.servers)
 
+    @property
+    def repeated(self) -> int:
+        """Attempts at requests that were lost, or whose answers were not what was asked for, so far."""
+        return self._pool.repeated
+
     def set_concurrency(self, total: int | None) -> None:
         """Bound the requests in flight on all servers together; None: `engine.concurrency` a server again."""
         self._loop.call(lambda: self._pool.set_concurrency(total))

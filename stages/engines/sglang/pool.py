@@ -64,6 +64,7 @@ class ServerPool:
         backoff_s: float = 0.5,
     ):
         self.servers = servers
+        self.repeated = 0  # attempts at requests that had to be made again
         self._client, self._stream, self._timeout_s = client, stream, timeout_s
         self._concurrency, self._retries, self._backoff_s, self._log = concurrency, retries, backoff_s, log
         self._total: int | None = None
@@ -124,6 +125,7 @@ class ServerPool:
     def reject(self, url: str, name: str, reason: str) -> None:
         """An answer to this request is not what was asked for. A server that gives no other is lost, unless it is the
         last one: then the requests may be the cause."""
+        self.repeated += 1
         server = self._server_at(url)
         if server is None:
             return
@@ -146,6 +148,7 @@ class ServerPool:
                 if timed_out:
                     raise
                 timed_out, avoid = True, server
+                self.repeated += 1
             except _GivenUpError:
                 failures, avoid = failures + 1, server
             except LostError as error:
@@ -164,6 +167,7 @@ class ServerPool:
                     "look at the server's log"
                 )
             if failures:
+                self.repeated += 1
                 await asyncio.sleep(pause(failures, self._backoff_s))
 
     async def _place(self, asked: Asked, avoid: Server | None, full: Server | None = None) -> Server:

@@ -77,9 +77,9 @@ def test_a_damaged_manifest_is_no_obstacle_where_there_is_a_copy(
 
 @pytest.mark.parametrize("upload", [True, False])
 def test_a_damaged_drafter_comes_back_where_there_is_a_copy_and_else_is_named(
-    upload: bool, line: str, home: Path, drafters: list[ArtifactRef], tmp_path: Path
+    upload: bool, line: str, home: Path, drafters: list[ArtifactRef], plain_artifact: Path, tmp_path: Path
 ) -> None:
-    """By a rollback, which has no `--force` that would make it again."""
+    """By a rollback, which has no `--force` that would make it again, and by the next refresh."""
     tracking = Tracking(home)
     config = config_of(line, registry={"name": line, "upload": upload})
     digest = drafter_digest(drafters[0].path / DRAFTER_FOLDER)
@@ -94,6 +94,9 @@ def test_a_damaged_drafter_comes_back_where_there_is_a_copy_and_else_is_named(
         commands.rollback(Display(), line, "it accepts nothing", dry_run=False)
         commands.export(Display(), line, tmp_path / "copy", dry_run=False)
         assert drafter_digest(tmp_path / "copy") == digest
+        taken = RecordingContext.under(tmp_path / "taken", {"target": plain_artifact})
+        CHAMPION.run(taken, resolve(config).champion)
+        assert drafter_digest(taken.out / DRAFTER_FOLDER) == digest
     else:
         with pytest.raises(DraftsmithError, match=r"version 1: .*model\.safetensors: .*: restore it .*promote") as said:
             commands.rollback(Display(), line, "it accepts nothing", dry_run=False)

@@ -137,6 +137,7 @@ def test_the_only_server_is_asked_twice_more_before_a_bad_answer_ends_a_rollout(
                     list(engine.generate(REQUESTS))
             else:
                 assert len(list(engine.generate(REQUESTS))) == 4
+            assert engine.repeated == times
         assert sum("set aside and asked for again: request r1" in line for line in logs) == 2
 
 
@@ -153,6 +154,25 @@ def test_a_new_bound_holds_from_the_first_request_on(
             server.most_at_once = 0
             assert len(list(engine.generate(MANY[:bound]))) == bound
             assert server.most_at_once == bound
+
+
+@pytest.mark.parametrize(("refusal", "repeated"), [(Refusal(500, "out of memory"), 1), (None, 0)])
+def test_the_engine_counts_what_it_had_to_repeat(
+    refusal: Refusal | None, repeated: int, plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    left = [refusal] if refusal else []
+
+    def generate(payload: dict[str, Any]) -> dict[str, Any]:
+        if not is_probe(payload) and left:
+            raise left.pop()
+        return answer(payload)
+
+    with (
+        server_of(plain, generate=generate) as server,
+        opened(tiny_drafter, tmp_path, {"urls": [server.url]}) as engine,
+    ):
+        assert len(list(engine.generate(REQUESTS))) == 4
+        assert engine.repeated == repeated
 
 
 @pytest.mark.parametrize("full", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError, StageInterrupted
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines import embedded
@@ -21,7 +22,7 @@ from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.measure import served as served_module
 from draftsmith.stages.measure.config import EvaluationConfig, prompts_to_decode
 from draftsmith.stages.measure.gate import GateConfig, decide
-from draftsmith.stages.measure.requests import Measured
+from draftsmith.stages.measure.requests import Measured, requests_for
 from draftsmith.stages.measure.served import Served, measure_served
 from draftsmith.stages.measure.speed import speed_by_setting
 from draftsmith.stages.stored import DRAFTER_FOLDER
@@ -37,15 +38,20 @@ CONFIG = EvaluationConfig.model_validate(
 )  # fmt: skip
 
 
+LOST_S = 0.2  # before a request that was lost is repeated
+
+
 @dataclass
 class Server:
     """What an evaluation asks of a server. `wasteful`: it counts more verify steps than it needs, and records none;
-    `retracts`: of the first answer alone, which it read again."""
+    `retracts`: of the first answer alone, which it read again; `loses`: a request, in each of so many generations."""
 
     engine: EmbeddedEngine
     wasteful: bool = False
     retracts: bool = False
     was_full: bool = False
+    loses: int = 0
+    repeated: int = 0
     name: str = "stand-in 1.0"
     records_trace: bool = True
 
@@ -55,6 +61,9 @@ class Server:
         self.engine.slots = requests
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        if self.repeated < self.loses:
+            self.repeated += 1
+            time.sleep(LOST_S)
         for place, answer in enumerate(self.engine.generate(requests)):
             if retracted := self.retracts and answer.verify_steps > 0 and place == 0:
                 answer.retractions = 1
@@ -73,6 +82,7 @@ class StandIn(Served):
     wasteful: bool = False
     retracts: bool = False
     full: bool = False
+    loses: int = 0
 
     @contextmanager
     def server(self, drafter: Path | None, block_size: int, work: Path) -> Iterator[Any]:
@@ -81,7 +91,7 @@ class StandIn(Served):
         loaded = load_drafter(drafter, target) if drafter else None
         drafting = DraftingConfig(block_size=block_size) if drafter else None
         engine = EmbeddedEngine(target, loaded, capacity=400, drafting=drafting)
-        yield Server(engine, self.wasteful, self.retracts, self.full)
+        yield Server(engine, self.wasteful, self.retracts, self.full, self.loses)
 
 
 def served(ctx: RecordingContext, made: DrafterArtifacts, **changes: Any) -> StandIn:
@@ -180,6 +190,27 @@ def test_a_server_that_refuses_requests_measures_the_pauses_of_who_asks(
     with pytest.raises(DraftsmithError, match=r"evaluation\.concurrency: the server does not take 2 requests at once"):
         measure(full, tiny_drafter)
     assert [arm for arm, _ in full.started] == ["plain"], "while it warms up"
+
+
+@pytest.mark.parametrize("loses", [2, 3])
+def test_a_turn_in_which_a_request_was_lost_is_measured_again(
+    loses: int, tmp_path: Path, tiny_drafter: DrafterArtifacts
+) -> None:
+    """The pause before it is repeated would be taken for slow decoding."""
+    ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target})
+    config = CONFIG.model_copy(update={"block_sizes": None, "concurrency": (1,), "rounds": 1})
+    stand_in = served(ctx, tiny_drafter, config=config, loses=loses)
+    setting, (prompts, _) = stand_in.settings[0], prompts_to_decode(config, tiny_drafter.prompts)
+    began = time.perf_counter()
+    with stand_in.server(None, 1, tmp_path) as server:
+        if loses == 3:
+            with pytest.raises(RetryableError, match="requests were lost in each of 3 attempts at one turn"):
+                stand_in.decode(server, requests_for(prompts, config, setting, 0), setting)
+        else:
+            answers, wall, _ = stand_in.decode(server, requests_for(prompts, config, setting, 0), setting)
+            assert len(answers) == len(prompts)
+            assert time.perf_counter() - began - wall >= loses * LOST_S, "of the last attempt alone"
+    assert sum(line.startswith("requests were lost (1), which took time") for line in ctx.logs) == loses
 
 
 def test_an_answer_that_was_retracted_says_nothing_of_the_drafter(
