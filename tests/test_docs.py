@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from draftsmith.flows.arguments import parser
 from draftsmith.flows.cli import main
+from draftsmith.stages.measure.gate import GateConfig
 
 ROOT = Path(__file__).parents[1]
 LONGEST = 10_000  # characters that a newcomer reads
@@ -97,6 +99,15 @@ def test_a_readme_names_every_module_and_room_beside_it(room: str) -> None:
     beside = [path for path in (ROOT / room).iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
     names = [f"{path.name}{'/' * path.is_dir()}`" for path in beside if not path.name.startswith("__")]
     assert names and not [name for name in names if name not in said]
+
+
+def test_flows_tells_every_option_and_what_a_gate_asks_for() -> None:
+    said = (ROOT / "flows" / "README.md").read_text("utf-8")
+    commands = next(action for action in parser()._actions if action.dest == "command")
+    assert isinstance(commands.choices, dict)
+    options = {option for each in commands.choices.values() for option in _OPTION.findall(each.format_help())}
+    assert not [option for option in options - {"--help"} if option not in said]
+    assert not [name for name in GateConfig.model_fields if f"`gate.{name}" not in said]
 
 
 def test_commands_are_found() -> None:
