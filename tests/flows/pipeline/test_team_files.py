@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from draftsmith.flows.pipeline.options import StageOptions
 from tests.flows.pipeline.processes import ROOT
 
 TEAM = ROOT / "configs" / "team"
@@ -98,6 +100,13 @@ def test_prefect_s_commands_are_those_of_the_installed_release(service: str, ser
     told = subprocess.run([program, *words[1:3], "--help"], capture_output=True, text=True, timeout=120, check=True)
     options = {word for word in words if word.startswith("--")}
     assert options and options <= set(re.findall(r"--[a-z-]+", told.stdout))
+
+
+def test_a_stage_s_own_time_limit_comes_before_that_of_its_slurm_job() -> None:
+    pool = json.loads((TEAM / "pools" / "slurm.json").read_text())
+    days, _, clock = pool["variables"]["properties"]["time"]["default"].partition("-")
+    hours, minutes, seconds = map(int, clock.split(":"))
+    assert int(days) * 1440 + hours * 60 + minutes + seconds / 60 > StageOptions().time_limit_minutes
 
 
 def test_the_image_copies_what_the_package_is_made_of() -> None:
