@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 _MOST_POINTS = 300  # of a line's history
 _MOST_CHARACTERS = 4900  # of a version's figures: MLflow keeps 5,000 of a tag
-_OF_A_SET = ("tau", "low", "high")  # what is kept where there are many
+_OF_A_SET = ("tau", "low", "prompts")  # what is kept where there are many
 _MEASURED_WITH = "measured_with"
 FASTEST_BLOCK = "fastest_block"  # what decoded fastest, the anchor included
 BLOCK_SIZE = "drafting.block_size"  # among the settings that figures were taken with

@@ -46,7 +46,8 @@ def fallen(drift: Mapping[str, Any], reference: Mapping[str, Any], threshold: fl
     for name in judged:
         now, before, kept = drift[name], reference[name], 1 - threshold
         reach = math.hypot(now["high"] - now["tau"], kept * (before["tau"] - before["low"]))
-        single, wider = stdtrit(now["prompts"] - 1, [0.5 + CONFIDENCE / 2, shared])
+        fewest = min(now["prompts"], before.get("prompts", now["prompts"]))  # the wider tail for both errors
+        single, wider = stdtrit(fewest - 1, [0.5 + CONFIDENCE / 2, shared])
         if now["tau"] + reach * (1 if name == ALL else wider / single) < kept * before["tau"]:
             was = f"{before['tau']:.3f} at its promotion (at least {before['low']:.3f})"
             said.append(f"{name}: tau {now['tau']:.3f} (at most {now['high']:.3f}), {was}")
