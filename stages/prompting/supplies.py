@@ -104,6 +104,7 @@ class Supplying:
     max_bad_share: float = 0.0
     listed: TextIO | None = None  # takes the rows that were set aside
     read_ids: ReadIds | None = None  # without it, rows of token ids have no messages
+    looked_at: Callable[[], None] = lambda: None  # called for every candidate, wanted or not
 
 
 def supplies(source: PromptSource, common: Supplying) -> list[Supply]:
@@ -112,6 +113,7 @@ def supplies(source: PromptSource, common: Supplying) -> list[Supply]:
     share = source.heldout_share if source.heldout_share is not None else common.heldout_share
 
     def finish(label: str, messages: list[Message], where: str) -> Candidate:
+        common.looked_at()
         given = messages
         if source.suffix:
             last = max(index for index, message in enumerate(messages) if message["role"] == "user")

@@ -1,0 +1,42 @@
+"""A long reading of rows says how far it is, and stops when it is asked to, wherever it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from draftsmith.artifacts.errors import StageInterrupted
+from draftsmith.stages import logs, prompts
+from draftsmith.stages.prompting import pace
+from tests.stages.logs_run import write
+from tests.stages.prompts_run import Row, of_classes, write_rows
+from tests.testbed.context import StoppingContext
+from tests.testbed.drafter import DrafterArtifacts
+
+
+@pytest.mark.parametrize(("unit", "done"), [("rows counted", 3), ("rows", 3)])
+def test_logs_of_large_rows_are_left_between_two_of_them(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch, unit: str, done: int
+) -> None:
+    monkeypatch.setattr(pace, "_EVERY_S", 0.0)  # as if every row took a second
+    rows: list[Any] = [{"prompt_token_ids": [5, 6, number], "completion_token_ids": [8, 9]} for number in range(20)]
+    settings = {"paths": [str(write(tmp_path / "log.jsonl", rows))], "temperature": 0, "scored": 0}
+    context = StoppingContext.under(tmp_path, {"target": tiny_drafter.target}, stop_after=done, unit=unit)
+    with pytest.raises(StageInterrupted):
+        logs.STAGE.run(context, logs.LogsConfig.model_validate(settings))
+    assert context.progressed[-1] == (done, done if unit == "rows counted" else 20, unit)
+
+
+@pytest.mark.parametrize("train", [0, 2])
+def test_a_file_of_prompts_says_how_far_it_is_before_the_first_is_taken(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch, train: int
+) -> None:
+    monkeypatch.setattr(pace, "_EVERY_S", 0.0)
+    source: Row = {"kind": "jsonl", "path": str(write_rows(tmp_path / "rows.jsonl", of_classes("What is", 50, 5)))}
+    config = prompts.PromptsConfig.model_validate({"sources": [source], "train": train, "heldout": 2})
+    context = StoppingContext.under(tmp_path, {"target": tiny_drafter.target}, stop_after=0)
+    with pytest.raises(StageInterrupted):
+        prompts.STAGE.run(context, config)
+    assert context.progressed == [(0, train + 2, "prompts")], "of the first row"
