@@ -63,6 +63,11 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
         )
         config = config.model_copy(update={"lateness_hours": 0.0})
     held_out = read_held_out(ctx.inputs.get("prompts"))
+
+    def tell(answers: int) -> None:
+        ctx.progress(answers, answers, "earlier answers")
+        ctx.check_interrupted()
+
     with (
         atomic_path(ctx.out / "set_aside.jsonl") as listed,
         listed.open("w", encoding="utf-8") as lines,
@@ -75,7 +80,7 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
         if config.replay_share and "earlier" in ctx.inputs:
             changed = made_otherwise(ctx.inputs["earlier"], info)
             if changed is None:
-                earlier = read_earlier(ctx.inputs["earlier"], intake, config.law)
+                earlier = read_earlier(ctx.inputs["earlier"], intake, config.law, tell)
                 if earlier.of_other_laws:
                     ctx.log(
                         f"{earlier.of_other_laws} answers of the earlier refresh are left out: they were drawn at "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import pytest
 from draftsmith.artifacts.errors import StageInterrupted
 from draftsmith.stages import logs, prompts
 from draftsmith.stages.prompting import pace
-from tests.stages.logs_run import write
+from draftsmith.stages.prompting.earlier import ORIGIN
+from tests.stages.logs_run import given_by, write
 from tests.stages.prompts_run import Row, of_classes, write_rows
 from tests.testbed.context import StoppingContext
 from tests.testbed.drafter import DrafterArtifacts
@@ -27,6 +30,22 @@ def test_logs_of_large_rows_are_left_between_two_of_them(
     with pytest.raises(StageInterrupted):
         logs.STAGE.run(context, logs.LogsConfig.model_validate(settings))
     assert context.progressed[-1] == (done, done if unit == "rows counted" else 20, unit)
+
+
+def test_answers_of_an_earlier_refresh_are_left_where_it_is_asked_for(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts
+) -> None:
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    shutil.copy(tiny_drafter.rollout / "trajectories.parquet", earlier)
+    (earlier / ORIGIN).write_text(json.dumps(given_by(tiny_drafter.target)))
+    row = {"prompt_token_ids": [5, 6, 7], "completion_token_ids": [8, 9]}
+    settings = {"paths": [str(write(tmp_path / "log.jsonl", [row]))], "temperature": 0, "replay_share": 0.5}
+    inputs = {"target": tiny_drafter.target, "earlier": earlier}
+    context = StoppingContext.under(tmp_path, inputs, stop_after=0, unit="earlier answers")
+    with pytest.raises(StageInterrupted):
+        logs.STAGE.run(context, logs.LogsConfig.model_validate(settings))
+    assert context.progressed[-1][2] == "earlier answers"
 
 
 @pytest.mark.parametrize("train", [0, 2])
