@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,8 +56,8 @@ class Checksums:
     def known(self, path: Path) -> Known:
         """The same, with when it was read. Raises DraftsmithError if it is written to meanwhile."""
         path = path.absolute()
-        found, before, at = self.recorded(path), path.stat(), time.time()
-        if found is not None and found.is_of(before) and 0 <= at - found.at < AGAIN_AFTER_S:
+        found, before, at = self._still(path), path.stat(), time.time()
+        if found is not None:
             return found
         digest = sha256_file(path)
         now = Known(str(path), before.st_size, before.st_mtime_ns, before.st_ctime_ns, before.st_ino, digest, at)
@@ -74,6 +75,16 @@ class Checksums:
         except (OSError, ValueError, TypeError, KeyError):
             return None
         return known if whole == known.own_sum and known.path == str(path.absolute()) else None
+
+    def unread(self, paths: Iterable[Path]) -> int:
+        """Bytes of those files that would have to be read. Raises OSError for one that is gone."""
+        return sum(path.stat().st_size for path in paths if self._still(path.absolute()) is None)
+
+    def _still(self, path: Path) -> Known | None:
+        """What is known of a file, if nothing has touched it since and that is not too long ago."""
+        found = self.recorded(path)
+        still = found is not None and found.is_of(path.stat()) and 0 <= time.time() - found.at < AGAIN_AFTER_S
+        return found if still else None
 
     def _remember(self, known: Known) -> None:
         target = self._file(Path(known.path))

@@ -105,14 +105,14 @@ class Registry:
         with self._client() as client:
             found = self._model(client, line)
             number = None if found is None else found.aliases.get(alias)
-            return None if number is None else self._version(client, line, int(number))
+            return None if number is None else _version(client.get_model_version(line, number))
 
     def version(self, line: str, number: int) -> Version:
         with self._client() as client:
             from mlflow.exceptions import MlflowException
 
             try:
-                return self._version(client, line, number)
+                return _version(client.get_model_version(line, str(number)))
             except MlflowException as error:
                 if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     raise
@@ -122,10 +122,12 @@ class Registry:
     def versions(self, line: str) -> list[Version]:
         """Oldest first; none for a line that is not there."""
         with self._client() as client:
-            if self._model(client, line) is None:
+            if (model := self._model(client, line)) is None:
                 return []
             found = client.search_model_versions(f"name = '{line}'", max_results=10_000)
-            return [self._version(client, line, number) for number in sorted(int(each.version) for each in found)]
+            for each in found:  # a search does not say them, and to ask for each takes as long as there are versions
+                each.aliases = [name for name, number in model.aliases.items() if int(number) == int(each.version)]
+            return sorted(map(_version, found), key=lambda version: version.number)
 
     def content_ids(self) -> set[str]:
         """Of every version of every line."""
@@ -200,7 +202,7 @@ class Registry:
                 model = self._model(client, line)
                 if model is None or int(model.aliases.get(CHAMPION, 0)) != number:
                     client.set_registered_model_alias(line, CHALLENGER, str(number))
-            return self._version(client, line, number)
+            return _version(client.get_model_version(line, str(number)))
 
     def _create(
         self, client: MlflowClient, line: str, ref: ArtifactRef, run_id: str | None, tags: Mapping[str, str]
@@ -208,16 +210,14 @@ class Registry:
         """A new version, with its tags at once: a killed run leaves none without, which would be registered again."""
         if self._model(client, line) is None:
             client.create_registered_model(line, description="A line of drafters, kept by Draftsmith.")
-        # a server refuses paths of files that are not its own
-        elsewhere = self._tracking.uri.startswith(("http://", "https://"))
-        source = f"draftsmith-store:{ref.path}" if elsewhere else ref.uri
+        served = self._tracking.uri.startswith(("http://", "https://"))  # which refuses paths that are not its own
+        source = f"draftsmith-store:{ref.path}" if served else ref.uri
         named = {f"{_TAG}{name}": value for name, value in tags.items()}
         return int(client.create_model_version(line, source=source, run_id=run_id, tags=named).version)
 
     def download(self, version: Version, folder: Path) -> None:
         """The drafter that was uploaded with a version, as `folder`, which appears whole or not at all."""
-        _, _, place = version.uploaded.partition("runs:/")
-        run_id, _, name = place.partition("/")
+        run_id, _, name = version.uploaded.removeprefix("runs:/").partition("/")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with self._client() as client, tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as scratch:
             with waiting_for_weights():
@@ -305,7 +305,7 @@ class Registry:
         that do so at once, over all homes that use this MLflow, each sees what the one before has written."""
         self._tracking.must_write()
         with self._client() as client, self._one_at_a_time(client, version.line, f"tag {name} of {version}"):
-            known = self._version(client, version.line, version.number).tags.get(name, "")
+            known = _version(client.get_model_version(version.line, str(version.number))).tags.get(name, "")
             if (says := change(known)) != known:
                 self._tag(client, version.line, version.number, {name: says})
             return says
@@ -352,8 +352,7 @@ class Registry:
         if (refused := disk_error_of(error)) is not None:  # a connection's errors are OSErrors too
             return from_os_error(refused, "MLflow's model registry:")
         if not self._tracking.is_own or any(known in reason for known in (LOCKED, *_LASTING)):
-            of_ours = self._tracking.is_own and LOCKED not in reason
-            lasts = of_ours or OTHER_SCHEMA in reason or refuses_us(error)
+            lasts = (self._tracking.is_own and LOCKED not in reason) or OTHER_SCHEMA in reason or refuses_us(error)
             return (DraftsmithError if lasts else RetryableError)(self._tracking.unusable(error))
         return RetryableError(f"MLflow's model registry failed ({reason}): see that MLflow is there")
 
@@ -383,13 +382,14 @@ class Registry:
                 return None
             raise
 
-    def _version(self, client: MlflowClient, line: str, number: int) -> Version:
-        found = client.get_model_version(line, str(number))
-        tags = {name.removeprefix(_TAG): value for name, value in found.tags.items() if name.startswith(_TAG)}
-        stage, key, content_id = (tags.pop(name, "") for name in _IDENTITY)
-        created = datetime.fromtimestamp(found.creation_timestamp / 1000, UTC).isoformat(timespec="seconds")
-        source = str(found.source).replace("draftsmith-store:", "file://")
-        return Version(line, number, source, stage, key, content_id, tags, tuple(found.aliases), created)
+
+def _version(found: Any) -> Version:
+    """A version of MLflow's as one of ours."""
+    tags = {name.removeprefix(_TAG): value for name, value in found.tags.items() if name.startswith(_TAG)}
+    stage, key, content_id = (tags.pop(name, "") for name in _IDENTITY)
+    created = datetime.fromtimestamp(found.creation_timestamp / 1000, UTC).isoformat(timespec="seconds")
+    source = str(found.source).replace("draftsmith-store:", "file://")
+    return Version(found.name, int(found.version), source, stage, key, content_id, tags, tuple(found.aliases), created)
 
 
 def _named_versions(model: Any) -> set[int]:

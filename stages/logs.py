@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Compute, Stage, StageContext
 from draftsmith.stages.prompting.files import count_rows, is_remote, read_rows
 from draftsmith.stages.prompting.logs_config import LogsConfig
+from draftsmith.stages.prompting.pace import Pace
 from draftsmith.stages.prompting.times import LAST, iso
 
 if TYPE_CHECKING:
@@ -61,6 +63,11 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
         )
         config = config.model_copy(update={"lateness_hours": 0.0})
     held_out = read_held_out(ctx.inputs.get("prompts"))
+
+    def tell(answers: int) -> None:
+        ctx.progress(answers, answers, "earlier answers")
+        ctx.check_interrupted()
+
     with (
         atomic_path(ctx.out / "set_aside.jsonl") as listed,
         listed.open("w", encoding="utf-8") as lines,
@@ -73,7 +80,7 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
         if config.replay_share and "earlier" in ctx.inputs:
             changed = made_otherwise(ctx.inputs["earlier"], info)
             if changed is None:
-                earlier = read_earlier(ctx.inputs["earlier"], intake, config.law)
+                earlier = read_earlier(ctx.inputs["earlier"], intake, config.law, tell)
                 if earlier.of_other_laws:
                     ctx.log(
                         f"{earlier.of_other_laws} answers of the earlier refresh are left out: they were drawn at "
@@ -233,18 +240,31 @@ def _read(
     consecutive = config.since == LAST or config.after is not None
     enough = wanted if config.sample == "first" and not config.quotas and not consecutive else None
     uncounted = enough is not None or any(is_remote(file) for file in files)
-    total = None if uncounted else count_rows(files)
+    total = None if uncounted else _count(ctx, files)
+    pace = Pace()
     for read, row in enumerate(read_rows(files), start=1):
         answer = intake.take(row)
         if answer is not None:
             waiting.append(answer)
             candidates.append(answer)
-        if read % _REPORT_EVERY == 0 or read == total:
+        if pace.step() or read % _REPORT_EVERY == 0 or read == total:  # a row of a megabyte takes seconds
             ctx.progress(read, max(read, total or 0), "rows", used=len(candidates.sources))
-            ctx.check_interrupted()
+        ctx.check_interrupted()
         if enough is not None and len(candidates.sources) >= enough:
             break
     return total
+
+
+def _count(ctx: StageContext, files: Sequence[str]) -> int:
+    """Rows of the files, for the time that is left: of large ones it takes minutes itself."""
+    pace = Pace()
+
+    def counted() -> None:
+        if pace.step():
+            ctx.progress(pace.rows, pace.rows, "rows counted")
+        ctx.check_interrupted()
+
+    return count_rows(files, counted)
 
 
 def _wanted(config: LogsConfig, earlier: Earlier | None) -> int | None:

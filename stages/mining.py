@@ -69,10 +69,13 @@ def run(ctx: StageContext, config: MiningConfig) -> None:
 
     # long answers have millions of steps: no Python object for each from here on, and never all of them in memory
     figures = MinedFigures(config.drafting.block_size or trained)
+    rows = shards.rows(trajectories.ids)
+    total = int(rows.counts.sum())
     with TableWriter(ctx.out / "verify_steps.parquet", VERIFY_STEPS) as table:
-        for part in shards.rows(trajectories.ids).in_order(VERIFY_STEPS.columns.names):
+        for part in rows.in_order(VERIFY_STEPS.columns.names):
             table.append(part)
             figures.add(part)
+            ctx.progress(table.rows, total, "steps put together")  # which takes minutes
             ctx.check_interrupted()
     summary = figures.summary(tokenizer)
     summary["evaluated_blocks_per_step"] = shards.evaluated_blocks(trajectories.ids) / figures.steps

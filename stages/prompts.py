@@ -21,6 +21,7 @@ from draftsmith.artifacts.schemas import PROMPTS
 from draftsmith.stages.contract import NOT_FETCHED, Config, Operational, Stage, StageContext
 from draftsmith.stages.prompting.files import listed, local_files, remote_versions
 from draftsmith.stages.prompting.held_out import HELDOUT_SHARE, HeldOutBy
+from draftsmith.stages.prompting.pace import Pace
 from draftsmith.stages.prompting.rows import Message
 from draftsmith.stages.prompting.sources import (
     SPLITS,
@@ -192,13 +193,18 @@ def run(ctx: StageContext, config: PromptsConfig) -> None:
         ignored = " and chat_template_kwargs are ignored" if config.chat_template_kwargs else ""
         ctx.log(f"warning: the target has no chat template: prompts are plain text{ignored}")
     drawn = _Drawn()
-    total = sum(config.wanted(split) for split in SPLITS)
+    pace, total = Pace(), sum(config.wanted(split) for split in SPLITS)
     with (
         atomic_path(ctx.out / "set_aside.jsonl") as path,
         path.open("w", encoding="utf-8") as listed,
         Tokenised(ctx.work / "tokenised") as kept,
         TableWriter(ctx.out / "prompts.parquet", PROMPTS) as table,
     ):
+
+        def looked_at() -> None:
+            if pace.step():  # of a large file all rows are read before the first is taken
+                ctx.progress(drawn.taken, total, "prompts", looked_at=pace.rows)
+            ctx.check_interrupted()
 
         def ids_of(candidate: Candidate) -> list[int]:
             if candidate.token_ids is not None:
@@ -219,6 +225,7 @@ def run(ctx: StageContext, config: PromptsConfig) -> None:
             max_bad_share=config.max_bad_share,
             listed=listed,
             read_ids=_reader_of_ids(tokenizer, read_target_info(ctx.inputs["target"]).vocab_size, config),
+            looked_at=looked_at,
         )
         taken = [supplies(source, common) for source in config.sources]
         rows: list[dict[str, Any]] = []

@@ -116,13 +116,15 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
 
     drafter_folder = ctx.inputs["drafter"] / DRAFTER_FOLDER if "drafter" in ctx.inputs else None
     rows = parts.rows(asked.names)
+    tables = {name: schema for name, schema in SCHEMAS.items() if name != "trace" or drafter_folder is not None}
+    done, total = 0, sum(int(rows[name].counts.sum()) for name in tables)
     tokens = stopped = steps = 0
-    for name, schema in SCHEMAS.items():
-        if name == "trace" and drafter_folder is None:
-            continue
+    for name, schema in tables.items():
         with TableWriter(ctx.out / f"{name}.parquet", schema) as table:
             for part in rows[name].in_order(schema.columns.names, PART_ROWS if name == "trace" else _PART_ANSWERS):
                 table.append(part)
+                done += part.num_rows
+                ctx.progress(done, total, "rows put together")  # of many long answers it takes minutes
                 ctx.check_interrupted()
                 if name == "trajectories":
                     tokens += pc.sum(pc.list_value_length(part["response_ids"])).as_py()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,8 +65,11 @@ def made_otherwise(folder: Path, info: TargetInfo) -> str | None:
     return " and ".join(changed) or None
 
 
-def read_earlier(folder: Path, intake: Intake, law: Law) -> Earlier:
-    """Of an artifact with `trajectories.parquet`. law: that the new answers were drawn by.
+def read_earlier(
+    folder: Path, intake: Intake, law: Law, read: Callable[[int], None] = lambda _answers: None
+) -> Earlier:
+    """Of an artifact with `trajectories.parquet`. law: that the new answers were drawn by. read: called with how many
+    answers were read, now and then.
 
     Raises DraftsmithError if it is damaged or of another version.
     """
@@ -86,6 +89,7 @@ def read_earlier(folder: Path, intake: Intake, law: Law) -> Earlier:
             contents.append(None if both in seen else both)
             if both is not None:
                 seen.add(both)
+        read(len(contents))
     return Earlier(path, contents, of_other_laws)
 
 

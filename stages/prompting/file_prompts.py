@@ -1,7 +1,7 @@
 """Prompts of files of rows, in the order of a seed: all of them, or only as many as are asked for.
 
-A log has far more rows than are measured on. So where none of a source is trained on, some multiple of what is asked
-for is kept while its files are read, and they are read once more if that was not enough.
+A log has far more rows than are asked for. So some multiple of that is kept while its files are read, and they are
+read once more if it was not enough.
 """
 
 from __future__ import annotations

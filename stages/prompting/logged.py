@@ -33,6 +33,7 @@ SHAPES = (
 )
 _ANSWER = "<<an answer>>"
 _THOUGHT = "reasoning_content"  # where servers put what a reasoning parser takes out of an answer's text
+_TOO_LONG = "too long"
 _HOTTEST = 1e6  # no sampling temperature is above
 _TOKEN_FIELDS = (PROMPT_IDS, "completion_token_ids")
 # Of a request, with the value that changes nothing: whatever the temperature, they move the target's best token too.
@@ -180,7 +181,7 @@ class Reader:
         if self.eos_ids.intersection(answer.response_ids[:-1]):
             raise SetAside("stop token inside the answer")
         if len(answer.prompt_ids) + len(answer.response_ids) > self.max_tokens:
-            raise SetAside("too long")
+            raise SetAside(_TOO_LONG)
         if self.max_prompt_tokens is not None and len(answer.prompt_ids) > self.max_prompt_tokens:
             raise SetAside("prompt too long")
         return answer
@@ -212,6 +213,8 @@ class Reader:
             return [], [], "text is not valid Unicode"
         prompt = token_ids(self.tokenizer, Candidate("logs", messages, row.where), self.template_kwargs)
         response = self._encode(completion)
+        if len(prompt) + len(response) > self.max_tokens:  # to read a megabyte back takes seconds, and is not needed
+            return [], [], _TOO_LONG
         if self._decode(response) != completion:
             return [], [], "text does not survive tokenisation"
         if self._encode(self._decode(prompt + response)) != prompt + response:

@@ -38,7 +38,7 @@ from draftsmith.stages.prompting.sources import (
 from draftsmith.stages.targets.hub import hub_answered, hub_reason
 
 _PROCEDURAL_SEED = 1_000  # behind the seeds of the text that targets are trained on
-_KEPT, _KEPT_TIMES = 256, 4  # of a file that is only measured on: candidates at least, and for each that is asked for
+_KEPT, _KEPT_TIMES = 256, 4  # of a file: candidates at least, and for each that is asked for
 _SEEDS_PER_SPLIT = 1_000_000  # a procedural task takes its item i from seed + i: splits own separate ranges of seeds
 
 Draw: TypeAlias = Callable[[Split], Iterator[Candidate]]
@@ -104,6 +104,7 @@ class Supplying:
     max_bad_share: float = 0.0
     listed: TextIO | None = None  # takes the rows that were set aside
     read_ids: ReadIds | None = None  # without it, rows of token ids have no messages
+    looked_at: Callable[[], None] = lambda: None  # called for every candidate, wanted or not
 
 
 def supplies(source: PromptSource, common: Supplying) -> list[Supply]:
@@ -112,6 +113,7 @@ def supplies(source: PromptSource, common: Supplying) -> list[Supply]:
     share = source.heldout_share if source.heldout_share is not None else common.heldout_share
 
     def finish(label: str, messages: list[Message], where: str) -> Candidate:
+        common.looked_at()
         given = messages
         if source.suffix:
             last = max(index for index, message in enumerate(messages) if message["role"] == "user")
@@ -184,31 +186,32 @@ def _family_draw(family: str, source: ProceduralSource, finish: Finish, seed: in
 
 
 def _file_supply(source: JsonlSource, finish: Finish, common: Supplying, share: float, *, as_they_are: bool) -> Supply:
-    """Where none of it is trained on, it gives the held-out class alone, and keeps no more than it may be asked for.
+    """Keeps no more than it may be asked for; where none of it is trained on, it gives the held-out class alone.
 
     as_they_are: nothing is added to a prompt, so that its token ids stay what they are.
     """
     aside = Aside("prompts.max_bad_share", common.max_bad_share, common.listed)
     of_class: Counter[bool] = Counter()
     wanted = source.counts or common.wanted
+    trained = wanted is None or wanted.train > 0
 
-    def placed(aside: Aside) -> Iterator[Placed]:
-        rows = file_rows(source, aside, common.read_ids, common.only, as_they_are=as_they_are)
-        return placed_rows(source, rows, finish, common.seed, aside)
-
-    def measured_on() -> Iterator[Placed]:
+    def placed() -> Iterator[Placed]:
         first = aside.rows == 0  # what is read once more is counted and listed once
-        for at, candidate in placed(aside if first else Aside("prompts.max_bad_share", common.max_bad_share)):
-            if place(candidate.group) < share:
+        counted = aside if first else Aside("prompts.max_bad_share", common.max_bad_share)
+        rows = file_rows(source, counted, common.read_ids, common.only, as_they_are=as_they_are)
+        for at, candidate in placed_rows(source, rows, finish, common.seed, counted):
+            if trained or place(candidate.group) < share:
                 yield at, candidate
             elif first:
                 of_class[False] += 1
 
-    if wanted is None or wanted.train:
-        candidates = in_order(placed(aside))
+    if wanted is None:
+        candidates = in_order(placed())
     else:
-        asked = wanted.validation + wanted.heldout
-        candidates = nearest_first(measured_on, max(_KEPT, _KEPT_TIMES * asked))
+        asked = float(wanted.validation + wanted.heldout)
+        if trained and share < 1:  # of both classes, until each has given what is asked of it
+            asked = max(asked / share, wanted.train / (1 - share))
+        candidates = nearest_first(placed, max(_KEPT, int(_KEPT_TIMES * asked)))
     return Supply(source.path, lambda _split: candidates, share, one_stream=True, aside=aside, of_class=of_class)
 
 

@@ -76,6 +76,17 @@ def test_a_line_keeps_who_served_when_and_why(line: str, registry: Registry, tmp
     ]  # fmt: skip
 
 
+def test_a_line_of_many_versions_is_read_in_as_many_questions_as_a_short_one(
+    line: str, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [registry.register(line, ref(tmp_path, name), {"tau": name}) for name in "abc"]
+    registry.promote(made[1], expected=None, why="tau +0.3")
+    known = [registry.version(line, each.number) for each in made]
+    monkeypatch.setattr(MlflowClient, "get_model_version", None)
+    assert registry.versions(line) == known
+    assert [each.aliases for each in known] == [(), ("champion",), ()]
+
+
 def test_a_line_keeps_what_drift_checks_saw(line: str, registry: Registry, tmp_path: Path) -> None:
     assert registry.drift(line) == []
     registry.register(line, ref(tmp_path, "a"), {})

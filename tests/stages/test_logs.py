@@ -73,6 +73,30 @@ def test_text_gives_back_the_tokens_that_the_target_produced(
     assert sum(ours["response_ids"] == original["response_ids"] for ours, original in zip(used, kept, strict=True)) > 40
 
 
+def test_a_text_that_is_too_long_is_tokenised_once(
+    tmp_path: Path, tiny_drafter: DrafterArtifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_back: list[int] = []
+    real = Reader._decode
+
+    def decode(self: Reader, ids: list[int]) -> str:
+        read_back.append(len(ids))
+        return real(self, ids)
+
+    monkeypatch.setattr(Reader, "_decode", decode)
+    asked = [{"role": "user", "content": "Say it."}]
+    texts = ["Here it is, once.", "Here it is, once more. " * 200]
+    ctx = run(
+        tmp_path,
+        tiny_drafter,
+        write(tmp_path / "log.jsonl", [{"messages": asked, "completion": text} for text in texts]),
+        max_tokens=100,
+        scored=0,
+    )
+    assert [entry["reason"] for entry in set_aside(ctx)] == ["too long"]
+    assert len(table(ctx)) == 1 and len(read_back) == 2 and max(read_back) <= 100
+
+
 def test_token_ids_are_taken_as_they_are_and_mined_like_the_rollout(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, answers: list[Row]
 ) -> None:

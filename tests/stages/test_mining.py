@@ -125,6 +125,7 @@ def test_the_summary_is_what_the_table_says(mined: RecordingContext, bench: Benc
     assert found["trajectories_too_short"] == 0
     for name in ("tau", "steps", "error_positions", "evaluated_blocks_per_step"):
         assert mined.summaries[name] == found[name]
+    assert mined.progressed[-1] == (found["steps"], found["steps"], "steps put together")
 
 
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(

@@ -7,8 +7,10 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from draftsmith.artifacts import checksums
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.store import Store
+from draftsmith.flows.pipeline import external
 from draftsmith.flows.pipeline.graph import external_digests, plan
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.stages.logs import LogsConfig
@@ -59,6 +61,25 @@ def test_the_key_material_of_a_plain_file_is_its_path_and_sha256(tmp_path: Path)
     path.write_bytes(b"{}")
     digest = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
     assert external_digests(jsonl(path)) == {str(path): digest}
+
+
+def test_that_much_is_to_be_read_is_said_before_it_is_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(external, "_MUCH", 2 * 10**9 - 1)
+    monkeypatch.setattr(checksums, "_CLOCK_S", -1.0)  # what was just written is remembered too
+    monkeypatch.setattr(checksums, "sha256_file", lambda _path: "0" * 64)
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(10**9)  # of holes
+    logs = LogsConfig(paths=[str(tmp_path)], temperature=0)
+    assert len(external_digests(logs)) == 2
+    (said,) = caplog.messages
+    assert "reads 2 GB (files outside the store, 2 in all)" in said
+    external_digests(logs)
+    assert len(caplog.messages) == 1
 
 
 def test_a_changed_file_of_a_bucket_changes_the_key_material() -> None:

@@ -1,9 +1,10 @@
-"""Prompts of files that are only measured on: the same as if every row were held, with few of them in memory."""
+"""Prompts of files: the same as if every row were held, with few of them in memory."""
 
 from __future__ import annotations
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from draftsmith.stages.prompting import file_prompts
 from draftsmith.stages.prompting import supplies as supplies_module
-from draftsmith.stages.prompting.sources import Candidate, Counts, JsonlSource
+from draftsmith.stages.prompting.sources import SPLITS, Candidate, Counts, JsonlSource
 from draftsmith.stages.prompting.supplies import Supply, Supplying, supplies
 from tests.stages.prompts_run import Row, error, questions, run, run_with_context, write_rows
 
@@ -35,6 +36,19 @@ def drawn(source: JsonlSource, common: Supplying) -> tuple[list[tuple[str, str]]
     while (candidate := supply.next("heldout")) is not None:
         found.append((candidate.text_hash, json.dumps(candidate.messages)))
     return found, supply
+
+
+def test_both_classes_of_a_file_that_is_trained_on_are_those_of_the_plain_way(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supplies_module, "_KEPT", 7)
+    source = JsonlSource.model_validate({"path": str(log), "since": "2026-03-20", "seed": 3})
+    found = []
+    for wanted in (None, Counts(train=1, heldout=1)):
+        (supply,) = supplies(source, Supplying(heldout_share=0.3, wanted=wanted))
+        taken = [[each.text_hash for each in iter(partial(supply.next, split), None)] for split in SPLITS]
+        found.append((taken, supply.of_class))
+    assert found[0] == found[1] and min(found[0][1].values()) > 100
 
 
 @pytest.mark.parametrize("since", [None, "2026-03-20"])
@@ -70,7 +84,8 @@ def test_no_more_are_held_than_may_be_asked_for(
     assert 64 < most <= 129, "four times what is asked for, and as many again until they are sorted out"
     most = 0
     with_training = run(target, tmp_path / "2", log, train=1, heldout=12, validation=4, heldout_share=0.5)
-    assert most == 0 and bounded == [row for row in with_training if row["split"] != "train"]
+    assert 128 < most <= 257, "of both classes twice as many"
+    assert bounded == [row for row in with_training if row["split"] != "train"]
 
 
 def test_what_is_read_again_is_listed_once(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
