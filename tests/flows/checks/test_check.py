@@ -191,6 +191,17 @@ def test_trees_are_of_eagle3_drafters_only(
 
 
 @pytest.mark.usefixtures("home")
+@pytest.mark.parametrize(("algorithm", "fits"), [("EAGLE3", False), ("DSPARK", False), ("DFLASH", True)])
+def test_servers_draft_as_the_drafter_does(
+    algorithm: str, fits: bool, tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config["assisted"]["engine"] = {"kind": "sglang", "python": sys.executable, "launch": {"algorithm": algorithm}}
+    run(tmp_path, config)  # this interpreter has no SGLang, which is another error
+    told = f"engine.launch.algorithm: {algorithm}, and a dflash is served as DFLASH: leave it out"
+    assert (told in capsys.readouterr().out) != fits
+
+
+@pytest.mark.usefixtures("home")
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_sampling_with_a_drafter_on_a_cpus_servers_is_an_error(
     temperature: int, tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
