@@ -305,6 +305,11 @@ def _check_log(found: Findings, name: str, config: LogsConfig, target: Path | No
     aside.check()
     for doubt in sieve.doubts():
         found.warn(name, doubt)
+    if isinstance(sieve, Intake) and config.source_field is not None and sieve.without_source == used > 0:
+        unknown = f"{name}.source_field: no row has a field {config.source_field}: correct it"
+        if whole:
+            raise DraftsmithError(unknown)
+        found.warn(name, f"{unknown} (seen in the first {aside.rows} rows)")
     if sieve.outside_window + sieve.overlap == aside.rows and not whole:
         found.ok(name, f"{line}; rows of the window may follow")
         return
