@@ -8,6 +8,7 @@ and when the prompts are.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,6 +52,9 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
         prefect_server.check_place(home)
     with found.part("runner"):
         check_runner(config.stages)
+    for field, program in config.called.items():
+        if shutil.which(program) is None:
+            found.warn(field, f"{program}: no such program here that can be run: correct it, or say where it is")
     nodes: list[Node] = []
     with found.part("graph"):
         nodes = in_order(pipeline.nodes(config))

@@ -190,6 +190,23 @@ def test_trees_are_of_eagle3_drafters_only(
     assert refused not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("program", "runs"), [("sh", True), ("./deploy.sh", False), ("no-such-program", False)])
+def test_what_is_called_after_a_promotion_is_there(
+    program: str,
+    runs: bool,
+    home: Path,
+    tmp_path: Path,
+    config: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("deploy.sh").write_text("#!/bin/sh\n")  # not executable
+    config |= {"registry": {"name": "tiny"}, "on_promote": {"command": [program, "deploy.sh"]}}
+    assert run(tmp_path, config) == 0
+    assert ("on_promote.command" in levels(capsys.readouterr().out)) != runs
+
+
 @pytest.mark.usefixtures("home")
 @pytest.mark.parametrize(("algorithm", "fits"), [("EAGLE3", False), ("DSPARK", False), ("DFLASH", True)])
 def test_servers_draft_as_the_drafter_does(
