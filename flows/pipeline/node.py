@@ -240,9 +240,7 @@ def _shards(
     return here
 
 
-def _accelerator(
-    workshop: Workshop, node: Node, compute: Compute, note: RunningNote
-) -> AbstractContextManager[None]:
+def _accelerator(workshop: Workshop, node: Node, compute: Compute, note: RunningNote) -> AbstractContextManager[None]:
     if compute is Compute.LIGHT:
         return contextlib.nullcontext()
     return workshop.hold(lambda waits: _say(workshop, node, note, waits), workshop.check)

@@ -190,11 +190,11 @@ def test_trees_are_of_eagle3_drafters_only(
     assert refused not in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("home")
 @pytest.mark.parametrize(("program", "runs"), [("sh", True), ("./deploy.sh", False), ("no-such-program", False)])
 def test_what_is_called_after_a_promotion_is_there(
     program: str,
     runs: bool,
-    home: Path,
     tmp_path: Path,
     config: dict[str, Any],
     capsys: pytest.CaptureFixture[str],
