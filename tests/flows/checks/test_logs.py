@@ -51,6 +51,10 @@ def answer(number: int, **more: Any) -> dict[str, Any]:
     return GOOD | {"completion": f"once upon a time {'the cat ' * number}."} | more
 
 
+def asks(number: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"tell story {number}"}]
+
+
 def test_good_logs_are_counted(metadata: Path, tmp_path: Path) -> None:
     rows = [answer(number) for number in range(9)]
     level, text = found(metadata, tmp_path / "a.jsonl", [*rows, answer(20, temperature=1)])
@@ -74,7 +78,7 @@ def test_images_are_told_without_the_tokenizer_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("count", "level"), [(1, Level.OK), (9, Level.WARNING)])
 def test_rows_that_cannot_be_prompts_are_told(count: int, level: Level, tmp_path: Path) -> None:
     rows: list[Any] = [{"messages": GOOD["messages"], "tools": [{"type": "function"}]} for _ in range(count)]
-    rows += [{"prompt_token_ids": [5, 6, number], "messages": GOOD["messages"]} for number in range(9)]
+    rows += [{"prompt_token_ids": [5, 6, number], "messages": asks(number)} for number in range(9)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.utime(path, (0, 0))
@@ -89,7 +93,7 @@ def test_rows_that_cannot_be_prompts_are_told(count: int, level: Level, tmp_path
 def test_only_the_files_that_a_run_reads_are_counted(tmp_path: Path) -> None:
     for name in "ab":
         path = tmp_path / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(answer(number)) + "\n" for number in range(5)))
+        path.write_text("".join(json.dumps(answer(1, messages=asks(number))) + "\n" for number in range(5)))
         os.utime(path, (0, 0))
     asked = {"sources": [{"kind": "jsonl", "path": str(tmp_path)}], "train": 4, "heldout": 0}
     config, findings = PromptsConfig.model_validate(asked).reading([str(tmp_path / "a.jsonl")]), Findings()
