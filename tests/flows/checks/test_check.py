@@ -315,29 +315,6 @@ def test_a_file_with_too_few_prompts_to_measure_on_is_told(
 
 
 @pytest.mark.usefixtures("home")
-def test_a_prompt_that_comes_again_is_counted_once(
-    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"Question {i % 5}?"}) + "\n" for i in range(600)))
-    config["prompts"]["sources"] = [{"kind": "jsonl", "path": str(path)}]
-    assert run(tmp_path, config) == 2
-    assert "rows.jsonl, without 595 duplicates: 5 rows, 22 prompts wanted of it" in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("home")
-@pytest.mark.parametrize(("field", "told"), [("question", False), ("prompt", True)])
-def test_a_data_set_here_has_the_field_that_is_asked_for(
-    field: str, told: bool, tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    (folder := tmp_path / "data").mkdir()
-    (folder / "rows.jsonl").write_text("".join(json.dumps({"question": f"{i}?"}) + "\n" for i in range(40)))
-    config["prompts"]["sources"] = [{"kind": "huggingface", "id": str(folder), "split": "train", "field": field}]
-    assert run(tmp_path, config) == 0
-    assert ("row 1: no field prompt: set field to one of question" in capsys.readouterr().out) == told
-
-
-@pytest.mark.usefixtures("home")
 def test_a_drafter_to_start_from_is_whole(
     tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str], tiny_drafter: DrafterArtifacts
 ) -> None:

@@ -102,6 +102,32 @@ def test_only_the_files_that_a_run_reads_are_counted(tmp_path: Path) -> None:
     assert "5 rows for 4 prompts" in enough.text
 
 
+def test_a_prompt_that_comes_again_is_counted_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Question {number % 5}?"}) + "\n" for number in range(60)))
+    os.utime(path, (0, 0))
+    asked = {"sources": [{"kind": "jsonl", "path": str(path)}], "train": 20, "heldout": 2}
+    findings = Findings()
+    checks.check_sources(findings, [Node("prompts", "draftsmith.stages.prompts", PromptsConfig.model_validate(asked))])
+    assert "a.jsonl, without 55 duplicates: 5 rows, 22 prompts wanted of it" in findings.lines[-1].text
+
+
+@pytest.mark.parametrize("field", ["question", "prompt"])
+def test_a_data_set_here_has_the_field_that_is_asked_for(
+    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (folder := tmp_path / "data").mkdir()
+    (folder / "a.jsonl").write_text("".join(json.dumps({"question": f"{number}?"}) + "\n" for number in range(40)))
+    source = {"kind": "huggingface", "id": str(folder), "split": "train", "field": field}
+    asked, findings = {"sources": [source], "train": 20, "heldout": 2}, Findings()
+    checks.check_sources(findings, [Node("prompts", "draftsmith.stages.prompts", PromptsConfig.model_validate(asked))])
+    told = [
+        warning for warning in findings.warnings if "row 1: no field prompt: set field to one of question" in warning
+    ]
+    assert bool(told) == (field == "prompt") and findings.errors == 0
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
