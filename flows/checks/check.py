@@ -8,6 +8,7 @@ and when the prompts are.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.checks.comparisons import check_budgets, check_gate, check_laws
 from draftsmith.flows.checks.duration import check_duration
-from draftsmith.flows.checks.engines import check_engines
+from draftsmith.flows.checks.engines import check_engines, check_heads
 from draftsmith.flows.checks.findings import Findings, FirstError
 from draftsmith.flows.checks.models import check_drafters, check_nodes, check_target, resolve_metadata
 from draftsmith.flows.checks.parallel import check_parallel, check_shared_target
@@ -51,6 +52,9 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
         prefect_server.check_place(home)
     with found.part("runner"):
         check_runner(config.stages)
+    for field, program in config.called.items():
+        if shutil.which(program) is None:
+            found.warn(field, f"{program}: no such program here that can be run: correct it, or say where it is")
     nodes: list[Node] = []
     with found.part("graph"):
         nodes = in_order(pipeline.nodes(config))
@@ -108,6 +112,7 @@ def _with_target(
     check_longest(found, to_make, read_target_info(artifact).max_positions)
     check_nodes(found, to_make, artifact, whole=whole)
     check_shared_target(found, to_make, artifact)
+    check_heads(found, to_make, artifact)
     check_logs(found, to_make, artifact)
     with found.part("GPUs"):
         check_accelerators(found)

@@ -15,6 +15,7 @@ from draftsmith.stages.measure.gate import GateConfig
 from draftsmith.stages.measure.requests import settings_of
 from draftsmith.stages.measure.verdicts import FEWEST_TURNS
 from draftsmith.stages.prompting.logs_config import LogsConfig
+from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.rollout import RolloutConfig
 from draftsmith.stages.training.on_policy.config import OpdConfig
 
@@ -40,18 +41,20 @@ def check_budgets(found: Findings, nodes: Sequence[Node]) -> None:
 
 def check_gate(found: Findings, nodes: Sequence[Node]) -> None:
     """A warning where speed is measured so seldom that the gate will not judge it, and so promote nothing."""
-    configs = {node.name: node.config for node in nodes}
+    by_name = {node.name: node for node in nodes}
     for node in nodes:
         if not isinstance(node.config, GateConfig) or not node.config.judge_speed:
             continue
-        measured = configs[node.inputs["evaluation"]]
-        assert isinstance(measured, EvaluationConfig)
-        needed = {"rounds": FEWEST_TURNS, "speed_prompts": fewest_prompts(max(measured.concurrency))}
-        too_low = [
-            f"evaluation.{name} {getattr(measured, name)} (from {least} on)"
-            for name, least in needed.items()
-            if getattr(measured, name) < least
+        evaluation = by_name[node.inputs["evaluation"]]
+        measured, prompts = evaluation.config, by_name[evaluation.inputs["prompts"]].config
+        assert isinstance(measured, EvaluationConfig) and isinstance(prompts, PromptsConfig)
+        fewest = fewest_prompts(max(measured.concurrency))
+        needed = [
+            ("evaluation.rounds", measured.rounds, FEWEST_TURNS),
+            ("evaluation.speed_prompts", measured.speed_prompts, fewest),
+            ("the number of held-out prompts,", prompts.wanted("heldout"), fewest),  # of which those are a sample
         ]
+        too_low = [f"{what} {has} (from {least} on)" for what, has, least in needed if has < least]
         if too_low:
             found.warn(
                 node.name,

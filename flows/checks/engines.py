@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from draftsmith.flows.checks.drafters import drafts_on_sglang, sglang_engine, sglang_engines
 from draftsmith.flows.checks.findings import Findings
@@ -61,6 +62,28 @@ def _check_gpus(found: Findings, nodes: Sequence[Node]) -> None:
             )
     if runs_elsewhere(nodes):
         found.warn("GPUs", "none is visible here: memory is not compared; check again on the machine that will run it")
+
+
+def check_heads(found: Findings, nodes: Sequence[Node], artifact: Path) -> None:
+    """A server spreads the target's heads evenly over its GPUs, which SGLang finds out when it starts. artifact: of the
+    target."""
+    from draftsmith.stages.drafters.checkpoint import read_target_config
+    from draftsmith.stages.targets.info import model_path
+
+    for node in nodes:
+        engine = sglang_engine(node)
+        if engine is None or engine.launch is None or engine.launch.on_cpu:  # there SGLang fills up what lacks
+            continue
+        over = engine.launch.tensor_parallel
+        with found.part(node.name):
+            config = read_target_config(model_path(artifact))
+            heads, shared = config.num_attention_heads, config.num_key_value_heads
+            if heads % over or (shared % over and over % shared):
+                found.warn(
+                    node.name,
+                    f"engine.launch.tensor_parallel: {over} does not divide the target's {heads} heads ({shared} of "
+                    "keys and values), and SGLang starts no server of most models then: give a number that does",
+                )
 
 
 def runs_elsewhere(nodes: Sequence[Node]) -> bool:

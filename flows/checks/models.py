@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Plans = Mapping[str, "DrafterPlan"]  # of the drafters that a run begins with, by node
 
+_ALGORITHMS = {"dspark": "DSPARK", "eagle3": "EAGLE3"}  # of SGLang, by kind; DFLASH for the others
+
 
 def resolve_metadata(found: Findings, nodes: Sequence[Node], artifact: Path) -> bool:
     """Write what is known of the target without its weights as a target artifact. False if nothing is."""
@@ -265,9 +267,15 @@ def _check_drafting(found: Findings, node: Node, plan: DrafterPlan) -> None:
     if not plan.has_confidence and (field := _cut_by(node)):
         found.error(node.name, no_confidence(plan.kind, field))
     engine = sglang_engine(node)
-    trees = engine is not None and engine.launch is not None and engine.launch.tree is not None
-    if trees and not KINDS[plan.kind].TRAITS.chains:
+    launch = engine.launch if engine is not None else None
+    if launch is not None and launch.tree is not None and not KINDS[plan.kind].TRAITS.chains:
         found.error(node.name, f"engine.launch.tree: {plan.kind} drafts blocks, no trees: leave it out")
+    served_as = _ALGORITHMS.get(plan.kind, "DFLASH")
+    if launch is not None and launch.algorithm not in (None, served_as):
+        found.error(
+            node.name,
+            f"engine.launch.algorithm: {launch.algorithm}, and a {plan.kind} is served as {served_as}: leave it out",
+        )
     sizes = getattr(node.config, "block_sizes", None)
     if sizes and max(sizes) < plan.block_size:
         found.warn(node.name, f"block_sizes: {list(sizes)} leave out {plan.block_size}, as it is trained")

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from draftsmith.flows.checks.engines import runs_elsewhere
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.flows.pipeline.machine import gpus
@@ -41,7 +42,7 @@ def _fewer(node: Node, parallel: Parallel, here: int) -> str:
 
 def check_parallel(found: Findings, nodes: Sequence[Node]) -> None:
     """A GPU for every process, where there are GPUs, and a rendezvous for several nodes."""
-    here = len(gpus())
+    here, elsewhere = len(gpus()), runs_elsewhere(nodes)
     for node in nodes:
         parallel = node.stage.parallel(node.config) if node.stage.parallel is not None else None
         if parallel is None or parallel.world == 1:
@@ -52,7 +53,7 @@ def check_parallel(found: Findings, nodes: Sequence[Node]) -> None:
             text = f"{count}{meet % parallel.endpoint() if meet else ''}"
             if 0 < here < count:
                 found.error(check, f"{text} need a GPU each, {here} are here: {_fewer(node, parallel, here)}")
-            elif not here and count > (os.cpu_count() or 1):
+            elif not here and not elsewhere and count > (os.cpu_count() or 1):
                 found.warn(
                     check, f"{text}, more than this machine has cores ({os.cpu_count()}): that only makes it slower"
                 )

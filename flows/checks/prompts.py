@@ -17,8 +17,10 @@ from draftsmith.stages.prompting.files import is_remote, matched, read_rows
 from draftsmith.stages.prompting.held_out import HeldOut, identity, place
 from draftsmith.stages.prompting.intake import Intake, ShapeSieve
 from draftsmith.stages.prompting.logs_config import LogsConfig
+from draftsmith.stages.prompting.rows import SetAside, row_messages
 from draftsmith.stages.prompting.sources import (
     SPLITS,
+    Candidate,
     HuggingFaceSource,
     JsonlSource,
     ProceduralSource,
@@ -155,7 +157,12 @@ def _check_source(found: Findings, name: str, source: PromptSource, config: Prom
         case JsonlSource():
             _check_files(found, name, source, config)
         case HuggingFaceSource() if Path(source.id).is_dir():
-            _enough(found, name, source, source.id, len(load_rows(source)), wanted, filtered=bool(source.filter))
+            rows = load_rows(source)
+            _enough(found, name, source, source.id, len(rows), wanted, filtered=bool(source.filter))
+            try:
+                row_messages(rows[0], source.field, f"{source.id}, row 1")
+            except (DraftsmithError, SetAside) as error:  # others may be better
+                found.warn(name, str(error))
         case HuggingFaceSource():
             _check_hub(found, name, source, wanted)
 
@@ -198,11 +205,18 @@ def _check_files(found: Findings, name: str, source: JsonlSource, config: Prompt
     whole = len(known) == len(files) and sum(known) <= _COUNTED_BYTES
     share = source.heldout_share or config.heldout_share
     aside = Aside(f"{config.section}.max_bad_share", config.max_bad_share)
-    rows = held_out = unread = 0
+    seen: set[str] = set()
+    rows = held_out = unread = again = 0
     as_they_are = not (source.suffix or source.system or config.system)
     for _, messages, _ in file_rows(source, aside, only=config.listed_files, as_they_are=as_they_are):
+        text = Candidate(source.path, messages, "").text_hash if messages else ""
+        if text in seen:
+            again += 1
+            continue
+        if text:
+            seen.add(text)
         rows += 1
-        unread += not messages  # token ids alone: the stage decodes them
+        unread += not text  # token ids alone: the stage decodes them
         held_out += place(identity(messages, config.heldout_by)) < share
         if not whole:
             found.ok(name, f"{source.path} can be read; too large to count here")
@@ -214,24 +228,25 @@ def _check_files(found: Findings, name: str, source: JsonlSource, config: Prompt
         say = found.warn if unusable.total() > _MUCH_SET_ASIDE * aside.rows else found.ok
         say(name, f"{source.path}: {unusable.total()} of {aside.rows} rows cannot be prompts: {said}")
     wanted = _share(config, source)
+    label = f"{source.path}, without {again} duplicates" if again else source.path
     if config.of_logs and rows < wanted:
         raise DraftsmithError(
-            f"{rows} row(s) of {source.path}, {wanted} held-out and validation prompts wanted: {OF_MORE_LOGS}"
+            f"{rows} row(s) of {label}, {wanted} held-out and validation prompts wanted: {OF_MORE_LOGS}"
         )
-    _enough(found, name, source, source.path, rows, wanted, filtered=False)
+    _enough(found, name, source, label, rows, wanted, filtered=False)
     if source.suffix or unread:
         return  # the class is that of the text with its suffix, or of decoded token ids: the stage counts
     trained, measured = _share(config, source, ("train",)), _share(config, source, ("heldout", "validation"))
     if rows - held_out < trained:
         raise DraftsmithError(
-            f"{source.path}: {rows - held_out} of {rows} rows are of the training class (heldout_share {share:g}), "
+            f"{label}: {rows - held_out} of {rows} rows are of the training class (heldout_share {share:g}), "
             f"{trained} training prompts wanted: lower {_counts(source, ('train',))}, or add rows or a source"
         )
     if held_out < measured:
         lower = _counts(source, ("heldout", "validation"))
         remedy = f"lower {lower}, or raise heldout_share (a larger share contains the smaller)"
         raise DraftsmithError(
-            f"{source.path}: {held_out} of {rows} rows are of the held-out class (heldout_share {share:g}), {measured} "
+            f"{label}: {held_out} of {rows} rows are of the held-out class (heldout_share {share:g}), {measured} "
             f"held-out and validation prompts wanted: {OF_MORE_LOGS if config.of_logs else remedy}"
         )
 
@@ -305,6 +320,11 @@ def _check_log(found: Findings, name: str, config: LogsConfig, target: Path | No
     aside.check()
     for doubt in sieve.doubts():
         found.warn(name, doubt)
+    if isinstance(sieve, Intake) and config.source_field is not None and sieve.without_source == used > 0:
+        unknown = f"{name}.source_field: no row has a field {config.source_field}: correct it"
+        if whole:
+            raise DraftsmithError(unknown)
+        found.warn(name, f"{unknown} (seen in the first {aside.rows} rows)")
     if sieve.outside_window + sieve.overlap == aside.rows and not whole:
         found.ok(name, f"{line}; rows of the window may follow")
         return

@@ -147,9 +147,9 @@ def _unknown_field(location: PathKey, model: type[BaseModel]) -> str:
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
     if close:
         return f"unknown field, did you mean {'.'.join([*prefix, close[0]])}?"
-    elsewhere = [path for path in field_paths(model) if path.rpartition(".")[2] == name]
+    elsewhere = dict.fromkeys(path for path in field_paths(model) if path.rpartition(".")[2] == name)
     if elsewhere:
-        return f"unknown field here, did you mean {' or '.join(elsewhere[:3])}?"
+        return f"unknown field here, did you mean {' or '.join(list(elsewhere)[:3])}?"
     return f"unknown field, remove it or use one of: {', '.join(siblings)}"
 
 

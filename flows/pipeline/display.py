@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 from rich import markup
 from rich.console import Console
@@ -138,7 +139,8 @@ class Display:
         """Words in the first columns, figures in the others; what is broken elsewhere stays on one line here."""
         table = Table(title=escape(title) or None, title_justify="left", box=None, pad_edge=False)
         for place, heading in enumerate(head):
-            table.add_column(escape(heading), justify="left" if place < text_columns else "right")
+            justify: Literal["left", "right"] = "left" if place < text_columns else "right"
+            table.add_column(escape(heading), justify=justify, overflow="fold")
         for row in rows:
             table.add_row(*(escape(cell.replace("\n", " ")) for cell in row))
         self.console.print(table)

@@ -297,7 +297,7 @@ def _plan_node(
         return PlannedNode(node, Status.DAMAGED, key, damage=damage)
     if ref is not None and not outdated(store, node, ref, inputs):
         return PlannedNode(node, Status.HIT, key, ref)
-    return PlannedNode(node, Status.RESUME if has_partial(store, node, key) else Status.RUN, key)
+    return PlannedNode(node, Status.RESUME if has_partial(store, node.stage.name, key) else Status.RUN, key)
 
 
 def find(store: Store, node: Node, key: str, *, verify: bool = False) -> ArtifactRef | None:
@@ -327,9 +327,9 @@ def outdated(store: Store, node: Node, ref: ArtifactRef, inputs: Mapping[str, Ar
     )
 
 
-def has_partial(store: Store, node: Node, key: str) -> bool:
+def has_partial(store: Store, stage: str, key: str) -> bool:
     """Whether an unfinished attempt left anything to go on from."""
-    partial = store.partial(node.stage.name, key)
+    partial = store.partial(stage, key)
     return any(path.is_file() for name in ("out", "work") for path in (partial / name).rglob("*"))
 
 

@@ -23,6 +23,7 @@ from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.flows.pipeline.running import who_runs
 
 _ROWS, _CELL, _JSON_LINES = 3, 120, 40
+_TO_DO = "to do"
 _MOST_BYTES = 50_000_000  # of a file that is fetched for a look at it
 
 
@@ -40,7 +41,8 @@ def status_of_config(display: Display, config: RunOptions, pipeline: Pipeline) -
 def _state(item: PlannedNode, store: Store) -> str:
     if item.status is Status.AFTER or item.key is None:
         return f"[dim]waits for {', '.join(item.after)}[/dim]"
-    stage, partial = item.node.stage.name, has_partial(store, item.node, item.key)
+    stage = item.node.stage.name
+    partial = has_partial(store, stage, item.key)
     return _state_of(store, stage, item.key, done=item.ref is not None, partial=partial, damage=item.damage)
 
 
@@ -49,7 +51,8 @@ def _state_of(
 ) -> str:
     if store.partial(stage, key).exists() and store.is_claimed(stage, key):
         who = who_runs(home() / "logs", stage, key)
-        return "[cyan]running[/cyan]" + (f": {escape(str(who))}" if who is not None else "")
+        said = "waiting" if who is not None and who.waits else "running"
+        return f"[cyan]{said}[/cyan]" + (f": {escape(str(who))}" if who is not None else "")
     if damage is not None:
         return f"[red]damaged[/red]: {escape(str(damage))}"
     failure = last_failure(home() / "logs", stage, key)
@@ -58,7 +61,7 @@ def _state_of(
         return f"[red]failed[/red] {failure.at}{rest}: {escape(failure.error)}"
     if done:
         return "[green]done[/green]"
-    return "[yellow]unfinished[/yellow], goes on from what it saved" if partial else "to do"
+    return "[yellow]unfinished[/yellow], goes on from what it saved" if partial else _TO_DO
 
 
 def status_of_store(display: Display) -> None:
@@ -77,7 +80,8 @@ def status_of_store(display: Display) -> None:
         )
     for folder in sorted(store.root.glob(f"*/{PARTIAL}*")):
         stage, key = folder.parent.name, folder.name.removeprefix(PARTIAL)
-        table.add_row(stage, key, _state_of(store, stage, key, done=False, partial=True))
+        state = _state_of(store, stage, key, done=False, partial=has_partial(store, stage, key))
+        table.add_row(stage, key, "[yellow]unfinished[/yellow], nothing is saved yet" if state == _TO_DO else state)
     if table.row_count:
         display.console.print(table)
     else:

@@ -115,20 +115,33 @@ def _say_waiting(workshop: Workshop, node: Node) -> Callable[[Holder | None], No
     return say
 
 
-def _devices(workshop: Workshop, node: Node, compute: Compute) -> AbstractContextManager[tuple[int, ...]]:
+def _note(workshop: Workshop, node: Node, claim: Claim) -> AbstractContextManager[RunningNote]:
+    return contextlib.closing(RunningNote(workshop.logs, claim.stage, claim.key, workshop.config.name, node.name))
+
+
+def _devices(
+    workshop: Workshop, node: Node, compute: Compute, note: RunningNote | None = None
+) -> AbstractContextManager[tuple[int, ...]]:
     options = workshop.config.stages
     limit_s = 60 * options.lock_wait_minutes
-    waiting = _say_in_use(workshop, node)
+    waiting = _say_in_use(workshop, node, note)
     return devices_of(compute, run=workshop.config.name, limit_s=limit_s, waiting=waiting, check=workshop.check)
 
 
-def _say_in_use(workshop: Workshop, node: Node) -> Waiting:
+def _say_in_use(workshop: Workshop, node: Node, note: RunningNote | None = None) -> Waiting:
     def say(device: str, holder: Holder | None) -> None:
         # of those who share it the last one left its name, which may be this run
         who = f" ({holder})" if holder is not None and holder.pid != os.getpid() else " by another run"
-        workshop.display.line(f"{node.name}: waits for the device {device}, which is in use{who}")
+        _say(workshop, node, note, f"waits for the device {device}, which is in use{who}")
 
     return say
+
+
+def _say(workshop: Workshop, node: Node, note: RunningNote | None, waits: str) -> None:
+    """In the terminal, and to who asks `draftsmith status`."""
+    workshop.display.line(f"{node.name}: {waits}")
+    if note is not None:
+        note.waiting(waits)
 
 
 def _run(
@@ -152,8 +165,9 @@ def _run(
         if shards and node.stage.joins is not None:
             compute = node.stage.joins
         with (
-            _accelerator(workshop, node, compute),
-            _devices(workshop, node, compute) as devices,
+            _note(workshop, node, claim) as note,
+            _accelerator(workshop, node, compute, note),
+            _devices(workshop, node, compute, note) as devices,
             unchanged(workshop.store, node, inputs, claim, external),
             tracked.system_metrics(),
         ):
@@ -195,7 +209,7 @@ def _shards(
         return []
     with (
         workshop.display.stage(node.name) as shown,
-        contextlib.closing(RunningNote(workshop.logs, claim.stage, claim.key, workshop.config.name, node.name)) as note,
+        _note(workshop, node, claim) as note,
     ):
         together, stopped = Together(shown, note.progress), threading.Event()
 
@@ -215,7 +229,8 @@ def _shards(
 
         local = workshop.config.stages.runner == "local"
         compute = node.stage.computes(node.config) if local else Compute.LIGHT  # else their hosts hold what they take
-        with _accelerator(workshop, node, compute):
+        with _accelerator(workshop, node, compute, note):
+            note.waiting("")
             made = workshop.pool(orders, make_one, stopped.set, check)
     store = workshop.store
     here = [replace(ref, path=store.path(ref.stage, ref.key)) for ref in made]  # another host has another home
@@ -225,10 +240,10 @@ def _shards(
     return here
 
 
-def _accelerator(workshop: Workshop, node: Node, compute: Compute) -> AbstractContextManager[None]:
+def _accelerator(workshop: Workshop, node: Node, compute: Compute, note: RunningNote) -> AbstractContextManager[None]:
     if compute is Compute.LIGHT:
         return contextlib.nullcontext()
-    return workshop.hold(lambda message: workshop.display.line(f"{node.name}: {message}"), workshop.check)
+    return workshop.hold(lambda waits: _say(workshop, node, note, waits), workshop.check)
 
 
 def _run_process(
@@ -262,7 +277,7 @@ def _run_process(
 
     with (
         workshop.display.stage(node.name) as shown,
-        contextlib.closing(RunningNote(workshop.logs, claim.stage, claim.key, workshop.config.name, node.name)) as note,
+        _note(workshop, node, claim) as note,
     ):
         return run_stage(
             request,

@@ -98,6 +98,11 @@ class RunOptions(Config):
         """MLflow's experiment; None: the common one."""
         return None
 
+    @property
+    def called(self) -> dict[str, str]:
+        """Programs that are started when all is made, by the field that names each."""
+        return {}
+
     @model_validator(mode="before")
     @classmethod
     def _without_secrets(cls, data: Any) -> Any:

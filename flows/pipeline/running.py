@@ -38,11 +38,14 @@ class Running:
     total: int = 0
     unit: str = ""
     left_s: float | None = None
+    waits: str = ""  # for what, before it begins
 
     def __str__(self) -> str:
         now = time.time()
         text = f"node {self.node} of {self.run} on {self.host} (pid {self.pid}, user {self.user}) since "
         text += f"{local_time(datetime.fromtimestamp(self.since, UTC))} ({duration(now - self.since)})"
+        if self.waits:
+            text += f", {self.waits}"
         if self.total:
             text += f", {self.done}/{self.total} {self.unit}, said {duration(max(0.0, now - self.at))} ago"
         return text + (f", {duration(self.left_s)} left then" if self.left_s is not None else "")
@@ -62,6 +65,10 @@ class RunningNote:
         self._note = replace(self._note, at=time.time(), done=done, total=total, unit=unit, left_s=left)
         if time.monotonic() - self._written > _EVERY_S:
             self._write()
+
+    def waiting(self, what: str) -> None:
+        self._note = replace(self._note, waits=what)
+        self._write()
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

@@ -15,7 +15,7 @@ from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.refreshes import folders_of
 from draftsmith.artifacts.store import Store
 from draftsmith.artifacts.tracking import Tracking
-from draftsmith.flows.pipeline.config_file import read_config
+from draftsmith.flows.pipeline.config_file import kind_of, read_config
 from draftsmith.flows.pipeline.display import Display, figure
 from draftsmith.flows.pipeline.graph import Pipeline, plan, resolved
 from draftsmith.flows.pipeline.options import RunOptions
@@ -58,10 +58,7 @@ def report(display: Display, names: Sequence[str], pipeline: Pipeline, *, in_bro
     if len(names) > 2:
         raise DraftsmithError(f"{len(names)} refreshes: give one, or two to compare")
     found = [
-        report_of_config(name, read_config(Path(name), [], pipeline.config), pipeline)
-        if name.endswith((".yaml", ".yml"))
-        else report_of_text(name)
-        for name in names
+        _report_of_file(name, pipeline) if name.endswith((".yaml", ".yml")) else report_of_text(name) for name in names
     ]
     if len(found) == 2:
         compare(display, found[0], found[1])
@@ -74,12 +71,18 @@ def report(display: Display, names: Sequence[str], pipeline: Pipeline, *, in_bro
             webbrowser.open(reported.page.as_uri())
 
 
+def _report_of_file(name: str, pipeline: Pipeline) -> Reported:
+    if kind_of(name) is not None:
+        raise DraftsmithError(f"{name} describes an experiment, which has no report: give the config of a refresh")
+    return report_of_config(name, read_config(Path(name), [], pipeline.config), pipeline)
+
+
 def report_of_config(name: str, config: RunOptions, pipeline: Pipeline) -> Reported:
     """The report that a config's refresh would reuse, or else the last that one of its name has made: a line goes on
     from another champion by now. Raises DraftsmithError if there is none."""
     node, _ = pipeline.report
     store = store_of(home())
-    for planned in plan(resolved(config, pipeline), store, pipeline, again=True):
+    for planned in plan(resolved(config, pipeline), store, pipeline, again=True, stop_at_damage=False):
         if planned.node.name == node and planned.ref is not None:
             store.fetch(planned.ref)
             return Reported(name, planned.ref.path)

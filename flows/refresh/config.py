@@ -182,6 +182,11 @@ class RefreshConfig(RunOptions):
         return self.registry.name if self.registry is not None else None
 
     @property
+    def called(self) -> dict[str, str]:
+        command = self.on_promote.command if self.on_promote is not None else None
+        return {"on_promote.command": command[0]} if command else {}
+
+    @property
     def champion(self) -> ChampionConfig | None:
         """Who serves, of a resolved config."""
         return self.registry.champion if self.registry is not None else None

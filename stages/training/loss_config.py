@@ -158,6 +158,11 @@ class LossConfig(Config):
             raise ValueError(f"temperature is read by {readers} only: name one of them in loss.response.loss")
         if self.response.weight == 0 and (self.rejected.loss == "none" or self.rejected.weight == 0):
             raise ValueError("both streams have weight 0: nothing would be trained")
+        if self.needs_scores and self.response.positions is not None and self.response.positions.kind == "d_pace":
+            raise ValueError(
+                "response.positions: a rejected stream needs weights that are known before the loss, which d_pace's "
+                "are not: use uniform, exponential or power weights"
+            )
         return self
 
     @property

@@ -179,6 +179,10 @@ def test_every_kind_of_anchor_trains_with_every_kind_of_loss_and_the_same_number
         ({"loss": {"response": {"scope": "block", "beyond": 1}}}, "beyond is of scope committed"),
         ({"loss": {"rejected": {"positions": {"kind": "d_pace"}}}}, "verification reaches no rejected position"),
         ({"loss": {"response": {"positions": {"gamma": 2}}}}, "loss.response.positions.kind"),
+        (
+            {"loss": {"preset": "paper", "response": {"positions": {"kind": "d_pace"}}}},
+            "response.positions: a rejected stream needs weights that are known before the loss",
+        ),
     ],
 )
 def test_a_config_that_cannot_be_meant_is_refused(fields: dict[str, Any], message: str) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
-from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.law import GREEDY, Law
 from draftsmith.stages.parallel.ranks import ALONE, Ranks
@@ -50,11 +49,6 @@ class OpdTraining:
         self.sampled = config.verification == "sampled" or (config.verification == "auto" and not law.greedy)
         drawn = law if self.sampled and drafter.draws else GREEDY
         self.objective = config.loss.resolved(drafter.recipe, self.sampled, law.temperature if drawn.greedy else 1.0)
-        if self.objective.needs_scores and self.objective.response.weights().kind == "d_pace":
-            raise DraftsmithError(
-                "opd.loss.response.positions: a rejected stream needs weights that are known before the loss, which "
-                "d_pace's are not; use uniform, exponential or power weights"
-            )
         self.source = anchor_source(config, mined, drafter, scored=self.objective.needs_scores)
         self._features = FeatureSource(
             target,

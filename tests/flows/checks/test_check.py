@@ -191,6 +191,34 @@ def test_trees_are_of_eagle3_drafters_only(
 
 
 @pytest.mark.usefixtures("home")
+@pytest.mark.parametrize(("program", "runs"), [("sh", True), ("./deploy.sh", False), ("no-such-program", False)])
+def test_what_is_called_after_a_promotion_is_there(
+    program: str,
+    runs: bool,
+    tmp_path: Path,
+    config: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("deploy.sh").write_text("#!/bin/sh\n")  # not executable
+    config |= {"registry": {"name": "tiny"}, "on_promote": {"command": [program, "deploy.sh"]}}
+    assert run(tmp_path, config) == 0
+    assert ("on_promote.command" in levels(capsys.readouterr().out)) != runs
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize(("algorithm", "fits"), [("EAGLE3", False), ("DSPARK", False), ("DFLASH", True)])
+def test_servers_draft_as_the_drafter_does(
+    algorithm: str, fits: bool, tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config["assisted"]["engine"] = {"kind": "sglang", "python": sys.executable, "launch": {"algorithm": algorithm}}
+    run(tmp_path, config)  # this interpreter has no SGLang, which is another error
+    told = f"engine.launch.algorithm: {algorithm}, and a dflash is served as DFLASH: leave it out"
+    assert (told in capsys.readouterr().out) != fits
+
+
+@pytest.mark.usefixtures("home")
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_sampling_with_a_drafter_on_a_cpus_servers_is_an_error(
     temperature: int, tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]

@@ -69,6 +69,8 @@ def test_a_gate_that_can_promote_nothing_is_told_before_anything_is_spent() -> N
     (warning,) = told("evaluation.concurrency=[1, 16]")
     low = "evaluation.speed_prompts 12 (from 32 on)"
     assert f"as it judges no speed by {low}: raise it" in warning, "a turn of 16 in flight ends with its slowest"
+    (warning,) = told("evaluation.concurrency=16", "evaluation.speed_prompts=32", "prompts.heldout=31")
+    assert "no speed by the number of held-out prompts, 31 (from 32 on): raise it" in warning, "no more are decoded"
     assert told() == told("evaluation.rounds=2", "gate.judge_speed=false") == told("registry=null") == []
 
 

@@ -1,8 +1,9 @@
-"""Servers that need more GPUs than there are."""
+"""Servers that need more GPUs than there are, or over which the target cannot be spread."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,3 +36,17 @@ def test_the_advice_names_what_a_config_has(
     engines._check_gpus(found, [Node("assisted-1", "draftsmith.stages.rollout", config)])  # of the second iteration
     (line,) = [line for line in found.lines if line.check == "assisted-1: GPUs"]
     assert line.text.endswith(advice)
+
+
+@pytest.mark.parametrize(("over", "fits"), [(1, True), (2, True), (4, True), (3, False), (8, False)])
+def test_heads_that_servers_cannot_spread_are_told(over: int, fits: bool, plain_artifact: Path) -> None:
+    """SGLang finds that out when the server starts: of an evaluation's, after all trainings. The target has 4 heads."""
+    for options in ({}, {"device": "cpu"}):
+        launch = {"tensor_parallel": over, "options": options}
+        engine = {"kind": "sglang", "python": sys.executable, "launch": launch}
+        config = RolloutConfig.model_validate({"engine": engine})
+        found = Findings()
+        engines.check_heads(found, [Node("heldout", "draftsmith.stages.rollout", config)], plain_artifact)
+        assert bool(found.lines) == (not fits and not options)
+        assert all(f"{over} does not divide the target's 4 heads (2 of keys and values)" in w for w in found.warnings)
+        assert found.errors == 0

@@ -51,6 +51,10 @@ def answer(number: int, **more: Any) -> dict[str, Any]:
     return GOOD | {"completion": f"once upon a time {'the cat ' * number}."} | more
 
 
+def asks(number: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"tell story {number}"}]
+
+
 def test_good_logs_are_counted(metadata: Path, tmp_path: Path) -> None:
     rows = [answer(number) for number in range(9)]
     level, text = found(metadata, tmp_path / "a.jsonl", [*rows, answer(20, temperature=1)])
@@ -74,7 +78,7 @@ def test_images_are_told_without_the_tokenizer_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("count", "level"), [(1, Level.OK), (9, Level.WARNING)])
 def test_rows_that_cannot_be_prompts_are_told(count: int, level: Level, tmp_path: Path) -> None:
     rows: list[Any] = [{"messages": GOOD["messages"], "tools": [{"type": "function"}]} for _ in range(count)]
-    rows += [{"prompt_token_ids": [5, 6, number], "messages": GOOD["messages"]} for number in range(9)]
+    rows += [{"prompt_token_ids": [5, 6, number], "messages": asks(number)} for number in range(9)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.utime(path, (0, 0))
@@ -89,13 +93,39 @@ def test_rows_that_cannot_be_prompts_are_told(count: int, level: Level, tmp_path
 def test_only_the_files_that_a_run_reads_are_counted(tmp_path: Path) -> None:
     for name in "ab":
         path = tmp_path / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(answer(number)) + "\n" for number in range(5)))
+        path.write_text("".join(json.dumps(answer(1, messages=asks(number))) + "\n" for number in range(5)))
         os.utime(path, (0, 0))
     asked = {"sources": [{"kind": "jsonl", "path": str(tmp_path)}], "train": 4, "heldout": 0}
     config, findings = PromptsConfig.model_validate(asked).reading([str(tmp_path / "a.jsonl")]), Findings()
     checks.check_sources(findings, [Node("prompts", "draftsmith.stages.prompts", config)])
     (enough,) = findings.lines
     assert "5 rows for 4 prompts" in enough.text
+
+
+def test_a_prompt_that_comes_again_is_counted_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Question {number % 5}?"}) + "\n" for number in range(60)))
+    os.utime(path, (0, 0))
+    asked = {"sources": [{"kind": "jsonl", "path": str(path)}], "train": 20, "heldout": 2}
+    findings = Findings()
+    checks.check_sources(findings, [Node("prompts", "draftsmith.stages.prompts", PromptsConfig.model_validate(asked))])
+    assert "a.jsonl, without 55 duplicates: 5 rows, 22 prompts wanted of it" in findings.lines[-1].text
+
+
+@pytest.mark.parametrize("field", ["question", "prompt"])
+def test_a_data_set_here_has_the_field_that_is_asked_for(
+    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (folder := tmp_path / "data").mkdir()
+    (folder / "a.jsonl").write_text("".join(json.dumps({"question": f"{number}?"}) + "\n" for number in range(40)))
+    source = {"kind": "huggingface", "id": str(folder), "split": "train", "field": field}
+    asked, findings = {"sources": [source], "train": 20, "heldout": 2}, Findings()
+    checks.check_sources(findings, [Node("prompts", "draftsmith.stages.prompts", PromptsConfig.model_validate(asked))])
+    told = [
+        warning for warning in findings.warnings if "row 1: no field prompt: set field to one of question" in warning
+    ]
+    assert bool(told) == (field == "prompt") and findings.errors == 0
 
 
 @pytest.mark.parametrize(
@@ -109,6 +139,19 @@ def test_only_the_files_that_a_run_reads_are_counted(tmp_path: Path) -> None:
 def test_nothing_that_can_be_used_is_an_error(rows: list[Any], said: str, metadata: Path, tmp_path: Path) -> None:
     level, text = found(metadata, tmp_path / "a.jsonl", rows)
     assert level is Level.ERROR and said in text
+
+
+def test_a_field_of_sources_that_no_row_has_is_told(
+    metadata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [answer(number, app="chat") for number in range(9)]
+    assert found(metadata, tmp_path / "a.jsonl", rows, source_field="app")[0] is Level.OK
+    said = found(metadata, tmp_path / "a.jsonl", rows, source_field="application")
+    assert said == (Level.ERROR, "logs.source_field: no row has a field application: correct it")
+    monkeypatch.setattr(checks, "_LOG_ROWS", 5)
+    told, counted = all_found(metadata, tmp_path / "a.jsonl", rows, source_field="application").lines
+    assert told.level is Level.WARNING and "no row has a field application" in told.text, "later ones may have it"
+    assert counted.level is Level.OK
 
 
 def test_a_window_is_no_fault_of_its_rows(metadata: Path, tmp_path: Path) -> None:

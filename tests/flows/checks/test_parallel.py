@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from draftsmith.flows.checks import parallel, resources
+from draftsmith.flows.checks import engines, parallel, resources
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.stages.estimates import of_sft
 from draftsmith.stages.parallel.config import RENDEZVOUS
+from draftsmith.stages.rollout import RolloutConfig
 from draftsmith.stages.targets.estimate import Answers, Use
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.on_policy.config import OpdConfig
@@ -45,6 +46,22 @@ def test_processes_are_checked(
     fields: dict[str, Any], gpus: int, said: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert line(fields, gpus, monkeypatch) == said
+
+
+def test_cores_of_another_machine_than_the_one_that_runs_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config of a node of GPUs, checked where there are none: its servers are for GPUs, and so are its trainings."""
+    for module in (parallel, engines):
+        monkeypatch.setattr(module, "gpus", lambda: ())
+    monkeypatch.setattr(parallel.os, "cpu_count", lambda: 4)
+    served = {"engine": {"kind": "sglang", "python": "python", "launch": {"servers": 8}}}
+    training = SftConfig.model_validate({"parallel": {"processes": 8}})
+    nodes = [
+        Node("rollout", "draftsmith.stages.rollout", RolloutConfig.model_validate(served)),
+        Node("sft", "draftsmith.stages.sft", training),
+    ]
+    found = Findings()
+    parallel.check_parallel(found, nodes)
+    assert [(line.level.value, line.text) for line in found.lines] == [("ok", "8")]
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ def test_overrides_are_yaml_and_reach_into_lists_and_new_sections(file: Path) ->
         ("stf.steps=2", "--set stf: unknown field, did you mean sft?"),
         ("sft.sources.1.cuont=2", "--set sft.sources.1.cuont: unknown field, did you mean sft.sources.1.count?"),
         ("temperature=2", "unknown field here, did you mean sft.decoding.temperature or opd.decoding.temperature?"),
+        ("kind=greedy", "unknown field here, did you mean sft.decoding.kind or opd.decoding.kind?"),
         ("sft.decoding={kind: sampled, temprature: 1}", "--set sft.decoding.temprature: unknown field, did you mean"),
         ("sft.decoding={kind: sampled, ties: 1}", "--set sft.decoding.ties: a field of another kind of sft.decoding:"),
         ("sft.zzz=2", "unknown field, remove it or use one of: decoding, loss, rate, sources, steps, weights"),

@@ -68,6 +68,14 @@ def test_a_table_is_drawn_as_it_is_given() -> None:
     ]
 
 
+def test_a_narrow_terminal_breaks_cells_and_cuts_none() -> None:
+    stream = io.StringIO()
+    Display(Console(file=stream, width=16)).table(["key", "tau"], [["6b633f734bf9770b", "1.3333"]])
+    _, *lines = [line.split() for line in stream.getvalue().splitlines()]
+    assert "".join(line[0] for line in lines) == "6b633f734bf9770b"
+    assert "".join(line[1] for line in lines if len(line) > 1) == "1.3333"
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(8.4, "8 s"), (125, "2 min 05 s"), (12000, "3 h 20 min")])
 def test_durations_are_short(seconds: float, text: str) -> None:
     assert duration(seconds) == text

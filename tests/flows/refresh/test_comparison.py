@@ -14,9 +14,13 @@ from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.cli import main
+from draftsmith.flows.pipeline.graph import plan
 from draftsmith.flows.pipeline.record import RunRecord
-from draftsmith.flows.refresh.comparison import config_rows, figure_rows, report_of_text
+from draftsmith.flows.refresh.comparison import config_rows, figure_rows, report_of_config, report_of_text
+from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.flows.refresh.review import review
+from tests.flows.pipeline.processes import ROOT
+from tests.testbed.refresh import load_config
 
 
 def made(store: Store, name: str, **told: Any) -> ArtifactRef:
@@ -90,6 +94,30 @@ def test_what_is_no_refresh_is_one_error(store: Store, capsys: pytest.CaptureFix
     assert main(["report", str(other.path), str(other.path)]) == 2
     assert "--force report" in capsys.readouterr().err
     assert main(["report", "a", "b", "c"]) == 2
+    capsys.readouterr()
+    assert main(["report", str(ROOT / "configs" / "experiments" / "plateau-greedy.yaml")]) == 2
+    assert "plateau-greedy.yaml describes an experiment, which has no report: give" in capsys.readouterr().err
+
+
+def test_a_report_is_found_whatever_else_is_damaged(store: Store, home: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    config = load_config(ROOT / "configs" / "quickstart.yaml", ["name=damaged", f"target.source={tmp_path}"])
+    first = made(store, "damaged")
+    record = RunRecord(Tracking(home, config.experiment), "damaged", {}, {})
+    record.open()
+    record.close("FINISHED", {"report": first}, {}, [], {})
+    target = plan(config, store, REFRESH)[0]
+    assert target.key is not None
+    with store.claim(target.node.stage.name, target.key) as claim:
+        assert isinstance(claim, Claim)
+        (claim.out / "target.json").write_text("{}")
+        ref = store.commit(claim, config={}, inputs={}, code_digest="c", seed=0)
+    (ref.path / "target.json").chmod(0o644)
+    (ref.path / "target.json").unlink()
+    with pytest.raises(DraftsmithError, match="is missing"):
+        plan(config, store, REFRESH)
+    assert report_of_config("damaged.yaml", config, REFRESH).folder == first.path
 
 
 def test_rows_say_what_differs_and_what_only_one_has() -> None:

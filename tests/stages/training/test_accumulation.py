@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.law import GREEDY, Law
 from draftsmith.stages.replay.trace import Trajectory
@@ -144,13 +143,3 @@ def test_shares_are_merged_as_sums() -> None:
     merged = Share.merged([Share(1, 4), Share(3, 4), Share(0, 0)])
     assert (merged, float(Share(0, 0))) == (0.5, 0.0)
     assert Share.merged([2, 3]) == 5
-
-
-def test_weights_that_only_the_loss_knows_do_not_go_with_a_rejected_stream(
-    plain_target: Target, plain_drafter: Drafter, trajectories: list[Trajectory]
-) -> None:
-    loss = {"preset": "paper", "response": {"positions": {"kind": "d_pace"}}}
-    config = OpdConfig.model_validate({**STEP, "loss": loss, "anchors": "errors"})
-    table = mined(trajectories, plain_drafter.block_size - 1)
-    with pytest.raises(DraftsmithError, match=r"opd\.loss\.response\.positions"):
-        OpdTraining(plain_drafter, plain_target, trajectories, table, config)
