@@ -19,6 +19,7 @@ from draftsmith.artifacts.store import PARTIAL, Store
 from draftsmith.flows.pipeline.display import Display, duration, escape, figure, folded_table, size
 from draftsmith.flows.pipeline.failures import last_failure
 from draftsmith.flows.pipeline.graph import Pipeline, PlannedNode, Status, has_partial, plan
+from draftsmith.flows.pipeline.history import made_before
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.flows.pipeline.running import who_runs
 
@@ -33,7 +34,8 @@ def status_of_config(display: Display, config: RunOptions, pipeline: Pipeline) -
     table = folded_table("node", "stage", "key", "state")
     planned = plan(config, store, pipeline, stop_at_damage=False)
     for item in planned:
-        table.add_row(item.node.name, item.node.stage.name, (item.key or "-")[:16], _state(item, store))
+        state = _state(item, store) + _last_time(config.name, item)
+        table.add_row(item.node.name, item.node.stage.name, (item.key or "-")[:16], state)
     display.console.print(table)
     display.left_over(planned)
 
@@ -44,6 +46,15 @@ def _state(item: PlannedNode, store: Store) -> str:
     stage = item.node.stage.name
     partial = has_partial(store, stage, item.key)
     return _state_of(store, stage, item.key, done=item.ref is not None, partial=partial, damage=item.damage)
+
+
+def _last_time(run: str, item: PlannedNode) -> str:
+    """Of a node that is to be made: what it was in the last run of this name. Once a refresh has promoted its drafter,
+    the next one is planned from that, in which nothing is done."""
+    if item.status not in (Status.AFTER, Status.RUN):
+        return ""
+    before = made_before(home(), run, item.node.name)
+    return f"[dim]; last time {before[0].stage}/{before[0].key[:16]}[/dim]" if before else ""
 
 
 def _state_of(

@@ -12,6 +12,7 @@ from rich.console import Console
 from draftsmith.artifacts.errors import StageInterrupted
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.artifacts.tracking import Tracking
+from draftsmith.flows.cli import main
 from draftsmith.flows.pipeline import devices
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.graph import plan
@@ -19,7 +20,7 @@ from draftsmith.flows.pipeline.inspection import status_of_config, status_of_sto
 from draftsmith.flows.pipeline.node import Workshop, make
 from draftsmith.flows.pipeline.running import RunningNote
 from draftsmith.stages.contract import Compute
-from tests.flows.pipeline.toy import TOY, ToyConfig, toy_nodes
+from tests.flows.pipeline.toy import TOY, ToyConfig, toy_nodes, write_config
 
 
 def test_a_running_node_is_told_with_its_process_and_its_progress(
@@ -79,3 +80,25 @@ def test_a_node_that_waits_for_a_device_does_not_run_yet(
     assert ", waits for the device cpu, which is in use by another run" in seen[-1]
     assert "to do" in status().splitlines()[1], "it has saved nothing"
     assert "unfinished, nothing is saved yet" in status(of_store=True)
+
+
+@pytest.mark.usefixtures("home")
+def test_a_node_that_is_to_be_made_is_told_with_what_it_was_in_the_last_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a promotion a refresh is planned from its new champion: all that was made is still to be seen."""
+    monkeypatch.setenv("COLUMNS", "300")
+    config = str(write_config(tmp_path / "toy.yaml", target={"count": 3}))
+    for node in ("target", "left"):
+        assert main(["stage", node, config], TOY) == 0
+
+    def status(*options: str) -> dict[str, list[str]]:
+        capsys.readouterr()
+        assert main(["status", config, *options], TOY) == 0
+        return {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
+
+    made = status()
+    assert made["target"][-1] == made["left"][-1] == "done"
+    anew = status("--set", "target.count=4")
+    assert " ".join(anew["target"]).endswith(f"to do; last time collect/{made['target'][2]}")
+    assert " ".join(anew["left"]).endswith(f"waits for target; last time combine/{made['left'][2]}")
