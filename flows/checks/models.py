@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 Plans = Mapping[str, "DrafterPlan"]  # of the drafters that a run begins with, by node
 
-_ALGORITHMS = {"dspark": "DSPARK", "eagle3": "EAGLE3"}  # of SGLang, by kind; DFLASH for the others
-
 
 def resolve_metadata(found: Findings, nodes: Sequence[Node], artifact: Path) -> bool:
     """Write what is known of the target without its weights as a target artifact. False if nothing is."""
@@ -270,7 +268,7 @@ def _check_drafting(found: Findings, node: Node, plan: DrafterPlan) -> None:
     launch = engine.launch if engine is not None else None
     if launch is not None and launch.tree is not None and not KINDS[plan.kind].TRAITS.chains:
         found.error(node.name, f"engine.launch.tree: {plan.kind} drafts blocks, no trees: leave it out")
-    served_as = _ALGORITHMS.get(plan.kind, "DFLASH")
+    served_as = KINDS[plan.kind].TRAITS.algorithm
     if launch is not None and launch.algorithm not in (None, served_as):
         found.error(
             node.name,
