@@ -192,13 +192,15 @@ def test_the_target_is_frozen(bench: Bench) -> None:
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 1), (4, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("entries", [2**31, 60])
+@pytest.mark.parametrize(("T", "entries"), [(5, 2**31), (5, 60), (1, 2**31)])
+@pytest.mark.parametrize("tiles", [False, True])
 def test_grouped_attention_equals_repeated_keys(
-    heads: int, kv_heads: int, dtype: torch.dtype, entries: int, monkeypatch: pytest.MonkeyPatch
+    heads: int, kv_heads: int, dtype: torch.dtype, T: int, entries: int, tiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """entries: of a mask, in one call."""
+    """entries: of a mask, in one call. tiles: as on a processor that multiplies them."""
     monkeypatch.setattr(attention, "_MASK_ENTRIES", entries)
-    n, T, L, D = 2, 5, 9, 8
+    monkeypatch.setattr(attention, "_multiplies_tiles", lambda: tiles)
+    n, L, D = 2, 9, 8
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(n, heads, T, D, generator=generator).to(dtype)
     key, value = (torch.randn(n, kv_heads, L, D, generator=generator).to(dtype) for _ in range(2))
