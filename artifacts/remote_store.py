@@ -107,7 +107,7 @@ class RemoteStore(Store):
         self.fetch(ref)
         super().verify(ref)
 
-    def _to_verify(self, ref: ArtifactRef, manifest: Manifest) -> Mapping[str, FileEntry]:
+    def to_verify(self, ref: ArtifactRef, manifest: Manifest) -> Mapping[str, FileEntry]:
         return {name: entry for name, entry in manifest.files.items() if (ref.path / name).exists()}
 
     def _mend(self, ref: ArtifactRef, name: str, what: str, *, read: bool = False) -> None:

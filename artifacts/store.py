@@ -169,7 +169,7 @@ class Store:
         artifact since it was last found whole is set aside, with a log line: it is no artifact any more.
         """
         manifest = whole_manifest(ref.path, ref.stage)
-        for name, entry in (manifest.files if read else self._to_verify(ref, manifest)).items():
+        for name, entry in (manifest.files if read else self.to_verify(ref, manifest)).items():
             path = ref.path / name
             before = self._checksums.recorded(path)
             try:
@@ -191,7 +191,7 @@ class Store:
                     f"`--force {ref.stage}` to the command"
                 )
 
-    def _to_verify(self, _ref: ArtifactRef, manifest: Manifest) -> Mapping[str, FileEntry]:
+    def to_verify(self, ref: ArtifactRef, manifest: Manifest) -> Mapping[str, FileEntry]:  # noqa: ARG002
         """The files that are there, or ought to be."""
         return manifest.files
 

@@ -115,7 +115,7 @@ def checkpoint_of(version: Version) -> Path:
 
     store = store_of(home())
     if (folder := in_this_home(version, store)) is not None:
-        if version.uploaded and (damaged := _damaged_file(store.here(folder))) is not None:
+        if version.uploaded and (damaged := _damaged_file(store, folder)) is not None:
             log.warning("%s: %s is damaged: what was uploaded is taken", version, damaged)
             return uploaded_copy(version)
         return folder / DRAFTER_FOLDER
@@ -127,10 +127,11 @@ def checkpoint_of(version: Version) -> Path:
     return uploaded_copy(version)
 
 
-def _damaged_file(folder: Path) -> Path | None:
-    """Of an artifact's drafter, one that is not as it was written. What nobody touched is not read again."""
-    checksums = Checksums(home())
-    for name, entry in read_manifest(folder).files.items():
+def _damaged_file(store: Store, folder: Path) -> Path | None:
+    """Of an artifact's drafter, one that is not as it was written. What nobody touched is not read again, and what a
+    bucket has is not fetched: a plan is shown without it."""
+    checksums, manifest = Checksums(home()), read_manifest(folder)
+    for name, entry in store.to_verify(manifest.ref(folder), manifest).items():
         if name.startswith(f"{DRAFTER_FOLDER}/"):
             try:
                 whole = checksums.of(folder / name) == entry.sha256

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -339,5 +340,8 @@ def test_a_version_of_a_bucket_is_fetched_where_its_manifest_alone_is_known(
     assert other.find("opd", made.key) is not None, "which keeps the manifest"
     assert not (other.path("opd", made.key) / DRAFTER_FOLDER).exists()
     (version,) = registry().versions(line)
+    uploaded = dataclasses.replace(version, tags={**version.tags, "uploaded": "runs:/a/drafter"})
+    assert uploaded.uploaded and checkpoint_of(uploaded) == other.path("opd", made.key) / DRAFTER_FOLDER
+    assert not checkpoint_of(uploaded).exists(), "to plan fetches no weights"
     assert (folder_of(version) / DRAFTER_FOLDER / "config.json").is_file()
     assert commands.verified(version) == other.path("opd", made.key) / DRAFTER_FOLDER
