@@ -109,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
     deploy.add_argument(
         "--webhook",
         metavar="URL",
-        help="called when a run fails, crashes, promotes, is refused or undecided; left out: the one it has, if any",
+        help="called when a run fails, crashes, promotes, is refused or inconclusive; left out: the one it has, if any",
     )
     deploy.set_defaults(does="deploy")
 

@@ -1,4 +1,4 @@
-"""Automations of a deployment: a URL is called when a run fails, crashes, promotes, is refused or undecided."""
+"""Automations of a deployment: a URL is called when a run fails, crashes, promotes, is refused or is inconclusive."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CAUSES = {
     "crashed": {"prefect.flow-run.Crashed"},
     "promoted": {"draftsmith.promoted"},
     "refused": {"draftsmith.refused"},
-    "undecided": {"draftsmith.undecided"},
+    "inconclusive": {"draftsmith.inconclusive"},
 }
 # JSON whatever the message holds. An event of our own says why itself, that of a state by the state's message.
 _PAYLOAD = """{"cause": "%s", "deployment": {{ deployment.name | tojson }}, "flow_run": {{ flow_run.name | tojson }},

@@ -138,10 +138,10 @@ class RefreshCourse:
         version = line.register(self.line.name, ref, tags, run_id=run_id, upload=self.line.upload)
         if not decision["promote"]:
             said = f"{version} is not promoted: {decision['sentence']}"
-            undecided = decision["outcome"] == "undecided"
+            inconclusive = decision["outcome"] == "inconclusive"
             tag_ended(version)
             return self._conclusion(
-                "Undecided" if undecided else "Refused", said, decision, version, RefusedError(said)
+                "Inconclusive" if inconclusive else "Refused", said, decision, version, RefusedError(said)
             )
         with self._telling.alone():
             version = line.version(version.line, version.number)

@@ -77,10 +77,10 @@ class Decision:
 
     @property
     def outcome(self) -> str:
-        """promoted; refused, where a rule is broken; undecided, where some cannot be judged and no other is broken."""
+        """promoted; refused, where a rule is broken; inconclusive, where some cannot be judged and no other is broken."""
         if self.promote:
             return "promoted"
-        return "refused" if any(rule.judged and not rule.passed for rule in self.rules) else "undecided"
+        return "refused" if any(rule.judged and not rule.passed for rule in self.rules) else "inconclusive"
 
     def sentence(self) -> str:
         """One sentence for the terminal."""
@@ -90,7 +90,7 @@ class Decision:
             passed = "beats" if self._above else "passes against"
             return f"promoted: {self.challenger} {passed} {against} ({tau})"
         broken = "; ".join(f"{rule.name}: {rule.said}" for rule in self.rules if not rule.passed)
-        told = "refused by the gate" if self.outcome == "refused" else "the gate cannot decide"
+        told = "refused by the gate" if self.outcome == "refused" else "inconclusive"
         return f"{told}: {self.challenger} against {against}: {broken}"
 
     @property

@@ -18,7 +18,7 @@ from draftsmith.stages.reporting.rows import number
 LABELS = {
     "promoted": "The gate says: promote",
     "refused": "Not promoted",
-    "undecided": "Undecided: not promoted",
+    "inconclusive": "Not promoted: inconclusive",
     "measured": "Measured, nothing to decide",
 }
 _BROKEN = {
@@ -34,7 +34,7 @@ _BROKEN = {
 class Outcome:
     """The verdict of a report."""
 
-    kind: str  # promoted, refused, undecided, measured (where no gate was asked)
+    kind: str  # promoted, refused, inconclusive, measured (where no gate was asked)
     sentence: str
     reasons: Sequence[str]
     followed: str | None = None  # the sentence of a promotion, once it is done

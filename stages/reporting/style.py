@@ -18,7 +18,7 @@ h3 { margin: 1.6rem 0 .5rem; font-size: 1rem } section { margin: 3rem 0; scroll-
 .verdict { margin: 1rem 0 2rem; padding: 1.25rem 1.5rem; border: 1px solid var(--line); border-left: .5rem solid
   var(--tone);
   border-radius: .5rem; background: var(--soft) }
-.promoted { --tone: var(--good) } .refused { --tone: var(--bad) } .undecided { --tone: var(--warn) }
+.promoted { --tone: var(--good) } .refused { --tone: var(--bad) } .inconclusive { --tone: var(--warn) }
 .measured { --tone: var(--quiet) }
 .verdict h2 { font-size: clamp(1.35rem, 1rem + 1.6vw, 1.9rem); line-height: 1.25; margin: .1rem 0 .6rem }
 .badge { color: var(--tone); font-weight: 700; letter-spacing: .06em; text-transform: uppercase; font-size: .85rem;

@@ -133,7 +133,7 @@ def test_the_review_holds_every_figure_the_verdict_and_the_configs(tmp_path: Pat
     (gate / "decision.json").write_text(json.dumps(DECISION))
     ctx = run(tmp_path, inputs | {"gate": gate})
     review = json.loads((ctx.out / "review.json").read_text())
-    assert review["outcome"]["kind"] == "undecided"
+    assert review["outcome"]["kind"] == "inconclusive"
     assert review["outcome"]["sentence"].startswith("What was measured does not say whether SFT + OPD")
     figures = review["figures"]
     assert figures["tau.opd"] == figures["tau.challenger"] == EVALUATION["drafters"]["opd"]["tau"]

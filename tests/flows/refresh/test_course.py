@@ -63,7 +63,7 @@ def test_a_promotion_moves_the_alias_and_calls_the_hook(
     assert (champion.number, before.number) == (2, 1), "a failed hook undoes nothing"
 
 
-@pytest.mark.parametrize(("outcome", "state"), [("refused", "Refused"), ("undecided", "Undecided")])
+@pytest.mark.parametrize(("outcome", "state"), [("refused", "Refused"), ("inconclusive", "Inconclusive")])
 def test_what_is_not_promoted_becomes_a_version_and_no_champion(
     outcome: str, state: str, line: str, home: Path, drafters: list[ArtifactRef]
 ) -> None:

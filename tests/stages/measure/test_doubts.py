@@ -90,7 +90,7 @@ def test_a_speed_up_above_the_served_tau_is_not_decided_on() -> None:
     """Plain decoding was slowed by a neighbour, in all its turns: no interval shows it."""
     turns = changed(measured(), plain=lambda _: 2.0)
     decision = gate(turns)
-    assert decision.outcome == "undecided"
+    assert decision.outcome == "inconclusive"
     assert (
         "the speed-up of opd was measured as 3.7" in decision.sentence() and "served tau of 2.40" in decision.sentence()
     )
@@ -103,7 +103,7 @@ def test_repetitions_that_drift_are_not_decided_on() -> None:
     (doubt, *_) = evaluation(turns)["doubts"]
     assert (doubt["kind"], doubt["arms"]) == ("drift", ("opd",))
     assert "the speed of opd over plain decoding went down by 2" in doubt["said"]
-    assert gate(turns).outcome == "undecided"
+    assert gate(turns).outcome == "inconclusive"
     together = changed(measured(), **{arm: lambda round: 1 + 0.08 * round for arm in TAU})
     assert evaluation(together)["doubts"] == [], "what happens to all arms of a round cancels"
 
@@ -120,7 +120,7 @@ def test_repetitions_that_drift_are_not_decided_on() -> None:
 def test_a_machine_whose_load_changed_is_not_decided_on(fact: str, quiet: float, busy: float, said: str) -> None:
     turns = [turn | {fact: busy if turn["round"] == 2 and turn["arm"] == "opd" else quiet} for turn in measured()]
     decision = gate(turns)
-    assert decision.outcome == "undecided"
+    assert decision.outcome == "inconclusive"
     assert said in decision.sentence()
     assert unjudged(decision) == SPEEDS
     steady = [turn | {fact: busy} for turn in measured()]
@@ -144,13 +144,13 @@ def test_a_doubt_is_of_its_arms_and_its_setting() -> None:
 
 def test_too_few_prompts_or_turns_are_not_decided_on() -> None:
     few = gate(measured(prompts=FEWEST_PROMPTS - 1))
-    assert few.outcome == "undecided" and "3 prompts a turn say little of others" in few.sentence()
+    assert few.outcome == "inconclusive" and "3 prompts a turn say little of others" in few.sentence()
     short = gate(measured(rounds=4))
-    assert short.outcome == "undecided" and "4 turns, 5 are needed" in short.sentence()
+    assert short.outcome == "inconclusive" and "4 turns, 5 are needed" in short.sentence()
     found = evaluation(measured())
     units = [each | ({"units": 3} if each["kind"] == "tau" else {}) for each in found["compared"]]
     decision = decide(found | {"compared": units}, GateConfig())
-    assert (decision.outcome, unjudged(decision)) == ("undecided", ["tau"])
+    assert (decision.outcome, unjudged(decision)) == ("inconclusive", ["tau"])
     assert "3 prompts cannot tell" in decision.sentence()
 
 

@@ -103,7 +103,7 @@ def test_every_rule_is_broken_by_what_it_is_about() -> None:
     assert broken(found | {"compared": few}, GateConfig(judge_speed=False)) == []
     of_one = [each | {"error": None} if each["kind"] == "speed" else each for each in found["compared"]]
     decision = decide(found | {"compared": of_one}, GateConfig())
-    assert decision.outcome == "undecided" and "outweighs all others" in decision.sentence()
+    assert decision.outcome == "inconclusive" and "outweighs all others" in decision.sentence()
 
 
 def test_what_may_be_lost_is_lost_by_evidence_and_the_rules_of_one_kind_share_their_error() -> None:
@@ -148,7 +148,7 @@ def test_without_a_champion_plain_decoding_is_what_must_be_beaten() -> None:
     assert decision.challenger == "sft"
     assert not decision.promote and "speed-up: 0.900 times, at least 0." in decision.sentence()
     assert decide(chosen, GateConfig(judge_speed=False)).promote
-    for low, outcome in ((0.99, "refused"), (None, "undecided")):
+    for low, outcome in ((0.99, "refused"), (None, "inconclusive")):
         unsure = chosen | {"drafters": {"sft": {"tau": 1.1, "tau_low": low}}}
         assert decide(unsure, GateConfig(judge_speed=False)).outcome == outcome, "better needs evidence"
 
@@ -174,7 +174,7 @@ def test_a_set_of_one_prompt_is_not_judged_and_stops_nothing() -> None:
     ("exact", "outcome"),
     [
         ({"identical_share": 1.0, "serving_dtype": "bfloat16"}, "promoted"),
-        ({"identical_share": 0.1, "serving_dtype": "bfloat16"}, "undecided"),
+        ({"identical_share": 0.1, "serving_dtype": "bfloat16"}, "inconclusive"),
         ({"identical_share": 0.1, "serving_dtype": "float32"}, "refused"),
         ({"identical_share": 0.1, "serving_dtype": "bfloat16", "median_margin": 0.1}, "promoted"),
         ({"identical_share": 0.1, "serving_dtype": "bfloat16", "median_margin": 2.0}, "refused"),

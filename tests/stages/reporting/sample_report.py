@@ -196,10 +196,10 @@ OF_A_LINE: dict[str, Any] = {  # an evaluation beside a champion, with figures t
 }
 DECISION: dict[str, Any] = {
     "promote": False,
-    "outcome": "undecided",
+    "outcome": "inconclusive",
     "challenger": "opd",
     "champion": "3",
-    "sentence": "the gate cannot decide: opd against version 3: speed-up: 1.496 times, not judged",
+    "sentence": "inconclusive: opd against version 3: speed-up: 1.496 times, not judged",
     "rules": [
         {"name": "checksums", "passed": True, "judged": True, "said": "every file is as it was written", "figures": {}},
         {

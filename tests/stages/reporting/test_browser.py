@@ -100,7 +100,7 @@ def test_the_verdict_is_on_the_first_screen_of_a_phone(chromium: Browser, url: s
     chromium.open(url, width=390, height=844)
     top = chromium.evaluate("document.querySelector('#verdict').getBoundingClientRect().bottom")
     assert top < 500
-    assert chromium.evaluate("document.querySelector('.badge').textContent") == "Undecided: not promoted"
+    assert chromium.evaluate("document.querySelector('.badge').textContent") == "Not promoted: inconclusive"
 
 
 def test_what_models_wrote_is_text(chromium: Browser, url: str) -> None:

@@ -167,9 +167,9 @@ def test_text_is_escaped(tmp_path: Path) -> None:
 def test_every_part_of_a_refresh_of_a_line_is_there_and_the_verdict_is_first(tmp_path: Path) -> None:
     page = render(tmp_path, of_a_line())
     assert "engine: sglang 0.5.20 · 2 × NVIDIA H100, 16 cores of AMD EPYC 9B14, 128 GB" in page.text  # noqa: RUF001
-    main = page.text[page.text.index("Undecided") :]
+    main = page.text[page.text.index("Not promoted: inconclusive") :]
     ordered = (
-        "Undecided: not promoted",
+        "Not promoted: inconclusive",
         "What was measured does not say whether SFT + OPD is better than version 3 (tau 3.54 against 3.30).",
         "speed-up: 1.496 times, not judged: load",
         "+7.3%", "95 %: +6.0% to +8.5%",
