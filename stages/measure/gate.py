@@ -77,7 +77,7 @@ class Decision:
 
     @property
     def outcome(self) -> str:
-        """promoted; refused, where a rule is broken; inconclusive, where some cannot be judged and no other is broken."""
+        """promoted; refused, where a rule is broken; inconclusive, where some cannot be judged and none is broken."""
         if self.promote:
             return "promoted"
         return "refused" if any(rule.judged and not rule.passed for rule in self.rules) else "inconclusive"
