@@ -137,10 +137,10 @@ REQUESTS = _table(  # what evaluation decoded
     margin=pa.float32(),  # logits of the worse token there below the target's best; NaN = none, or not known
 )
 
-TURNS = _table(  # how long evaluation took: an arm decodes all prompts of a setting, timed as a whole
+TURNS = _table(  # how long evaluation took: an arm decodes all prompts of a setting
     "turns",
-    2,
-    nullable=("load_average", "others_share", "stolen_share", "cpu_mhz", "gpu_mhz"),
+    3,
+    nullable=("others_share",),
     round=pa.int32(),  # in which all arms had their turn
     order=pa.int32(),  # place of the arm's turn in its round, from 0
     arm=pa.string(),
@@ -149,16 +149,13 @@ TURNS = _table(  # how long evaluation took: an arm decodes all prompts of a set
     temperature=pa.float64(),
     concurrency=pa.int32(),
     prompts=pa.int32(),
+    batches=pa.int32(),  # parts of the turn, between which the other arms had theirs; 1: timed as a whole
     tokens=pa.int64(),
     wall_seconds=pa.float64(),
     draft_seconds=pa.float64(),  # 0 where the engine does not say
     verify_seconds=pa.float64(),
     verify_steps=pa.int64(),  # 0 = plain decoding
-    load_average=pa.float64(),  # the machine meanwhile, null where it does not say: processes that run or wait
-    others_share=pa.float64(),  # of the CPU time of all cores, taken by processes that are not ours
-    stolen_share=pa.float64(),  # of the same, given to others by the host of a virtual machine
-    cpu_mhz=pa.float64(),  # the fastest core, at the end
-    gpu_mhz=pa.float64(),  # the fastest GPU, at the end
+    others_share=pa.float64(),  # of the CPU time of all cores that others took meanwhile; null where it is unknown
 )
 
 ACCEPTANCE = _table(  # of an experiment's drafters, a row a held-out trajectory

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr
 
 AS_WRITTEN = "as_written"  # in the context of a dump: windows such as `7d` as they were written, not the time they mean
 READ_AT = "read_at"  # in the context of a validation: when the config was read; such windows count back from then
+INCONCLUSIVE = "inconclusive"  # in a stage's summary: what it measured says nothing, and the next run measures again
 NOT_FETCHED = "not fetched"  # the version of something on the hub that could not be asked for its commit yet
 
 

@@ -1,7 +1,7 @@
 """Evaluation: what each drafter is worth on held-out prompts.
 
-Acceptance is compared on identical held-out trajectories by replay (paired over prompts), speed by turns in which the
-same prompts are decoded plainly and with each drafter (paired over rounds): in this process, or on SGLang servers with
+Acceptance is compared on identical held-out trajectories by replay (paired over prompts). Speed is compared on the same
+prompts, decoded without a drafter and with each: prompt by prompt in this process, or in turns of SGLang servers with
 equal settings. Choices (the block size that each drafter decodes with) are made on the validation split only.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.contract import Compute, Shard, Stage, StageContext, follow
+from draftsmith.stages.contract import INCONCLUSIVE, Compute, Shard, Stage, StageContext, follow
 from draftsmith.stages.drafters.config import NO_FREQUENT_TOKENS, DraftingConfig
 from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.measure.config import DRAFTERS, PREFIX, EvaluationConfig, prompts_to_decode
@@ -38,10 +38,10 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     from draftsmith.artifacts.manifest import note_versions
     from draftsmith.artifacts.parquet import write_table
     from draftsmith.artifacts.schemas import REQUESTS, TURNS
-    from draftsmith.stages.measure.doubts import doubts
+    from draftsmith.stages.measure.doubts import AGAIN, doubts
     from draftsmith.stages.measure.load import machine
     from draftsmith.stages.measure.requests import settings_of
-    from draftsmith.stages.measure.speed import at_setting, log_ratios, speed_by_set, speed_by_setting
+    from draftsmith.stages.measure.speed import alternates, at_setting, log_ratios, speed_by_set, speed_by_setting
     from draftsmith.stages.measure.verdicts import pairs, verdicts
     from draftsmith.stages.prompting.held_out import units_of
     from draftsmith.stages.stored import sets_of
@@ -57,13 +57,13 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
     acceptance["compared"] += _speeds_compared(measured, settings, list(table), units)  # not in its own file
     turns, rows = (at_setting(each, settings[0]) for each in (measured.turns, measured.rows))
     of_prompt = dict(zip(asked, sets_of(ctx.inputs["prompts"], asked), strict=True))
-    for name, arms in speed_by_set(rows, of_prompt, units).items():
+    for name, arms in speed_by_set(rows, of_prompt, units, alternating=alternates(turns)).items():
         for arm, speedup in arms.items():
             acceptance["sets"].setdefault(name, {}).setdefault(arm, {}).update(speedup)
     ratios = log_ratios(turns, rows, pairs(list(table)), units)
     doubted = doubts(measured.turns, measured.rows, settings)
     for doubt in doubted:
-        ctx.log(f"not to be relied on, {doubt['concurrency']} in flight: {doubt['said']}")
+        ctx.log(f"unreliable speeds, {doubt['concurrency']} in flight: {doubt['said']}")
 
     evaluation = {
         "definition_of_tau": "committed tokens per verify step, the target's own token included (+1); held-out "
@@ -91,6 +91,8 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
         note_versions(ctx.out, sglang=measured.engine.removeprefix("sglang "))
     write_table(ctx.out / "requests.parquet", REQUESTS, measured.rows)
     write_table(ctx.out / "turns.parquet", TURNS, measured.turns)
+    if any(doubt["kind"] in AGAIN for doubt in doubted):
+        ctx.summary(**{INCONCLUSIVE: 1.0})
     ctx.summary(
         **{f"tau_{name}": figures["tau"] for name, figures in table.items()},
         **{

@@ -50,7 +50,7 @@ def check_gate(found: Findings, nodes: Sequence[Node]) -> None:
         assert isinstance(measured, EvaluationConfig) and isinstance(prompts, PromptsConfig)
         fewest = fewest_prompts(max(measured.concurrency))
         needed = [
-            ("evaluation.rounds", measured.rounds, FEWEST_TURNS),
+            ("evaluation.rounds", measured.rounds, 1 if measured.by_prompt else FEWEST_TURNS),
             ("evaluation.speed_prompts", measured.speed_prompts, fewest),
             ("the number of held-out prompts,", prompts.wanted("heldout"), fewest),  # of which those are a sample
         ]

@@ -18,7 +18,7 @@ from draftsmith.artifacts.store import Store
 from draftsmith.flows.pipeline.begun import Begun, begin, notes
 from draftsmith.flows.pipeline.external import external_digests
 from draftsmith.flows.pipeline.options import RunOptions
-from draftsmith.stages.contract import Config, Stage
+from draftsmith.stages.contract import INCONCLUSIVE, Config, Stage
 
 
 @dataclass(frozen=True)
@@ -295,7 +295,7 @@ def _plan_node(
         raise
     except DraftsmithError as damage:
         return PlannedNode(node, Status.DAMAGED, key, damage=damage)
-    if ref is not None and not outdated(store, node, ref, inputs):
+    if ref is not None and not outdated(store, node, ref, inputs) and not inconclusive(store, ref):
         return PlannedNode(node, Status.HIT, key, ref)
     return PlannedNode(node, Status.RESUME if has_partial(store, node.stage.name, key) else Status.RUN, key)
 
@@ -319,12 +319,17 @@ def find(store: Store, node: Node, key: str, *, verify: bool = False) -> Artifac
 
 
 def outdated(store: Store, node: Node, ref: ArtifactRef, inputs: Mapping[str, ArtifactRef]) -> bool:
-    """Whether the artifact was made from other measurements of the same content than its inputs hold now."""
+    """Return whether the artifact was made from other measurements of the same content than its inputs hold now."""
     made_from = store.manifest(ref).inputs
     return any(
         name in inputs and name in made_from and made_from[name].volatile_id != inputs[name].volatile_id
         for name in node.stage.reads_volatile
     )
+
+
+def inconclusive(store: Store, ref: ArtifactRef) -> bool:
+    """Return whether the artifact holds a measurement that says nothing: the next run measures again."""
+    return bool(store.manifest(ref).metrics.get(INCONCLUSIVE))
 
 
 def has_partial(store: Store, stage: str, key: str) -> bool:

@@ -22,7 +22,7 @@ from draftsmith.flows.pipeline.devices import Waiting, devices_of
 from draftsmith.flows.pipeline.display import Display, StageDisplay
 from draftsmith.flows.pipeline.external import external_digests
 from draftsmith.flows.pipeline.failures import forget_failure, note_failure
-from draftsmith.flows.pipeline.graph import Node, Pipeline, find, key_of, outdated, seed_of
+from draftsmith.flows.pipeline.graph import Node, Pipeline, find, inconclusive, key_of, outdated, seed_of
 from draftsmith.flows.pipeline.history import note_made
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.flows.pipeline.process import Event, StageOutcome, StageRequest, run_stage
@@ -83,7 +83,8 @@ def make(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef], *, f
     stage = node.stage.name
     ref = None if force else find(workshop.store, node, key, verify=True)
     reused = True
-    while ref is None or outdated(workshop.store, node, ref, inputs):  # also what an attempt left, or another run made
+    # also what an attempt left, or another run made
+    while ref is None or outdated(workshop.store, node, ref, inputs) or (reused and inconclusive(workshop.store, ref)):
         force = force or ref is not None
         with workshop.store.claim(
             stage,

@@ -56,9 +56,11 @@ class EvaluationConfig(Config):
         int,
         Field(
             ge=1,
-            description="turns of every arm while speed is measured, the repetitions that intervals are drawn from: "
-            "from 5 on speeds may be called different. With 3 % noise between turns and 64 prompts 12 "
-            "find a difference of two drafters of 5 %, and 5 one of 10 %; twice that with 16 in flight",
+            description="how often every arm decodes the prompts while speed is measured; as often again on a machine "
+            "so busy that repetitions disagree. With one request in flight on the embedded engine the prompts are the "
+            "repetitions, and 2 rounds are enough; turns of servers need 5 before speeds may be called different. With "
+            "3 % noise between turns and 64 prompts 12 find a difference of two drafters of 5 %, and 5 one of 10 %; "
+            "twice that with 16 in flight",
         ),
     ] = 5
     speed_prompts: Annotated[
@@ -110,6 +112,11 @@ class EvaluationConfig(Config):
             if self.confidence is not None:
                 raise ValueError(f"confidence: {NO_CUTTING}")
         return self
+
+    @property
+    def by_prompt(self) -> bool:
+        """Whether arms alternate prompt by prompt, so that prompts are the repetitions and not rounds."""
+        return not isinstance(self.engine, SGLangEngineConfig) and set(self.concurrency) == {1}
 
     def drafted(self, block_size: int | None = None) -> DraftingConfig:
         """How every drafter drafts. block_size: left out, as it was trained."""

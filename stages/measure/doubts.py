@@ -1,36 +1,39 @@
-"""Figures of speed that cannot be, or that say nothing: they are named, and nothing is decided on them.
+"""Which speeds of an evaluation say nothing, and why. The gate judges none of them.
 
-A verify step costs at least what a step of plain decoding costs, so that no drafter speeds decoding up by more than the
-tokens that its steps commit. Arms are compared round by round, which a steady machine needs: a ratio that goes up or
-down with the rounds is of the machine, and a load that changed between turns fell on one arm and not on another.
+Arms are compared on the same prompts, so what a machine does to all of them alike cancels. What is left is checked
+here: too few prompts or turns, a speed-up that no drafter can have, and repetitions of the same comparison that differ
+so much that the machine decides the result. The last two are measured again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from draftsmith.stages.measure.requests import PLAIN, Setting
-from draftsmith.stages.measure.speed import at_setting
+from draftsmith.stages.measure.speed import alternates, at_setting
 from draftsmith.stages.measure.verdicts import FEWEST_TURNS
 
 FEWEST_PROMPTS = 4  # decoded in a turn
 _PROMPTS_PER_REQUEST = 2  # in flight: with as many prompts as are in flight, intervals of 95 % miss in 13 to 18 %
 ABOVE_TAU = 1.05  # times tau: what noise may add to a speed-up
-DRIFT_P, DRIFT_CHANGE = 0.005, 0.05  # a trend is one if chance gives it so seldom, and by so much from first to last
-LOAD_CHANGE = 0.15  # of the machine's CPU time, between the quietest and the busiest turn
-CLOCK_CHANGE = 1.15  # the fastest clock over the slowest
+# standard error that repetitions may leave on a log speed-up: prompt by prompt, and of whole turns, which cost more
+STEADY_PROMPTS, STEADY_TURNS = 0.02, 0.05
+BUSY = 0.15  # of the CPU time, taken by others
+
+PROMPTS, TURNS, TAU, NOISE, LOAD = "prompts", "turns", "tau", "noise", "load"
+AGAIN = (TAU, NOISE)  # of the machine as it was: measured another time, they may be gone
 
 
 @dataclass(frozen=True)
 class Doubt:
-    """What is wrong with figures at one setting."""
+    """What is wrong with the speeds at one setting."""
 
-    kind: str  # prompts, turns, tau, drift, load, clock
+    kind: str  # PROMPTS, TURNS, TAU, NOISE; LOAD, which is of tokens/s alone: ratios hold
     said: str
     temperature: float
     concurrency: int
@@ -40,52 +43,95 @@ class Doubt:
 def doubts(
     turns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], settings: Sequence[Setting]
 ) -> list[dict[str, Any]]:
-    """Of every setting, ready for JSON. turns, rows: of the tables `turns` and `requests`."""
+    """Return those of every setting, ready for JSON. turns, rows: of the tables `turns` and `requests`."""
     found = []
     for setting in settings:
         own, requests = at_setting(turns, setting), at_setting(rows, setting)
-        of_speed = *_above_tau(own, requests, setting), *_drifting(own), *_disturbed(own)
-        for kind, said, *arms in (*_few(own, setting), *of_speed):
+        each = (
+            *_few(own, setting),
+            *_above_tau(own, requests, setting),
+            *_noisy(own, requests),
+            *_busy(own),
+        )
+        for kind, said, *arms in each:
             found.append(asdict(Doubt(kind, said, setting.temperature, setting.concurrency, tuple(arms))))
     return found
 
 
-def doubts_about(evaluation: Mapping[str, Any], setting: Mapping[str, Any], *arms: str) -> list[str]:
-    """What `evaluation["doubts"]` says of these arms at a setting (with `temperature` and `concurrency`)."""
+def doubts_about(
+    evaluation: Mapping[str, Any],
+    setting: Mapping[str, Any],
+    *arms: str,
+    kinds: Collection[str] = (PROMPTS, TURNS, TAU, NOISE),
+) -> list[str]:
+    """Return what `evaluation["doubts"]` has on these arms at a setting (with `temperature` and `concurrency`)."""
     return [
         doubt["said"]
         for doubt in evaluation.get("doubts") or ()
-        if all(doubt[name] == setting[name] for name in ("temperature", "concurrency"))
+        if doubt["kind"] in kinds
+        and all(doubt[name] == setting[name] for name in ("temperature", "concurrency"))
         and (not doubt["arms"] or set(arms) & set(doubt["arms"]))
     ]
 
 
 def fewest_prompts(concurrency: int) -> int:
-    """In a turn, from which on its speed is judged: one with several requests in flight ends with its slowest."""
+    """Return how many prompts a turn needs: one with several requests in flight ends with its slowest."""
     return FEWEST_PROMPTS if concurrency == 1 else max(FEWEST_PROMPTS, _PROMPTS_PER_REQUEST * concurrency)
 
 
 def few_turns(turns: int) -> str:
-    """Why nothing is judged by so many."""
+    """Return why nothing is judged by so many."""
     return f"{turns} turn{'s' * (turns != 1)}, {FEWEST_TURNS} are needed: raise evaluation.rounds"
+
+
+def machine_errors(turns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return arm -> standard error of its log speed-up by what differs between repetitions, at one setting.
+
+    Where arms alternate prompt by prompt, a repetition is the same prompt in another round; else it is a round. The
+    prompts' own spread is not in it. Arms of which nothing is known (one round; two of whole turns) are left out.
+    """
+    by_prompt = alternates(turns)
+    ratios: dict[str, list[np.ndarray]] = {}
+    if by_prompt:
+        seconds = {(row["arm"], row["prompt_id"], row["round"]): row["latency_seconds"] for row in rows}
+        for arm, prompt in dict.fromkeys((arm, prompt) for arm, prompt, _ in seconds if arm != PLAIN):
+            rounds = [n for a, p, n in seconds if (a, p) == (arm, prompt)]
+            each = [math.log(seconds[PLAIN, prompt, n] / seconds[arm, prompt, n]) for n in rounds]
+            ratios.setdefault(arm, []).append(np.array(each))
+    else:
+        ratios = {arm: [each] for arm, each in _by_round(turns, PLAIN).items()}
+    found = {}
+    for arm, each in ratios.items():
+        if len(each[0]) >= (2 if by_prompt else 3):
+            variance = float(np.mean([values.var(ddof=1) for values in each]))
+            found[arm] = math.sqrt(variance / sum(map(len, each)))
+    return found
+
+
+def steady(turns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], settings: Sequence[Setting]) -> bool:
+    """Return whether repetitions agree at all settings, so that no more of them are needed."""
+    return not any(list(_noisy(at_setting(turns, each), at_setting(rows, each))) for each in settings)
 
 
 def _few(turns: Sequence[Mapping[str, Any]], setting: Setting) -> Iterator[tuple[str, ...]]:
     prompts, rounds = turns[0]["prompts"], len({turn["round"] for turn in turns})
     said, more = f"{prompts} prompt{'s' * (prompts != 1)} a turn", "raise evaluation.speed_prompts"
     if prompts < setting.concurrency:
-        yield "prompts", f"{said} are never {setting.concurrency} in flight ({more})"
+        yield PROMPTS, f"{said} are never {setting.concurrency} in flight ({more})"
     elif prompts < (needed := fewest_prompts(setting.concurrency)):
         several = f", {setting.concurrency} in flight," if setting.concurrency > 1 else ""
-        yield "prompts", f"{said}{several} say little of others ({needed} are needed: {more})"
-    if rounds < FEWEST_TURNS:
-        yield "turns", few_turns(rounds)
+        yield PROMPTS, f"{said}{several} say little of others ({needed} are needed: {more})"
+    if rounds < FEWEST_TURNS and not alternates(turns):
+        yield TURNS, few_turns(rounds)
 
 
 def _above_tau(
     turns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], setting: Setting
 ) -> Iterator[tuple[str, ...]]:
-    """Several requests at a time end when the slowest ends: then the best tau of a single request is the bound."""
+    """A verify step costs at least what a step of plain decoding costs, so no speed-up exceeds tau.
+
+    Several requests at a time end when the slowest ends: then the best tau of a single request is the bound.
+    """
     for arm, ratios in _by_round(turns, PLAIN).items():
         own = [turn for turn in turns if turn["arm"] == arm]
         steps = sum(turn["verify_steps"] for turn in own)
@@ -98,57 +144,25 @@ def _above_tau(
         speedup = math.exp(float(np.mean(ratios)))
         if speedup > ABOVE_TAU * bound:
             yield (
-                "tau",
-                f"the speed-up of {arm} was measured as {speedup:.2f} with a served tau of {bound:.2f}: no drafter "
-                "saves more than its tau, so that the machine was not the same for both (measure again)",
+                TAU,
+                f"the speed-up of {arm} was measured as {speedup:.2f}, more than its acceptance length as served, "
+                f"{bound:.2f}: the machine was not the same for both",
                 arm,
             )
 
 
-def _drifting(turns: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
-    """A trend over rounds of an arm's speed beside that of plain decoding, which should have none."""
-    for arm, ratios in _by_round(turns, PLAIN).items():
-        if len(ratios) < FEWEST_TURNS or np.ptp(ratios) == 0:
-            continue
-        from scipy import stats
-
-        fit = stats.linregress(np.arange(len(ratios)), ratios)
-        change = float(fit.slope) * (len(ratios) - 1)
-        if fit.pvalue < DRIFT_P and abs(change) > DRIFT_CHANGE:
-            went = f"{'up' if change > 0 else 'down'} by {abs(math.expm1(change)):.0%}"
-            yield (
-                "drift",
-                f"the speed of {arm} over plain decoding went {went} from the first to the last of {len(ratios)} "
-                "rounds: its repetitions are not of the same thing (measure again, on a machine that has warmed up)",
-                arm,
-            )
+def _noisy(turns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
+    most = STEADY_PROMPTS if alternates(turns) else STEADY_TURNS
+    for arm, error in machine_errors(turns, rows).items():
+        if error > most:
+            said = f"repetitions of the same prompts leave ±{1.96 * error:.0%} on the speed-up of {arm}"
+            yield NOISE, f"{said}: the machine was too busy", arm
 
 
-def _disturbed(turns: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
-    """By the facts that were recorded with every turn; without them nothing is said."""
-    taken = _known(turns, "others_share") + _known(turns, "stolen_share")
-    taken = taken[~np.isnan(taken)]
-    if len(taken) > 1 and np.ptp(taken) > LOAD_CHANGE:
-        yield (
-            "load",
-            f"other processes took between {taken.min():.0%} and {taken.max():.0%} of the machine's CPU time from turn "
-            "to turn: its load changed while it was measured (measure again when it is free)",
-        )
-    for name, what in (("cpu_mhz", "CPU"), ("gpu_mhz", "GPU")):
-        clock = _known(turns, name)
-        clock = clock[~np.isnan(clock)]
-        if len(clock) > 1 and clock.max() > CLOCK_CHANGE * clock.min():
-            yield (
-                "clock",
-                f"the {what}'s clock was between {clock.min():.0f} and {clock.max():.0f} MHz from turn to turn "
-                "(fix it, or let the machine cool)",
-            )
-
-
-def _known(turns: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
-    """[turns], NaN where it was not recorded."""
-    values = [turn.get(name) for turn in turns]
-    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+def _busy(turns: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
+    known = [share for turn in turns if (share := turn.get("others_share")) is not None]
+    if known and (share := sum(known) / len(known)) > BUSY:
+        yield LOAD, f"other programs took {share:.0%} of the CPU: tokens/s are lower than on a free machine"
 
 
 def _by_round(turns: Sequence[Mapping[str, Any]], other: str) -> dict[str, np.ndarray]:

@@ -1,13 +1,20 @@
-"""Decoding speed in this process: on one loaded target the arms take turns at the same prompts, round after round."""
+"""Decoding speed in this process: on one loaded target, all arms decode a prompt before the next one comes.
+
+What else the machine does then meets all arms alike, and their ratios hold on a busy machine. On a CPU one thread
+decodes: two share cores with other programs so unevenly that ratios differ by half.
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.parquet import read_table, write_table
@@ -17,6 +24,7 @@ from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.drafters.checkpoint import load_drafter
 from draftsmith.stages.engines.base import Completion
 from draftsmith.stages.engines.embedded import EmbeddedEngine
+from draftsmith.stages.measure.doubts import steady
 from draftsmith.stages.measure.load import LoadMeter
 from draftsmith.stages.measure.margins import add_margins
 from draftsmith.stages.measure.requests import (
@@ -59,9 +67,10 @@ def measure_embedded(
     """
     test = SpeedTest(ctx, target, config, ctx.seed)
     settings = settings_of(config)
-    sizes, candidates = choose_block_sizes(test, drafters, validation, settings[0])
-    ctx.log(told(sizes))
-    rows, turns = test.take_turns(drafters, sizes, heldout[: config.speed_prompts], settings)
+    with one_thread(target):
+        sizes, candidates = choose_block_sizes(test, drafters, validation, settings[0])
+        ctx.log(told(sizes))
+        rows, turns = test.take_turns(drafters, sizes, heldout[: config.speed_prompts], settings)
     drawn = any(
         drafter.draws for drafter in drafters.values()
     )  # then sampled answers are plain decoding's in law alone
@@ -75,6 +84,18 @@ def measure_embedded(
     compared = replace(settings[0], temperature=0.0) if drawn else settings[0]
     exactness |= exactness_in_fp32(test, ctx.inputs["target"], checkpoints, heldout, compared)
     return Measured(ENGINE, rows, turns, candidates, len(validation), exactness)
+
+
+@contextmanager
+def one_thread(target: Target) -> Iterator[None]:
+    """Compute with one thread while the block runs, if the target is on a CPU."""
+    before = torch.get_num_threads()
+    if target.device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class SpeedTest:
@@ -93,7 +114,7 @@ class SpeedTest:
         max_new: int | None = None,
         round: int = 0,
     ) -> tuple[list[Completion], float]:
-        """Answers in the order of the prompts, and the wall time in seconds."""
+        """Return answers in the order of the prompts, and the wall time in seconds."""
         capacity = max(len(p.token_ids) for p in prompts) + self.config.sampling.max_new_tokens + block_size
         drafting = self.config.drafted(block_size) if drafter else None
         engine = EmbeddedEngine(target, drafter, slots=setting.concurrency, capacity=capacity, drafting=drafting)
@@ -113,16 +134,22 @@ class SpeedTest:
         prompts: Sequence[Prompt],
         settings: Sequence[Setting],
     ) -> tuple[list[Row], list[Row]]:
-        """Rows of the tables `requests` and `turns`. sizes: the block of each drafter.
+        """Return rows of the tables `requests` and `turns`. sizes: the block of each drafter.
 
-        A round at one setting is kept when all arms had their turn in it: an interrupted evaluation goes on with the
-        next one, so that turns that are compared lie side by side.
+        `rounds` are given, and as many again while repetitions disagree. A round at one setting is kept when all arms
+        had their turn in it: an interrupted evaluation goes on with the next one.
         """
         rows: list[Row] = []
         turns: list[Row] = []
         warm: set[Setting] = set()
-        total = self.config.rounds * len(settings) * (1 + len(drafters))
-        for round in range(self.config.rounds):
+        answers_a_round = len(settings) * (1 + len(drafters)) * len(prompts)
+        most = self.config.rounds
+        for round in range(2 * self.config.rounds):
+            if round == self.config.rounds and not steady(turns, rows, settings):
+                most = 2 * self.config.rounds
+                self.ctx.log("repetitions differ much, as on a busy machine: as many rounds again are measured")
+            if round == most:
+                break
             for place, setting in enumerate(settings):
                 folder = self.ctx.work / "rounds" / f"{round}-{place}"
                 if not (folder / "turns.parquet").exists():
@@ -130,12 +157,13 @@ class SpeedTest:
                         for drafter, size in [(None, 1), *((drafters[arm], sizes[arm]) for arm in drafters)]:
                             self.warm_up(drafter, size, prompts, setting)
                         warm.add(setting)
-                    answered, timed = self._round(round, drafters, sizes, prompts, setting)
+                    before = (len(rows), most * answers_a_round)
+                    answered, timed = self._round(round, drafters, sizes, prompts, setting, before)
                     write_table(folder / "requests.parquet", REQUESTS, answered)
                     write_table(folder / "turns.parquet", TURNS, timed)  # the last: a folder that has it is complete
                 rows += read_table(folder / "requests.parquet", REQUESTS).to_pylist()
                 turns += read_table(folder / "turns.parquet", TURNS).to_pylist()
-                self.ctx.progress(len(turns), total, "turns")
+                self.ctx.progress(len(rows), most * answers_a_round, "answers")
                 self.ctx.check_interrupted()
         return rows, turns
 
@@ -146,46 +174,69 @@ class SpeedTest:
         sizes: Mapping[str, int],
         prompts: Sequence[Prompt],
         setting: Setting,
+        before: tuple[int, int],
     ) -> tuple[list[Row], list[Row]]:
-        """Every arm decodes all prompts; who begins rotates by round."""
+        """Decode all prompts with every arm, which alternate by small batches; who begins rotates.
+
+        before: answers so far, and in all, for the progress.
+        """
         arms: list[tuple[str, Drafter | None]] = [(PLAIN, None), *drafters.items()]
-        first = round % len(arms)
+        batches = _batches(prompts, setting)
+        answers: dict[str, list[Completion]] = {arm: [] for arm, _ in arms}
+        seconds = dict.fromkeys(answers, 0.0)
+        meter, done = LoadMeter(), before[0]
+        for place, batch in enumerate(batches):
+            first = (round + place) % len(arms)
+            for arm, drafter in arms[first:] + arms[:first]:
+                answered, wall = self.decode(self.target, drafter, sizes.get(arm, 1), batch, setting, round=round)
+                answers[arm] += answered
+                seconds[arm] += wall
+                done += len(answered)
+            self.ctx.progress(done, before[1], "answers")
+            self.ctx.check_interrupted()
+        share = meter.others_share()
         rows: list[Row] = []
         turns: list[Row] = []
-        for order, (arm, drafter) in enumerate(arms[first:] + arms[:first]):
-            size = sizes.get(arm, 1)
-            meter = LoadMeter()
-            answers, wall = self.decode(self.target, drafter, size, prompts, setting, round=round)
-            turns.append(turn_of(ENGINE, round, order, arm, size, setting, answers, wall, meter.read()))
-            rows += [row_of(ENGINE, round, arm, size, setting, answer) for answer in answers]
-            self.ctx.check_interrupted()
+        for order, (arm, _) in enumerate(arms):
+            size, own = sizes.get(arm, 1), answers[arm]
+            turns.append(turn_of(ENGINE, round, order, arm, size, setting, own, seconds[arm], share, len(batches)))
+            rows += [row_of(ENGINE, round, arm, size, setting, answer) for answer in own]
         return rows, turns
+
+
+def _batches(prompts: Sequence[Prompt], setting: Setting) -> list[Sequence[Prompt]]:
+    """Single prompts; with several in flight twice as many, since a batch ends with its slowest."""
+    size = 1 if setting.concurrency == 1 else 2 * setting.concurrency
+    return [prompts[start : start + size] for start in range(0, len(prompts), size)]
 
 
 def choose_block_sizes(
     test: SpeedTest, drafters: Mapping[str, Drafter], prompts: Sequence[Prompt], setting: Setting
 ) -> tuple[dict[str, int], dict[str, dict[str, float]]]:
-    """Each drafter's fastest candidate on validation prompts, and tokens/s of every candidate, measured once.
+    """Return each drafter's fastest candidate on validation prompts, and tokens/s of every candidate, measured once.
 
-    What was measured is kept: an evaluation that goes on must not choose anew.
+    The candidates of an arm alternate by small batches. What was measured is kept: an evaluation that goes on must not
+    choose anew.
     """
     path = test.ctx.work / "block_sizes.json"
     measured: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
     sizes = {}
     for arm, drafter in drafters.items():
         candidates = candidate_sizes(test.config, drafter.block_size)
-        if len(candidates) > 1:
-            speeds = measured.setdefault(arm, {})
+        if len(candidates) > 1 and arm not in measured:
+            tokens, seconds = dict.fromkeys(candidates, 0), dict.fromkeys(candidates, 0.0)
             for size in candidates:
-                if str(size) not in speeds:
-                    test.warm_up(drafter, size, prompts, setting)
-                    answers, seconds = test.decode(test.target, drafter, size, prompts, setting)
-                    speeds[str(size)] = sum(len(a.response_ids) for a in answers) / seconds
-                    write_text(path, json.dumps(measured))
-                    test.ctx.check_interrupted()
-        sizes[arm] = (
-            fastest({size: measured[arm][str(size)] for size in candidates}) if arm in measured else candidates[0]
-        )
+                test.warm_up(drafter, size, prompts, setting)
+            for place, batch in enumerate(_batches(prompts, setting)):
+                for size in candidates[:: -1 if place % 2 else 1]:
+                    answers, wall = test.decode(test.target, drafter, size, batch, setting)
+                    tokens[size] += sum(len(answer.response_ids) for answer in answers)
+                    seconds[size] += wall
+                test.ctx.check_interrupted()
+            measured[arm] = {str(size): tokens[size] / seconds[size] for size in candidates}
+            write_text(path, json.dumps(measured))
+        speeds = measured.get(arm)
+        sizes[arm] = fastest({size: speeds[str(size)] for size in candidates}) if speeds else candidates[0]
     return sizes, measured
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams
-from draftsmith.stages.measure.load import Load
 from draftsmith.stages.stored import Prompt, request_seed
 
 if TYPE_CHECKING:
@@ -81,9 +80,14 @@ def turn_of(
     setting: Setting,
     answers: Sequence[Completion],
     wall: float,
-    load: Load,
+    others_share: float,
+    batches: int = 1,
 ) -> Row:
-    """A row of the table `turns`. wall: seconds in which all of the answers were decoded; load: the machine then."""
+    """Return a row of the table `turns`.
+
+    wall: seconds in which all of the answers were decoded. others_share: as `LoadMeter` has it. batches: in how many
+    parts, between which the other arms had theirs.
+    """
     return {
         "round": round,
         "order": order,
@@ -93,12 +97,13 @@ def turn_of(
         "temperature": setting.temperature,
         "concurrency": setting.concurrency,
         "prompts": len(answers),
+        "batches": batches,
         "tokens": sum(len(answer.response_ids) for answer in answers),
         "wall_seconds": wall,
         "draft_seconds": sum(answer.draft_seconds for answer in answers),
         "verify_seconds": sum(answer.verify_seconds for answer in answers),
         "verify_steps": sum(answer.verify_steps for answer in answers),
-        **{name: None if np.isnan(value) else value for name, value in asdict(load).items()},
+        "others_share": None if np.isnan(others_share) else others_share,
     }
 
 

@@ -27,7 +27,8 @@ from draftsmith.stages.contract import StageContext, follow
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import SGLangEngineConfig, served_dtype
-from draftsmith.stages.measure.load import Load, LoadMeter, machine
+from draftsmith.stages.measure.doubts import steady
+from draftsmith.stages.measure.load import LoadMeter, machine
 from draftsmith.stages.measure.requests import (
     PLAIN,
     Measured,
@@ -114,9 +115,9 @@ class Served:
 
     def decode(
         self, engine: SGLangEngine, requests: Sequence[Request], setting: Setting, *, trace: bool = False
-    ) -> tuple[list[Completion], float, Load]:
-        """Answers in the order of the requests, the wall time in seconds, and the machine's load; nothing is cached
-        before. A request that was lost and repeated would be in the time: then all are given again.
+    ) -> tuple[list[Completion], float, float]:
+        """Return answers in the order of the requests, the wall time in seconds, and the share of the CPU that others
+        took; nothing is cached before. All are asked again if a request was lost and repeated, which took time.
 
         trace: ask for the verify steps, which costs a little time. Raises RetryableError if some are lost each time.
         """
@@ -129,7 +130,7 @@ class Served:
             for completion in engine.generate(requests):
                 done[completion.request.request_id] = completion
                 self.ctx.check_interrupted()  # a turn is repeated as a whole
-            wall, load = time.perf_counter() - started, meter.read()
+            wall, others = time.perf_counter() - started, meter.others_share()
             if engine.was_full:
                 raise DraftsmithError(
                     f"evaluation.concurrency: the server does not take {setting.concurrency} requests at once, so that "
@@ -137,7 +138,7 @@ class Served:
                     "(max-queued-requests in evaluation.engine.launch.options)"
                 )
             if engine.repeated == repeated:
-                return [done[request.request_id] for request in requests], wall, load
+                return [done[request.request_id] for request in requests], wall, others
             self.ctx.log(f"requests were lost ({engine.repeated - repeated}), which took time: the turn is given again")
         raise RetryableError(
             f"evaluation: requests were lost in each of {_TRIES} attempts at one turn, so that no speed is measured: "
@@ -159,14 +160,20 @@ def measure_served(served: Served, heldout: Sequence[Prompt], validation: Sequen
     rows: list[Row] = []
     turns: list[Row] = []
     parity: dict[str, dict[str, Any]] = {}
-    for round in range(config.rounds):
+    most = config.rounds
+    for round in range(2 * config.rounds):
+        if round == config.rounds and not steady(turns, rows, served.settings):
+            most = 2 * config.rounds
+            ctx.log("turns differ much, as on a busy machine: as many rounds again are measured")
+        if round == most:
+            break
         _begin(ctx.work / f"round-{round}", arms)
         first = round % len(arms)
         for order, arm in enumerate(arms[first:] + arms[:first]):
             answered, timed = _turn(served, round, order, arm, sizes.get(arm, 1), heldout)
             rows += answered
             turns += timed
-            ctx.progress(round * len(arms) + order + 1, config.rounds * len(arms), "turns of servers")
+            ctx.progress(round * len(arms) + order + 1, most * len(arms), "turns of servers")
             ctx.check_interrupted()
         # no server is running: the machine is free for replay, and a wrong drafter costs no more rounds
         if round == 0 and served.drafts_chains:
@@ -209,7 +216,7 @@ def _turn(
     requests_file, turns_file = folder / "requests.parquet", folder / _TURNS
     if turns_file.exists():
         return read_table(requests_file, REQUESTS).to_pylist(), read_table(turns_file, TURNS).to_pylist()
-    served.ctx.log(f"round {round + 1} of {served.config.rounds}: {arm}")
+    served.ctx.log(f"round {round + 1}: {arm}")
     drafter = served.drafters.get(arm)
     prompts = heldout[: served.config.speed_prompts]
     rows: list[Row] = []
@@ -221,9 +228,9 @@ def _turn(
             _trace(served, engine, arm, block_size, heldout, can_trace)
         for setting in served.settings:
             requests = requests_for(prompts, served.config, setting, served.ctx.seed, round=round)
-            answers, wall, load = served.decode(engine, requests, setting)
+            answers, wall, others = served.decode(engine, requests, setting)
             rows += [row_of(engine.name, round, arm, block_size, setting, answer) for answer in answers]
-            turns.append(turn_of(engine.name, round, order, arm, block_size, setting, answers, wall, load))
+            turns.append(turn_of(engine.name, round, order, arm, block_size, setting, answers, wall, others))
     write_table(requests_file, REQUESTS, rows)
     write_table(turns_file, TURNS, turns)  # the last: a folder that has it is complete
     return rows, turns
@@ -342,7 +349,7 @@ def _tokens_per_s(served: Served, arm: str, size: int, validation: Sequence[Prom
         with served.server(served.drafters[arm], size, folder) as engine:
             served.warm_up(engine, validation)
             requests = requests_for(validation, served.config, setting, served.ctx.seed)
-            answers, wall, load = served.decode(engine, requests, setting)
-        write_table(table, TURNS, [turn_of(engine.name, 0, 0, arm, size, setting, answers, wall, load)])
+            answers, wall, others = served.decode(engine, requests, setting)
+        write_table(table, TURNS, [turn_of(engine.name, 0, 0, arm, size, setting, answers, wall, others)])
     (turn,) = read_table(table, TURNS).to_pylist()
     return float(turn["tokens"] / turn["wall_seconds"])

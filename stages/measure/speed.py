@@ -1,10 +1,13 @@
 """The speed table: tokens/s and speed-ups over turns, latencies, and what drafting gave.
 
 Two arms that decode the same prompts in the same round are compared by the logarithm of the ratio of their tokens/s.
-An interval has two errors. Rounds are the repetitions: what a machine does to a whole round (heat, neighbours) cancels.
-The prompts are the same in every turn and a sample of those that are served, some of which a drafter guesses better:
-that error is the jackknife's over prompts, and where several are in flight a bootstrap's of what their turns take.
-Sampled answers are drawn anew in every round.
+Where the arms alternate prompt by prompt, the prompts are the repetitions: the ratio is that of sums over prompts, its
+error the jackknife's. Noise of a busy machine is in that error, and what it does to all arms of a prompt cancels.
+
+Turns of whole arms (servers; several requests in flight) have two errors. Rounds are the repetitions: what a machine
+does to a whole round (heat, neighbours) cancels. The prompts are the same in every turn and a sample of those that are
+served, some of which a drafter guesses better: that error is the jackknife's over prompts, and where several are in
+flight a bootstrap's of what their turns take. Sampled answers differ from round to round.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ def speed_table(
     """Figures of each arm at one setting; figures that no row has (latencies, accepted lengths) are left out.
 
     turns, rows: of the tables `turns` and `requests`. `speedup` is over plain decoding, `ratios` over other drafters;
-    both are geometric means over turns, with 95 % intervals (`log_ratios`).
+    both have 95 % intervals (`log_ratios`).
     """
     table: dict[str, dict[str, Any]] = {}
     drafters = [arm for arm in dict.fromkeys(turn["arm"] for turn in turns) if arm != PLAIN]
@@ -91,13 +94,18 @@ def speed_table(
     return table
 
 
+def alternates(turns: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the arms of these turns decoded one prompt after the other, each by all arms."""
+    return bool(turns) and all(turn["concurrency"] == 1 and turn.get("batches", 1) > 1 for turn in turns)
+
+
 def speed_by_set(
-    rows: Sequence[Mapping[str, Any]], sets: Mapping[str, str], units: Units
+    rows: Sequence[Mapping[str, Any]], sets: Mapping[str, str], units: Units, *, alternating: bool
 ) -> dict[str, dict[str, dict[str, float | None]]]:
     """Set -> drafter -> `speedup` over plain decoding as the set's requests saw it, with its 95 % interval.
 
     rows: of the table `requests` at one setting. sets: the prompt set of each prompt. A request's speed is its tokens
-    by its latency, which several at a time share with others.
+    by its latency, which several at a time share with others. alternating: as `alternates` of its turns.
     """
     found: dict[str, dict[str, dict[str, float | None]]] = {}
     for name in dict.fromkeys(sets.values()):
@@ -109,7 +117,8 @@ def speed_by_set(
             turn[1] += row["latency_seconds"]
         if any(seconds <= 0 for _, seconds in sums.values()):  # the engine does not say
             continue
-        turns = [{"arm": arm, "round": n, "tokens": t, "wall_seconds": s} for (arm, n), (t, s) in sums.items()]
+        like = {"concurrency": 1, "batches": 2 if alternating else 1}
+        turns = [{"arm": arm, "round": n, "tokens": t, "wall_seconds": s, **like} for (arm, n), (t, s) in sums.items()]
         arms = [arm for arm in dict.fromkeys(arm for arm, _ in sums) if arm != PLAIN]
         for (arm, _), ratio in log_ratios(turns, own, [(arm, PLAIN) for arm in arms], units).items():
             factor = _factor(ratio)
@@ -124,19 +133,24 @@ def log_ratios(
     wanted: Sequence[Pair],
     units: Units,
 ) -> dict[Pair, Estimate]:
-    """Logarithm of how many times as fast the first arm of each pair is as the other one: the mean over rounds.
+    """Return the logarithm of how many times as fast the first arm of each pair is as the other one.
 
-    Its error is of the rounds and of the prompts; of the rounds alone where no row says how long its request took. Its
-    units are rounds. Nothing is known of the error with a single round, or where one prompt outweighs all others.
+    Where arms alternate its units are prompts. Else they are rounds, and its error is of rounds and prompts; of the
+    rounds alone where no row has the time of its request. Nothing is known of the error with a single unit, or where
+    one prompt outweighs all others.
     """
+    found = {}
+    in_flight = turns[0].get("concurrency", 1) if turns else 1
+    by_prompt = alternates(turns)
     speeds: dict[str, dict[int, float]] = {}
     for turn in turns:
         speeds.setdefault(turn["arm"], {})[turn["round"]] = turn["tokens"] / turn["wall_seconds"]
-    found = {}
     for arm, other in wanted:
-        ratio = mean(np.array([math.log(speeds[arm][n] / speeds[other][n]) for n in sorted(speeds[other])]))
-        in_flight = turns[0].get("concurrency", 1)  # speeds of a set are of its single requests, and have none
         over_prompts = _over_prompts(rows, (arm, other), units, in_flight)
+        if by_prompt and over_prompts is not None:
+            found[arm, other] = over_prompts
+            continue
+        ratio = mean(np.array([math.log(speeds[arm][n] / speeds[other][n]) for n in sorted(speeds[other])]))
         found[arm, other] = ratio if over_prompts is None else together(ratio, over_prompts)
     return found
 

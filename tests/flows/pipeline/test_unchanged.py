@@ -195,6 +195,28 @@ def test_what_shows_measurements_is_made_again_when_they_were_under_the_same_key
     assert make(toy.workshop, toy.left(), {"first": toy.target}).reused
 
 
+def test_a_measurement_that_says_nothing_is_used_by_its_run_and_made_again_by_the_next(
+    tmp_path: Path, toy: Toy
+) -> None:
+    quiet = tmp_path / "quiet"
+    config = ToyConfig.model_validate({"name": "t", "target": {"inconclusive_until": str(quiet)}})
+    nodes = {node.name: node for node in toy_nodes(config)}
+
+    def statuses() -> dict[str, Status]:
+        return {item.node.name: item.status for item in plan(config, toy.workshop.store, TOY)}
+
+    first = make(toy.workshop, nodes["target"], {})
+    left = make(toy.workshop, nodes["left"], {"first": first.ref})
+    assert not left.reused, "this run goes on with it"
+    assert statuses()["target"] is Status.RUN
+    again = make(toy.workshop, nodes["target"], {})
+    assert not again.reused and again.ref.content_id == first.ref.content_id
+    quiet.touch()
+    assert not make(toy.workshop, nodes["target"], {}).reused
+    assert make(toy.workshop, nodes["target"], {}).reused
+    assert statuses()["target"] is Status.HIT
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_what_was_made_of_an_earlier_measurement_and_not_committed_is_not_taken(
     force: bool, toy: Toy, monkeypatch: pytest.MonkeyPatch

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from draftsmith.stages.measure.doubts import FEWEST_PROMPTS, doubts
+from draftsmith.stages.measure.doubts import FEWEST_PROMPTS, doubts, machine_errors
 from draftsmith.stages.measure.gate import CHAMPION, PLAIN, Decision, GateConfig, compared, decide
 from draftsmith.stages.measure.requests import Setting
 from draftsmith.stages.measure.speed import log_ratios, speed_table
@@ -33,7 +33,7 @@ def measured(rounds: int = 6, prompts: int = 8, noise: float = 0.01, seed: int =
                 {
                     "round": round, "order": order, "arm": arm, "prompts": prompts, "tokens": tokens, "block_size": 4,
                     "wall_seconds": wall, "draft_seconds": 0.0, "verify_seconds": 0.0, "verify_steps": steps,
-                    "others_share": 0.02, "stolen_share": 0.0, "cpu_mhz": 3000.0, "gpu_mhz": float("nan"), **WHERE,
+                    "others_share": 0.02, **WHERE,
                 }
             )  # fmt: skip
     return found
@@ -91,40 +91,48 @@ def test_a_speed_up_above_the_served_tau_is_not_decided_on() -> None:
     turns = changed(measured(), plain=lambda _: 2.0)
     decision = gate(turns)
     assert decision.outcome == "inconclusive"
-    assert (
-        "the speed-up of opd was measured as 3.7" in decision.sentence() and "served tau of 2.40" in decision.sentence()
-    )
+    assert "the speed-up of opd was measured as 3.7" in decision.sentence() and "2.40" in decision.sentence()
     assert unjudged(decision) == SPEEDS
     assert gate(turns, judge_speed=False).outcome == "promoted", "tau does not hang on the machine"
 
 
-def test_repetitions_that_drift_are_not_decided_on() -> None:
-    turns = changed(measured(), opd=lambda round: 1 + 0.08 * round)
-    (doubt, *_) = evaluation(turns)["doubts"]
-    assert (doubt["kind"], doubt["arms"]) == ("drift", ("opd",))
-    assert "the speed of opd over plain decoding went down by 2" in doubt["said"]
-    assert gate(turns).outcome == "inconclusive"
-    together = changed(measured(), **{arm: lambda round: 1 + 0.08 * round for arm in TAU})
+def test_repetitions_that_differ_leave_a_rule_inconclusive_that_would_fail() -> None:
+    turns = changed(measured(), opd=lambda round: 1 + 0.5 * (round % 2))
+    assert ("noise", ("opd",)) in [(doubt["kind"], doubt["arms"]) for doubt in evaluation(turns)["doubts"]]
+    assert gate(turns, min_speedup=1.6).outcome == "inconclusive"
+    assert gate(changed(measured(), opd=lambda _: 1.5), min_speedup=1.6).outcome == "refused"
+    faster = changed(turns, **{CHAMPION: lambda _: 2.0})
+    assert gate(faster, min_speedup=0.8).outcome == "promoted", "what passes in spite of noise passes"
+    together = changed(measured(), **{arm: lambda round: 1 + 0.5 * (round % 2) for arm in TAU})
     assert evaluation(together)["doubts"] == [], "what happens to all arms of a round cancels"
 
 
-@pytest.mark.parametrize(
-    ("fact", "quiet", "busy", "said"),
-    [
-        ("others_share", 0.02, 0.48, "other processes took between"),
-        ("stolen_share", 0.0, 0.3, "other processes took between"),
-        ("cpu_mhz", 3600.0, 2400.0, "the CPU's clock was between 2400 and 3600 MHz"),
-        ("gpu_mhz", 1980.0, 1200.0, "the GPU's clock was between 1200 and 1980 MHz"),
-    ],
-)
-def test_a_machine_whose_load_changed_is_not_decided_on(fact: str, quiet: float, busy: float, said: str) -> None:
-    turns = [turn | {fact: busy if turn["round"] == 2 and turn["arm"] == "opd" else quiet} for turn in measured()]
-    decision = gate(turns)
-    assert decision.outcome == "inconclusive"
-    assert said in decision.sentence()
-    assert unjudged(decision) == SPEEDS
-    steady = [turn | {fact: busy} for turn in measured()]
-    assert gate(steady).outcome == "promoted", "a load that stays is the same for all arms"
+def test_a_busy_machine_is_reported_and_its_ratios_hold() -> None:
+    busy = [turn | {"others_share": 0.48} for turn in measured()]
+    assert [doubt["kind"] for doubt in evaluation(busy)["doubts"]] == ["load"]
+    assert gate(busy).outcome == "promoted"
+
+
+def by_prompt(noise: float, rounds: int = 2, prompts: int = 12, seed: int = 0) -> tuple[list[Turn], list[Turn]]:
+    """Turns and requests of arms that alternate prompt by prompt."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for round in range(rounds):
+        for prompt in range(prompts):
+            for arm, tau in TAU.items():
+                seconds = 2.0 / tau * float(np.exp(rng.normal(0, noise) + 0.1 * (prompt % 3)))
+                rows.append({**WHERE, "round": round, "arm": arm, "prompt_id": str(prompt), "latency_seconds": seconds})
+    turns = [turn | {"batches": turn["prompts"]} for turn in measured(rounds, prompts)]
+    return turns, rows
+
+
+@pytest.mark.parametrize(("noise", "expected"), [(0.03, set()), (0.3, {"noise"})])
+def test_noise_is_what_differs_between_repetitions_of_a_prompt(noise: float, expected: set[str]) -> None:
+    turns, rows = by_prompt(noise)
+    assert {doubt["kind"] for doubt in doubts(turns, rows, [Setting(**WHERE)])} == expected
+    errors = machine_errors(turns, rows)
+    assert errors.keys() == {CHAMPION, "opd"}
+    assert all(error == pytest.approx(noise * (2 / 24) ** 0.5, rel=0.5) for error in errors.values())
 
 
 def test_a_doubt_is_of_its_arms_and_its_setting() -> None:

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 
 from draftsmith.stages.measure.acceptance import acceptance_table, tau_differences
-from draftsmith.stages.measure.requests import PLAIN
+from draftsmith.stages.measure.doubts import steady
+from draftsmith.stages.measure.requests import PLAIN, Setting
 from draftsmith.stages.measure.speed import log_ratios, speed_table
 from draftsmith.stages.measure.verdicts import FEWEST_TURNS, pairs, verdicts
 from draftsmith.stages.replay.tally import Tally
 from draftsmith.stages.statistics import Estimate
 
+SETTING = [Setting(0.0, 1)]
 ARMS = ("sft", "control", "opd")  # six verdicts
 NOISE = 0.03  # of an arm's turn, beside what its round has in common
 DIFFICULTY, TALENT = 0.25, 0.06  # standard deviations over prompts, in log tau: of all drafters, of a single one
@@ -81,6 +83,47 @@ def simulated_speeds(
     return turns, rows
 
 
+def simulated_by_prompt(
+    rng: np.random.Generator, prompts: int, gain: float = 0.0, load: float = 0.5, rounds: int = 2
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The same where arms alternate prompt by prompt, on a machine whose other load comes and goes within seconds.
+
+    Every answer takes up to 1 + `load` times as long, by a load that moves on from answer to answer and is half the
+    time not there, beside noise of 3 %.
+    """
+    tokens = np.maximum(8, rng.lognormal(math.log(60), 0.4, prompts)).round()
+    difficulty = rng.normal(0, DIFFICULTY, prompts)
+    talent = {arm: rng.normal(0, TALENT, prompts) for arm in ARMS}
+    arms, busy, rows = [PLAIN, *ARMS], 0.0, []
+    for round in range(rounds):
+        for place in range(prompts):
+            first = (round + place) % len(arms)
+            for arm in arms[first:] + arms[:first]:
+                busy = min(1.0, max(-1.0, busy + rng.normal(0, 0.4)))
+                seconds = 0.04 * tokens[place] * (1 + load * max(0.0, busy)) * math.exp(rng.normal(0, NOISE))
+                if arm != PLAIN:
+                    seconds /= 1.6 * math.exp(difficulty[place] + talent[arm][place]) * (1 + gain * (arm == "opd"))
+                rows.append(
+                    {
+                        "round": round, "arm": arm, "prompt_id": str(place), "tokens": int(tokens[place]),
+                        "temperature": 0.0, "concurrency": 1, "latency_seconds": seconds, "identical": True,
+                        "first_token_seconds": math.nan, "verify_steps": 9, "accepted": None,
+                    }
+                )  # fmt: skip
+    turns = [
+        {
+            "round": round, "order": 0, "arm": arm, "block_size": 4, "prompts": prompts, "concurrency": 1,
+            "temperature": 0.0, "batches": prompts, "tokens": int(tokens.sum()), "draft_seconds": 0.0,
+            "verify_seconds": 0.0, "verify_steps": 9 * prompts, "wall_seconds": sum(
+                row["latency_seconds"] for row in rows if (row["round"], row["arm"]) == (round, arm)
+            ),
+        }
+        for round in range(rounds)
+        for arm in arms
+    ]  # fmt: skip
+    return turns, rows
+
+
 def wall(seconds: np.ndarray, concurrency: int) -> float:
     """Each request is sent as soon as one of those in flight has ended; the slowest ends the turn."""
     ends = [0.0] * concurrency
@@ -132,6 +175,33 @@ def test_equal_drafters_are_seldom_called_of_different_speed(concurrency: int, p
         outside += not single["opd"]["ratios"]["sft"]["low"] <= 1 <= single["opd"]["ratios"]["sft"]["high"]
     assert wrong / repetitions <= allowed(repetitions)
     assert outside / repetitions <= allowed(repetitions)
+
+
+@pytest.mark.parametrize(("prompts", "load"), [(6, 1.0), (12, 1.0), (40, 0.0), (40, 1.0)])
+def test_equal_drafters_are_seldom_called_different_prompt_by_prompt(prompts: int, load: float) -> None:
+    """Whatever else the machine does."""
+    rng = np.random.default_rng(prompts)
+    repetitions, wrong, outside = 300, 0, 0
+    for _ in range(repetitions):
+        turns, rows = simulated_by_prompt(rng, prompts, load=load)
+        ratios = log_ratios(turns, rows, pairs(ARMS), {})
+        wrong += any(verdict["different"] for verdict in verdicts({}, ratios, prompts))
+        low, high = ratios["opd", "sft"].interval() or (0, 0)
+        outside += not low <= 0 <= high
+    assert wrong / repetitions <= allowed(repetitions)
+    assert outside / repetitions <= allowed(repetitions)
+
+
+@pytest.mark.parametrize("load", [0.0, 1.0])
+def test_drafters_10_percent_apart_are_told_apart_on_40_prompts(load: float) -> None:
+    rng = np.random.default_rng(1)
+    repetitions, seen = 150, 0
+    for _ in range(repetitions):
+        turns, rows = simulated_by_prompt(rng, 40, gain=0.1, load=load, rounds=4)
+        if steady(*(two := [[row for row in table if row["round"] < 2] for table in (turns, rows)]), SETTING):
+            turns, rows = two
+        seen += said(verdicts({}, log_ratios(turns, rows, pairs(ARMS), {}), 40), "opd", "sft")
+    assert seen / repetitions >= 0.9
 
 
 @pytest.mark.parametrize(("concurrency", "prompts"), [(1, 6), (1, 16), (1, 64), (4, 16), (16, 64)])

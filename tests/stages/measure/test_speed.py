@@ -13,7 +13,6 @@ from scipy import stats
 from draftsmith.stages import stored
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams, VerifyStep
 from draftsmith.stages.measure.config import EvaluationConfig, prompts_to_decode
-from draftsmith.stages.measure.load import Load
 from draftsmith.stages.measure.requests import (
     Setting,
     candidate_sizes,
@@ -26,7 +25,7 @@ from draftsmith.stages.measure.requests import (
     settings_of,
     turn_of,
 )
-from draftsmith.stages.measure.speed import log_ratios, speed_by_set, speed_by_setting, speed_table
+from draftsmith.stages.measure.speed import alternates, log_ratios, speed_by_set, speed_by_setting, speed_table
 from draftsmith.stages.measure.verdicts import verdicts
 from draftsmith.stages.stored import Prompt
 
@@ -55,8 +54,10 @@ def row(arm: str, given: Completion, round: int = 0, setting: Setting = GREEDY) 
     return row_of("embedded", round, arm, 4, setting, given)
 
 
-def turn(arm: str, answers: list[Completion], wall: float, round: int = 0, setting: Setting = GREEDY) -> dict[str, Any]:
-    return turn_of("embedded", round, 0, arm, 4, setting, answers, wall, Load())
+def turn(
+    arm: str, answers: list[Completion], wall: float, round: int = 0, setting: Setting = GREEDY, batches: int = 1
+) -> dict[str, Any]:
+    return turn_of("embedded", round, 0, arm, 4, setting, answers, wall, math.nan, batches)
 
 
 def test_speed_up_of_a_prompt_set_is_that_of_its_requests() -> None:
@@ -66,13 +67,15 @@ def test_speed_up_of_a_prompt_set_is_that_of_its_requests() -> None:
         for arm, times in (("plain", (4.0, 2.0, 9.0, 9.0)), ("sft", (2.0, 1.0 + round, 9.0, 9.0)))
         for prompt, seconds in zip("abcd", times, strict=True)
     ]
-    found = speed_by_set(rows, {"a": "chat", "b": "code", "c": "chat", "d": "chat"}, {})
+    found = speed_by_set(rows, {"a": "chat", "b": "code", "c": "chat", "d": "chat"}, {}, alternating=False)
     assert found["chat"]["sft"]["speedup"] == pytest.approx(22 / 20)
     low, high = found["chat"]["sft"]["speedup_low"], found["chat"]["sft"]["speedup_high"]
     assert low is not None and high is not None and low < 1 < high, "all rounds are alike, prompts are not"
     assert found["code"]["sft"]["speedup"] == pytest.approx((2 / 1 * 2 / 2 * 2 / 3) ** (1 / 3))
     assert found["code"]["sft"]["speedup_low"] is found["code"]["sft"]["speedup_high"] is None, "a single prompt"
-    assert speed_by_set([row("plain", answer("a", 3, 0.0))], {"a": "chat"}, {}) == {}, "an engine that does not say"
+    assert speed_by_set([row("plain", answer("a", 3, 0.0))], {"a": "chat"}, {}, alternating=False) == {}, (
+        "an engine that does not say"
+    )
 
 
 def test_speed_table_by_hand() -> None:
@@ -146,6 +149,28 @@ def test_an_interval_has_the_error_of_the_rounds_and_that_of_the_prompts() -> No
     (single,) = log_ratios(turns, rows, [("sft", "plain")], dict.fromkeys("abcd", "one")).values()
     assert single.interval() is None
     assert verdicts({}, {("sft", "plain"): single}, 4)[0]["different"] is None
+
+
+def test_where_arms_alternate_the_prompts_are_the_repetitions() -> None:
+    """Beside numpy's jackknife of logarithms of sums over both rounds; a prompt in which all is slow weighs more."""
+    one = Setting(0.0, 1)
+    seconds = {"plain": [[4.0, 2.0, 9.0], [4.4, 2.0, 90.0]], "sft": [[2.0, 1.5, 3.0], [2.1, 1.4, 30.0]]}
+    turns, rows = [], []
+    for arm, rounds in seconds.items():
+        for round, of_prompts in enumerate(rounds):
+            answers = [answer(prompt, 12, each) for prompt, each in zip("abc", of_prompts, strict=True)]
+            turns.append(turn(arm, answers, sum(of_prompts), round, one, batches=3))
+            rows += [row(arm, each, round, one) for each in answers]
+    assert alternates(turns)
+    (found,) = log_ratios(turns, rows, [("sft", "plain")], {}).values()
+    sums = {arm: np.sum(rounds, axis=0) for arm, rounds in seconds.items()}
+    left = [np.log(np.delete(sums["plain"], i).sum() / np.delete(sums["sft"], i).sum()) for i in range(3)]
+    assert found.value == pytest.approx(np.log(sums["plain"].sum() / sums["sft"].sum()))
+    assert found.error == pytest.approx(np.sqrt(2 / 3 * np.sum((np.array(left) - np.mean(left)) ** 2)))
+    assert found.units == 3
+    by_set = speed_by_set(rows, dict.fromkeys("abc", "chat"), {}, alternating=True)["chat"]["sft"]
+    assert by_set["speedup"] == pytest.approx(np.exp(found.value))
+    assert not alternates([{**turns[0], "concurrency": 4}]), "several in flight have rounds"
 
 
 def test_turns_with_several_in_flight_have_the_error_of_what_their_slowest_request_takes() -> None:

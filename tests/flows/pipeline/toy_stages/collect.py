@@ -10,7 +10,7 @@ from pathlib import Path
 
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.stages.contract import Compute, Config, Stage, StageContext
+from draftsmith.stages.contract import INCONCLUSIVE, Compute, Config, Stage, StageContext
 
 
 class CollectConfig(Config):
@@ -24,6 +24,7 @@ class CollectConfig(Config):
     worker: Path | None = None  # start a grandchild that writes its process id here
     note_start: Path | None = None  # one line a start is added here
     seconds_to_save: float = 0.0  # that it takes when it is asked to stop
+    inconclusive_until: Path | None = None  # while this file is not there, what was measured says nothing
     tells: str | None = None  # a variable of the environment that is told in a log, a library's log and an error
 
 
@@ -55,6 +56,8 @@ def run(context: StageContext, config: CollectConfig) -> None:
         context.progress(len(numbers), config.count, "numbers", last=numbers[-1])
     (context.out / "numbers.json").write_text(json.dumps(numbers))
     context.summary(numbers=len(numbers))
+    if config.inconclusive_until is not None and not config.inconclusive_until.exists():
+        context.summary(**{INCONCLUSIVE: 1.0})
 
 
 def _lose_engine(count_file: Path) -> None:
