@@ -31,11 +31,11 @@ def test_every_week_comes_out_as_it_should(weeks: list[Week]) -> None:
     told = "\n\n".join(f"{week}\n{week.output}" for week in weeks)
     assert [week.happened for week in weeks] == [week.expected for week in weeks], told
     first, unchanged, broken, revised = weeks
-    assert "plain decoding" in first.said
+    assert "plain decoding" in first.reason
     assert not any(line.startswith(("sft: started", "opd: started")) for line in unchanged.output.splitlines())
-    assert "refused by the gate" in broken.said and "tau: " in broken.said
+    assert "tau: " in broken.reason
     assert "the target has changed since version 1 was promoted" in revised.output
-    assert "beats version 1" in revised.said
+    assert "beats the champion" in revised.reason
 
 
 def test_mlflow_is_the_review_desk(weeks: list[Week], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
