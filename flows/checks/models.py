@@ -38,7 +38,8 @@ def resolve_metadata(found: Findings, nodes: Sequence[Node], artifact: Path) -> 
         try:
             metadata_artifact(target, artifact)
         except UnreachableError as error:
-            found.warn("target", f"{error}; not checked: tokenizer, chat template, drafter, context, memory, disk")
+            left_out = "tokenizer, chat template, drafter, context, memory, disk"
+            found.skip("target", f"{error}; not checked: {left_out}", unreachable=True)
             return False
         return True
     return False
@@ -165,7 +166,7 @@ def _check_drafter(
             fetch = drafter_source if whole else _drafter_metadata
             source = fetch(config.init_from, config.init_revision)
         except UnreachableError as error:
-            found.warn(name, f"{error}; not checked: its layers, mask token, memory, disk")
+            found.skip(name, f"{error}; not checked: its layers, mask token, memory, disk", unreachable=True)
             return None
         where = config.init_from
         plan = plan_of_checkpoint(source, target_config, where, tokenizer, config.drafter)
