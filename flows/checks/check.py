@@ -21,7 +21,13 @@ from draftsmith.flows.checks.comparisons import check_budgets, check_gate, check
 from draftsmith.flows.checks.duration import check_duration
 from draftsmith.flows.checks.engines import check_engines, check_heads
 from draftsmith.flows.checks.findings import Findings, FirstError
-from draftsmith.flows.checks.models import check_drafters, check_nodes, check_target, resolve_metadata
+from draftsmith.flows.checks.models import (
+    check_drafters,
+    check_hub_drafters,
+    check_nodes,
+    check_target,
+    resolve_metadata,
+)
 from draftsmith.flows.checks.parallel import check_parallel, check_shared_target
 from draftsmith.flows.checks.prompts import check_lengths, check_logs, check_longest, check_sources, check_supplies
 from draftsmith.flows.checks.resources import check_accelerators, check_resources
@@ -130,6 +136,7 @@ class RunChecks:
         self._to_make = [item.node for item in planned if item.status is not Status.HIT]
         found = FirstError()
         _without_target(found, self._nodes, self._to_make)
+        check_hub_drafters(found, self._to_make)
         return found.remarks
 
     def after(self, node: Node, made: Mapping[str, Path]) -> list[str]:

@@ -61,7 +61,7 @@ def _check_gpus(found: Findings, nodes: Sequence[Node]) -> None:
                 f"{node.name.partition('-')[0]}.engine.launch.{lower}",  # without the number of an iteration
             )
     if runs_elsewhere(nodes):
-        found.skip("GPUs", "none is visible here, so memory was not compared: check again on the machine that will run it")
+        found.skip("GPUs", "none is visible here, so memory is not compared: check again on the machine that will run")
 
 
 def check_heads(found: Findings, nodes: Sequence[Node], artifact: Path) -> None:

@@ -105,6 +105,20 @@ def check_nodes(found: Findings, nodes: Sequence[Node], artifact: Path, *, whole
                 found.ok(node.name, "its settings fit the target")
 
 
+def check_hub_drafters(found: Findings, nodes: Sequence[Node]) -> None:
+    """Ask for every drafter that a run starts from and that is no folder here, before anything is spent on it."""
+    from draftsmith.stages.targets.metadata import UnreachableError
+
+    for node in nodes:
+        if isinstance(node.config, SftConfig) and trains_anew(node) and node.config.init_from:
+            check = f"{node.name}: drafter"
+            with found.part(check):
+                try:
+                    _drafter_metadata(node.config.init_from, node.config.init_revision)
+                except UnreachableError as error:
+                    found.skip(check, str(error), unreachable=True)
+
+
 def check_drafters(found: Findings, nodes: Sequence[Node], artifact: Path, *, whole: bool) -> Plans:
     """Every drafter that a run begins with, and what is asked of it where it drafts. artifact, whole: as above."""
     plans: dict[str, DrafterPlan] = {}

@@ -13,7 +13,7 @@ from draftsmith.flows.pipeline.graph import Node
 from draftsmith.stages.measure.config import EvaluationConfig, prompts_to_decode
 from draftsmith.stages.prompting.aside import UNREADABLE, Aside
 from draftsmith.stages.prompting.file_prompts import file_rows
-from draftsmith.stages.prompting.files import is_remote, matched, read_rows
+from draftsmith.stages.prompting.files import is_remote, matched, no_rows, read_rows
 from draftsmith.stages.prompting.held_out import HeldOut, identity, place
 from draftsmith.stages.prompting.intake import Intake, ShapeSieve
 from draftsmith.stages.prompting.logs_config import LogsConfig
@@ -332,6 +332,8 @@ def _check_log(found: Findings, name: str, config: LogsConfig, target: Path | No
     if config.after is not None and sieve.outside_window + sieve.overlap == aside.rows:
         found.warn(name, f"no row is later than {config.after}: without new ones, only a drift check can be made")
         return
+    if not aside.rows:
+        raise DraftsmithError(no_rows(config.paths))
     if not used and whole:
         raise DraftsmithError(f"{', '.join(config.paths)}: {line}: give other files or correct section {name}")
     meant = aside.rows - sieve.outside_window - sieve.filtered

@@ -245,3 +245,33 @@ def test_later_rows_may_follow_those_that_are_looked_at(
     old, new = ([answer(number, time=f"2026-03-0{day}") for number in range(6)] for day in (1, 2))
     level, text = found(None, tmp_path / "a.jsonl", [*old, *new], **window)
     assert level is Level.SKIPPED and "0 of the first 5 rows can be used; not used: 5 outside the window" in text
+
+
+@pytest.mark.parametrize("of_logs", [True, False])
+@pytest.mark.parametrize(("text", "said"), [("", "is empty"), ("question,answer\nWhat?,That.\n", "looks like CSV")])
+def test_a_file_without_rows_is_an_error_that_says_what_it_is(
+    text: str, said: str, of_logs: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_text(text)
+    os.utime(tmp_path / "a.jsonl", (0, 0))
+    findings = Findings()
+    if of_logs:
+        logs = LogsConfig(paths=[str(tmp_path / "a.jsonl")], temperature=0)
+        checks.check_logs(findings, [Node("logs", "draftsmith.stages.logs", logs)], None)
+    else:
+        sources = [{"kind": "jsonl", "path": str(tmp_path / "a.jsonl")}]
+        asked = PromptsConfig.model_validate({"sources": sources, "train": 4, "heldout": 1})
+        checks.check_sources(findings, [Node("prompts", "draftsmith.stages.prompts", asked)])
+    (line,) = findings.lines
+    assert line.level is Level.ERROR and f"{tmp_path}/a.jsonl" in line.text and said in line.text
+
+
+def test_rows_may_call_their_fields_otherwise(metadata: Path, tmp_path: Path) -> None:
+    rows = [
+        {"question": "tell a story", "reply": "once upon a time .", "why": "stop"},
+        {"question": json.dumps(asks(2)), "reply": "once upon a time the cat .", "why": "stop", "completion": "no"},
+    ]
+    names = {"messages": "question", "completion": "reply", "finish_reason": "why"}
+    assert found(metadata, tmp_path / "a.jsonl", rows, fields=names) == (Level.OK, "2 of all 2 rows can be used")
+    level, text = found(metadata, tmp_path / "a.jsonl", rows, fields=names | {"completion": "answer"})
+    assert level is Level.ERROR and "logs.fields" in text
