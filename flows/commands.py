@@ -111,6 +111,16 @@ def _named(text: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
+def _init(options: argparse.Namespace, pipeline: Pipeline) -> None:
+    from draftsmith.flows.refresh.init import QUESTIONS, write_first_config
+
+    write_first_config(options.file, options.beginning, {name: getattr(options, name) for name in QUESTIONS})
+    command = shlex.join(["draftsmith", "run", str(options.file)])
+    _display().line(f"{options.file}: written. When its check is good: {command}")
+    options.config, options.overrides = options.file, []
+    _check(options, pipeline)
+
+
 def _check(options: argparse.Namespace, pipeline: Pipeline) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the library is imported
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -310,6 +320,7 @@ def _display() -> Display:
 COMMANDS = {
     "run": _run,
     "check": _check,
+    "init": _init,
     "stage": _stage,
     "why": _why,
     "status": _status,

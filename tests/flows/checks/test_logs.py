@@ -133,7 +133,7 @@ def test_a_data_set_here_has_the_field_that_is_asked_for(
     [
         ([answer(1, temperature=1)], "0 of all 1 rows can be used; not used: 1 another temperature"),
         (['{"messages": '], "row 1: not JSON"),
-        ([], "0 of all 0 rows can be used"),
+        ([], "a.jsonl: is empty"),
     ],
 )
 def test_nothing_that_can_be_used_is_an_error(rows: list[Any], said: str, metadata: Path, tmp_path: Path) -> None:

@@ -218,9 +218,7 @@ def test_files_that_extend_each_other_or_nothing_are_named(tmp_path: Path) -> No
     with pytest.raises(DraftsmithError, match=r"first.yaml: extends: the files extend each other"):
         read_config(first, [], Example)
     second.write_text("extends: third.yaml\n")
-    with pytest.raises(
-        DraftsmithError, match=r"second.yaml: extends: .*/third.yaml does not exist, nor is it"
-    ):
+    with pytest.raises(DraftsmithError, match=r"second.yaml: extends: .*/third.yaml does not exist, nor is it"):
         read_config(first, [], Example)
     second.write_text("extends: [1]\n")
     with pytest.raises(DraftsmithError, match=r"second.yaml: extends: expected the name of a YAML file"):
