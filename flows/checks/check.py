@@ -23,7 +23,7 @@ from draftsmith.flows.checks.engines import check_engines, check_heads
 from draftsmith.flows.checks.findings import Findings, FirstError
 from draftsmith.flows.checks.models import (
     check_drafters,
-    check_hub_drafters,
+    check_first_drafters,
     check_nodes,
     check_target,
     resolve_metadata,
@@ -82,6 +82,7 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
                 check_duration(found, nodes, to_make, needed, home, config.stages)
         else:
             check_logs(found, nodes, None)
+            check_first_drafters(found, nodes)
     return found
 
 
@@ -136,7 +137,7 @@ class RunChecks:
         self._to_make = [item.node for item in planned if item.status is not Status.HIT]
         found = FirstError()
         _without_target(found, self._nodes, self._to_make)
-        check_hub_drafters(found, self._to_make)
+        check_first_drafters(found, self._to_make)
         return found.remarks
 
     def after(self, node: Node, made: Mapping[str, Path]) -> list[str]:

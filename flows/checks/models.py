@@ -105,8 +105,8 @@ def check_nodes(found: Findings, nodes: Sequence[Node], artifact: Path, *, whole
                 found.ok(node.name, "its settings fit the target")
 
 
-def check_hub_drafters(found: Findings, nodes: Sequence[Node]) -> None:
-    """Ask for every drafter that a run starts from and that is no folder here, before anything is spent on it."""
+def check_first_drafters(found: Findings, nodes: Sequence[Node]) -> None:
+    """Look for every drafter that a run starts from, on the hub where it is no folder here."""
     from draftsmith.stages.targets.metadata import UnreachableError
 
     for node in nodes:

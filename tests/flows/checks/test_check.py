@@ -317,6 +317,40 @@ def test_a_file_with_too_few_prompts_to_measure_on_is_told(
     assert "of 40 rows are of the training class (heldout_share 0.5), 38 training" in capsys.readouterr().out
 
 
+README = (ROOT / "README.md").read_text("utf-8")
+OWN_MODEL = README.partition("# my-model.yaml\n")[2].partition("```")[0]
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        (OWN_MODEL, r"prompts\.jsonl}.*# ([\d,]+) rows"),
+        ("extends: configs/model.yaml\nname: own\n", r"path: prompts\.jsonl}].*# ([\d,]+) different prompts"),
+    ],
+)
+def test_one_file_of_the_size_that_a_comment_says_is_enough(
+    text: str,
+    size: str,
+    tmp_path: Path,
+    tiny_target: Path,
+    tiny_drafter: DrafterArtifacts,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    comment = re.search(size, text + (ROOT / "configs" / "model.yaml").read_text("utf-8"))
+    assert comment is not None
+    rows = int(comment[1].replace(",", ""))
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Question {i}?"}) + "\n" for i in range(rows)))
+    Path("own.yaml").write_text(text)
+    changes = [f"target={{source: {tiny_target}, dtype: float32}}", "prompts.max_prompt_tokens=64"]
+    changes += [f"sft.init_from={tiny_drafter.drafter / 'drafter'}"]
+    changes += [f"{each}.sampling.max_new_tokens=32" for each in ("rollout", "assisted", "heldout", "evaluation")]
+    assert main(["check", "own.yaml", *(word for change in changes for word in ("--set", change))]) == 0
+    assert f"{rows} rows for 8576 prompts" in capsys.readouterr().out
+
+
 @pytest.mark.usefixtures("home")
 def test_a_drafter_to_start_from_is_whole(
     tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str], tiny_drafter: DrafterArtifacts
