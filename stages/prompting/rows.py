@@ -62,7 +62,8 @@ def renamed(row: Mapping[str, Any], names: FieldNames) -> Mapping[str, Any]:
     """
     if not names:
         return row
-    made = {**row, **{ours: row.get(theirs) for ours, theirs in names.items()}}
+    made: dict[str, Any] = dict(row)
+    made.update((ours, row.get(theirs)) for ours, theirs in names.items())
     if "messages" in names and isinstance(text := made["messages"], str):
         try:
             _unpacked(text, "")
