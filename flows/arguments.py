@@ -30,6 +30,18 @@ def parser() -> argparse.ArgumentParser:
     _add_config(check)
     check.set_defaults(does="check")
 
+    init = commands.add_parser("init", help="write a first config from a few answers, and check it")
+    init.add_argument("file", metavar="FILE", type=Path, help="the YAML file to write; it must not exist")
+    init.add_argument(
+        "--from",
+        dest="beginning",
+        choices=["model", "logs", "drafter", "node"],
+        help="own target and prompts; own logs; a drafter of the hub; a node of 8 GPUs (asked for if left out)",
+    )
+    for option in ("--target", "--prompts", "--logs", "--temperature", "--drafter", "--mask-token"):
+        init.add_argument(option, metavar="VALUE", help="the answer to a question, for scripts")
+    init.set_defaults(does="init")
+
     stage = commands.add_parser("stage", help="run one node of the graph, with its inputs taken from the store")
     stage.add_argument("name", metavar="NODE", help="the node, as in `draftsmith run --plan`")
     _add_config(stage)

@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from draftsmith.artifacts.errors import DraftsmithError, RefusedError
+from draftsmith.artifacts.errors import DraftsmithError, RefusedError, RetryableError
 from draftsmith.artifacts.home import home
 from draftsmith.stages.garbage import collect_as_usual
 
@@ -75,6 +75,7 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
     display.plan(planned)
     if options.plan:
         display.left_over(planned)  # a run says it where it begins
+        display.lines(pipeline.checks().before(planned) if pipeline.checks is not None else [])
         return
     check_home(home(), config)
     server = start_prefect_server(home())
@@ -110,6 +111,16 @@ def _named(text: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
+def _init(options: argparse.Namespace, pipeline: Pipeline) -> None:
+    from draftsmith.flows.refresh.init import QUESTIONS, write_first_config
+
+    write_first_config(options.file, options.beginning, {name: getattr(options, name) for name in QUESTIONS})
+    command = shlex.join(["draftsmith", "run", str(options.file)])
+    _display().line(f"{options.file}: written. When its check is good: {command}")
+    options.config, options.overrides = options.file, []
+    _check(options, pipeline)
+
+
 def _check(options: argparse.Namespace, pipeline: Pipeline) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the library is imported
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -119,9 +130,15 @@ def _check(options: argparse.Namespace, pipeline: Pipeline) -> None:
     config = _read(options, pipeline)
     found = check(config, pipeline, home())
     show(_display(), found.lines)
+    _display().line(found.summary)
     if found.errors:
         raise DraftsmithError(
             f"{found.errors} of {len(found.lines)} checks failed: {options.config} cannot run like this"
+        )
+    if found.unreachable:
+        raise RetryableError(
+            f"{', '.join(found.unreachable)}: not checked, as something outside could not be reached. Check again on a "
+            "machine that reaches it."
         )
 
 
@@ -161,8 +178,7 @@ def _make_alone(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
     check_home(home(), config)
     display, tracking = _display(), Tracking(home(), config.experiment)
     display.left_over(items)
-    for warning in check_alone(node, Folders(store, inputs)):
-        display.line(f"warning: {warning}")
+    display.lines(check_alone(node, Folders(store, inputs)))
     for check in (store.check, tracking.check):
         patiently(check, config.stages, display.line)
     workshop = Workshop(home(), config, pipeline, display, tracking)
@@ -304,6 +320,7 @@ def _display() -> Display:
 COMMANDS = {
     "run": _run,
     "check": _check,
+    "init": _init,
     "stage": _stage,
     "why": _why,
     "status": _status,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Compute, Stage, StageContext
-from draftsmith.stages.prompting.files import count_rows, is_remote, read_rows
+from draftsmith.stages.prompting.files import count_rows, is_remote, no_rows, read_rows
 from draftsmith.stages.prompting.logs_config import LogsConfig
 from draftsmith.stages.prompting.pace import Pace
 from draftsmith.stages.prompting.times import LAST, iso
@@ -285,6 +285,8 @@ def _nothing_usable(config: LogsConfig, intake: Intake, candidates: int) -> str:
     from draftsmith.stages.prompting.logged import SHAPES
 
     rows, where = intake.aside.rows, ", ".join(config.paths)
+    if not rows:
+        return no_rows(config.paths)
     if candidates:
         return (
             f"logs.quotas: nothing of {candidates} usable answers is left: shares of all their sources add up to less "
@@ -295,7 +297,7 @@ def _nothing_usable(config: LogsConfig, intake: Intake, candidates: int) -> str:
         after = f"later than {config.after}" if config.after is not None else ""
         beginning = " and ".join(each for each in (since, after) if each)
         return f"logs: none of {rows} rows of {where} is {beginning}: give newer files or an earlier time"
-    said = ", ".join([part for part in (intake.aside.said(), intake.not_meant) if part]) or "no rows"
+    said = ", ".join([part for part in (intake.aside.said(), intake.not_meant) if part])
     return (
         f"logs: none of {rows} rows of {where} can be used ({said}): give rows of the shapes {SHAPES}, token ids if "
         "text does not survive"

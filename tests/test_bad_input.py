@@ -131,9 +131,7 @@ CONFIG = {
     "two documents": Bad("line 2, column 1: not valid YAML: a second document", text="name: a\n---\nname: b"),
     "an alias inside itself": Bad("alias", text="name: a\ntarget: &a\n  source: *a"),
     "extends itself": Bad("the files extend each other", text="extends: run.yaml"),
-    "extends nothing": Bad(
-        "absent.yaml does not exist (the path is relative to this file)", text="extends: absent.yaml"
-    ),
+    "extends nothing": Bad("absent.yaml does not exist, nor is it a shipped config", text="extends: absent.yaml"),
     "extends a number": Bad("extends: expected the name of a YAML file", text="extends: 3"),
     "unknown kind": Bad("use experiment or architectures", {"kind": "exepriment"}),
     "unknown section": Bad("rolout: unknown field, did you mean rollout?", {"rolout": {}}),

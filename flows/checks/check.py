@@ -1,9 +1,9 @@
 """The checks of a run. `draftsmith check` makes all of them and prints the list; a run raises the first error.
 
-A warning is something that could not be checked here, or that will work less well; an error is something that the run
-cannot get past. A hub that cannot be reached is a warning: it says nothing about the config, and the machine that will
-run may well reach it. A run checks what it knows when it knows it: before its first stage, when the target is there,
-and when the prompts are.
+An error is something that the run cannot get past, a warning something that will work less well. What could not be
+checked here is neither: a hub that cannot be reached says nothing about the config, and the machine that will run may
+well reach it. A run checks what it knows when it knows it: before its first stage, when the target is there, and when
+the prompts are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from draftsmith.flows.checks.comparisons import check_budgets, check_gate, check
 from draftsmith.flows.checks.duration import check_duration
 from draftsmith.flows.checks.engines import check_engines, check_heads
 from draftsmith.flows.checks.findings import Findings, FirstError
-from draftsmith.flows.checks.models import check_drafters, check_nodes, check_target, resolve_metadata
+from draftsmith.flows.checks.models import (
+    check_drafters,
+    check_first_drafters,
+    check_nodes,
+    check_target,
+    resolve_metadata,
+)
 from draftsmith.flows.checks.parallel import check_parallel, check_shared_target
 from draftsmith.flows.checks.prompts import check_lengths, check_logs, check_longest, check_sources, check_supplies
 from draftsmith.flows.checks.resources import check_accelerators, check_resources
@@ -76,6 +82,7 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
                 check_duration(found, nodes, to_make, needed, home, config.stages)
         else:
             check_logs(found, nodes, None)
+            check_first_drafters(found, nodes)
     return found
 
 
@@ -125,15 +132,16 @@ class RunChecks:
     """The same checks in the course of a run. Raises the first error as DraftsmithError."""
 
     def before(self, planned: Sequence[PlannedNode]) -> list[str]:
-        """Before the first stage. Returns warnings."""
+        """Check before the first stage. Returns warnings and what was not checked, a line each."""
         self._nodes = [item.node for item in planned]
         self._to_make = [item.node for item in planned if item.status is not Status.HIT]
         found = FirstError()
         _without_target(found, self._nodes, self._to_make)
-        return found.warnings
+        check_first_drafters(found, self._to_make)
+        return found.remarks
 
     def after(self, node: Node, made: Mapping[str, Path]) -> list[str]:
-        """When a node is done. made: artifacts by node. Returns warnings."""
+        """Check when a node is done. made: artifacts by node. Returns lines as above."""
         found = FirstError()
         if not self._to_make:
             return []
@@ -142,15 +150,15 @@ class RunChecks:
         elif isinstance(node.config, PromptsConfig):
             positions = read_target_info(made[node.inputs["target"]]).max_positions
             check_lengths(found, self._to_make, node.name, made[node.name], positions)
-        return found.warnings
+        return found.remarks
 
 
 def check_alone(node: Node, inputs: Mapping[str, Path]) -> list[str]:
-    """Of a node that is made alone. inputs: artifacts by the names of the stage's inputs. Returns warnings."""
+    """Check a node that is made alone. inputs: artifacts by the names of the stage's inputs. Returns lines as above."""
     found = FirstError()
     check_engines(found, [node])
     check_parallel(found, [node])
     if "target" in inputs:
         check_nodes(found, [node], inputs["target"], whole=True)
         check_shared_target(found, [node], inputs["target"])
-    return found.warnings
+    return found.remarks

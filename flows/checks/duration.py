@@ -43,7 +43,7 @@ def check_duration(
     if not to_make:
         return
     if not seconds:
-        found.ok("time", "not known: nothing of what is to be made has run here")
+        found.skip("time", "not estimated: nothing of what is to be made has run here")
         return
     longest_first = sorted(seconds.items(), key=lambda item: -item[1][0])
     parts = ", ".join(f"{name} {duration(value)}{how}" for name, (value, how) in longest_first if value >= 1)

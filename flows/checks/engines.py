@@ -33,7 +33,7 @@ def check_engines(found: Findings, nodes: Sequence[Node]) -> None:
                     found.warn(check, warning)
             for url in config.urls:
                 if reason := environment.unreachable(url):
-                    found.warn(check, f"{url} does not answer now ({reason}): start it before the stage runs")
+                    found.skip(check, f"{url} does not answer now ({reason}): start it before the stage runs")
                 else:
                     found.ok(check, f"{url} answers")
     _check_gpus(found, nodes)
@@ -61,7 +61,7 @@ def _check_gpus(found: Findings, nodes: Sequence[Node]) -> None:
                 f"{node.name.partition('-')[0]}.engine.launch.{lower}",  # without the number of an iteration
             )
     if runs_elsewhere(nodes):
-        found.warn("GPUs", "none is visible here: memory is not compared; check again on the machine that will run it")
+        found.skip("GPUs", "none is visible here, so memory is not compared: check again on the machine that will run")
 
 
 def check_heads(found: Findings, nodes: Sequence[Node], artifact: Path) -> None:

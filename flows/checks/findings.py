@@ -1,4 +1,4 @@
-"""What checks found: one line each. `draftsmith check` prints all of them, a run stops at its first error."""
+"""Results of checks, one line each. `draftsmith check` prints all of them, a run stops at its first error."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from draftsmith.artifacts.errors import DraftsmithError, from_os_error
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError, from_os_error
 from draftsmith.flows.pipeline.display import Display, escape
 
 
 class Level(StrEnum):
     OK = "ok"
-    WARNING = "warning"
+    WARNING = "warning"  # works, but less well than it could
+    SKIPPED = "not checked"  # could not be checked here, for the reason that the line gives
     ERROR = "error"
 
 
@@ -24,11 +25,12 @@ class Finding:
     level: Level
     check: str
     text: str
+    unreachable: bool = False  # skipped because the hub, a bucket or a server of ours could not be reached
 
 
 @dataclass
 class Findings:
-    """What was found so far: an error of one check never keeps the others from running."""
+    """Collects what the checks find. An error of one check never keeps the others from running."""
 
     lines: list[Finding] = field(default_factory=list)
 
@@ -38,17 +40,25 @@ class Findings:
     def warn(self, check: str, text: str) -> None:
         self.lines.append(Finding(Level.WARNING, check, text))
 
+    def skip(self, check: str, text: str, *, unreachable: bool = False) -> None:
+        """Record what could not be checked here, and why. unreachable: a later try may find more."""
+        self._add(Finding(Level.SKIPPED, check, text, unreachable))
+
     def error(self, check: str, text: str) -> None:
-        """Told once: a plan that cannot be made meets the errors of single checks before them."""
-        found = Finding(Level.ERROR, check, text)
-        if not any(line == found or line.text.endswith(f": {text}") for line in self.lines):
+        self._add(Finding(Level.ERROR, check, text))
+
+    def _add(self, found: Finding) -> None:
+        """Add a line once: a plan that cannot be made meets the errors of single checks before them."""
+        if not any(line == found or line.text.endswith(f": {found.text}") for line in self.lines):
             self.lines.append(found)
 
     @contextmanager
     def part(self, check: str) -> Iterator[None]:
-        """A check whose error is a finding: the others go on."""
+        """Make a finding of whatever the block raises, so that the other checks go on."""
         try:
             yield
+        except RetryableError as error:
+            self.skip(check, str(error), unreachable=True)
         except DraftsmithError as error:
             self.error(check, " ".join(str(error).split()))
         except OSError as error:
@@ -58,15 +68,32 @@ class Findings:
 
     @property
     def errors(self) -> int:
-        return sum(line.level is Level.ERROR for line in self.lines)
+        return self._count(Level.ERROR)
 
     @property
-    def warnings(self) -> list[str]:
-        return [f"{line.check}: {line.text}" for line in self.lines if line.level is Level.WARNING]
+    def unreachable(self) -> list[str]:
+        """The checks that something unreachable kept from being made."""
+        return list(dict.fromkeys(line.check for line in self.lines if line.unreachable))
+
+    @property
+    def summary(self) -> str:
+        """One line that counts errors, warnings and what was not checked."""
+        counts = [(self.errors, "error"), (self._count(Level.WARNING), "warning")]
+        named = [f"{count} {name}{'' if count == 1 else 's'}" for count, name in counts]
+        return f"{', '.join(named)}, {self._count(Level.SKIPPED)} not checked"
+
+    @property
+    def remarks(self) -> list[str]:
+        """Warnings and what was not checked, as a run prints them."""
+        shown = (Level.WARNING, Level.SKIPPED)
+        return [f"{line.level.value}: {line.check}: {line.text}" for line in self.lines if line.level in shown]
+
+    def _count(self, level: Level) -> int:
+        return sum(line.level is level for line in self.lines)
 
 
 class FirstError(Findings):
-    """What a run checks with: the first error ends it, as the exception that it is where there is one."""
+    """Raises the first error, as a run wants it: as the exception that it is where there is one."""
 
     def error(self, check: str, text: str) -> None:
         raise DraftsmithError(f"{check}: {text}")
@@ -82,12 +109,14 @@ class FirstError(Findings):
 
 
 def show(display: Display, lines: list[Finding]) -> None:
-    """One line a check."""
+    """Print one line a check."""
     width = max(len(line.check) for line in lines)
+    level_width = max(len(level.value) for level in Level)
+    styles = {Level.OK: "green", Level.WARNING: "yellow", Level.SKIPPED: "cyan", Level.ERROR: "bold red"}
     for line in lines:
-        style = {Level.OK: "green", Level.WARNING: "yellow", Level.ERROR: "bold red"}[line.level]
+        style = styles[line.level]
         display.console.print(
-            f"[{style}]{line.level.value:<7}[/{style}]  {escape(line.check):<{width}}  {escape(line.text)}",
+            f"[{style}]{line.level.value:<{level_width}}[/{style}]  {escape(line.check):<{width}}  {escape(line.text)}",
             highlight=False,
             soft_wrap=True,
         )

@@ -38,7 +38,8 @@ def resolve_metadata(found: Findings, nodes: Sequence[Node], artifact: Path) -> 
         try:
             metadata_artifact(target, artifact)
         except UnreachableError as error:
-            found.warn("target", f"{error}; not checked: tokenizer, chat template, drafter, context, memory, disk")
+            left_out = "tokenizer, chat template, drafter, context, memory, disk"
+            found.skip("target", f"{error}; not checked: {left_out}", unreachable=True)
             return False
         return True
     return False
@@ -104,6 +105,20 @@ def check_nodes(found: Findings, nodes: Sequence[Node], artifact: Path, *, whole
                 found.ok(node.name, "its settings fit the target")
 
 
+def check_first_drafters(found: Findings, nodes: Sequence[Node]) -> None:
+    """Look for every drafter that a run starts from, on the hub where it is no folder here."""
+    from draftsmith.stages.targets.metadata import UnreachableError
+
+    for node in nodes:
+        if isinstance(node.config, SftConfig) and trains_anew(node) and node.config.init_from:
+            check = f"{node.name}: drafter"
+            with found.part(check):
+                try:
+                    _drafter_metadata(node.config.init_from, node.config.init_revision)
+                except UnreachableError as error:
+                    found.skip(check, str(error), unreachable=True)
+
+
 def check_drafters(found: Findings, nodes: Sequence[Node], artifact: Path, *, whole: bool) -> Plans:
     """Every drafter that a run begins with, and what is asked of it where it drafts. artifact, whole: as above."""
     plans: dict[str, DrafterPlan] = {}
@@ -165,7 +180,7 @@ def _check_drafter(
             fetch = drafter_source if whole else _drafter_metadata
             source = fetch(config.init_from, config.init_revision)
         except UnreachableError as error:
-            found.warn(name, f"{error}; not checked: its layers, mask token, memory, disk")
+            found.skip(name, f"{error}; not checked: its layers, mask token, memory, disk", unreachable=True)
             return None
         where = config.init_from
         plan = plan_of_checkpoint(source, target_config, where, tokenizer, config.drafter)

@@ -13,7 +13,7 @@ from draftsmith.flows.pipeline.graph import Node
 from draftsmith.stages.measure.config import EvaluationConfig, prompts_to_decode
 from draftsmith.stages.prompting.aside import UNREADABLE, Aside
 from draftsmith.stages.prompting.file_prompts import file_rows
-from draftsmith.stages.prompting.files import is_remote, matched, read_rows
+from draftsmith.stages.prompting.files import is_remote, matched, no_rows, read_rows
 from draftsmith.stages.prompting.held_out import HeldOut, identity, place
 from draftsmith.stages.prompting.intake import Intake, ShapeSieve
 from draftsmith.stages.prompting.logs_config import LogsConfig
@@ -49,6 +49,10 @@ def check_sources(found: Findings, nodes: Sequence[Node]) -> None:
                 name = node.config.section if node.config.of_logs else f"{node.name}.sources.{index}"
                 with found.part(name):
                     _check_source(found, name, source, node.config)
+            sources = [each for each in node.config.sources if isinstance(each, HuggingFaceSource) and each.of_hub]
+            if sources:
+                names = ", ".join(dict.fromkeys(each.id for each in sources))
+                found.skip(node.name, f"whether {names} have rows enough: they are counted when a run fetches them")
 
 
 def check_supplies(found: Findings, nodes: Sequence[Node]) -> None:
@@ -164,11 +168,11 @@ def _check_source(found: Findings, name: str, source: PromptSource, config: Prom
             except (DraftsmithError, SetAside) as error:  # others may be better
                 found.warn(name, str(error))
         case HuggingFaceSource():
-            _check_hub(found, name, source, wanted)
+            _check_hub(found, name, source)
 
 
-def _check_hub(found: Findings, name: str, source: HuggingFaceSource, wanted: int) -> None:
-    """Asks the hub whether it has the data set; never fetches it."""
+def _check_hub(found: Findings, name: str, source: HuggingFaceSource) -> None:
+    """Ask the hub whether it has the data set; never fetch it."""
     from huggingface_hub import dataset_info
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -181,12 +185,9 @@ def _check_hub(found: Findings, name: str, source: HuggingFaceSource, wanted: in
     except RevisionNotFoundError:
         found.error(name, f"data set {source.id}: the hub has no revision {source.revision}: correct it")
     except Exception as error:  # the hub's library raises its HTTP client's own errors too
-        found.warn(
-            name,
-            f"data set {source.id}: the hub cannot be asked ({one_line(error, 80)}); {wanted} prompts are not certain",
-        )
+        found.skip(name, f"data set {source.id}: the hub cannot be asked ({one_line(error, 80)})", unreachable=True)
     else:
-        found.ok(name, f"data set {source.id} is on the hub; whether it has {wanted} rows is not checked")
+        found.ok(name, f"data set {source.id} is on the hub")
 
 
 def _tried(source: ReasoningGymSource | ProceduralSource) -> list[Supply]:
@@ -219,7 +220,7 @@ def _check_files(found: Findings, name: str, source: JsonlSource, config: Prompt
         unread += not text  # token ids alone: the stage decodes them
         held_out += place(identity(messages, config.heldout_by)) < share
         if not whole:
-            found.ok(name, f"{source.path} can be read; too large to count here")
+            found.skip(name, f"whether {source.path} has rows enough: it can be read, and is too large to count here")
             return
     if aside.bad:
         found.warn(name, f"{source.path}: {aside.bad} of {aside.rows} rows cannot be read and will be set aside")
@@ -326,11 +327,13 @@ def _check_log(found: Findings, name: str, config: LogsConfig, target: Path | No
             raise DraftsmithError(unknown)
         found.warn(name, f"{unknown} (seen in the first {aside.rows} rows)")
     if sieve.outside_window + sieve.overlap == aside.rows and not whole:
-        found.ok(name, f"{line}; rows of the window may follow")
+        found.skip(name, f"whether there are rows of the window: {line}; others may follow")
         return
     if config.after is not None and sieve.outside_window + sieve.overlap == aside.rows:
         found.warn(name, f"no row is later than {config.after}: without new ones, only a drift check can be made")
         return
+    if not aside.rows:
+        raise DraftsmithError(no_rows(config.paths))
     if not used and whole:
         raise DraftsmithError(f"{', '.join(config.paths)}: {line}: give other files or correct section {name}")
     meant = aside.rows - sieve.outside_window - sieve.filtered

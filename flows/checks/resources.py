@@ -47,7 +47,7 @@ def check_resources(
     prompts = next((node.config for node in nodes if isinstance(node.config, PromptsConfig)), None)
     plan = max(plans.values(), key=lambda plan: plan.parameters, default=None)
     if prompts is None or plan is None:
-        found.warn("memory", "not estimated: the drafter's shape is not known here")
+        found.skip("memory", "not estimated, disk neither: the drafter's shape is not known here")
         return {}
     info = read_target_info(artifact)
     sizes = Sizes(

@@ -120,8 +120,14 @@ def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def shipped_configs() -> Path:
+    """Return the folder of the configs that Draftsmith comes with: `configs` beside `flows`, installed or not."""
+    return Path(__file__).resolve().parents[2] / "configs"
+
+
 def _read_yaml(path: Path, beneath: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The fields of a file; `extends: other.yaml` lays them over those of another file, found beside this one."""
+    """The fields of a file; `extends: other.yaml` lays them over those of another file: relative to this one, else one
+    of the shipped configs."""
     data, place = _read_mapping(path), path.resolve()
     if place in beneath:
         raise DraftsmithError(f"{path}: extends: the files extend each other: remove one of the lines")
@@ -129,11 +135,13 @@ def _read_yaml(path: Path, beneath: tuple[Path, ...] = ()) -> dict[str, Any]:
         return data
     if not isinstance(other, str):
         raise DraftsmithError(f"{path}: extends: expected the name of a YAML file, got {short(other)}")
-    if not (parent := path.parent / other).exists():
+    parent, shipped = path.parent / other, shipped_configs() / other.removeprefix("configs/")
+    if not parent.exists() and not shipped.is_file():
         raise DraftsmithError(
-            f"{path}: extends: {parent} does not exist (the path is relative to this file): correct it"
+            f"{path}: extends: {parent} does not exist, nor is it a shipped config. Give a path relative to this file, "
+            "or a name such as configs/model.yaml"
         )
-    return merged(_read_yaml(parent, (*beneath, place)), data)
+    return merged(_read_yaml(parent if parent.exists() else shipped, (*beneath, place)), data)
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

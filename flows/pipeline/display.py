@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from rich import markup
@@ -92,6 +92,10 @@ class Display:
 
     def line(self, text: str) -> None:
         self.console.print(escape(text), highlight=False, soft_wrap=True)
+
+    def lines(self, texts: Iterable[str]) -> None:
+        for text in texts:
+            self.line(text)
 
     def plan(self, planned: Sequence[PlannedNode]) -> None:
         table = Table(title="Plan", title_justify="left", box=None, pad_edge=False)

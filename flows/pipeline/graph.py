@@ -38,7 +38,7 @@ class Node:
 
 
 class Checks(Protocol):
-    """What a run checks on its way. Raises DraftsmithError for what it cannot get past; returns warnings."""
+    """What a run checks on its way. Raises DraftsmithError for what it cannot get past; returns lines to print."""
 
     def before(self, planned: Sequence[PlannedNode]) -> list[str]:
         """Before the first stage runs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -130,7 +130,8 @@ def _run_once(
     check_runner(config.stages)
     for check in (workshop.store.check, workshop.tracking.check):
         patiently(check, config.stages, workshop.display.line)
-    _warn(workshop, filter(None, [misplaced(tracking)]))
+    if (warning := misplaced(tracking)) is not None:
+        workshop.display.line(f"warning: {warning}")
     close_dead_runs(workshop.tracking, workshop.store)
     planned = patiently(
         lambda: part.plan(config, workshop.store, pipeline, force, deployed=_deployed()),
@@ -144,7 +145,7 @@ def _run_once(
     concluding = pipeline.course(config, forced) if pipeline.course is not None else None
     course = concluding if whole else None
     workshop.display.left_over(planned)
-    _warn(workshop, checks.before(planned) if checks is not None else [])
+    workshop.display.lines(checks.before(planned) if checks is not None else [])
     reused = {f"draftsmith.reused.{p.node.name}": p.ref.uri for p in planned if p.status is Planned.HIT and p.ref}
     record = RunRecord(workshop.tracking, config.name, config.model_dump(mode="json"), reused)
     workshop = dataclasses.replace(workshop, refresh_run=record.open)
@@ -205,11 +206,6 @@ def _deployed() -> bool:
     return context is not None and context.flow_run is not None and context.flow_run.deployment_id is not None
 
 
-def _warn(workshop: Workshop, warnings: Iterable[str]) -> None:
-    for warning in warnings:
-        workshop.display.line(f"warning: {warning}")
-
-
 def _make_all(
     workshop: Workshop,
     nodes: Sequence[Node],
@@ -231,7 +227,7 @@ def _make_all(
             raise
         folders = Folders(workshop.store, _refs(made))
         if checks is not None:
-            _warn(workshop, checks.after(node, folders))
+            workshop.display.lines(checks.after(node, folders))
         if course is not None:
             conclusion = patiently(partial(course.stop, node, folders), workshop.config.stages, workshop.display.line)
             if conclusion is not None:

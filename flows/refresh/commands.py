@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import shutil
@@ -21,6 +22,8 @@ from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.refresh.line import FASTEST_BLOCK, folder_of, in_this_home, registry, uploaded_copy
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.targets.info import model_path, read_target_info
+
+log = logging.getLogger(__name__)
 
 
 def champions(display: Display, line: str) -> None:
@@ -114,6 +117,13 @@ def export(display: Display, text: str, folder: Path, layout: str = "sglang", *,
 
 def _export(display: Display, version: Version, folder: Path, layout: str, *, dry_run: bool) -> None:
     source = verified(version)
+    if "promoted_at" not in version.tags:
+        log.warning(
+            "%s was not promoted (%s). `draftsmith export %s FOLDER` copies the champion.",
+            version,
+            version.tags.get("decision", "no gate has decided"),
+            version.line,
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         what = "not empty" if folder.is_dir() else "a file"
         raise DraftsmithError(f"{folder} is {what}: give a new folder")

@@ -93,10 +93,11 @@ class RefreshConfig(RunOptions):
         logs = data["logs"]
         paths, given = logs.get("paths"), data.get("prompts", {})
         if paths and isinstance(given, dict) and "sources" not in given:
-            when = {name: logs[name] for name in ("since", "time_field", "filter") if logs.get(name) is not None}
+            of_rows = ("since", "time_field", "filter", "fields")
+            given_too = {name: logs[name] for name in of_rows if logs.get(name) is not None}
             read = {name: logs[name] for name in _READ_ALIKE if logs.get(name) is not None}
             each = [paths] if isinstance(paths, str) else paths
-            sources = [{"kind": "jsonl", "path": path, **when} for path in each]
+            sources = [{"kind": "jsonl", "path": path, **given_too} for path in each]
             made["prompts"] = {"sources": sources, **_OF_LOGS, **read, **given, "of_logs": True}
         sampled = {
             "temperature": logs.get("temperature", 0),

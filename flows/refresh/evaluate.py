@@ -86,8 +86,10 @@ def named_drafter(text: str) -> tuple[str, str]:
         from draftsmith.flows.refresh.commands import verified
 
         return _plain(text), str(verified(registry().resolve(text)))
-    if text.startswith((".", "/", "~")):
-        raise DraftsmithError(f"{text}: no such folder: give a drafter's folder, a hub id, or NAME@champion")
+    path = Path(text)
+    # `owner/name` is a hub id, unless there is a folder `owner` here; the checks ask the hub for it
+    if text.startswith((".", "/", "~")) or len(path.parts) != 2 or path.parent.is_dir():
+        raise DraftsmithError(f"{text}: no such folder. Give a drafter's folder, a hub id or NAME@champion.")
     return _plain(text.replace("/", "-")), text
 
 

@@ -14,13 +14,14 @@ from typing import TypeAlias
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.prompting.aside import Aside
-from draftsmith.stages.prompting.files import BadRow, Row, matched, read_rows
+from draftsmith.stages.prompting.files import BadRow, Row, matched, no_rows, read_rows
 from draftsmith.stages.prompting.rows import (
     Message,
     SetAside,
     is_unicode,
     messages_beside_ids,
     prompt_ids,
+    renamed,
     row_messages,
 )
 from draftsmith.stages.prompting.sources import Candidate, JsonlSource
@@ -54,12 +55,13 @@ def file_rows(
             continue
         try:
             kept = source.keeps(row.fields, row.where)
-            ids = prompt_ids(row.fields, source.field, row.where) if kept else None
+            fields = renamed(row.fields, source.fields)
+            ids = prompt_ids(fields, source.field, row.where) if kept else None
             if ids is not None:
-                known = messages_beside_ids(row.fields, tools=as_they_are)
+                known = messages_beside_ids(fields, tools=as_they_are)
                 messages = read_ids(ids, known) if read_ids is not None else known or []
             else:
-                messages = row_messages(row.fields, source.field, row.where) if kept else []
+                messages = row_messages(fields, source.field, row.where) if kept else []
         except SetAside as reason:
             aside.unusable(row.file, row.number, None, str(reason))
             continue
@@ -70,6 +72,8 @@ def file_rows(
             aside.unreadable(BadRow(row.file, row.number, "not valid Unicode (half a surrogate pair): correct the row"))
         elif kept:
             yield row, messages, ids
+    if not aside.rows:
+        raise DraftsmithError(no_rows([source.path]))
     aside.check()
 
 
@@ -93,10 +97,8 @@ def placed_rows(
         raise DraftsmithError(
             f"{source.path}: none of {aside.rows} rows can be a prompt ({aside.said()}{passed}): give other rows"
         )
-    if empty and source.filter:
-        raise DraftsmithError(f"{source.path}: no row passes the filter {source.filter}: correct it")
     if empty:
-        raise DraftsmithError(f"{source.path}: the file is empty: give a JSON Lines file with one prompt a line")
+        raise DraftsmithError(f"{source.path}: no row passes the filter {source.filter}: correct it")
 
 
 def _age(source: JsonlSource, row: Row) -> tuple[float, ...]:

@@ -22,6 +22,8 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError, one_lin
 KINDS = ".jsonl, .ndjson or .json with an object a line, also with .gz or .zst, or .parquet"
 # what is taken out of a folder; behind the suffix a number or a date, as logrotate writes them
 _OF_ROWS = re.compile(r".*(\.(jsonl|ndjson|json)([.-]\d[\d.T_-]*)?(\.gz|\.zst)?|\.parquet(\.gz|\.zst)?)")
+# a header line of CSV: at least two names, each maybe in quotes, with one separator between all of them
+_CSV_HEADER = re.compile(r'"?[\w .-]+"?(?P<separator>[,;\t])"?[\w .-]+"?(?:(?P=separator)"?[\w .-]+"?)*')
 _CHUNK = 1 << 18  # bytes
 _PARQUET_ROWS = 256  # Python objects of so many rows at a time
 
@@ -204,6 +206,11 @@ def read_rows(files: Sequence[str]) -> Iterator[Row | BadRow]:
             raise
 
 
+def no_rows(paths: Sequence[str]) -> str:
+    """Return the error for files in which no line is a row."""
+    return f"{', '.join(paths)}: is empty. Give a file with one JSON object a line."
+
+
 def count_rows(files: Sequence[str], counted: Callable[[], None] = lambda: None) -> int:
     """About how many rows there are, without taking them apart; damaged files count as far as they go.
 
@@ -239,14 +246,18 @@ def _opened(file: str) -> AbstractContextManager[IO[bytes]]:
 
 
 def _json_rows(file: str, raw: IO[bytes]) -> Iterator[Row | BadRow]:
-    number = 0
+    number, first = 0, True
     try:
         if _inner(file).endswith(".parquet"):
             raise _DamagedError("a Parquet file that is compressed as a whole: unpack it")
         for number, line in enumerate(_lines(file, raw), start=1):
             if not line.strip():
                 continue
-            parsed = _parsed(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            parsed = _parsed(line)
+            if first and isinstance(parsed, str):
+                parsed = _as_csv(file, line) or parsed
+            first = False
             yield BadRow(file, number, parsed) if isinstance(parsed, str) else Row(file, number, parsed)
     except _DamagedError as damage:
         yield BadRow(file, number + 1, str(damage))
@@ -294,6 +305,17 @@ def _parsed(line: bytes) -> dict[str, Any] | str:
     if not isinstance(row, dict):
         return f"a JSON {kind_of(row)}, not an object: every line must be one JSON object"
     return row
+
+
+def _as_csv(file: str, line: bytes) -> str | None:
+    """Return what to do with a file whose first line is a header of CSV; None if it is not."""
+    header = _CSV_HEADER.fullmatch(line.decode("utf-8", "replace").strip())
+    if header is None and not _inner(file).endswith((".csv", ".tsv")):
+        return None
+    separator = header["separator"] if header is not None else ","
+    read = f"read_csv({file!r}{'' if separator == ',' else f', sep={separator!r}'})"
+    convert = f"import pandas; pandas.{read}.to_json('rows.jsonl', orient='records', lines=True)"
+    return f'looks like CSV, not JSON Lines. Convert it (python -c "{convert}") and give rows.jsonl'
 
 
 def _parquet_rows(file: str, raw: IO[bytes]) -> Iterator[Row | BadRow]:

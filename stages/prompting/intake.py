@@ -19,7 +19,7 @@ from draftsmith.stages.prompting.files import BadRow, Row
 from draftsmith.stages.prompting.held_out import HeldOut, digest
 from draftsmith.stages.prompting.logged import LoggedRow, Reader, logged_ids, logged_text
 from draftsmith.stages.prompting.logs_config import LogsConfig
-from draftsmith.stages.prompting.rows import SetAside, messages_beside_ids, passes
+from draftsmith.stages.prompting.rows import SetAside, messages_beside_ids, passes, renamed
 from draftsmith.stages.prompting.times import TIME_FIELDS, row_time
 from draftsmith.stages.prompting.tokenised import Tokenised
 from draftsmith.stages.prompting.unrendered import Unrendered
@@ -108,7 +108,7 @@ class Sieve(ABC, Generic[T]):
             # nobody can say when it was logged: about when the row before it was
             self.aside.unreadable(row, outside=self._outside == (row.file, True))
             return None
-        logged = LoggedRow(row.file, row.number, row.fields)
+        logged = LoggedRow(row.file, row.number, dict(renamed(row.fields, self._config.fields)))
         try:
             time = row_time(row.fields, self._config.time_field)
             inside = self._in_window(time)

@@ -129,8 +129,10 @@ def logged_text(row: LoggedRow) -> tuple[list[Message], str]:
     """Prompt and answer of a row of text. Raises SetAside, and DraftsmithError for another shape."""
     completion = row.fields.get("completion")
     if not isinstance(completion, str) or row.fields.get("messages") is None:
-        known = ", ".join(sorted(row.fields)) or "nothing"
-        raise DraftsmithError(f"{row.where}: none of the shapes {SHAPES}; it has {known}: correct the row")
+        known = ", ".join(sorted(name for name, value in row.fields.items() if value is not None)) or "nothing"
+        raise DraftsmithError(
+            f"{row.where}: none of the shapes {SHAPES}; it has {known}. Name its fields in logs.fields, or correct it"
+        )
     if isinstance(thought := row.fields.get(_THOUGHT), str) and thought.strip():
         raise SetAside("thinking that is not in the completion")
     return row_messages(row.fields, "messages", row.where, answered=False), completion

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from draftsmith.stages.contract import Config
 from draftsmith.stages.law import Law, TopK
 from draftsmith.stages.prompting.files import listed, local_files, matched, remote_versions
-from draftsmith.stages.prompting.rows import Filter
+from draftsmith.stages.prompting.rows import FieldNames, Filter
 from draftsmith.stages.prompting.times import LAST, Since, as_text, as_time, iso
 
 _PATHS = "logs.paths"
@@ -46,6 +46,11 @@ class LogsConfig(Config):
         default={},
         description="only rows whose fields have this value or one of these, e.g. {model: my-target} where a log holds "
         "the answers of several models",
+    )
+    fields: FieldNames = Field(
+        default={},
+        description="what the rows call their fields, e.g. {messages: question, completion: answer}; text in place of "
+        "messages is the one message of a user",
     )
     temperature: float = Field(
         ge=0,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.prompting.files import kind_of
@@ -16,6 +16,8 @@ from draftsmith.stages.prompting.files import kind_of
 Message: TypeAlias = dict[str, str]  # role, content
 Value: TypeAlias = str | int | float | bool
 Filter: TypeAlias = dict[str, Value | list[Value]]  # of a config: field -> what it may be
+LogField: TypeAlias = Literal["messages", "completion", "prompt_token_ids", "completion_token_ids", "finish_reason"]
+FieldNames: TypeAlias = dict[LogField, str]  # of a config: our name of a field -> its name in the rows
 
 _ROLES = {
     "system": "system",
@@ -51,6 +53,23 @@ def passes(wanted: Filter, row: Mapping[str, Any], where: str) -> bool:
         if row[name] not in (values if isinstance(values, list) else [values]):
             return False
     return True
+
+
+def renamed(row: Mapping[str, Any], names: FieldNames) -> Mapping[str, Any]:
+    """Return the row with our names for the fields that `names` gives; a field that it lacks is None.
+
+    Under another name `messages` may be plain text too: then it is the one message of a user.
+    """
+    if not names:
+        return row
+    made: dict[str, Any] = dict(row)
+    made.update((ours, row.get(theirs)) for ours, theirs in names.items())
+    if "messages" in names and isinstance(text := made["messages"], str):
+        try:
+            _unpacked(text, "")
+        except DraftsmithError:
+            made["messages"] = [{"role": "user", "content": text}]
+    return made
 
 
 def prompt_ids(row: Mapping[str, Any], field: str | None, where: str) -> list[int] | None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from draftsmith.stages.contract import Config
-from draftsmith.stages.prompting.rows import Filter, Message, passes
+from draftsmith.stages.prompting.rows import FieldNames, Filter, Message, passes
 from draftsmith.stages.prompting.times import Since, as_time
 
 Split = Literal["train", "validation", "heldout"]
@@ -94,6 +94,7 @@ class JsonlSource(_RowSource):
         "too few: 7d, 12h, an ISO date or time, or `last`, as in section logs",
     )
     time_field: str | None = Field(default=None, description="field with a row's time, as in section logs")
+    fields: FieldNames = Field(default={}, description="names of a log's fields, as in section logs")
 
     @property
     def set_name(self) -> str:

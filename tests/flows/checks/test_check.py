@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,8 +50,8 @@ def levels(out: str) -> dict[str, list[str]]:
     """check → levels of its lines."""
     found: dict[str, list[str]] = {}
     for line in out.splitlines():
-        level, check = line[:9].strip(), line[9:].split("  ")[0].strip()
-        found.setdefault(check, []).append(level)
+        if shown := re.match(r"(ok|warning|not checked|error) +(\S.*?)  ", line):
+            found.setdefault(shown[2], []).append(shown[1])
     return found
 
 
@@ -59,7 +60,9 @@ def test_a_good_config_passes_and_nothing_is_left(
 ) -> None:
     assert run(tmp_path, config) == 0
     out = capsys.readouterr().out
-    assert {level for each in levels(out).values() for level in each} == {"ok"}
+    assert levels(out).pop("time") == ["not checked"], "nothing has run here that says how long it takes"
+    assert {level for check, each in levels(out).items() for level in each if check != "time"} == {"ok"}
+    assert out.splitlines()[-1] == "0 errors, 0 warnings, 1 not checked"
     for check in ("home", "graph", "prompts.sources.0", "target", "sft: drafter", "sft: memory", "mining: memory"):
         assert check in levels(out)
     assert not home.exists()
@@ -314,6 +317,40 @@ def test_a_file_with_too_few_prompts_to_measure_on_is_told(
     assert "of 40 rows are of the training class (heldout_share 0.5), 38 training" in capsys.readouterr().out
 
 
+README = (ROOT / "README.md").read_text("utf-8")
+OWN_MODEL = README.partition("# my-model.yaml\n")[2].partition("```")[0]
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        (OWN_MODEL, r"prompts\.jsonl}.*# ([\d,]+) rows"),
+        ("extends: configs/model.yaml\nname: own\n", r"path: prompts\.jsonl}].*# ([\d,]+) different prompts"),
+    ],
+)
+def test_one_file_of_the_size_that_a_comment_says_is_enough(
+    text: str,
+    size: str,
+    tmp_path: Path,
+    tiny_target: Path,
+    tiny_drafter: DrafterArtifacts,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    comment = re.search(size, text + (ROOT / "configs" / "model.yaml").read_text("utf-8"))
+    assert comment is not None
+    rows = int(comment[1].replace(",", ""))
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Question {i}?"}) + "\n" for i in range(rows)))
+    Path("own.yaml").write_text(text)
+    changes = [f"target={{source: {tiny_target}, dtype: float32}}", "prompts.max_prompt_tokens=64"]
+    changes += [f"sft.init_from={tiny_drafter.drafter / 'drafter'}"]
+    changes += [f"{each}.sampling.max_new_tokens=32" for each in ("rollout", "assisted", "heldout", "evaluation")]
+    assert main(["check", "own.yaml", *(word for change in changes for word in ("--set", change))]) == 0
+    assert f"{rows} rows for 8576 prompts" in capsys.readouterr().out
+
+
 @pytest.mark.usefixtures("home")
 def test_a_drafter_to_start_from_is_whole(
     tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str], tiny_drafter: DrafterArtifacts
@@ -364,13 +401,38 @@ def test_the_recipe_is_checked_from_the_hubs_small_files(tmp_path: Path, tiny_ta
     assert f"not set: now {REVISION}, reused until `--force target` takes a newer one" in out
     assert "5 layers on target layers [1, 9, 17, 25, 33], blocks of 16, mask token 151669 (beyond" in out
     assert "8 times about" in out and "none is visible here" in out
-    assert levels(out)["opd: memory"] == ["ok"] and levels(out)["prompts.sources.0"] == ["warning"]
+    assert levels(out)["opd: memory"] == ["ok"] and levels(out)["prompts.sources.0"] == ["not checked"]
 
 
 def test_without_hub_and_cache_the_rest_is_still_checked(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     done = check_recipe(tmp_path, tmp_path / "empty")
     found = levels(done.stdout)
-    assert found["target"] == ["warning"]
+    assert found["target"] == ["not checked"]
     assert "not checked: tokenizer, chat template, drafter, context, memory, disk" in done.stdout
     assert found["graph"] == ["ok"]
+
+
+@pytest.mark.usefixtures("home")
+def test_a_hub_that_cannot_be_reached_is_worth_another_try(
+    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    config["sft"] = {"init_from": "someone/drafter"}
+    assert run(tmp_path, config) == 75
+    captured = capsys.readouterr()
+    assert levels(captured.out)["sft: drafter"] == ["not checked"] and "sft: drafter" in captured.err
+    config["assisted"]["skip"] = 100
+    assert run(tmp_path, config) == 2, "an error is no matter of trying again"
+
+
+@pytest.mark.usefixtures("home")
+def test_servers_that_are_not_up_are_not_checked(
+    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config["assisted"]["engine"] = {"kind": "sglang", "urls": ["http://127.0.0.1:9"]}
+    assert run(tmp_path, config) == 0
+    assert levels(capsys.readouterr().out)["sglang (assisted)"] == ["not checked"]
+    assert main(["run", str(tmp_path / "run.yaml"), "--plan"]) == 0
+    assert "not checked: sglang (assisted): http://127.0.0.1:9" in capsys.readouterr().out

@@ -21,7 +21,7 @@ SAMPLED = "sampling={max_new_tokens: 32, temperature: 0.7, top_p: 0.9}"
 def warnings(nodes: list[Node]) -> list[str]:
     found = Findings()
     check_laws(found, nodes)
-    return found.warnings
+    return found.remarks
 
 
 def refreshed(*overrides: str) -> list[str]:
@@ -38,7 +38,7 @@ def refreshed(*overrides: str) -> list[str]:
 )
 def test_tau_of_another_law_than_what_is_learned_or_timed_is_a_warning(section: str, said: str) -> None:
     (warning,) = refreshed(f"{section}.{SAMPLED}")
-    assert warning.startswith(f"evaluation: not of one law: tau is of answers that are {said}")
+    assert warning.startswith(f"warning: evaluation: not of one law: tau is of answers that are {said}")
 
 
 def test_one_law_is_no_warning_whatever_it_is(tmp_path: Path) -> None:
@@ -61,11 +61,11 @@ def test_a_gate_that_can_promote_nothing_is_told_before_anything_is_spent() -> N
     def told(*overrides: str) -> list[str]:
         found = Findings()
         check_gate(found, refresh_nodes(load_config(ROOT / "configs" / "quickstart.yaml", list(overrides))))
-        return found.warnings
+        return found.remarks
 
     (warning,) = told("evaluation.rounds=2", "evaluation.speed_prompts=3")
     low = "evaluation.rounds 2 (from 5 on), evaluation.speed_prompts 3 (from 4 on)"
-    assert warning.startswith(f"gate: will promote nothing, as it judges no speed by {low}: raise it")
+    assert warning.startswith(f"warning: gate: will promote nothing, as it judges no speed by {low}: raise it")
     (warning,) = told("evaluation.concurrency=[1, 16]")
     low = "evaluation.speed_prompts 12 (from 32 on)"
     assert f"as it judges no speed by {low}: raise it" in warning, "a turn of 16 in flight ends with its slowest"

@@ -74,7 +74,7 @@ def test_a_stage_takes_what_it_took_here_by_its_size(monkeypatch: pytest.MonkeyP
 def test_what_is_done_and_what_another_target_took_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines(monkeypatch, HERE, nodes=NODES[1:2])["time"] == "about 3 min 00 s: rollout 3 min 00 s"
     assert lines(monkeypatch, HERE, nodes=[]) == {}
-    assert lines(monkeypatch, HERE[3:])["time"] == "not known: nothing of what is to be made has run here"
+    assert lines(monkeypatch, HERE[3:])["time"] == "not estimated: nothing of what is to be made has run here"
     assert lines(monkeypatch, HERE[:2])["time"].endswith("; not known: sft")
 
 

@@ -48,5 +48,5 @@ def test_heads_that_servers_cannot_spread_are_told(over: int, fits: bool, plain_
         found = Findings()
         engines.check_heads(found, [Node("heldout", "draftsmith.stages.rollout", config)], plain_artifact)
         assert bool(found.lines) == (not fits and not options)
-        assert all(f"{over} does not divide the target's 4 heads (2 of keys and values)" in w for w in found.warnings)
+        assert all(f"{over} does not divide the target's 4 heads (2 of keys and values)" in w for w in found.remarks)
         assert found.errors == 0

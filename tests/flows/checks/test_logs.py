@@ -123,7 +123,7 @@ def test_a_data_set_here_has_the_field_that_is_asked_for(
     asked, findings = {"sources": [source], "train": 20, "heldout": 2}, Findings()
     checks.check_sources(findings, [Node("prompts", "draftsmith.stages.prompts", PromptsConfig.model_validate(asked))])
     told = [
-        warning for warning in findings.warnings if "row 1: no field prompt: set field to one of question" in warning
+        warning for warning in findings.remarks if "row 1: no field prompt: set field to one of question" in warning
     ]
     assert bool(told) == (field == "prompt") and findings.errors == 0
 
@@ -133,7 +133,7 @@ def test_a_data_set_here_has_the_field_that_is_asked_for(
     [
         ([answer(1, temperature=1)], "0 of all 1 rows can be used; not used: 1 another temperature"),
         (['{"messages": '], "row 1: not JSON"),
-        ([], "0 of all 0 rows can be used"),
+        ([], "a.jsonl: is empty"),
     ],
 )
 def test_nothing_that_can_be_used_is_an_error(rows: list[Any], said: str, metadata: Path, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_file_that_may_still_be_written_is_named(of_logs: bool, tmp_path: Path
         checks.check_logs(findings, [Node("logs", "draftsmith.stages.logs", logs)], None)
     else:
         checks.check_sources(findings, [Node("prompts", "draftsmith.stages.prompts", prompts)])
-    (said,) = findings.warnings
+    (said,) = findings.remarks
     assert f"{tmp_path}/a.jsonl and 1 more: written to within the last 30 s. A file that grows while a stage" in said
 
 
@@ -244,5 +244,34 @@ def test_later_rows_may_follow_those_that_are_looked_at(
     monkeypatch.setattr(checks, "_LOG_ROWS", 5)
     old, new = ([answer(number, time=f"2026-03-0{day}") for number in range(6)] for day in (1, 2))
     level, text = found(None, tmp_path / "a.jsonl", [*old, *new], **window)
-    assert level is Level.OK and text.startswith("0 of the first 5 rows can be used; not used: 5 outside the window")
-    assert text.endswith("; rows of the window may follow")
+    assert level is Level.SKIPPED and "0 of the first 5 rows can be used; not used: 5 outside the window" in text
+
+
+@pytest.mark.parametrize("of_logs", [True, False])
+@pytest.mark.parametrize(("text", "said"), [("", "is empty"), ("question,answer\nWhat?,That.\n", "looks like CSV")])
+def test_a_file_without_rows_is_an_error_that_says_what_it_is(
+    text: str, said: str, of_logs: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_text(text)
+    os.utime(tmp_path / "a.jsonl", (0, 0))
+    findings = Findings()
+    if of_logs:
+        logs = LogsConfig(paths=[str(tmp_path / "a.jsonl")], temperature=0)
+        checks.check_logs(findings, [Node("logs", "draftsmith.stages.logs", logs)], None)
+    else:
+        sources = [{"kind": "jsonl", "path": str(tmp_path / "a.jsonl")}]
+        asked = PromptsConfig.model_validate({"sources": sources, "train": 4, "heldout": 1})
+        checks.check_sources(findings, [Node("prompts", "draftsmith.stages.prompts", asked)])
+    (line,) = findings.lines
+    assert line.level is Level.ERROR and f"{tmp_path}/a.jsonl" in line.text and said in line.text
+
+
+def test_rows_may_call_their_fields_otherwise(metadata: Path, tmp_path: Path) -> None:
+    rows = [
+        {"question": "tell a story", "reply": "once upon a time .", "why": "stop"},
+        {"question": json.dumps(asks(2)), "reply": "once upon a time the cat .", "why": "stop", "completion": "no"},
+    ]
+    names = {"messages": "question", "completion": "reply", "finish_reason": "why"}
+    assert found(metadata, tmp_path / "a.jsonl", rows, fields=names) == (Level.OK, "2 of all 2 rows can be used")
+    level, text = found(metadata, tmp_path / "a.jsonl", rows, fields=names | {"completion": "answer"})
+    assert level is Level.ERROR and "logs.fields" in text

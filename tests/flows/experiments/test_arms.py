@@ -163,8 +163,8 @@ def test_steps_that_the_control_is_not_trained_for_are_a_warning() -> None:
     def warnings(*overrides: str) -> list[str]:
         found = Findings()
         check_budgets(found, experiment_nodes(load("plateau-greedy", *overrides)))
-        return found.warnings
+        return found.remarks
 
     assert warnings() == warnings("arms.sft.budgets=[400, 800]") == []
     (warning,) = warnings("arms.opd.budgets=[200, 400]")
-    assert warning.startswith("comparison: opd with 200 steps: nothing to compare with, since the control sft is not")
+    assert warning.startswith("warning: comparison: opd with 200 steps: nothing to compare with")

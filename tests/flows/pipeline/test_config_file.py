@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.pipeline.config_file import merged, read_config
+from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.stages.contract import Config
 
 
@@ -56,6 +57,17 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text("name: run\nsft:\n  steps: 20\n  sources:\n    - count: 3\n    - path: data.jsonl\n")
     return path
+
+
+@pytest.mark.parametrize("name", ["configs/model.yaml", "model.yaml"])
+def test_a_file_extends_a_shipped_config_unless_there_is_one_beside_it(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(f"extends: {name}\nname: own\n")
+    config = read_config(path, [], RefreshConfig)
+    assert config.name == "own" and config.registry is not None and config.registry.name == "model"
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("sft: {steps: 2}\n")
+    assert read_config(path, [], Example).sft.steps == 2
 
 
 def test_overrides_are_yaml_and_reach_into_lists_and_new_sections(file: Path) -> None:
@@ -206,9 +218,7 @@ def test_files_that_extend_each_other_or_nothing_are_named(tmp_path: Path) -> No
     with pytest.raises(DraftsmithError, match=r"first.yaml: extends: the files extend each other"):
         read_config(first, [], Example)
     second.write_text("extends: third.yaml\n")
-    with pytest.raises(
-        DraftsmithError, match=r"second.yaml: extends: .*/third.yaml does not exist \(the path is relat"
-    ):
+    with pytest.raises(DraftsmithError, match=r"second.yaml: extends: .*/third.yaml does not exist, nor is it"):
         read_config(first, [], Example)
     second.write_text("extends: [1]\n")
     with pytest.raises(DraftsmithError, match=r"second.yaml: extends: expected the name of a YAML file"):

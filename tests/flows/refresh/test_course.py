@@ -278,7 +278,9 @@ def interrupted(*_arguments: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_drafters_are_compared_by_folder_id_and_version(line: str, home: Path, drafters: list[ArtifactRef]) -> None:
+def test_drafters_are_compared_by_folder_id_and_version(
+    line: str, home: Path, drafters: list[ArtifactRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
     RefreshCourse(resolve(config_of(line)), ()).finish(gated(Store(home / "store"), drafters[0]), None)
     named = [str(drafters[1].path), f"{line}@champion", "z-lab/Qwen3-4B-DFlash-b16"]
     config = evaluate_config(resolve(config_of(line)), named)
@@ -301,8 +303,11 @@ def test_drafters_are_compared_by_folder_id_and_version(line: str, home: Path, d
     assert list(own.drafters) == ["control-1", "plain-2"]
     own = evaluate_config(resolve(config_of(line)), [str(home / "plain-2"), str(home / "plain")])
     assert list(own.drafters.values()) == [str(home / "plain-2"), str(home / "plain")], "none takes another's name"
-    with pytest.raises(DraftsmithError, match=r"\./nowhere: no such folder"):
-        evaluate_config(resolve(config_of(line)), ["./nowhere"])
+    (home / "made").mkdir()
+    monkeypatch.chdir(home)
+    for gone in ("./nowhere", "nowhere", "made/nowhere", "some/other/nowhere"):
+        with pytest.raises(DraftsmithError, match=f"{gone}: no such folder"):
+            evaluate_config(resolve(config_of(line)), [gone])
 
 
 def test_a_version_is_found_in_a_home_that_was_moved_and_where_its_key_was_made_again(

@@ -66,6 +66,17 @@ def test_how_a_server_drafts_with_it_is_said(
     assert f"for vLLM: vllm serve {tmp_path}/vllm" in told(capsys)
 
 
+@pytest.mark.parametrize("promoted", [True, False])
+def test_a_version_that_was_not_promoted_is_copied_with_a_warning(
+    promoted: bool, version: Version, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tags = {"promoted_at": "2026-03-01"} if promoted else {"decision": "tau fell"}
+    cast("dict[str, str]", version.tags).update(tags)
+    commands.export(Display(), "line@1", tmp_path / "copy", dry_run=False)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * (not promoted)
+    assert (tmp_path / "copy" / "config.json").is_file() and ("tau fell" in caplog.text) is not promoted
+
+
 def told(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().out.split())
 

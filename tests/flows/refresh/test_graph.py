@@ -254,12 +254,13 @@ def test_logs_alone_make_a_refresh(tmp_path: Path) -> None:
     assert source.model_dump()["since"] is None
     text = path.read_text()
     more = "since: 2026-03-01, time_field: at, max_bad_share: 0.2, chat_template_kwargs: {enable_thinking: false}"
-    more += ", filter: {model: ours}"
+    more += ", filter: {model: ours}, fields: {messages: question}"
     path.write_text(text.replace("temperature: 0.7", f"temperature: 0.7, {more}"))
     prompts = load_config(path).prompts
     (source,) = prompts.sources
     said = source.model_dump()
     assert (said["since"], said["time_field"], said["filter"]) == ("2026-03-01T00:00:00Z", "at", {"model": "ours"})
+    assert said["fields"] == {"messages": "question"}
     assert (prompts.max_bad_share, prompts.chat_template_kwargs) == (0.2, {"enable_thinking": False})
     path.write_text(text.replace("temperature: 0.7", "temperature: 0.7, since: last"))
     (source,) = prompts_since(load_config(path).prompts, "2026-03-05T00:00:00Z").sources

