@@ -34,8 +34,8 @@ def table(evaluation: Mapping[str, Any], spent: Mapping[str, float]) -> Table:
     for name, speed in evaluation["speed"].items():
         tau = [(evaluation["drafters"].get(name) or {}).get(each) for each in ("tau", "tau_low", "tau_high")]
         times = [number(speed.get(f"{part}_ms_per_step"), ".1f") for part in ("draft", "verify")]
-        gain = interval(*(speed.get(f"speedup{end}") for end in ("", "_low", "_high")), ".3f")
-        measured = [interval(*tau, ".3f"), *times, number(speed.get("tokens_per_s"), ".1f"), gain]
+        gain = interval([speed.get(f"speedup{end}") for end in ("", "_low", "_high")], ".3f")
+        measured = [interval(tau, ".3f"), *times, number(speed.get("tokens_per_s"), ".1f"), gain]
         lines.append([name_of(name), number(spent.get(name), ".1f"), *measured])
     head = ["decoding", "TFLOP", "acceptance length", "draft ms a step", "verify ms a step", "tokens/s", "speed-up"]
     return Table(head, lines, caption=caption)

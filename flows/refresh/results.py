@@ -147,7 +147,8 @@ def _cut(name: str, width: int) -> str:
 
 
 def _legend(review: Review) -> str:
-    differences = [each.differences[review.other] for each in review.variants if review.other in each.differences]
+    other = review.other or ""
+    differences = [each.differences[other] for each in review.variants if other in each.differences]
     marks = {
         "◂ candidate": any(each.candidate for each in review.variants),
         "n.s. not significant": any(each.significant is False for each in differences),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 NAMES = {
@@ -20,6 +21,11 @@ def name_of(arm: str) -> str:
     return NAMES.get(arm, arm)
 
 
+def in_words(arm: str) -> str:
+    """Return the same as a sentence says it."""
+    return "the champion" if arm == "champion" else name_of(arm)
+
+
 def number(value: Any, form: str) -> str:
     """Return a formatted figure, or `ABSENT` if it is none."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -27,10 +33,10 @@ def number(value: Any, form: str) -> str:
     return format(value, form)
 
 
-def interval(value: Any, low: Any, high: Any, form: str) -> str:
-    """Return a figure with its interval in brackets, where there is one; a line may be broken before it."""
-    text, ends = number(value, form), (number(low, form), number(high, form))
-    return text if ABSENT in (text, *ends) else f"{text}\n[{ends[0]}, {ends[1]}]"
+def interval(figures: Iterable[Any], form: str) -> str:
+    """Return a value with its low and high end in brackets, where they are there; a line may be broken before them."""
+    value, *ends = (number(each, form) for each in figures)
+    return value if ABSENT in (value, *ends) else f"{value}\n[{', '.join(ends)}]"
 
 
 def duration(seconds: float) -> str:

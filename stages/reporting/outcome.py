@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from draftsmith.stages.measure.gate import CHAMPION, challenger_of
-from draftsmith.stages.reporting.names import name_of, number
+from draftsmith.stages.reporting.names import in_words, name_of, number
 
 LABELS = {
     "promoted": "The gate says: promote",
@@ -107,7 +107,7 @@ def _measured(evaluation: Mapping[str, Any]) -> Outcome:
     if not found:
         length = number((evaluation["drafters"].get(arm) or {}).get("tau"), ".2f")
         return Outcome("measured", f"{name_of(arm)} has an acceptance length of {length}.", [])
-    verdict, other = found[0], name_of(found[0]["other"])
+    verdict, other = found[0], in_words(found[0]["other"])
     if verdict["different"] is None:
         said = f"{name_of(arm)} cannot be told from {other} by {verdict['prompts']} held-out prompt"
     elif verdict["different"]:

@@ -42,19 +42,17 @@ class ReportData:
 def render_report(path: Path, data: ReportData) -> None:
     """Write the page. The same data gives the same bytes."""
     from jinja2 import Environment
-    from markupsafe import Markup
 
     def shown(value: Any) -> Any:
-        return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+        return printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value  # not our HTML
 
     environment = Environment(autoescape=True, finalize=shown)
     environment.filters["marked"] = _marked
     evaluation, review = data.evaluation, review_of(data.evaluation, data.decision)
-    drawn = {name: Markup(svg) for name, svg in _plots(data).items()}
     page = environment.from_string(PAGE).render(
         title=data.title,
         facts=data.facts,
-        style=Markup(STYLE),
+        style=STYLE,
         review=review,
         warnings=[*(review.warnings if review else ()), *_of_logs(data.logs)],
         spent=_spent(data.lineage),
@@ -66,7 +64,7 @@ def render_report(path: Path, data: ReportData) -> None:
         config=json.dumps(data.config, indent=2, sort_keys=True, ensure_ascii=False, default=str)
         if data.config
         else "",
-        plots=drawn,
+        plots=_plots(data),
         tables={
             "acceptance": tables.acceptance(review, evaluation) if review else None,
             "by_set": tables.by_set(evaluation) if review else None,

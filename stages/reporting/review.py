@@ -16,7 +16,7 @@ from scipy.special import stdtrit
 
 from draftsmith.stages.measure.gate import CHAMPION, PLAIN, challenger_of
 from draftsmith.stages.measure.verdicts import AGAINST_ALL
-from draftsmith.stages.reporting.names import interval, name_of, number
+from draftsmith.stages.reporting.names import in_words, interval, name_of, number
 from draftsmith.stages.reporting.outcome import Outcome, outcome, rule_name
 from draftsmith.stages.statistics import CONFIDENCE, Estimate
 
@@ -33,7 +33,7 @@ class Measured:
     high: float | None = None
 
     def text(self, form: str) -> str:
-        return interval(self.value, self.low, self.high, form)
+        return interval((self.value, self.low, self.high), form)
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def _acceptance(drafter: Mapping[str, Any], level: float) -> Measured | None:
 def _speedup(arm: str, speed: Mapping[str, Any], evaluation: Mapping[str, Any], level: float) -> Measured | None:
     if speed.get("speedup") is None:
         return Measured(1.0) if arm == PLAIN and speed else None
-    wanted = {"kind": "speed", "arm": arm, "other": PLAIN}
+    wanted: dict[str, Any] = {"kind": "speed", "arm": arm, "other": PLAIN}
     wanted |= {name: evaluation.get(name) for name in ("temperature", "concurrency")}
     for each in evaluation.get("compared") or ():
         if all(each.get(name) == value for name, value in wanted.items()) and each["error"] is not None:
@@ -262,7 +262,7 @@ def _headline(evaluation: Mapping[str, Any], candidate: str) -> str:
         old, new = ((arms.get(arm) or {}).get("tokens_per_s") for arm in (before, candidate))
         if old and new:
             where = f"{point['concurrency']} in flight: " if point.get("concurrency") is not None else ""
-            found.append(f"{where}{_rate(old)} → {_rate(new)} tokens/s ({new / old - 1:+.0%} over {name_of(before)})")
+            found.append(f"{where}{_rate(old)} → {_rate(new)} tokens/s ({new / old - 1:+.0%} over {in_words(before)})")
     unreliable = ", unreliable" if found and is_unreliable(evaluation, candidate) else ""
     return "; ".join(dict.fromkeys(found)) + unreliable
 

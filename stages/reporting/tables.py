@@ -130,10 +130,10 @@ def by_set(evaluation: Mapping[str, Any]) -> Table | None:
     for name, each in sets.items():
         prompts = max((each[arm].get("prompts", 0) for arm in arms if arm in each), default=0)
         own = [each.get(arm) or {} for arm in arms]
-        lengths = [interval(one.get("tau"), one.get("low"), one.get("high"), ".3f") for one in own]
+        lengths = [interval([one.get(end) for end in ("tau", "low", "high")], ".3f") for one in own]
         ends = [speeds[name].get(f"speedup{end}") for end in ("", "_low", "_high")]
         rows.append(
-            [name, str(prompts), *lengths, *([gains[name]] if gains else []), *([interval(*ends, ".3f")] * timed)]
+            [name, str(prompts), *lengths, *([gains[name]] if gains else []), *([interval(ends, ".3f")] * timed)]
         )
     head = ["prompt set", "prompts", *map(name_of, arms), *(["candidate vs champion"] if gains else [])]
     head += ["speed-up of the candidate"] * timed
@@ -146,7 +146,7 @@ def _gain(evaluation: Mapping[str, Any], arm: str, name: str) -> str:
     for found in evaluation.get("compared") or ():
         if all(found.get(key) == value for key, value in wanted.items()) and found["base"]:
             gain = gain_of(found)
-            return interval(gain.value, *(gain.interval() or (None, None)), "+.1%")
+            return interval([gain.value, *(gain.interval() or (None, None))], "+.1%")
     return ABSENT
 
 

@@ -33,7 +33,7 @@ PAGE = """
 {%- macro plot(svg, caption="") %}
 {%- if svg %}
 <figure>
-{{ svg }}
+{{ svg | safe }}
 {%- if caption %}
 <figcaption>{{ caption }}</figcaption>
 {%- endif %}
@@ -91,7 +91,7 @@ PAGE = """
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <style>
-{{ style }}
+{{ style | safe }}
 </style>
 </head>
 <body>

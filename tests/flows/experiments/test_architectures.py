@@ -115,6 +115,4 @@ def test_answers_are_compared_in_float32_where_the_engine_can(
     show_results(Display(), {"evaluation": tmp_path})
     shown = capsys.readouterr().out
     assert "33.3" in shown
-    assert ("7 of 8 outputs equal" in " ".join(shown.split())) == bool(
-        exactness.get("fp32_prompts")
-    )
+    assert ("7 of 8 outputs equal" in " ".join(shown.split())) == bool(exactness.get("fp32_prompts"))
