@@ -205,8 +205,8 @@ def _warnings(evaluation: Mapping[str, Any]) -> list[str]:
         lengths = {name_of(arm): number(tau, ".2f") for arm, tau in (evaluation.get("tau_without_loops") or {}).items()}
         without = ", ".join(f"{name} {length}" for name, length in lengths.items())
         found.append(
-            f"{share:.0%} of the held-out answers loop (six tokens repeated three times or more), which raises "
-            f"acceptance lengths. Without them: {without}."
+            f"{share:.0%} of the held-out answers loop (six tokens repeated three times or more). Acceptance lengths "
+            f"without them: {without}."
         )
     if (share := evaluation.get("outside_nucleus_share") or 0.0) > 0.001:
         found.append(

@@ -52,7 +52,7 @@ def _others(variants: Iterable[Variant], differences: Callable[[Variant], Mappin
 
 
 def _name(variant: Variant) -> str:
-    return f"{variant.name} (candidate)" if variant.candidate else variant.name
+    return f"{variant.name}\n(candidate)" if variant.candidate else variant.name
 
 
 def _adjusted(review: Review) -> str:
