@@ -19,6 +19,7 @@ from draftsmith.artifacts.manifest import MANIFEST, InputEntry, Manifest, read_m
 from draftsmith.stages.contract import Config, OnlyIfSet, Operational, Stage, StageContext
 from draftsmith.stages.measure.gate import CHAMPION, challenger_of, with_version
 from draftsmith.stages.reporting.figures import figures as figures_of
+from draftsmith.stages.reporting.names import target_name
 from draftsmith.stages.reporting.next_steps import COMMAND, invocation, next_steps
 from draftsmith.stages.reporting.page import ReportData, render_report
 from draftsmith.stages.reporting.review import machine, review_of
@@ -57,7 +58,7 @@ def run(ctx: StageContext, config: ReportConfig) -> None:
     made = {manifest.stage: (manifest, folder) for _, manifest, folder in lineage}
     prompts, logs = _figures(made, "prompts", "prompts.json"), _figures(made, "logs", "logs.json")
     review = review_of(evaluation, decision)
-    target = str(made["target"][0].config.get("source", "")) if "target" in made else ""
+    target = target_name(str(made["target"][0].config.get("source", ""))) if "target" in made else ""
     asked = invocation(os.environ.get(COMMAND), config.line)
     seconds = {name: manifest.duration_s for name, manifest, _ in lineage}
     data = ReportData(

@@ -15,7 +15,7 @@ from draftsmith.flows.pipeline.display import Display, Ending
 from draftsmith.flows.refresh.line import registry
 from draftsmith.stages.gate import DECISION
 from draftsmith.stages.measure.gate import with_version
-from draftsmith.stages.reporting.names import ABSENT, duration, name_of, number
+from draftsmith.stages.reporting.names import ABSENT, duration, name_of, number, target_name
 from draftsmith.stages.reporting.next_steps import Invocation, Step, next_steps, refresh_anyway
 from draftsmith.stages.reporting.review import Review, Variant, review_of
 from draftsmith.stages.stored import DRAFTER_FOLDER
@@ -91,10 +91,9 @@ def _json(made: Mapping[str, Path], node: str, file: str) -> dict[str, Any]:
 
 
 def _target(made: Mapping[str, Path]) -> str:
-    """Its name, without the path or the organisation before it."""
     if "target" not in made or not (made["target"] / MANIFEST).is_file():
         return ""
-    return str(read_manifest(made["target"]).config.get("source", "")).rstrip("/").rpartition("/")[2]
+    return target_name(str(read_manifest(made["target"]).config.get("source", "")))
 
 
 def _version(asked: Invocation, made: Mapping[str, Path], review: Review) -> str | None:

@@ -26,6 +26,11 @@ def in_words(arm: str) -> str:
     return "the champion" if arm == "champion" else name_of(arm)
 
 
+def target_name(source: str) -> str:
+    """Return the name of a target without its path, or the organisation before it."""
+    return source.rstrip("/").rpartition("/")[2]
+
+
 def number(value: Any, form: str) -> str:
     """Return a formatted figure, or `ABSENT` if it is none."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
