@@ -25,9 +25,7 @@ from draftsmith.stages.reporting.page import ReportData, render_report
 from draftsmith.stages.reporting.review import machine, review_of
 
 ANSWERS = ("trajectories",)
-TRAININGS = ("sft", "opd", "control")
 REVIEW = "review.json"
-STALE = "anchors_off_mined_share"  # what OPD says of its mined trace
 HEADLINE = ("tau", "tau_low", "tau_high", "differences")
 
 
@@ -72,9 +70,7 @@ def run(ctx: StageContext, config: ReportConfig) -> None:
             *_drift(ctx.inputs.get("drift")),
             *_now(ctx, evaluation, decision),
         ],
-        mining=_read_json(ctx.inputs["mining"] / "summary.json"),
         contexts=_contexts(ctx.inputs["evaluation"] / "contexts.json", evaluation),
-        curves={arm: _curve(ctx.inputs[arm], "loss") for arm in TRAININGS if arm in ctx.inputs},
         prompts=prompts,
         logs=logs,
         lineage=artifacts,
@@ -84,15 +80,12 @@ def run(ctx: StageContext, config: ReportConfig) -> None:
     drafters = evaluation.get("drafters", {})
     headline = {arm: {name: figures[name] for name in HEADLINE if name in figures} for arm, figures in drafters.items()}
     write_text(ctx.out / "headline.json", json.dumps(headline, indent=2, sort_keys=True) + "\n")
-    counts = _counts(prompts, logs)
-    if stale := [share for _, share in _curve(ctx.inputs["opd"], STALE)]:
-        counts[STALE] = sum(stale) / len(stale)
     kept: dict[str, Any] = {"outcome": None, "doubts": []} if review is None else asdict(review)
     if review is not None:
         kept["outcome"]["label"] = review.outcome.label
         ctx.log(f"{review.outcome.label}. {review.outcome.sentence}")
     kept |= {
-        "figures": figures_of(evaluation, decision, artifacts, counts),
+        "figures": figures_of(evaluation, decision, artifacts, {"prompts": prompts, "logs": logs}),
         "config": {name: _compared(manifest) for name, manifest, _ in lineage},
         "artifacts": {name: f"{manifest.stage}/{manifest.key[:16]}" for name, manifest, _ in lineage},
     }
@@ -177,26 +170,6 @@ def _contexts(path: Path, evaluation: Mapping[str, Any]) -> list[dict[str, Any]]
     return list(_read_json(path).get(challenger_of(evaluation), ()))
 
 
-def _counts(prompts: Mapping[str, Any], logs: Mapping[str, Any]) -> dict[str, float]:
-    """Rows by what became of them."""
-    found: dict[str, float] = {}
-    for source, splits in (prompts.get("counts") or {}).items():
-        for split, count in splits.items():
-            found[f"prompts.{split}"] = found.get(f"prompts.{split}", 0) + count
-            found[f"prompts.{split}/{source}"] = count
-    found |= {
-        f"prompts.{name}": prompts[name] for name in ("duplicates_removed", "too_long_skipped") if name in prompts
-    }
-    for name, told in (("prompts", prompts), ("logs", logs)):
-        if told:
-            reasons = told.get("set_aside") or {}
-            found[f"{name}.set_aside"] = sum(reasons.values())
-            found |= {f"{name}.set_aside.{reason}": count for reason, count in reasons.items()}
-    of_logs = ("rows_read", "used", "replayed", "outside_window", "filtered", "not_drawn", "response_tokens", "scored")
-    found |= {f"logs.improbable.{reason}": count for reason, count in (logs.get("improbable") or {}).items()}
-    return found | {f"logs.{name}": logs[name] for name in of_logs if name in logs}
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -224,15 +197,6 @@ def _now(ctx: StageContext, evaluation: Mapping[str, Any], decision: Mapping[str
     drafter = evaluation["drafters"][decision["challenger"]]
     figures = {"tau": drafter["tau"], "low": drafter["tau_low"], "high": drafter["tau_high"]}
     return [{"at": read_manifest(folder).created_at, "what": "now", **figures}]
-
-
-def _curve(folder: Path, name: str) -> list[tuple[int, float]]:
-    """(step, value) of a training's metric; a training without it has no curve."""
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
 
 
 def _lineage(ctx: StageContext) -> Iterator[tuple[str, Manifest, Path]]:

@@ -15,9 +15,10 @@ from draftsmith.flows.pipeline.display import Display, Ending
 from draftsmith.flows.refresh.line import registry
 from draftsmith.stages.gate import DECISION
 from draftsmith.stages.measure.gate import with_version
-from draftsmith.stages.reporting.names import ABSENT, duration, name_of, number, target_name
+from draftsmith.stages.reporting.names import duration, number, target_name
 from draftsmith.stages.reporting.next_steps import Invocation, Step, next_steps, refresh_anyway
-from draftsmith.stages.reporting.review import Review, Variant, review_of
+from draftsmith.stages.reporting.review import Review, review_of
+from draftsmith.stages.reporting.tables import drafters
 from draftsmith.stages.stored import DRAFTER_FOLDER
 
 WIDTH = 80
@@ -60,8 +61,7 @@ def screen(made: Mapping[str, Path], ending: Ending) -> list[str]:
         lines += [
             *_verdict(review, asked, ending),
             "",
-            *_table(review.variants, review.other),
-            *_wrapped(_legend(review)),
+            *_table(review, _json(made, "evaluation", "evaluation.json")),
         ]
         if review.checks:
             lines += _wrapped("Gate  " + "  ".join(f"{tick} {group}" for tick, group in review.ticks()), "      ")
@@ -120,42 +120,18 @@ def _verdict(review: Review, asked: Invocation, ending: Ending) -> list[str]:
     ]
 
 
-def _table(variants: Sequence[Variant], other: str | None) -> list[str]:
-    compared = [f"vs {name_of(other)}"] if other is not None else []
-    rows = [["", "acceptance length", *compared, "tokens/s", "speed-up"]]
-    for each in variants:
-        beside = each.differences.get(other or "")
-        speedup = each.speedup.text(".2f").replace("\n", " ") if each.speedup else ABSENT
-        rows.append(
-            [
-                f"{each.name} ◂" if each.candidate else each.name,
-                each.acceptance.text(".2f").replace("\n", " ") if each.acceptance else ABSENT,
-                *([f"{beside.value:+.2f}{beside.mark}" if beside else ABSENT] if compared else []),
-                number(each.tokens_per_s, ",.1f"),
-                f"{speedup} *" if each.unreliable and each.speedup else speedup,
-            ]
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+def _table(review: Review, evaluation: Mapping[str, Any]) -> list[str]:
+    table = drafters(review, evaluation, short=True)
+    rows = [[cell.replace("\n", " ") for cell in row] for row in [table.head, *table.rows]]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(table.head))]
     widths[0] = max(12, min(widths[0], WIDTH - sum(widths[1:]) - 2 * len(widths[1:])))
-    return ["  ".join([_cut(row[0], widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    lines = ["  ".join([_cut(row[0], widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    return [*lines, *_wrapped(table.caption)]
 
 
 def _cut(name: str, width: int) -> str:
     """What differs between long names is often at their end."""
     return name.ljust(width) if len(name) <= width else f"…{name[1 - width :]}"
-
-
-def _legend(review: Review) -> str:
-    other = review.other or ""
-    differences = [each.differences[other] for each in review.variants if other in each.differences]
-    marks = {
-        "◂ candidate": any(each.candidate for each in review.variants),
-        "n.s. not significant": any(each.significant is False for each in differences),
-        "? too few prompts": any(each.significant is None for each in differences),
-        "* unreliable": any(each.unreliable for each in review.variants),
-        f"[95 %, for {review.comparisons} comparisons]": review.comparisons > 1,
-    }
-    return "  ".join(mark for mark, there in marks.items() if there)
 
 
 def _seconds(made: Mapping[str, Path]) -> dict[str, float]:

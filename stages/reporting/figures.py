@@ -30,7 +30,7 @@ def figures(
     passed) with `.value`, `.end` and `.wanted`, `cost.…`, `data.…`. ARM is also `challenger`, the arm that the gate
     looked at.
 
-    artifacts: of the lineage, with `name`, `duration_s` and `metrics`. data: counts of rows.
+    artifacts: of the lineage, with `name`, `duration_s` and `metrics`. data: what `prompts.json` and `logs.json` count.
     """
     found = dict(_all(evaluation, artifacts, data or {}))
     found |= dict(_of_gate(decision or {}))
@@ -76,8 +76,15 @@ def _all(
         yield f"cost.wall_s.{each['name']}", each.get("duration_s")
     for name, key in (("tokens", "response_tokens"), ("positions", "positions"), ("tflop", "tflop")):
         yield f"cost.{name}", sum(counted(each, key) or 0.0 for each in artifacts)
-    for name, value in data.items():
-        yield f"data.{name}", value
+    yield from _numbers("data", data)
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _numbers(f"{name}.{key}", inner)
+    else:
+        yield name, value
 
 
 def _of_drafter(role: str, each: Mapping[str, Any], evaluation: Mapping[str, Any], arm: str) -> Iterator[Any]:

@@ -30,9 +30,7 @@ class ReportData:
     facts: Mapping[str, str] = field(default_factory=dict)  # for the line below the title: name -> value
     steps: Sequence[Step] = ()
     history: Sequence[Mapping[str, Any]] = ()  # at, what (promoted, checked), version, tau, low, high
-    mining: Mapping[str, Any] = field(default_factory=dict)  # mining's summary.json
     contexts: Sequence[Mapping[str, Any]] = ()  # of the candidate, of contexts.json
-    curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)  # arm -> (step, loss)
     prompts: Mapping[str, Any] = field(default_factory=dict)  # prompts.json
     logs: Mapping[str, Any] = field(default_factory=dict)  # logs.json
     lineage: Sequence[Mapping[str, Any]] = ()  # name, stage, key, content_id, duration_s, metrics, created_at
@@ -60,22 +58,19 @@ def render_report(path: Path, data: ReportData) -> None:
         chosen=tables.chosen(evaluation) if data.decision else "",
         contexts=_in_order(data.contexts),
         shown=2 * _SHOWN,
-        logs_used=tables.logs_used(data.logs),
+        logs=data.logs,
         config=json.dumps(data.config, indent=2, sort_keys=True, ensure_ascii=False, default=str)
         if data.config
         else "",
         plots=_plots(data),
         tables={
-            "acceptance": tables.acceptance(review, evaluation) if review else None,
+            "drafters": tables.drafters(review, evaluation) if review else None,
             "by_set": tables.by_set(evaluation) if review else None,
-            "speed": tables.speed(review, evaluation) if review else None,
             "by_setting": tables.by_setting(evaluation),
             "gate": tables.gate(review) if review else None,
-            "most_rejected": tables.most_rejected(data.mining),
             "prompts": tables.prompts_table(data.prompts),
             "not_used": tables.not_used(data.prompts, data.logs),
-            "cost": tables.cost(data.lineage),
-            "lineage": tables.lineage(data.lineage),
+            "stages": tables.stages(data.lineage),
         },
     )
     write_text(path, page.strip() + "\n")
@@ -86,13 +81,8 @@ def _plots(data: ReportData) -> dict[str, str]:
     drafters = data.evaluation.get("drafters") or {}
     if offsets := {arm: d["acceptance_by_offset"] for arm, d in drafters.items() if d.get("acceptance_by_offset")}:
         found["by_offset"] = plots.acceptance_by_offset(offsets, {arm: name_of(arm) for arm in offsets})
-    sets = {name: each for name, each in (data.evaluation.get("sets") or {}).items() if each}
-    if len(sets) > 1:
-        found["sets"] = plots.tau_by_set(sets, {arm: name_of(arm) for each in sets.values() for arm in each})
     if len(data.history) > 1:
         found["trend"] = plots.tau_over_time(data.history)
-    if curves := {arm: points for arm, points in data.curves.items() if points}:
-        found["training"] = plots.training_curves(curves, {arm: name_of(arm) for arm in curves})
     return found
 
 

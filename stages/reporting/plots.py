@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec
 
-from draftsmith.artifacts.printable import printable
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.ticker import Locator
@@ -38,8 +36,6 @@ _STYLE: Any = {
     "axes.spines.right": False,
     "legend.frameon": False,
 }
-_LABEL = 28  # characters
-CURVE_POINTS = 300  # longer curves are shown as means over neighbouring steps
 P = ParamSpec("P")
 
 
@@ -71,42 +67,6 @@ def acceptance_by_offset(drafters: Mapping[str, Sequence[float]], names: Mapping
     axes.xaxis.set_major_locator(_whole_numbers())
     axes.legend()
     return _svg(figure, "acceptance", "Share of proposals accepted at each position")
-
-
-@_styled
-def training_curves(curves: Mapping[str, Sequence[tuple[int, float]]], names: Mapping[str, str]) -> str:
-    """Loss over steps, one panel a training: their losses are not comparable with each other."""
-    figure = _figure(3.5 * len(curves), 3.1)
-    for index, (arm, points) in enumerate(curves.items()):
-        axes = figure.add_subplot(1, len(curves), index + 1)
-        steps, losses = zip(*_thinned(points), strict=True)
-        axes.plot(steps, losses, color=COLOURS.get(arm, _OTHER), linewidth=1.5)
-        axes.set(title=names[arm], xlabel="step", ylabel="loss" if index == 0 else "")
-    return _svg(figure, "curves", "Training loss over steps")
-
-
-@_styled
-def tau_by_set(sets: Mapping[str, Mapping[str, Mapping[str, Any]]], names: Mapping[str, str]) -> str:
-    """tau of every drafter within each prompt set. sets: set -> arm -> `tau`, `low`, `high`."""
-    figure = _figure(7.2, 1.1 + 0.16 * len(names) * len(sets) + 0.1 * len(sets))
-    axes = figure.add_subplot()
-    others = iter(_SERIES)
-    for index, (arm, name) in enumerate(names.items()):
-        colour = COLOURS.get(arm) or next(others)
-        shift = 0.7 * ((index + 0.5) / len(names) - 0.5)
-        for place, figures in enumerate(each.get(arm) for each in sets.values()):
-            if figures is None or figures.get("tau") is None:
-                continue
-            ends = [figures["tau"] if figures.get(end) is None else figures[end] for end in ("low", "high")]
-            axes.plot(ends, [place + shift] * 2, color=colour, linewidth=1.5)
-            axes.plot(figures["tau"], place + shift, "o", markersize=4.5, color=colour)
-        axes.plot([], [], "o-", markersize=4.5, color=colour, label=name)
-    axes.set_yticks(range(len(sets)), [_label(name) for name in sets])
-    axes.invert_yaxis()
-    axes.set(xlabel="acceptance length")
-    axes.grid(visible=False, axis="y")
-    figure.legend(ncols=4, loc="outside upper center")  # of the figure: long names of sets leave the axes too narrow
-    return _svg(figure, "sets", "Acceptance length by prompt set")
 
 
 @_styled
@@ -206,19 +166,6 @@ def differences(rows: Sequence[Mapping[str, Any]], control: str) -> str:
 def standalone(svg: str) -> str:
     """An inline figure as a file of its own, on white."""
     return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" style="background:#fff" ', 1) + "\n"
-
-
-def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
-    """At most `CURVE_POINTS` means over neighbouring points."""
-    size = -(-len(points) // CURVE_POINTS)
-    groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(sum(s for s, _ in group) / len(group), sum(v for _, v in group) / len(group)) for group in groups]
-
-
-def _label(name: str) -> str:
-    """A name that anyone gave: no control character, no formula, and not longer than a label may be."""
-    shown = printable(name).replace("$", r"\$").replace("\n", " ")
-    return shown if len(shown) <= _LABEL else f"{shown[: _LABEL - 1]}…"
 
 
 def _whole_numbers() -> Locator:

@@ -27,8 +27,9 @@ h3 { margin: 1.6rem 0 .5rem; font-size: 1rem } section { margin: 2.2rem 0 }
 .warnings { margin: 1rem 0; padding: .6rem 1rem; border: 1px solid var(--warn); border-radius: .4rem }
 .warnings h3 { color: var(--warn) }
 .headline { font-size: 1.15rem; font-weight: 650; margin: .6rem 0; font-variant-numeric: tabular-nums }
-.verdict h3 { margin: 1rem 0 .4rem } .verdict .warnings h3 { margin: 0 } .steps { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.2rem;
-  margin: 0 } .steps dd { margin: 0; overflow-wrap: anywhere }
+.verdict h3 { margin: 1rem 0 .4rem } .verdict .warnings h3 { margin: 0 }
+.steps { display: grid; grid-template-columns: max-content 1fr; gap:
+  .3rem 1.2rem; margin: 0 } .steps dd { margin: 0; overflow-wrap: anywhere }
 figure { margin: 1rem 0 } figcaption, .quiet { color: var(--quiet); font-size: .875rem; max-width: 48rem }
 figcaption { margin-top: .5rem }
 .wide { display: inline-block; vertical-align: top; max-width: 100%; overflow-x: auto; border: 1px solid var(--line);

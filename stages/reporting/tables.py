@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from draftsmith.stages.measure.gate import CHAMPION, challenger_of, gain_of
 from draftsmith.stages.reporting.figures import counted, device_seconds
 from draftsmith.stages.reporting.names import ABSENT, duration, interval, name_of, number
-from draftsmith.stages.reporting.review import Review, Variant, points_of
+from draftsmith.stages.reporting.review import Review, points_of
 
 _COUNTED = ("response_tokens", "positions", "tflop")  # figures that stages report
 _NOT_USED = {"outside_window": "outside the window", "filtered": "excluded by logs.filter", "not_drawn": "not sampled"}
@@ -26,78 +26,56 @@ class Table:
     text_columns: int = 1  # the first ones hold words, the others figures
 
 
-def acceptance(review: Review, evaluation: Mapping[str, Any]) -> Table:
-    """The acceptance length of every drafter, and its differences with their adjusted significance."""
-    shown = [each for each in review.variants if each.arm in evaluation["drafters"]]
-    others = _others(shown, lambda each: each.differences)
-    own = {each.arm: evaluation["drafters"][each.arm] for each in shown}
-    cut = any("verified_per_step" in each for each in own.values())
-    rows = [
-        [
-            _name(each),
-            each.acceptance.text(".3f") if each.acceptance else ABSENT,
-            *(each.differences[other].text("+.3f") if other in each.differences else ABSENT for other in others),
-            number(own[each.arm].get("block_size"), "d"),
-            *([number(own[each.arm].get("verified_per_step"), ".2f")] * cut),
-        ]
-        for each in shown
-    ]
-    head = ["drafter", "acceptance length", *(f"vs {name_of(other)}" for other in others), "block"]
-    head += ["verified per step"] * cut
-    return Table(head, rows, "Acceptance", _adjusted(review))
-
-
-def _others(variants: Iterable[Variant], differences: Callable[[Variant], Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(other for each in variants for other in differences(each)))
-
-
-def _name(variant: Variant) -> str:
-    return f"{variant.name}\n(candidate)" if variant.candidate else variant.name
-
-
-def _adjusted(review: Review) -> str:
-    several = f", adjusted for {review.comparisons} comparisons" if review.comparisons > 1 else ""
-    return f"In brackets: 95 % intervals{several}. n.s.: not significant; ?: inconclusive."
-
-
-def speed(review: Review, evaluation: Mapping[str, Any]) -> Table | None:
-    """Speed at the first setting."""
-    measured = evaluation.get("speed") or {}
-    if not measured:
-        return None
-    shown = [each for each in review.variants if each.arm in measured]
-    others = _others(shown, lambda each: each.speed_over)
+def drafters(review: Review, evaluation: Mapping[str, Any], *, short: bool = False) -> Table:
+    """Acceptance length and speed of every variant, with adjusted significance; short: as it fits on a screen."""
+    digits = ".2f" if short else ".3f"
+    others = [review.other] if short and review.other else _others(each.differences for each in review.variants)
+    timed = [] if short else _others(each.speed_over for each in review.variants)
+    further = {"block": ("block_size", "d")}
+    if any("verified_per_step" in each for each in evaluation["drafters"].values()):
+        further["verified per step"] = ("verified_per_step", ".2f")
     rows = []
-    for each in shown:
-        own = measured[each.arm]
-        parts = [number(own.get(f"{name}_share"), ".0%") for name in ("draft", "verify")]
+    for each in review.variants:
+        beside = [each.differences.get(other) for other in others]
+        factors = [each.speed_over.get(other) for other in timed]
+        own = (evaluation["drafters"].get(each.arm) or {}) | ((evaluation.get("speed") or {}).get(each.arm) or {})
         rows.append(
             [
-                _name(each),
+                f"{each.name} ◂" if each.candidate else each.name,
+                each.acceptance.text(digits) if each.acceptance else ABSENT,
+                *((f"{d.value:+.2f}{d.mark}" if short else d.text("+.3f")) if d else ABSENT for d in beside),
                 number(each.tokens_per_s, ",.1f"),
-                f"{each.speedup.text('.3f')}{' *' * each.unreliable}" if each.speedup else ABSENT,
-                *(each.speed_over[other].text(".3f") if other in each.speed_over else ABSENT for other in others),
-                number(own.get("block_size"), "d"),
-                number(own.get("tau_served"), ".2f"),
-                ABSENT if ABSENT in parts else " / ".join(parts),
-                number(own.get("identical_share"), ".1%"),
+                f"{each.speedup.text(digits)}{' *' * each.unreliable}" if each.speedup else ABSENT,
+                *(factor.text(digits) if factor else ABSENT for factor in factors),
+                *([] if short else [number(own.get(name), form) for name, form in further.values()]),
             ]
         )
-    head = ["decoding with", "tokens/s", "speed-up", *(f"× {name_of(other)}" for other in others)]  # noqa: RUF001
-    head += ["block", "acceptance length, served", "draft / verify time", "identical outputs"]
-    note = _adjusted(review) + " *: unreliable." * any(each.unreliable for each in shown)
-    return Table(head, rows, "Speed", note)
+    head = ["", "acceptance length", *(f"vs {name_of(other)}" for other in others), "tokens/s", "speed-up"]
+    head += [] if short else [*(f"speed vs {name_of(other)}" for other in timed), *further]
+    return Table(head, rows, "Drafters", _legend(rows, review))
+
+
+def _others(differences: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(other for each in differences for other in each))
+
+
+def _legend(rows: Sequence[Sequence[str]], review: Review) -> str:
+    """What the marks mean that are in a table."""
+    shown = "\n".join(cell for row in rows for cell in row)
+    marks = {"◂": "◂ candidate", " n.s.": "n.s. not significant", " ?": "? inconclusive", " *": "* unreliable"}
+    marks["["] = f"[95 %, for {review.comparisons} comparisons]" if review.comparisons > 1 else "[95 %]"
+    return "  ".join(meaning for mark, meaning in marks.items() if mark in shown)
 
 
 def by_setting(evaluation: Mapping[str, Any]) -> Table | None:
-    """Speed at every temperature and concurrency; None where the first holds all that was measured."""
+    """Speed at every temperature and concurrency."""
     points = points_of(evaluation)
-    if len(points) < 2 and not any("first_token_s_median" in arm for each in points for arm in each["arms"].values()):
-        return None
     columns = {
         "tokens/s": ("tokens_per_s", ",.1f"),
         "speed-up": ("speedup", ".3f"),
         "acceptance length, served": ("tau_served", ".2f"),
+        "draft time": ("draft_share", ".0%"),
+        "verify time": ("verify_share", ".0%"),
         "tokens/s of a request": ("request_tokens_per_s_median", ".1f"),
         "first token s": ("first_token_s_median", ".3f"),
         "95th percentile": ("first_token_s_p95", ".3f"),
@@ -105,15 +83,19 @@ def by_setting(evaluation: Mapping[str, Any]) -> Table | None:
     }
     rows = [
         [
-            f"{point['temperature']:g}",
-            str(point["concurrency"]),
+            number(point.get("temperature"), "g"),
+            number(point.get("concurrency"), "d"),
             name_of(arm),
             *(number(own.get(field), form) for field, form in columns.values()),
         ]
         for point in points
         for arm, own in point["arms"].items()
     ]
-    return Table(["temperature", "in flight", "decoding with", *columns], rows, "Speed by setting", text_columns=3)
+    return (
+        Table(["temperature", "in flight", "decoding with", *columns], rows, "Speed by setting", text_columns=3)
+        if rows
+        else None
+    )
 
 
 def by_set(evaluation: Mapping[str, Any]) -> Table | None:
@@ -124,19 +106,13 @@ def by_set(evaluation: Mapping[str, Any]) -> Table | None:
     arms = [arm for arm in evaluation["drafters"] if any(arm in each for each in sets.values())]
     candidate = challenger_of(evaluation)
     gains = {name: _gain(evaluation, candidate, name) for name in sets} if CHAMPION in arms else {}
-    speeds = {name: each.get(candidate) or {} for name, each in sets.items()}
-    timed = any("speedup" in each for each in speeds.values())
     rows = []
     for name, each in sets.items():
         prompts = max((each[arm].get("prompts", 0) for arm in arms if arm in each), default=0)
         own = [each.get(arm) or {} for arm in arms]
         lengths = [interval([one.get(end) for end in ("tau", "low", "high")], ".3f") for one in own]
-        ends = [speeds[name].get(f"speedup{end}") for end in ("", "_low", "_high")]
-        rows.append(
-            [name, str(prompts), *lengths, *([gains[name]] if gains else []), *([interval(ends, ".3f")] * timed)]
-        )
+        rows.append([name, str(prompts), *lengths, *([gains[name]] if gains else [])])
     head = ["prompt set", "prompts", *map(name_of, arms), *(["candidate vs champion"] if gains else [])]
-    head += ["speed-up of the candidate"] * timed
     note = "Acceptance lengths. In brackets: 95 % intervals of each set alone, not adjusted for their number."
     return Table(head, rows, "By prompt set", note)
 
@@ -166,22 +142,34 @@ def chosen(evaluation: Mapping[str, Any]) -> str:
     return f"{candidate} is the candidate: it has the highest acceptance length on the validation split ({said})."
 
 
-def cost(artifacts: Sequence[Mapping[str, Any]]) -> Table | None:
-    """Wall time and tokens of every artifact that the report rests on, and of all together."""
+def stages(artifacts: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Every artifact that the report rests on, with its time and tokens, and all together."""
     if not artifacts:
         return None
-    total = sum(each.get("duration_s") or 0.0 for each in artifacts)
-    groups = [*((str(each.get("name", ABSENT)), [each]) for each in artifacts), ("total", artifacts)]
     rows = []
-    for name, group in groups:
+    for name, group in [*((_name(each), [each]) for each in artifacts), ("total", artifacts)]:
+        where = f"{group[0].get('stage', ABSENT)}/{str(group[0].get('key', ''))[:16]}" if len(group) == 1 else ""
         seconds = sum(each.get("duration_s") or 0.0 for each in group)
-        share = f"{seconds / total:.0%}" if total else ABSENT
-        rows.append([name, duration(seconds), share, duration(device_seconds(group)), *_counts(group)])
-    head = ["stage", "wall time", "share", "device time", "tokens generated", "positions trained", "TFLOP of training"]
+        rows.append([name, where, duration(seconds), duration(device_seconds(group)), *_counts(group)])
+    head = [
+        "made",
+        "artifact",
+        "wall time",
+        "device time",
+        "tokens generated",
+        "positions trained",
+        "TFLOP of training",
+    ]
     note = (
-        "Wall time of the attempt that finished, reused stages included. Device time: times the devices of its config."
+        "Wall time of the attempt that finished, reused stages included; device time: times the devices of its config."
     )
-    return Table(head, rows, "Cost", note)
+    return Table(head, rows, "Stages", note, text_columns=2)
+
+
+def _name(artifact: Mapping[str, Any]) -> str:
+    config, name = artifact.get("config") or {}, str(artifact.get("name", ABSENT))
+    known = artifact.get("stage") == CHAMPION and {"line", "version"} <= config.keys()
+    return f"{name} ({config['line']}@{config['version']})" if known else name
 
 
 def _counts(artifacts: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -212,51 +200,3 @@ def not_used(prompts: Mapping[str, Any], logs: Mapping[str, Any]) -> Table | Non
     for reason, count in (logs.get("improbable") or {}).items():
         rows.append(["logs, used anyway", reason, f"{count} of {logs.get('scored')} that were checked"])
     return Table(["of", "reason", "rows"], rows, "Rows not used", text_columns=2) if rows else None
-
-
-def logs_used(logs: Mapping[str, Any]) -> str:
-    """Return how many logged answers were used; empty without logs."""
-    if not logs:
-        return ""
-    used, read, files, tokens = (
-        number(logs.get(name), ",d") for name in ("used", "rows_read", "rows_in_files", "response_tokens")
-    )
-    said = f"{used} logged answers ({tokens} tokens) were used, of {read} rows read ({files} in the files)."
-    if logs.get("replayed"):
-        said += f" {logs['replayed']} answers of the earlier refresh were mixed in."
-    if logs.get("replay_left_out"):
-        said += f" None of the earlier refresh were mixed in: {logs['replay_left_out']} changed since."
-    return said
-
-
-def most_rejected(mining: Mapping[str, Any]) -> Table | None:
-    """Proposals that the target rejected most often in mining."""
-    tokens: Sequence[Mapping[str, Any]] = mining.get("most_rejected") or []
-    if not tokens:
-        return None
-    certain, note = mining.get("certain_errors") or {}, ""
-    if (share := certain.get("share")) is not None:
-        least = certain["at_least"]
-        note = f"In {share:.0%} of all rejections the target's best token had a probability of at least {least}."
-    rows = [[_token(token.get(column)) for column in tokens[0]] for token in tokens]
-    return Table([column.replace("_", " ") for column in tokens[0]], rows, "Most rejected tokens", note)
-
-
-def _token(value: Any) -> str:
-    if value is None:
-        return ABSENT
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return value if isinstance(value, str) and value.isprintable() and value.strip() == value else repr(value)
-
-
-def lineage(artifacts: Sequence[Mapping[str, Any]]) -> Table | None:
-    """Every artifact that the report rests on."""
-    rows = []
-    for each in artifacts:
-        config = each.get("config") or {}
-        known = each.get("stage") == CHAMPION and {"line", "version"} <= config.keys()
-        name = str(each.get("name", ABSENT)) + (f" ({config['line']}@{config['version']})" if known else "")
-        rows.append([name, *(str(each.get(field, ABSENT))[:16] for field in ("stage", "key", "content_id"))])
-    head = ["artifact", "stage", "key", "content id"]
-    return Table(head, rows, "Lineage", "`draftsmith show KEY` shows an artifact.", text_columns=4) if rows else None

@@ -133,27 +133,20 @@ PAGE = """
 </section>
 {%- endif %}
 
-{%- call section("Acceptance") %}
-{{ table(tables.acceptance) }}
-{%- if tables.acceptance %}
+{%- call section("Drafters") %}
+{{ table(tables.drafters) }}
+{%- if review %}
 <p class="quiet">Acceptance length: tokens per verify step, the target's own token included (+1). SGLang logs the same
 as accept length, vLLM as mean acceptance length. Measured by replay of the same held-out answers for all drafters.</p>
+{{ bullets(review.doubts) }}
 {%- endif %}
 {%- call fold("Acceptance by position in the block") %}{{ plot(plots.by_offset) }}{% endcall %}
+{%- call fold("Speed by setting") %}{{ table(tables.by_setting) }}{% endcall %}
+{%- call fold("Exactness") %}{{ bullets(review.exactness if review else []) }}{% endcall %}
 {%- endcall %}
 
 {%- call section("By prompt set") %}
 {{ table(tables.by_set) }}
-{{ plot(plots.sets) }}
-{%- endcall %}
-
-{%- call section("Speed") %}
-{{ table(tables.speed) }}
-{%- if review %}
-{{ bullets(review.doubts) }}
-{%- endif %}
-{%- call fold("Speed by setting") %}{{ table(tables.by_setting) }}{% endcall %}
-{%- call fold("Exactness") %}{{ bullets(review.exactness if review else []) }}{% endcall %}
 {%- endcall %}
 
 {%- call section("Gate") %}
@@ -180,17 +173,13 @@ as accept length, vLLM as mean acceptance length. Measured by replay of the same
 {%- endcall %}
 
 {%- call section("Details") %}
-{%- call fold("Training") %}
-{{ plot(plots.training, "Each training has its own loss; their heights cannot be compared.") }}
-{{ table(tables.most_rejected) }}
-{%- endcall %}
 {%- call fold("Data") %}
-{%- if logs_used %}<p>{{ logs_used }}</p>{% endif %}
+{%- if logs %}<p>{{ logs.used }} logged answers were used, of {{ logs.rows_read }} rows that were read
+{%- if logs.replayed %}; {{ logs.replayed }} answers of the earlier refresh were mixed in{% endif %}.</p>{% endif %}
 {{ table(tables.prompts) }}
 {{ table(tables.not_used) }}
 {%- endcall %}
-{%- call fold("Cost") %}{{ table(tables.cost) }}{% endcall %}
-{%- call fold("Lineage") %}{{ table(tables.lineage) }}{% endcall %}
+{%- call fold("Stages and lineage") %}{{ table(tables.stages) }}{% endcall %}
 {%- call fold("All settings") %}{% if config %}<pre tabindex="0">{{ config }}</pre>{% endif %}{% endcall %}
 {%- endcall %}
 </main>

@@ -28,7 +28,7 @@ from draftsmith.stages.opd import STAGE as OPD
 from draftsmith.stages.replay.corpus import replay_all
 from draftsmith.stages.replay.trace import tau
 from draftsmith.stages.reporting.review import review_of
-from draftsmith.stages.reporting.tables import acceptance
+from draftsmith.stages.reporting.tables import drafters
 from draftsmith.stages.rollout import STAGE as ROLLOUT
 from draftsmith.stages.rollout import RolloutConfig
 from draftsmith.stages.sft import STAGE as SFT
@@ -257,5 +257,5 @@ def test_mining_and_evaluation_follow_the_cut(made: Made, tmp_path: Path) -> Non
     assert json.loads((drift.out / "drift.json").read_text())["all"]["tau"] == pytest.approx(figures["tau"])
     review = review_of(found, {})
     assert review is not None
-    table = acceptance(review, found)
-    assert table.rows[0][table.head.index("verified per step")] == f"{figures['verified_per_step']:.2f}"
+    table = drafters(review, found)
+    assert table.rows[1][table.head.index("verified per step")] == f"{figures['verified_per_step']:.2f}"

@@ -84,8 +84,6 @@ def test_the_page_shows_figures_and_the_whole_lineage(tmp_path: Path, inputs: di
     for text in (
         "A refresh",
         "3.543<br>",
-        "&#39; so&#39;",
-        "Training loss over steps",
         "draftsmith report CONFIG --open",
     ):
         assert text in page

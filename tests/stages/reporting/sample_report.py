@@ -118,17 +118,6 @@ def sample(**changes: Any) -> ReportData:
     parts: dict[str, Any] = {
         "title": "Draft model refresh: quickstart",
         "evaluation": EVALUATION,
-        "mining": {
-            "most_rejected": [
-                {"token": token, "rejected": 120 - 7 * rank, "share_of_rejections": 0.05 - 0.003 * rank}
-                for rank, token in enumerate([" the", "\n", ",", " is", "1", " so", " <b>", "Ġ", "é", " of"])
-            ]
-        },
-        "curves": {
-            "sft": [(s, 9 * math.exp(-s / 150) + 2.1 + 0.15 * math.sin(s * 1.7)) for s in range(600)],
-            "opd": [(s, 0.8 * math.exp(-s / 90) + 1.2 + 0.1 * math.sin(s * 2.3)) for s in range(200)],
-            "control": [(s, 0.2 * math.exp(-s / 90) + 2.0 + 0.1 * math.sin(s * 1.3)) for s in range(200)],
-        },
         "history": [
             {"at": "2026-01-05T06:00:00+00:00", "what": "promoted", "version": 1, "tau": 3.1, "low": 3.0, "high": 3.2},
             {"at": "2026-01-12T06:00:00+00:00", "what": "checked", "version": 1, "tau": 3.0, "low": 2.9, "high": 3.1},

@@ -54,7 +54,7 @@ def test_the_page_is_short_whole_and_readable_and_nothing_of_others_acts(tmp_pat
             _nothing_acted(page)
         assert page.evaluate("document.documentElement.scrollHeight") <= HIGHEST
         plots = page.evaluate("[...document.querySelectorAll('svg')].filter(e => e.checkVisibility()).length")
-        assert plots == 2, "the others are folded"
+        assert plots == 1, "the other is folded"
         kinds = "[...document.querySelectorAll('.context')].filter(e => e.checkVisibility()).length"
         assert page.evaluate(kinds) == 4
         page.press("Tab", 9)

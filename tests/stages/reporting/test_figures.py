@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from draftsmith.stages.reporting.figures import figures
-from draftsmith.stages.reporting.tables import cost
+from draftsmith.stages.reporting.tables import stages
 from tests.stages.reporting.sample_report import DECISION, EVALUATION, OF_A_LINE
 
 
@@ -14,7 +14,7 @@ def test_answers_of_production_were_not_generated_by_the_refresh() -> None:
         {"name": "mining.trajectories", "stage": "logs", "duration_s": 60.0, "metrics": {"response_tokens": 98_000}},
         {"name": "evaluation.trajectories", "stage": "rollout", "duration_s": 6.0, "metrics": {"response_tokens": 300}},
     ]
-    shown = cost(artifacts)
+    shown = stages(artifacts)
     assert shown is not None and [row[4] for row in shown.rows] == ["—", "300", "300"]
     assert figures({}, {}, artifacts)["cost.tokens"] == 300
 
@@ -24,7 +24,7 @@ def test_figures_have_the_same_names_in_every_refresh() -> None:
         {"name": "opd", "duration_s": 12.0, "metrics": {"positions": 100.0}, "config": {"parallel": {"processes": 4}}},
         {"name": "sft", "duration_s": 3.0},
     ]
-    found = figures(OF_A_LINE, DECISION, artifacts, {"prompts.train": 400})
+    found = figures(OF_A_LINE, DECISION, artifacts, {"prompts": {"train": 400, "file": "a"}})
     assert found["tau.champion"] == 3.3
     assert found["tau.challenger"] == found["tau.opd"] == 3.543
     assert found["tau.challenger/chat"] == pytest.approx(3.14)

@@ -52,13 +52,12 @@ def test_every_part_of_a_refresh_of_a_line_is_there_and_the_verdict_is_first(tmp
     page = render(tmp_path, of_a_line())
     sections = [attributes.get("class") or attributes.get("id") for tag, attributes in page.tags if tag == "section"]
     assert sections == [
-        "verdict inconclusive", "acceptance", "by-prompt-set", "speed", "gate", "trend", "contexts", "details",
+        "verdict inconclusive", "drafters", "by-prompt-set", "gate", "trend", "contexts", "details",
     ]  # fmt: skip
-    assert [tag for tag, _ in page.tags].count("svg") == 4
+    assert [tag for tag, _ in page.tags].count("svg") == 2
     regions = [attributes["aria-label"] for _, attributes in page.tags if attributes.get("role") == "region"]
     assert regions == [
-        "Acceptance", "By prompt set", "Speed", "Speed by setting", "Gate", "Most rejected tokens", "Prompts",
-        "Rows not used", "Cost", "Lineage",
+        "Drafters", "Speed by setting", "By prompt set", "Gate", "Prompts", "Rows not used", "Stages",
     ]  # fmt: skip
     for text in ("0123456789ab", "draftsmith run weekly.yaml --force evaluation", "about 2 min", "450 s"):
         assert text in page.text, "commit, next step, cost"
@@ -119,14 +118,13 @@ def test_absent_parts_are_left_out(tmp_path: Path, absent: str) -> None:
     for figures in evaluation["drafters"].values():
         figures["differences"] = {other: of for other, of in figures["differences"].items() if other != "control"}
     evaluation["verdicts"] = [v for v in EVALUATION["verdicts"] if "control" not in (v["arm"], v["other"])]
-    data = ReportData("Report") if absent == "everything" else sample(evaluation=evaluation, curves={})
+    data = ReportData("Report") if absent == "everything" else sample(evaluation=evaluation)
     page = render(tmp_path, data)
     assert "SFT continued" not in page.text
     assert "None" not in page.text
 
 
 def test_speed_on_a_server_is_shown_by_setting(tmp_path: Path) -> None:
-    assert "Speed by setting" not in render(tmp_path, sample()).text
     page = render(tmp_path, sample(evaluation=SERVED))
     for text in ("Speed by setting", "980.8", "1,467.2", "0.688", "3 of 52", "3.320 in replay"):
         assert text in page.text, text
@@ -145,8 +143,7 @@ def test_unset_figures_are_shown_as_absent(tmp_path: Path) -> None:
 
 
 def test_text_is_escaped(tmp_path: Path) -> None:
-    rejected = [{"token": "<script>alert(1)</script>", "rejected": 3}]
-    page = render(tmp_path, ReportData("<b>Title</b>", mining={"most_rejected": rejected}))
+    page = render(tmp_path, ReportData("<b>Title</b>", facts={"run by": "<script>alert(1)</script>"}))
     assert not [tag for tag, _ in page.tags if tag in ("script", "b")]
     assert "<b>Title</b>" in page.text
 
