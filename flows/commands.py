@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import shlex
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +43,9 @@ def pipeline_of(options: argparse.Namespace) -> Pipeline:
 
 def _run(options: argparse.Namespace, pipeline: Pipeline) -> None:
     """Run the config's flow and print what it found, or only print the plan."""
+    from draftsmith.stages.reporting.next_steps import COMMAND
+
+    os.environ[COMMAND] = json.dumps({"config": str(options.config), "overrides": options.overrides})
     _run_config(options, pipeline, _read(options, pipeline, patient=not options.plan))
 
 
@@ -63,13 +68,14 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
     from draftsmith.artifacts.manifest import ArtifactRef
     from draftsmith.artifacts.open_store import store_of
     from draftsmith.artifacts.tracking import Tracking
+    from draftsmith.flows.pipeline.display import Ending
     from draftsmith.flows.pipeline.fetched import Folders
     from draftsmith.flows.pipeline.machine import check_home
     from draftsmith.flows.pipeline.part import Part
     from draftsmith.flows.pipeline.patience import patiently
     from draftsmith.flows.pipeline.prefect_server import start_prefect_server
 
-    display, tracking = _display(), Tracking(home(), config.experiment)
+    began, display, tracking = time.monotonic(), _display(), Tracking(home(), config.experiment)
     store, part = store_of(home()), Part.of(options.start, options.until)
     planned = patiently(lambda: part.plan(config, store, pipeline, options.force), config.stages, display.line)
     display.plan(planned)
@@ -100,7 +106,10 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
         for name, folder in folders.items():
             display.line(f"{name}: {folder}")
     elif made and pipeline.results:
-        _named(pipeline.results)(display, folders, tracking.ui_command)
+        said = str(refused) if refused is not None else None
+        passed = time.monotonic() - began
+        ending = Ending(config, str(options.config), options.overrides, tracking.ui_command, passed, said)
+        _named(pipeline.results)(display, folders, ending)
     if refused is not None:
         raise refused
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from draftsmith.stages.measure.verdicts import Pair
     from draftsmith.stages.statistics import Estimate
 
-CONTEXTS = "contexts.json"  # arm -> where it is worst
+CONTEXTS = "contexts.json"  # arm -> where it is worst, and where it is as usual
 REPLAYED = "replayed"  # traces by replay, of an unfinished attempt or a shard
 VALIDATION = "validation"
 TOLD = "trained"  # the drafting whose worst contexts are told, with what was proposed there
@@ -168,7 +168,7 @@ def _acceptance(
         tau_differences,
         taus_compared,
     )
-    from draftsmith.stages.measure.contexts import WorstContexts
+    from draftsmith.stages.measure.contexts import Contexts
     from draftsmith.stages.prompting.held_out import units_of
     from draftsmith.stages.replay.nucleus import doubt
     from draftsmith.stages.replay.tally import tally_all
@@ -178,7 +178,7 @@ def _acceptance(
     ctx.log(f"replaying {len(drafters)} drafters on {len(stored.trajectories)} held-out trajectories")
     looping = [has_loop(t.tokens[t.prompt_length :]) for t in stored.trajectories]
     tallies = {}
-    worst = {arm: WorstContexts() for arm in drafters}
+    worst = {arm: Contexts() for arm in drafters}
     for setting, drafting in _draftings(config).items():
         tallies[setting] = tally_all(
             target,

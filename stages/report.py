@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import getpass
 import json
-from collections.abc import Iterator, Mapping
+import os
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,16 +18,14 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import MANIFEST, InputEntry, Manifest, read_manifest
 from draftsmith.stages.contract import Config, OnlyIfSet, Operational, Stage, StageContext
 from draftsmith.stages.measure.gate import CHAMPION, challenger_of, with_version
-from draftsmith.stages.reporting import rows
 from draftsmith.stages.reporting.figures import figures as figures_of
-from draftsmith.stages.reporting.outcome import outcome
+from draftsmith.stages.reporting.names import target_name
+from draftsmith.stages.reporting.next_steps import COMMAND, invocation, next_steps
 from draftsmith.stages.reporting.page import ReportData, render_report
-from draftsmith.stages.reporting.verdict import findings
+from draftsmith.stages.reporting.review import machine, review_of
 
 ANSWERS = ("trajectories",)
-TRAININGS = ("sft", "opd", "control")
 REVIEW = "review.json"
-STALE = "anchors_off_mined_share"  # what OPD says of its mined trace
 HEADLINE = ("tau", "tau_low", "tau_high", "differences")
 
 
@@ -35,6 +36,9 @@ class ReportConfig(Config):
         Field(description="filled in when the plan is made: line and version of the drafter that serves"),
         OnlyIfSet(),
     ] = None
+    line: Annotated[str | None, Operational()] = Field(
+        default=None, description="filled in when the plan is made: the line of drafters"
+    )
     history: Annotated[tuple[dict[str, Any], ...], Operational()] = Field(
         default=(), description="filled in when the plan is made: what the line's drafters were worth, and when"
     )
@@ -42,7 +46,7 @@ class ReportConfig(Config):
 
 def run(ctx: StageContext, config: ReportConfig) -> None:
     """Write `report.html`, `headline.json` with the figures in it that do not depend on time, and `review.json` with
-    all of them, the verdict and the configs: what MLflow is told, and what two refreshes are compared by."""
+    the typed review, all figures and the configs: what MLflow shows."""
     evaluation = _read_json(ctx.inputs["evaluation"] / "evaluation.json")
     decision = _read_json(ctx.inputs["gate"] / "decision.json") if "gate" in ctx.inputs else {}
     if config.champion is not None:
@@ -50,45 +54,85 @@ def run(ctx: StageContext, config: ReportConfig) -> None:
     lineage = [(name, _of_its_line(manifest, config), folder) for name, manifest, folder in _lineage(ctx)]
     artifacts = [{"name": name} | manifest.model_dump() for name, manifest, _ in lineage]
     made = {manifest.stage: (manifest, folder) for _, manifest, folder in lineage}
-    prompts, logs = _told(made, "prompts", "prompts.json"), _told(made, "logs", "logs.json")
-    configs = {f"{name} ({manifest.stage}/{manifest.key[:8]})": manifest.config for name, manifest, _ in lineage}
+    prompts, logs = _figures(made, "prompts", "prompts.json"), _figures(made, "logs", "logs.json")
+    review = review_of(evaluation, decision)
+    target = target_name(str(made["target"][0].config.get("source", ""))) if "target" in made else ""
+    asked = invocation(os.environ.get(COMMAND), config.line)
+    seconds = {name: manifest.duration_s for name, manifest, _ in lineage}
     data = ReportData(
-        title=config.title,
+        title=" · ".join(filter(None, [config.title, target, _line(config)])),
         evaluation=evaluation,
         decision=decision,
+        facts=_facts(evaluation, artifacts, logs),
+        steps=next_steps(review, asked, seconds) if review is not None else (),
         history=[
             *config.history,
             *_drift(ctx.inputs.get("drift")),
             *_now(ctx, evaluation, decision),
         ],
-        mining=_read_json(ctx.inputs["mining"] / "summary.json"),
         contexts=_contexts(ctx.inputs["evaluation"] / "contexts.json", evaluation),
-        curves={arm: _curve(ctx.inputs[arm], "loss") for arm in TRAININGS if arm in ctx.inputs},
-        staleness=_curve(ctx.inputs["opd"], STALE),
         prompts=prompts,
         logs=logs,
         lineage=artifacts,
-        config=configs,
+        config={f"{name} ({manifest.stage}/{manifest.key[:8]})": manifest.config for name, manifest, _ in lineage},
     )
     render_report(ctx.out / "report.html", data)
     drafters = evaluation.get("drafters", {})
     headline = {arm: {name: figures[name] for name in HEADLINE if name in figures} for arm, figures in drafters.items()}
     write_text(ctx.out / "headline.json", json.dumps(headline, indent=2, sort_keys=True) + "\n")
-    counts = _counts(prompts, logs)
-    if data.staleness:
-        counts["anchors_off_mined_share"] = sum(share for _, share in data.staleness) / len(data.staleness)
-    found = outcome(evaluation, decision)
-    review = {
-        "outcome": None if found is None else {**asdict(found), "label": found.label},
-        "doubts": rows.doubts(evaluation),
-        "figures": figures_of(evaluation, decision, artifacts, counts),
+    kept: dict[str, Any] = {"outcome": None, "doubts": []} if review is None else asdict(review)
+    if review is not None:
+        kept["outcome"]["label"] = review.outcome.label
+        ctx.log(f"{review.outcome.label}. {review.outcome.sentence}")
+    kept |= {
+        "figures": figures_of(evaluation, decision, artifacts, {"prompts": prompts, "logs": logs}),
         "config": {name: _compared(manifest) for name, manifest, _ in lineage},
         "artifacts": {name: f"{manifest.stage}/{manifest.key[:16]}" for name, manifest, _ in lineage},
     }
-    write_text(ctx.out / REVIEW, json.dumps(review, indent=1, sort_keys=True, default=str) + "\n")
-    for sentence in findings(evaluation):
-        ctx.log(sentence)
+    write_text(ctx.out / REVIEW, json.dumps(kept, indent=1, sort_keys=True, default=str) + "\n")
     ctx.summary(**{f"tau_{arm}": figures["tau"] for arm, figures in drafters.items() if figures.get("tau") is not None})
+
+
+def _line(config: ReportConfig) -> str:
+    if config.line is None:
+        return ""
+    beside = f"against version {config.champion[1]}" if config.champion is not None else "no champion yet"
+    return f"line {config.line}, {beside}"
+
+
+def _facts(
+    evaluation: Mapping[str, Any], artifacts: Sequence[Mapping[str, Any]], logs: Mapping[str, Any]
+) -> dict[str, str]:
+    """Of when, where, by whom and from what the figures are."""
+    made = [str(each["created_at"]) for each in artifacts if each.get("created_at")]
+    window = logs.get("window") or {}
+    since = window.get("since") or window.get("after")
+    ends = [f"from {since}" if since else "", f"to {window['newest']}" if window.get("newest") else ""]
+    return {
+        "data": " ".join(filter(None, ends)),
+        "measured": f"{max(made)[:16].replace('T', ' ')} UTC" if made else "",
+        "on": machine(evaluation),
+        "engine": str(evaluation.get("engine") or ""),
+        "commit": _commit(),
+        "run by": _user(),
+    }
+
+
+def _commit() -> str:
+    """Of the folder that the run was started in."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return found.stdout.strip() if found.returncode == 0 else ""
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user without a name
+        return ""
 
 
 def _of_its_line(manifest: Manifest, config: ReportConfig) -> Manifest:
@@ -105,9 +149,9 @@ def _compared(manifest: Manifest) -> dict[str, Any]:
     return {name: config.get(name) for name in ("line", "version")} if manifest.stage == CHAMPION else config
 
 
-def _told(made: Mapping[str, tuple[Manifest, Path]], stage: str, file: str) -> dict[str, Any]:
-    """What a stage behind the report says of its data, from the store's bucket where it was made on another host;
-    nothing of one that is not behind it."""
+def _figures(made: Mapping[str, tuple[Manifest, Path]], stage: str, file: str) -> dict[str, Any]:
+    """Return what a stage wrote of its data, from the store's bucket if it was made on another host; empty if the
+    report does not rest on it."""
     if stage not in made:
         return {}
     manifest, folder = made[stage]
@@ -124,26 +168,6 @@ def _contexts(path: Path, evaluation: Mapping[str, Any]) -> list[dict[str, Any]]
     if not path.is_file() or not evaluation.get("drafters"):
         return []
     return list(_read_json(path).get(challenger_of(evaluation), ()))
-
-
-def _counts(prompts: Mapping[str, Any], logs: Mapping[str, Any]) -> dict[str, float]:
-    """Rows by what became of them."""
-    found: dict[str, float] = {}
-    for source, splits in (prompts.get("counts") or {}).items():
-        for split, count in splits.items():
-            found[f"prompts.{split}"] = found.get(f"prompts.{split}", 0) + count
-            found[f"prompts.{split}/{source}"] = count
-    found |= {
-        f"prompts.{name}": prompts[name] for name in ("duplicates_removed", "too_long_skipped") if name in prompts
-    }
-    for name, told in (("prompts", prompts), ("logs", logs)):
-        if told:
-            reasons = told.get("set_aside") or {}
-            found[f"{name}.set_aside"] = sum(reasons.values())
-            found |= {f"{name}.set_aside.{reason}": count for reason, count in reasons.items()}
-    of_logs = ("rows_read", "used", "replayed", "outside_window", "filtered", "not_drawn", "response_tokens", "scored")
-    found |= {f"logs.improbable.{reason}": count for reason, count in (logs.get("improbable") or {}).items()}
-    return found | {f"logs.{name}": logs[name] for name in of_logs if name in logs}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -173,15 +197,6 @@ def _now(ctx: StageContext, evaluation: Mapping[str, Any], decision: Mapping[str
     drafter = evaluation["drafters"][decision["challenger"]]
     figures = {"tau": drafter["tau"], "low": drafter["tau_low"], "high": drafter["tau_high"]}
     return [{"at": read_manifest(folder).created_at, "what": "now", **figures}]
-
-
-def _curve(folder: Path, name: str) -> list[tuple[int, float]]:
-    """(step, value) of a training's metric; a training without it has no curve."""
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
 
 
 def _lineage(ctx: StageContext) -> Iterator[tuple[str, Manifest, Path]]:

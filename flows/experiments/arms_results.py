@@ -9,10 +9,11 @@ from typing import Any
 
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.stages.experiments.comparison import BASE, Spent, cost_to_reach
-from draftsmith.stages.reporting.rows import Table, number
+from draftsmith.stages.reporting.names import number
+from draftsmith.stages.reporting.tables import Table
 
 
-def show_results(display: Display, made: Mapping[str, Path], _mlflow: str = "") -> None:
+def show_results(display: Display, made: Mapping[str, Path], _ending: object = None) -> None:
     """Print the comparison of every split, and what the drafter was worth before the change, if there was one."""
     results = _read(made["comparison"])
     for split, figures in results.items():

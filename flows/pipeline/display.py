@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from rich import markup
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from draftsmith.artifacts.printable import printable
 from draftsmith.flows.pipeline.graph import PlannedNode, Status
+from draftsmith.flows.pipeline.options import RunOptions
 
 _LINE_EVERY_S = 10.0  # where nobody watches a moving bar: a log file, CI
 _RATE_WINDOW_S = 30.0
@@ -27,6 +29,18 @@ _STATUS_STYLE = {
     Status.AFTER: "dim",
     Status.DAMAGED: "red",
 }
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A run that has ended, as the command that started it knows it: for the screen that shows its results."""
+
+    config: RunOptions
+    file: str  # of the config, as it was typed
+    overrides: Sequence[str]  # by `--set`
+    mlflow: str  # the command that shows the runs, or a server's URL
+    seconds: float
+    refused: str | None = None  # why nothing was promoted
 
 
 class Rate:

@@ -103,7 +103,7 @@ class Pipeline:
     checks: Callable[[], Checks] | None = None  # for one run
     resolve: Callable[[Any], Any] | None = None  # a config with what only the outside knows, when the plan is made
     course: Callable[[Any, Collection[str]], Course | None] | None = None  # of a resolved config and the forced nodes
-    results: str = ""  # "module:function", given display, the nodes' folders, and how to open MLflow
+    results: str = ""  # "module:function", given display, the nodes' folders, and an `Ending`
     headline: str = ""  # the node whose figures are the run's in MLflow
     review: Callable[[Mapping[str, Path]], Review | None] | None = None  # of the nodes' folders: what MLflow shows too
     data: tuple[str, ...] = ()  # nodes that are the run's data sets

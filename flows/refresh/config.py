@@ -285,7 +285,8 @@ def report_config(config: RefreshConfig) -> ReportConfig:
     if config.registry is None:
         return config.report
     serves = (config.champion.line, config.champion.version) if config.champion is not None else None
-    return config.report.model_copy(update={"champion": serves, "history": config.registry.history})
+    found = {"champion": serves, "history": config.registry.history, "line": config.registry.name}
+    return config.report.model_copy(update=found)
 
 
 def control_config(config: RefreshConfig) -> SftConfig:

@@ -140,9 +140,8 @@ class RefreshCourse:
             said = f"{version} is not promoted: {decision['sentence']}"
             inconclusive = decision["outcome"] == "inconclusive"
             tag_ended(version)
-            return self._conclusion(
-                "Inconclusive" if inconclusive else "Refused", said, decision, version, RefusedError(said)
-            )
+            error = RefusedError(f"{version} is not promoted: {decision['outcome']}")  # the screen says why
+            return self._conclusion("Inconclusive" if inconclusive else "Refused", said, decision, version, error)
         with self._telling.alone():
             version = line.version(version.line, version.number)
             if (undone := line.rolled_back(version)) is None:  # asked now: another's hook may have undone it

@@ -1,4 +1,4 @@
-"""Where a drafter is worst: the stretches of held-out answers in which its proposals were kept least, as text."""
+"""Stretches of held-out answers as text: where a drafter's proposals were kept least, and where it is as usual."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from draftsmith.stages.replay.trace import Trace, Trajectory
 
 STEPS = 6  # verify steps of a stretch
 BEFORE, AFTER = 80, 16  # tokens around it
+TYPICAL, OF_ANSWERS = 2, 64  # how many typical stretches are shown, of so many answers
 Decode = Callable[[list[int]], str]
 
 
-class WorstContexts:
-    """The stretches with the fewest committed tokens a step, one an answer. Traces may come in any order."""
+class Contexts:
+    """The stretches with the fewest committed tokens a step, one an answer, and typical ones. Traces may come in any
+    order."""
 
     def __init__(self, count: int = 10):
         self.count = count
         self._found: list[tuple[float, int, int, int, Trace]] = []  # tau, trajectory, first step, steps
+        self._usual: list[tuple[float, int, int, int, Trace]] = []  # the same, of each answer its middle stretch
 
     def add(self, places: Sequence[int], traces: Sequence[Trace]) -> None:
         """Of the trajectories at `places`; as many as are asked for are kept.
@@ -33,13 +36,20 @@ class WorstContexts:
                 sums = np.convolve(trace.committed, np.ones(steps, dtype=np.int64), mode="valid")
                 first = int(sums.argmin())
                 self._found.append((int(sums[first]) / steps, index, first, steps, trace))
+                middle = int(np.argsort(sums, kind="stable")[len(sums) // 2])
+                self._usual.append((int(sums[middle]) / steps, index, middle, steps, trace))
         self._found = sorted(self._found, key=lambda each: each[:4])[: self.count]
+        self._usual = sorted(self._usual, key=lambda each: each[1])[:OF_ANSWERS]
 
     def told(self, trajectories: Sequence[Trajectory], sets: Sequence[str], decode: Decode) -> list[dict[str, Any]]:
-        """The worst first, ready for JSON. sets: the prompt set of each trajectory."""
+        """The worst first, then those of the usual acceptance length, ready for JSON. sets: the prompt set of each
+        trajectory."""
+        usual = sorted(self._usual, key=lambda each: each[:4])
+        middle = max(0, (len(usual) - TYPICAL) // 2)
         return [
-            {"tau": tau, "set": sets[index], **_context(trajectories[index], trace, first, steps, decode)}
-            for tau, index, first, steps, trace in self._found
+            {"kind": kind, "tau": tau, "set": sets[at], **_context(trajectories[at], trace, first, steps, decode)}
+            for kind, found in (("worst", self._found), ("typical", usual[middle : middle + TYPICAL]))
+            for tau, at, first, steps, trace in found
         ]
 
 

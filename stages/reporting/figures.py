@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from draftsmith.stages.measure.gate import CHAMPION, challenger_of, gain_of, interval_of
-from draftsmith.stages.reporting.tables import counted, device_seconds
+from draftsmith.stages.reporting.review import points_of
 
 CHALLENGER = "challenger"
+_GIVEN = ("logs",)  # stages whose answers were there before
 _ENDS = {"tau": ("tau", "low", "high"), "speedup": ("speedup", "speedup_low", "speedup_high")}  # of a set's figures
 _SPEED = (
     "speedup", "tokens_per_s", "tau_served", "draft_share", "verify_share", "draft_ms_per_step", "verify_ms_per_step",
@@ -29,7 +30,7 @@ def figures(
     passed) with `.value`, `.end` and `.wanted`, `cost.…`, `data.…`. ARM is also `challenger`, the arm that the gate
     looked at.
 
-    artifacts: of the lineage, with `name`, `duration_s` and `metrics`. data: counts of rows.
+    artifacts: of the lineage, with `name`, `duration_s` and `metrics`. data: what `prompts.json` and `logs.json` count.
     """
     found = dict(_all(evaluation, artifacts, data or {}))
     found |= dict(_of_gate(decision or {}))
@@ -58,8 +59,9 @@ def _all(
             for role in (arm, *((CHALLENGER,) if arm == challenger else ())):
                 yield from _of_drafter(role, each, evaluation, arm)
         yield from _gains(evaluation, challenger)
-        for point in _points(evaluation):
-            yield from _of_speed(point, challenger)
+        for point in points_of(evaluation):
+            if point.get("concurrency") is not None:
+                yield from _of_speed(point, challenger)
     yield "doubts", len(evaluation.get("doubts") or ())
     exact = evaluation.get("exactness") or {}
     for name in ("fp32_prompts", "fp32_identical", "identical_share", "median_margin"):
@@ -74,8 +76,15 @@ def _all(
         yield f"cost.wall_s.{each['name']}", each.get("duration_s")
     for name, key in (("tokens", "response_tokens"), ("positions", "positions"), ("tflop", "tflop")):
         yield f"cost.{name}", sum(counted(each, key) or 0.0 for each in artifacts)
-    for name, value in data.items():
-        yield f"data.{name}", value
+    yield from _numbers("data", data)
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _numbers(f"{name}.{key}", inner)
+    else:
+        yield name, value
 
 
 def _of_drafter(role: str, each: Mapping[str, Any], evaluation: Mapping[str, Any], arm: str) -> Iterator[Any]:
@@ -116,15 +125,6 @@ def _gains(evaluation: Mapping[str, Any], challenger: str) -> Iterator[tuple[str
                 yield f"speed_over_champion.{point_name(found)}.{suffix}", math.exp(end)
 
 
-def _points(evaluation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Every setting with its arms; the headline's alone where that is all that was measured."""
-    if evaluation.get("speed_by_setting"):
-        return list(evaluation["speed_by_setting"])
-    setting = {name: evaluation.get(name) for name in ("temperature", "concurrency")}
-    known = evaluation.get("speed") and None not in setting.values()
-    return [{**setting, "arms": evaluation["speed"]}] if known else []
-
-
 def _of_speed(point: Mapping[str, Any], challenger: str) -> Iterator[tuple[str, Any]]:
     where = point_name(point)
     for arm, each in point["arms"].items():
@@ -140,3 +140,27 @@ def _of_speed(point: Mapping[str, Any], challenger: str) -> Iterator[tuple[str, 
 def point_name(setting: Mapping[str, Any]) -> str:
     """`c16.t0`: requests in flight, and temperature."""
     return f"c{setting['concurrency']}.t{setting['temperature']:g}"
+
+
+def device_seconds(artifacts: Sequence[Mapping[str, Any]]) -> float:
+    """Wall time by the devices that a stage's config asks for."""
+    return sum((each.get("duration_s") or 0.0) * _devices(each.get("config") or {}) for each in artifacts)
+
+
+def _devices(config: Mapping[str, Any]) -> int:
+    parallel = config.get("parallel") or {}
+    launch = (config.get("engine") or {}).get("launch") or {}
+    servers = 1 if "rounds" in config else launch.get("servers", 1)  # an evaluation runs one at a time
+    return int(
+        parallel.get("processes", 1) * parallel.get("nodes", 1)
+        if parallel
+        else servers * launch.get("tensor_parallel", 1) * launch.get("data_parallel", 1)
+    )
+
+
+def counted(artifact: Mapping[str, Any], figure: str) -> float | None:
+    """What its stage has generated or trained: `response_tokens`, `positions` or `tflop`. None where it says nothing,
+    and for tokens that production had generated."""
+    if figure == "response_tokens" and artifact.get("stage") in _GIVEN:
+        return None
+    return (artifact.get("metrics") or {}).get(figure)

@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec
 
-from draftsmith.artifacts.printable import printable
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.ticker import Locator
@@ -38,8 +36,6 @@ _STYLE: Any = {
     "axes.spines.right": False,
     "legend.frameon": False,
 }
-_LABEL = 28  # characters
-CURVE_POINTS = 300  # longer curves are shown as means over neighbouring steps
 P = ParamSpec("P")
 
 
@@ -60,108 +56,17 @@ def _styled(draw: Callable[P, str]) -> Callable[P, str]:
 
 @_styled
 def acceptance_by_offset(drafters: Mapping[str, Sequence[float]], names: Mapping[str, str]) -> str:
-    """Share of proposals accepted at each offset, one line a drafter."""
+    """Share of proposals accepted at each position, one line a drafter."""
 
     figure = _figure(7.2, 3.4)
     axes = figure.add_subplot()
     for arm, shares in drafters.items():
         offsets = range(1, len(shares) + 1)
         axes.plot(offsets, shares, marker="o", markersize=4, color=COLOURS.get(arm, _OTHER), label=names[arm])
-    axes.set(xlabel="offset of the proposal", ylabel="share accepted", ylim=(0, 1.02))
+    axes.set(xlabel="position in the block", ylabel="share accepted", ylim=(0, 1.02))
     axes.xaxis.set_major_locator(_whole_numbers())
     axes.legend()
-    return _svg(figure, "acceptance", "Share of proposals accepted at each offset")
-
-
-@_styled
-def accepted_lengths(drafters: Mapping[str, Sequence[float]], names: Mapping[str, str]) -> str:
-    """Histogram of accepted lengths (proposals kept in a verify step), one bar a drafter and length."""
-
-    figure = _figure(7.2, 3.4)
-    axes = figure.add_subplot()
-    width = 0.8 / max(len(drafters), 1)
-    for index, (arm, counts) in enumerate(drafters.items()):
-        total = sum(counts) or 1
-        centres = [length - 0.4 + width * (index + 0.5) for length in range(len(counts))]
-        shares = [count / total for count in counts]
-        axes.bar(centres, shares, width, color=COLOURS.get(arm, _OTHER), label=names[arm])
-    axes.set(xlabel="proposals accepted in a verify step", ylabel="share of verify steps")
-    axes.xaxis.set_major_locator(_whole_numbers())
-    axes.grid(visible=False, axis="x")
-    axes.legend()
-    return _svg(figure, "lengths", "Histogram of accepted lengths")
-
-
-@_styled
-def training_curves(curves: Mapping[str, Sequence[tuple[int, float]]], names: Mapping[str, str]) -> str:
-    """Loss over steps, one panel a training: their losses are not comparable with each other."""
-    figure = _figure(3.5 * len(curves), 3.1)
-    for index, (arm, points) in enumerate(curves.items()):
-        axes = figure.add_subplot(1, len(curves), index + 1)
-        steps, losses = zip(*_thinned(points), strict=True)
-        axes.plot(steps, losses, color=COLOURS.get(arm, _OTHER), linewidth=1.5)
-        axes.set(title=names[arm], xlabel="step", ylabel="loss" if index == 0 else "")
-    return _svg(figure, "curves", "Training loss over steps")
-
-
-@_styled
-def staleness(points: Sequence[tuple[int, float]]) -> str:
-    """Share over steps."""
-    figure = _figure(7.2, 2.4)
-    axes = figure.add_subplot()
-    steps, shares = zip(*_thinned(points), strict=True)
-    axes.plot(steps, shares, color=COLOURS["opd"], linewidth=1.5)
-    axes.set(xlabel="step", ylabel="share off the trace", ylim=(0, 1.02))
-    return _svg(figure, "staleness", "Share of trained anchors that the mined trace does not have, over steps")
-
-
-@_styled
-def tau_by_set(sets: Mapping[str, Mapping[str, Mapping[str, Any]]], names: Mapping[str, str]) -> str:
-    """tau of every drafter within each prompt set. sets: set -> arm -> `tau`, `low`, `high`."""
-    figure = _figure(7.2, 1.1 + 0.16 * len(names) * len(sets) + 0.1 * len(sets))
-    axes = figure.add_subplot()
-    others = iter(_SERIES)
-    for index, (arm, name) in enumerate(names.items()):
-        colour = COLOURS.get(arm) or next(others)
-        shift = 0.7 * ((index + 0.5) / len(names) - 0.5)
-        for place, figures in enumerate(each.get(arm) for each in sets.values()):
-            if figures is None or figures.get("tau") is None:
-                continue
-            ends = [figures["tau"] if figures.get(end) is None else figures[end] for end in ("low", "high")]
-            axes.plot(ends, [place + shift] * 2, color=colour, linewidth=1.5)
-            axes.plot(figures["tau"], place + shift, "o", markersize=4.5, color=colour)
-        axes.plot([], [], "o-", markersize=4.5, color=colour, label=name)
-    axes.set_yticks(range(len(sets)), [_label(name) for name in sets])
-    axes.invert_yaxis()
-    axes.set(xlabel="tau (+1)")
-    axes.grid(visible=False, axis="y")
-    figure.legend(ncols=4, loc="outside upper center")  # of the figure: long names of sets leave the axes too narrow
-    return _svg(figure, "sets", "Acceptance length by prompt set")
-
-
-@_styled
-def time_split(shares: Mapping[str, tuple[float, float]], names: Mapping[str, str]) -> str:
-    """Shares of wall time spent on drafting and on verifying; what is missing to 1 is everything else."""
-    figure = _figure(7.2, 0.9 + 0.45 * len(shares))
-    axes = figure.add_subplot()
-    labels = [names[arm] for arm in shares]
-    drafts, verifies = [draft for draft, _ in shares.values()], [verify for _, verify in shares.values()]
-    others = [max(0.0, 1 - draft - verify) for draft, verify in shares.values()]
-    left = [0.0] * len(labels)
-    for label, widths, colour in (
-        ("draft", drafts, COLOURS["opd"]),
-        ("verify", verifies, COLOURS["sft"]),
-        ("other", others, COLOURS["plain"]),
-    ):
-        bars = axes.barh(labels, widths, left=left, height=0.6, color=colour, label=label)
-        shown = [f"{width:.0%}" if width > 0.04 else "" for width in widths]
-        axes.bar_label(bars, shown, label_type="center", color="white")
-        left = [start + width for start, width in zip(left, widths, strict=True)]
-    axes.set(xlim=(0, 1), xlabel="share of wall time")
-    axes.invert_yaxis()
-    axes.grid(visible=False)
-    axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return _svg(figure, "time", "Time spent on drafting and verifying")
+    return _svg(figure, "acceptance", "Share of proposals accepted at each position")
 
 
 @_styled
@@ -197,7 +102,7 @@ def tau_over_time(history: Sequence[Mapping[str, Any]]) -> str:
                 axes.annotate(
                     f" {point['version']}", (time, point["tau"]), xytext=(4, 4), textcoords="offset points", fontsize=8
                 )
-    axes.set(ylabel="tau (+1)")
+    axes.set(ylabel="acceptance length")
     axes.tick_params(axis="x", labelrotation=20)
     axes.legend()
     return _svg(figure, "line", "Acceptance length of the line's drafters over time")
@@ -261,19 +166,6 @@ def differences(rows: Sequence[Mapping[str, Any]], control: str) -> str:
 def standalone(svg: str) -> str:
     """An inline figure as a file of its own, on white."""
     return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" style="background:#fff" ', 1) + "\n"
-
-
-def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
-    """At most `CURVE_POINTS` means over neighbouring points."""
-    size = -(-len(points) // CURVE_POINTS)
-    groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(sum(s for s, _ in group) / len(group), sum(v for _, v in group) / len(group)) for group in groups]
-
-
-def _label(name: str) -> str:
-    """A name that anyone gave: no control character, no formula, and not longer than a label may be."""
-    shown = printable(name).replace("$", r"\$").replace("\n", " ")
-    return shown if len(shown) <= _LABEL else f"{shown[: _LABEL - 1]}…"
 
 
 def _whole_numbers() -> Locator:

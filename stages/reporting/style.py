@@ -10,31 +10,26 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 0; color: var(--ink); backg
   overflow-wrap: break-word }
 .skip { position: absolute; left: -100vw } .skip:focus { left: 1rem; top: 1rem; background: var(--page); padding:
   .5rem }
-header, main, footer { max-width: 68rem; margin: 0 auto; padding: 0 1.25rem }
+header, main { max-width: 68rem; margin: 0 auto; padding: 0 1.25rem }
 header { padding-top: 1.5rem } header p { margin: 0; color: var(--quiet); font-size: .9rem }
 a { color: var(--link) } :focus-visible { outline: 3px solid var(--link); outline-offset: 2px }
 h1 { font-size: 1.1rem; margin: 0; font-weight: 600 } h2 { margin: 0 0 .8rem; font-size: 1.3rem }
-h3 { margin: 1.6rem 0 .5rem; font-size: 1rem } section { margin: 3rem 0; scroll-margin-top: 1rem }
+h3 { margin: 1.6rem 0 .5rem; font-size: 1rem } section { margin: 2.2rem 0 }
 .verdict { margin: 1rem 0 2rem; padding: 1.25rem 1.5rem; border: 1px solid var(--line); border-left: .5rem solid
   var(--tone);
   border-radius: .5rem; background: var(--soft) }
 .promoted { --tone: var(--good) } .refused { --tone: var(--bad) } .inconclusive { --tone: var(--warn) }
 .measured { --tone: var(--quiet) }
-.verdict h2 { font-size: clamp(1.35rem, 1rem + 1.6vw, 1.9rem); line-height: 1.25; margin: .1rem 0 .6rem }
+.verdict h2 { font-size: clamp(1.25rem, 1rem + 1vw, 1.6rem); line-height: 1.25; margin: .1rem 0 .6rem }
 .badge { color: var(--tone); font-weight: 700; letter-spacing: .06em; text-transform: uppercase; font-size: .85rem;
   margin: 0 }
 .verdict ul { margin: .4rem 0 0; padding-left: 1.2rem } .verdict li { margin: .2rem 0 }
-.doubts { margin-top: 1rem; padding: .7rem 1rem; border: 1px solid var(--warn); border-radius: .4rem }
-.doubts h3 { margin: 0 0 .3rem; color: var(--warn) } .doubts ul { margin: 0 }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .75rem; margin: 1.25rem 0
-  0 }
-.tiles div { background: var(--page); border: 1px solid var(--line); border-radius: .4rem; padding: .6rem .8rem }
-.tiles dt { color: var(--quiet); font-size: .82rem } .tiles dd { margin: 0 }
-.tiles dd.figure { font-size: 1.5rem; font-weight: 650; font-variant-numeric: tabular-nums; line-height: 1.3 }
-.tiles dd.beside { font-size: .82rem; color: var(--quiet); font-variant-numeric: tabular-nums }
-nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; list-style: none; padding: 0; margin: 0; font-size:
-  .92rem }
-nav a { display: inline-block; padding: .25rem 0 }
+.warnings { margin: 1rem 0; padding: .6rem 1rem; border: 1px solid var(--warn); border-radius: .4rem }
+.warnings h3 { color: var(--warn) }
+.headline { font-size: 1.15rem; font-weight: 650; margin: .6rem 0; font-variant-numeric: tabular-nums }
+.verdict h3 { margin: 1rem 0 .4rem } .verdict .warnings h3 { margin: 0 }
+.steps { display: grid; grid-template-columns: max-content 1fr; gap:
+  .3rem 1.2rem; margin: 0 } .steps dd { margin: 0; overflow-wrap: anywhere }
 figure { margin: 1rem 0 } figcaption, .quiet { color: var(--quiet); font-size: .875rem; max-width: 48rem }
 figcaption { margin-top: .5rem }
 .wide { display: inline-block; vertical-align: top; max-width: 100%; overflow-x: auto; border: 1px solid var(--line);
@@ -46,10 +41,10 @@ thead th { white-space: normal; vertical-align: bottom; background: var(--soft);
 tbody tr:last-child > * { border-bottom: 0 } tbody th { font-weight: 600; white-space: normal; min-width: 7.2rem;
   max-width: 18rem; overflow-wrap: anywhere }
 .text { text-align: left } td.text { white-space: normal; min-width: 9rem }
-svg { display: block; width: 100%; height: auto; max-width: 46rem } svg text { font-family: inherit }
+svg { display: block; width: 100%; height: auto; max-width: 40rem } svg text { font-family: inherit }
 pre, code { font: .82rem/1.5 ui-monospace, monospace } pre { background: var(--soft); padding: 1rem; overflow-x: auto;
   border-radius: .4rem; margin: .5rem 0 }
-summary { cursor: pointer; padding: .35rem 0 }
+summary { cursor: pointer; padding: .35rem 0 } main { padding-bottom: 2rem }
 .context { border: 1px solid var(--line); border-radius: .4rem; padding: .8rem 1rem; margin: 1rem 0 }
 .context h3 { margin: 0 0 .5rem; font-size: .9rem; font-weight: 600 }
 .context p { white-space: pre-wrap; overflow-wrap: anywhere; font: .9rem/1.9 ui-monospace, monospace; margin: 0 }
@@ -57,12 +52,11 @@ summary { cursor: pointer; padding: .35rem 0 }
 del { color: var(--bad); text-decoration-thickness: 2px } del.dropped { opacity: .75; text-decoration-thickness: 1px }
 .chosen { font-weight: 700; background: var(--soft); border: 1px solid var(--line); border-radius: .2rem; padding: 0
   .15rem }
-footer { color: var(--quiet); font-size: .875rem; padding-bottom: 3rem }
-@media (max-width: 40rem) { section { margin: 2.2rem 0 } .verdict { padding: 1rem } header, main, footer {
+@media (max-width: 40rem) { section { margin: 2.2rem 0 } .verdict { padding: 1rem } header, main {
   padding-inline: 1rem }
-  .tiles { grid-template-columns: 1fr 1fr } .tiles dd.figure { font-size: 1.25rem } }
-@media print { :root { color-scheme: light } body { font-size: 10.5pt } nav, .skip { display: none }
-  header, main, footer { max-width: none; padding: 0 } section { margin: 1.4rem 0 } h2, h3 { break-after: avoid }
+  .steps { grid-template-columns: 1fr } .steps dd { margin-bottom: .5rem } }
+@media print { :root { color-scheme: light } body { font-size: 10.5pt } .skip { display: none }
+  header, main { max-width: none; padding: 0 } section { margin: 1.4rem 0 } h2, h3 { break-after: avoid }
   figure, .context, .verdict, tr { break-inside: avoid } figure.table { break-inside: auto }
   .wide { overflow: visible; border: 0 } table { font-size: 7.5pt } th, td { padding: .15rem .3rem; white-space:
   normal !important; min-width: 0 !important; overflow-wrap: anywhere }

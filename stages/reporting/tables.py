@@ -1,117 +1,175 @@
-"""Tables of the report's page: acceptance, speed, prompt sets, cost, data."""
+"""Tables of the report. Every cell is finished text; figures that are not there are `ABSENT`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from draftsmith.stages.measure.gate import CHAMPION, challenger_of, gain_of
-from draftsmith.stages.reporting import rows
-from draftsmith.stages.reporting.names import ABSENT, name_of
-from draftsmith.stages.reporting.outcome import duration
-from draftsmith.stages.reporting.rows import Table, interval, number
+from draftsmith.stages.reporting.figures import counted, device_seconds
+from draftsmith.stages.reporting.names import ABSENT, duration, interval, name_of, number
+from draftsmith.stages.reporting.review import Review, points_of
 
-_COUNTED = ("response_tokens", "positions", "tflop")  # what stages say that they made
-_GIVEN = ("logs",)  # stages whose answers were there before
-
-
-def acceptance(evaluation: Mapping[str, Any]) -> Table | None:
-    """tau of every drafter, and its differences."""
-    drafters = evaluation.get("drafters") or {}
-    if not drafters:
-        return None
-    others = dict.fromkeys(other for each in drafters.values() for other in each.get("differences") or {})
-    columns = [rows.DECODING, rows.TAU, *map(rows.minus, others), rows.BLOCK]
-    shown = rows.arms_table({"drafters": drafters}, columns, "Acceptance")
-    return Table(shown.head, shown.rows, shown.title, rows.intervals({**evaluation, "speed": {}}))
+_COUNTED = ("response_tokens", "positions", "tflop")  # figures that stages report
+_NOT_USED = {"outside_window": "outside the window", "filtered": "excluded by logs.filter", "not_drawn": "not sampled"}
 
 
-def speed(evaluation: Mapping[str, Any]) -> Table | None:
-    """At the first setting."""
-    if not evaluation.get("speed"):
-        return None
-    columns = [rows.DECODING, rows.TOKENS_PER_S, rows.SPEEDUP, rows.BLOCK, rows.TAU_SERVED, rows.SHARES, rows.IDENTICAL]
-    only = {name: evaluation[name] for name in evaluation if name not in ("drafters", "definition_of_tau")}
-    return rows.arms_table(only, columns, "Speed", rows.intervals(only))
+@dataclass(frozen=True)
+class Table:
+    """A table as it is read."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+    caption: str = ""
+    text_columns: int = 1  # the first ones hold words, the others figures
+
+
+def drafters(review: Review, evaluation: Mapping[str, Any], *, short: bool = False) -> Table:
+    """Acceptance length and speed of every variant, with adjusted significance; short: as it fits on a screen."""
+    digits = ".2f" if short else ".3f"
+    others = [review.other] if short and review.other else _others(each.differences for each in review.variants)
+    timed = [] if short else _others(each.speed_over for each in review.variants)
+    further = {"block": ("block_size", "d")}
+    if any("verified_per_step" in each for each in evaluation["drafters"].values()):
+        further["verified per step"] = ("verified_per_step", ".2f")
+    rows = []
+    for each in review.variants:
+        beside = [each.differences.get(other) for other in others]
+        factors = [each.speed_over.get(other) for other in timed]
+        own = (evaluation["drafters"].get(each.arm) or {}) | ((evaluation.get("speed") or {}).get(each.arm) or {})
+        rows.append(
+            [
+                f"{each.name} ◂" if each.candidate else each.name,
+                each.acceptance.text(digits) if each.acceptance else ABSENT,
+                *((f"{d.value:+.2f}{d.mark}" if short else d.text("+.3f")) if d else ABSENT for d in beside),
+                number(each.tokens_per_s, ",.1f"),
+                f"{each.speedup.text(digits)}{' *' * each.unreliable}" if each.speedup else ABSENT,
+                *(factor.text(digits) if factor else ABSENT for factor in factors),
+                *([] if short else [number(own.get(name), form) for name, form in further.values()]),
+            ]
+        )
+    head = ["", "acceptance length", *(f"vs {name_of(other)}" for other in others), "tokens/s", "speed-up"]
+    head += [] if short else [*(f"speed vs {name_of(other)}" for other in timed), *further]
+    return Table(head, rows, "Drafters", _legend(rows, review))
+
+
+def _others(differences: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(other for each in differences for other in each))
+
+
+def _legend(rows: Sequence[Sequence[str]], review: Review) -> str:
+    """What the marks mean that are in a table."""
+    shown = "\n".join(cell for row in rows for cell in row)
+    marks = {"◂": "◂ candidate", " n.s.": "n.s. not significant", " ?": "? inconclusive", " *": "* unreliable"}
+    marks["["] = f"[95 %, for {review.comparisons} comparisons]" if review.comparisons > 1 else "[95 %]"
+    return "  ".join(meaning for mark, meaning in marks.items() if mark in shown)
+
+
+def by_setting(evaluation: Mapping[str, Any]) -> Table | None:
+    """Speed at every temperature and concurrency."""
+    points = points_of(evaluation)
+    columns = {
+        "tokens/s": ("tokens_per_s", ",.1f"),
+        "speed-up": ("speedup", ".3f"),
+        "acceptance length, served": ("tau_served", ".2f"),
+        "draft time": ("draft_share", ".0%"),
+        "verify time": ("verify_share", ".0%"),
+        "tokens/s of a request": ("request_tokens_per_s_median", ".1f"),
+        "first token s": ("first_token_s_median", ".3f"),
+        "95th percentile": ("first_token_s_p95", ".3f"),
+        "identical outputs": ("identical_share", ".1%"),
+    }
+    rows = [
+        [
+            number(point.get("temperature"), "g"),
+            number(point.get("concurrency"), "d"),
+            name_of(arm),
+            *(number(own.get(field), form) for field, form in columns.values()),
+        ]
+        for point in points
+        for arm, own in point["arms"].items()
+    ]
+    return (
+        Table(["temperature", "in flight", "decoding with", *columns], rows, "Speed by setting", text_columns=3)
+        if rows
+        else None
+    )
 
 
 def by_set(evaluation: Mapping[str, Any]) -> Table | None:
-    """tau of each drafter within every prompt set, and the challenger's beside the champion's there."""
-    sets = evaluation.get("sets") or {}
+    """The acceptance length of each drafter on every prompt set, and the candidate's beside the champion's."""
+    sets = {name: each for name, each in (evaluation.get("sets") or {}).items() if each}
     if not sets:
         return None
     arms = [arm for arm in evaluation["drafters"] if any(arm in each for each in sets.values())]
-    challenger = challenger_of(evaluation)
-    with_champion = CHAMPION in arms
-    with_speed = any("speedup" in (each.get(challenger) or {}) for each in sets.values())
-    shown = []
+    candidate = challenger_of(evaluation)
+    gains = {name: _gain(evaluation, candidate, name) for name in sets} if CHAMPION in arms else {}
+    rows = []
     for name, each in sets.items():
         prompts = max((each[arm].get("prompts", 0) for arm in arms if arm in each), default=0)
-        taus = [_tau(each.get(arm) or {}) for arm in arms]
-        beside = [_beside_champion(evaluation, challenger, name)] * with_champion
-        shown.append([name, str(prompts), *taus, *beside, *([_speedup(each.get(challenger) or {})] * with_speed)])
-    head = ["prompt set", "prompts", *(f"tau of {name_of(arm)}" for arm in arms)]
-    head += [f"{name_of(challenger)} beside the champion"] * with_champion
-    head += [f"speed-up of {name_of(challenger)}"] * with_speed
-    note = "In brackets: single 95 % intervals over the prompts of a set"
-    note += "; speed-ups are those of its requests at the first setting, over turns and prompts." if with_speed else "."
-    return Table(head, shown, "By prompt set", note)
+        own = [each.get(arm) or {} for arm in arms]
+        lengths = [interval([one.get(end) for end in ("tau", "low", "high")], ".3f") for one in own]
+        rows.append([name, str(prompts), *lengths, *([gains[name]] if gains else [])])
+    head = ["prompt set", "prompts", *map(name_of, arms), *(["candidate vs champion"] if gains else [])]
+    note = "Acceptance lengths. In brackets: 95 % intervals of each set alone, not adjusted for their number."
+    return Table(head, rows, "By prompt set", note)
 
 
-def _tau(figures: Mapping[str, Any]) -> str:
-    return interval(figures.get("tau"), figures.get("low"), figures.get("high"), ".3f")
-
-
-def _speedup(figures: Mapping[str, Any]) -> str:
-    return interval(figures.get("speedup"), figures.get("speedup_low"), figures.get("speedup_high"), ".3f")
-
-
-def _beside_champion(evaluation: Mapping[str, Any], arm: str, name: str | None) -> str:
+def _gain(evaluation: Mapping[str, Any], arm: str, name: str) -> str:
     wanted = {"kind": "tau", "arm": arm, "other": CHAMPION, "set": name}
     for found in evaluation.get("compared") or ():
         if all(found.get(key) == value for key, value in wanted.items()) and found["base"]:
             gain = gain_of(found)
-            low, high = gain.interval() or (None, None)
-            return interval(gain.value, low, high, "+.1%")
+            return interval([gain.value, *(gain.interval() or (None, None))], "+.1%")
     return ABSENT
 
 
-def cost(artifacts: Sequence[Mapping[str, Any]]) -> Table | None:
-    """Wall time and tokens of every artifact behind the report, and of all together."""
+def gate(review: Review) -> Table | None:
+    """Every rule, what became of it, and its figures with the threshold."""
+    rows = [[each.name, f"{each.tick} {each.result}", each.said] for each in review.checks]
+    return Table(("rule", "result", "figures"), rows, "Gate", text_columns=3) if rows else None
+
+
+def chosen(evaluation: Mapping[str, Any]) -> str:
+    """Return why this variant is the candidate; empty where there was no choice."""
+    lengths = {arm: tau for arm, tau in (evaluation.get("validation_tau") or {}).items() if arm != CHAMPION}
+    if len(lengths) < 2:
+        return ""
+    said = ", ".join(f"{name_of(arm)} {number(tau, '.3f')}" for arm, tau in lengths.items())
+    candidate = name_of(challenger_of(evaluation))
+    return f"{candidate} is the candidate: it has the highest acceptance length on the validation split ({said})."
+
+
+def stages(artifacts: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Every artifact that the report rests on, with its time and tokens, and all together."""
     if not artifacts:
         return None
-    total = sum(each.get("duration_s") or 0.0 for each in artifacts)
-    shown = []
-    for each in artifacts:
-        seconds = each.get("duration_s") or 0.0
-        share = f"{seconds / total:.0%}" if total else ABSENT
-        times = [duration(seconds), share, duration(device_seconds([each]))]
-        shown.append([str(each.get("name", ABSENT)), *times, *_counts([each])])
-    times = [duration(total), "100%" if total else ABSENT, duration(device_seconds(artifacts))]
-    shown.append(["all together", *times, *_counts(artifacts)])
-    return Table(
-        ["stage", "wall time", "share", "device time", "tokens generated", "positions trained", "TFLOP of training"],
-        shown,
-        "Cost",
-        "Wall time of the attempt that finished. Device time: the same for each device that its config asks for, one a "
-        "training process or as many as its servers take; shards are counted as one.",
+    rows = []
+    for name, group in [*((_name(each), [each]) for each in artifacts), ("total", artifacts)]:
+        where = f"{group[0].get('stage', ABSENT)}/{str(group[0].get('key', ''))[:16]}" if len(group) == 1 else ""
+        seconds = sum(each.get("duration_s") or 0.0 for each in group)
+        rows.append([name, where, duration(seconds), duration(device_seconds(group)), *_counts(group)])
+    head = [
+        "made",
+        "artifact",
+        "wall time",
+        "device time",
+        "tokens generated",
+        "positions trained",
+        "TFLOP of training",
+    ]
+    note = (
+        "Wall time of the attempt that finished, reused stages included; device time: times the devices of its config."
     )
+    return Table(head, rows, "Stages", note, text_columns=2)
 
 
-def device_seconds(artifacts: Sequence[Mapping[str, Any]]) -> float:
-    """Wall time by the devices that a stage's config asks for."""
-    return sum((each.get("duration_s") or 0.0) * _devices(each.get("config") or {}) for each in artifacts)
-
-
-def _devices(config: Mapping[str, Any]) -> int:
-    parallel = config.get("parallel") or {}
-    launch = (config.get("engine") or {}).get("launch") or {}
-    servers = 1 if "rounds" in config else launch.get("servers", 1)  # an evaluation runs one at a time
-    return int(
-        parallel.get("processes", 1) * parallel.get("nodes", 1)
-        if parallel
-        else servers * launch.get("tensor_parallel", 1) * launch.get("data_parallel", 1)
-    )
+def _name(artifact: Mapping[str, Any]) -> str:
+    config, name = artifact.get("config") or {}, str(artifact.get("name", ABSENT))
+    known = artifact.get("stage") == CHAMPION and {"line", "version"} <= config.keys()
+    return f"{name} ({config['line']}@{config['version']})" if known else name
 
 
 def _counts(artifacts: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -123,62 +181,22 @@ def _counts(artifacts: Sequence[Mapping[str, Any]]) -> list[str]:
     return found
 
 
-def counted(artifact: Mapping[str, Any], figure: str) -> float | None:
-    """What its stage has generated or trained: `response_tokens`, `positions` or `tflop`. None where it says nothing,
-    and for tokens that production had generated."""
-    if figure == "response_tokens" and artifact.get("stage") in _GIVEN:
-        return None
-    return (artifact.get("metrics") or {}).get(figure)
-
-
 def prompts_table(prompts: Mapping[str, Any]) -> Table | None:
-    """prompts: of `prompts.json`."""
+    """Prompts by set and split, of `prompts.json`."""
     counts = prompts.get("counts") or {}
-    if not counts:
-        return None
     splits = list(dict.fromkeys(split for each in counts.values() for split in each))
-    shown = [[source, *(str(each.get(split, 0)) for split in splits)] for source, each in counts.items()]
-    if len(shown) > 1:
-        shown.append(["all", *(str(sum(each.get(split, 0) for each in counts.values())) for split in splits)])
-    return Table(["prompt set", *splits], shown, "Prompts")
+    rows = [[source, *(str(each.get(split, 0)) for split in splits)] for source, each in counts.items()]
+    return Table(["prompt set", *splits], rows, "Prompts") if rows else None
 
 
-def set_aside(prompts: Mapping[str, Any], logs: Mapping[str, Any]) -> Table | None:
+def not_used(prompts: Mapping[str, Any], logs: Mapping[str, Any]) -> Table | None:
     """Rows that were not used, by reason."""
-    shown = [["prompts", "duplicates", str(prompts["duplicates_removed"])]] if prompts.get("duplicates_removed") else []
-    if prompts.get("too_long_skipped"):
-        shown.append(["prompts", "too long", str(prompts["too_long_skipped"])])
-    for name, told in (("prompts", prompts), ("logs", logs)):
-        shown += [[name, reason, str(count)] for reason, count in (told.get("set_aside") or {}).items()]
-    not_meant = {
-        "outside_window": "outside the window",
-        "filtered": "not let through by logs.filter",
-        "not_drawn": "not drawn",
-    }
-    for field, reason in not_meant.items():
-        if logs.get(field):
-            shown.append(["logs", reason, str(logs[field])])
+    rows = []
+    for field, reason in (("duplicates_removed", "duplicates"), ("too_long_skipped", "too long")):
+        rows += [["prompts", reason, str(prompts[field])]] if prompts.get(field) else []
+    for name, found in (("prompts", prompts), ("logs", logs)):
+        rows += [[name, reason, str(count)] for reason, count in (found.get("set_aside") or {}).items()]
+    rows += [["logs", reason, str(logs[field])] for field, reason in _NOT_USED.items() if logs.get(field)]
     for reason, count in (logs.get("improbable") or {}).items():
-        shown.append(["logs, used all the same", reason, f"{count} of {logs.get('scored')} that were read"])
-    return Table(["of", "reason", "rows"], shown, "Set aside", text_columns=2) if shown else None
-
-
-def logs_said(logs: Mapping[str, Any]) -> list[str]:
-    """Sentences on the logged answers."""
-    if not logs:
-        return []
-    rows_in_files = number(logs.get("rows_in_files"), ",d")
-    window = logs.get("window") or {}
-    sentences = [
-        f"{number(logs.get('used'), ',d')} logged answers are used, of {number(logs.get('rows_read'), ',d')} rows that "
-        f"were read ({rows_in_files} in the files), {number(logs.get('response_tokens'), ',d')} tokens in all."
-    ]
-    if logs.get("replayed"):
-        sentences.append(f"{logs['replayed']} answers of the earlier refresh are mixed in.")
-    if logs.get("replay_left_out"):
-        sentences.append(
-            f"None of the earlier refresh are mixed in: {logs['replay_left_out']} changed since they were given."
-        )
-    if window.get("newest"):
-        sentences.append(f"The newest row is of {window['newest']}.")
-    return sentences
+        rows.append(["logs, used anyway", reason, f"{count} of {logs.get('scored')} that were checked"])
+    return Table(["of", "reason", "rows"], rows, "Rows not used", text_columns=2) if rows else None

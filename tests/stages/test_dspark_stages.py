@@ -27,7 +27,8 @@ from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.opd import STAGE as OPD
 from draftsmith.stages.replay.corpus import replay_all
 from draftsmith.stages.replay.trace import tau
-from draftsmith.stages.reporting.rows import headline
+from draftsmith.stages.reporting.review import review_of
+from draftsmith.stages.reporting.tables import drafters
 from draftsmith.stages.rollout import STAGE as ROLLOUT
 from draftsmith.stages.rollout import RolloutConfig
 from draftsmith.stages.sft import STAGE as SFT
@@ -254,6 +255,7 @@ def test_mining_and_evaluation_follow_the_cut(made: Made, tmp_path: Path) -> Non
     drift = RecordingContext.under(tmp_path / "drift", inputs | {"champion": made.sft})
     DRIFT.run(drift, DriftConfig(drafting=DraftingConfig(confidence=0.3)))
     assert json.loads((drift.out / "drift.json").read_text())["all"]["tau"] == pytest.approx(figures["tau"])
-    table = headline(found)
-    assert table is not None
-    assert table.rows[1][table.head.index("verified a step")] == f"{figures['verified_per_step']:.2f}"
+    review = review_of(found, {})
+    assert review is not None
+    table = drafters(review, found)
+    assert table.rows[1][table.head.index("verified per step")] == f"{figures['verified_per_step']:.2f}"

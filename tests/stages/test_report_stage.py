@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import ArtifactRef, read_manifest
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.stages.report import STAGE, ReportConfig
+from draftsmith.stages.reporting.next_steps import COMMAND
 from tests.stages.reporting.sample_report import CONTEXTS, DECISION, EVALUATION, OF_A_LINE
 
 
@@ -76,24 +78,43 @@ def run(tmp_path: Path, inputs: Mapping[str, Path], out: str = "out") -> Context
     return ctx
 
 
-def test_the_page_shows_figures_findings_and_the_whole_lineage(tmp_path: Path, inputs: dict[str, Path]) -> None:
+def test_the_page_shows_figures_and_the_whole_lineage(tmp_path: Path, inputs: dict[str, Path]) -> None:
     ctx = run(tmp_path, inputs)
     page = (ctx.out / "report.html").read_text()
     for text in (
         "A refresh",
-        "3.543<br>[3.432, 3.651]",
-        "has a measurably higher tau than that of SFT:",
-        "has a measurably higher tau than that of SFT continued:",
-        "&#x27; so&#x27;",
-        "Training loss over steps",
+        "3.543<br>",
+        "draftsmith report CONFIG --open",
     ):
         assert text in page
     for name in ("target", "sft", "mining", "opd", "control", "evaluation"):
         assert f'<th scope="row" class="text">{name}</th>' in page
     assert ctx.figures == {"tau_sft": 3.412, "tau_opd": 3.543, "tau_control": 3.43}
-    assert any(
-        "This drafter of SFT + OPD (one training, seed 0) decodes measurably faster" in line for line in ctx.lines
-    )
+    assert len(ctx.lines) == 1
+
+
+def test_the_page_names_line_commit_and_user_and_repeats_the_command(
+    tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the stage is not made from: its key and its content know nothing of it."""
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "first"], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOGNAME", "somebody")
+    monkeypatch.setenv(COMMAND, json.dumps({"config": "a b.yaml", "overrides": ["seed=2"]}))
+    gate = tmp_path / "gate"
+    gate.mkdir()
+    (gate / "decision.json").write_text(json.dumps(DECISION))
+    ctx = Context(tmp_path / "out", tmp_path / "work", inputs | {"gate": gate})
+    config = ReportConfig(line="weekly", champion=("weekly", 7))
+    STAGE.run(ctx, config)
+    page = (ctx.out / "report.html").read_text()
+    for text in ("line weekly, against version 7", commit[:12], "somebody"):
+        assert text in page, text
+    assert "draftsmith run &#39;a b.yaml&#39; --set seed=2 --force evaluation" in page
+    assert "line" not in config.key_material()
 
 
 def test_the_headline_does_not_depend_on_timing(tmp_path: Path, inputs: dict[str, Path]) -> None:
@@ -134,12 +155,14 @@ def test_the_review_holds_every_figure_the_verdict_and_the_configs(tmp_path: Pat
     ctx = run(tmp_path, inputs | {"gate": gate})
     review = json.loads((ctx.out / "review.json").read_text())
     assert review["outcome"]["kind"] == "inconclusive"
-    assert review["outcome"]["sentence"].startswith("What was measured does not say whether SFT + OPD")
+    assert review["outcome"]["label"] and review["outcome"]["sentence"]
+    assert {each["arm"] for each in review["variants"]} == {"plain", "sft", "opd", "control"}
+    assert [each["result"] for each in review["checks"]].count("inconclusive") == 1
     figures = review["figures"]
     assert figures["tau.opd"] == figures["tau.challenger"] == EVALUATION["drafters"]["opd"]["tau"]
     assert figures["tau_minus.sft.challenger"] == 0.131
     assert set(review["config"]) >= {"target", "sft", "opd", "evaluation"}
-    assert "Worst contexts of SFT + OPD" in (ctx.out / "report.html").read_text()
+    assert (ctx.out / "report.html").read_text().count('<article class="context">') == len(CONTEXTS)
 
 
 def test_the_champion_has_the_number_of_the_reports_own_line(tmp_path: Path, inputs: dict[str, Path]) -> None:
@@ -147,16 +170,16 @@ def test_the_champion_has_the_number_of_the_reports_own_line(tmp_path: Path, inp
     store = Store(tmp_path / "store")
     champion = put(store, "champion", {"champion.json": "{}"}, {})
     evaluation = put(store, "evaluation", {"evaluation.json": json.dumps(OF_A_LINE)}, {"champion": champion})
-    gate = put(
-        store, "gate", {"decision.json": json.dumps(DECISION | {"champion": "champion"})}, {"champion": champion}
-    )
+    broken = {**DECISION["rules"][1], "passed": False}
+    decision = DECISION | {"champion": "champion", "outcome": "refused", "rules": [broken]}
+    gate = put(store, "gate", {"decision.json": json.dumps(decision)}, {"champion": champion})
     measured = inputs | {"evaluation": evaluation.path, "gate": gate.path}
     ctx = Context(tmp_path / "out", tmp_path / "work", measured)
     STAGE.run(ctx, ReportConfig(champion=("mine", 7)))
     review = json.loads((ctx.out / "review.json").read_text())
-    assert "is better than version 7 (tau" in review["outcome"]["sentence"]
     assert review["config"]["champion"] == {"line": "mine", "version": 7}
-    assert "mine version 7" in (ctx.out / "report.html").read_text()
+    page = (ctx.out / "report.html").read_text()
+    assert "mine@7" in page and "Version 7 stays" in page
 
 
 @pytest.mark.parametrize("iterations", [2, 3])

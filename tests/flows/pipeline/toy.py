@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from draftsmith.artifacts.errors import RefusedError
 from draftsmith.artifacts.manifest import ArtifactRef
-from draftsmith.flows.pipeline.display import Display
+from draftsmith.flows.pipeline.display import Display, Ending
 from draftsmith.flows.pipeline.graph import Conclusion, Node, Pipeline
 from draftsmith.flows.pipeline.options import RunOptions
 from tests.flows.pipeline.toy_stages.collect import CollectConfig
@@ -66,8 +66,8 @@ def digest_of_file(module: str) -> str:
     return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
 
 
-def show_results(display: Display, made: Mapping[str, Path], mlflow: str) -> None:
-    display.line(f"{len(made)} nodes; MLflow: {mlflow}")
+def show_results(display: Display, made: Mapping[str, Path], ending: Ending) -> None:
+    display.line(f"{len(made)} nodes; MLflow: {ending.mlflow}")
 
 
 TOY = Pipeline(

@@ -1,4 +1,4 @@
-"""What a refresh ends with in the terminal: tables, verdicts, and where to look next."""
+"""The final screen of a refresh: short, with one verdict, and commands that follow from it."""
 
 from __future__ import annotations
 
@@ -7,66 +7,128 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
-from draftsmith.flows.pipeline.display import Display
-from draftsmith.flows.refresh.results import show_results
-from draftsmith.stages.reporting.verdict import findings
-from tests.stages.reporting.sample_report import EVALUATION, OF_A_LINE, SERVED
+from draftsmith.artifacts.manifest import ArtifactRef
+from draftsmith.artifacts.store import Claim, Store
+from draftsmith.flows.pipeline.display import Display, Ending
+from draftsmith.flows.refresh.config import RefreshConfig
+from draftsmith.flows.refresh.line import registry
+from draftsmith.flows.refresh.results import WIDTH, screen, show_results, verdict_lines
+from draftsmith.stages.champion import ChampionConfig
+from tests.flows.refresh.made import config_of
+from tests.stages.reporting.sample_report import DECISION, EVALUATION, HOSTILE, OF_A_LINE
+
+pytestmark = pytest.mark.usefixtures("home")
+LINES = 25
 
 
-def shown(folder: Path, evaluation: dict[str, Any], **made: Path) -> list[str]:
+def ending(config: RefreshConfig, **changes: Any) -> Ending:
+    fields: dict[str, Any] = {"overrides": ["seed=2"], "mlflow": "mlflow ui --db x", "seconds": 400.0}
+    return Ending(config, "configs/weekly.yaml", **(fields | changes))
+
+
+def ended(folder: Path, evaluation: dict[str, Any], decision: dict[str, Any] | None, **made: Path) -> dict[str, Path]:
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    found = {"evaluation": folder, "report": folder, **made}
+    if decision is not None:
+        (folder / "decision.json").write_text(json.dumps(decision))
+        found["gate"] = folder
+    return found
+
+
+def commands(lines: list[str]) -> list[str]:
+    return [line.strip() for line in lines if line.strip().startswith("draftsmith ")]
+
+
+@pytest.mark.parametrize("outcome", ["promoted", "refused", "inconclusive"])
+def test_every_outcome_fits_on_a_screen(
+    outcome: str, line: str, drafters: list[ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rules = [rule | {"passed": outcome == "promoted" or rule["passed"]} for rule in DECISION["rules"]]
+    rules[1]["passed"] = outcome != "refused"
+    registry().register(line, drafters[0], {})
+    decision = DECISION | {"outcome": outcome, "promote": outcome == "promoted", "rules": rules}
+    made = ended(tmp_path / "made", OF_A_LINE, decision, opd=drafters[0].path)
+    lines = screen(made, ending(config_of(line)))
+    assert len(lines) <= LINES
+    assert max(map(len, [each for each in lines if "draftsmith" not in each])) <= WIDTH
+    assert lines[2].startswith("PROMOTED: " if outcome == "promoted" else f"NOT PROMOTED: {outcome}. ")
+    assert any("Nothing is broken" in each for each in lines) is (outcome == "inconclusive")
+    assert sum("◂" in each for each in lines) == 2, "the candidate, and what the mark means"
+    assert any(f"{line}@1" in each for each in lines), "by the number that it is registered with"
+    (gate,) = [each for each in lines if each.startswith("Gate ")]
+    assert gate.count("✓") + gate.count("✗") + gate.count("?") == 4
+    wanted = {"promoted": f"export {line}@champion", "refused": "report ", "inconclusive": "--force evaluation"}
+    assert wanted[outcome] in commands(lines)[0]
+    assert lines[-2].startswith("Drafter  ") and lines[-1] == "MLflow   mlflow ui --db x"
+
+
+def test_significance_and_doubts_are_marked_in_the_table(line: str, tmp_path: Path) -> None:
+    rows = {row[:13].strip(): row for row in screen(ended(tmp_path, OF_A_LINE, DECISION), ending(config_of(line)))}
+    assert rows["SFT"].count("n.s.") == 1 and rows["SFT + OPD ◂"].count("n.s.") == 0
+    assert all(rows[name].rstrip().endswith("*") for name in ("champion", "SFT", "SFT + OPD ◂"))
+    assert not rows["no drafter"].rstrip().endswith("*")
+    calm = screen(ended(tmp_path, EVALUATION, DECISION), ending(config_of(line)))
+    assert not any("*" in row for row in calm)
+
+
+def test_what_else_stood_against_a_promotion_is_the_verdict(line: str, tmp_path: Path) -> None:
+    made = ended(tmp_path, OF_A_LINE, DECISION | {"outcome": "promoted", "promote": True})
+    lines = screen(made, ending(config_of(line), refused="version 4 is not promoted: somebody took it out"))
+    assert lines[2].startswith("NOT PROMOTED: refused. version 4 is not promoted: somebody took it out")
+
+
+def test_a_champion_that_is_current_is_the_verdict(line: str, tmp_path: Path) -> None:
+    (tmp_path / "drift.json").write_text(json.dumps({"all": {"tau": 2.5, "low": 2.4, "high": 2.6, "prompts": 40}}))
+    config = config_of(line)
+    assert config.registry is not None
+    figures = {"all": {"tau": 2.55}}
+    champion = ChampionConfig(
+        line=line, version=3, folder=str(tmp_path), content_id="a", drafter_digest="b", figures=figures
+    )
+    config = config.model_copy(update={"registry": config.registry.model_copy(update={"champion": champion})})
+    lines = screen({"drift": tmp_path}, ending(config))
+    assert lines[2].startswith(f"CURRENT: {line}@3 ")
+    (command,) = commands(lines)
+    assert command.startswith("draftsmith run configs/weekly.yaml --set seed=2 --force drift")
+
+
+def test_minutes_are_those_that_the_stages_took(line: str, home: Path, tmp_path: Path) -> None:
+    store = Store(home / "store")
+    with store.claim("evaluation", "e" * 64) as claim:
+        assert isinstance(claim, Claim)
+        (claim.out / "evaluation.json").write_text(json.dumps(OF_A_LINE))
+        ref = store.commit(claim, config={}, inputs={}, code_digest="", seed=0, duration_s=130.0)
+    made = ended(tmp_path, OF_A_LINE, DECISION) | {"evaluation": ref.path}
+    lines = screen(made, ending(config_of(line)))
+    assert any("measure again, about 2 min" in each for each in lines)
+    assert "7 min" in lines[0], "the run itself"
+
+
+def test_names_of_others_do_not_act_and_do_not_widen_the_table(line: str, tmp_path: Path) -> None:
+    name = f"[bold]{HOSTILE}" * 3
+    drafters = {"sft": EVALUATION["drafters"]["sft"], name: EVALUATION["drafters"]["sft"]}
     stream = io.StringIO()
-    show_results(Display(Console(file=stream, width=200)), {"evaluation": folder, **made}, "mlflow ui --db x")
-    return [" ".join(line.split()) for line in stream.getvalue().splitlines()]
+    made = ended(tmp_path, {"drafters": drafters, "speed": EVALUATION["speed"]}, None)
+    show_results(Display(Console(file=stream, width=WIDTH)), made, ending(config_of(line)))
+    assert "\x1b" not in stream.getvalue() and "\u202e" not in stream.getvalue()
+    assert any(each.startswith("…") for each in stream.getvalue().splitlines())
 
 
-def test_the_results_say_what_was_found_with_intervals_and_where_to_look(tmp_path: Path) -> None:
-    made = {name: tmp_path / name for name in ("sft", "opd-2", "mining")}
-    for name in ("sft", "opd-2"):
-        (made[name] / "drafter").mkdir(parents=True)
-    lines = shown(tmp_path, EVALUATION, report=Path("/r"), **made)
-    assert "plain decoding — — — 61.3 — — — — —" in lines
-    assert (
-        "SFT + OPD 3.543 [3.432, 3.651] +0.131 [+0.082, +0.180] +0.113 [+0.066, +0.160] 91.7 1.496 [1.456, 1.546] "
-        "6 3.31 20%/70% 98.0%"
-    ) in lines
-    assert any("counted (+1)" in line and "5 turns of the same 6 prompts" in line for line in lines)
-    assert "In fp32, 50 of 50 outputs of speculative decoding equal plain decoding, token for token." in lines
-    for sentence in findings(EVALUATION):
-        assert sentence in lines
-    assert "report: /r/report.html" in lines
-    assert [line for line in lines if line.startswith("drafter:")] == [
-        f"drafter: {tmp_path / 'sft' / 'drafter'} (sft)", f"drafter: {tmp_path / 'opd-2' / 'drafter'} (opd-2)",
-    ]  # fmt: skip
-    assert lines[-1] == "MLflow: mlflow ui --db x"
-    assert "Speed by setting" not in lines
+def test_a_run_without_an_evaluation_shows_where_to_look(line: str) -> None:
+    lines = screen({}, ending(config_of(line)))
+    assert lines[-1].startswith("MLflow") and commands(lines) == []
 
 
-def test_the_challenger_is_named_among_the_drafters(tmp_path: Path) -> None:
-    for name in ("sft", "opd"):
-        (tmp_path / name / "drafter").mkdir(parents=True)
-    (tmp_path / "decision.json").write_text(json.dumps({"challenger": "opd", "sentence": "promoted", "rules": []}))
-    made = {"sft": tmp_path / "sft", "opd": tmp_path / "opd", "gate": tmp_path}
-    lines = [line for line in shown(tmp_path, OF_A_LINE, **made) if line.startswith("drafter:")]
-    assert [line.partition("drafter (")[2] for line in lines] == ["sft)", "opd, the challenger)"]
-
-
-def test_several_settings_have_a_table_of_their_own(tmp_path: Path) -> None:
-    lines = shown(tmp_path, SERVED)
-    assert "Speed by setting" in lines
-    assert "0 16 SFT + OPD 1467.2 1.496 [1.456, 1.546] 3.31 91.7 0.336 (0.688) 98.0%" in lines
-    assert "SFT: 3 of 52 verify steps that the engine served differ from replay." in lines
-
-
-def test_figures_that_cannot_be_are_named(tmp_path: Path) -> None:
-    assert not [line for line in shown(tmp_path, EVALUATION) if "relied" in line]
-    lines = shown(tmp_path, OF_A_LINE)
-    assert any(line.startswith("not to be relied on: Other processes took between 2% and 48%") for line in lines)
-
-
-def test_without_an_evaluation_the_way_is_still_shown(tmp_path: Path) -> None:
-    stream = io.StringIO()
-    show_results(Display(Console(file=stream, width=200)), {"evaluation": tmp_path}, "mlflow ui")
-    assert stream.getvalue().split() == ["Where", "to", "look", "next", "MLflow:", "mlflow", "ui"]
+def test_status_ends_with_what_the_gate_says(tmp_path: Path) -> None:
+    made = ended(tmp_path, OF_A_LINE, DECISION)
+    assert verdict_lines(made)[0].startswith("NOT PROMOTED: inconclusive. ")
+    assert len(verdict_lines(made)) == 2
+    (said,) = verdict_lines(ended(tmp_path, OF_A_LINE, DECISION | {"outcome": "promoted"}))
+    assert not said.startswith("PROMOTED"), "nothing has followed from it yet"
+    for missing in ("evaluation", "gate"):
+        assert verdict_lines({node: folder for node, folder in made.items() if node != missing}) == []

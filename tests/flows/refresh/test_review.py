@@ -27,7 +27,10 @@ OVERRULED = Conclusion("Refused", "version 4 is not promoted: somebody took it o
 @pytest.mark.parametrize(
     ("conclusion", "said"),
     [
-        (Conclusion("Promoted", "it is"), ["**Promoted.** SFT + OPD takes the place of version 3 (tau 3.50 against"]),
+        (
+            Conclusion("Promoted", "it is"),
+            ["**Promoted.** SFT + OPD takes the place of version 3 (acceptance length 3.50"],
+        ),
         (OVERRULED, ["**Refused.** version 4 is not promoted: somebody took it out"]),
         (
             None,

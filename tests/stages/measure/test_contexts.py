@@ -1,10 +1,10 @@
-"""The worst stretches of answers, by a drafter whose proposals are known."""
+"""The worst and the typical stretches of answers, by a drafter whose proposals are known."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from draftsmith.stages.measure.contexts import STEPS, WorstContexts
+from draftsmith.stages.measure.contexts import STEPS, Contexts
 from draftsmith.stages.replay.trace import Trace, Trajectory
 
 
@@ -29,11 +29,11 @@ def traced(prompt: str, answer: str, accepted: list[int], K: int = 3) -> tuple[T
 def test_the_worst_stretch_of_every_answer_is_shown_step_by_step() -> None:
     good = traced("q:", "abcdefghijklmnopqrstuvwxyz123", [3] * 7)
     bad = traced("p:", "abcdefghijklmnopqrstuvw", [2, 2, 2, 0, 0, 1, 0, 0, 0, 2, 2])
-    worst_of = WorstContexts()
+    worst_of = Contexts()
     for place, (_, trace) in ((1, bad), (0, good)):
         worst_of.add([place], [trace])
     found = worst_of.told([good[0], bad[0]], ["chat", "code"], decode)
-    assert [each["set"] for each in found] == ["code", "chat"], "the worst first"
+    assert [(each["kind"], each["set"]) for each in found[:2]] == [("worst", "code"), ("worst", "chat")]
     worst = found[0]
     assert worst["tau"] == (STEPS + 1) / STEPS
     assert worst["before"] == "p:abcdefghij" and worst["position"] == 10
@@ -46,9 +46,23 @@ def test_the_worst_stretch_of_every_answer_is_shown_step_by_step() -> None:
 
 def test_so_many_are_shown_and_a_cut_step_proposes_no_further_than_the_end() -> None:
     many = [traced("q:", "abcd", [0, 0, 0]) for _ in range(12)]
-    worst_of = WorstContexts(count=10)
+    worst_of = Contexts(count=10)
     worst_of.add(range(12), [trace for _, trace in many])
     found = worst_of.told([t for t, _ in many], ["chat"] * 12, decode)
-    assert len(found) == 10
+    assert [each["kind"] for each in found] == ["worst"] * 10 + ["typical"] * 2
     last = found[0]["steps"][-1]
     assert (last["rejected"], last["dropped"], last["chosen"]) == ("x", "", "d")
+
+
+def test_typical_stretches_are_those_of_the_median_answers_in_any_order() -> None:
+    answers = [
+        traced("q:", "abcdefghijklmnopqrstuvwxyz123"[: 7 * (kept + 1) + 1], [kept] * 7) for kept in (0, 1, 2, 3, 3)
+    ]
+    found = []
+    for order in ([0, 1, 2, 3, 4], [3, 1, 4, 0, 2]):
+        contexts = Contexts(count=1)
+        for place in order:
+            contexts.add([place], [answers[place][1]])
+        found.append(contexts.told([trajectory for trajectory, _ in answers], ["chat"] * 5, decode))
+    assert found[0] == found[1]
+    assert [(each["kind"], each["tau"]) for each in found[0]] == [("worst", 1.0), ("typical", 2.0), ("typical", 3.0)]

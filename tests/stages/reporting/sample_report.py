@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from draftsmith.stages.reporting.next_steps import Step
 from draftsmith.stages.reporting.page import ReportData
 
 
@@ -117,17 +118,6 @@ def sample(**changes: Any) -> ReportData:
     parts: dict[str, Any] = {
         "title": "Draft model refresh: quickstart",
         "evaluation": EVALUATION,
-        "mining": {
-            "most_rejected": [
-                {"token": token, "rejected": 120 - 7 * rank, "share_of_rejections": 0.05 - 0.003 * rank}
-                for rank, token in enumerate([" the", "\n", ",", " is", "1", " so", " <b>", "Ġ", "é", " of"])
-            ]
-        },
-        "curves": {
-            "sft": [(s, 9 * math.exp(-s / 150) + 2.1 + 0.15 * math.sin(s * 1.7)) for s in range(600)],
-            "opd": [(s, 0.8 * math.exp(-s / 90) + 1.2 + 0.1 * math.sin(s * 2.3)) for s in range(200)],
-            "control": [(s, 0.2 * math.exp(-s / 90) + 2.0 + 0.1 * math.sin(s * 1.3)) for s in range(200)],
-        },
         "history": [
             {"at": "2026-01-05T06:00:00+00:00", "what": "promoted", "version": 1, "tau": 3.1, "low": 3.0, "high": 3.2},
             {"at": "2026-01-12T06:00:00+00:00", "what": "checked", "version": 1, "tau": 3.0, "low": 2.9, "high": 3.1},
@@ -180,7 +170,16 @@ OF_A_LINE: dict[str, Any] = {  # an evaluation beside a champion, with figures t
         _compared("tau", "champion", 0.24, 0.02, set=None, base=3.3),
         *(_compared("tau", "champion", 0.2, 0.05, set=name, base=3.3) for name in SETS),
         _compared("speed", "champion", math.log(1.03), 0.01, temperature=0.0, concurrency=1),
+        _compared("speed", "plain", math.log(1.496), 0.02, temperature=0.0, concurrency=1),
     ],
+    "verdicts": [
+        verdict("tau", "sft", "champion", 0.112, 0.15),
+        verdict("tau", "opd", "champion", 0.243, 0.07),
+        verdict("tau", "opd", "control", 0.113, 0.068),
+        verdict("tau", "control", "champion", 0.13, 0.16),
+        verdict("speed", "opd", "champion", 1.03, 0.02),
+    ],
+    "speed": {"plain": EVALUATION["speed"]["plain"], "champion": _speed(89.0, 0.21, 3.1), **EVALUATION["speed"]},
     "validation_tau": {"sft": 3.4, "opd": 3.5, "control": 3.42},
     "machine": {"cpu": "AMD EPYC 9B14", "cores": 16, "memory_gb": 128, "gpus": ["NVIDIA H100", "NVIDIA H100"]},
     "doubts": [
@@ -221,6 +220,7 @@ DECISION: dict[str, Any] = {
 }
 CONTEXTS = [
     {
+        "kind": "worst" if place < 10 else "typical",
         "tau": 1.0 + place / 6,
         "set": "chat",
         "trajectory_id": f"{place:064x}/0",
@@ -233,7 +233,7 @@ CONTEXTS = [
         ],
         "after": "\n\nprint(area(2))" * 3,
     }
-    for place in range(10)
+    for place in range(12)
 ]
 
 
@@ -243,7 +243,8 @@ def of_a_line(**changes: Any) -> ReportData:
         "evaluation": OF_A_LINE,
         "decision": DECISION,
         "contexts": CONTEXTS,
-        "staleness": [(step, 0.5 - 0.4 * math.exp(-step / 50)) for step in range(200)],
+        "facts": {"measured": "2026-01-19 06:00 UTC", "on": "2 × NVIDIA H100", "commit": "0123456789ab"},  # noqa: RUF001
+        "steps": [Step("measure again", "draftsmith run weekly.yaml --force evaluation", 130.0)],
         "prompts": {
             "counts": {name: {"heldout": 20, "train": 400, "validation": 8} for name in SETS},
             "duplicates_removed": 3,
