@@ -168,9 +168,8 @@ class SftConfig(TrainingConfig):
         folder = Path(self.init_from).expanduser() if self.init_from else None
         if folder is None or not folder.is_dir():
             return source
-        return source + sorted(
-            path.absolute() for path in folder.iterdir() if path.suffix in {".json", ".safetensors", ".npy"}
-        )
+        kept = {".json", ".safetensors", ".npy"}
+        return source + sorted(path.absolute() for path in folder.iterdir() if path.suffix in kept)
 
     def external_versions(self) -> dict[str, str]:
         """The commit of the checkpoint that `init_from` names, if it is of the hub."""

@@ -30,9 +30,9 @@ def loss_file(name: str) -> Path:
         found = importlib.util.find_spec(module)
     except (ImportError, ValueError):
         found = None
-    if found is None or not found.origin or not function.isidentifier():
+    if found is None or not found.has_location or not function.isidentifier():
         raise ValueError(f"no loss {name}. Name MODULE:FUNCTION, with the module on Python's path (PYTHONPATH).")
-    return Path(found.origin)
+    return Path(str(found.origin))
 
 
 def _known(name: str) -> str:

@@ -1,8 +1,8 @@
 """Losses of one position each, and weights of the positions of a block: pure functions of log-probs or logits.
 
 p is the target, q the drafter. All inputs are float32 and all outputs have one value a position; tests hold each
-against a plain reference. Sources: Draft-OPD (arXiv 2605.29343, section 3) for the paper's pair, DSpark (arXiv 2607.05147) for its pair and for confidence, DFlash (arXiv 2602.06036)
-and D-PACE (arXiv 2605.18810) for weights.
+against a plain reference. Sources: Draft-OPD (arXiv 2605.29343, section 3) for the paper's pair, DSpark
+(arXiv 2607.05147) for its pair and for confidence, DFlash (arXiv 2602.06036) and D-PACE (arXiv 2605.18810) for weights.
 """
 
 from __future__ import annotations

@@ -101,8 +101,8 @@ def config_of(size: Size) -> dict[str, Any]:
 
 def revision() -> Path:
     """The target trained on for a little: another model that answers much the same."""
-    from draftsmith.stages.procedural import text, training
-    from draftsmith.stages.procedural.training import train_target
+    from tests.testbed.procedural import text, training
+    from tests.testbed.procedural.training import train_target
 
     taught = TAUGHT.model_copy(update={"steps": 60, "revision_2": 0.5, "learning_rate": 2e-3, "seed": 1})
 

@@ -6,9 +6,9 @@ import json
 import os
 from pathlib import Path
 
-from draftsmith.stages.procedural import text, training
-from draftsmith.stages.procedural.training import MASK, ShapeConfig, TrainingTextConfig, train_target, training_examples
 from tests.testbed import cache
+from tests.testbed.procedural import text, training
+from tests.testbed.procedural.training import MASK, ShapeConfig, TrainingTextConfig, train_target, training_examples
 
 __all__ = ["MASK", "SHAPE", "TAUGHT", "fresh_prompts", "prompts_file", "target_folder"]
 

@@ -5,20 +5,15 @@ from __future__ import annotations
 import math
 import random
 import shutil
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, field_validator
 
-from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
-from draftsmith.stages.checkpoints import load_checkpoint, save_checkpoint
-from draftsmith.stages.contract import Config, Operational
-from draftsmith.stages.procedural.text import EASY, FAMILIES, Example, examples
-from draftsmith.stages.targets.config import Dtype
+from draftsmith.stages.contract import Config
 from draftsmith.stages.targets.source import TOKENIZER_PARTS
+from tests.testbed.procedural.text import EASY, FAMILIES, Example, examples
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +60,6 @@ class TrainingTextConfig(Config):
     row_tokens: Annotated[int, Field(ge=8, description="hardly more than a document: copying is learned sooner")] = 128
     learning_rate: Annotated[float, Field(gt=0)] = 4e-3
     seed: Annotated[int, Field(ge=0, description="of weights and order")] = 0
-    checkpoint_every: Annotated[int, Field(ge=1, description="steps"), Operational()] = 100
-    checkpoint_minutes: Annotated[float, Field(gt=0, description="at most so long apart too"), Operational()] = 10
 
     @field_validator("families")
     @classmethod
@@ -113,13 +106,6 @@ def _document(example: Example) -> tuple[str, str]:
     )
 
 
-def _document_of_chat(example: Example, tokenizer: Any) -> tuple[str, str]:
-    """The same in another tokenizer's chat template."""
-    chat = [{"role": "user", "content": example.prompt}]
-    prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    return prompt, f"{example.answer}{tokenizer.eos_token}\n"
-
-
 def _packed_rows(
     taught: Sequence[Example], tokenizer: Any, config: TrainingTextConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,13 +118,10 @@ def _packed_rows(
 
     documents: list[list[tuple[int, int]]] = []
     for example in taught:
-        texts = _document_of_chat(example, tokenizer)
-        prompt, answer = (tokenizer.encode(text, add_special_tokens=False) for text in texts)
+        prompt, answer = (tokenizer.encode(text, add_special_tokens=False) for text in _document(example))
         documents.append([(token, -100) for token in prompt] + [(token, token) for token in answer])
     order = random.Random(config.seed)
     rows: list[list[tuple[int, int]]] = []
-    if sum(map(len, documents)) <= config.row_tokens:
-        raise DraftsmithError(f"documents: {len(documents)} fill no row of {config.row_tokens} tokens; raise documents")
     while len(rows) < config.steps * config.rows_per_step:
         order.shuffle(documents)
         row: list[tuple[int, int]] = []
@@ -148,10 +131,7 @@ def _packed_rows(
                 rows.append(row[: config.row_tokens + 1])
                 row = []
     pairs = torch.tensor(rows[: config.steps * config.rows_per_step])  # [rows, row_tokens + 1, 2]
-    ids, labels = pairs[:, :-1, 0].contiguous(), pairs[:, 1:, 1].contiguous()
-    if (labels == -100).view(config.steps, -1).all(1).any():
-        raise DraftsmithError(f"row_tokens: rows of {config.row_tokens} tokens end within the prompt; raise row_tokens")
-    return ids, labels
+    return pairs[:, :-1, 0].contiguous(), pairs[:, 1:, 1].contiguous()
 
 
 def new_model(shape: ShapeConfig, tokenizer: Any, seed: int) -> Any:
@@ -201,34 +181,9 @@ def _kind(layer: int, full_attention_every: int) -> str:
     return "linear_attention" if (layer + 1) % full_attention_every else "full_attention"
 
 
-@dataclass(frozen=True)
-class Kept:
-    """Where a training keeps its checkpoints, and whom it tells that it goes on from one."""
-
-    folder: Path
-    resumed: Callable[[int], None]  # steps done, before the first one is made; 0 for a training that begins
-    log: Callable[[str], None]
-
-
-def train_target(
-    folder: Path,
-    config: TrainingTextConfig,
-    shape: ShapeConfig,
-    *,
-    parent: Path | None = None,
-    dtype: Dtype = "float32",
-    on_step: Callable[[int, float], None] = lambda _step, _loss: None,
-    kept: Kept | None = None,
-) -> float:
-    """Train a target, a new one or on from `parent` (whose shape and tokenizer it keeps), and save it in `folder`.
-
-    `dtype` is the saved weights'; where it is not float32, matmuls are computed in it while training (the weights that
-    are trained are float32). `on_step(steps done, loss)` is called after every step; where it raises
-    `StageInterrupted`, that step is kept. `kept`: where checkpoints lie; a training that finds one there goes on from
-    it, bit for bit on a CPU. Returns the last loss, in nats.
-    Raises DraftsmithError if the rows teach nothing, or the parent's tokenizer has no end token.
-    """
-    import torch
+def train_target(folder: Path, config: TrainingTextConfig, shape: ShapeConfig, *, parent: Path | None = None) -> None:
+    """Train a target in float32 and save it in `folder`: a new one, or on from `parent`, whose shape and tokenizer it
+    keeps."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from draftsmith.stages.targets.loading import load_weights
@@ -240,30 +195,18 @@ def train_target(
         model = new_model(shape, tokenizer, config.seed)
     else:
         tokenizer = AutoTokenizer.from_pretrained(parent, local_files_only=True)
-        if tokenizer.eos_token is None:  # answers are taught with it at their end
-            raise DraftsmithError(f"{parent}: the tokenizer names no end token: set eos_token in tokenizer_config.json")
         model = load_weights(AutoModelForCausalLM, parent, dtype="float32")
-    ids, labels = _packed_rows(taught, tokenizer, config)
-    loss = _train(model, ids, labels, config, getattr(torch, dtype), on_step, kept)
-    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    _train(model, *_packed_rows(taught, tokenizer, config), config)
+    model.save_pretrained(folder)
     if parent is None:
         tokenizer.save_pretrained(folder)
     else:  # byte for byte: loading and saving may write the same tokenizer in another form
         for path in parent.iterdir():
             if path.name in TOKENIZER_PARTS:
                 shutil.copyfile(path, folder / path.name)
-    return loss
 
 
-def _train(
-    model: Any,
-    ids: torch.Tensor,
-    labels: torch.Tensor,
-    config: TrainingTextConfig,
-    dtype: torch.dtype,
-    on_step: Callable[[int, float], None],
-    kept: Kept | None,
-) -> float:
+def _train(model: Any, ids: torch.Tensor, labels: torch.Tensor, config: TrainingTextConfig) -> None:
     import torch
 
     decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
@@ -279,43 +222,14 @@ def _train(
         optimizer,
         lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / config.steps)) + 0.01),
     )
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     model.train()
-    first, last = 0, math.nan
-    if kept is not None:
-        if found := load_checkpoint(kept.folder, kept.log):
-            first, state = found
-            last = state["loss"]
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-        kept.resumed(first)
-
-    saved = time.monotonic()
-
-    def save(step: int) -> None:
-        if kept is not None:
-            save_checkpoint(kept.folder, step, {"loss": last, **{n: part.state_dict() for n, part in parts.items()}})
-
-    for step in range(first, config.steps):
+    for step in range(config.steps):
         rows = slice(step * config.rows_per_step, (step + 1) * config.rows_per_step)
-        # A context a step: it keeps copies of the weights in its dtype, which are stale after an update.
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-            logits = model(input_ids=ids[rows], use_cache=False).logits  # [rows, row_tokens, vocabulary]
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[rows].flatten())
+        logits = model(input_ids=ids[rows], use_cache=False).logits  # [rows, row_tokens, vocabulary]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[rows].flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        last = loss.item()
-        due = (step + 1) % config.checkpoint_every == 0 or time.monotonic() - saved >= 60 * config.checkpoint_minutes
-        if due or step + 1 == config.steps:
-            save(step + 1)
-            saved = time.monotonic()
-        try:
-            on_step(step + 1, last)
-        except StageInterrupted:
-            save(step + 1)
-            raise
     model.eval()
-    return last

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from draftsmith.stages.procedural.text import EASY, FAMILIES, examples
+from tests.testbed.procedural.text import EASY, FAMILIES, examples
 
 
 def test_the_same_seed_gives_the_same_text_and_another_seed_another() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 
-from draftsmith.stages.procedural.example import Example
+from tests.testbed.procedural.example import Example
 
 
 def _words(text: str) -> list[str]:
@@ -90,20 +90,10 @@ def _listed(numbers: list[int]) -> str:
     return " ".join(map(str, numbers))
 
 
-_EXERCISES = {
+WORKED = {
     "addition": _addition,
     "sorting": _sorting,
     "trace": _trace,
     "table": _table,
     "spelling": _spelling,
 }
-
-
-def _sheet(r: random.Random) -> Example:
-    parts = [(number, _EXERCISES[family](r)) for number, family in enumerate(r.sample(sorted(_EXERCISES), 4), start=1)]
-    prompt = "\n".join(f"{number}) {part.prompt}" for number, part in parts)
-    answer = "\n\n".join(f"{number}) {part.family}\n{part.answer}" for number, part in parts)
-    return Example("sheet", prompt, answer)
-
-
-WORKED = {**_EXERCISES, "sheet": _sheet}

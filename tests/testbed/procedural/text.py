@@ -11,8 +11,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 
-from draftsmith.stages.procedural.example import Example
-from draftsmith.stages.procedural.worked import WORKED
+from tests.testbed.procedural.example import Example
+from tests.testbed.procedural.worked import WORKED
 
 
 def _words(text: str) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from draftsmith.stages.procedural.text import examples
+from tests.testbed.procedural.text import examples
 
 
 def _numbers(text: str) -> list[int]:
@@ -79,13 +79,3 @@ CHECKS: dict[str, Callable[[str, str], None]] = {
 def test_every_step_follows_from_the_prompt(family: str) -> None:
     for example in examples(3, 40, families=[family]):
         CHECKS[family](example.prompt, example.answer)
-
-
-def test_a_sheet_answers_four_exercises_in_turn() -> None:
-    for example in examples(3, 40, families=["sheet"]):
-        prompts = re.split(r"^\d\) ", example.prompt, flags=re.MULTILINE)[1:]
-        answers = re.split(r"^\d\) ", example.answer, flags=re.MULTILINE)[1:]
-        families = [answer.splitlines()[0] for answer in answers]
-        assert len(set(families)) == 4
-        for prompt, family, answer in zip(prompts, families, answers, strict=True):
-            CHECKS[family](prompt.strip(), answer.strip().removeprefix(f"{family}\n"))

@@ -1,4 +1,4 @@
-"""Taking a drafter over for a new revision of its target: stage `sft` without a step, as experiments use it."""
+"""Taking a drafter over for a new revision of its target: stage `sft` without a step."""
 
 from __future__ import annotations
 
