@@ -1,4 +1,4 @@
-"""The content of `evaluation.json` as tables and sentences: terminal, page and experiments only draw them.
+"""The content of `evaluation.json` as tables and sentences: terminal and page only draw them.
 
 Every cell is finished text; a line break in a cell is where it may be broken. Figures that are not there are `ABSENT`.
 """
