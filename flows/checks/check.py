@@ -136,7 +136,7 @@ class RunChecks:
         found = FirstError()
         if not self._to_make:
             return []
-        if not node.inputs and node.stage.name == "target":
+        if node.stage.name == "target":
             _with_target(found, self._nodes, self._to_make, made[node.name], home(), whole=True)
         elif isinstance(node.config, PromptsConfig):
             positions = read_target_info(made[node.inputs["target"]]).max_positions
