@@ -157,15 +157,3 @@ TURNS = _table(  # how long evaluation took: an arm decodes all prompts of a set
     verify_steps=pa.int64(),  # 0 = plain decoding
     others_share=pa.float64(),  # of the CPU time of all cores that others took meanwhile; null where it is unknown
 )
-
-ACCEPTANCE = _table(  # of an experiment's drafters, a row a held-out trajectory
-    "acceptance",
-    2,
-    arm=pa.string(),
-    steps=pa.int32(),  # optimiser steps of its training
-    seed=pa.int64(),
-    split=pa.string(),
-    trajectory_id=pa.string(),
-    committed=pa.float64(),  # by verify steps; on average where proposals are drawn
-    verify_steps=pa.int32(),
-)

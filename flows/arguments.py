@@ -20,8 +20,8 @@ def parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser(
         "run",
-        aliases=["refresh", "experiment"],
-        help="run what the file describes, a refresh or an experiment; what has not changed is reused",
+        aliases=["refresh"],
+        help="run the refresh that the file describes; what has not changed is reused",
     )
     _add_run_options(run)
     run.set_defaults(does="run")

@@ -18,7 +18,7 @@ from draftsmith.artifacts.private import private_files
 from draftsmith.artifacts.proxies import reach_ourselves_directly
 from draftsmith.artifacts.redaction import redact_logs, redacted
 from draftsmith.flows.arguments import parser
-from draftsmith.flows.commands import COMMANDS, pipeline_of
+from draftsmith.flows.commands import COMMANDS
 from draftsmith.stages.garbage import collect_seldom
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def _code_of(options: argparse.Namespace, pipeline: Pipeline | None) -> int:
     _show_warnings()
     try:
         with private_files(home()):
-            COMMANDS[options.does](options, pipeline or pipeline_of(options))
+            COMMANDS[options.does](options, pipeline or _refresh())
     except KeyboardInterrupt:
         return _fail(f"interrupted; {_CONTINUE}", EXIT_INTERRUPTED)
     except SystemExit as ended:
@@ -67,6 +67,12 @@ def _code_of(options: argparse.Namespace, pipeline: Pipeline | None) -> int:
         said = f"unexpected {type(error).__name__}: {one_line(error)}"
         return _fail(f"{said} (set DRAFTSMITH_DEBUG=1 for the traceback)", _EXIT_UNEXPECTED, error)
     return 0
+
+
+def _refresh() -> Pipeline:
+    from draftsmith.flows.refresh.graph import REFRESH
+
+    return REFRESH
 
 
 def _fail(message: str, code: int, error: BaseException | None = None, what: str = "error: ") -> int:

@@ -22,25 +22,6 @@ if TYPE_CHECKING:
     from draftsmith.flows.refresh.config import RefreshConfig
 
 
-def pipeline_of(options: argparse.Namespace) -> Pipeline:
-    """The kind of run that the command's config file describes: a refresh without a `kind`.
-
-    Raises DraftsmithError for a kind that does not exist.
-    """
-    from draftsmith.flows.experiments.architectures import ARCHITECTURES
-    from draftsmith.flows.experiments.arms import EXPERIMENT
-    from draftsmith.flows.pipeline.config_file import kind_of
-    from draftsmith.flows.refresh.graph import REFRESH
-
-    config = getattr(options, "config", None)
-    if config is None or (kind := kind_of(config)) is None:
-        return REFRESH
-    kinds = {"experiment": EXPERIMENT, "architectures": ARCHITECTURES}
-    if not isinstance(kind, str) or kind not in kinds:
-        raise DraftsmithError(f"{config}: kind is {kind!r}: use {' or '.join(kinds)}, or leave it out for a refresh")
-    return kinds[kind]
-
-
 def _run(options: argparse.Namespace, pipeline: Pipeline) -> None:
     """Run the config's flow and print what it found, or only print the plan."""
     from draftsmith.stages.reporting.next_steps import COMMAND
@@ -49,16 +30,16 @@ def _run(options: argparse.Namespace, pipeline: Pipeline) -> None:
     _run_config(options, pipeline, _read(options, pipeline, patient=not options.plan))
 
 
-def _evaluate(options: argparse.Namespace, pipeline: Pipeline) -> None:
+def _evaluate(options: argparse.Namespace, _pipeline: Pipeline) -> None:
     from draftsmith.flows.refresh.evaluate import EVALUATE, evaluate_config
 
-    _run_config(options, EVALUATE, evaluate_config(_read_refresh(options, pipeline), options.drafters))
+    _run_config(options, EVALUATE, evaluate_config(_read_refresh(options), options.drafters))
 
 
-def _diagnose(options: argparse.Namespace, pipeline: Pipeline) -> None:
+def _diagnose(options: argparse.Namespace, _pipeline: Pipeline) -> None:
     from draftsmith.flows.refresh.diagnose import DIAGNOSE, NODE, diagnose_config
 
-    config = _read_refresh(options, pipeline)
+    config = _read_refresh(options)
     options.force = [*options.force, NODE]  # what a server does is not known from before
     asked = diagnose_config(config, options.url, options.drafter, options.prompts, options.api_key_env)
     _run_config(options, DIAGNOSE, asked)
@@ -311,12 +292,12 @@ def _read(options: argparse.Namespace, pipeline: Pipeline, *, patient: bool = Fa
     return patiently(lambda: resolved(config, pipeline), config.stages, _display().line)
 
 
-def _read_refresh(options: argparse.Namespace, pipeline: Pipeline) -> RefreshConfig:
+def _read_refresh(options: argparse.Namespace) -> RefreshConfig:
     from draftsmith.flows.refresh.config import RefreshConfig
+    from draftsmith.flows.refresh.graph import REFRESH
 
-    config = _read(options, pipeline)
-    if not isinstance(config, RefreshConfig):
-        raise DraftsmithError(f"{options.config} describes an experiment: give the config of a refresh")
+    config = _read(options, REFRESH)
+    assert isinstance(config, RefreshConfig)
     return config
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from draftsmith.stages.engines.config import EmbeddedEngineConfig
 from draftsmith.stages.engines.estimate import embedded_memory, launched_servers
-from draftsmith.stages.experiments.procedural_target import ProceduralTargetConfig
 from draftsmith.stages.logs import LogsConfig
 from draftsmith.stages.measure.estimate import evaluation_estimate
 from draftsmith.stages.mining import MiningConfig
@@ -20,7 +19,7 @@ from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.targets.estimate import PROCESS, TRACE_STEPS_PER_TOKEN, Answers, Estimate, Use, tables_of
 from draftsmith.stages.targets.source import source_kind
 from draftsmith.stages.training.config import SftConfig
-from draftsmith.stages.training.estimate import LOGIT_COPIES, activations, training_estimate
+from draftsmith.stages.training.estimate import training_estimate
 from draftsmith.stages.training.on_policy.config import OpdConfig
 
 
@@ -28,19 +27,6 @@ def of_target(config: TargetConfig, use: Use) -> Estimate:
     """The dequantised copy of a GGUF file, P · s; a folder or a hub's snapshot stays where it is."""
     copied = source_kind(config.source) in ("gguf", "package")
     return Estimate(files={"target": use.sizes.weights(use.sizes.target)} if copied else {})
-
-
-def of_procedural_target(config: ProceduralTargetConfig, use: Use) -> Estimate:
-    """16 · P as in a drafter's training, with a copy of s bytes where that is not 4; of the t = rows · row_tokens of a
-    step the logits, 3 · t · V · 4, and activations. On disk P · s."""
-    target, s = use.sizes.target, use.sizes.itemsize
-    tokens = config.rows_per_step * config.row_tokens
-    memory = {
-        "process": PROCESS,
-        "target with AdamW": (16.0 + (s if s < 4 else 0)) * target.parameters,
-        "text of a step": float(tokens * (LOGIT_COPIES * target.vocabulary * 4 + activations(target, s))),
-    }
-    return Estimate(memory=memory, files={"revision": use.sizes.weights(target)})
 
 
 def of_rollout(config: RolloutConfig, use: Use) -> Estimate:
@@ -94,7 +80,6 @@ def of_opd(config: OpdConfig, use: Use) -> Estimate:
 
 ESTIMATES: dict[str, Callable[[Any, Use], Estimate]] = {
     "target": of_target,
-    "procedural_target": of_procedural_target,
     "rollout": of_rollout,
     "logs": of_logs,
     "sft": of_sft,

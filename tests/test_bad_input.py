@@ -133,7 +133,7 @@ CONFIG = {
     "extends itself": Bad("the files extend each other", text="extends: run.yaml"),
     "extends nothing": Bad("absent.yaml does not exist, nor is it a shipped config", text="extends: absent.yaml"),
     "extends a number": Bad("extends: expected the name of a YAML file", text="extends: 3"),
-    "unknown kind": Bad("use experiment or architectures", {"kind": "exepriment"}),
+    "an old experiment": Bad("kind: this field is gone", {"kind": "experiment", "arms": {}}),
     "unknown section": Bad("rolout: unknown field, did you mean rollout?", {"rolout": {}}),
     "unknown field": Bad("did you mean sft.steps?", {"sft.stesp": 3}),
     "section missing": Bad("target: this field is required", {"target": None}),

@@ -17,7 +17,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.tracking import Tracking
-from draftsmith.flows.checks.comparisons import check_budgets, check_gate, check_laws
+from draftsmith.flows.checks.comparisons import check_gate, check_laws
 from draftsmith.flows.checks.duration import check_duration
 from draftsmith.flows.checks.engines import check_engines, check_heads
 from draftsmith.flows.checks.findings import Findings, FirstError
@@ -89,7 +89,6 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
 def _without_target(found: Findings, nodes: Sequence[Node], to_make: Sequence[Node]) -> None:
     """What the config alone says. to_make: the nodes that are not done."""
     _check_earlier(found, to_make)
-    check_budgets(found, nodes)
     check_laws(found, nodes)
     check_gate(found, nodes)
     check_supplies(found, nodes)
@@ -145,7 +144,7 @@ class RunChecks:
         found = FirstError()
         if not self._to_make:
             return []
-        if not node.inputs and node.stage.name in ("target", "procedural_target"):
+        if node.stage.name == "target":
             _with_target(found, self._nodes, self._to_make, made[node.name], home(), whole=True)
         elif isinstance(node.config, PromptsConfig):
             positions = read_target_info(made[node.inputs["target"]]).max_positions

@@ -1,13 +1,11 @@
-"""Checks of what is compared: arms that have nothing to be compared with, and laws that are not one."""
+"""Checks of what is compared: speed that cannot be judged, and laws that are not one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.pipeline.graph import Node
-from draftsmith.stages.experiments.comparison import BASE, PREFIX, ComparisonConfig, Entry
 from draftsmith.stages.law import Law
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.measure.doubts import fewest_prompts
@@ -18,25 +16,6 @@ from draftsmith.stages.prompting.logs_config import LogsConfig
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.rollout import RolloutConfig
 from draftsmith.stages.training.on_policy.config import OpdConfig
-
-
-def check_budgets(found: Findings, nodes: Sequence[Node]) -> None:
-    """A warning for every number of steps that an arm is trained for and the control is not."""
-    for node in nodes:
-        if not isinstance(node.config, ComparisonConfig):
-            continue
-        arms: dict[int, list[str]] = {}  # by their steps
-        for name in node.inputs:
-            if name.startswith(PREFIX) and (entry := Entry.of_input(name, {name: Path()})).arm != BASE:
-                arms.setdefault(entry.steps, []).append(entry.arm)
-        control = node.config.control
-        for steps, trained in sorted(arms.items()):
-            if control not in trained:
-                found.warn(
-                    node.name,
-                    f"{', '.join(dict.fromkeys(trained))} with {steps} steps: nothing to compare with, since the "
-                    f"control {control} is not trained for as many: add them to its budgets (arms.{control}.budgets)",
-                )
 
 
 def check_gate(found: Findings, nodes: Sequence[Node]) -> None:
@@ -72,18 +51,15 @@ def check_laws(found: Findings, nodes: Sequence[Node]) -> None:
         for node in nodes
         if isinstance(node.config, OpdConfig) and node.config.verification == "auto"
     }
-    told = set()
     for node in nodes:
-        if not isinstance(node.config, EvaluationConfig | ComparisonConfig):
+        if not isinstance(node.config, EvaluationConfig):
             continue
         others = {name: _law_of(configs[name]) for name in sorted(learned)}
-        if isinstance(node.config, EvaluationConfig):
-            first = settings_of(node.config)[0]
-            others["the first speed"] = node.config.sampling.law(first.temperature)
+        first = settings_of(node.config)[0]
+        others["the first speed"] = node.config.sampling.law(first.temperature)
         law = _law_of(configs[node.inputs["trajectories"]])
         unlike = ", ".join(f"{name} is {_said(other)}" for name, other in others.items() if other != law)
-        if unlike and (law, unlike) not in told:
-            told.add((law, unlike))
+        if unlike:
             found.warn(
                 node.name,
                 f"not of one law: tau is of answers that are {_said(law)} (heldout.sampling), {unlike}: say in every "

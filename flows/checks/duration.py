@@ -111,7 +111,7 @@ def _kinds(inputs: Iterable[str]) -> set[str]:
 
 def _model(target: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a target's config says of its size and speed; nothing where it is no target's."""
-    return target.get("source"), target.get("dtype"), target.get("shape")
+    return target.get("source"), target.get("dtype")
 
 
 def _drafter(config: Mapping[str, Any]) -> Any:

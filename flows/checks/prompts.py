@@ -23,7 +23,6 @@ from draftsmith.stages.prompting.sources import (
     Candidate,
     HuggingFaceSource,
     JsonlSource,
-    ProceduralSource,
     PromptSource,
     ReasoningGymSource,
     Split,
@@ -144,18 +143,13 @@ def _share(config: PromptsConfig, source: PromptSource, splits: Sequence[Split] 
 
 
 def _supplies(source: PromptSource) -> int:
-    match source:
-        case ReasoningGymSource():
-            return len(source.tasks)
-        case ProceduralSource():
-            return len(source.families)
-    return 1
+    return len(source.tasks) if isinstance(source, ReasoningGymSource) else 1
 
 
 def _check_source(found: Findings, name: str, source: PromptSource, config: PromptsConfig) -> None:
     wanted = _share(config, source)
     match source:
-        case ReasoningGymSource() | ProceduralSource():
+        case ReasoningGymSource():
             made = [supply.label for supply in _tried(source)]
             found.ok(name, f"{source.kind} {', '.join(made)}: made as needed")
         case JsonlSource():
@@ -190,7 +184,7 @@ def _check_hub(found: Findings, name: str, source: HuggingFaceSource) -> None:
         found.ok(name, f"data set {source.id} is on the hub")
 
 
-def _tried(source: ReasoningGymSource | ProceduralSource) -> list[Supply]:
+def _tried(source: ReasoningGymSource) -> list[Supply]:
     """The supplies of a procedural source, each after it has made one prompt: that its name and options are right."""
     tried = supplies(source, Supplying(limit=_TRIED))
     for supply in tried:

@@ -15,11 +15,7 @@ from draftsmith.flows.pipeline.config_errors import OVERRIDE, PathKey, describe,
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 OF_FILE = {"of_file": True}  # context of what a person wrote: fields that a run fills in are no part of it
-_DEFAULT_KINDS = {
-    "drafter": "dflash",
-    "engine": "embedded",
-    "revision": "procedural",
-}  # of sections that may leave `kind` out
+_DEFAULT_KINDS = {"drafter": "dflash", "engine": "embedded"}  # of sections that may leave `kind` out
 
 
 _NAMES = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")  # tags of what a field may be called, and of `<<`
@@ -94,11 +90,6 @@ def _taken_as_numbers(data: Any, value: Any, place: PathKey = ()) -> Iterator[Pa
     elif isinstance(data, list) and isinstance(value, list | tuple):
         for index, (inner, made) in enumerate(zip(data, value, strict=False)):
             yield from _taken_as_numbers(inner, made, (*place, index))
-
-
-def kind_of(path: Path | str) -> Any:
-    """The field `kind` of a config file, which says what it describes; None without one."""
-    return _read_yaml(Path(path)).get("kind")
 
 
 def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:

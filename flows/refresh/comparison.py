@@ -15,7 +15,7 @@ from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.refreshes import folders_of
 from draftsmith.artifacts.store import Store
 from draftsmith.artifacts.tracking import Tracking
-from draftsmith.flows.pipeline.config_file import kind_of, read_config
+from draftsmith.flows.pipeline.config_file import read_config
 from draftsmith.flows.pipeline.display import Display, figure
 from draftsmith.flows.pipeline.graph import Pipeline, plan, resolved
 from draftsmith.flows.pipeline.options import RunOptions
@@ -72,8 +72,6 @@ def report(display: Display, names: Sequence[str], pipeline: Pipeline, *, in_bro
 
 
 def _report_of_file(name: str, pipeline: Pipeline) -> Reported:
-    if kind_of(name) is not None:
-        raise DraftsmithError(f"{name} describes an experiment, which has no report: give the config of a refresh")
     return report_of_config(name, read_config(Path(name), [], pipeline.config), pipeline)
 
 

@@ -30,7 +30,6 @@ from draftsmith.stages.earlier import TABLE, EarlierConfig
 from draftsmith.stages.prompting.sources import (
     HuggingFaceSource,
     JsonlSource,
-    ProceduralSource,
     PromptSource,
     ReasoningGymSource,
 )
@@ -258,8 +257,6 @@ def _source_name(source: PromptSource) -> str:
             return source.id
         case ReasoningGymSource():
             return ", ".join(source.tasks)
-        case ProceduralSource():
-            return ", ".join(source.families)
 
 
 def history(line: str) -> list[dict[str, Any]]:

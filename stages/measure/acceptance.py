@@ -7,62 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from draftsmith.stages.measure.gate import CHAMPION, as_figures, compared
 from draftsmith.stages.measure.verdicts import Pair, pairs
-from draftsmith.stages.replay.corpus import Group, traces_of
 from draftsmith.stages.replay.tally import Tally
-from draftsmith.stages.replay.trace import Trace, Trajectory
 from draftsmith.stages.statistics import Estimate, jackknife, ratio, ratio_difference, ratio_gain, sums_of
-from draftsmith.stages.targets.causal_lm import Target
 
-_CEILING = "ceiling"
 _MULTIPLIER = np.uint64(6364136223846793005)  # odd; products wrap
-
-
-def ceiling_of(
-    target: Target, trajectories: Sequence[Trajectory], block_size: int, *, drawn: bool = False, **settings: Any
-) -> Tally:
-    """Of a perfect drafter: its tau is what no drafter can pass. drawn: nor one that draws its proposals.
-
-    settings: progress and kept, as of `replay_groups`.
-    """
-
-    def make(group: Group) -> list[dict[str, Trace]]:
-        return [{_CEILING: ceiling_trace(target, trajectory, block_size, drawn)} for trajectory in group.trajectories]
-
-    tally = Tally(len(trajectories))
-    for places, found in traces_of(trajectories, [_CEILING], make, 1, target.device, **settings):
-        tally.add(places, [each[_CEILING] for each in found])
-    return tally
-
-
-def ceiling_trace(target: Target, trajectory: Trajectory, block_size: int, drawn: bool = False) -> Trace:
-    """Every proposal is the target's own best token; drawn: it is drawn from the target's own law, and so is kept.
-
-    In greedy trajectories everything is accepted, so only blocks that are cut by the end keep tau below `block_size`.
-    """
-    K = block_size - 1
-    tokens = torch.tensor([trajectory.tokens], device=target.device)
-    if drawn:
-        best = tokens[0, trajectory.first_anchor + 1 :].cpu().numpy()
-    else:
-        hidden = target.read(tokens).hidden[0, trajectory.first_anchor : -1]
-        best = np.concatenate([target.logits(part).argmax(-1).cpu().numpy() for part in hidden.split(1024)])
-    anchors, accepted, proposed = [], [], []
-    anchor = trajectory.first_anchor
-    while anchor <= trajectory.last_anchor:
-        ahead = best[anchor - trajectory.first_anchor :][:K]
-        right = ahead == np.array(trajectory.tokens[anchor + 1 :][:K])
-        kept = len(right) if right.all() else int(right.argmin())
-        anchors.append(anchor)
-        accepted.append(kept)
-        proposed.append(np.pad(ahead, (0, K - len(ahead))))
-        anchor += kept + 1
-    unknown = np.full((len(anchors), K), np.nan, dtype=np.float32)
-    steps = np.array(anchors, dtype=np.int64), np.array(accepted, dtype=np.int64), np.stack(proposed)
-    return Trace(len(trajectory.tokens), *steps, unknown, len(anchors))
 
 
 def has_loop(tokens: Sequence[int], n: int = 6, times: int = 3) -> bool:

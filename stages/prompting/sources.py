@@ -68,13 +68,6 @@ class _RowSource(_SourceBase):
         return passes(self.filter, row, where)
 
 
-class ProceduralSource(_SourceBase):
-    """Prompts of `stages/procedural/text.py`, families in turn: for experiments with a target trained on that text."""
-
-    kind: Literal["procedural"] = "procedural"
-    families: list[str] = Field(min_length=1, description="e.g. record, dialogue, story, program, problem")
-
-
 class JsonlSource(_RowSource):
     """Files of rows: JSON Lines, plain or compressed, or Parquet. Each row goes into at most one split.
 
@@ -136,9 +129,7 @@ class HuggingFaceSource(_RowSource):
         return hub_commit(self.id, self.revision, "dataset")
 
 
-PromptSource = Annotated[
-    ReasoningGymSource | ProceduralSource | JsonlSource | HuggingFaceSource, Field(discriminator="kind")
-]
+PromptSource = Annotated[ReasoningGymSource | JsonlSource | HuggingFaceSource, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)

@@ -30,14 +30,12 @@ from draftsmith.stages.prompting.sources import (
     Counts,
     HuggingFaceSource,
     JsonlSource,
-    ProceduralSource,
     PromptSource,
     ReasoningGymSource,
     Split,
 )
 from draftsmith.stages.targets.hub import hub_answered, hub_reason
 
-_PROCEDURAL_SEED = 1_000  # behind the seeds of the text that targets are trained on
 _KEPT, _KEPT_TIMES = 256, 4  # of a file: candidates at least, and for each that is asked for
 _SEEDS_PER_SPLIT = 1_000_000  # a procedural task takes its item i from seed + i: splits own separate ranges of seeds
 
@@ -129,9 +127,6 @@ def supplies(source: PromptSource, common: Supplying) -> list[Supply]:
         case ReasoningGymSource():
             draws = [(task, _task_draw(task, source, finish, common.seed, common.limit)) for task in source.tasks]
             return [Supply(label, draw, share) for label, draw in draws]
-        case ProceduralSource():
-            draws = [(each, _family_draw(each, source, finish, common.seed, common.limit)) for each in source.families]
-            return [Supply(label, draw, share) for label, draw in draws]
         case JsonlSource():
             return [_file_supply(source, finish, common, share, as_they_are=not (source.suffix or system))]
         case HuggingFaceSource():
@@ -166,21 +161,6 @@ def _task_draw(task: str, source: ReasoningGymSource, finish: Finish, seed: int,
         for index in range(limit):
             question = items[index]["question"]
             yield finish(task, [{"role": "user", "content": question}], f"{task}, seed {first + index}")
-
-    return draw
-
-
-def _family_draw(family: str, source: ProceduralSource, finish: Finish, seed: int, limit: int) -> Draw:
-    from draftsmith.stages.procedural.text import FAMILIES, examples
-
-    if family not in FAMILIES:
-        raise DraftsmithError(f"prompts.sources: no procedural family {family}, use some of {', '.join(FAMILIES)}")
-
-    def draw(split: Split) -> Iterator[Candidate]:
-        first = ((7919 * seed + source.seed) % 1000) * len(SPLITS) + SPLITS.index(split) + _PROCEDURAL_SEED
-        for number, example in enumerate(examples(first, limit, families=[family])):
-            where = f"{family}, seed {first}, item {number}"
-            yield finish(family, [{"role": "user", "content": example.prompt}], where)
 
     return draw
 

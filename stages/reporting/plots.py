@@ -108,66 +108,6 @@ def tau_over_time(history: Sequence[Mapping[str, Any]]) -> str:
     return _svg(figure, "line", "Acceptance length of the line's drafters over time")
 
 
-@_styled
-def tau_over_cost(arms: Mapping[str, Sequence[Mapping[str, Any]]], levels: Mapping[str, float]) -> str:
-    """Acceptance length over trained positions and over seconds of training, one line an arm, a bar over its seeds.
-
-    arms: rows with `positions`, `seconds`, `tau` and `tau_of_seeds`, one a budget; levels: dashed lines by name.
-    """
-    figure = _figure(9.6, 3.8)
-    others = iter(_SERIES)
-    colours = {arm: COLOURS.get(arm) or next(others) for arm in arms}
-    panels = (("positions", "trained block positions, thousands", 1e-3), ("seconds", "seconds of training", 1.0))
-    for index, (cost, label, unit) in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), index + 1)
-        for arm, rows in arms.items():
-            ordered = sorted(rows, key=lambda row: row[cost])
-            tau = [row["tau"] for row in ordered]
-            # a mean of equal values may lie an ulp beside them, and matplotlib takes no negative bar
-            below = [max(0.0, row["tau"] - min(row["tau_of_seeds"])) for row in ordered]
-            above = [max(0.0, max(row["tau_of_seeds"]) - row["tau"]) for row in ordered]
-            axes.errorbar(
-                [unit * row[cost] for row in ordered], tau, yerr=[below, above], marker="o", markersize=4, capsize=2,
-                linewidth=1.5, color=colours[arm], label=arm,
-            )  # fmt: skip
-        for name, level in levels.items():
-            axes.axhline(level, linestyle="--", linewidth=1, color=COLOURS["plain"])
-            axes.annotate(name, (0.01, level), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
-        axes.set(xlabel=label, ylabel="tau" if index == 0 else "", xlim=(0, None))
-        if index == 0:
-            figure.legend(ncols=6, loc="outside upper center")  # beside the lines of many arms, not on them
-    return _svg(figure, "cost", "Acceptance length over trained positions and over seconds of training")
-
-
-@_styled
-def differences(rows: Sequence[Mapping[str, Any]], control: str) -> str:
-    """The paired difference of every arm to the control, with its interval and the single seeds."""
-    ordered = sorted(rows, key=lambda row: row["difference"])
-    figure = _figure(7.2, 1.0 + 0.32 * len(ordered))
-    axes = figure.add_subplot()
-    for place, row in enumerate(ordered):
-        colour = (
-            COLOURS["control"] if row["difference_low"] > 0 else COLOURS["opd"] if row["difference_high"] < 0 else ""
-        )
-        axes.plot([row["difference_low"], row["difference_high"]], [place, place], color=colour or COLOURS["plain"])
-        axes.plot(row["difference"], place, "o", color=colour or COLOURS["plain"])
-        seeds = row["difference_of_seeds"]
-        axes.plot(seeds, [place] * len(seeds), "|", color=_INK, markersize=7)
-    axes.axvline(0, linewidth=1, color=_INK)
-    axes.set_yticks(range(len(ordered)), [row["arm"] for row in ordered])
-    axes.set(
-        xlabel=f"tau minus that of {control}; bar: 95 % interval over prompts, strokes: seeds",
-        ylim=(-0.6, len(ordered) - 0.4),
-    )
-    axes.grid(visible=False, axis="y")
-    return _svg(figure, "differences", f"Difference of each arm to {control}")
-
-
-def standalone(svg: str) -> str:
-    """An inline figure as a file of its own, on white."""
-    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" style="background:#fff" ', 1) + "\n"
-
-
 def _whole_numbers() -> Locator:
     from matplotlib.ticker import MaxNLocator
 

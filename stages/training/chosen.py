@@ -29,8 +29,6 @@ def _rejected(logits: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
 _DISTRIBUTION_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
     # of the law given that a candidate is committed
     "forward_kl": lambda logits, _token, log_p: losses.forward_kl(logits, log_p),
-    "tv": lambda logits, _token, log_p: _rejected(logits, log_p),
-    "lk": lambda logits, _token, log_p: -torch.minimum(log_p, torch.log_softmax(logits, -1)).logsumexp(-1),
     "ce_l1": lambda logits, token, log_p: 0.1 * token + 0.9 * 2 * _rejected(logits, log_p),
 }
 
@@ -62,13 +60,14 @@ def chosen(
     temperature: that the tokens were drawn at. token_logprob: log p [N] of the committed tokens, which Bernoulli's KL
     reads. target_logits: of a chunk [n, V'] over the head's tokens, for the losses of distributions.
     """
+    named = losses.imported(loss) if ":" in loss else None
     with torch.no_grad():
         among = drafter.candidates(hidden, head)
         present = (among == columns[:, None]).any(-1)
         among = torch.cat([among[:, :-1], torch.where(present, among[:, -1], columns)[:, None]], -1)
         place = (among == columns[:, None]).long().argmax(-1)
         log_p = torch.zeros(among.shape, device=among.device)  # the target's, once: backward calls `values` again
-        for part in slices(len(among) if loss in _DISTRIBUTION_LOSSES else 0, positions_per_chunk):
+        for part in slices(len(among) if named or loss in _DISTRIBUTION_LOSSES else 0, positions_per_chunk):
             assert target_logits is not None
             log_p[part] = torch.log_softmax(target_logits(part), -1).gather(-1, among[part])
     correct, log_q = torch.zeros_like(present), torch.full_like(place, -torch.inf, dtype=torch.float32)
@@ -84,6 +83,8 @@ def chosen(
         if loss == "bernoulli_kl":
             assert token_logprob is not None
             return losses.bernoulli_forward_kl(-losses.cross_entropy(logits, at), token_logprob[part])
+        if named is not None:
+            return named(logits, log_p[part])
         return _DISTRIBUTION_LOSSES[loss](logits, of_token, log_p[part])
 
     terms = chunked_values(hidden, positions_per_chunk, values, trained_head=True)

@@ -12,7 +12,7 @@ from draftsmith.stages.drafters.dflash.shape import DFlashConfig
 from draftsmith.stages.drafters.kinds import DrafterConfig
 from draftsmith.stages.parallel.config import ParallelConfig
 from draftsmith.stages.replay.portions import TokensPerForward
-from draftsmith.stages.training.loss_config import DistributionLoss, PositionWeights, ResponseStream, TokenLoss
+from draftsmith.stages.training.loss_config import LossName, PositionWeights, ResponseStream, loss_file
 
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.traits import TrainingRecipe
@@ -102,11 +102,11 @@ class SftConfig(TrainingConfig):
         bool, Field(description="go on from a drafter although it was made for another revision of the target")
     ] = False
     loss: Annotated[
-        Literal["auto"] | TokenLoss | DistributionLoss,
+        LossName,
         Field(
             description="auto is what the architecture's authors train with: cross_entropy on the committed token for "
             "DFlash and DFlash2 (of sampled answers ce_l1 for DFlash2), ce_l1 for DSpark, forward_kl to the target's "
-            "distribution for EAGLE-3"
+            "distribution for EAGLE-3; MODULE:FUNCTION is a loss of your own"
         ),
     ] = "auto"
     gamma: Annotated[
@@ -140,7 +140,7 @@ class SftConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _about_a_checkpoint(self) -> SftConfig:
-        """`steps: 0, adopt: true` alone adopts the stage's input, as experiments do."""
+        """`steps: 0, adopt: true` alone adopts the stage's input."""
         for name in ("adopt", "init_revision"):
             if getattr(self, name) and self.init_from is None and not (name == "adopt" and self.steps == 0):
                 raise ValueError(f"{name} is about the drafter of init_from: name it there, or leave {name} out")
@@ -149,7 +149,7 @@ class SftConfig(TrainingConfig):
     def stream(self, recipe: TrainingRecipe, *, sampled: bool = False) -> ResponseStream:
         """What is trained, with the architecture's own recipe where fields are left open. sampled: the answers are."""
         return ResponseStream(
-            loss=recipe.loss_on(sampled=sampled) if self.loss == "auto" else self.loss,  # type: ignore[arg-type]
+            loss=recipe.loss_on(sampled=sampled) if self.loss == "auto" else self.loss,
             scope="block",
             positions=PositionWeights(kind=self.weights, gamma=self.gamma or recipe.gamma),
         )
@@ -163,11 +163,13 @@ class SftConfig(TrainingConfig):
         return self.model_copy(update={**shared, "init_from": None, "init_revision": None, "adopt": False})
 
     def external_files(self) -> list[Path]:
-        """The checkpoint that `init_from` names, if it is a folder."""
+        """The checkpoint that `init_from` names, if it is a folder, and the source of a named loss."""
+        source = [loss_file(self.loss)] if ":" in self.loss else []
         folder = Path(self.init_from).expanduser() if self.init_from else None
         if folder is None or not folder.is_dir():
-            return []
-        return sorted(path.absolute() for path in folder.iterdir() if path.suffix in {".json", ".safetensors", ".npy"})
+            return source
+        kept = {".json", ".safetensors", ".npy"}
+        return source + sorted(path.absolute() for path in folder.iterdir() if path.suffix in kept)
 
     def external_versions(self) -> dict[str, str]:
         """The commit of the checkpoint that `init_from` names, if it is of the hub."""

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 USABLE = 0.85  # of a device's memory: the rest is for what the allocator leaves unused
 _TILE = 4096  # tokens of a tile of logits
-_WHOLE_ROWS = {"tv": 5, "lk": 6, "ce_l1": 5}  # copies of a chunk's float32 logits that losses of no tiles keep
+_WHOLE_ROWS = {"ce_l1": 5}  # copies of a chunk's float32 logits that losses of no tiles keep
+_WHOLE_ROWS_OF_NAMED = 6  # as many as the greediest of the lab's
 # the rest comes and goes
 _ALWAYS = ("process", "target", "drafter with AdamW", "features", "next batch", "head", "logits")
 
@@ -112,8 +113,8 @@ def _logits(config: TrainingConfig, sizes: Sizes, rows_of_head: int) -> float:
     a, chunk, loss = DTYPE_BYTES[config.compute_dtype], config.positions_per_chunk, _loss(config, sizes.kind)
     if (own := KINDS[sizes.kind].kept_by_own_logits(sizes.drafter, chunk, a)) is not None:
         return own
-    if loss in _WHOLE_ROWS:
-        return float(_WHOLE_ROWS[loss] * chunk * rows_of_head * 4)
+    if ":" in loss or loss in _WHOLE_ROWS:
+        return float(_WHOLE_ROWS.get(loss, _WHOLE_ROWS_OF_NAMED) * chunk * rows_of_head * 4)
     products = (a + sizes.itemsize) * chunk * rows_of_head if loss == "forward_kl" else 0
     return float(LOGIT_COPIES * chunk * _TILE * 4 + products)
 

@@ -5,19 +5,51 @@ Names and formulas are in `stages/training/losses.py`, their meaning in `respons
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from draftsmith.stages.contract import Config
 
 if TYPE_CHECKING:
     from draftsmith.stages.drafters.traits import TrainingRecipe
 
-BEYOND = 1.0  # why: "Which offsets are trained" in `configs/experiments/results.md`
+BEYOND = 1.0  # why: "Which offsets are trained" in `tests/lab/README.md`
 
-TokenLoss = Literal["cross_entropy", "bernoulli_kl"]
-DistributionLoss = Literal["forward_kl", "tv", "lk", "ce_l1"]
+TOKEN_LOSSES = ("cross_entropy", "bernoulli_kl")  # read the committed token
+DISTRIBUTION_LOSSES = ("forward_kl", "ce_l1")  # read the target's distribution, as a named function does
+_REMOVED = ("tv", "lk")
+
+
+def loss_file(name: str) -> Path:
+    """Return the source file of the loss `MODULE:FUNCTION`. Raises ValueError (for validators of configs)."""
+    module, _, function = name.partition(":")
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        found = None
+    if found is None or not found.has_location or not function.isidentifier():
+        raise ValueError(f"no loss {name}. Name MODULE:FUNCTION, with the module on Python's path (PYTHONPATH).")
+    return Path(str(found.origin))
+
+
+def _known(name: str) -> str:
+    if ":" in name:
+        loss_file(name)
+    elif name in _REMOVED:
+        raise ValueError(
+            f"{name} is a loss of the lab now. Name tests.lab.losses:{name}, with the checkout on PYTHONPATH."
+        )
+    elif name not in ("auto", *TOKEN_LOSSES, *DISTRIBUTION_LOSSES):
+        known = ", ".join(("auto", *TOKEN_LOSSES, *DISTRIBUTION_LOSSES))
+        raise ValueError(f"no loss {name!r}. Use one of {known}, or a function of yours as MODULE:FUNCTION.")
+    return name
+
+
+LossName = Annotated[str, AfterValidator(_known)]
+"""A loss of Draftsmith, or `MODULE:FUNCTION` (`losses.imported`), whose source file is a part of the stage's key."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     # the form that fits the verification rule and the architecture
@@ -52,11 +84,12 @@ class ResponseStream(Config):
     """Committed tokens."""
 
     loss: Annotated[
-        Literal["auto"] | TokenLoss | DistributionLoss,
+        LossName,
         Field(
             description="auto follows the verification rule: cross_entropy if greedy, forward_kl if sampled (EAGLE-3 "
             "and DSpark always as in SFT: forward_kl, ce_l1); cross_entropy and bernoulli_kl read the committed token, "
-            "the others the target's whole distribution (ce_l1 both: 0.1 cross-entropy + 0.9 L1)"
+            "the others the target's whole distribution (ce_l1 both: 0.1 cross-entropy + 0.9 L1); MODULE:FUNCTION is a "
+            "loss of your own"
         ),
     ] = "auto"
     weight: Annotated[float, Field(ge=0, description="λ_acc")] = 1.0
@@ -129,7 +162,7 @@ class LossConfig(Config):
         float | None,
         Field(
             ge=0,
-            description="of the target's distribution in forward_kl, tv, lk and ce_l1; 0 = its argmax alone; "
+            description="of the target's distribution where the loss reads it; 0 = its argmax alone; "
             "left out: that of the trajectories, 1 if they are greedy or the drafter draws its proposals",
         ),
     ] = None
@@ -153,8 +186,8 @@ class LossConfig(Config):
 
     @model_validator(mode="after")
     def _fits_together(self) -> LossConfig:
-        if self.temperature is not None and self.response.loss not in get_args(DistributionLoss):
-            readers = ", ".join(get_args(DistributionLoss))
+        if self.temperature is not None and self.response.loss in ("auto", *TOKEN_LOSSES):
+            readers = ", ".join(DISTRIBUTION_LOSSES)
             raise ValueError(f"temperature is read by {readers} only: name one of them in loss.response.loss")
         if self.response.weight == 0 and (self.rejected.loss == "none" or self.rejected.weight == 0):
             raise ValueError("both streams have weight 0: nothing would be trained")
@@ -182,13 +215,13 @@ class LossConfig(Config):
 
     def resolved(self, recipe: TrainingRecipe, sampled: bool, temperature: float) -> LossConfig:
         """With the loss and scope that fit architecture and verification rule, the temperature of that sampling, and
-        weights, where left open. Evidence: `configs/experiments/README.md`."""
+        weights, where left open. Evidence: `tests/lab/README.md`."""
         loss, scope = self.response.loss, self.response.scope
         beyond, positions = self.response.beyond, self.response.positions
-        as_in_sft = recipe.loss in get_args(DistributionLoss)  # SFT on the target's distribution goes on with it
+        as_in_sft = recipe.loss in DISTRIBUTION_LOSSES  # SFT on the target's distribution goes on with it
         if loss == "auto":
             of_rule = "forward_kl" if sampled else "cross_entropy"
-            loss = recipe.loss if as_in_sft else of_rule  # type: ignore[assignment]
+            loss = recipe.loss if as_in_sft else of_rule
         if scope == "auto":
             scope = "block" if as_in_sft and beyond is None else "committed"
         if beyond is None:

@@ -1,15 +1,19 @@
 """Losses of one position each, and weights of the positions of a block: pure functions of log-probs or logits.
 
 p is the target, q the drafter. All inputs are float32 and all outputs have one value a position; tests hold each
-against a plain reference. Sources: Draft-OPD (arXiv 2605.29343, section 3) for the paper's pair, LK losses
-(arXiv 2602.23881) for acceptance, DSpark (arXiv 2607.05147) for its pair and for confidence, DFlash (arXiv 2602.06036)
-and D-PACE (arXiv 2605.18810) for weights.
+against a plain reference. Sources: Draft-OPD (arXiv 2605.29343, section 3) for the paper's pair, DSpark
+(arXiv 2607.05147) for its pair and for confidence, DFlash (arXiv 2602.06036) and D-PACE (arXiv 2605.18810) for weights.
 """
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional
+
+from draftsmith.artifacts.errors import DraftsmithError
 
 LOG_FLOOR = -10.0  # log-probs are floored here
 TERM_LIMIT = 10.0  # and the terms of the paper's pair clamped to ± this
@@ -32,12 +36,17 @@ def total_variation(logits_q: torch.Tensor, logits_p: torch.Tensor) -> torch.Ten
     return 0.5 * (logits_p.softmax(-1) - logits_q.softmax(-1)).abs().sum(-1)
 
 
-def lk(logits_q: torch.Tensor, logits_p: torch.Tensor) -> torch.Tensor:
-    """-log Σ min(p, q), logits [N, V] each → [N]: minus the log of the acceptance probability (LK losses, L_α).
+def imported(name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Import the loss that `MODULE:FUNCTION` names: a function of q's logits and p's log-probs, [N, V] each → [N].
 
-    The slope of TV divided by the acceptance probability: it does not vanish where nearly everything is rejected.
+    V is all tokens of the head, or the candidates of a drafter with a selector, over which p need not sum to 1.
     """
-    return -torch.minimum(torch.log_softmax(logits_p, -1), torch.log_softmax(logits_q, -1)).logsumexp(-1)
+    module, _, function = name.partition(":")
+    found: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None
+    found = getattr(importlib.import_module(module), function, None)
+    if found is None:
+        raise DraftsmithError(f"{module} has no function {function}. Correct the loss {name} in the config.")
+    return found
 
 
 def ce_l1(

@@ -100,10 +100,16 @@ RESPONSE_LOSSES: dict[str, Callable[[torch.Tensor, Feedback], torch.Tensor]] = {
         -losses.cross_entropy(logits, p.columns), p.token_logprob
     ),
     "forward_kl": lambda logits, p: losses.forward_kl(logits, p.logits()),
-    "tv": lambda logits, p: losses.total_variation(logits, p.logits()),
-    "lk": lambda logits, p: losses.lk(logits, p.logits()),
     "ce_l1": lambda logits, p: losses.ce_l1(logits, p.logits(), p.columns, drawn_at(p.law)),
 }
+
+
+def loss_function(name: str) -> Callable[[torch.Tensor, Feedback], torch.Tensor]:
+    """Return the loss of a name: one of `RESPONSE_LOSSES`, or `MODULE:FUNCTION`."""
+    if ":" not in name:
+        return RESPONSE_LOSSES[name]
+    named = losses.imported(name)
+    return lambda logits, p: named(logits, torch.log_softmax(p.logits(), -1))
 
 
 @dataclass(frozen=True)
@@ -201,7 +207,7 @@ def _judged(
         judged = forward_kl(hidden, head, *asked, positions_per_chunk)
         return _Judged(judged.values, judged.best == feedback.columns, log_q)
 
-    loss_of = RESPONSE_LOSSES[config.loss]
+    loss_of = loss_function(config.loss)
     correct = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
 
     def values(h: torch.Tensor, part: slice) -> torch.Tensor:

@@ -35,7 +35,7 @@ def test_help_imports_nothing_heavy() -> None:
 def test_a_plan_loads_no_model_library() -> None:
     """Seconds of an unchanged refresh, which has nothing to make."""
     script = (
-        "import sys, draftsmith.flows.refresh.graph, draftsmith.flows.experiments.arms; "
+        "import sys, draftsmith.flows.refresh.graph; "
         "print(sorted({'torch', 'transformers', 'scipy.stats', 'prefect', 'mlflow', 'datasets'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -69,17 +69,6 @@ def test_bad_input_is_one_line_and_exit_code_2_before_anything_starts(
     assert expected in err
     assert not (home / "store").exists()
     assert not (home / "prefect").exists()
-
-
-@pytest.mark.parametrize("kind", ["experimnet", "[experiment]", "2"])
-def test_a_kind_that_does_not_exist_is_one_line(
-    home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, kind: str
-) -> None:
-    config = tmp_path / "run.yaml"
-    config.write_text(f"kind: {kind}\nname: run\n")
-    assert main(["experiment", str(config)]) == 2
-    assert "use experiment or architectures, or leave it out for a refresh" in capsys.readouterr().err
-    assert not (home / "store").exists()
 
 
 def test_a_missing_config_file_is_one_line_and_exit_code_2(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

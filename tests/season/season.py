@@ -24,10 +24,9 @@ import yaml
 from draftsmith.artifacts.errors import RefusedError
 from draftsmith.artifacts.store import Store
 from draftsmith.stages.gate import DECISION
-from tests.testbed import cache
 from tests.testbed.databases import give_databases
 from tests.testbed.refresh import small_refresh
-from tests.testbed.target import SHAPE, TAUGHT, prompts_file, target_folder
+from tests.testbed.target import TAUGHT, prompts_file, target_folder
 
 ROOT = Path(__file__).parents[2]
 LINE = "tiny-dflash"
@@ -97,15 +96,8 @@ def config_of(size: Size) -> dict[str, Any]:
 
 def revision() -> Path:
     """The target trained on for a little: another model that answers much the same."""
-    from draftsmith.stages.procedural import text, training
-    from draftsmith.stages.procedural.training import train_target
-
     taught = TAUGHT.model_copy(update={"steps": 60, "revision_2": 0.5, "learning_rate": 2e-3, "seed": 1})
-
-    def build(folder: Path) -> None:
-        train_target(folder, taught, SHAPE, parent=target_folder())
-
-    return cache.cached("target-tiny-revision", build, code=(text, training), extra=f"{SHAPE} {taught} {TAUGHT}")
+    return target_folder("target-tiny-revision", taught, parent=target_folder())
 
 
 def play(folder: Path, size: Size) -> Iterator[Week]:

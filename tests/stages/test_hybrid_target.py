@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from draftsmith.stages.drafters.checkpoint import load_drafter
-from draftsmith.stages.procedural.training import ShapeConfig, TrainingTextConfig
 from draftsmith.stages.replay.corpus import replay_all
 from draftsmith.stages.replay.trace import tau
 from draftsmith.stages.stored import DRAFTER_FOLDER, load_prompts
 from draftsmith.stages.targets.causal_lm import Target
 from tests.stages.bench import Bench, trajectory_of
 from tests.testbed.drafter import DrafterArtifacts, DrafterRecipe, drafter_artifacts
+from tests.testbed.procedural.training import ShapeConfig, TrainingTextConfig
 from tests.testbed.target import target_folder
 
 SHAPE = ShapeConfig(hidden_size=96, layers=3, heads=3, kv_heads=1, intermediate_size=192, full_attention_every=3)

@@ -160,7 +160,9 @@ def test_a_training_that_does_not_move_mines_the_same_trace(
 
 
 @pytest.mark.parametrize("anchors", ["errors", "visited", "successors", "random"])
-@pytest.mark.parametrize("loss", ["paper", {"response": {"loss": "lk", "positions": {"kind": "d_pace"}}}], ids=str)
+@pytest.mark.parametrize(
+    "loss", ["paper", {"response": {"loss": "tests.lab.losses:lk", "positions": {"kind": "d_pace"}}}], ids=str
+)
 def test_every_kind_of_anchor_trains_with_every_kind_of_loss_and_the_same_number_of_blocks(
     anchors: str, loss: Any, sampled: Answers, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:

@@ -9,25 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from draftsmith.artifacts.parquet import read_table, write_table
-from draftsmith.artifacts.schemas import ACCEPTANCE, PROMPTS
-from draftsmith.artifacts.store import Claim, Store
-from draftsmith.stages.drafters.checkpoint import save_drafter
+from draftsmith.artifacts.schemas import PROMPTS
 from draftsmith.stages.drift import STAGE as DRIFT
 from draftsmith.stages.evaluation import STAGE as EVALUATION
-from draftsmith.stages.experiments.comparison import STAGE as COMPARISON
-from draftsmith.stages.experiments.comparison import ComparisonConfig
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.measure.drift import DriftConfig
 from draftsmith.stages.prompting.held_out import units_of
-from draftsmith.stages.statistics import jackknife, ratio_difference
-from draftsmith.stages.stored import DRAFTER_FOLDER
-from draftsmith.stages.targets.causal_lm import Target
 from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
-from tests.testbed.dspark import random_dspark
 
 
 @pytest.fixture
@@ -69,29 +60,3 @@ def test_intervals_are_over_conversations(prompts: Path, tmp_path: Path, tiny_dr
     found = json.loads((ctx.out / "evaluation.json").read_text())
     assert found["drafters"]["opd"]["prompts"] == found["verdicts"][0]["prompts"] == 20
     assert found["compared"][0]["units"] == sum(each["opd"]["prompts"] for each in found["sets"].values()) == 20
-
-
-def test_an_experiment_s_intervals_are_too(prompts: Path, tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
-    store = Store(tmp_path / "store")
-    inputs = {"target": tiny_drafter.target, "prompts": prompts, "trajectories": tiny_drafter.heldout}
-    for arm, key in (("sft", "ab" * 32), ("opd", "cd" * 32)):
-        with store.claim(arm, key) as claim:
-            assert isinstance(claim, Claim)
-            if arm == "sft":
-                shutil.copytree(tiny_drafter.drafter / DRAFTER_FOLDER, claim.out / DRAFTER_FOLDER)
-            else:
-                save_drafter(random_dspark(Target.load(tiny_drafter.target)), claim.out / DRAFTER_FOLDER, torch.float32)
-            made = store.commit(claim, config={}, inputs={}, code_digest="c", seed=0)
-        inputs[f"drafter:{arm}:5:0"] = made.path
-    ctx = RecordingContext.under(tmp_path / "comparison", inputs)
-    COMPARISON.run(ctx, ComparisonConfig(control="sft", splits=("heldout",)))
-    found = json.loads((ctx.out / "results.json").read_text())["heldout"]
-    assert found["trajectories"] == 60 and found["prompts"] == 20
-
-    rows = read_table(ctx.out / "acceptance.parquet", ACCEPTANCE).to_pandas()
-    rows["unit"] = units_of(prompts, [trajectory.split("/")[0] for trajectory in rows.trajectory_id])
-    sums = rows.groupby(["arm", "unit"])[["committed", "verify_steps"]].sum()
-    parts = [sums.loc[arm][name].to_numpy() for arm in ("opd", "sft") for name in ("committed", "verify_steps")]
-    (row,) = [each for each in found["arms"] if each["arm"] == "opd"]
-    interval = jackknife(ratio_difference, *parts).interval()
-    assert (row["difference_low"], row["difference_high"]) == pytest.approx(interval)

@@ -9,7 +9,7 @@ from typing import Any
 
 from draftsmith.flows.pipeline.config_file import merged, read_config
 from draftsmith.flows.refresh.config import RefreshConfig
-from draftsmith.stages.procedural.training import MASK
+from tests.testbed.procedural.training import MASK
 
 
 def small_refresh(name: str, target: Path | str, prompts: Path | str, answer: int, /, **fields: Any) -> dict[str, Any]:

@@ -6,9 +6,9 @@ import json
 import os
 from pathlib import Path
 
-from draftsmith.stages.procedural import text, training
-from draftsmith.stages.procedural.training import MASK, ShapeConfig, TrainingTextConfig, train_target, training_examples
 from tests.testbed import cache
+from tests.testbed.procedural import text, training
+from tests.testbed.procedural.training import MASK, ShapeConfig, TrainingTextConfig, train_target, training_examples
 
 __all__ = ["MASK", "SHAPE", "TAUGHT", "fresh_prompts", "prompts_file", "target_folder"]
 
@@ -43,16 +43,23 @@ def prompts_file() -> Path:
     return cache.cached("prompts-tiny", build, code=(text,), extra=f"{TAUGHT}") / "prompts.jsonl"
 
 
-def target_folder(name: str = "target-tiny", taught: TrainingTextConfig = TAUGHT, shape: ShapeConfig = SHAPE) -> Path:
-    """The trained target, or another one, as an ordinary Hugging Face folder: cached, or built with one thread."""
+def target_folder(
+    name: str = "target-tiny",
+    taught: TrainingTextConfig = TAUGHT,
+    shape: ShapeConfig = SHAPE,
+    parent: Path | None = None,
+) -> Path:
+    """The trained target, another one, or one trained on from `parent`, as an ordinary Hugging Face folder: cached, or
+    built with one thread."""
     import torch
 
     def build(folder: Path) -> None:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            train_target(folder, taught, shape)
+            train_target(folder, taught, shape, parent=parent)
         finally:
             torch.set_num_threads(threads)
 
-    return cache.cached(name, build, code=(text, training), extra=f"{shape} {taught}")
+    start = f" {parent.name}" if parent is not None else ""
+    return cache.cached(name, build, code=(text, training), extra=f"{shape} {taught}{start}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from draftsmith.stages.training.config import TrainingConfig
-from draftsmith.stages.training.loss_config import LossConfig
+from draftsmith.stages.training.loss_config import LossConfig, loss_file
 
 
 class OpdConfig(TrainingConfig):
@@ -54,6 +55,11 @@ class OpdConfig(TrainingConfig):
                 "train on 'errors' or 'visited'"
             )
         return self
+
+    def external_files(self) -> list[Path]:
+        """Return the source of a named loss."""
+        name = self.loss.response.loss
+        return [loss_file(name)] if ":" in name else []
 
     @property
     def oldest_trace(self) -> int:

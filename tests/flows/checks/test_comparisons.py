@@ -8,8 +8,6 @@ import pytest
 
 from draftsmith.flows.checks.comparisons import check_gate, check_laws
 from draftsmith.flows.checks.findings import Findings
-from draftsmith.flows.experiments.arms import ExperimentConfig, experiment_nodes
-from draftsmith.flows.pipeline.config_file import read_config
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.flows.refresh.graph import refresh_nodes
 from tests.flows.pipeline.processes import ROOT
@@ -72,13 +70,3 @@ def test_a_gate_that_can_promote_nothing_is_told_before_anything_is_spent() -> N
     (warning,) = told("evaluation.concurrency=16", "evaluation.speed_prompts=32", "prompts.heldout=31")
     assert "no speed by the number of held-out prompts, 31 (from 32 on): raise it" in warning, "no more are decoded"
     assert told() == told("evaluation.rounds=2", "gate.judge_speed=false") == told("registry=null") == []
-
-
-def test_experiments_are_told_once() -> None:
-    def told(*overrides: str) -> list[str]:
-        path = ROOT / "configs" / "experiments" / "target-changed-sampled.yaml"
-        return warnings(experiment_nodes(read_config(path, list(overrides), ExperimentConfig)))
-
-    assert told() == []
-    (warning,) = told("heldout.sampling.temperature=0")
-    assert "greedy (heldout.sampling), fresh is sampled at 1, top_p 1: say" in warning

@@ -75,20 +75,6 @@ def test_estimates_of_the_recipe_by_hand() -> None:
     assert "target" not in disk(needed)
 
 
-def test_estimates_of_a_fine_tuned_revision_by_hand() -> None:
-    from draftsmith.flows.experiments.arms import ExperimentConfig, experiment_nodes
-    from draftsmith.flows.pipeline.config_file import read_config
-
-    config = read_config(ROOT / "configs" / "experiments" / "smollm2-target-changed.yaml", [], ExperimentConfig)
-    # itemsize 2: a copy in bfloat16 beside the float32 weights
-    needed = estimates(in_order(experiment_nodes(config)), qwen_sizes())
-    memory = needed["revision"].memory
-    assert memory["target with AdamW"] == 18 * 4_022_468_096
-    a_token = 36 * 2 * (10 * 2560 + 4 * (32 + 2 * 8) * 128 + 4 * 9728)
-    assert memory["text of a step"] == 4 * 192 * (3 * 151936 * 4 + a_token)
-    assert disk(needed)["revision"] == 2 * 4_022_468_096
-
-
 def test_trajectories_take_no_more_disk_than_estimated(tiny_drafter: DrafterArtifacts) -> None:
     from draftsmith.artifacts.parquet import read_table
     from draftsmith.artifacts.schemas import TRAJECTORIES

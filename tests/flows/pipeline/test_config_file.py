@@ -174,8 +174,6 @@ def test_a_mapping_of_another_kind_is_replaced() -> None:
         "num_layers": 2,
         "block_size": 4,
     }
-    revision = {"revision": {"families": ["story"], "steps": 2}}
-    assert merged(revision, {"revision": {"kind": "procedural", "steps": 1}})["revision"]["families"] == ["story"]
     assert merged(base, {"drafter": {"kind": "eagle3", "block_size": 4}})["drafter"] == {
         "kind": "eagle3",
         "block_size": 4,

@@ -94,9 +94,6 @@ def test_what_is_no_refresh_is_one_error(store: Store, capsys: pytest.CaptureFix
     assert main(["report", str(other.path), str(other.path)]) == 2
     assert "--force report" in capsys.readouterr().err
     assert main(["report", "a", "b", "c"]) == 2
-    capsys.readouterr()
-    assert main(["report", str(ROOT / "configs" / "experiments" / "plateau-greedy.yaml")]) == 2
-    assert "plateau-greedy.yaml describes an experiment, which has no report: give" in capsys.readouterr().err
 
 
 def test_a_report_is_found_whatever_else_is_damaged(store: Store, home: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_no_refresh_trains_on_what_another_measured(target: Path, tmp_path: Path
         sources: list[Row] = [
             {"kind": "jsonl", "path": str(path), "seed": seed, "system": f"Be kind {seed}."},
             {"kind": "huggingface", "id": str(data), "field": "prompt", "seed": seed},
-            {"kind": "procedural", "families": ["record"], "seed": seed},
+            {"kind": "reasoning_gym", "tasks": ["chain_sum"], "seed": seed},
         ]
         settings: dict[str, Any] = {"train": 60 + 90 * seed, "heldout": 12, "validation": 6, "seed": seed}
         seen.append(run(target, tmp_path / str(seed), sources, **settings))

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter
-from draftsmith.stages.measure.acceptance import ceiling_of
 from draftsmith.stages.replay import kept
 from draftsmith.stages.replay.corpus import mine, replay_all
 from draftsmith.stages.replay.trace import Trace, Trajectory
@@ -102,24 +101,6 @@ def test_traces_that_are_damaged_or_of_other_drafters_are_made_again(
     again, _ = replayed(plain_target, plain_drafter, tmp_path)
     assert len(read) == 1
     assert_equal(again, whole)
-
-
-def test_the_ceiling_keeps_its_traces_too(tmp_path: Path, plain_target: Target) -> None:
-    whole = ceiling_of(plain_target, TEXTS, 5)
-    seen: list[int] = []
-
-    def stop(done: int, _total: int) -> None:
-        seen.append(done)
-        if done == 4:
-            raise StoppedError
-
-    with pytest.raises(StoppedError):
-        ceiling_of(plain_target, TEXTS, 5, kept=tmp_path, progress=stop)
-    there = [place for places, _ in kept.KeptTraces(tmp_path, ["ceiling"]).read() for place in places]
-    assert there == [0, 1, 2, 3]
-    again = ceiling_of(plain_target, TEXTS, 5, kept=tmp_path)
-    assert (again.tau, again.steps.tolist()) == (whole.tau, whole.steps.tolist())
-    assert again.accepted.tolist() == whole.accepted.tolist()
 
 
 def test_a_group_that_the_memory_does_not_hold_is_replayed_in_halves(

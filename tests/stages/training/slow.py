@@ -43,7 +43,7 @@ class Choice:
         kept = torch.minimum(p, self.log_q.exp()).sum()
         if loss == "ce_l1":
             return 0.1 * -at_temperature(self.log_q, self.drawn)[self.place] + 0.9 * 2 * (1 - kept)
-        return 1 - kept if loss == "tv" else -kept.log()
+        return 1 - kept if loss == TV else -kept.log()
 
 
 @dataclass
@@ -163,6 +163,7 @@ def differentiable(plain: Callable[[float, float], float], log_q: torch.Tensor, 
     return value + slope * (log_q - at)
 
 
+TV, LK = (f"tests.lab.losses:{name}" for name in ("tv", "lk"))
 Plain = Callable[[torch.Tensor, int, torch.Tensor, float], torch.Tensor]
 
 # of log q [V'], the committed token's column, log p [V'] at the temperature, and log p of the token under all tokens
@@ -170,8 +171,8 @@ PLAIN: dict[str, Plain] = {
     "cross_entropy": lambda log_q, column, _p, _t: -log_q[column],
     "bernoulli_kl": lambda log_q, column, _p, token: differentiable(plain_bernoulli, log_q[column], token),
     "forward_kl": lambda log_q, _c, log_p, _t: (log_p.exp() * (log_p.clamp(min=-1e6) - log_q)).sum(),
-    "tv": lambda log_q, _c, log_p, _t: (log_p.exp() - log_q.exp()).abs().sum() / 2,
-    "lk": lambda log_q, _c, log_p, _t: -torch.minimum(log_p.exp(), log_q.exp()).sum().log(),
+    TV: lambda log_q, _c, log_p, _t: (log_p.exp() - log_q.exp()).abs().sum() / 2,
+    LK: lambda log_q, _c, log_p, _t: -torch.minimum(log_p.exp(), log_q.exp()).sum().log(),
 }
 
 

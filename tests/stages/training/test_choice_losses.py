@@ -49,8 +49,8 @@ DRAWN = Law(0.8, 0.9)
         ("forward_kl", False, GREEDY),
         ("forward_kl", True, DRAWN),
         ("bernoulli_kl", False, DRAWN),
-        ("tv", True, DRAWN),
-        ("lk", False, GREEDY),
+        ("tests.lab.losses:tv", True, DRAWN),
+        ("tests.lab.losses:lk", False, GREEDY),
         ("ce_l1", True, DRAWN),
     ],
 )
@@ -85,7 +85,7 @@ def test_sft_trains_the_head_and_the_choice(
 OBJECTIVES: dict[str, Any] = {
     "paper": "paper",
     "other weights": {
-        "response": {"loss": "lk", "scope": "committed", "beyond": 1.5, "choice": 0.4, "weight": 0.5},
+        "response": {"loss": "tests.lab.losses:lk", "scope": "committed", "beyond": 1.5, "choice": 0.4, "weight": 0.5},
         "rejected": {"loss": "k3", "weight": 2.0},
     },
     "D-PACE's weights": {"response": {"loss": "cross_entropy", "scope": "block", "positions": {"kind": "d_pace"}}},
@@ -117,7 +117,7 @@ def test_opd_reads_the_law_of_the_choice(
     assert report.positions == positions
 
 
-@pytest.mark.parametrize(("loss", "times"), [("bernoulli_kl", 1), ("lk", 2)])
+@pytest.mark.parametrize(("loss", "times"), [("bernoulli_kl", 1), ("tests.lab.losses:lk", 2)])
 def test_the_target_is_not_asked_again_in_backward(
     loss: Any,
     times: int,

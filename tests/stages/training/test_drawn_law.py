@@ -53,7 +53,7 @@ def a_head() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("law", LAWS, ids=str)
-@pytest.mark.parametrize("loss", ["forward_kl", "tv", "lk"])
+@pytest.mark.parametrize("loss", ["forward_kl", "tests.lab.losses:tv", "tests.lab.losses:lk"])
 @pytest.mark.parametrize("trained", [False, True])
 def test_the_targets_own_logits_have_no_loss_at_any_temperature(loss: Any, trained: bool, law: Law) -> None:
     weight, hidden = a_head()
@@ -190,7 +190,7 @@ def test_whole_blocks_are_not_judged(
         return judge(*given, **known)
 
     monkeypatch.setattr(step, "judge", counted)
-    loss = LossConfig(response=ResponseStream(loss="tv", scope=scope))
+    loss = LossConfig(response=ResponseStream(loss="tests.lab.losses:tv", scope=scope))
     config = OpdConfig(steps=2, sequences_per_step=3, anchors_per_sequence=4, loss=loss)
     table = mined(texts, drafter.block_size - 1)
     training = OpdTraining(drafter, plain_target, texts, table, config, law=Law(0.8))

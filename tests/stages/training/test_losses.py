@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from draftsmith.stages.training import losses
+from tests.lab import losses as lab
 from tests.stages.training.slow import plain_bernoulli, plain_k3
 
 logits = st.lists(st.floats(-8, 8, width=32), min_size=5, max_size=5)
@@ -65,10 +66,11 @@ def test_tv_and_lk_are_the_acceptance_probability(q_row: list[float], p_row: lis
     acceptance = math.fsum(min(a, b) for a, b in zip(softmax(p_row), softmax(q_row), strict=True))
     q, p = torch.tensor([q_row]), torch.tensor([p_row])
     assert float(losses.total_variation(q, p)) == pytest.approx(1 - acceptance, abs=TOLERANCE)
-    assert float(losses.lk(q, p)) == pytest.approx(-math.log(acceptance), rel=1e-5, abs=TOLERANCE)
+    assert float(lab.tv(q, p.log_softmax(-1))) == pytest.approx(1 - acceptance, abs=TOLERANCE)
+    assert float(lab.lk(q, p.log_softmax(-1))) == pytest.approx(-math.log(acceptance), rel=1e-5, abs=TOLERANCE)
 
 
-@given(logits, logits, st.sampled_from(["forward_kl", "total_variation", "lk"]))
+@given(logits, logits, st.sampled_from(["forward_kl", "total_variation", "tv", "lk"]))
 @settings(deadline=None)
 def test_gradients_are_those_of_the_plain_formulas(q_row: list[float], p_row: list[float], name: str) -> None:
     """By central differences of the float64 formula, away from the kinks of min and |·|."""
@@ -81,11 +83,13 @@ def test_gradients_are_those_of_the_plain_formulas(q_row: list[float], p_row: li
         return {
             "forward_kl": lambda: math.fsum(a * math.log(a / b) for a, b in pairs),
             "total_variation": lambda: math.fsum(abs(a - b) for a, b in pairs) / 2,
+            "tv": lambda: math.fsum(abs(a - b) for a, b in pairs) / 2,
             "lk": lambda: -math.log(math.fsum(min(a, b) for a, b in pairs)),
         }[name]()
 
     q = torch.tensor([q_row], requires_grad=True)
-    getattr(losses, name)(q, torch.tensor([p_row])).sum().backward()
+    log_p = torch.tensor([p_row]).log_softmax(-1)  # logits of p too
+    getattr(lab if hasattr(lab, name) else losses, name)(q, log_p).sum().backward()
     assert q.grad is not None
     for i in range(len(q_row)):
         up, down = ([x + sign * 1e-5 * (j == i) for j, x in enumerate(q_row)] for sign in (1, -1))
@@ -95,12 +99,13 @@ def test_gradients_are_those_of_the_plain_formulas(q_row: list[float], p_row: li
 def test_where_nearly_everything_is_rejected_lk_still_has_a_slope() -> None:
     """The reason for LK (arXiv 2602.23881): TV's gradient vanishes with the acceptance probability."""
     slopes = {}
-    for loss in (losses.total_variation, losses.lk):
+    log_p = torch.tensor([[12.0, 0.0, 0.0]]).log_softmax(-1)
+    for loss in (lab.tv, lab.lk):
         q = torch.tensor([[0.0, 12.0, 0.0]], requires_grad=True)
-        loss(q, torch.tensor([[12.0, 0.0, 0.0]])).sum().backward()
+        loss(q, log_p).sum().backward()
         assert q.grad is not None
         slopes[loss.__name__] = float(q.grad.abs().max())
-    assert slopes["total_variation"] < 1e-4
+    assert slopes["tv"] < 1e-4
     assert slopes["lk"] > 0.3
 
 

@@ -26,8 +26,8 @@ STEPS = {
     "0.6B, DFlash, SFT": FakeStep("Qwen3-0.6B", SftConfig.model_validate(SMALL), DFLASH, 1024),
     "0.6B, EAGLE-3, SFT": FakeStep("Qwen3-0.6B", SftConfig.model_validate(SMALL), EAGLE3, 1024),
     "0.6B, DFlash2, SFT": FakeStep("Qwen3-0.6B", SftConfig.model_validate(SMALL), DFLASH2, 1024),
-    "0.6B, DFlash, total variation": FakeStep(
-        "Qwen3-0.6B", SftConfig.model_validate(SMALL | {"loss": "tv"}), DFLASH, 1024
+    "0.6B, DFlash, whole distribution": FakeStep(
+        "Qwen3-0.6B", SftConfig.model_validate(SMALL | {"loss": "ce_l1"}), DFLASH, 1024
     ),
     "0.6B, DSpark, SFT": FakeStep("Qwen3-0.6B", SftConfig.model_validate(SMALL), DSPARK, 1024, law=Law(0.7)),
     "0.6B, DSpark, SFT, top-p": FakeStep(

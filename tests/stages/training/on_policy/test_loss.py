@@ -49,10 +49,10 @@ OBJECTIVES = {
     ),
     "forward KL of the argmax": objective(response("forward_kl") | {"temperature": 0}),
     "forward KL of a sharpened target": objective(response("forward_kl") | {"temperature": 0.3}),
-    "TV": objective(response("tv", scope="block"), sampled=True, temperature=0.8),
-    "TV of the argmax": objective(response("tv") | {"temperature": 0}),
-    "LK": objective(response("lk"), sampled=True, temperature=1.3),
-    "LK of the argmax": objective(response("lk") | {"temperature": 0}),
+    "TV": objective(response("tests.lab.losses:tv", scope="block"), sampled=True, temperature=0.8),
+    "TV of the argmax": objective(response("tests.lab.losses:tv") | {"temperature": 0}),
+    "LK": objective(response("tests.lab.losses:lk"), sampled=True, temperature=1.3),
+    "LK of the argmax": objective(response("tests.lab.losses:lk") | {"temperature": 0}),
     "whole blocks, as SFT": objective(
         response("cross_entropy", scope="block", positions={"kind": "exponential", "gamma": 2.0})
     ),
@@ -62,7 +62,7 @@ OBJECTIVES = {
     ),
     "power weights": objective(response("forward_kl", positions={"kind": "power", "delta": 0.6})),
     "D-PACE": objective(response("cross_entropy", scope="block", positions={"kind": "d_pace"})),
-    "D-PACE, committed": objective(response("lk", positions={"kind": "d_pace", "alpha": 0.2})),
+    "D-PACE, committed": objective(response("tests.lab.losses:lk", positions={"kind": "d_pace", "alpha": 0.2})),
 }
 
 
@@ -119,8 +119,8 @@ def test_the_default_follows_the_verification_rule() -> None:
     assert (asked.scope, asked.beyond) == ("committed", 0.0)
     assert objective(sampled=True, temperature=0.0).temperature == 1.0  # greedy text, to be served sampled
     assert not greedy.needs_scores
-    chosen = objective(response("lk") | {"temperature": 0.2}, sampled=True, temperature=0.6)
-    assert (chosen.response.loss, chosen.temperature) == ("lk", 0.2)
+    chosen = objective(response("tests.lab.losses:lk") | {"temperature": 0.2}, sampled=True, temperature=0.6)
+    assert (chosen.response.loss, chosen.temperature) == ("tests.lab.losses:lk", 0.2)
 
 
 def test_forward_kl_at_temperature_zero_is_cross_entropy_on_the_argmax(

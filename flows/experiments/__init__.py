@@ -1,1 +1,0 @@
-"""Comparisons of ways to train and of architectures: their configs, graphs, flows and results."""

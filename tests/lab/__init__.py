@@ -1,0 +1,1 @@
+"""The lab: experiments with ways to train a drafter. It is not installed with the package."""

@@ -1,0 +1,201 @@
+"""An experiment: arms that train one drafter on in several ways, from one shared rollout, over several seeds.
+
+The graph (in brackets: only where the config has the section)::
+
+    target ─ prompts ─ rollout ─ sft                the drafter that every arm starts from
+       └─ [revision ─ adoption]                     the target has changed, its old drafter is taken over
+    [fresh_prompts] ─ fresh ─ mining                what the arms learn from
+    ARM-STEPS-sSEED …                               every arm, for every number of steps and every seed
+    heldout                                         what all of them are replayed on, in `results.py`
+
+The first arm is the control. Target, revision and prompts are made of procedural text (`tests/testbed/procedural`) when
+the graph is planned, once, and kept in the cache of the tests.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect import flow
+from pydantic import Field, field_validator, model_validator
+
+from draftsmith.flows.checks.check import RunChecks
+from draftsmith.flows.pipeline.config_file import merged
+from draftsmith.flows.pipeline.graph import Node, Pipeline
+from draftsmith.flows.pipeline.options import PlainName, RunOptions
+from draftsmith.flows.pipeline.run import run_graph
+from draftsmith.stages.contract import Config
+from draftsmith.stages.mining import MiningConfig
+from draftsmith.stages.prompts import PromptsConfig
+from draftsmith.stages.rollout import RolloutConfig
+from draftsmith.stages.targets.config import TargetConfig
+from draftsmith.stages.training.config import SftConfig
+from draftsmith.stages.training.on_policy.config import OpdConfig
+from tests.testbed import cache
+from tests.testbed.procedural import text, training, worked
+from tests.testbed.procedural.training import ShapeConfig, TrainingTextConfig, training_examples
+from tests.testbed.target import target_folder
+
+_PROMPTS_SEED = 1001
+_SPARE = 2  # rows of the prompts' file for each that is asked for: a split takes those of its class alone
+
+
+class Arm(Config):
+    """One way to train on."""
+
+    stage: Literal["sft", "opd"]
+    init: Literal["base", "random"] = "base"
+    """From the starting drafter, or from scratch (sft only)."""
+    change: dict[str, Any] = Field(default_factory=dict)
+    """Fields of section `sft` or `opd` that this arm changes."""
+
+
+class PromptCounts(Config):
+    """How many prompts, of which families of text."""
+
+    families: tuple[str, ...] = Field(min_length=1)
+    train: int
+    validation: int
+    heldout: int
+
+
+class LabConfig(RunOptions):
+    """One experiment."""
+
+    target: TrainingTextConfig
+    shape: ShapeConfig = ShapeConfig()
+    revision: TrainingTextConfig | None = None
+    """What the target is trained on with; its old drafter is then the starting point."""
+    prompts: PromptCounts
+    fresh_prompts: PromptCounts | None = None
+    """Other traffic than the starting drafter was trained for."""
+    rollout: RolloutConfig
+    """The answers that the starting drafter is trained on."""
+    sft: SftConfig
+    """The starting drafter; arms of stage sft change fields of it."""
+    fresh: RolloutConfig
+    """The answers that the arms learn from."""
+    mining: MiningConfig = MiningConfig()
+    opd: OpdConfig
+    """What arms of stage opd change fields of. What SFT and OPD have in common, arms of stage sft take from here."""
+    heldout: RolloutConfig
+    """The answers that drafters are compared on."""
+    arms: dict[PlainName, Arm] = Field(min_length=1)
+    budgets: tuple[int, ...] = (400,)
+    """Optimiser steps; every number is a training of its own, with its own schedule."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    @property
+    def experiment(self) -> str:
+        return "lab"
+
+    @field_validator("budgets", "seeds")
+    @classmethod
+    def _are_different(cls, values: tuple[int, ...]) -> tuple[int, ...]:
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"{list(values)}: give at least one number, and each of them once")
+        return values
+
+    @model_validator(mode="after")
+    def _arms_are_valid(self) -> LabConfig:
+        for name, arm in self.arms.items():
+            if arm.init == "random" and arm.stage != "sft":
+                raise ValueError(f"arms.{name}.init: OPD starts from a drafter that was mined. Use stage sft.")
+            try:
+                self.arm_config(arm, self.budgets[0])
+            except ValueError as error:
+                raise ValueError(f"arms.{name}.change: {error}") from error
+        return self
+
+    def arm_config(self, arm: Arm, steps: int) -> SftConfig | OpdConfig:
+        """Return the stage's config of an arm."""
+        config = self.opd if arm.stage == "opd" else self.sft.continued(self.opd)
+        return type(config).model_validate(merged(config.model_dump() | {"steps": steps}, arm.change))
+
+
+def lab_nodes(config: LabConfig) -> list[Node]:
+    """Return all nodes of an experiment. Trains its targets if they are not in the cache."""
+    folder = target_folder("lab-target", config.target, config.shape)
+    current, base, prompts = "target", "sft", "prompts"
+    asked = {"target": "target", "prompts": "prompts"}
+    nodes = [
+        Node("target", "draftsmith.stages.target", _target(folder)),
+        Node("prompts", "draftsmith.stages.prompts", _prompts(config, config.prompts), {"target": "target"}),
+        Node("rollout", "draftsmith.stages.rollout", config.rollout, asked),
+        Node("sft", "draftsmith.stages.sft", config.sft, {"target": "target", "trajectories": "rollout"}),
+    ]
+    if config.revision is not None:
+        current, base = "revision", "adoption"
+        folder = target_folder("lab-revision", config.revision, config.shape, parent=folder)
+        taken_over = {"target": current, "drafter": "sft", "trajectories": "fresh"}
+        nodes += [
+            Node("revision", "draftsmith.stages.target", _target(folder)),
+            Node("adoption", "draftsmith.stages.sft", SftConfig(steps=0, adopt=True), taken_over),
+        ]
+    if config.fresh_prompts is not None:
+        prompts = "fresh_prompts"
+        asked_anew = _prompts(config, config.fresh_prompts)
+        nodes.append(Node(prompts, "draftsmith.stages.prompts", asked_anew, {"target": current}))
+    asked = {"target": current, "prompts": prompts}
+    learned = {"target": current, "trajectories": "fresh"}
+    mined = {**learned, "drafter": base}
+    nodes += [
+        Node("fresh", "draftsmith.stages.rollout", config.fresh, asked),
+        Node("heldout", "draftsmith.stages.rollout", config.heldout, asked),
+        Node("mining", "draftsmith.stages.mining", config.mining, mined),
+    ]
+    for name, arm in config.arms.items():
+        inputs = {"opd": {**mined, "mined": "mining"}, "sft": mined if arm.init == "base" else learned}[arm.stage]
+        nodes += [
+            Node(f"{name}-{n}-s{seed}", f"draftsmith.stages.{arm.stage}", config.arm_config(arm, n), inputs, seed=seed)
+            for n in config.budgets
+            for seed in config.seeds
+        ]
+    return nodes
+
+
+def _target(folder: Path) -> TargetConfig:
+    return TargetConfig(source=str(folder), dtype="float32")
+
+
+def _prompts(config: LabConfig, counts: PromptCounts) -> PromptsConfig:
+    """A source for each family, of rows that the target was not taught."""
+
+    def build(folder: Path) -> None:
+        known = frozenset(example.prompt for example in training_examples(config.target))
+        rows = text.examples(_PROMPTS_SEED, count, exclude=known, families=counts.families)
+        lines = [json.dumps({"prompt": each.prompt, "family": each.family}) + "\n" for each in rows]
+        (folder / "prompts.jsonl").write_text("".join(lines), "utf-8")
+
+    count = _SPARE * (counts.train + counts.validation + counts.heldout)
+    code: Sequence[Any] = (text, worked, training)
+    path = cache.cached("lab-prompts", build, code=code, extra=f"{config.target} {counts.families} {count}")
+    sources = [
+        {"kind": "jsonl", "path": str(path / "prompts.jsonl"), "label": family, "filter": {"family": family}}
+        for family in counts.families
+    ]
+    numbers = counts.model_dump(exclude={"families"})
+    return PromptsConfig.model_validate({"sources": sources, "heldout_share": 0.3, **numbers})
+
+
+LAB = Pipeline(
+    config=LabConfig,
+    nodes=lab_nodes,
+    flow="tests.lab.experiment:experiment",
+    checks=RunChecks,
+    results="tests.lab.results:show_results",
+)
+
+
+@flow(name="experiment", flow_run_name="{config.name}", persist_result=False)
+def experiment(
+    config: LabConfig,
+    force: list[str] | None = None,
+    start: list[str] | None = None,
+    until: list[str] | None = None,
+) -> Any:
+    """Train a drafter on in several ways."""
+    return run_graph(config, LAB, force, start, until)

@@ -1,0 +1,133 @@
+"""The lab: its files are valid, a loss of its own is in the key, and a small experiment runs end to end."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.store import Store
+from draftsmith.flows.pipeline.config_file import read_config
+from draftsmith.flows.pipeline.graph import Node, key_of
+from draftsmith.flows.refresh.graph import REFRESH
+from draftsmith.stages.replay.tally import Tally
+from draftsmith.stages.training import losses
+from draftsmith.stages.training.config import SftConfig
+from draftsmith.stages.training.on_policy.config import OpdConfig
+from tests.integration.test_refresh import Home
+from tests.lab.experiment import LabConfig
+from tests.lab.results import rows
+from tests.testbed.databases import give_databases
+
+FILES = sorted(Path(__file__).parent.glob("experiments/*.yaml"))
+TAUGHT = {"documents": 300, "rows_per_step": 4, "learning_rate": 8.0e-3}
+SAMPLING = {"max_new_tokens": 48, "temperature": 1.0}
+TRAINING = {"sequences_per_step": 4, "anchors_per_sequence": 6, "compute_dtype": "float32"}
+LK = {"loss": {"response": {"loss": "tests.lab.losses:lk"}}}
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "stages": {"threads": 1, "min_free_gb": 0.01},
+    "target": {"steps": 60, **TAUGHT},
+    "shape": {"hidden_size": 64, "layers": 4, "heads": 2, "kv_heads": 1, "intermediate_size": 128},
+    "revision": {"steps": 30, "revision_2": 1.0, **TAUGHT},
+    "prompts": {"families": ["record", "story"], "train": 40, "validation": 4, "heldout": 8},
+    "rollout": {"prompts": 20, "sampling": SAMPLING},
+    "sft": {
+        **TRAINING, "steps": 30, "learning_rate": 3e-3,
+        "drafter": {"num_layers": 1, "block_size": 4, "target_layer_ids": [0, 1, 2]},
+    },
+    "fresh": {"skip": 20, "prompts": 20, "sampling": SAMPLING},
+    "opd": {**TRAINING, "learning_rate": 1e-3},
+    "heldout": {"splits": ["validation", "heldout"], "sampling": SAMPLING},
+    "arms": {"sft": {"stage": "sft"}, "lk": {"stage": "opd", "change": LK}},
+    "budgets": [6],
+    "seeds": [0, 1],
+}  # fmt: skip
+
+
+def test_there_are_at_most_ten() -> None:
+    assert 1 < len(FILES) <= 10
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.stem != "base"], ids=lambda path: path.stem)
+def test_every_experiment_is_valid(path: Path) -> None:
+    config = read_config(path, [], LabConfig)
+    assert config.name == path.stem and len(config.seeds) >= 3
+    assert {arm.stage for arm in config.arms.values()} == {"sft", "opd"}
+
+
+@pytest.mark.parametrize(
+    "change", ["arms.opd.change={learning_rat: 1}", "arms.opd.init=random", "seeds=[0, 0]", "arms={}"]
+)
+def test_a_bad_experiment_is_one_error(change: str) -> None:
+    with pytest.raises(DraftsmithError, match=change.partition("=")[0].partition(".")[0]):
+        read_config(FILES[0].with_name("plateau.yaml"), [change], LabConfig)
+
+
+@pytest.mark.parametrize("stage", ["sft", "opd"])
+def test_the_key_holds_the_source_of_a_named_loss(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "losses_of_mine.py"
+    source.write_text("def mine(logits, log_p): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path / "home"))
+    name = "losses_of_mine:mine"
+    config = (
+        SftConfig(loss=name) if stage == "sft" else OpdConfig.model_validate({"loss": {"response": {"loss": name}}})
+    )
+    node = Node("it", f"draftsmith.stages.{stage}", config)
+    before = key_of(node, {}, 0, REFRESH)
+    assert key_of(node, {}, 0, REFRESH) == before
+    source.write_text("def mine(logits, log_p): return log_p.sum(-1)\n")
+    assert key_of(node, {}, 0, REFRESH) != before
+
+
+@pytest.mark.parametrize("name", ["tv", "lk", "cross-entropy", "nowhere.at_all:mine", "tests.lab.losses:"])
+def test_a_loss_that_is_gone_or_unknown_is_refused(name: str) -> None:
+    with pytest.raises(ValidationError):
+        SftConfig(loss=name)
+    with pytest.raises(ValidationError):
+        OpdConfig.model_validate({"loss": {"response": {"loss": name}}})
+
+
+def test_a_module_without_the_function_is_one_error() -> None:
+    with pytest.raises(DraftsmithError):
+        losses.imported("tests.lab.losses:absent")
+
+
+def test_the_interval_is_of_the_mean_over_seeds() -> None:
+    def tally(committed: list[float]) -> Tally:
+        made = Tally(len(committed))
+        made.committed, made.steps = np.array(committed), np.ones(len(committed))
+        return made
+
+    arms = {"before": [[1.0, 1, 1]], "sft": [[2.0, 3, 4], [2.0, 3, 4]], "opd": [[3.0, 4, 5], [3.0, 4, 6]]}
+    tallies = {(arm, 5 * (arm != "before")): list(map(tally, seeds)) for arm, seeds in arms.items()}
+    costs = {group: [[10.0, 2.0]] * len(seeds) for group, seeds in tallies.items()}
+    before, sft, opd = rows(tallies, costs, ["a", "b", "c"])
+    assert before[4] == "1.000" and sft[-3:] == ["", "", ""]
+    assert opd[:7] == ["opd", "5", "10", "2", "4.167", "4.000 4.333", "+1.167"]
+    low, high = map(float, opd[7].strip("[]").split(","))
+    assert low < 7 / 6 < high and low + high == pytest.approx(7 / 3, abs=2e-3)
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(1800)
+def test_an_experiment_with_a_loss_of_the_lab_runs_end_to_end(tmp_path: Path) -> None:
+    home = Home(tmp_path, limit_s=1500)
+    give_databases(home.path)
+    home.config.write_text(yaml.safe_dump(SMALL))
+    done = home.run(home.config, module="tests.lab.run")
+    assert done.returncode == 0, done.stderr
+    made = [manifest for manifest in Store(home.path / "store").list() if manifest.stage == "opd"]
+    assert {manifest.seed for manifest in made} == {0, 1}
+    (source,) = made[0].external
+    assert source == sys.modules["tests.lab"].__path__[0] + "/losses.py"
+    tables = [line.split() for line in done.stdout.splitlines() if line.split()[:2] == ["lk", "6"]]
+    assert len(tables) == 2, done.stdout  # validation and held out
+    assert all(float(table[4]) >= 1 for table in tables)
