@@ -99,6 +99,9 @@ def test_a_lost_engine_is_retried_and_a_bad_number_is_not(story: dict[str, Any])
     assert len(errors) == 1
     assert "stage collect: number 4 is bad: remove it (log: " in errors[0]
     assert "Traceback" not in failed.stderr
+    notices = [line for line in failed.stderr.splitlines() if "Trying again" in line]
+    assert ["(1 of 5)" in notices[0], "(2 of 5)" in notices[1]] == [True, True]
+    assert ["Ctrl-C" in line for line in notices] == [True, False], "how to stop is said once"
     # two lost engines, then the attempt that met the bad number; the fourth start is the rerun
     assert story["starts"].read_text() == "started\n" * 4
     assert story["failed_tasks"] == [("target", "Failed", [])]
@@ -272,7 +275,8 @@ def test_a_stage_that_prefect_interrupts_for_a_lost_lease_goes_on(tmp_path: Path
     config = write_config(tmp_path / "toy.yaml", target=target)
     ended = run_toy(home, "run", config, TOY_FLOW="tests.flows.pipeline.leased_flow:leased_toy")
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "no longer keeps the slot of this run's deployment: the run goes on without it; trying again" in ended.stderr
+    (notice,) = [line for line in ended.stderr.splitlines() if "no longer keeps the slot" in line]
+    assert "Trying again" in notice and "(1 of " in notice and "Ctrl-C" in notice
     assert starts.read_text() == "started\n" * 2
     begun, continued = (line for line in ended.stdout.splitlines() if line.startswith("target: going on from "))
     assert begun.endswith(" 0") and not continued.endswith(" 0")
