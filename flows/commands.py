@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from draftsmith.artifacts.errors import DraftsmithError, RefusedError
 from draftsmith.artifacts.home import home
@@ -64,6 +63,7 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
     from draftsmith.artifacts.open_store import store_of
     from draftsmith.artifacts.tracking import Tracking
     from draftsmith.flows.pipeline.fetched import Folders
+    from draftsmith.flows.pipeline.graph import named
     from draftsmith.flows.pipeline.machine import check_home
     from draftsmith.flows.pipeline.part import Part
     from draftsmith.flows.pipeline.patience import patiently
@@ -79,7 +79,7 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
     check_home(home(), config)
     server = start_prefect_server(home())
     patiently(tracking.check, config.stages, display.line)  # while the server starts
-    flow = _named(pipeline.flow)
+    flow = named(pipeline.flow)
     patiently(lambda: server.wait(display.line), config.stages, display.line)
     from draftsmith.flows.pipeline.delivery import run_flow  # imports httpx, as the flow does
 
@@ -99,15 +99,9 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
         for name, folder in folders.items():
             display.line(f"{name}: {folder}")
     elif made and pipeline.results:
-        _named(pipeline.results)(display, folders, tracking.ui_command)
+        named(pipeline.results)(display, folders, tracking.ui_command)
     if refused is not None:
         raise refused
-
-
-def _named(text: str) -> Any:
-    """What `module:attribute` names."""
-    module, _, attribute = text.partition(":")
-    return getattr(importlib.import_module(module), attribute)
 
 
 def _check(options: argparse.Namespace, pipeline: Pipeline) -> None:

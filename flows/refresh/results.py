@@ -44,3 +44,14 @@ def show_results(display: Display, made: Mapping[str, Path], mlflow: str) -> Non
             marked = f"{name}, the challenger" if name == challenger else name
             display.line(f"  drafter:  {folder / DRAFTER_FOLDER}  ({marked})")
     display.line(f"  MLflow:   {mlflow}")
+
+
+def verdict_lines(made: Mapping[str, Path]) -> list[str]:
+    """Return the verdict of a refresh for the terminal; nothing where no gate has decided.
+
+    made: node -> folder.
+    """
+    path = made["gate"] / DECISION if "gate" in made else None
+    if path is None or not path.is_file():
+        return []
+    return [json.loads(path.read_text("utf-8"))["sentence"]]
