@@ -19,14 +19,15 @@ from draftsmith.artifacts.home import home
 from draftsmith.artifacts.locks import locked
 from draftsmith.artifacts.manifest import ArtifactRef, Manifest
 from draftsmith.artifacts.mlflow_client import configure, reach
+from draftsmith.artifacts.mlflow_datasets import log_datasets
 from draftsmith.artifacts.mlflow_terms import (
     METRICS_PER_BATCH,
     Status,
     end_run,
-    log_datasets,
     log_metrics,
     log_params,
     review_files,
+    source_tags,
     upgrade_database,
 )
 from draftsmith.artifacts.redaction import redacted
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EXPERIMENT = "draftsmith"
+# tags of every run: its stage ("refresh" for a whole one), what it makes, and the host and folder of its home
+STAGE, KEY, HOME = "stage", "key", "home"
+NOTE = "mlflow.note.content"  # the tag that MLflow shows as a run's description
+_KIND = ("mlflow.experimentKind", "custom_model_development")  # else MLflow asks what the experiment is for
 OTHER_SCHEMA = "out-of-date database schema"  # of a database: what MLflow says where another version made it
 LOCKED = "database is locked"  # what SQLite says of one that another program is writing to
 _HTTP = ("http://", "https://")
@@ -108,15 +113,15 @@ class Tracking:
             "to use SQLite"
         )
 
-    def open_refresh(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> str | None:
+    def open_refresh(self, name: str, params: Mapping[str, Any]) -> str | None:
         """Start the run of a refresh; None if MLflow failed. It counts as alive as long as this process lives."""
-        key = secrets.token_hex(16)
+        key = secrets.token_hex(8)
         with self.tolerant():
             client, experiment = self.connect()
             self._refresh_lock.enter_context(locked(self.refresh_file(key)))
             self._refresh_files.append(self.refresh_file(key))
-            mine = self._tags("refresh", key) | dict(tags or {})
-            self._refresh = client.create_run(experiment, run_name=name, tags=mine).info.run_id
+            tags = self._tags("refresh", key)
+            self._refresh = client.create_run(experiment, run_name=name, tags=tags).info.run_id
             log_params(client, self._refresh, params)
         return self._refresh
 
@@ -127,14 +132,16 @@ class Tracking:
         files: Iterable[Path] = (),
         tags: Mapping[str, str] | None = None,
         inputs: Mapping[str, ArtifactRef] | None = None,
+        params: Mapping[str, str] | None = None,
     ) -> None:
-        """End the refresh's run with its headline metrics, files (the report), tags (what it came to) and data sets."""
+        """End the refresh's run with metrics, files (the report), tags (what it came to), data sets and more params."""
         run_id, self._refresh = self._refresh, None
         with self._refresh_lock.pop_all(), self.tolerant():
             if run_id is not None:
                 client, _ = self.connect()
                 for tag, value in (tags or {}).items():
                     client.set_tag(run_id, tag, value)
+                log_params(client, run_id, params or {})
                 log_datasets(client, run_id, inputs or {})
                 end_run(client, run_id, status, metrics or {}, files)
             for file in self._refresh_files:  # else the next run ends it, by the file maybe that of another host
@@ -188,9 +195,8 @@ class Tracking:
             refuse_shared_database(database, "MLflow's database", advice)
 
     def is_of_here(self, run: Run) -> bool:
-        """Whether it is of this home, and machine."""
-        mine = self._tags("", "")
-        return all(run.data.tags.get(tag) == mine[tag] for tag in ("draftsmith.home", "draftsmith.host"))
+        """Return whether a run is of this home and machine: locks say nothing about the processes of another one."""
+        return bool(run.data.tags.get(HOME) == self._home)
 
     @property
     def missed(self) -> bool:
@@ -254,13 +260,17 @@ class Tracking:
         if found is None:
             # A server decides for itself where artifacts go; for a bare database, this home keeps them.
             location = (self.folder / "mlartifacts" / name).as_uri() if _is_db(self.uri) else None
-            return client.create_experiment(name, artifact_location=location)
+            return client.create_experiment(name, artifact_location=location, tags=dict([_KIND]))
         return found.experiment_id
 
     def _must_take_runs(self) -> None:
-        """Raise DraftsmithError if the experiment was deleted: MLflow finds it still, and refuses runs in it."""
+        """Raise DraftsmithError if the experiment was deleted: MLflow finds it still, and refuses runs in it.
+
+        One that somebody else has made, or an earlier version, is marked as one of model development.
+        """
         client, experiment = self.connect()
-        if client.get_experiment(experiment).lifecycle_stage == "deleted":
+        found = client.get_experiment(experiment)
+        if found.lifecycle_stage == "deleted":
             restore = (
                 f"MLFLOW_TRACKING_URI={redacted(self.uri)} mlflow experiments restore --experiment-id {experiment}"
             )
@@ -268,18 +278,19 @@ class Tracking:
                 f"MLflow's experiment {self.experiment} is deleted and takes no runs: restore it (`{restore}`), or set "
                 "MLFLOW_EXPERIMENT_NAME to another name"
             )
+        if _KIND[0] not in found.tags:
+            client.set_experiment_tag(experiment, *_KIND)
 
     def _tags(self, stage: str, key: str) -> dict[str, str]:
-        return {
-            "draftsmith.stage": stage,
-            "draftsmith.key": key,
-            "draftsmith.host": platform.node(),  # locks tell nothing about the processes of another machine
-            "draftsmith.home": str(self.folder),
-        }
+        return {STAGE: stage, KEY: key, HOME: self._home, **source_tags()}
+
+    @property
+    def _home(self) -> str:
+        return f"{platform.node()}:{self.folder}"
 
     def _unfinished(self, key: str) -> Run | None:
         client, experiment = self.connect()
-        wanted = f"tags.`draftsmith.key` = '{key}' and attributes.status != 'FINISHED'"
+        wanted = f"tags.{KEY} = '{key}' and attributes.status != 'FINISHED'"
         runs = filter(self.is_of_here, client.search_runs([experiment], wanted, max_results=1000))
         return max(runs, key=lambda run: run.info.start_time, default=None)
 

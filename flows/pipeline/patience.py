@@ -24,15 +24,15 @@ def retry_notice(error: object, failures: int, delays: Sequence[float]) -> str:
     if failures > 1:
         return again
     return (
-        f"{again}, and for about {duration(sum(delays))} in all. Ctrl-C stops the run (in a deployment: cancel its flow "
-        "run), and the same command continues it."
+        f"{again}, and for about {duration(sum(delays))} in all. Ctrl-C stops the run (of a deployment: cancel it in "
+        "Prefect), and the same command continues it."
     )
 
 
 def patiently(work: Callable[[], T], options: StageOptions, tell: Callable[[str], None]) -> T:
-    """Return `work()`, tried again after each `RetryableError` as `stages.retries` and `stages.retry_delay_seconds` say.
+    """Return `work()`, tried again after each `RetryableError` as `stages.retries` says.
 
-    Raises its last error; any other error at once.
+    Raises the last error; any other error at once.
     """
 
     def say(state: tenacity.RetryCallState) -> None:

@@ -185,9 +185,10 @@ def test_an_unchanged_run_is_the_same_run_of_mlflow_tagged(story: dict[str, Any]
     with sqlite3.connect(story["home"] / "mlflow.db") as database:
         reused = database.execute(
             "select runs.name, runs.start_time, tags.value from tags join runs using (run_uuid) "
-            "where tags.key = 'draftsmith.reused_times'"
+            "where tags.key = 'reused'"
         ).fetchall()
         starts = [row[0] for row in database.execute("select start_time from runs where name = 'toy' order by 1")]
+    reused = [(name, start, text.split()[0]) for name, start, text in reused]
     assert reused == [("toy", starts[1], "1")], "the rerun, which made what the unchanged run found"
 
 

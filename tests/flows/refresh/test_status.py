@@ -37,9 +37,7 @@ def reported(store: Store, key: str, sentence: str) -> tuple[ArtifactRef, Artifa
         return gate, store.commit(claim, config={}, inputs={"gate": gate}, code_digest="", seed=0)
 
 
-def test_status_ends_with_the_last_verdict(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_status_ends_with_the_last_verdict(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, store = config_file(tmp_path), Store(home / "store")
     assert main(["status", str(config)]) == 0
     assert "Last report" not in capsys.readouterr().out
