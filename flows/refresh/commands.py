@@ -22,7 +22,6 @@ from draftsmith.flows.refresh.line import FASTEST_BLOCK, folder_of, in_this_home
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.targets.info import model_path, read_target_info
 
-
 _WIDE = 120  # columns of a terminal
 
 
