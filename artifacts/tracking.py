@@ -7,10 +7,9 @@ import os
 import platform
 import re
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,6 @@ from draftsmith.artifacts.mlflow_terms import (
 )
 from draftsmith.artifacts.redaction import redacted
 from draftsmith.artifacts.sqlite import copy_to_read, refuse_shared_database, sqlite_file
-from draftsmith.artifacts.system_metrics import sampled
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -170,7 +168,7 @@ class Tracking:
             if old is None:
                 run.run_id = client.create_run(experiment, run_name=name or stage, tags=tags).info.run_id
             else:
-                run.run_id, run.resumed, run.began = old.info.run_id, True, old.info.start_time / 1000
+                run.run_id, run.resumed = old.info.run_id, True
                 client.update_run(run.run_id, status="RUNNING")
                 for tag, value in tags.items():
                     client.set_tag(run.run_id, tag, value)
@@ -244,7 +242,8 @@ class Tracking:
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # its import configured it again
         if os.environ.get("DRAFTSMITH_DEBUG") != "1":  # we tell what failed, in a line and not with its traceback
-            logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)
+            for noisy in ("mlflow.store.db", "mlflow.system_metrics"):
+                logging.getLogger(noisy).setLevel(logging.CRITICAL)
         client = MlflowClient(uri, registry_uri=uri)
         try:
             return client, self._experiment(client)
@@ -317,8 +316,6 @@ class StageRun:
     def __init__(self, tracking: Tracking) -> None:
         self.run_id: str | None = None
         self.resumed = False
-        self.began = time.time()  # of its first attempt
-        self._lock = threading.RLock()  # system metrics come from a thread of their own
         self._tracking = tracking
         self._buffer: list[tuple[str, float, int]] = []
         self._flushed = time.monotonic()
@@ -327,31 +324,43 @@ class StageRun:
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Values of one step; they reach MLflow within `FLUSH_S` seconds of a later call, or when the run ends."""
-        with self._lock:
-            self._buffer += [(name, float(value), step) for name, value in values.items()]
-            waited = time.monotonic() - self._flushed
-            if self._failures:
-                due = waited > AFTER_FAILURE_S * 2 ** min(self._failures - 1, 3)
-            else:
-                due = waited > FLUSH_S or len(self._buffer) >= METRICS_PER_BATCH
-            if due:
-                self.flush()
+        self._buffer += [(name, float(value), step) for name, value in values.items()]
+        waited = time.monotonic() - self._flushed
+        if self._failures:
+            due = waited > AFTER_FAILURE_S * 2 ** min(self._failures - 1, 3)
+        else:
+            due = waited > FLUSH_S or len(self._buffer) >= METRICS_PER_BATCH
+        if due:
+            self.flush()
 
-    def system_metrics(self) -> AbstractContextManager[None]:
-        """What the machine does meanwhile, sampled every few seconds."""
-        return sampled(self.metrics, self.began)
+    @contextmanager
+    def system_metrics(self) -> Iterator[None]:
+        """Have MLflow's own monitor log every ten seconds what the machine does."""
+        monitor = None
+        if self.run_id is not None:
+            with self._tracking.tolerant():
+                import pynvml  # noqa: F401  # the monitor looks at GPUs if it was imported
+                from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+                uri = self._tracking.uri
+                monitor = SystemMetricsMonitor(self.run_id, resume_logging=self.resumed, tracking_uri=uri)
+                monitor.start()
+        try:
+            yield
+        finally:
+            if monitor is not None:
+                monitor.finish()
 
     def flush(self) -> None:
-        with self._lock:
-            points, failures = list(self._buffer), self._failures
+        points, failures = list(self._buffer), self._failures
 
-            def send(client: MlflowClient, run_id: str) -> None:
-                log_metrics(client, run_id, [p for p in points if p[2] > self._known_step(client, run_id, p[0])])
+        def send(client: MlflowClient, run_id: str) -> None:
+            log_metrics(client, run_id, [p for p in points if p[2] > self._known_step(client, run_id, p[0])])
 
-            self._do(send)
-            self._flushed = time.monotonic()
-            if self._failures == failures:  # sent, or there is no run to send it to
-                self._buffer, self._failures = [], 0
+        self._do(send)
+        self._flushed = time.monotonic()
+        if self._failures == failures:  # sent, or there is no run to send it to
+            self._buffer, self._failures = [], 0
 
     def failed(self) -> None:
         """A part of what was sent may be there: what is known of the run is asked again."""

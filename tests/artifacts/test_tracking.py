@@ -142,6 +142,18 @@ def test_an_experiment_is_one_of_model_development(tracking: Tracking, monkeypat
     }
 
 
+def test_what_the_machine_does_is_logged_by_mlflow(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    for samples in (1, 2):
+        run = tracking.stage_run(None, "sft", KEY)
+        with run.system_metrics():
+            time.sleep(1.5)
+        run.close("FAILED")  # and is resumed
+        history = client(tracking).get_metric_history(run.run_id, "system/cpu_utilization_percentage")
+        steps = [metric.step for metric in history]
+        assert len(steps) >= samples and sorted(set(steps)) == sorted(steps), "a resumed run goes on counting"
+
+
 def test_data_sets_have_names_rows_and_columns(tracking: Tracking, tmp_path: Path) -> None:
     rows = [{"prompt_id": str(number), "split": "train"} for number in range(8)]
     counts = {"gsm8k": {"train": 4, "heldout": 1}, "gcd": {"train": 2}, "chain": {"validation": 1}}

@@ -41,15 +41,6 @@ def mlflow_runs(home: Path) -> list[tuple[str, str]]:
         return database.execute("select name, status from runs order by start_time, rowid").fetchall()
 
 
-def measured_runs(home: Path) -> list[tuple[str, float]]:
-    """(name, memory) of every run with system metrics."""
-    with sqlite3.connect(home / "mlflow.db") as database:
-        return database.execute(
-            "select runs.name, metrics.value from metrics join runs using (run_uuid) "
-            "where metrics.key = 'system/system_memory_usage_megabytes'"
-        ).fetchall()
-
-
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """One home through its life: a failing first run, the rerun, an unchanged run, a changed field."""
@@ -71,7 +62,6 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         home, "refresh", config, "--set", "left.factor=3", "--from", "left", "--set", "verdict=refused"
     )
     told["tasks"], told["flows"], told["runs"] = task_runs(home), flow_states(home), mlflow_runs(home)
-    told["measured"] = measured_runs(home)
     told["shards"] = run_toy(home, "refresh", config, *in_shards(2))
     told["shard_tasks"] = task_runs(home)[len(told["tasks"]) :]
     told["config"] = config
@@ -190,12 +180,6 @@ def test_an_unchanged_run_is_the_same_run_of_mlflow_tagged(story: dict[str, Any]
         starts = [row[0] for row in database.execute("select start_time from runs where name = 'toy' order by 1")]
     reused = [(name, start, text.split()[0]) for name, start, text in reused]
     assert reused == [("toy", starts[1], "1")], "the rerun, which made what the unchanged run found"
-
-
-def test_every_stage_has_system_metrics_however_short_it_is(story: dict[str, Any]) -> None:
-    found = story["measured"]
-    assert {name for name, _ in found} == {"target", "left", "right", "total"}
-    assert all(value > 50 for _, value in found)
 
 
 def test_a_prefect_server_that_does_not_answer_is_one_clear_error(tmp_path: Path) -> None:
