@@ -7,7 +7,7 @@ from draftsmith.artifacts.locks import is_locked
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.mlflow_terms import end_run, review_files
 from draftsmith.artifacts.store import Store
-from draftsmith.artifacts.tracking import Tracking
+from draftsmith.artifacts.tracking import HOME, KEY, NOTE, STAGE, Tracking
 
 
 def close_dead_runs(tracking: Tracking, store: Store) -> list[str]:
@@ -23,9 +23,9 @@ def close_dead_runs(tracking: Tracking, store: Store) -> list[str]:
         every = [each.experiment_id for each in client.search_experiments()]
         gone: set[str] = set()  # refreshes
         running = client.search_runs(every, "attributes.status = 'RUNNING'", max_results=1000)
-        ours = [run for run in running if "draftsmith.stage" in run.data.tags]
-        for run in sorted(ours, key=lambda run: run.data.tags["draftsmith.stage"] != "refresh"):
-            tags, stage, key = run.data.tags, *(run.data.tags[f"draftsmith.{name}"] for name in ("stage", "key"))
+        ours = [run for run in running if {STAGE, KEY, HOME} <= run.data.tags.keys()]
+        for run in sorted(ours, key=lambda run: run.data.tags[STAGE] != "refresh"):
+            tags, stage, key = run.data.tags, run.data.tags[STAGE], run.data.tags[KEY]
             lock = tracking.refresh_file(key) if stage == "refresh" else None
             here = lock.exists() if lock is not None else tags.get("mlflow.parentRunId") in gone
             if not here and not tracking.is_of_here(run):
@@ -33,7 +33,7 @@ def close_dead_runs(tracking: Tracking, store: Store) -> list[str]:
             held = is_locked(lock) if lock is not None else store.is_claimed(stage, key)
             if held or client.get_run(run.info.run_id).info.status != "RUNNING":  # it has ended since the search
                 continue
-            client.set_tag(run.info.run_id, "draftsmith.closed", "its process was gone")
+            client.set_tag(run.info.run_id, NOTE, "Closed by a later run: its process was gone.")
             ref = None if stage == "refresh" else _made_by(run.info.run_id, store, stage, key)
             if ref is None:
                 client.set_terminated(run.info.run_id, "KILLED")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
+from draftsmith.artifacts.locks import user_name
+from draftsmith.artifacts.manifest import MANIFEST
 from draftsmith.artifacts.redaction import redacted
 
 if TYPE_CHECKING:
@@ -19,7 +23,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 METRICS_PER_BATCH = 1000
 PARAMS_PER_BATCH = 100
-PARAM_KEY_CHARS, PARAM_VALUE_CHARS, DIGEST_CHARS = 250, 6000, 36
+PARAM_KEY_CHARS, PARAM_VALUE_CHARS, SOURCE_CHARS = 250, 6000, 1000
 
 REVIEW_FILES = (
     MANIFEST,
@@ -37,6 +41,31 @@ REVIEW_BYTES = 20_000_000  # anything larger is no review file
 def allowed(name: str) -> str:
     """A name with `_` for every character that MLflow refuses in keys."""
     return re.sub(r"[^\w\-. :/]", "_", name)[:PARAM_KEY_CHARS]
+
+
+def source_tags() -> dict[str, str]:
+    """Return MLflow's own tags on who runs which command, and of which commit.
+
+    The commit is that of this package's checkout, or else of the repository that the command is run in; there is no tag
+    where there is neither.
+    """
+    from mlflow.utils.git_utils import get_git_commit
+
+    program, *arguments = sys.argv
+    name = "draftsmith" if Path(program).name == "__main__.py" else Path(program).name
+    tags = {
+        "mlflow.user": user_name(),
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.name": redacted(shlex.join([name, *arguments]))[:SOURCE_CHARS],
+    }
+    if shutil.which("git") and (commit := get_git_commit(__file__) or get_git_commit(".")):
+        tags["mlflow.source.git.commit"] = commit
+    return tags
+
+
+def plain_markdown(text: str) -> str:
+    """Return the text so that no markup in it acts: names of prompt sets are anyone's words."""
+    return text.replace("<", "&lt;").replace("[", "\\[").replace("`", "\\`")
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -90,27 +119,6 @@ def review_files(folder: Path) -> list[Path]:
     """Of an artifact, never its weights."""
     found = [path for pattern in REVIEW_FILES for path in sorted(folder.glob(pattern))]
     return [path for path in found if path.stat().st_size <= REVIEW_BYTES]
-
-
-def log_datasets(client: MlflowClient, run_id: str, inputs: Mapping[str, ArtifactRef]) -> None:
-    """Lineage with our own content id as digest: MLflow's own digest looks at a sample of the rows."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    datasets = [
-        DatasetInput(
-            Dataset(
-                name=f"{ref.stage}/{ref.key[:16]}",
-                digest=ref.content_id[:DIGEST_CHARS],
-                source_type="local",
-                source=json.dumps({"uri": ref.uri}),
-                profile=json.dumps({"content_id": ref.content_id, "key": ref.key}),
-            ),
-            [InputTag("mlflow.data.context", name)],
-        )
-        for name, ref in inputs.items()
-    ]
-    if datasets:
-        client.log_inputs(run_id, datasets)
 
 
 def upgrade_database(uri: str) -> None:

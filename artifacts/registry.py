@@ -25,7 +25,7 @@ from draftsmith.artifacts.line_turns import turn_of
 from draftsmith.artifacts.locks import locked, user_name
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.mlflow_client import waiting_for_weights
-from draftsmith.artifacts.mlflow_terms import every
+from draftsmith.artifacts.mlflow_terms import every, plain_markdown
 from draftsmith.artifacts.tracking import LOCKED, OTHER_SCHEMA, Tracking, first_line, refuses_us
 
 if TYPE_CHECKING:
@@ -35,7 +35,10 @@ CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 _TAG, _EVENT, _DRIFT = "draftsmith.", "draftsmith.event.", "draftsmith.drift."
 _IDENTITY = ("stage", "key", "content_id")
 # tags of what a version was worth when it was promoted: drift checks compare with that
-RECORD = ("figures", "measured_with", "tau", "tau_interval", "speedup", "speedup_interval", "decision")
+RECORD = (
+    *("figures", "measured_with", "tau", "tau_interval", "speedup", "speedup_interval"),
+    *("decision", "outcome", "rules", "report"),
+)
 _DRAFTER = "drafter"  # the folder of a version's artifact that servers load, and of its copy in MLflow
 _LASTING = ("not a database", "malformed", "readonly", "unable to open database", OTHER_SCHEMA)  # no retry mends
 PROMOTED, BY_HAND, ROLLED_BACK = "promoted", "promoted by hand", "rolled back to"  # of an event
@@ -209,7 +212,7 @@ class Registry:
     ) -> int:
         """A new version, with its tags at once: a killed run leaves none without, which would be registered again."""
         if self._model(client, line) is None:
-            client.create_registered_model(line, description="A line of drafters, kept by Draftsmith.")
+            client.create_registered_model(line, description="A model line of Draftsmith. It has no champion yet.")
         served = self._tracking.uri.startswith(("http://", "https://"))  # which refuses paths that are not its own
         source = f"draftsmith-store:{ref.path}" if served else ref.uri
         named = {f"{_TAG}{name}": value for name, value in tags.items()}
@@ -270,6 +273,8 @@ class Registry:
             if CHALLENGER in (model.aliases if model is not None else {}):
                 client.delete_registered_model_alias(version.line, CHALLENGER)
             client.set_model_version_tag(version.line, str(version.number), f"{_TAG}promoted_at", at)
+            champion = _version(client.get_model_version(version.line, str(version.number)))
+            client.update_registered_model(version.line, _description(champion, what, why))
             if since is not None and since != version.number:
                 client.set_registered_model_alias(version.line, PREVIOUS, str(since))
 
@@ -381,6 +386,15 @@ class Registry:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return None
             raise
+
+
+def _description(champion: Version, what: str, why: str) -> str:
+    """Return the description of a registered model, in Markdown: who is champion, why, and where the report is."""
+    since = f"{what.removesuffix(' to')} {champion.tags['promoted_at']}"
+    lines = [f"**Champion: version {champion.number}**, {since}.", plain_markdown(why)]
+    if report := champion.tags.get("report"):
+        lines.append(f"Report: `{report}`")
+    return "\n\n".join(lines)
 
 
 def _version(found: Any) -> Version:

@@ -7,10 +7,9 @@ import os
 import platform
 import re
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +18,19 @@ from draftsmith.artifacts.home import home
 from draftsmith.artifacts.locks import locked
 from draftsmith.artifacts.manifest import ArtifactRef, Manifest
 from draftsmith.artifacts.mlflow_client import configure, reach
+from draftsmith.artifacts.mlflow_datasets import log_datasets
 from draftsmith.artifacts.mlflow_terms import (
     METRICS_PER_BATCH,
     Status,
     end_run,
-    log_datasets,
     log_metrics,
     log_params,
     review_files,
+    source_tags,
     upgrade_database,
 )
 from draftsmith.artifacts.redaction import redacted
 from draftsmith.artifacts.sqlite import copy_to_read, refuse_shared_database, sqlite_file
-from draftsmith.artifacts.system_metrics import sampled
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -40,6 +39,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EXPERIMENT = "draftsmith"
+# tags of every run: its stage ("refresh" for a whole one), what it makes, and the host and folder of its home
+STAGE, KEY, HOME = "stage", "key", "home"
+NOTE = "mlflow.note.content"  # the tag that MLflow shows as a run's description
+_KIND = ("mlflow.experimentKind", "custom_model_development")  # else MLflow asks what the experiment is for
 OTHER_SCHEMA = "out-of-date database schema"  # of a database: what MLflow says where another version made it
 LOCKED = "database is locked"  # what SQLite says of one that another program is writing to
 _HTTP = ("http://", "https://")
@@ -108,15 +111,15 @@ class Tracking:
             "to use SQLite"
         )
 
-    def open_refresh(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> str | None:
+    def open_refresh(self, name: str, params: Mapping[str, Any]) -> str | None:
         """Start the run of a refresh; None if MLflow failed. It counts as alive as long as this process lives."""
-        key = secrets.token_hex(16)
+        key = secrets.token_hex(8)
         with self.tolerant():
             client, experiment = self.connect()
             self._refresh_lock.enter_context(locked(self.refresh_file(key)))
             self._refresh_files.append(self.refresh_file(key))
-            mine = self._tags("refresh", key) | dict(tags or {})
-            self._refresh = client.create_run(experiment, run_name=name, tags=mine).info.run_id
+            tags = self._tags("refresh", key)
+            self._refresh = client.create_run(experiment, run_name=name, tags=tags).info.run_id
             log_params(client, self._refresh, params)
         return self._refresh
 
@@ -127,14 +130,16 @@ class Tracking:
         files: Iterable[Path] = (),
         tags: Mapping[str, str] | None = None,
         inputs: Mapping[str, ArtifactRef] | None = None,
+        params: Mapping[str, str] | None = None,
     ) -> None:
-        """End the refresh's run with its headline metrics, files (the report), tags (what it came to) and data sets."""
+        """End the refresh's run with metrics, files (the report), tags (what it came to), data sets and more params."""
         run_id, self._refresh = self._refresh, None
         with self._refresh_lock.pop_all(), self.tolerant():
             if run_id is not None:
                 client, _ = self.connect()
                 for tag, value in (tags or {}).items():
                     client.set_tag(run_id, tag, value)
+                log_params(client, run_id, params or {})
                 log_datasets(client, run_id, inputs or {})
                 end_run(client, run_id, status, metrics or {}, files)
             for file in self._refresh_files:  # else the next run ends it, by the file maybe that of another host
@@ -163,7 +168,7 @@ class Tracking:
             if old is None:
                 run.run_id = client.create_run(experiment, run_name=name or stage, tags=tags).info.run_id
             else:
-                run.run_id, run.resumed, run.began = old.info.run_id, True, old.info.start_time / 1000
+                run.run_id, run.resumed = old.info.run_id, True
                 client.update_run(run.run_id, status="RUNNING")
                 for tag, value in tags.items():
                     client.set_tag(run.run_id, tag, value)
@@ -188,9 +193,8 @@ class Tracking:
             refuse_shared_database(database, "MLflow's database", advice)
 
     def is_of_here(self, run: Run) -> bool:
-        """Whether it is of this home, and machine."""
-        mine = self._tags("", "")
-        return all(run.data.tags.get(tag) == mine[tag] for tag in ("draftsmith.home", "draftsmith.host"))
+        """Return whether a run is of this home and machine: locks say nothing about the processes of another one."""
+        return bool(run.data.tags.get(HOME) == self._home)
 
     @property
     def missed(self) -> bool:
@@ -238,7 +242,8 @@ class Tracking:
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # its import configured it again
         if os.environ.get("DRAFTSMITH_DEBUG") != "1":  # we tell what failed, in a line and not with its traceback
-            logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)
+            for noisy in ("mlflow.store.db", "mlflow.system_metrics"):
+                logging.getLogger(noisy).setLevel(logging.CRITICAL)
         client = MlflowClient(uri, registry_uri=uri)
         try:
             return client, self._experiment(client)
@@ -254,13 +259,17 @@ class Tracking:
         if found is None:
             # A server decides for itself where artifacts go; for a bare database, this home keeps them.
             location = (self.folder / "mlartifacts" / name).as_uri() if _is_db(self.uri) else None
-            return client.create_experiment(name, artifact_location=location)
+            return client.create_experiment(name, artifact_location=location, tags=dict([_KIND]))
         return found.experiment_id
 
     def _must_take_runs(self) -> None:
-        """Raise DraftsmithError if the experiment was deleted: MLflow finds it still, and refuses runs in it."""
+        """Raise DraftsmithError if the experiment was deleted: MLflow finds it still, and refuses runs in it.
+
+        One that somebody else has made, or an earlier version, is marked as one of model development.
+        """
         client, experiment = self.connect()
-        if client.get_experiment(experiment).lifecycle_stage == "deleted":
+        found = client.get_experiment(experiment)
+        if found.lifecycle_stage == "deleted":
             restore = (
                 f"MLFLOW_TRACKING_URI={redacted(self.uri)} mlflow experiments restore --experiment-id {experiment}"
             )
@@ -268,18 +277,19 @@ class Tracking:
                 f"MLflow's experiment {self.experiment} is deleted and takes no runs: restore it (`{restore}`), or set "
                 "MLFLOW_EXPERIMENT_NAME to another name"
             )
+        if _KIND[0] not in found.tags:
+            client.set_experiment_tag(experiment, *_KIND)
 
     def _tags(self, stage: str, key: str) -> dict[str, str]:
-        return {
-            "draftsmith.stage": stage,
-            "draftsmith.key": key,
-            "draftsmith.host": platform.node(),  # locks tell nothing about the processes of another machine
-            "draftsmith.home": str(self.folder),
-        }
+        return {STAGE: stage, KEY: key, HOME: self._home, **source_tags()}
+
+    @property
+    def _home(self) -> str:
+        return f"{platform.node()}:{self.folder}"
 
     def _unfinished(self, key: str) -> Run | None:
         client, experiment = self.connect()
-        wanted = f"tags.`draftsmith.key` = '{key}' and attributes.status != 'FINISHED'"
+        wanted = f"tags.{KEY} = '{key}' and attributes.status != 'FINISHED'"
         runs = filter(self.is_of_here, client.search_runs([experiment], wanted, max_results=1000))
         return max(runs, key=lambda run: run.info.start_time, default=None)
 
@@ -306,8 +316,6 @@ class StageRun:
     def __init__(self, tracking: Tracking) -> None:
         self.run_id: str | None = None
         self.resumed = False
-        self.began = time.time()  # of its first attempt
-        self._lock = threading.RLock()  # system metrics come from a thread of their own
         self._tracking = tracking
         self._buffer: list[tuple[str, float, int]] = []
         self._flushed = time.monotonic()
@@ -316,31 +324,43 @@ class StageRun:
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Values of one step; they reach MLflow within `FLUSH_S` seconds of a later call, or when the run ends."""
-        with self._lock:
-            self._buffer += [(name, float(value), step) for name, value in values.items()]
-            waited = time.monotonic() - self._flushed
-            if self._failures:
-                due = waited > AFTER_FAILURE_S * 2 ** min(self._failures - 1, 3)
-            else:
-                due = waited > FLUSH_S or len(self._buffer) >= METRICS_PER_BATCH
-            if due:
-                self.flush()
+        self._buffer += [(name, float(value), step) for name, value in values.items()]
+        waited = time.monotonic() - self._flushed
+        if self._failures:
+            due = waited > AFTER_FAILURE_S * 2 ** min(self._failures - 1, 3)
+        else:
+            due = waited > FLUSH_S or len(self._buffer) >= METRICS_PER_BATCH
+        if due:
+            self.flush()
 
-    def system_metrics(self) -> AbstractContextManager[None]:
-        """What the machine does meanwhile, sampled every few seconds."""
-        return sampled(self.metrics, self.began)
+    @contextmanager
+    def system_metrics(self) -> Iterator[None]:
+        """Have MLflow's own monitor log every ten seconds what the machine does."""
+        monitor = None
+        if self.run_id is not None:
+            with self._tracking.tolerant():
+                import pynvml  # noqa: F401  # the monitor looks at GPUs if it was imported
+                from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+                uri = self._tracking.uri
+                monitor = SystemMetricsMonitor(self.run_id, resume_logging=self.resumed, tracking_uri=uri)
+                monitor.start()
+        try:
+            yield
+        finally:
+            if monitor is not None:
+                monitor.finish()
 
     def flush(self) -> None:
-        with self._lock:
-            points, failures = list(self._buffer), self._failures
+        points, failures = list(self._buffer), self._failures
 
-            def send(client: MlflowClient, run_id: str) -> None:
-                log_metrics(client, run_id, [p for p in points if p[2] > self._known_step(client, run_id, p[0])])
+        def send(client: MlflowClient, run_id: str) -> None:
+            log_metrics(client, run_id, [p for p in points if p[2] > self._known_step(client, run_id, p[0])])
 
-            self._do(send)
-            self._flushed = time.monotonic()
-            if self._failures == failures:  # sent, or there is no run to send it to
-                self._buffer, self._failures = [], 0
+        self._do(send)
+        self._flushed = time.monotonic()
+        if self._failures == failures:  # sent, or there is no run to send it to
+            self._buffer, self._failures = [], 0
 
     def failed(self) -> None:
         """A part of what was sent may be there: what is known of the run is asked again."""

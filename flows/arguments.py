@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from importlib.metadata import version
 from pathlib import Path
 
 _DESCRIPTION = "Keep the draft model of speculative decoding matched to its target."
@@ -16,6 +17,7 @@ _EPILOG = (
 def parser() -> argparse.ArgumentParser:
     """Its results name the command in `does`, whatever it was called by."""
     whole = argparse.ArgumentParser(prog="draftsmith", description=_DESCRIPTION, epilog=_EPILOG)
+    whole.add_argument("--version", action="version", version=f"%(prog)s {version('draftsmith')}")
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     run = commands.add_parser(

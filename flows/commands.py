@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from draftsmith.artifacts.errors import DraftsmithError, RefusedError, RetryableError
 from draftsmith.artifacts.home import home
@@ -51,6 +50,7 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
     from draftsmith.artifacts.tracking import Tracking
     from draftsmith.flows.pipeline.display import Ending
     from draftsmith.flows.pipeline.fetched import Folders
+    from draftsmith.flows.pipeline.graph import named
     from draftsmith.flows.pipeline.machine import check_home
     from draftsmith.flows.pipeline.part import Part
     from draftsmith.flows.pipeline.patience import patiently
@@ -67,7 +67,7 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
     check_home(home(), config)
     server = start_prefect_server(home())
     patiently(tracking.check, config.stages, display.line)  # while the server starts
-    flow = _named(pipeline.flow)
+    flow = named(pipeline.flow)
     patiently(lambda: server.wait(display.line), config.stages, display.line)
     from draftsmith.flows.pipeline.delivery import run_flow  # imports httpx, as the flow does
 
@@ -90,15 +90,9 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
         said = str(refused) if refused is not None else None
         passed = time.monotonic() - began
         ending = Ending(config, str(options.config), options.overrides, tracking.ui_command, passed, said)
-        _named(pipeline.results)(display, folders, ending)
+        named(pipeline.results)(display, folders, ending)
     if refused is not None:
         raise refused
-
-
-def _named(text: str) -> Any:
-    """What `module:attribute` names."""
-    module, _, attribute = text.partition(":")
-    return getattr(importlib.import_module(module), attribute)
 
 
 def _init(options: argparse.Namespace, pipeline: Pipeline) -> None:

@@ -24,7 +24,8 @@ from draftsmith.stages.reporting.next_steps import COMMAND, invocation, next_ste
 from draftsmith.stages.reporting.page import ReportData, render_report
 from draftsmith.stages.reporting.review import machine, review_of
 
-ANSWERS = ("trajectories",)
+ANSWERS = "trajectories"  # the input of stages that read answers: several nodes make some
+_ANSWERS_OF = {"evaluation": "heldout", "drift": "heldout", "sft": "rollout"}  # node that makes them; else `assisted`
 REVIEW = "review.json"
 HEADLINE = ("tau", "tau_low", "tau_high", "differences")
 
@@ -212,13 +213,18 @@ def _lineage(ctx: StageContext) -> Iterator[tuple[str, Manifest, Path]]:
             own = names.get(manifest.key, CHAMPION if manifest.stage == CHAMPION else name)
             for source, entry in manifest.inputs.items():
                 if (_sibling(folder, entry) / MANIFEST).is_file():  # it may have been removed since
-                    # several stages read answers of their own
-                    name_there = f"{own}.{source}" if source in ANSWERS else source
+                    name_there = _answers(own, entry.stage) if source == ANSWERS else source
                     yield from visit(name_there, _sibling(folder, entry))
             yield own, manifest, folder
 
     for name, folder in roots.items():
         yield from visit(name, folder)
+
+
+def _answers(reader: str, stage: str) -> str:
+    """Return the node that made the answers which a node reads. stage: of these answers."""
+    node, dash, iteration = reader.partition("-")
+    return _ANSWERS_OF.get(node, f"assisted{dash}{iteration}") if stage == "rollout" else stage
 
 
 def _names(roots: Mapping[str, Path]) -> dict[str, str]:

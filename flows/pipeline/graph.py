@@ -92,6 +92,12 @@ class PlanAgain(Exception):
         self.force = force
 
 
+def named(text: str) -> Any:
+    """Return what `module:attribute` names."""
+    module, _, attribute = text.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """A kind of run: its config, its graph, and the Prefect flow that runs it."""
@@ -104,6 +110,7 @@ class Pipeline:
     resolve: Callable[[Any], Any] | None = None  # a config with what only the outside knows, when the plan is made
     course: Callable[[Any, Collection[str]], Course | None] | None = None  # of a resolved config and the forced nodes
     results: str = ""  # "module:function", given display, the nodes' folders, and an `Ending`
+    verdict: str = ""  # "module:function", given the folders of the last report and its inputs: lines for `status`
     headline: str = ""  # the node whose figures are the run's in MLflow
     review: Callable[[Mapping[str, Path]], Review | None] | None = None  # of the nodes' folders: what MLflow shows too
     data: tuple[str, ...] = ()  # nodes that are the run's data sets

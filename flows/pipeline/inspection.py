@@ -12,13 +12,14 @@ from rich.tree import Tree
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
-from draftsmith.artifacts.manifest import InputEntry, Manifest, local_time
+from draftsmith.artifacts.manifest import ArtifactRef, InputEntry, Manifest, local_time
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.remote_store import RemoteStore
 from draftsmith.artifacts.store import PARTIAL, Store
 from draftsmith.flows.pipeline.display import Display, duration, escape, figure, folded_table, size
 from draftsmith.flows.pipeline.failures import last_failure
-from draftsmith.flows.pipeline.graph import Pipeline, PlannedNode, Status, has_partial, plan
+from draftsmith.flows.pipeline.fetched import Folders
+from draftsmith.flows.pipeline.graph import Pipeline, PlannedNode, Status, has_partial, named, plan
 from draftsmith.flows.pipeline.history import made_before
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.flows.pipeline.running import who_runs
@@ -38,6 +39,25 @@ def status_of_config(display: Display, config: RunOptions, pipeline: Pipeline) -
         table.add_row(item.node.name, item.node.stage.name, (item.key or "-")[:16], state)
     display.console.print(table)
     display.left_over(planned)
+    for line in _last_verdict(config.name, pipeline, store):
+        display.line(line)
+
+
+def _last_verdict(run: str, pipeline: Pipeline, store: Store) -> list[str]:
+    """Return the verdict of the last run of this name that came to its report; nothing if its artifacts are gone."""
+    node, _ = pipeline.report
+    report = next(iter(made_before(home(), run, node)), None)
+    manifest = store.manifest_at(report.stage, report.key) if report is not None and pipeline.verdict else None
+    if report is None or manifest is None:
+        return []
+    # of one run: a later one that failed may have measured anew and not decided
+    made = {
+        name: ArtifactRef(entry.stage, entry.key, entry.content_id, store.path(entry.stage, entry.key))
+        for name, entry in manifest.inputs.items()
+        if store.manifest_at(entry.stage, entry.key) is not None
+    }
+    lines: list[str] = named(pipeline.verdict)(Folders(store, {**made, node: report}))
+    return ["", f"Last report, {local_time(datetime.fromisoformat(manifest.created_at))}:", *lines] if lines else []
 
 
 def _state(item: PlannedNode, store: Store) -> str:

@@ -155,8 +155,9 @@ def _run(
     force: bool,
 ) -> ArtifactRef:
     config = node.config.model_dump(mode="json")
+    by_node = {node.inputs[name]: ref for name, ref in inputs.items()}
     tracked = workshop.tracking.stage_run(
-        workshop.refresh_run(), claim.stage, claim.key, name=node.name, params=config, inputs=inputs
+        workshop.refresh_run(), claim.stage, claim.key, name=node.name, params=config, inputs=by_node
     )
     try:
         began = time.monotonic()

@@ -69,6 +69,11 @@ class StageOptions(Config):
     price_per_hour: float | None = Field(default=None, ge=0)
     """Of a GPU, or of the machine where it has none: `draftsmith check` says what a run costs."""
 
+    @property
+    def retry_delays(self) -> list[float]:
+        """Seconds before each retry, without jitter."""
+        return [self.retry_delay_seconds * 2**retry for retry in range(self.retries)]
+
     def time_limit(self, node: str) -> TimeLimit:
         """Of one attempt at a node."""
         for name in (node, node.partition("-")[0]):

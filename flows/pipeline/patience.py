@@ -1,26 +1,43 @@
-"""Patience with what is away for a while: the hub, a server of Prefect or MLflow. Back-off and jitter, over minutes."""
+"""Retries with exponential back-off and jitter, while the hub, Prefect or MLflow cannot be reached."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import tenacity
 
 from draftsmith.artifacts.errors import RetryableError
+from draftsmith.flows.pipeline.display import duration
 from draftsmith.flows.pipeline.options import RETRY_JITTER, StageOptions
 
 T = TypeVar("T")
 
 
+def retry_notice(error: object, failures: int, delays: Sequence[float]) -> str:
+    """Return what the user reads when an attempt has failed and another one follows.
+
+    failures: attempts that have failed so far, at most as many as there are delays. The first notice also says how
+    often and for how long it is tried, and how to stop.
+    """
+    again = f"{error}. Trying again in about {duration(delays[failures - 1])} ({failures} of {len(delays)})"
+    if failures > 1:
+        return again
+    return (
+        f"{again}, and for about {duration(sum(delays))} in all. Ctrl-C stops the run (of a deployment: cancel it in "
+        "Prefect), and the same command continues it."
+    )
+
+
 def patiently(work: Callable[[], T], options: StageOptions, tell: Callable[[str], None]) -> T:
-    """`work()`, again after each `RetryableError`, `stages.retries` times: `stages.retry_delay_seconds` later, then
-    twice as long, with jitter. Raises its last error; any other error at once.
+    """Return `work()`, tried again after each `RetryableError` as `stages.retries` says.
+
+    Raises the last error; any other error at once.
     """
 
     def say(state: tenacity.RetryCallState) -> None:
-        assert state.outcome is not None and state.next_action is not None
-        tell(f"{state.outcome.exception()}; trying again in {state.next_action.sleep:.0f} s")
+        assert state.outcome is not None
+        tell(retry_notice(state.outcome.exception(), state.attempt_number, options.retry_delays))
 
     delay = options.retry_delay_seconds
     again = tenacity.Retrying(

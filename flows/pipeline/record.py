@@ -10,7 +10,7 @@ from typing import Any
 
 from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.mlflow_terms import Status
-from draftsmith.artifacts.refreshes import artifact_tags, conclude, find_refresh, tag_again
+from draftsmith.artifacts.refreshes import artifact_params, conclude, find_refresh, tag_again
 from draftsmith.artifacts.tracking import Tracking
 
 
@@ -21,7 +21,6 @@ class RunRecord:
     tracking: Tracking
     name: str
     params: Mapping[str, Any]
-    tags: Mapping[str, str]
     _id: str | None = None
     _begun: bool = False  # a stage is made, or was: no earlier run has the same artifacts
     _earlier: str | None = None  # the finished run that has made the same artifacts
@@ -42,7 +41,7 @@ class RunRecord:
     def _open(self) -> str | None:
         with self._lock:
             if self._id is None:
-                self._id = self.tracking.open_refresh(self.name, self.params, self.tags)
+                self._id = self.tracking.open_refresh(self.name, self.params)
             return self._id
 
     def close(
@@ -67,4 +66,4 @@ class RunRecord:
             tag_again(self.tracking, self._earlier)
         else:
             inputs = {name: made[name] for name in data if name in made}
-            self.tracking.close_refresh(status, figures, files, {**tags, **artifact_tags(made)}, inputs)
+            self.tracking.close_refresh(status, figures, files, tags, inputs, artifact_params(made))

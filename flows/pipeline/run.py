@@ -24,7 +24,7 @@ from draftsmith.artifacts.mlflow_terms import Status
 from draftsmith.artifacts.proxies import reach_ourselves_directly
 from draftsmith.artifacts.redaction import redact_logs, redacted
 from draftsmith.artifacts.refreshes import OUTCOME
-from draftsmith.artifacts.tracking import Tracking
+from draftsmith.artifacts.tracking import NOTE, Tracking
 from draftsmith.artifacts.unused import in_use
 from draftsmith.flows.pipeline import registered
 from draftsmith.flows.pipeline.begun import note_begun, note_ended, note_failed
@@ -42,7 +42,6 @@ from draftsmith.flows.pipeline.graph import (
     forced_nodes,
     resolved,
 )
-from draftsmith.flows.pipeline.graph import Status as Planned
 from draftsmith.flows.pipeline.machine import check_home
 from draftsmith.flows.pipeline.node import Made, Workshop
 from draftsmith.flows.pipeline.options import RunOptions, check_runner
@@ -51,7 +50,6 @@ from draftsmith.flows.pipeline.patience import patiently
 from draftsmith.flows.pipeline.record import RunRecord
 from draftsmith.flows.pipeline.task import run_node
 
-MLFLOW_NOTE = "mlflow.note.content"  # the tag that MLflow shows as a run's description
 _PLANS = 3  # of one run: what it was planned from may change so often before it gives up
 
 
@@ -146,8 +144,7 @@ def _run_once(
     course = concluding if whole else None
     workshop.display.left_over(planned)
     workshop.display.lines(checks.before(planned) if checks is not None else [])
-    reused = {f"draftsmith.reused.{p.node.name}": p.ref.uri for p in planned if p.status is Planned.HIT and p.ref}
-    record = RunRecord(workshop.tracking, config.name, config.model_dump(mode="json"), reused)
+    record = RunRecord(workshop.tracking, config.name, config.model_dump(mode="json"))
     workshop = dataclasses.replace(workshop, refresh_run=record.open)
     note_begun(config.name, {item.node.name: item.begun for item in planned if item.begun is not None})
     made: dict[str, Made] = {}
@@ -180,7 +177,7 @@ def _run_once(
     finally:
         figures, tags = _reviewed(workshop, made, conclusion, concludes=concluding is not None)
         if status != "FINISHED":
-            tags[MLFLOW_NOTE] = f"{ended}\n\n{tags.get(MLFLOW_NOTE, '')}".strip()
+            tags[NOTE] = f"{ended}\n\n{tags.get(NOTE, '')}".strip()
         record.close(
             status,
             _refs(made),
@@ -261,15 +258,15 @@ def _reviewed(
     review = workshop.pipeline.review(folders) if workshop.pipeline.review is not None else None
     if review is not None:
         figures |= review.figures
-        tags = {**review.tags, MLFLOW_NOTE: review.description if conclusion is None else review.concluded}
+        tags = {**review.tags, NOTE: review.description if conclusion is None else review.concluded}
         if concludes and conclusion is None:
             tags.pop(OUTCOME, None)
-            tags[MLFLOW_NOTE] = f"**Nothing has followed from this yet.**\n\n{review.description}"
+            tags[NOTE] = f"**Nothing has followed from this yet.**\n\n{review.description}"
     if conclusion is not None:
         figures |= conclusion.figures
         tags |= conclusion.tags
-        if MLFLOW_NOTE not in tags or conclusion.overrules:
-            tags[MLFLOW_NOTE] = f"**{conclusion.name}.** {conclusion.message}"
+        if NOTE not in tags or conclusion.overrules:
+            tags[NOTE] = f"**{conclusion.name}.** {conclusion.message}"
     return figures, tags
 
 

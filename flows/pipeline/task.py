@@ -12,7 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.client.schemas.objects import TaskRun as PrefectTaskRun
 from prefect.states import Completed
-from prefect.tasks import Task, exponential_backoff
+from prefect.tasks import Task
 
 from draftsmith.artifacts.errors import RetryableError
 from draftsmith.artifacts.manifest import ArtifactRef
@@ -21,6 +21,7 @@ from draftsmith.flows.pipeline.cluster import mapped
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.flows.pipeline.node import Made, Workshop, log, make
 from draftsmith.flows.pipeline.options import RETRY_JITTER
+from draftsmith.flows.pipeline.patience import retry_notice
 
 
 def run_node(
@@ -31,13 +32,12 @@ def run_node(
     Raises the error of the last attempt.
     """
     options = workshop.config.stages
-    backoff = exponential_backoff(options.retry_delay_seconds)
     configured: Task[..., Any] = stage_task.with_options(
         name=node.stage.name,
         task_run_name=node.name,
         description=f"Stage {node.stage.name}: reused from the store, or run in a process of its own.",
         retries=options.retries,
-        retry_delay_seconds=backoff(options.retries),
+        retry_delay_seconds=options.retry_delays,
         retry_jitter_factor=RETRY_JITTER,
         retry_condition_fn=_only_what_was_lost,
     )
@@ -59,10 +59,14 @@ def stage_task(workshop: Workshop, node: Node, inputs: Mapping[str, ArtifactRef]
     return Completed(name="Reused" if made.reused else "Completed", message=where, data=made)
 
 
-def _only_what_was_lost(_task: Task[..., Any], _run: PrefectTaskRun, state: State[Any]) -> bool:
-    """Retry the loss of an engine or a queue, never an error that another attempt would meet again."""
+def _only_what_was_lost(task: Task[..., Any], run: PrefectTaskRun, state: State[Any]) -> bool:
+    """Retry the loss of an engine or a queue, never an error that another attempt would meet again.
+
+    Prefect asks only while retries are left.
+    """
     error = state.result(raise_on_failure=False)
     if not isinstance(error, RetryableError):
         return False
-    log.warning("%s; trying again", error)
+    assert isinstance(task.retry_delay_seconds, list)
+    log.warning("%s: %s", run.name, retry_notice(error, run.run_count, task.retry_delay_seconds))
     return True

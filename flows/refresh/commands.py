@@ -24,6 +24,7 @@ from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.targets.info import model_path, read_target_info
 
 log = logging.getLogger(__name__)
+_WIDE = 120  # columns of a terminal
 
 
 def champions(display: Display, line: str) -> None:
@@ -33,20 +34,13 @@ def champions(display: Display, line: str) -> None:
     versions = lines.versions(line)
     if not versions:
         raise lines.unknown(line)
-    rows = [
-        [
-            str(each.number),
-            ", ".join(each.aliases) or "-",
-            each.tags.get("arm", "-"),
-            each.tags.get("tau", "-"),
-            each.tags.get("speedup") or "-",
-            each.tags.get("target_digest", "")[:12] or "-",
-            f"{each.stage}/{each.key[:16]}",
-            each.created_at,
-        ]
-        for each in versions
-    ]
-    head = ["version", "alias", "arm", "tau", "speed-up", "target", "artifact", "registered at"]
+    head = ["version", "alias", "outcome", "why", "tau", "speed-up", "registered"]
+    rows = [_row(each) for each in versions]
+    if display.console.width >= _WIDE:
+        head += ["arm", "target", "artifact"]
+        for row, each in zip(rows, versions, strict=True):
+            target = each.tags.get("target_digest", "")[:12]
+            row += [each.tags.get("arm", "-"), target or "-", f"{each.stage}/{each.key[:16]}"]
     display.table(head, rows, title=line, text_columns=len(head))
     told = []
     for event in lines.events(line):
@@ -57,6 +51,15 @@ def champions(display: Display, line: str) -> None:
         told.append((seen["at"], f"version {seen['version']} checked: tau {seen['tau']:.3f}: {seen['decision']}"))
     for at, text in sorted(told):
         display.line(f"{at}  {text}")
+
+
+def _row(version: Version) -> list[str]:
+    """Return what fits into 80 columns: what the gate decided of a version, and what it was worth."""
+    tags = version.tags
+    outcome = tags.get("outcome") or ("promoted" if "promoted_at" in tags else "-")  # an earlier version kept none
+    figures = [f"{float(tags[name]):.3f}" if tags.get(name) else "-" for name in ("tau", "speedup")]
+    aliases = ", ".join(version.aliases) or "-"
+    return [str(version.number), aliases, outcome, tags.get("rules") or "-", *figures, version.created_at[:10]]
 
 
 def promote(display: Display, text: str, why: str, *, dry_run: bool) -> None:

@@ -21,11 +21,13 @@ from draftsmith.flows.refresh.line import (
     age_days,
     as_it_stands,
     check_held_out,
+    failed_rules,
     log_tags,
     registry,
     tag_ended,
     version_tags,
 )
+from draftsmith.flows.refresh.review import DETAIL
 from draftsmith.flows.refresh.telling import Telling
 from draftsmith.stages.champion import RECORD as TARGET_RECORD
 from draftsmith.stages.contract import Config
@@ -35,6 +37,7 @@ from draftsmith.stages.measure.drift import fallen, unjudged
 from draftsmith.stages.measure.gate import with_version
 from draftsmith.stages.prompting.times import LAST
 
+_MOST_OF_A_TAG = 250  # characters
 _IN_FRONT = ("target", "prompts", "heldout", "champion")  # nodes of the drift check's own
 
 
@@ -47,7 +50,8 @@ class RefreshCourse:
         assert config.registry is not None
         self.config, self.line = config, config.registry
         self._forced = sorted(set(force) - set(_IN_FRONT))
-        self._drift: dict[str, Any] = {}
+        self._drift_metrics: dict[str, float] = {}
+        self._drift_tags: dict[str, str] = {}
         self._telling = Telling(self.line.name, config.on_promote)
 
     @property
@@ -64,10 +68,8 @@ class RefreshCourse:
         self._telling.tell_what_is_due()
         drift = json.loads((made["drift"] / "drift.json").read_text("utf-8"))
         reasons = self._reasons(drift, json.loads((made["champion"] / TARGET_RECORD).read_text("utf-8")))
-        self._drift = {
-            "figures": {f"drift.{name}.tau": figures["tau"] for name, figures in drift.items()},
-            "tags": {"draftsmith.drift": "; ".join(reasons)[:4000] or "none"},
-        }
+        self._drift_metrics = {f"{DETAIL}drift.{name}.tau": figures["tau"] for name, figures in drift.items()}
+        self._drift_tags = {"drift": "; ".join(reasons)[:_MOST_OF_A_TAG] or "none"}
         champion, tau = self.line.champion, drift["all"]["tau"]
         seen = {"version": champion.version, **drift["all"], "decision": "; ".join(reasons)[:1000] or "current"}
         registry().add_drift(self.line.name, {"at": datetime.now(UTC).isoformat(timespec="seconds"), **seen})
@@ -87,8 +89,8 @@ class RefreshCourse:
             f"{drift['all']['prompts']} prompts, {'unknown' if before is None else format(before, '.3f')} at its "
             f"promotion; {'; '.join(said)}"
         )
-        tags = {OUTCOME: "current", **self._drift["tags"]}
-        return Conclusion("Current", message, figures=self._drift["figures"], tags=tags)
+        metrics = {"tau.champion": tau, **self._drift_metrics}
+        return Conclusion("Current", message, figures=metrics, tags={OUTCOME: "current", **self._drift_tags})
 
     def _reasons(self, drift: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
         """Why the refresh goes on; empty if nothing speaks for it."""
@@ -128,6 +130,7 @@ class RefreshCourse:
         line, ref = registry(), made[decision["challenger"]]
         tags = version_tags(evaluation, decision, ref, self.config.prompts, measured_with(self.config))
         tags |= log_tags(made["logs"]) if "logs" in made else {}
+        tags |= {"report": str(made["report"].path / "report.html")} if "report" in made else {}
         now = line.champion(self.line.name)
         expected = None if self.line.champion is None else line.version(self.line.name, self.line.champion.version)
         moved = (None if now is None else now.number) != (None if expected is None else expected.number)
@@ -186,16 +189,14 @@ class RefreshCourse:
         version: Version,
         error: RefusedError | None = None,
     ) -> Conclusion:
-        figures = {"promoted": float(name == "Promoted"), **self._drift.get("figures", {})}
-        overruled = decision["promote"] and name != "Promoted"
         tags = {
             OUTCOME: name.lower(),
-            "draftsmith.decision": (message if overruled else decision["sentence"])[:4000],
-            "draftsmith.version": str(version.number),
-            "draftsmith.line": version.line,
-            **self._drift.get("tags", {}),
+            "version": f"{version.line}@{version.number}",
+            **({"rules": rules} if (rules := failed_rules(decision)) else {}),
+            **self._drift_tags,
         }
-        return Conclusion(name, message, error, figures, tags, overrules=overruled)
+        overruled = decision["promote"] and name != "Promoted"
+        return Conclusion(name, message, error, self._drift_metrics, tags, overrules=overruled)
 
 
 def _said(value: Any) -> str:

@@ -110,6 +110,7 @@ REFRESH = Pipeline(
     resolve=resolve,
     course=course,
     results="draftsmith.flows.refresh.results:show_results",
+    verdict="draftsmith.flows.refresh.results:verdict_lines",
     review=review,
     data=("prompts", "logs", "rollout", "assisted", "heldout"),
     report=("report", "report.html"),

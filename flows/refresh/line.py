@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 _MOST_POINTS = 300  # of a line's history
 _MOST_CHARACTERS = 4900  # of a version's figures: MLflow keeps 5,000 of a tag
+_MOST_OF_RULES = 250  # characters
 _OF_A_SET = ("tau", "low", "prompts")  # what is kept where there are many
 _MEASURED_WITH = "measured_with"
 FASTEST_BLOCK = "fastest_block"  # what decoded fastest, the anchor included
@@ -326,8 +327,20 @@ def version_tags(
         "figures": json.dumps(figures_of(evaluation, arm)),
         _MEASURED_WITH: json.dumps({**settings, BLOCK_SIZE: drafter.get("block_size")}),
         "decision": decision["sentence"][:4000],
+        "outcome": decision["outcome"],
+        "rules": failed_rules(decision),
         **prompt_tags(prompts),
     }
+
+
+def failed_rules(decision: Mapping[str, Any]) -> str:
+    """Return the rules of the gate that were broken, then those that were inconclusive; empty if all were passed."""
+    failed = [rule for rule in decision["rules"] if not rule["passed"]]
+    kinds = {
+        "broken": [rule["name"] for rule in failed if rule["judged"]],
+        "inconclusive": [rule["name"] for rule in failed if not rule["judged"]],
+    }
+    return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)[:_MOST_OF_RULES]
 
 
 def prompt_tags(prompts: PromptsConfig) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A refresh as MLflow shows it: the report's figures and verdict."""
+"""A refresh as MLflow shows it: headline metrics, the verdict, and where the report is."""
 
 from __future__ import annotations
 
@@ -7,12 +7,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from draftsmith.artifacts.mlflow_terms import plain_markdown
+from draftsmith.artifacts.refreshes import OUTCOME
 from draftsmith.flows.pipeline.graph import Review
 from draftsmith.stages.report import REVIEW
+from draftsmith.stages.reporting.figures import point_name
+
+DETAIL = "detail/"  # prefix of every metric that is no headline
+_HEADLINE = (
+    *("tau.challenger", "tau.challenger.low", "tau.challenger.high", "tau.champion"),
+    *("tau_gain", "tau_gain.low", "tau_gain.high"),
+    *("rules_broken", "rules_unjudged", "cost.wall_s"),
+)
+_OF_SPEED = ("speedup", "tokens_per_s")  # headlines too, of the first setting that was measured
 
 
 def review(made: Mapping[str, Path]) -> Review | None:
-    """Of the report's `review.json`; None where the refresh has not come so far."""
+    """Return what the report's `review.json` says; None where the refresh has not come so far.
+
+    made: node -> folder.
+    """
     path = made["report"] / REVIEW if "report" in made else None
     if path is None or not path.is_file():
         return None
@@ -21,25 +35,33 @@ def review(made: Mapping[str, Path]) -> Review | None:
     followed = verdict.get("followed")
     act = {**verdict, "label": "Promoted", "sentence": followed} if followed else verdict
     description, concluded = (_description(told, found, path.parent) for found in (verdict, act))
-    return Review(told["figures"], description, concluded, _tags(told))
+    tags = {OUTCOME: verdict["kind"]} if verdict else {}
+    return Review(metric_names(told["figures"], _setting(made)), description, concluded, tags)
+
+
+def metric_names(metrics: Mapping[str, float], setting: str = "") -> dict[str, float]:
+    """Return the metrics of a refresh under their names in MLflow: at most 12 headlines, the rest under `DETAIL`.
+
+    setting: of the headlines on speed, such as `c16.t0`.
+    """
+    headlines = {*_HEADLINE, *(f"{name}.{setting}" for name in _OF_SPEED)}
+    return {name if name in headlines else f"{DETAIL}{name}": value for name, value in metrics.items()}
+
+
+def _setting(made: Mapping[str, Path]) -> str:
+    """Return the setting of the evaluation's headline; empty where no speed was measured."""
+    path = made["evaluation"] / "evaluation.json" if "evaluation" in made else None
+    evaluation = json.loads(path.read_text("utf-8")) if path is not None and path.is_file() else {}
+    known = {name: evaluation.get(name) for name in ("concurrency", "temperature")}
+    return "" if None in known.values() else point_name(known)
 
 
 def _description(told: Mapping[str, Any], found: Mapping[str, Any], folder: Path) -> str:
-    """The verdict or what was done, why, and where the report is; in Markdown."""
+    """Return the verdict or what was done, why, and where the report is, in Markdown."""
     lines = []
     if found:
-        lines += [f"**{found['label']}.** {_plain(found['sentence'])}", ""]
-        lines += [f"- {_plain(reason)}" for reason in found["reasons"]]
+        lines += [f"**{found['label']}.** {plain_markdown(found['sentence'])}", ""]
+        lines += [f"- {plain_markdown(reason)}" for reason in found["reasons"]]
     if told["doubts"]:
-        lines += ["", "Not to be relied on:", "", *(f"- {_plain(doubt)}" for doubt in told["doubts"])]
+        lines += ["", "Not to be relied on:", "", *(f"- {plain_markdown(doubt)}" for doubt in told["doubts"])]
     return "\n".join([*lines, "", f"Report: `{folder / 'report.html'}`"]).strip()
-
-
-def _plain(text: str) -> str:
-    """Names of prompt sets are anyone's words: no markup of theirs acts."""
-    return text.replace("<", "&lt;").replace("[", "\\[").replace("`", "\\`")
-
-
-def _tags(told: Mapping[str, Any]) -> dict[str, str]:
-    outcome = {} if told["outcome"] is None else {"draftsmith.outcome": told["outcome"]["kind"]}
-    return outcome | {"draftsmith.doubts": " ".join(told["doubts"])[:4000]} if told["doubts"] else outcome

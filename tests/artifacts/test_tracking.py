@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import logging
 import os
 import shutil
@@ -17,13 +18,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
+from draftsmith.artifacts import mlflow_terms
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.locks import user_name
 from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
 from draftsmith.artifacts.mlflow_files import misplaced
 from draftsmith.artifacts.mlflow_terms import flatten
 from draftsmith.artifacts.registry import Registry
+from draftsmith.artifacts.store import Claim, Store
 from draftsmith.artifacts.tracking import Tracking
 from tests.testbed.team import free_port
 
@@ -65,7 +71,7 @@ def test_a_refresh_and_its_stages_are_nested_with_params_metrics_and_review_file
     tracking: Tracking, tmp_path: Path
 ) -> None:
     ref = artifact(tmp_path / "a")
-    parent = tracking.open_refresh("quickstart", {"name": "quickstart", "sft": {"steps": 3}}, {"team": "x"})
+    parent = tracking.open_refresh("quickstart", {"name": "quickstart", "sft": {"steps": 3}})
     run = tracking.stage_run(parent, "sft", KEY, params={"steps": 3, "lr": {"peak": 0.1}}, inputs={"trajectories": ref})
     for step in range(2500):  # more than two batches of MLflow
         run.metrics(step, {"loss": 3.0 - step / 1000})
@@ -74,7 +80,7 @@ def test_a_refresh_and_its_stages_are_nested_with_params_metrics_and_review_file
 
     stage, refresh = run_of(tracking, run.run_id), run_of(tracking, parent)
     assert stage.data.tags["mlflow.parentRunId"] == parent
-    assert stage.data.tags["draftsmith.key"] == KEY
+    assert stage.data.tags["key"] == KEY
     assert stage.data.params == {"steps": "3", "lr.peak": "0.1"}
     assert stage.data.metrics == {"loss": 3.0 - 2499 / 1000, "tau": 2.5, "tau_k_3_mine": 2.25}
     history = client(tracking).get_metric_history(run.run_id, "loss")
@@ -86,8 +92,93 @@ def test_a_refresh_and_its_stages_are_nested_with_params_metrics_and_review_file
     assert files == {MANIFEST, "summary.json", "report.html", "acceptance.svg"}
     assert (refresh.info.status, stage.info.status) == ("FINISHED", "FINISHED")
     assert refresh.data.params["sft.steps"] == "3"
-    assert refresh.data.tags["team"] == "x"
     assert Path(stage.info.artifact_uri.removeprefix("file://")).is_relative_to(tracking.folder / "mlartifacts")
+
+
+def test_a_run_says_who_ran_what_and_of_which_commit(
+    tracking: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "repository"
+    shutil.copytree(
+        Path(mlflow_terms.__file__).parent, repository / "artifacts", ignore=shutil.ignore_patterns("*.pyc")
+    )
+    identity = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
+    for words in (["init"], ["add", "."], [*identity, "commit", "-m", "one"]):
+        subprocess.run(["git", *words], cwd=repository, check=True, capture_output=True)
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=repository, check=True, capture_output=True, text=True)
+    command = ["/usr/bin/draftsmith", "run", "weekly.yaml", "--set", "note=a b", "--url", "https://me:word@host/"]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.chdir(tmp_path)
+    for module, commit in (
+        (repository / "artifacts" / "mlflow_terms.py", found.stdout.strip()),  # a checkout
+        (tmp_path / "site-packages" / "mlflow_terms.py", None),  # installed, and no repository around
+    ):
+        monkeypatch.setattr(mlflow_terms, "__file__", str(module))
+        tags = run_of(tracking, tracking.open_refresh("who", {})).data.tags
+        assert tags.get("mlflow.source.git.commit") == commit
+        assert tags["mlflow.source.name"].startswith("draftsmith run weekly.yaml --set 'note=a b' --url ")
+        assert "word" not in tags["mlflow.source.name"] and tags["mlflow.user"] == user_name()
+    monkeypatch.chdir(repository)  # where the config lies
+    assert run_of(tracking, tracking.open_refresh("who", {})).data.tags["mlflow.source.git.commit"]
+    monkeypatch.setenv("PATH", "")  # no git
+    tags = run_of(tracking, tracking.open_refresh("who", {})).data.tags
+    assert "mlflow.source.git.commit" not in tags and "mlflow.user" in tags
+    tracking.close_refresh("FINISHED")
+
+
+def test_an_experiment_is_one_of_model_development(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kind() -> str | None:
+        experiment = client(tracking).get_experiment_by_name(tracking.experiment)
+        return experiment.tags.get("mlflow.experimentKind") if experiment is not None else None
+
+    tracking.check()
+    assert kind() == "custom_model_development"
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "of somebody else")
+    other = Tracking(tracking.folder)
+    client(tracking).create_experiment("of somebody else")
+    other.check()
+    assert client(tracking).get_experiment_by_name("of somebody else").tags == {
+        "mlflow.experimentKind": "custom_model_development"
+    }
+
+
+def test_what_the_machine_does_is_logged_by_mlflow(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    for samples in (1, 2):
+        run = tracking.stage_run(None, "sft", KEY)
+        with run.system_metrics():
+            time.sleep(1.5)
+        run.close("FAILED")  # and is resumed
+        history = client(tracking).get_metric_history(run.run_id, "system/cpu_utilization_percentage")
+        steps = [metric.step for metric in history]
+        assert len(steps) >= samples and sorted(set(steps)) == sorted(steps), "a resumed run goes on counting"
+
+
+def test_data_sets_have_names_rows_and_columns(tracking: Tracking, tmp_path: Path) -> None:
+    rows = [{"prompt_id": str(number), "split": "train"} for number in range(8)]
+    counts = {"gsm8k": {"train": 4, "heldout": 1}, "gcd": {"train": 2}, "chain": {"validation": 1}}
+    inputs = {"gone": ArtifactRef("rollout", KEY, "gone" * 9, tmp_path / "gone")}
+    for node in ("prompts", "heldout"):
+        with Store(tmp_path / "store").claim(node, KEY) as claim:
+            assert isinstance(claim, Claim)
+            parquet.write_table(pyarrow.Table.from_pylist(rows), claim.out / "table.parquet")
+            if node == "prompts":
+                (claim.out / "prompts.json").write_text(json.dumps({"counts": counts}))
+            metrics = {"response_tokens": 80.0}
+            made = Store(tmp_path / "store").commit(
+                claim, config={}, inputs={}, code_digest="", seed=0, metrics=metrics
+            )
+            inputs[node] = made
+    run = tracking.stage_run(None, "sft", KEY, inputs=inputs)
+    found = {each.tags[0].value: each.dataset for each in run_of(tracking, run.run_id).inputs.dataset_inputs}
+    run.close("FINISHED")
+    names = {node: data.name for node, data in found.items()}
+    assert names == {"prompts": "gsm8k + 2, 6/1/1", "heldout": "heldout, 8 rows", "gone": "gone"}
+    profile = json.loads(found["heldout"].profile)
+    assert (profile["num_rows"], profile["response_tokens"]) == (8, 80.0)
+    columns = json.loads(found["heldout"].schema)["mlflow_colspec"]
+    assert [(column["name"], column["type"]) for column in columns] == [("prompt_id", "string"), ("split", "string")]
+    assert found["gone"].schema is None and found["gone"].digest == ("gone" * 9)[:36]
 
 
 def test_an_unfinished_run_of_the_same_key_is_resumed_and_its_steps_are_not_sent_twice(tracking: Tracking) -> None:
@@ -351,8 +442,8 @@ def test_files_that_mlflow_does_not_take_leave_no_run_running(
     client, _ = tracking.connect()
     monkeypatch.setattr(client, "log_artifact", lambda *_: (_ for _ in ()).throw(PermissionError("/home/old")))
     run.close("FINISHED", {"tau": 2.5}, artifact(tmp_path / "made").path)
-    tracking.close_refresh("FINISHED", {"tau": 2.5}, [page], {"draftsmith.outcome": "promoted"})
+    tracking.close_refresh("FINISHED", {"tau": 2.5}, [page], {"outcome": "promoted"})
     for each in (parent, run.run_id):
         ended = run_of(tracking, each)
         assert (ended.info.status, ended.data.metrics) == ("FINISHED", {"tau": 2.5})
-    assert run_of(tracking, parent).data.tags["draftsmith.outcome"] == "promoted"
+    assert run_of(tracking, parent).data.tags["outcome"] == "promoted"

@@ -45,8 +45,8 @@ def test_mlflow_is_the_review_desk(weeks: list[Week], folder: Path, monkeypatch:
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
     client, experiment = Tracking(folder / "home", LINE).connect()
     assert client.get_experiment(experiment).name == LINE
-    refreshes = client.search_runs([experiment], "tags.`draftsmith.stage` = 'refresh'", order_by=["start_time"])
-    outcomes = [run.data.tags["draftsmith.outcome"] for run in refreshes]
+    refreshes = client.search_runs([experiment], "tags.stage = 'refresh'", order_by=["start_time"])
+    outcomes = [run.data.tags["outcome"] for run in refreshes]
     assert outcomes == ["promoted", "current", "refused", "promoted"]
     notes = [run.data.tags["mlflow.note.content"] for run in refreshes]
     assert "is the line's first champion" in notes[0] and "is current" in notes[1]
@@ -54,9 +54,13 @@ def test_mlflow_is_the_review_desk(weeks: list[Week], folder: Path, monkeypatch:
     assert notes[3].startswith("**Promoted.**") and "takes the place of version 1" in notes[3]
 
     for run in refreshes[2:]:
-        report = Path(run.data.tags["draftsmith.artifact.report"].partition("#")[0])
+        own = {name for name in run.data.tags if not name.startswith("mlflow.")}
+        assert len(own) <= 8 and max(len(run.data.tags[name]) for name in own) <= 250, own
+        assert len([name for name in run.data.metrics if not name.startswith("detail/")]) <= 12
+        report = folder / "home" / "store" / run.data.params["made.report"].partition("#")[0]
         review = json.loads((report / "review.json").read_text())
-        assert run.data.metrics.items() >= review["figures"].items(), "MLflow has every figure"
+        found = {name.removeprefix("detail/"): value for name, value in run.data.metrics.items()}
+        assert found.items() >= review["figures"].items(), "MLflow has every figure"
         for name in ("tau.challenger", "tau.champion", "tau_gain", "speedup.c1.t0", "tau.challenger.low"):
             wanted = f"metrics.`{name}` = {run.data.metrics[name]!r}"
             assert run.info.run_id in {found.info.run_id for found in client.search_runs([experiment], wanted)}, name
@@ -64,14 +68,11 @@ def test_mlflow_is_the_review_desk(weeks: list[Week], folder: Path, monkeypatch:
         for name, form in (("tau.challenger", ".3f"), ("tau.champion", ".3f"), ("speedup.c1.t0", ".3f")):
             assert format(run.data.metrics[name], form) in page, f"{name} is a headline figure"
         (version,) = client.search_model_versions(f"name = '{LINE}' and run_id = '{run.info.run_id}'")
-        assert str(version.version) == run.data.tags["draftsmith.version"]
-        assert version.description == run.data.tags["draftsmith.decision"]
-        data = {each.dataset.name.partition("/")[0]: each.dataset.digest for each in run.inputs.dataset_inputs}
-        assert data.keys() == {"prompts", "rollout"}
-        asked = f"dataset.digest = '{data['prompts']}' and tags.`draftsmith.stage` = 'refresh'"
+        assert f"{LINE}@{version.version}" == run.data.tags["version"]
+        data = {each.tags[0].value: each.dataset.digest for each in run.inputs.dataset_inputs}
+        assert {"prompts", "heldout"} <= data.keys()
+        asked = f"dataset.digest = '{data['prompts']}' and tags.stage = 'refresh'"
         assert run.info.run_id in {found.info.run_id for found in client.search_runs([experiment], asked)}
-    trainings = client.search_runs([experiment], "tags.`draftsmith.stage` = 'opd'")
-    assert trainings and all("system/cpu_utilization_percentage" in run.data.metrics for run in trainings)
 
 
 @pytest.mark.skipif(PROGRAM is None, reason=ABSENT)

@@ -186,7 +186,8 @@ def test_the_champion_has_the_number_of_the_reports_own_line(tmp_path: Path, inp
 def test_every_artifact_of_several_iterations_has_a_name_of_its_own(iterations: int, tmp_path: Path) -> None:
     """That of its node, so that costs, configs and two reports can be told apart by it."""
     store = Store(tmp_path / "store")
-    sft = put(store, "sft", {"model": "a"}, {"target": put(store, "target", {"target.json": "{}"}, {})})
+    target, answers = put(store, "target", {"target.json": "{}"}, {}), put(store, "rollout", {"answers": "0"}, {})
+    sft = put(store, "sft", {"model": "a"}, {"target": target, "trajectories": answers})
     opd = control = sft
     for number in range(1, iterations + 1):
         answers = put(store, "rollout", {"answers": str(number)}, {"drafter": opd})
@@ -195,7 +196,9 @@ def test_every_artifact_of_several_iterations_has_a_name_of_its_own(iterations: 
         control = put(store, "sft", {"model": f"c{number}"}, {"trajectories": answers, "drafter": control})
         opd = put(store, "opd", {"model": f"o{number}"}, {**learned, "mined": mining})
     drafters = {"sft": sft, "opd": opd, "control": control}
-    evaluation = put(store, "evaluation", {"evaluation.json": json.dumps(EVALUATION)}, drafters)
+    heldout = put(store, "rollout", {"answers": "held out"}, {}, seed=1)
+    measured = {"trajectories": heldout, **drafters}
+    evaluation = put(store, "evaluation", {"evaluation.json": json.dumps(EVALUATION)}, measured)
     refs = {"mining": mining, "evaluation": evaluation} | drafters
     ctx = run(tmp_path, {name: ref.path for name, ref in refs.items()})
 
@@ -203,9 +206,9 @@ def test_every_artifact_of_several_iterations_has_a_name_of_its_own(iterations: 
     stages = ("opd", "control", "mining")
     earlier = {f"{stage}-{number}" for stage in stages for number in range(1, iterations)}
     own = {"target", "sft", "evaluation", *stages, *earlier}
-    answered = {"mining.trajectories", *(f"opd-{number}.trajectories" for number in range(1, iterations))}
-    assert review["artifacts"].keys() == own | answered
-    assert len({*review["artifacts"].values()}) == 3 + 4 * iterations
+    answered = {"assisted", *(f"assisted-{number}" for number in range(1, iterations))}
+    assert review["artifacts"].keys() == own | answered | {"heldout", "rollout"}
+    assert len({*review["artifacts"].values()}) == 5 + 4 * iterations
     assert review["artifacts"][f"control-{iterations - 1}"] == f"sft/{_drafter_of(control)[:16]}"
     assert {f"cost.wall_s.{name}" for name in own} <= review["figures"].keys()
 

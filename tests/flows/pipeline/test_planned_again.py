@@ -127,10 +127,10 @@ def test_mlflow_says_why_a_run_has_ended_early(
     def close(
         _: object, status: str, _made: object, _figures: object, _files: object, tags: Any, *__: Any, **___: Any
     ) -> None:
-        closed.append((status, tags[run.MLFLOW_NOTE]))
+        closed.append((status, tags[run.NOTE]))
 
     monkeypatch.setattr(run, "_make_all", made_left)
-    monkeypatch.setattr(run, "_reviewed", lambda *_, **__: ({}, {run.MLFLOW_NOTE: "what was measured"}))
+    monkeypatch.setattr(run, "_reviewed", lambda *_, **__: ({}, {run.NOTE: "what was measured"}))
     monkeypatch.setattr(run, "_report", lambda *_: None)
     monkeypatch.setattr(run.RunRecord, "settle", lambda *_: None)
     monkeypatch.setattr(run.RunRecord, "close", close)

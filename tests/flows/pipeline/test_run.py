@@ -41,15 +41,6 @@ def mlflow_runs(home: Path) -> list[tuple[str, str]]:
         return database.execute("select name, status from runs order by start_time, rowid").fetchall()
 
 
-def measured_runs(home: Path) -> list[tuple[str, float]]:
-    """(name, memory) of every run with system metrics."""
-    with sqlite3.connect(home / "mlflow.db") as database:
-        return database.execute(
-            "select runs.name, metrics.value from metrics join runs using (run_uuid) "
-            "where metrics.key = 'system/system_memory_usage_megabytes'"
-        ).fetchall()
-
-
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """One home through its life: a failing first run, the rerun, an unchanged run, a changed field."""
@@ -71,7 +62,6 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         home, "refresh", config, "--set", "left.factor=3", "--from", "left", "--set", "verdict=refused"
     )
     told["tasks"], told["flows"], told["runs"] = task_runs(home), flow_states(home), mlflow_runs(home)
-    told["measured"] = measured_runs(home)
     told["shards"] = run_toy(home, "refresh", config, *in_shards(2))
     told["shard_tasks"] = task_runs(home)[len(told["tasks"]) :]
     told["config"] = config
@@ -99,6 +89,9 @@ def test_a_lost_engine_is_retried_and_a_bad_number_is_not(story: dict[str, Any])
     assert len(errors) == 1
     assert "stage collect: number 4 is bad: remove it (log: " in errors[0]
     assert "Traceback" not in failed.stderr
+    notices = [line for line in failed.stderr.splitlines() if "Trying again" in line]
+    assert ["(1 of 5)" in notices[0], "(2 of 5)" in notices[1]] == [True, True]
+    assert ["Ctrl-C" in line for line in notices] == [True, False], "how to stop is said once"
     # two lost engines, then the attempt that met the bad number; the fourth start is the rerun
     assert story["starts"].read_text() == "started\n" * 4
     assert story["failed_tasks"] == [("target", "Failed", [])]
@@ -182,16 +175,11 @@ def test_an_unchanged_run_is_the_same_run_of_mlflow_tagged(story: dict[str, Any]
     with sqlite3.connect(story["home"] / "mlflow.db") as database:
         reused = database.execute(
             "select runs.name, runs.start_time, tags.value from tags join runs using (run_uuid) "
-            "where tags.key = 'draftsmith.reused_times'"
+            "where tags.key = 'reused'"
         ).fetchall()
         starts = [row[0] for row in database.execute("select start_time from runs where name = 'toy' order by 1")]
+    reused = [(name, start, text.split()[0]) for name, start, text in reused]
     assert reused == [("toy", starts[1], "1")], "the rerun, which made what the unchanged run found"
-
-
-def test_every_stage_has_system_metrics_however_short_it_is(story: dict[str, Any]) -> None:
-    found = story["measured"]
-    assert {name for name, _ in found} == {"target", "left", "right", "total"}
-    assert all(value > 50 for _, value in found)
 
 
 def test_a_prefect_server_that_does_not_answer_is_one_clear_error(tmp_path: Path) -> None:
@@ -272,7 +260,8 @@ def test_a_stage_that_prefect_interrupts_for_a_lost_lease_goes_on(tmp_path: Path
     config = write_config(tmp_path / "toy.yaml", target=target)
     ended = run_toy(home, "run", config, TOY_FLOW="tests.flows.pipeline.leased_flow:leased_toy")
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "no longer keeps the slot of this run's deployment: the run goes on without it; trying again" in ended.stderr
+    (notice,) = [line for line in ended.stderr.splitlines() if "no longer keeps the slot" in line]
+    assert "Trying again" in notice and "(1 of " in notice and "Ctrl-C" in notice
     assert starts.read_text() == "started\n" * 2
     begun, continued = (line for line in ended.stdout.splitlines() if line.startswith("target: going on from "))
     assert begun.endswith(" 0") and not continued.endswith(" 0")

@@ -45,12 +45,13 @@ def gated(
     }
     speed = {"speedup": 1.2, "speedup_low": 1.15, "speedup_high": 1.25}
     evaluation = {"drafters": {"opd": taus}, "speed": {"opd": speed}, "sets": {"chat": {"opd": chat}}}
+    rule = {"name": "speed-up", "passed": False, "judged": outcome == "refused", "said": "why", "figures": {}}
     decision = {
         "challenger": "opd",
         "promote": outcome == "promoted",
         "outcome": outcome,
         "champion": champion,
-        "rules": [],
+        "rules": [] if outcome == "promoted" else [rule],
         "sentence": f"{outcome}: why" if champion is None else f"{outcome}: opd beats the champion",
     }
 

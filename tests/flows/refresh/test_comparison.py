@@ -50,13 +50,13 @@ def test_runs_of_mlflow_and_artifacts_are_found_and_compared(
 ) -> None:
     first = made(store, "week 1", doubts=["the clock changed"])
     second = made(store, "week 2", figures={"tau.opd": 2.75, "speedup.c1.t0": 1.2}, config={"sft": {"steps": 5}})
-    record = RunRecord(Tracking(home, "a-line"), "weekly's", {}, {})
+    record = RunRecord(Tracking(home, "a-line"), "weekly's", {})
     run_id = record.open()
     shown = review({"report": first.path})
     assert shown is not None and run_id is not None
     record.close("FINISHED", {"report": first}, shown.figures, [], {"mlflow.note.content": shown.description})
     assert report_of_text("weekly's").folder == report_of_text(run_id).folder == first.path
-    later = RunRecord(Tracking(home, "a-line"), "weekly's", {}, {})
+    later = RunRecord(Tracking(home, "a-line"), "weekly's", {})
     later.open()
     later.close("FINISHED", {"drift": second}, {}, [], {})
     assert report_of_text("weekly's").folder == first.path, "the last that came to its report"
@@ -76,7 +76,7 @@ def test_a_report_is_found_in_a_home_that_was_moved(
     store: Store, home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     first = made(store, "moved")
-    record = RunRecord(Tracking(home, "a-line"), "moved", {}, {})
+    record = RunRecord(Tracking(home, "a-line"), "moved", {})
     record.open()
     record.close("FINISHED", {"report": first}, {}, [], {})
     moved = shutil.copytree(home, tmp_path / "elsewhere")
@@ -101,7 +101,7 @@ def test_a_report_is_found_whatever_else_is_damaged(store: Store, home: Path, tm
         (tmp_path / name).write_text("{}")
     config = load_config(ROOT / "configs" / "quickstart.yaml", ["name=damaged", f"target.source={tmp_path}"])
     first = made(store, "damaged")
-    record = RunRecord(Tracking(home, config.experiment), "damaged", {}, {})
+    record = RunRecord(Tracking(home, config.experiment), "damaged", {})
     record.open()
     record.close("FINISHED", {"report": first}, {}, [], {})
     target = plan(config, store, REFRESH)[0]

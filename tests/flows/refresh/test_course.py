@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.leftovers import leftovers
@@ -73,6 +75,35 @@ def test_what_is_not_promoted_becomes_a_version_and_no_champion(
     assert registry().champion(line) is None
     (version,) = registry().versions(line)
     assert version.tags["decision"] == f"{outcome}: why" and version.aliases == ("challenger",)
+    kind = {"refused": "broken", "inconclusive": "inconclusive"}[outcome]
+    assert version.tags["rules"] == ended.tags["rules"] == f"{kind}: speed-up"
+    assert len(ended.tags) <= 5 and "no champion" in description(home, line)
+
+
+def description(home: Path, line: str) -> str:
+    """Of the registered model."""
+    return str(Tracking(home).connect()[0].get_registered_model(line).description)
+
+
+def test_champions_fits_80_columns_and_says_why_a_version_was_not_promoted(
+    line: str, home: Path, drafters: list[ArtifactRef]
+) -> None:
+    store, config = Store(home / "store"), config_of(line)
+    report = committed(store, "report", "c", lambda out: (out / "report.html").write_text("<p>"))
+    RefreshCourse(resolve(config), ()).finish({**gated(store, drafters[0]), "report": report}, None)
+    RefreshCourse(resolve(config), ()).finish(gated(store, drafters[1], "inconclusive"), None)
+    shown = io.StringIO()
+    commands.champions(Display(Console(file=shown, width=80)), line)
+    table = shown.getvalue().partition(" promoted (before: ")[0].splitlines()[1:-1]
+    assert max(map(len, table)) <= 80 and "outcome" in table[0] and "why" in table[0]
+    assert table[1].split()[:3] == ["1", "champion", "promoted"]
+    assert table[2].split()[:4] == ["2", "challenger", "inconclusive", "inconclusive:"]
+    assert "speed-up" in "".join(table[2:])
+    told = description(home, line)
+    assert "version 1" in told and "promoted: why" in told and str(report.path / "report.html") in told
+    commands.promote(Display(), f"{line}@2", "it is faster in production", dry_run=False)
+    told = description(home, line)
+    assert "version 2" in told and "it is faster in production" in told and "report.html" not in told
 
 
 def test_the_loser_of_two_refreshes_is_planned_again_against_the_new_champion(
@@ -111,7 +142,7 @@ def test_the_champion_has_the_number_of_its_own_line(
     assert ended is not None and ended.message.startswith(
         f"{line} version 3 is the champion: promoted: opd beats version 2"
     )
-    assert ended.tags["draftsmith.decision"] == "promoted: opd beats version 2"
+    assert ended.tags["version"] == f"{line}@3"
     assert json.loads(told.read_text())["champion"] == "2"
     assert registry().version(line, 3).tags["decision"] == "promoted: opd beats version 2"
 
@@ -132,7 +163,7 @@ def test_what_was_rolled_back_is_not_promoted_again_by_itself(
     page = page_of(second)
     assert '<p class="badge">The gate says: promote</p>' in page and "SFT + OPD is to be the line" in page
     assert "Promoted" not in page, "what somebody may have undone"
-    assert (ended.figures["promoted"], ended.tags["draftsmith.outcome"]) == (0.0, "refused")
+    assert ended.tags["outcome"] == "refused"
     champion = registry().champion(line)
     assert champion is not None and champion.number == 1
 

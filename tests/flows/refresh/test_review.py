@@ -10,11 +10,11 @@ import pytest
 
 from draftsmith.artifacts.errors import RefusedError
 from draftsmith.artifacts.store import Store
-from draftsmith.artifacts.tracking import Tracking
+from draftsmith.artifacts.tracking import NOTE, Tracking
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.graph import Conclusion
 from draftsmith.flows.pipeline.node import Made, Workshop
-from draftsmith.flows.pipeline.run import MLFLOW_NOTE, _reviewed
+from draftsmith.flows.pipeline.run import _reviewed
 from draftsmith.flows.refresh.graph import REFRESH
 from draftsmith.stages.reporting.outcome import outcome
 from tests.flows.refresh.made import committed, config_of
@@ -47,5 +47,5 @@ def test_the_note_of_a_run_says_what_followed(conclusion: Conclusion | None, sai
     report = committed(store, "report", "a", lambda out: (out / "review.json").write_text(json.dumps(told)))
     workshop = Workshop(home, config_of("a-line"), REFRESH, Display(), Tracking(home))
     _, tags = _reviewed(workshop, {"report": Made(report, reused=True)}, conclusion, concludes=True)
-    bold = [line for line in tags[MLFLOW_NOTE].splitlines() if line.startswith("**")]
-    assert len(bold) == len(said) and all(map(str.startswith, bold, said)), tags[MLFLOW_NOTE]
+    bold = [line for line in tags[NOTE].splitlines() if line.startswith("**")]
+    assert len(bold) == len(said) and all(map(str.startswith, bold, said)), tags[NOTE]
