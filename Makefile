@@ -108,7 +108,7 @@ $(SPECULATORS)/.speculators-$(SPECULATORS_VERSION):
 	@touch $@
 
 lint: $(INSTALLED)
-	@mkdir -p build/mypy/draftsmith && for room in flows stages artifacts; do ln -sfn ../../../$$room build/mypy/draftsmith/$$room; done
+	@mkdir -p build/mypy/draftsmith && for name in flows stages artifacts flows/package/__init__.py; do ln -sfn ../../../$$name build/mypy/draftsmith/; done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from draftsmith.artifacts.errors import DraftsmithError, RefusedError
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
-from draftsmith.stages.garbage import collect_as_usual
 
 if TYPE_CHECKING:
     from draftsmith.flows.pipeline.display import Display
     from draftsmith.flows.pipeline.graph import Pipeline, PlannedNode
     from draftsmith.flows.pipeline.options import RunOptions
+    from draftsmith.flows.pipeline.prefect_server import PrefectServer
     from draftsmith.flows.refresh.config import RefreshConfig
 
 
@@ -60,54 +59,34 @@ def _diagnose(options: argparse.Namespace, pipeline: Pipeline) -> None:
 
 
 def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOptions) -> None:
-    from draftsmith.artifacts.manifest import ArtifactRef
     from draftsmith.artifacts.open_store import store_of
     from draftsmith.artifacts.tracking import Tracking
-    from draftsmith.flows.pipeline.fetched import Folders
-    from draftsmith.flows.pipeline.machine import check_home
+    from draftsmith.flows.pipeline.launch import launch, named
     from draftsmith.flows.pipeline.part import Part
     from draftsmith.flows.pipeline.patience import patiently
-    from draftsmith.flows.pipeline.prefect_server import start_prefect_server
 
-    display, tracking = _display(), Tracking(home(), config.experiment)
+    display = _display()
     store, part = store_of(home()), Part.of(options.start, options.until)
     planned = patiently(lambda: part.plan(config, store, pipeline, options.force), config.stages, display.line)
     display.plan(planned)
     if options.plan:
         display.left_over(planned)  # a run says it where it begins
         return
-    check_home(home(), config)
-    server = start_prefect_server(home())
-    patiently(tracking.check, config.stages, display.line)  # while the server starts
-    flow = _named(pipeline.flow)
-    patiently(lambda: server.wait(display.line), config.stages, display.line)
-    from draftsmith.flows.pipeline.delivery import run_flow  # imports httpx, as the flow does
 
-    def lost(what: str) -> None:
+    def lost(server: PrefectServer, what: str) -> None:
         display.line(f"warning: {what}")
         options.lost_prefect = server
 
-    collect_as_usual()
-    refused: RefusedError | None = None
-    try:
-        made = run_flow(flow, config, lost, force=options.force, start=options.start, until=options.until)
-    except RefusedError as error:
-        refused, made = error, getattr(error, "made", {})
-    refs = {name: ArtifactRef(e["stage"], e["key"], e["content_id"], Path(e["path"])) for name, e in made.items()}
-    folders = Folders(store, refs)
+    selection = {"force": options.force, "start": options.start, "until": options.until}
+    finished = launch(config, pipeline, display, lost, **selection)
     if options.until:
-        for name, folder in folders.items():
+        for name, folder in finished.artifacts.items():
             display.line(f"{name}: {folder}")
-    elif made and pipeline.results:
-        _named(pipeline.results)(display, folders, tracking.ui_command)
-    if refused is not None:
-        raise refused
-
-
-def _named(text: str) -> Any:
-    """What `module:attribute` names."""
-    module, _, attribute = text.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    elif finished.artifacts and pipeline.results:
+        ui_command = Tracking(home(), config.experiment).ui_command
+        named(pipeline.results)(display, finished.artifacts, ui_command)
+    if finished.refusal is not None:
+        raise finished.refusal
 
 
 def _check(options: argparse.Namespace, pipeline: Pipeline) -> None:
