@@ -107,12 +107,15 @@ $(SPECULATORS)/.speculators-$(SPECULATORS_VERSION):
 	$(SPECULATORS)/bin/pip uninstall --quiet --yes torchaudio torchvision
 	@touch $@
 
+# the folders under the name that they are imported by; for import-linter without flows/package/__init__.py, since it
+# takes several roots only of a namespace
 lint: $(INSTALLED)
-	@mkdir -p build/mypy/draftsmith && for name in flows stages artifacts flows/package/__init__.py; do ln -sfn ../../../$$name build/mypy/draftsmith/; done
+	@for tree in mypy imports; do mkdir -p build/$$tree/draftsmith && ln -sfn ../../../flows ../../../stages ../../../artifacts build/$$tree/draftsmith/ || exit; done
+	@ln -sfn ../../../flows/package/__init__.py build/mypy/draftsmith/
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	PYTHONPATH=build/imports $(BIN)/lint-imports
 
 # all with their defaults, and what got slower than this machine's first run; `BENCH="--threads 1"`
 bench: $(INSTALLED)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from draftsmith.flows.api import (
         Answers,
         Comparison,
-        Refresh,
+        RefreshResult,
         compare,
         load_drafter,
         load_target,
@@ -27,7 +27,7 @@ __all__ = [
     "Answers",
     "Comparison",
     "DraftsmithError",
-    "Refresh",
+    "RefreshResult",
     "__version__",
     "compare",
     "load_drafter",
