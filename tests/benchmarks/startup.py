@@ -1,4 +1,4 @@
-"""How long it takes until something happens: the command's help, an unchanged refresh, and every stage's process.
+"""How long it takes until something happens: the help, the import, an unchanged refresh, and every stage's process.
 
 A refresh of the test bed's target is made in a home of its own. An unchanged one is the same command again. A stage's
 process is started as that refresh started it, in other folders, and its clock stops at the first piece of work that it
@@ -21,7 +21,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from tests.benchmarks import harness
 from tests.faults import configs
 
-GOALS = {"help": 0.3, "unchanged refresh": 10.0, "stage": 4.0}  # seconds
+GOALS = {"help": 0.3, "import draftsmith": 0.5, "unchanged refresh": 10.0, "stage": 4.0}  # seconds
 
 
 def timed(arguments: list[str], home: Path) -> float:
@@ -37,6 +37,13 @@ def timed(arguments: list[str], home: Path) -> float:
     )
     if done.returncode:
         raise DraftsmithError(f"draftsmith {' '.join(arguments)}: {done.stderr or done.stdout}")
+    return time.perf_counter() - began
+
+
+def imported(home: Path) -> float:
+    """Seconds until a new Python has imported the package, the start of Python included."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import draftsmith"], cwd=home, check=True)
     return time.perf_counter() - began
 
 
@@ -74,6 +81,7 @@ def measure(repetitions: int, folder: Path) -> list[dict[str, Any]]:
     whole = timed(["run", config], home)
     seconds: dict[str, list[float]] = {
         "help": [timed(["--help"], home) for _ in range(repetitions + 1)][1:],
+        "import draftsmith": [imported(home) for _ in range(repetitions + 1)][1:],
         "unchanged refresh": [timed(["run", config], home) for _ in range(repetitions + 1)][1:],
     }
     for stage, request in requests_of(home).items():

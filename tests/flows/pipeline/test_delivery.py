@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.errors import DraftsmithError, RefusedError, RetryableError
 from draftsmith.flows.pipeline.delivery import body, run_flow
 
 MADE = {"sft": {"key": "k"}}
@@ -40,7 +40,7 @@ def bad_input() -> None:
 
 def test_a_loss_after_the_body_does_not_turn_success_into_failure() -> None:
     told: list[str] = []
-    assert run_flow(flow(nothing, nothing, lost), None, told.append) == MADE
+    assert run_flow(flow(nothing, nothing, lost), None, told.append).made == MADE
     assert len(told) == 1 and "its artifacts are complete" in told[0]
 
 
@@ -58,3 +58,15 @@ def test_the_body_s_own_error_stays_what_it_is() -> None:
     with pytest.raises(DraftsmithError, match="must be positive") as raised:
         run_flow(flow(nothing, bad_input, nothing), None, lambda _: None)
     assert not isinstance(raised.value, RetryableError)
+
+
+def test_a_refusal_comes_with_what_was_made() -> None:
+    error = RefusedError("not promoted")
+
+    def run(_config: Any) -> None:
+        with body() as current:
+            current.made, current.outcome = MADE, "refused"
+            raise error
+
+    ended = run_flow(run, None, lambda _: None)
+    assert (ended.made, ended.outcome, ended.error) == (MADE, "refused", error)

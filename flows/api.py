@@ -1,0 +1,263 @@
+"""The public Python API: load a target, drafters and answers, compare drafters by replay, run a refresh.
+
+`import draftsmith` offers these names and imports this module when one of them is first used. Prefect must not be
+imported here: `refresh` sets its environment first.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+import pandas as pd
+
+from draftsmith.artifacts.errors import DraftsmithError
+from draftsmith.artifacts.home import home
+from draftsmith.artifacts.private import private_files
+from draftsmith.artifacts.proxies import reach_ourselves_directly
+from draftsmith.flows.pipeline.config_file import config_from, read_config
+from draftsmith.flows.pipeline.display import Display
+from draftsmith.flows.pipeline.launch import launch
+from draftsmith.flows.pipeline.prefect_server import PrefectServer
+from draftsmith.flows.refresh.evaluate import named_drafter
+from draftsmith.flows.refresh.graph import REFRESH
+from draftsmith.stages.drafters import checkpoint
+from draftsmith.stages.drafters.base import Drafter
+from draftsmith.stages.law import Law
+from draftsmith.stages.measure.acceptance import acceptance_table, has_loop, tau_difference
+from draftsmith.stages.prompting.aside import Aside
+from draftsmith.stages.prompting.files import matched, read_rows
+from draftsmith.stages.prompting.intake import Sieve, prompt_id
+from draftsmith.stages.prompting.logged import LoggedRow, Reader
+from draftsmith.stages.prompting.logs_config import LogsConfig
+from draftsmith.stages.replay.tally import Tally, tally_all
+from draftsmith.stages.replay.trace import Trajectory
+from draftsmith.stages.statistics import Estimate
+from draftsmith.stages.stored import load_trajectories
+from draftsmith.stages.targets.causal_lm import Target
+from draftsmith.stages.targets.config import Dtype
+from draftsmith.stages.targets.info import INFO_FILE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MODELS = "models:/"  # of MLflow's URIs: models:/LINE@champion, models:/LINE/3
+_MAX_BAD_SHARE = 0.01  # as `logs.max_bad_share`
+_TABLE = ("tau", "tau_low", "tau_high", "prompts", "verify_steps", "block_size", "tau_without_loops")
+
+
+def load_target(source: str | Path, *, dtype: Dtype | None = None, device: str | None = None) -> Target:
+    """Load a frozen causal language model.
+
+    source: a model's folder, a hub id (Qwen/Qwen3-4B), a .gguf file, `package:NAME` (the .gguf file of an installed
+    Python package), or the artifact folder of a stage `target`.
+    dtype: of weights and forwards; left out, bfloat16, and of an artifact the one that it was made for.
+    device: of torch; left out, a GPU where there is one.
+
+    Raises DraftsmithError if the model cannot be loaded, or is none that drafters can be trained for.
+    """
+    folder = Path(source).expanduser()
+    if (folder / INFO_FILE).is_file():
+        return Target.load(folder, dtype, device)
+    return Target.of(source, dtype or "bfloat16", device)
+
+
+def load_drafter(source: str | Path, target: Target) -> Drafter:
+    """Load a drafter for a target, in the target's dtype and on its device.
+
+    source: a checkpoint's folder, the artifact folder of a stage `sft` or `opd`, a hub id (z-lab/Qwen3-4B-DFlash-b16),
+    or a registered version: `LINE@champion`, `LINE@3`, `models:/LINE@champion`, `models:/LINE/3`.
+
+    Raises DraftsmithError if it cannot be had, is damaged, or was trained for another target.
+    """
+    text = str(source)
+    if text.startswith(_MODELS):
+        text = text.removeprefix(_MODELS).replace("/", "@", 1)
+    return checkpoint.load_drafter(named_drafter(text)[1], target)
+
+
+@dataclass(frozen=True, eq=False)
+class Answers(Sequence[Trajectory]):
+    """N answers of a target. An item has `tokens` (ids of prompt and answer) and `prompt_length`."""
+
+    trajectories: Sequence[Trajectory]
+    prompts: list[str]  # [N] names of the prompts; answers to the same prompt count as one observation
+    sampling: Law  # temperature (0: greedy), top_p and top_k that they were sampled with
+    rejected: Mapping[str, int] = field(default_factory=dict)  # reason -> number of rows of a file that are not used
+
+    def __len__(self) -> int:
+        return len(self.trajectories)
+
+    @overload
+    def __getitem__(self, index: int) -> Trajectory: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Answers: ...
+
+    def __getitem__(self, index: int | slice) -> Trajectory | Answers:
+        if isinstance(index, slice):
+            return Answers(self.trajectories[index], self.prompts[index], self.sampling, self.rejected)
+        return self.trajectories[index]
+
+
+def read_answers(
+    source: str | Path,
+    target: Target | None = None,
+    *,
+    splits: Collection[str] | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    chat_template_kwargs: Mapping[str, bool | int | float | str | None] | None = None,
+) -> Answers:
+    """Read answers of a target: those of an artifact, or rows of files as section `logs` of a config takes them.
+
+    source: the artifact folder of a rollout or of stage `logs`; or a file of JSON Lines or Parquet, a folder, a glob or
+    an address such as s3://bucket/logs/. A row has `messages` and `completion`, or `prompt_token_ids` and
+    `completion_token_ids`.
+    target: the target that gave the answers; needed for files, whose text its tokenizer reads.
+    splits: of an artifact, only answers to prompts of these (train, validation, heldout).
+    temperature, top_p, top_k: of files, what the answers were sampled with (0: greedy). A row that says otherwise is
+    rejected.
+    chat_template_kwargs: of files, what the service passed to the chat template.
+
+    Raises DraftsmithError if there is no usable answer, or more than 1 % of the rows are unreadable. Rows that are not
+    used are counted by reason in `rejected`.
+    """
+    folder = Path(source).expanduser()
+    if (folder / "trajectories.parquet").is_file():
+        stored = load_trajectories(folder, splits)
+        rejected = {"answer shorter than two tokens": stored.too_short} if stored.too_short else {}
+        return Answers(stored.trajectories, stored.prompts, stored.law, rejected)
+    if target is None:
+        raise DraftsmithError(f"{source}: rows of a file need the target that gave the answers. Pass it as `target`.")
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    config = LogsConfig.model_validate(
+        {"paths": [str(source)], "chat_template_kwargs": dict(chat_template_kwargs or {}), **sampling}
+    )
+    rows = _AnswerRows(config, target)
+    taken = [each for row in read_rows(matched(config.paths, "read_answers")) if (each := rows.take(row)) is not None]
+    rows.aside.check()
+    if not taken:
+        raise DraftsmithError(f"{source}: no row of {rows.aside.rows} is usable ({rows.aside.said()}). Correct them.")
+    prompts = [prompt_id(np.asarray(each.tokens[: each.prompt_length], np.int32)) for each in taken]
+    return Answers(taken, prompts, config.law, Counter(rows.aside.reasons))
+
+
+class _AnswerRows(Sieve[Trajectory]):
+    """Makes a trajectory of each row, by the tokenizer of a loaded target."""
+
+    def __init__(self, config: LogsConfig, target: Target):
+        super().__init__(config, Aside("the allowed share", _MAX_BAD_SHARE))
+        self._reader = Reader(
+            target.tokenizer,
+            vocab_size=target.info.vocab_size,
+            eos_ids=target.info.eos_ids,
+            max_tokens=target.info.max_positions,
+            template_kwargs=config.chat_template_kwargs,
+        )
+
+    def _made(self, row: LoggedRow, time: datetime | None) -> Trajectory:  # noqa: ARG002
+        answer = self._reader.read(row)
+        return Trajectory(row.where, answer.prompt_ids + answer.response_ids, len(answer.prompt_ids))
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Drafters that were replayed on the same answers; all statistics are over prompts, as in an evaluation."""
+
+    tallies: Mapping[str, Tally]  # drafter -> committed tokens and verify steps of each answer
+    prompts: Sequence[str]  # [N] of each answer
+    table: Mapping[str, Mapping[str, Any]]  # drafter -> its metrics, as in `acceptance.json` of an evaluation
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a row for each drafter, in the order in which they were given.
+
+        `tau`: acceptance length, committed tokens per verify step ("+1"), with its 95 % interval `tau_low` to
+        `tau_high` (missing with one prompt) over `prompts`; `tau_without_loops`: of the answers that do not repeat
+        themselves.
+        """
+        rows = {name: {column: metrics[column] for column in _TABLE} for name, metrics in self.table.items()}
+        return pd.DataFrame.from_dict(rows, orient="index", columns=list(_TABLE))
+
+    def difference(self, drafter: str, other: str) -> Estimate:
+        """Return tau of one drafter minus tau of another one (tokens per verify step), paired over prompts.
+
+        `value`, `error` (standard error) and `interval(level)`: by default 95 %, None with one prompt. Of k differences
+        that are judged together, use the level 1 - 0.05 / k. Raises DraftsmithError for an unknown name.
+        """
+        for name in (drafter, other):
+            if name not in self.tallies:
+                raise DraftsmithError(f"{name}: no such drafter in this comparison. Use {', '.join(self.tallies)}.")
+        return tau_difference(self.tallies[drafter], self.tallies[other], self.prompts)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Plot the share of proposals accepted at each offset, a line for each drafter, and return the axes.
+
+        ax: of matplotlib; left out, those of a new figure.
+        """
+        if ax is None:
+            from matplotlib import pyplot
+
+            ax = pyplot.figure().add_subplot()
+        for name, metrics in self.table.items():
+            shares = metrics["acceptance_by_offset"]
+            ax.plot(range(1, len(shares) + 1), shares, marker="o", label=f"{name}: tau {metrics['tau']:.3f}")
+        ax.set(xlabel="offset of the proposal", ylabel="share accepted", ylim=(0, 1.02))
+        ax.legend()
+        return ax
+
+
+def compare(target: Target, drafters: Mapping[str, Drafter], answers: Answers) -> Comparison:
+    """Replay drafters on the same answers of their target and return their acceptance, paired.
+
+    drafters: name -> drafter of `load_drafter`, for this target; drafted with their trained block sizes.
+
+    Raises DraftsmithError if there is no drafter.
+    """
+    if not drafters:
+        raise DraftsmithError("compare: no drafter was given. Pass them by name, such as {'sft': drafter}.")
+    tallies = tally_all(target, drafters, answers.trajectories, law=answers.sampling, with_proposals=False)
+    looping = [has_loop(each.tokens[each.prompt_length :]) for each in answers]
+    return Comparison(tallies, answers.prompts, acceptance_table(tallies, answers.prompts, looping))
+
+
+@dataclass(frozen=True)
+class RefreshResult:
+    """A refresh that came to its end."""
+
+    artifacts: Mapping[str, Path]  # node -> folder of its artifact
+    outcome: str | None  # promoted, refused, inconclusive or current; None without a line, or with `until`
+    message: str  # the outcome with its reason
+
+
+def refresh(config: str | Path | Mapping[str, Any], *, until: str | Collection[str] | None = None) -> RefreshResult:
+    """Run a refresh as `draftsmith run` does: make what is missing, evaluate, and promote if the gate says so.
+
+    config: the path of a YAML file, or its fields; `extends` and other paths are relative to the current directory.
+    until: make only these nodes and what they need; nothing is promoted.
+
+    Artifacts go to the store under `DRAFTSMITH_HOME` (.draftsmith). Progress is printed. A drafter that is not promoted
+    is an outcome, not an error.
+
+    Raises DraftsmithError if the config is wrong or a stage fails, RetryableError where the same call may succeed
+    later. What was finished is kept.
+    """
+    if isinstance(config, Mapping):
+        options = config_from(config, REFRESH.config)
+    else:
+        options = read_config(config, (), REFRESH.config)
+    display, nodes = Display(), [until] if isinstance(until, str) else until
+
+    def lost(_server: PrefectServer, what: str) -> None:
+        display.line(f"warning: {what}")
+
+    reach_ourselves_directly()
+    with private_files(home()):
+        ended = launch(options, REFRESH, display, lost, until=list(nodes) if nodes else None)
+    return RefreshResult(ended.artifacts, ended.outcome, ended.message)

@@ -1,0 +1,162 @@
+"""The public Python API: what it imports, what it takes, what it returns."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import draftsmith
+from draftsmith.flows.pipeline.config_file import config_from
+from draftsmith.flows.refresh.config import RefreshConfig
+from draftsmith.stages.drafters.dflash.model import DFlashDrafter
+from draftsmith.stages.law import GREEDY
+from draftsmith.stages.measure.acceptance import acceptance_table
+from draftsmith.stages.replay.tally import tally_all
+from draftsmith.stages.replay.trace import Trajectory
+from draftsmith.stages.targets.causal_lm import Target
+from tests.testbed import random_target
+from tests.testbed.databases import give_databases
+from tests.testbed.drafter import DrafterArtifacts
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "prefect", "mlflow", "transformers", "pandas", "numpy")
+
+
+def python(code: str, **environment: str) -> Any:
+    """What the code prints last, as JSON, in a new process."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=ours | environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_import_loads_nothing_heavy() -> None:
+    code = f"import draftsmith, json, sys; print(json.dumps([n for n in {HEAVY} if n in sys.modules]))"
+    assert python(code) == []
+
+
+def test_every_public_name_is_there() -> None:
+    assert draftsmith.__version__ == importlib.metadata.version("draftsmith")
+    assert set(draftsmith.__all__) <= set(dir(draftsmith))
+    assert all(getattr(draftsmith, name) is not None for name in draftsmith.__all__)
+    with pytest.raises(AttributeError):
+        draftsmith.nothing  # noqa: B018
+
+
+def test_the_shipped_configs_are_package_data() -> None:
+    shipped = {each.name for each in (files("draftsmith") / "configs").iterdir() if each.name.endswith(".yaml")}
+    assert shipped == {path.name for path in (ROOT / "configs").glob("*.yaml")} and "quickstart.yaml" in shipped
+
+
+def test_an_artifact_of_the_target_is_loaded_in_its_dtype_or_another(plain_artifact: Path) -> None:
+    assert draftsmith.load_target(plain_artifact).info.dtype == "float32"
+    assert str(draftsmith.load_target(plain_artifact, dtype="bfloat16").dtype) == "torch.bfloat16"
+
+
+def test_answers_of_an_artifact_have_prompts_and_sampling(tiny_drafter: DrafterArtifacts) -> None:
+    answers = draftsmith.read_answers(tiny_drafter.heldout, splits=["heldout"])
+    assert answers.sampling == GREEDY and len(answers) == len(answers.prompts) > 2
+    assert isinstance(answers[0], Trajectory) and answers[0].tokens == answers[:1][0].tokens
+    assert len(answers[1:3]) == 2 and answers[1:3].prompts == answers.prompts[1:3]
+
+
+def written(folder: Path, *rows: dict[str, Any]) -> Path:
+    path = folder / "answers.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+IDS = {"prompt_token_ids": [1, 2, 3], "completion_token_ids": [4, 5, 6]}
+
+
+def test_rows_of_a_file_are_answers_or_counted(plain_target: Target, tmp_path: Path) -> None:
+    short = {**IDS, "completion_token_ids": [4]}
+    path = written(tmp_path, IDS, {**IDS, "completion_token_ids": [7, 8]}, short, {**IDS, "temperature": 0.5})
+    answers = draftsmith.read_answers(path, plain_target)
+    assert [each.tokens for each in answers] == [[1, 2, 3, 4, 5, 6], [1, 2, 3, 7, 8]]
+    assert len(set(answers.prompts)) == 1 and sum(answers.rejected.values()) == 2
+    sampled = draftsmith.read_answers(path, plain_target, temperature=0.5)
+    assert sampled.sampling.temperature == 0.5 and len(sampled) == 3
+
+
+def test_a_file_needs_a_target_and_a_usable_row(plain_target: Target, tmp_path: Path) -> None:
+    with pytest.raises(draftsmith.DraftsmithError):
+        draftsmith.read_answers(written(tmp_path, IDS))
+    with pytest.raises(draftsmith.DraftsmithError):
+        draftsmith.read_answers(written(tmp_path, {**IDS, "temperature": 0.5}), plain_target)
+    with pytest.raises(draftsmith.DraftsmithError):
+        draftsmith.read_answers(tmp_path / "none.jsonl", plain_target)
+
+
+def answers_of(lengths: list[int], prompts: list[str]) -> draftsmith.Answers:
+    rng = np.random.default_rng(0)
+    texts = [Trajectory(str(i), rng.integers(5, 60, 4 + n).tolist(), 4) for i, n in enumerate(lengths)]
+    return draftsmith.Answers(texts, prompts, GREEDY)
+
+
+def test_a_comparison_has_the_statistics_of_an_evaluation(plain_target: Target, plain_drafter: DFlashDrafter) -> None:
+    drafters = {"one": plain_drafter, "two": random_target.random_drafter(plain_target, 1)}
+    answers = answers_of([20, 9, 14, 30], ["a", "b", "b", "c"])
+    comparison = draftsmith.compare(plain_target, drafters, answers)
+    expected = acceptance_table(tally_all(plain_target, drafters, answers.trajectories), answers.prompts, [False] * 4)
+    table = comparison.to_pandas()
+    assert list(table.index) == ["one", "two"] and (table["prompts"] == 3).all()
+    assert table["tau"].to_dict() == {name: metrics["tau"] for name, metrics in expected.items()}
+    difference, paired = comparison.difference("two", "one"), expected["two"]["differences"]["one"]
+    assert (difference.value, difference.interval()) == (paired["value"], (paired["low"], paired["high"]))
+    assert [len(line.get_xdata()) for line in comparison.plot().lines] == [plain_drafter.block_size - 1] * 2
+    with pytest.raises(draftsmith.DraftsmithError):
+        comparison.difference("three", "one")
+
+
+def test_a_single_prompt_has_no_interval(plain_target: Target, plain_drafter: DFlashDrafter) -> None:
+    comparison = draftsmith.compare(plain_target, {"one": plain_drafter}, answers_of([20, 9], ["a", "a"]))
+    assert comparison.to_pandas()["tau_low"].isna().all()
+    assert comparison.difference("one", "one").interval() is None
+    with pytest.raises(draftsmith.DraftsmithError):
+        draftsmith.compare(plain_target, {}, answers_of([20], ["a"]))
+
+
+def test_fields_of_a_config_may_extend_a_file(tmp_path: Path) -> None:
+    extended = config_from({"extends": str(ROOT / "configs" / "quickstart.yaml"), "opd": {"steps": 7}}, RefreshConfig)
+    assert extended.opd is not None and extended.opd.steps == 7 and extended.name == "quickstart"
+    with pytest.raises(draftsmith.DraftsmithError):
+        draftsmith.refresh({"extends": str(ROOT / "configs" / "quickstart.yaml"), "opd": {"setps": 7}})
+    with pytest.raises(draftsmith.DraftsmithError):
+        draftsmith.refresh(tmp_path / "none.yaml")
+
+
+_TWO_REFRESHES = """
+import asyncio, json
+from draftsmith.flows import api
+from tests.flows.pipeline.toy import TOY
+
+api.REFRESH = TOY
+
+async def notebook():
+    return [api.refresh({"name": "toy", "verdict": verdict}) for verdict in ("promoted", "refused")]
+
+results = asyncio.run(notebook())
+print(json.dumps([[result.outcome, result.message, sorted(result.artifacts)] for result in results]))
+"""
+
+
+@pytest.mark.integration
+def test_what_a_refresh_came_to_is_a_result(tmp_path: Path) -> None:
+    """Twice in one process, in which an event loop runs, as in a notebook."""
+    give_databases(tmp_path / "home")
+    promoted, refused = python(_TWO_REFRESHES, DRAFTSMITH_HOME=str(tmp_path / "home"), PYTHONPATH=str(ROOT))
+    assert (promoted[0], refused[0]) == ("promoted", "refused")
+    assert "promoted" in promoted[1] and "refused" in refused[1]
+    assert promoted[2] == refused[2] == ["left", "right", "target", "total"]

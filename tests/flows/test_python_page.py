@@ -1,0 +1,99 @@
+"""The blocks of `flows/python.md`, run as they stand there, on the tiny target."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from draftsmith.artifacts.registry import Registry
+from draftsmith.artifacts.store import Claim, Store
+from draftsmith.artifacts.tracking import Tracking
+from draftsmith.stages.stored import DRAFTER_FOLDER, load_trajectories
+from tests.testbed.databases import give_databases
+from tests.testbed.drafter import DrafterArtifacts
+from tests.testbed.refresh import small_refresh
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "flows" / "python.md"
+_ASK = """
+import json, pathlib
+result = {
+    "tau": comparison.to_pandas()["tau"].to_dict(),
+    "difference": [difference.value, difference.interval()],
+    "rejected": dict(answers.rejected),
+    "artifacts": {name: str(folder) for name, folder in run.artifacts.items()},
+    "outcome": run.outcome,
+    "rollout": len(rollout),
+    "config": quickstart.is_file(),
+    "mined": mined.num_rows,
+    "stepped": bool(optimiser.state),
+    "same": [draftsmith.load_drafter(f"models:/my-line{which}", target).block_size for which in ("@champion", "/1")],
+    "block_size": drafter.block_size,
+}
+pathlib.Path("result.json").write_text(json.dumps(result))
+"""
+
+
+def blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), flags=re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_target: Path, tiny_prompts: Path, tiny_drafter: DrafterArtifacts) -> Path:
+    """A folder in which the page's names are the test bed's: a path that exists goes before a hub id."""
+    for name, source in {
+        "Qwen/Qwen3-4B": tiny_target,
+        "z-lab/Qwen3-4B-DFlash-b16": tiny_drafter.drafter / DRAFTER_FOLDER,
+    }.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).symlink_to(source)
+    rows: list[dict[str, object]] = [
+        {"prompt_token_ids": t.tokens[: t.prompt_length], "completion_token_ids": t.tokens[t.prompt_length :]}
+        for t in load_trajectories(tiny_drafter.heldout).trajectories[:6]
+    ]
+    rows.append({**rows[0], "temperature": 0.7})
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = small_refresh("my-model", "Qwen/Qwen3-4B", tiny_prompts, 24)
+    (tmp_path / "my-model.yaml").write_text(yaml.safe_dump(config))
+    home = tmp_path / "home"
+    give_databases(home)
+    store = Store(home / "store")
+    with store.claim("opd", "a" * 64) as claim:
+        assert isinstance(claim, Claim)
+        shutil.copytree(tiny_drafter.drafter / DRAFTER_FOLDER, claim.out / DRAFTER_FOLDER)
+        ref = store.commit(claim, config={}, inputs={}, code_digest="", seed=0)
+    lines = Registry(Tracking(home))
+    lines.promote(lines.register("my-line", ref, {}), expected=None, why="the only one")
+    return tmp_path
+
+
+def test_the_page_runs_as_it_stands(folder: Path) -> None:
+    (folder / "page.py").write_text("\n".join([*blocks(), _ASK]), "utf-8")
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+    done = subprocess.run(
+        [sys.executable, "page.py"],
+        cwd=folder,
+        env={**ours, "DRAFTSMITH_HOME": str(folder / "home")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((folder / "result.json").read_text("utf-8"))
+    assert result["tau"]["public"] == result["tau"]["ours"] > 2  # a trained drafter
+    assert result["difference"] == [0.0, [0.0, 0.0]]  # the same drafter
+    assert list(result["rejected"].values()) == [1]
+    assert {"target", "prompts", "rollout"} == set(result["artifacts"])
+    assert result["outcome"] is None and result["rollout"] == 8
+    assert all((Path(artifact) / "manifest.json").is_file() for artifact in result["artifacts"].values())
+    assert result["same"] == [result["block_size"]] * 2
+    assert result["config"] and result["mined"] > 0 and result["stepped"]
+    assert (folder / "acceptance.png").stat().st_size > 0
