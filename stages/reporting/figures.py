@@ -27,8 +27,8 @@ def figures(
     """`tau.ARM`, `tau.ARM/SET`, `speedup.cCONCURRENCY.tTEMPERATURE` (the challenger's), `speedup.ARM.c….t…`,
     `speedup.ARM/SET` (at the first setting), `tau_gain` and `tau_gain/SET` (share of the champion's), all these with
     `.low` and `.high`; `accepted_share.ARM.OFFSET`, `accepted_length.ARM.LENGTH` (verify steps), `gate.RULE` (1:
-    passed) with `.value`, `.end` and `.wanted`, `cost.…`, `data.…`. ARM is also `challenger`, the arm that the gate
-    looked at.
+    passed, 0: failed, absent: inconclusive) with `.value`, `.end` and `.wanted`, `cost.…`, `data.…`. ARM is also
+    `challenger`, the arm that the gate looked at.
 
     artifacts: of the lineage, with `name`, `duration_s` and `metrics`. data: what `prompts.json` and `logs.json` count.
     """
@@ -44,7 +44,8 @@ def figures(
 def _of_gate(decision: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for rule in decision.get("rules") or ():
         name = rule["name"].replace(",", "")  # no part of a metric's name
-        yield f"gate.{name}", float(rule["passed"])
+        if rule["judged"]:
+            yield f"gate.{name}", float(rule["passed"])
         for figure, value in (rule.get("figures") or {}).items():
             yield f"gate.{name}.{figure}", value
 

@@ -40,7 +40,7 @@ def test_figures_have_the_same_names_in_every_refresh() -> None:
     assert found["speed_over_champion.c1.t0"] == pytest.approx(1.03)
     assert (found["cost.wall_s"], found["cost.wall_s.opd"], found["cost.positions"]) == (15.0, 12.0, 100.0)
     assert found["cost.device_s"] == 4 * 12.0 + 3.0
-    assert (found["gate.tau"], found["gate.speed-up"]) == (1.0, 0.0)
+    assert found["gate.tau"] == 1.0 and "gate.speed-up" not in found, "inconclusive is no failure"
     assert [found[f"gate.tau.{name}"] for name in ("value", "end", "wanted")] == [0.073, 0.062, 0.0]
     assert found["gate.speed at temperature 0 16 in flight"] == 1.0, "a metric's name has no comma"
     assert found["accepted_length.challenger.0"] == 250
