@@ -101,10 +101,10 @@ def machine_errors(turns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[st
     else:
         ratios = {arm: [each] for arm, each in _by_round(turns, PLAIN).items()}
     found = {}
-    for arm, each in ratios.items():
-        if len(each[0]) >= (2 if by_prompt else 3):
-            variance = float(np.mean([values.var(ddof=1) for values in each]))
-            found[arm] = math.sqrt(variance / sum(map(len, each)))
+    for arm, own in ratios.items():
+        if len(own[0]) >= (2 if by_prompt else 3):
+            variance = float(np.mean([values.var(ddof=1) for values in own]))
+            found[arm] = math.sqrt(variance / sum(map(len, own)))
     return found
 
 

@@ -20,14 +20,6 @@ LABELS = {
     "inconclusive": "Not promoted: inconclusive",
     "measured": "Measured, nothing to decide",
 }
-_BROKEN = {
-    "checksums": "has files that do not match their checksums",
-    "lossless": "changes the target's outputs",
-    "near-ties": "differs from decoding without a drafter where the target was sure",
-    "tau": "has no significantly higher acceptance length",
-    "speed-up": "is not significantly faster than no drafter",
-}
-_USUAL = {"tau": 0.0, "speed-up": 1.0}  # thresholds at which a rule asks for better, no more
 _LONGEST = 100  # characters of a reason in the sentence
 
 
@@ -62,13 +54,13 @@ def outcome(evaluation: Mapping[str, Any], decision: Mapping[str, Any]) -> Outco
         sentence, followed = f"{name} is to {is_to} {what}{lengths}.", f"{name} {does} {what}{lengths}."
         shown = [rule for rule in rules if rule["name"] == "tau" or rule["name"].startswith("speed")]
     elif kind == "refused":
-        why = " and ".join(dict.fromkeys(_broken(rule) for rule in failed if rule["judged"]))
+        broken = [rule for rule in failed if rule["judged"]]
+        others = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
         stays = f"{champion[0].upper()}{champion[1:]} stays: " if champion else ""
-        lengths = lengths.replace("acceptance length ", "") if why.endswith("acceptance length") else lengths
-        sentence, shown = f"{stays}{name} {why}{lengths}.", failed
+        sentence, shown = f"{stays}{name} fails {': '.join(_why(broken[0]))}{others}.", failed
     else:
-        why = "; ".join(_unclear(rule) for rule in failed[:1])
-        sentence, shown = f"{why[:1].upper()}{why[1:]}.", failed
+        rule, said = _why(failed[0])
+        sentence, shown = f"{rule[0].upper()}{rule[1:]} could not be judged: {said}.", failed
     return Outcome(kind, sentence, [f"{rule_name(rule['name'])}: {rule['said']}" for rule in shown], followed)
 
 
@@ -82,40 +74,24 @@ def _champion(known: str | None) -> str | None:
     return known and ("the champion" if known == CHAMPION else f"version {known}")
 
 
-def _broken(broken: Mapping[str, Any]) -> str:
-    rule, wanted = broken["name"], (broken.get("figures") or {}).get("wanted")
-    if rule in _USUAL and wanted is not None and wanted != _USUAL[rule]:
-        gain = "gain in acceptance length" if rule == "tau" else rule
-        return f"does not significantly reach the {gain} that the gate asks for"
-    for prefix, words in (("tau of ", "is significantly worse on "), ("speed at ", "is significantly slower at ")):
-        if rule.startswith(prefix):
-            return words + rule.removeprefix(prefix)
-    return _BROKEN.get(rule, f"breaks the rule {rule}")
-
-
-def _unclear(rule: Mapping[str, Any]) -> str:
-    """The rule, and the start of why it could not be decided: all of it is among the reasons."""
-    why = re.split(r"(?:not judged|inconclusive)[:,] ", rule["said"])[-1]
-    why = re.sub(r" \([^)]*\)", "", why).partition("; ")[0]
-    return f"{rule_name(rule['name'])} could not be judged: {textwrap.shorten(why, _LONGEST, placeholder=' …')}"
+def _why(rule: Mapping[str, Any]) -> tuple[str, str]:
+    """The rule, and the start of what it says: all of it is among the reasons."""
+    said = re.split(r"(?:not judged|inconclusive)[:,] ", rule["said"])[-1]
+    said = re.sub(r" \([^)]*\)", "", said).partition("; ")[0]
+    return rule_name(rule["name"]), textwrap.shorten(said, _LONGEST, placeholder=" …")
 
 
 def _measured(evaluation: Mapping[str, Any]) -> Outcome:
-    """The first verdict on the acceptance length of the candidate."""
+    """The candidate beside what it is compared with first."""
     arm = challenger_of(evaluation)
-    found = [v for v in evaluation.get("verdicts") or () if v["kind"] == "tau" and v["arm"] == arm]
-    if not found:
-        length = number((evaluation["drafters"].get(arm) or {}).get("tau"), ".2f")
-        return Outcome("measured", f"{name_of(arm)} has an acceptance length of {length}.", [])
-    verdict, other = found[0], in_words(found[0]["other"])
-    if verdict["different"] is None:
-        said = f"{name_of(arm)} cannot be told from {other} by {verdict['prompts']} held-out prompt"
-    elif verdict["different"]:
-        higher = "higher" if verdict["value"] > 0 else "lower"
-        said = f"{name_of(arm)} has a significantly {higher} acceptance length than {other}"
-    else:
-        said = f"The acceptance length of {name_of(arm)} does not differ significantly from that of {other}"
-    return Outcome("measured", f"{said}: {_lengths(evaluation, arm, verdict['other'])}.", [])
+    length = number((evaluation["drafters"].get(arm) or {}).get("tau"), ".2f")
+    sentence = f"{name_of(arm)} has an acceptance length of {length}"
+    for found in evaluation.get("verdicts") or ():
+        if found["kind"] == "tau" and found["arm"] == arm:
+            judged = {True: "significant", False: "not significant", None: "too few prompts to tell"}
+            difference = f"{found['value']:+.2f} against {in_words(found['other'])}"
+            return Outcome("measured", f"{sentence}, {difference} ({judged[found['different']]}).", [])
+    return Outcome("measured", f"{sentence}.", [])
 
 
 def _first(evaluation: Mapping[str, Any], decision: Mapping[str, Any]) -> str:

@@ -58,18 +58,14 @@ def render_report(path: Path, data: ReportData) -> None:
         chosen=tables.chosen(evaluation) if data.decision else "",
         contexts=_in_order(data.contexts),
         shown=2 * _SHOWN,
-        logs=data.logs,
-        config=json.dumps(data.config, indent=2, sort_keys=True, ensure_ascii=False, default=str)
-        if data.config
-        else "",
+        data=_json({"prompts": data.prompts, "logs": data.logs}) if data.prompts or data.logs else "",
+        config=_json(data.config) if data.config else "",
         plots=_plots(data),
         tables={
             "drafters": tables.drafters(review, evaluation) if review else None,
             "by_set": tables.by_set(evaluation) if review else None,
             "by_setting": tables.by_setting(evaluation),
             "gate": tables.gate(review) if review else None,
-            "prompts": tables.prompts_table(data.prompts),
-            "not_used": tables.not_used(data.prompts, data.logs),
             "stages": tables.stages(data.lineage),
         },
     )
@@ -104,6 +100,10 @@ def _of_logs(logs: Mapping[str, Any]) -> list[str]:
         for reason, count in (logs.get("improbable") or {}).items()
         if count
     ]
+
+
+def _json(shown: Mapping[str, Any]) -> str:
+    return json.dumps(shown, indent=2, sort_keys=True, ensure_ascii=False, default=str)
 
 
 def _in_order(contexts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -12,7 +12,6 @@ from draftsmith.stages.reporting.names import ABSENT, duration, interval, name_o
 from draftsmith.stages.reporting.review import Review, points_of
 
 _COUNTED = ("response_tokens", "positions", "tflop")  # figures that stages report
-_NOT_USED = {"outside_window": "outside the window", "filtered": "excluded by logs.filter", "not_drawn": "not sampled"}
 
 
 @dataclass(frozen=True)
@@ -179,24 +178,3 @@ def _counts(artifacts: Sequence[Mapping[str, Any]]) -> list[str]:
         total = sum(values)
         found.append(ABSENT if not values else f"{total:,.0f}" if total >= 100 else f"{total:.3g}")
     return found
-
-
-def prompts_table(prompts: Mapping[str, Any]) -> Table | None:
-    """Prompts by set and split, of `prompts.json`."""
-    counts = prompts.get("counts") or {}
-    splits = list(dict.fromkeys(split for each in counts.values() for split in each))
-    rows = [[source, *(str(each.get(split, 0)) for split in splits)] for source, each in counts.items()]
-    return Table(["prompt set", *splits], rows, "Prompts") if rows else None
-
-
-def not_used(prompts: Mapping[str, Any], logs: Mapping[str, Any]) -> Table | None:
-    """Rows that were not used, by reason."""
-    rows = []
-    for field, reason in (("duplicates_removed", "duplicates"), ("too_long_skipped", "too long")):
-        rows += [["prompts", reason, str(prompts[field])]] if prompts.get(field) else []
-    for name, found in (("prompts", prompts), ("logs", logs)):
-        rows += [[name, reason, str(count)] for reason, count in (found.get("set_aside") or {}).items()]
-    rows += [["logs", reason, str(logs[field])] for field, reason in _NOT_USED.items() if logs.get(field)]
-    for reason, count in (logs.get("improbable") or {}).items():
-        rows.append(["logs, used anyway", reason, f"{count} of {logs.get('scored')} that were checked"])
-    return Table(["of", "reason", "rows"], rows, "Rows not used", text_columns=2) if rows else None

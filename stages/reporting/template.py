@@ -173,12 +173,7 @@ as accept length, vLLM as mean acceptance length. Measured by replay of the same
 {%- endcall %}
 
 {%- call section("Details") %}
-{%- call fold("Data") %}
-{%- if logs %}<p>{{ logs.used }} logged answers were used, of {{ logs.rows_read }} rows that were read
-{%- if logs.replayed %}; {{ logs.replayed }} answers of the earlier refresh were mixed in{% endif %}.</p>{% endif %}
-{{ table(tables.prompts) }}
-{{ table(tables.not_used) }}
-{%- endcall %}
+{%- call fold("Data") %}{% if data %}<pre tabindex="0">{{ data }}</pre>{% endif %}{% endcall %}
 {%- call fold("Stages and lineage") %}{{ table(tables.stages) }}{% endcall %}
 {%- call fold("All settings") %}{% if config %}<pre tabindex="0">{{ config }}</pre>{% endif %}{% endcall %}
 {%- endcall %}

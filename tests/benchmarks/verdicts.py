@@ -73,7 +73,7 @@ def measured_rounds(
         ctx = RecordingContext.under(Path(folder), inputs, seed)
         test = SpeedTest(ctx, target, config.model_copy(update={"rounds": rounds}), seed)
         sizes, _ = choose_block_sizes(test, drafters, validation, settings_of(config)[0])
-        embedded.steady = lambda *_: True  # type: ignore[assignment]
+        embedded.steady = lambda *_: True
         rows, turns = test.take_turns(drafters, sizes, prompts, settings_of(config))
     return turns, rows
 
@@ -123,7 +123,7 @@ def main() -> None:
             count["measurements"] += 1
             for name, factor in (("equal called different", 1.0), ("10 % apart told apart", SLOWER)):
                 slower = [
-                    row | {"latency_seconds": row["latency_seconds"] * (factor if row["arm"] == "opd" else 1)}
+                    {**row, "latency_seconds": row["latency_seconds"] * (factor if row["arm"] == "opd" else 1)}
                     for row in own_rows
                 ]
                 ratios = log_ratios(own_turns, slower, [("opd", "sft")], units)

@@ -198,7 +198,8 @@ def test_drafters_10_percent_apart_are_told_apart_on_40_prompts(load: float) -> 
     repetitions, seen = 150, 0
     for _ in range(repetitions):
         turns, rows = simulated_by_prompt(rng, 40, gain=0.1, load=load, rounds=4)
-        if steady(*(two := [[row for row in table if row["round"] < 2] for table in (turns, rows)]), SETTING):
+        two = [[row for row in table if row["round"] < 2] for table in (turns, rows)]
+        if steady(two[0], two[1], SETTING):
             turns, rows = two
         seen += said(verdicts({}, log_ratios(turns, rows, pairs(ARMS), {}), 40), "opd", "sft")
     assert seen / repetitions >= 0.9
