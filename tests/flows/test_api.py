@@ -115,7 +115,7 @@ def test_a_comparison_has_the_statistics_of_an_evaluation(plain_target: Target, 
     assert table["tau"].to_dict() == {name: metrics["tau"] for name, metrics in expected.items()}
     difference, paired = comparison.difference("two", "one"), expected["two"]["differences"]["one"]
     assert (difference.value, difference.interval()) == (paired["value"], (paired["low"], paired["high"]))
-    assert [len(line.get_xdata()) for line in comparison.plot().lines] == [plain_drafter.block_size - 1] * 2
+    assert [np.size(line.get_xdata()) for line in comparison.plot().lines] == [plain_drafter.block_size - 1] * 2
     with pytest.raises(draftsmith.DraftsmithError):
         comparison.difference("three", "one")
 
