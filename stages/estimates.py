@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from draftsmith.stages.drafters.estimate import LOGIT_COPIES
 from draftsmith.stages.engines.config import EmbeddedEngineConfig
 from draftsmith.stages.engines.estimate import embedded_memory, launched_servers
 from draftsmith.stages.experiments.procedural_target import ProceduralTargetConfig
@@ -20,7 +21,7 @@ from draftsmith.stages.targets.config import TargetConfig
 from draftsmith.stages.targets.estimate import PROCESS, TRACE_STEPS_PER_TOKEN, Answers, Estimate, Use, tables_of
 from draftsmith.stages.targets.source import source_kind
 from draftsmith.stages.training.config import SftConfig
-from draftsmith.stages.training.estimate import LOGIT_COPIES, activations, training_estimate
+from draftsmith.stages.training.estimate import activations, training_estimate
 from draftsmith.stages.training.on_policy.config import OpdConfig
 
 
