@@ -23,14 +23,14 @@ def process_group(store: Store | None = None, rank: int = -1) -> Iterator[None]:
     import torch
     from torch import distributed as dist
 
-    named = {} if store is None else {"store": store, "rank": rank, "world_size": int(os.environ["WORLD_SIZE"])}
+    world = -1 if store is None else int(os.environ["WORLD_SIZE"])
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         # plain objects go through the host
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **named)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, store=store, rank=rank, world_size=world)
     else:
-        dist.init_process_group("gloo", **named)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     yield
     dist.destroy_process_group()  # not of one that failed: others may be gone
 
