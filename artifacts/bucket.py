@@ -1,32 +1,22 @@
-"""A folder of an object store, behind fsspec: whole objects by name, and one clear error for whatever fails."""
+"""A folder of an object store, through fsspec: whole objects by name, retried, and one clear error for what fails."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
+
+import tenacity
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError, one_line
 from draftsmith.artifacts.redaction import secret_in
 
-_MODIFIED = ("LastModified", "updated", "last_modified", "mtime", "created")  # as S3, GCS, Azure and disks call it
 _OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-_PROBE = ".written-once"  # an object of the check
+_PROBE = ".written-once"  # an object that the check writes
 _WRITTEN = "written"
-_ADVICE = "check the address, the credentials and the network"
 
-Found = TypeVar("Found")
-
-
-@dataclass(frozen=True)
-class Stored:
-    """What a listing tells of an object."""
-
-    bytes: int
-    modified: float  # seconds since the epoch
+Result = TypeVar("Result")
 
 
 class Bucket:
@@ -49,136 +39,103 @@ class Bucket:
         import fsspec
 
         try:
-            # a listing that is kept is not what is there: others write too
-            options = {"use_listings_cache": False} | ({"auto_mkdir": True} if _is_folder(address) else {})
-            self._system, self._root = fsspec.core.url_to_fs(self.address, **options)
-        except (
-            ImportError,
-            ValueError,
-            TypeError,
-        ) as error:  # no such protocol, or its package is missing
+            options = {"use_listings_cache": False}  # others write too
+            if address.startswith(("file:", "local:")):
+                options["auto_mkdir"] = True
+            self._system, root = fsspec.core.url_to_fs(self.address, **options)
+        except (ImportError, ValueError, TypeError) as error:  # no such protocol, or its package is missing
             raise DraftsmithError(f"{field}: {address}: {one_line(error)}") from error
+        self._root = root.rstrip("/")
 
     def address_of(self, name: str) -> str:
         return f"{self.address}/{name}"
 
     def check(self) -> None:
-        """Write a small object, twice: raises DraftsmithError where there is no such bucket, or where the second one
-        replaces the first."""
-        self.create(_PROBE, b"")
-        if self.create(_PROBE, b""):
-            raise DraftsmithError(
-                f"{self._field}: {self.address}: a write on the condition that there is none replaced an object, so of "
-                "two hosts the second would overwrite the first: use a store that keeps the condition, such as S3"
-            )
+        """Write an empty object. Raises DraftsmithError where there is no such bucket."""
+        self.write(_PROBE, b"")
 
     def read(self, name: str) -> bytes | None:
-        """The object's content; None if there is none."""
-        return self._or_none(name, "read", lambda: self._system.cat_file(self._path(name)))
+        """Return the object's content; None if there is none."""
+        return self.read_all([name]).get(name)
 
     def read_all(self, names: Iterable[str]) -> dict[str, bytes]:
-        """The same of many at once, as far as they are there."""
+        """Return the content of many objects, as far as they are there."""
         paths = {self._path(name): name for name in names}
-        if not paths:
-            return {}
-        with_errors: Mapping[str, Any] = self._do("", "read", lambda: self._system.cat(list(paths), on_error="return"))
-        found = {}
-        for path, content in with_errors.items():
-            if isinstance(content, FileNotFoundError):
-                continue
-            if isinstance(content, Exception):
-                raise self._lost(paths[path], "read", content) from content
-            found[paths[path]] = bytes(content)
-        return found
 
-    def create(self, name: str, content: bytes) -> bool:
-        """Write the object if there is none, in one step; whether it was written."""
+        def cat() -> dict[str, bytes]:
+            contents = self._system.cat(list(paths), on_error="return") if paths else {}
+            there = {path: each for path, each in contents.items() if not isinstance(each, FileNotFoundError)}
+            for each in there.values():
+                if isinstance(each, Exception):
+                    raise each
+            return {paths[path]: bytes(each) for path, each in there.items()}
 
-        def write() -> bool:
-            try:
-                self._system.pipe_file(self._path(name), content, mode="create")
-            except FileExistsError:
-                return False
-            except OSError as error:
-                if _was_there(error):
-                    return False
-                raise
-            return True
+        return self._call(next(iter(paths.values()), ""), "read", cat)
 
-        return self._do(name, _WRITTEN, write)
-
-    def replace(self, name: str, content: bytes) -> None:
+    def write(self, name: str, content: bytes) -> None:
         """Write the object, in place of another if there is one."""
-        self._do(name, _WRITTEN, lambda: self._system.pipe_file(self._path(name), content))
+        self._call(name, _WRITTEN, lambda: self._system.pipe_file(self._path(name), content))
 
     def upload(self, path: Path, name: str) -> None:
-        """A file's content as an object; it is there when it is whole."""
-        self._do(name, _WRITTEN, lambda: self._system.put_file(str(path), self._path(name)))
+        """Write a file's content as an object; it is there when it is whole."""
+        self._call(name, _WRITTEN, lambda: self._system.put_file(str(path), self._path(name)))
 
     def download(self, name: str, path: Path) -> bool:
-        """The object's content into a file; False if there is none."""
-        return self._or_none(name, "read", lambda: self._system.get_file(self._path(name), str(path)) or True) is True
+        """Write the object's content into a file; return False if there is none."""
 
-    def listed(self, folder: str = "") -> dict[str, Stored]:
-        """Every object below a folder, by its name (from the address on)."""
-        start = len(self._root.rstrip("/")) + 1
+        def get() -> bool:
+            try:
+                self._system.get_file(self._path(name), str(path))
+            except FileNotFoundError:
+                return False
+            return True
 
-        def find() -> Mapping[str, Any]:
+        return self._call(name, "read", get)
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Return the bytes of every object below a folder, by its name (from the address on)."""
+
+        def find() -> dict[str, int]:
             self._system.invalidate_cache()
-            found: Mapping[str, Any] = self._system.find(self._path(folder) if folder else self._root, detail=True)
-            return found
+            try:
+                listing = self._system.find(self._path(folder) if folder else self._root, detail=True)
+            except FileNotFoundError:
+                return {}
+            return {path[len(self._root) + 1 :]: int(info["size"]) for path, info in listing.items()}
 
-        found = self._or_none(folder, "listed", find) or {}
-        return {path[start:]: Stored(int(info["size"]), _modified(info)) for path, info in found.items()}
-
-    def delete(self, names: Iterable[str]) -> None:
-        paths = [self._path(name) for name in names]
-        if paths:
-            self._do("", "deleted from", lambda: self._system.rm(paths))
+        return self._call(folder, "listed", find)
 
     def _path(self, name: str) -> str:
-        return f"{self._root.rstrip('/')}/{name}"
+        return f"{self._root}/{name}"
 
-    def _or_none(self, name: str, doing: str, act: Callable[[], Found]) -> Found | None:
-        def found() -> Found | None:
-            try:
-                return act()
-            except FileNotFoundError:
-                return None
-
-        return self._do(name, doing, found)
-
-    def _do(self, name: str, doing: str, act: Callable[[], Found]) -> Found:
+    def _call(self, name: str, doing: str, act: Callable[[], Result]) -> Result:
+        """Call the file system, up to three times."""
+        again = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(lambda error: not _is_final(error)),
+            stop=tenacity.stop_after_attempt(3),
+            wait=tenacity.wait_random_exponential(max=5),
+            reraise=True,
+        )
         try:
-            return act()
+            return again(act)
         except Exception as error:  # of whichever package: no credentials, no such bucket, no network
-            if isinstance(error, OSError) and (error.filename or error.errno in _OF_A_DISK):
-                raise  # of this machine's: an object store's errors name no file
+            if _is_of_this_disk(error):
+                raise
             if isinstance(error, FileNotFoundError) and doing == _WRITTEN:
                 raise DraftsmithError(
                     f"{self._field}: {self.address}: there is no such bucket ({one_line(error)}): correct the "
                     "address, or make it"
                 ) from error
-            raise self._lost(name, doing, error) from error
-
-    def _lost(self, name: str, doing: str, error: BaseException) -> RetryableError:
-        return RetryableError(f"{self.address_of(name)}: cannot be {doing} ({one_line(error)}): {_ADVICE}")
-
-
-def _is_folder(address: str) -> bool:
-    return address.startswith(("file:", "local:"))
+            raise RetryableError(
+                f"{self.address_of(name)}: cannot be {doing} ({one_line(error)}): check the address, the credentials "
+                "and the network"
+            ) from error
 
 
-def _was_there(error: OSError) -> bool:
-    """Whether S3 refused a conditional write: another one was first (412), or is under way (409)."""
-    code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code", "")
-    return code in ("PreconditionFailed", "ConditionalRequestConflict") or "PreconditionFailed" in str(error)
+def _is_final(error: BaseException) -> bool:
+    return isinstance(error, FileNotFoundError) or _is_of_this_disk(error) or not isinstance(error, Exception)
 
 
-def _modified(info: Mapping[str, Any]) -> float:
-    found = next((info[name] for name in _MODIFIED if info.get(name) is not None), 0.0)
-    if isinstance(found, str):
-        found = datetime.fromisoformat(found)
-    if isinstance(found, datetime):
-        return (found if found.tzinfo is not None else found.replace(tzinfo=UTC)).timestamp()
-    return float(found)
+def _is_of_this_disk(error: BaseException) -> bool:
+    """Whether an error is of this machine's files: an object store's errors name none."""
+    return isinstance(error, OSError) and bool(error.filename or error.errno in _OF_A_DISK)

@@ -4,23 +4,21 @@ logs. No complete artifact is."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from draftsmith.artifacts.atomic import disk_errors
-from draftsmith.artifacts.bucket import Stored
 from draftsmith.artifacts.damage import SHARD
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import UPLOADED
 from draftsmith.artifacts.locks import is_locked, locked
 from draftsmith.artifacts.manifest import MANIFEST, read_manifest
 from draftsmith.artifacts.open_store import store_of
-from draftsmith.artifacts.remote_store import RemoteStore
 from draftsmith.artifacts.store import PARTIAL, REPLACED
 
 _LOGS = ("*.log", "*.request.json")
-REPLACED_ARTIFACTS = ("replaced artifact", "replaced artifact, or unfinished upload")  # on this machine, in a bucket
+REPLACED_ARTIFACT = "replaced artifact"
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,6 @@ class Leftover:
                 _delete(self.path)
         return True
 
-    def shown(self, home: Path) -> str:
-        """Where it is, for a person."""
-        return str(self.path.relative_to(home))
-
     @property
     def content(self) -> str | None:
         """The beginning of the content id of what it once was; None if it was no artifact, or nobody can say."""
@@ -61,31 +55,9 @@ class Leftover:
             return None
 
 
-@dataclass(frozen=True)
-class RemoteLeftover(Leftover):
-    """Files in a bucket that no artifact has; `path` is their folder there."""
-
-    store: RemoteStore | None = None
-    objects: Mapping[str, Stored] = field(default_factory=dict)
-
-    @property
-    def content(self) -> str | None:
-        return self.path.name.partition("-")[0]  # `remote_store.py` names folders so
-
-    def remove(self) -> bool:
-        assert self.store is not None
-        return self.store.delete_unnamed(self.path.as_posix(), self.objects)
-
-    def shown(self, _home: Path) -> str:
-        assert self.store is not None
-        return f"{self.store.where}/{self.path.as_posix()}"
-
-
 def leftovers(home: Path, before: float) -> list[Leftover]:
-    """Everything under a home that was last touched before a moment (seconds since the epoch), largest first; in the
-    bucket of its store too."""
-    store = store_of(home)
-    root = store.root
+    """Everything under a home that was last touched before a moment (seconds since the epoch), largest first."""
+    root = store_of(home).root
     found = list(_logs(home / "logs"))
     for folder in root.glob(f"*/{PARTIAL}*"):
         lock = folder.with_name(f".lock-{folder.name.removeprefix(PARTIAL)}")
@@ -99,9 +71,7 @@ def leftovers(home: Path, before: float) -> list[Leftover]:
         for folder in stage.glob("[!.]*/"):  # of a node that is made, or that was given up
             found.append(_described("shard", folder, folder.with_name(f".lock-{folder.name}"), node))
     found += [_described("copy of an uploaded drafter", folder) for folder in (home / UPLOADED).glob("*/")]
-    found += [_described(REPLACED_ARTIFACTS[0], folder) for folder in root.glob(f"*/{REPLACED}*")]
-    if isinstance(store, RemoteStore):
-        found += [_remote(store, folder, objects) for folder, objects in store.unnamed(before)]
+    found += [_described(REPLACED_ARTIFACT, folder) for folder in root.glob(f"*/{REPLACED}*")]
     return sorted((each for each in found if each.touched < before), key=lambda each: -each.bytes)
 
 
@@ -119,11 +89,6 @@ def _attempts(stage: Path) -> bool:
 def _described(what: str, path: Path, lock: Path | None = None, joined_in: Path | None = None) -> Leftover:
     stats = [each.lstat() for each in [path, *path.rglob("*")]]
     return Leftover(what, path, sum(s.st_size for s in stats), max(s.st_mtime for s in stats), lock, joined_in)
-
-
-def _remote(store: RemoteStore, folder: str, objects: Mapping[str, Stored]) -> RemoteLeftover:
-    sizes, times = [each.bytes for each in objects.values()], [each.modified for each in objects.values()]
-    return RemoteLeftover(REPLACED_ARTIFACTS[1], Path(folder), sum(sizes), max(times), store=store, objects=objects)
 
 
 def _delete(path: Path) -> None:

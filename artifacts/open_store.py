@@ -1,4 +1,4 @@
-"""Which store a home works with: its own folder, or the bucket that the environment names."""
+"""Which store a home works with: its own folder, mirrored in a bucket if the environment names one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ STORE = "DRAFTSMITH_STORE"  # of the environment: an address for fsspec, such as
 
 
 def store_of(home: Path) -> Store:
-    """`<home>/store`, or the bucket of `DRAFTSMITH_STORE` with its copies there.
+    """`<home>/store`, mirrored in the bucket of `DRAFTSMITH_STORE` if there is one.
 
     Raises DraftsmithError for an address that cannot be used.
     """
@@ -19,6 +19,6 @@ def store_of(home: Path) -> Store:
     if not address:
         return Store(home / "store")
     from draftsmith.artifacts.bucket import Bucket
-    from draftsmith.artifacts.remote_store import RemoteStore
+    from draftsmith.artifacts.mirror import MirroredStore
 
-    return RemoteStore(home / "store", Bucket(address, STORE))
+    return MirroredStore(home / "store", Bucket(address, STORE))

@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -151,7 +152,7 @@ def run_request(request: Mapping[str, Any], events: EventStream, stop: threading
             assert stage.shard is not None
             stage.shard(context, config, Shard(**request["shard"]))
         elif parallel is not None and parallel.world > 1:
-            from draftsmith.stages.parallel.head import run_ranks
+            from draftsmith.stages.parallel.launch import run_ranks
 
             use_threads(max(1, int(request.get("threads") or os.cpu_count() or 1) // parallel.processes))
             run_ranks(parallel, run_rank, request, events.path, stop)
@@ -188,35 +189,44 @@ def _asked(
     return stage, config, context
 
 
-def run_rank(request: Mapping[str, Any], events_path: str) -> int:
-    """Body of a rank: the stage itself, as one of many. Returns 0, or the exit code of a stage that was interrupted.
+def run_rank(request: Mapping[str, Any] | None, events_path: str) -> int:
+    """Run the stage as one of many ranks. Return 0, or the exit code of a stage that was interrupted.
 
+    request: as `run_ranks` gives it; None on another node than the flow's, which gets it from there.
     events_path: where the first one reports. Another error goes into the rank's report, and ends the process with its
     exit code, and with it all ranks.
     """
-    from draftsmith.stages.parallel.group import process_group
+    from draftsmith.stages.parallel.group import meet, process_group
     from draftsmith.stages.parallel.launch import RankReport, note_start
 
     redact_logs()
     collect_seldom()
     keep_freed_memory()
     stop = stop_when_asked()
-    rank, work = int(os.environ["RANK"]), Path(request["work"])
+    rank = int(os.environ["LOCAL_RANK"])  # of the flow's node, also among all
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    events = EventStream(os.open(events_path if rank == 0 else os.devnull, os.O_WRONLY))
     try:
-        note_start(work, rank)
+        if request is not None:
+            note_start(Path(request["notes"]), rank)
+        store, rank, request = meet(request)
+        events = EventStream(os.open(events_path if rank == 0 else os.devnull, os.O_WRONLY))
+        if not Path(request["notes"]).is_dir():
+            raise DraftsmithError(
+                f"{request['work']} is not on {socket.gethostname()}. Mount DRAFTSMITH_HOME there, under the same path "
+                "as on the node that runs the flow."
+            )
         stage, config, context = _asked(request, events, stop, ProcessContext if rank == 0 else SilentContext)
-        with process_group():
+        with process_group(store, rank):
             stage.run(context, config)
     except StageInterrupted as error:
         return error.exit_code
     except BaseException as error:
-        known = _known(error, request)
+        known = None if request is None else _known(error, request)
         message = str(known or traceback.format_exception_only(error)[-1].strip().replace("\n", " "))
         code = 1 if known is None else known.exit_code
         _print_traceback()
-        RankReport(rank, redacted(message), code, time.time()).write(work)
+        if request is not None:
+            RankReport(rank, redacted(message), code, time.time()).write(Path(request["notes"]))
         raise SystemExit(code) from error
     return 0
 

@@ -1,4 +1,4 @@
-"""The shards of a node as mapped Prefect tasks: on this machine, or on the hosts of a Ray or Dask cluster.
+"""The shards of a node as mapped Prefect tasks: on this machine, or on the hosts of a Ray cluster.
 
 A host of a cluster needs this version of Draftsmith, the store (a shared home under the same path, or the same bucket
 with a home of its own in its `DRAFTSMITH_HOME`), and what every stage needs of the environment. Its own scheduler gives
@@ -115,13 +115,9 @@ def _runner(
     options: StageOptions, orders: Sequence[Order]
 ) -> tuple[TaskRunner[Any], Callable[[], AbstractContextManager[Any]]]:
     """The task runner, and a context in which tasks are submitted: what a shard asks of the cluster's resources."""
-    match options.runner:
-        case "local":
-            return ThreadPoolTaskRunner(max_workers=at_once(orders)), nullcontext
-        case "ray":
-            return _ray(options)
-        case "dask":
-            return _dask(options, orders)
+    if options.runner == "ray":
+        return _ray(options)
+    return ThreadPoolTaskRunner(max_workers=at_once(orders)), nullcontext
 
 
 def _ray(options: StageOptions) -> tuple[TaskRunner[Any], Callable[[], AbstractContextManager[Any]]]:
@@ -137,14 +133,3 @@ def _ray(options: StageOptions) -> tuple[TaskRunner[Any], Callable[[], AbstractC
 
     own = {} if options.runner_address else {"include_dashboard": False}
     return RayTaskRunner(address=options.runner_address, init_kwargs={"log_to_driver": False, **own}), resources
-
-
-def _dask(
-    options: StageOptions, orders: Sequence[Order]
-) -> tuple[TaskRunner[Any], Callable[[], AbstractContextManager[Any]]]:
-    from prefect_dask import DaskTaskRunner
-
-    if options.runner_address:
-        return DaskTaskRunner(address=options.runner_address), nullcontext
-    own = {"n_workers": at_once(orders), "threads_per_worker": 1, "dashboard_address": None}
-    return DaskTaskRunner(cluster_kwargs=own), nullcontext

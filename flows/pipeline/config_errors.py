@@ -35,6 +35,10 @@ _EXPECTED = {
     "path_type": "a path",
     "none_required": "nothing (null)",
 }
+# fields, and values of fields, that an earlier version took: what to do instead
+REMOVED = {
+    "stages.runner=dask": "runs on Dask were removed. Use ray, or leave the field out.",
+}
 _LENGTH = {"too_short": "a list", "string_too_short": "a text"}
 
 
@@ -105,6 +109,8 @@ def _types_of_all_members(details: list[Any], model: type[BaseModel]) -> list[An
 
 def _problem(detail: Any, location: PathKey, field: str, model: type[BaseModel]) -> str:
     kind, value = detail["type"], detail.get("input")
+    if (advice := REMOVED.get(field) or REMOVED.get(f"{field}={value}")) is not None:
+        return advice
     if kind == "extra_forbidden":
         return _unknown_field(location, model)
     if kind == "missing":

@@ -13,8 +13,8 @@ from rich.tree import Tree
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import ArtifactRef, InputEntry, Manifest, local_time
+from draftsmith.artifacts.mirror import MirroredStore
 from draftsmith.artifacts.open_store import store_of
-from draftsmith.artifacts.remote_store import RemoteStore
 from draftsmith.artifacts.store import PARTIAL, Store
 from draftsmith.flows.pipeline.display import Display, duration, escape, figure, folded_table, size
 from draftsmith.flows.pipeline.failures import last_failure
@@ -121,7 +121,7 @@ def status_of_store(display: Display) -> None:
 
 def _damage(store: Store, manifest: Manifest) -> DraftsmithError | None:
     """What is wrong with an artifact, as far as a look at its files says: none is read. Of a bucket nothing is."""
-    if isinstance(store, RemoteStore):
+    if isinstance(store, MirroredStore):
         return None
     try:
         store.find(manifest.stage, manifest.key)

@@ -59,11 +59,10 @@ class StageOptions(Config):
     shards: int = Field(default=1, ge=1, le=1024)
     """Parts in which a stage that can be cut is made, each an artifact of its own in a process of its own, on one GPU
     if there are any. The result is the same. On CPUs, set `threads` to the cores a shard is to use."""
-    runner: Literal["local", "ray", "dask"] = "local"
-    """Where shards are made: beside each other on this machine, or by Prefect's task runner for a cluster."""
+    runner: Literal["local", "ray"] = "local"
+    """Where shards are made: beside each other on this machine, or by Prefect's task runner for a Ray cluster."""
     runner_address: str | None = None
-    """Of the cluster, such as `ray://head:10001` or `tcp://scheduler:8786`; left out: one on this machine, for the
-    shards alone."""
+    """Of the cluster, such as `ray://head:10001`; left out: one on this machine, for the shards alone."""
     min_free_gb: float = Field(default=2, ge=0)
     """Free disk space (10^9 bytes) that must be there before a run starts."""
     price_per_hour: float | None = Field(default=None, ge=0)
@@ -125,10 +124,9 @@ class RunOptions(Config):
 
 def check_runner(options: StageOptions) -> None:
     """Raises DraftsmithError if the packages of the config's runner are not installed."""
-    packages = {"local": (), "ray": ("ray", "prefect_ray"), "dask": ("dask", "prefect_dask")}[options.runner]
-    for package in packages:
+    for package in ("ray", "prefect_ray") if options.runner == "ray" else ():
         if importlib.util.find_spec(package) is None:
             raise DraftsmithError(
                 f"stages.runner: the package {package.replace('_', '-')} is not installed: pip install "
-                f"'draftsmith[{options.runner}]', or leave the field out"
+                "'draftsmith[ray]', or leave the field out"
             )

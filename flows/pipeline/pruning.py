@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
-from draftsmith.artifacts.leftovers import REPLACED_ARTIFACTS, Leftover, leftovers
+from draftsmith.artifacts.leftovers import REPLACED_ARTIFACT, Leftover, leftovers
 from draftsmith.artifacts.manifest import local_time
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.registry import Registry
@@ -33,7 +33,7 @@ def prune(display: Display, days: float, *, artifacts: bool, delete: bool) -> No
 def _prune(display: Display, days: float, *, artifacts: bool, delete: bool) -> None:
     before = time.time() - days * 86400
     found = leftovers(home(), before)
-    replaced = [each for each in found if each.what in REPLACED_ARTIFACTS]
+    replaced = [each for each in found if each.what == REPLACED_ARTIFACT]
     found = [each for each in found if each not in replaced]
     if replaced and (named := _known(display, "replaced artifacts", Registry.content_ids)) is not None:
         found += [each for each in replaced if not _is_named(each, named)]
@@ -71,7 +71,7 @@ def _list(display: Display, found: Sequence[Leftover], command: str) -> None:
     table = folded_table("what", "path", "size", "last touched")
     for each in found:
         touched = local_time(datetime.fromtimestamp(each.touched, UTC))
-        table.add_row(each.what, each.shown(home()), size(each.bytes), touched)
+        table.add_row(each.what, str(each.path.relative_to(home())), size(each.bytes), touched)
     display.console.print(table)
     display.line(f"{_total(found)} in all; `{command}` removes it")
 

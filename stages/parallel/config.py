@@ -17,7 +17,7 @@ class ParallelConfig(Config):
     """Processes that share the answers of every step; each has one device, the target and the drafter."""
 
     processes: Annotated[int, Field(ge=1, description="on each node; with GPUs one each")] = 1
-    nodes: Annotated[int, Field(ge=1, description="the others run `python -m draftsmith.stages.join`")] = 1
+    nodes: Annotated[int, Field(ge=1, description="the others run `torchrun`, see configs/scale/README.md")] = 1
     rendezvous: Annotated[
         str | None,
         Field(
@@ -58,16 +58,13 @@ class ParallelConfig(Config):
         return self.processes * self.nodes
 
     def endpoint(self) -> tuple[str, int]:
-        """Where nodes meet. Raises DraftsmithError if nobody says it."""
-        return endpoint_of(self.rendezvous or os.environ.get(RENDEZVOUS))
-
-
-def endpoint_of(address: str | None) -> tuple[str, int]:
-    """Host and port of HOST:PORT. Raises DraftsmithError."""
-    host, _, port = (address or "").rpartition(":")
-    if not host or not port.isdecimal():
-        said = f"is {address!r}" if address else "is not given"
-        raise DraftsmithError(
-            f"parallel.rendezvous {said}: name HOST:PORT of the node that runs the flow there, or in {RENDEZVOUS}"
-        )
-    return host, int(port)
+        """Return host and port where nodes meet. Raises DraftsmithError if nobody names them."""
+        address = self.rendezvous or os.environ.get(RENDEZVOUS) or ""
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal():
+            problem = f"is {address!r}" if address else "is not given"
+            raise DraftsmithError(
+                f"parallel.rendezvous {problem}. Name HOST:PORT of the node that runs the flow there, "
+                f"or in {RENDEZVOUS}."
+            )
+        return host, int(port)

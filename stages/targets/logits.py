@@ -33,12 +33,5 @@ class LogitMap:
         logits = scaled if self.softcap is None else (scaled / self.softcap).tanh() * self.softcap
         return logits if self.temperature == 1.0 else logits / self.temperature
 
-    def slope(self, logits: torch.Tensor) -> torch.Tensor | float:
-        """d logit / d product, from the logits."""
-        steepest = self.scale / self.temperature
-        if self.softcap is None:
-            return steepest
-        return (1 - (logits * (self.temperature / self.softcap)).square()) * steepest
-
 
 PLAIN = LogitMap()

@@ -6,7 +6,6 @@ import math
 from typing import TYPE_CHECKING
 
 from draftsmith.artifacts.machine_memory import memory_bytes
-from draftsmith.stages.drafters.estimate import LOGIT_COPIES
 from draftsmith.stages.drafters.kinds import KINDS
 from draftsmith.stages.replay.estimate import cached_read, scoring_logits
 from draftsmith.stages.targets.estimate import DTYPE_BYTES, PROCESS, Answers, Estimate, ModelSize, Sizes, Use, tables_of
@@ -18,9 +17,9 @@ if TYPE_CHECKING:
     from draftsmith.stages.targets.causal_lm import Target
 
 USABLE = 0.85  # of a device's memory: the rest is for what the allocator leaves unused
-_TILE = 4096  # tokens of a tile of logits
-_WHOLE_ROWS = {"ce_l1": 5}  # copies of a chunk's float32 logits that losses of no tiles keep
-_WHOLE_ROWS_OF_NAMED = 6  # as many as the greediest of the lab's
+# copies of a chunk's float32 logits that a loss needs at once; of a named one as many as the greediest of the lab's
+_COPIES = {"cross_entropy": 5, "bernoulli_kl": 5, "forward_kl": 7, "ce_l1": 5}
+_COPIES_OF_NAMED = 6
 # the rest comes and goes
 _ALWAYS = ("process", "target", "drafter with AdamW", "features", "next batch", "head", "logits")
 
@@ -38,9 +37,8 @@ def training_estimate(config: TrainingConfig, use: Use, *, mines: bool = False, 
     next batch, which is read meanwhile unless the target is shared.
     Activations: what the drafter keeps of the tokens of a micro-batch, trajectories and blocks
     (`stages/drafters/<kind>/planning.py`), and of each position with a loss its state and its gradient.
-    Logits: a tile of the chunk, and for forward KL the products of a chunk, 2 · positions_per_chunk · V · s; of other
-    distribution losses 5 or 6 · positions_per_chunk · V · 4; of a head with weights of the drafter's more of these, as
-    its architecture says (`planning.py` too).
+    Logits: 5 to 7 · positions_per_chunk · V · 4; of a head with weights of the drafter's more of these, as its
+    architecture says (`planning.py` too).
     mines: traces again while training, the logits of mining. scores: the target judges rejected proposals, the read of
     mining. Either is done before the graph of a micro-batch is made.
 
@@ -113,10 +111,7 @@ def _logits(config: TrainingConfig, sizes: Sizes, rows_of_head: int) -> float:
     a, chunk, loss = DTYPE_BYTES[config.compute_dtype], config.positions_per_chunk, _loss(config, sizes.kind)
     if (own := KINDS[sizes.kind].kept_by_own_logits(sizes.drafter, chunk, a)) is not None:
         return own
-    if ":" in loss or loss in _WHOLE_ROWS:
-        return float(_WHOLE_ROWS.get(loss, _WHOLE_ROWS_OF_NAMED) * chunk * rows_of_head * 4)
-    products = (a + sizes.itemsize) * chunk * rows_of_head if loss == "forward_kl" else 0
-    return float(LOGIT_COPIES * chunk * _TILE * 4 + products)
+    return float(_COPIES.get(loss, _COPIES_OF_NAMED) * chunk * rows_of_head * 4)
 
 
 def _loss(config: TrainingConfig, kind: str) -> str:

@@ -28,7 +28,6 @@ from draftsmith.stages.training.blocks import Anchors, Share, Weighted, labels_o
 from draftsmith.stages.training.chosen import chosen
 from draftsmith.stages.training.chunked import chunked_values
 from draftsmith.stages.training.loss_config import PositionWeights, ResponseStream
-from draftsmith.stages.training.tiled import forward_kl, token_logprobs
 from draftsmith.stages.training.vocabulary import Heads
 
 NO_HIDDEN = "this loss asks for the target's distribution: batches need its hidden states"
@@ -68,7 +67,11 @@ class Feedback:
         assert self.hidden is not None, NO_HIDDEN
         with torch.autocast(self.hidden.device.type, enabled=False):
             whole = Head(self.target_head, logit_map=self.head.logit_map)
-            said = token_logprobs(self.hidden, whole, self.tokens, positions_per_chunk).values
+            said = chunked_values(
+                self.hidden,
+                positions_per_chunk,
+                lambda h, part: -losses.cross_entropy(whole.logits(h), self.tokens[part]),
+            )
         return replace(self, said=said)
 
     @property
@@ -189,24 +192,11 @@ class _Judged:
 def _judged(
     hidden: torch.Tensor, feedback: Feedback, heads: Heads, config: ResponseStream, positions_per_chunk: int
 ) -> _Judged:
-    """hidden: [N, H]. Behind a frozen head the losses of every SFT and OPD read tiles of logits; others, and heads that
-    are trained, whole rows of them."""
+    """Compute the losses chunk by chunk. hidden: [N, H]."""
     by_confidence = config.weights().kind == "d_pace"
     cooled = heads.drafter.at(drawn_at(feedback.law))
     head = cooled if config.loss == "cross_entropy" else heads.drafter
     log_q = torch.zeros(len(hidden), device=hidden.device)
-    if not heads.trained and config.loss in ("cross_entropy", "bernoulli_kl"):
-        judged = token_logprobs(hidden, head, feedback.columns, positions_per_chunk)
-        terms = -judged.values
-        if config.loss == "bernoulli_kl":
-            terms = losses.bernoulli_forward_kl(judged.values, feedback.token_logprob)
-        return _Judged(terms, judged.best == feedback.columns, judged.values.detach())
-    if not heads.trained and config.loss == "forward_kl" and feedback.temperature > 0 and not by_confidence:
-        assert feedback.hidden is not None, NO_HIDDEN
-        asked = (feedback.hidden, feedback.head, feedback.temperature)
-        judged = forward_kl(hidden, head, *asked, positions_per_chunk)
-        return _Judged(judged.values, judged.best == feedback.columns, log_q)
-
     loss_of = loss_function(config.loss)
     correct = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
 

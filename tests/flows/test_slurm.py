@@ -47,8 +47,9 @@ def test_a_job_runs_the_flow_on_its_first_node_and_joins_it_on_the_others(asked_
     try:
         wait_until(lambda: (tmp_path / "flow").exists() and (tmp_path / "joining").exists(), "both")
         assert (tmp_path / "flow").read_text() == "node1:29400 run a.yaml\n"
-        wanted = "--nodes=3 --ntasks=3 --cpus-per-task=64 --exclude=node1 python -m draftsmith.stages.join\n"
-        assert (tmp_path / "joining").read_text() == wanted
+        joining = (tmp_path / "joining").read_text().split()
+        assert joining[:4] == ["--nodes=3", "--ntasks=3", "--cpus-per-task=64", "--exclude=node1"]
+        assert {"--nnodes=4", "--rdzv-endpoint=node1:29400", "draftsmith.stages.join"} <= set(joining)
         if asked_to_stop:
             job.send_signal(signal.SIGTERM)
         else:

@@ -15,7 +15,6 @@ from draftsmith.stages.training.chunked import chunked_values
 from draftsmith.stages.training.loss_config import LossConfig
 from draftsmith.stages.training.on_policy.verify_steps import VerifySteps
 from draftsmith.stages.training.response import position_weights, response_stream, response_weight
-from draftsmith.stages.training.tiled import token_logprobs
 from draftsmith.stages.training.vocabulary import Heads
 
 
@@ -113,15 +112,13 @@ def _rejected(
     if heads.chooser is not None:
         before = torch.cat([tokens_at(batch, anchors, 0, 1), steps.proposed[..., :-1]], -1)[where]
         log_q = choice_logprobs(heads.chooser, own, before, taken, heads.drafter, positions_per_chunk)
-    elif heads.trained:
+    else:
         log_q = chunked_values(
             own,
             positions_per_chunk,
             lambda h, part: -losses.cross_entropy(heads.drafter.logits(h), taken[part]),
-            trained_head=True,
+            trained_head=heads.trained,
         )
-    else:
-        log_q = token_logprobs(own, heads.drafter, taken, positions_per_chunk).values
     terms = losses.k3_reverse_kl(log_q, log_p)
     weights = position_weights(objective.rejected.positions, offsets, where, log_p)
     return Weighted.of(terms, weights[where], objective.rejected.weight), where

@@ -62,7 +62,7 @@ def test_estimates_of_the_recipe_by_hand() -> None:
     opd = needed["opd"].memory
     assert opd["target"] == 2 * 4_022_468_096
     assert opd["drafter with AdamW"] == 18 * parameters  # with a copy in bfloat16
-    assert opd["logits"] == 3 * 512 * 4096 * 4
+    assert opd["logits"] == 5 * 512 * 151936 * 4
     assert 0.6 * 80e9 < sum(opd.values()) < 0.86 * 80e9  # one of 8 processes: 3 of 21 answers
     T, rows = 512 + 4096, 16384 // (512 + 4096)  # 32 query heads on 8: the mask, and a copy for each of 4
     assert needed["mining"].memory["attention mask"] == 5 * rows * T * (T + 512) * 2

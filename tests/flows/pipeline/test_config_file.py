@@ -12,6 +12,7 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.flows.pipeline.config_file import merged, read_config
 from draftsmith.flows.refresh.config import RefreshConfig
 from draftsmith.stages.contract import Config
+from tests.flows.pipeline.toy import ToyConfig
 
 
 class Sampled(Config):
@@ -143,6 +144,13 @@ def test_a_bad_file_is_named_with_its_field_and_what_to_do(tmp_path: Path, text:
     assert str(caught.value).startswith(str(path))
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_removed_value_is_named_with_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("name: run\nstages: {runner: dask}\n")
+    with pytest.raises(DraftsmithError, match=r"stages\.runner: .*Dask.* Use ray"):
+        read_config(path, [], ToyConfig)
 
 
 def test_all_errors_are_told_at_once(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ class Said:
 def say(artifacts: Mapping[str, str], folder: str) -> int:
     """Body of a rank."""
     torch.set_num_threads(1)
-    note_start(Path(folder), int(os.environ["RANK"]))
+    note_start(Path(folder) / "ranks", int(os.environ["RANK"]))
     with process_group():
         ranks = Ranks.here(SHARING)
         for name, artifact in artifacts.items():

@@ -8,29 +8,31 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed import TCPStore
+from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
 
 from draftsmith.artifacts.errors import DraftsmithError, StageInterrupted
-from draftsmith.stages import join
 from draftsmith.stages.checkpoints import checkpoints
 from draftsmith.stages.drafters.base import Drafter, DrafterInfo
 from draftsmith.stages.drafters.checkpoint import create_drafter, save_drafter
 from draftsmith.stages.drafters.eagle3.shape import Eagle3Config
 from draftsmith.stages.mining import STAGE as MINING
 from draftsmith.stages.mining import MiningConfig
-from draftsmith.stages.parallel.config import RENDEZVOUS, ParallelConfig
-from draftsmith.stages.parallel.head import ASKED, NODES, REFUSED, _refusal
-from draftsmith.stages.parallel.launch import Meeting, RankReport, _cause, _tell_first, clear, launch
+from draftsmith.stages.parallel.config import ParallelConfig
+from draftsmith.stages.parallel.launch import RankFailedError, RankReport, _cause, launch
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.targets.causal_lm import Target
-from tests.flows.pipeline.processes import assert_gone, wait_until
+from tests.flows.pipeline.processes import ROOT, assert_gone, wait_until
 from tests.stages.parallel import short_of_memory, silent
 from tests.stages.parallel.attempts import CONFIG, LONG, TWO, Attempt, newest, ranks_of
 from tests.stages.parallel.trainings import AGAIN, IN_PARTS, MIDDLE, REDUCED, STEPS, Training, run_all
@@ -41,6 +43,7 @@ from tests.testbed.context import RecordingContext
 from tests.testbed.dflash2 import SIZES, random_dflash2
 from tests.testbed.dspark import random_dspark
 
+PAIR = ParallelConfig(processes=2)
 DFLASH = {"num_layers": 1, "block_size": 5, "target_layer_ids": [2, 0], "intermediate_size": 40}
 EAGLE3 = {"kind": "eagle3", "block_size": 4, "target_layer_ids": [0, 1, 2], "draft_vocab_size": 40}
 DFLASH2 = {**DFLASH, **SIZES, "kind": "dflash2"}
@@ -119,13 +122,11 @@ def several(tmp_path_factory: pytest.TempPathFactory, trainings: list[Training])
 
 
 def start(folder: Path, trainings: list[Training], processes: int, stop_after: int | None, fields: Any) -> None:
-    clear(folder)
     launch(
         ParallelConfig(processes=processes),
         run_all,
         (trainings, str(folder), stop_after, fields),
-        work=folder,
-        meeting=Meeting(f"of-{processes}"),
+        notes=folder / "ranks",
         stop=threading.Event(),
     )
 
@@ -189,113 +190,98 @@ def test_a_lost_rank_ends_all_with_one_error(tmp_path: Path, inputs: dict[str, s
     assert [line["step"] for line in lines] == list(range(LONG))
 
 
-def test_two_nodes_train_together_until_a_rank_is_lost_or_one_is_asked_to_stop(
-    tmp_path: Path, inputs: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two launchers of this machine stand for them. What ended a rank is said where the flow runs, on whichever node it
-    was, and the next attempt finds the other node waiting. All save and end at the same step."""
+@pytest.fixture
+def other_node() -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """What another node runs, as configs/scale/README.md says it: the rendezvous' port, and the process."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    monkeypatch.setenv(RENDEZVOUS, f"localhost:{port}")
-    end = threading.Event()
-    joining = threading.Thread(target=join.join, args=("localhost", port, end))
-    joining.start()
-    try:
-        lost = Attempt(tmp_path, inputs, parallel={"nodes": 2})
-        lost.wait_for_step(3)
-        ranks = ranks_of(tmp_path)
-        assert ranks.keys() == {0, 1}
-        os.kill(ranks[1], signal.SIGKILL)
-        code, events = lost.ended()
-        assert code == 75 and "rank 1 of 2 was lost, with exit code -9" in events[-1]["message"]
-        stopped = Attempt(tmp_path, inputs, parallel={"nodes": 2})
-        stopped.wait_for_step(newest(tmp_path) + 2)
-        stopped.stop.set()
-        code, events = stopped.ended()
-    finally:
-        end.set()
-        joining.join(60)
-    assert not joining.is_alive()
+    torchrun = f"{sys.executable} -m torch.distributed.run --nnodes=2 --nproc-per-node=1 --local-addr=localhost"
+    meeting = f"--rdzv-backend=c10d --rdzv-endpoint=localhost:{port} --rdzv-conf=is_host=0"
+    loop = f"while true; do {torchrun} {meeting} -m draftsmith.stages.join; sleep 1; done"
+    process = subprocess.Popen(["bash", "-c", loop], cwd=ROOT, start_new_session=True)
+    yield port, process
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_two_nodes_train_together_until_a_rank_is_lost_or_one_is_asked_to_stop(
+    tmp_path: Path, inputs: dict[str, str], other_node: tuple[int, subprocess.Popen[bytes]]
+) -> None:
+    """What ended a rank is reported where the flow runs; the next attempt finds the other node. All save and end at the
+    same step."""
+    port, node = other_node
+    fields = {**CONFIG, "parallel": {"nodes": 2, "rendezvous": f"localhost:{port}"}}
+
+    def begun(after: int) -> subprocess.Popen[bytes]:
+        process = start_stage(tmp_path, "draftsmith.stages.sft", fields, inputs=inputs, threads=1)
+
+        def there() -> bool:
+            assert process.poll() is None, process.communicate()
+            return bool(checkpoints(tmp_path / "work")) and newest(tmp_path) > after
+
+        wait_until(there, f"a checkpoint after step {after}", limit_s=180)
+        return process
+
+    lost = begun(0)
+    (rank,) = (
+        child.pid
+        for child in psutil.Process(node.pid).children(recursive=True)
+        if {"draftsmith.stages.join"} == {each for each in child.cmdline() if each.startswith(("draftsm", "torch."))}
+    )
+    os.kill(rank, signal.SIGKILL)
+    code, events, _ = finish(lost)
+    assert code == 75 and "rank 1 of 2" in events[-1]["message"]
+    stopped = begun(newest(tmp_path))
+    stopped.send_signal(signal.SIGTERM)
+    code, events, _ = finish(stopped)
     assert (code, events[-1]["kind"]) == (130, "StageInterrupted")
     done = [event["done"] for event in events if event["event"] == "progress"]
     assert newest(tmp_path) == done[-1], "what was asked to stop saved where it was"
 
 
-def test_a_node_more_than_are_wanted_waits_for_another_training(tmp_path: Path) -> None:
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    asked = {"run_id": "a", "nodes": 2, "processes": 1, "request": {"work": str(tmp_path)}}
-    store.set(ASKED, json.dumps(asked))
-    joined = [join._asked("localhost", store.port, "") for _ in range(2)]
-    assert joined == [{**asked, "node": 1}, None]
-
-
-def test_a_node_that_cannot_take_part_says_so_where_the_flow_runs(
-    tmp_path: Path, inputs: dict[str, str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """It takes no place, so that another one may; where none comes the stage ends, in place of waiting for it."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    monkeypatch.setenv(RENDEZVOUS, f"localhost:{port}")
-    monkeypatch.setattr("draftsmith.stages.parallel.launch._FITTING_S", 1.0)
-    end = threading.Event()
-    joining = threading.Thread(target=join.join, args=("localhost", port, end), name="joining")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(threading.current_thread().name == "joining"))
-    joining.start()
-    try:
-        code, events = Attempt(tmp_path, inputs, parallel={"nodes": 2, "processes": 2}).ended()
-    finally:
-        end.set()
-        joining.join(60)
-    assert code == 2
-    said = "parallel.processes: 2 need a GPU each, and 1 are here"
-    assert f"parallel.nodes: {socket.gethostname()} cannot join: {said}" in events[-1]["message"]
-    assert said in capfd.readouterr().err
-
-
-def test_a_node_that_does_not_see_the_stage_takes_no_place(tmp_path: Path) -> None:
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    asked = {"run_id": "a", "nodes": 2, "processes": 1, "request": {"work": str(tmp_path / "elsewhere")}}
-    store.set(ASKED, json.dumps(asked))
-    refused = join._asked("localhost", store.port, "")
-    assert refused is not None and "all nodes must see DRAFTSMITH_HOME" in str(refused["refusal"])
-    assert store.get(f"{REFUSED}/a").decode().startswith(f"{socket.gethostname()} cannot join: {tmp_path}")
-    assert store.add(f"{NODES}/a", 0) == 0
-    assert _refusal(store, "a", 2) == store.get(f"{REFUSED}/a").decode()
-    store.add(f"{NODES}/a", 1)  # another one has come
-    assert _refusal(store, "a", 2) is None
-
-
-def test_what_still_ends_of_an_earlier_launch_says_nothing_of_the_next_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "earlier")
-    (tmp_path / "ranks" / "earlier").mkdir(parents=True)
-    RankReport(0, "the disk is full", 2).write(tmp_path)
-    later = tmp_path / "ranks" / "later"
+def test_a_report_of_an_earlier_launch_does_not_reach_the_next_one(tmp_path: Path) -> None:
+    earlier, later = tmp_path / "earlier", tmp_path / "later"
+    earlier.mkdir()
     later.mkdir()
-    assert "could not be run: OSError: gone" in str(_cause(later, OSError("gone"), 2, stopped=False))
-    clear(tmp_path)
-    RankReport(1, "the disk is full", 2).write(tmp_path)  # nobody waits for it
-    assert not (tmp_path / "ranks").exists()
+    RankReport(0, "the disk is full", 2).write(earlier)
+    assert type(_cause(later, OSError("gone"), PAIR, stopped=False)) is RankFailedError
+    RankReport(1, "the disk is full", 2).write(tmp_path / "removed")  # nobody waits for it
+    assert not (tmp_path / "removed").exists()
 
 
-def test_a_rank_that_cannot_say_why_it_ended_for_want_of_room_says_that_the_disk_is_full(
+def test_a_rank_that_cannot_write_why_it_ended_is_reported_as_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(path: Path, *_: Any) -> None:
         path.touch()  # names still fit
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "full")
-    (notes := tmp_path / "ranks" / "full").mkdir(parents=True)
     monkeypatch.setattr(Path, "write_text", refused)
     RankReport(0, "writing metrics.jsonl: the disk is full", 2).write(tmp_path)
-    _tell_first(notes, 1, DraftsmithError("the disk is full"))
-    cause = _cause(notes, OSError("gone"), 2, stopped=False)
+    cause = _cause(tmp_path, OSError("gone"), PAIR, stopped=False)
     assert (type(cause), cause.exit_code) == (DraftsmithError, 2)
-    assert "rank 0: writing what ended it" in str(cause) and "the disk is full: free some space" in str(cause)
+    assert "rank 0" in str(cause) and "the disk is full" in str(cause)
+
+
+@pytest.mark.parametrize(
+    ("reported", "exit_code"),
+    [
+        ({0: "RuntimeError: Connection closed by peer [10.0.0.2]:4711"}, 75),  # rank 1 says nothing: it was lost
+        ({0: "RuntimeError: Connection closed by peer", 1: "RuntimeError: Connection closed by peer"}, 1),
+        ({0: "ValueError: a defect"}, 1),
+        ({}, 75),  # the other node never came
+    ],
+)
+def test_what_another_node_does_not_report_is_tried_again(
+    reported: dict[int, str], exit_code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("draftsmith.stages.parallel.launch._ECHO_S", 0.0)
+    for rank, message in reported.items():
+        RankReport(rank, message, 1).write(tmp_path)
+    nodes = ParallelConfig(nodes=2, rendezvous="first-node:29400")
+    error = _cause(tmp_path, RendezvousTimeoutError(), nodes, stopped=False)
+    assert error.exit_code == exit_code
 
 
 def test_a_rank_that_hangs_is_named_and_the_same_command_goes_on(tmp_path: Path, inputs: dict[str, str]) -> None:

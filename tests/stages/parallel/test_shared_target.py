@@ -10,7 +10,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.parallel.config import ParallelConfig
-from draftsmith.stages.parallel.launch import Meeting, clear, launch
+from draftsmith.stages.parallel.launch import launch
 from draftsmith.stages.target import STAGE as TARGET
 from draftsmith.stages.target import TargetConfig
 from draftsmith.stages.targets.causal_lm import Target
@@ -41,13 +41,11 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory, plain_artifact: Path) ->
 def said(tmp_path_factory: pytest.TempPathFactory, artifacts: dict[str, Path]) -> Path:
     """By two ranks, of each family."""
     folder = tmp_path_factory.mktemp("said")
-    clear(folder)
     launch(
         ParallelConfig(processes=SHARING, target_parallel=SHARING),
         say,
         ({name: str(path) for name, path in artifacts.items()}, str(folder)),
-        work=folder,
-        meeting=Meeting("parts"),
+        notes=folder / "ranks",
         stop=threading.Event(),
     )
     return folder

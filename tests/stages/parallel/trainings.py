@@ -45,7 +45,7 @@ class Training:
 def run_all(trainings: Sequence[Training], folder: str, stop_after: int | None, fields: Mapping[str, Any]) -> int:
     """Body of a rank: every training, until it is done or its first rank is asked to stop."""
     torch.set_num_threads(1)
-    note_start(Path(folder), int(os.environ["RANK"]))
+    note_start(Path(folder) / "ranks", int(os.environ["RANK"]))
     code = 0
     with process_group():
         ranks = Ranks.here()

@@ -12,7 +12,6 @@ from draftsmith.stages.drafters.dflash2.model import DFlash2Drafter
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.law import GREEDY, Law
 from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.training import response
 from draftsmith.stages.training.blocks import Anchors, LossReport, block_hidden, context_of
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.loss_config import LossConfig
@@ -127,20 +126,20 @@ def test_the_target_is_not_asked_again_in_backward(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """For its logits at a position: once for the tokens, or once for the head's loss and once for the choice's."""
-    asked, distribution, of_tokens = 0, Feedback._under, response.token_logprobs
+    asked, distribution, of_tokens = 0, Feedback._under, Feedback.asked
 
     def noted_distribution(feedback: Feedback, head: Head) -> torch.Tensor:
         nonlocal asked
         asked += len(feedback.tokens)
         return distribution(feedback, head)
 
-    def noted_tokens(hidden: torch.Tensor, *others: Any) -> Any:
+    def noted_tokens(feedback: Feedback, positions_per_chunk: int) -> Feedback:
         nonlocal asked
-        asked += 0 if hidden.requires_grad else len(hidden)  # with a gradient they are the drafter's
-        return of_tokens(hidden, *others)
+        asked += len(feedback.tokens)
+        return of_tokens(feedback, positions_per_chunk)
 
     monkeypatch.setattr(Feedback, "_under", noted_distribution)
-    monkeypatch.setattr(response, "token_logprobs", noted_tokens)
+    monkeypatch.setattr(Feedback, "asked", noted_tokens)
     streams = LossConfig.model_validate({"response": {"loss": loss, "scope": "block"}})
     report = opd(choice_case, chooser, plain_target, streams.resolved(chooser.recipe, False, 0.0))
     report.loss.backward()

@@ -1,4 +1,4 @@
-"""A store in a bucket, seen from two homes: what counts, what is fetched, and what damage and races come to."""
+"""A store that is mirrored in a bucket, from two homes: what is pushed and pulled, damage, and races."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import errno
 import json
 import logging
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,8 @@ from typing import Any
 import boto3
 import pytest
 
-from draftsmith.artifacts import remote_store
 from draftsmith.artifacts.bucket import Bucket
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.artifacts.leftovers import leftovers
 from draftsmith.artifacts.manifest import MANIFEST, ArtifactRef
 from draftsmith.artifacts.open_store import STORE, store_of
 from draftsmith.artifacts.store import Claim, Store
@@ -125,46 +122,27 @@ def test_a_flipped_bit_is_refused_by_name_and_mended_by_force(a: Store, b: Store
     assert b.find("rollout", KEY) is not None
 
 
-def test_an_upload_that_was_cut_off_counts_for_nothing_and_is_repeated(
-    a: Store, b: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_upload_that_was_cut_off_counts_for_nothing_and_goes_on(
+    a: Store, b: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upload, sent = Bucket.upload, list[str]()
 
     def lost(self: Bucket, path: Path, name: str) -> None:
-        if sent:
-            raise RetryableError("the network is gone")
         sent.append(name)
+        if len(sent) == 2:
+            raise RetryableError("the network is gone")
         upload(self, path, name)
 
     monkeypatch.setattr(Bucket, "upload", lost)
-    with pytest.raises(RetryableError, match="the network is gone"):
+    with pytest.raises(RetryableError):
         two_files(a)
     assert len(objects()) == 1
     assert a.find("rollout", KEY) is None and b.find("rollout", KEY) is None and a.list() == []
-
-    # another host may have given up for good: what it left is pruned, after a day
-    assert leftovers(tmp_path / "b", time.time() + 1) == []
-    monkeypatch.setattr(remote_store, "FRESH_S", -1.0)
-    (left,) = leftovers(tmp_path / "b", time.time() + 1)
-    assert left.shown(tmp_path).startswith(f"{ADDRESS}/rollout/{KEY_16}/") and left.bytes == 3
-    monkeypatch.undo()
-    monkeypatch.setenv(STORE, ADDRESS)  # undone too
-    (tmp_path / "more").write_text("more")
-    bucket, more = Bucket(ADDRESS, STORE), f"{left.path.as_posix()}/more"
-    bucket.upload(tmp_path / "more", more)
-    assert left.remove() is False and len(objects()) == 2  # that host is there again, and goes on
-    bucket.delete([more])
-
-    def noted(self: Bucket, path: Path, name: str) -> None:
-        sent.append(name)
-        upload(self, path, name)
-
-    monkeypatch.setattr(Bucket, "upload", noted)
     with a.claim("rollout", KEY) as done:  # without the stage
         assert isinstance(done, ArtifactRef)
-    assert len(sent) == 2 and sent[0] != sent[1]  # what was up stayed up
+    assert len(sent) == 3 and sent[2] == sent[1], "what was up stayed up"
     found = b.find("rollout", KEY)
-    assert found is not None and left.remove() is False  # an artifact has it by now
+    assert found is not None
     b.verify(found)
 
 
@@ -179,32 +157,23 @@ def test_of_two_that_make_the_same_the_first_one_counts(a: Store, b: Store, capl
             taken = commit(b, other)
     assert "another host has made rollout/" in caplog.text
     assert taken.content_id == made.content_id and taken.path == b.path("rollout", KEY)
-    assert sorted(path.name for path in taken.path.iterdir()) == [MANIFEST, "same.txt"]
     b.fetch(taken)
     assert (taken.path / "data.txt").read_text() == "first"
     b.verify(taken)
 
 
-def test_force_replaces_for_all_and_readers_of_the_old_one_keep_it(
-    a: Store, b: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_force_replaces_for_all_and_readers_of_the_old_one_keep_it(a: Store, b: Store) -> None:
     make(a, "old")
     old = b.find("rollout", KEY)
     assert old is not None
     new = make(a, "new", force=True)
-    b.fetch(old)  # its files are there until they are pruned
+    b.fetch(old)
     assert (old.path / "data.txt").read_text() == "old"
     found = b.find("rollout", KEY)
     assert found is not None and found.content_id == new.content_id != old.content_id
     b.fetch(found)
     assert (found.path / "data.txt").read_text() == "new"
     assert len(files_of("data.txt")) == 2
-    monkeypatch.setattr(remote_store, "FRESH_S", -1.0)
-    found_left = [each for each in leftovers(tmp_path / "b", time.time() + 1) if "s3" in each.shown(tmp_path / "b")]
-    (left,) = (each.content for each in found_left)
-    assert left and old.content_id.startswith(left), "which prune holds against the lines of drafters"
-    assert [each.remove() for each in found_left] == [True]
-    assert len(files_of("data.txt")) == 1
     b.verify(found)
 
 
@@ -232,8 +201,7 @@ def test_a_copy_that_the_disk_has_damaged_is_fetched_again(
     copy.write_text("anSwer")
     getattr(b, verify)(found)
     assert copy.read_text() == made.read_text()
-    (aside,) = (b.root / "rollout").glob(".replaced-*")
-    assert aside.read_text() == "anSwer" and f"{copy}: has changed since it was written" in caplog.text
+    assert f"{copy}: has changed since it was written" in caplog.text
     copy.write_text("cut")  # a size that is wrong is not there
     b.fetch(found)
     b.verify(found)
