@@ -110,17 +110,21 @@ class SGLangEngine:
         """Yield answers in the order in which they finish. Closing the iterator aborts what is in flight.
 
         A request that fails does not end the others: when all are through, one error names those without an answer.
-        After `_MOST_UNANSWERED` of them it ends at once, as where no request can succeed (no server is left, the API
-        key is refused); completions that have finished come first.
+        After `_MOST_UNANSWERED` of them no new ones are sent. Where no request can succeed (no server is left, the API
+        key is refused), completions that have finished come first, then its error.
         """
         pending: dict[Future[Completion], str] = {}
         finished: queue.SimpleQueue[Future[Completion]] = queue.SimpleQueue()
         queued = iter(requests)
         unanswered: dict[str, DraftsmithError] = {}
         try:
-            while sum(not isinstance(error, DeadlyRequestError) for error in unanswered.values()) < _MOST_UNANSWERED:
+            while True:
                 # Twice as many as can be in flight, so that servers stay full while the caller writes.
-                while len(pending) < 2 * self._pool.capacity and (request := next(queued, None)) is not None:
+                while (
+                    sum(not isinstance(error, DeadlyRequestError) for error in unanswered.values()) < _MOST_UNANSWERED
+                    and len(pending) < 2 * self._pool.capacity
+                    and (request := next(queued, None)) is not None
+                ):
                     future = self._loop.submit(self._answer(request))
                     pending[future] = request.request_id
                     future.add_done_callback(finished.put)
@@ -141,7 +145,6 @@ class SGLangEngine:
                 else:
                     yield from _completions(finished)
                     raise error
-            yield from _completions(finished)
         finally:
             for future in pending:
                 future.cancel()
@@ -192,7 +195,7 @@ def _without_answers(errors: dict[str, DraftsmithError]) -> DraftsmithError:
     """One error for the requests that failed, by their names."""
     names, first = list(errors), next(iter(errors.values()))
     many = f"{len(names)} requests ({', '.join(names)}) have" if len(names) > 1 else "one request has"
-    stopped = "; so many that it stops here" if len(names) >= _MOST_UNANSWERED else ""
+    stopped = "; so many that no new ones were sent" if len(names) >= _MOST_UNANSWERED else ""
     kind = RetryableError if all(isinstance(error, RetryableError) for error in errors.values()) else UnansweredError
     return kind(
         f"engine: {many} no answer{stopped}: {first}; a rollout keeps all other answers, and the same command asks "

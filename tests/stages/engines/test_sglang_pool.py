@@ -23,8 +23,8 @@ from draftsmith.stages.engines.sglang import client
 from draftsmith.stages.engines.sglang import pool as pooling
 from draftsmith.stages.engines.sglang.client import Answer, FullError, LostError, RefusedRequestError, check_status
 from draftsmith.stages.engines.sglang.pool import (
-    Deaths,
     DeadlyRequestError,
+    Deaths,
     LostTooOftenError,
     Server,
     ServerPool,
