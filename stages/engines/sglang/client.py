@@ -45,6 +45,10 @@ class FullError(LostError):
         self.wait_s = wait_s
 
 
+class SilentError(LostError):
+    """The server is there, but computes nothing at the moment."""
+
+
 class RefusedRequestError(DraftsmithError):
     """The server does not take this request, and would not take it the next time."""
 
@@ -91,7 +95,7 @@ async def generate(
 
 
 async def probe(client: httpx.AsyncClient, url: str) -> None:
-    """Ask whether the server still computes. Raises LostError if not.
+    """Ask whether the server still computes. Raises LostError if not, SilentError if it is there and computes nothing.
 
     GET /health_generate answers 200 as soon as the scheduler has returned anything for anybody, and 503 after 20 s
     without. Where there is no such endpoint it is a short generation.
@@ -105,6 +109,8 @@ async def probe(client: httpx.AsyncClient, url: str) -> None:
         if response.status_code == 501 or 400 <= response.status_code < 500:  # of a gateway that does not pass it on
             async with asyncio.timeout(_PROBE_TIMEOUT_S):
                 await generate(client, url, name, payload)
+        elif response.status_code == 503:
+            raise SilentError("computes nothing")
         else:
             check_status(name, url, response.status_code, response.text)
     except FullError:
@@ -112,7 +118,7 @@ async def probe(client: httpx.AsyncClient, url: str) -> None:
     except httpx.HTTPError as error:
         raise _no_answer(error) from error
     except TimeoutError:
-        raise LostError(f"gave no answer to a probe in {_PROBE_TIMEOUT_S:g} s") from None
+        raise SilentError(f"gave no answer to a probe in {_PROBE_TIMEOUT_S:g} s") from None
     except DraftsmithError as error:
         raise LostError(str(error)) from error
 

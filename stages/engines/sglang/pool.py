@@ -19,7 +19,7 @@ import tenacity
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.engines.base import Completion
-from draftsmith.stages.engines.sglang.client import Answer, FullError, LostError, generate, probe
+from draftsmith.stages.engines.sglang.client import Answer, FullError, LostError, SilentError, generate, probe
 from draftsmith.stages.engines.sglang.records import BadAnswerError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ _BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 10.0
 _DEADLY = 2  # servers that died with a request: it is not sent again
 _BEAT_S = 60.0  # a server that has requests and has answered none for so long is probed
 _PATIENCE_S = 60.0  # with a server whose probes fail, before it is lost
+_SILENT_S = 600.0  # with one that is there and computes nothing: it may compile; SGLang's watchdog ends it after 300
 _FULL_S = 3600.0  # of a server that takes no request and answers none, before it is lost
 _REST_S, _LONGEST_REST_S = 1.0, 600.0  # before a full server is asked again
 _ABORT_TIMEOUT_S = 5.0
@@ -170,8 +171,7 @@ class ServerPool:
             return await again(self._attempt, _Asked(name, payload, read))
         except LostError as error:
             raise LostTooOftenError(
-                f"request {name}: was lost {_TRIES[LostError]} times, the last time the server {error}. Look at the "
-                "server's log."
+                f"request {name}: was lost {_TRIES[LostError]} times, the last time: {error}. Look at the server's log."
             ) from error
         finally:
             self._asking.discard(task)
@@ -311,7 +311,9 @@ class ServerPool:
                 await self._probe(server)
 
         def given_up(state: tenacity.RetryCallState) -> bool:
-            return server.ended() is not None or (state.seconds_since_start or 0.0) > _PATIENCE_S
+            silent = state.outcome is not None and isinstance(state.outcome.exception(), SilentError)
+            limit_s = _SILENT_S if silent else _PATIENCE_S
+            return server.ended() is not None or (state.seconds_since_start or 0.0) > limit_s
 
         again = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(LostError),
@@ -346,10 +348,11 @@ class ServerPool:
 
     def _lose(self, server: Server, why: str) -> None:
         """Ask it no more; what it has in flight goes to the others."""
-        server.lost = why
-        self._log(f"SGLang server {server.url} is lost: {why}")
-        server.gone.set_result(None)
-        self._wake()
+        if server.lost is None:
+            server.lost = why
+            self._log(f"SGLang server {server.url} is lost: {why}")
+            server.gone.set_result(None)
+            self._wake()
 
     def _report_processes(self, server: Server) -> None:
         for process in server.processes:

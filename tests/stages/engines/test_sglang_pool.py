@@ -41,6 +41,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pooling, "_BACKOFF_S", 0.02)
     monkeypatch.setattr(pooling, "_REST_S", 0.02)
     monkeypatch.setattr(pooling, "_PATIENCE_S", 0.3)
+    monkeypatch.setattr(pooling, "_SILENT_S", 0.3)
 
 
 def payload(token: int = 5, new: int = 3) -> dict[str, Any]:
@@ -408,7 +409,11 @@ def test_a_server_whose_queue_is_long_is_alive() -> None:
 
 
 @pytest.mark.parametrize("status", [503, 500])
-def test_a_server_whose_probes_fail_for_a_while_is_waited_for(status: int) -> None:
+def test_a_server_whose_probes_fail_for_a_while_is_waited_for(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer where it is there and computes nothing."""
+    if status == 503:
+        monkeypatch.setattr(pooling, "_PATIENCE_S", 0.0)
+        monkeypatch.setattr(pooling, "_SILENT_S", 30.0)
     silent = iter([True, True])
 
     def at_first(_: dict[str, Any]) -> dict[str, Any]:
