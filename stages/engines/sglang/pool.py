@@ -209,8 +209,8 @@ class ServerPool:
             if not there:
                 gone = "; ".join(f"{server.url} {server.lost}" for server in self.servers)
                 raise RetryableError(
-                    f"request {asked.name}: no SGLang server is left: {gone}. Start them again and run the same "
-                    "command, finished answers are kept."
+                    f"request {asked.name}: no SGLang server is left: {gone}. Start those of engine.urls again "
+                    "and run the same command, finished answers are kept."
                 )
             others = [server for server in there if server is not asked.avoid] or there
             if free := [server for server in others if self._has_room(server)]:

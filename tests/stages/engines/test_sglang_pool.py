@@ -49,9 +49,7 @@ def payload(token: int = 5, new: int = 3) -> dict[str, Any]:
 
 
 def completion(found: Answer) -> Completion:
-    request = Request("r", [1], SamplingParams(3))
-    times = {"seconds": found.seconds, "first_token_seconds": found.first_token_seconds}
-    return Completion(request, found.body["output_ids"], "length", [], **times)
+    return Completion(Request("r", [1], SamplingParams(3)), found.body["output_ids"], "length", [])
 
 
 def with_pool(
