@@ -253,8 +253,7 @@ class ServerPool:
         post = asyncio.create_task(generate(self._client, server.url, asked.name, payload, stream=self._stream))
         try:
             if not await self._answered(server, post):
-                if time.monotonic() - server.answered_at > _BEAT_S:
-                    await self._examine(server)
+                await self._examine(server)
                 if server.lost is not None:
                     raise LostError(server.lost)
                 raise TimedOutError(

@@ -601,8 +601,7 @@ def test_an_answer_that_takes_too_long_is_aborted_and_asked_for_once_more(times:
         assert ("/abort_request", {"rid": hung}) in server.asked
 
 
-def test_a_server_that_does_not_compute_loses_its_request_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pooling, "_BEAT_S", 0.1)
+def test_a_server_that_does_not_compute_loses_its_request_to_another() -> None:
     release = threading.Event()
     with serving(hanging(release), health_generate=refusing(503)) as hangs, serving(answer) as good:
         found, _ = with_pool([hangs, good], lambda pool: ask_many(pool, 2), timeout_s=0.3)

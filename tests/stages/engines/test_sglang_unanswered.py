@@ -107,6 +107,26 @@ def test_where_nothing_is_answered_it_stops_early_and_lets_what_was_sent_finish(
         assert len(list(engine.generate(REQUESTS))) == len(REQUESTS)
 
 
+def test_requests_that_servers_died_with_are_named_once_and_the_others_are_answered(
+    plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    """However many: as many as were in flight."""
+    deadly = [request.request_id for request in REQUESTS[: _MOST_UNANSWERED + 5]]
+    for url in ("http://a", "http://b"):
+        pool.Deaths(tmp_path / "servers" / "deaths.json").add(deadly, url)
+    with (
+        server_of(plain) as server,
+        opened(tiny_drafter, tmp_path, {"urls": [server.url], "concurrency": 4}) as engine,
+    ):
+        got = []
+        with pytest.raises(UnansweredError) as caught:
+            for each in engine.generate(REQUESTS):
+                got.append(each.request.request_id)
+        assert all(name in str(caught.value) for name in deadly)
+        assert sorted([*got, *deadly]) == sorted(request.request_id for request in REQUESTS)
+        assert len(list(engine.generate(REQUESTS))) == len(REQUESTS)
+
+
 def test_an_answer_that_was_retracted_is_taken_without_its_steps(
     tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
