@@ -136,6 +136,9 @@ CONFIG = {
     "an old experiment": Bad("kind: this field is gone", {"kind": "experiment", "arms": {}}),
     "unknown section": Bad("rolout: unknown field, did you mean rollout?", {"rolout": {}}),
     "unknown field": Bad("did you mean sft.steps?", {"sft.stesp": 3}),
+    "a field that is gone": Bad(
+        "rollout.engine.restarts: this field is gone", {"rollout.engine": {"kind": "sglang", "restarts": 2}}
+    ),
     "section missing": Bad("target: this field is required", {"target": None}),
     "wrong type": Bad("sft.steps: expected an integer, got 'many'", {"sft.steps": "many"}),
     "a value of none of several types": Bad(

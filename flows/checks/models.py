@@ -164,7 +164,6 @@ def _check_drafter(
         read_target_config,
     )
     from draftsmith.stages.drafters.layout import NoMaskTokenError, unservable_layers
-    from draftsmith.stages.engines.sglang.families import undrafted
     from draftsmith.stages.targets.info import model_path, read_target_info
     from draftsmith.stages.targets.metadata import UnreachableError
     from draftsmith.stages.targets.resolve import load_tokenizer
@@ -194,8 +193,6 @@ def _check_drafter(
             plan, where = plan_of_new(config.drafter, target_config, tokenizer), "new"
         except NoMaskTokenError as error:
             raise DraftsmithError(f"{error}: {', '.join(map(str, info.mask_candidates[:4]))}, …") from error
-    if reason := undrafted(info.architecture, plan.kind):
-        found.warn(name, f"{reason}: ask the release that serves, or go on in the embedded engine alone")
     if reason := unservable_layers(plan.target_layer_ids, target_config.num_hidden_layers):
         if served:
             what = f"change {node}.drafter.target_layer_ids"

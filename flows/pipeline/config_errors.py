@@ -40,6 +40,10 @@ REMOVED = {
     "stages.runner=dask": "runs on Dask were removed. Use ray, or leave the field out.",
 }
 _LENGTH = {"too_short": "a list", "string_too_short": "a text"}
+_REMOVED = {  # by section and field: what to do instead
+    "engine.restarts": "a stage whose servers have died is retried as a whole, stages.retries times. Remove it.",
+    "engine.retries": "a lost request is sent again a fixed number of times. Remove it.",
+}
 
 
 def describe(
@@ -145,6 +149,8 @@ def _unknown_kind(detail: Any) -> str:
 
 
 def _unknown_field(location: PathKey, model: type[BaseModel]) -> str:
+    if remedy := _REMOVED.get(".".join(map(str, location[-2:]))):
+        return f"this field is gone: {remedy}"
     name = str(location[-1])
     siblings = sorted({sibling for section in _sections(model, location[:-1]) for sibling in section.model_fields})
     prefix = [str(part) for part in location[:-1]]

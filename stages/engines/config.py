@@ -250,10 +250,6 @@ class SGLangEngineConfig(Config):
         int, Field(ge=1, description="requests in flight, a replica of the model"), Operational()
     ] = 32
     request_timeout_s: Annotated[float, Field(gt=0), Operational()] = 1800.0
-    retries: Annotated[
-        int, Field(ge=0, description="of one request, after lost connections and 5xx answers"), Operational()
-    ] = 5
-    restarts: Annotated[int, Field(ge=0, description="of launched servers that died, in all"), Operational()] = 1
 
     @model_validator(mode="after")
     def _given_or_launched(self) -> SGLangEngineConfig:

@@ -90,7 +90,6 @@ class Served:
             update={
                 "launch": self.engine.launch.model_copy(update={"servers": 1}),
                 "concurrency": max(self.config.concurrency),
-                "restarts": 0,  # a turn with a restart in it would measure that: it is repeated instead
             }
         )
         with open_sglang(

@@ -1,6 +1,6 @@
 """Real SGLang servers and stages that are killed in the middle of a rollout: nothing is lost, repeated or left over.
 
-One that is started again: `test_sglang_router.py`.
+One of several that is killed: `test_sglang_router.py`.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def generated(log: Path) -> int:
     return log.read_text(errors="replace").count('"POST /generate HTTP/1.1" 200')
 
 
-def test_without_restarts_it_is_one_error_and_a_rerun_asks_only_for_what_is_missing(
+def test_the_last_server_killed_is_worth_a_retry_which_asks_only_for_what_is_missing(
     tmp_path: Path,
     tiny_drafter: DrafterArtifacts,
     sglang_env: Path,
@@ -97,7 +97,7 @@ def test_without_restarts_it_is_one_error_and_a_rerun_asks_only_for_what_is_miss
 ) -> None:
     """The rerun asks a server that is there already: engines may be exchanged in the middle of a rollout."""
     servers = tmp_path / "work" / "servers"
-    config = RolloutConfig.model_validate(settings(launched(sglang_env, restarts=0)))
+    config = RolloutConfig.model_validate(settings(launched(sglang_env)))
     first = context(tmp_path, tiny_drafter, lambda: kill_leader(servers))
     with pytest.raises(RetryableError, match=r"was killed \(SIGKILL\)") as caught:
         STAGE.run(first, config)
@@ -110,7 +110,7 @@ def test_without_restarts_it_is_one_error_and_a_rerun_asks_only_for_what_is_miss
     kept = first.progressed[-1][0]
     assert KILLED_AFTER <= kept < PROMPTS
     assert any(line.startswith(f"{kept} answers of an earlier attempt kept") for line in last.logs)
-    assert generated(sglang_logs / "dflash.log") - before == PROMPTS - kept + 1  # one is the handshake's
+    assert generated(sglang_logs / "dflash.log") - before == PROMPTS - kept + 2  # two are the handshake's
     assert result(last.out) == expected
 
 

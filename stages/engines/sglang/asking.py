@@ -1,12 +1,8 @@
-"""Questions to a server before it gets any work, and whether it is on this machine."""
+"""Questions to a server before it gets any work."""
 
 from __future__ import annotations
 
-import ipaddress
-import socket
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.base import Request
@@ -62,21 +58,3 @@ def json_object(response: httpx.Response) -> dict[str, Any]:
 def wrong(url: str, what: str) -> DraftsmithError:
     """A server that is not what the config asks for."""
     return DraftsmithError(f"engine: the server {url} {what}")
-
-
-def is_here(url: str) -> bool:
-    """Is an address this machine's own, so that a server's folders may be looked at here? A tunnel's is, too."""
-    try:
-        found = socket.getaddrinfo(urlsplit(url).hostname, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        return False
-    return all(_is_own(family, str(address[0])) for family, _, _, _, address in found)
-
-
-def _is_own(family: int, address: str) -> bool:
-    if ipaddress.ip_address(address.partition("%")[0]).is_loopback:
-        return True
-    with socket.socket(family, socket.SOCK_STREAM) as probe, suppress(OSError):
-        probe.bind((address, 0))  # only a machine's own addresses can be bound
-        return True
-    return False

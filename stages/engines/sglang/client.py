@@ -1,4 +1,4 @@
-"""One request to one server, and what its answer means: done, not now, lost, or refused."""
+"""One request to one server, and what its answer means: done, full, lost, or refused."""
 
 from __future__ import annotations
 
@@ -17,13 +17,9 @@ if TYPE_CHECKING:
 _HEALTH_TIMEOUT_S = 30.0  # SGLang answers within 20, yes or no
 _CONNECT_TIMEOUT_S = 10.0
 _PROBE_TIMEOUT_S = 60.0
-_BUSY = frozenset({408, 425, 429, 503})  # 408 and 429: a router's queue; 503: SGLang's, or a server that starts
-_UNREACHED = frozenset({502, 504})  # whoever answers did not reach the server
-_GONE = frozenset({404, 405, 410})  # a gateway's answers for a server that it routes to no more
-_AT_ONCE_S = 5.0  # a 503 that comes later is a gateway's, of a server that it has lost, if it is not SGLang's own
-_OWN_503 = ("queue", "timeout reached", "higher priority")  # words of SGLang's
+_FULL_503 = ("queue", "waiting timeout", "higher priority")  # SGLang's own words where its queue is full
+_MAY_PASS = frozenset({408, 425})  # of a router's queue
 _KEY_ASKED_FOR = frozenset({401, 403})
-_RAN_TOO_LONG = "running timeout"  # SGLANG_REQ_RUNNING_TIMEOUT: a 503 that waiting does not cure
 _ONE_PIECE = 1 << 30  # as stream_interval: the first token at once, all others together
 
 
@@ -38,19 +34,19 @@ class Answer:
 
 
 class LostError(Exception):
-    """An attempt that may succeed when repeated: no connection, a 5xx answer, a time-out, an abort by the server."""
+    """An attempt failed that may succeed when repeated: no connection, a 5xx answer, an abort by the server."""
 
 
-class UnreachedError(LostError):
-    """The server was not reached: what answers next may have been started again since."""
-
-
-class BusyError(LostError):
-    """The server is there and takes no request at the moment. wait_s: for how long, if it said so."""
+class FullError(LostError):
+    """The server takes no request at the moment. wait_s: for how long, if it said so."""
 
     def __init__(self, what: str, wait_s: float = 0.0):
         super().__init__(what)
         self.wait_s = wait_s
+
+
+class SilentError(LostError):
+    """The server is there, but computes nothing at the moment."""
 
 
 class RefusedRequestError(DraftsmithError):
@@ -69,15 +65,15 @@ async def generate(
     try:
         if not stream:
             response = await client.post(f"{url}/generate", json=payload)
-            _check_reply(name, url, response, started)
+            check_status(name, url, response.status_code, response.text, response.headers.get("Retry-After"))
             body = response.json()
         else:
             sampling = {**payload["sampling_params"], "stream_interval": _ONE_PIECE}
             payload = {**payload, "sampling_params": sampling, "stream": True}
             async with client.stream("POST", f"{url}/generate", json=payload) as response:
                 if response.status_code != 200:
-                    await response.aread()
-                    _check_reply(name, url, response, started)
+                    text = (await response.aread()).decode(errors="replace")
+                    check_status(name, url, response.status_code, text, response.headers.get("Retry-After"))
                 async for line in response.aiter_lines():
                     if not line.startswith("data: {"):
                         continue  # blank, or the closing [DONE]
@@ -89,7 +85,7 @@ async def generate(
         reason = body["meta_info"]["finish_reason"]
         kind = reason["type"]
     except httpx.HTTPError as error:
-        raise _unreached(error) from error
+        raise _no_answer(error) from error
     except (ValueError, KeyError, TypeError) as error:
         raise LostError(f"gave an answer that cannot be read ({type(error).__name__}: {error})") from error
     if kind == "abort":
@@ -99,10 +95,10 @@ async def generate(
 
 
 async def probe(client: httpx.AsyncClient, url: str) -> None:
-    """Does the server still compute? Raises LostError if not; BusyError if it is there, but computes nothing.
+    """Ask whether the server still computes. Raises LostError if not, SilentError if it is there and computes nothing.
 
     GET /health_generate answers 200 as soon as the scheduler has returned anything for anybody, and 503 after 20 s
-    without. Where there is no such endpoint it is a short generation, which may wait behind others.
+    without. Where there is no such endpoint it is a short generation.
     """
     import httpx
 
@@ -110,36 +106,30 @@ async def probe(client: httpx.AsyncClient, url: str) -> None:
     payload = {"input_ids": [0], "sampling_params": {"temperature": 0, "max_new_tokens": 1}}
     try:
         response = await client.get(f"{url}/health_generate", timeout=limit)
-        status = response.status_code
-        if status == 501 or (400 <= status < 500 and status not in _BUSY):  # a gateway that does not pass it on
+        if response.status_code == 501 or 400 <= response.status_code < 500:  # of a gateway that does not pass it on
             async with asyncio.timeout(_PROBE_TIMEOUT_S):
                 await generate(client, url, name, payload)
+        elif response.status_code == 503:
+            raise SilentError("computes nothing")
         else:
-            check_status(name, url, status, response.text)
+            check_status(name, url, response.status_code, response.text)
+    except FullError:
+        return
     except httpx.HTTPError as error:
-        raise _unreached(error) from error
+        raise _no_answer(error) from error
     except TimeoutError:
-        raise BusyError(f"gave no answer to a probe in {_PROBE_TIMEOUT_S:g} s") from None
+        raise SilentError(f"gave no answer to a probe in {_PROBE_TIMEOUT_S:g} s") from None
     except DraftsmithError as error:
         raise LostError(str(error)) from error
 
 
-def _unreached(error: httpx.HTTPError) -> UnreachedError:
-    return UnreachedError(f"{type(error).__name__} {error}".rstrip())
+def _no_answer(error: httpx.HTTPError) -> LostError:
+    return LostError(f"{type(error).__name__} {error}".rstrip())
 
 
 def key_header(api_key: str | None) -> dict[str, str]:
-    """How a request shows the server's API key."""
+    """Return the header by which a request shows the server's API key."""
     return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-
-
-def _check_reply(name: str, url: str, response: httpx.Response, started: float) -> None:
-    """As `check_status`, of a server that has answered before. started: when it was asked, by `perf_counter`."""
-    status, text, later = response.status_code, response.text, response.headers.get("Retry-After")
-    late = status == 503 and time.perf_counter() - started > _AT_ONCE_S
-    if status in _GONE or (late and later is None and not any(words in text.lower() for words in _OWN_503)):
-        raise UnreachedError(f"answered with {_what(status, text)}")
-    check_status(name, url, status, text, later)
 
 
 def check_status(name: str, url: str, status: int, text: str, retry_after: str | None = None) -> None:
@@ -150,10 +140,11 @@ def check_status(name: str, url: str, status: int, text: str, retry_after: str |
     if status == 200:
         return
     what = _what(status, text)
-    if _means_busy(status, what):
-        raise BusyError(f"answered with {what}", _seconds(retry_after))
-    if status >= 500 or status in _BUSY:
-        raise (UnreachedError if status in _UNREACHED else LostError)(f"answered with {what}")
+    later = retry_after is not None or any(words in what.lower() for words in _FULL_503)
+    if status == 429 or (status == 503 and later):
+        raise FullError(f"answered with {what}", _seconds(retry_after))
+    if status >= 500 or status in _MAY_PASS:
+        raise LostError(f"answered with {what}")
     if status in _KEY_ASKED_FOR:
         raise DraftsmithError(
             f"request {name}: {url} refuses it with {what}: name the variable of the environment that holds its API "
@@ -166,15 +157,11 @@ def _what(status: int, text: str) -> str:
     return f"status {status}: {' '.join(text.split())[:300]}"
 
 
-def _means_busy(status: int, what: str) -> bool:
-    return status in _BUSY and _RAN_TOO_LONG not in what
-
-
 def _seconds(retry_after: str | None) -> float:
-    """Of the header Retry-After, which is a number of seconds or a date; 0 if it says nothing."""
+    """Read the header Retry-After, which is a number of seconds or a date; 0 if it says nothing."""
     try:
-        if (said := (retry_after or "").strip()).isdigit():
-            return float(said)
-        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+        if (given := (retry_after or "").strip()).isdigit():
+            return float(given)
+        return max(0.0, parsedate_to_datetime(given).timestamp() - time.time())
     except (ValueError, TypeError):
         return 0.0

@@ -16,9 +16,8 @@ from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Completion, Request
 from draftsmith.stages.engines.config import GREEDY_ONLY, SGLangEngineConfig
 from draftsmith.stages.engines.sglang.client import Answer, RefusedRequestError
-from draftsmith.stages.engines.sglang.pool import LostTooOftenError, NotSentError, ServerPool, TimedOutError
+from draftsmith.stages.engines.sglang.pool import DeadlyRequestError, LostTooOftenError, ServerPool, TimedOutError
 from draftsmith.stages.engines.sglang.records import BadAnswerError, completion_of, generate_payload
-from draftsmith.stages.engines.sglang.suspects import DeadlyRequestError
 
 if TYPE_CHECKING:
     from draftsmith.stages.engines.sglang.expected import Expected
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _CHECK_S = 0.5  # between two looks at whether the stage was asked to stop, while it waits for servers
-_ASKED_AGAIN = 2  # times, after a bad answer
 _MOST_UNANSWERED = 20  # requests; then the cause is not the prompt
 # Others may fare better.
 _OF_ONE_REQUEST = (RefusedRequestError, TimedOutError, LostTooOftenError, DeadlyRequestError, BadAnswerError)
@@ -109,25 +107,22 @@ class SGLangEngine:
         self.name = fleet.name
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Answers in the order in which they finish. Closing the iterator aborts what is in flight.
+        """Yield answers in the order in which they finish. Closing the iterator aborts what is in flight.
 
         A request that fails does not end the others: when all are through, one error names those without an answer.
-        After `_MOST_UNANSWERED` of them nothing more is sent, and what is in flight is waited for. Where no request
-        can succeed (no server is left, the API key is refused), completions that have finished come first, then its
-        error. An answer that is not what was asked for is set aside and asked for again, elsewhere if there is another
-        server.
+        After `_MOST_UNANSWERED` of them no new ones are sent. Where no request can succeed (no server is left, the API
+        key is refused), completions that have finished come first, then its error.
         """
         pending: dict[Future[Completion], str] = {}
         finished: queue.SimpleQueue[Future[Completion]] = queue.SimpleQueue()
         queued = iter(requests)
         unanswered: dict[str, DraftsmithError] = {}
-        self._loop.call(lambda: self._pool.hold(False))
         try:
             while True:
                 # Twice as many as can be in flight, so that servers stay full while the caller writes.
                 while (
-                    len(unanswered) < _MOST_UNANSWERED
-                    and len(pending) < 2 * self._pool.places
+                    sum(not isinstance(error, DeadlyRequestError) for error in unanswered.values()) < _MOST_UNANSWERED
+                    and len(pending) < 2 * self._pool.capacity
                     and (request := next(queued, None)) is not None
                 ):
                     future = self._loop.submit(self._answer(request))
@@ -147,47 +142,32 @@ class SGLangEngine:
                 elif isinstance(error, _OF_ONE_REQUEST):
                     unanswered[name] = error
                     self._log(f"left without an answer: {error}")
-                    if len(unanswered) == _MOST_UNANSWERED:
-                        self._loop.call(lambda: self._pool.hold(True))
-                elif not isinstance(error, NotSentError):
+                else:
                     yield from _completions(finished)
                     raise error
         finally:
             for future in pending:
                 future.cancel()
         if unanswered:
+            self._loop.call(lambda: self._pool.deaths.forget(unanswered))  # named once: whoever asks again may
             raise _without_answers(unanswered)
 
     async def _answer(self, request: Request) -> Completion:
         if self._fleet.greedy_only and not request.sampling.greedy:
             raise DraftsmithError(f"sampling.temperature: {GREEDY_ONLY}")
         payload = generate_payload(request, self._expected.target.eos_ids, self.records_trace)
-        avoid = ""
-        for again in range(_ASKED_AGAIN + 1):
-            answer = await self._pool.ask(request.request_id, payload, avoid)
-            # It lost its memory to others and was read again, which makes a token without a verify step: normal on a
-            # full server. Its tokens are right; it is taken without its steps, which mining replays.
-            with_records = self.records_trace and not _retractions(answer)
-            try:
-                completion = self._completion(request, answer, with_records=with_records)
-            except BadAnswerError as error:
-                self._pool.reject(answer.url, request.request_id, str(error))
-                if again == _ASKED_AGAIN:
-                    raise
-                self._log(f"set aside and asked for again: {error} ({answer.url})")
-                avoid = answer.url
-            else:
-                self._pool.accept(answer.url)
-                return completion
-        raise AssertionError
+        return await self._pool.ask(request.request_id, payload, lambda answer: self._completion(request, answer))
 
-    def _completion(self, request: Request, answer: Answer, *, with_records: bool) -> Completion:
+    def _completion(self, request: Request, answer: Answer) -> Completion:
+        # A server that was full may have read an answer again, which makes a token without a verify step. Its tokens
+        # are right; it is taken without its steps, which mining replays.
+        retracted = int(answer.body.get("meta_info", {}).get("num_retractions") or 0)
         return completion_of(
             request,
             answer.body,
             eos_ids=self._expected.target.eos_ids,
             vocab_size=self._expected.target.vocab_size,
-            records_of=self._expected.drafter_digest if with_records else None,
+            records_of=self._expected.drafter_digest if self.records_trace and not retracted else None,
             seconds=answer.seconds,
             first_token_seconds=answer.first_token_seconds,
         )
@@ -195,7 +175,7 @@ class SGLangEngine:
     @property
     def was_full(self) -> bool:
         """Did a server not take as many requests at once as it was to get, so that they waited here?"""
-        return any(server.load.told for server in self._pool.servers)
+        return any(server.was_full for server in self._pool.servers)
 
     @property
     def repeated(self) -> int:
@@ -211,15 +191,11 @@ class SGLangEngine:
         self._loop.run(self._fleet.flush_cache(), self._check)
 
 
-def _retractions(answer: Answer) -> int:
-    return int(answer.body.get("meta_info", {}).get("num_retractions") or 0)
-
-
 def _without_answers(errors: dict[str, DraftsmithError]) -> DraftsmithError:
     """One error for the requests that failed, by their names."""
     names, first = list(errors), next(iter(errors.values()))
     many = f"{len(names)} requests ({', '.join(names)}) have" if len(names) > 1 else "one request has"
-    stopped = "; so many that nothing more was sent" if len(names) >= _MOST_UNANSWERED else ""
+    stopped = "; so many that no new ones were sent" if len(names) >= _MOST_UNANSWERED else ""
     kind = RetryableError if all(isinstance(error, RetryableError) for error in errors.values()) else UnansweredError
     return kind(
         f"engine: {many} no answer{stopped}: {first}; a rollout keeps all other answers, and the same command asks "

@@ -1,100 +1,74 @@
-"""What a server must be before it is asked: the same model, vocabulary and drafter, and room for the longest request.
+"""What a server must be before it is asked: the same model and drafter, and room for the longest request.
 
-All of it is read from what the server says and from short generations. The target is loaded here only for a server
-whose weights neither lie on its and this machine nor have a revision (`weights.py`).
+All of it is read from what the server says and from short generations. Of a server that somebody else started the
+tokenizer and the weights are compared too: by the hub's revision, else by log-probs (`probe.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.artifacts.errors import RetryableError
 from draftsmith.stages.engines.base import Request, SamplingParams
-from draftsmith.stages.engines.sglang.asking import generate, get, is_here, json_object, send, wrong
-from draftsmith.stages.engines.sglang.client import LostError
+from draftsmith.stages.engines.sglang import probe
+from draftsmith.stages.engines.sglang.asking import generate, get, json_object, send, wrong
+from draftsmith.stages.engines.sglang.client import LostError, check_status
 from draftsmith.stages.engines.sglang.expected import PROBE_TEXT, Expected
 from draftsmith.stages.engines.sglang.greedy import verifies_greedily
 from draftsmith.stages.engines.sglang.protocol import SUPPORTED, supported
-from draftsmith.stages.engines.sglang.records import SETTLED, completion_of, trace_identity
-from draftsmith.stages.engines.sglang.weights import check_settings, check_weights
+from draftsmith.stages.engines.sglang.records import completion_of, trace_identity
 
 if TYPE_CHECKING:
     import httpx
 
 _PROBE_TOKENS = 8
-_SAMPLED_OTHERWISE = ("speculative_use_rejection_sampling", "speculative_use_block_verification")
-_DRAFTED_OTHERWISE = (  # than the checkpoint says, and so than replay drafts
-    "speculative_draft_window_size",
-    "speculative_token_map",
-    "speculative_adaptive",
-    "speculative_draft_model_quantization",
-)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
-class Facts:
+class ServerInfo:
     """What a server said of itself."""
 
     version: str
-    algorithm: str | None  # of speculative decoding
     records_trace: bool
-    greedy_only: bool = False  # it drafts and verifies greedily: sampled answers would follow another law
+    greedy_only: bool = False  # it drafts and verifies greedily: sampled answers would not be the target's
     replicas: int = 1  # of the model
-    start: str = ""  # what differs from one start of the server, or one update of its weights, to the next
     remarks: list[str] = field(default_factory=list)  # what could not be checked, or is worth knowing
 
 
-async def shake_hands(client: httpx.AsyncClient, url: str, expected: Expected, log: Callable[[str], None]) -> Facts:
-    """Check one server. Raises RetryableError if it does not answer, DraftsmithError if it is the wrong one."""
+async def check_server(
+    client: httpx.AsyncClient, url: str, expected: Expected, log: Callable[[str], None], *, ours: bool
+) -> ServerInfo:
+    """Check one server. Raises RetryableError if it does not answer, DraftsmithError if it is the wrong one.
+
+    ours: it was started here, so that its files are the right ones.
+    """
     try:
         model = await get(client, url, "model_info", "get_model_info")
         server = await get(client, url, "server_info", "get_server_info")
-        here = await asyncio.to_thread(is_here, url)
         version = str(server.get("version", "?"))
         remarks = [] if supported(version) else [f"{url} is sglang {version}, outside the tested {SUPPORTED}"]
-        remarks += await _check_model(client, url, model, expected)
-        _check_preferred(url, model, server)
-        remarks += check_settings(url, model, server, expected)
-        remarks += await check_weights(client, url, str(model.get("model_path")), server, expected, log, here=here)
-        remarks += await _check_drafter(url, server, expected, here=here)
+        if not ours:
+            remarks += await _check_model(client, url, model, expected)
+            remarks += await check_weights(client, url, str(model.get("model_path")), server, expected, log)
+        remarks += _check_drafter(url, server, expected)
         _check_room(url, server, expected)
         if expected.stream and server.get("incremental_streaming_output"):
             raise wrong(url, "streams increments; start it without --incremental-streaming-output")
         records = await _check_generation(client, url, server, expected)
+        if expected.drafter_folder is not None and not records and not ours:
+            path = server.get("speculative_draft_model_path")
+            remarks.append(
+                f"{url} drafts with {path}: only the plug-in could tell whether it is {expected.drafter_folder}"
+            )
         greedy_only = await _is_greedy_only(client, url, server, expected)
     except LostError as error:
         raise RetryableError(f"engine: {url} {error}; see that the server runs, then run the same command") from error
-    return Facts(
-        version,
-        server.get("speculative_algorithm") or None,
-        records,
-        greedy_only,
-        replicas=int(server.get("dp_size") or 1),
-        start=_start(model, server),
-        remarks=remarks,
-    )
-
-
-async def is_another(client: httpx.AsyncClient, url: str, facts: Facts) -> bool:
-    """Is a server another process than the one that was checked, or has it got other weights since? Not known, and
-    False, of one that does not say."""
-    try:
-        model = await get(client, url, "model_info", "get_model_info")
-        return _start(model, await get(client, url, "server_info", "get_server_info")) != facts.start
-    except (LostError, DraftsmithError):
-        return False
-
-
-def _start(model: dict[str, Any], server: dict[str, Any]) -> str:
-    """How long a server took to start, in parts, the seed that it drew, and what an update of its weights changes."""
-    said = {name: server.get(name) for name in ("startup_time", "random_seed")}
-    said |= {name: model.get(name) for name in ("model_path", "weight_version")}
-    return json.dumps(said, sort_keys=True)
+    return ServerInfo(version, records, greedy_only, replicas=int(server.get("dp_size") or 1), remarks=remarks)
 
 
 async def records_through(client: httpx.AsyncClient, url: str, expected: Expected) -> bool:
@@ -120,33 +94,61 @@ async def _check_model(client: httpx.AsyncClient, url: str, model: dict[str, Any
             f"the target is {target.source} ({target.model_type}, {target.architecture})",
         )
     response = await send(client, "POST", f"{url}/tokenize", {"prompt": PROBE_TEXT, "add_special_tokens": False})
-    remarks = []
     tokens = json_object(response).get("tokens") if response.status_code == 200 else None
     if tokens is None:
-        remarks.append(f"{url} does not tokenize: its vocabulary could not be compared")
-    elif tokens != expected.probe_ids:
+        return [f"{url} does not tokenize: its vocabulary could not be compared"]
+    if tokens != expected.probe_ids:
         raise wrong(url, f"serves {path}, whose tokenizer is not that of the target {target.source}")
-    return remarks
+    return []
 
 
-def _check_preferred(url: str, model: dict[str, Any], server: dict[str, Any]) -> None:
-    """A server fills up what a request leaves out with preferences of its own, and a router passes on no nulls. A
-    watermark's key stands for chance: prompts that end alike are answered alike."""
-    if on := [name for name in ("default_enabled", "enforce_all") if server.get(f"watermark_{name}")]:
+async def check_weights(
+    client: httpx.AsyncClient,
+    url: str,
+    path: str,
+    server: dict[str, Any],
+    expected: Expected,
+    log: Callable[[str], None],
+) -> list[str]:
+    """Are they the target's? By the hub's revision, else by what it computes. Returns what could not be checked."""
+    target, tokens, revision = expected.target, expected.scored_ids, str(server.get("revision") or "")
+    if path == target.source and _COMMIT.fullmatch(revision) and target.revision is not None:
+        if revision == target.revision:
+            return []
         raise wrong(
-            url, f"puts a watermark on sampled answers ({', '.join(on)} of --watermark-config); start it without"
+            url,
+            f"serves {path} of revision {revision}, the target is revision {target.revision}; start it with "
+            f"--revision {target.revision}, or set target.revision",
         )
-    preferred = model.get("preferred_sampling_params") or {}
-    preferred = json.loads(preferred) if isinstance(preferred, str) else preferred
-    if others := [name for name, value in preferred.items() if value is not None and name not in SETTLED]:
+    if quantization := server.get("quantization"):
+        return [f"{url} serves {path} quantised ({quantization}): its weights could not be compared with the target's"]
+    response = await send(client, "POST", f"{url}/generate", probe.payload(tokens))
+    check_status("of the handshake", url, response.status_code, response.text)
+    theirs = probe.served_logprobs(json_object(response), tokens)
+    if theirs is None:
+        return [f"{url} gives no log-probs of a prompt: the weights of {path} could not be compared with the target's"]
+    try:
+        ours = await asyncio.to_thread(probe.own_logprobs, expected.target_folder, tokens, log)
+    except probe.NoRoomError as error:
+        return [
+            f"{url} serves {path}: its weights could not be compared with the target's, {error}; start the server with "
+            "--revision and its commit, which is compared instead"
+        ]
+    difference = probe.mean_difference(ours, theirs)
+    allowed = probe.tolerance(target.dtype, server.get("dtype"))
+    if difference > allowed:
         raise wrong(
-            url, f"draws as requests do not ask for ({', '.join(others)}); start it without --preferred-sampling-params"
+            url,
+            f"serves {path}, whose log-probs of {len(ours)} fixed tokens are {difference:.3g} nats from those of the "
+            f"target {target.source} in the mean (rounding is at most {allowed:g}): other weights; serve revision "
+            f"{target.revision or target.digest[:12]}",
         )
+    return [f"{url} serves {path}: log-probs of {len(ours)} fixed tokens are {difference:.2g} nats from the target's"]
 
 
-async def _check_drafter(url: str, server: dict[str, Any], expected: Expected, *, here: bool) -> list[str]:
-    """Does it speculate with this drafter? Returns what could not be checked."""
-    algorithm, path = server.get("speculative_algorithm"), server.get("speculative_draft_model_path")
+def _check_drafter(url: str, server: dict[str, Any], expected: Expected) -> list[str]:
+    """Does it speculate with such a drafter? Returns what is worth knowing."""
+    algorithm = server.get("speculative_algorithm")
     for name in ("speculative_accept_threshold_single", "speculative_accept_threshold_acc"):
         if algorithm and (least := server.get(name)) not in (None, 1):
             option = name.replace("_", "-")
@@ -155,12 +157,14 @@ async def _check_drafter(url: str, server: dict[str, Any], expected: Expected, *
         if algorithm:
             return [f"{url} drafts with {algorithm}: answers are the target's all the same, verification is lossless"]
         return []
-    if not algorithm or not path:
+    if not algorithm:
         raise wrong(
             url,
-            "serves the target without a drafter: start it with --speculative-algorithm and "
+            f"serves the target without a drafter: start it with --speculative-algorithm {expected.algorithm} and "
             f"--speculative-draft-model-path {expected.drafter_folder}",
         )
+    if algorithm != expected.algorithm:
+        raise wrong(url, f"drafts by {algorithm}; start it with --speculative-algorithm {expected.algorithm}")
     tokens, wanted = (expected.tree.draft_tokens, expected.tree.branches) if expected.tree else (expected.block_size, 1)
     if (served := server.get("speculative_num_draft_tokens")) != tokens:
         raise wrong(
@@ -170,44 +174,17 @@ async def _check_drafter(url: str, server: dict[str, Any], expected: Expected, *
         )
     if (branches := server.get("speculative_eagle_topk") or 1) != wanted:
         raise wrong(url, f"drafts with --speculative-eagle-topk {branches}; start it with {wanted}")
-    from draftsmith.stages.engines.sglang.digests import served_drafter_digest
-
-    remarks = [
-        f"{url} runs with --{name.replace('_', '-')}: sampled answers take other verify steps than replay says, greedy "
-        "ones do not"
-        for name in _SAMPLED_OTHERWISE
-        if server.get(name)
-    ]
-    remarks += [
-        f"{url} drafts with --{name.replace('_', '-')} {server[name]}: its verify steps are not those of replay, which "
-        "knows nothing of that; where too many differ, mining refuses them"
-        for name in _DRAFTED_OTHERWISE
-        if server.get(name)
-    ]
-    digest = await asyncio.to_thread(served_drafter_digest, Path(path)) if here else None
-    if digest is None:
-        return [
-            *remarks,
-            f"{url} drafts with {path}, which cannot be read on this machine: only the plug-in can tell whether it is "
-            "ours",
-        ]
-    if digest != expected.drafter_digest:
-        raise wrong(url, f"drafts with {path}, which is not the drafter {expected.drafter_folder}")
-    return remarks
-
-
-def _verified(expected: Expected) -> int:
-    """Tokens of one verify step."""
-    return expected.tree.draft_tokens if expected.tree else expected.block_size or 0
+    return []
 
 
 def _check_room(url: str, server: dict[str, Any], expected: Expected) -> None:
     """SGLang shortens an answer that does not fit without a word (Scheduler.init_req_max_new_tokens)."""
+    verified = expected.tree.draft_tokens if expected.tree else expected.block_size or 0  # tokens of one verify step
     limits = []
     if longest_input := server.get("max_req_input_len"):
         limits.append(int(longest_input) + 4)  # of the context and the memory, the smaller one, less 1 + 5
     if memory := server.get("max_total_num_tokens"):
-        limits.append(int(memory) - 2 * int(server.get("page_size") or 1) - _verified(expected))
+        limits.append(int(memory) - 2 * int(server.get("page_size") or 1) - verified)
     if limits and expected.longest > min(limits):
         raise wrong(
             url,
@@ -224,7 +201,7 @@ async def _check_generation(client: httpx.AsyncClient, url: str, server: dict[st
     meta = body.get("meta_info") or {}
     digest = trace_identity(request.request_id, meta) if traced else None
     if digest is not None and digest != expected.drafter_digest:
-        raise wrong(url, f"records the drafter {digest[:12] or 'without a digest'}, not {expected.drafter_folder}")
+        raise wrong(url, f"drafts with {digest[:12] or 'a drafter without a digest'}, not {expected.drafter_folder}")
     completion_of(
         request,
         body,

@@ -1,51 +1,123 @@
-"""Requests to several servers: bounded, spread, repeated when something is lost, moved away from a server that died."""
+"""Sends requests to servers: bounds and spreads them, and repeats elsewhere what was lost."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import math
+import random
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tenacity
+
+from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
-from draftsmith.stages.engines.sglang.client import Answer, BusyError, LostError, UnreachedError, generate
-from draftsmith.stages.engines.sglang.health import Health, Server, State, pause
-from draftsmith.stages.engines.sglang.suspects import Asked, named
+from draftsmith.stages.engines.base import Completion
+from draftsmith.stages.engines.sglang.client import Answer, FullError, LostError, SilentError, generate, probe
+from draftsmith.stages.engines.sglang.records import BadAnswerError
 
 if TYPE_CHECKING:
     import httpx
 
-_LOOK_S = 10.0  # between two looks at a server that has not answered yet
+    from draftsmith.stages.engines.sglang.server import ServerProcess
+
+_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 10.0
+_DEADLY = 2  # servers that died with a request: it is not sent again
+_BEAT_S = 60.0  # a server that has requests and has answered none for so long is probed
+_PATIENCE_S = 60.0  # with a server whose probes fail, before it is lost
+_SILENT_S = 600.0  # with one that is there and computes nothing: it may compile; SGLang's watchdog ends it after 300
+_FULL_S = 3600.0  # of a server that takes no request and answers none, before it is lost
+_REST_S, _LONGEST_REST_S = 1.0, 600.0  # before a full server is asked again
 _ABORT_TIMEOUT_S = 5.0
-_ALL_DOWN_S = 120.0  # so long a request waits for a server to return
-_PATIENCE_S = 3600.0  # with a server that takes no request and answers none
-_LONGEST_REST_S = 600.0
-_BAD_IN_A_ROW = 5  # requests whose answers are bad, before their server is asked no more
 
 
 class LostTooOftenError(RetryableError):
-    """A request was lost once more than it is repeated, on servers that are alive."""
+    """A request was lost each time, on servers that are alive."""
 
 
 class TimedOutError(DraftsmithError):
     """A request was not finished in time by a server that computes."""
 
 
-class NotSentError(Exception):
-    """Nothing is sent any more."""
+class DeadlyRequestError(DraftsmithError):
+    """Servers died while they had this request: it is not sent again."""
 
 
-class _GivenUpError(LostError):
-    """The server was lost while it had the request."""
+_TRIES: dict[type[Exception], int] = {LostError: 6, BadAnswerError: 3, TimedOutError: 2}
+
+
+class Deaths:
+    """Which servers died while they had a request. Kept in a file: the stage is retried when no server is left."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._servers: dict[str, list[str]] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+    def of(self, name: str) -> list[str]:
+        return self._servers.get(name, [])
+
+    def add(self, names: Collection[str], url: str) -> None:
+        for name in names:
+            self._servers.setdefault(name, []).append(url)
+        self._write()
+
+    def forget(self, names: Collection[str]) -> None:
+        if known := self._servers.keys() & set(names):
+            for name in known:
+                del self._servers[name]
+            self._write()
+
+    def _write(self) -> None:
+        write_text(self._path, json.dumps(self._servers, indent=2))
+
+
+@dataclass(eq=False)
+class Server:
+    """A server as the client sees it, made inside the event loop. Times are of the monotonic clock."""
+
+    url: str
+    replicas: int = 1  # of the model, which share its requests
+    behind: tuple[str, ...] = ()  # of a router: the servers that it asks
+    processes: tuple[ServerProcess, ...] = ()  # started here: the one that listens at `url`, then those behind a router
+    requests: set[str] = field(default_factory=set)  # in flight
+    lost: str | None = None  # why it is asked no more
+    gone: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    examination: asyncio.Task[None] | None = None  # no new requests meanwhile
+    answered_at: float = field(default_factory=time.monotonic)
+    was_full: bool = False
+    full_since: float | None = None  # its last answer
+    room: float = math.inf  # requests at once, after a refusal; one more with every answer
+    rests_until: float = -math.inf
+
+    def ended(self) -> str | None:
+        """How its process ended, or the last one behind it; None while it runs, or where it was not started here."""
+        ends = [process.ended() for process in self.processes]
+        if not ends or not (ends[0] or (len(ends) > 1 and all(ends[1:]))):
+            return None
+        how, process = next((how, each) for how, each in zip(ends, self.processes, strict=True) if how)
+        return f"{how} (log: {process.log_path})"
+
+
+@dataclass(eq=False)
+class _Asked:
+    """A request that is to be answered."""
+
+    name: str
+    payload: dict[str, Any]
+    read: Callable[[Answer], Completion]
+    avoid: Server | None = None  # where it failed last: asked only where no other server is left
 
 
 class ServerPool:
     """Spreads requests over servers; to be used inside one event loop.
 
-    concurrency: requests in flight, a replica. retries: of one request. revive, check, follow: as `Health` takes them.
-    stream: measure the first token's time. backoff_s: the first pause before a repetition; it doubles.
+    concurrency: requests in flight, a replica. stream: measure the first token's time.
     """
 
     def __init__(
@@ -55,40 +127,22 @@ class ServerPool:
         *,
         concurrency: int,
         timeout_s: float,
-        retries: int,
+        deaths: Deaths,
         log: Callable[[str], None],
-        revive: Callable[[Server], Awaitable[bool]] | None = None,
-        check: Callable[[Server], Awaitable[None]] | None = None,
-        follow: Callable[[Server], Awaitable[None]] | None = None,
         stream: bool = False,
-        backoff_s: float = 0.5,
     ):
-        self.servers = servers
+        self.servers, self.deaths = servers, deaths
         self.repeated = 0  # attempts at requests that had to be made again
         self._client, self._stream, self._timeout_s = client, stream, timeout_s
-        self._concurrency, self._retries, self._backoff_s, self._log = concurrency, retries, backoff_s, log
+        self._concurrency, self._log = concurrency, log
         self._total: int | None = None
-        self._holding = False
-        self._waiters: list[asyncio.Future[None]] = []
-        self._asking: dict[asyncio.Task[Any], Asked] = {}
-        self._aborting: set[asyncio.Task[None]] = set()
-        self._watching: set[asyncio.Task[None]] = set()
-        self.health = Health(
-            client,
-            servers,
-            log=log,
-            revive=revive,
-            check=check,
-            follow=follow,
-            spawn=self._watch,
-            changed=self._wake,
-            backoff_s=backoff_s,
-        )
-        self.health.start()
+        self._changed = asyncio.Event()
+        self._asking: set[asyncio.Task[Any]] = set()
+        self._reported: set[ServerProcess] = set()
 
     @property
-    def places(self) -> int:
-        """Requests that are in flight while every server is up."""
+    def capacity(self) -> int:
+        """Requests that are in flight while no server is lost."""
         return self._total or sum(self._concurrency * server.replicas for server in self.servers)
 
     def set_concurrency(self, total: int | None) -> None:
@@ -96,228 +150,224 @@ class ServerPool:
         self._total = total
         self._wake()
 
-    def hold(self, holding: bool) -> None:
-        """Send nothing any more: what waits to be sent ends with NotSentError, what is in flight goes on."""
-        self._holding = holding
-        self._wake()
+    async def ask(self, name: str, payload: dict[str, Any], read: Callable[[Answer], Completion]) -> Completion:
+        """POST /generate to the least loaded server, and elsewhere again, until `read` takes the answer.
 
-    async def ask(self, name: str, payload: dict[str, Any], avoid: str = "") -> Answer:
-        """POST /generate to the least loaded server until it is answered. avoid: the url of one that is asked only
-        where no other is up.
-
-        Raises RefusedRequestError if a server does not take the request, TimedOutError if it was not finished in time
-        twice, LostTooOftenError if it was lost once more than `retries`, DeadlyRequestError if servers died with it,
-        RetryableError if no server is left.
+        Raises RefusedRequestError if a server does not take the request, TimedOutError, BadAnswerError or
+        LostTooOftenError after the last attempt, DeadlyRequestError if servers died with it, RetryableError if no
+        server is left.
         """
+        again = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(tuple(_TRIES)),
+            stop=_tried_enough,
+            wait=tenacity.wait_random_exponential(multiplier=_BACKOFF_S, max=_LONGEST_BACKOFF_S),
+            before_sleep=self._note,
+            reraise=True,
+        )
         task = asyncio.current_task()
         assert task is not None
-        self._asking[task] = asked = Asked(name)
+        self._asking.add(task)
         try:
-            return await self._ask(asked, payload, self._server_at(avoid))
+            return await again(self._attempt, _Asked(name, payload, read))
+        except LostError as error:
+            raise LostTooOftenError(
+                f"request {name}: was lost {_TRIES[LostError]} times, the last time: {error}. Look at the server's log."
+            ) from error
         finally:
-            del self._asking[task]
+            self._asking.discard(task)
 
-    def accept(self, url: str) -> None:
-        """An answer of this server is what was asked for."""
-        if (server := self._server_at(url)) is not None:
-            server.bad.clear()
-
-    def reject(self, url: str, name: str, reason: str) -> None:
-        """An answer to this request is not what was asked for. A server that gives no other is lost, unless it is the
-        last one: then the requests may be the cause."""
+    def _note(self, state: tenacity.RetryCallState) -> None:
         self.repeated += 1
-        server = self._server_at(url)
-        if server is None:
-            return
-        server.bad.add(name)
-        others = any(each is not server and each.state is State.UP for each in self.servers)
-        if others and len(server.bad) >= _BAD_IN_A_ROW:
-            self.health.distrust(server, f"gave bad answers to {len(server.bad)} requests in a row, the last: {reason}")
+        assert state.outcome is not None
+        if isinstance(error := state.outcome.exception(), BadAnswerError):
+            self._log(f"asked for again: {error} ({state.args[0].avoid.url})")
 
-    def _server_at(self, url: str) -> Server | None:
-        return next((each for each in self.servers if each.url == url), None)
-
-    async def _ask(self, asked: Asked, payload: dict[str, Any], avoid: Server | None) -> Answer:
-        failures, timed_out = 0, False
-        full: Server | None = None
+    async def _attempt(self, asked: _Asked) -> Completion:
+        """Ask one server. A refusal of a full one is no attempt."""
         while True:
-            server = await self._place(asked, avoid, full)
+            server = await self._reserve(asked)
             try:
-                return await self._attempt(server, asked.name, payload)
-            except TimedOutError:
-                if timed_out:
-                    raise
-                timed_out, avoid = True, server
-                self.repeated += 1
-            except _GivenUpError:
-                failures, avoid = failures + 1, server
-            except LostError as error:
-                if isinstance(error, BusyError) and self._rest(server, error):
-                    full = server
-                else:
-                    failures, avoid = failures + 1, server
-                    server.lost.add(asked)
-                    self.health.suspect(server, error)
+                return asked.read(await self._post(server, asked))
+            except FullError as error:
+                self._rest(server, error)
+            except (LostError, BadAnswerError, TimedOutError):
+                asked.avoid = server
+                raise
             finally:
-                server.requests.discard(asked)
+                server.requests.discard(asked.name)
                 self._wake()
-            if failures > self._retries:
-                raise LostTooOftenError(
-                    f"request {asked.name}: failed {failures} times, the last time on {server.url} {server.reason}; "
-                    "look at the server's log"
+
+    async def _reserve(self, asked: _Asked) -> Server:
+        """Wait for a server with room."""
+        while True:
+            if len(died := self.deaths.of(asked.name)) >= _DEADLY:
+                raise DeadlyRequestError(
+                    f"request {asked.name}: was in flight when {len(died)} SGLang servers died ({', '.join(died)}), "
+                    "and is not sent again. Look at the ends of their logs."
                 )
-            if failures:
-                self.repeated += 1
-                await asyncio.sleep(pause(failures, self._backoff_s))
-
-    async def _place(self, asked: Asked, avoid: Server | None, full: Server | None = None) -> Server:
-        """Wait for a server with room. avoid: where the request has failed, which is asked only where no other is up,
-        however full. full: one that has just not taken it, which comes last."""
-        while not self._holding:
-            asked.check()
-            if free := self._free(asked, avoid):
-                server = min(free, key=lambda server: (server is full, server.in_flight / server.replicas))
-                server.requests.add(asked)
+            there = [server for server in self.servers if server.lost is None]
+            if not there:
+                gone = "; ".join(f"{server.url} {server.lost}" for server in self.servers)
+                raise RetryableError(
+                    f"request {asked.name}: no SGLang server is left: {gone}. Start those of engine.urls again "
+                    "and run the same command, finished answers are kept."
+                )
+            others = [server for server in there if server is not asked.avoid] or there
+            if free := [server for server in others if self._has_room(server)]:
+                server = min(free, key=lambda server: len(server.requests) / server.replicas)
+                server.requests.add(asked.name)
                 return server
-            longest = self._longest_wait(asked.name)
-            self._waiters.append(waiter := asyncio.get_running_loop().create_future())
-            with suppress(TimeoutError):
-                async with asyncio.timeout(longest):
-                    await waiter
-        raise NotSentError
+            await self._changed.wait()
 
-    def _free(self, asked: Asked, avoid: Server | None) -> list[Server]:
-        """Servers that may be asked for this now."""
-        examined = [server for server in self.servers if server.state is State.CHECKED]
-        if asked.waits(sum(asked in server.lost for server in examined)):
-            return []
-        up = [server for server in self.servers if server.state is State.UP]
-        others = [server for server in up if server is not avoid]
-        now = time.monotonic()
-        ready = [server for server in others or up if server.load.rests_until <= now]
-        if self._total is None:
-            free = [server for server in ready if server.in_flight < self._room(server)]
-        else:
-            free = ready if sum(server.in_flight for server in self.servers) < self._total else []
-        return [server for server in free if asked.fits(server.requests)]
-
-    def _room(self, server: Server) -> float:
-        return min(self._concurrency * server.replicas, server.load.bound, server.load.limit)
-
-    def _longest_wait(self, name: str) -> float | None:
-        """Seconds until all servers have been down for too long; None: one is there, or may be. Raises RetryableError
-        then."""
-        if any(server.state is not State.DOWN or server.looked_at for server in self.servers):
-            return None
-        left = max(server.down_at for server in self.servers) + _ALL_DOWN_S - time.monotonic()
-        if left > 0 and any(map(self.health.may_return, self.servers)):
-            return left
-        gone = "; ".join(f"{server.url} {server.reason}" for server in self.servers)
-        raise RetryableError(
-            f"request {name}: no SGLang server is left: {gone}; start them again and run the same command "
-            f"(finished answers are kept){named(self._asking.values())}"
-        )
+    def _has_room(self, server: Server) -> bool:
+        if server.examination is not None or server.rests_until > time.monotonic():
+            return False
+        if self._total is not None:
+            return sum(len(each.requests) for each in self.servers) < self._total
+        return len(server.requests) < min(self._concurrency * server.replicas, server.room)
 
     def _wake(self) -> None:
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+        """Let requests that wait for a server look again."""
+        self._changed.set()
+        self._changed = asyncio.Event()
 
-    def _rest(self, server: Server, error: BusyError) -> bool:
-        """A server takes no more at the moment: it is asked for what it has, and later. Whether to be patient."""
-        load, now = server.load, time.monotonic()
-        load.bound = max(1, min(load.bound, server.in_flight - 1))
-        load.refused_since = load.refused_since or now
-        if not load.told:
-            load.told = True
-            self._log(f"SGLang server {server.url} is full: it {error}; requests wait (lower engine.concurrency)")
-        if now >= load.rests_until:  # not for each of those that were refused together
-            load.refusals += 1
-            rest_s = min(_LONGEST_REST_S, max(error.wait_s, pause(load.refusals, self._backoff_s)))
-            load.rests_until = now + rest_s
-            asyncio.get_running_loop().call_later(rest_s, self._wake)
-        return now - load.refused_since < _PATIENCE_S
+    def _rest(self, server: Server, error: FullError) -> None:
+        """Ask a full server later, and for what it has."""
+        now = time.monotonic()
+        server.full_since = server.full_since or now
+        if now - server.full_since > _FULL_S:
+            self._lose(server, f"takes no request: it {error}")
+            return
+        if not server.was_full:
+            server.was_full = True
+            self._log(f"SGLang server {server.url} is full: it {error}. Requests wait; lower engine.concurrency.")
+        server.room = max(1, min(server.room, len(server.requests) - 1))
+        rest_s = min(_LONGEST_REST_S, max(error.wait_s, _REST_S * random.uniform(0.5, 1.5)))
+        server.rests_until = now + rest_s
+        asyncio.get_running_loop().call_later(rest_s, self._wake)
 
-    def _answered(self, server: Server, answer: Answer) -> None:
-        server.answered()
-        load = server.load
-        load.bound, load.refusals, load.refused_since, load.last_s = load.bound + 1, 0, None, answer.seconds
-
-    def _relieve(self, server: Server, sent: float) -> None:
-        """A request was not finished in time: if others take long too, they wait for each other."""
-        load = server.load
-        if server.in_flight > 1 and load.last_s > self._timeout_s / 2 and sent > load.limited_at:
-            load.limit, load.limited_at = server.in_flight // 2, time.monotonic()
-            self._log(
-                f"SGLang server {server.url} did not finish a request in {self._timeout_s:g} s with {server.in_flight} "
-                f"in flight: it gets {load.limit} at once from here on (lower engine.concurrency, or raise "
-                "engine.request_timeout_s)"
-            )
-
-    async def _attempt(self, server: Server, name: str, payload: dict[str, Any]) -> Answer:
-        """One POST, as a task of its own: a server that is found dead gives up its requests at once."""
-        rid, sent = uuid.uuid4().hex, time.monotonic()
-        post = generate(self._client, server.url, name, {**payload, "rid": rid}, stream=self._stream)
-        attempt = asyncio.create_task(post)
-        server.attempts.add(attempt)
+    async def _post(self, server: Server, asked: _Asked) -> Answer:
+        """POST /generate once. What was lost is raised when it is known whether the server still lives."""
+        rid = uuid.uuid4().hex
+        payload = {**asked.payload, "rid": rid}
+        post = asyncio.create_task(generate(self._client, server.url, asked.name, payload, stream=self._stream))
         try:
-            while (left := sent + self._timeout_s - time.monotonic()) > 0:
-                if (await asyncio.wait({attempt}, timeout=min(left, _LOOK_S)))[0]:
-                    if attempt.cancelled():
-                        raise _GivenUpError(server.reason)
-                    answer = attempt.result()
-                    self._answered(server, answer)
-                    return answer
-                self.health.beat(server)
-        except asyncio.CancelledError:
-            _start(self._abort(server, rid), self._aborting)  # nobody waits for the answer
+            if not await self._answered(server, post):
+                await self._examine(server)
+                if server.lost is not None:
+                    raise LostError(server.lost)
+                raise TimedOutError(
+                    f"request {asked.name}: {server.url} computes, but did not finish it in {self._timeout_s:g} s "
+                    "(engine.request_timeout_s). Raise it, or lower engine.concurrency (requests wait for each other) "
+                    "or sampling.max_new_tokens."
+                )
+            answer = post.result()
+        except FullError:
+            raise
+        except LostError:
+            if server.lost is None:
+                await self._examine(server)
             raise
         finally:
-            attempt.cancel()
-            server.attempts.discard(attempt)
-        _start(self._abort(server, rid), self._aborting)
-        error = await self._timed_out(server, name, payload)
-        if isinstance(error, TimedOutError):
-            self._relieve(server, sent)
-        raise error
+            if not post.done():
+                post.cancel()
+                await self._abort(server, rid)
+        server.answered_at, server.full_since, server.room = time.monotonic(), None, server.room + 1
+        self.deaths.forget([asked.name])
+        return answer
 
-    async def _timed_out(self, server: Server, name: str, payload: dict[str, Any]) -> Exception:
-        """The error of a request that was not answered in time: is it the server, or the request?"""
-        limit = f"{self._timeout_s:g} s (engine.request_timeout_s)"
-        try:
-            await self.health.computes(server)
-        except LostError as error:
-            kind = UnreachedError if isinstance(error, UnreachedError) else LostError
-            return kind(f"gave no answer in {limit}, and {error}")
-        return TimedOutError(
-            f"request {name}: {server.url} computes, but did not finish it in {limit}, the second time too; it had up "
-            f"to {payload['sampling_params']['max_new_tokens']} tokens to write: raise engine.request_timeout_s, or "
-            "lower engine.concurrency (requests wait for each other) or sampling.max_new_tokens"
-        )
+    async def _answered(self, server: Server, post: asyncio.Task[Answer]) -> bool:
+        """Wait for an answer, at most as long as the config says. Raises LostError if the server is lost meanwhile."""
+        deadline = time.monotonic() + self._timeout_s
+        either: set[asyncio.Future[Any]] = {post, server.gone}
+        while not post.done():
+            if (left := deadline - time.monotonic()) <= 0:
+                return False
+            await asyncio.wait(either, timeout=min(left, _BEAT_S), return_when=asyncio.FIRST_COMPLETED)
+            if not post.done() and server.lost is not None:
+                raise LostError(server.lost)
+            if not post.done() and time.monotonic() - server.answered_at > _BEAT_S:
+                self._examine(server)  # one that went dark breaks no connection
+        return True
 
     async def _abort(self, server: Server, rid: str) -> None:
-        for url in server.behind or (server.url,):
-            with suppress(Exception):
-                await self._client.post(f"{url}/abort_request", json={"rid": rid}, timeout=_ABORT_TIMEOUT_S)
+        if server.lost is None:
+            for url in server.behind or (server.url,):
+                with suppress(Exception):
+                    await self._client.post(f"{url}/abort_request", json={"rid": rid}, timeout=_ABORT_TIMEOUT_S)
 
-    def _watch(self, work: Coroutine[Any, Any, None]) -> None:
-        _start(work, self._watching)
+    def _examine(self, server: Server) -> Awaitable[None]:
+        """Find out whether a server still lives: once for all requests that wonder, and whoever waits for it."""
+        if server.examination is None:
+            server.examination = asyncio.create_task(self._examined(server))
+        return asyncio.shield(server.examination)
+
+    async def _examined(self, server: Server) -> None:
+        since = time.monotonic()
+
+        async def look() -> None:
+            if server.answered_at < since:
+                await self._probe(server)
+
+        def given_up(state: tenacity.RetryCallState) -> bool:
+            silent = state.outcome is not None and isinstance(state.outcome.exception(), SilentError)
+            limit_s = _SILENT_S if silent else _PATIENCE_S
+            return server.ended() is not None or (state.seconds_since_start or 0.0) > limit_s
+
+        again = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(LostError),
+            stop=given_up,
+            wait=tenacity.wait_random_exponential(multiplier=_BACKOFF_S, max=_LONGEST_BACKOFF_S),
+            reraise=True,
+        )
+        try:
+            await again(look)
+        except Exception as error:  # whatever it was, requests must not wait for ever
+            self.deaths.add(server.requests, server.url)
+            self._lose(server, server.ended() or str(error))
+        finally:
+            self._report_processes(server)
+            server.examination = None
+            self._wake()
+
+    async def _probe(self, server: Server) -> None:
+        """Ask whether it computes; of a router, whether it is there and one of its servers computes."""
+        import httpx
+
+        urls = server.behind or (server.url,)
+        each = await asyncio.gather(*(probe(self._client, url) for url in urls), return_exceptions=True)
+        errors = [error for error in each if error is not None]
+        if len(errors) == len(urls):
+            raise errors[0]
+        if server.behind:
+            try:
+                await self._client.get(f"{server.url}/workers", timeout=_ABORT_TIMEOUT_S)
+            except httpx.HTTPError as error:
+                raise LostError(f"{type(error).__name__} {error}") from error
+
+    def _lose(self, server: Server, why: str) -> None:
+        """Ask it no more; what it has in flight goes to the others."""
+        if server.lost is None:
+            server.lost = why
+            self._log(f"SGLang server {server.url} is lost: {why}")
+            server.gone.set_result(None)
+            self._wake()
+
+    def _report_processes(self, server: Server) -> None:
+        for process in server.processes:
+            if (how := process.ended()) and process not in self._reported:
+                self._reported.add(process)
+                self._log(f"{process.url} {how}; the end of {process.log_path}:\n{process.tail()}")
 
     async def close(self) -> None:
-        """Abort what is in flight; end everything else."""
-        ending = [*self._asking, *self._watching]
-        for task in ending:
+        """Abort what is in flight."""
+        tasks = [*self._asking, *(each.examination for each in self.servers if each.examination is not None)]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*ending, return_exceptions=True)
-        if self._aborting:
-            _, late = await asyncio.wait(self._aborting, timeout=_ABORT_TIMEOUT_S)
-            for task in late:
-                task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _start(work: Coroutine[Any, Any, None], running: set[asyncio.Task[None]]) -> None:
-    """In the background; `running` keeps it, for the event loop does not."""
-    task = asyncio.get_running_loop().create_task(work)
-    running.add(task)
-    task.add_done_callback(running.discard)
+def _tried_enough(state: tenacity.RetryCallState) -> bool:
+    assert state.outcome is not None
+    error = state.outcome.exception()
+    return state.attempt_number >= next(tries for kind, tries in _TRIES.items() if isinstance(error, kind))

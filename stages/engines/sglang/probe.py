@@ -1,4 +1,4 @@
-"""Does a server compute with the target's weights, where neither files nor a revision say so?
+"""Does a server compute with the target's weights, where no revision says so?
 
 The server scores fixed tokens, and so does the target here, on the CPU: the mean absolute difference of their log-probs
 is rounding for the same weights. SGLang's own `/weights_checker` cannot be held against files: it hashes tensors as

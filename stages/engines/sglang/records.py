@@ -21,12 +21,6 @@ _NUMBERS = {
     "repetition_penalty": 1.0,
 }
 _NULLS = dict.fromkeys(("stop", "stop_regex", "logit_bias", "json_schema", "regex", "ebnf", "structural_tag"))
-# What a server may prefer without any effect: requests say it themselves, or it is about text.
-SETTLED = {
-    *_NUMBERS,
-    *("temperature", "max_new_tokens", "stop_token_ids", "ignore_eos", "sampling_seed", "n"),
-    *("skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim", "stream_interval"),
-}
 
 
 def generate_payload(request: Request, eos_ids: Sequence[int], traced: bool) -> dict[str, Any]:

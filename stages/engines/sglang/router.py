@@ -36,7 +36,7 @@ def router_command(config: SGLangEngineConfig, workers: Sequence[str], metrics_p
         os.fspath(_SCRIPT),
         *("--host", "127.0.0.1", "--policy", config.launch.router, "--worker-urls", *workers),
         *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)),
-        # a server that is started again is asked again soon
+        # a server that failed for a moment is asked again soon
         *("--worker-startup-check-interval", "1", "--health-check-interval-secs", "2"),
         *("--health-success-threshold", "1", "--cb-timeout-duration-secs", "5"),
         # A request that ends servers would end one a try of the router's, unseen: it is repeated here. Until a dead

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import http.server
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from draftsmith.stages.engines.sglang.environment import (
 )
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.rollout import RolloutConfig
+from tests.stages.engines.http_server import serving
 
 
 def interpreter(folder: Path, version: str | None, *, plugin: bool = False) -> Path:
@@ -53,18 +52,8 @@ def config(python: Path | None = None, **fields: object) -> SGLangEngineConfig:
 def server() -> Iterator[str]:
     """Answers /health and nothing else."""
 
-    class Health(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200 if self.path == "/health" else 404)
-            self.end_headers()
-
-        def log_message(self, *_arguments: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Health) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
+    with serving(lambda _: {}, health=lambda _: {}) as running:
+        yield running.url
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_on_a_cpu_a_speculating_server_is_greedy_only_without_being_asked(
     assisted: Expected, tiny_drafter: DrafterArtifacts
 ) -> None:
     with server_of(assisted, server={"device": "cpu"}) as server:
-        assert shake(server, assisted).greedy_only
+        assert shake(server, assisted, ours=True).greedy_only
         assert server.count("/generate") == 1
     plain = expected_of(tiny_drafter, None)
     with server_of(plain, server={"device": "cpu"}, generate=answer) as server:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,9 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.config import LaunchConfig, SGLangEngineConfig
-from draftsmith.stages.engines.sglang import environment, health, router, server
+from draftsmith.stages.engines.sglang import environment, router, server
 from draftsmith.stages.engines.sglang.engine import SGLangEngine, open_sglang
 from draftsmith.stages.engines.sglang.expected import Expected
-from draftsmith.stages.engines.sglang.health import Server
-from draftsmith.stages.engines.sglang.pool import ServerPool
-from draftsmith.stages.engines.sglang.suspects import Asked
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.rollout import RolloutConfig
 from draftsmith.stages.stored import DRAFTER_FOLDER
@@ -91,7 +86,7 @@ def test_every_server_behind_a_router_is_checked_and_the_router_is_asked(
         engine = stack.enter_context(opened(tiny_drafter, tmp_path, front.url, logs=logs))
         assert engine.records_trace is asked_by_environment
         answers = list(engine.generate(REQUESTS))
-        assert engine._pool.places == 2 * 4
+        assert engine._pool.capacity == 2 * 4
         assert [worker.count("/server_info") for worker in workers] == [1, 1]
         assert front.count("/generate") == 1 + len(REQUESTS)
     assert f"{front.url} routes to 2 servers" in logs
@@ -116,83 +111,6 @@ def test_a_wrong_server_behind_a_router_is_refused(
             opened(tiny_drafter, tmp_path, front.url),
         ):
             pass
-
-
-def listing(*workers: HttpServer) -> Reply:
-    return lambda _: {"workers": [{"url": each.url, "is_healthy": True} for each in workers]}
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def test_servers_that_join_a_router_are_checked_and_counted(
-    assisted: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(health, "_FOLLOW_S", 0.05)
-    monkeypatch.setattr(health, "_RETURN_S", 0.05)
-    logs: list[str] = []
-    with (
-        server_of(assisted) as first,
-        server_of(assisted, server={"dp_size": 3}) as second,
-        server_of(assisted, server={"speculative_num_draft_tokens": 4}) as wrong,
-        router_of(first) as front,
-        opened(tiny_drafter, tmp_path, front.url, logs=logs) as engine,
-    ):
-        assert engine._pool.places == 2
-        front.replies["/workers"] = listing(first, second)
-        wait_until(lambda: engine._pool.places == 2 * 4)
-        front.replies["/workers"] = listing(second)
-        wait_until(lambda: engine._pool.places == 2 * 3)
-        assert [each.count("/tokenize") for each in (first, second)] == [1, 1], "checked once"
-        front.replies["/workers"] = listing(second, wrong)
-        lost = f"SGLang server {front.url} is lost: engine: the server {wrong.url} drafts blocks of 4"
-        wait_until(lambda: any(line.startswith(lost) for line in logs))
-        front.replies["/workers"] = listing(second)
-        assert len(list(engine.generate(REQUESTS))) == len(REQUESTS)
-
-
-def test_a_server_that_was_started_again_behind_a_router_is_checked_again(
-    assisted: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(health, "_FOLLOW_S", 0.05)
-    logs: list[str] = []
-    says = {"startup_time": {"load_weight": 1.25}, "random_seed": 1}
-    with (
-        server_of(assisted, server=says) as first,
-        server_of(assisted, server=says) as second,
-        router_of(first, second) as front,
-        opened(tiny_drafter, tmp_path, front.url, logs=logs) as engine,
-    ):
-        wait_until(lambda: first.count("/server_info") >= 3)
-        assert second.count("/tokenize") == 1
-        says |= {"startup_time": {"load_weight": 1.26}, "random_seed": 2, "dp_size": 2}
-        wait_until(lambda: engine._pool.places == 2 * 4)
-        assert second.count("/tokenize") == 2
-        says |= {"random_seed": 3, "speculative_num_draft_tokens": 4}
-        lost = rf"SGLang server {front.url} is lost: engine: the server http\S+ drafts blocks of 4"
-        wait_until(lambda: any(re.match(lost, line) for line in logs))
-
-
-def test_a_server_that_joins_a_router_and_does_not_answer_counts_when_it_does(
-    assisted: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(health, "_FOLLOW_S", 0.05)
-    with (
-        server_of(assisted) as first,
-        server_of(assisted) as second,
-        server_of(assisted) as silent,
-        router_of(first) as front,
-        opened(tiny_drafter, tmp_path, front.url) as engine,
-    ):
-        silent.stop()
-        front.replies["/workers"] = listing(first, second, silent)
-        wait_until(lambda: engine._pool.places == 2 * 2)
-        silent.start()
-        wait_until(lambda: engine._pool.places == 2 * 3)
 
 
 def test_a_router_that_wants_a_key_is_told_from_a_server() -> None:
@@ -241,21 +159,6 @@ def refusing(status: int) -> Reply:
         raise Refusal(status, "told to")
 
     return reply
-
-
-def test_replicas_take_requests_by_their_number() -> None:
-    async def run() -> list[int]:
-        async with httpx.AsyncClient() as client:
-            servers = [Server("http://a"), Server("http://b", replicas=3)]
-            pool = ServerPool(client, servers, concurrency=2, timeout_s=1, retries=0, log=print)
-            assert pool.places == 8
-            for _ in range(8):
-                await asyncio.wait_for(pool._place(Asked("r"), None), 1)
-            with pytest.raises(TimeoutError):
-                await asyncio.wait_for(pool._place(Asked("r"), None), 0.05)
-            return [each.in_flight for each in servers]
-
-    assert asyncio.run(run()) == [2, 6]
 
 
 def test_replicas_are_gpus_of_a_server() -> None:

@@ -13,6 +13,7 @@ from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.artifacts.parquet import read_table
 from draftsmith.artifacts.schemas import TRAJECTORIES
 from draftsmith.stages.engines.base import Request, SamplingParams
+from draftsmith.stages.engines.sglang import pool
 from draftsmith.stages.engines.sglang.engine import _MOST_UNANSWERED, UnansweredError
 from draftsmith.stages.engines.sglang.expected import Expected
 from draftsmith.stages.rollout import STAGE, RolloutConfig
@@ -25,6 +26,11 @@ from tests.testbed.context import RecordingContext
 from tests.testbed.drafter import DrafterArtifacts
 
 REQUESTS = [Request(f"r{i}", [i + 5], SamplingParams(3)) for i in range(100)]
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_BACKOFF_S", 0.02)
 
 
 @pytest.fixture
@@ -45,7 +51,7 @@ def asked_for(server: HttpServer) -> list[list[int]]:
     return [p["input_ids"] for path, p in server.asked if path == "/generate" and not is_probe(p)]
 
 
-@pytest.mark.parametrize(("status", "again", "kind"), [(400, 1, UnansweredError), (500, 2, RetryableError)])
+@pytest.mark.parametrize(("status", "again", "kind"), [(400, 1, UnansweredError), (500, 6, RetryableError)])
 def test_others_are_answered_and_one_error_names_those_that_are_not(
     status: int,
     again: int,
@@ -57,7 +63,7 @@ def test_others_are_answered_and_one_error_names_those_that_are_not(
     refused = [[8], [9], [60]]
     with (
         server_of(plain, generate=refusing(lambda ids: ids in refused, status)) as server,
-        opened(tiny_drafter, tmp_path, {"urls": [server.url], "concurrency": 4, "retries": 1}) as engine,
+        opened(tiny_drafter, tmp_path, {"urls": [server.url], "concurrency": 4}) as engine,
     ):
         got = []
         told = r"3 requests \((r3|r4|r55), (r3|r4|r55), (r3|r4|r55)\) have no answer: request r\d+: .*not to its taste"
@@ -69,7 +75,7 @@ def test_others_are_answered_and_one_error_names_those_that_are_not(
         assert server.count("/abort_request") == 0
 
 
-def test_where_nothing_is_answered_it_stops_early_and_lets_what_is_in_flight_finish(
+def test_where_nothing_is_answered_it_stops_early_and_lets_what_was_sent_finish(
     plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
 ) -> None:
     enough = threading.Event()
@@ -92,12 +98,32 @@ def test_where_nothing_is_answered_it_stops_early_and_lets_what_is_in_flight_fin
         opened(tiny_drafter, tmp_path, {"urls": [server.url], "concurrency": 4}, log=told) as engine,
     ):
         got = []
-        with pytest.raises(UnansweredError, match="so many that nothing more was sent"):
+        with pytest.raises(UnansweredError):
             for each in engine.generate(REQUESTS):
                 got.append(each.request.request_id)
         assert got == ["r0"]
         assert _MOST_UNANSWERED < len(asked_for(server)) < len(REQUESTS)
         server.replies["/generate"] = answer
+        assert len(list(engine.generate(REQUESTS))) == len(REQUESTS)
+
+
+def test_requests_that_servers_died_with_are_named_once_and_the_others_are_answered(
+    plain: Expected, tiny_drafter: DrafterArtifacts, tmp_path: Path
+) -> None:
+    """However many: as many as were in flight."""
+    deadly = [request.request_id for request in REQUESTS[: _MOST_UNANSWERED + 5]]
+    for url in ("http://a", "http://b"):
+        pool.Deaths(tmp_path / "servers" / "deaths.json").add(deadly, url)
+    with (
+        server_of(plain) as server,
+        opened(tiny_drafter, tmp_path, {"urls": [server.url], "concurrency": 4}) as engine,
+    ):
+        got = []
+        with pytest.raises(UnansweredError) as caught:
+            for each in engine.generate(REQUESTS):
+                got.append(each.request.request_id)
+        assert all(name in str(caught.value) for name in deadly)
+        assert sorted([*got, *deadly]) == sorted(request.request_id for request in REQUESTS)
         assert len(list(engine.generate(REQUESTS))) == len(REQUESTS)
 
 

@@ -1,0 +1,640 @@
+"""Requests on real HTTP servers that misbehave: spread, repeated elsewhere, moved away from a server that died."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import tempfile
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from draftsmith.artifacts.errors import DraftsmithError, RetryableError
+from draftsmith.stages.engines.base import Completion, Request, SamplingParams
+from draftsmith.stages.engines.sglang import client
+from draftsmith.stages.engines.sglang import pool as pooling
+from draftsmith.stages.engines.sglang.client import Answer, FullError, LostError, RefusedRequestError, check_status
+from draftsmith.stages.engines.sglang.pool import (
+    DeadlyRequestError,
+    Deaths,
+    LostTooOftenError,
+    Server,
+    ServerPool,
+    TimedOutError,
+)
+from draftsmith.stages.engines.sglang.records import BadAnswerError
+from tests.stages.engines.http_server import HttpServer, Refusal, Reply, answer, is_probe, serving
+
+EXPECTED = [[i + 1, i + 2, i + 3] for i in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pooling, "_BACKOFF_S", 0.02)
+    monkeypatch.setattr(pooling, "_REST_S", 0.02)
+    monkeypatch.setattr(pooling, "_PATIENCE_S", 0.3)
+    monkeypatch.setattr(pooling, "_SILENT_S", 0.3)
+
+
+def payload(token: int = 5, new: int = 3) -> dict[str, Any]:
+    return {"input_ids": [1, token], "sampling_params": {"temperature": 0, "max_new_tokens": new}}
+
+
+def completion(found: Answer) -> Completion:
+    return Completion(Request("r", [1], SamplingParams(3)), found.body["output_ids"], "length", [])
+
+
+def with_pool(
+    servers: list[HttpServer],
+    body: Callable[[ServerPool], Awaitable[Any]],
+    *,
+    concurrency: int = 4,
+    timeout_s: float = 30.0,
+    deaths: Path | None = None,
+    **fields: Any,
+) -> tuple[Any, list[str]]:
+    """Run `body` with a pool of these servers; its result and what was logged. fields: of each `Server`."""
+    logs: list[str] = []
+
+    async def run(folder: str) -> Any:
+        async with httpx.AsyncClient(timeout=httpx.Timeout(None, connect=5), trust_env=False) as http:
+            pool = ServerPool(
+                http,
+                [Server(server.url, **fields) for server in servers],
+                concurrency=concurrency,
+                timeout_s=timeout_s,
+                deaths=Deaths(deaths or Path(folder) / "deaths.json"),
+                log=logs.append,
+            )
+            try:
+                async with asyncio.timeout(60):
+                    return await body(pool)
+            finally:
+                await pool.close()
+
+    with tempfile.TemporaryDirectory() as folder:
+        return asyncio.run(run(folder)), logs
+
+
+async def ask(pool: ServerPool, number: int = 5) -> Completion:
+    return await pool.ask(f"r{number}", payload(number), completion)
+
+
+async def ask_many(pool: ServerPool, count: int) -> list[list[int]]:
+    return [each.response_ids for each in await asyncio.gather(*(ask(pool, i) for i in range(count)))]
+
+
+def failing(times: int, error: Refusal | None, then: Reply = answer) -> Reply:
+    """Answers after so many failures; no error: the connection is closed."""
+    left = itertools.count()
+
+    def generate(asked: dict[str, Any]) -> dict[str, Any] | None:
+        if not is_probe(asked) and next(left) < times:
+            if error is not None:
+                raise error
+            return None
+        return then(asked)
+
+    return generate
+
+
+def refusing(status: int, text: str = "told to", **headers: str) -> Reply:
+    def reply(_: dict[str, Any]) -> dict[str, Any]:
+        raise Refusal(status, text, **headers)
+
+    return reply
+
+
+# ---- spreading
+
+
+def test_answers_come_back_and_concurrency_is_bounded_and_used() -> None:
+    gate = threading.Barrier(5)  # nothing is answered before five requests are there
+
+    def together(asked: dict[str, Any]) -> dict[str, Any]:
+        gate.wait(30)
+        return answer(asked, delay_s=0.02)
+
+    with serving(together) as server:
+        found, _ = with_pool([server], lambda pool: ask_many(pool, 40), concurrency=5)
+        assert found == EXPECTED
+        assert (server.most_at_once, server.count("/generate")) == (5, 40)
+
+
+def test_load_is_spread_over_servers_by_what_they_have_in_flight() -> None:
+    enough = threading.Event()
+
+    def slowly(asked: dict[str, Any]) -> dict[str, Any]:
+        assert enough.wait(30)
+        return answer(asked)
+
+    def fast_one(asked: dict[str, Any]) -> dict[str, Any]:
+        if fast.count("/generate") > 30:
+            enough.set()
+        return answer(asked)
+
+    with serving(slowly) as slow, serving(fast_one) as fast:
+        found, _ = with_pool([slow, fast], lambda pool: ask_many(pool, 40), concurrency=2)
+        assert found == EXPECTED
+        assert fast.count("/generate") > 3 * slow.count("/generate") > 0
+        assert max(slow.most_at_once, fast.most_at_once) == 2
+
+
+def test_replicas_take_requests_by_their_number() -> None:
+    with serving(lambda asked: answer(asked, delay_s=0.2)) as server:
+
+        async def run(pool: ServerPool) -> int:
+            await ask_many(pool, 12)
+            return pool.capacity
+
+        capacity, _ = with_pool([server], run, concurrency=2, replicas=3)
+        assert capacity == server.most_at_once == 6
+
+
+def test_a_total_bound_counts_all_servers() -> None:
+    with serving(lambda asked: answer(asked, delay_s=0.02)) as a, serving(lambda p: answer(p, delay_s=0.02)) as b:
+
+        async def one_at_a_time(pool: ServerPool) -> Any:
+            pool.set_concurrency(1)
+            assert pool.capacity == 1
+            return await ask_many(pool, 10)
+
+        found, _ = with_pool([a, b], one_at_a_time)
+        assert found == EXPECTED[:10]
+        assert (a.most_at_once, b.most_at_once) in {(1, 0), (1, 1), (0, 1)}
+
+
+# ---- repeated
+
+
+@pytest.mark.parametrize("error", [Refusal(500), Refusal(502), None], ids=["500", "502", "closed connection"])
+def test_what_was_lost_is_asked_again_and_counted(error: Refusal | None) -> None:
+    with serving(failing(4, error), health_generate=lambda _: {}) as server:
+
+        async def run(pool: ServerPool) -> Any:
+            found = await ask_many(pool, 20)
+            return found, pool.repeated
+
+        (found, repeated), logs = with_pool([server], run)
+        assert (found, repeated) == (EXPECTED[:20], 4)
+    assert not logs  # the server was alive all the time
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"output_ids": [1], "meta_info": {"finish_reason": {"type": "abort", "message": "shutting down"}}},
+        {"output_ids": [1], "meta_info": {"finish_reason": None}},
+        {"text": "no meta_info"},
+    ],
+    ids=["abort", "no end", "no meta_info"],
+)
+def test_an_answer_without_an_end_is_asked_again(body: dict[str, Any]) -> None:
+    counter = itertools.count()
+    with serving(lambda p: answer(p) if is_probe(p) or next(counter) else body) as server:
+        found, _ = with_pool([server], ask)
+        assert found.response_ids == [6, 7, 8]
+
+
+def test_a_lost_request_goes_to_another_server() -> None:
+    with (
+        serving(failing(99, Refusal(500)), health_generate=lambda _: {}) as bad,
+        serving(lambda p: answer(p, delay_s=0.05)) as good,
+    ):
+        found, _ = with_pool([bad, good], lambda pool: ask_many(pool, 20), concurrency=2)
+        assert found == EXPECTED[:20]
+        numbers = [asked["input_ids"][-1] for path, asked in bad.asked if path == "/generate"]
+        assert len(numbers) == len(set(numbers)) > 0
+
+
+def test_a_request_that_is_lost_each_time_is_an_error_that_another_run_may_cure() -> None:
+    with serving(refusing(500, "scheduler\nhit an exception"), health_generate=lambda _: {}) as server:
+        with pytest.raises(LostTooOftenError, match=r"request r5: .*status 500.*scheduler") as caught:
+            with_pool([server], ask)
+        assert isinstance(caught.value, RetryableError)
+        assert server.count("/generate") == pooling._TRIES[LostError]
+
+
+def test_a_refused_request_is_not_repeated() -> None:
+    with serving(refusing(400, "input too long")) as server:
+        with pytest.raises(RefusedRequestError) as caught:
+            with_pool([server], ask)
+        assert not isinstance(caught.value, RetryableError)
+        assert server.count("/generate") == 1
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_bad_answer_is_asked_for_elsewhere_and_is_an_error_in_the_end(others: int) -> None:
+    def read(found: Answer) -> Completion:
+        if found.url == bad.url:
+            raise BadAnswerError("no use")
+        return completion(found)
+
+    with serving(answer) as bad, serving(answer) as good:
+        running = [bad, good][: 1 + others]
+
+        def body(pool: ServerPool) -> Awaitable[Completion]:
+            return pool.ask("r0", payload(), read)
+
+        if others:
+            assert with_pool(running, body)[0].response_ids == [6, 7, 8]
+            assert bad.count("/generate") <= 1
+        else:
+            with pytest.raises(BadAnswerError):
+                with_pool(running, body)
+            assert bad.count("/generate") == pooling._TRIES[BadAnswerError]
+
+
+# ---- servers that are full
+
+
+def with_room_for(number: int, status: int, text: str, answers: Reply) -> Reply:
+    """Refuses what is more at once."""
+    room = threading.Semaphore(number)
+
+    def generate(asked: dict[str, Any]) -> dict[str, Any] | None:
+        if not room.acquire(blocking=False):
+            raise Refusal(status, text)
+        try:
+            return answers(asked)
+        finally:
+            room.release()
+
+    return generate
+
+
+@pytest.mark.parametrize(("status", "text"), [(429, "later"), (503, "The request queue is full.")])
+def test_requests_wait_for_a_full_server_and_a_refusal_costs_no_attempt(
+    status: int, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(pooling._TRIES, LostError, 1)
+    with serving(with_room_for(2, status, text, lambda asked: answer(asked, delay_s=0.05))) as server:
+
+        async def run(pool: ServerPool) -> Any:
+            assert not pool.servers[0].was_full
+            found = await ask_many(pool, 20)
+            return found, pool.repeated, pool.servers[0].was_full
+
+        (found, repeated, was_full), logs = with_pool([server], run, concurrency=8)
+        assert (found, repeated, was_full) == (EXPECTED[:20], 0, True)
+        assert not any(is_probe(asked) for _, asked in server.asked)
+    assert len(logs) == 1 and server.url in logs[0]
+
+
+def test_a_full_server_is_asked_for_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pooling, "_REST_S", 0.05)
+    gate = threading.Event()
+
+    def held(asked: dict[str, Any]) -> dict[str, Any]:
+        assert gate.wait(30)
+        return answer(asked)
+
+    with serving(with_room_for(3, 429, "later", held)) as server:
+
+        async def run(pool: ServerPool) -> Any:
+            asking = asyncio.create_task(ask_many(pool, 9))
+            while server.count("/generate") < 9:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.5)  # many times the pause
+            refused = server.count("/generate")
+            gate.set()
+            return refused, await asking
+
+        (refused, found), _ = with_pool([server], run, concurrency=9)
+        assert (refused, found) == (9, EXPECTED[:9])
+
+
+def test_a_full_server_is_asked_again_when_it_says() -> None:
+    with serving(refusing(429, "later", Retry_After="240")) as server:
+
+        async def run(pool: ServerPool) -> float:
+            asking = asyncio.create_task(ask(pool))
+            while not pool.servers[0].was_full:
+                await asyncio.sleep(0.01)
+            asking.cancel()
+            return pool.servers[0].rests_until - time.monotonic()
+
+        rest_s, _ = with_pool([server], run)
+    assert 200 < rest_s < 241
+
+
+def test_a_server_that_is_full_for_ever_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pooling, "_FULL_S", 0.2)
+    with serving(refusing(429)) as server, pytest.raises(RetryableError, match=f"{server.url} takes no request"):
+        with_pool([server], ask)
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "header", "wait_s"),
+    [
+        (429, "", None, 0),
+        (429, "", "7", 7),
+        (429, "", formatdate(time.time() + 1000, usegmt=True), 1000),
+        (429, "", "soon", 0),
+        (503, "The request queue is full.", None, 0),
+        (503, "Request waiting timeout reached.", None, 0),
+        (503, "The request is aborted by a higher priority request.", None, 0),
+        (503, "come back", "5", 5),
+        (503, "Request running timeout reached.", None, None),
+        (503, "no healthy upstream", None, None),
+        (500, "", None, None),
+        (408, "", None, None),
+    ],
+)
+def test_which_refusals_mean_that_a_server_is_full(
+    status: int, text: str, header: str | None, wait_s: float | None
+) -> None:
+    with pytest.raises(LostError) as caught:
+        check_status("r", "http://a", status, text, header)
+    if wait_s is None:
+        assert not isinstance(caught.value, FullError)
+    else:
+        assert isinstance(caught.value, FullError) and wait_s - 100 <= caught.value.wait_s <= wait_s
+
+
+# ---- servers that die
+
+
+def test_requests_of_a_server_that_dies_move_to_the_others_at_once() -> None:
+    stuck = threading.Event()
+
+    def hangs(asked: dict[str, Any]) -> None:
+        if asked["input_ids"] != [1, 0]:
+            stuck.wait(20)  # one connection breaks; the others would hang for ever
+
+    with serving(hangs) as dying, serving(answer) as healthy:
+
+        async def kill_then_ask(pool: ServerPool) -> Any:
+            asking = [asyncio.create_task(ask(pool, i)) for i in range(1, 9)]
+            while dying.count("/generate") < 3:
+                await asyncio.sleep(0.01)
+            await asyncio.to_thread(dying.stop)
+            pool.servers[1].rests_until = math.inf  # the next request goes to the one that died
+            asking.insert(0, asyncio.create_task(ask(pool, 0)))
+            await asyncio.sleep(0.05)
+            pool.servers[1].rests_until = 0.0
+            return [each.response_ids for each in await asyncio.gather(*asking)]
+
+        found, logs = with_pool([dying, healthy], kill_then_ask, concurrency=6)
+        stuck.set()
+    assert found == EXPECTED[:9]
+    assert any(f"{dying.url} is lost" in line for line in logs)
+
+
+def test_a_server_whose_queue_is_long_is_alive() -> None:
+    """No request is answered before the probe has been."""
+    probed = threading.Event()
+
+    def waits(asked: dict[str, Any]) -> dict[str, Any]:
+        assert probed.wait(30)
+        return answer(asked)
+
+    def well(_: dict[str, Any]) -> dict[str, Any]:
+        probed.set()
+        return {}
+
+    with serving(failing(1, Refusal(500), waits), health_generate=well) as server:
+        found, logs = with_pool([server], lambda pool: ask_many(pool, 8))
+    assert found == EXPECTED[:8] and not logs
+
+
+@pytest.mark.parametrize("status", [503, 500])
+def test_a_server_whose_probes_fail_for_a_while_is_waited_for(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer where it is there and computes nothing."""
+    if status == 503:
+        monkeypatch.setattr(pooling, "_PATIENCE_S", 0.0)
+        monkeypatch.setattr(pooling, "_SILENT_S", 30.0)
+    silent = iter([True, True])
+
+    def at_first(_: dict[str, Any]) -> dict[str, Any]:
+        if next(silent, False):
+            raise Refusal(status)
+        return {}
+
+    with serving(failing(1, None), health_generate=at_first) as server:
+        found, logs = with_pool([server], lambda pool: ask_many(pool, 2), concurrency=1)
+    assert found == EXPECTED[:2] and not logs
+
+
+@pytest.mark.parametrize("no_endpoint", [403, 404, 501])
+def test_a_gateway_without_the_endpoint_is_probed_by_a_generation(no_endpoint: int) -> None:
+    with serving(failing(1, Refusal(500)), health_generate=refusing(no_endpoint)) as server:
+        with_pool([server], ask)
+        assert [path for path, _ in server.asked] == ["/generate", "/health_generate", "/generate", "/generate"]
+
+
+def test_a_server_that_goes_dark_is_found_long_before_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pooling, "_BEAT_S", 0.2)
+    monkeypatch.setattr(client, "_HEALTH_TIMEOUT_S", 0.3)
+    over = threading.Event()
+
+    def dark(_: dict[str, Any]) -> None:
+        over.wait(60)
+
+    with serving(dark, health_generate=dark) as gone, serving(answer) as good:
+        found, logs = with_pool([gone, good], lambda pool: ask_many(pool, 8), concurrency=2, timeout_s=1800)
+        over.set()
+    assert found == EXPECTED[:8]
+    assert any(f"{gone.url} is lost" in line for line in logs)
+
+
+def test_a_server_that_answers_is_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pooling, "_BEAT_S", 0.3)
+    with serving(lambda p: answer(p, delay_s=0.1), health_generate=lambda _: {}) as server:
+        with_pool([server], lambda pool: ask_many(pool, 12), concurrency=2)
+        assert server.count("/health_generate") == 0
+
+
+def test_a_router_lives_while_it_and_one_of_its_servers_do() -> None:
+    workers: Reply = lambda _: {"workers": []}  # noqa: E731
+    with (
+        serving(failing(1, Refusal(500)), workers=workers) as front,
+        serving(answer, health_generate=lambda _: {}) as good,
+        serving(answer) as gone,
+    ):
+        gone.stop()
+        found, _ = with_pool([front], lambda pool: ask_many(pool, 4), behind=(gone.url, good.url))
+        assert found == EXPECTED[:4]
+        front.replies["/generate"] = refusing(500)
+        with pytest.raises(RetryableError, match="no SGLang server is left"):
+            with_pool([front], lambda pool: ask_many(pool, 4), behind=(gone.url,))
+        front.stop()
+        with pytest.raises(RetryableError, match="no SGLang server is left"):
+            with_pool([front], lambda pool: ask_many(pool, 4), behind=(good.url,))
+
+
+def test_an_examination_that_fails_in_a_way_of_its_own_loses_the_server() -> None:
+    with serving(failing(9, None)) as server:
+
+        async def run(pool: ServerPool) -> None:
+            asking = asyncio.create_task(ask(pool))
+            while not server.count("/generate"):
+                await asyncio.sleep(0)
+            pool.servers[0].url = "http://127.0.0.1:99999"  # no port, which is no error of HTTP
+            await asking
+
+        with pytest.raises(RetryableError, match=r"no SGLang server is left: .*99999"):
+            with_pool([server], run)
+
+
+def test_no_server_left_is_one_clear_error_that_names_them() -> None:
+    with serving(answer) as a, serving(answer) as b:
+        a.stop()
+        b.stop()
+        with pytest.raises(RetryableError, match=rf"no SGLang server is left: {a.url} .*{b.url}") as caught:
+            with_pool([a, b], lambda pool: ask_many(pool, 6))
+    assert "\n" not in str(caught.value)
+
+
+# ---- requests that servers died with
+
+
+@contextmanager
+def mortal(count: int, kills: Callable[[int], bool]) -> Iterator[list[HttpServer]]:
+    """Servers that die with requests of some numbers, and lose what else they have in flight."""
+    servers = [HttpServer({}) for _ in range(count)]
+
+    def generate_of(server: HttpServer) -> Reply:
+        def generate(asked: dict[str, Any]) -> dict[str, Any] | None:
+            if kills(asked["input_ids"][-1]):
+                server.stop()
+            done = answer(asked, delay_s=0.03)
+            return done if server.running else None
+
+        return generate
+
+    def health_of(server: HttpServer) -> Reply:
+        return lambda _: {} if server.running else None  # also on connections that are open
+
+    with ExitStack() as stack:
+        for server in servers:
+            server.replies = {"/generate": generate_of(server), "/health_generate": health_of(server)}
+            server.start()
+            stack.callback(server.stop)
+        yield servers
+
+
+async def errors_of(pool: ServerPool, count: int = 60) -> dict[int, BaseException]:
+    """By the number of their request."""
+    each = await asyncio.gather(*(ask(pool, i) for i in range(count)), return_exceptions=True)
+    return {number: found for number, found in enumerate(each) if isinstance(found, BaseException)}
+
+
+def test_a_request_that_was_in_flight_at_two_deaths_is_named_and_the_others_are_answered() -> None:
+    with mortal(4, {5}.__contains__) as running:
+        errors, logs = with_pool(running, errors_of, concurrency=2)
+        assert sum(server.running for server in running) == 2
+    assert 5 in errors and len(errors) <= 2  # one more may have been beside it both times
+    assert all(isinstance(error, DeadlyRequestError) for error in errors.values())
+    assert not any(isinstance(error, RetryableError) for error in errors.values())
+    assert "request r5" in str(errors[5])
+    assert sum("is lost" in line for line in logs) == 2
+
+
+def test_a_request_that_was_there_at_one_death_is_answered() -> None:
+    left = iter([True])
+    with mortal(2, lambda number: number == 5 and next(left, False)) as running:
+        errors, _ = with_pool(running, errors_of)
+    assert not errors
+
+
+def test_deaths_are_remembered_when_the_stage_is_retried(tmp_path: Path) -> None:
+    """A single server: none is left after each death."""
+    file = tmp_path / "servers" / "deaths.json"
+    for attempt in range(2):
+        with mortal(1, {5}.__contains__) as running:
+            errors, _ = with_pool(running, errors_of, concurrency=1, deaths=file)
+        kinds = {type(error) for number, error in errors.items() if number > 5}
+        assert kinds == {RetryableError}
+        assert type(errors[5]) is (DeadlyRequestError if attempt else RetryableError)
+    with mortal(1, {5}.__contains__) as running:
+        errors, _ = with_pool(running, errors_of, deaths=file)
+        assert running[0].running
+    assert set(errors) == {5} and isinstance(errors[5], DeadlyRequestError)
+    Deaths(file).forget(["r5"])
+    assert not Deaths(file).of("r5")
+
+
+def test_an_answer_ends_the_suspicion(tmp_path: Path) -> None:
+    deaths = Deaths(tmp_path / "deaths.json")
+    deaths.add(["r5", "r6"], "http://a")
+    with serving(answer) as server:
+        with_pool([server], ask, deaths=tmp_path / "deaths.json")
+    assert not Deaths(tmp_path / "deaths.json").of("r5") and Deaths(tmp_path / "deaths.json").of("r6") == ["http://a"]
+
+
+# ---- time limits
+
+
+def hanging(release: threading.Event, times: int = 99) -> Reply:
+    left = itertools.count()
+
+    def generate(asked: dict[str, Any]) -> dict[str, Any]:
+        if not is_probe(asked) and next(left) < times:
+            release.wait(30)
+        return answer(asked)
+
+    return generate
+
+
+@pytest.mark.parametrize("times", [1, 99])
+def test_an_answer_that_takes_too_long_is_aborted_and_asked_for_once_more(times: int) -> None:
+    release = threading.Event()
+    with serving(hanging(release, times), health_generate=lambda _: {}, abort_request=lambda _: {}) as server:
+        if times == 1:
+            assert with_pool([server], ask, timeout_s=0.3)[0].response_ids == [6, 7, 8]
+        else:
+            with pytest.raises(TimedOutError, match=r"request r5: .*engine\.request_timeout_s") as caught:
+                with_pool([server], ask, timeout_s=0.3)
+            assert isinstance(caught.value, DraftsmithError) and not isinstance(caught.value, RetryableError)
+        release.set()
+        assert server.count("/generate") == 2
+        hung = next(asked["rid"] for path, asked in server.asked if path == "/generate")
+        assert ("/abort_request", {"rid": hung}) in server.asked
+
+
+def test_a_server_that_does_not_compute_loses_its_request_to_another() -> None:
+    release = threading.Event()
+    with serving(hanging(release), health_generate=refusing(503)) as hangs, serving(answer) as good:
+        found, _ = with_pool([hangs, good], lambda pool: ask_many(pool, 2), timeout_s=0.3)
+        release.set()
+    assert found == EXPECTED[:2]
+
+
+def test_cancelled_requests_are_aborted_on_the_server() -> None:
+    release = threading.Event()
+    with serving(hanging(release), abort_request=lambda _: {}) as server:
+
+        async def cancel(pool: ServerPool) -> None:
+            tasks = [asyncio.create_task(ask(pool, i)) for i in range(6)]
+            while server.count("/generate") < 4:
+                await asyncio.sleep(0.01)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        with_pool([server], cancel)
+        release.set()
+        aborted = {asked["rid"] for path, asked in server.asked if path == "/abort_request"}
+        assert aborted == {asked["rid"] for path, asked in server.asked if path == "/generate"}
+        assert len(aborted) == 4
+
+
+def test_streaming_measures_the_first_token() -> None:
+    async def generate() -> Answer:
+        async with httpx.AsyncClient(trust_env=False) as http:
+            return await client.generate(http, server.url, "r", payload(), stream=True)
+
+    with serving(answer) as server:
+        found = asyncio.run(generate())
+        assert found.body["output_ids"] == [6, 7, 8]
+        assert 0 < found.first_token_seconds <= found.seconds
+        assert server.asked[0][1]["sampling_params"]["stream_interval"] > 10**6
