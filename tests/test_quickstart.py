@@ -1,0 +1,34 @@
+"""The demo ends well whatever the gate decides, unless outputs are not the target's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from draftsmith.artifacts.store import Claim, Store
+from draftsmith.stages.gate import DECISION
+from tests import quickstart
+
+
+def decided(home: Path, lossless: bool) -> None:
+    """Leave the decision of a gate in the store of a home."""
+    rules = [{"name": "lossless", "passed": lossless}, {"name": "speed-up", "passed": False}]
+    store = Store(home / "store")
+    with store.claim("gate", f"{int(lossless):064x}") as claim:
+        assert isinstance(claim, Claim)
+        (claim.out / DECISION).write_text(json.dumps({"outcome": "refused", "rules": rules}))
+        store.commit(claim, config={}, inputs={}, code_digest="c", seed=0)
+
+
+@pytest.mark.parametrize(
+    ("code", "lossless", "ends"), [(0, True, 0), (3, True, 0), (3, False, 3), (2, True, 2), (75, True, 75)]
+)
+def test_a_drafter_that_is_not_promoted_is_a_result_and_outputs_that_differ_are_none(
+    code: int, lossless: bool, ends: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DRAFTSMITH_HOME", str(tmp_path))
+    monkeypatch.setattr(quickstart, "draftsmith", lambda _: code)
+    decided(tmp_path, lossless)
+    assert quickstart.main() == ends
