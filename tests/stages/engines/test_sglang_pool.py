@@ -337,7 +337,7 @@ def test_a_server_that_is_full_for_ever_is_lost(monkeypatch: pytest.MonkeyPatch)
     [
         (429, "", None, 0),
         (429, "", "7", 7),
-        (429, "", formatdate(time.time() + 1000, usegmt=True), 1000),
+        pytest.param(429, "", formatdate(time.time() + 1000, usegmt=True), 1000, id="429-date"),
         (429, "", "soon", 0),
         (503, "The request queue is full.", None, 0),
         (503, "Request waiting timeout reached.", None, 0),
