@@ -9,7 +9,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -278,7 +278,10 @@ class Tracking:
                 "MLFLOW_EXPERIMENT_NAME to another name"
             )
         if _KIND[0] not in found.tags:
-            client.set_experiment_tag(experiment, *_KIND)
+            from mlflow.exceptions import MlflowException
+
+            with suppress(MlflowException):  # who may only add runs is no worse off without it
+                client.set_experiment_tag(experiment, *_KIND)
 
     def _tags(self, stage: str, key: str) -> dict[str, str]:
         return {STAGE: stage, KEY: key, HOME: self._home, **source_tags()}
