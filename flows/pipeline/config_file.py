@@ -69,13 +69,14 @@ def read_config(path: Path | str, overrides: Sequence[str], model: type[ModelT])
 
 
 def config_from(fields: Mapping[str, Any], model: type[ModelT]) -> ModelT:
-    """Return the config of fields that are given as objects; `extends` is relative to the current directory.
+    """Return the config of fields that are given as objects.
 
-    Raises `DraftsmithError` as `read_config` does.
+    `extends` names a file relative to the current directory, or a shipped config. Raises `DraftsmithError` as
+    `read_config` does.
     """
     data = _unshared(dict(fields))
     if (other := data.pop("extends", None)) is not None:
-        data = merged(_read_yaml(Path(other)), data)
+        data = merged(_read_yaml(_extended(other, Path(), "config")), data)
     return _validated(data, Path("config"), [], model)
 
 
@@ -139,15 +140,20 @@ def _read_yaml(path: Path, beneath: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise DraftsmithError(f"{path}: extends: the files extend each other: remove one of the lines")
     if (other := data.pop("extends", None)) is None:
         return data
+    return merged(_read_yaml(_extended(other, path.parent, str(path)), (*beneath, place)), data)
+
+
+def _extended(other: Any, folder: Path, where: str) -> Path:
+    """Return the file that `extends` names: one in `folder`, else a shipped config."""
     if not isinstance(other, str):
-        raise DraftsmithError(f"{path}: extends: expected the name of a YAML file, got {short(other)}")
-    parent, shipped = path.parent / other, shipped_configs() / other.removeprefix("configs/")
-    if not parent.exists() and not shipped.is_file():
+        raise DraftsmithError(f"{where}: extends: expected the name of a YAML file, got {short(other)}")
+    file, shipped = folder / other, shipped_configs() / other.removeprefix("configs/")
+    if not file.exists() and not shipped.is_file():
         raise DraftsmithError(
-            f"{path}: extends: {parent} does not exist, nor is it a shipped config. Give a path relative to this file, "
+            f"{where}: extends: {file} does not exist, nor is it a shipped config. Give a path relative to {folder}, "
             "or a name such as configs/model.yaml"
         )
-    return merged(_read_yaml(parent if parent.exists() else shipped, (*beneath, place)), data)
+    return file if file.exists() else shipped
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
