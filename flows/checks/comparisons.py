@@ -27,7 +27,7 @@ def check_gate(found: Findings, nodes: Sequence[Node]) -> None:
         evaluation = by_name[node.inputs["evaluation"]]
         measured, prompts = evaluation.config, by_name[evaluation.inputs["prompts"]].config
         assert isinstance(measured, EvaluationConfig) and isinstance(prompts, PromptsConfig)
-        fewest = fewest_prompts(max(measured.concurrency))
+        fewest = FEWEST_TURNS if measured.by_prompt else fewest_prompts(max(measured.concurrency))
         needed = [
             ("evaluation.rounds", measured.rounds, 1 if measured.by_prompt else FEWEST_TURNS),
             ("evaluation.speed_prompts", measured.speed_prompts, fewest),

@@ -21,8 +21,9 @@ from draftsmith.stages.measure.verdicts import FEWEST_TURNS
 FEWEST_PROMPTS = 4  # decoded in a turn
 _PROMPTS_PER_REQUEST = 2  # in flight: with as many prompts as are in flight, intervals of 95 % miss in 13 to 18 %
 ABOVE_TAU = 1.05  # times tau: what noise may add to a speed-up
-# standard error that repetitions may leave on a log speed-up: prompt by prompt, and of whole turns, which cost more
-STEADY_PROMPTS, STEADY_TURNS = 0.02, 0.05
+# standard errors that repetitions leave on a log speed-up: more are measured above the first one, prompt by prompt (turns
+# of servers cost more, and are repeated above the second); above the second the machine decides the result
+STEADY, NOISY = 0.02, 0.05
 BUSY = 0.15  # of the CPU time, taken by others
 
 PROMPTS, TURNS, TAU, NOISE, LOAD = "prompts", "turns", "tau", "noise", "load"
@@ -110,7 +111,12 @@ def machine_errors(turns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[st
 
 def steady(turns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], settings: Sequence[Setting]) -> bool:
     """Return whether repetitions agree at all settings, so that no more of them are needed."""
-    return not any(list(_noisy(at_setting(turns, each), at_setting(rows, each))) for each in settings)
+    for setting in settings:
+        own, requests = at_setting(turns, setting), at_setting(rows, setting)
+        most = STEADY if alternates(own) else NOISY
+        if any(error > most for error in machine_errors(own, requests).values()):
+            return False
+    return True
 
 
 def _few(turns: Sequence[Mapping[str, Any]], setting: Setting) -> Iterator[tuple[str, ...]]:
@@ -118,7 +124,7 @@ def _few(turns: Sequence[Mapping[str, Any]], setting: Setting) -> Iterator[tuple
     said, more = f"{prompts} prompt{'s' * (prompts != 1)} a turn", "raise evaluation.speed_prompts"
     if prompts < setting.concurrency:
         yield PROMPTS, f"{said} are never {setting.concurrency} in flight ({more})"
-    elif prompts < (needed := fewest_prompts(setting.concurrency)):
+    elif prompts < (needed := FEWEST_TURNS if alternates(turns) else fewest_prompts(setting.concurrency)):
         several = f", {setting.concurrency} in flight," if setting.concurrency > 1 else ""
         yield PROMPTS, f"{said}{several} say little of others ({needed} are needed: {more})"
     if rounds < FEWEST_TURNS and not alternates(turns):
@@ -152,9 +158,8 @@ def _above_tau(
 
 
 def _noisy(turns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
-    most = STEADY_PROMPTS if alternates(turns) else STEADY_TURNS
     for arm, error in machine_errors(turns, rows).items():
-        if error > most:
+        if error > NOISY:
             said = f"repetitions of the same prompts leave ±{1.96 * error:.0%} on the speed-up of {arm}"
             yield NOISE, f"{said}: the machine was too busy", arm
 

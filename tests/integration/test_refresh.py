@@ -45,7 +45,7 @@ def config_of(target: Path, prompts: Path) -> dict[str, Any]:
         sft={"steps": 60, "gamma": 4.0},
         assisted={"skip": 30, "engine": {"slots": 10}},
         opd={"steps": 12},
-        evaluation={"speed_prompts": 3, "block_sizes": [3, 6], "exactness_prompts": 3},
+        evaluation={"speed_prompts": 3, "rounds": 1, "block_sizes": [3, 6], "exactness_prompts": 3},
     )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def test_the_first_refresh_makes_every_node_and_ends_with_the_table(story: dict[
     assert done(story["first"]) == set(NODES)
     assert story["first"].stderr == ""
     table = out[out.index("report: done in") :]
-    for word in ("tau", "sft", "opd", "control", "plain", "tokens/s", "+1"):
+    for word in ("acceptance length", "no drafter", "SFT", "SFT + OPD", "SFT continued", "tokens/s"):
         assert word in table, f"{word} is not in\n{table}"
     assert f"mlflow ui --backend-store-uri sqlite:///{home.path}/mlflow.db" in table
     assert "report.html" in table

@@ -28,7 +28,8 @@ def small_refresh(name: str, target: Path | str, prompts: Path | str, answer: in
         "mining": {},
         "opd": training,
         "heldout": {"splits": ["validation", "heldout"], "sampling": sampling},
-        "evaluation": {"sampling": sampling, "validation_prompts": 2},
+        # one round: a machine that is busy with other tests has no repetitions that disagree
+        "evaluation": {"sampling": sampling, "validation_prompts": 2, "rounds": 1},
     }
     return merged(base, fields)
 

@@ -61,12 +61,16 @@ def test_a_gate_that_can_promote_nothing_is_told_before_anything_is_spent() -> N
         check_gate(found, refresh_nodes(load_config(ROOT / "configs" / "quickstart.yaml", list(overrides))))
         return found.remarks
 
-    (warning,) = told("evaluation.rounds=2", "evaluation.speed_prompts=3")
+    (warning,) = told("evaluation.rounds=2", "evaluation.speed_prompts=3", "evaluation.concurrency=2")
     low = "evaluation.rounds 2 (from 5 on), evaluation.speed_prompts 3 (from 4 on)"
     assert warning.startswith(f"warning: gate: will promote nothing, as it judges no speed by {low}: raise it")
-    (warning,) = told("evaluation.concurrency=[1, 16]")
+    (warning,) = told("evaluation.rounds=1", "evaluation.speed_prompts=4")
+    assert "no speed by evaluation.speed_prompts 4 (from 5 on): raise it" in warning, "prompts are the repetitions"
+    (warning,) = told("evaluation.concurrency=[1, 16]", "evaluation.rounds=5")
     low = "evaluation.speed_prompts 12 (from 32 on)"
     assert f"as it judges no speed by {low}: raise it" in warning, "a turn of 16 in flight ends with its slowest"
-    (warning,) = told("evaluation.concurrency=16", "evaluation.speed_prompts=32", "prompts.heldout=31")
+    (warning,) = told(
+        "evaluation.concurrency=16", "evaluation.speed_prompts=32", "evaluation.rounds=5", "prompts.heldout=31"
+    )
     assert "no speed by the number of held-out prompts, 31 (from 32 on): raise it" in warning, "no more are decoded"
     assert told() == told("evaluation.rounds=2", "gate.judge_speed=false") == told("registry=null") == []
