@@ -21,8 +21,8 @@ from draftsmith.stages.measure.verdicts import FEWEST_TURNS
 FEWEST_PROMPTS = 4  # decoded in a turn
 _PROMPTS_PER_REQUEST = 2  # in flight: with as many prompts as are in flight, intervals of 95 % miss in 13 to 18 %
 ABOVE_TAU = 1.05  # times tau: what noise may add to a speed-up
-# Standard errors that repetitions leave on a log speed-up. Prompt by prompt, more are measured above the first; turns of
-# servers cost more, and are repeated above the second. What is above the second then was decided by the machine.
+# Standard errors that repetitions leave on a log speed-up. Prompt by prompt, more are measured above the first; turns
+# of servers cost more, and are repeated above the second. What is above the second then, the machine decided.
 STEADY, NOISY = 0.02, 0.05
 BUSY = 0.15  # of the CPU time, taken by others
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from draftsmith.artifacts.store import Claim, Store
 from draftsmith.flows.cli import main
 from draftsmith.flows.pipeline.history import note_made
 from tests.flows.pipeline.processes import ROOT
-from tests.flows.refresh.made import committed
+from tests.flows.refresh.made import committed, gated
 
 
 def config_file(tmp_path: Path) -> Path:
@@ -26,28 +25,26 @@ def config_file(tmp_path: Path) -> Path:
     return path
 
 
-def reported(store: Store, key: str, sentence: str) -> tuple[ArtifactRef, ArtifactRef]:
-    """A gate's decision and the report that read it."""
-    decision = {"outcome": "refused", "promote": False, "challenger": "opd", "champion": None, "rules": []}
-    text = json.dumps({**decision, "sentence": sentence})
-    gate = committed(store, "gate", key, lambda out: (out / "decision.json").write_text(text))
+def reported(store: Store, key: str, outcome: str) -> dict[str, ArtifactRef]:
+    """An evaluation, a gate's decision and the report that read both."""
+    drafter = committed(store, "opd", key, lambda out: (out / "drafter.json").write_text(key))
+    made = gated(store, drafter, outcome)
     with store.claim("report", key * 64) as claim:
         assert isinstance(claim, Claim)
         (claim.out / "report.html").write_text("<p>")
-        return gate, store.commit(claim, config={}, inputs={"gate": gate}, code_digest="", seed=0)
+        inputs = {name: made[name] for name in ("evaluation", "gate")}
+        return {**made, "report": store.commit(claim, config={}, inputs=inputs, code_digest="", seed=0)}
 
 
 def test_status_ends_with_the_last_verdict(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, store = config_file(tmp_path), Store(home / "store")
     assert main(["status", str(config)]) == 0
     assert "Last report" not in capsys.readouterr().out
-    for key, sentence in (("a", "week one"), ("b", "week two")):
-        gate, report = reported(store, key, sentence)
-        for node, ref in (("gate", gate), ("report", report)):
+    for key, outcome in (("a", "inconclusive"), ("b", "refused")):
+        for node, ref in reported(store, key, outcome).items():
             note_made(home, "weekly", node, ref)
-    later, _ = reported(store, "c", "a gate whose run failed before its report")
-    note_made(home, "weekly", "gate", later)
+    later = committed(store, "gate", "c", lambda out: (out / "decision.json").write_text("{}"))
+    note_made(home, "weekly", "gate", later)  # of a run that failed before its report
     assert main(["status", str(config)]) == 0
-    shown = capsys.readouterr().out
-    assert "Last report, " in shown and "week two" in shown.rpartition("Last report, ")[2]
-    assert "week one" not in shown and "a gate whose run failed" not in shown
+    verdict = capsys.readouterr().out.rpartition("Last report, ")[2]
+    assert "refused" in verdict and "inconclusive" not in verdict
