@@ -61,9 +61,10 @@ def test_wheel_and_sdist_hold_the_package_and_the_shipped_configs(tmp_path: Path
         archive.extractall(tmp_path / "installed")
     package = tmp_path / "installed" / "draftsmith"
     configs = [path for pattern in ("*.yaml", "scale/*.yaml") for path in (ROOT / "configs").glob(pattern)]
-    assert sorted(path.relative_to(package) for path in package.rglob("*.yaml")) == sorted(
+    assert sorted(path.relative_to(package) for path in (package / "configs").rglob("*.yaml")) == sorted(
         path.relative_to(ROOT) for path in configs
     )
+    assert (package / "flows" / "refresh" / "beginnings" / "logs.yaml").is_file()
     code = (
         "import draftsmith, draftsmith.flows.arguments; from importlib.resources import files; "
         "print(draftsmith.__file__, (files('draftsmith') / 'configs' / 'quickstart.yaml').is_file())"

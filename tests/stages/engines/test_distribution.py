@@ -158,7 +158,8 @@ def test_the_engine_follows_the_target(drafter: str | None, laws: Laws, bench: B
     requests = [Request(str(seed), laws.prompt, params, seed) for seed in range(ANSWERS)]
     answers = bench.answers(requests, drafter, slots=64)
     if drafter:  # proposals were both kept and rejected, or nothing was tested
-        assert {0, 1, 2} <= {step.accepted for completion in answers.values() for step in completion.steps}
+        lengths = {step.accepted for completion in answers.values() for step in completion.steps}
+        assert {0, 1} <= lengths and len(lengths) >= 3
     values = p_values(laws, [tuple(a.response_ids) for a in answers.values()], bench.target.eos_ids)
     assert sum(value < 1 for value in values) >= 5, "too few positions are open"
     assert min(values) > ALARM
