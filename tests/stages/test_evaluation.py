@@ -295,8 +295,9 @@ def test_the_worst_contexts_of_every_arm_are_parts_of_its_answers(
     stored = load_trajectories(tiny_drafter.heldout, ["heldout"]).trajectories
     texts = {t.trajectory_id: bench.target.tokenizer.decode(t.tokens) for t in stored}
     for found in contexts.values():
-        assert 0 < len(found) <= 10
-        assert [each["tau"] for each in found] == sorted(each["tau"] for each in found)
+        worst = [each for each in found if each["kind"] == "worst"]
+        assert 0 < len(worst) <= 10 and len(found) - len(worst) <= 2
+        assert [each["tau"] for each in worst] == sorted(each["tau"] for each in worst)
         for each in found:
             committed = "".join(step["kept"] + step["chosen"] for step in each["steps"])
             assert each["before"] + committed + each["after"] in texts[each["trajectory_id"]]

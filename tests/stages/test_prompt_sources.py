@@ -155,8 +155,8 @@ def test_an_unreachable_data_set_is_one_clear_error(
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "the file is empty"),
-        (b"\n \n", "the file is empty"),
+        (b"", "is empty"),
+        (b"\n \n", "is empty"),
         (b'{"prompt": "a"}\nplain text\n', "row 2: not JSON"),
         (b'{"prompt": "a"}\n["b"]\n', "row 2: a JSON array, not an object"),
         (b'{"prompt": "a"}\n\n{"other": "b"}\n', "row 3: none of the shapes"),
