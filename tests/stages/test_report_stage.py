@@ -78,7 +78,10 @@ def run(tmp_path: Path, inputs: Mapping[str, Path], out: str = "out") -> Context
     return ctx
 
 
-def test_the_page_shows_figures_and_the_whole_lineage(tmp_path: Path, inputs: dict[str, Path]) -> None:
+def test_the_page_shows_figures_and_the_whole_lineage(
+    tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(COMMAND, raising=False)  # of a command that another test has run in this process
     ctx = run(tmp_path, inputs)
     page = (ctx.out / "report.html").read_text()
     for text in (
