@@ -247,11 +247,15 @@ def exactness_in_fp32(
     prompts: Sequence[Prompt],
     setting: Setting,
 ) -> dict[str, int]:
-    """Plain against speculative decoding in float32, token for token. Returns how many prompts, and how many came out
-    equal with every checkpoint. checkpoints: with the block size that each decodes with."""
+    """Compare plain and speculative decoding in float32, token for token, all prompts at once.
+
+    Returns how many prompts, and how many came out equal with every checkpoint. checkpoints: with the block size that
+    each decodes with.
+    """
     if not test.config.exactness_prompts:
         return {"fp32_prompts": 0, "fp32_identical": 0}
     chosen = prompts[: test.config.exactness_prompts]
+    setting = replace(setting, concurrency=len(chosen))
     path = test.ctx.work / "exactness.json"
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     arms = list(checkpoints)
