@@ -15,15 +15,17 @@ from typing import Any
 import numpy as np
 
 from draftsmith.stages.measure.requests import PLAIN, Setting
-from draftsmith.stages.measure.speed import alternates, at_setting
+from draftsmith.stages.measure.speed import alternates, at_setting, log_ratios
 from draftsmith.stages.measure.verdicts import FEWEST_TURNS
 
 FEWEST_PROMPTS = 4  # decoded in a turn
 _PROMPTS_PER_REQUEST = 2  # in flight: with as many prompts as are in flight, intervals of 95 % miss in 13 to 18 %
 ABOVE_TAU = 1.05  # times tau: what noise may add to a speed-up
-# Standard errors that repetitions leave on a log speed-up. Prompt by prompt, more are measured above the first; turns
-# of servers cost more, and are repeated above the second. What is above the second then, the machine decided.
+# Standard errors that repetitions leave on a log speed-up. Prompt by prompt, more are measured above the first if it is
+# more than a quarter of the whole error. Turns of servers cost more, and are repeated above the second. What is above
+# the second then, the machine decided.
 STEADY, NOISY = 0.02, 0.05
+_OF_WHOLE = 1 / 4
 BUSY = 0.15  # of the CPU time, taken by others
 
 PROMPTS, TURNS, TAU, NOISE, LOAD = "prompts", "turns", "tau", "noise", "load"
@@ -113,9 +115,11 @@ def steady(turns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
     """Return whether repetitions agree at all settings, so that no more of them are needed."""
     for setting in settings:
         own, requests = at_setting(turns, setting), at_setting(rows, setting)
-        most = STEADY if alternates(own) else NOISY
-        if any(error > most for error in machine_errors(own, requests).values()):
-            return False
+        errors = machine_errors(own, requests)
+        whole = log_ratios(own, requests, [(arm, PLAIN) for arm in errors], {})
+        for arm, error in errors.items():
+            if error > (max(STEADY, _OF_WHOLE * whole[arm, PLAIN].error) if alternates(own) else NOISY):
+                return False
     return True
 
 
