@@ -71,7 +71,7 @@ def figures(evaluated: RecordingContext) -> dict[str, Any]:
 
 
 def test_a_finished_turn_is_not_repeated(evaluated: RecordingContext) -> None:
-    assert [line for line in evaluated.logs if line.startswith("round ")] == ["round 1 of 1: sft"]
+    assert [line for line in evaluated.logs if line.startswith("round ")] == ["round 1: sft"]
     assert [p[:2] for p in evaluated.progressed if p[2] == "turns of servers"] == [(1, 2), (2, 2)]
 
 

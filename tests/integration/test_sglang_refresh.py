@@ -84,8 +84,7 @@ def test_a_refresh_on_sglang_is_exact_and_passes_the_gate(home: Home) -> None:
     for figures in evaluation["parity"].values():
         assert (figures["different_steps"], figures["tau_difference"]) == (0, 0)
 
-    told = " ".join(first.stdout[first.stdout.index("report: done in") :].split())
-    assert f"Engine: {evaluation['engine']}" in told
     steps = evaluation["parity"]["opd"]["served_steps"]
-    assert f"SFT + OPD: 0 of {steps} verify steps that the engine served differ from replay" in told
-    assert "Speed by setting" in (home.folder_of("report") / "report.html").read_text()
+    page = (home.folder_of("report") / "report.html").read_text()
+    assert f"0 of {steps} served verify steps differ from replay" in page
+    assert "Speed by setting" in page
