@@ -176,7 +176,7 @@ class SpeedTest:
         setting: Setting,
         before: tuple[int, int],
     ) -> tuple[list[Row], list[Row]]:
-        """Decode all prompts with every arm, which alternate by small batches; who begins rotates.
+        """Decode all prompts with every arm, which alternate by small batches in an order that changes.
 
         before: answers so far, and in all, for the progress.
         """
@@ -186,8 +186,9 @@ class SpeedTest:
         seconds = dict.fromkeys(answers, 0.0)
         meter, done = LoadMeter(), before[0]
         for place, batch in enumerate(batches):
-            first = (round + place) % len(arms)
-            for arm, drafter in arms[first:] + arms[:first]:
+            first = place % len(arms)
+            # the other way round every second time: an arm is faster or slower by what was decoded before it
+            for arm, drafter in (arms[first:] + arms[:first])[:: -1 if round % 2 else 1]:
                 answered, wall = self.decode(self.target, drafter, sizes.get(arm, 1), batch, setting, round=round)
                 answers[arm] += answered
                 seconds[arm] += wall

@@ -85,10 +85,10 @@ def measurements(turns: Rows, rows: Rows, config: EvaluationConfig) -> Iterator[
     def of(chosen: Sequence[int]) -> tuple[Rows, Rows]:
         return [t for t in turns if t["round"] in chosen], [r for r in rows if r["round"] in chosen]
 
-    for pair in itertools.combinations(rounds, 2):
+    for pair in itertools.product(rounds[::2], rounds[1::2]):  # the order of the arms is reversed in every second one
         found = of(pair)
-        others = [n for n in rounds if n not in pair]
-        yield found if steady(*found, settings) or len(others) < 2 else of((*pair, *others[:2]))
+        others = [n for kind in (rounds[::2], rounds[1::2]) for n in kind if n not in pair]
+        yield found if steady(*found, settings) or len(others) < 2 else of((*pair, others[0], others[-1]))
 
 
 def main() -> None:
