@@ -67,10 +67,10 @@ def next_steps(review: Review, asked: Invocation, seconds: Mapping[str, float]) 
             Step("next refresh: measures drift first, trains if there is any", asked.run()),
         ]  # fmt: skip
     if kind == "inconclusive":
-        again = Step("measure again", asked.run("--force", "evaluation"), seconds.get("evaluation"))
+        first = Step("measure again", asked.run(), seconds.get("evaluation")) if review.measured_again else look
         tau_only = Step("judge by acceptance length", asked.run("--set", "gate.judge_speed=false"), seconds.get("gate"))
         unclear = {check.group for check in review.checks if check.result == "inconclusive"}
-        return [again, *([tau_only] if unclear and unclear <= {"speed", "speed-up"} else []), by_hand]
+        return [first, *([tau_only] if unclear and unclear <= {"speed", "speed-up"} else []), by_hand]
     unsafe = any(check.result == "failed" and check.group in _UNSAFE for check in review.checks)
     drafters = [candidate, *([champion] if review.other == CHAMPION else [])]
     compare = Step("measure the drafters again", asked.command("evaluate", drafters=drafters))

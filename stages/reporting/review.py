@@ -14,6 +14,7 @@ from typing import Any
 
 from scipy.special import stdtrit
 
+from draftsmith.stages.measure.doubts import AGAIN
 from draftsmith.stages.measure.gate import CHAMPION, PLAIN, challenger_of
 from draftsmith.stages.measure.verdicts import AGAINST_ALL
 from draftsmith.stages.reporting.names import in_words, interval, name_of, number
@@ -92,6 +93,7 @@ class Review:
     checks: Sequence[Check]
     warnings: Sequence[str]  # on data and outputs
     doubts: Sequence[str]  # why speeds are unreliable
+    measured_again: bool  # by the next run: what this one measured says nothing
     exactness: Sequence[str]
     headline: str  # tokens/s before and after
     machine: str
@@ -130,6 +132,7 @@ def review_of(evaluation: Mapping[str, Any], decision: Mapping[str, Any]) -> Rev
         [_check(rule) for rule in decision.get("rules") or ()],
         _warnings(evaluation),
         _doubts(evaluation),
+        any(doubt["kind"] in AGAIN for doubt in evaluation.get("doubts") or ()),
         exactness(evaluation),
         _headline(evaluation, candidate),
         machine(evaluation),

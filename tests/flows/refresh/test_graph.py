@@ -175,12 +175,12 @@ def test_every_stage_has_a_digest_of_its_code(config: RefreshConfig, tmp_path: P
 
 
 def test_a_split_that_is_measured_must_be_answered() -> None:
-    """Splits follow each other as held out, validation, train: 40, 4 and 160 prompts."""
+    """Splits follow each other as held out, validation, train: 56, 4 and 144 prompts."""
     both = "heldout.splits=[validation, heldout]"
-    for override in ("heldout.prompts=1", "heldout.skip=39"):
+    for override in ("heldout.prompts=1", "heldout.skip=55"):
         load_config(QUICKSTART, [both, override])
     with pytest.raises(DraftsmithError, match="heldout: skip and prompts leave out all of split heldout"):
-        load_config(QUICKSTART, [both, "heldout.skip=40"])
+        load_config(QUICKSTART, [both, "heldout.skip=56"])
 
 
 def test_a_time_limit_for_an_unknown_node_is_refused() -> None:
@@ -199,7 +199,7 @@ def test_iterations_start_from_the_drafter_before_and_take_the_next_prompts() ->
     chain = [("sft", "sft", "-1"), ("opd-1", "control-1", "-2"), ("opd-2", "control-2", "")]
     for iteration, (drafter, control, suffix) in enumerate(chain):
         assisted = nodes[f"assisted{suffix}"]
-        assert assisted.config.model_dump()["skip"] == 112 + 16 * iteration
+        assert assisted.config.model_dump()["skip"] == 96 + 16 * iteration
         assert assisted.inputs["drafter"] == drafter
         for name in ("mining", "opd"):
             assert nodes[f"{name}{suffix}"].inputs["drafter"] == drafter
@@ -228,7 +228,7 @@ def test_more_iterations_reuse_those_that_were_made() -> None:
 
 
 def test_iterations_without_enough_prompts_are_refused() -> None:
-    with pytest.raises(DraftsmithError, match="5 iterations need 352 prompts and section prompts has 160"):
+    with pytest.raises(DraftsmithError, match="5 iterations need 336 prompts and section prompts has 144"):
         load_config(QUICKSTART, ["refresh.iterations=5"])
     with pytest.raises(DraftsmithError, match=r"assisted\.prompts: say how many"):
         load_config(QUICKSTART, ["refresh.iterations=2", "assisted.prompts=null"])

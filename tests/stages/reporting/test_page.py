@@ -59,7 +59,7 @@ def test_every_part_of_a_refresh_of_a_line_is_there_and_the_verdict_is_first(tmp
     assert regions == [
         "Drafters", "Speed by setting", "By prompt set", "Gate", "Stages",
     ]  # fmt: skip
-    for text in ("0123456789ab", "draftsmith run weekly.yaml --force evaluation", "about 2 min", "450 s"):
+    for text in ("0123456789ab", "draftsmith run weekly.yaml", "about 2 min", "450 s"):
         assert text in page.text, "commit, next step, cost"
     assert page.text.index("7%") < page.text.index("draftsmith run"), "warnings on the data are above"
     assert "n.s." in page.text and "learning_rate" in page.text and "smollm2@3" in page.text
