@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ from draftsmith.stages.measure.requests import (
     equality,
     fastest,
     requests_for,
+    rounds_of,
     row_of,
     settings_of,
     told,
@@ -143,13 +145,7 @@ class SpeedTest:
         turns: list[Row] = []
         warm: set[Setting] = set()
         answers_a_round = len(settings) * (1 + len(drafters)) * len(prompts)
-        most = self.config.rounds
-        for round in range(2 * self.config.rounds):
-            if round == self.config.rounds and not steady(turns, rows, settings):
-                most = 2 * self.config.rounds
-                self.ctx.log("repetitions differ much, as on a busy machine: as many rounds again are measured")
-            if round == most:
-                break
+        for round, most in rounds_of(self.ctx, self.config, partial(steady, turns, rows, settings)):
             for place, setting in enumerate(settings):
                 folder = self.ctx.work / "rounds" / f"{round}-{place}"
                 if not (folder / "turns.parquet").exists():

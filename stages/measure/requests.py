@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from draftsmith.stages.contract import StageContext
 from draftsmith.stages.engines.base import Completion, Request, SamplingParams
 from draftsmith.stages.stored import Prompt, request_seed
 
@@ -43,6 +45,18 @@ def settings_of(config: EvaluationConfig) -> list[Setting]:
     """Every temperature at every concurrency, in the order of the config: the first one is the headline's."""
     temperatures = config.temperatures or (config.sampling.temperature,)
     return [Setting(temperature, concurrency) for temperature in temperatures for concurrency in config.concurrency]
+
+
+def rounds_of(ctx: StageContext, config: EvaluationConfig, is_steady: Callable[[], bool]) -> Iterator[tuple[int, int]]:
+    """Yield every round with how many there are: as many again where repetitions disagree after the config's."""
+    most = config.rounds
+    for round in itertools.count():
+        if round == config.rounds and not is_steady():
+            most *= 2
+            ctx.log("repetitions differ much, as on a busy machine: as many rounds again are measured")
+        if round == most:
+            return
+        yield round, most
 
 
 def requests_for(

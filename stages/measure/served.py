@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ from draftsmith.stages.measure.requests import (
     equality,
     fastest,
     requests_for,
+    rounds_of,
     row_of,
     settings_of,
     told,
@@ -159,13 +161,7 @@ def measure_served(served: Served, heldout: Sequence[Prompt], validation: Sequen
     rows: list[Row] = []
     turns: list[Row] = []
     parity: dict[str, dict[str, Any]] = {}
-    most = config.rounds
-    for round in range(2 * config.rounds):
-        if round == config.rounds and not steady(turns, rows, served.settings):
-            most = 2 * config.rounds
-            ctx.log("turns differ much, as on a busy machine: as many rounds again are measured")
-        if round == most:
-            break
+    for round, most in rounds_of(ctx, config, partial(steady, turns, rows, served.settings)):
         _begin(ctx.work / f"round-{round}", arms)
         first = round % len(arms)
         for order, arm in enumerate(arms[first:] + arms[:first]):
