@@ -10,7 +10,7 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 0; color: var(--ink); backg
   overflow-wrap: break-word }
 .skip { position: absolute; left: -100vw } .skip:focus { left: 1rem; top: 1rem; background: var(--page); padding:
   .5rem }
-header, main { max-width: 68rem; margin: 0 auto; padding: 0 1.25rem }
+header, main { max-width: 76rem; margin: 0 auto; padding: 0 1.25rem }
 header { padding-top: 1.5rem } header p { margin: 0; color: var(--quiet); font-size: .9rem }
 a { color: var(--link) } :focus-visible { outline: 3px solid var(--link); outline-offset: 2px }
 h1 { font-size: 1.1rem; margin: 0; font-weight: 600 } h2 { margin: 0 0 .8rem; font-size: 1.3rem }
@@ -35,7 +35,7 @@ figcaption { margin-top: .5rem }
 .wide { display: inline-block; vertical-align: top; max-width: 100%; overflow-x: auto; border: 1px solid var(--line);
   border-radius: .4rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem }
-th, td { padding: .4rem .7rem; text-align: right; white-space: nowrap; vertical-align: top; border-bottom: 1px solid
+th, td { padding: .4rem .6rem; text-align: right; white-space: nowrap; vertical-align: top; border-bottom: 1px solid
   var(--line) }
 thead th { white-space: normal; vertical-align: bottom; background: var(--soft); min-width: 4.5rem }
 tbody tr:last-child > * { border-bottom: 0 } tbody th { font-weight: 600; white-space: normal; min-width: 7.2rem;
