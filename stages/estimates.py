@@ -33,7 +33,7 @@ def of_rollout(config: RolloutConfig, use: Use) -> Estimate:
     """With a drafter in the loop 8 · (block - 1) + 24 bytes for each verify step beside the answers."""
     sizes, drafter = use.sizes, use.drafters > 0
     longest = sizes.longest_prompt + config.sampling.max_new_tokens
-    count = sum(config.counts(use.prompts).values()) * config.samples_per_prompt
+    count = sum(config.counts(use.prompts).values())
     made = Answers(longest, count, count * config.sampling.max_new_tokens * TRACE_STEPS_PER_TOKEN)
     memory: dict[str, float] = {}
     servers = None

@@ -40,7 +40,6 @@ class RolloutConfig(Config):
     splits: tuple[str, ...] = ("train",)
     skip: Annotated[int, Field(ge=0, description="prompts left out at the beginning of the splits")] = 0
     prompts: Annotated[int | None, Field(ge=1, description="how many; left out: all")] = None
-    samples_per_prompt: Annotated[int, Field(ge=1)] = 1
     sampling: SamplingConfig = SamplingConfig()
     engine: EngineConfig = EmbeddedEngineConfig()
     drafting: DraftingConfig = DraftingConfig()
@@ -110,7 +109,7 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
             "raise the counts in section prompts or lower skip"
         )
     params = SamplingParams(**config.sampling.model_dump())
-    asked = _Asked(prompts, config.samples_per_prompt, params, ctx.seed)
+    asked = _Asked(prompts, params, ctx.seed)
     parts = AnswerParts(ctx.work)
     _answer(ctx, config, parts, asked)
 
@@ -151,9 +150,9 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
 class _Asked:
     """The requests of a rollout, by their place; each is made when it is sent. Names stay in memory."""
 
-    def __init__(self, prompts: PromptRows, samples: int, params: SamplingParams, seed: int):
-        self.prompts, self._samples, self._params, self._seed = prompts, samples, params, seed
-        self.names = [f"{prompt}/{sample}" for prompt in prompts.ids for sample in range(samples)]
+    def __init__(self, prompts: PromptRows, params: SamplingParams, seed: int):
+        self.prompts, self._params, self._seed = prompts, params, seed
+        self.names = [f"{prompt}/0" for prompt in prompts.ids]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -163,8 +162,8 @@ class _Asked:
         from draftsmith.stages.stored import request_seed
 
         for place in places:
-            prompt, sample = self.prompts[place // self._samples], place % self._samples
-            seed = request_seed(self._seed, prompt.prompt_id, sample)
+            prompt = self.prompts[place]
+            seed = request_seed(self._seed, prompt.prompt_id, 0)
             yield Request(self.names[place], prompt.token_ids, self._params, seed)
 
 

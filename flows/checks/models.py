@@ -73,7 +73,7 @@ def _check_template(found: Findings, config: PromptsConfig, folder: Path) -> Non
         found.warn("chat template", "the target has none: prompts are plain text, chat_template_kwargs are ignored")
         return
     messages = [{"role": "user", "content": "Hello"}]
-    if system := config.system or next((s.system for s in config.sources if s.system), None):
+    if system := config.system:
         messages = [{"role": "system", "content": system}, *messages]
     candidate = Candidate("check", messages, "chat template")
     try:

@@ -202,7 +202,7 @@ def _check_files(found: Findings, name: str, source: JsonlSource, config: Prompt
     aside = Aside(f"{config.section}.max_bad_share", config.max_bad_share)
     seen: set[str] = set()
     rows = held_out = unread = again = 0
-    as_they_are = not (source.suffix or source.system or config.system)
+    as_they_are = not (source.suffix or config.system)
     for _, messages, _ in file_rows(source, aside, only=config.listed_files, as_they_are=as_they_are):
         text = Candidate(source.path, messages, "").text_hash if messages else ""
         if text in seen:
@@ -315,11 +315,6 @@ def _check_log(found: Findings, name: str, config: LogsConfig, target: Path | No
     aside.check()
     for doubt in sieve.doubts():
         found.warn(name, doubt)
-    if isinstance(sieve, Intake) and config.source_field is not None and sieve.without_source == used > 0:
-        unknown = f"{name}.source_field: no row has a field {config.source_field}: correct it"
-        if whole:
-            raise DraftsmithError(unknown)
-        found.warn(name, f"{unknown} (seen in the first {aside.rows} rows)")
     if sieve.outside_window + sieve.overlap == aside.rows and not whole:
         found.skip(name, f"whether there are rows of the window: {line}; others may follow")
         return

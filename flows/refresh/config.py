@@ -35,7 +35,7 @@ _FILLED_IN = {
     "registry": ("champion", "answers", "history", "refreshed_at", "read_until", "measured_with"),
     "prompts": ("of_logs",),
 }
-_READ_ALIKE = ("max_prompt_tokens", "max_bad_share", "chat_template_kwargs")  # a prompt is the same in both sections
+_READ_ALIKE = ("max_bad_share", "chat_template_kwargs")  # a prompt is the same in both sections
 
 
 class RefreshOptions(Config):

@@ -85,7 +85,7 @@ def placed_rows(
     aside: Aside,
 ) -> Iterator[Placed]:
     """The rows as candidates, with their places. Raises DraftsmithError, behind the last one, if there was none."""
-    drawn, empty = f"{seed} {source.seed}", True
+    drawn, empty = f"{seed} 0", True
     for row, messages, ids in rows:
         empty, candidate = False, finish(source.set_name, messages, row.where)
         if ids is not None and candidate.messages == messages:  # nothing was added: its tokens are known

@@ -39,9 +39,7 @@ class _SourceBase(Config):
         le=1,
         description="of this source, in place of prompts.heldout_share; 1 for a benchmark that nothing is trained on",
     )
-    system: str | None = Field(default=None, description="system prompt of this source; overrides prompts.system")
     suffix: str = Field(default="", description="appended to the last user message, e.g. an instruction how to answer")
-    seed: int = Field(default=0, ge=0)
 
 
 class ReasoningGymSource(_SourceBase):

@@ -141,19 +141,6 @@ def test_nothing_that_can_be_used_is_an_error(rows: list[Any], said: str, metada
     assert level is Level.ERROR and said in text
 
 
-def test_a_field_of_sources_that_no_row_has_is_told(
-    metadata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = [answer(number, app="chat") for number in range(9)]
-    assert found(metadata, tmp_path / "a.jsonl", rows, source_field="app")[0] is Level.OK
-    said = found(metadata, tmp_path / "a.jsonl", rows, source_field="application")
-    assert said == (Level.ERROR, "logs.source_field: no row has a field application: correct it")
-    monkeypatch.setattr(checks, "_LOG_ROWS", 5)
-    told, counted = all_found(metadata, tmp_path / "a.jsonl", rows, source_field="application").lines
-    assert told.level is Level.WARNING and "no row has a field application" in told.text, "later ones may have it"
-    assert counted.level is Level.OK
-
-
 def test_a_window_is_no_fault_of_its_rows(metadata: Path, tmp_path: Path) -> None:
     rows = [answer(number, time=f"2026-03-0{number}") for number in range(1, 10)]
     level, text = found(metadata, tmp_path / "a.jsonl", rows, since="2026-03-08")
