@@ -28,6 +28,10 @@ class OnlyIfSet:
     """Marks a field that is a part of a stage's key only where it is not its default: what nobody asked for."""
 
 
+class FilledIn:
+    """Marks a field that a run fills in; a config file may not set it."""
+
+
 class Config(BaseModel):
     """Base of every config section: frozen, and an unknown field is an error."""
 
@@ -55,6 +59,11 @@ class Config(BaseModel):
         """As it is where its file is read then: windows such as `7d` begin so long before that time. No `reading`."""
         said = self.model_dump(mode="json", context={AS_WRITTEN: True})
         return type(self).model_validate(said, context={READ_AT: time})
+
+    @classmethod
+    def filled_in(cls) -> list[str]:
+        """Return the names of the fields that a run fills in."""
+        return [n for n, field in cls.model_fields.items() if any(isinstance(m, FilledIn) for m in field.metadata)]
 
     def key_material(self) -> dict[str, Any]:
         """What of this config decides the result, as JSON values."""

@@ -26,7 +26,6 @@ class MiningConfig(Config):
     """How the trace is rebuilt."""
 
     drafting: DraftingConfig = DraftingConfig()
-    chains: Annotated[int | None, Field(ge=1, description="parallel chains a trajectory; null: as many as pay")] = None
     top_k: Annotated[int, Field(ge=1, description="the target's best tokens kept at each rejection")] = 8
     tokens_per_target_forward: TokensPerForward = 8192
     tree_tokens: Annotated[
@@ -141,7 +140,6 @@ def mine_shard(
             trajectories,
             config.drafting,
             law=stored.law,
-            chains=config.chains,
             top_k=config.top_k,
             tokens_per_group=config.tokens_per_target_forward,
             tree_tokens=config.tree_tokens,

@@ -167,7 +167,6 @@ CONFIG = {
     "two kinds of hook": Bad("give command or url", {"on_promote": {"url": "http://h", "command": ["a"]}}),
     "a limit of no node": Bad("no such node", {"stages": {"time_limits": {"oops": 3}}}),
     "a line without validation": Bad("add validation", {"registry": {"name": "a"}, "heldout": {"splits": ["heldout"]}}),
-    "too few prompts": Bad("iterations need", {"refresh": {"iterations": 9}, "assisted": {"prompts": 64}}),
     "--set without a value": Bad("expected FIELD=VALUE", arguments=(*PLAN, "--set", "sft.steps")),
     "--set of an unknown field": Bad("--set sft.stesp: unknown", arguments=(*PLAN, "--set", "sft.stesp=1")),
     "--set in a list": Bad("use an index from 0", arguments=(*PLAN, "--set", "prompts.sources.7.path=x")),

@@ -51,14 +51,14 @@ def _check_gpus(found: Findings, nodes: Sequence[Node]) -> None:
             launch, fit = engine.launch, here // engine.launch.gpus
             lower = f"servers={fit}"
             if fit == 1 and launch.router is not None:  # which one server does not need
-                lower += f" --set {node.name.partition('-')[0]}.engine.launch.router=null"
+                lower += f" --set {node.name}.engine.launch.router=null"
             if not fit:
                 replicas = here // launch.tensor_parallel
                 lower = f"data_parallel={replicas}" if replicas else f"tensor_parallel={here}"
             found.error(
                 f"{node.name}: GPUs",
                 f"{servers} servers of {launch.gpus} GPUs need {wanted}, {here} are here: --set "
-                f"{node.name.partition('-')[0]}.engine.launch.{lower}",  # without the number of an iteration
+                f"{node.name}.engine.launch.{lower}",
             )
     if runs_elsewhere(nodes):
         found.skip("GPUs", "none is visible here, so memory is not compared: check again on the machine that will run")

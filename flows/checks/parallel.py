@@ -33,8 +33,7 @@ def _fewer(node: Node, parallel: Parallel, here: int) -> str:
     fitting = {"processes": here - here % parallel.target_parallel}
     if not fitting["processes"]:
         fitting = {"processes": here, "target_parallel": here}
-    name = node.name.partition("-")[0]  # of an iteration
-    section = "opd" if name == "control" else name
+    section = "opd" if node.name == "control" else node.name
     if section not in ("sft", "opd"):
         return " and ".join(f"lower parallel.{field} to {count}" for field, count in fitting.items())
     return " ".join(f"--set {section}.parallel.{field}={count}" for field, count in fitting.items())

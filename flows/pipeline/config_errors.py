@@ -119,7 +119,7 @@ def _problem(detail: Any, location: PathKey, field: str, model: type[BaseModel])
         return _unknown_field(location, model)
     if kind == "missing":
         return f"this field is required: add it to the file or pass {OVERRIDE} {field}=VALUE"
-    if not isinstance(value, dict) and kind not in _EXPECTED and kind != "value_error" and _sections(model, location):
+    if not isinstance(value, dict) and kind not in _EXPECTED and kind != "value_error" and models_at(model, location):
         kind = "model_type"  # of a section that comes in several kinds
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         return _unknown_kind(detail)
@@ -152,7 +152,7 @@ def _unknown_field(location: PathKey, model: type[BaseModel]) -> str:
     if remedy := _REMOVED.get(".".join(map(str, location[-2:]))):
         return f"this field is gone: {remedy}"
     name = str(location[-1])
-    siblings = sorted({sibling for section in _sections(model, location[:-1]) for sibling in section.model_fields})
+    siblings = sorted({sibling for section in models_at(model, location[:-1]) for sibling in section.model_fields})
     prefix = [str(part) for part in location[:-1]]
     if name in siblings:  # of a section that comes in several kinds
         return f"a field of another kind of {'.'.join(prefix)}: remove it, or write the whole section anew"
@@ -172,7 +172,7 @@ def _path_of(location: Sequence[int | str], model: type[BaseModel], *, keep_last
         known = (
             isinstance(part, int)
             or _is_open(model, kept)
-            or any(part in section.model_fields for section in _sections(model, kept))
+            or any(part in section.model_fields for section in models_at(model, kept))
         )
         if known or (keep_last and position == len(location) - 1):
             kept.append(part)
@@ -184,8 +184,8 @@ def _is_open(model: type[BaseModel], path: Sequence[int | str]) -> bool:
     return any(typing.get_origin(annotation) is dict for annotation in _annotations(model, path))
 
 
-def _sections(model: type[BaseModel], path: Sequence[int | str]) -> list[type[BaseModel]]:
-    """The models that may stand at `path`."""
+def models_at(model: type[BaseModel], path: Sequence[int | str]) -> list[type[BaseModel]]:
+    """Return the models that may stand at `path`."""
     return [a for a in _annotations(model, path) if isinstance(a, type) and issubclass(a, BaseModel)]
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import ValidationInfo, model_validator
 
 from draftsmith.flows.checks.measurable import require_measurable
+from draftsmith.flows.pipeline.config_errors import models_at
 from draftsmith.flows.pipeline.config_file import OF_FILE
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.flows.refresh.hook import HookConfig
@@ -19,7 +20,7 @@ from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.measure.drift import DriftConfig
 from draftsmith.stages.measure.gate import GateConfig
 from draftsmith.stages.mining import MiningConfig
-from draftsmith.stages.prompting.sources import SPLITS, JsonlSource
+from draftsmith.stages.prompting.sources import JsonlSource
 from draftsmith.stages.prompting.times import LAST
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.report import ReportConfig
@@ -31,10 +32,6 @@ from draftsmith.stages.training.on_policy.config import OpdConfig
 # held-out prompts of a refresh from logs alone: enough for an interval of a few percent
 _OF_LOGS = {"train": 0, "validation": 16, "heldout": 128, "max_prompt_tokens": 2048, "too_long": "skip"}
 _MEASURED = ("validation", "heldout")  # the splits that drafters are measured on, and chosen
-_FILLED_IN = {
-    "registry": ("champion", "answers", "history", "refreshed_at", "read_until", "measured_with"),
-    "prompts": ("of_logs",),
-}
 _READ_ALIKE = ("max_bad_share", "chat_template_kwargs")  # a prompt is the same in both sections
 
 
@@ -43,9 +40,6 @@ class RefreshOptions(Config):
 
     control: bool = True
     """Also continue SFT for as many steps and blocks as OPD: the drafter that OPD has to beat."""
-    iterations: Annotated[int, Field(ge=1)] = 1
-    """How often rollout, mining, OPD and evaluation follow each other, every time from the drafter before and on the
-    prompts behind those of the iteration before (logged answers: on the same ones, in other batches)."""
 
 
 class RefreshConfig(RunOptions):
@@ -161,19 +155,6 @@ class RefreshConfig(RunOptions):
         return self
 
     @model_validator(mode="after")
-    def _a_champion_drafts_as_it_was_measured(self) -> RefreshConfig:
-        for name, measured in self.evaluation.drafted():
-            asked = getattr(self.drift.drafting, name)
-            if asked not in (None, measured):
-                evaluated = f"with evaluation.{name} {'left out' if measured is None else measured}"
-                evaluated = "as they were trained" if name == "block_size" else evaluated
-                raise ValueError(
-                    f"drift.drafting.{name}: {asked}, and drafters are evaluated {evaluated}: the figures could not be "
-                    "compared, and no champion were current; leave it out"
-                )
-        return self
-
-    @model_validator(mode="after")
     def _what_was_read_is_known(self) -> RefreshConfig:
         if self.registry is None:
             needs = "`last` needs section registry, whose champion says what was read"
@@ -203,39 +184,19 @@ class RefreshConfig(RunOptions):
         return self.registry.champion if self.registry is not None else None
 
     @model_validator(mode="after")
-    def _iterations_have_prompts(self) -> RefreshConfig:
-        if self.refresh.iterations == 1 or self.assisted is None or self.logs is not None:
-            return self
-        if self.assisted.prompts is None:
-            raise ValueError("assisted.prompts: say how many an iteration takes, with refresh.iterations above 1")
-        needed = self.assisted.skip + self.refresh.iterations * self.assisted.prompts
-        available = sum(self.prompts.wanted(split) for split in SPLITS if split in self.assisted.splits)
-        if needed > available:
-            raise ValueError(
-                f"refresh.iterations: {self.refresh.iterations} iterations need {needed} prompts and section prompts "
-                f"has {available}: raise prompts.train, or lower assisted.prompts or the iterations"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _time_limits_name_nodes(self) -> RefreshConfig:
         no_nodes = {*RunOptions.model_fields, "refresh", "registry", "on_promote"}
-        nodes = {*type(self).model_fields, "champion", "control", "earlier"} - no_nodes
-        iterated = ("assisted", "mining", "opd", "control", "evaluation", "report")
-        before_last = {f"{name}-{i}" for name in iterated for i in range(1, self.refresh.iterations)}
-        self.stages.require_nodes(nodes | before_last)
+        self.stages.require_nodes({*type(self).model_fields, "champion", "control", "earlier"} - no_nodes)
         return self
 
 
 def _refuse_what_is_filled_in(data: dict[str, Any]) -> None:
-    """Fields that a run looks up would be replaced without a word."""
-    for section, names in _FILLED_IN.items():
-        given = data.get(section)
-        if isinstance(given, dict) and (found := [name for name in names if name in given]):
-            raise ValueError(f"{section}.{found[0]} is filled in by the run: remove it")
-    logs = data.get("logs")
-    if isinstance(logs, dict) and logs.get("since") == LAST and "after" in logs:
-        raise ValueError("logs.after is filled in by the run where logs.since is `last`: remove one of the two")
+    """Raise ValueError for a field that a run looks up: it would be replaced without a word."""
+    for section, given in data.items():
+        for model in models_at(RefreshConfig, [section]) if isinstance(given, dict) else []:
+            for name in model.filled_in() if issubclass(model, Config) else []:
+                if name in given:
+                    raise ValueError(f"{section}.{name} is filled in by the run. Remove it.")
 
 
 def _since_last(prompts: PromptsConfig) -> bool:
@@ -302,10 +263,3 @@ def report_config(config: RefreshConfig) -> ReportConfig:
 def control_config(config: RefreshConfig) -> SftConfig:
     """The control of a refresh."""
     return config.sft.continued(config.opd)
-
-
-def assisted_config(config: RefreshConfig, iteration: int) -> RolloutConfig:
-    """The assisted rollout of an iteration, counted from 1: each takes the prompts behind those of the one before."""
-    assert config.assisted is not None
-    behind = (iteration - 1) * (config.assisted.prompts or 0)
-    return config.assisted.model_copy(update={"skip": config.assisted.skip + behind})

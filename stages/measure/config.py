@@ -93,7 +93,6 @@ class EvaluationConfig(Config):
         int, Field(ge=1, description="held-out prompts whose verify steps on SGLang are compared with replay")
     ] = 8
     max_parity_mismatch: MaxParityMismatch = 0.25
-    chains: Annotated[int | None, Field(ge=1)] = None
     tokens_per_target_forward: TokensPerForward = 2048
 
     @model_validator(mode="after")

@@ -283,7 +283,6 @@ def _check_parity(served: Served, sizes: Mapping[str, int], heldout: Sequence[Pr
             trajectories,
             drafting,
             law=law,
-            chains=config.chains,
             tokens_per_group=config.tokens_per_target_forward,
             progress=follow(served.ctx, "trajectories"),
             kept=work / "replayed" / "parity" / arm,

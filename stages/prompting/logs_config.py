@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from draftsmith.stages.contract import Config
+from draftsmith.stages.contract import Config, FilledIn
 from draftsmith.stages.law import Law, TopK
 from draftsmith.stages.prompting.files import listed, local_files, matched, remote_versions
 from draftsmith.stages.prompting.rows import FieldNames, Filter
@@ -57,9 +57,11 @@ class LogsConfig(Config):
         "the run begins, of a deployment in every run: a midnight for days, a full hour for hours (UTC), so that one "
         "that begins again on that day or in that hour is the same run",
     )
-    after: Annotated[str, BeforeValidator(as_text)] | None = Field(
-        default=None, description="only rows later than this ISO time; what `since: last` becomes when the plan is made"
-    )
+    after: Annotated[
+        Annotated[str, BeforeValidator(as_text)] | None,
+        FilledIn(),
+        Field(description="only rows later than this ISO time: what `since: last` means when the plan is made"),
+    ] = None
     lateness_hours: float = Field(
         default=1.0,
         ge=0,

@@ -33,8 +33,8 @@ def test_the_advice_names_what_a_config_has(
     monkeypatch.setattr(engines, "gpus", lambda: (80e9,) * 2)
     config = RolloutConfig.model_validate({"engine": {"kind": "sglang", "python": sys.executable, "launch": launch}})
     found = Findings()
-    engines._check_gpus(found, [Node("assisted-1", "draftsmith.stages.rollout", config)])  # of the second iteration
-    (line,) = [line for line in found.lines if line.check == "assisted-1: GPUs"]
+    engines._check_gpus(found, [Node("assisted", "draftsmith.stages.rollout", config)])
+    (line,) = [line for line in found.lines if line.check == "assisted: GPUs"]
     assert line.text.endswith(advice)
 
 

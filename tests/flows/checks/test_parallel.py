@@ -38,13 +38,14 @@ def line(
         ({"processes": 8}, 4, "error 8 need a GPU each, 4 are here: --set sft.parallel.processes=4"),
         ({"processes": 4}, 0, "ok 4"),
         ({"processes": 6}, 0, "warning 6, more than this machine has cores (4): that only makes it slower"),
-        ({"nodes": 2, "rendezvous": "head:29400"}, 0, "ok 1 on each of 2 nodes that meet at head:29400"),
+        ({"nodes": 2}, 0, "ok 1 on each of 2 nodes that meet at head:29400"),
         ({"processes": 1}, 0, None),
     ],
 )
 def test_processes_are_checked(
     fields: dict[str, Any], gpus: int, said: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(RENDEZVOUS, "head:29400")
     assert line(fields, gpus, monkeypatch) == said
 
 
@@ -68,8 +69,8 @@ def test_cores_of_another_machine_than_the_one_that_runs_say_nothing(monkeypatch
     ("name", "sharing", "said"),
     [
         ("control", 1, "--set opd.parallel.processes=3"),
-        ("opd-1", 2, "--set opd.parallel.processes=2"),
-        ("control-1", 4, "--set opd.parallel.processes=3 --set opd.parallel.target_parallel=3"),
+        ("opd", 2, "--set opd.parallel.processes=2"),
+        ("control", 4, "--set opd.parallel.processes=3 --set opd.parallel.target_parallel=3"),
         ("an arm", 1, "lower parallel.processes to 3"),
     ],
 )
@@ -82,7 +83,7 @@ def test_what_is_advised_can_be_done(name: str, sharing: int, said: str, monkeyp
 def test_nodes_without_a_rendezvous_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(RENDEZVOUS, raising=False)
     said = line({"nodes": 2}, 0, monkeypatch)
-    assert said is not None and said.startswith("error parallel.rendezvous is not given")
+    assert said is not None and said.startswith(f"error parallel.nodes: {RENDEZVOUS} is not given")
 
 
 def test_a_drafter_that_is_taken_as_it_is_needs_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
