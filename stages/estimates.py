@@ -65,12 +65,12 @@ def of_sft(config: SftConfig, use: Use) -> Estimate:
 
 
 def of_mining(config: MiningConfig, use: Use) -> Estimate:
-    """A row of the table is 12 · (block - 1) + 8 · top_k + 64 bytes."""
+    """A row of the table is 12 · (block - 1) + 8 · 8 + 64 bytes."""
     sizes, tokens = use.sizes, config.tokens_per_target_forward
-    memory = mining_memory(tokens, config.tree_tokens, config.drafting.head_tokens, use.longest, sizes)
+    memory = mining_memory(tokens, config.drafting.head_tokens, use.longest, sizes)
     steps = use.answers.verify_steps if use.answers is not None else 0.0
     return Estimate(
-        memory=memory, host=tables_of(use.answers), tables=steps * (12 * (sizes.block_size - 1) + 8 * config.top_k + 64)
+        memory=memory, host=tables_of(use.answers), tables=steps * (12 * (sizes.block_size - 1) + 8 * 8 + 64)
     )
 
 

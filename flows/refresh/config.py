@@ -62,7 +62,6 @@ class RefreshConfig(RunOptions):
     heldout: RolloutConfig = RolloutConfig(splits=_MEASURED)
     """The target's answers to held-out prompts, which drafters are compared on."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    report: ReportConfig = ReportConfig()
     registry: RegistryConfig | None = None
     """The line of drafters that this refresh goes on with: from its champion, to its next one. Without it a refresh
     stands alone: it begins as section `sft` says, and promotes nothing."""
@@ -97,7 +96,7 @@ class RefreshConfig(RunOptions):
         logs = data["logs"]
         paths, given = logs.get("paths"), data.get("prompts", {})
         if paths and isinstance(given, dict) and "sources" not in given:
-            of_rows = ("since", "time_field", "filter", "fields")
+            of_rows = ("since", "filter", "fields")
             given_too = {name: logs[name] for name in of_rows if logs.get(name) is not None}
             read = {name: logs[name] for name in _READ_ALIKE if logs.get(name) is not None}
             each = [paths] if isinstance(paths, str) else paths
@@ -186,7 +185,7 @@ class RefreshConfig(RunOptions):
     @model_validator(mode="after")
     def _time_limits_name_nodes(self) -> RefreshConfig:
         no_nodes = {*RunOptions.model_fields, "refresh", "registry", "on_promote"}
-        self.stages.require_nodes({*type(self).model_fields, "champion", "control", "earlier"} - no_nodes)
+        self.stages.require_nodes({*type(self).model_fields, "champion", "control", "earlier", "report"} - no_nodes)
         return self
 
 
@@ -252,12 +251,11 @@ def measured_with(config: RefreshConfig) -> dict[str, Any]:
 
 
 def report_config(config: RefreshConfig) -> ReportConfig:
-    """With who serves, and what the line's champions were worth until now."""
+    """Return who serves, and what the line's champions were worth until now."""
     if config.registry is None:
-        return config.report
+        return ReportConfig()
     serves = (config.champion.line, config.champion.version) if config.champion is not None else None
-    found = {"champion": serves, "history": config.registry.history, "line": config.registry.name}
-    return config.report.model_copy(update=found)
+    return ReportConfig(champion=serves, history=config.registry.history, line=config.registry.name)
 
 
 def control_config(config: RefreshConfig) -> SftConfig:

@@ -74,9 +74,9 @@ class RegistryConfig(Config):
     refreshed_at: Annotated[
         str | None, FilledIn(), Field(description="when a refresh of the line came to its gate last")
     ] = None
-    measured_with: Annotated[
-        dict[str, Any], FilledIn(), Field(description="settings that the champion's figures were taken with")
-    ] = {}
+    measured_with: Annotated[dict[str, Any], FilledIn()] = Field(
+        default={}, description="settings that the champion's figures were taken with"
+    )
     read_until: Annotated[
         str | None, FilledIn(), Field(description="time of the newest logged row that the champion's refresh has read")
     ] = None

@@ -36,7 +36,7 @@ _OWN_OPTIONS = {
     "model": "the section target",
     "host": "nothing: launched servers listen on this machine alone",
     "port": "nothing: a free one is taken",
-    "dtype": "engine.launch.dtype",
+    "dtype": "target.dtype",
     "tp": "engine.launch.tensor_parallel",
     "tp-size": "engine.launch.tensor_parallel",
     "tensor-parallel-size": "engine.launch.tensor_parallel",
@@ -158,9 +158,6 @@ class LaunchConfig(Config):
         Field(gt=0, lt=1, description="of a GPU's memory, for weights and key/value memory"),
         Operational(),
     ] = None
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, Field(description="left out: the target's")] = (
-        None
-    )
     options: Annotated[
         dict[str, OptionValue | tuple[OptionValue, ...]],
         AfterValidator(_no_secrets),
@@ -278,5 +275,5 @@ class SamplingConfig(Config):
 def served_dtype(engine: EmbeddedEngineConfig | SGLangEngineConfig, target_dtype: str) -> str | None:
     """What an engine computes in; None for running servers, which say it nowhere in the config."""
     if isinstance(engine, SGLangEngineConfig):
-        return (engine.launch.dtype or target_dtype) if engine.launch else None
+        return target_dtype if engine.launch else None
     return target_dtype

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from draftsmith.stages.engines.config import EmbeddedEngineConfig, SGLangEngineConfig
-from draftsmith.stages.targets.estimate import DTYPE_BYTES, PROCESS, Servers, Sizes
+from draftsmith.stages.targets.estimate import PROCESS, Servers, Sizes
 
 
 def decoding(
@@ -54,7 +54,7 @@ def launched_servers(
         return None
     launch = engine.launch
     servers *= launch.data_parallel  # each a replica with the requests of its own
-    s, tp = DTYPE_BYTES[launch.dtype] if launch.dtype else sizes.itemsize, launch.tensor_parallel
+    s, tp = sizes.itemsize, launch.tensor_parallel
     parts = {"target": sizes.weights(sizes.target, s) / tp}
     if drafter:
         parts["drafter"] = sizes.weights(sizes.drafter, s) / tp

@@ -105,7 +105,7 @@ def _age(source: JsonlSource, row: Row) -> tuple[float, ...]:
     """Its place by time: those inside the window are equal, behind them the newest is first, and last those without."""
     if (since := source.since_time) is None:
         return ()
-    time = row_time(row.fields, source.time_field)
+    time = row_time(renamed(row.fields, source.fields))
     if time is None:
         return (2.0,)
     return (0.0,) if time >= since else (1.0, -time.timestamp())

@@ -108,7 +108,7 @@ class Sieve(ABC, Generic[T]):
             return None
         logged = LoggedRow(row.file, row.number, dict(renamed(row.fields, self._config.fields)))
         try:
-            time = row_time(row.fields, self._config.time_field)
+            time = row_time(logged.fields)
             inside = self._in_window(time)
             self._outside = row.file, not inside
             if not inside:
@@ -144,8 +144,7 @@ class Sieve(ABC, Generic[T]):
         if not self._config.needs_time:
             return True
         if time is None:
-            fields = self._config.time_field or f"{', '.join(TIME_FIELDS)} (logs.time_field names another)"
-            raise SetAside(f"no time that can be read in {fields}")
+            raise SetAside(f"no time that can be read in {', '.join(TIME_FIELDS)} (logs.fields names another)")
         if future:
             raise SetAside("time in the future")
         return self._config.holds(time)

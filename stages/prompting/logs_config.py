@@ -71,11 +71,6 @@ class LogsConfig(Config):
         "least the time that one file spans. The window begins so much earlier, and what the champion's refresh has "
         "used of it is not used again. 0: it begins behind that row",
     )
-    time_field: str | None = Field(
-        default=None,
-        description="field with a row's time, ISO text or epoch seconds or milliseconds. Left out: timestamp, created, "
-        "created_at or time",
-    )
     rows: int | None = Field(default=None, ge=1, description="use at most the first so many answers")
     replay_share: float = Field(
         default=0.0,

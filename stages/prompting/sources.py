@@ -84,7 +84,6 @@ class JsonlSource(_RowSource):
         description="prompts of rows from this time on are drawn first, older ones (newest first) only where these are "
         "too few: 7d, 12h, an ISO date or time, or `last`, as in section logs",
     )
-    time_field: str | None = Field(default=None, description="field with a row's time, as in section logs")
     fields: FieldNames = Field(default={}, description="names of a log's fields, as in section logs")
 
     @property

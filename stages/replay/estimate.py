@@ -6,9 +6,7 @@ from draftsmith.stages.replay.portions import POSITIONS_PER_CHUNK, TREE_TOKENS
 from draftsmith.stages.targets.estimate import PROCESS, Sizes
 
 
-def mining_memory(
-    tokens_per_group: int, tree_tokens: int, head_tokens: int | None, longest: int, sizes: Sizes
-) -> dict[str, float]:
+def mining_memory(tokens_per_group: int, head_tokens: int | None, longest: int, sizes: Sizes) -> dict[str, float]:
     """P · s + P_d · s, and what one group of tokens_per_group tokens takes.
 
     That is a read into key/value memory, features, and the logits of a chunk of positions with their log-softmax.
@@ -21,7 +19,7 @@ def mining_memory(
         "head": sizes.reduced_head(head_tokens)[1],
         "features": float(tokens * sizes.feature_bytes),
         "logits": scoring_logits(sizes),
-        **cached_read(tokens, longest, sizes, max(tree_tokens, sizes.block_size)),
+        **cached_read(tokens, longest, sizes, max(TREE_TOKENS, sizes.block_size)),
     }
 
 

@@ -212,7 +212,7 @@ def scoring(bench: Bench, repetitions: int) -> dict[str, float]:
         found: dict[str, float] = defaultdict(float)
         for group in bench.groups():
             T = max(len(t.tokens) for t in group)
-            cache = bench.target.new_cache(len(group), T + max(MINING.tree_tokens, bench.drafter.block_size))
+            cache = bench.target.new_cache(len(group), T + max(TREE_TOKENS, bench.drafter.block_size))
             kept: dict[str, Any] = {}
             found["read"] += harness.seconds_of(lambda: kept.update(out=bench.read(group, cache)))  # noqa: B023
             found["replay"] += harness.seconds_of(

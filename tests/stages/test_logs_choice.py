@@ -110,7 +110,7 @@ def test_rows_outside_a_window_are_passed_over_and_rows_without_a_time_set_aside
     found = counts(ctx)
     assert (found["outside_window"], found["set_aside"]) == (
         1,
-        {"no time that can be read in timestamp, created, created_at, time (logs.time_field names another)": 2},
+        {"no time that can be read in timestamp, created, created_at, time (logs.fields names another)": 2},
     )
     assert found["window"] == {"since": "2026-03-05T12:00:00Z", "after": None, "newest": "2026-03-05T13:00:00Z"}
     again = run(tmp_path / "2", tiny_drafter, path, since="last", after="2026-03-05T12:00:00Z")

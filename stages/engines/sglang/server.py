@@ -90,7 +90,7 @@ def command(
             f"engine.python: {python} is not there; `make sglang-gpu` builds the environment and prints its path"
         )
     parts = [os.fspath(python), "-m", "sglang.launch_server", "--model-path", os.fspath(model_folder.absolute())]
-    parts += ["--host", "127.0.0.1", "--dtype", launch.dtype or dtype]
+    parts += ["--host", "127.0.0.1", "--dtype", dtype]
     if launch.tensor_parallel > 1:
         parts += ["--tp-size", str(launch.tensor_parallel)]
     if launch.data_parallel > 1:

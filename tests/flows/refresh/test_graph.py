@@ -190,7 +190,7 @@ def test_a_time_limit_for_an_unknown_node_is_refused() -> None:
         load_config(ROOT / "configs" / "quickstart.yaml", ["stages.time_limits.stf=5"])
     limits = load_config(ROOT / "configs" / "quickstart.yaml", ["stages.time_limits.control=5"]).stages
     assert limits.time_limit("control") == TimeLimit(300, "stages.time_limits.control")
-    assert limits.time_limit("sft") == TimeLimit(limits.time_limit_minutes * 60, "stages.time_limit_minutes")
+    assert limits.time_limit("sft") == TimeLimit(24 * 3600, "stages.time_limits.sft")
 
 
 def test_logs_alone_make_a_refresh(tmp_path: Path) -> None:
@@ -212,14 +212,14 @@ def test_logs_alone_make_a_refresh(tmp_path: Path) -> None:
     ]
     assert source.model_dump()["since"] is None
     text = path.read_text()
-    more = "since: 2026-03-01, time_field: at, max_bad_share: 0.2, chat_template_kwargs: {enable_thinking: false}"
-    more += ", filter: {model: ours}, fields: {messages: question}"
+    more = "since: 2026-03-01, max_bad_share: 0.2, chat_template_kwargs: {enable_thinking: false}"
+    more += ", filter: {model: ours}, fields: {messages: question, timestamp: at}"
     path.write_text(text.replace("temperature: 0.7", f"temperature: 0.7, {more}"))
     prompts = load_config(path).prompts
     (source,) = prompts.sources
     said = source.model_dump()
-    assert (said["since"], said["time_field"], said["filter"]) == ("2026-03-01T00:00:00Z", "at", {"model": "ours"})
-    assert said["fields"] == {"messages": "question"}
+    assert (said["since"], said["filter"]) == ("2026-03-01T00:00:00Z", {"model": "ours"})
+    assert said["fields"] == {"messages": "question", "timestamp": "at"}
     assert (prompts.max_bad_share, prompts.chat_template_kwargs) == (0.2, {"enable_thinking": False})
     path.write_text(text.replace("temperature: 0.7", "temperature: 0.7, since: last"))
     (source,) = prompts_since(load_config(path).prompts, "2026-03-05T00:00:00Z").sources

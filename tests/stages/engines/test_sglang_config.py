@@ -56,10 +56,9 @@ def test_a_plain_server_gets_the_targets_model_and_dtype() -> None:
     assert not [word for word in words if "speculative" in word or "tp" in word or "mem" in word]
 
 
-def test_dtype_parallelism_memory_and_further_options_pass_through() -> None:
+def test_parallelism_memory_and_further_options_pass_through() -> None:
     options = {"attention-backend": "fa3", "disable_cuda_graph": True, "enable-x": False, "cuda-graph-bs": [1, 2, 4]}
-    words = line(config(dtype="float16", tensor_parallel=2, memory_fraction=0.8, options=options))
-    assert after(words, "--dtype") == "float16"
+    words = line(config(tensor_parallel=2, memory_fraction=0.8, options=options))
     assert after(words, "--tp-size") == "2"
     assert after(words, "--mem-fraction-static") == "0.8"
     assert after(words, "--attention-backend") == "fa3"

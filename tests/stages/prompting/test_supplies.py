@@ -156,7 +156,7 @@ def test_new_rows_come_first_and_old_ones_only_where_these_are_too_few(target: P
     path = write_rows(tmp_path / "log.jsonl", [*rows, {"prompt": "Question without a day"}])
 
     def taken(count: int, since: str | None) -> list[str]:
-        source = {"kind": "jsonl", "path": str(path), "since": since, "time_field": "when"}
+        source = {"kind": "jsonl", "path": str(path), "since": since, "fields": {"timestamp": "when"}}
         found = run(target, tmp_path / f"{count}-{since}", [source], train=0, heldout=count, heldout_share=1)
         return [row["messages"][0]["content"][-10:] for row in found]
 
