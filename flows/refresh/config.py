@@ -71,16 +71,6 @@ class RefreshConfig(RunOptions):
 
     @model_validator(mode="before")
     @classmethod
-    def _is_no_experiment(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "kind" in data:
-            raise ValueError(
-                "kind: this field is gone with the experiments. Run them with `python -m tests.lab.run FILE` in a "
-                "checkout (tests/lab/README.md), or remove the field."
-            )
-        return data
-
-    @model_validator(mode="before")
-    @classmethod
     def _left_out(cls, data: Any, info: ValidationInfo) -> Any:
         """What is left out of `heldout`; and beside logs: without sources held-out prompts are rows of the logs, new
         ones first, sampled as the answers were."""

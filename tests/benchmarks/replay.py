@@ -32,6 +32,7 @@ from draftsmith.stages.engines.base import Request, SamplingParams
 from draftsmith.stages.engines.embedded import EmbeddedEngine
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.replay.chains import replay_chains
+from draftsmith.stages.replay.portions import TREE_TOKENS
 from draftsmith.stages.replay.scoring import score_traces
 from draftsmith.stages.replay.sequential import replay_sequentially
 from draftsmith.stages.replay.trace import Trace, Trajectory, groups_by_length, pad_tokens, tau
