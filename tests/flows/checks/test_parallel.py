@@ -7,16 +7,13 @@ from typing import Any
 
 import pytest
 
-from draftsmith.flows.checks import engines, parallel, resources
+from draftsmith.flows.checks import engines, parallel
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.pipeline.graph import Node
-from draftsmith.stages.estimates import of_sft
 from draftsmith.stages.parallel.config import RENDEZVOUS
 from draftsmith.stages.rollout import RolloutConfig
-from draftsmith.stages.targets.estimate import Answers, Use
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.on_policy.config import OpdConfig
-from tests.flows.checks.test_estimates import qwen_sizes
 
 
 def line(
@@ -101,17 +98,3 @@ def test_a_target_that_processes_share_is_checked(sharing: int, said: list[str],
     parallel.check_shared_target(found, [node], plain_artifact)
     lines = [f"{line.level.value} {line.text}" for line in found.lines]
     assert len(lines) == len(said) and all(line.startswith(begin) for line, begin in zip(lines, said, strict=True))
-
-
-@pytest.mark.parametrize("gpus", [0, 2])
-def test_processes_of_a_machine_share_its_memory(gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "gpus", lambda: (141e9,) * gpus)
-    monkeypatch.setattr(resources, "memory_bytes", lambda: 200e9)
-    config = SftConfig.model_validate({"parallel": {"processes": 2}, "micro_batch_tokens": 1})
-    found = Findings()
-    estimate = of_sft(config, Use(qwen_sizes(), answers=Answers(longest=4608)))
-    resources._compare_memory(found, "sft", estimate, elsewhere=False)
-    said = {finding.check: finding.text for finding in found.lines}
-    assert "100.0 GB of memory for each of 2 processes here" in said["sft: host memory" if gpus else "sft: memory"]
-    if gpus:
-        assert "141.0 GB of GPU memory here" in said["sft: memory"]

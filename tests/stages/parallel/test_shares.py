@@ -14,9 +14,9 @@ from draftsmith.stages.parallel.config import RENDEZVOUS, ParallelConfig
 from draftsmith.stages.parallel.ranks import ALONE, Ranks
 from draftsmith.stages.targets.estimate import Answers, Use
 from draftsmith.stages.training.config import SftConfig
-from draftsmith.stages.training.estimate import row_bytes, training_estimate
+from draftsmith.stages.training.estimate import row_bytes, training_memory
 from draftsmith.stages.training.on_policy.config import OpdConfig
-from tests.flows.checks.test_estimates import qwen_sizes
+from tests.flows.checks.test_resources import qwen_sizes
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8, 21])
@@ -97,7 +97,7 @@ def test_a_process_needs_memory_for_its_share_of_a_step() -> None:
 
     def parts(**parallel: Any) -> dict[str, float]:
         config = SftConfig.model_validate({"sequences_per_step": 21, "parallel": parallel})
-        return dict(training_estimate(config, Use(sizes, answers=answers)).memory)
+        return training_memory(config, Use(sizes, answers=answers))
 
     alone, shared, sharded = parts(), parts(processes=8), parts(processes=8, shard_optimiser=True)
     assert shared["features"] == pytest.approx(alone["features"] * 3 / 21)
