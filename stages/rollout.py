@@ -71,11 +71,25 @@ class RolloutConfig(Config):
         return counts
 
 
+def too_few(config: RolloutConfig, available: int) -> str | None:
+    """Return why so many prompts of the splits are not enough, None if they are."""
+    left = available - config.skip
+    if left > 0 and left >= (config.prompts or 0):
+        return None
+    return (
+        f"splits {list(config.splits)} have {available} prompts, {config.skip} are skipped and "
+        f"{config.prompts or 'all others'} wanted. Raise the counts in section prompts, or lower skip or prompts."
+    )
+
+
 def prompts_to_answer(config: RolloutConfig, folder: Path) -> PromptRows:
-    """Of the artifact of stage `prompts` in `folder`."""
+    """Of the artifact of stage `prompts` in `folder`. Raises DraftsmithError if there are none."""
     from draftsmith.stages.stored import load_prompts
 
-    return load_prompts(folder, config.splits)[config.skip :][: config.prompts]
+    there = load_prompts(folder, config.splits)
+    if not (asked := there[config.skip :][: config.prompts]):
+        raise DraftsmithError(f"rollout: {too_few(config, len(there))}")
+    return asked
 
 
 def preflight(config: RolloutConfig, target: Path) -> None:
@@ -98,11 +112,6 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
     from draftsmith.stages.targets.info import read_target_info
 
     prompts = prompts_to_answer(config, ctx.inputs["prompts"])
-    if not prompts:
-        raise DraftsmithError(
-            f"rollout: no prompts left in splits {list(config.splits)} after skip={config.skip}; "
-            "raise the counts in section prompts or lower skip"
-        )
     params = SamplingParams(**config.sampling.model_dump())
     asked = _Asked(prompts, params, ctx.seed)
     parts = AnswerParts(ctx.work)

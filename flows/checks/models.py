@@ -11,6 +11,7 @@ from draftsmith.flows.checks.drafters import drafters_of, drafts_on_sglang, trai
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.stages.champion import ChampionConfig, checkpoint_of
+from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.drafters.kinds import DrafterConfig
 from draftsmith.stages.prompting.sources import Candidate
 from draftsmith.stages.prompting.template import token_ids
@@ -261,9 +262,8 @@ def _drafter_metadata(source: str, revision: str | None) -> Path:
 
 def _check_drafting(found: Findings, node: Node, plan: DrafterPlan) -> None:
     """What a node asks of its drafter, against what that can do."""
-    size = getattr(getattr(node.config, "drafting", None), "block_size", None) or 0
-    if size > plan.block_size:
-        found.error(node.name, f"drafting.block_size {size} is larger than the trained {plan.block_size}: lower it")
+    with found.part(node.name):
+        getattr(node.config, "drafting", DraftingConfig()).block_of(plan.block_size)
     sizes = getattr(node.config, "block_sizes", None)
     if sizes and max(sizes) < plan.block_size:
         found.warn(node.name, f"block_sizes: {list(sizes)} leave out {plan.block_size}, as it is trained")

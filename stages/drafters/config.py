@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Config
 
 NO_FREQUENT_TOKENS = "says nothing of which tokens are frequent, so it drafts from all"  # what head_tokens then does
@@ -19,3 +20,11 @@ class DraftingConfig(Config):
         int | None,
         Field(ge=2, description="propose only from this many most frequent tokens; embedded engine only"),
     ] = None
+
+    def block_of(self, trained: int) -> int:
+        """Return the tokens of a block, the anchor included. Raises DraftsmithError for more than were trained."""
+        if (self.block_size or 0) > trained:
+            raise DraftsmithError(
+                f"drafting.block_size: {self.block_size} is larger than the trained {trained}. Lower it."
+            )
+        return self.block_size or trained

@@ -89,11 +89,7 @@ class EmbeddedEngine:
         drafting = drafting or DraftingConfig()
         self.block_size = 1
         if drafter:
-            self.block_size = drafting.block_size or drafter.block_size
-            if self.block_size > drafter.block_size:
-                raise DraftsmithError(
-                    f"drafting.block_size: {self.block_size} is larger than the trained {drafter.block_size}; lower it"
-                )
+            self.block_size = drafting.block_of(drafter.block_size)
             self.head = drafter.drafting_head(target.head_weight, drafting.head_tokens).for_decoding(target)
             self.drafter = drafter.for_decoding()
 

@@ -55,11 +55,7 @@ def block_size_of(drafter_folder: Path, drafting: DraftingConfig, algorithm: str
     if trained is None:
         raise DraftsmithError(f"drafter {drafter_folder / 'config.json'}: field block_size is missing; add it")
     trained += algorithm == "DSPARK"  # whose checkpoints count proposals alone
-    if (drafting.block_size or 0) > trained:
-        raise DraftsmithError(
-            f"drafting.block_size: {drafting.block_size} is larger than the trained {trained}; lower it"
-        )
-    return int(drafting.block_size or trained)
+    return drafting.block_of(int(trained))
 
 
 def _drafter_config(folder: Path) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def test_all_checks_run_and_each_failure_says_what_to_do(
         "1e+09 GB wanted (stages.min_free_gb)",
         "gone.jsonl is not an existing file: correct the path",
         "target_layer_ids [0, 99] do not fit layers 0 … 3 of the target; name layers of it, or give a drafter",
-        "16 prompts and 100 are skipped",
+        "16 prompts, 100 are skipped",
         "no-python does not exist: build one with `make sglang-gpu`",
         "sampling.max_new_tokens: 1000000 does not fit into the target's",
     ):

@@ -78,8 +78,8 @@ def test_layers_that_sglang_does_not_hand_over_are_an_error_before_training(tiny
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"skip": 8}, "answers: splits .'train'. have 8 prompts and 8 are skipped: raise"),
-        ({"skip": 3, "prompts": 6}, "answers: 6 prompts wanted behind 3 skipped, 5 left: raise"),
+        ({"skip": 8}, "answers: splits .'train'. have 8 prompts, 8 are skipped"),
+        ({"skip": 3, "prompts": 6}, "answers: .* 3 are skipped and 6 wanted"),
         ({"skip": 3, "prompts": 5}, None),
         ({}, None),
     ],
@@ -226,7 +226,7 @@ def test_the_champion_is_a_drafter_whose_shape_is_known(tiny_drafter: DrafterArt
     checkpoint = tiny_drafter.drafter / DRAFTER_FOLDER
     (plan,) = plans_of(checkpoint).values()
     assert plan.parameters > 0 and plan.kind == "dflash"
-    with pytest.raises(DraftsmithError, match=f"assisted: drafting.block_size 99 is larger .* {plan.block_size}"):
+    with pytest.raises(DraftsmithError, match=f"assisted: drafting.block_size: 99 is larger .* {plan.block_size}"):
         plans_of(checkpoint, block_size=99)
     with pytest.raises(DraftsmithError, match=r"line version 3: its folder .*gone is not here: mount the store"):
         plans_of(checkpoint / "gone")
