@@ -10,11 +10,11 @@ from typing import Any
 from draftsmith.artifacts.machine_memory import memory_bytes
 from draftsmith.artifacts.manifest import Manifest
 from draftsmith.artifacts.open_store import store_of
+from draftsmith.artifacts.text import duration, size
 from draftsmith.flows.checks.drafters import is_drafter
 from draftsmith.flows.checks.engines import runs_elsewhere
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.checks.models import Plans
-from draftsmith.flows.pipeline.display import duration
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.flows.pipeline.machine import free_disk_bytes, gpu_model, gpu_names, gpus
 from draftsmith.stages.estimates import NEEDS, Need
@@ -89,7 +89,7 @@ def check_resources(
         need = needs.get(node.name, Need())
         took, how = _time(node, need, history, sizes, elsewhere=elsewhere)
         disk, passing = disk + need.disk, max(passing, need.passing)
-        parts = [f"disk {gigabytes(need.disk)}"] if need.disk else []
+        parts = [f"disk {size(need.disk)}"] if need.disk else []
         if took is None:
             unknown.append(node.name)
         else:
@@ -147,7 +147,7 @@ def _compare(found: Findings, node: Node, need: Need, rest: str, *, elsewhere: b
     if gpus() and need.memory:
         sizes["GPU memory"] = need.memory, gpus()[0]
     check, advice = f"{node.name}: needs", _ADVICE.get(node.stage.name, _ADVICE_TRAINING)
-    fullest = max((size / has for size, has in sizes.values()), default=0.0)
+    fullest = max((needed / has for needed, has in sizes.values()), default=0.0)
     if need.servers is not None:
         usable = _usable(node, need.servers.gpus)
         sizes[f"each of {need.servers.gpus} servers' GPUs"] = need.servers.weights + need.servers.requests, usable
@@ -155,8 +155,8 @@ def _compare(found: Findings, node: Node, need: Need, rest: str, *, elsewhere: b
             fullest, advice = _TOO_MUCH + 1, "raise engine.launch.tensor_parallel or memory_fraction"
     each = " each" if need.processes > 1 else ""
     parts = [
-        f"{what} {gigabytes(size)}{each}" + ("" if elsewhere else f" of {gigabytes(has)}")
-        for what, (size, has) in sizes.items()
+        f"{what} {size(needed)}{each}" + ("" if elsewhere else f" of {size(has)}")
+        for what, (needed, has) in sizes.items()
     ]
     text = ", ".join([*parts, rest])
     if fullest > _TOO_MUCH and not elsewhere:
@@ -177,17 +177,13 @@ def _usable(node: Node, servers: int) -> float:
 
 def _compare_disk(found: Findings, needed: float, home: Path) -> None:
     has = free_disk_bytes(home)
-    text = f"at most {gigabytes(needed)}; {gigabytes(has)} free at {home}"
+    text = f"at most {size(needed)}; {size(has)} free at {home}"
     if needed > has:
         found.error("disk", f"{text}: free some space or point DRAFTSMITH_HOME at another disk")
     elif needed > _TIGHT * has:
         found.warn("disk", f"{text}: tight")
     else:
         found.ok("disk", text)
-
-
-def gigabytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 0.95e8 else f"{size / 1e6:.0f} MB"
 
 
 def _cost(hours: float, price: float | None) -> str:
