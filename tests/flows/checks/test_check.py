@@ -197,20 +197,6 @@ def test_what_is_called_after_a_promotion_is_there(
 
 
 @pytest.mark.usefixtures("home")
-@pytest.mark.parametrize("temperature", [0, 1])
-def test_sampling_with_a_drafter_on_a_cpus_servers_is_an_error(
-    temperature: int, tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    launch = {"options": {"--device": "cpu"}}
-    config["evaluation"]["engine"] = {"kind": "sglang", "python": sys.executable, "launch": launch}
-    config["evaluation"]["temperatures"] = [0, temperature]
-    run(tmp_path, config)  # this interpreter has no SGLang, which is another error
-    out = capsys.readouterr().out
-    assert ("SGLang verifies greedily on this device" in out) == bool(temperature)
-    assert "GPUs" not in levels(out)
-
-
-@pytest.mark.usefixtures("home")
 def test_doubtful_settings_are_warnings(
     tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -228,18 +214,6 @@ def test_doubtful_settings_are_warnings(
     config["evaluation"]["block_sizes"] = [3, 4]
     assert run(tmp_path, config) == 0
     assert "block_sizes: [3, 4] leave out 6, as it is trained" in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("home")
-def test_too_few_prompts_are_counted_behind_the_filter(
-    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = [{"prompt": f"{i}?", "family": "a" if i < 5 else "b"} for i in range(40)]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config["prompts"]["sources"] = [{"kind": "jsonl", "path": str(path), "filter": {"family": "a"}}]
-    assert run(tmp_path, config) == 2
-    assert "5 rows, 22 prompts wanted" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("home")
