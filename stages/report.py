@@ -16,7 +16,7 @@ from pydantic import Field
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import MANIFEST, InputEntry, Manifest, read_manifest
-from draftsmith.stages.contract import Config, FilledIn, OnlyIfSet, Operational, Stage, StageContext
+from draftsmith.stages.contract import Config, FilledIn, Operational, Stage, StageContext
 from draftsmith.stages.measure.gate import CHAMPION, challenger_of, with_version
 from draftsmith.stages.reporting.figures import figures as figures_of
 from draftsmith.stages.reporting.names import target_name
@@ -35,7 +35,6 @@ class ReportConfig(Config):
         tuple[str, int] | None,
         FilledIn(),
         Field(description="line and version of the drafter that serves"),
-        OnlyIfSet(),
     ] = None
     line: Annotated[str | None, FilledIn(), Operational(), Field(description="the line of drafters")] = None
     history: Annotated[

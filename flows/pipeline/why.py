@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
-from pydantic import BaseModel
-
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import ArtifactRef, InputEntry, Manifest, local_time, versions
@@ -19,7 +17,7 @@ from draftsmith.flows.pipeline.external import external_digests
 from draftsmith.flows.pipeline.graph import Node, Pipeline, PlannedNode, Status, plan, seed_of
 from draftsmith.flows.pipeline.history import made_before
 from draftsmith.flows.pipeline.options import RunOptions
-from draftsmith.stages.contract import Config, OnlyIfSet, Operational
+from draftsmith.stages.contract import Config
 
 _ABSENT = "nothing"
 
@@ -108,20 +106,9 @@ def _differences(
 
 def _decisive(old: Mapping[str, Any], now: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     """The fields of the old config and of this one that are a part of their keys."""
-    dumped, after, unset = flat(now.model_dump(mode="json")), flat(now.key_material()), set(_unset(now))
-    operational = dumped.keys() - after.keys() - unset
-    before = {field: value for field, value in flat(old).items() if field not in operational}
-    return before, after | {field: dumped[field] for field in unset & before.keys() & dumped.keys()}
-
-
-def _unset(config: BaseModel, prefix: str = "") -> Iterator[str]:
-    """Fields that are a part of the key only where they are set, and are not set."""
-    for name, info in type(config).model_fields.items():
-        value = getattr(config, name)
-        if any(isinstance(mark, OnlyIfSet) for mark in info.metadata) and value == info.default:
-            yield f"{prefix}{name}"
-        elif isinstance(value, BaseModel) and not any(isinstance(mark, Operational) for mark in info.metadata):
-            yield from _unset(value, f"{prefix}{name}.")
+    after = flat(now.key_material())
+    operational = flat(now.model_dump(mode="json")).keys() - after.keys()
+    return {field: value for field, value in flat(old).items() if field not in operational}, after
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

@@ -6,7 +6,6 @@ from typing import Any
 
 from pydantic import ValidationInfo, model_validator
 
-from draftsmith.flows.checks.measurable import require_measurable
 from draftsmith.flows.pipeline.config_errors import models_at
 from draftsmith.flows.pipeline.config_file import OF_FILE
 from draftsmith.flows.pipeline.options import RunOptions
@@ -20,7 +19,7 @@ from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.measure.drift import DriftConfig
 from draftsmith.stages.measure.gate import GateConfig
 from draftsmith.stages.mining import MiningConfig
-from draftsmith.stages.prompting.sources import JsonlSource
+from draftsmith.stages.prompting.sources import SPLITS, JsonlSource
 from draftsmith.stages.prompting.times import LAST
 from draftsmith.stages.prompts import PromptsConfig
 from draftsmith.stages.report import ReportConfig
@@ -126,7 +125,20 @@ class RefreshConfig(RunOptions):
 
     @model_validator(mode="after")
     def _what_is_measured_is_there(self) -> RefreshConfig:
-        require_measurable(self.heldout, self.prompts, evaluation=self.evaluation)
+        if "heldout" not in self.heldout.splits:
+            raise ValueError(
+                f"heldout.splits: {list(self.heldout.splits)} lacks heldout, which drafters are measured on: add it"
+            )
+        if self.prompts.wanted("heldout") == 0:
+            raise ValueError("prompts.heldout: drafters are measured on this split: give its number")
+        if self.evaluation.block_sizes and self.prompts.wanted("validation") == 0:
+            raise ValueError("prompts.validation: evaluation.block_sizes needs this split: give its number")
+        counts = self.heldout.counts({split: self.prompts.wanted(split) for split in SPLITS})
+        if not counts["heldout"]:
+            raise ValueError(
+                "heldout: skip and prompts leave out all of split heldout, which drafters are measured on. Change them, "
+                f"or lower the counts in section prompts (they are taken in the order {', '.join(SPLITS)})."
+            )
         return self
 
     @model_validator(mode="after")

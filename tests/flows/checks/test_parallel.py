@@ -32,7 +32,7 @@ def line(
     ("fields", "gpus", "said"),
     [
         ({"processes": 8}, 8, "ok 8"),
-        ({"processes": 8}, 4, "error 8 need a GPU each, 4 are here: --set sft.parallel.processes=4"),
+        ({"processes": 8}, 4, "error 8 need a GPU each, 4 are here. Lower parallel.processes."),
         ({"processes": 4}, 0, "ok 4"),
         ({"processes": 6}, 0, "warning 6, more than this machine has cores (4): that only makes it slower"),
         ({"nodes": 2}, 0, "ok 1 on each of 2 nodes that meet at head:29400"),
@@ -60,21 +60,6 @@ def test_cores_of_another_machine_than_the_one_that_runs_say_nothing(monkeypatch
     found = Findings()
     parallel.check_parallel(found, nodes)
     assert [(line.level.value, line.text) for line in found.lines] == [("ok", "8")]
-
-
-@pytest.mark.parametrize(
-    ("name", "sharing", "said"),
-    [
-        ("control", 1, "--set opd.parallel.processes=3"),
-        ("opd", 2, "--set opd.parallel.processes=2"),
-        ("control", 4, "--set opd.parallel.processes=3 --set opd.parallel.target_parallel=3"),
-        ("an arm", 1, "lower parallel.processes to 3"),
-    ],
-)
-def test_what_is_advised_can_be_done(name: str, sharing: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sections of a config are named, which a node may share with others; and processes that share a target."""
-    advised = line({"processes": 8, "target_parallel": sharing}, 3, monkeypatch, name)
-    assert advised == f"error 8 need a GPU each, 3 are here: {said}"
 
 
 def test_nodes_without_a_rendezvous_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
