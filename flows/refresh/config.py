@@ -136,8 +136,8 @@ class RefreshConfig(RunOptions):
         counts = self.heldout.counts({split: self.prompts.wanted(split) for split in SPLITS})
         if not counts["heldout"]:
             raise ValueError(
-                "heldout: skip and prompts leave out all of split heldout, which drafters are measured on. Change them, "
-                f"or lower the counts in section prompts (they are taken in the order {', '.join(SPLITS)})."
+                "heldout: skip and prompts leave out all of split heldout, which drafters are measured on. Change "
+                f"them, or lower the counts in section prompts (they are taken in the order {', '.join(SPLITS)})."
             )
         return self
 
