@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -48,13 +50,16 @@ def field_of(model: type[BaseModel], name: str) -> Field:
     return next(each for each in reversed(model.__mro__) if name in inspect.get_annotations(each)), name
 
 
-def options(model: type[BaseModel]) -> set[Field]:
-    """Return what a file may set, in this section and those inside it."""
-    found = set()
+def options(model: type[BaseModel], section: str = "") -> dict[Field, set[str]]:
+    """Return what a file may set, in this section and those inside it, with the names of their sections."""
+    found: dict[Field, set[str]] = {}
     for name, info in model.model_fields.items():
         if issubclass(model, Config) and name in model.filled_in():
             continue
-        found |= {field_of(model, name)}.union(*map(options, models_in(info.annotation)))
+        found.setdefault(field_of(model, name), set()).add(section)
+        for inner in models_in(info.annotation):
+            for field, sections in options(inner, name).items():
+                found.setdefault(field, set()).update(sections)
     return found
 
 
@@ -84,10 +89,28 @@ def test_every_option_is_set_by_a_file_or_named_by_a_page() -> None:
         used |= set_in(experiment, [LabConfig])
         for arm in experiment.get("arms", {}).values():
             used |= set_in(arm.get("change"), [SftConfig if arm["stage"] == "sft" else OpdConfig])
-    code = "\n".join(snippet for page in _PAGES for snippet in _CODE.findall(page.read_text("utf-8")))
-    named = {(owner, name) for owner, name in known if re.search(rf"`{name}[`:]|\b{name}:|\.{name}\b", code)}
+    used |= named_by_pages(known)
     assert len(known) <= MOST
-    assert {f"{owner.__name__}.{name}" for owner, name in known - used - named} == UNNAMED
+    assert {f"{owner.__name__}.{name}" for owner, name in known.keys() - used} == UNNAMED
+
+
+def named_by_pages(known: dict[Field, set[str]]) -> set[Field]:
+    """Return the fields that code of a page sets (YAML), names after their section or, where no other is called so,
+    alone."""
+    found: set[Field] = set()
+    owners = Counter(name for _, name in known)
+    for page in _PAGES:
+        for code in _CODE.findall(page.read_text("utf-8")):
+            text = re.sub(r"^ *```.*$", "", code, flags=re.MULTILINE).strip("`")
+            for each in re.split(r"\n(?=\S)", text):
+                with suppress(yaml.YAMLError):
+                    found |= set_in(yaml.safe_load(each.replace("…", "x")), [RefreshConfig])
+            for owner, name in known:
+                alone = rf"(?<![\w.-]){name}(?![\w-])" if owners[name] == 1 else r"(?!)"
+                dotted = "|".join(rf"{section}\.{name}\b" for section in known[owner, name])
+                if re.search(rf"{dotted}|{alone}", text):
+                    found.add((owner, name))
+    return found
 
 
 def test_a_field_that_is_gone_is_not_there() -> None:

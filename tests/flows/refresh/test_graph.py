@@ -250,7 +250,7 @@ def test_logs_alone_make_a_refresh(tmp_path: Path) -> None:
     "override",
     [
         *(f"registry.{name}=null" for name in RegistryConfig.filled_in()),
-        *("report.line=a", "prompts.of_logs=true", "drift.drafting={head_tokens: 64}"),
+        *("prompts.of_logs=true", "drift.drafting={head_tokens: 64}"),
         "logs={paths: [a.jsonl], temperature: 0, since: last, after: 2026-03-01}",
     ],
 )
