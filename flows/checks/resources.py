@@ -133,7 +133,9 @@ def _needs(nodes: Sequence[Node], sizes: Sizes) -> dict[str, Need]:
         if (need := NEEDS.get(node.stage.name)) is None:
             continue
         prompts = by_name[node.inputs["prompts"]].config if "prompts" in node.inputs else None
-        counts = {split: prompts.wanted(split) for split in SPLITS} if isinstance(prompts, PromptsConfig) else {}
+        counts: dict[str, int] = {}
+        if isinstance(prompts, PromptsConfig):
+            counts = {split: prompts.wanted(split) for split in SPLITS}
         source = found.get(node.inputs.get("trajectories", ""))
         drafters = sum(is_drafter(name) for name in node.inputs)
         found[node.name] = need(node.config, Use(sizes, counts, drafters, source.makes if source else None))
