@@ -24,8 +24,8 @@ class Operational:
     """
 
 
-class OnlyIfSet:
-    """Marks a field that is a part of a stage's key only where it is not its default: what nobody asked for."""
+class FilledIn:
+    """Marks a field that a run fills in; a config file may not set it."""
 
 
 class Config(BaseModel):
@@ -56,6 +56,11 @@ class Config(BaseModel):
         said = self.model_dump(mode="json", context={AS_WRITTEN: True})
         return type(self).model_validate(said, context={READ_AT: time})
 
+    @classmethod
+    def filled_in(cls) -> list[str]:
+        """Return the names of the fields that a run fills in."""
+        return [n for n, field in cls.model_fields.items() if any(isinstance(m, FilledIn) for m in field.metadata)]
+
     def key_material(self) -> dict[str, Any]:
         """What of this config decides the result, as JSON values."""
         return _decisive(self, self.model_dump(mode="json"))
@@ -74,14 +79,11 @@ class Config(BaseModel):
 
 
 def _decisive(config: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
-    """`dumped` without what decides nothing in `config` and the configs directly inside it: operational fields, and
-    those that are a part of the key only if they are set."""
+    """Return `dumped` without the operational fields of `config` and of the configs directly inside it."""
     kept = {}
     for name, info in type(config).model_fields.items():
         value = getattr(config, name)
         if any(isinstance(mark, Operational) for mark in info.metadata):
-            continue
-        if value == info.default and any(isinstance(mark, OnlyIfSet) for mark in info.metadata):
             continue
         kept[name] = _decisive(value, dumped[name]) if isinstance(value, BaseModel) else dumped[name]
     return kept

@@ -27,7 +27,7 @@ def run(ctx: StageContext, config: DriftConfig) -> None:
         config.drafting,
         law=stored.law,
         with_proposals=False,
-        tokens_per_group=config.tokens_per_target_forward,
+        tokens_per_group=4096,
         progress=follow(ctx, "trajectories"),
         kept=ctx.work / "replayed",
         log=ctx.log,

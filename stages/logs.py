@@ -8,11 +8,10 @@ row that is not used is counted and listed with its reason in `set_aside.jsonl`,
 from __future__ import annotations
 
 import json
-from array import array
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Compute, Stage, StageContext
@@ -22,8 +21,6 @@ from draftsmith.stages.prompting.pace import Pace
 from draftsmith.stages.prompting.times import LAST, iso
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from draftsmith.stages.prompting.answers import WaitingAnswers
     from draftsmith.stages.prompting.earlier import Earlier
     from draftsmith.stages.prompting.intake import Intake
@@ -46,6 +43,8 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
 
     Kept between attempts is what takes the time of reading: the texts as token ids.
     """
+    import numpy as np
+
     from draftsmith.artifacts.atomic import atomic_path, write_text
     from draftsmith.stages.prompting.answers import TrajectoryTable, WaitingAnswers, chosen_rows
     from draftsmith.stages.prompting.aside import Aside
@@ -92,18 +91,16 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
                 )
         wanted = _wanted(config, earlier)
         with WaitingAnswers(ctx.work / "answers.parquet") as waiting:
-            candidates = _Candidates(config, ctx.seed)
-            total = _read(ctx, config, intake, waiting, candidates, wanted)
+            contents: list[bytes] = []  # of every answer that may be used
+            total = _read(ctx, config, intake, waiting, contents, wanted)
         aside.check()
     for doubt in intake.doubts():
         ctx.log(f"warning: {doubt}")
     if kept.kept:
         ctx.log(f"{kept.kept} answers were tokenised by an earlier attempt")
-    if config.source_field is not None and intake.without_source == len(candidates.sources) > 0:
-        raise DraftsmithError(f"logs.source_field: no row has a field {config.source_field}: correct it")
-    used = candidates.choose(config, wanted)
-    if not used.any():
-        raise DraftsmithError(_nothing_usable(config, intake, len(candidates.sources)))
+    if not contents:
+        raise DraftsmithError(_nothing_usable(config, intake))
+    used = np.arange(len(contents)) < (len(contents) if wanted is None else wanted)
     if aside.reasons:
         ctx.log(f"{used.sum()} rows used, {sum(aside.reasons.values())} set aside: {aside.said()}")
     replayed = 0
@@ -113,13 +110,13 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
             table.append(part, **said, seed=0, engine="logs")  # their seed is not known
             ctx.check_interrupted()
         if earlier is not None:
-            mask = earlier.choose(_replayed(config, int(used.sum())), ctx.seed, candidates.used_contents(used))
+            newer = set(contents[: int(used.sum())])
+            mask = earlier.choose(_replayed(config, int(used.sum())), ctx.seed, newer)
             for part in earlier.rows(mask):
                 table.append(part)
             replayed = int(mask.sum())
             ctx.log(f"{replayed} answers of the earlier refresh mixed in")
     improbable = _judge(ctx, config, table.rows)
-    sources = Counter(source for source, kept in zip(candidates.sources, used, strict=True) if kept)
     counts = {
         "rows_in_files": total,
         "rows_read": aside.rows,
@@ -130,7 +127,6 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
         "outside_window": intake.outside_window,
         "filtered": intake.filtered,
         "not_drawn": len(used) - int(used.sum()),
-        "sources": dict(sorted(sources.items())) if config.source_field is not None else {},
         "response_tokens": table.response_tokens,
         "scored": min(config.scored, table.rows),
         "improbable": dict(Counter(improbable).most_common()),
@@ -150,7 +146,7 @@ def run(ctx: StageContext, config: LogsConfig) -> None:
 
 
 def _judge(ctx: StageContext, config: LogsConfig, rows: int) -> list[str]:
-    """What speaks against some answers of the table, evenly spread over it. Raises DraftsmithError for too many."""
+    """Return what speaks against some answers of the table, evenly spread over it."""
     import numpy as np
 
     from draftsmith.artifacts.atomic import write_text
@@ -186,43 +182,8 @@ def _judge(ctx: StageContext, config: LogsConfig, rows: int) -> list[str]:
                 " Correct logs.top_p and logs.top_k; min_p and penalties cannot be stated, so log answers without "
                 "them, or greedy ones."
             )
-        if len(found) > config.max_improbable_share * count:
-            raise DraftsmithError(f"logs: {said} logs.max_improbable_share allows {config.max_improbable_share:.0%}")
         ctx.log(f"warning: {said}")
     return [each["reason"] for each in found]
-
-
-class _Candidates:
-    """What choosing needs to know of every answer that may be used: some dozen bytes each."""
-
-    def __init__(self, config: LogsConfig, seed: int):
-        self.sources: list[str] = []
-        self._names: dict[str, str] = {}
-        self._contents: list[bytes] = []
-        self._rank = array("d" if config.sample == "newest" else "q")
-        self._sample, self._seed = config.sample, seed
-
-    def append(self, answer: Any) -> None:
-        from draftsmith.stages.prompting.selection import lot
-
-        self.sources.append(self._names.setdefault(answer.source, answer.source))
-        self._contents.append(answer.content)
-        if self._sample == "newest":
-            self._rank.append(-answer.time.timestamp())
-        else:
-            self._rank.append(lot(self._seed, answer.content) if self._sample == "random" else len(self._rank))
-
-    def choose(self, config: LogsConfig, rows: int | None) -> np.ndarray:
-        """[answers] bool."""
-        import numpy as np
-
-        from draftsmith.stages.prompting.selection import choose
-
-        order = np.argsort(np.asarray(self._rank), kind="stable")
-        return choose(order, self.sources, config.quotas, rows)
-
-    def used_contents(self, used: np.ndarray) -> set[bytes]:
-        return {content for content, kept in zip(self._contents, used, strict=True) if kept}
 
 
 def _read(
@@ -230,7 +191,7 @@ def _read(
     config: LogsConfig,
     intake: Intake,
     waiting: WaitingAnswers,
-    candidates: _Candidates,
+    contents: list[bytes],
     wanted: int | None,
 ) -> int | None:
     """All rows, or as many as are needed. Returns how many there are in the files, None where not all are
@@ -238,7 +199,7 @@ def _read(
     files = config.files()
     # the next window begins behind the newest row read: of this one, none may be left unread, in whatever file
     consecutive = config.since == LAST or config.after is not None
-    enough = wanted if config.sample == "first" and not config.quotas and not consecutive else None
+    enough = None if consecutive else wanted
     uncounted = enough is not None or any(is_remote(file) for file in files)
     total = None if uncounted else _count(ctx, files)
     pace = Pace()
@@ -246,11 +207,11 @@ def _read(
         answer = intake.take(row)
         if answer is not None:
             waiting.append(answer)
-            candidates.append(answer)
+            contents.append(answer.content)
         if pace.step() or read % _REPORT_EVERY == 0 or read == total:  # a row of a megabyte takes seconds
-            ctx.progress(read, max(read, total or 0), "rows", used=len(candidates.sources))
+            ctx.progress(read, max(read, total or 0), "rows", used=len(contents))
         ctx.check_interrupted()
-        if enough is not None and len(candidates.sources) >= enough:
+        if enough is not None and len(contents) >= enough:
             break
     return total
 
@@ -280,18 +241,13 @@ def _replayed(config: LogsConfig, new: int) -> int:
     return count if config.rows is None else min(count, config.rows - new)
 
 
-def _nothing_usable(config: LogsConfig, intake: Intake, candidates: int) -> str:
+def _nothing_usable(config: LogsConfig, intake: Intake) -> str:
     from draftsmith.stages.prompting.intake import USED_BEFORE
     from draftsmith.stages.prompting.logged import SHAPES
 
     rows, where = intake.aside.rows, ", ".join(config.paths)
     if not rows:
         return no_rows(config.paths)
-    if candidates:
-        return (
-            f"logs.quotas: nothing of {candidates} usable answers is left: shares of all their sources add up to less "
-            "than 1: raise them, or leave a source unbounded"
-        )
     if rows and intake.outside_window + intake.aside.reasons[USED_BEFORE] == rows:
         since = f"from {config.since} or later" if config.since_time is not None else ""
         after = f"later than {config.after}" if config.after is not None else ""

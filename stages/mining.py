@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import WHOLE, Compute, Config, Shard, Stage, StageContext
 from draftsmith.stages.drafters.config import NO_FREQUENT_TOKENS, DraftingConfig
 from draftsmith.stages.replay.parity import COMPARED, Gate, MaxParityMismatch, StepComparison, check_tau
-from draftsmith.stages.replay.portions import TREE_TOKENS, TokensPerForward
+from draftsmith.stages.replay.portions import TokensPerForward
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,17 +24,7 @@ class MiningConfig(Config):
     """How the trace is rebuilt."""
 
     drafting: DraftingConfig = DraftingConfig()
-    chains: Annotated[int | None, Field(ge=1, description="parallel chains a trajectory; null: as many as pay")] = None
-    top_k: Annotated[int, Field(ge=1, description="the target's best tokens kept at each rejection")] = 8
     tokens_per_target_forward: TokensPerForward = 8192
-    tree_tokens: Annotated[
-        int,
-        Field(
-            ge=1,
-            description="rejected proposals scored in one forward, a trajectory; keys and values have room for so many "
-            "behind each of a group: lower where memory is tight, which takes more forwards",
-        ),
-    ] = TREE_TOKENS
     max_parity_mismatch: MaxParityMismatch = 0.25
 
 
@@ -141,10 +129,7 @@ def mine_shard(
             trajectories,
             config.drafting,
             law=stored.law,
-            chains=config.chains,
-            top_k=config.top_k,
             tokens_per_group=config.tokens_per_target_forward,
-            tree_tokens=config.tree_tokens,
             finished=lambda indices: bool(finished[indices].all()),
             shard=part,
             log=ctx.log,

@@ -18,7 +18,7 @@ from draftsmith.artifacts.atomic import atomic_path, write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.parquet import TableWriter
 from draftsmith.artifacts.schemas import PROMPTS
-from draftsmith.stages.contract import NOT_FETCHED, Config, Operational, Stage, StageContext
+from draftsmith.stages.contract import NOT_FETCHED, Config, FilledIn, Operational, Stage, StageContext
 from draftsmith.stages.prompting.files import listed, local_files, remote_versions
 from draftsmith.stages.prompting.held_out import HELDOUT_SHARE, HeldOutBy
 from draftsmith.stages.prompting.pace import Pace
@@ -77,9 +77,9 @@ class PromptsConfig(Config):
         default={}, description="passed to the chat template, e.g. enable_thinking: false"
     )
     seed: int = Field(default=0, ge=0)
-    of_logs: Annotated[bool, Operational()] = Field(
-        default=False, description="filled in where the section is left out beside `logs`, whose rows it then names"
-    )
+    of_logs: Annotated[
+        bool, FilledIn(), Operational(), Field(description="whether the sources are the logs, as none were given")
+    ] = False
 
     @model_validator(mode="after")
     def _counted_once(self) -> PromptsConfig:

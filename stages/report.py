@@ -16,7 +16,7 @@ from pydantic import Field
 from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.manifest import MANIFEST, InputEntry, Manifest, read_manifest
-from draftsmith.stages.contract import Config, OnlyIfSet, Operational, Stage, StageContext
+from draftsmith.stages.contract import Config, FilledIn, Operational, Stage, StageContext
 from draftsmith.stages.measure.gate import CHAMPION, challenger_of, with_version
 from draftsmith.stages.reporting.figures import figures as figures_of
 from draftsmith.stages.reporting.names import target_name
@@ -31,18 +31,18 @@ HEADLINE = ("tau", "tau_low", "tau_high", "differences")
 
 
 class ReportConfig(Config):
-    title: str = Field(default="Draft model refresh", min_length=1, description="Heading of the page.")
     champion: Annotated[
         tuple[str, int] | None,
-        Field(description="filled in when the plan is made: line and version of the drafter that serves"),
-        OnlyIfSet(),
+        FilledIn(),
+        Field(description="line and version of the drafter that serves"),
     ] = None
-    line: Annotated[str | None, Operational()] = Field(
-        default=None, description="filled in when the plan is made: the line of drafters"
-    )
-    history: Annotated[tuple[dict[str, Any], ...], Operational()] = Field(
-        default=(), description="filled in when the plan is made: what the line's drafters were worth, and when"
-    )
+    line: Annotated[str | None, FilledIn(), Operational(), Field(description="the line of drafters")] = None
+    history: Annotated[
+        tuple[dict[str, Any], ...],
+        FilledIn(),
+        Operational(),
+        Field(description="what the line's drafters were worth, and when"),
+    ] = ()
 
 
 def run(ctx: StageContext, config: ReportConfig) -> None:
@@ -61,7 +61,7 @@ def run(ctx: StageContext, config: ReportConfig) -> None:
     asked = invocation(os.environ.get(COMMAND), config.line)
     seconds = {name: manifest.duration_s for name, manifest, _ in lineage}
     data = ReportData(
-        title=" · ".join(filter(None, [config.title, target, _line(config)])),
+        title=" · ".join(filter(None, ["Draft model refresh", target, _line(config)])),
         evaluation=evaluation,
         decision=decision,
         facts=_facts(evaluation, artifacts, logs),
@@ -203,7 +203,7 @@ def _now(ctx: StageContext, evaluation: Mapping[str, Any], decision: Mapping[str
 def _lineage(ctx: StageContext) -> Iterator[tuple[str, Manifest, Path]]:
     """Every artifact behind the inputs, sources first, under the name that this stage or its reader gives it."""
     roots = {name: folder for name, folder in ctx.inputs.items() if (folder / MANIFEST).is_file()}
-    names = _names(roots)
+    names = {read_manifest(folder).key: name for name, folder in roots.items()}  # as this stage calls its inputs
     seen: set[str] = set()
 
     def visit(name: str, folder: Path) -> Iterator[tuple[str, Manifest, Path]]:
@@ -223,27 +223,7 @@ def _lineage(ctx: StageContext) -> Iterator[tuple[str, Manifest, Path]]:
 
 def _answers(reader: str, stage: str) -> str:
     """Return the node that made the answers which a node reads. stage: of these answers."""
-    node, dash, iteration = reader.partition("-")
-    return _ANSWERS_OF.get(node, f"assisted{dash}{iteration}") if stage == "rollout" else stage
-
-
-def _names(roots: Mapping[str, Path]) -> dict[str, str]:
-    """By key: the inputs as this stage calls them, and what earlier iterations made as their nodes are called: `opd-1`,
-    `mining-1`, `control-1`."""
-    names = {read_manifest(folder).key: name for name, folder in roots.items()}
-    for arm in ("opd", "control"):
-        chain: list[Manifest] = []  # the newest first
-        folder = roots.get(arm)
-        while folder is not None and (entry := read_manifest(folder).inputs.get("drafter")) is not None:
-            folder = _sibling(folder, entry)
-            if entry.key in names or not (folder / MANIFEST).is_file():
-                break
-            chain.append(read_manifest(folder))
-        for number, made in enumerate(reversed(chain), start=1):
-            names[made.key] = f"{arm}-{number}"
-            if "mined" in made.inputs:
-                names[made.inputs["mined"].key] = f"mining-{number}"
-    return names
+    return _ANSWERS_OF.get(reader, "assisted") if stage == "rollout" else stage
 
 
 def _sibling(folder: Path, entry: InputEntry) -> Path:

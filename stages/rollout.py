@@ -15,7 +15,6 @@ from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Compute, Config, Stage, StageContext
 from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.engines.config import (
-    NO_CUTTING,
     NO_REDUCED_HEAD,
     EmbeddedEngineConfig,
     EngineConfig,
@@ -40,7 +39,6 @@ class RolloutConfig(Config):
     splits: tuple[str, ...] = ("train",)
     skip: Annotated[int, Field(ge=0, description="prompts left out at the beginning of the splits")] = 0
     prompts: Annotated[int | None, Field(ge=1, description="how many; left out: all")] = None
-    samples_per_prompt: Annotated[int, Field(ge=1)] = 1
     sampling: SamplingConfig = SamplingConfig()
     engine: EngineConfig = EmbeddedEngineConfig()
     drafting: DraftingConfig = DraftingConfig()
@@ -55,12 +53,8 @@ class RolloutConfig(Config):
 
     @model_validator(mode="after")
     def _engine_can_draft_so(self) -> RolloutConfig:
-        if isinstance(self.engine, SGLangEngineConfig) and self.engine.launch and self.engine.launch.tree:
-            raise ValueError("engine.launch.tree: trees are for the speed of an evaluation; a rollout drafts chains")
         if isinstance(self.engine, SGLangEngineConfig) and self.drafting.head_tokens is not None:
             raise ValueError(f"drafting.head_tokens: {NO_REDUCED_HEAD}")
-        if isinstance(self.engine, SGLangEngineConfig) and self.drafting.confidence is not None:
-            raise ValueError(f"drafting.confidence: {NO_CUTTING}")
         return self
 
     def programs(self) -> dict[str, str]:
@@ -77,11 +71,25 @@ class RolloutConfig(Config):
         return counts
 
 
+def too_few(config: RolloutConfig, available: int) -> str | None:
+    """Return why so many prompts of the splits are not enough, None if they are."""
+    left = available - config.skip
+    if left > 0 and left >= (config.prompts or 0):
+        return None
+    return (
+        f"splits {list(config.splits)} have {available} prompts, {config.skip} are skipped and "
+        f"{config.prompts or 'all others'} wanted. Raise the counts in section prompts, or lower skip or prompts."
+    )
+
+
 def prompts_to_answer(config: RolloutConfig, folder: Path) -> PromptRows:
-    """Of the artifact of stage `prompts` in `folder`."""
+    """Of the artifact of stage `prompts` in `folder`. Raises DraftsmithError if there are none."""
     from draftsmith.stages.stored import load_prompts
 
-    return load_prompts(folder, config.splits)[config.skip :][: config.prompts]
+    there = load_prompts(folder, config.splits)
+    if not (asked := there[config.skip :][: config.prompts]):
+        raise DraftsmithError(f"rollout: {too_few(config, len(there))}")
+    return asked
 
 
 def preflight(config: RolloutConfig, target: Path) -> None:
@@ -104,13 +112,8 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
     from draftsmith.stages.targets.info import read_target_info
 
     prompts = prompts_to_answer(config, ctx.inputs["prompts"])
-    if not prompts:
-        raise DraftsmithError(
-            f"rollout: no prompts left in splits {list(config.splits)} after skip={config.skip}; "
-            "raise the counts in section prompts or lower skip"
-        )
     params = SamplingParams(**config.sampling.model_dump())
-    asked = _Asked(prompts, config.samples_per_prompt, params, ctx.seed)
+    asked = _Asked(prompts, params, ctx.seed)
     parts = AnswerParts(ctx.work)
     _answer(ctx, config, parts, asked)
 
@@ -151,9 +154,9 @@ def run(ctx: StageContext, config: RolloutConfig) -> None:
 class _Asked:
     """The requests of a rollout, by their place; each is made when it is sent. Names stay in memory."""
 
-    def __init__(self, prompts: PromptRows, samples: int, params: SamplingParams, seed: int):
-        self.prompts, self._samples, self._params, self._seed = prompts, samples, params, seed
-        self.names = [f"{prompt}/{sample}" for prompt in prompts.ids for sample in range(samples)]
+    def __init__(self, prompts: PromptRows, params: SamplingParams, seed: int):
+        self.prompts, self._params, self._seed = prompts, params, seed
+        self.names = [f"{prompt}/0" for prompt in prompts.ids]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -163,8 +166,8 @@ class _Asked:
         from draftsmith.stages.stored import request_seed
 
         for place in places:
-            prompt, sample = self.prompts[place // self._samples], place % self._samples
-            seed = request_seed(self._seed, prompt.prompt_id, sample)
+            prompt = self.prompts[place]
+            seed = request_seed(self._seed, prompt.prompt_id, 0)
             yield Request(self.names[place], prompt.token_ids, self._params, seed)
 
 

@@ -116,14 +116,10 @@ CUT = struct.pack("<Q", len(HEADER)) + HEADER + b"\0" * 100
 CONFIG = {
     "no file": Bad("no such config file", arguments=("run", "{here}/absent.yaml", "--plan")),
     "a folder": Bad("cannot read the config", arguments=("run", "{here}", "--plan")),
-    "empty file": Bad("expected a mapping of fields", text=""),
     "not UTF-8": Bad("it is not UTF-8 text", text=b"name: \xff\xfe"),
     "binary": Bad("not valid YAML", text=b"name: \x00\x01"),
-    "a list": Bad("expected a mapping of fields", text="- name"),
     "broken YAML": Bad("line 1, column", text="name: [a, b"),
     "a tag that makes objects": Bad("not valid YAML", text="name: !!python/object/apply:os.system [ls]"),
-    "a field twice": Bad("field 'name' stands twice", text="name: a\nname: b"),
-    "a field that is a mapping": Bad("a field's name must be a text", text="name: a\n{b: c}: d"),
     "a field whose name YAML reads as true": Bad(
         "line 2, column 10: not valid YAML: a field's name", text="name: a\nstages: {on: 3}"
     ),
@@ -131,10 +127,7 @@ CONFIG = {
     "two documents": Bad("line 2, column 1: not valid YAML: a second document", text="name: a\n---\nname: b"),
     "an alias inside itself": Bad("alias", text="name: a\ntarget: &a\n  source: *a"),
     "extends itself": Bad("the files extend each other", text="extends: run.yaml"),
-    "extends nothing": Bad("absent.yaml does not exist, nor is it a shipped config", text="extends: absent.yaml"),
-    "extends a number": Bad("extends: expected the name of a YAML file", text="extends: 3"),
     "an old experiment": Bad("kind: this field is gone", {"kind": "experiment", "arms": {}}),
-    "unknown section": Bad("rolout: unknown field, did you mean rollout?", {"rolout": {}}),
     "unknown field": Bad("did you mean sft.steps?", {"sft.stesp": 3}),
     "a field that is gone": Bad(
         "rollout.engine.restarts: this field is gone", {"rollout.engine": {"kind": "sglang", "restarts": 2}}
@@ -167,10 +160,6 @@ CONFIG = {
     "two kinds of hook": Bad("give command or url", {"on_promote": {"url": "http://h", "command": ["a"]}}),
     "a limit of no node": Bad("no such node", {"stages": {"time_limits": {"oops": 3}}}),
     "a line without validation": Bad("add validation", {"registry": {"name": "a"}, "heldout": {"splits": ["heldout"]}}),
-    "too few prompts": Bad("iterations need", {"refresh": {"iterations": 9}, "assisted": {"prompts": 64}}),
-    "--set without a value": Bad("expected FIELD=VALUE", arguments=(*PLAN, "--set", "sft.steps")),
-    "--set of an unknown field": Bad("--set sft.stesp: unknown", arguments=(*PLAN, "--set", "sft.stesp=1")),
-    "--set in a list": Bad("use an index from 0", arguments=(*PLAN, "--set", "prompts.sources.7.path=x")),
     "--set of broken YAML": Bad("not valid YAML", arguments=(*PLAN, "--set", "sft={")),
     "--force of no node": Bad("--force oops: no such node", arguments=(*PLAN, "--force", "oops")),
     "no such node": Bad("no node 'oops'", arguments=("stage", "oops", "{config}")),

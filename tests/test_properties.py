@@ -134,7 +134,7 @@ def test_any_log_row(fields: dict[str, Any]) -> None:
     with ours():
         assert row.temperature is None or row.temperature >= 0
     with ours():
-        row_time(fields, "time")
+        row_time(fields)
     with ours():
         ids = logged_ids(row)
         assert ids is None or all(isinstance(each, int) for part in ids for each in part)

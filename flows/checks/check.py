@@ -18,10 +18,10 @@ from draftsmith.artifacts.home import home
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.checks.comparisons import check_gate, check_laws
-from draftsmith.flows.checks.duration import check_duration
 from draftsmith.flows.checks.engines import check_engines, check_heads
 from draftsmith.flows.checks.findings import Findings, FirstError
 from draftsmith.flows.checks.models import (
+    Plans,
     check_drafters,
     check_first_drafters,
     check_nodes,
@@ -37,7 +37,6 @@ from draftsmith.flows.pipeline.machine import check_home, free_disk_bytes
 from draftsmith.flows.pipeline.options import RunOptions, check_runner
 from draftsmith.stages.earlier import EarlierConfig, is_here
 from draftsmith.stages.prompts import PromptsConfig
-from draftsmith.stages.targets.estimate import Estimate
 from draftsmith.stages.targets.info import read_target_info
 
 
@@ -77,9 +76,9 @@ def check(config: RunOptions, pipeline: Pipeline, home: Path) -> Findings:
     _without_target(found, nodes, nodes)
     with tempfile.TemporaryDirectory(prefix="draftsmith-check-") as scratch:
         if resolve_metadata(found, nodes, Path(scratch)):
-            needed = _with_target(found, nodes, nodes, Path(scratch), home, whole=False)
-            with found.part("time"):
-                check_duration(found, nodes, to_make, needed, home, config.stages)
+            plans = _with_target(found, nodes, nodes, Path(scratch), whole=False)
+            with found.part("resources"):
+                check_resources(found, nodes, to_make, Path(scratch), plans, home, config.stages.price_per_hour)
         else:
             check_logs(found, nodes, None)
             check_first_drafters(found, nodes)
@@ -109,9 +108,9 @@ def _check_earlier(found: Findings, to_make: Sequence[Node]) -> None:
 
 
 def _with_target(
-    found: Findings, nodes: Sequence[Node], to_make: Sequence[Node], artifact: Path, home: Path, *, whole: bool
-) -> Mapping[str, Estimate]:
-    """What target and drafters say. artifact: of the target; whole: with its weights. Returns what nodes need."""
+    found: Findings, nodes: Sequence[Node], to_make: Sequence[Node], artifact: Path, *, whole: bool
+) -> Plans:
+    """What target and drafters say. artifact: of the target; whole: with its weights."""
     with found.part("target"):
         check_target(found, to_make, artifact)
     plans = check_drafters(found, nodes, artifact, whole=whole)
@@ -122,9 +121,7 @@ def _with_target(
     check_logs(found, to_make, artifact)
     with found.part("GPUs"):
         check_accelerators(found)
-    with found.part("sizes"):
-        return check_resources(found, nodes, artifact, plans, home)
-    return {}
+    return plans
 
 
 class RunChecks:
@@ -145,7 +142,10 @@ class RunChecks:
         if not self._to_make:
             return []
         if node.stage.name == "target":
-            _with_target(found, self._nodes, self._to_make, made[node.name], home(), whole=True)
+            target = made[node.name]
+            plans = _with_target(found, self._nodes, self._to_make, target, whole=True)
+            with found.part("resources"):
+                check_resources(found, self._nodes, self._to_make, target, plans, home())
         elif isinstance(node.config, PromptsConfig):
             positions = read_target_info(made[node.inputs["target"]]).max_positions
             check_lengths(found, self._to_make, node.name, made[node.name], positions)

@@ -48,17 +48,10 @@ def _check_gpus(found: Findings, nodes: Sequence[Node]) -> None:
         servers = 1 if isinstance(node.config, EvaluationConfig) else engine.launch.servers  # one at a time, see there
         wanted = servers * engine.launch.gpus
         if here < wanted:
-            launch, fit = engine.launch, here // engine.launch.gpus
-            lower = f"servers={fit}"
-            if fit == 1 and launch.router is not None:  # which one server does not need
-                lower += f" --set {node.name.partition('-')[0]}.engine.launch.router=null"
-            if not fit:
-                replicas = here // launch.tensor_parallel
-                lower = f"data_parallel={replicas}" if replicas else f"tensor_parallel={here}"
             found.error(
                 f"{node.name}: GPUs",
-                f"{servers} servers of {launch.gpus} GPUs need {wanted}, {here} are here: --set "
-                f"{node.name.partition('-')[0]}.engine.launch.{lower}",  # without the number of an iteration
+                f"{servers} servers of {engine.launch.gpus} GPUs need {wanted}, {here} are here. Lower "
+                "engine.launch.servers, data_parallel or tensor_parallel.",
             )
     if runs_elsewhere(nodes):
         found.skip("GPUs", "none is visible here, so memory is not compared: check again on the machine that will run")

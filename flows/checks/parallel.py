@@ -10,7 +10,6 @@ from draftsmith.flows.checks.engines import runs_elsewhere
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.flows.pipeline.machine import gpus
-from draftsmith.stages.contract import Parallel
 
 
 def check_shared_target(found: Findings, nodes: Sequence[Node], artifact: Path) -> None:
@@ -28,18 +27,6 @@ def check_shared_target(found: Findings, nodes: Sequence[Node], artifact: Path) 
             found.ok(check, f"{parallel.target_parallel} processes share a copy")
 
 
-def _fewer(node: Node, parallel: Parallel, here: int) -> str:
-    """How to ask for no more processes than there are GPUs."""
-    fitting = {"processes": here - here % parallel.target_parallel}
-    if not fitting["processes"]:
-        fitting = {"processes": here, "target_parallel": here}
-    name = node.name.partition("-")[0]  # of an iteration
-    section = "opd" if name == "control" else name
-    if section not in ("sft", "opd"):
-        return " and ".join(f"lower parallel.{field} to {count}" for field, count in fitting.items())
-    return " ".join(f"--set {section}.parallel.{field}={count}" for field, count in fitting.items())
-
-
 def check_parallel(found: Findings, nodes: Sequence[Node]) -> None:
     """A GPU for every process, where there are GPUs, and a rendezvous for several nodes."""
     here, elsewhere = len(gpus()), runs_elsewhere(nodes)
@@ -52,7 +39,7 @@ def check_parallel(found: Findings, nodes: Sequence[Node]) -> None:
             meet = "" if parallel.nodes == 1 else f" on each of {parallel.nodes} nodes that meet at %s:%d"
             text = f"{count}{meet % parallel.endpoint() if meet else ''}"
             if 0 < here < count:
-                found.error(check, f"{text} need a GPU each, {here} are here: {_fewer(node, parallel, here)}")
+                found.error(check, f"{text} need a GPU each, {here} are here. Lower parallel.processes.")
             elif not here and not elsewhere and count > (os.cpu_count() or 1):
                 found.warn(
                     check, f"{text}, more than this machine has cores ({os.cpu_count()}): that only makes it slower"

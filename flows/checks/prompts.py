@@ -29,7 +29,7 @@ from draftsmith.stages.prompting.sources import (
 )
 from draftsmith.stages.prompting.supplies import Supply, Supplying, load_rows, supplies
 from draftsmith.stages.prompts import OF_MORE_LOGS, PromptsConfig
-from draftsmith.stages.rollout import RolloutConfig, prompts_to_answer
+from draftsmith.stages.rollout import RolloutConfig, prompts_to_answer, too_few
 from draftsmith.stages.stored import Prompt, positions_needed
 
 _TRIED = 1000  # prompts of a task until one of the held-out class must have come
@@ -64,7 +64,7 @@ def check_supplies(found: Findings, nodes: Sequence[Node]) -> None:
         prompts = by_name[node.inputs["prompts"]].config
         if isinstance(prompts, PromptsConfig):
             answered.setdefault(node.inputs["prompts"], []).append(node.config)
-            if problem := _short_supply(node.config, prompts):
+            if problem := too_few(node.config, sum(prompts.wanted(s) for s in SPLITS if s in node.config.splits)):
                 found.error(node.name, problem)
     for name, rollouts in answered.items():
         prompts = by_name[name].config
@@ -82,22 +82,6 @@ def _answered(rollouts: Sequence[RolloutConfig], available: int) -> int:
     """How many of so many training prompts are answered by at least one of them."""
     parts = [(each.skip, each.counts({"train": available})["train"]) for each in rollouts]
     return len({row for start, count in parts for row in range(start, start + count)})
-
-
-def _short_supply(config: RolloutConfig, prompts: PromptsConfig) -> str | None:
-    available = sum(prompts.wanted(split) for split in SPLITS if split in config.splits)
-    left = available - config.skip
-    if left <= 0:
-        return (
-            f"splits {list(config.splits)} have {available} prompts and {config.skip} are skipped: raise the counts in "
-            "section prompts or lower skip"
-        )
-    if config.prompts is not None and left < config.prompts:
-        return (
-            f"{config.prompts} prompts wanted behind {config.skip} skipped, {left} left: raise the counts in section "
-            "prompts, or lower prompts or skip"
-        )
-    return None
 
 
 def check_longest(found: Findings, nodes: Sequence[Node], positions: int) -> None:
@@ -202,7 +186,7 @@ def _check_files(found: Findings, name: str, source: JsonlSource, config: Prompt
     aside = Aside(f"{config.section}.max_bad_share", config.max_bad_share)
     seen: set[str] = set()
     rows = held_out = unread = again = 0
-    as_they_are = not (source.suffix or source.system or config.system)
+    as_they_are = not (source.suffix or config.system)
     for _, messages, _ in file_rows(source, aside, only=config.listed_files, as_they_are=as_they_are):
         text = Candidate(source.path, messages, "").text_hash if messages else ""
         if text in seen:
@@ -315,11 +299,6 @@ def _check_log(found: Findings, name: str, config: LogsConfig, target: Path | No
     aside.check()
     for doubt in sieve.doubts():
         found.warn(name, doubt)
-    if isinstance(sieve, Intake) and config.source_field is not None and sieve.without_source == used > 0:
-        unknown = f"{name}.source_field: no row has a field {config.source_field}: correct it"
-        if whole:
-            raise DraftsmithError(unknown)
-        found.warn(name, f"{unknown} (seen in the first {aside.rows} rows)")
     if sieve.outside_window + sieve.overlap == aside.rows and not whole:
         found.skip(name, f"whether there are rows of the window: {line}; others may follow")
         return

@@ -1,28 +1,57 @@
-"""Memory and disk that the run is estimated to need, compared with what the machine has."""
+"""What each stage of a run needs, one line a stage: memory, disk, time and cost, beside what the machine has."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from draftsmith.artifacts.machine_memory import memory_bytes
+from draftsmith.artifacts.manifest import Manifest
+from draftsmith.artifacts.open_store import store_of
+from draftsmith.artifacts.text import duration, size
+from draftsmith.flows.checks.drafters import is_drafter
 from draftsmith.flows.checks.engines import runs_elsewhere
-from draftsmith.flows.checks.estimates import Parts, disk, estimates, gigabytes
 from draftsmith.flows.checks.findings import Findings
 from draftsmith.flows.checks.models import Plans
 from draftsmith.flows.pipeline.graph import Node
-from draftsmith.flows.pipeline.machine import free_disk_bytes, gpu_names, gpus
-from draftsmith.stages.checkpoints import GENERATIONS
-from draftsmith.stages.engines.config import SGLangEngineConfig
+from draftsmith.flows.pipeline.machine import free_disk_bytes, gpu_model, gpu_names, gpus
+from draftsmith.stages.estimates import NEEDS, Need
+from draftsmith.stages.prompting.sources import SPLITS
 from draftsmith.stages.prompts import PromptsConfig
-from draftsmith.stages.targets.estimate import DTYPE_BYTES, PROCESS, Estimate, ModelSize, Servers, Sizes, target_size
+from draftsmith.stages.targets.estimate import DTYPE_BYTES, PROCESS, ModelSize, Sizes, Use, target_size
 from draftsmith.stages.targets.info import model_path, read_target_info
 
 _TIGHT, _TOO_MUCH = 0.85, 1.35  # of what is there: estimates are meant to be right within a third
 _SGLANG_FRACTION = 0.85  # of a GPU's memory that SGLang takes by itself, about
-# Loaded into the host's memory before they go to a GPU: weights, and of 16 or 18 bytes a trained parameter the 12 that
-# a checkpoint holds.
-_THROUGH_HOST = {"target": 1.0, "drafter": 1.0, "drafter with AdamW": 12 / 16}
+_ADVICE = {
+    "rollout": "lower engine.slots or sampling.max_new_tokens",
+    "logs": "lower logs.max_tokens",
+    "mining": "lower tokens_per_target_forward",
+    "evaluation": "lower concurrency, tokens_per_target_forward or exactness_prompts",
+}
+_ADVICE_TRAINING = "lower micro_batch_tokens, feature_memory_mb, sequences_per_step or positions_per_chunk"
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Work a second of one device with a target of so many parameters; of a larger one it is proportionally less."""
+
+    device: str  # in the name of a GPU; `CPU`
+    work: str  # as in `Need.work`
+    a_second: float
+    parameters: float
+    where: str
+
+
+# tests/benchmarks/README.md. No GPU's was measured.
+_ON = "SmolLM2-135M on 2 cores of AMD Zen 4"
+MEASURED = (
+    Rate("CPU", "decode", 501, 135e6, f"{_ON}, 32 in flight"),
+    Rate("CPU", "replay", 318, 135e6, _ON),
+    Rate("CPU", "train", 348, 135e6, f"{_ON}, one thread"),
+)
 
 
 def check_accelerators(found: Findings) -> None:
@@ -40,17 +69,49 @@ def check_accelerators(found: Findings) -> None:
 
 
 def check_resources(
-    found: Findings, nodes: Sequence[Node], artifact: Path, plans: Plans, home: Path
-) -> dict[str, Estimate]:
-    """One line a node, and one for the disk. artifact: of the target; plans: of the drafters that are trained anew.
-    Returns what each node needs, as far as it is known."""
+    found: Findings,
+    nodes: Sequence[Node],
+    to_make: Sequence[Node],
+    artifact: Path,
+    plans: Plans,
+    home: Path,
+    price: float | None = None,
+) -> None:
+    """Add a line a node that is to be made, and one for all. artifact: of the target; plans: of drafters trained anew;
+    price: of an hour of a GPU, or of the machine where it has none."""
+    sizes = _sizes(nodes, artifact, plans)
+    if sizes is None:
+        found.skip("resources", "not estimated: the drafter's shape is not known here")
+        return
+    needs, history = _needs(nodes, sizes), _History(store_of(home).list(), nodes)
+    elsewhere, disk, passing, seconds, hours, unknown = runs_elsewhere(nodes), 0.0, 0.0, 0.0, 0.0, []
+    for node in to_make:
+        need = needs.get(node.name, Need())
+        took, how = _time(node, need, history, sizes, elsewhere=elsewhere)
+        disk, passing = disk + need.disk, max(passing, need.passing)
+        parts = [f"disk {size(need.disk)}"] if need.disk else []
+        if took is None:
+            unknown.append(node.name)
+        else:
+            seconds, hours = seconds + took, hours + took * need.devices / 3600
+        parts.append(f"time {how}")
+        if took is not None and (cost := _cost(took * need.devices / 3600, price)):
+            parts.append(cost)
+        _compare(found, node, need, ", ".join(parts), elsewhere=elsewhere)
+    if to_make:
+        _compare_disk(found, disk + passing, home)
+        left_out = f"; not measured: {', '.join(unknown)}" if unknown else ""
+        cost = _cost(hours, price)
+        found.ok("time", f"about {duration(seconds)}{f', {cost}' if cost else ''}{left_out}")
+
+
+def _sizes(nodes: Sequence[Node], artifact: Path, plans: Plans) -> Sizes | None:
     prompts = next((node.config for node in nodes if isinstance(node.config, PromptsConfig)), None)
     plan = max(plans.values(), key=lambda plan: plan.parameters, default=None)
     if prompts is None or plan is None:
-        found.skip("memory", "not estimated, disk neither: the drafter's shape is not known here")
-        return {}
+        return None
     info = read_target_info(artifact)
-    sizes = Sizes(
+    return Sizes(
         target=target_size(model_path(artifact)),
         drafter=ModelSize.of(plan.config, plan.parameters),
         features=len(plan.target_layer_ids),
@@ -62,89 +123,138 @@ def check_resources(
         device_memory=float(min(gpus(), default=memory_bytes())),
         accelerated=bool(gpus()),
     )
-    elsewhere = runs_elsewhere(nodes)
-    needed = estimates(nodes, sizes)
+
+
+def _needs(nodes: Sequence[Node], sizes: Sizes) -> dict[str, Need]:
+    """Return what each node needs whose stage says it. nodes: each after its inputs."""
+    found: dict[str, Need] = {}
+    by_name = {node.name: node for node in nodes}
     for node in nodes:
-        estimate = needed.get(node.name)
-        if estimate is not None:
-            _compare_memory(found, node.name, estimate, elsewhere=elsewhere)
-        if estimate is not None and estimate.servers is not None:
-            _compare_servers(found, estimate.servers, node, elsewhere=elsewhere)
-    _compare_disk(found, disk(needed), home)
-    return needed
+        if (need := NEEDS.get(node.stage.name)) is None:
+            continue
+        prompts = by_name[node.inputs["prompts"]].config if "prompts" in node.inputs else None
+        counts: dict[str, int] = {}
+        if isinstance(prompts, PromptsConfig):
+            counts = {split: prompts.wanted(split) for split in SPLITS}
+        source = found.get(node.inputs.get("trajectories", ""))
+        drafters = sum(is_drafter(name) for name in node.inputs)
+        found[node.name] = need(node.config, Use(sizes, counts, drafters, source.makes if source else None))
+    return found
 
 
-def _compare_memory(found: Findings, node: str, estimate: Estimate, *, elsewhere: bool) -> None:
-    """Without a GPU one line. With one a line for its memory and one for the host's. Of one process, and its share."""
-    each = "memory" if estimate.processes == 1 else f"memory for each of {estimate.processes} processes"
-    host = memory_bytes() / estimate.processes
-    if not gpus():
-        if estimate.memory or estimate.host:
-            parts = Parts({"process": PROCESS, **estimate.host, **estimate.memory})
-            _compare(found, f"{node}: memory", parts, host, each, elsewhere=elsewhere)
-        return
-    if estimate.memory:
-        _compare(found, f"{node}: memory", Parts(estimate.memory), gpus()[0], "GPU memory", elsewhere=elsewhere)
-    if estimate.host:
-        passing = {name: share * estimate.memory.get(name, 0.0) for name, share in _THROUGH_HOST.items()}
-        checkpoint = estimate.passing.get("training checkpoint", 0.0) / GENERATIONS
-        passing["drafter with AdamW"] = max(passing["drafter with AdamW"], checkpoint)  # also where moments are split
-        parts = Parts({"process": PROCESS, **estimate.host, **passing})
-        _compare(found, f"{node}: host memory", parts, host, each, elsewhere=elsewhere)
-
-
-def _compare(found: Findings, check: str, memory: Parts, has: float, what: str, *, elsewhere: bool) -> None:
-    text = f"about {memory} ({gigabytes(has)} of {what} here)"
-    if memory.total <= _TIGHT * has or elsewhere:
-        found.ok(check, f"about {memory}" if elsewhere else text)
-    elif memory.total <= _TOO_MUCH * has:
-        found.warn(check, f"{text}: tight; {_advice(memory)}")
-    else:
-        found.error(check, f"{text}: too much; {_advice(memory)}")
-
-
-def _advice(memory: Parts) -> str:
-    """What makes the largest part smaller that can be made smaller."""
-    ways = {
-        "features": "lower feature_memory_mb or sequences_per_step",
-        "activations": "lower micro_batch_tokens or anchors_per_sequence",
-        "logits": "lower positions_per_chunk, slots or concurrency, or set head_tokens",
-        "key/value memory": "lower slots, concurrency, max_new_tokens, tokens_per_target_forward or tree_tokens",
-        "attention mask": "lower max_new_tokens or tokens_per_target_forward",
-        "target in float32": "set exactness_prompts to 0",
-        "text of a step": "lower rows_per_step or row_tokens",
-    }
-    largest = max((name for name in memory.parts if name in ways), key=lambda name: memory.parts[name], default=None)
-    return ways[largest] if largest else "use a machine with more"
-
-
-def _compare_servers(found: Findings, servers: Servers, node: Node, *, elsewhere: bool) -> None:
-    engine = node.config.engine  # type: ignore[attr-defined]
-    assert isinstance(engine, SGLangEngineConfig) and engine.launch is not None
-    check, text = f"{node.name}: servers", f"{servers.gpus} times about {Parts(servers.parts)}"
-    if elsewhere:
-        found.ok(check, text)
-        return
-    cpu = engine.launch.on_cpu
-    has = memory_bytes() / servers.gpus if cpu else min(gpus(), default=0.0)
-    usable = has * (1.0 if cpu else engine.launch.memory_fraction or _SGLANG_FRACTION)
-    weights = sum(size for name, size in servers.parts.items() if not name.startswith("key/value"))
-    text = f"{text} ({gigabytes(usable)} each here)"
-    if weights >= usable:
-        found.error(check, f"{text}: the weights alone do not fit; raise tensor_parallel or memory_fraction")
-    elif servers.needed > usable:
-        found.warn(check, f"{text}: not all requests fit at once, SGLang queues them; a lower concurrency is enough")
+def _compare(found: Findings, node: Node, need: Need, rest: str, *, elsewhere: bool) -> None:
+    """Add a node's line: an error where it cannot fit, a warning where it is tight. elsewhere: on another machine."""
+    host = need.tables + (PROCESS + need.loaded if gpus() else need.memory)
+    sizes = {"memory": (host, memory_bytes() / need.processes)} if host else {}
+    if gpus() and need.memory:
+        sizes["GPU memory"] = need.memory, gpus()[0]
+    check, advice = f"{node.name}: needs", _ADVICE.get(node.stage.name, _ADVICE_TRAINING)
+    fullest = max((needed / has for needed, has in sizes.values()), default=0.0)
+    if need.servers is not None:
+        usable = _usable(node, need.servers.gpus)
+        sizes[f"each of {need.servers.gpus} servers' GPUs"] = need.servers.weights + need.servers.requests, usable
+        if not elsewhere and need.servers.weights >= usable:
+            fullest, advice = _TOO_MUCH + 1, "raise engine.launch.tensor_parallel or memory_fraction"
+    each = " each" if need.processes > 1 else ""
+    parts = [
+        f"{what} {size(needed)}{each}" + ("" if elsewhere else f" of {size(has)}")
+        for what, (needed, has) in sizes.items()
+    ]
+    text = ", ".join([*parts, rest])
+    if fullest > _TOO_MUCH and not elsewhere:
+        found.error(check, f"{text}: too much. {advice.capitalize()}.")
+    elif fullest > _TIGHT and not elsewhere:
+        found.warn(check, f"{text}: tight. {advice.capitalize()}.")
     else:
         found.ok(check, text)
 
 
-def _compare_disk(found: Findings, parts: dict[str, float], home: Path) -> None:
-    needed, has = sum(parts.values()), free_disk_bytes(home)
-    listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in sorted(parts.items(), key=lambda item: -item[1]))
-    text = f"at most {gigabytes(needed)} ({listed}); {gigabytes(has)} free at {home}"
+def _usable(node: Node, servers: int) -> float:
+    """Return the bytes that a launched server may take of each GPU."""
+    launch = node.config.engine.launch  # type: ignore[attr-defined]
+    if launch.on_cpu:
+        return memory_bytes() / servers
+    return min(gpus(), default=0.0) * float(launch.memory_fraction or _SGLANG_FRACTION)
+
+
+def _compare_disk(found: Findings, needed: float, home: Path) -> None:
+    has = free_disk_bytes(home)
+    text = f"at most {size(needed)}; {size(has)} free at {home}"
     if needed > has:
         found.error("disk", f"{text}: free some space or point DRAFTSMITH_HOME at another disk")
     elif needed > _TIGHT * has:
         found.warn("disk", f"{text}: tight")
     else:
         found.ok("disk", text)
+
+
+def _cost(hours: float, price: float | None) -> str:
+    """Return the hours of GPUs, or of this machine where it has none, and what they cost."""
+    if not gpus() and price is None:
+        return ""
+    unit = "GPU hours" if gpus() else "hours of this machine"
+    return f"{hours:.2g} {unit}" + (f" for {hours * price:.2f}" if price is not None else "")
+
+
+def _time(node: Node, need: Need, history: _History, sizes: Sizes, *, elsewhere: bool) -> tuple[float | None, str]:
+    """Return the seconds that a node takes, if they are known, and how they are said."""
+    if (last := history.last(node)) is not None:
+        seconds = max(last.duration_s, last.metrics.get("seconds", 0.0))  # of all attempts where it counted them
+        seconds *= _times(node, need, last)
+        return seconds, f"{duration(seconds)} by its last run"
+    device = (gpu_model() or "GPU") if gpus() else "CPU"
+    kind, work = need.work or ("", 0.0)
+    rate = next((each for each in MEASURED if each.device in device and each.work == kind), None)
+    if rate is None or elsewhere:
+        return None, "not measured"
+    seconds = work / rate.a_second * sizes.target.parameters / rate.parameters
+    return seconds, f"{duration(seconds)} by {rate.a_second:,.0f} tokens/s ({rate.where})"
+
+
+class _History:
+    """What was made here, oldest first."""
+
+    def __init__(self, made: Sequence[Manifest], nodes: Sequence[Node]):
+        self._made, self._nodes = made, {node.name: node for node in nodes}
+        self._configs = {(each.stage, each.key): each.config for each in made}
+
+    def last(self, node: Node) -> Manifest | None:
+        """Return the last run of the node's stage with such inputs, target and kind of drafter that took any time."""
+        target = self._nodes.get(node.inputs.get("target", ""), node).config.model_dump(mode="json")
+        alike = _inputs(node.inputs), _model(target), _drafter(node.config.model_dump(mode="json"))
+        for each in reversed(self._made):
+            of = each.inputs.get("target")
+            model = each.config if of is None else self._configs.get((of.stage, of.key), {})
+            like = _inputs(each.inputs), _model(model), _drafter(each.config)
+            if each.stage == node.stage.name and each.duration_s > 0 and like == alike:
+                return each
+        return None
+
+
+def _inputs(inputs: Mapping[str, Any]) -> set[str]:
+    return {name.partition(":")[0] for name in inputs}
+
+
+def _model(target: Mapping[str, Any]) -> tuple[Any, ...]:
+    return target.get("source"), target.get("dtype")
+
+
+def _drafter(config: Mapping[str, Any]) -> Any:
+    return config["drafter"].get("kind") if isinstance(config.get("drafter"), dict) else None
+
+
+def _times(node: Node, need: Need, last: Manifest) -> float:
+    """Return how much more the node has to do than its last run; 1 where nothing says."""
+    try:
+        if node.stage.name == "rollout" and need.makes is not None:
+            return need.makes.count / last.metrics["answers"] or 1.0
+        return _blocks(node.config.model_dump()) / _blocks(last.config) or 1.0
+    except (KeyError, ZeroDivisionError):  # no training, or one of another release
+        return 1.0
+
+
+def _blocks(config: Mapping[str, Any]) -> float:
+    """Return the blocks that each of a training's processes has."""
+    parallel = config.get("parallel") or {}
+    world = parallel.get("processes", 1) * parallel.get("nodes", 1)
+    return float(config["steps"] * config["sequences_per_step"] * config["anchors_per_sequence"] / world)

@@ -35,15 +35,39 @@ _EXPECTED = {
     "path_type": "a path",
     "none_required": "nothing (null)",
 }
-# fields, and values of fields, that an earlier version took: what to do instead
+# Fields that an earlier version took, by section and name, and values of fields: what to do instead.
 REMOVED = {
-    "stages.runner=dask": "runs on Dask were removed. Use ray, or leave the field out.",
+    "kind": "Run experiments with `python -m tests.lab.run FILE` in a checkout (tests/lab/README.md), or remove it.",
+    "report": "Remove the section.",
+    "refresh.iterations": "Raise opd.steps, or refresh again. Remove it.",
+    "stages.runner=dask": "Use ray, or leave the field out.",
+    "stages.time_limit_minutes": "Name the nodes in stages.time_limits.",
+    "sources.seed": "Use prompts.seed.",
+    "sources.system": "Use prompts.system, or put it in the rows' messages.",
+    "sources.time_field": "Name it in fields: {timestamp: NAME}.",
+    "logs.time_field": "Name it in logs.fields: {timestamp: NAME}.",
+    "logs.sample": "The first rows are used. Remove it.",
+    "logs.source_field": "Choose rows by logs.filter. Remove it.",
+    "logs.quotas": "Choose rows by logs.filter. Remove it.",
+    "logs.max_prompt_tokens": "Use logs.max_tokens.",
+    "logs.max_improbable_share": "Improbable answers are warned of. Remove it.",
+    "drafting.confidence": "Blocks are verified whole. Remove it.",
+    "evaluation.confidence": "Blocks are verified whole. Remove it.",
+    "evaluation.chains": "Remove it.",
+    "mining.chains": "Remove it.",
+    "mining.top_k": "Eight are kept. Remove it.",
+    "mining.tree_tokens": "Lower mining.tokens_per_target_forward where memory is tight.",
+    "drift.tokens_per_target_forward": "Remove it.",
+    "engine.restarts": "A stage whose servers have died is retried as a whole, stages.retries times. Remove it.",
+    "engine.retries": "A lost request is sent again a fixed number of times. Remove it.",
+    "launch.algorithm": "The drafter's checkpoint decides. Remove it.",
+    "launch.dtype": "Servers compute in target.dtype. Remove it.",
+    "launch.tree": "EAGLE-3 drafts chains. Remove it.",
+    "parallel.rendezvous": "Set DRAFTSMITH_RENDEZVOUS in the environment.",
+    "positions.alpha": "D-PACE smooths by 0.5. Remove it.",
+    **{f"{name}.samples_per_prompt": "One answer is given. Remove it." for name in ("rollout", "assisted", "heldout")},
 }
 _LENGTH = {"too_short": "a list", "string_too_short": "a text"}
-_REMOVED = {  # by section and field: what to do instead
-    "engine.restarts": "a stage whose servers have died is retried as a whole, stages.retries times. Remove it.",
-    "engine.retries": "a lost request is sent again a fixed number of times. Remove it.",
-}
 
 
 def describe(
@@ -113,13 +137,15 @@ def _types_of_all_members(details: list[Any], model: type[BaseModel]) -> list[An
 
 def _problem(detail: Any, location: PathKey, field: str, model: type[BaseModel]) -> str:
     kind, value = detail["type"], detail.get("input")
-    if (advice := REMOVED.get(field) or REMOVED.get(f"{field}={value}")) is not None:
-        return advice
+    name = ".".join([part for part in location if isinstance(part, str)][-2:])
     if kind == "extra_forbidden":
-        return _unknown_field(location, model)
+        gone = REMOVED.get(name)
+        return f"this field is gone. {gone}" if gone else _unknown_field(location, model)
+    if gone := REMOVED.get(f"{name}={value}"):
+        return f"this value is gone. {gone}"
     if kind == "missing":
         return f"this field is required: add it to the file or pass {OVERRIDE} {field}=VALUE"
-    if not isinstance(value, dict) and kind not in _EXPECTED and kind != "value_error" and _sections(model, location):
+    if not isinstance(value, dict) and kind not in _EXPECTED and kind != "value_error" and models_at(model, location):
         kind = "model_type"  # of a section that comes in several kinds
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         return _unknown_kind(detail)
@@ -149,10 +175,8 @@ def _unknown_kind(detail: Any) -> str:
 
 
 def _unknown_field(location: PathKey, model: type[BaseModel]) -> str:
-    if remedy := _REMOVED.get(".".join(map(str, location[-2:]))):
-        return f"this field is gone: {remedy}"
     name = str(location[-1])
-    siblings = sorted({sibling for section in _sections(model, location[:-1]) for sibling in section.model_fields})
+    siblings = sorted({sibling for section in models_at(model, location[:-1]) for sibling in section.model_fields})
     prefix = [str(part) for part in location[:-1]]
     if name in siblings:  # of a section that comes in several kinds
         return f"a field of another kind of {'.'.join(prefix)}: remove it, or write the whole section anew"
@@ -172,7 +196,7 @@ def _path_of(location: Sequence[int | str], model: type[BaseModel], *, keep_last
         known = (
             isinstance(part, int)
             or _is_open(model, kept)
-            or any(part in section.model_fields for section in _sections(model, kept))
+            or any(part in section.model_fields for section in models_at(model, kept))
         )
         if known or (keep_last and position == len(location) - 1):
             kept.append(part)
@@ -184,8 +208,8 @@ def _is_open(model: type[BaseModel], path: Sequence[int | str]) -> bool:
     return any(typing.get_origin(annotation) is dict for annotation in _annotations(model, path))
 
 
-def _sections(model: type[BaseModel], path: Sequence[int | str]) -> list[type[BaseModel]]:
-    """The models that may stand at `path`."""
+def models_at(model: type[BaseModel], path: Sequence[int | str]) -> list[type[BaseModel]]:
+    """Return the models that may stand at `path`."""
     return [a for a in _annotations(model, path) if isinstance(a, type) and issubclass(a, BaseModel)]
 
 

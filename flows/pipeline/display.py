@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from draftsmith.artifacts.printable import printable
+from draftsmith.artifacts.text import duration
 from draftsmith.flows.pipeline.graph import PlannedNode, Status
 from draftsmith.flows.pipeline.options import RunOptions
 
@@ -174,25 +175,6 @@ def escape(text: str) -> str:
 def figure(value: float) -> str:
     """Four digits at least, never an exponent for what is counted."""
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def duration(seconds: float) -> str:
-    """`8 s`, `2 min 05 s`, `3 h 20 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def size(count: float) -> str:
-    """Bytes: `812 B`, `3.4 MB`."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
 
 
 def folded_table(*columns: str) -> Table:

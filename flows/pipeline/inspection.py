@@ -16,7 +16,8 @@ from draftsmith.artifacts.manifest import ArtifactRef, InputEntry, Manifest, loc
 from draftsmith.artifacts.mirror import MirroredStore
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.store import PARTIAL, Store
-from draftsmith.flows.pipeline.display import Display, duration, escape, figure, folded_table, size
+from draftsmith.artifacts.text import duration, short, size
+from draftsmith.flows.pipeline.display import Display, escape, figure, folded_table
 from draftsmith.flows.pipeline.failures import last_failure
 from draftsmith.flows.pipeline.fetched import Folders
 from draftsmith.flows.pipeline.graph import Pipeline, PlannedNode, Status, has_partial, named, plan
@@ -210,7 +211,7 @@ def _shown(display: Display, path: Path) -> None:
         lines = json.dumps(json.loads(path.read_text("utf-8")), indent=2, ensure_ascii=False).splitlines()
         display.line(f"\n{path.name}")
         for line in lines[:_JSON_LINES]:
-            display.line(f"  {_cut(line)}")
+            display.line(f"  {short(line, _CELL)}")
         if len(lines) > _JSON_LINES:
             display.line(f"  ... {len(lines) - _JSON_LINES} more lines")
 
@@ -224,12 +225,8 @@ def _parquet_head(display: Display, path: Path) -> None:
     for position, row in enumerate(rows):
         display.line(f"  row {position}")
         for name, value in row.items():
-            display.line(f"    {name}: {_cut(str(value))}")
+            display.line(f"    {name}: {short(str(value), _CELL)}")
 
 
 def _figures(manifest: Manifest, limit: int | None = 4) -> str:
     return "  ".join(f"{name}={figure(value)}" for name, value in list(manifest.metrics.items())[:limit])
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _CELL else f"{text[: _CELL - 3]}..."

@@ -69,15 +69,6 @@ def gpus() -> tuple[float, ...]:
     return tuple(each.memory for each in _seen())
 
 
-# TFLOP/s of dense products in bfloat16, as data sheets have it
-NOMINAL_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "A100": 312, "L40S": 362}
-
-
-def nominal_tflops(name: str) -> float | None:
-    """Of a GPU by its name; None: of an unknown one."""
-    return next((float(rate) for known, rate in NOMINAL_TFLOPS.items() if known in name), None)
-
-
 def gpu_model() -> str | None:
     """The name of the first visible GPU."""
     return next((each.model for each in _seen()), None)

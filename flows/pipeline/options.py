@@ -15,6 +15,7 @@ from draftsmith.artifacts.redaction import secrets_of
 from draftsmith.flows.pipeline.config_errors import field_paths
 from draftsmith.stages.contract import Config
 
+DAY_MINUTES = 24 * 60  # of an attempt at a stage that has no limit of its own
 RETRY_JITTER = 0.5  # of a delay, at most, beside it: what was lost together does not return together
 
 
@@ -39,10 +40,8 @@ class TimeLimit:
 class StageOptions(Config):
     """How stage processes are run."""
 
-    time_limit_minutes: float = Field(default=24 * 60, gt=0)
-    """Wall-clock limit of one attempt at one stage."""
     time_limits: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    """Minutes for single nodes, by name, e.g. `{sft: 30}`; `opd` is also for `opd-1`."""
+    """Minutes of one attempt at a node, by its name, e.g. `{sft: 30}`; for the others it is a day."""
     grace_seconds: float = Field(default=60, ge=0)
     """Time to save after a stage is asked to stop, before it is killed."""
     retries: int = Field(default=5, ge=0, le=20)
@@ -75,17 +74,13 @@ class StageOptions(Config):
 
     def time_limit(self, node: str) -> TimeLimit:
         """Of one attempt at a node."""
-        for name in (node, node.partition("-")[0]):
-            if name in self.time_limits:
-                return TimeLimit(60 * self.time_limits[name], f"stages.time_limits.{name}")
-        return TimeLimit(60 * self.time_limit_minutes, "stages.time_limit_minutes")
+        return TimeLimit(60 * self.time_limits.get(node, DAY_MINUTES), f"stages.time_limits.{node}")
 
     def require_nodes(self, nodes: Collection[str]) -> None:
         """Raises ValueError (for validators of configs) for a limit of none of these nodes."""
-        known = {node.partition("-")[0] for node in nodes}
         for name in self.time_limits:
-            if name not in known and name not in nodes:
-                raise ValueError(f"stages.time_limits.{name}: no such node, use one of: {', '.join(sorted(known))}")
+            if name not in nodes:
+                raise ValueError(f"stages.time_limits.{name}: no such node, use one of: {', '.join(sorted(nodes))}")
 
 
 class RunOptions(Config):

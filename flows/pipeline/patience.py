@@ -8,7 +8,7 @@ from typing import TypeVar
 import tenacity
 
 from draftsmith.artifacts.errors import RetryableError
-from draftsmith.flows.pipeline.display import duration
+from draftsmith.artifacts.text import duration
 from draftsmith.flows.pipeline.options import RETRY_JITTER, StageOptions
 
 T = TypeVar("T")

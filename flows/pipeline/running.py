@@ -18,7 +18,8 @@ from draftsmith.artifacts.atomic import write_text
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.locks import user_name
 from draftsmith.artifacts.manifest import local_time
-from draftsmith.flows.pipeline.display import Rate, duration
+from draftsmith.artifacts.text import duration
+from draftsmith.flows.pipeline.display import Rate
 
 _EVERY_S = 2.0  # the note is written again
 

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
-
-from pydantic import BaseModel
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.home import home
 from draftsmith.artifacts.manifest import ArtifactRef, InputEntry, Manifest, local_time, versions
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.store import Store
+from draftsmith.artifacts.text import flat, short
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.external import external_digests
 from draftsmith.flows.pipeline.graph import Node, Pipeline, PlannedNode, Status, plan, seed_of
 from draftsmith.flows.pipeline.history import made_before
 from draftsmith.flows.pipeline.options import RunOptions
-from draftsmith.stages.contract import Config, OnlyIfSet, Operational
+from draftsmith.stages.contract import Config
 
 _ABSENT = "nothing"
-_SHOWN = 60  # characters of a value
 
 
 def why(display: Display, config: RunOptions, pipeline: Pipeline, name: str) -> None:
@@ -91,13 +88,13 @@ def _differences(
 ) -> Iterator[str]:
     node = item.node
     for field, before, now in _changed(*_decisive(old.config, node.config)):
-        yield f"config   {field}: {_short(before)} -> {_short(now)}"
+        yield f"config   {field}: {short(before)} -> {short(now)}"
     if (seed := seed_of(node, config)) != old.seed:
         yield f"seed     {old.seed} -> {seed}"
     for name in sorted({*old.inputs, *node.inputs}):
         yield from _input(name, old.inputs.get(name), node, planned, store)
     for path, before, now in _changed(old.external, external_digests(node.config)):
-        yield f"file     {path}: {_short(before[:16])} -> {_short(now[:16])}"
+        yield f"file     {path}: {short(before[:16])} -> {short(now[:16])}"
     yield from _code(old, node, pipeline)
     installed = versions() | node.config.programs()
     known = {package: version for package, version in old.versions.items() if package in installed}
@@ -109,34 +106,9 @@ def _differences(
 
 def _decisive(old: Mapping[str, Any], now: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     """The fields of the old config and of this one that are a part of their keys."""
-    dumped, after, unset = _flat(now.model_dump(mode="json")), _flat(now.key_material()), set(_unset(now))
-    operational = dumped.keys() - after.keys() - unset
-    before = {field: value for field, value in _flat(old).items() if field not in operational}
-    return before, after | {field: dumped[field] for field in unset & before.keys() & dumped.keys()}
-
-
-def _unset(config: BaseModel, prefix: str = "") -> Iterator[str]:
-    """Fields that are a part of the key only where they are set, and are not set."""
-    for name, info in type(config).model_fields.items():
-        value = getattr(config, name)
-        if any(isinstance(mark, OnlyIfSet) for mark in info.metadata) and value == info.default:
-            yield f"{prefix}{name}"
-        elif isinstance(value, BaseModel) and not any(isinstance(mark, Operational) for mark in info.metadata):
-            yield from _unset(value, f"{prefix}{name}.")
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Fields by their dotted path; what holds nothing stays a value, so that it can differ too."""
-    if isinstance(value, Mapping) and (value or not prefix):
-        items = list(value.items())
-    elif isinstance(value, list) and any(isinstance(each, (dict, list)) for each in value):
-        items = list(enumerate(value))
-    else:
-        return {prefix: value}
-    found: dict[str, Any] = {}
-    for name, each in items:
-        found |= _flat(each, f"{prefix}.{name}" if prefix else str(name))
-    return found
+    after = flat(now.key_material())
+    operational = flat(now.model_dump(mode="json")).keys() - after.keys()
+    return {field: value for field, value in flat(old).items() if field not in operational}, after
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -182,8 +154,3 @@ def _code(old: Manifest, node: Node, pipeline: Pipeline) -> Iterator[str]:
         yield f"code     {module}: " + ("added" if before == _ABSENT else "taken away" if now == _ABSENT else "changed")
     if not found:
         yield "code     which module is imported where"
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."

@@ -14,6 +14,7 @@ from draftsmith.artifacts.home import home
 from draftsmith.artifacts.open_store import store_of
 from draftsmith.artifacts.refreshes import folders_of
 from draftsmith.artifacts.store import Store
+from draftsmith.artifacts.text import flat, short
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline.config_file import read_config
 from draftsmith.flows.pipeline.display import Display, figure
@@ -24,7 +25,6 @@ from draftsmith.stages.reporting.names import ABSENT
 
 _PAGE = "report.html"
 _ABSENT_FIELD = "(not there)"
-_MOST_CHARACTERS = 60  # of a value of a config
 
 
 @dataclass(frozen=True)
@@ -161,20 +161,9 @@ def figure_rows(one: Mapping[str, float], other: Mapping[str, float]) -> list[li
 
 def config_rows(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[list[str]]:
     """The fields in which two configs differ, by their path."""
-    flat = [dict(_flat(config)) for config in (one, other)]
+    fields = [flat(config) for config in (one, other)]
     return [
-        [name, *(_short(each[name]) if name in each else _ABSENT_FIELD for each in flat)]
-        for name in dict.fromkeys([*flat[0], *flat[1]])
-        if flat[0].get(name, _ABSENT_FIELD) != flat[1].get(name, _ABSENT_FIELD)
+        [name, *(short(each[name]) if name in each else _ABSENT_FIELD for each in fields)]
+        for name in dict.fromkeys([*fields[0], *fields[1]])
+        if fields[0].get(name, _ABSENT_FIELD) != fields[1].get(name, _ABSENT_FIELD)
     ]
-
-
-def _flat(value: Any, path: str = "") -> list[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        return [each for name, inner in value.items() for each in _flat(inner, f"{path}.{name}" if path else str(name))]
-    return [(path, value)]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 1]}…"

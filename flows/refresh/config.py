@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import ValidationInfo, model_validator
 
-from draftsmith.flows.checks.measurable import require_measurable
+from draftsmith.flows.pipeline.config_errors import models_at
 from draftsmith.flows.pipeline.config_file import OF_FILE
 from draftsmith.flows.pipeline.options import RunOptions
 from draftsmith.flows.refresh.hook import HookConfig
@@ -31,11 +31,7 @@ from draftsmith.stages.training.on_policy.config import OpdConfig
 # held-out prompts of a refresh from logs alone: enough for an interval of a few percent
 _OF_LOGS = {"train": 0, "validation": 16, "heldout": 128, "max_prompt_tokens": 2048, "too_long": "skip"}
 _MEASURED = ("validation", "heldout")  # the splits that drafters are measured on, and chosen
-_FILLED_IN = {
-    "registry": ("champion", "answers", "history", "refreshed_at", "read_until", "measured_with"),
-    "prompts": ("of_logs",),
-}
-_READ_ALIKE = ("max_prompt_tokens", "max_bad_share", "chat_template_kwargs")  # a prompt is the same in both sections
+_READ_ALIKE = ("max_bad_share", "chat_template_kwargs")  # a prompt is the same in both sections
 
 
 class RefreshOptions(Config):
@@ -43,9 +39,6 @@ class RefreshOptions(Config):
 
     control: bool = True
     """Also continue SFT for as many steps and blocks as OPD: the drafter that OPD has to beat."""
-    iterations: Annotated[int, Field(ge=1)] = 1
-    """How often rollout, mining, OPD and evaluation follow each other, every time from the drafter before and on the
-    prompts behind those of the iteration before (logged answers: on the same ones, in other batches)."""
 
 
 class RefreshConfig(RunOptions):
@@ -68,23 +61,12 @@ class RefreshConfig(RunOptions):
     heldout: RolloutConfig = RolloutConfig(splits=_MEASURED)
     """The target's answers to held-out prompts, which drafters are compared on."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    report: ReportConfig = ReportConfig()
     registry: RegistryConfig | None = None
     """The line of drafters that this refresh goes on with: from its champion, to its next one. Without it a refresh
     stands alone: it begins as section `sft` says, and promotes nothing."""
     drift: DriftConfig = DriftConfig()
     gate: GateConfig = GateConfig()
     on_promote: HookConfig | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_no_experiment(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "kind" in data:
-            raise ValueError(
-                "kind: this field is gone with the experiments. Run them with `python -m tests.lab.run FILE` in a "
-                "checkout (tests/lab/README.md), or remove the field."
-            )
-        return data
 
     @model_validator(mode="before")
     @classmethod
@@ -103,7 +85,7 @@ class RefreshConfig(RunOptions):
         logs = data["logs"]
         paths, given = logs.get("paths"), data.get("prompts", {})
         if paths and isinstance(given, dict) and "sources" not in given:
-            of_rows = ("since", "time_field", "filter", "fields")
+            of_rows = ("since", "filter", "fields")
             given_too = {name: logs[name] for name in of_rows if logs.get(name) is not None}
             read = {name: logs[name] for name in _READ_ALIKE if logs.get(name) is not None}
             each = [paths] if isinstance(paths, str) else paths
@@ -143,7 +125,20 @@ class RefreshConfig(RunOptions):
 
     @model_validator(mode="after")
     def _what_is_measured_is_there(self) -> RefreshConfig:
-        require_measurable(self.heldout, self.prompts, evaluation=self.evaluation)
+        if "heldout" not in self.heldout.splits:
+            raise ValueError(
+                f"heldout.splits: {list(self.heldout.splits)} lacks heldout, which drafters are measured on: add it"
+            )
+        if self.prompts.wanted("heldout") == 0:
+            raise ValueError("prompts.heldout: drafters are measured on this split: give its number")
+        if self.evaluation.block_sizes and self.prompts.wanted("validation") == 0:
+            raise ValueError("prompts.validation: evaluation.block_sizes needs this split: give its number")
+        counts = self.heldout.counts({split: self.prompts.wanted(split) for split in SPLITS})
+        if not counts["heldout"]:
+            raise ValueError(
+                "heldout: skip and prompts leave out all of split heldout, which drafters are measured on. Change "
+                f"them, or lower the counts in section prompts (they are taken in the order {', '.join(SPLITS)})."
+            )
         return self
 
     @model_validator(mode="after")
@@ -158,19 +153,6 @@ class RefreshConfig(RunOptions):
             raise ValueError("sft.init_from: `champion` needs section registry, which names the line")
         if self.registry is not None and self.registry.restart and self.sft.init_from == CHAMPION:
             raise ValueError("registry.restart: sft.init_from says `champion`; leave one of the two out")
-        return self
-
-    @model_validator(mode="after")
-    def _a_champion_drafts_as_it_was_measured(self) -> RefreshConfig:
-        for name, measured in self.evaluation.drafted():
-            asked = getattr(self.drift.drafting, name)
-            if asked not in (None, measured):
-                evaluated = f"with evaluation.{name} {'left out' if measured is None else measured}"
-                evaluated = "as they were trained" if name == "block_size" else evaluated
-                raise ValueError(
-                    f"drift.drafting.{name}: {asked}, and drafters are evaluated {evaluated}: the figures could not be "
-                    "compared, and no champion were current; leave it out"
-                )
         return self
 
     @model_validator(mode="after")
@@ -203,39 +185,19 @@ class RefreshConfig(RunOptions):
         return self.registry.champion if self.registry is not None else None
 
     @model_validator(mode="after")
-    def _iterations_have_prompts(self) -> RefreshConfig:
-        if self.refresh.iterations == 1 or self.assisted is None or self.logs is not None:
-            return self
-        if self.assisted.prompts is None:
-            raise ValueError("assisted.prompts: say how many an iteration takes, with refresh.iterations above 1")
-        needed = self.assisted.skip + self.refresh.iterations * self.assisted.prompts
-        available = sum(self.prompts.wanted(split) for split in SPLITS if split in self.assisted.splits)
-        if needed > available:
-            raise ValueError(
-                f"refresh.iterations: {self.refresh.iterations} iterations need {needed} prompts and section prompts "
-                f"has {available}: raise prompts.train, or lower assisted.prompts or the iterations"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _time_limits_name_nodes(self) -> RefreshConfig:
         no_nodes = {*RunOptions.model_fields, "refresh", "registry", "on_promote"}
-        nodes = {*type(self).model_fields, "champion", "control", "earlier"} - no_nodes
-        iterated = ("assisted", "mining", "opd", "control", "evaluation", "report")
-        before_last = {f"{name}-{i}" for name in iterated for i in range(1, self.refresh.iterations)}
-        self.stages.require_nodes(nodes | before_last)
+        self.stages.require_nodes({*type(self).model_fields, "champion", "control", "earlier", "report"} - no_nodes)
         return self
 
 
 def _refuse_what_is_filled_in(data: dict[str, Any]) -> None:
-    """Fields that a run looks up would be replaced without a word."""
-    for section, names in _FILLED_IN.items():
-        given = data.get(section)
-        if isinstance(given, dict) and (found := [name for name in names if name in given]):
-            raise ValueError(f"{section}.{found[0]} is filled in by the run: remove it")
-    logs = data.get("logs")
-    if isinstance(logs, dict) and logs.get("since") == LAST and "after" in logs:
-        raise ValueError("logs.after is filled in by the run where logs.since is `last`: remove one of the two")
+    """Raise ValueError for a field that a run looks up: it would be replaced without a word."""
+    for section, given in data.items():
+        for model in models_at(RefreshConfig, [section]) if isinstance(given, dict) else []:
+            for name in model.filled_in() if issubclass(model, Config) else []:
+                if name in given:
+                    raise ValueError(f"{section}.{name} is filled in by the run. Remove it.")
 
 
 def _since_last(prompts: PromptsConfig) -> bool:
@@ -291,21 +253,13 @@ def measured_with(config: RefreshConfig) -> dict[str, Any]:
 
 
 def report_config(config: RefreshConfig) -> ReportConfig:
-    """With who serves, and what the line's champions were worth until now."""
+    """Return who serves, and what the line's champions were worth until now."""
     if config.registry is None:
-        return config.report
+        return ReportConfig()
     serves = (config.champion.line, config.champion.version) if config.champion is not None else None
-    found = {"champion": serves, "history": config.registry.history, "line": config.registry.name}
-    return config.report.model_copy(update=found)
+    return ReportConfig(champion=serves, history=config.registry.history, line=config.registry.name)
 
 
 def control_config(config: RefreshConfig) -> SftConfig:
     """The control of a refresh."""
     return config.sft.continued(config.opd)
-
-
-def assisted_config(config: RefreshConfig, iteration: int) -> RolloutConfig:
-    """The assisted rollout of an iteration, counted from 1: each takes the prompts behind those of the one before."""
-    assert config.assisted is not None
-    behind = (iteration - 1) * (config.assisted.prompts or 0)
-    return config.assisted.model_copy(update={"skip": config.assisted.skip + behind})

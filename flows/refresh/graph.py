@@ -6,7 +6,6 @@ from draftsmith.flows.checks.check import RunChecks
 from draftsmith.flows.pipeline.graph import Node, Pipeline
 from draftsmith.flows.refresh.config import (
     RefreshConfig,
-    assisted_config,
     control_config,
     drift_config,
     report_config,
@@ -18,10 +17,7 @@ from draftsmith.flows.refresh.review import review
 
 
 def refresh_nodes(config: RefreshConfig) -> list[Node]:
-    """The nodes of one refresh, from the target to the report.
-
-    With several iterations, those before the last one have their number in the name: `opd-1`, …, `opd`.
-    """
+    """Return the nodes of one refresh, from the target to the report."""
     target = {"target": "target"}
     asked = {**target, "prompts": "prompts"}
     nodes = [
@@ -51,55 +47,32 @@ def refresh_nodes(config: RefreshConfig) -> list[Node]:
         nodes.append(Node(answers, "draftsmith.stages.rollout", config.rollout, asked))
     start = {"drafter": "champion"} if starts_from_champion(config) else {}
     nodes.append(Node("sft", "draftsmith.stages.sft", sft_config(config), {**target, "trajectories": answers, **start}))
-    opd = control = "sft"
-    for iteration in range(1, config.refresh.iterations + 1):
-        suffix = "" if iteration == config.refresh.iterations else f"-{iteration}"
-        nodes += _iteration(config, iteration, suffix, opd, control, champion)
-        opd, control = f"opd{suffix}", f"control{suffix}"
-    return nodes
-
-
-def _iteration(
-    config: RefreshConfig, iteration: int, suffix: str, opd: str, control: str, champion: dict[str, str]
-) -> list[Node]:
-    """Rollout with the drafter `opd`, mining, OPD and evaluation; `control` is the one whose SFT goes on beside it."""
-    target = {"target": "target"}
-    nodes = []
-    if config.logs is not None:
-        answers, the_same = "logs", True
-    else:
+    if config.logs is None:
         assert config.assisted is not None and config.rollout is not None  # RefreshConfig has checked it
-        answers = f"assisted{suffix}"
-        the_same = config.sft.steps > 0 and iteration == 1 and config.assisted.skip == config.rollout.skip
-        inputs = {**target, "prompts": "prompts", "drafter": opd}
-        nodes.append(Node(answers, "draftsmith.stages.rollout", assisted_config(config, iteration), inputs))
-    seed = config.seed + 1000 * iteration if the_same else None  # other batches of the same answers than before
-    learned = {**target, "trajectories": answers}
-    drafters = {"sft": "sft", "opd": f"opd{suffix}"}
+        the_same, answers = config.sft.steps > 0 and config.assisted.skip == config.rollout.skip, "assisted"
+        nodes.append(Node(answers, "draftsmith.stages.rollout", config.assisted, {**asked, "drafter": "sft"}))
+    else:
+        the_same = True
+    seed = config.seed + 1000 if the_same else None  # other batches of the same answers than SFT's
+    learned = {**target, "trajectories": answers, "drafter": "sft"}
+    drafters = {"sft": "sft", "opd": "opd"}
     nodes += [
-        Node(f"mining{suffix}", "draftsmith.stages.mining", config.mining, {**learned, "drafter": opd}),
-        Node(
-            f"opd{suffix}",
-            "draftsmith.stages.opd",
-            config.opd,
-            {**learned, "drafter": opd, "mined": f"mining{suffix}"},
-            seed,
-        ),
+        Node("mining", "draftsmith.stages.mining", config.mining, learned),
+        Node("opd", "draftsmith.stages.opd", config.opd, {**learned, "mined": "mining"}, seed),
     ]
     if config.refresh.control:
-        drafters["control"] = f"control{suffix}"
-        inputs = {**learned, "drafter": control}
-        nodes.append(Node(f"control{suffix}", "draftsmith.stages.sft", control_config(config), inputs, seed))
-    measured = {**target, "prompts": "prompts", "trajectories": "heldout", **champion, **drafters}
-    reported = {"mining": f"mining{suffix}", "evaluation": f"evaluation{suffix}", **drafters}
-    nodes.append(Node(f"evaluation{suffix}", "draftsmith.stages.evaluation", config.evaluation, measured))
-    if config.registry is not None and not suffix:  # the last one decides
+        drafters["control"] = "control"
+        nodes.append(Node("control", "draftsmith.stages.sft", control_config(config), learned, seed))
+    measured = {**asked, "trajectories": "heldout", **champion, **drafters}
+    reported = {"mining": "mining", "evaluation": "evaluation", **drafters}
+    nodes.append(Node("evaluation", "draftsmith.stages.evaluation", config.evaluation, measured))
+    if config.registry is not None:
         judged = {"evaluation": "evaluation", **champion, **drafters}
         nodes.append(Node("gate", "draftsmith.stages.gate", config.gate, judged))
         reported["gate"] = "gate"
         if champion:
             reported["drift"] = "drift"
-    return [*nodes, Node(f"report{suffix}", "draftsmith.stages.report", report_config(config), reported)]
+    return [*nodes, Node("report", "draftsmith.stages.report", report_config(config), reported)]
 
 
 REFRESH = Pipeline(

@@ -25,7 +25,7 @@ from draftsmith.artifacts.store import REPLACED, Store
 from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline.registered import never_here
 from draftsmith.stages.champion import ChampionConfig
-from draftsmith.stages.contract import Config
+from draftsmith.stages.contract import Config, FilledIn
 from draftsmith.stages.earlier import TABLE, EarlierConfig
 from draftsmith.stages.prompting.sources import (
     HuggingFaceSource,
@@ -64,23 +64,21 @@ class RegistryConfig(Config):
             "one refresh: --set registry.restart=true"
         ),
     ] = False
-    champion: Annotated[
-        ChampionConfig | None, Field(description="filled in when the plan is made: who serves then")
-    ] = None
+    champion: Annotated[ChampionConfig | None, FilledIn(), Field(description="who serves when the plan is made")] = None
     answers: Annotated[
-        EarlierConfig | None, Field(description="filled in too: the logged answers that the champion was trained on")
+        EarlierConfig | None, FilledIn(), Field(description="the logged answers that the champion was trained on")
     ] = None
     history: Annotated[
-        tuple[dict[str, Any], ...], Field(description="filled in too: what the line's drafters were worth, and when")
+        tuple[dict[str, Any], ...], FilledIn(), Field(description="what the line's drafters were worth, and when")
     ] = ()
     refreshed_at: Annotated[
-        str | None, Field(description="filled in too: when a refresh of the line came to its gate last")
+        str | None, FilledIn(), Field(description="when a refresh of the line came to its gate last")
     ] = None
-    measured_with: dict[str, Any] = Field(
-        default={}, description="filled in too: settings that the champion's figures were taken with"
+    measured_with: Annotated[dict[str, Any], FilledIn()] = Field(
+        default={}, description="settings that the champion's figures were taken with"
     )
     read_until: Annotated[
-        str | None, Field(description="filled in too: time of the newest logged row that its refresh has read")
+        str | None, FilledIn(), Field(description="time of the newest logged row that the champion's refresh has read")
     ] = None
 
 

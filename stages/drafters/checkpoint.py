@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,14 +18,16 @@ from draftsmith.stages.drafters import layout
 from draftsmith.stages.drafters.architecture import Architecture
 from draftsmith.stages.drafters.base import Drafter, DrafterInfo
 from draftsmith.stages.drafters.digest import drafter_digest
-from draftsmith.stages.drafters.kinds import KINDS, DrafterConfig
+from draftsmith.stages.drafters.kinds import CHECKPOINTS, DrafterConfig
 from draftsmith.stages.targets.causal_lm import Target
 
 _INFO = TypeAdapter(DrafterInfo)
 INFO_FILE, TOKENS_FILE = "drafter.json", "frequent_tokens.npy"
 
 
-ARCHITECTURES: dict[str, Architecture] = {kind: planning.architecture() for kind, planning in KINDS.items()}
+ARCHITECTURES: dict[str, Architecture] = {
+    kind: cast("Architecture", import_module(module)) for kind, module in CHECKPOINTS.items()
+}
 # Kinds that take over the weights of another one: their modules have `upgraded` and `upgraded_config`.
 UPGRADES: dict[tuple[str, str], Any] = {
     (module.UPGRADES, kind): module for kind, module in ARCHITECTURES.items() if hasattr(module, "UPGRADES")

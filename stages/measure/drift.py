@@ -9,9 +9,8 @@ from typing import Annotated, Any
 from pydantic import Field
 from scipy.special import stdtrit
 
-from draftsmith.stages.contract import Config, Operational
+from draftsmith.stages.contract import Config, FilledIn, Operational
 from draftsmith.stages.drafters.config import DraftingConfig
-from draftsmith.stages.replay.portions import TokensPerForward
 from draftsmith.stages.statistics import CONFIDENCE, simultaneous
 
 ALL = "all"  # prompts, beside the single sets
@@ -29,8 +28,8 @@ class DriftConfig(Config):
         Field(gt=0, description="the line is refreshed anyway if its last refresh, promoted or not, is longer ago"),
         Operational(),
     ] = 90.0
-    drafting: DraftingConfig = DraftingConfig()
-    tokens_per_target_forward: TokensPerForward = 4096
+    drafting: Annotated[DraftingConfig, FilledIn()] = DraftingConfig()
+    """As drafters draft in the evaluation."""
 
 
 def fallen(drift: Mapping[str, Any], reference: Mapping[str, Any], threshold: float) -> list[str]:

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Config
 
-RENDEZVOUS = "DRAFTSMITH_RENDEZVOUS"  # of the environment: HOST:PORT, where a batch system only knows it at night
+RENDEZVOUS = "DRAFTSMITH_RENDEZVOUS"  # of the environment: HOST:PORT of the node that runs the flow
 
 
 class ParallelConfig(Config):
@@ -18,13 +18,6 @@ class ParallelConfig(Config):
 
     processes: Annotated[int, Field(ge=1, description="on each node; with GPUs one each")] = 1
     nodes: Annotated[int, Field(ge=1, description="the others run `torchrun`, see configs/scale/README.md")] = 1
-    rendezvous: Annotated[
-        str | None,
-        Field(
-            pattern=r"^[^:\s]+:\d+$",
-            description=f"HOST:PORT of the node that runs the flow; left out: ${RENDEZVOUS}",
-        ),
-    ] = None
     target_parallel: Annotated[
         int,
         Field(
@@ -36,12 +29,6 @@ class ParallelConfig(Config):
     shard_optimiser: Annotated[
         bool, Field(description="AdamW's two moments, 8 bytes a parameter, are split over the processes")
     ] = False
-
-    @model_validator(mode="after")
-    def _nodes_meet_somewhere(self) -> ParallelConfig:
-        if self.rendezvous is not None and self.nodes == 1:
-            raise ValueError("rendezvous: is where several nodes meet; raise nodes, or leave it out")
-        return self
 
     @model_validator(mode="after")
     def _copies_of_the_target_are_whole(self) -> ParallelConfig:
@@ -59,12 +46,11 @@ class ParallelConfig(Config):
 
     def endpoint(self) -> tuple[str, int]:
         """Return host and port where nodes meet. Raises DraftsmithError if nobody names them."""
-        address = self.rendezvous or os.environ.get(RENDEZVOUS) or ""
+        address = os.environ.get(RENDEZVOUS) or ""
         host, _, port = address.rpartition(":")
         if not host or not port.isdecimal():
             problem = f"is {address!r}" if address else "is not given"
             raise DraftsmithError(
-                f"parallel.rendezvous {problem}. Name HOST:PORT of the node that runs the flow there, "
-                f"or in {RENDEZVOUS}."
+                f"parallel.nodes: {RENDEZVOUS} {problem}. Name HOST:PORT of the node that runs the flow in it."
             )
         return host, int(port)

@@ -1,6 +1,6 @@
 """Answers on their way into a table of trajectories: token ids are Arrow arrays, some thousand rows at a time.
 
-Reading knows an answer before it knows whether quotas and samples let it through. So answers wait in a file.
+Reading knows an answer before it knows how many are used. So answers wait in a file.
 """
 
 from __future__ import annotations

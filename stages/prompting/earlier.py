@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,12 +17,16 @@ from draftsmith.artifacts.schemas import TRAJECTORIES
 from draftsmith.stages.law import Law
 from draftsmith.stages.prompting.answers import chosen_rows, parts
 from draftsmith.stages.prompting.intake import Intake, content, prompt_id
-from draftsmith.stages.prompting.selection import lot
 from draftsmith.stages.targets.info import TargetInfo
 
 ORIGIN, CONTENTS = "earlier.json", "contents.npy"  # whose answers they are, and their digests
 _DIGEST_BYTES = 16
 _COLUMNS = ["split", "temperature", "top_p", "top_k", "prompt_ids", "response_ids"]
+
+
+def _lot(seed: int, content: bytes) -> int:
+    """Return 63 bits that rank an answer among others, by seed and content alone. Smaller ones are drawn first."""
+    return int.from_bytes(hashlib.sha256(f"lot {seed} ".encode() + content).digest()[:8], "big") >> 1
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Earlier:
 
     def choose(self, count: int, seed: int, but: set[bytes]) -> np.ndarray:
         """[rows] bool: `count` of them drawn by seed, or as many as there are, none whose content is in `but`."""
-        ranked = sorted((lot(seed, each), row) for row, each in enumerate(self.contents) if each and each not in but)
+        ranked = sorted((_lot(seed, each), row) for row, each in enumerate(self.contents) if each and each not in but)
         mask = np.zeros(len(self.contents), dtype=bool)
         mask[[row for _, row in ranked[:count]]] = True
         return mask
@@ -115,8 +120,6 @@ def _content(prompt: np.ndarray, response: np.ndarray, intake: Intake) -> bytes 
     """None for an answer that the intake would not take."""
     limits = intake.reader
     if len(response) < 2 or len(prompt) + len(response) > limits.max_tokens:
-        return None
-    if limits.max_prompt_tokens is not None and len(prompt) > limits.max_prompt_tokens:
         return None
     if max(prompt.max(initial=0), response.max(initial=0)) >= limits.vocab_size:
         return None

@@ -85,7 +85,7 @@ def placed_rows(
     aside: Aside,
 ) -> Iterator[Placed]:
     """The rows as candidates, with their places. Raises DraftsmithError, behind the last one, if there was none."""
-    drawn, empty = f"{seed} {source.seed}", True
+    drawn, empty = f"{seed} 0", True
     for row, messages, ids in rows:
         empty, candidate = False, finish(source.set_name, messages, row.where)
         if ids is not None and candidate.messages == messages:  # nothing was added: its tokens are known
@@ -105,7 +105,7 @@ def _age(source: JsonlSource, row: Row) -> tuple[float, ...]:
     """Its place by time: those inside the window are equal, behind them the newest is first, and last those without."""
     if (since := source.since_time) is None:
         return ()
-    time = row_time(row.fields, source.time_field)
+    time = row_time(renamed(row.fields, source.fields))
     if time is None:
         return (2.0,)
     return (0.0,) if time >= since else (1.0, -time.timestamp())

@@ -42,8 +42,6 @@ class Taken:
     prompt_ids: np.ndarray  # int32
     response_ids: np.ndarray  # int32
     finish_reason: str  # stop | length
-    source: str  # "" without a source field
-    time: datetime | None
     content: bytes  # digest of both: equal answers to equal prompts
 
     @property
@@ -110,7 +108,7 @@ class Sieve(ABC, Generic[T]):
             return None
         logged = LoggedRow(row.file, row.number, dict(renamed(row.fields, self._config.fields)))
         try:
-            time = row_time(row.fields, self._config.time_field)
+            time = row_time(logged.fields)
             inside = self._in_window(time)
             self._outside = row.file, not inside
             if not inside:
@@ -146,8 +144,7 @@ class Sieve(ABC, Generic[T]):
         if not self._config.needs_time:
             return True
         if time is None:
-            fields = self._config.time_field or f"{', '.join(TIME_FIELDS)} (logs.time_field names another)"
-            raise SetAside(f"no time that can be read in {fields}")
+            raise SetAside(f"no time that can be read in {', '.join(TIME_FIELDS)} (logs.fields names another)")
         if future:
             raise SetAside("time in the future")
         return self._config.holds(time)
@@ -186,13 +183,11 @@ class Intake(Sieve[Taken]):
             vocab_size=info.vocab_size,
             eos_ids=info.eos_ids,
             max_tokens=config.max_tokens or info.max_positions,
-            max_prompt_tokens=config.max_prompt_tokens,
             template_kwargs=config.chat_template_kwargs,
             kept=kept,
         )
         self.unrendered = Unrendered(self.reader.tokenizer, config.chat_template_kwargs)
         self.held_out = held_out
-        self.without_source = 0
         self._seen: set[bytes] = set()  # `Taken.content`
 
     def _made(self, row: LoggedRow, time: datetime | None) -> Taken:
@@ -208,11 +203,4 @@ class Intake(Sieve[Taken]):
             raise SetAside(USED_BEFORE)
         self._seen.add(both)
         stopped = answer.response_ids[-1] in self.reader.eos_ids
-        return Taken(prompt_ids, response_ids, "stop" if stopped else "length", self._source(row), time, both)
-
-    def _source(self, row: LoggedRow) -> str:
-        if self._config.source_field is None:
-            return ""
-        value = row.fields.get(self._config.source_field)
-        self.without_source += value is None
-        return "" if value is None else str(value)
+        return Taken(prompt_ids, response_ids, "stop" if stopped else "length", both)

@@ -163,13 +163,11 @@ class Reader:
         vocab_size: int,
         eos_ids: list[int],
         max_tokens: int,
-        max_prompt_tokens: int | None = None,
         template_kwargs: dict[str, Any],
         kept: Tokenised | None = None,
     ):
         """kept: what an earlier attempt made of the texts, in their order."""
         self._kept = kept
-        self.max_prompt_tokens = max_prompt_tokens
         self.tokenizer, self.template_kwargs = tokenizer, template_kwargs
         self.vocab_size, self.eos_ids, self.max_tokens = vocab_size, frozenset(eos_ids), max_tokens
         self.stop_id = ends_turns(tokenizer, eos_ids, template_kwargs)
@@ -184,8 +182,6 @@ class Reader:
             raise SetAside("stop token inside the answer")
         if len(answer.prompt_ids) + len(answer.response_ids) > self.max_tokens:
             raise SetAside(_TOO_LONG)
-        if self.max_prompt_tokens is not None and len(answer.prompt_ids) > self.max_prompt_tokens:
-            raise SetAside("prompt too long")
         return answer
 
     def _from_ids(self, row: LoggedRow, prompt: list[int], response: list[int]) -> Answer:

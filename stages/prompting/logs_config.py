@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator
 
-from draftsmith.stages.contract import Config
+from draftsmith.stages.contract import Config, FilledIn
 from draftsmith.stages.law import Law, TopK
 from draftsmith.stages.prompting.files import listed, local_files, matched, remote_versions
 from draftsmith.stages.prompting.rows import FieldNames, Filter
@@ -19,15 +19,6 @@ _PATHS = "logs.paths"
 
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
-
-
-def _quota(value: Any) -> Any:
-    """1 is one row, 1.0 would be everything: told apart before they become the same number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("a quota is a share below 1, or a whole number of rows")
-    if not (0 < value < 1 if isinstance(value, float) else value >= 1):
-        raise ValueError(f"{value} is neither a share between 0 and 1 nor a whole number of rows from 1 on")
-    return value
 
 
 class LogsConfig(Config):
@@ -66,9 +57,11 @@ class LogsConfig(Config):
         "the run begins, of a deployment in every run: a midnight for days, a full hour for hours (UTC), so that one "
         "that begins again on that day or in that hour is the same run",
     )
-    after: Annotated[str, BeforeValidator(as_text)] | None = Field(
-        default=None, description="only rows later than this ISO time; what `since: last` becomes when the plan is made"
-    )
+    after: Annotated[
+        Annotated[str, BeforeValidator(as_text)] | None,
+        FilledIn(),
+        Field(description="only rows later than this ISO time: what `since: last` means when the plan is made"),
+    ] = None
     lateness_hours: float = Field(
         default=1.0,
         ge=0,
@@ -78,23 +71,7 @@ class LogsConfig(Config):
         "least the time that one file spans. The window begins so much earlier, and what the champion's refresh has "
         "used of it is not used again. 0: it begins behind that row",
     )
-    time_field: str | None = Field(
-        default=None,
-        description="field with a row's time, ISO text or epoch seconds or milliseconds. Left out: timestamp, created, "
-        "created_at or time",
-    )
-    rows: int | None = Field(default=None, ge=1, description="use at most so many answers, chosen by `sample`")
-    sample: Literal["first", "random", "newest"] = Field(
-        default="first",
-        description="which answers, where more are there than `rows` and `quotas` let through. random: by a hash of "
-        "the run's seed and the row's tokens, whatever the order of files and rows",
-    )
-    source_field: str | None = Field(default=None, description="field with a row's source, for `quotas`")
-    quotas: dict[str, Annotated[int | float, BeforeValidator(_quota)]] = Field(
-        default={},
-        description="at most so much from a source: below 1 a share of the used answers, from 1 on a number of them. "
-        "Sources that are not named are not bounded",
-    )
+    rows: int | None = Field(default=None, ge=1, description="use at most the first so many answers")
     replay_share: float = Field(
         default=0.0,
         ge=0,
@@ -103,9 +80,6 @@ class LogsConfig(Config):
     )
     max_tokens: int | None = Field(
         default=None, ge=2, description="prompt and answer; longer rows are set aside. Left out: the target's context"
-    )
-    max_prompt_tokens: int | None = Field(
-        default=None, ge=1, description="of the prompt; longer rows are set aside. Left out: only max_tokens counts"
     )
     max_bad_share: float = Field(
         default=0.01,
@@ -119,13 +93,6 @@ class LogsConfig(Config):
         ge=0,
         description="so many of the used answers are read by the target, whose log-probs say whether they are its own "
         "at this temperature, top_p and top_k; those that are not are counted and listed in improbable.jsonl",
-    )
-    max_improbable_share: float = Field(
-        default=1.0,
-        gt=0,
-        le=1,
-        description="share of those that may be improbable; above it the stage fails. 1: however many there are, they "
-        "are only warned of",
     )
     chat_template_kwargs: dict[str, bool | int | float | str | None] = Field(
         default={}, description="passed to the chat template for rows of text: what the service passed"
@@ -141,12 +108,6 @@ class LogsConfig(Config):
             raise ValueError(f"{after!r} is no ISO time, such as 2026-01-31T12:00:00Z")
         return iso(time)
 
-    @model_validator(mode="after")
-    def _quotas_have_a_field(self) -> LogsConfig:
-        if self.quotas and self.source_field is None:
-            raise ValueError("quotas: say in source_field which field holds a row's source")
-        return self
-
     @property
     def law(self) -> Law:
         """That the answers were drawn by."""
@@ -155,8 +116,7 @@ class LogsConfig(Config):
     @property
     def needs_time(self) -> bool:
         """Is a row without a time of no use?"""
-        windowed = self.since is not None or self.after is not None
-        return windowed or self.sample == "newest"
+        return self.since is not None or self.after is not None
 
     @property
     def since_time(self) -> datetime | None:

@@ -16,7 +16,9 @@ from draftsmith.stages.prompting.files import kind_of
 Message: TypeAlias = dict[str, str]  # role, content
 Value: TypeAlias = str | int | float | bool
 Filter: TypeAlias = dict[str, Value | list[Value]]  # of a config: field -> what it may be
-LogField: TypeAlias = Literal["messages", "completion", "prompt_token_ids", "completion_token_ids", "finish_reason"]
+LogField: TypeAlias = Literal[
+    "messages", "completion", "prompt_token_ids", "completion_token_ids", "finish_reason", "timestamp"
+]
 FieldNames: TypeAlias = dict[LogField, str]  # of a config: our name of a field -> its name in the rows
 
 _ROLES = {

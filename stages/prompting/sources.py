@@ -39,9 +39,7 @@ class _SourceBase(Config):
         le=1,
         description="of this source, in place of prompts.heldout_share; 1 for a benchmark that nothing is trained on",
     )
-    system: str | None = Field(default=None, description="system prompt of this source; overrides prompts.system")
     suffix: str = Field(default="", description="appended to the last user message, e.g. an instruction how to answer")
-    seed: int = Field(default=0, ge=0)
 
 
 class ReasoningGymSource(_SourceBase):
@@ -86,7 +84,6 @@ class JsonlSource(_RowSource):
         description="prompts of rows from this time on are drawn first, older ones (newest first) only where these are "
         "too few: 7d, 12h, an ISO date or time, or `last`, as in section logs",
     )
-    time_field: str | None = Field(default=None, description="field with a row's time, as in section logs")
     fields: FieldNames = Field(default={}, description="names of a log's fields, as in section logs")
 
     @property

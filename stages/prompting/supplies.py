@@ -107,7 +107,6 @@ class Supplying:
 
 def supplies(source: PromptSource, common: Supplying) -> list[Supply]:
     """The supplies of a source, which share its counts: one a procedural task, one for its files or its data set."""
-    system = source.system if source.system is not None else common.system
     share = source.heldout_share if source.heldout_share is not None else common.heldout_share
 
     def finish(label: str, messages: list[Message], where: str) -> Candidate:
@@ -117,8 +116,8 @@ def supplies(source: PromptSource, common: Supplying) -> list[Supply]:
             last = max(index for index, message in enumerate(messages) if message["role"] == "user")
             messages = [dict(message) for message in messages]
             messages[last]["content"] += source.suffix
-        if system and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": system}, *messages]
+        if common.system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": common.system}, *messages]
         # the turns of a conversation begin alike without the suffix, which each has in another message
         decides = given if common.heldout_by == "conversation" else messages
         return Candidate(label, messages, where, identity(decides, common.heldout_by))
@@ -128,7 +127,7 @@ def supplies(source: PromptSource, common: Supplying) -> list[Supply]:
             draws = [(task, _task_draw(task, source, finish, common.seed, common.limit)) for task in source.tasks]
             return [Supply(label, draw, share) for label, draw in draws]
         case JsonlSource():
-            return [_file_supply(source, finish, common, share, as_they_are=not (source.suffix or system))]
+            return [_file_supply(source, finish, common, share, as_they_are=not (source.suffix or common.system))]
         case HuggingFaceSource():
             aside = Aside("prompts.max_bad_share", common.max_bad_share, common.listed)
             rows = _dataset_candidates(source, finish, common.seed, aside)
@@ -147,7 +146,7 @@ def _task_draw(task: str, source: ReasoningGymSource, finish: Finish, seed: int,
         raise DraftsmithError(f"prompts.sources: reasoning_gym has no task {task}: {hint}")
     limit = min(limit, _SEEDS_PER_SPLIT)
     # Below 2**32, which numpy's generators need.
-    base = ((7919 * seed + source.seed) % 1000) * len(SPLITS) * _SEEDS_PER_SPLIT
+    base = (7919 * seed % 1000) * len(SPLITS) * _SEEDS_PER_SPLIT
 
     def draw(split: Split) -> Iterator[Candidate]:
         first = base + SPLITS.index(split) * _SEEDS_PER_SPLIT
@@ -201,7 +200,7 @@ def _dataset_candidates(source: HuggingFaceSource, finish: Finish, seed: int, as
     if len(rows) == 0:
         raise DraftsmithError(f"{name}: the data set is empty: give another split")
     order = _passing(rows, source)
-    random.Random(f"{seed} {source.seed} {source.id} {source.split}").shuffle(order)
+    random.Random(f"{seed} 0 {source.id} {source.split}").shuffle(order)
 
     def draw() -> Iterator[Candidate]:
         for index in order:

@@ -17,9 +17,9 @@ _RELATIVE = re.compile(r"(\d{1,6})\s*([dh])")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-def row_time(fields: Mapping[str, Any], name: str | None) -> datetime | None:
-    """UTC; None for a row that says none that can be read. name: of the field, None tries the usual ones."""
-    for each in TIME_FIELDS if name is None else (name,):
+def row_time(fields: Mapping[str, Any]) -> datetime | None:
+    """Return the row's time in UTC, None if it says none that can be read."""
+    for each in TIME_FIELDS:
         if (value := fields.get(each)) is not None:
             return as_time(value)
     return None

@@ -1,28 +1,9 @@
-"""Memory of mining: one group of trajectories read by the target, replayed and scored."""
+"""Memory of one group of trajectories that the target reads and scores."""
 
 from __future__ import annotations
 
 from draftsmith.stages.replay.portions import POSITIONS_PER_CHUNK, TREE_TOKENS
-from draftsmith.stages.targets.estimate import PROCESS, Sizes
-
-
-def mining_memory(
-    tokens_per_group: int, tree_tokens: int, head_tokens: int | None, longest: int, sizes: Sizes
-) -> dict[str, float]:
-    """P · s + P_d · s, and what one group of tokens_per_group tokens takes.
-
-    That is a read into key/value memory, features, and the logits of a chunk of positions with their log-softmax.
-    """
-    tokens = max(tokens_per_group, longest)
-    return {
-        "process": PROCESS,
-        "target": sizes.weights(sizes.target),
-        "drafter": sizes.weights(sizes.drafter),
-        "head": sizes.reduced_head(head_tokens)[1],
-        "features": float(tokens * sizes.feature_bytes),
-        "logits": scoring_logits(sizes),
-        **cached_read(tokens, longest, sizes, max(tree_tokens, sizes.block_size)),
-    }
+from draftsmith.stages.targets.estimate import Sizes
 
 
 def cached_read(tokens: int, longest: int, sizes: Sizes, tree_tokens: int = TREE_TOKENS) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Sizes of target and drafter from their configs alone, and what a stage needs of a machine with such models.
 
-Letters of the formulas, here and in the rooms' `estimate.py`: P, P_d parameters of target and drafter, s bytes of an
+Letters of the formulas, here and in `stages/estimates.py`: P, P_d parameters of target and drafter, s bytes of an
 element in the serving dtype, T positions of the longest sequence (prompt limit + new tokens), H hidden size, K target
 layers that the drafter reads, B sequences a step, V vocabulary (or the reduced head). They are meant to be right within
 a third where memory decides; activations of the target's own forward passes are small beside what is listed. Weights
@@ -128,40 +128,6 @@ class Use:
     def longest(self) -> int:
         """T of what it reads; the target's context where nothing says."""
         return self.answers.longest if self.answers is not None else self.sizes.positions
-
-
-@dataclass(frozen=True)
-class Servers:
-    """SGLang servers: bytes by part on every one of `gpus` GPUs."""
-
-    gpus: int
-    parts: Mapping[str, float]
-
-    @property
-    def needed(self) -> float:
-        return sum(self.parts.values())
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Of one use of a stage, in bytes."""
-
-    memory: Mapping[str, float] = field(default_factory=dict)  # of its process at the peak, by part; empty: small
-    host: Mapping[str, float] = field(default_factory=dict)  # the same of what is never on a GPU
-    processes: int = 1  # on a machine, each of which needs that
-    servers: Servers | None = None
-    tables: float = 0.0  # on disk, before compression
-    files: Mapping[str, float] = field(default_factory=dict)  # other files of the artifact, by what they are
-    passing: Mapping[str, float] = field(default_factory=dict)  # on disk only while it runs
-    makes: Answers | None = None
-    operations: float = 0.0  # floating-point, of all processes; 0: not counted
-    devices: int = 1  # GPUs that it holds while it runs, where there are any
-
-
-def tables_of(answers: Answers | None) -> dict[str, float]:
-    """Host memory of a stage that reads or makes so many answers, however long they are."""
-    count = answers.count if answers is not None and math.isfinite(answers.count) else 0.0
-    return {"tables": TABLES + ANSWER_BYTES * count}
 
 
 def target_size(folder: Path) -> ModelSize:

@@ -1,4 +1,4 @@
-"""Memory and disk of a training step, and how many of its tokens go through the drafter at once."""
+"""Memory of a training step, and how many of its tokens go through the drafter at once."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import math
 from typing import TYPE_CHECKING
 
 from draftsmith.artifacts.machine_memory import memory_bytes
+from draftsmith.stages.drafters import kept
 from draftsmith.stages.drafters.kinds import KINDS
 from draftsmith.stages.replay.estimate import cached_read, scoring_logits
-from draftsmith.stages.targets.estimate import DTYPE_BYTES, PROCESS, Answers, Estimate, ModelSize, Sizes, Use, tables_of
+from draftsmith.stages.targets.estimate import DTYPE_BYTES, PROCESS, Answers, ModelSize, Sizes, Use
 from draftsmith.stages.training.config import SftConfig, TrainingConfig
 from draftsmith.stages.training.on_policy.config import OpdConfig
 
@@ -24,8 +25,9 @@ _COPIES_OF_NAMED = 6
 _ALWAYS = ("process", "target", "drafter with AdamW", "features", "next batch", "head", "logits")
 
 
-def training_estimate(config: TrainingConfig, use: Use, *, mines: bool = False, scores: bool = False) -> Estimate:
-    """Of the moment at which the forward of a micro-batch has ended and the gradient of others is there already.
+def training_memory(config: TrainingConfig, use: Use, *, mines: bool = False, scores: bool = False) -> dict[str, float]:
+    """Return the bytes by part, at the moment when the forward of a micro-batch has ended and the gradient of others is
+    there already.
 
     Of several processes each needs this, with B the answers of a step that it trains.
 
@@ -36,13 +38,11 @@ def training_estimate(config: TrainingConfig, use: Use, *, mines: bool = False, 
     B · T · (K + 1) · H · s, twice while they are made of what the target's forwards gave; on a GPU also those of the
     next batch, which is read meanwhile unless the target is shared.
     Activations: what the drafter keeps of the tokens of a micro-batch, trajectories and blocks
-    (`stages/drafters/<kind>/planning.py`), and of each position with a loss its state and its gradient.
+    (`stages/drafters/kept.py`), and of each position with a loss its state and its gradient.
     Logits: 5 to 7 · positions_per_chunk · V · 4; of a head with weights of the drafter's more of these, as its
-    architecture says (`planning.py` too).
+    architecture says (`kept.py` too).
     mines: traces again while training, the logits of mining. scores: the target judges rejected proposals, the read of
     mining. Either is done before the graph of a micro-batch is made.
-
-    On disk the drafter, P_d · s, and while it trains two checkpoints for a moment: 2 · 12 · P_d.
     """
     sizes, longest = use.sizes, use.longest
     drafter, B = sizes.drafter, rows_of_process(config)
@@ -55,16 +55,16 @@ def training_estimate(config: TrainingConfig, use: Use, *, mines: bool = False, 
     rows_of_head, head = sizes.reduced_head(tokens)
     count = use.answers.count if use.answers is not None else float("inf")
     all_features = count * longest * sizes.feature_bytes
-    kept = all_features if all_features <= config.feature_memory_mb * 2**20 else 0.0
+    features = all_features if all_features <= config.feature_memory_mb * 2**20 else 0.0
     fixed = {
         "process": PROCESS,
         "target": sizes.weights(sizes.target, sharing=config.parallel.target_parallel),
         "drafter with AdamW": ((8.0 if a == 4 else 10.0) + moments) * drafter.parameters,
-        "features": kept + float(B * longest * sizes.feature_bytes),
+        "features": features + float(B * longest * sizes.feature_bytes),
         "head": head,
         "logits": _logits(config, sizes, rows_of_head),
     }
-    if sizes.accelerated and not kept and config.parallel.target_parallel == 1:
+    if sizes.accelerated and not features and config.parallel.target_parallel == 1:
         fixed["next batch"] = float(B * longest * sizes.feature_bytes)
     of_row = row_bytes(config, sizes, longest)
     at_once = min(B, rows_at_once(config, sizes, longest, sum(fixed.values())))
@@ -74,42 +74,13 @@ def training_estimate(config: TrainingConfig, use: Use, *, mines: bool = False, 
         tokens_read = min(max(config.tokens_per_target_forward, longest), B * longest)
         drawing |= cached_read(tokens_read, longest, sizes)
     if at_once == B:  # a step that is one batch judges its blocks while their graph is there
-        memory = fixed | graph | drawing
-    else:
-        memory = fixed | max(graph, drawing, key=lambda parts: sum(parts.values()))
-    return Estimate(
-        memory=memory,
-        host=tables_of(use.answers),
-        processes=config.parallel.processes,
-        operations=_operations(config, use, rows_of_head, kept=bool(kept)),
-        devices=config.parallel.world,
-        files={"drafters": sizes.weights(drafter)},
-        passing={"training checkpoint": 2 * 12.0 * drafter.parameters},
-    )
-
-
-def _operations(config: TrainingConfig, use: Use, rows_of_head: int, *, kept: bool) -> float:
-    """Of all steps, on answers of the longest kind, as `DFlashDrafter.training_operations` counts them, anchors in the
-    middle on average; a third of it again where OPD drafts as many blocks to find its anchors; and the target's 2 · P a
-    token, which is read once where features are kept."""
-    sizes, T = use.sizes, use.longest
-    target, d = sizes.target, sizes.drafter
-    q, k = d.heads * d.head_dim, d.kv_heads * d.head_dim
-    N, blocks = config.sequences_per_step * T, config.sequences_per_step * config.anchors_per_sequence
-    tokens, positions = blocks * sizes.block_size, blocks * (sizes.block_size - 1)
-    fc = N * sizes.features * d.hidden**2
-    layer = N * 2 * d.hidden * k + tokens * (2 * d.hidden * (q + k) + 3 * d.hidden * d.intermediate)
-    attention = tokens * q * (T / 2 + sizes.block_size)
-    step = 2.0 * (2 * fc + d.layers * (3 * layer + 7 * attention) + 2 * positions * rows_of_head * d.hidden)
-    drafts = isinstance(config, OpdConfig) and config.anchors != "random"
-    count = use.answers.count if use.answers is not None else float("inf")
-    read = min(count, config.sequences_per_step * config.steps) if kept else config.sequences_per_step * config.steps
-    return config.steps * step * (4 / 3 if drafts else 1) + 2.0 * target.parameters * read * T
+        return fixed | graph | drawing
+    return fixed | max(graph, drawing, key=lambda parts: sum(parts.values()))
 
 
 def _logits(config: TrainingConfig, sizes: Sizes, rows_of_head: int) -> float:
     a, chunk, loss = DTYPE_BYTES[config.compute_dtype], config.positions_per_chunk, _loss(config, sizes.kind)
-    if (own := KINDS[sizes.kind].kept_by_own_logits(sizes.drafter, chunk, a)) is not None:
+    if (own := kept.by_own_logits(sizes.kind, sizes.drafter, chunk, a)) is not None:
         return own
     return float(_COPIES.get(loss, _COPIES_OF_NAMED) * chunk * rows_of_head * 4)
 
@@ -117,7 +88,7 @@ def _logits(config: TrainingConfig, sizes: Sizes, rows_of_head: int) -> float:
 def _loss(config: TrainingConfig, kind: str) -> str:
     """Of the response, behind a frozen head; where it is decided by the answers, the one that needs more."""
     if isinstance(config, SftConfig):
-        return KINDS[kind].TRAITS.recipe.loss_on(sampled=True) if config.loss == "auto" else config.loss
+        return KINDS[kind].recipe.loss_on(sampled=True) if config.loss == "auto" else config.loss
     assert isinstance(config, OpdConfig)
     if config.loss.response.loss != "auto":
         return config.loss.response.loss
@@ -127,9 +98,8 @@ def _loss(config: TrainingConfig, kind: str) -> str:
 def row_bytes(config: TrainingConfig, sizes: Sizes, longest: int) -> float:
     """What the drafter keeps for backward of one trajectory with its blocks."""
     a, K, A = DTYPE_BYTES[config.compute_dtype], sizes.block_size - 1, config.anchors_per_sequence
-    kind = KINDS[sizes.kind]
-    of_blocks = A * kind.kept_by_block(sizes.drafter, sizes.block_size, a)
-    of_context = longest * kind.kept_by_context_token(sizes.drafter, a)
+    of_blocks = A * kept.by_block(sizes.kind, sizes.drafter, sizes.block_size, a)
+    of_context = longest * kept.by_context_token(sizes.kind, sizes.drafter, a)
     of_positions = A * K * sizes.drafter.hidden * (4 + 2 * sizes.itemsize)
     return float(of_blocks + of_context + of_positions)
 
@@ -162,8 +132,8 @@ def micro_batch_tokens(config: TrainingConfig, target: Target, drafter: Drafter,
     if config.micro_batch_tokens is not None:
         return min(config.micro_batch_tokens, whole)
     sizes = loaded_sizes(target, drafter, longest)
-    estimate = training_estimate(config, Use(sizes, answers=Answers(longest)), mines=True, scores=True)
-    fixed = sum(size for part, size in estimate.memory.items() if part in _ALWAYS)
+    memory = training_memory(config, Use(sizes, answers=Answers(longest)), mines=True, scores=True)
+    fixed = sum(size for part, size in memory.items() if part in _ALWAYS)
     return rows_at_once(config, sizes, longest, fixed) * row_tokens(config, sizes, longest)
 
 
@@ -185,12 +155,6 @@ def loaded_sizes(target: Target, drafter: Drafter, longest: int) -> Sizes:
         device_memory=_device_memory(target),
         accelerated=target.device.type == "cuda",
     )
-
-
-def activations(model: ModelSize, itemsize: int) -> int:
-    """Kept for the backward pass, a token."""
-    heads = model.heads + 2 * model.kv_heads
-    return model.layers * itemsize * (10 * model.hidden + 4 * heads * model.head_dim + 4 * model.intermediate)
 
 
 def _device_memory(target: Target) -> float:

@@ -69,12 +69,11 @@ class PositionWeights(Config):
         Literal["uniform", "exponential", "power", "d_pace"],
         Field(
             description="exponential: exp(-(k-1)/gamma); power: delta^(k-1); d_pace: what the offset adds to the "
-            "expected accepted length under the drafter's own confidence, smoothed by alpha"
+            "expected accepted length under the drafter's own confidence, smoothed by 0.5"
         ),
     ]
     gamma: Annotated[float, Field(gt=0, description="of exponential; 7 in DFlash's paper, for blocks of 16")] = 7.0
     delta: Annotated[float, Field(gt=0, le=1, description="of power; 0.8 in Draft-OPD's paper")] = 0.8
-    alpha: Annotated[float, Field(gt=0, le=1, description="of d_pace; 0.5 as its authors have it")] = 0.5
 
 
 _UNIFORM = PositionWeights(kind="uniform")

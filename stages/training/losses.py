@@ -115,11 +115,12 @@ def power_weights(offsets: torch.Tensor, delta: float) -> torch.Tensor:
 
 
 def d_pace_weights(
-    log_q: torch.Tensor, inside: torch.Tensor, alpha: float, absent: torch.Tensor | None = None
+    log_q: torch.Tensor, inside: torch.Tensor, alpha: float = 0.5, absent: torch.Tensor | None = None
 ) -> torch.Tensor:
     """D-PACE (arXiv 2605.18810): how much offset k matters to the expected accepted length, Σ_{i≥k} Π_{j≤i} q̃_j.
 
-    q̃ = (1 - α) q + α is the drafter's smoothed confidence in the committed token, without gradient. log_q: [..., K] of
+    q̃ = (1 - α) q + α is the drafter's smoothed confidence in the committed token, without gradient; its
+    authors take an α of 0.5. log_q: [..., K] of
     these tokens; inside: bool [..., K], the offsets that count → [..., K]. absent: those of the text that cannot be
     proposed, which have no weight and a q of 0.
     """

@@ -287,7 +287,7 @@ def position_weights(
     if config.kind == "d_pace":
         judged = log_q.new_zeros(where.shape)
         judged[where] = log_q
-        return losses.d_pace_weights(judged, where, config.alpha, absent)
+        return losses.d_pace_weights(judged, where, absent=absent)
     of_offset = {
         "uniform": lambda: torch.ones_like(offsets, dtype=torch.float32),
         "exponential": lambda: losses.decay_weights(offsets, config.gamma),

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from draftsmith.flows.pipeline.display import duration
+from draftsmith.artifacts.text import duration
 from tests.faults.catalogue import faults
 from tests.faults.configs import NODES
 from tests.faults.home import SERVER

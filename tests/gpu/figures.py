@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 
-from draftsmith.flows.pipeline.machine import nominal_tflops
 from draftsmith.stages.targets.estimate import PROCESS, Answers, Use
-from draftsmith.stages.training.estimate import loaded_sizes, micro_batch_tokens, row_tokens, training_estimate
+from draftsmith.stages.training.estimate import loaded_sizes, micro_batch_tokens, row_tokens, training_memory
 from draftsmith.stages.training.loop import MicroBatches, train
 from draftsmith.stages.training.on_policy.training import OpdTraining
 from tests.benchmarks import harness, machine
@@ -29,6 +28,10 @@ from tests.gpu.world import Scale, make_drafter, make_target, make_trajectories
 
 WARM = 2  # steps that are not measured: kernels are compiled, and memory is taken
 KERNELS = 12  # of a training that are printed
+
+
+# TFLOP/s of dense products in bfloat16, as data sheets have it
+NOMINAL_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "A100": 312, "L40S": 362}
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class Rates:
         if device == "cpu":
             return cls(machine.peak_rate(torch.bfloat16) / 1e3, None)
         found = torch.cuda.get_device_name()
-        return cls(machine.matmul_rate(8192, 8192, 8192, torch.bfloat16, 5) / 1e3, nominal_tflops(found))
+        nominal = next((float(rate) for known, rate in NOMINAL_TFLOPS.items() if known in found), None)
+        return cls(machine.matmul_rate(8192, 8192, 8192, torch.bfloat16, 5) / 1e3, nominal)
 
 
 def measure(
@@ -77,7 +81,7 @@ def _of_training(
     sizes = loaded_sizes(target, drafter, scale.longest)
     scores = isinstance(training, OpdTraining) and training.objective.needs_scores
     use = Use(sizes, answers=Answers(scale.longest, len(trajectories)))
-    parts = training_estimate(config, use, mines=kind != "SFT", scores=scores).memory
+    parts = training_memory(config, use, mines=kind != "SFT", scores=scores)
     profiled = Profile(target.device, WARM + repetitions + 1)
     if on_gpu:
         torch.cuda.empty_cache()

@@ -118,7 +118,7 @@ def test_no_server_outlives_its_stage(tmp_path: Path, tiny_drafter: DrafterArtif
     """The stage as the flow starts it, killed while the server works. Its other ends: `test_sglang_server.py`."""
     work = tmp_path / "work"
     request = tmp_path / "request.json"
-    config = settings(launched(sglang_env)) | {"samples_per_prompt": 50}
+    config = settings(launched(sglang_env))
     asked = {
         "stage": "rollout",
         "module": "draftsmith.stages.rollout",

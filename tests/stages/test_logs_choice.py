@@ -1,4 +1,4 @@
-"""Which logged answers the stage `logs` uses: windows of time, quotas, samples, earlier answers, and bad rows."""
+"""Which logged answers the stage `logs` uses: windows of time, earlier answers, and bad rows."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_rows_outside_a_window_are_passed_over_and_rows_without_a_time_set_aside
     found = counts(ctx)
     assert (found["outside_window"], found["set_aside"]) == (
         1,
-        {"no time that can be read in timestamp, created, created_at, time (logs.time_field names another)": 2},
+        {"no time that can be read in timestamp, created, created_at, time (logs.fields names another)": 2},
     )
     assert found["window"] == {"since": "2026-03-05T12:00:00Z", "after": None, "newest": "2026-03-05T13:00:00Z"}
     again = run(tmp_path / "2", tiny_drafter, path, since="last", after="2026-03-05T12:00:00Z")
@@ -172,11 +172,6 @@ def test_dates_as_yaml_reads_them_are_windows() -> None:
     [
         {"since": "a week"},
         {"after": "7d"},
-        {"sample": "last"},
-        {"quotas": {"a": 0.5}},
-        {"source_field": "s", "quotas": {"a": 1.0}},
-        {"source_field": "s", "quotas": {"a": 0}},
-        {"source_field": "s", "quotas": {"a": True}},
         {"replay_share": 1},
         {"max_bad_share": -0.1},
     ],
@@ -184,56 +179,6 @@ def test_dates_as_yaml_reads_them_are_windows() -> None:
 def test_wrong_settings_are_refused(change: Row) -> None:
     with pytest.raises(ValidationError):
         LogsConfig.model_validate({"paths": "a", "temperature": 0, **change})
-
-
-def test_long_prompts_are_set_aside(tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]) -> None:
-    limit = sorted(len(row["prompt_ids"]) for row in logged_answers)[30]
-    path = write(tmp_path / "log.jsonl", [as_ids(row) for row in logged_answers])
-    ctx = run(tmp_path, tiny_drafter, path, max_prompt_tokens=limit)
-    longer = sum(len(row["prompt_ids"]) > limit for row in logged_answers)
-    assert longer > 0 and counts(ctx)["set_aside"] == {"prompt too long": longer}
-
-
-def test_quotas_bound_sources(tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]) -> None:
-    teams = ["a"] * 30 + ["b"] * 10 + ["c"] * 20
-    rows = [as_ids(row) | {"team": team} for row, team in zip(logged_answers, teams, strict=True)]
-    path = write(tmp_path / "log.jsonl", rows)
-    settings: Row = {"source_field": "team", "quotas": {"a": 0.25, "c": 5}}
-    ctx = run(tmp_path, tiny_drafter, path, **settings)
-    assert counts(ctx)["sources"] == {"a": 5, "b": 10, "c": 5} and counts(ctx)["not_drawn"] == 40
-    assert responses(table(ctx)) == responses([*logged_answers[:5], *logged_answers[30:45]])
-    few = run(tmp_path / "2", tiny_drafter, path, rows=8, **settings)
-    assert counts(few)["sources"] == {"a": 2, "b": 6}
-    with pytest.raises(DraftsmithError, match=r"logs\.source_field: no row has a field taem"):
-        run(tmp_path / "3", tiny_drafter, path, source_field="taem", quotas={"a": 5})
-    with pytest.raises(DraftsmithError, match=r"logs\.quotas: nothing of 60 usable answers is left"):
-        run(tmp_path / "4", tiny_drafter, path, source_field="team", quotas={"a": 0.2, "b": 0.2, "c": 0.2})
-
-
-def test_a_random_sample_depends_on_rows_and_seed_not_on_their_order(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]
-) -> None:
-    rows = [as_ids(row) for row in logged_answers]
-
-    def drawn(name: str, rows: list[Row], seed: int = 0) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
-        files = [write(tmp_path / f"{name}-{part}.jsonl", rows[part::2]) for part in range(2)]
-        ctx = run(tmp_path / name, tiny_drafter, *files, rows=15, sample="random", seed=seed)
-        return {(tuple(row["prompt_ids"]), tuple(row["response_ids"])) for row in table(ctx)}
-
-    first = drawn("first", rows)
-    assert len(first) == 15
-    assert drawn("shuffled", random.Random(0).sample(rows, len(rows))) == first
-    assert drawn("again", rows, seed=1) != first
-    more = drawn("more", [*rows, *[as_ids(row) for row in logged_answers[:10]]])  # duplicates change nothing
-    assert more == first
-
-
-def test_the_newest_are_taken(tmp_path: Path, tiny_drafter: DrafterArtifacts, logged_answers: list[Row]) -> None:
-    order = random.Random(0).sample(range(20), 20)
-    rows = [timed(logged_answers[n], 1_700_000_000 + at) for n, at in enumerate(order)]
-    ctx = run(tmp_path, tiny_drafter, write(tmp_path / "log.jsonl", rows), rows=6, sample="newest")
-    newest = [logged_answers[n] for n, at in enumerate(order) if at >= 14]
-    assert responses(table(ctx)) == responses(newest)
 
 
 def test_prompts_of_the_heldout_class_are_not_trained_on_as_text_or_as_ids(

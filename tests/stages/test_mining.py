@@ -176,10 +176,10 @@ def test_work_that_was_lost_with_its_shard_is_counted_once(
     assert (last.out / "summary.json").read_bytes() == (mined.out / "summary.json").read_bytes()
 
 
-def test_chains_trees_and_groups_do_not_change_the_table(
+def test_groups_do_not_change_the_table(
     tmp_path: Path, tiny_drafter: DrafterArtifacts, assisted: Path, mined: RecordingContext
 ) -> None:
-    other = mine(tmp_path, tiny_drafter, assisted, chains=1, tree_tokens=9, tokens_per_target_forward=4000)
+    other = mine(tmp_path, tiny_drafter, assisted, tokens_per_target_forward=4000)
     assert summary(other)["evaluated_blocks_per_step"] == 1
     for row, expected in zip(table(other), table(mined), strict=True):
         for name in row.keys() - {"target_logprobs", "drafter_logprobs", "top_logprobs", "top_ids"}:

@@ -76,12 +76,12 @@ def test_gzip_and_blank_lines_and_a_byte_order_mark_are_read(target: Path, tmp_p
     assert {row["messages"][0]["content"] for row in rows} == {"A", "B", "Ü"}
 
 
-def test_suffix_and_system_of_a_source(target: Path, tmp_path: Path) -> None:
+def test_suffix_and_system_prompt(target: Path, tmp_path: Path) -> None:
     path = questions(tmp_path / "a.jsonl", 20)
-    source = {"kind": "jsonl", "path": str(path), "suffix": " Explain.", "system": "Own."}
+    source = {"kind": "jsonl", "path": str(path), "suffix": " Explain."}
     rows = run(target, tmp_path, [source], system="General.", heldout_share=0.5)
     for row in rows:
-        assert row["messages"][0] == {"role": "system", "content": "Own."}
+        assert row["messages"][0] == {"role": "system", "content": "General."}
         assert row["messages"][1]["content"].endswith("? Explain.")
     kept = write_rows(
         tmp_path / "b.jsonl",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.manifest import ArtifactRef, read_manifest
+from draftsmith.artifacts.manifest import ArtifactRef
 from draftsmith.artifacts.store import Claim, Store
 from draftsmith.stages.report import STAGE, ReportConfig
 from draftsmith.stages.reporting.next_steps import COMMAND
@@ -74,7 +74,7 @@ def inputs(tmp_path: Path) -> dict[str, Path]:
 
 def run(tmp_path: Path, inputs: Mapping[str, Path], out: str = "out") -> Context:
     ctx = Context(tmp_path / out, tmp_path / "work", inputs)
-    STAGE.run(ctx, ReportConfig(title="A refresh"))
+    STAGE.run(ctx, ReportConfig())
     return ctx
 
 
@@ -85,7 +85,7 @@ def test_the_page_shows_figures_and_the_whole_lineage(
     ctx = run(tmp_path, inputs)
     page = (ctx.out / "report.html").read_text()
     for text in (
-        "A refresh",
+        "Draft model refresh",
         "3.543<br>",
         "draftsmith report CONFIG --open",
     ):
@@ -183,38 +183,3 @@ def test_the_champion_has_the_number_of_the_reports_own_line(tmp_path: Path, inp
     assert review["config"]["champion"] == {"line": "mine", "version": 7}
     page = (ctx.out / "report.html").read_text()
     assert "mine@7" in page and "Version 7 stays" in page
-
-
-@pytest.mark.parametrize("iterations", [2, 3])
-def test_every_artifact_of_several_iterations_has_a_name_of_its_own(iterations: int, tmp_path: Path) -> None:
-    """That of its node, so that costs, configs and two reports can be told apart by it."""
-    store = Store(tmp_path / "store")
-    target, answers = put(store, "target", {"target.json": "{}"}, {}), put(store, "rollout", {"answers": "0"}, {})
-    sft = put(store, "sft", {"model": "a"}, {"target": target, "trajectories": answers})
-    opd = control = sft
-    for number in range(1, iterations + 1):
-        answers = put(store, "rollout", {"answers": str(number)}, {"drafter": opd})
-        learned = {"trajectories": answers, "drafter": opd}
-        mining = put(store, "mining", {"summary.json": "{}"}, learned)
-        control = put(store, "sft", {"model": f"c{number}"}, {"trajectories": answers, "drafter": control})
-        opd = put(store, "opd", {"model": f"o{number}"}, {**learned, "mined": mining})
-    drafters = {"sft": sft, "opd": opd, "control": control}
-    heldout = put(store, "rollout", {"answers": "held out"}, {}, seed=1)
-    measured = {"trajectories": heldout, **drafters}
-    evaluation = put(store, "evaluation", {"evaluation.json": json.dumps(EVALUATION)}, measured)
-    refs = {"mining": mining, "evaluation": evaluation} | drafters
-    ctx = run(tmp_path, {name: ref.path for name, ref in refs.items()})
-
-    review = json.loads((ctx.out / "review.json").read_text())
-    stages = ("opd", "control", "mining")
-    earlier = {f"{stage}-{number}" for stage in stages for number in range(1, iterations)}
-    own = {"target", "sft", "evaluation", *stages, *earlier}
-    answered = {"assisted", *(f"assisted-{number}" for number in range(1, iterations))}
-    assert review["artifacts"].keys() == own | answered | {"heldout", "rollout"}
-    assert len({*review["artifacts"].values()}) == 5 + 4 * iterations
-    assert review["artifacts"][f"control-{iterations - 1}"] == f"sft/{_drafter_of(control)[:16]}"
-    assert {f"cost.wall_s.{name}" for name in own} <= review["figures"].keys()
-
-
-def _drafter_of(ref: ArtifactRef) -> str:
-    return read_manifest(ref.path).inputs["drafter"].key

@@ -79,7 +79,7 @@ def test_answers_are_the_targets_in_the_order_of_the_prompts(
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
     drafter: bool, temperature: float, tmp_path: Path, tiny_drafter: DrafterArtifacts
 ) -> None:
-    cfg = config(sampling={"max_new_tokens": 40, "temperature": temperature}, samples_per_prompt=2, prompts=11)
+    cfg = config(sampling={"max_new_tokens": 40, "temperature": temperature}, prompts=22)
     whole = context(tmp_path / "whole", tiny_drafter, drafter=drafter)
     STAGE.run(whole, cfg)
     for stop_after in (1, 8):
@@ -150,10 +150,8 @@ def test_a_reduced_head_that_the_drafter_cannot_have_is_said(tmp_path: Path, tin
     assert any("drafter: says nothing of which tokens are frequent" in line for line in ctx.logs)
 
 
-def test_samples_of_a_prompt_differ_and_the_seed_of_the_run_decides_them(
-    tmp_path: Path, tiny_drafter: DrafterArtifacts
-) -> None:
-    cfg = config(prompts=4, samples_per_prompt=3, sampling={"max_new_tokens": 30, "temperature": 1.2})
+def test_the_seed_of_the_run_decides_what_is_sampled(tmp_path: Path, tiny_drafter: DrafterArtifacts) -> None:
+    cfg = config(prompts=12, sampling={"max_new_tokens": 30, "temperature": 1.2})
     runs = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         ctx = context(tmp_path / name, tiny_drafter)
@@ -161,8 +159,6 @@ def test_samples_of_a_prompt_differ_and_the_seed_of_the_run_decides_them(
         STAGE.run(ctx, cfg)
         runs.append([row["response_ids"] for row in rows(ctx)])
     assert runs[0] == runs[1] != runs[2]
-    different = [len({tuple(answer) for answer in runs[0][3 * i : 3 * i + 3]}) for i in range(4)]
-    assert sum(different) > 8, "of three samples of each of four prompts, short ones may coincide"
     stored = load_trajectories(tmp_path / "a" / "out")
     assert stored.law.temperature == pytest.approx(1.2)
     assert len(stored.trajectories) == 12
@@ -179,7 +175,7 @@ def test_skip_and_prompts_cut_the_splits(tmp_path: Path, tiny_drafter: DrafterAr
 def test_no_prompts_left_is_one_clear_error(
     fields: dict[str, Any], tmp_path: Path, tiny_drafter: DrafterArtifacts
 ) -> None:
-    with pytest.raises(DraftsmithError, match="no prompts left in splits") as caught:
+    with pytest.raises(DraftsmithError, match="are skipped") as caught:
         STAGE.run(context(tmp_path, tiny_drafter), config(**fields))
     assert "\n" not in str(caught.value)
 

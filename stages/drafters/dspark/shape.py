@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from draftsmith.stages.contract import OnlyIfSet
 from draftsmith.stages.drafters.dflash.shape import DFlashConfig
 
 
@@ -19,7 +18,6 @@ class DSparkConfig(DFlashConfig):
     markov_head: Annotated[
         Literal["vanilla", "gated", "rnn"],
         Field(description="the bias reads the token alone, or the offset's hidden state too, or all tokens before it"),
-        OnlyIfSet(),
     ] = "vanilla"
     confidence_head: Annotated[
         bool,

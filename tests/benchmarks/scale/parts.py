@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.stages.process import keep_freed_memory
-from tests.benchmarks.scale.recorded import TOP_K, Recorded
+from tests.benchmarks.scale.recorded import Recorded
 from tests.testbed.context import RecordingContext
 
 
@@ -64,7 +64,7 @@ def mined(folder: Path, recorded: Recorded) -> None:
 def mining(folder: Path, _: Recorded) -> None:
     """Puts them together, with the figures and the parity gate."""
     inputs = {"target": "target", "drafter": "drafter", "trajectories": "rollout"}
-    run_stage("mining", folder, {"top_k": TOP_K}, inputs)
+    run_stage("mining", folder, {}, inputs)
 
 
 def sft(folder: Path, _: Recorded) -> None:

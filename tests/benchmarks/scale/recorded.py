@@ -31,7 +31,7 @@ from tests.testbed.context import RecordingContext
 
 VOCABULARY, POSITIONS = 4096, 8192
 TEXT = VOCABULARY - 2  # without mask and end
-PROMPT, BLOCK, TOP_K = 64, 8, 4
+PROMPT, BLOCK, TOP_K = 64, 8, 8
 # of a verify step, by accepted proposals: tau is about 4.8
 _ACCEPTED = np.array([0.15, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.25])
 _ROLLOUT = {"timings": TIMINGS, "trace": TRACE, "trajectories": TRAJECTORIES}

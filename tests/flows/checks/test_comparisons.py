@@ -26,17 +26,10 @@ def refreshed(*overrides: str) -> list[str]:
     return warnings(refresh_nodes(load_config(ROOT / "configs" / "quickstart.yaml", list(overrides))))
 
 
-@pytest.mark.parametrize(
-    ("section", "said"),
-    [
-        ("assisted", "greedy (heldout.sampling), assisted is sampled at 0.7, top_p 0.9: say"),
-        ("evaluation", "greedy (heldout.sampling), the first speed is sampled at 0.7, top_p 0.9: say"),
-        ("heldout", "sampled at 0.7, top_p 0.9 (heldout.sampling), assisted is greedy, the first speed is greedy: say"),
-    ],
-)
-def test_tau_of_another_law_than_what_is_learned_or_timed_is_a_warning(section: str, said: str) -> None:
+@pytest.mark.parametrize("section", ["assisted", "evaluation", "heldout"])
+def test_tau_of_another_law_than_what_is_learned_or_timed_is_a_warning(section: str) -> None:
     (warning,) = refreshed(f"{section}.{SAMPLED}")
-    assert warning.startswith(f"warning: evaluation: not of one law: tau is of answers that are {said}")
+    assert warning.startswith("warning: evaluation: not of one law") and "sampled at 0.7, top_p 0.9" in warning
 
 
 def test_one_law_is_no_warning_whatever_it_is(tmp_path: Path) -> None:
@@ -55,22 +48,23 @@ def test_one_law_is_no_warning_whatever_it_is(tmp_path: Path) -> None:
     assert refreshed(logs, "heldout.sampling.temperature=0.7", "evaluation.sampling.temperature=0.7") == []
 
 
-def test_a_gate_that_can_promote_nothing_is_told_before_anything_is_spent() -> None:
-    def told(*overrides: str) -> list[str]:
-        found = Findings()
-        check_gate(found, refresh_nodes(load_config(ROOT / "configs" / "quickstart.yaml", list(overrides))))
-        return found.remarks
-
-    (warning,) = told("evaluation.rounds=2", "evaluation.speed_prompts=3", "evaluation.concurrency=2")
-    low = "evaluation.rounds 2 (from 5 on), evaluation.speed_prompts 3 (from 4 on)"
-    assert warning.startswith(f"warning: gate: will promote nothing, as it judges no speed by {low}: raise it")
-    (warning,) = told("evaluation.rounds=1", "evaluation.speed_prompts=4")
-    assert "no speed by evaluation.speed_prompts 4 (from 5 on): raise it" in warning, "prompts are the repetitions"
-    (warning,) = told("evaluation.concurrency=[1, 16]", "evaluation.rounds=5")
-    low = "evaluation.speed_prompts 12 (from 32 on)"
-    assert f"as it judges no speed by {low}: raise it" in warning, "a turn of 16 in flight ends with its slowest"
-    (warning,) = told(
-        "evaluation.concurrency=16", "evaluation.speed_prompts=32", "evaluation.rounds=5", "prompts.heldout=31"
-    )
-    assert "no speed by the number of held-out prompts, 31 (from 32 on): raise it" in warning, "no more are decoded"
-    assert told() == told("evaluation.rounds=2", "gate.judge_speed=false") == told("registry=null") == []
+@pytest.mark.parametrize(
+    ("low", "overrides"),
+    [
+        ("evaluation.rounds 2", ["evaluation.rounds=2", "evaluation.concurrency=2"]),
+        ("evaluation.speed_prompts 3", ["evaluation.speed_prompts=3", "evaluation.concurrency=2"]),
+        ("evaluation.speed_prompts 4", ["evaluation.rounds=1", "evaluation.speed_prompts=4"]),  # the repetitions
+        ("evaluation.speed_prompts 12", ["evaluation.concurrency=[1, 16]", "evaluation.rounds=5"]),
+        ("held-out prompts, 31", ["evaluation.concurrency=16", "evaluation.speed_prompts=32", "prompts.heldout=31"]),
+        (None, []),
+        (None, ["evaluation.rounds=2", "gate.judge_speed=false"]),
+        (None, ["registry=null"]),
+    ],
+)
+def test_a_gate_that_can_promote_nothing_is_told_before_anything_is_spent(
+    low: str | None, overrides: list[str]
+) -> None:
+    found = Findings()
+    check_gate(found, refresh_nodes(load_config(ROOT / "configs" / "quickstart.yaml", overrides)))
+    assert len(found.remarks) == (low is not None)
+    assert low is None or low in found.remarks[0]

@@ -47,6 +47,16 @@ def all_found(metadata: Path | None, path: Path, rows: list[Any], **config: Any)
     return findings
 
 
+def sources_found(path: Path, **asked: Any) -> Findings:
+    """Of prompts from these files, which nobody writes any more."""
+    for each in path.iterdir() if path.is_dir() else [path]:
+        os.utime(each, (0, 0))
+    sources = asked.pop("sources", [{"kind": "jsonl", "path": str(path)}])
+    config, findings = PromptsConfig.model_validate({"sources": sources, **asked}), Findings()
+    checks.check_sources(findings, [Node("prompts", "draftsmith.stages.prompts", config)])
+    return findings
+
+
 def answer(number: int, **more: Any) -> dict[str, Any]:
     return GOOD | {"completion": f"once upon a time {'the cat ' * number}."} | more
 
@@ -58,14 +68,10 @@ def asks(number: int) -> list[dict[str, str]]:
 def test_good_logs_are_counted(metadata: Path, tmp_path: Path) -> None:
     rows = [answer(number) for number in range(9)]
     level, text = found(metadata, tmp_path / "a.jsonl", [*rows, answer(20, temperature=1)])
-    assert level is Level.OK
-    assert text == "9 of all 10 rows can be used; not used: 1 another temperature"
-
-
-def test_much_that_is_set_aside_is_a_warning(metadata: Path, tmp_path: Path) -> None:
+    assert level is Level.OK and "9 of all 10 rows can be used" in text
     rows = [answer(number, temperature=number % 2) for number in range(10)]
     level, text = found(metadata, tmp_path / "a.jsonl", rows)
-    assert level is Level.WARNING and "5 of all 10 rows can be used; not used: 5 another temperature" in text
+    assert level is Level.WARNING and "5 of all 10 rows can be used" in text
 
 
 def test_images_are_told_without_the_tokenizer_too(tmp_path: Path) -> None:
@@ -81,13 +87,9 @@ def test_rows_that_cannot_be_prompts_are_told(count: int, level: Level, tmp_path
     rows += [{"prompt_token_ids": [5, 6, number], "messages": asks(number)} for number in range(9)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.utime(path, (0, 0))
-    asked = {"sources": [{"kind": "jsonl", "path": str(path)}], "train": 4, "heldout": 0}
-    findings = Findings()
-    checks.check_sources(findings, [Node("prompts", "draftsmith.stages.prompts", PromptsConfig.model_validate(asked))])
-    told, enough = findings.lines
-    assert f"{count} of {count + 9} rows cannot be prompts: {count} tools" in told.text and told.level is level
-    assert "9 rows for 4 prompts" in enough.text
+    told, enough = sources_found(path, train=4, heldout=0).lines
+    assert (told.level, enough.level) == (level, Level.OK)
+    assert f"{count} of {count + 9} rows cannot be prompts" in told.text and "9 rows for 4 prompts" in enough.text
 
 
 def test_only_the_files_that_a_run_reads_are_counted(tmp_path: Path) -> None:
@@ -105,11 +107,8 @@ def test_only_the_files_that_a_run_reads_are_counted(tmp_path: Path) -> None:
 def test_a_prompt_that_comes_again_is_counted_once(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"Question {number % 5}?"}) + "\n" for number in range(60)))
-    os.utime(path, (0, 0))
-    asked = {"sources": [{"kind": "jsonl", "path": str(path)}], "train": 20, "heldout": 2}
-    findings = Findings()
-    checks.check_sources(findings, [Node("prompts", "draftsmith.stages.prompts", PromptsConfig.model_validate(asked))])
-    assert "a.jsonl, without 55 duplicates: 5 rows, 22 prompts wanted of it" in findings.lines[-1].text
+    line = sources_found(path, train=20, heldout=2).lines[-1]
+    assert line.level is Level.ERROR and "without 55 duplicates: 5 rows" in line.text
 
 
 @pytest.mark.parametrize("field", ["question", "prompt"])
@@ -120,12 +119,8 @@ def test_a_data_set_here_has_the_field_that_is_asked_for(
     (folder := tmp_path / "data").mkdir()
     (folder / "a.jsonl").write_text("".join(json.dumps({"question": f"{number}?"}) + "\n" for number in range(40)))
     source = {"kind": "huggingface", "id": str(folder), "split": "train", "field": field}
-    asked, findings = {"sources": [source], "train": 20, "heldout": 2}, Findings()
-    checks.check_sources(findings, [Node("prompts", "draftsmith.stages.prompts", PromptsConfig.model_validate(asked))])
-    told = [
-        warning for warning in findings.remarks if "row 1: no field prompt: set field to one of question" in warning
-    ]
-    assert bool(told) == (field == "prompt") and findings.errors == 0
+    findings = sources_found(folder, sources=[source], train=20, heldout=2)
+    assert len(findings.remarks) == (field == "prompt") and findings.errors == 0
 
 
 @pytest.mark.parametrize(
@@ -139,19 +134,6 @@ def test_a_data_set_here_has_the_field_that_is_asked_for(
 def test_nothing_that_can_be_used_is_an_error(rows: list[Any], said: str, metadata: Path, tmp_path: Path) -> None:
     level, text = found(metadata, tmp_path / "a.jsonl", rows)
     assert level is Level.ERROR and said in text
-
-
-def test_a_field_of_sources_that_no_row_has_is_told(
-    metadata: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = [answer(number, app="chat") for number in range(9)]
-    assert found(metadata, tmp_path / "a.jsonl", rows, source_field="app")[0] is Level.OK
-    said = found(metadata, tmp_path / "a.jsonl", rows, source_field="application")
-    assert said == (Level.ERROR, "logs.source_field: no row has a field application: correct it")
-    monkeypatch.setattr(checks, "_LOG_ROWS", 5)
-    told, counted = all_found(metadata, tmp_path / "a.jsonl", rows, source_field="application").lines
-    assert told.level is Level.WARNING and "no row has a field application" in told.text, "later ones may have it"
-    assert counted.level is Level.OK
 
 
 def test_a_window_is_no_fault_of_its_rows(metadata: Path, tmp_path: Path) -> None:
@@ -195,11 +177,7 @@ def test_only_the_first_rows_of_a_long_log_are_read(
 def test_without_a_tokenizer_shape_temperature_and_time_are_judged(tmp_path: Path) -> None:
     rows = [*[answer(number) for number in range(8)], answer(1, temperature=1), {"prompt_token_ids": [1]}]
     level, text = found(None, tmp_path / "a.jsonl", rows, max_bad_share=0.1)
-    assert level is Level.OK
-    assert text == (
-        "8 of all 10 rows can be used; not used: 1 another temperature, 1 cannot be read "
-        "(seen without the target's tokenizer)"
-    )
+    assert level is Level.OK and "8 of all 10 rows can be used" in text
 
 
 @pytest.mark.parametrize("of_logs", [True, False])
@@ -259,9 +237,7 @@ def test_a_file_without_rows_is_an_error_that_says_what_it_is(
         logs = LogsConfig(paths=[str(tmp_path / "a.jsonl")], temperature=0)
         checks.check_logs(findings, [Node("logs", "draftsmith.stages.logs", logs)], None)
     else:
-        sources = [{"kind": "jsonl", "path": str(tmp_path / "a.jsonl")}]
-        asked = PromptsConfig.model_validate({"sources": sources, "train": 4, "heldout": 1})
-        checks.check_sources(findings, [Node("prompts", "draftsmith.stages.prompts", asked)])
+        findings = sources_found(tmp_path / "a.jsonl", train=4, heldout=1)
     (line,) = findings.lines
     assert line.level is Level.ERROR and f"{tmp_path}/a.jsonl" in line.text and said in line.text
 

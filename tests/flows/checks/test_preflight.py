@@ -16,7 +16,6 @@ from draftsmith.flows.checks.models import Plans, check_drafters, check_nodes
 from draftsmith.flows.checks.prompts import check_lengths, check_supplies
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.stages.champion import ChampionConfig
-from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.prompts import PromptsConfig
@@ -53,39 +52,10 @@ def test_sft_that_goes_on_with_a_drafter_is_not_checked_as_a_new_one(tiny_drafte
         check_target([Node("sft", "draftsmith.stages.sft", config, learned)], tiny_drafter.target)
 
 
-def test_layers_that_sglang_does_not_hand_over_are_an_error_before_training(tiny_drafter: DrafterArtifacts) -> None:
-    fields = {"num_layers": 1, "block_size": 4, "target_layer_ids": [0, 3], "mask_token": MASK}
-    sft = Node(
-        "sft",
-        "draftsmith.stages.sft",
-        SftConfig.model_validate({"drafter": fields}),
-        {"target": "t", "trajectories": "r"},
-    )
-    served = {"kind": "sglang", "urls": ["http://127.0.0.1:9"]}
-    inputs = {"target": "t", "prompts": "p", "drafter": "sft"}
-    for engine, refused in ({"kind": "embedded"}, False), (served, True):
-        assisted = Node(
-            "assisted", "draftsmith.stages.rollout", RolloutConfig.model_validate({"engine": engine}), inputs
-        )
-        if refused:
-            with pytest.raises(
-                DraftsmithError, match=r"sft: drafter: target_layer_ids .* is to draft with it in assisted: change"
-            ):
-                check_target([sft, assisted], tiny_drafter.target)
-        else:
-            check_target([sft, assisted], tiny_drafter.target)
-
-
 @pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"skip": 8}, "answers: splits .'train'. have 8 prompts and 8 are skipped: raise"),
-        ({"skip": 3, "prompts": 6}, "answers: 6 prompts wanted behind 3 skipped, 5 left: raise"),
-        ({"skip": 3, "prompts": 5}, None),
-        ({}, None),
-    ],
+    ("fields", "errors"), [({"skip": 8}, 1), ({"skip": 3, "prompts": 6}, 1), ({"skip": 3, "prompts": 5}, 0), ({}, 0)]
 )
-def test_a_rollout_finds_the_prompts_that_it_asks_for(fields: dict[str, int], message: str | None) -> None:
+def test_a_rollout_finds_the_prompts_that_it_asks_for(fields: dict[str, int], errors: int) -> None:
     prompts = PromptsConfig.model_validate(
         {"sources": [{"kind": "jsonl", "path": "p.jsonl"}], "train": 8, "validation": 0, "heldout": 2}
     )
@@ -94,34 +64,9 @@ def test_a_rollout_finds_the_prompts_that_it_asks_for(fields: dict[str, int], me
         Node("prompts", "draftsmith.stages.prompts", prompts, {"target": "target"}),
         Node("answers", "draftsmith.stages.rollout", RolloutConfig.model_validate(fields), asked),
     ]
-    if message is None:
-        check_supplies(FirstError(), nodes)
-    else:
-        with pytest.raises(DraftsmithError, match=message):
-            check_supplies(FirstError(), nodes)
-
-
-@pytest.mark.parametrize("from_checkpoint", [False, True])
-def test_a_block_larger_than_the_trained_one_is_an_error_before_training(
-    from_checkpoint: bool, tiny_drafter: DrafterArtifacts
-) -> None:
-    checkpoint = tiny_drafter.drafter / "drafter"
-    trained = json.loads((checkpoint / "config.json").read_text())["block_size"]
-    fields = {"num_layers": 1, "block_size": trained, "target_layer_ids": [0, 2], "mask_token": MASK}
-    start = {"init_from": str(checkpoint)} if from_checkpoint else {"drafter": fields}
-    sft = Node("sft", "draftsmith.stages.sft", SftConfig.model_validate(start), {"target": "t", "trajectories": "r"})
-    for size, refused in ((trained, False), (trained + 1, True)):
-        config = MiningConfig.model_validate({"drafting": {"block_size": size}})
-        mining = Node(
-            "mining", "draftsmith.stages.mining", config, {"target": "t", "trajectories": "r", "drafter": "sft"}
-        )
-        if refused:
-            with pytest.raises(
-                DraftsmithError, match=rf"mining: drafting\.block_size {size} is larger than the trained"
-            ):
-                check_target([sft, mining], tiny_drafter.target)
-        else:
-            check_target([sft, mining], tiny_drafter.target)
+    found = Findings()
+    check_supplies(found, nodes)
+    assert found.errors == errors
 
 
 @pytest.mark.parametrize(
@@ -145,58 +90,23 @@ def test_a_section_beside_a_checkpoint_is_used_where_the_drafter_becomes_what_it
 
 
 def test_every_node_is_held_against_the_drafter_that_it_reads(tiny_drafter: DrafterArtifacts) -> None:
-    """Of two drafters, only the one with the larger blocks can draft them; only EAGLE-3 can draft trees."""
+    """Of two drafters, only the one with the larger blocks can draft them."""
     shape = {"block_size": 4, "mask_token": MASK, "num_layers": 1, "target_layer_ids": [0, 2]}
     learned = {"target": "t", "trajectories": "r"}
-    tree = {"kind": "sglang", "python": "python", "launch": {"tree": {"branches": 2, "draft_tokens": 6}}}
 
-    def nodes(name: str, block_size: int, engine: dict[str, Any]) -> list[Node]:
+    def nodes(name: str, block_size: int) -> list[Node]:
         eagle = {"kind": "eagle3", "block_size": 8, "target_layer_ids": [0, 1, 2]}
         mining = MiningConfig.model_validate({"drafting": {"block_size": block_size}})
-        compared = EvaluationConfig.model_validate({"engine": engine})
         return [
             Node("small", "draftsmith.stages.sft", SftConfig.model_validate({"drafter": shape}), learned),
             Node("large", "draftsmith.stages.sft", SftConfig.model_validate({"drafter": eagle}), learned),
-            Node(
-                "more",
-                "draftsmith.stages.sft",
-                SftConfig.model_validate({"drafter": shape}),
-                {**learned, "drafter": name},
-            ),
+            Node("more", "draftsmith.stages.sft", SftConfig(), {**learned, "drafter": name}),
             Node("mining", "draftsmith.stages.mining", mining, {**learned, "drafter": "more"}),
-            Node("speed", "draftsmith.stages.evaluation", compared, {"target": "t", "drafter:a": name}),
         ]
 
-    check_target(nodes("large", 8, tree), tiny_drafter.target)
+    check_target(nodes("large", 8), tiny_drafter.target)
     with pytest.raises(DraftsmithError, match=r"mining: .* 8 is larger than the trained 4"):
-        check_target(nodes("small", 8, {}), tiny_drafter.target)
-    with pytest.raises(DraftsmithError, match=r"speed: engine\.launch\.tree: dflash drafts blocks"):
-        check_target(nodes("small", 4, tree), tiny_drafter.target)
-
-
-@pytest.mark.parametrize(
-    ("shape", "said"),
-    [
-        ({"kind": "dspark"}, None),
-        ({"kind": "dspark", "confidence_head": False}, "this dspark has no confidence head"),
-        ({"kind": "dflash"}, "this dflash has no confidence head"),
-    ],
-)
-def test_blocks_are_cut_by_drafters_that_have_a_confidence_alone(
-    shape: dict[str, Any], said: str | None, tiny_drafter: DrafterArtifacts
-) -> None:
-    start = {"mask_token": MASK, "num_layers": 1, "target_layer_ids": [0, 2], "block_size": 4}
-    sft = Node("sft", "draftsmith.stages.sft", SftConfig.model_validate({"drafter": shape | start}), {"target": "t"})
-    mining = MiningConfig.model_validate({"drafting": {"confidence": 0.5}})
-    for node, field in (
-        (Node("mining", "draftsmith.stages.mining", mining, {"target": "t", "drafter": "sft"}), "drafting.confidence"),
-        (Node("speed", "draftsmith.stages.evaluation", EvaluationConfig(confidence=0.5), {"sft": "sft"}), "confidence"),
-    ):
-        found = Findings()
-        check_drafters(found, [sft, node], tiny_drafter.target, whole=True)
-        errors = [line.text for line in found.lines if line.level is Level.ERROR]
-        assert len(errors) == bool(said)
-        assert not said or errors[0].startswith(f"{field}: {said}: leave it out")
+        check_target(nodes("small", 8), tiny_drafter.target)
 
 
 def test_sampling_with_a_drafter_on_a_cpus_servers_is_an_error_before_anything_runs() -> None:
@@ -221,12 +131,10 @@ def test_prompts_that_are_too_long_for_a_later_stage_are_found_once_they_are_mad
             fields: dict[str, Any] = {"sampling": {"max_new_tokens": limit - longest + over}}
             fields |= {"splits": ["heldout"]} if made is RolloutConfig else {"validation_prompts": 1}
             node = Node("late", f"draftsmith.stages.{module}", made.model_validate(fields), {"prompts": "prompts"})
-            if over:
-                with pytest.raises(DraftsmithError, match=f"late: the longest prompt .* the target has {limit}"):
-                    check_lengths(FirstError(), [node], "prompts", tiny_drafter.prompts, limit)
-            else:
-                check_lengths(FirstError(), [node], "prompts", tiny_drafter.prompts, limit)
-            check_lengths(FirstError(), [node], "other_prompts", tiny_drafter.prompts, limit)
+            found = Findings()
+            for name in ("prompts", "other_prompts"):
+                check_lengths(found, [node], name, tiny_drafter.prompts, limit)
+            assert [line.check for line in found.lines] == ["late"] * over
 
 
 def test_one_system_of_checks_lists_all_errors_or_raises_the_first(tiny_drafter: DrafterArtifacts) -> None:
@@ -257,7 +165,7 @@ def test_the_champion_is_a_drafter_whose_shape_is_known(tiny_drafter: DrafterArt
     checkpoint = tiny_drafter.drafter / DRAFTER_FOLDER
     (plan,) = plans_of(checkpoint).values()
     assert plan.parameters > 0 and plan.kind == "dflash"
-    with pytest.raises(DraftsmithError, match=f"assisted: drafting.block_size 99 is larger .* {plan.block_size}"):
+    with pytest.raises(DraftsmithError, match=f"assisted: drafting.block_size: 99 is larger .* {plan.block_size}"):
         plans_of(checkpoint, block_size=99)
     with pytest.raises(DraftsmithError, match=r"line version 3: its folder .*gone is not here: mount the store"):
         plans_of(checkpoint / "gone")
@@ -283,10 +191,6 @@ def test_a_shape_that_the_line_does_not_take_is_told(
     nodes = [
         Node("champion", "draftsmith.stages.champion", serves, {"target": "target"}),
         Node("sft", "draftsmith.stages.sft", sft, {"target": "target", "drafter": "champion"}),
-        *(
-            Node(name, "draftsmith.stages.mining", MiningConfig(drafting=DraftingConfig(confidence=0.5)), inputs)
-            for name, inputs in (("mining", {"drafter": "sft"}), ("drift", {"champion": "champion"}))
-        ),
     ]
     found = Findings()
     (plan,) = check_drafters(found, nodes, tiny_drafter.target, whole=True).values()
@@ -296,8 +200,6 @@ def test_a_shape_that_the_line_does_not_take_is_told(
     assert [text.split("sft.drafter: ")[1].split(": not used")[0] for text in told] == ([expected] if expected else [])
     becomes = section.get("kind") == "dspark"
     assert plan.kind == ("dspark" if becomes else "dflash") and plan.has_confidence == becomes
-    cut = [line.check for line in found.lines if line.level is Level.ERROR]
-    assert cut == (["drift"] if becomes else ["mining", "drift"]), "what is mined is what is trained"
 
 
 def test_the_check_of_a_stage_that_is_run_alone_names_its_nodes_engine(tmp_path: Path) -> None:

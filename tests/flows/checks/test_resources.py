@@ -1,44 +1,141 @@
-"""Memory is compared where it is needed: a GPU's with the models, the host's with tables and what passes through."""
+"""What a stage needs is of the right size, is compared where it is needed, and takes what it took here or elsewhere."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from draftsmith.artifacts.manifest import InputEntry, Manifest
 from draftsmith.flows.checks import resources
-from draftsmith.flows.checks.findings import Findings
-from draftsmith.stages.estimates import of_logs, of_mining, of_opd, of_sft
-from draftsmith.stages.mining import MiningConfig
-from draftsmith.stages.parallel.config import ParallelConfig
+from draftsmith.flows.checks.findings import Findings, Level
+from draftsmith.flows.pipeline.graph import Node, in_order
+from draftsmith.flows.refresh.graph import refresh_nodes
+from draftsmith.stages.contract import Config
+from draftsmith.stages.engines.config import EmbeddedEngineConfig
+from draftsmith.stages.estimates import Need, of_logs, of_opd, of_rollout, of_sft
 from draftsmith.stages.prompting.logs_config import LogsConfig
-from draftsmith.stages.targets.estimate import ANSWER_BYTES, PROCESS, TABLES, Answers, Estimate, Use
+from draftsmith.stages.rollout import RolloutConfig
+from draftsmith.stages.targets.config import TargetConfig
+from draftsmith.stages.targets.estimate import ANSWER_BYTES, PROCESS, TABLES, Answers, ModelSize, Sizes, Use
 from draftsmith.stages.training.config import SftConfig
 from draftsmith.stages.training.on_policy.config import OpdConfig
-from tests.flows.checks.test_estimates import qwen_sizes
+from tests.flows.checks.test_check import QWEN3_4B
+from tests.flows.pipeline.processes import ROOT
+from tests.testbed.drafter import DrafterArtifacts
 
 ANSWERS = Answers(longest=4608, count=100_000)
+TARGET, OTHER = TargetConfig(source="/models/one"), TargetConfig(source="/models/other")
+TRAINED = ("target", "trajectories")
 
 
-def lines(monkeypatch: pytest.MonkeyPatch, estimate: Estimate, gpus: tuple[float, ...], host: float) -> dict[str, str]:
-    """Check → level and text."""
+def qwen_sizes() -> Sizes:
+    from transformers import Qwen3Config
+
+    from draftsmith.stages.drafters.checkpoint import plan_of_new
+    from draftsmith.stages.drafters.dflash.shape import DFlashConfig
+
+    target = Qwen3Config(**QWEN3_4B)
+    tokenizer = SimpleNamespace(convert_ids_to_tokens=lambda _: None)  # the mask token is an unused row
+    drafter = plan_of_new(DFlashConfig(mask_token=151669), target, lambda: tokenizer)
+    return Sizes(
+        ModelSize.of(target, 4_022_468_096),
+        ModelSize.of(drafter.config, drafter.parameters),
+        features=5,
+        block_size=16,
+        itemsize=2,
+        longest_prompt=512,
+        positions=40960,
+        kind=drafter.kind,
+        device_memory=80e9,
+        accelerated=True,
+    )
+
+
+def test_what_the_recipe_needs_by_hand() -> None:
+    from tests.testbed.refresh import load_config
+
+    sizes = qwen_sizes()
+    needed = resources._needs(in_order(refresh_nodes(load_config(ROOT / "configs" / "qwen3-4b-dflash.yaml"))), sizes)
+    # per layer: q, o 2560·4096, k, v 2560·1024, three of 2560·9728, norms; then fc 5·2560·2560 and two norms
+    layer = 2 * 2560 * 4096 + 2 * 2560 * 1024 + 3 * 2560 * 9728 + 2 * 2560 + 2 * 128
+    parameters = 5 * layer + 5 * 2560 * 2560 + 2 * 2560
+    assert sizes.drafter.parameters == parameters
+    opd, servers = needed["opd"], needed["assisted"].servers
+    assert 0.6 * 80e9 < opd.memory < 0.86 * 80e9  # one of 8 processes: 3 of 21 answers
+    assert (opd.processes, opd.disk, opd.passing) == (8, 2 * parameters, 24 * parameters)
+    assert opd.loaded == 2 * 4_022_468_096 + 12 * parameters
+    per_token = 2 * 36 * 8 * 128 * 2 + 2 * 5 * 8 * 128 * 2
+    assert servers is not None and servers.gpus == 8
+    assert (servers.weights, servers.requests) == (
+        2 * (4_022_468_096 + parameters),
+        32 * (512 + 4096 + 16) * per_token,
+    )
+    assert not needed["assisted"].memory, "the answers are made elsewhere"
+    as_it_is = needed["sft"]
+    assert (as_it_is.processes, as_it_is.passing) == (1, 0)
+    assert as_it_is.memory == PROCESS + 2 * 4_022_468_096 + 4 * parameters
+
+
+def test_what_is_packed_on_a_cpu_is_counted() -> None:
+    sizes, config = qwen_sizes(), RolloutConfig(engine=EmbeddedEngineConfig())
+    head = 2 * 151936 * 2560
+
+    def memory(drafters: int, **changes: Any) -> float:
+        return of_rollout(config, Use(replace(sizes, **changes), {"train": 9}, drafters)).memory
+
+    assert memory(0, accelerated=False) - memory(0) == head
+    assert memory(1, accelerated=False) - memory(1) == head + 2 * sizes.drafter.parameters
+
+
+def test_a_loss_over_the_whole_distribution_keeps_two_more_copies_of_the_logits() -> None:
+    use = Use(qwen_sizes(), answers=ANSWERS)
+    more = of_opd(OpdConfig(anchors="random"), use).memory - of_sft(SftConfig(), use).memory
+    assert more == pytest.approx(2 * 512 * 151936 * 4)
+
+
+def test_trajectories_take_no_more_disk_than_estimated(tiny_drafter: DrafterArtifacts) -> None:
+    from draftsmith.artifacts.parquet import read_table
+    from draftsmith.artifacts.schemas import TRAJECTORIES
+
+    path = tiny_drafter.rollout / "trajectories.parquet"
+    rows = read_table(path, TRAJECTORIES).to_pylist()
+    tokens = sum(len(row["prompt_ids"]) + len(row["response_ids"]) for row in rows)
+    assert path.stat().st_size < 4 * tokens < 10 * path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("need", "gpus", "host", "level"),
+    [
+        (Need(memory=60e9, tables=1e9, loaded=8e9), (80e9,), 64e9, Level.OK),
+        (Need(memory=60e9, tables=1e9, loaded=8e9), (80e9,), 6e9, Level.ERROR),
+        (Need(memory=70e9, tables=1e9), (80e9,), 64e9, Level.WARNING),
+        (Need(memory=120e9, tables=1e9), (80e9,), 64e9, Level.ERROR),
+        (Need(memory=60e9, tables=1e9), (), 64e9, Level.WARNING),
+        (Need(memory=20e9, tables=1e9, processes=4), (), 64e9, Level.WARNING),
+        (Need(tables=1e9), (), 64e9, Level.OK),
+    ],
+)
+def test_memory_is_compared_where_it_is_needed(
+    need: Need, gpus: tuple[float, ...], host: float, level: Level, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's with the models, the host's with tables and what passes through, in shares of its processes."""
     monkeypatch.setattr(resources, "gpus", lambda: gpus)
     monkeypatch.setattr(resources, "memory_bytes", lambda: host)
     found = Findings()
-    resources._compare_memory(found, "sft", estimate, elsewhere=False)
-    return {line.check: f"{line.level.value} {line.text}" for line in found.lines}
+    resources._compare(found, Node("sft", "draftsmith.stages.sft", SftConfig()), need, "", elsewhere=False)
+    assert [(line.check, line.level) for line in found.lines] == [("sft: needs", level)]
+    found = Findings()
+    resources._compare(found, Node("sft", "draftsmith.stages.sft", SftConfig()), need, "", elsewhere=True)
+    assert [line.level for line in found.lines] == [Level.OK], "of another machine nothing is known"
 
 
-def test_beside_a_gpu_the_host_must_hold_tables_and_what_passes_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = qwen_sizes()
-    estimate = of_sft(SftConfig(), Use(sizes, answers=ANSWERS))
-    assert estimate.host == {"tables": TABLES + ANSWER_BYTES * 100_000}
-    found = lines(monkeypatch, estimate, (141e9,), 64e9)
-    assert found.keys() == {"sft: memory", "sft: host memory"}
-    assert found["sft: memory"].startswith("ok") and "141.0 GB of GPU memory" in found["sft: memory"]
-    checkpoint = 0.75 * estimate.memory["drafter with AdamW"]
-    assert checkpoint >= 12 * sizes.drafter.parameters
-    needed = PROCESS + TABLES + ANSWER_BYTES * 1e5 + 2 * 4_022_468_096 + checkpoint
-    assert f"ok about {needed / 1e9:.1f} GB: target 8.0 GB" in found["sft: host memory"]
-    assert lines(monkeypatch, estimate, (141e9,), 8e9)["sft: host memory"].startswith("error")
+def test_tables_of_unknown_length_are_counted_too() -> None:
+    need = of_logs(LogsConfig(paths=["a.jsonl"], temperature=0, scored=0), Use(qwen_sizes()))
+    assert (need.memory, need.tables) == (0, TABLES)
+    assert of_sft(SftConfig(), Use(qwen_sizes(), answers=ANSWERS)).tables == TABLES + ANSWER_BYTES * 100_000
 
 
 def test_gpus_that_torch_cannot_use_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,56 +144,63 @@ def test_gpus_that_torch_cannot_use_are_told(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(resources, "gpu_names", lambda names=names: names)
         found = Findings()
         resources.check_accelerators(found)
-        assert len(found.lines) == count
-        assert all("GPU-a1: torch" in line.text and "compute on the CPU" in line.text for line in found.lines)
+        assert [line.check for line in found.lines] == ["GPUs"] * count
 
 
-def test_a_process_reads_whole_checkpoints_where_moments_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = qwen_sizes()
-    split = {"processes": 8, "shard_optimiser": True}
-    estimate = of_sft(SftConfig.model_validate({"parallel": split}), Use(sizes, answers=ANSWERS))
-    said = lines(monkeypatch, estimate, (141e9,) * 8, 512e9)["sft: host memory"]
-    assert f"drafter with AdamW {12 * sizes.drafter.parameters / 1e9:.1f} GB" in said
+def made(stage: str, config: Config, seconds: float, inputs: tuple[str, ...] = (), **metrics: float) -> Manifest:
+    """An artifact of the target with key `one`, or of another where its config says so."""
+    key = "one" if config != OTHER else "other"
+    entries = {name: InputEntry(stage=name, key="one", content_id="c", volatile_id="") for name in inputs}
+    return Manifest(
+        schema_version=1, stage=stage, key=key, content_id="c", created_at="", config=config.model_dump(mode="json"),
+        inputs=entries, external={}, code_digest="", modules={}, seed=0, files={}, metrics=metrics,
+        mlflow_run_id=None, duration_s=seconds, versions={},
+    )  # fmt: skip
 
 
-def test_without_a_gpu_tables_count_beside_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    estimate = of_mining(MiningConfig(), Use(qwen_sizes(), answers=ANSWERS))
-    found = lines(monkeypatch, estimate, (), 64e9)
-    assert found.keys() == {"sft: memory"}
-    needed = sum(estimate.memory.values()) + TABLES + ANSWER_BYTES * 1e5
-    assert f"about {needed / 1e9:.1f} GB" in found["sft: memory"]
+def seconds(
+    stage: str, config: Config, need: Need, history: list[Manifest], target: TargetConfig = TARGET, **elsewhere: bool
+) -> float | None:
+    """How long a node takes by its last run, or by what was measured."""
+    inputs = {name: name for name in (TRAINED if stage == "sft" else ("target",))}
+    node = Node(stage, f"draftsmith.stages.{stage}", config, inputs)
+    nodes = [Node("target", "draftsmith.stages.target", target), node]
+    took, _ = resources._time(
+        node, need, resources._History(history, nodes), qwen_sizes(), **{"elsewhere": False, **elsewhere}
+    )
+    return took
 
 
-def test_tables_of_a_stage_without_models_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of unknown length too."""
-    config = LogsConfig(paths=["a.jsonl"], temperature=0, scored=0)
-    estimate = of_logs(config, Use(qwen_sizes()))
-    assert not estimate.memory and estimate.host == {"tables": TABLES}
-    assert lines(monkeypatch, estimate, (141e9,), 0.5e9)["sft: host memory"].startswith("error")
-    assert lines(monkeypatch, estimate, (), 8e9)["sft: memory"].startswith("ok")
+def test_a_stage_takes_what_it_took_here_by_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "gpus", lambda: (80e9,))  # of which nothing was measured
+    asked, few = SftConfig(steps=200), SftConfig(steps=50)
+    here = [made("target", TARGET, 30), made("rollout", RolloutConfig(), 60, ("target",), answers=100.0)]
+    assert seconds("rollout", RolloutConfig(), Need(makes=Answers(100, count=300)), here) == 180
+    assert seconds("rollout", RolloutConfig(), Need(makes=Answers(100, count=300)), here, OTHER) is None
+    sft = made("sft", few, 100, TRAINED)
+    assert seconds("sft", asked, Need(), [*here, sft]) == 400
+    sft.metrics["seconds"] = 125.0  # of all attempts: its checkpoint counts on
+    assert seconds("sft", asked, Need(), [*here, sft]) == 500
+    many = SftConfig.model_validate({"steps": 50, "parallel": {"processes": 4}})
+    assert seconds("sft", asked, Need(), [*here, made("sft", many, 100, TRAINED)]) == 1600
+    eagle = SftConfig.model_validate({"steps": 200, "drafter": {"kind": "eagle3"}})
+    assert seconds("sft", eagle, Need(), [*here, sft]) is None
+
+
+def test_what_never_ran_here_takes_what_was_measured_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    need = Need(work=("decode", 5010.0))
+    monkeypatch.setattr(resources, "gpus", lambda: ())
+    assert seconds("rollout", RolloutConfig(), need, []) == pytest.approx(10 * 4_022_468_096 / 135e6)
+    assert seconds("rollout", RolloutConfig(), need, [], elsewhere=True) is None
+    assert seconds("rollout", RolloutConfig(), Need(), []) is None
 
 
 @pytest.mark.parametrize(
-    ("config", "more"),
-    [
-        (OpdConfig(verification="greedy"), 0),
-        (OpdConfig(), 2),  # forward KL, if the answers were sampled: copies of the target's logits too
-        (SftConfig(loss="forward_kl", compute_dtype="float32"), 2),
-    ],
+    ("gpus", "price", "said"),
+    [((), None, ""), ((), 3.0, "2 hours of this machine for 6.00"), ((80e9,), None, "2 GPU hours")],
 )
-def test_copies_of_logits_that_a_loss_keeps_are_counted(config: SftConfig | OpdConfig, more: int) -> None:
-    use = Use(qwen_sizes(), answers=ANSWERS)
-    needed = of_opd(config, use) if isinstance(config, OpdConfig) else of_sft(config, use)
-    assert needed.memory["logits"] == of_sft(SftConfig(), use).memory["logits"] + more * 512 * 151936 * 4
-
-
-def test_a_drafter_that_is_taken_as_it_is_needs_no_training() -> None:
-    """However many processes the section names."""
-    sizes = qwen_sizes()
-    parallel = ParallelConfig(processes=8)
-    config = SftConfig(steps=0, init_from="z-lab/Qwen3-4B-DFlash-b16", sequences_per_step=8, parallel=parallel)
-    needed = of_sft(config, Use(sizes, answers=ANSWERS))
-    of_drafter = {"drafter": 4.0 * sizes.drafter.parameters}
-    assert needed.memory == {"process": PROCESS, "target": 2.0 * sizes.target.parameters} | of_drafter
-    assert (needed.processes, needed.passing) == (1, {})
-    assert needed.files == {"drafters": 2.0 * sizes.drafter.parameters}
+def test_cost_is_hours_and_their_price(
+    gpus: tuple[float, ...], price: float | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources, "gpus", lambda: gpus)
+    assert resources._cost(2, price) == said

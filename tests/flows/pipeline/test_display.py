@@ -7,8 +7,9 @@ import io
 import pytest
 from rich.console import Console
 
+from draftsmith.artifacts.text import duration
 from draftsmith.flows.pipeline import display as module
-from draftsmith.flows.pipeline.display import Display, Rate, duration
+from draftsmith.flows.pipeline.display import Display, Rate
 
 
 def plain() -> tuple[Display, io.StringIO]:

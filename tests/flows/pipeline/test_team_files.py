@@ -106,7 +106,7 @@ def test_a_stage_s_own_time_limit_comes_before_that_of_its_slurm_job() -> None:
     pool = json.loads((TEAM / "pools" / "slurm.json").read_text())
     days, _, clock = pool["variables"]["properties"]["time"]["default"].partition("-")
     hours, minutes, seconds = map(int, clock.split(":"))
-    assert int(days) * 1440 + hours * 60 + minutes + seconds / 60 > StageOptions().time_limit_minutes
+    assert int(days) * 1440 + hours * 60 + minutes + seconds / 60 > StageOptions().time_limit("sft").seconds / 60
 
 
 def test_the_image_copies_what_the_package_is_made_of() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
 
 import pytest
 
@@ -12,8 +11,6 @@ from draftsmith.artifacts.manifest import ArtifactRef, manifest_text, read_manif
 from draftsmith.flows.cli import main
 from draftsmith.flows.pipeline.begun import Begun, note_begun, notes
 from draftsmith.flows.pipeline.history import last_used, made_before, note_made
-from draftsmith.flows.pipeline.why import _changed, _decisive
-from draftsmith.stages.contract import Config, OnlyIfSet, Operational
 from tests.flows.pipeline.toy import TOY, write_config
 
 
@@ -93,22 +90,3 @@ def test_a_run_with_a_long_name_has_a_history_and_notes(tmp_path: Path, monkeypa
     begun = {"target": Begun(1.0, "digest", ("a.jsonl",))}
     note_begun(one, begun)
     assert notes(one) == begun and notes(other) == {}
-
-
-def test_a_field_that_was_set_and_is_left_out_now_is_told() -> None:
-    class Part(Config):
-        size: int = 1
-        head: Annotated[str, OnlyIfSet()] = "plain"
-        address: Annotated[str, Operational()] = ""
-
-    class Whole(Config):
-        part: Part = Part()
-        cut: Annotated[float | None, OnlyIfSet()] = None
-        steps: int = 1
-
-    was, now = Whole(cut=0.3, part=Part(head="gated", address="there")), Whole()
-    assert was.key_material() != now.key_material()
-    told = list(_changed(*_decisive(was.model_dump(mode="json"), now)))
-    assert told == [("cut", 0.3, None), ("part.head", "gated", "plain")]
-    assert list(_changed(*_decisive(now.model_dump(mode="json"), was))) == [(f, n, b) for f, b, n in told]
-    assert list(_changed(*_decisive({"part": {"size": 1}, "steps": 1}, now))) == [], "of a release before the fields"

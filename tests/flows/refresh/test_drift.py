@@ -19,7 +19,6 @@ from draftsmith.artifacts.tracking import Tracking
 from draftsmith.flows.pipeline.display import Display
 from draftsmith.flows.pipeline.graph import PlanAgain
 from draftsmith.flows.refresh import commands
-from draftsmith.flows.refresh.config import drift_config
 from draftsmith.flows.refresh.course import RefreshCourse, resolve
 from draftsmith.flows.refresh.line import age_days, figures_of, history, registry
 from tests.flows.refresh.made import checked, config_of, gated
@@ -164,19 +163,6 @@ def test_figures_of_other_settings_are_not_compared(line: str, home: Path, draft
     assert decided(heldout=some) == f"{otherwise}heldout.sampling.top_k 20, was 0"
     registry().tag(version, {"measured_with": ""})
     assert decided(heldout=shorter).startswith("all: tau 1.000"), "a version that does not say them"
-
-
-@pytest.mark.parametrize(
-    ("drafting", "evaluated"),
-    [({"head_tokens": 64}, "with evaluation.head_tokens left out"), ({"block_size": 4}, "as they were trained")],
-)
-def test_a_drift_check_drafts_as_the_evaluation_does(drafting: dict[str, int], evaluated: str) -> None:
-    """Else no champion could be current."""
-    (field,) = drafting
-    with pytest.raises(ValueError, match=rf"drift\.drafting\.{field}: \d+, and drafters are evaluated {evaluated}: "):
-        config_of("a-line", drift={"drafting": drafting})
-    both = config_of("a-line", drift={"drafting": {"head_tokens": 64}}, evaluation={"head_tokens": 64})
-    assert drift_config(both).drafting.head_tokens == 64
 
 
 def test_as_many_sets_have_a_baseline_as_a_tag_holds() -> None:

@@ -36,6 +36,7 @@ ROOT = Path(__file__).parents[3]
 MAY_NAME_KINDS = {
     "flows/pipeline/config_file.py",  # what a section means that leaves its kind out
     "stages/drafters/checkpoint.py",  # and a checkpoint that names the class of its authors' code
+    "stages/drafters/kept.py",  # what a training of each keeps
     "stages/drafters/kinds.py",  # the list of them
     "stages/drafters/speculators.py",  # the form that each has in another layout
 }
@@ -287,7 +288,7 @@ def test_gradients_reach_every_parameter_and_not_the_target(texts: Texts, plain_
 
 
 def test_it_is_registered_under_its_own_kind(drafter: Drafter) -> None:
-    traits = KINDS[drafter.kind].TRAITS
+    traits = KINDS[drafter.kind]
     assert (traits.kind, traits.recipe) == (drafter.kind, drafter.recipe)
     assert KINDS.keys() == ARCHITECTURES.keys()
 

@@ -169,12 +169,12 @@ def test_an_engine_that_needs_more_steps_than_replay_is_refused_without_a_trace(
     """A fifth below: less than the share of steps that may differ. After one round, not after all of them."""
     ctx = RecordingContext.under(tmp_path, {"target": tiny_drafter.target})
     config = CONFIG.model_copy(update={"block_sizes": None, "concurrency": (1,), "parity_prompts": 20})
-    launch = config.engine.model_copy(update={"launch": config.engine.launch.model_copy(update={"dtype": "bfloat16"})})  # type: ignore[union-attr]
-    wasteful = served(ctx, tiny_drafter, config=config, engine=launch, wasteful=True)
+    bfloat16: dict[str, Any] = {"config": config, "target_dtype": "bfloat16"}
+    wasteful = served(ctx, tiny_drafter, **bfloat16, wasteful=True)
     with pytest.raises(DraftsmithError, match=r"evaluation: drafter wide: tau is .* lower by .* \(2% is allowed"):
         measure(wasteful, tiny_drafter)
     assert [arm for arm, _ in wasteful.started] == ["plain", "wide", "narrow"]
-    repaired = served(ctx, tiny_drafter, config=config, engine=launch)
+    repaired = served(ctx, tiny_drafter, **bfloat16)
     found = measure(repaired, tiny_drafter)
     assert [arm for arm, _ in repaired.started][:3] == ["plain", "wide", "narrow"], "what was refused is not kept"
     assert found.parity is not None

@@ -28,7 +28,7 @@ from draftsmith.stages.drafters.checkpoint import create_drafter, save_drafter
 from draftsmith.stages.drafters.eagle3.shape import Eagle3Config
 from draftsmith.stages.mining import STAGE as MINING
 from draftsmith.stages.mining import MiningConfig
-from draftsmith.stages.parallel.config import ParallelConfig
+from draftsmith.stages.parallel.config import RENDEZVOUS, ParallelConfig
 from draftsmith.stages.parallel.launch import RankFailedError, RankReport, _cause, launch
 from draftsmith.stages.stored import DRAFTER_FOLDER
 from draftsmith.stages.targets.causal_lm import Target
@@ -206,12 +206,16 @@ def other_node() -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
 
 
 def test_two_nodes_train_together_until_a_rank_is_lost_or_one_is_asked_to_stop(
-    tmp_path: Path, inputs: dict[str, str], other_node: tuple[int, subprocess.Popen[bytes]]
+    tmp_path: Path,
+    inputs: dict[str, str],
+    other_node: tuple[int, subprocess.Popen[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What ended a rank is reported where the flow runs; the next attempt finds the other node. All save and end at the
     same step."""
     port, node = other_node
-    fields = {**CONFIG, "parallel": {"nodes": 2, "rendezvous": f"localhost:{port}"}}
+    monkeypatch.setenv(RENDEZVOUS, f"localhost:{port}")
+    fields = {**CONFIG, "parallel": {"nodes": 2}}
 
     def begun(after: int) -> subprocess.Popen[bytes]:
         process = start_stage(tmp_path, "draftsmith.stages.sft", fields, inputs=inputs, threads=1)
@@ -279,7 +283,8 @@ def test_what_another_node_does_not_report_is_tried_again(
     monkeypatch.setattr("draftsmith.stages.parallel.launch._ECHO_S", 0.0)
     for rank, message in reported.items():
         RankReport(rank, message, 1).write(tmp_path)
-    nodes = ParallelConfig(nodes=2, rendezvous="first-node:29400")
+    monkeypatch.setenv(RENDEZVOUS, "first-node:29400")
+    nodes = ParallelConfig(nodes=2)
     error = _cause(tmp_path, RendezvousTimeoutError(), nodes, stopped=False)
     assert error.exit_code == exit_code
 

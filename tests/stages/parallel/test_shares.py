@@ -14,9 +14,9 @@ from draftsmith.stages.parallel.config import RENDEZVOUS, ParallelConfig
 from draftsmith.stages.parallel.ranks import ALONE, Ranks
 from draftsmith.stages.targets.estimate import Answers, Use
 from draftsmith.stages.training.config import SftConfig
-from draftsmith.stages.training.estimate import row_bytes, training_estimate
+from draftsmith.stages.training.estimate import row_bytes, training_memory
 from draftsmith.stages.training.on_policy.config import OpdConfig
-from tests.flows.checks.test_estimates import qwen_sizes
+from tests.flows.checks.test_resources import qwen_sizes
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8, 21])
@@ -67,8 +67,6 @@ def test_the_control_is_trained_by_as_many_as_opd() -> None:
     ("fields", "said"),
     [
         ({"sequences_per_step": 7, "parallel": {"processes": 4, "nodes": 2}}, "7 cannot be split over 8 processes"),
-        ({"parallel": {"processes": 2, "rendezvous": "host:1"}}, "is where several nodes meet"),
-        ({"parallel": {"nodes": 2, "rendezvous": "host"}}, "rendezvous"),
         ({"parallel": {"processes": 0}}, "processes"),
         ({"parallel": {"processes": 8, "target_parallel": 3}}, "8 processes are no whole number of groups of 3"),
         ({"parallel": {"nodes": 2, "target_parallel": 2}}, "1 processes are no whole number of groups of 2"),
@@ -79,14 +77,16 @@ def test_what_cannot_be_split_is_refused(fields: dict[str, Any], said: str) -> N
         SftConfig.model_validate(fields)
 
 
-def test_nodes_meet_where_the_config_or_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_meet_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(RENDEZVOUS, raising=False)
     nodes = ParallelConfig(nodes=2)
-    with pytest.raises(DraftsmithError, match=f"parallel.rendezvous is not given.*{RENDEZVOUS}"):
+    with pytest.raises(DraftsmithError, match=f"{RENDEZVOUS} is not given"):
         nodes.endpoint()
     monkeypatch.setenv(RENDEZVOUS, "head:29400")
     assert nodes.endpoint() == ("head", 29400)
-    assert ParallelConfig(nodes=2, rendezvous="other:1").endpoint() == ("other", 1)
+    monkeypatch.setenv(RENDEZVOUS, "head")
+    with pytest.raises(DraftsmithError, match="is 'head'"):
+        nodes.endpoint()
 
 
 def test_a_process_needs_memory_for_its_share_of_a_step() -> None:
@@ -97,7 +97,7 @@ def test_a_process_needs_memory_for_its_share_of_a_step() -> None:
 
     def parts(**parallel: Any) -> dict[str, float]:
         config = SftConfig.model_validate({"sequences_per_step": 21, "parallel": parallel})
-        return dict(training_estimate(config, Use(sizes, answers=answers)).memory)
+        return training_memory(config, Use(sizes, answers=answers))
 
     alone, shared, sharded = parts(), parts(processes=8), parts(processes=8, shard_optimiser=True)
     assert shared["features"] == pytest.approx(alone["features"] * 3 / 21)

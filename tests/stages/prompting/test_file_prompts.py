@@ -42,7 +42,7 @@ def test_both_classes_of_a_file_that_is_trained_on_are_those_of_the_plain_way(
     log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supplies_module, "_KEPT", 7)
-    source = JsonlSource.model_validate({"path": str(log), "since": "2026-03-20", "seed": 3})
+    source = JsonlSource.model_validate({"path": str(log), "since": "2026-03-20"})
     found = []
     for wanted in (None, Counts(train=1, heldout=1)):
         (supply,) = supplies(source, Supplying(heldout_share=0.3, wanted=wanted))
@@ -59,7 +59,7 @@ def test_they_are_those_of_the_plain_way(
 ) -> None:
     """Whatever is kept at a time, to the last one, duplicates among them, and with the same counts of both classes."""
     monkeypatch.setattr(supplies_module, "_KEPT", kept)
-    source = JsonlSource.model_validate({"path": str(log), "since": since, "seed": 3})
+    source = JsonlSource.model_validate({"path": str(log), "since": since})
     plain, held = drawn(source, Supplying(heldout_share=share))
     few, supply = drawn(source, Supplying(heldout_share=share, wanted=Counts(heldout=1)))
     assert few == plain and len(plain) > 50

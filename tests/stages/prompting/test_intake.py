@@ -57,7 +57,7 @@ def listed() -> io.StringIO:
 
 @pytest.fixture(scope="module")
 def intake(tiny_drafter: DrafterArtifacts, listed: io.StringIO) -> Intake:
-    config = LogsConfig(paths=["a"], temperature=0, source_field="team", max_bad_share=1)
+    config = LogsConfig(paths=["a"], temperature=0, max_bad_share=1)
     return Intake(config, tiny_drafter.target, HeldOut(), Aside("logs.max_bad_share", 1, listed))
 
 

@@ -186,8 +186,9 @@ def test_a_prompt_with_tools_that_something_is_added_to_is_left_out(
     rows = only(served(target, conversations, tools=WEATHER), *IDS, messages=conversations, tools=[WEATHER] * 80)
     plain = only(served(target, conversations[:40]), *IDS, messages=conversations[:40])
     log = write(tmp_path / "log.jsonl", plain + rows[40:])
-    for name, added in (("a", {"suffix": " Explain."}), ("b", {"system": "Be kind."})):
-        source = {"kind": "jsonl", "path": str(log), **added}
-        taken, context = run_with_context(target, tmp_path / name, [source], train=10, heldout=10, heldout_share=0.5)
+    for name, suffix, system in (("a", " Explain.", None), ("b", "", "Be kind.")):
+        source = {"kind": "jsonl", "path": str(log), "suffix": suffix}
+        asked_of: dict[str, Any] = {"train": 10, "heldout": 10, "heldout_share": 0.5, "system": system}
+        taken, context = run_with_context(target, tmp_path / name, [source], **asked_of)
         assert context.summaries["rows_set_aside"] == 40
         assert all(int(row["messages"][-1]["content"].split()[1].rstrip("?")) < 40 for row in taken)

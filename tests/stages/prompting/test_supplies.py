@@ -33,11 +33,12 @@ def test_no_refresh_trains_on_what_another_measured(target: Path, tmp_path: Path
     seen: list[list[Row]] = []
     for seed in range(3):
         sources: list[Row] = [
-            {"kind": "jsonl", "path": str(path), "seed": seed, "system": f"Be kind {seed}."},
-            {"kind": "huggingface", "id": str(data), "field": "prompt", "seed": seed},
-            {"kind": "reasoning_gym", "tasks": ["chain_sum"], "seed": seed},
+            {"kind": "jsonl", "path": str(path)},
+            {"kind": "huggingface", "id": str(data), "field": "prompt"},
+            {"kind": "reasoning_gym", "tasks": ["chain_sum"]},
         ]
         settings: dict[str, Any] = {"train": 60 + 90 * seed, "heldout": 12, "validation": 6, "seed": seed}
+        settings["system"] = f"Be kind {seed}."
         seen.append(run(target, tmp_path / str(seed), sources, **settings))
     assert not set().union(*map(measured, seen)) & set().union(*map(trained, seen))
     assert all(place(prompt) < HELDOUT_SHARE for rows in seen for prompt in measured(rows))
@@ -104,10 +105,13 @@ def test_too_small_a_class_says_how_small_and_what_to_do(target: Path, tmp_path:
 
 def test_a_benchmark_may_be_held_out_as_a_whole(target: Path, tmp_path: Path) -> None:
     """And nothing of it is trained on, although another source has it with another system prompt."""
-    benchmark, other = questions(tmp_path / "a.jsonl", 20), questions(tmp_path / "b.jsonl", 30)
+    benchmark = questions(tmp_path / "a.jsonl", 20)
+    kind = {"role": "system", "content": "Be kind."}
+    asked = [[kind, {"role": "user", "content": f"Question number {number}?"}] for number in range(30)]
+    other = write_rows(tmp_path / "b.jsonl", [{"messages": messages} for messages in asked])
     sources: list[Row] = [
         {"kind": "jsonl", "path": str(benchmark), "heldout_share": 1, "counts": {"heldout": 20}},
-        {"kind": "jsonl", "path": str(other), "system": "Be kind.", "counts": {"train": 7}},
+        {"kind": "jsonl", "path": str(other), "counts": {"train": 7}},
     ]
     rows = run(target, tmp_path, sources, train=None, heldout=None)
     assert len(measured(rows)) == 20 and len(trained(rows)) == 7
@@ -152,7 +156,7 @@ def test_new_rows_come_first_and_old_ones_only_where_these_are_too_few(target: P
     path = write_rows(tmp_path / "log.jsonl", [*rows, {"prompt": "Question without a day"}])
 
     def taken(count: int, since: str | None) -> list[str]:
-        source = {"kind": "jsonl", "path": str(path), "since": since, "time_field": "when"}
+        source = {"kind": "jsonl", "path": str(path), "since": since, "fields": {"timestamp": "when"}}
         found = run(target, tmp_path / f"{count}-{since}", [source], train=0, heldout=count, heldout_share=1)
         return [row["messages"][0]["content"][-10:] for row in found]
 

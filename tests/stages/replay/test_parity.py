@@ -10,7 +10,6 @@ import pytest
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.artifacts.parquet import to_table
 from draftsmith.artifacts.schemas import TRACE
-from draftsmith.stages.engines.config import EmbeddedEngineConfig, SGLangEngineConfig, served_dtype
 from draftsmith.stages.replay import parity
 from draftsmith.stages.replay.parity import Gate, check_tau
 
@@ -180,13 +179,3 @@ def test_an_engine_that_accepted_nothing_fails_within_the_limit_too(counted: int
         tau_of(BF16, *counts)
     assert tau_of(OFF, *counts)["served_tau"] == 1
     assert tau_of(BF16, [10], [10], [9])["served_tau"] == 1  # a single near-tie may do that
-
-
-def test_the_served_dtype_is_that_of_the_launch_or_the_target() -> None:
-    assert served_dtype(EmbeddedEngineConfig(), "bfloat16") == "bfloat16"
-    launched = {"kind": "sglang", "python": "python"}
-    for launch, dtype in (({}, "bfloat16"), ({"dtype": "float32"}, "float32")):
-        engine = SGLangEngineConfig.model_validate({**launched, "launch": launch})
-        assert served_dtype(engine, "bfloat16") == dtype
-    running = SGLangEngineConfig.model_validate({"kind": "sglang", "urls": ["http://a"]})
-    assert served_dtype(running, "float32") is None

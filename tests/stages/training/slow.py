@@ -183,7 +183,7 @@ def plain_weight(config: PositionWeights, k: int, log_q: dict[int, float]) -> fl
     if config.kind == "power":
         return config.delta ** (k - 1)
     if config.kind == "d_pace":
-        smoothed = {j: (1 - config.alpha) * math.exp(value) + config.alpha for j, value in log_q.items()}
+        smoothed = {j: 0.5 * math.exp(value) + 0.5 for j, value in log_q.items()}
         return sum(math.prod(value for j, value in smoothed.items() if j <= i) for i in log_q if i >= k)
     return 1.0
 

@@ -12,7 +12,7 @@ from draftsmith.stages.drafters.eagle3.shape import Eagle3Config
 from draftsmith.stages.law import Law
 from draftsmith.stages.targets.estimate import PROCESS, Answers, Use
 from draftsmith.stages.training.config import SftConfig, TrainingConfig
-from draftsmith.stages.training.estimate import row_bytes, training_estimate
+from draftsmith.stages.training.estimate import row_bytes, training_memory
 from draftsmith.stages.training.on_policy.config import OpdConfig
 from tests.stages.training.fake_step import FakeStep
 
@@ -47,7 +47,7 @@ def estimated_and_tracked(
     """Bytes of the estimate without what no tensor is, bytes of the tracker, rows of a micro-batch."""
     config: TrainingConfig = step.config
     sizes = step.sizes(device_memory)
-    parts = training_estimate(config, Use(sizes, answers=Answers(step.longest))).memory
+    parts = training_memory(config, Use(sizes, answers=Answers(step.longest)))
     rows = round(parts["activations"] / row_bytes(config, sizes, step.longest))
     return sum(parts.values()) - PROCESS, step.peak_bytes(rows, mask_entries), rows
 

@@ -7,14 +7,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from draftsmith.stages.drafters import attention
-from draftsmith.stages.drafters.base import Drafter, StepShape
+from draftsmith.stages.drafters.base import Drafter
 from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.targets.estimate import Answers, Use
 from draftsmith.stages.training.anchors import position_anchors
 from draftsmith.stages.training.batches import FeatureSource, step_rng
 from draftsmith.stages.training.blocks import LossReport
 from draftsmith.stages.training.config import SftConfig, TrainingConfig
-from draftsmith.stages.training.estimate import loaded_sizes, training_estimate
 from draftsmith.stages.training.supervised import sft_loss
 from draftsmith.stages.training.vocabulary import HeadSource
 from tests.stages.kernel_flops import KERNEL_FLOPS
@@ -59,16 +57,3 @@ def test_the_formula_is_what_torch_counts(
     with FlopCounterMode(display=False, custom_mapping=KERNEL_FLOPS) as counter:
         report = step()
     assert counter.get_total_flops() == pytest.approx(report.operations, rel=TOLERANCE)
-
-
-def test_a_check_counts_about_what_a_training_will_do(any_drafter: Drafter, plain_target: Target) -> None:
-    """From sizes alone, with anchors in the middle, and the target's forward: of DFlash without
-    its windows, of those that add to it without what they add."""
-    config = SftConfig(steps=7, sequences_per_step=3, anchors_per_sequence=4, feature_memory_mb=1e-3)
-    T, K = 40, any_drafter.block_size - 1
-    sizes = loaded_sizes(plain_target, any_drafter, T)
-    shape = StepShape(3, T, torch.full((3, 4), T // 2), 12 * K, sizes.drafter.vocabulary)
-    target = 2 * sum(p.numel() for p in plain_target.model.parameters()) * 3 * T
-    counted = training_estimate(config, Use(sizes, answers=Answers(T, count=100))).operations
-    within = 0.05 if any_drafter.kind == "dflash" else 0.5
-    assert counted == pytest.approx(7 * (any_drafter.training_operations(shape) + target), rel=within)

@@ -11,9 +11,7 @@ from draftsmith.stages.drafters.checkpoint import create_drafter
 from draftsmith.stages.drafters.dflash.model import DFlashDrafter, SlotContext
 from draftsmith.stages.drafters.dflash.shape import DFlashConfig
 from draftsmith.stages.drafters.head import Head
-from draftsmith.stages.engines.estimate import decoding
 from draftsmith.stages.targets.causal_lm import Target
-from draftsmith.stages.targets.estimate import ModelSize, Sizes
 from tests.stages.drafters.dflash import reference
 from tests.testbed import random_target
 
@@ -109,22 +107,3 @@ def test_a_layer_with_a_window_keeps_what_its_window_can_reach(plain_target: Tar
         context = drafter.new_context(2, capacity)
         assert isinstance(context, SlotContext)
         assert [slots.capacity for slots in context.layers] == [min(capacity, 20 + drafter.block_size), capacity]
-
-
-def test_the_estimate_of_decoding_is_what_the_slots_hold(plain_target: Target) -> None:
-    """Key/value memory of a drafter with windows, beside the target's, which keeps every position."""
-    slots, longest = 3, 200
-    drafter = random_target.random_drafter(plain_target, sliding_window=20, layer_types=(SLIDING, FULL))
-    size = ModelSize.of(drafter.config, 0)
-    target = ModelSize.of(plain_target.model.config, 0)
-    sizes = Sizes(
-        target, size, features=2, block_size=5, itemsize=4, longest_prompt=100, positions=256, kind=drafter.kind
-    )
-    estimated = decoding(slots, longest, True, 4, sizes, rings=True)["key/value memory"]
-    context = drafter.new_context(slots, longest + 5)
-    read = torch.zeros(slots, 4, 2 * random_target.HIDDEN_SIZE), torch.zeros(slots, 4, dtype=torch.long)
-    with torch.no_grad():
-        drafter.extend(context, slice(0, slots), *read, torch.arange(4).expand(slots, -1))
-    assert isinstance(context, SlotContext)
-    kept = [x.nbytes for s in context.layers for x in (s.keys, s.values) if x is not None]
-    assert estimated == sum(kept) + slots * (longest + 5) * target.kv_bytes_per_token(4)

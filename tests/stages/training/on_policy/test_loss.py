@@ -62,7 +62,7 @@ OBJECTIVES = {
     ),
     "power weights": objective(response("forward_kl", positions={"kind": "power", "delta": 0.6})),
     "D-PACE": objective(response("cross_entropy", scope="block", positions={"kind": "d_pace"})),
-    "D-PACE, committed": objective(response("tests.lab.losses:lk", positions={"kind": "d_pace", "alpha": 0.2})),
+    "D-PACE, committed": objective(response("tests.lab.losses:lk", positions={"kind": "d_pace"})),
 }
 
 
