@@ -73,7 +73,6 @@ def run(ctx: StageContext, config: EvaluationConfig) -> None:
         "temperature": settings[0].temperature,
         "concurrency": settings[0].concurrency,
         "head_tokens": config.head_tokens,
-        "confidence": config.confidence,
         "training_seeds": {arm: _training_seed(folder) for arm, folder in _drafters_of(ctx).items()},
         "verdicts": verdicts(tau_differences, ratios, speed["plain"]["prompts"]),
         "block_size_candidates": measured.candidates,
@@ -208,10 +207,6 @@ def _acceptance(
     (ctx.out / CONTEXTS).write_text(json.dumps(contexts, indent=1) + "\n")
     for name, found in tallies.get("full_head", {}).items():
         table[name]["tau_full_head"] = found.tau
-    for name, found in tallies.get("whole_blocks", {}).items():
-        table[name]["tau_whole_blocks"] = found.tau
-        table[name]["verified_per_step"] = tallies["trained"][name].judged_per_step
-        table[name]["verified_per_step_whole_blocks"] = found.judged_per_step
     figures = {
         "heldout_trajectories": len(stored.trajectories),
         "outside_nucleus_share": outside,
@@ -229,9 +224,7 @@ def _draftings(config: EvaluationConfig) -> dict[str, DraftingConfig]:
     """How the drafters draft in the replays of held-out answers, by a name for each."""
     settings = {"trained": config.drafted()}
     if config.head_tokens is not None:
-        settings["full_head"] = DraftingConfig(confidence=config.confidence)
-    if config.confidence is not None:
-        settings["whole_blocks"] = DraftingConfig(head_tokens=config.head_tokens)
+        settings["full_head"] = DraftingConfig()
     return settings
 
 

@@ -150,7 +150,7 @@ def _export(display: Display, version: Version, folder: Path, layout: str, *, dr
         if drafter_digest(folder) != version.tags.get("drafter_digest", drafter_digest(source)):
             raise DraftsmithError(f"{folder}: the copy differs from what was registered: try again, or another disk")
     display.line(f"{version}: {size / 1e6:.1f} MB in {folder}")
-    algorithm = algorithm_of(folder, None)
+    algorithm = algorithm_of(folder)
     fastest = version.tags.get(FASTEST_BLOCK)  # empty where no speed was measured
     block = int(fastest) if fastest else block_size_of(folder, DraftingConfig(), algorithm)
     display.line(f"  for SGLang: {shlex.join(drafting_options(folder, algorithm, block))}")

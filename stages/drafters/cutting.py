@@ -12,10 +12,6 @@ from __future__ import annotations
 
 import torch
 
-from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.stages.drafters.base import Drafter
-from draftsmith.stages.drafters.config import DraftingConfig, no_confidence
-
 
 class KeptSoFar:
     """The probability that a block is kept so far, offset after offset."""
@@ -34,9 +30,3 @@ class KeptSoFar:
 def verified(confidence: torch.Tensor, threshold: float) -> torch.Tensor:
     """How many proposals of each block are verified, [...]. confidence: logits [..., K]."""
     return (confidence.float().sigmoid().cumprod(-1) >= threshold).sum(-1)
-
-
-def check_confidence(drafter: Drafter, drafting: DraftingConfig) -> None:
-    """Raises DraftsmithError if blocks are to be cut by a drafter that says nothing of its proposals."""
-    if drafting.confidence is not None and not drafter.has_confidence:
-        raise DraftsmithError(no_confidence(drafter.kind))

@@ -24,5 +24,3 @@ class Traits:
 
     kind: str  # as in `drafter.kind` of a config
     recipe: TrainingRecipe
-    algorithm: str = "DFLASH"  # of SGLang, by which it is served
-    chains: bool = False  # drafts as engines do EAGLE: token by token, so that they may branch into trees; else blocks

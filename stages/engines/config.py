@@ -18,10 +18,6 @@ from draftsmith.stages.law import Law, TopK
 NO_REDUCED_HEAD = (
     "only the embedded engine drafts from a part of the vocabulary; leave it out, or set engine.kind: embedded"
 )
-NO_CUTTING = (
-    "SGLang cuts blocks by its load, not by a threshold that replay could follow; leave it out, or set engine.kind: "
-    "embedded"
-)
 GREEDY_ONLY = (  # behind the name of the field
     "SGLang verifies greedily on this device, as on every CPU, so a drafter would change sampled answers; set it to 0, "
     "roll out without a drafter, or use an NVIDIA GPU"
@@ -51,14 +47,14 @@ _OWN_OPTIONS = {
     "pipeline-parallel-size": _NO_PIPELINES,
     "nnodes": "nothing: a launched server is on this machine alone",
     "mem-fraction-static": "engine.launch.memory_fraction",
-    "speculative-algorithm": "engine.launch.algorithm",
+    "speculative-algorithm": "the drafter's checkpoint",
     "speculative-draft-model-path": "the drafter of the refresh",
     "speculative-draft-model": "the drafter of the refresh",
-    "speculative-num-draft-tokens": "drafting.block_size, or engine.launch.tree",
+    "speculative-num-draft-tokens": "drafting.block_size",
     "speculative-dflash-block-size": "drafting.block_size",
     "speculative-dspark-block-size": "drafting.block_size",
     "speculative-num-steps": "drafting.block_size",
-    "speculative-eagle-topk": "engine.launch.tree",
+    "speculative-eagle-topk": "nothing: replay rebuilds chains, so no trees are drafted",
     "speculative-accept-threshold-single": _LOSSLESS,
     "speculative-accept-threshold-acc": _LOSSLESS,
     "speculative-use-rejection-sampling": _OTHER_RULES,
@@ -139,15 +135,6 @@ class EmbeddedEngineConfig(Config):
     slots: Annotated[int, Field(ge=1, description="requests in flight")] = 8
 
 
-class TreeConfig(Config):
-    """Trees of drafts (EAGLE-3): as deep as the chain would be long, several branches at every token."""
-
-    branches: Annotated[int, Field(ge=2, description="--speculative-eagle-topk")]
-    draft_tokens: Annotated[
-        int, Field(ge=3, description="verified in one step, the anchor included: --speculative-num-draft-tokens")
-    ]
-
-
 class LaunchConfig(Config):
     """SGLang servers that the stage starts, waits for and stops. What is left out is SGLang's own default."""
 
@@ -174,16 +161,6 @@ class LaunchConfig(Config):
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, Field(description="left out: the target's")] = (
         None
     )
-    algorithm: Annotated[
-        Literal["DFLASH", "DSPARK", "EAGLE3"] | None, Field(description="left out: as the drafter's checkpoint says")
-    ] = None
-    tree: Annotated[
-        TreeConfig | None,
-        Field(
-            description="EAGLE-3 only, and only for an evaluation's speed: replay rebuilds chains, so trees are not "
-            "mined, and not compared with it; left out: chains"
-        ),
-    ] = None
     options: Annotated[
         dict[str, OptionValue | tuple[OptionValue, ...]],
         AfterValidator(_no_secrets),

@@ -75,11 +75,6 @@ class Served:
     def settings(self) -> list[Setting]:
         return settings_of(self.config)
 
-    @property
-    def drafts_chains(self) -> bool:
-        """As replay does; trees are served for their speed alone."""
-        return self.engine.launch is not None and self.engine.launch.tree is None
-
     @contextmanager
     def server(self, drafter: Path | None, block_size: int, work: Path) -> Iterator[SGLangEngine]:
         """A server of the target, alone or with a drafter."""
@@ -153,8 +148,6 @@ def measure_served(served: Served, heldout: Sequence[Prompt], validation: Sequen
     ctx, config = served.ctx, served.config
     sizes, candidates = _choose_block_sizes(served, validation)
     ctx.log(told(sizes))
-    if not served.drafts_chains:
-        ctx.log("trees are drafted: what is served is not compared with replay, which rebuilds chains")
     arms = [PLAIN, *served.drafters]
     rows: list[Row] = []
     turns: list[Row] = []
@@ -175,7 +168,7 @@ def measure_served(served: Served, heldout: Sequence[Prompt], validation: Sequen
             ctx.progress(round * len(arms) + order + 1, most * len(arms), "turns of servers")
             ctx.check_interrupted()
         # no server is running: the machine is free for replay, and a wrong drafter costs no more rounds
-        if round == 0 and served.drafts_chains:
+        if round == 0:
             parity = _check_parity(served, sizes, heldout)
     compare_with_plain(rows, sampled=False)
     _add_margins(served, rows, heldout)
@@ -223,7 +216,7 @@ def _turn(
     with served.server(drafter, block_size, folder) as engine:
         can_trace = engine.records_trace
         served.warm_up(engine, prompts)
-        if drafter and round == 0 and served.drafts_chains:
+        if drafter and round == 0:
             _trace(served, engine, arm, block_size, heldout, can_trace)
         for setting in served.settings:
             requests = requests_for(prompts, served.config, setting, served.ctx.seed, round=round)

@@ -13,7 +13,6 @@ import torch
 from draftsmith.stages.contract import WHOLE, Shard
 from draftsmith.stages.drafters.base import Context, Drafter
 from draftsmith.stages.drafters.config import DraftingConfig
-from draftsmith.stages.drafters.cutting import check_confidence
 from draftsmith.stages.drafters.head import Head
 from draftsmith.stages.law import GREEDY, Law
 from draftsmith.stages.memory import in_halves
@@ -142,8 +141,6 @@ def replay_groups(
     same.
     """
     drafting = drafting or DraftingConfig()
-    for drafter in drafters.values():
-        check_confidence(drafter, drafting)
     layer_ids = sorted({layer for d in drafters.values() for layer in d.target_layer_ids})
     ready = {name: _Ready.of(target, drafter, drafting) for name, drafter in drafters.items()}
 
@@ -251,7 +248,6 @@ def mine(
     tree_tokens: rejected proposals of a trajectory that one forward scores.
     """
     drafting = drafting or DraftingConfig()
-    check_confidence(drafter, drafting)
     ready = _Ready.of(target, drafter, drafting)
     tree_tokens = max(tree_tokens, drafting.block_size or drafter.block_size)
 
@@ -327,13 +323,12 @@ class _Ready:
     drafter: Drafter  # with packed weights, where there can be any
     head: Head
     block_size: int
-    confidence: float | None
 
     @classmethod
     def of(cls, target: Target, drafter: Drafter, drafting: DraftingConfig) -> _Ready:
         """To be made once for all groups: weights are packed here."""
         head = drafter.drafting_head(target.head_weight, drafting.head_tokens).for_decoding(target)
-        return cls(drafter.for_decoding(), head, drafting.block_size or drafter.block_size, drafting.confidence)
+        return cls(drafter.for_decoding(), head, drafting.block_size or drafter.block_size)
 
     def replay(
         self,
@@ -360,7 +355,6 @@ class _Ready:
             self.head,
             chains,
             text=text,
-            confidence=self.confidence,
             with_proposals=with_proposals,
             with_logprobs=with_logprobs,
         )

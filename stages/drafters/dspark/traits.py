@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from draftsmith.stages.drafters.traits import TrainingRecipe, Traits
 
-TRAITS = Traits(kind="dspark", recipe=TrainingRecipe(loss="ce_l1", gamma=4.0), algorithm="DSPARK")
+TRAITS = Traits(kind="dspark", recipe=TrainingRecipe(loss="ce_l1", gamma=4.0))

@@ -9,6 +9,4 @@ from draftsmith.stages.drafters.traits import TrainingRecipe, Traits
 TRAITS = Traits(
     kind="eagle3",
     recipe=TrainingRecipe(loss="forward_kl", gamma=-1 / math.log(0.8)),  # 0.8 a step
-    algorithm="EAGLE3",
-    chains=True,
 )

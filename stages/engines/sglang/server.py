@@ -21,7 +21,7 @@ from draftsmith.artifacts.private import private
 from draftsmith.artifacts.redaction import MASK
 from draftsmith.stages import lifeline
 from draftsmith.stages.drafters.config import DraftingConfig
-from draftsmith.stages.engines.config import LaunchConfig, OptionValue, SGLangEngineConfig, TreeConfig, option_name
+from draftsmith.stages.engines.config import LaunchConfig, OptionValue, SGLangEngineConfig, option_name
 
 # What runs inside the servers (pyproject's entry point). Answers' records are its work: named here, it counts in the
 # code's digest of every stage that asks servers.
@@ -34,10 +34,8 @@ _USAGE = 2  # argparse's exit code
 _PORTS = range(20000, 32000)
 
 
-def algorithm_of(drafter_folder: Path, launch: LaunchConfig | None) -> str:
-    """DFLASH, DSPARK or EAGLE3: as the config says, else as the architecture in the drafter's config.json."""
-    if launch is not None and launch.algorithm is not None:
-        return launch.algorithm
+def algorithm_of(drafter_folder: Path) -> str:
+    """Return DFLASH, DSPARK or EAGLE3, by the architecture in the drafter's config.json."""
     names = _drafter_config(drafter_folder).get("architectures") or []
     told = " ".join(map(str, names)).lower()
     return next((algorithm for algorithm in ("EAGLE3", "DSPARK") if algorithm.lower() in told), "DFLASH")
@@ -100,21 +98,18 @@ def command(
     if launch.memory_fraction is not None:
         parts += ["--mem-fraction-static", str(launch.memory_fraction)]
     if drafter_folder is not None and algorithm is not None and block_size is not None:
-        parts += drafting_options(drafter_folder, algorithm, block_size, launch.tree)
+        parts += drafting_options(drafter_folder, algorithm, block_size)
     return parts + _options(launch.options)
 
 
-def drafting_options(folder: Path, algorithm: str, block_size: int, tree: TreeConfig | None = None) -> list[str]:
+def drafting_options(folder: Path, algorithm: str, block_size: int) -> list[str]:
     """By which a server drafts with this checkpoint, `block_size - 1` tokens a step."""
     parts = ["--speculative-algorithm", algorithm, "--speculative-draft-model-path", os.fspath(folder.absolute())]
     if algorithm == "EAGLE3":  # a chain has one branch
-        branches = tree.branches if tree else 1
-        parts += ["--speculative-num-steps", str(block_size - 1), "--speculative-eagle-topk", str(branches)]
-    elif tree is not None:
-        raise DraftsmithError(f"engine.launch.tree: {algorithm} drafts blocks, only EAGLE3 drafts trees; leave it out")
+        parts += ["--speculative-num-steps", str(block_size - 1), "--speculative-eagle-topk", "1"]
     if algorithm == "DSPARK":  # it takes its checkpoint's size, and refuses another one beside it
         parts += ["--speculative-dspark-block-size", str(block_size - 1)]
-    return [*parts, "--speculative-num-draft-tokens", str(tree.draft_tokens if tree else block_size)]
+    return [*parts, "--speculative-num-draft-tokens", str(block_size)]
 
 
 def _options(options: Mapping[str, OptionValue | tuple[OptionValue, ...]]) -> list[str]:

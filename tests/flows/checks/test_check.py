@@ -180,19 +180,6 @@ def test_a_system_prompt_that_the_template_refuses_is_told_as_one(
     assert "the target's refuses a question (no system) behind a system prompt: leave out prompts.system" in said
 
 
-def test_trees_are_of_eagle3_drafters_only(
-    tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    tree = {"branches": 2, "draft_tokens": 6}
-    config["evaluation"]["engine"] = {"kind": "sglang", "python": sys.executable, "launch": {"tree": tree}}
-    refused = "engine.launch.tree: dflash drafts blocks, no trees"
-    assert run(tmp_path, config) == 2
-    assert refused in capsys.readouterr().out
-    config["sft"]["drafter"] = {"kind": "eagle3", "target_layer_ids": [0, 1, 2]}
-    run(tmp_path, config)  # this interpreter has no SGLang, which is another error
-    assert refused not in capsys.readouterr().out
-
-
 @pytest.mark.usefixtures("home")
 @pytest.mark.parametrize(("program", "runs"), [("sh", True), ("./deploy.sh", False), ("no-such-program", False)])
 def test_what_is_called_after_a_promotion_is_there(
@@ -208,17 +195,6 @@ def test_what_is_called_after_a_promotion_is_there(
     config |= {"registry": {"name": "tiny"}, "on_promote": {"command": [program, "deploy.sh"]}}
     assert run(tmp_path, config) == 0
     assert ("on_promote.command" in levels(capsys.readouterr().out)) != runs
-
-
-@pytest.mark.usefixtures("home")
-@pytest.mark.parametrize(("algorithm", "fits"), [("EAGLE3", False), ("DSPARK", False), ("DFLASH", True)])
-def test_servers_draft_as_the_drafter_does(
-    algorithm: str, fits: bool, tmp_path: Path, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    config["assisted"]["engine"] = {"kind": "sglang", "python": sys.executable, "launch": {"algorithm": algorithm}}
-    run(tmp_path, config)  # this interpreter has no SGLang, which is another error
-    told = f"engine.launch.algorithm: {algorithm}, and a dflash is served as DFLASH: leave it out"
-    assert (told in capsys.readouterr().out) != fits
 
 
 @pytest.mark.usefixtures("home")

@@ -16,7 +16,6 @@ from draftsmith.flows.checks.models import Plans, check_drafters, check_nodes
 from draftsmith.flows.checks.prompts import check_lengths, check_supplies
 from draftsmith.flows.pipeline.graph import Node
 from draftsmith.stages.champion import ChampionConfig
-from draftsmith.stages.drafters.config import DraftingConfig
 from draftsmith.stages.measure.config import EvaluationConfig
 from draftsmith.stages.mining import MiningConfig
 from draftsmith.stages.prompts import PromptsConfig
@@ -145,15 +144,13 @@ def test_a_section_beside_a_checkpoint_is_used_where_the_drafter_becomes_what_it
 
 
 def test_every_node_is_held_against_the_drafter_that_it_reads(tiny_drafter: DrafterArtifacts) -> None:
-    """Of two drafters, only the one with the larger blocks can draft them; only EAGLE-3 can draft trees."""
+    """Of two drafters, only the one with the larger blocks can draft them."""
     shape = {"block_size": 4, "mask_token": MASK, "num_layers": 1, "target_layer_ids": [0, 2]}
     learned = {"target": "t", "trajectories": "r"}
-    tree = {"kind": "sglang", "python": "python", "launch": {"tree": {"branches": 2, "draft_tokens": 6}}}
 
-    def nodes(name: str, block_size: int, engine: dict[str, Any]) -> list[Node]:
+    def nodes(name: str, block_size: int) -> list[Node]:
         eagle = {"kind": "eagle3", "block_size": 8, "target_layer_ids": [0, 1, 2]}
         mining = MiningConfig.model_validate({"drafting": {"block_size": block_size}})
-        compared = EvaluationConfig.model_validate({"engine": engine})
         return [
             Node("small", "draftsmith.stages.sft", SftConfig.model_validate({"drafter": shape}), learned),
             Node("large", "draftsmith.stages.sft", SftConfig.model_validate({"drafter": eagle}), learned),
@@ -164,39 +161,11 @@ def test_every_node_is_held_against_the_drafter_that_it_reads(tiny_drafter: Draf
                 {**learned, "drafter": name},
             ),
             Node("mining", "draftsmith.stages.mining", mining, {**learned, "drafter": "more"}),
-            Node("speed", "draftsmith.stages.evaluation", compared, {"target": "t", "drafter:a": name}),
         ]
 
-    check_target(nodes("large", 8, tree), tiny_drafter.target)
+    check_target(nodes("large", 8), tiny_drafter.target)
     with pytest.raises(DraftsmithError, match=r"mining: .* 8 is larger than the trained 4"):
-        check_target(nodes("small", 8, {}), tiny_drafter.target)
-    with pytest.raises(DraftsmithError, match=r"speed: engine\.launch\.tree: dflash drafts blocks"):
-        check_target(nodes("small", 4, tree), tiny_drafter.target)
-
-
-@pytest.mark.parametrize(
-    ("shape", "said"),
-    [
-        ({"kind": "dspark"}, None),
-        ({"kind": "dspark", "confidence_head": False}, "this dspark has no confidence head"),
-        ({"kind": "dflash"}, "this dflash has no confidence head"),
-    ],
-)
-def test_blocks_are_cut_by_drafters_that_have_a_confidence_alone(
-    shape: dict[str, Any], said: str | None, tiny_drafter: DrafterArtifacts
-) -> None:
-    start = {"mask_token": MASK, "num_layers": 1, "target_layer_ids": [0, 2], "block_size": 4}
-    sft = Node("sft", "draftsmith.stages.sft", SftConfig.model_validate({"drafter": shape | start}), {"target": "t"})
-    mining = MiningConfig.model_validate({"drafting": {"confidence": 0.5}})
-    for node, field in (
-        (Node("mining", "draftsmith.stages.mining", mining, {"target": "t", "drafter": "sft"}), "drafting.confidence"),
-        (Node("speed", "draftsmith.stages.evaluation", EvaluationConfig(confidence=0.5), {"sft": "sft"}), "confidence"),
-    ):
-        found = Findings()
-        check_drafters(found, [sft, node], tiny_drafter.target, whole=True)
-        errors = [line.text for line in found.lines if line.level is Level.ERROR]
-        assert len(errors) == bool(said)
-        assert not said or errors[0].startswith(f"{field}: {said}: leave it out")
+        check_target(nodes("small", 8), tiny_drafter.target)
 
 
 def test_sampling_with_a_drafter_on_a_cpus_servers_is_an_error_before_anything_runs() -> None:
@@ -283,10 +252,6 @@ def test_a_shape_that_the_line_does_not_take_is_told(
     nodes = [
         Node("champion", "draftsmith.stages.champion", serves, {"target": "target"}),
         Node("sft", "draftsmith.stages.sft", sft, {"target": "target", "drafter": "champion"}),
-        *(
-            Node(name, "draftsmith.stages.mining", MiningConfig(drafting=DraftingConfig(confidence=0.5)), inputs)
-            for name, inputs in (("mining", {"drafter": "sft"}), ("drift", {"champion": "champion"}))
-        ),
     ]
     found = Findings()
     (plan,) = check_drafters(found, nodes, tiny_drafter.target, whole=True).values()
@@ -296,8 +261,6 @@ def test_a_shape_that_the_line_does_not_take_is_told(
     assert [text.split("sft.drafter: ")[1].split(": not used")[0] for text in told] == ([expected] if expected else [])
     becomes = section.get("kind") == "dspark"
     assert plan.kind == ("dspark" if becomes else "dflash") and plan.has_confidence == becomes
-    cut = [line.check for line in found.lines if line.level is Level.ERROR]
-    assert cut == (["drift"] if becomes else ["mining", "drift"]), "what is mined is what is trained"
 
 
 def test_the_check_of_a_stage_that_is_run_alone_names_its_nodes_engine(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def config(**launch: Any) -> SGLangEngineConfig:
 
 
 def line(found: SGLangEngineConfig, drafter: Path | None = None, block_size: int | None = None) -> list[str]:
-    algorithm = server.algorithm_of(drafter, found.launch) if drafter else None
+    algorithm = server.algorithm_of(drafter) if drafter else None
     return server.command(
         found,
         model_folder=Path("/models/target"),
@@ -83,7 +83,7 @@ def test_dflash_drafts_blocks_of_the_trained_size_unless_told_otherwise(tmp_path
 
 def test_eagle3_drafts_a_chain_as_long_as_the_block(tmp_path: Path) -> None:
     folder = drafter(tmp_path / "d", architectures=["LlamaForCausalLMEagle3"])
-    assert server.algorithm_of(folder, None) == "EAGLE3"
+    assert server.algorithm_of(folder) == "EAGLE3"
     words = line(config(), folder, server.block_size_of(folder, DraftingConfig(block_size=5), "EAGLE3"))
     names = ("algorithm", "num-steps", "eagle-topk", "num-draft-tokens")
     assert [after(words, f"--speculative-{name}") for name in names] == ["EAGLE3", "4", "1", "5"]
@@ -93,29 +93,13 @@ def test_eagle3_drafts_a_chain_as_long_as_the_block(tmp_path: Path) -> None:
 
 def test_dspark_counts_proposals_without_the_anchor(tmp_path: Path) -> None:
     folder = drafter(tmp_path, architectures=["Qwen3DSparkModel"], block_size=7)
-    assert server.algorithm_of(folder, None) == "DSPARK"
+    assert server.algorithm_of(folder) == "DSPARK"
     assert server.block_size_of(folder, DraftingConfig(), "DSPARK") == 8
     words = line(config(), folder, server.block_size_of(folder, DraftingConfig(block_size=5), "DSPARK"))
     names = ("algorithm", "dspark-block-size", "num-draft-tokens")
     assert [after(words, f"--speculative-{name}") for name in names] == ["DSPARK", "4", "5"]
     with pytest.raises(DraftsmithError, match="9 is larger than the trained 8"):
         server.block_size_of(folder, DraftingConfig(block_size=9), "DSPARK")
-
-
-def test_eagle3_drafts_a_tree_where_the_config_asks_for_one(tmp_path: Path) -> None:
-    folder = drafter(tmp_path / "d", architectures=["LlamaForCausalLMEagle3"])
-    words = line(config(tree={"branches": 4, "draft_tokens": 16}), folder, 5)
-    names = ("num-steps", "eagle-topk", "num-draft-tokens")
-    assert [after(words, f"--speculative-{name}") for name in names] == ["4", "4", "16"]
-    block = drafter(tmp_path / "b", architectures=["DFlashDraftModel"], block_size=16)
-    with pytest.raises(DraftsmithError, match=r"engine\.launch\.tree: DFLASH drafts blocks"):
-        line(config(tree={"branches": 4, "draft_tokens": 16}), block, 8)
-
-
-def test_a_rollout_drafts_chains() -> None:
-    engine = config(tree={"branches": 4, "draft_tokens": 16}).model_dump()
-    with pytest.raises(ValidationError, match="a rollout drafts chains"):
-        RolloutConfig.model_validate({"engine": engine})
 
 
 def test_a_rollout_on_sglang_drafts_from_the_whole_vocabulary() -> None:
@@ -132,12 +116,6 @@ def test_an_address_needs_its_scheme() -> None:
             SGLangEngineConfig.model_validate({"kind": "sglang", "urls": [mistyped]})
     for well in ("http://gpu1", "https://gpu1:443/sglang/", "http://[::1]:30000"):
         assert SGLangEngineConfig.model_validate({"kind": "sglang", "urls": [well]}).urls == (well,)
-
-
-def test_the_config_may_name_the_algorithm(tmp_path: Path) -> None:
-    folder = drafter(tmp_path / "d", architectures=["SomethingElse"])
-    assert server.algorithm_of(folder, LaunchConfig.model_validate({"algorithm": "EAGLE3"})) == "EAGLE3"
-    assert server.algorithm_of(folder, LaunchConfig.model_validate({})) == "DFLASH"
 
 
 @pytest.mark.parametrize(
@@ -214,7 +192,7 @@ def test_an_interpreter_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 def test_a_drafter_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DraftsmithError, match=r"config\.json: cannot be read"):
-        server.algorithm_of(tmp_path, None)
+        server.algorithm_of(tmp_path)
 
 
 def test_every_server_gets_gpus_of_its_own() -> None:

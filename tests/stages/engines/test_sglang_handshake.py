@@ -15,7 +15,7 @@ import pytest
 
 from draftsmith.artifacts.errors import DraftsmithError, RetryableError
 from draftsmith.stages.drafters.config import DraftingConfig
-from draftsmith.stages.engines.config import SGLangEngineConfig, TreeConfig
+from draftsmith.stages.engines.config import SGLangEngineConfig
 from draftsmith.stages.engines.sglang.expected import Expected
 from draftsmith.stages.engines.sglang.handshake import ServerInfo, check_server
 from draftsmith.stages.stored import DRAFTER_FOLDER
@@ -208,16 +208,3 @@ def test_a_server_that_streams_increments_cannot_be_timed(plain: Expected) -> No
         pytest.raises(DraftsmithError, match="without --incremental-streaming-output"),
     ):
         shake(server, replace(plain, stream=True))
-
-
-def test_a_server_of_trees_must_draft_the_trees_that_were_asked_for(assisted: Expected) -> None:
-    trees = replace(assisted, tree=TreeConfig(branches=4, draft_tokens=16), trace=False)
-    asked = {"speculative_num_draft_tokens": 16, "speculative_eagle_topk": 4}
-    with server_of(trees, server=asked) as server:
-        assert not shake(server, trees).records_trace
-    for wrong, what in (
-        ({"speculative_eagle_topk": 2}, "start it with 4"),
-        ({"speculative_num_draft_tokens": 8}, "16"),
-    ):
-        with server_of(trees, server=asked | wrong) as server, pytest.raises(DraftsmithError, match=what):
-            shake(server, trees)
