@@ -12,7 +12,7 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.contract import Compute, Stage, StageContext
