@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from draftsmith.artifacts.machine_memory import memory_bytes
+from draftsmith.artifacts.host import memory_bytes
 from draftsmith.flows.checks.engines import runs_elsewhere
 from draftsmith.flows.checks.estimates import Parts, disk, estimates, gigabytes
 from draftsmith.flows.checks.findings import Findings

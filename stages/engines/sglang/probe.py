@@ -42,7 +42,7 @@ def own_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str]
 def _own_logprobs(target_folder: Path, tokens: Sequence[int], log: Callable[[str], None]) -> list[float]:
     import torch
 
-    from draftsmith.artifacts.machine_memory import free_memory_bytes
+    from draftsmith.artifacts.host import free_memory_bytes
     from draftsmith.stages.targets.causal_lm import Target
     from draftsmith.stages.targets.estimate import DTYPE_BYTES, target_size
     from draftsmith.stages.targets.info import model_path, read_target_info

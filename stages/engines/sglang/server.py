@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.artifacts.errors import DraftsmithError
-from draftsmith.artifacts.private import private
+from draftsmith.artifacts.home import private
 from draftsmith.artifacts.redaction import MASK
 from draftsmith.stages import lifeline
 from draftsmith.stages.drafters.config import DraftingConfig

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from draftsmith.artifacts import machine_memory
+from draftsmith.artifacts import host
 from draftsmith.artifacts.errors import DraftsmithError
 from draftsmith.stages.engines.sglang.expected import Expected
 from draftsmith.stages.engines.sglang.probe import own_logprobs
@@ -116,7 +116,7 @@ def test_a_target_is_not_loaded_where_the_container_has_less_memory_than_the_mac
     plain: Expected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "memory.max").write_text("1000000\n")
-    monkeypatch.setattr(machine_memory, "_CGROUP_LIMITS", (str(tmp_path / "memory.max"),))
+    monkeypatch.setattr(host, "_CGROUP_LIMITS", (str(tmp_path / "memory.max"),))
     shutil.copytree(plain.target_folder, folder := tmp_path / "target")
     expected, logs = replace(of_hub(plain), target_folder=folder), list[str]()
     scores = scoring([0.0] * (len(plain.scored_ids) - 1))
