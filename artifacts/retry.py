@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import tenacity
 
@@ -36,10 +36,11 @@ def repeated(
         assert error is not None
         return error
 
-    return tenacity.retry(
+    again = tenacity.retry(
         retry=tenacity.retry_if_exception_type(kinds),
         stop=lambda state: given_up(error_of(state), state.attempt_number, state.seconds_since_start or 0.0),
         wait=lambda state: pause_s(error_of(state), state.attempt_number),
         before_sleep=lambda state: note(error_of(state), state.attempt_number),
         reraise=True,
     )
+    return cast(Callable[[Call], Call], again)

@@ -116,9 +116,9 @@ async def check_server(
         _check_room(url, server, expected)
         records = await _check_generation(client, url, server, expected)
         if expected.drafter_folder is not None and not records and not ours:
-            path = server.get("speculative_draft_model_path")
+            drafter = server.get("speculative_draft_model_path")
             remarks.append(
-                f"{url} drafts with {path}: only the plug-in could tell whether it is {expected.drafter_folder}"
+                f"{url} drafts with {drafter}: only the plug-in could tell whether it is {expected.drafter_folder}"
             )
         greedy_only = await _is_greedy_only(client, url, server, expected)
     except LostError as error:
